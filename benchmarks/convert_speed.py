@@ -1,0 +1,115 @@
+"""How fast a conversion is beside what it can't beat: copying the bytes, and the bare quantization kernel.
+
+    python benchmarks/convert_speed.py [FOLDER] [--types q8_0 q4_k_m] [--threads 2 | --cpu]
+
+Copying: the checkpoint's bytes to the same disk, flushed. Kernel: rows of float32 that lie in memory, each
+type of the file with its number of weights, on as many threads. Both are taken before and after the
+conversion; the better counts. FOLDER is made by benchmarks/checkpoint.py; without it, its "plain" shape is
+made for the run. --cpu counts CPU time on one thread, which other work on the machine does not change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from checkpoint import SHAPES, make_checkpoint
+
+from pydiffusion import _native
+from pydiffusion.convert import ConversionProgress, convert, plan_sizes
+
+EXACT = ("F32", "F16", "BF16")
+
+
+clock = time.perf_counter
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = clock()
+    work()
+    return clock() - started
+
+
+def copy(sources: list[Path], target: Path) -> None:
+    """All bytes to one file, through a buffer as large as a chunk of a conversion."""
+    with target.open("wb", buffering=0) as out:
+        for path in sources:
+            with path.open("rb", buffering=0) as file:
+                while data := file.read(8 << 20):
+                    out.write(data)
+        os.fsync(out.fileno())
+    target.unlink()
+
+
+def kernel_seconds(folder: Path, type: str, n_threads: int, n_rows: int = 4096) -> float:
+    """Of quantizing as many weights of each type as the file has, from rows in memory."""
+    weights: Counter[tuple[str, int]] = Counter()
+    for tensor in plan_sizes(folder, type).tensors:
+        if tensor.type not in EXACT:
+            weights[tensor.type, tensor.shape[-1]] += tensor.n_weights
+    random, total = np.random.default_rng(0), 0.0
+    for (name, n_per_row), number in weights.items():
+        rows = random.standard_normal((n_rows, n_per_row), np.float32)
+        _native.quantize_rows(rows[:64], name, n_threads, None)
+        took = min(seconds(lambda r=rows, n=name: _native.quantize_rows(r, n, n_threads, None)) for _ in "ab")
+        total += took * number / rows.size
+    return total
+
+
+def measure(folder: Path, type: str, n_threads: int, out: Path) -> None:
+    sources = sorted(folder.glob("*.safetensors"))
+    n_bytes = sum(path.stat().st_size for path in sources)
+    for path in sources:  # in the page cache for all alike
+        path.read_bytes()
+
+    def limits() -> tuple[float, float]:
+        return seconds(lambda: copy(sources, out / "copy")), kernel_seconds(folder, type, n_threads)
+
+    first = limits()
+    began: dict[str, float] = {}
+
+    def progress(state: ConversionProgress) -> None:
+        began.setdefault(state.stage, clock())  # behind the first chunk of hundreds
+
+    started = clock()
+    report = convert(folder, out / "m.gguf", type, n_threads=n_threads, progress=progress)
+    writing, verifying = began["verify"] - started, clock() - began["verify"]
+    copying, kernel = map(min, zip(first, limits(), strict=True))
+    print(
+        f"{type}: {report.n_weights / 1e6:.0f}e6 weights, {n_bytes / 1e6:.0f} MB of source,"
+        f" {writing:.1f} s writing and {verifying:.1f} s verifying; a copy takes {copying:.1f} s,"
+        f" the kernel alone {kernel:.1f} s:"
+        f" writing at {copying / writing:.0%} of a copy's and {kernel / writing:.0%} of the kernel's rate"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--types", nargs="+", default=["q8_0", "q4_k_m"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu", action="store_true", help="CPU time, one thread")
+    arguments = parser.parse_args()
+    if arguments.cpu:
+        global clock
+        clock, arguments.threads = time.process_time, 1
+    with tempfile.TemporaryDirectory(dir=arguments.folder and arguments.folder.parent) as temporary:
+        folder = arguments.folder
+        if folder is None:
+            folder = Path(temporary) / "random"
+            folder.mkdir()
+            make_checkpoint(folder, SHAPES["plain"])
+        for type in arguments.types:
+            measure(folder, type, arguments.threads, Path(temporary))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

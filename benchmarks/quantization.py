@@ -1,0 +1,133 @@
+"""A family of files of one checkpoint, each measured against the f32 file: a table in Markdown.
+
+python benchmarks/quantization.py                                  the demo model, its tasks as prompts
+python benchmarks/quantization.py FOLDER --prompts prompts.txt --imatrix text.txt --types q4_k_m iq3_s
+
+The demo model's statistics come from 150 of its tasks that are not held out. With --imatrix, every type below
+8 bits is made with statistics of that text too. Types that padding changes are made both ways. KL is in nats
+per position.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from pydiffusion.convert import (
+    ConversionProgress,
+    collect_imatrix,
+    convert,
+    evaluate_family,
+    plan_sizes,
+    plot,
+)
+from pydiffusion.convert.recipes import NEEDS_IMATRIX
+
+TYPES = ("bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_m", "q2_k")
+
+
+class Progress:
+    """A line on stderr every half minute."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, state: ConversionProgress) -> None:
+        if time.monotonic() - self.last > 30:
+            self.last = time.monotonic()
+            print(f"{state.done_bytes} of {state.total_bytes} prompts", file=sys.stderr)
+
+
+def variants(folder: Path, type: str, imatrix: Path | None) -> list[tuple[str, dict]]:
+    """(label, keyword arguments of convert) of each way to write a type that differs from the others."""
+    ways: list[tuple[str, dict]] = [("", {})]
+    if plan_sizes(folder, type).n_bytes != plan_sizes(folder, type, pad=False).n_bytes:
+        ways.append((" unpadded", {"pad": False}))
+    if imatrix is not None and type not in ("bf16", "f16", "q8_0"):
+        ways.append((" imatrix", {"imatrix": imatrix}))
+    planned = plan_sizes(folder, type, has_imatrix=imatrix is not None)
+    if any(tensor.type in NEEDS_IMATRIX for tensor in planned.tensors):
+        ways = [way for way in ways if "imatrix" in way[1]]
+    return ways
+
+
+def demo_texts(model: Path, number: int = 150) -> list[list[int]]:
+    """Conversations of the demo's tasks as tokens, filled up with the end so that answers lie on canvases."""
+    from pydiffusion import DiffusionModel
+    from pydiffusion.demo import tasks
+
+    rng, texts = random.Random(1), []
+    with DiffusionModel(model) as opened:
+        end = opened.metadata["tokenizer.ggml.eos_token_ids"][0]
+        for index in range(number):
+            example = tasks.generate(list(tasks.TASKS)[index % len(tasks.TASKS)], rng, held_out=False)
+            answer = [*opened.tokenize(example.answer, add_bos=False), end]
+            answer += [end] * (-len(answer) % opened.canvas_length)
+            texts.append(opened.chat_prompt([{"role": "user", "content": example.prompt}]) + answer)
+    return texts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", help="checkpoint [default: the demo model's]")
+    parser.add_argument("--types", nargs="+", default=TYPES)
+    parser.add_argument("--prompts", type=Path, help="a prompt per line [default: the demo model's tasks]")
+    parser.add_argument("--imatrix", type=Path, help="text to gather activation statistics from, by lines")
+    parser.add_argument("--tokens", type=int, default=144, help="of each answer")
+    parser.add_argument("--threads", type=int, help="[default: all; 1 where other work shares the CPUs]")
+    parser.add_argument("--plot", type=Path, help="draw it too (png, svg, pdf)")
+    arguments = parser.parse_args()
+    is_demo = arguments.folder is None
+    if is_demo:
+        from pydiffusion.demo import checkpoint_path
+
+        arguments.folder = checkpoint_path()
+    prompts = arguments.prompts and arguments.prompts.read_text(encoding="utf-8").splitlines()
+    print("| file | bits per weight | mean KL | 99% KL | top 1 | steps per canvas | equal answers | solved |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as temporary:
+        reference, imatrix = Path(temporary) / "f32.gguf", None
+        convert(arguments.folder, reference, "f32")
+        if arguments.imatrix or is_demo:
+            imatrix = Path(temporary) / "imatrix.gguf"
+            given = arguments.imatrix and arguments.imatrix.read_text(encoding="utf-8").splitlines()
+            collect_imatrix(reference, given or demo_texts(reference), imatrix)
+        made = []
+        for type in arguments.types:
+            for label, options in variants(arguments.folder, type, imatrix):
+                target = Path(temporary) / f"{type}{label.replace(' ', '-')}.gguf"
+                made.append((f"{type}{label}", convert(arguments.folder, target, type, **options)))
+        found = evaluate_family(
+            [written.target for _, written in made],
+            reference,
+            prompts,
+            max_tokens=arguments.tokens,
+            n_threads=arguments.threads,
+            progress=Progress(),
+        )
+        for (label, written), measured in zip(made, found, strict=True):
+            solved = "" if measured.solved is None else f"{measured.solved:.0%}"
+            cells = (
+                label,
+                f"{written.bits_per_weight:.2f}",
+                f"{measured.mean_kl:.5f}",
+                f"{measured.kl_99:.4f}",
+                f"{measured.top1:.2%}",
+                f"{measured.steps:.2f}",
+                f"{measured.same_answers:.0%}",
+                solved,
+            )
+            print(f"| {' | '.join(cells)} |")
+        solved = "" if found[0].solved is None else f"{found[0].reference_solved:.0%}"
+        print(f"| f32 (reference) | 32.00 | | | | {found[0].reference_steps:.2f} | | {solved} |", flush=True)
+        if arguments.plot:
+            plot(found, arguments.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

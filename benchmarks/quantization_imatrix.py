@@ -1,0 +1,77 @@
+"""KL of the demo model's files with and without an imatrix, on canvases of known answers.
+
+python benchmarks/quantization_imatrix.py [--types q4_k_m q3_k_m q2_k]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from quantization import demo_texts
+
+from pydiffusion import DiffusionModel, _native
+from pydiffusion.convert import collect_imatrix, convert
+from pydiffusion.convert.evaluation import NOISE, compare_logits
+from pydiffusion.demo import checkpoint_path, tasks
+
+N_OBSERVED, N_CASES = 30, 8
+
+
+def cases(model: DiffusionModel) -> list[tuple[list[int], np.ndarray]]:
+    """(prompt, canvas of the right answer) of held-out tasks."""
+    rng, result, size = random.Random(7), [], model.canvas_length
+    end = model.metadata["tokenizer.ggml.eos_token_ids"][0]
+    for index in range(N_CASES):
+        example = tasks.generate(list(tasks.TASKS)[index % len(tasks.TASKS)], rng, held_out=True)
+        answer = [*model.tokenize(example.answer, add_bos=False), *[end] * size][:size]
+        prompt = model.chat_prompt([{"role": "user", "content": example.prompt}])
+        result.append((prompt, np.array(answer, np.int32)))
+    return result
+
+
+def logits(model: DiffusionModel, inputs: list, given: list[np.ndarray] | None) -> list[np.ndarray]:
+    """Of each case at each noise level, without and with conditioning on the reference's logits ``given``."""
+    result: list[np.ndarray] = []
+    for index, (prompt, clean) in enumerate(inputs):
+        session = model.new_session(len(prompt) + len(clean))
+        session.encode(prompt)
+        for level, t in enumerate(NOISE):
+            u, tokens = _native.random_draws(1000 + index, level, 0, len(clean), model.n_vocab)
+            canvas = np.where(u < t, tokens, clean).astype(np.int32)
+            result.append(session.denoise(canvas))
+            first = result[-1] if given is None else given[len(result) - 1]
+            result.append(session.denoise(canvas, first / np.float32(0.4 + 0.4 * t)))
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--types", nargs="+", default=["q4_k_m", "q3_k_m", "q2_k"])
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, (f32, imatrix, target) = checkpoint_path(), (Path(temporary) / n for n in ("f", "i", "m"))
+        convert(folder, f32, "f32")
+        collect_imatrix(f32, demo_texts(f32, N_OBSERVED), imatrix)
+        with DiffusionModel(f32) as reference:
+            inputs = cases(reference)
+            expected = logits(reference, inputs, None)
+        for type in arguments.types:
+            for statistics in (None, imatrix):
+                bits = convert(folder, target, type, imatrix=statistics).bits_per_weight
+                with DiffusionModel(target) as model:
+                    found = logits(model, inputs, expected)
+                pairs = [compare_logits(a, b) for a, b in zip(expected, found, strict=True)]
+                kl, same = (np.concatenate(part) for part in zip(*pairs, strict=True))
+                label = f"{type}{'' if statistics is None else ', imatrix'}"
+                figures = f"{kl.mean():.5f} | {np.quantile(kl, 0.99):.4f} | {same.mean():.2%}"
+                print(f"| {label} | {bits:.2f} | {figures} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""What keeping a text to a schema costs: making the automaton, and the search of a step, without a model.
+
+python benchmarks/structure.py MODEL [--canvas N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+
+from pydiffusion import DiffusionModel, GenerationOptions
+from pydiffusion.structure import Automaton, Guide, expression_of
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "colours": {"type": "array", "items": {"enum": ["red", "green"]}, "maxItems": 3},
+    },
+    "required": ["name", "age"],
+}
+CASES: dict[str, Any] = {
+    "person": {"json_schema": PERSON},
+    "list of persons": {"json_schema": {"type": "array", "items": PERSON, "minItems": 6, "maxItems": 6}},
+    "any object": {"json_schema": {"type": "object"}},
+    "string of up to 500": {"json_schema": {"type": "string", "maxLength": 500}},
+    "date": {"regex": r"\d{4}-\d{2}-\d{2}"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--canvas", type=int, default=256)
+    arguments = parser.parse_args()
+    tokenizer = DiffusionModel(arguments.model, n_threads=1).tokenizer
+    n, n_vocab = arguments.canvas, tokenizer.n_vocab
+    for name, options in CASES.items():
+        started = time.perf_counter()
+        automaton = Automaton(expression_of(GenerationOptions(**options)), tokenizer)
+        made = time.perf_counter() - started
+        guide = Guide(automaton, n, 4 * n, [tokenizer.eos_id or 0], n_vocab)
+        logits = np.random.default_rng(0).normal(size=(n, n_vocab)).astype(np.float32)
+        order = np.argsort(-logits, axis=1)[:, : guide.n_likeliest].astype(np.int32)
+        found = order, np.take_along_axis(logits, order, 1), logits[:, guide.extra]
+        guide.choose(*found)
+        started = time.perf_counter()
+        guide.choose(*found)
+        step = time.perf_counter() - started
+        print(f"{name}: {automaton.n_states} states in {made:.3f} s; a step of {n} positions {step:.3f} s")
+
+
+if __name__ == "__main__":
+    main()

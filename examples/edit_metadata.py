@@ -1,0 +1,71 @@
+"""Show or change the metadata of a GGUF file in place: its chat template, sampler defaults, name.
+
+    python examples/edit_metadata.py model.gguf
+    python examples/edit_metadata.py model.gguf --chat-template template.jinja
+    python examples/edit_metadata.py model.gguf --set diffusion.eb_max_steps=32 --set diffusion.eb_t_max=0.7
+    python examples/edit_metadata.py model.gguf --remove general.url -o other.gguf
+
+A value keeps the type that its key has. The file is replaced at once, by one that was written beside it and
+verified, or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydiffusion import PyDiffusionError
+from pydiffusion.convert import edit_metadata
+from pydiffusion.convert.parts import open_parts
+
+TEMPLATE = "tokenizer.chat_template"
+
+
+def parse(setting: str) -> tuple[str, Any]:
+    """``KEY=VALUE``; numbers, true, false and lists are written as in JSON, anything else is a text."""
+    key, equals, text = setting.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{setting!r} should be KEY=VALUE")
+    try:
+        return key, json.loads(text)
+    except ValueError:
+        return key, text
+
+
+def show(path: Path) -> None:
+    parts = open_parts(path)
+    for key, value in parts.metadata.items():
+        text = repr(value)
+        print(f"{key} ({parts.metadata_types[key]}): {text if len(text) < 100 else text[:97] + '...'}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--chat-template", type=Path, metavar="FILE", help="a file with the new template")
+    parser.add_argument("--set", type=parse, action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--remove", action="append", default=[], metavar="KEY")
+    parser.add_argument("-o", "--output", type=Path, help="write there and leave FILE as it is")
+    arguments = parser.parse_args()
+    changes = dict(arguments.set) | dict.fromkeys(arguments.remove)
+    try:
+        if arguments.chat_template:
+            changes[TEMPLATE] = arguments.chat_template.read_text(encoding="utf-8")
+        if not changes:
+            show(arguments.file)
+            return 0
+        report = edit_metadata(arguments.file, changes, arguments.output)
+    except (PyDiffusionError, OSError) as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{report.target}: {len(changes)} keys changed, {report.n_tensors} tensors as before", file=sys.stderr
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+#include "backbone.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "errors.h"
+#include "ops.h"
+
+namespace pydiffusion {
+
+Model::Model(std::shared_ptr<const File> f, int n_threads, const std::function<void(double)>& read_ahead)
+    : file(std::move(f)), hparams(*file), weights(file, hparams), engine(n_threads) {
+    // Touch every page once, in order: a cold file is read at the disk's speed, with progress, instead of
+    // page by page in the middle of the first step.
+    constexpr uint64_t page = 4096, block = uint64_t{64} << 20;
+    uint8_t sum = 0;
+    for (uint64_t begin = 0; begin < file->n_bytes(); begin += block) {
+        const uint64_t end = std::min(begin + block, file->n_bytes());
+        file->require_whole();
+        for (uint64_t at = begin; at < end; at += page)
+            sum ^= *(static_cast<const volatile uint8_t*>(file->data()) + at);
+        read_ahead(static_cast<double>(end) / static_cast<double>(file->n_bytes()));
+    }
+    (void)sum;
+}
+
+GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), sequences(std::move(s)) {
+    const size_t n_nodes =
+        (96 + 16 * sequences.size()) * m.hparams.layers.size() + 64 + 16 * sequences.size();
+    const ggml_init_params params = {
+        n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true};
+    require_memory((size_t{16} << 20) + 4 * params.mem_size);  // the allocator's tables come on top
+    context.reset(ggml_init(params));
+    if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a graph's description");
+    graph = ggml_new_graph_custom(ctx(), n_nodes, false);
+}
+
+ggml_tensor* GraphBuilder::rms_norm(ggml_tensor* x, ggml_tensor* weight) const {
+    ggml_tensor* n = ggml_rms_norm(ctx(), x, model.hparams.rms_eps);
+    return weight ? ggml_mul(ctx(), n, weight) : n;
+}
+
+ggml_tensor* GraphBuilder::mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down) const {
+    ggml_tensor* h = gated_gelu(ctx(), ggml_mul_mat(ctx(), gate, x), ggml_mul_mat(ctx(), up, x));
+    return ggml_mul_mat(ctx(), down, h);
+}
+
+ggml_tensor* GraphBuilder::embed(ggml_tensor* ids) const {
+    ggml_tensor* rows = ggml_get_rows(ctx(), model.weights.token_embd, ids);
+    return ggml_scale(ctx(), rows, std::sqrt(static_cast<float>(model.hparams.n_embd)));
+}
+
+const char* GraphBuilder::part_of(const ggml_tensor* tensor) const {
+    const size_t offset =
+        reinterpret_cast<const char*>(tensor) - static_cast<const char*>(ggml_get_mem_buffer(ctx()));
+    const char* name = "other";
+    for (const Part& part : parts) {
+        if (part.begin <= offset) name = part.name;
+    }
+    return name;
+}
+
+namespace {
+
+// x [head_dim * n_heads, n_tokens] -> [head_dim, n_heads, n_tokens]
+ggml_tensor* split_heads(const GraphBuilder& g, ggml_tensor* x, int64_t head_dim) {
+    return ggml_reshape_3d(g.ctx(), x, head_dim, x->ne[0] / head_dim, x->ne[1]);
+}
+
+ggml_tensor* rope(const GraphBuilder& g, ggml_tensor* x, bool sliding) {
+    const Hyperparameters& hp = g.model.hparams;
+    return ggml_rope_ext(g.ctx(), x, g.positions, sliding ? nullptr : g.model.weights.rope_freqs,
+                         static_cast<int>(x->ne[0]), GGML_ROPE_TYPE_NEOX, hp.n_ctx_train,
+                         sliding ? hp.rope_base_swa : hp.rope_base, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
+}
+
+void write_rows(GraphBuilder& g, ggml_tensor* rows, ggml_tensor* cache, int64_t first) {
+    ggml_tensor* target =
+        ggml_view_2d(g.ctx(), cache, cache->ne[0], rows->ne[2], cache->nb[1], first * cache->nb[1]);
+    ggml_tensor* source = ggml_reshape_2d(g.ctx(), rows, cache->ne[0], rows->ne[2]);
+    ggml_build_forward_expand(g.graph, ggml_cpy(g.ctx(), source, target));
+}
+
+// Some of the tokens of x [a, b, n_tokens], from `first` on.
+ggml_tensor* tokens_of(const GraphBuilder& g, ggml_tensor* x, int64_t first, int64_t n) {
+    if (n == x->ne[2]) return x;
+    return ggml_view_3d(g.ctx(), x, x->ne[0], x->ne[1], n, x->nb[1], x->nb[2], first * x->nb[2]);
+}
+
+// h [d, n_tokens], already normed. Values go without rope and without a weight; full layers take them from
+// the keys before their norm.
+void store_normed(GraphBuilder& g, int32_t i_layer, ggml_tensor* h) {
+    const LayerWeights& w = g.model.weights.layers[i_layer];
+    const LayerShape& shape = g.model.hparams.layers[i_layer];
+    ggml_tensor* k = split_heads(g, ggml_mul_mat(g.ctx(), w.attn_k, h), shape.head_dim);
+    ggml_tensor* v = w.attn_v ? split_heads(g, ggml_mul_mat(g.ctx(), w.attn_v, h), shape.head_dim) : k;
+    k = rope(g, g.rms_norm(k, w.attn_k_norm), shape.sliding);
+    v = g.rms_norm(v);
+    int64_t first = 0;
+    for (const Sequence& sequence : g.sequences) {
+        const KvRange range = sequence.cache->range(i_layer);
+        write_rows(g, tokens_of(g, k, first, sequence.n_tokens), range.k, range.write);
+        write_rows(g, tokens_of(g, v, first, sequence.n_tokens), range.v, range.write);
+        first += sequence.n_tokens;
+    }
+}
+
+// The visible rows of a cache buffer -> [head_dim, n_visible, n_head_kv]
+ggml_tensor* visible_rows(const GraphBuilder& g, ggml_tensor* buffer, const KvRange& range, int64_t head_dim,
+                          int64_t n_tokens) {
+    return ggml_view_3d(g.ctx(), buffer, head_dim, range.n_visible(n_tokens), buffer->ne[0] / head_dim,
+                        buffer->nb[1], ggml_row_size(buffer->type, head_dim), range.first * buffer->nb[1]);
+}
+
+ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const Causal* causal) {
+    const LayerWeights& w = g.model.weights.layers[i_layer];
+    const LayerShape& shape = g.model.hparams.layers[i_layer];
+    ggml_tensor* h = g.rms_norm(x, w.attn_norm);
+    store_normed(g, i_layer, h);
+
+    ggml_tensor* q = split_heads(g, ggml_mul_mat(g.ctx(), w.attn_q, h), shape.head_dim);
+    q = rope(g, g.rms_norm(q, w.attn_q_norm), shape.sliding);
+
+    ggml_tensor* all = nullptr;
+    int64_t first = 0;
+    for (const Sequence& sequence : g.sequences) {
+        const KvRange range = sequence.cache->range(i_layer);
+        ggml_tensor* k = visible_rows(g, range.k, range, shape.head_dim, sequence.n_tokens);
+        ggml_tensor* v = visible_rows(g, range.v, range, shape.head_dim, sequence.n_tokens);
+        ggml_tensor* a = attend(g.ctx(), tokens_of(g, q, first, sequence.n_tokens), k, v, causal);
+        all = all ? ggml_concat(g.ctx(), all, a, 1) : a;
+        first += sequence.n_tokens;
+    }
+    return ggml_mul_mat(g.ctx(), w.attn_output, all);
+}
+
+struct Routing {
+    ggml_tensor* experts;  // I32 [n_used, n_tokens]
+    ggml_tensor* weights;  // F32 [n_used, n_tokens]
+};
+
+// softmax over all experts, the best n_used renormalised to sum 1, each times its expert's scale.
+Routing route(const GraphBuilder& g, const LayerWeights& w, ggml_tensor* r) {
+    const Hyperparameters& hp = g.model.hparams;
+    ggml_context* ctx = g.ctx();
+    ggml_tensor* n = ggml_mul(ctx, g.rms_norm(r), w.ffn_gate_inp_scale);
+    n = ggml_scale(ctx, n, 1.0f / std::sqrt(static_cast<float>(hp.n_embd)));
+    ggml_tensor* probabilities = ggml_soft_max(ctx, ggml_mul_mat(ctx, w.ffn_gate_inp, n));
+    ggml_tensor* experts = best_rows(ctx, probabilities, hp.n_expert_used);
+
+    const auto chosen = [&](ggml_tensor* values) {
+        values = ggml_reshape_3d(ctx, values, 1, hp.n_expert, r->ne[1]);
+        return ggml_reshape_2d(ctx, ggml_get_rows(ctx, values, experts), hp.n_expert_used, r->ne[1]);
+    };
+    ggml_tensor* total = ggml_sum_rows(ctx, chosen(probabilities));
+    ggml_tensor* scaled = chosen(ggml_mul(ctx, probabilities, w.ffn_down_exps_scale));
+    return {experts, ggml_div(ctx, scaled, total)};
+}
+
+// x [d, n_tokens] through its chosen experts, weighted and summed -> [d, n_tokens]
+ggml_tensor* experts(const GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, const Routing& routing) {
+    const Hyperparameters& hp = g.model.hparams;
+    ggml_context* ctx = g.ctx();
+    x = ggml_reshape_3d(ctx, x, x->ne[0], 1, x->ne[1]);
+    ggml_tensor *gate, *up;
+    if (w.ffn_gate_up_exps) {
+        ggml_tensor* both = ggml_mul_mat_id(ctx, w.ffn_gate_up_exps, x, routing.experts);
+        const auto half = [&](int64_t i) {
+            return ggml_view_3d(ctx, both, hp.n_ff_expert, both->ne[1], both->ne[2], both->nb[1], both->nb[2],
+                                i * hp.n_ff_expert * sizeof(float));
+        };
+        gate = half(0);
+        up = half(1);
+    } else {
+        gate = ggml_mul_mat_id(ctx, w.ffn_gate_exps, x, routing.experts);
+        up = ggml_mul_mat_id(ctx, w.ffn_up_exps, x, routing.experts);
+    }
+    ggml_tensor* y = ggml_mul_mat_id(ctx, w.ffn_down_exps, gated_gelu(ctx, gate, up), routing.experts);
+    return weighted_sum(ctx, y, routing.weights);
+}
+
+}  // namespace
+
+void store_keys_and_values(GraphBuilder& g, int32_t i_layer, ggml_tensor* x) {
+    store_normed(g, i_layer, g.rms_norm(x, g.model.weights.layers[i_layer].attn_norm));
+}
+
+ggml_tensor* apply_layer(GraphBuilder& g, int32_t i_layer, Mode mode, ggml_tensor* x, const Causal* causal) {
+    const LayerWeights& w = g.model.weights.layers[i_layer];
+    ggml_context* ctx = g.ctx();
+    g.begin_part("attention");
+    ggml_tensor* r = ggml_add(ctx, x, g.rms_norm(attention(g, i_layer, x, causal), w.post_attention_norm));
+
+    g.begin_part("dense");
+    ggml_tensor* dense = g.mlp(g.rms_norm(r, w.ffn_norm), w.ffn_gate, w.ffn_up, w.ffn_down);
+    dense = g.rms_norm(dense, w.post_ffw_norm_1);
+    g.begin_part("experts");
+    ggml_tensor* moe = experts(g, w, g.rms_norm(r, w.pre_ffw_norm_2), route(g, w, r));
+    moe = g.rms_norm(moe, w.post_ffw_norm_2);
+
+    ggml_tensor* out = ggml_add(ctx, r, g.rms_norm(ggml_add(ctx, dense, moe), w.post_ffw_norm));
+    return ggml_mul(ctx, out, mode == Mode::encoder ? w.encoder_scale : w.decoder_scale);
+}
+
+}  // namespace pydiffusion

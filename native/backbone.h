@@ -1,0 +1,67 @@
+// The layer that encoder and denoiser share. They differ in embedding, mask, scalar and use of the cache
+// only.
+#pragma once
+
+#include <functional>
+
+#include "attention.h"
+#include "engine.h"
+#include "kv_cache.h"
+#include "weights.h"
+
+namespace pydiffusion {
+
+struct Model {
+    // `read_ahead` is called with the share of the file that has been brought into memory, 0 to 1.
+    Model(std::shared_ptr<const File> file, int n_threads, const std::function<void(double)>& read_ahead);
+
+    std::shared_ptr<const File> file;
+    Hyperparameters hparams;
+    Weights weights;
+    mutable Engine engine;
+};
+
+enum class Mode { encoder, decoder };
+
+// Tokens of one sequence in a graph, and the cache that they follow.
+struct Sequence {
+    const KvCache* cache;
+    int64_t n_tokens;
+};
+
+// A graph under construction and what its layers have in common.
+struct GraphBuilder {
+    // The sequences' tokens lie side by side in every tensor; each attends to its own cache only.
+    GraphBuilder(const Model& model, std::vector<Sequence> sequences);
+
+    const Model& model;
+    std::vector<Sequence> sequences;
+    ggml_context_ptr context;
+    ggml_cgraph* graph;
+    ggml_tensor* positions = nullptr;  // I32 [n_tokens]
+
+    ggml_context* ctx() const { return context.get(); }
+
+    // Tensors made from here on belong to this part of the step, for profiles. `name` must be a literal.
+    void begin_part(const char* name) { parts.push_back({name, ggml_used_mem(ctx())}); }
+    const char* part_of(const ggml_tensor* tensor) const;
+
+    struct Part {
+        const char* name;
+        size_t begin;  // offset in the context's memory, in which tensors lie in the order of their making
+    };
+    std::vector<Part> parts;
+
+    ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr) const;  // weight null: none
+    ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down) const;
+    ggml_tensor* embed(ggml_tensor* ids) const;  // rows of the embedding times sqrt(d) -> [d, n_tokens]
+};
+
+// Writes the layer's keys and values of x [d, n_tokens] into the caches' rows behind what they hold.
+void store_keys_and_values(GraphBuilder& g, int32_t i_layer, ggml_tensor* x);
+
+// One layer, x [d, n_tokens] -> [d, n_tokens]; stores keys and values, then attends over what the caches'
+// ranges permit and, unless it is null, `causal`.
+ggml_tensor* apply_layer(GraphBuilder& g, int32_t i_layer, Mode mode, ggml_tensor* x, const Causal* causal);
+
+}  // namespace pydiffusion

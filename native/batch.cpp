@@ -1,0 +1,71 @@
+#include "batch.h"
+
+#include <chrono>
+
+#include "errors.h"
+
+namespace pydiffusion {
+
+namespace {
+
+void require_distinct(const std::vector<Session*>& sessions, const Model& model) {
+    for (size_t i = 0; i < sessions.size(); ++i) {
+        if (&sessions[i]->model() != &model) {
+            throw Error(ErrorKind::argument, format("session %zu belongs to another model", i));
+        }
+        if (std::find(sessions.begin(), sessions.begin() + i, sessions[i]) != sessions.begin() + i) {
+            throw Error(ErrorKind::argument, format("session %zu is in the batch twice", i));
+        }
+    }
+}
+
+}  // namespace
+
+Batch::Batch(std::shared_ptr<const Model> model)
+    : model_(std::move(model)),
+      denoiser_(*model_),
+      allocator_(ggml_gallocr_new(model_->engine.buffer_type())) {
+    if (!allocator_) throw Error(ErrorKind::out_of_memory, "no memory for a batch");
+}
+
+std::vector<Batch::Outcome> Batch::next_steps(const std::vector<Session*>& sessions,
+                                              const std::function<void(int32_t)>& between) {
+    require_distinct(sessions, *model_);
+    std::vector<Outcome> outcomes(sessions.size());
+    std::vector<std::unique_ptr<Session::Use>> uses(sessions.size());
+    std::vector<size_t> running;
+    std::vector<Denoiser::Lane> lanes;
+    const auto attempt = [&](size_t i, const auto& action) {
+        try {
+            action();
+        } catch (const Error&) {
+            outcomes[i].error = std::current_exception();
+            if (uses[i]) sessions[i]->abandon();
+        }
+    };
+    for (size_t i = 0; i < sessions.size(); ++i) {
+        attempt(i, [&] {
+            uses[i] = std::make_unique<Session::Use>(*sessions[i]);
+            if (!sessions[i]->begin_step(between)) return;
+            running.push_back(i);
+            lanes.push_back(sessions[i]->lane());
+        });
+    }
+    if (cancel_.exchange(false)) throw Error(ErrorKind::cancelled, "cancelled");
+    if (lanes.empty()) return outcomes;
+    const auto start = std::chrono::steady_clock::now();
+    try {
+        denoiser_.step(lanes, allocator_.get(), cancel_);
+    } catch (...) {
+        denoiser_.invalidate();
+        cancel_ = false;
+        throw;
+    }
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    for (const size_t i : running) {
+        attempt(i, [&] { sessions[i]->end_step(seconds, outcomes[i].result); });
+    }
+    return outcomes;
+}
+
+}  // namespace pydiffusion

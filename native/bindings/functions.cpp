@@ -1,0 +1,184 @@
+// Functions without a model: versions, quantization, the sampler.
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <cctype>
+#include <thread>
+
+#include "bindings.h"
+#include "errors.h"
+#include "ggml-cpu.h"
+#include "machine_rates.h"
+#include "quantize.h"
+#include "sampler.h"
+
+namespace pydiffusion {
+
+namespace {
+
+std::string upper(std::string name) {
+    std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::toupper(c); });
+    return name;
+}
+
+ggml_type type_by_name(const std::string& name) {
+    for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
+        const auto type = static_cast<ggml_type>(i);
+        if (ggml_blck_size(type) > 0 && upper(ggml_type_name(type)) == upper(name)) return type;
+    }
+    throw Error(ErrorKind::argument, quoted(name) + " is no tensor type");
+}
+
+nb::dict tensor_types() {
+    nb::dict types;
+    for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
+        const auto type = static_cast<ggml_type>(i);
+        if (ggml_blck_size(type) == 0) continue;
+        types[upper(ggml_type_name(type)).c_str()] =
+            nb::make_tuple(i, ggml_blck_size(type), ggml_type_size(type));
+    }
+    return types;
+}
+
+nb::object quantize(const Array2<float>& rows, const std::string& type_name, int n_threads,
+                    std::optional<Array1<float>> importance) {
+    const ggml_type type = type_by_name(type_name);
+    const size_t n_rows = rows.shape(0), n_per_row = rows.shape(1);
+    if (importance && importance->shape(0) != n_per_row) {
+        throw Error(ErrorKind::argument,
+                    format("importance has %zu entries for rows of %zu", importance->shape(0), n_per_row));
+    }
+    if (n_threads <= 0) n_threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    const size_t row_bytes = n_per_row % ggml_blck_size(type) == 0 ? ggml_row_size(type, n_per_row) : 0;
+    auto* out = new uint8_t[std::max<size_t>(1, n_rows * row_bytes)];
+    nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+    {
+        const WithoutGil release;
+        quantize_rows(type, rows.data(), n_rows, n_per_row, importance ? importance->data() : nullptr,
+                      n_threads, out);
+    }
+    return nb::cast(nb::ndarray<nb::numpy, uint8_t>(out, {n_rows, row_bytes}, owner));
+}
+
+nb::object dequantize(const Array2<uint8_t>& data, const std::string& type_name, int64_t n_per_row) {
+    const ggml_type type = type_by_name(type_name);
+    const size_t n_rows = data.shape(0);
+    if (n_per_row < 1 || n_per_row % ggml_blck_size(type) != 0 ||
+        ggml_row_size(type, n_per_row) != data.shape(1)) {
+        throw Error(ErrorKind::argument,
+                    format("rows of %zu bytes are no rows of %lld weights of type %s", data.shape(1),
+                           static_cast<long long>(n_per_row), ggml_type_name(type)));
+    }
+    auto* out = new float[std::max<size_t>(1, n_rows * n_per_row)];
+    nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+    {
+        const WithoutGil release;
+        dequantize_rows(type, data.data(), n_rows, n_per_row, out);
+    }
+    return nb::cast(nb::ndarray<nb::numpy, float>(out, {n_rows, static_cast<size_t>(n_per_row)}, owner));
+}
+
+nb::tuple measure(const Array2<float>& logits, float temperature, const Array1<float>& u) {
+    const size_t n = logits.shape(0), n_vocab = logits.shape(1);
+    if (u.shape(0) != n)
+        throw Error(ErrorKind::argument, format("u has %zu entries for %zu rows", u.shape(0), n));
+    if (n_vocab == 0) throw Error(ErrorKind::argument, "logits has no columns");
+    if (!(temperature > 0.0f)) throw Error(ErrorKind::argument, "temperature must be positive");
+    for (size_t i = 0; i < n; ++i) {
+        if (!(u.data()[i] >= 0.0f && u.data()[i] < 1.0f))
+            throw Error(ErrorKind::argument, "u must be in [0, 1)");
+    }
+    std::vector<int32_t> argmax(n), sampled(n);
+    std::vector<float> entropy(n);
+    for (size_t i = 0; i < n; ++i) {
+        const Measure m = measure_row(logits.data() + i * n_vocab, n_vocab, temperature, u.data()[i]);
+        argmax[i] = m.argmax;
+        sampled[i] = m.sampled;
+        entropy[i] = m.entropy;
+    }
+    return nb::make_tuple(to_numpy(argmax), to_numpy(entropy), to_numpy(sampled));
+}
+
+nb::object accept_mask(const Array1<float>& entropy, float bound) {
+    if (!(bound >= 0.0f))
+        throw Error(ErrorKind::argument, format("bound is %g; it must be at least 0", bound));
+    const std::vector<uint8_t> accepted = accept(entropy.data(), entropy.shape(0), bound);
+    bool* copy = new bool[accepted.size() + 1];
+    std::copy(accepted.begin(), accepted.end(), copy);
+    nb::capsule owner(copy, [](void* p) noexcept { delete[] static_cast<bool*>(p); });
+    return nb::cast(nb::ndarray<nb::numpy, bool>(copy, {accepted.size()}, owner));
+}
+
+nb::tuple random_draws(uint64_t seed, uint32_t canvas_index, uint32_t step, uint32_t n, int32_t n_vocab) {
+    if (n_vocab < 1) throw Error(ErrorKind::argument, "n_vocab must be at least 1");
+    std::vector<float> u(n);
+    std::vector<int32_t> tokens(n);
+    for (uint32_t i = 0; i < n; ++i) {
+        const Draw draw = random_draw(seed, canvas_index, step, i, n_vocab);
+        u[i] = draw.u;
+        tokens[i] = draw.token;
+    }
+    return nb::make_tuple(to_numpy(u), to_numpy(tokens));
+}
+
+// A benchmark may take seconds: without the GIL.
+double matrix_rate(int n_threads, const std::string& type_name) {
+    const ggml_type type = type_by_name(type_name);
+    const WithoutGil release;
+    return measure_matrix_rate(n_threads, type);
+}
+
+double read_rate(int n_threads) {
+    const WithoutGil release;
+    return measure_read_rate(n_threads);
+}
+
+nb::dict version() {
+    const std::pair<const char*, int> features[] = {
+        {"AVX", ggml_cpu_has_avx()},
+        {"AVX2", ggml_cpu_has_avx2()},
+        {"FMA", ggml_cpu_has_fma()},
+        {"F16C", ggml_cpu_has_f16c()},
+        {"AVX512", ggml_cpu_has_avx512()},
+        {"AVX512_VNNI", ggml_cpu_has_avx512_vnni()},
+        {"AVX512_BF16", ggml_cpu_has_avx512_bf16()},
+        {"AMX_INT8", ggml_cpu_has_amx_int8()},
+        {"NEON", ggml_cpu_has_neon()},
+        {"SVE", ggml_cpu_has_sve()},
+    };
+    std::string cpu;
+    for (const auto& [name, has] : features) {
+        if (has) cpu += (cpu.empty() ? "" : " ") + std::string(name);
+    }
+    nb::dict d;
+    d["ggml"] = ggml_version();
+    d["ggml_commit"] = ggml_commit();
+    d["cpu"] = cpu;
+    return d;
+}
+
+}  // namespace
+
+void bind_functions(nb::module_& m) {
+    m.def("version", version,
+          "Versions of what is linked in, and the instruction sets that it was built for.");
+    m.def("tensor_types", tensor_types, "Type name -> (ggml's number, weights per block, bytes per block).");
+    m.def("quantize_rows", quantize, nb::arg("rows").noconvert(), nb::arg("type"), nb::arg("n_threads") = 0,
+          nb::arg("importance").noconvert().none() = nb::none(),
+          "Rows (n_rows, n_per_row) float32 -> blocks (n_rows, bytes_per_row) uint8.");
+    m.def("dequantize_rows", dequantize, nb::arg("data").noconvert(), nb::arg("type"), nb::arg("n_per_row"),
+          "Blocks (n_rows, bytes_per_row) uint8 -> rows (n_rows, n_per_row) float32.");
+    m.def("measure_read_rate", read_rate, nb::arg("n_threads"), "Bytes per second read from memory.");
+    m.def("measure_matrix_rate", matrix_rate, nb::arg("n_threads"), nb::arg("type"),
+          "Operations per second of a 4096 x 4096 matrix of a tensor type times 256 columns.");
+    m.def("step_temperature", step_temperature, nb::arg("step"), nb::arg("steps"), nb::arg("t_min"),
+          nb::arg("t_max"));
+    m.def("measure", measure, nb::arg("logits").noconvert(), nb::arg("temperature"),
+          nb::arg("u").noconvert());
+    m.def("accept", accept_mask, nb::arg("entropy").noconvert(), nb::arg("bound"));
+    m.def("random_draws", random_draws, nb::arg("seed"), nb::arg("canvas_index"), nb::arg("step"),
+          nb::arg("n"), nb::arg("n_vocab"));
+}
+
+}  // namespace pydiffusion

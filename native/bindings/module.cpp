@@ -1,0 +1,14 @@
+#include "bindings.h"
+#include "errors.h"
+
+NB_MODULE(_native, m) {
+    m.doc() =
+        "The native runtime: GGUF files, models, sessions, sampler, quantization. Private; use pydiffusion.";
+    pydiffusion::install_ggml_handlers();
+    pydiffusion::watch_for_the_end();
+    pydiffusion::bind_errors(m);
+    pydiffusion::bind_file(m);
+    pydiffusion::bind_session(m);
+    pydiffusion::bind_batch(m);
+    pydiffusion::bind_functions(m);
+}

@@ -1,0 +1,385 @@
+#include "session.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings.h"
+#include "errors.h"
+#include "session_types.h"
+
+namespace pydiffusion {
+
+namespace {
+
+PyModel load_model(const std::string& path, int n_threads, const std::string& kv_type,
+                   const nb::object& progress) {
+    if (n_threads < 1 || n_threads > 512) throw Error(ErrorKind::argument, "n_threads must be 1 to 512");
+    if (kv_type != "auto" && kv_type != "f32" && kv_type != "f16") {
+        throw Error(ErrorKind::argument, "kv_type must be 'auto', 'f32' or 'f16', not " + quoted(kv_type));
+    }
+    const bool report = !progress.is_none();
+    const auto read_ahead = [&](double share) {
+        const WithGil gil;
+        if (PyErr_CheckSignals() != 0) throw nb::python_error();
+        if (report) progress(share);
+    };
+    const WithoutGil release;
+    PyModel result;
+    result.model = std::make_shared<Model>(std::make_shared<File>(path), n_threads, read_ahead);
+    // An F32 file is asked for exactness: its keys and values stay exact too.
+    const bool exact = kv_type == "f32" || (kv_type == "auto" && result.model->weights.all_f32);
+    result.kv_type = exact ? GGML_TYPE_F32 : GGML_TYPE_F16;
+    return result;
+}
+
+nb::dict hparams_dict(const Hyperparameters& hp) {
+    nb::dict d;
+    d["n_layer"] = hp.n_layer;
+    d["n_ctx_train"] = hp.n_ctx_train;
+    d["n_embd"] = hp.n_embd;
+    d["n_vocab"] = hp.n_vocab;
+    d["n_ff"] = hp.n_ff;
+    d["n_ff_expert"] = hp.n_ff_expert;
+    d["n_expert"] = hp.n_expert;
+    d["n_expert_used"] = hp.n_expert_used;
+    d["n_head"] = hp.n_head;
+    d["window"] = hp.window;
+    d["canvas_length"] = hp.canvas_length;
+    d["rms_eps"] = hp.rms_eps;
+    d["soft_cap"] = hp.soft_cap;
+    d["rope_base"] = hp.rope_base;
+    d["rope_base_swa"] = hp.rope_base_swa;
+    nb::list sliding, head_dim, n_head_kv;
+    for (const LayerShape& shape : hp.layers) {
+        sliding.append(shape.sliding);
+        head_dim.append(shape.head_dim);
+        n_head_kv.append(shape.n_head_kv);
+    }
+    d["sliding"] = sliding;
+    d["head_dim"] = head_dim;
+    d["n_head_kv"] = n_head_kv;
+    d["steps"] = hp.sampler.steps;
+    d["t_min"] = hp.sampler.t_min;
+    d["t_max"] = hp.sampler.t_max;
+    d["entropy_bound"] = hp.sampler.entropy_bound;
+    d["stability_threshold"] = hp.sampler.stability_threshold;
+    d["confidence_threshold"] = hp.sampler.confidence_threshold;
+    return d;
+}
+
+nb::dict description(const PyModel& m) {
+    nb::dict types;
+    for (const auto& [type, n_bytes] : m.model->weights.bytes_by_type) {
+        std::string name = ggml_type_name(type);
+        for (char& c : name) c = static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
+        types[name.c_str()] = n_bytes;
+    }
+    nb::dict d;
+    d["backend"] = m.model->engine.name();
+    d["n_threads"] = m.model->engine.n_threads();
+    d["kv_type"] = ggml_type_name(m.kv_type);
+    d["weight_types"] = types;
+    d["n_weights"] = m.model->weights.n_weights;
+    d["n_bytes"] = m.model->file->n_bytes();
+    return d;
+}
+
+// Calls `progress(done, total)` after each chunk of a prompt, and lets Ctrl-C through.
+std::function<void(int32_t)> between_chunks(const nb::object& progress, size_t total) {
+    return [&progress, total](int32_t done) {
+        const WithGil gil;
+        if (PyErr_CheckSignals() != 0) throw nb::python_error();
+        if (!progress.is_none()) progress(done, total);
+    };
+}
+
+void ignore_chunks(int32_t) { check_signals(); }
+
+nb::object encode(Session& session, const Array1<int32_t>& ids, bool return_hidden,
+                  const nb::object& progress) {
+    const std::vector<int32_t> tokens = to_vector(ids);
+    std::vector<float> hidden;
+    {
+        const WithoutGil release;
+        const Session::Use use(session);
+        session.encode(tokens, between_chunks(progress, tokens.size()), return_hidden ? &hidden : nullptr);
+    }
+    if (!return_hidden) return nb::none();
+    const size_t d = session.model().hparams.n_embd;
+    return to_numpy(hidden.data(), {hidden.size() / d, d});
+}
+
+// Per layer the rows of k and of v as uint8 (n_rows, row_bytes); copies.
+nb::list cache_rows(Session& session) {
+    const Session::Use use(session);
+    const KvCache& cache = session.cache();
+    nb::list layers;
+    for (int32_t i = 0; i < session.model().hparams.n_layer; ++i) {
+        const bool sliding = session.model().hparams.layers[i].sliding;
+        const size_t n_rows = cache.n_past() - (sliding ? cache.first_kept() : 0),
+                     row_bytes = cache.row_bytes(i);
+        layers.append(nb::make_tuple(to_numpy(cache.rows(i, false), {n_rows, row_bytes}),
+                                     to_numpy(cache.rows(i, true), {n_rows, row_bytes})));
+    }
+    return layers;
+}
+
+void restore(Session& session, const Array1<int32_t>& tokens,
+             const std::vector<std::pair<Array2<uint8_t>, Array2<uint8_t>>>& layers) {
+    const Session::Use use(session);
+    const Hyperparameters& hp = session.model().hparams;
+    if (layers.size() != hp.layers.size()) {
+        throw Error(ErrorKind::argument, format("the saved session has %zu layers; this model has %zu",
+                                                layers.size(), hp.layers.size()));
+    }
+    const size_t n = tokens.shape(0);
+    std::vector<std::pair<const uint8_t*, const uint8_t*>> rows;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const size_t n_rows = hp.layers[i].sliding ? std::min<size_t>(n, hp.window - 1) : n;
+        for (const Array2<uint8_t>* array : {&layers[i].first, &layers[i].second}) {
+            if (array->shape(0) != n_rows || array->shape(1) != session.cache().row_bytes(i)) {
+                throw Error(
+                    ErrorKind::argument,
+                    format("the saved session's layer %zu has %zu rows of %zu bytes; this one needs %zu of "
+                           "%zu: another model or cache type",
+                           i, array->shape(0), array->shape(1), n_rows, session.cache().row_bytes(i)));
+            }
+        }
+        rows.emplace_back(layers[i].first.data(), layers[i].second.data());
+    }
+    session.restore(to_vector(tokens), rows);
+}
+
+void truncate(Session& session, int32_t n) {
+    const WithoutGil release;
+    const Session::Use use(session);
+    session.truncate(n, ignore_chunks);
+}
+
+nb::object denoise(Session& session, const Array1<int32_t>& canvas,
+                   std::optional<Array2<float>> conditioning) {
+    const Hyperparameters& hp = session.model().hparams;
+    const size_t n = hp.canvas_length, n_vocab = hp.n_vocab;
+    if (conditioning && (conditioning->shape(0) != n || conditioning->shape(1) != n_vocab)) {
+        throw Error(ErrorKind::argument,
+                    format("self_conditioning has the shape (%zu, %zu); it must be (%zu, %zu)",
+                           conditioning->shape(0), conditioning->shape(1), n, n_vocab));
+    }
+    const std::vector<int32_t> tokens = to_vector(canvas);
+    std::vector<float> logits(n * n_vocab);
+    {
+        const WithoutGil release;
+        const Session::Use use(session);
+        const float* result = session.denoise(tokens, conditioning ? conditioning->data() : nullptr);
+        std::copy_n(result, n * n_vocab, logits.data());
+    }
+    return to_numpy(logits.data(), {n, n_vocab});
+}
+
+nb::dict statistics(Session& session) {
+    const Session::Use use(session);
+    nb::dict result;
+    if (!session.statistics()) return result;
+    for (const auto& [name, s] : session.statistics()->by_weight()) {
+        const size_t n_columns = s.n_columns;
+        result[name.c_str()] =
+            nb::make_tuple(to_numpy(s.sums.data(), {s.counts.size(), n_columns}), to_numpy(s.counts));
+    }
+    return result;
+}
+
+nb::dict step_ops(const Session& session) {
+    nb::dict ops;
+    for (const auto& [name, count] : session.step_ops()) ops[name.c_str()] = count;
+    return ops;
+}
+
+nb::dict profile_step(Session& session, bool by_operation) {
+    std::map<std::string, Denoiser::PartCost> costs;
+    {
+        const WithoutGil release;
+        const Session::Use use(session);
+        costs = session.profile_step(by_operation);
+    }
+    nb::dict result;
+    for (const auto& [part, cost] : costs) {
+        result[part.c_str()] = nb::make_tuple(cost.seconds, cost.operations, cost.bytes);
+    }
+    return result;
+}
+
+nb::object next_step(Session& session) {
+    StepResult result;
+    {
+        const WithoutGil release;
+        const Session::Use use(session);
+        if (!session.next_step(result, ignore_chunks)) return nb::none();
+    }
+    return nb::cast(std::move(result));
+}
+
+nb::object impose(Session& session, const Array1<int32_t>& tokens) {
+    StepResult result;
+    const std::vector<int32_t> chosen = to_vector(tokens);
+    {
+        const WithoutGil release;
+        const Session::Use use(session);
+        session.impose(chosen, result);
+    }
+    return nb::cast(std::move(result));
+}
+
+nb::tuple candidates(Session& session, int32_t k, const Array1<int32_t>& extra) {
+    Session::Candidates found;
+    const std::vector<int32_t> also = to_vector(extra);
+    {
+        const WithoutGil release;
+        const Session::Use use(session);
+        found = session.candidates(k, also);
+    }
+    const size_t n = found.tokens.size() / static_cast<size_t>(k);
+    return nb::make_tuple(to_numpy(found.tokens.data(), {n, static_cast<size_t>(k)}),
+                          to_numpy(found.logits.data(), {n, static_cast<size_t>(k)}),
+                          to_numpy(found.extra.data(), {n, also.size()}));
+}
+
+const char* finish_name(Finish finish) {
+    switch (finish) {
+        case Finish::eos:
+            return "eos";
+        case Finish::length:
+            return "length";
+        case Finish::context:
+            return "context";
+        case Finish::none:
+            break;
+    }
+    return "";
+}
+
+nb::object to_bools(const std::vector<uint8_t>& flags) {
+    bool* copy = new bool[flags.size()];
+    std::copy(flags.begin(), flags.end(), copy);
+    nb::capsule owner(copy, [](void* p) noexcept { delete[] static_cast<bool*>(p); });
+    return nb::cast(nb::ndarray<nb::numpy, bool>(copy, {flags.size()}, owner));
+}
+
+void bind_model(nb::module_& m) {
+    nb::class_<PyModel>(m, "Model", "Weights and hyperparameters; immutable, shared by sessions and threads.")
+        .def(
+            "__init__",
+            [](PyModel* self, const std::string& path, int n_threads, const std::string& kv_type,
+               const nb::object& progress) {
+                new (self) PyModel(load_model(path, n_threads, kv_type, progress));
+            },
+            nb::arg("path"), nb::arg("n_threads"), nb::arg("kv_type") = "auto",
+            nb::arg("progress") = nb::none())
+        .def_prop_ro("file", [](const PyModel& m) { return std::const_pointer_cast<File>(m.model->file); })
+        .def_prop_ro("hparams", [](const PyModel& m) { return hparams_dict(m.model->hparams); })
+        .def_prop_ro("description", description)
+        .def_prop_ro("n_vocab", [](const PyModel& m) { return m.model->hparams.n_vocab; })
+        .def_prop_ro("canvas_length", [](const PyModel& m) { return m.model->hparams.canvas_length; })
+        .def_prop_ro("n_ctx_train", [](const PyModel& m) { return m.model->hparams.n_ctx_train; })
+        .def_prop_ro("n_threads", [](const PyModel& m) { return m.model->engine.n_threads(); });
+}
+
+void bind_step(nb::module_& m) {
+    nb::class_<StepResult>(m, "Step",
+                           "What one denoising step did; arrays have one entry per canvas position.")
+        .def_ro("canvas_index", &StepResult::canvas_index)
+        .def_ro("step", &StepResult::step, "Counts down from the number of steps to 1.")
+        .def_prop_ro(
+            "draft", [](const StepResult& s) { return to_numpy(s.draft); }, "argmax, int32")
+        .def_prop_ro(
+            "canvas", [](const StepResult& s) { return to_numpy(s.canvas); }, "input of the next step, int32")
+        .def_prop_ro(
+            "entropy", [](const StepResult& s) { return to_numpy(s.entropy); }, "nats, float32")
+        .def_prop_ro(
+            "accepted", [](const StepResult& s) { return to_bools(s.accepted); }, "bool")
+        .def_ro("canvas_done", &StepResult::canvas_done)
+        .def_prop_ro(
+            "tokens", [](const StepResult& s) { return to_numpy(s.tokens); },
+            "When canvas_done: the canvas cut before the first eos and at max_tokens, int32; else empty.")
+        .def_prop_ro("finish", [](const StepResult& s) { return finish_name(s.finish); })
+        .def_prop_ro("timings", [](const StepResult& s) {
+            nb::dict d;
+            d["encode"] = s.encode_seconds;
+            d["denoise"] = s.denoise_seconds;
+            return d;
+        });
+}
+
+}  // namespace
+
+void bind_session(nb::module_& m) {
+    bind_model(m);
+    bind_step(m);
+    nb::class_<Session>(m, "Session", "One conversation on a model. Use it from one thread at a time.")
+        .def(
+            "__init__",
+            [](Session* self, const PyModel& model, int32_t n_ctx) {
+                new (self) Session(model.model, n_ctx, model.kv_type);
+            },
+            nb::arg("model"), nb::arg("n_ctx"))
+        .def_prop_ro("n_past", &Session::n_past)
+        .def_prop_ro("n_ctx", &Session::n_ctx)
+        .def_prop_ro("cache_bytes", &Session::cache_bytes)
+        .def(
+            "collect_statistics",
+            [](Session& session, bool on) {
+                const Session::Use use(session);
+                session.collect_statistics(on);
+            },
+            nb::arg("on"),
+            "Begin anew, or end, the statistics of activations of all that is encoded and denoised.")
+        .def(
+            "statistics", statistics,
+            "Weight's name -> (sums of squares (n_matrices, n_columns) float64, counts (n_matrices,) int64).")
+        .def_prop_ro("tokens", [](const Session& s) { return to_numpy(s.tokens()); })
+        .def_prop_ro(
+            "step_ops", step_ops,
+            "What the last denoising step ran: ggml's operation name -> how many nodes of the graph.")
+        .def("profile_step", profile_step, nb::arg("by_operation") = false,
+             "Run the last step's graph again, part by part: name -> (seconds, operations, bytes read).")
+        .def("encode", encode, nb::arg("ids").noconvert(), nb::arg("return_hidden") = false,
+             nb::arg("progress") = nb::none())
+        .def_prop_ro("n_encoded", &Session::n_encoded, "Tokens put through the encoder so far.")
+        .def("cache_rows", cache_rows, "Per layer (k, v), uint8 (n_rows, row_bytes): what a copy needs.")
+        .def("restore", restore, nb::arg("tokens").noconvert(), nb::arg("layers"),
+             "Take over the tokens and cache_rows() of another session of the same model and cache type.")
+        .def("truncate", truncate, nb::arg("n"))
+        .def("denoise", denoise, nb::arg("canvas").noconvert(),
+             nb::arg("self_conditioning").noconvert().none())
+        .def(
+            "begin",
+            [](Session& session, int32_t max_tokens, int32_t steps, float t_min, float t_max,
+               float entropy_bound, int32_t stability_threshold, float confidence_threshold, uint64_t seed,
+               std::vector<int32_t> eos, const std::optional<Array1<int32_t>>& canvas,
+               const std::optional<Array1<uint8_t>>& hold, float dropped_mass, int32_t canvas_length,
+               bool guided) {
+                const Session::Use use(session);
+                session.begin({max_tokens, steps, t_min, t_max, entropy_bound, stability_threshold,
+                               confidence_threshold, seed, std::move(eos),
+                               canvas ? to_vector(*canvas) : std::vector<int32_t>(),
+                               hold ? to_vector(*hold) : std::vector<uint8_t>(), dropped_mass, canvas_length,
+                               guided});
+            },
+            nb::kw_only(), nb::arg("max_tokens"), nb::arg("steps"), nb::arg("t_min"), nb::arg("t_max"),
+            nb::arg("entropy_bound"), nb::arg("stability_threshold"), nb::arg("confidence_threshold"),
+            nb::arg("seed"), nb::arg("eos"), nb::arg("canvas").noconvert() = nb::none(),
+            nb::arg("hold").noconvert() = nb::none(), nb::arg("dropped_mass") = 0.0f,
+            nb::arg("canvas_length") = 0, nb::arg("guided") = false)
+        .def("next_step", next_step, "One denoising step of the generation begun; None after its end.")
+        .def("impose", impose, nb::arg("tokens").noconvert(),
+             "The second half of a guided step: its draft, and what the accepted positions take.")
+        .def("candidates", candidates, nb::arg("k"), nb::arg("extra").noconvert(),
+             "Between the halves: the k likeliest tokens of each position (canvas_length, k), their logits, "
+             "and the logits of the extra tokens (canvas_length, n_extra).")
+        .def("cancel", &Session::cancel,
+             "From any thread: the running or the next call raises GenerationCancelled.");
+}
+
+}  // namespace pydiffusion

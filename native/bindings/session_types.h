@@ -1,0 +1,16 @@
+// What the bindings of sessions and of batches share.
+#pragma once
+
+#include <memory>
+
+#include "session.h"
+
+namespace pydiffusion {
+
+// What Python holds: the model and the cache type that its sessions get.
+struct PyModel {
+    std::shared_ptr<const Model> model;
+    ggml_type kv_type;
+};
+
+}  // namespace pydiffusion

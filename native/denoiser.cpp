@@ -1,0 +1,196 @@
+#include "denoiser.h"
+
+#include <chrono>
+#include <cmath>
+
+#include "errors.h"
+
+namespace pydiffusion {
+
+namespace {
+
+// ggml's name of an operation, our own's own.
+const char* operation_name(const ggml_tensor* node) {
+    return node->op == GGML_OP_CUSTOM ? node->name : ggml_op_name(node->op);
+}
+
+}  // namespace
+
+CanvasState::CanvasState(const Model& model) {
+    const Hyperparameters& hp = model.hparams;
+    const ggml_init_params params = {2 * ggml_tensor_overhead(), nullptr, true};
+    context_.reset(ggml_init(params));
+    if (!context_) throw Error(ErrorKind::out_of_memory, "no memory for the logits' description");
+    logits_ = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, hp.n_vocab, hp.canvas_length);
+    buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(context_.get(), model.engine.buffer_type()));
+    if (!buffer_) {
+        throw Error(ErrorKind::out_of_memory, format("no memory for the logits of a canvas (%.1f MB)",
+                                                     static_cast<double>(ggml_nbytes(logits_)) / 1e6));
+    }
+    step_.soft_cap = hp.soft_cap;
+    step_.embedding_scale = std::sqrt(static_cast<float>(hp.n_embd));
+    step_.u.assign(hp.canvas_length, 0.0f);
+    step_.measures.resize(hp.canvas_length);
+}
+
+void CanvasState::require_finite(size_t n) const {
+    for (size_t i = 0; i < n; ++i) {
+        if (std::isnan(step_.measures[i].entropy)) {
+            throw Error(
+                ErrorKind::general,
+                format("the logits of canvas position %zu are NaN or infinite: the model's weights, or the "
+                       "self-conditioning logits, are not finite",
+                       i));
+        }
+    }
+}
+
+// What the layers begin with: embedded tokens plus the soft embedding of the step before, lane by lane.
+ggml_tensor* Denoiser::embed_lanes(GraphBuilder& g, const std::vector<Lane>& lanes) {
+    const Weights& w = model_.weights;
+    g.begin_part("self-conditioning");
+    ggml_tensor* soft = nullptr;
+    for (const Lane& lane : lanes) {
+        StepState* state = &lane.state->step_;
+        ggml_tensor* logits = lane.state->logits_;
+        logits = ggml_view_2d(g.ctx(), logits, logits->ne[0], lane.n_tokens(), logits->nb[1], 0);
+        ggml_tensor* probabilities = soft_probabilities(g.ctx(), logits, state);
+        ggml_tensor* one = soft_embedding(g.ctx(), probabilities, w.token_embd, state);
+        soft = soft ? ggml_concat(g.ctx(), soft, one, 1) : one;
+    }
+    ggml_tensor* s =
+        g.mlp(g.rms_norm(soft, w.self_cond_pre_norm), w.self_cond_gate, w.self_cond_up, w.self_cond_down);
+    g.begin_part("embedding");
+    return g.rms_norm(ggml_add(g.ctx(), g.embed(canvas_), s));
+}
+
+// The head writes straight into the lane's own logits, whose old content the step has consumed by then.
+void Denoiser::finish_lane(GraphBuilder& g, CanvasState& state, ggml_tensor* x) {
+    g.begin_part("head");
+    ggml_tensor* head = ggml_mul_mat(g.ctx(), model_.weights.output, x);
+    ggml_backend_tensor_alloc(state.buffer_.get(), head, state.logits_->data);
+    g.begin_part("sampler");
+    ggml_build_forward_expand(g.graph, cap_and_measure(g.ctx(), head, &state.step_));
+}
+
+void Denoiser::build(const std::vector<Lane>& lanes, ggml_gallocr_t allocator) {
+    const Hyperparameters& hp = model_.hparams;
+    int64_t n_tokens = 0;
+    std::vector<Sequence> sequences;
+    for (const Lane& lane : lanes) {
+        sequences.push_back({lane.cache, lane.n_tokens()});
+        n_tokens += lane.n_tokens();
+    }
+    built_ = std::make_unique<GraphBuilder>(model_, std::move(sequences));
+    GraphBuilder& g = *built_;
+    canvas_ = ggml_new_tensor_1d(g.ctx(), GGML_TYPE_I32, n_tokens);
+    g.positions = ggml_new_tensor_1d(g.ctx(), GGML_TYPE_I32, n_tokens);
+    for (ggml_tensor* input : {canvas_, g.positions}) {
+        ggml_set_input(input);
+        ggml_set_output(input);  // else their memory is used again once they have been read
+    }
+    ggml_tensor* x = embed_lanes(g, lanes);
+    for (int32_t i = 0; i < hp.n_layer; ++i) x = apply_layer(g, i, Mode::decoder, x, nullptr);
+    g.begin_part("head");
+    x = g.rms_norm(x, model_.weights.output_norm);
+    int64_t first = 0;
+    for (const Lane& lane : lanes) {
+        const int64_t n = lane.n_tokens();
+        finish_lane(g, *lane.state, ggml_view_2d(g.ctx(), x, x->ne[0], n, x->nb[1], first * x->nb[1]));
+        first += n;
+    }
+    if (statistics_) Statistics::keep_inputs(g.graph);
+    if (!ggml_gallocr_alloc_graph(allocator, g.graph)) {
+        throw Error(ErrorKind::out_of_memory, "no memory for the buffers of a denoising step");
+    }
+}
+
+std::map<std::string, int> Denoiser::ops() const {
+    std::map<std::string, int> counts;
+    for (int i = 0; built_ && i < ggml_graph_n_nodes(built_->graph); ++i) {
+        counts[operation_name(ggml_graph_node(built_->graph, i))] += 1;
+    }
+    return counts;
+}
+
+namespace {
+
+void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
+    const ggml_tensor *a = node->src[0], *b = node->src[1];
+    switch (node->op) {
+        case GGML_OP_MUL_MAT:
+        case GGML_OP_MUL_MAT_ID:
+            cost.operations +=
+                2.0 * static_cast<double>(a->ne[0]) * static_cast<double>(ggml_nelements(node));
+            cost.bytes += static_cast<double>(ggml_nbytes(a));
+            break;
+        case GGML_OP_CUSTOM:
+            if (node->name == std::string("attend")) {  // queries times keys, and weights times values
+                cost.operations +=
+                    4.0 * static_cast<double>(ggml_nelements(a)) * static_cast<double>(b->ne[1]);
+                cost.bytes += 2.0 * static_cast<double>(ggml_nelements(b) / ggml_blck_size(b->type)) *
+                              static_cast<double>(ggml_type_size(b->type));
+            } else if (node->name == std::string("soft_embedding")) {  // dense
+                cost.operations +=
+                    2.0 * static_cast<double>(b->ne[1]) * static_cast<double>(ggml_nelements(node));
+                cost.bytes += static_cast<double>(ggml_nbytes(b));
+            }
+            break;
+        default:
+            break;
+    }
+}
+
+}  // namespace
+
+std::map<std::string, Denoiser::PartCost> Denoiser::profile(const std::atomic<bool>& cancel,
+                                                            bool by_operation) {
+    if (!built_ || built_for_.empty())
+        throw Error(ErrorKind::argument, "there is no step to profile: run one first");
+    std::map<std::string, PartCost> costs;
+    const int n_nodes = ggml_graph_n_nodes(built_->graph);
+    const auto part_of = [&](const ggml_tensor* node) {
+        return std::string(by_operation ? operation_name(node) : built_->part_of(node));
+    };
+    const GraphBuilder pieces(model_, built_->sequences);  // for its room for nodes
+    for (int i = 0; i < n_nodes;) {
+        const std::string part = part_of(ggml_graph_node(built_->graph, i));
+        PartCost& cost = costs[part];
+        ggml_graph_clear(pieces.graph);
+        for (; i < n_nodes && part == part_of(ggml_graph_node(built_->graph, i)); ++i) {
+            count_work(ggml_graph_node(built_->graph, i), cost);
+            ggml_graph_add_node(pieces.graph, ggml_graph_node(built_->graph, i));
+        }
+        const auto start = std::chrono::steady_clock::now();
+        model_.engine.compute(pieces.graph, cancel);
+        cost.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
+    return costs;
+}
+
+void Denoiser::step(const std::vector<Lane>& lanes, ggml_gallocr_t allocator,
+                    const std::atomic<bool>& cancel) {
+    const auto versions = [&] {
+        std::vector<std::pair<uint64_t, int64_t>> result;
+        for (const Lane& lane : lanes) result.emplace_back(lane.cache->version(), lane.n_tokens());
+        return result;
+    };
+    if (built_for_ != versions()) {
+        invalidate();
+        for (const Lane& lane : lanes) lane.cache->prepare(static_cast<int32_t>(lane.n_tokens()));
+        build(lanes, allocator);
+        built_for_ = versions();
+    }
+    std::vector<int32_t> tokens, positions;
+    for (const Lane& lane : lanes) {
+        tokens.insert(tokens.end(), lane.canvas->begin(), lane.canvas->end());
+        for (int32_t i = 0; i < lane.n_tokens(); ++i) positions.push_back(lane.cache->n_past() + i);
+    }
+    ggml_backend_tensor_set(canvas_, tokens.data(), 0, tokens.size() * sizeof(int32_t));
+    ggml_backend_tensor_set(built_->positions, positions.data(), 0, positions.size() * sizeof(int32_t));
+    model_.file->require_whole();
+    model_.engine.compute(built_->graph, cancel);
+    if (statistics_) statistics_->add(built_->graph);
+}
+
+}  // namespace pydiffusion

@@ -1,0 +1,91 @@
+// Bidirectional mode: one denoising step over one canvas or several, reading the caches and never adding to
+// them.
+#pragma once
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "backbone.h"
+#include "ggml-alloc.h"
+#include "self_conditioning.h"
+#include "statistics.h"
+
+namespace pydiffusion {
+
+// What a canvas takes into a step and gets out of it. Its logits condition the next step.
+class CanvasState {
+  public:
+    explicit CanvasState(const Model& model);
+
+    // Logits of the last step, soft-capped, position by position: n_vocab floats each. The next step
+    // overwrites them.
+    float* logits() { return static_cast<float*>(logits_->data); }
+    StepState& step() { return step_; }
+
+    // Throws Error(general) when the last step's logits of the first n positions are not finite.
+    void require_finite(size_t n) const;
+
+  private:
+    friend class Denoiser;
+
+    StepState step_;
+    ggml_context_ptr context_;
+    ggml_backend_buffer_ptr buffer_;
+    ggml_tensor* logits_ = nullptr;  // F32 [n_vocab, canvas_length]
+};
+
+class Denoiser {
+  public:
+    explicit Denoiser(const Model& model) : model_(model) {}
+
+    struct Lane {
+        CanvasState* state;  // its step() holds what goes in, and afterwards the measures
+        KvCache* cache;
+        const std::vector<int32_t>* canvas;  // at the positions behind the cache, canvas_length at most
+
+        int64_t n_tokens() const { return static_cast<int64_t>(canvas->size()); }
+    };
+
+    // Runs one step on every lane's canvas, all in one graph. The graph stays for the next step on the same
+    // lanes in the same order.
+    void step(const std::vector<Lane>& lanes, ggml_gallocr_t allocator, const std::atomic<bool>& cancel);
+
+    // Runs the step just done once more, part by part, and tells what each took. The logits are spoiled by
+    // it. With by_operation the parts are the names of ops().
+    struct PartCost {
+        double seconds = 0.0;
+        double operations = 0.0;  // multiplications and additions of matrix products and attention
+        double bytes = 0.0;       // of weights, keys and values read
+    };
+    std::map<std::string, PartCost> profile(const std::atomic<bool>& cancel, bool by_operation);
+
+    // To be called when the allocator served another graph: the next step builds anew.
+    void invalidate() { built_for_.clear(); }
+
+    // Adds the activations of every step from now on, until called with null.
+    void observe(Statistics* statistics) {
+        statistics_ = statistics;
+        invalidate();
+    }
+
+    // Nodes of the graph last built, counted by ggml's names of their operations, our own by theirs; empty
+    // before the first step.
+    std::map<std::string, int> ops() const;
+
+  private:
+    void build(const std::vector<Lane>& lanes, ggml_gallocr_t allocator);
+    ggml_tensor* embed_lanes(GraphBuilder& g, const std::vector<Lane>& lanes);
+    void finish_lane(GraphBuilder& g, CanvasState& state, ggml_tensor* x);
+
+    const Model& model_;
+    Statistics* statistics_ = nullptr;
+    std::unique_ptr<GraphBuilder> built_;
+    std::vector<std::pair<uint64_t, int64_t>> built_for_;  // the lanes' cache versions and canvas lengths
+    ggml_tensor* canvas_ = nullptr;
+};
+
+}  // namespace pydiffusion

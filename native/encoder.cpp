@@ -1,0 +1,75 @@
+#include "encoder.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "errors.h"
+
+namespace pydiffusion {
+
+namespace {
+
+void encode_chunk(const Model& model, KvCache& cache, ggml_gallocr_t allocator, const int32_t* ids,
+                  int32_t n_tokens, const std::atomic<bool>& cancel, std::vector<float>* hidden,
+                  Statistics* statistics) {
+    const Hyperparameters& hp = model.hparams;
+    cache.prepare(n_tokens);
+    GraphBuilder g(model, {{&cache, n_tokens}});
+    ggml_tensor* tokens = ggml_new_tensor_1d(g.ctx(), GGML_TYPE_I32, n_tokens);
+    g.positions = ggml_new_tensor_1d(g.ctx(), GGML_TYPE_I32, n_tokens);
+    ggml_set_input(tokens);
+    ggml_set_input(g.positions);
+    Causal causal[2];  // of full layers, of sliding ones
+
+    ggml_tensor* x = g.embed(tokens);
+    for (int32_t i = 0; i < hp.n_layer; ++i) {
+        const bool sliding = hp.layers[i].sliding;
+        causal[sliding] = {cache.range(i).first_position, cache.n_past(),
+                           sliding ? hp.window : std::numeric_limits<int32_t>::max()};
+        // Nothing but the cache is wanted of the last layer, unless the hidden state is.
+        if (i + 1 == hp.n_layer && !hidden) {
+            store_keys_and_values(g, i, x);
+        } else {
+            x = apply_layer(g, i, Mode::encoder, x, &causal[sliding]);
+        }
+    }
+    if (hidden) {
+        x = g.rms_norm(x, model.weights.output_norm);
+        ggml_set_output(x);
+        ggml_build_forward_expand(g.graph, x);
+    }
+    if (statistics) Statistics::keep_inputs(g.graph);
+    if (!ggml_gallocr_alloc_graph(allocator, g.graph)) {
+        throw Error(ErrorKind::out_of_memory, "no memory for encoding a chunk of the prompt");
+    }
+
+    ggml_backend_tensor_set(tokens, ids, 0, n_tokens * sizeof(int32_t));
+    std::vector<int32_t> positions(n_tokens);
+    for (int32_t i = 0; i < n_tokens; ++i) positions[i] = cache.n_past() + i;
+    ggml_backend_tensor_set(g.positions, positions.data(), 0, n_tokens * sizeof(int32_t));
+    model.file->require_whole();
+    model.engine.compute(g.graph, cancel);
+    if (statistics) statistics->add(g.graph);
+    cache.advance(n_tokens);
+    if (hidden) {
+        const size_t n = ggml_nelements(x);
+        hidden->resize(hidden->size() + n);
+        ggml_backend_tensor_get(x, hidden->data() + hidden->size() - n, 0, n * sizeof(float));
+    }
+}
+
+}  // namespace
+
+void encode(const Model& model, KvCache& cache, ggml_gallocr_t allocator, const std::vector<int32_t>& ids,
+            const std::atomic<bool>& cancel, const std::function<void(int32_t)>& between,
+            std::vector<float>* hidden, Statistics* statistics) {
+    const int32_t n = static_cast<int32_t>(ids.size());
+    for (int32_t done = 0; done < n;) {
+        const int32_t n_tokens = std::min(kEncodeChunk, n - done);
+        encode_chunk(model, cache, allocator, ids.data() + done, n_tokens, cancel, hidden, statistics);
+        done += n_tokens;
+        between(done);
+    }
+}
+
+}  // namespace pydiffusion

@@ -1,0 +1,14 @@
+// What this machine can do at best, measured: the figures that a benchmark's results stand beside.
+#pragma once
+
+#include "engine.h"
+
+namespace pydiffusion {
+
+// Bytes per second that the threads together read from memory (256 MB, best of three).
+double measure_read_rate(int n_threads);
+
+// Operations per second of ggml's product of a 4096 x 4096 matrix of `type` with 256 columns (best of three).
+double measure_matrix_rate(int n_threads, ggml_type type);
+
+}  // namespace pydiffusion

@@ -1,0 +1,41 @@
+// Graph nodes of our own, for what ggml's CPU backend has not, or only through 16-bit tables.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ggml.h"
+#include "sampler.h"
+
+namespace pydiffusion {
+
+// gelu_tanh(gate) * up, elementwise; same shape, rows contiguous. Exact to float rounding, where ggml's CPU
+// GELU goes through a float16 table.
+ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up);
+
+// The indices of the k largest entries of each row of values [n, n_rows], best first -> I32 [k, n_rows]. Of
+// equal entries the first comes first; NaN counts as least. (ggml sorts with a comparison that NaN breaks,
+// and then reads and writes beyond the row.)
+ggml_tensor* best_rows(ggml_context* ctx, ggml_tensor* values, int64_t k);
+
+// sum over i of weights[i, t] * x[:, i, t], x [d, n, n_tokens] and weights [n, n_tokens] -> [d, n_tokens]
+ggml_tensor* weighted_sum(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weights);
+
+// What one denoising step takes in and gives out beside the logits; owned by the denoiser, so that a graph
+// built once serves all steps.
+struct StepState {
+    bool self_conditioning = false;     // else the soft embedding is 0
+    float previous_temperature = 1.0f;  // of the logits that condition this step
+    float temperature = 1.0f;
+    float soft_cap = 30.0f;
+    float embedding_scale = 1.0f;   // sqrt(d)
+    std::vector<float> u;           // [n_tokens] uniforms for the draws
+    std::vector<Measure> measures;  // [n_tokens], written by the step
+    float dropped_mass = 0.0f;      // of a token's probabilities, what self-conditioning may leave out
+    std::vector<uint64_t> mass;     // [n_tokens, n_tiles] masks of rows with mass, see soft_embedding
+};
+
+// In place: caps the logits [n_vocab, n_tokens] and measures each position into state->measures.
+ggml_tensor* cap_and_measure(ggml_context* ctx, ggml_tensor* logits, StepState* state);
+
+}  // namespace pydiffusion

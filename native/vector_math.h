@@ -1,0 +1,38 @@
+// exp and tanh that compilers turn into vector code; plain functions of floats, no table.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace pydiffusion {
+
+// exp(x) to about 2 ulp for x in [-87, 60]; smaller x give exp(-87), larger exp(60). The limits are what
+// float allows below, and above low enough that compilers, which like to compute the clamped case for all
+// lanes, don't run into subnormal numbers there (x / exp(88) is one, and costs a hundred cycles). NaN gives
+// exp(60). Range reduction x = n ln 2 + r with ln 2 in two parts, then the series of exp(r) to degree 7 in
+// Horner's form.
+inline float vector_exp(float x) {
+    x = x > -87.0f ? x : -87.0f;
+    x = x < 60.0f ? x : 60.0f;
+    const float n = std::floor(x * 1.44269504088896341f + 0.5f);
+    float r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    float p = 1.0f / 5040.0f;
+    p = p * r + 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, sizeof scale);
+    return p * scale;
+}
+
+// tanh(x) = 1 - 2 / (exp(2x) + 1), to about 1e-7 absolute.
+inline float vector_tanh(float x) { return 1.0f - 2.0f / (vector_exp(2.0f * x) + 1.0f); }
+
+}  // namespace pydiffusion

@@ -1,0 +1,191 @@
+"""What a model costs on this machine: loading, prefill, a step and its parts, beside the machine's limits.
+
+People quote whole canvases, committed tokens and useful tokens alike, so a step and the steps per canvas are
+reported apart: useful tokens per second follow from them.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pydiffusion import _native
+
+#: Parts of a step in the order in which they run.
+PARTS = ("self-conditioning", "embedding", "attention", "dense", "experts", "head", "sampler")
+
+
+@dataclass(frozen=True)
+class PartFigures:
+    """One part of a step: median seconds, operations per second, bytes per second."""
+
+    seconds: float
+    operations_per_second: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Figures of one run; times in seconds (medians), rates per second, sizes in bytes."""
+
+    model: str
+    machine: str
+    ggml: str
+    cpu: str
+    n_threads: int
+    kv_type: str
+    n_weights: int
+    n_bytes: int
+    canvas_length: int
+    n_prompt: int
+    load_seconds: float
+    prefill_tokens_per_second: float
+    step_seconds: float
+    step_seconds_min: float
+    first_step_seconds: float
+    step_operations: float
+    peak_memory: int | None
+    read_limit: float
+    matrix_limit: float
+    matrix_limit_type: str
+    parts: dict[str, PartFigures] = field(default_factory=dict)
+
+    @property
+    def canvas_tokens_per_second_at_16_steps(self) -> float:
+        """Tokens of a canvas over 16 steps: for comparison with figures quoted so."""
+        return self.canvas_length / (16 * self.step_seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as plain values, for JSON."""
+        return asdict(self)
+
+
+def run_bench(
+    path: Path, n_threads: int, n_prompt: int = 512, n_steps: int = 8, kv_type: str = "auto", seed: int = 0
+) -> BenchResult:
+    """Measure a model file on random tokens. Raises what opening a model raises, and ValueError for sizes
+    below 1.
+
+    The canvas never settles (random tokens, adaptive stop off), so that each of the ``n_steps`` steps is a
+    full one with self-conditioning; the first, which has none, is reported apart.
+    """
+    if n_prompt < 1 or n_steps < 2:
+        raise ValueError(f"n_prompt is {n_prompt} and n_steps {n_steps}; permitted are at least 1 and 2")
+    started = time.perf_counter()
+    model = _native.Model(str(path), n_threads, kv_type=kv_type)
+    load_seconds = time.perf_counter() - started
+    description = model.description
+    session = _native.Session(model, min(model.n_ctx_train, n_prompt + model.canvas_length + 1))
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, model.n_vocab, n_prompt).astype(np.int32)
+    started = time.perf_counter()
+    session.encode(ids)
+    prefill_seconds = time.perf_counter() - started
+
+    steps = _time_steps(session, n_steps, seed)
+    parts = _profile(session)
+    main_type = max(description["weight_types"], key=description["weight_types"].get)
+    operations = sum(figures.seconds * figures.operations_per_second for figures in parts.values())
+    return BenchResult(
+        model=path.name,
+        machine=platform.machine(),
+        ggml=_native.version()["ggml"],
+        cpu=_native.version()["cpu"],
+        n_threads=n_threads,
+        kv_type=description["kv_type"],
+        n_weights=description["n_weights"],
+        n_bytes=description["n_bytes"],
+        canvas_length=model.canvas_length,
+        n_prompt=n_prompt,
+        load_seconds=load_seconds,
+        prefill_tokens_per_second=n_prompt / prefill_seconds,
+        step_seconds=statistics.median(steps[1:]),
+        step_seconds_min=min(steps[1:]),
+        first_step_seconds=steps[0],
+        step_operations=operations,
+        peak_memory=_peak_memory(),
+        read_limit=_native.measure_read_rate(n_threads),
+        matrix_limit=_native.measure_matrix_rate(n_threads, main_type),
+        matrix_limit_type=main_type,
+        parts=parts,
+    )
+
+
+def _time_steps(session: _native.Session, n_steps: int, seed: int) -> list[float]:
+    session.begin(
+        max_tokens=1, steps=n_steps, t_min=0.4, t_max=0.8, entropy_bound=0.1, stability_threshold=n_steps,
+        confidence_threshold=0.0, seed=seed, eos=[],
+    )  # fmt: skip
+    seconds = []
+    for _ in range(n_steps):
+        started = time.perf_counter()
+        session.next_step()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _profile(session: _native.Session, n_runs: int = 3) -> dict[str, PartFigures]:
+    runs = [session.profile_step() for _ in range(n_runs)]
+    parts = {}
+    for name in sorted(runs[0], key=lambda part: PARTS.index(part) if part in PARTS else len(PARTS)):
+        seconds = statistics.median(run[name][0] for run in runs)
+        _, operations, n_bytes = runs[0][name]
+        parts[name] = PartFigures(seconds, operations / seconds, n_bytes / seconds)
+    return parts
+
+
+def _peak_memory() -> int | None:
+    if os.name != "posix":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def format_result(result: BenchResult) -> str:
+    """The figures as lines for a person."""
+    r = result
+    lines = [
+        f"{r.model}: {r.n_weights / 1e6:.0f}e6 weights, {r.n_bytes / 1e9:.2f} GB, cache {r.kv_type}",
+        f"ggml {r.ggml} on {r.n_threads} threads of {r.machine} ({r.cpu})",
+        f"limits: reading {r.read_limit / 1e9:.1f} GB/s, "
+        f"{r.matrix_limit_type} product {r.matrix_limit / 1e9:.0f} GFLOP/s",
+        f"load {r.load_seconds:.2f} s, prefill of {r.n_prompt}: {r.prefill_tokens_per_second:.0f} tokens/s",
+        f"step {1e3 * r.step_seconds:.0f} ms (best {1e3 * r.step_seconds_min:.0f}, "
+        f"first {1e3 * r.first_step_seconds:.0f}), {r.step_operations / 1e9:.0f} GFLOP; "
+        f"at 16 steps per canvas of {r.canvas_length}: {r.canvas_tokens_per_second_at_16_steps:.1f} tokens/s",
+    ]
+    if r.peak_memory is not None:
+        lines.append(f"peak memory {r.peak_memory / 1e9:.2f} GB")
+    lines.append(f"{'part':20}{'ms':>9}{'GFLOP/s':>10}{'of limit':>9}{'GB/s':>8}{'of limit':>9}")
+    for name, part in r.parts.items():
+        lines.append(
+            f"{name:20}{1e3 * part.seconds:9.1f}{part.operations_per_second / 1e9:10.1f}"
+            f"{part.operations_per_second / r.matrix_limit:9.0%}{part.bytes_per_second / 1e9:8.2f}"
+            f"{part.bytes_per_second / r.read_limit:9.0%}"
+        )
+    return "\n".join(lines)
+
+
+def compare(result: BenchResult, before: Mapping[str, Any]) -> str:
+    """How a result stands to an earlier one (its ``to_dict``): ratios, above 1 where this one is better."""
+    ratios = {
+        "load": before["load_seconds"] / result.load_seconds,
+        "prefill": result.prefill_tokens_per_second / before["prefill_tokens_per_second"],
+        "step": before["step_seconds"] / result.step_seconds,
+    }
+    for name, part in result.parts.items():
+        if name in before["parts"]:
+            ratios[f"step, {name}"] = before["parts"][name]["seconds"] / part.seconds
+    lines = [f"against {before['model']} (above 1: faster now)"]
+    return "\n".join(lines + [f"{name:28}{ratio:6.2f}" for name, ratio in ratios.items()])

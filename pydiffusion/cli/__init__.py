@@ -1,0 +1,148 @@
+"""The command ``pydiffusion``: answers on stdout, everything else on stderr.
+
+Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. Each command has a file of its own, which imports
+what it needs when it runs, so that ``--help`` is quick and needs no native module.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from . import (
+    batch,
+    bench,
+    chat,
+    convert,
+    demo,
+    evaluate,
+    generate,
+    imatrix,
+    infill,
+    inspect,
+    merge,
+    quantize,
+    serve,
+    split,
+    verify,
+)
+from .text import one_line
+
+app = typer.Typer(
+    name="pydiffusion",
+    help="Run block text-diffusion language models (DiffusionGemma) from GGUF files.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+for _module in (
+    *(convert, quantize, split, merge, imatrix, verify, evaluate, inspect),
+    *(generate, infill, batch, chat, serve, demo, bench),
+):
+    app.command(_module.__name__.rpartition(".")[2])(_module.command)
+
+
+def _print_version(context: typer.Context, parameter: typer.CallbackParam, wanted: bool) -> None:
+    """Runs once for each of the two options, in either order; acts when it knows both."""
+    seen = context.meta.setdefault("pydiffusion.version", {})
+    seen[parameter.name] = wanted
+    if len(seen) < 2 or context.resilient_parsing:
+        return
+    if seen["version"]:
+        typer.echo("\n".join(_bill_of_materials() if seen["verbose"] else _bill_of_materials()[:1]))
+        raise typer.Exit
+    if seen["verbose"]:
+        raise typer.BadParameter("belongs to --version", param_hint="--verbose")
+
+
+def _bill_of_materials() -> list[str]:
+    """What this build is made of, a line each; ggml's commit is left out where its source does not tell."""
+    import importlib.metadata
+    import platform
+
+    from pydiffusion import __version__, _native
+
+    linked = _native.version()
+    lines = [
+        f"pydiffusion {__version__}",
+        f"ggml {linked['ggml']} (commit {linked['ggml_commit']}), linked in",
+        f"instruction sets: {linked['cpu'] or 'the baseline alone'}",
+        f"Python {platform.python_version()}, {platform.platform()}",
+    ]
+    for name in ("numpy", "gguf", "safetensors", "tokenizers", "jinja2", "typer", "rich"):
+        lines.append(f"{name} {importlib.metadata.version(name)}")
+    return lines
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            callback=_print_version,
+            is_eager=True,
+            help="With --version: also of ggml and the Python packages, and the processor's instructions.",
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (``sys.argv`` unless given) and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the terminal's encoding lacks must not end in an error
+            stream.reconfigure(errors="replace")
+    try:
+        code = _run(None if arguments is None else list(arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        code = app(args=arguments, prog_name="pydiffusion", standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130  # some versions of typer make it this themselves
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(
+            error, "exit_code"
+        ):  # typer's own: wrong use of the command line
+            error.show()
+            return error.exit_code
+        return _report(error)
+    if code == 130:
+        print("pydiffusion: interrupted", file=sys.stderr)
+    return code
+
+
+def _report(error: Exception) -> int:
+    """One line for a person; the traceback for whoever asks for it."""
+    from pydiffusion.errors import PyDiffusionError
+
+    if os.environ.get("PYDIFFUSION_DEBUG"):
+        traceback.print_exception(error)
+    message = one_line(str(error)) or type(error).__name__
+    if isinstance(error, MemoryError):
+        message = "out of memory"
+    elif isinstance(error, OSError) and error.filename is not None and error.strerror:
+        message = one_line(f"{error.filename}: {error.strerror}")
+    elif not isinstance(error, (PyDiffusionError, OSError, ValueError)):
+        message = f"{type(error).__name__}: {message} (PYDIFFUSION_DEBUG=1 shows where)"
+    print(f"pydiffusion: {message}", file=sys.stderr)
+    return 1

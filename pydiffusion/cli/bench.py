@@ -1,0 +1,70 @@
+"""``pydiffusion bench``: what a model costs on this machine."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Threads, say
+
+
+def command(
+    model: Annotated[Path | None, typer.Option("-m", "--model", help="The model, a GGUF file.")] = None,
+    synthetic: Annotated[
+        str | None,
+        typer.Option(help="Measure a file of this shape with random weights instead: 26b-a4b, mid or tiny."),
+    ] = None,
+    type: Annotated[str, typer.Option(help="Type of the synthetic file.")] = "q4_k_m",
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 512,
+    steps: Annotated[int, typer.Option(help="Denoising steps to time.", min=2)] = 8,
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    against: Annotated[
+        Path | None, typer.Option("--compare", help="Figures of an earlier run (--json) to compare with.")
+    ] = None,
+) -> None:
+    """Time loading, prefill and denoising steps, part by part, beside the machine's own limits."""
+    from pydiffusion.bench import compare, format_result, run_bench
+    from pydiffusion.model import available_cpus, check_is_file
+
+    if (model is None) == (synthetic is None):
+        raise typer.BadParameter("give either --model or --synthetic")
+    before = None if against is None else _read_figures(against)
+    n_threads = available_cpus() if threads is None else threads
+    with tempfile.TemporaryDirectory(prefix="pydiffusion-bench-") as folder:
+        path = model if model is not None else _make(synthetic, type, Path(folder))
+        check_is_file(path)
+        result = run_bench(path, n_threads, n_prompt=prompt, n_steps=steps)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        print(format_result(result))
+    if before is not None:
+        say("")
+        print(compare(result, before))
+
+
+def _make(shape: str | None, type_name: str, folder: Path) -> Path:
+    from pydiffusion.synthetic import SHAPES, write_synthetic
+
+    from .display import progress
+
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"--synthetic is {shape!r}; known are {', '.join(SHAPES)}")
+    with progress(f"writing {shape} {type_name}") as update:
+        target = folder / f"{shape}-{type_name}.gguf"
+        return write_synthetic(shape, target, type_name, progress=lambda share: update(share, 1.0))
+
+
+def _read_figures(path: Path) -> dict:
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("model", "load_seconds", "prefill_tokens_per_second", "step_seconds", "parts"):
+            figures[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise typer.BadParameter(f"--compare {path}: no figures of an earlier --json run ({error})") from None
+    return figures

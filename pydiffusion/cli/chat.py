@@ -1,0 +1,153 @@
+"""``pydiffusion chat``: a conversation on the terminal, or line by line through a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import common
+from .conversation import CommandError, Conversation
+
+_HELP = """/steps N     denoising steps per canvas at most; without N the file's
+/seed N      the seed of the answers; without N a new one for each
+/retry       answer the last message again
+/edit TEXT   put TEXT in place of the last answer; <|hole|> in it is filled by the model
+/save FILE   keep the conversation; /load FILE goes on with it
+/reset       forget the conversation
+/exit        end, as Ctrl-D does; Ctrl-C stops an answer
+A line that ends in \\ goes on in the next; lines between two lines of \"\"\" are one message."""
+_SHORT_HELP = "/help lists the commands, Ctrl-D ends, Ctrl-C stops an answer"
+_BLOCK = '"""'
+_MAX_HISTORY = 1000
+
+
+def command(
+    model: common.ModelPath,
+    system: Annotated[str | None, typer.Option("--system", help="A system message in front.")] = None,
+    max_tokens: common.MaxTokens = None,
+    steps: common.Steps = None,
+    seed: common.Seed = None,
+    t_min: common.TMin = None,
+    t_max: common.TMax = None,
+    entropy_bound: common.EntropyBound = None,
+    stability_threshold: common.StabilityThreshold = None,
+    confidence_threshold: common.ConfidenceThreshold = None,
+    stop: common.Stop = None,
+    ctx: common.Context = None,
+    threads: common.Threads = None,
+) -> None:
+    """Chat with a model. /help lists its commands, Ctrl-D ends, Ctrl-C stops an answer."""
+    choices: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "steps": steps,
+        "seed": seed,
+        "t_min": t_min,
+        "t_max": t_max,
+        "entropy_bound": entropy_bound,
+        "stability_threshold": stability_threshold,
+        "confidence_threshold": confidence_threshold,
+        "stop": stop or None,
+    }
+    common.make_options(**choices)
+    opened = common.open_model(model, ctx, threads)
+    opened.check_chat_template()
+    conversation = Conversation(opened, common.make_options(opened, **choices), system)
+    if sys.stdin.isatty():
+        common.say(_SHORT_HELP)
+    with _history():
+        while (message := _read_message()) is not None:
+            if message in ("/exit", "/quit"):
+                return
+            try:
+                _obey(conversation, message)
+            except (CommandError, ValueError) as error:
+                common.say(str(error))
+
+
+def _obey(conversation: Conversation, message: str) -> None:
+    """Do what a message says: a command, or something to answer."""
+    name, _, rest = message.partition(" ")
+    rest = rest.strip()
+    if not message.startswith("/"):
+        if message:
+            conversation.say(message)
+    elif name == "/reset":
+        conversation.reset()
+        common.say("forgotten")
+    elif name == "/help":
+        print(_HELP, file=sys.stderr, flush=True)
+    elif name in ("/steps", "/seed"):
+        common.say(conversation.set_option(name[1:], rest))
+    elif name == "/retry":
+        conversation.retry()
+    elif name == "/edit":
+        conversation.edit(rest)
+    elif name == "/save":
+        common.say(conversation.save(rest))
+    elif name == "/load":
+        common.say(conversation.load(rest))
+    else:
+        raise CommandError(f"{name} is no command; /help lists them")
+
+
+@contextlib.contextmanager
+def _history() -> Iterator[None]:
+    """What was typed before can be had again, also in the next chat: on a terminal."""
+    try:
+        import readline
+    except ImportError:  # Windows
+        yield
+        return
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        yield
+        return
+    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "pydiffusion"
+    file = folder / "history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(file)
+    readline.set_history_length(_MAX_HISTORY)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            file.touch(mode=0o600)
+            readline.write_history_file(file)
+
+
+def _read_message() -> str | None:
+    """The next message, stripped, of one line or several; None at the end of the input."""
+    line = _read_line("> ")
+    if line is None:
+        return None
+    if line.strip() == _BLOCK:
+        lines = []
+        while (line := _read_line(". ")) is not None and line.strip() != _BLOCK:
+            lines.append(line)
+        return "\n".join(lines).strip()
+    message = line
+    while message.endswith("\\"):
+        more = _read_line(". ")
+        message = message[:-1] + "\n" + (more or "")
+        if more is None:
+            break
+    return message.strip()
+
+
+def _read_line(mark: str) -> str | None:
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        try:
+            return input(mark)
+        except EOFError:
+            print()
+            return None
+    if sys.stdin.isatty():  # the answers go elsewhere, and the prompt must not go with them
+        print(mark, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None

@@ -1,0 +1,113 @@
+"""``pydiffusion demo``: the model that ships with the package, converted and put to work."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import common
+from .generate import prefill, run
+
+if TYPE_CHECKING:
+    from pydiffusion.demo.tasks import Example
+
+_SECONDS_PER_STEP = 0.25
+
+
+def command(
+    task: Annotated[
+        str, typer.Option("--task", help="What to solve: sudoku, sort, reverse, add, json, count.")
+    ] = "sudoku",
+    puzzle: Annotated[
+        int | None, typer.Option("--puzzle", help="Number of a held-out sudoku, from 0.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Chooses the puzzle and the draws.")] = None,
+    steps: common.Steps = None,
+    threads: common.Threads = None,
+) -> None:
+    """Convert the demo model to q4_k_m and watch it solve a puzzle that it never saw, step by step."""
+    chosen_seed = random.SystemRandom().getrandbits(32) if seed is None else seed
+    options = common.make_options(steps=steps, seed=chosen_seed)
+    example = _example(task, puzzle, chosen_seed)
+    with ExitStack() as stack:
+        model = common.open_model(_converted(stack), None, threads)
+        print(example.prompt, end="\n\n", flush=True)
+        session = model.new_session()
+        prefill(session, model.chat_prompt([{"role": "user", "content": example.prompt}]))
+        done = run(model, session, options, show=True, seconds_per_step=_SECONDS_PER_STEP)
+    from pydiffusion.demo import tasks
+
+    right = tasks.check(example.task, example.prompt, done.text)
+    print("\nRight." if right else f"\nWrong. It should be:\n{example.answer}")
+
+
+def _example(task: str, puzzle: int | None, seed: int) -> Example:
+    from pydiffusion import demo
+    from pydiffusion.demo import tasks
+
+    if task not in tasks.TASKS:
+        raise typer.BadParameter(f"--task is {task!r}; permitted are {', '.join(tasks.TASKS)}")
+    if task != "sudoku":
+        if puzzle is not None:
+            raise typer.BadParameter("--puzzle goes with --task sudoku")
+        return tasks.generate(task, random.Random(seed), held_out=True)
+    puzzles = demo.puzzles()
+    if puzzle is None:
+        puzzle = random.Random(seed).randrange(len(puzzles))
+    if not 0 <= puzzle < len(puzzles):
+        raise typer.BadParameter(f"--puzzle is {puzzle}; permitted is 0 to {len(puzzles) - 1}")
+    common.say(f"held-out puzzle {puzzle} of {len(puzzles)}")
+    return tasks.sudoku_example(*puzzles[puzzle])
+
+
+def _converted(stack: ExitStack) -> Path:
+    """The demo model as GGUF: from the cache, else converted now, to a temporary folder if need be."""
+    from pydiffusion import convert, demo
+
+    from .convert import conversion_progress
+
+    checkpoint = demo.checkpoint_path()
+    name = f"demo-q4_k_m-{_fingerprint(checkpoint)}.gguf"
+    folder = _cache_folder()
+    if (folder / name).is_file():
+        return folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pydiffusion-")))
+    with conversion_progress(folder / name) as update:
+        report = convert.convert(checkpoint, folder / name, type="q4_k_m", progress=update)
+    common.say(f"converted the demo checkpoint to q4_k_m in {report.seconds:.1f} s: {report.target}")
+    return folder / name
+
+
+def _fingerprint(folder: Path) -> str:
+    """Changes when the checkpoint or the version does, so that no stale conversion is used."""
+    from pydiffusion import __version__
+
+    digest = hashlib.sha256(__version__.encode())
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _cache_folder() -> Path:
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "pydiffusion"

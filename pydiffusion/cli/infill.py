@@ -1,0 +1,77 @@
+"""``pydiffusion infill``: a text with holes in, the text with its holes filled out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import common
+from .generate import figures, read_text
+
+
+def command(
+    model: common.ModelPath,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="A text with holes, <|hole|> or <|hole:N|> for N tokens at most; - reads standard input.",
+            show_default=False,
+        ),
+    ],
+    instruction: Annotated[
+        str | None,
+        typer.Option("--instruction", help="A user's message to which the text is the answer."),
+    ] = None,
+    hole_tokens: Annotated[
+        int, typer.Option("--hole-tokens", help="Tokens of a hole that doesn't say how many.")
+    ] = 16,
+    steps: common.Steps = None,
+    seed: common.Seed = None,
+    t_min: common.TMin = None,
+    t_max: common.TMax = None,
+    entropy_bound: common.EntropyBound = None,
+    stability_threshold: common.StabilityThreshold = None,
+    confidence_threshold: common.ConfidenceThreshold = None,
+    ctx: common.Context = None,
+    threads: common.Threads = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Draw the canvas as it settles (on a terminal).")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print text, holes and figures as JSON.")] = False,
+) -> None:
+    """Fill the holes of a text, with all around them held."""
+    from pydiffusion import GenerationOptions
+
+    from .display import AnswerPrinter, CanvasDisplay
+
+    try:
+        options = GenerationOptions(
+            steps=steps,
+            seed=seed,
+            t_min=t_min,
+            t_max=t_max,
+            entropy_bound=entropy_bound,
+            stability_threshold=stability_threshold,
+            confidence_threshold=confidence_threshold,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    text = read_text(file)
+    opened = common.open_model(model, ctx, threads)
+    display = CanvasDisplay(opened.tokenizer, ()) if show and sys.stderr.isatty() else None
+    with AnswerPrinter(display, quiet=True) as printer:
+        filled = opened.infill(
+            text, options, instruction=instruction, hole_tokens=hole_tokens, on_event=printer
+        )
+    done = filled.completion
+    common.say(figures(done))
+    if as_json:
+        fields = {"text": filled.text, "holes": list(filled.holes), "seed": done.seed, "steps": done.steps}
+        print(json.dumps(fields | {"timings": done.timings}, ensure_ascii=False))
+    else:
+        print(filled.text, end="" if filled.text.endswith("\n") else "\n")

@@ -1,0 +1,116 @@
+"""``pydiffusion inspect``: what a GGUF file holds."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .text import count, one_line
+
+if TYPE_CHECKING:
+    from pydiffusion.convert.parts import Parts
+
+_LONG_ARRAY = 64
+_LONG_TEXT = 100
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="The GGUF file.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    arrays: Annotated[
+        bool, typer.Option("--arrays", help="Show long arrays and texts whole (token lists, templates).")
+    ] = False,
+) -> None:
+    """Show a GGUF file's metadata and tensors, of a split one those of all parts; any architecture."""
+    from pydiffusion.convert.parts import open_parts
+    from pydiffusion.model import check_is_file
+
+    check_is_file(file)
+    gguf = open_parts(file)
+    if as_json:
+        print(json.dumps(_as_dict(gguf, tensors, arrays), allow_nan=False))
+    else:
+        _print(gguf, tensors, arrays)
+
+
+def _as_dict(gguf: Parts, with_tensors: bool, whole: bool) -> dict[str, Any]:
+    summary = {
+        "path": gguf.readers[0].path,
+        "version": gguf.readers[0].version,
+        "n_bytes": gguf.n_bytes,
+        "alignment": gguf.readers[0].alignment,
+        "data_offset": gguf.readers[0].data_offset,
+        "parts": [str(path) for path in gguf.paths],
+        "n_tensors": len(gguf.tensors),
+        "n_weights": sum(math.prod(tensor.shape) for tensor in gguf.tensors),
+        "types": _types(gguf),
+        "metadata": {
+            key: _json_value(value, gguf.metadata_types[key], whole) for key, value in gguf.metadata.items()
+        },
+    }
+    if with_tensors:
+        summary["tensors"] = [
+            {"name": t.name, "type": t.type, "shape": list(t.shape), "offset": t.offset, "n_bytes": t.n_bytes}
+            for t in gguf.tensors
+        ]
+    return summary
+
+
+def _types(gguf: Parts) -> dict[str, dict[str, int]]:
+    types: dict[str, dict[str, int]] = {}
+    for tensor in gguf.tensors:
+        entry = types.setdefault(tensor.type, {"n_tensors": 0, "n_bytes": 0})
+        entry["n_tensors"] += 1
+        entry["n_bytes"] += tensor.n_bytes
+    return types
+
+
+def _json_value(value: Any, type_name: str, whole: bool) -> Any:
+    if isinstance(value, list):
+        if len(value) > _LONG_ARRAY and not whole:
+            return {"type": type_name, "length": len(value)}
+        return [_json_value(entry, type_name, whole) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no such numbers
+    return value
+
+
+def _print(gguf: Parts, with_tensors: bool, whole: bool) -> None:
+    n_weights = sum(math.prod(tensor.shape) for tensor in gguf.tensors)
+    bits = 8 * sum(tensor.n_bytes for tensor in gguf.tensors) / n_weights if n_weights else 0.0
+    print(one_line(gguf.readers[0].path))
+    if len(gguf.readers) > 1:
+        print(f"the first of {len(gguf.readers)} parts, shown together")
+    print(
+        f"GGUF version {gguf.readers[0].version}, {count(gguf.n_bytes, 'B')}, {len(gguf.tensors)} tensors,"
+        f" {count(n_weights)} weights, {bits:.2f} bits per weight"
+    )
+    for name, entry in _types(gguf).items():
+        print(f"  {name:8} {entry['n_tensors']:5} tensors {count(entry['n_bytes'], 'B'):>9}")
+    print("\nMetadata")
+    types = gguf.metadata_types
+    for key, value in gguf.metadata.items():
+        print(f"  {one_line(key)} ({types[key]}): {_shown(value, whole)}")
+    if with_tensors:
+        print("\nTensors (shape slowest first)")
+        for tensor in gguf.tensors:
+            shape = " x ".join(map(str, tensor.shape))
+            print(f"  {one_line(tensor.name):44} {tensor.type:8} {shape:20} {count(tensor.n_bytes, 'B'):>9}")
+
+
+def _shown(value: Any, whole: bool) -> str:
+    if isinstance(value, list):
+        shown = value if whole or len(value) <= 2 * 8 else value[:8]
+        more = "" if len(shown) == len(value) else f", ... ({len(value)})"
+        return "[" + ", ".join(_shown(entry, whole) for entry in shown) + more + "]"
+    if isinstance(value, str):
+        text = one_line(repr(value))
+        return (
+            text if whole or len(text) <= _LONG_TEXT else f"{text[:_LONG_TEXT]}... ({len(value)} characters)"
+        )
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()

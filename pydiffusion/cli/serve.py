@@ -1,0 +1,88 @@
+"""``pydiffusion serve``: OpenAI's API over HTTP."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Annotated
+
+import typer
+
+from . import common
+
+
+def command(
+    model: common.ModelPath,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", help="Ask for this key; better given as PYDIFFUSION_API_KEY."),
+    ] = None,
+    ctx: common.Context = None,
+    threads: common.Threads = None,
+    sessions: Annotated[
+        int,
+        typer.Option(
+            "--sessions", min=1, max=256, help="Requests served in turn, each with a cache of its own."
+        ),
+    ] = 4,
+    queue: Annotated[
+        int, typer.Option("--queue", min=0, help="Requests that may wait; further ones get 429.")
+    ] = 64,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0, help="Seconds that a request may take; 0 for no limit.")
+    ] = 600,
+    grace: Annotated[
+        float, typer.Option("--grace", min=0, help="Seconds for running requests to end at shutdown.")
+    ] = 30,
+    max_body: Annotated[
+        int, typer.Option("--max-body", min=1024, help="Largest body of a request, in bytes.")
+    ] = 8388608,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option("--cors", help="Origin whose pages may use the server; may be given several times."),
+    ] = None,
+) -> None:
+    """Serve a model over HTTP, with OpenAI's API."""
+    try:
+        from pydiffusion.server.app import Settings
+        from pydiffusion.server.run import Server
+    except ImportError as error:
+        raise ValueError(f"serve needs {error.name}: pip install 'pydiffusion[server]'") from None
+    key = api_key if api_key is not None else os.environ.get("PYDIFFUSION_API_KEY")
+    if key is not None and not key.strip():
+        raise typer.BadParameter("the API key is empty")
+    listener = _bind(host, port)  # what fails should not wait for the model to load
+    opened = common.open_model(model, ctx, threads)
+    settings = Settings(
+        api_key=key,
+        max_queue=queue,
+        n_sessions=sessions,
+        timeout=timeout or None,
+        max_body=max_body,
+        cors=tuple(cors or ()),
+    )
+    server = Server(opened, settings, grace=grace)
+    if key is None and host not in ("127.0.0.1", "localhost", "::1"):
+        common.say(f"anybody who can reach {host}:{port} may use this server: set PYDIFFUSION_API_KEY")
+    server.on_started = lambda address: common.say(f"serving on http://{address} (Ctrl-C ends)")
+    try:
+        server.run(sockets=[listener])
+    finally:
+        server.scheduler.close()
+        opened.close()
+    if server.interrupted:
+        raise KeyboardInterrupt
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise OSError(f"can't listen on {host}, port {port}: {error.strerror or error}") from None
+    return listener

@@ -1,0 +1,42 @@
+"""``pydiffusion split``: a GGUF to parts of a given size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .convert import Keep, Report, Resume, SourceFile, parse_split_size, run_conversion
+
+
+def command(
+    source: SourceFile,
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="NAME.gguf, for NAME-00001-of-0000N.gguf and so on.", show_default=False
+        ),
+    ],
+    split_max_size: Annotated[
+        str,
+        typer.Option(
+            "--split-max-size", metavar="SIZE", help="Bytes of a part at most (5G; 4GiB).", show_default=False
+        ),
+    ],
+    resume: Resume = False,
+    no_overwrite: Keep = False,
+    as_json: Report = False,
+) -> None:
+    """Split a GGUF file, of any architecture, and check every tensor written."""
+    from pydiffusion import convert
+
+    run_conversion(
+        convert.repack,
+        source,
+        target,
+        as_json,
+        split_max_size=parse_split_size(split_max_size),
+        resume=resume,
+        overwrite=not no_overwrite,
+    )

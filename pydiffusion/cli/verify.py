@@ -1,0 +1,50 @@
+"""``pydiffusion verify``: a GGUF against its source."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import quiet_hub_in_a_pipe, say
+from .convert import conversion_progress
+from .text import one_line
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="The GGUF to check.", show_default=False)],
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against", help="The folder, repo id or GGUF that it was made from.", show_default=False
+        ),
+    ] = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List every tensor, not only the worst.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+) -> None:
+    """Read every tensor of a GGUF; compare it with its source. Exit code 1 when something disagrees."""
+    from pydiffusion.convert.verification import verify
+
+    quiet_hub_in_a_pipe()
+    with conversion_progress(file) as update:
+        report = verify(file, against, progress=update)
+    if as_json:
+        print(json.dumps(report.to_dict()))
+    else:
+        ordered = sorted(report.tensors, key=lambda check: -check.relative_error)
+        print(f"{'tensor':40} {'type':8} {'RMSE':>9} {'relative':>9} {'cosine':>9}")
+        for check in ordered if tensors else ordered[:10]:
+            print(
+                f"{one_line(check.name):40} {check.type:8} {check.rmse:9.2e} {check.relative_error:9.5f}"
+                f" {check.cosine:9.6f}"
+            )
+    for problem in report.problems:
+        say(problem)
+    state = f"{len(report.problems)} problems" if report.problems else "no problem"
+    say(f"{file.name}: {len(report.tensors)} tensors, {state}")
+    if report.problems:
+        raise typer.Exit(1)

@@ -1,0 +1,260 @@
+"""Completions in the shapes of OpenAI's API and llama-cpp-python: plain dicts, or an iterator of chunks.
+
+A stream has one chunk per finished canvas (of a chat: one for each part of it, thinking, answer, tool call).
+Beside the usual fields, an answer and the last chunk of a stream carry ``"diffusion"``: ``steps``,
+``canvas_steps``, ``seed`` and ``timings``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .chat_output import Content, Part, Reasoning
+from .events import CanvasEvent, DraftEvent, EndEvent, Event
+from .options import GenerationOptions, make_options
+
+if TYPE_CHECKING:
+    from .model import DiffusionModel
+    from .session import Session, TokenIds
+
+# What callers of other libraries send by habit, and what to give instead.
+_FOREIGN = {
+    "temperature": "a diffusion sampler has t_min and t_max",
+    "top_p": "a diffusion sampler has entropy_bound",
+    "top_k": "a diffusion sampler has entropy_bound",
+    "min_p": "a diffusion sampler has entropy_bound",
+    "n": "one answer is made per call; call again with another seed",
+}
+FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
+
+Chunk = dict[str, Any]
+
+
+def create_completion(
+    diffusion_model: DiffusionModel,
+    prompt: str | TokenIds,
+    /,
+    *,
+    max_tokens: int | None = 256,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+    echo: bool = False,
+    stream: bool = False,
+    model: str | None = None,
+    session: Session | None = None,
+    **options: Any,
+) -> Chunk | Iterator[Chunk]:
+    """Continue a prompt.
+
+    max_tokens: None or -1 goes on until eos or the end of the context.
+    echo: put the prompt in front of the text.
+    stream: return an iterator of chunks.
+    model: the name that the answer carries; session: see ``DiffusionModel.generate``.
+    options: the other fields of GenerationOptions.
+    Raises TypeError for a parameter it doesn't know, ValueError for a value out of range.
+    """
+    chosen = _options(diffusion_model, max_tokens, stop, seed, options)
+    frame = _Frame("cmpl", "text_completion", "text_completion", model or diffusion_model.name)
+    head = ""
+    if echo:
+        head = prompt if isinstance(prompt, str) else diffusion_model.detokenize(prompt)
+
+    def choice(text: str, finish_reason: str | None) -> dict[str, Any]:
+        return {"text": text, "index": 0, "logprobs": None, "finish_reason": finish_reason}
+
+    if stream:
+        events = diffusion_model.stream(prompt, chosen, session=session)
+        return _stream(frame, events, head, choice)
+    done = diffusion_model.generate(prompt, chosen, session=session)
+    figures = {
+        "steps": done.steps,
+        "canvas_steps": list(done.canvas_steps),
+        "seed": done.seed,
+        "timings": done.timings,
+    }
+    finished = choice(head + done.text, FINISH_REASONS[done.finish_reason])
+    return frame.answer(finished, done.n_prompt, len(done.tokens), figures)
+
+
+def create_chat_completion(
+    diffusion_model: DiffusionModel,
+    messages: Sequence[Mapping[str, Any]],
+    /,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    enable_thinking: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    max_tokens: int | None = None,
+    max_completion_tokens: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+    stream: bool = False,
+    model: str | None = None,
+    session: Session | None = None,
+    **options: Any,
+) -> Chunk | Iterator[Chunk]:
+    """Answer messages, ``{"role": ..., "content": ...}``, through the model's own chat template.
+
+    tools, enable_thinking, chat_template_kwargs: handed to the template.
+    max_tokens or, by its newer name, max_completion_tokens: None or -1 goes on until eos or the end of the
+    context. The others as for ``create_completion``; stop strings cut the answer, not the thinking.
+    What the model's markers set apart arrives apart: ``content``, ``reasoning_content``, ``tool_calls``.
+    """
+    if max_completion_tokens is not None:
+        if max_tokens is not None:
+            raise ValueError("give max_tokens or max_completion_tokens, not both")
+        max_tokens = max_completion_tokens
+    chosen = _options(diffusion_model, max_tokens, stop, seed, options)
+    variables = dict(chat_template_kwargs or {})
+    if enable_thinking is not None:
+        variables["enable_thinking"] = enable_thinking
+    prompt = diffusion_model.chat_prompt(messages, tools=tools, **variables)
+    frame = _Frame("chatcmpl", "chat.completion", "chat.completion.chunk", model or diffusion_model.name)
+
+    session = diffusion_model._start(prompt, session)
+    n_prompt = session.n_past
+    events = session.generate_chat(chosen)
+    if stream:
+        return _stream_chat(frame, events)
+    canvases = [event for event in events if not isinstance(event, DraftEvent)]
+    end = canvases.pop()
+    assert isinstance(end, EndEvent)  # the last event, always
+    message = ChatMessage()
+    for canvas in canvases:
+        assert isinstance(canvas, CanvasEvent)
+        for part in canvas.parts:
+            message.add(part)
+    choice = {"index": 0, "message": message.as_dict(), "logprobs": None}
+    choice["finish_reason"] = message.finish_reason(end.reason)
+    n_tokens = sum(len(canvas.tokens) for canvas in canvases)
+    figures = diffusion_figures([canvas.steps for canvas in canvases], end)
+    return frame.answer(choice, n_prompt, n_tokens, figures)
+
+
+def diffusion_figures(canvas_steps: list[int], end: EndEvent) -> dict[str, Any]:
+    """What an answer tells beside OpenAI's fields."""
+    return {
+        "steps": sum(canvas_steps),
+        "canvas_steps": canvas_steps,
+        "seed": end.seed,
+        "timings": end.timings,
+    }
+
+
+class ChatMessage:
+    """An assistant's message as its parts arrive; ``add`` returns the part as a stream's delta."""
+
+    def __init__(self) -> None:
+        self._content = ""
+        self._reasoning = ""
+        self.tool_calls: list[dict[str, Any]] = []
+
+    def add(self, part: Part) -> dict[str, Any]:
+        if isinstance(part, Content):
+            self._content += part.text
+            return {"content": part.text}
+        if isinstance(part, Reasoning):
+            self._reasoning += part.text
+            return {"reasoning_content": part.text}
+        call = {
+            "id": f"call_{uuid.uuid4().hex[:24]}",
+            "type": "function",
+            "function": {"name": part.name, "arguments": json.dumps(part.arguments, ensure_ascii=False)},
+        }
+        self.tool_calls.append(call)
+        return {"tool_calls": [{"index": len(self.tool_calls) - 1, **call}]}
+
+    @property
+    def reasoning(self) -> str:
+        """The thinking so far."""
+        return self._reasoning
+
+    def as_dict(self) -> dict[str, Any]:
+        """The message. Its content is None where there are only tool calls."""
+        content = None if self.tool_calls and not self._content.strip() else self._content
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if self._reasoning:
+            message["reasoning_content"] = self._reasoning
+        if self.tool_calls:
+            message["tool_calls"] = self.tool_calls
+        return message
+
+    def finish_reason(self, reason: str) -> str:
+        """OpenAI's word for the reason that an EndEvent gives."""
+        finish_reason = FINISH_REASONS[reason]
+        return "tool_calls" if self.tool_calls and finish_reason == "stop" else finish_reason
+
+
+def _options(
+    diffusion_model: DiffusionModel,
+    max_tokens: int | None,
+    stop: str | Sequence[str] | None,
+    seed: int | None,
+    options: Mapping[str, Any],
+) -> GenerationOptions:
+    for name in options:
+        if name in _FOREIGN:
+            raise TypeError(f"unknown parameter {name!r}: {_FOREIGN[name]}")
+    unlimited = max_tokens is None or max_tokens == -1
+    limit = diffusion_model.n_ctx_train if unlimited else max_tokens
+    return make_options(None, {"max_tokens": limit, "stop": stop, "seed": seed, **options})
+
+
+class _Frame:
+    """What is the same in all parts of one answer."""
+
+    def __init__(self, id_prefix: str, answer_object: str, chunk_object: str, model: str) -> None:
+        self._fields = {"id": f"{id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._answer_object = answer_object
+        self._chunk_object = chunk_object
+
+    def answer(
+        self, choice: dict[str, Any], n_prompt: int, n_tokens: int, figures: dict[str, Any]
+    ) -> dict[str, Any]:
+        usage = {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": n_tokens,
+            "total_tokens": n_prompt + n_tokens,
+        }
+        fields = {"object": self._answer_object, "choices": [choice], "usage": usage, "diffusion": figures}
+        return self._fields | fields
+
+    def chunk(self, choice: dict[str, Any]) -> Chunk:
+        return self._fields | {"object": self._chunk_object, "choices": [choice]}
+
+
+def _stream(
+    frame: _Frame, events: Iterator[Event], head: str, choice: Callable[[str, str | None], dict[str, Any]]
+) -> Iterator[Chunk]:
+    canvas_steps: list[int] = []
+    if head:
+        yield frame.chunk(choice(head, None))
+    for event in events:
+        if isinstance(event, CanvasEvent):
+            canvas_steps.append(event.steps)
+            if event.text:
+                yield frame.chunk(choice(event.text, None))
+        elif isinstance(event, EndEvent):
+            figures = diffusion_figures(canvas_steps, event)
+            yield frame.chunk(choice("", FINISH_REASONS[event.reason])) | {"diffusion": figures}
+
+
+def _stream_chat(frame: _Frame, events: Iterator[Event]) -> Iterator[Chunk]:
+    def choice(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+    canvas_steps: list[int] = []
+    message = ChatMessage()
+    yield frame.chunk(choice({"role": "assistant", "content": ""}))
+    for event in events:
+        if isinstance(event, CanvasEvent):
+            canvas_steps.append(event.steps)
+            for part in event.parts:
+                yield frame.chunk(choice(message.add(part)))
+        elif isinstance(event, EndEvent):
+            figures = diffusion_figures(canvas_steps, event)
+            yield frame.chunk(choice({}, message.finish_reason(event.reason))) | {"diffusion": figures}

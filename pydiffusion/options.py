@@ -1,0 +1,299 @@
+"""What a caller may choose about a generation, and where an unset choice takes its value from."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import ModelFormatError
+
+# The largest value of a signed 32-bit count: what the native loop takes.
+_MAX_COUNT = 2**31 - 1
+_MAX_SEED = 2**64 - 1
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    permitted = f"an integer from {low} to {high}"
+    if isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; permitted is {permitted}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}; permitted is {permitted}") from None
+    if not low <= number <= high:
+        raise ValueError(f"{name} is {number}; permitted is {permitted}")
+    return number
+
+
+def _share(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if number >= 1:
+        raise ValueError(f"{name} is {number:g}; permitted is a number of at least 0 and below 1")
+    return number
+
+
+def _number(name: str, value: Any, low: float = 0.0) -> float:
+    permitted = f"a finite number of at least {low:g}"
+    if isinstance(value, (bool, str, bytes)):
+        raise ValueError(f"{name} is {value!r}; permitted is {permitted}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} is {value!r}; permitted is {permitted}") from None
+    if not math.isfinite(number) or number < low:
+        raise ValueError(f"{name} is {number:g}; permitted is {permitted}")
+    return number
+
+
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else value
+    if not isinstance(strings, Sequence) or isinstance(strings, bytes):
+        raise ValueError(f"stop is {value!r}; permitted is a string or a sequence of strings")
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ValueError(f"stop holds {string!r}; permitted are strings of at least one character")
+    return tuple(strings)
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    try:
+        ids = [value] if hasattr(value, "__index__") else list(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}; permitted is a token id or a sequence of token ids") from None
+    return tuple(_integer(name, token_id, 0, _MAX_COUNT) for token_id in ids)
+
+
+def _canvas(value: Any) -> tuple[int, ...]:
+    """Token ids by position, -1 for none."""
+    if isinstance(value, (str, bytes)):
+        raise ValueError(f"canvas is {value!r}; permitted is a sequence of token ids, -1 for none")
+    try:
+        tokens = list(value)
+    except TypeError:
+        raise ValueError(f"canvas is {value!r}; permitted is a sequence of token ids, -1 for none") from None
+    return tuple(-1 if token is None else _integer("canvas", token, -1, _MAX_COUNT) for token in tokens)
+
+
+def _hold(value: Any) -> tuple[bool, ...]:
+    try:
+        return tuple(bool(operator.index(flag)) for flag in value)
+    except TypeError:
+        raise ValueError(f"hold is {value!r}; permitted is a sequence of true and false") from None
+
+
+def _json_schema(value: Any) -> str:
+    """As JSON, so that options stay comparable and nobody changes them later."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"json_schema is no valid JSON: {error}") from None
+    if not isinstance(value, (Mapping, bool)):
+        raise ValueError(f"json_schema is {value!r}; permitted is an object, or its JSON"[:200])
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"json_schema can't be written as JSON: {error}") from None
+
+
+def _regex(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"regex is {value!r}; permitted is a string of at least one character")
+    return value
+
+
+# One rule per option: the same for what a caller gives and for what a file says.
+_NAME_TO_CHECK: dict[str, Callable[[Any], Any]] = {
+    "max_tokens": lambda value: _integer("max_tokens", value, 1, _MAX_COUNT),
+    "steps": lambda value: _integer("steps", value, 1, _MAX_COUNT),
+    "t_min": lambda value: _number("t_min", value),
+    "t_max": lambda value: _number("t_max", value),
+    "entropy_bound": lambda value: _number("entropy_bound", value),
+    "stability_threshold": lambda value: _integer("stability_threshold", value, 0, _MAX_COUNT),
+    "confidence_threshold": lambda value: _number("confidence_threshold", value),
+    "dropped_mass": lambda value: _share("dropped_mass", value),
+    "canvas_length": lambda value: _integer("canvas_length", value, 1, _MAX_COUNT),
+    "seed": lambda value: _integer("seed", value, 0, _MAX_SEED),
+    "stop": _stop_strings,
+    "eos": lambda value: _token_ids("eos", value),
+    "canvas": _canvas,
+    "hold": _hold,
+    "json_schema": _json_schema,
+    "regex": _regex,
+}
+
+# Where a file keeps its own choice, and what the reference implementation chooses without one.
+_NAME_TO_KEY = {
+    "steps": "diffusion.eb_max_steps",
+    "t_min": "diffusion.eb_t_min",
+    "t_max": "diffusion.eb_t_max",
+    "entropy_bound": "diffusion.eb_entropy_bound",
+    "stability_threshold": "diffusion.eb_stability_threshold",
+    "confidence_threshold": "diffusion.eb_confidence_threshold",
+}
+_REFERENCE_DEFAULTS: dict[str, Any] = {
+    "max_tokens": 256,
+    "steps": 48,
+    "t_min": 0.4,
+    "t_max": 0.8,
+    "entropy_bound": 0.1,
+    "stability_threshold": 1,
+    "confidence_threshold": 0.005,
+    "dropped_mass": 1e-4,
+    "stop": (),
+}
+_EOS_LIST_KEY = "tokenizer.ggml.eos_token_ids"
+_EOS_KEY = "tokenizer.ggml.eos_token_id"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """Choices for one generation. ``None`` means: the file's own value, else the reference's.
+
+    max_tokens: tokens to generate at most, at least 1 (reference: 256).
+    steps: denoising steps per canvas at most, at least 1 (48).
+    t_min, t_max: temperature of the last and first step, ``0 <= t_min <= t_max``, ``t_max > 0`` (0.4, 0.8).
+    entropy_bound: accept positions in ascending entropy while the sum of the ones before stays within it
+        (0.1); 0 accepts one position per step.
+    stability_threshold: stop a canvas when this many steps before agreed with it (1); 0 leaves agreement out.
+    confidence_threshold: and when the mean entropy is below this (0.005); 0 never stops early.
+    dropped_mass: how much of a position's distribution self-conditioning may leave out, its least likely
+        tokens, to spare work (1e-4); 0 takes every token, as the reference does.
+    canvas_length: tokens denoised at a time, for short answers in less time; at most, and without it, the
+        model's own, which is what it was trained on.
+    seed: 0 to 2**64 - 1; ``None`` draws one, which the result reports.
+    stop: string or strings at which the text is cut.
+    eos: token id or ids that end the text; an empty sequence: none does.
+    canvas: token ids that the positions begin with, counted over all canvases; -1 (or None) and what lies
+        behind the end begin with a random one.
+    hold: for each of these positions, whether it keeps its token: never renoised, never replaced.
+    json_schema: a JSON schema, as an object or as JSON: the text is guaranteed to be valid against it.
+    regex: a regular expression, of which the text is guaranteed to be a full match.
+
+    Raises ValueError for a value out of range, TypeError for an unknown option.
+    """
+
+    max_tokens: int | None = None
+    steps: int | None = None
+    t_min: float | None = None
+    t_max: float | None = None
+    entropy_bound: float | None = None
+    stability_threshold: int | None = None
+    confidence_threshold: float | None = None
+    dropped_mass: float | None = None
+    canvas_length: int | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    eos: int | Sequence[int] | None = None
+    canvas: Sequence[int | None] | None = None
+    hold: Sequence[bool] | None = None
+    json_schema: Mapping[str, Any] | bool | str | None = None
+    regex: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, check in _NAME_TO_CHECK.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, check(value))
+        _check_temperatures(self.t_min, self.t_max)
+        _check_held(self.canvas or (), self.hold or ())
+        _check_structure(self)
+
+    def resolve(self, metadata: Mapping[str, Any], n_vocab: int) -> GenerationOptions:
+        """The same choices with nothing left open: from here, else from the file, else from the reference.
+
+        Raises ValueError where choices and file don't fit together, ModelFormatError for an impossible value
+        in the file.
+        """
+        chosen: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                value = _from_file(field.name, metadata)
+            chosen[field.name] = _REFERENCE_DEFAULTS.get(field.name) if value is None else value
+        if chosen["seed"] is None:
+            chosen["seed"] = secrets.randbits(32)
+        if self.eos is None:
+            chosen["eos"] = _eos_from_file(metadata, n_vocab)
+        for token_id in chosen["eos"]:
+            if token_id >= n_vocab:
+                raise ValueError(f"eos holds {token_id}; permitted are token ids from 0 to {n_vocab - 1}")
+        for token_id in chosen["canvas"] or ():
+            if token_id >= n_vocab:
+                raise ValueError(f"canvas holds {token_id}; permitted are token ids from 0 to {n_vocab - 1}")
+        return GenerationOptions(**chosen)
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether the text has to follow a schema or an expression."""
+        return self.json_schema is not None or self.regex is not None
+
+
+def _check_temperatures(t_min: float | None, t_max: float | None) -> None:
+    if t_max is not None and t_max == 0:
+        raise ValueError("t_max is 0; permitted is a finite number above 0")
+    if t_min is not None and t_max is not None and t_min > t_max:
+        raise ValueError(f"t_min is {t_min:g} and t_max is {t_max:g}; permitted is t_min <= t_max")
+
+
+def _check_held(canvas: Sequence[Any], hold: Sequence[Any]) -> None:
+    if len(hold) > len(canvas):
+        raise ValueError(f"hold has {len(hold)} position(s) and canvas {len(canvas)}: give a token for each")
+    for i, held in enumerate(hold):
+        if held and canvas[i] == -1:
+            raise ValueError(f"hold has position {i}, for which canvas has no token")
+
+
+def _check_structure(options: GenerationOptions) -> None:
+    if not options.is_structured:
+        return
+    if options.json_schema is not None and options.regex is not None:
+        raise ValueError("json_schema and regex exclude each other: give one")
+    for name in ("stop", "canvas", "hold"):
+        if getattr(options, name):
+            other = "regex" if options.json_schema is None else "json_schema"
+            raise ValueError(f"{name} can't be combined with {other}: the text could not be kept whole")
+
+
+def _from_file(name: str, metadata: Mapping[str, Any]) -> Any:
+    key = _NAME_TO_KEY.get(name)
+    if key is None or key not in metadata:
+        return None
+    try:
+        return _NAME_TO_CHECK[name](metadata[key])
+    except ValueError as error:
+        raise ModelFormatError(f"{key}: {error}") from None
+
+
+def _eos_from_file(metadata: Mapping[str, Any], n_vocab: int) -> tuple[int, ...]:
+    for key in (_EOS_LIST_KEY, _EOS_KEY):
+        if key not in metadata:
+            continue
+        try:
+            ids = _token_ids(key, metadata[key])
+        except ValueError as error:
+            raise ModelFormatError(str(error)) from None
+        for token_id in ids:
+            if token_id >= n_vocab:
+                raise ModelFormatError(f"{key} holds {token_id}; the vocabulary ends at {n_vocab - 1}")
+        return ids
+    return ()
+
+
+def make_options(options: GenerationOptions | None, keywords: Mapping[str, Any]) -> GenerationOptions:
+    """``options``, or those that keywords name; both at once is a TypeError, as is an unknown keyword."""
+    if options is None:
+        unknown = sorted(set(keywords) - set(_NAME_TO_CHECK))
+        if unknown:
+            raise TypeError(f"unknown option {unknown[0]!r}; the options are {', '.join(_NAME_TO_CHECK)}")
+        return GenerationOptions(**keywords)
+    if not isinstance(options, GenerationOptions):
+        raise TypeError(f"options must be GenerationOptions, not {type(options).__name__}")
+    if keywords:
+        raise TypeError(f"give GenerationOptions or keywords, not both: {', '.join(sorted(keywords))}")
+    return options

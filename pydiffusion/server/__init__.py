@@ -1,0 +1,1 @@
+"""An HTTP server with OpenAI's API in front of one model. Needs the ``server`` extra (FastAPI, uvicorn)."""

@@ -1,0 +1,67 @@
+"""Errors as OpenAI's API tells them: a status and ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from pydiffusion.errors import (
+    ContextOverflowError,
+    InsufficientMemoryError,
+    PyDiffusionError,
+    UnsupportedModelError,
+)
+
+log = logging.getLogger("pydiffusion.server")
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+}
+
+
+class ApiError(Exception):
+    """A request that gets an error for an answer."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        """param: the request's field at fault.  code: OpenAI's word for the case."""
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status) or ("server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A request that can't be served as it stands (400)."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def from_exception(error: BaseException) -> ApiError:
+    """What a client is told about an exception of the library. What nobody foresaw goes to the log."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ContextOverflowError):
+        return invalid(str(error), code="context_length_exceeded")
+    if isinstance(error, InsufficientMemoryError):
+        return ApiError(503, str(error), code="insufficient_memory", headers={"Retry-After": "5"})
+    if isinstance(error, (UnsupportedModelError, ValueError)):
+        return invalid(str(error))
+    if isinstance(error, PyDiffusionError):
+        return ApiError(500, str(error))
+    log.error("unexpected error", exc_info=error)
+    return ApiError(500, "The server failed on this request; its log says more.")

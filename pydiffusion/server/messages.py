@@ -1,0 +1,83 @@
+"""The shape of a chat's messages and tools, checked before a template sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import invalid
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """The messages, ready for a template. Raises ApiError naming the first that is wrong."""
+    if not isinstance(messages, list) or not messages:
+        raise invalid("messages must be an array of at least one message", "messages")
+    return [_checked(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _checked(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise invalid(f"{where} must be an object", where, "invalid_type")
+    role = message.get("role")
+    if role not in _ROLES:
+        raise invalid(f"{where}.role is {role!r}; permitted are {', '.join(_ROLES)}"[:200], f"{where}.role")
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_text(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+    elif content is not None and not isinstance(content, str):
+        raise invalid(f"{where}.content must be a string or an array of parts", f"{where}.content")
+    calls = message.get("tool_calls")
+    if calls is not None:
+        _check_calls(calls, f"{where}.tool_calls")
+    if content is None:
+        if role != "assistant" or not calls:
+            raise invalid(f"{where}.content is missing", f"{where}.content")
+        content = ""  # templates join it to text
+    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
+        raise invalid(f"{where}.tool_call_id is missing", f"{where}.tool_call_id")
+    # Templates know one name for what instructs the model.
+    return {**message, "role": "system" if role == "developer" else role, "content": content}
+
+
+def _text(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind == "refusal" and isinstance(part.get("refusal"), str):
+        return part["refusal"]
+    raise invalid(f"{where} is of type {kind!r}; this server reads text only"[:200], where)
+
+
+def _check_calls(calls: Any, where: str) -> None:
+    if not isinstance(calls, list):
+        raise invalid(f"{where} must be an array", where, "invalid_type")
+    for i, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        if (
+            not isinstance(function, dict)
+            or not isinstance(function.get("name"), str)
+            or not isinstance(function.get("arguments"), str)
+        ):
+            raise invalid(
+                f"{where}[{i}] must have a function with name and arguments, both strings", f"{where}[{i}]"
+            )
+
+
+def check_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """The tools, None where there are none. Raises ApiError naming the first that is wrong."""
+    if tools is None:
+        return None
+    if not isinstance(tools, list):
+        raise invalid("tools must be an array", "tools", "invalid_type")
+    for i, tool in enumerate(tools):
+        where = f"tools[{i}]"
+        if not isinstance(tool, dict) or tool.get("type") != "function":
+            raise invalid(f"{where}.type must be 'function'", f"{where}.type")
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise invalid(f"{where}.function must have a name, a string", f"{where}.function")
+        for name, kind in (("description", str), ("parameters", dict)):
+            if function.get(name) is not None and not isinstance(function[name], kind):
+                raise invalid(f"{where}.function.{name} has the wrong type", f"{where}.function.{name}")
+    return tools or None

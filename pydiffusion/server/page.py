@@ -1,0 +1,39 @@
+"""The web page at ``/``: files as they lie in ``static``, which load nothing from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.responses import Response
+
+_FOLDER = Path(__file__).parent / "static"
+_FILES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/heatmap.js": ("heatmap.js", "text/javascript; charset=utf-8"),
+}
+PAGE_PATHS = tuple(_FILES)
+_HEADERS = {
+    # Nothing from other hosts, nothing inline; the page's icon is an empty data URL.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
+    " img-src data:; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def add_page(app: FastAPI) -> None:
+    """Serve the page."""
+    for path, (name, media_type) in _FILES.items():
+        app.add_api_route(path, _endpoint((_FOLDER / name).read_bytes(), media_type), methods=["GET"])
+
+
+def _endpoint(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
+    async def page() -> Response:
+        return Response(content, media_type=media_type, headers=_HEADERS)
+
+    return page

@@ -1,0 +1,267 @@
+// The page: a chat whose answers come into focus. Text arrives only as text, never as markup.
+"use strict";
+
+const byId = (id) => document.getElementById(id);
+const [log, form, text, send, stop, steps] = ["log", "form", "text", "send", "stop", "steps"].map(byId);
+
+let messages = [];
+let running = null; // the AbortController of the answer that is being made
+let key = sessionStorage.getItem("key") || "";
+
+function element(name, className, content) {
+  const made = document.createElement(name);
+  if (className) made.className = className;
+  if (content) made.textContent = content;
+  return made;
+}
+
+function headers() {
+  return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+}
+
+// One answer: thinking, settled text, the canvas below it, and afterwards a slider over its steps.
+class Answer {
+  constructor() {
+    this.root = element("article", "assistant");
+    this.thoughts = element("details");
+    this.thoughts.append(element("summary", "", "Thinking"), element("div", "thought"));
+    this.thoughts.hidden = true;
+    this.text = element("div", "answer");
+    this.canvas = element("div", "canvas");
+    this.canvas.setAttribute("aria-hidden", "true"); // drafts change all the time: only settled text is read out
+    this.figures = element("div", "figures");
+    this.root.append(this.thoughts, this.text, this.canvas, this.figures);
+    log.append(this.root);
+    this.frames = [];
+    this.calls = [];
+    this.content = "";
+    this.reasoning = "";
+  }
+
+  draw(draft) {
+    const spans = this.canvas.children;
+    while (spans.length < draft.pieces.length) this.canvas.append(element("span"));
+    draft.pieces.forEach((piece, i) => {
+      const span = spans[i];
+      if (span.textContent !== piece) span.textContent = piece;
+      span.classList.toggle("settled", draft.settled[i] === 1);
+      span.style.opacity = String(0.15 + 0.7 * Math.exp(-draft.entropy[i]));
+    });
+    this.canvas.hidden = false;
+  }
+
+  take(event) {
+    if (event.error) throw new Error(event.error.message);
+    if (event.diffusion && event.diffusion.type === "draft") {
+      this.frames.push(event.diffusion);
+      this.draw(event.diffusion);
+      this.figures.textContent = `canvas ${event.diffusion.canvas + 1}, step ${event.diffusion.step}`;
+    }
+    for (const choice of event.choices) {
+      if (choice.delta) this.settle(choice.delta);
+      else this.fill(choice);
+    }
+    if (event.diffusion && event.diffusion.type === "summary") this.finish(event.diffusion);
+  }
+
+  settle(delta) {
+    if (delta.content) this.content += delta.content;
+    if (delta.reasoning_content) this.reasoning += delta.reasoning_content;
+    for (const call of delta.tool_calls || []) {
+      this.calls.push(call);
+      this.root.insertBefore(element("pre", "", `${call.function.name}(${call.function.arguments})`), this.canvas);
+    }
+    if (!delta.content && !delta.reasoning_content && !delta.tool_calls) return;
+    this.text.textContent = this.content;
+    this.thoughts.hidden = !this.reasoning;
+    this.thoughts.lastChild.textContent = this.reasoning;
+    this.canvas.hidden = true;
+  }
+
+  // A text whose holes are filled: what was put in stands out.
+  fill(choice) {
+    if (!choice.holes) return;
+    this.content = choice.text;
+    this.text.replaceChildren();
+    let rest = choice.text;
+    for (const [i, hole] of choice.holes.entries()) {
+      const at = this.around[i].length;
+      this.text.append(rest.slice(0, at), element("mark", "", hole));
+      rest = rest.slice(at + hole.length);
+    }
+    this.text.append(rest);
+    this.canvas.hidden = true;
+  }
+
+  finish(summary) {
+    const seconds = summary.timings.total || 0;
+    this.canvas.hidden = true;
+    this.figures.textContent = `${summary.steps} steps, ${seconds.toFixed(1)} s, seed ${summary.seeds[0]}`;
+    this.addReplay();
+  }
+
+  addReplay() {
+    if (!this.frames.length) return;
+    const label = element("label", "", "Replay ");
+    const slider = element("input");
+    slider.type = "range";
+    slider.min = "0";
+    slider.max = String(this.frames.length);
+    slider.value = slider.max;
+    const show = () => {
+      const frame = this.frames[Number(slider.value)];
+      this.text.hidden = Boolean(frame);
+      if (frame) this.draw(frame);
+      this.canvas.hidden = !frame;
+      const where = frame ? `canvas ${frame.canvas + 1}, step ${frame.step}` : "the answer";
+      slider.setAttribute("aria-valuetext", where);
+    };
+    slider.addEventListener("input", show);
+    label.append(slider);
+    const details = element("details", "entropy");
+    details.append(element("summary", "", "Entropy by position and step"));
+    details.append(heatMap(this.frames, (row) => {
+      slider.value = String(row);
+      show();
+    }));
+    this.figures.append(label);
+    this.root.append(details);
+  }
+
+  fail(message) {
+    this.canvas.hidden = true;
+    const shown = element("div", "error", message);
+    shown.setAttribute("role", "alert");
+    this.root.append(shown);
+  }
+}
+
+async function* eventsOf(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let buffer = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    buffer += value;
+    const lines = buffer.split("\n");
+    buffer = lines.pop();
+    for (const line of lines) {
+      if (line === "data: [DONE]") return;
+      if (line.startsWith("data: ")) yield JSON.parse(line.slice(6));
+    }
+  }
+}
+
+async function post(path, body, signal) {
+  const request = { method: "POST", headers: headers(), body: JSON.stringify(body), signal };
+  const response = await fetch(path, request);
+  if (response.ok) return response;
+  const { error } = await response.json();
+  if (response.status === 401) askForKey();
+  throw new Error(error.message);
+}
+
+function askForKey() {
+  key = prompt("This server asks for a key:") || "";
+  sessionStorage.setItem("key", key);
+}
+
+function setRunning(controller) {
+  running = controller;
+  send.disabled = running !== null;
+  stop.disabled = running === null;
+}
+
+// Sends a request and shows what comes; resolves with the answer.
+async function run(path, body, answer) {
+  setRunning(new AbortController());
+  try {
+    body = { ...body, stream: true, stream_options: { diffusion: true } };
+    if (Number(steps.value)) body.steps = Number(steps.value);
+    const atEnd = () => log.scrollHeight - log.scrollTop - log.clientHeight < 80;
+    for await (const event of eventsOf(await post(path, body, running.signal))) {
+      const follow = atEnd();
+      answer.take(event);
+      if (follow) log.scrollTop = log.scrollHeight;
+    }
+  } catch (error) {
+    answer.fail(error.name === "AbortError" ? "Stopped." : error.message);
+  }
+  setRunning(null);
+  text.focus();
+}
+
+async function ask(question) {
+  const chat = messages; // "New chat" begins another one meanwhile
+  chat.push({ role: "user", content: question });
+  log.append(element("article", "user", question));
+  const answer = new Answer();
+  const body = { messages: chat };
+  if (byId("thinking").checked) body.enable_thinking = true;
+  await run("v1/chat/completions", body, answer);
+  if (answer.content) chat.push({ role: "assistant", content: answer.content });
+  else chat.pop(); // nothing was said: the question is not part of the chat
+}
+
+const HOLE = /<\|hole(?::\d+)?\|>/;
+
+// A text with holes: no part of the chat. A chat's last message, if there is one, is what it answers.
+async function fillHoles(draft) {
+  log.append(element("article", "user", draft));
+  const answer = new Answer();
+  answer.around = draft.split(HOLE);
+  const asked = messages.filter((message) => message.role === "user").at(-1);
+  const body = { text: draft, hole_tokens: Number(byId("hole-tokens").value) || 8 };
+  if (asked) body.instruction = asked.content;
+  await run("v1/infill", body, answer);
+}
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  const question = text.value.trim();
+  if (!question || running) return;
+  if (byId("infill").checked) {
+    fillHoles(question);
+  } else {
+    text.value = "";
+    ask(question);
+  }
+});
+
+text.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    form.requestSubmit();
+  }
+});
+
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && running) running.abort();
+});
+
+byId("infill").addEventListener("change", () => {
+  byId("infill-tools").hidden = !byId("infill").checked;
+  text.focus();
+});
+
+byId("hole").addEventListener("click", () => {
+  text.setRangeText("<|hole|>", text.selectionStart, text.selectionEnd, "end");
+  text.focus();
+});
+
+stop.addEventListener("click", () => running && running.abort());
+
+steps.addEventListener("input", () => {
+  byId("steps-shown").value = Number(steps.value) ? `at most ${steps.value}` : "the model's";
+});
+
+byId("clear").addEventListener("click", () => {
+  if (running) running.abort();
+  messages = [];
+  log.replaceChildren();
+  text.focus();
+});
+
+fetch("health").then((response) => response.json()).then((health) => {
+  byId("model").textContent = health.model;
+}).catch(() => {});

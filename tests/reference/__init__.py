@@ -1,0 +1,1 @@
+"""What the tests compare with: random checkpoints, goldens and the scripts that record them."""

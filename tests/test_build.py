@@ -1,0 +1,91 @@
+"""The built extension: its stub, its symbols, its version, and the pin of ggml."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pydiffusion import _native
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_version_is_the_pinned_ggml() -> None:
+    pinned = re.search(r"^# ggml-version: (\S+)$", (ROOT / "vendor/ggml.lock").read_text(), re.MULTILINE)
+    assert pinned and _native.version()["ggml"] == pinned.group(1)
+
+
+def test_the_stub_is_what_stubgen_writes(tmp_path: Path) -> None:
+    pytest.importorskip("nanobind", reason="NOT CHECKED: the committed stub (nanobind is not installed)")
+    fresh = tmp_path / "_native.pyi"
+    command = [sys.executable, "-m", "nanobind.stubgen", "-m", "pydiffusion._native", "-o", str(fresh)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert fresh.read_text() == (ROOT / "pydiffusion/_native.pyi").read_text(), "run: " + " ".join(
+        command[1:]
+    )
+
+
+@pytest.mark.skipif(not shutil.which("nm") or sys.platform != "linux", reason="NOT CHECKED: symbols (no nm)")
+def test_no_symbol_of_ggml_is_visible() -> None:
+    listing = subprocess.run(
+        ["nm", "-D", "--defined-only", _native.__file__], check=True, capture_output=True, text=True
+    )
+    names = [line.split()[-1] for line in listing.stdout.splitlines()]
+    assert "PyInit__native" in names
+    assert not [name for name in names if "ggml" in name or "gguf" in name]
+
+
+def test_the_source_without_its_compiled_part_says_so(tmp_path: Path) -> None:
+    shutil.copytree(
+        ROOT / "pydiffusion", tmp_path / "pydiffusion", ignore=shutil.ignore_patterns("_native*", "demo")
+    )
+    done = subprocess.run(
+        # -S: without site-packages, where an installed one would be found
+        [sys.executable, "-S", "-c", "from pydiffusion import _native"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "run from another folder, or install" in done.stderr.splitlines()[-1]
+
+
+def fetch_module():
+    spec = importlib.util.spec_from_file_location("fetch_ggml", ROOT / "vendor/fetch_ggml.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_changed_tree_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    fetch = fetch_module()
+    tree = tmp_path / "ggml"
+    tree.mkdir()
+    (tree / "file.c").write_text("int x;")
+    lock = tmp_path / "ggml.lock"
+    line = f"llama-cpp-python==0 --hash=sha256:{'0' * 64}"
+    lock.write_text(f"{line}\n# tree-sha256: {fetch.tree_digest(tree)}\n")
+    monkeypatch.setattr(fetch, "TARGET", tree)
+    monkeypatch.setattr(fetch, "LOCK", lock)
+    monkeypatch.setattr(sys, "argv", ["fetch_ggml.py"])
+    assert fetch.main() == 0
+    (tree / "file.c").write_text("int y;")
+    assert fetch.main() == 1
+    assert "is not the pinned ggml" in capsys.readouterr().err
+
+
+def test_a_lock_without_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    fetch = fetch_module()
+    lock = tmp_path / "ggml.lock"
+    lock.write_text("llama-cpp-python==0.3.36\n")
+    monkeypatch.setattr(fetch, "LOCK", lock)
+    monkeypatch.setattr(sys, "argv", ["fetch_ggml.py"])
+    assert fetch.main() == 1
+    assert "no requirement line with a sha256" in capsys.readouterr().err

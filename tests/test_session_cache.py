@@ -1,0 +1,141 @@
+"""What a session's cache saves: going back without encoding again, copies, and files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pydiffusion import DiffusionModel, ModelFormatError, Session
+
+
+@pytest.fixture(scope="module")
+def model(gguf_file: Callable[..., Path]) -> DiffusionModel:
+    """Window 16, canvas 8; cache float32, so that equal means equal to the bit."""
+    path = gguf_file("small", "f32", seed=0, dtype="f32")
+    return DiffusionModel(path, n_ctx=1024, n_threads=1, kv_type="f32")
+
+
+def prompt(model: DiffusionModel, n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, model.n_vocab, n).astype(np.int32)
+
+
+def logits(session: Session) -> np.ndarray:
+    canvas = np.arange(session.model.canvas_length, dtype=np.int32)
+    return session.denoise(canvas)
+
+
+def test_a_turn_can_be_taken_back_however_long_it_was(model: DiffusionModel) -> None:
+    """The sliding layers wrapped many times during the answer; going back to the prompt encodes nothing."""
+    ids = prompt(model, 100)
+    session = model.new_session()
+    session.encode(ids)
+    expected = logits(session)
+    for _ in session.generate(max_tokens=900, steps=1, eos=[], seed=0):
+        pass
+    assert session.n_past > 800
+    n_encoded = session.n_encoded
+    session.truncate(100)
+    assert session.n_encoded == n_encoded and session.n_past == 100
+    np.testing.assert_array_equal(logits(session), expected)
+    session.truncate(90)  # a little before the prompt's end is fine too
+    fresh = model.new_session()
+    fresh.encode(ids[:90])
+    assert session.n_encoded == n_encoded
+    np.testing.assert_array_equal(logits(session), logits(fresh))
+
+
+def test_going_back_further_encodes_again_and_is_right(model: DiffusionModel) -> None:
+    ids = prompt(model, 700)
+    session = model.new_session()
+    session.encode(ids[:600])
+    session.encode(ids[600:])
+    session.truncate(20)
+    fresh = model.new_session()
+    fresh.encode(ids[:20])
+    assert session.n_encoded == 720
+    np.testing.assert_allclose(logits(session), logits(fresh), atol=1e-4)
+
+
+def test_what_follows_a_step_back_is_as_if_nothing_had_been(model: DiffusionModel) -> None:
+    """A snapshot must not outlive the tokens it was taken from."""
+    ids, other = prompt(model, 60), prompt(model, 900, seed=1)
+    session = model.new_session()
+    session.encode(ids)
+    for _ in session.generate(max_tokens=800, steps=1, eos=[], seed=1):
+        pass
+    session.truncate(40)
+    session.encode(other)
+    session.truncate(60)
+    fresh = model.new_session()
+    fresh.encode(np.concatenate([ids[:40], other[:20]]))
+    np.testing.assert_allclose(logits(session), logits(fresh), atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [0, 5, 15, 16, 300, 1000])
+def test_a_fork_goes_its_own_way(model: DiffusionModel, n: int) -> None:
+    ids = prompt(model, n)
+    session = model.new_session()
+    session.encode(ids)
+    fork = session.fork()
+    assert fork.n_encoded == 0 and fork.tokens.tolist() == ids.tolist()
+    np.testing.assert_array_equal(logits(fork), logits(session))
+    fork.encode(prompt(model, 9, seed=2))
+    assert session.n_past == n
+    fresh = model.new_session()
+    fresh.encode(np.concatenate([ids, prompt(model, 9, seed=2)]))
+    np.testing.assert_allclose(logits(fork), logits(fresh), atol=1e-4)
+
+
+def test_a_saved_session_comes_back(model: DiffusionModel, tmp_path: Path) -> None:
+    session = model.new_session()
+    session.encode(prompt(model, 77))
+    path = tmp_path / "session.safetensors"
+    session.save(path)
+    loaded = model.load_session(path)
+    assert loaded.tokens.tolist() == session.tokens.tolist() and loaded.n_encoded == 0
+    np.testing.assert_array_equal(logits(loaded), logits(session))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_session_of_another_model_is_refused(
+    model: DiffusionModel, gguf_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    session = model.new_session()
+    session.encode(prompt(model, 20))
+    path = tmp_path / "session.safetensors"
+    session.save(path)
+    other = DiffusionModel(gguf_file("small", "f32", seed=1, dtype="f32"), n_threads=1, kv_type="f32")
+    with pytest.raises(ModelFormatError, match="another model"):
+        other.load_session(path)
+    half = DiffusionModel(model.path, n_threads=1, kv_type="f16")
+    with pytest.raises(ModelFormatError, match="cache type"):
+        half.load_session(path)
+
+
+def test_broken_session_files_are_refused(model: DiffusionModel, tmp_path: Path) -> None:
+    session = model.new_session()
+    session.encode(prompt(model, 20))
+    path = tmp_path / "session.safetensors"
+    session.save(path)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    rng = np.random.default_rng(0)
+    cases = [b"", whole[:7], whole[:100], whole[: len(whole) // 2], whole + b"x", bytes(len(whole))]
+    for _ in range(200):
+        broken = bytearray(whole)
+        broken[rng.integers(0, header)] ^= 1 << rng.integers(0, 8)
+        cases.append(bytes(broken))
+    refused = 0
+    for case in cases:
+        path.write_bytes(case)
+        try:
+            model.load_session(path)
+        except ModelFormatError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 180  # the rest are the header's padding and the order of its keys
+    with pytest.raises(FileNotFoundError):
+        model.load_session(tmp_path / "missing")
