@@ -57,6 +57,8 @@ def run_child(folder: Path, target: Path, body: str) -> subprocess.Popen:
         import os, signal, sys, time
         from pydiffusion.convert import convert
         from pydiffusion.errors import ConversionError
+        if hasattr(signal, "SIGHUP"):  # nohup around the tests leaves it ignored
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         def progress(step):
             {body}
         try:
