@@ -8,8 +8,14 @@
 
 namespace pydiffusion {
 
-Model::Model(std::shared_ptr<const File> f, int n_threads, const std::function<void(double)>& read_ahead)
-    : file(std::move(f)), hparams(*file), weights(file, hparams), engine(n_threads) {
+Model::Model(std::shared_ptr<const File> f, int n_threads, const std::string& device, const Placement& p,
+             const std::function<void(double)>& read_ahead)
+    : file(std::move(f)),
+      hparams(*file),
+      engine(n_threads, device),
+      placement(p),
+      weights(file, hparams, placement, engine.buffer_type(), read_ahead) {
+    if (engine.on_device()) return;  // what was copied has been read
     // Touch every page once, in order: a cold file is read at the disk's speed, with progress, instead of
     // page by page in the middle of the first step.
     constexpr uint64_t page = 4096, block = uint64_t{64} << 20;
@@ -26,13 +32,18 @@ Model::Model(std::shared_ptr<const File> f, int n_threads, const std::function<v
 
 GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), sequences(std::move(s)) {
     const size_t n_nodes =
-        (96 + 16 * sequences.size()) * m.hparams.layers.size() + 64 + 16 * sequences.size();
+        (128 + 2 * m.hparams.n_expert_used + 24 * sequences.size()) * m.hparams.layers.size() + 64 +
+        16 * sequences.size();
     const ggml_init_params params = {
         n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true};
     require_memory((size_t{16} << 20) + 4 * params.mem_size);  // the allocator's tables come on top
     context.reset(ggml_init(params));
     if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a graph's description");
     graph = ggml_new_graph_custom(ctx(), n_nodes, false);
+    if (!portable()) return;
+    const size_t n_inputs = 2 + 2 * sequences.size();  // tokens, positions; masks of both kinds of layers
+    input_context_.reset(ggml_init({n_inputs * ggml_tensor_overhead(), nullptr, true}));
+    if (!input_context_) throw Error(ErrorKind::out_of_memory, "no memory for a graph's inputs");
 }
 
 ggml_tensor* GraphBuilder::rms_norm(ggml_tensor* x, ggml_tensor* weight) const {
@@ -40,8 +51,37 @@ ggml_tensor* GraphBuilder::rms_norm(ggml_tensor* x, ggml_tensor* weight) const {
     return weight ? ggml_mul(ctx(), n, weight) : n;
 }
 
+ggml_tensor* GraphBuilder::gelu_product(ggml_tensor* gate, ggml_tensor* up) const {
+    return portable() ? portable::gated_gelu(ctx(), gate, up) : gated_gelu(ctx(), gate, up);
+}
+
+ggml_tensor* GraphBuilder::new_input(ggml_type type, int64_t n0, int64_t n1) {
+    if (portable()) return ggml_new_tensor_2d(input_context_.get(), type, n0, n1);
+    ggml_tensor* input = ggml_new_tensor_2d(ctx(), type, n0, n1);
+    ggml_set_input(input);
+    ggml_set_output(input);  // else its memory is used again once it has been read
+    return input;
+}
+
+void GraphBuilder::allocate(Workspace& workspace, const char* what) const {
+    workspace.allocate(graph, input_context_.get(), what);
+    for (const MaskKey& key : masks_) portable::fill(key.mask);
+}
+
+portable::Mask GraphBuilder::mask(size_t i_sequence, int32_t i_layer, int64_t n_visible,
+                                  const Causal* causal) {
+    const bool sliding = model.hparams.layers[i_layer].sliding;
+    for (const MaskKey& key : masks_) {
+        if (key.i_sequence == i_sequence && key.sliding == sliding) return key.mask;
+    }
+    ggml_tensor* tensor =
+        new_input(GGML_TYPE_F16, portable::filled_up(n_visible), sequences[i_sequence].n_tokens);
+    masks_.push_back({i_sequence, sliding, {tensor, n_visible, causal}});
+    return masks_.back().mask;
+}
+
 ggml_tensor* GraphBuilder::mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down) const {
-    ggml_tensor* h = gated_gelu(ctx(), ggml_mul_mat(ctx(), gate, x), ggml_mul_mat(ctx(), up, x));
+    ggml_tensor* h = gelu_product(ggml_mul_mat(ctx(), gate, x), ggml_mul_mat(ctx(), up, x));
     return ggml_mul_mat(ctx(), down, h);
 }
 
@@ -105,11 +145,28 @@ void store_normed(GraphBuilder& g, int32_t i_layer, ggml_tensor* h) {
     }
 }
 
-// The visible rows of a cache buffer -> [head_dim, n_visible, n_head_kv]
+// Rows of a cache buffer from the first visible one on -> [head_dim, n_rows, n_head_kv]
 ggml_tensor* visible_rows(const GraphBuilder& g, ggml_tensor* buffer, const KvRange& range, int64_t head_dim,
-                          int64_t n_tokens) {
-    return ggml_view_3d(g.ctx(), buffer, head_dim, range.n_visible(n_tokens), buffer->ne[0] / head_dim,
-                        buffer->nb[1], ggml_row_size(buffer->type, head_dim), range.first * buffer->nb[1]);
+                          int64_t n_rows) {
+    return ggml_view_3d(g.ctx(), buffer, head_dim, n_rows, buffer->ne[0] / head_dim, buffer->nb[1],
+                        ggml_row_size(buffer->type, head_dim), range.first * buffer->nb[1]);
+}
+
+// q [head_dim, n_head, n_tokens] of one sequence over its cache -> [head_dim * n_head, n_tokens]
+ggml_tensor* attend_sequence(GraphBuilder& g, size_t i_sequence, int32_t i_layer, ggml_tensor* q,
+                             const Causal* causal) {
+    const Sequence& sequence = g.sequences[i_sequence];
+    const KvRange range = sequence.cache->range(i_layer);
+    const int64_t n_visible = range.n_visible(sequence.n_tokens), head_dim = q->ne[0];
+    if (!g.portable()) {
+        ggml_tensor* k = visible_rows(g, range.k, range, head_dim, n_visible);
+        ggml_tensor* v = visible_rows(g, range.v, range, head_dim, n_visible);
+        return attend(g.ctx(), q, k, v, causal);
+    }
+    const portable::Mask mask = g.mask(i_sequence, i_layer, n_visible, causal);
+    ggml_tensor* k = visible_rows(g, range.k, range, head_dim, mask.tensor->ne[0]);
+    ggml_tensor* v = visible_rows(g, range.v, range, head_dim, mask.tensor->ne[0]);
+    return portable::attend(g.ctx(), g.model.engine, q, k, v, mask);
 }
 
 ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const Causal* causal) {
@@ -123,15 +180,21 @@ ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const C
 
     ggml_tensor* all = nullptr;
     int64_t first = 0;
-    for (const Sequence& sequence : g.sequences) {
-        const KvRange range = sequence.cache->range(i_layer);
-        ggml_tensor* k = visible_rows(g, range.k, range, shape.head_dim, sequence.n_tokens);
-        ggml_tensor* v = visible_rows(g, range.v, range, shape.head_dim, sequence.n_tokens);
-        ggml_tensor* a = attend(g.ctx(), tokens_of(g, q, first, sequence.n_tokens), k, v, causal);
+    for (size_t i = 0; i < g.sequences.size(); ++i) {
+        const int64_t n_tokens = g.sequences[i].n_tokens;
+        ggml_tensor* a = attend_sequence(g, i, i_layer, tokens_of(g, q, first, n_tokens), causal);
         all = all ? ggml_concat(g.ctx(), all, a, 1) : a;
-        first += sequence.n_tokens;
+        first += n_tokens;
     }
     return ggml_mul_mat(g.ctx(), w.attn_output, all);
+}
+
+// r [d, n_tokens] -> the router's softmax [n_expert, n_tokens]
+ggml_tensor* router(const GraphBuilder& g, const LayerWeights& w, ggml_tensor* r) {
+    ggml_context* ctx = g.ctx();
+    ggml_tensor* n = ggml_mul(ctx, g.rms_norm(r), w.ffn_gate_inp_scale);
+    n = ggml_scale(ctx, n, 1.0f / std::sqrt(static_cast<float>(g.model.hparams.n_embd)));
+    return ggml_soft_max(ctx, ggml_mul_mat(ctx, w.ffn_gate_inp, n));
 }
 
 struct Routing {
@@ -139,32 +202,30 @@ struct Routing {
     ggml_tensor* weights;  // F32 [n_used, n_tokens]
 };
 
-// softmax over all experts, the best n_used renormalised to sum 1, each times its expert's scale.
-Routing route(const GraphBuilder& g, const LayerWeights& w, ggml_tensor* r) {
+// The best n_used of all experts, their probabilities renormalised to sum 1, each times its expert's scale.
+Routing route(const GraphBuilder& g, const LayerWeights& w, ggml_tensor* probabilities) {
     const Hyperparameters& hp = g.model.hparams;
     ggml_context* ctx = g.ctx();
-    ggml_tensor* n = ggml_mul(ctx, g.rms_norm(r), w.ffn_gate_inp_scale);
-    n = ggml_scale(ctx, n, 1.0f / std::sqrt(static_cast<float>(hp.n_embd)));
-    ggml_tensor* probabilities = ggml_soft_max(ctx, ggml_mul_mat(ctx, w.ffn_gate_inp, n));
     ggml_tensor* experts = best_rows(ctx, probabilities, hp.n_expert_used);
 
     const auto chosen = [&](ggml_tensor* values) {
-        values = ggml_reshape_3d(ctx, values, 1, hp.n_expert, r->ne[1]);
-        return ggml_reshape_2d(ctx, ggml_get_rows(ctx, values, experts), hp.n_expert_used, r->ne[1]);
+        values = ggml_reshape_3d(ctx, values, 1, hp.n_expert, probabilities->ne[1]);
+        return ggml_reshape_2d(ctx, ggml_get_rows(ctx, values, experts), hp.n_expert_used,
+                               probabilities->ne[1]);
     };
     ggml_tensor* total = ggml_sum_rows(ctx, chosen(probabilities));
     ggml_tensor* scaled = chosen(ggml_mul(ctx, probabilities, w.ffn_down_exps_scale));
     return {experts, ggml_div(ctx, scaled, total)};
 }
 
-// x [d, n_tokens] through its chosen experts, weighted and summed -> [d, n_tokens]
-ggml_tensor* experts(const GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, const Routing& routing) {
+// x [d, n_tokens] through the experts chosen [n_used, n_tokens] -> [d, n_used, n_tokens]
+ggml_tensor* experts(const GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggml_tensor* chosen) {
     const Hyperparameters& hp = g.model.hparams;
     ggml_context* ctx = g.ctx();
     x = ggml_reshape_3d(ctx, x, x->ne[0], 1, x->ne[1]);
     ggml_tensor *gate, *up;
     if (w.ffn_gate_up_exps) {
-        ggml_tensor* both = ggml_mul_mat_id(ctx, w.ffn_gate_up_exps, x, routing.experts);
+        ggml_tensor* both = ggml_mul_mat_id(ctx, w.ffn_gate_up_exps, x, chosen);
         const auto half = [&](int64_t i) {
             return ggml_view_3d(ctx, both, hp.n_ff_expert, both->ne[1], both->ne[2], both->nb[1], both->nb[2],
                                 i * hp.n_ff_expert * sizeof(float));
@@ -172,11 +233,22 @@ ggml_tensor* experts(const GraphBuilder& g, const LayerWeights& w, ggml_tensor* 
         gate = half(0);
         up = half(1);
     } else {
-        gate = ggml_mul_mat_id(ctx, w.ffn_gate_exps, x, routing.experts);
-        up = ggml_mul_mat_id(ctx, w.ffn_up_exps, x, routing.experts);
+        gate = ggml_mul_mat_id(ctx, w.ffn_gate_exps, x, chosen);
+        up = ggml_mul_mat_id(ctx, w.ffn_up_exps, x, chosen);
     }
-    ggml_tensor* y = ggml_mul_mat_id(ctx, w.ffn_down_exps, gated_gelu(ctx, gate, up), routing.experts);
-    return weighted_sum(ctx, y, routing.weights);
+    return ggml_mul_mat_id(ctx, w.ffn_down_exps, g.gelu_product(gate, up), chosen);
+}
+
+// x [d, n_tokens] through its experts, chosen by r and weighted -> [d, n_tokens]
+ggml_tensor* mixture(GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggml_tensor* r) {
+    ggml_tensor* probabilities = router(g, w, r);
+    if (!g.portable()) {
+        const Routing routing = route(g, w, probabilities);
+        return weighted_sum(g.ctx(), experts(g, w, x, routing.experts), routing.weights);
+    }
+    const portable::Routing routing = portable::route(g.ctx(), g.graph, probabilities, w.ffn_down_exps_scale,
+                                                      g.model.hparams.n_expert_used);
+    return portable::weighted_sum(g.ctx(), g.graph, experts(g, w, x, routing.experts), routing);
 }
 
 }  // namespace
@@ -195,7 +267,7 @@ ggml_tensor* apply_layer(GraphBuilder& g, int32_t i_layer, Mode mode, ggml_tenso
     ggml_tensor* dense = g.mlp(g.rms_norm(r, w.ffn_norm), w.ffn_gate, w.ffn_up, w.ffn_down);
     dense = g.rms_norm(dense, w.post_ffw_norm_1);
     g.begin_part("experts");
-    ggml_tensor* moe = experts(g, w, g.rms_norm(r, w.pre_ffw_norm_2), route(g, w, r));
+    ggml_tensor* moe = mixture(g, w, g.rms_norm(r, w.pre_ffw_norm_2), r);
     moe = g.rms_norm(moe, w.post_ffw_norm_2);
 
     ggml_tensor* out = ggml_add(ctx, r, g.rms_norm(ggml_add(ctx, dense, moe), w.post_ffw_norm));

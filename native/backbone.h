@@ -7,18 +7,22 @@
 #include "attention.h"
 #include "engine.h"
 #include "kv_cache.h"
+#include "portable_ops.h"
 #include "weights.h"
 
 namespace pydiffusion {
 
 struct Model {
-    // `read_ahead` is called with the share of the file that has been brought into memory, 0 to 1.
-    Model(std::shared_ptr<const File> file, int n_threads, const std::function<void(double)>& read_ahead);
+    // device: see Engine; placement: what of the model lies there. `read_ahead` is called with the share of
+    // the file that has been brought into memory, 0 to 1.
+    Model(std::shared_ptr<const File> file, int n_threads, const std::string& device,
+          const Placement& placement, const std::function<void(double)>& read_ahead);
 
     std::shared_ptr<const File> file;
     Hyperparameters hparams;
-    Weights weights;
     mutable Engine engine;
+    Placement placement;
+    Weights weights;
 };
 
 enum class Mode { encoder, decoder };
@@ -42,6 +46,12 @@ struct GraphBuilder {
 
     ggml_context* ctx() const { return context.get(); }
 
+    // A tensor that is written before each run of the graph and keeps what was written. Portable graphs have
+    // them in the device's memory, laid out with the graph.
+    ggml_tensor* new_input(ggml_type type, int64_t n0, int64_t n1 = 1);
+    // Gives the graph its memory and writes the masks.
+    void allocate(Workspace& workspace, const char* what) const;
+
     // Tensors made from here on belong to this part of the step, for profiles. `name` must be a literal.
     void begin_part(const char* name) { parts.push_back({name, ggml_used_mem(ctx())}); }
     const char* part_of(const ggml_tensor* tensor) const;
@@ -52,9 +62,25 @@ struct GraphBuilder {
     };
     std::vector<Part> parts;
 
+    // Which rows a sequence's tokens may see of a layer; layers that see the same share one. Portable graphs
+    // only.
+    portable::Mask mask(size_t i_sequence, int32_t i_layer, int64_t n_visible, const Causal* causal);
+
+    bool portable() const { return model.engine.on_device(); }
+
     ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr) const;  // weight null: none
+    ggml_tensor* gelu_product(ggml_tensor* gate, ggml_tensor* up) const;         // gelu(gate) * up
     ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down) const;
     ggml_tensor* embed(ggml_tensor* ids) const;  // rows of the embedding times sqrt(d) -> [d, n_tokens]
+
+  private:
+    struct MaskKey {
+        size_t i_sequence;
+        bool sliding;
+        portable::Mask mask;
+    };
+    std::vector<MaskKey> masks_;
+    ggml_context_ptr input_context_;  // of portable graphs
 };
 
 // Writes the layer's keys and values of x [d, n_tokens] into the caches' rows behind what they hold.

@@ -22,11 +22,7 @@ void require_distinct(const std::vector<Session*>& sessions, const Model& model)
 }  // namespace
 
 Batch::Batch(std::shared_ptr<const Model> model)
-    : model_(std::move(model)),
-      denoiser_(*model_),
-      allocator_(ggml_gallocr_new(model_->engine.buffer_type())) {
-    if (!allocator_) throw Error(ErrorKind::out_of_memory, "no memory for a batch");
-}
+    : model_(std::move(model)), denoiser_(*model_), workspace_(model_->engine) {}
 
 std::vector<Batch::Outcome> Batch::next_steps(const std::vector<Session*>& sessions,
                                               const std::function<void(int32_t)>& between) {
@@ -55,7 +51,7 @@ std::vector<Batch::Outcome> Batch::next_steps(const std::vector<Session*>& sessi
     if (lanes.empty()) return outcomes;
     const auto start = std::chrono::steady_clock::now();
     try {
-        denoiser_.step(lanes, allocator_.get(), cancel_);
+        denoiser_.step(lanes, workspace_, cancel_);
     } catch (...) {
         denoiser_.invalidate();
         cancel_ = false;

@@ -35,7 +35,7 @@ class Batch {
   private:
     std::shared_ptr<const Model> model_;
     Denoiser denoiser_;
-    ggml_gallocr_ptr allocator_;
+    Workspace workspace_;
     std::atomic<bool> cancel_{false};
 };
 

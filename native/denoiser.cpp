@@ -1,9 +1,12 @@
 #include "denoiser.h"
 
-#include <chrono>
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
+#include "device/step_kernels.h"
 #include "errors.h"
+#include "stopwatch.h"
 
 namespace pydiffusion {
 
@@ -16,12 +19,14 @@ const char* operation_name(const ggml_tensor* node) {
 
 }  // namespace
 
-CanvasState::CanvasState(const Model& model) {
+CanvasState::CanvasState(const Model& model) : model_(model) {
     const Hyperparameters& hp = model.hparams;
-    const ggml_init_params params = {2 * ggml_tensor_overhead(), nullptr, true};
+    const ggml_init_params params = {3 * ggml_tensor_overhead(), nullptr, true};
     context_.reset(ggml_init(params));
     if (!context_) throw Error(ErrorKind::out_of_memory, "no memory for the logits' description");
     logits_ = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, hp.n_vocab, hp.canvas_length);
+    if (model.engine.on_device())
+        soft_ = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, hp.n_embd, hp.canvas_length);
     buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(context_.get(), model.engine.buffer_type()));
     if (!buffer_) {
         throw Error(ErrorKind::out_of_memory, format("no memory for the logits of a canvas (%.1f MB)",
@@ -31,6 +36,37 @@ CanvasState::CanvasState(const Model& model) {
     step_.embedding_scale = std::sqrt(static_cast<float>(hp.n_embd));
     step_.u.assign(hp.canvas_length, 0.0f);
     step_.measures.resize(hp.canvas_length);
+}
+
+const float* CanvasState::logits() {
+    if (!soft_) return static_cast<const float*>(logits_->data);
+    host_logits_.resize(ggml_nelements(logits_));
+    ggml_backend_tensor_get(logits_, host_logits_.data(), 0, ggml_nbytes(logits_));
+    return host_logits_.data();
+}
+
+void CanvasState::set_logits(const float* logits) {
+    ggml_backend_tensor_set(logits_, logits, 0, ggml_nbytes(logits_));
+}
+
+void CanvasState::pin(int64_t position, int32_t token) {
+    const Hyperparameters& hp = model_.hparams;
+    if (soft_) {
+        const auto turn = model_.engine.device_turn();
+        model_.engine.kernels().pin(logits_, position, token, hp.soft_cap);
+        return;
+    }
+    float* row = static_cast<float*>(logits_->data) + position * hp.n_vocab;
+    std::fill_n(row, hp.n_vocab, -std::numeric_limits<float>::infinity());
+    row[token] = hp.soft_cap;
+}
+
+void CanvasState::condition(const ggml_tensor* embedding, int64_t n_tokens) {
+    if (soft_) model_.engine.kernels().condition(logits_, embedding, soft_, n_tokens, step_);
+}
+
+void CanvasState::measure(int64_t n_tokens) {
+    if (soft_) model_.engine.kernels().measure(logits_, n_tokens, step_);
 }
 
 void CanvasState::require_finite(size_t n) const {
@@ -45,17 +81,29 @@ void CanvasState::require_finite(size_t n) const {
     }
 }
 
+namespace {
+
+ggml_tensor* first_columns(const GraphBuilder& g, ggml_tensor* x, int64_t n) {
+    return ggml_view_2d(g.ctx(), x, x->ne[0], n, x->nb[1], 0);
+}
+
+}  // namespace
+
+// The soft embedding of a lane's last step: a device's kernels have filled it in by then.
+ggml_tensor* Denoiser::soft_embedding_of(GraphBuilder& g, CanvasState& state, int64_t n_tokens) {
+    if (state.soft_) return first_columns(g, state.soft_, n_tokens);
+    ggml_tensor* logits = first_columns(g, state.logits_, n_tokens);
+    ggml_tensor* probabilities = soft_probabilities(g.ctx(), logits, &state.step_);
+    return soft_embedding(g.ctx(), probabilities, model_.weights.token_embd, &state.step_);
+}
+
 // What the layers begin with: embedded tokens plus the soft embedding of the step before, lane by lane.
 ggml_tensor* Denoiser::embed_lanes(GraphBuilder& g, const std::vector<Lane>& lanes) {
     const Weights& w = model_.weights;
     g.begin_part("self-conditioning");
     ggml_tensor* soft = nullptr;
     for (const Lane& lane : lanes) {
-        StepState* state = &lane.state->step_;
-        ggml_tensor* logits = lane.state->logits_;
-        logits = ggml_view_2d(g.ctx(), logits, logits->ne[0], lane.n_tokens(), logits->nb[1], 0);
-        ggml_tensor* probabilities = soft_probabilities(g.ctx(), logits, state);
-        ggml_tensor* one = soft_embedding(g.ctx(), probabilities, w.token_embd, state);
+        ggml_tensor* one = soft_embedding_of(g, *lane.state, lane.n_tokens());
         soft = soft ? ggml_concat(g.ctx(), soft, one, 1) : one;
     }
     ggml_tensor* s =
@@ -70,10 +118,11 @@ void Denoiser::finish_lane(GraphBuilder& g, CanvasState& state, ggml_tensor* x) 
     ggml_tensor* head = ggml_mul_mat(g.ctx(), model_.weights.output, x);
     ggml_backend_tensor_alloc(state.buffer_.get(), head, state.logits_->data);
     g.begin_part("sampler");
-    ggml_build_forward_expand(g.graph, cap_and_measure(g.ctx(), head, &state.step_));
+    if (!state.soft_) head = cap_and_measure(g.ctx(), head, &state.step_);
+    ggml_build_forward_expand(g.graph, head);
 }
 
-void Denoiser::build(const std::vector<Lane>& lanes, ggml_gallocr_t allocator) {
+void Denoiser::build(const std::vector<Lane>& lanes, Workspace& workspace) {
     const Hyperparameters& hp = model_.hparams;
     int64_t n_tokens = 0;
     std::vector<Sequence> sequences;
@@ -81,14 +130,12 @@ void Denoiser::build(const std::vector<Lane>& lanes, ggml_gallocr_t allocator) {
         sequences.push_back({lane.cache, lane.n_tokens()});
         n_tokens += lane.n_tokens();
     }
+    canvases_.clear();
+    for (const Lane& lane : lanes) canvases_.emplace_back(lane.state, lane.n_tokens());
     built_ = std::make_unique<GraphBuilder>(model_, std::move(sequences));
     GraphBuilder& g = *built_;
-    canvas_ = ggml_new_tensor_1d(g.ctx(), GGML_TYPE_I32, n_tokens);
-    g.positions = ggml_new_tensor_1d(g.ctx(), GGML_TYPE_I32, n_tokens);
-    for (ggml_tensor* input : {canvas_, g.positions}) {
-        ggml_set_input(input);
-        ggml_set_output(input);  // else their memory is used again once they have been read
-    }
+    canvas_ = g.new_input(GGML_TYPE_I32, n_tokens);
+    g.positions = g.new_input(GGML_TYPE_I32, n_tokens);
     ggml_tensor* x = embed_lanes(g, lanes);
     for (int32_t i = 0; i < hp.n_layer; ++i) x = apply_layer(g, i, Mode::decoder, x, nullptr);
     g.begin_part("head");
@@ -100,9 +147,7 @@ void Denoiser::build(const std::vector<Lane>& lanes, ggml_gallocr_t allocator) {
         first += n;
     }
     if (statistics_) Statistics::keep_inputs(g.graph);
-    if (!ggml_gallocr_alloc_graph(allocator, g.graph)) {
-        throw Error(ErrorKind::out_of_memory, "no memory for the buffers of a denoising step");
-    }
+    g.allocate(workspace, "the buffers of a denoising step");
 }
 
 std::map<std::string, int> Denoiser::ops() const {
@@ -124,6 +169,10 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
                 2.0 * static_cast<double>(a->ne[0]) * static_cast<double>(ggml_nelements(node));
             cost.bytes += static_cast<double>(ggml_nbytes(a));
             break;
+        case GGML_OP_FLASH_ATTN_EXT:
+            cost.operations += 4.0 * static_cast<double>(ggml_nelements(a)) * static_cast<double>(b->ne[1]);
+            cost.bytes += 2.0 * static_cast<double>(ggml_nbytes(b));
+            break;
         case GGML_OP_CUSTOM:
             if (node->name == std::string("attend")) {  // queries times keys, and weights times values
                 cost.operations +=
@@ -143,15 +192,29 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
 
 }  // namespace
 
-std::map<std::string, Denoiser::PartCost> Denoiser::profile(const std::atomic<bool>& cancel,
+std::map<std::string, Denoiser::PartCost> Denoiser::profile(Workspace& workspace,
+                                                            const std::atomic<bool>& cancel,
                                                             bool by_operation) {
     if (!built_ || built_for_.empty())
         throw Error(ErrorKind::argument, "there is no step to profile: run one first");
+    if (!model_.placement.one_place())
+        throw Error(ErrorKind::unsupported,
+                    "a step that runs in part on a device and in part on the processor can't be profiled");
+    const auto turn = model_.engine.device_turn();
     std::map<std::string, PartCost> costs;
     const int n_nodes = ggml_graph_n_nodes(built_->graph);
     const auto part_of = [&](const ggml_tensor* node) {
         return std::string(by_operation ? operation_name(node) : built_->part_of(node));
     };
+    const double row_bytes = sizeof(float) * static_cast<double>(model_.hparams.n_vocab);
+    for (const auto& [canvas, n] : canvases_) {
+        if (!model_.engine.on_device()) break;
+        PartCost &conditioning = costs["self-conditioning"], &sampler = costs["sampler"];
+        conditioning.seconds += seconds_of([&] { canvas->condition(model_.weights.token_embd, n); });
+        conditioning.bytes += 3.0 * row_bytes * static_cast<double>(n);
+        sampler.seconds += seconds_of([&] { canvas->measure(n); });
+        sampler.bytes += 2.0 * row_bytes * static_cast<double>(n);
+    }
     const GraphBuilder pieces(model_, built_->sequences);  // for its room for nodes
     for (int i = 0; i < n_nodes;) {
         const std::string part = part_of(ggml_graph_node(built_->graph, i));
@@ -161,15 +224,13 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(const std::atomic<bo
             count_work(ggml_graph_node(built_->graph, i), cost);
             ggml_graph_add_node(pieces.graph, ggml_graph_node(built_->graph, i));
         }
-        const auto start = std::chrono::steady_clock::now();
-        model_.engine.compute(pieces.graph, cancel);
-        cost.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        cost.seconds += seconds_of([&] { workspace.compute_nodes(pieces.graph, cancel); });
     }
     return costs;
 }
 
-void Denoiser::step(const std::vector<Lane>& lanes, ggml_gallocr_t allocator,
-                    const std::atomic<bool>& cancel) {
+void Denoiser::step(const std::vector<Lane>& lanes, Workspace& workspace, const std::atomic<bool>& cancel) {
+    const auto turn = model_.engine.device_turn();
     const auto versions = [&] {
         std::vector<std::pair<uint64_t, int64_t>> result;
         for (const Lane& lane : lanes) result.emplace_back(lane.cache->version(), lane.n_tokens());
@@ -178,7 +239,7 @@ void Denoiser::step(const std::vector<Lane>& lanes, ggml_gallocr_t allocator,
     if (built_for_ != versions()) {
         invalidate();
         for (const Lane& lane : lanes) lane.cache->prepare(static_cast<int32_t>(lane.n_tokens()));
-        build(lanes, allocator);
+        build(lanes, workspace);
         built_for_ = versions();
     }
     std::vector<int32_t> tokens, positions;
@@ -189,7 +250,9 @@ void Denoiser::step(const std::vector<Lane>& lanes, ggml_gallocr_t allocator,
     ggml_backend_tensor_set(canvas_, tokens.data(), 0, tokens.size() * sizeof(int32_t));
     ggml_backend_tensor_set(built_->positions, positions.data(), 0, positions.size() * sizeof(int32_t));
     model_.file->require_whole();
-    model_.engine.compute(built_->graph, cancel);
+    for (const Lane& lane : lanes) lane.state->condition(model_.weights.token_embd, lane.n_tokens());
+    workspace.compute(built_->graph, cancel);
+    for (const Lane& lane : lanes) lane.state->measure(lane.n_tokens());
     if (statistics_) statistics_->add(built_->graph);
 }
 

@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "backbone.h"
-#include "ggml-alloc.h"
 #include "self_conditioning.h"
 #include "statistics.h"
 
@@ -22,8 +21,12 @@ class CanvasState {
     explicit CanvasState(const Model& model);
 
     // Logits of the last step, soft-capped, position by position: n_vocab floats each. The next step
-    // overwrites them.
-    float* logits() { return static_cast<float*>(logits_->data); }
+    // overwrites them, and where a device computes, the next call too.
+    const float* logits();
+    // Puts others in their place, n_vocab times canvas_length, for the next step to be conditioned on.
+    void set_logits(const float* logits);
+    // The next step is conditioned on this token as on one that the model is sure of.
+    void pin(int64_t position, int32_t token);
     StepState& step() { return step_; }
 
     // Throws Error(general) when the last step's logits of the first n positions are not finite.
@@ -32,10 +35,16 @@ class CanvasState {
   private:
     friend class Denoiser;
 
+    void condition(const ggml_tensor* embedding, int64_t n_tokens);  // on a device
+    void measure(int64_t n_tokens);
+
+    const Model& model_;
     StepState step_;
     ggml_context_ptr context_;
     ggml_backend_buffer_ptr buffer_;
-    ggml_tensor* logits_ = nullptr;  // F32 [n_vocab, canvas_length]
+    ggml_tensor* logits_ = nullptr;   // F32 [n_vocab, canvas_length]
+    ggml_tensor* soft_ = nullptr;     // F32 [n_embd, canvas_length], the soft embedding; on a device
+    std::vector<float> host_logits_;  // copies; on a device
 };
 
 class Denoiser {
@@ -52,18 +61,19 @@ class Denoiser {
 
     // Runs one step on every lane's canvas, all in one graph. The graph stays for the next step on the same
     // lanes in the same order.
-    void step(const std::vector<Lane>& lanes, ggml_gallocr_t allocator, const std::atomic<bool>& cancel);
+    void step(const std::vector<Lane>& lanes, Workspace& workspace, const std::atomic<bool>& cancel);
 
     // Runs the step just done once more, part by part, and tells what each took. The logits are spoiled by
-    // it. With by_operation the parts are the names of ops().
+    // it. With by_operation the parts are the names of ops(). For models that lie in one place.
     struct PartCost {
         double seconds = 0.0;
         double operations = 0.0;  // multiplications and additions of matrix products and attention
         double bytes = 0.0;       // of weights, keys and values read
     };
-    std::map<std::string, PartCost> profile(const std::atomic<bool>& cancel, bool by_operation);
+    std::map<std::string, PartCost> profile(Workspace& workspace, const std::atomic<bool>& cancel,
+                                            bool by_operation);
 
-    // To be called when the allocator served another graph: the next step builds anew.
+    // To be called when the workspace served another graph: the next step builds anew.
     void invalidate() { built_for_.clear(); }
 
     // Adds the activations of every step from now on, until called with null.
@@ -77,14 +87,16 @@ class Denoiser {
     std::map<std::string, int> ops() const;
 
   private:
-    void build(const std::vector<Lane>& lanes, ggml_gallocr_t allocator);
+    void build(const std::vector<Lane>& lanes, Workspace& workspace);
+    ggml_tensor* soft_embedding_of(GraphBuilder& g, CanvasState& state, int64_t n_tokens);
     ggml_tensor* embed_lanes(GraphBuilder& g, const std::vector<Lane>& lanes);
     void finish_lane(GraphBuilder& g, CanvasState& state, ggml_tensor* x);
 
     const Model& model_;
     Statistics* statistics_ = nullptr;
     std::unique_ptr<GraphBuilder> built_;
-    std::vector<std::pair<uint64_t, int64_t>> built_for_;  // the lanes' cache versions and canvas lengths
+    std::vector<std::pair<uint64_t, int64_t>> built_for_;     // the lanes' cache versions and canvas lengths
+    std::vector<std::pair<CanvasState*, int64_t>> canvases_;  // of the graph, with their lengths
     ggml_tensor* canvas_ = nullptr;
 };
 

@@ -9,16 +9,15 @@ namespace pydiffusion {
 
 namespace {
 
-void encode_chunk(const Model& model, KvCache& cache, ggml_gallocr_t allocator, const int32_t* ids,
+void encode_chunk(const Model& model, KvCache& cache, Workspace& workspace, const int32_t* ids,
                   int32_t n_tokens, const std::atomic<bool>& cancel, std::vector<float>* hidden,
                   Statistics* statistics) {
     const Hyperparameters& hp = model.hparams;
+    const auto turn = model.engine.device_turn();
     cache.prepare(n_tokens);
     GraphBuilder g(model, {{&cache, n_tokens}});
-    ggml_tensor* tokens = ggml_new_tensor_1d(g.ctx(), GGML_TYPE_I32, n_tokens);
-    g.positions = ggml_new_tensor_1d(g.ctx(), GGML_TYPE_I32, n_tokens);
-    ggml_set_input(tokens);
-    ggml_set_input(g.positions);
+    ggml_tensor* tokens = g.new_input(GGML_TYPE_I32, n_tokens);
+    g.positions = g.new_input(GGML_TYPE_I32, n_tokens);
     Causal causal[2];  // of full layers, of sliding ones
 
     ggml_tensor* x = g.embed(tokens);
@@ -39,16 +38,14 @@ void encode_chunk(const Model& model, KvCache& cache, ggml_gallocr_t allocator, 
         ggml_build_forward_expand(g.graph, x);
     }
     if (statistics) Statistics::keep_inputs(g.graph);
-    if (!ggml_gallocr_alloc_graph(allocator, g.graph)) {
-        throw Error(ErrorKind::out_of_memory, "no memory for encoding a chunk of the prompt");
-    }
+    g.allocate(workspace, "encoding a chunk of the prompt");
 
     ggml_backend_tensor_set(tokens, ids, 0, n_tokens * sizeof(int32_t));
     std::vector<int32_t> positions(n_tokens);
     for (int32_t i = 0; i < n_tokens; ++i) positions[i] = cache.n_past() + i;
     ggml_backend_tensor_set(g.positions, positions.data(), 0, n_tokens * sizeof(int32_t));
     model.file->require_whole();
-    model.engine.compute(g.graph, cancel);
+    workspace.compute(g.graph, cancel);
     if (statistics) statistics->add(g.graph);
     cache.advance(n_tokens);
     if (hidden) {
@@ -60,13 +57,13 @@ void encode_chunk(const Model& model, KvCache& cache, ggml_gallocr_t allocator, 
 
 }  // namespace
 
-void encode(const Model& model, KvCache& cache, ggml_gallocr_t allocator, const std::vector<int32_t>& ids,
+void encode(const Model& model, KvCache& cache, Workspace& workspace, const std::vector<int32_t>& ids,
             const std::atomic<bool>& cancel, const std::function<void(int32_t)>& between,
             std::vector<float>* hidden, Statistics* statistics) {
     const int32_t n = static_cast<int32_t>(ids.size());
     for (int32_t done = 0; done < n;) {
         const int32_t n_tokens = std::min(kEncodeChunk, n - done);
-        encode_chunk(model, cache, allocator, ids.data() + done, n_tokens, cancel, hidden, statistics);
+        encode_chunk(model, cache, workspace, ids.data() + done, n_tokens, cancel, hidden, statistics);
         done += n_tokens;
         between(done);
     }

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "backbone.h"
-#include "ggml-alloc.h"
 #include "statistics.h"
 
 namespace pydiffusion {
@@ -16,7 +15,7 @@ constexpr int32_t kEncodeChunk = 512;  // tokens per graph
 // Appends ids to the cache in chunks. `between` is called after each chunk with the number of tokens done;
 // what it throws ends the call, and the chunks done stay in the cache. With `hidden`, the last layer's output
 // after the final norm is appended to it, d floats per token.
-void encode(const Model& model, KvCache& cache, ggml_gallocr_t allocator, const std::vector<int32_t>& ids,
+void encode(const Model& model, KvCache& cache, Workspace& workspace, const std::vector<int32_t>& ids,
             const std::atomic<bool>& cancel, const std::function<void(int32_t)>& between,
             std::vector<float>* hidden, Statistics* statistics = nullptr);
 

@@ -1,13 +1,12 @@
 #include "engine.h"
 
 #include <cstdlib>
-#include <memory>
-#include <mutex>
 #include <system_error>
 #include <thread>
-#include <vector>
 
+#include "device/step_kernels.h"
 #include "errors.h"
+#include "ggml-alloc.h"
 
 #if !defined(_WIN32)
 #include <unistd.h>
@@ -83,10 +82,73 @@ struct Engine::Pool {
     size_t work_size = 0;
 };
 
-Engine::Engine(int n_threads) : n_threads_(n_threads) {
+namespace {
+
+std::vector<ggml_backend_dev_t> gpus() {
+    std::vector<ggml_backend_dev_t> found;
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        ggml_backend_dev_t device = ggml_backend_dev_get(i);
+        if (ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_GPU) found.push_back(device);
+    }
+    return found;
+}
+
+}  // namespace
+
+std::vector<DeviceInfo> list_devices() {
+    std::vector<DeviceInfo> infos;
+    for (ggml_backend_dev_t device : gpus()) {
+        DeviceInfo info;
+        info.name = ggml_backend_dev_name(device);
+        info.description = ggml_backend_dev_description(device);
+        size_t free = 0, total = 0;
+        ggml_backend_dev_memory(device, &free, &total);
+        info.free_bytes = free;
+        info.total_bytes = total;
+        infos.push_back(info);
+    }
+    return infos;
+}
+
+Engine::Engine(int n_threads, const std::string& device) : n_threads_(n_threads), name_("CPU") {
     take_one_kernel_for_all_widths();
     ggml_cpu_init();
-    pool_ = new Pool(n_threads);
+    auto pool = std::make_unique<Pool>(n_threads);
+    if (device == "host") {
+        name_ = "host";
+        kernels_ = make_host_kernels();
+    } else if (device != "cpu") {
+#if defined(PYDIFFUSION_CUDA)
+        const std::vector<ggml_backend_dev_t> devices = gpus();
+        for (size_t i = 0; i < devices.size(); ++i) {
+            if (device != ggml_backend_dev_name(devices[i])) continue;
+            name_ = device;
+            gpu_.reset(ggml_backend_dev_init(devices[i], nullptr));
+            kernels_ = gpu_ ? make_cuda_kernels(static_cast<int>(i)) : nullptr;
+        }
+#endif
+        if (!gpu_)
+            throw Error(ErrorKind::argument, "there is no device " + quoted(device) + " to compute on");
+    }
+    if (kernels_) {
+        cpu_.reset(ggml_backend_cpu_init());
+        if (!cpu_) throw Error(ErrorKind::out_of_memory, "no memory for ggml's CPU backend");
+        ggml_backend_cpu_set_n_threads(cpu_.get(), n_threads);
+        ggml_backend_cpu_set_threadpool(cpu_.get(), pool->threads);
+    }
+    pool_ = pool.release();
+}
+
+ggml_backend_buffer_type_t Engine::buffer_type() const {
+    return gpu_ ? ggml_backend_get_default_buffer_type(gpu_.get()) : host_buffer_type();
+}
+
+bool Engine::device_supports(const ggml_tensor* node) const {
+    return ggml_backend_supports_op(gpu_ ? gpu_.get() : cpu_.get(), node);
+}
+
+std::unique_lock<std::mutex> Engine::device_turn() const {
+    return on_device() ? std::unique_lock<std::mutex>(device_mutex_) : std::unique_lock<std::mutex>();
 }
 
 Engine::~Engine() {
@@ -125,6 +187,75 @@ void Engine::compute(ggml_cgraph* graph, const std::atomic<bool>& cancel) {
         throw Error(ErrorKind::out_of_memory, "no memory for a step's work area");
     if (status != GGML_STATUS_SUCCESS)
         throw Error(ErrorKind::general, format("ggml failed with status %d", status));
+}
+
+Workspace::Workspace(Engine& engine) : engine_(engine) {
+    if (engine_.on_device()) return;  // a scheduler is made for the size of its first graph
+    allocator_.reset(ggml_gallocr_new(engine_.buffer_type()));
+    if (!allocator_) throw Error(ErrorKind::out_of_memory, "no memory for a session");
+}
+
+void Workspace::allocate(ggml_cgraph* graph, ggml_context* inputs, const char* what) {
+    const bool done = engine_.on_device() ? place_inputs(inputs) && schedule(graph)
+                                          : ggml_gallocr_alloc_graph(allocator_.get(), graph);
+    if (!done) throw Error(ErrorKind::out_of_memory, format("no memory for %s", what));
+}
+
+bool Workspace::place_inputs(ggml_context* inputs) {
+    ggml_backend_buffer_type_t type = engine_.buffer_type();
+    const size_t alignment = ggml_backend_buft_get_alignment(type);
+    size_t needed = 0;
+    for (ggml_tensor* t = ggml_get_first_tensor(inputs); t; t = ggml_get_next_tensor(inputs, t))
+        needed += GGML_PAD(ggml_backend_buft_get_alloc_size(type, t), alignment);
+    if (!inputs_ || ggml_backend_buffer_get_size(inputs_.get()) < needed) {
+        inputs_.reset();
+        inputs_.reset(ggml_backend_buft_alloc_buffer(type, needed));
+        if (!inputs_) return false;
+    }
+    ggml_tallocr place = ggml_tallocr_new(inputs_.get());
+    for (ggml_tensor* t = ggml_get_first_tensor(inputs); t; t = ggml_get_next_tensor(inputs, t)) {
+        if (ggml_tallocr_alloc(&place, t) != GGML_STATUS_SUCCESS) return false;
+    }
+    return true;
+}
+
+bool Workspace::schedule(ggml_cgraph* graph) {
+    const size_t needed = 2 * static_cast<size_t>(ggml_graph_size(graph));
+    if (scheduler_size_ < needed) {
+        std::vector<ggml_backend_t> backends;
+        if (engine_.gpu_) backends.push_back(engine_.gpu_.get());
+        backends.push_back(engine_.cpu_.get());
+        scheduler_size_ = 0;
+        scheduler_.reset(ggml_backend_sched_new(backends.data(), nullptr, static_cast<int>(backends.size()),
+                                                needed, false, false));
+        if (!scheduler_) return false;
+        scheduler_size_ = needed;
+    }
+    ggml_backend_sched_reset(scheduler_.get());
+    return ggml_backend_sched_alloc_graph(scheduler_.get(), graph);
+}
+
+void Workspace::compute(ggml_cgraph* graph, const std::atomic<bool>& cancel) {
+    if (!engine_.on_device()) {
+        engine_.compute(graph, cancel);
+        return;
+    }
+    if (cancel) throw Error(ErrorKind::cancelled, "cancelled");
+    require_success(ggml_backend_sched_graph_compute(scheduler_.get(), graph));
+}
+
+void Workspace::compute_nodes(ggml_cgraph* nodes, const std::atomic<bool>& cancel) {
+    if (!engine_.on_device()) {
+        engine_.compute(nodes, cancel);
+        return;
+    }
+    ggml_backend_t backend = engine_.gpu_ ? engine_.gpu_.get() : engine_.cpu_.get();
+    require_success(ggml_backend_graph_compute(backend, nodes));
+}
+
+void Workspace::require_success(ggml_status status) const {
+    if (status == GGML_STATUS_SUCCESS) return;
+    throw Error(ErrorKind::general, format("ggml failed with status %d on %s", status, engine_.name()));
 }
 
 }  // namespace pydiffusion

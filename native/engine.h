@@ -1,7 +1,12 @@
-// Where graphs are computed: ggml's CPU kernels with a thread pool that is made once per model and process.
+// Where graphs are computed: ggml's CPU kernels with a thread pool that is made once per model and process,
+// or a GPU beside them.
 #pragma once
 
 #include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
@@ -9,27 +14,87 @@
 
 namespace pydiffusion {
 
+class StepKernels;
+
+// A GPU that this build can compute on; empty names nothing.
+struct DeviceInfo {
+    std::string name;         // "CUDA0", ...
+    std::string description;  // "NVIDIA GeForce RTX 4090"
+    uint64_t free_bytes = 0;
+    uint64_t total_bytes = 0;
+};
+
+std::vector<DeviceInfo> list_devices();
+
 class Engine {
   public:
-    explicit Engine(int n_threads);
+    // device: "cpu"; a name out of list_devices(); or "host", which runs the graphs and kernels made for GPUs
+    // on the processor: slow, to prove them.
+    Engine(int n_threads, const std::string& device);
     ~Engine();
     Engine(const Engine&) = delete;
     Engine& operator=(const Engine&) = delete;
 
     int n_threads() const { return n_threads_; }
-    const char* name() const { return "CPU"; }
-    ggml_backend_buffer_type_t buffer_type() const { return ggml_backend_cpu_buffer_type(); }
+    const char* name() const { return name_.c_str(); }
 
-    // Runs the graph; sessions take turns, since each run uses all threads. Throws Error(cancelled) soon
-    // after `cancel` becomes true.
-    void compute(ggml_cgraph* graph, const std::atomic<bool>& cancel);
+    // Whether graphs consist of operations that every backend has, and what goes on beside the layers is the
+    // kernels'; else our own operations for the processor are in the graph.
+    bool on_device() const { return kernels_ != nullptr; }
+    StepKernels& kernels() const { return *kernels_; }
+    // Whether the device itself has this operation with these operands.
+    bool device_supports(const ggml_tensor* node) const;
+
+    // Of what belongs to layers on the device, and of what belongs to the others.
+    ggml_backend_buffer_type_t buffer_type() const;
+    ggml_backend_buffer_type_t host_buffer_type() const { return ggml_backend_cpu_buffer_type(); }
+
+    // Held while a device computes: sessions take turns.
+    std::unique_lock<std::mutex> device_turn() const;
 
   private:
+    friend class Workspace;
+
+    // Runs the graph on the processor; sessions take turns, since each run uses all threads. Throws
+    // Error(cancelled) soon after `cancel` becomes true.
+    void compute(ggml_cgraph* graph, const std::atomic<bool>& cancel);
+
     struct Pool;
     Pool& pool();
 
     int n_threads_;
+    std::string name_;
     std::atomic<Pool*> pool_;
+    ggml_backend_ptr gpu_;  // null on the processor
+    ggml_backend_ptr cpu_;  // of a scheduler's; null when there is none
+    std::unique_ptr<StepKernels> kernels_;
+    mutable std::mutex device_mutex_;
+};
+
+// Memory for one graph at a time, and the way to run it.
+class Workspace {
+  public:
+    explicit Workspace(Engine& engine);
+
+    // Lays the graph out, in place of the one before; on a device with the tensors of `inputs`, which keep
+    // their memory while it stands. Throws Error(out_of_memory) with "no memory for `what`".
+    void allocate(ggml_cgraph* graph, ggml_context* inputs, const char* what);
+
+    // Runs the graph laid out last.
+    void compute(ggml_cgraph* graph, const std::atomic<bool>& cancel);
+    // Runs nodes that have their memory already and all belong where the engine computes.
+    void compute_nodes(ggml_cgraph* nodes, const std::atomic<bool>& cancel);
+
+  private:
+    void require_success(ggml_status status) const;
+    bool place_inputs(ggml_context* inputs);
+    bool schedule(ggml_cgraph* graph);
+
+    Engine& engine_;
+    ggml_gallocr_ptr allocator_;        // on the processor alone
+    ggml_backend_sched_ptr scheduler_;  // else
+    size_t scheduler_size_ = 0;
+    ggml_backend_buffer_ptr inputs_;
 };
 
 }  // namespace pydiffusion

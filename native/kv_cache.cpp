@@ -5,6 +5,7 @@
 
 #include "errors.h"
 #include "ggml-alloc.h"
+#include "portable_ops.h"
 
 namespace pydiffusion {
 
@@ -12,35 +13,56 @@ namespace {
 
 constexpr int32_t kSnapshotSlack = 256;  // tokens
 
+// Copies the bytes [from, from + n) of a tensor to its beginning; they may overlap.
+void move_to_front(ggml_tensor* t, size_t from, size_t n) {
+    if (n == 0) return;
+    if (ggml_backend_buffer_is_host(t->buffer)) {
+        auto* data = static_cast<char*>(t->data);
+        std::memmove(data, data + from, n);
+        return;
+    }
+    // Not often: once in a window's worth of tokens.
+    std::vector<uint8_t> rows(n);
+    ggml_backend_tensor_get(t, rows.data(), from, n);
+    ggml_backend_tensor_set(t, rows.data(), 0, n);
+}
+
 }  // namespace
 
-KvCache::KvCache(const Hyperparameters& hp, const Engine& engine, ggml_type type, int32_t n_ctx,
-                 int32_t max_batch)
-    : window_(hp.window) {
-    // A window of slack behind the window, so that rows are moved once in a window's worth of tokens, not at
-    // every batch, and a session can be shortened a little without encoding again.
-    const int64_t full_rows = n_ctx;
-    sliding_rows_ = static_cast<int32_t>(std::min<int64_t>(full_rows, 2 * int64_t{window_} + max_batch));
-
+KvCache::KvCache(const Hyperparameters& hp, const Engine& engine, const Placement& placement, ggml_type type,
+                 int32_t n_ctx, int32_t max_batch)
+    : window_(hp.window), sliding_rows_(static_cast<int32_t>(n_rows(hp, true, n_ctx, max_batch))) {
     const ggml_init_params params = {(2 * hp.layers.size() + 1) * ggml_tensor_overhead(), nullptr, true};
-    require_memory((size_t{8} << 20) + params.mem_size);
+    require_memory((size_t{8} << 20) + 2 * params.mem_size);
     context_.reset(ggml_init(params));
-    if (!context_) throw Error(ErrorKind::out_of_memory, "no memory for the cache's description");
-    for (const LayerShape& shape : hp.layers) {
+    host_context_.reset(ggml_init(params));
+    if (!context_ || !host_context_)
+        throw Error(ErrorKind::out_of_memory, "no memory for the cache's description");
+    for (int32_t i = 0; i < hp.n_layer; ++i) {
+        const LayerShape& shape = hp.layers[i];
+        ggml_context* context = placement.layer(i) ? context_.get() : host_context_.get();
         const int64_t width = int64_t{shape.head_dim} * shape.n_head_kv;
-        const int64_t n_rows = shape.sliding ? sliding_rows_ : full_rows;
-        layers_.push_back({ggml_new_tensor_2d(context_.get(), type, width, n_rows),
-                           ggml_new_tensor_2d(context_.get(), type, width, n_rows), shape.sliding});
+        // Behind the last row there is room for those that fill a mask up.
+        const int64_t rows =
+            n_rows(hp, shape.sliding, n_ctx, max_batch) + (engine.on_device() ? portable::kRowStep : 0);
+        layers_.push_back({ggml_new_tensor_2d(context, type, width, rows),
+                           ggml_new_tensor_2d(context, type, width, rows), shape.sliding});
     }
-    const size_t n_bytes =
-        ggml_backend_alloc_ctx_tensors_from_buft_size(context_.get(), engine.buffer_type());
-    buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(context_.get(), engine.buffer_type()));
-    if (!buffer_) {
+    allocate(context_.get(), engine.buffer_type(), n_ctx);
+    allocate(host_context_.get(), engine.host_buffer_type(), n_ctx);
+}
+
+void KvCache::allocate(ggml_context* context, ggml_backend_buffer_type_t type, int32_t n_ctx) {
+    if (!ggml_get_first_tensor(context)) return;
+    const size_t n_bytes = ggml_backend_alloc_ctx_tensors_from_buft_size(context, type);
+    ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(context, type);
+    if (!buffer) {
         throw Error(ErrorKind::out_of_memory,
                     format("no memory for a KV cache of %.1f MB (%d tokens): choose a smaller n_ctx",
                            static_cast<double>(n_bytes) / 1e6, n_ctx));
     }
-    ggml_backend_buffer_clear(buffer_.get(), 0);
+    buffers_.emplace_back(buffer);
+    ggml_backend_buffer_clear(buffer, 0);
 }
 
 uint64_t KvCache::next_version() {
@@ -48,7 +70,11 @@ uint64_t KvCache::next_version() {
     return ++last;
 }
 
-uint64_t KvCache::n_bytes() const { return ggml_backend_buffer_get_size(buffer_.get()); }
+uint64_t KvCache::n_bytes() const {
+    uint64_t n_bytes = 0;
+    for (const auto& buffer : buffers_) n_bytes += ggml_backend_buffer_get_size(buffer.get());
+    return n_bytes;
+}
 
 void KvCache::prepare(int32_t n_tokens) {
     if (n_past_ + n_tokens - base_ > sliding_rows_) drop_rows_before(window_start(n_past_));
@@ -60,10 +86,7 @@ void KvCache::drop_rows_before(int32_t position) {
                  n_keep = static_cast<size_t>(n_past_ - position);
     for (const Layer& layer : layers_) {
         if (!layer.sliding) continue;
-        for (ggml_tensor* t : {layer.k, layer.v}) {
-            char* rows = static_cast<char*>(t->data);
-            std::memmove(rows, rows + n_drop * t->nb[1], n_keep * t->nb[1]);
-        }
+        for (ggml_tensor* t : {layer.k, layer.v}) move_to_front(t, n_drop * t->nb[1], n_keep * t->nb[1]);
     }
     base_ = position;
     version_ = next_version();
@@ -79,9 +102,10 @@ void KvCache::take_snapshot(int32_t position) {
     for (const Layer& layer : layers_) {
         if (!layer.sliding) continue;
         for (const ggml_tensor* t : {layer.k, layer.v}) {
-            const auto* rows = static_cast<const uint8_t*>(t->data);
-            snapshot_.rows.insert(snapshot_.rows.end(), rows + (snapshot_.first - base_) * t->nb[1],
-                                  rows + (snapshot_.end - base_) * t->nb[1]);
+            const size_t n_bytes = static_cast<size_t>(snapshot_.end - snapshot_.first) * t->nb[1];
+            snapshot_.rows.resize(snapshot_.rows.size() + n_bytes);
+            ggml_backend_tensor_get(t, snapshot_.rows.data() + snapshot_.rows.size() - n_bytes,
+                                    (snapshot_.first - base_) * t->nb[1], n_bytes);
         }
     }
 }
@@ -111,7 +135,7 @@ bool KvCache::go_back_to_snapshot(int32_t n) {
     for (const Layer& layer : layers_) {
         if (!layer.sliding) continue;
         for (ggml_tensor* t : {layer.k, layer.v}) {
-            std::memcpy(t->data, source, n_rows * t->nb[1]);
+            ggml_backend_tensor_set(t, source, 0, n_rows * t->nb[1]);
             source += n_rows * t->nb[1];
         }
     }
@@ -126,10 +150,13 @@ void KvCache::clear() {
     snapshot_ = Snapshot();
 }
 
-const uint8_t* KvCache::rows(int32_t i_layer, bool values) const {
+void KvCache::read_rows(int32_t i_layer, bool values, uint8_t* target) const {
     const Layer& layer = layers_[i_layer];
     const ggml_tensor* t = values ? layer.v : layer.k;
-    return static_cast<const uint8_t*>(t->data) + (layer.sliding ? first_kept() - base_ : 0) * t->nb[1];
+    const int32_t first = layer.sliding ? first_kept() : 0;
+    if (first == n_past_) return;
+    ggml_backend_tensor_get(t, target, (layer.sliding ? first - base_ : 0) * t->nb[1],
+                            (n_past_ - first) * t->nb[1]);
 }
 
 void KvCache::restore(int32_t n, const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows) {
@@ -138,8 +165,9 @@ void KvCache::restore(int32_t n, const std::vector<std::pair<const uint8_t*, con
     base_ = window_start(n);
     for (size_t i = 0; i < layers_.size(); ++i) {
         const size_t n_bytes = static_cast<size_t>(layers_[i].sliding ? n - base_ : n) * layers_[i].k->nb[1];
-        std::memcpy(layers_[i].k->data, rows[i].first, n_bytes);
-        std::memcpy(layers_[i].v->data, rows[i].second, n_bytes);
+        if (n_bytes == 0) continue;
+        ggml_backend_tensor_set(layers_[i].k, rows[i].first, 0, n_bytes);
+        ggml_backend_tensor_set(layers_[i].v, rows[i].second, 0, n_bytes);
     }
 }
 

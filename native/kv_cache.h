@@ -12,6 +12,7 @@
 #include "engine.h"
 #include "ggml-cpp.h"
 #include "hyperparameters.h"
+#include "placement.h"
 
 namespace pydiffusion {
 
@@ -29,8 +30,15 @@ struct KvRange {
 class KvCache {
   public:
     // `max_batch` rows can be written behind the cache at a time (a chunk of the prompt, or the canvas).
-    KvCache(const Hyperparameters& hparams, const Engine& engine, ggml_type type, int32_t n_ctx,
-            int32_t max_batch);
+    KvCache(const Hyperparameters& hparams, const Engine& engine, const Placement& placement, ggml_type type,
+            int32_t n_ctx, int32_t max_batch);
+
+    // Of a layer's buffers. Sliding layers have a window of slack behind the window, so that rows are moved
+    // once in a window's worth of tokens, not at every batch, and a session can be shortened a little without
+    // encoding again.
+    static int64_t n_rows(const Hyperparameters& hparams, bool sliding, int64_t n_ctx, int64_t max_batch) {
+        return sliding ? std::min(n_ctx, 2 * int64_t{hparams.window} + max_batch) : n_ctx;
+    }
 
     int32_t n_past() const { return n_past_; }
     // Changes whenever rows come, go or move, and is never the same in two caches: what was built for a
@@ -58,10 +66,10 @@ class KvCache {
     void clear();
 
     // Rows that a copy of this cache needs of a layer: all of a full one, of a sliding one those from
-    // first_kept() on; row_bytes() for each token.
+    // first_kept() on; row_bytes() for each token. read_rows() copies them to `target`.
     int32_t first_kept() const { return window_start(n_past_); }
     size_t row_bytes(int32_t i_layer) const { return layers_[i_layer].k->nb[1]; }
-    const uint8_t* rows(int32_t i_layer, bool values) const;
+    void read_rows(int32_t i_layer, bool values, uint8_t* target) const;
 
     // The other way: takes n tokens' rows (k and v of each layer) in place of what it holds.
     void restore(int32_t n, const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows);
@@ -79,6 +87,7 @@ class KvCache {
         std::vector<uint8_t> rows;
     };
 
+    void allocate(ggml_context* context, ggml_backend_buffer_type_t type, int32_t n_ctx);
     static uint64_t next_version();
     void drop_rows_before(int32_t position);
     void take_snapshot(int32_t position);
@@ -93,7 +102,8 @@ class KvCache {
     int32_t mark_ = -1;  // position to which truncate() should find its way back
     Snapshot snapshot_;
     ggml_context_ptr context_;
-    ggml_backend_buffer_ptr buffer_;
+    ggml_context_ptr host_context_;  // of layers that are not on the device
+    std::vector<ggml_backend_buffer_ptr> buffers_;
     std::vector<Layer> layers_;
 };
 

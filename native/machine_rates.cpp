@@ -1,31 +1,17 @@
 #include "machine_rates.h"
 
-#include <algorithm>
-#include <chrono>
 #include <thread>
 #include <vector>
 
+#include "device/step_kernels.h"
 #include "errors.h"
 #include "ggml-alloc.h"
 #include "quantize.h"
+#include "stopwatch.h"
 
 namespace pydiffusion {
 
 namespace {
-
-constexpr int kRepeats = 3;
-
-template <typename Work>
-double best_seconds(const Work& work) {
-    double best = 1e30;
-    for (int i = 0; i < kRepeats; ++i) {
-        const auto start = std::chrono::steady_clock::now();
-        work();
-        best =
-            std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-    }
-    return best;
-}
 
 uint64_t sum_words(const uint64_t* words, size_t n) {
     uint64_t lanes[8] = {};
@@ -39,7 +25,9 @@ uint64_t sum_words(const uint64_t* words, size_t n) {
 
 }  // namespace
 
-double measure_read_rate(int n_threads) {
+double measure_read_rate(int n_threads, const std::string& device) {
+    const Engine engine(n_threads, device);
+    if (engine.on_device()) return engine.kernels().copy_rate();
     const size_t n_words = (size_t{256} << 20) / sizeof(uint64_t), share = n_words / n_threads;
     const std::vector<uint64_t> memory(n_words, 1);
     std::vector<uint64_t> sums(n_threads);
@@ -56,8 +44,11 @@ double measure_read_rate(int n_threads) {
     return static_cast<double>(share * n_threads * sizeof(uint64_t)) / seconds;
 }
 
-double measure_matrix_rate(int n_threads, ggml_type type) {
+double measure_matrix_rate(int n_threads, ggml_type type, const std::string& device) {
     constexpr int64_t n = 4096, n_columns = 256, n_rows_made = 32;
+    Engine engine(n_threads, device);
+    Workspace workspace(engine);
+    const int n_products = engine.on_device() ? 64 : 1;  // one takes a GPU no longer than its launch
     std::vector<float> rows(n_rows_made * n);
     for (size_t i = 0; i < rows.size(); ++i)
         rows[i] = static_cast<float>(i * 2654435761u % 1000) / 1000.0f - 0.5f;
@@ -65,15 +56,17 @@ double measure_matrix_rate(int n_threads, ggml_type type) {
     const std::vector<float> importance(n, 1.0f);
     quantize_rows(type, rows.data(), n_rows_made, n, importance.data(), n_threads, blocks.data());
 
-    const ggml_init_params params = {16 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true};
+    const ggml_init_params params = {(16 + n_products) * ggml_tensor_overhead() + ggml_graph_overhead(),
+                                     nullptr, true};
     const ggml_context_ptr context(ggml_init(params));
     ggml_tensor* weight = ggml_new_tensor_2d(context.get(), type, n, n);
     ggml_tensor* columns = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, n, n_columns);
-    ggml_tensor* product = ggml_mul_mat(context.get(), weight, columns);
+    std::vector<ggml_tensor*> products;
     ggml_cgraph* graph = ggml_new_graph(context.get());
-    ggml_build_forward_expand(graph, product);
-
-    Engine engine(n_threads);
+    for (int i = 0; i < n_products; ++i) {
+        products.push_back(ggml_mul_mat(context.get(), weight, columns));
+        ggml_build_forward_expand(graph, products.back());
+    }
     const ggml_backend_buffer_ptr buffer(
         ggml_backend_alloc_ctx_tensors_from_buft(context.get(), engine.buffer_type()));
     if (!buffer) throw Error(ErrorKind::out_of_memory, "no memory for measuring the matrix product");
@@ -84,7 +77,8 @@ double measure_matrix_rate(int n_threads, ggml_type type) {
         ggml_backend_tensor_set(columns, rows.data(), i * n * sizeof(float), rows.size() * sizeof(float));
     }
     const std::atomic<bool> cancel{false};
-    return 2.0 * n * n * n_columns / best_seconds([&] { engine.compute(graph, cancel); });
+    return 2.0 * n * n * n_columns * n_products /
+           best_seconds([&] { workspace.compute_nodes(graph, cancel); });
 }
 
 }  // namespace pydiffusion

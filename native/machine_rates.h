@@ -5,10 +5,11 @@
 
 namespace pydiffusion {
 
-// Bytes per second that the threads together read from memory (256 MB, best of three).
-double measure_read_rate(int n_threads);
+// Bytes per second that the threads together read from memory (256 MB, best of three), or that a copy within
+// the device's memory reads and writes. device: see Engine.
+double measure_read_rate(int n_threads, const std::string& device);
 
 // Operations per second of ggml's product of a 4096 x 4096 matrix of `type` with 256 columns (best of three).
-double measure_matrix_rate(int n_threads, ggml_type type);
+double measure_matrix_rate(int n_threads, ggml_type type, const std::string& device);
 
 }  // namespace pydiffusion

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <exception>
-#include <limits>
 
 #include "encoder.h"
 #include "errors.h"
@@ -77,13 +76,11 @@ Session::Session(std::shared_ptr<const Model> model, int32_t n_ctx, ggml_type kv
     : model_(std::move(model)),
       n_ctx_(checked_context(*model_, n_ctx)),
       kv_type_(kv_type),
-      cache_(model_->hparams, model_->engine, kv_type, n_ctx,
+      cache_(model_->hparams, model_->engine, model_->placement, kv_type, n_ctx,
              std::max(kEncodeChunk, model_->hparams.canvas_length)),
       canvas_state_(*model_),
       denoiser_(*model_),
-      allocator_(ggml_gallocr_new(model_->engine.buffer_type())) {
-    if (!allocator_) throw Error(ErrorKind::out_of_memory, "no memory for a session");
-}
+      workspace_(model_->engine) {}
 
 void Session::check_tokens(const std::vector<int32_t>& ids, const char* what) const {
     for (size_t i = 0; i < ids.size(); ++i) {
@@ -120,8 +117,7 @@ void Session::append(const std::vector<int32_t>& ids, const std::function<void(i
         n_encoded_ += n_past() - before;
     };
     try {
-        pydiffusion::encode(*model_, cache_, allocator_.get(), ids, cancel_, between, hidden,
-                            statistics_.get());
+        pydiffusion::encode(*model_, cache_, workspace_, ids, cancel_, between, hidden, statistics_.get());
     } catch (...) {
         follow();
         throw;
@@ -177,17 +173,17 @@ const float* Session::denoise(const std::vector<int32_t>& canvas, const float* c
     generation_.reset();  // its conditioning logits are about to be overwritten
     StepState& state = canvas_state_.step();
     state.self_conditioning = conditioning != nullptr;
-    if (conditioning) {
-        std::copy_n(conditioning, int64_t{hp.n_vocab} * hp.canvas_length, canvas_state_.logits());
-    }
+    if (conditioning) canvas_state_.set_logits(conditioning);
     state.previous_temperature = state.temperature = 1.0f;
     state.dropped_mass = 0.0f;
-    denoiser_.step({{&canvas_state_, &cache_, &canvas}}, allocator_.get(), cancel_);
+    denoiser_.step({{&canvas_state_, &cache_, &canvas}}, workspace_, cancel_);
     canvas_state_.require_finite(canvas.size());
     return canvas_state_.logits();
 }
 
 void Session::collect_statistics(bool on) {
+    if (on && model_->engine.on_device())
+        throw Error(ErrorKind::unsupported, "activations are gathered on the processor only: n_gpu_layers=0");
     statistics_ = on ? std::make_unique<Statistics>() : nullptr;
     denoiser_.observe(statistics_.get());
 }
@@ -196,7 +192,7 @@ void Session::collect_statistics(bool on) {
 
 std::map<std::string, Denoiser::PartCost> Session::profile_step(bool by_operation) {
     generation_.reset();
-    return denoiser_.profile(cancel_, by_operation);
+    return denoiser_.profile(workspace_, cancel_, by_operation);
 }
 
 void Session::begin(const GenerationParams& params) {
@@ -256,7 +252,7 @@ bool Session::next_step(StepResult& result, const std::function<void(int32_t)>& 
     double seconds = 0.0;
     {
         const Stopwatch watch(seconds);
-        denoiser_.step({lane()}, allocator_.get(), cancel_);
+        denoiser_.step({lane()}, workspace_, cancel_);
     }
     end_step(seconds, result);
     return true;
@@ -303,8 +299,9 @@ Session::Candidates Session::candidates(int32_t k, const std::vector<int32_t>& e
     Candidates found;
     found.tokens.resize(n * k);
     found.logits.resize(n * k);
+    const float* logits = canvas_state_.logits();
     for (size_t i = 0; i < n; ++i) {
-        const float* row = canvas_state_.logits() + i * n_vocab;
+        const float* row = logits + i * n_vocab;
         largest(row, n_vocab, k, found.tokens.data() + i * k);
         for (int32_t j = 0; j < k; ++j) found.logits[i * k + j] = row[found.tokens[i * k + j]];
         for (const int32_t token : extra) found.extra.push_back(row[token]);
@@ -346,14 +343,6 @@ int32_t Session::given_token(size_t i, bool held) const {
     return at < g.params.canvas.size() ? g.params.canvas[at] : -1;
 }
 
-// The next step is conditioned on this token as on one that the model is sure of.
-void Session::pin_logits(size_t i, int32_t token) {
-    const int64_t n_vocab = model_->hparams.n_vocab;
-    float* row = canvas_state_.logits() + static_cast<int64_t>(i) * n_vocab;
-    std::fill_n(row, n_vocab, -std::numeric_limits<float>::infinity());
-    row[token] = model_->hparams.soft_cap;
-}
-
 // What the step about to run takes in beside canvas and logits.
 void Session::set_inputs() {
     Generation& g = *generation_;
@@ -385,7 +374,7 @@ void Session::measure_step(StepResult& result) {
     for (size_t i = 0; i < n; ++i) {
         const int32_t held = given_token(i, true);
         const Measure m = held >= 0 ? Measure{held, held, 0.0f} : state.measures[i];
-        if (held >= 0) pin_logits(i, held);
+        if (held >= 0) canvas_state_.pin(i, held);
         result.draft.push_back(m.argmax);
         result.entropy.push_back(m.entropy);
         sampled.push_back(m.sampled);
@@ -407,7 +396,7 @@ void Session::take_step(StepResult& result, const std::vector<int32_t>& chosen) 
         const bool held = given_token(i, true) >= 0;
         total_entropy += result.entropy[i];
         if (g.params.guided && !held) {
-            if (result.accepted[i] && chosen[i] != result.draft[i]) pin_logits(i, chosen[i]);
+            if (result.accepted[i] && chosen[i] != result.draft[i]) canvas_state_.pin(i, chosen[i]);
             result.draft[i] = chosen[i];
         }
         g.canvas[i] = result.accepted[i] && !held ? chosen[i] : held ? g.canvas[i] : g.noise[i];

@@ -147,7 +147,6 @@ class Session {
     void check_canvas(const GenerationParams& params) const;
     void begin_canvas(const std::function<void(int32_t)>& between);
     int32_t given_token(size_t i, bool held) const;
-    void pin_logits(size_t i, int32_t token);
     void set_inputs();
     void measure_step(StepResult& result);
     void take_step(StepResult& result, const std::vector<int32_t>& chosen);
@@ -162,7 +161,7 @@ class Session {
     std::unique_ptr<Statistics> statistics_;
     CanvasState canvas_state_;
     Denoiser denoiser_;
-    ggml_gallocr_ptr allocator_;
+    Workspace workspace_;
     std::vector<int32_t> tokens_;
     mutable std::mutex tokens_mutex_;  // they may be asked for while a thread computes
     std::atomic<int64_t> n_encoded_{0};

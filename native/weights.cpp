@@ -1,5 +1,6 @@
 #include "weights.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "errors.h"
@@ -44,11 +45,13 @@ bool computable(ggml_type type) {
 // Turns the file's tensors into ggml's, each checked against the shape that the hyperparameters ask for.
 class Weights::Loader {
   public:
-    Loader(Weights& weights, const File& file) : weights_(weights), file_(file) {
+    Loader(Weights& weights, const File& file, const Placement& placement)
+        : weights_(weights), file_(file), placement_(placement) {
         const ggml_init_params params = {(file.tensors().size() + 1) * ggml_tensor_overhead(), nullptr, true};
         require_memory((size_t{8} << 20) + params.mem_size);
         weights_.context_.reset(ggml_init(params));
-        if (!weights_.context_)
+        weights_.device_context_.reset(ggml_init(params));
+        if (!weights_.context_ || !weights_.device_context_)
             throw Error(ErrorKind::out_of_memory, "no memory for the tensors' descriptions");
         aligned_ = file.alignment() % kAlignment == 0 && file.data_offset() % kAlignment == 0;
         if (aligned_) {
@@ -79,6 +82,33 @@ class Weights::Loader {
         return place(info);
     }
 
+    // Copies what the placement names, once all tensors have been asked for.
+    void upload(ggml_backend_buffer_type_t device, const std::function<void(double)>& progress) {
+        if (uploads_.empty()) return;
+        uint64_t total = 0, done = 0;
+        for (const auto& [tensor, info] : uploads_) total += info->n_bytes;
+        ggml_backend_buffer_t buffer =
+            ggml_backend_alloc_ctx_tensors_from_buft(weights_.device_context_.get(), device);
+        if (!buffer) {
+            throw Error(ErrorKind::out_of_memory,
+                        format("no memory on the device for %.2f GB of weights: choose fewer layers "
+                               "(n_gpu_layers) or more experts on the processor (n_cpu_moe)",
+                               static_cast<double>(total) / 1e9));
+        }
+        weights_.buffers_.emplace_back(buffer);
+        ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+        constexpr uint64_t block = uint64_t{64} << 20;
+        for (const auto& [tensor, info] : uploads_) {
+            for (uint64_t at = 0; at < info->n_bytes; at += block) {
+                const uint64_t n = std::min(block, info->n_bytes - at);
+                file_.require_whole();
+                ggml_backend_tensor_set(tensor, file_.tensor_data(*info) + at, at, n);
+                done += n;
+                progress(static_cast<double>(done) / static_cast<double>(total));
+            }
+        }
+    }
+
     bool has(const std::string& name) const { return file_.find_tensor(name) != nullptr; }
 
     // A layer's tensor that we don't know would change what the layer computes.
@@ -103,10 +133,14 @@ class Weights::Loader {
     }
 
     ggml_tensor* place(const TensorInfo& info) {
-        ggml_tensor* tensor = ggml_new_tensor(weights_.context_.get(), info.type,
-                                              static_cast<int>(info.ne.size()), info.ne.data());
+        const bool on_device = placement_.tensor(info.name);
+        ggml_context* context = on_device ? weights_.device_context_.get() : weights_.context_.get();
+        ggml_tensor* tensor =
+            ggml_new_tensor(context, info.type, static_cast<int>(info.ne.size()), info.ne.data());
         ggml_set_name(tensor, info.name.c_str());
-        if (aligned_) {
+        if (on_device) {
+            uploads_.emplace_back(tensor, &info);
+        } else if (aligned_) {
             ggml_backend_tensor_alloc(buffer_, tensor, const_cast<uint8_t*>(file_.tensor_data(info)));
         } else {
             copy(tensor, info);
@@ -128,6 +162,8 @@ class Weights::Loader {
 
     Weights& weights_;
     const File& file_;
+    const Placement& placement_;
+    std::vector<std::pair<ggml_tensor*, const TensorInfo*>> uploads_;
     bool aligned_;
     ggml_backend_buffer_t buffer_ = nullptr;
     std::map<std::string, bool> used_;
@@ -177,8 +213,10 @@ LayerWeights load_layer(Loader& load, const Hyperparameters& hp, int32_t i) {
 
 }  // namespace
 
-Weights::Weights(std::shared_ptr<const File> file, const Hyperparameters& hp) : file_(std::move(file)) {
-    Loader load(*this, *file_);
+Weights::Weights(std::shared_ptr<const File> file, const Hyperparameters& hp, const Placement& placement,
+                 ggml_backend_buffer_type_t device, const std::function<void(double)>& progress)
+    : file_(std::move(file)) {
+    Loader load(*this, *file_, placement);
     const int64_t d = hp.n_embd, ff = hp.n_ff;
     token_embd = load.matrix("token_embd.weight", {d, hp.n_vocab});
     output = load.has("output.weight") ? load.matrix("output.weight", {d, hp.n_vocab}) : token_embd;
@@ -193,6 +231,7 @@ Weights::Weights(std::shared_ptr<const File> file, const Hyperparameters& hp) : 
     }
     for (int32_t i = 0; i < hp.n_layer; ++i) layers.push_back(load_layer(load, hp, i));
     load.refuse_unknown_layer_tensors();
+    load.upload(device, progress);
 }
 
 }  // namespace pydiffusion

@@ -1,6 +1,7 @@
-// The model's tensors, immutable and shared by all sessions, in the file's own mapping.
+// The model's tensors, immutable and shared by all sessions: in the file's own mapping, or on a device.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -10,6 +11,7 @@
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 #include "hyperparameters.h"
+#include "placement.h"
 
 namespace pydiffusion {
 
@@ -45,7 +47,9 @@ struct LayerWeights {
 
 struct Weights {
     // Refuses missing tensors, other shapes, and types that this build can't compute with.
-    Weights(std::shared_ptr<const File> file, const Hyperparameters& hparams);
+    // What the placement names is copied into memory of `device`, the share done reported to `progress`.
+    Weights(std::shared_ptr<const File> file, const Hyperparameters& hparams, const Placement& placement,
+            ggml_backend_buffer_type_t device, const std::function<void(double)>& progress);
     Weights(const Weights&) = delete;
     Weights& operator=(const Weights&) = delete;
 
@@ -66,7 +70,7 @@ struct Weights {
   private:
     class Loader;
     std::shared_ptr<const File> file_;  // keeps the mapping alive
-    ggml_context_ptr context_;
+    ggml_context_ptr context_, device_context_;
     std::vector<ggml_backend_buffer_ptr> buffers_;
 };
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .infill import Infill
     from .model import DiffusionModel
     from .options import GenerationOptions
+    from .placement import Device, Plan, devices, plan
     from .session import Session
     from .tokenizer import Tokenizer
 
@@ -31,6 +32,7 @@ _NAME_TO_MODULE = {
     "Completion": "events",
     "ContextOverflowError": "errors",
     "ConversionError": "errors",
+    "Device": "placement",
     "DiffusionModel": "model",
     "DraftEvent": "events",
     "EndEvent": "events",
@@ -40,10 +42,13 @@ _NAME_TO_MODULE = {
     "Infill": "infill",
     "InsufficientMemoryError": "errors",
     "ModelFormatError": "errors",
+    "Plan": "placement",
     "PyDiffusionError": "errors",
     "Session": "session",
     "Tokenizer": "tokenizer",
     "UnsupportedModelError": "errors",
+    "devices": "placement",
+    "plan": "placement",
 }
 
 __all__ = [
@@ -51,6 +56,7 @@ __all__ = [
     "Completion",
     "ContextOverflowError",
     "ConversionError",
+    "Device",
     "DiffusionModel",
     "DraftEvent",
     "EndEvent",
@@ -60,11 +66,14 @@ __all__ = [
     "Infill",
     "InsufficientMemoryError",
     "ModelFormatError",
+    "Plan",
     "PyDiffusionError",
     "Session",
     "Tokenizer",
     "UnsupportedModelError",
     "__version__",
+    "devices",
+    "plan",
 ]
 
 

@@ -75,7 +75,7 @@ class Model:
     Weights and hyperparameters; immutable, shared by sessions and threads.
     """
 
-    def __init__(self, path: str, n_threads: int, kv_type: str = 'auto', progress: object | None = None) -> None: ...
+    def __init__(self, path: str, n_threads: int, kv_type: str = 'auto', progress: object | None = None, device: str = 'cpu', n_gpu_layers: int = -1, n_cpu_moe: int = -1, memory_limit: int = 0, n_ctx: int = 8192) -> None: ...
 
     @property
     def file(self) -> GgufFile: ...
@@ -97,6 +97,12 @@ class Model:
 
     @property
     def n_threads(self) -> int: ...
+
+def devices() -> list:
+    """The GPUs that this build can compute on."""
+
+def plan(path: str, device: str, memory_limit: int = 0, n_gpu_layers: int = -1, n_cpu_moe: int = -1, n_ctx: int = 8192, kv_type: str = 'auto') -> dict:
+    """What of a model would lie on a device, and the bytes that takes there."""
 
 class Step:
     """
@@ -250,10 +256,12 @@ def dequantize_rows(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None
     Blocks (n_rows, bytes_per_row) uint8 -> rows (n_rows, n_per_row) float32.
     """
 
-def measure_read_rate(n_threads: int) -> float:
-    """Bytes per second read from memory."""
+def measure_read_rate(n_threads: int, device: str = 'cpu') -> float:
+    """
+    Bytes per second read from memory; on a device, read and written by a copy.
+    """
 
-def measure_matrix_rate(n_threads: int, type: str) -> float:
+def measure_matrix_rate(n_threads: int, type: str, device: str = 'cpu') -> float:
     """
     Operations per second of a 4096 x 4096 matrix of a tensor type times 256 columns.
     """
@@ -261,6 +269,14 @@ def measure_matrix_rate(n_threads: int, type: str) -> float:
 def step_temperature(step: int, steps: int, t_min: float, t_max: float) -> float: ...
 
 def measure(logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], temperature: float, u: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple: ...
+
+def measure_on(device: str, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], cap: float, temperature: float, u: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple:
+    """
+    Capped logits, argmax, entropy and draws as a device's kernel computes them.
+    """
+
+def condition_on(device: str, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], embedding: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], temperature: float, dropped_mass: float) -> object:
+    """The soft embedding as a device's kernels compute it."""
 
 def accept(entropy: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], bound: float) -> object: ...
 

@@ -25,6 +25,7 @@ from .infill import (
 )
 from .injection import Neutralizer
 from .options import GenerationOptions, make_options
+from .placement import native_wish
 from .session import Session, TokenIds
 from .tokenizer import Tokenizer
 
@@ -55,20 +56,27 @@ class DiffusionModel:
         n_threads: int | None = None,
         kv_type: str = "auto",
         progress: Callable[[float], None] | None = None,
+        n_cpu_moe: int | None = None,
+        device: str = "auto",
+        gpu_memory: int | None = None,
     ) -> None:
         """Open and check a model file.
 
         n_ctx: tokens that a new session holds unless told otherwise. The default, 8192, becomes the model's
             own context where that is shorter; any other value beyond it is refused.
-        n_gpu_layers: "auto" or 0. This build computes on the CPU and refuses others.
+        n_gpu_layers: layers on the GPU, the last ones; 0 for none. "auto" takes what fits its free memory,
+            and all on the processor where there is no GPU.
         n_threads: None takes as many as there are CPUs that this process may use.
         kv_type: type of the cache, "auto", "f32" or "f16".
         progress: called with the share of the file that is loaded, 0 to 1.
+        n_cpu_moe: layers, the last ones, whose experts stay with the processor; None: as few as needed.
+        device: "auto" (the GPU with the most free memory), "cpu", or a name out of ``devices()``.
+        gpu_memory: bytes of the GPU to plan with at most; None: all that are free.
         Raises ModelFormatError, UnsupportedModelError, InsufficientMemoryError; ValueError for a wrong
         argument; OSError when the file can't be read.
         """
         self.path = Path(path)
-        _check_placement(n_gpu_layers)
+        wish = native_wish(n_gpu_layers, n_cpu_moe, device, gpu_memory)
         if kv_type not in _KV_TYPES:
             raise ValueError(f"kv_type is {kv_type!r}; permitted are {', '.join(map(repr, _KV_TYPES))}")
         threads = available_cpus() if n_threads is None else n_threads
@@ -76,7 +84,14 @@ class DiffusionModel:
             raise ValueError(f"n_threads is {n_threads!r}; permitted is None or an integer of at least 1")
         check_is_file(self.path)
         try:
-            native = _native.Model(os.fspath(self.path), threads, kv_type=kv_type, progress=progress)
+            native = _native.Model(
+                os.fspath(self.path),
+                threads,
+                kv_type=kv_type,
+                progress=progress,
+                n_ctx=_to_plan_for(n_ctx),
+                **wish,
+            )
         except UnsupportedModelError:
             _refuse_parts(self.path)
             raise
@@ -368,12 +383,9 @@ class DiffusionModel:
         return min(n_ctx, longest)
 
 
-def _check_placement(n_gpu_layers: Any) -> None:
-    if n_gpu_layers == "auto" or (n_gpu_layers == 0 and not isinstance(n_gpu_layers, bool)):
-        return
-    raise ValueError(
-        f"n_gpu_layers is {n_gpu_layers!r}; this build computes on the CPU only: give 0 or 'auto'"
-    )
+def _to_plan_for(n_ctx: Any) -> int:
+    """The context that the placement is planned for; what is wrong with it is said once the file is read."""
+    return min(n_ctx, 1 << 31) if isinstance(n_ctx, int) and n_ctx > 0 else DEFAULT_N_CTX
 
 
 def _refuse_parts(path: Path) -> None:

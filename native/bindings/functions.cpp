@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "bindings.h"
+#include "device/step_kernels.h"
 #include "errors.h"
 #include "ggml-cpu.h"
 #include "machine_rates.h"
@@ -79,6 +80,86 @@ nb::object dequantize(const Array2<uint8_t>& data, const std::string& type_name,
     return nb::cast(nb::ndarray<nb::numpy, float>(out, {n_rows, static_cast<size_t>(n_per_row)}, owner));
 }
 
+// F32 matrices in an engine's memory, for kernels that take tensors.
+class Matrices {
+  public:
+    explicit Matrices(const Engine& engine) : type_(engine.buffer_type()) {}
+
+    ggml_tensor* add(const Array2<float>& values) {
+        return add(values.data(), values.shape(0), values.shape(1));
+    }
+    ggml_tensor* add(const float* values, size_t n_rows, size_t n_columns) {
+        contexts_.emplace_back(ggml_init({2 * ggml_tensor_overhead(), nullptr, true}));
+        if (!contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a tensor");
+        ggml_tensor* tensor =
+            ggml_new_tensor_2d(contexts_.back().get(), GGML_TYPE_F32, static_cast<int64_t>(n_columns),
+                               static_cast<int64_t>(n_rows));
+        buffers_.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(contexts_.back().get(), type_));
+        if (!buffers_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a tensor");
+        if (values) ggml_backend_tensor_set(tensor, values, 0, ggml_nbytes(tensor));
+        return tensor;
+    }
+    static nb::object fetch(const ggml_tensor* tensor) {
+        std::vector<float> values(ggml_nelements(tensor));
+        ggml_backend_tensor_get(tensor, values.data(), 0, ggml_nbytes(tensor));
+        return to_numpy(values.data(),
+                        {static_cast<size_t>(tensor->ne[1]), static_cast<size_t>(tensor->ne[0])});
+    }
+
+  private:
+    ggml_backend_buffer_type_t type_;
+    std::vector<ggml_context_ptr> contexts_;
+    std::vector<ggml_backend_buffer_ptr> buffers_;
+};
+
+const Engine& require_kernels(const Engine& engine) {
+    if (!engine.on_device()) throw Error(ErrorKind::argument, "the processor has no kernels of its own");
+    return engine;
+}
+
+// What a device's kernel makes of logits: capped logits, argmax, entropy, sampled.
+nb::tuple measure_on(const std::string& device, const Array2<float>& logits, float cap, float temperature,
+                     const Array1<float>& u) {
+    const size_t n = logits.shape(0);
+    if (u.shape(0) != n || logits.shape(1) == 0) throw Error(ErrorKind::argument, "u and logits don't fit");
+    StepState state;
+    state.soft_cap = cap;
+    state.temperature = temperature;
+    state.u = to_vector(u);
+    state.measures.resize(n);
+    const Engine engine(1, device);
+    Matrices matrices(engine);
+    ggml_tensor* rows = matrices.add(logits);
+    require_kernels(engine).kernels().measure(rows, static_cast<int64_t>(n), state);
+    std::vector<int32_t> argmax, sampled;
+    std::vector<float> entropy;
+    for (const Measure& m : state.measures) {
+        argmax.push_back(m.argmax);
+        sampled.push_back(m.sampled);
+        entropy.push_back(m.entropy);
+    }
+    return nb::make_tuple(Matrices::fetch(rows), to_numpy(argmax), to_numpy(entropy), to_numpy(sampled));
+}
+
+// The soft embedding (n, d) that a device's kernels make of logits (n, n_vocab) and an embedding (n_vocab,
+// d).
+nb::object condition_on(const std::string& device, const Array2<float>& logits,
+                        const Array2<float>& embedding, float temperature, float dropped_mass) {
+    const size_t n = logits.shape(0);
+    if (embedding.shape(0) != logits.shape(1))
+        throw Error(ErrorKind::argument, "embedding and logits don't fit");
+    StepState state;
+    state.self_conditioning = true;
+    state.previous_temperature = temperature;
+    state.dropped_mass = dropped_mass;
+    const Engine engine(1, device);
+    Matrices matrices(engine);
+    ggml_tensor* soft = matrices.add(nullptr, n, embedding.shape(1));
+    require_kernels(engine).kernels().condition(matrices.add(logits), matrices.add(embedding), soft,
+                                                static_cast<int64_t>(n), state);
+    return Matrices::fetch(soft);
+}
+
 nb::tuple measure(const Array2<float>& logits, float temperature, const Array1<float>& u) {
     const size_t n = logits.shape(0), n_vocab = logits.shape(1);
     if (u.shape(0) != n)
@@ -123,15 +204,15 @@ nb::tuple random_draws(uint64_t seed, uint32_t canvas_index, uint32_t step, uint
 }
 
 // A benchmark may take seconds: without the GIL.
-double matrix_rate(int n_threads, const std::string& type_name) {
+double matrix_rate(int n_threads, const std::string& type_name, const std::string& device) {
     const ggml_type type = type_by_name(type_name);
     const WithoutGil release;
-    return measure_matrix_rate(n_threads, type);
+    return measure_matrix_rate(n_threads, type, device);
 }
 
-double read_rate(int n_threads) {
+double read_rate(int n_threads, const std::string& device) {
     const WithoutGil release;
-    return measure_read_rate(n_threads);
+    return measure_read_rate(n_threads, device);
 }
 
 nb::dict version() {
@@ -169,13 +250,21 @@ void bind_functions(nb::module_& m) {
           "Rows (n_rows, n_per_row) float32 -> blocks (n_rows, bytes_per_row) uint8.");
     m.def("dequantize_rows", dequantize, nb::arg("data").noconvert(), nb::arg("type"), nb::arg("n_per_row"),
           "Blocks (n_rows, bytes_per_row) uint8 -> rows (n_rows, n_per_row) float32.");
-    m.def("measure_read_rate", read_rate, nb::arg("n_threads"), "Bytes per second read from memory.");
+    m.def("measure_read_rate", read_rate, nb::arg("n_threads"), nb::arg("device") = "cpu",
+          "Bytes per second read from memory; on a device, read and written by a copy.");
     m.def("measure_matrix_rate", matrix_rate, nb::arg("n_threads"), nb::arg("type"),
+          nb::arg("device") = "cpu",
           "Operations per second of a 4096 x 4096 matrix of a tensor type times 256 columns.");
     m.def("step_temperature", step_temperature, nb::arg("step"), nb::arg("steps"), nb::arg("t_min"),
           nb::arg("t_max"));
     m.def("measure", measure, nb::arg("logits").noconvert(), nb::arg("temperature"),
           nb::arg("u").noconvert());
+    m.def("measure_on", measure_on, nb::arg("device"), nb::arg("logits").noconvert(), nb::arg("cap"),
+          nb::arg("temperature"), nb::arg("u").noconvert(),
+          "Capped logits, argmax, entropy and draws as a device's kernel computes them.");
+    m.def("condition_on", condition_on, nb::arg("device"), nb::arg("logits").noconvert(),
+          nb::arg("embedding").noconvert(), nb::arg("temperature"), nb::arg("dropped_mass"),
+          "The soft embedding as a device's kernels compute it.");
     m.def("accept", accept_mask, nb::arg("entropy").noconvert(), nb::arg("bound"));
     m.def("random_draws", random_draws, nb::arg("seed"), nb::arg("canvas_index"), nb::arg("step"),
           nb::arg("n"), nb::arg("n_vocab"));

@@ -6,6 +6,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "bindings.h"
 #include "errors.h"
 #include "session_types.h"
@@ -14,7 +17,39 @@ namespace pydiffusion {
 
 namespace {
 
-PyModel load_model(const std::string& path, int n_threads, const std::string& kv_type,
+ggml_type cache_type(const File& file, const std::string& kv_type) {
+    // An F32 file is asked for exactness: its keys and values stay exact too.
+    const bool exact = std::all_of(file.tensors().begin(), file.tensors().end(),
+                                   [](const TensorInfo& tensor) { return tensor.type == GGML_TYPE_F32; });
+    return kv_type == "f32" || (kv_type == "auto" && exact) ? GGML_TYPE_F32 : GGML_TYPE_F16;
+}
+
+uint64_t free_bytes_of(const std::string& device) {
+    for (const DeviceInfo& info : list_devices()) {
+        if (info.name == device) return info.free_bytes;
+    }
+    return std::numeric_limits<uint64_t>::max();
+}
+
+// Where a model shall lie; counts of -1 are chosen.
+struct Wish {
+    std::string device = "cpu";
+    int32_t n_gpu_layers = -1;
+    int32_t n_cpu_moe = -1;
+    uint64_t memory_limit = 0;  // of the device; 0: what is free
+    int64_t n_ctx = 0;          // that the cache is planned for
+};
+
+Placement place(const File& file, const Wish& wish, ggml_type kv_type) {
+    if (wish.device == "cpu") return {};
+    const Hyperparameters hp(file);
+    uint64_t room = free_bytes_of(wish.device);
+    if (wish.memory_limit) room = std::min(room, wish.memory_limit);
+    const int64_t n_ctx = std::min<int64_t>(wish.n_ctx, hp.n_ctx_train);
+    return plan_placement(file, hp, n_ctx, kv_type, room, wish.n_gpu_layers, wish.n_cpu_moe);
+}
+
+PyModel load_model(const std::string& path, int n_threads, const std::string& kv_type, Wish wish,
                    const nb::object& progress) {
     if (n_threads < 1 || n_threads > 512) throw Error(ErrorKind::argument, "n_threads must be 1 to 512");
     if (kv_type != "auto" && kv_type != "f32" && kv_type != "f16") {
@@ -28,10 +63,11 @@ PyModel load_model(const std::string& path, int n_threads, const std::string& kv
     };
     const WithoutGil release;
     PyModel result;
-    result.model = std::make_shared<Model>(std::make_shared<File>(path), n_threads, read_ahead);
-    // An F32 file is asked for exactness: its keys and values stay exact too.
-    const bool exact = kv_type == "f32" || (kv_type == "auto" && result.model->weights.all_f32);
-    result.kv_type = exact ? GGML_TYPE_F32 : GGML_TYPE_F16;
+    auto file = std::make_shared<File>(path);
+    result.kv_type = cache_type(*file, kv_type);
+    const Placement placement = place(*file, wish, result.kv_type);
+    if (!placement.any()) wish.device = "cpu";
+    result.model = std::make_shared<Model>(file, n_threads, wish.device, placement, read_ahead);
     return result;
 }
 
@@ -79,6 +115,8 @@ nb::dict description(const PyModel& m) {
     }
     nb::dict d;
     d["backend"] = m.model->engine.name();
+    d["n_gpu_layers"] = m.model->placement.n_device_layers;
+    d["n_cpu_moe"] = m.model->placement.n_host_experts;
     d["n_threads"] = m.model->engine.n_threads();
     d["kv_type"] = ggml_type_name(m.kv_type);
     d["weight_types"] = types;
@@ -121,8 +159,11 @@ nb::list cache_rows(Session& session) {
         const bool sliding = session.model().hparams.layers[i].sliding;
         const size_t n_rows = cache.n_past() - (sliding ? cache.first_kept() : 0),
                      row_bytes = cache.row_bytes(i);
-        layers.append(nb::make_tuple(to_numpy(cache.rows(i, false), {n_rows, row_bytes}),
-                                     to_numpy(cache.rows(i, true), {n_rows, row_bytes})));
+        std::vector<uint8_t> k(n_rows * row_bytes), v(n_rows * row_bytes);
+        cache.read_rows(i, false, k.data());
+        cache.read_rows(i, true, v.data());
+        layers.append(
+            nb::make_tuple(to_numpy(k.data(), {n_rows, row_bytes}), to_numpy(v.data(), {n_rows, row_bytes})));
     }
     return layers;
 }
@@ -272,11 +313,15 @@ void bind_model(nb::module_& m) {
         .def(
             "__init__",
             [](PyModel* self, const std::string& path, int n_threads, const std::string& kv_type,
-               const nb::object& progress) {
-                new (self) PyModel(load_model(path, n_threads, kv_type, progress));
+               const nb::object& progress, const std::string& device, int32_t n_gpu_layers, int32_t n_cpu_moe,
+               uint64_t memory_limit, int64_t n_ctx) {
+                new (self)
+                    PyModel(load_model(path, n_threads, kv_type,
+                                       {device, n_gpu_layers, n_cpu_moe, memory_limit, n_ctx}, progress));
             },
             nb::arg("path"), nb::arg("n_threads"), nb::arg("kv_type") = "auto",
-            nb::arg("progress") = nb::none())
+            nb::arg("progress") = nb::none(), nb::arg("device") = "cpu", nb::arg("n_gpu_layers") = -1,
+            nb::arg("n_cpu_moe") = -1, nb::arg("memory_limit") = 0, nb::arg("n_ctx") = 8192)
         .def_prop_ro("file", [](const PyModel& m) { return std::const_pointer_cast<File>(m.model->file); })
         .def_prop_ro("hparams", [](const PyModel& m) { return hparams_dict(m.model->hparams); })
         .def_prop_ro("description", description)
@@ -312,10 +357,45 @@ void bind_step(nb::module_& m) {
         });
 }
 
+nb::list devices() {
+    nb::list result;
+    for (const DeviceInfo& info : list_devices()) {
+        nb::dict d;
+        d["name"] = info.name;
+        d["description"] = info.description;
+        d["free_bytes"] = info.free_bytes;
+        d["total_bytes"] = info.total_bytes;
+        result.append(d);
+    }
+    return result;
+}
+
+nb::dict plan(const std::string& path, const std::string& device, uint64_t memory_limit, int32_t n_gpu_layers,
+              int32_t n_cpu_moe, int64_t n_ctx, const std::string& kv_type) {
+    const File file(path);
+    const Hyperparameters hp(file);
+    const ggml_type type = cache_type(file, kv_type);
+    const Placement placement = place(file, {device, n_gpu_layers, n_cpu_moe, memory_limit, n_ctx}, type);
+    const DeviceUse use = device_use(file, hp, placement, std::min<int64_t>(n_ctx, hp.n_ctx_train), type);
+    nb::dict d;
+    d["n_layer"] = hp.n_layer;
+    d["n_gpu_layers"] = placement.n_device_layers;
+    d["n_cpu_moe"] = placement.n_host_experts;
+    d["weight_bytes"] = use.weights;
+    d["cache_bytes"] = use.cache;
+    d["step_bytes"] = use.step;
+    return d;
+}
+
 }  // namespace
 
 void bind_session(nb::module_& m) {
     bind_model(m);
+    m.def("devices", devices, "The GPUs that this build can compute on.");
+    m.def("plan", plan, nb::arg("path"), nb::arg("device"), nb::arg("memory_limit") = 0,
+          nb::arg("n_gpu_layers") = -1, nb::arg("n_cpu_moe") = -1, nb::arg("n_ctx") = 8192,
+          nb::arg("kv_type") = "auto",
+          "What of a model would lie on a device, and the bytes that takes there.");
     bind_step(m);
     nb::class_<Session>(m, "Session", "One conversation on a model. Use it from one thread at a time.")
         .def(
