@@ -58,6 +58,7 @@ class DiffusionModel:
     ) -> None:
         """Open and check a model file.
 
+        path: the GGUF; of a split one the first part, beside which the others lie.
         n_ctx: tokens that a new session holds unless told otherwise. The default, 8192, becomes the model's
             own context where that is shorter; any other value beyond it is refused.
         n_gpu_layers: "auto" or 0. This build computes on the CPU and refuses others.
@@ -75,11 +76,7 @@ class DiffusionModel:
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"n_threads is {n_threads!r}; permitted is None or an integer of at least 1")
         check_is_file(self.path)
-        try:
-            native = _native.Model(os.fspath(self.path), threads, kv_type=kv_type, progress=progress)
-        except UnsupportedModelError:
-            _refuse_parts(self.path)
-            raise
+        native = _native.Model(os.fspath(self.path), threads, kv_type=kv_type, progress=progress)
         self._native_model: _native.Model | None = native
         self.metadata: dict[str, Any] = native.file.metadata
         self.hparams: dict[str, Any] = native.hparams
@@ -100,7 +97,7 @@ class DiffusionModel:
         """Open a model of the Hugging Face Hub, which is fetched unless the local cache has it.
 
         filename: as it stands in the repo, or a pattern with ``*`` that one model matches. Of a split model
-            all parts are fetched, to be merged. options: as for the class itself.
+            all parts are fetched. options: as for the class itself.
         Needs the package huggingface_hub. Raises PyDiffusionError where it can't be had, else as the class.
         """
         return cls(hub.fetch(repo_id, filename, revision), **options)
@@ -374,16 +371,6 @@ def _check_placement(n_gpu_layers: Any) -> None:
     raise ValueError(
         f"n_gpu_layers is {n_gpu_layers!r}; this build computes on the CPU only: give 0 or 'auto'"
     )
-
-
-def _refuse_parts(path: Path) -> None:
-    """Say how to merge a split file, if ``path`` is a part of one."""
-    n_parts = _native.GgufFile(os.fspath(path)).metadata.get("split.count")
-    if isinstance(n_parts, int) and n_parts > 1:
-        raise UnsupportedModelError(
-            f"{path}: is one of {n_parts} parts of a split file; merge them first: "
-            f"pydiffusion merge {path} model.gguf"
-        ) from None
 
 
 def check_is_file(path: Path) -> None:

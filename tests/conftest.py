@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from convert_folders import make_folder
 from reference.random_checkpoint import write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -61,6 +62,12 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint folder with everything that the converter reads; of each test file its own."""
+    return make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
 
 
 @pytest.fixture(scope="session")

@@ -20,11 +20,6 @@ Json = dict[str, Any]
 LAYER = "model.decoder.layers.0."
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folders.make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
-
-
 def refused(folder: Path, target: Path, pattern: str) -> None:
     """Converting raises ConversionError that matches, and leaves nothing behind."""
     with pytest.raises(ConversionError, match=pattern) as caught:

@@ -20,11 +20,6 @@ CHUNK = 20_000  # weights: about 200 chunks
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folders.make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
-
-
-@pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The file of a conversion that nothing interrupted."""
     target = tmp_path_factory.mktemp("whole") / "m.gguf"

@@ -21,11 +21,6 @@ from pydiffusion.convert import atomic, convert, pipeline, rows
 from pydiffusion.errors import ConversionError
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folders.make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
-
-
 def files_in(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir())
 

@@ -24,11 +24,6 @@ REFERENCE = {"Q8_0": "q8_0", "Q4_0": "q4_0", "Q4_1": "q4_1", "Q5_0": "q5_0", "Q5
 OTHERS = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folders.make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
-
-
 @pytest.mark.parametrize("type_name", REFERENCE)
 def test_bytes_are_those_of_the_gguf_package(folder: Path, tmp_path: Path, type_name: str) -> None:
     convert(folder, tmp_path / "m.gguf", REFERENCE[type_name], pad=False)

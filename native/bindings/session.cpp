@@ -28,7 +28,7 @@ PyModel load_model(const std::string& path, int n_threads, const std::string& kv
     };
     const WithoutGil release;
     PyModel result;
-    result.model = std::make_shared<Model>(std::make_shared<File>(path), n_threads, read_ahead);
+    result.model = std::make_shared<Model>(File::open_whole(path), n_threads, read_ahead);
     // An F32 file is asked for exactness: its keys and values stay exact too.
     const bool exact = kv_type == "f32" || (kv_type == "auto" && result.model->weights.all_f32);
     result.kv_type = exact ? GGML_TYPE_F32 : GGML_TYPE_F16;
@@ -83,7 +83,7 @@ nb::dict description(const PyModel& m) {
     d["kv_type"] = ggml_type_name(m.kv_type);
     d["weight_types"] = types;
     d["n_weights"] = m.model->weights.n_weights;
-    d["n_bytes"] = m.model->file->n_bytes();
+    d["n_bytes"] = m.model->file->n_bytes_of_all_parts();
     return d;
 }
 
