@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -88,6 +90,25 @@ def gguf_file(
         return made[key]
 
     return get
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """``small_disk("1m")``: a file system of that size; skips where none can be mounted."""
+    mounted: list[Path] = []
+
+    def mount(size: str) -> Path:
+        disk = tmp_path / f"disk-{len(mounted)}"
+        disk.mkdir()
+        command = [shutil.which("mount") or "", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        if not command[0] or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("NOT CHECKED: a really full disk (mounting a tmpfs needs root)")
+        mounted.append(disk)
+        return disk
+
+    yield mount
+    for disk in mounted:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")

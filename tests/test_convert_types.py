@@ -37,6 +37,21 @@ def test_bytes_are_those_of_the_gguf_package(folder: Path, tmp_path: Path, type_
     assert compared >= 8
 
 
+@pytest.mark.parametrize("type", ["q2_k", "q3_k_l", "q4_k_m", "q5_k_m", "q6_k"])
+def test_k_quants_are_what_the_bare_kernel_makes(folder: Path, tmp_path: Path, type: str) -> None:
+    """ggml_quantize_chunk on whole matrices: chunks and threads change no byte, so no error grows."""
+    convert(folder, tmp_path / "m.gguf", type, pad=False, n_threads=2)
+    sources = {folders.gguf_name(name): values for name, values in folders.weights().items()}
+    compared = set()
+    for tensor in GGUFReader(tmp_path / "m.gguf").tensors:
+        name = tensor.tensor_type.name
+        if name.endswith("_K") and tensor.name in sources:
+            rows = sources[tensor.name].reshape(-1, sources[tensor.name].shape[-1])
+            assert tensor.data.tobytes() == _native.quantize_rows(rows, name, 1, None).tobytes(), tensor.name
+            compared.add(name)
+    assert type[:4].upper() in compared, compared
+
+
 def test_every_type_that_ggml_can_write_has_a_recipe() -> None:
     rows = np.random.default_rng(0).standard_normal((2, 256)).astype(np.float32)
     writable = set()
