@@ -2,10 +2,11 @@
 
 python benchmarks/quantization.py                                  the demo model, its tasks as prompts
 python benchmarks/quantization.py FOLDER --prompts prompts.txt --imatrix text.txt --types q4_k_m iq3_s
+python benchmarks/quantization.py FOLDER --random 2 --max-steps 4      a checkpoint of random weights
 
-The demo model's statistics come from 150 of its tasks that are not held out. With --imatrix, every type below
-8 bits is made with statistics of that text too. Types that padding changes are made both ways. KL is in nats
-per position.
+The demo model's statistics come from 150 of its tasks that are not held out. With statistics, every type
+below 8 bits is made with them too, or those of --imatrix-types. --random takes texts of random tokens, others
+as prompts than for the statistics. Types that padding changes are made both ways. KL is in nats per position.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pydiffusion.convert import (
     plan_sizes,
     plot,
 )
+from pydiffusion.convert.evaluation import NOISE
 from pydiffusion.convert.recipes import NEEDS_IMATRIX
 
 TYPES = ("bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_m", "q2_k")
@@ -40,6 +42,31 @@ class Progress:
         if time.monotonic() - self.last > 30:
             self.last = time.monotonic()
             print(f"{state.done_bytes} of {state.total_bytes} prompts", file=sys.stderr)
+
+
+def random_texts(model: Path, number: int, seed: int) -> list[list[int]]:
+    """Token ids, as many as a canvas and 64 more; without control and byte tokens, which come first."""
+    from pydiffusion import DiffusionModel
+
+    rng = random.Random(seed)
+    with DiffusionModel(model) as opened:
+        n_tokens = opened.canvas_length + 64
+        return [[rng.randrange(512, opened.n_vocab) for _ in range(n_tokens)] for _ in range(number)]
+
+
+def random_prompts(model: Path, number: int) -> list[str]:
+    from pydiffusion import DiffusionModel
+
+    with DiffusionModel(model) as opened:
+        return [opened.detokenize(ids[:64]) for ids in random_texts(model, number, seed=1)]
+
+
+def statistics_texts(arguments: argparse.Namespace, reference: Path) -> list[str] | list[list[int]]:
+    if arguments.random:
+        return random_texts(reference, arguments.random, seed=2)
+    if arguments.imatrix:
+        return arguments.imatrix.read_text(encoding="utf-8").splitlines()
+    return demo_texts(reference)
 
 
 def variants(folder: Path, type: str, imatrix: Path | None) -> list[tuple[str, dict]]:
@@ -77,7 +104,11 @@ def main() -> int:
     parser.add_argument("--types", nargs="+", default=TYPES)
     parser.add_argument("--prompts", type=Path, help="a prompt per line [default: the demo model's tasks]")
     parser.add_argument("--imatrix", type=Path, help="text to gather activation statistics from, by lines")
+    parser.add_argument("--random", type=int, metavar="N", help="N random texts as prompts, N for statistics")
+    parser.add_argument("--imatrix-types", nargs="*", help="with statistics too [default: all below 8 bits]")
+    parser.add_argument("--noise", type=float, nargs="+", default=NOISE, help="shares of replaced tokens")
     parser.add_argument("--tokens", type=int, default=144, help="of each answer")
+    parser.add_argument("--max-steps", type=int, help="of each canvas [default: the file's]")
     parser.add_argument("--threads", type=int, help="[default: all; 1 where other work shares the CPUs]")
     parser.add_argument("--plot", type=Path, help="draw it too (png, svg, pdf)")
     arguments = parser.parse_args()
@@ -92,20 +123,24 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         reference, imatrix = Path(temporary) / "f32.gguf", None
         convert(arguments.folder, reference, "f32")
-        if arguments.imatrix or is_demo:
+        if arguments.random:
+            prompts = random_prompts(reference, arguments.random)
+        if arguments.imatrix or arguments.random or is_demo:
             imatrix = Path(temporary) / "imatrix.gguf"
-            given = arguments.imatrix and arguments.imatrix.read_text(encoding="utf-8").splitlines()
-            collect_imatrix(reference, given or demo_texts(reference), imatrix)
+            collect_imatrix(reference, statistics_texts(arguments, reference), imatrix)
         made = []
         for type in arguments.types:
-            for label, options in variants(arguments.folder, type, imatrix):
+            wants = arguments.imatrix_types is None or type in arguments.imatrix_types
+            for label, options in variants(arguments.folder, type, imatrix if wants else None):
                 target = Path(temporary) / f"{type}{label.replace(' ', '-')}.gguf"
                 made.append((f"{type}{label}", convert(arguments.folder, target, type, **options)))
         found = evaluate_family(
             [written.target for _, written in made],
             reference,
             prompts,
+            noise=arguments.noise,
             max_tokens=arguments.tokens,
+            steps=arguments.max_steps,
             n_threads=arguments.threads,
             progress=Progress(),
         )

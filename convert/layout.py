@@ -15,7 +15,6 @@ from pydiffusion.convert.gguf_header import Placed, Value, align, pack_header
 from pydiffusion.errors import ConversionError
 
 SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
-SPLIT_KEYS = (SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS)
 _MAX_PARTS = 65535  # the keys are of 16 bits
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 _INFO_BYTES = 8 + 4 + 4 * 8 + 4 + 8  # of a tensor in a header, at most, without its name
@@ -94,17 +93,6 @@ def part_path(target: Path, index: int, count: int) -> Path:
     match = _NAME.fullmatch(target.name)
     stem = match[1] if match else target.name.removesuffix(".gguf")
     return target.with_name(f"{stem}-{index + 1:05d}-of-{count:05d}.gguf")
-
-
-def sibling_paths(path: Path, count: int) -> list[Path]:
-    """All parts of the split file that ``path`` is one of. ConversionError when its name is not a part's."""
-    match = _NAME.fullmatch(path.name)
-    if match is None or int(match[3]) != count or not 1 <= int(match[2]) <= count:
-        raise ConversionError(
-            f"{path}: is one of {count} parts (key 'split.count'), so its name should end with "
-            f"-00001-of-{count:05d}.gguf (or the number of this part); give the parts their names again"
-        )
-    return [part_path(path, index, count) for index in range(count)]
 
 
 def parse_split_size(text: str) -> int:

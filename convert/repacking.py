@@ -90,7 +90,7 @@ def edit_metadata(
     started = time.perf_counter()
     path = Path(file)
     parts = open_parts(path)
-    if len(parts.readers) > 1:
+    if len(parts.paths) > 1:
         raise ConversionError(f"{path}: is a split file; merge it first: pydiffusion merge {path} model.gguf")
     metadata = _values(parts)
     for key, value in changes.items():
@@ -157,7 +157,7 @@ def _copy(
             for shape in (tuple(info.shape),)
         ]
         job = Job(
-            source=Path(parts.readers[0].path),
+            source=parts.paths[0],
             source_files=source_files,
             target=target,
             type="unchanged",
@@ -168,7 +168,7 @@ def _copy(
             n_threads=1,
             overwrite=choices.pop("overwrite", True),
             progress=progress,
-            alignment=parts.readers[0].alignment,
+            alignment=parts.reader.alignment,
             **choices,
         )
         return pipeline.run(job, started)

@@ -92,8 +92,8 @@ def open_folder(folder: Path, name: str = "") -> Iterator[Source]:
 
 @contextlib.contextmanager
 def open_gguf(path: Path) -> Iterator[Source]:
-    """A GGUF, any part of a split one standing for all. ModelFormatError when it is damaged, ConversionError
-    when a part is missing, or it is of another architecture.
+    """A GGUF, any part of a split one standing for all. ModelFormatError when it is damaged or a part is
+    missing, ConversionError when it is of another architecture.
     """
     parts = open_parts(path)
     architecture = parts.metadata.get("general.architecture")
@@ -108,7 +108,7 @@ def open_gguf(path: Path) -> Iterator[Source]:
         for info, _ in found:
             _check_shape(path, info)
         tensors = [SourceTensor(info.name, info.type, tuple(info.shape), read) for info, read in found]
-        yield Source(path, parts.paths, tensors, keys, alignment=parts.readers[0].alignment)
+        yield Source(path, parts.paths, tensors, keys, alignment=parts.reader.alignment)
 
 
 def _check_shape(path: Path, info: _native.TensorInfo) -> None:

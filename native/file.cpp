@@ -120,6 +120,11 @@ std::string Value::type_name() const {
     return is_array ? format("array[%s]", value_type_name(type)) : value_type_name(type);
 }
 
+bool Value::operator==(const Value& other) const {
+    return type == other.type && is_array == other.is_array && scalar == other.scalar &&
+           integers == other.integers && floats == other.floats && strings == other.strings;
+}
+
 uint64_t TensorInfo::n_elements() const {
     uint64_t n = 1;
     for (const int64_t dimension : ne) n *= static_cast<uint64_t>(dimension);
@@ -389,7 +394,11 @@ void File::place_tensors(uint64_t end_of_infos) {
 }
 
 void File::require_whole() const {
-    if (!mapping_.whole()) fail(path_, "was shortened while it was in use; open it again when it is whole");
+    for (size_t i = 0; i < n_parts(); ++i) {
+        if (!part(i).mapping_.whole()) {
+            fail(part(i).path_, "was shortened while it was in use; open it again when it is whole");
+        }
+    }
 }
 
 const Value* File::find(const std::string& key) const {

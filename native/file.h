@@ -67,14 +67,16 @@ struct Value {
 
     size_t array_length() const;
     std::string type_name() const;  // "u32", "array[str]"
+    bool operator==(const Value& other) const;
 };
 
 struct TensorInfo {
     std::string name;
     ggml_type type;
     std::vector<int64_t> ne;  // ggml's order, fastest first; 1 to 4 entries
-    uint64_t offset;          // from the start of the file
+    uint64_t offset;          // from the start of the file, or of its part
     uint64_t n_bytes;
+    size_t part = 0;  // of a split file, counted from 0
 
     int64_t dimension(size_t i) const { return i < ne.size() ? ne[i] : 1; }
     uint64_t n_elements() const;
@@ -87,6 +89,11 @@ class File {
     // read.
     explicit File(const std::string& path);
 
+    // A file; of a split one, whose first part must be given, all parts as one: keys and tensors are those of
+    // the file that was split. Each part is validated, and that they belong together.
+    static std::shared_ptr<File> open_whole(const std::string& path);
+
+    // Of this file, or of the first part. Others have alignments, sizes and mappings of their own.
     const std::string& path() const { return path_; }
     uint32_t version() const { return version_; }
     uint64_t alignment() const { return alignment_; }
@@ -94,13 +101,19 @@ class File {
     uint64_t n_bytes() const { return mapping_.size(); }
     const uint8_t* data() const { return mapping_.data(); }
 
+    size_t n_parts() const { return 1 + later_parts_.size(); }
+    const File& part(size_t i) const { return i == 0 ? *this : *later_parts_[i - 1]; }
+    uint64_t n_bytes_of_all_parts() const;
+
     const std::vector<std::string>& keys() const { return keys_; }  // in file order
     const Value* find(const std::string& key) const;
     const std::vector<TensorInfo>& tensors() const { return tensors_; }
     const TensorInfo* find_tensor(const std::string& name) const;
-    // Throws Error(format) when the file was shortened since it was opened.
+    // Throws Error(format) when a part was shortened since it was opened.
     void require_whole() const;
-    const uint8_t* tensor_data(const TensorInfo& tensor) const { return mapping_.data() + tensor.offset; }
+    const uint8_t* tensor_data(const TensorInfo& tensor) const {
+        return part(tensor.part).data() + tensor.offset;
+    }
 
   private:
     class Reader;
@@ -108,6 +121,7 @@ class File {
     void read_metadata(Reader& reader);
     void read_tensors(Reader& reader);
     void place_tensors(uint64_t end_of_infos);
+    void append(std::unique_ptr<const File> part);
 
     std::string path_;
     Mapping mapping_;
@@ -120,6 +134,7 @@ class File {
     std::map<std::string, Value> values_;  // ordered: no file can choose keys that make it slow
     std::vector<TensorInfo> tensors_;
     std::map<std::string, size_t> tensor_index_;
+    std::vector<std::unique_ptr<const File>> later_parts_;
 };
 
 }  // namespace pydiffusion

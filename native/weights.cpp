@@ -53,12 +53,7 @@ class Weights::Loader {
         weights_.device_context_.reset(ggml_init(params));
         if (!weights_.context_ || !weights_.device_context_)
             throw Error(ErrorKind::out_of_memory, "no memory for the tensors' descriptions");
-        aligned_ = file.alignment() % kAlignment == 0 && file.data_offset() % kAlignment == 0;
-        if (aligned_) {
-            buffer_ = ggml_backend_cpu_buffer_from_ptr(const_cast<uint8_t*>(file.data()), file.n_bytes());
-            weights_.buffers_.emplace_back(buffer_);
-            ggml_backend_buffer_set_usage(buffer_, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-        }
+        for (size_t i = 0; i < file.n_parts(); ++i) mapped_.push_back(map(file.part(i)));
     }
 
     ggml_tensor* matrix(const std::string& name, const Shape& shape) {
@@ -122,6 +117,16 @@ class Weights::Loader {
     }
 
   private:
+    // A buffer over a file's mapping; null where the file's alignment is not enough.
+    ggml_backend_buffer_t map(const File& file) {
+        if (file.alignment() % kAlignment != 0 || file.data_offset() % kAlignment != 0) return nullptr;
+        ggml_backend_buffer_t buffer =
+            ggml_backend_cpu_buffer_from_ptr(const_cast<uint8_t*>(file.data()), file.n_bytes());
+        weights_.buffers_.emplace_back(buffer);
+        ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+        return buffer;
+    }
+
     const TensorInfo& require(const std::string& name, const Shape& shape) {
         const TensorInfo* info = file_.find_tensor(name);
         if (!info) throw Error(ErrorKind::format, file_.path() + ": tensor " + quoted(name) + " is missing");
@@ -140,8 +145,8 @@ class Weights::Loader {
         ggml_set_name(tensor, info.name.c_str());
         if (on_device) {
             uploads_.emplace_back(tensor, &info);
-        } else if (aligned_) {
-            ggml_backend_tensor_alloc(buffer_, tensor, const_cast<uint8_t*>(file_.tensor_data(info)));
+        } else if (ggml_backend_buffer_t buffer = mapped_[info.part]) {
+            ggml_backend_tensor_alloc(buffer, tensor, const_cast<uint8_t*>(file_.tensor_data(info)));
         } else {
             copy(tensor, info);
         }
@@ -164,8 +169,7 @@ class Weights::Loader {
     const File& file_;
     const Placement& placement_;
     std::vector<std::pair<ggml_tensor*, const TensorInfo*>> uploads_;
-    bool aligned_;
-    ggml_backend_buffer_t buffer_ = nullptr;
+    std::vector<ggml_backend_buffer_t> mapped_;  // by part
     std::map<std::string, bool> used_;
 };
 

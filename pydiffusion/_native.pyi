@@ -24,10 +24,14 @@ class TensorInfo:
 
     @property
     def offset(self) -> int:
-        """Bytes from the start of the file."""
+        """Bytes from the start of the file, or of its part."""
 
     @property
     def n_bytes(self) -> int: ...
+
+    @property
+    def part(self) -> int:
+        """Of a split file, counted from 0."""
 
     def __repr__(self) -> str: ...
 
@@ -40,8 +44,18 @@ class GgufFile:
 
     def __init__(self, path: str) -> None: ...
 
+    @staticmethod
+    def open_whole(path: str) -> GgufFile:
+        """
+        A file; of a split one, whose first part is given, all parts as the file that was split.
+        """
+
     @property
     def path(self) -> object: ...
+
+    @property
+    def paths(self) -> list:
+        """Of all parts; of a file that is not split its own."""
 
     @property
     def version(self) -> int: ...

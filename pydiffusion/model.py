@@ -62,6 +62,7 @@ class DiffusionModel:
     ) -> None:
         """Open and check a model file.
 
+        path: the GGUF; of a split one the first part, beside which the others lie.
         n_ctx: tokens that a new session holds unless told otherwise. The default, 8192, becomes the model's
             own context where that is shorter; any other value beyond it is refused.
         n_gpu_layers: layers on the GPU, the last ones; 0 for none. "auto" takes what fits its free memory,
@@ -83,18 +84,14 @@ class DiffusionModel:
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"n_threads is {n_threads!r}; permitted is None or an integer of at least 1")
         check_is_file(self.path)
-        try:
-            native = _native.Model(
-                os.fspath(self.path),
-                threads,
-                kv_type=kv_type,
-                progress=progress,
-                n_ctx=_to_plan_for(n_ctx),
-                **wish,
-            )
-        except UnsupportedModelError:
-            _refuse_parts(self.path)
-            raise
+        native = _native.Model(
+            os.fspath(self.path),
+            threads,
+            kv_type=kv_type,
+            progress=progress,
+            n_ctx=_to_plan_for(n_ctx),
+            **wish,
+        )
         self._native_model: _native.Model | None = native
         self.metadata: dict[str, Any] = native.file.metadata
         self.hparams: dict[str, Any] = native.hparams
@@ -115,7 +112,7 @@ class DiffusionModel:
         """Open a model of the Hugging Face Hub, which is fetched unless the local cache has it.
 
         filename: as it stands in the repo, or a pattern with ``*`` that one model matches. Of a split model
-            all parts are fetched, to be merged. options: as for the class itself.
+            all parts are fetched. options: as for the class itself.
         Needs the package huggingface_hub. Raises PyDiffusionError where it can't be had, else as the class.
         """
         return cls(hub.fetch(repo_id, filename, revision), **options)
@@ -386,16 +383,6 @@ class DiffusionModel:
 def _to_plan_for(n_ctx: Any) -> int:
     """The context that the placement is planned for; what is wrong with it is said once the file is read."""
     return min(n_ctx, 1 << 31) if isinstance(n_ctx, int) and n_ctx > 0 else DEFAULT_N_CTX
-
-
-def _refuse_parts(path: Path) -> None:
-    """Say how to merge a split file, if ``path`` is a part of one."""
-    n_parts = _native.GgufFile(os.fspath(path)).metadata.get("split.count")
-    if isinstance(n_parts, int) and n_parts > 1:
-        raise UnsupportedModelError(
-            f"{path}: is one of {n_parts} parts of a split file; merge them first: "
-            f"pydiffusion merge {path} model.gguf"
-        ) from None
 
 
 def check_is_file(path: Path) -> None:

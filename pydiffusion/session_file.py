@@ -45,7 +45,7 @@ def save(session: Session, path: Path) -> None:
     arrays = {"tokens": session.tokens}
     for i_layer, (k, v) in enumerate(session._native.cache_rows()):
         arrays |= {f"k.{i_layer}": k, f"v.{i_layer}": v}
-    target = atomic.resolve_target(path, [session.model.path], overwrite=True)
+    target = atomic.resolve_target(path, map(Path, session.model._native.file.paths), overwrite=True)
     with atomic.replacing(target) as new:
         try:
             save_file(arrays, new.temporary, metadata=_metadata(session.model))

@@ -9,10 +9,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from convert_folders import make_folder
 from reference.random_checkpoint import write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -63,6 +66,12 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     return get
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint folder with everything that the converter reads; of each test file its own."""
+    return make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
+
+
 @pytest.fixture(scope="session")
 def gguf_file(
     checkpoint_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
@@ -81,6 +90,25 @@ def gguf_file(
         return made[key]
 
     return get
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """``small_disk("1m")``: a file system of that size; skips where none can be mounted."""
+    mounted: list[Path] = []
+
+    def mount(size: str) -> Path:
+        disk = tmp_path / f"disk-{len(mounted)}"
+        disk.mkdir()
+        command = [shutil.which("mount") or "", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        if not command[0] or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("NOT CHECKED: a really full disk (mounting a tmpfs needs root)")
+        mounted.append(disk)
+        return disk
+
+    yield mount
+    for disk in mounted:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from gguf import GGUFWriter
 
 from pydiffusion import _native
 
@@ -70,6 +71,16 @@ WEIGHT_TYPES: dict[str, set[str]] = {
     "bf16": {"F32", "BF16"},
     "q8_0": {"F32", "Q8_0"},
 }
+
+
+def finish(writer: GGUFWriter, tensors: dict[str, np.ndarray]) -> None:
+    """Add the tensors, write everything, close."""
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def load_golden(name: str) -> dict[str, np.ndarray]:

@@ -18,11 +18,6 @@ from pydiffusion.errors import ConversionError
 TYPES = ("f32", "bf16", "q8_0", "q4_k_m", "iq4_xs", "mxfp4")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folders.make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
-
-
 @pytest.mark.parametrize("chunk", [4 << 20, 30_000])
 def test_a_family_is_what_single_conversions_give(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int

@@ -23,11 +23,6 @@ needs_circulating = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folders.make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
-
-
-@pytest.fixture(scope="module")
 def f32_file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> GGUFReader:
     target = tmp_path_factory.mktemp("f32") / "small.gguf"
     convert(folder, target, "f32")

@@ -20,11 +20,6 @@ Json = dict[str, Any]
 LAYER = "model.decoder.layers.0."
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folders.make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
-
-
 def refused(folder: Path, target: Path, pattern: str) -> None:
     """Converting raises ConversionError that matches, and leaves nothing behind."""
     with pytest.raises(ConversionError, match=pattern) as caught:
@@ -365,6 +360,15 @@ INDEX_EDITS = [
 def test_index(tmp_path: Path, edit: Callable[[Json], None], pattern: str) -> None:
     made = folders.make_folder(tmp_path / "sharded", n_shards=2)
     refused(edited(made, tmp_path, INDEX, edit), tmp_path / "m.gguf", pattern)
+
+
+@pytest.mark.parametrize(("change", "pattern"), [(-1, "cut short"), (-5000, "cut short"), (8, "no tensor")])
+def test_a_shard_of_the_wrong_size(tmp_path: Path, change: int, pattern: str) -> None:
+    made = folders.make_folder(tmp_path / "sharded", n_shards=2)
+    shard = made / "model-00002-of-00002.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:change] if change < 0 else data + bytes(change))
+    refused(made, tmp_path / "m.gguf", rf"model-00002-of-00002\.safetensors.*{pattern}")
 
 
 def test_a_missing_shard(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import convert_folders as folders
@@ -17,11 +19,6 @@ from pydiffusion.convert import ConversionProgress, convert, journal, pipeline, 
 from pydiffusion.errors import ConversionError
 
 CHUNK = 20_000  # weights: about 200 chunks
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folders.make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
 
 
 @pytest.fixture(scope="module")
@@ -213,10 +210,34 @@ def test_quantizing_is_resumed_too(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resume", [False, True])
+def test_a_real_disk_that_another_fills_at_half(
+    folder: Path, whole: bytes, small_disk: Callable[[str], Path], resume: bool
+) -> None:
+    disk = small_disk("8m")
+    target, ballast = disk / "m.gguf", disk / "ballast"
+
+    def fill(state: ConversionProgress) -> None:
+        if state.stage == "write" and state.done_bytes >= state.total_bytes / 2 and not ballast.exists():
+            with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(b"x" * 4096):
+                    pass
+
+    with pytest.raises(ConversionError, match=r"m\.gguf.*: No space left on device.*free some space"):
+        convert(folder, target, "q4_k_m", resume=resume, progress=fill)
+    kept = ["m.gguf.part", "m.gguf.part.journal"] if resume else []
+    assert files_in(disk) == ["ballast", *kept]
+    ballast.unlink()
+    report = convert(folder, target, "q4_k_m", resume=resume)
+    assert any(note.startswith("resumed: ") for note in report.notes) == resume
+    assert target.read_bytes() == whole
+    assert files_in(disk) == ["m.gguf"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
 def test_a_full_disk_at_half(
     folder: Path, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
 ) -> None:
-    """The disk is a real one of limited size where the system lets us mount it: see test_convert_target."""
+    """As above where no disk can be mounted."""
     target, write, written = tmp_path / "m.gguf", pipeline.atomic.NewFile.write, []
 
     def limited(new: object, data: memoryview, offset: int | None = None) -> None:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import convert_folders as folders
 import numpy as np
 import pytest
 from gguf import GGUFReader
@@ -18,11 +17,6 @@ from pydiffusion.convert.gguf_header import Value
 from pydiffusion.errors import ConversionError
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folders.make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
 
 
 @pytest.fixture

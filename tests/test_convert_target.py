@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import convert_folders as folders
@@ -19,11 +19,6 @@ import pytest
 
 from pydiffusion.convert import atomic, convert, pipeline, rows
 from pydiffusion.errors import ConversionError
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folders.make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
 
 
 def files_in(path: Path) -> list[str]:
@@ -101,32 +96,21 @@ def test_a_file_size_limit_is_a_clear_error(folder: Path, tmp_path: Path) -> Non
     assert files_in(tmp_path) == []
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount")
-    command = [mount or "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if mount is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no tmpfs can be mounted here (needs root): a really full disk was NOT checked")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_full_disk_is_seen_before_writing(folder: Path, small_disk: Path) -> None:
+def test_a_full_disk_is_seen_before_writing(folder: Path, small_disk: Callable[[str], Path]) -> None:
+    disk = small_disk("1m")
     with pytest.raises(ConversionError, match=r"not enough space: the file needs 3\.\d MB, 1\.0 MB are free"):
-        convert(folder, small_disk / "m.gguf", "q8_0")
-    assert files_in(small_disk) == []
+        convert(folder, disk / "m.gguf", "q8_0")
+    assert files_in(disk) == []
 
 
 def test_a_disk_that_fills_up_meanwhile(
-    folder: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    disk = small_disk("1m")
     monkeypatch.setattr(atomic, "require_free_space", lambda folder, n_bytes: None)
     with pytest.raises(ConversionError, match=r"m\.gguf: writing failed: No space left.*free some space"):
-        convert(folder, small_disk / "m.gguf", "q8_0")
-    assert files_in(small_disk) == []
+        convert(folder, disk / "m.gguf", "q8_0")
+    assert files_in(disk) == []
 
 
 def test_free_space_is_checked_up_front(

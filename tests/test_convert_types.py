@@ -24,11 +24,6 @@ REFERENCE = {"Q8_0": "q8_0", "Q4_0": "q4_0", "Q4_1": "q4_1", "Q5_0": "q5_0", "Q5
 OTHERS = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folders.make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
-
-
 @pytest.mark.parametrize("type_name", REFERENCE)
 def test_bytes_are_those_of_the_gguf_package(folder: Path, tmp_path: Path, type_name: str) -> None:
     convert(folder, tmp_path / "m.gguf", REFERENCE[type_name], pad=False)
@@ -40,6 +35,21 @@ def test_bytes_are_those_of_the_gguf_package(folder: Path, tmp_path: Path, type_
             assert tensor.data.tobytes() == expected.tobytes(), tensor.name
             compared += 1
     assert compared >= 8
+
+
+@pytest.mark.parametrize("type", ["q2_k", "q3_k_l", "q4_k_m", "q5_k_m", "q6_k"])
+def test_k_quants_are_what_the_bare_kernel_makes(folder: Path, tmp_path: Path, type: str) -> None:
+    """ggml_quantize_chunk on whole matrices: chunks and threads change no byte, so no error grows."""
+    convert(folder, tmp_path / "m.gguf", type, pad=False, n_threads=2)
+    sources = {folders.gguf_name(name): values for name, values in folders.weights().items()}
+    compared = set()
+    for tensor in GGUFReader(tmp_path / "m.gguf").tensors:
+        name = tensor.tensor_type.name
+        if name.endswith("_K") and tensor.name in sources:
+            rows = sources[tensor.name].reshape(-1, sources[tensor.name].shape[-1])
+            assert tensor.data.tobytes() == _native.quantize_rows(rows, name, 1, None).tobytes(), tensor.name
+            compared.add(name)
+    assert type[:4].upper() in compared, compared
 
 
 def test_every_type_that_ggml_can_write_has_a_recipe() -> None:

@@ -62,7 +62,7 @@ def test_a_pattern_and_all_parts_of_a_split_model(hub: Hub, tmp_path: Path) -> N
     done = load(hub, tmp_path / "home", "org/open", "parts/*")
     n_parts = len(list((hub.folder / "parts").iterdir()))
     assert n_parts > 1 and len([name for name in hub.fetched if name.startswith("two-")]) == n_parts
-    assert "pydiffusion merge" in done.stderr, "which the message's command can then do"
+    assert done.stdout == f"two-00001-of-{n_parts:05}.gguf 1\n", done.stderr
 
 
 @pytest.mark.parametrize(

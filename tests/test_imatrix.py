@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 from reference.random_checkpoint import SHAPES, random_ids, text_tensors
+from support import finish
 from test_convert_files import NEED_IMATRIX, fields_of, read_tensors
 
 from pydiffusion import _native
@@ -126,12 +127,7 @@ def their_imatrix(path: Path, tensors: dict[str, np.ndarray], kind: str = "imatr
     writer.add_array("imatrix.datasets", ["theirs.txt"])
     writer.add_uint32("imatrix.chunk_count", 2)
     writer.add_uint32("imatrix.chunk_size", 512)
-    for name, values in tensors.items():
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer, tensors)
     return path
 
 

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import convert_folders as folders
 import gguf
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
+from support import finish
 from test_convert_files import NEED_IMATRIX, fields_of, needs_circulating, read_tensors
 
 from pydiffusion.convert import TYPES, convert, quantize
 from pydiffusion.errors import ConversionError, ModelFormatError, PyDiffusionError
 
 CIRCULATING = Path(__file__).resolve().parents[2] / "shared" / "data" / "circulating"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folders.make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +59,7 @@ def write_gguf(
     writer.add_array("test.floats", [0.5, 0.25])
     writer.add_array("test.flags", [True, False])
     writer.add_uint32("general.file_type", 0)
-    for name, values in tensors.items():
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer, tensors)
 
 
 def random_rows(*shape: int) -> np.ndarray:

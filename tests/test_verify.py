@@ -16,11 +16,6 @@ from pydiffusion.convert import convert, verify
 from pydiffusion.errors import ConversionError
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folders.make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
-
-
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("type", ["f32", "bf16", "q8_0", "q4_k_m"])
 def test_what_convert_wrote_passes(folder: Path, tmp_path: Path, type: str, pad: bool) -> None:

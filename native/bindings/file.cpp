@@ -59,8 +59,9 @@ void bind_file(nb::module_& m) {
         .def_prop_ro("name", [](const TensorInfo& t) { return to_str(t.name); })
         .def_prop_ro("type", [](const TensorInfo& t) { return upper_type_name(t.type); })
         .def_prop_ro("shape", numpy_shape, "Dimensions in numpy's order, slowest first.")
-        .def_ro("offset", &TensorInfo::offset, "Bytes from the start of the file.")
+        .def_ro("offset", &TensorInfo::offset, "Bytes from the start of the file, or of its part.")
         .def_ro("n_bytes", &TensorInfo::n_bytes)
+        .def_ro("part", &TensorInfo::part, "Of a split file, counted from 0.")
         .def("__repr__", [](const TensorInfo& t) {
             return format("TensorInfo(%s, %s, ne=%s)", quoted(t.name).c_str(),
                           upper_type_name(t.type).c_str(), t.shape().c_str());
@@ -77,11 +78,27 @@ void bind_file(nb::module_& m) {
                 new (self) File(path);
             },
             nb::arg("path"))
+        .def_static(
+            "open_whole",
+            [](const std::string& path) {
+                const WithoutGil release;
+                return File::open_whole(path);
+            },
+            nb::arg("path"),
+            "A file; of a split one, whose first part is given, all parts as the file that was split.")
         .def_prop_ro("path", [](const File& f) { return to_str(f.path()); })
+        .def_prop_ro(
+            "paths",
+            [](const File& f) {
+                nb::list paths;
+                for (size_t i = 0; i < f.n_parts(); ++i) paths.append(to_str(f.part(i).path()));
+                return paths;
+            },
+            "Of all parts; of a file that is not split its own.")
         .def_prop_ro("version", &File::version)
         .def_prop_ro("alignment", &File::alignment)
         .def_prop_ro("data_offset", &File::data_offset)
-        .def_prop_ro("n_bytes", &File::n_bytes)
+        .def_prop_ro("n_bytes", &File::n_bytes_of_all_parts)
         .def_prop_ro(
             "metadata",
             [](const File& f) {

@@ -63,7 +63,7 @@ PyModel load_model(const std::string& path, int n_threads, const std::string& kv
     };
     const WithoutGil release;
     PyModel result;
-    auto file = std::make_shared<File>(path);
+    auto file = File::open_whole(path);
     result.kv_type = cache_type(*file, kv_type);
     const Placement placement = place(*file, wish, result.kv_type);
     if (!placement.any()) wish.device = "cpu";
@@ -121,7 +121,7 @@ nb::dict description(const PyModel& m) {
     d["kv_type"] = ggml_type_name(m.kv_type);
     d["weight_types"] = types;
     d["n_weights"] = m.model->weights.n_weights;
-    d["n_bytes"] = m.model->file->n_bytes();
+    d["n_bytes"] = m.model->file->n_bytes_of_all_parts();
     return d;
 }
 
@@ -372,7 +372,8 @@ nb::list devices() {
 
 nb::dict plan(const std::string& path, const std::string& device, uint64_t memory_limit, int32_t n_gpu_layers,
               int32_t n_cpu_moe, int64_t n_ctx, const std::string& kv_type) {
-    const File file(path);
+    const auto whole = File::open_whole(path);
+    const File& file = *whole;
     const Hyperparameters hp(file);
     const ggml_type type = cache_type(file, kv_type);
     const Placement placement = place(file, {device, n_gpu_layers, n_cpu_moe, memory_limit, n_ctx}, type);

@@ -35,6 +35,9 @@ def command(
         typer.Option("--noise", help="Share of replaced tokens; several times. [default: 0.1 0.4 0.7 1.0]"),
     ] = None,
     max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", help="Tokens of each answer.")] = 144,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Of each canvas at most. [default: the files' own]")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the answers and the noise.")] = 0,
     plot: Annotated[
         Path | None,
@@ -58,8 +61,8 @@ def command(
         if not texts:
             raise typer.BadParameter(f"--prompts: {prompts} has no line of text")
     levels = noise or evaluation.NOISE
-    if not all(0 < t <= 1 for t in levels) or max_tokens < 1:
-        raise typer.BadParameter("--noise takes numbers above 0, up to 1; --max-tokens at least 1")
+    if not all(0 < t <= 1 for t in levels) or max_tokens < 1 or (steps is not None and steps < 1):
+        raise typer.BadParameter("--noise: above 0, up to 1; --max-tokens and --steps: at least 1")
     if plot is not None:
         if plot.suffix.lower().removeprefix(".") not in plotting.FORMATS:
             raise typer.BadParameter(f"--plot: {plot} should end with .{', .'.join(plotting.FORMATS)}")
@@ -71,6 +74,7 @@ def command(
             texts,
             noise=levels,
             max_tokens=max_tokens,
+            steps=steps,
             seed=seed,
             n_threads=threads,
             progress=lambda state: update(state.done_bytes, state.total_bytes),

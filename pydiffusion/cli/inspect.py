@@ -40,11 +40,11 @@ def command(
 
 def _as_dict(gguf: Parts, with_tensors: bool, whole: bool) -> dict[str, Any]:
     summary = {
-        "path": gguf.readers[0].path,
-        "version": gguf.readers[0].version,
-        "n_bytes": gguf.n_bytes,
-        "alignment": gguf.readers[0].alignment,
-        "data_offset": gguf.readers[0].data_offset,
+        "path": gguf.reader.path,
+        "version": gguf.reader.version,
+        "n_bytes": gguf.reader.n_bytes,
+        "alignment": gguf.reader.alignment,
+        "data_offset": gguf.reader.data_offset,
         "parts": [str(path) for path in gguf.paths],
         "n_tensors": len(gguf.tensors),
         "n_weights": sum(math.prod(tensor.shape) for tensor in gguf.tensors),
@@ -83,11 +83,11 @@ def _json_value(value: Any, type_name: str, whole: bool) -> Any:
 def _print(gguf: Parts, with_tensors: bool, whole: bool) -> None:
     n_weights = sum(math.prod(tensor.shape) for tensor in gguf.tensors)
     bits = 8 * sum(tensor.n_bytes for tensor in gguf.tensors) / n_weights if n_weights else 0.0
-    print(one_line(gguf.readers[0].path))
-    if len(gguf.readers) > 1:
-        print(f"the first of {len(gguf.readers)} parts, shown together")
+    print(one_line(gguf.reader.path))
+    if len(gguf.paths) > 1:
+        print(f"the first of {len(gguf.paths)} parts, shown together")
     print(
-        f"GGUF version {gguf.readers[0].version}, {count(gguf.n_bytes, 'B')}, {len(gguf.tensors)} tensors,"
+        f"GGUF version {gguf.reader.version}, {count(gguf.reader.n_bytes, 'B')}, {len(gguf.tensors)} tensors,"
         f" {count(n_weights)} weights, {bits:.2f} bits per weight"
     )
     for name, entry in _types(gguf).items():
