@@ -162,14 +162,13 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(const std::atomic<bo
             ggml_graph_add_node(pieces.graph, ggml_graph_node(built_->graph, i));
         }
         const auto start = std::chrono::steady_clock::now();
-        model_.engine.compute(pieces.graph, cancel);
+        model_.engine.compute(pieces.graph, [&] { return cancel.load(); });
         cost.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     }
     return costs;
 }
 
-void Denoiser::step(const std::vector<Lane>& lanes, ggml_gallocr_t allocator,
-                    const std::atomic<bool>& cancel) {
+void Denoiser::step(const std::vector<Lane>& lanes, ggml_gallocr_t allocator) {
     const auto versions = [&] {
         std::vector<std::pair<uint64_t, int64_t>> result;
         for (const Lane& lane : lanes) result.emplace_back(lane.cache->version(), lane.n_tokens());
@@ -189,7 +188,9 @@ void Denoiser::step(const std::vector<Lane>& lanes, ggml_gallocr_t allocator,
     ggml_backend_tensor_set(canvas_, tokens.data(), 0, tokens.size() * sizeof(int32_t));
     ggml_backend_tensor_set(built_->positions, positions.data(), 0, positions.size() * sizeof(int32_t));
     model_.file->require_whole();
-    model_.engine.compute(built_->graph, cancel);
+    model_.engine.compute(built_->graph, [&] {
+        return std::all_of(lanes.begin(), lanes.end(), [](const Lane& lane) { return lane.cancel->load(); });
+    });
     if (statistics_) statistics_->add(built_->graph);
 }
 

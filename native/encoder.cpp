@@ -48,7 +48,7 @@ void encode_chunk(const Model& model, KvCache& cache, ggml_gallocr_t allocator, 
     for (int32_t i = 0; i < n_tokens; ++i) positions[i] = cache.n_past() + i;
     ggml_backend_tensor_set(g.positions, positions.data(), 0, n_tokens * sizeof(int32_t));
     model.file->require_whole();
-    model.engine.compute(g.graph, cancel);
+    model.engine.compute(g.graph, [&] { return cancel.load(); });
     if (statistics) statistics->add(g.graph);
     cache.advance(n_tokens);
     if (hidden) {

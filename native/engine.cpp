@@ -104,7 +104,7 @@ Engine::Pool& Engine::pool() {
     return *current;  // another thread of the child was faster
 }
 
-void Engine::compute(ggml_cgraph* graph, const std::atomic<bool>& cancel) {
+void Engine::compute(ggml_cgraph* graph, const std::function<bool()>& cancelled) {
     Pool& pool = this->pool();
     const std::lock_guard<std::mutex> turn(pool.turn);
     // For what the kernels and our own operations allocate in the pool's threads, where nothing may throw.
@@ -117,8 +117,8 @@ void Engine::compute(ggml_cgraph* graph, const std::atomic<bool>& cancel) {
         pool.work_size = plan.work_size;
     }
     plan.work_data = pool.work.get();
-    plan.abort_callback = [](void* flag) { return static_cast<const std::atomic<bool>*>(flag)->load(); };
-    plan.abort_callback_data = const_cast<std::atomic<bool>*>(&cancel);
+    plan.abort_callback = [](void* test) { return (*static_cast<const std::function<bool()>*>(test))(); };
+    plan.abort_callback_data = const_cast<std::function<bool()>*>(&cancelled);
     const ggml_status status = ggml_graph_compute(graph, &plan);
     if (status == GGML_STATUS_ABORTED) throw Error(ErrorKind::cancelled, "cancelled");
     if (status == GGML_STATUS_ALLOC_FAILED)

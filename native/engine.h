@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
@@ -21,8 +22,8 @@ class Engine {
     ggml_backend_buffer_type_t buffer_type() const { return ggml_backend_cpu_buffer_type(); }
 
     // Runs the graph; sessions take turns, since each run uses all threads. Throws Error(cancelled) soon
-    // after `cancel` becomes true.
-    void compute(ggml_cgraph* graph, const std::atomic<bool>& cancel);
+    // after `cancelled` begins to return true.
+    void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
 
   private:
     struct Pool;
