@@ -47,21 +47,36 @@ std::vector<Batch::Outcome> Batch::next_steps(const std::vector<Session*>& sessi
             lanes.push_back(sessions[i]->lane());
         });
     }
-    if (cancel_.exchange(false)) throw Error(ErrorKind::cancelled, "cancelled");
     if (lanes.empty()) return outcomes;
     const auto start = std::chrono::steady_clock::now();
+    std::exception_ptr error;
     try {
-        denoiser_.step(lanes, workspace_, cancel_);
-    } catch (...) {
-        denoiser_.invalidate();
-        cancel_ = false;
-        throw;
+        denoise(lanes, 0, lanes.size());
+    } catch (const Error&) {
+        error = std::current_exception();
     }
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     for (const size_t i : running) {
-        attempt(i, [&] { sessions[i]->end_step(seconds, outcomes[i].result); });
+        attempt(i, [&] {
+            if (error) std::rethrow_exception(error);
+            sessions[i]->end_step(seconds, outcomes[i].result);
+        });
     }
     return outcomes;
+}
+
+// The lanes from begin to end, in one graph if there is memory for it, else in two halves.
+void Batch::denoise(const std::vector<Denoiser::Lane>& lanes, size_t begin, size_t end) {
+    try {
+        denoiser_.step({lanes.begin() + begin, lanes.begin() + end}, workspace_);
+        return;
+    } catch (const Error& error) {
+        denoiser_.invalidate();
+        if (error.kind() != ErrorKind::out_of_memory || end - begin < 2) throw;
+    }
+    const size_t middle = begin + (end - begin) / 2;
+    denoise(lanes, begin, middle);
+    denoise(lanes, middle, end);
 }
 
 }  // namespace pydiffusion

@@ -22,21 +22,20 @@ class Batch {
     };
 
     // One step of each session's generation, the same as the sessions would do alone. A session that can't go
-    // on has the error in its outcome, its generation is over, and the others go on. Throws, and ends all
-    // generations, when the graph that they share can't be computed.
+    // on has the error in its outcome, its generation is over, and the others go on. One that is cancelled
+    // during the step may still have a result; the step is given up when all of them are. Where there is no
+    // memory for all at once, they are denoised in parts.
     std::vector<Outcome> next_steps(const std::vector<Session*>& sessions,
                                     const std::function<void(int32_t)>& between);
-
-    // From any thread: the step under way, or the next one, throws Error(cancelled).
-    void cancel() { cancel_ = true; }
 
     const Model& model() const { return *model_; }
 
   private:
+    void denoise(const std::vector<Denoiser::Lane>& lanes, size_t begin, size_t end);
+
     std::shared_ptr<const Model> model_;
     Denoiser denoiser_;
     Workspace workspace_;
-    std::atomic<bool> cancel_{false};
 };
 
 }  // namespace pydiffusion

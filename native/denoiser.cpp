@@ -224,12 +224,13 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(Workspace& workspace
             count_work(ggml_graph_node(built_->graph, i), cost);
             ggml_graph_add_node(pieces.graph, ggml_graph_node(built_->graph, i));
         }
-        cost.seconds += seconds_of([&] { workspace.compute_nodes(pieces.graph, cancel); });
+        cost.seconds +=
+            seconds_of([&] { workspace.compute_nodes(pieces.graph, [&] { return cancel.load(); }); });
     }
     return costs;
 }
 
-void Denoiser::step(const std::vector<Lane>& lanes, Workspace& workspace, const std::atomic<bool>& cancel) {
+void Denoiser::step(const std::vector<Lane>& lanes, Workspace& workspace) {
     const auto turn = model_.engine.device_turn();
     const auto versions = [&] {
         std::vector<std::pair<uint64_t, int64_t>> result;
@@ -251,7 +252,9 @@ void Denoiser::step(const std::vector<Lane>& lanes, Workspace& workspace, const 
     ggml_backend_tensor_set(built_->positions, positions.data(), 0, positions.size() * sizeof(int32_t));
     model_.file->require_whole();
     for (const Lane& lane : lanes) lane.state->condition(model_.weights.token_embd, lane.n_tokens());
-    workspace.compute(built_->graph, cancel);
+    workspace.compute(built_->graph, [&] {
+        return std::all_of(lanes.begin(), lanes.end(), [](const Lane& lane) { return lane.cancel->load(); });
+    });
     for (const Lane& lane : lanes) lane.state->measure(lane.n_tokens());
     if (statistics_) statistics_->add(built_->graph);
 }

@@ -55,13 +55,14 @@ class Denoiser {
         CanvasState* state;  // its step() holds what goes in, and afterwards the measures
         KvCache* cache;
         const std::vector<int32_t>* canvas;  // at the positions behind the cache, canvas_length at most
+        const std::atomic<bool>* cancel;     // whether anybody still waits for what comes out
 
         int64_t n_tokens() const { return static_cast<int64_t>(canvas->size()); }
     };
 
     // Runs one step on every lane's canvas, all in one graph. The graph stays for the next step on the same
-    // lanes in the same order.
-    void step(const std::vector<Lane>& lanes, Workspace& workspace, const std::atomic<bool>& cancel);
+    // lanes in the same order. Throws Error(cancelled) soon after all of the lanes are cancelled.
+    void step(const std::vector<Lane>& lanes, Workspace& workspace);
 
     // Runs the step just done once more, part by part, and tells what each took. The logits are spoiled by
     // it. With by_operation the parts are the names of ops(). For models that lie in one place.

@@ -45,7 +45,7 @@ void encode_chunk(const Model& model, KvCache& cache, Workspace& workspace, cons
     for (int32_t i = 0; i < n_tokens; ++i) positions[i] = cache.n_past() + i;
     ggml_backend_tensor_set(g.positions, positions.data(), 0, n_tokens * sizeof(int32_t));
     model.file->require_whole();
-    workspace.compute(g.graph, cancel);
+    workspace.compute(g.graph, [&] { return cancel.load(); });
     if (statistics) statistics->add(g.graph);
     cache.advance(n_tokens);
     if (hidden) {

@@ -166,7 +166,7 @@ Engine::Pool& Engine::pool() {
     return *current;  // another thread of the child was faster
 }
 
-void Engine::compute(ggml_cgraph* graph, const std::atomic<bool>& cancel) {
+void Engine::compute(ggml_cgraph* graph, const std::function<bool()>& cancelled) {
     Pool& pool = this->pool();
     const std::lock_guard<std::mutex> turn(pool.turn);
     // For what the kernels and our own operations allocate in the pool's threads, where nothing may throw.
@@ -179,8 +179,8 @@ void Engine::compute(ggml_cgraph* graph, const std::atomic<bool>& cancel) {
         pool.work_size = plan.work_size;
     }
     plan.work_data = pool.work.get();
-    plan.abort_callback = [](void* flag) { return static_cast<const std::atomic<bool>*>(flag)->load(); };
-    plan.abort_callback_data = const_cast<std::atomic<bool>*>(&cancel);
+    plan.abort_callback = [](void* test) { return (*static_cast<const std::function<bool()>*>(test))(); };
+    plan.abort_callback_data = const_cast<std::function<bool()>*>(&cancelled);
     const ggml_status status = ggml_graph_compute(graph, &plan);
     if (status == GGML_STATUS_ABORTED) throw Error(ErrorKind::cancelled, "cancelled");
     if (status == GGML_STATUS_ALLOC_FAILED)
@@ -235,18 +235,18 @@ bool Workspace::schedule(ggml_cgraph* graph) {
     return ggml_backend_sched_alloc_graph(scheduler_.get(), graph);
 }
 
-void Workspace::compute(ggml_cgraph* graph, const std::atomic<bool>& cancel) {
+void Workspace::compute(ggml_cgraph* graph, const std::function<bool()>& cancelled) {
     if (!engine_.on_device()) {
-        engine_.compute(graph, cancel);
+        engine_.compute(graph, cancelled);
         return;
     }
-    if (cancel) throw Error(ErrorKind::cancelled, "cancelled");
+    if (cancelled()) throw Error(ErrorKind::cancelled, "cancelled");
     require_success(ggml_backend_sched_graph_compute(scheduler_.get(), graph));
 }
 
-void Workspace::compute_nodes(ggml_cgraph* nodes, const std::atomic<bool>& cancel) {
+void Workspace::compute_nodes(ggml_cgraph* nodes, const std::function<bool()>& cancelled) {
     if (!engine_.on_device()) {
-        engine_.compute(nodes, cancel);
+        engine_.compute(nodes, cancelled);
         return;
     }
     ggml_backend_t backend = engine_.gpu_ ? engine_.gpu_.get() : engine_.cpu_.get();

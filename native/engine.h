@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -56,8 +57,8 @@ class Engine {
     friend class Workspace;
 
     // Runs the graph on the processor; sessions take turns, since each run uses all threads. Throws
-    // Error(cancelled) soon after `cancel` becomes true.
-    void compute(ggml_cgraph* graph, const std::atomic<bool>& cancel);
+    // Error(cancelled) soon after `cancelled` begins to return true.
+    void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
 
     struct Pool;
     Pool& pool();
@@ -81,9 +82,9 @@ class Workspace {
     void allocate(ggml_cgraph* graph, ggml_context* inputs, const char* what);
 
     // Runs the graph laid out last.
-    void compute(ggml_cgraph* graph, const std::atomic<bool>& cancel);
+    void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
     // Runs nodes that have their memory already and all belong where the engine computes.
-    void compute_nodes(ggml_cgraph* nodes, const std::atomic<bool>& cancel);
+    void compute_nodes(ggml_cgraph* nodes, const std::function<bool()>& cancelled);
 
   private:
     void require_success(ggml_status status) const;

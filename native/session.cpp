@@ -176,7 +176,7 @@ const float* Session::denoise(const std::vector<int32_t>& canvas, const float* c
     if (conditioning) canvas_state_.set_logits(conditioning);
     state.previous_temperature = state.temperature = 1.0f;
     state.dropped_mass = 0.0f;
-    denoiser_.step({{&canvas_state_, &cache_, &canvas}}, workspace_, cancel_);
+    denoiser_.step({{&canvas_state_, &cache_, &canvas, &cancel_}}, workspace_);
     canvas_state_.require_finite(canvas.size());
     return canvas_state_.logits();
 }
@@ -252,14 +252,14 @@ bool Session::next_step(StepResult& result, const std::function<void(int32_t)>& 
     double seconds = 0.0;
     {
         const Stopwatch watch(seconds);
-        denoiser_.step({lane()}, workspace_, cancel_);
+        denoiser_.step({lane()}, workspace_);
     }
     end_step(seconds, result);
     return true;
 }
 
 bool Session::begin_step(const std::function<void(int32_t)>& between) {
-    if (!generation_) return false;
+    if (!generation_ || generation_->over) return false;
     if (generation_->half) throw Error(ErrorKind::argument, "the guided step waits for its tokens (impose)");
     if (generation_->step == 0) begin_canvas(between);
     set_inputs();
@@ -314,7 +314,32 @@ void Session::report(StepResult& result) {
     if (result.canvas_done) finish_canvas(result);
     result.encode_seconds = generation_->encode_seconds;
     result.denoise_seconds = generation_->denoise_seconds;
-    if (result.finish != Finish::none) generation_.reset();
+    generation_->over = result.finish != Finish::none;
+}
+
+Finish Session::amend(const std::vector<int32_t>& tokens) {
+    if (!generation_ || generation_->step != 0 || generation_->finished.empty()) {
+        throw Error(ErrorKind::argument, "there is no finished canvas to amend");
+    }
+    Generation& g = *generation_;
+    if (tokens.empty() || tokens.size() > g.canvas.size()) {
+        throw Error(ErrorKind::argument,
+                    format("%zu tokens in place of a canvas of %zu", tokens.size(), g.canvas.size()));
+    }
+    check_tokens(tokens, "the canvas");
+    g.n_generated += static_cast<int32_t>(tokens.size()) - g.n_added;
+    g.n_added = static_cast<int32_t>(tokens.size());
+    g.finished = tokens;
+    const Finish finish = g.n_generated >= g.params.max_tokens ? Finish::length
+                          : is_full(tokens.size())             ? Finish::context
+                                                               : Finish::none;
+    g.over = finish != Finish::none;
+    return finish;
+}
+
+// Whether no canvas has room behind so many more tokens.
+bool Session::is_full(size_t n_more) const {
+    return n_past() + static_cast<int64_t>(n_more) + canvas_length(generation_->params) > n_ctx_;
 }
 
 void Session::begin_canvas(const std::function<void(int32_t)>& between) {
@@ -433,10 +458,11 @@ void Session::finish_canvas(StepResult& result) {
         result.finish = Finish::eos;
     } else if (result.tokens.size() == room) {
         result.finish = Finish::length;
-    } else if (n_past() + 2 * static_cast<int32_t>(g.canvas.size()) > n_ctx_) {
+    } else if (is_full(g.canvas.size())) {
         result.finish = Finish::context;
     }
-    g.n_generated += static_cast<int32_t>(result.tokens.size());
+    g.n_added = static_cast<int32_t>(result.tokens.size());
+    g.n_generated += g.n_added;
     g.finished = result.draft;
     g.canvas_index += 1;
     g.step = 0;

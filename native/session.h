@@ -95,12 +95,16 @@ class Session {
     // the canvas before and draws what the step needs (false after the generation's end); the lane goes
     // through a denoiser, which took so many seconds; end_step takes over what came out.
     bool begin_step(const std::function<void(int32_t)>& between);
-    Denoiser::Lane lane() { return {&canvas_state_, &cache_, &generation_->canvas}; }
+    Denoiser::Lane lane() { return {&canvas_state_, &cache_, &generation_->canvas, &cancel_}; }
     void end_step(double seconds, StepResult& result);
     // Ends a generation after an error half-way: its conditioning logits may be half-written.
     void abandon();
     // The second half of a guided step: these tokens, one per position, in place of argmax and draws.
     void impose(const std::vector<int32_t>& tokens, StepResult& result);
+    // After the step that finished a canvas: these tokens, no more than it has, take its place in answer and
+    // cache, and the generation goes on behind them, also where the canvas ended it. Returns whether they
+    // end it themselves.
+    Finish amend(const std::vector<int32_t>& tokens);
     // Between the halves: the k largest logits of every position with their tokens [k, canvas_length], and
     // those of `extra` [n_extra, canvas_length].
     struct Candidates {
@@ -128,6 +132,8 @@ class Session {
     struct Generation {
         GenerationParams params;
         int32_t n_generated = 0;
+        int32_t n_added = 0;  // of these by the last canvas
+        bool over = false;    // nothing follows, unless the last canvas is amended
         int32_t canvas_index = 0;
         int32_t step = 0;  // the next one to run; 0: a canvas has to be begun
         std::vector<int32_t> canvas;
@@ -153,6 +159,7 @@ class Session {
     void report(StepResult& result);
     bool is_stable(const std::vector<int32_t>& draft);
     void finish_canvas(StepResult& result);
+    bool is_full(size_t n_more) const;
 
     std::shared_ptr<const Model> model_;
     int32_t n_ctx_;

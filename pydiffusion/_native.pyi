@@ -227,6 +227,11 @@ class Session:
         The second half of a guided step: its draft, and what the accepted positions take.
         """
 
+    def amend(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> str:
+        """
+        After the step that finished a canvas: put these tokens in its place and go on behind them. Returns how they finish the generation, or nothing.
+        """
+
     def candidates(self, k: int, extra: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple:
         """
         Between the halves: the k likeliest tokens of each position (canvas_length, k), their logits, and the logits of the extra tokens (canvas_length, n_extra).
@@ -248,9 +253,6 @@ class Batch:
         """
         One step of each session's generation: its Step, None after its end, or the exception that ended it.
         """
-
-    def cancel(self) -> None:
-        """From any thread: the running or the next call raises."""
 
 def version() -> dict:
     """

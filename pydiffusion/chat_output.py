@@ -18,18 +18,18 @@ from .tool_call import QUOTE, parse_call
 CHANNEL, CHANNEL_END = "<|channel>", "<channel|>"
 CALL, CALL_END = "<|tool_call>", "<tool_call|>"
 THINK, THINK_END = "<think>", "</think>"
-_RESPONSE, _TURN, _TURN_END = "<|tool_response>", "<|turn>", "<turn|>"
+RESPONSE, TURN, TURN_END = "<|tool_response>", "<|turn>", "<turn|>"
 
 # All that steers and is no text. A file may type them as control tokens or as visible ones.
 MARKERS = (
-    CHANNEL, CHANNEL_END, CALL, CALL_END, QUOTE, _RESPONSE, "<tool_response|>", _TURN, _TURN_END,
+    CHANNEL, CHANNEL_END, CALL, CALL_END, QUOTE, RESPONSE, "<tool_response|>", TURN, TURN_END,
     "<|tool>", "<tool|>", "<|think|>",
 )  # fmt: skip
 _MARKER = re.compile("|".join(map(re.escape, MARKERS)))
-_OPENING = re.compile("|".join(map(re.escape, (CALL_END, CALL, CHANNEL, _RESPONSE, _TURN, _TURN_END))))
+_OPENING = re.compile("|".join(map(re.escape, (CALL_END, CALL, CHANNEL, RESPONSE, TURN, TURN_END))))
 # A prompt that ends inside a thought: some templates open it for the model.
 _OPEN_THOUGHT = re.compile(re.escape(CHANNEL) + r"(?:thought)?\n?\Z")
-_NAMES = ("thought", "final")
+NAMES = ("thought", "final")  # of channels: for thinking, for the answer
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class OutputParser:
             self._reasoning(text)
         if marker == CHANNEL:
             self._open_channel(CHANNEL_END)
-        elif marker in (self._end, CALL, _RESPONSE, _TURN, _TURN_END):
+        elif marker in (self._end, CALL, RESPONSE, TURN, TURN_END):
             self._close_block(self._in_call if marker == CALL else self._in_answer)
         return marker != ""
 
@@ -158,7 +158,7 @@ class OutputParser:
 
     def _take_name(self, last: bool) -> bool:
         """Take the channel's name off the buffer; False while it can't be told yet."""
-        for name in _NAMES:
+        for name in NAMES:
             rest = self._buffer[len(name) :]
             if self._buffer.startswith(name) and (rest.startswith(("\n", "<")) or (last and not rest)):
                 self._kind = Content if name == "final" else Reasoning

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .chat_output import Content, Part, Reasoning
 from .events import CanvasEvent, DraftEvent, EndEvent, Event
+from .limits import can_think
 from .options import GenerationOptions, make_options
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ _FOREIGN = {
     "min_p": "a diffusion sampler has entropy_bound",
     "n": "one answer is made per call; call again with another seed",
 }
-FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
+FINISH_REASONS = {
+    "eos": "stop", "stop": "stop", "repetition": "stop", "length": "length", "context": "length",
+}  # fmt: skip
 
 Chunk = dict[str, Any]
 
@@ -99,7 +102,8 @@ def create_chat_completion(
 ) -> Chunk | Iterator[Chunk]:
     """Answer messages, ``{"role": ..., "content": ...}``, through the model's own chat template.
 
-    tools, enable_thinking, chat_template_kwargs: handed to the template.
+    tools, enable_thinking, chat_template_kwargs: handed to the template. With enable_thinking=False a thought
+    that the model begins all the same is closed at once (``thinking_budget=0``).
     max_tokens or, by its newer name, max_completion_tokens: None or -1 goes on until eos or the end of the
     context. The others as for ``create_completion``; stop strings cut the answer, not the thinking.
     What the model's markers set apart arrives apart: ``content``, ``reasoning_content``, ``tool_calls``.
@@ -108,10 +112,12 @@ def create_chat_completion(
         if max_tokens is not None:
             raise ValueError("give max_tokens or max_completion_tokens, not both")
         max_tokens = max_completion_tokens
-    chosen = _options(diffusion_model, max_tokens, stop, seed, options)
     variables = dict(chat_template_kwargs or {})
     if enable_thinking is not None:
         variables["enable_thinking"] = enable_thinking
+    if variables.get("enable_thinking") is False:
+        options = no_thinking(diffusion_model, options)
+    chosen = _options(diffusion_model, max_tokens, stop, seed, options)
     prompt = diffusion_model.chat_prompt(messages, tools=tools, **variables)
     frame = _Frame("chatcmpl", "chat.completion", "chat.completion.chunk", model or diffusion_model.name)
 
@@ -133,6 +139,14 @@ def create_chat_completion(
     n_tokens = sum(len(canvas.tokens) for canvas in canvases)
     figures = diffusion_figures([canvas.steps for canvas in canvases], end)
     return frame.answer(choice, n_prompt, n_tokens, figures)
+
+
+def no_thinking(model: DiffusionModel, options: Mapping[str, Any]) -> dict[str, Any]:
+    """These options with thoughts closed at once, where they don't say otherwise and there may be any."""
+    structured = options.get("json_schema") is not None or options.get("regex") is not None
+    if structured or not can_think(model.tokenizer):
+        return dict(options)
+    return {"thinking_budget": 0, **options}
 
 
 def diffusion_figures(canvas_steps: list[int], end: EndEvent) -> dict[str, Any]:

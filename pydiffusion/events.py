@@ -59,7 +59,8 @@ class CanvasEvent:
 class EndEvent:
     """The generation is over.
 
-    reason: "eos", "stop" (a stop string), "length" (max_tokens) or "context" (the session is full).
+    reason: "eos", "stop" (a stop string), "length" (max_tokens), "context" (the session is full) or
+        "repetition" (``stop_on_repetition``).
     timings: seconds by part of the work: "prompt" (encoded since the last generation), "encode" (finished
         canvases), "denoise", "total".
     seed: that repeats this generation.

@@ -212,6 +212,10 @@ class DiffusionModel:
         """
         return Session(self, self.n_ctx if n_ctx is None else self._fitting_n_ctx(n_ctx))
 
+    def _new_batch(self) -> _native.Batch:
+        """What denoises several sessions in one graph; for ``parallel``."""
+        return _native.Batch(self._native)
+
     def load_session(self, path: str | os.PathLike[str], n_ctx: int | None = None) -> Session:
         """The session that ``Session.save`` wrote, with this same model and cache type.
 

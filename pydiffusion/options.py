@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from .errors import ModelFormatError
 
 # The largest value of a signed 32-bit count: what the native loop takes.
@@ -101,6 +103,12 @@ def _json_schema(value: Any) -> str:
         raise ValueError(f"json_schema can't be written as JSON: {error}") from None
 
 
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} is {value!r}; permitted are True and False")
+    return bool(value)
+
+
 def _regex(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"regex is {value!r}; permitted is a string of at least one character")
@@ -125,6 +133,8 @@ _NAME_TO_CHECK: dict[str, Callable[[Any], Any]] = {
     "hold": _hold,
     "json_schema": _json_schema,
     "regex": _regex,
+    "thinking_budget": lambda value: _integer("thinking_budget", value, 0, _MAX_COUNT),
+    "stop_on_repetition": lambda value: _flag("stop_on_repetition", value),
 }
 
 # Where a file keeps its own choice, and what the reference implementation chooses without one.
@@ -174,6 +184,10 @@ class GenerationOptions:
     hold: for each of these positions, whether it keeps its token: never renoised, never replaced.
     json_schema: a JSON schema, as an object or as JSON: the text is guaranteed to be valid against it.
     regex: a regular expression, of which the text is guaranteed to be a full match.
+    thinking_budget: tokens that the model's thoughts may take in all; a thought that goes on is closed there,
+        and the answer follows. ``None``: no limit of their own.
+    stop_on_repetition: end the text when it only goes round: its last 128 tokens or more are one block, four
+        times over or more, of which the last canvas keeps none but the first. ``None``: don't.
 
     Raises ValueError for a value out of range, TypeError for an unknown option.
     """
@@ -194,6 +208,8 @@ class GenerationOptions:
     hold: Sequence[bool] | None = None
     json_schema: Mapping[str, Any] | bool | str | None = None
     regex: str | None = None
+    thinking_budget: int | None = None
+    stop_on_repetition: bool | None = None
 
     def __post_init__(self) -> None:
         for name, check in _NAME_TO_CHECK.items():
@@ -203,6 +219,8 @@ class GenerationOptions:
         _check_temperatures(self.t_min, self.t_max)
         _check_held(self.canvas or (), self.hold or ())
         _check_structure(self)
+        if self.thinking_budget is not None and self.canvas:
+            raise ValueError("thinking_budget can't be combined with canvas: positions would move")
 
     def resolve(self, metadata: Mapping[str, Any], n_vocab: int) -> GenerationOptions:
         """The same choices with nothing left open: from here, else from the file, else from the reference.
@@ -254,8 +272,8 @@ def _check_structure(options: GenerationOptions) -> None:
         return
     if options.json_schema is not None and options.regex is not None:
         raise ValueError("json_schema and regex exclude each other: give one")
-    for name in ("stop", "canvas", "hold"):
-        if getattr(options, name):
+    for name in ("stop", "canvas", "hold", "thinking_budget", "stop_on_repetition"):
+        if getattr(options, name) not in (None, (), False):
             other = "regex" if options.json_schema is None else "json_schema"
             raise ValueError(f"{name} can't be combined with {other}: the text could not be kept whole")
 

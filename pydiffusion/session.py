@@ -14,6 +14,7 @@ import numpy.typing as npt
 from . import _native, session_file
 from .chat_output import ends_in_thought
 from .events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
+from .limits import ThoughtBudget, loop_start
 from .options import GenerationOptions, make_options
 from .streaming import AnswerStream, ChatStream, ContentStream, count_tokens
 
@@ -87,14 +88,17 @@ class Session:
         Returns how many tokens could be kept. Raises as ``encode`` does.
         """
         wanted = token_array(ids, self.model.n_vocab)
-        present = self.tokens
-        n = min(len(wanted), len(present))
-        differing = np.flatnonzero(wanted[:n] != present[:n])
-        n_kept = int(differing[0]) if len(differing) else n
-        if n_kept < len(present):
-            self.truncate(n_kept)
+        n_kept = self.keep(wanted)
         if n_kept < len(wanted):
             self.encode(wanted[n_kept:], progress=progress)
+        return n_kept
+
+    def keep(self, ids: TokenIds) -> int:
+        """Forget all but the longest beginning of these tokens that the cache has; returns its length."""
+        wanted = token_array(ids, self.model.n_vocab)
+        n_kept = common_prefix(wanted, self.tokens)
+        if n_kept < self.n_past:
+            self.truncate(n_kept)
         return n_kept
 
     def truncate(self, n: int) -> None:
@@ -111,8 +115,15 @@ class Session:
         Raises InsufficientMemoryError without room for another cache.
         """
         other = Session(self.model, self.n_ctx)
-        other._native.restore(self.tokens, self._native.cache_rows())
+        other.copy(self)
         return other
+
+    def copy(self, other: Session) -> None:
+        """Take over the tokens and the cache of another session of this model, in place of its own.
+
+        Raises ContextOverflowError where they don't fit.
+        """
+        self._native.restore(other.tokens, other._native.cache_rows())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens and cache to a file for ``DiffusionModel.load_session``, whole or not at all.
@@ -156,20 +167,25 @@ class Session:
         has. Raises GenerationCancelled after ``cancel()``.
         """
         resolved = make_options(options, keywords).resolve(self.model.metadata, self.model.n_vocab)
-        return self._generate(resolved, AnswerStream(self.model.tokenizer, resolved.stop))
+        return self._generate(resolved, self._answer_stream(resolved, chat=False))
 
     def generate_chat(self, options: GenerationOptions | None = None, **keywords: Any) -> Iterator[Event]:
         """As ``generate``, behind a chat prompt: the ``parts`` of a CanvasEvent tell thinking, answer and
         tool calls apart, and stop strings cut the answer only.
         """
         resolved = make_options(options, keywords).resolve(self.model.metadata, self.model.n_vocab)
+        return self._generate(resolved, self._answer_stream(resolved, chat=True))
+
+    def _answer_stream(self, options: GenerationOptions, chat: bool) -> AnswerStream | ChatStream:
+        if not chat:
+            return AnswerStream(self.model.tokenizer, options.stop)
         prompt_end = self.model.detokenize(self.tokens[-_THOUGHT_OPENING:], keep_control=True)
         in_thought = ends_in_thought(prompt_end)
-        if resolved.is_structured:
+        if options.is_structured:
             if in_thought:
                 raise ValueError("the prompt ends within a thought: structured answers come without one")
-            return self._generate(resolved, ContentStream(self.model.tokenizer, ()))
-        return self._generate(resolved, ChatStream(self.model.tokenizer, resolved.stop, in_thought))
+            return ContentStream(self.model.tokenizer, ())
+        return ChatStream(self.model.tokenizer, options.stop, in_thought)
 
     def _guide(self, options: GenerationOptions) -> Guide | None:
         """What keeps the text to a schema or an expression, where the options ask for it."""
@@ -202,6 +218,7 @@ class Session:
             return self.model.tokenizer.detokenize(cut_at_eos(tokens, eos))
 
         guide = self._guide(options)
+        limits = _Limits(self, options)
         self._native.begin(
             max_tokens=options.max_tokens,
             steps=options.steps,
@@ -233,13 +250,13 @@ class Session:
             )
             if not step.canvas_done:
                 return
-            finish = step.finish
+            tokens, finish = limits.apply(step)
             if guide is not None:
                 guide.commit()
                 finish = "eos" if guide.finished else finish
-            text, n_tokens, stopped = answer.feed(step.tokens, last=bool(finish))
+            text, n_tokens, stopped = answer.feed(tokens, last=bool(finish))
             yield CanvasEvent(
-                tokens=step.tokens[:n_tokens],
+                tokens=tokens[:n_tokens],
                 text=text,
                 steps=options.steps - step.step + 1,
                 canvas_index=step.canvas_index,
@@ -287,6 +304,31 @@ class Session:
         )
 
 
+class _Limits:
+    """What the options set to thinking and repetition, over the canvases of one generation."""
+
+    def __init__(self, session: Session, options: GenerationOptions) -> None:
+        self._native = session._native
+        self._budget: ThoughtBudget | None = None
+        if options.thinking_budget is not None:
+            end = session.tokens[-_THOUGHT_OPENING:].tolist()
+            self._budget = ThoughtBudget(session.model.tokenizer, options.thinking_budget, end)
+        self._past: np.ndarray | None = np.empty(0, np.int32) if options.stop_on_repetition else None
+
+    def apply(self, step: _native.Step) -> tuple[np.ndarray, str]:
+        """The tokens of a finished canvas that count, and how they finish the generation, if they do."""
+        tokens, finish = step.tokens, step.finish
+        if self._budget is not None and (cut := self._budget.cut(tokens.tolist())) is not None:
+            tokens = np.asarray(cut, dtype=np.int32)
+            finish = self._native.amend(tokens)
+        if self._past is not None:
+            self._past = np.concatenate([self._past, tokens])
+            if not finish and (start := loop_start(self._past)) is not None:
+                n_before = len(self._past) - len(tokens)
+                return tokens[: max(0, start - n_before)], "repetition"
+        return tokens, finish
+
+
 def _given(options: GenerationOptions) -> dict[str, Any]:
     """What the native loop needs to know of tokens that the caller gives."""
     if not options.canvas:
@@ -301,6 +343,13 @@ def cut_at_eos(tokens: np.ndarray, eos: np.ndarray) -> np.ndarray:
     """The tokens before the first that is an eos."""
     ends = np.flatnonzero(np.isin(tokens, eos))
     return tokens[: ends[0]] if len(ends) else tokens
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    n = min(len(a), len(b))
+    differing = np.flatnonzero(a[:n] != b[:n])
+    return int(differing[0]) if len(differing) else n
 
 
 def token_array(ids: TokenIds, n_vocab: int) -> npt.NDArray[np.int32]:

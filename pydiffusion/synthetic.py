@@ -17,8 +17,8 @@ from pydiffusion import _native
 from pydiffusion.convert import atomic
 from pydiffusion.convert.config import SamplerConfig, TextConfig
 from pydiffusion.convert.conversion import with_lengths
-from pydiffusion.convert.gguf_header import DEFAULT_ALIGNMENT, Placed, align, pack_header
-from pydiffusion.convert.metadata import model_metadata
+from pydiffusion.convert.gguf_header import DEFAULT_ALIGNMENT, Placed, Value, align, pack_header
+from pydiffusion.convert.metadata import model_metadata, u32
 from pydiffusion.convert.names import FLOAT32_KINDS, Wanted, split_name, wanted_tensors
 from pydiffusion.convert.plan import TypePlan, plan_types
 from pydiffusion.convert.recipes import RECIPES
@@ -72,13 +72,14 @@ SHAPES = MappingProxyType(
         ),
     }
 )  # fmt: skip
+_NORMAL, _CONTROL, _BYTE = 1, 3, 6  # types of tokens
 _SAMPLER = SamplerConfig(48, 0.4, 0.8, 0.1, 1, 0.005, ())
 
 
 def write_synthetic(
     shape: str, target: Path, type: str = "q4_k_m", progress: Callable[[float], None] | None = None
 ) -> Path:
-    """Write a file of a named shape (see :data:`SHAPES`) and type; it has no tokenizer.
+    """Write a file of a named shape (see :data:`SHAPES`) and type, with a vocabulary of bytes and numbers.
 
     progress: called with the share that is written, 0 to 1. Returns ``target``, which is replaced only when
     the file is whole. Raises ValueError for an unknown shape or type, ConversionError when it can't be
@@ -94,7 +95,7 @@ def write_synthetic(
     plan = plan_types([(tensor.name, tensor.shape) for tensor in tensors], type)
     placed = _place(plan)
     metadata = model_metadata(f"synthetic {shape}", config, _SAMPLER, RECIPES[type].file_type)
-    metadata = with_lengths(metadata, plan.lengths)
+    metadata = with_lengths(metadata, plan.lengths) | _tokenizer(config.vocab_size)
     header = pack_header(metadata, placed, DEFAULT_ALIGNMENT)
     total = sum(tensor.n_bytes for tensor in placed)
     target = atomic.resolve_target(target, [], overwrite=True)
@@ -110,6 +111,24 @@ def write_synthetic(
             if progress is not None:
                 progress(done / total)
     return target
+
+
+def _tokenizer(n_vocab: int) -> dict[str, Value]:
+    """So that text goes in, byte by byte, and comes out."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    types = [_CONTROL] * 4 + [_BYTE] * 256 + [_NORMAL] * (n_vocab - len(tokens))
+    tokens += [f"\u2581{i}" for i in range(len(tokens), n_vocab)]
+    return {
+        "tokenizer.ggml.model": Value("str", "gemma4"),
+        "tokenizer.ggml.tokens": Value("array[str]", tokens),
+        "tokenizer.ggml.token_type": Value("array[i32]", types),
+        "tokenizer.ggml.merges": Value("array[str]", []),
+        "tokenizer.ggml.eos_token_id": u32(1),
+        "tokenizer.ggml.bos_token_id": u32(2),
+        "tokenizer.ggml.unknown_token_id": u32(3),
+        "tokenizer.ggml.padding_token_id": u32(0),
+        "tokenizer.ggml.add_bos_token": Value("bool", True),
+    }
 
 
 def _place(plan: TypePlan) -> list[Placed]:

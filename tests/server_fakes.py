@@ -85,6 +85,22 @@ class ScriptedModel(DiffusionModel):
         session._prompt_seconds = 0.0
         return session
 
+    def _new_batch(self) -> ScriptedBatch:  # type: ignore[override]
+        return ScriptedBatch()
+
+
+class ScriptedBatch:
+    """One step of each session's generation; an error ends its own session's only."""
+
+    def next_steps(self, sessions: Sequence[ScriptedNative]) -> list[Any]:
+        return [self._step(session) for session in sessions]
+
+    def _step(self, session: ScriptedNative) -> Any:
+        try:
+            return session.next_step()
+        except GenerationCancelled as error:
+            return error
+
 
 class ScriptedNative:
     """Behaves as the native session does: cancellation is raised by the running or the next call."""
@@ -117,8 +133,16 @@ class ScriptedNative:
         self._enter()
         del self._ids[n:]
 
+    def cache_rows(self) -> list[Any]:
+        return []
+
+    def restore(self, tokens: np.ndarray, layers: list[Any]) -> None:
+        self._enter()
+        self._ids = tokens.tolist()
+
     def begin(self, *, max_tokens: int, steps: int, eos: list[int], **_: Any) -> None:
         self._enter()
+        self._begun = {"max_tokens": max_tokens, "steps": steps, "eos": eos}
         prompt = self._model.detokenize(self._ids, keep_control=True)
         texts = self._model.script(prompt, self._model.n_answers)
         self._model.n_answers += 1
@@ -133,6 +157,12 @@ class ScriptedNative:
             left -= len(ids)
             if finish:
                 break
+
+    def amend(self, tokens: np.ndarray) -> str:
+        """Goes on with what the script says behind the amended text."""
+        self._ids += tokens.tolist()
+        self.begin(**self._begun)
+        return ""
 
     def _canvas(
         self, i: int, ids: list[int], kept: list[int], n_steps: int, steps: int, finish: str
@@ -193,6 +223,12 @@ def script(prompt: str, i_answer: int) -> list[str]:
         return ["It rains in Oslo."]
     if "weather" in asked:
         return ["<|channel>thought\nI'll look it up.\n<channel|>", CALL + "<|tool_call>call:b{}<tool_call|>"]
+    if "ponder" in asked:
+        if prompt.endswith("<channel|>"):
+            return ["So it is."]
+        return ["<|channel>thought\n" + "Hm. " * 9, "Hm. " * 10, "Hm.<channel|>Ah."]
+    if "again" in asked:
+        return ["Well: " + "la " * 16] + ["la " * 16] * 40
     if "think" in asked:
         return ["<|channel>thought\nHm, ", "yes.\n<channel|>", "It is ", "so. Über!"]
     if "long" in asked:

@@ -39,6 +39,14 @@ def test_a_synthetic_file_is_valid_and_finite(type: str, tmp_path: Path) -> None
     assert np.isfinite(logits).all() and logits.std() > 0.1
 
 
+def test_a_synthetic_file_takes_text(tiny: Path) -> None:
+    from pydiffusion import DiffusionModel
+
+    with DiffusionModel(tiny, n_threads=1, n_ctx=300) as model:
+        assert model.detokenize(model.tokenize("Grüße")) == "Grüße"
+        assert model.generate("Hi", max_tokens=4, steps=1, seed=0).n_prompt == 3  # bos and two bytes
+
+
 def test_operations_are_counted(tiny: Path) -> None:
     """Against the sum of 2 m n k over the shape's own products."""
     result = run_bench(tiny, n_threads=1, n_prompt=40, n_steps=2)

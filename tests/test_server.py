@@ -172,6 +172,7 @@ def test_every_step_as_an_event(url: str, client: openai.OpenAI) -> None:
     body = {"messages": ask("think"), "stream": True, "stream_options": {"diffusion": True}, "n": 2}
     got = events(httpx.post(url + "/v1/chat/completions", json=body, timeout=60))
     drafts = [event["diffusion"] for event in got if event.get("diffusion", {}).get("type") == "draft"]
+    drafts.sort(key=lambda draft: draft["index"])  # the choices are made side by side
     assert [(d["index"], d["canvas"], d["step"]) for d in drafts] == [
         (i, canvas, step) for i in range(2) for canvas in range(4) for step in (1, 2, 3)
     ]

@@ -38,7 +38,7 @@ def post_in_thread(url: str, text: str, results: dict[str, Any], **fields: Any) 
 
 def test_a_full_queue_says_when_to_come_back(slow: ScriptedModel) -> None:
     results: dict[str, Any] = {}
-    with serving(slow, n_sessions=1, max_queue=1) as (url, server):
+    with serving(slow, n_parallel=1, max_queue=1) as (url, server):
         threads = [post_in_thread(url, "long 1", results, max_tokens=100)]
         eventually(lambda: server.scheduler.n_active == 1)
         threads.append(post_in_thread(url, "Hi 2", results))
@@ -55,7 +55,7 @@ def test_a_full_queue_says_when_to_come_back(slow: ScriptedModel) -> None:
 
 def test_without_a_queue_idle_places_are_still_there(slow: ScriptedModel) -> None:
     results: dict[str, Any] = {}
-    with serving(slow, n_sessions=1, max_queue=0) as (url, server):
+    with serving(slow, n_parallel=1, max_queue=0) as (url, server):
         thread = post_in_thread(url, "long", results, max_tokens=60)
         eventually(lambda: server.scheduler.n_active == 1)
         assert httpx.post(url + "/v1/chat/completions", json=CHAT, timeout=60).status_code == 429
@@ -65,7 +65,7 @@ def test_without_a_queue_idle_places_are_still_there(slow: ScriptedModel) -> Non
 
 def test_a_short_request_passes_a_long_one(slow: ScriptedModel) -> None:
     results: dict[str, Any] = {}
-    with serving(slow, n_sessions=2) as (url, server):
+    with serving(slow, n_parallel=2) as (url, server):
         first = post_in_thread(url, "long", results, max_tokens=150)
         eventually(lambda: server.scheduler.n_active == 1)
         post_in_thread(url, "Hi", results).join(60)
@@ -76,7 +76,7 @@ def test_a_short_request_passes_a_long_one(slow: ScriptedModel) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_work_stops_within_a_step_when_the_client_leaves(slow: ScriptedModel, stream: bool) -> None:
     slow.step_seconds = 0.5
-    with serving(slow, n_sessions=1) as (url, server):
+    with serving(slow, n_parallel=1) as (url, server):
         host, _, port = url.removeprefix("http://").partition(":")
         body = json.dumps({"messages": ask("long"), "stream": stream}).encode()
         with socket.create_connection((host, int(port))) as connection:
@@ -93,7 +93,7 @@ def test_work_stops_within_a_step_when_the_client_leaves(slow: ScriptedModel, st
 
 def test_a_waiting_client_that_leaves_costs_nothing(slow: ScriptedModel) -> None:
     results: dict[str, Any] = {}
-    with serving(slow, n_sessions=1) as (url, server):
+    with serving(slow, n_parallel=1) as (url, server):
         thread = post_in_thread(url, "long", results, max_tokens=150)
         eventually(lambda: server.scheduler.n_active == 1)
         with pytest.raises(httpx.ReadTimeout):
@@ -105,7 +105,7 @@ def test_a_waiting_client_that_leaves_costs_nothing(slow: ScriptedModel) -> None
 
 def test_a_late_cancellation_does_not_meet_the_next_request(slow: ScriptedModel) -> None:
     slow.step_seconds = 0.0
-    scheduler = Scheduler(slow, n_sessions=1)
+    scheduler = Scheduler(slow, n_parallel=1)
     options = GenerationOptions(max_tokens=64).resolve(slow.metadata, slow.n_vocab)
 
     def end_of_a_job(leave: bool) -> Any:
@@ -148,7 +148,7 @@ def test_a_request_may_take_only_so_long(slow: ScriptedModel, stream: bool) -> N
 
 def test_shutdown_finishes_what_runs_and_tells_the_rest(slow: ScriptedModel) -> None:
     results: dict[str, Any] = {}
-    with serving(slow, n_sessions=1, grace=60) as (url, server):
+    with serving(slow, n_parallel=1, grace=60) as (url, server):
         threads = [post_in_thread(url, "long", results, max_tokens=100)]
         eventually(lambda: server.scheduler.n_active == 1)
         threads.append(post_in_thread(url, "Hi", results))
@@ -173,7 +173,7 @@ def test_shutdown_cuts_short_what_takes_too_long(slow: ScriptedModel) -> None:
 def test_many_clients_a_third_of_which_leave(slow: ScriptedModel) -> None:
     slow.step_seconds = 0.002
     results: dict[str, Any] = {}
-    with serving(slow, n_sessions=3) as (url, server):
+    with serving(slow, n_parallel=3) as (url, server):
         threads = [post_in_thread(url, f"Hi {i}", results) for i in range(20)]
         for _ in range(10):
             with pytest.raises(httpx.TimeoutException):

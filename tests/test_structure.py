@@ -204,7 +204,7 @@ def answer(
         ({"type": "string", "pattern": "a{3000}"}, "too large"),
         ({"type": "string", "maxLength": 10**9}, "too large"),
         ({"$ref": "#"}, "contains itself"),
-        ({"$defs": {"n": {"items": {"$ref": "#/$defs/n"}}}, "$ref": "#/$defs/n"}, "contains itself"),
+        ({"properties": {"next": {"$ref": "#"}}, "required": ["next"]}, "contains itself"),
         ({"$ref": "http://other"}, "only those within"),
         ({"$ref": "#/nowhere"}, "leads nowhere"),
         ({"type": "strin"}, "the type 'strin'"),
@@ -223,6 +223,46 @@ def test_schemas_that_are_refused_with_where_and_why(schema: Any, message: str) 
     with pytest.raises(ValueError, match=message) as caught:
         Automaton(expression_of(GenerationOptions(json_schema=schema)), small_tokenizer())
     assert str(caught.value).startswith("json_schema")
+
+
+TREE = {
+    "$defs": {"node": {"type": "object", "properties": {
+        "name": {"type": "string"}, "children": {"type": "array", "items": {"$ref": "#/$defs/node"}}},
+        "required": ["name"], "additionalProperties": False}},
+    "$ref": "#/$defs/node",
+}  # fmt: skip
+CHAIN = {
+    "type": "object",
+    "properties": {"value": {"type": "integer"}, "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+    "required": ["value", "next"],
+}
+
+
+def test_schemas_that_contain_themselves_are_written_out() -> None:
+    tree = byte_machine(expression_of(GenerationOptions(json_schema=TREE)))
+    assert accepts(tree, '{"name": "a"}')
+    assert accepts(tree, '{"name": "a", "children": []}')
+    nested = '{"name": "a", "children": [{"name": "b", "children": [{"name": "c"}]}, {"name": "d"}]}'
+    assert accepts(tree, nested)
+    assert not accepts(tree, '{"name": "a", "children": [{"children": []}]}')
+    chain = byte_machine(expression_of(GenerationOptions(json_schema=CHAIN)))
+    text = "null"
+    for i in range(7):
+        text = f'{{"value": {i}, "next": {text}}}'
+        assert accepts(chain, text)
+    assert not accepts(chain, f'{{"value": 7, "next": {text}}}')  # valid, and deeper than what is written
+    assert not accepts(chain, '{"value": 1, "next": {"value": 2}}')
+    arrays = {"$defs": {"n": {"items": {"$ref": "#/$defs/n"}}}, "$ref": "#/$defs/n"}
+    assert accepts(byte_machine(expression_of(GenerationOptions(json_schema=arrays))), "[[], [[]]]")
+
+
+@pytest.mark.parametrize("schema", [TREE, CHAIN])
+def test_random_distributions_give_valid_texts_of_schemas_that_contain_themselves(schema: Any) -> None:
+    tokenizer = small_tokenizer()
+    automaton = Automaton(expression_of(GenerationOptions(json_schema=schema)), tokenizer)
+    for seed in range(20):
+        text = answer(automaton, tokenizer, 32, 40 + 20 * seed, np.random.default_rng(seed))
+        jsonschema.validate(json.loads(text), schema)
 
 
 def test_what_pydantic_writes_is_read() -> None:

@@ -39,8 +39,7 @@ void bind_batch(nb::module_& m) {
             nb::arg("model"))
         .def("next_steps", next_steps, nb::arg("sessions"),
              "One step of each session's generation: its Step, None after its end, or the exception that "
-             "ended it.")
-        .def("cancel", &Batch::cancel, "From any thread: the running or the next call raises.");
+             "ended it.");
 }
 
 }  // namespace pydiffusion

@@ -301,6 +301,11 @@ const char* finish_name(Finish finish) {
     return "";
 }
 
+const char* amend(Session& session, const Array1<int32_t>& tokens) {
+    const Session::Use use(session);
+    return finish_name(session.amend(to_vector(tokens)));
+}
+
 nb::object to_bools(const std::vector<uint8_t>& flags) {
     bool* copy = new bool[flags.size()];
     std::copy(flags.begin(), flags.end(), copy);
@@ -456,6 +461,9 @@ void bind_session(nb::module_& m) {
         .def("next_step", next_step, "One denoising step of the generation begun; None after its end.")
         .def("impose", impose, nb::arg("tokens").noconvert(),
              "The second half of a guided step: its draft, and what the accepted positions take.")
+        .def("amend", amend, nb::arg("tokens").noconvert(),
+             "After the step that finished a canvas: put these tokens in its place and go on behind them. "
+             "Returns how they finish the generation, or nothing.")
         .def("candidates", candidates, nb::arg("k"), nb::arg("extra").noconvert(),
              "Between the halves: the k likeliest tokens of each position (canvas_length, k), their logits, "
              "and the logits of the extra tokens (canvas_length, n_extra).")

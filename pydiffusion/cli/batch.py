@@ -18,8 +18,14 @@ if TYPE_CHECKING:
 
 _OWN = ("id", "prompt", "messages")
 _Json = dict[str, Any]
+_Seed = Annotated[
+    int | None,
+    typer.Option("--seed", help="Of the first line, the next of the next. [default: drawn, and reported]"),
+]
+_OPTIONS = {**common.TEXT, "seed": _Seed}
 
 
+@common.takes(_OPTIONS)
 def command(
     model: common.ModelPath,
     prompts: Annotated[
@@ -39,15 +45,7 @@ def command(
             show_default=False,
         ),
     ],
-    max_tokens: common.MaxTokens = None,
-    steps: common.Steps = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            "--seed", help="Of the first line, the next of the next. [default: drawn, and reported]"
-        ),
-    ] = None,
-    stop: common.Stop = None,
+    choices: dict[str, Any],
     parallel: Annotated[int, typer.Option("--parallel", help="Canvases denoised at a time.")] = 4,
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Try lines again that ended in an error.")
@@ -58,7 +56,6 @@ def command(
     """Answer the prompts of a file. Run again, it goes on where it was interrupted."""
     from .display import progress
 
-    choices: _Json = {"max_tokens": max_tokens, "steps": steps, "seed": seed, "stop": stop or None}
     common.make_options(**choices)
     if parallel < 1:
         raise typer.BadParameter(f"--parallel is {parallel}; permitted is an integer of at least 1")

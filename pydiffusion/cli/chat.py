@@ -27,33 +27,16 @@ _BLOCK = '"""'
 _MAX_HISTORY = 1000
 
 
+@common.takes(common.TEXT)
 def command(
     model: common.ModelPath,
     system: Annotated[str | None, typer.Option("--system", help="A system message in front.")] = None,
-    max_tokens: common.MaxTokens = None,
-    steps: common.Steps = None,
-    seed: common.Seed = None,
-    t_min: common.TMin = None,
-    t_max: common.TMax = None,
-    entropy_bound: common.EntropyBound = None,
-    stability_threshold: common.StabilityThreshold = None,
-    confidence_threshold: common.ConfidenceThreshold = None,
-    stop: common.Stop = None,
+    *,
+    choices: dict[str, Any],
     ctx: common.Context = None,
     threads: common.Threads = None,
 ) -> None:
     """Chat with a model. /help lists its commands, Ctrl-D ends, Ctrl-C stops an answer."""
-    choices: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "steps": steps,
-        "seed": seed,
-        "t_min": t_min,
-        "t_max": t_max,
-        "entropy_bound": entropy_bound,
-        "stability_threshold": stability_threshold,
-        "confidence_threshold": confidence_threshold,
-        "stop": stop or None,
-    }
     common.make_options(**choices)
     opened = common.open_model(model, ctx, threads)
     opened.check_chat_template()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -23,43 +25,61 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", help="Threads that compute. [default: the CPUs this process may use]"),
 ]
-MaxTokens = Annotated[
-    int | None,
-    typer.Option(
-        "-n", "--max-tokens", help="Tokens to generate at most. [default: up to the end of the context]"
-    ),
-]
 Steps = Annotated[
     int | None, typer.Option("--steps", help="Denoising steps per canvas at most. [default: the file's]")
 ]
-Seed = Annotated[
-    int | None, typer.Option("--seed", help="Repeats a generation. [default: drawn, and reported]")
-]
-TMin = Annotated[
-    float | None, typer.Option("--t-min", help="Temperature of the last step. [default: the file's]")
-]
-TMax = Annotated[
-    float | None, typer.Option("--t-max", help="Temperature of the first step. [default: the file's]")
-]
-EntropyBound = Annotated[
-    float | None,
-    typer.Option("--entropy-bound", help="Accept tokens within this sum of entropies. [default: the file's]"),
-]
-StabilityThreshold = Annotated[
-    int | None,
-    typer.Option(
-        "--stability-threshold", help="Stop a canvas after so many equal drafts. [default: the file's]"
-    ),
-]
-ConfidenceThreshold = Annotated[
-    float | None,
-    typer.Option(
-        "--confidence-threshold", help="And when the mean entropy is below this. [default: the file's]"
-    ),
-]
-Stop = Annotated[
-    list[str] | None, typer.Option("--stop", help="Cut the text at this string; may be given several times.")
-]
+#: Options of a generation by the names of GenerationOptions' fields: those of the sampler, and all.
+SAMPLER: dict[str, Any] = {
+    "steps": Steps,
+    "seed": Annotated[
+        int | None, typer.Option("--seed", help="Repeats a generation. [default: drawn, and reported]")
+    ],
+    "t_min": Annotated[
+        float | None, typer.Option("--t-min", help="Temperature of the last step. [default: the file's]")
+    ],
+    "t_max": Annotated[
+        float | None, typer.Option("--t-max", help="Temperature of the first step. [default: the file's]")
+    ],
+    "entropy_bound": Annotated[
+        float | None,
+        typer.Option(
+            "--entropy-bound", help="Accept tokens within this sum of entropies. [default: the file's]"
+        ),
+    ],
+    "stability_threshold": Annotated[
+        int | None,
+        typer.Option(
+            "--stability-threshold", help="Stop a canvas after so many equal drafts. [default: the file's]"
+        ),
+    ],
+    "confidence_threshold": Annotated[
+        float | None,
+        typer.Option(
+            "--confidence-threshold", help="And when the mean entropy is below this. [default: the file's]"
+        ),
+    ],
+}
+TEXT: dict[str, Any] = {
+    "max_tokens": Annotated[
+        int | None,
+        typer.Option(
+            "-n", "--max-tokens", help="Tokens to generate at most. [default: up to the end of the context]"
+        ),
+    ],
+    **SAMPLER,
+    "stop": Annotated[
+        list[str] | None,
+        typer.Option("--stop", help="Cut the text at this string; may be given several times."),
+    ],
+    "thinking_budget": Annotated[
+        int | None,
+        typer.Option("--thinking-budget", help="Tokens for thinking; then the answer. [default: no limit]"),
+    ],
+    "stop_on_repetition": Annotated[
+        bool | None,
+        typer.Option("--stop-on-repetition", help="End a text that only goes round."),
+    ],
+}
 
 JsonSchema = Annotated[
     Path | None,
@@ -68,6 +88,37 @@ JsonSchema = Annotated[
 Regex = Annotated[
     str | None, typer.Option("--regex", help="A regular expression that the whole text has to match.")
 ]
+
+
+def takes(options: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that has these options, too, where its function has the parameter ``choices``: a dict of
+    what was given.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(**given: Any) -> None:
+            chosen = {name: given.pop(name) for name in options}
+            command(**given, choices={name: None if v == [] else v for name, v in chosen.items()})
+
+        hints = get_type_hints(command, include_extras=True)
+        parameters: list[inspect.Parameter] = []
+
+        def add(name: str, hint: Any, default: Any) -> None:
+            kind = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(name, kind, default=default, annotation=hint))
+
+        for name, parameter in inspect.signature(command).parameters.items():
+            if name != "choices":
+                add(name, hints[name], parameter.default)
+                continue
+            for option, hint in options.items():
+                add(option, hint, None)
+        wrapped.__doc__ = command.__doc__
+        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return wrapped
+
+    return decorate
 
 
 def say(message: str) -> None:

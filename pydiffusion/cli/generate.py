@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pydiffusion import Completion, DiffusionModel, GenerationOptions, Session
 
 
+@common.takes(common.TEXT)
 def command(
     model: common.ModelPath,
     prompt: Annotated[
@@ -23,15 +24,8 @@ def command(
             "-p", "--prompt", help="The prompt; - reads it from standard input.", show_default=False
         ),
     ] = None,
-    max_tokens: common.MaxTokens = None,
-    steps: common.Steps = None,
-    seed: common.Seed = None,
-    t_min: common.TMin = None,
-    t_max: common.TMax = None,
-    entropy_bound: common.EntropyBound = None,
-    stability_threshold: common.StabilityThreshold = None,
-    confidence_threshold: common.ConfidenceThreshold = None,
-    stop: common.Stop = None,
+    *,
+    choices: dict[str, Any],
     json_schema: common.JsonSchema = None,
     regex: common.Regex = None,
     ctx: common.Context = None,
@@ -56,19 +50,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
 ) -> None:
     """Generate text from a prompt; the text goes to stdout canvas by canvas."""
-    choices: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "steps": steps,
-        "seed": seed,
-        "t_min": t_min,
-        "t_max": t_max,
-        "entropy_bound": entropy_bound,
-        "stability_threshold": stability_threshold,
-        "confidence_threshold": confidence_threshold,
-        "stop": stop or None,
-        "json_schema": None if json_schema is None else read_text(json_schema),
-        "regex": regex,
-    }
+    choices |= {"json_schema": None if json_schema is None else read_text(json_schema), "regex": regex}
     common.make_options(**choices)  # what is out of range should not wait for the model to load
     text = _read_prompt(prompt)
     opened = common.open_model(model, ctx, threads)

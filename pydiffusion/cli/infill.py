@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,8 +13,10 @@ from . import common
 from .generate import figures, read_text
 
 
+@common.takes(common.SAMPLER)
 def command(
     model: common.ModelPath,
+    choices: dict[str, Any],
     file: Annotated[
         Path,
         typer.Argument(
@@ -30,13 +32,6 @@ def command(
     hole_tokens: Annotated[
         int, typer.Option("--hole-tokens", help="Tokens of a hole that doesn't say how many.")
     ] = 16,
-    steps: common.Steps = None,
-    seed: common.Seed = None,
-    t_min: common.TMin = None,
-    t_max: common.TMax = None,
-    entropy_bound: common.EntropyBound = None,
-    stability_threshold: common.StabilityThreshold = None,
-    confidence_threshold: common.ConfidenceThreshold = None,
     ctx: common.Context = None,
     threads: common.Threads = None,
     show: Annotated[
@@ -45,22 +40,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print text, holes and figures as JSON.")] = False,
 ) -> None:
     """Fill the holes of a text, with all around them held."""
-    from pydiffusion import GenerationOptions
-
     from .display import AnswerPrinter, CanvasDisplay
 
-    try:
-        options = GenerationOptions(
-            steps=steps,
-            seed=seed,
-            t_min=t_min,
-            t_max=t_max,
-            entropy_bound=entropy_bound,
-            stability_threshold=stability_threshold,
-            confidence_threshold=confidence_threshold,
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    options = common.make_options(**choices)
     text = read_text(file)
     opened = common.open_model(model, ctx, threads)
     display = CanvasDisplay(opened.tokenizer, ()) if show and sys.stderr.isatty() else None

@@ -21,11 +21,12 @@ def command(
     ] = None,
     ctx: common.Context = None,
     threads: common.Threads = None,
+    parallel: Annotated[
+        int, typer.Option("--parallel", min=1, max=256, help="Answers in the making at a time, in one batch.")
+    ] = 4,
     sessions: Annotated[
         int,
-        typer.Option(
-            "--sessions", min=1, max=256, help="Requests served in turn, each with a cache of its own."
-        ),
+        typer.Option("--sessions", min=1, max=256, help="Caches kept for what follows; at least --parallel."),
     ] = 4,
     queue: Annotated[
         int, typer.Option("--queue", min=0, help="Requests that may wait; further ones get 429.")
@@ -58,6 +59,7 @@ def command(
     settings = Settings(
         api_key=key,
         max_queue=queue,
+        n_parallel=parallel,
         n_sessions=sessions,
         timeout=timeout or None,
         max_body=max_body,

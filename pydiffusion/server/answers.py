@@ -189,6 +189,7 @@ class Answer:
             "steps": sum(sum(choice.canvas_steps) for choice in self._choices),
             "canvas_steps": [choice.canvas_steps for choice in self._choices],
             "seeds": [end.seed for end in ends],
+            "finish_reasons": [end.reason for end in ends],
             "timings": timings,
             "ignored_parameters": self._request.ignored,
         }

@@ -49,12 +49,14 @@ OPEN_PATHS = frozenset(("/health", *PAGE_PATHS))
 
 @dataclass(frozen=True)
 class Settings:
-    """How to serve. timeout: seconds from a request's arrival to its end, None for no limit.
+    """How to serve. n_parallel: answers in the making at a time; n_sessions: caches kept.
+    timeout: seconds from a request's arrival to its end, None for no limit.
     cors: origins whose pages may use the server.
     """
 
     api_key: str | None = None
     max_queue: int = 64
+    n_parallel: int = 4
     n_sessions: int = 4
     timeout: float | None = 600.0
     max_body: int = 8 * 1024 * 1024
@@ -74,7 +76,12 @@ def create_app(model: DiffusionModel, settings: Settings | None = None) -> FastA
     """The application. Its ``state.scheduler`` must be closed in the end."""
     settings = settings or Settings()
     app = FastAPI(title="pydiffusion", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.scheduler = Scheduler(model, max_queue=settings.max_queue, n_sessions=settings.n_sessions)
+    app.state.scheduler = Scheduler(
+        model,
+        max_queue=settings.max_queue,
+        n_parallel=settings.n_parallel,
+        n_sessions=settings.n_sessions,
+    )
     endpoints = _Endpoints(model, settings, app.state.scheduler)
     app.add_api_route("/v1/chat/completions", endpoints.chat, methods=["POST"])
     app.add_api_route("/v1/completions", endpoints.completion, methods=["POST"])

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pydiffusion.completion import no_thinking
 from pydiffusion.options import GenerationOptions
 
 from .errors import ApiError, invalid
@@ -56,7 +57,8 @@ _DIFFUSION = (
     "steps", "t_min", "t_max", "entropy_bound", "stability_threshold", "confidence_threshold",
 )  # fmt: skip
 _ALL = ("model", "stream", "stream_options", "seed", *_DIFFUSION)
-_COMMON = (*_ALL, "n", "stop", "max_tokens", "response_format", "regex")
+_LIMITS = ("thinking_budget", "stop_on_repetition")
+_COMMON = (*_ALL, *_LIMITS, "n", "stop", "max_tokens", "response_format", "regex")
 _CHAT = (
     *_COMMON, "messages", "max_completion_tokens", "tools", "tool_choice", "parallel_tool_calls",
     "reasoning_effort", "enable_thinking", "chat_template_kwargs",
@@ -110,6 +112,8 @@ def chat_request(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> Ch
     if structure_options(fields):
         _check_plain_chat(variables)
         variables["enable_thinking"] = False
+    elif variables.get("enable_thinking") is False:
+        fields = no_thinking(model, fields)
     return ChatRequest(
         **_stream_options(fields),
         options=_options(fields, limit, model),
@@ -252,7 +256,7 @@ def _options(fields: Mapping[str, Any], limit: Any, model: DiffusionModel) -> li
 
 def _options_around(fields: Mapping[str, Any], model: DiffusionModel) -> list[GenerationOptions]:
     """Those of each choice of a text that has its place between others: open until its prompt is known."""
-    for name in ("stop", "response_format", "regex"):
+    for name in ("stop", "response_format", "regex", *_LIMITS):
         if fields.get(name) not in (None, [], {"type": "text"}):
             raise invalid(f"{name} can't be combined with suffix by this server", name, "unsupported_value")
     try:
@@ -268,7 +272,7 @@ def _each_choice(fields: Mapping[str, Any], choices: dict[str, Any]) -> Iterator
     seed = fields.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or abs(seed) >= 2**64):
         raise invalid(f"seed is {seed!r}; permitted is an integer of 64 bits"[:200], "seed")
-    choices = {**choices, **{name: fields[name] for name in _DIFFUSION if name in fields}}
+    choices = {**choices, **{name: fields[name] for name in (*_DIFFUSION, *_LIMITS) if name in fields}}
     for i in range(n):
         yield GenerationOptions(**choices, seed=None if seed is None else (seed + i) % 2**64)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pydiffusion.errors import InsufficientMemoryError
+from pydiffusion.session import common_prefix
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
@@ -26,7 +27,8 @@ class SessionPool:
         """A session for these tokens; ``give_back`` it. At most ``size_limit`` may be out.
 
         The idle one that shares the longest beginning with them; a new one, while there may be more, rather
-        than have most of what another conversation left thrown away. Raises InsufficientMemoryError.
+        than have most of what another conversation left thrown away. Raises InsufficientMemoryError where
+        none is idle and there is no room for another.
         """
         wanted = np.asarray(prompt, dtype=np.int32)
         shared = [common_prefix(session.tokens, wanted) for session in self._idle]
@@ -54,10 +56,3 @@ class SessionPool:
 
     def give_back(self, session: Session) -> None:
         self._idle.append(session)
-
-
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two sequences have in common at their beginning."""
-    n = min(len(a), len(b))
-    differing = np.flatnonzero(a[:n] != b[:n])
-    return int(differing[0]) if len(differing) else n

@@ -1,8 +1,9 @@
-"""One thread in front of the model: requests in the order of arrival, a few at a time, a canvas each in turn.
+"""One thread in front of the model: requests in the order of arrival, several at a time in one batch.
 
-Sessions take turns on the processor anyway, so more threads would only wait for each other. Turns of a canvas
-let a short request pass a long one; sessions that are left over keep their cache for the request that begins
-with the same tokens.
+Every answer in the making has a lane: its prompt is read part by part, and every step denoises the canvases
+of all lanes in one graph, so that none waits for another's end. A request that asks for several choices gets
+a lane for each, as far as nobody else waits. Sessions that are left over keep their cache for the request
+that begins with the same tokens.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from pydiffusion.chat_output import ToolCall
-from pydiffusion.errors import GenerationCancelled
+from pydiffusion.errors import GenerationCancelled, InsufficientMemoryError
 from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
 from pydiffusion.options import GenerationOptions
+from pydiffusion.parallel import Batch, Lane
+from pydiffusion.session import common_prefix
 
 from .errors import ApiError, from_exception
 from .pool import SessionPool
@@ -78,37 +81,56 @@ class Job:
         self.chat = chat
         self.drafts = drafts
         self.one_call = one_call
+        self.n_begun = 0  # runs that have, or had, a lane
+        self.lanes: list[_Lane] = []
+        self.started = 0.0
         self._lock = threading.Lock()
-        self._session: Session | None = None
+        self._sessions: list[Session] = []
         self._error: ApiError | None = None
-        self.seconds = 0.0  # of work so far
 
     def cancel(self, error: ApiError) -> None:
         """Stop the work within one step; the job reports this error. From any thread, more than once."""
         with self._lock:
             if self._error is None:
                 self._error = error
-                if self._session is not None:
-                    self._session.cancel()
+                for session in self._sessions:
+                    session.cancel()
 
     @property
     def error(self) -> ApiError | None:
         """Why it was cancelled, or None."""
         return self._error
 
+    @property
+    def is_done(self) -> bool:
+        return not self.lanes and self.n_begun == len(self.runs)
+
     def bind(self, session: Session) -> None:
         """From here on, ``cancel`` reaches this session."""
         with self._lock:
-            self._session = session
+            self._sessions.append(session)
+            if self._error is not None:
+                session.cancel()
 
-    def release(self) -> Session | None:
-        """Take the session back; a cancellation that came too late is gone from it."""
+    def release(self, session: Session) -> None:
+        """From here on it does not; a cancellation that came too late is gone from the session."""
         with self._lock:
-            session, self._session = self._session, None
-        if session is not None and self._error is not None:
+            self._sessions.remove(session)
+        if self._error is not None:
             with contextlib.suppress(GenerationCancelled):
                 session.truncate(session.n_past)
-        return session
+
+
+class _Lane(Lane):
+    """A run in the making."""
+
+    def __init__(self, job: Job, i_run: int, session: Session) -> None:
+        run = job.runs[i_run]
+        super().__init__(session, run.prompt, run.options, chat=job.chat)
+        self.job = job
+        self.i_run = i_run
+        self.run = run
+        self.is_reported = False
 
 
 class Counters:
@@ -127,15 +149,22 @@ class Counters:
 class Scheduler:
     """Owns the thread and the sessions of a model."""
 
-    def __init__(self, model: DiffusionModel, *, max_queue: int = 64, n_sessions: int = 4) -> None:
-        """max_queue: requests that may wait beside those being served; n_sessions: how many are served."""
+    def __init__(
+        self, model: DiffusionModel, *, max_queue: int = 64, n_parallel: int = 4, n_sessions: int = 4
+    ) -> None:
+        """max_queue: requests that may wait beside those being served; n_parallel: canvases denoised at a
+        time; n_sessions: caches kept, at least ``n_parallel``.
+        """
         self.model = model
         self.max_queue = max_queue
         self.counters = Counters()
-        self._pool = SessionPool(model, n_sessions)
+        self._n_parallel = n_parallel
+        self._pool = SessionPool(model, max(n_sessions, n_parallel))
+        self._batch = Batch(model)
+        self._lanes: list[_Lane] = []
         self._changed = threading.Condition()
         self._queue: deque[Job] = deque()
-        self._active: deque[tuple[Job, Iterator[None]]] = deque()
+        self._active: list[Job] = []
         self._closing = False
         self._stopped = False
         self._seconds_per_job = 1.0
@@ -156,16 +185,24 @@ class Scheduler:
     def n_sessions(self) -> int:
         return self._pool.size
 
+    @property
+    def n_lanes(self) -> int:
+        """Answers in the making."""
+        return len(self._lanes)
+
+    @property
+    def n_parallel(self) -> int:
+        """How many there may be: fewer than asked for where memory did not permit more."""
+        return min(self._n_parallel, self._pool.size_limit)
+
     def submit(self, job: Job) -> None:
         """Queue a job. ApiError 429 when the queue is full, 503 when the server is going down."""
         with self._changed:
             if self._closing:
                 raise _going_down()
-            n_free = max(
-                0, self._pool.size_limit - len(self._active)
-            )  # places that the thread is about to fill
+            n_free = max(0, self.n_parallel - len(self._active))  # places that the thread is about to fill
             if len(self._queue) >= self.max_queue + n_free:
-                seconds = math.ceil(self._seconds_per_job * (len(self._queue) + 1))
+                seconds = math.ceil(self._seconds_per_job * (len(self._queue) + 1) / self.n_parallel)
                 raise ApiError(
                     429,
                     f"The server is busy: {len(self._queue)} requests are waiting. Try again later.",
@@ -199,7 +236,7 @@ class Scheduler:
         """Stop those being served, too."""
         self.begin_shutdown()
         with self._changed:
-            jobs = [job for job, _ in self._active]
+            jobs = list(self._active)
         for job in jobs:
             job.cancel(_going_down())
 
@@ -222,72 +259,155 @@ class Scheduler:
                     self._changed.wait()
                 if self._stopped and not self._active:
                     return
-                self._admit()
+            started = time.perf_counter()
+            self._fill_lanes()
             self._advance()
+            self.counters.busy_seconds += time.perf_counter() - started
 
-    def _admit(self) -> None:
-        while self._queue and len(self._active) < self._pool.size_limit:
-            job = self._queue.popleft()
-            self._active.append((job, self._work(job)))
+    def _fill_lanes(self) -> None:
+        while len(self._lanes) < self.n_parallel:
+            job = self._next_job()
+            if job is None:
+                return
+            self._attempt(job, lambda job=job: self._begin_run(job, self._session_for(job)))
+
+    def _next_job(self) -> Job | None:
+        """Whose next run gets a free lane: the job that has waited longest, then one with choices left."""
+        with self._changed:
+            if self._queue:
+                job = self._queue.popleft()
+                job.started = time.perf_counter()
+                self._active.append(job)
+                return job
+        for job in self._active:
+            # Another choice follows once the prompt is read: it copies the cache.
+            if job.error is None and job.n_begun < len(job.runs) and all(x.is_ready for x in job.lanes):
+                return job
+        return None
+
+    def _session_for(self, job: Job) -> Session:
+        """The session that a job's next run begins with."""
+        try:
+            return self._pool.take(job.runs[job.n_begun].prompt)
+        except InsufficientMemoryError:
+            if not self._lanes:
+                raise
+            self._n_parallel = len(self._lanes)  # as many as there is room for
+            raise _NoRoom from None
+
+    def _begin_run(self, job: Job, session: Session) -> None:
+        job.bind(session)
+        try:
+            self._copy_prompt(job, session)
+            lane = _Lane(job, job.n_begun, session)
+        except BaseException:
+            self._give_back(job, session)
+            raise
+        job.n_begun += 1
+        job.lanes.append(lane)
+        self._lanes.append(lane)
+
+    def _copy_prompt(self, job: Job, session: Session) -> None:
+        """Take the prompt from another choice of the job that has read it, where the session lacks it."""
+        prompt = job.runs[job.n_begun].prompt
+        for lane in job.lanes:
+            at_prompt = lane.run.prompt == prompt and lane.session.n_past == lane.n_prompt
+            if at_prompt and common_prefix(session.tokens, lane.session.tokens) < lane.n_prompt:
+                session.copy(lane.session)
+                return
 
     def _advance(self) -> None:
-        """Give the first job its turn; it goes to the end of the line, or is over."""
-        job, work = self._active[0]
-        started = time.perf_counter()
-        over = True
-        try:
-            next(work)
-            over = False
-        except StopIteration:
-            job.emit(0, Finished())
-        except GenerationCancelled as error:
-            self.counters.cancelled += 1
-            job.emit(0, Failed(job.error or from_exception(error)))
-        except Exception as error:  # one request's trouble is not the next one's
-            job.emit(0, Failed(from_exception(error)))
-        seconds = time.perf_counter() - started
-        self.counters.busy_seconds += seconds
-        job.seconds += seconds
-        with self._changed:
-            self._active.popleft()
-            if not over:
-                self._active.append((job, work))
-                return
-        session = job.release()
-        if session is not None:
-            self._pool.give_back(session)
-        self._seconds_per_job += 0.2 * (job.seconds - self._seconds_per_job)
+        """A part of a prompt or a step for every lane."""
+        for lane in self._lanes.copy():
+            if lane.job.error is not None:
+                self._fail(lane.job, lane.job.error)
+        for lane, brought in self._batch.advance(self._lanes.copy()):
+            self._attempt(lane.job, lambda lane=lane, brought=brought: self._report(lane, brought))
 
-    def _work(self, job: Job) -> Iterator[None]:
-        """Do a job, yielding after every canvas."""
-        for i_run, run in enumerate(job.runs):
-            if i_run == 0:
-                job.bind(self._pool.take(run.prompt))
-            session = job._session
-            assert session is not None
-            if job.error is not None:
-                raise GenerationCancelled("cancelled")
-            n_cached = session.prefill(run.prompt)
-            self.counters.prompt_tokens += len(run.prompt)
-            self.counters.cached_tokens += n_cached
-            job.emit(i_run, Prefilled(n_cached))
-            generate = session.generate_chat if job.chat else session.generate
-            for event in generate(run.options):
-                if job.error is not None:
-                    raise GenerationCancelled("cancelled")
-                self._count(event)
-                over = False
-                if job.one_call and isinstance(event, CanvasEvent):
-                    event, over = _up_to_first_call(event)
-                if job.drafts or not isinstance(event, DraftEvent):
-                    job.emit(i_run, event)
-                if not isinstance(event, CanvasEvent):
-                    continue
-                yield
-                if over:
-                    assert run.options.seed is not None
-                    job.emit(i_run, EndEvent(reason="stop", timings={}, seed=run.options.seed))
-                    break
+    def _report(self, lane: _Lane, brought: Iterator[Event] | Exception) -> None:
+        """Tell what a step brought."""
+        job = lane.job
+        if lane not in self._lanes:  # another lane of its job failed in this same step
+            return
+        if isinstance(brought, Exception):
+            raise brought
+        if lane.is_ready and not lane.is_reported:
+            lane.is_reported = True
+            self.counters.prompt_tokens += lane.n_prompt
+            self.counters.cached_tokens += lane.n_cached
+            job.emit(lane.i_run, Prefilled(lane.n_cached))
+        for event in brought:
+            self._count(event)
+            over = isinstance(event, EndEvent)
+            if job.one_call and isinstance(event, CanvasEvent):
+                event, called = _up_to_first_call(event)
+                over = over or called
+            if job.drafts or not isinstance(event, DraftEvent):
+                job.emit(lane.i_run, event)
+            if over:
+                if not isinstance(event, EndEvent):
+                    assert lane.run.options.seed is not None  # resolved
+                    job.emit(lane.i_run, EndEvent(reason="stop", timings={}, seed=lane.run.options.seed))
+                self._end(lane)
+                return
+
+    def _end(self, lane: _Lane) -> None:
+        """A run is done: its lane goes to the job's next one, unless others wait and the job has more."""
+        job = lane.job
+        self._lanes.remove(lane)
+        job.lanes.remove(lane)
+        if job.n_begun < len(job.runs) and not (self._queue and job.lanes):
+            job.release(lane.session)
+            self._begin_run(job, lane.session)
+            return
+        self._give_back(job, lane.session)
+        if job.is_done:
+            self._leave(job)
+            job.emit(0, Finished())
+
+    def _attempt(self, job: Job, action: Callable[[], None]) -> None:
+        """Do a part of a job's work; one request's trouble is not the next one's."""
+        try:
+            action()
+        except _NoRoom:
+            self._wait_again(job)
+        except GenerationCancelled as error:
+            self._fail(job, job.error or from_exception(error))
+        except Exception as error:
+            self._fail(job, from_exception(error))
+
+    def _wait_again(self, job: Job) -> None:
+        """There was no memory for a lane: it goes on when another lane gets free."""
+        if job.lanes:
+            return
+        if self._closing:
+            self._fail(job, _going_down())
+            return
+        with self._changed:
+            self._active.remove(job)
+            self._queue.appendleft(job)
+
+    def _fail(self, job: Job, error: ApiError) -> None:
+        if job not in self._active:
+            return
+        if job.error is not None:
+            self.counters.cancelled += 1
+        for lane in job.lanes:
+            self._lanes.remove(lane)
+            self._give_back(job, lane.session)
+        job.lanes.clear()
+        self._leave(job)
+        job.emit(0, Failed(error))
+
+    def _leave(self, job: Job) -> None:
+        with self._changed:
+            self._active.remove(job)
+        seconds = time.perf_counter() - job.started
+        self._seconds_per_job += 0.2 * (seconds - self._seconds_per_job)
+
+    def _give_back(self, job: Job, session: Session) -> None:
+        job.release(session)
+        self._pool.give_back(session)
 
     def _count(self, event: Event) -> None:
         if isinstance(event, DraftEvent):
@@ -295,6 +415,10 @@ class Scheduler:
         elif isinstance(event, CanvasEvent):
             self.counters.canvases += 1
             self.counters.generated_tokens += len(event.tokens)
+
+
+class _NoRoom(Exception):
+    """No memory for another session beside those that are out."""
 
 
 def _up_to_first_call(event: CanvasEvent) -> tuple[CanvasEvent, bool]:

@@ -40,15 +40,26 @@ class Piece:
 
     def repeated(self, low: int, high: int | None) -> Piece:
         """This piece ``low`` to ``high`` times; None for as often as it likes."""
+        if self is NOTHING:
+            return NOTHING if low else Piece("", 0)
         weight = _checked(self.weight * max(low + 1 if high is None else high, 1))
         return Piece(f"(?:{self.text}){{{low},{'' if high is None else high}}}", weight)
 
 
+#: What no text matches. Only pieces are made of it, never an expression.
+NOTHING = Piece("(?!)", 0)
+
+
 def sequence(pieces: Sequence[Piece]) -> Piece:
+    if any(piece is NOTHING for piece in pieces):
+        return NOTHING
     return Piece("".join(f"(?:{p.text})" for p in pieces), _checked(sum(p.weight for p in pieces)))
 
 
 def choice(pieces: Sequence[Piece]) -> Piece:
+    pieces = [piece for piece in pieces if piece is not NOTHING]
+    if not pieces:
+        return NOTHING
     return Piece("(?:" + "|".join(p.text for p in pieces) + ")", _checked(sum(p.weight for p in pieces)))
 
 

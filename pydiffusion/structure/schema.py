@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from .numbers import integer_between, number_between
-from .patterns import JSON_CHARACTER, Piece, choice, in_json_string, literal, sequence
+from .patterns import JSON_CHARACTER, NOTHING, Piece, choice, in_json_string, literal, sequence
 
 # Say nothing about what is valid.
 _ANNOTATIONS = frozenset(
@@ -49,6 +49,8 @@ _FORMAT_WEIGHT = 80
 # What a schema leaves open is made so deep, and no deeper.
 _OPEN_DEPTH = 1
 _MAX_DEPTH = 32
+_MAX_WITHIN_ITSELF = 6
+_MAX_WEIGHT_WITHIN_ITSELF = 600
 _OPEN_ITEMS: int | None = None
 _COLON, _COMMA, _SPACE = Piece(":[ ]?"), Piece(",[ ]?"), Piece("[ ]?", 0)
 
@@ -58,13 +60,36 @@ class SchemaError(ValueError):
 
 
 def schema_to_regex(schema: Mapping[str, Any] | bool) -> Piece:
-    """The expression. Raises SchemaError."""
-    return _Compiler(schema).value(schema, "", ())
+    """The expression. Raises SchemaError.
+
+    A schema that contains itself is written out, within itself as often as ``_MAX_WITHIN_ITSELF`` and a size
+    that a search copes with permit; texts of greater depth are valid, but not written.
+    """
+    found = NOTHING
+    for depth in range(_MAX_WITHIN_ITSELF + 1):
+        compiler = _Compiler(schema, depth)
+        try:
+            piece = compiler.value(schema, "", ("#",))
+        except SchemaError:
+            if found is NOTHING:
+                raise
+            break
+        if not compiler.contains_itself:
+            return piece
+        if found is not NOTHING and piece.weight > _MAX_WEIGHT_WITHIN_ITSELF:
+            break
+        found = piece
+    if found is NOTHING:
+        raise _error("", "it contains itself, and nothing of limited depth satisfies it")
+    return found
 
 
 class _Compiler:
-    def __init__(self, root: Any) -> None:
+    def __init__(self, root: Any, depth: int) -> None:
+        """depth: how often a reference may lead to itself."""
         self._root = root
+        self._depth = depth
+        self.contains_itself = False
         self._type_to_rule: dict[str, Callable[[Mapping[str, Any], str, tuple[str, ...]], Piece]] = {
             "object": self._object,
             "array": self._array,
@@ -76,7 +101,7 @@ class _Compiler:
         }
 
     def value(self, schema: Any, where: str, refs: tuple[str, ...]) -> Piece:
-        """refs: the references that led here, to notice a schema that contains itself."""
+        """refs: the references that led here, by which a schema that contains itself is noticed."""
         try:
             return self._value(schema, where, refs)
         except SchemaError:
@@ -126,8 +151,9 @@ class _Compiler:
             other = sorted(keywords - {name})[0]
             raise _error(where, f"{name!r} beside {other!r} is not supported")
         if name == "$ref":
-            if given in refs:
-                raise _error(where, f"{given!r} contains itself: only schemas of limited depth are supported")
+            self.contains_itself = self.contains_itself or given in refs
+            if refs.count(given) > self._depth:
+                return NOTHING
             return self.value(self._resolved(given, where), where, (*refs, given))
         if not isinstance(given, Sequence) or isinstance(given, str) or not given:
             raise _error(where, f"{name!r} must be an array of schemas")
