@@ -72,7 +72,7 @@ def collect_imatrix(
         raise ValueError(f"noise is {tuple(noise)}; levels are probabilities above 0, up to 1")
     if chunk < 1 or (max_chunks is not None and max_chunks < 1):
         raise ValueError("chunk and max_chunks must be at least 1")
-    with DiffusionModel(model, n_threads=n_threads) as opened:
+    with DiffusionModel(model, n_gpu_layers=0, n_threads=n_threads) as opened:  # only there are they gathered
         chunk = min(chunk, opened.n_ctx - opened.canvas_length)
         chunks = _chunks(opened, [texts] if isinstance(texts, str) else texts, chunk)[:max_chunks]
         if not chunks:

@@ -19,9 +19,12 @@ from typing import Any
 import numpy as np
 
 from pydiffusion import _native
+from pydiffusion.placement import devices, native_wish
 
 #: Parts of a step in the order in which they run.
 PARTS = ("self-conditioning", "embedding", "attention", "dense", "experts", "head", "sampler")
+
+_PROCESSOR = {"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None}
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class BenchResult:
     ggml: str
     cpu: str
     n_threads: int
+    device: str
+    n_gpu_layers: int
+    n_cpu_moe: int
+    gpu_bytes: int | None
     kv_type: str
     n_weights: int
     n_bytes: int
@@ -70,21 +77,36 @@ class BenchResult:
 
 
 def run_bench(
-    path: Path, n_threads: int, n_prompt: int = 512, n_steps: int = 8, kv_type: str = "auto", seed: int = 0
+    path: Path,
+    n_threads: int,
+    n_prompt: int = 512,
+    n_steps: int = 8,
+    kv_type: str = "auto",
+    seed: int = 0,
+    n_ctx: int | None = None,
+    **placement: Any,
 ) -> BenchResult:
     """Measure a model file on random tokens. Raises what opening a model raises, and ValueError for sizes
     below 1.
+
+    n_ctx: of the session; None takes what the run needs. placement: ``n_gpu_layers``, ``n_cpu_moe``,
+    ``device``, ``gpu_memory`` as for ``DiffusionModel``; on the processor unless given. A step that runs in
+    part on a GPU and in part on the processor is timed whole.
 
     The canvas never settles (random tokens, adaptive stop off), so that each of the ``n_steps`` steps is a
     full one with self-conditioning; the first, which has none, is reported apart.
     """
     if n_prompt < 1 or n_steps < 2:
         raise ValueError(f"n_prompt is {n_prompt} and n_steps {n_steps}; permitted are at least 1 and 2")
+    wish = native_wish(
+        **{"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None, **placement}
+    )
     started = time.perf_counter()
-    model = _native.Model(str(path), n_threads, kv_type=kv_type)
+    model = _native.Model(str(path), n_threads, kv_type=kv_type, n_ctx=n_ctx or n_prompt + 257, **wish)
     load_seconds = time.perf_counter() - started
     description = model.description
-    session = _native.Session(model, min(model.n_ctx_train, n_prompt + model.canvas_length + 1))
+    device = description["backend"] if description["n_gpu_layers"] else "cpu"
+    session = _native.Session(model, n_ctx or min(model.n_ctx_train, n_prompt + model.canvas_length + 1))
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, model.n_vocab, n_prompt).astype(np.int32)
     started = time.perf_counter()
@@ -92,7 +114,8 @@ def run_bench(
     prefill_seconds = time.perf_counter() - started
 
     steps = _time_steps(session, n_steps, seed)
-    parts = _profile(session)
+    whole = description["n_gpu_layers"] in (0, len(model.hparams["sliding"])) and not description["n_cpu_moe"]
+    parts = _profile(session) if whole else {}
     main_type = max(description["weight_types"], key=description["weight_types"].get)
     operations = sum(figures.seconds * figures.operations_per_second for figures in parts.values())
     return BenchResult(
@@ -101,6 +124,10 @@ def run_bench(
         ggml=_native.version()["ggml"],
         cpu=_native.version()["cpu"],
         n_threads=n_threads,
+        device=device,
+        n_gpu_layers=description["n_gpu_layers"],
+        n_cpu_moe=description["n_cpu_moe"],
+        gpu_bytes=_used_bytes(device),
         kv_type=description["kv_type"],
         n_weights=description["n_weights"],
         n_bytes=description["n_bytes"],
@@ -113,8 +140,8 @@ def run_bench(
         first_step_seconds=steps[0],
         step_operations=operations,
         peak_memory=_peak_memory(),
-        read_limit=_native.measure_read_rate(n_threads),
-        matrix_limit=_native.measure_matrix_rate(n_threads, main_type),
+        read_limit=_native.measure_read_rate(n_threads, device),
+        matrix_limit=_native.measure_matrix_rate(n_threads, main_type, device),
         matrix_limit_type=main_type,
         parts=parts,
     )
@@ -143,6 +170,11 @@ def _profile(session: _native.Session, n_runs: int = 3) -> dict[str, PartFigures
     return parts
 
 
+def _used_bytes(device: str) -> int | None:
+    """Bytes in use on a GPU, by whomever."""
+    return next((one.total_bytes - one.free_bytes for one in devices() if one.name == device), None)
+
+
 def _peak_memory() -> int | None:
     if os.name != "posix":
         return None
@@ -165,6 +197,11 @@ def format_result(result: BenchResult) -> str:
         f"first {1e3 * r.first_step_seconds:.0f}), {r.step_operations / 1e9:.0f} GFLOP; "
         f"at 16 steps per canvas of {r.canvas_length}: {r.canvas_tokens_per_second_at_16_steps:.1f} tokens/s",
     ]
+    if r.device != "cpu":
+        used = "" if r.gpu_bytes is None else f", {r.gpu_bytes / 1e9:.2f} GB of it in use"
+        lines.insert(
+            2, f"{r.n_gpu_layers} layers on {r.device}, experts of {r.n_cpu_moe} on the processor{used}"
+        )
     if r.peak_memory is not None:
         lines.append(f"peak memory {r.peak_memory / 1e9:.2f} GB")
     lines.append(f"{'part':20}{'ms':>9}{'GFLOP/s':>10}{'of limit':>9}{'GB/s':>8}{'of limit':>9}")

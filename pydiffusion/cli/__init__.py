@@ -20,6 +20,7 @@ from . import (
     chat,
     convert,
     demo,
+    devices,
     evaluate,
     generate,
     imatrix,
@@ -43,7 +44,7 @@ app = typer.Typer(
 )
 for _module in (
     *(convert, quantize, split, merge, imatrix, verify, evaluate, inspect),
-    *(generate, infill, batch, chat, serve, demo, bench),
+    *(generate, infill, batch, chat, serve, demo, devices, bench),
 ):
     app.command(_module.__name__.rpartition(".")[2])(_module.command)
 

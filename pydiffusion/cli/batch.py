@@ -25,7 +25,7 @@ _Seed = Annotated[
 _OPTIONS = {**common.TEXT, "seed": _Seed}
 
 
-@common.takes(_OPTIONS)
+@common.takes(choices=_OPTIONS, place=common.PLACE)
 def command(
     model: common.ModelPath,
     prompts: Annotated[
@@ -45,13 +45,13 @@ def command(
             show_default=False,
         ),
     ],
+    *,
     choices: dict[str, Any],
     parallel: Annotated[int, typer.Option("--parallel", help="Canvases denoised at a time.")] = 4,
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Try lines again that ended in an error.")
     ] = False,
-    ctx: common.Context = None,
-    threads: common.Threads = None,
+    place: dict[str, Any],
 ) -> None:
     """Answer the prompts of a file. Run again, it goes on where it was interrupted."""
     from .display import progress
@@ -66,7 +66,7 @@ def command(
         common.say(f"{output.name} has {len(finished)} of {len(lines)} answers already")
     n_errors = 0
     if left:
-        opened = common.open_model(model, ctx, threads)
+        opened = common.open_model(model, place)
         with output.open("ab") as file, progress(f"answering {len(left)} prompts") as update:
             for i, answer in enumerate(_answers(opened, left, choices, parallel)):
                 n_errors += "error" in answer

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .common import Threads, say
+from . import common
+from .common import say
 
 
+@common.takes(place=common.PLACE)
 def command(
     model: Annotated[Path | None, typer.Option("-m", "--model", help="The model, a GGUF file.")] = None,
     synthetic: Annotated[
@@ -21,7 +23,8 @@ def command(
     type: Annotated[str, typer.Option(help="Type of the synthetic file.")] = "q4_k_m",
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 512,
     steps: Annotated[int, typer.Option(help="Denoising steps to time.", min=2)] = 8,
-    threads: Threads = None,
+    *,
+    place: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     against: Annotated[
         Path | None, typer.Option("--compare", help="Figures of an earlier run (--json) to compare with.")
@@ -33,12 +36,14 @@ def command(
 
     if (model is None) == (synthetic is None):
         raise typer.BadParameter("give either --model or --synthetic")
+    arguments = common.placement(place)
+    n_threads = arguments.pop("n_threads") or available_cpus()
+    n_ctx = arguments.pop("n_ctx") if place["ctx"] else None
     before = None if against is None else _read_figures(against)
-    n_threads = available_cpus() if threads is None else threads
     with tempfile.TemporaryDirectory(prefix="pydiffusion-bench-") as folder:
         path = model if model is not None else _make(synthetic, type, Path(folder))
         check_is_file(path)
-        result = run_bench(path, n_threads, n_prompt=prompt, n_steps=steps)
+        result = run_bench(path, n_threads, n_prompt=prompt, n_steps=steps, n_ctx=n_ctx, **arguments)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:

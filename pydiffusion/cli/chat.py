@@ -27,18 +27,17 @@ _BLOCK = '"""'
 _MAX_HISTORY = 1000
 
 
-@common.takes(common.TEXT)
+@common.takes(choices=common.TEXT, place=common.PLACE)
 def command(
     model: common.ModelPath,
     system: Annotated[str | None, typer.Option("--system", help="A system message in front.")] = None,
     *,
     choices: dict[str, Any],
-    ctx: common.Context = None,
-    threads: common.Threads = None,
+    place: dict[str, Any],
 ) -> None:
     """Chat with a model. /help lists its commands, Ctrl-D ends, Ctrl-C stops an answer."""
     common.make_options(**choices)
-    opened = common.open_model(model, ctx, threads)
+    opened = common.open_model(model, place)
     opened.check_chat_template()
     conversation = Conversation(opened, common.make_options(opened, **choices), system)
     if sys.stdin.isatty():

@@ -90,15 +90,48 @@ Regex = Annotated[
 ]
 
 
-def takes(options: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command that has these options, too, where its function has the parameter ``choices``: a dict of
-    what was given.
+#: Where a model computes, and with how much room.
+PLACE: dict[str, Any] = {
+    "ctx": Context,
+    "threads": Threads,
+    "gpu_layers": Annotated[
+        str | None,
+        typer.Option(
+            "--gpu-layers", help="Layers on the GPU, the last ones; 0: none. [default: as many as fit]"
+        ),
+    ],
+    "n_cpu_moe": Annotated[
+        int | None,
+        typer.Option(
+            "--n-cpu-moe",
+            help="Layers, the last ones, whose experts stay with the processor. [default: as few as needed]",
+        ),
+    ],
+    "gpu_memory": Annotated[
+        str | None,
+        typer.Option("--gpu-memory", help="Of the GPU, so much at most (8G). [default: what is free]"),
+    ],
+    "device": Annotated[
+        str | None,
+        typer.Option(help="cpu, or a GPU that `pydiffusion devices` lists. [default: the freest GPU]"),
+    ],
+    "cache_type": Annotated[
+        str | None, typer.Option("--cache-type", help="Type of the KV cache: f16 or f32. [default: f16]")
+    ],
+}
+
+
+def takes(**groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that has these options, too: for each of its function's parameters that is named here, a dict
+    of what was given takes their place.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def wrapped(**given: Any) -> None:
-            chosen = {name: given.pop(name) for name in options}
-            command(**given, choices={name: None if v == [] else v for name, v in chosen.items()})
+            for group, options in groups.items():
+                chosen = {name: given.pop(name) for name in options}
+                given[group] = {name: None if v == [] else v for name, v in chosen.items()}
+            command(**given)
 
         hints = get_type_hints(command, include_extras=True)
         parameters: list[inspect.Parameter] = []
@@ -108,10 +141,10 @@ def takes(options: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callabl
             parameters.append(inspect.Parameter(name, kind, default=default, annotation=hint))
 
         for name, parameter in inspect.signature(command).parameters.items():
-            if name != "choices":
+            if name not in groups:
                 add(name, hints[name], parameter.default)
                 continue
-            for option, hint in options.items():
+            for option, hint in groups[name].items():
                 add(option, hint, None)
         wrapped.__doc__ = command.__doc__
         wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -119,6 +152,41 @@ def takes(options: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callabl
         return wrapped
 
     return decorate
+
+
+def placement(place: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of PLACE as arguments of ``DiffusionModel``; what is out of range is wrong use."""
+    from pydiffusion.convert.sizes import parse_size
+    from pydiffusion.model import DEFAULT_N_CTX
+    from pydiffusion.placement import native_wish
+
+    threads, ctx, layers = place.get("threads"), place.get("ctx"), place.get("gpu_layers")
+    if threads is not None and threads < 1:
+        raise typer.BadParameter(f"--threads is {threads}; permitted is an integer of at least 1")
+    if ctx is not None and ctx < 1:
+        raise typer.BadParameter(f"--ctx is {ctx}; permitted is an integer of at least 1")
+    if layers is not None and layers != "auto" and not layers.isdecimal():
+        raise typer.BadParameter(f"--gpu-layers is {layers}; permitted is auto or an integer of at least 0")
+    cache_type = place.get("cache_type") or "auto"
+    if cache_type not in ("auto", "f16", "f32"):
+        raise typer.BadParameter(f"--cache-type is {cache_type}; permitted are f16 and f32")
+    wish: dict[str, Any] = {
+        "n_gpu_layers": "auto" if layers in (None, "auto") else int(layers),
+        "n_cpu_moe": place.get("n_cpu_moe"),
+        "device": place.get("device") or "auto",
+    }
+    try:
+        memory = place.get("gpu_memory")
+        wish["gpu_memory"] = None if memory is None else parse_size(memory)
+        native_wish(**wish)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return {
+        "n_ctx": DEFAULT_N_CTX if ctx is None else ctx,
+        "n_threads": threads,
+        "kv_type": cache_type,
+        **wish,
+    }
 
 
 def say(message: str) -> None:
@@ -146,28 +214,28 @@ def make_options(model: DiffusionModel | None = None, **choices: Any) -> Generat
         raise typer.BadParameter(str(error)) from None
 
 
-def open_model(path: Path, ctx: int | None, threads: int | None) -> DiffusionModel:
-    """Load a model with its progress shown."""
-    from pydiffusion.model import DEFAULT_N_CTX, DiffusionModel
+def open_model(path: Path, place: Mapping[str, Any]) -> DiffusionModel:
+    """Load a model with its progress shown. place: what was given of PLACE."""
+    from pydiffusion.model import DiffusionModel
 
     from .display import progress
 
-    if threads is not None and threads < 1:
-        raise typer.BadParameter(f"--threads is {threads}; permitted is an integer of at least 1")
-    if ctx is not None and ctx < 1:
-        raise typer.BadParameter(f"--ctx is {ctx}; permitted is an integer of at least 1")
+    arguments = placement(place)
     started = time.perf_counter()
     with progress(f"loading {path.name}") as update:
-        model = DiffusionModel(
-            path,
-            n_ctx=DEFAULT_N_CTX if ctx is None else ctx,
-            n_threads=threads,
-            progress=lambda share: update(share, 1.0),
-        )
+        model = DiffusionModel(path, progress=lambda share: update(share, 1.0), **arguments)
     weights = count(model.description["n_weights"])
     size = count(model.description["n_bytes"], "B")
     say(
-        f"{path.name}: {weights} weights, {size}, context {model.n_ctx}, {model.n_threads} threads,"
+        f"{path.name}: {weights} weights, {size}, context {model.n_ctx}, {_where(model)},"
         f" loaded in {time.perf_counter() - started:.1f} s"
     )
     return model
+
+
+def _where(model: DiffusionModel) -> str:
+    d = model.description
+    if d["n_gpu_layers"] == 0:
+        return f"{model.n_threads} threads"
+    left = f", experts of {d['n_cpu_moe']} on {model.n_threads} threads" if d["n_cpu_moe"] else ""
+    return f"{d['n_gpu_layers']} of {model.hparams['n_layer']} layers on {d['backend']}{left}"

@@ -38,7 +38,7 @@ def command(
     options = common.make_options(steps=steps, seed=chosen_seed)
     example = _example(task, puzzle, chosen_seed)
     with ExitStack() as stack:
-        model = common.open_model(_converted(stack), None, threads)
+        model = common.open_model(_converted(stack), {"threads": threads})
         print(example.prompt, end="\n\n", flush=True)
         session = model.new_session()
         prefill(session, model.chat_prompt([{"role": "user", "content": example.prompt}]))

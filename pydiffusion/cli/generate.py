@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pydiffusion import Completion, DiffusionModel, GenerationOptions, Session
 
 
-@common.takes(common.TEXT)
+@common.takes(choices=common.TEXT, place=common.PLACE)
 def command(
     model: common.ModelPath,
     prompt: Annotated[
@@ -28,8 +28,7 @@ def command(
     choices: dict[str, Any],
     json_schema: common.JsonSchema = None,
     regex: common.Regex = None,
-    ctx: common.Context = None,
-    threads: common.Threads = None,
+    place: dict[str, Any],
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -53,7 +52,7 @@ def command(
     choices |= {"json_schema": None if json_schema is None else read_text(json_schema), "regex": regex}
     common.make_options(**choices)  # what is out of range should not wait for the model to load
     text = _read_prompt(prompt)
-    opened = common.open_model(model, ctx, threads)
+    opened = common.open_model(model, place)
     ids = _prompt_ids(opened, text, chat, system, special)
     session = opened.new_session()
     prefill(session, ids)

@@ -13,7 +13,7 @@ from . import common
 from .generate import figures, read_text
 
 
-@common.takes(common.SAMPLER)
+@common.takes(choices=common.SAMPLER, place=common.PLACE)
 def command(
     model: common.ModelPath,
     choices: dict[str, Any],
@@ -32,8 +32,8 @@ def command(
     hole_tokens: Annotated[
         int, typer.Option("--hole-tokens", help="Tokens of a hole that doesn't say how many.")
     ] = 16,
-    ctx: common.Context = None,
-    threads: common.Threads = None,
+    *,
+    place: dict[str, Any],
     show: Annotated[
         bool, typer.Option("--show", help="Draw the canvas as it settles (on a terminal).")
     ] = False,
@@ -44,7 +44,7 @@ def command(
 
     options = common.make_options(**choices)
     text = read_text(file)
-    opened = common.open_model(model, ctx, threads)
+    opened = common.open_model(model, place)
     display = CanvasDisplay(opened.tokenizer, ()) if show and sys.stderr.isatty() else None
     with AnswerPrinter(display, quiet=True) as printer:
         filled = opened.infill(

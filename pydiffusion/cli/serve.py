@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from . import common
 
 
+@common.takes(place=common.PLACE)
 def command(
     model: common.ModelPath,
+    *,
+    place: dict[str, Any],
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     api_key: Annotated[
         str | None,
         typer.Option("--api-key", help="Ask for this key; better given as PYDIFFUSION_API_KEY."),
     ] = None,
-    ctx: common.Context = None,
-    threads: common.Threads = None,
     parallel: Annotated[
         int, typer.Option("--parallel", min=1, max=256, help="Answers in the making at a time, in one batch.")
     ] = 4,
@@ -55,7 +56,7 @@ def command(
     if key is not None and not key.strip():
         raise typer.BadParameter("the API key is empty")
     listener = _bind(host, port)  # what fails should not wait for the model to load
-    opened = common.open_model(model, ctx, threads)
+    opened = common.open_model(model, place)
     settings = Settings(
         api_key=key,
         max_queue=queue,

@@ -1,0 +1,54 @@
+"""``pydiffusion devices``: the GPUs that are here, and what of a model would lie on one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import common
+from .text import count
+
+
+@common.takes(place=common.PLACE)
+def command(
+    model: Annotated[
+        Path | None, typer.Option("-m", "--model", help="Plan for this model, a GGUF file.")
+    ] = None,
+    *,
+    place: dict[str, Any],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """List the GPUs and, with -m, what of a model would lie on one. Nothing is loaded."""
+    from pydiffusion import devices, plan
+
+    found = devices()
+    planned = None
+    if model is not None:
+        arguments = common.placement(place)
+        arguments.pop("n_threads")
+        planned = plan(model, **arguments)
+    if as_json:
+        listed = [asdict(device) for device in found]
+        print(json.dumps({"devices": listed, "plan": None if planned is None else asdict(planned)}))
+        return
+    for device in found:
+        free, total = count(device.free_bytes, "B"), count(device.total_bytes, "B")
+        print(f"{device.name}: {device.description}, {free} of {total} free")
+    if not found:
+        print("no GPU that this build can compute on; docs/gpu.md says how to build for one")
+    if planned is None:
+        return
+    print(
+        f"{planned.device}: {planned.n_gpu_layers} of {planned.n_layer} layers, of which the experts of "
+        f"{planned.n_cpu_moe} stay with the processor"
+        if planned.n_gpu_layers
+        else f"cpu: all {planned.n_layer} layers"
+    )
+    if planned.n_gpu_layers:
+        parts = {"weights": planned.weight_bytes, "cache": planned.cache_bytes, "step": planned.step_bytes}
+        print(", ".join(f"{name} {count(n, 'B')}" for name, n in parts.items()), end="; ")
+        print(f"together {count(planned.total_bytes, 'B')}")

@@ -1,0 +1,69 @@
+"""``devices`` and the options that place a model, on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pydiffusion import devices
+from pydiffusion.cli import main
+
+
+@pytest.fixture
+def model(gguf_file: Callable[..., Path]) -> str:
+    return str(gguf_file("small", "f32", seed=0, dtype="f32"))
+
+
+@pytest.mark.skipif(bool(devices()), reason="a GPU is here: a machine without one was NOT checked")
+def test_without_a_gpu(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["devices", "-m", model]) == 0
+    out = capsys.readouterr().out
+    assert "no GPU" in out and "docs/gpu.md" in out and "cpu: all" in out
+    assert main(["generate", "-m", model, "-p", "a", "--gpu-layers", "2"]) == 2
+    assert "there is no GPU here" in capsys.readouterr().err
+
+
+def test_the_plan(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["devices", "-m", model, "--device", "host", "--ctx", "100", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan["device"] == "host" and plan["n_gpu_layers"] == plan["n_layer"] and plan["n_cpu_moe"] == 0
+    needed = plan["weight_bytes"] + plan["cache_bytes"] + plan["step_bytes"]
+    less = f"{(needed - 1) / 2**20:.6f}M"
+    assert main(["devices", "-m", model, "--device", "host", "--ctx", "100", "--gpu-memory", less]) == 0
+    out = capsys.readouterr().out
+    assert "experts of 1 stay with the processor" in out and "together" in out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--gpu-layers", "many", "--gpu-layers is many"),
+        ("--n-cpu-moe", "-1", "n_cpu_moe is -1"),
+        ("--gpu-memory", "lots", "is no size"),
+        ("--device", "CUDA77", "no device 'CUDA77'"),
+        ("--cache-type", "q2", "--cache-type is q2"),
+    ],
+)
+def test_wrong_use(
+    option: str, value: str, said: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "-m", model, "-p", "a", option, value]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_generate_on_a_device(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["generate", "-m", model, "-p", "a", "--raw", "--device", "host", "--steps", "2", "-n", "8"]
+    assert main([*given, "--ctx", "100", "--seed", "1"]) == 0
+    assert "layers on host" in capsys.readouterr().err
+
+
+def test_bench_on_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["bench", "--synthetic", "tiny", "--type", "q8_0", "--prompt", "20", "--steps", "2"]
+    assert main([*given, "--device", "host", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["device"] == "host" and figures["n_gpu_layers"] > 0
+    assert {"self-conditioning", "attention", "experts", "head", "sampler"} <= set(figures["parts"])
+    assert all(part["seconds"] > 0 for part in figures["parts"].values())
