@@ -19,7 +19,7 @@ from pydiffusion.convert import collect_imatrix, convert
 from pydiffusion.convert.evaluation import NOISE, compare_logits
 from pydiffusion.demo import checkpoint_path, tasks
 
-N_OBSERVED, N_CASES = 30, 8
+N_OBSERVED, N_CASES = 150, 32
 
 
 def cases(model: DiffusionModel) -> list[tuple[list[int], np.ndarray]]:

@@ -46,7 +46,7 @@ def test_q8_0_rounds_as_the_gguf_package_does() -> None:
     blocks = np.zeros((len(near), 32), np.float32)
     blocks[:, 0], blocks[:, 1:] = 127, near[:, None]  # a scale of 1
     random = np.random.default_rng(0)
-    wild = random.standard_normal((4096, 32)) * 10.0 ** random.integers(-44, 6, (4096, 1))
+    wild = random.standard_normal((4096, 32)) * 10.0 ** random.integers(-35, 6, (4096, 1))
     for rows in (blocks, wild.astype(np.float32), np.zeros((2, 32), np.float32)):
         expected = quants.quantize(rows, GGMLQuantizationType.Q8_0)
         assert _native.quantize_rows(rows, "Q8_0", 1, None).tobytes() == expected.tobytes()
