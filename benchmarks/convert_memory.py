@@ -1,11 +1,11 @@
 """Peak memory and speed of converting a checkpoint of at least 800 MB.
 
-    python benchmarks/convert_memory.py [--types q8_0 q4_k_m] [--layers 12] [--folder FOLDER]
+    python benchmarks/convert_memory.py [FOLDER] [--types q8_0 q4_k_m] [--threads 2]
 
-Makes the random bf16 checkpoint of 438e6 weights of checkpoint.py, converts it in a process of its own per
-type, and reports the peak of the resident set above that of the same process after its imports. The resident
-set counts everything that the process touches, mapped pages of source and target included. Exits with 1 when
-the peak exceeds the limit.
+FOLDER is made by benchmarks/checkpoint.py; without it, its "plain" shape of 438e6 weights is made for it.
+Converts it in a process of its own per type, and reports the peak of the resident set above that of the same
+process after its imports. The resident set counts everything that the process touches, mapped pages of source
+and target included. Exits with 1 when the peak exceeds the limit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from checkpoint import SHAPES, make_checkpoint
@@ -40,7 +39,7 @@ def progress(step):
     if step.stage not in seen:
         seen[step.stage] = time.perf_counter() - start
 
-report = c.convert(sys.argv[1], sys.argv[2], sys.argv[3], progress=progress)
+report = c.convert(sys.argv[1], sys.argv[2], sys.argv[3], n_threads=int(sys.argv[4]), progress=progress)
 # VmHWM is this process's own peak; ru_maxrss would start with the parent's, inherited through fork.
 print(json.dumps({"before": before, "peak": status("VmHWM"), "n_bytes": report.n_bytes, "types": report.types,
     "seconds": report.seconds, "verify_seconds": report.seconds - seen["verify"]}))
@@ -49,22 +48,26 @@ print(json.dumps({"before": before, "peak": status("VmHWM"), "n_bytes": report.n
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--types", nargs="+", default=["q8_0", "q4_k_m"])
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--folder", type=Path, help="where to make the temporary folder")
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     if not Path("/proc/self/status").exists():
         print("this measures through /proc, which this system does not have", file=sys.stderr)
         return 2
     failed = False
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
-        folder = Path(temporary) / "random"
-        folder.mkdir()
-        n_weights, n_bytes = make_checkpoint(folder, replace(SHAPES["plain"], n_layers=arguments.layers))
+    with tempfile.TemporaryDirectory(dir=arguments.folder and arguments.folder.parent) as temporary:
+        folder = arguments.folder
+        if folder is None:
+            folder = Path(temporary) / "random"
+            folder.mkdir()
+            make_checkpoint(folder, SHAPES["plain"])
+        n_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        print(f"checkpoint: {n_weights / 1e6:.0f}e6 weights, {n_bytes / 1e6:.0f} MB of bf16; {machine}")
+        print(f"{n_bytes / 1e6:.0f} MB of source, {arguments.threads} threads; {machine}", flush=True)
         for kind in arguments.types:
-            command = [sys.executable, "-c", CHILD, str(folder), str(Path(temporary) / "out.gguf"), kind]
+            given = [str(folder), str(Path(temporary) / "out.gguf"), kind, str(arguments.threads)]
+            command = [sys.executable, "-c", CHILD, *given]
             result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             above = (result["peak"] - result["before"]) / 1e6
             failed |= above > LIMIT_MB
@@ -74,7 +77,8 @@ def main() -> int:
                 f"{result['n_bytes'] / 1e6:.0f} MB written in"
                 f" {result['seconds']:.1f} s ({n_bytes / 1e6 / result['seconds']:.0f} MB/s of "
                 "source), of which"
-                f" {result['verify_seconds']:.1f} s verifying"
+                f" {result['verify_seconds']:.1f} s verifying",
+                flush=True,
             )
     return int(failed)
 

@@ -127,7 +127,8 @@ def main() -> int:
             prompts = random_prompts(reference, arguments.random)
         if arguments.imatrix or arguments.random or is_demo:
             imatrix = Path(temporary) / "imatrix.gguf"
-            collect_imatrix(reference, statistics_texts(arguments, reference), imatrix)
+            texts = statistics_texts(arguments, reference)
+            collect_imatrix(reference, texts, imatrix, n_threads=arguments.threads)
         made = []
         for type in arguments.types:
             wants = arguments.imatrix_types is None or type in arguments.imatrix_types

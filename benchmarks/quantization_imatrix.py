@@ -1,6 +1,6 @@
 """KL of the demo model's files with and without an imatrix, on canvases of known answers.
 
-python benchmarks/quantization_imatrix.py [--types q4_k_m q3_k_m q2_k]
+python benchmarks/quantization_imatrix.py [--types q4_k_m q3_k_m q2_k] [--threads 1]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydiffusion.convert import collect_imatrix, convert
 from pydiffusion.convert.evaluation import NOISE, compare_logits
 from pydiffusion.demo import checkpoint_path, tasks
 
-N_OBSERVED, N_CASES = 30, 8
+N_OBSERVED, N_CASES = 150, 32
 
 
 def cases(model: DiffusionModel) -> list[tuple[list[int], np.ndarray]]:
@@ -52,18 +52,19 @@ def logits(model: DiffusionModel, inputs: list, given: list[np.ndarray] | None) 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", nargs="+", default=["q4_k_m", "q3_k_m", "q2_k"])
+    parser.add_argument("--threads", type=int, help="[default: all; 1 where other work shares the CPUs]")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder, (f32, imatrix, target) = checkpoint_path(), (Path(temporary) / n for n in ("f", "i", "m"))
         convert(folder, f32, "f32")
-        collect_imatrix(f32, demo_texts(f32, N_OBSERVED), imatrix)
-        with DiffusionModel(f32) as reference:
+        collect_imatrix(f32, demo_texts(f32, N_OBSERVED), imatrix, n_threads=arguments.threads)
+        with DiffusionModel(f32, n_threads=arguments.threads) as reference:
             inputs = cases(reference)
             expected = logits(reference, inputs, None)
         for type in arguments.types:
             for statistics in (None, imatrix):
                 bits = convert(folder, target, type, imatrix=statistics).bits_per_weight
-                with DiffusionModel(target) as model:
+                with DiffusionModel(target, n_threads=arguments.threads) as model:
                     found = logits(model, inputs, expected)
                 pairs = [compare_logits(a, b) for a, b in zip(expected, found, strict=True)]
                 kl, same = (np.concatenate(part) for part in zip(*pairs, strict=True))

@@ -156,12 +156,14 @@ def max_error(type_name: str, weighted: bool) -> float:
 
 
 def _is_close(found: np.ndarray, rows: np.ndarray, limit: float) -> bool:
+    """Whether their difference, which takes the place of ``found``, is within the limit."""
     squares = _row_squares(rows)
     suspects = np.flatnonzero(squares == 0)  # zeros, or so small that their squares vanish
     empty = suspects[~rows[suspects].any(axis=1)]
     if len(empty) and found[empty].any():
         return False
-    error = float(_row_squares(found - rows).sum(dtype=np.float64)) ** 0.5
+    np.subtract(found, rows, out=found)
+    error = float(_row_squares(found).sum(dtype=np.float64)) ** 0.5
     return error <= limit * float(squares.sum(dtype=np.float64)) ** 0.5 + _ABSOLUTE_ERROR * rows.size**0.5
 
 

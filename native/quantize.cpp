@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -21,6 +22,34 @@ void check_rows(ggml_type type, int64_t n_per_row) {
             ErrorKind::argument,
             format("rows of %lld are no multiple of the %lld weights of a %s block",
                    static_cast<long long>(n_per_row), static_cast<long long>(block), ggml_type_name(type)));
+    }
+}
+
+// The bytes of ggml's quantize_row_q8_0_ref, which rounds weight by weight through a call of roundf: all in
+// loops that become vector code, and a tenth of the time. `n` is a multiple of 32.
+void quantize_q8_0(const float* x, uint8_t* out, int64_t n) {
+    constexpr int64_t block = 32;
+    for (int64_t i = 0; i < n; i += block, x += block) {
+        uint32_t largest = 0;  // of absolute values, whose bits are ordered as they are
+        for (int64_t j = 0; j < block; ++j) {
+            uint32_t bits;
+            std::memcpy(&bits, x + j, sizeof bits);
+            largest = std::max(largest, bits & 0x7fffffff);
+        }
+        float max;
+        std::memcpy(&max, &largest, sizeof max);
+        const float d = max / 127.0f, inverse = d != 0.0f ? 1.0f / d : 0.0f;
+        const ggml_fp16_t d16 = ggml_fp32_to_fp16(d);
+        std::memcpy(out, &d16, sizeof d16);
+        out += sizeof d16;
+        for (int64_t j = 0; j < block; ++j) {
+            const float scaled = x[j] * inverse;
+            // Halves away from zero, as roundf. The largest float below 0.5: with 0.5 itself, what is just
+            // below a half would be rounded up.
+            const float away = scaled + std::copysign(0.49999997f, scaled);
+            out[j] = static_cast<uint8_t>(static_cast<int8_t>(static_cast<int32_t>(away)));
+        }
+        out += block;
     }
 }
 
@@ -44,7 +73,13 @@ void quantize_rows(ggml_type type, const float* rows, int64_t n_rows, int64_t n_
     const auto work = [&] {
         for (int64_t task = next++; task < n_tasks; task = next++) {
             const int64_t first = task * kRowsPerTask, n = std::min(kRowsPerTask, n_rows - first);
-            ggml_quantize_chunk(type, rows, out, first * n_per_row, n, n_per_row, importance);
+            if (type == GGML_TYPE_Q8_0) {  // which takes no importance
+                quantize_q8_0(rows + first * n_per_row,
+                              static_cast<uint8_t*>(out) + first * ggml_row_size(type, n_per_row),
+                              n * n_per_row);
+            } else {
+                ggml_quantize_chunk(type, rows, out, first * n_per_row, n, n_per_row, importance);
+            }
         }
     };
     std::vector<std::thread> threads;

@@ -37,6 +37,21 @@ def test_bytes_are_those_of_the_gguf_package(folder: Path, tmp_path: Path, type_
     assert compared >= 8
 
 
+def test_q8_0_rounds_as_the_gguf_package_does() -> None:
+    """Our own loop: halves, what is next to them, zeros, the smallest and large numbers."""
+    halves = np.arange(-127, 127.5, 0.5, dtype=np.float32)
+    near = np.concatenate(
+        [halves, np.nextafter(halves, np.float32(1e9)), np.nextafter(halves, np.float32(-1e9))]
+    )
+    blocks = np.zeros((len(near), 32), np.float32)
+    blocks[:, 0], blocks[:, 1:] = 127, near[:, None]  # a scale of 1
+    random = np.random.default_rng(0)
+    wild = random.standard_normal((4096, 32)) * 10.0 ** random.integers(-35, 6, (4096, 1))
+    for rows in (blocks, wild.astype(np.float32), np.zeros((2, 32), np.float32)):
+        expected = quants.quantize(rows, GGMLQuantizationType.Q8_0)
+        assert _native.quantize_rows(rows, "Q8_0", 1, None).tobytes() == expected.tobytes()
+
+
 @pytest.mark.parametrize("type", ["q2_k", "q3_k_l", "q4_k_m", "q5_k_m", "q6_k"])
 def test_k_quants_are_what_the_bare_kernel_makes(folder: Path, tmp_path: Path, type: str) -> None:
     """ggml_quantize_chunk on whole matrices: chunks and threads change no byte, so no error grows."""
