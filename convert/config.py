@@ -267,9 +267,11 @@ def _read_heads(text: Fields, sliding: tuple[bool, ...]) -> _Heads:
 def _read_per_layer(text: Fields, head_dim: int, num_kv: int, num_layers: int) -> tuple[list[int], list[int]]:
     dims, kv_heads = [head_dim] * num_layers, [num_kv] * num_layers
     for key, layer in text.object("per_layer_config").values.items():
-        where = f"{text.where}: per_layer_config: {key}"
         if not (key.isascii() and key.isdecimal() and len(key) <= 6 and int(key) < num_layers):
-            raise ConversionError(f"{where}: no number of a layer (0 to {num_layers - 1})")
+            raise ConversionError(
+                f"{text.where}: per_layer_config: {key!r:.60}: no number of a layer (0 to {num_layers - 1})"
+            )
+        where = f"{text.where}: per_layer_config: {key}"
         if not isinstance(layer, dict):
             raise ConversionError(f"{where}: should be an object, is {layer!r:.60}")
         fields = Fields(layer, where, text.notes)

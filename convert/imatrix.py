@@ -130,9 +130,16 @@ def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
         path,
         entries,
         tuple(datasets) if isinstance(datasets, list) else (),
-        int(metadata.get("imatrix.chunk_count", 0)),
-        int(metadata.get("imatrix.chunk_size", 0)),
+        _count(path, metadata, "imatrix.chunk_count"),
+        _count(path, metadata, "imatrix.chunk_size"),
     )
+
+
+def _count(path: Path, metadata: Mapping[str, object], key: str) -> int:
+    value = metadata.get(key, 0)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ModelFormatError(f"{path}: key {key!r} is {value!r:.60}; it must be a count")
+    return value
 
 
 def write_imatrix(

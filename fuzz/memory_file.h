@@ -4,6 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 // Its content becomes `data` and then `n_zeros` zeros, which take no memory. One file per process.
 std::string memory_file(const uint8_t* data, size_t size, size_t n_zeros);
+
+// The same with these bytes behind the header, from the next multiple of 32 on.
+std::string memory_file(const uint8_t* data, size_t size, const std::vector<uint8_t>& tail);

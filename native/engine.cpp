@@ -166,7 +166,21 @@ Engine::Pool& Engine::pool() {
     return *current;  // another thread of the child was faster
 }
 
+namespace {
+
+std::atomic<unsigned> n_stops{0};
+
+struct Abort {
+    const std::function<bool()>& cancelled;
+    const unsigned n_stops_before = n_stops;
+};
+
+}  // namespace
+
+void Engine::stop() { ++n_stops; }
+
 void Engine::compute(ggml_cgraph* graph, const std::function<bool()>& cancelled) {
+    Abort abort{cancelled};
     Pool& pool = this->pool();
     const std::lock_guard<std::mutex> turn(pool.turn);
     // For what the kernels and our own operations allocate in the pool's threads, where nothing may throw.
@@ -179,8 +193,11 @@ void Engine::compute(ggml_cgraph* graph, const std::function<bool()>& cancelled)
         pool.work_size = plan.work_size;
     }
     plan.work_data = pool.work.get();
-    plan.abort_callback = [](void* test) { return (*static_cast<const std::function<bool()>*>(test))(); };
-    plan.abort_callback_data = const_cast<std::function<bool()>*>(&cancelled);
+    plan.abort_callback = [](void* data) {
+        const auto* abort = static_cast<const Abort*>(data);
+        return abort->cancelled() || n_stops != abort->n_stops_before;
+    };
+    plan.abort_callback_data = &abort;
     const ggml_status status = ggml_graph_compute(graph, &plan);
     if (status == GGML_STATUS_ABORTED) throw Error(ErrorKind::cancelled, "cancelled");
     if (status == GGML_STATUS_ALLOC_FAILED)

@@ -53,6 +53,9 @@ class Engine {
     // Held while a device computes: sessions take turns.
     std::unique_lock<std::mutex> device_turn() const;
 
+    // Cancels whatever any engine computes now. For the process's end; what begins afterwards is not touched.
+    static void stop();
+
   private:
     friend class Workspace;
 

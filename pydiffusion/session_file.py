@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -67,14 +67,20 @@ def load(session: Session, path: Path) -> None:
     try:
         with safe_open(path, framework="numpy") as file:
             _check(path, session.model, file.metadata() or {})
-            tokens = file.get_tensor("tokens")
-            rows = [(file.get_tensor(f"k.{i}"), file.get_tensor(f"v.{i}")) for i in range(n_layer)]
-        if tokens.dtype != np.int32 or any(array.dtype != np.uint8 for pair in rows for array in pair):
-            raise ValueError("its arrays have other types than a session's")
+            tokens = _array(file, "tokens", "I32")
+            rows = [(_array(file, f"k.{i}", "U8"), _array(file, f"v.{i}", "U8")) for i in range(n_layer)]
         session._native.restore(tokens, rows)
     except (SafetensorError, ValueError, TypeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelFormatError(f"{path}: no session that can be used here: {reason}") from error
+
+
+def _array(file: Any, name: str, dtype: str) -> np.ndarray:
+    """An array, whose type is looked at before it is read: numpy hasn't got all that there are."""
+    found = file.get_slice(name).get_dtype()
+    if found != dtype:
+        raise ValueError(f"{name} is of type {found}, not {dtype}")
+    return file.get_tensor(name)
 
 
 def _metadata(model: DiffusionModel) -> dict[str, str]:

@@ -196,7 +196,21 @@ class ScriptedNative:
             if self._cancelled.wait(max(0.0, end - time.monotonic())):
                 self._enter()
         self._model.n_steps += 1
-        return self._steps.pop(0)
+        self._last = self._steps.pop(0)
+        return self._last
+
+    def candidates(self, k: int, extra: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of a guided step: this model likes all tokens alike."""
+        tokens = np.tile(np.arange(k, dtype=np.int32), (CANVAS, 1))
+        return tokens, np.zeros((CANVAS, k), np.float32), np.zeros((CANVAS, len(extra)), np.float32)
+
+    def impose(self, tokens: np.ndarray) -> SimpleNamespace:
+        """The guided step just taken, with these tokens."""
+        self._last.draft = tokens
+        if self._last.canvas_done:
+            ends = np.flatnonzero(tokens == 1)
+            self._last.tokens = tokens[: ends[0]] if len(ends) else tokens
+        return self._last
 
     def _enter(self) -> None:
         if self._cancelled.is_set():

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
+from gguf_mutator import BOOL, F32, F64, I32, RawGguf, read_gguf
 from reference.random_checkpoint import SHAPES, random_ids, text_tensors
 from support import finish
 from test_convert_files import NEED_IMATRIX, fields_of, read_tensors
@@ -220,6 +221,32 @@ def test_damaged_and_foreign_files_are_refused(
     with pytest.raises(ConversionError, match="too short"):
         collect_imatrix(model_path, "a", tmp_path / "m.gguf")
     assert {path.name for path in tmp_path.iterdir()} == {"i.gguf"}
+
+
+def small_file(path: Path) -> RawGguf:
+    """A good file of one entry, taken apart."""
+    write_imatrix(path, {"a.weight": Entry(np.ones((1, 4), np.float32), np.ones(1, np.float32))}, [], 3, 8)
+    return read_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("type", "value"), [(F64, float("inf")), (F32, float("nan")), (BOOL, True), (I32, -1)]
+)
+def test_counts_that_are_none_are_refused(tmp_path: Path, type: int, value: object) -> None:
+    """Found by fuzzing: an infinite count ended in an OverflowError."""
+    file = small_file(tmp_path / "i.gguf")
+    file.set("imatrix.chunk_count", type, value)
+    with pytest.raises(ModelFormatError, match="chunk_count"):
+        read_imatrix(file.write(tmp_path / "i.gguf"))
+
+
+def test_names_that_are_no_utf8_are_read(tmp_path: Path) -> None:
+    """Found by fuzzing: such a tensor could be listed but its bytes not be asked for."""
+    file = small_file(tmp_path / "i.gguf")
+    for tensor in file.tensors:
+        tensor.name = b"\xff\x80" + tensor.name
+    entries = read_imatrix(file.write(tmp_path / "i.gguf")).entries
+    assert list(entries) == ["\udcff\udc80a.weight"]
 
 
 def test_an_entry_that_nothing_reached_is_left_out(tmp_path: Path) -> None:

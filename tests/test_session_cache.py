@@ -139,3 +139,23 @@ def test_broken_session_files_are_refused(model: DiffusionModel, tmp_path: Path)
     assert refused > 180  # the rest are the header's padding and the order of its keys
     with pytest.raises(FileNotFoundError):
         model.load_session(tmp_path / "missing")
+
+
+def test_arrays_of_types_that_numpy_lacks_are_refused(model: DiffusionModel, tmp_path: Path) -> None:
+    """Found by fuzzing: such a type ended in an AttributeError of the library that reads the file."""
+    session = model.new_session()
+    session.encode(prompt(model, 20))
+    path = tmp_path / "session.safetensors"
+    session.save(path)
+    whole = path.read_bytes()
+    for dtype in (b'"F8_E4M3"', b'"I8"'):
+        _retyped(path, whole, dtype)
+        with pytest.raises(ModelFormatError, match="is of type"):
+            model.load_session(path)
+
+
+def _retyped(path: Path, whole: bytes, dtype: bytes) -> None:
+    """The file with its first array of bytes called another type."""
+    n = int.from_bytes(whole[:8], "little")
+    header = whole[8 : 8 + n].replace(b'"U8"', dtype, 1)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + n :])

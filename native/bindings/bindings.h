@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -41,6 +42,8 @@ std::vector<T> to_vector(const Array1<T>& array) {
 
 // Text from a file may be no UTF-8; the bytes survive as surrogates.
 nb::object to_str(const std::string& text);
+// The other way: such a name, or a path that the system gave, is found again.
+std::string from_str(const nb::str& text);
 
 // Without the interpreter's lock while it lives. When the interpreter is ending, it ends the threads that ask
 // for the lock by unwinding their stacks; since much of ours may not be unwound, such a thread sleeps until
@@ -56,23 +59,14 @@ class WithoutGil {
     PyThreadState* state_;
 };
 
-// With it, on a thread that gave it up.
-class WithGil {
-  public:
-    WithGil();
-    ~WithGil() { PyGILState_Release(state_); }
-    WithGil(const WithGil&) = delete;
-    WithGil& operator=(const WithGil&) = delete;
-
-  private:
-    PyGILState_STATE state_;
-};
+// Calls something that needs the lock on a thread that gave it up. Nothing but std::exception comes out.
+void with_gil(const std::function<void()>& call);
 
 // Runs the handlers of signals that arrived; throws what they raise (KeyboardInterrupt). Takes the GIL
 // itself.
 void check_signals();
 
-// Learns of the interpreter's end.
+// Registers what the interpreter's end has to do: computing threads are stopped and put to sleep.
 void watch_for_the_end();
 
 // The Python exception that an exception of ours becomes when it is thrown to Python.

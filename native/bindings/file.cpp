@@ -73,16 +73,18 @@ void bind_file(nb::module_& m) {
         "Raises ModelFormatError, naming key or tensor, when anything in it is not as the format asks.")
         .def(
             "__init__",
-            [](File* self, const std::string& path) {
+            [](File* self, const nb::str& path) {
+                const std::string name = from_str(path);
                 const WithoutGil release;
-                new (self) File(path);
+                new (self) File(name);
             },
             nb::arg("path"))
         .def_static(
             "open_whole",
-            [](const std::string& path) {
+            [](const nb::str& path) {
+                const std::string name = from_str(path);
                 const WithoutGil release;
-                return File::open_whole(path);
+                return File::open_whole(name);
             },
             nb::arg("path"),
             "A file; of a split one, whose first part is given, all parts as the file that was split.")
@@ -124,11 +126,12 @@ void bind_file(nb::module_& m) {
                      })
         .def(
             "tensor_bytes",
-            [](nb::handle self, const std::string& name) {
+            [](nb::handle self, const nb::str& name) {
                 const File& file = nb::cast<const File&>(self);
-                const TensorInfo* tensor = file.find_tensor(name);
+                const TensorInfo* tensor = file.find_tensor(from_str(name));
                 if (!tensor)
-                    throw Error(ErrorKind::argument, file.path() + ": has no tensor " + quoted(name));
+                    throw Error(ErrorKind::argument,
+                                file.path() + ": has no tensor " + quoted(from_str(name)));
                 return nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(
                     file.tensor_data(*tensor), {static_cast<size_t>(tensor->n_bytes)}, self);
             },

@@ -57,9 +57,10 @@ PyModel load_model(const std::string& path, int n_threads, const std::string& kv
     }
     const bool report = !progress.is_none();
     const auto read_ahead = [&](double share) {
-        const WithGil gil;
-        if (PyErr_CheckSignals() != 0) throw nb::python_error();
-        if (report) progress(share);
+        with_gil([&] {
+            if (PyErr_CheckSignals() != 0) throw nb::python_error();
+            if (report) progress(share);
+        });
     };
     const WithoutGil release;
     PyModel result;
@@ -128,9 +129,10 @@ nb::dict description(const PyModel& m) {
 // Calls `progress(done, total)` after each chunk of a prompt, and lets Ctrl-C through.
 std::function<void(int32_t)> between_chunks(const nb::object& progress, size_t total) {
     return [&progress, total](int32_t done) {
-        const WithGil gil;
-        if (PyErr_CheckSignals() != 0) throw nb::python_error();
-        if (!progress.is_none()) progress(done, total);
+        with_gil([&] {
+            if (PyErr_CheckSignals() != 0) throw nb::python_error();
+            if (!progress.is_none()) progress(done, total);
+        });
     };
 }
 
@@ -317,11 +319,11 @@ void bind_model(nb::module_& m) {
     nb::class_<PyModel>(m, "Model", "Weights and hyperparameters; immutable, shared by sessions and threads.")
         .def(
             "__init__",
-            [](PyModel* self, const std::string& path, int n_threads, const std::string& kv_type,
+            [](PyModel* self, const nb::str& path, int n_threads, const std::string& kv_type,
                const nb::object& progress, const std::string& device, int32_t n_gpu_layers, int32_t n_cpu_moe,
                uint64_t memory_limit, int64_t n_ctx) {
                 new (self)
-                    PyModel(load_model(path, n_threads, kv_type,
+                    PyModel(load_model(from_str(path), n_threads, kv_type,
                                        {device, n_gpu_layers, n_cpu_moe, memory_limit, n_ctx}, progress));
             },
             nb::arg("path"), nb::arg("n_threads"), nb::arg("kv_type") = "auto",

@@ -1,0 +1,89 @@
+// A device error in the middle of everything: the k-th graph that is computed fails, for every k, before or
+// after it was computed. Each is a typed error; afterwards the same session computes what an undisturbed one
+// does.
+//   build/fuzz/inject_errors MODEL.gguf
+#include <cstdio>
+#include <cstdlib>
+
+#include "errors.h"
+#include "session.h"
+
+namespace {
+
+int n_until_failure = -1;  // graphs; below 0: none fails
+bool fails_afterwards = false;
+ggml_status failure = GGML_STATUS_FAILED;
+
+void require(bool ok, const char* what) {
+    if (ok) return;
+    std::fprintf(stderr, "wrong: %s\n", what);
+    std::exit(1);
+}
+
+}  // namespace
+
+// The linker puts the second in the place of the first (-Wl,--wrap).
+extern "C" ggml_status __real_ggml_graph_compute(ggml_cgraph* graph, ggml_cplan* plan);
+extern "C" ggml_status __wrap_ggml_graph_compute(ggml_cgraph* graph, ggml_cplan* plan) {
+    const bool fails = n_until_failure >= 0 && n_until_failure-- == 0;
+    if (fails && !fails_afterwards) return failure;
+    const ggml_status status = __real_ggml_graph_compute(graph, plan);
+    return fails ? failure : status;
+}
+
+namespace {
+
+const std::vector<int32_t> kPrompt = {2, 5, 9, 40, 41, 42, 43};
+
+std::vector<int32_t> converse(pydiffusion::Session& session) {
+    const auto ignore = [](int32_t) {};
+    const pydiffusion::Session::Use use(session);  // as the bindings do: an error ends the generation
+    session.truncate(0, ignore);
+    session.encode(kPrompt, ignore, nullptr);
+    pydiffusion::GenerationParams params;
+    params.max_tokens = 3 * session.model().hparams.canvas_length;
+    params.steps = 4;
+    params.confidence_threshold = 0.0f;
+    session.begin(params);
+    std::vector<int32_t> answer;
+    pydiffusion::StepResult step;
+    while (session.next_step(step, ignore))
+        answer.insert(answer.end(), step.tokens.begin(), step.tokens.end());
+    return answer;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    require(argc == 2, "usage: inject_errors MODEL.gguf");
+    const auto file = std::make_shared<pydiffusion::File>(argv[1]);
+    const auto model =
+        std::make_shared<pydiffusion::Model>(file, 1, "cpu", pydiffusion::Placement(), [](double) {});
+    pydiffusion::Session fresh(model, 64, GGML_TYPE_F32), session(model, 64, GGML_TYPE_F32);
+    const std::vector<int32_t> expected = converse(fresh);
+    require(!expected.empty(), "no answer");
+    int n_failed = 0;
+    for (const ggml_status status : {GGML_STATUS_FAILED, GGML_STATUS_ALLOC_FAILED}) {
+        for (const bool afterwards : {false, true}) {
+            for (int k = 0;; ++k) {
+                n_until_failure = k;
+                fails_afterwards = afterwards;
+                failure = status;
+                try {
+                    converse(session);
+                    n_until_failure = -1;
+                    break;  // there are only k graphs
+                } catch (const pydiffusion::Error& error) {
+                    const bool memory = error.kind() == pydiffusion::ErrorKind::out_of_memory;
+                    require(memory == (status == GGML_STATUS_ALLOC_FAILED), error.what());
+                    ++n_failed;
+                }
+                pydiffusion::StepResult step;
+                require(!session.next_step(step, [](int32_t) {}), "the generation goes on after its error");
+                require(converse(session) == expected, "another answer after an error");
+            }
+        }
+    }
+    require(n_failed >= 4 * 14, "too few graphs");
+    std::printf("%d errors injected\n", n_failed);
+}

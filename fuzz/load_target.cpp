@@ -1,0 +1,85 @@
+// The whole loader on headers that nearly are a model's, with a data section of small numbers: weights,
+// session, prompt, two canvases of two steps. A typed error, or tokens of the vocabulary.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "errors.h"
+#include "memory_file.h"
+#include "session.h"
+
+namespace {
+
+constexpr size_t kDataBytes = size_t{1} << 20;
+// What a key may ask for without any tensor to show for it; a session of it takes its time and is no fault.
+constexpr int32_t kMaxCanvas = 32, kMaxSteps = 1000;
+
+void require(bool ok) {
+    if (!ok) std::abort();
+}
+
+// Floats between -0.06 and 0.06, which are also bytes of every kind for the quantized types.
+const std::vector<uint8_t>& weights() {
+    static const std::vector<uint8_t> bytes = [] {
+        std::vector<uint8_t> out(kDataBytes);
+        uint32_t state = 1;
+        for (size_t i = 0; i < out.size(); i += sizeof(float)) {
+            state = state * 1664525u + 1013904223u;
+            const float value = (static_cast<float>(state >> 8) / 16777216.0f - 0.5f) * 0.12f;
+            std::memcpy(&out[i], &value, sizeof value);
+        }
+        return out;
+    }();
+    return bytes;
+}
+
+void check_tokens(const std::vector<int32_t>& tokens, int32_t n_vocab) {
+    for (const int32_t token : tokens) require(token >= 0 && token < n_vocab);
+}
+
+// How far inputs came, told at the end: a target that refuses all of them tries nothing.
+struct Count {
+    size_t n_inputs = 0, n_opened = 0, n_done = 0;
+    ~Count() { std::fprintf(stderr, "%zu inputs: %zu loaded, %zu denoised\n", n_inputs, n_opened, n_done); }
+} count;
+
+void use(const std::shared_ptr<const pydiffusion::Model>& model) {
+    const pydiffusion::Hyperparameters& hp = model->hparams;
+    ++count.n_opened;
+    if (hp.canvas_length > kMaxCanvas || hp.sampler.steps > kMaxSteps) return;
+    const int32_t n_ctx = std::min(hp.n_ctx_train, 3 * hp.canvas_length + 8);
+    pydiffusion::Session session(model, n_ctx, GGML_TYPE_F16);
+    session.encode({hp.n_vocab - 1, 0, hp.n_vocab / 2}, [](int32_t) {}, nullptr);
+    pydiffusion::GenerationParams params;
+    params.max_tokens = 2 * hp.canvas_length;
+    params.steps = 2;
+    params.t_min = hp.sampler.t_min;
+    params.t_max = hp.sampler.t_max;
+    params.entropy_bound = hp.sampler.entropy_bound;
+    params.stability_threshold = hp.sampler.stability_threshold;
+    params.confidence_threshold = hp.sampler.confidence_threshold;
+    session.begin(params);
+    pydiffusion::StepResult step;
+    while (session.next_step(step, [](int32_t) {})) {
+        check_tokens(step.draft, hp.n_vocab);
+        check_tokens(step.canvas, hp.n_vocab);
+        for (const float entropy : step.entropy) require(std::isfinite(entropy));
+    }
+    require(session.n_past() <= n_ctx);
+    ++count.n_done;
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    ++count.n_inputs;
+    try {
+        const auto file = pydiffusion::File::open_whole(memory_file(data, size, weights()));
+        use(std::make_shared<pydiffusion::Model>(file, 1, "cpu", pydiffusion::Placement(), [](double) {}));
+    } catch (const pydiffusion::Error& error) {
+        require(std::string(error.what()).find('\n') == std::string::npos);
+    }
+    return 0;
+}

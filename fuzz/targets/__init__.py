@@ -1,0 +1,31 @@
+"""Fuzz targets in Python. Each has ``make(random) -> input``, ``one(input) -> outcome`` and ``close()``;
+``one`` raises where something came out that must not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+#: Name -> (module, class).
+TARGETS = {
+    "model": ("files", "ModelTarget"),
+    "tokenizer": ("files", "TokenizerTarget"),
+    "imatrix": ("files", "ImatrixTarget"),
+    "session": ("files", "SessionTarget"),
+    "template": ("template", "Target"),
+    "folder": ("folder", "Target"),
+    "body": ("body", "Target"),
+}
+
+_TESTS = Path(__file__).resolve().parent.parent.parent / "tests"
+if str(_TESTS) not in sys.path:
+    sys.path.insert(0, str(_TESTS))
+
+
+def make_target(name: str, folder: Path) -> Any:
+    """The target of that name, with what it needs made in ``folder``."""
+    module, kind = TARGETS[name]
+    return getattr(importlib.import_module(f"{__name__}.{module}"), kind)(folder)

@@ -1,0 +1,86 @@
+"""Hugging Face folders: config, generation config, tokenizer, index, the safetensors' headers and bytes."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import convert_folders
+
+from pydiffusion.convert import convert
+from pydiffusion.errors import PyDiffusionError
+
+from .files import refusal
+from .mutation import damaged, mutated
+
+_SHARD = "model-00001-of-00002.safetensors"
+_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "model.safetensors.index.json", _SHARD,
+)  # fmt: skip
+
+
+class Target:
+    """A conversion succeeds, or ends in a typed error of one line with nothing left behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = convert_folders.make_folder(folder / "small", n_shards=2)
+        self._output = folder / "output"
+        self._output.mkdir()
+        self._good = {name: (self._folder / name).read_bytes() for name in _FILES}
+        self._changed: str | None = None
+        assert self.one((_FILES[0], self._good[_FILES[0]])) == "done"
+
+    def close(self) -> None:
+        pass
+
+    def make(self, draw: random.Random) -> tuple[str, bytes]:
+        """An input: a file's name and its bytes."""
+        name = draw.choice(_FILES)
+        good = self._good[name]
+        if name == _SHARD:
+            return name, self._shard(draw, good)
+        if draw.random() < 0.15:
+            return name, damaged(draw, good)
+        return name, _json(mutated(draw, json.loads(good)))
+
+    def _shard(self, draw: random.Random, good: bytes) -> bytes:
+        (length,) = struct.unpack("<Q", good[:8])
+        if draw.random() < 0.2:
+            return damaged(draw, good[: 8 + length]) + good[8 + length :]
+        header = _json(mutated(draw, json.loads(good[8 : 8 + length])))
+        claimed = len(header) if draw.random() < 0.9 else draw.choice((0, 1, 2**32, 2**63, 2**64 - 1, length))
+        body = good[8 + length :]
+        return (
+            struct.pack("<Q", claimed)
+            + header
+            + (body if draw.random() < 0.9 else body[: draw.randrange(len(body))])
+        )
+
+    def one(self, given: tuple[str, bytes]) -> str:
+        """Convert the folder with this file in place of its own."""
+        name, data = given
+        if self._changed not in (None, name):
+            (self._folder / self._changed).write_bytes(self._good[self._changed])
+        (self._folder / name).write_bytes(data)
+        self._changed = name
+        target = self._output / "m.gguf"
+        try:
+            convert(self._folder, target, "q8_0")
+            target.unlink()
+            outcome = "done"
+        except PyDiffusionError as error:
+            outcome = refusal(error)
+            assert len(str(error)) < 2000
+        assert list(self._output.iterdir()) == []
+        return outcome
+
+
+def _json(value: Any) -> bytes:
+    try:
+        return json.dumps(value).encode()
+    except RecursionError:
+        return b"[" * 100_000

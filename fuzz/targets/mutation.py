@@ -1,0 +1,145 @@
+"""Changes to JSON values, texts and bytes: something valid, with one thing or a few made odd."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+NUMBERS: list[int | float] = [
+    0, 1, -1, 2, 3, 7, 8, 16, 255, 256, 1024, 65535, 65536, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1,
+    2**63, 2**64,
+    -(2**31), -(2**63), -(2**64), 10**30, 10**400, 0.0, -0.0, 0.5, 1e-9, 5e-324, 1e30, 1e308, -1.5,
+]  # fmt: skip
+TEXTS = [
+    "", " ", "a", "auto", "none", "text", "\x00", "a\x00b", "\n", "é", "\u2581", "\ufffd", "\U0001f600",
+    "\ud800",
+    "x\udfffy", "\u202e", "{{ 1 }}", "%s", "../..", "/", "<bos>", "<|turn>", "<|hole|>", "<|hole:3|>", "0",
+    "1e3",
+    "true", "null", "[", "(", "a{99999}", "\\", "\\p{L}+", "x" * 300,
+]  # fmt: skip
+
+
+def number(draw: random.Random) -> int | float:
+    """A number at which something may break, or any."""
+    kind = draw.randrange(4)
+    if kind == 0:
+        return draw.randrange(-(2**33), 2**33)
+    return draw.uniform(-3, 3) if kind == 1 else draw.choice(NUMBERS)
+
+
+def text(draw: random.Random) -> str:
+    """A text at which something may break, or any of a few characters."""
+    if draw.random() < 0.7:
+        return draw.choice(TEXTS)
+    return "".join(
+        chr(draw.choice((draw.randrange(128), draw.randrange(0x3000)))) for _ in range(draw.randrange(9))
+    )
+
+
+def json_value(draw: random.Random, depth: int = 3) -> Any:
+    """Any JSON value, of no great depth but for a rare one."""
+    kind = draw.randrange(8 if depth else 5)
+    if kind == 7 and draw.random() < 0.05:
+        return nested(draw.choice((50, 500, 3000)), draw.random() < 0.5)
+    if kind in (0, 1):
+        return number(draw)
+    if kind in (2, 3):
+        return text(draw)
+    if kind == 4:
+        return draw.choice((None, True, False))
+    if kind == 5:
+        return {text(draw): json_value(draw, depth - 1) for _ in range(draw.randrange(4))}
+    return [json_value(draw, depth - 1) for _ in range(draw.randrange(4))]
+
+
+def nested(depth: int, in_lists: bool) -> Any:
+    """A value of that depth."""
+    value: Any = 1
+    for _ in range(depth):
+        value = [value] if in_lists else {"a": value}
+    return value
+
+
+def places(value: Any, depth: int = 6) -> list[tuple[Any, Any]]:
+    """Holder and key of every value within a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = []
+    for key, inner in items:
+        found.append((value, key))
+        if depth:
+            found += places(inner, depth - 1)
+    return found
+
+
+def mutated(draw: random.Random, value: Any, other: Any = None) -> Any:
+    """A copy with one value in it replaced, removed, renamed, doubled or slightly changed; seldom more.
+
+    other: a value of the same kind that may lend parts of itself.
+    """
+    if draw.random() < 0.01:
+        return json_value(draw)
+    value = copy.deepcopy(value)
+    for _ in range(1 if draw.random() < 0.7 else draw.randrange(2, 4)):
+        where = places(value)
+        if not where:
+            return json_value(draw)
+        holder, key = draw.choice(where)
+        try:
+            _change(draw, holder, key, where, other)
+        except RecursionError:  # what is nested too deeply to be copied is odd enough
+            break
+    return value
+
+
+def _change(draw: random.Random, holder: Any, key: Any, where: list[tuple[Any, Any]], other: Any) -> None:
+    action = draw.randrange(8)
+    old = holder[key]
+    if action == 0 and isinstance(holder, dict):
+        holder[text(draw)] = holder.pop(key)
+    elif action == 1:
+        del holder[key]
+    elif action == 2 and isinstance(holder, list):
+        holder.insert(draw.randrange(len(holder) + 1), copy.deepcopy(old))
+    elif action == 3:
+        source, name = draw.choice(places(other) if other else where)
+        holder[key] = copy.deepcopy(source[name])
+    elif action == 4 and isinstance(old, (str, int, float)):
+        holder[key] = _near(draw, old)
+    elif action == 5 and isinstance(holder, dict):
+        holder[text(draw)] = json_value(draw)
+    else:
+        holder[key] = json_value(draw)
+
+
+def _near(draw: random.Random, old: Any) -> Any:
+    """Another type's spelling of nearly the same value."""
+    if isinstance(old, bool):
+        return draw.choice((int(old), str(old), not old))
+    if isinstance(old, str):
+        at = draw.randrange(len(old) + 1)
+        return draw.choice(
+            (old[:at], old[:at] + text(draw) + old[at:], old * 2, old.upper(), [old], old + " ")
+        )
+    return draw.choice(
+        (old + 1, old - 1, -old, old * 2, float(min(old, 2**1000)), str(old), [old], old * 2**20)
+    )
+
+
+def damaged(draw: random.Random, data: bytes) -> bytes:
+    """A few bytes changed, cut out, put in or cut off."""
+    out = bytearray(data)
+    for _ in range(draw.randrange(1, 4)):
+        at = draw.randrange(len(out) + 1)
+        action = draw.randrange(6)
+        if action == 0:
+            del out[at : at + draw.randrange(1, 9)]
+        elif action == 1:
+            out[at:at] = bytes(
+                draw.choice((0, 0x7F, 0x80, 0xFF, draw.randrange(256))) for _ in range(draw.randrange(1, 9))
+            )
+        elif action == 2 and draw.random() < 0.3:
+            del out[at:]
+        elif at < len(out):
+            out[at] = draw.choice((0, 1, 0x7F, 0x80, 0xFF, out[at] ^ (1 << draw.randrange(8))))
+    return bytes(out)
