@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
-
 from .errors import ModelFormatError
 
 # The largest value of a signed 32-bit count: what the native loop takes.
@@ -104,9 +102,10 @@ def _json_schema(value: Any) -> str:
 
 
 def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
+    value = value.item() if hasattr(value, "item") else value  # numpy's
+    if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; permitted are True and False")
-    return bool(value)
+    return value
 
 
 def _regex(value: Any) -> str:

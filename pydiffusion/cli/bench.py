@@ -38,7 +38,7 @@ def command(
         raise typer.BadParameter("give either --model or --synthetic")
     arguments = common.placement(place)
     n_threads = arguments.pop("n_threads") or available_cpus()
-    n_ctx = arguments.pop("n_ctx") if place["ctx"] else None
+    n_ctx = arguments.pop("n_ctx") and place["ctx"]  # by itself as much as the run needs
     before = None if against is None else _read_figures(against)
     with tempfile.TemporaryDirectory(prefix="pydiffusion-bench-") as folder:
         path = model if model is not None else _make(synthetic, type, Path(folder))
