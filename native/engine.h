@@ -42,6 +42,7 @@ class Engine {
     // Whether graphs consist of operations that every backend has, and what goes on beside the layers is the
     // kernels'; else our own operations for the processor are in the graph.
     bool on_device() const { return kernels_ != nullptr; }
+    bool has_gpu() const { return gpu_ != nullptr; }
     StepKernels& kernels() const { return *kernels_; }
     // Whether the device itself has this operation with these operands.
     bool device_supports(const ggml_tensor* node) const;

@@ -40,6 +40,13 @@ KvCache::KvCache(const Hyperparameters& hp, const Engine& engine, const Placemen
         throw Error(ErrorKind::out_of_memory, "no memory for the cache's description");
     for (int32_t i = 0; i < hp.n_layer; ++i) {
         const LayerShape& shape = hp.layers[i];
+        if (shape.head_dim % ggml_blck_size(type) != 0) {
+            throw Error(
+                ErrorKind::argument,
+                format("a cache of %s needs heads of a multiple of %lld; this model has some of %d: "
+                       "choose another kv_type",
+                       ggml_type_name(type), static_cast<long long>(ggml_blck_size(type)), shape.head_dim));
+        }
         ggml_context* context = placement.layer(i) ? context_.get() : host_context_.get();
         const int64_t width = int64_t{shape.head_dim} * shape.n_head_kv;
         // Behind the last row there is room for those that fill a mask up.

@@ -48,7 +48,7 @@ double measure_matrix_rate(int n_threads, ggml_type type, const std::string& dev
     constexpr int64_t n = 4096, n_columns = 256, n_rows_made = 32;
     Engine engine(n_threads, device);
     Workspace workspace(engine);
-    const int n_products = engine.on_device() ? 64 : 1;  // one takes a GPU no longer than its launch
+    const int n_products = engine.has_gpu() ? 64 : 1;  // one takes a GPU no longer than its launch
     std::vector<float> rows(n_rows_made * n);
     for (size_t i = 0; i < rows.size(); ++i)
         rows[i] = static_cast<float>(i * 2654435761u % 1000) / 1000.0f - 0.5f;

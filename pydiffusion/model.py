@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 DEFAULT_N_CTX = 8192
 _N_AUTOMATA = 16
-_KV_TYPES = ("auto", "f32", "f16")
+_KV_TYPES = ("auto", "f32", "f16", "q8_0")
 
 
 class DiffusionModel:
@@ -68,7 +68,8 @@ class DiffusionModel:
         n_gpu_layers: layers on the GPU, the last ones; 0 for none. "auto" takes what fits its free memory,
             and all on the processor where there is no GPU.
         n_threads: None takes as many as there are CPUs that this process may use.
-        kv_type: type of the cache, "auto", "f32" or "f16".
+        kv_type: type of the cache, "auto", "f32", "f16" or "q8_0" (half of f16's size, for models whose heads
+            are multiples of 32).
         progress: called with the share of the file that is loaded, 0 to 1.
         n_cpu_moe: layers, the last ones, whose experts stay with the processor; None: as few as needed.
         device: "auto" (the GPU with the most free memory), "cpu", or a name out of ``devices()``.

@@ -115,6 +115,32 @@ F16_CACHE_MEAN, F16_CACHE_MAX = 1e-2, 1e-1
 F16_ROUTER_GAP, F16_CACHE_TIED_MEAN = 1e-3, 0.5
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_q8_0_cache(source: str, f32_model: Callable, report: Callable[[str], None]) -> None:
+    """Eight bits for keys and values: about what Q8_0 weights cost, at half the memory of float16."""
+    n_bytes = {}
+    for kv_type in ("f16", "q8_0"):
+        n_bytes[kv_type] = _native.Session(f32_model(source, kv_type), 128).cache_bytes
+    assert n_bytes["q8_0"] == pytest.approx(n_bytes["f16"] * 34 / 64, rel=0.02)
+    for name in CASES:
+        golden = case(load_golden(f"logits-{source}"), name)
+        session = _native.Session(f32_model(source, "q8_0"), 128)
+        encode_case(session, golden)
+        for key, logits in denoise_case(session, golden).items():
+            difference = compare(logits, golden[key])
+            report(f"F32, cache q8_0, {source}, {name}, {key}: {difference}")
+            assert difference.mean <= Q8_0_CACHE_MEAN, difference
+
+
+Q8_0_CACHE_MEAN = 1.0
+
+
+def test_a_q8_0_cache_needs_heads_that_fit(gguf_file: Callable) -> None:
+    model = _native.Model(str(gguf_file("tiny", "f32", seed=0, dtype="f32")), 1, kv_type="q8_0")
+    with pytest.raises(ValueError, match="heads of a multiple of 32; this model has some of 16"):
+        _native.Session(model, 64)
+
+
 def test_self_conditioning_matters(f32_model: Callable) -> None:
     """The goldens can tell a runtime that ignores self-conditioning: its effect is far beyond the bounds."""
     golden = load_golden("logits-small-f32")

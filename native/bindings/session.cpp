@@ -18,6 +18,7 @@ namespace pydiffusion {
 namespace {
 
 ggml_type cache_type(const File& file, const std::string& kv_type) {
+    if (kv_type == "q8_0") return GGML_TYPE_Q8_0;
     // An F32 file is asked for exactness: its keys and values stay exact too.
     const bool exact = std::all_of(file.tensors().begin(), file.tensors().end(),
                                    [](const TensorInfo& tensor) { return tensor.type == GGML_TYPE_F32; });
@@ -52,8 +53,9 @@ Placement place(const File& file, const Wish& wish, ggml_type kv_type) {
 PyModel load_model(const std::string& path, int n_threads, const std::string& kv_type, Wish wish,
                    const nb::object& progress) {
     if (n_threads < 1 || n_threads > 512) throw Error(ErrorKind::argument, "n_threads must be 1 to 512");
-    if (kv_type != "auto" && kv_type != "f32" && kv_type != "f16") {
-        throw Error(ErrorKind::argument, "kv_type must be 'auto', 'f32' or 'f16', not " + quoted(kv_type));
+    if (kv_type != "auto" && kv_type != "f32" && kv_type != "f16" && kv_type != "q8_0") {
+        throw Error(ErrorKind::argument,
+                    "kv_type must be 'auto', 'f32', 'f16' or 'q8_0', not " + quoted(kv_type));
     }
     const bool report = !progress.is_none();
     const auto read_ahead = [&](double share) {

@@ -116,7 +116,8 @@ PLACE: dict[str, Any] = {
         typer.Option(help="cpu, or a GPU that `pydiffusion devices` lists. [default: the freest GPU]"),
     ],
     "cache_type": Annotated[
-        str | None, typer.Option("--cache-type", help="Type of the KV cache: f16 or f32. [default: f16]")
+        str | None,
+        typer.Option("--cache-type", help="Type of the KV cache: f32, f16 or q8_0. [default: f16]"),
     ],
 }
 
@@ -168,8 +169,8 @@ def placement(place: Mapping[str, Any]) -> dict[str, Any]:
     if layers is not None and layers != "auto" and not layers.isdecimal():
         raise typer.BadParameter(f"--gpu-layers is {layers}; permitted is auto or an integer of at least 0")
     cache_type = place.get("cache_type") or "auto"
-    if cache_type not in ("auto", "f16", "f32"):
-        raise typer.BadParameter(f"--cache-type is {cache_type}; permitted are f16 and f32")
+    if cache_type not in ("auto", "f32", "f16", "q8_0"):
+        raise typer.BadParameter(f"--cache-type is {cache_type}; permitted are f32, f16 and q8_0")
     wish: dict[str, Any] = {
         "n_gpu_layers": "auto" if layers in (None, "auto") else int(layers),
         "n_cpu_moe": place.get("n_cpu_moe"),
