@@ -14,7 +14,7 @@ Model::Model(std::shared_ptr<const File> f, int n_threads, const std::string& de
       hparams(*file),
       engine(n_threads, device),
       placement(p),
-      weights(file, hparams, placement, engine.buffer_type(), read_ahead) {
+      weights(file, hparams, placement, engine, read_ahead) {
     if (engine.on_device()) return;  // what was copied has been read
     // Touch every page once, in order: a cold file is read at the disk's speed, with progress, instead of
     // page by page in the middle of the first step.

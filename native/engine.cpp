@@ -147,6 +147,20 @@ bool Engine::device_supports(const ggml_tensor* node) const {
     return ggml_backend_supports_op(gpu_ ? gpu_.get() : cpu_.get(), node);
 }
 
+bool Engine::can_hold(ggml_type type) const {
+    const ggml_context_ptr context(ggml_init({8 * ggml_tensor_overhead(), nullptr, true}));
+    if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a tensor's description");
+    ggml_context* ctx = context.get();
+    constexpr int64_t n = 256;
+    ggml_tensor* weight = ggml_new_tensor_3d(ctx, type, n, n, 2);
+    ggml_tensor* columns = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n, 1, n);
+    ggml_tensor* ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 1, n);
+    ggml_tensor* matrix = ggml_new_tensor_2d(ctx, type, n, n);
+    ggml_tensor* rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
+    return device_supports(ggml_mul_mat_id(ctx, weight, columns, ids)) &&
+           device_supports(ggml_get_rows(ctx, matrix, rows));
+}
+
 std::unique_lock<std::mutex> Engine::device_turn() const {
     return on_device() ? std::unique_lock<std::mutex>(device_mutex_) : std::unique_lock<std::mutex>();
 }

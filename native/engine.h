@@ -47,6 +47,9 @@ class Engine {
     // Whether the device itself has this operation with these operands.
     bool device_supports(const ggml_tensor* node) const;
 
+    // Whether weights of this type can be multiplied with, and rows of it be taken, where the device is.
+    bool can_hold(ggml_type type) const;
+
     // Of what belongs to layers on the device, and of what belongs to the others.
     ggml_backend_buffer_type_t buffer_type() const;
     ggml_backend_buffer_type_t host_buffer_type() const { return ggml_backend_cpu_buffer_type(); }

@@ -45,8 +45,8 @@ bool computable(ggml_type type) {
 // Turns the file's tensors into ggml's, each checked against the shape that the hyperparameters ask for.
 class Weights::Loader {
   public:
-    Loader(Weights& weights, const File& file, const Placement& placement)
-        : weights_(weights), file_(file), placement_(placement) {
+    Loader(Weights& weights, const File& file, const Placement& placement, const Engine& engine)
+        : weights_(weights), file_(file), placement_(placement), engine_(engine) {
         const ggml_init_params params = {(file.tensors().size() + 1) * ggml_tensor_overhead(), nullptr, true};
         require_memory((size_t{8} << 20) + params.mem_size);
         weights_.context_.reset(ggml_init(params));
@@ -78,12 +78,20 @@ class Weights::Loader {
     }
 
     // Copies what the placement names, once all tensors have been asked for.
-    void upload(ggml_backend_buffer_type_t device, const std::function<void(double)>& progress) {
+    void upload(const std::function<void(double)>& progress) {
         if (uploads_.empty()) return;
+        const ggml_type of_embedding = weights_.token_embd->type;
+        if (!can_hold(of_embedding)) {  // self-conditioning reads it there
+            throw Error(ErrorKind::unsupported,
+                        file_.path() + ": the embedding's type " + ggml_type_name(of_embedding) +
+                            " can't be computed with on " + engine_.name() +
+                            ": quantize it to another (--tensor-type token_embd.weight=q6_k), or use "
+                            "n_gpu_layers=0");
+        }
         uint64_t total = 0, done = 0;
         for (const auto& [tensor, info] : uploads_) total += info->n_bytes;
         ggml_backend_buffer_t buffer =
-            ggml_backend_alloc_ctx_tensors_from_buft(weights_.device_context_.get(), device);
+            ggml_backend_alloc_ctx_tensors_from_buft(weights_.device_context_.get(), engine_.buffer_type());
         if (!buffer) {
             throw Error(ErrorKind::out_of_memory,
                         format("no memory on the device for %.2f GB of weights: choose fewer layers "
@@ -117,6 +125,11 @@ class Weights::Loader {
     }
 
   private:
+    bool can_hold(ggml_type type) {
+        const auto known = can_hold_.find(type);
+        return known != can_hold_.end() ? known->second : can_hold_[type] = engine_.can_hold(type);
+    }
+
     // A buffer over a file's mapping; null where the file's alignment is not enough.
     ggml_backend_buffer_t map(const File& file) {
         if (file.alignment() % kAlignment != 0 || file.data_offset() % kAlignment != 0) return nullptr;
@@ -138,7 +151,7 @@ class Weights::Loader {
     }
 
     ggml_tensor* place(const TensorInfo& info) {
-        const bool on_device = placement_.tensor(info.name);
+        const bool on_device = placement_.tensor(info.name) && can_hold(info.type);
         ggml_context* context = on_device ? weights_.device_context_.get() : weights_.context_.get();
         ggml_tensor* tensor =
             ggml_new_tensor(context, info.type, static_cast<int>(info.ne.size()), info.ne.data());
@@ -168,6 +181,8 @@ class Weights::Loader {
     Weights& weights_;
     const File& file_;
     const Placement& placement_;
+    const Engine& engine_;
+    std::map<ggml_type, bool> can_hold_;
     std::vector<std::pair<ggml_tensor*, const TensorInfo*>> uploads_;
     std::vector<ggml_backend_buffer_t> mapped_;  // by part
     std::map<std::string, bool> used_;
@@ -218,9 +233,9 @@ LayerWeights load_layer(Loader& load, const Hyperparameters& hp, int32_t i) {
 }  // namespace
 
 Weights::Weights(std::shared_ptr<const File> file, const Hyperparameters& hp, const Placement& placement,
-                 ggml_backend_buffer_type_t device, const std::function<void(double)>& progress)
+                 const Engine& engine, const std::function<void(double)>& progress)
     : file_(std::move(file)) {
-    Loader load(*this, *file_, placement);
+    Loader load(*this, *file_, placement, engine);
     const int64_t d = hp.n_embd, ff = hp.n_ff;
     token_embd = load.matrix("token_embd.weight", {d, hp.n_vocab});
     output = load.has("output.weight") ? load.matrix("output.weight", {d, hp.n_vocab}) : token_embd;
@@ -235,7 +250,7 @@ Weights::Weights(std::shared_ptr<const File> file, const Hyperparameters& hp, co
     }
     for (int32_t i = 0; i < hp.n_layer; ++i) layers.push_back(load_layer(load, hp, i));
     load.refuse_unknown_layer_tensors();
-    load.upload(device, progress);
+    load.upload(progress);
 }
 
 }  // namespace pydiffusion

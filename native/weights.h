@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "engine.h"
 #include "file.h"
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
@@ -47,9 +48,10 @@ struct LayerWeights {
 
 struct Weights {
     // Refuses missing tensors, other shapes, and types that this build can't compute with.
-    // What the placement names is copied into memory of `device`, the share done reported to `progress`.
+    // What the placement names is copied into the engine's memory, the share done reported to `progress`; but
+    // for types that its device can't compute with, which stay in the mapping.
     Weights(std::shared_ptr<const File> file, const Hyperparameters& hparams, const Placement& placement,
-            ggml_backend_buffer_type_t device, const std::function<void(double)>& progress);
+            const Engine& engine, const std::function<void(double)>& progress);
     Weights(const Weights&) = delete;
     Weights& operator=(const Weights&) = delete;
 

@@ -132,7 +132,8 @@ def test_q8_0_cache(source: str, f32_model: Callable, report: Callable[[str], No
             assert difference.mean <= Q8_0_CACHE_MEAN, difference
 
 
-Q8_0_CACHE_MEAN = 1.0
+#: Twice what was measured, 0.05 to 0.21 (there another expert is chosen).
+Q8_0_CACHE_MEAN = 0.5
 
 
 def test_a_q8_0_cache_needs_heads_that_fit(gguf_file: Callable) -> None:
