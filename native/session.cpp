@@ -322,9 +322,9 @@ Finish Session::amend(const std::vector<int32_t>& tokens) {
         throw Error(ErrorKind::argument, "there is no finished canvas to amend");
     }
     Generation& g = *generation_;
-    if (tokens.empty() || tokens.size() > g.canvas.size()) {
+    if (tokens.empty() || tokens.size() > static_cast<size_t>(canvas_length(g.params))) {
         throw Error(ErrorKind::argument,
-                    format("%zu tokens in place of a canvas of %zu", tokens.size(), g.canvas.size()));
+                    format("%zu tokens in place of a canvas of %d", tokens.size(), canvas_length(g.params)));
     }
     check_tokens(tokens, "the canvas");
     g.n_generated += static_cast<int32_t>(tokens.size()) - g.n_added;
@@ -352,6 +352,7 @@ void Session::begin_canvas(const std::function<void(int32_t)>& between) {
     g.step = g.params.steps;
     g.history.clear();
     g.canvas.resize(canvas_length(g.params));
+    g.eos_at = g.canvas.size();
     for (size_t i = 0; i < g.canvas.size(); ++i) {
         const int32_t given = given_token(i, false);
         g.canvas[i] = given >= 0
@@ -363,7 +364,7 @@ void Session::begin_canvas(const std::function<void(int32_t)>& between) {
 // What the caller gave for a position of the current canvas, or only if it is to be held; -1 for nothing.
 int32_t Session::given_token(size_t i, bool held) const {
     const Generation& g = *generation_;
-    const size_t at = static_cast<size_t>(g.canvas_index) * g.canvas.size() + i;
+    const size_t at = static_cast<size_t>(g.canvas_index) * canvas_length(g.params) + i;
     if (held && (at >= g.params.hold.size() || !g.params.hold[at])) return -1;
     return at < g.params.canvas.size() ? g.params.canvas[at] : -1;
 }
@@ -431,6 +432,30 @@ void Session::take_step(StepResult& result, const std::vector<int32_t>& chosen) 
     const double mean = total_entropy / static_cast<double>(n);
     g.step -= 1;
     result.canvas_done = g.step == 0 || (stable && mean < g.params.confidence_threshold);
+    if (g.params.trim_after_eos && !g.params.guided && !result.canvas_done) trim(result);
+}
+
+// Where a draft's text ends: at its first eos, else behind its last token.
+size_t Session::end_of(const std::vector<int32_t>& draft) const {
+    const std::vector<int32_t>& eos = generation_->params.eos;
+    return std::find_first_of(draft.begin(), draft.end(), eos.begin(), eos.end()) - draft.begin();
+}
+
+// An eos has settled when it is accepted where the step before had it too. A few positions behind it stay, so
+// that the text may still grow a little.
+void Session::trim(const StepResult& result) {
+    constexpr size_t kRoom = 8;
+    Generation& g = *generation_;
+    const size_t n = g.canvas.size(), end = end_of(result.draft);
+    const bool settled = end < n && end == g.eos_at && result.accepted[end];
+    g.eos_at = end;
+    const size_t n_kept = end + 1 + kRoom;
+    if (!settled || n_kept >= n) return;
+    for (size_t i = n_kept; i < n; ++i) {
+        if (given_token(i, true) >= 0) return;
+    }
+    g.canvas.resize(n_kept);
+    for (std::vector<int32_t>& past : g.history) past.resize(n_kept);
 }
 
 bool Session::is_stable(const std::vector<int32_t>& draft) {
@@ -445,9 +470,7 @@ bool Session::is_stable(const std::vector<int32_t>& draft) {
 
 void Session::finish_canvas(StepResult& result) {
     Generation& g = *generation_;
-    const std::vector<int32_t>& eos = g.params.eos;
-    const auto is_eos = [&](int32_t token) { return std::find(eos.begin(), eos.end(), token) != eos.end(); };
-    const auto end = std::find_if(result.draft.begin(), result.draft.end(), is_eos);
+    const auto end = result.draft.begin() + static_cast<int64_t>(end_of(result.draft));
     result.tokens.assign(result.draft.begin(), end);
 
     const size_t room = static_cast<size_t>(g.params.max_tokens - g.n_generated);

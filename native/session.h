@@ -28,6 +28,7 @@ struct GenerationParams {
     std::vector<uint8_t> hold;    // 1: the position keeps its token of `canvas`
     float dropped_mass = 0.0f;    // see soft_probabilities
     int32_t canvas_length = 0;    // shorter canvases than the model's; 0: the model's
+    bool trim_after_eos = false;  // give up what lies behind an eos that has settled
     bool guided = false;          // every step waits for the caller's choice, see Session::impose
 };
 
@@ -139,6 +140,7 @@ class Session {
         std::vector<int32_t> canvas;
         std::vector<int32_t> finished;              // a canvas to be committed before the next begins
         std::vector<std::vector<int32_t>> history;  // the last stability_threshold argmaxes
+        size_t eos_at = 0;                          // where the last draft ended; its size, when nowhere
         double encode_seconds = 0.0, denoise_seconds = 0.0;
         std::unique_ptr<StepResult> half;  // of a guided step that waits for `impose`
         std::vector<int32_t> noise;        // of that step, for what is not accepted
@@ -158,6 +160,8 @@ class Session {
     void take_step(StepResult& result, const std::vector<int32_t>& chosen);
     void report(StepResult& result);
     bool is_stable(const std::vector<int32_t>& draft);
+    size_t end_of(const std::vector<int32_t>& draft) const;
+    void trim(const StepResult& result);
     void finish_canvas(StepResult& result);
     bool is_full(size_t n_more) const;
 

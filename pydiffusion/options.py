@@ -134,6 +134,7 @@ _NAME_TO_CHECK: dict[str, Callable[[Any], Any]] = {
     "regex": _regex,
     "thinking_budget": lambda value: _integer("thinking_budget", value, 0, _MAX_COUNT),
     "stop_on_repetition": lambda value: _flag("stop_on_repetition", value),
+    "trim_after_eos": lambda value: _flag("trim_after_eos", value),
 }
 
 # Where a file keeps its own choice, and what the reference implementation chooses without one.
@@ -187,6 +188,8 @@ class GenerationOptions:
         and the answer follows. ``None``: no limit of their own.
     stop_on_repetition: end the text when it only goes round: its last 128 tokens or more are one block, four
         times over or more, of which the last canvas keeps none but the first. ``None``: don't.
+    trim_after_eos: denoise on without what lies behind an eos that has settled, but for a few positions: a
+        short answer takes less time, and may come out differently. ``None``: don't.
 
     Raises ValueError for a value out of range, TypeError for an unknown option.
     """
@@ -209,6 +212,7 @@ class GenerationOptions:
     regex: str | None = None
     thinking_budget: int | None = None
     stop_on_repetition: bool | None = None
+    trim_after_eos: bool | None = None
 
     def __post_init__(self) -> None:
         for name, check in _NAME_TO_CHECK.items():

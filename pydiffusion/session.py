@@ -229,6 +229,7 @@ class Session:
             confidence_threshold=options.confidence_threshold,
             dropped_mass=options.dropped_mass,
             canvas_length=options.canvas_length or 0,
+            trim_after_eos=bool(options.trim_after_eos),
             seed=options.seed,
             eos=list(options.eos),
             **_given(options),

@@ -449,19 +449,19 @@ void bind_session(nb::module_& m) {
                float entropy_bound, int32_t stability_threshold, float confidence_threshold, uint64_t seed,
                std::vector<int32_t> eos, const std::optional<Array1<int32_t>>& canvas,
                const std::optional<Array1<uint8_t>>& hold, float dropped_mass, int32_t canvas_length,
-               bool guided) {
+               bool trim_after_eos, bool guided) {
                 const Session::Use use(session);
                 session.begin({max_tokens, steps, t_min, t_max, entropy_bound, stability_threshold,
                                confidence_threshold, seed, std::move(eos),
                                canvas ? to_vector(*canvas) : std::vector<int32_t>(),
                                hold ? to_vector(*hold) : std::vector<uint8_t>(), dropped_mass, canvas_length,
-                               guided});
+                               trim_after_eos, guided});
             },
             nb::kw_only(), nb::arg("max_tokens"), nb::arg("steps"), nb::arg("t_min"), nb::arg("t_max"),
             nb::arg("entropy_bound"), nb::arg("stability_threshold"), nb::arg("confidence_threshold"),
             nb::arg("seed"), nb::arg("eos"), nb::arg("canvas").noconvert() = nb::none(),
             nb::arg("hold").noconvert() = nb::none(), nb::arg("dropped_mass") = 0.0f,
-            nb::arg("canvas_length") = 0, nb::arg("guided") = false)
+            nb::arg("canvas_length") = 0, nb::arg("trim_after_eos") = false, nb::arg("guided") = false)
         .def("next_step", next_step, "One denoising step of the generation begun; None after its end.")
         .def("impose", impose, nb::arg("tokens").noconvert(),
              "The second half of a guided step: its draft, and what the accepted positions take.")

@@ -79,6 +79,10 @@ TEXT: dict[str, Any] = {
         bool | None,
         typer.Option("--stop-on-repetition", help="End a text that only goes round."),
     ],
+    "trim_after_eos": Annotated[
+        bool | None,
+        typer.Option("--trim-after-eos", help="Spare the work behind an eos that has settled."),
+    ],
 }
 
 JsonSchema = Annotated[

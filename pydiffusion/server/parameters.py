@@ -57,7 +57,7 @@ _DIFFUSION = (
     "steps", "t_min", "t_max", "entropy_bound", "stability_threshold", "confidence_threshold",
 )  # fmt: skip
 _ALL = ("model", "stream", "stream_options", "seed", *_DIFFUSION)
-_LIMITS = ("thinking_budget", "stop_on_repetition")
+_LIMITS = ("thinking_budget", "stop_on_repetition", "trim_after_eos")
 _COMMON = (*_ALL, *_LIMITS, "n", "stop", "max_tokens", "response_format", "regex")
 _CHAT = (
     *_COMMON, "messages", "max_completion_tokens", "tools", "tool_choice", "parallel_tool_calls",
