@@ -1,6 +1,8 @@
 """KL of the demo model's files with and without an imatrix, on canvases of known answers.
 
 python benchmarks/quantization_imatrix.py [--types q4_k_m q3_k_m q2_k] [--threads 1]
+
+The last column is the change of the mean KL by the statistics, with its standard error over the cases.
 """
 
 from __future__ import annotations
@@ -62,14 +64,20 @@ def main() -> int:
             inputs = cases(reference)
             expected = logits(reference, inputs, None)
         for type in arguments.types:
+            by_case: list[np.ndarray] = []
             for statistics in (None, imatrix):
                 bits = convert(folder, target, type, imatrix=statistics).bits_per_weight
                 with DiffusionModel(target, n_threads=arguments.threads) as model:
                     found = logits(model, inputs, expected)
                 pairs = [compare_logits(a, b) for a, b in zip(expected, found, strict=True)]
                 kl, same = (np.concatenate(part) for part in zip(*pairs, strict=True))
+                by_case.append(kl.reshape(len(inputs), -1).mean(axis=1))
+                change = ""
+                if statistics is not None:
+                    less = (by_case[1] - by_case[0]) / by_case[0].mean()
+                    change = f"{less.mean():+.0%} ± {less.std(ddof=1) / len(less) ** 0.5:.0%}"
                 label = f"{type}{'' if statistics is None else ', imatrix'}"
-                figures = f"{kl.mean():.5f} | {np.quantile(kl, 0.99):.4f} | {same.mean():.2%}"
+                figures = f"{kl.mean():.5f} | {np.quantile(kl, 0.99):.4f} | {same.mean():.2%} | {change}"
                 print(f"| {label} | {bits:.2f} | {figures} |", flush=True)
     return 0
 
