@@ -87,10 +87,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("options", nargs="*", choices=VALUES, default=list(VALUES), help="[default: both]")
     parser.add_argument("--number", type=int, default=20, help="of each task")
+    parser.add_argument("--tasks", nargs="+", choices=tasks.TASKS, help="[default: all that it has learned]")
     parser.add_argument("--type", default="f32", help="of the file")
     parser.add_argument("--threads", type=int, help="[default: all; 1 where other work shares the CPUs]")
     arguments = parser.parse_args()
     asked = questions(arguments.number)
+    asked = [(task, prompt) for task, prompt in asked if task in (arguments.tasks or tasks.TASKS)]
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "demo.gguf"
         convert(checkpoint_path(), path, arguments.type)
