@@ -1,6 +1,8 @@
 """KL of the demo model's files with and without an imatrix, on canvases of known answers.
 
-python benchmarks/quantization_imatrix.py [--types q4_k_m q3_k_m q2_k] [--threads 1]
+python benchmarks/quantization_imatrix.py [--types q4_k_m q3_k_m q2_k] [--cases 32] [--threads 1]
+
+The last column is the change of the mean KL by the statistics, with its standard error over the cases.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from pydiffusion.convert import collect_imatrix, convert
 from pydiffusion.convert.evaluation import NOISE, compare_logits
 from pydiffusion.demo import checkpoint_path, tasks
 
-N_OBSERVED, N_CASES = 150, 32
+N_OBSERVED = 150
 
 
-def cases(model: DiffusionModel) -> list[tuple[list[int], np.ndarray]]:
+def cases(model: DiffusionModel, number: int) -> list[tuple[list[int], np.ndarray]]:
     """(prompt, canvas of the right answer) of held-out tasks."""
     rng, result, size = random.Random(7), [], model.canvas_length
     end = model.metadata["tokenizer.ggml.eos_token_ids"][0]
-    for index in range(N_CASES):
+    for index in range(number):
         example = tasks.generate(list(tasks.TASKS)[index % len(tasks.TASKS)], rng, held_out=True)
         answer = [*model.tokenize(example.answer, add_bos=False), *[end] * size][:size]
         prompt = model.chat_prompt([{"role": "user", "content": example.prompt}])
@@ -52,6 +54,7 @@ def logits(model: DiffusionModel, inputs: list, given: list[np.ndarray] | None) 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", nargs="+", default=["q4_k_m", "q3_k_m", "q2_k"])
+    parser.add_argument("--cases", type=int, default=32, help="held-out tasks")
     parser.add_argument("--threads", type=int, help="[default: all; 1 where other work shares the CPUs]")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -59,17 +62,23 @@ def main() -> int:
         convert(folder, f32, "f32")
         collect_imatrix(f32, demo_texts(f32, N_OBSERVED), imatrix, n_threads=arguments.threads)
         with DiffusionModel(f32, n_threads=arguments.threads) as reference:
-            inputs = cases(reference)
+            inputs = cases(reference, arguments.cases)
             expected = logits(reference, inputs, None)
         for type in arguments.types:
+            by_case: list[np.ndarray] = []
             for statistics in (None, imatrix):
                 bits = convert(folder, target, type, imatrix=statistics).bits_per_weight
                 with DiffusionModel(target, n_threads=arguments.threads) as model:
                     found = logits(model, inputs, expected)
                 pairs = [compare_logits(a, b) for a, b in zip(expected, found, strict=True)]
                 kl, same = (np.concatenate(part) for part in zip(*pairs, strict=True))
+                by_case.append(kl.reshape(len(inputs), -1).mean(axis=1))
+                change = ""
+                if statistics is not None:
+                    less = (by_case[1] - by_case[0]) / by_case[0].mean()
+                    change = f"{less.mean():+.0%} ± {less.std(ddof=1) / len(less) ** 0.5:.0%}"
                 label = f"{type}{'' if statistics is None else ', imatrix'}"
-                figures = f"{kl.mean():.5f} | {np.quantile(kl, 0.99):.4f} | {same.mean():.2%}"
+                figures = f"{kl.mean():.5f} | {np.quantile(kl, 0.99):.4f} | {same.mean():.2%} | {change}"
                 print(f"| {label} | {bits:.2f} | {figures} |", flush=True)
     return 0
 

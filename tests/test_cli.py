@@ -334,7 +334,7 @@ def on_terminal(
         start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(terminal)
-    seen, todo, deadline = b"", list(typed), time.monotonic() + 60
+    seen, todo, deadline = b"", list(typed), time.monotonic() + 180
     n_read, last = 0, time.monotonic()
     while time.monotonic() < deadline:
         if select.select([main_end], [], [], 0.1)[0]:

@@ -32,7 +32,7 @@ def field(path: Path, key: str) -> object:
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_keys_are_set_added_and_removed_and_nothing_else_changes(model: Path, folder: Path) -> None:
