@@ -171,7 +171,9 @@ def overhead(bench: Bench, n_repeat: int) -> float:
         f" {(between[1] - between[0]) / step:+.4f} of a step"
     )
     event = statistics.median(loop)
-    print(f"sending a step's event, in another thread: {1e3 * event:.2f} ms, {event / step:.4f} of a step")
+    print(
+        f"the event loop, all of a request divided by its steps: {1e3 * event:.2f} ms, {event / step:.4f} of one"
+    )
     return step
 
 
