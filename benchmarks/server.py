@@ -172,7 +172,7 @@ def overhead(bench: Bench, n_repeat: int) -> float:
     )
     event = statistics.median(loop)
     print(
-        f"the event loop, all of a request divided by its steps: {1e3 * event:.2f} ms, {event / step:.4f} of one"
+        f"the event loop, a request's work over its steps: {1e3 * event:.2f} ms, {event / step:.4f} of one"
     )
     return step
 
