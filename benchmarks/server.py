@@ -171,9 +171,7 @@ def overhead(bench: Bench, n_repeat: int) -> float:
         f" {(between[1] - between[0]) / step:+.4f} of a step"
     )
     event = statistics.median(loop)
-    print(
-        f"the event loop, a request's work over its steps: {1e3 * event:.2f} ms, {event / step:.4f} of one"
-    )
+    print(f"the event loop, a request's work over its steps: {1e3 * event:.2f} ms, {event / step:.4f} of one")
     return step
 
 
