@@ -15,7 +15,8 @@ from server_fakes import ScriptedModel, ask, eventually, script, serving
 from pydiffusion import DiffusionModel, InsufficientMemoryError, _native
 from pydiffusion.options import GenerationOptions
 from pydiffusion.server.errors import ApiError
-from pydiffusion.server.scheduler import Failed, Finished, Job, Prefilled, Run, Scheduler
+from pydiffusion.server.job import Failed, Finished, Job, Prefilled, Run
+from pydiffusion.server.scheduler import Scheduler
 from pydiffusion.session import Session
 
 

@@ -15,7 +15,8 @@ from server_fakes import CHAT, ScriptedModel, ask, events, eventually, script, s
 from pydiffusion.events import EndEvent
 from pydiffusion.options import GenerationOptions
 from pydiffusion.server.errors import ApiError
-from pydiffusion.server.scheduler import Failed, Finished, Job, Run, Scheduler
+from pydiffusion.server.job import Failed, Finished, Job, Run
+from pydiffusion.server.scheduler import Scheduler
 
 
 @pytest.fixture
