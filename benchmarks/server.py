@@ -17,8 +17,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,31 @@ import numpy as np
 from pydiffusion import CanvasEvent, DiffusionModel, DraftEvent, GenerationOptions
 from pydiffusion.synthetic import write_synthetic
 
-N_TIMED = 3  # drafts at a session's beginning that say what a step takes
+
+@dataclass
+class Timed:
+    """One canvas: seconds from the prompt's arrival to each draft and to the text; and those that the
+    generation spent between its native calls, for each step.
+    """
+
+    drafts: list[float]
+    text: float
+    between: float
+
+    @property
+    def steps(self) -> list[float]:
+        return [b - a for a, b in pairwise(self.drafts)]
 
 
 class Bench:
     """A server process and, in this one, the same model bare."""
 
-    def __init__(self, path: Path, url: str, arguments: argparse.Namespace) -> None:
+    def __init__(self, path: Path, url: str, pid: int, arguments: argparse.Namespace) -> None:
         self.url = url
+        self._pid = pid
         self.n_steps = arguments.steps
         self.model = DiffusionModel(path, n_ctx=2048, n_threads=arguments.threads)
+        self._session = self.model.new_session()
         rng = np.random.default_rng(0)
         low, high = (260, self.model.n_vocab) if self.model.n_vocab > 1000 else (40, 90)
         self._prompts = rng.integers(low, high, (10_000, arguments.prompt)).tolist()
@@ -52,31 +68,44 @@ class Bench:
         """One canvas of all its steps."""
         return {"steps": self.n_steps, "confidence_threshold": 0.0, "max_tokens": 1, "seed": 1}
 
-    def bare(self, prompt: list[int]) -> list[float]:
-        """Seconds from the prompt's arrival to each draft, and to the canvas."""
-        session = self.model.new_session()
-        started = time.perf_counter()
-        session.prefill(prompt)
-        return [
-            time.perf_counter() - started
-            for event in session.generate(GenerationOptions(**self.choices))
-            if isinstance(event, DraftEvent | CanvasEvent)
-        ]
+    def _between(self, timings: Mapping[str, float]) -> float:
+        native = timings["prompt"] + timings["encode"] + timings["denoise"]
+        return (timings["total"] - native) / self.n_steps
 
-    def served(self, prompt: list[int], drafts: bool = True) -> list[float]:
-        """The same through the server; without drafts, to the text alone."""
-        body = self.choices | {"prompt": prompt, "stream": True, "stream_options": {"diffusion": drafts}}
-        times = []
+    def bare(self, prompt: list[int]) -> Timed:
+        drafts, text, between = [], 0.0, 0.0
+        started = time.perf_counter()
+        self._session.prefill(prompt)
+        for event in self._session.generate(GenerationOptions(**self.choices)):
+            if isinstance(event, DraftEvent):
+                drafts.append(time.perf_counter() - started)
+            elif isinstance(event, CanvasEvent):
+                text = time.perf_counter() - started
+            else:
+                between = self._between(event.timings)
+        return Timed(drafts, text, between)
+
+    def served(self, prompt: list[int]) -> Timed:
+        body = self.choices | {"prompt": prompt, "stream": True, "stream_options": {"diffusion": True}}
+        drafts, text, between = [], 0.0, 0.0
         started = time.perf_counter()
         with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=600) as stream:
             for line in stream.iter_lines():
                 now = time.perf_counter() - started
-                if line.startswith("data: {"):
-                    event = json.loads(line[6:])
-                    is_draft = event.get("diffusion", {}).get("type") == "draft"
-                    if is_draft or (event["choices"] and event["choices"][0]["text"]):
-                        times.append(now)
-        return times
+                event = json.loads(line[6:]) if line.startswith("data: {") else {"choices": []}
+                kind = event.get("diffusion", {}).get("type")
+                if kind == "draft":
+                    drafts.append(now)
+                elif kind == "summary":
+                    between = self._between(event["diffusion"]["timings"])
+                    text = text or now  # of a canvas that begins with an eos
+                elif event["choices"]:
+                    text = now
+        return Timed(drafts, text, between)
+
+    def loop_seconds(self) -> float:
+        """What the server's event loop, its first thread, has taken of a processor so far."""
+        return int(Path(f"/proc/{self._pid}/task/{self._pid}/schedstat").read_text().split()[0]) / 1e9
 
     def metric(self, name: str) -> float:
         text = httpx.get(self.url + "/metrics").text
@@ -105,7 +134,7 @@ class Bench:
         first: list[float] = []
         prompts = [self.prompt() for _ in range(n)]
         threads = [
-            threading.Thread(target=lambda prompt=prompt: first.append(self.served(prompt)[0]))
+            threading.Thread(target=lambda prompt=prompt: first.append(self.served(prompt).drafts[0]))
             for prompt in prompts
         ]
         started = time.perf_counter()
@@ -116,61 +145,51 @@ class Bench:
         return time.perf_counter() - started, first
 
 
-def overhead(bench: Bench, n_repeat: int) -> None:
-    """The server against the bare session, a request and a session in turns."""
-    pairs = []
+def overhead(bench: Bench, n_repeat: int) -> float:
+    """The server against the bare session, a request and a session in turns. Returns seconds of a step."""
+    bare, served, loop = [], [], []
     bench.bare(bench.prompt()), bench.served(bench.prompt())  # caches and pages warm
-    for i in range(n_repeat):
+    for _ in range(n_repeat):
         prompt = bench.prompt()
-        calls = [bench.bare, bench.served] if i % 2 else [bench.served, bench.bare]
-        done = {call.__name__: call(prompt) for call in calls}
-        pairs.append((done["bare"], done["served"]))
-    step = statistics.median(b - a for bare, _ in pairs for a, b in pairwise(bare[:-1]))
-    served_step = statistics.median(b - a for _, served in pairs for a, b in pairwise(served[:-1]))
-    first = statistics.median(served[0] for _, served in pairs)
-    text = statistics.median(served[-1] for _, served in pairs)
-    extra_first = statistics.median(served[0] - bare[0] for bare, served in pairs)
-    print(f"a step, bare: {1e3 * step:.1f} ms; between two draft events: {served_step / step:.4f} of it")
-    print(f"first draft event after {first / step:.2f} steps, {extra_first / step:+.3f} against the session")
-    print(f"first settled text after {text / step:.2f} steps, of which the canvas takes {bench.n_steps}")
-
-
-def event_cost(bench: Bench) -> None:
-    """The server's own work for a draft event, by the clock of the processor: nothing else disturbs it."""
-    from pydiffusion.server.drafts import draft_fields
-    from pydiffusion.server.http import to_json
-
-    session = bench.model.new_session()
-    session.prefill(bench.prompt())
-    events = session.generate(GenerationOptions(**bench.choices))
-    draft = next(event for event in events if isinstance(event, DraftEvent))
-    steps = []
-    for _ in range(N_TIMED):
-        started = time.perf_counter()
-        next(events)
-        steps.append(time.perf_counter() - started)
-    started = time.thread_time()
-    for _ in range(100):
-        to_json({"diffusion": draft_fields(0, draft, bench.model.tokenizer)})
-    seconds = (time.thread_time() - started) / 100
-    print(f"making a draft event: {1e3 * seconds:.2f} ms of processor, {seconds / min(steps):.4f} of a step")
+        bare.append(bench.bare(prompt))
+        before = bench.loop_seconds()
+        served.append(bench.served(prompt))
+        loop.append((bench.loop_seconds() - before) / bench.n_steps)
+    step = min(min(run.steps) for run in bare)
+    print(f"a step of the bare session: {1e3 * step:.1f} ms, the best of {n_repeat * (bench.n_steps - 1)}")
+    first = [min(run.drafts[0] for run in runs) / step for runs in (bare, served)]
+    print(f"first draft after {first[1]:.2f} steps, bare {first[0]:.2f}")
+    text = [min(run.text for run in runs) / step for runs in (bare, served)]
+    print(
+        f"first settled text after {text[1]:.2f} steps, bare {text[0]:.2f}: a canvas of {bench.n_steps} steps"
+    )
+    apart = [statistics.median(s for run in runs for s in run.steps) for runs in (bare, served)]
+    print(f"between two drafts: {apart[1] / apart[0]:.4f} of the bare session's (medians)")
+    between = [statistics.median(run.between for run in runs) for runs in (bare, served)]
+    print(
+        f"between the native steps: {1e3 * between[1]:.2f} ms, bare {1e3 * between[0]:.2f}:"
+        f" {(between[1] - between[0]) / step:+.4f} of a step"
+    )
+    event = statistics.median(loop)
+    print(f"the event loop, a request's work over its steps: {1e3 * event:.2f} ms, {event / step:.4f} of one")
+    return step
 
 
 def several(bench: Bench, n_repeat: int) -> None:
-    alone = statistics.median(bench.together(1)[0] for _ in range(n_repeat))
+    """Requests side by side against one alone, the best of several."""
+    alone = min(bench.together(1)[0] for _ in range(n_repeat))
     for n in (2, 4):
         runs = [bench.together(n) for _ in range(n_repeat)]
-        seconds = statistics.median(run[0] for run in runs)
-        first = statistics.median(max(run[1]) for run in runs)
+        seconds = min(run[0] for run in runs)
+        first = min(max(run[1]) for run in runs)
         print(
             f"{n} requests at once: done after {seconds / alone:.2f} times one alone (a queue: {n}),"
             f" all have a first draft after {first / alone:.2f} (a queue: {n - 1} and more)"
         )
 
 
-def leaving(bench: Bench, n_repeat: int) -> None:
+def leaving(bench: Bench, n_repeat: int, step: float) -> None:
     gone = [bench.leave() for _ in range(n_repeat)]
-    step = statistics.median(np.diff(bench.bare(bench.prompt()))[:-1])
     print(
         f"a client hangs up: idle after {statistics.median(g[0] for g in gone) / step:.2f} steps (median), at"
         f" most {max(g[0] for g in gone) / step:.2f}; steps that it did not see: {[g[1] for g in gone]}"
@@ -178,7 +197,7 @@ def leaving(bench: Bench, n_repeat: int) -> None:
 
 
 @contextmanager
-def serving(path: Path, n_threads: int) -> Iterator[str]:
+def serving(path: Path, n_threads: int) -> Iterator[tuple[str, int]]:
     command = [sys.executable, "-m", "pydiffusion", "serve", "-m", str(path), "--port", "0"]
     command += ["--threads", str(n_threads), "--ctx", "2048"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -186,7 +205,7 @@ def serving(path: Path, n_threads: int) -> Iterator[str]:
             assert process.stderr is not None
             for line in process.stderr:
                 if found := re.search(r"serving on (http://\S+)", line):
-                    yield found[1]
+                    yield found[1], process.pid
                     break
         finally:
             process.terminate()
@@ -202,11 +221,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.model or write_synthetic("mid", Path(folder) / "mid.gguf")
-        with serving(path, arguments.threads) as url:
-            bench = Bench(path, url, arguments)
-            overhead(bench, arguments.repeat)
-            event_cost(bench)
-            leaving(bench, arguments.repeat)
+        with serving(path, arguments.threads) as (url, pid):
+            bench = Bench(path, url, pid, arguments)
+            step = overhead(bench, arguments.repeat)
+            leaving(bench, arguments.repeat, step)
             several(bench, max(1, arguments.repeat // 2))
 
 

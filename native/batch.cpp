@@ -50,6 +50,7 @@ std::vector<Batch::Outcome> Batch::next_steps(const std::vector<Session*>& sessi
     if (lanes.empty()) return outcomes;
     const auto start = std::chrono::steady_clock::now();
     std::exception_ptr error;
+    n_graphs_ = 0;
     try {
         denoise(lanes, 0, lanes.size());
     } catch (const Error&) {
@@ -69,6 +70,7 @@ std::vector<Batch::Outcome> Batch::next_steps(const std::vector<Session*>& sessi
 void Batch::denoise(const std::vector<Denoiser::Lane>& lanes, size_t begin, size_t end) {
     try {
         denoiser_.step({lanes.begin() + begin, lanes.begin() + end}, workspace_);
+        n_graphs_ += 1;
         return;
     } catch (const Error& error) {
         denoiser_.invalidate();

@@ -28,6 +28,9 @@ class Batch {
     std::vector<Outcome> next_steps(const std::vector<Session*>& sessions,
                                     const std::function<void(int32_t)>& between);
 
+    // Graphs that the last step took: more than one where memory did not permit that.
+    int n_graphs() const { return n_graphs_; }
+
     const Model& model() const { return *model_; }
 
   private:
@@ -36,6 +39,7 @@ class Batch {
     std::shared_ptr<const Model> model_;
     Denoiser denoiser_;
     Workspace workspace_;
+    int n_graphs_ = 0;
 };
 
 }  // namespace pydiffusion

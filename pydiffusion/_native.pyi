@@ -249,6 +249,10 @@ class Batch:
 
     def __init__(self, model: Model) -> None: ...
 
+    @property
+    def n_graphs(self) -> int:
+        """Graphs that the last step took; of few memory, several."""
+
     def next_steps(self, sessions: Sequence[Session]) -> list:
         """
         One step of each session's generation: its Step, None after its end, or the exception that ended it.

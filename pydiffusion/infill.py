@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 HOLE = "<|hole|>"
 _HOLE = re.compile(r"<\|hole(?::(\d{1,6}))?\|>")
 DEFAULT_HOLE_TOKENS = 16
+# Options that would cut the text, or that the layout sets itself.
+NOT_AROUND_HOLES = (
+    "max_tokens", "stop", "eos", "canvas", "hold", "json_schema", "regex", "thinking_budget",
+    "stop_on_repetition",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +61,7 @@ class Layout:
 
     def options(self, options: GenerationOptions, n_canvas: int, eos: Sequence[int]) -> GenerationOptions:
         """The same choices, with the canvases of this layout; behind it they are held at an eos."""
-        for name in ("max_tokens", "stop", "eos", "canvas", "hold", "json_schema", "regex"):
+        for name in NOT_AROUND_HOLES:
             if getattr(options, name) is not None:
                 raise ValueError(f"{name} can't be chosen for a text with holes")
         canvas: list[int] = []

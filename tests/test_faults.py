@@ -104,6 +104,55 @@ def test_no_more_memory(gguf_file: Callable[..., Path], phase: str, report: Call
     assert outcomes & {"InsufficientMemoryError", "MemoryError"}
 
 
+WIDE_BATCH = """
+import resource, sys
+import numpy as np
+from pydiffusion import _native
+
+model = _native.Model(sys.argv[1], n_threads=1)
+
+def first_drafts(extra):
+    sessions = [_native.Session(model, 300) for _ in range(12)]
+    for i, session in enumerate(sessions):
+        session.encode(np.arange(5 + i, dtype=np.int32))
+        session.begin(max_tokens=16, steps=3, t_min=0.4, t_max=0.8, entropy_bound=0.1, stability_threshold=1,
+                      confidence_threshold=0.0, seed=i, eos=[])
+    batch = _native.Batch(model)
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra, resource.RLIM_INFINITY))
+    try:
+        outcomes = batch.next_steps(sessions)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    steps = [outcome for outcome in outcomes if isinstance(outcome, _native.Step)]
+    return batch.n_graphs, [step.draft.tolist() for step in steps]
+
+n_graphs, expected = first_drafts(2**40)
+assert n_graphs == 1 and len(expected) == 12
+seen = set()
+for megabytes in range(8, 120, 4):
+    n_graphs, drafts = first_drafts(megabytes << 20)
+    if len(drafts) == 12:
+        assert drafts == expected
+        seen.add(n_graphs)
+print(sorted(seen))
+"""
+
+
+@posix
+@sanitized
+def test_a_batch_without_memory_for_one_graph_is_denoised_in_parts(
+    tmp_path: Path, report: Callable[[str], None]
+) -> None:
+    from pydiffusion.synthetic import write_synthetic
+
+    result = run(WIDE_BATCH, write_synthetic("tiny", tmp_path / "tiny.gguf"))
+    assert result.returncode == 0, result.stderr[-800:]
+    graphs = json.loads(result.stdout)
+    report(f"12 canvases under limits of memory took this many graphs: {graphs}")
+    assert graphs[0] == 1 and len(graphs) > 1
+
+
 @posix
 @sanitized
 @pytest.mark.slow

@@ -121,6 +121,7 @@ def test_sudokus_keep_their_givens_and_agree_with_them(
         ("<|hole|>", {"hole_tokens": 0}, "hole_tokens is 0"),
         ("a <|hole|>", {"max_tokens": 4}, "max_tokens can't be chosen"),
         ("a <|hole|>", {"json_schema": True}, "json_schema can't be chosen"),
+        ("a <|hole|>", {"stop_on_repetition": True}, "stop_on_repetition can't be chosen"),
     ],
 )
 def test_what_is_refused(model: DiffusionModel, text: str, options: dict[str, object], message: str) -> None:

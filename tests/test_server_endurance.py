@@ -22,7 +22,7 @@ def server(tmp_path: Path) -> Iterator[tuple[int, str]]:
     from pydiffusion.demo import checkpoint_path
 
     convert(checkpoint_path(), tmp_path / "demo.gguf", "q8_0")
-    options = ("--threads", "2", "--ctx", "512", "--queue", "200", "--sessions", "4")
+    options = ("--threads", "2", "--ctx", "512", "--queue", "200", "--parallel", "4")
     with process(tmp_path / "demo.gguf", *options) as (running, url):
         drain = threading.Thread(target=running.stderr.read, daemon=True)  # type: ignore[union-attr]
         drain.start()

@@ -15,7 +15,8 @@ from server_fakes import ScriptedModel, ask, eventually, script, serving
 from pydiffusion import DiffusionModel, InsufficientMemoryError, _native
 from pydiffusion.options import GenerationOptions
 from pydiffusion.server.errors import ApiError
-from pydiffusion.server.scheduler import Failed, Finished, Job, Prefilled, Run, Scheduler
+from pydiffusion.server.job import Failed, Finished, Job, Prefilled, Run
+from pydiffusion.server.scheduler import Scheduler
 from pydiffusion.session import Session
 
 
@@ -119,12 +120,12 @@ def test_choices_are_made_side_by_side_over_one_prompt(model: DiffusionModel) ->
 def test_nobody_waits_for_another_s_choices(scripted: tuple[ScriptedModel, Scheduler]) -> None:
     model, scheduler = scripted
     model.step_seconds = 0.02
-    many = Client(scheduler, [run(model, "long", max_tokens=200)] * 8)
+    many = Client(scheduler, [run(model, "long", max_tokens=100)] * 6)
     eventually(lambda: scheduler.n_lanes == 3)
     one = Client(scheduler, [run(model)])
     assert one.over.wait(60) and not many.over.is_set()
     assert many.over.wait(120)
-    assert sorted(many.order(Prefilled)) == list(range(8))
+    assert sorted(many.order(Prefilled)) == list(range(6))
 
 
 def test_a_long_prompt_is_read_between_the_steps_of_others(
@@ -132,8 +133,8 @@ def test_a_long_prompt_is_read_between_the_steps_of_others(
 ) -> None:
     monkeypatch.setattr("pydiffusion.parallel._PROMPT_PART", 16)
     model, scheduler = scripted
-    model.step_seconds = 0.02
-    first = Client(scheduler, [run(model, "long", max_tokens=600)])
+    model.step_seconds = 0.05
+    first = Client(scheduler, [run(model, "long", max_tokens=1000)])
     eventually(lambda: first.order(Prefilled) == [0])
     n_steps = model.n_steps
     second = Client(scheduler, [run(model, "x" * 400)])

@@ -37,6 +37,7 @@ void bind_batch(nb::module_& m) {
         .def(
             "__init__", [](Batch* self, const PyModel& model) { new (self) Batch(model.model); },
             nb::arg("model"))
+        .def_prop_ro("n_graphs", &Batch::n_graphs, "Graphs that the last step took; of few memory, several.")
         .def("next_steps", next_steps, nb::arg("sessions"),
              "One step of each session's generation: its Step, None after its end, or the exception that "
              "ended it.");

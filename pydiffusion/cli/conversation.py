@@ -54,7 +54,7 @@ class Conversation:
 
     def edit(self, text: str) -> None:
         """Put a text in place of the last answer; holes in it are filled."""
-        from pydiffusion.infill import DEFAULT_HOLE_TOKENS, HOLE, collect, lay_out, prepare
+        from pydiffusion.infill import DEFAULT_HOLE_TOKENS, HOLE, NOT_AROUND_HOLES, collect, lay_out, prepare
 
         if not text:
             raise CommandError(f"give the new answer: /edit TEXT; {HOLE} in it is filled by the model")
@@ -64,7 +64,7 @@ class Conversation:
             model, options = self._model, self._options
             layout = lay_out(model, text, DEFAULT_HOLE_TOKENS, whole=True)
             prompt = model.chat_prompt(self._messages[:-1])
-            own = replace(options, max_tokens=None, stop=None)
+            own = replace(options, **dict.fromkeys(NOT_AROUND_HOLES))
             own = prepare(model, layout, prompt, own, self._session.n_ctx)
             prefill(self._session, prompt)
             text = collect(layout, self._session.complete(own), model.tokenizer).text

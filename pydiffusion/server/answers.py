@@ -11,8 +11,8 @@ from pydiffusion.completion import FINISH_REASONS, ChatMessage
 from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent
 
 from .drafts import draft_fields
+from .job import Prefilled, Report
 from .parameters import InfillRequest, Request
-from .scheduler import Prefilled, Report
 
 if TYPE_CHECKING:
     from pydiffusion.tokenizer import Tokenizer

@@ -30,11 +30,12 @@ from .http import (
     to_json,
     unless_disconnected,
 )
+from .job import Failed, Finished, Job, Report, Run
 from .metrics import Metrics
 from .page import PAGE_PATHS, add_page
 from .parameters import Request as ApiRequest
 from .parameters import chat_request, completion_request, infill_request
-from .scheduler import Failed, Finished, Job, Report, Run, Scheduler
+from .scheduler import Scheduler
 from .structure import check_structure, held_options
 
 if TYPE_CHECKING:

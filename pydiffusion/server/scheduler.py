@@ -8,129 +8,27 @@ that begins with the same tokens.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pydiffusion.chat_output import ToolCall
 from pydiffusion.errors import GenerationCancelled, InsufficientMemoryError
 from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
-from pydiffusion.options import GenerationOptions
-from pydiffusion.parallel import Batch, Lane
+from pydiffusion.parallel import Batch
 from pydiffusion.session import common_prefix
 
 from .errors import ApiError, from_exception
+from .job import Failed, Finished, Job, Prefilled, RunLane
 from .pool import SessionPool
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
     from pydiffusion.session import Session
-
-
-@dataclass(frozen=True)
-class Run:
-    """One answer that a request asks for: the tokens before it, and how to make it (seed included)."""
-
-    prompt: list[int]
-    options: GenerationOptions
-
-
-@dataclass(frozen=True)
-class Prefilled:
-    """The prompt of a run is in the cache, of which ``n_cached`` tokens were there already."""
-
-    n_cached: int
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The request ends here, with this error."""
-
-    error: ApiError
-
-
-@dataclass(frozen=True)
-class Finished:
-    """All runs of the request are done."""
-
-
-# What a job reports, with the number of the run that it is about.
-Report: TypeAlias = Prefilled | Event | Failed | Finished
-
-
-class Job:
-    """A request in the scheduler's hands. Its thread calls ``emit`` with (number of the run, report)."""
-
-    def __init__(
-        self,
-        runs: list[Run],
-        emit: Callable[[int, Report], None],
-        *,
-        chat: bool,
-        drafts: bool = False,
-        one_call: bool = False,
-    ) -> None:
-        """chat: divide answers into parts.  drafts: report every step.  one_call: end after a tool call."""
-        self.runs = runs
-        self.emit = emit
-        self.chat = chat
-        self.drafts = drafts
-        self.one_call = one_call
-        self.n_begun = 0  # runs that have, or had, a lane
-        self.lanes: list[_Lane] = []
-        self.started = 0.0
-        self._lock = threading.Lock()
-        self._sessions: list[Session] = []
-        self._error: ApiError | None = None
-
-    def cancel(self, error: ApiError) -> None:
-        """Stop the work within one step; the job reports this error. From any thread, more than once."""
-        with self._lock:
-            if self._error is None:
-                self._error = error
-                for session in self._sessions:
-                    session.cancel()
-
-    @property
-    def error(self) -> ApiError | None:
-        """Why it was cancelled, or None."""
-        return self._error
-
-    @property
-    def is_done(self) -> bool:
-        return not self.lanes and self.n_begun == len(self.runs)
-
-    def bind(self, session: Session) -> None:
-        """From here on, ``cancel`` reaches this session."""
-        with self._lock:
-            self._sessions.append(session)
-            if self._error is not None:
-                session.cancel()
-
-    def release(self, session: Session) -> None:
-        """From here on it does not; a cancellation that came too late is gone from the session."""
-        with self._lock:
-            self._sessions.remove(session)
-        if self._error is not None:
-            with contextlib.suppress(GenerationCancelled):
-                session.truncate(session.n_past)
-
-
-class _Lane(Lane):
-    """A run in the making."""
-
-    def __init__(self, job: Job, i_run: int, session: Session) -> None:
-        run = job.runs[i_run]
-        super().__init__(session, run.prompt, run.options, chat=job.chat)
-        self.job = job
-        self.i_run = i_run
-        self.run = run
-        self.is_reported = False
 
 
 class Counters:
@@ -161,7 +59,7 @@ class Scheduler:
         self._n_parallel = n_parallel
         self._pool = SessionPool(model, max(n_sessions, n_parallel))
         self._batch = Batch(model)
-        self._lanes: list[_Lane] = []
+        self._lanes: list[RunLane] = []
         self._changed = threading.Condition()
         self._queue: deque[Job] = deque()
         self._active: list[Job] = []
@@ -299,7 +197,7 @@ class Scheduler:
         job.bind(session)
         try:
             self._copy_prompt(job, session)
-            lane = _Lane(job, job.n_begun, session)
+            lane = RunLane(job, job.n_begun, session)
         except BaseException:
             self._give_back(job, session)
             raise
@@ -324,7 +222,7 @@ class Scheduler:
         for lane, brought in self._batch.advance(self._lanes.copy()):
             self._attempt(lane.job, lambda lane=lane, brought=brought: self._report(lane, brought))
 
-    def _report(self, lane: _Lane, brought: Iterator[Event] | Exception) -> None:
+    def _report(self, lane: RunLane, brought: Iterator[Event] | Exception) -> None:
         """Tell what a step brought."""
         job = lane.job
         if lane not in self._lanes:  # another lane of its job failed in this same step
@@ -351,7 +249,7 @@ class Scheduler:
                 self._end(lane)
                 return
 
-    def _end(self, lane: _Lane) -> None:
+    def _end(self, lane: RunLane) -> None:
         """A run is done: its lane goes to the job's next one, unless others wait and the job has more."""
         job = lane.job
         self._lanes.remove(lane)

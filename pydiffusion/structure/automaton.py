@@ -29,7 +29,8 @@ class Automaton:
     def __init__(self, expression: str, tokenizer: Tokenizer) -> None:
         """expression: of patterns.py. Raises ValueError where it is too large, or nothing satisfies it."""
         self._tokenizer = tokenizer
-        self._next, self.accepting = byte_machine(expression)
+        table, self.accepting = byte_machine(expression)
+        self._byte_to_next = np.ascontiguousarray(table.T)  # by byte, then by state: a row fits a cache
         self.n_states = len(self.accepting)
         self._moves: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._kinds: dict[int, int] = {}
@@ -63,15 +64,16 @@ class Automaton:
         piece = self._tokenizer.piece(token)
         if not piece or piece in _MARKERS:  # a marker within a text would cut it
             return _NOWHERE
-        after = np.arange(self.n_states)
-        for byte in piece if isinstance(piece, bytes) else piece.encode():
-            after = self._next[after, byte]
+        first, *rest = piece if isinstance(piece, bytes) else piece.encode()
+        after = self._byte_to_next[first, :-1]
+        for byte in rest:
+            after = self._byte_to_next[byte].take(after)
         possible = np.flatnonzero(after != self.n_states)
         return possible, after[possible].astype(np.int64)
 
     def _spelling_tokens(self) -> list[int]:
         """For each byte that occurs a token of this byte alone, a character where there is one."""
-        used = np.flatnonzero((self._next[:-1] != self.n_states).any(axis=0)).tolist()
+        used = np.flatnonzero((self._byte_to_next[:, :-1] != self.n_states).any(axis=1)).tolist()
         found = [_token_of_byte(self._tokenizer, byte) for byte in used]
         return [token for token in found if token is not None]
 
