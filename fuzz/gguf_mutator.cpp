@@ -1,5 +1,7 @@
 // A mutator that knows where the fields of a GGUF lie: it changes one of them, or drops, doubles or swaps a
 // whole entry, so that most inputs pass the checks that come before the one they are to try.
+#include "gguf_mutator.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -105,6 +107,13 @@ class Walker {
     bool failed_ = false;
 };
 
+constexpr size_t kMaxGood = 256;
+
+std::vector<std::vector<uint8_t>>& good_inputs() {
+    static std::vector<std::vector<uint8_t>> inputs;
+    return inputs;
+}
+
 uint64_t odd_number(Random& random, uint64_t old, size_t file_size) {
     static const uint64_t odd[] = {0,          1,          2,          3,          31,         32,
                                    33,         64,         127,        128,        255,        256,
@@ -169,8 +178,21 @@ size_t change_entries(Random& random, uint8_t* data, size_t size, size_t max_siz
 
 }  // namespace
 
+void remember_good(const uint8_t* data, size_t size) {
+    std::vector<std::vector<uint8_t>>& good = good_inputs();
+    if (good.size() < kMaxGood) good.emplace_back(data, data + size);
+}
+
 extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned int seed) {
     Random random(seed);
+    const std::vector<std::vector<uint8_t>>& good = good_inputs();
+    if (!good.empty() && random() % 8 != 0) {
+        const std::vector<uint8_t>& start = good[random() % good.size()];
+        if (start.size() <= max_size) {
+            std::copy(start.begin(), start.end(), data);
+            size = start.size();
+        }
+    }
     if (size < 24 || random() % 8 == 0) return LLVMFuzzerMutate(data, size, max_size);
     for (unsigned i = 0, n = 1 + random() % 3; i < n; ++i) {
         const Walker walker(data, size);

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "errors.h"
+#include "gguf_mutator.h"
 #include "memory_file.h"
 #include "session.h"
 
@@ -45,10 +46,11 @@ struct Count {
     ~Count() { std::fprintf(stderr, "%zu inputs: %zu loaded, %zu denoised\n", n_inputs, n_opened, n_done); }
 } count;
 
-void use(const std::shared_ptr<const pydiffusion::Model>& model) {
+// Whether it came to its end.
+bool use(const std::shared_ptr<const pydiffusion::Model>& model) {
     const pydiffusion::Hyperparameters& hp = model->hparams;
     ++count.n_opened;
-    if (hp.canvas_length > kMaxCanvas || hp.sampler.steps > kMaxSteps) return;
+    if (hp.canvas_length > kMaxCanvas || hp.sampler.steps > kMaxSteps) return false;
     const int32_t n_ctx = std::min(hp.n_ctx_train, 3 * hp.canvas_length + 8);
     pydiffusion::Session session(model, n_ctx, GGML_TYPE_F16);
     session.encode({hp.n_vocab - 1, 0, hp.n_vocab / 2}, [](int32_t) {}, nullptr);
@@ -69,6 +71,7 @@ void use(const std::shared_ptr<const pydiffusion::Model>& model) {
     }
     require(session.n_past() <= n_ctx);
     ++count.n_done;
+    return true;
 }
 
 }  // namespace
@@ -77,7 +80,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     ++count.n_inputs;
     try {
         const auto file = pydiffusion::File::open_whole(memory_file(data, size, weights()));
-        use(std::make_shared<pydiffusion::Model>(file, 1, "cpu", pydiffusion::Placement(), [](double) {}));
+        const bool done = use(
+            std::make_shared<pydiffusion::Model>(file, 1, "cpu", pydiffusion::Placement(), [](double) {}));
+        if (done) remember_good(data, size);
     } catch (const pydiffusion::Error& error) {
         require(std::string(error.what()).find('\n') == std::string::npos);
     }

@@ -210,9 +210,10 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(Workspace& workspace
     for (const auto& [canvas, n] : canvases_) {
         if (!model_.engine.on_device()) break;
         PartCost &conditioning = costs["self-conditioning"], &sampler = costs["sampler"];
-        conditioning.seconds += seconds_of([&] { canvas->condition(model_.weights.token_embd, n); });
+        conditioning.seconds +=
+            seconds_of([&, canvas = canvas, n = n] { canvas->condition(model_.weights.token_embd, n); });
         conditioning.bytes += 3.0 * row_bytes * static_cast<double>(n);
-        sampler.seconds += seconds_of([&] { canvas->measure(n); });
+        sampler.seconds += seconds_of([canvas = canvas, n = n] { canvas->measure(n); });
         sampler.bytes += 2.0 * row_bytes * static_cast<double>(n);
     }
     const GraphBuilder pieces(model_, built_->sequences);  // for its room for nodes

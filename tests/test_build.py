@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
 import shutil
@@ -54,6 +55,18 @@ def test_the_source_without_its_compiled_part_says_so(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "run from another folder, or install" in done.stderr.splitlines()[-1]
+
+
+def test_the_licences_of_all_that_is_linked_in_come_along() -> None:
+    texts = {
+        file.name: file.read_text(encoding="utf-8")
+        for file in importlib.metadata.files("pydiffusion") or ()
+        if file.name.startswith("LICENSE") and ".dist-info" in file.parts[0]
+    }
+    assert "Apache License" in texts["LICENSE"]
+    assert "The ggml authors" in texts["LICENSE-ggml.txt"]
+    assert "Wenzel Jakob" in texts["LICENSE-nanobind.txt"]
+    assert "Thibaut Goetghebuer-Planchon" in texts["LICENSE-nanobind.txt"]
 
 
 def fetch_module():

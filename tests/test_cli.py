@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -302,6 +303,24 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"pydiffusion {__version__}\n"
+
+
+def test_the_bill_of_materials(capsys: pytest.CaptureFixture[str]) -> None:
+    """All that is linked in, with its licence, and every package that the project asks for."""
+    from pydiffusion import _native
+
+    assert main(["--version", "--verbose"]) == 0
+    out = capsys.readouterr().out
+    for part in ("ggml", "nanobind"):
+        assert re.search(
+            rf"^{part} {re.escape(_native.version()[part])} .*linked in.*MIT$", out, re.MULTILINE
+        )
+    requirements = [line.partition(";") for line in importlib.metadata.requires("pydiffusion") or ()]
+    wanted = {
+        re.split(r"[^\w.-]", name)[0] for name, _, extra in requirements if not extra or "server" in extra
+    }
+    listed = {line.split()[0] for line in out.splitlines() if "(needed: " in line}
+    assert listed == wanted and {"numpy", "tokenizers", "fastapi"} <= listed
 
 
 def test_the_page_says_what_the_commands_do() -> None:

@@ -203,6 +203,56 @@ def test_a_cache_larger_than_any_memory(gguf_file: Callable[..., Path], tmp_path
     session.encode(np.arange(5, dtype=np.int32))
 
 
+# --- signals ---
+
+
+@posix
+def test_a_signal_at_any_moment(gguf_file: Callable[..., Path], report: Callable[[str], None]) -> None:
+    """What a handler raises comes out of loading, prefill and steps alike; all goes on as if it had not."""
+
+    class Stop(KeyboardInterrupt):
+        pass
+
+    def stop(number: int, frame: object) -> None:
+        raise Stop
+
+    path = gguf_file("wide", "f32")
+    model = DiffusionModel(path, n_threads=1, n_ctx=512)
+    session = model.new_session()
+    started = time.perf_counter()
+    DiffusionModel(path, n_threads=1, n_ctx=512).close()
+    expected = model.generate([7] * 60, session=session, max_tokens=48, steps=6, seed=3).tokens.tolist()
+    duration = time.perf_counter() - started
+    phases: dict[str, int] = {}
+    draw, phase = random.Random(5), ""
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        for _ in range(25):
+            signal.setitimer(signal.ITIMER_REAL, max(0.0005, draw.uniform(0, duration)))
+            deadline = time.monotonic() + 20  # Python drops what is raised within a destructor
+            try:
+                while time.monotonic() < deadline:
+                    phase = "load"
+                    DiffusionModel(path, n_threads=1, n_ctx=512).close()
+                    phase = "prefill"
+                    session.truncate(0)
+                    session.encode([7] * 60)
+                    phase = "steps"
+                    for _event in session.generate(max_tokens=48, steps=6, seed=3):
+                        pass
+            except Stop:
+                phases[phase] = phases.get(phase, 0) + 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    session.truncate(0)
+    again = model.generate([7] * 60, session=session, max_tokens=48, steps=6, seed=3).tokens.tolist()
+    assert again == expected
+    assert sum(phases.values()) >= 20
+    report(f"signals: {phases}")
+
+
 # --- files ---
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,26 +35,51 @@ def test_the_corpus_is_read_or_refused(tmp_path: Path, n_zeros: int) -> None:
     assert opened > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["file", "model"])
-def test_a_short_fuzz(target: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """PYDIFFUSION_FUZZ names a folder with the built targets; else clang builds them (some minutes)."""
-    built = os.environ.get("PYDIFFUSION_FUZZ")
-    if not built:
-        clang = shutil.which("clang++") or shutil.which("clang++-14")
-        tools = [clang, shutil.which("cmake"), shutil.which("ninja")]
-        if None in tools or not (FUZZ.parent / "vendor/ggml/CMakeLists.txt").is_file():
-            pytest.skip(f"NOT CHECKED: fuzzing of the {target} layer; no clang, cmake, ninja or vendor/ggml")
-        built = str(tmp_path_factory.getbasetemp() / "fuzz")
-        define = [f"-DCMAKE_CXX_COMPILER={clang}", f"-DCMAKE_C_COMPILER={clang.replace('clang++', 'clang')}"]
-        subprocess.run(["cmake", "-G", "Ninja", "-S", FUZZ, "-B", built, *define], check=True)
-        subprocess.run(["cmake", "--build", built], check=True)
-    found = tmp_path_factory.mktemp("corpus")
-    command = [f"{built}/fuzz_{target}", found, FUZZ / "corpus" / target, "-max_len=16384", "-timeout=10"]
-    result = subprocess.run(
-        [*map(str, command), "-max_total_time=20", f"-artifact_prefix={found}/"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of the fuzzers: PYDIFFUSION_FUZZ names one; else clang builds them (some minutes)."""
+    if folder := os.environ.get("PYDIFFUSION_FUZZ"):
+        return folder
+    clang = shutil.which("clang++") or shutil.which("clang++-14")
+    tools = [clang, shutil.which("cmake"), shutil.which("ninja")]
+    if None in tools or not (FUZZ.parent / "vendor/ggml/CMakeLists.txt").is_file():
+        pytest.skip("NOT CHECKED: fuzzing of the native layers; no clang, cmake, ninja or vendor/ggml")
+    folder = str(tmp_path_factory.getbasetemp() / "fuzz")
+    define = [f"-DCMAKE_CXX_COMPILER={clang}", f"-DCMAKE_C_COMPILER={clang.replace('clang++', 'clang')}"]
+    subprocess.run(["cmake", "-G", "Ninja", "-S", FUZZ, "-B", folder, *define], check=True)
+    subprocess.run(["cmake", "--build", folder], check=True)
+    return folder
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["file", "model", "load"])
+def test_a_short_fuzz(built: str, target: str, tmp_path: Path) -> None:
+    seeds = FUZZ / "corpus" / ("file" if target == "file" else "model")
+    limits = ["-max_len=16384", "-timeout=60", "-max_total_time=20", f"-artifact_prefix={tmp_path}/"]
+    result = run(f"{built}/fuzz_{target}", tmp_path, seeds, *limits)
+    if target == "load":
+        found = re.search(r"(\d+) inputs: (\d+) loaded, (\d+) denoised", result.stderr)
+        assert found and int(found[3]) > 0, "no input came to a denoising step"
+
+
+@pytest.mark.slow
+def test_errors_of_the_device_at_every_graph(
+    built: str, gguf_file: Callable[..., Path], report: Callable[[str], None]
+) -> None:
+    """Each is a typed error, after which the session computes what it would have without."""
+    report(run(f"{built}/inject_errors", gguf_file("tiny", "f32")).stdout.strip())
+
+
+@pytest.mark.slow
+def test_the_sampler_under_valgrind(built: str, report: Callable[[str], None]) -> None:
+    valgrind = shutil.which("valgrind")
+    if valgrind is None:
+        pytest.skip("NOT CHECKED: the sampler under valgrind, which is not installed")
+    done = run(valgrind, "--error-exitcode=9", "--leak-check=full", "-q", f"{built}/check_sampler")
+    report(f"the sampler under valgrind: {done.stdout.strip()}")

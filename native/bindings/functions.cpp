@@ -235,6 +235,7 @@ nb::dict version() {
     nb::dict d;
     d["ggml"] = ggml_version();
     d["ggml_commit"] = ggml_commit();
+    d["nanobind"] = format("%d.%d.%d", NB_VERSION_MAJOR, NB_VERSION_MINOR, NB_VERSION_PATCH);
     d["cpu"] = cpu;
     return d;
 }

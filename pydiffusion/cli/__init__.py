@@ -7,6 +7,7 @@ what it needs when it runs, so that ``--help`` is quick and needs no native modu
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -72,13 +73,25 @@ def _bill_of_materials() -> list[str]:
     linked = _native.version()
     lines = [
         f"pydiffusion {__version__}",
-        f"ggml {linked['ggml']} (commit {linked['ggml_commit']}), linked in",
+        f"ggml {linked['ggml']} ({_commit(linked['ggml_commit'])}), linked in, MIT",
+        f"nanobind {linked['nanobind']} with tsl::robin_map, linked in, BSD-3-Clause and MIT",
         f"instruction sets: {linked['cpu'] or 'the baseline alone'}",
         f"Python {platform.python_version()}, {platform.platform()}",
     ]
-    for name in ("numpy", "gguf", "safetensors", "tokenizers", "jinja2", "typer", "rich"):
-        lines.append(f"{name} {importlib.metadata.version(name)}")
+    for requirement in sorted(importlib.metadata.requires("pydiffusion") or (), key=str.lower):
+        name, bounds, extra = re.fullmatch(r"([\w.-]+)([^;]*)(.*)", requirement).groups()  # type: ignore[union-attr]
+        if "extra" in extra and "server" not in extra:
+            continue
+        try:
+            lines.append(f"{name} {importlib.metadata.version(name)} (needed: {bounds.strip() or 'any'})")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name} is not installed (needed: {bounds.strip() or 'any'})")
     return lines
+
+
+def _commit(found: str) -> str:
+    """A source distribution does not tell its commit; its digest is pinned in vendor/ggml.lock."""
+    return "its commit is not told by its source" if found == "unknown" else f"commit {found}"
 
 
 @app.callback()
