@@ -1,6 +1,6 @@
-"""What dropped_mass and canvas_length do to the demo model's answers: right ones, steps, text.
+"""What dropped_mass, canvas_length and trim_after_eos do to the demo model's answers: right ones, steps, text.
 
-    python benchmarks/denoising_options.py [dropped_mass canvas_length] [--number 20] [--threads 1]
+    python benchmarks/denoising_options.py [dropped_mass canvas_length trim_after_eos] [--number 20] [--threads 1]
 
 --number held-out examples of each task that the model has learned, answered with equal seeds. Rows differ
 from the first of their table by one option. "equal" is the share of answers with the first row's very text;
@@ -19,13 +19,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pydiffusion import CanvasEvent, DiffusionModel, GenerationOptions
+from pydiffusion import CanvasEvent, DiffusionModel, DraftEvent, GenerationOptions
 from pydiffusion.convert import convert
 from pydiffusion.demo import checkpoint_path, puzzles, tasks
 
 SEED = 20261121
 MAX_TOKENS = 144
-VALUES = {"dropped_mass": (0.0, 1e-4, 1e-3, 1e-2), "canvas_length": (48, 40, 32, 24)}
+VALUES = {
+    "dropped_mass": (0.0, 1e-4, 1e-3, 1e-2),
+    "canvas_length": (48, 40, 32, 24),
+    "trim_after_eos": (False, True),
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Answer:
     right: bool
     n_tokens: int
     n_steps: int
+    n_positions: int
     n_canvases: int
 
 
@@ -50,18 +55,20 @@ def questions(number: int) -> list[tuple[str, str]]:
 def answer(model: DiffusionModel, task: str, prompt: str, options: GenerationOptions) -> Answer:
     session = model.new_session(512)
     session.encode(model.chat_prompt([{"role": "user", "content": prompt}]))
-    canvases = [event for event in session.generate(options) if isinstance(event, CanvasEvent)]
+    events = list(session.generate(options))
+    canvases = [event for event in events if isinstance(event, CanvasEvent)]
     text = "".join(event.text for event in canvases)
     return Answer(
         text,
         tasks.check(task, prompt, text),
         sum(len(event.tokens) for event in canvases),
         sum(event.steps for event in canvases),
+        sum(len(event.tokens) for event in events if isinstance(event, DraftEvent)),
         len(canvases),
     )
 
 
-def row(label: str, answers: list[Answer], first: list[Answer], canvas_length: int) -> str:
+def row(label: str, answers: list[Answer], first: list[Answer]) -> str:
     share = np.mean([one.right for one in answers])
     steps, canvases = (sum(getattr(one, name) for one in answers) for name in ("n_steps", "n_canvases"))
     cells = (
@@ -69,7 +76,7 @@ def row(label: str, answers: list[Answer], first: list[Answer], canvas_length: i
         f"{share:.1%} ± {np.sqrt(share * (1 - share) / len(answers)):.1%}",
         f"{steps / canvases:.1f}",
         f"{steps / len(answers):.1f}",
-        f"{canvas_length * steps / len(answers) / 1000:.2f}",
+        f"{np.mean([one.n_positions for one in answers]) / 1000:.2f}",
         f"{np.mean([one.n_tokens for one in answers]):.1f}",
         f"{np.mean([one.text == other.text for one, other in zip(answers, first, strict=True)]):.0%}",
     )
@@ -85,7 +92,7 @@ def by_task(asked: list[tuple[str, str]], answers: list[Answer]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("options", nargs="*", choices=VALUES, default=list(VALUES), help="[default: both]")
+    parser.add_argument("options", nargs="*", choices=VALUES, default=list(VALUES), help="[default: all]")
     parser.add_argument("--number", type=int, default=20, help="of each task")
     parser.add_argument("--tasks", nargs="+", choices=tasks.TASKS, help="[default: all that it has learned]")
     parser.add_argument("--type", default="f32", help="of the file")
@@ -107,8 +114,7 @@ def main() -> int:
                     options = GenerationOptions(max_tokens=MAX_TOKENS, seed=index, **{name: value})
                     answers.append(answer(model, task, prompt, options))
                 first = first or answers
-                length = value if name == "canvas_length" else model.canvas_length
-                print(row(f"{value:g}", answers, first, length), flush=True)
+                print(row(f"{value:g}", answers, first), flush=True)
                 print(f"{name} {value:g}: {by_task(asked, answers)}", file=sys.stderr, flush=True)
         model.close()
     return 0
