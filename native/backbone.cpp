@@ -163,7 +163,7 @@ ggml_tensor* attend_sequence(GraphBuilder& g, size_t i_sequence, int32_t i_layer
                              const Causal* causal) {
     const Sequence& sequence = g.sequences[i_sequence];
     const KvRange range = sequence.cache->range(i_layer);
-    const int64_t n_visible = range.n_visible(sequence.n_tokens), head_dim = q->ne[0];
+    const int64_t n_visible = range.n_visible(sequence.n_tokens + sequence.n_frozen), head_dim = q->ne[0];
     if (!g.portable()) {
         ggml_tensor* k = visible_rows(g, range.k, range, head_dim, n_visible);
         ggml_tensor* v = visible_rows(g, range.v, range, head_dim, n_visible);

@@ -31,6 +31,7 @@ enum class Mode { encoder, decoder };
 struct Sequence {
     const KvCache* cache;
     int64_t n_tokens;
+    int64_t n_frozen = 0;  // rows behind the tokens that stay as an earlier graph wrote them, and are seen
 };
 
 // A graph under construction and what its layers have in common.

@@ -127,7 +127,7 @@ void Denoiser::build(const std::vector<Lane>& lanes, Workspace& workspace) {
     int64_t n_tokens = 0;
     std::vector<Sequence> sequences;
     for (const Lane& lane : lanes) {
-        sequences.push_back({lane.cache, lane.n_tokens()});
+        sequences.push_back({lane.cache, lane.n_tokens(), lane.n_frozen});
         n_tokens += lane.n_tokens();
     }
     canvases_.clear();
@@ -234,13 +234,15 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(Workspace& workspace
 void Denoiser::step(const std::vector<Lane>& lanes, Workspace& workspace) {
     const auto turn = model_.engine.device_turn();
     const auto versions = [&] {
-        std::vector<std::pair<uint64_t, int64_t>> result;
-        for (const Lane& lane : lanes) result.emplace_back(lane.cache->version(), lane.n_tokens());
+        decltype(built_for_) result;
+        for (const Lane& lane : lanes)
+            result.emplace_back(lane.cache->version(), lane.n_tokens(), lane.n_frozen);
         return result;
     };
     if (built_for_ != versions()) {
         invalidate();
-        for (const Lane& lane : lanes) lane.cache->prepare(static_cast<int32_t>(lane.n_tokens()));
+        for (const Lane& lane : lanes)
+            lane.cache->prepare(static_cast<int32_t>(lane.n_tokens() + lane.n_frozen));
         build(lanes, workspace);
         built_for_ = versions();
     }

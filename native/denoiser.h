@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -56,6 +57,8 @@ class Denoiser {
         KvCache* cache;
         const std::vector<int32_t>* canvas;  // at the positions behind the cache, canvas_length at most
         const std::atomic<bool>* cancel;     // whether anybody still waits for what comes out
+        // Positions behind the canvas that are seen as the last step left them, and no longer denoised.
+        int64_t n_frozen = 0;
 
         int64_t n_tokens() const { return static_cast<int64_t>(canvas->size()); }
     };
@@ -96,7 +99,8 @@ class Denoiser {
     const Model& model_;
     Statistics* statistics_ = nullptr;
     std::unique_ptr<GraphBuilder> built_;
-    std::vector<std::pair<uint64_t, int64_t>> built_for_;     // the lanes' cache versions and canvas lengths
+    // The lanes' cache versions, canvas lengths and frozen positions.
+    std::vector<std::tuple<uint64_t, int64_t, int64_t>> built_for_;
     std::vector<std::pair<CanvasState*, int64_t>> canvases_;  // of the graph, with their lengths
     ggml_tensor* canvas_ = nullptr;
 };

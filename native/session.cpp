@@ -353,6 +353,8 @@ void Session::begin_canvas(const std::function<void(int32_t)>& between) {
     g.history.clear();
     g.canvas.resize(canvas_length(g.params));
     g.eos_at = g.canvas.size();
+    g.n_ended_there = 0;
+    g.frozen_entropy = 0.0;
     for (size_t i = 0; i < g.canvas.size(); ++i) {
         const int32_t given = given_token(i, false);
         g.canvas[i] = given >= 0
@@ -417,7 +419,7 @@ void Session::measure_step(StepResult& result) {
 void Session::take_step(StepResult& result, const std::vector<int32_t>& chosen) {
     Generation& g = *generation_;
     const size_t n = g.canvas.size();
-    double total_entropy = 0.0;
+    double total_entropy = g.frozen_entropy;
     for (size_t i = 0; i < n; ++i) {
         const bool held = given_token(i, true) >= 0;
         total_entropy += result.entropy[i];
@@ -429,7 +431,7 @@ void Session::take_step(StepResult& result, const std::vector<int32_t>& chosen) 
     }
     result.canvas = g.canvas;
     const bool stable = is_stable(result.draft);
-    const double mean = total_entropy / static_cast<double>(n);
+    const double mean = total_entropy / static_cast<double>(canvas_length(g.params));
     g.step -= 1;
     result.canvas_done = g.step == 0 || (stable && mean < g.params.confidence_threshold);
     if (g.params.trim_after_eos && !g.params.guided && !result.canvas_done) trim(result);
@@ -441,19 +443,23 @@ size_t Session::end_of(const std::vector<int32_t>& draft) const {
     return std::find_first_of(draft.begin(), draft.end(), eos.begin(), eos.end()) - draft.begin();
 }
 
-// An eos has settled when it is accepted where the step before had it too. A few positions behind it stay, so
-// that the text may still grow a little.
+// An eos has settled when it was accepted in the same place three times in a row. What lies behind it, but
+// for a few positions into which the text may still grow, is seen as this step left it and no longer
+// denoised.
 void Session::trim(const StepResult& result) {
     constexpr size_t kRoom = 8;
+    constexpr int32_t kTimes = 3;
     Generation& g = *generation_;
     const size_t n = g.canvas.size(), end = end_of(result.draft);
-    const bool settled = end < n && end == g.eos_at && result.accepted[end];
+    const bool ended = end < n && result.accepted[end];
+    g.n_ended_there = ended ? (end == g.eos_at ? g.n_ended_there + 1 : 1) : 0;
     g.eos_at = end;
     const size_t n_kept = end + 1 + kRoom;
-    if (!settled || n_kept >= n) return;
+    if (g.n_ended_there < kTimes || n_kept >= n) return;
     for (size_t i = n_kept; i < n; ++i) {
         if (given_token(i, true) >= 0) return;
     }
+    for (size_t i = n_kept; i < n; ++i) g.frozen_entropy += result.entropy[i];
     g.canvas.resize(n_kept);
     for (std::vector<int32_t>& past : g.history) past.resize(n_kept);
 }

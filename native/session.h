@@ -28,7 +28,7 @@ struct GenerationParams {
     std::vector<uint8_t> hold;    // 1: the position keeps its token of `canvas`
     float dropped_mass = 0.0f;    // see soft_probabilities
     int32_t canvas_length = 0;    // shorter canvases than the model's; 0: the model's
-    bool trim_after_eos = false;  // give up what lies behind an eos that has settled
+    bool trim_after_eos = false;  // freeze what lies behind an eos that has settled
     bool guided = false;          // every step waits for the caller's choice, see Session::impose
 };
 
@@ -96,7 +96,10 @@ class Session {
     // the canvas before and draws what the step needs (false after the generation's end); the lane goes
     // through a denoiser, which took so many seconds; end_step takes over what came out.
     bool begin_step(const std::function<void(int32_t)>& between);
-    Denoiser::Lane lane() { return {&canvas_state_, &cache_, &generation_->canvas, &cancel_}; }
+    Denoiser::Lane lane() {
+        return {&canvas_state_, &cache_, &generation_->canvas, &cancel_,
+                canvas_length(generation_->params) - static_cast<int64_t>(generation_->canvas.size())};
+    }
     void end_step(double seconds, StepResult& result);
     // Ends a generation after an error half-way: its conditioning logits may be half-written.
     void abandon();
@@ -141,6 +144,8 @@ class Session {
         std::vector<int32_t> finished;              // a canvas to be committed before the next begins
         std::vector<std::vector<int32_t>> history;  // the last stability_threshold argmaxes
         size_t eos_at = 0;                          // where the last draft ended; its size, when nowhere
+        int32_t n_ended_there = 0;                  // drafts in a row that did, accepted
+        double frozen_entropy = 0.0;                // of the positions that are no longer denoised, together
         double encode_seconds = 0.0, denoise_seconds = 0.0;
         std::unique_ptr<StepResult> half;  // of a guided step that waits for `impose`
         std::vector<int32_t> noise;        // of that step, for what is not accepted

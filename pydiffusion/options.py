@@ -188,8 +188,8 @@ class GenerationOptions:
         and the answer follows. ``None``: no limit of their own.
     stop_on_repetition: end the text when it only goes round: its last 128 tokens or more are one block, four
         times over or more, of which the last canvas keeps none but the first. ``None``: don't.
-    trim_after_eos: denoise on without what lies behind an eos that has settled, but for a few positions: a
-        short answer takes less time, and may come out differently. ``None``: don't.
+    trim_after_eos: freeze what lies behind an eos that has settled, but for a few positions: a short answer
+        takes less time, and may come out differently. ``None``: don't.
 
     Raises ValueError for a value out of range, TypeError for an unknown option.
     """
