@@ -1,6 +1,6 @@
-"""What dropped_mass, canvas_length and trim_after_eos do to the demo model's answers: right ones, steps.
+"""What dropped_mass, canvas_length and trim_after_eos do to the demo model's answers: right, steps, text.
 
-    python benchmarks/denoising_options.py [OPTION ...] [--number 20] [--threads 1]
+    python benchmarks/denoising_options.py [dropped_mass] [canvas_length] [trim_after_eos] [--number 20]
 
 --number held-out examples of each task that the model has learned, answered with equal seeds. Rows differ
 from the first of their table by one option. "equal" is the share of answers with the first row's very text;
