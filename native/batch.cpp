@@ -49,17 +49,14 @@ std::vector<Batch::Outcome> Batch::next_steps(const std::vector<Session*>& sessi
     }
     if (lanes.empty()) return outcomes;
     const auto start = std::chrono::steady_clock::now();
-    std::exception_ptr error;
+    std::vector<std::exception_ptr> errors(lanes.size());
     n_graphs_ = 0;
-    try {
-        denoise(lanes, 0, lanes.size());
-    } catch (const Error&) {
-        error = std::current_exception();
-    }
+    denoise(lanes, 0, lanes.size(), errors);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    for (const size_t i : running) {
+    for (size_t i_lane = 0; i_lane < lanes.size(); ++i_lane) {
+        const size_t i = running[i_lane];
         attempt(i, [&] {
-            if (error) std::rethrow_exception(error);
+            if (errors[i_lane]) std::rethrow_exception(errors[i_lane]);
             sessions[i]->end_step(seconds, outcomes[i].result);
         });
     }
@@ -67,18 +64,22 @@ std::vector<Batch::Outcome> Batch::next_steps(const std::vector<Session*>& sessi
 }
 
 // The lanes from begin to end, in one graph if there is memory for it, else in two halves.
-void Batch::denoise(const std::vector<Denoiser::Lane>& lanes, size_t begin, size_t end) {
+void Batch::denoise(const std::vector<Denoiser::Lane>& lanes, size_t begin, size_t end,
+                    std::vector<std::exception_ptr>& errors) {
     try {
         denoiser_.step({lanes.begin() + begin, lanes.begin() + end}, workspace_);
         n_graphs_ += 1;
         return;
     } catch (const Error& error) {
         denoiser_.invalidate();
-        if (error.kind() != ErrorKind::out_of_memory || end - begin < 2) throw;
+        if (error.kind() != ErrorKind::out_of_memory || end - begin < 2) {
+            std::fill(errors.begin() + begin, errors.begin() + end, std::current_exception());
+            return;
+        }
     }
     const size_t middle = begin + (end - begin) / 2;
-    denoise(lanes, begin, middle);
-    denoise(lanes, middle, end);
+    denoise(lanes, begin, middle, errors);
+    denoise(lanes, middle, end, errors);
 }
 
 }  // namespace pydiffusion

@@ -107,14 +107,15 @@ def test_no_more_memory(gguf_file: Callable[..., Path], phase: str, report: Call
 WIDE_BATCH = """
 import resource, sys
 import numpy as np
-from pydiffusion import _native
+from pydiffusion import InsufficientMemoryError, _native
 
 model = _native.Model(sys.argv[1], n_threads=1)
+sessions = [_native.Session(model, 300) for _ in range(40)]
+for i, session in enumerate(sessions):
+    session.encode(np.arange(5 + i, dtype=np.int32))
 
 def first_drafts(extra):
-    sessions = [_native.Session(model, 300) for _ in range(12)]
     for i, session in enumerate(sessions):
-        session.encode(np.arange(5 + i, dtype=np.int32))
         session.begin(max_tokens=16, steps=3, t_min=0.4, t_max=0.8, entropy_bound=0.1, stability_threshold=1,
                       confidence_threshold=0.0, seed=i, eos=[])
     batch = _native.Batch(model)
@@ -124,18 +125,19 @@ def first_drafts(extra):
         outcomes = batch.next_steps(sessions)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    steps = [outcome for outcome in outcomes if isinstance(outcome, _native.Step)]
-    return batch.n_graphs, [step.draft.tolist() for step in steps]
+    drafts = [each.draft.tolist() if isinstance(each, _native.Step) else each for each in outcomes]
+    assert all(isinstance(draft, list | InsufficientMemoryError) for draft in drafts), drafts
+    return batch.n_graphs, drafts
 
 n_graphs, expected = first_drafts(2**40)
-assert n_graphs == 1 and len(expected) == 12
-seen = set()
-for megabytes in range(8, 120, 4):
+assert n_graphs == 1
+in_parts = 0
+for megabytes in range(20, 60, 4):
     n_graphs, drafts = first_drafts(megabytes << 20)
-    if len(drafts) == 12:
-        assert drafts == expected
-        seen.add(n_graphs)
-print(sorted(seen))
+    done = [i for i, draft in enumerate(drafts) if isinstance(draft, list)]
+    assert all(drafts[i] == expected[i] for i in done)
+    in_parts += n_graphs > 1 or 0 < len(done) < len(drafts)
+print(in_parts)
 """
 
 
@@ -148,9 +150,8 @@ def test_a_batch_without_memory_for_one_graph_is_denoised_in_parts(
 
     result = run(WIDE_BATCH, write_synthetic("tiny", tmp_path / "tiny.gguf"))
     assert result.returncode == 0, result.stderr[-800:]
-    graphs = json.loads(result.stdout)
-    report(f"12 canvases under limits of memory took this many graphs: {graphs}")
-    assert graphs[0] == 1 and len(graphs) > 1
+    report(f"40 canvases in parts at {result.stdout.strip()} of 10 limits of memory")
+    assert int(result.stdout) > 0
 
 
 @posix
