@@ -287,7 +287,7 @@ def test_the_process_may_end_while_daemon_threads_compute(
 EXIT_FROM_A_CALLBACK = """
 import os, sys, threading, time, numpy as np
 from pydiffusion import _native
-model = _native.Model(sys.argv[1], n_threads=2)
+model = _native.Model(sys.argv[1], n_threads=1)
 started = threading.Event()
 def compute():
     session = _native.Session(model, 1024)
