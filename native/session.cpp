@@ -379,7 +379,8 @@ void Session::set_inputs() {
     StepState& state = canvas_state_.step();
     state.self_conditioning = g.step < p.steps;
     state.dropped_mass = p.dropped_mass;
-    state.previous_temperature = step_temperature(std::min(g.step + 1, p.steps), p.steps, p.t_min, p.t_max);
+    const int32_t previous = g.step < p.steps ? g.step + 1 : p.steps;  // steps may be the largest number
+    state.previous_temperature = step_temperature(previous, p.steps, p.t_min, p.t_max);
     state.temperature = step_temperature(g.step, p.steps, p.t_min, p.t_max);
     g.noise.resize(n);
     for (size_t i = 0; i < n; ++i) {
