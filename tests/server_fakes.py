@@ -161,6 +161,9 @@ class ScriptedNative:
     def amend(self, tokens: np.ndarray) -> str:
         """Goes on with what the script says behind the amended text."""
         self._ids += tokens.tolist()
+        self._begun["max_tokens"] -= len(tokens)  # else one who thinks again and again would never end
+        if self._begun["max_tokens"] <= 0:
+            return "length"
         self.begin(**self._begun)
         return ""
 
