@@ -63,7 +63,6 @@ class Weights::Loader {
                                                     ggml_type_name(info.type) +
                                                     ", which we can't compute with");
         }
-        if (info.type != GGML_TYPE_F32) weights_.all_f32 = false;
         return place(info);
     }
 

@@ -67,7 +67,6 @@ struct Weights {
 
     std::map<ggml_type, uint64_t> bytes_by_type;
     uint64_t n_weights = 0;
-    bool all_f32 = true;
 
   private:
     class Loader;
