@@ -8,11 +8,11 @@
 
 namespace pydiffusion {
 
-Model::Model(std::shared_ptr<const File> f, int n_threads, const std::string& device, const Placement& p,
-             const std::function<void(double)>& read_ahead)
+Model::Model(std::shared_ptr<const File> f, int n_threads, const std::string& device,
+             const std::string& kernels, const Placement& p, const std::function<void(double)>& read_ahead)
     : file(std::move(f)),
       hparams(*file),
-      engine(n_threads, device),
+      engine(n_threads, device, kernels),
       placement(p),
       weights(file, hparams, placement, engine, read_ahead) {
     if (engine.on_device()) return;  // what was copied has been read
@@ -46,6 +46,7 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), 
     context.reset(ggml_init(params));
     if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a graph's description");
     graph = ggml_new_graph_custom(ctx(), n_nodes, false);
+    products.emplace(ctx(), model.engine.kernel());
     if (!portable()) return;
     const size_t n_inputs = 2 + 2 * sequences.size();  // tokens, positions; masks of both kinds of layers
     input_context_.reset(ggml_init({n_inputs * ggml_tensor_overhead(), nullptr, true}));
@@ -86,9 +87,9 @@ portable::Mask GraphBuilder::mask(size_t i_sequence, int32_t i_layer, int64_t n_
     return masks_.back().mask;
 }
 
-ggml_tensor* GraphBuilder::mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down) const {
-    ggml_tensor* h = gelu_product(ggml_mul_mat(ctx(), gate, x), ggml_mul_mat(ctx(), up, x));
-    return ggml_mul_mat(ctx(), down, h);
+ggml_tensor* GraphBuilder::mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down) {
+    ggml_tensor* h = gelu_product(products->multiply(gate, x), products->multiply(up, x));
+    return products->multiply(down, h);
 }
 
 ggml_tensor* GraphBuilder::embed(ggml_tensor* ids) const {
@@ -138,8 +139,8 @@ ggml_tensor* tokens_of(const GraphBuilder& g, ggml_tensor* x, int64_t first, int
 void store_normed(GraphBuilder& g, int32_t i_layer, ggml_tensor* h) {
     const LayerWeights& w = g.model.weights.layers[i_layer];
     const LayerShape& shape = g.model.hparams.layers[i_layer];
-    ggml_tensor* k = split_heads(g, ggml_mul_mat(g.ctx(), w.attn_k, h), shape.head_dim);
-    ggml_tensor* v = w.attn_v ? split_heads(g, ggml_mul_mat(g.ctx(), w.attn_v, h), shape.head_dim) : k;
+    ggml_tensor* k = split_heads(g, g.products->multiply(w.attn_k, h), shape.head_dim);
+    ggml_tensor* v = w.attn_v ? split_heads(g, g.products->multiply(w.attn_v, h), shape.head_dim) : k;
     k = rope(g, g.rms_norm(k, w.attn_k_norm), shape.sliding);
     v = g.rms_norm(v);
     int64_t first = 0;
@@ -181,7 +182,7 @@ ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const C
     ggml_tensor* h = g.rms_norm(x, w.attn_norm);
     store_normed(g, i_layer, h);
 
-    ggml_tensor* q = split_heads(g, ggml_mul_mat(g.ctx(), w.attn_q, h), shape.head_dim);
+    ggml_tensor* q = split_heads(g, g.products->multiply(w.attn_q, h), shape.head_dim);
     q = rope(g, g.rms_norm(q, w.attn_q_norm), shape.sliding);
 
     ggml_tensor* all = nullptr;
@@ -192,15 +193,15 @@ ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const C
         all = all ? ggml_concat(g.ctx(), all, a, 1) : a;
         first += n_tokens;
     }
-    return ggml_mul_mat(g.ctx(), w.attn_output, all);
+    return g.products->multiply(w.attn_output, all);
 }
 
 // r [d, n_tokens] -> the router's softmax [n_expert, n_tokens]
-ggml_tensor* router(const GraphBuilder& g, const LayerWeights& w, ggml_tensor* r) {
+ggml_tensor* router(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r) {
     ggml_context* ctx = g.ctx();
     ggml_tensor* n = ggml_mul(ctx, g.rms_norm(r), w.ffn_gate_inp_scale);
     n = ggml_scale(ctx, n, 1.0f / std::sqrt(static_cast<float>(g.model.hparams.n_embd)));
-    return ggml_soft_max(ctx, ggml_mul_mat(ctx, w.ffn_gate_inp, n));
+    return ggml_soft_max(ctx, g.products->multiply(w.ffn_gate_inp, n));
 }
 
 struct Routing {
@@ -225,13 +226,13 @@ Routing route(const GraphBuilder& g, const LayerWeights& w, ggml_tensor* probabi
 }
 
 // x [d, n_tokens] through the experts chosen [n_used, n_tokens] -> [d, n_used, n_tokens]
-ggml_tensor* experts(const GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggml_tensor* chosen) {
+ggml_tensor* experts(GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggml_tensor* chosen) {
     const Hyperparameters& hp = g.model.hparams;
     ggml_context* ctx = g.ctx();
     x = ggml_reshape_3d(ctx, x, x->ne[0], 1, x->ne[1]);
     ggml_tensor *gate, *up;
     if (w.ffn_gate_up_exps) {
-        ggml_tensor* both = ggml_mul_mat_id(ctx, w.ffn_gate_up_exps, x, chosen);
+        ggml_tensor* both = g.products->multiply(w.ffn_gate_up_exps, x, chosen);
         const auto half = [&](int64_t i) {
             return ggml_view_3d(ctx, both, hp.n_ff_expert, both->ne[1], both->ne[2], both->nb[1], both->nb[2],
                                 i * hp.n_ff_expert * sizeof(float));
@@ -239,10 +240,10 @@ ggml_tensor* experts(const GraphBuilder& g, const LayerWeights& w, ggml_tensor* 
         gate = half(0);
         up = half(1);
     } else {
-        gate = ggml_mul_mat_id(ctx, w.ffn_gate_exps, x, chosen);
-        up = ggml_mul_mat_id(ctx, w.ffn_up_exps, x, chosen);
+        gate = g.products->multiply(w.ffn_gate_exps, x, chosen);
+        up = g.products->multiply(w.ffn_up_exps, x, chosen);
     }
-    return ggml_mul_mat_id(ctx, w.ffn_down_exps, g.gelu_product(gate, up), chosen);
+    return g.products->multiply(w.ffn_down_exps, g.gelu_product(gate, up), chosen);
 }
 
 // x [d, n_tokens] through its experts, chosen by r and weighted -> [d, n_tokens]

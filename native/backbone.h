@@ -3,10 +3,12 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 
 #include "attention.h"
 #include "engine.h"
 #include "kv_cache.h"
+#include "matrix/product_ops.h"
 #include "portable_ops.h"
 #include "weights.h"
 
@@ -15,8 +17,10 @@ namespace pydiffusion {
 struct Model {
     // device: see Engine; placement: what of the model lies there. `read_ahead` is called with the share of
     // the file that has been brought into memory, 0 to 1.
+    // kernels: of the processor's products, see matrix::kernel_named.
     Model(std::shared_ptr<const File> file, int n_threads, const std::string& device,
-          const Placement& placement, const std::function<void(double)>& read_ahead);
+          const std::string& kernels, const Placement& placement,
+          const std::function<void(double)>& read_ahead);
 
     std::shared_ptr<const File> file;
     Hyperparameters hparams;
@@ -43,7 +47,8 @@ struct GraphBuilder {
     std::vector<Sequence> sequences;
     ggml_context_ptr context;
     ggml_cgraph* graph;
-    ggml_tensor* positions = nullptr;  // I32 [n_tokens]
+    std::optional<matrix::Products> products;  // how this graph multiplies with weights
+    ggml_tensor* positions = nullptr;          // I32 [n_tokens]
 
     ggml_context* ctx() const { return context.get(); }
 
@@ -71,7 +76,7 @@ struct GraphBuilder {
 
     ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr) const;  // weight null: none
     ggml_tensor* gelu_product(ggml_tensor* gate, ggml_tensor* up) const;         // gelu(gate) * up
-    ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down) const;
+    ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down);
     ggml_tensor* embed(ggml_tensor* ids) const;  // rows of the embedding times sqrt(d) -> [d, n_tokens]
 
   private:

@@ -33,6 +33,7 @@ CanvasState::CanvasState(const Model& model) : model_(model) {
                                                      static_cast<double>(ggml_nbytes(logits_)) / 1e6));
     }
     step_.soft_cap = hp.soft_cap;
+    step_.kernel = model.engine.kernel();
     step_.embedding_scale = std::sqrt(static_cast<float>(hp.n_embd));
     step_.u.assign(hp.canvas_length, 0.0f);
     step_.measures.resize(hp.canvas_length);
@@ -115,7 +116,7 @@ ggml_tensor* Denoiser::embed_lanes(GraphBuilder& g, const std::vector<Lane>& lan
 // The head writes straight into the lane's own logits, whose old content the step has consumed by then.
 void Denoiser::finish_lane(GraphBuilder& g, CanvasState& state, ggml_tensor* x) {
     g.begin_part("head");
-    ggml_tensor* head = ggml_mul_mat(g.ctx(), model_.weights.output, x);
+    ggml_tensor* head = g.products->multiply(model_.weights.output, x);
     ggml_backend_tensor_alloc(state.buffer_.get(), head, state.logits_->data);
     g.begin_part("sampler");
     if (!state.soft_) head = cap_and_measure(g.ctx(), head, &state.step_);
@@ -162,13 +163,13 @@ namespace {
 
 void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
     const ggml_tensor *a = node->src[0], *b = node->src[1];
+    if (const ggml_tensor* weight = matrix::factors_of(node).weight) {
+        cost.operations +=
+            2.0 * static_cast<double>(weight->ne[0]) * static_cast<double>(ggml_nelements(node));
+        cost.bytes += static_cast<double>(ggml_nbytes(weight));
+        return;
+    }
     switch (node->op) {
-        case GGML_OP_MUL_MAT:
-        case GGML_OP_MUL_MAT_ID:
-            cost.operations +=
-                2.0 * static_cast<double>(a->ne[0]) * static_cast<double>(ggml_nelements(node));
-            cost.bytes += static_cast<double>(ggml_nbytes(a));
-            break;
         case GGML_OP_FLASH_ATTN_EXT:
             cost.operations += 4.0 * static_cast<double>(ggml_nelements(a)) * static_cast<double>(b->ne[1]);
             cost.bytes += 2.0 * static_cast<double>(ggml_nbytes(b));

@@ -110,7 +110,10 @@ std::vector<DeviceInfo> list_devices() {
     return infos;
 }
 
-Engine::Engine(int n_threads, const std::string& device) : n_threads_(n_threads), name_("CPU") {
+Engine::Engine(int n_threads, const std::string& device, const std::string& kernels)
+    : n_threads_(n_threads),
+      name_("CPU"),
+      kernel_(device == "cpu" ? matrix::kernel_named(kernels) : matrix::Kernel::ggml) {
     take_one_kernel_for_all_widths();
     ggml_cpu_init();
     auto pool = std::make_unique<Pool>(n_threads);

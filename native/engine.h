@@ -12,6 +12,7 @@
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
+#include "matrix/kernels.h"
 
 namespace pydiffusion {
 
@@ -31,13 +32,16 @@ class Engine {
   public:
     // device: "cpu"; a name out of list_devices(); or "host", which runs the graphs and kernels made for GPUs
     // on the processor: slow, to prove them.
-    Engine(int n_threads, const std::string& device);
+    // kernels: of the processor's products, see matrix::kernel_named.
+    Engine(int n_threads, const std::string& device, const std::string& kernels = "auto");
     ~Engine();
     Engine(const Engine&) = delete;
     Engine& operator=(const Engine&) = delete;
 
     int n_threads() const { return n_threads_; }
     const char* name() const { return name_.c_str(); }
+    // What multiplies in graphs of the processor's own; portable graphs have ggml's products.
+    matrix::Kernel kernel() const { return kernel_; }
 
     // Whether graphs consist of operations that every backend has, and what goes on beside the layers is the
     // kernels'; else our own operations for the processor are in the graph.
@@ -72,6 +76,7 @@ class Engine {
 
     int n_threads_;
     std::string name_;
+    matrix::Kernel kernel_;
     std::atomic<Pool*> pool_;
     ggml_backend_ptr gpu_;  // null on the processor
     ggml_backend_ptr cpu_;  // of a scheduler's; null when there is none

@@ -6,6 +6,7 @@
 #include "device/step_kernels.h"
 #include "errors.h"
 #include "ggml-alloc.h"
+#include "matrix/product_ops.h"
 #include "quantize.h"
 #include "stopwatch.h"
 
@@ -44,9 +45,10 @@ double measure_read_rate(int n_threads, const std::string& device) {
     return static_cast<double>(share * n_threads * sizeof(uint64_t)) / seconds;
 }
 
-double measure_matrix_rate(int n_threads, ggml_type type, const std::string& device) {
+double measure_matrix_rate(int n_threads, ggml_type type, const std::string& device,
+                           const std::string& kernels) {
     constexpr int64_t n = 4096, n_columns = 256, n_rows_made = 32;
-    Engine engine(n_threads, device);
+    Engine engine(n_threads, device, kernels);
     Workspace workspace(engine);
     const int n_products = engine.has_gpu() ? 64 : 1;  // one takes a GPU no longer than its launch
     std::vector<float> rows(n_rows_made * n);
@@ -56,7 +58,7 @@ double measure_matrix_rate(int n_threads, ggml_type type, const std::string& dev
     const std::vector<float> importance(n, 1.0f);
     quantize_rows(type, rows.data(), n_rows_made, n, importance.data(), n_threads, blocks.data());
 
-    const ggml_init_params params = {(16 + n_products) * ggml_tensor_overhead() + ggml_graph_overhead(),
+    const ggml_init_params params = {(16 + 2 * n_products) * ggml_tensor_overhead() + ggml_graph_overhead(),
                                      nullptr, true};
     const ggml_context_ptr context(ggml_init(params));
     ggml_tensor* weight = ggml_new_tensor_2d(context.get(), type, n, n);
@@ -64,7 +66,7 @@ double measure_matrix_rate(int n_threads, ggml_type type, const std::string& dev
     std::vector<ggml_tensor*> products;
     ggml_cgraph* graph = ggml_new_graph(context.get());
     for (int i = 0; i < n_products; ++i) {
-        products.push_back(ggml_mul_mat(context.get(), weight, columns));
+        products.push_back(matrix::Products(context.get(), engine.kernel()).multiply(weight, columns));
         ggml_build_forward_expand(graph, products.back());
     }
     const ggml_backend_buffer_ptr buffer(

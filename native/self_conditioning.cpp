@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
+#include "matrix/soft_sums.h"
 #include "products.h"
 
 #if defined(_MSC_VER)
@@ -16,9 +18,15 @@ namespace {
 constexpr int64_t kTile = 64;  // rows of the vocabulary at a time; bits of a mask
 constexpr int64_t kSlice =
     256;  // columns of the embedding that one task owns: a multiple of every block size
-// Gathering every row takes about one and a half times as long as the dense product (measured at d 1024, 256
-// tokens): a tile is multiplied densely when more than two in three of its probabilities have mass.
-bool is_dense(int64_t n_with_mass, int64_t n) { return 3 * n_with_mass > 2 * n; }
+constexpr int64_t kBlock = matrix::kSoftRows;  // rows that are gathered, or all multiplied
+constexpr int64_t kBlockTiles = kBlock / kTile;
+static_assert(kSlice == matrix::kSoftColumns && kBlock % kTile == 0);
+// Gathering every row takes about one and a half times as long as the dense product of floats (measured at d
+// 1024, 256 tokens): a block is multiplied densely when more than two in three of its probabilities have
+// mass; with the tiles' product, which is that much faster, when more than one in ten have.
+bool is_dense(int64_t n_with_mass, int64_t n, bool by_tiles) {
+    return by_tiles ? 10 * n_with_mass > n : 3 * n_with_mass > 2 * n;
+}
 
 int lowest_bit(uint64_t bits) {
 #if defined(_MSC_VER)
@@ -109,20 +117,29 @@ struct Product {
     const ggml_tensor* probabilities;
     const ggml_tensor* embedding;
     const StepState& state;
+
+    bool by_tiles() const {
+        return state.kernel == matrix::Kernel::tiles && matrix::can_unpack(embedding->type, embedding->ne[0]);
+    }
 };
 
 // What a thread works in.
 struct Area {
-    explicit Area(int64_t n_tokens)
+    explicit Area(int64_t n_tokens, bool by_tiles)
         : lanes((n_tokens + products::kLanes - 1) / products::kLanes * products::kLanes) {
         tile.resize(kTile * kSlice);
+        if (by_tiles) {
+            soft_sums.emplace(n_tokens);
+            return;
+        }
         weights.resize(kTile * lanes);
         sums.resize(kSlice * lanes);
     }
     int64_t lanes;
-    std::vector<float> tile;     // [row][column] of the embedding
-    std::vector<float> weights;  // [row][token]
-    std::vector<float> sums;     // [column][token], of the dense tiles
+    std::vector<float> tile;                    // [row][column] of the embedding
+    std::vector<float> weights;                 // [row][token]
+    std::vector<float> sums;                    // [column][token], of the dense blocks
+    std::optional<matrix::SoftSums> soft_sums;  // instead of weights and sums
 };
 
 // Turns the rows in `mask`, from `first` on, into floats in the columns of the share.
@@ -174,6 +191,7 @@ void gather_tile(const Product& product, const Share& share, const Area& area, i
 
 void multiply_tile(const Product& product, const Share& share, Area& area, int64_t first, int64_t n_rows) {
     const int64_t n_lanes = share.n_lanes();
+    load_rows(area.tile.data(), product.embedding, first, ~uint64_t{0} >> (kTile - n_rows), share);
     for (int64_t t = 0; t < n_lanes; ++t) {
         const float* p = row(product.probabilities, share.token + std::min(t, share.n_tokens - 1)) + first;
         for (int64_t r = 0; r < n_rows; ++r) area.weights[r * n_lanes + t] = p[r];
@@ -182,38 +200,73 @@ void multiply_tile(const Product& product, const Share& share, Area& area, int64
                            share.n_columns, n_rows, n_lanes);
 }
 
-void soft_embedding_share(const Product& product, const Share& share, Area& area) {
-    const int64_t n_vocab = product.embedding->ne[1], end = share.token + share.n_tokens,
-                  n_lanes = share.n_lanes();
-    for (int64_t t = share.token; t < end; ++t)
+void multiply_block(const Product& product, const Share& share, Area& area, int64_t first, int64_t n_rows) {
+    if (!area.soft_sums) {
+        for (int64_t r = 0; r < n_rows; r += kTile)
+            multiply_tile(product, share, area, first + r, std::min(kTile, n_rows - r));
+        return;
+    }
+    std::vector<const float*> p(share.n_tokens);
+    for (int64_t t = 0; t < share.n_tokens; ++t) p[t] = row(product.probabilities, share.token + t) + first;
+    const ggml_tensor* e = product.embedding;
+    const char* data = static_cast<const char*>(e->data) + first * e->nb[1];
+    area.soft_sums->add(product.state.kernel, p.data(), share.n_tokens, {e->type, data, e->nb[1], n_rows},
+                        share.column, share.n_columns);
+}
+
+void clear_sums(const Product& product, const Share& share, Area& area) {
+    for (int64_t t = share.token; t < share.token + share.n_tokens; ++t)
         std::fill_n(row(product.dst, t) + share.column, share.n_columns, 0.0f);
+    if (area.soft_sums) {
+        area.soft_sums->clear();
+    } else {
+        std::fill_n(area.sums.data(), share.n_columns * share.n_lanes(), 0.0f);
+    }
+}
+
+// The dense blocks' sums to the gathered ones, and all of it scaled.
+void add_sums(const Product& product, const Share& share, const Area& area) {
+    const int64_t n_lanes = share.n_lanes();
+    for (int64_t t = 0; t < share.n_tokens; ++t) {
+        float* out = row(product.dst, share.token + t) + share.column;
+        if (area.soft_sums) {
+            area.soft_sums->add_to(out, t, share.n_columns);
+        } else {
+            for (int64_t i = 0; i < share.n_columns; ++i) out[i] += area.sums[i * n_lanes + t];
+        }
+        for (int64_t i = 0; i < share.n_columns; ++i) out[i] *= product.state.embedding_scale;
+    }
+}
+
+void soft_embedding_share(const Product& product, const Share& share, Area& area) {
+    const int64_t n_vocab = product.embedding->ne[1], end = share.token + share.n_tokens;
+    const int64_t n_all = product.dst->ne[1];  // tokens that have masks
+    clear_sums(product, share, area);
     if (!product.state.self_conditioning) return;
 
-    std::fill_n(area.sums.data(), share.n_columns * n_lanes, 0.0f);
-    for (int64_t first = 0; first < n_vocab; first += kTile) {
-        const int64_t n_rows = std::min(kTile, n_vocab - first);
-        const uint64_t* mass = product.state.mass.data() + first / kTile * product.dst->ne[1];
-        uint64_t needed = 0;
+    for (int64_t first = 0; first < n_vocab; first += kBlock) {
+        const int64_t n_rows = std::min(kBlock, n_vocab - first);
+        const uint64_t* mass = product.state.mass.data() + first / kTile * n_all;
+        const int64_t n_tiles = (n_rows + kTile - 1) / kTile;
+        uint64_t needed[kBlockTiles] = {};
         int64_t n_needed = 0;
-        for (int64_t t = share.token; t < end; ++t) {
-            needed |= mass[t];
-            n_needed += count_bits(mass[t]);
+        for (int64_t i = 0; i < n_tiles; ++i) {
+            for (int64_t t = share.token; t < end; ++t) {
+                needed[i] |= mass[i * n_all + t];
+                n_needed += count_bits(mass[i * n_all + t]);
+            }
         }
-        if (!needed) continue;
-        if (is_dense(n_needed, n_rows * share.n_tokens)) {
-            load_rows(area.tile.data(), product.embedding, first, ~uint64_t{0} >> (kTile - n_rows), share);
-            multiply_tile(product, share, area, first, n_rows);
-        } else {
-            load_rows(area.tile.data(), product.embedding, first, needed, share);
-            gather_tile(product, share, area, first, mass);
+        if (is_dense(n_needed, n_rows * share.n_tokens, area.soft_sums.has_value())) {
+            multiply_block(product, share, area, first, n_rows);
+            continue;
+        }
+        for (int64_t i = 0; i < n_tiles; ++i) {
+            if (!needed[i]) continue;
+            load_rows(area.tile.data(), product.embedding, first + i * kTile, needed[i], share);
+            gather_tile(product, share, area, first + i * kTile, mass + i * n_all);
         }
     }
-    for (int64_t t = share.token; t < end; ++t) {
-        float* out = row(product.dst, t) + share.column;
-        const float* sums = area.sums.data() + (t - share.token);
-        for (int64_t i = 0; i < share.n_columns; ++i)
-            out[i] = (out[i] + sums[i * n_lanes]) * product.state.embedding_scale;
-    }
+    add_sums(product, share, area);
 }
 
 // Each number of the product is made by one task in one order.
@@ -222,7 +275,8 @@ void soft_embedding_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     const int64_t d = dst->ne[0], n_tokens = dst->ne[1], n_slices = (d + kSlice - 1) / kSlice;
     // Enough groups of tokens to keep all threads busy, though each group reads the embedding again.
     const int64_t n_groups = std::min(n_tokens, (2 * nth + n_slices - 1) / n_slices);
-    Area area((n_tokens + n_groups - 1) / n_groups);
+    Area area((n_tokens + n_groups - 1) / n_groups, product.by_tiles());
+    const matrix::Readiness ready(area.soft_sums ? product.state.kernel : matrix::Kernel::ggml);
     for (int64_t task = ith; task < n_slices * n_groups; task += nth) {
         const int64_t column = task % n_slices * kSlice, group = task / n_slices;
         const int64_t token = group * n_tokens / n_groups, next = (group + 1) * n_tokens / n_groups;

@@ -4,11 +4,8 @@ namespace pydiffusion {
 
 namespace {
 
-bool is_product(const ggml_tensor* node) {
-    return node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;
-}
-
-void keep(ggml_tensor* tensor) {
+void keep(const ggml_tensor* factor) {
+    auto* tensor = const_cast<ggml_tensor*>(factor);  // of a graph that is still being made
     if (!tensor) return;
     ggml_set_output(tensor);
     if (tensor->view_src) ggml_set_output(tensor->view_src);
@@ -22,22 +19,21 @@ const char* at(const ggml_tensor* t, int64_t i0, int64_t i1, int64_t i2) {
 
 void Statistics::keep_inputs(ggml_cgraph* graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-        const ggml_tensor* node = ggml_graph_node(graph, i);
-        if (!is_product(node)) continue;
-        keep(node->src[1]);
-        keep(node->src[2]);  // the chosen experts, where there are any
+        const matrix::Factors factors = matrix::factors_of(ggml_graph_node(graph, i));
+        keep(factors.x);
+        keep(factors.experts);
     }
 }
 
 void Statistics::add(ggml_cgraph* graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-        const ggml_tensor* node = ggml_graph_node(graph, i);
-        if (is_product(node) && node->src[0]->op == GGML_OP_NONE) add_product(node);
+        const matrix::Factors factors = matrix::factors_of(ggml_graph_node(graph, i));
+        if (factors.weight && factors.weight->op == GGML_OP_NONE) add_product(factors);
     }
 }
 
-void Statistics::add_product(const ggml_tensor* product) {
-    const ggml_tensor *weight = product->src[0], *x = product->src[1], *experts = product->src[2];
+void Statistics::add_product(const matrix::Factors& factors) {
+    const auto [weight, x, experts] = factors;
     ColumnStatistics& s = by_weight_[weight->name];
     if (s.sums.empty()) {
         s.n_columns = weight->ne[0];

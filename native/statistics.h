@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "ggml.h"
+#include "matrix/product_ops.h"
 
 namespace pydiffusion {
 
@@ -29,7 +30,7 @@ class Statistics {
     const std::map<std::string, ColumnStatistics>& by_weight() const { return by_weight_; }
 
   private:
-    void add_product(const ggml_tensor* product);
+    void add_product(const matrix::Factors& factors);
 
     std::map<std::string, ColumnStatistics> by_weight_;
 };

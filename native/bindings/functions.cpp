@@ -204,10 +204,11 @@ nb::tuple random_draws(uint64_t seed, uint32_t canvas_index, uint32_t step, uint
 }
 
 // A benchmark may take seconds: without the GIL.
-double matrix_rate(int n_threads, const std::string& type_name, const std::string& device) {
+double matrix_rate(int n_threads, const std::string& type_name, const std::string& device,
+                   const std::string& kernels) {
     const ggml_type type = type_by_name(type_name);
     const WithoutGil release;
-    return measure_matrix_rate(n_threads, type, device);
+    return measure_matrix_rate(n_threads, type, device, kernels);
 }
 
 double read_rate(int n_threads, const std::string& device) {
@@ -254,7 +255,7 @@ void bind_functions(nb::module_& m) {
     m.def("measure_read_rate", read_rate, nb::arg("n_threads"), nb::arg("device") = "cpu",
           "Bytes per second read from memory; on a device, read and written by a copy.");
     m.def("measure_matrix_rate", matrix_rate, nb::arg("n_threads"), nb::arg("type"),
-          nb::arg("device") = "cpu",
+          nb::arg("device") = "cpu", nb::arg("kernels") = "auto",
           "Operations per second of a 4096 x 4096 matrix of a tensor type times 256 columns.");
     m.def("step_temperature", step_temperature, nb::arg("step"), nb::arg("steps"), nb::arg("t_min"),
           nb::arg("t_max"));

@@ -39,6 +39,7 @@ struct Wish {
     int32_t n_cpu_moe = -1;
     uint64_t memory_limit = 0;  // of the device; 0: what is free
     int64_t n_ctx = 0;          // that the cache is planned for
+    std::string kernels = "auto";
 };
 
 Placement place(const File& file, const Wish& wish, ggml_type kv_type) {
@@ -70,7 +71,7 @@ PyModel load_model(const std::string& path, int n_threads, const std::string& kv
     result.kv_type = cache_type(*file, kv_type);
     const Placement placement = place(*file, wish, result.kv_type);
     if (!placement.any()) wish.device = "cpu";
-    result.model = std::make_shared<Model>(file, n_threads, wish.device, placement, read_ahead);
+    result.model = std::make_shared<Model>(file, n_threads, wish.device, wish.kernels, placement, read_ahead);
     return result;
 }
 
@@ -118,6 +119,7 @@ nb::dict description(const PyModel& m) {
     }
     nb::dict d;
     d["backend"] = m.model->engine.name();
+    d["kernels"] = matrix::name_of(m.model->engine.kernel());
     d["n_gpu_layers"] = m.model->placement.n_device_layers;
     d["n_cpu_moe"] = m.model->placement.n_host_experts;
     d["n_threads"] = m.model->engine.n_threads();
@@ -323,14 +325,14 @@ void bind_model(nb::module_& m) {
             "__init__",
             [](PyModel* self, const nb::str& path, int n_threads, const std::string& kv_type,
                const nb::object& progress, const std::string& device, int32_t n_gpu_layers, int32_t n_cpu_moe,
-               uint64_t memory_limit, int64_t n_ctx) {
-                new (self)
-                    PyModel(load_model(from_str(path), n_threads, kv_type,
-                                       {device, n_gpu_layers, n_cpu_moe, memory_limit, n_ctx}, progress));
+               uint64_t memory_limit, int64_t n_ctx, const std::string& kernels) {
+                const Wish wish = {device, n_gpu_layers, n_cpu_moe, memory_limit, n_ctx, kernels};
+                new (self) PyModel(load_model(from_str(path), n_threads, kv_type, wish, progress));
             },
             nb::arg("path"), nb::arg("n_threads"), nb::arg("kv_type") = "auto",
             nb::arg("progress") = nb::none(), nb::arg("device") = "cpu", nb::arg("n_gpu_layers") = -1,
-            nb::arg("n_cpu_moe") = -1, nb::arg("memory_limit") = 0, nb::arg("n_ctx") = 8192)
+            nb::arg("n_cpu_moe") = -1, nb::arg("memory_limit") = 0, nb::arg("n_ctx") = 8192,
+            nb::arg("kernels") = "auto")
         .def_prop_ro("file", [](const PyModel& m) { return std::const_pointer_cast<File>(m.model->file); })
         .def_prop_ro("hparams", [](const PyModel& m) { return hparams_dict(m.model->hparams); })
         .def_prop_ro("description", description)

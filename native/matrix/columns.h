@@ -1,0 +1,20 @@
+// A product's columns as tiles, and its results back as columns.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace pydiffusion {
+namespace matrix {
+
+// kTileRows columns of `n` float32 numbers, a multiple of kTileDepth, as n / kTileDepth tiles; a null column
+// is zeros.
+void pack_columns(const float* const* columns, int64_t n, uint16_t* tiles);
+
+// A tile of a product to the columns: `n_rows` numbers (at most kTileRows) to each of the `n_columns`
+// targets.
+void store_product(const float* product, int64_t n_rows, float* const* targets, int64_t n_columns);
+
+}  // namespace matrix
+}  // namespace pydiffusion

@@ -1,0 +1,66 @@
+// Products of 16-bit tiles: what the processor's matrix units, or its vectors, multiply at a time.
+//
+// Weights and columns (a token's numbers) are laid out in tiles of bfloat16, 1 KiB each:
+//   weights: 16 rows x 32 numbers, row by row;
+//   columns: 16 pairs of numbers x 16 columns, the two numbers of a pair side by side.
+// A product of two is added to a tile of 16 rows x 16 columns of float32.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+#define PYDIFFUSION_TILES 1
+#define PYDIFFUSION_VECTORS_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define PYDIFFUSION_TILES_TARGET __attribute__((target("avx512f,amx-tile,amx-bf16")))
+#endif
+
+namespace pydiffusion {
+namespace matrix {
+
+constexpr int64_t kTileRows = 16;      // of weights, and columns, in a tile
+constexpr int64_t kTileDepth = 32;     // numbers of each row
+constexpr int64_t kTileNumbers = 512;  // bfloat16 numbers of a tile; its product has 256 of float32
+constexpr int64_t kProductNumbers = 256;
+
+enum class Kernel {
+    ggml,     // no tiles: ggml's own products
+    vectors,  // AVX-512 BF16
+    tiles,    // AMX BF16
+};
+
+// The fastest that this processor and this process have.
+Kernel fastest_kernel();
+// "auto" (the fastest), "ggml", "avx512-bf16" or "amx". Throws Error(argument) for other names and
+// for what this processor has not.
+Kernel kernel_named(const std::string& name);
+const char* name_of(Kernel kernel);
+
+// Makes the thread ready for multiply(), and takes back what that changed.
+class Readiness {
+  public:
+    explicit Readiness(Kernel kernel);
+    ~Readiness();
+    Readiness(const Readiness&) = delete;
+    Readiness& operator=(const Readiness&) = delete;
+
+  private:
+    Kernel kernel_;
+};
+
+// products[j][i] += weights[i] columns[j], for n_weights (1 or 2) by n_columns tiles that are `depth` tiles
+// deep: tile d of weights i stands at weights + i * weight_stride + d * kTileNumbers, likewise columns; tile
+// (j, i) of the products at products + (2 * j + i) * kProductNumbers. `add` false: = instead of +=. Each
+// number is summed up in the order of depth, whatever else is computed.
+struct Operands {
+    const uint16_t* weights;
+    int64_t weight_stride;
+    const uint16_t* columns;
+    int64_t column_stride;
+    float* products;
+};
+void multiply(Kernel kernel, const Operands& operands, int64_t n_weights, int64_t n_columns, int64_t depth,
+              bool add);
+
+}  // namespace matrix
+}  // namespace pydiffusion

@@ -1,0 +1,317 @@
+#include "product_ops.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "columns.h"
+#include "unpack.h"
+
+namespace pydiffusion {
+namespace matrix {
+
+namespace {
+
+constexpr char kProduct[] = "product", kExpertProduct[] = "expert_product", kPacked[] = "pack";
+
+// Where the numbers are kept while they are needed again and again: 32 rows of weights, 512 numbers of each,
+// are unpacked (32 KiB, for the first cache) and multiplied with the same numbers of up to 256 columns (256
+// KiB, for the second), which stay there while 8 such panels of weights go by.
+constexpr int64_t kPanelRows = 2 * kTileRows;
+constexpr int64_t kDepth = 16;
+constexpr int64_t kMaxPanels = 8;
+constexpr int64_t kMaxTiles = 16;  // of columns
+constexpr int64_t kFewTiles = 4;
+constexpr int64_t kPanelNumbers = 2 * kMaxTiles * kProductNumbers;
+
+struct Area {
+    alignas(64) uint16_t weights[2 * kDepth * kTileNumbers];
+    alignas(64) float products[kMaxPanels * kPanelNumbers];
+};
+
+Area& area() {
+    static thread_local std::unique_ptr<Area> own(new Area);
+    return *own;
+}
+
+Kernel kernel_of(void* userdata) { return static_cast<Kernel>(reinterpret_cast<intptr_t>(userdata)); }
+
+const float* column(const ggml_tensor* t, int64_t i1, int64_t i2 = 0) {
+    return reinterpret_cast<const float*>(static_cast<const char*>(t->data) + i1 * t->nb[1] + i2 * t->nb[2]);
+}
+
+float* column(ggml_tensor* t, int64_t i1, int64_t i2 = 0) {
+    return const_cast<float*>(column(static_cast<const ggml_tensor*>(t), i1, i2));
+}
+
+int64_t n_tiles_of(int64_t n_columns) { return (n_columns + kTileRows - 1) / kTileRows; }
+
+// --- columns of experts ---
+
+// A column is a place (used, token) of the experts' table. Those of one expert lie side by side, and begin
+// with a tile.
+struct Groups {
+    std::vector<int32_t> columns;     // by expert: token * n_used + used
+    std::vector<int32_t> begin;       // [n_expert + 1] in columns
+    std::vector<int32_t> begin_tile;  // [n_expert + 1]
+};
+
+Groups group_by_expert(const ggml_tensor* experts, int64_t n_expert) {
+    const int64_t n_used = experts->ne[0], n_tokens = experts->ne[1];
+    Groups groups;
+    groups.columns.resize(n_used * n_tokens);
+    groups.begin.assign(n_expert + 1, 0);
+    groups.begin_tile.assign(n_expert + 1, 0);
+    const auto expert_of = [&](int64_t i) {
+        return *reinterpret_cast<const int32_t*>(static_cast<const char*>(experts->data) +
+                                                 i % n_used * experts->nb[0] + i / n_used * experts->nb[1]);
+    };
+    for (int64_t i = 0; i < n_used * n_tokens; ++i) groups.begin[expert_of(i) + 1] += 1;
+    for (int64_t e = 0; e < n_expert; ++e) {
+        groups.begin_tile[e + 1] =
+            groups.begin_tile[e] + static_cast<int32_t>(n_tiles_of(groups.begin[e + 1]));
+        groups.begin[e + 1] += groups.begin[e];
+    }
+    std::vector<int32_t> next(groups.begin.begin(), groups.begin.end() - 1);
+    for (int64_t i = 0; i < n_used * n_tokens; ++i)
+        groups.columns[next[expert_of(i)]++] = static_cast<int32_t>(i);
+    return groups;
+}
+
+int64_t max_expert_tiles(int64_t n_columns, int64_t n_expert) {
+    return n_columns / kTileRows + std::min(n_expert, n_columns);
+}
+
+// --- packing ---
+
+// Columns that are multiplied with the same matrix: `n_tiles` tiles of them, kDepth tiles deep, then the next
+// kDepth of all of them. So what is used together lies together, whatever power of two the length is.
+struct Block {
+    uint16_t* data;
+    int64_t depth, n_tiles;
+
+    int64_t depth_at(int64_t d) const { return std::min(kDepth, depth - d); }
+    // From depth d on, a multiple of kDepth; the next tile of columns is column_stride(d) further.
+    uint16_t* at(int64_t i_tile, int64_t d) const {
+        return data + (d * n_tiles + i_tile * depth_at(d)) * kTileNumbers;
+    }
+    int64_t column_stride(int64_t d) const { return depth_at(d) * kTileNumbers; }
+};
+
+Block block_of(const ggml_tensor* packed, int64_t first_tile, int64_t n_tiles) {
+    return {static_cast<uint16_t*>(packed->data) + first_tile * kTileRows * packed->ne[0],
+            packed->ne[0] / kTileDepth, n_tiles};
+}
+
+// Tile `i_tile` of a block out of up to kTileRows columns, null ones being zeros.
+void pack_tile(const Block& block, int64_t i_tile, const float* const* columns) {
+    for (int64_t d = 0; d < block.depth; d += kDepth) {
+        const float* from[kTileRows];
+        for (int64_t c = 0; c < kTileRows; ++c) from[c] = columns[c] ? columns[c] + d * kTileDepth : nullptr;
+        pack_columns(from, block.depth_at(d) * kTileDepth, block.at(i_tile, d));
+    }
+}
+
+void pack_op(ggml_tensor* dst, int ith, int nth, void*) {
+    const ggml_tensor* x = dst->src[0];
+    const int64_t n_columns = x->ne[1], n_tiles = n_tiles_of(n_columns);
+    for (int64_t tile = ith; tile < n_tiles; tile += nth) {
+        const float* columns[kTileRows] = {};
+        for (int64_t c = 0; c < std::min(kTileRows, n_columns - tile * kTileRows); ++c)
+            columns[c] = column(x, tile * kTileRows + c);
+        pack_tile(block_of(dst, 0, n_tiles), tile, columns);
+    }
+}
+
+void pack_experts_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
+    const ggml_tensor *x = dst->src[0], *experts = dst->src[1];
+    const int64_t n_expert = reinterpret_cast<intptr_t>(userdata), n_used = experts->ne[0];
+    const Groups groups = group_by_expert(experts, n_expert);
+    for (int64_t e = 0; e < n_expert; ++e) {
+        const int64_t first_tile = groups.begin_tile[e], n_tiles = groups.begin_tile[e + 1] - first_tile;
+        for (int64_t tile = 0; tile < n_tiles; ++tile) {
+            if ((first_tile + tile) % nth != ith) continue;
+            const int64_t first = groups.begin[e] + tile * kTileRows;
+            const float* columns[kTileRows] = {};
+            for (int64_t c = 0; c < std::min<int64_t>(kTileRows, groups.begin[e + 1] - first); ++c) {
+                const int64_t place = groups.columns[first + c];
+                columns[c] = column(x, place % n_used % x->ne[1], place / n_used);
+            }
+            pack_tile(block_of(dst, first_tile, n_tiles), tile, columns);
+        }
+    }
+}
+
+// --- multiplying ---
+
+Rows rows_of(const ggml_tensor* weight, int64_t expert, int64_t first, int64_t n) {
+    const char* data =
+        static_cast<const char*>(weight->data) + expert * weight->nb[2] + first * weight->nb[1];
+    return {weight->type, data, weight->nb[1], n};
+}
+
+// What one call multiplies: rows of a matrix of weights with some columns of a block.
+struct Task {
+    const ggml_tensor* weight;
+    int64_t expert;
+    Block block;
+    int64_t first_row, n_rows;  // at most kMaxPanels panels
+    int64_t first_tile, n_columns;
+
+    int64_t n_panels() const { return (n_rows + kPanelRows - 1) / kPanelRows; }
+    int64_t n_tiles() const { return n_tiles_of(n_columns); }
+
+    Rows panel(int64_t i) const {
+        return rows_of(weight, expert, first_row + i * kPanelRows,
+                       std::min(kPanelRows, n_rows - i * kPanelRows));
+    }
+};
+
+// What is unpacked after panel i at depth d: the next panel there, the first one further on, or what follows
+// the task.
+void fetch_next(const Task& task, int64_t i, int64_t d) {
+    const Block& block = task.block;
+    int64_t next = d, panel = i + 1;
+    if (panel == task.n_panels() && d + kDepth < block.depth) {
+        next = d + kDepth;
+        panel = 0;
+    } else if (panel == task.n_panels()) {
+        next = 0;
+    }
+    const int64_t row = task.first_row + panel * kPanelRows;
+    if (row >= task.weight->ne[1]) return;
+    const int64_t n_rows = std::min(kPanelRows, task.weight->ne[1] - row);
+    fetch(rows_of(task.weight, task.expert, row, n_rows), next * kTileDepth,
+          block.depth_at(next) * kTileDepth);
+}
+
+void compute_products(Kernel kernel, const Task& task, Area& area) {
+    for (int64_t d = 0; d < task.block.depth; d += kDepth) {
+        const int64_t n = task.block.depth_at(d);
+        for (int64_t i = 0; i < task.n_panels(); ++i) {
+            const Rows rows = task.panel(i);
+            unpack(rows, d * kTileDepth, n * kTileDepth, area.weights);
+            fetch_next(task, i, d);
+            const Operands operands = {area.weights, n * kTileNumbers, task.block.at(task.first_tile, d),
+                                       task.block.column_stride(d), area.products + i * kPanelNumbers};
+            matrix::multiply(kernel, operands, n_tiles_of(rows.n_rows), task.n_tiles(), n, d > 0);
+        }
+    }
+}
+
+// `target` gives the place of a column's first number, by the column's number.
+template <typename Target>
+void store_products(const Task& task, const Area& area, const Target& target) {
+    for (int64_t c = 0; c < task.n_columns; c += kTileRows) {
+        const int64_t n = std::min(kTileRows, task.n_columns - c);
+        for (int64_t r = 0; r < task.n_rows; r += kTileRows) {
+            float* targets[kTileRows];
+            for (int64_t i = 0; i < n; ++i)
+                targets[i] = target(task.first_tile * kTileRows + c + i) + task.first_row + r;
+            const float* product = area.products + r / kPanelRows * kPanelNumbers +
+                                   (2 * (c / kTileRows) + r / kTileRows % 2) * kProductNumbers;
+            store_product(product, std::min(kTileRows, task.n_rows - r), targets, n);
+        }
+    }
+}
+
+// A thread's share of a matrix with all columns of a block, piece by piece.
+template <typename Target>
+void multiply_share(Kernel kernel, const ggml_tensor* weight, int64_t expert, const Block& block,
+                    int64_t n_columns, int ith, int nth, const Target& target) {
+    const int64_t n_rows = weight->ne[1], n_panels = (n_rows + kPanelRows - 1) / kPanelRows;
+    const int64_t end = std::min(n_panels * (ith + 1) / nth * kPanelRows, n_rows);
+    // Few columns stay in the second cache whole: then weights are read in the order in which they lie.
+    const int64_t n_at_once = (block.n_tiles <= kFewTiles ? 1 : kMaxPanels) * kPanelRows;
+    for (int64_t row = n_panels * ith / nth * kPanelRows; row < end; row += n_at_once) {
+        for (int64_t tile = 0; tile < block.n_tiles; tile += kMaxTiles) {
+            const Task task = {weight,
+                               expert,
+                               block,
+                               row,
+                               std::min(n_at_once, end - row),
+                               tile,
+                               std::min(kMaxTiles * kTileRows, n_columns - tile * kTileRows)};
+            compute_products(kernel, task, area());
+            store_products(task, area(), target);
+        }
+    }
+}
+
+void product_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
+    const Kernel kernel = kernel_of(userdata);
+    const Readiness ready(kernel);
+    const Block block = block_of(dst->src[1], 0, n_tiles_of(dst->ne[1]));
+    multiply_share(kernel, dst->src[0], 0, block, dst->ne[1], ith, nth,
+                   [&](int64_t c) { return column(dst, c); });
+}
+
+void expert_product_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
+    const ggml_tensor *weight = dst->src[0], *packed = dst->src[1], *experts = packed->src[1];
+    const Kernel kernel = kernel_of(userdata);
+    const Readiness ready(kernel);
+    const Groups groups = group_by_expert(experts, weight->ne[2]);
+    int64_t n_busy = 0;
+    for (int64_t e = 0; e < weight->ne[2]; ++e) {
+        const int64_t first = groups.begin[e], n_columns = groups.begin[e + 1] - first;
+        if (n_columns == 0) continue;
+        const int64_t first_tile = groups.begin_tile[e];
+        const Block block = block_of(packed, first_tile, groups.begin_tile[e + 1] - first_tile);
+        // Shares differ by a panel: no thread gets the larger one each time.
+        const int share = static_cast<int>((ith + n_busy++) % nth);
+        multiply_share(kernel, weight, e, block, n_columns, share, nth, [&](int64_t c) {
+            const int64_t place = groups.columns[first + c];
+            return column(dst, place % experts->ne[0], place / experts->ne[0]);
+        });
+    }
+}
+
+}  // namespace
+
+Factors factors_of(const ggml_tensor* node) {
+    if (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID)
+        return {node->src[0], node->src[1], node->src[2]};
+    const bool by_expert = node->op == GGML_OP_CUSTOM && std::strcmp(node->name, kExpertProduct) == 0;
+    if (node->op != GGML_OP_CUSTOM || (!by_expert && std::strcmp(node->name, kProduct) != 0)) return {};
+    const ggml_tensor* packed = node->src[1];
+    return {node->src[0], packed->src[0], by_expert ? packed->src[1] : nullptr};
+}
+
+bool Products::takes(const ggml_tensor* weight, const ggml_tensor* x) const {
+    return kernel_ != Kernel::ggml && x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) &&
+           can_unpack(weight->type, weight->ne[0]);
+}
+
+ggml_tensor* Products::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expert) {
+    ggml_tensor*& packed = packed_[x];
+    if (packed && packed->src[1] == experts) return packed;
+    ggml_tensor* sources[] = {x, experts};
+    const int64_t n_tiles =
+        experts ? max_expert_tiles(ggml_nelements(experts), n_expert) : n_tiles_of(x->ne[1]);
+    packed = ggml_custom_4d(ctx_, GGML_TYPE_BF16, x->ne[0], n_tiles * kTileRows, 1, 1, sources,
+                            experts ? 2 : 1, experts ? pack_experts_op : pack_op, GGML_N_TASKS_MAX,
+                            reinterpret_cast<void*>(static_cast<intptr_t>(n_expert)));
+    return ggml_set_name(packed, kPacked);
+}
+
+ggml_tensor* Products::multiply(ggml_tensor* weight, ggml_tensor* x) {
+    if (!takes(weight, x)) return ggml_mul_mat(ctx_, weight, x);
+    ggml_tensor* sources[] = {weight, packed(x, nullptr, 0)};
+    ggml_tensor* product =
+        ggml_custom_4d(ctx_, GGML_TYPE_F32, weight->ne[1], x->ne[1], 1, 1, sources, 2, product_op,
+                       GGML_N_TASKS_MAX, reinterpret_cast<void*>(static_cast<intptr_t>(kernel_)));
+    return ggml_set_name(product, kProduct);
+}
+
+ggml_tensor* Products::multiply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts) {
+    if (!takes(weight, x)) return ggml_mul_mat_id(ctx_, weight, x, experts);
+    ggml_tensor* sources[] = {weight, packed(x, experts, weight->ne[2])};
+    ggml_tensor* product = ggml_custom_4d(ctx_, GGML_TYPE_F32, weight->ne[1], experts->ne[0], experts->ne[1],
+                                          1, sources, 2, expert_product_op, GGML_N_TASKS_MAX,
+                                          reinterpret_cast<void*>(static_cast<intptr_t>(kernel_)));
+    return ggml_set_name(product, kExpertProduct);
+}
+
+}  // namespace matrix
+}  // namespace pydiffusion

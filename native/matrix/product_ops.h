@@ -1,0 +1,43 @@
+// Products of weights and columns as nodes of a graph on the processor.
+#pragma once
+
+#include <map>
+
+#include "ggml.h"
+#include "kernels.h"
+
+namespace pydiffusion {
+namespace matrix {
+
+// What any node that multiplies with weights is made of, ggml's or ours; weight null: it is no product.
+struct Factors {
+    const ggml_tensor* weight = nullptr;
+    const ggml_tensor* x = nullptr;        // F32 [n_inner, n_columns], or [n_inner, 1 or n_used, n_tokens]
+    const ggml_tensor* experts = nullptr;  // I32 [n_used, n_tokens]; null: not by expert
+};
+Factors factors_of(const ggml_tensor* node);
+
+// Makes a graph's products with the kernel given, where it has the weight's type, else with ggml's. Columns
+// that meet several weights are packed once. Each number of a product depends on its own row and column only,
+// not on how many there are beside them.
+class Products {
+  public:
+    Products(ggml_context* ctx, Kernel kernel) : ctx_(ctx), kernel_(kernel) {}
+
+    // weight [n_inner, n_rows] times x [n_inner, n_columns] -> F32 [n_rows, n_columns]
+    ggml_tensor* multiply(ggml_tensor* weight, ggml_tensor* x);
+    // weight [n_inner, n_rows, n_expert], x [n_inner, 1 or n_used, n_tokens], experts I32 [n_used, n_tokens]
+    // -> F32 [n_rows, n_used, n_tokens]
+    ggml_tensor* multiply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts);
+
+  private:
+    bool takes(const ggml_tensor* weight, const ggml_tensor* x) const;
+    ggml_tensor* packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expert);
+
+    ggml_context* ctx_;
+    Kernel kernel_;
+    std::map<const ggml_tensor*, ggml_tensor*> packed_;  // by what was packed
+};
+
+}  // namespace matrix
+}  // namespace pydiffusion

@@ -1,0 +1,328 @@
+#include "unpack.h"
+
+#include <cstring>
+
+#if defined(PYDIFFUSION_TILES)
+#include <immintrin.h>
+#endif
+
+namespace pydiffusion {
+namespace matrix {
+
+#if defined(PYDIFFUSION_TILES)
+
+#define VECTORS PYDIFFUSION_VECTORS_TARGET
+
+namespace {
+
+// What a row is unpacked with: `n` weights, 32 at a time to out, out + kTileNumbers, ...
+using UnpackRow = void (*)(const uint8_t* row, int64_t n, uint16_t* out);
+
+VECTORS inline float half_at(const uint8_t* p) {
+    uint16_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
+}
+
+VECTORS inline void store(uint16_t* out, __m512 low, __m512 high) {
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+VECTORS inline void store(uint16_t* out, __m512i table, __m512i indices) {
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(indices, table));
+}
+
+VECTORS inline __m512i table_of(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+VECTORS inline __m512 count_up() {
+    return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+VECTORS inline __m512i words_of(const uint8_t* bytes) {
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+}
+
+// 32 weights of 4 bits in 16 bytes: the low nibbles first.
+VECTORS inline __m512i nibbles_of(const uint8_t* bytes) {
+    const __m256i w = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const __m256i low = _mm256_and_si256(w, _mm256_set1_epi16(15)), high = _mm256_srli_epi16(w, 4);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+VECTORS inline __m512 floats_of(const int8_t* bytes) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+}
+
+// --- blocks of 32: the weights are entries of a table made for their block ---
+
+VECTORS void unpack_q8_0(const uint8_t* row, int64_t n, uint16_t* out) {
+    for (int64_t i = 0; i < n; i += 32, row += 34, out += kTileNumbers) {
+        const __m512 d = _mm512_set1_ps(half_at(row));
+        const auto* q = reinterpret_cast<const int8_t*>(row + 2);
+        store(out, _mm512_mul_ps(floats_of(q), d), _mm512_mul_ps(floats_of(q + 16), d));
+    }
+}
+
+VECTORS void unpack_q4_0(const uint8_t* row, int64_t n, uint16_t* out) {
+    const __m512 values = _mm512_sub_ps(count_up(), _mm512_set1_ps(8.0f));
+    for (int64_t i = 0; i < n; i += 32, row += 18, out += kTileNumbers) {
+        const __m512 entries = _mm512_mul_ps(values, _mm512_set1_ps(half_at(row)));
+        store(out, table_of(entries, entries), nibbles_of(row + 2));
+    }
+}
+
+VECTORS void unpack_q4_1(const uint8_t* row, int64_t n, uint16_t* out) {
+    for (int64_t i = 0; i < n; i += 32, row += 20, out += kTileNumbers) {
+        const __m512 entries =
+            _mm512_fmadd_ps(count_up(), _mm512_set1_ps(half_at(row)), _mm512_set1_ps(half_at(row + 2)));
+        store(out, table_of(entries, entries), nibbles_of(row + 4));
+    }
+}
+
+// The fifth bits: of weight i in bit i.
+VECTORS inline __m512i with_fifth_bits(__m512i nibbles, const uint8_t* bits) {
+    uint32_t mask;
+    std::memcpy(&mask, bits, sizeof mask);
+    return _mm512_mask_add_epi16(nibbles, mask, nibbles, _mm512_set1_epi16(16));
+}
+
+VECTORS void unpack_q5_0(const uint8_t* row, int64_t n, uint16_t* out) {
+    const __m512 sixteen = _mm512_set1_ps(16.0f);
+    for (int64_t i = 0; i < n; i += 32, row += 22, out += kTileNumbers) {
+        const __m512 d = _mm512_set1_ps(half_at(row));
+        const __m512 high = _mm512_mul_ps(count_up(), d);
+        const __m512i table = table_of(_mm512_fnmadd_ps(sixteen, d, high), high);
+        store(out, table, with_fifth_bits(nibbles_of(row + 6), row + 2));
+    }
+}
+
+VECTORS void unpack_q5_1(const uint8_t* row, int64_t n, uint16_t* out) {
+    const __m512 sixteen = _mm512_set1_ps(16.0f);
+    for (int64_t i = 0; i < n; i += 32, row += 24, out += kTileNumbers) {
+        const __m512 d = _mm512_set1_ps(half_at(row));
+        const __m512 low = _mm512_fmadd_ps(count_up(), d, _mm512_set1_ps(half_at(row + 2)));
+        const __m512i table = table_of(low, _mm512_fmadd_ps(sixteen, d, low));
+        store(out, table, with_fifth_bits(nibbles_of(row + 8), row + 4));
+    }
+}
+
+// The 16 values that IQ4_NL and IQ4_XS know; those of MXFP4, doubled (ggml-common.h, and the OCP
+// microscaling formats' E2M1).
+VECTORS inline __m512 iq4_values() {
+    return _mm512_setr_ps(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
+}
+
+VECTORS inline __m512 fp4_values() {
+    return _mm512_setr_ps(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+}
+
+VECTORS void unpack_iq4_nl(const uint8_t* row, int64_t n, uint16_t* out) {
+    for (int64_t i = 0; i < n; i += 32, row += 18, out += kTileNumbers) {
+        const __m512 entries = _mm512_mul_ps(iq4_values(), _mm512_set1_ps(half_at(row)));
+        store(out, table_of(entries, entries), nibbles_of(row + 2));
+    }
+}
+
+VECTORS void unpack_mxfp4(const uint8_t* row, int64_t n, uint16_t* out) {
+    for (int64_t i = 0; i < n; i += 32, row += 17, out += kTileNumbers) {
+        const __m512 half = _mm512_set1_ps(0.5f);
+        const __m512 exponent = _mm512_set1_ps(static_cast<float>(*row) - 127.0f);
+        const __m512 entries = _mm512_mul_ps(_mm512_scalef_ps(half, exponent), fp4_values());
+        store(out, table_of(entries, entries), nibbles_of(row + 1));
+    }
+}
+
+// --- blocks of 256 ---
+
+VECTORS void unpack_iq4_xs(const uint8_t* row, int64_t n, uint16_t* out) {
+    for (int64_t i = 0; i < n; i += 256, row += 136) {
+        const float d = half_at(row);
+        uint16_t high;
+        std::memcpy(&high, row + 2, sizeof high);
+        for (int j = 0; j < 8; ++j, out += kTileNumbers) {
+            const int low = row[4 + j / 2] >> 4 * (j % 2) & 15;
+            const int scale = (low | (high >> 2 * j & 3) << 4) - 32;
+            const __m512 entries = _mm512_mul_ps(iq4_values(), _mm512_set1_ps(d * static_cast<float>(scale)));
+            store(out, table_of(entries, entries), nibbles_of(row + 8 + 16 * j));
+        }
+    }
+}
+
+// Scales and minima of the 8 groups of 32 in a Q4_K or Q5_K block: 6 bits each in 12 bytes.
+struct Groups {
+    float scale[8], minimum[8];
+};
+
+VECTORS inline Groups groups_of(const uint8_t* block) {
+    uint32_t w[3];
+    std::memcpy(w, block + 4, sizeof w);
+    const uint64_t scales =
+        (w[0] & 0x3f3f3f3f) | uint64_t{(w[2] & 0x0f0f0f0f) | (w[0] >> 6 & 0x03030303) << 4} << 32;
+    const uint64_t minima =
+        (w[1] & 0x3f3f3f3f) | uint64_t{(w[2] >> 4 & 0x0f0f0f0f) | (w[1] >> 6 & 0x03030303) << 4} << 32;
+    const auto floats = [](uint64_t bytes, float factor) PYDIFFUSION_VECTORS_TARGET {
+        const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes)));
+        return _mm256_mul_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(factor));
+    };
+    Groups groups;
+    _mm256_storeu_ps(groups.scale, floats(scales, half_at(block)));
+    _mm256_storeu_ps(groups.minimum, floats(minima, half_at(block + 2)));
+    return groups;
+}
+
+VECTORS void unpack_q4_k(const uint8_t* row, int64_t n, uint16_t* out) {
+    for (int64_t i = 0; i < n; i += 256, row += 144) {
+        const Groups g = groups_of(row);
+        for (int j = 0; j < 8; j += 2, out += 2 * kTileNumbers) {
+            // One table for two groups, the second group's entries behind the first's.
+            const __m512i table = table_of(
+                _mm512_fmsub_ps(count_up(), _mm512_set1_ps(g.scale[j]), _mm512_set1_ps(g.minimum[j])),
+                _mm512_fmsub_ps(count_up(), _mm512_set1_ps(g.scale[j + 1]),
+                                _mm512_set1_ps(g.minimum[j + 1])));
+            const __m512i words = words_of(row + 16 + 16 * j), sixteen = _mm512_set1_epi16(16);
+            store(out, table, _mm512_and_si512(words, _mm512_set1_epi16(15)));
+            store(out + kTileNumbers, table, _mm512_or_si512(_mm512_srli_epi16(words, 4), sixteen));
+        }
+    }
+}
+
+VECTORS void unpack_q5_k(const uint8_t* row, int64_t n, uint16_t* out) {
+    const __m512 sixteen = _mm512_set1_ps(16.0f);
+    for (int64_t i = 0; i < n; i += 256, row += 176) {
+        const Groups g = groups_of(row);
+        const __m256i fifth = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 16));
+        for (int j = 0; j < 8; ++j, out += kTileNumbers) {
+            const __m512 scale = _mm512_set1_ps(g.scale[j]);
+            const __m512 low = _mm512_fmsub_ps(count_up(), scale, _mm512_set1_ps(g.minimum[j]));
+            const __m512i table = table_of(low, _mm512_fmadd_ps(sixteen, scale, low));
+            const __m512i words = words_of(row + 48 + 32 * (j / 2));
+            const __m512i nibbles =
+                j % 2 ? _mm512_srli_epi16(words, 4) : _mm512_and_si512(words, _mm512_set1_epi16(15));
+            const __mmask32 bits = _mm256_test_epi8_mask(fifth, _mm256_set1_epi8(static_cast<char>(1 << j)));
+            store(out, table, _mm512_mask_add_epi16(nibbles, bits, nibbles, _mm512_set1_epi16(16)));
+        }
+    }
+}
+
+VECTORS inline __m512 scaled(__m128i bytes, float scale) {
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), _mm512_set1_ps(scale));
+}
+
+VECTORS void unpack_q6_k(const uint8_t* row, int64_t n, uint16_t* out) {
+    const __m256i fifteen = _mm256_set1_epi8(15), high_bits = _mm256_set1_epi8(48);
+    for (int64_t i = 0; i < n; i += 256, row += 210) {
+        const float d = half_at(row + 208);
+        for (int half = 0; half < 2; ++half) {
+            const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 128 + 32 * half));
+            for (int j = 0; j < 4; ++j, out += kTileNumbers) {
+                const uint8_t* low = row + 64 * half + 32 * (j % 2);
+                __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low));
+                q = _mm256_and_si256(j < 2 ? q : _mm256_srli_epi16(q, 4), fifteen);
+                // Bits 2 j and 2 j + 1 of `high` become bits 4 and 5.
+                const __m256i shifted =
+                    j < 2 ? _mm256_slli_epi16(high, 4 - 2 * j) : _mm256_srli_epi16(high, 2 * j - 4);
+                q = _mm256_or_si256(q, _mm256_and_si256(shifted, high_bits));
+                q = _mm256_sub_epi8(q, _mm256_set1_epi8(32));
+                const auto* scales = reinterpret_cast<const int8_t*>(row + 192 + 8 * half + 2 * j);
+                store(out, scaled(_mm256_castsi256_si128(q), d * static_cast<float>(scales[0])),
+                      scaled(_mm256_extracti128_si256(q, 1), d * static_cast<float>(scales[1])));
+            }
+        }
+    }
+}
+
+// --- others ---
+
+void copy_bf16(const uint8_t* row, int64_t n, uint16_t* out) {
+    for (int64_t i = 0; i < n; i += 32, row += 64, out += kTileNumbers) std::memcpy(out, row, 2 * kTileDepth);
+}
+
+// By way of ggml's own floats.
+VECTORS void unpack_any(ggml_type type, const uint8_t* row, int64_t n, uint16_t* out) {
+    const ggml_to_float_t to_float = ggml_get_type_traits(type)->to_float;
+    const int64_t block = ggml_blck_size(type) > 32 ? ggml_blck_size(type) : 32;
+    float floats[256];
+    for (int64_t i = 0; i < n; i += block, row += ggml_row_size(type, block)) {
+        to_float(row, floats, block);
+        for (int64_t j = 0; j < block; j += 32, out += kTileNumbers)
+            store(out, _mm512_loadu_ps(floats + j), _mm512_loadu_ps(floats + j + 16));
+    }
+}
+
+UnpackRow unpacker_of(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_BF16:
+            return copy_bf16;
+        case GGML_TYPE_Q8_0:
+            return unpack_q8_0;
+        case GGML_TYPE_Q4_0:
+            return unpack_q4_0;
+        case GGML_TYPE_Q4_1:
+            return unpack_q4_1;
+        case GGML_TYPE_Q5_0:
+            return unpack_q5_0;
+        case GGML_TYPE_Q5_1:
+            return unpack_q5_1;
+        case GGML_TYPE_IQ4_NL:
+            return unpack_iq4_nl;
+        case GGML_TYPE_IQ4_XS:
+            return unpack_iq4_xs;
+        case GGML_TYPE_MXFP4:
+            return unpack_mxfp4;
+        case GGML_TYPE_Q4_K:
+            return unpack_q4_k;
+        case GGML_TYPE_Q5_K:
+            return unpack_q5_k;
+        case GGML_TYPE_Q6_K:
+            return unpack_q6_k;
+        default:
+            return nullptr;
+    }
+}
+
+}  // namespace
+
+bool can_unpack(ggml_type type, int64_t n_per_row) {
+    if (type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || n_per_row % kTileDepth != 0) return false;
+    const int64_t block = ggml_blck_size(type);
+    return unpacker_of(type) ||
+           (ggml_get_type_traits(type)->to_float && block <= 256 && (block % 32 == 0 || 32 % block == 0));
+}
+
+void unpack(const Rows& rows, int64_t first, int64_t n, uint16_t* tiles) {
+    const UnpackRow unpack_row = unpacker_of(rows.type);
+    const int64_t depth = n / kTileDepth;
+    const int64_t n_whole = (rows.n_rows + kTileRows - 1) / kTileRows * kTileRows;
+    const char* data = rows.data + ggml_row_size(rows.type, first);
+    for (int64_t r = 0; r < n_whole; ++r) {
+        uint16_t* out = tiles + r / kTileRows * depth * kTileNumbers + r % kTileRows * kTileDepth;
+        const auto* row = reinterpret_cast<const uint8_t*>(data + r * rows.row_bytes);
+        if (r >= rows.n_rows) {
+            for (int64_t d = 0; d < depth; ++d) std::memset(out + d * kTileNumbers, 0, 2 * kTileDepth);
+        } else if (unpack_row) {
+            unpack_row(row, n, out);
+        } else {
+            unpack_any(rows.type, row, n, out);
+        }
+    }
+}
+
+void fetch(const Rows& rows, int64_t first, int64_t n) {
+    constexpr size_t line = 64;
+    const size_t n_bytes = ggml_row_size(rows.type, n);
+    for (int64_t r = 0; r < rows.n_rows; ++r) {
+        const char* row = rows.data + r * rows.row_bytes + ggml_row_size(rows.type, first);
+        for (size_t at = 0; at < n_bytes; at += line) _mm_prefetch(row + at, _MM_HINT_T1);
+    }
+}
+
+#else
+
+bool can_unpack(ggml_type, int64_t) { return false; }
+void unpack(const Rows&, int64_t, int64_t, uint16_t*) {}
+void fetch(const Rows&, int64_t, int64_t) {}
+
+#endif
+
+}  // namespace matrix
+}  // namespace pydiffusion

@@ -1,0 +1,31 @@
+// Rows of weights of any type, unpacked into tiles.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "ggml.h"
+#include "kernels.h"
+
+namespace pydiffusion {
+namespace matrix {
+
+// Whether rows of `n_per_row` weights of this type go into tiles of bfloat16 without losing more than their
+// own quantization has lost: all but F32 and F16.
+bool can_unpack(ggml_type type, int64_t n_per_row);
+
+// Some weights of each of `n_rows` rows: `n` from number `first` on, both multiples of 256 unless the row
+// ends there. They become 1 or 2 (n_rows > kTileRows) times n / kTileDepth tiles; what is missing of the last
+// tiles' rows is zero.
+struct Rows {
+    ggml_type type;
+    const char* data;
+    size_t row_bytes;
+    int64_t n_rows;
+};
+void unpack(const Rows& rows, int64_t first, int64_t n, uint16_t* tiles);
+// Has them brought into the second cache meanwhile.
+void fetch(const Rows& rows, int64_t first, int64_t n);
+
+}  // namespace matrix
+}  // namespace pydiffusion
