@@ -1,9 +1,10 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
+#include "attention_inputs.h"
+#include "matrix/attention_tiles.h"
 #include "products.h"
 #include "vector_math.h"
 
@@ -21,22 +22,10 @@ namespace {
 constexpr int64_t kTileRows = 64;
 constexpr int64_t kMaxBlock = 64;  // queries
 constexpr int64_t kMinBlock = 32;
-constexpr float kNoMaximum = -1e30f;
 
 static_assert(kMinBlock % products::kLanes == 0, "a block is made of whole vectors");
 
 // --- one task ---
-
-struct Inputs {
-    ggml_tensor* dst;
-    const ggml_tensor *q, *k, *v;
-    const Causal* causal;
-
-    int64_t head_dim() const { return q->ne[0]; }
-    int64_t n_rows() const { return k->ne[1]; }
-    int64_t group() const { return q->ne[1] / k->ne[2]; }     // heads that share a key head
-    int64_t n_queries() const { return group() * q->ne[2]; }  // per key head
-};
 
 // What a thread works in; a block of B queries and a tile of T rows at a time.
 struct Area {
@@ -54,47 +43,20 @@ struct Area {
     int32_t first[kMaxBlock], last[kMaxBlock];  // rows that a query sees
 };
 
-// Query i of a key head: its heads side by side, token by token.
-char* query_address(const ggml_tensor* t, size_t head_bytes, size_t token_bytes, int64_t group, int64_t head,
-                    int64_t i) {
-    return static_cast<char*>(t->data) + (head * group + i % group) * head_bytes + i / group * token_bytes;
-}
-
-void load_queries(Area& area, const Inputs& in, int64_t head, int64_t begin, int64_t n, int64_t block) {
+void load_queries(Area& area, const AttentionInputs& in, int64_t head, int64_t begin, int64_t n,
+                  int64_t block) {
     const int64_t dim = in.head_dim();
     for (int64_t i = 0; i < block; ++i) {
         // Lanes behind the last query repeat it: they are computed and thrown away.
         const int64_t query = begin + std::min(i, n - 1);
-        const auto* source = reinterpret_cast<const float*>(
-            query_address(in.q, in.q->nb[1], in.q->nb[2], in.group(), head, query));
+        const float* source = in.query(head, query);
         for (int64_t d = 0; d < dim; ++d) area.queries[d * block + i] = source[d];
         area.maximum[i] = kNoMaximum;
         area.sum[i] = 0.0f;
-        area.first[i] = 0;
-        area.last[i] = static_cast<int32_t>(in.n_rows() - 1);
-        if (in.causal) {
-            const int32_t own = in.causal->token_position + static_cast<int32_t>(query / in.group()) -
-                                in.causal->row_position;
-            area.last[i] = own;
-            area.first[i] = std::max(0, own - in.causal->window + 1);
-        }
+        area.first[i] = in.first(query);
+        area.last[i] = in.last(query);
     }
     std::fill_n(area.output.data(), dim * block, 0.0f);
-}
-
-void load_tile(Area& area, const ggml_tensor* rows, int64_t head, int64_t begin, int64_t n) {
-    const ggml_to_float_t to_float = ggml_get_type_traits(rows->type)->to_float;
-    const int64_t dim = rows->ne[0];
-    for (int64_t r = 0; r < n; ++r) {
-        const char* source =
-            static_cast<const char*>(rows->data) + (begin + r) * rows->nb[1] + head * rows->nb[2];
-        float* target = area.tile.data() + r * dim;
-        if (to_float) {
-            to_float(source, target, dim);
-        } else {
-            std::memcpy(target, source, dim * sizeof(float));
-        }
-    }
 }
 
 // Scores [n][block] of the rows from `row` on become weights; maximum, sum and the output so far follow.
@@ -136,14 +98,15 @@ void softmax_tile(Area& area, int32_t row, int64_t n, int64_t dim, int64_t block
     }
 }
 
-void attend_block(Area& area, const Inputs& in, int64_t head, int64_t begin, int64_t n, int64_t block) {
+void attend_block(Area& area, const AttentionInputs& in, int64_t head, int64_t begin, int64_t n,
+                  int64_t block) {
     const int64_t dim = in.head_dim();
     load_queries(area, in, head, begin, n, block);
     const int64_t first = *std::min_element(area.first, area.first + n) / kTileRows * kTileRows;
     const int64_t last = *std::max_element(area.last, area.last + n);
     for (int64_t row = first; row <= last; row += kTileRows) {
         const int64_t n_rows = std::min(kTileRows, in.n_rows() - row);
-        load_tile(area, in.k, head, row, n_rows);
+        in.load_rows(area.tile.data(), in.k, head, row, n_rows);
         std::fill_n(area.scores.data(), n_rows * block, 0.0f);
         products::multiply_add({area.tile.data(), dim, 1}, area.queries.data(), area.scores.data(), n_rows,
                                dim, block);
@@ -151,21 +114,20 @@ void attend_block(Area& area, const Inputs& in, int64_t head, int64_t begin, int
                                  *std::min_element(area.last, area.last + block) >= row + n_rows - 1;
         (all_visible ? softmax_tile<false> : softmax_tile<true>)(area, static_cast<int32_t>(row), n_rows, dim,
                                                                  block);
-        load_tile(area, in.v, head, row, n_rows);
+        in.load_rows(area.tile.data(), in.v, head, row, n_rows);
         products::multiply_add({area.tile.data(), 1, dim}, area.scores.data(), area.output.data(), dim,
                                n_rows, block);
     }
     for (int64_t i = 0; i < n; ++i) {
-        auto* target = reinterpret_cast<float*>(
-            query_address(in.dst, dim * sizeof(float), in.dst->nb[1], in.group(), head, begin + i));
+        float* target = in.output(head, begin + i);
         const float share = 1.0f / area.sum[i];
         for (int64_t d = 0; d < dim; ++d) target[d] = area.output[d * block + i] * share;
     }
 }
 
 void attend_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
-    const Inputs in = {dst, dst->src[0], dst->src[1], dst->src[2], static_cast<const Causal*>(userdata)};
-    const int64_t n_heads = in.k->ne[2], n = in.n_queries();
+    const AttentionInputs in(dst, userdata);
+    const int64_t n_heads = in.n_heads(), n = in.n_queries();
     // Smaller blocks where there is too little for all threads; they convert keys and values more often.
     const int64_t block = n_heads * ((n + kMaxBlock - 1) / kMaxBlock) >= 4 * nth ? kMaxBlock : kMinBlock;
     const int64_t n_blocks = (n + block - 1) / block;
@@ -178,11 +140,14 @@ void attend_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
 
 }  // namespace
 
-ggml_tensor* attend(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v, const Causal* causal) {
+ggml_tensor* attend(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v, const Causal* causal,
+                    matrix::Kernel kernel) {
+    const bool by_tiles = kernel == matrix::Kernel::tiles && matrix::can_attend(k->type, q->ne[0]);
     ggml_tensor* sources[] = {q, k, v};
     ggml_tensor* out = ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, sources, 3,
-                                      attend_op, GGML_N_TASKS_MAX, const_cast<Causal*>(causal));
-    return ggml_set_name(out, "attend");
+                                      by_tiles ? matrix::attend_op : attend_op, GGML_N_TASKS_MAX,
+                                      const_cast<Causal*>(causal));
+    return ggml_set_name(out, by_tiles ? "attend_tiles" : "attend");
 }
 
 }  // namespace pydiffusion

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "ggml.h"
+#include "matrix/kernels.h"
 
 namespace pydiffusion {
 
@@ -19,6 +20,7 @@ struct Causal {
 // n_head_kv], each key head serving n_head / n_head_kv heads in turn -> F32 [head_dim * n_head, n_tokens].
 // k and v may have any type that ggml turns into floats; sums are float32. `causal` null: every token sees
 // every row. It must live as long as the graph.
-ggml_tensor* attend(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v, const Causal* causal);
+ggml_tensor* attend(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v, const Causal* causal,
+                    matrix::Kernel kernel);
 
 }  // namespace pydiffusion

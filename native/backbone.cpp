@@ -168,7 +168,7 @@ ggml_tensor* attend_sequence(GraphBuilder& g, size_t i_sequence, int32_t i_layer
     if (!g.portable()) {
         ggml_tensor* k = visible_rows(g, range.k, range, head_dim, n_visible);
         ggml_tensor* v = visible_rows(g, range.v, range, head_dim, n_visible);
-        return attend(g.ctx(), q, k, v, causal);
+        return attend(g.ctx(), q, k, v, causal, g.model.engine.kernel());
     }
     const portable::Mask mask = g.mask(i_sequence, i_layer, n_visible, causal);
     ggml_tensor* k = visible_rows(g, range.k, range, head_dim, mask.tensor->ne[0]);

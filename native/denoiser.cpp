@@ -175,7 +175,8 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
             cost.bytes += 2.0 * static_cast<double>(ggml_nbytes(b));
             break;
         case GGML_OP_CUSTOM:
-            if (node->name == std::string("attend")) {  // queries times keys, and weights times values
+            if (std::string(node->name).rfind("attend", 0) ==
+                0) {  // queries times keys, and weights times values
                 cost.operations +=
                     4.0 * static_cast<double>(ggml_nelements(a)) * static_cast<double>(b->ne[1]);
                 cost.bytes += 2.0 * static_cast<double>(ggml_nelements(b) / ggml_blck_size(b->type)) *

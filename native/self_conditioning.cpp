@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kTile = 64;  // rows of the vocabulary at a time; bits of a mask
 constexpr int64_t kSlice =
-    256;  // columns of the embedding that one task owns: a multiple of every block size
+    512;  // columns of the embedding that one task owns: a multiple of every block size
 constexpr int64_t kBlock = matrix::kSoftRows;  // rows that are gathered, or all multiplied
 constexpr int64_t kBlockTiles = kBlock / kTile;
 static_assert(kSlice == matrix::kSoftColumns && kBlock % kTile == 0);
@@ -210,8 +210,8 @@ void multiply_block(const Product& product, const Share& share, Area& area, int6
     for (int64_t t = 0; t < share.n_tokens; ++t) p[t] = row(product.probabilities, share.token + t) + first;
     const ggml_tensor* e = product.embedding;
     const char* data = static_cast<const char*>(e->data) + first * e->nb[1];
-    area.soft_sums->add(product.state.kernel, p.data(), share.n_tokens, {e->type, data, e->nb[1], n_rows},
-                        share.column, share.n_columns);
+    area.soft_sums->add(p.data(), share.n_tokens,
+                        {e->type, data, e->nb[1], n_rows, share.column, share.n_columns});
 }
 
 void clear_sums(const Product& product, const Share& share, Area& area) {

@@ -42,7 +42,21 @@ VECTORS inline void transpose(__m512i v[16]) {
     }
 }
 
+VECTORS __m512 floats_of(__m256i bfloat16) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16), 16));
+}
+
 }  // namespace
+
+VECTORS void split(const float* numbers, uint32_t valid, uint16_t* high, uint16_t* low) {
+    const __m512 a = _mm512_maskz_loadu_ps(static_cast<__mmask16>(valid), numbers);
+    const __m512 b = _mm512_maskz_loadu_ps(static_cast<__mmask16>(valid >> 16), numbers + 16);
+    const __m512i h = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    const __m512 rest_a = _mm512_sub_ps(a, floats_of(_mm512_castsi512_si256(h)));
+    const __m512 rest_b = _mm512_sub_ps(b, floats_of(_mm512_extracti64x4_epi64(h, 1)));
+    _mm512_storeu_si512(high, h);
+    _mm512_storeu_si512(low, (__m512i)_mm512_cvtne2ps_pbh(rest_b, rest_a));
+}
 
 VECTORS void pack_columns(const float* const* columns, int64_t n, uint16_t* tiles) {
     for (int64_t k = 0; k < n; k += kTileDepth, tiles += kTileNumbers) {
@@ -68,6 +82,7 @@ VECTORS void store_product(const float* product, int64_t n_rows, float* const* t
 #else
 
 void pack_columns(const float* const*, int64_t, uint16_t*) {}
+void split(const float*, uint32_t, uint16_t*, uint16_t*) {}
 void store_product(const float*, int64_t, float* const*, int64_t) {}
 
 #endif

@@ -55,16 +55,38 @@ PYDIFFUSION_TILES_TARGET void configure_tiles() { _tile_loadconfig(&kEightTiles)
 PYDIFFUSION_TILES_TARGET void release_tiles() { _tile_release(); }
 
 // Tiles 0 to 3 are the products, 4 and 5 the weights, 6 and 7 the columns.
+constexpr int kRowBytes = 64;
+
+template <int W>
+PYDIFFUSION_TILES_TARGET inline void load_weights(const uint16_t* w, int64_t stride) {
+    _tile_loadd(4, w, kRowBytes);
+    if constexpr (W > 1) _tile_loadd(5, w + stride, kRowBytes);
+}
+
+template <int C>
+PYDIFFUSION_TILES_TARGET inline void load_columns(const uint16_t* c, int64_t stride) {
+    _tile_loadd(6, c, kRowBytes);
+    if constexpr (C > 1) _tile_loadd(7, c + stride, kRowBytes);
+}
+
 template <int W, int C>
-PYDIFFUSION_TILES_TARGET void multiply_tiles(const Operands& o, int64_t depth, bool add) {
-    constexpr int row = 64;
+PYDIFFUSION_TILES_TARGET inline void add_products() {
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (W > 1) _tile_dpbf16ps(1, 5, 6);
+    if constexpr (C > 1) _tile_dpbf16ps(2, 4, 7);
+    if constexpr (W > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
+}
+
+template <int W, int C>
+PYDIFFUSION_TILES_TARGET void multiply_tiles(const Operands& o, const LowHalves& low, int64_t depth,
+                                             bool add) {
     float* p = o.products;
     finish_memory_accesses();
     if (add) {
-        _tile_loadd(0, p, row);
-        if constexpr (W > 1) _tile_loadd(1, p + kProductNumbers, row);
-        if constexpr (C > 1) _tile_loadd(2, p + 2 * kProductNumbers, row);
-        if constexpr (W > 1 && C > 1) _tile_loadd(3, p + 3 * kProductNumbers, row);
+        _tile_loadd(0, p, kRowBytes);
+        if constexpr (W > 1) _tile_loadd(1, p + kProductNumbers, kRowBytes);
+        if constexpr (C > 1) _tile_loadd(2, p + 2 * kProductNumbers, kRowBytes);
+        if constexpr (W > 1 && C > 1) _tile_loadd(3, p + 3 * kProductNumbers, kRowBytes);
     } else {
         _tile_zero(0);
         if constexpr (W > 1) _tile_zero(1);
@@ -73,23 +95,22 @@ PYDIFFUSION_TILES_TARGET void multiply_tiles(const Operands& o, int64_t depth, b
     }
     const uint16_t *w = o.weights, *c = o.columns;
     for (int64_t i = 0; i < depth; ++i, w += kTileNumbers, c += kTileNumbers) {
-        _tile_loadd(6, c, row);
-        _tile_loadd(4, w, row);
-        _tile_dpbf16ps(0, 4, 6);
-        if constexpr (W > 1) {
-            _tile_loadd(5, w + o.weight_stride, row);
-            _tile_dpbf16ps(1, 5, 6);
+        load_columns<C>(c, o.column_stride);
+        if (low.weights) {
+            load_weights<W>(w + low.weights, o.weight_stride);
+            add_products<W, C>();
         }
-        if constexpr (C > 1) {
-            _tile_loadd(7, c + o.column_stride, row);
-            _tile_dpbf16ps(2, 4, 7);
+        load_weights<W>(w, o.weight_stride);
+        add_products<W, C>();
+        if (low.columns) {
+            load_columns<C>(c + low.columns, o.column_stride);
+            add_products<W, C>();
         }
-        if constexpr (W > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, p, row);
-    if constexpr (W > 1) _tile_stored(1, p + kProductNumbers, row);
-    if constexpr (C > 1) _tile_stored(2, p + 2 * kProductNumbers, row);
-    if constexpr (W > 1 && C > 1) _tile_stored(3, p + 3 * kProductNumbers, row);
+    _tile_stored(0, p, kRowBytes);
+    if constexpr (W > 1) _tile_stored(1, p + kProductNumbers, kRowBytes);
+    if constexpr (C > 1) _tile_stored(2, p + 2 * kProductNumbers, kRowBytes);
+    if constexpr (W > 1 && C > 1) _tile_stored(3, p + 3 * kProductNumbers, kRowBytes);
     finish_memory_accesses();
 }
 
@@ -178,25 +199,36 @@ Readiness::~Readiness() {
 
 void multiply(Kernel kernel, const Operands& operands, int64_t n_weights, int64_t n_columns, int64_t depth,
               bool add) {
+    if (kernel == Kernel::tiles) {
+        multiply_halves(operands, {0, 0}, n_weights, n_columns, depth, add);
+        return;
+    }
+    for (int64_t j = 0; j < n_columns; j += 2) {
+        Operands o = operands;
+        o.columns += j * o.column_stride;
+        o.products += 2 * j * kProductNumbers;
+        for (int64_t i = 0; i < n_weights; ++i)
+            (j + 1 < n_columns ? multiply_vectors<2> : multiply_vectors<1>)(o, i, depth, add);
+    }
+}
+
+void multiply_halves(const Operands& operands, const LowHalves& low, int64_t n_weights, int64_t n_columns,
+                     int64_t depth, bool add) {
     for (int64_t j = 0; j < n_columns; j += 2) {
         Operands o = operands;
         o.columns += j * o.column_stride;
         o.products += 2 * j * kProductNumbers;
         const bool two = j + 1 < n_columns;
-        if (kernel == Kernel::tiles) {
-            const auto f = n_weights > 1 ? (two ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
-                                         : (two ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
-            f(o, depth, add);
-            continue;
-        }
-        for (int64_t i = 0; i < n_weights; ++i)
-            (two ? multiply_vectors<2> : multiply_vectors<1>)(o, i, depth, add);
+        const auto f = n_weights > 1 ? (two ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
+                                     : (two ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
+        f(o, low, depth, add);
     }
 }
 
 #else
 
 void multiply(Kernel, const Operands&, int64_t, int64_t, int64_t, bool) {}
+void multiply_halves(const Operands&, const LowHalves&, int64_t, int64_t, int64_t, bool) {}
 
 #endif
 

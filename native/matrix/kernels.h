@@ -11,7 +11,8 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
 #define PYDIFFUSION_TILES 1
-#define PYDIFFUSION_VECTORS_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define PYDIFFUSION_VECTORS_TARGET \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")))
 #define PYDIFFUSION_TILES_TARGET __attribute__((target("avx512f,amx-tile,amx-bf16")))
 #endif
 
@@ -61,6 +62,14 @@ struct Operands {
 };
 void multiply(Kernel kernel, const Operands& operands, int64_t n_weights, int64_t n_columns, int64_t depth,
               bool add);
+
+// Likewise, with AMX, for numbers that are sums of two bfloat16 ones: the low halves lie at these distances
+// from the high ones, 0 where there are none. The product of two low halves is left out.
+struct LowHalves {
+    int64_t weights, columns;
+};
+void multiply_halves(const Operands& operands, const LowHalves& low, int64_t n_weights, int64_t n_columns,
+                     int64_t depth, bool add);
 
 }  // namespace matrix
 }  // namespace pydiffusion

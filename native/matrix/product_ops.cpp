@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "aligned.h"
 #include "columns.h"
 #include "unpack.h"
 
@@ -15,11 +16,11 @@ namespace {
 
 constexpr char kProduct[] = "product", kExpertProduct[] = "expert_product", kPacked[] = "pack";
 
-// Where the numbers are kept while they are needed again and again: 32 rows of weights, 512 numbers of each,
-// are unpacked (32 KiB, for the first cache) and multiplied with the same numbers of up to 256 columns (256
+// Where the numbers are kept while they are needed again and again: 32 rows of weights, 256 numbers of each,
+// are unpacked (16 KiB, for the first cache) and multiplied with the same numbers of up to 256 columns (128
 // KiB, for the second), which stay there while 8 such panels of weights go by.
 constexpr int64_t kPanelRows = 2 * kTileRows;
-constexpr int64_t kDepth = 16;
+constexpr int64_t kDepth = 8;
 constexpr int64_t kMaxPanels = 8;
 constexpr int64_t kMaxTiles = 16;  // of columns
 constexpr int64_t kFewTiles = 4;
@@ -100,8 +101,9 @@ struct Block {
 };
 
 Block block_of(const ggml_tensor* packed, int64_t first_tile, int64_t n_tiles) {
-    return {static_cast<uint16_t*>(packed->data) + first_tile * kTileRows * packed->ne[0],
-            packed->ne[0] / kTileDepth, n_tiles};
+    const int64_t n_inner = packed->src[0]->ne[0];
+    return {align(static_cast<uint16_t*>(packed->data)) + first_tile * kTileRows * n_inner,
+            n_inner / kTileDepth, n_tiles};
 }
 
 // Tile `i_tile` of a block out of up to kTileRows columns, null ones being zeros.
@@ -145,12 +147,6 @@ void pack_experts_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
 
 // --- multiplying ---
 
-Rows rows_of(const ggml_tensor* weight, int64_t expert, int64_t first, int64_t n) {
-    const char* data =
-        static_cast<const char*>(weight->data) + expert * weight->nb[2] + first * weight->nb[1];
-    return {weight->type, data, weight->nb[1], n};
-}
-
 // What one call multiplies: rows of a matrix of weights with some columns of a block.
 struct Task {
     const ggml_tensor* weight;
@@ -162,40 +158,44 @@ struct Task {
     int64_t n_panels() const { return (n_rows + kPanelRows - 1) / kPanelRows; }
     int64_t n_tiles() const { return n_tiles_of(n_columns); }
 
-    Rows panel(int64_t i) const {
-        return rows_of(weight, expert, first_row + i * kPanelRows,
-                       std::min(kPanelRows, n_rows - i * kPanelRows));
+    // Numbers from depth d on of panel i.
+    Rows panel(int64_t i, int64_t d) const {
+        const int64_t row = first_row + i * kPanelRows;
+        return {weight->type,   data_of(row),
+                weight->nb[1],  std::min(kPanelRows, first_row + n_rows - row),
+                d * kTileDepth, block.depth_at(d) * kTileDepth};
+    }
+    // What comes after panel i at depth d. Panels that go by quickly, with few columns, are fetched whole
+    // while the one before is multiplied, in the order in which they lie; memory is faster that way.
+    Ahead ahead(int64_t i, int64_t d) const {
+        if (n_panels() == 1) {
+            const int64_t n_pieces = (block.depth + kDepth - 1) / kDepth;
+            const size_t n_bytes = weight->nb[1] / n_pieces;
+            return {data_of(first_row + n_rows) + d / kDepth * kPanelRows * n_bytes, n_bytes, n_bytes};
+        }
+        const bool deeper = i + 1 == n_panels() && d + kDepth < block.depth;
+        const bool behind = i + 1 == n_panels() && !deeper;
+        const Rows next = deeper ? panel(0, d + kDepth) : panel(i + 1, behind ? 0 : d);
+        return {next.data + ggml_row_size(next.type, next.first), next.row_bytes,
+                ggml_row_size(next.type, next.n)};
+    }
+
+  private:
+    const char* data_of(int64_t row) const {
+        return static_cast<const char*>(weight->data) + expert * weight->nb[2] + row * weight->nb[1];
     }
 };
 
-// What is unpacked after panel i at depth d: the next panel there, the first one further on, or what follows
-// the task.
-void fetch_next(const Task& task, int64_t i, int64_t d) {
-    const Block& block = task.block;
-    int64_t next = d, panel = i + 1;
-    if (panel == task.n_panels() && d + kDepth < block.depth) {
-        next = d + kDepth;
-        panel = 0;
-    } else if (panel == task.n_panels()) {
-        next = 0;
-    }
-    const int64_t row = task.first_row + panel * kPanelRows;
-    if (row >= task.weight->ne[1]) return;
-    const int64_t n_rows = std::min(kPanelRows, task.weight->ne[1] - row);
-    fetch(rows_of(task.weight, task.expert, row, n_rows), next * kTileDepth,
-          block.depth_at(next) * kTileDepth);
-}
-
 void compute_products(Kernel kernel, const Task& task, Area& area) {
     for (int64_t d = 0; d < task.block.depth; d += kDepth) {
-        const int64_t n = task.block.depth_at(d);
         for (int64_t i = 0; i < task.n_panels(); ++i) {
-            const Rows rows = task.panel(i);
-            unpack(rows, d * kTileDepth, n * kTileDepth, area.weights);
-            fetch_next(task, i, d);
-            const Operands operands = {area.weights, n * kTileNumbers, task.block.at(task.first_tile, d),
-                                       task.block.column_stride(d), area.products + i * kPanelNumbers};
-            matrix::multiply(kernel, operands, n_tiles_of(rows.n_rows), task.n_tiles(), n, d > 0);
+            const Rows rows = task.panel(i, d);
+            unpack(rows, area.weights, task.ahead(i, d));
+            const Operands operands = {area.weights, rows.n / kTileDepth * kTileNumbers,
+                                       task.block.at(task.first_tile, d), task.block.column_stride(d),
+                                       area.products + i * kPanelNumbers};
+            matrix::multiply(kernel, operands, n_tiles_of(rows.n_rows), task.n_tiles(), rows.n / kTileDepth,
+                             d > 0);
         }
     }
 }
@@ -289,8 +289,9 @@ ggml_tensor* Products::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_ex
     ggml_tensor* sources[] = {x, experts};
     const int64_t n_tiles =
         experts ? max_expert_tiles(ggml_nelements(experts), n_expert) : n_tiles_of(x->ne[1]);
-    packed = ggml_custom_4d(ctx_, GGML_TYPE_BF16, x->ne[0], n_tiles * kTileRows, 1, 1, sources,
-                            experts ? 2 : 1, experts ? pack_experts_op : pack_op, GGML_N_TASKS_MAX,
+    constexpr int64_t room_to_align = kLine / sizeof(uint16_t);
+    packed = ggml_custom_4d(ctx_, GGML_TYPE_BF16, x->ne[0] * n_tiles * kTileRows + room_to_align, 1, 1, 1,
+                            sources, experts ? 2 : 1, experts ? pack_experts_op : pack_op, GGML_N_TASKS_MAX,
                             reinterpret_cast<void*>(static_cast<intptr_t>(n_expert)));
     return ggml_set_name(packed, kPacked);
 }

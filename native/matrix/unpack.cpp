@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "aligned.h"
+
 #if defined(PYDIFFUSION_TILES)
 #include <immintrin.h>
 #endif
@@ -148,6 +150,12 @@ VECTORS void unpack_iq4_xs(const uint8_t* row, int64_t n, uint16_t* out) {
     }
 }
 
+// Broadcasts from memory cost nothing beside the shuffles that compilers would make of them.
+template <typename T>
+inline void leave_in_memory(T& numbers) {
+    asm volatile("" : "+m"(numbers));
+}
+
 // Scales and minima of the 8 groups of 32 in a Q4_K or Q5_K block: 6 bits each in 12 bytes.
 struct Groups {
     float scale[8], minimum[8];
@@ -167,6 +175,7 @@ VECTORS inline Groups groups_of(const uint8_t* block) {
     Groups groups;
     _mm256_storeu_ps(groups.scale, floats(scales, half_at(block)));
     _mm256_storeu_ps(groups.minimum, floats(minima, half_at(block + 2)));
+    leave_in_memory(groups);
     return groups;
 }
 
@@ -211,7 +220,12 @@ VECTORS inline __m512 scaled(__m128i bytes, float scale) {
 VECTORS void unpack_q6_k(const uint8_t* row, int64_t n, uint16_t* out) {
     const __m256i fifteen = _mm256_set1_epi8(15), high_bits = _mm256_set1_epi8(48);
     for (int64_t i = 0; i < n; i += 256, row += 210) {
-        const float d = half_at(row + 208);
+        struct {
+            float of_group[16];
+        } scales;
+        _mm512_storeu_ps(scales.of_group, _mm512_mul_ps(floats_of(reinterpret_cast<const int8_t*>(row + 192)),
+                                                        _mm512_set1_ps(half_at(row + 208))));
+        leave_in_memory(scales);
         for (int half = 0; half < 2; ++half) {
             const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 128 + 32 * half));
             for (int j = 0; j < 4; ++j, out += kTileNumbers) {
@@ -223,9 +237,9 @@ VECTORS void unpack_q6_k(const uint8_t* row, int64_t n, uint16_t* out) {
                     j < 2 ? _mm256_slli_epi16(high, 4 - 2 * j) : _mm256_srli_epi16(high, 2 * j - 4);
                 q = _mm256_or_si256(q, _mm256_and_si256(shifted, high_bits));
                 q = _mm256_sub_epi8(q, _mm256_set1_epi8(32));
-                const auto* scales = reinterpret_cast<const int8_t*>(row + 192 + 8 * half + 2 * j);
-                store(out, scaled(_mm256_castsi256_si128(q), d * static_cast<float>(scales[0])),
-                      scaled(_mm256_extracti128_si256(q, 1), d * static_cast<float>(scales[1])));
+                const float* scale = scales.of_group + 8 * half + 2 * j;
+                store(out, scaled(_mm256_castsi256_si128(q), scale[0]),
+                      scaled(_mm256_extracti128_si256(q, 1), scale[1]));
             }
         }
     }
@@ -289,38 +303,32 @@ bool can_unpack(ggml_type type, int64_t n_per_row) {
            (ggml_get_type_traits(type)->to_float && block <= 256 && (block % 32 == 0 || 32 % block == 0));
 }
 
-void unpack(const Rows& rows, int64_t first, int64_t n, uint16_t* tiles) {
+void unpack(const Rows& rows, uint16_t* tiles, const Ahead& ahead) {
     const UnpackRow unpack_row = unpacker_of(rows.type);
-    const int64_t depth = n / kTileDepth;
+    const int64_t depth = rows.n / kTileDepth;
     const int64_t n_whole = (rows.n_rows + kTileRows - 1) / kTileRows * kTileRows;
-    const char* data = rows.data + ggml_row_size(rows.type, first);
+    const char* data = rows.data + ggml_row_size(rows.type, rows.first);
     for (int64_t r = 0; r < n_whole; ++r) {
+        for (size_t at = 0; at < ahead.n_bytes; at += kLine)
+            _mm_prefetch(ahead.data + r * ahead.stride + at, _MM_HINT_T1);
         uint16_t* out = tiles + r / kTileRows * depth * kTileNumbers + r % kTileRows * kTileDepth;
-        const auto* row = reinterpret_cast<const uint8_t*>(data + r * rows.row_bytes);
         if (r >= rows.n_rows) {
             for (int64_t d = 0; d < depth; ++d) std::memset(out + d * kTileNumbers, 0, 2 * kTileDepth);
-        } else if (unpack_row) {
-            unpack_row(row, n, out);
-        } else {
-            unpack_any(rows.type, row, n, out);
+            continue;
         }
-    }
-}
-
-void fetch(const Rows& rows, int64_t first, int64_t n) {
-    constexpr size_t line = 64;
-    const size_t n_bytes = ggml_row_size(rows.type, n);
-    for (int64_t r = 0; r < rows.n_rows; ++r) {
-        const char* row = rows.data + r * rows.row_bytes + ggml_row_size(rows.type, first);
-        for (size_t at = 0; at < n_bytes; at += line) _mm_prefetch(row + at, _MM_HINT_T1);
+        const auto* row = reinterpret_cast<const uint8_t*>(data + r * rows.row_bytes);
+        if (unpack_row) {
+            unpack_row(row, rows.n, out);
+        } else {
+            unpack_any(rows.type, row, rows.n, out);
+        }
     }
 }
 
 #else
 
 bool can_unpack(ggml_type, int64_t) { return false; }
-void unpack(const Rows&, int64_t, int64_t, uint16_t*) {}
-void fetch(const Rows&, int64_t, int64_t) {}
+void unpack(const Rows&, uint16_t*, const Ahead&) {}
 
 #endif
 
