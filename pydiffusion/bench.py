@@ -84,12 +84,13 @@ def run_bench(
     kv_type: str = "auto",
     seed: int = 0,
     n_ctx: int | None = None,
+    kernels: str = "auto",
     **placement: Any,
 ) -> BenchResult:
     """Measure a model file on random tokens. Raises what opening a model raises, and ValueError for sizes
     below 1.
 
-    n_ctx: of the session; None takes what the run needs. placement: ``n_gpu_layers``, ``n_cpu_moe``,
+    n_ctx: of the session; None takes what the run needs. kernels: as for ``DiffusionModel``. placement: ``n_gpu_layers``, ``n_cpu_moe``,
     ``device``, ``gpu_memory`` as for ``DiffusionModel``; on the processor unless given. A step that runs in
     part on a GPU and in part on the processor is timed whole.
 
@@ -102,7 +103,9 @@ def run_bench(
         **{"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None, **placement}
     )
     started = time.perf_counter()
-    model = _native.Model(str(path), n_threads, kv_type=kv_type, n_ctx=n_ctx or n_prompt + 257, **wish)
+    model = _native.Model(
+        str(path), n_threads, kv_type=kv_type, n_ctx=n_ctx or n_prompt + 257, kernels=kernels, **wish
+    )
     load_seconds = time.perf_counter() - started
     description = model.description
     device = description["backend"] if description["n_gpu_layers"] else "cpu"
@@ -141,7 +144,7 @@ def run_bench(
         step_operations=operations,
         peak_memory=_peak_memory(),
         read_limit=_native.measure_read_rate(n_threads, device),
-        matrix_limit=_native.measure_matrix_rate(n_threads, main_type, device),
+        matrix_limit=_native.measure_matrix_rate(n_threads, main_type, device, kernels),
         matrix_limit_type=main_type,
         parts=parts,
     )

@@ -59,6 +59,7 @@ class DiffusionModel:
         n_cpu_moe: int | None = None,
         device: str = "auto",
         gpu_memory: int | None = None,
+        kernels: str = "auto",
     ) -> None:
         """Open and check a model file.
 
@@ -74,6 +75,7 @@ class DiffusionModel:
         n_cpu_moe: layers, the last ones, whose experts stay with the processor; None: as few as needed.
         device: "auto" (the GPU with the most free memory), "cpu", or a name out of ``devices()``.
         gpu_memory: bytes of the GPU to plan with at most; None: all that are free.
+        kernels: what multiplies on the processor: "auto", "ggml", "avx512-bf16" or "amx" (docs/speed.md).
         Raises ModelFormatError, UnsupportedModelError, InsufficientMemoryError; ValueError for a wrong
         argument; OSError when the file can't be read.
         """
@@ -91,6 +93,7 @@ class DiffusionModel:
             kv_type=kv_type,
             progress=progress,
             n_ctx=_to_plan_for(n_ctx),
+            kernels=kernels,
             **wish,
         )
         self._native_model: _native.Model | None = native

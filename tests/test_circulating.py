@@ -33,7 +33,7 @@ def run(model: _native.Model, sample: dict[str, np.ndarray]) -> tuple[np.ndarray
         "logits": session.denoise(sample["canvas_ids"], None),
         "logits_sc": session.denoise(sample["canvas_ids"], sample["self_conditioning_logits"]),
     }
-    assert_own_attention(session, 4)
+    assert_own_attention(model, session, 4)
     return np.concatenate(hidden), logits
 
 

@@ -74,10 +74,11 @@ def test_weights_are_those_of_the_goldens(source: str) -> None:
 @pytest.mark.parametrize("source", SOURCES)
 def test_f32_logits(source: str, name: str, f32_model: Callable, report: Callable[[str], None]) -> None:
     golden = case(load_golden(f"logits-{source}"), name)
-    session = _native.Session(f32_model(source, "f32"), 128)
+    model = f32_model(source, "f32")
+    session = _native.Session(model, 128)
     hidden = encode_case(session, golden)
     ours = denoise_case(session, golden)
-    assert_own_attention(session, len(SHAPES[SOURCES[source][0]].layers))
+    assert_own_attention(model, session, len(SHAPES[SOURCES[source][0]].layers))
     for key, logits in ours.items():
         difference = compare(logits, golden[key])
         report(f"F32, cache f32, {source}, {name}, {key}: {difference}")
@@ -93,11 +94,12 @@ def test_f16_cache(source: str, f32_model: Callable, report: Callable[[str], Non
     """A float16 cache rounds keys and values to 11 bits; sums stay float32."""
     for name in CASES:
         golden = case(load_golden(f"logits-{source}"), name)
-        session = _native.Session(f32_model(source, "f16"), 128)
+        model = f32_model(source, "f16")
+        session = _native.Session(model, 128)
         encode_case(session, golden)
         tied = golden["router_gap"] < F16_ROUTER_GAP
         for key, logits in denoise_case(session, golden).items():
-            assert_own_attention(session, len(SHAPES[SOURCES[source][0]].layers))
+            assert_own_attention(model, session, len(SHAPES[SOURCES[source][0]].layers))
             difference = compare(logits, golden[key])
             remark = f" (an expert is chosen by {golden['router_gap']:.0e})" if tied else ""
             report(f"F32, cache f16, {source}, {name}, {key}: {difference}{remark}")

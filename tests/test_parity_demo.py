@@ -86,7 +86,7 @@ def test_logits(
             router.close()
             ours.append(session.denoise(canvas, conditioning))
             tied.append(router.smallest < ROUTER_TIE)
-        assert_own_attention(session, len(model.hparams["sliding"]))
+        assert_own_attention(model, session, len(model.hparams["sliding"]))
     difference = compare(np.concatenate(ours), np.concatenate(theirs))
     kl = mean_kl(np.concatenate(theirs), np.concatenate(ours))
     report(

@@ -80,7 +80,7 @@ def ours(model: _native.Model, shape: str, seed: int, conditioning: Logits) -> L
         session.encode(ids)
         logits[part] = session.denoise(canvas, None)
         logits[part + ", conditioned"] = session.denoise(canvas, conditioning[part])
-        assert_own_attention(session, len(SHAPES[shape].layers))
+        assert_own_attention(model, session, len(SHAPES[shape].layers))
     return logits
 
 

@@ -1,6 +1,7 @@
 // Functions without a model: versions, quantization, the sampler.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cctype>
@@ -11,6 +12,7 @@
 #include "errors.h"
 #include "ggml-cpu.h"
 #include "machine_rates.h"
+#include "matrix/multiply.h"
 #include "quantize.h"
 #include "sampler.h"
 
@@ -203,6 +205,44 @@ nb::tuple random_draws(uint64_t seed, uint32_t canvas_index, uint32_t step, uint
     return nb::make_tuple(to_numpy(u), to_numpy(tokens));
 }
 
+// x (n, n_inner) times rows of weights (n_rows, bytes) of a type -> (n, n_rows); with experts, I32 (n,
+// n_used), the rows are so many matrices one after the other, and the result is (n, n_used * n_rows of one).
+nb::object multiply(const std::string& kernels, const Array2<uint8_t>& rows, const std::string& type_name,
+                    const Array2<float>& x, const std::optional<Array2<int32_t>>& experts, int64_t n_experts,
+                    int n_threads) {
+    const ggml_type type = type_by_name(type_name);
+    matrix::Multiplication task;
+    task.kernels = kernels;
+    task.n_threads = n_threads;
+    task.type = type;
+    task.n_inner = static_cast<int64_t>(x.shape(1));
+    task.n_rows = static_cast<int64_t>(rows.shape(0));
+    task.n_columns = static_cast<int64_t>(x.shape(0));
+    if (task.n_inner < 1 || task.n_inner % ggml_blck_size(type) != 0 ||
+        ggml_row_size(type, task.n_inner) != rows.shape(1))
+        throw Error(ErrorKind::argument, "x and the rows don't have the same number of weights");
+    if (n_experts < 1 || n_threads < 1 || task.n_rows < 1 || task.n_columns < 1 ||
+        task.n_rows % n_experts != 0 || (experts && experts->shape(0) != x.shape(0)))
+        throw Error(ErrorKind::argument, "there is nothing to multiply, or experts don't fit");
+    task.weights = rows.data();
+    task.x = x.data();
+    if (experts) {
+        task.experts = experts->data();
+        task.n_used = static_cast<int64_t>(experts->shape(1));
+        task.n_experts = n_experts;
+        for (size_t i = 0; i < experts->size(); ++i) {
+            if (experts->data()[i] < 0 || experts->data()[i] >= n_experts)
+                throw Error(ErrorKind::argument, "there is no such expert");
+        }
+    }
+    std::vector<float> result;
+    {
+        const WithoutGil release;
+        result = matrix::multiply_once(task);
+    }
+    return to_numpy(result.data(), {x.shape(0), result.size() / x.shape(0)});
+}
+
 // A benchmark may take seconds: without the GIL.
 double matrix_rate(int n_threads, const std::string& type_name, const std::string& device,
                    const std::string& kernels) {
@@ -257,6 +297,10 @@ void bind_functions(nb::module_& m) {
     m.def("measure_matrix_rate", matrix_rate, nb::arg("n_threads"), nb::arg("type"),
           nb::arg("device") = "cpu", nb::arg("kernels") = "auto",
           "Operations per second of a 4096 x 4096 matrix of a tensor type times 256 columns.");
+    m.def("kernels", matrix::kernel_names, "The kernels of products that this processor has.");
+    m.def("multiply", multiply, nb::arg("kernels"), nb::arg("rows").noconvert(), nb::arg("type"),
+          nb::arg("x").noconvert(), nb::arg("experts").noconvert() = nb::none(), nb::arg("n_experts") = 1,
+          nb::arg("n_threads") = 1, "Columns times rows of weights, as a model's graphs multiply them.");
     m.def("step_temperature", step_temperature, nb::arg("step"), nb::arg("steps"), nb::arg("t_min"),
           nb::arg("t_max"));
     m.def("measure", measure, nb::arg("logits").noconvert(), nb::arg("temperature"),

@@ -162,21 +162,35 @@ bool has_tiles() { return false; }
 
 }  // namespace
 
-Kernel fastest_kernel() {
-    static const Kernel kernel = has_tiles() ? Kernel::tiles : has_vectors() ? Kernel::vectors : Kernel::ggml;
-    return kernel;
+namespace {
+
+constexpr Kernel kKernels[] = {Kernel::ggml, Kernel::vectors, Kernel::tiles};
+
+bool is_there(Kernel kernel) {
+    static const bool vectors = has_vectors(), tiles = has_tiles();
+    return kernel == Kernel::ggml || (kernel == Kernel::vectors ? vectors : tiles);
 }
+
+}  // namespace
 
 const char* name_of(Kernel kernel) {
     return kernel == Kernel::tiles ? "amx" : kernel == Kernel::vectors ? "avx512-bf16" : "ggml";
 }
 
+std::vector<std::string> kernel_names() {
+    std::vector<std::string> names;
+    for (const Kernel kernel : kKernels) {
+        if (is_there(kernel)) names.push_back(name_of(kernel));
+    }
+    return names;
+}
+
 Kernel kernel_named(const std::string& name) {
-    if (name == "auto") return fastest_kernel();
-    for (const Kernel kernel : {Kernel::ggml, Kernel::vectors, Kernel::tiles}) {
+    if (name == "auto") return is_there(Kernel::tiles) ? Kernel::tiles : Kernel::ggml;
+    for (const Kernel kernel : kKernels) {
         if (name != name_of(kernel)) continue;
-        if (kernel > fastest_kernel())
-            throw Error(ErrorKind::argument, "this processor has no " + name + "; choose 'auto'");
+        if (!is_there(kernel))
+            throw Error(ErrorKind::argument, "this processor has no " + name + "; choose auto");
         return kernel;
     }
     throw Error(ErrorKind::argument,

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
 #define PYDIFFUSION_TILES 1
@@ -30,12 +31,13 @@ enum class Kernel {
     tiles,    // AMX BF16
 };
 
-// The fastest that this processor and this process have.
-Kernel fastest_kernel();
-// "auto" (the fastest), "ggml", "avx512-bf16" or "amx". Throws Error(argument) for other names and
-// for what this processor has not.
+// "ggml", "avx512-bf16", "amx", or "auto": AMX where it is, else ggml's. (On a processor with both, AVX-512
+// BF16 was faster than ggml's products for some types and far slower for others; which on those without AMX
+// has not been measured.) Throws Error(argument) for other names and for what this processor has not.
 Kernel kernel_named(const std::string& name);
 const char* name_of(Kernel kernel);
+// The names of what this processor has, the slowest first.
+std::vector<std::string> kernel_names();
 
 // Makes the thread ready for multiply(), and takes back what that changed.
 class Readiness {

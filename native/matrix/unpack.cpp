@@ -245,22 +245,91 @@ VECTORS void unpack_q6_k(const uint8_t* row, int64_t n, uint16_t* out) {
     }
 }
 
+// Q2_K and Q3_K have a scale for each 16 weights, of which one table holds several groups: entry e is value
+// e % n_values of group e / n_values. Lane by lane, the group and the value:
+VECTORS inline __m512i groups_of_lanes(int n_values) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return n_values == 4 ? _mm512_srli_epi32(lanes, 2) : _mm512_srli_epi32(lanes, 3);
+}
+
+VECTORS inline __m512 values_of_lanes(int n_values) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_cvtepi32_ps(_mm512_and_si512(lanes, _mm512_set1_epi32(n_values - 1)));
+}
+
+// Two bits of 32 bytes each, as words, from bit `shift` on; `low` is added to the first 16, `high` to the
+// others.
+VECTORS inline __m512i two_bits_of(__m512i words, int shift, int low, int high) {
+    const __m512i bits =
+        _mm512_and_si512(_mm512_srl_epi16(words, _mm_cvtsi32_si128(shift)), _mm512_set1_epi16(3));
+    const __m512i base = _mm512_inserti64x4(_mm512_set1_epi16(static_cast<int16_t>(low)),
+                                            _mm256_set1_epi16(static_cast<int16_t>(high)), 1);
+    return _mm512_add_epi16(bits, base);
+}
+
+VECTORS void unpack_q2_k(const uint8_t* row, int64_t n, uint16_t* out) {
+    const __m512i groups = groups_of_lanes(4), four = _mm512_set1_epi32(4);
+    const __m512 values = values_of_lanes(4);
+    for (int64_t i = 0; i < n; i += 256, row += 84) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
+        const __m512i both = _mm512_cvtepu8_epi32(bytes);
+        const __m512 scales = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15))),
+                                            _mm512_set1_ps(half_at(row + 80)));
+        const __m512 minima =
+            _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4)), _mm512_set1_ps(half_at(row + 82)));
+        for (int half = 0; half < 2; ++half) {
+            const __m512i first = _mm512_add_epi32(groups, _mm512_set1_epi32(8 * half));
+            const __m512i second = _mm512_add_epi32(first, four);
+            const __m512i table = table_of(_mm512_fmsub_ps(_mm512_permutexvar_ps(first, scales), values,
+                                                           _mm512_permutexvar_ps(first, minima)),
+                                           _mm512_fmsub_ps(_mm512_permutexvar_ps(second, scales), values,
+                                                           _mm512_permutexvar_ps(second, minima)));
+            const __m512i words = words_of(row + 16 + 32 * half);
+            for (int j = 0; j < 4; ++j, out += kTileNumbers)
+                store(out, table, two_bits_of(words, 2 * j, 8 * j, 8 * j + 4));
+        }
+    }
+}
+
+// The 16 scales of 6 bits: the low four in 8 bytes, nibble by nibble, the high two in 4 bytes more.
+VECTORS inline __m512 q3_k_scales(const uint8_t* bytes, float d) {
+    uint64_t low;
+    uint32_t high;
+    std::memcpy(&low, bytes, sizeof low);
+    std::memcpy(&high, bytes + 8, sizeof high);
+    const auto top = [high](int shift) { return uint64_t{(high >> shift & 0x03030303) << 4}; };
+    const uint64_t nibbles = 0x0f0f0f0f0f0f0f0f;
+    const uint64_t first = (low & nibbles) | top(0) | top(2) << 32;
+    const uint64_t last = (low >> 4 & nibbles) | top(4) | top(6) << 32;
+    const __m128i scales = _mm_set_epi64x(static_cast<long long>(last), static_cast<long long>(first));
+    const __m512i centred = _mm512_sub_epi32(_mm512_cvtepu8_epi32(scales), _mm512_set1_epi32(32));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(centred), _mm512_set1_ps(d));
+}
+
+VECTORS void unpack_q3_k(const uint8_t* row, int64_t n, uint16_t* out) {
+    const __m512i groups = groups_of_lanes(8);
+    const __m512 values = _mm512_sub_ps(values_of_lanes(8), _mm512_set1_ps(4.0f));
+    for (int64_t i = 0; i < n; i += 256, row += 110) {
+        const __m256i third = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
+        const __m512 scales = q3_k_scales(row + 96, half_at(row + 108));
+        for (int half = 0; half < 2; ++half) {
+            const __m512i words = words_of(row + 32 + 32 * half);
+            for (int j = 0; j < 4; ++j, out += kTileNumbers) {
+                const __m512i first = _mm512_add_epi32(groups, _mm512_set1_epi32(8 * half + 2 * j));
+                const __m512 low = _mm512_mul_ps(_mm512_permutexvar_ps(first, scales), values);
+                const __m512i bits = two_bits_of(words, 2 * j, 0, 8);
+                const __mmask32 set =
+                    _mm256_test_epi8_mask(third, _mm256_set1_epi8(static_cast<char>(1 << (4 * half + j))));
+                store(out, table_of(low, low), _mm512_mask_add_epi16(bits, set, bits, _mm512_set1_epi16(4)));
+            }
+        }
+    }
+}
+
 // --- others ---
 
 void copy_bf16(const uint8_t* row, int64_t n, uint16_t* out) {
     for (int64_t i = 0; i < n; i += 32, row += 64, out += kTileNumbers) std::memcpy(out, row, 2 * kTileDepth);
-}
-
-// By way of ggml's own floats.
-VECTORS void unpack_any(ggml_type type, const uint8_t* row, int64_t n, uint16_t* out) {
-    const ggml_to_float_t to_float = ggml_get_type_traits(type)->to_float;
-    const int64_t block = ggml_blck_size(type) > 32 ? ggml_blck_size(type) : 32;
-    float floats[256];
-    for (int64_t i = 0; i < n; i += block, row += ggml_row_size(type, block)) {
-        to_float(row, floats, block);
-        for (int64_t j = 0; j < block; j += 32, out += kTileNumbers)
-            store(out, _mm512_loadu_ps(floats + j), _mm512_loadu_ps(floats + j + 16));
-    }
 }
 
 UnpackRow unpacker_of(ggml_type type) {
@@ -283,6 +352,10 @@ UnpackRow unpacker_of(ggml_type type) {
             return unpack_iq4_xs;
         case GGML_TYPE_MXFP4:
             return unpack_mxfp4;
+        case GGML_TYPE_Q2_K:
+            return unpack_q2_k;
+        case GGML_TYPE_Q3_K:
+            return unpack_q3_k;
         case GGML_TYPE_Q4_K:
             return unpack_q4_k;
         case GGML_TYPE_Q5_K:
@@ -297,10 +370,7 @@ UnpackRow unpacker_of(ggml_type type) {
 }  // namespace
 
 bool can_unpack(ggml_type type, int64_t n_per_row) {
-    if (type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || n_per_row % kTileDepth != 0) return false;
-    const int64_t block = ggml_blck_size(type);
-    return unpacker_of(type) ||
-           (ggml_get_type_traits(type)->to_float && block <= 256 && (block % 32 == 0 || 32 % block == 0));
+    return unpacker_of(type) && n_per_row % kTileDepth == 0;
 }
 
 void unpack(const Rows& rows, uint16_t* tiles, const Ahead& ahead) {
@@ -317,11 +387,7 @@ void unpack(const Rows& rows, uint16_t* tiles, const Ahead& ahead) {
             continue;
         }
         const auto* row = reinterpret_cast<const uint8_t*>(data + r * rows.row_bytes);
-        if (unpack_row) {
-            unpack_row(row, rows.n, out);
-        } else {
-            unpack_any(rows.type, row, rows.n, out);
-        }
+        unpack_row(row, rows.n, out);
     }
 }
 

@@ -10,8 +10,8 @@
 namespace pydiffusion {
 namespace matrix {
 
-// Whether rows of `n_per_row` weights of this type go into tiles of bfloat16 without losing more than their
-// own quantization has lost: all but F32 and F16.
+// Whether rows of `n_per_row` weights of this type go into tiles of bfloat16: all that lose far less by it
+// than their own quantization has lost, and that are unpacked faster than ggml multiplies them.
 bool can_unpack(ggml_type type, int64_t n_per_row);
 
 // Some weights of each of `n_rows` rows: `n` from number `first` on, both multiples of 256 unless the row

@@ -119,6 +119,12 @@ PLACE: dict[str, Any] = {
         str | None,
         typer.Option(help="cpu, or a GPU that `pydiffusion devices` lists. [default: the freest GPU]"),
     ],
+    "kernels": Annotated[
+        str | None,
+        typer.Option(
+            help="What multiplies on the processor: ggml, avx512-bf16 or amx. [default: the fastest known]"
+        ),
+    ],
     "cache_type": Annotated[
         str | None,
         typer.Option("--cache-type", help="Type of the KV cache: f32, f16 or q8_0. [default: f16]"),
@@ -161,6 +167,7 @@ def takes(**groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callab
 
 def placement(place: Mapping[str, Any]) -> dict[str, Any]:
     """The options of PLACE as arguments of ``DiffusionModel``; what is out of range is wrong use."""
+    from pydiffusion import _native
     from pydiffusion.convert.sizes import parse_size
     from pydiffusion.model import DEFAULT_N_CTX
     from pydiffusion.placement import native_wish
@@ -175,6 +182,10 @@ def placement(place: Mapping[str, Any]) -> dict[str, Any]:
     cache_type = place.get("cache_type") or "auto"
     if cache_type not in ("auto", "f32", "f16", "q8_0"):
         raise typer.BadParameter(f"--cache-type is {cache_type}; permitted are f32, f16 and q8_0")
+    kernels = place.get("kernels") or "auto"
+    if kernels not in ("auto", *_native.kernels()):
+        there = ", ".join(_native.kernels())
+        raise typer.BadParameter(f"--kernels is {kernels}; this processor has {there}")
     wish: dict[str, Any] = {
         "n_gpu_layers": "auto" if layers in (None, "auto") else int(layers),
         "n_cpu_moe": place.get("n_cpu_moe"),
@@ -190,6 +201,7 @@ def placement(place: Mapping[str, Any]) -> dict[str, Any]:
         "n_ctx": DEFAULT_N_CTX if ctx is None else ctx,
         "n_threads": threads,
         "kv_type": cache_type,
+        "kernels": kernels,
         **wish,
     }
 

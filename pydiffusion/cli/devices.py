@@ -29,7 +29,7 @@ def command(
     planned = None
     if model is not None:
         arguments = common.placement(place)
-        arguments.pop("n_threads")
+        del arguments["n_threads"], arguments["kernels"]  # of no consequence for a plan
         planned = plan(model, **arguments)
     if as_json:
         listed = [asdict(device) for device in found]
