@@ -11,7 +11,7 @@ namespace pydiffusion {
 
 namespace {
 
-constexpr int64_t kLanes = 16;    // independent accumulators, so that sums vectorize in a fixed order
+constexpr int64_t kLanes = 64;    // independent accumulators, so that sums vectorize in a fixed order
 constexpr int64_t kBlock = 2048;  // logits per partial sum: a draw looks at the sums, then at one block
 
 struct Extent {
@@ -19,7 +19,8 @@ struct Extent {
     bool sound;  // no NaN, no +infinity, and not all -infinity, which alone is a token that can't be
 };
 
-Extent find_extent(const float* x, int64_t n) {
+// The maximum of a block, and whether it has neither NaN nor +infinity.
+Extent find_block_extent(const float* x, int64_t n) {
     constexpr float largest = std::numeric_limits<float>::max();
     float lanes[kLanes];
     int32_t unsound[kLanes] = {};
@@ -31,14 +32,31 @@ Extent find_extent(const float* x, int64_t n) {
             unsound[l] |= !(x[i + l] <= largest);
         }
     }
-    Extent extent = {*std::max_element(lanes, lanes + kLanes), true};
     for (; i < n; ++i) {
-        extent.maximum = std::max(extent.maximum, x[i]);
+        lanes[0] = std::max(lanes[0], x[i]);
         unsound[0] |= !(x[i] <= largest);
     }
-    extent.sound =
-        extent.maximum >= -largest && std::all_of(unsound, unsound + kLanes, [](int32_t u) { return !u; });
+    return {*std::max_element(lanes, lanes + kLanes),
+            std::all_of(unsound, unsound + kLanes, [](int32_t u) { return !u; })};
+}
+
+// Of a row, whose blocks `prepare(block, n)` may change once they have been found sound.
+template <typename Row, typename Prepare>
+Extent find_extent(Row* x, int64_t n, const Prepare& prepare) {
+    Extent extent = {-std::numeric_limits<float>::infinity(), true};
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+        Row* block = x + begin;
+        const int64_t n_block = std::min(kBlock, n - begin);
+        const Extent found = find_block_extent(block, n_block);
+        if (!found.sound) return {found.maximum, false};
+        extent.maximum = std::max(extent.maximum, prepare(block, n_block, found.maximum));
+    }
+    extent.sound = extent.maximum >= -std::numeric_limits<float>::max();
     return extent;
+}
+
+Extent find_extent(const float* x, int64_t n) {
+    return find_extent(x, n, [](const float*, int64_t, float maximum) { return maximum; });
 }
 
 struct BlockSums {
@@ -84,9 +102,11 @@ float step_temperature(int32_t step, int32_t n_steps, float t_min, float t_max) 
     return t_min + (t_max - t_min) * (static_cast<float>(step) / static_cast<float>(n_steps));
 }
 
-Measure measure_row(const float* logits, int64_t n_vocab, float temperature, float u) {
-    const auto [maximum, sound] = find_extent(logits, n_vocab);
-    if (!sound) return {0, 0, std::numeric_limits<float>::quiet_NaN()};
+namespace {
+
+Measure measure(const float* logits, int64_t n_vocab, const Extent& extent, float temperature, float u) {
+    if (!extent.sound) return {0, 0, std::numeric_limits<float>::quiet_NaN()};
+    const float maximum = extent.maximum;
     const float inverse = inverse_temperature_of(temperature);
     const int64_t n_blocks = (n_vocab + kBlock - 1) / kBlock;
     std::vector<double> weights(n_blocks);
@@ -123,12 +143,20 @@ Measure measure_row(const float* logits, int64_t n_vocab, float temperature, flo
     return result;
 }
 
+}  // namespace
+
+Measure measure_row(const float* logits, int64_t n_vocab, float temperature, float u) {
+    return measure(logits, n_vocab, find_extent(logits, n_vocab), temperature, u);
+}
+
 Measure cap_and_measure_row(float* logits, int64_t n_vocab, float cap, float temperature, float u) {
-    // Capping would hide what is not finite: tanh(NaN) comes out as a number here.
-    if (!find_extent(logits, n_vocab).sound) return {0, 0, std::numeric_limits<float>::quiet_NaN()};
+    // Sound blocks only: capping would hide what is not finite, for tanh(NaN) comes out as a number here.
     const float inverse = 1.0f / cap;
-    for (int64_t i = 0; i < n_vocab; ++i) logits[i] = cap * vector_tanh(logits[i] * inverse);
-    return measure_row(logits, n_vocab, temperature, u);
+    const Extent extent = find_extent(logits, n_vocab, [=](float* block, int64_t n, float) {
+        for (int64_t i = 0; i < n; ++i) block[i] = cap * vector_tanh(block[i] * inverse);
+        return find_block_extent(block, n).maximum;
+    });
+    return measure(logits, n_vocab, extent, temperature, u);
 }
 
 void softmax_row(float* logits, int64_t n_vocab, float temperature) {

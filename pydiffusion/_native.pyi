@@ -89,7 +89,7 @@ class Model:
     Weights and hyperparameters; immutable, shared by sessions and threads.
     """
 
-    def __init__(self, path: str, n_threads: int, kv_type: str = 'auto', progress: object | None = None, device: str = 'cpu', n_gpu_layers: int = -1, n_cpu_moe: int = -1, memory_limit: int = 0, n_ctx: int = 8192) -> None: ...
+    def __init__(self, path: str, n_threads: int, kv_type: str = 'auto', progress: object | None = None, device: str = 'cpu', n_gpu_layers: int = -1, n_cpu_moe: int = -1, memory_limit: int = 0, n_ctx: int = 8192, kernels: str = 'auto') -> None: ...
 
     @property
     def file(self) -> GgufFile: ...
@@ -281,10 +281,16 @@ def measure_read_rate(n_threads: int, device: str = 'cpu') -> float:
     Bytes per second read from memory; on a device, read and written by a copy.
     """
 
-def measure_matrix_rate(n_threads: int, type: str, device: str = 'cpu') -> float:
+def measure_matrix_rate(n_threads: int, type: str, device: str = 'cpu', kernels: str = 'auto') -> float:
     """
     Operations per second of a 4096 x 4096 matrix of a tensor type times 256 columns.
     """
+
+def kernels() -> list[str]:
+    """The kernels of products that this processor has."""
+
+def multiply(kernels: str, rows: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], experts: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None = None, n_experts: int = 1, n_threads: int = 1) -> object:
+    """Columns times rows of weights, as a model's graphs multiply them."""
 
 def step_temperature(step: int, steps: int, t_min: float, t_max: float) -> float: ...
 

@@ -90,9 +90,9 @@ def run_bench(
     """Measure a model file on random tokens. Raises what opening a model raises, and ValueError for sizes
     below 1.
 
-    n_ctx: of the session; None takes what the run needs. kernels: as for ``DiffusionModel``. placement: ``n_gpu_layers``, ``n_cpu_moe``,
-    ``device``, ``gpu_memory`` as for ``DiffusionModel``; on the processor unless given. A step that runs in
-    part on a GPU and in part on the processor is timed whole.
+    n_ctx: of the session; None takes what the run needs. kernels: as for ``DiffusionModel``, and placement
+    too (``n_gpu_layers``, ``n_cpu_moe``, ``device``, ``gpu_memory``), but on the processor unless given. A
+    step that runs in part on a GPU and in part on the processor is timed whole.
 
     The canvas never settles (random tokens, adaptive stop off), so that each of the ``n_steps`` steps is a
     full one with self-conditioning; the first, which has none, is reported apart.

@@ -8,8 +8,8 @@ import pytest
 from pydiffusion import _native
 
 TYPES = (
-    "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
-    "Q6_K",
+    "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4", "Q2_K", "Q3_K", "Q4_K",
+    "Q5_K", "Q6_K",
 )  # fmt: skip
 OWN = [name for name in ("avx512-bf16", "amx") if name in _native.kernels()]
 pytestmark = pytest.mark.skipif(
@@ -54,7 +54,14 @@ def test_product_is_that_of_the_rounded_factors(kernels: str, type: str) -> None
 @pytest.mark.parametrize("kernels", OWN)
 @pytest.mark.parametrize(
     ("n_rows", "n_columns", "n_inner", "n_threads"),
-    [(1, 1, 32, 1), (16, 16, 64, 1), (17, 33, 96, 2), (64, 15, 800, 3), (289, 257, 352, 2), (700, 5, 1056, 4)],
+    [
+        (1, 1, 32, 1),
+        (16, 16, 64, 1),
+        (17, 33, 96, 2),
+        (64, 15, 800, 3),
+        (289, 257, 352, 2),
+        (700, 5, 1056, 4),
+    ],
 )
 def test_any_size(kernels: str, n_rows: int, n_columns: int, n_inner: int, n_threads: int) -> None:
     rows, x = weights("Q8_0", n_rows, n_inner), columns(n_columns, n_inner)
@@ -75,7 +82,9 @@ def test_a_column_does_not_depend_on_its_neighbours(kernels: str) -> None:
 
 
 @pytest.mark.parametrize("kernels", OWN)
-@pytest.mark.parametrize(("n_tokens", "n_experts", "n_used"), [(1, 4, 2), (40, 8, 3), (300, 3, 2), (7, 128, 8)])
+@pytest.mark.parametrize(
+    ("n_tokens", "n_experts", "n_used"), [(1, 4, 2), (40, 8, 3), (300, 3, 2), (7, 128, 8)]
+)
 def test_products_by_expert(kernels: str, n_tokens: int, n_experts: int, n_used: int) -> None:
     """Each token with its experts' matrices, as alone with one of them."""
     n_inner, n_rows = 256, 50
