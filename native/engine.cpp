@@ -201,7 +201,7 @@ void Engine::compute(ggml_cgraph* graph, const std::function<bool()>& cancelled)
     Pool& pool = this->pool();
     const std::lock_guard<std::mutex> turn(pool.turn);
     // For what the kernels and our own operations allocate in the pool's threads, where nothing may throw.
-    require_memory((size_t{8} << 20) + (size_t{1} << 20) * n_threads_);
+    require_memory((size_t{8} << 20) + (size_t{4} << 20) * n_threads_);
     ggml_cplan plan = ggml_graph_plan(graph, n_threads_, pool.threads);
     if (pool.work_size < plan.work_size) {
         pool.work_size = 0;

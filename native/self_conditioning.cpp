@@ -19,7 +19,6 @@ constexpr int64_t kTile = 64;  // rows of the vocabulary at a time; bits of a ma
 constexpr int64_t kSlice =
     512;  // columns of the embedding that one task owns: a multiple of every block size
 constexpr int64_t kBlock = matrix::kSoftRows;  // rows that are gathered, or all multiplied
-constexpr int64_t kBlockTiles = kBlock / kTile;
 static_assert(kSlice == matrix::kSoftColumns && kBlock % kTile == 0);
 // Gathering every row takes about one and a half times as long as the dense product of floats (measured at d
 // 1024, 256 tokens): a block is multiplied densely when more than two in three of its probabilities have
@@ -158,6 +157,21 @@ void load_rows(float* tile, const ggml_tensor* embedding, int64_t first, uint64_
     }
 }
 
+// To the nearest bfloat16, halves to even, as the dense product has them: then it matters little which of the
+// two a row is taken with.
+void round_rows(float* tile, uint64_t mask, int64_t n) {
+    for (uint64_t left = mask; left; left &= left - 1) {
+        float* row = tile + lowest_bit(left) * kSlice;
+        for (int64_t i = 0; i < n; ++i) {
+            uint32_t bits;
+            std::memcpy(&bits, row + i, sizeof bits);
+            const bool is_finite = (bits & 0x7f800000) != 0x7f800000;
+            bits = (bits + (is_finite ? 0x7fff + (bits >> 16 & 1) : 0)) & 0xffff0000;
+            std::memcpy(row + i, &bits, sizeof bits);
+        }
+    }
+}
+
 // accumulator[0..n) += sum over the rows r in `mask` of p[r] * tile[r][0..n).
 void add_rows(float* accumulator, const float* p, const float* tile, uint64_t mask, int64_t n) {
     constexpr int64_t width = 64;
@@ -240,7 +254,7 @@ void add_sums(const Product& product, const Share& share, const Area& area) {
 
 void soft_embedding_share(const Product& product, const Share& share, Area& area) {
     const int64_t n_vocab = product.embedding->ne[1], end = share.token + share.n_tokens;
-    const int64_t n_all = product.dst->ne[1];  // tokens that have masks
+    const int64_t n_all = product.dst->ne[1];  // tokens of all shares
     clear_sums(product, share, area);
     if (!product.state.self_conditioning) return;
 
@@ -248,21 +262,19 @@ void soft_embedding_share(const Product& product, const Share& share, Area& area
         const int64_t n_rows = std::min(kBlock, n_vocab - first);
         const uint64_t* mass = product.state.mass.data() + first / kTile * n_all;
         const int64_t n_tiles = (n_rows + kTile - 1) / kTile;
-        uint64_t needed[kBlockTiles] = {};
-        int64_t n_needed = 0;
-        for (int64_t i = 0; i < n_tiles; ++i) {
-            for (int64_t t = share.token; t < end; ++t) {
-                needed[i] |= mass[i * n_all + t];
-                n_needed += count_bits(mass[i * n_all + t]);
-            }
-        }
-        if (is_dense(n_needed, n_rows * share.n_tokens, area.soft_sums.has_value())) {
+        // All tokens decide, so that it doesn't matter how they are shared out among threads.
+        int64_t n_with_mass = 0;
+        for (int64_t i = 0; i < n_tiles * n_all; ++i) n_with_mass += count_bits(mass[i]);
+        if (is_dense(n_with_mass, n_rows * n_all, area.soft_sums.has_value())) {
             multiply_block(product, share, area, first, n_rows);
             continue;
         }
         for (int64_t i = 0; i < n_tiles; ++i) {
-            if (!needed[i]) continue;
-            load_rows(area.tile.data(), product.embedding, first + i * kTile, needed[i], share);
+            uint64_t needed = 0;
+            for (int64_t t = share.token; t < end; ++t) needed |= mass[i * n_all + t];
+            if (!needed) continue;
+            load_rows(area.tile.data(), product.embedding, first + i * kTile, needed, share);
+            if (area.soft_sums) round_rows(area.tile.data(), needed, share.n_columns);
             gather_tile(product, share, area, first + i * kTile, mass + i * n_all);
         }
     }

@@ -292,6 +292,9 @@ def kernels() -> list[str]:
 def multiply(kernels: str, rows: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], experts: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None = None, n_experts: int = 1, n_threads: int = 1) -> object:
     """Columns times rows of weights, as a model's graphs multiply them."""
 
+def soft_sums(p: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, n_inner: int) -> object:
+    """Sums of embedding rows weighted by probabilities, with AMX."""
+
 def step_temperature(step: int, steps: int, t_min: float, t_max: float) -> float: ...
 
 def measure(logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], temperature: float, u: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple: ...

@@ -121,6 +121,26 @@ def test_nan_stays_in_its_column(kernels: str) -> None:
     assert np.array_equal(np.delete(found, 5, 0), np.delete(clean, 5, 0))
 
 
+AMX = pytest.mark.skipif("amx" not in _native.kernels(), reason="THIS PROCESSOR HAS NO AMX: not checked")
+
+
+@AMX
+@pytest.mark.parametrize("type", ["BF16", "Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize(("n_tokens", "n_rows", "n_inner"), [(1, 1, 256), (40, 300, 512), (256, 1100, 256)])
+def test_sums_of_embeddings_keep_16_bits_of_a_probability(
+    type: str, n_tokens: int, n_rows: int, n_inner: int
+) -> None:
+    """Against float64, with the embedding's rows rounded as the products round them."""
+    rng = np.random.default_rng(3)
+    p = rng.exponential(size=(n_tokens, n_rows)).astype(np.float32) ** 4
+    p /= p.sum(axis=1, keepdims=True)
+    rows = weights(type, n_rows, n_inner)
+    w = bfloat16(_native.dequantize_rows(rows, type, n_inner)).astype(np.float64)
+    found = _native.soft_sums(p, rows, type, n_inner)
+    bound = 2.0**-16 * (p.astype(np.float64) @ np.abs(w))
+    assert np.all(np.abs(found - p.astype(np.float64) @ w) <= bound + 1e-30)
+
+
 def test_names() -> None:
     rows, x = weights("Q8_0", 1, 32), columns(1, 32)
     with pytest.raises(ValueError, match="there are no kernels 'x'"):

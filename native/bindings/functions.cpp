@@ -13,6 +13,7 @@
 #include "ggml-cpu.h"
 #include "machine_rates.h"
 #include "matrix/multiply.h"
+#include "matrix/soft_sums.h"
 #include "quantize.h"
 #include "sampler.h"
 
@@ -243,6 +244,33 @@ nb::object multiply(const std::string& kernels, const Array2<uint8_t>& rows, con
     return to_numpy(result.data(), {x.shape(0), result.size() / x.shape(0)});
 }
 
+// p (n_tokens, n_rows) times rows of an embedding (n_rows, bytes), as self-conditioning's dense product with
+// AMX makes it -> (n_tokens, n_inner), up to matrix::kSoftColumns.
+nb::object soft_sums(const Array2<float>& p, const Array2<uint8_t>& rows, const std::string& type_name,
+                     int64_t n_inner) {
+    const ggml_type type = type_by_name(type_name);
+    const matrix::Kernel kernel = matrix::kernel_named("amx");
+    const auto n_tokens = static_cast<int64_t>(p.shape(0)), n_rows = static_cast<int64_t>(p.shape(1));
+    if (n_tokens < 1 || n_rows < 1 || rows.shape(0) != p.shape(1) || n_inner < 1 ||
+        n_inner > matrix::kSoftColumns || !matrix::can_unpack(type, n_inner) ||
+        n_inner % ggml_blck_size(type) != 0 || ggml_row_size(type, n_inner) != rows.shape(1))
+        throw Error(ErrorKind::argument, "p, the rows and their type don't fit");
+    std::vector<float> sums(n_tokens * n_inner);
+    {
+        const matrix::Readiness ready(kernel);
+        matrix::SoftSums soft(n_tokens);
+        for (int64_t first = 0; first < n_rows; first += matrix::kSoftRows) {
+            std::vector<const float*> of_token(n_tokens);
+            for (int64_t t = 0; t < n_tokens; ++t) of_token[t] = p.data() + t * n_rows + first;
+            const auto* data = reinterpret_cast<const char*>(rows.data()) + first * rows.shape(1);
+            soft.add(of_token.data(), n_tokens,
+                     {type, data, rows.shape(1), std::min(matrix::kSoftRows, n_rows - first), 0, n_inner});
+        }
+        for (int64_t t = 0; t < n_tokens; ++t) soft.add_to(sums.data() + t * n_inner, t, n_inner);
+    }
+    return to_numpy(sums.data(), {p.shape(0), static_cast<size_t>(n_inner)});
+}
+
 // A benchmark may take seconds: without the GIL.
 double matrix_rate(int n_threads, const std::string& type_name, const std::string& device,
                    const std::string& kernels) {
@@ -301,6 +329,8 @@ void bind_functions(nb::module_& m) {
     m.def("multiply", multiply, nb::arg("kernels"), nb::arg("rows").noconvert(), nb::arg("type"),
           nb::arg("x").noconvert(), nb::arg("experts").noconvert() = nb::none(), nb::arg("n_experts") = 1,
           nb::arg("n_threads") = 1, "Columns times rows of weights, as a model's graphs multiply them.");
+    m.def("soft_sums", soft_sums, nb::arg("p").noconvert(), nb::arg("rows").noconvert(), nb::arg("type"),
+          nb::arg("n_inner"), "Sums of embedding rows weighted by probabilities, with AMX.");
     m.def("step_temperature", step_temperature, nb::arg("step"), nb::arg("steps"), nb::arg("t_min"),
           nb::arg("t_max"));
     m.def("measure", measure, nb::arg("logits").noconvert(), nb::arg("temperature"),
