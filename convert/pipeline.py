@@ -77,11 +77,7 @@ class PlannedTensor:
     def has_nonfinite(self) -> bool:
         """Whether the source holds NaN or infinite weights; reads all of it."""
         chunks = (self.read_rows(start, count) for start, count in self.chunks())
-        with np.errstate(all="ignore"):
-            return any(
-                not np.isfinite(rows.to_float32(chunk, self.source_type, self.n_per_row)).all()
-                for chunk in chunks
-            )
+        return any(rows.has_nonfinite(chunk, self.source_type, self.n_per_row) for chunk in chunks)
 
 
 @dataclass
@@ -344,7 +340,7 @@ def _write(outputs: Sequence[_Output], reads: Sequence[SharedRead]) -> None:
 
 def _convert(tensor: PlannedTensor, data: np.ndarray, start: int) -> np.ndarray:
     """Rows of the source, the first being number ``start``, in the target's type."""
-    types = (tensor.source_type, tensor.target_type, tensor.n_per_row, 1, tensor.name)
+    types = (tensor.source_type, tensor.target_type, tensor.n_per_row, tensor.name)
     if tensor.importance is None:
         return rows.convert_rows(data, *types, keeps_nonfinite=tensor.keeps_nonfinite)
     per_matrix = tensor.n_rows // len(tensor.importance)

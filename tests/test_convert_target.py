@@ -17,6 +17,7 @@ import convert_folders as folders
 import numpy as np
 import pytest
 
+from pydiffusion import _native
 from pydiffusion.convert import atomic, convert, pipeline, rows
 from pydiffusion.errors import ConversionError
 
@@ -232,12 +233,12 @@ def test_wrong_rows_are_found_though_the_disk_is_right(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, type: str
 ) -> None:
     """A quantizer that mixes up two rows writes exactly what it computed; only the weights tell."""
-    right = rows.from_float32
+    right = rows.convert_rows
 
-    def mixed_up(values: np.ndarray, target: str, n_threads: int, importance: object) -> np.ndarray:
-        return right(values[::-1], target, n_threads)
+    def mixed_up(data: np.ndarray, *types: object, **choices: object) -> np.ndarray:
+        return right(data[::-1].copy(), *types, **choices)
 
-    monkeypatch.setattr(rows, "from_float32", mixed_up)
+    monkeypatch.setattr(rows, "convert_rows", mixed_up)
     with pytest.raises(ConversionError, match="does not agree with the source"):
         convert(folder, tmp_path / "m.gguf", type)
     assert files_in(tmp_path) == []
@@ -284,7 +285,7 @@ def test_odd_weights_pass_the_comparison(kind: str, type: str) -> None:
         "one-sided": np.abs(normal),
         "steps": np.repeat(10.0 ** random.integers(-4, 3, (64, 16)), 32, axis=1) * normal,
     }[kind].astype(np.float32)
-    written = rows.from_float32(values, type, 1)
+    written = _native.quantize_rows(values, type, 1)
     rows.check_rows(written, values.view(np.uint8), "F32", type, 512, kind)
     if kind not in ("zeros", "ones", "offset", "tiny", "heavy"):
         with pytest.raises(ConversionError):
