@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -249,6 +250,25 @@ def test_chunks_do_not_change_the_file(folder: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(pipeline, "CHUNK_WEIGHTS", 1000)  # three rows of 256
     convert(folder, tmp_path / "b.gguf", "q4_k_m", n_threads=1)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_threads_do_not_wait_for_a_large_chunk_before_small_ones() -> None:
+    """Nor run far ahead of it with large ones, which would fill the memory."""
+    last = threading.Event()
+    many = [pipeline._Step(number, 0, [], 1000) for number in range(40)]
+
+    def wait_for_last(step: pipeline._Step) -> bool:
+        if step.number == 39:
+            last.set()
+        return step.number > 0 or last.wait(60)
+
+    done = list(pipeline._in_order(wait_for_last, iter(many), 2))
+    assert [step for step, _ in done] == many and all(result for _, result in done)
+
+    begun: list[int] = []
+    large = [pipeline._Step(number, 0, [], pipeline.CHUNK_WEIGHTS) for number in range(40)]
+    for n_done, (step, _) in enumerate(pipeline._in_order(lambda s: begun.append(s.number), iter(large), 2)):
+        assert step.number == n_done and len(begun) <= n_done + 5
 
 
 def test_temporary_names_do_not_collide(folder: Path, tmp_path: Path) -> None:
