@@ -11,9 +11,12 @@ errors do not drown in its own chaos; it says nothing about trained weights.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import struct
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -77,6 +80,17 @@ def make_checkpoint(folder: Path, shape: Shape) -> tuple[int, int]:
         weight_map |= dict.fromkeys(shard, name)
     write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
     return n_weights, sum((folder / name).stat().st_size for name in set(weight_map.values()))
+
+
+@contextlib.contextmanager
+def given_or_made(folder: Path | None) -> Iterator[tuple[Path, Path]]:
+    """(``folder``, or one of the "plain" shape; a folder beside it to write to). What is made is removed."""
+    with tempfile.TemporaryDirectory(dir=folder and folder.parent) as temporary:
+        if folder is None:
+            folder = Path(temporary) / "random"
+            folder.mkdir()
+            make_checkpoint(folder, SHAPES["plain"])
+        yield folder, Path(temporary)
 
 
 def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], random: np.random.Generator) -> None:

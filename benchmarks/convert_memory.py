@@ -16,10 +16,9 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from checkpoint import SHAPES, make_checkpoint
+from checkpoint import given_or_made
 
 LIMIT_MB = 400
 
@@ -56,17 +55,12 @@ def main() -> int:
         print("this measures through /proc, which this system does not have", file=sys.stderr)
         return 2
     failed = False
-    with tempfile.TemporaryDirectory(dir=arguments.folder and arguments.folder.parent) as temporary:
-        folder = arguments.folder
-        if folder is None:
-            folder = Path(temporary) / "random"
-            folder.mkdir()
-            make_checkpoint(folder, SHAPES["plain"])
+    with given_or_made(arguments.folder) as (folder, out):
         n_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
         print(f"{n_bytes / 1e6:.0f} MB of source, {arguments.threads} threads; {machine}", flush=True)
         for kind in arguments.types:
-            given = [str(folder), str(Path(temporary) / "out.gguf"), kind, str(arguments.threads)]
+            given = [str(folder), str(out / "m.gguf"), kind, str(arguments.threads)]
             command = [sys.executable, "-c", CHILD, *given]
             result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             above = (result["peak"] - result["before"]) / 1e6

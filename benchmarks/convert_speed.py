@@ -1,11 +1,15 @@
 """How fast a conversion is beside what it can't beat: copying the bytes, and the bare quantization kernel.
 
-    python benchmarks/convert_speed.py [FOLDER] [--types q8_0 q4_k_m] [--threads 2 | --cpu]
+    python benchmarks/convert_speed.py [FOLDER] [--types q8_0 q4_k_m] [--threads 2 | --cpu] [--rounds 2]
 
-Copying: the checkpoint's bytes to the same disk, flushed. Kernel: rows of float32 that lie in memory, each
-type of the file with its number of weights, on as many threads. Both are taken before and after the
-conversion; the better counts. FOLDER is made by benchmarks/checkpoint.py; without it, its "plain" shape is
-made for the run. --cpu counts CPU time on one thread, which other work on the machine does not change.
+Writing: a conversion from the call until the file is flushed and the first of its hundreds of chunks
+verified: opening the folder with its tokenizer, reading, converting, digests, writing. Verifying, which reads
+source and file once more, is told apart; "with the verification" is the whole conversion. Copying: the
+checkpoint's bytes to the same disk, flushed. Kernel: rows of float32 that lie in memory, each type of the
+file with its number of weights (not those that are only copied or turned into floats), on as many threads.
+They take turns, --rounds times; the best of each counts. FOLDER is made by benchmarks/checkpoint.py; without
+it, its "plain" shape is made for the run. --cpu counts CPU time on one thread, which other work on the
+machine changes less.
 """
 
 from __future__ import annotations
@@ -13,14 +17,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from checkpoint import SHAPES, make_checkpoint
+from checkpoint import given_or_made
 
 from pydiffusion import _native
 from pydiffusion.convert import ConversionProgress, convert, plan_sizes
@@ -63,30 +66,37 @@ def kernel_seconds(folder: Path, type: str, n_threads: int, n_rows: int = 4096) 
     return total
 
 
-def measure(folder: Path, type: str, n_threads: int, out: Path) -> None:
+def convert_seconds(folder: Path, type: str, n_threads: int, target: Path) -> tuple[float, float]:
+    """(writing, verifying): all of a conversion, divided where the first chunk has been verified."""
+    began: dict[str, float] = {}
+
+    def progress(state: ConversionProgress) -> None:
+        began.setdefault(state.stage, clock())
+
+    started = clock()
+    convert(folder, target, type, n_threads=n_threads, progress=progress)
+    return began["verify"] - started, clock() - began["verify"]
+
+
+def measure(folder: Path, type: str, n_threads: int, n_rounds: int, out: Path) -> None:
     sources = sorted(folder.glob("*.safetensors"))
     n_bytes = sum(path.stat().st_size for path in sources)
     for path in sources:  # in the page cache for all alike
         path.read_bytes()
-
-    def limits() -> tuple[float, float]:
-        return seconds(lambda: copy(sources, out / "copy")), kernel_seconds(folder, type, n_threads)
-
-    first = limits()
-    began: dict[str, float] = {}
-
-    def progress(state: ConversionProgress) -> None:
-        began.setdefault(state.stage, clock())  # behind the first chunk of hundreds
-
-    started = clock()
-    report = convert(folder, out / "m.gguf", type, n_threads=n_threads, progress=progress)
-    writing, verifying = began["verify"] - started, clock() - began["verify"]
-    copying, kernel = map(min, zip(first, limits(), strict=True))
+    rounds = []
+    for _ in range(n_rounds):
+        copying = seconds(lambda: copy(sources, out / "copy"))
+        kernel = kernel_seconds(folder, type, n_threads)
+        rounds.append((copying, kernel, *convert_seconds(folder, type, n_threads, out / "m.gguf")))
+    copying, kernel, writing, verifying = map(min, zip(*rounds, strict=True))
+    n_weights = sum(tensor.n_weights for tensor in plan_sizes(folder, type).tensors)
     print(
-        f"{type}: {report.n_weights / 1e6:.0f}e6 weights, {n_bytes / 1e6:.0f} MB of source,"
+        f"{type}: {n_weights / 1e6:.0f}e6 weights, {n_bytes / 1e6:.0f} MB of source,"
         f" {writing:.1f} s writing and {verifying:.1f} s verifying; a copy takes {copying:.1f} s,"
         f" the kernel alone {kernel:.1f} s:"
-        f" writing at {copying / writing:.0%} of a copy's and {kernel / writing:.0%} of the kernel's rate"
+        f" writing at {copying / writing:.0%} of a copy's and {kernel / writing:.0%} of the kernel's rate,"
+        f" with the verification {kernel / (writing + verifying):.0%}",
+        flush=True,
     )
 
 
@@ -95,19 +105,15 @@ def main() -> int:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--types", nargs="+", default=["q8_0", "q4_k_m"])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--cpu", action="store_true", help="CPU time, one thread")
     arguments = parser.parse_args()
     if arguments.cpu:
         global clock
         clock, arguments.threads = time.process_time, 1
-    with tempfile.TemporaryDirectory(dir=arguments.folder and arguments.folder.parent) as temporary:
-        folder = arguments.folder
-        if folder is None:
-            folder = Path(temporary) / "random"
-            folder.mkdir()
-            make_checkpoint(folder, SHAPES["plain"])
+    with given_or_made(arguments.folder) as (folder, out):
         for type in arguments.types:
-            measure(folder, type, arguments.threads, Path(temporary))
+            measure(folder, type, arguments.threads, arguments.rounds, out)
     return 0
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pydiffusion import _native
 from pydiffusion.convert import rows
 from pydiffusion.errors import ConversionError
 
@@ -59,8 +60,8 @@ class PaddedRead:
 
     def __call__(self, start: int, n_bytes: int) -> np.ndarray:
         size = rows.row_bytes(self.source_type, self.new_columns)
-        zeros = rows.from_float32(np.zeros((1, self.new_columns), np.float32), self.source_type, 1)
-        result = np.repeat(zeros, n_bytes // size, axis=0)
+        zeros = _native.quantize_rows(np.zeros((1, self.new_columns), np.float32), self.source_type, 1)
+        result = np.empty((n_bytes // size, size), np.uint8)
         old_size = rows.row_bytes(self.source_type, self.old_columns)
         first, end = start // size, (start + n_bytes) // size
         for group in range(first // self.new_rows, -(-end // self.new_rows)):
@@ -69,7 +70,12 @@ class PaddedRead:
             if low < high:
                 at = group * self.old_rows + low - begin
                 data = self.read(at * old_size, (high - low) * old_size)
-                result[low - first : high - first, :old_size] = data.reshape(high - low, old_size)
+                kept = result[low - first : high - first]
+                kept[:, :old_size] = data.reshape(high - low, old_size)
+                kept[:, old_size:] = zeros[:, old_size:]
+            low, high = max(first, begin + self.old_rows), min(end, begin + self.new_rows)
+            if low < high:
+                result[low - first : high - first] = zeros
         return result.reshape(-1)
 
 

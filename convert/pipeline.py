@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,11 +77,7 @@ class PlannedTensor:
     def has_nonfinite(self) -> bool:
         """Whether the source holds NaN or infinite weights; reads all of it."""
         chunks = (self.read_rows(start, count) for start, count in self.chunks())
-        with np.errstate(all="ignore"):
-            return any(
-                not np.isfinite(rows.to_float32(chunk, self.source_type, self.n_per_row)).all()
-                for chunk in chunks
-            )
+        return any(rows.has_nonfinite(chunk, self.source_type, self.n_per_row) for chunk in chunks)
 
 
 @dataclass
@@ -257,31 +253,43 @@ def _spans(total: int, step: int) -> Iterator[tuple[int, int]]:
         yield start, min(max(1, step), total - start)
 
 
-# (number of the step, number of the tensor, rows of each output)
-_Step = tuple[int, int, list[tuple[int, int]]]
+class _Step(NamedTuple):
+    """A chunk of the source that becomes a chunk of every output."""
+
+    number: int
+    index: int  # of the tensor
+    spans: list[tuple[int, int]]  # rows of each output
+    n_weights: int  # of the largest
 
 
 def _steps(outputs: Sequence[_Output]) -> Iterator[_Step]:
     number = 0
     for index, tensors in enumerate(zip(*(output.job.tensors for output in outputs), strict=True)):
         for spans in shared_steps(tensors):
-            yield number, index, spans
+            pairs = zip(tensors, spans, strict=True)
+            n_weights = max(count * tensor.n_per_row for tensor, (_, count) in pairs)
+            yield _Step(number, index, spans, n_weights)
             number += 1
 
 
 def _in_order(work: Callable[[_Step], Any], steps: Iterator[_Step], n_threads: int) -> Iterator[tuple]:
-    """(step, what ``work`` makes of it), one after the other, while threads are ahead by a few steps."""
+    """(step, what ``work`` makes of it), one after the other, while threads are ahead by the weights of a few
+    chunks: many steps where tensors are small, lest all threads wait for a large one before them.
+    """
     n_workers = min(n_threads or available_cpus(), _MAX_WORKERS)
     if n_workers < 2:
         yield from ((step, work(step)) for step in steps)
         return
     pending: deque[tuple[_Step, Future]] = deque()
+    n_weights = 0
     with ThreadPoolExecutor(n_workers) as pool:
         try:
             for step in steps:
                 pending.append((step, pool.submit(work, step)))
-                if len(pending) > n_workers:
+                n_weights += step.n_weights
+                while len(pending) > n_workers and n_weights > (n_workers + 2) * CHUNK_WEIGHTS:
                     done, future = pending.popleft()
+                    n_weights -= done.n_weights
                     yield done, future.result()
             for done, future in pending:
                 yield done, future.result()
@@ -293,7 +301,7 @@ def _in_order(work: Callable[[_Step], Any], steps: Iterator[_Step], n_threads: i
 @contextlib.contextmanager
 def _held(outputs: Sequence[_Output], reads: Sequence[SharedRead], step: _Step) -> Iterator[None]:
     """What a step needs of the source is read once within the block, however many outputs there are."""
-    _, index, spans = step
+    index, spans = step.index, step.spans
     if not reads:
         yield
         return
@@ -315,7 +323,7 @@ def _write(outputs: Sequence[_Output], reads: Sequence[SharedRead]) -> None:
     n_there = [len(output.digests) for output in outputs]
 
     def compute(step: _Step) -> list[tuple[np.ndarray, bytes] | None]:
-        number, index, spans = step
+        number, index, spans, _ = step
         if number < min(n_there):
             return [None] * len(outputs)
         with _held(outputs, reads, step):
@@ -327,7 +335,7 @@ def _write(outputs: Sequence[_Output], reads: Sequence[SharedRead]) -> None:
             return result
 
     with contextlib.closing(_in_order(compute, _steps(outputs), outputs[0].job.n_threads)) as done:
-        for (_, index, spans), results in done:
+        for (_, index, spans, _), results in done:
             for output, (start, count), result in zip(outputs, spans, results, strict=True):
                 tensor = output.job.tensors[index]
                 if result is None:
@@ -344,7 +352,7 @@ def _write(outputs: Sequence[_Output], reads: Sequence[SharedRead]) -> None:
 
 def _convert(tensor: PlannedTensor, data: np.ndarray, start: int) -> np.ndarray:
     """Rows of the source, the first being number ``start``, in the target's type."""
-    types = (tensor.source_type, tensor.target_type, tensor.n_per_row, 1, tensor.name)
+    types = (tensor.source_type, tensor.target_type, tensor.n_per_row, tensor.name)
     if tensor.importance is None:
         return rows.convert_rows(data, *types, keeps_nonfinite=tensor.keeps_nonfinite)
     per_matrix = tensor.n_rows // len(tensor.importance)
@@ -372,13 +380,13 @@ def _verify(outputs: Sequence[_Output], reads: Sequence[SharedRead]) -> None:
         clock = _Clock([output.job for output in outputs], "verify")
 
         def compare(step: _Step) -> None:
-            number, index, spans = step
+            number, index, spans, _ = step
             with _held(outputs, reads, step):
                 for output, span in zip(outputs, spans, strict=True):
                     _verify_chunk(output, number, index, *span)
 
         with contextlib.closing(_in_order(compare, _steps(outputs), outputs[0].job.n_threads)) as done:
-            for (_, index, spans), _ in done:
+            for (_, index, spans, _), _ in done:
                 for output, (_, count) in zip(outputs, spans, strict=True):
                     tensor = output.job.tensors[index]
                     clock.add(tensor.name, count * tensor.row_bytes)

@@ -51,19 +51,8 @@ def to_float32(data: np.ndarray, type_name: str, n_per_row: int) -> np.ndarray:
     if type_name == "F16":
         return data.view(np.float16).astype(np.float32)
     if type_name == "BF16":
-        wide = data.view(np.uint16).astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
+        return np.left_shift(data.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
     return _native.dequantize_rows(data, type_name, n_per_row)
-
-
-def from_float32(
-    rows: np.ndarray, type_name: str, n_threads: int, importance: np.ndarray | None = None
-) -> np.ndarray:
-    """(n_rows, n_per_row) float32 -> (n_rows, bytes_per_row) uint8; ``importance``: (n_per_row,) float32."""
-    if type_name == "F32":
-        return np.ascontiguousarray(rows).view(np.uint8)
-    return _native.quantize_rows(np.ascontiguousarray(rows), type_name, n_threads, importance)
 
 
 def convert_rows(
@@ -71,39 +60,42 @@ def convert_rows(
     source: str,
     target: str,
     n_per_row: int,
-    n_threads: int,
     name: str,
     importance: np.ndarray | None = None,
     keeps_nonfinite: bool = False,
 ) -> np.ndarray:
     """Rows of type ``source`` as rows of type ``target``, both (n_rows, bytes_per_row) uint8.
 
-    Equal types are passed through byte by byte. ConversionError names the tensor when a weight is not finite,
-    unless ``keeps_nonfinite``, or does not fit.
+    Equal types are passed through byte by byte. ``importance``: weights of the columns, (n_per_row,) float32.
+    ConversionError names the tensor when a weight is not finite, unless ``keeps_nonfinite``, or does not fit.
     """
     if source == target:
-        if source in ("F32", "F16", "BF16") and not keeps_nonfinite:
-            _require_finite(to_float32(data, source, n_per_row), name)
+        if (
+            source in ("F32", "F16", "BF16")
+            and not keeps_nonfinite
+            and has_nonfinite(data, source, n_per_row)
+        ):
+            raise _nonfinite(name)
         return data
-    rows = to_float32(data, source, n_per_row)
-    if not keeps_nonfinite:
-        _require_finite(rows, name)
-    result = from_float32(rows, target, n_threads, importance)
-    if target == "F16" and not np.isfinite(result.view(np.float16)).all():
+    result, nonfinite = _native.convert_rows(data, source, target, n_per_row, importance, keeps_nonfinite)
+    if nonfinite >= 0:
+        raise _nonfinite(name)
+    if target == "F16" and has_nonfinite(result, target, n_per_row):
         raise ConversionError(
             f"{name}: has weights beyond the range of F16 (65504); convert to bf16 or f32 instead"
         )
     return result
 
 
-def _require_finite(rows: np.ndarray, name: str) -> None:
-    # The sum of finite rows may overflow, never the other way round, so the costly test is rare.
-    with np.errstate(all="ignore"):
-        suspicious = not np.isfinite(rows.sum())
-    if suspicious and not np.isfinite(rows).all():
-        raise ConversionError(
-            f"{name}: holds NaN or infinite weights; the checkpoint is damaged (--allow-nonfinite keeps them)"
-        )
+def has_nonfinite(data: np.ndarray, type_name: str, n_per_row: int) -> bool:
+    """Whether a weight of (n_rows, bytes_per_row) uint8 of any type is NaN or infinite."""
+    return _native.find_nonfinite(data, type_name, n_per_row) >= 0
+
+
+def _nonfinite(name: str) -> ConversionError:
+    return ConversionError(
+        f"{name}: holds NaN or infinite weights; the checkpoint is damaged (--allow-nonfinite keeps them)"
+    )
 
 
 def check_rows(
@@ -119,7 +111,7 @@ def check_rows(
     disagree.
 
     Types that keep every weight apart must match bit by bit what numpy (not the code that wrote them) makes
-    of the source; quantized ones must, dequantized, be as close to it as their blocks allow, and rows of
+    of the source; quantized ones must, dequantized, be as close to that as their blocks allow, and rows of
     zeros (padding is made of them) be zeros still. ``weighted``: they were quantized with an importance.
     """
     if source == target:
@@ -133,7 +125,7 @@ def check_rows(
         elif target == "BF16":
             agrees = np.array_equal(written.view(np.uint16), _round_to_bfloat16(rows))
         else:
-            agrees = _is_close(to_float32(written, target, n_per_row), rows, max_error(target, weighted))
+            agrees = _is_close(written, target, rows, max_error(target, weighted))
     if not agrees:
         raise ConversionError(
             f"{name}: what was written as {target} does not agree with the source ({source}); "
@@ -155,22 +147,10 @@ def max_error(type_name: str, weighted: bool) -> float:
     return max(limit, min(_WEIGHTED * limit, _NO_CLOSER)) if weighted else limit
 
 
-def _is_close(found: np.ndarray, rows: np.ndarray, limit: float) -> bool:
-    """Whether their difference, which takes the place of ``found``, is within the limit."""
-    squares = _row_squares(rows)
-    suspects = np.flatnonzero(squares == 0)  # zeros, or so small that their squares vanish
-    empty = suspects[~rows[suspects].any(axis=1)]
-    if len(empty) and found[empty].any():
+def _is_close(written: np.ndarray, type_name: str, rows: np.ndarray, limit: float) -> bool:
+    """Whether rows of zeros are zeros in ``written``, and the others together within the limit."""
+    squares, errors = _native.row_errors(written, type_name, rows)
+    if errors[squares == 0].any():
         return False
-    np.subtract(found, rows, out=found)
-    error = float(_row_squares(found).sum(dtype=np.float64)) ** 0.5
-    return error <= limit * float(squares.sum(dtype=np.float64)) ** 0.5 + _ABSOLUTE_ERROR * rows.size**0.5
-
-
-def _row_squares(rows: np.ndarray) -> np.ndarray:
-    """Sum of squares of each row: (n_rows,)."""
-    with np.errstate(all="ignore"):
-        squares = np.einsum("ij,ij->i", rows, rows)
-    if not np.isfinite(squares).all():  # beyond float32; einsum converts in small pieces, without a copy
-        squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
-    return squares
+    error = float(errors.sum()) ** 0.5
+    return error <= limit * float(squares.sum()) ** 0.5 + _ABSOLUTE_ERROR * rows.size**0.5

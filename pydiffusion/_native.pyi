@@ -276,6 +276,19 @@ def dequantize_rows(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None
     Blocks (n_rows, bytes_per_row) uint8 -> rows (n_rows, n_per_row) float32.
     """
 
+def convert_rows(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], source: str, target: str, n_per_row: int, importance: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, keeps_nonfinite: bool = False) -> tuple:
+    """
+    Blocks (n_rows, bytes_per_row) uint8 of one type as those of another, on the calling thread, and -1 or the index of the first weight that is not finite, from whose rows on nothing was written.
+    """
+
+def find_nonfinite(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, n_per_row: int) -> int:
+    """The index of the first weight that is not finite, or -1."""
+
+def row_errors(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, rows: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> tuple:
+    """
+    Sums of squares of each of the rows (n_rows, n_per_row) float32, and of what the blocks differ from them: two of (n_rows,) float64.
+    """
+
 def measure_read_rate(n_threads: int, device: str = 'cpu') -> float:
     """
     Bytes per second read from memory; on a device, read and written by a copy.

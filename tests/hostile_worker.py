@@ -202,6 +202,13 @@ CALLS: dict[str, Callable[[str], object]] = {
     "quantize with unknown type": lambda path: _native.quantize_rows(np.zeros((1, 256), np.float32), "Q9_X"),
     "quantize rows of 100": lambda path: _native.quantize_rows(np.zeros((1, 100), np.float32), "Q4_K"),
     "dequantize short rows": lambda path: _native.dequantize_rows(np.zeros((1, 3), np.uint8), "Q8_0", 32),
+    "convert short rows": lambda path: _native.convert_rows(np.zeros((1, 3), np.uint8), "Q8_0", "F32", 32),
+    "convert rows whose size overflows": lambda path: _native.convert_rows(
+        np.zeros((1, 0), np.uint8), "F32", "F32", 2**62
+    ),
+    "compare with more rows": lambda path: _native.row_errors(
+        np.zeros((1, 4), np.uint8), "F32", np.zeros((2, 1), np.float32)
+    ),
 }
 
 

@@ -145,15 +145,14 @@ def test_padding_that_would_cost_too_much_is_left_to_those_who_ask(tmp_path: Pat
 
 
 def test_zeros_that_are_none_are_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = rows.from_float32
+    right = rows.convert_rows
 
-    def careless(values: np.ndarray, target: str, n_threads: int, importance: object = None) -> np.ndarray:
-        values = values.copy()
-        if len(values) > 1:  # not PaddedRead's own zeros
-            values[~values.any(axis=1)] = 1e-3
-        return right(values, target, n_threads)
+    def careless(data: np.ndarray, source: str, target: str, n_per_row: int, name: str, **choices: object):
+        values = rows.to_float32(data, source, n_per_row).copy()
+        values[~values.any(axis=1)] = 1e-3
+        return right(values.view(np.uint8), "F32", target, n_per_row, name, **choices)
 
-    monkeypatch.setattr(rows, "from_float32", careless)
+    monkeypatch.setattr(rows, "convert_rows", careless)
     with pytest.raises(ConversionError, match=r"self_cond_gate\.weight.*does not agree"):
         convert(folder, tmp_path / "m.gguf", "q4_k_m")
     assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import convert_folders as folders
 import numpy as np
 import pytest
 
+from pydiffusion import _native
 from pydiffusion.convert import atomic, convert, pipeline, rows
 from pydiffusion.errors import ConversionError
 
@@ -232,12 +234,12 @@ def test_wrong_rows_are_found_though_the_disk_is_right(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, type: str
 ) -> None:
     """A quantizer that mixes up two rows writes exactly what it computed; only the weights tell."""
-    right = rows.from_float32
+    right = rows.convert_rows
 
-    def mixed_up(values: np.ndarray, target: str, n_threads: int, importance: object) -> np.ndarray:
-        return right(values[::-1], target, n_threads)
+    def mixed_up(data: np.ndarray, *types: object, **choices: object) -> np.ndarray:
+        return right(data[::-1].copy(), *types, **choices)
 
-    monkeypatch.setattr(rows, "from_float32", mixed_up)
+    monkeypatch.setattr(rows, "convert_rows", mixed_up)
     with pytest.raises(ConversionError, match="does not agree with the source"):
         convert(folder, tmp_path / "m.gguf", type)
     assert files_in(tmp_path) == []
@@ -248,6 +250,25 @@ def test_chunks_do_not_change_the_file(folder: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(pipeline, "CHUNK_WEIGHTS", 1000)  # three rows of 256
     convert(folder, tmp_path / "b.gguf", "q4_k_m", n_threads=1)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_threads_do_not_wait_for_a_large_chunk_before_small_ones() -> None:
+    """Nor run far ahead of it with large ones, which would fill the memory."""
+    last = threading.Event()
+    many = [pipeline._Step(number, 0, [], 1000) for number in range(40)]
+
+    def wait_for_last(step: pipeline._Step) -> bool:
+        if step.number == 39:
+            last.set()
+        return step.number > 0 or last.wait(60)
+
+    done = list(pipeline._in_order(wait_for_last, iter(many), 2))
+    assert [step for step, _ in done] == many and all(result for _, result in done)
+
+    begun: list[int] = []
+    large = [pipeline._Step(number, 0, [], pipeline.CHUNK_WEIGHTS) for number in range(40)]
+    for n_done, (step, _) in enumerate(pipeline._in_order(lambda s: begun.append(s.number), iter(large), 2)):
+        assert step.number == n_done and len(begun) <= n_done + 5
 
 
 def test_temporary_names_do_not_collide(folder: Path, tmp_path: Path) -> None:
@@ -284,7 +305,7 @@ def test_odd_weights_pass_the_comparison(kind: str, type: str) -> None:
         "one-sided": np.abs(normal),
         "steps": np.repeat(10.0 ** random.integers(-4, 3, (64, 16)), 32, axis=1) * normal,
     }[kind].astype(np.float32)
-    written = rows.from_float32(values, type, 1)
+    written = _native.quantize_rows(values, type, 1)
     rows.check_rows(written, values.view(np.uint8), "F32", type, 512, kind)
     if kind not in ("zeros", "ones", "offset", "tiny", "heavy"):
         with pytest.raises(ConversionError):

@@ -45,35 +45,51 @@ nb::dict tensor_types() {
     return types;
 }
 
-nb::object quantize(const Array2<float>& rows, const std::string& type_name, int n_threads,
-                    std::optional<Array1<float>> importance) {
-    const ggml_type type = type_by_name(type_name);
-    const size_t n_rows = rows.shape(0), n_per_row = rows.shape(1);
+// Of a type; `width` is that of a row of uint8.
+void require_row_bytes(ggml_type type, size_t width, int64_t n_per_row) {
+    const int64_t block = ggml_blck_size(type);
+    // A block has a byte or more: what passes the third test can't overflow in the fourth.
+    if (n_per_row < 1 || n_per_row % block != 0 || static_cast<size_t>(n_per_row / block) > width ||
+        ggml_type_size(type) * (n_per_row / block) != width) {
+        throw Error(ErrorKind::argument,
+                    format("rows of %zu bytes are no rows of %lld weights of type %s", width,
+                           static_cast<long long>(n_per_row), ggml_type_name(type)));
+    }
+}
+
+void require_importance(const std::optional<Array1<float>>& importance, size_t n_per_row) {
     if (importance && importance->shape(0) != n_per_row) {
         throw Error(ErrorKind::argument,
                     format("importance has %zu entries for rows of %zu", importance->shape(0), n_per_row));
     }
+}
+
+// Of a row that the type may not divide, which whoever fills the array refuses.
+size_t row_bytes(ggml_type type, size_t n_per_row) {
+    return n_per_row % ggml_blck_size(type) == 0 ? ggml_row_size(type, n_per_row) : 0;
+}
+
+nb::object quantize(const Array2<float>& rows, const std::string& type_name, int n_threads,
+                    std::optional<Array1<float>> importance) {
+    const ggml_type type = type_by_name(type_name);
+    const size_t n_rows = rows.shape(0), n_per_row = rows.shape(1);
+    require_importance(importance, n_per_row);
     if (n_threads <= 0) n_threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-    const size_t row_bytes = n_per_row % ggml_blck_size(type) == 0 ? ggml_row_size(type, n_per_row) : 0;
-    auto* out = new uint8_t[std::max<size_t>(1, n_rows * row_bytes)];
+    const size_t width = row_bytes(type, n_per_row);
+    auto* out = new uint8_t[std::max<size_t>(1, n_rows * width)];
     nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
     {
         const WithoutGil release;
         quantize_rows(type, rows.data(), n_rows, n_per_row, importance ? importance->data() : nullptr,
                       n_threads, out);
     }
-    return nb::cast(nb::ndarray<nb::numpy, uint8_t>(out, {n_rows, row_bytes}, owner));
+    return nb::cast(nb::ndarray<nb::numpy, uint8_t>(out, {n_rows, width}, owner));
 }
 
 nb::object dequantize(const Array2<uint8_t>& data, const std::string& type_name, int64_t n_per_row) {
     const ggml_type type = type_by_name(type_name);
     const size_t n_rows = data.shape(0);
-    if (n_per_row < 1 || n_per_row % ggml_blck_size(type) != 0 ||
-        ggml_row_size(type, n_per_row) != data.shape(1)) {
-        throw Error(ErrorKind::argument,
-                    format("rows of %zu bytes are no rows of %lld weights of type %s", data.shape(1),
-                           static_cast<long long>(n_per_row), ggml_type_name(type)));
-    }
+    require_row_bytes(type, data.shape(1), n_per_row);
     auto* out = new float[std::max<size_t>(1, n_rows * n_per_row)];
     nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<float*>(p); });
     {
@@ -81,6 +97,47 @@ nb::object dequantize(const Array2<uint8_t>& data, const std::string& type_name,
         dequantize_rows(type, data.data(), n_rows, n_per_row, out);
     }
     return nb::cast(nb::ndarray<nb::numpy, float>(out, {n_rows, static_cast<size_t>(n_per_row)}, owner));
+}
+
+nb::tuple convert(const Array2<uint8_t>& data, const std::string& source_name, const std::string& target_name,
+                  int64_t n_per_row, std::optional<Array1<float>> importance, bool keeps_nonfinite) {
+    const ggml_type source = type_by_name(source_name), target = type_by_name(target_name);
+    require_row_bytes(source, data.shape(1), n_per_row);
+    require_importance(importance, n_per_row);
+    const size_t n_rows = data.shape(0), width = row_bytes(target, n_per_row);
+    auto* out = new uint8_t[std::max<size_t>(1, n_rows * width)];
+    nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+    int64_t nonfinite;
+    {
+        const WithoutGil release;
+        nonfinite = convert_rows(source, data.data(), target, n_rows, n_per_row,
+                                 importance ? importance->data() : nullptr, keeps_nonfinite, out);
+    }
+    return nb::make_tuple(nb::ndarray<nb::numpy, uint8_t>(out, {n_rows, width}, owner), nonfinite);
+}
+
+int64_t nonfinite_weight(const Array2<uint8_t>& data, const std::string& type_name, int64_t n_per_row) {
+    const ggml_type type = type_by_name(type_name);
+    require_row_bytes(type, data.shape(1), n_per_row);
+    const WithoutGil release;
+    return find_nonfinite(type, data.data(), data.shape(0), n_per_row);
+}
+
+nb::tuple errors_of_rows(const Array2<uint8_t>& data, const std::string& type_name,
+                         const Array2<float>& rows) {
+    const ggml_type type = type_by_name(type_name);
+    const size_t n_rows = data.shape(0);
+    require_row_bytes(type, data.shape(1), rows.shape(1));
+    if (rows.shape(0) != n_rows) {
+        throw Error(ErrorKind::argument,
+                    format("%zu rows can't be compared with %zu", n_rows, rows.shape(0)));
+    }
+    std::vector<double> squares(n_rows), errors(n_rows);
+    {
+        const WithoutGil release;
+        row_errors(type, data.data(), rows.data(), n_rows, rows.shape(1), squares.data(), errors.data());
+    }
+    return nb::make_tuple(to_numpy(squares), to_numpy(errors));
 }
 
 // F32 matrices in an engine's memory, for kernels that take tensors.
@@ -320,6 +377,17 @@ void bind_functions(nb::module_& m) {
           "Rows (n_rows, n_per_row) float32 -> blocks (n_rows, bytes_per_row) uint8.");
     m.def("dequantize_rows", dequantize, nb::arg("data").noconvert(), nb::arg("type"), nb::arg("n_per_row"),
           "Blocks (n_rows, bytes_per_row) uint8 -> rows (n_rows, n_per_row) float32.");
+    m.def("convert_rows", convert, nb::arg("data").noconvert(), nb::arg("source"), nb::arg("target"),
+          nb::arg("n_per_row"), nb::arg("importance").noconvert().none() = nb::none(),
+          nb::arg("keeps_nonfinite") = false,
+          "Blocks (n_rows, bytes_per_row) uint8 of one type as those of another, on the calling thread, and "
+          "-1 or the index of the first weight that is not finite, from whose rows on nothing was written.");
+    m.def("find_nonfinite", nonfinite_weight, nb::arg("data").noconvert(), nb::arg("type"),
+          nb::arg("n_per_row"), "The index of the first weight that is not finite, or -1.");
+    m.def("row_errors", errors_of_rows, nb::arg("data").noconvert(), nb::arg("type"),
+          nb::arg("rows").noconvert(),
+          "Sums of squares of each of the rows (n_rows, n_per_row) float32, and of what the blocks differ "
+          "from them: two of (n_rows,) float64.");
     m.def("measure_read_rate", read_rate, nb::arg("n_threads"), nb::arg("device") = "cpu",
           "Bytes per second read from memory; on a device, read and written by a copy.");
     m.def("measure_matrix_rate", matrix_rate, nb::arg("n_threads"), nb::arg("type"),
