@@ -54,6 +54,7 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), 
 }
 
 ggml_tensor* GraphBuilder::rms_norm(ggml_tensor* x, ggml_tensor* weight) const {
+    if (!portable()) return pydiffusion::rms_norm(ctx(), x, weight, &model.hparams.rms_eps);
     ggml_tensor* n = ggml_rms_norm(ctx(), x, model.hparams.rms_eps);
     return weight ? ggml_mul(ctx(), n, weight) : n;
 }

@@ -68,6 +68,7 @@ struct Engine::Pool {
         require_memory(size_t{8} << 20);
         require_threads(n_threads - 1);
         ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
+        params.poll = 1;  // wait awake for milliseconds, not for a third of a second at others' expense
         threads = ggml_threadpool_new(&params);
         if (!threads) throw Error(ErrorKind::out_of_memory, format("could not start %d threads", n_threads));
     }

@@ -39,6 +39,40 @@ void gated_gelu_op(ggml_tensor* dst, const ggml_tensor* gate, const ggml_tensor*
     }
 }
 
+// --- RMS norm ---
+
+// Sums of squares in as many lanes as keep the processor busy, in a fixed order.
+float mean_square(const float* x, int64_t n) {
+    constexpr int64_t kLanes = 64;
+    float lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        for (int64_t l = 0; l < kLanes; ++l) lanes[l] += x[i + l] * x[i + l];
+    }
+    for (; i < n; ++i) lanes[i % kLanes] += x[i] * x[i];
+    double sum = 0.0;
+    for (const float lane : lanes) sum += lane;
+    return static_cast<float>(sum / static_cast<double>(n));
+}
+
+void rms_norm_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
+    const ggml_tensor *x = dst->src[0], *weight = dst->src[1];
+    const float eps = *static_cast<const float*>(userdata);
+    const float* w = weight ? static_cast<const float*>(weight->data) : nullptr;
+    const int64_t n = dst->ne[0];
+    for (int64_t r = ith; r < ggml_nrows(dst); r += nth) {
+        const int64_t i1 = r % dst->ne[1], i2 = r / dst->ne[1] % dst->ne[2], i3 = r / dst->ne[1] / dst->ne[2];
+        const float* from = row(x, i1, i2, i3);
+        float* to = row(dst, i1, i2, i3);
+        const float scale = 1.0f / std::sqrt(mean_square(from, n) + eps);
+        if (w) {
+            for (int64_t i = 0; i < n; ++i) to[i] = from[i] * scale * w[i];
+        } else {
+            for (int64_t i = 0; i < n; ++i) to[i] = from[i] * scale;
+        }
+    }
+}
+
 // --- the best of each row ---
 
 // Keeps the best so far in order: a row has hundreds of entries and few are wanted.
@@ -93,6 +127,14 @@ void cap_and_measure_op(ggml_tensor* dst, const ggml_tensor*, int ith, int nth, 
 
 ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up) {
     return ggml_map_custom2(ctx, gate, up, gated_gelu_op, GGML_N_TASKS_MAX, nullptr);
+}
+
+ggml_tensor* rms_norm(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, const float* eps) {
+    ggml_tensor* sources[] = {x, weight};
+    ggml_tensor* normed =
+        ggml_custom_4d(ctx, GGML_TYPE_F32, x->ne[0], x->ne[1], x->ne[2], x->ne[3], sources, weight ? 2 : 1,
+                       rms_norm_op, GGML_N_TASKS_MAX, const_cast<float*>(eps));
+    return ggml_set_name(normed, "rms_norm");
 }
 
 ggml_tensor* best_rows(ggml_context* ctx, ggml_tensor* values, int64_t k) {

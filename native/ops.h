@@ -14,6 +14,10 @@ namespace pydiffusion {
 // GELU goes through a float16 table.
 ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up);
 
+// x / sqrt(mean of squares of its row + *eps), times weight [ne0] unless that is null. Rows of x are
+// contiguous; *eps must live as long as the graph. ggml's adds the squares up one by one.
+ggml_tensor* rms_norm(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, const float* eps);
+
 // The indices of the k largest entries of each row of values [n, n_rows], best first -> I32 [k, n_rows]. Of
 // equal entries the first comes first; NaN counts as least. (ggml sorts with a comparison that NaN breaks,
 // and then reads and writes beyond the row.)
