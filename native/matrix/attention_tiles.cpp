@@ -24,7 +24,6 @@ namespace {
 // weights, and a task is one key head and a block of its queries, which goes through the rows tile by tile.
 constexpr int64_t kRows = 64;       // of keys and values, at a time
 constexpr int64_t kMaxBlock = 128;  // queries
-constexpr int64_t kMaxLaneTiles = kMaxBlock / kTileRows;
 constexpr int64_t kRowTiles = kRows / kTileRows, kRowDepth = kRows / kTileDepth;
 
 // Numbers in tiles: the high halves, then the low ones.
@@ -187,7 +186,8 @@ VECTORS void softmax_lanes(Area& area, int64_t lane_tile, int32_t row, int64_t n
         const float* s = scores_of(area, lane_tile, r, n_lane_tiles);
         const int32_t at = row + static_cast<int32_t>(r);
         for (int64_t i = 0; i < kTileRows; ++i) {
-            const float candidate = (at >= first[i]) & (at <= last[i]) ? s[i] : kNoMaximum;
+            const bool seen = (at >= first[i]) & (at <= last[i]);
+            const float candidate = seen ? s[i] : kNoMaximum;
             maximum[i] = candidate > maximum[i] ? candidate : maximum[i];
         }
     }
@@ -206,7 +206,8 @@ VECTORS void softmax_lanes(Area& area, int64_t lane_tile, int32_t row, int64_t n
             for (int64_t i = 0; i < kTileRows; ++i) {
                 // s - s: vector_exp alone would make a number of a NaN.
                 const float weight = vector_exp(s[i] - maximum[i]) + (s[i] - s[i]);
-                weights[odd][i] = exists & (at >= first[i]) & (at <= last[i]) ? weight : 0.0f;
+                const bool seen = exists & (at >= first[i]) & (at <= last[i]);
+                weights[odd][i] = seen ? weight : 0.0f;
                 sum[i] += weights[odd][i];
             }
         }

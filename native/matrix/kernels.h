@@ -10,10 +10,16 @@
 #include <string>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+// Compilers that know AMX; what is compiled for processors that have it is chosen when the program runs.
+#if defined(__x86_64__) && defined(__linux__) && defined(__clang__) && __clang_major__ >= 12
+#define PYDIFFUSION_TILES 1
+#define PYDIFFUSION_VECTORS_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#elif defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 11
 #define PYDIFFUSION_TILES 1
 #define PYDIFFUSION_VECTORS_TARGET \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")))
+#endif
+#if defined(PYDIFFUSION_TILES)
 #define PYDIFFUSION_TILES_TARGET __attribute__((target("avx512f,amx-tile,amx-bf16")))
 #endif
 

@@ -279,8 +279,8 @@ Factors factors_of(const ggml_tensor* node) {
 }
 
 bool Products::takes(const ggml_tensor* weight, const ggml_tensor* x) const {
-    return kernel_ != Kernel::ggml && x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) &&
-           can_unpack(weight->type, weight->ne[0]);
+    return x->ne[3] == 1 && weight->ne[3] == 1 && kernel_ != Kernel::ggml && x->type == GGML_TYPE_F32 &&
+           x->nb[0] == sizeof(float) && can_unpack(weight->type, weight->ne[0]);
 }
 
 ggml_tensor* Products::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expert) {
@@ -297,7 +297,7 @@ ggml_tensor* Products::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_ex
 }
 
 ggml_tensor* Products::multiply(ggml_tensor* weight, ggml_tensor* x) {
-    if (!takes(weight, x)) return ggml_mul_mat(ctx_, weight, x);
+    if (!takes(weight, x) || x->ne[2] != 1 || weight->ne[2] != 1) return ggml_mul_mat(ctx_, weight, x);
     ggml_tensor* sources[] = {weight, packed(x, nullptr, 0)};
     ggml_tensor* product =
         ggml_custom_4d(ctx_, GGML_TYPE_F32, weight->ne[1], x->ne[1], 1, 1, sources, 2, product_op,
