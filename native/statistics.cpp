@@ -33,7 +33,8 @@ void Statistics::add(ggml_cgraph* graph) {
 }
 
 void Statistics::add_product(const matrix::Factors& factors) {
-    const auto [weight, x, experts] = factors;
+    // By name: clang's C++17 lets no lambda use a structured binding.
+    const ggml_tensor *weight = factors.weight, *x = factors.x, *experts = factors.experts;
     ColumnStatistics& s = by_weight_[weight->name];
     if (s.sums.empty()) {
         s.n_columns = weight->ne[0];
