@@ -31,18 +31,28 @@ struct Field {
 };
 
 struct Entry {
-    size_t begin, end;
+    size_t header, begin, end;
     bool is_tensor;
 };
 
-// Walks through as much of the input as makes sense, believing nothing.
+// Walks through as much of the input as makes sense, believing nothing: one header, or several in a row (a
+// split file), each from a magic number on.
 class Walker {
   public:
-    Walker(const uint8_t* data, size_t size) : data_(data), size_(size) { walk(); }
+    Walker(const uint8_t* data, size_t size) : data_(data), size_(size) {
+        for (const uint8_t* next = data; next != data + size;
+             next = std::search(data + at_, data + size, kMagic, kMagic + 4)) {
+            at_ = static_cast<size_t>(next - data);
+            failed_ = false;
+            walk();
+        }
+    }
     std::vector<Field> fields;
     std::vector<Entry> entries;
 
   private:
+    static constexpr uint8_t kMagic[] = {'G', 'G', 'U', 'F'};
+
     uint64_t number(size_t n) {
         uint64_t value = 0;
         if (failed_ || n > size_ - at_) {
@@ -77,6 +87,7 @@ class Walker {
     }
 
     void walk() {
+        const size_t header = at_;
         number(4);
         number(4);
         const uint64_t n_tensors = number(8), n_keys = number(8);
@@ -89,7 +100,7 @@ class Walker {
                 length = number(8);
             }
             for (uint64_t j = 0; j < length && !failed_; ++j) scalar(type);
-            if (!failed_) entries.push_back({begin, at_, false});
+            if (!failed_) entries.push_back({header, begin, at_, false});
         }
         for (uint64_t i = 0; i < n_tensors && !failed_; ++i) {
             const size_t begin = at_;
@@ -98,7 +109,7 @@ class Walker {
             for (uint64_t d = 0; d < n_dimensions && !failed_; ++d) number(8);
             number(4);
             number(8);
-            if (!failed_) entries.push_back({begin, at_, true});
+            if (!failed_) entries.push_back({header, begin, at_, true});
         }
     }
 
@@ -153,27 +164,28 @@ void change_field(Random& random, uint8_t* data, size_t size, const Walker& walk
     std::memcpy(data + field.at, &value, field.size);
 }
 
-// Keeps the counts right, so that what is left is read.
+// Keeps the counts right, so that what is left is read. A copy goes behind any entry of its kind, of another
+// header too.
 size_t change_entries(Random& random, uint8_t* data, size_t size, size_t max_size, const Walker& walker) {
     const Entry entry = walker.entries[random() % walker.entries.size()];
-    const size_t n = entry.end - entry.begin;
+    Entry before = walker.entries[random() % walker.entries.size()];
+    if (before.is_tensor != entry.is_tensor) before = entry;
+    const size_t n = entry.end - entry.begin, n_count = entry.is_tensor ? 8 : 16;
+    const bool copies = random() % 2 && size + n <= max_size;
+    uint8_t* count_at = data + (copies ? before.header : entry.header) + n_count;
     uint64_t count;
-    uint8_t* count_at = data + (entry.is_tensor ? 8 : 16);
     std::memcpy(&count, count_at, 8);
-    if (random() % 2 && size + n <= max_size) {
+    count += copies ? 1 : -1;
+    std::memcpy(count_at, &count, 8);
+    if (copies) {
         std::vector<uint8_t> copy(data + entry.begin, data + entry.end);
         if (copy.size() > 9 && random() % 2) copy[8] ^= 1;  // under another name
-        std::memmove(data + entry.end + n, data + entry.end, size - entry.end);
-        std::memcpy(data + entry.end, copy.data(), n);
-        count += 1;
-        size += n;
-    } else {
-        std::memmove(data + entry.begin, data + entry.end, size - entry.end);
-        count -= 1;
-        size -= n;
+        std::memmove(data + before.end + n, data + before.end, size - before.end);
+        std::memcpy(data + before.end, copy.data(), n);
+        return size + n;
     }
-    std::memcpy(count_at, &count, 8);
-    return size;
+    std::memmove(data + entry.begin, data + entry.end, size - entry.end);
+    return size - n;
 }
 
 }  // namespace

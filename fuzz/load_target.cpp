@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 
 #include "errors.h"
+#include "file_check.h"
 #include "gguf_mutator.h"
 #include "memory_file.h"
 #include "session.h"
@@ -16,10 +16,6 @@ namespace {
 constexpr size_t kDataBytes = size_t{1} << 20;
 // What a key may ask for without any tensor to show for it; a session of it takes its time and is no fault.
 constexpr int32_t kMaxCanvas = 32, kMaxSteps = 1000;
-
-void require(bool ok) {
-    if (!ok) std::abort();
-}
 
 // Floats between -0.06 and 0.06, which are also bytes of every kind for the quantized types.
 const std::vector<uint8_t>& weights() {
@@ -53,7 +49,8 @@ bool use(const std::shared_ptr<const pydiffusion::Model>& model) {
     if (hp.canvas_length > kMaxCanvas || hp.sampler.steps > kMaxSteps) return false;
     const int32_t n_ctx = std::min(hp.n_ctx_train, 3 * hp.canvas_length + 8);
     pydiffusion::Session session(model, n_ctx, GGML_TYPE_F16);
-    session.encode({hp.n_vocab - 1, 0, hp.n_vocab / 2}, [](int32_t) {}, nullptr);
+    session.encode(
+        {hp.n_vocab - 1, 0, hp.n_vocab / 2}, [](int32_t) {}, nullptr);
     pydiffusion::GenerationParams params;
     params.max_tokens = 2 * hp.canvas_length;
     params.steps = 2;
@@ -80,8 +77,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     ++count.n_inputs;
     try {
         const auto file = pydiffusion::File::open_whole(memory_file(data, size, weights()));
-        const bool done = use(
-            std::make_shared<pydiffusion::Model>(file, 1, "cpu", pydiffusion::Placement(), [](double) {}));
+        const bool done = use(std::make_shared<pydiffusion::Model>(file, 1, "cpu", "auto",
+                                                                   pydiffusion::Placement(), [](double) {}));
         if (done) remember_good(data, size);
     } catch (const pydiffusion::Error& error) {
         require(std::string(error.what()).find('\n') == std::string::npos);

@@ -12,7 +12,21 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
-from gguf_mutator import BOOL, STRING, U32, U64, Array, KeyValue, RawGguf, String, read_gguf  # noqa: E402
+from gguf_mutator import (  # noqa: E402
+    BOOL,
+    GGML_F32,
+    I32,
+    STRING,
+    U16,
+    U32,
+    U64,
+    Array,
+    KeyValue,
+    RawGguf,
+    String,
+    Tensor,
+    read_gguf,
+)
 from reference.random_checkpoint import write_checkpoint  # noqa: E402
 
 from pydiffusion.convert import convert  # noqa: E402
@@ -48,9 +62,38 @@ def small_files() -> dict[str, bytes]:
     ).to_bytes()}  # fmt: skip
 
 
+def split_file(cuts: list[int], repeated: bool = False) -> list[RawGguf]:
+    """Parts of a file of six tensors, cut before these; the later ones repeat its keys or have their own."""
+    tensors = [Tensor(b"t%d" % i, [8, i + 1], GGML_F32, bytes(32 * (i + 1))) for i in range(6)]
+    parts = []
+    for i, (begin, end) in enumerate(zip([0, *cuts], [*cuts, 6], strict=True)):
+        part = RawGguf(tensors=tensors[begin:end])
+        if i == 0 or repeated:
+            part.set("general.architecture", STRING, "any")
+            part.set("list", 9, Array(U32, [1, 2]))
+        part.set("split.no", U16, i)
+        part.set("split.count", U16, len(cuts) + 1)
+        part.set("split.tensors.count", I32, 6)
+        parts.append(part)
+    return parts
+
+
+def split_files() -> dict[str, list[RawGguf]]:
+    """Good ones; and two that only what lies in two parts makes bad, which a change of one seldom finds."""
+    files = {"two": split_file([3]), "three": split_file([2, 4]), "none-in-first": split_file([0, 3])}
+    files["four"], files["repeated"] = split_file([1, 3, 5]), split_file([2], repeated=True)
+    files["alignments"] = split_file([2, 4])
+    files["alignments"][1].alignment = 8
+    files["alignments"][1].set("general.alignment", U32, 8)
+    files["tensor-twice"], files["key-differs"] = split_file([2, 4]), split_file([3], repeated=True)
+    files["tensor-twice"][2].tensors[0].name = b"t0"
+    files["key-differs"][1].set("list", 9, Array(U32, [1, 3]))
+    return files
+
+
 def main(corpus: Path) -> None:
-    """Write both targets' seeds below ``corpus``."""
-    for name in ("file", "model"):
+    """Write all targets' seeds below ``corpus``."""
+    for name in ("file", "model", "split"):
         (corpus / name).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for name, file in model_headers(Path(folder)).items():
@@ -58,6 +101,8 @@ def main(corpus: Path) -> None:
                 (corpus / target / f"seed-{name}").write_bytes(file.header())
     for name, data in small_files().items():
         (corpus / "file" / f"seed-{name}").write_bytes(data)
+    for name, parts in split_files().items():
+        (corpus / "split" / f"seed-{name}").write_bytes(b"".join(part.header() for part in parts))
 
 
 if __name__ == "__main__":

@@ -14,37 +14,36 @@ void require(bool ok, const char* what) {
     std::abort();
 }
 
-int the_file() {
-    static const int file = memfd_create("input", 0);
-    require(file >= 0, "memfd_create");
-    return file;
+// The i-th, made when it is first asked for; afterwards of this size and all zeros.
+int empty_file(size_t i, size_t size) {
+    static std::vector<int> files;
+    while (files.size() <= i) {
+        files.push_back(memfd_create("input", 0));
+        require(files.back() >= 0, "memfd_create");
+    }
+    require(ftruncate(files[i], 0) == 0, "ftruncate");
+    require(ftruncate(files[i], static_cast<off_t>(size)) == 0, "ftruncate");
+    return files[i];
 }
 
-void write_at(const uint8_t* data, size_t size, size_t offset) {
-    require(pwrite(the_file(), data, size, static_cast<off_t>(offset)) == static_cast<ssize_t>(size),
-            "pwrite");
+void write_at(int file, const uint8_t* data, size_t size, size_t offset) {
+    require(pwrite(file, data, size, static_cast<off_t>(offset)) == static_cast<ssize_t>(size), "pwrite");
 }
 
-// Of this size and all zeros, before anything is written.
-void resize(size_t size) {
-    require(ftruncate(the_file(), 0) == 0, "ftruncate");
-    require(ftruncate(the_file(), static_cast<off_t>(size)) == 0, "ftruncate");
-}
-
-std::string its_path() { return "/proc/self/fd/" + std::to_string(the_file()); }
+std::string path_of(int file) { return "/proc/self/fd/" + std::to_string(file); }
 
 }  // namespace
 
-std::string memory_file(const uint8_t* data, size_t size, size_t n_zeros) {
-    resize(size + n_zeros);
-    write_at(data, size, 0);
-    return its_path();
+std::string memory_file(const uint8_t* data, size_t size, size_t n_zeros, size_t i) {
+    const int file = empty_file(i, size + n_zeros);
+    write_at(file, data, size, 0);
+    return path_of(file);
 }
 
 std::string memory_file(const uint8_t* data, size_t size, const std::vector<uint8_t>& tail) {
     const size_t tail_at = (size + 31) / 32 * 32;
-    resize(tail_at + tail.size());
-    write_at(data, size, 0);
-    write_at(tail.data(), tail.size(), tail_at);
-    return its_path();
+    const int file = empty_file(0, tail_at + tail.size());
+    write_at(file, data, size, 0);
+    write_at(file, tail.data(), tail.size(), tail_at);
+    return path_of(file);
 }

@@ -1,16 +1,11 @@
 // File, hyperparameters and the plan of the weights, on headers that nearly are a model's: a typed error, or
 // every tensor lies inside the file, as large as the hyperparameters ask for.
-#include <cstdlib>
-
 #include "errors.h"
+#include "file_check.h"
 #include "memory_file.h"
 #include "weights.h"
 
 namespace {
-
-void require(bool ok) {
-    if (!ok) std::abort();
-}
 
 void check_tensor(const pydiffusion::File& file, const ggml_tensor* tensor) {
     if (!tensor) return;

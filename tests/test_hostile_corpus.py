@@ -35,6 +35,26 @@ def test_the_corpus_is_read_or_refused(tmp_path: Path, n_zeros: int) -> None:
     assert opened > 0
 
 
+@pytest.mark.skipif(not CORPUS, reason="NOT CHECKED: no fuzz/corpus here (a source distribution has none)")
+@pytest.mark.parametrize("n_zeros", [0, N_ZEROS])
+def test_the_parts_of_the_corpus_are_read_or_refused(tmp_path: Path, n_zeros: int) -> None:
+    """An entry for ``fuzz_split`` is its parts' headers in a row, each from its magic number on."""
+    outcomes = {}
+    for entry in (entry for entry in CORPUS if entry.parent.name == "split"):
+        parts = [b"GGUF" + part for part in entry.read_bytes().split(b"GGUF")[1:]]
+        paths = [tmp_path / f"{entry.name}-{i + 1:05}-of-{len(parts):05}.gguf" for i in range(len(parts))]
+        for path, part in zip(paths, parts, strict=True):
+            path.write_bytes(part + b"\0" * n_zeros)
+        try:
+            outcomes[entry.name] = _native.GgufFile.open_whole(str(paths[0])).paths == [*map(str, paths)]
+        except PyDiffusionError as error:
+            assert "\n" not in str(error), (entry, error)
+            outcomes[entry.name] = False
+    refused = {"seed-tensor-twice", "seed-key-differs"} if n_zeros else set(outcomes)
+    seeds = {name for name in outcomes if name.startswith("seed-")}
+    assert len(seeds) == 8 and {name for name in seeds if not outcomes[name]} == refused & seeds
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of the fuzzers: PYDIFFUSION_FUZZ names one; else clang builds them (some minutes)."""
@@ -58,14 +78,17 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["file", "model", "load"])
+@pytest.mark.parametrize("target", ["file", "split", "model", "load"])
 def test_a_short_fuzz(built: str, target: str, tmp_path: Path) -> None:
-    seeds = FUZZ / "corpus" / ("file" if target == "file" else "model")
+    seeds = FUZZ / "corpus" / ("model" if target == "load" else target)
     limits = ["-max_len=16384", "-timeout=60", "-max_total_time=20", f"-artifact_prefix={tmp_path}/"]
     result = run(f"{built}/fuzz_{target}", tmp_path, seeds, *limits)
     if target == "load":
         found = re.search(r"(\d+) inputs: (\d+) loaded, (\d+) denoised", result.stderr)
         assert found and int(found[3]) > 0, "no input came to a denoising step"
+    if target == "split":
+        found = re.search(r"(\d+) inputs: (\d+) opened", result.stderr)
+        assert found and int(found[2]) > 0, "no input was one file of several parts"
 
 
 @pytest.mark.slow

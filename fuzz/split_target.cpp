@@ -1,0 +1,126 @@
+// Split files. An input is the headers of the parts, one behind the other; each begins where the magic number
+// is. They are refused with a typed error, or the whole is what the parts hold, and no more.
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <filesystem>
+#include <string_view>
+
+#include "errors.h"
+#include "file_check.h"
+#include "gguf_mutator.h"
+#include "memory_file.h"
+
+namespace {
+
+constexpr std::string_view kMagic = "GGUF";
+constexpr size_t kMaxParts = 4;  // what comes after belongs to the last
+constexpr size_t kDataBytes = size_t{1} << 20;
+
+// A folder with a link to each part, since their names matter.
+class Folder {
+  public:
+    Folder() {
+        std::string name = std::filesystem::temp_directory_path() / "pydiffusion-split-XXXXXX";
+        require(mkdtemp(name.data()) != nullptr);
+        path_ = name;
+    }
+    ~Folder() { std::filesystem::remove_all(path_); }
+
+    std::string name(size_t i, size_t n_parts) const {
+        char end[32];
+        std::snprintf(end, sizeof end, "/m-%05zu-of-%05zu.gguf", i + 1, n_parts);
+        return path_ + end;
+    }
+    void put(const std::string& name, const std::string& target) {
+        require(symlink(target.c_str(), name.c_str()) == 0 || errno == EEXIST);
+    }
+    void remove(const std::string& name) { require(unlink(name.c_str()) == 0); }
+
+  private:
+    std::string path_;
+};
+
+std::vector<std::string_view> parts_of(std::string_view input) {
+    std::vector<std::string_view> parts;
+    while (parts.size() + 1 < kMaxParts) {
+        const size_t end = input.find(kMagic, 1);
+        if (end == input.npos) break;
+        parts.push_back(input.substr(0, end));
+        input.remove_prefix(end);
+    }
+    parts.push_back(input);
+    return parts;
+}
+
+// How far inputs came, told at the end: a target that refuses all of them tries nothing.
+struct Count {
+    size_t n_inputs = 0, n_whole = 0;
+    ~Count() {
+        std::fprintf(stderr, "%zu inputs: %zu opened as one file of several parts\n", n_inputs, n_whole);
+    }
+} count;
+
+void check_whole(const pydiffusion::File& whole) {
+    check_file(whole);
+    if (whole.n_parts() == 1) return;
+    size_t n_tensors = 0;
+    uint64_t n_bytes = 0;
+    for (size_t i = 0; i < whole.n_parts(); ++i) {
+        // The first part itself has become the whole: it is read anew.
+        const pydiffusion::File part(whole.part(i).path());
+        for (const pydiffusion::TensorInfo& tensor : part.tensors()) {
+            const pydiffusion::TensorInfo& ours = whole.tensors()[n_tensors++];
+            require(ours.part == i && ours.name == tensor.name && ours.type == tensor.type);
+            require(ours.ne == tensor.ne && ours.offset == tensor.offset);
+        }
+        for (const std::string& key : part.keys()) {
+            if (key == "general.alignment") continue;  // each part's own
+            const bool is_about_split =
+                key == "split.no" || key == "split.count" || key == "split.tensors.count";
+            require((whole.find(key) == nullptr) == is_about_split);
+        }
+        n_bytes += part.n_bytes();
+    }
+    require(n_tensors == whole.tensors().size() && n_bytes == whole.n_bytes_of_all_parts());
+    whole.require_whole();
+}
+
+// Whether it is one file of several parts.
+bool opens(const std::string& path) {
+    try {
+        const auto whole = pydiffusion::File::open_whole(path);
+        check_whole(*whole);
+        return whole->n_parts() > 1;
+    } catch (const pydiffusion::Error& error) {
+        require(std::string(error.what()).find('\n') == std::string::npos);
+        return false;
+    }
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    static Folder folder;
+    const auto parts = parts_of({reinterpret_cast<const char*>(data), size});
+    const size_t n_parts = parts.size();
+    for (size_t i = 0; i < n_parts; ++i) {
+        const auto* part = reinterpret_cast<const uint8_t*>(parts[i].data());
+        folder.put(folder.name(i, n_parts), memory_file(part, parts[i].size(), kDataBytes, i));
+    }
+    ++count.n_inputs;
+    if (opens(folder.name(0, n_parts))) {
+        ++count.n_whole;
+        remember_good(data, size);
+    }
+    // Some once more: another part given, the last one missing.
+    if (size % 8 == 0) require(n_parts == 1 || !opens(folder.name(n_parts - 1, n_parts)));
+    if (size % 8 == 1) {
+        folder.remove(folder.name(n_parts - 1, n_parts));
+        require(!opens(folder.name(0, n_parts)));
+    }
+    return 0;
+}
