@@ -64,6 +64,13 @@ struct Count {
     }
 } count;
 
+bool is(const pydiffusion::Value* value, uint64_t number) {
+    if (!value) return false;
+    const auto* u = std::get_if<uint64_t>(&value->scalar);
+    const auto* i = std::get_if<int64_t>(&value->scalar);
+    return u ? *u == number : i && *i >= 0 && static_cast<uint64_t>(*i) == number;
+}
+
 void check_whole(const pydiffusion::File& whole) {
     check_file(whole);
     if (whole.n_parts() == 1) return;
@@ -72,6 +79,8 @@ void check_whole(const pydiffusion::File& whole) {
     for (size_t i = 0; i < whole.n_parts(); ++i) {
         // The first part itself has become the whole: it is read anew.
         const pydiffusion::File part(whole.part(i).path());
+        require(is(part.find("split.no"), i) && is(part.find("split.count"), whole.n_parts()));
+        require(is(part.find("split.tensors.count"), whole.tensors().size()));
         for (const pydiffusion::TensorInfo& tensor : part.tensors()) {
             const pydiffusion::TensorInfo& ours = whole.tensors()[n_tensors++];
             require(ours.part == i && ours.name == tensor.name && ours.type == tensor.type);
@@ -81,7 +90,9 @@ void check_whole(const pydiffusion::File& whole) {
             if (key == "general.alignment") continue;  // each part's own
             const bool is_about_split =
                 key == "split.no" || key == "split.count" || key == "split.tensors.count";
-            require((whole.find(key) == nullptr) == is_about_split);
+            const pydiffusion::Value *ours = whole.find(key), *its = part.find(key);
+            require((ours == nullptr) == is_about_split);
+            if (ours && *its == *its) require(*ours == *its);  // what differs from itself holds a NaN
         }
         n_bytes += part.n_bytes();
     }
