@@ -6,6 +6,7 @@
 
 #include "matrix/soft_sums.h"
 #include "products.h"
+#include "vector_math.h"
 
 #if defined(_MSC_VER)
 #include <intrin.h>
@@ -175,13 +176,7 @@ void load_rows(float* tile, const ggml_tensor* embedding, int64_t first, uint64_
 void round_rows(float* tile, uint64_t mask, int64_t n) {
     for (uint64_t left = mask; left; left &= left - 1) {
         float* row = tile + lowest_bit(left) * kSlice;
-        for (int64_t i = 0; i < n; ++i) {
-            uint32_t bits;
-            std::memcpy(&bits, row + i, sizeof bits);
-            const bool is_finite = (bits & 0x7f800000) != 0x7f800000;
-            bits = (bits + (is_finite ? 0x7fff + (bits >> 16 & 1) : 0)) & 0xffff0000;
-            std::memcpy(row + i, &bits, sizeof bits);
-        }
+        for (int64_t i = 0; i < n; ++i) row[i] = nearest_bfloat16(row[i]);
     }
 }
 

@@ -32,6 +32,16 @@ inline float vector_exp(float x) {
     return p * scale;
 }
 
+// To the nearest bfloat16, halves to the even one, as processors round; still a float. NaN and infinity stay.
+inline float nearest_bfloat16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const bool is_finite = (bits & 0x7f800000) != 0x7f800000;
+    bits = (bits + (is_finite ? 0x7fff + (bits >> 16 & 1) : 0)) & 0xffff0000;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 // tanh(x) = 1 - 2 / (exp(2x) + 1), to about 1e-7 absolute.
 inline float vector_tanh(float x) { return 1.0f - 2.0f / (vector_exp(2.0f * x) + 1.0f); }
 

@@ -6,17 +6,12 @@
 #include "attention_inputs.h"
 #include "columns.h"
 #include "vector_math.h"
-
-#if defined(PYDIFFUSION_TILES)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace pydiffusion {
 namespace matrix {
 
 #if defined(PYDIFFUSION_TILES)
-
-#define VECTORS PYDIFFUSION_VECTORS_TARGET
 
 namespace {
 
@@ -95,15 +90,8 @@ VECTORS void load_queries(Area& area, const AttentionInputs& in, int64_t head, i
             const int64_t lane = tile * kTileRows + i, query = begin + std::min(lane, n - 1);
             whole[i] = in.query(head, query);
             float* left = area.rest.get() + i * dim;
-            for (int64_t d = 0; d < dim; ++d) {
-                uint32_t bits;
-                std::memcpy(&bits, whole[i] + d, sizeof bits);
-                // To the nearest, halves to the even one, as the processor rounds when it packs.
-                bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
-                float nearest;
-                std::memcpy(&nearest, &bits, sizeof nearest);
-                left[d] = whole[i][d] - nearest;
-            }
+            for (int64_t d = 0; d < dim; ++d)
+                left[d] = whole[i][d] - pydiffusion::nearest_bfloat16(whole[i][d]);
             rest[i] = left;
             area.maximum[lane] = kNoMaximum;
             area.sum[lane] = 0.0f;

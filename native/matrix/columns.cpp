@@ -1,15 +1,11 @@
 #include "columns.h"
 
-#if defined(PYDIFFUSION_TILES)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace pydiffusion {
 namespace matrix {
 
 #if defined(PYDIFFUSION_TILES)
-
-#define VECTORS PYDIFFUSION_VECTORS_TARGET
 
 namespace {
 

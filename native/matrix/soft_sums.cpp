@@ -3,10 +3,7 @@
 #include <algorithm>
 
 #include "columns.h"
-
-#if defined(PYDIFFUSION_TILES)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace pydiffusion {
 namespace matrix {
@@ -20,8 +17,6 @@ constexpr int64_t kPairNumbers = 2 * kColumnTiles * kProductNumbers;  // product
 }  // namespace
 
 #if defined(PYDIFFUSION_TILES)
-
-#define VECTORS PYDIFFUSION_VECTORS_TARGET
 
 namespace {
 

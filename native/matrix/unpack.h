@@ -34,7 +34,7 @@ struct Ahead {
 // They become 1 or 2 (n_rows > kTileRows) times n / kTileDepth tiles; what is missing of the last tiles' rows
 // is zero. What is ahead is brought into the second cache meanwhile, row by row: faster, it would hold up the
 // reads of what is being unpacked.
-void unpack(const Rows& rows, uint16_t* tiles, const Ahead& ahead = {});
+void unpack(const Rows& rows, uint16_t* tiles, const Ahead& ahead);
 
 }  // namespace matrix
 }  // namespace pydiffusion
