@@ -37,6 +37,7 @@ CanvasState::CanvasState(const Model& model) : model_(model) {
     step_.embedding_scale = std::sqrt(static_cast<float>(hp.n_embd));
     step_.u.assign(hp.canvas_length, 0.0f);
     step_.measures.resize(hp.canvas_length);
+    step_.normalizers.resize(hp.canvas_length);
 }
 
 const float* CanvasState::logits() {
@@ -48,6 +49,7 @@ const float* CanvasState::logits() {
 
 void CanvasState::set_logits(const float* logits) {
     ggml_backend_tensor_set(logits_, logits, 0, ggml_nbytes(logits_));
+    std::fill(step_.normalizers.begin(), step_.normalizers.end(), Normalizer{});
 }
 
 void CanvasState::pin(int64_t position, int32_t token) {
@@ -60,6 +62,7 @@ void CanvasState::pin(int64_t position, int32_t token) {
     float* row = static_cast<float*>(logits_->data) + position * hp.n_vocab;
     std::fill_n(row, hp.n_vocab, -std::numeric_limits<float>::infinity());
     row[token] = hp.soft_cap;
+    step_.normalizers[position] = {};
 }
 
 void CanvasState::condition(const ggml_tensor* embedding, int64_t n_tokens) {

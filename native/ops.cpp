@@ -118,8 +118,8 @@ void weighted_sum_op(ggml_tensor* dst, int ith, int nth, void*) {
 void cap_and_measure_op(ggml_tensor* dst, const ggml_tensor*, int ith, int nth, void* userdata) {
     auto* state = static_cast<StepState*>(userdata);
     for (int64_t t = ith; t < dst->ne[1]; t += nth) {
-        state->measures[t] =
-            cap_and_measure_row(row(dst, t), dst->ne[0], state->soft_cap, state->temperature, state->u[t]);
+        state->measures[t] = cap_and_measure_row(row(dst, t), dst->ne[0], state->soft_cap, state->temperature,
+                                                 state->u[t], &state->normalizers[t]);
     }
 }
 

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
+#include <optional>
 
 #include "vector_math.h"
 
@@ -12,88 +14,194 @@ namespace pydiffusion {
 namespace {
 
 constexpr int64_t kLanes = 64;    // independent accumulators, so that sums vectorize in a fixed order
-constexpr int64_t kBlock = 2048;  // logits per partial sum: a draw looks at the sums, then at one block
+constexpr int64_t kPiece = 256;   // logits that are looked at before they are capped
+constexpr int64_t kBlock = 2048;  // logits per partial sum: the first cache holds them meanwhile
+constexpr int64_t kLine = 16;     // floats that memory gives at a time
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-struct Extent {
-    float maximum;
-    bool sound;  // no NaN, no +infinity, and not all -infinity, which alone is a token that can't be
-};
+// --- capping ---
 
-// The maximum of a block, and whether it has neither NaN nor +infinity.
-Extent find_block_extent(const float* x, int64_t n) {
-    constexpr float largest = std::numeric_limits<float>::max();
+int32_t bits_of(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+// The bits of the largest magnitude: taken as whole numbers, floats come in order, infinity and NaN last.
+int32_t largest_magnitude(const float* x, int64_t n) {
+    int32_t lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        for (int64_t l = 0; l < kLanes; ++l) {
+            const int32_t magnitude = bits_of(x[i + l]) & 0x7fffffff;
+            lanes[l] = magnitude > lanes[l] ? magnitude : lanes[l];
+        }
+    }
+    for (; i < n; ++i) lanes[0] = std::max(lanes[0], bits_of(x[i]) & 0x7fffffff);
+    return *std::max_element(lanes, lanes + kLanes);
+}
+
+// No NaN and no +infinity; -infinity is a token that can't be.
+bool is_sound(const float* x, int64_t n, int32_t magnitude) {
+    return magnitude < bits_of(kInfinity) ||
+           std::all_of(x, x + n, [](float logit) { return logit < kInfinity; });
+}
+
+// x = cap * tanh(x / cap); false where x is not sound, which capping would hide.
+bool cap_block(float* block, int64_t n_block, float cap) {
+    const float inverse = 1.0f / cap;
+    for (int64_t begin = 0; begin < n_block; begin += kPiece) {
+        float* x = block + begin;
+        const int64_t n = std::min(kPiece, n_block - begin);
+        const int32_t magnitude = largest_magnitude(x, n);
+        if (magnitude <= bits_of(cap)) {
+            for (int64_t i = 0; i < n; ++i) x[i] = cap * small_tanh(x[i] * inverse);
+            continue;
+        }
+        if (!is_sound(x, n, magnitude)) return false;
+        for (int64_t i = 0; i < n; ++i) {
+            // The choice is each logit's own: equal ones stay equal, whatever lies beside them.
+            const float y = x[i] * inverse, exact = vector_tanh(y);
+            x[i] = cap * (std::fabs(x[i]) <= cap ? small_tanh(y) : exact);
+        }
+    }
+    return true;
+}
+
+// --- sums ---
+
+float find_maximum(const float* x, int64_t n) {
     float lanes[kLanes];
-    int32_t unsound[kLanes] = {};
-    std::fill(lanes, lanes + kLanes, -std::numeric_limits<float>::infinity());
+    std::fill(lanes, lanes + kLanes, -kInfinity);
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-        for (int64_t l = 0; l < kLanes; ++l) {
-            lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
-            unsound[l] |= !(x[i + l] <= largest);
-        }
+        for (int64_t l = 0; l < kLanes; ++l) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
     }
-    for (; i < n; ++i) {
-        lanes[0] = std::max(lanes[0], x[i]);
-        unsound[0] |= !(x[i] <= largest);
-    }
-    return {*std::max_element(lanes, lanes + kLanes),
-            std::all_of(unsound, unsound + kLanes, [](int32_t u) { return !u; })};
-}
-
-// Of a row, whose blocks `prepare(block, n)` may change once they have been found sound.
-template <typename Row, typename Prepare>
-Extent find_extent(Row* x, int64_t n, const Prepare& prepare) {
-    Extent extent = {-std::numeric_limits<float>::infinity(), true};
-    for (int64_t begin = 0; begin < n; begin += kBlock) {
-        Row* block = x + begin;
-        const int64_t n_block = std::min(kBlock, n - begin);
-        const Extent found = find_block_extent(block, n_block);
-        if (!found.sound) return {found.maximum, false};
-        extent.maximum = std::max(extent.maximum, prepare(block, n_block, found.maximum));
-    }
-    extent.sound = extent.maximum >= -std::numeric_limits<float>::max();
-    return extent;
-}
-
-Extent find_extent(const float* x, int64_t n) {
-    return find_extent(x, n, [](const float*, int64_t, float maximum) { return maximum; });
-}
-
-struct BlockSums {
-    double weight;    // sum of exp(z)
-    double weighted;  // sum of exp(z) * z
-};
-
-// Over z = (x - maximum) / temperature, which below -100 adds nothing to either sum.
-BlockSums sum_block(const float* x, int64_t n, float maximum, float inverse_temperature) {
-    float weight[kLanes] = {}, weighted[kLanes] = {};
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        for (int64_t l = 0; l < kLanes; ++l) {
-            const float scaled = (x[i + l] - maximum) * inverse_temperature;
-            const float z = scaled > -100.0f ? scaled : -100.0f;
-            const float e = vector_exp(z);
-            weight[l] += e;
-            weighted[l] += e * z;
-        }
-    }
-    BlockSums sums = {0.0, 0.0};
-    for (int64_t l = 0; l < kLanes; ++l) {
-        sums.weight += weight[l];
-        sums.weighted += weighted[l];
-    }
-    for (; i < n; ++i) {
-        const float z = std::max(-100.0f, (x[i] - maximum) * inverse_temperature);
-        const float e = vector_exp(z);
-        sums.weight += e;
-        sums.weighted += static_cast<double>(e) * z;
-    }
-    return sums;
+    for (; i < n; ++i) lanes[0] = std::max(lanes[0], x[i]);
+    return *std::max_element(lanes, lanes + kLanes);
 }
 
 // 1 / temperature; temperatures too small to have a finite inverse choose the argmax, as 0 would.
 float inverse_temperature_of(float temperature) {
-    return std::min(1.0f / temperature, std::numeric_limits<float>::max());
+    return std::min(1.0f / temperature, std::numeric_limits<float>::max() / 2);
+}
+
+// Below it 2^x is as good as nothing, and float ends.
+constexpr float kLeastExponent = -126.0f;
+
+// log2 of exp((x - maximum) / temperature); `scale` is log2(e) / temperature.
+inline float exponent_of(float x, float maximum, float scale) {
+    const float exponent = (x - maximum) * scale;
+    return exponent > kLeastExponent ? exponent : kLeastExponent;
+}
+
+struct BlockSums {
+    float maximum;
+    double weight;    // sum of exp(z) over z = (x - maximum) / temperature
+    double weighted;  // sum of exp(z) * z
+};
+
+// `ahead` is what will be read next, as many: fetched meanwhile, for memory is slower than the sums are.
+BlockSums sum_block(const float* x, int64_t n, float scale, const float* ahead) {
+    const float maximum = find_maximum(x, n);
+    if (maximum == -kInfinity) return {maximum, 0.0, 0.0};
+    float weight[kLanes] = {}, weighted[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        for (int64_t l = 0; l < kLanes; l += kLine) fetch_ahead(ahead + i + l);
+        for (int64_t l = 0; l < kLanes; ++l) {
+            const float exponent = exponent_of(x[i + l], maximum, scale);
+            const float e = small_exp2(exponent);
+            weight[l] += e;
+            weighted[l] += e * exponent;
+        }
+    }
+    for (; i < n; ++i) {
+        const float exponent = exponent_of(x[i], maximum, scale), e = small_exp2(exponent);
+        weight[0] += e;
+        weighted[0] += e * exponent;
+    }
+    BlockSums sums = {maximum, 0.0, 0.0};
+    for (int64_t l = 0; l < kLanes; ++l) {
+        sums.weight += weight[l];
+        sums.weighted += weighted[l];
+    }
+    sums.weighted *= kLn2;
+    return sums;
+}
+
+// A row's distribution, from its blocks.
+struct RowSums {
+    float maximum = -kInfinity;
+    double weight = 0.0, weighted = 0.0;  // as the blocks', over the row's maximum
+    std::vector<BlockSums> blocks;        // their weights over the row's maximum too
+};
+
+// `prepare(block, n)` may change a block before it is looked at, and tells whether it is sound. Nothing is
+// returned for a row that is not sound or has only tokens that can't be.
+template <typename Row, typename Prepare>
+std::optional<RowSums> sum_row(Row* logits, int64_t n_vocab, float temperature, const Prepare& prepare) {
+    const float inverse = inverse_temperature_of(temperature), scale = inverse * static_cast<float>(kLog2E);
+    RowSums row;
+    for (int64_t begin = 0; begin < n_vocab; begin += kBlock) {
+        const int64_t n = std::min(kBlock, n_vocab - begin);
+        if (!prepare(logits + begin, n)) return std::nullopt;
+        row.blocks.push_back(sum_block(logits + begin, n, scale, logits + std::min(begin + n, n_vocab - n)));
+        row.maximum = std::max(row.maximum, row.blocks.back().maximum);
+    }
+    if (row.maximum == -kInfinity) return std::nullopt;
+    for (BlockSums& block : row.blocks) {
+        const double z = (static_cast<double>(block.maximum) - row.maximum) * inverse, factor = std::exp(z);
+        if (factor == 0.0) block.weight = 0.0;
+        if (block.weight == 0.0) continue;
+        block.weight *= factor;
+        row.weight += block.weight;
+        row.weighted += factor * block.weighted + z * block.weight;
+    }
+    return row;
+}
+
+bool sound(const float* x, int64_t n) { return is_sound(x, n, largest_magnitude(x, n)); }
+
+int32_t find_argmax(const float* logits, int64_t n_vocab, const RowSums& row) {
+    const auto block = std::find_if(row.blocks.begin(), row.blocks.end(),
+                                    [&](const BlockSums& b) { return b.maximum == row.maximum; });
+    const float* begin = logits + (block - row.blocks.begin()) * kBlock;
+    return static_cast<int32_t>(std::find(begin, logits + n_vocab, row.maximum) - logits);
+}
+
+// The first token whose cumulative weight exceeds u * total; where rounding leaves none, the last with mass.
+int32_t draw(const float* logits, int64_t n_vocab, const RowSums& row, float temperature, float u) {
+    // u = 0 stands for all below 2^-24: at exactly 0 even a token without mass would do.
+    double target = std::max(static_cast<double>(u), 0x1p-25) * row.weight;
+    const int64_t n_blocks = static_cast<int64_t>(row.blocks.size());
+    int64_t block = 0;
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        if (row.blocks[b].weight == 0.0) continue;
+        block = b;
+        if (target < row.blocks[b].weight) break;
+        target -= row.blocks[b].weight;
+    }
+    const float scale = inverse_temperature_of(temperature) * static_cast<float>(kLog2E);
+    int64_t chosen = block * kBlock;
+    for (int64_t i = block * kBlock; i < std::min((block + 1) * kBlock, n_vocab); ++i) {
+        const float exponent = exponent_of(logits[i], row.maximum, scale);
+        if (exponent == kLeastExponent) continue;
+        chosen = i;
+        target -= small_exp2(exponent);
+        if (target < 0.0) break;
+    }
+    return static_cast<int32_t>(chosen);
+}
+
+Measure measure(const float* logits, int64_t n_vocab, const std::optional<RowSums>& row, float temperature,
+                float u) {
+    if (!row) return {0, 0, std::numeric_limits<float>::quiet_NaN()};
+    Measure result;
+    result.argmax = find_argmax(logits, n_vocab, *row);
+    result.entropy = std::max(0.0f, static_cast<float>(std::log(row->weight) - row->weighted / row->weight));
+    result.sampled = draw(logits, n_vocab, *row, temperature, u);
+    return result;
 }
 
 }  // namespace
@@ -102,77 +210,32 @@ float step_temperature(int32_t step, int32_t n_steps, float t_min, float t_max) 
     return t_min + (t_max - t_min) * (static_cast<float>(step) / static_cast<float>(n_steps));
 }
 
-namespace {
-
-Measure measure(const float* logits, int64_t n_vocab, const Extent& extent, float temperature, float u) {
-    if (!extent.sound) return {0, 0, std::numeric_limits<float>::quiet_NaN()};
-    const float maximum = extent.maximum;
-    const float inverse = inverse_temperature_of(temperature);
-    const int64_t n_blocks = (n_vocab + kBlock - 1) / kBlock;
-    std::vector<double> weights(n_blocks);
-    double weight = 0.0, weighted = 0.0;
-    for (int64_t b = 0; b < n_blocks; ++b) {
-        const int64_t begin = b * kBlock;
-        const BlockSums sums = sum_block(logits + begin, std::min(kBlock, n_vocab - begin), maximum, inverse);
-        weights[b] = sums.weight;
-        weight += sums.weight;
-        weighted += sums.weighted;
-    }
-
-    Measure result;
-    result.argmax = static_cast<int32_t>(std::find(logits, logits + n_vocab, maximum) - logits);
-    result.entropy = std::max(0.0f, static_cast<float>(std::log(weight) - weighted / weight));
-
-    // The first token whose cumulative weight exceeds u * total; rounding may leave none, then the last with
-    // mass.
-    // u = 0 stands for all below 2^-24: at exactly 0 even a token without mass would do (exp never gives 0
-    // here).
-    double target = std::max(static_cast<double>(u), 0x1p-25) * weight;
-    int64_t block = 0;
-    while (block + 1 < n_blocks && target >= weights[block]) target -= weights[block++];
-    const int64_t begin = block * kBlock, end = std::min(begin + kBlock, n_vocab);
-    int64_t chosen = end - 1;
-    for (int64_t i = begin; i < end; ++i) {
-        target -= vector_exp((logits[i] - maximum) * inverse);
-        if (target < 0.0) {
-            chosen = i;
-            break;
-        }
-    }
-    result.sampled = static_cast<int32_t>(chosen);
-    return result;
-}
-
-}  // namespace
-
 Measure measure_row(const float* logits, int64_t n_vocab, float temperature, float u) {
-    return measure(logits, n_vocab, find_extent(logits, n_vocab), temperature, u);
+    return measure(logits, n_vocab, sum_row(logits, n_vocab, temperature, sound), temperature, u);
 }
 
-Measure cap_and_measure_row(float* logits, int64_t n_vocab, float cap, float temperature, float u) {
-    // Sound blocks only: capping would hide what is not finite, for tanh(NaN) comes out as a number here.
-    const float inverse = 1.0f / cap;
-    const Extent extent = find_extent(logits, n_vocab, [=](float* block, int64_t n, float) {
-        for (int64_t i = 0; i < n; ++i) block[i] = cap * vector_tanh(block[i] * inverse);
-        return find_block_extent(block, n).maximum;
-    });
-    return measure(logits, n_vocab, extent, temperature, u);
+Measure cap_and_measure_row(float* logits, int64_t n_vocab, float cap, float temperature, float u,
+                            Normalizer* normalizer) {
+    const auto row = sum_row(logits, n_vocab, temperature,
+                             [cap](float* block, int64_t n) { return cap_block(block, n, cap); });
+    if (normalizer) *normalizer = row ? Normalizer{temperature, row->maximum, row->weight} : Normalizer{};
+    return measure(logits, n_vocab, row, temperature, u);
 }
 
-void softmax_row(float* logits, int64_t n_vocab, float temperature) {
-    const auto [maximum, sound] = find_extent(logits, n_vocab);
-    if (!sound) {
-        std::fill_n(logits, n_vocab, std::numeric_limits<float>::quiet_NaN());
-        return;
+void softmax_row(float* logits, int64_t n_vocab, float temperature, const Normalizer& known) {
+    Normalizer normalizer = known;
+    if (known.temperature != temperature || known.weight == 0.0) {
+        const auto row = sum_row(static_cast<const float*>(logits), n_vocab, temperature, sound);
+        if (!row) {
+            std::fill_n(logits, n_vocab, std::numeric_limits<float>::quiet_NaN());
+            return;
+        }
+        normalizer = {temperature, row->maximum, row->weight};
     }
-    const float inverse = inverse_temperature_of(temperature);
-    double total = 0.0;
-    for (int64_t begin = 0; begin < n_vocab; begin += kBlock) {
-        total += sum_block(logits + begin, std::min(kBlock, n_vocab - begin), maximum, inverse).weight;
-    }
-    const float scale = static_cast<float>(1.0 / total);
+    const float scale = inverse_temperature_of(temperature) * static_cast<float>(kLog2E);
+    const float share = static_cast<float>(1.0 / normalizer.weight), maximum = normalizer.maximum;
     for (int64_t i = 0; i < n_vocab; ++i) {
-        const float p = vector_exp((logits[i] - maximum) * inverse) * scale;
+        const float p = small_exp2(exponent_of(logits[i], maximum, scale)) * share;
         logits[i] = p < 1e-13f ? 0.0f : p;
     }
 }

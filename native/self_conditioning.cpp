@@ -10,6 +10,8 @@
 
 #if defined(_MSC_VER)
 #include <intrin.h>
+#elif defined(__AVX512F__)
+#include <immintrin.h>
 #endif
 
 namespace pydiffusion {
@@ -65,29 +67,45 @@ float* row(const ggml_tensor* t, int64_t i) {
 
 // --- probabilities ---
 
-// The largest of some thresholds below which the probabilities together weigh at most `bound`.
-float find_threshold(const float* p, int64_t n, float bound) {
-    constexpr int kCandidates = 7;
-    constexpr float candidates[kCandidates] = {1e-4f, 1e-5f, 1e-6f, 1e-7f, 1e-8f, 1e-9f, 1e-10f};
-    constexpr int64_t kBlock = 4096;  // short sums in float32, long ones in float64
-    double below[kCandidates] = {};
-    for (int64_t begin = 0; begin < n; begin += kBlock) {
-        const int64_t end = std::min(begin + kBlock, n);
-        for (int c = 0; c < kCandidates; ++c) {
-            constexpr int kSums = 16;
-            float sums[kSums] = {};
-            int64_t i = begin;
-            for (; i + kSums <= end; i += kSums) {
-                for (int j = 0; j < kSums; ++j) sums[j] += p[i + j] < candidates[c] ? p[i + j] : 0.0f;
-            }
-            for (; i < end; ++i) sums[0] += p[i] < candidates[c] ? p[i] : 0.0f;
-            for (const float sum : sums) below[c] += sum;
+// Whether the probabilities below a threshold together weigh at most `bound`.
+bool weighs_at_most(const float* p, int64_t n, float threshold, float bound) {
+    constexpr int64_t kShort = 4096, kSums = 64;  // short sums in float32, long ones in float64
+    double below = 0.0;
+    for (int64_t begin = 0; begin < n && below <= bound; begin += kShort) {
+        const int64_t end = std::min(begin + kShort, n);
+        float sums[kSums] = {};
+        int64_t i = begin;
+        for (; i + kSums <= end; i += kSums) {
+            for (int j = 0; j < kSums; ++j) sums[j] += p[i + j] < threshold ? p[i + j] : 0.0f;
         }
+        for (; i < end; ++i) sums[0] += p[i] < threshold ? p[i] : 0.0f;
+        for (const float sum : sums) below += sum;
     }
-    for (int c = 0; c < kCandidates; ++c) {
-        if (below[c] <= bound) return candidates[c];
+    return below <= bound;
+}
+
+// The largest of some thresholds below which the probabilities together weigh at most `bound`. Flat
+// distributions soon weigh more than that below the large ones, peaked ones don't below the first.
+float find_threshold(const float* p, int64_t n, float bound) {
+    for (const float candidate : {1e-4f, 1e-5f, 1e-6f, 1e-7f, 1e-8f, 1e-9f, 1e-10f}) {
+        if (weighs_at_most(p, n, candidate, bound)) return candidate;
     }
     return 0.0f;
+}
+
+// Bit r tells whether tile[r] is not 0, for kTile probabilities.
+uint64_t nonzero_bits(const float* tile) {
+    uint64_t bits = 0;
+#if defined(__AVX512F__) && !defined(_MSC_VER)
+    for (int64_t r = 0; r < kTile; r += 16) {
+        const uint64_t some =
+            _mm512_cmp_ps_mask(_mm512_loadu_ps(tile + r), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        bits |= some << r;
+    }
+#else
+    for (int64_t r = 0; r < kTile; ++r) bits |= uint64_t{tile[r] != 0.0f} << r;
+#endif
+    return bits;
 }
 
 // Clears what is below the threshold and notes what is left, tile by tile.
@@ -96,9 +114,14 @@ void note_mass(float* p, int64_t n, float threshold, uint64_t* mass, int64_t str
         const int64_t n_rows = std::min(kTile, n - begin);
         float* tile = p + begin;
         for (int64_t r = 0; r < n_rows; ++r) tile[r] = tile[r] < threshold ? 0.0f : tile[r];
-        uint64_t mask = 0;
-        for (int64_t r = 0; r < n_rows; ++r) mask |= uint64_t{tile[r] != 0.0f} << r;
-        mass[begin / kTile * stride] = mask;
+        uint64_t& bits = mass[begin / kTile * stride];
+        if (n_rows == kTile) {
+            bits = nonzero_bits(tile);
+        } else {
+            float last[kTile] = {};
+            std::copy_n(tile, n_rows, last);
+            bits = nonzero_bits(last);
+        }
     }
 }
 
@@ -108,7 +131,7 @@ void soft_probabilities_op(ggml_tensor* dst, const ggml_tensor*, int ith, int nt
     const int64_t n_vocab = dst->ne[0];
     for (int64_t t = ith; t < dst->ne[1]; t += nth) {
         float* p = row(dst, t);
-        softmax_row(p, n_vocab, state->previous_temperature);
+        softmax_row(p, n_vocab, state->previous_temperature, state->normalizers[t]);
         const float threshold =
             state->dropped_mass > 0.0f ? find_threshold(p, n_vocab, state->dropped_mass) : 0.0f;
         note_mass(p, n_vocab, threshold, state->mass.data() + t, dst->ne[1]);
