@@ -5,6 +5,7 @@
 
 #include "errors.h"
 #include "ops.h"
+#include "row_ops.h"
 
 namespace pydiffusion {
 
@@ -63,6 +64,67 @@ ggml_tensor* GraphBuilder::gelu_product(ggml_tensor* gate, ggml_tensor* up) cons
     return portable() ? portable::gated_gelu(ctx(), gate, up) : gated_gelu(ctx(), gate, up);
 }
 
+ggml_tensor* GraphBuilder::add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) const {
+    if (portable()) return ggml_add(ctx(), x, rms_norm(branch, weight));
+    return pydiffusion::add_normed(ctx(), x, branch, weight, &model.hparams.rms_eps);
+}
+
+ggml_tensor* GraphBuilder::rotate_normed(ggml_tensor* x, ggml_tensor* weight, bool sliding) {
+    if (!portable()) {
+        ggml_tensor* angles = this->angles(x->ne[0], sliding);
+        return pydiffusion::rotate_normed(ctx(), x, weight, angles, &model.hparams.rms_eps);
+    }
+    if (!positions_) positions_ = new_input(GGML_TYPE_I32, x->ne[2]);
+    const Hyperparameters& hp = model.hparams;
+    return ggml_rope_ext(ctx(), rms_norm(x, weight), positions_, sliding ? nullptr : model.weights.rope_freqs,
+                         static_cast<int>(x->ne[0]), GGML_ROPE_TYPE_NEOX, hp.n_ctx_train,
+                         sliding ? hp.rope_base_swa : hp.rope_base, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
+}
+
+ggml_tensor* GraphBuilder::angles(int64_t head_dim, bool sliding) {
+    for (const Angles& a : angles_) {
+        if (a.sliding == sliding && a.tensor->ne[0] == head_dim) return a.tensor;
+    }
+    int64_t n_tokens = 0;
+    for (const Sequence& sequence : sequences) n_tokens += sequence.n_tokens;
+    angles_.push_back({sliding, new_input(GGML_TYPE_F32, head_dim, n_tokens)});
+    return angles_.back().tensor;
+}
+
+namespace {
+
+// Angle i of a token is position / (base^(2 i / head_dim) * factor[i]), rounded where the reference rounds.
+void write_angles(ggml_tensor* tensor, const std::vector<int32_t>& positions, float base,
+                  const float* factors) {
+    const int64_t head_dim = tensor->ne[0], half = head_dim / 2;
+    auto* row = static_cast<float*>(tensor->data);
+    for (const int32_t position : positions) {
+        for (int64_t i = 0; i < half; ++i) {
+            const float exponent = static_cast<float>(2 * i) / static_cast<float>(head_dim);
+            const float frequency = 1.0f / (std::pow(base, exponent) * (factors ? factors[i] : 1.0f));
+            const float angle = static_cast<float>(position) * frequency;
+            row[i] = std::cos(angle);
+            row[half + i] = std::sin(angle);
+        }
+        row += head_dim;
+    }
+}
+
+}  // namespace
+
+void GraphBuilder::set_positions(const std::vector<int32_t>& positions) {
+    if (positions == written_) return;
+    written_ = positions;
+    if (positions_)
+        ggml_backend_tensor_set(positions_, positions.data(), 0, positions.size() * sizeof(int32_t));
+    const Hyperparameters& hp = model.hparams;
+    for (const Angles& a : angles_) {
+        const ggml_tensor* factors = a.sliding ? nullptr : model.weights.rope_freqs;
+        write_angles(a.tensor, positions, a.sliding ? hp.rope_base_swa : hp.rope_base,
+                     factors ? static_cast<const float*>(factors->data) : nullptr);
+    }
+}
+
 ggml_tensor* GraphBuilder::new_input(ggml_type type, int64_t n0, int64_t n1) {
     if (portable()) return ggml_new_tensor_2d(input_context_.get(), type, n0, n1);
     ggml_tensor* input = ggml_new_tensor_2d(ctx(), type, n0, n1);
@@ -115,13 +177,6 @@ ggml_tensor* split_heads(const GraphBuilder& g, ggml_tensor* x, int64_t head_dim
     return ggml_reshape_3d(g.ctx(), x, head_dim, x->ne[0] / head_dim, x->ne[1]);
 }
 
-ggml_tensor* rope(const GraphBuilder& g, ggml_tensor* x, bool sliding) {
-    const Hyperparameters& hp = g.model.hparams;
-    return ggml_rope_ext(g.ctx(), x, g.positions, sliding ? nullptr : g.model.weights.rope_freqs,
-                         static_cast<int>(x->ne[0]), GGML_ROPE_TYPE_NEOX, hp.n_ctx_train,
-                         sliding ? hp.rope_base_swa : hp.rope_base, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
-}
-
 void write_rows(GraphBuilder& g, ggml_tensor* rows, ggml_tensor* cache, int64_t first) {
     ggml_tensor* target =
         ggml_view_2d(g.ctx(), cache, cache->ne[0], rows->ne[2], cache->nb[1], first * cache->nb[1]);
@@ -142,8 +197,8 @@ void store_normed(GraphBuilder& g, int32_t i_layer, ggml_tensor* h) {
     const LayerShape& shape = g.model.hparams.layers[i_layer];
     ggml_tensor* k = split_heads(g, g.products->multiply(w.attn_k, h), shape.head_dim);
     ggml_tensor* v = w.attn_v ? split_heads(g, g.products->multiply(w.attn_v, h), shape.head_dim) : k;
-    k = rope(g, g.rms_norm(k, w.attn_k_norm), shape.sliding);
     v = g.rms_norm(v);
+    k = g.rotate_normed(k, w.attn_k_norm, shape.sliding);
     int64_t first = 0;
     for (const Sequence& sequence : g.sequences) {
         const KvRange range = sequence.cache->range(i_layer);
@@ -184,7 +239,7 @@ ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const C
     store_normed(g, i_layer, h);
 
     ggml_tensor* q = split_heads(g, g.products->multiply(w.attn_q, h), shape.head_dim);
-    q = rope(g, g.rms_norm(q, w.attn_q_norm), shape.sliding);
+    q = g.rotate_normed(q, w.attn_q_norm, shape.sliding);
 
     ggml_tensor* all = nullptr;
     int64_t first = 0;
@@ -199,10 +254,10 @@ ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const C
 
 // r [d, n_tokens] -> the router's softmax [n_expert, n_tokens]
 ggml_tensor* router(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r) {
-    ggml_context* ctx = g.ctx();
-    ggml_tensor* n = ggml_mul(ctx, g.rms_norm(r), w.ffn_gate_inp_scale);
-    n = ggml_scale(ctx, n, 1.0f / std::sqrt(static_cast<float>(g.model.hparams.n_embd)));
-    return ggml_soft_max(ctx, g.products->multiply(w.ffn_gate_inp, n));
+    ggml_tensor* scores = g.products->multiply(w.ffn_gate_inp, g.rms_norm(r, w.ffn_gate_inp_scale));
+    // On the scores, where the reference has it on the far longer vectors that they are products of.
+    scores = ggml_scale(g.ctx(), scores, 1.0f / std::sqrt(static_cast<float>(g.model.hparams.n_embd)));
+    return ggml_soft_max(g.ctx(), scores);
 }
 
 struct Routing {
@@ -247,16 +302,30 @@ ggml_tensor* experts(GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggm
     return g.products->multiply(w.ffn_down_exps, g.gelu_product(gate, up), chosen);
 }
 
-// x [d, n_tokens] through its experts, chosen by r and weighted -> [d, n_tokens]
-ggml_tensor* mixture(GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggml_tensor* r) {
-    ggml_tensor* probabilities = router(g, w, r);
-    if (!g.portable()) {
-        const Routing routing = route(g, w, probabilities);
-        return weighted_sum(g.ctx(), experts(g, w, x, routing.experts), routing.weights);
-    }
-    const portable::Routing routing = portable::route(g.ctx(), g.graph, probabilities, w.ffn_down_exps_scale,
-                                                      g.model.hparams.n_expert_used);
-    return portable::weighted_sum(g.ctx(), g.graph, experts(g, w, x, routing.experts), routing);
+// What the two halves of a feed-forward part make of r [d, n_tokens], added to it.
+ggml_tensor* portable_feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r,
+                                   ggml_tensor* dense) {
+    dense = g.rms_norm(dense, w.post_ffw_norm_1);
+    g.begin_part("experts");
+    const portable::Routing routing = portable::route(g.ctx(), g.graph, router(g, w, r),
+                                                      w.ffn_down_exps_scale, g.model.hparams.n_expert_used);
+    ggml_tensor* y = experts(g, w, g.rms_norm(r, w.pre_ffw_norm_2), routing.experts);
+    ggml_tensor* mixture =
+        g.rms_norm(portable::weighted_sum(g.ctx(), g.graph, y, routing), w.post_ffw_norm_2);
+    return g.add_normed(r, ggml_add(g.ctx(), dense, mixture), w.post_ffw_norm);
+}
+
+// r [d, n_tokens] plus what its dense and its experts' half make of it, times `scale` [1].
+ggml_tensor* feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r, ggml_tensor* scale) {
+    g.begin_part("dense");
+    ggml_tensor* dense = g.mlp(g.rms_norm(r, w.ffn_norm), w.ffn_gate, w.ffn_up, w.ffn_down);
+    if (g.portable()) return ggml_mul(g.ctx(), portable_feed_forward(g, w, r, dense), scale);
+    g.begin_part("experts");
+    const Routing routing = route(g, w, router(g, w, r));
+    ggml_tensor* y = experts(g, w, g.rms_norm(r, w.pre_ffw_norm_2), routing.experts);
+    return join_branches(
+        g.ctx(), r, {dense, w.post_ffw_norm_1, y, routing.weights, w.post_ffw_norm_2, w.post_ffw_norm, scale},
+        &g.model.hparams.rms_eps);
 }
 
 }  // namespace
@@ -267,19 +336,9 @@ void store_keys_and_values(GraphBuilder& g, int32_t i_layer, ggml_tensor* x) {
 
 ggml_tensor* apply_layer(GraphBuilder& g, int32_t i_layer, Mode mode, ggml_tensor* x, const Causal* causal) {
     const LayerWeights& w = g.model.weights.layers[i_layer];
-    ggml_context* ctx = g.ctx();
     g.begin_part("attention");
-    ggml_tensor* r = ggml_add(ctx, x, g.rms_norm(attention(g, i_layer, x, causal), w.post_attention_norm));
-
-    g.begin_part("dense");
-    ggml_tensor* dense = g.mlp(g.rms_norm(r, w.ffn_norm), w.ffn_gate, w.ffn_up, w.ffn_down);
-    dense = g.rms_norm(dense, w.post_ffw_norm_1);
-    g.begin_part("experts");
-    ggml_tensor* moe = mixture(g, w, g.rms_norm(r, w.pre_ffw_norm_2), r);
-    moe = g.rms_norm(moe, w.post_ffw_norm_2);
-
-    ggml_tensor* out = ggml_add(ctx, r, g.rms_norm(ggml_add(ctx, dense, moe), w.post_ffw_norm));
-    return ggml_mul(ctx, out, mode == Mode::encoder ? w.encoder_scale : w.decoder_scale);
+    ggml_tensor* r = g.add_normed(x, attention(g, i_layer, x, causal), w.post_attention_norm);
+    return feed_forward(g, w, r, mode == Mode::encoder ? w.encoder_scale : w.decoder_scale);
 }
 
 }  // namespace pydiffusion

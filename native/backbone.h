@@ -48,13 +48,14 @@ struct GraphBuilder {
     ggml_context_ptr context;
     ggml_cgraph* graph;
     std::optional<matrix::Products> products;  // how this graph multiplies with weights
-    ggml_tensor* positions = nullptr;          // I32 [n_tokens]
 
     ggml_context* ctx() const { return context.get(); }
 
     // A tensor that is written before each run of the graph and keeps what was written. Portable graphs have
     // them in the device's memory, laid out with the graph.
     ggml_tensor* new_input(ggml_type type, int64_t n0, int64_t n1 = 1);
+    // Where the tokens stand, to be called once the graph has its memory.
+    void set_positions(const std::vector<int32_t>& positions);
     // Gives the graph its memory and writes the masks.
     void allocate(Workspace& workspace, const char* what) const;
 
@@ -76,6 +77,10 @@ struct GraphBuilder {
 
     ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr) const;  // weight null: none
     ggml_tensor* gelu_product(ggml_tensor* gate, ggml_tensor* up) const;         // gelu(gate) * up
+    // x + rms_norm(branch, weight)
+    ggml_tensor* add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) const;
+    // rms_norm(x, weight) turned by its tokens' positions, x [head_dim, n_heads, n_tokens]
+    ggml_tensor* rotate_normed(ggml_tensor* x, ggml_tensor* weight, bool sliding);
     ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down);
     ggml_tensor* embed(ggml_tensor* ids) const;  // rows of the embedding times sqrt(d) -> [d, n_tokens]
 
@@ -85,6 +90,16 @@ struct GraphBuilder {
         bool sliding;
         portable::Mask mask;
     };
+    // Cosines and sines of the tokens' angles, of layers that rotate alike; see rotate_normed of row_ops.h.
+    struct Angles {
+        bool sliding;
+        ggml_tensor* tensor;
+    };
+    ggml_tensor* angles(int64_t head_dim, bool sliding);
+
+    ggml_tensor* positions_ = nullptr;  // I32 [n_tokens], of portable graphs
+    std::vector<Angles> angles_;        // of the others
+    std::vector<int32_t> written_;      // the positions whose angles are there
     std::vector<MaskKey> masks_;
     ggml_context_ptr input_context_;  // of portable graphs
 };

@@ -119,7 +119,8 @@ ggml_tensor* Denoiser::embed_lanes(GraphBuilder& g, const std::vector<Lane>& lan
 // The head writes straight into the lane's own logits, whose old content the step has consumed by then.
 void Denoiser::finish_lane(GraphBuilder& g, CanvasState& state, ggml_tensor* x) {
     g.begin_part("head");
-    ggml_tensor* head = g.products->multiply(model_.weights.output, x);
+    ggml_tensor* head =
+        g.products->multiply(model_.weights.output, g.rms_norm(x, model_.weights.output_norm));
     ggml_backend_tensor_alloc(state.buffer_.get(), head, state.logits_->data);
     g.begin_part("sampler");
     if (!state.soft_) head = cap_and_measure(g.ctx(), head, &state.step_);
@@ -139,11 +140,9 @@ void Denoiser::build(const std::vector<Lane>& lanes, Workspace& workspace) {
     built_ = std::make_unique<GraphBuilder>(model_, std::move(sequences));
     GraphBuilder& g = *built_;
     canvas_ = g.new_input(GGML_TYPE_I32, n_tokens);
-    g.positions = g.new_input(GGML_TYPE_I32, n_tokens);
+    if (statistics_) g.products->keep_columns();
     ggml_tensor* x = embed_lanes(g, lanes);
     for (int32_t i = 0; i < hp.n_layer; ++i) x = apply_layer(g, i, Mode::decoder, x, nullptr);
-    g.begin_part("head");
-    x = g.rms_norm(x, model_.weights.output_norm);
     int64_t first = 0;
     for (const Lane& lane : lanes) {
         const int64_t n = lane.n_tokens();
@@ -257,7 +256,7 @@ void Denoiser::step(const std::vector<Lane>& lanes, Workspace& workspace) {
         for (int32_t i = 0; i < lane.n_tokens(); ++i) positions.push_back(lane.cache->n_past() + i);
     }
     ggml_backend_tensor_set(canvas_, tokens.data(), 0, tokens.size() * sizeof(int32_t));
-    ggml_backend_tensor_set(built_->positions, positions.data(), 0, positions.size() * sizeof(int32_t));
+    built_->set_positions(positions);
     model_.file->require_whole();
     for (const Lane& lane : lanes) lane.state->condition(model_.weights.token_embd, lane.n_tokens());
     workspace.compute(built_->graph, [&] {

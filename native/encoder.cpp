@@ -17,7 +17,7 @@ void encode_chunk(const Model& model, KvCache& cache, Workspace& workspace, cons
     cache.prepare(n_tokens);
     GraphBuilder g(model, {{&cache, n_tokens}});
     ggml_tensor* tokens = g.new_input(GGML_TYPE_I32, n_tokens);
-    g.positions = g.new_input(GGML_TYPE_I32, n_tokens);
+    if (statistics) g.products->keep_columns();
     Causal causal[2];  // of full layers, of sliding ones
 
     ggml_tensor* x = g.embed(tokens);
@@ -43,7 +43,7 @@ void encode_chunk(const Model& model, KvCache& cache, Workspace& workspace, cons
     ggml_backend_tensor_set(tokens, ids, 0, n_tokens * sizeof(int32_t));
     std::vector<int32_t> positions(n_tokens);
     for (int32_t i = 0; i < n_tokens; ++i) positions[i] = cache.n_past() + i;
-    ggml_backend_tensor_set(g.positions, positions.data(), 0, n_tokens * sizeof(int32_t));
+    g.set_positions(positions);
     model.file->require_whole();
     workspace.compute(g.graph, [&] { return cancel.load(); });
     if (statistics) statistics->add(g.graph);

@@ -10,21 +10,10 @@
 
 namespace pydiffusion {
 
-// gelu_tanh(gate) * up, elementwise; same shape, rows contiguous. Exact to float rounding, where ggml's CPU
-// GELU goes through a float16 table.
-ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up);
-
-// x / sqrt(mean of squares of its row + *eps), times weight [ne0] unless that is null. Rows of x are
-// contiguous; *eps must live as long as the graph. ggml's adds the squares up one by one.
-ggml_tensor* rms_norm(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, const float* eps);
-
 // The indices of the k largest entries of each row of values [n, n_rows], best first -> I32 [k, n_rows]. Of
 // equal entries the first comes first; NaN counts as least. (ggml sorts with a comparison that NaN breaks,
 // and then reads and writes beyond the row.)
 ggml_tensor* best_rows(ggml_context* ctx, ggml_tensor* values, int64_t k);
-
-// sum over i of weights[i, t] * x[:, i, t], x [d, n, n_tokens] and weights [n, n_tokens] -> [d, n_tokens]
-ggml_tensor* weighted_sum(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weights);
 
 // What one denoising step takes in and gives out beside the logits; owned by the denoiser, so that a graph
 // built once serves all steps.
@@ -33,10 +22,10 @@ struct StepState {
     float previous_temperature = 1.0f;  // of the logits that condition this step
     float temperature = 1.0f;
     float soft_cap = 30.0f;
-    float embedding_scale = 1.0f;                  // sqrt(d)
-    std::vector<float> u;                          // [n_tokens] uniforms for the draws
-    std::vector<Measure> measures;                 // [n_tokens], written by the step
-    std::vector<Normalizer> normalizers;           // [n_tokens], likewise, of logits that nobody changed since
+    float embedding_scale = 1.0f;         // sqrt(d)
+    std::vector<float> u;                 // [n_tokens] uniforms for the draws
+    std::vector<Measure> measures;        // [n_tokens], written by the step
+    std::vector<Normalizer> normalizers;  // [n_tokens], likewise, of logits that nobody changed since
     matrix::Kernel kernel = matrix::Kernel::ggml;  // of self-conditioning's dense product
     float dropped_mass = 0.0f;   // of a token's probabilities, what self-conditioning may leave out
     std::vector<uint64_t> mass;  // [n_tokens, n_tiles] masks of rows with mass, see soft_embedding

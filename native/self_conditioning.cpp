@@ -98,8 +98,7 @@ uint64_t nonzero_bits(const float* tile) {
     uint64_t bits = 0;
 #if defined(__AVX512F__) && !defined(_MSC_VER)
     for (int64_t r = 0; r < kTile; r += 16) {
-        const uint64_t some =
-            _mm512_cmp_ps_mask(_mm512_loadu_ps(tile + r), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        const uint64_t some = _mm512_cmp_ps_mask(_mm512_loadu_ps(tile + r), _mm512_setzero_ps(), _CMP_NEQ_UQ);
         bits |= some << r;
     }
 #else

@@ -31,8 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _hear_signals() -> None:
-    """Signals that whatever started the tests ignores (``nohup``, ``&`` in a script) would stay ignored in the
-    programs that the tests start and send them to."""
+    """What starts the tests may ignore signals (``nohup``, ``&`` in a script); the programs that the tests start
+    and signal would inherit that.
+    """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_IGN:

@@ -34,7 +34,9 @@ def run(path: Path, name: str, kernels: str, n_prompt: int) -> tuple[np.ndarray,
 def test_kernels_are_no_less_exact_than_ggml(
     kernels: str, type: str, gguf_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Against the same weights in float32. All round activations: to bfloat16, or to blocks of 8 bits."""
+    """Against the same weights in float32. All round activations: to bfloat16, or to blocks of 8 bits. By the
+    median of the positions: where two experts are nearly as good, any rounding may choose the other.
+    """
     path = gguf_file("mild", type, seed=0, dtype="f32")
     exact_path = tmp_path / "exact.gguf"
     quantize(path, exact_path, "f32")
@@ -47,7 +49,7 @@ def test_kernels_are_no_less_exact_than_ggml(
     assert ops["product"] > 5 * n_layer and "MUL_MAT_ID" not in ops
     assert ops["MUL_MAT"] == n_layer  # the routers, in float32
     assert ("attend_tiles" in ops) == (kernels == "amx")
-    error, error_of_ggml = np.abs(found - exact).mean(), np.abs(of_ggml - exact).mean()
+    error, error_of_ggml = (np.median(np.abs(x - exact).mean(axis=1)) for x in (found, of_ggml))
     assert error < 1.2 * error_of_ggml, (error, error_of_ggml)
     assert error < 0.04 * exact.std(), (error, exact.std())
 

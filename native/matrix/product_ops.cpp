@@ -17,18 +17,25 @@ namespace {
 constexpr char kProduct[] = "product", kExpertProduct[] = "expert_product", kPacked[] = "pack";
 
 // Where the numbers are kept while they are needed again and again: 32 rows of weights, 256 numbers of each,
-// are unpacked (16 KiB, for the first cache) and multiplied with the same numbers of up to 256 columns (128
-// KiB, for the second), which stay there while 8 such panels of weights go by.
+// are unpacked (16 KiB, for the first cache) and multiplied with the same numbers of up to 1024 columns (512
+// KiB, for the second), which stay there while up to 8 such panels of weights go by: as many as there is room
+// for their products (256 KiB).
 constexpr int64_t kPanelRows = 2 * kTileRows;
 constexpr int64_t kDepth = 8;
 constexpr int64_t kMaxPanels = 8;
-constexpr int64_t kMaxTiles = 16;  // of columns
+constexpr int64_t kMaxTiles = 64;  // of columns
 constexpr int64_t kFewTiles = 4;
-constexpr int64_t kPanelNumbers = 2 * kMaxTiles * kProductNumbers;
+constexpr int64_t kMaxPairs = 128;  // of tiles of products
+
+int64_t n_panels_for(int64_t n_tiles) {
+    // Few columns stay in the second cache whole: then weights are read in the order in which they lie.
+    return n_tiles <= kFewTiles ? 1 : std::clamp(kMaxPairs / n_tiles, kMaxPairs / kMaxTiles, kMaxPanels);
+}
 
 struct Area {
     alignas(64) uint16_t weights[2 * kDepth * kTileNumbers];
-    alignas(64) float products[kMaxPanels * kPanelNumbers];
+    alignas(64) float products[kMaxPairs * 2 * kProductNumbers];
+    std::vector<float> rows;  // of columns that are made while they are packed
 };
 
 Area& area() {
@@ -100,14 +107,37 @@ struct Block {
     int64_t column_stride(int64_t d) const { return depth_at(d) * kTileNumbers; }
 };
 
+const Packing& packing_of(const ggml_tensor* packed) { return *static_cast<const Packing*>(packed->extra); }
+
 Block block_of(const ggml_tensor* packed, int64_t first_tile, int64_t n_tiles) {
-    const int64_t n_inner = packed->src[0]->ne[0];
+    const int64_t n_inner = packing_of(packed).x->ne[0];
     return {align(static_cast<uint16_t*>(packed->data)) + first_tile * kTileRows * n_inner,
             n_inner / kTileDepth, n_tiles};
 }
 
-// Tile `i_tile` of a block out of up to kTileRows columns, null ones being zeros.
-void pack_tile(const Block& block, int64_t i_tile, const float* const* columns) {
+// Tile `i_tile` of a block out of the first n columns at places (i1[c], i2[c]) of x; the others are zeros.
+struct Places {
+    int64_t n = 0, i1[kTileRows], i2[kTileRows];
+    void add(int64_t a, int64_t b) {
+        i1[n] = a;
+        i2[n++] = b;
+    }
+};
+
+void pack_tile(const Block& block, int64_t i_tile, const Packing& packing, const Places& places) {
+    const ggml_tensor* x = packing.x;
+    const float* columns[kTileRows] = {};
+    std::vector<float>& room = area().rows;
+    if (packing.make) room.resize(kTileRows * x->ne[0]);
+    for (int64_t c = 0; c < places.n; ++c) {
+        if (!packing.make) {
+            columns[c] = column(x, places.i1[c], places.i2[c]);
+            continue;
+        }
+        float* made = room.data() + c * x->ne[0];
+        packing.make(x, places.i1[c], places.i2[c], made);
+        columns[c] = made;
+    }
     for (int64_t d = 0; d < block.depth; d += kDepth) {
         const float* from[kTileRows];
         for (int64_t c = 0; c < kTileRows; ++c) from[c] = columns[c] ? columns[c] + d * kTileDepth : nullptr;
@@ -116,31 +146,29 @@ void pack_tile(const Block& block, int64_t i_tile, const float* const* columns) 
 }
 
 void pack_op(ggml_tensor* dst, int ith, int nth, void*) {
-    const ggml_tensor* x = dst->src[0];
-    const int64_t n_columns = x->ne[1], n_tiles = n_tiles_of(n_columns);
-    for (int64_t tile = ith; tile < n_tiles; tile += nth) {
-        const float* columns[kTileRows] = {};
-        for (int64_t c = 0; c < std::min(kTileRows, n_columns - tile * kTileRows); ++c)
-            columns[c] = column(x, tile * kTileRows + c);
-        pack_tile(block_of(dst, 0, n_tiles), tile, columns);
+    const Packing& packing = packing_of(dst);
+    const int64_t n_columns = packing.x->ne[1], n_tiles = n_tiles_of(n_columns);
+    for (int64_t tile = n_tiles * ith / nth; tile < n_tiles * (ith + 1) / nth; ++tile) {
+        Places places;
+        for (int64_t c = tile * kTileRows; c < std::min((tile + 1) * kTileRows, n_columns); ++c)
+            places.add(c, 0);
+        pack_tile(block_of(dst, 0, n_tiles), tile, packing, places);
     }
 }
 
-void pack_experts_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
-    const ggml_tensor *x = dst->src[0], *experts = dst->src[1];
-    const int64_t n_expert = reinterpret_cast<intptr_t>(userdata), n_used = experts->ne[0];
-    const Groups groups = group_by_expert(experts, n_expert);
-    for (int64_t e = 0; e < n_expert; ++e) {
+void pack_experts_op(ggml_tensor* dst, int ith, int nth, void*) {
+    const Packing& packing = packing_of(dst);
+    const int64_t n_used = packing.experts->ne[0];
+    const Groups groups = group_by_expert(packing.experts, packing.n_expert);
+    for (int64_t e = 0; e < packing.n_expert; ++e) {
         const int64_t first_tile = groups.begin_tile[e], n_tiles = groups.begin_tile[e + 1] - first_tile;
         for (int64_t tile = 0; tile < n_tiles; ++tile) {
             if ((first_tile + tile) % nth != ith) continue;
             const int64_t first = groups.begin[e] + tile * kTileRows;
-            const float* columns[kTileRows] = {};
-            for (int64_t c = 0; c < std::min<int64_t>(kTileRows, groups.begin[e + 1] - first); ++c) {
-                const int64_t place = groups.columns[first + c];
-                columns[c] = column(x, place % n_used % x->ne[1], place / n_used);
-            }
-            pack_tile(block_of(dst, first_tile, n_tiles), tile, columns);
+            Places places;
+            for (int64_t c = first; c < std::min<int64_t>(first + kTileRows, groups.begin[e + 1]); ++c)
+                places.add(groups.columns[c] % n_used % packing.x->ne[1], groups.columns[c] / n_used);
+            pack_tile(block_of(dst, first_tile, n_tiles), tile, packing, places);
         }
     }
 }
@@ -152,11 +180,12 @@ struct Task {
     const ggml_tensor* weight;
     int64_t expert;
     Block block;
-    int64_t first_row, n_rows;  // at most kMaxPanels panels
+    int64_t first_row, n_rows;  // at most n_panels_for() the columns
     int64_t first_tile, n_columns;
 
     int64_t n_panels() const { return (n_rows + kPanelRows - 1) / kPanelRows; }
     int64_t n_tiles() const { return n_tiles_of(n_columns); }
+    int64_t panel_numbers() const { return 2 * n_tiles() * kProductNumbers; }  // of products
 
     // Numbers from depth d on of panel i.
     Rows panel(int64_t i, int64_t d) const {
@@ -193,7 +222,7 @@ void compute_products(Kernel kernel, const Task& task, Area& area) {
             unpack(rows, area.weights, task.ahead(i, d));
             const Operands operands = {area.weights, rows.n / kTileDepth * kTileNumbers,
                                        task.block.at(task.first_tile, d), task.block.column_stride(d),
-                                       area.products + i * kPanelNumbers};
+                                       area.products + i * task.panel_numbers()};
             matrix::multiply(kernel, operands, n_tiles_of(rows.n_rows), task.n_tiles(), rows.n / kTileDepth,
                              d > 0);
         }
@@ -209,7 +238,7 @@ void store_products(const Task& task, const Area& area, const Target& target) {
             float* targets[kTileRows];
             for (int64_t i = 0; i < n; ++i)
                 targets[i] = target(task.first_tile * kTileRows + c + i) + task.first_row + r;
-            const float* product = area.products + r / kPanelRows * kPanelNumbers +
+            const float* product = area.products + r / kPanelRows * task.panel_numbers() +
                                    (2 * (c / kTileRows) + r / kTileRows % 2) * kProductNumbers;
             store_product(product, std::min(kTileRows, task.n_rows - r), targets, n);
         }
@@ -222,8 +251,7 @@ void multiply_share(Kernel kernel, const ggml_tensor* weight, int64_t expert, co
                     int64_t n_columns, int ith, int nth, const Target& target) {
     const int64_t n_rows = weight->ne[1], n_panels = (n_rows + kPanelRows - 1) / kPanelRows;
     const int64_t end = std::min(n_panels * (ith + 1) / nth * kPanelRows, n_rows);
-    // Few columns stay in the second cache whole: then weights are read in the order in which they lie.
-    const int64_t n_at_once = (block.n_tiles <= kFewTiles ? 1 : kMaxPanels) * kPanelRows;
+    const int64_t n_at_once = n_panels_for(block.n_tiles) * kPanelRows;
     for (int64_t row = n_panels * ith / nth * kPanelRows; row < end; row += n_at_once) {
         for (int64_t tile = 0; tile < block.n_tiles; tile += kMaxTiles) {
             const Task task = {weight,
@@ -248,7 +276,7 @@ void product_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
 }
 
 void expert_product_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
-    const ggml_tensor *weight = dst->src[0], *packed = dst->src[1], *experts = packed->src[1];
+    const ggml_tensor *weight = dst->src[0], *packed = dst->src[1], *experts = packing_of(packed).experts;
     const Kernel kernel = kernel_of(userdata);
     const Readiness ready(kernel);
     const Groups groups = group_by_expert(experts, weight->ne[2]);
@@ -272,10 +300,11 @@ void expert_product_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
 Factors factors_of(const ggml_tensor* node) {
     if (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID)
         return {node->src[0], node->src[1], node->src[2]};
-    const bool by_expert = node->op == GGML_OP_CUSTOM && std::strcmp(node->name, kExpertProduct) == 0;
-    if (node->op != GGML_OP_CUSTOM || (!by_expert && std::strcmp(node->name, kProduct) != 0)) return {};
-    const ggml_tensor* packed = node->src[1];
-    return {node->src[0], packed->src[0], by_expert ? packed->src[1] : nullptr};
+    if (node->op != GGML_OP_CUSTOM ||
+        (std::strcmp(node->name, kExpertProduct) != 0 && std::strcmp(node->name, kProduct) != 0))
+        return {};
+    const Packing& packing = packing_of(node->src[1]);
+    return {node->src[0], packing.x, packing.experts};
 }
 
 bool Products::takes(const ggml_tensor* weight, const ggml_tensor* x) const {
@@ -285,14 +314,23 @@ bool Products::takes(const ggml_tensor* weight, const ggml_tensor* x) const {
 
 ggml_tensor* Products::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expert) {
     ggml_tensor*& packed = packed_[x];
-    if (packed && packed->src[1] == experts) return packed;
-    ggml_tensor* sources[] = {x, experts};
+    if (packed && packing_of(packed).experts == experts) return packed;
+    const MakeRow make = keep_columns_ ? nullptr : row_maker_of(x);
+    std::vector<ggml_tensor*> sources;
+    if (make) {  // x is no node of the graph then, what it is made of is
+        for (int i = 0; i < GGML_MAX_SRC && x->src[i]; ++i) sources.push_back(x->src[i]);
+    } else {
+        sources.push_back(x);
+    }
+    if (experts) sources.push_back(experts);
     const int64_t n_tiles =
         experts ? max_expert_tiles(ggml_nelements(experts), n_expert) : n_tiles_of(x->ne[1]);
     constexpr int64_t room_to_align = kLine / sizeof(uint16_t);
     packed = ggml_custom_4d(ctx_, GGML_TYPE_BF16, x->ne[0] * n_tiles * kTileRows + room_to_align, 1, 1, 1,
-                            sources, experts ? 2 : 1, experts ? pack_experts_op : pack_op, GGML_N_TASKS_MAX,
-                            reinterpret_cast<void*>(static_cast<intptr_t>(n_expert)));
+                            sources.data(), static_cast<int>(sources.size()),
+                            experts ? pack_experts_op : pack_op, GGML_N_TASKS_MAX, nullptr);
+    packings_.push_back({x, make, experts, n_expert});
+    packed->extra = &packings_.back();
     return ggml_set_name(packed, kPacked);
 }
 

@@ -1,8 +1,10 @@
 // Products of weights and columns as nodes of a graph on the processor.
 #pragma once
 
+#include <deque>
 #include <map>
 
+#include "../row_ops.h"
 #include "ggml.h"
 #include "kernels.h"
 
@@ -17,12 +19,23 @@ struct Factors {
 };
 Factors factors_of(const ggml_tensor* node);
 
+// What a node of packed columns is made of.
+struct Packing {
+    const ggml_tensor* x;
+    MakeRow make;  // of x, which has no memory then; null: x is a node of the graph
+    const ggml_tensor* experts;
+    int64_t n_expert;
+};
+
 // Makes a graph's products with the kernel given, where it has the weight's type, else with ggml's. Columns
-// that meet several weights are packed once. Each number of a product depends on its own row and column only,
-// not on how many there are beside them.
+// that meet several weights are packed once, and where that can be they are made while they are packed. Has
+// to live as long as the graph. Each number of a product depends on its own row and column only, not on how
+// many there are beside them.
 class Products {
   public:
     Products(ggml_context* ctx, Kernel kernel) : ctx_(ctx), kernel_(kernel) {}
+    Products(const Products&) = delete;
+    Products& operator=(const Products&) = delete;
 
     // weight [n_inner, n_rows] times x [n_inner, n_columns] -> F32 [n_rows, n_columns]
     ggml_tensor* multiply(ggml_tensor* weight, ggml_tensor* x);
@@ -30,13 +43,18 @@ class Products {
     // -> F32 [n_rows, n_used, n_tokens]
     ggml_tensor* multiply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts);
 
+    // Columns are nodes of the graph from now on, for who wants to read them.
+    void keep_columns() { keep_columns_ = true; }
+
   private:
     bool takes(const ggml_tensor* weight, const ggml_tensor* x) const;
     ggml_tensor* packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expert);
 
     ggml_context* ctx_;
     Kernel kernel_;
+    bool keep_columns_ = false;
     std::map<const ggml_tensor*, ggml_tensor*> packed_;  // by what was packed
+    std::deque<Packing> packings_;                       // where they stay
 };
 
 }  // namespace matrix

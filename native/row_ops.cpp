@@ -1,0 +1,196 @@
+#include "row_ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "vector_math.h"
+
+namespace pydiffusion {
+
+namespace {
+
+constexpr char kGatedGelu[] = "gated_gelu", kRmsNorm[] = "rms_norm";
+
+float* row(const ggml_tensor* t, int64_t i1, int64_t i2 = 0, int64_t i3 = 0) {
+    return reinterpret_cast<float*>(static_cast<char*>(t->data) + i1 * t->nb[1] + i2 * t->nb[2] +
+                                    i3 * t->nb[3]);
+}
+
+const float* vector_of(const ggml_tensor* t) { return static_cast<const float*>(t->data); }
+
+// f(i) for a thread's range of n.
+template <typename F>
+void for_share(int64_t n, int ith, int nth, const F& f) {
+    for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; ++i) f(i);
+}
+
+// --- gated GELU ---
+
+// gelu_tanh(x) = x / 2 * (1 + tanh(y)) = x / (1 + exp(-2 y)), with y = sqrt(2 / pi) * (x + 0.044715 x^3).
+void gated_gelu_row(float* out, const float* gate, const float* up, int64_t n) {
+    constexpr float a = -2.0f * 0.79788456080286535588f, b = a * 0.044715f;
+    for (int64_t i = 0; i < n; ++i) {
+        const float x = gate[i];
+        out[i] = x / (1.0f + vector_exp(x * (a + b * x * x))) * up[i];
+    }
+}
+
+void make_gelu_row(const ggml_tensor* node, int64_t i1, int64_t i2, float* out) {
+    gated_gelu_row(out, row(node->src[0], i1, i2), row(node->src[1], i1, i2), node->ne[0]);
+}
+
+// --- RMS norm ---
+
+// Sums of squares in as many lanes as keep the processor busy, in a fixed order.
+float mean_square(const float* x, int64_t n) {
+    constexpr int64_t kLanes = 64;
+    float lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        for (int64_t l = 0; l < kLanes; ++l) lanes[l] += x[i + l] * x[i + l];
+    }
+    for (; i < n; ++i) lanes[i % kLanes] += x[i] * x[i];
+    double sum = 0.0;
+    for (const float lane : lanes) sum += lane;
+    return static_cast<float>(sum / static_cast<double>(n));
+}
+
+float norm_scale(const float* x, int64_t n, float eps) { return 1.0f / std::sqrt(mean_square(x, n) + eps); }
+
+// weight null: none. out may be x.
+void norm_row(float* out, const float* x, const float* weight, int64_t n, float eps) {
+    const float scale = norm_scale(x, n, eps);
+    if (weight) {
+        for (int64_t i = 0; i < n; ++i) out[i] = x[i] * scale * weight[i];
+    } else {
+        for (int64_t i = 0; i < n; ++i) out[i] = x[i] * scale;
+    }
+}
+
+float eps_of(const ggml_tensor* node) { return *static_cast<const float*>(node->extra); }
+
+void make_norm_row(const ggml_tensor* node, int64_t i1, int64_t i2, float* out) {
+    const ggml_tensor *x = node->src[0], *weight = node->src[1];
+    norm_row(out, row(x, i1, i2), weight ? vector_of(weight) : nullptr, node->ne[0], eps_of(node));
+}
+
+// --- nodes made row by row ---
+
+template <MakeRow make>
+void rows_op(ggml_tensor* dst, int ith, int nth, void*) {
+    for_share(dst->ne[1] * dst->ne[2], ith, nth, [&](int64_t r) {
+        const int64_t i1 = r % dst->ne[1], i2 = r / dst->ne[1];
+        make(dst, i1, i2, row(dst, i1, i2));
+    });
+}
+
+// --- the ends of a layer's halves ---
+
+void add_normed_op(ggml_tensor* dst, int ith, int nth, void*) {
+    const ggml_tensor *x = dst->src[0], *branch = dst->src[1];
+    const float *weight = vector_of(dst->src[2]), eps = eps_of(dst);
+    const int64_t n = dst->ne[0];
+    for_share(dst->ne[1], ith, nth, [&](int64_t t) {
+        const float *from = row(x, t), *b = row(branch, t);
+        float* out = row(dst, t);
+        const float scale = norm_scale(b, n, eps);
+        for (int64_t i = 0; i < n; ++i) out[i] = from[i] + b[i] * scale * weight[i];
+    });
+}
+
+void add_weighted(float* sum, const float* values, float weight, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) sum[i] += weight * values[i];
+}
+
+void join_branches_op(ggml_tensor* dst, int ith, int nth, void*) {
+    const ggml_tensor *x = dst->src[0], *dense = dst->src[1], *experts = dst->src[3], *weights = dst->src[4];
+    const float *dense_norm = vector_of(dst->src[2]), *mixture_norm = vector_of(dst->src[5]);
+    const float *norm = vector_of(dst->src[6]), layer_scale = *vector_of(dst->src[7]);
+    const float eps = eps_of(dst);
+    const int64_t n = dst->ne[0];
+    static thread_local std::vector<float> room;
+    room.resize(n);
+    float* sum = room.data();
+    for_share(dst->ne[1], ith, nth, [&](int64_t t) {
+        std::fill_n(sum, n, 0.0f);
+        for (int64_t i = 0; i < experts->ne[1]; ++i)
+            add_weighted(sum, row(experts, i, t), row(weights, t)[i], n);
+        const float* d = row(dense, t);
+        const float dense_scale = norm_scale(d, n, eps), mixture_scale = norm_scale(sum, n, eps);
+        for (int64_t i = 0; i < n; ++i)
+            sum[i] = d[i] * dense_scale * dense_norm[i] + sum[i] * mixture_scale * mixture_norm[i];
+        const float scale = norm_scale(sum, n, eps), *from = row(x, t);
+        float* out = row(dst, t);
+        for (int64_t i = 0; i < n; ++i) out[i] = (from[i] + sum[i] * scale * norm[i]) * layer_scale;
+    });
+}
+
+// --- heads ---
+
+void rotate_normed_op(ggml_tensor* dst, int ith, int nth, void*) {
+    const ggml_tensor *x = dst->src[0], *angles = dst->src[2];
+    const float *weight = vector_of(dst->src[1]), eps = eps_of(dst);
+    const int64_t n = dst->ne[0], half = n / 2;
+    for_share(dst->ne[2], ith, nth, [&](int64_t t) {
+        const float *cosine = row(angles, t), *sine = cosine + half;
+        for (int64_t head = 0; head < dst->ne[1]; ++head) {
+            const float* from = row(x, head, t);
+            float* out = row(dst, head, t);
+            const float scale = norm_scale(from, n, eps);
+            for (int64_t i = 0; i < half; ++i) {
+                const float a = from[i] * scale * weight[i], b = from[half + i] * scale * weight[half + i];
+                out[i] = a * cosine[i] - b * sine[i];
+                out[half + i] = a * sine[i] + b * cosine[i];
+            }
+        }
+    });
+}
+
+ggml_tensor* new_node(ggml_context* ctx, const ggml_tensor* shape, ggml_tensor** sources, int n_sources,
+                      ggml_custom_op_t op, const float* eps, const char* name) {
+    ggml_tensor* node = ggml_custom_4d(ctx, GGML_TYPE_F32, shape->ne[0], shape->ne[1], shape->ne[2], 1,
+                                       sources, n_sources, op, GGML_N_TASKS_MAX, nullptr);
+    node->extra = const_cast<float*>(eps);
+    return ggml_set_name(node, name);
+}
+
+}  // namespace
+
+ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up) {
+    ggml_tensor* sources[] = {gate, up};
+    return new_node(ctx, gate, sources, 2, rows_op<make_gelu_row>, nullptr, kGatedGelu);
+}
+
+ggml_tensor* rms_norm(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, const float* eps) {
+    ggml_tensor* sources[] = {x, weight};
+    return new_node(ctx, x, sources, weight ? 2 : 1, rows_op<make_norm_row>, eps, kRmsNorm);
+}
+
+ggml_tensor* add_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight,
+                        const float* eps) {
+    ggml_tensor* sources[] = {x, branch, weight};
+    return new_node(ctx, x, sources, 3, add_normed_op, eps, "add_normed");
+}
+
+ggml_tensor* join_branches(ggml_context* ctx, ggml_tensor* x, const Branches& b, const float* eps) {
+    ggml_tensor* sources[] = {x,         b.dense,        b.dense_norm, b.experts,
+                              b.weights, b.mixture_norm, b.norm,       b.scale};
+    return new_node(ctx, x, sources, 8, join_branches_op, eps, "join_branches");
+}
+
+ggml_tensor* rotate_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,
+                           const float* eps) {
+    ggml_tensor* sources[] = {x, weight, angles};
+    return new_node(ctx, x, sources, 3, rotate_normed_op, eps, "rotate_normed");
+}
+
+MakeRow row_maker_of(const ggml_tensor* node) {
+    if (node->op != GGML_OP_CUSTOM) return nullptr;
+    if (std::strcmp(node->name, kGatedGelu) == 0) return make_gelu_row;
+    if (std::strcmp(node->name, kRmsNorm) == 0) return make_norm_row;
+    return nullptr;
+}
+
+}  // namespace pydiffusion
