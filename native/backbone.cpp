@@ -64,6 +64,13 @@ ggml_tensor* GraphBuilder::gelu_product(ggml_tensor* gate, ggml_tensor* up) cons
     return portable() ? portable::gated_gelu(ctx(), gate, up) : gated_gelu(ctx(), gate, up);
 }
 
+ggml_tensor* GraphBuilder::stack(const std::vector<ggml_tensor*>& parts) const {
+    if (!portable()) return stack_tokens(ctx(), parts);
+    ggml_tensor* all = parts[0];
+    for (size_t i = 1; i < parts.size(); ++i) all = ggml_concat(ctx(), all, parts[i], 1);
+    return all;
+}
+
 ggml_tensor* GraphBuilder::add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) const {
     if (portable()) return ggml_add(ctx(), x, rms_norm(branch, weight));
     return pydiffusion::add_normed(ctx(), x, branch, weight, &model.hparams.rms_eps);
@@ -241,15 +248,14 @@ ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const C
     ggml_tensor* q = split_heads(g, g.products->multiply(w.attn_q, h), shape.head_dim);
     q = g.rotate_normed(q, w.attn_q_norm, shape.sliding);
 
-    ggml_tensor* all = nullptr;
+    std::vector<ggml_tensor*> outputs;
     int64_t first = 0;
     for (size_t i = 0; i < g.sequences.size(); ++i) {
         const int64_t n_tokens = g.sequences[i].n_tokens;
-        ggml_tensor* a = attend_sequence(g, i, i_layer, tokens_of(g, q, first, n_tokens), causal);
-        all = all ? ggml_concat(g.ctx(), all, a, 1) : a;
+        outputs.push_back(attend_sequence(g, i, i_layer, tokens_of(g, q, first, n_tokens), causal));
         first += n_tokens;
     }
-    return g.products->multiply(w.attn_output, all);
+    return g.products->multiply(w.attn_output, g.stack(outputs));
 }
 
 // r [d, n_tokens] -> the router's softmax [n_expert, n_tokens]

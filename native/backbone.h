@@ -77,6 +77,7 @@ struct GraphBuilder {
 
     ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr) const;  // weight null: none
     ggml_tensor* gelu_product(ggml_tensor* gate, ggml_tensor* up) const;         // gelu(gate) * up
+    ggml_tensor* stack(const std::vector<ggml_tensor*>& parts) const;  // [d, n_i] side by side
     // x + rms_norm(branch, weight)
     ggml_tensor* add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) const;
     // rms_norm(x, weight) turned by its tokens' positions, x [head_dim, n_heads, n_tokens]

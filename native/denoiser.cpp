@@ -32,6 +32,7 @@ CanvasState::CanvasState(const Model& model) : model_(model) {
         throw Error(ErrorKind::out_of_memory, format("no memory for the logits of a canvas (%.1f MB)",
                                                      static_cast<double>(ggml_nbytes(logits_)) / 1e6));
     }
+    use_large_pages(buffer_.get());
     step_.soft_cap = hp.soft_cap;
     step_.kernel = model.engine.kernel();
     step_.embedding_scale = std::sqrt(static_cast<float>(hp.n_embd));
@@ -105,11 +106,9 @@ ggml_tensor* Denoiser::soft_embedding_of(GraphBuilder& g, CanvasState& state, in
 ggml_tensor* Denoiser::embed_lanes(GraphBuilder& g, const std::vector<Lane>& lanes) {
     const Weights& w = model_.weights;
     g.begin_part("self-conditioning");
-    ggml_tensor* soft = nullptr;
-    for (const Lane& lane : lanes) {
-        ggml_tensor* one = soft_embedding_of(g, *lane.state, lane.n_tokens());
-        soft = soft ? ggml_concat(g.ctx(), soft, one, 1) : one;
-    }
+    std::vector<ggml_tensor*> parts;
+    for (const Lane& lane : lanes) parts.push_back(soft_embedding_of(g, *lane.state, lane.n_tokens()));
+    ggml_tensor* soft = g.stack(parts);
     ggml_tensor* s =
         g.mlp(g.rms_norm(soft, w.self_cond_pre_norm), w.self_cond_gate, w.self_cond_up, w.self_cond_down);
     g.begin_part("embedding");

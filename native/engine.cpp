@@ -11,6 +11,9 @@
 #if !defined(_WIN32)
 #include <unistd.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace pydiffusion {
 
@@ -224,6 +227,32 @@ void Engine::compute(ggml_cgraph* graph, const std::function<bool()>& cancelled)
         throw Error(ErrorKind::general, format("ggml failed with status %d", status));
 }
 
+void use_large_pages(ggml_backend_buffer_t buffer) {
+#if defined(__linux__)
+    constexpr uintptr_t page = uintptr_t{2} << 20;
+    if (!buffer || !ggml_backend_buffer_is_host(buffer)) return;
+    const auto data = reinterpret_cast<uintptr_t>(ggml_backend_buffer_get_base(buffer));
+    const uintptr_t begin = (data + page - 1) / page * page;
+    const uintptr_t end = (data + ggml_backend_buffer_get_size(buffer)) / page * page;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: may fail
+#else
+    (void)buffer;
+#endif
+}
+
+namespace {
+
+void use_large_pages_under(ggml_cgraph* graph) {
+    ggml_backend_buffer_t last = nullptr;
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        ggml_backend_buffer_t buffer = ggml_graph_node(graph, i)->buffer;
+        if (buffer != last) use_large_pages(buffer);
+        last = buffer;
+    }
+}
+
+}  // namespace
+
 Workspace::Workspace(Engine& engine) : engine_(engine) {
     if (engine_.on_device()) return;  // a scheduler is made for the size of its first graph
     allocator_.reset(ggml_gallocr_new(engine_.buffer_type()));
@@ -234,6 +263,7 @@ void Workspace::allocate(ggml_cgraph* graph, ggml_context* inputs, const char* w
     const bool done = engine_.on_device() ? place_inputs(inputs) && schedule(graph)
                                           : ggml_gallocr_alloc_graph(allocator_.get(), graph);
     if (!done) throw Error(ErrorKind::out_of_memory, format("no memory for %s", what));
+    if (!engine_.on_device()) use_large_pages_under(graph);
 }
 
 bool Workspace::place_inputs(ggml_context* inputs) {

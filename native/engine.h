@@ -84,6 +84,10 @@ class Engine {
     mutable std::mutex device_mutex_;
 };
 
+// Asks for pages of 2 MiB under what a buffer in the processor's memory does not use yet: rows of activations
+// lie further apart than a small page, and each would miss the table of translations.
+void use_large_pages(ggml_backend_buffer_t buffer);
+
 // Memory for one graph at a time, and the way to run it.
 class Workspace {
   public:

@@ -11,7 +11,7 @@ namespace pydiffusion {
 
 namespace {
 
-constexpr char kGatedGelu[] = "gated_gelu", kRmsNorm[] = "rms_norm";
+constexpr char kGatedGelu[] = "gated_gelu", kRmsNorm[] = "rms_norm", kStack[] = "stack_tokens";
 
 float* row(const ggml_tensor* t, int64_t i1, int64_t i2 = 0, int64_t i3 = 0) {
     return reinterpret_cast<float*>(static_cast<char*>(t->data) + i1 * t->nb[1] + i2 * t->nb[2] +
@@ -74,6 +74,14 @@ float eps_of(const ggml_tensor* node) { return *static_cast<const float*>(node->
 void make_norm_row(const ggml_tensor* node, int64_t i1, int64_t i2, float* out) {
     const ggml_tensor *x = node->src[0], *weight = node->src[1];
     norm_row(out, row(x, i1, i2), weight ? vector_of(weight) : nullptr, node->ne[0], eps_of(node));
+}
+
+// --- tokens of several sequences ---
+
+void make_stacked_row(const ggml_tensor* node, int64_t i1, int64_t, float* out) {
+    const ggml_tensor* const* part = node->src;
+    for (; i1 >= (*part)->ne[1]; ++part) i1 -= (*part)->ne[1];
+    std::copy_n(row(*part, i1), node->ne[0], out);
 }
 
 // --- nodes made row by row ---
@@ -186,10 +194,26 @@ ggml_tensor* rotate_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weigh
     return new_node(ctx, x, sources, 3, rotate_normed_op, eps, "rotate_normed");
 }
 
+ggml_tensor* stack_tokens(ggml_context* ctx, std::vector<ggml_tensor*> parts) {
+    constexpr size_t most = GGML_MAX_SRC - 1;  // one is left for who makes the rows
+    while (parts.size() > 1) {
+        const size_t n = std::min(most, parts.size());
+        int64_t n_tokens = 0;
+        for (size_t i = 0; i < n; ++i) n_tokens += parts[i]->ne[1];
+        ggml_tensor* stack = ggml_custom_4d(ctx, GGML_TYPE_F32, parts[0]->ne[0], n_tokens, 1, 1, parts.data(),
+                                            static_cast<int>(n), rows_op<make_stacked_row>, GGML_N_TASKS_MAX,
+                                            nullptr);
+        parts.erase(parts.begin() + 1, parts.begin() + static_cast<std::ptrdiff_t>(n));
+        parts[0] = ggml_set_name(stack, kStack);
+    }
+    return parts[0];
+}
+
 MakeRow row_maker_of(const ggml_tensor* node) {
     if (node->op != GGML_OP_CUSTOM) return nullptr;
     if (std::strcmp(node->name, kGatedGelu) == 0) return make_gelu_row;
     if (std::strcmp(node->name, kRmsNorm) == 0) return make_norm_row;
+    if (std::strcmp(node->name, kStack) == 0) return make_stacked_row;
     return nullptr;
 }
 

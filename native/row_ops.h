@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "ggml.h"
 
@@ -38,6 +39,9 @@ ggml_tensor* join_branches(ggml_context* ctx, ggml_tensor* x, const Branches& br
 // contiguous; angles [head_dim, n_tokens].
 ggml_tensor* rotate_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,
                            const float* eps);
+
+// Tokens of several sequences side by side: parts [d, n_i] -> [d, sum of n_i].
+ggml_tensor* stack_tokens(ggml_context* ctx, std::vector<ggml_tensor*> parts);
 
 // Makes row (i1, i2) of a node, from the data of its sources: for whoever reads each row once and wants no
 // node for it. Null where the node is none of ours of which that can be had.
