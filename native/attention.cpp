@@ -46,10 +46,11 @@ struct Area {
 void load_queries(Area& area, const AttentionInputs& in, int64_t head, int64_t begin, int64_t n,
                   int64_t block) {
     const int64_t dim = in.head_dim();
+    std::vector<float> room(dim);
     for (int64_t i = 0; i < block; ++i) {
         // Lanes behind the last query repeat it: they are computed and thrown away.
         const int64_t query = begin + std::min(i, n - 1);
-        const float* source = in.query(head, query);
+        const float* source = in.query(head, query, room.data());
         for (int64_t d = 0; d < dim; ++d) area.queries[d * block + i] = source[d];
         area.maximum[i] = kNoMaximum;
         area.sum[i] = 0.0f;
@@ -143,10 +144,13 @@ void attend_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
 ggml_tensor* attend(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v, const Causal* causal,
                     matrix::Kernel kernel) {
     const bool by_tiles = kernel == matrix::Kernel::tiles && matrix::can_attend(k->type, q->ne[0]);
-    ggml_tensor* sources[] = {q, k, v};
-    ggml_tensor* out = ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, sources, 3,
+    std::vector<ggml_tensor*> sources = {k, v};
+    append_sources(sources, q);
+    ggml_tensor* out = ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, sources.data(),
+                                      static_cast<int>(sources.size()),
                                       by_tiles ? matrix::attend_op : attend_op, GGML_N_TASKS_MAX,
                                       const_cast<Causal*>(causal));
+    out->extra = q;
     return ggml_set_name(out, by_tiles ? "attend_tiles" : "attend");
 }
 

@@ -6,19 +6,22 @@
 
 #include "attention.h"
 #include "ggml-cpu.h"
+#include "row_ops.h"
 
 namespace pydiffusion {
 
 struct AttentionInputs {
     ggml_tensor* dst;
-    const ggml_tensor *q, *k, *v;
+    const ggml_tensor *k, *v, *q;
+    MakeRow make_query;  // of q, which has no memory then; null: q is a node
     const Causal* causal;
 
     explicit AttentionInputs(ggml_tensor* out, const void* userdata)
         : dst(out),
-          q(out->src[0]),
-          k(out->src[1]),
-          v(out->src[2]),
+          k(out->src[0]),
+          v(out->src[1]),
+          q(static_cast<const ggml_tensor*>(out->extra)),
+          make_query(out->src[2] == q ? nullptr : row_maker_of(q)),
           causal(static_cast<const Causal*>(userdata)) {}
 
     int64_t head_dim() const { return q->ne[0]; }
@@ -27,8 +30,12 @@ struct AttentionInputs {
     int64_t group() const { return q->ne[1] / k->ne[2]; }     // heads that share a key head
     int64_t n_queries() const { return group() * q->ne[2]; }  // per key head
 
-    // Query i of a key head: its heads side by side, token by token.
-    const float* query(int64_t head, int64_t i) const { return at<float>(q, q->nb[1], q->nb[2], head, i); }
+    // Query i of a key head: its heads side by side, token by token. It may be made in `room` [head_dim].
+    const float* query(int64_t head, int64_t i, float* room) const {
+        if (!make_query) return at<float>(q, q->nb[1], q->nb[2], head, i);
+        make_query(q, head * group() + i % group(), i / group(), room);
+        return room;
+    }
     float* output(int64_t head, int64_t i) const {
         return at<float>(dst, head_dim() * sizeof(float), dst->nb[1], head, i);
     }

@@ -76,14 +76,16 @@ ggml_tensor* GraphBuilder::add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_
     return pydiffusion::add_normed(ctx(), x, branch, weight, &model.hparams.rms_eps);
 }
 
-ggml_tensor* GraphBuilder::rotate_normed(ggml_tensor* x, ggml_tensor* weight, bool sliding) {
+ggml_tensor* GraphBuilder::rotate_normed(ggml_tensor* x, ggml_tensor* weight, bool sliding, int64_t first) {
     if (!portable()) {
-        ggml_tensor* angles = this->angles(x->ne[0], sliding);
-        return pydiffusion::rotate_normed(ctx(), x, weight, angles, &model.hparams.rms_eps);
+        ggml_tensor* all = angles(x->ne[0], sliding);
+        ggml_tensor* own = ggml_view_2d(ctx(), all, all->ne[0], x->ne[2], all->nb[1], first * all->nb[1]);
+        return pydiffusion::rotate_normed(ctx(), x, weight, own, &model.hparams.rms_eps);
     }
-    if (!positions_) positions_ = new_input(GGML_TYPE_I32, x->ne[2]);
+    if (!positions_) positions_ = new_input(GGML_TYPE_I32, n_tokens());
     const Hyperparameters& hp = model.hparams;
-    return ggml_rope_ext(ctx(), rms_norm(x, weight), positions_, sliding ? nullptr : model.weights.rope_freqs,
+    ggml_tensor* own = ggml_view_1d(ctx(), positions_, x->ne[2], first * positions_->nb[0]);
+    return ggml_rope_ext(ctx(), rms_norm(x, weight), own, sliding ? nullptr : model.weights.rope_freqs,
                          static_cast<int>(x->ne[0]), GGML_ROPE_TYPE_NEOX, hp.n_ctx_train,
                          sliding ? hp.rope_base_swa : hp.rope_base, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
 }
@@ -92,10 +94,14 @@ ggml_tensor* GraphBuilder::angles(int64_t head_dim, bool sliding) {
     for (const Angles& a : angles_) {
         if (a.sliding == sliding && a.tensor->ne[0] == head_dim) return a.tensor;
     }
-    int64_t n_tokens = 0;
-    for (const Sequence& sequence : sequences) n_tokens += sequence.n_tokens;
-    angles_.push_back({sliding, new_input(GGML_TYPE_F32, head_dim, n_tokens)});
+    angles_.push_back({sliding, new_input(GGML_TYPE_F32, head_dim, n_tokens())});
     return angles_.back().tensor;
+}
+
+int64_t GraphBuilder::n_tokens() const {
+    int64_t n = 0;
+    for (const Sequence& sequence : sequences) n += sequence.n_tokens;
+    return n;
 }
 
 namespace {
@@ -246,52 +252,29 @@ ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const C
     store_normed(g, i_layer, h);
 
     ggml_tensor* q = split_heads(g, g.products->multiply(w.attn_q, h), shape.head_dim);
-    q = g.rotate_normed(q, w.attn_q_norm, shape.sliding);
 
     std::vector<ggml_tensor*> outputs;
     int64_t first = 0;
     for (size_t i = 0; i < g.sequences.size(); ++i) {
         const int64_t n_tokens = g.sequences[i].n_tokens;
-        outputs.push_back(attend_sequence(g, i, i_layer, tokens_of(g, q, first, n_tokens), causal));
+        ggml_tensor* own =
+            g.rotate_normed(tokens_of(g, q, first, n_tokens), w.attn_q_norm, shape.sliding, first);
+        outputs.push_back(attend_sequence(g, i, i_layer, own, causal));
         first += n_tokens;
     }
     return g.products->multiply(w.attn_output, g.stack(outputs));
 }
 
-// r [d, n_tokens] -> the router's softmax [n_expert, n_tokens]
+// r [d, n_tokens] -> the router's scores [n_expert, n_tokens], still to be divided by sqrt(d): the reference
+// divides the far longer vectors that they are products of.
 ggml_tensor* router(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r) {
-    ggml_tensor* scores = g.products->multiply(w.ffn_gate_inp, g.rms_norm(r, w.ffn_gate_inp_scale));
-    // On the scores, where the reference has it on the far longer vectors that they are products of.
-    scores = ggml_scale(g.ctx(), scores, 1.0f / std::sqrt(static_cast<float>(g.model.hparams.n_embd)));
-    return ggml_soft_max(g.ctx(), scores);
+    return g.products->multiply(w.ffn_gate_inp, g.rms_norm(r, w.ffn_gate_inp_scale));
 }
 
-struct Routing {
-    ggml_tensor* experts;  // I32 [n_used, n_tokens]
-    ggml_tensor* weights;  // F32 [n_used, n_tokens]
-};
-
-// The best n_used of all experts, their probabilities renormalised to sum 1, each times its expert's scale.
-Routing route(const GraphBuilder& g, const LayerWeights& w, ggml_tensor* probabilities) {
-    const Hyperparameters& hp = g.model.hparams;
-    ggml_context* ctx = g.ctx();
-    ggml_tensor* experts = best_rows(ctx, probabilities, hp.n_expert_used);
-
-    const auto chosen = [&](ggml_tensor* values) {
-        values = ggml_reshape_3d(ctx, values, 1, hp.n_expert, probabilities->ne[1]);
-        return ggml_reshape_2d(ctx, ggml_get_rows(ctx, values, experts), hp.n_expert_used,
-                               probabilities->ne[1]);
-    };
-    ggml_tensor* total = ggml_sum_rows(ctx, chosen(probabilities));
-    ggml_tensor* scaled = chosen(ggml_mul(ctx, probabilities, w.ffn_down_exps_scale));
-    return {experts, ggml_div(ctx, scaled, total)};
-}
-
-// x [d, n_tokens] through the experts chosen [n_used, n_tokens] -> [d, n_used, n_tokens]
+// x [d, 1, n_tokens] through the experts chosen [n_used, n_tokens] -> [d, n_used, n_tokens]
 ggml_tensor* experts(GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggml_tensor* chosen) {
     const Hyperparameters& hp = g.model.hparams;
     ggml_context* ctx = g.ctx();
-    x = ggml_reshape_3d(ctx, x, x->ne[0], 1, x->ne[1]);
     ggml_tensor *gate, *up;
     if (w.ffn_gate_up_exps) {
         ggml_tensor* both = g.products->multiply(w.ffn_gate_up_exps, x, chosen);
@@ -308,14 +291,21 @@ ggml_tensor* experts(GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggm
     return g.products->multiply(w.ffn_down_exps, g.gelu_product(gate, up), chosen);
 }
 
+// [d, n_tokens] -> [d, 1, n_tokens]
+ggml_tensor* each_token_alone(const GraphBuilder& g, ggml_tensor* x) {
+    return ggml_reshape_3d(g.ctx(), x, x->ne[0], 1, x->ne[1]);
+}
+
 // What the two halves of a feed-forward part make of r [d, n_tokens], added to it.
 ggml_tensor* portable_feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r,
                                    ggml_tensor* dense) {
     dense = g.rms_norm(dense, w.post_ffw_norm_1);
     g.begin_part("experts");
-    const portable::Routing routing = portable::route(g.ctx(), g.graph, router(g, w, r),
-                                                      w.ffn_down_exps_scale, g.model.hparams.n_expert_used);
-    ggml_tensor* y = experts(g, w, g.rms_norm(r, w.pre_ffw_norm_2), routing.experts);
+    const float scale = 1.0f / std::sqrt(static_cast<float>(g.model.hparams.n_embd));
+    ggml_tensor* probabilities = ggml_soft_max(g.ctx(), ggml_scale(g.ctx(), router(g, w, r), scale));
+    const portable::Routing routing = portable::route(g.ctx(), g.graph, probabilities, w.ffn_down_exps_scale,
+                                                      g.model.hparams.n_expert_used);
+    ggml_tensor* y = experts(g, w, each_token_alone(g, g.rms_norm(r, w.pre_ffw_norm_2)), routing.experts);
     ggml_tensor* mixture =
         g.rms_norm(portable::weighted_sum(g.ctx(), g.graph, y, routing), w.post_ffw_norm_2);
     return g.add_normed(r, ggml_add(g.ctx(), dense, mixture), w.post_ffw_norm);
@@ -327,11 +317,13 @@ ggml_tensor* feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r
     ggml_tensor* dense = g.mlp(g.rms_norm(r, w.ffn_norm), w.ffn_gate, w.ffn_up, w.ffn_down);
     if (g.portable()) return ggml_mul(g.ctx(), portable_feed_forward(g, w, r, dense), scale);
     g.begin_part("experts");
-    const Routing routing = route(g, w, router(g, w, r));
-    ggml_tensor* y = experts(g, w, g.rms_norm(r, w.pre_ffw_norm_2), routing.experts);
-    return join_branches(
-        g.ctx(), r, {dense, w.post_ffw_norm_1, y, routing.weights, w.post_ffw_norm_2, w.post_ffw_norm, scale},
-        &g.model.hparams.rms_eps);
+    ggml_tensor* scores = router(g, w, r);
+    ggml_tensor* chosen = best_rows(g.ctx(), scores, g.model.hparams.n_expert_used);
+    ggml_tensor* y = experts(g, w, g.rms_norm(each_token_alone(g, r), w.pre_ffw_norm_2), chosen);
+    const Branches branches = {dense,  w.post_ffw_norm_1,     y,                 scores,
+                               chosen, w.ffn_down_exps_scale, w.post_ffw_norm_2, w.post_ffw_norm,
+                               scale};
+    return join_branches(g.ctx(), r, branches, &g.model.hparams.rms_eps);
 }
 
 }  // namespace

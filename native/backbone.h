@@ -50,6 +50,7 @@ struct GraphBuilder {
     std::optional<matrix::Products> products;  // how this graph multiplies with weights
 
     ggml_context* ctx() const { return context.get(); }
+    int64_t n_tokens() const;  // of all sequences
 
     // A tensor that is written before each run of the graph and keeps what was written. Portable graphs have
     // them in the device's memory, laid out with the graph.
@@ -80,8 +81,8 @@ struct GraphBuilder {
     ggml_tensor* stack(const std::vector<ggml_tensor*>& parts) const;  // [d, n_i] side by side
     // x + rms_norm(branch, weight)
     ggml_tensor* add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) const;
-    // rms_norm(x, weight) turned by its tokens' positions, x [head_dim, n_heads, n_tokens]
-    ggml_tensor* rotate_normed(ggml_tensor* x, ggml_tensor* weight, bool sliding);
+    // rms_norm(x, weight) turned by its tokens' positions, x [head_dim, n_heads, n] with tokens from `first` on
+    ggml_tensor* rotate_normed(ggml_tensor* x, ggml_tensor* weight, bool sliding, int64_t first = 0);
     ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down);
     ggml_tensor* embed(ggml_tensor* ids) const;  // rows of the embedding times sqrt(d) -> [d, n_tokens]
 

@@ -179,7 +179,7 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
             if (std::string(node->name).rfind("attend", 0) ==
                 0) {  // queries times keys, and weights times values
                 cost.operations +=
-                    4.0 * static_cast<double>(ggml_nelements(a)) * static_cast<double>(b->ne[1]);
+                    4.0 * static_cast<double>(ggml_nelements(node)) * static_cast<double>(b->ne[1]);
                 cost.bytes += 2.0 * static_cast<double>(ggml_nelements(b) / ggml_blck_size(b->type)) *
                               static_cast<double>(ggml_type_size(b->type));
             } else if (node->name == std::string("soft_embedding")) {  // dense

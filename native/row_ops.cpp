@@ -11,7 +11,8 @@ namespace pydiffusion {
 
 namespace {
 
-constexpr char kGatedGelu[] = "gated_gelu", kRmsNorm[] = "rms_norm", kStack[] = "stack_tokens";
+constexpr char kGatedGelu[] = "gated_gelu", kRmsNorm[] = "rms_norm", kStack[] = "stack_tokens",
+               kRotateNormed[] = "rotate_normed";
 
 float* row(const ggml_tensor* t, int64_t i1, int64_t i2 = 0, int64_t i3 = 0) {
     return reinterpret_cast<float*>(static_cast<char*>(t->data) + i1 * t->nb[1] + i2 * t->nb[2] +
@@ -30,10 +31,14 @@ void for_share(int64_t n, int ith, int nth, const F& f) {
 
 // gelu_tanh(x) = x / 2 * (1 + tanh(y)) = x / (1 + exp(-2 y)), with y = sqrt(2 / pi) * (x + 0.044715 x^3).
 void gated_gelu_row(float* out, const float* gate, const float* up, int64_t n) {
-    constexpr float a = -2.0f * 0.79788456080286535588f, b = a * 0.044715f;
+    constexpr float a = static_cast<float>(-2.0 * 0.79788456080286535588 * kLog2E), b = a * 0.044715f;
     for (int64_t i = 0; i < n; ++i) {
         const float x = gate[i];
-        out[i] = x / (1.0f + vector_exp(x * (a + b * x * x))) * up[i];
+        // Beyond these limits it is 0 and x, to all digits of a float.
+        float exponent = x * (a + b * x * x);
+        exponent = exponent > -126.0f ? exponent : -126.0f;
+        exponent = exponent < 100.0f ? exponent : 100.0f;
+        out[i] = x / (1.0f + small_exp2(exponent)) * up[i];
     }
 }
 
@@ -76,6 +81,20 @@ void make_norm_row(const ggml_tensor* node, int64_t i1, int64_t i2, float* out) 
     norm_row(out, row(x, i1, i2), weight ? vector_of(weight) : nullptr, node->ne[0], eps_of(node));
 }
 
+// --- heads ---
+
+void make_rotated_row(const ggml_tensor* node, int64_t head, int64_t t, float* out) {
+    const float *x = row(node->src[0], head, t), *weight = vector_of(node->src[1]);
+    const int64_t n = node->ne[0], half = n / 2;
+    const float *cosine = row(node->src[2], t), *sine = cosine + half;
+    const float scale = norm_scale(x, n, eps_of(node));
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = x[i] * scale * weight[i], b = x[half + i] * scale * weight[half + i];
+        out[i] = a * cosine[i] - b * sine[i];
+        out[half + i] = a * sine[i] + b * cosine[i];
+    }
+}
+
 // --- tokens of several sequences ---
 
 void make_stacked_row(const ggml_tensor* node, int64_t i1, int64_t, float* out) {
@@ -112,19 +131,36 @@ void add_weighted(float* sum, const float* values, float weight, int64_t n) {
     for (int64_t i = 0; i < n; ++i) sum[i] += weight * values[i];
 }
 
-void join_branches_op(ggml_tensor* dst, int ith, int nth, void*) {
-    const ggml_tensor *x = dst->src[0], *dense = dst->src[1], *experts = dst->src[3], *weights = dst->src[4];
-    const float *dense_norm = vector_of(dst->src[2]), *mixture_norm = vector_of(dst->src[5]);
-    const float *norm = vector_of(dst->src[6]), layer_scale = *vector_of(dst->src[7]);
+// softmax over the chosen experts' scores, each times its expert's own scale. That over all experts would be
+// divided out again.
+void route_token(float* weights, const float* scores, const int32_t* chosen, int64_t n, float score_scale,
+                 const float* expert_scales) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < n; ++i) {  // the first is the best
+        weights[i] = std::exp((scores[chosen[i]] - scores[chosen[0]]) * score_scale);
+        sum += weights[i];
+    }
+    for (int64_t i = 0; i < n; ++i) weights[i] *= expert_scales[chosen[i]] / sum;
+}
+
+void join_branches_op(ggml_tensor* dst, int ith, int nth, void* scale) {
+    const ggml_tensor *x = dst->src[0], *dense = dst->src[1], *experts = dst->src[3];
+    const ggml_tensor *scores = dst->src[4], *chosen = dst->src[5];
+    const float *expert_scales = vector_of(dst->src[6]), *dense_norm = vector_of(dst->src[2]);
+    const float *mixture_norm = vector_of(dst->src[7]), *norm = vector_of(dst->src[8]);
+    const float layer_scale = *vector_of(static_cast<const ggml_tensor*>(scale));
+    const int64_t n_used = chosen->ne[0];
     const float eps = eps_of(dst);
     const int64_t n = dst->ne[0];
     static thread_local std::vector<float> room;
-    room.resize(n);
-    float* sum = room.data();
+    room.resize(n + n_used);
+    float *sum = room.data(), *weights = sum + n;
+    const float score_scale = 1.0f / std::sqrt(static_cast<float>(n));
     for_share(dst->ne[1], ith, nth, [&](int64_t t) {
+        route_token(weights, row(scores, t), reinterpret_cast<const int32_t*>(row(chosen, t)), n_used, score_scale,
+                    expert_scales);
         std::fill_n(sum, n, 0.0f);
-        for (int64_t i = 0; i < experts->ne[1]; ++i)
-            add_weighted(sum, row(experts, i, t), row(weights, t)[i], n);
+        for (int64_t i = 0; i < n_used; ++i) add_weighted(sum, row(experts, i, t), weights[i], n);
         const float* d = row(dense, t);
         const float dense_scale = norm_scale(d, n, eps), mixture_scale = norm_scale(sum, n, eps);
         for (int64_t i = 0; i < n; ++i)
@@ -135,31 +171,10 @@ void join_branches_op(ggml_tensor* dst, int ith, int nth, void*) {
     });
 }
 
-// --- heads ---
-
-void rotate_normed_op(ggml_tensor* dst, int ith, int nth, void*) {
-    const ggml_tensor *x = dst->src[0], *angles = dst->src[2];
-    const float *weight = vector_of(dst->src[1]), eps = eps_of(dst);
-    const int64_t n = dst->ne[0], half = n / 2;
-    for_share(dst->ne[2], ith, nth, [&](int64_t t) {
-        const float *cosine = row(angles, t), *sine = cosine + half;
-        for (int64_t head = 0; head < dst->ne[1]; ++head) {
-            const float* from = row(x, head, t);
-            float* out = row(dst, head, t);
-            const float scale = norm_scale(from, n, eps);
-            for (int64_t i = 0; i < half; ++i) {
-                const float a = from[i] * scale * weight[i], b = from[half + i] * scale * weight[half + i];
-                out[i] = a * cosine[i] - b * sine[i];
-                out[half + i] = a * sine[i] + b * cosine[i];
-            }
-        }
-    });
-}
-
 ggml_tensor* new_node(ggml_context* ctx, const ggml_tensor* shape, ggml_tensor** sources, int n_sources,
-                      ggml_custom_op_t op, const float* eps, const char* name) {
+                      ggml_custom_op_t op, const float* eps, const char* name, void* userdata = nullptr) {
     ggml_tensor* node = ggml_custom_4d(ctx, GGML_TYPE_F32, shape->ne[0], shape->ne[1], shape->ne[2], 1,
-                                       sources, n_sources, op, GGML_N_TASKS_MAX, nullptr);
+                                       sources, n_sources, op, GGML_N_TASKS_MAX, userdata);
     node->extra = const_cast<float*>(eps);
     return ggml_set_name(node, name);
 }
@@ -183,15 +198,16 @@ ggml_tensor* add_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* branch, 
 }
 
 ggml_tensor* join_branches(ggml_context* ctx, ggml_tensor* x, const Branches& b, const float* eps) {
-    ggml_tensor* sources[] = {x,         b.dense,        b.dense_norm, b.experts,
-                              b.weights, b.mixture_norm, b.norm,       b.scale};
-    return new_node(ctx, x, sources, 8, join_branches_op, eps, "join_branches");
+    ggml_tensor* sources[] = {x,        b.dense,         b.dense_norm,   b.experts, b.scores,
+                              b.chosen, b.expert_scales, b.mixture_norm, b.norm};
+    // ggml takes no tenth source.
+    return new_node(ctx, x, sources, 9, join_branches_op, eps, "join_branches", b.scale);
 }
 
 ggml_tensor* rotate_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,
                            const float* eps) {
     ggml_tensor* sources[] = {x, weight, angles};
-    return new_node(ctx, x, sources, 3, rotate_normed_op, eps, "rotate_normed");
+    return new_node(ctx, x, sources, 3, rows_op<make_rotated_row>, eps, kRotateNormed);
 }
 
 ggml_tensor* stack_tokens(ggml_context* ctx, std::vector<ggml_tensor*> parts) {
@@ -214,7 +230,16 @@ MakeRow row_maker_of(const ggml_tensor* node) {
     if (std::strcmp(node->name, kGatedGelu) == 0) return make_gelu_row;
     if (std::strcmp(node->name, kRmsNorm) == 0) return make_norm_row;
     if (std::strcmp(node->name, kStack) == 0) return make_stacked_row;
+    if (std::strcmp(node->name, kRotateNormed) == 0) return make_rotated_row;
     return nullptr;
+}
+
+void append_sources(std::vector<ggml_tensor*>& sources, ggml_tensor* x) {
+    if (!row_maker_of(x)) {
+        sources.push_back(x);
+        return;
+    }
+    for (int i = 0; i < GGML_MAX_SRC && x->src[i]; ++i) sources.push_back(x->src[i]);
 }
 
 }  // namespace pydiffusion

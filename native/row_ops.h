@@ -26,10 +26,13 @@ ggml_tensor* add_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* branch, 
 
 // The end of a layer, [d, n_tokens]:
 // (x + rms_norm(rms_norm(dense, dense_norm) + rms_norm(mixture, mixture_norm), norm)) * scale, where
-// mixture[:, t] is the sum over i of weights[i, t] * experts[:, i, t].
+// mixture[:, t] is the sum over i of w[i] * expert_scales[chosen[i, t]] * experts[:, i, t], and w the softmax of
+// the chosen experts' scores / sqrt(d).
 struct Branches {
-    ggml_tensor *dense, *dense_norm;           // [d, n_tokens], [d]
-    ggml_tensor *experts, *weights;            // [d, n_used, n_tokens], [n_used, n_tokens]
+    ggml_tensor *dense, *dense_norm;  // [d, n_tokens], [d]
+    ggml_tensor* experts;             // [d, n_used, n_tokens], what the chosen ones gave
+    ggml_tensor *scores, *chosen;     // [n_expert, n_tokens], I32 [n_used, n_tokens] best first
+    ggml_tensor* expert_scales;       // [n_expert]
     ggml_tensor *mixture_norm, *norm, *scale;  // [d], [d], [1]
 };
 ggml_tensor* join_branches(ggml_context* ctx, ggml_tensor* x, const Branches& branches, const float* eps);
@@ -47,5 +50,7 @@ ggml_tensor* stack_tokens(ggml_context* ctx, std::vector<ggml_tensor*> parts);
 // node for it. Null where the node is none of ours of which that can be had.
 using MakeRow = void (*)(const ggml_tensor* node, int64_t i1, int64_t i2, float* row);
 MakeRow row_maker_of(const ggml_tensor* node);
+// What a node that makes or reads x's rows depends on: x's own sources where its rows can be made, else x.
+void append_sources(std::vector<ggml_tensor*>& sources, ggml_tensor* x);
 
 }  // namespace pydiffusion

@@ -18,7 +18,8 @@ namespace {
 // As in attention.cpp queries are lanes: scores are keys times queries, the output values (turned over) times
 // weights, and a task is one key head and a block of its queries, which goes through the rows tile by tile.
 constexpr int64_t kRows = 64;       // of keys and values, at a time
-constexpr int64_t kMaxBlock = 128;  // queries
+constexpr int64_t kMaxBlock = 256;  // queries
+constexpr int64_t kMinBlock = 128;
 constexpr int64_t kRowTiles = kRows / kTileRows, kRowDepth = kRows / kTileDepth;
 
 // Numbers in tiles: the high halves, then the low ones.
@@ -39,7 +40,8 @@ struct Halves {
 struct Area {
     int64_t dim = 0;
     Numbers<float> rows;    // [kRows][dim], of keys, then of values
-    Numbers<float> rest;    // [kTileRows][dim], what the high halves leave of queries
+    Numbers<float> made;    // [kTileRows][dim], queries
+    Numbers<float> rest;    // [kTileRows][dim], what the high halves leave of them
     Halves queries;         // columns: [lane tile][dim / 32]
     Halves keys;            // rows: [row tile][dim / 32]
     Halves values;          // rows are the head's numbers: [dim / 16][kRowDepth]
@@ -53,6 +55,7 @@ struct Area {
         if (dim == head_dim) return;
         dim = head_dim;
         rows = allocate<float>(kRows * dim);
+        made = allocate<float>(kTileRows * dim);
         rest = allocate<float>(kTileRows * dim);
         queries.resize(kMaxBlock * dim);
         keys.resize(kRows * dim);
@@ -88,7 +91,7 @@ VECTORS void load_queries(Area& area, const AttentionInputs& in, int64_t head, i
         const float *whole[kTileRows], *rest[kTileRows];
         for (int64_t i = 0; i < kTileRows; ++i) {
             const int64_t lane = tile * kTileRows + i, query = begin + std::min(lane, n - 1);
-            whole[i] = in.query(head, query);
+            whole[i] = in.query(head, query, area.made.get() + i * dim);
             float* left = area.rest.get() + i * dim;
             for (int64_t d = 0; d < dim; ++d)
                 left[d] = whole[i][d] - pydiffusion::nearest_bfloat16(whole[i][d]);
@@ -164,6 +167,12 @@ VECTORS inline __m512 nearest_bfloat16(__m512 x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
+// exp(x - maximum); below 2^-126 as that.
+inline float exp_below(float x, float maximum) {
+    const float exponent = (x - maximum) * static_cast<float>(kLog2E);
+    return small_exp2(exponent > -126.0f ? exponent : -126.0f);
+}
+
 // Scores of a tile of 16 queries become weights; maximum, sum and the factor of what went before follow.
 VECTORS void softmax_lanes(Area& area, int64_t lane_tile, int32_t row, int64_t n, int64_t n_lane_tiles) {
     const int64_t lane = lane_tile * kTileRows;
@@ -181,7 +190,7 @@ VECTORS void softmax_lanes(Area& area, int64_t lane_tile, int32_t row, int64_t n
     }
     for (int64_t i = 0; i < kTileRows; ++i) {
         const float before = area.maximum[lane + i];
-        area.factor[lane + i] = before == maximum[i] ? 1.0f : vector_exp(before - maximum[i]);
+        area.factor[lane + i] = before == maximum[i] ? 1.0f : exp_below(before, maximum[i]);
         area.maximum[lane + i] = maximum[i];
         sum[i] = area.sum[lane + i] * area.factor[lane + i];
     }
@@ -192,8 +201,8 @@ VECTORS void softmax_lanes(Area& area, int64_t lane_tile, int32_t row, int64_t n
             const int32_t at = row + static_cast<int32_t>(r + odd);
             const bool exists = r + odd < n;
             for (int64_t i = 0; i < kTileRows; ++i) {
-                // s - s: vector_exp alone would make a number of a NaN.
-                const float weight = vector_exp(s[i] - maximum[i]) + (s[i] - s[i]);
+                // s - s: exp_below alone would make a number of a NaN.
+                const float weight = exp_below(s[i], maximum[i]) + (s[i] - s[i]);
                 const bool seen = exists & (at >= first[i]) & (at <= last[i]);
                 weights[odd][i] = seen ? weight : 0.0f;
                 sum[i] += weights[odd][i];
@@ -273,10 +282,13 @@ void attend_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     const AttentionInputs in(dst, userdata);
     const Readiness ready(Kernel::tiles);
     Area& area = area_for(in.head_dim());
-    const int64_t n = in.n_queries(), n_blocks = (n + kMaxBlock - 1) / kMaxBlock;
+    const int64_t n = in.n_queries(), n_large = (n + kMaxBlock - 1) / kMaxBlock;
+    // Large blocks make tiles of keys and values less often; smaller ones where there is too little to share out.
+    const int64_t block = in.n_heads() * n_large >= 2 * nth ? kMaxBlock : kMinBlock;
+    const int64_t n_blocks = (n + block - 1) / block;
     for (int64_t task = ith; task < in.n_heads() * n_blocks; task += nth) {
-        const int64_t begin = task % n_blocks * kMaxBlock;
-        attend_block(area, in, task / n_blocks, begin, std::min(kMaxBlock, n - begin));
+        const int64_t begin = task % n_blocks * block;
+        attend_block(area, in, task / n_blocks, begin, std::min(block, n - begin));
     }
 }
 

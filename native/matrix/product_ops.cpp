@@ -317,8 +317,8 @@ ggml_tensor* Products::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_ex
     if (packed && packing_of(packed).experts == experts) return packed;
     const MakeRow make = keep_columns_ ? nullptr : row_maker_of(x);
     std::vector<ggml_tensor*> sources;
-    if (make) {  // x is no node of the graph then, what it is made of is
-        for (int i = 0; i < GGML_MAX_SRC && x->src[i]; ++i) sources.push_back(x->src[i]);
+    if (make) {
+        append_sources(sources, x);
     } else {
         sources.push_back(x);
     }
