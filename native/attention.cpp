@@ -146,10 +146,10 @@ ggml_tensor* attend(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tens
     const bool by_tiles = kernel == matrix::Kernel::tiles && matrix::can_attend(k->type, q->ne[0]);
     std::vector<ggml_tensor*> sources = {k, v};
     append_sources(sources, q);
-    ggml_tensor* out = ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, sources.data(),
-                                      static_cast<int>(sources.size()),
-                                      by_tiles ? matrix::attend_op : attend_op, GGML_N_TASKS_MAX,
-                                      const_cast<Causal*>(causal));
+    ggml_tensor* out =
+        ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, sources.data(),
+                       static_cast<int>(sources.size()), by_tiles ? matrix::attend_op : attend_op,
+                       GGML_N_TASKS_MAX, const_cast<Causal*>(causal));
     out->extra = q;
     return ggml_set_name(out, by_tiles ? "attend_tiles" : "attend");
 }

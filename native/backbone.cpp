@@ -319,9 +319,15 @@ ggml_tensor* feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r
     g.begin_part("experts");
     ggml_tensor* scores = router(g, w, r);
     ggml_tensor* chosen = best_rows(g.ctx(), scores, g.model.hparams.n_expert_used);
-    ggml_tensor* y = experts(g, w, g.rms_norm(each_token_alone(g, r), w.pre_ffw_norm_2), chosen);
-    const Branches branches = {dense,  w.post_ffw_norm_1,     y,                 scores,
-                               chosen, w.ffn_down_exps_scale, w.post_ffw_norm_2, w.post_ffw_norm,
+    ggml_tensor* y = experts(g, w, each_token_alone(g, g.rms_norm(r, w.pre_ffw_norm_2)), chosen);
+    const Branches branches = {dense,
+                               w.post_ffw_norm_1,
+                               y,
+                               scores,
+                               chosen,
+                               w.ffn_down_exps_scale,
+                               w.post_ffw_norm_2,
+                               w.post_ffw_norm,
                                scale};
     return join_branches(g.ctx(), r, branches, &g.model.hparams.rms_eps);
 }

@@ -78,10 +78,11 @@ struct GraphBuilder {
 
     ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr) const;  // weight null: none
     ggml_tensor* gelu_product(ggml_tensor* gate, ggml_tensor* up) const;         // gelu(gate) * up
-    ggml_tensor* stack(const std::vector<ggml_tensor*>& parts) const;  // [d, n_i] side by side
+    ggml_tensor* stack(const std::vector<ggml_tensor*>& parts) const;            // [d, n_i] side by side
     // x + rms_norm(branch, weight)
     ggml_tensor* add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) const;
-    // rms_norm(x, weight) turned by its tokens' positions, x [head_dim, n_heads, n] with tokens from `first` on
+    // rms_norm(x, weight) turned by its tokens' positions, x [head_dim, n_heads, n] with tokens from `first`
+    // on
     ggml_tensor* rotate_normed(ggml_tensor* x, ggml_tensor* weight, bool sliding, int64_t first = 0);
     ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down);
     ggml_tensor* embed(ggml_tensor* ids) const;  // rows of the embedding times sqrt(d) -> [d, n_tokens]

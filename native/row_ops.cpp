@@ -157,8 +157,8 @@ void join_branches_op(ggml_tensor* dst, int ith, int nth, void* scale) {
     float *sum = room.data(), *weights = sum + n;
     const float score_scale = 1.0f / std::sqrt(static_cast<float>(n));
     for_share(dst->ne[1], ith, nth, [&](int64_t t) {
-        route_token(weights, row(scores, t), reinterpret_cast<const int32_t*>(row(chosen, t)), n_used, score_scale,
-                    expert_scales);
+        route_token(weights, row(scores, t), reinterpret_cast<const int32_t*>(row(chosen, t)), n_used,
+                    score_scale, expert_scales);
         std::fill_n(sum, n, 0.0f);
         for (int64_t i = 0; i < n_used; ++i) add_weighted(sum, row(experts, i, t), weights[i], n);
         const float* d = row(dense, t);
@@ -216,9 +216,9 @@ ggml_tensor* stack_tokens(ggml_context* ctx, std::vector<ggml_tensor*> parts) {
         const size_t n = std::min(most, parts.size());
         int64_t n_tokens = 0;
         for (size_t i = 0; i < n; ++i) n_tokens += parts[i]->ne[1];
-        ggml_tensor* stack = ggml_custom_4d(ctx, GGML_TYPE_F32, parts[0]->ne[0], n_tokens, 1, 1, parts.data(),
-                                            static_cast<int>(n), rows_op<make_stacked_row>, GGML_N_TASKS_MAX,
-                                            nullptr);
+        ggml_tensor* stack =
+            ggml_custom_4d(ctx, GGML_TYPE_F32, parts[0]->ne[0], n_tokens, 1, 1, parts.data(),
+                           static_cast<int>(n), rows_op<make_stacked_row>, GGML_N_TASKS_MAX, nullptr);
         parts.erase(parts.begin() + 1, parts.begin() + static_cast<std::ptrdiff_t>(n));
         parts[0] = ggml_set_name(stack, kStack);
     }

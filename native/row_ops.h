@@ -26,13 +26,13 @@ ggml_tensor* add_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* branch, 
 
 // The end of a layer, [d, n_tokens]:
 // (x + rms_norm(rms_norm(dense, dense_norm) + rms_norm(mixture, mixture_norm), norm)) * scale, where
-// mixture[:, t] is the sum over i of w[i] * expert_scales[chosen[i, t]] * experts[:, i, t], and w the softmax of
-// the chosen experts' scores / sqrt(d).
+// mixture[:, t] is the sum over i of w[i] * expert_scales[chosen[i, t]] * experts[:, i, t], and w the softmax
+// of the chosen experts' scores / sqrt(d).
 struct Branches {
-    ggml_tensor *dense, *dense_norm;  // [d, n_tokens], [d]
-    ggml_tensor* experts;             // [d, n_used, n_tokens], what the chosen ones gave
-    ggml_tensor *scores, *chosen;     // [n_expert, n_tokens], I32 [n_used, n_tokens] best first
-    ggml_tensor* expert_scales;       // [n_expert]
+    ggml_tensor *dense, *dense_norm;           // [d, n_tokens], [d]
+    ggml_tensor* experts;                      // [d, n_used, n_tokens], what the chosen ones gave
+    ggml_tensor *scores, *chosen;              // [n_expert, n_tokens], I32 [n_used, n_tokens] best first
+    ggml_tensor* expert_scales;                // [n_expert]
     ggml_tensor *mixture_norm, *norm, *scale;  // [d], [d], [1]
 };
 ggml_tensor* join_branches(ggml_context* ctx, ggml_tensor* x, const Branches& branches, const float* eps);

@@ -283,7 +283,8 @@ void attend_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     const Readiness ready(Kernel::tiles);
     Area& area = area_for(in.head_dim());
     const int64_t n = in.n_queries(), n_large = (n + kMaxBlock - 1) / kMaxBlock;
-    // Large blocks make tiles of keys and values less often; smaller ones where there is too little to share out.
+    // Large blocks make tiles of keys and values less often; smaller ones where there is too little to share
+    // out.
     const int64_t block = in.n_heads() * n_large >= 2 * nth ? kMaxBlock : kMinBlock;
     const int64_t n_blocks = (n + block - 1) / block;
     for (int64_t task = ith; task < in.n_heads() * n_blocks; task += nth) {
