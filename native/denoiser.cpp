@@ -254,9 +254,9 @@ void Denoiser::step(const std::vector<Lane>& lanes, Workspace& workspace) {
         tokens.insert(tokens.end(), lane.canvas->begin(), lane.canvas->end());
         for (int32_t i = 0; i < lane.n_tokens(); ++i) positions.push_back(lane.cache->n_past() + i);
     }
+    model_.file->require_whole();
     ggml_backend_tensor_set(canvas_, tokens.data(), 0, tokens.size() * sizeof(int32_t));
     built_->set_positions(positions);
-    model_.file->require_whole();
     for (const Lane& lane : lanes) lane.state->condition(model_.weights.token_embd, lane.n_tokens());
     workspace.compute(built_->graph, [&] {
         return std::all_of(lanes.begin(), lanes.end(), [](const Lane& lane) { return lane.cancel->load(); });

@@ -40,11 +40,11 @@ void encode_chunk(const Model& model, KvCache& cache, Workspace& workspace, cons
     if (statistics) Statistics::keep_inputs(g.graph);
     g.allocate(workspace, "encoding a chunk of the prompt");
 
+    model.file->require_whole();
     ggml_backend_tensor_set(tokens, ids, 0, n_tokens * sizeof(int32_t));
     std::vector<int32_t> positions(n_tokens);
     for (int32_t i = 0; i < n_tokens; ++i) positions[i] = cache.n_past() + i;
     g.set_positions(positions);
-    model.file->require_whole();
     workspace.compute(g.graph, [&] { return cancel.load(); });
     if (statistics) statistics->add(g.graph);
     cache.advance(n_tokens);

@@ -30,8 +30,7 @@ class Error : public std::runtime_error {
 #if defined(__GNUC__)
 __attribute__((format(printf, 1, 2)))
 #endif
-std::string
-format(const char* pattern, ...);
+std::string format(const char* pattern, ...);
 
 // Quotes a name from a file for a message: printable ASCII only, at most 80 characters.
 std::string quoted(const std::string& name);
