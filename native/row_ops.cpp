@@ -132,15 +132,18 @@ void add_weighted(float* sum, const float* values, float weight, int64_t n) {
 }
 
 // softmax over the chosen experts' scores, each times its expert's own scale. That over all experts would be
-// divided out again.
-void route_token(float* weights, const float* scores, const int32_t* chosen, int64_t n, float score_scale,
-                 const float* expert_scales) {
+// divided out again, but for scores that are not finite: a token with one gets no numbers.
+void route_token(float* weights, const ggml_tensor* scores, const ggml_tensor* chosen, int64_t t,
+                 float score_scale, const float* expert_scales) {
+    const float* score = row(scores, t);
+    const auto* expert = reinterpret_cast<const int32_t*>(row(chosen, t));
     float sum = 0.0f;
-    for (int64_t i = 0; i < n; ++i) {  // the first is the best
-        weights[i] = std::exp((scores[chosen[i]] - scores[chosen[0]]) * score_scale);
+    for (int64_t e = 0; e < scores->ne[0]; ++e) sum += score[e] - score[e];  // 0, or NaN
+    for (int64_t i = 0; i < chosen->ne[0]; ++i) {                            // the first is the best
+        weights[i] = std::exp((score[expert[i]] - score[expert[0]]) * score_scale);
         sum += weights[i];
     }
-    for (int64_t i = 0; i < n; ++i) weights[i] *= expert_scales[chosen[i]] / sum;
+    for (int64_t i = 0; i < chosen->ne[0]; ++i) weights[i] *= expert_scales[expert[i]] / sum;
 }
 
 void join_branches_op(ggml_tensor* dst, int ith, int nth, void* scale) {
@@ -157,8 +160,7 @@ void join_branches_op(ggml_tensor* dst, int ith, int nth, void* scale) {
     float *sum = room.data(), *weights = sum + n;
     const float score_scale = 1.0f / std::sqrt(static_cast<float>(n));
     for_share(dst->ne[1], ith, nth, [&](int64_t t) {
-        route_token(weights, row(scores, t), reinterpret_cast<const int32_t*>(row(chosen, t)), n_used,
-                    score_scale, expert_scales);
+        route_token(weights, scores, chosen, t, score_scale, expert_scales);
         std::fill_n(sum, n, 0.0f);
         for (int64_t i = 0; i < n_used; ++i) add_weighted(sum, row(experts, i, t), weights[i], n);
         const float* d = row(dense, t);
