@@ -54,6 +54,8 @@ PYDIFFUSION_TILES_TARGET void configure_tiles() { _tile_loadconfig(&kEightTiles)
 
 PYDIFFUSION_TILES_TARGET void release_tiles() { _tile_release(); }
 
+constexpr int64_t kColumnsInFirstCache = 4;  // tiles, about
+
 // Tiles 0 to 3 are the products, 4 and 5 the weights, 6 and 7 the columns.
 constexpr int kRowBytes = 64;
 
@@ -69,6 +71,15 @@ PYDIFFUSION_TILES_TARGET inline void load_columns(const uint16_t* c, int64_t str
     if constexpr (C > 1) _tile_loadd(7, c + stride, kRowBytes);
 }
 
+// Weights are in the first cache, and many columns in the second: the next tiles of those are asked for.
+template <int C>
+PYDIFFUSION_TILES_TARGET inline void fetch_columns(const uint16_t* c, int64_t stride) {
+    for (int64_t i = 0; i < kTileNumbers; i += kRowBytes / 2) {
+        _mm_prefetch(c + i, _MM_HINT_T0);
+        if constexpr (C > 1) _mm_prefetch(c + stride + i, _MM_HINT_T0);
+    }
+}
+
 template <int W, int C>
 PYDIFFUSION_TILES_TARGET inline void add_products() {
     _tile_dpbf16ps(0, 4, 6);
@@ -78,8 +89,8 @@ PYDIFFUSION_TILES_TARGET inline void add_products() {
 }
 
 template <int W, int C>
-PYDIFFUSION_TILES_TARGET void multiply_tiles(const Operands& o, const LowHalves& low, int64_t depth,
-                                             bool add) {
+PYDIFFUSION_TILES_TARGET void multiply_tiles(const Operands& o, const LowHalves& low, int64_t depth, bool add,
+                                             bool fetch) {
     float* p = o.products;
     finish_memory_accesses();
     if (add) {
@@ -95,6 +106,7 @@ PYDIFFUSION_TILES_TARGET void multiply_tiles(const Operands& o, const LowHalves&
     }
     const uint16_t *w = o.weights, *c = o.columns;
     for (int64_t i = 0; i < depth; ++i, w += kTileNumbers, c += kTileNumbers) {
+        if (fetch) fetch_columns<C>(c + kTileNumbers, o.column_stride);
         load_columns<C>(c, o.column_stride);
         if (low.weights) {
             load_weights<W>(w + low.weights, o.weight_stride);
@@ -235,7 +247,7 @@ void multiply_halves(const Operands& operands, const LowHalves& low, int64_t n_w
         const bool two = j + 1 < n_columns;
         const auto f = n_weights > 1 ? (two ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
                                      : (two ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
-        f(o, low, depth, add);
+        f(o, low, depth, add, n_columns > kColumnsInFirstCache);
     }
 }
 
