@@ -53,6 +53,14 @@ def test_answers_are_those_of_one_prompt_alone(
         assert same(done[index], expected), index
 
 
+def test_more_prompts_in_one_graph_than_a_node_has_sources(model: DiffusionModel) -> None:
+    prompts = [f"{n} apples" for n in range(11)]
+    each = GenerationOptions(max_tokens=8, steps=2, seed=5, eos=())
+    done = dict(model.generate_batch(prompts, (each for _ in prompts), n_parallel=len(prompts)))
+    for index, prompt in enumerate(prompts):
+        assert same(done[index], model.generate(prompt, each)), index
+
+
 def test_a_finished_prompt_leaves_and_the_next_enters(model: DiffusionModel) -> None:
     taken: list[int] = []
 

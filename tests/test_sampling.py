@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydiffusion import sampling
+from pydiffusion import _native, sampling
 
 QUARTERS = np.log([[0.5, 0.25, 0.125, 0.125]])
 
@@ -91,6 +91,40 @@ def test_measure_agrees_with_float64(seed: int, n_vocab: int, spread: float, tem
         token = sampled[row]
         below = cdf[row, token - 1] if token else 0.0
         assert below - 1e-5 <= u[row] <= cdf[row, token] + 1e-5
+
+
+@pytest.mark.parametrize("spread", [1.0, 12.0, 60.0])
+@pytest.mark.parametrize("n_vocab", [7, 300, 5000])
+def test_capping_agrees_with_float64(n_vocab: int, spread: float) -> None:
+    """Where all lie within the cap, and where some lie beyond it: two formulas compute them."""
+    rng = np.random.default_rng(n_vocab)
+    logits = (rng.normal(size=(4, n_vocab)) * spread).astype(np.float32)
+    logits[2, 3] = -np.inf
+    u = rng.random(4, dtype=np.float32)
+    capped, argmax, entropy, sampled = _native.measure_on("cpu", logits, 30.0, 0.7, u)
+    exact = 30.0 * np.tanh(logits.astype(np.float64) / 30.0)
+    np.testing.assert_allclose(capped, exact, atol=1e-5)
+    expected_entropy, cdf = reference_measure(capped, np.float32(0.7))
+    assert argmax.tolist() == capped.argmax(axis=-1).tolist()
+    np.testing.assert_allclose(entropy, expected_entropy, atol=2e-5, rtol=2e-5)
+    for row, token in enumerate(sampled):
+        assert (cdf[row, token - 1] if token else 0.0) - 1e-5 <= u[row] <= cdf[row, token] + 1e-5
+
+
+def test_equal_logits_are_capped_alike_whatever_lies_beside_them() -> None:
+    row = np.zeros((1, 4096), dtype=np.float32)
+    row[0, [5, 3000]] = 20.0
+    row[0, 6] = -90.0  # beyond the cap, beside the first of the two
+    capped, argmax, _, _ = _native.measure_on("cpu", row, 30.0, 1.0, np.zeros(1, dtype=np.float32))
+    assert capped[0, 5] == capped[0, 3000] and argmax[0] == 5
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("at", [0, 299, 2500])
+def test_capping_hides_nothing(at: int, bad: float) -> None:
+    row = np.zeros((1, 2501), dtype=np.float32)
+    row[0, at] = bad
+    assert np.isnan(_native.measure_on("cpu", row, 30.0, 1.0, np.zeros(1, dtype=np.float32))[2][0])
 
 
 def test_draws_have_the_distribution() -> None:

@@ -177,7 +177,8 @@ const Engine& require_kernels(const Engine& engine) {
     return engine;
 }
 
-// What a device's kernel makes of logits: capped logits, argmax, entropy, sampled.
+// What a device's kernel, or the processor's own sampler, makes of logits: capped logits, argmax, entropy,
+// sampled.
 nb::tuple measure_on(const std::string& device, const Array2<float>& logits, float cap, float temperature,
                      const Array1<float>& u) {
     const size_t n = logits.shape(0);
@@ -190,7 +191,14 @@ nb::tuple measure_on(const std::string& device, const Array2<float>& logits, flo
     const Engine engine(1, device);
     Matrices matrices(engine);
     ggml_tensor* rows = matrices.add(logits);
-    require_kernels(engine).kernels().measure(rows, static_cast<int64_t>(n), state);
+    if (engine.on_device()) {
+        engine.kernels().measure(rows, static_cast<int64_t>(n), state);
+    } else {
+        for (size_t i = 0; i < n; ++i)
+            state.measures[i] = cap_and_measure_row(static_cast<float*>(rows->data) + i * logits.shape(1),
+                                                    static_cast<int64_t>(logits.shape(1)), cap, temperature,
+                                                    state.u[i]);
+    }
     std::vector<int32_t> argmax, sampled;
     std::vector<float> entropy;
     for (const Measure& m : state.measures) {
