@@ -39,7 +39,7 @@ void best_rows_op(ggml_tensor* dst, int ith, int nth, void*) {
 
 // --- logits ---
 
-void cap_and_measure_op(ggml_tensor* dst, const ggml_tensor*, int ith, int nth, void* userdata) {
+void cap_and_measure_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     auto* state = static_cast<StepState*>(userdata);
     for (int64_t t = ith; t < dst->ne[1]; t += nth) {
         state->measures[t] = cap_and_measure_row(row(dst, t), dst->ne[0], state->soft_cap, state->temperature,
@@ -56,7 +56,9 @@ ggml_tensor* best_rows(ggml_context* ctx, ggml_tensor* values, int64_t k) {
 }
 
 ggml_tensor* cap_and_measure(ggml_context* ctx, ggml_tensor* logits, StepState* state) {
-    return ggml_map_custom1_inplace(ctx, logits, cap_and_measure_op, GGML_N_TASKS_MAX, state);
+    ggml_tensor* capped =
+        ggml_custom_inplace(ctx, logits, nullptr, 0, cap_and_measure_op, GGML_N_TASKS_MAX, state);
+    return ggml_set_name(capped, "cap_and_measure");
 }
 
 }  // namespace pydiffusion

@@ -124,7 +124,7 @@ void note_mass(float* p, int64_t n, float threshold, uint64_t* mass, int64_t str
     }
 }
 
-void soft_probabilities_op(ggml_tensor* dst, const ggml_tensor*, int ith, int nth, void* userdata) {
+void soft_probabilities_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     auto* state = static_cast<StepState*>(userdata);
     if (!state->self_conditioning) return;
     const int64_t n_vocab = dst->ne[0];
@@ -342,7 +342,9 @@ void soft_embedding_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
 
 ggml_tensor* soft_probabilities(ggml_context* ctx, ggml_tensor* logits, StepState* state) {
     state->mass.assign((logits->ne[0] + kTile - 1) / kTile * logits->ne[1], 0);
-    return ggml_map_custom1_inplace(ctx, logits, soft_probabilities_op, GGML_N_TASKS_MAX, state);
+    ggml_tensor* probabilities =
+        ggml_custom_inplace(ctx, logits, nullptr, 0, soft_probabilities_op, GGML_N_TASKS_MAX, state);
+    return ggml_set_name(probabilities, "soft_probabilities");
 }
 
 ggml_tensor* soft_embedding(ggml_context* ctx, ggml_tensor* probabilities, ggml_tensor* embedding,

@@ -24,6 +24,11 @@ from pydiffusion.placement import devices, native_wish
 #: Parts of a step in the order in which they run.
 PARTS = ("self-conditioning", "embedding", "attention", "dense", "experts", "head", "sampler")
 
+#: Operations of a step that are products; attention's work is products for the most part.
+_PRODUCTS = (
+    "product", "expert_product", "soft_embedding", "attend", "attend_tiles", "MUL_MAT", "MUL_MAT_ID",
+)  # fmt: skip
+
 _PROCESSOR = {"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None}
 
 
@@ -65,6 +70,7 @@ class BenchResult:
     matrix_limit: float
     matrix_limit_type: str
     parts: dict[str, PartFigures] = field(default_factory=dict)
+    operation_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def canvas_tokens_per_second_at_16_steps(self) -> float:
@@ -147,6 +153,7 @@ def run_bench(
         matrix_limit=_native.measure_matrix_rate(n_threads, main_type, device, kernels),
         matrix_limit_type=main_type,
         parts=parts,
+        operation_seconds=_profile_operations(session) if whole else {},
     )
 
 
@@ -171,6 +178,14 @@ def _profile(session: _native.Session, n_runs: int = 3) -> dict[str, PartFigures
         _, operations, n_bytes = runs[0][name]
         parts[name] = PartFigures(seconds, operations / seconds, n_bytes / seconds)
     return parts
+
+
+def _profile_operations(session: _native.Session, n_runs: int = 3) -> dict[str, float]:
+    """Median seconds by the names of the graph's operations, the longest first; each runs for itself, which
+    takes a little longer than the step."""
+    runs = [session.profile_step(by_operation=True) for _ in range(n_runs)]
+    seconds = {name: statistics.median(run[name][0] for run in runs) for name in runs[0]}
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def _used_bytes(device: str) -> int | None:
@@ -214,6 +229,16 @@ def format_result(result: BenchResult) -> str:
             f"{part.operations_per_second / r.matrix_limit:9.0%}{part.bytes_per_second / 1e9:8.2f}"
             f"{part.bytes_per_second / r.read_limit:9.0%}"
         )
+    if r.operation_seconds and r.device == "cpu":
+        total = sum(r.operation_seconds.values())
+        products = sum(r.operation_seconds.get(name, 0.0) for name in _PRODUCTS)
+        pack = r.operation_seconds.get("pack", 0.0)
+        lines.append(
+            f"by operation: products and attention {products / total:.1%}, packing their columns with norms and "
+            f"GELU {pack / total:.1%}, all else {(total - products - pack) / total:.1%}"
+        )
+        each = (f"{name} {1e3 * seconds:.1f}" for name, seconds in r.operation_seconds.items())
+        lines.append(f"ms: {', '.join(each)}")
     return "\n".join(lines)
 
 
