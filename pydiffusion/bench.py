@@ -234,8 +234,8 @@ def format_result(result: BenchResult) -> str:
         products = sum(r.operation_seconds.get(name, 0.0) for name in _PRODUCTS)
         pack = r.operation_seconds.get("pack", 0.0)
         lines.append(
-            f"by operation: products and attention {products / total:.1%}, packing their columns with norms and "
-            f"GELU {pack / total:.1%}, all else {(total - products - pack) / total:.1%}"
+            f"by operation: products and attention {products / total:.1%}, packing their columns with norms "
+            f"and GELU {pack / total:.1%}, all else {(total - products - pack) / total:.1%}"
         )
         each = (f"{name} {1e3 * seconds:.1f}" for name, seconds in r.operation_seconds.items())
         lines.append(f"ms: {', '.join(each)}")

@@ -31,8 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _hear_signals() -> None:
-    """What starts the tests may ignore signals (``nohup``, ``&`` in a script), and the programs that the tests
-    start and signal would inherit that.
+    """What starts the tests may ignore signals (``nohup``, ``&`` in a script), and programs that they start and
+    signal would inherit that.
     """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
