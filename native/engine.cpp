@@ -154,9 +154,25 @@ bool Engine::device_supports(const ggml_tensor* node) const {
     return ggml_backend_supports_op(gpu_ ? gpu_.get() : cpu_.get(), node);
 }
 
-bool Engine::can_hold(ggml_type type) const {
-    const ggml_context_ptr context(ggml_init({8 * ggml_tensor_overhead(), nullptr, true}));
+namespace {
+
+ggml_context_ptr context_for_a_question() {
+    ggml_context_ptr context(ggml_init({8 * ggml_tensor_overhead(), nullptr, true}));
     if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a tensor's description");
+    return context;
+}
+
+}  // namespace
+
+bool Engine::can_store(ggml_type type) const {
+    const ggml_context_ptr context = context_for_a_question();
+    constexpr int64_t n = 256;
+    ggml_tensor* rows = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, n, n);
+    return device_supports(ggml_cpy(context.get(), rows, ggml_new_tensor_2d(context.get(), type, n, n)));
+}
+
+bool Engine::can_hold(ggml_type type) const {
+    const ggml_context_ptr context = context_for_a_question();
     ggml_context* ctx = context.get();
     constexpr int64_t n = 256;
     ggml_tensor* weight = ggml_new_tensor_3d(ctx, type, n, n, 2);

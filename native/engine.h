@@ -53,6 +53,8 @@ class Engine {
 
     // Whether weights of this type can be multiplied with, and rows of it be taken, where the device is.
     bool can_hold(ggml_type type) const;
+    // Whether keys and values can be written there as this type.
+    bool can_store(ggml_type type) const;
 
     // Of what belongs to layers on the device, and of what belongs to the others.
     ggml_backend_buffer_type_t buffer_type() const;

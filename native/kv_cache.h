@@ -33,6 +33,9 @@ class KvCache {
     KvCache(const Hyperparameters& hparams, const Engine& engine, const Placement& placement, ggml_type type,
             int32_t n_ctx, int32_t max_batch);
 
+    // Throws Error(argument) where the model's heads aren't whole blocks of this type.
+    static void require_fitting_heads(const Hyperparameters& hparams, ggml_type type);
+
     // Of a layer's buffers. Sliding layers have a window of slack behind the window, so that rows are moved
     // once in a window's worth of tokens, not at every batch, and a session can be shortened a little without
     // encoding again.

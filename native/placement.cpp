@@ -32,9 +32,23 @@ uint64_t cache_bytes(const Hyperparameters& hp, const Placement& placement, int6
     return n_bytes;
 }
 
+// What the attention of one layer works with beside its inputs: CUDA's multiplies in float16, and copies what
+// a cache of another type holds; float32 goes through products, with scores and weights of every head.
+int64_t attention_bytes(const Hyperparameters& hp, const LayerShape& shape, int64_t n_ctx, int64_t n_tokens,
+                        ggml_type type) {
+    const int64_t width = int64_t{shape.head_dim} * shape.n_head_kv;
+    const int64_t n_rows = portable::filled_up(shape.sliding ? std::min(n_ctx, hp.window + n_tokens) : n_ctx);
+    if (type == GGML_TYPE_F16) return 0;
+    if (ggml_is_quantized(type)) return 2 * n_rows * width * static_cast<int64_t>(sizeof(ggml_fp16_t));
+    return n_rows * (2 * hp.n_head * n_tokens + width) * static_cast<int64_t>(sizeof(float));
+}
+
 // What the largest tensors that live at the same time in a layer take: the experts' for each token.
-uint64_t step_bytes(const Hyperparameters& hp, int64_t n_ctx) {
+uint64_t step_bytes(const Hyperparameters& hp, int64_t n_ctx, ggml_type kv_type) {
     const int64_t n_tokens = std::max(kEncodeChunk, hp.canvas_length);
+    int64_t attention = 0;
+    for (const LayerShape& shape : hp.layers)
+        attention = std::max(attention, attention_bytes(hp, shape, n_ctx, n_tokens, kv_type));
     const int64_t experts = int64_t{hp.n_expert_used} * (3 * hp.n_ff_expert + 2 * hp.n_embd);
     const int64_t dense = 3 * int64_t{hp.n_ff} + 6 * hp.n_embd;
     const int64_t activations = n_tokens * (experts + dense) * static_cast<int64_t>(sizeof(float));
@@ -45,7 +59,7 @@ uint64_t step_bytes(const Hyperparameters& hp, int64_t n_ctx) {
     const int64_t conditioning =
         2 * kSelfConditioningRows * hp.n_embd * static_cast<int64_t>(sizeof(ggml_fp16_t));
     constexpr int64_t kRuntime = int64_t{64} << 20;  // cuBLAS's work area, kernels' code
-    return static_cast<uint64_t>(activations + masks + logits + conditioning + kRuntime);
+    return static_cast<uint64_t>(activations + attention + masks + logits + conditioning + kRuntime);
 }
 
 }  // namespace
@@ -58,12 +72,13 @@ DeviceUse device_use(const File& file, const Hyperparameters& hp, const Placemen
         if (placement.tensor(tensor.name)) use.weights += tensor.n_bytes;
     }
     use.cache = cache_bytes(hp, placement, n_ctx, kv_type);
-    use.step = step_bytes(hp, n_ctx);
+    use.step = step_bytes(hp, n_ctx, kv_type);
     return use;
 }
 
 Placement plan_placement(const File& file, const Hyperparameters& hp, int64_t n_ctx, ggml_type kv_type,
                          uint64_t free_bytes, int32_t n_device_layers, int32_t n_host_experts) {
+    KvCache::require_fitting_heads(hp, kv_type);
     const auto fits = [&](int32_t n_layers, int32_t n_experts, Placement& plan) {
         plan = {hp.n_layer, n_layers, n_experts};
         return device_use(file, hp, plan, n_ctx, kv_type).total() <= free_bytes;

@@ -312,6 +312,10 @@ def step_temperature(step: int, steps: int, t_min: float, t_max: float) -> float
 
 def measure(logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], temperature: float, u: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple: ...
 
+def accept(entropy: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], bound: float) -> object: ...
+
+def random_draws(seed: int, canvas_index: int, step: int, n: int, n_vocab: int) -> tuple: ...
+
 def measure_on(device: str, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], cap: float, temperature: float, u: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple:
     """
     Capped logits, argmax, entropy and draws as a device's kernel computes them.
@@ -320,6 +324,5 @@ def measure_on(device: str, logits: Annotated[NDArray[numpy.float32], dict(shape
 def condition_on(device: str, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], embedding: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], temperature: float, dropped_mass: float) -> object:
     """The soft embedding as a device's kernels compute it."""
 
-def accept(entropy: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], bound: float) -> object: ...
-
-def random_draws(seed: int, canvas_index: int, step: int, n: int, n_vocab: int) -> tuple: ...
+def attend_on(device: str, q: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], k: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], head_dim: int, type: str, n_visible: int, by_products: bool = False) -> object:
+    """Attention over a cache of a type as a device's graph computes it."""

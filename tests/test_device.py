@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from reference.random_checkpoint import SHAPES
 from support import case, compare, denoise_case, encode_case, load_golden
-from test_parity import CASES, MAX_BOUND, MEAN_BOUND, SOURCES, assert_within
+from test_parity import CASES, MAX_BOUND, MEAN_BOUND, Q8_0_CACHE_MEAN, SOURCES, assert_within
 
 from pydiffusion import DiffusionModel, GenerationOptions, _native, devices, sampling
 from pydiffusion.errors import InsufficientMemoryError, PyDiffusionError
@@ -61,6 +61,91 @@ def test_f16_cache(device: str, source: str, gguf_file: Callable) -> None:
         assert (ops.get("FLASH_ATTN_EXT", 0) > 0) == (place != "cpu"), "each device takes its own attention"
     for key, logits in both[0].items():
         assert_within(compare(both[1][key], logits), 0.05, 0.5, 0.99)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_q8_0_cache(device: str, source: str, gguf_file: Callable, report: Callable[[str], None]) -> None:
+    """Eight bits for keys and values, against our own attention over such a cache on the processor."""
+    shape, options = SOURCES[source]
+    file = gguf_file(shape, "f32", **options)
+    models = [open_on(file, place, "q8_0") for place in ("cpu", device)]
+    for name in CASES:
+        golden = case(load_golden(f"logits-{source}"), name)
+        both = []
+        for model in models:
+            assert model.description["kv_type"] == "q8_0"
+            session = _native.Session(model, 128)
+            encode_case(session, golden)
+            both.append(denoise_case(session, golden))
+            assert ("FLASH_ATTN_EXT" in session.step_ops) == (model is models[1])
+        for key, logits in both[0].items():
+            difference = compare(both[1][key], logits)
+            report(
+                f"device {device}, cache q8_0 against the processor's, {source}, {name}, {key}: {difference}"
+            )
+            assert difference.mean <= Q8_0_CACHE_MEAN and difference.agreement >= 0.9, difference
+
+
+def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, head_dim: int) -> np.ndarray:
+    """In float64; q (n_tokens, width), k and v (n_rows, less of it), each key head for a group of queries."""
+    n_head, n_head_kv = q.shape[1] // head_dim, k.shape[1] // head_dim
+    out = np.empty(q.shape)
+    for head in range(n_head):
+        of_q = slice(head * head_dim, (head + 1) * head_dim)
+        at = head * n_head_kv // n_head
+        of_k = slice(at * head_dim, (at + 1) * head_dim)
+        scores = q[:, of_q].astype(np.float64) @ k[:, of_k].T
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[:, of_q] = weights / weights.sum(-1, keepdims=True) @ v[:, of_k]
+    return out
+
+
+@pytest.mark.parametrize(("head_dim", "n_head_kv"), [(64, 1), (128, 2), (256, 8), (512, 2)])
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
+def test_attention_alone(
+    device: str, kv_type: str, head_dim: int, n_head_kv: int, report: Callable[[str], None]
+) -> None:
+    """The heads of the models there are, over each cache: by flash attention, and by the products that take
+    its place where a device has none. What a cache rounds is rounded in what it is compared with, too.
+    """
+    rng = np.random.default_rng(head_dim)
+    n_head, n_tokens, n_rows, n_visible = 2 * n_head_kv, 20, 512, 300
+    q, k, v = (
+        rng.normal(size=(n, heads * head_dim)).astype(np.float32)
+        for n, heads in ((n_tokens, n_head), (n_rows, n_head_kv), (n_rows, n_head_kv))
+    )
+    q *= 2 * head_dim**-0.5  # as steep a softmax for every size
+    rounded = [
+        _native.dequantize_rows(_native.quantize_rows(x, kv_type), kv_type, x.shape[1]) for x in (k, v)
+    ]
+    exact = exact_attention(q, rounded[0][:n_visible], rounded[1][:n_visible], head_dim)
+    for by_products in (False, True):
+        result = _native.attend_on(device, q, k, v, head_dim, kv_type, n_visible, by_products)
+        worst = np.abs(result - exact).max()
+        report(f"device {device}, attention over {kv_type}, heads of {head_dim}, {by_products=}: {worst:.1e}")
+        exact_sums = kv_type == "f32" or (by_products and kv_type == "q8_0")
+        assert worst <= (SUMS_BOUND if exact_sums else ATTENTION_BOUND[kv_type])
+
+
+#: Twice what was measured on the processor, on results of up to 4. ggml adds float16 up in float16 there, and
+#: rounds queries where keys have 8 bits; its kernel breaks a tie of 8 bits otherwise than its quantizer.
+ATTENTION_BOUND = {"f16": 2e-2, "q8_0": 6e-2}
+SUMS_BOUND = 2e-3
+
+
+def test_a_cache_in_parts(device: str, gguf_file: Callable) -> None:
+    """Layers on the processor read and write a cache of 8 bits as those on the device do."""
+    file = gguf_file("small", "f32", seed=0, dtype="f32")
+    golden = case(load_golden("logits-small-f32"), "commit")
+    results = []
+    for n_gpu_layers in (-1, 1):
+        session = _native.Session(open_on(file, device, "q8_0", n_gpu_layers=n_gpu_layers), 128)
+        encode_case(session, golden)
+        results.append(denoise_case(session, golden))
+    for key, logits in results[0].items():
+        if device == "host":
+            assert np.array_equal(logits, results[1][key])
+        assert compare(results[1][key], logits).mean <= Q8_0_CACHE_MEAN
 
 
 @pytest.mark.parametrize(("n_gpu_layers", "n_cpu_moe"), [(1, 0), (1, 1), (2, 1), (-1, 2)])
@@ -203,6 +288,21 @@ def test_the_plan_leaves_experts_out_first(device: str, gguf_file: Callable) -> 
     everything_without_experts = seen.index((n_layer, n_layer))
     assert seen[: everything_without_experts + 1] == [(n_layer, i) for i in range(n_layer + 1)]
     assert seen[-1] == (0, 0)
+
+
+def test_the_plan_counts_the_cache(device: str, gguf_file: Callable) -> None:
+    """As many bytes as a session then takes; 8 bits take the room of their blocks, and attention's copies."""
+    file = gguf_file("wide", "q8_0", seed=0, dtype="f32")
+    planned = {}
+    for kv_type in ("f32", "f16", "q8_0"):
+        planned[kv_type] = _native.plan(str(file), device, n_ctx=512, kv_type=kv_type)
+        session = _native.Session(open_on(file, device, kv_type), 512)
+        assert planned[kv_type]["cache_bytes"] == session.cache_bytes
+    assert planned["q8_0"]["cache_bytes"] == planned["f16"]["cache_bytes"] * 34 // 64
+    assert planned["q8_0"]["step_bytes"] > planned["f16"]["step_bytes"]
+    with pytest.raises(ValueError, match="heads of a multiple of 32"):
+        tiny = gguf_file("tiny", "f32", seed=0, dtype="f32")
+        _native.plan(str(tiny), device, n_ctx=64, kv_type="q8_0")
 
 
 def test_what_does_not_fit_says_what_was_needed(device: str, gguf_file: Callable) -> None:

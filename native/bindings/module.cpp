@@ -11,4 +11,5 @@ NB_MODULE(_native, m) {
     pydiffusion::bind_session(m);
     pydiffusion::bind_batch(m);
     pydiffusion::bind_functions(m);
+    pydiffusion::bind_devices(m);
 }
