@@ -50,8 +50,10 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), 
     products.emplace(ctx(), model.engine.kernel());
     if (!portable()) return;
     const size_t n_inputs = 2 + 2 * sequences.size();  // tokens, positions; masks of both kinds of layers
-    input_context_.reset(ggml_init({n_inputs * ggml_tensor_overhead(), nullptr, true}));
-    if (!input_context_) throw Error(ErrorKind::out_of_memory, "no memory for a graph's inputs");
+    for (int32_t place = kProcessor; place < model.engine.n_devices(); ++place) {
+        input_contexts_.emplace_back(ggml_init({n_inputs * ggml_tensor_overhead(), nullptr, true}));
+        if (!input_contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a graph's inputs");
+    }
 }
 
 ggml_tensor* GraphBuilder::rms_norm(ggml_tensor* x, ggml_tensor* weight) const {
@@ -139,27 +141,32 @@ void GraphBuilder::set_positions(const std::vector<int32_t>& positions) {
 }
 
 ggml_tensor* GraphBuilder::new_input(ggml_type type, int64_t n0, int64_t n1) {
-    if (portable()) return ggml_new_tensor_2d(input_context_.get(), type, n0, n1);
+    if (portable()) return new_input_on(model.engine.n_devices() - 1, type, n0, n1);
     ggml_tensor* input = ggml_new_tensor_2d(ctx(), type, n0, n1);
     ggml_set_input(input);
     ggml_set_output(input);  // else its memory is used again once it has been read
     return input;
 }
 
+ggml_tensor* GraphBuilder::new_input_on(int32_t place, ggml_type type, int64_t n0, int64_t n1) {
+    return ggml_new_tensor_2d(input_contexts_[place - kProcessor].get(), type, n0, n1);
+}
+
 void GraphBuilder::allocate(Workspace& workspace, const char* what) const {
-    workspace.allocate(graph, input_context_.get(), what);
+    workspace.allocate(graph, input_contexts_, what);
     for (const MaskKey& key : masks_) portable::fill(key.mask);
 }
 
 portable::Mask GraphBuilder::mask(size_t i_sequence, int32_t i_layer, int64_t n_visible,
                                   const Causal* causal) {
     const bool sliding = model.hparams.layers[i_layer].sliding;
+    const int32_t place = model.placement.layer(i_layer);
     for (const MaskKey& key : masks_) {
-        if (key.i_sequence == i_sequence && key.sliding == sliding) return key.mask;
+        if (key.i_sequence == i_sequence && key.place == place && key.sliding == sliding) return key.mask;
     }
     ggml_tensor* tensor =
-        new_input(GGML_TYPE_F16, portable::filled_up(n_visible), sequences[i_sequence].n_tokens);
-    masks_.push_back({i_sequence, sliding, {tensor, n_visible, causal}});
+        new_input_on(place, GGML_TYPE_F16, portable::filled_up(n_visible), sequences[i_sequence].n_tokens);
+    masks_.push_back({i_sequence, place, sliding, {tensor, n_visible, causal}});
     return masks_.back().mask;
 }
 

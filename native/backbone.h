@@ -15,9 +15,9 @@
 namespace pydiffusion {
 
 struct Model {
-    // device: see Engine; placement: what of the model lies there. `read_ahead` is called with the share of
-    // the file that has been brought into memory, 0 to 1.
-    // kernels: of the processor's products, see matrix::kernel_named.
+    // device: see Engine; placement: what of the model lies on which. `read_ahead` is called with the share
+    // of the file that has been brought into memory, 0 to 1. kernels: of the processor's products, see
+    // matrix::kernel_named.
     Model(std::shared_ptr<const File> file, int n_threads, const std::string& device,
           const std::string& kernels, const Placement& placement,
           const std::function<void(double)>& read_ahead);
@@ -53,8 +53,9 @@ struct GraphBuilder {
     int64_t n_tokens() const;  // of all sequences
 
     // A tensor that is written before each run of the graph and keeps what was written. Portable graphs have
-    // them in the device's memory, laid out with the graph.
+    // them in memory of the place that reads them, laid out with the graph; else in that of the last device.
     ggml_tensor* new_input(ggml_type type, int64_t n0, int64_t n1 = 1);
+    ggml_tensor* new_input_on(int32_t place, ggml_type type, int64_t n0, int64_t n1);
     // Where the tokens stand, to be called once the graph has its memory.
     void set_positions(const std::vector<int32_t>& positions);
     // Gives the graph its memory and writes the masks.
@@ -70,8 +71,8 @@ struct GraphBuilder {
     };
     std::vector<Part> parts;
 
-    // Which rows a sequence's tokens may see of a layer; layers that see the same share one. Portable graphs
-    // only.
+    // Which rows a sequence's tokens may see of a layer; layers of one place that see the same share one.
+    // Portable graphs only.
     portable::Mask mask(size_t i_sequence, int32_t i_layer, int64_t n_visible, const Causal* causal);
 
     bool portable() const { return model.engine.on_device(); }
@@ -90,6 +91,7 @@ struct GraphBuilder {
   private:
     struct MaskKey {
         size_t i_sequence;
+        int32_t place;
         bool sliding;
         portable::Mask mask;
     };
@@ -104,7 +106,7 @@ struct GraphBuilder {
     std::vector<Angles> angles_;        // of the others
     std::vector<int32_t> written_;      // the positions whose angles are there
     std::vector<MaskKey> masks_;
-    ggml_context_ptr input_context_;  // of portable graphs
+    std::vector<ggml_context_ptr> input_contexts_;  // of portable graphs: the processor's, then each device's
 };
 
 // Writes the layer's keys and values of x [d, n_tokens] into the caches' rows behind what they hold.

@@ -30,9 +30,9 @@ std::vector<DeviceInfo> list_devices();
 
 class Engine {
   public:
-    // device: "cpu"; a name out of list_devices(); or "host", which runs the graphs and kernels made for GPUs
-    // on the processor: slow, to prove them.
-    // kernels: of the processor's products, see matrix::kernel_named.
+    // device: "cpu"; a name out of list_devices(), or several with commas in between, the home of what is in
+    // no layer last; or "host" in a GPU's place, which runs the graphs and kernels made for GPUs on the
+    // processor: slow, to prove them. kernels: of the processor's products, see matrix::kernel_named.
     Engine(int n_threads, const std::string& device, const std::string& kernels = "auto");
     ~Engine();
     Engine(const Engine&) = delete;
@@ -46,9 +46,10 @@ class Engine {
     // Whether graphs consist of operations that every backend has, and what goes on beside the layers is the
     // kernels'; else our own operations for the processor are in the graph.
     bool on_device() const { return kernels_ != nullptr; }
-    bool has_gpu() const { return gpu_ != nullptr; }
+    bool has_gpu() const { return has_gpu_; }
+    int32_t n_devices() const { return static_cast<int32_t>(devices_.size()); }
     StepKernels& kernels() const { return *kernels_; }
-    // Whether the device itself has this operation with these operands.
+    // Whether every device itself has this operation with these operands.
     bool device_supports(const ggml_tensor* node) const;
 
     // Whether weights of this type can be multiplied with, and rows of it be taken, where the device is.
@@ -56,9 +57,9 @@ class Engine {
     // Whether keys and values can be written there as this type.
     bool can_store(ggml_type type) const;
 
-    // Of what belongs to layers on the device, and of what belongs to the others.
-    ggml_backend_buffer_type_t buffer_type() const;
-    ggml_backend_buffer_type_t host_buffer_type() const { return ggml_backend_cpu_buffer_type(); }
+    // Of what belongs to a device, or to kProcessor; and where what is in no layer belongs.
+    ggml_backend_buffer_type_t buffer_type(int32_t place) const;
+    ggml_backend_buffer_type_t buffer_type() const { return buffer_type(n_devices() - 1); }
 
     // Held while a device computes: sessions take turns.
     std::unique_lock<std::mutex> device_turn() const;
@@ -75,14 +76,16 @@ class Engine {
 
     struct Pool;
     Pool& pool();
+    void open_device(const std::string& name, ggml_threadpool_t threads);
 
     int n_threads_;
     std::string name_;
     matrix::Kernel kernel_;
     std::atomic<Pool*> pool_;
-    ggml_backend_ptr gpu_;  // null on the processor
-    ggml_backend_ptr cpu_;  // of a scheduler's; null when there is none
-    std::unique_ptr<StepKernels> kernels_;
+    std::vector<ggml_backend_ptr> devices_;  // none on the processor
+    ggml_backend_ptr cpu_;                   // beside them
+    bool has_gpu_ = false;
+    std::unique_ptr<StepKernels> kernels_;  // of the last device
     mutable std::mutex device_mutex_;
 };
 
@@ -95,9 +98,10 @@ class Workspace {
   public:
     explicit Workspace(Engine& engine);
 
-    // Lays the graph out, in place of the one before; on a device with the tensors of `inputs`, which keep
-    // their memory while it stands. Throws Error(out_of_memory) with "no memory for `what`".
-    void allocate(ggml_cgraph* graph, ggml_context* inputs, const char* what);
+    // Lays the graph out, in place of the one before; on devices with the tensors of `inputs`, which keep
+    // their memory while it stands: first the processor's, then each device's. Throws Error(out_of_memory)
+    // with "no memory for `what`".
+    void allocate(ggml_cgraph* graph, const std::vector<ggml_context_ptr>& inputs, const char* what);
 
     // Runs the graph laid out last.
     void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
@@ -106,14 +110,14 @@ class Workspace {
 
   private:
     void require_success(ggml_status status) const;
-    bool place_inputs(ggml_context* inputs);
+    bool place_inputs(int32_t place, ggml_context* inputs);
     bool schedule(ggml_cgraph* graph);
 
     Engine& engine_;
     ggml_gallocr_ptr allocator_;        // on the processor alone
     ggml_backend_sched_ptr scheduler_;  // else
     size_t scheduler_size_ = 0;
-    ggml_backend_buffer_ptr inputs_;
+    std::vector<ggml_backend_buffer_ptr> inputs_;  // the processor's, then each device's
 };
 
 }  // namespace pydiffusion

@@ -40,13 +40,13 @@ KvCache::KvCache(const Hyperparameters& hp, const Engine& engine, const Placemen
     }
     const ggml_init_params params = {(2 * hp.layers.size() + 1) * ggml_tensor_overhead(), nullptr, true};
     require_memory((size_t{8} << 20) + 2 * params.mem_size);
-    context_.reset(ggml_init(params));
-    host_context_.reset(ggml_init(params));
-    if (!context_ || !host_context_)
-        throw Error(ErrorKind::out_of_memory, "no memory for the cache's description");
+    for (int32_t place = kProcessor; place < engine.n_devices(); ++place) {
+        contexts_.emplace_back(ggml_init(params));
+        if (!contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for the cache's description");
+    }
     for (int32_t i = 0; i < hp.n_layer; ++i) {
         const LayerShape& shape = hp.layers[i];
-        ggml_context* context = placement.layer(i) ? context_.get() : host_context_.get();
+        ggml_context* context = contexts_[placement.layer(i) - kProcessor].get();
         const int64_t width = int64_t{shape.head_dim} * shape.n_head_kv;
         // Behind the last row there is room for those that fill a mask up.
         const int64_t rows =
@@ -54,8 +54,8 @@ KvCache::KvCache(const Hyperparameters& hp, const Engine& engine, const Placemen
         layers_.push_back({ggml_new_tensor_2d(context, type, width, rows),
                            ggml_new_tensor_2d(context, type, width, rows), shape.sliding});
     }
-    allocate(context_.get(), engine.buffer_type(), n_ctx);
-    allocate(host_context_.get(), engine.host_buffer_type(), n_ctx);
+    for (int32_t place = kProcessor; place < engine.n_devices(); ++place)
+        allocate(contexts_[place - kProcessor].get(), engine.buffer_type(place), n_ctx);
 }
 
 void KvCache::require_fitting_heads(const Hyperparameters& hp, ggml_type type) {

@@ -104,8 +104,7 @@ class KvCache {
     int32_t base_ = 0;   // position of row 0 of the sliding layers
     int32_t mark_ = -1;  // position to which truncate() should find its way back
     Snapshot snapshot_;
-    ggml_context_ptr context_;
-    ggml_context_ptr host_context_;  // of layers that are not on the device
+    std::vector<ggml_context_ptr> contexts_;  // the processor's layers, then each device's
     std::vector<ggml_backend_buffer_ptr> buffers_;
     std::vector<Layer> layers_;
 };

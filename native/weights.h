@@ -48,8 +48,8 @@ struct LayerWeights {
 
 struct Weights {
     // Refuses missing tensors, other shapes, and types that this build can't compute with.
-    // What the placement names is copied into the engine's memory, the share done reported to `progress`; but
-    // for types that its device can't compute with, which stay in the mapping.
+    // What the placement puts on a device is copied there, the share done reported to `progress`; but for
+    // types that it can't compute with, which stay in the mapping.
     Weights(std::shared_ptr<const File> file, const Hyperparameters& hparams, const Placement& placement,
             const Engine& engine, const std::function<void(double)>& progress);
     Weights(const Weights&) = delete;
@@ -70,8 +70,8 @@ struct Weights {
 
   private:
     class Loader;
-    std::shared_ptr<const File> file_;  // keeps the mapping alive
-    ggml_context_ptr context_, device_context_;
+    std::shared_ptr<const File> file_;        // keeps the mapping alive
+    std::vector<ggml_context_ptr> contexts_;  // the mapping's tensors, then each device's
     std::vector<ggml_backend_buffer_ptr> buffers_;
 };
 

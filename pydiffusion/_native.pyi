@@ -89,7 +89,7 @@ class Model:
     Weights and hyperparameters; immutable, shared by sessions and threads.
     """
 
-    def __init__(self, path: str, n_threads: int, kv_type: str = 'auto', progress: object | None = None, device: str = 'cpu', n_gpu_layers: int = -1, n_cpu_moe: int = -1, memory_limit: int = 0, n_ctx: int = 8192, kernels: str = 'auto') -> None: ...
+    def __init__(self, path: str, n_threads: int, kv_type: str = 'auto', progress: object | None = None, device: str = 'cpu', n_gpu_layers: int = -1, n_cpu_moe: int = -1, memory_limits: Sequence[int] = [], n_ctx: int = 8192, kernels: str = 'auto') -> None: ...
 
     @property
     def file(self) -> GgufFile: ...
@@ -115,8 +115,10 @@ class Model:
 def devices() -> list:
     """The GPUs that this build can compute on."""
 
-def plan(path: str, device: str, memory_limit: int = 0, n_gpu_layers: int = -1, n_cpu_moe: int = -1, n_ctx: int = 8192, kv_type: str = 'auto') -> dict:
-    """What of a model would lie on a device, and the bytes that takes there."""
+def plan(path: str, device: str, memory_limits: Sequence[int] = [], n_gpu_layers: int = -1, n_cpu_moe: int = -1, n_ctx: int = 8192, kv_type: str = 'auto') -> dict:
+    """
+    What of a model would lie on which device, and the bytes that takes there.
+    """
 
 class Step:
     """

@@ -113,11 +113,13 @@ nb::object attend_on(const std::string& device, const Array2<float>& q, const Ar
         throw Error(ErrorKind::argument, "queries, keys, values and their type don't fit");
     Engine engine(1, device);
     require_kernels(engine);
+    if (engine.n_devices() != 1) throw Error(ErrorKind::argument, "one device at a time");
     Matrices matrices(engine);
     const ggml_context_ptr context(
         ggml_init({32 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true}));
-    const ggml_context_ptr inputs(ggml_init({ggml_tensor_overhead(), nullptr, true}));
-    if (!context || !inputs) throw Error(ErrorKind::out_of_memory, "no memory for a graph");
+    std::vector<ggml_context_ptr> inputs(2);  // the processor's, the device's
+    for (ggml_context_ptr& one : inputs) one.reset(ggml_init({ggml_tensor_overhead(), nullptr, true}));
+    if (!context || !inputs[0] || !inputs[1]) throw Error(ErrorKind::out_of_memory, "no memory for a graph");
     ggml_context* ctx = context.get();
     ggml_cgraph* graph = ggml_new_graph(ctx);
     const auto store = [&](const Array2<float>& rows) {
@@ -129,14 +131,14 @@ nb::object attend_on(const std::string& device, const Array2<float>& q, const Ar
     ggml_tensor *keys = store(k), *values = store(v);
     ggml_tensor* queries = ggml_reshape_3d(ctx, matrices.add(q), head_dim,
                                            static_cast<int64_t>(q.shape(1)) / head_dim, q.shape(0));
-    const portable::Mask mask = {ggml_new_tensor_2d(inputs.get(), GGML_TYPE_F16, n_rows, n_tokens), n_visible,
-                                 nullptr};
+    const portable::Mask mask = {ggml_new_tensor_2d(inputs[1].get(), GGML_TYPE_F16, n_rows, n_tokens),
+                                 n_visible, nullptr};
     ggml_tensor* result = by_products ? portable::attend_by_products(ctx, queries, keys, values, mask)
                                       : portable::attend(ctx, engine, queries, keys, values, mask);
     ggml_set_output(result);
     ggml_build_forward_expand(graph, result);
     Workspace workspace(engine);
-    workspace.allocate(graph, inputs.get(), "attention");
+    workspace.allocate(graph, inputs, "attention");
     portable::fill(mask);
     workspace.compute(graph, [] { return false; });
     return Matrices::fetch(result);
