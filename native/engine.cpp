@@ -103,6 +103,23 @@ std::vector<ggml_backend_dev_t> gpus() {
     return found;
 }
 
+ggml_backend_dev_t find_gpu(const std::string& name) {
+    for (ggml_backend_dev_t device : gpus()) {
+        if (name == ggml_backend_dev_name(device)) return device;
+    }
+    return nullptr;
+}
+
+std::unique_ptr<StepKernels> make_kernels(const std::string& device) {
+#if defined(PYDIFFUSION_CUDA)
+    const std::vector<ggml_backend_dev_t> there = gpus();
+    for (size_t i = 0; i < there.size(); ++i) {
+        if (device == ggml_backend_dev_name(there[i])) return make_cuda_kernels(static_cast<int>(i));
+    }
+#endif
+    return make_host_kernels();
+}
+
 }  // namespace
 
 std::vector<DeviceInfo> list_devices() {
@@ -130,10 +147,12 @@ Engine::Engine(int n_threads, const std::string& device, const std::string& kern
     if (device != "cpu") {
         name_ = device;
         std::istringstream names(device);
-        for (std::string name; std::getline(names, name, ',');) open_device(name, pool->threads);
+        std::string name;
+        while (std::getline(names, name, ',')) open_device(name, pool->threads);
         if (devices_.empty() || devices_.size() >= kMaxBackends)
             throw Error(ErrorKind::argument, format("%zu devices to compute on; possible are 1 to %zu",
                                                     devices_.size(), kMaxBackends - 1));
+        kernels_ = make_kernels(name);
         cpu_.reset(ggml_backend_cpu_init());
         if (!cpu_) throw Error(ErrorKind::out_of_memory, "no memory for ggml's CPU backend");
         ggml_backend_cpu_set_n_threads(cpu_.get(), n_threads);
@@ -143,22 +162,15 @@ Engine::Engine(int n_threads, const std::string& device, const std::string& kern
 }
 
 void Engine::open_device(const std::string& name, ggml_threadpool_t threads) {
-    ggml_backend_ptr device;
     if (name == "host") {
-        device = make_host_backend(n_threads_, threads);
-        kernels_ = make_host_kernels();
-    }
-#if defined(PYDIFFUSION_CUDA)
-    const std::vector<ggml_backend_dev_t> there = gpus();
-    for (size_t i = 0; i < there.size(); ++i) {
-        if (name != ggml_backend_dev_name(there[i])) continue;
-        device.reset(ggml_backend_dev_init(there[i], nullptr));
-        if (device) kernels_ = make_cuda_kernels(static_cast<int>(i));
+        devices_.push_back(make_host_backend(n_threads_, threads));
+    } else if (ggml_backend_dev_t gpu = find_gpu(name)) {
+        devices_.emplace_back(ggml_backend_dev_init(gpu, nullptr));
         has_gpu_ = true;
+    } else {
+        throw Error(ErrorKind::argument, "there is no device " + quoted(name) + " to compute on");
     }
-#endif
-    if (!device) throw Error(ErrorKind::argument, "there is no device " + quoted(name) + " to compute on");
-    devices_.push_back(std::move(device));
+    if (!devices_.back()) throw Error(ErrorKind::out_of_memory, "no memory to begin with on " + quoted(name));
 }
 
 ggml_backend_buffer_type_t Engine::buffer_type(int32_t place) const {

@@ -152,9 +152,10 @@ def test_a_generation(device: str, gguf_file: Callable) -> None:
             assert all(token == 7 for token in np.asarray(event.tokens)[::2])
 
 
-def test_a_saved_session_comes_back(device: str, gguf_file: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_type", ["f32", "q8_0"])
+def test_a_saved_session_comes_back(device: str, kv_type: str, gguf_file: Callable, tmp_path: Path) -> None:
     file = gguf_file("small", "f32", seed=0, dtype="f32")
-    model = DiffusionModel(file, n_ctx=128, device=device)
+    model = DiffusionModel(file, n_ctx=128, device=device, kv_type=kv_type)
     session = model.new_session()
     session.encode(list(range(2, 60)))  # beyond the window
     session.save(tmp_path / "session")
