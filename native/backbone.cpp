@@ -50,6 +50,7 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), 
     products.emplace(ctx(), model.engine.kernel());
     if (!portable()) return;
     const size_t n_inputs = 2 + 2 * sequences.size();  // tokens, positions; masks of both kinds of layers
+    positions_.resize(model.engine.n_devices() + 1);
     for (int32_t place = kProcessor; place < model.engine.n_devices(); ++place) {
         input_contexts_.emplace_back(ggml_init({n_inputs * ggml_tensor_overhead(), nullptr, true}));
         if (!input_contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a graph's inputs");
@@ -78,18 +79,24 @@ ggml_tensor* GraphBuilder::add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_
     return pydiffusion::add_normed(ctx(), x, branch, weight, &model.hparams.rms_eps);
 }
 
-ggml_tensor* GraphBuilder::rotate_normed(ggml_tensor* x, ggml_tensor* weight, bool sliding, int64_t first) {
+ggml_tensor* GraphBuilder::rotate_normed(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer,
+                                         int64_t first) {
+    const bool sliding = model.hparams.layers[i_layer].sliding;
     if (!portable()) {
         ggml_tensor* all = angles(x->ne[0], sliding);
         ggml_tensor* own = ggml_view_2d(ctx(), all, all->ne[0], x->ne[2], all->nb[1], first * all->nb[1]);
         return pydiffusion::rotate_normed(ctx(), x, weight, own, &model.hparams.rms_eps);
     }
-    if (!positions_) positions_ = new_input(GGML_TYPE_I32, n_tokens());
+    // A device takes no operation with inputs in another's memory.
+    const int32_t place = model.placement.layer(i_layer);
+    ggml_tensor*& positions = positions_[place - kProcessor];
+    if (!positions) positions = new_input_on(place, GGML_TYPE_I32, n_tokens(), 1);
+    ggml_tensor* own = ggml_view_1d(ctx(), positions, x->ne[2], first * positions->nb[0]);
     const Hyperparameters& hp = model.hparams;
-    ggml_tensor* own = ggml_view_1d(ctx(), positions_, x->ne[2], first * positions_->nb[0]);
-    return ggml_rope_ext(ctx(), rms_norm(x, weight), own, sliding ? nullptr : model.weights.rope_freqs,
-                         static_cast<int>(x->ne[0]), GGML_ROPE_TYPE_NEOX, hp.n_ctx_train,
-                         sliding ? hp.rope_base_swa : hp.rope_base, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
+    ggml_tensor* factors = sliding ? nullptr : model.weights.rope_freqs[place - kProcessor];
+    return ggml_rope_ext(ctx(), rms_norm(x, weight), own, factors, static_cast<int>(x->ne[0]),
+                         GGML_ROPE_TYPE_NEOX, hp.n_ctx_train, sliding ? hp.rope_base_swa : hp.rope_base, 1.0f,
+                         0.0f, 1.0f, 0.0f, 0.0f);
 }
 
 ggml_tensor* GraphBuilder::angles(int64_t head_dim, bool sliding) {
@@ -130,11 +137,13 @@ void write_angles(ggml_tensor* tensor, const std::vector<int32_t>& positions, fl
 void GraphBuilder::set_positions(const std::vector<int32_t>& positions) {
     if (positions == written_) return;
     written_ = positions;
-    if (positions_)
-        ggml_backend_tensor_set(positions_, positions.data(), 0, positions.size() * sizeof(int32_t));
+    for (ggml_tensor* of_place : positions_) {
+        if (of_place)
+            ggml_backend_tensor_set(of_place, positions.data(), 0, positions.size() * sizeof(int32_t));
+    }
     const Hyperparameters& hp = model.hparams;
     for (const Angles& a : angles_) {
-        const ggml_tensor* factors = a.sliding ? nullptr : model.weights.rope_freqs;
+        const ggml_tensor* factors = a.sliding ? nullptr : model.weights.rope_freqs[0];  // the processor's
         write_angles(a.tensor, positions, a.sliding ? hp.rope_base_swa : hp.rope_base,
                      factors ? static_cast<const float*>(factors->data) : nullptr);
     }
@@ -218,7 +227,7 @@ void store_normed(GraphBuilder& g, int32_t i_layer, ggml_tensor* h) {
     ggml_tensor* k = split_heads(g, g.products->multiply(w.attn_k, h), shape.head_dim);
     ggml_tensor* v = w.attn_v ? split_heads(g, g.products->multiply(w.attn_v, h), shape.head_dim) : k;
     v = g.rms_norm(v);
-    k = g.rotate_normed(k, w.attn_k_norm, shape.sliding);
+    k = g.rotate_normed(k, w.attn_k_norm, i_layer);
     int64_t first = 0;
     for (const Sequence& sequence : g.sequences) {
         const KvRange range = sequence.cache->range(i_layer);
@@ -264,8 +273,7 @@ ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const C
     int64_t first = 0;
     for (size_t i = 0; i < g.sequences.size(); ++i) {
         const int64_t n_tokens = g.sequences[i].n_tokens;
-        ggml_tensor* own =
-            g.rotate_normed(tokens_of(g, q, first, n_tokens), w.attn_q_norm, shape.sliding, first);
+        ggml_tensor* own = g.rotate_normed(tokens_of(g, q, first, n_tokens), w.attn_q_norm, i_layer, first);
         outputs.push_back(attend_sequence(g, i, i_layer, own, causal));
         first += n_tokens;
     }

@@ -84,7 +84,7 @@ struct GraphBuilder {
     ggml_tensor* add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) const;
     // rms_norm(x, weight) turned by its tokens' positions, x [head_dim, n_heads, n] with tokens from `first`
     // on
-    ggml_tensor* rotate_normed(ggml_tensor* x, ggml_tensor* weight, bool sliding, int64_t first = 0);
+    ggml_tensor* rotate_normed(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer, int64_t first = 0);
     ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down);
     ggml_tensor* embed(ggml_tensor* ids) const;  // rows of the embedding times sqrt(d) -> [d, n_tokens]
 
@@ -102,9 +102,10 @@ struct GraphBuilder {
     };
     ggml_tensor* angles(int64_t head_dim, bool sliding);
 
-    ggml_tensor* positions_ = nullptr;  // I32 [n_tokens], of portable graphs
-    std::vector<Angles> angles_;        // of the others
-    std::vector<int32_t> written_;      // the positions whose angles are there
+    // I32 [n_tokens], of portable graphs: the processor's, then each device's; null where nothing is rotated.
+    std::vector<ggml_tensor*> positions_;
+    std::vector<Angles> angles_;    // of the others
+    std::vector<int32_t> written_;  // the positions whose angles are there
     std::vector<MaskKey> masks_;
     std::vector<ggml_context_ptr> input_contexts_;  // of portable graphs: the processor's, then each device's
 };

@@ -105,6 +105,8 @@ class Workspace {
 
     // Runs the graph laid out last.
     void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
+    // Into how many pieces the graph laid out last was cut: one wherever the place changes.
+    int n_pieces() const { return scheduler_ ? ggml_backend_sched_get_n_splits(scheduler_.get()) : 1; }
     // Runs nodes that have their memory already and all belong where the engine computes.
     void compute_nodes(ggml_cgraph* nodes, const std::function<bool()>& cancelled);
 

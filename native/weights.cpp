@@ -64,17 +64,20 @@ class Weights::Loader {
                                                     ggml_type_name(info.type) +
                                                     ", which we can't compute with");
         }
-        return place(info);
+        return place(info, placement_.tensor(name));
     }
 
     // Norms, scales and the router, which the format keeps in F32.
     ggml_tensor* f32(const std::string& name, const Shape& shape) {
+        return f32_on(placement_.tensor(name), name, shape);
+    }
+    ggml_tensor* f32_on(int32_t place, const std::string& name, const Shape& shape) {
         const TensorInfo& info = require(name, shape);
         if (info.type != GGML_TYPE_F32) {
             throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) +
                                                     " should be F32, is " + ggml_type_name(info.type));
         }
-        return place(info);
+        return this->place(info, place);
     }
 
     // Copies what belongs on devices, once all tensors have been asked for.
@@ -158,8 +161,7 @@ class Weights::Loader {
         return *info;
     }
 
-    ggml_tensor* place(const TensorInfo& info) {
-        const int32_t wanted = placement_.tensor(info.name);
+    ggml_tensor* place(const TensorInfo& info, int32_t wanted) {
         const bool on_device = wanted != kProcessor && can_hold(info.type);
         ggml_context* context = weights_.contexts_[(on_device ? wanted : kProcessor) - kProcessor].get();
         ggml_tensor* tensor =
@@ -172,9 +174,10 @@ class Weights::Loader {
         } else {
             copy(tensor, info);
         }
-        weights_.bytes_by_type[info.type] += info.n_bytes;
-        weights_.n_weights += info.n_elements();
-        used_[info.name] = true;
+        if (used_.emplace(info.name, true).second) {
+            weights_.bytes_by_type[info.type] += info.n_bytes;
+            weights_.n_weights += info.n_elements();
+        }
         return tensor;
     }
 
@@ -253,9 +256,12 @@ Weights::Weights(std::shared_ptr<const File> file, const Hyperparameters& hp, co
     self_cond_gate = load.matrix("self_cond_gate.weight", {d, ff});
     self_cond_up = load.matrix("self_cond_up.weight", {d, ff});
     self_cond_down = load.matrix("self_cond_down.weight", {ff, d});
-    rope_freqs = nullptr;
-    for (const LayerShape& shape : hp.layers) {
-        if (!shape.sliding && !rope_freqs) rope_freqs = load.f32("rope_freqs.weight", {shape.head_dim / 2});
+    rope_freqs.resize(engine.n_devices() + 1);
+    for (int32_t i = 0; i < hp.n_layer; ++i) {
+        const LayerShape& shape = hp.layers[i];
+        ggml_tensor*& there = rope_freqs[placement.layer(i) - kProcessor];
+        if (!shape.sliding && !there)
+            there = load.f32_on(placement.layer(i), "rope_freqs.weight", {shape.head_dim / 2});
     }
     for (int32_t i = 0; i < hp.n_layer; ++i) layers.push_back(load_layer(load, hp, i));
     load.refuse_unknown_layer_tensors();

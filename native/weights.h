@@ -58,7 +58,8 @@ struct Weights {
     ggml_tensor* token_embd;  // [d, n_vocab]
     ggml_tensor* output;      // [d, n_vocab]; token_embd itself where the file ties them
     ggml_tensor* output_norm;
-    ggml_tensor* rope_freqs;  // [head_dim / 2] of the full layers; null where there are none
+    // [head_dim / 2] of the full layers, on the processor and on each device: null where none of them lie.
+    std::vector<ggml_tensor*> rope_freqs;
     ggml_tensor* self_cond_pre_norm;
     ggml_tensor* self_cond_gate;
     ggml_tensor* self_cond_up;

@@ -87,6 +87,18 @@ def test_q8_0_cache(device: str, source: str, gguf_file: Callable, report: Calla
             assert difference.mean <= Q8_0_CACHE_MEAN and difference.agreement >= 0.9, difference
 
 
+def test_heads_without_a_kernel(device: str, gguf_file: Callable) -> None:
+    """Where flash attention has no kernel for a model's heads (CUDA's none for 16 and 32), products do."""
+    file = gguf_file("tiny", "f32", seed=0, dtype="f32")
+    results = []
+    for place in ("cpu", device):
+        session = _native.Session(open_on(file, place, "f16"), 64)
+        session.encode(np.arange(2, 22, dtype=np.int32))
+        results.append(session.denoise(np.arange(4, dtype=np.int32), None))
+    assert "FLASH_ATTN_EXT" not in session.step_ops
+    assert_within(compare(results[1], results[0]), 0.05, 0.5)
+
+
 def test_a_cache_in_parts(device: str, gguf_file: Callable) -> None:
     """Layers on the processor read and write a cache of 8 bits as those on the device do."""
     file = gguf_file("small", "f32", seed=0, dtype="f32")

@@ -1,6 +1,7 @@
 #include "host_backend.h"
 
-#include <memory>
+#include <algorithm>
+#include <iterator>
 
 #include "ggml-backend-impl.h"
 
@@ -31,7 +32,22 @@ void tell_properties(ggml_backend_dev_t device, ggml_backend_dev_props* properti
     properties->type = type_of(device);
 }
 
+const char* name_of_memory(ggml_backend_buffer_type_t) { return "host"; }
+
+// As ggml's CUDA backend refuses them: operands in another device's memory, and attention for sizes of heads
+// that it has no kernel for (of 512, only where key heads are shared).
 bool supports_op(ggml_backend_dev_t device, const ggml_tensor* op) {
+    for (const ggml_tensor* operand : op->src) {
+        if (!operand || !operand->buffer) continue;
+        ggml_backend_buffer_type_t type = operand->buffer->buft;
+        if (type->iface.get_name == name_of_memory && type != &of(device).memory) return false;
+    }
+    if (op->op == GGML_OP_FLASH_ATTN_EXT) {
+        constexpr int64_t sizes[] = {40, 64, 72, 80, 96, 112, 128, 256, 512};
+        const ggml_tensor *q = op->src[0], *k = op->src[1];
+        if (std::find(std::begin(sizes), std::end(sizes), q->ne[0]) == std::end(sizes)) return false;
+        if (q->ne[0] == 512 && (q->ne[2] == k->ne[2] || k->ne[1] % 256 != 0)) return false;
+    }
     return ggml_backend_supports_op(of(device).processor.get(), op);
 }
 
@@ -40,8 +56,6 @@ ggml_backend_buffer_type_t memory_of(ggml_backend_dev_t device) { return &of(dev
 bool is_own_memory(ggml_backend_dev_t device, ggml_backend_buffer_type_t type) {
     return type == &of(device).memory;
 }
-
-const char* name_of_memory(ggml_backend_buffer_type_t) { return "host"; }
 
 // The processor's memory, but nobody else's: ggml takes it for what lies behind a bus.
 ggml_backend_buffer_t take_memory(ggml_backend_buffer_type_t type, size_t size) {
