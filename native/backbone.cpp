@@ -161,8 +161,16 @@ ggml_tensor* GraphBuilder::new_input_on(int32_t place, ggml_type type, int64_t n
     return ggml_new_tensor_2d(input_contexts_[place - kProcessor].get(), type, n0, n1);
 }
 
+void GraphBuilder::keep_with(const ggml_tensor* weight, ggml_tensor* tensor) {
+    if (!model.placement.one_place()) kept_.emplace_back(tensor, weight);
+}
+
+void GraphBuilder::keep_with(const ggml_tensor* weight, int first_node) {
+    for (int i = first_node; i < ggml_graph_n_nodes(graph); ++i) keep_with(weight, ggml_graph_node(graph, i));
+}
+
 void GraphBuilder::allocate(Workspace& workspace, const char* what) const {
-    workspace.allocate(graph, input_contexts_, what);
+    workspace.allocate(graph, input_contexts_, kept_, what);
     for (const MaskKey& key : masks_) portable::fill(key.mask);
 }
 
@@ -265,6 +273,7 @@ ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const C
     const LayerWeights& w = g.model.weights.layers[i_layer];
     const LayerShape& shape = g.model.hparams.layers[i_layer];
     ggml_tensor* h = g.rms_norm(x, w.attn_norm);
+    g.keep_with(w.attn_norm, h->src[0]);  // else x is moved to another device in both forms
     store_normed(g, i_layer, h);
 
     ggml_tensor* q = split_heads(g, g.products->multiply(w.attn_q, h), shape.head_dim);
@@ -320,9 +329,14 @@ ggml_tensor* portable_feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_
     ggml_tensor* probabilities = ggml_soft_max(g.ctx(), ggml_scale(g.ctx(), router(g, w, r), scale));
     const portable::Routing routing = portable::route(g.ctx(), g.graph, probabilities, w.ffn_down_exps_scale,
                                                       g.model.hparams.n_expert_used);
+    if (!g.model.placement.one_place()) ggml_build_forward_expand(g.graph, routing.scales);
     ggml_tensor* y = experts(g, w, each_token_alone(g, g.rms_norm(r, w.pre_ffw_norm_2)), routing.experts);
-    ggml_tensor* mixture =
-        g.rms_norm(portable::weighted_sum(g.ctx(), g.graph, y, routing), w.post_ffw_norm_2);
+    ggml_build_forward_expand(g.graph, y);
+    // They are many times what they are added up to: wherever they are computed, only the sum leaves.
+    const int first = ggml_graph_n_nodes(g.graph);
+    ggml_tensor* sum = portable::weighted_sum(g.ctx(), g.graph, y, routing);
+    g.keep_with(w.ffn_down_exps, first);
+    ggml_tensor* mixture = g.rms_norm(sum, w.post_ffw_norm_2);
     return g.add_normed(r, ggml_add(g.ctx(), dense, mixture), w.post_ffw_norm);
 }
 

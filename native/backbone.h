@@ -58,6 +58,10 @@ struct GraphBuilder {
     ggml_tensor* new_input_on(int32_t place, ggml_type type, int64_t n0, int64_t n1);
     // Where the tokens stand, to be called once the graph has its memory.
     void set_positions(const std::vector<int32_t>& positions);
+    // Has the tensor computed where the weight lies, were it next to others' work; of all nodes from the i-th
+    // on.
+    void keep_with(const ggml_tensor* weight, ggml_tensor* tensor);
+    void keep_with(const ggml_tensor* weight, int first_node);
     // Gives the graph its memory and writes the masks.
     void allocate(Workspace& workspace, const char* what) const;
 
@@ -107,6 +111,7 @@ struct GraphBuilder {
     std::vector<Angles> angles_;    // of the others
     std::vector<int32_t> written_;  // the positions whose angles are there
     std::vector<MaskKey> masks_;
+    Workspace::Kept kept_;
     std::vector<ggml_context_ptr> input_contexts_;  // of portable graphs: the processor's, then each device's
 };
 

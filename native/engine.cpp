@@ -305,13 +305,14 @@ Workspace::Workspace(Engine& engine) : engine_(engine) {
     if (!allocator_) throw Error(ErrorKind::out_of_memory, "no memory for a session");
 }
 
-void Workspace::allocate(ggml_cgraph* graph, const std::vector<ggml_context_ptr>& inputs, const char* what) {
+void Workspace::allocate(ggml_cgraph* graph, const std::vector<ggml_context_ptr>& inputs, const Kept& kept,
+                         const char* what) {
     bool done = true;
     inputs_.resize(inputs.size());
     for (size_t i = 0; i < inputs.size(); ++i)
         done = done && place_inputs(static_cast<int32_t>(i) + kProcessor, inputs[i].get());
-    done =
-        done && (engine_.on_device() ? schedule(graph) : ggml_gallocr_alloc_graph(allocator_.get(), graph));
+    done = done &&
+           (engine_.on_device() ? schedule(graph, kept) : ggml_gallocr_alloc_graph(allocator_.get(), graph));
     if (!done) throw Error(ErrorKind::out_of_memory, format("no memory for %s", what));
     if (!engine_.on_device()) use_large_pages_under(graph);
 }
@@ -336,7 +337,15 @@ bool Workspace::place_inputs(int32_t i_place, ggml_context* inputs) {
     return true;
 }
 
-bool Workspace::schedule(ggml_cgraph* graph) {
+ggml_backend_t Workspace::backend_of(const ggml_tensor* weight) const {
+    ggml_backend_buffer_type_t type = ggml_backend_buffer_get_type(weight->buffer);
+    for (const ggml_backend_ptr& device : engine_.devices_) {
+        if (ggml_backend_supports_buft(device.get(), type)) return device.get();
+    }
+    return engine_.cpu_.get();
+}
+
+bool Workspace::schedule(ggml_cgraph* graph, const Kept& kept) {
     const size_t needed = 2 * static_cast<size_t>(ggml_graph_size(graph));
     if (scheduler_size_ < needed) {
         std::vector<ggml_backend_t> backends;
@@ -349,6 +358,8 @@ bool Workspace::schedule(ggml_cgraph* graph) {
         scheduler_size_ = needed;
     }
     ggml_backend_sched_reset(scheduler_.get());
+    for (const auto& [node, weight] : kept)
+        ggml_backend_sched_set_tensor_backend(scheduler_.get(), node, backend_of(weight));
     return ggml_backend_sched_alloc_graph(scheduler_.get(), graph);
 }
 

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ggml-backend.h"
@@ -99,9 +100,11 @@ class Workspace {
     explicit Workspace(Engine& engine);
 
     // Lays the graph out, in place of the one before; on devices with the tensors of `inputs`, which keep
-    // their memory while it stands: first the processor's, then each device's. Throws Error(out_of_memory)
-    // with "no memory for `what`".
-    void allocate(ggml_cgraph* graph, const std::vector<ggml_context_ptr>& inputs, const char* what);
+    // their memory while it stands: first the processor's, then each device's. Of a pair in `kept` the first
+    // is computed where the second, a weight, lies. Throws Error(out_of_memory) with "no memory for `what`".
+    using Kept = std::vector<std::pair<ggml_tensor*, const ggml_tensor*>>;
+    void allocate(ggml_cgraph* graph, const std::vector<ggml_context_ptr>& inputs, const Kept& kept,
+                  const char* what);
 
     // Runs the graph laid out last.
     void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
@@ -113,7 +116,8 @@ class Workspace {
   private:
     void require_success(ggml_status status) const;
     bool place_inputs(int32_t place, ggml_context* inputs);
-    bool schedule(ggml_cgraph* graph);
+    bool schedule(ggml_cgraph* graph, const Kept& kept);
+    ggml_backend_t backend_of(const ggml_tensor* weight) const;
 
     Engine& engine_;
     ggml_gallocr_ptr allocator_;        // on the processor alone

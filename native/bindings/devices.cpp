@@ -138,7 +138,7 @@ nb::object attend_on(const std::string& device, const Array2<float>& q, const Ar
     ggml_set_output(result);
     ggml_build_forward_expand(graph, result);
     Workspace workspace(engine);
-    workspace.allocate(graph, inputs, "attention");
+    workspace.allocate(graph, inputs, {}, "attention");
     portable::fill(mask);
     workspace.compute(graph, [] { return false; });
     return Matrices::fetch(result);
