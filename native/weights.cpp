@@ -83,13 +83,14 @@ class Weights::Loader {
     // Copies what belongs on devices, once all tensors have been asked for.
     void upload(const std::function<void(double)>& progress) {
         if (uploads_.empty()) return;
-        const ggml_type of_embedding = weights_.token_embd->type;
-        if (!can_hold(of_embedding)) {  // self-conditioning reads it there
-            throw Error(ErrorKind::unsupported,
-                        file_.path() + ": the embedding's type " + ggml_type_name(of_embedding) +
-                            " can't be computed with on " + engine_.name() +
-                            ": quantize it to another (--tensor-type token_embd.weight=q6_k), or use "
-                            "n_gpu_layers=0");
+        for (const ggml_tensor* tensor : {weights_.token_embd, weights_.output}) {
+            if (can_hold(tensor->type)) continue;  // self-conditioning and the head read them there
+            const std::string name = tensor->name;
+            throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) + " has the type " +
+                                                    ggml_type_name(tensor->type) +
+                                                    ", which can't be computed with on " + engine_.name() +
+                                                    ": quantize it to another (--tensor-type " + name +
+                                                    "=q6_k), or use n_gpu_layers=0");
         }
         uint64_t total = 0, done = 0;
         for (const auto& [tensor, info] : uploads_) total += info->n_bytes;

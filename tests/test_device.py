@@ -14,7 +14,8 @@ from support import case, compare, denoise_case, encode_case, load_golden
 from test_parity import CASES, MAX_BOUND, MEAN_BOUND, Q8_0_CACHE_MEAN, SOURCES, assert_within
 
 from pydiffusion import DiffusionModel, GenerationOptions, _native, devices
-from pydiffusion.errors import PyDiffusionError
+from pydiffusion.convert import convert
+from pydiffusion.errors import PyDiffusionError, UnsupportedModelError
 
 GPUS = [device.name for device in devices()]
 #: The processor in a GPU's place, as one device and as two, every GPU that is here, and all of them together.
@@ -97,6 +98,32 @@ def test_heads_without_a_kernel(device: str, gguf_file: Callable) -> None:
         results.append(session.denoise(np.arange(4, dtype=np.int32), None))
     assert "FLASH_ATTN_EXT" not in session.step_ops
     assert_within(compare(results[1], results[0]), 0.05, 0.5)
+
+
+def test_types_without_a_kernel(
+    device: str, checkpoint_folder: Callable, tmp_path: Path, report: Callable[[str], None]
+) -> None:
+    """Weights that a device can't multiply with stay with the processor, as CUDA's ternary ones do; where the
+    device has to read them itself, the error says which and what to do.
+    """
+    folder = checkpoint_folder("small", seed=0, dtype="f32")
+    layers, embedding = tmp_path / "layers.gguf", tmp_path / "embedding.gguf"
+    convert(folder, layers, "f32", tensor_types={r"blk\.1\.(ffn_up\.|ffn_gate_up_exps)": "tq2_0"})
+    golden = case(load_golden("logits-small-f32"), "commit")
+    results = []
+    for place in ("cpu", device):
+        session = _native.Session(open_on(layers, place), 128)
+        encode_case(session, golden)
+        results.append(denoise_case(session, golden))
+    for key, logits in results[0].items():
+        difference = compare(results[1][key], logits)
+        report(f"device {device}, some weights of 2 bits on the processor, {key}: {difference}")
+        assert_within(difference, 0.05, 0.5, 0.9)
+    convert(folder, embedding, "f32", tensor_types={"token_embd": "tq2_0"})
+    with pytest.raises(
+        UnsupportedModelError, match=r"tq2_0, which can't .*--tensor-type token_embd.weight=q6_k"
+    ):
+        open_on(embedding, device)
 
 
 def test_a_cache_in_parts(device: str, gguf_file: Callable) -> None:

@@ -34,21 +34,37 @@ void tell_properties(ggml_backend_dev_t device, ggml_backend_dev_props* properti
 
 const char* name_of_memory(ggml_backend_buffer_type_t) { return "host"; }
 
-// As ggml's CUDA backend refuses them: operands in another device's memory, and attention for sizes of heads
-// that it has no kernel for (of 512, only where key heads are shared).
+// Some of what ggml's CUDA backend has no kernel for: products with ternary weights, and attention for other
+// sizes of heads (of 512, only where key heads are shared).
+bool lacks_kernel(const ggml_tensor* op) {
+    const ggml_tensor *a = op->src[0], *b = op->src[1];
+    switch (op->op) {
+        case GGML_OP_MUL_MAT:
+        case GGML_OP_MUL_MAT_ID:
+        case GGML_OP_GET_ROWS:
+            return a->type == GGML_TYPE_TQ1_0 || a->type == GGML_TYPE_TQ2_0;
+        case GGML_OP_FLASH_ATTN_EXT: {
+            constexpr int64_t sizes[] = {40, 64, 72, 80, 96, 112, 128, 256, 512};
+            if (std::find(std::begin(sizes), std::end(sizes), a->ne[0]) == std::end(sizes)) return true;
+            return a->ne[0] == 512 && (a->ne[2] == b->ne[2] || b->ne[1] % 256 != 0);
+        }
+        default:
+            return false;
+    }
+}
+
+bool is_in_memory_of_another(ggml_backend_dev_t device, const ggml_tensor* operand) {
+    if (!operand || !operand->buffer) return false;
+    ggml_backend_buffer_type_t type = operand->buffer->buft;
+    return type->iface.get_name == name_of_memory && type != &of(device).memory;
+}
+
+// As CUDA's, it takes no operands in another device's memory.
 bool supports_op(ggml_backend_dev_t device, const ggml_tensor* op) {
     for (const ggml_tensor* operand : op->src) {
-        if (!operand || !operand->buffer) continue;
-        ggml_backend_buffer_type_t type = operand->buffer->buft;
-        if (type->iface.get_name == name_of_memory && type != &of(device).memory) return false;
+        if (is_in_memory_of_another(device, operand)) return false;
     }
-    if (op->op == GGML_OP_FLASH_ATTN_EXT) {
-        constexpr int64_t sizes[] = {40, 64, 72, 80, 96, 112, 128, 256, 512};
-        const ggml_tensor *q = op->src[0], *k = op->src[1];
-        if (std::find(std::begin(sizes), std::end(sizes), q->ne[0]) == std::end(sizes)) return false;
-        if (q->ne[0] == 512 && (q->ne[2] == k->ne[2] || k->ne[1] % 256 != 0)) return false;
-    }
-    return ggml_backend_supports_op(of(device).processor.get(), op);
+    return !lacks_kernel(op) && ggml_backend_supports_op(of(device).processor.get(), op);
 }
 
 ggml_backend_buffer_type_t memory_of(ggml_backend_dev_t device) { return &of(device).memory; }
