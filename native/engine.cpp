@@ -349,11 +349,19 @@ bool Workspace::schedule(ggml_cgraph* graph, const Kept& kept) {
     const size_t needed = 2 * static_cast<size_t>(ggml_graph_size(graph));
     if (scheduler_size_ < needed) {
         std::vector<ggml_backend_t> backends;
-        for (const ggml_backend_ptr& device : engine_.devices_) backends.push_back(device.get());
+        std::vector<ggml_backend_buffer_type_t> memory;
+        for (const ggml_backend_ptr& device : engine_.devices_) {
+            backends.push_back(device.get());
+            memory.push_back(ggml_backend_get_default_buffer_type(device.get()));
+        }
+        // What goes to and from a GPU is moved faster where its driver has pinned the processor's memory.
+        ggml_backend_buffer_type_t pinned =
+            ggml_backend_dev_host_buffer_type(ggml_backend_get_device(backends.back()));
         backends.push_back(engine_.cpu_.get());
+        memory.push_back(pinned ? pinned : engine_.buffer_type(kProcessor));
         scheduler_size_ = 0;
-        scheduler_.reset(ggml_backend_sched_new(backends.data(), nullptr, static_cast<int>(backends.size()),
-                                                needed, false, false));
+        scheduler_.reset(ggml_backend_sched_new(backends.data(), memory.data(),
+                                                static_cast<int>(backends.size()), needed, false, false));
         if (!scheduler_) return false;
         scheduler_size_ = needed;
     }
