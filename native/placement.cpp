@@ -16,9 +16,11 @@ namespace {
 
 bool is_of_experts(const std::string& name) { return name.find("_exps.weight") != std::string::npos; }
 
-// kProcessor, which is no layer's number either, for a tensor that is in none.
+// The number of the layer that a tensor belongs to; -1 for one in none.
 int32_t layer_of(const std::string& name) {
-    return name.rfind("blk.", 0) == 0 ? std::atoi(name.c_str() + std::strlen("blk.")) : -1;
+    if (name.rfind("blk.", 0) != 0) return -1;
+    const long i = std::strtol(name.c_str() + std::strlen("blk."), nullptr, 10);
+    return static_cast<int32_t>(std::min<long>(std::max<long>(i, -1), std::numeric_limits<int32_t>::max()));
 }
 
 }  // namespace
