@@ -196,6 +196,12 @@ class Session:
         What the last denoising step ran: ggml's operation name -> how many nodes of the graph.
         """
 
+    @property
+    def n_pieces(self) -> int:
+        """
+        Into how many pieces the last graph was cut, one wherever the place changes.
+        """
+
     def profile_step(self, by_operation: bool = False) -> dict:
         """
         Run the last step's graph again, part by part: name -> (seconds, operations, bytes read).
