@@ -66,9 +66,9 @@ nb::tuple measure_on(const std::string& device, const Array2<float>& logits, flo
         engine.kernels().measure(rows, static_cast<int64_t>(n), state);
     } else {
         for (size_t i = 0; i < n; ++i)
-            state.measures[i] = cap_and_measure_row(static_cast<float*>(rows->data) + i * logits.shape(1),
-                                                    static_cast<int64_t>(logits.shape(1)), cap, temperature,
-                                                    state.u[i]);
+            state.measures[i] =
+                cap_and_measure_row(static_cast<float*>(rows->data) + i * logits.shape(1),
+                                    static_cast<int64_t>(logits.shape(1)), cap, temperature, state.u[i]);
     }
     std::vector<int32_t> argmax, sampled;
     std::vector<float> entropy;
