@@ -50,8 +50,11 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), 
     products.emplace(ctx(), model.engine.kernel());
     if (!portable()) return;
     const size_t n_inputs = 2 + 2 * sequences.size();  // tokens, positions; masks of both kinds of layers
-    input_context_.reset(ggml_init({n_inputs * ggml_tensor_overhead(), nullptr, true}));
-    if (!input_context_) throw Error(ErrorKind::out_of_memory, "no memory for a graph's inputs");
+    positions_.resize(model.engine.n_devices() + 1);
+    for (int32_t place = kProcessor; place < model.engine.n_devices(); ++place) {
+        input_contexts_.emplace_back(ggml_init({n_inputs * ggml_tensor_overhead(), nullptr, true}));
+        if (!input_contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a graph's inputs");
+    }
 }
 
 ggml_tensor* GraphBuilder::rms_norm(ggml_tensor* x, ggml_tensor* weight) const {
@@ -76,18 +79,24 @@ ggml_tensor* GraphBuilder::add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_
     return pydiffusion::add_normed(ctx(), x, branch, weight, &model.hparams.rms_eps);
 }
 
-ggml_tensor* GraphBuilder::rotate_normed(ggml_tensor* x, ggml_tensor* weight, bool sliding, int64_t first) {
+ggml_tensor* GraphBuilder::rotate_normed(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer,
+                                         int64_t first) {
+    const bool sliding = model.hparams.layers[i_layer].sliding;
     if (!portable()) {
         ggml_tensor* all = angles(x->ne[0], sliding);
         ggml_tensor* own = ggml_view_2d(ctx(), all, all->ne[0], x->ne[2], all->nb[1], first * all->nb[1]);
         return pydiffusion::rotate_normed(ctx(), x, weight, own, &model.hparams.rms_eps);
     }
-    if (!positions_) positions_ = new_input(GGML_TYPE_I32, n_tokens());
+    // A device takes no operation with inputs in another's memory.
+    const int32_t place = model.placement.layer(i_layer);
+    ggml_tensor*& positions = positions_[place - kProcessor];
+    if (!positions) positions = new_input_on(place, GGML_TYPE_I32, n_tokens(), 1);
+    ggml_tensor* own = ggml_view_1d(ctx(), positions, x->ne[2], first * positions->nb[0]);
     const Hyperparameters& hp = model.hparams;
-    ggml_tensor* own = ggml_view_1d(ctx(), positions_, x->ne[2], first * positions_->nb[0]);
-    return ggml_rope_ext(ctx(), rms_norm(x, weight), own, sliding ? nullptr : model.weights.rope_freqs,
-                         static_cast<int>(x->ne[0]), GGML_ROPE_TYPE_NEOX, hp.n_ctx_train,
-                         sliding ? hp.rope_base_swa : hp.rope_base, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
+    ggml_tensor* factors = sliding ? nullptr : model.weights.rope_freqs[place - kProcessor];
+    return ggml_rope_ext(ctx(), rms_norm(x, weight), own, factors, static_cast<int>(x->ne[0]),
+                         GGML_ROPE_TYPE_NEOX, hp.n_ctx_train, sliding ? hp.rope_base_swa : hp.rope_base, 1.0f,
+                         0.0f, 1.0f, 0.0f, 0.0f);
 }
 
 ggml_tensor* GraphBuilder::angles(int64_t head_dim, bool sliding) {
@@ -128,38 +137,53 @@ void write_angles(ggml_tensor* tensor, const std::vector<int32_t>& positions, fl
 void GraphBuilder::set_positions(const std::vector<int32_t>& positions) {
     if (positions == written_) return;
     written_ = positions;
-    if (positions_)
-        ggml_backend_tensor_set(positions_, positions.data(), 0, positions.size() * sizeof(int32_t));
+    for (ggml_tensor* of_place : positions_) {
+        if (of_place)
+            ggml_backend_tensor_set(of_place, positions.data(), 0, positions.size() * sizeof(int32_t));
+    }
     const Hyperparameters& hp = model.hparams;
     for (const Angles& a : angles_) {
-        const ggml_tensor* factors = a.sliding ? nullptr : model.weights.rope_freqs;
+        const ggml_tensor* factors = a.sliding ? nullptr : model.weights.rope_freqs[0];  // the processor's
         write_angles(a.tensor, positions, a.sliding ? hp.rope_base_swa : hp.rope_base,
                      factors ? static_cast<const float*>(factors->data) : nullptr);
     }
 }
 
 ggml_tensor* GraphBuilder::new_input(ggml_type type, int64_t n0, int64_t n1) {
-    if (portable()) return ggml_new_tensor_2d(input_context_.get(), type, n0, n1);
+    if (portable()) return new_input_on(model.engine.n_devices() - 1, type, n0, n1);
     ggml_tensor* input = ggml_new_tensor_2d(ctx(), type, n0, n1);
     ggml_set_input(input);
     ggml_set_output(input);  // else its memory is used again once it has been read
     return input;
 }
 
+ggml_tensor* GraphBuilder::new_input_on(int32_t place, ggml_type type, int64_t n0, int64_t n1) {
+    return ggml_new_tensor_2d(input_contexts_[place - kProcessor].get(), type, n0, n1);
+}
+
+void GraphBuilder::keep_with(const ggml_tensor* weight, ggml_tensor* tensor) {
+    if (!model.placement.one_place()) kept_.emplace_back(tensor, weight);
+}
+
+void GraphBuilder::keep_with(const ggml_tensor* weight, int first_node) {
+    for (int i = first_node; i < ggml_graph_n_nodes(graph); ++i) keep_with(weight, ggml_graph_node(graph, i));
+}
+
 void GraphBuilder::allocate(Workspace& workspace, const char* what) const {
-    workspace.allocate(graph, input_context_.get(), what);
+    workspace.allocate(graph, input_contexts_, kept_, what);
     for (const MaskKey& key : masks_) portable::fill(key.mask);
 }
 
 portable::Mask GraphBuilder::mask(size_t i_sequence, int32_t i_layer, int64_t n_visible,
                                   const Causal* causal) {
     const bool sliding = model.hparams.layers[i_layer].sliding;
+    const int32_t place = model.placement.layer(i_layer);
     for (const MaskKey& key : masks_) {
-        if (key.i_sequence == i_sequence && key.sliding == sliding) return key.mask;
+        if (key.i_sequence == i_sequence && key.place == place && key.sliding == sliding) return key.mask;
     }
     ggml_tensor* tensor =
-        new_input(GGML_TYPE_F16, portable::filled_up(n_visible), sequences[i_sequence].n_tokens);
-    masks_.push_back({i_sequence, sliding, {tensor, n_visible, causal}});
+        new_input_on(place, GGML_TYPE_F16, portable::filled_up(n_visible), sequences[i_sequence].n_tokens);
+    masks_.push_back({i_sequence, place, sliding, {tensor, n_visible, causal}});
     return masks_.back().mask;
 }
 
@@ -211,7 +235,7 @@ void store_normed(GraphBuilder& g, int32_t i_layer, ggml_tensor* h) {
     ggml_tensor* k = split_heads(g, g.products->multiply(w.attn_k, h), shape.head_dim);
     ggml_tensor* v = w.attn_v ? split_heads(g, g.products->multiply(w.attn_v, h), shape.head_dim) : k;
     v = g.rms_norm(v);
-    k = g.rotate_normed(k, w.attn_k_norm, shape.sliding);
+    k = g.rotate_normed(k, w.attn_k_norm, i_layer);
     int64_t first = 0;
     for (const Sequence& sequence : g.sequences) {
         const KvRange range = sequence.cache->range(i_layer);
@@ -249,6 +273,7 @@ ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const C
     const LayerWeights& w = g.model.weights.layers[i_layer];
     const LayerShape& shape = g.model.hparams.layers[i_layer];
     ggml_tensor* h = g.rms_norm(x, w.attn_norm);
+    g.keep_with(w.attn_norm, h->src[0]);  // else x is moved to another device in both forms
     store_normed(g, i_layer, h);
 
     ggml_tensor* q = split_heads(g, g.products->multiply(w.attn_q, h), shape.head_dim);
@@ -257,8 +282,7 @@ ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const C
     int64_t first = 0;
     for (size_t i = 0; i < g.sequences.size(); ++i) {
         const int64_t n_tokens = g.sequences[i].n_tokens;
-        ggml_tensor* own =
-            g.rotate_normed(tokens_of(g, q, first, n_tokens), w.attn_q_norm, shape.sliding, first);
+        ggml_tensor* own = g.rotate_normed(tokens_of(g, q, first, n_tokens), w.attn_q_norm, i_layer, first);
         outputs.push_back(attend_sequence(g, i, i_layer, own, causal));
         first += n_tokens;
     }
@@ -305,9 +329,14 @@ ggml_tensor* portable_feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_
     ggml_tensor* probabilities = ggml_soft_max(g.ctx(), ggml_scale(g.ctx(), router(g, w, r), scale));
     const portable::Routing routing = portable::route(g.ctx(), g.graph, probabilities, w.ffn_down_exps_scale,
                                                       g.model.hparams.n_expert_used);
+    if (!g.model.placement.one_place()) ggml_build_forward_expand(g.graph, routing.scales);
     ggml_tensor* y = experts(g, w, each_token_alone(g, g.rms_norm(r, w.pre_ffw_norm_2)), routing.experts);
-    ggml_tensor* mixture =
-        g.rms_norm(portable::weighted_sum(g.ctx(), g.graph, y, routing), w.post_ffw_norm_2);
+    ggml_build_forward_expand(g.graph, y);
+    // They are many times what they are added up to: wherever they are computed, only the sum leaves.
+    const int first = ggml_graph_n_nodes(g.graph);
+    ggml_tensor* sum = portable::weighted_sum(g.ctx(), g.graph, y, routing);
+    g.keep_with(w.ffn_down_exps, first);
+    ggml_tensor* mixture = g.rms_norm(sum, w.post_ffw_norm_2);
     return g.add_normed(r, ggml_add(g.ctx(), dense, mixture), w.post_ffw_norm);
 }
 

@@ -15,9 +15,9 @@
 namespace pydiffusion {
 
 struct Model {
-    // device: see Engine; placement: what of the model lies there. `read_ahead` is called with the share of
-    // the file that has been brought into memory, 0 to 1.
-    // kernels: of the processor's products, see matrix::kernel_named.
+    // device: see Engine; placement: what of the model lies on which. `read_ahead` is called with the share
+    // of the file that has been brought into memory, 0 to 1. kernels: of the processor's products, see
+    // matrix::kernel_named.
     Model(std::shared_ptr<const File> file, int n_threads, const std::string& device,
           const std::string& kernels, const Placement& placement,
           const std::function<void(double)>& read_ahead);
@@ -53,10 +53,15 @@ struct GraphBuilder {
     int64_t n_tokens() const;  // of all sequences
 
     // A tensor that is written before each run of the graph and keeps what was written. Portable graphs have
-    // them in the device's memory, laid out with the graph.
+    // them in memory of the place that reads them, laid out with the graph; else in that of the last device.
     ggml_tensor* new_input(ggml_type type, int64_t n0, int64_t n1 = 1);
+    ggml_tensor* new_input_on(int32_t place, ggml_type type, int64_t n0, int64_t n1);
     // Where the tokens stand, to be called once the graph has its memory.
     void set_positions(const std::vector<int32_t>& positions);
+    // Has the tensor computed where the weight lies, were it next to others' work; of all nodes from the i-th
+    // on.
+    void keep_with(const ggml_tensor* weight, ggml_tensor* tensor);
+    void keep_with(const ggml_tensor* weight, int first_node);
     // Gives the graph its memory and writes the masks.
     void allocate(Workspace& workspace, const char* what) const;
 
@@ -70,8 +75,8 @@ struct GraphBuilder {
     };
     std::vector<Part> parts;
 
-    // Which rows a sequence's tokens may see of a layer; layers that see the same share one. Portable graphs
-    // only.
+    // Which rows a sequence's tokens may see of a layer; layers of one place that see the same share one.
+    // Portable graphs only.
     portable::Mask mask(size_t i_sequence, int32_t i_layer, int64_t n_visible, const Causal* causal);
 
     bool portable() const { return model.engine.on_device(); }
@@ -83,13 +88,14 @@ struct GraphBuilder {
     ggml_tensor* add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) const;
     // rms_norm(x, weight) turned by its tokens' positions, x [head_dim, n_heads, n] with tokens from `first`
     // on
-    ggml_tensor* rotate_normed(ggml_tensor* x, ggml_tensor* weight, bool sliding, int64_t first = 0);
+    ggml_tensor* rotate_normed(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer, int64_t first = 0);
     ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down);
     ggml_tensor* embed(ggml_tensor* ids) const;  // rows of the embedding times sqrt(d) -> [d, n_tokens]
 
   private:
     struct MaskKey {
         size_t i_sequence;
+        int32_t place;
         bool sliding;
         portable::Mask mask;
     };
@@ -100,11 +106,13 @@ struct GraphBuilder {
     };
     ggml_tensor* angles(int64_t head_dim, bool sliding);
 
-    ggml_tensor* positions_ = nullptr;  // I32 [n_tokens], of portable graphs
-    std::vector<Angles> angles_;        // of the others
-    std::vector<int32_t> written_;      // the positions whose angles are there
+    // I32 [n_tokens], of portable graphs: the processor's, then each device's; null where nothing is rotated.
+    std::vector<ggml_tensor*> positions_;
+    std::vector<Angles> angles_;    // of the others
+    std::vector<int32_t> written_;  // the positions whose angles are there
     std::vector<MaskKey> masks_;
-    ggml_context_ptr input_context_;  // of portable graphs
+    Workspace::Kept kept_;
+    std::vector<ggml_context_ptr> input_contexts_;  // of portable graphs: the processor's, then each device's
 };
 
 // Writes the layer's keys and values of x [d, n_tokens] into the caches' rows behind what they hold.

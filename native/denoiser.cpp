@@ -201,8 +201,7 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(Workspace& workspace
     if (!built_ || built_for_.empty())
         throw Error(ErrorKind::argument, "there is no step to profile: run one first");
     if (!model_.placement.one_place())
-        throw Error(ErrorKind::unsupported,
-                    "a step that runs in part on a device and in part on the processor can't be profiled");
+        throw Error(ErrorKind::unsupported, "a step that runs in several places can't be profiled");
     const auto turn = model_.engine.device_turn();
     std::map<std::string, PartCost> costs;
     const int n_nodes = ggml_graph_n_nodes(built_->graph);

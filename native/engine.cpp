@@ -1,12 +1,16 @@
 #include "engine.h"
 
+#include <algorithm>
 #include <cstdlib>
+#include <sstream>
 #include <system_error>
 #include <thread>
 
+#include "device/host_backend.h"
 #include "device/step_kernels.h"
 #include "errors.h"
 #include "ggml-alloc.h"
+#include "placement.h"
 
 #if !defined(_WIN32)
 #include <unistd.h>
@@ -88,6 +92,8 @@ struct Engine::Pool {
 
 namespace {
 
+constexpr size_t kMaxBackends = 16;  // of ggml's scheduler, the processor's among them
+
 std::vector<ggml_backend_dev_t> gpus() {
     std::vector<ggml_backend_dev_t> found;
     for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
@@ -95,6 +101,23 @@ std::vector<ggml_backend_dev_t> gpus() {
         if (ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_GPU) found.push_back(device);
     }
     return found;
+}
+
+ggml_backend_dev_t find_gpu(const std::string& name) {
+    for (ggml_backend_dev_t device : gpus()) {
+        if (name == ggml_backend_dev_name(device)) return device;
+    }
+    return nullptr;
+}
+
+std::unique_ptr<StepKernels> make_kernels(const std::string& device) {
+#if defined(PYDIFFUSION_CUDA)
+    const std::vector<ggml_backend_dev_t> there = gpus();
+    for (size_t i = 0; i < there.size(); ++i) {
+        if (device == ggml_backend_dev_name(there[i])) return make_cuda_kernels(static_cast<int>(i));
+    }
+#endif
+    return make_host_kernels();
 }
 
 }  // namespace
@@ -121,23 +144,15 @@ Engine::Engine(int n_threads, const std::string& device, const std::string& kern
     take_one_kernel_for_all_widths();
     ggml_cpu_init();
     auto pool = std::make_unique<Pool>(n_threads);
-    if (device == "host") {
-        name_ = "host";
-        kernels_ = make_host_kernels();
-    } else if (device != "cpu") {
-#if defined(PYDIFFUSION_CUDA)
-        const std::vector<ggml_backend_dev_t> devices = gpus();
-        for (size_t i = 0; i < devices.size(); ++i) {
-            if (device != ggml_backend_dev_name(devices[i])) continue;
-            name_ = device;
-            gpu_.reset(ggml_backend_dev_init(devices[i], nullptr));
-            kernels_ = gpu_ ? make_cuda_kernels(static_cast<int>(i)) : nullptr;
-        }
-#endif
-        if (!gpu_)
-            throw Error(ErrorKind::argument, "there is no device " + quoted(device) + " to compute on");
-    }
-    if (kernels_) {
+    if (device != "cpu") {
+        name_ = device;
+        std::istringstream names(device);
+        std::string name;
+        while (std::getline(names, name, ',')) open_device(name, pool->threads);
+        if (devices_.empty() || devices_.size() >= kMaxBackends)
+            throw Error(ErrorKind::argument, format("%zu devices to compute on; possible are 1 to %zu",
+                                                    devices_.size(), kMaxBackends - 1));
+        kernels_ = make_kernels(name);
         cpu_.reset(ggml_backend_cpu_init());
         if (!cpu_) throw Error(ErrorKind::out_of_memory, "no memory for ggml's CPU backend");
         ggml_backend_cpu_set_n_threads(cpu_.get(), n_threads);
@@ -146,17 +161,48 @@ Engine::Engine(int n_threads, const std::string& device, const std::string& kern
     pool_ = pool.release();
 }
 
-ggml_backend_buffer_type_t Engine::buffer_type() const {
-    return gpu_ ? ggml_backend_get_default_buffer_type(gpu_.get()) : host_buffer_type();
+void Engine::open_device(const std::string& name, ggml_threadpool_t threads) {
+    if (name == "host") {
+        devices_.push_back(make_host_backend(n_threads_, threads));
+    } else if (ggml_backend_dev_t gpu = find_gpu(name)) {
+        devices_.emplace_back(ggml_backend_dev_init(gpu, nullptr));
+        has_gpu_ = true;
+    } else {
+        throw Error(ErrorKind::argument, "there is no device " + quoted(name) + " to compute on");
+    }
+    if (!devices_.back()) throw Error(ErrorKind::out_of_memory, "no memory to begin with on " + quoted(name));
+}
+
+ggml_backend_buffer_type_t Engine::buffer_type(int32_t place) const {
+    return place < 0 ? ggml_backend_cpu_buffer_type()
+                     : ggml_backend_get_default_buffer_type(devices_[place].get());
 }
 
 bool Engine::device_supports(const ggml_tensor* node) const {
-    return ggml_backend_supports_op(gpu_ ? gpu_.get() : cpu_.get(), node);
+    return std::all_of(devices_.begin(), devices_.end(), [node](const ggml_backend_ptr& device) {
+        return ggml_backend_supports_op(device.get(), node);
+    });
+}
+
+namespace {
+
+ggml_context_ptr context_for_a_question() {
+    ggml_context_ptr context(ggml_init({8 * ggml_tensor_overhead(), nullptr, true}));
+    if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a tensor's description");
+    return context;
+}
+
+}  // namespace
+
+bool Engine::can_store(ggml_type type) const {
+    const ggml_context_ptr context = context_for_a_question();
+    constexpr int64_t n = 256;
+    ggml_tensor* rows = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, n, n);
+    return device_supports(ggml_cpy(context.get(), rows, ggml_new_tensor_2d(context.get(), type, n, n)));
 }
 
 bool Engine::can_hold(ggml_type type) const {
-    const ggml_context_ptr context(ggml_init({8 * ggml_tensor_overhead(), nullptr, true}));
-    if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a tensor's description");
+    const ggml_context_ptr context = context_for_a_question();
     ggml_context* ctx = context.get();
     constexpr int64_t n = 256;
     ggml_tensor* weight = ggml_new_tensor_3d(ctx, type, n, n, 2);
@@ -259,44 +305,69 @@ Workspace::Workspace(Engine& engine) : engine_(engine) {
     if (!allocator_) throw Error(ErrorKind::out_of_memory, "no memory for a session");
 }
 
-void Workspace::allocate(ggml_cgraph* graph, ggml_context* inputs, const char* what) {
-    const bool done = engine_.on_device() ? place_inputs(inputs) && schedule(graph)
-                                          : ggml_gallocr_alloc_graph(allocator_.get(), graph);
+void Workspace::allocate(ggml_cgraph* graph, const std::vector<ggml_context_ptr>& inputs, const Kept& kept,
+                         const char* what) {
+    bool done = true;
+    inputs_.resize(inputs.size());
+    for (size_t i = 0; i < inputs.size(); ++i)
+        done = done && place_inputs(static_cast<int32_t>(i) + kProcessor, inputs[i].get());
+    done = done &&
+           (engine_.on_device() ? schedule(graph, kept) : ggml_gallocr_alloc_graph(allocator_.get(), graph));
     if (!done) throw Error(ErrorKind::out_of_memory, format("no memory for %s", what));
     if (!engine_.on_device()) use_large_pages_under(graph);
 }
 
-bool Workspace::place_inputs(ggml_context* inputs) {
-    ggml_backend_buffer_type_t type = engine_.buffer_type();
+bool Workspace::place_inputs(int32_t i_place, ggml_context* inputs) {
+    if (!ggml_get_first_tensor(inputs)) return true;
+    ggml_backend_buffer_type_t type = engine_.buffer_type(i_place);
+    ggml_backend_buffer_ptr& buffer = inputs_[i_place - kProcessor];
     const size_t alignment = ggml_backend_buft_get_alignment(type);
     size_t needed = 0;
     for (ggml_tensor* t = ggml_get_first_tensor(inputs); t; t = ggml_get_next_tensor(inputs, t))
         needed += GGML_PAD(ggml_backend_buft_get_alloc_size(type, t), alignment);
-    if (!inputs_ || ggml_backend_buffer_get_size(inputs_.get()) < needed) {
-        inputs_.reset();
-        inputs_.reset(ggml_backend_buft_alloc_buffer(type, needed));
-        if (!inputs_) return false;
+    if (!buffer || ggml_backend_buffer_get_size(buffer.get()) < needed) {
+        buffer.reset();
+        buffer.reset(ggml_backend_buft_alloc_buffer(type, needed));
+        if (!buffer) return false;
     }
-    ggml_tallocr place = ggml_tallocr_new(inputs_.get());
+    ggml_tallocr place = ggml_tallocr_new(buffer.get());
     for (ggml_tensor* t = ggml_get_first_tensor(inputs); t; t = ggml_get_next_tensor(inputs, t)) {
         if (ggml_tallocr_alloc(&place, t) != GGML_STATUS_SUCCESS) return false;
     }
     return true;
 }
 
-bool Workspace::schedule(ggml_cgraph* graph) {
+ggml_backend_t Workspace::backend_of(const ggml_tensor* weight) const {
+    ggml_backend_buffer_type_t type = ggml_backend_buffer_get_type(weight->buffer);
+    for (const ggml_backend_ptr& device : engine_.devices_) {
+        if (ggml_backend_supports_buft(device.get(), type)) return device.get();
+    }
+    return engine_.cpu_.get();
+}
+
+bool Workspace::schedule(ggml_cgraph* graph, const Kept& kept) {
     const size_t needed = 2 * static_cast<size_t>(ggml_graph_size(graph));
     if (scheduler_size_ < needed) {
         std::vector<ggml_backend_t> backends;
-        if (engine_.gpu_) backends.push_back(engine_.gpu_.get());
+        std::vector<ggml_backend_buffer_type_t> memory;
+        for (const ggml_backend_ptr& device : engine_.devices_) {
+            backends.push_back(device.get());
+            memory.push_back(ggml_backend_get_default_buffer_type(device.get()));
+        }
+        // What goes to and from a GPU is moved faster where its driver has pinned the processor's memory.
+        ggml_backend_buffer_type_t pinned =
+            ggml_backend_dev_host_buffer_type(ggml_backend_get_device(backends.back()));
         backends.push_back(engine_.cpu_.get());
+        memory.push_back(pinned ? pinned : engine_.buffer_type(kProcessor));
         scheduler_size_ = 0;
-        scheduler_.reset(ggml_backend_sched_new(backends.data(), nullptr, static_cast<int>(backends.size()),
-                                                needed, false, false));
+        scheduler_.reset(ggml_backend_sched_new(backends.data(), memory.data(),
+                                                static_cast<int>(backends.size()), needed, false, false));
         if (!scheduler_) return false;
         scheduler_size_ = needed;
     }
     ggml_backend_sched_reset(scheduler_.get());
+    for (const auto& [node, weight] : kept)
+        ggml_backend_sched_set_tensor_backend(scheduler_.get(), node, backend_of(weight));
     return ggml_backend_sched_alloc_graph(scheduler_.get(), graph);
 }
 
@@ -314,8 +385,7 @@ void Workspace::compute_nodes(ggml_cgraph* nodes, const std::function<bool()>& c
         engine_.compute(nodes, cancelled);
         return;
     }
-    ggml_backend_t backend = engine_.gpu_ ? engine_.gpu_.get() : engine_.cpu_.get();
-    require_success(ggml_backend_graph_compute(backend, nodes));
+    require_success(ggml_backend_graph_compute(engine_.devices_.back().get(), nodes));
 }
 
 void Workspace::require_success(ggml_status status) const {

@@ -32,22 +32,21 @@ void move_to_front(ggml_tensor* t, size_t from, size_t n) {
 KvCache::KvCache(const Hyperparameters& hp, const Engine& engine, const Placement& placement, ggml_type type,
                  int32_t n_ctx, int32_t max_batch)
     : window_(hp.window), sliding_rows_(static_cast<int32_t>(n_rows(hp, true, n_ctx, max_batch))) {
+    require_fitting_heads(hp, type);
+    if (engine.on_device() && !engine.can_store(type)) {
+        throw Error(ErrorKind::unsupported,
+                    format("%s can't write a cache of %s: choose another kv_type, or n_gpu_layers=0",
+                           engine.name(), ggml_type_name(type)));
+    }
     const ggml_init_params params = {(2 * hp.layers.size() + 1) * ggml_tensor_overhead(), nullptr, true};
     require_memory((size_t{8} << 20) + 2 * params.mem_size);
-    context_.reset(ggml_init(params));
-    host_context_.reset(ggml_init(params));
-    if (!context_ || !host_context_)
-        throw Error(ErrorKind::out_of_memory, "no memory for the cache's description");
+    for (int32_t place = kProcessor; place < engine.n_devices(); ++place) {
+        contexts_.emplace_back(ggml_init(params));
+        if (!contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for the cache's description");
+    }
     for (int32_t i = 0; i < hp.n_layer; ++i) {
         const LayerShape& shape = hp.layers[i];
-        if (shape.head_dim % ggml_blck_size(type) != 0) {
-            throw Error(
-                ErrorKind::argument,
-                format("a cache of %s needs heads of a multiple of %lld; this model has some of %d: "
-                       "choose another kv_type",
-                       ggml_type_name(type), static_cast<long long>(ggml_blck_size(type)), shape.head_dim));
-        }
-        ggml_context* context = placement.layer(i) ? context_.get() : host_context_.get();
+        ggml_context* context = contexts_[placement.layer(i) - kProcessor].get();
         const int64_t width = int64_t{shape.head_dim} * shape.n_head_kv;
         // Behind the last row there is room for those that fill a mask up.
         const int64_t rows =
@@ -55,8 +54,19 @@ KvCache::KvCache(const Hyperparameters& hp, const Engine& engine, const Placemen
         layers_.push_back({ggml_new_tensor_2d(context, type, width, rows),
                            ggml_new_tensor_2d(context, type, width, rows), shape.sliding});
     }
-    allocate(context_.get(), engine.buffer_type(), n_ctx);
-    allocate(host_context_.get(), engine.host_buffer_type(), n_ctx);
+    for (int32_t place = kProcessor; place < engine.n_devices(); ++place)
+        allocate(contexts_[place - kProcessor].get(), engine.buffer_type(place), n_ctx);
+}
+
+void KvCache::require_fitting_heads(const Hyperparameters& hp, ggml_type type) {
+    const int64_t block = ggml_blck_size(type);
+    for (const LayerShape& shape : hp.layers) {
+        if (shape.head_dim % block == 0) continue;
+        throw Error(ErrorKind::argument,
+                    format("a cache of %s needs heads of a multiple of %lld; this model has some of %d: "
+                           "choose another kv_type",
+                           ggml_type_name(type), static_cast<long long>(block), shape.head_dim));
+    }
 }
 
 void KvCache::allocate(ggml_context* context, ggml_backend_buffer_type_t type, int32_t n_ctx) {

@@ -33,6 +33,9 @@ class KvCache {
     KvCache(const Hyperparameters& hparams, const Engine& engine, const Placement& placement, ggml_type type,
             int32_t n_ctx, int32_t max_batch);
 
+    // Throws Error(argument) where the model's heads aren't whole blocks of this type.
+    static void require_fitting_heads(const Hyperparameters& hparams, ggml_type type);
+
     // Of a layer's buffers. Sliding layers have a window of slack behind the window, so that rows are moved
     // once in a window's worth of tokens, not at every batch, and a session can be shortened a little without
     // encoding again.
@@ -101,8 +104,7 @@ class KvCache {
     int32_t base_ = 0;   // position of row 0 of the sliding layers
     int32_t mark_ = -1;  // position to which truncate() should find its way back
     Snapshot snapshot_;
-    ggml_context_ptr context_;
-    ggml_context_ptr host_context_;  // of layers that are not on the device
+    std::vector<ggml_context_ptr> contexts_;  // the processor's layers, then each device's
     std::vector<ggml_backend_buffer_ptr> buffers_;
     std::vector<Layer> layers_;
 };

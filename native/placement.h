@@ -1,29 +1,37 @@
-// What of a model lies on the device, and what that takes there.
+// What of a model lies on which device, and what that takes there.
 #pragma once
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "hyperparameters.h"
 
 namespace pydiffusion {
 
-// The last n_device_layers layers, with all that is in no layer; of these the last n_host_experts leave their
-// experts in the file's mapping, to be computed by the processor.
+// A place beside the devices, which are 0, 1, ...
+constexpr int32_t kProcessor = -1;
+
+// The last layers of a model in runs, one for each device, and on the last device all that is in no layer. Of
+// these layers the last n_host_experts leave their experts in the file's mapping, to be computed by the
+// processor.
 struct Placement {
     int32_t n_layer = 0;
-    int32_t n_device_layers = 0;
+    std::vector<int32_t> device_layers;
     int32_t n_host_experts = 0;
 
-    bool one_place() const { return n_host_experts == 0 && (!any() || n_device_layers == n_layer); }
-    bool any() const { return n_device_layers > 0; }
-    bool layer(int32_t i) const { return any() && i >= n_layer - n_device_layers; }
-    bool experts(int32_t i) const { return layer(i) && i < n_layer - n_host_experts; }
-    // By a tensor's name in the file.
-    bool tensor(const std::string& name) const;
+    int32_t n_device_layers() const;
+    bool any() const { return n_device_layers() > 0; }
+    bool one_place() const;
+    // The device that embeds, samples and holds what is in no layer.
+    int32_t home() const { return any() ? static_cast<int32_t>(device_layers.size()) - 1 : kProcessor; }
+    // Where these lie: a device, or kProcessor.
+    int32_t layer(int32_t i) const;
+    int32_t experts(int32_t i) const { return i < n_layer - n_host_experts ? layer(i) : kProcessor; }
+    int32_t tensor(const std::string& name) const;  // by its name in the file
 };
 
-// Bytes on the device.
+// Bytes on a device.
 struct DeviceUse {
     uint64_t weights = 0;
     uint64_t cache = 0;  // of one session
@@ -32,13 +40,16 @@ struct DeviceUse {
     uint64_t total() const { return weights + cache + step; }
 };
 
-DeviceUse device_use(const File& file, const Hyperparameters& hparams, const Placement& placement,
-                     int64_t n_ctx, ggml_type kv_type);
+// One for each device of the placement.
+std::vector<DeviceUse> device_use(const File& file, const Hyperparameters& hparams,
+                                  const Placement& placement, int64_t n_ctx, ggml_type kv_type);
 
-// The placement that brings most of the work to a device with so much free memory: all of the model; else all
+// The placement that brings most of the work to devices with so much free memory: all of the model; else all
 // layers with the experts of as few as possible left out; else as many layers as fit without their experts.
+// Devices share the layers in proportion to what the step and all that is in no layer leave free on them.
 // What is given (not -1) is taken as it is.
 Placement plan_placement(const File& file, const Hyperparameters& hparams, int64_t n_ctx, ggml_type kv_type,
-                         uint64_t free_bytes, int32_t n_device_layers, int32_t n_host_experts);
+                         const std::vector<uint64_t>& free_bytes, int32_t n_device_layers,
+                         int32_t n_host_experts);
 
 }  // namespace pydiffusion

@@ -25,30 +25,39 @@ void fill(const Mask& mask) {
 
 namespace {
 
-// softmax(q k) v as two products, for caches of float32, which stay exact, and for what has no kernel.
+// [head_dim * n_head, n_tokens] of a result whose heads are already in place.
+ggml_tensor* joined(ggml_context* ctx, ggml_tensor* result, const ggml_tensor* q) {
+    return ggml_reshape_2d(ctx, result, q->ne[0] * q->ne[1], q->ne[2]);
+}
+
+}  // namespace
+
 ggml_tensor* attend_by_products(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
                                 const Mask& mask) {
-    ggml_tensor* scores = ggml_mul_mat(ctx, k, q);  // [n_rows, n_tokens, n_head]
+    if (ggml_is_quantized(
+            k->type)) {  // there is no product with rows that a view has taken out of their place
+        k = ggml_cast(ctx, k, GGML_TYPE_F32);
+        v = ggml_cast(ctx, v, GGML_TYPE_F32);
+    }
+    ggml_tensor* scores =
+        ggml_mul_mat(ctx, k, ggml_permute(ctx, q, 0, 2, 1, 3));  // [n_rows, n_tokens, n_head]
     ggml_prec_set_acc(scores, GGML_PREC_F32);
     ggml_tensor* weights = ggml_soft_max_ext(ctx, scores, mask.tensor, 1.0f, 0.0f);
     ggml_tensor* values = ggml_cont(ctx, ggml_transpose(ctx, v));  // [n_rows, head_dim, n_head_kv]
     ggml_tensor* result = ggml_mul_mat(ctx, values, weights);      // [head_dim, n_tokens, n_head]
     ggml_prec_set_acc(result, GGML_PREC_F32);
-    return ggml_cont(ctx, ggml_permute(ctx, result, 0, 2, 1, 3));
+    return joined(ctx, ggml_cont(ctx, ggml_permute(ctx, result, 0, 2, 1, 3)), q);
 }
-
-}  // namespace
 
 ggml_tensor* attend(ggml_context* ctx, const Engine& engine, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
                     const Mask& mask) {
-    const int64_t width = q->ne[0] * q->ne[1], n_tokens = q->ne[2];
-    q = ggml_permute(ctx, q, 0, 2, 1, 3);
-    ggml_tensor* result = ggml_flash_attn_ext(ctx, q, k, v, mask.tensor, 1.0f, 0.0f, 0.0f);
-    ggml_prec_set_acc(result, GGML_PREC_F32);
-    const bool exact = k->type == GGML_TYPE_F32;
-    if (!ggml_is_quantized(k->type) && (exact || !engine.device_supports(result)))
-        result = attend_by_products(ctx, q, k, v, mask);
-    return ggml_reshape_2d(ctx, result, width, n_tokens);
+    if (k->type != GGML_TYPE_F32) {
+        ggml_tensor* result =
+            ggml_flash_attn_ext(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), k, v, mask.tensor, 1.0f, 0.0f, 0.0f);
+        ggml_prec_set_acc(result, GGML_PREC_F32);
+        if (engine.device_supports(result)) return joined(ctx, result, q);
+    }
+    return attend_by_products(ctx, q, k, v, mask);
 }
 
 ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up) {

@@ -23,9 +23,15 @@ inline int64_t filled_up(int64_t n_rows) { return (n_rows + kRowStep - 1) / kRow
 
 void fill(const Mask& mask);  // once the graph has its memory
 
-// As pydiffusion::attend, k and v with the rows that the mask has.
+// As pydiffusion::attend, k and v with the rows that the mask has: by the device's flash attention, where it
+// has one for these heads and this type of cache, else by products. A cache of float32 stays exact: by
+// products.
 ggml_tensor* attend(ggml_context* ctx, const Engine& engine, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
                     const Mask& mask);
+
+// The same as two products and a softmax in between, with float32 sums; of any device and type.
+ggml_tensor* attend_by_products(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
+                                const Mask& mask);
 
 ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up);
 

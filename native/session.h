@@ -68,6 +68,9 @@ class Session {
     // Throws when another thread is using the session.
     std::map<std::string, int> step_ops() const;
 
+    // Pieces of the graph last laid out, see Workspace.
+    int n_pieces() const { return workspace_.n_pieces(); }
+
     // What the parts of the last denoising step cost; ends a generation under way. See Denoiser::profile.
     std::map<std::string, Denoiser::PartCost> profile_step(bool by_operation);
 

@@ -49,10 +49,11 @@ class Weights::Loader {
         : weights_(weights), file_(file), placement_(placement), engine_(engine) {
         const ggml_init_params params = {(file.tensors().size() + 1) * ggml_tensor_overhead(), nullptr, true};
         require_memory((size_t{8} << 20) + params.mem_size);
-        weights_.context_.reset(ggml_init(params));
-        weights_.device_context_.reset(ggml_init(params));
-        if (!weights_.context_ || !weights_.device_context_)
-            throw Error(ErrorKind::out_of_memory, "no memory for the tensors' descriptions");
+        for (int32_t place = kProcessor; place < engine.n_devices(); ++place) {
+            weights_.contexts_.emplace_back(ggml_init(params));
+            if (!weights_.contexts_.back())
+                throw Error(ErrorKind::out_of_memory, "no memory for the tensors' descriptions");
+        }
         for (size_t i = 0; i < file.n_parts(); ++i) mapped_.push_back(map(file.part(i)));
     }
 
@@ -63,42 +64,37 @@ class Weights::Loader {
                                                     ggml_type_name(info.type) +
                                                     ", which we can't compute with");
         }
-        return place(info);
+        return place(info, placement_.tensor(name));
     }
 
     // Norms, scales and the router, which the format keeps in F32.
     ggml_tensor* f32(const std::string& name, const Shape& shape) {
+        return f32_on(placement_.tensor(name), name, shape);
+    }
+    ggml_tensor* f32_on(int32_t place, const std::string& name, const Shape& shape) {
         const TensorInfo& info = require(name, shape);
         if (info.type != GGML_TYPE_F32) {
             throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) +
                                                     " should be F32, is " + ggml_type_name(info.type));
         }
-        return place(info);
+        return this->place(info, place);
     }
 
-    // Copies what the placement names, once all tensors have been asked for.
+    // Copies what belongs on devices, once all tensors have been asked for.
     void upload(const std::function<void(double)>& progress) {
         if (uploads_.empty()) return;
-        const ggml_type of_embedding = weights_.token_embd->type;
-        if (!can_hold(of_embedding)) {  // self-conditioning reads it there
-            throw Error(ErrorKind::unsupported,
-                        file_.path() + ": the embedding's type " + ggml_type_name(of_embedding) +
-                            " can't be computed with on " + engine_.name() +
-                            ": quantize it to another (--tensor-type token_embd.weight=q6_k), or use "
-                            "n_gpu_layers=0");
+        for (const ggml_tensor* tensor : {weights_.token_embd, weights_.output}) {
+            if (can_hold(tensor->type)) continue;  // self-conditioning and the head read them there
+            const std::string name = tensor->name;
+            throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) + " has the type " +
+                                                    ggml_type_name(tensor->type) +
+                                                    ", which can't be computed with on " + engine_.name() +
+                                                    ": quantize it to another (--tensor-type " + name +
+                                                    "=q6_k), or use n_gpu_layers=0");
         }
         uint64_t total = 0, done = 0;
         for (const auto& [tensor, info] : uploads_) total += info->n_bytes;
-        ggml_backend_buffer_t buffer =
-            ggml_backend_alloc_ctx_tensors_from_buft(weights_.device_context_.get(), engine_.buffer_type());
-        if (!buffer) {
-            throw Error(ErrorKind::out_of_memory,
-                        format("no memory on the device for %.2f GB of weights: choose fewer layers "
-                               "(n_gpu_layers) or more experts on the processor (n_cpu_moe)",
-                               static_cast<double>(total) / 1e9));
-        }
-        weights_.buffers_.emplace_back(buffer);
-        ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+        for (int32_t device = 0; device < engine_.n_devices(); ++device) take_memory(device);
         constexpr uint64_t block = uint64_t{64} << 20;
         for (const auto& [tensor, info] : uploads_) {
             for (uint64_t at = 0; at < info->n_bytes; at += block) {
@@ -124,9 +120,26 @@ class Weights::Loader {
     }
 
   private:
+    void take_memory(int32_t device) {
+        ggml_context* context = weights_.contexts_[device - kProcessor].get();
+        if (!ggml_get_first_tensor(context)) return;
+        ggml_backend_buffer_type_t type = engine_.buffer_type(device);
+        const size_t n_bytes = ggml_backend_alloc_ctx_tensors_from_buft_size(context, type);
+        ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(context, type);
+        if (!buffer) {
+            throw Error(ErrorKind::out_of_memory,
+                        format("no memory on the device for %.2f GB of weights: choose fewer layers "
+                               "(n_gpu_layers) or more experts on the processor (n_cpu_moe)",
+                               static_cast<double>(n_bytes) / 1e9));
+        }
+        weights_.buffers_.emplace_back(buffer);
+        ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    }
+
     bool can_hold(ggml_type type) {
         const auto known = can_hold_.find(type);
-        return known != can_hold_.end() ? known->second : can_hold_[type] = engine_.can_hold(type);
+        if (known != can_hold_.end()) return known->second;
+        return can_hold_[type] = engine_.can_hold(type);
     }
 
     // A buffer over a file's mapping; null where the file's alignment is not enough.
@@ -149,9 +162,9 @@ class Weights::Loader {
         return *info;
     }
 
-    ggml_tensor* place(const TensorInfo& info) {
-        const bool on_device = placement_.tensor(info.name) && can_hold(info.type);
-        ggml_context* context = on_device ? weights_.device_context_.get() : weights_.context_.get();
+    ggml_tensor* place(const TensorInfo& info, int32_t wanted) {
+        const bool on_device = wanted != kProcessor && can_hold(info.type);
+        ggml_context* context = weights_.contexts_[(on_device ? wanted : kProcessor) - kProcessor].get();
         ggml_tensor* tensor =
             ggml_new_tensor(context, info.type, static_cast<int>(info.ne.size()), info.ne.data());
         ggml_set_name(tensor, info.name.c_str());
@@ -162,9 +175,10 @@ class Weights::Loader {
         } else {
             copy(tensor, info);
         }
-        weights_.bytes_by_type[info.type] += info.n_bytes;
-        weights_.n_weights += info.n_elements();
-        used_[info.name] = true;
+        if (used_.emplace(info.name, true).second) {
+            weights_.bytes_by_type[info.type] += info.n_bytes;
+            weights_.n_weights += info.n_elements();
+        }
         return tensor;
     }
 
@@ -243,9 +257,12 @@ Weights::Weights(std::shared_ptr<const File> file, const Hyperparameters& hp, co
     self_cond_gate = load.matrix("self_cond_gate.weight", {d, ff});
     self_cond_up = load.matrix("self_cond_up.weight", {d, ff});
     self_cond_down = load.matrix("self_cond_down.weight", {ff, d});
-    rope_freqs = nullptr;
-    for (const LayerShape& shape : hp.layers) {
-        if (!shape.sliding && !rope_freqs) rope_freqs = load.f32("rope_freqs.weight", {shape.head_dim / 2});
+    rope_freqs.resize(engine.n_devices() + 1);
+    for (int32_t i = 0; i < hp.n_layer; ++i) {
+        const LayerShape& shape = hp.layers[i];
+        ggml_tensor*& there = rope_freqs[placement.layer(i) - kProcessor];
+        if (!shape.sliding && !there)
+            there = load.f32_on(placement.layer(i), "rope_freqs.weight", {shape.head_dim / 2});
     }
     for (int32_t i = 0; i < hp.n_layer; ++i) layers.push_back(load_layer(load, hp, i));
     load.refuse_unknown_layer_tensors();

@@ -48,8 +48,8 @@ struct LayerWeights {
 
 struct Weights {
     // Refuses missing tensors, other shapes, and types that this build can't compute with.
-    // What the placement names is copied into the engine's memory, the share done reported to `progress`; but
-    // for types that its device can't compute with, which stay in the mapping.
+    // What the placement puts on a device is copied there, the share done reported to `progress`; but for
+    // types that it can't compute with, which stay in the mapping.
     Weights(std::shared_ptr<const File> file, const Hyperparameters& hparams, const Placement& placement,
             const Engine& engine, const std::function<void(double)>& progress);
     Weights(const Weights&) = delete;
@@ -58,7 +58,8 @@ struct Weights {
     ggml_tensor* token_embd;  // [d, n_vocab]
     ggml_tensor* output;      // [d, n_vocab]; token_embd itself where the file ties them
     ggml_tensor* output_norm;
-    ggml_tensor* rope_freqs;  // [head_dim / 2] of the full layers; null where there are none
+    // [head_dim / 2] of the full layers, on the processor and on each device: null where none of them lie.
+    std::vector<ggml_tensor*> rope_freqs;
     ggml_tensor* self_cond_pre_norm;
     ggml_tensor* self_cond_gate;
     ggml_tensor* self_cond_up;
@@ -70,8 +71,8 @@ struct Weights {
 
   private:
     class Loader;
-    std::shared_ptr<const File> file_;  // keeps the mapping alive
-    ggml_context_ptr context_, device_context_;
+    std::shared_ptr<const File> file_;        // keeps the mapping alive
+    std::vector<ggml_context_ptr> contexts_;  // the mapping's tensors, then each device's
     std::vector<ggml_backend_buffer_ptr> buffers_;
 };
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .infill import Infill
     from .model import DiffusionModel
     from .options import GenerationOptions
-    from .placement import Device, Plan, devices, plan
+    from .placement import Device, DeviceShare, Plan, devices, plan
     from .session import Session
     from .tokenizer import Tokenizer
 
@@ -33,6 +33,7 @@ _NAME_TO_MODULE = {
     "ContextOverflowError": "errors",
     "ConversionError": "errors",
     "Device": "placement",
+    "DeviceShare": "placement",
     "DiffusionModel": "model",
     "DraftEvent": "events",
     "EndEvent": "events",
@@ -57,6 +58,7 @@ __all__ = [
     "ContextOverflowError",
     "ConversionError",
     "Device",
+    "DeviceShare",
     "DiffusionModel",
     "DraftEvent",
     "EndEvent",

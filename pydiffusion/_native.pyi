@@ -89,7 +89,7 @@ class Model:
     Weights and hyperparameters; immutable, shared by sessions and threads.
     """
 
-    def __init__(self, path: str, n_threads: int, kv_type: str = 'auto', progress: object | None = None, device: str = 'cpu', n_gpu_layers: int = -1, n_cpu_moe: int = -1, memory_limit: int = 0, n_ctx: int = 8192, kernels: str = 'auto') -> None: ...
+    def __init__(self, path: str, n_threads: int, kv_type: str = 'auto', progress: object | None = None, device: str = 'cpu', n_gpu_layers: int = -1, n_cpu_moe: int = -1, memory_limits: Sequence[int] = [], n_ctx: int = 8192, kernels: str = 'auto') -> None: ...
 
     @property
     def file(self) -> GgufFile: ...
@@ -115,8 +115,10 @@ class Model:
 def devices() -> list:
     """The GPUs that this build can compute on."""
 
-def plan(path: str, device: str, memory_limit: int = 0, n_gpu_layers: int = -1, n_cpu_moe: int = -1, n_ctx: int = 8192, kv_type: str = 'auto') -> dict:
-    """What of a model would lie on a device, and the bytes that takes there."""
+def plan(path: str, device: str, memory_limits: Sequence[int] = [], n_gpu_layers: int = -1, n_cpu_moe: int = -1, n_ctx: int = 8192, kv_type: str = 'auto') -> dict:
+    """
+    What of a model would lie on which device, and the bytes that takes there.
+    """
 
 class Step:
     """
@@ -192,6 +194,12 @@ class Session:
     def step_ops(self) -> dict:
         """
         What the last denoising step ran: ggml's operation name -> how many nodes of the graph.
+        """
+
+    @property
+    def n_pieces(self) -> int:
+        """
+        Into how many pieces the last graph was cut, one wherever the place changes.
         """
 
     def profile_step(self, by_operation: bool = False) -> dict:
@@ -312,6 +320,10 @@ def step_temperature(step: int, steps: int, t_min: float, t_max: float) -> float
 
 def measure(logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], temperature: float, u: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple: ...
 
+def accept(entropy: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], bound: float) -> object: ...
+
+def random_draws(seed: int, canvas_index: int, step: int, n: int, n_vocab: int) -> tuple: ...
+
 def measure_on(device: str, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], cap: float, temperature: float, u: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple:
     """
     Capped logits, argmax, entropy and draws as a device's kernel computes them.
@@ -320,6 +332,5 @@ def measure_on(device: str, logits: Annotated[NDArray[numpy.float32], dict(shape
 def condition_on(device: str, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], embedding: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], temperature: float, dropped_mass: float) -> object:
     """The soft embedding as a device's kernels compute it."""
 
-def accept(entropy: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], bound: float) -> object: ...
-
-def random_draws(seed: int, canvas_index: int, step: int, n: int, n_vocab: int) -> tuple: ...
+def attend_on(device: str, q: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], k: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], head_dim: int, type: str, n_visible: int, by_products: bool = False) -> object:
+    """Attention over a cache of a type as a device's graph computes it."""

@@ -98,7 +98,7 @@ def run_bench(
 
     n_ctx: of the session; None takes what the run needs. kernels: as for ``DiffusionModel``, and placement
     too (``n_gpu_layers``, ``n_cpu_moe``, ``device``, ``gpu_memory``), but on the processor unless given. A
-    step that runs in part on a GPU and in part on the processor is timed whole.
+    step that runs in several places, GPUs or a GPU and the processor, is timed whole.
 
     The canvas never settles (random tokens, adaptive stop off), so that each of the ``n_steps`` steps is a
     full one with self-conditioning; the first, which has none, is reported apart.
@@ -123,9 +123,14 @@ def run_bench(
     prefill_seconds = time.perf_counter() - started
 
     steps = _time_steps(session, n_steps, seed)
-    whole = description["n_gpu_layers"] in (0, len(model.hparams["sliding"])) and not description["n_cpu_moe"]
-    parts = _profile(session) if whole else {}
+    in_one_place = (
+        description["n_gpu_layers"] in (0, len(model.hparams["sliding"]))
+        and not description["n_cpu_moe"]
+        and len(description["device_layers"]) < 2
+    )
+    parts = _profile(session) if in_one_place else {}
     main_type = max(description["weight_types"], key=description["weight_types"].get)
+    last_device = device.rpartition(",")[2]
     operations = sum(figures.seconds * figures.operations_per_second for figures in parts.values())
     return BenchResult(
         model=path.name,
@@ -149,8 +154,8 @@ def run_bench(
         first_step_seconds=steps[0],
         step_operations=operations,
         peak_memory=_peak_memory(),
-        read_limit=_native.measure_read_rate(n_threads, device),
-        matrix_limit=_native.measure_matrix_rate(n_threads, main_type, device, kernels),
+        read_limit=_native.measure_read_rate(n_threads, last_device),
+        matrix_limit=_native.measure_matrix_rate(n_threads, main_type, last_device, kernels),
         matrix_limit_type=main_type,
         parts=parts,
         operation_seconds=_profile_operations(session) if whole else {},
@@ -189,8 +194,9 @@ def _profile_operations(session: _native.Session, n_runs: int = 3) -> dict[str, 
 
 
 def _used_bytes(device: str) -> int | None:
-    """Bytes in use on a GPU, by whomever."""
-    return next((one.total_bytes - one.free_bytes for one in devices() if one.name == device), None)
+    """Bytes in use on the GPUs named, by whomever."""
+    used = [one.total_bytes - one.free_bytes for one in devices() if one.name in device.split(",")]
+    return sum(used) if used else None
 
 
 def _peak_memory() -> int | None:

@@ -58,7 +58,7 @@ class DiffusionModel:
         progress: Callable[[float], None] | None = None,
         n_cpu_moe: int | None = None,
         device: str = "auto",
-        gpu_memory: int | None = None,
+        gpu_memory: int | Sequence[int] | None = None,
         kernels: str = "auto",
     ) -> None:
         """Open and check a model file.
@@ -73,8 +73,10 @@ class DiffusionModel:
             are multiples of 32).
         progress: called with the share of the file that is loaded, 0 to 1.
         n_cpu_moe: layers, the last ones, whose experts stay with the processor; None: as few as needed.
-        device: "auto" (the GPU with the most free memory), "cpu", or a name out of ``devices()``.
-        gpu_memory: bytes of the GPU to plan with at most; None: all that are free.
+        device: "auto" (all GPUs), "cpu", or names out of ``devices()`` with commas in between. Several share
+            the layers by their free memory.
+        gpu_memory: bytes of each GPU to plan with at most, or a list with one number for each; None: all that
+            are free.
         kernels: what multiplies on the processor: "auto", "ggml", "avx512-bf16" or "amx" (docs/speed.md).
         Raises ModelFormatError, UnsupportedModelError, InsufficientMemoryError; ValueError for a wrong
         argument; OSError when the file can't be read.

@@ -1,14 +1,15 @@
-"""Where a model computes: the GPUs of this machine, and what of a model lies on one."""
+"""Where a model computes: the GPUs of this machine, and what of a model lies on which."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from . import _native
 
-__all__ = ["Device", "Plan", "devices", "plan"]
+__all__ = ["Device", "DeviceShare", "Plan", "devices", "plan"]
 
 #: The graphs and kernels made for GPUs, run on the processor: slow, to prove them.
 HOST = "host"
@@ -26,18 +27,14 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What of a model lies on a device, and the bytes that it takes there.
+class DeviceShare:
+    """What of a model lies on one of its devices: so many layers, and the bytes that they and the rest take.
 
-    ``n_gpu_layers``: the last so many of ``n_layer`` layers, with all that is in no layer; 0 for none.
-    ``n_cpu_moe``: of these the last so many leave their experts to the processor.
     ``weight_bytes``, ``cache_bytes`` (of one session), ``step_bytes`` (logits, activations, work areas).
     """
 
     device: str
-    n_layer: int
-    n_gpu_layers: int
-    n_cpu_moe: int
+    n_layers: int
     weight_bytes: int
     cache_bytes: int
     step_bytes: int
@@ -46,6 +43,48 @@ class Plan:
     def total_bytes(self) -> int:
         """All of it, for one session."""
         return self.weight_bytes + self.cache_bytes + self.step_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a model lies on which device, and the bytes that it takes there.
+
+    ``device``: its name, the names of several with commas in between, or "cpu".
+    ``n_gpu_layers``: the last so many of ``n_layer`` layers; 0 for none.
+    ``n_cpu_moe``: of these the last so many leave their experts to the processor.
+    ``shares``: device by device, in the order of their layers; what is in no layer lies on the last.
+    """
+
+    device: str
+    n_layer: int
+    n_gpu_layers: int
+    n_cpu_moe: int
+    shares: tuple[DeviceShare, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all devices, as the three that follow."""
+        return sum(share.weight_bytes for share in self.shares)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of one session."""
+        return sum(share.cache_bytes for share in self.shares)
+
+    @property
+    def step_bytes(self) -> int:
+        """Logits, activations, work areas."""
+        return sum(share.step_bytes for share in self.shares)
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it, for one session."""
+        return sum(share.total_bytes for share in self.shares)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        sums = ("weight_bytes", "cache_bytes", "step_bytes", "total_bytes")
+        return asdict(self) | {name: getattr(self, name) for name in sums}
 
 
 def devices() -> list[Device]:
@@ -59,20 +98,23 @@ def plan(
     n_gpu_layers: int | Literal["auto"] = "auto",
     n_cpu_moe: int | None = None,
     device: str = "auto",
-    gpu_memory: int | None = None,
+    gpu_memory: int | Sequence[int] | None = None,
     kv_type: str = "auto",
 ) -> Plan:
-    """What ``DiffusionModel`` would put on a device, given the same arguments; nothing is loaded.
+    """What ``DiffusionModel`` would put on which device, given the same arguments; nothing is loaded.
 
     Raises as ``DiffusionModel``.
     """
     wish = native_wish(n_gpu_layers, n_cpu_moe, device, gpu_memory)
     found = _native.plan(os.fspath(path), n_ctx=n_ctx, kv_type=kv_type, **wish)
-    return Plan(device=wish["device"] if found["n_gpu_layers"] else CPU, **found)
+    return Plan(**{**found, "shares": tuple(DeviceShare(**share) for share in found["shares"])})
 
 
 def native_wish(
-    n_gpu_layers: int | Literal["auto"], n_cpu_moe: int | None, device: str, gpu_memory: int | None
+    n_gpu_layers: int | Literal["auto"],
+    n_cpu_moe: int | None,
+    device: str,
+    gpu_memory: int | Sequence[int] | None,
 ) -> dict[str, Any]:
     """The arguments in the native layer's form, checked."""
     automatic = n_gpu_layers == "auto"
@@ -80,27 +122,53 @@ def native_wish(
         _check_count("n_gpu_layers", n_gpu_layers, "'auto' or an integer of at least 0")
     if n_cpu_moe is not None:
         _check_count("n_cpu_moe", n_cpu_moe, "None or an integer of at least 0")
-    if gpu_memory is not None:
-        _check_count("gpu_memory", gpu_memory, "None or a number of bytes")
-    if n_gpu_layers == 0:
-        device = CPU
-    elif device == "auto":
-        found = max(devices(), key=lambda one: one.free_bytes, default=None)
-        if found is None and not automatic:
-            raise ValueError(
-                f"n_gpu_layers is {n_gpu_layers}; there is no GPU here that this build can compute on: "
-                "give 0 or 'auto' (docs/gpu.md)"
-            )
-        device = found.name if found else CPU
-    elif device not in (CPU, HOST) and device not in [one.name for one in devices()]:
-        names = ", ".join([CPU, *(one.name for one in devices())])
-        raise ValueError(f"there is no device {device!r} to compute on; there are {names}")
+    names = [CPU] if n_gpu_layers == 0 else _names(device)
+    if not names and not automatic:
+        raise ValueError(
+            f"n_gpu_layers is {n_gpu_layers}; there is no GPU here that this build can compute on: "
+            "give 0 or 'auto' (docs/gpu.md)"
+        )
     return {
-        "device": device,
+        "device": ",".join(names) or CPU,
         "n_gpu_layers": -1 if automatic else n_gpu_layers,
         "n_cpu_moe": -1 if n_cpu_moe is None else n_cpu_moe,
-        "memory_limit": gpu_memory or 0,
+        "memory_limits": _limits(gpu_memory, device, [] if names == [CPU] else names),
     }
+
+
+def _names(device: str) -> list[str]:
+    """The devices that ``device`` stands for, the one last that shall hold what is in no layer."""
+    found = devices()
+    if device == "auto":  # the freest has room for more than layers
+        return [one.name for one in sorted(found, key=lambda one: one.free_bytes)]
+    if device == CPU:
+        return [CPU]
+    names = [name.strip() for name in device.split(",")]
+    known = [one.name for one in found]
+    for name in names:
+        if name != HOST and name not in known:
+            raise ValueError(
+                f"there is no device {name!r} to compute on; there are {', '.join([CPU, *known])}"
+            )
+        if name != HOST and names.count(name) > 1:
+            raise ValueError(f"device is {device!r}, which has {name} twice")
+    return names
+
+
+def _limits(gpu_memory: int | Sequence[int] | None, device: str, names: Sequence[str]) -> list[int]:
+    permitted = "None, a number of bytes, or one for each of the devices that ``device`` names"
+    if gpu_memory is None:
+        return []
+    if not isinstance(gpu_memory, Sequence) or isinstance(gpu_memory, str):
+        _check_count("gpu_memory", gpu_memory, permitted)
+        return [gpu_memory] * len(names)
+    for limit in gpu_memory:
+        _check_count("gpu_memory", limit, permitted)
+    if device == "auto" or (names and len(gpu_memory) != len(names)):
+        raise ValueError(
+            f"gpu_memory has {len(gpu_memory)} limits, and device is {device!r}; permitted is {permitted}"
+        )
+    return list(gpu_memory) if names else []
 
 
 def _check_count(name: str, value: Any, permitted: str) -> None:

@@ -37,6 +37,21 @@ def test_the_plan(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "experts of 1 stay with the processor" in out and "together" in out
 
 
+def test_the_plan_of_several(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["devices", "-m", model, "--device", "host,host", "--ctx", "100"]
+    assert main([*given, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    shares = plan["shares"]
+    assert [share["device"] for share in shares] == ["host", "host"]
+    assert sum(share["n_layers"] for share in shares) == plan["n_gpu_layers"] == plan["n_layer"]
+    assert sum(share["weight_bytes"] for share in shares) == plan["weight_bytes"]
+    assert main([*given, "--gpu-memory", "1G,2G"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith("host, ") and "layers: weights" in line for line in lines[-2:]] == [True, True]
+    assert main([*given, "--gpu-memory", "1G,2G,3G"]) == 2
+    assert "3 limits" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
@@ -54,10 +69,20 @@ def test_wrong_use(
     assert said in capsys.readouterr().err
 
 
-def test_generate_on_a_device(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["generate", "-m", model, "-p", "a", "--raw", "--device", "host", "--steps", "2", "-n", "8"]
+@pytest.mark.parametrize(
+    ("device", "said"), [("host", "3 of 3 layers on host"), ("host,host", " of 3 layers, ")]
+)
+def test_generate_on_a_device(device: str, said: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["generate", "-m", model, "-p", "a", "--raw", "--device", device, "--steps", "2", "-n", "8"]
     assert main([*given, "--ctx", "100", "--seed", "1"]) == 0
-    assert "layers on host" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
+
+
+def test_bench_on_several_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["bench", "--synthetic", "tiny", "--type", "q8_0", "--prompt", "20", "--steps", "2"]
+    assert main([*given, "--device", "host,host", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["device"] == "host,host" and figures["step_seconds"] > 0 and not figures["parts"]
 
 
 def test_bench_on_a_device(capsys: pytest.CaptureFixture[str]) -> None:

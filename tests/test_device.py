@@ -1,5 +1,5 @@
-"""Graphs and kernels made for GPUs, on the processor (device "host") and on every GPU that is here; and the
-plan of what lies where. docs/gpu.md says what only a GPU can show.
+"""Graphs made for GPUs, on the processor (device "host") and on every GPU that is here, and shared out among
+several devices. docs/gpu.md says what only a GPU can show.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from reference.random_checkpoint import SHAPES
 from support import case, compare, denoise_case, encode_case, load_golden
-from test_parity import CASES, MAX_BOUND, MEAN_BOUND, SOURCES, assert_within
+from test_parity import CASES, MAX_BOUND, MEAN_BOUND, Q8_0_CACHE_MEAN, SOURCES, assert_within
 
-from pydiffusion import DiffusionModel, GenerationOptions, _native, devices, sampling
-from pydiffusion.errors import InsufficientMemoryError, PyDiffusionError
+from pydiffusion import DiffusionModel, GenerationOptions, _native, devices
+from pydiffusion.convert import convert
+from pydiffusion.errors import PyDiffusionError, UnsupportedModelError
 
-#: The processor in a GPU's place, and every GPU that is here.
-DEVICES = ["host", *(device.name for device in devices())]
+GPUS = [device.name for device in devices()]
+#: The processor in a GPU's place, as one device and as two, every GPU that is here, and all of them together.
+DEVICES = ["host", "host,host", *GPUS, *([",".join(GPUS)] if len(GPUS) > 1 else [])]
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 N_LAYERS = {name: len(SHAPES[shape].layers) for name, (shape, _) in SOURCES.items()}
@@ -61,6 +63,82 @@ def test_f16_cache(device: str, source: str, gguf_file: Callable) -> None:
         assert (ops.get("FLASH_ATTN_EXT", 0) > 0) == (place != "cpu"), "each device takes its own attention"
     for key, logits in both[0].items():
         assert_within(compare(both[1][key], logits), 0.05, 0.5, 0.99)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_q8_0_cache(device: str, source: str, gguf_file: Callable, report: Callable[[str], None]) -> None:
+    """Eight bits for keys and values, against our own attention over such a cache on the processor."""
+    shape, options = SOURCES[source]
+    file = gguf_file(shape, "f32", **options)
+    models = [open_on(file, place, "q8_0") for place in ("cpu", device)]
+    for name in CASES:
+        golden = case(load_golden(f"logits-{source}"), name)
+        both = []
+        for model in models:
+            assert model.description["kv_type"] == "q8_0"
+            session = _native.Session(model, 128)
+            encode_case(session, golden)
+            both.append(denoise_case(session, golden))
+            assert ("FLASH_ATTN_EXT" in session.step_ops) == (model is models[1])
+        for key, logits in both[0].items():
+            difference = compare(both[1][key], logits)
+            report(
+                f"device {device}, cache q8_0 against the processor's, {source}, {name}, {key}: {difference}"
+            )
+            assert difference.mean <= Q8_0_CACHE_MEAN and difference.agreement >= 0.9, difference
+
+
+def test_heads_without_a_kernel(device: str, gguf_file: Callable) -> None:
+    """Where flash attention has no kernel for a model's heads (CUDA's none for 16 and 32), products do."""
+    file = gguf_file("tiny", "f32", seed=0, dtype="f32")
+    results = []
+    for place in ("cpu", device):
+        session = _native.Session(open_on(file, place, "f16"), 64)
+        session.encode(np.arange(2, 22, dtype=np.int32))
+        results.append(session.denoise(np.arange(4, dtype=np.int32), None))
+    assert "FLASH_ATTN_EXT" not in session.step_ops
+    assert_within(compare(results[1], results[0]), 0.05, 0.5)
+
+
+def test_types_without_a_kernel(
+    device: str, checkpoint_folder: Callable, tmp_path: Path, report: Callable[[str], None]
+) -> None:
+    """Weights that a device can't multiply with stay with the processor, as CUDA's ternary ones do; where the
+    device has to read them itself, the error says which and what to do.
+    """
+    folder = checkpoint_folder("small", seed=0, dtype="f32")
+    layers, embedding = tmp_path / "layers.gguf", tmp_path / "embedding.gguf"
+    convert(folder, layers, "f32", tensor_types={r"blk\.1\.(ffn_up\.|ffn_gate_up_exps)": "tq2_0"})
+    golden = case(load_golden("logits-small-f32"), "commit")
+    results = []
+    for place in ("cpu", device):
+        session = _native.Session(open_on(layers, place), 128)
+        encode_case(session, golden)
+        results.append(denoise_case(session, golden))
+    for key, logits in results[0].items():
+        difference = compare(results[1][key], logits)
+        report(f"device {device}, some weights of 2 bits on the processor, {key}: {difference}")
+        assert_within(difference, 0.05, 0.5, 0.9)
+    convert(folder, embedding, "f32", tensor_types={"token_embd": "tq2_0"})
+    with pytest.raises(
+        UnsupportedModelError, match=r"tq2_0, which can't .*--tensor-type token_embd.weight=q6_k"
+    ):
+        open_on(embedding, device)
+
+
+def test_a_cache_in_parts(device: str, gguf_file: Callable) -> None:
+    """Layers on the processor read and write a cache of 8 bits as those on the device do."""
+    file = gguf_file("small", "f32", seed=0, dtype="f32")
+    golden = case(load_golden("logits-small-f32"), "commit")
+    results = []
+    for n_gpu_layers in (-1, 1):
+        session = _native.Session(open_on(file, device, "q8_0", n_gpu_layers=n_gpu_layers), 128)
+        encode_case(session, golden)
+        results.append(denoise_case(session, golden))
+    for key, logits in results[0].items():
+        if device == "host":
+            assert np.array_equal(logits, results[1][key])
+        assert compare(results[1][key], logits).mean <= Q8_0_CACHE_MEAN
 
 
 @pytest.mark.parametrize(("n_gpu_layers", "n_cpu_moe"), [(1, 0), (1, 1), (2, 1), (-1, 2)])
@@ -113,9 +191,10 @@ def test_a_generation(device: str, gguf_file: Callable) -> None:
             assert all(token == 7 for token in np.asarray(event.tokens)[::2])
 
 
-def test_a_saved_session_comes_back(device: str, gguf_file: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_type", ["f32", "q8_0"])
+def test_a_saved_session_comes_back(device: str, kv_type: str, gguf_file: Callable, tmp_path: Path) -> None:
     file = gguf_file("small", "f32", seed=0, dtype="f32")
-    model = DiffusionModel(file, n_ctx=128, device=device)
+    model = DiffusionModel(file, n_ctx=128, device=device, kv_type=kv_type)
     session = model.new_session()
     session.encode(list(range(2, 60)))  # beyond the window
     session.save(tmp_path / "session")
@@ -134,81 +213,6 @@ def test_a_batch_is_as_alone(device: str, gguf_file: Callable) -> None:
     prompts = [[2, 5 + i, 9, 11] for i in range(3)]
     done = dict(model.generate_batch(prompts, OPTIONS, n_parallel=2))
     assert [list(done[i].tokens) for i in range(3)] == generations(model, 3)
-
-
-# The kernels' arithmetic
-
-
-@pytest.mark.parametrize("n_vocab", [1, 31, 1024, 1025, 5000, 40_000])
-@pytest.mark.parametrize("spread", [0.0, 1.0, 12.0])
-def test_measure_is_the_samplers(device: str, n_vocab: int, spread: float) -> None:
-    """The rows of a GPU's kernel, merged from lanes and warps, against the CPU's sampler."""
-    rng = np.random.default_rng(n_vocab)
-    logits = (rng.normal(size=(3, n_vocab)) * spread).astype(np.float32)
-    u = rng.random(3, dtype=np.float32)
-    capped, argmax, entropy, sampled = _native.measure_on(device, logits, 30.0, 0.6, u)
-    np.testing.assert_allclose(capped, 30 * np.tanh(logits / 30), rtol=1e-6, atol=1e-6)
-    expected = sampling.measure(capped, 0.6, u)
-    assert argmax.tolist() == expected[0].tolist()
-    np.testing.assert_allclose(entropy, expected[1], rtol=2e-5, atol=2e-5)
-    p = np.exp((capped - capped.max(-1, keepdims=True)).astype(np.float64) / 0.6)
-    cdf = np.cumsum(p / p.sum(-1, keepdims=True), axis=-1)
-    for row in range(3):
-        token = sampled[row]
-        below = cdf[row, token - 1] if token else 0.0
-        assert below - 1e-5 <= u[row] <= cdf[row, token] + 1e-5
-
-
-def test_measure_sees_what_is_not_finite(device: str) -> None:
-    rows = np.zeros((4, 3000), dtype=np.float32)
-    rows[0, 2999], rows[1, 5], rows[2] = np.nan, np.inf, -np.inf
-    rows[3, :] = -np.inf
-    rows[3, 17] = 1.0
-    _, argmax, entropy, sampled = _native.measure_on(device, rows, 30.0, 1.0, np.full(4, 0.5, np.float32))
-    assert np.isnan(entropy[:2]).all()
-    assert (argmax[3], sampled[3]) == (17, 17) or entropy[3] >= 0  # capping makes -infinity a number
-
-
-@pytest.mark.parametrize("dropped_mass", [0.0, 1e-4, 1e-2])
-def test_condition_leaves_out_no_more_than_it_may(device: str, dropped_mass: float) -> None:
-    rng = np.random.default_rng(0)
-    logits = (rng.normal(size=(5, 4000)) * np.array([[0.1], [1], [4], [9], [30]])).astype(np.float32)
-    embedding = rng.normal(size=(4000, 48)).astype(np.float32)
-    soft = _native.condition_on(device, logits, embedding, 0.7, dropped_mass)
-    z = logits.astype(np.float64) / np.float32(0.7)
-    p = np.exp(z - z.max(-1, keepdims=True))
-    exact = (p / p.sum(-1, keepdims=True)) @ embedding
-    half = 0.0 if device == "host" else 1e-3  # flat rows go through float16
-    slack = dropped_mass * np.abs(embedding).max() + 2e-5 + half * np.abs(exact).max()
-    assert np.abs(soft - exact).max() <= slack
-
-
-# The plan
-
-
-def test_the_plan_leaves_experts_out_first(device: str, gguf_file: Callable) -> None:
-    file = str(gguf_file("small", "q8_0", seed=0, dtype="f32"))
-    n_layer = N_LAYERS["small-f32"]
-    whole = _native.plan(file, device, n_ctx=128)
-    assert (whole["n_gpu_layers"], whole["n_cpu_moe"]) == (n_layer, 0)
-    total = whole["weight_bytes"] + whole["cache_bytes"] + whole["step_bytes"]
-    seen = []
-    for limit in range(total, 0, -max(1, total // 400)):
-        plan = _native.plan(file, device, memory_limit=limit, n_ctx=128)
-        used = plan["weight_bytes"] + plan["cache_bytes"] + plan["step_bytes"]
-        assert used <= limit or plan["n_gpu_layers"] == 0
-        state = (plan["n_gpu_layers"], plan["n_cpu_moe"])
-        if not seen or seen[-1] != state:
-            seen.append(state)
-    everything_without_experts = seen.index((n_layer, n_layer))
-    assert seen[: everything_without_experts + 1] == [(n_layer, i) for i in range(n_layer + 1)]
-    assert seen[-1] == (0, 0)
-
-
-def test_what_does_not_fit_says_what_was_needed(device: str, gguf_file: Callable) -> None:
-    file = gguf_file("small", "q8_0", seed=0, dtype="f32")
-    with pytest.raises(InsufficientMemoryError, match=r"2 layers on the device need .* GB.*n_cpu_moe"):
-        open_on(file, device, n_gpu_layers=2, memory_limit=1000)
 
 
 def test_a_device_that_is_not_there(device: str, gguf_file: Callable) -> None:

@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "ggml.h"
+
 namespace nb = nanobind;
 
 namespace pydiffusion {
@@ -69,13 +71,18 @@ void check_signals();
 // Registers what the interpreter's end has to do: computing threads are stopped and put to sleep.
 void watch_for_the_end();
 
+// By a type's name of any case; throws Error(argument) for what is none.
+ggml_type type_by_name(const std::string& name);
+
 // The Python exception that an exception of ours becomes when it is thrown to Python.
 nb::object to_exception(const std::exception_ptr& error);
 
 void bind_errors(nb::module_& m);
 void bind_file(nb::module_& m);
+void bind_model(nb::module_& m);
 void bind_session(nb::module_& m);
 void bind_batch(nb::module_& m);
 void bind_functions(nb::module_& m);
+void bind_devices(nb::module_& m);
 
 }  // namespace pydiffusion

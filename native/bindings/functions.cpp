@@ -8,7 +8,6 @@
 #include <thread>
 
 #include "bindings.h"
-#include "device/step_kernels.h"
 #include "errors.h"
 #include "ggml-cpu.h"
 #include "machine_rates.h"
@@ -26,6 +25,8 @@ std::string upper(std::string name) {
     return name;
 }
 
+}  // namespace
+
 ggml_type type_by_name(const std::string& name) {
     for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
         const auto type = static_cast<ggml_type>(i);
@@ -33,6 +34,8 @@ ggml_type type_by_name(const std::string& name) {
     }
     throw Error(ErrorKind::argument, quoted(name) + " is no tensor type");
 }
+
+namespace {
 
 nb::dict tensor_types() {
     nb::dict types;
@@ -138,94 +141,6 @@ nb::tuple errors_of_rows(const Array2<uint8_t>& data, const std::string& type_na
         row_errors(type, data.data(), rows.data(), n_rows, rows.shape(1), squares.data(), errors.data());
     }
     return nb::make_tuple(to_numpy(squares), to_numpy(errors));
-}
-
-// F32 matrices in an engine's memory, for kernels that take tensors.
-class Matrices {
-  public:
-    explicit Matrices(const Engine& engine) : type_(engine.buffer_type()) {}
-
-    ggml_tensor* add(const Array2<float>& values) {
-        return add(values.data(), values.shape(0), values.shape(1));
-    }
-    ggml_tensor* add(const float* values, size_t n_rows, size_t n_columns) {
-        contexts_.emplace_back(ggml_init({2 * ggml_tensor_overhead(), nullptr, true}));
-        if (!contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a tensor");
-        ggml_tensor* tensor =
-            ggml_new_tensor_2d(contexts_.back().get(), GGML_TYPE_F32, static_cast<int64_t>(n_columns),
-                               static_cast<int64_t>(n_rows));
-        buffers_.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(contexts_.back().get(), type_));
-        if (!buffers_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a tensor");
-        if (values) ggml_backend_tensor_set(tensor, values, 0, ggml_nbytes(tensor));
-        return tensor;
-    }
-    static nb::object fetch(const ggml_tensor* tensor) {
-        std::vector<float> values(ggml_nelements(tensor));
-        ggml_backend_tensor_get(tensor, values.data(), 0, ggml_nbytes(tensor));
-        return to_numpy(values.data(),
-                        {static_cast<size_t>(tensor->ne[1]), static_cast<size_t>(tensor->ne[0])});
-    }
-
-  private:
-    ggml_backend_buffer_type_t type_;
-    std::vector<ggml_context_ptr> contexts_;
-    std::vector<ggml_backend_buffer_ptr> buffers_;
-};
-
-const Engine& require_kernels(const Engine& engine) {
-    if (!engine.on_device()) throw Error(ErrorKind::argument, "the processor has no kernels of its own");
-    return engine;
-}
-
-// What a device's kernel, or the processor's own sampler, makes of logits: capped logits, argmax, entropy,
-// sampled.
-nb::tuple measure_on(const std::string& device, const Array2<float>& logits, float cap, float temperature,
-                     const Array1<float>& u) {
-    const size_t n = logits.shape(0);
-    if (u.shape(0) != n || logits.shape(1) == 0) throw Error(ErrorKind::argument, "u and logits don't fit");
-    StepState state;
-    state.soft_cap = cap;
-    state.temperature = temperature;
-    state.u = to_vector(u);
-    state.measures.resize(n);
-    const Engine engine(1, device);
-    Matrices matrices(engine);
-    ggml_tensor* rows = matrices.add(logits);
-    if (engine.on_device()) {
-        engine.kernels().measure(rows, static_cast<int64_t>(n), state);
-    } else {
-        for (size_t i = 0; i < n; ++i)
-            state.measures[i] = cap_and_measure_row(static_cast<float*>(rows->data) + i * logits.shape(1),
-                                                    static_cast<int64_t>(logits.shape(1)), cap, temperature,
-                                                    state.u[i]);
-    }
-    std::vector<int32_t> argmax, sampled;
-    std::vector<float> entropy;
-    for (const Measure& m : state.measures) {
-        argmax.push_back(m.argmax);
-        sampled.push_back(m.sampled);
-        entropy.push_back(m.entropy);
-    }
-    return nb::make_tuple(Matrices::fetch(rows), to_numpy(argmax), to_numpy(entropy), to_numpy(sampled));
-}
-
-// The soft embedding (n, d) that a device's kernels make of logits (n, n_vocab) and an embedding (n_vocab,
-// d).
-nb::object condition_on(const std::string& device, const Array2<float>& logits,
-                        const Array2<float>& embedding, float temperature, float dropped_mass) {
-    const size_t n = logits.shape(0);
-    if (embedding.shape(0) != logits.shape(1))
-        throw Error(ErrorKind::argument, "embedding and logits don't fit");
-    StepState state;
-    state.self_conditioning = true;
-    state.previous_temperature = temperature;
-    state.dropped_mass = dropped_mass;
-    const Engine engine(1, device);
-    Matrices matrices(engine);
-    ggml_tensor* soft = matrices.add(nullptr, n, embedding.shape(1));
-    require_kernels(engine).kernels().condition(matrices.add(logits), matrices.add(embedding), soft,
-                                                static_cast<int64_t>(n), state);
-    return Matrices::fetch(soft);
 }
 
 nb::tuple measure(const Array2<float>& logits, float temperature, const Array1<float>& u) {
@@ -411,12 +326,6 @@ void bind_functions(nb::module_& m) {
           nb::arg("t_max"));
     m.def("measure", measure, nb::arg("logits").noconvert(), nb::arg("temperature"),
           nb::arg("u").noconvert());
-    m.def("measure_on", measure_on, nb::arg("device"), nb::arg("logits").noconvert(), nb::arg("cap"),
-          nb::arg("temperature"), nb::arg("u").noconvert(),
-          "Capped logits, argmax, entropy and draws as a device's kernel computes them.");
-    m.def("condition_on", condition_on, nb::arg("device"), nb::arg("logits").noconvert(),
-          nb::arg("embedding").noconvert(), nb::arg("temperature"), nb::arg("dropped_mass"),
-          "The soft embedding as a device's kernels compute it.");
     m.def("accept", accept_mask, nb::arg("entropy").noconvert(), nb::arg("bound"));
     m.def("random_draws", random_draws, nb::arg("seed"), nb::arg("canvas_index"), nb::arg("step"),
           nb::arg("n"), nb::arg("n_vocab"));

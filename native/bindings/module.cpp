@@ -8,7 +8,9 @@ NB_MODULE(_native, m) {
     pydiffusion::watch_for_the_end();
     pydiffusion::bind_errors(m);
     pydiffusion::bind_file(m);
+    pydiffusion::bind_model(m);
     pydiffusion::bind_session(m);
     pydiffusion::bind_batch(m);
     pydiffusion::bind_functions(m);
+    pydiffusion::bind_devices(m);
 }

@@ -2,12 +2,10 @@
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <limits>
 
 #include "bindings.h"
 #include "errors.h"
@@ -16,119 +14,6 @@
 namespace pydiffusion {
 
 namespace {
-
-ggml_type cache_type(const File& file, const std::string& kv_type) {
-    if (kv_type == "q8_0") return GGML_TYPE_Q8_0;
-    // An F32 file is asked for exactness: its keys and values stay exact too.
-    const bool exact = std::all_of(file.tensors().begin(), file.tensors().end(),
-                                   [](const TensorInfo& tensor) { return tensor.type == GGML_TYPE_F32; });
-    return kv_type == "f32" || (kv_type == "auto" && exact) ? GGML_TYPE_F32 : GGML_TYPE_F16;
-}
-
-uint64_t free_bytes_of(const std::string& device) {
-    for (const DeviceInfo& info : list_devices()) {
-        if (info.name == device) return info.free_bytes;
-    }
-    return std::numeric_limits<uint64_t>::max();
-}
-
-// Where a model shall lie; counts of -1 are chosen.
-struct Wish {
-    std::string device = "cpu";
-    int32_t n_gpu_layers = -1;
-    int32_t n_cpu_moe = -1;
-    uint64_t memory_limit = 0;  // of the device; 0: what is free
-    int64_t n_ctx = 0;          // that the cache is planned for
-    std::string kernels = "auto";
-};
-
-Placement place(const File& file, const Wish& wish, ggml_type kv_type) {
-    if (wish.device == "cpu") return {};
-    const Hyperparameters hp(file);
-    uint64_t room = free_bytes_of(wish.device);
-    if (wish.memory_limit) room = std::min(room, wish.memory_limit);
-    const int64_t n_ctx = std::min<int64_t>(wish.n_ctx, hp.n_ctx_train);
-    return plan_placement(file, hp, n_ctx, kv_type, room, wish.n_gpu_layers, wish.n_cpu_moe);
-}
-
-PyModel load_model(const std::string& path, int n_threads, const std::string& kv_type, Wish wish,
-                   const nb::object& progress) {
-    if (n_threads < 1 || n_threads > 512) throw Error(ErrorKind::argument, "n_threads must be 1 to 512");
-    if (kv_type != "auto" && kv_type != "f32" && kv_type != "f16" && kv_type != "q8_0") {
-        throw Error(ErrorKind::argument,
-                    "kv_type must be 'auto', 'f32', 'f16' or 'q8_0', not " + quoted(kv_type));
-    }
-    const bool report = !progress.is_none();
-    const auto read_ahead = [&](double share) {
-        with_gil([&] {
-            if (PyErr_CheckSignals() != 0) throw nb::python_error();
-            if (report) progress(share);
-        });
-    };
-    const WithoutGil release;
-    PyModel result;
-    auto file = File::open_whole(path);
-    result.kv_type = cache_type(*file, kv_type);
-    const Placement placement = place(*file, wish, result.kv_type);
-    if (!placement.any()) wish.device = "cpu";
-    result.model = std::make_shared<Model>(file, n_threads, wish.device, wish.kernels, placement, read_ahead);
-    return result;
-}
-
-nb::dict hparams_dict(const Hyperparameters& hp) {
-    nb::dict d;
-    d["n_layer"] = hp.n_layer;
-    d["n_ctx_train"] = hp.n_ctx_train;
-    d["n_embd"] = hp.n_embd;
-    d["n_vocab"] = hp.n_vocab;
-    d["n_ff"] = hp.n_ff;
-    d["n_ff_expert"] = hp.n_ff_expert;
-    d["n_expert"] = hp.n_expert;
-    d["n_expert_used"] = hp.n_expert_used;
-    d["n_head"] = hp.n_head;
-    d["window"] = hp.window;
-    d["canvas_length"] = hp.canvas_length;
-    d["rms_eps"] = hp.rms_eps;
-    d["soft_cap"] = hp.soft_cap;
-    d["rope_base"] = hp.rope_base;
-    d["rope_base_swa"] = hp.rope_base_swa;
-    nb::list sliding, head_dim, n_head_kv;
-    for (const LayerShape& shape : hp.layers) {
-        sliding.append(shape.sliding);
-        head_dim.append(shape.head_dim);
-        n_head_kv.append(shape.n_head_kv);
-    }
-    d["sliding"] = sliding;
-    d["head_dim"] = head_dim;
-    d["n_head_kv"] = n_head_kv;
-    d["steps"] = hp.sampler.steps;
-    d["t_min"] = hp.sampler.t_min;
-    d["t_max"] = hp.sampler.t_max;
-    d["entropy_bound"] = hp.sampler.entropy_bound;
-    d["stability_threshold"] = hp.sampler.stability_threshold;
-    d["confidence_threshold"] = hp.sampler.confidence_threshold;
-    return d;
-}
-
-nb::dict description(const PyModel& m) {
-    nb::dict types;
-    for (const auto& [type, n_bytes] : m.model->weights.bytes_by_type) {
-        std::string name = ggml_type_name(type);
-        for (char& c : name) c = static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
-        types[name.c_str()] = n_bytes;
-    }
-    nb::dict d;
-    d["backend"] = m.model->engine.name();
-    d["kernels"] = matrix::name_of(m.model->engine.kernel());
-    d["n_gpu_layers"] = m.model->placement.n_device_layers;
-    d["n_cpu_moe"] = m.model->placement.n_host_experts;
-    d["n_threads"] = m.model->engine.n_threads();
-    d["kv_type"] = ggml_type_name(m.kv_type);
-    d["weight_types"] = types;
-    d["n_weights"] = m.model->weights.n_weights;
-    d["n_bytes"] = m.model->file->n_bytes_of_all_parts();
-    return d;
-}
 
 // Calls `progress(done, total)` after each chunk of a prompt, and lets Ctrl-C through.
 std::function<void(int32_t)> between_chunks(const nb::object& progress, size_t total) {
@@ -319,29 +204,6 @@ nb::object to_bools(const std::vector<uint8_t>& flags) {
     return nb::cast(nb::ndarray<nb::numpy, bool>(copy, {flags.size()}, owner));
 }
 
-void bind_model(nb::module_& m) {
-    nb::class_<PyModel>(m, "Model", "Weights and hyperparameters; immutable, shared by sessions and threads.")
-        .def(
-            "__init__",
-            [](PyModel* self, const nb::str& path, int n_threads, const std::string& kv_type,
-               const nb::object& progress, const std::string& device, int32_t n_gpu_layers, int32_t n_cpu_moe,
-               uint64_t memory_limit, int64_t n_ctx, const std::string& kernels) {
-                const Wish wish = {device, n_gpu_layers, n_cpu_moe, memory_limit, n_ctx, kernels};
-                new (self) PyModel(load_model(from_str(path), n_threads, kv_type, wish, progress));
-            },
-            nb::arg("path"), nb::arg("n_threads"), nb::arg("kv_type") = "auto",
-            nb::arg("progress") = nb::none(), nb::arg("device") = "cpu", nb::arg("n_gpu_layers") = -1,
-            nb::arg("n_cpu_moe") = -1, nb::arg("memory_limit") = 0, nb::arg("n_ctx") = 8192,
-            nb::arg("kernels") = "auto")
-        .def_prop_ro("file", [](const PyModel& m) { return std::const_pointer_cast<File>(m.model->file); })
-        .def_prop_ro("hparams", [](const PyModel& m) { return hparams_dict(m.model->hparams); })
-        .def_prop_ro("description", description)
-        .def_prop_ro("n_vocab", [](const PyModel& m) { return m.model->hparams.n_vocab; })
-        .def_prop_ro("canvas_length", [](const PyModel& m) { return m.model->hparams.canvas_length; })
-        .def_prop_ro("n_ctx_train", [](const PyModel& m) { return m.model->hparams.n_ctx_train; })
-        .def_prop_ro("n_threads", [](const PyModel& m) { return m.model->engine.n_threads(); });
-}
-
 void bind_step(nb::module_& m) {
     nb::class_<StepResult>(m, "Step",
                            "What one denoising step did; arrays have one entry per canvas position.")
@@ -368,46 +230,9 @@ void bind_step(nb::module_& m) {
         });
 }
 
-nb::list devices() {
-    nb::list result;
-    for (const DeviceInfo& info : list_devices()) {
-        nb::dict d;
-        d["name"] = info.name;
-        d["description"] = info.description;
-        d["free_bytes"] = info.free_bytes;
-        d["total_bytes"] = info.total_bytes;
-        result.append(d);
-    }
-    return result;
-}
-
-nb::dict plan(const std::string& path, const std::string& device, uint64_t memory_limit, int32_t n_gpu_layers,
-              int32_t n_cpu_moe, int64_t n_ctx, const std::string& kv_type) {
-    const auto whole = File::open_whole(path);
-    const File& file = *whole;
-    const Hyperparameters hp(file);
-    const ggml_type type = cache_type(file, kv_type);
-    const Placement placement = place(file, {device, n_gpu_layers, n_cpu_moe, memory_limit, n_ctx}, type);
-    const DeviceUse use = device_use(file, hp, placement, std::min<int64_t>(n_ctx, hp.n_ctx_train), type);
-    nb::dict d;
-    d["n_layer"] = hp.n_layer;
-    d["n_gpu_layers"] = placement.n_device_layers;
-    d["n_cpu_moe"] = placement.n_host_experts;
-    d["weight_bytes"] = use.weights;
-    d["cache_bytes"] = use.cache;
-    d["step_bytes"] = use.step;
-    return d;
-}
-
 }  // namespace
 
 void bind_session(nb::module_& m) {
-    bind_model(m);
-    m.def("devices", devices, "The GPUs that this build can compute on.");
-    m.def("plan", plan, nb::arg("path"), nb::arg("device"), nb::arg("memory_limit") = 0,
-          nb::arg("n_gpu_layers") = -1, nb::arg("n_cpu_moe") = -1, nb::arg("n_ctx") = 8192,
-          nb::arg("kv_type") = "auto",
-          "What of a model would lie on a device, and the bytes that takes there.");
     bind_step(m);
     nb::class_<Session>(m, "Session", "One conversation on a model. Use it from one thread at a time.")
         .def(
@@ -434,6 +259,8 @@ void bind_session(nb::module_& m) {
         .def_prop_ro(
             "step_ops", step_ops,
             "What the last denoising step ran: ggml's operation name -> how many nodes of the graph.")
+        .def_prop_ro("n_pieces", &Session::n_pieces,
+                     "Into how many pieces the last graph was cut, one wherever the place changes.")
         .def("profile_step", profile_step, nb::arg("by_operation") = false,
              "Run the last step's graph again, part by part: name -> (seconds, operations, bytes read).")
         .def("encode", encode, nb::arg("ids").noconvert(), nb::arg("return_hidden") = false,

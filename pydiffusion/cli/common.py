@@ -101,7 +101,7 @@ PLACE: dict[str, Any] = {
     "gpu_layers": Annotated[
         str | None,
         typer.Option(
-            "--gpu-layers", help="Layers on the GPU, the last ones; 0: none. [default: as many as fit]"
+            "--gpu-layers", help="Layers on GPUs, the last ones; 0: none. [default: as many as fit]"
         ),
     ],
     "n_cpu_moe": Annotated[
@@ -113,11 +113,13 @@ PLACE: dict[str, Any] = {
     ],
     "gpu_memory": Annotated[
         str | None,
-        typer.Option("--gpu-memory", help="Of the GPU, so much at most (8G). [default: what is free]"),
+        typer.Option(
+            "--gpu-memory", help="Of each GPU, so much at most (8G; 8G,24G). [default: what is free]"
+        ),
     ],
     "device": Annotated[
         str | None,
-        typer.Option(help="cpu, or a GPU that `pydiffusion devices` lists. [default: the freest GPU]"),
+        typer.Option(help="cpu, or GPUs that `pydiffusion devices` lists (CUDA0,CUDA1). [default: all GPUs]"),
     ],
     "kernels": Annotated[
         str | None,
@@ -193,7 +195,8 @@ def placement(place: Mapping[str, Any]) -> dict[str, Any]:
     }
     try:
         memory = place.get("gpu_memory")
-        wish["gpu_memory"] = None if memory is None else parse_size(memory)
+        sizes = [] if memory is None else [parse_size(size) for size in memory.split(",")]
+        wish["gpu_memory"] = sizes if len(sizes) > 1 else sizes[0] if sizes else None
         native_wish(**wish)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
@@ -255,4 +258,7 @@ def _where(model: DiffusionModel) -> str:
     if d["n_gpu_layers"] == 0:
         return f"{model.n_threads} threads"
     left = f", experts of {d['n_cpu_moe']} on {model.n_threads} threads" if d["n_cpu_moe"] else ""
-    return f"{d['n_gpu_layers']} of {model.hparams['n_layer']} layers on {d['backend']}{left}"
+    shares = [f"{n} on {name}" for n, name in zip(d["device_layers"], d["backend"].split(","), strict=True)]
+    if len(shares) == 1:
+        return f"{d['n_gpu_layers']} of {model.hparams['n_layer']} layers on {d['backend']}{left}"
+    return f"{d['n_gpu_layers']} of {model.hparams['n_layer']} layers, {', '.join(shares)}{left}"

@@ -1,4 +1,4 @@
-"""``pydiffusion devices``: the GPUs that are here, and what of a model would lie on one."""
+"""``pydiffusion devices``: the GPUs that are here, and what of a model would lie on which."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def command(
     place: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """List the GPUs and, with -m, what of a model would lie on one. Nothing is loaded."""
+    """List the GPUs and, with -m, what of a model would lie on which. Nothing is loaded."""
     from pydiffusion import devices, plan
 
     found = devices()
@@ -33,7 +33,7 @@ def command(
         planned = plan(model, **arguments)
     if as_json:
         listed = [asdict(device) for device in found]
-        print(json.dumps({"devices": listed, "plan": None if planned is None else asdict(planned)}))
+        print(json.dumps({"devices": listed, "plan": None if planned is None else planned.to_dict()}))
         return
     for device in found:
         free, total = count(device.free_bytes, "B"), count(device.total_bytes, "B")
@@ -42,13 +42,15 @@ def command(
         print("no GPU that this build can compute on; docs/gpu.md says how to build for one")
     if planned is None:
         return
+    if not planned.n_gpu_layers:
+        print(f"cpu: all {planned.n_layer} layers")
+        return
     print(
         f"{planned.device}: {planned.n_gpu_layers} of {planned.n_layer} layers, of which the experts of "
         f"{planned.n_cpu_moe} stay with the processor"
-        if planned.n_gpu_layers
-        else f"cpu: all {planned.n_layer} layers"
     )
-    if planned.n_gpu_layers:
-        parts = {"weights": planned.weight_bytes, "cache": planned.cache_bytes, "step": planned.step_bytes}
-        print(", ".join(f"{name} {count(n, 'B')}" for name, n in parts.items()), end="; ")
-        print(f"together {count(planned.total_bytes, 'B')}")
+    for share in planned.shares:
+        parts = {"weights": share.weight_bytes, "cache": share.cache_bytes, "step": share.step_bytes}
+        where = "" if len(planned.shares) == 1 else f"{share.device}, {share.n_layers} layers: "
+        print(where + ", ".join(f"{name} {count(n, 'B')}" for name, n in parts.items()), end="; ")
+        print(f"together {count(share.total_bytes, 'B')}")

@@ -1,0 +1,247 @@
+// Models: where one shall lie, loading it, what it is.
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <limits>
+#include <sstream>
+
+#include "bindings.h"
+#include "errors.h"
+#include "session_types.h"
+
+namespace pydiffusion {
+
+namespace {
+
+ggml_type cache_type(const File& file, const std::string& kv_type) {
+    if (kv_type == "q8_0") return GGML_TYPE_Q8_0;
+    // An F32 file is asked for exactness: its keys and values stay exact too.
+    const bool exact = std::all_of(file.tensors().begin(), file.tensors().end(),
+                                   [](const TensorInfo& tensor) { return tensor.type == GGML_TYPE_F32; });
+    return kv_type == "f32" || (kv_type == "auto" && exact) ? GGML_TYPE_F32 : GGML_TYPE_F16;
+}
+
+// Where a model shall lie; counts of -1 are chosen.
+struct Wish {
+    std::string device = "cpu";
+    int32_t n_gpu_layers = -1;
+    int32_t n_cpu_moe = -1;
+    std::vector<uint64_t> memory_limits;  // of each device; 0, or none: what is free
+    int64_t n_ctx = 0;                    // that the cache is planned for
+    std::string kernels = "auto";
+};
+
+struct Choice {
+    std::vector<std::string> devices;  // that have something to do; none: all on the processor
+    Placement placement;
+
+    // As an engine takes it.
+    std::string device() const {
+        std::string names;
+        for (const std::string& name : devices) names += (names.empty() ? "" : ",") + name;
+        return names.empty() ? "cpu" : names;
+    }
+};
+
+uint64_t free_bytes_of(const std::string& device) {
+    for (const DeviceInfo& info : list_devices()) {
+        if (info.name == device) return info.free_bytes;
+    }
+    return std::numeric_limits<uint64_t>::max();
+}
+
+Choice choose(const File& file, const Wish& wish, ggml_type kv_type) {
+    Choice choice;
+    if (wish.device == "cpu") return choice;
+    std::vector<uint64_t> rooms;
+    std::istringstream names(wish.device);
+    for (std::string name; std::getline(names, name, ',');) {
+        const uint64_t limit =
+            rooms.size() < wish.memory_limits.size() ? wish.memory_limits[rooms.size()] : 0;
+        rooms.push_back(free_bytes_of(name));
+        if (limit) rooms.back() = std::min(rooms.back(), limit);
+        choice.devices.push_back(name);
+    }
+    if (rooms.empty() || (!wish.memory_limits.empty() && wish.memory_limits.size() != rooms.size()))
+        throw Error(ErrorKind::argument, format("there are %zu devices and %zu limits of memory",
+                                                rooms.size(), wish.memory_limits.size()));
+    const Hyperparameters hp(file);
+    const int64_t n_ctx = std::min<int64_t>(wish.n_ctx, hp.n_ctx_train);
+    choice.placement = plan_placement(file, hp, n_ctx, kv_type, rooms, wish.n_gpu_layers, wish.n_cpu_moe);
+    // A device without layers has nothing to do, unless it is the last.
+    Choice used;
+    used.placement = choice.placement;
+    used.placement.device_layers.clear();
+    const int32_t home = choice.placement.home();
+    for (int32_t i = 0; i <= home; ++i) {
+        if (choice.placement.device_layers[i] == 0 && i != home) continue;
+        used.devices.push_back(choice.devices[i]);
+        used.placement.device_layers.push_back(choice.placement.device_layers[i]);
+    }
+    return used;
+}
+
+PyModel load_model(const std::string& path, int n_threads, const std::string& kv_type, const Wish& wish,
+                   const nb::object& progress) {
+    if (n_threads < 1 || n_threads > 512) throw Error(ErrorKind::argument, "n_threads must be 1 to 512");
+    if (kv_type != "auto" && kv_type != "f32" && kv_type != "f16" && kv_type != "q8_0") {
+        throw Error(ErrorKind::argument,
+                    "kv_type must be 'auto', 'f32', 'f16' or 'q8_0', not " + quoted(kv_type));
+    }
+    const bool report = !progress.is_none();
+    const auto read_ahead = [&](double share) {
+        with_gil([&] {
+            if (PyErr_CheckSignals() != 0) throw nb::python_error();
+            if (report) progress(share);
+        });
+    };
+    const WithoutGil release;
+    PyModel result;
+    auto file = File::open_whole(path);
+    result.kv_type = cache_type(*file, kv_type);
+    const Choice choice = choose(*file, wish, result.kv_type);
+    result.model =
+        std::make_shared<Model>(file, n_threads, choice.device(), wish.kernels, choice.placement, read_ahead);
+    return result;
+}
+
+nb::dict hparams_dict(const Hyperparameters& hp) {
+    nb::dict d;
+    d["n_layer"] = hp.n_layer;
+    d["n_ctx_train"] = hp.n_ctx_train;
+    d["n_embd"] = hp.n_embd;
+    d["n_vocab"] = hp.n_vocab;
+    d["n_ff"] = hp.n_ff;
+    d["n_ff_expert"] = hp.n_ff_expert;
+    d["n_expert"] = hp.n_expert;
+    d["n_expert_used"] = hp.n_expert_used;
+    d["n_head"] = hp.n_head;
+    d["window"] = hp.window;
+    d["canvas_length"] = hp.canvas_length;
+    d["rms_eps"] = hp.rms_eps;
+    d["soft_cap"] = hp.soft_cap;
+    d["rope_base"] = hp.rope_base;
+    d["rope_base_swa"] = hp.rope_base_swa;
+    nb::list sliding, head_dim, n_head_kv;
+    for (const LayerShape& shape : hp.layers) {
+        sliding.append(shape.sliding);
+        head_dim.append(shape.head_dim);
+        n_head_kv.append(shape.n_head_kv);
+    }
+    d["sliding"] = sliding;
+    d["head_dim"] = head_dim;
+    d["n_head_kv"] = n_head_kv;
+    d["steps"] = hp.sampler.steps;
+    d["t_min"] = hp.sampler.t_min;
+    d["t_max"] = hp.sampler.t_max;
+    d["entropy_bound"] = hp.sampler.entropy_bound;
+    d["stability_threshold"] = hp.sampler.stability_threshold;
+    d["confidence_threshold"] = hp.sampler.confidence_threshold;
+    return d;
+}
+
+nb::dict description(const PyModel& m) {
+    nb::dict types;
+    for (const auto& [type, n_bytes] : m.model->weights.bytes_by_type) {
+        std::string name = ggml_type_name(type);
+        for (char& c : name) c = static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
+        types[name.c_str()] = n_bytes;
+    }
+    nb::dict d;
+    d["backend"] = m.model->engine.name();
+    d["kernels"] = matrix::name_of(m.model->engine.kernel());
+    d["n_gpu_layers"] = m.model->placement.n_device_layers();
+    nb::list device_layers;
+    for (const int32_t n : m.model->placement.device_layers) device_layers.append(n);
+    d["device_layers"] = device_layers;
+    d["n_cpu_moe"] = m.model->placement.n_host_experts;
+    d["n_threads"] = m.model->engine.n_threads();
+    d["kv_type"] = ggml_type_name(m.kv_type);
+    d["weight_types"] = types;
+    d["n_weights"] = m.model->weights.n_weights;
+    d["n_bytes"] = m.model->file->n_bytes_of_all_parts();
+    return d;
+}
+
+nb::list devices() {
+    nb::list result;
+    for (const DeviceInfo& info : list_devices()) {
+        nb::dict d;
+        d["name"] = info.name;
+        d["description"] = info.description;
+        d["free_bytes"] = info.free_bytes;
+        d["total_bytes"] = info.total_bytes;
+        result.append(d);
+    }
+    return result;
+}
+
+nb::dict to_dict(const DeviceUse& use) {
+    nb::dict d;
+    d["weight_bytes"] = use.weights;
+    d["cache_bytes"] = use.cache;
+    d["step_bytes"] = use.step;
+    return d;
+}
+
+nb::dict plan(const std::string& path, const std::string& device, const std::vector<uint64_t>& memory_limits,
+              int32_t n_gpu_layers, int32_t n_cpu_moe, int64_t n_ctx, const std::string& kv_type) {
+    const auto whole = File::open_whole(path);
+    const File& file = *whole;
+    const Hyperparameters hp(file);
+    const ggml_type type = cache_type(file, kv_type);
+    const Choice choice = choose(file, {device, n_gpu_layers, n_cpu_moe, memory_limits, n_ctx}, type);
+    const Placement& placement = choice.placement;
+    nb::list shares;
+    if (placement.any()) {
+        const std::vector<DeviceUse> uses =
+            device_use(file, hp, placement, std::min<int64_t>(n_ctx, hp.n_ctx_train), type);
+        for (size_t i = 0; i < uses.size(); ++i) {
+            nb::dict share = to_dict(uses[i]);
+            share["device"] = choice.devices[i];
+            share["n_layers"] = placement.device_layers[i];
+            shares.append(share);
+        }
+    }
+    nb::dict d;
+    d["device"] = choice.device();
+    d["n_layer"] = hp.n_layer;
+    d["n_gpu_layers"] = placement.n_device_layers();
+    d["n_cpu_moe"] = placement.n_host_experts;
+    d["shares"] = shares;
+    return d;
+}
+
+}  // namespace
+
+void bind_model(nb::module_& m) {
+    nb::class_<PyModel>(m, "Model", "Weights and hyperparameters; immutable, shared by sessions and threads.")
+        .def(
+            "__init__",
+            [](PyModel* self, const nb::str& path, int n_threads, const std::string& kv_type,
+               const nb::object& progress, const std::string& device, int32_t n_gpu_layers, int32_t n_cpu_moe,
+               const std::vector<uint64_t>& memory_limits, int64_t n_ctx, const std::string& kernels) {
+                const Wish wish = {device, n_gpu_layers, n_cpu_moe, memory_limits, n_ctx, kernels};
+                new (self) PyModel(load_model(from_str(path), n_threads, kv_type, wish, progress));
+            },
+            nb::arg("path"), nb::arg("n_threads"), nb::arg("kv_type") = "auto",
+            nb::arg("progress") = nb::none(), nb::arg("device") = "cpu", nb::arg("n_gpu_layers") = -1,
+            nb::arg("n_cpu_moe") = -1, nb::arg("memory_limits") = nb::list(), nb::arg("n_ctx") = 8192,
+            nb::arg("kernels") = "auto")
+        .def_prop_ro("file", [](const PyModel& m) { return std::const_pointer_cast<File>(m.model->file); })
+        .def_prop_ro("hparams", [](const PyModel& m) { return hparams_dict(m.model->hparams); })
+        .def_prop_ro("description", description)
+        .def_prop_ro("n_vocab", [](const PyModel& m) { return m.model->hparams.n_vocab; })
+        .def_prop_ro("canvas_length", [](const PyModel& m) { return m.model->hparams.canvas_length; })
+        .def_prop_ro("n_ctx_train", [](const PyModel& m) { return m.model->hparams.n_ctx_train; })
+        .def_prop_ro("n_threads", [](const PyModel& m) { return m.model->engine.n_threads(); });
+    m.def("devices", devices, "The GPUs that this build can compute on.");
+    m.def("plan", plan, nb::arg("path"), nb::arg("device"), nb::arg("memory_limits") = nb::list(),
+          nb::arg("n_gpu_layers") = -1, nb::arg("n_cpu_moe") = -1, nb::arg("n_ctx") = 8192,
+          nb::arg("kv_type") = "auto",
+          "What of a model would lie on which device, and the bytes that takes there.");
+}
+
+}  // namespace pydiffusion
