@@ -158,7 +158,7 @@ def run_bench(
         matrix_limit=_native.measure_matrix_rate(n_threads, main_type, last_device, kernels),
         matrix_limit_type=main_type,
         parts=parts,
-        operation_seconds=_profile_operations(session) if whole else {},
+        operation_seconds=_profile_operations(session) if in_one_place else {},
     )
 
 

@@ -31,9 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _hear_signals() -> None:
-    """What starts the tests may ignore signals (``nohup``, ``&`` in a script), and programs that they start and
-    signal would inherit that.
-    """
+    """Programs that the tests start inherit ignored signals (of ``nohup``, of ``&`` in a script)."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_IGN:
