@@ -41,7 +41,8 @@ void best_rows_op(ggml_tensor* dst, int ith, int nth, void*) {
 
 void cap_and_measure_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     auto* state = static_cast<StepState*>(userdata);
-    for (int64_t t = ith; t < dst->ne[1]; t += nth) {
+    const int64_t n_tokens = dst->ne[1];
+    for (int64_t t = n_tokens * ith / nth; t < n_tokens * (ith + 1) / nth; ++t) {
         state->measures[t] = cap_and_measure_row(row(dst, t), dst->ne[0], state->soft_cap, state->temperature,
                                                  state->u[t], &state->normalizers[t]);
     }

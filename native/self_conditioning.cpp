@@ -127,8 +127,9 @@ void note_mass(float* p, int64_t n, float threshold, uint64_t* mass, int64_t str
 void soft_probabilities_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     auto* state = static_cast<StepState*>(userdata);
     if (!state->self_conditioning) return;
-    const int64_t n_vocab = dst->ne[0];
-    for (int64_t t = ith; t < dst->ne[1]; t += nth) {
+    const int64_t n_vocab = dst->ne[0], n_tokens = dst->ne[1];
+    // Ranges of tokens: the masks of neighbours lie in the same lines of the cache.
+    for (int64_t t = n_tokens * ith / nth; t < n_tokens * (ith + 1) / nth; ++t) {
         float* p = row(dst, t);
         softmax_row(p, n_vocab, state->previous_temperature, state->normalizers[t]);
         const float threshold =
