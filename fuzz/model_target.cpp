@@ -30,7 +30,7 @@ void check(const std::string& path) {
     static const pydiffusion::Engine engine(1, "cpu");
     const pydiffusion::Placement host;
     const pydiffusion::Weights weights(file, hparams, host, engine, [](double) {});
-    for (const ggml_tensor* tensor : {weights.token_embd, weights.output, weights.rope_freqs})
+    for (const ggml_tensor* tensor : {weights.token_embd, weights.output, weights.rope_freqs[0]})
         check_tensor(*file, tensor);
     for (const pydiffusion::LayerWeights& layer : weights.layers) {
         for (const ggml_tensor* tensor :

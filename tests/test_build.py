@@ -102,3 +102,17 @@ def test_a_lock_without_hash_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", ["fetch_ggml.py"])
     assert fetch.main() == 1
     assert "no requirement line with a sha256" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="NOT CHECKED: whether the fuzzers compile (no c++)")
+def test_the_fuzzers_still_compile() -> None:
+    """They are built by hand, with clang: what they use of the runtime changes without them."""
+    headers = ROOT / "vendor/ggml/include"
+    if not headers.is_dir():
+        pytest.skip("NOT CHECKED: whether the fuzzers compile (no build has put ggml into vendor/)")
+    listed = (ROOT / "fuzz/CMakeLists.txt").read_text()
+    missing = [file.name for file in (ROOT / "native/device").glob("*.cpp") if file.name not in listed]
+    assert not missing, f"fuzz/CMakeLists.txt does not build {missing}"
+    command = ["c++", "-std=c++17", "-fsyntax-only", f"-I{ROOT / 'native'}", f"-I{headers}"]
+    subprocess.run([*command, *map(str, (ROOT / "fuzz").glob("*.cpp"))], check=True)
