@@ -1,18 +1,5 @@
-# Finds what a CUDA build needs: nvcc and the runtime of a toolkit, and cuBLAS from the toolkit or from the
+# Finds what a CUDA build links with: the runtime of a toolkit, and cuBLAS from the toolkit or from the
 # nvidia-cublas wheel, which has the headers and libcublas.so.13 but no bare libcublas.so to link with.
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-    execute_process(COMMAND nvidia-smi -L RESULT_VARIABLE no_gpu OUTPUT_QUIET ERROR_QUIET)
-    if(no_gpu)
-        # RTX 20, A100, RTX 30, RTX 40, H100 and H200, RTX 50; a single one (say 89-real) builds in a fifth of
-        # the time.
-        set(CMAKE_CUDA_ARCHITECTURES 75-virtual 80-real 86-real 89-real 90a-real 120a-real)
-    else()
-        set(CMAKE_CUDA_ARCHITECTURES native)
-    endif()
-endif()
-set(CMAKE_CUDA_STANDARD 17)
-set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
 set(PYDIFFUSION_CUBLAS "" CACHE PATH "Folder with include/ and lib/ of cuBLAS, where the toolkit has none")
@@ -40,10 +27,3 @@ if(NOT TARGET CUDA::cublas)
         INTERFACE_INCLUDE_DIRECTORIES ${PYDIFFUSION_CUBLAS}/include
         INTERFACE_LINK_LIBRARIES CUDA::cublasLt)
 endif()
-message(STATUS "CUDA ${CUDAToolkit_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
-
-set(GGML_CUDA ON CACHE BOOL "" FORCE)
-set(GGML_CUDA_GRAPHS ON CACHE BOOL "" FORCE)
-set(GGML_CUDA_NCCL OFF CACHE BOOL "" FORCE)
-# Virtual memory management would link libcuda.so.1, and the extension could not be imported without a driver.
-set(GGML_CUDA_NO_VMM ON CACHE BOOL "" FORCE)

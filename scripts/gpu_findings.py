@@ -1,0 +1,61 @@
+"""Findings of a run on a GPU: one line of JSON each, written at once, so that none is lost when time runs out.
+
+As a pytest plugin (``-p gpu_findings``) it writes one for each test that did not pass, and their counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "PYDIFFUSION_FINDINGS"
+
+
+def add(finding: str, **figures: Any) -> dict[str, Any]:
+    """Append a finding to the file that the environment names; without one it is only returned."""
+    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    entry = {"when": when, "finding": finding, **figures}
+    path = os.environ.get(VARIABLE)
+    if path:
+        # One write of a whole line: several processes append to the file.
+        line = json.dumps(entry, default=str) + "\n"
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(file, line.encode())
+        finally:
+            os.close(file)
+    return entry
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All findings of a file; a line cut short by the end of its writer is left out."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
+
+
+# pytest's hooks; with pytest-xdist they run in the process that collects its workers' reports.
+
+_counts: dict[str, int] = {}
+_MAX_TEXT = 3000  # characters of a failure's end
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        _counts[report.outcome] = _counts.get(report.outcome, 0) + 1
+    if report.outcome == "failed":
+        add("test failed", test=report.nodeid, ok=False, text=report.longreprtext[-_MAX_TEXT:])
+    elif report.outcome == "skipped":
+        add("test skipped", test=report.nodeid, text=report.longreprtext[-300:])
+
+
+def pytest_sessionfinish(session: Any, exitstatus: int) -> None:
+    if not hasattr(session.config, "workerinput"):
+        add("tests", ok=exitstatus == 0, **_counts)

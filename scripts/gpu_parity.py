@@ -1,0 +1,168 @@
+"""Compare logits and text of a device with the CPU's, of its own repetitions and of ggml's ways to run a graph.
+
+    python scripts/gpu_parity.py --device CUDA0 --folder /dev/shm [--models demo mid] [--types f32 q8_0 q4_k_m]
+
+Each way to compute is a process of its own, since ggml reads its switches once: the CPU, the device twice,
+without CUDA graphs, and without fusion. Findings go where PYDIFFUSION_FINDINGS says, and to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gpu_findings
+import numpy as np
+
+from pydiffusion import DiffusionModel, GenerationOptions, _native, convert, demo
+from pydiffusion.demo import tasks
+from pydiffusion.synthetic import write_synthetic
+
+#: Bounds on the mean difference between a device's logits and the CPU's, of a range of some 25. Both round the
+#: activations of quantized products to 8 bits, in blocks of other sizes, which costs each of them up to 0.16
+#: (docs/parity.md). With float32 weights only the order of sums differs, and GELU's table on the CPU.
+MEAN_BOUND = {"f32": 1e-2, "bf16": 0.1, "f16": 0.1, "q8_0": 0.3, "q4_k_m": 0.3}
+AGREEMENT = {"f32": 0.99, "bf16": 0.97, "f16": 0.97, "q8_0": 0.9, "q4_k_m": 0.9}
+N_REPEATS = 4  # ggml captures a CUDA graph when it has seen the same one a few times
+N_PUZZLES = 8
+
+WAYS: dict[str, dict[str, str]] = {
+    "device": {},
+    "again": {},
+    "no CUDA graphs": {"GGML_CUDA_DISABLE_GRAPHS": "1"},
+    "no fusion": {"GGML_CUDA_DISABLE_FUSION": "1"},
+}
+
+
+def compute(path: str, device: str, out: str, with_puzzles: bool) -> None:
+    """Logits at several points of a session, and generated tokens, as one .npz."""
+    model = _native.Model(path, min(8, os.cpu_count() or 1), device=device, n_ctx=2048)
+    session = _native.Session(model, 2048)
+    rng = np.random.default_rng(7)
+    n = min(model.n_vocab, 1 << 16)
+    ids = rng.integers(4, n, 700).astype(np.int32)  # longer than the sliding window of either model
+    canvas = rng.integers(4, n, model.canvas_length).astype(np.int32)
+    results: dict[str, Any] = {}
+    session.encode(ids[:300])
+    results["first"] = session.denoise(canvas, None)
+    repeats = [session.denoise(canvas, results["first"]) for _ in range(N_REPEATS)]
+    results["conditioned"] = repeats[-1]
+    results["repeats_equal"] = np.array([all(np.array_equal(repeats[0], one) for one in repeats[1:])])
+    session.encode(ids[300:])
+    results["long"] = session.denoise(canvas[::-1].copy(), None)
+    session.truncate(0)
+    session.encode(ids[:50])
+    session.begin(
+        max_tokens=2 * model.canvas_length, steps=6, t_min=0.4, t_max=0.8, entropy_bound=0.1,
+        stability_threshold=6, confidence_threshold=0.0, seed=3, eos=[], dropped_mass=1e-4,
+    )  # fmt: skip
+    text: list[int] = []
+    while (step := session.next_step()) is not None:
+        text.extend(step.tokens)
+    results["text"] = np.array(text, dtype=np.int32)
+    if with_puzzles:
+        results["solved"] = np.array([solved_puzzles(path, device)])
+    np.savez(out, **results)
+
+
+def solved_puzzles(path: str, device: str) -> int:
+    model = DiffusionModel(path, n_ctx=512, device=device)
+    n = 0
+    for seed, (puzzle, solution) in enumerate(demo.puzzles()[:N_PUZZLES]):
+        prompt = model.chat_prompt([{"role": "user", "content": tasks.sudoku_prompt(puzzle)}])
+        reply = model.generate(prompt, GenerationOptions(max_tokens=48, seed=seed))
+        n += reply.text.replace("\n", "") == solution
+    return n
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    gap = np.abs(a.astype(np.float64) - b)
+    agreement = float((a.argmax(-1) == b.argmax(-1)).mean())
+    return {"mean": float(gap.mean()), "max": float(gap.max()), "agreement": agreement}
+
+
+def run_ways(path: Path, device: str, folder: Path, with_puzzles: bool) -> dict[str, dict[str, np.ndarray]]:
+    """The results of all ways, computed side by side; a way that failed is a finding and is left out."""
+    running = {}
+    for way, switches in {"CPU": {}, **WAYS}.items():
+        out = folder / f"{path.stem}-{way.replace(' ', '-')}.npz"
+        given = json.dumps([str(path), "cpu" if way == "CPU" else device, str(out), with_puzzles])
+        command = [sys.executable, __file__, "--compute", given]
+        running[way] = out, subprocess.Popen(
+            command, env={**os.environ, **switches}, stdout=sys.stderr, stderr=subprocess.PIPE, text=True
+        )
+    results = {}
+    for way, (out, process) in running.items():
+        _, said = process.communicate()
+        sys.stderr.write(said)
+        if process.returncode == 0:
+            with np.load(out) as arrays:
+                results[way] = dict(arrays)
+        else:
+            report("parity", file=path.name, way=way, ok=False, exit=process.returncode, text=said[-2000:])
+        out.unlink(missing_ok=True)
+    return results
+
+
+def report(finding: str, **figures: Any) -> None:
+    print(json.dumps(gpu_findings.add(finding, **figures), default=str), flush=True)
+
+
+def judge(path: Path, type_name: str, results: dict[str, dict[str, np.ndarray]]) -> None:
+    logits = ("first", "conditioned", "long")
+    common = {"file": path.name}
+    device = results.get("device")
+    if device is None:
+        return
+    if "CPU" in results:
+        for key in logits:
+            found = difference(device[key], results["CPU"][key])
+            ok = found["mean"] <= MEAN_BOUND[type_name] and found["agreement"] >= AGREEMENT[type_name]
+            report("parity", **common, what=f"{key}: device against CPU", ok=ok, **found)
+        same = np.array_equal(device["text"], results["CPU"]["text"])
+        report("parity", **common, what="text: device against CPU", equal=same)  # may differ: rounding
+        if "solved" in device:
+            solved, of_cpu = int(device["solved"][0]), int(results["CPU"]["solved"][0])
+            report("parity", **common, what="puzzles solved", ok=solved >= of_cpu - 1, solved=solved, CPU=of_cpu, of=N_PUZZLES)
+    report("parity", **common, what="equal bits, step after step", ok=bool(device["repeats_equal"][0]))
+    for way in ("again", "no CUDA graphs"):
+        if way in results:
+            equal = {key: np.array_equal(device[key], results[way][key]) for key in (*logits, "text")}
+            report("parity", **common, what=f"equal bits: {way}", ok=all(equal.values()), **equal)
+    if "no fusion" in results:
+        found = difference(device["conditioned"], results["no fusion"]["conditioned"])
+        ok = found["mean"] <= MEAN_BOUND[type_name]
+        report("parity", **common, what="fusion on against off", ok=ok, **found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="CUDA0")
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--models", nargs="+", default=["demo", "mid"], choices=["demo", "mid", "tiny"])
+    parser.add_argument("--types", nargs="+", default=["f32", "q4_k_m", "q8_0"], choices=list(MEAN_BOUND))
+    parser.add_argument("--compute", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.compute:
+        compute(*options.compute)
+        return
+    for model in options.models:
+        for type_name in options.types:
+            path = options.folder / f"parity-{model}-{type_name}.gguf"
+            if model == "demo":
+                convert.convert(demo.checkpoint_path(), path, type=type_name, overwrite=True)
+            else:
+                write_synthetic(model, path, type_name)
+            judge(path, type_name, run_ways(path, options.device, options.folder, model == "demo"))
+            path.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""Check and measure a GPU within a time limit, the most valuable findings first.
+
+    scripts/gpu_run.sh check   [--seconds 220]    # right? kernels, tests, parity, the 26B's memory, sanitizer
+    scripts/gpu_run.sh bench   [--seconds 400]    # fast? steps, parts, prefill, an answer, memory
+    scripts/gpu_run.sh profile [--seconds 180]    # where? every kernel of one step, by ncu
+    scripts/gpu_run.sh all                        # all three, and the page, for the owner of a GPU
+
+It links the kit that scripts/gpu_prepare.sh made (--kit, by default build/gpu-kit/bundle) and installs it aside;
+without a kit it takes the pydiffusion that is installed. Findings go to OUT/results.jsonl at once, one line of
+JSON each, and OUT/page.md is made of them; what programs print goes to OUT/*.log whole. --dry-run runs all of it on
+device="host" with a tiny model, without a network or a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import gpu_findings  # noqa: E402
+import prebuilt  # noqa: E402
+
+DEFAULT_SECONDS = {"check": 220.0, "bench": 400.0, "profile": 180.0, "all": 3600.0}
+CLOSING = 4.0  # seconds kept for the page
+SHM_BYTES = 20 << 30  # the 26B at Q4_K_M takes 16.7 GB
+# Kernels' tests that the sanitizer sees: each kernel of ours once, and attention.
+SANITIZED = (
+    "test_measure_is_the_samplers[12.0-1025-{device}]",
+    "test_measure_is_the_samplers[0.0-31-{device}]",
+    "test_measure_sees_what_is_not_finite[{device}]",
+    "test_condition_leaves_out_no_more_than_it_may[0.0-{device}]",
+    "test_condition_leaves_out_no_more_than_it_may[0.01-{device}]",
+    "test_attention_alone[q8_0-256-8-{device}]",
+)
+
+
+class RunError(Exception):
+    """The run can't go on; the text says why and what to do."""
+
+
+class Run:
+    """One run: its clock, its folder of results, and the programs that it starts."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.started = time.time()
+        self.out: Path = options.out.resolve()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.results = self.out / "results.jsonl"
+        self.device = "host" if options.dry_run else options.device
+        self.folder = Path(tempfile.mkdtemp(prefix="pydiffusion-gpu-", dir=options.folder))
+        self.site = self.folder / "site"
+        self.env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(self.site), str(SCRIPTS)]),
+            "PYTHONUNBUFFERED": "1",
+            gpu_findings.VARIABLE: str(self.results),
+        }
+        os.environ[gpu_findings.VARIABLE] = str(self.results)
+
+    def left(self) -> float:
+        return self.options.seconds - (time.time() - self.started) - CLOSING
+
+    def say(self, text: str) -> None:
+        print(f"{time.time() - self.started:5.0f} s  {text}", flush=True)
+
+    def start(self, name: str, command: list[str], **env: str) -> subprocess.Popen[bytes]:
+        """Start a program in a process group of its own; what it prints goes to OUT/name.log."""
+        log = (self.out / f"{name}.log").open("wb")
+        with log:
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                env={**self.env, **env}, cwd=self.folder, start_new_session=True,
+            )  # fmt: skip
+
+    def step(self, name: str, command: list[str], needs: float, **env: str) -> bool:
+        """Run a program to its end, or to the end of the time; what came of it is a finding."""
+        if self.left() < needs:
+            self.say(f"{name}: left out, {self.left():.0f} s are left and it takes about {needs:.0f}")
+            gpu_findings.add(name, skipped=f"it takes about {needs:.0f} s, and {self.left():.0f} were left")
+            return False
+        self.say(name)
+        began = time.time()
+        process = self.start(name, command, **env)
+        try:
+            code: int | None = process.wait(max(1.0, self.left()))
+        except subprocess.TimeoutExpired:
+            code = None
+        end_group(process)
+        seconds = round(time.time() - began, 1)
+        if code is None:
+            text = f"the time was up after {seconds} s; what it found until then is kept"
+            gpu_findings.add(name, ok=False, seconds=seconds, text=text)
+            self.say(f"{name}: {text}")
+            return False
+        figures: dict[str, Any] = {"ok": code == 0, "seconds": seconds}
+        if code != 0:
+            figures |= {"exit": code, "text": last_lines(self.out / f"{name}.log")}
+            self.say(f"{name}: exit {code}, see {self.out / name}.log")
+        gpu_findings.add(name, **figures)
+        return code == 0
+
+    # What there is
+
+    def look(self) -> None:
+        """The machine, as a finding; RunError where it can't do what is asked."""
+        smi = said(
+            "nvidia-smi", "--query-gpu=name,compute_cap,driver_version,memory.total,clocks.max.sm,clocks.max.mem",
+            "--format=csv,noheader",
+        )  # fmt: skip
+        shm = shutil.disk_usage(self.options.folder).free
+        gpu_findings.add(
+            "machine", GPUs=smi, CPUs=os.cpu_count(), python=platform.python_version(),
+            libc=" ".join(platform.libc_ver()), compiler=prebuilt.compiler_here(), folder=str(self.options.folder),
+            free_bytes=shm, commit=self.options.commit or prebuilt.commit_here(), device=self.device,
+        )  # fmt: skip
+        if self.options.dry_run:
+            return
+        if not smi:
+            raise RunError("nvidia-smi finds no GPU: run on a machine with an NVIDIA driver, or with --dry-run")
+        self.require_capability(smi[0].split(", ")[1])
+        if shm < SHM_BYTES:
+            raise RunError(
+                f"{self.options.folder} has {shm / 1e9:.1f} GB free, and the models take up to {SHM_BYTES / 1e9:.0f}: "
+                "name a larger folder with --folder"
+            )
+
+    def require_capability(self, capability: str) -> None:
+        """RunError where the kit has no code for a card of this compute capability ("9.0")."""
+        manifest = self.options.kit / prebuilt.MANIFEST
+        if not manifest.is_file():
+            return
+        flags = json.loads(manifest.read_text())["flags"]
+        built = flags.partition("CMAKE_CUDA_ARCHITECTURES=")[2].split()[0].split(";")
+        number = int(capability.replace(".", ""))
+        for one in built:
+            digits = int("".join(filter(str.isdigit, one)))
+            # "90a-real" runs on 9.0 alone, "89-real" on 8.9 and later of the same major version, PTX on later ones.
+            if digits == number or (
+                "a" not in one.split("-")[0]
+                and digits < number
+                and (digits // 10 == number // 10 or "real" not in one)
+            ):
+                return
+        raise RunError(
+            f"the card has compute capability {capability}, and the kit is built for {', '.join(built)}: "
+            "make it again with scripts/gpu_prepare.sh --architectures"
+        )
+
+    def install(self) -> None:
+        """Build the bindings against the kit's archives and install all aside; else take what is installed."""
+        kit: Path = self.options.kit
+        if not (kit / prebuilt.MANIFEST).is_file():
+            if importlib.util.find_spec("pydiffusion._native") is None:
+                raise RunError(
+                    f"there is neither a kit in {kit} (scripts/gpu_prepare.sh makes one) nor an installed pydiffusion "
+                    "(docs/gpu.md says how to build it for CUDA)"
+                )
+            return
+        archives = self.folder / "archives"
+        prebuilt.unpack(kit, archives)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
+        pip += ["--no-deps", "--upgrade", "--target", str(self.site)]
+        wheels = sorted(map(str, (kit / "wheels").glob("*.whl")))
+        tree = self.folder / "tree"  # CMake and pip write beside what they build
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns("build", ".git", "ggml", "*.pyc"), symlinks=True)
+        if not self.step("install wheels", [*pip, *wheels], 5):
+            raise RunError("the kit's wheels can't be installed: see install wheels.log")
+        build = ["--no-build-isolation", f"-Ccmake.define.PYDIFFUSION_PREBUILT={archives}", "--verbose", str(tree)]
+        if not self.step("build", [*pip, *build], 20):
+            lines = (self.out / "build.log").read_text(errors="replace").splitlines()
+            told = [line.strip() for line in lines if "prebuilt:" in line]
+            raise RunError(told[0] if told else f"the bindings can't be built: see {self.out}/build.log")
+
+    def python(self, script: str | Path, *arguments: object) -> list[str]:
+        return [sys.executable, str(script), *map(str, arguments)]
+
+    # The three calls
+
+    def check(self) -> None:
+        dry, device = self.options.dry_run, self.device
+        shape = "tiny" if dry else "26b-a4b"
+        writing = None
+        if not dry:  # while the tests run
+            write = self.python(
+                ROOT / "benchmarks/gpu.py", "--write-only", "--shape", shape, "--types", "q4_k_m",
+                "--folder", self.options.folder,
+            )  # fmt: skip
+            writing = self.start("write the 26B", write)
+        try:
+            exact = {"NVIDIA_TF32_OVERRIDE": "0"}  # float32 products exact, as the tests' bounds want them
+            self.step("kernels' tests", self.pytest("test_device_kernels.py"), 10, **exact)
+            self.step("device tests", self.pytest("test_device.py", "test_placement.py"), 15, **exact)
+            parity = ["--device", device, "--folder", self.folder]
+            if dry:
+                parity += ["--models", "tiny", "--types", "f32", "q4_k_m"]
+            self.step("parity", self.python(SCRIPTS / "gpu_parity.py", *parity), 20, **exact)
+            self.bench_some("memory", shape, ["load", "steps"], ["--prompts", "128", "--steps", "4"], 30)
+            self.sanitize()
+        finally:
+            if writing is not None:
+                end_group(writing)
+
+    def pytest(self, *files: str) -> list[str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_findings", "-p", "no:cacheprovider"]
+        command += ["-o", "addopts=", "-m", "not slow", "-k", self.device]
+        if importlib.util.find_spec("xdist") is not None:  # a process that ggml ends takes only its test along
+            command += ["-n", str(min(6, os.cpu_count() or 1))]
+        return [*command, *(str(ROOT / "tests" / file) for file in files)]
+
+    def sanitize(self) -> None:
+        tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+        if self.options.dry_run or not Path(tool).exists():
+            why = "no GPU in a dry run" if self.options.dry_run else "compute-sanitizer is not installed"
+            gpu_findings.add("sanitizer", skipped=why)
+            return
+        tests = [f"{ROOT}/tests/test_device_kernels.py::{name.format(device=self.device)}" for name in SANITIZED]
+        for check in ("memcheck", "racecheck"):
+            command = [tool, "--tool", check, "--error-exitcode", "9", "--launch-timeout", "0"]
+            command += [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *tests]
+            self.step(f"sanitizer {check}", command, 15)
+
+    def bench_some(self, name: str, shape: str, only: list[str], more: list[str], needs: float) -> bool:
+        """A run of benchmarks/gpu.py; all of it where ``only`` is empty."""
+        command = self.python(
+            ROOT / "benchmarks/gpu.py", "--shape", shape, "--device", self.device, "--folder",
+            self.options.folder if shape != "tiny" else self.folder, "--results", self.results,
+            "--seconds", max(1.0, self.left() - 2.0), "--commit", self.options.commit or prebuilt.commit_here(), *more,
+        )  # fmt: skip
+        return self.step(name, command + (["--only", *only] if only else []), needs)
+
+    def bench(self) -> None:
+        shape = "tiny" if self.options.dry_run else "26b-a4b"
+        more = ["--steps", "2", "--prompts", "16"] if self.options.dry_run else []
+        self.bench_some("bench", shape, [], more, 20)
+
+    def profile(self) -> None:
+        script = ROOT / "benchmarks/gpu_kernels.py"
+        shape = "tiny" if self.options.dry_run else "26b-a4b"
+        folder = self.folder if self.options.dry_run else self.options.folder
+        run = self.python(script, "run", "--shape", shape, "--device", self.device, "--folder", folder)
+        ncu = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
+        if self.options.dry_run or not Path(ncu).exists():
+            gpu_findings.add("profile", skipped="no GPU in a dry run" if self.options.dry_run else "ncu is not installed")
+            return
+        csv = self.out / "ncu.csv"
+        command = [ncu, "--clock-control", "none", "--metrics", "gpu__time_duration.sum", "--csv"]
+        command += ["--profile-from-start", "off", "--log-file", str(csv), *run]
+        if self.step("profile", command, 60, GGML_CUDA_DISABLE_GRAPHS="1"):
+            self.step("kernels", self.python(script, "table", csv), 1)
+
+    def page(self) -> None:
+        """OUT/page.md from all findings of the folder, and a summary."""
+        if (self.site / "pydiffusion").exists() or importlib.util.find_spec("pydiffusion") is not None:
+            with (self.out / "page.md").open("w") as page:
+                command = self.python(ROOT / "benchmarks/gpu.py", "page", self.results)
+                subprocess.run(command, stdout=page, env=self.env, cwd=self.folder, check=False)
+        found = gpu_findings.read(self.results)
+        failed = [entry for entry in found if entry.get("ok") is False]
+        skipped = [entry for entry in found if "skipped" in entry]
+        for entry in failed:
+            print(f"FAILED {entry['finding']}: {entry.get('test') or entry.get('what') or ''}")
+        for entry in skipped:
+            print(f"SKIPPED {entry['finding']}: {entry['skipped']}")
+        self.say(f"{len(found)} findings, {len(failed)} failed, {len(skipped)} skipped: {self.out}")
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a program and all that it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(2)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def said(*command: str) -> list[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
+def last_lines(log: Path, n: int = 25) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-n:])
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("call", choices=list(DEFAULT_SECONDS))
+    parser.add_argument("--seconds", type=float, help="the run ends itself within them")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")))
+    parser.add_argument("--kit", type=Path, default=ROOT / "build/gpu-kit/bundle")
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="for models of up to 17 GB")
+    parser.add_argument("--device", default="CUDA0")
+    parser.add_argument("--commit", help="of the tree, where git is not there to tell it")
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args(argv)
+    options.seconds = options.seconds or DEFAULT_SECONDS[options.call]
+    options.kit = options.kit.resolve()
+    return options
+
+
+def main() -> int:
+    run = Run(parse())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        run.look()
+        run.install()
+        for call in ("check", "bench", "profile") if run.options.call == "all" else (run.options.call,):
+            getattr(run, call)()
+        return 0
+    except (RunError, prebuilt.KitError) as error:
+        gpu_findings.add("run", ok=False, text=str(error))
+        print(f"gpu_run: {error}", file=sys.stderr)
+        return 1
+    finally:
+        run.page()
+        shutil.rmtree(run.folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

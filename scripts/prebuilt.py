@@ -1,0 +1,199 @@
+"""Archives of native/ and ggml that are built on one machine and linked on another: their key, packing, checking.
+
+    python scripts/prebuilt.py key --flags="..."             # digest of all that the archives are made from
+    python scripts/prebuilt.py pack BUILD_TREE KIT --flags="..."
+    python scripts/prebuilt.py unpack KIT DIR
+    python scripts/prebuilt.py check DIR --compiler "GNU 13.2.0"
+
+scripts/gpu_prepare.sh packs, scripts/gpu_run.py unpacks, cmake/prebuilt.cmake checks. Needs only the standard
+library. Exit code 1 with one line on stderr when something is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHIVES = ("pydiffusion_native", "ggml", "ggml-base", "ggml-cpu", "ggml-cuda")
+MANIFEST = "manifest.json"
+PACKED = "archives.tar.xz"
+# What the archives are made from; the bindings are compiled where they are linked.
+SOURCES = ("native", "vendor", "cmake/ggml.cmake", "cmake/native.cmake", "cmake/cuda.cmake")
+NOT_SOURCES = ("native/bindings/", "native/tests/", "vendor/ggml/", "vendor/.fetch")
+
+
+class KitError(Exception):
+    """The kit can't be made or used; the text says why and what to do."""
+
+
+def source_files() -> Iterator[Path]:
+    for entry in SOURCES:
+        path = ROOT / entry
+        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        for file in found:
+            relative = file.relative_to(ROOT).as_posix()
+            if not relative.startswith(NOT_SOURCES) and "__pycache__" not in relative:
+                yield file
+
+
+def source_key() -> str:
+    """sha256 over paths and contents of the sources, 16 hex digits."""
+    digest = hashlib.sha256()
+    for file in source_files():
+        digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0")
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def build_key(flags: str) -> str:
+    """The same with the flags that they are built with, and the compiler."""
+    said = " ".join([source_key(), flags, compiler_here()])
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def compiler_here() -> str:
+    """As CMake names it: "GNU 12.2.0"."""
+    command = os.environ.get("CXX", "c++")
+    try:
+        text = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise KitError(f"no C++ compiler: {command} does not run ({error})") from error
+    version = re.search(r"\d+\.\d+\.\d+", text)
+    if not version:
+        raise KitError(f"can't read the version of {command} from {text.splitlines()[:1]}")
+    return f"{'Clang' if 'clang' in text else 'GNU'} {version.group()}"
+
+
+def commit_here() -> str:
+    """The commit of this tree, with "+" where files differ from it; "unknown" outside git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    if found.returncode:
+        return "unknown"
+    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def pack(tree: Path, kit: Path, flags: str) -> None:
+    """Put the archives of a CMake build tree, ggml's headers and a manifest into ``kit``."""
+    found = {name: sorted(tree.rglob(f"lib{name}.a")) for name in ARCHIVES}
+    missing = [name for name, paths in found.items() if not paths and name != "ggml-cuda"]
+    if missing:
+        raise KitError(f"{tree} has no lib{missing[0]}.a: was it built?")
+    manifest = {
+        "sources": source_key(),
+        "build": build_key(flags),
+        "flags": flags,
+        "compiler": compiler_here(),
+        "libc": " ".join(platform.libc_ver()),
+        "machine": platform.machine(),
+        "commit": commit_here(),
+    }
+    kit.mkdir(parents=True, exist_ok=True)
+    (kit / MANIFEST).unlink(missing_ok=True)  # a kit without it is none, should this end half-way
+    text = json.dumps(manifest, indent=1)
+    new = kit / (PACKED + ".new")
+    with tarfile.open(new, "w") as plain:
+        for name, paths in found.items():
+            if paths:
+                plain.add(paths[0], f"lib/lib{name}.a")
+        for header in sorted((ROOT / "vendor/ggml/include").glob("*.h")):
+            plain.add(header, f"include/{header.name}")
+    # xz as a program uses all cores, Python's module one.
+    with (kit / PACKED).open("wb") as out:
+        subprocess.run(["xz", "-T0", "-3", "-c", str(new)], stdout=out, check=True)
+    new.unlink()
+    (kit / MANIFEST).write_text(text)
+
+
+def unpack(kit: Path, target: Path) -> None:
+    """Unpack a kit to where cmake/prebuilt.cmake can link it."""
+    if not (kit / MANIFEST).is_file() or not (kit / PACKED).is_file():
+        raise KitError(f"{kit} is no kit, or an unfinished one: make it with scripts/gpu_prepare.sh")
+    with tarfile.open(kit / PACKED) as tar:
+        tar.extractall(target, filter="data") if hasattr(tarfile, "data_filter") else tar.extractall(target)
+    (target / MANIFEST).write_bytes((kit / MANIFEST).read_bytes())
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version))
+
+
+def check(folder: Path, compiler: str) -> None:
+    """Raise KitError unless the archives fit this tree, this compiler and this system."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise KitError(f"PYDIFFUSION_PREBUILT={folder} has no readable {MANIFEST}: {error}") from error
+    missing = [name for name in ARCHIVES[:-1] if not (folder / f"lib/lib{name}.a").is_file()]
+    if missing:
+        raise KitError(f"{folder}/lib has no lib{missing[0]}.a: make the kit again (scripts/gpu_prepare.sh)")
+    again = "make the kit again with scripts/gpu_prepare.sh"
+    if manifest["sources"] != source_key():
+        raise KitError(
+            f"the archives in {folder} are of other sources (commit {manifest['commit']}) than this tree "
+            f"(commit {commit_here()}): {again}"
+        )
+    made_id, _, made_version = manifest["compiler"].partition(" ")
+    here_id, _, here_version = compiler.partition(" ")
+    if here_id != made_id or _numbers(here_version)[:1] < _numbers(made_version)[:1]:
+        raise KitError(
+            f"the archives in {folder} were compiled by {manifest['compiler']}, and {compiler} can't link "
+            f"them: choose another compiler (CXX), or {again}"
+        )
+    if platform.machine() != manifest["machine"]:
+        raise KitError(f"the archives in {folder} are for {manifest['machine']}, not {platform.machine()}: {again}")
+    if _numbers(" ".join(platform.libc_ver())) < _numbers(manifest["libc"]):
+        raise KitError(
+            f"the archives in {folder} need {manifest['libc']}, here is {' '.join(platform.libc_ver())}: {again}"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("key")
+    one.add_argument("--flags", default="")
+    one = commands.add_parser("pack")
+    one.add_argument("tree", type=Path)
+    one.add_argument("kit", type=Path)
+    one.add_argument("--flags", default="")
+    one = commands.add_parser("unpack")
+    one.add_argument("kit", type=Path)
+    one.add_argument("target", type=Path)
+    one = commands.add_parser("check")
+    one.add_argument("folder", type=Path)
+    one.add_argument("--compiler", required=True)
+    options = parser.parse_args()
+    try:
+        if options.command == "key":
+            print(build_key(options.flags))
+        elif options.command == "pack":
+            pack(options.tree, options.kit, options.flags)
+        elif options.command == "unpack":
+            unpack(options.kit, options.target)
+        else:
+            check(options.folder, options.compiler)
+    except (KitError, OSError, tarfile.TarError, subprocess.CalledProcessError) as error:
+        print(f"prebuilt: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
