@@ -57,7 +57,9 @@ class Results:
 
     def __init__(self, path: Path, common: Figures) -> None:
         self.path, self.common = path, common
-        self.n_added = 0
+        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")  # behind a line that a crash cut off
 
     def add(self, finding: str, **figures: Any) -> None:
         when = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -66,7 +68,6 @@ class Results:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.n_added += 1
 
 
 def say(text: str) -> None:
@@ -325,7 +326,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--variant", default="", help="a label of all findings: what this build or run tries")
     parser.add_argument("--resume", action="store_true", help="leave out what the results have already")
     parser.add_argument("--prompts", nargs="+", type=int, default=[128, 1024, 4096, 32_768])
-    parser.add_argument("--timed", type=int, default=12, help="steps timed behind each prompt")
+    parser.add_argument("--timed", type=int, default=20, help="steps timed behind each prompt")
     parser.add_argument("--kept", nargs="*", type=int, default=[50, 300, 900], help="tokens per position")
     parser.add_argument("--peaked-prompt", type=int, default=1024)
     parser.add_argument("--answer", type=pair, default=(1024, 1024), metavar="PROMPT:TOKENS")

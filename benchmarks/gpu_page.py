@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -147,13 +148,15 @@ class Findings:
 # Sections
 
 
+def gpu_names(found: Findings) -> list[str]:
+    """Names of the GPUs as the driver gives them, or else as ggml does."""
+    first = (found.of("machine") or [{}])[0]
+    named = [gpu["name"] for gpu in first.get("gpus", [])]
+    return list(dict.fromkeys(named or [one["description"] for one in first.get("devices", [])]))
+
+
 def header(found: Findings) -> str:
-    machines = found.of("machine")
-    first = machines[0] if machines else {}
-    gpus = first.get("gpus", [])
-    names = (
-        [gpu["name"] for gpu in gpus] or [d["description"] for d in first.get("devices", [])] or ["no GPU"]
-    )
+    first = (found.of("machine") or [{}])[0]
     shapes = dict.fromkeys(str(entry["shape"] or "a model's file") for entry in found.all if "shape" in entry)
     types = dict.fromkeys(entry["type"] for entry in found.all if entry.get("type"))
     dates = sorted({entry["when"][:10] for entry in found.all if entry.get("when")})
@@ -167,12 +170,12 @@ def header(found: Findings) -> str:
         ("CPU", f"{first.get('cpu', '?')}, {first.get('threads', '?')} threads"),
         *(
             (f"GPU {i}", ", ".join(f"{name} {value}" for name, value in gpu.items()))
-            for i, gpu in enumerate(gpus)
+            for i, gpu in enumerate(first.get("gpus", []))
         ),
         ("environment", ", ".join(f"{name}={value}" for name, value in first.get("environment", {}).items())),
     ]
     lines = [f"- {name}: {value}" for name, value in facts if value]
-    return "\n".join([f"# pydiffusion on {', '.join(dict.fromkeys(names))}", "", *lines, ""])
+    return "\n".join([f"# pydiffusion on {', '.join(gpu_names(found)) or 'no GPU'}", "", *lines, ""])
 
 
 def checks(found: Findings) -> str:
@@ -231,15 +234,18 @@ def memory(found: Findings) -> str:
         rows.append([
             label(entry), f"{entry['load']:.1f}", f"{entry['n_bytes'] / entry['load'] / 1e9:.2f}",
             gb(entry["n_bytes"]), f"{planned['n_gpu_layers']} of {planned['n_layer']}",
-            str(planned["n_cpu_moe"]), gb(planned["total_bytes"]), gb(entry["used_by_model"]), gb(entry["used_with_session"]),
-            gb(first.get("used")), gb(first.get("free")),
+            str(planned["n_cpu_moe"]), gb(planned["total_bytes"]), gb(entry["used_by_model"]),
+            gb(entry["used_with_session"]), gb(first.get("used")), gb(first.get("free")),
         ])  # fmt: skip
     head = (
         "of | load, s | GB/s | weights | layers on GPUs | experts on the CPU | planned | in use: model | "
         "with a session | after steps | free then"
     )
     contexts = dict.fromkeys(str(entry["n_ctx"]) for entry in found.of("load"))
-    note = f"In GB; context of {', '.join(contexts)} tokens. CUDA's own context is in use beside the plan's."
+    note = (
+        f"In GB; context of {', '.join(contexts)} tokens. In use: since before the load, so without CUDA's own "
+        "context, but with the kernels' code."
+    )
     return section("Load and memory", note if rows else "", table(head, rows))
 
 
@@ -257,17 +263,17 @@ def steps(found: Findings) -> str:
         "prefill, tokens/s | in use, GB | clocks, power"
     )
     note = (
-        "One canvas, full steps with self-conditioning, medians. Flat logits where weights are random. Floor: "
-        "all weights once at the rate of a copy."
+        "One canvas, full steps with self-conditioning, medians. Flat logits where weights are random. "
+        "Floor: all weights once at the rate of a copy."
     )
     return section("Steps", note if rows else "", table(head, rows), anchors(found) if rows else "")
 
 
 def anchors(found: Findings) -> str:
-    names = " ".join(gpu["name"] for entry in found.of("machine") for gpu in entry.get("gpus", []))
+    names = " ".join(gpu_names(found))
     if not names or not any(entry.get("shape") == "26b-a4b" for entry in found.all):
         return ""
-    known = [anchor for anchor in ANCHORS if anchor[0] in names.split() or f" {anchor[0]}" in f" {names}"]
+    known = [anchor for anchor in ANCHORS if re.search(rf"\b{anchor[0]}\b", names)]
     lines = [f"{where}, {what}: {figure}" for where, what, figure in known or ANCHORS[:2]]
     return "What others published for the 26B: " + ". ".join(lines) + "."
 
@@ -363,8 +369,8 @@ def comparisons(found: Findings) -> str:
             f" beside {ms(entry['all_on_gpu'])}: {ms(entry['per_layer'])} a layer"
         )  # fmt: skip
         lines.append(
-            f"- {label(entry)}: the experts of {entry['n_cpu_moe']} layers on the CPU: {ms(entry['step'])} ms "
-            f"a step{beside}; {gb(entry['used'])} GB in use."
+            f"- {label(entry)}: the experts of {entry['n_cpu_moe']} layers on the CPU: {ms(entry['step'])} "
+            f"ms a step{beside}; {gb(entry['used'])} GB in use."
         )
     return section("Compared", "\n".join(lines))
 
@@ -378,8 +384,7 @@ def kernels(found: Findings, n: int = 40) -> str:
             for name, launches, us in entry["kernels"][:n]
         ]
         tables += [
-            f"{label(entry)} {entry.get('source', '')}: {entry['launches']} launches, {total / 1e3:.2f} ms in "
-            "sum.",
+            f"{label(entry)} {entry.get('source', '')}: {entry['launches']} launches, {total / 1e3:.2f} ms.",
             table("kernel | launches | µs | each | share", rows),
         ]
     return section("Kernels of a step", *tables)
