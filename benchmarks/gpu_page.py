@@ -243,8 +243,8 @@ def memory(found: Findings) -> str:
     )
     contexts = dict.fromkeys(str(entry["n_ctx"]) for entry in found.of("load"))
     note = (
-        f"In GB; context of {', '.join(contexts)} tokens. In use: since before the load, so without CUDA's own "
-        "context, but with the kernels' code."
+        f"In GB; context of {', '.join(contexts)} tokens. In use: since before the load, so without CUDA's "
+        "own context, but with the kernels' code."
     )
     return section("Load and memory", note if rows else "", table(head, rows))
 
