@@ -8,8 +8,8 @@ One process loads the model once (synthetic: the 26B's shape, random weights; or
 the most valuable first: machine, rates, load, first-step, steps:128 to steps:32768, peaked:50 to peaked:900,
 answer, determinism, graphs-off, cpu-experts. Each finding goes to the results at once, as a line of JSON. A
 measurement that would not fit the seconds left isn't begun, one that fails doesn't end the run, and --resume
-goes on where a run was cut off, without what ended its process. --shape tiny --device host runs it without a
-GPU.
+goes on where a run was cut off, without what ended its process. Exit status: 0, also where time ran out; 3
+where failures ended the run. --shape tiny --device host runs it without a GPU.
 """
 
 from __future__ import annotations
@@ -198,12 +198,14 @@ class Run:
             return False
         traceback.print_exc()
         text = "".join(traceback.format_exception(error))
-        self.results.add(name, error=f"{type(error).__name__}: {error}", traceback=text)
         self.n_failures += 1
+        self.results.add(
+            name, error=f"{type(error).__name__}: {error}", in_a_row=self.n_failures, traceback=text
+        )
         if self.n_failures == MAX_FAILURES:
             say(
                 f"{MAX_FAILURES} measurements failed one after another, the last with {error}: after a fault "
-                "on the GPU no call works in this process, so the rest is left out (--resume tries again)"
+                "on the GPU no call works in this process, so the rest is left out (--resume tries it)"
             )
         return False
 
@@ -267,7 +269,8 @@ class Run:
             raise RuntimeError(f"the process without CUDA graphs ended with {done.returncode}")
         return {"see": f"steps:{a.peaked_prompt} of the variant graphs-off"}
 
-    def all(self) -> None:
+    def all(self) -> int:
+        """Returns the exit status: 3 where failures ended the run, so that the caller can resume it."""
         a = self.arguments
         try:
             self.measure("machine", lambda: machine(a.threads), 1.0)
@@ -277,6 +280,7 @@ class Run:
             self.over.set()
         if self.left_out:
             say(f"left out: {', '.join(self.left_out)} (--resume goes on from here)")
+        return 3 if self.n_failures >= MAX_FAILURES else 0
 
 
 def commit() -> str:
@@ -362,14 +366,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.variant:
         common["variant"] = arguments.variant
     results = Results(arguments.results, common)
-    Run(arguments, results).all()
+    status = Run(arguments, results).all()
     if arguments.page or not arguments.no_page:
         text = gpu_page.page(gpu_page.read(arguments.results))
         if arguments.page:
             arguments.page.write_text(text, encoding="utf-8")
         else:
             print(text)
-    return 0
+    return status
 
 
 if __name__ == "__main__":

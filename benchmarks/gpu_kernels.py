@@ -72,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
     """Warm up, then one step between the profiler's start and stop."""
     os.environ["GGML_CUDA_DISABLE_GRAPHS"] = "1"  # before ggml looks, which it does once
     import gpu  # imports the extension
-    from gpu_measure import Bench, temperature_for
+    from gpu_measure import PEAKED_DROPPED_MASS, Bench, temperature_for
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -100,8 +100,8 @@ def run(argv: Sequence[str]) -> int:
         start = stop = lambda: None
     options = {}
     if arguments.kept:
-        temperature = temperature_for(bench.sorted_logits(), arguments.kept, 0.5)
-        options = {"t_min": temperature, "t_max": temperature, "dropped_mass": 0.5}
+        temperature = temperature_for(bench.sorted_logits(), arguments.kept, PEAKED_DROPPED_MASS)
+        options = {"t_min": temperature, "t_max": temperature, "dropped_mass": PEAKED_DROPPED_MASS}
     bench.encode(arguments.prompt)
     bench.begin(bench.model.canvas_length, WARM_STEPS + 2, **options)
     for _ in range(WARM_STEPS):

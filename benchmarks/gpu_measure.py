@@ -19,6 +19,7 @@ from pydiffusion.placement import native_wish
 
 WARM_STEPS = 3  # builds the graph, lets ggml see it again, captures it as a CUDA graph
 DROPPED_MASS = 1e-4  # the library's default
+PEAKED_DROPPED_MASS = 0.5
 GATHERED = 900  # kept tokens of a position in the sample; above 1,024 self-conditioning is a dense matmul
 SAMPLED = 24  # positions whose logits are looked at
 _SMI = (
@@ -163,6 +164,10 @@ class Bench:
             confidence_threshold=0.0, seed=seed, eos=[], **given,
         )  # fmt: skip
 
+    def n_timed(self) -> int:
+        """Steps to time: as many as asked for, fewer where they would take much of the time left."""
+        return max(3, min(self.arguments.timed, int(0.05 * self.left() / self.step_seconds)))
+
     def time_steps(self, n: int, **options: Any) -> Figures:
         """Time n steps of one canvas behind what the session holds, after steps that warm up."""
         self.begin(self.model.canvas_length, n + WARM_STEPS, **options)
@@ -190,7 +195,7 @@ class Bench:
         """Parts of the last step and its operations, each run for itself and waited for."""
         if not self.whole:
             return {"parts_skipped": "a step that runs in several places can't be timed by part"}
-        runs = [self.session.profile_step() for _ in range(4)][1:]
+        runs = [self.session.profile_step() for _ in range(4 if self.step_seconds < 1 else 2)][1:]
         parts = {
             name: [statistics.median(run[name][0] for run in runs), *runs[0][name][1:]] for name in runs[0]
         }
@@ -249,6 +254,7 @@ class Bench:
         """Load kernels and make work areas, and say what memory is in use after that."""
         prefill = self.encode(32)
         figures = self.time_steps(1)
+        self.step_seconds = figures["step"]
         d = self.model.description
         return {
             "prefill_seconds": prefill,
@@ -266,7 +272,7 @@ class Bench:
         if prompt <= 4096:  # the first loads kernels
             prefills.append(self.encode(prompt))
         self.prefill_rate = prompt / min(prefills)
-        figures = self.time_steps(self.arguments.timed)
+        figures = self.time_steps(self.n_timed())
         self.step_seconds = self.step_by_prompt[prompt] = figures["step"]
         return {
             "prompt": prompt, "prefill": self.prefill_rate, "prefills": prefills, **figures, **self.profile(),
@@ -274,13 +280,19 @@ class Bench:
         }  # fmt: skip
 
     def sorted_logits(self) -> np.ndarray:
-        """Logits of some positions of a random canvas behind the prompt, each row the largest first."""
+        """Logits of some positions of a random canvas behind the prompt, each row the largest first: of a
+        second step, whose self-conditioning was peaked already."""
         if self._sorted_logits is None:
             self.encode(self.arguments.peaked_prompt)
             rng = np.random.default_rng(1)
             canvas = rng.integers(0, self.model.n_vocab, self.model.canvas_length).astype(np.int32)
+
+            def some(logits: np.ndarray) -> np.ndarray:
+                return -np.sort(-logits[:: -(-len(logits) // SAMPLED)], axis=1)
+
             logits = self.session.denoise(canvas, None)
-            self._sorted_logits = -np.sort(-logits[:: -(-len(logits) // SAMPLED)], axis=1)
+            temperature = temperature_for(some(logits), 300, PEAKED_DROPPED_MASS)
+            self._sorted_logits = some(self.session.denoise(canvas, logits / np.float32(temperature)))
         return self._sorted_logits
 
     def peaked(self, n_kept: int) -> Figures:
@@ -290,14 +302,14 @@ class Bench:
         dropped_mass all tokens of a probability of 1e-4 or more are kept, and the count varies less from
         position to position; the time depends on the counts alone.
         """
-        dropped_mass = 0.5
+        dropped_mass = PEAKED_DROPPED_MASS
         logits = self.sorted_logits()
         temperature = temperature_for(logits, n_kept, dropped_mass)
         found, entropies = kept_tokens(logits, temperature, dropped_mass)
         if self.session.n_past != self.arguments.peaked_prompt:
             self.encode(self.arguments.peaked_prompt)
         figures = self.time_steps(
-            self.arguments.timed, t_min=temperature, t_max=temperature, dropped_mass=dropped_mass
+            self.n_timed(), t_min=temperature, t_max=temperature, dropped_mass=dropped_mass
         )
         return {
             "prompt": self.arguments.peaked_prompt,
@@ -391,7 +403,7 @@ def cost_of(name: str, bench: Bench, prompts: Sequence[int] = ()) -> float:
     """Seconds that a measurement will take, roughly: by what was measured before, else by a guess for the
     26B on an H100."""
     a, step = bench.arguments, bench.step_seconds
-    timed_steps = (a.timed + WARM_STEPS + 8) * step  # profiles take a few
+    timed_steps = (bench.n_timed() + WARM_STEPS + (8 if step < 1 else 4)) * step  # profiles take a few
     kind, _, given = name.partition(":")
     if kind == "steps":
         prompt = int(given)
@@ -401,7 +413,7 @@ def cost_of(name: str, bench: Bench, prompts: Sequence[int] = ()) -> float:
     scale = bench.file.stat().st_size / 17e9 if bench.file.exists() else 1.0
     fixed = {
         "machine": 1.0, "rates": 4.0, "load": 1 + 20 * scale, "first-step": 1 + 4 * scale,
-        "peaked": 4 + timed_steps, "answer": answer, "determinism": 1.3 * answer,
+        "peaked": 5 + 2 * step + timed_steps, "answer": answer, "determinism": 1.3 * answer,
         "graphs-off": 8 + 30 * scale + timed_steps,
         "cpu-experts": 3 + 25 * scale + 8 * (step + 0.3 * scale * a.cpu_experts),
     }  # fmt: skip

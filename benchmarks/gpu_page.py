@@ -73,8 +73,13 @@ def is_check(entry: Entry) -> bool:
 
 
 def finished(entries: Iterable[Entry]) -> set[tuple[str, str | None, str]]:
-    """Measurements that have figures, or that ended the process which made them."""
-    return {key_of(entry) for entry in latest(entries) if not ("error" in entry or "skipped" in entry)}
+    """Measurements that have figures, or that failed for themselves: as the first in a row, or together with
+    the process."""
+    return {
+        key_of(entry)
+        for entry in latest(entries)
+        if "skipped" not in entry and ("error" not in entry or entry.get("in_a_row") == 1)
+    }
 
 
 # Markdown

@@ -111,10 +111,13 @@ def test_time_runs_out(scripts: SimpleNamespace, models: Path, tmp_path: Path) -
     assert "- q8_0 answer: skipped, the time was up" in done.stdout
 
 
-def test_a_measurement_is_cut_off(scripts: SimpleNamespace, models: Path, tmp_path: Path) -> None:
+def test_a_measurement_is_cut_off(
+    scripts: SimpleNamespace, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that takes longer than it says ends with the budget."""
     results = tmp_path / "results.jsonl"
-    arguments = scripts.gpu.parse(given(models, results, "--seconds", "2", "--timed", "100000"))
+    arguments = scripts.gpu.parse(given(models, results, "--seconds", "2"))
+    monkeypatch.setattr(scripts.measure.Bench, "n_timed", lambda bench: 100_000)
     run = scripts.gpu.Run(arguments, scripts.gpu.Results(results, {}))
     bench = run.bench = scripts.measure.Bench(models / "tiny-q8_0.gguf", arguments, run.left)
     bench.load()
@@ -139,7 +142,7 @@ def test_failures(
     with pytest.MonkeyPatch.context() as patch:
         for name in ("peaked", "answer", "determinism"):
             patch.setattr(scripts.measure.Bench, name, fail)
-        assert scripts.gpu.main(given(models, results)) == 0
+        assert scripts.gpu.main(given(models, results)) == 3
     captured = capsys.readouterr()
     assert "3 measurements failed one after another" in captured.err and "in fail" in captured.err
     assert read(results, "cpu-experts")[0]["skipped"] == "3 measurements before it failed"
@@ -151,7 +154,7 @@ def test_failures(
     assert scripts.gpu.main(given(models, results, "--resume")) == 0
     page = capsys.readouterr().out
     assert len(read(results, "steps:16")) == 1 and len(read(results, "answer")) == 2
-    assert len(read(results, "determinism")) == 1
+    assert len(read(results, "determinism")) == 1 and len(read(results, "peaked:50")) == 1
     assert "| q8_0 | 20 | 512 | 2 | " in page and "- q8_0 determinism: ended the process" in page
 
 
