@@ -1,347 +1,294 @@
-"""What a GPU does with a model, as a page of Markdown: steps, whole answers, blocks, memory beside the plan.
+"""Measure a model on a GPU within a budget of time, and print a page of Markdown about it.
 
-python benchmarks/gpu.py [--only limits steps answers memory] [--types q4_k_m q8_0]
-    [--prompts 128 1024 ...] [--answers 1024:1024 ...] [--memory 8G 12G 16G] [--shape 26b-a4b | --model FILE]
-    [--device auto] [--results gpu.jsonl] [--folder DIR] [--seconds 540]
+python benchmarks/gpu.py [--types q4_k_m ...] [--seconds 400] [--results results.jsonl] [--folder DIR ...]
+python benchmarks/gpu.py --write-only            # only the synthetic file, for a run that follows
+python benchmarks/gpu.py page results.jsonl      # the page of what a file of results has
 
-Files are synthetic (right shape, random weights) unless a model is given, and kept in the folder. Every case
-runs in a process of its own, so that one that runs out of memory takes no other along; its figures go to the
-results at once. No case begins when the seconds are over, and none that went well is done twice: the same
-command goes on where the time was up. The page holds all results that the file has.
+One process loads the model once (synthetic: the 26B's shape, random weights; or --model FILE) and measures,
+the most valuable first: machine, rates, load, first-step, steps:128 to steps:32768, peaked:50 to peaked:900,
+answer, determinism, graphs-off, cpu-experts. Each finding goes to the results at once, as a line of JSON. A
+measurement that would not fit the seconds left isn't begun, one that fails doesn't end the run, and --resume
+goes on where a run was cut off, without what ended its process. Exit status: 0, also where time ran out; 3
+where failures ended the run. --shape tiny --device host runs it without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import json
-import platform
-import statistics
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import gpu_page
+from gpu_measure import Bench, Figures, Skipped, cost_of, is_cancelled, machine
 
-from pydiffusion import _native, devices, plan
-from pydiffusion.convert.sizes import parse_size
+from pydiffusion import devices
+from pydiffusion.convert.atomic import require_free_space
+from pydiffusion.errors import ConversionError
 from pydiffusion.model import available_cpus
-from pydiffusion.placement import native_wish
-from pydiffusion.synthetic import SHAPES, write_synthetic
+from pydiffusion.synthetic import SHAPES, synthetic_bytes, write_synthetic
 
-PARTS = ("limits", "steps", "answers", "memory")
-STEPS = 16  # of a canvas, as others quote it
-_SMI = ("name", "driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-Case = dict[str, Any]
+try:
+    import fcntl
+except ImportError:  # Windows: nobody waits for anybody there
+    fcntl = None  # type: ignore[assignment]
 
-
-# One case, in a process of its own
-
-
-def smi() -> list[str]:
-    """What the driver says of each GPU, clocks as they are now; nothing where there is no driver."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return []
+MAX_FAILURES = 3  # one after another: nothing works on a CUDA context that had a fault
+GRACE = 20.0  # seconds in which a measurement that the time ran out on has to come back
+ALWAYS = ("machine", "load", "first-step")  # what later measurements need, also where they were made before
 
 
-def used_bytes() -> int:
-    return sum(one.total_bytes - one.free_bytes for one in devices())
+# Findings
 
 
-def random_ids(model: _native.Model, n: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, model.n_vocab, n).astype(np.int32)
+class Results:
+    """The file of findings; every line is on the disk when add() returns."""
+
+    def __init__(self, path: Path, common: Figures) -> None:
+        self.path, self.common = path, common
+        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")  # behind a line that a crash cut off
+
+    def add(self, finding: str, **figures: Any) -> None:
+        when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        line = json.dumps({"when": when, "finding": finding, **self.common, **figures}, default=float)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def begin(session: _native.Session, n_tokens: int, n_steps: int) -> None:
-    """A generation whose canvases never settle: every step is a full one."""
-    session.begin(
-        max_tokens=n_tokens, steps=n_steps, t_min=0.4, t_max=0.8, entropy_bound=0.1,
-        stability_threshold=n_steps, confidence_threshold=0.0, seed=0, eos=[], dropped_mass=1e-4,
-    )  # fmt: skip
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = call()
-    return time.perf_counter() - started, result
+# The file
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """The figures of one case."""
-    device, threads = case["device"], case["threads"]
-    if case["kind"] == "limits":
-        last = native_wish("auto", None, device, None)["device"].rpartition(",")[2]
-        main_type = case["type"].removesuffix("_m").removesuffix("_s")  # of most of the weights
-        return {
-            "read": _native.measure_read_rate(threads, last),
-            "matrix": _native.measure_matrix_rate(threads, main_type, last),
-        }
-    limit = case.get("memory")
-    before = used_bytes()
-    canvas = SHAPES[case["shape"]].canvas_length if case["shape"] else 256
-    n_ctx = case["prompt"] + case.get("tokens", 0) + 2 * canvas
-    planned = plan(case["file"], n_ctx=n_ctx, device=device, gpu_memory=limit)
-    wish = native_wish("auto", None, device, limit)
-    load, model = timed(lambda: _native.Model(case["file"], threads, n_ctx=n_ctx, **wish))
-    session = _native.Session(model, n_ctx)
-    session.encode(random_ids(model, 32))  # kernels are loaded at their first use
-    begin(session, model.canvas_length, 2)
-    session.next_step()
-    session.next_step()
-    session.truncate(0)
-    figures = {
-        "load": load,
-        "layers": planned.n_gpu_layers,
-        "host_experts": planned.n_cpu_moe,
-        "device": planned.device,
-        "planned": planned.total_bytes,
-        "n_bytes": model.description["n_bytes"],
-        "canvas": model.canvas_length,
-    }
-    figures |= (answer if case["kind"] == "answers" else steps)(model, session, case)
-    figures["used"] = used_bytes() - before if devices() else None
-    figures["clocks"] = smi()
-    return figures
+@contextlib.contextmanager
+def locked(path: Path, left: Callable[[], float]) -> Iterator[None]:
+    """Hold a file's lock, as whoever writes it does; the system frees it when its holder dies."""
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        waited = False
+        while fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waited:
+                    say(f"waiting for another process that writes {path}")
+                waited = True
+                if left() <= 0:
+                    raise TimeoutError(f"{path}: another process was still writing it") from None
+                time.sleep(0.1)
+        yield
 
 
-def steps(model: _native.Model, session: _native.Session, case: Case) -> dict[str, Any]:
-    ids = random_ids(model, case["prompt"])
-    prefill, _ = timed(lambda: session.encode(ids))
-    begin(session, model.canvas_length, case["steps"])
-    seconds = [timed(session.next_step)[0] for _ in range(case["steps"])]
-    parts: dict[str, Any] = {}
-    d = model.description
-    if not d["n_cpu_moe"] and len(d["device_layers"]) < 2 and d["n_gpu_layers"] == model.hparams["n_layer"]:
-        runs = [session.profile_step() for _ in range(3)]
-        parts = {
-            name: (statistics.median(run[name][0] for run in runs), *runs[0][name][1:]) for name in runs[0]
-        }
-    return {
-        "prefill": case["prompt"] / prefill,
-        "first": seconds[0],
-        "step": statistics.median(seconds[1:]),
-        "best": min(seconds[1:]),
-        "parts": parts,
-    }
-
-
-def answer(model: _native.Model, session: _native.Session, case: Case) -> dict[str, Any]:
-    """Prompt and tokens of an answer in full, with the canvases' commits in between."""
-    ids = random_ids(model, case["prompt"])
-    started = time.perf_counter()
-    session.encode(ids)
-    begin(session, case["tokens"], case["steps"])
-    blocks: list[list[float]] = [[]]
-    first_canvas = None
-    while True:
-        taken, step = timed(session.next_step)
-        if step is None:
-            break
-        blocks[-1].append(taken)
-        if step.canvas_done:
-            first_canvas = first_canvas or time.perf_counter() - started
-            blocks.append([])
-    total = time.perf_counter() - started
-    blocks.pop()
-    # A block's first step commits the block before, and has no self-conditioning.
-    return {
-        "total": total,
-        "first_canvas": first_canvas,
-        "blocks": [statistics.median(block[1:]) for block in blocks],
-        "commits": [block[0] for block in blocks[1:]],
-    }
-
-
-# All of them
-
-
-def cases(arguments: argparse.Namespace) -> Iterator[Case]:
-    """In the order of what is worth most when the time is up."""
-    common = {
-        "device": arguments.device, "threads": arguments.threads, "shape": arguments.shape,
-        "steps": arguments.steps,
-    }  # fmt: skip
-    if arguments.model:
-        common |= {"shape": None, "model": str(arguments.model)}
-    types = ["given"] if arguments.model else arguments.types
-    for type_name in types:
-        of_type = {**common, "type": type_name}
-        if "limits" in arguments.only and type_name != "given":
-            yield {"kind": "limits", **of_type}
-        if "steps" in arguments.only:
-            for prompt in arguments.prompts:
-                yield {"kind": "steps", **of_type, "prompt": prompt}
-        if "answers" in arguments.only:
-            for prompt, tokens in arguments.answers:
-                yield {"kind": "answers", **of_type, "prompt": prompt, "tokens": tokens}
-        if "memory" in arguments.only:
-            for memory in arguments.memory:
-                yield {"kind": "steps", **of_type, "prompt": arguments.memory_prompt, "memory": memory}
-
-
-def run_case(case: Case, file: Path | None, timeout: float) -> dict[str, Any]:
-    """Figures of a case, or what went wrong."""
-    given = json.dumps({**case, "file": None if file is None else str(file)})
-    command = [sys.executable, __file__, "--case", given]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done in {timeout:.0f} s"}
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        return {"error": f"exit {done.returncode}: {lines[-1] if lines else 'nothing said'}"}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def file_of(case: Case, folder: Path) -> Path:
-    if case["shape"] is None:
-        return Path(case["model"])
-    path = folder / f"{case['shape']}-{case['type']}.gguf"
-    if not path.exists():
-        print(f"writing {path}", file=sys.stderr, flush=True)
-        write_synthetic(case["shape"], path, case["type"])
-    return path
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The last result of each case."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return list({json.dumps(entry["case"]): entry for entry in map(json.loads, lines)}.values())
-
-
-def run_all(arguments: argparse.Namespace, folder: Path) -> None:
-    ends = time.monotonic() + arguments.seconds
-    known = [entry["case"] for entry in read_results(arguments.results) if "error" not in entry["figures"]]
-    for case in cases(arguments):
-        if case in known:
+def synthetic_file(shape: str, type_name: str, folders: Sequence[Path], left: Callable[[], float]) -> Path:
+    """The synthetic file in the first folder that has it or has room; written if it isn't there."""
+    n_bytes = synthetic_bytes(shape, type_name)
+    refused = []
+    for folder in folders:
+        path = folder / f"{shape}-{type_name}.gguf"
+        if not folder.is_dir():
+            refused.append(f"{folder}: no such folder")
             continue
-        left = ends - time.monotonic()
-        if left <= 0:
-            print("the time is up; the same command goes on from here", file=sys.stderr)
-            return
-        print(f"{case}", file=sys.stderr, flush=True)
-        file = None if case["kind"] == "limits" else file_of(case, folder)
-        entry = {"case": case, "when": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-        entry["figures"] = run_case(case, file, max(60.0, ends - time.monotonic()))
-        with arguments.results.open("a") as results:
-            results.write(json.dumps(entry) + "\n")
-
-
-# The page
-
-
-def section(title: str, head: str, rows: list[list[str]]) -> str:
-    if not rows:
-        return ""
-    lines = ["| " + " | ".join(row) + " |" for row in [head.split(", "), ["---"] * len(rows[0]), *rows]]
-    return "\n".join([title, "", *lines, ""])
-
-
-def ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.2f}"
-
-
-def gb(n_bytes: int | None) -> str:
-    return "?" if n_bytes is None else f"{n_bytes / 1e9:.2f}"
-
-
-def header(results: list[dict[str, Any]]) -> str:
-    """The machine, and at which clocks it computed."""
-    version = _native.version()
-    found = [f"{one.name} ({one.description}, {one.total_bytes / 1e9:.0f} GB)" for one in devices()]
-    dates = sorted({entry["when"][:10] for entry in results})
-    lines = [
-        f"{', '.join(found) or 'no GPU'}; {version['cpu']}, {platform.machine()}; ggml {version['ggml']}; "
-        f"{' to '.join(dict.fromkeys(dates[:1] + dates[-1:]))}",
-        "",
-    ]
-    clocks = dict.fromkeys(line for entry in results for line in entry["figures"].get("clocks", []))
-    if clocks:
-        lines += [f"While at it ({', '.join(_SMI)}):", "", *(f"- {line}" for line in clocks), ""]
-    return "\n".join(lines)
-
-
-def step_row(case: Case, f: dict[str, Any], read: float | None) -> list[str]:
-    """read: bytes per second of the memory. A step touches every expert, so it reads all weights."""
-    reading = ms(f["n_bytes"] / read) if read else "?"
-    times = [ms(f["step"]), ms(f["best"]), ms(f["first"]), reading]
-    return [
-        case["type"], f"{case['prompt']}", *times, f"{f['prefill']:.0f}", gb(f["used"]), gb(f["planned"]),
-        f"{f['load']:.1f}",
-    ]  # fmt: skip
-
-
-def parts_of(case: Case, f: dict[str, Any]) -> str:
-    together = sum(seconds for seconds, _, _ in f["parts"].values())
-    rows = [
-        [name, ms(seconds), f"{operations / seconds / 1e12:.2f}", f"{n_bytes / seconds / 1e9:.0f}"]
-        for name, (seconds, operations, n_bytes) in f["parts"].items()
-    ]
-    title = (
-        f"Parts of a step, {case['type']} behind {case['prompt']} tokens; each is waited for, so together "
-        f"{ms(together)} ms:"
+        with locked(path, left):
+            if path.is_file() and path.stat().st_size == n_bytes:
+                return path
+            try:
+                require_free_space(folder, n_bytes)
+            except ConversionError as error:
+                refused.append(str(error))
+                continue
+            say(f"writing {path} ({n_bytes / 1e9:.1f} GB)")
+            started = time.monotonic()
+            write_synthetic(shape, path, type_name)
+            say(f"written in {time.monotonic() - started:.1f} s")
+            return path
+    raise ConversionError(
+        f"no room for the {n_bytes / 1e9:.1f} GB of {shape}-{type_name}.gguf: {'; '.join(refused)}. Free "
+        "some, or name a folder with room: --folder DIR (several may be given)"
     )
-    return section(title, "part, ms, TFLOP/s, GB/s", rows)
 
 
-def answer_row(case: Case, f: dict[str, Any]) -> list[str]:
-    blocks, commits = f["blocks"], f["commits"]
-    return [
-        case["type"], f"{case['prompt']}", f"{case['tokens']}", f"{case['steps']}", f"{f['total']:.3f}",
-        f"{f['first_canvas']:.3f}", f"{case['tokens'] / f['total']:.1f}", ms(blocks[0]),
-        f"{ms(blocks[-1])} ({len(blocks)})", f"{blocks[-1] / blocks[0]:.3f}",
-        *([ms(commits[0]), ms(commits[-1])] if commits else ["", ""]),
-    ]  # fmt: skip
+# The run
 
 
-def memory_row(case: Case, f: dict[str, Any]) -> list[str]:
-    return [
-        case["type"], gb(case["memory"]), f"{case['prompt']}", f"{f['layers']}", f"{f['host_experts']}",
-        ms(f["step"]), gb(f["used"]), gb(f["planned"]),
-    ]  # fmt: skip
+class Run:
+    """Measurements in order, within the budget."""
+
+    def __init__(self, arguments: argparse.Namespace, results: Results) -> None:
+        self.arguments, self.results = arguments, results
+        self.ends = arguments.started + arguments.seconds
+        self.finished = gpu_page.finished(gpu_page.read(results.path)) if arguments.resume else set()
+        self.current = ""
+        self.n_failures = 0  # one after another
+        self.left_out: list[str] = []
+        self.bench: Bench | None = None
+        self.over = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def left(self) -> float:
+        return self.ends - time.time()
+
+    def _watch(self) -> None:
+        """When the time is up, end what is running: kindly, and after a while with the process."""
+        if self.over.wait(max(0.0, self.left())):
+            return
+        session = self.bench.session if self.bench else None
+        if session is not None and self.current:
+            session.cancel()
+        if self.over.wait(GRACE):
+            return
+        self.results.add(self.current, error=f"did not end {GRACE:.0f} s after the time was up")
+        say(f"{self.current} did not end {GRACE:.0f} s after the time was up; the process ends")
+        os._exit(1)
+
+    def measure(self, name: str, call: Callable[[], Figures], cost: float) -> bool:
+        """Add a finding; returns whether it has figures."""
+        a = self.arguments
+        if a.only and name not in ALWAYS and not any(name == o or name.startswith(o + ":") for o in a.only):
+            return False
+        key = (name, self.results.common.get("type"), a.variant)
+        if key in self.finished and name not in ALWAYS:
+            return False
+        if self.n_failures >= MAX_FAILURES:
+            self.results.add(name, skipped=f"{MAX_FAILURES} measurements before it failed")
+            return False
+        if cost > self.left():
+            self.results.add(
+                name, skipped=f"the time was up: {self.left():.0f} s left, about {cost:.0f} needed"
+            )
+            self.left_out.append(name)
+            return False
+        say(f"[{time.time() - a.started:5.1f} s] {name}, about {cost:.0f} s")
+        self.results.add(name, begun=True)
+        self.current = name
+        started = time.monotonic()
+        try:
+            figures = call()
+        except Skipped as reason:
+            self.results.add(name, skipped=str(reason))
+            return False
+        except Exception as error:
+            return self._failed(name, error)
+        finally:
+            self.current = ""
+        self.n_failures = 0
+        self.results.add(name, took=time.monotonic() - started, **figures)
+        return True
+
+    def _failed(self, name: str, error: Exception) -> bool:
+        if is_cancelled(error) and self.left() <= 0:
+            self.results.add(name, skipped="the time was up while it ran")
+            self.left_out.append(name)
+            return False
+        traceback.print_exc()
+        text = "".join(traceback.format_exception(error))
+        self.n_failures += 1
+        self.results.add(
+            name, error=f"{type(error).__name__}: {error}", in_a_row=self.n_failures, traceback=text
+        )
+        if self.n_failures == MAX_FAILURES:
+            say(
+                f"{MAX_FAILURES} measurements failed one after another, the last with {error}: after a fault "
+                "on the GPU no call works in this process, so the rest is left out (--resume tries it)"
+            )
+        return False
+
+    def type(self, type_name: str) -> None:
+        """All measurements of one file."""
+        a = self.arguments
+        self.results.common["type"] = type_name
+        try:
+            file = a.model or synthetic_file(a.shape, type_name, a.folder, self.left)
+        except (ConversionError, TimeoutError) as error:
+            self.results.add("load", error=str(error))
+            say(str(error))
+            self.left_out.append(f"all of {type_name}")
+            return
+        bench = self.bench = Bench(file, a, self.left)
+        self.measure("rates", bench.rates, cost_of("rates", bench))
+        if not (
+            self.measure("load", bench.load, cost_of("load", bench))
+            and self.measure("first-step", bench.first_step, cost_of("first-step", bench))
+        ):
+            self.left_out.append("all that needs the model")
+            return
+        for name, call in self.with_model(bench, type_name):
+            self.measure(name, call, cost_of(name, bench))
+        self.bench = None
+
+    def with_model(self, bench: Bench, type_name: str) -> Iterator[tuple[str, Callable[[], Figures]]]:
+        """In the order of what is worth most when the time is up."""
+        a = self.arguments
+        for prompt in a.prompts:
+            yield f"steps:{prompt}", lambda prompt=prompt: bench.steps(prompt)
+        for n_kept in a.kept:
+            yield f"peaked:{n_kept}", lambda n_kept=n_kept: bench.peaked(n_kept)
+        yield "answer", bench.answer
+        yield "determinism", bench.determinism
+        yield "graphs-off", lambda: self.graphs_off(type_name)
+        if a.cpu_experts:
+            yield "cpu-experts", lambda: bench.cpu_experts(a.cpu_experts, a.peaked_prompt)
+
+    def graphs_off(self, type_name: str) -> Figures:
+        """The steps again in a process without CUDA graphs: ggml reads the switch once per process."""
+        a, bench = self.arguments, self.bench
+        if not devices():
+            raise Skipped("no GPU")
+        if "GGML_CUDA_DISABLE_GRAPHS" in os.environ:
+            raise Skipped("GGML_CUDA_DISABLE_GRAPHS is set: all of this run is without CUDA graphs")
+        bench.model = bench.session = None  # its memory is needed; what follows loads again
+        given = ["--model", str(bench.file)] if a.model else ["--types", type_name, "--shape", a.shape]
+        command = [
+            sys.executable, __file__, *given, "--variant", "graphs-off", "--only", f"steps:{a.peaked_prompt}",
+            "--prompts", str(a.peaked_prompt), "--answer", ":".join(map(str, a.answer)), "--no-page",
+            "--seconds", str(a.seconds), "--started", str(a.started), "--timed", str(a.timed),
+            "--device", a.device, "--threads", str(a.threads), "--results", str(a.results),
+            "--commit", a.commit, "--folder", *map(str, a.folder),
+        ]  # fmt: skip
+        environment = {**os.environ, "GGML_CUDA_DISABLE_GRAPHS": "1"}
+        done = subprocess.run(
+            command, env=environment, check=False, timeout=max(1.0, self.left()) + GRACE / 2
+        )
+        if done.returncode:
+            raise RuntimeError(f"the process without CUDA graphs ended with {done.returncode}")
+        return {"see": f"steps:{a.peaked_prompt} of the variant graphs-off"}
+
+    def all(self) -> int:
+        """Returns the exit status: 3 where failures ended the run, so that the caller can resume it."""
+        a = self.arguments
+        try:
+            self.measure("machine", lambda: machine(a.threads), 1.0)
+            for type_name in ["given"] if a.model else a.types:
+                self.type(type_name)
+        finally:
+            self.over.set()
+        if self.left_out:
+            say(f"left out: {', '.join(self.left_out)} (--resume goes on from here)")
+        return 3 if self.n_failures >= MAX_FAILURES else 0
 
 
-def page(results: list[dict[str, Any]]) -> str:
-    """All results as Markdown."""
-    good = [(entry["case"], entry["figures"]) for entry in results if "error" not in entry["figures"]]
-    limits = {case["type"]: figures for case, figures in good if case["kind"] == "limits"}
-    stepped = [(case, f) for case, f in good if case["kind"] == "steps"]
-    plain = [(case, f) for case, f in stepped if not case.get("memory")]
-    text = [
-        header(results),
-        section(
-            "What the device can do:",
-            "type, copying in GB/s, product of 256 columns in TFLOP/s",
-            [[name, f"{f['read'] / 1e9:.0f}", f"{f['matrix'] / 1e12:.2f}"] for name, f in limits.items()],
-        ),
-        section(
-            "Steps, in ms; reading: all weights once at the rate of a copy; memory in GB:",
-            "type, prompt, step, best, first, reading, prefill in tokens/s, in use, planned, load in s",
-            [step_row(case, f, limits.get(case["type"], {}).get("read")) for case, f in plain],
-        ),
-        *(parts_of(case, f) for case, f in plain),
-        section(
-            "Whole answers, prefill and commits included; steps in ms; a block's first step commits the one "
-            "before:",
-            "type, in, out, steps of a canvas, s, first canvas in s, tokens/s, step of block 1, of the last, "
-            "ratio, first step of block 2, of the last",
-            [answer_row(case, f) for case, f in good if case["kind"] == "answers"],
-        ),
-        section(
-            "With less memory, in GB, the experts of some layers on the processor:",
-            "type, limit, prompt, layers on GPUs, experts on the processor, step in ms, in use, planned",
-            [memory_row(case, f) for case, f in stepped if case.get("memory")],
-        ),
-        *(f"- {e['case']}: {e['figures']['error']}" for e in results if "error" in e["figures"]),
-    ]
-    return "\n".join(part for part in text if part)
+def commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
 def pair(text: str) -> tuple[int, int]:
@@ -349,32 +296,85 @@ def pair(text: str) -> tuple[int, int]:
     return int(prompt), int(tokens)
 
 
-def main(argv: list[str] | None = None) -> None:
+def default_folder() -> Path:
+    shared = Path("/dev/shm")
+    return shared if shared.is_dir() else Path(tempfile.gettempdir())
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that choose file and device, here and in gpu_kernels.py."""
+    parser.add_argument("--shape", choices=SHAPES, default="26b-a4b", help="of the synthetic file")
+    parser.add_argument("--model", type=Path, help="a file of your own in place of a synthetic one")
+    parser.add_argument(
+        "--folder", type=Path, nargs="+", default=[default_folder()],
+        help="for the synthetic file: the first that has it, or has room (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto, CUDA0, CUDA0,CUDA1, host")
+    parser.add_argument("--threads", type=int, default=available_cpus())
+    parser.add_argument("--results", type=Path, default=Path("results.jsonl"))
+    parser.add_argument(
+        "--commit", default=None, help="what the page says was measured (default: git's HEAD)"
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--types", nargs="+", default=["q4_k_m", "q8_0"])
+    add_model_arguments(parser)
+    parser.add_argument("--types", nargs="+", default=["q4_k_m"])
+    parser.add_argument("--write-only", action="store_true", help="write the synthetic files and end")
+    parser.add_argument("--seconds", type=float, default=400.0, help="the budget, from --started on")
+    parser.add_argument("--started", type=float, default=None, help="epoch seconds (default: now)")
+    parser.add_argument("--only", nargs="+", default=[], help="names of measurements, with or without :N")
+    parser.add_argument("--variant", default="", help="a label of all findings: what this build or run tries")
+    parser.add_argument("--resume", action="store_true", help="leave out what the results have already")
     parser.add_argument("--prompts", nargs="+", type=int, default=[128, 1024, 4096, 32_768])
-    parser.add_argument("--answers", nargs="+", type=pair, default=[(1024, 1024), (4096, 512), (128, 4096)])
-    parser.add_argument("--memory", nargs="+", type=parse_size, default=[n << 30 for n in (8, 12, 16)])
-    parser.add_argument("--memory-prompt", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--shape", choices=SHAPES, default="26b-a4b")
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=available_cpus())
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--results", type=Path, default=Path("gpu.jsonl"))
-    parser.add_argument("--seconds", type=float, default=540.0)
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--timed", type=int, default=20, help="steps timed behind each prompt")
+    parser.add_argument("--kept", nargs="*", type=int, default=[50, 300, 900], help="tokens per position")
+    parser.add_argument("--peaked-prompt", type=int, default=1024)
+    parser.add_argument("--answer", type=pair, default=(1024, 1024), metavar="PROMPT:TOKENS")
+    parser.add_argument("--steps", type=int, default=16, help="of a canvas of the answer")
+    parser.add_argument("--cpu-experts", type=int, default=2, help="layers whose experts the CPU takes")
+    parser.add_argument("--page", type=Path, help="write the page there instead of printing it")
+    parser.add_argument("--no-page", action="store_true")
     arguments = parser.parse_args(argv)
-    if arguments.case:
-        print(json.dumps(measure(arguments.case)))
-        return
-    run_all(arguments, arguments.folder)
-    print(page(read_results(arguments.results)))
+    arguments.started = arguments.started or time.time()
+    arguments.commit = arguments.commit or commit()
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["page"]:
+        return gpu_page.main(given[1:])
+    arguments = parse(given)
+    if arguments.write_only:
+        ends = arguments.started + arguments.seconds
+        try:
+            for type_name in arguments.types:
+                print(
+                    synthetic_file(arguments.shape, type_name, arguments.folder, lambda: ends - time.time())
+                )
+        except (ConversionError, TimeoutError) as error:
+            say(str(error))
+            return 1
+        return 0
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        faulthandler.enable()  # ggml aborts on a fault: say in which call
+    common: Figures = {"commit": arguments.commit, "shape": None if arguments.model else arguments.shape}
+    if arguments.variant:
+        common["variant"] = arguments.variant
+    results = Results(arguments.results, common)
+    status = Run(arguments, results).all()
+    if arguments.page or not arguments.no_page:
+        text = gpu_page.page(gpu_page.read(arguments.results))
+        if arguments.page:
+            arguments.page.write_text(text, encoding="utf-8")
+        else:
+            print(text)
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

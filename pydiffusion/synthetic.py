@@ -1,7 +1,8 @@
 """GGUF files of a given shape with random but valid blocks, to measure full-size speed without weights.
 
 Only a few rows per type and row length are made and quantized; they are then repeated through the file,
-which is written at the disk's speed. Routers are random throughout, so that tokens spread over the experts.
+which is written at the disk's speed. Routers are random throughout, so that tokens spread over the experts;
+rows of the embedding are mixed from pieces of rows, so that no two tokens have the same logit.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pydiffusion.convert.plan import TypePlan, plan_types
 from pydiffusion.convert.recipes import RECIPES
 
 _ROWS_MADE = 64
+_ROWS_MIXED = 1024  # of the embedding
+_PIECE = 256  # weights: the longest block of any type
 _CHUNK = 16 << 20
 
 
@@ -85,18 +88,8 @@ def write_synthetic(
     the file is whole. Raises ValueError for an unknown shape or type, ConversionError when it can't be
     written.
     """
-    if shape not in SHAPES:
-        raise ValueError(f"shape is {shape!r}; known are {', '.join(SHAPES)}")
-    if type not in RECIPES:
-        raise ValueError(f"type is {type!r}; known are {', '.join(RECIPES)}")
-    config = SHAPES[shape]
-    rope = Wanted("", "rope_freqs.weight", (config.global_head_dim // 2,))
-    tensors = [*wanted_tensors(config), rope]
-    plan = plan_types([(tensor.name, tensor.shape) for tensor in tensors], type)
-    placed = _place(plan)
-    metadata = model_metadata(f"synthetic {shape}", config, _SAMPLER, RECIPES[type].file_type)
-    metadata = with_lengths(metadata, plan.lengths) | _tokenizer(config.vocab_size)
-    header = pack_header(metadata, placed, DEFAULT_ALIGNMENT)
+    config = _config(shape, type)
+    header, placed = _layout(shape, type)
     total = sum(tensor.n_bytes for tensor in placed)
     target = atomic.resolve_target(target, [], overwrite=True)
     atomic.require_free_space(target.parent, total + len(header))
@@ -111,6 +104,32 @@ def write_synthetic(
             if progress is not None:
                 progress(done / total)
     return target
+
+
+def synthetic_bytes(shape: str, type: str = "q4_k_m") -> int:
+    """Bytes of the file that :func:`write_synthetic` writes; raises ValueError as it does."""
+    header, placed = _layout(shape, type)
+    return len(header) + align(placed[-1].offset + placed[-1].n_bytes, DEFAULT_ALIGNMENT)
+
+
+def _config(shape: str, type: str) -> TextConfig:
+    if shape not in SHAPES:
+        raise ValueError(f"shape is {shape!r}; known are {', '.join(SHAPES)}")
+    if type not in RECIPES:
+        raise ValueError(f"type is {type!r}; known are {', '.join(RECIPES)}")
+    return SHAPES[shape]
+
+
+def _layout(shape: str, type: str) -> tuple[bytes, list[Placed]]:
+    """The file's header, and its tensors with their offsets."""
+    config = _config(shape, type)
+    rope = Wanted("", "rope_freqs.weight", (config.global_head_dim // 2,))
+    tensors = [*wanted_tensors(config), rope]
+    plan = plan_types([(tensor.name, tensor.shape) for tensor in tensors], type)
+    placed = _place(plan)
+    metadata = model_metadata(f"synthetic {shape}", config, _SAMPLER, RECIPES[type].file_type)
+    metadata = with_lengths(metadata, plan.lengths) | _tokenizer(config.vocab_size)
+    return pack_header(metadata, placed, DEFAULT_ALIGNMENT), placed
 
 
 def _tokenizer(n_vocab: int) -> dict[str, Value]:
@@ -147,6 +166,8 @@ def _write_tensor(
 ) -> None:
     if split_name(tensor.name)[0] in FLOAT32_KINDS:
         new.write(_float_values(tensor, config, rng).astype("<f4").tobytes())
+    elif tensor.name == "token_embd.weight":
+        _write_mixed_rows(new, tensor, rng)
     else:
         key = (tensor.type, tensor.shape[-1])
         if key not in made:
@@ -156,6 +177,19 @@ def _write_tensor(
         for begin in range(0, tensor.n_bytes, len(pattern)):
             new.write(memoryview(pattern)[: tensor.n_bytes - begin])
     new.write(bytes(align(tensor.n_bytes, DEFAULT_ALIGNMENT) - tensor.n_bytes))
+
+
+def _write_mixed_rows(new: atomic.NewFile, tensor: Placed, rng: np.random.Generator) -> None:
+    """Write rows whose pieces are drawn from the rows made: with whole rows repeated, thousands of tokens
+    would tie at every position, and no temperature would give a distribution that keeps a few of them."""
+    n_rows, n_columns = tensor.shape
+    n_pieces = n_columns // math.gcd(n_columns, _PIECE)
+    rows = rng.standard_normal((_ROWS_MIXED, n_columns), dtype=np.float32) * 0.02
+    pieces = _native.quantize_rows(rows, tensor.type).reshape(_ROWS_MIXED * n_pieces, -1)
+    step = max(1, _CHUNK // (n_pieces * pieces.shape[1]))
+    for begin in range(0, n_rows, step):
+        chosen = rng.integers(0, len(pieces), (min(step, n_rows - begin), n_pieces))
+        new.write(pieces[chosen].tobytes())
 
 
 def _float_values(tensor: Placed, config: TextConfig, rng: np.random.Generator) -> np.ndarray:

@@ -1,0 +1,420 @@
+"""Measurements of a loaded model for benchmarks/gpu.py: load, steps, whole answers, experts on the CPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pydiffusion import _native, devices, plan
+from pydiffusion.errors import GenerationCancelled
+from pydiffusion.placement import native_wish
+
+WARM_STEPS = 3  # builds the graph, lets ggml see it again, captures it as a CUDA graph
+DROPPED_MASS = 1e-4  # the library's default
+PEAKED_DROPPED_MASS = 0.5
+GATHERED = 900  # kept tokens of a position in the sample; above 1,024 self-conditioning is a dense matmul
+SAMPLED = 24  # positions whose logits are looked at
+_SMI = (
+    "name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem",
+    "power.draw", "power.limit", "temperature.gpu",
+)  # fmt: skip
+_SETTINGS = ("GGML_CUDA", "CUDA_", "NVIDIA_TF32", "CUBLAS")
+
+Figures = dict[str, Any]
+
+
+class Skipped(Exception):
+    """A measurement that makes no sense here; the message says why."""
+
+
+class TimeUp(Exception):
+    """The budget ended inside a measurement."""
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = call()
+    return time.perf_counter() - started, result
+
+
+def smi(*fields: str) -> list[dict[str, str]]:
+    """Ask the driver about each GPU; empty where there is no driver."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [dict(zip(fields, line.split(", "), strict=False)) for line in done.stdout.splitlines()]
+
+
+def cpu_name() -> str:
+    """Name of the CPU as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine(threads: int) -> Figures:
+    return {
+        "gpus": smi(*_SMI),
+        "devices": [
+            {"name": one.name, "description": one.description, "total_bytes": one.total_bytes}
+            for one in devices()
+        ],
+        "cpu": cpu_name(),
+        "threads": threads,
+        "version": _native.version(),
+        "python": platform.python_version(),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)},
+    }
+
+
+def kept_tokens(
+    sorted_logits: np.ndarray, temperature: float, dropped_mass: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens that self-conditioning keeps per row, and entropies in nats, by the kernels' rule: of the
+    probabilities those above the largest power of ten, 1e-4 or less, that leaves out at most dropped_mass.
+
+    sorted_logits: (n_rows, n_vocab), the largest first.
+    """
+    z = (sorted_logits - sorted_logits[:, :1]) / temperature
+    p = np.exp(z)
+    sums = np.cumsum(p, axis=1, dtype=np.float64)
+    totals = sums[:, -1]
+    entropies = np.log(totals) - np.einsum("ij,ij->i", p, z) / totals
+    n_kept = np.full(len(p), p.shape[1])
+    for threshold in (1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4):
+        for i, row in enumerate(p):
+            n = np.searchsorted(-row, -threshold * totals[i], side="right")
+            if totals[i] - sums[i, n - 1] <= dropped_mass * totals[i]:
+                n_kept[i] = n
+    return n_kept, entropies
+
+
+def temperature_for(sorted_logits: np.ndarray, n_kept: int, dropped_mass: float) -> float:
+    """The temperature at which rows keep n_kept tokens on average, and none more than are gathered."""
+    low, high = 1e-3, 10.0
+    for _ in range(14):
+        middle = (low * high) ** 0.5
+        found = kept_tokens(sorted_logits, middle, dropped_mass)[0]
+        if found.mean() <= n_kept and found.max() <= GATHERED:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+class Bench:
+    """One model on its device, and what was learnt of its speed so far.
+
+    left: seconds of the budget that are left.
+    """
+
+    def __init__(self, file: Path, arguments: Any, left: Callable[[], float]) -> None:
+        self.file, self.arguments, self.left = file, arguments, left
+        self.wish = native_wish("auto", None, arguments.device, None)
+        self.model: Any = None
+        self.session: Any = None
+        self.whole = False  # all of the model on one device
+        self.n_ctx = 0
+        self.free_before: int | None = None
+        self.step_by_prompt: dict[int, float] = {}
+        self.step_seconds = 0.1  # guesses, until they are measured
+        self.prefill_rate = 2000.0
+        self._sorted_logits: np.ndarray | None = None
+        self._answer: tuple[list[int], Figures] | None = None
+
+    # What measurements share
+
+    def free_bytes(self) -> int | None:
+        """Free memory of all GPUs in use."""
+        named = self.wish["device"].split(",")
+        free = [one.free_bytes for one in devices() if one.name in named]
+        return sum(free) if free else None
+
+    def used_since_start(self) -> int | None:
+        free = self.free_bytes()
+        return None if free is None or self.free_before is None else self.free_before - free
+
+    def require_time(self, *_: Any) -> None:
+        if self.left() <= 0:
+            raise TimeUp
+
+    def encode(self, n: int) -> float:
+        """Prefill a fresh session with n random tokens; returns seconds."""
+        ids = np.random.default_rng(0).integers(0, self.model.n_vocab, n).astype(np.int32)
+        self.session.truncate(0)
+        seconds, _ = timed(lambda: self.session.encode(ids, progress=self.require_time))
+        return seconds
+
+    def begin(self, tokens: int, steps: int, seed: int = 0, **options: Any) -> None:
+        """Begin a generation whose canvases never settle: every step is a full one."""
+        given = {"t_min": 0.4, "t_max": 0.8, "dropped_mass": DROPPED_MASS, **options}
+        self.session.begin(
+            max_tokens=tokens, steps=steps, entropy_bound=0.1, stability_threshold=steps,
+            confidence_threshold=0.0, seed=seed, eos=[], **given,
+        )  # fmt: skip
+
+    def n_timed(self) -> int:
+        """Steps to time: as many as asked for, fewer where they would take much of the time left."""
+        return max(3, min(self.arguments.timed, int(0.05 * self.left() / self.step_seconds)))
+
+    def time_steps(self, n: int, **options: Any) -> Figures:
+        """Time n steps of one canvas behind what the session holds, after steps that warm up."""
+        self.begin(self.model.canvas_length, n + WARM_STEPS, **options)
+        walls, inner, entropies = [], [0.0], []
+        for _ in range(n + WARM_STEPS):
+            if self.left() <= 0 and len(walls) < WARM_STEPS + 3:
+                raise TimeUp
+            if self.left() <= 0:
+                break
+            wall, step = timed(self.session.next_step)
+            walls.append(wall)
+            inner.append(step.timings["denoise"])
+            entropies.append(float(np.median(step.entropy)))
+        median = statistics.median(walls[WARM_STEPS:])
+        return {
+            "step": median,
+            "best": min(walls[WARM_STEPS:]),
+            "first": walls[0],
+            "outside": median - statistics.median(np.diff(inner)[WARM_STEPS:].tolist()),
+            "steps": walls,
+            "entropy": statistics.median(entropies[WARM_STEPS:]),
+        }
+
+    def profile(self) -> Figures:
+        """Parts of the last step and its operations, each run for itself and waited for."""
+        if not self.whole:
+            return {"parts_skipped": "a step that runs in several places can't be timed by part"}
+        runs = [self.session.profile_step() for _ in range(4 if self.step_seconds < 1 else 2)][1:]
+        parts = {
+            name: [statistics.median(run[name][0] for run in runs), *runs[0][name][1:]] for name in runs[0]
+        }
+        operations = self.session.profile_step(by_operation=True)
+        return {
+            "parts": parts,
+            "operations": {name: cost[0] for name, cost in operations.items()},
+            "nodes": self.session.step_ops,
+        }
+
+    # The measurements
+
+    def rates(self) -> Figures:
+        """Copy rate and matmul rates by type, those of the machine rather than of our code."""
+        last, threads = self.wish["device"].rpartition(",")[2], self.arguments.threads
+        figures: Figures = {"device": last, "copy": _native.measure_read_rate(threads, last), "matmul": {}}
+        if last == "host":
+            return figures | {"matmul_skipped": "no GPU"}
+        for name in ("q4_k", "q6_k", "q8_0", "f16", "bf16", "f32"):
+            self.require_time()
+            figures["matmul"][name] = _native.measure_matrix_rate(threads, name, last)
+        return figures
+
+    def load(self, n_cpu_moe: int | None = None) -> Figures:
+        a = self.arguments
+        self.model = self.session = None  # frees what an earlier load took
+        self.n_ctx = max([*a.prompts, a.answer[0] + a.answer[1], a.peaked_prompt]) + 2 * 256
+        self.wish = native_wish("auto", n_cpu_moe, a.device, None)
+        planned = plan(self.file, n_ctx=self.n_ctx, device=a.device, n_cpu_moe=n_cpu_moe)
+        self.free_before = self.free_bytes()
+        seconds, self.model = timed(
+            lambda: _native.Model(
+                str(self.file), a.threads, n_ctx=self.n_ctx, progress=self.require_time, **self.wish
+            )
+        )
+        used_by_model = self.used_since_start()
+        self.session = _native.Session(self.model, self.n_ctx)
+        d = self.model.description
+        on_gpu = d["n_gpu_layers"] == self.model.hparams["n_layer"] and not d["n_cpu_moe"]
+        self.whole = on_gpu and len(d["device_layers"]) == 1
+        return {
+            "load": seconds,
+            "n_bytes": d["n_bytes"],
+            "n_weights": d["n_weights"],
+            "weight_types": d["weight_types"],
+            "kv_type": d["kv_type"],
+            "canvas": self.model.canvas_length,
+            "n_ctx": self.n_ctx,
+            "plan": planned.to_dict(),
+            "free_before": self.free_before,
+            "used_by_model": used_by_model,
+            "used_with_session": self.used_since_start(),
+        }
+
+    def first_step(self) -> Figures:
+        """Load kernels and make work areas, and say what memory is in use after that."""
+        prefill = self.encode(32)
+        figures = self.time_steps(1)
+        self.step_seconds = figures["step"]
+        d = self.model.description
+        return {
+            "prefill_seconds": prefill,
+            "steps": figures["steps"],
+            "used": self.used_since_start(),
+            "free": self.free_bytes(),
+            "cache_bytes": self.session.cache_bytes,
+            "planned": plan(
+                self.file, n_ctx=self.n_ctx, device=self.arguments.device, n_cpu_moe=d["n_cpu_moe"]
+            ).total_bytes,
+        }
+
+    def steps(self, prompt: int) -> Figures:
+        prefills = [self.encode(prompt)]
+        if prompt <= 4096:  # the first loads kernels
+            prefills.append(self.encode(prompt))
+        self.prefill_rate = prompt / min(prefills)
+        figures = self.time_steps(self.n_timed())
+        self.step_seconds = self.step_by_prompt[prompt] = figures["step"]
+        return {
+            "prompt": prompt, "prefill": self.prefill_rate, "prefills": prefills, **figures, **self.profile(),
+            "used": self.used_since_start(), "clocks": smi("clocks.sm", "clocks.mem", "power.draw"),
+        }  # fmt: skip
+
+    def sorted_logits(self) -> np.ndarray:
+        """Logits of some positions of a random canvas behind the prompt, each row the largest first: of a
+        second step, whose self-conditioning was peaked already."""
+        if self._sorted_logits is None:
+            self.encode(self.arguments.peaked_prompt)
+            rng = np.random.default_rng(1)
+            canvas = rng.integers(0, self.model.n_vocab, self.model.canvas_length).astype(np.int32)
+
+            def some(logits: np.ndarray) -> np.ndarray:
+                return -np.sort(-logits[:: -(-len(logits) // SAMPLED)], axis=1)
+
+            logits = self.session.denoise(canvas, None)
+            temperature = temperature_for(some(logits), 300, PEAKED_DROPPED_MASS)
+            self._sorted_logits = some(self.session.denoise(canvas, logits / np.float32(temperature)))
+        return self._sorted_logits
+
+    def peaked(self, n_kept: int) -> Figures:
+        """Steps whose self-conditioning keeps few tokens of each position, as late steps of a trained model.
+
+        Temperature makes them so: ordinary steps of a generation, nothing is uploaded. With a large
+        dropped_mass all tokens of a probability of 1e-4 or more are kept, and the count varies less from
+        position to position; the time depends on the counts alone.
+        """
+        dropped_mass = PEAKED_DROPPED_MASS
+        logits = self.sorted_logits()
+        temperature = temperature_for(logits, n_kept, dropped_mass)
+        found, entropies = kept_tokens(logits, temperature, dropped_mass)
+        if self.session.n_past != self.arguments.peaked_prompt:
+            self.encode(self.arguments.peaked_prompt)
+        figures = self.time_steps(
+            self.n_timed(), t_min=temperature, t_max=temperature, dropped_mass=dropped_mass
+        )
+        return {
+            "prompt": self.arguments.peaked_prompt,
+            "asked": n_kept,
+            "kept": float(found.mean()),
+            "kept_least": int(found.min()),
+            "kept_most": int(found.max()),
+            "temperature": temperature,
+            "entropy_expected": float(np.median(entropies)),
+            **figures,
+            **self.profile(),
+        }
+
+    def _generate(self, prompt: int, tokens: int, seed: int) -> tuple[list[int], Figures]:
+        """Prompt and tokens of an answer in full, with the canvases' commits in between."""
+        steps = self.arguments.steps
+        started = time.perf_counter()
+        prefill = self.encode(prompt)
+        self.begin(tokens, steps, seed)
+        blocks: list[Figures] = []
+        walls: list[float] = []
+        answer: list[int] = []
+        committed = 0.0
+        begun = time.perf_counter()
+        first_canvas = 0.0
+        while True:
+            self.require_time()
+            wall, step = timed(self.session.next_step)
+            if step is None:
+                break
+            walls.append(wall)
+            if not step.canvas_done:
+                continue
+            now, encoded = time.perf_counter(), step.timings["encode"]
+            first_canvas = first_canvas or now - started
+            blocks.append({
+                "seconds": now - begun, "commit": encoded - committed, "steps": len(walls),
+                "first": walls[0], "step": statistics.median(walls[1:] or walls),
+            })  # fmt: skip
+            answer += step.tokens.tolist()
+            committed, begun, walls = encoded, now, []
+        total = time.perf_counter() - started
+        return answer, {
+            "prompt": prompt, "tokens": len(answer), "canvas_steps": steps, "total": total,
+            "rate": len(answer) / total, "prefill_seconds": prefill, "first_canvas": first_canvas,
+            "blocks": blocks,
+        }  # fmt: skip
+
+    def answer(self) -> Figures:
+        self._answer = self._generate(*self.arguments.answer, seed=1)
+        return {**self._answer[1], "clocks": smi("clocks.sm", "clocks.mem", "power.draw")}
+
+    def determinism(self) -> Figures:
+        """The answer again with the same seed, and a canvas of it with another."""
+        if self._answer is None:
+            self.answer()
+        before = self._answer[0]
+        again, figures = self._generate(*self.arguments.answer, seed=1)
+        prompt, tokens = self.arguments.answer
+        other, _ = self._generate(prompt, min(tokens, self.model.canvas_length), seed=2)
+        differing = [i for i, pair in enumerate(zip(before, again, strict=False)) if pair[0] != pair[1]]
+        return {
+            "same": before == again,
+            "first_difference": differing[0] if differing else None,
+            "n_differences": len(differing) + abs(len(before) - len(again)),
+            "seeds_differ": other != before[: len(other)],
+            "rate": figures["rate"],
+            "total": figures["total"],
+        }
+
+    def cpu_experts(self, n_layers: int, prompt: int) -> Figures:
+        """A second load with the experts of some layers on the CPU, and a few steps."""
+        if not self.whole:
+            raise Skipped("the model is in several places already")
+        before = self.step_by_prompt.get(prompt)
+        loaded = self.load(n_layers)
+        self.encode(prompt)
+        figures = self.time_steps(3)
+        per_layer = None if before is None else (figures["step"] - before) / n_layers
+        return {
+            "n_cpu_moe": n_layers, "prompt": prompt, "load": loaded["load"], **figures,
+            "all_on_gpu": before, "per_layer": per_layer, "used": self.used_since_start(),
+        }  # fmt: skip
+
+
+def is_cancelled(error: BaseException) -> bool:
+    return isinstance(error, TimeUp | GenerationCancelled)
+
+
+def cost_of(name: str, bench: Bench, prompts: Sequence[int] = ()) -> float:
+    """Seconds that a measurement will take, roughly: by what was measured before, else by a guess for the
+    26B on an H100."""
+    a, step = bench.arguments, bench.step_seconds
+    timed_steps = (bench.n_timed() + WARM_STEPS + (8 if step < 1 else 4)) * step  # profiles take a few
+    kind, _, given = name.partition(":")
+    if kind == "steps":
+        prompt = int(given)
+        return 1 + (2 if prompt <= 4096 else 1) * prompt / bench.prefill_rate + timed_steps
+    canvases = -(-a.answer[1] // 256)
+    answer = 1 + a.answer[0] / bench.prefill_rate + (a.steps + 1) * canvases * step
+    scale = bench.file.stat().st_size / 17e9 if bench.file.exists() else 1.0
+    fixed = {
+        "machine": 1.0, "rates": 4.0, "load": 1 + 20 * scale, "first-step": 1 + 4 * scale,
+        "peaked": 5 + 2 * step + timed_steps, "answer": answer, "determinism": 1.3 * answer,
+        "graphs-off": 8 + 30 * scale + timed_steps,
+        "cpu-experts": 3 + 25 * scale + 8 * (step + 0.3 * scale * a.cpu_experts),
+    }  # fmt: skip
+    return fixed[kind]
