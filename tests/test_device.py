@@ -22,6 +22,10 @@ GPUS = [device.name for device in devices()]
 DEVICES = ["host", "host,host", *GPUS, *([",".join(GPUS)] if len(GPUS) > 1 else [])]
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
+#: On average, of logits of range 25. Both kernels round a column's activations to 8 bits, ggml's on the
+#: processor by blocks of 256 for k-quants and CUDA's by blocks of 32, so they differ as two roundings do.
+PARTS_MEAN = 0.2
+
 N_LAYERS = {name: len(SHAPES[shape].layers) for name, (shape, _) in SOURCES.items()}
 
 
@@ -143,9 +147,11 @@ def test_a_cache_in_parts(device: str, gguf_file: Callable) -> None:
 
 @pytest.mark.parametrize(("n_gpu_layers", "n_cpu_moe"), [(1, 0), (1, 1), (2, 1), (-1, 2)])
 def test_parts_of_the_model_on_the_device(
-    device: str, n_gpu_layers: int, n_cpu_moe: int, gguf_file: Callable
+    device: str, n_gpu_layers: int, n_cpu_moe: int, gguf_file: Callable, report: Callable[[str], None]
 ) -> None:
-    """Where the parts lie changes nothing; the description says it."""
+    """Where the parts lie changes nothing on the processor, and on a GPU little: there the processor's kernels
+    round activations to 8 bits block by block otherwise. The description says where they lie.
+    """
     file = gguf_file("small", "q4_k_m", seed=0, dtype="f32")
     golden = case(load_golden("logits-small-f32"), "commit")
     whole = open_on(file, device)
@@ -158,7 +164,13 @@ def test_parts_of_the_model_on_the_device(
         encode_case(session, golden)
         results.append(denoise_case(session, golden))
     for key in results[0]:
-        assert np.array_equal(results[0][key], results[1][key])
+        if "host" in device:
+            assert np.array_equal(results[0][key], results[1][key])
+        difference = compare(results[1][key], results[0][key])
+        report(
+            f"device {device}, {n_gpu_layers} layers, {n_cpu_moe} experts' on the CPU, {key}: {difference}"
+        )
+        assert difference.mean <= PARTS_MEAN and difference.agreement >= 0.9, difference
 
 
 OPTIONS = GenerationOptions(max_tokens=40, steps=6, seed=5, dropped_mass=1e-4)
@@ -204,15 +216,54 @@ def test_a_saved_session_comes_back(device: str, kv_type: str, gguf_file: Callab
     session.truncate(40)
     fresh = model.new_session()
     fresh.encode(list(range(2, 42)))
-    np.testing.assert_allclose(session.denoise(canvas), fresh.denoise(canvas), atol=1e-4)
+    difference = compare(session.denoise(canvas), fresh.denoise(canvas))
+    if "host" in device:
+        assert difference.max <= 1e-4
+    else:  # 58 tokens and 40 may go through other kernels, and what is rounded to 8 bits by other sums
+        assert difference.mean <= (MEAN_BOUND if kv_type == "f32" else Q8_0_CACHE_MEAN)
 
 
-def test_a_batch_is_as_alone(device: str, gguf_file: Callable) -> None:
+def test_a_batch(device: str, gguf_file: Callable) -> None:
+    """The texts are those that the prompts get alone. On a GPU the width of a product chooses its kernel, so
+    the same batch gives the same texts there, and no more is promised.
+    """
     file = gguf_file("small", "f32", seed=0, dtype="f32")
     model = DiffusionModel(file, n_ctx=128, device=device)
     prompts = [[2, 5 + i, 9, 11] for i in range(3)]
-    done = dict(model.generate_batch(prompts, OPTIONS, n_parallel=2))
-    assert [list(done[i].tokens) for i in range(3)] == generations(model, 3)
+
+    def batch() -> list[list[int]]:
+        done = dict(model.generate_batch(prompts, OPTIONS, n_parallel=2))
+        return [list(done[i].tokens) for i in range(3)]
+
+    assert batch() == (generations(model, 3) if "host" in device else batch())
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
+def test_nan_does_not_stay(device: str, kv_type: str, gguf_file: Callable) -> None:
+    """A step that ends in NaN leaves it in the cache's rows behind the prompt, and what comes next reads
+    beyond its own, to fill a mask up.
+    """
+    file = gguf_file("small", "f32", seed=0, dtype="f32")
+    model = DiffusionModel(file, n_ctx=200, device=device, kv_type=kv_type)
+    n = model.canvas_length
+    canvas = np.arange(n, dtype=np.int32)
+    prompt = list(range(2, 102))
+    session, fresh = model.new_session(), model.new_session()
+    session.encode(prompt)
+    with pytest.raises(PyDiffusionError, match="not finite"):
+        session.denoise(canvas, np.full((n, model.n_vocab), np.nan, np.float32))
+    for kept in (prompt, prompt[:95], prompt[:3]):
+        session.truncate(len(kept))
+        fresh.truncate(0)
+        fresh.encode(kept)
+        expected, after = fresh.denoise(canvas), session.denoise(canvas)
+        assert np.isfinite(after).all()
+        if "host" in device and len(kept) == len(prompt):
+            assert np.array_equal(after, expected)
+        np.testing.assert_allclose(after, expected, atol=1e-4 if kv_type == "f32" else 0.5)
+        np.testing.assert_allclose(
+            session.denoise(canvas), fresh.denoise(canvas), atol=1e-4 if kv_type == "f32" else 0.5
+        )
 
 
 def test_a_device_that_is_not_there(device: str, gguf_file: Callable) -> None:
