@@ -29,8 +29,8 @@ class StepKernels {
     // Makes a position's logits -infinity but for one token's, which becomes `value`.
     virtual void pin(ggml_tensor* logits, int64_t position, int32_t token, float value) = 0;
 
-    // What the device needs for work that the caller starts, be it these kernels' or a graph's: between two
-    // events on the device itself, so that the host's own calls are left out.
+    // What the device needs for work that the caller starts, be it these kernels' or a graph's: the time
+    // between two events on the device itself, in which it may have waited for the host.
     virtual double seconds_of(const std::function<void()>& work) = 0;
 
     // Bytes per second that a large copy within the device's memory reads and writes (best of three).
