@@ -37,6 +37,9 @@ target_link_libraries(pydiffusion_native PUBLIC ggml)
 if(PYDIFFUSION_CUDA)
     target_sources(pydiffusion_native PRIVATE native/device/cuda_kernels.cu)
     target_compile_definitions(pydiffusion_native PRIVATE PYDIFFUSION_CUDA)
+    # The layout of its context, whose stream ours is timed with, depends on them.
+    set_property(SOURCE native/device/cuda_kernels.cu
+        APPEND PROPERTY COMPILE_DEFINITIONS "$<TARGET_PROPERTY:ggml-cuda,COMPILE_DEFINITIONS>")
     target_link_libraries(pydiffusion_native PRIVATE CUDA::cudart CUDA::cublas)
 endif()
 if(NOT MSVC)

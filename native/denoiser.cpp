@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 
 #include "device/step_kernels.h"
 #include "errors.h"
+#include "ggml-impl.h"
 #include "stopwatch.h"
 
 namespace pydiffusion {
@@ -208,27 +210,27 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(Workspace& workspace
     const auto part_of = [&](const ggml_tensor* node) {
         return std::string(by_operation ? operation_name(node) : built_->part_of(node));
     };
+    const auto time = [&](const std::function<void()>& work) {
+        return model_.engine.on_device() ? model_.engine.kernels().seconds_of(work) : seconds_of(work);
+    };
     const double row_bytes = sizeof(float) * static_cast<double>(model_.hparams.n_vocab);
     for (const auto& [canvas, n] : canvases_) {
         if (!model_.engine.on_device()) break;
         PartCost &conditioning = costs["self-conditioning"], &sampler = costs["sampler"];
         conditioning.seconds +=
-            seconds_of([&, canvas = canvas, n = n] { canvas->condition(model_.weights.token_embd, n); });
+            time([&, canvas = canvas, n = n] { canvas->condition(model_.weights.token_embd, n); });
         conditioning.bytes += 3.0 * row_bytes * static_cast<double>(n);
-        sampler.seconds += seconds_of([canvas = canvas, n = n] { canvas->measure(n); });
+        sampler.seconds += time([canvas = canvas, n = n] { canvas->measure(n); });
         sampler.bytes += 2.0 * row_bytes * static_cast<double>(n);
     }
-    const GraphBuilder pieces(model_, built_->sequences);  // for its room for nodes
-    for (int i = 0; i < n_nodes;) {
-        const std::string part = part_of(ggml_graph_node(built_->graph, i));
+    for (int first = 0, end = 0; first < n_nodes; first = end) {
+        const std::string part = part_of(ggml_graph_node(built_->graph, first));
         PartCost& cost = costs[part];
-        ggml_graph_clear(pieces.graph);
-        for (; i < n_nodes && part == part_of(ggml_graph_node(built_->graph, i)); ++i) {
-            count_work(ggml_graph_node(built_->graph, i), cost);
-            ggml_graph_add_node(pieces.graph, ggml_graph_node(built_->graph, i));
-        }
-        cost.seconds +=
-            seconds_of([&] { workspace.compute_nodes(pieces.graph, [&] { return cancel.load(); }); });
+        for (; end < n_nodes && part == part_of(ggml_graph_node(built_->graph, end)); ++end)
+            count_work(ggml_graph_node(built_->graph, end), cost);
+        // A view knows how often each node is used, without which ggml fuses none.
+        ggml_cgraph nodes = ggml_graph_view(built_->graph, first, end);
+        cost.seconds += time([&] { workspace.compute_nodes(&nodes, [&] { return cancel.load(); }); });
     }
     return costs;
 }

@@ -67,8 +67,9 @@ class Denoiser {
     // lanes in the same order. Throws Error(cancelled) soon after all of the lanes are cancelled.
     void step(const std::vector<Lane>& lanes, Workspace& workspace);
 
-    // Runs the step just done once more, part by part, and tells what each took. The logits are spoiled by
-    // it. With by_operation the parts are the names of ops(). For models that lie in one place.
+    // Runs the step just done once more, part by part, and tells what each took, on a GPU by its own clock.
+    // The logits are spoiled by it. With by_operation the parts are the names of ops(), so that a device
+    // fuses no operation with one of another name. For models that lie in one place.
     struct PartCost {
         double seconds = 0.0;
         double operations = 0.0;  // multiplications and additions of matrix products and attention

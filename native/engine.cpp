@@ -12,6 +12,9 @@
 #include "ggml-alloc.h"
 #include "placement.h"
 
+#if defined(PYDIFFUSION_CUDA)
+#include "ggml-cuda.h"
+#endif
 #if !defined(_WIN32)
 #include <unistd.h>
 #endif
@@ -94,11 +97,23 @@ namespace {
 
 constexpr size_t kMaxBackends = 16;  // of ggml's scheduler, the processor's among them
 
+// Of the backend that there are StepKernels for; those of any other could not run them.
+bool is_gpu_with_kernels(ggml_backend_dev_t device) {
+#if defined(PYDIFFUSION_CUDA)
+    const enum ggml_backend_dev_type type = ggml_backend_dev_type(device);
+    return (type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) &&
+           ggml_backend_dev_backend_reg(device) == ggml_backend_cuda_reg();
+#else
+    (void)device;
+    return false;
+#endif
+}
+
 std::vector<ggml_backend_dev_t> gpus() {
     std::vector<ggml_backend_dev_t> found;
     for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
         ggml_backend_dev_t device = ggml_backend_dev_get(i);
-        if (ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_GPU) found.push_back(device);
+        if (is_gpu_with_kernels(device)) found.push_back(device);
     }
     return found;
 }
@@ -110,13 +125,12 @@ ggml_backend_dev_t find_gpu(const std::string& name) {
     return nullptr;
 }
 
-std::unique_ptr<StepKernels> make_kernels(const std::string& device) {
+// For one of the engine's own devices, which are "host" or GPUs with kernels.
+std::unique_ptr<StepKernels> make_kernels(ggml_backend_t device) {
 #if defined(PYDIFFUSION_CUDA)
-    const std::vector<ggml_backend_dev_t> there = gpus();
-    for (size_t i = 0; i < there.size(); ++i) {
-        if (device == ggml_backend_dev_name(there[i])) return make_cuda_kernels(static_cast<int>(i));
-    }
+    if (is_gpu_with_kernels(ggml_backend_get_device(device))) return make_cuda_kernels(device);
 #endif
+    (void)device;
     return make_host_kernels();
 }
 
@@ -137,6 +151,20 @@ std::vector<DeviceInfo> list_devices() {
     return infos;
 }
 
+std::string why_no_device(const std::string& name) {
+    ggml_backend_dev_t known = ggml_backend_dev_by_name(name.c_str());
+    if (!known || name != ggml_backend_dev_name(known))  // which is found in any case of letters
+        return "there is no device " + quoted(name) + " to compute on";
+    const char* backend = ggml_backend_reg_name(ggml_backend_dev_backend_reg(known));
+    return "the device " + quoted(name) + " belongs to ggml's " + backend +
+           " backend, for which this build has no kernels: use device=\"cpu\" (--device cpu)";
+}
+
+ggml_backend_buffer_type_t buffer_type_of(const std::string& name) {
+    ggml_backend_dev_t gpu = find_gpu(name);
+    return gpu ? ggml_backend_dev_buffer_type(gpu) : ggml_backend_cpu_buffer_type();
+}
+
 Engine::Engine(int n_threads, const std::string& device, const std::string& kernels)
     : n_threads_(n_threads),
       name_("CPU"),
@@ -152,7 +180,7 @@ Engine::Engine(int n_threads, const std::string& device, const std::string& kern
         if (devices_.empty() || devices_.size() >= kMaxBackends)
             throw Error(ErrorKind::argument, format("%zu devices to compute on; possible are 1 to %zu",
                                                     devices_.size(), kMaxBackends - 1));
-        kernels_ = make_kernels(name);
+        kernels_ = make_kernels(devices_.back().get());
         cpu_.reset(ggml_backend_cpu_init());
         if (!cpu_) throw Error(ErrorKind::out_of_memory, "no memory for ggml's CPU backend");
         ggml_backend_cpu_set_n_threads(cpu_.get(), n_threads);
@@ -168,7 +196,7 @@ void Engine::open_device(const std::string& name, ggml_threadpool_t threads) {
         devices_.emplace_back(ggml_backend_dev_init(gpu, nullptr));
         has_gpu_ = true;
     } else {
-        throw Error(ErrorKind::argument, "there is no device " + quoted(name) + " to compute on");
+        throw Error(ErrorKind::argument, why_no_device(name));
     }
     if (!devices_.back()) throw Error(ErrorKind::out_of_memory, "no memory to begin with on " + quoted(name));
 }

@@ -29,6 +29,12 @@ struct DeviceInfo {
 
 std::vector<DeviceInfo> list_devices();
 
+// What is wrong with a name that is none of theirs.
+std::string why_no_device(const std::string& name);
+
+// What allocates on the device of this name, be it "host"; the device is not opened.
+ggml_backend_buffer_type_t buffer_type_of(const std::string& name);
+
 class Engine {
   public:
     // device: "cpu"; a name out of list_devices(), or several with commas in between, the home of what is in

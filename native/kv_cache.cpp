@@ -31,7 +31,9 @@ void move_to_front(ggml_tensor* t, size_t from, size_t n) {
 
 KvCache::KvCache(const Hyperparameters& hp, const Engine& engine, const Placement& placement, ggml_type type,
                  int32_t n_ctx, int32_t max_batch)
-    : window_(hp.window), sliding_rows_(static_cast<int32_t>(n_rows(hp, true, n_ctx, max_batch))) {
+    : window_(hp.window),
+      sliding_rows_(static_cast<int32_t>(n_rows(hp, true, n_ctx, max_batch))),
+      n_filling_rows_(engine.on_device() ? portable::kRowStep : 0) {
     require_fitting_heads(hp, type);
     if (engine.on_device() && !engine.can_store(type)) {
         throw Error(ErrorKind::unsupported,
@@ -48,9 +50,7 @@ KvCache::KvCache(const Hyperparameters& hp, const Engine& engine, const Placemen
         const LayerShape& shape = hp.layers[i];
         ggml_context* context = contexts_[placement.layer(i) - kProcessor].get();
         const int64_t width = int64_t{shape.head_dim} * shape.n_head_kv;
-        // Behind the last row there is room for those that fill a mask up.
-        const int64_t rows =
-            n_rows(hp, shape.sliding, n_ctx, max_batch) + (engine.on_device() ? portable::kRowStep : 0);
+        const int64_t rows = n_rows(hp, shape.sliding, n_ctx, max_batch) + n_filling_rows_;
         layers_.push_back({ggml_new_tensor_2d(context, type, width, rows),
                            ggml_new_tensor_2d(context, type, width, rows), shape.sliding});
     }
@@ -95,6 +95,12 @@ uint64_t KvCache::n_bytes() const {
 
 void KvCache::prepare(int32_t n_tokens) {
     if (n_past_ + n_tokens - base_ > sliding_rows_) drop_rows_before(window_start(n_past_));
+    // What fills a mask up is read, though masked: a NaN left there would spoil what is added up over it.
+    for (const Layer& layer : layers_) {
+        const size_t end = static_cast<size_t>((layer.sliding ? n_past_ - base_ : n_past_.load()) + n_tokens);
+        for (ggml_tensor* t : {layer.k, layer.v})
+            ggml_backend_tensor_memset(t, 0, end * t->nb[1], n_filling_rows_ * t->nb[1]);
+    }
 }
 
 void KvCache::drop_rows_before(int32_t position) {

@@ -49,7 +49,8 @@ class KvCache {
     uint64_t version() const { return version_; }
     uint64_t n_bytes() const;
 
-    // Makes room behind the cache for n tokens; after it, range() and advance() hold for up to n tokens.
+    // Makes room behind the cache for n tokens; after it, range() and advance() hold for up to n tokens, and
+    // the rows behind these, with which a device's masks are filled up, are zeros.
     void prepare(int32_t n_tokens);
     KvRange range(int32_t i_layer) const;
 
@@ -99,6 +100,7 @@ class KvCache {
 
     int32_t window_;
     int32_t sliding_rows_;
+    int64_t n_filling_rows_;          // room behind the last row for those that fill a mask up
     std::atomic<int32_t> n_past_{0};  // others may ask while a thread computes
     uint64_t version_ = next_version();
     int32_t base_ = 0;   // position of row 0 of the sliding layers

@@ -8,6 +8,7 @@
 
 #include "encoder.h"
 #include "errors.h"
+#include "ggml-alloc.h"
 #include "portable_ops.h"
 
 namespace pydiffusion {
@@ -50,11 +51,28 @@ int32_t Placement::tensor(const std::string& name) const {
 
 namespace {
 
-uint64_t cache_bytes(const Hyperparameters& hp, const LayerShape& shape, int64_t n_ctx, ggml_type type) {
+// What tensors take in a device's memory: some types have their rows filled up there.
+class Sizes {
+  public:
+    explicit Sizes(ggml_backend_buffer_type_t type) : type_(type) {}
+
+    uint64_t of(ggml_type type, const std::vector<int64_t>& ne) const {
+        const ggml_context_ptr context(ggml_init({ggml_tensor_overhead(), nullptr, true}));
+        if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a tensor's description");
+        ggml_new_tensor(context.get(), type, static_cast<int>(ne.size()), ne.data());
+        return ggml_backend_alloc_ctx_tensors_from_buft_size(context.get(), type_);
+    }
+
+  private:
+    ggml_backend_buffer_type_t type_;
+};
+
+uint64_t cache_bytes(const Sizes& sizes, const Hyperparameters& hp, const LayerShape& shape,
+                     const SessionNeeds& needs) {
     const int64_t n_rows =
-        KvCache::n_rows(hp, shape.sliding, n_ctx, std::max(kEncodeChunk, hp.canvas_length)) +
+        KvCache::n_rows(hp, shape.sliding, needs.n_ctx, std::max(kEncodeChunk, hp.canvas_length)) +
         portable::kRowStep;
-    return 2 * n_rows * ggml_row_size(type, int64_t{shape.head_dim} * shape.n_head_kv);
+    return 2 * sizes.of(needs.kv_type, {int64_t{shape.head_dim} * shape.n_head_kv, n_rows});
 }
 
 // What the attention of one layer works with beside its inputs: CUDA's multiplies in float16, and copies what
@@ -68,91 +86,98 @@ int64_t attention_bytes(const Hyperparameters& hp, const LayerShape& shape, int6
     return n_rows * (2 * hp.n_head * n_tokens + width) * static_cast<int64_t>(sizeof(float));
 }
 
-// Bytes by what takes them, from which the use of any placement follows.
+// Bytes by what takes them on one device, from which the use of any placement follows.
 struct Costs {
-    Costs(const File& file, const Hyperparameters& hparams, int64_t n_ctx, ggml_type kv_type);
+    Costs(const File& file, const Hyperparameters& hparams, const SessionNeeds& needs, const Sizes& sizes);
 
     struct Layer {
         uint64_t weights = 0, experts = 0, cache = 0;
     };
     std::vector<Layer> layers;
     uint64_t outside = 0;    // weights in no layer
-    uint64_t step = 0;       // on every device
-    uint64_t home_step = 0;  // on the one that embeds and samples
-
-    std::vector<DeviceUse> use(const Placement& placement) const;
+    uint64_t step = 0;       // wherever there is a layer
+    uint64_t home_step = 0;  // beside it where the device embeds and samples
 };
 
-Costs::Costs(const File& file, const Hyperparameters& hp, int64_t n_ctx, ggml_type kv_type)
+Costs::Costs(const File& file, const Hyperparameters& hp, const SessionNeeds& needs, const Sizes& sizes)
     : layers(hp.layers.size()) {
     for (const TensorInfo& tensor : file.tensors()) {
         const int32_t i = layer_of(tensor.name);
         if (i >= hp.n_layer) continue;  // refused when it is loaded
         uint64_t& sum = i < 0 ? outside : is_of_experts(tensor.name) ? layers[i].experts : layers[i].weights;
-        sum += tensor.n_bytes;
+        sum += sizes.of(tensor.type, tensor.ne);
     }
-    const int64_t n_tokens = std::max(kEncodeChunk, hp.canvas_length);
+    const int64_t n_ctx = needs.n_ctx, n_tokens = std::max(kEncodeChunk, hp.canvas_length);
     int64_t attention = 0;
     for (int32_t i = 0; i < hp.n_layer; ++i) {
-        layers[i].cache = cache_bytes(hp, hp.layers[i], n_ctx, kv_type);
-        attention = std::max(attention, attention_bytes(hp, hp.layers[i], n_ctx, n_tokens, kv_type));
+        layers[i].cache = needs.n_sessions * cache_bytes(sizes, hp, hp.layers[i], needs);
+        attention = std::max(attention, attention_bytes(hp, hp.layers[i], n_ctx, n_tokens, needs.kv_type));
     }
     // The largest tensors that live at the same time in a layer: the experts' for each token.
     const int64_t of_experts = int64_t{hp.n_expert_used} * (3 * hp.n_ff_expert + 2 * hp.n_embd);
     const int64_t dense = 3 * int64_t{hp.n_ff} + 6 * hp.n_embd;
     const int64_t activations = n_tokens * (of_experts + dense) * static_cast<int64_t>(sizeof(float));
     const int64_t masks = 2 * n_tokens * n_ctx * static_cast<int64_t>(sizeof(ggml_fp16_t));
-    constexpr int64_t kRuntime = int64_t{64} << 20;  // cuBLAS's work area, kernels' code
-    step = static_cast<uint64_t>(activations + attention + masks + kRuntime);
+    step = needs.n_sessions * static_cast<uint64_t>(activations + attention + masks);
 
     const int64_t logits =
         int64_t{hp.canvas_length} * (hp.n_vocab + hp.n_embd) * static_cast<int64_t>(sizeof(float));
     constexpr int64_t kSelfConditioningRows = 8192;  // of the embedding, as float16: see the kernels
-    const int64_t conditioning =
+    const int64_t conditioning =                     // which take turns
         2 * kSelfConditioningRows * hp.n_embd * static_cast<int64_t>(sizeof(ggml_fp16_t));
-    home_step = static_cast<uint64_t>(logits + conditioning);
+    home_step = needs.n_sessions * static_cast<uint64_t>(logits) + static_cast<uint64_t>(conditioning);
 }
 
-std::vector<DeviceUse> Costs::use(const Placement& placement) const {
+// Of each device, which differ where tensors take more on one.
+std::vector<Costs> costs_on(const File& file, const Hyperparameters& hp, const SessionNeeds& needs,
+                            const std::vector<DeviceMemory>& memory) {
+    std::vector<Costs> costs;
+    for (const DeviceMemory& of_device : memory) costs.emplace_back(file, hp, needs, Sizes(of_device.type));
+    return costs;
+}
+
+std::vector<DeviceUse> use_of(const std::vector<Costs>& costs, const Placement& placement) {
     std::vector<DeviceUse> uses(placement.device_layers.size());
     if (!placement.any()) return uses;
     for (int32_t i = 0; i < placement.n_layer; ++i) {
         const int32_t device = placement.layer(i);
         if (device == kProcessor) continue;
-        uses[device].weights +=
-            layers[i].weights + (placement.experts(i) == kProcessor ? 0 : layers[i].experts);
-        uses[device].cache += layers[i].cache;
-        uses[device].step = step;
+        const Costs::Layer& layer = costs[device].layers[i];
+        uses[device].weights += layer.weights + (placement.experts(i) == kProcessor ? 0 : layer.experts);
+        uses[device].cache += layer.cache;
+        uses[device].step = costs[device].step;
     }
-    uses.back().weights += outside;
-    uses.back().step = step + home_step;
+    uses.back().weights += costs.back().outside;
+    uses.back().step = costs.back().step + costs.back().home_step;
     return uses;
 }
 
 // Shares the last n_layers out to devices, one run each, so that the share of its room that the fullest one
 // fills is as small as can be. In fullest[k]: that share where the devices so far hold the first k layers.
-Placement shared_out(const Costs& costs, const std::vector<uint64_t>& free_bytes, int32_t n_layers,
-                     int32_t n_experts) {
-    const auto n_layer = static_cast<int32_t>(costs.layers.size());
-    Placement plan = {n_layer, std::vector<int32_t>(free_bytes.size(), 0), n_experts};
+Placement shared_out(const std::vector<Costs>& costs, const std::vector<DeviceMemory>& memory,
+                     int32_t n_layers, int32_t n_experts) {
+    const auto n_layer = static_cast<int32_t>(costs.front().layers.size());
+    Placement plan = {n_layer, std::vector<int32_t>(memory.size(), 0), n_experts};
     plan.device_layers.back() = n_layers;
-    if (free_bytes.size() < 2 || n_layers == 0) return plan;
+    if (memory.size() < 2 || n_layers == 0) return plan;
 
     constexpr double kNever = std::numeric_limits<double>::infinity();
-    std::vector<double> before(n_layers + 1, 0.0);  // bytes of the first k
-    for (int32_t k = 0; k < n_layers; ++k) {
-        const int32_t i = n_layer - n_layers + k;
-        const Costs::Layer& layer = costs.layers[i];
-        before[k + 1] = before[k] + static_cast<double>(layer.weights + layer.cache +
-                                                        (plan.experts(i) == kProcessor ? 0 : layer.experts));
-    }
     std::vector<std::vector<int32_t>> runs;  // how many layers the last device of the best sharing has
     std::vector<double> fullest(n_layers + 1, kNever);
     fullest[0] = 0.0;
-    for (size_t device = 0; device < free_bytes.size(); ++device) {
-        const bool home = device + 1 == free_bytes.size();
-        const double room = static_cast<double>(free_bytes[device]) - static_cast<double>(costs.step) -
-                            (home ? static_cast<double>(costs.outside + costs.home_step) : 0.0);
+    for (size_t device = 0; device < memory.size(); ++device) {
+        const Costs& here = costs[device];
+        std::vector<double> before(n_layers + 1, 0.0);  // bytes of the first k
+        for (int32_t k = 0; k < n_layers; ++k) {
+            const int32_t i = n_layer - n_layers + k;
+            const Costs::Layer& layer = here.layers[i];
+            before[k + 1] =
+                before[k] + static_cast<double>(layer.weights + layer.cache +
+                                                (plan.experts(i) == kProcessor ? 0 : layer.experts));
+        }
+        const bool home = device + 1 == memory.size();
+        const double room = static_cast<double>(memory[device].room) - static_cast<double>(here.step) -
+                            (home ? static_cast<double>(here.outside + here.home_step) : 0.0);
         std::vector<double> next(n_layers + 1, kNever);
         runs.emplace_back(n_layers + 1, 0);
         for (int32_t k = 0; k <= n_layers; ++k) {
@@ -169,54 +194,55 @@ Placement shared_out(const Costs& costs, const std::vector<uint64_t>& free_bytes
         fullest = next;
     }
     if (fullest[n_layers] == kNever) return plan;  // no way fits
-    for (int32_t device = static_cast<int32_t>(free_bytes.size()) - 1, k = n_layers; device >= 0; --device) {
+    for (int32_t device = static_cast<int32_t>(memory.size()) - 1, k = n_layers; device >= 0; --device) {
         plan.device_layers[device] = runs[device][k];
         k -= runs[device][k];
     }
     return plan;
 }
 
-bool fits(const std::vector<DeviceUse>& uses, const std::vector<uint64_t>& free_bytes) {
+bool fits(const std::vector<DeviceUse>& uses, const std::vector<DeviceMemory>& memory) {
     for (size_t i = 0; i < uses.size(); ++i) {
-        if (uses[i].total() > free_bytes[i]) return false;
+        if (uses[i].total() > memory[i].room) return false;
     }
     return true;
 }
 
 [[noreturn]] void refuse(int32_t n_layers, const std::vector<DeviceUse>& uses,
-                         const std::vector<uint64_t>& free_bytes) {
+                         const std::vector<DeviceMemory>& memory) {
     const auto gb = [](uint64_t n_bytes) { return static_cast<double>(n_bytes) / 1e9; };
     DeviceUse sum;
     std::string each;
-    uint64_t free = 0;
+    uint64_t room = 0, kept_free = 0;
     for (size_t i = 0; i < uses.size(); ++i) {
         sum.weights += uses[i].weights;
         sum.cache += uses[i].cache;
         sum.step += uses[i].step;
-        free += std::min(free_bytes[i], std::numeric_limits<uint64_t>::max() - free);
-        each += format("%s%.2f of %.2f", i ? ", " : "", gb(uses[i].total()), gb(free_bytes[i]));
+        room += std::min(memory[i].room, std::numeric_limits<uint64_t>::max() - room);
+        kept_free += memory[i].kept_free;
+        each += format("%s%.2f of %.2f", i ? ", " : "", gb(uses[i].total()), gb(memory[i].room));
     }
     const bool several = uses.size() > 1;
     throw Error(ErrorKind::out_of_memory,
                 format("%d layers on the device%s need %.2f GB (weights %.2f, cache %.2f, step %.2f), and "
-                       "%.2f GB are free%s: choose fewer layers, more experts on the processor "
-                       "(n_cpu_moe), a shorter context, or \"auto\"",
+                       "%.2f GB are there for them%s; beside these, %.2f GB are kept free: choose fewer "
+                       "layers, more experts on the processor (n_cpu_moe), a shorter context, or \"auto\"",
                        n_layers, several ? "s" : "", gb(sum.total()), gb(sum.weights), gb(sum.cache),
-                       gb(sum.step), gb(free), several ? (" (" + each + ")").c_str() : ""));
+                       gb(sum.step), gb(room), several ? (" (" + each + ")").c_str() : "", gb(kept_free)));
 }
 
 }  // namespace
 
 std::vector<DeviceUse> device_use(const File& file, const Hyperparameters& hp, const Placement& placement,
-                                  int64_t n_ctx, ggml_type kv_type) {
-    return Costs(file, hp, n_ctx, kv_type).use(placement);
+                                  const SessionNeeds& needs, const std::vector<DeviceMemory>& memory) {
+    return use_of(costs_on(file, hp, needs, memory), placement);
 }
 
-Placement plan_placement(const File& file, const Hyperparameters& hp, int64_t n_ctx, ggml_type kv_type,
-                         const std::vector<uint64_t>& free_bytes, int32_t n_device_layers,
+Placement plan_placement(const File& file, const Hyperparameters& hp, const SessionNeeds& needs,
+                         const std::vector<DeviceMemory>& memory, int32_t n_device_layers,
                          int32_t n_host_experts) {
-    KvCache::require_fitting_heads(hp, kv_type);
-    const Costs costs(file, hp, n_ctx, kv_type);
+    KvCache::require_fitting_heads(hp, needs.kv_type);
+    const std::vector<Costs> costs = costs_on(file, hp, needs, memory);
     std::vector<DeviceUse> uses;
     const int32_t most = n_device_layers >= 0 ? std::min(n_device_layers, hp.n_layer) : hp.n_layer;
     const int32_t least = n_device_layers >= 0 ? most : 0;
@@ -225,12 +251,12 @@ Placement plan_placement(const File& file, const Hyperparameters& hp, int64_t n_
         const int32_t first = n_host_experts >= 0 ? std::min(n_host_experts, n_layers) : 0;
         const int32_t last = n_host_experts >= 0 ? first : n_layers;
         for (int32_t n_experts = first; n_experts <= last; ++n_experts) {
-            const Placement plan = shared_out(costs, free_bytes, n_layers, n_experts);
-            uses = costs.use(plan);
-            if (fits(uses, free_bytes)) return plan;
+            const Placement plan = shared_out(costs, memory, n_layers, n_experts);
+            uses = use_of(costs, plan);
+            if (fits(uses, memory)) return plan;
         }
     }
-    if (n_device_layers >= 0 && most > 0) refuse(most, uses, free_bytes);
+    if (n_device_layers >= 0 && most > 0) refuse(most, uses, memory);
     return {hp.n_layer, {}, 0};
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "ggml-backend.h"
 #include "hyperparameters.h"
 
 namespace pydiffusion {
@@ -31,25 +32,40 @@ struct Placement {
     int32_t tensor(const std::string& name) const;  // by its name in the file
 };
 
+// Memory of a device, as a plan sees it.
+struct DeviceMemory {
+    ggml_backend_buffer_type_t type;  // knows what a tensor takes there
+    uint64_t room;                    // bytes to plan with at most
+    uint64_t kept_free;               // bytes that are free beside them
+};
+
+// What sessions are planned for.
+struct SessionNeeds {
+    int64_t n_ctx;
+    ggml_type kv_type;
+    uint64_t n_sessions;
+};
+
 // Bytes on a device.
 struct DeviceUse {
     uint64_t weights = 0;
-    uint64_t cache = 0;  // of one session
+    uint64_t cache = 0;  // of all sessions, as the step
     uint64_t step = 0;   // logits of a canvas, activations, work areas
 
     uint64_t total() const { return weights + cache + step; }
 };
 
-// One for each device of the placement.
+// One for each device of the placement, which are those of `memory`.
 std::vector<DeviceUse> device_use(const File& file, const Hyperparameters& hparams,
-                                  const Placement& placement, int64_t n_ctx, ggml_type kv_type);
+                                  const Placement& placement, const SessionNeeds& needs,
+                                  const std::vector<DeviceMemory>& memory);
 
-// The placement that brings most of the work to devices with so much free memory: all of the model; else all
+// The placement that brings most of the work to devices with so much memory: all of the model; else all
 // layers with the experts of as few as possible left out; else as many layers as fit without their experts.
 // Devices share the layers in proportion to what the step and all that is in no layer leave free on them.
 // What is given (not -1) is taken as it is.
-Placement plan_placement(const File& file, const Hyperparameters& hparams, int64_t n_ctx, ggml_type kv_type,
-                         const std::vector<uint64_t>& free_bytes, int32_t n_device_layers,
+Placement plan_placement(const File& file, const Hyperparameters& hparams, const SessionNeeds& needs,
+                         const std::vector<DeviceMemory>& memory, int32_t n_device_layers,
                          int32_t n_host_experts);
 
 }  // namespace pydiffusion

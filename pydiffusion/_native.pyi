@@ -89,7 +89,7 @@ class Model:
     Weights and hyperparameters; immutable, shared by sessions and threads.
     """
 
-    def __init__(self, path: str, n_threads: int, kv_type: str = 'auto', progress: object | None = None, device: str = 'cpu', n_gpu_layers: int = -1, n_cpu_moe: int = -1, memory_limits: Sequence[int] = [], n_ctx: int = 8192, kernels: str = 'auto') -> None: ...
+    def __init__(self, path: str, n_threads: int, kv_type: str = 'auto', progress: object | None = None, device: str = 'cpu', n_gpu_layers: int = -1, n_cpu_moe: int = -1, memory_limits: Sequence[int] = [], n_ctx: int = 8192, kernels: str = 'auto', n_sessions: int = 1) -> None: ...
 
     @property
     def file(self) -> GgufFile: ...
@@ -115,7 +115,10 @@ class Model:
 def devices() -> list:
     """The GPUs that this build can compute on."""
 
-def plan(path: str, device: str, memory_limits: Sequence[int] = [], n_gpu_layers: int = -1, n_cpu_moe: int = -1, n_ctx: int = 8192, kv_type: str = 'auto') -> dict:
+def why_no_device(name: str) -> str:
+    """What is wrong with a name that devices() has not."""
+
+def plan(path: str, device: str, memory_limits: Sequence[int] = [], n_gpu_layers: int = -1, n_cpu_moe: int = -1, n_ctx: int = 8192, kv_type: str = 'auto', n_sessions: int = 1) -> dict:
     """
     What of a model would lie on which device, and the bytes that takes there.
     """

@@ -60,6 +60,7 @@ class DiffusionModel:
         device: str = "auto",
         gpu_memory: int | Sequence[int] | None = None,
         kernels: str = "auto",
+        n_sessions: int = 1,
     ) -> None:
         """Open and check a model file.
 
@@ -75,14 +76,15 @@ class DiffusionModel:
         n_cpu_moe: layers, the last ones, whose experts stay with the processor; None: as few as needed.
         device: "auto" (all GPUs), "cpu", or names out of ``devices()`` with commas in between. Several share
             the layers by their free memory.
-        gpu_memory: bytes of each GPU to plan with at most, or a list with one number for each; None: all that
-            are free.
+        gpu_memory: bytes of each GPU to plan with at most, or a list with one number for each. Whatever is
+            given, the larger of 512 MB and a twentieth of a GPU's memory stays free.
         kernels: what multiplies on the processor: "auto", "ggml", "avx512-bf16" or "amx" (docs/speed.md).
+        n_sessions: sessions for whose caches and steps the GPUs shall have room; more may be made.
         Raises ModelFormatError, UnsupportedModelError, InsufficientMemoryError; ValueError for a wrong
         argument; OSError when the file can't be read.
         """
         self.path = Path(path)
-        wish = native_wish(n_gpu_layers, n_cpu_moe, device, gpu_memory)
+        wish = native_wish(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions)
         if kv_type not in _KV_TYPES:
             raise ValueError(f"kv_type is {kv_type!r}; permitted are {', '.join(map(repr, _KV_TYPES))}")
         threads = available_cpus() if n_threads is None else n_threads
@@ -274,8 +276,10 @@ class DiffusionModel:
         on_event: Callable[[int, Event], None] | None = None,
         **keywords: Any,
     ) -> Iterator[tuple[int, parallel.Outcome]]:
-        """Continue many prompts, up to ``n_parallel`` canvases at a time in one graph; each answer is the one
-        that ``generate`` gives alone.
+        """Continue many prompts, up to ``n_parallel`` canvases at a time in one graph.
+
+        On the processor each answer is the one that ``generate`` gives alone; on a GPU, whose kernels depend
+        on how much there is to compute, the same batch gives the same answers.
 
         prompts: taken as lanes get free, so a generator will do.
         options or keywords: for all prompts alike (with a seed of its own for each unless ``seed`` is given),

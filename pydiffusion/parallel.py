@@ -1,7 +1,7 @@
 """Several answers in the making at a time, their canvases denoised in one graph.
 
-The batch is continuous: an answer that is done leaves it, and the next one enters. Each is the one that its
-session gives alone. ``DiffusionModel.generate_batch`` and the server are made of this.
+The batch is continuous: an answer that is done leaves it, and the next one enters. On the processor each is
+the one that its session gives alone. ``DiffusionModel.generate_batch`` and the server are made of this.
 """
 
 from __future__ import annotations

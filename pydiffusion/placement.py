@@ -14,6 +14,8 @@ __all__ = ["Device", "DeviceShare", "Plan", "devices", "plan"]
 #: The graphs and kernels made for GPUs, run on the processor: slow, to prove them.
 HOST = "host"
 CPU = "cpu"
+#: That memory can be planned for.
+MAX_SESSIONS = 65536
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Device:
 class DeviceShare:
     """What of a model lies on one of its devices: so many layers, and the bytes that they and the rest take.
 
-    ``weight_bytes``, ``cache_bytes`` (of one session), ``step_bytes`` (logits, activations, work areas).
+    ``weight_bytes``; ``cache_bytes`` and ``step_bytes`` (logits, activations, work areas) of all sessions
+    that were planned for.
     """
 
     device: str
@@ -41,7 +44,7 @@ class DeviceShare:
 
     @property
     def total_bytes(self) -> int:
-        """All of it, for one session."""
+        """All of it."""
         return self.weight_bytes + self.cache_bytes + self.step_bytes
 
 
@@ -68,7 +71,7 @@ class Plan:
 
     @property
     def cache_bytes(self) -> int:
-        """Of one session."""
+        """Of all sessions that were planned for, as ``step_bytes``."""
         return sum(share.cache_bytes for share in self.shares)
 
     @property
@@ -78,7 +81,7 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """All of it, for one session."""
+        """All of it."""
         return sum(share.total_bytes for share in self.shares)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,12 +103,13 @@ def plan(
     device: str = "auto",
     gpu_memory: int | Sequence[int] | None = None,
     kv_type: str = "auto",
+    n_sessions: int = 1,
 ) -> Plan:
     """What ``DiffusionModel`` would put on which device, given the same arguments; nothing is loaded.
 
     Raises as ``DiffusionModel``.
     """
-    wish = native_wish(n_gpu_layers, n_cpu_moe, device, gpu_memory)
+    wish = native_wish(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions)
     found = _native.plan(os.fspath(path), n_ctx=n_ctx, kv_type=kv_type, **wish)
     return Plan(**{**found, "shares": tuple(DeviceShare(**share) for share in found["shares"])})
 
@@ -115,6 +119,7 @@ def native_wish(
     n_cpu_moe: int | None,
     device: str,
     gpu_memory: int | Sequence[int] | None,
+    n_sessions: int = 1,
 ) -> dict[str, Any]:
     """The arguments in the native layer's form, checked."""
     automatic = n_gpu_layers == "auto"
@@ -122,6 +127,8 @@ def native_wish(
         _check_count("n_gpu_layers", n_gpu_layers, "'auto' or an integer of at least 0")
     if n_cpu_moe is not None:
         _check_count("n_cpu_moe", n_cpu_moe, "None or an integer of at least 0")
+    if isinstance(n_sessions, bool) or not isinstance(n_sessions, int) or not 1 <= n_sessions <= MAX_SESSIONS:
+        raise ValueError(f"n_sessions is {n_sessions!r}; permitted is an integer from 1 to {MAX_SESSIONS}")
     names = [CPU] if n_gpu_layers == 0 else _names(device)
     if not names and not automatic:
         raise ValueError(
@@ -133,6 +140,7 @@ def native_wish(
         "n_gpu_layers": -1 if automatic else n_gpu_layers,
         "n_cpu_moe": -1 if n_cpu_moe is None else n_cpu_moe,
         "memory_limits": _limits(gpu_memory, device, [] if names == [CPU] else names),
+        "n_sessions": n_sessions,
     }
 
 
@@ -147,9 +155,7 @@ def _names(device: str) -> list[str]:
     known = [one.name for one in found]
     for name in names:
         if name != HOST and name not in known:
-            raise ValueError(
-                f"there is no device {name!r} to compute on; there are {', '.join([CPU, *known])}"
-            )
+            raise ValueError(f"{_native.why_no_device(name)}; there are {', '.join([CPU, *known])}")
         if name != HOST and names.count(name) > 1:
             raise ValueError(f"device is {device!r}, which has {name} twice")
     return names

@@ -22,6 +22,11 @@ GPUS = [device.name for device in devices()]
 DEVICES = ["host", "host,host", *GPUS, *([",".join(GPUS)] if len(GPUS) > 1 else [])]
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
+#: On average, of logits of range 25. Kernels round a column's activations to 8 bits: on the processor by
+#: blocks of 256 for k-quants, CUDA's by blocks of 32. Where but a last bit differs before such a rounding, as
+#: of two GELUs on the processor, it is 0.17, and an eighth of the positions have another argmax.
+PARTS_MEAN = 0.5
+
 N_LAYERS = {name: len(SHAPES[shape].layers) for name, (shape, _) in SOURCES.items()}
 
 
@@ -143,9 +148,9 @@ def test_a_cache_in_parts(device: str, gguf_file: Callable) -> None:
 
 @pytest.mark.parametrize(("n_gpu_layers", "n_cpu_moe"), [(1, 0), (1, 1), (2, 1), (-1, 2)])
 def test_parts_of_the_model_on_the_device(
-    device: str, n_gpu_layers: int, n_cpu_moe: int, gguf_file: Callable
+    device: str, n_gpu_layers: int, n_cpu_moe: int, gguf_file: Callable, report: Callable[[str], None]
 ) -> None:
-    """Where the parts lie changes nothing; the description says it."""
+    """Where the parts lie changes nothing on the processor, and on a GPU little. The description says it."""
     file = gguf_file("small", "q4_k_m", seed=0, dtype="f32")
     golden = case(load_golden("logits-small-f32"), "commit")
     whole = open_on(file, device)
@@ -158,7 +163,11 @@ def test_parts_of_the_model_on_the_device(
         encode_case(session, golden)
         results.append(denoise_case(session, golden))
     for key in results[0]:
-        assert np.array_equal(results[0][key], results[1][key])
+        if "host" in device:
+            assert np.array_equal(results[0][key], results[1][key])
+        difference = compare(results[1][key], results[0][key])
+        report(f"device {device}, layers {n_gpu_layers}, without experts {n_cpu_moe}, {key}: {difference}")
+        assert difference.mean <= PARTS_MEAN and difference.agreement >= 0.75, difference
 
 
 OPTIONS = GenerationOptions(max_tokens=40, steps=6, seed=5, dropped_mass=1e-4)
@@ -204,15 +213,53 @@ def test_a_saved_session_comes_back(device: str, kv_type: str, gguf_file: Callab
     session.truncate(40)
     fresh = model.new_session()
     fresh.encode(list(range(2, 42)))
-    np.testing.assert_allclose(session.denoise(canvas), fresh.denoise(canvas), atol=1e-4)
+    difference = compare(session.denoise(canvas), fresh.denoise(canvas))
+    if "host" in device:
+        assert difference.max <= 1e-4
+    else:  # 58 tokens and 40 may go through other kernels, and what is rounded to 8 bits by other sums
+        assert difference.mean <= (MEAN_BOUND if kv_type == "f32" else Q8_0_CACHE_MEAN)
 
 
-def test_a_batch_is_as_alone(device: str, gguf_file: Callable) -> None:
+def test_a_batch(device: str, gguf_file: Callable) -> None:
+    """The texts are those that the prompts get alone. On a GPU the width of a product chooses its kernel, so
+    the same batch gives the same texts there, and no more is promised.
+    """
     file = gguf_file("small", "f32", seed=0, dtype="f32")
     model = DiffusionModel(file, n_ctx=128, device=device)
     prompts = [[2, 5 + i, 9, 11] for i in range(3)]
-    done = dict(model.generate_batch(prompts, OPTIONS, n_parallel=2))
-    assert [list(done[i].tokens) for i in range(3)] == generations(model, 3)
+
+    def batch() -> list[list[int]]:
+        done = dict(model.generate_batch(prompts, OPTIONS, n_parallel=2))
+        return [list(done[i].tokens) for i in range(3)]
+
+    assert batch() == (generations(model, 3) if "host" in device else batch())
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("n_kept", [100, 95, 3])
+def test_nan_does_not_stay(device: str, n_kept: int, kv_type: str, gguf_file: Callable) -> None:
+    """A step that ends in NaN leaves it in the cache's rows behind the prompt, and what comes next reads
+    beyond its own, to fill a mask up. (ggml's flash attention on the processor skips what is masked.)
+    """
+    file = gguf_file("small", "f32", seed=0, dtype="f32")
+    model = DiffusionModel(file, n_ctx=200, device=device, kv_type=kv_type)
+    n = model.canvas_length
+    canvas = np.arange(n, dtype=np.int32)
+    prompt = list(range(2, 102))
+    bound = MEAN_BOUND if kv_type == "f32" else Q8_0_CACHE_MEAN
+    session, fresh = model.new_session(), model.new_session()
+    session.encode(prompt)
+    with pytest.raises(PyDiffusionError, match="not finite"):
+        session.denoise(canvas, np.full((n, model.n_vocab), np.nan, np.float32))
+    session.truncate(n_kept)
+    fresh.encode(prompt[:n_kept])
+    for more in ([], [5, 6, 7]):
+        for one in (session, fresh):
+            one.encode(more)
+        after, expected = session.denoise(canvas), fresh.denoise(canvas)
+        assert compare(after, expected).mean <= bound
+        if "host" in device and n_kept == len(prompt):
+            assert np.array_equal(after, expected)
 
 
 def test_a_device_that_is_not_there(device: str, gguf_file: Callable) -> None:

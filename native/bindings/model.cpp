@@ -23,18 +23,22 @@ ggml_type cache_type(const File& file, const std::string& kv_type) {
     return kv_type == "f32" || (kv_type == "auto" && exact) ? GGML_TYPE_F32 : GGML_TYPE_F16;
 }
 
+constexpr int kMaxSessions = 1 << 16;
+
 // Where a model shall lie; counts of -1 are chosen.
 struct Wish {
     std::string device = "cpu";
     int32_t n_gpu_layers = -1;
     int32_t n_cpu_moe = -1;
     std::vector<uint64_t> memory_limits;  // of each device; 0, or none: what is free
-    int64_t n_ctx = 0;                    // that the cache is planned for
+    int64_t n_ctx = 0;                    // that caches are planned for
+    int64_t n_sessions = 1;               // so many of them
     std::string kernels = "auto";
 };
 
 struct Choice {
     std::vector<std::string> devices;  // that have something to do; none: all on the processor
+    std::vector<DeviceMemory> memory;  // theirs
     Placement placement;
 
     // As an engine takes it.
@@ -45,40 +49,57 @@ struct Choice {
     }
 };
 
-uint64_t free_bytes_of(const std::string& device) {
+// Of a GPU a part stays free for what is in no tensor: handles and workspaces of cuBLAS, kernels' code, CUDA
+// graphs, and what ggml's kernels take for a moment, whose lack ends the process.
+uint64_t kept_free(const DeviceInfo& gpu) {
+    constexpr uint64_t least = uint64_t{512} << 20;
+    return std::min(gpu.free_bytes, std::max(least, gpu.total_bytes / 20));
+}
+
+// limit: 0 for none.
+DeviceMemory memory_of(const std::string& device, uint64_t limit) {
+    DeviceMemory memory = {buffer_type_of(device), std::numeric_limits<uint64_t>::max(), 0};
     for (const DeviceInfo& info : list_devices()) {
-        if (info.name == device) return info.free_bytes;
+        if (info.name != device) continue;
+        memory.kept_free = kept_free(info);
+        memory.room = info.free_bytes - memory.kept_free;
     }
-    return std::numeric_limits<uint64_t>::max();
+    if (limit) memory.room = std::min(memory.room, limit);
+    return memory;
+}
+
+SessionNeeds needs_of(const Wish& wish, const Hyperparameters& hp, ggml_type kv_type) {
+    return {std::min<int64_t>(wish.n_ctx, hp.n_ctx_train), kv_type, static_cast<uint64_t>(wish.n_sessions)};
 }
 
 Choice choose(const File& file, const Wish& wish, ggml_type kv_type) {
-    Choice choice;
-    if (wish.device == "cpu") return choice;
-    std::vector<uint64_t> rooms;
+    if (wish.device == "cpu") return {};
+    if (wish.n_sessions < 1 || wish.n_sessions > kMaxSessions)
+        throw Error(ErrorKind::argument, format("n_sessions must be 1 to %d", kMaxSessions));
+    std::vector<std::string> devices;
+    std::vector<DeviceMemory> memory;
     std::istringstream names(wish.device);
     for (std::string name; std::getline(names, name, ',');) {
-        const uint64_t limit =
-            rooms.size() < wish.memory_limits.size() ? wish.memory_limits[rooms.size()] : 0;
-        rooms.push_back(free_bytes_of(name));
-        if (limit) rooms.back() = std::min(rooms.back(), limit);
-        choice.devices.push_back(name);
+        const size_t i = devices.size();
+        memory.push_back(memory_of(name, i < wish.memory_limits.size() ? wish.memory_limits[i] : 0));
+        devices.push_back(name);
     }
-    if (rooms.empty() || (!wish.memory_limits.empty() && wish.memory_limits.size() != rooms.size()))
+    if (devices.empty() || (!wish.memory_limits.empty() && wish.memory_limits.size() != devices.size()))
         throw Error(ErrorKind::argument, format("there are %zu devices and %zu limits of memory",
-                                                rooms.size(), wish.memory_limits.size()));
+                                                devices.size(), wish.memory_limits.size()));
     const Hyperparameters hp(file);
-    const int64_t n_ctx = std::min<int64_t>(wish.n_ctx, hp.n_ctx_train);
-    choice.placement = plan_placement(file, hp, n_ctx, kv_type, rooms, wish.n_gpu_layers, wish.n_cpu_moe);
+    const Placement placement =
+        plan_placement(file, hp, needs_of(wish, hp, kv_type), memory, wish.n_gpu_layers, wish.n_cpu_moe);
     // A device without layers has nothing to do, unless it is the last.
     Choice used;
-    used.placement = choice.placement;
+    used.placement = placement;
     used.placement.device_layers.clear();
-    const int32_t home = choice.placement.home();
+    const int32_t home = placement.home();
     for (int32_t i = 0; i <= home; ++i) {
-        if (choice.placement.device_layers[i] == 0 && i != home) continue;
-        used.devices.push_back(choice.devices[i]);
-        used.placement.device_layers.push_back(choice.placement.device_layers[i]);
+        if (placement.device_layers[i] == 0 && i != home) continue;
+        used.devices.push_back(devices[i]);
+        used.memory.push_back(memory[i]);
+        used.placement.device_layers.push_back(placement.device_layers[i]);
     }
     return used;
 }
@@ -187,17 +208,19 @@ nb::dict to_dict(const DeviceUse& use) {
 }
 
 nb::dict plan(const std::string& path, const std::string& device, const std::vector<uint64_t>& memory_limits,
-              int32_t n_gpu_layers, int32_t n_cpu_moe, int64_t n_ctx, const std::string& kv_type) {
+              int32_t n_gpu_layers, int32_t n_cpu_moe, int64_t n_ctx, const std::string& kv_type,
+              int64_t n_sessions) {
     const auto whole = File::open_whole(path);
     const File& file = *whole;
     const Hyperparameters hp(file);
     const ggml_type type = cache_type(file, kv_type);
-    const Choice choice = choose(file, {device, n_gpu_layers, n_cpu_moe, memory_limits, n_ctx}, type);
+    const Wish wish = {device, n_gpu_layers, n_cpu_moe, memory_limits, n_ctx, n_sessions};
+    const Choice choice = choose(file, wish, type);
     const Placement& placement = choice.placement;
     nb::list shares;
     if (placement.any()) {
         const std::vector<DeviceUse> uses =
-            device_use(file, hp, placement, std::min<int64_t>(n_ctx, hp.n_ctx_train), type);
+            device_use(file, hp, placement, needs_of(wish, hp, type), choice.memory);
         for (size_t i = 0; i < uses.size(); ++i) {
             nb::dict share = to_dict(uses[i]);
             share["device"] = choice.devices[i];
@@ -222,14 +245,16 @@ void bind_model(nb::module_& m) {
             "__init__",
             [](PyModel* self, const nb::str& path, int n_threads, const std::string& kv_type,
                const nb::object& progress, const std::string& device, int32_t n_gpu_layers, int32_t n_cpu_moe,
-               const std::vector<uint64_t>& memory_limits, int64_t n_ctx, const std::string& kernels) {
-                const Wish wish = {device, n_gpu_layers, n_cpu_moe, memory_limits, n_ctx, kernels};
+               const std::vector<uint64_t>& memory_limits, int64_t n_ctx, const std::string& kernels,
+               int64_t n_sessions) {
+                const Wish wish = {device, n_gpu_layers, n_cpu_moe, memory_limits,
+                                   n_ctx,  n_sessions,   kernels};
                 new (self) PyModel(load_model(from_str(path), n_threads, kv_type, wish, progress));
             },
             nb::arg("path"), nb::arg("n_threads"), nb::arg("kv_type") = "auto",
             nb::arg("progress") = nb::none(), nb::arg("device") = "cpu", nb::arg("n_gpu_layers") = -1,
             nb::arg("n_cpu_moe") = -1, nb::arg("memory_limits") = nb::list(), nb::arg("n_ctx") = 8192,
-            nb::arg("kernels") = "auto")
+            nb::arg("kernels") = "auto", nb::arg("n_sessions") = 1)
         .def_prop_ro("file", [](const PyModel& m) { return std::const_pointer_cast<File>(m.model->file); })
         .def_prop_ro("hparams", [](const PyModel& m) { return hparams_dict(m.model->hparams); })
         .def_prop_ro("description", description)
@@ -238,9 +263,11 @@ void bind_model(nb::module_& m) {
         .def_prop_ro("n_ctx_train", [](const PyModel& m) { return m.model->hparams.n_ctx_train; })
         .def_prop_ro("n_threads", [](const PyModel& m) { return m.model->engine.n_threads(); });
     m.def("devices", devices, "The GPUs that this build can compute on.");
+    m.def("why_no_device", why_no_device, nb::arg("name"),
+          "What is wrong with a name that devices() has not.");
     m.def("plan", plan, nb::arg("path"), nb::arg("device"), nb::arg("memory_limits") = nb::list(),
           nb::arg("n_gpu_layers") = -1, nb::arg("n_cpu_moe") = -1, nb::arg("n_ctx") = 8192,
-          nb::arg("kv_type") = "auto",
+          nb::arg("kv_type") = "auto", nb::arg("n_sessions") = 1,
           "What of a model would lie on which device, and the bytes that takes there.");
 }
 

@@ -5,10 +5,14 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "../errors.h"
 #include "../stopwatch.h"
+#include "ggml-backend-impl.h"
+#include "ggml-cuda/common.cuh"
 #include "ggml-cuda/convert.cuh"
 #include "ggml-cuda/getrows.cuh"
 #include "row_math.h"
@@ -235,9 +239,41 @@ __global__ void fill_row(float* x, int64_t n, int32_t token, float value) {
     if (i < n) x[i] = i == token ? value : -INFINITY;
 }
 
+// A launch that CUDA refuses returns nothing: its error has to be asked for.
+void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
+
 unsigned blocks_of(int64_t n, int64_t size) { return static_cast<unsigned>((n + size - 1) / size); }
 
-// --- memory ---
+// --- what is owned on a GPU, which has to be the current one when it is made and given back ---
+
+struct Release {
+    void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
+    void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
+    void operator()(cublasHandle_t handle) const { cublasDestroy(handle); }
+};
+
+template <typename Handle>
+using Owned = std::unique_ptr<std::remove_pointer_t<Handle>, Release>;
+
+Owned<cudaStream_t> make_stream() {
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+    return Owned<cudaStream_t>(stream);
+}
+
+Owned<cudaEvent_t> make_event() {
+    cudaEvent_t event = nullptr;
+    check(cudaEventCreate(&event), "making an event");
+    return Owned<cudaEvent_t>(event);
+}
+
+Owned<cublasHandle_t> make_cublas(cudaStream_t stream) {
+    cublasHandle_t handle = nullptr;
+    check(cublasCreate(&handle), "starting");
+    Owned<cublasHandle_t> owned(handle);
+    check(cublasSetStream(handle, stream), "taking a stream");
+    return owned;
+}
 
 // Grows as needed and stays.
 template <typename T>
@@ -250,7 +286,7 @@ class DeviceArray {
 
     T* reserve(int64_t n) {
         if (n > size_) {
-            cudaFree(data_);
+            check(cudaFree(data_), "giving memory back");
             data_ = nullptr;
             size_ = 0;
             check(cudaMalloc(&data_, static_cast<size_t>(n) * sizeof(T)), "a step's work area");
@@ -267,46 +303,47 @@ class DeviceArray {
 
 class CudaKernels : public StepKernels {
   public:
-    explicit CudaKernels(int device) : device_(device) {
-        check(cudaSetDevice(device_), "choosing the GPU");
-        check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
-        check(cublasCreate(&cublas_), "starting");
-        check(cublasSetStream(cublas_, stream_), "taking a stream");
+    explicit CudaKernels(ggml_backend_t backend)
+        : ggml_(*static_cast<ggml_backend_cuda_context*>(backend->context)) {
+        choose_gpu();
+        stream_ = make_stream();
+        for (Owned<cudaEvent_t>* event : {&begin_, &own_end_, &end_}) *event = make_event();
+        cublas_ = make_cublas(stream_.get());
     }
-    ~CudaKernels() override {
-        cublasDestroy(cublas_);
-        cudaStreamDestroy(stream_);
-    }
+    // What it owns goes after this, on the GPU chosen here.
+    ~CudaKernels() override { cudaSetDevice(physical_gpu()); }
 
     void condition(const ggml_tensor* logits, const ggml_tensor* embedding, ggml_tensor* soft, int64_t n,
                    const StepState& state) override;
     void measure(ggml_tensor* logits, int64_t n, StepState& state) override;
     void pin(ggml_tensor* logits, int64_t position, int32_t token, float value) override;
+    double seconds_of(const std::function<void()>& work) override;
     double copy_rate() override;
 
   private:
+    // ggml's devices may be several on one GPU (GGML_CUDA_DEVICES).
+    int physical_gpu() const { return ggml_cuda_info().devices[ggml_.device].physical_device; }
+    void choose_gpu() const { check(cudaSetDevice(physical_gpu()), "choosing the GPU"); }
     void gather(const ggml_tensor* embedding, float* soft, int64_t n, float scale);
     void multiply(const float* logits, const ggml_tensor* embedding, float* soft, float scale);
     template <typename T>
     void upload(T* target, const std::vector<T>& values) {
         check(cudaMemcpyAsync(target, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice,
-                              stream_),
+                              stream_.get()),
               "copying to the GPU");
     }
     template <typename T>
     void download(T* target, const T* source, int64_t n) {
-        check(cudaMemcpyAsync(target, source, n * sizeof(T), cudaMemcpyDeviceToHost, stream_),
+        check(cudaMemcpyAsync(target, source, n * sizeof(T), cudaMemcpyDeviceToHost, stream_.get()),
               "copying from the GPU");
         finish("copying from the GPU");
     }
-    void finish(const char* what) {
-        check(cudaGetLastError(), what);
-        check(cudaStreamSynchronize(stream_), what);
-    }
+    void finish(const char* what) { check(cudaStreamSynchronize(stream_.get()), what); }
 
-    int device_;
-    cudaStream_t stream_ = nullptr;
-    cublasHandle_t cublas_ = nullptr;
+    ggml_backend_cuda_context& ggml_;
+    Owned<cudaStream_t> stream_;
+    Owned<cudaEvent_t> begin_, own_end_, end_;
+    Owned<cublasHandle_t> cublas_;
     DeviceArray<float> u_, weights_, packed_weights_, rows_, dense_sums_;
     DeviceArray<Measure> measures_;
     DeviceArray<row::Distribution> distributions_;
@@ -316,27 +353,29 @@ class CudaKernels : public StepKernels {
 };
 
 void CudaKernels::measure(ggml_tensor* logits, int64_t n, StepState& state) {
-    check(cudaSetDevice(device_), "choosing the GPU");
+    choose_gpu();
     const std::vector<float> u(state.u.begin(), state.u.begin() + n);
     upload(u_.reserve(n), u);
-    measure_rows<<<static_cast<unsigned>(n), kThreads, 0, stream_>>>(
+    measure_rows<<<static_cast<unsigned>(n), kThreads, 0, stream_.get()>>>(
         static_cast<float*>(logits->data), logits->ne[0], state.soft_cap,
         row::inverse_temperature(state.temperature), u_.data(), measures_.reserve(n));
+    check_launch("measuring logits");
     download(state.measures.data(), measures_.data(), n);
 }
 
 void CudaKernels::condition(const ggml_tensor* logits, const ggml_tensor* embedding, ggml_tensor* soft,
                             int64_t n, const StepState& state) {
-    check(cudaSetDevice(device_), "choosing the GPU");
+    choose_gpu();
     const int64_t n_vocab = logits->ne[0], d = soft->ne[0];
     const auto* x = static_cast<const float*>(logits->data);
     auto* out = static_cast<float*>(soft->data);
-    check(cudaMemsetAsync(out, 0, n * d * sizeof(float), stream_), "clearing");
+    check(cudaMemsetAsync(out, 0, n * d * sizeof(float), stream_.get()), "clearing");
     if (state.self_conditioning) {
-        find_mass<<<static_cast<unsigned>(n), kThreads, 0, stream_>>>(
+        find_mass<<<static_cast<unsigned>(n), kThreads, 0, stream_.get()>>>(
             x, n_vocab, row::inverse_temperature(state.previous_temperature), state.dropped_mass,
             distributions_.reserve(n), n_kept_.reserve(n), tokens_.reserve(n * kMaxGathered),
             weights_.reserve(n * kMaxGathered));
+        check_launch("finding what self-conditioning keeps");
         std::vector<int32_t> n_kept(n);
         download(n_kept.data(), n_kept_.data(), n);
         first_host_.assign(1, 0);
@@ -356,9 +395,10 @@ void CudaKernels::gather(const ggml_tensor* embedding, float* soft, int64_t n, f
     const int64_t d = embedding->ne[0];
     const int32_t total = first_host_.back();
     upload(first_.reserve(n + 1), first_host_);
-    pack_lists<<<static_cast<unsigned>(n), 128, 0, stream_>>>(first_.data(), tokens_.data(), weights_.data(),
-                                                              packed_tokens_.reserve(total),
-                                                              packed_weights_.reserve(total));
+    pack_lists<<<static_cast<unsigned>(n), 128, 0, stream_.get()>>>(
+        first_.data(), tokens_.data(), weights_.data(), packed_tokens_.reserve(total),
+        packed_weights_.reserve(total));
+    check_launch("packing the tokens kept");
     float* rows = rows_.reserve(kGatherRows * d);
     const dim3 grid(static_cast<unsigned>(n), blocks_of(d, 256));
     for (int32_t from = 0; from < total; from += kGatherRows) {
@@ -368,9 +408,10 @@ void CudaKernels::gather(const ggml_tensor* embedding, float* soft, int64_t n, f
         get_rows_cuda(embedding->data, embedding->type, packed_tokens_.data() + from, rows, GGML_TYPE_F32, d,
                       embedding->nb[1], embedding->nb[2], embedding->nb[3], to - from, 1, 1, sizeof(int32_t),
                       n_rows * sizeof(int32_t), n_rows * sizeof(int32_t), row_bytes, n_rows * row_bytes,
-                      n_rows * row_bytes, stream_);
-        add_gathered<<<grid, 256, 0, stream_>>>(soft, rows, packed_weights_.data(), first_.data(), from, to,
-                                                d, scale);
+                      n_rows * row_bytes, stream_.get());
+        add_gathered<<<grid, 256, 0, stream_.get()>>>(soft, rows, packed_weights_.data(), first_.data(), from,
+                                                      to, d, scale);
+        check_launch("adding up embeddings");
     }
 }
 
@@ -387,41 +428,60 @@ void CudaKernels::multiply(const float* logits, const ggml_tensor* embedding, fl
         const char* source = static_cast<const char*>(embedding->data) + from * embedding->nb[1];
         const auto* half = reinterpret_cast<const __half*>(source);
         if (to_half) {  // null for float16 itself
-            to_half(source, chunk, n_rows * d, stream_);
+            to_half(source, chunk, n_rows * d, stream_.get());
             half = chunk;
         }
         const dim3 grid(blocks_of(n_rows, 256), static_cast<unsigned>(n_dense));
-        dense_probabilities<<<grid, 256, 0, stream_>>>(probabilities, logits, distributions_.data(),
-                                                       positions_.data(), n_vocab, from, n_rows);
+        dense_probabilities<<<grid, 256, 0, stream_.get()>>>(probabilities, logits, distributions_.data(),
+                                                             positions_.data(), n_vocab, from, n_rows);
+        check_launch("making probabilities");
         const float one = 1.0f, add = from == 0 ? 0.0f : 1.0f;
-        check(cublasGemmEx(cublas_, CUBLAS_OP_N, CUBLAS_OP_N, static_cast<int>(d), static_cast<int>(n_dense),
-                           static_cast<int>(n_rows), &one, half, CUDA_R_16F, static_cast<int>(d),
-                           probabilities, CUDA_R_16F, static_cast<int>(n_rows), &add, sums, CUDA_R_32F,
-                           static_cast<int>(d), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+        check(cublasGemmEx(cublas_.get(), CUBLAS_OP_N, CUBLAS_OP_N, static_cast<int>(d),
+                           static_cast<int>(n_dense), static_cast<int>(n_rows), &one, half, CUDA_R_16F,
+                           static_cast<int>(d), probabilities, CUDA_R_16F, static_cast<int>(n_rows), &add,
+                           sums, CUDA_R_32F, static_cast<int>(d), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
               "the dense self-conditioning product");
     }
     const dim3 grid(static_cast<unsigned>(n_dense), blocks_of(d, 256));
-    scatter_rows<<<grid, 256, 0, stream_>>>(soft, sums, positions_.data(), d, scale / kHalfScale);
+    scatter_rows<<<grid, 256, 0, stream_.get()>>>(soft, sums, positions_.data(), d, scale / kHalfScale);
+    check_launch("placing soft embeddings");
 }
 
 void CudaKernels::pin(ggml_tensor* logits, int64_t position, int32_t token, float value) {
-    check(cudaSetDevice(device_), "choosing the GPU");
+    choose_gpu();
     const int64_t n_vocab = logits->ne[0];
-    fill_row<<<blocks_of(n_vocab, 256), 256, 0, stream_>>>(
+    fill_row<<<blocks_of(n_vocab, 256), 256, 0, stream_.get()>>>(
         static_cast<float*>(logits->data) + position * n_vocab, n_vocab, token, value);
+    check_launch("holding a token");
     finish("holding a token");
+}
+
+double CudaKernels::seconds_of(const std::function<void()>& work) {
+    choose_gpu();
+    const cudaStream_t of_graphs = ggml_.stream();
+    check(cudaEventRecord(begin_.get(), of_graphs), "timing");
+    work();
+    choose_gpu();  // ggml may have left another
+    check(cudaEventRecord(own_end_.get(), stream_.get()), "timing");
+    check(cudaStreamWaitEvent(of_graphs, own_end_.get(), 0), "timing");
+    check(cudaEventRecord(end_.get(), of_graphs), "timing");
+    check(cudaEventSynchronize(end_.get()), "timing");
+    float milliseconds = 0.0f;
+    check(cudaEventElapsedTime(&milliseconds, begin_.get(), end_.get()), "timing");
+    return milliseconds / 1e3;
 }
 
 double CudaKernels::copy_rate() {
     constexpr int64_t n_bytes = int64_t{1} << 30;
     constexpr int n_copies = 10;
-    check(cudaSetDevice(device_), "choosing the GPU");
+    choose_gpu();
     DeviceArray<char> source, target;
-    check(cudaMemsetAsync(source.reserve(n_bytes), 1, n_bytes, stream_), "filling");
+    check(cudaMemsetAsync(source.reserve(n_bytes), 1, n_bytes, stream_.get()), "filling");
     target.reserve(n_bytes);
     const double seconds = best_seconds([&] {
         for (int i = 0; i < n_copies; ++i) {
-            check(cudaMemcpyAsync(target.data(), source.data(), n_bytes, cudaMemcpyDeviceToDevice, stream_),
+            check(cudaMemcpyAsync(target.data(), source.data(), n_bytes, cudaMemcpyDeviceToDevice,
+                                  stream_.get()),
                   "copying");
         }
         finish("copying");
@@ -431,6 +491,8 @@ double CudaKernels::copy_rate() {
 
 }  // namespace
 
-std::unique_ptr<StepKernels> make_cuda_kernels(int device) { return std::make_unique<CudaKernels>(device); }
+std::unique_ptr<StepKernels> make_cuda_kernels(ggml_backend_t backend) {
+    return std::make_unique<CudaKernels>(backend);
+}
 
 }  // namespace pydiffusion

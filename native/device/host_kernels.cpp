@@ -135,6 +135,8 @@ class HostKernels : public StepKernels {
         x[token] = value;
     }
 
+    double seconds_of(const std::function<void()>& work) override { return pydiffusion::seconds_of(work); }
+
     double copy_rate() override {
         const std::vector<char> source(size_t{64} << 20, 1);
         std::vector<char> target(source.size());

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 
 #include "../ops.h"
@@ -28,6 +29,10 @@ class StepKernels {
     // Makes a position's logits -infinity but for one token's, which becomes `value`.
     virtual void pin(ggml_tensor* logits, int64_t position, int32_t token, float value) = 0;
 
+    // What the device needs for work that the caller starts, be it these kernels' or a graph's: the time
+    // between two events on the device itself, in which it may have waited for the host.
+    virtual double seconds_of(const std::function<void()>& work) = 0;
+
     // Bytes per second that a large copy within the device's memory reads and writes (best of three).
     virtual double copy_rate() = 0;
 };
@@ -40,7 +45,8 @@ constexpr int32_t kMaxGathered = 1024;
 std::unique_ptr<StepKernels> make_host_kernels();
 
 #if defined(PYDIFFUSION_CUDA)
-std::unique_ptr<StepKernels> make_cuda_kernels(int device);
+// For the GPU of a CUDA backend, which has to outlive them.
+std::unique_ptr<StepKernels> make_cuda_kernels(ggml_backend_t backend);
 #endif
 
 }  // namespace pydiffusion

@@ -334,8 +334,20 @@ ggml_tensor* Products::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_ex
     return ggml_set_name(packed, kPacked);
 }
 
+namespace {
+
+// Of ggml's products: a GPU may add up in float16 unless it is told not to. Of bfloat16 it adds up in float32
+// anyhow, and would make float32 of the weights first.
+ggml_tensor* with_exact_sums(ggml_tensor* product) {
+    if (product->src[0]->type != GGML_TYPE_BF16) ggml_prec_set_acc(product, GGML_PREC_F32);
+    return product;
+}
+
+}  // namespace
+
 ggml_tensor* Products::multiply(ggml_tensor* weight, ggml_tensor* x) {
-    if (!takes(weight, x) || x->ne[2] != 1 || weight->ne[2] != 1) return ggml_mul_mat(ctx_, weight, x);
+    if (!takes(weight, x) || x->ne[2] != 1 || weight->ne[2] != 1)
+        return with_exact_sums(ggml_mul_mat(ctx_, weight, x));
     ggml_tensor* sources[] = {weight, packed(x, nullptr, 0)};
     ggml_tensor* product =
         ggml_custom_4d(ctx_, GGML_TYPE_F32, weight->ne[1], x->ne[1], 1, 1, sources, 2, product_op,
@@ -344,7 +356,7 @@ ggml_tensor* Products::multiply(ggml_tensor* weight, ggml_tensor* x) {
 }
 
 ggml_tensor* Products::multiply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts) {
-    if (!takes(weight, x)) return ggml_mul_mat_id(ctx_, weight, x, experts);
+    if (!takes(weight, x)) return with_exact_sums(ggml_mul_mat_id(ctx_, weight, x, experts));
     ggml_tensor* sources[] = {weight, packed(x, experts, weight->ne[2])};
     ggml_tensor* product = ggml_custom_4d(ctx_, GGML_TYPE_F32, weight->ne[1], experts->ne[0], experts->ne[1],
                                           1, sources, 2, expert_product_op, GGML_N_TASKS_MAX,

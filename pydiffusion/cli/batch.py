@@ -66,7 +66,7 @@ def command(
         common.say(f"{output.name} has {len(finished)} of {len(lines)} answers already")
     n_errors = 0
     if left:
-        opened = common.open_model(model, place)
+        opened = common.open_model(model, place, min(parallel, len(left)))
         with output.open("ab") as file, progress(f"answering {len(left)} prompts") as update:
             for i, answer in enumerate(_answers(opened, left, choices, parallel)):
                 n_errors += "error" in answer

@@ -234,13 +234,13 @@ def make_options(model: DiffusionModel | None = None, **choices: Any) -> Generat
         raise typer.BadParameter(str(error)) from None
 
 
-def open_model(path: Path, place: Mapping[str, Any]) -> DiffusionModel:
+def open_model(path: Path, place: Mapping[str, Any], n_sessions: int = 1) -> DiffusionModel:
     """Load a model with its progress shown. place: what was given of PLACE."""
     from pydiffusion.model import DiffusionModel
 
     from .display import progress
 
-    arguments = placement(place)
+    arguments = placement(place) | {"n_sessions": n_sessions}
     started = time.perf_counter()
     with progress(f"loading {path.name}") as update:
         model = DiffusionModel(path, progress=lambda share: update(share, 1.0), **arguments)

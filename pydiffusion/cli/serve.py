@@ -56,7 +56,7 @@ def command(
     if key is not None and not key.strip():
         raise typer.BadParameter("the API key is empty")
     listener = _bind(host, port)  # what fails should not wait for the model to load
-    opened = common.open_model(model, place)
+    opened = common.open_model(model, place, max(parallel, sessions))
     settings = Settings(
         api_key=key,
         max_queue=queue,
