@@ -1,4 +1,4 @@
-"""Findings of a run on a GPU: one line of JSON each, written at once, so that none is lost when time runs out.
+"""Findings of a run on a GPU: a line of JSON each, written at once, so that none is lost in the end.
 
 As a pytest plugin (``-p gpu_findings``) it writes one for each test that did not pass, and their counts.
 """

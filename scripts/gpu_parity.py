@@ -1,6 +1,6 @@
-"""Compare logits and text of a device with the CPU's, of its own repetitions and of ggml's ways to run a graph.
+"""Compare a device's logits and text with the CPU's, and with its own when graphs or fusion are off.
 
-    python scripts/gpu_parity.py --device CUDA0 --folder /dev/shm [--models demo mid] [--types f32 q8_0 q4_k_m]
+    python scripts/gpu_parity.py [--device CUDA0] [--folder /dev/shm] [--models demo mid] [--types f32 ...]
 
 Each way to compute is a process of its own, since ggml reads its switches once: the CPU, the device twice,
 without CUDA graphs, and without fusion. Findings go where PYDIFFUSION_FINDINGS says, and to stdout.
@@ -23,8 +23,8 @@ from pydiffusion import DiffusionModel, GenerationOptions, _native, convert, dem
 from pydiffusion.demo import tasks
 from pydiffusion.synthetic import write_synthetic
 
-#: Bounds on the mean difference between a device's logits and the CPU's, of a range of some 25. Both round the
-#: activations of quantized products to 8 bits, in blocks of other sizes, which costs each of them up to 0.16
+#: Bounds on the mean difference between a device's logits and the CPU's, of a range of some 25. Both round
+#: activations of quantized matmuls to 8 bits, in blocks of other sizes, which costs each of them up to 0.16
 #: (docs/parity.md). With float32 weights only the order of sums differs, and GELU's table on the CPU.
 MEAN_BOUND = {"f32": 1e-2, "bf16": 0.1, "f16": 0.1, "q8_0": 0.3, "q4_k_m": 0.3}
 AGREEMENT = {"f32": 0.99, "bf16": 0.97, "f16": 0.97, "q8_0": 0.9, "q4_k_m": 0.9}
@@ -93,8 +93,11 @@ def run_ways(path: Path, device: str, folder: Path, with_puzzles: bool) -> dict[
         out = folder / f"{path.stem}-{way.replace(' ', '-')}.npz"
         given = json.dumps([str(path), "cpu" if way == "CPU" else device, str(out), with_puzzles])
         command = [sys.executable, __file__, "--compute", given]
-        running[way] = out, subprocess.Popen(
-            command, env={**os.environ, **switches}, stdout=sys.stderr, stderr=subprocess.PIPE, text=True
+        running[way] = (
+            out,
+            subprocess.Popen(
+                command, env={**os.environ, **switches}, stdout=sys.stderr, stderr=subprocess.PIPE, text=True
+            ),
         )
     results = {}
     for way, (out, process) in running.items():
@@ -128,7 +131,15 @@ def judge(path: Path, type_name: str, results: dict[str, dict[str, np.ndarray]])
         report("parity", **common, what="text: device against CPU", equal=same)  # may differ: rounding
         if "solved" in device:
             solved, of_cpu = int(device["solved"][0]), int(results["CPU"]["solved"][0])
-            report("parity", **common, what="puzzles solved", ok=solved >= of_cpu - 1, solved=solved, CPU=of_cpu, of=N_PUZZLES)
+            report(
+                "parity",
+                **common,
+                what="puzzles solved",
+                ok=solved >= of_cpu - 1,
+                solved=solved,
+                CPU=of_cpu,
+                of=N_PUZZLES,
+            )
     report("parity", **common, what="equal bits, step after step", ok=bool(device["repeats_equal"][0]))
     for way in ("again", "no CUDA graphs"):
         if way in results:

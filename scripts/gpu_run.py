@@ -5,10 +5,10 @@
     scripts/gpu_run.sh profile [--seconds 180]    # where? every kernel of one step, by ncu
     scripts/gpu_run.sh all                        # all three, and the page, for the owner of a GPU
 
-It links the kit that scripts/gpu_prepare.sh made (--kit, by default build/gpu-kit/bundle) and installs it aside;
-without a kit it takes the pydiffusion that is installed. Findings go to OUT/results.jsonl at once, one line of
-JSON each, and OUT/page.md is made of them; what programs print goes to OUT/*.log whole. --dry-run runs all of it on
-device="host" with a tiny model, without a network or a GPU.
+It links the kit that scripts/gpu_prepare.sh made (--kit, by default build/gpu-kit/bundle) and installs
+it aside; without a kit it takes the pydiffusion that is installed. Findings go to OUT/results.jsonl at once, a
+line of JSON each, and OUT/page.md is made of them; what programs print goes to OUT/*.log whole. --dry-run does
+all of it on device="host" with a tiny model, without a network or a GPU.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.results = self.out / "results.jsonl"
         self.device = "host" if options.dry_run else options.device
+        self.commit = options.commit or prebuilt.commit_here()
         self.folder = Path(tempfile.mkdtemp(prefix="pydiffusion-gpu-", dir=options.folder))
         self.site = self.folder / "site"
         self.env = {
@@ -118,25 +119,25 @@ class Run:
 
     def look(self) -> None:
         """The machine, as a finding; RunError where it can't do what is asked."""
-        smi = said(
-            "nvidia-smi", "--query-gpu=name,compute_cap,driver_version,memory.total,clocks.max.sm,clocks.max.mem",
-            "--format=csv,noheader",
-        )  # fmt: skip
-        shm = shutil.disk_usage(self.options.folder).free
+        asked = "name,compute_cap,driver_version,memory.total,clocks.max.sm,clocks.max.mem"
+        smi = said("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader")
+        free = shutil.disk_usage(self.options.folder).free
         gpu_findings.add(
-            "machine", GPUs=smi, CPUs=os.cpu_count(), python=platform.python_version(),
-            libc=" ".join(platform.libc_ver()), compiler=prebuilt.compiler_here(), folder=str(self.options.folder),
-            free_bytes=shm, commit=self.options.commit or prebuilt.commit_here(), device=self.device,
+            "run", call=self.options.call, GPUs=smi, CPUs=os.cpu_count(), python=platform.python_version(),
+            libc=" ".join(platform.libc_ver()), compiler=prebuilt.compiler_here(), commit=self.commit,
+            folder=str(self.options.folder), free_bytes=free, device=self.device,
         )  # fmt: skip
         if self.options.dry_run:
             return
         if not smi:
-            raise RunError("nvidia-smi finds no GPU: run on a machine with an NVIDIA driver, or with --dry-run")
-        self.require_capability(smi[0].split(", ")[1])
-        if shm < SHM_BYTES:
             raise RunError(
-                f"{self.options.folder} has {shm / 1e9:.1f} GB free, and the models take up to {SHM_BYTES / 1e9:.0f}: "
-                "name a larger folder with --folder"
+                "nvidia-smi finds no GPU: run on a machine with an NVIDIA driver, or with --dry-run"
+            )
+        self.require_capability(smi[0].split(", ")[1])
+        if free < SHM_BYTES:
+            raise RunError(
+                f"{self.options.folder} has {free / 1e9:.1f} GB free, and the models take up to "
+                f"{SHM_BYTES / 1e9:.0f} GB: name a larger folder with --folder"
             )
 
     def require_capability(self, capability: str) -> None:
@@ -149,7 +150,7 @@ class Run:
         number = int(capability.replace(".", ""))
         for one in built:
             digits = int("".join(filter(str.isdigit, one)))
-            # "90a-real" runs on 9.0 alone, "89-real" on 8.9 and later of the same major version, PTX on later ones.
+            # "90a-real" runs on 9.0 alone, "86-real" on 8.6 and later ones of 8, PTX on all later ones.
             if digits == number or (
                 "a" not in one.split("-")[0]
                 and digits < number
@@ -162,13 +163,13 @@ class Run:
         )
 
     def install(self) -> None:
-        """Build the bindings against the kit's archives and install all aside; else take what is installed."""
+        """Build the bindings against the kit's archives and install all aside, or take what is installed."""
         kit: Path = self.options.kit
         if not (kit / prebuilt.MANIFEST).is_file():
-            if importlib.util.find_spec("pydiffusion._native") is None:
+            if importlib.util.find_spec("pydiffusion") is None:
                 raise RunError(
-                    f"there is neither a kit in {kit} (scripts/gpu_prepare.sh makes one) nor an installed pydiffusion "
-                    "(docs/gpu.md says how to build it for CUDA)"
+                    f"there is neither a kit in {kit} (scripts/gpu_prepare.sh makes one) nor an installed "
+                    "pydiffusion (docs/gpu.md says how to build it for CUDA)"
                 )
             return
         archives = self.folder / "archives"
@@ -177,10 +178,11 @@ class Run:
         pip += ["--no-deps", "--upgrade", "--target", str(self.site)]
         wheels = sorted(map(str, (kit / "wheels").glob("*.whl")))
         tree = self.folder / "tree"  # CMake and pip write beside what they build
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns("build", ".git", "ggml", "*.pyc"), symlinks=True)
+        left_out = {str(ROOT): {"build", "dist", ".git"}, str(ROOT / "vendor"): {"ggml"}}
+        shutil.copytree(ROOT, tree, ignore=lambda folder, _: left_out.get(folder, set()), symlinks=True)
         if not self.step("install wheels", [*pip, *wheels], 5):
             raise RunError("the kit's wheels can't be installed: see install wheels.log")
-        build = ["--no-build-isolation", f"-Ccmake.define.PYDIFFUSION_PREBUILT={archives}", "--verbose", str(tree)]
+        build = ["--no-build-isolation", f"-Ccmake.define.PYDIFFUSION_PREBUILT={archives}", "-v", str(tree)]
         if not self.step("build", [*pip, *build], 20):
             lines = (self.out / "build.log").read_text(errors="replace").splitlines()
             told = [line.strip() for line in lines if "prebuilt:" in line]
@@ -192,33 +194,27 @@ class Run:
     # The three calls
 
     def check(self) -> None:
-        dry, device = self.options.dry_run, self.device
-        shape = "tiny" if dry else "26b-a4b"
-        writing = None
-        if not dry:  # while the tests run
-            write = self.python(
-                ROOT / "benchmarks/gpu.py", "--write-only", "--shape", shape, "--types", "q4_k_m",
-                "--folder", self.options.folder,
-            )  # fmt: skip
-            writing = self.start("write the 26B", write)
+        write = self.python(ROOT / "benchmarks/gpu.py", "--write-only", *self.model())
+        writing = self.start("write the model", write)  # while the tests run
         try:
             exact = {"NVIDIA_TF32_OVERRIDE": "0"}  # float32 products exact, as the tests' bounds want them
             self.step("kernels' tests", self.pytest("test_device_kernels.py"), 10, **exact)
             self.step("device tests", self.pytest("test_device.py", "test_placement.py"), 15, **exact)
-            parity = ["--device", device, "--folder", self.folder]
-            if dry:
+            parity = ["--device", self.device, "--folder", self.folder]
+            if self.options.dry_run:
                 parity += ["--models", "tiny", "--types", "f32", "q4_k_m"]
             self.step("parity", self.python(SCRIPTS / "gpu_parity.py", *parity), 20, **exact)
-            self.bench_some("memory", shape, ["load", "steps"], ["--prompts", "128", "--steps", "4"], 30)
+            self.benchmark("the 26B", 30, "--only", "steps", "--prompts", "128", "--timed", "4")
             self.sanitize()
         finally:
-            if writing is not None:
-                end_group(writing)
+            end_group(writing)
 
     def pytest(self, *files: str) -> list[str]:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_findings", "-p", "no:cacheprovider"]
         command += ["-o", "addopts=", "-m", "not slow", "-k", self.device]
-        if importlib.util.find_spec("xdist") is not None:  # a process that ggml ends takes only its test along
+        if (
+            importlib.util.find_spec("xdist") is not None
+        ):  # a process that ggml ends takes only its test along
             command += ["-n", str(min(6, os.cpu_count() or 1))]
         return [*command, *(str(ROOT / "tests" / file) for file in files)]
 
@@ -228,40 +224,59 @@ class Run:
             why = "no GPU in a dry run" if self.options.dry_run else "compute-sanitizer is not installed"
             gpu_findings.add("sanitizer", skipped=why)
             return
-        tests = [f"{ROOT}/tests/test_device_kernels.py::{name.format(device=self.device)}" for name in SANITIZED]
+        tests = [
+            f"{ROOT}/tests/test_device_kernels.py::{name.format(device=self.device)}" for name in SANITIZED
+        ]
         for check in ("memcheck", "racecheck"):
             command = [tool, "--tool", check, "--error-exitcode", "9", "--launch-timeout", "0"]
-            command += [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *tests]
+            command += [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-o",
+                "addopts=",
+                "-p",
+                "no:cacheprovider",
+                *tests,
+            ]
             self.step(f"sanitizer {check}", command, 15)
 
-    def bench_some(self, name: str, shape: str, only: list[str], more: list[str], needs: float) -> bool:
-        """A run of benchmarks/gpu.py; all of it where ``only`` is empty."""
+    def benchmark(self, name: str, needs: float, *more: str) -> bool:
+        """A run of benchmarks/gpu.py: the whole of it, or what ``more`` leaves of it."""
         command = self.python(
-            ROOT / "benchmarks/gpu.py", "--shape", shape, "--device", self.device, "--folder",
-            self.options.folder if shape != "tiny" else self.folder, "--results", self.results,
-            "--seconds", max(1.0, self.left() - 2.0), "--commit", self.options.commit or prebuilt.commit_here(), *more,
+            ROOT / "benchmarks/gpu.py", *self.model(), "--device", self.device, "--results", self.results,
+            "--seconds", max(1.0, self.left() - 2.0), "--commit", self.commit, "--no-page", *more,
         )  # fmt: skip
-        return self.step(name, command + (["--only", *only] if only else []), needs)
+        return self.step(name, command, needs)
+
+    def model(self) -> list[str]:
+        """The synthetic file, for the programs of benchmarks/: the 26B's, kept for the next call."""
+        if self.options.dry_run:
+            return ["--shape", "tiny", "--folder", str(self.folder)]
+        return ["--shape", "26b-a4b", "--folder", str(self.options.folder)]
 
     def bench(self) -> None:
-        shape = "tiny" if self.options.dry_run else "26b-a4b"
-        more = ["--steps", "2", "--prompts", "16"] if self.options.dry_run else []
-        self.bench_some("bench", shape, [], more, 20)
+        self.benchmark("bench", 20, *(["--prompts", "16", "--timed", "2"] if self.options.dry_run else []))
 
     def profile(self) -> None:
         script = ROOT / "benchmarks/gpu_kernels.py"
-        shape = "tiny" if self.options.dry_run else "26b-a4b"
-        folder = self.folder if self.options.dry_run else self.options.folder
-        run = self.python(script, "run", "--shape", shape, "--device", self.device, "--folder", folder)
+        run = self.python(script, *self.model(), "--device", self.device)
         ncu = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
         if self.options.dry_run or not Path(ncu).exists():
-            gpu_findings.add("profile", skipped="no GPU in a dry run" if self.options.dry_run else "ncu is not installed")
+            gpu_findings.add(
+                "profile", skipped="no GPU in a dry run" if self.options.dry_run else "ncu is not installed"
+            )
             return
         csv = self.out / "ncu.csv"
         command = [ncu, "--clock-control", "none", "--metrics", "gpu__time_duration.sum", "--csv"]
         command += ["--profile-from-start", "off", "--log-file", str(csv), *run]
         if self.step("profile", command, 60, GGML_CUDA_DISABLE_GRAPHS="1"):
-            self.step("kernels", self.python(script, "table", csv), 1)
+            self.step(
+                "kernels",
+                self.python(script, "table", csv, "--results", self.results, "--commit", self.commit),
+                1,
+            )
 
     def page(self) -> None:
         """OUT/page.md from all findings of the folder, and a summary."""

@@ -1,4 +1,4 @@
-"""Archives of native/ and ggml that are built on one machine and linked on another: their key, packing, checking.
+"""Archives of native/ and ggml, built on one machine and linked on another: key, packing, checking.
 
     python scripts/prebuilt.py key --flags="..."             # digest of all that the archives are made from
     python scripts/prebuilt.py pack BUILD_TREE KIT --flags="..."
@@ -155,11 +155,12 @@ def check(folder: Path, compiler: str) -> None:
             f"them: choose another compiler (CXX), or {again}"
         )
     if platform.machine() != manifest["machine"]:
-        raise KitError(f"the archives in {folder} are for {manifest['machine']}, not {platform.machine()}: {again}")
-    if _numbers(" ".join(platform.libc_ver())) < _numbers(manifest["libc"]):
         raise KitError(
-            f"the archives in {folder} need {manifest['libc']}, here is {' '.join(platform.libc_ver())}: {again}"
+            f"the archives in {folder} are for {manifest['machine']}, not {platform.machine()}: {again}"
         )
+    libc = " ".join(platform.libc_ver())
+    if _numbers(libc) < _numbers(manifest["libc"]):
+        raise KitError(f"the archives in {folder} need {manifest['libc']}, here is {libc}: {again}")
 
 
 def main() -> int:

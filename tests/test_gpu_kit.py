@@ -151,7 +151,7 @@ def findings(run) -> list[dict]:
 
 
 def test_time_that_runs_out_keeps_what_was_found(run, scripts: SimpleNamespace) -> None:
-    code = "import gpu_findings, time; gpu_findings.add('early', ok=True); print('said', flush=True); time.sleep(60)"
+    code = "import gpu_findings, time; gpu_findings.add('early', ok=True); print('said'); time.sleep(60)"
     assert not run.step("slow", [sys.executable, "-c", code], needs=1)
     assert not run.step("later", [sys.executable, "-c", ""], needs=1)
     found = findings(run)
@@ -184,7 +184,17 @@ def test_the_plugin_reports_each_failure_at_once(tmp_path: Path, scripts: Simple
     )
     results = tmp_path / "results.jsonl"
     env = {**os.environ, "PYTHONPATH": str(SCRIPTS), scripts.gpu_findings.VARIABLE: str(results)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_findings", "-p", "no:cacheprovider", "test_some.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "gpu_findings",
+        "-p",
+        "no:cacheprovider",
+        "test_some.py",
+    ]
     subprocess.run(command, cwd=tmp_path, env=env, check=False, capture_output=True)
     failed, skipped, counts = map(json.loads, results.read_text().splitlines())
     assert failed["test"] == "test_some.py::test_bad" and "assert 1 == 2" in failed["text"]
