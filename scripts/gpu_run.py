@@ -6,8 +6,8 @@
     scripts/gpu_run.sh all                        # all three, and the page, for the owner of a GPU
 
 It links the kit that scripts/gpu_prepare.sh made (--kit, by default build/gpu-kit/bundle) and installs
-it aside; without a kit it takes the pydiffusion that is installed. Findings go to OUT/results.jsonl at once, a
-line of JSON each, and OUT/page.md is made of them; what programs print goes to OUT/*.log whole. --dry-run does
+it aside; without a kit it takes the pydiffusion that is installed. Findings go to OUT/results.jsonl at once,
+a line of JSON each, OUT/page.md is made of them; what programs print goes to OUT/*.log whole. --dry-run does
 all of it on device="host" with a tiny model, without a network or a GPU.
 """
 
@@ -61,6 +61,7 @@ class Run:
         self.out: Path = options.out.resolve()
         self.out.mkdir(parents=True, exist_ok=True)
         self.results = self.out / "results.jsonl"
+        self.n_before = len(gpu_findings.read(self.results))  # of earlier calls
         self.device = "host" if options.dry_run else options.device
         self.commit = options.commit or prebuilt.commit_here()
         self.folder = Path(tempfile.mkdtemp(prefix="pydiffusion-gpu-", dir=options.folder))
@@ -278,20 +279,22 @@ class Run:
                 1,
             )
 
-    def page(self) -> None:
-        """OUT/page.md from all findings of the folder, and a summary."""
+    def page(self) -> int:
+        """OUT/page.md from all findings of the folder, and a summary; returns how many of this call failed."""
         if (self.site / "pydiffusion").exists() or importlib.util.find_spec("pydiffusion") is not None:
             with (self.out / "page.md").open("w") as page:
                 command = self.python(ROOT / "benchmarks/gpu.py", "page", self.results)
                 subprocess.run(command, stdout=page, env=self.env, cwd=self.folder, check=False)
-        found = gpu_findings.read(self.results)
-        failed = [entry for entry in found if entry.get("ok") is False]
+        found = gpu_findings.read(self.results)[self.n_before :]
+        failed = [entry for entry in found if entry.get("ok") is False or "error" in entry]
         skipped = [entry for entry in found if "skipped" in entry]
         for entry in failed:
-            print(f"FAILED {entry['finding']}: {entry.get('test') or entry.get('what') or ''}")
+            what = entry.get("test") or entry.get("what") or entry.get("error") or ""
+            print(f"FAILED {entry['finding']}: {what}")
         for entry in skipped:
             print(f"SKIPPED {entry['finding']}: {entry['skipped']}")
         self.say(f"{len(found)} findings, {len(failed)} failed, {len(skipped)} skipped: {self.out}")
+        return len(failed)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -338,19 +341,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     run = Run(parse())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    code = 0
     try:
         run.look()
         run.install()
         for call in ("check", "bench", "profile") if run.options.call == "all" else (run.options.call,):
             getattr(run, call)()
-        return 0
     except (RunError, prebuilt.KitError) as error:
         gpu_findings.add("run", ok=False, text=str(error))
         print(f"gpu_run: {error}", file=sys.stderr)
-        return 1
+        code = 1
     finally:
-        run.page()
+        n_failed = run.page()
         shutil.rmtree(run.folder, ignore_errors=True)
+    return code or (2 if n_failed else 0)
 
 
 if __name__ == "__main__":
