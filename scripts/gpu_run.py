@@ -7,7 +7,7 @@
 
 It links the kit that scripts/gpu_prepare.sh made (--kit, by default build/gpu-kit/bundle) and installs
 it aside; without a kit it takes the pydiffusion that is installed. Findings go to OUT/results.jsonl at once,
-a line of JSON each, OUT/page.md is made of them; what programs print goes to OUT/*.log whole. --dry-run does
+a line of JSON each, OUT/page.md is made of them; what programs print goes to OUT/log.txt whole. --dry-run does
 all of it on device="host" with a tiny model, without a network or a GPU.
 """
 
@@ -61,6 +61,7 @@ class Run:
         self.out: Path = options.out.resolve()
         self.out.mkdir(parents=True, exist_ok=True)
         self.results = self.out / "results.jsonl"
+        self.log = self.out / "log.txt"
         self.n_before = len(gpu_findings.read(self.results))  # of earlier calls
         self.device = "host" if options.dry_run else options.device
         self.commit = options.commit or prebuilt.commit_here()
@@ -80,12 +81,13 @@ class Run:
     def say(self, text: str) -> None:
         print(f"{time.time() - self.started:5.0f} s  {text}", flush=True)
 
-    def start(self, name: str, command: list[str], **env: str) -> subprocess.Popen[bytes]:
-        """Start a program in a process group of its own; what it prints goes to OUT/name.log."""
-        log = (self.out / f"{name}.log").open("wb")
-        with log:
+    def start(self, log: Path, command: list[str], **env: str) -> subprocess.Popen[bytes]:
+        """Start a program in a process group of its own; what it prints is added to the log."""
+        with log.open("ab") as file:
+            file.write(f"\n$ {' '.join(command)}\n".encode())
+            file.flush()
             return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                 env={**self.env, **env}, cwd=self.folder, start_new_session=True,
             )  # fmt: skip
 
@@ -97,7 +99,8 @@ class Run:
             return False
         self.say(name)
         began = time.time()
-        process = self.start(name, command, **env)
+        said_before = self.log.stat().st_size if self.log.exists() else 0
+        process = self.start(self.log, command, **env)
         try:
             code: int | None = process.wait(max(1.0, self.left()))
         except subprocess.TimeoutExpired:
@@ -111,8 +114,8 @@ class Run:
             return False
         figures: dict[str, Any] = {"ok": code == 0, "seconds": seconds}
         if code != 0:
-            figures |= {"exit": code, "text": last_lines(self.out / f"{name}.log")}
-            self.say(f"{name}: exit {code}, see {self.out / name}.log")
+            figures |= {"exit": code, "text": last_lines(self.log, said_before)}
+            self.say(f"{name}: exit {code}, see {self.log}")
         gpu_findings.add(name, **figures)
         return code == 0
 
@@ -182,12 +185,12 @@ class Run:
         left_out = {str(ROOT): {"build", "dist", ".git"}, str(ROOT / "vendor"): {"ggml"}}
         shutil.copytree(ROOT, tree, ignore=lambda folder, _: left_out.get(folder, set()), symlinks=True)
         if not self.step("install wheels", [*pip, *wheels], 5):
-            raise RunError("the kit's wheels can't be installed: see install wheels.log")
+            raise RunError(f"the kit's wheels can't be installed: see {self.log}")
         build = ["--no-build-isolation", f"-Ccmake.define.PYDIFFUSION_PREBUILT={archives}", "-v", str(tree)]
         if not self.step("build", [*pip, *build], 20):
-            lines = (self.out / "build.log").read_text(errors="replace").splitlines()
+            lines = self.log.read_text(errors="replace").splitlines()
             told = [line.strip() for line in lines if "prebuilt:" in line]
-            raise RunError(told[0] if told else f"the bindings can't be built: see {self.out}/build.log")
+            raise RunError(told[-1] if told else f"the bindings can't be built: see {self.log}")
 
     def python(self, script: str | Path, *arguments: object) -> list[str]:
         return [sys.executable, str(script), *map(str, arguments)]
@@ -196,7 +199,7 @@ class Run:
 
     def check(self) -> None:
         write = self.python(ROOT / "benchmarks/gpu.py", "--write-only", *self.model())
-        writing = self.start("write the model", write)  # while the tests run
+        writing = self.start(self.out / "write.txt", write)  # while the tests run
         try:
             exact = {"NVIDIA_TF32_OVERRIDE": "0"}  # float32 products exact, as the tests' bounds want them
             self.step("kernels' tests", self.pytest("test_device_kernels.py"), 10, **exact)
@@ -316,8 +319,9 @@ def said(*command: str) -> list[str]:
         return []
 
 
-def last_lines(log: Path, n: int = 25) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-n:])
+def last_lines(log: Path, begin: int, n: int = 25) -> str:
+    """Of what was added from the byte ``begin`` on."""
+    return "\n".join(log.read_bytes()[begin:].decode(errors="replace").splitlines()[-n:])
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
