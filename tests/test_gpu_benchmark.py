@@ -96,6 +96,48 @@ def test_all_measurements(
     assert capsys.readouterr().out.strip() == page.strip()
 
 
+def test_as_on_a_gpu(
+    scripts: SimpleNamespace,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The driver's figures, memory in use, and the process without CUDA graphs, with a GPU made up."""
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text(
+        '#!/bin/sh\ncase "$1" in *name*) echo "NVIDIA H100 80GB HBM3, 580";; *) echo "1980 MHz, 3 W"; esac\n'
+    )
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    free = iter(range(100_000_000_000, 0, -1_000_000_000))
+
+    def devices() -> list[Any]:
+        return [
+            SimpleNamespace(name="host", description="made up", free_bytes=next(free), total_bytes=10**11)
+        ]
+
+    monkeypatch.setattr(scripts.gpu, "devices", devices)
+    monkeypatch.setattr(scripts.measure, "devices", devices)
+    results = tmp_path / "results.jsonl"
+    assert scripts.gpu.main(given(models, results, "--only", "steps", "graphs-off", "cpu-experts")) == 0
+    page = capsys.readouterr().out
+    by_key = {(entry["finding"], entry.get("variant")): entry for entry in read(results)}
+    assert not [entry for entry in by_key.values() if "error" in entry], by_key
+    assert by_key["load", None]["used_by_model"] == 1e9 and by_key["first-step", None]["used"] == 3e9
+    off = by_key["steps:16", "graphs-off"]
+    assert off["commit"] == "abc123" and off["step"] > 0
+    assert by_key["machine", "graphs-off"]["environment"]["GGML_CUDA_DISABLE_GRAPHS"] == "1"
+    assert by_key["cpu-experts", None]["per_layer"] is not None
+    for row in (
+        "# pydiffusion on NVIDIA H100 80GB HBM3",
+        "| q8_0 graphs-off | 16 | ",
+        "- q8_0 graphs-off, steps:16: ",
+        "| 1980 MHz, 3 W |",
+    ):
+        assert row in page, page
+
+
 def test_time_runs_out(scripts: SimpleNamespace, models: Path, tmp_path: Path) -> None:
     """Steps that would take a minute are cut off; what was found before is kept, and a line says so."""
     results = tmp_path / "results.jsonl"
