@@ -7,8 +7,9 @@
 
 It links the kit that scripts/gpu_prepare.sh made (--kit, by default build/gpu-kit/bundle) and installs
 it aside; without a kit it takes the pydiffusion that is installed. Findings go to OUT/results.jsonl at once,
-a line of JSON each, OUT/page.md is made of them; what programs print goes to OUT/log.txt whole. --dry-run does
-all of it on device="host" with a tiny model, without a network or a GPU.
+a line of JSON each, and OUT/page.md is made of them; what programs print goes to OUT/log.txt whole. --dry-run
+does all of it on device="host" with a tiny model, without a network or a GPU. Exit status: 1 where it could not
+run, 2 where something that it found is wrong.
 """
 
 from __future__ import annotations
@@ -210,12 +211,15 @@ class Run:
             self.step("parity", self.python(SCRIPTS / "gpu_parity.py", *parity), 20, **exact)
             self.benchmark("the 26B", 30, "--only", "steps", "--prompts", "128", "--timed", "4")
             self.sanitize()
+            if self.device == "CUDA0":  # two devices that ggml makes of one card
+                tests = self.pytest("test_device.py", "test_placement.py", device="CUDA1")
+                self.step("tests of two devices", tests, 15, GGML_CUDA_DEVICES="2", **exact)
         finally:
             end_group(writing)
 
-    def pytest(self, *files: str) -> list[str]:
+    def pytest(self, *files: str, device: str | None = None) -> list[str]:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_findings", "-p", "no:cacheprovider"]
-        command += ["-o", "addopts=", "-m", "not slow", "-k", self.device]
+        command += ["-o", "addopts=", "-m", "not slow", "-k", device or self.device]
         if (
             importlib.util.find_spec("xdist") is not None
         ):  # a process that ggml ends takes only its test along
@@ -276,18 +280,14 @@ class Run:
         command = [ncu, "--clock-control", "none", "--metrics", "gpu__time_duration.sum", "--csv"]
         command += ["--profile-from-start", "off", "--log-file", str(csv), *run]
         if self.step("profile", command, 60, GGML_CUDA_DISABLE_GRAPHS="1"):
-            self.step(
-                "kernels",
-                self.python(script, "table", csv, "--results", self.results, "--commit", self.commit),
-                1,
-            )
+            found = ["--results", self.results, "--commit", self.commit]
+            self.step("kernels", self.python(script, "table", csv, *found), 1)
 
     def page(self) -> int:
-        """OUT/page.md from all findings of the folder, and a summary; returns how many of this call failed."""
-        if (self.site / "pydiffusion").exists() or importlib.util.find_spec("pydiffusion") is not None:
-            with (self.out / "page.md").open("w") as page:
-                command = self.python(ROOT / "benchmarks/gpu.py", "page", self.results)
-                subprocess.run(command, stdout=page, env=self.env, cwd=self.folder, check=False)
+        """OUT/page.md from all findings of the folder, and a summary; returns how many failed in this call."""
+        with (self.out / "page.md").open("w") as page:
+            command = self.python(ROOT / "benchmarks/gpu_page.py", self.results)
+            subprocess.run(command, stdout=page, env=self.env, check=False)
         found = gpu_findings.read(self.results)[self.n_before :]
         failed = [entry for entry in found if entry.get("ok") is False or "error" in entry]
         skipped = [entry for entry in found if "skipped" in entry]
