@@ -41,13 +41,21 @@ def read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-# pytest's hooks; with pytest-xdist they run in the process that collects its workers' reports.
+# pytest's hooks; with pytest-xdist only the process that collects its workers' reports writes findings.
 
 _counts: dict[str, int] = {}
+_worker = False
 _MAX_TEXT = 3000  # characters of a failure's end
 
 
+def pytest_configure(config: Any) -> None:
+    global _worker
+    _worker = hasattr(config, "workerinput")
+
+
 def pytest_runtest_logreport(report: Any) -> None:
+    if _worker:
+        return
     if report.when == "call" or report.outcome != "passed":
         _counts[report.outcome] = _counts.get(report.outcome, 0) + 1
     if report.outcome == "failed":
@@ -57,5 +65,5 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 
 def pytest_sessionfinish(session: Any, exitstatus: int) -> None:
-    if not hasattr(session.config, "workerinput"):
+    if not _worker:
         add("tests", ok=exitstatus == 0, **_counts)

@@ -7,9 +7,9 @@
 
 It links the kit that scripts/gpu_prepare.sh made (--kit, by default build/gpu-kit/bundle) and installs
 it aside; without a kit it takes the pydiffusion that is installed. Findings go to OUT/results.jsonl at once,
-a line of JSON each, and OUT/page.md is made of them; what programs print goes to OUT/log.txt whole. --dry-run
-does all of it on device="host" with a tiny model, without a network or a GPU. Exit status: 1 where it could not
-run, 2 where something that it found is wrong.
+a line of JSON each, and OUT/page.md is made of them; what programs print goes to OUT/log.txt whole.
+--dry-run does all of it on device="host" with a tiny model, without a network or a GPU. Exit status: 1 where
+it could not run, 2 where something that it found is wrong.
 """
 
 from __future__ import annotations
@@ -202,18 +202,17 @@ class Run:
         write = self.python(ROOT / "benchmarks/gpu.py", "--write-only", *self.model())
         writing = self.start(self.out / "write.txt", write)  # while the tests run
         try:
-            exact = {"NVIDIA_TF32_OVERRIDE": "0"}  # float32 products exact, as the tests' bounds want them
-            self.step("kernels' tests", self.pytest("test_device_kernels.py"), 10, **exact)
-            self.step("device tests", self.pytest("test_device.py", "test_placement.py"), 15, **exact)
+            self.step("kernels' tests", self.pytest("test_device_kernels.py"), 10)
+            self.step("device tests", self.pytest("test_device.py", "test_placement.py"), 15)
             parity = ["--device", self.device, "--folder", self.folder]
             if self.options.dry_run:
                 parity += ["--models", "tiny", "--types", "f32", "q4_k_m"]
-            self.step("parity", self.python(SCRIPTS / "gpu_parity.py", *parity), 20, **exact)
+            self.step("parity", self.python(SCRIPTS / "gpu_parity.py", *parity), 20)
             self.benchmark("the 26B", 30, "--only", "steps", "--prompts", "128", "--timed", "4")
             self.sanitize()
             if self.device == "CUDA0":  # two devices that ggml makes of one card
                 tests = self.pytest("test_device.py", "test_placement.py", device="CUDA1")
-                self.step("tests of two devices", tests, 15, GGML_CUDA_DEVICES="2", **exact)
+                self.step("tests of two devices", tests, 15, GGML_CUDA_DEVICES="2")
         finally:
             end_group(writing)
 
@@ -232,22 +231,13 @@ class Run:
             why = "no GPU in a dry run" if self.options.dry_run else "compute-sanitizer is not installed"
             gpu_findings.add("sanitizer", skipped=why)
             return
-        tests = [
-            f"{ROOT}/tests/test_device_kernels.py::{name.format(device=self.device)}" for name in SANITIZED
-        ]
+        file = f"{ROOT}/tests/test_device_kernels.py::"
+        tests = [file + name.format(device=self.device) for name in SANITIZED]
+        pytest = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *tests]
+        # Races that racecheck sees in cuBLAS's own kernels are not ours to mend.
+        others = ["--kernel-name-exclude", "kernel_substring=nvjet"]
         for check in ("memcheck", "racecheck"):
-            command = [tool, "--tool", check, "--error-exitcode", "9", "--launch-timeout", "0"]
-            command += [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-o",
-                "addopts=",
-                "-p",
-                "no:cacheprovider",
-                *tests,
-            ]
+            command = [tool, "--tool", check, *others, "--error-exitcode", "9", *pytest]
             self.step(f"sanitizer {check}", command, 15)
 
     def benchmark(self, name: str, needs: float, *more: str) -> bool:
@@ -284,7 +274,7 @@ class Run:
             self.step("kernels", self.python(script, "table", csv, *found), 1)
 
     def page(self) -> int:
-        """OUT/page.md from all findings of the folder, and a summary; returns how many failed in this call."""
+        """OUT/page.md from all findings in the folder, and a summary; returns how many failed in this call."""
         with (self.out / "page.md").open("w") as page:
             command = self.python(ROOT / "benchmarks/gpu_page.py", self.results)
             subprocess.run(command, stdout=page, env=self.env, check=False)

@@ -84,7 +84,7 @@ def test_a_changed_tree_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tree / "file.c").write_text("int x;")
     lock = tmp_path / "ggml.lock"
     line = f"llama-cpp-python==0 --hash=sha256:{'0' * 64}"
-    lock.write_text(f"{line}\n# tree-sha256: {fetch.tree_digest(tree)}\n")
+    lock.write_text(f"{line}\n# tree-sha256: 0\n# patched-sha256: {fetch.tree_digest(tree)}\n")
     monkeypatch.setattr(fetch, "TARGET", tree)
     monkeypatch.setattr(fetch, "LOCK", lock)
     monkeypatch.setattr(sys, "argv", ["fetch_ggml.py"])
@@ -92,6 +92,38 @@ def test_a_changed_tree_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tree / "file.c").write_text("int y;")
     assert fetch.main() == 1
     assert "is not the pinned ggml" in capsys.readouterr().err
+
+
+def test_patches_are_applied_once_and_without_tolerance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """A tree from before there were patches gets them; one in which a line is elsewhere is refused whole."""
+    fetch = fetch_module()
+    tree, patches, lock = tmp_path / "ggml", tmp_path / "patches", tmp_path / "ggml.lock"
+    tree.mkdir()
+    patches.mkdir()
+    before = "".join(f"line {i}\n" for i in range(1, 21))
+    after = before.replace("line 3\n", "third\n").replace("line 17\n", "line 17\nmore\n")
+    (patches / "0001-some.patch").write_text(
+        "Why.\n\n--- a/file.c\n+++ b/file.c\n@@ -2,3 +2,3 @@\n line 2\n-line 3\n+third\n line 4\n"
+        "@@ -17,2 +17,3 @@ void f()\n line 17\n+more\n line 18\n"
+    )
+    digests = {}
+    for name, text in (("patched", after), ("tree", before)):
+        (tree / "file.c").write_text(text)
+        digests[name] = fetch.tree_digest(tree)
+    line = f"llama-cpp-python==0 --hash=sha256:{'0' * 64}"
+    lock.write_text(f"{line}\n# tree-sha256: {digests['tree']}\n# patched-sha256: {digests['patched']}\n")
+    for name, value in (("TARGET", tree), ("LOCK", lock), ("PATCHES", patches)):
+        monkeypatch.setattr(fetch, name, value)
+    monkeypatch.setattr(sys, "argv", ["fetch_ggml.py"])
+    for _ in range(2):
+        assert fetch.main() == 0
+        assert (tree / "file.c").read_text() == after
+    for text in (before.replace("line 4", "line four"), "line 0\n" + before):
+        (tree / "file.c").write_text(text)
+        with pytest.raises(fetch.FetchError, match=r"0001-some.patch: .*file.c, line 2: the file is not as"):
+            fetch.apply_patches(tree)
 
 
 def test_a_lock_without_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -39,7 +39,8 @@ def open_on(path: Path, device: str, kv_type: str = "f32", **placement: int) -> 
 def test_f32_logits(
     device: str, source: str, name: str, gguf_file: Callable, report: Callable[[str], None]
 ) -> None:
-    """Against transformers. ggml's GELU on the processor goes through a table of float16, CUDA's does not."""
+    """Against transformers. ggml's GELU on the CPU goes through a table of float16, CUDA's does not."""
+    slack = 10 if "host" in device else 1
     shape, options = SOURCES[source]
     model = open_on(gguf_file(shape, "f32", **options), device)
     assert model.description["backend"] == device
@@ -50,7 +51,7 @@ def test_f32_logits(
     for key, logits in denoise_case(session, golden).items():
         difference = compare(logits, golden[key])
         report(f"device {device}, F32, {source}, {name}, {key}: {difference}")
-        assert_within(difference, 10 * MEAN_BOUND, 10 * MAX_BOUND)
+        assert_within(difference, slack * MEAN_BOUND, slack * MAX_BOUND)
 
 
 @pytest.mark.parametrize("source", SOURCES)

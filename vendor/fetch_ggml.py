@@ -1,4 +1,4 @@
-"""Bring the pinned ggml into ``vendor/ggml`` and prove that it is the pinned one.
+"""Bring the pinned ggml with our patches into ``vendor/ggml`` and prove that it is that one.
 
 Run by CMake at configure time; needs only the standard library and pip. Exit code 1 with one line on stderr
 when the source can't be had or is not the pinned one.
@@ -18,6 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LOCK = HERE / "ggml.lock"
+PATCHES = HERE / "patches"
 TARGET = HERE / "ggml"
 
 # Of ggml's folders, those that we build, and the files at the top of src/.
@@ -32,14 +33,17 @@ class FetchError(Exception):
     """The source can't be had, or is not what the lock file says."""
 
 
-def read_lock() -> tuple[str, str]:
-    """The requirement line and the tree's digest."""
+def read_lock() -> tuple[str, str, str]:
+    """The requirement line, and the tree's digests before and after the patches."""
     text = LOCK.read_text(encoding="utf-8")
     requirement = re.search(r"^[a-z].*--hash=sha256:[0-9a-f]{64}$", text, re.MULTILINE)
     digest = re.search(r"^# tree-sha256: (\S+)$", text, re.MULTILINE)
-    if not requirement or not digest:
-        raise FetchError(f"{LOCK}: no requirement line with a sha256, or no tree-sha256 line")
-    return requirement.group(0), digest.group(1)
+    patched = re.search(r"^# patched-sha256: (\S+)$", text, re.MULTILINE)
+    if not requirement or not digest or not patched:
+        raise FetchError(
+            f"{LOCK}: no requirement line with a sha256, or no tree-sha256 or patched-sha256 line"
+        )
+    return requirement.group(0), digest.group(1), patched.group(1)
 
 
 def tree_digest(root: Path) -> str:
@@ -91,30 +95,81 @@ def unpack(archive: Path, target: Path) -> None:
                 shutil.copyfileobj(source, out)
 
 
-def fetch(requirement: str) -> None:
+def patched_text(text: str, hunks: list[str], where: str) -> str:
+    """The text with the hunks of a unified diff applied; every line must be where the diff says."""
+    lines, result, at = text.splitlines(keepends=True), [], 0
+    for hunk in hunks:
+        head, *body = hunk.splitlines(keepends=True)
+        begin = int(re.match(r"-(\d+)", head).group(1)) - 1
+        old = [line[1:] for line in body if line[0] in " -"]
+        if begin < at or lines[begin : begin + len(old)] != old:
+            raise FetchError(f"{where}, line {begin + 1}: the file is not as the patch expects it")
+        result += lines[at:begin] + [line[1:] for line in body if line[0] in " +"]
+        at = begin + len(old)
+    return "".join(result + lines[at:])
+
+
+def apply_patches(root: Path) -> None:
+    """Apply vendor/patches in the order of their names; what stands before a diff is its reason."""
+    for patch in sorted(PATCHES.glob("*.patch")):
+        for diff in re.split(r"^--- a/", patch.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+            names, *hunks = re.split(r"^@@ ", diff, flags=re.MULTILINE)
+            target = root / names.splitlines()[0].strip()
+            text = patched_text(target.read_text(encoding="utf-8"), hunks, f"{patch.name}: {target}")
+            target.write_text(text, encoding="utf-8", newline="\n")
+
+
+def require_digest(root: Path, expected: str, what: str) -> None:
+    found = tree_digest(root)
+    if found != expected:
+        raise FetchError(f"{TARGET} is not the {what} (digest {found}, pinned {expected}): delete it")
+
+
+def fetch(requirement: str, digest: str | None) -> tuple[str, str]:
+    """Download, check, patch and put in place; returns the digests before and after the patches."""
     with tempfile.TemporaryDirectory(dir=HERE, prefix=".fetch-") as name:
         folder = Path(name)
         unpacked = folder / "ggml"
         unpack(download(requirement, folder), unpacked)
+        before = tree_digest(unpacked)
+        if digest is not None:
+            require_digest(unpacked, digest, "pinned ggml")
+        apply_patches(unpacked)
+        after = tree_digest(unpacked)
         unpacked.rename(TARGET)
+        return before, after
+
+
+def update(requirement: str) -> None:
+    """Fetch anew and write the digests of what came into the lock."""
+    if TARGET.exists():
+        raise FetchError(f"{TARGET} is there: delete it, so that what is pinned is fetched")
+    before, after = fetch(requirement, None)
+    text = LOCK.read_text(encoding="utf-8")
+    text = re.sub(r"^# tree-sha256: .*$", f"# tree-sha256: {before}", text, flags=re.MULTILINE)
+    text = re.sub(r"^# patched-sha256: .*$", f"# patched-sha256: {after}", text, flags=re.MULTILINE)
+    LOCK.write_text(text, encoding="utf-8")
+
+
+def bring(requirement: str, digest: str, patched: str) -> None:
+    """Have the pinned ggml with our patches in place."""
+    if not TARGET.is_dir():
+        fetch(requirement, digest)
+    elif tree_digest(TARGET) == digest != patched:
+        apply_patches(TARGET)  # a tree from before there were patches
+    require_digest(TARGET, patched, "pinned ggml with vendor/patches")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--update", action="store_true", help="write the digest of the tree into ggml.lock")
+    parser.add_argument("--update", action="store_true", help="fetch anew, and write digests to ggml.lock")
     options = parser.parse_args()
     try:
-        requirement, expected = read_lock()
-        if not TARGET.is_dir():
-            fetch(requirement)
-        found = tree_digest(TARGET)
+        requirement, digest, patched = read_lock()
         if options.update:
-            text = LOCK.read_text(encoding="utf-8")
-            LOCK.write_text(text.replace(f"# tree-sha256: {expected}", f"# tree-sha256: {found}"), "utf-8")
-        elif found != expected:
-            raise FetchError(
-                f"{TARGET} is not the pinned ggml (digest {found}, pinned {expected}): delete it"
-            )
+            update(requirement)
+        else:
+            bring(requirement, digest, patched)
     except (FetchError, OSError, tarfile.TarError) as error:
         print(f"fetch_ggml: {error}", file=sys.stderr)
         return 1
