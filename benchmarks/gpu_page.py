@@ -20,6 +20,7 @@ MEASUREMENTS = (
     "cpu-experts", "step-kernels",
 )  # fmt: skip
 _HEADER = ("when", "finding", "commit", "shape", "type", "variant", "ok", "took", "seconds", "begun")
+_CHECKED = ("file", "what", "test")  # what a check is of, beside its finding's name
 _SHORT = 100  # characters of a check's detail that go into the table
 
 #: Public figures for the 26B, by what the GPU's name has: software and weights, what they measured.
@@ -61,10 +62,10 @@ def kind_of(entry: Entry) -> str:
 
 
 def latest(entries: Iterable[Entry]) -> list[Entry]:
-    """The last entry of each measurement, in the order in which they were first made."""
-    last: dict[tuple[str, str | None, str], Entry] = {}
+    """The last entry of each measurement and check, in the order in which they were first made."""
+    last: dict[tuple[Any, ...], Entry] = {}
     for entry in entries:
-        last[key_of(entry)] = entry
+        last[key_of(entry) + tuple(entry.get(name) for name in _CHECKED)] = entry
     return list(last.values())
 
 
@@ -187,20 +188,22 @@ def checks(found: Findings) -> str:
     """Checks with pass, fail or skipped, and failures in full."""
     rows, failures = [], []
     for entry in filter(is_check, found.all):
-        state = (
-            "skipped" if "skipped" in entry or entry.get("ok") is None else "pass" if entry["ok"] else "FAIL"
-        )
-        details = {name: value for name, value in entry.items() if name not in _HEADER}
+        if entry.get("ok") is None and "skipped" not in entry:
+            state = ""  # a figure that is neither right nor wrong
+        else:
+            state = "skipped" if "skipped" in entry else "pass" if entry["ok"] else "FAIL"
+        name = ": ".join([entry["finding"], *(str(entry[of]) for of in _CHECKED if entry.get(of))])
+        details = {key: value for key, value in entry.items() if key not in (*_HEADER, *_CHECKED)}
         short = ", ".join(
-            f"{name} {value}"
-            for name, value in details.items()
+            f"{key} {f'{value:.3g}' if isinstance(value, float) else value}"
+            for key, value in details.items()
             if len(str(value)) <= _SHORT and "\n" not in str(value)
         )
         seconds = entry.get("took", entry.get("seconds"))
         took = f"{seconds:.1f}" if isinstance(seconds, int | float) else ""
-        rows.append([entry["finding"], label(entry), state, took, short.replace("|", "\\|")])
+        rows.append([name, label(entry), state, took, short.replace("|", "\\|")])
         if state == "FAIL":
-            failures.append(in_full(entry["finding"], details))
+            failures.append(in_full(name, details))
     n = {state: sum(row[2] == state for row in rows) for state in ("pass", "FAIL", "skipped")}
     line = f"{n['pass']} pass, {n['FAIL']} fail, {n['skipped']} skipped."
     return section(

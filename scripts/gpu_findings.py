@@ -66,4 +66,6 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 def pytest_sessionfinish(session: Any, exitstatus: int) -> None:
     if not _worker:
-        add("tests", ok=exitstatus == 0, **_counts)
+        options = session.config
+        files = " ".join(Path(one).name for one in options.args)
+        add("tests", what=f"{files} -k {options.option.keyword}", ok=exitstatus == 0, **_counts)

@@ -274,7 +274,7 @@ class Run:
             self.step("kernels", self.python(script, "table", csv, *found), 1)
 
     def page(self) -> int:
-        """OUT/page.md from all findings in the folder, and a summary; returns how many failed in this call."""
+        """OUT/page.md from all findings in the folder, and a summary; returns how many failed just now."""
         with (self.out / "page.md").open("w") as page:
             command = self.python(ROOT / "benchmarks/gpu_page.py", self.results)
             subprocess.run(command, stdout=page, env=self.env, check=False)

@@ -22,11 +22,6 @@ GPUS = [device.name for device in devices()]
 DEVICES = ["host", "host,host", *GPUS, *([",".join(GPUS)] if len(GPUS) > 1 else [])]
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
-#: On average, of logits of range 25. Kernels round a column's activations to 8 bits: on the processor by
-#: blocks of 256 for k-quants, CUDA's by blocks of 32. Where but a last bit differs before such a rounding, as
-#: of two GELUs on the processor, it is 0.17, and an eighth of the positions have another argmax.
-PARTS_MEAN = 0.5
-
 N_LAYERS = {name: len(SHAPES[shape].layers) for name, (shape, _) in SOURCES.items()}
 
 
@@ -151,8 +146,11 @@ def test_a_cache_in_parts(device: str, gguf_file: Callable) -> None:
 def test_parts_of_the_model_on_the_device(
     device: str, n_gpu_layers: int, n_cpu_moe: int, gguf_file: Callable, report: Callable[[str], None]
 ) -> None:
-    """Where the parts lie changes nothing on the processor, and on a GPU little. The description says it."""
-    file = gguf_file("small", "q4_k_m", seed=0, dtype="f32")
+    """Where the parts are changes nothing. On a GPU with float32 weights, and but for rounding: its quantized
+    matmuls round activations in other blocks than the CPU's.
+    """
+    on_gpu = "host" not in device
+    file = gguf_file("small", "f32" if on_gpu else "q4_k_m", seed=0, dtype="f32")
     golden = case(load_golden("logits-small-f32"), "commit")
     whole = open_on(file, device)
     parts = open_on(file, device, n_gpu_layers=n_gpu_layers, n_cpu_moe=n_cpu_moe)
@@ -163,12 +161,13 @@ def test_parts_of_the_model_on_the_device(
         session = _native.Session(model, 128)
         encode_case(session, golden)
         results.append(denoise_case(session, golden))
-    for key in results[0]:
-        if "host" in device:
-            assert np.array_equal(results[0][key], results[1][key])
-        difference = compare(results[1][key], results[0][key])
+    for key, logits in results[0].items():
+        difference = compare(results[1][key], logits)
         report(f"device {device}, layers {n_gpu_layers}, without experts {n_cpu_moe}, {key}: {difference}")
-        assert difference.mean <= PARTS_MEAN and difference.agreement >= 0.75, difference
+        if on_gpu:  # GELU's table of float16 on the CPU
+            assert_within(difference, 10 * MEAN_BOUND, 10 * MAX_BOUND)
+        else:
+            assert np.array_equal(results[1][key], logits)
 
 
 OPTIONS = GenerationOptions(max_tokens=40, steps=6, seed=5, dropped_mass=1e-4)
