@@ -192,19 +192,14 @@ class Bench:
         }
 
     def profile(self) -> Figures:
-        """Parts of the last step and its operations, each run for itself and waited for."""
+        """Parts of the last step, each run for itself and waited for."""
         if not self.whole:
             return {"parts_skipped": "a step that runs in several places can't be timed by part"}
         runs = [self.session.profile_step() for _ in range(4 if self.step_seconds < 1 else 2)][1:]
         parts = {
             name: [statistics.median(run[name][0] for run in runs), *runs[0][name][1:]] for name in runs[0]
         }
-        operations = self.session.profile_step(by_operation=True)
-        return {
-            "parts": parts,
-            "operations": {name: cost[0] for name, cost in operations.items()},
-            "nodes": self.session.step_ops,
-        }
+        return {"parts": parts, "nodes": self.session.step_ops}
 
     # The measurements
 

@@ -213,16 +213,6 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(Workspace& workspace
     const auto time = [&](const std::function<void()>& work) {
         return model_.engine.on_device() ? model_.engine.kernels().seconds_of(work) : seconds_of(work);
     };
-    const double row_bytes = sizeof(float) * static_cast<double>(model_.hparams.n_vocab);
-    for (const auto& [canvas, n] : canvases_) {
-        if (!model_.engine.on_device()) break;
-        PartCost &conditioning = costs["self-conditioning"], &sampler = costs["sampler"];
-        conditioning.seconds +=
-            time([&, canvas = canvas, n = n] { canvas->condition(model_.weights.token_embd, n); });
-        conditioning.bytes += 3.0 * row_bytes * static_cast<double>(n);
-        sampler.seconds += time([canvas = canvas, n = n] { canvas->measure(n); });
-        sampler.bytes += 2.0 * row_bytes * static_cast<double>(n);
-    }
     for (int first = 0, end = 0; first < n_nodes; first = end) {
         const std::string part = part_of(ggml_graph_node(built_->graph, first));
         PartCost& cost = costs[part];
@@ -231,6 +221,17 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(Workspace& workspace
         // A view knows how often each node is used, without which ggml fuses none.
         ggml_cgraph nodes = ggml_graph_view(built_->graph, first, end);
         cost.seconds += time([&] { workspace.compute_nodes(&nodes, [&] { return cancel.load(); }); });
+    }
+    if (!model_.engine.on_device()) return costs;
+    // The sampler caps the logits that the nodes have just made; self-conditioning reads them capped.
+    const double row_bytes = sizeof(float) * static_cast<double>(model_.hparams.n_vocab);
+    for (const auto& [canvas, n] : canvases_) {
+        PartCost &conditioning = costs["self-conditioning"], &sampler = costs["sampler"];
+        sampler.seconds += time([canvas = canvas, n = n] { canvas->measure(n); });
+        sampler.bytes += 2.0 * row_bytes * static_cast<double>(n);
+        conditioning.seconds +=
+            time([&, canvas = canvas, n = n] { canvas->condition(model_.weights.token_embd, n); });
+        conditioning.bytes += 3.0 * row_bytes * static_cast<double>(n);
     }
     return costs;
 }

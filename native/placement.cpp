@@ -101,11 +101,15 @@ struct Costs {
 
 Costs::Costs(const File& file, const Hyperparameters& hp, const SessionNeeds& needs, const Sizes& sizes)
     : layers(hp.layers.size()) {
+    uint64_t widened = 0;
     for (const TensorInfo& tensor : file.tensors()) {
         const int32_t i = layer_of(tensor.name);
         if (i >= hp.n_layer) continue;  // refused when it is loaded
         uint64_t& sum = i < 0 ? outside : is_of_experts(tensor.name) ? layers[i].experts : layers[i].weights;
         sum += sizes.of(tensor.type, tensor.ne);
+        // CUDA makes float32 of a matrix of float16, for float32 sums (see with_exact_sums).
+        if (tensor.type == GGML_TYPE_F16 && tensor.ne.size() > 1)
+            widened = std::max(widened, static_cast<uint64_t>(tensor.ne[0] * tensor.ne[1]) * sizeof(float));
     }
     const int64_t n_ctx = needs.n_ctx, n_tokens = std::max(kEncodeChunk, hp.canvas_length);
     int64_t attention = 0;
@@ -118,7 +122,7 @@ Costs::Costs(const File& file, const Hyperparameters& hp, const SessionNeeds& ne
     const int64_t dense = 3 * int64_t{hp.n_ff} + 6 * hp.n_embd;
     const int64_t activations = n_tokens * (of_experts + dense) * static_cast<int64_t>(sizeof(float));
     const int64_t masks = 2 * n_tokens * n_ctx * static_cast<int64_t>(sizeof(ggml_fp16_t));
-    step = needs.n_sessions * static_cast<uint64_t>(activations + attention + masks);
+    step = needs.n_sessions * static_cast<uint64_t>(activations + attention + masks) + widened;
 
     const int64_t logits =
         int64_t{hp.canvas_length} * (hp.n_vocab + hp.n_embd) * static_cast<int64_t>(sizeof(float));

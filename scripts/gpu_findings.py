@@ -44,28 +44,31 @@ def read(path: Path) -> list[dict[str, Any]]:
 # pytest's hooks; with pytest-xdist only the process that collects its workers' reports writes findings.
 
 _counts: dict[str, int] = {}
+_what = ""  # files and choice of this run
 _worker = False
 _MAX_TEXT = 3000  # characters of a failure's end
 
 
 def pytest_configure(config: Any) -> None:
-    global _worker
+    global _what, _worker
     _worker = hasattr(config, "workerinput")
+    _what = f"{' '.join(Path(one).name for one in config.args)} -k {config.option.keyword}"
+    if not _worker:
+        add("tests", what=_what, begun=True)
 
 
 def pytest_runtest_logreport(report: Any) -> None:
     if _worker:
         return
     if report.when == "call" or report.outcome != "passed":
-        _counts[report.outcome] = _counts.get(report.outcome, 0) + 1
+        _counts[f"n_{report.outcome}"] = _counts.get(f"n_{report.outcome}", 0) + 1
     if report.outcome == "failed":
-        add("test failed", test=report.nodeid, ok=False, text=report.longreprtext[-_MAX_TEXT:])
+        text = report.longreprtext[-_MAX_TEXT:]
+        add("test failed", test=report.nodeid, of=_what, ok=False, text=text)
     elif report.outcome == "skipped":
-        add("test skipped", test=report.nodeid, text=report.longreprtext[-300:])
+        add("test skipped", test=report.nodeid, of=_what, skipped=report.longreprtext[-300:])
 
 
 def pytest_sessionfinish(session: Any, exitstatus: int) -> None:
     if not _worker:
-        options = session.config
-        files = " ".join(Path(one).name for one in options.args)
-        add("tests", what=f"{files} -k {options.option.keyword}", ok=exitstatus == 0, **_counts)
+        add("tests", what=_what, ok=exitstatus == 0, **_counts)

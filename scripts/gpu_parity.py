@@ -23,13 +23,12 @@ from pydiffusion import DiffusionModel, GenerationOptions, _native, convert, dem
 from pydiffusion.demo import tasks
 from pydiffusion.synthetic import write_synthetic
 
-#: Bounds on the mean difference between a device's logits and the CPU's, of a range of some 25. Both round
-#: activations of quantized matmuls to 8 bits, in blocks of other sizes, which costs each of them up to 0.16
-#: (docs/parity.md). With float32 weights only the order of sums differs, and GELU's table on the CPU.
-MEAN_BOUND = {"f32": 1e-2, "bf16": 0.1, "f16": 0.1, "q8_0": 0.3, "q4_k_m": 0.3}
-AGREEMENT = (
-    0.99  # of the argmax, where it leads by more than twice the bound: random weights give flat logits
-)
+#: Bounds on the mean difference between a device's logits and the CPU's, as a share of their deviation. Both
+#: round activations of quantized matmuls to 8 bits, in blocks of other sizes; what was seen on an H200 is a
+#: third of it at most. With float32 weights only the order of sums differs.
+BOUND = {"f32": 1e-3, "bf16": 0.03, "f16": 0.03, "q8_0": 0.06, "q4_k_m": 0.3}
+#: Of the argmax, where it leads by so many mean differences: random weights give flat logits.
+AGREEMENT, LEAD = 0.99, 8
 N_REPEATS = 4  # ggml captures a CUDA graph when it has seen the same one a few times
 N_PUZZLES = 8
 
@@ -83,15 +82,20 @@ def solved_puzzles(path: str, device: str) -> int:
 
 
 def difference(a: np.ndarray, b: np.ndarray, bound: float) -> dict[str, Any]:
-    """Of logits (n, n_vocab): mean and largest, equal argmaxes among all positions and the decided ones."""
+    """Of logits (n, n_vocab): mean and largest, equal argmaxes among all positions and the decided ones.
+
+    bound: on the mean, as a share of the standard deviation of ``b``.
+    """
     gap = np.abs(a.astype(np.float64) - b)
+    deviation = float(b.std())
     equal = a.argmax(-1) == b.argmax(-1)
     second, first = np.partition(b, -2, axis=-1)[:, -2:].T
-    decided = first - second > 2 * bound
+    decided = first - second > LEAD * gap.mean()
     of_decided = float(equal[decided].mean()) if decided.any() else 1.0
     return {
-        "ok": bool(gap.mean() <= bound and of_decided >= AGREEMENT),
+        "ok": bool(gap.mean() <= bound * deviation and of_decided >= AGREEMENT),
         "mean": float(gap.mean()),
+        "deviation": deviation,
         "max": float(gap.max()),
         "equal": float(equal.mean()),
         "decided": int(decided.sum()),
@@ -137,7 +141,7 @@ def judge(path: Path, type_name: str, results: dict[str, dict[str, np.ndarray]])
         return
     if "CPU" in results:
         for key in logits:
-            found = difference(device[key], results["CPU"][key], MEAN_BOUND[type_name])
+            found = difference(device[key], results["CPU"][key], BOUND[type_name])
             report("parity", **common, what=f"{key}: device against CPU", **found)
         same = np.array_equal(device["text"], results["CPU"]["text"])
         report("parity", **common, what="text: device against CPU", equal=same)  # may differ: rounding
@@ -158,7 +162,7 @@ def judge(path: Path, type_name: str, results: dict[str, dict[str, np.ndarray]])
             equal = {key: np.array_equal(device[key], results[way][key]) for key in (*logits, "text")}
             report("parity", **common, what=f"equal bits: {way}", ok=all(equal.values()), **equal)
     if "no fusion" in results:
-        found = difference(device["conditioned"], results["no fusion"]["conditioned"], MEAN_BOUND[type_name])
+        found = difference(device["conditioned"], results["no fusion"]["conditioned"], BOUND[type_name])
         report("parity", **common, what="fusion on against off", **found)
 
 
@@ -169,7 +173,7 @@ def main() -> None:
     parser.add_argument("--device", default="CUDA0")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--models", nargs="+", default=["demo", "mid"], choices=["demo", "mid", "tiny"])
-    parser.add_argument("--types", nargs="+", default=["f32", "q4_k_m", "q8_0"], choices=list(MEAN_BOUND))
+    parser.add_argument("--types", nargs="+", default=["f32", "q4_k_m", "q8_0"], choices=list(BOUND))
     parser.add_argument("--compute", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compute:

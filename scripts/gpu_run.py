@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -36,9 +36,20 @@ import gpu_findings  # noqa: E402
 import prebuilt  # noqa: E402
 
 DEFAULT_SECONDS = {"check": 220.0, "bench": 400.0, "profile": 180.0, "all": 3600.0}
-CLOSING = 4.0  # seconds kept for the page
-SHM_BYTES = 20 << 30  # the 26B at Q4_K_M takes 16.7 GB
-# Kernels' tests that the sanitizer sees: each kernel of ours once, and attention.
+CLOSING = 8.0  # seconds kept for ending what runs, and for the page
+MODEL = "26b-a4b-q4_k_m.gguf"  # as benchmarks/gpu.py names it; kept for the next call
+FOLDER_BYTES = 18_000_000_000  # that, and the models of the parity check
+# What the build reads of the tree.
+SOURCES = (
+    "CMakeLists.txt", "LICENSE", "README.md", "cmake", "convert", "native", "pydiffusion", "pyproject.toml",
+    "scripts", "vendor",
+)  # fmt: skip
+# Imported by what is checked, beside the kit's wheels.
+NEEDED = (
+    "pip", "numpy", "safetensors", "tokenizers", "huggingface_hub", "jinja2", "typer", "rich", "pytest",
+    "hypothesis",
+)  # fmt: skip
+# Kernels' tests that the sanitizer sees: sampler, self-conditioning by gathering and dense, attention.
 SANITIZED = (
     "test_measure_is_the_samplers[12.0-1025-{device}]",
     "test_measure_is_the_samplers[0.0-31-{device}]",
@@ -106,7 +117,8 @@ class Run:
             code: int | None = process.wait(max(1.0, self.left()))
         except subprocess.TimeoutExpired:
             code = None
-        end_group(process)
+        finally:  # also at Ctrl-C
+            end_group(process)
         seconds = round(time.time() - began, 1)
         if code is None:
             text = f"the time was up after {seconds} s; what it found until then is kept"
@@ -127,6 +139,8 @@ class Run:
         asked = "name,compute_cap,driver_version,memory.total,clocks.max.sm,clocks.max.mem"
         smi = said("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader")
         free = shutil.disk_usage(self.options.folder).free
+        kept = self.options.folder / MODEL
+        needed = FOLDER_BYTES - (kept.stat().st_size if kept.is_file() else 0)
         gpu_findings.add(
             "run", call=self.options.call, GPUs=smi, CPUs=os.cpu_count(), python=platform.python_version(),
             libc=" ".join(platform.libc_ver()), compiler=prebuilt.compiler_here(), commit=self.commit,
@@ -138,60 +152,73 @@ class Run:
             raise RunError(
                 "nvidia-smi finds no GPU: run on a machine with an NVIDIA driver, or with --dry-run"
             )
-        self.require_capability(smi[0].split(", ")[1])
-        if free < SHM_BYTES:
+        self.require_capability([line.split(", ")[1] for line in smi])
+        if free < needed:
             raise RunError(
-                f"{self.options.folder} has {free / 1e9:.1f} GB free, and the models take up to "
-                f"{SHM_BYTES / 1e9:.0f} GB: name a larger folder with --folder"
+                f"{self.options.folder} has {free / 1e9:.1f} GB free, and the models take another "
+                f"{needed / 1e9:.0f} GB: name a larger folder with --folder"
             )
 
-    def require_capability(self, capability: str) -> None:
-        """RunError where the kit has no code for a card of this compute capability ("9.0")."""
-        manifest = self.options.kit / prebuilt.MANIFEST
-        if not manifest.is_file():
+    def require_capability(self, capabilities: list[str]) -> None:
+        """RunError where the kit has no code for any card here; compute capabilities as "9.0"."""
+        if not (self.options.kit / prebuilt.MANIFEST).is_file():
             return
-        flags = json.loads(manifest.read_text())["flags"]
-        built = flags.partition("CMAKE_CUDA_ARCHITECTURES=")[2].split()[0].split(";")
-        number = int(capability.replace(".", ""))
-        for one in built:
-            digits = int("".join(filter(str.isdigit, one)))
-            # "90a-real" runs on 9.0 alone, "86-real" on 8.6 and later ones of 8, PTX on all later ones.
-            if digits == number or (
-                "a" not in one.split("-")[0]
-                and digits < number
-                and (digits // 10 == number // 10 or "real" not in one)
-            ):
-                return
-        raise RunError(
-            f"the card has compute capability {capability}, and the kit is built for {', '.join(built)}: "
-            "make it again with scripts/gpu_prepare.sh --architectures"
-        )
+        flags = prebuilt.read_manifest(self.options.kit)["flags"]
+        built = re.search(r"CMAKE_CUDA_ARCHITECTURES=([^\s,]+)", flags)
+        if built and not any(runs_on(built.group(1), one) for one in capabilities):
+            raise RunError(
+                f"the card has compute capability {' or '.join(capabilities)}, and the kit is built for "
+                f"{built.group(1)}: make it again with scripts/gpu_prepare.sh --architectures"
+            )
 
     def install(self) -> None:
         """Build the bindings against the kit's archives and install all aside, or take what is installed."""
         kit: Path = self.options.kit
-        if not (kit / prebuilt.MANIFEST).is_file():
-            if importlib.util.find_spec("pydiffusion") is None:
-                raise RunError(
-                    f"there is neither a kit in {kit} (scripts/gpu_prepare.sh makes one) nor an installed "
-                    "pydiffusion (docs/gpu.md says how to build it for CUDA)"
-                )
-            return
+        if (kit / prebuilt.MANIFEST).is_file():
+            missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+            if missing:
+                raise RunError(f"{sys.executable} lacks {', '.join(missing)}: install them, or set PYTHON")
+            self.build(kit)
+        elif importlib.util.find_spec("pydiffusion") is None:
+            raise RunError(
+                f"there is neither a kit in {kit} (scripts/gpu_prepare.sh makes one) nor an installed "
+                "pydiffusion (docs/gpu.md says how to build it for CUDA)"
+            )
+        code = "import pydiffusion; print(' '.join(one.name for one in pydiffusion.devices()))"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=self.env,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        if done.returncode != 0:
+            raise RunError(f"pydiffusion does not load: {(done.stderr.splitlines() or ['?'])[-1]}")
+        if self.device not in [*done.stdout.split(), "host"]:
+            raise RunError(
+                f"pydiffusion finds no {self.device}, but {done.stdout.strip() or 'no GPU'}: is it built for "
+                "CUDA (docs/gpu.md), is the driver one of CUDA 13, does --device name it?"
+            )
+
+    def build(self, kit: Path) -> None:
         archives = self.folder / "archives"
         prebuilt.unpack(kit, archives)
+        prebuilt.check(archives, prebuilt.compiler_here())
+        tree = self.folder / "tree"  # CMake and pip write beside what they build
+        for name in SOURCES:
+            if (ROOT / name).is_dir():
+                left_out = shutil.ignore_patterns("__pycache__", *(["ggml"] if name == "vendor" else []))
+                shutil.copytree(ROOT / name, tree / name, ignore=left_out)
+            else:
+                tree.mkdir(exist_ok=True)
+                shutil.copy(ROOT / name, tree / name)
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
         pip += ["--no-deps", "--upgrade", "--target", str(self.site)]
         wheels = sorted(map(str, (kit / "wheels").glob("*.whl")))
-        tree = self.folder / "tree"  # CMake and pip write beside what they build
-        left_out = {str(ROOT): {"build", "dist", ".git"}, str(ROOT / "vendor"): {"ggml"}}
-        shutil.copytree(ROOT, tree, ignore=lambda folder, _: left_out.get(folder, set()), symlinks=True)
-        if not self.step("install wheels", [*pip, *wheels], 5):
-            raise RunError(f"the kit's wheels can't be installed: see {self.log}")
         build = ["--no-build-isolation", f"-Ccmake.define.PYDIFFUSION_PREBUILT={archives}", "-v", str(tree)]
-        if not self.step("build", [*pip, *build], 20):
-            lines = self.log.read_text(errors="replace").splitlines()
-            told = [line.strip() for line in lines if "prebuilt:" in line]
-            raise RunError(told[-1] if told else f"the bindings can't be built: see {self.log}")
+        if not (self.step("install wheels", [*pip, *wheels], 5) and self.step("build", [*pip, *build], 20)):
+            raise RunError(f"there is nothing to check: the bindings were not built, see {self.log}")
 
     def python(self, script: str | Path, *arguments: object) -> list[str]:
         return [sys.executable, str(script), *map(str, arguments)]
@@ -215,6 +242,8 @@ class Run:
                 self.step("tests of two devices", tests, 15, GGML_CUDA_DEVICES="2")
         finally:
             end_group(writing)
+            for part in self.options.folder.glob(f".{MODEL}.*.part"):  # of a writer that was ended
+                part.unlink(missing_ok=True)
 
     def pytest(self, *files: str, device: str | None = None) -> list[str]:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_findings", "-p", "no:cacheprovider"]
@@ -268,26 +297,48 @@ class Run:
             return
         csv = self.out / "ncu.csv"
         command = [ncu, "--clock-control", "none", "--metrics", "gpu__time_duration.sum", "--csv"]
-        command += ["--profile-from-start", "off", "--log-file", str(csv), *run]
-        if self.step("profile", command, 60, GGML_CUDA_DISABLE_GRAPHS="1"):
+        command += ["--cache-control", "none", "--profile-from-start", "off", "--log-file", str(csv), *run]
+        self.step("profile", command, 60, GGML_CUDA_DISABLE_GRAPHS="1")
+        if csv.exists():  # else the file says what ncu lacks
             found = ["--results", self.results, "--commit", self.commit]
             self.step("kernels", self.python(script, "table", csv, *found), 1)
 
     def page(self) -> int:
         """OUT/page.md from all findings in the folder, and a summary; returns how many failed just now."""
-        with (self.out / "page.md").open("w") as page:
-            command = self.python(ROOT / "benchmarks/gpu_page.py", self.results)
-            subprocess.run(command, stdout=page, env=self.env, check=False)
+        made = said(sys.executable, str(ROOT / "benchmarks/gpu_page.py"), str(self.results))
+        new = self.out / "page.md.new"
+        new.write_text("\n".join(made or ["no page: benchmarks/gpu_page.py failed on results.jsonl"]) + "\n")
+        new.replace(self.out / "page.md")
         found = gpu_findings.read(self.results)[self.n_before :]
         failed = [entry for entry in found if entry.get("ok") is False or "error" in entry]
-        skipped = [entry for entry in found if "skipped" in entry]
         for entry in failed:
-            what = entry.get("test") or entry.get("what") or entry.get("error") or ""
-            print(f"FAILED {entry['finding']}: {what}")
+            what = entry.get("test") or entry.get("what") or entry.get("error") or entry.get("text") or ""
+            print(f"FAILED {entry['finding']}: {what.splitlines()[0] if what else ''}")
+        skipped = [entry for entry in found if "skipped" in entry]
         for entry in skipped:
             print(f"SKIPPED {entry['finding']}: {entry['skipped']}")
         self.say(f"{len(found)} findings, {len(failed)} failed, {len(skipped)} skipped: {self.out}")
+        kept = self.options.folder / MODEL
+        if kept.is_file():
+            print(f"kept for the next call: {kept} ({kept.stat().st_size / 1e9:.1f} GB)")
         return len(failed)
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def runs_on(architectures: str, capability: str) -> bool:
+    """Whether code for CMake's architectures ("80-real;90a-real") runs on a card."""
+    number = int(capability.replace(".", ""))
+    for one in architectures.split(";"):
+        digits = int("".join(filter(str.isdigit, one)) or 0)
+        # "90a-real" runs on 9.0 alone, "86-real" on 8.6 and later ones of 8, PTX on all later ones; what has
+        # no number ("all") is taken to run on any.
+        specific = "a" in one.partition("-")[0] and digits > 0
+        same_major = digits // 10 == number // 10 or "real" not in one
+        if digits == number or (not specific and digits < number and (same_major or digits == 0)):
+            return True
+    return False
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -304,8 +355,9 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 def said(*command: str) -> list[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.strip().splitlines()
+    except (OSError, subprocess.SubprocessError):
         return []
 
 
@@ -333,21 +385,29 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    run = Run(parse())
+    options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    code = 0
+    try:
+        run = Run(options)
+    except OSError as error:
+        print(f"gpu_run: {error}: --out and --folder take folders that can be written to", file=sys.stderr)
+        return 1
+    code, n_failed = 0, 0
     try:
         run.look()
         run.install()
-        for call in ("check", "bench", "profile") if run.options.call == "all" else (run.options.call,):
+        for call in ("check", "bench", "profile") if options.call == "all" else (options.call,):
             getattr(run, call)()
-    except (RunError, prebuilt.KitError) as error:
-        gpu_findings.add("run", ok=False, text=str(error))
+    except (RunError, prebuilt.KitError, OSError, subprocess.SubprocessError) as error:
+        gpu_findings.add("run ended", ok=False, text=str(error))
         print(f"gpu_run: {error}", file=sys.stderr)
         code = 1
+    except KeyboardInterrupt:
+        gpu_findings.add("run ended", ok=False, text="interrupted")
+        code = 130
     finally:
         n_failed = run.page()
-        shutil.rmtree(run.folder, ignore_errors=True)
+        run.close()
     return code or (2 if n_failed else 0)
 
 

@@ -1,7 +1,7 @@
 """Archives of native/ and ggml, built on one machine and linked on another: key, packing, checking.
 
     python scripts/prebuilt.py key --flags="..."             # digest of all that the archives are made from
-    python scripts/prebuilt.py pack BUILD_TREE KIT --flags="..."
+    python scripts/prebuilt.py pack BUILD_TREE KIT --flags="..." [--key KEY]
     python scripts/prebuilt.py unpack KIT DIR
     python scripts/prebuilt.py check DIR --compiler "GNU 13.2.0"
 
@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import lzma
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -87,8 +89,13 @@ def commit_here() -> str:
     return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def pack(tree: Path, kit: Path, flags: str) -> None:
-    """Put the archives of a CMake build tree, ggml's headers and a manifest into ``kit``."""
+def pack(tree: Path, kit: Path, flags: str, key: str | None = None) -> None:
+    """Put the archives of a CMake build tree, ggml's headers and a manifest into ``kit``.
+
+    key: what ``build_key`` gave before the build; KitError where the sources have changed since.
+    """
+    if key is not None and key != build_key(flags):
+        raise KitError("the sources changed while they were compiled: call gpu_prepare.sh again")
     found = {name: sorted(tree.rglob(f"lib{name}.a")) for name in ARCHIVES}
     missing = [name for name, paths in found.items() if not paths and name != "ggml-cuda"]
     if missing:
@@ -104,28 +111,42 @@ def pack(tree: Path, kit: Path, flags: str) -> None:
     }
     kit.mkdir(parents=True, exist_ok=True)
     (kit / MANIFEST).unlink(missing_ok=True)  # a kit without it is none, should this end half-way
-    text = json.dumps(manifest, indent=1)
-    new = kit / (PACKED + ".new")
-    with tarfile.open(new, "w") as plain:
+    with tarfile.open(kit / PACKED, "w:xz", preset=2) as packed:
         for name, paths in found.items():
             if paths:
-                plain.add(paths[0], f"lib/lib{name}.a")
+                packed.add(paths[0], f"lib/lib{name}.a")
         for header in sorted((ROOT / "vendor/ggml/include").glob("*.h")):
-            plain.add(header, f"include/{header.name}")
-    # xz as a program uses all cores, Python's module one.
-    with (kit / PACKED).open("wb") as out:
-        subprocess.run(["xz", "-T0", "-3", "-c", str(new)], stdout=out, check=True)
-    new.unlink()
-    (kit / MANIFEST).write_text(text)
+            packed.add(header, f"include/{header.name}")
+    (kit / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 def unpack(kit: Path, target: Path) -> None:
-    """Unpack a kit to where cmake/prebuilt.cmake can link it."""
+    """Unpack a kit to where cmake/prebuilt.cmake can link it; nothing is left where that fails."""
     if not (kit / MANIFEST).is_file() or not (kit / PACKED).is_file():
         raise KitError(f"{kit} is no kit, or an unfinished one: make it with scripts/gpu_prepare.sh")
-    with tarfile.open(kit / PACKED) as tar:
-        tar.extractall(target, filter="data") if hasattr(tarfile, "data_filter") else tar.extractall(target)
-    (target / MANIFEST).write_bytes((kit / MANIFEST).read_bytes())
+    try:
+        with tarfile.open(kit / PACKED, "r:xz") as tar:
+            if hasattr(tarfile, "data_filter"):
+                tar.extractall(target, filter="data")
+            else:
+                tar.extractall(target)
+        shutil.copyfile(kit / MANIFEST, target / MANIFEST)
+    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
+        shutil.rmtree(target, ignore_errors=True)
+        raise KitError(
+            f"{kit / PACKED} can't be unpacked ({error}): is there room in {target.parent}, is it whole? "
+            "scripts/gpu_prepare.sh makes it again"
+        ) from error
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """What a kit, packed or not, says of itself."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        wanted = ("sources", "flags", "compiler", "libc", "machine", "commit")
+        return {name: str(manifest[name]) for name in wanted}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise KitError(f"the kit {folder} has no readable {MANIFEST}: {error!r}") from error
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -134,10 +155,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def check(folder: Path, compiler: str) -> None:
     """Raise KitError unless the archives fit this tree, this compiler and this system."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise KitError(f"PYDIFFUSION_PREBUILT={folder} has no readable {MANIFEST}: {error}") from error
+    manifest = read_manifest(folder)
     missing = [name for name in ARCHIVES[:-1] if not (folder / f"lib/lib{name}.a").is_file()]
     if missing:
         raise KitError(f"{folder}/lib has no lib{missing[0]}.a: make the kit again (scripts/gpu_prepare.sh)")
@@ -174,6 +192,7 @@ def main() -> int:
     one.add_argument("tree", type=Path)
     one.add_argument("kit", type=Path)
     one.add_argument("--flags", default="")
+    one.add_argument("--key")
     one = commands.add_parser("unpack")
     one.add_argument("kit", type=Path)
     one.add_argument("target", type=Path)
@@ -185,12 +204,12 @@ def main() -> int:
         if options.command == "key":
             print(build_key(options.flags))
         elif options.command == "pack":
-            pack(options.tree, options.kit, options.flags)
+            pack(options.tree, options.kit, options.flags, options.key)
         elif options.command == "unpack":
             unpack(options.kit, options.target)
         else:
             check(options.folder, options.compiler)
-    except (KitError, OSError, tarfile.TarError, subprocess.CalledProcessError) as error:
+    except (KitError, OSError, tarfile.TarError) as error:
         print(f"prebuilt: {error}", file=sys.stderr)
         return 1
     return 0

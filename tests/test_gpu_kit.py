@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
+PAGE = ROOT / "benchmarks/gpu_page.py"
 
 
 @pytest.fixture
@@ -81,6 +84,33 @@ def test_a_kit_that_is_none(archives: Path, scripts: SimpleNamespace, tmp_path: 
         scripts.prebuilt.unpack(archives, tmp_path / "target")
 
 
+@pytest.mark.parametrize("content", [b"", b"no archive", None])
+def test_a_damaged_kit(
+    content: bytes | None, archives: Path, scripts: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Packed for real, and cut off in the middle, or not an archive at all: nothing is left of it."""
+    kit = tmp_path / "kit"
+    scripts.prebuilt.pack(archives, kit, "flags", key=scripts.prebuilt.build_key("flags"))
+    scripts.prebuilt.unpack(kit, tmp_path / "whole")
+    scripts.prebuilt.check(tmp_path / "whole", scripts.prebuilt.compiler_here())
+    packed = kit / scripts.prebuilt.PACKED
+    packed.write_bytes(packed.read_bytes()[:-200] if content is None else content)
+    with pytest.raises(scripts.prebuilt.KitError, match=r"can't be unpacked .*gpu_prepare\.sh"):
+        scripts.prebuilt.unpack(kit, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+    (kit / "manifest.json").write_text('{"flags": 1}')
+    with pytest.raises(scripts.prebuilt.KitError, match=r"has no readable manifest\.json"):
+        scripts.prebuilt.read_manifest(kit)
+
+
+def test_sources_that_change_during_the_build(
+    archives: Path, scripts: SimpleNamespace, tmp_path: Path
+) -> None:
+    with pytest.raises(scripts.prebuilt.KitError, match="changed while they were compiled"):
+        scripts.prebuilt.pack(archives, tmp_path / "kit", "flags", key="0123456789abcdef")
+    assert not (tmp_path / "kit").exists()
+
+
 def test_the_key_is_of_what_the_archives_are_made_from(
     scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +148,7 @@ def test_without_nvcc(tmp_path: Path) -> None:
 def run(scripts: SimpleNamespace, archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(scripts.gpu_findings.VARIABLE, raising=False)
     options = ["check", "--out", str(tmp_path / "out"), "--folder", str(tmp_path), "--kit", str(archives)]
-    run = scripts.gpu_run.Run(scripts.gpu_run.parse([*options, "--seconds", "8"]))
+    run = scripts.gpu_run.Run(scripts.gpu_run.parse([*options, "--seconds", "12"]))
     yield run
     os.environ.pop(scripts.gpu_findings.VARIABLE, None)
 
@@ -133,17 +163,18 @@ def run(scripts: SimpleNamespace, archives: Path, tmp_path: Path, monkeypatch: p
         ("8.0", "86-real", False),
         ("7.0", "75-virtual;80-real", False),
         ("12.0", "75-virtual", True),  # the driver compiles it
+        ("12.0", "all-major", True),
     ],
 )
 def test_a_card_that_the_kit_has_no_code_for(
     run, scripts: SimpleNamespace, archives: Path, capability: str, architectures: str, fits: bool
 ) -> None:
-    change(archives, flags=f"-DPYDIFFUSION_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={architectures}")
+    change(archives, flags=f"-DPYDIFFUSION_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={architectures}, nvcc 13.0.88")
     if fits:
-        run.require_capability(capability)
+        run.require_capability(["3.5", capability])  # any card will do
     else:
         with pytest.raises(scripts.gpu_run.RunError, match=rf"compute capability {capability}.*gpu_prepare"):
-            run.require_capability(capability)
+            run.require_capability([capability])
 
 
 def findings(run) -> list[dict]:
@@ -161,6 +192,31 @@ def test_time_that_runs_out_keeps_what_was_found(run, scripts: SimpleNamespace) 
     assert run.log.read_text().endswith("\nsaid\n")
 
 
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, scripts: SimpleNamespace) -> None:
+    """What it started ends with it, its folder goes, and its findings and page stay."""
+    pid, out = tmp_path / "pid", tmp_path / "out"
+    child = (
+        f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import gpu_run; Run = gpu_run.Run\n"
+        "Run.look = lambda self: None\nRun.install = lambda self: None\n"
+        f"Run.check = lambda self: self.step('child', [sys.executable, '-c', {child!r}], 0)\n"
+        f"sys.argv = ['gpu_run.py', 'check', '--out', {str(out)!r}, '--folder', {str(tmp_path)!r}]\n"
+        "sys.exit(gpu_run.main())"
+    )
+    running = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    while not (pid.exists() and pid.read_text()):
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    assert running.wait(30) == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert "interrupted" in (out / "page.md").read_text()
+    assert not list(tmp_path.glob("pydiffusion-gpu-*"))
+
+
 def test_a_program_that_fails_is_a_finding(run) -> None:
     assert not run.step("broken", [sys.executable, "-c", "raise SystemExit('no such thing')"], needs=0)
     (found,) = findings(run)
@@ -172,9 +228,14 @@ def test_without_a_gpu_or_room(run, scripts: SimpleNamespace, monkeypatch: pytes
     with pytest.raises(scripts.gpu_run.RunError, match="finds no GPU"):
         run.look()
     monkeypatch.setattr(scripts.gpu_run, "said", lambda *_: ["NVIDIA H100, 9.0, 580, 81559 MiB, 1980, 2619"])
-    monkeypatch.setattr(scripts.gpu_run, "SHM_BYTES", 1 << 60)
-    with pytest.raises(scripts.gpu_run.RunError, match="GB free, and the models take up to"):
+    monkeypatch.setattr(scripts.gpu_run, "FOLDER_BYTES", 1 << 60)
+    with pytest.raises(scripts.gpu_run.RunError, match="GB free, and the models take another"):
         run.look()
+    kept = run.options.folder / scripts.gpu_run.MODEL
+    with kept.open("wb") as file:
+        file.truncate(1 << 40)  # of an earlier call: needs no more room
+    monkeypatch.setattr(scripts.gpu_run, "FOLDER_BYTES", (1 << 40) + 1)
+    run.look()
 
 
 def test_the_plugin_reports_each_failure_at_once(tmp_path: Path, scripts: SimpleNamespace) -> None:
@@ -196,10 +257,21 @@ def test_the_plugin_reports_each_failure_at_once(tmp_path: Path, scripts: Simple
         "test_some.py",
     ]
     subprocess.run(command, cwd=tmp_path, env=env, check=False, capture_output=True)
-    failed, skipped, counts = map(json.loads, results.read_text().splitlines())
+    begun, failed, skipped, counts = map(json.loads, results.read_text().splitlines())
+    assert begun["begun"] is True and begun["what"] == counts["what"] == failed["of"]
     assert failed["test"] == "test_some.py::test_bad" and "assert 1 == 2" in failed["text"]
-    assert skipped["finding"] == "test skipped" and "NOT CHECKED: that" in skipped["text"]
-    assert (counts["passed"], counts["failed"], counts["ok"]) == (1, 1, False)
+    assert skipped["finding"] == "test skipped" and "NOT CHECKED: that" in skipped["skipped"]
+    assert (counts["n_passed"], counts["n_failed"], counts["ok"]) == (1, 1, False)
+    page = subprocess.run([sys.executable, PAGE, results], capture_output=True, text=True, check=True).stdout
+    assert (
+        "| FAIL |  | n_passed 1, n_failed 1, n_skipped 1 |" in page
+        and "### test failed: test_some.py" in page
+    )
+    again = [json.dumps({**begun}), json.dumps({**counts, "ok": True})]  # and now all pass
+    with results.open("a") as file:
+        file.write("\n".join(again) + "\n")
+    page = subprocess.run([sys.executable, PAGE, results], capture_output=True, text=True, check=True).stdout
+    assert "FAIL" not in page
     with results.open("a") as file:
         file.write('{"finding": "cut')
-    assert len(scripts.gpu_findings.read(results)) == 3
+    assert len(scripts.gpu_findings.read(results)) == 6
