@@ -218,7 +218,8 @@ class Run:
         wheels = sorted(map(str, (kit / "wheels").glob("*.whl")))
         build = ["--no-build-isolation", f"-Ccmake.define.PYDIFFUSION_PREBUILT={archives}", "-v", str(tree)]
         if not (self.step("install wheels", [*pip, *wheels], 5) and self.step("build", [*pip, *build], 20)):
-            raise RunError(f"there is nothing to check: the bindings were not built, see {self.log}")
+            why = cmake_error(self.log.read_text(errors="replace")) if self.log.exists() else None
+            raise RunError(why or f"there is nothing to check: the bindings were not built, see {self.log}")
 
     def python(self, script: str | Path, *arguments: object) -> list[str]:
         return [sys.executable, str(script), *map(str, arguments)]
@@ -359,6 +360,12 @@ def said(*command: str) -> list[str]:
         return done.stdout.strip().splitlines()
     except (OSError, subprocess.SubprocessError):
         return []
+
+
+def cmake_error(text: str) -> str | None:
+    """The last error that CMake printed, which it wraps and indents, as one line."""
+    found = re.findall(r"CMake Error at [^\n]*:\n((?: +[^\n]*\n|\n)+)", text)
+    return " ".join(found[-1].split()) if found else None
 
 
 def last_lines(log: Path, begin: int, n: int = 25) -> str:

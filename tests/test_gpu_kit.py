@@ -223,6 +223,18 @@ def test_a_program_that_fails_is_a_finding(run) -> None:
     assert found["exit"] == 1 and "no such thing" in found["text"]
 
 
+def test_an_error_of_cmake_in_one_line(scripts: SimpleNamespace) -> None:
+    text = (
+        "-- The C compiler identification is GNU 12.2.0\n"
+        "  CMake Error at cmake/cuda_libraries.cmake:21 (message):\n"
+        "    cuBLAS is neither in the CUDA toolkit nor installed\n    as the wheel\n\n    nvidia-cublas\n"
+        "-- Configuring incomplete, errors occurred!\n"
+    )
+    said = scripts.gpu_run.cmake_error(text)
+    assert said == "cuBLAS is neither in the CUDA toolkit nor installed as the wheel nvidia-cublas"
+    assert scripts.gpu_run.cmake_error("ninja: error\n") is None
+
+
 def test_without_a_gpu_or_room(run, scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scripts.gpu_run, "said", lambda *_: [])
     with pytest.raises(scripts.gpu_run.RunError, match="finds no GPU"):
