@@ -25,6 +25,10 @@ done
 mkdir -p "$kit"
 kit=$(cd "$kit" && pwd)
 
+# One at a time: two would write the same archives.
+exec 9>"$kit/.lock"
+! command -v flock >/dev/null || flock -n 9 || fail "another gpu_prepare.sh is working in $kit"
+
 nvcc=${CUDACXX:-$(command -v nvcc || true)}
 [ -n "$nvcc" ] || [ ! -x /usr/local/cuda/bin/nvcc ] || nvcc=/usr/local/cuda/bin/nvcc
 "${nvcc:-nvcc}" --version >/dev/null 2>&1 ||
