@@ -28,7 +28,7 @@ from pydiffusion.synthetic import write_synthetic
 #: third of it at most. With float32 weights only the order of sums differs.
 BOUND = {"f32": 1e-3, "bf16": 0.03, "f16": 0.03, "q8_0": 0.06, "q4_k_m": 0.3}
 #: Of the argmax, where it leads by so many mean differences: random weights give flat logits.
-AGREEMENT, LEAD = 0.99, 8
+AGREEMENT, LEAD = 0.97, 8
 N_REPEATS = 4  # ggml captures a CUDA graph when it has seen the same one a few times
 N_PUZZLES = 8
 
