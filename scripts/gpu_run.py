@@ -36,6 +36,7 @@ import gpu_findings  # noqa: E402
 import prebuilt  # noqa: E402
 
 DEFAULT_SECONDS = {"check": 220.0, "bench": 400.0, "profile": 180.0, "all": 3600.0}
+LAST_LINES = 25  # of what a program that failed has printed
 CLOSING = 8.0  # seconds kept for ending what runs, and for the page
 MODEL = "26b-a4b-q4_k_m.gguf"  # as benchmarks/gpu.py names it; kept for the next call
 FOLDER_BYTES = 18_000_000_000  # that, and the models of the parity check
@@ -74,7 +75,9 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.results = self.out / "results.jsonl"
         self.log = self.out / "log.txt"
-        self.n_before = len(gpu_findings.read(self.results))  # of earlier calls
+        # Of earlier calls:
+        self.n_before = len(gpu_findings.read(self.results))
+        self.log_before = self.log.stat().st_size if self.log.exists() else 0
         self.device = "host" if options.dry_run else options.device
         self.commit = options.commit or prebuilt.commit_here()
         self.folder = Path(tempfile.mkdtemp(prefix="pydiffusion-gpu-", dir=options.folder))
@@ -127,7 +130,8 @@ class Run:
             return False
         figures: dict[str, Any] = {"ok": code == 0, "seconds": seconds}
         if code != 0:
-            figures |= {"exit": code, "text": last_lines(self.log, said_before)}
+            last = text_from(self.log, said_before).splitlines()[-LAST_LINES:]
+            figures |= {"exit": code, "text": "\n".join(last)}
             self.say(f"{name}: exit {code}, see {self.log}")
         gpu_findings.add(name, **figures)
         return code == 0
@@ -218,7 +222,7 @@ class Run:
         wheels = sorted(map(str, (kit / "wheels").glob("*.whl")))
         build = ["--no-build-isolation", f"-Ccmake.define.PYDIFFUSION_PREBUILT={archives}", "-v", str(tree)]
         if not (self.step("install wheels", [*pip, *wheels], 5) and self.step("build", [*pip, *build], 20)):
-            why = cmake_error(self.log.read_text(errors="replace")) if self.log.exists() else None
+            why = cmake_error(text_from(self.log, self.log_before))
             raise RunError(why or f"there is nothing to check: the bindings were not built, see {self.log}")
 
     def python(self, script: str | Path, *arguments: object) -> list[str]:
@@ -249,9 +253,7 @@ class Run:
     def pytest(self, *files: str, device: str | None = None) -> list[str]:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_findings", "-p", "no:cacheprovider"]
         command += ["-o", "addopts=", "-m", "not slow", "-k", device or self.device]
-        if (
-            importlib.util.find_spec("xdist") is not None
-        ):  # a process that ggml ends takes only its test along
+        if importlib.util.find_spec("xdist") is not None:  # where ggml ends a process, only a test goes along
             command += ["-n", str(min(6, os.cpu_count() or 1))]
         return [*command, *(str(ROOT / "tests" / file) for file in files)]
 
@@ -297,6 +299,7 @@ class Run:
             )
             return
         csv = self.out / "ncu.csv"
+        csv.unlink(missing_ok=True)
         command = [ncu, "--clock-control", "none", "--metrics", "gpu__time_duration.sum", "--csv"]
         command += ["--cache-control", "none", "--profile-from-start", "off", "--log-file", str(csv), *run]
         self.step("profile", command, 60, GGML_CUDA_DISABLE_GRAPHS="1")
@@ -368,9 +371,9 @@ def cmake_error(text: str) -> str | None:
     return " ".join(found[-1].split()) if found else None
 
 
-def last_lines(log: Path, begin: int, n: int = 25) -> str:
-    """Of what was added from the byte ``begin`` on."""
-    return "\n".join(log.read_bytes()[begin:].decode(errors="replace").splitlines()[-n:])
+def text_from(log: Path, begin: int) -> str:
+    """What was added to a log from a byte on; nothing where there is no log."""
+    return log.read_bytes()[begin:].decode(errors="replace") if log.exists() else ""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -387,7 +390,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(argv)
     options.seconds = options.seconds or DEFAULT_SECONDS[options.call]
-    options.kit = options.kit.resolve()
+    options.kit, options.folder = options.kit.resolve(), options.folder.resolve()
     return options
 
 
