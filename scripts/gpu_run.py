@@ -208,7 +208,7 @@ class Run:
     def build(self, kit: Path) -> None:
         archives = self.folder / "archives"
         prebuilt.unpack(kit, archives)
-        prebuilt.check(archives, prebuilt.compiler_here())
+        prebuilt.check(archives, prebuilt.compiler_here(), kit)
         tree = self.folder / "tree"  # CMake and pip write beside what they build
         for name in SOURCES:
             if (ROOT / name).is_dir():

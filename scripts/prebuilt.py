@@ -153,32 +153,36 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version))
 
 
-def check(folder: Path, compiler: str) -> None:
-    """Raise KitError unless the archives fit this tree, this compiler and this system."""
+def check(folder: Path, compiler: str, kit: Path | None = None) -> None:
+    """Raise KitError unless the archives fit this tree, this compiler and this system.
+
+    kit: where they were unpacked from, to be named instead.
+    """
     manifest = read_manifest(folder)
+    kit = kit or folder
     missing = [name for name in ARCHIVES[:-1] if not (folder / f"lib/lib{name}.a").is_file()]
     if missing:
         raise KitError(f"{folder}/lib has no lib{missing[0]}.a: make the kit again (scripts/gpu_prepare.sh)")
     again = "make the kit again with scripts/gpu_prepare.sh"
     if manifest["sources"] != source_key():
         raise KitError(
-            f"the archives in {folder} are of other sources (commit {manifest['commit']}) than this tree "
+            f"the archives in {kit} are of other sources (commit {manifest['commit']}) than this tree "
             f"(commit {commit_here()}): {again}"
         )
     made_id, _, made_version = manifest["compiler"].partition(" ")
     here_id, _, here_version = compiler.partition(" ")
     if here_id != made_id or _numbers(here_version)[:1] < _numbers(made_version)[:1]:
         raise KitError(
-            f"the archives in {folder} were compiled by {manifest['compiler']}, and {compiler} can't link "
+            f"the archives in {kit} were compiled by {manifest['compiler']}, and {compiler} can't link "
             f"them: choose another compiler (CXX), or {again}"
         )
     if platform.machine() != manifest["machine"]:
         raise KitError(
-            f"the archives in {folder} are for {manifest['machine']}, not {platform.machine()}: {again}"
+            f"the archives in {kit} are for {manifest['machine']}, not {platform.machine()}: {again}"
         )
     libc = " ".join(platform.libc_ver())
     if _numbers(libc) < _numbers(manifest["libc"]):
-        raise KitError(f"the archives in {folder} need {manifest['libc']}, here is {libc}: {again}")
+        raise KitError(f"the archives in {kit} need {manifest['libc']}, here is {libc}: {again}")
 
 
 def main() -> int:
