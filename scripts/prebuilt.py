@@ -30,8 +30,11 @@ ARCHIVES = ("pydiffusion_native", "ggml", "ggml-base", "ggml-cpu", "ggml-cuda")
 MANIFEST = "manifest.json"
 PACKED = "archives.tar.xz"
 # What the archives are made from; the bindings are compiled where they are linked.
-SOURCES = ("native", "vendor", "cmake/ggml.cmake", "cmake/native.cmake", "cmake/cuda.cmake")
-NOT_SOURCES = ("native/bindings/", "native/tests/", "vendor/ggml/", "vendor/.fetch")
+SOURCES = (
+    "native", "vendor/ggml.lock", "vendor/patches",
+    "cmake/ggml.cmake", "cmake/native.cmake", "cmake/cuda.cmake",
+)  # fmt: skip
+NOT_SOURCES = ("native/bindings/", "native/tests/")
 
 
 class KitError(Exception):

@@ -60,9 +60,9 @@ def download(requirement: str, folder: Path) -> Path:
     lines = folder / "requirements.txt"
     lines.write_text(requirement + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += [
+    command += [  # of this package alone: else pip would compile what it is built with, CMake among it
         "--no-binary",
-        ":all:",
+        requirement.partition("==")[0],
         "--require-hashes",
         "--dest",
         str(folder),
