@@ -338,7 +338,8 @@ def on_terminal(
     """Run on a pseudo-terminal; ``typed`` are pairs of what to wait for and what to type then.
 
     A Ctrl-C that should end the program is typed again every second, as a person would: Python's prompt
-    notices one that comes in the moment before it waits for keys only at the next key.
+    notices one that comes in the moment before it waits for keys only at the next key. Not once the program
+    says that it ends: Python then dies of the next one.
     """
     main_end, terminal = pty.openpty()
     import fcntl
@@ -353,7 +354,7 @@ def on_terminal(
         start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(terminal)
-    seen, todo, deadline = b"", list(typed), time.monotonic() + 180
+    seen, todo, deadline = b"", list(typed), time.monotonic() + 400
     n_read, last = 0, time.monotonic()
     while time.monotonic() < deadline:
         if select.select([main_end], [], [], 0.1)[0]:
@@ -369,7 +370,11 @@ def on_terminal(
             os.write(main_end, todo.pop(0)[1].encode())
         elif typed and not todo and typed[-1][1] == "\x03" and time.monotonic() > last + 1:
             last = time.monotonic()
-            os.write(main_end, b"\x03")
+            if b"interrupted" not in seen[n_read:]:
+                os.write(main_end, b"\x03")
+    else:
+        process.kill()
+        raise AssertionError(f"not done in 400 s: {seen.decode('utf-8', 'replace')[-2000:]}")
     os.close(main_end)
     return seen.decode("utf-8", "replace"), process.wait(30)
 
