@@ -19,6 +19,7 @@ from pydiffusion.errors import ConversionError
 # Kept free for the driver, the program and the screen.
 RESERVE = 640 << 20
 _ENCODE_CHUNK = 512  # tokens that the runtime encodes at a time
+_ATTENTION_TILE = 64  # rows of keys and values that its attention goes through at a time
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 # Recipes that :func:`fit` chooses from, the best first: of those with about the same bits the better and, on
@@ -142,13 +143,14 @@ def _plan(
 def memory(config: TextConfig, weights: int, n_ctx: int = 4096) -> Memory:
     """What a session of ``n_ctx`` tokens needs beside the weights, with 16-bit keys and values.
 
-    Sliding layers keep two windows and a batch, full layers the whole context. The buffers are those of the
+    Sliding layers keep two windows (at least one and a tile of attention) and a batch, full layers the whole context. The buffers are those of the
     larger of a step and a chunk of the prompt, about: logits, the experts' activations, masks.
     """
     batch = max(_ENCODE_CHUNK, config.canvas_length)
     cache = 0
     for sliding, n_kv in zip(config.sliding, config.num_key_value_heads, strict=True):
-        rows = min(n_ctx, 2 * config.sliding_window + batch) if sliding else n_ctx
+        window = config.sliding_window
+        rows = min(n_ctx, window + max(window, _ATTENTION_TILE) + batch) if sliding else n_ctx
         cache += 2 * 2 * rows * n_kv * (config.head_dim if sliding else config.global_head_dim)
     logits = 4 * config.canvas_length * config.vocab_size
     widths = config.top_k_experts * (3 * config.moe_intermediate_size + 2 * config.hidden_size)

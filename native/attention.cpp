@@ -19,7 +19,7 @@ namespace {
 //
 // A task is one key head and a block of its queries; it goes through the rows tile by tile and keeps, per
 // query, maximum, sum and output so far (the online softmax of https://arxiv.org/abs/1805.02867).
-constexpr int64_t kTileRows = 64;
+constexpr int64_t kTileRows = kAttentionTile;
 constexpr int64_t kMaxBlock = 64;  // queries
 constexpr int64_t kMinBlock = 32;
 

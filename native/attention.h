@@ -16,6 +16,11 @@ struct Causal {
     int32_t window;
 };
 
+// Keys and values are gone through in tiles of this many rows, whose weights are added up tile by tile. So
+// that a sum depends on positions only, not on how a prompt was cut, causal attention is given rows that
+// begin at a multiple of this (KvCache::causal_range).
+constexpr int64_t kAttentionTile = 64;
+
 // softmax(q . k) v, without a scale, of q [head_dim, n_head, n_tokens] over k and v [head_dim, n_rows,
 // n_head_kv], each key head serving n_head / n_head_kv heads in turn -> F32 [head_dim * n_head, n_tokens].
 // k and v may have any type that ggml turns into floats; sums are float32. `causal` null: every token sees

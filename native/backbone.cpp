@@ -47,7 +47,7 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), 
     context.reset(ggml_init(params));
     if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a graph's description");
     graph = ggml_new_graph_custom(ctx(), n_nodes, false);
-    products.emplace(ctx(), model.engine.kernel());
+    products.emplace(ctx(), model.engine.kernel(), portable());
     if (!portable()) return;
     const size_t n_inputs = 2 + 2 * sequences.size();  // tokens, positions; masks of both kinds of layers
     positions_.resize(model.engine.n_devices() + 1);
@@ -256,7 +256,7 @@ ggml_tensor* visible_rows(const GraphBuilder& g, ggml_tensor* buffer, const KvRa
 ggml_tensor* attend_sequence(GraphBuilder& g, size_t i_sequence, int32_t i_layer, ggml_tensor* q,
                              const Causal* causal) {
     const Sequence& sequence = g.sequences[i_sequence];
-    const KvRange range = sequence.cache->range(i_layer);
+    const KvRange range = causal ? sequence.cache->causal_range(i_layer) : sequence.cache->range(i_layer);
     const int64_t n_visible = range.n_visible(sequence.n_tokens + sequence.n_frozen), head_dim = q->ne[0];
     if (!g.portable()) {
         ggml_tensor* k = visible_rows(g, range.k, range, head_dim, n_visible);

@@ -23,7 +23,7 @@ void encode_chunk(const Model& model, KvCache& cache, Workspace& workspace, cons
     ggml_tensor* x = g.embed(tokens);
     for (int32_t i = 0; i < hp.n_layer; ++i) {
         const bool sliding = hp.layers[i].sliding;
-        causal[sliding] = {cache.range(i).first_position, cache.n_past(),
+        causal[sliding] = {cache.causal_range(i).first_position, cache.n_past(),
                            sliding ? hp.window : std::numeric_limits<int32_t>::max()};
         // Nothing but the cache is wanted of the last layer, unless the hidden state is.
         if (i + 1 == hp.n_layer && !hidden) {

@@ -94,7 +94,7 @@ uint64_t KvCache::n_bytes() const {
 }
 
 void KvCache::prepare(int32_t n_tokens) {
-    if (n_past_ + n_tokens - base_ > sliding_rows_) drop_rows_before(window_start(n_past_));
+    if (n_past_ + n_tokens - base_ > sliding_rows_) drop_rows_before(first_kept());
     // What fills a mask up is read, though masked: a NaN left there would spoil what is added up over it.
     for (const Layer& layer : layers_) {
         const size_t end = static_cast<size_t>((layer.sliding ? n_past_ - base_ : n_past_.load()) + n_tokens);
@@ -116,10 +116,10 @@ void KvCache::drop_rows_before(int32_t position) {
 }
 
 void KvCache::take_snapshot(int32_t position) {
-    const bool needed = mark_ >= 0 && window_start(mark_) < position;
+    const bool needed = mark_ >= 0 && tile_start(mark_, window_) < position;
     if (!needed || snapshot_.end == mark_) return;
     // A little more than the window: a turn may be taken back to just before the mark.
-    snapshot_.first = std::max(base_, window_start(mark_) - kSnapshotSlack);
+    snapshot_.first = std::max(base_, tile_start(mark_, window_) - kSnapshotSlack);
     snapshot_.end = mark_;
     snapshot_.rows.clear();
     for (const Layer& layer : layers_) {
@@ -133,16 +133,19 @@ void KvCache::take_snapshot(int32_t position) {
     }
 }
 
-KvRange KvCache::range(int32_t i_layer) const {
+KvRange KvCache::range(int32_t i_layer) const { return range_from(i_layer, window_start(n_past_, window_)); }
+
+KvRange KvCache::causal_range(int32_t i_layer) const { return range_from(i_layer, first_kept()); }
+
+KvRange KvCache::range_from(int32_t i_layer, int32_t position) const {
     const Layer& layer = layers_[i_layer];
     if (!layer.sliding) return {layer.k, layer.v, n_past_, 0, 0};
-    const int32_t first = window_start(n_past_);
-    return {layer.k, layer.v, n_past_ - base_, first - base_, first};
+    return {layer.k, layer.v, n_past_ - base_, position - base_, position};
 }
 
 bool KvCache::truncate(int32_t n) {
     if (n >= n_past_) return true;
-    if (window_start(n) < base_ && !go_back_to_snapshot(n)) return false;
+    if (tile_start(n, window_) < base_ && !go_back_to_snapshot(n)) return false;
     n_past_ = n;
     version_ = next_version();
     // What is marked or kept aside behind this point belongs to tokens that are gone.
@@ -152,7 +155,7 @@ bool KvCache::truncate(int32_t n) {
 }
 
 bool KvCache::go_back_to_snapshot(int32_t n) {
-    if (snapshot_.rows.empty() || n > snapshot_.end || window_start(n) < snapshot_.first) return false;
+    if (snapshot_.rows.empty() || n > snapshot_.end || tile_start(n, window_) < snapshot_.first) return false;
     const size_t n_rows = static_cast<size_t>(snapshot_.end - snapshot_.first);
     const uint8_t* source = snapshot_.rows.data();
     for (const Layer& layer : layers_) {
@@ -185,7 +188,7 @@ void KvCache::read_rows(int32_t i_layer, bool values, uint8_t* target) const {
 void KvCache::restore(int32_t n, const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows) {
     clear();
     n_past_ = n;
-    base_ = window_start(n);
+    base_ = tile_start(n, window_);
     for (size_t i = 0; i < layers_.size(); ++i) {
         const size_t n_bytes = static_cast<size_t>(layers_[i].sliding ? n - base_ : n) * layers_[i].k->nb[1];
         if (n_bytes == 0) continue;

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention.h"
 #include "engine.h"
 #include "ggml-cpp.h"
 #include "hyperparameters.h"
@@ -36,11 +37,12 @@ class KvCache {
     // Throws Error(argument) where the model's heads aren't whole blocks of this type.
     static void require_fitting_heads(const Hyperparameters& hparams, ggml_type type);
 
-    // Of a layer's buffers. Sliding layers have a window of slack behind the window, so that rows are moved
-    // once in a window's worth of tokens, not at every batch, and a session can be shortened a little without
-    // encoding again.
+    // Of a layer's buffers. Sliding layers have a window of slack behind the window (at least the tile of
+    // rows that causal_range() may begin with), so that rows are moved once in a window's worth of tokens,
+    // not at every batch, and a session can be shortened a little without encoding again.
     static int64_t n_rows(const Hyperparameters& hparams, bool sliding, int64_t n_ctx, int64_t max_batch) {
-        return sliding ? std::min(n_ctx, 2 * int64_t{hparams.window} + max_batch) : n_ctx;
+        const int64_t window = hparams.window;
+        return sliding ? std::min(n_ctx, window + std::max(window, kAttentionTile) + max_batch) : n_ctx;
     }
 
     int32_t n_past() const { return n_past_; }
@@ -53,6 +55,9 @@ class KvCache {
     // the rows behind these, with which a device's masks are filled up, are zeros.
     void prepare(int32_t n_tokens);
     KvRange range(int32_t i_layer) const;
+    // For tokens that see a window of their own each: begins with a tile of attention, and so with rows in
+    // front of the first token's window, which no token sees.
+    KvRange causal_range(int32_t i_layer) const;
 
     // The n tokens written behind the cache belong to it now.
     void advance(int32_t n_tokens) {
@@ -71,7 +76,12 @@ class KvCache {
 
     // Rows that a copy of this cache needs of a layer: all of a full one, of a sliding one those from
     // first_kept() on; row_bytes() for each token. read_rows() copies them to `target`.
-    int32_t first_kept() const { return window_start(n_past_); }
+    int32_t first_kept() const { return tile_start(n_past_, window_); }
+    // Of the tile of attention in which the window begins that token n sees.
+    static int32_t tile_start(int32_t n, int32_t window) {
+        constexpr auto tile = static_cast<int32_t>(kAttentionTile);
+        return window_start(n, window) / tile * tile;
+    }
     size_t row_bytes(int32_t i_layer) const { return layers_[i_layer].k->nb[1]; }
     void read_rows(int32_t i_layer, bool values, uint8_t* target) const;
 
@@ -96,14 +106,15 @@ class KvCache {
     void drop_rows_before(int32_t position);
     void take_snapshot(int32_t position);
     bool go_back_to_snapshot(int32_t n);
-    int32_t window_start(int32_t n) const { return std::max(0, n - (window_ - 1)); }
+    KvRange range_from(int32_t i_layer, int32_t position) const;
+    static int32_t window_start(int32_t n, int32_t window) { return std::max(0, n - (window - 1)); }
 
     int32_t window_;
     int32_t sliding_rows_;
     int64_t n_filling_rows_;          // room behind the last row for those that fill a mask up
     std::atomic<int32_t> n_past_{0};  // others may ask while a thread computes
     uint64_t version_ = next_version();
-    int32_t base_ = 0;   // position of row 0 of the sliding layers
+    int32_t base_ = 0;   // position of row 0 of the sliding layers, where a tile begins
     int32_t mark_ = -1;  // position to which truncate() should find its way back
     Snapshot snapshot_;
     std::vector<ggml_context_ptr> contexts_;  // the processor's layers, then each device's

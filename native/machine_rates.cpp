@@ -63,7 +63,7 @@ double measure_matrix_rate(int n_threads, ggml_type type, const std::string& dev
     const ggml_context_ptr context(ggml_init(params));
     ggml_tensor* weight = ggml_new_tensor_2d(context.get(), type, n, n);
     ggml_tensor* columns = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, n, n_columns);
-    matrix::Products nodes(context.get(), engine.kernel());
+    matrix::Products nodes(context.get(), engine.kernel(), engine.on_device());
     std::vector<ggml_tensor*> products;
     ggml_cgraph* graph = ggml_new_graph(context.get());
     for (int i = 0; i < n_products; ++i) {

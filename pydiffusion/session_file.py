@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .model import DiffusionModel
     from .session import Session
 
-FORMAT = "pydiffusion-session-1"
+FORMAT = "pydiffusion-session-2"
 _SAMPLE = 64
 
 

@@ -70,7 +70,7 @@ void restore(Session& session, const Array1<int32_t>& tokens,
     const size_t n = tokens.shape(0);
     std::vector<std::pair<const uint8_t*, const uint8_t*>> rows;
     for (size_t i = 0; i < layers.size(); ++i) {
-        const size_t n_rows = hp.layers[i].sliding ? std::min<size_t>(n, hp.window - 1) : n;
+        const size_t n_rows = hp.layers[i].sliding ? n - KvCache::tile_start(n, hp.window) : n;
         for (const Array2<uint8_t>* array : {&layers[i].first, &layers[i].second}) {
             if (array->shape(0) != n_rows || array->shape(1) != session.cache().row_bytes(i)) {
                 throw Error(

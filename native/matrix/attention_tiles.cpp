@@ -17,8 +17,8 @@ namespace {
 
 // As in attention.cpp queries are lanes: scores are keys times queries, the output values (turned over) times
 // weights, and a task is one key head and a block of its queries, which goes through the rows tile by tile.
-constexpr int64_t kRows = 64;       // of keys and values, at a time
-constexpr int64_t kMaxBlock = 256;  // queries
+constexpr int64_t kRows = kAttentionTile;  // of keys and values, at a time
+constexpr int64_t kMaxBlock = 256;         // queries
 constexpr int64_t kMinBlock = 128;
 constexpr int64_t kRowTiles = kRows / kTileRows, kRowDepth = kRows / kTileDepth;
 

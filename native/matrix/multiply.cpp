@@ -20,7 +20,7 @@ std::vector<float> multiply_once(const Multiplication& task) {
                                         task.experts ? task.n_columns : 1);
     ggml_tensor* experts =
         task.experts ? ggml_new_tensor_2d(ctx, GGML_TYPE_I32, task.n_used, task.n_columns) : nullptr;
-    Products products(ctx, engine.kernel());
+    Products products(ctx, engine.kernel(), engine.on_device());
     ggml_tensor* product = experts ? products.multiply(weight, x, experts) : products.multiply(weight, x);
     const ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(ctx, engine.buffer_type()));
     if (!buffer) throw Error(ErrorKind::out_of_memory, "no memory for a product");

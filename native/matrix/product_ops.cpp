@@ -336,6 +336,9 @@ ggml_tensor* Products::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_ex
 
 namespace {
 
+// Of fewer columns ggml's CPU backend sums up in another order: tinyBLAS refuses them (ggml-cpu/llamafile).
+constexpr int64_t kFewestColumns = 8;
+
 // Of ggml's products: a GPU may add up in float16 unless it is told not to. Of bfloat16 it adds up in float32
 // anyhow, and would make float32 of the weights first.
 ggml_tensor* with_exact_sums(ggml_tensor* product) {
@@ -345,9 +348,16 @@ ggml_tensor* with_exact_sums(ggml_tensor* product) {
 
 }  // namespace
 
+ggml_tensor* Products::multiply_by_ggml(ggml_tensor* weight, ggml_tensor* x) {
+    const int64_t n = x->ne[1];
+    const bool pad = !on_device_ && !keep_columns_ && n < kFewestColumns;
+    ggml_tensor* columns = pad ? ggml_pad(ctx_, x, 0, static_cast<int>(kFewestColumns - n), 0, 0) : x;
+    ggml_tensor* product = with_exact_sums(ggml_mul_mat(ctx_, weight, columns));
+    return pad ? ggml_view_2d(ctx_, product, product->ne[0], n, product->nb[1], 0) : product;
+}
+
 ggml_tensor* Products::multiply(ggml_tensor* weight, ggml_tensor* x) {
-    if (!takes(weight, x) || x->ne[2] != 1 || weight->ne[2] != 1)
-        return with_exact_sums(ggml_mul_mat(ctx_, weight, x));
+    if (!takes(weight, x) || x->ne[2] != 1 || weight->ne[2] != 1) return multiply_by_ggml(weight, x);
     ggml_tensor* sources[] = {weight, packed(x, nullptr, 0)};
     ggml_tensor* product =
         ggml_custom_4d(ctx_, GGML_TYPE_F32, weight->ne[1], x->ne[1], 1, 1, sources, 2, product_op,

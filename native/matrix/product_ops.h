@@ -33,7 +33,9 @@ struct Packing {
 // many there are beside them.
 class Products {
   public:
-    Products(ggml_context* ctx, Kernel kernel) : ctx_(ctx), kernel_(kernel) {}
+    // on_device: of a graph that a GPU computes; there ggml's products are taken as they come.
+    Products(ggml_context* ctx, Kernel kernel, bool on_device)
+        : ctx_(ctx), kernel_(kernel), on_device_(on_device) {}
     Products(const Products&) = delete;
     Products& operator=(const Products&) = delete;
 
@@ -47,11 +49,13 @@ class Products {
     void keep_columns() { keep_columns_ = true; }
 
   private:
+    ggml_tensor* multiply_by_ggml(ggml_tensor* weight, ggml_tensor* x);
     bool takes(const ggml_tensor* weight, const ggml_tensor* x) const;
     ggml_tensor* packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expert);
 
     ggml_context* ctx_;
     Kernel kernel_;
+    bool on_device_;
     bool keep_columns_ = false;
     std::map<const ggml_tensor*, ggml_tensor*> packed_;  // by what was packed
     std::deque<Packing> packings_;                       // where they stay
