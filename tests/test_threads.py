@@ -356,6 +356,39 @@ def in_child(work: Callable[[], None]) -> int:
     pytest.fail("the child hangs")
 
 
+SHARED_CPU = """
+import os, resource, sys
+import numpy as np
+from pydiffusion import _native
+
+model = _native.Model(sys.argv[1], n_threads=2)
+session = _native.Session(model, 64)
+session.encode(np.arange(7, dtype=np.int32))
+canvas = np.arange(model.canvas_length, dtype=np.int32)
+session.denoise(canvas, None)  # lays the graph out
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # of this thread; the pool's is moved too
+for thread in os.listdir("/proc/self/task"):
+    os.sched_setaffinity(int(thread), os.sched_getaffinity(0))
+before = resource.getrusage(resource.RUSAGE_SELF)
+for _ in range(4):
+    session.denoise(canvas, None)
+after = resource.getrusage(resource.RUSAGE_SELF)
+print(after.ru_nvcsw - before.ru_nvcsw, 4 * sum(session.step_ops.values()))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_threads_that_wait_for_one_that_does_not_run_sleep(gguf_file: Callable[..., Path]) -> None:
+    """Two threads on one CPU: at each barrier one waits for the other, which can't run while it spins.
+
+    Counted are the times that a thread gave its CPU away; those that were taken from it are not among them.
+    """
+    command = [sys.executable, "-c", SHARED_CPU, str(gguf_file("tiny", "f32"))]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=True)
+    n_slept, n_nodes = map(int, found.stdout.split())
+    assert n_slept > n_nodes / 4
+
+
 @forks
 def test_a_loaded_model_works_in_a_forked_child(pooled_model: _native.Model) -> None:
     expected = answer(pooled_model, 4)

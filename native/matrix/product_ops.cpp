@@ -312,6 +312,10 @@ bool Products::takes(const ggml_tensor* weight, const ggml_tensor* x) const {
            x->nb[0] == sizeof(float) && can_unpack(weight->type, weight->ne[0]);
 }
 
+bool Products::by_tiles(const ggml_tensor* weight, const ggml_tensor* x) const {
+    return takes(weight, x) && x->ne[2] == 1 && weight->ne[2] == 1;
+}
+
 ggml_tensor* Products::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expert) {
     ggml_tensor*& packed = packed_[x];
     if (packed && packing_of(packed).experts == experts) return packed;
@@ -348,16 +352,17 @@ ggml_tensor* with_exact_sums(ggml_tensor* product) {
 
 }  // namespace
 
-ggml_tensor* Products::multiply_by_ggml(ggml_tensor* weight, ggml_tensor* x) {
+ggml_tensor* Products::multiply(ggml_tensor* weight, ggml_tensor* x) {
     const int64_t n = x->ne[1];
-    const bool pad = !on_device_ && !keep_columns_ && n < kFewestColumns;
-    ggml_tensor* columns = pad ? ggml_pad(ctx_, x, 0, static_cast<int>(kFewestColumns - n), 0, 0) : x;
-    ggml_tensor* product = with_exact_sums(ggml_mul_mat(ctx_, weight, columns));
-    return pad ? ggml_view_2d(ctx_, product, product->ne[0], n, product->nb[1], 0) : product;
+    if (n >= kFewestColumns || by_tiles(weight, x) || on_device_ || keep_columns_)
+        return multiply_alone(weight, x);
+    ggml_tensor* filled_up = ggml_pad(ctx_, x, 0, static_cast<int>(kFewestColumns - n), 0, 0);
+    ggml_tensor* product = multiply_alone(weight, filled_up);
+    return ggml_view_2d(ctx_, product, product->ne[0], n, product->nb[1], 0);
 }
 
-ggml_tensor* Products::multiply(ggml_tensor* weight, ggml_tensor* x) {
-    if (!takes(weight, x) || x->ne[2] != 1 || weight->ne[2] != 1) return multiply_by_ggml(weight, x);
+ggml_tensor* Products::multiply_alone(ggml_tensor* weight, ggml_tensor* x) {
+    if (!by_tiles(weight, x)) return with_exact_sums(ggml_mul_mat(ctx_, weight, x));
     ggml_tensor* sources[] = {weight, packed(x, nullptr, 0)};
     ggml_tensor* product =
         ggml_custom_4d(ctx_, GGML_TYPE_F32, weight->ne[1], x->ne[1], 1, 1, sources, 2, product_op,

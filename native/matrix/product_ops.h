@@ -41,6 +41,8 @@ class Products {
 
     // weight [n_inner, n_rows] times x [n_inner, n_columns] -> F32 [n_rows, n_columns]
     ggml_tensor* multiply(ggml_tensor* weight, ggml_tensor* x);
+    // The same of columns that never stand beside others: a node of its own, to which memory can be given.
+    ggml_tensor* multiply_alone(ggml_tensor* weight, ggml_tensor* x);
     // weight [n_inner, n_rows, n_expert], x [n_inner, 1 or n_used, n_tokens], experts I32 [n_used, n_tokens]
     // -> F32 [n_rows, n_used, n_tokens]
     ggml_tensor* multiply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts);
@@ -49,8 +51,8 @@ class Products {
     void keep_columns() { keep_columns_ = true; }
 
   private:
-    ggml_tensor* multiply_by_ggml(ggml_tensor* weight, ggml_tensor* x);
     bool takes(const ggml_tensor* weight, const ggml_tensor* x) const;
+    bool by_tiles(const ggml_tensor* weight, const ggml_tensor* x) const;
     ggml_tensor* packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expert);
 
     ggml_context* ctx_;
