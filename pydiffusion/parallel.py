@@ -115,7 +115,7 @@ def generate_batch(
             session = idle.pop() if idle else model.new_session(n_ctx)
             try:
                 ids = model.tokenize(prompt) if isinstance(prompt, str) else prompt
-                lane = Lane(session, ids, options.resolve(model.metadata, model.n_vocab))
+                lane = Lane(session, ids, model.resolve(options))
                 lanes[lane] = index, []
             except (PyDiffusionError, ValueError) as error:
                 idle.append(session)

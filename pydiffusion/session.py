@@ -166,14 +166,14 @@ class Session:
         when the next begins. Leaving the iterator early is fine; the session goes on from the tokens it then
         has. Raises GenerationCancelled after ``cancel()``.
         """
-        resolved = make_options(options, keywords).resolve(self.model.metadata, self.model.n_vocab)
+        resolved = self.model.resolve(make_options(options, keywords))
         return self._generate(resolved, self._answer_stream(resolved, chat=False))
 
     def generate_chat(self, options: GenerationOptions | None = None, **keywords: Any) -> Iterator[Event]:
         """As ``generate``, behind a chat prompt: the ``parts`` of a CanvasEvent tell thinking, answer and
         tool calls apart, and stop strings cut the answer only.
         """
-        resolved = make_options(options, keywords).resolve(self.model.metadata, self.model.n_vocab)
+        resolved = self.model.resolve(make_options(options, keywords))
         return self._generate(resolved, self._answer_stream(resolved, chat=True))
 
     def _answer_stream(self, options: GenerationOptions, chat: bool) -> AnswerStream | ChatStream:

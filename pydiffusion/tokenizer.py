@@ -13,6 +13,7 @@ from enum import IntEnum
 from functools import cached_property
 from typing import Any
 
+from .end_tokens import find_end_tokens
 from .errors import ModelFormatError, UnsupportedModelError
 from .injection import marker_pattern
 
@@ -37,7 +38,8 @@ class Tokenizer:
     """Encoder and decoder of one file; may be used from several threads.
 
     Attributes: ``n_vocab``; ``bos_id``, ``eos_id``, ``pad_id``, ``mask_id``, ``unknown_id`` (int or None);
-    ``add_bos``, whether the file asks for a bos in front of a text.
+    ``add_bos``, whether the file asks for a bos in front of a text; ``end_tokens``, which tokens end a text
+    and why, and ``end_ids``, their ids.
     """
 
     def __init__(self, metadata: Mapping[str, Any], n_vocab: int | None = None) -> None:
@@ -57,6 +59,8 @@ class Tokenizer:
         self.mask_id = self._special_id(metadata, "mask_token_id")
         self.unknown_id = self._special_id(metadata, "unknown_token_id")
         self.add_bos = bool(metadata.get(_PREFIX + "add_bos_token", True)) and self.bos_id is not None
+        self.end_tokens = find_end_tokens(metadata, self.n_vocab)
+        self.end_ids = tuple(end.token_id for end in self.end_tokens)
         self._types = self._token_types(metadata)
         self._id_to_byte = self._byte_values()
         self._encoder = self._build_encoder(_merge_pairs(metadata, self._token_to_id))
