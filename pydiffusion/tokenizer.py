@@ -173,7 +173,7 @@ class Tokenizer:
     def tokenize(self, text: str, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
         """Token ids of a text.
 
-        add_bos: put the bos token in front; None does as the file asks.
+        add_bos: put the bos token in front; None does as the file asks, unless the text begins with it.
         parse_special: read control tokens spelled out in the text as such. Without it they are characters
             like any other; user-defined tokens are recognised either way.
         Raises ValueError for text that is no valid Unicode (a lone surrogate), or for a bos that the file
@@ -196,7 +196,26 @@ class Tokenizer:
                 ids = self._encoder.encode(text, add_special_tokens=False).ids
         except BaseException as error:
             raise _translated(error, "the text can't be encoded") from None
-        return [self.bos_id, *ids] if with_bos and self.bos_id is not None else ids
+        if not with_bos or self.bos_id is None or (add_bos is None and ids[:1] == [self.bos_id]):
+            return ids
+        return [self.bos_id, *ids]
+
+    def bos_flaw(self, prompt: Sequence[int]) -> str | None:
+        """What is wrong with a prompt's bos and what to do, or None: models of this kind need one, and one
+        only.
+        """
+        if self.bos_id is None or not len(prompt):
+            return None
+        bos = f"the bos token {self._tokens[self.bos_id]!r} ({self.bos_id})"
+        if prompt[0] != self.bos_id:
+            return (
+                f"the prompt does not begin with {bos}, and this model answers badly then: put it in front"
+                " (in Python add_bos=True, on the command line its text and --special, for every prompt"
+                f" {_PREFIX}add_bos_token in the file)"
+            )
+        if prompt[1:2] == [self.bos_id]:
+            return f"the prompt begins with {bos} twice, and this model answers badly then: leave one out"
+        return None
 
     def detokenize(self, ids: Iterable[int], keep_control: bool = False) -> str:
         """Text of token ids; a run of byte tokens that is no valid UTF-8 becomes one U+FFFD per byte.
