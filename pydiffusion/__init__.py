@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         GenerationCancelled,
         InsufficientMemoryError,
         ModelFormatError,
+        PromptWarning,
         PyDiffusionError,
         UnsupportedModelError,
     )
@@ -44,6 +45,7 @@ _NAME_TO_MODULE = {
     "InsufficientMemoryError": "errors",
     "ModelFormatError": "errors",
     "Plan": "placement",
+    "PromptWarning": "errors",
     "PyDiffusionError": "errors",
     "Session": "session",
     "Tokenizer": "tokenizer",
@@ -69,6 +71,7 @@ __all__ = [
     "InsufficientMemoryError",
     "ModelFormatError",
     "Plan",
+    "PromptWarning",
     "PyDiffusionError",
     "Session",
     "Tokenizer",

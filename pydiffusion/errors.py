@@ -25,5 +25,9 @@ class GenerationCancelled(PyDiffusionError):
     """Work was stopped by ``Session.cancel()``."""
 
 
+class PromptWarning(UserWarning):
+    """A prompt that will be answered, but badly: its bos token is missing or doubled."""
+
+
 class ConversionError(PyDiffusionError):
     """A checkpoint or GGUF can't be converted as asked."""

@@ -179,7 +179,7 @@ def prepare(
 ) -> GenerationOptions:
     """The options that generate this layout. Raises ContextOverflowError, ValueError."""
     n_canvas = options.canvas_length or model.canvas_length
-    resolved = options.resolve(model.metadata, model.n_vocab)
+    resolved = model.resolve(options)
     needed = len(prompt) + -(-layout.n_tokens // n_canvas) * n_canvas
     if needed > n_ctx:
         raise ContextOverflowError(

@@ -173,6 +173,10 @@ class DiffusionModel:
             ids.insert(0, self.tokenizer.bos_id)
         return ids
 
+    def resolve(self, options: GenerationOptions) -> GenerationOptions:
+        """These options with nothing left open; see ``GenerationOptions.resolve``."""
+        return options.resolve(self.metadata, self.n_vocab, self.tokenizer.end_ids)
+
     @property
     def has_chat_template(self) -> bool:
         """Whether the file carries a chat template."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .end_tokens import find_end_tokens
 from .errors import ModelFormatError
 
 # The largest value of a signed 32-bit count: what the native loop takes.
@@ -157,8 +158,6 @@ _REFERENCE_DEFAULTS: dict[str, Any] = {
     "dropped_mass": 1e-4,
     "stop": (),
 }
-_EOS_LIST_KEY = "tokenizer.ggml.eos_token_ids"
-_EOS_KEY = "tokenizer.ggml.eos_token_id"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +177,7 @@ class GenerationOptions:
         model's own, which is what it was trained on.
     seed: 0 to 2**64 - 1; ``None`` draws one, which the result reports.
     stop: string or strings at which the text is cut.
-    eos: token id or ids that end the text; an empty sequence: none does.
+    eos: token id or ids that end the text (the file's, ``Tokenizer.end_tokens``); an empty sequence: none.
     canvas: token ids that the positions begin with, counted over all canvases; -1 (or None) and what lies
         behind the end begin with a random one.
     hold: for each of these positions, whether it keeps its token: never renoised, never replaced.
@@ -225,9 +224,12 @@ class GenerationOptions:
         if self.thinking_budget is not None and self.canvas:
             raise ValueError("thinking_budget can't be combined with canvas: positions would move")
 
-    def resolve(self, metadata: Mapping[str, Any], n_vocab: int) -> GenerationOptions:
+    def resolve(
+        self, metadata: Mapping[str, Any], n_vocab: int, end_ids: Sequence[int] | None = None
+    ) -> GenerationOptions:
         """The same choices with nothing left open: from here, else from the file, else from the reference.
 
+        end_ids: the file's end tokens, where they are known already.
         Raises ValueError where choices and file don't fit together, ModelFormatError for an impossible value
         in the file.
         """
@@ -240,7 +242,9 @@ class GenerationOptions:
         if chosen["seed"] is None:
             chosen["seed"] = secrets.randbits(32)
         if self.eos is None:
-            chosen["eos"] = _eos_from_file(metadata, n_vocab)
+            if end_ids is None:
+                end_ids = [end.token_id for end in find_end_tokens(metadata, n_vocab)]
+            chosen["eos"] = tuple(end_ids)
         for token_id in chosen["eos"]:
             if token_id >= n_vocab:
                 raise ValueError(f"eos holds {token_id}; permitted are token ids from 0 to {n_vocab - 1}")
@@ -289,21 +293,6 @@ def _from_file(name: str, metadata: Mapping[str, Any]) -> Any:
         return _NAME_TO_CHECK[name](metadata[key])
     except ValueError as error:
         raise ModelFormatError(f"{key}: {error}") from None
-
-
-def _eos_from_file(metadata: Mapping[str, Any], n_vocab: int) -> tuple[int, ...]:
-    for key in (_EOS_LIST_KEY, _EOS_KEY):
-        if key not in metadata:
-            continue
-        try:
-            ids = _token_ids(key, metadata[key])
-        except ValueError as error:
-            raise ModelFormatError(str(error)) from None
-        for token_id in ids:
-            if token_id >= n_vocab:
-                raise ModelFormatError(f"{key} holds {token_id}; the vocabulary ends at {n_vocab - 1}")
-        return ids
-    return ()
 
 
 def make_options(options: GenerationOptions | None, keywords: Mapping[str, Any]) -> GenerationOptions:

@@ -13,7 +13,7 @@ from . import _native
 from .errors import PyDiffusionError
 from .events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
 from .options import GenerationOptions
-from .session import token_array
+from .session import check_bos, token_array
 
 if TYPE_CHECKING:
     from .model import DiffusionModel
@@ -115,7 +115,8 @@ def generate_batch(
             session = idle.pop() if idle else model.new_session(n_ctx)
             try:
                 ids = model.tokenize(prompt) if isinstance(prompt, str) else prompt
-                lane = Lane(session, ids, options.resolve(model.metadata, model.n_vocab))
+                lane = Lane(session, ids, model.resolve(options))
+                check_bos(model.tokenizer, token_array(ids, model.n_vocab))
                 lanes[lane] = index, []
             except (PyDiffusionError, ValueError) as error:
                 idle.append(session)

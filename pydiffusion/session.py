@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ import numpy.typing as npt
 
 from . import _native, session_file
 from .chat_output import ends_in_thought
+from .errors import PromptWarning
 from .events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
 from .limits import ThoughtBudget, loop_start
 from .options import GenerationOptions, make_options
@@ -21,6 +24,7 @@ from .streaming import AnswerStream, ChatStream, ContentStream, count_tokens
 if TYPE_CHECKING:
     from .model import DiffusionModel
     from .structure import Guide
+    from .tokenizer import Tokenizer
 
 # Tokens at the end of a prompt that may open a thought: the marker, "thought", a line break.
 _THOUGHT_OPENING = 16
@@ -85,9 +89,11 @@ class Session:
     def prefill(self, ids: TokenIds, progress: Callable[[int, int], None] | None = None) -> int:
         """Make these the session's tokens, encoding only what follows the part that the cache has already.
 
-        Returns how many tokens could be kept. Raises as ``encode`` does.
+        Returns how many tokens could be kept. Raises as ``encode`` does, and warns (PromptWarning) where the
+        bos in front is missing or doubled.
         """
         wanted = token_array(ids, self.model.n_vocab)
+        check_bos(self.model.tokenizer, wanted)
         n_kept = self.keep(wanted)
         if n_kept < len(wanted):
             self.encode(wanted[n_kept:], progress=progress)
@@ -166,14 +172,14 @@ class Session:
         when the next begins. Leaving the iterator early is fine; the session goes on from the tokens it then
         has. Raises GenerationCancelled after ``cancel()``.
         """
-        resolved = make_options(options, keywords).resolve(self.model.metadata, self.model.n_vocab)
+        resolved = self.model.resolve(make_options(options, keywords))
         return self._generate(resolved, self._answer_stream(resolved, chat=False))
 
     def generate_chat(self, options: GenerationOptions | None = None, **keywords: Any) -> Iterator[Event]:
         """As ``generate``, behind a chat prompt: the ``parts`` of a CanvasEvent tell thinking, answer and
         tool calls apart, and stop strings cut the answer only.
         """
-        resolved = make_options(options, keywords).resolve(self.model.metadata, self.model.n_vocab)
+        resolved = self.model.resolve(make_options(options, keywords))
         return self._generate(resolved, self._answer_stream(resolved, chat=True))
 
     def _answer_stream(self, options: GenerationOptions, chat: bool) -> AnswerStream | ChatStream:
@@ -338,6 +344,17 @@ def _given(options: GenerationOptions) -> dict[str, Any]:
         "canvas": np.asarray(options.canvas, dtype=np.int32),
         "hold": np.asarray(options.hold or (), dtype=np.uint8),
     }
+
+
+def check_bos(tokenizer: Tokenizer, prompt: np.ndarray) -> None:
+    """PromptWarning for a prompt whose bos is missing or doubled, at the line that called this package."""
+    flaw = tokenizer.bos_flaw(prompt[:2].tolist())
+    if flaw is None:
+        return
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{__package__}."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(flaw, PromptWarning, stacklevel=level)
 
 
 def cut_at_eos(tokens: np.ndarray, eos: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from enum import IntEnum
 from functools import cached_property
 from typing import Any
 
+from .end_tokens import find_end_tokens
 from .errors import ModelFormatError, UnsupportedModelError
 from .injection import marker_pattern
 
@@ -37,7 +38,8 @@ class Tokenizer:
     """Encoder and decoder of one file; may be used from several threads.
 
     Attributes: ``n_vocab``; ``bos_id``, ``eos_id``, ``pad_id``, ``mask_id``, ``unknown_id`` (int or None);
-    ``add_bos``, whether the file asks for a bos in front of a text.
+    ``add_bos``, whether the file asks for a bos in front of a text; ``end_tokens``, which tokens end a text
+    and why, and ``end_ids``, their ids.
     """
 
     def __init__(self, metadata: Mapping[str, Any], n_vocab: int | None = None) -> None:
@@ -57,6 +59,8 @@ class Tokenizer:
         self.mask_id = self._special_id(metadata, "mask_token_id")
         self.unknown_id = self._special_id(metadata, "unknown_token_id")
         self.add_bos = bool(metadata.get(_PREFIX + "add_bos_token", True)) and self.bos_id is not None
+        self.end_tokens = find_end_tokens(metadata, self.n_vocab)
+        self.end_ids = tuple(end.token_id for end in self.end_tokens)
         self._types = self._token_types(metadata)
         self._id_to_byte = self._byte_values()
         self._encoder = self._build_encoder(_merge_pairs(metadata, self._token_to_id))
@@ -169,7 +173,7 @@ class Tokenizer:
     def tokenize(self, text: str, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
         """Token ids of a text.
 
-        add_bos: put the bos token in front; None does as the file asks.
+        add_bos: put the bos token in front; None does as the file asks, unless the text begins with it.
         parse_special: read control tokens spelled out in the text as such. Without it they are characters
             like any other; user-defined tokens are recognised either way.
         Raises ValueError for text that is no valid Unicode (a lone surrogate), or for a bos that the file
@@ -192,7 +196,26 @@ class Tokenizer:
                 ids = self._encoder.encode(text, add_special_tokens=False).ids
         except BaseException as error:
             raise _translated(error, "the text can't be encoded") from None
-        return [self.bos_id, *ids] if with_bos and self.bos_id is not None else ids
+        if not with_bos or self.bos_id is None or (add_bos is None and ids[:1] == [self.bos_id]):
+            return ids
+        return [self.bos_id, *ids]
+
+    def bos_flaw(self, prompt: Sequence[int]) -> str | None:
+        """What is wrong with a prompt's bos and what to do, or None: models of this kind need one, and one
+        only.
+        """
+        if self.bos_id is None or not len(prompt):
+            return None
+        bos = f"the bos token {self._tokens[self.bos_id]!r} ({self.bos_id})"
+        if prompt[0] != self.bos_id:
+            return (
+                f"the prompt does not begin with {bos}, and this model answers badly then: put it in front"
+                " (in Python add_bos=True, on the command line its text and --special, for every prompt"
+                f" {_PREFIX}add_bos_token in the file)"
+            )
+        if prompt[1:2] == [self.bos_id]:
+            return f"the prompt begins with {bos} twice, and this model answers badly then: leave one out"
+        return None
 
     def detokenize(self, ids: Iterable[int], keep_control: bool = False) -> str:
         """Text of token ids; a run of byte tokens that is no valid UTF-8 becomes one U+FFFD per byte.

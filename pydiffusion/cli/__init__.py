@@ -10,8 +10,9 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -118,7 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # what the terminal's encoding lacks must not end in an error
             stream.reconfigure(errors="replace")
     try:
-        code = _run(None if arguments is None else list(arguments))
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = _run(None if arguments is None else list(arguments))
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
@@ -143,6 +146,16 @@ def _run(arguments: list[str] | None) -> int:
     if code == 130:
         print("pydiffusion: interrupted", file=sys.stderr)
     return code
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Our own on a line of stderr, others as Python shows them."""
+    from pydiffusion.errors import PromptWarning
+
+    if issubclass(category, PromptWarning):
+        print(f"pydiffusion: {one_line(str(message))}", file=sys.stderr, flush=True)
+    else:
+        print(warnings.formatwarning(message, category, *where[:2]), end="", file=sys.stderr)
 
 
 def _report(error: Exception) -> int:

@@ -127,7 +127,7 @@ class Conversation:
 
         from .display import AnswerPrinter, CanvasDisplay
 
-        options = self._options.resolve(self._model.metadata, self._model.n_vocab)
+        options = self._model.resolve(self._options)
         display = CanvasDisplay(self._model.tokenizer, options.eos) if sys.stderr.isatty() else None
         printer = AnswerPrinter(display)
         try:

@@ -121,7 +121,7 @@ def run(
     """
     from .display import AnswerPrinter, CanvasDisplay
 
-    options = options.resolve(model.metadata, model.n_vocab)
+    options = model.resolve(options)
     draw = show and sys.stderr.isatty()
     display = CanvasDisplay(model.tokenizer, options.eos, seconds_per_step) if draw else None
     with AnswerPrinter(display, quiet) as printer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,9 @@ from .text import count, one_line
 
 if TYPE_CHECKING:
     from pydiffusion.convert.parts import Parts
+    from pydiffusion.end_tokens import EndToken
 
+_TOKENS = "tokenizer.ggml.tokens"
 _LONG_ARRAY = 64
 _LONG_TEXT = 100
 
@@ -53,12 +56,30 @@ def _as_dict(gguf: Parts, with_tensors: bool, whole: bool) -> dict[str, Any]:
             key: _json_value(value, gguf.metadata_types[key], whole) for key, value in gguf.metadata.items()
         },
     }
+    if isinstance(gguf.metadata.get(_TOKENS), list):
+        found, error = _end_tokens(gguf)
+        summary["end_tokens"] = [
+            {"id": end.token_id, "text": end.text, "reasons": list(end.reasons)} for end in found
+        ]
+        if error is not None:
+            summary["end_tokens_error"] = error
     if with_tensors:
         summary["tensors"] = [
             {"name": t.name, "type": t.type, "shape": list(t.shape), "offset": t.offset, "n_bytes": t.n_bytes}
             for t in gguf.tensors
         ]
     return summary
+
+
+def _end_tokens(gguf: Parts) -> tuple[Sequence[EndToken], str | None]:
+    """The tokens that end a text, or why that can't be told."""
+    from pydiffusion.end_tokens import find_end_tokens
+    from pydiffusion.errors import ModelFormatError
+
+    try:
+        return find_end_tokens(gguf.metadata, len(gguf.metadata[_TOKENS])), None
+    except ModelFormatError as error:
+        return (), str(error)
 
 
 def _types(gguf: Parts) -> dict[str, dict[str, int]]:
@@ -96,11 +117,23 @@ def _print(gguf: Parts, with_tensors: bool, whole: bool) -> None:
     types = gguf.metadata_types
     for key, value in gguf.metadata.items():
         print(f"  {one_line(key)} ({types[key]}): {_shown(value, whole)}")
+    if isinstance(gguf.metadata.get(_TOKENS), list):
+        _print_end_tokens(gguf)
     if with_tensors:
         print("\nTensors (shape slowest first)")
         for tensor in gguf.tensors:
             shape = " x ".join(map(str, tensor.shape))
             print(f"  {one_line(tensor.name):44} {tensor.type:8} {shape:20} {count(tensor.n_bytes, 'B'):>9}")
+
+
+def _print_end_tokens(gguf: Parts) -> None:
+    found, error = _end_tokens(gguf)
+    print("\nTokens that end a text, and how they are known")
+    for end in found:
+        reasons = ", ".join(f"by {reason}" for reason in end.reasons)
+        print(f"  {end.token_id} {one_line(repr(end.text))}: {reasons}")
+    if not found:
+        print(f"  none: {'the file names none' if error is None else one_line(error)}")
 
 
 def _shown(value: Any, whole: bool) -> str:

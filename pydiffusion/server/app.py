@@ -108,6 +108,7 @@ class _Endpoints:
         self._settings = settings
         self._scheduler = scheduler
         self._started = int(time.time())
+        self._flaws_told: set[str] = set()
         self.metrics = Metrics()
         # A client may call the model by its name or by that of its file.
         self._names = tuple(dict.fromkeys((model.path.stem, model.path.name, model.name)))
@@ -181,6 +182,14 @@ class _Endpoints:
                 "context_length_exceeded",
             )
 
+    def _log_flaws(self, runs: list[Run]) -> None:
+        """Log what is wrong with prompts that will be answered all the same, each flaw once."""
+        for run in runs:
+            flaw = self._model.tokenizer.bos_flaw(run.prompt)
+            if flaw is not None and flaw not in self._flaws_told:
+                self._flaws_told.add(flaw)
+                log.warning("%s", flaw)
+
     # Handing over to the scheduler
 
     async def _answer(
@@ -193,6 +202,7 @@ class _Endpoints:
         chat: bool,
         one_call: bool,
     ) -> Response:
+        self._log_flaws(runs)
         loop = asyncio.get_running_loop()
         arrivals: asyncio.Queue[tuple[int, Report]] = asyncio.Queue()
 

@@ -249,7 +249,7 @@ def _options(fields: Mapping[str, Any], limit: Any, model: DiffusionModel) -> li
     choices["max_tokens"] = model.n_ctx_train if limit is None or limit == -1 else limit
     choices["stop"] = stop
     try:
-        return [options.resolve(model.metadata, model.n_vocab) for options in _each_choice(fields, choices)]
+        return [model.resolve(options) for options in _each_choice(fields, choices)]
     except ValueError as error:
         raise _wrong_option(error, fields) from None
 

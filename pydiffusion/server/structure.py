@@ -100,6 +100,6 @@ def held_options(
     """The options of every choice, resolved, with the layout's canvases. Raises ApiError."""
     try:
         held = [prepare(model, layout, prompt, each, model.n_ctx) for each in options]
-        return [each.resolve(model.metadata, model.n_vocab) for each in held]
+        return [model.resolve(each) for each in held]
     except Exception as error:
         raise from_exception(error) from None
