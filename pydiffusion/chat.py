@@ -6,7 +6,6 @@ the text it makes, so that a damaged or hostile file can't hang or fill the mach
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import re
@@ -24,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from .errors import PyDiffusionError
+from .messages import Message, normalize_messages, normalize_tools
 
 # Several times what the longest context can hold (262,144 tokens, about a million characters).
 _MAX_CHARACTERS = 16_000_000
@@ -34,6 +34,8 @@ _MAX_WORK = 10_000_000
 _CALL_WORK = 100
 # A format that asks for fields of many digits, or for a width given elsewhere.
 _WIDE_FIELD = re.compile(r"\d{5}|\*")
+# Texts of parts, and a field that no template knows.
+_PROBES, _UNKNOWN = ("first-part", "second-part"), "unknown-field"
 
 
 class ChatTemplate:
@@ -47,6 +49,7 @@ class ChatTemplate:
             raise PyDiffusionError(f"chat template, line {error.lineno}: {error.message}") from None
         except (jinja2.TemplateError, RecursionError, ValueError, OverflowError) as error:
             raise PyDiffusionError(f"the chat template can't be compiled: {error}") from None
+        self._knows_parts_of: dict[str, bool] = {}  # by role
 
     def render(
         self,
@@ -65,21 +68,57 @@ class ChatTemplate:
         the template fails or refuses them.
         """
         names = {
-            "messages": [_plain_message(i, message) for i, message in enumerate(messages)],
+            "messages": self.prepare(messages),
             "add_generation_prompt": add_generation_prompt,
             "bos_token": bos_token,
             "eos_token": eos_token,
-            "tools": tools,
+            "tools": normalize_tools(tools),
             **variables,
         }
-        token = _work_left.set([_MAX_WORK])
         try:
-            return self._joined(names)
+            return self._text(names)
         except Exception as error:
             line = _template_line(error)
             where = "chat template" if line is None else f"chat template, line {line}"
             what = str(error) or type(error).__name__
             raise PyDiffusionError(f"{where}: {what}") from error
+
+    def prepare(self, messages: Iterable[Any]) -> list[Message]:
+        """The messages as ``render`` gives them to the template; preparing them twice changes nothing.
+
+        Content in parts stays in parts, for templates differ in what they put between them, but becomes one
+        text where this template knows no parts. Raises ValueError for messages of the wrong shape.
+        """
+        prepared = normalize_messages(messages)
+        for message in prepared:
+            parts = message["content"]
+            if isinstance(parts, list) and not self._knows_parts(message["role"]):
+                message["content"] = "".join(part["text"] for part in parts)
+        return prepared
+
+    def _knows_parts(self, role: str) -> bool:
+        """Whether the template writes the texts of parts, and not a list in Python's notation.
+
+        Found out by rendering two parts, once for each role: how the source reads (whether it loops over
+        content somewhere) does not tell, since Gemma 4's first template did for the user and not for the
+        system. A part has a field that nobody knows, which only comes out where the list is printed whole.
+        """
+        known = self._knows_parts_of.get(role)
+        if known is None:
+            probe = [{"type": "text", "text": text, _UNKNOWN: _UNKNOWN} for text in _PROBES]
+            names = {"messages": _conversation(role, probe), "add_generation_prompt": True, "tools": None}
+            try:
+                text = self._text({**names, "bos_token": "", "eos_token": ""})
+            except Exception:  # of any kind: what the template can't render, it does not know
+                text = ""
+            known = all(probe in text for probe in _PROBES) and _UNKNOWN not in text
+            self._knows_parts_of[role] = known
+        return known
+
+    def _text(self, names: dict[str, Any]) -> str:
+        token = _work_left.set([_MAX_WORK])
+        try:
+            return self._joined(names)
         finally:
             _work_left.reset(token)
 
@@ -92,47 +131,20 @@ class ChatTemplate:
         return "".join(parts)
 
 
-def _plain_message(i_message: int, message: Any) -> dict[str, Any]:
-    """The message with content in parts joined to one text: templates differ in whether they know parts."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ValueError(
-            f"messages[{i_message}] must be a dict with a role, a string; it is {message!r}"[:200]
-        )
-    message = _with_read_arguments(message)
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return message
-    if isinstance(content, Mapping) or not isinstance(content, Iterable):
-        raise ValueError(
-            f"messages[{i_message}] has a content of {type(content).__name__}; give a string or parts"
-        )
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(
-                f"messages[{i_message}] has a content part of type {kind!r}; only 'text' is supported"
-            )
-        texts.append(part["text"])
-    return {**message, "content": "".join(texts)}
-
-
-def _with_read_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with the arguments of its tool calls as objects: OpenAI's API spells them out as JSON."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, (list, tuple)):
-        return dict(message)
-    read = []
-    for call in calls:
-        function = call.get("function") if isinstance(call, Mapping) else None
-        arguments = function.get("arguments") if isinstance(function, Mapping) else None
-        if isinstance(arguments, str):
-            with contextlib.suppress(ValueError, RecursionError):
-                values = json.loads(arguments or "{}")
-                if isinstance(values, dict):
-                    call = {**call, "function": {**function, "arguments": values}}
-        read.append(call)
-    return {**message, "tool_calls": read}
+def _conversation(role: str, content: Any) -> list[Message]:
+    """A conversation that any template takes, in which a message of this role has this content."""
+    message = {"role": role, "content": content}
+    asked = {"role": "user", "content": "Hello"}
+    if role == "user":
+        return [message]
+    if role == "system":
+        return [message, asked]
+    if role == "tool":
+        function = {"name": "f", "arguments": {}}
+        call = {"id": "123456789", "type": "function", "function": function}
+        called = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return [asked, called, {**message, "name": "f", "tool_call_id": call["id"]}]
+    return [asked, message, asked]
 
 
 def _template_line(error: BaseException) -> int | None:

@@ -8,18 +8,39 @@ plain characters where the placeholder comes out. Texts without markers are enco
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .chat_output import MARKERS
+from .chat_output import CHANNEL, CHANNEL_END, MARKERS
 
 if TYPE_CHECKING:
+    from .messages import Message
     from .tokenizer import Tokenizer
 
 # Around the number of a placeholder: code points that are no characters and stand in no sensible text.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 _MAX_DEPTH = 64
+_ANSWERING = ("assistant", "model")  # roles; the second is Google's own word
+
+
+class MarkerSet:
+    """What may not come from a message: control tokens, the markers that answers are parsed by, and ours."""
+
+    def __init__(self, control_tokens: Iterable[str]) -> None:
+        texts = {*control_tokens, *MARKERS, _OPEN, _CLOSE} - {""}
+        longest_first = sorted(texts, key=lambda text: (-len(text), text))
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)))
+        self._beginnings = {text[:n] for text in texts for n in range(1, len(text))}
+        self._longest_beginning = max(map(len, texts)) - 1
+
+    def beginning_at_end(self, text: str) -> str:
+        """What a marker could begin with at the end of the text, spaces after it aside; "" for nothing."""
+        text = text.rstrip()
+        for n in range(min(self._longest_beginning, len(text)), 0, -1):
+            if text[-n:] in self._beginnings:
+                return text[-n:]
+        return ""
 
 
 class Neutralizer:
@@ -27,40 +48,85 @@ class Neutralizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._pattern = tokenizer.marker_pattern
-        self._hidden: list[str] = []
+        self._markers = tokenizer.markers
+        self._hidden: dict[str, int] = {}  # to the number of the placeholder
 
-    def hide(self, value: Any, depth: int = 0) -> Any:
-        """The same value, its strings without markers."""
+    def hide(self, value: Any, *, but: Collection[str] = (), depth: int = 0) -> Any:
+        """The same value, its strings without markers, except for those in ``but``."""
         if isinstance(value, str):
-            return self._pattern.sub(self._placeholder, value)
+            return self._hide_text(value, but)
         if depth > _MAX_DEPTH:
             raise ValueError("messages or tools are nested too deeply")
         if isinstance(value, Mapping):
-            return {self.hide(k, depth + 1): self.hide(v, depth + 1) for k, v in value.items()}
+            return {
+                self.hide(k, but=but, depth=depth + 1): self.hide(v, but=but, depth=depth + 1)
+                for k, v in value.items()
+            }
         if isinstance(value, (list, tuple)):
-            return [self.hide(entry, depth + 1) for entry in value]
+            return [self.hide(entry, but=but, depth=depth + 1) for entry in value]
         return value
 
-    def _placeholder(self, match: re.Match[str]) -> str:
-        self._hidden.append(match.group())
-        return f"{_OPEN}{len(self._hidden) - 1}{_CLOSE}"
+    def _hide_text(self, text: str, but: Collection[str]) -> str:
+        text = self._markers.pattern.sub(
+            lambda found: found.group() if found.group() in but else self._placeholder(found.group()), text
+        )
+        # Templates trim texts and join them, such as parts of content, or answers that follow each other: a
+        # marker's beginning at the end of one and its rest in the next would come out as the marker.
+        beginning = self._markers.beginning_at_end(text)
+        if beginning:
+            body = text.rstrip()
+            text = body[: -len(beginning)] + self._placeholder(beginning) + text[len(body) :]
+        return text
+
+    def _placeholder(self, text: str) -> str:
+        return f"{_OPEN}{self._hidden.setdefault(text, len(self._hidden))}{_CLOSE}"
+
+    def render(self, render: Callable[[list[Message]], str], messages: list[Message]) -> str:
+        """What the template makes of the messages; ``render`` renders them, with all markers hidden.
+
+        Clients send an assistant's thought back between its markers in the content, and a template that cuts
+        it out has to see these. But what it leaves in could then steer the model. So thoughts are cut out
+        here, provided that the template makes the same text of the messages that still have them. A template
+        that leaves thoughts in, or cuts in another way, gets them as characters.
+        """
+        cut = [_change_answer(message, _without_thoughts) for message in messages]
+        if cut != messages:
+            text = render(self.hide(cut))
+            if render([self._with_thoughts_shown(message) for message in messages]) == text:
+                return text
+        return render(self.hide(messages))
+
+    def _with_thoughts_shown(self, message: Message) -> Message:
+        hidden = self.hide(message)
+        if message["role"] in _ANSWERING:
+            hidden["content"] = self.hide(message["content"], but=(CHANNEL, CHANNEL_END))
+        return hidden
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids; only the template's own markers become what they stand for."""
+        hidden = list(self._hidden)
         ids: list[int] = []
         for i, part in enumerate(_PLACEHOLDER.split(text)):
             if i % 2 == 0:
                 ids += self._tokenizer.tokenize(part, add_bos=False, parse_special=True)
                 continue
             # In two halves, for a file may type a marker as visible, and then it is recognised everywhere.
-            marker = self._hidden[int(part)] if int(part) < len(self._hidden) else ""
+            marker = hidden[int(part)] if int(part) < len(hidden) else ""
             for half in (marker[:1], marker[1:]):
                 ids += self._tokenizer.tokenize(half, add_bos=False)
         return ids
 
 
-def marker_pattern(control_tokens: list[str]) -> re.Pattern[str]:
-    """What may not come from a message: control tokens, the markers that answers are parsed by, and ours."""
-    texts = {*control_tokens, *MARKERS, _OPEN, _CLOSE} - {""}
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=lambda t: (-len(t), t))))
+def _change_answer(message: Message, change: Callable[[str], str]) -> Message:
+    """The message with every text of its content changed, if it is an assistant's."""
+    content = message["content"]
+    if message["role"] not in _ANSWERING:
+        return message
+    if isinstance(content, str):
+        return {**message, "content": change(content)}
+    return {**message, "content": [{**part, "text": change(part["text"])} for part in content]}
+
+
+def _without_thoughts(text: str) -> str:
+    """As Gemma 4's templates cut: up to each end of a channel, all from its beginning on."""
+    return "".join(part.split(CHANNEL)[0] for part in text.split(CHANNEL_END))

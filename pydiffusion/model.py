@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
@@ -157,14 +158,15 @@ class DiffusionModel:
         template's own steer the model. Raises UnsupportedModelError when the file has no template, else as
         ``ChatTemplate.render``.
         """
+        template = self._template()
         neutral = Neutralizer(self.tokenizer)
-        text = self._template().render(
-            neutral.hide(list(messages)),
+        render = functools.partial(
+            template.render,
             bos_token=self._token_text(self.tokenizer.bos_id),
             eos_token=self._token_text(self.tokenizer.eos_id),
             **neutral.hide(variables),
         )
-        ids = neutral.tokenize(text)
+        ids = neutral.tokenize(neutral.render(render, template.prepare(messages)))
         if (
             self.tokenizer.add_bos
             and self.tokenizer.bos_id is not None

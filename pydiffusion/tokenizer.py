@@ -6,7 +6,6 @@ library's, decoding is done here: it must give bytes their meaning across token 
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import IntEnum
@@ -15,7 +14,7 @@ from typing import Any
 
 from .end_tokens import find_end_tokens
 from .errors import ModelFormatError, UnsupportedModelError
-from .injection import marker_pattern
+from .injection import MarkerSet
 
 _SPACE = "\u2581"
 _PREFIX = "tokenizer.ggml."
@@ -150,9 +149,9 @@ class Tokenizer:
     # Use
 
     @cached_property
-    def marker_pattern(self) -> re.Pattern[str]:
-        """Matches what steers the model, wherever it is spelled out in a text."""
-        return marker_pattern([self._tokens[i] for i in range(self.n_vocab) if self.is_control(i)])
+    def markers(self) -> MarkerSet:
+        """What steers the model, wherever it is spelled out in a text."""
+        return MarkerSet(self._tokens[i] for i in range(self.n_vocab) if self.is_control(i))
 
     def is_control(self, token_id: int) -> bool:
         """Whether the token steers the model and is no text: bos, turn markers, padding, unknown."""

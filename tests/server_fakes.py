@@ -271,7 +271,7 @@ def serving(model: ScriptedModel, *, grace: float = 5.0, **settings: Any) -> Ite
         assert not thread.is_alive()
 
 
-def ask(text: str) -> list[dict[str, Any]]:
+def ask(text: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,158 @@ def test_content_in_parts_is_one_text() -> None:
     assert render("{{ messages[0].content }}", [{"role": "user", "content": parts}]) == "ab"
 
 
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+LOOP = (
+    "{% for part in m.content %}{% if part.type == 'text' %}[{{ part.text | trim }}]{% endif %}{% endfor %}"
+)
+KNOWS_PARTS = {
+    "a loop": f"{{% for m in messages %}}{LOOP}{{% endfor %}}",
+    "a loop, where there are parts": "{% for m in messages %}{% if m.content is string %}{{ m.content }}"
+    f"{{% else %}}{LOOP}{{% endif %}}{{% endfor %}}",
+    "a loop in a macro": f"{{% macro say(m) %}}{LOOP}{{% endmacro %}}"
+    "{% for m in messages %}{{ say(m) }}{% endfor %}",
+    "filters": "{% for m in messages %}[{{ m.content | map(attribute='text') | join('][') }}]{% endfor %}",
+}
+KNOWS_TEXTS = {
+    "trimmed": "{% for m in messages %}{{ m.content | trim }}{% endfor %}",
+    "joined by +": "{% for m in messages %}{{ '' + m.content + '' }}{% endfor %}",
+    "joined by ~": "{% for m in messages %}{{ '' ~ m.content }}{% endfor %}",
+    "as JSON": "{% for m in messages %}{{ m.content | tojson | replace('\"', '') }}{% endfor %}",
+    "split": "{% for m in messages %}{{ m.content.split('|')[-1] }}{% endfor %}",
+    "only the first part": "{% for m in messages %}"
+    "{{ m.content if m.content is string else m.content[0].text }}{% endfor %}",
+    "loops over other things": "{% for m in messages %}{% for t in tools or [] %}{{ t.content }}{% endfor %}"
+    "{{ m.content }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool", "critic"])
+@pytest.mark.parametrize("name", KNOWS_PARTS)
+def test_parts_reach_a_template_that_knows_them(name: str, role: str) -> None:
+    message = {"role": role, "content": parts("a ", "b")}
+    assert render(KNOWS_PARTS[name], [message]).replace(" ", "") == "[a][b]"
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool", "critic"])
+@pytest.mark.parametrize("name", KNOWS_TEXTS)
+def test_parts_are_one_text_for_a_template_that_knows_texts(name: str, role: str) -> None:
+    assert render(KNOWS_TEXTS[name], [{"role": role, "content": parts("a ", "b")}]) == "a b"
+
+
+def test_a_template_may_know_parts_of_some_roles_only() -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content | trim }}|{% else %}"
+        "{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endif %}{% endfor %}"
+    )
+    messages = [{"role": "system", "content": parts("a", "b")}, {"role": "user", "content": parts("c", "d")}]
+    assert render(source, messages) == "ab|[c][d]"
+
+
+def test_a_template_is_asked_once_about_each_role(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate(KNOWS_PARTS["a loop"])
+    rendered = []
+    monkeypatch.setattr(
+        template, "_text", lambda names, plain=template._text: rendered.append(names) or plain(names)
+    )
+    for _ in range(3):
+        template.render([{"role": role, "content": parts("a")} for role in ("user", "user", "assistant")])
+    assert len(rendered) == 3 + 2
+    template.render([{"role": "system", "content": "text"}])
+    assert len(rendered) == 3 + 2 + 1
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+@pytest.mark.parametrize("source", ["<{{ messages[0].content }}>", "{{ '<' + messages[0].content + '>' }}"])
+@pytest.mark.parametrize("content", [{"content": None}, {}, {"content": []}])
+def test_no_content_is_empty_text(content: dict[str, Any], source: str, role: str) -> None:
+    assert render(source, [{"role": role, **content}]) == "<>"
+
+
+def test_a_null_is_never_the_word_none() -> None:
+    source = (
+        "{% set m = messages[0] %}<{{ m.name }}{{ m.reasoning_content }}{{ m.refusal }}{{ m.tool_call_id }}>"
+        "{% for call in m.tool_calls %}{{ call.id }}{{ call.function.description }}{% endfor %}"
+        "{{ m.tool_responses[0].response }}{{ 'tool_calls' in messages[1] }}"
+        "{{ tools[0].function.description }}"
+    )
+    message = {
+        "role": "assistant",
+        "tool_calls": [{"id": None, "function": {"name": "f", "description": None}}],
+        "tool_responses": [{"name": "f", "response": None}],
+        **dict.fromkeys(("name", "reasoning_content", "refusal", "tool_call_id")),
+    }
+    messages = [message, {"role": "assistant", "content": "b", "tool_calls": None}]
+    tools = [{"type": "function", "function": {"name": "f", "description": None}}]
+    assert render(source, messages, tools=tools) == "<>False"
+    cached = [{"type": "text", "text": "a", "cache_control": None}]
+    source = "{% for part in messages[0].content %}{{ part.cache_control }}{{ part.text }}{% endfor %}"
+    assert render(source, [{"role": "user", "content": cached}]) == "a"
+
+
+def test_a_null_among_values_stays_one() -> None:
+    schema = {"type": "object", "properties": {"x": {"enum": [None, 1], "default": None}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    call = {"function": {"name": "f", "arguments": {"x": None}}}
+    messages = [{"role": "assistant", "tool_calls": [call]}]
+    source = (
+        "{{ tools[0].function.parameters | tojson }}"
+        "{% for call in messages[0].tool_calls %}{{ call.function.arguments | tojson }}{% endfor %}"
+    )
+    assert render(source, messages, tools=tools) == json.dumps(schema) + '{"x": null}'
+
+
+@pytest.mark.parametrize(
+    ("function", "shown"),
+    [
+        ({}, "{}"),
+        ({"arguments": None}, "{}"),
+        ({"arguments": ""}, "{}"),
+        ({"arguments": " \n"}, "{}"),
+        ({"arguments": "null"}, "{}"),
+        ({"arguments": "{}"}, "{}"),
+        ({"arguments": {}}, "{}"),
+        ({"arguments": {"a": [1]}}, '{"a": [1]}'),
+        ({"arguments": '{"a": [1]}'}, '{"a": [1]}'),
+        ({"arguments": "[1]"}, '"[1]"'),  # what is no object is the template's business
+        ({"arguments": '{"a": '}, '"{\\"a\\": "'),
+    ],
+)
+def test_arguments_of_calls_are_objects(function: dict[str, Any], shown: str) -> None:
+    messages = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", **function}}]}]
+    assert render("{{ messages[0].tool_calls[0].function.arguments | tojson }}", messages) == shown
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_goes_by_the_names_that_templates_know(name: str) -> None:
+    messages = [{"role": "assistant", "content": "b", name: "a"}]
+    assert render("{{ messages[0].reasoning_content }}{{ messages[0].thinking }}", messages) == "aa"
+
+
+def test_messages_of_the_caller_are_left_alone() -> None:
+    messages = [
+        {"role": "developer", "content": parts("a"), "name": None},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+        },
+    ]
+    before = json.dumps(messages)
+    template = ChatTemplate("{{ messages[0].content }}")
+    prepared = template.prepare(messages)
+    assert json.dumps(messages) == before
+    assert template.prepare(prepared) == prepared
+
+
+@pytest.mark.parametrize("messages", [None, "hi", {"role": "user", "content": "hi"}, 5, []])
+def test_what_is_no_list_of_messages_is_refused(messages: Any) -> None:
+    with pytest.raises(ValueError, match="messages"):
+        render("{{ messages }}", messages)
+
+
 @pytest.mark.parametrize(
     "messages",
     [
@@ -77,6 +230,9 @@ def test_content_in_parts_is_one_text() -> None:
         [{"role": "user", "content": 5}],
         [{"role": "user", "content": [{"type": "image_url"}]}],
         [{"role": "user", "content": {"type": "text"}}],
+        [{"role": "user", "content": ["a"]}],
+        [{"role": "user", "content": [{"type": "text", "text": None}]}],
+        [{"role": "user", "content": b"a"}],
     ],
 )
 def test_messages_of_the_wrong_shape_are_refused(messages: list[Any]) -> None:

@@ -17,6 +17,10 @@ from pydiffusion.chat_output import MARKERS
 from pydiffusion.server.parameters import IGNORED, UNSUPPORTED
 
 
+def calling(function: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+
+
 @pytest.fixture(scope="module")
 def model() -> ScriptedModel:
     return ScriptedModel(script)
@@ -236,6 +240,28 @@ def test_every_step_as_an_event(url: str, client: openai.OpenAI) -> None:
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             400,
             "messages[0].content[0]",
+            None,
+        ),
+        ("chat/completions", {"messages": ask(5)}, 400, "messages[0].content", None),
+        (
+            "chat/completions",
+            {"messages": ask([{"type": "text", "text": None}])},
+            400,
+            "messages[0].content[0]",
+            None,
+        ),
+        (
+            "chat/completions",
+            {"messages": [*ask("Hi"), {"role": "tool", "tool_call_id": "1"}]},
+            400,
+            "messages[1].content",
+            None,
+        ),
+        (
+            "chat/completions",
+            {"messages": [*ask("Hi"), calling({"name": "f", "arguments": 3})]},
+            400,
+            "messages[1].tool_calls[0]",
             None,
         ),
         (

@@ -10,13 +10,15 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages, ready for a template. Raises ApiError naming the first that is wrong."""
+    """The messages, of the right shape. Raises ApiError naming the first that is wrong."""
     if not isinstance(messages, list) or not messages:
         raise invalid("messages must be an array of at least one message", "messages")
-    return [_checked(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    for i, message in enumerate(messages):
+        _check(message, f"messages[{i}]")
+    return messages
 
 
-def _checked(message: Any, where: str) -> dict[str, Any]:
+def _check(message: Any, where: str) -> None:
     if not isinstance(message, dict):
         raise invalid(f"{where} must be an object", where, "invalid_type")
     role = message.get("role")
@@ -24,29 +26,24 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
         raise invalid(f"{where}.role is {role!r}; permitted are {', '.join(_ROLES)}"[:200], f"{where}.role")
     content = message.get("content")
     if isinstance(content, list):
-        content = "".join(_text(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+        for i, part in enumerate(content):
+            _check_part(part, f"{where}.content[{i}]")
     elif content is not None and not isinstance(content, str):
         raise invalid(f"{where}.content must be a string or an array of parts", f"{where}.content")
-    calls = message.get("tool_calls")
-    if calls is not None:
-        _check_calls(calls, f"{where}.tool_calls")
-    if content is None:
-        if role != "assistant" or not calls:
-            raise invalid(f"{where}.content is missing", f"{where}.content")
-        content = ""  # templates join it to text
+    # An assistant may have said nothing: it thought, or called a tool. Elsewhere a null is empty text, but a
+    # field that is not there is more likely a name misspelt.
+    if role != "assistant" and "content" not in message:
+        raise invalid(f"{where}.content is missing", f"{where}.content")
+    if message.get("tool_calls") is not None:
+        _check_calls(message["tool_calls"], f"{where}.tool_calls")
     if role == "tool" and not isinstance(message.get("tool_call_id"), str):
         raise invalid(f"{where}.tool_call_id is missing", f"{where}.tool_call_id")
-    # Templates know one name for what instructs the model.
-    return {**message, "role": "system" if role == "developer" else role, "content": content}
 
 
-def _text(part: Any, where: str) -> str:
+def _check_part(part: Any, where: str) -> None:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    if kind == "refusal" and isinstance(part.get("refusal"), str):
-        return part["refusal"]
-    raise invalid(f"{where} is of type {kind!r}; this server reads text only"[:200], where)
+    if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
+        raise invalid(f"{where} is of type {kind!r}; this server reads text only"[:200], where)
 
 
 def _check_calls(calls: Any, where: str) -> None:
@@ -57,7 +54,7 @@ def _check_calls(calls: Any, where: str) -> None:
         if (
             not isinstance(function, dict)
             or not isinstance(function.get("name"), str)
-            or not isinstance(function.get("arguments"), str)
+            or not isinstance(function.get("arguments"), (str, dict, type(None)))
         ):
             raise invalid(
                 f"{where}[{i}] must have a function with name and arguments, both strings", f"{where}[{i}]"

@@ -1,0 +1,104 @@
+"""Messages and tools in the form that chat templates are written for.
+
+The library, the commands and the server all send their messages through here, so that they mean the same
+everywhere. Normalizing twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Message = dict[str, Any]
+
+# Names under which clients send an assistant's thought back, of which a template knows one or the other.
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+
+
+def normalize_messages(messages: Iterable[Any]) -> list[Message]:
+    """The messages with content that is text or parts, without nulls, calls with their arguments as objects.
+
+    A null says nothing, and a template would spell it out as the word None: content that is null or missing
+    is empty text, any other field is left out. Raises ValueError naming the message that is wrong.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise ValueError(f"messages must be a list of dicts; it is of type {type(messages).__name__}")
+    normalized = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    if not normalized:
+        raise ValueError("messages is empty; give at least one message")
+    return normalized
+
+
+def normalize_tools(tools: Sequence[Any] | None) -> list[Any] | None:
+    """The tools without nulls beside their names. Schemas stay as they are: null is a value there."""
+    if not isinstance(tools, (list, tuple)):
+        return tools
+    return [_with_function(tool, {}) if isinstance(tool, Mapping) else tool for tool in tools]
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(f"{where} must be a dict with a role, a string; it is {message!r}"[:200])
+    said = _without_nulls(message)
+    said["content"] = _content(message.get("content"), where)
+    if said["role"] == "developer":  # OpenAI's newer name, which few templates know
+        said["role"] = "system"
+    for name, normalized in (("tool_calls", _call), ("tool_responses", _response)):
+        if isinstance(said.get(name), (list, tuple)):
+            said[name] = [normalized(entry) for entry in said[name]]
+    thought = next((said[name] for name in _THOUGHTS if name in said), None)
+    return said if thought is None else {"thinking": thought, **said, "reasoning_content": thought}
+
+
+def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, (bytes, Mapping)) or not isinstance(content, Iterable):
+        raise ValueError(f"{where} has a content of {type(content).__name__}; give a string or parts")
+    return [_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)] or ""
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if kind not in ("text", "refusal"):
+        raise ValueError(f"{where} is of type {kind!r}; only 'text' is supported"[:200])
+    if not isinstance(part.get(kind), str):
+        raise ValueError(f"{where} must have a {kind}, a string; it is {part!r}"[:200])
+    # OpenAI's word for an answer that declines; templates know texts only.
+    return _without_nulls(part) if kind == "text" else {"type": "text", "text": part["refusal"]}
+
+
+def _call(call: Any) -> Any:
+    """A tool call with its arguments as an object: OpenAI's API spells them out as JSON, or sends none."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return call
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            read = json.loads(arguments) if arguments.strip() else None
+            arguments = read if read is None or isinstance(read, dict) else arguments
+    return _with_function(call, {"arguments": {} if arguments is None else arguments})
+
+
+def _response(response: Any) -> Any:
+    """A tool's result within the assistant's message, as Google's own notation has it."""
+    if not isinstance(response, Mapping):
+        return response
+    result = response.get("response")
+    return _without_nulls(response) | {"response": "" if result is None else result}
+
+
+def _with_function(value: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    function = value.get("function")
+    if not isinstance(function, Mapping):
+        return dict(value)
+    return _without_nulls(value) | {"function": _without_nulls(function) | fields}
+
+
+def _without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: field for name, field in value.items() if field is not None}
