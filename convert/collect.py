@@ -28,13 +28,16 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class ImatrixReport:
-    """``unreached``: for each tensor, the experts that no token of the text was sent to."""
+    """``n_left_out``: texts of fewer than two tokens. ``unreached``: for each tensor, experts that no token
+    of the texts was sent to.
+    """
 
     target: Path
     n_chunks: int
     n_tokens: int
     n_denoised: int
     n_entries: int
+    n_left_out: int
     unreached: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -55,7 +58,8 @@ def collect_imatrix(
     Args:
         model: a GGUF of as many bits as memory allows.
         texts: one text, cut into chunks, or several, each of which begins a chunk; text, in which control
-            tokens spelled out count as such, or tokens.
+            tokens spelled out count as such, or tokens. A text of a canvas or less is half encoded and half
+            denoised, with padding behind it.
         noise: shares of the canvas's tokens that are replaced by random ones, one denoising each.
         chunk: tokens encoded at most before a canvas.
         max_chunks: stop after so many.
@@ -74,11 +78,10 @@ def collect_imatrix(
         raise ValueError("chunk and max_chunks must be at least 1")
     with DiffusionModel(model, n_gpu_layers=0, n_threads=n_threads) as opened:  # only there are they gathered
         chunk = min(chunk, opened.n_ctx - opened.canvas_length)
-        chunks = _chunks(opened, [texts] if isinstance(texts, str) else texts, chunk)[:max_chunks]
+        by_text = [_chunks(opened, text, chunk) for text in ([texts] if isinstance(texts, str) else texts)]
+        chunks = [each for of_text in by_text for each in of_text][:max_chunks]
         if not chunks:
-            raise ConversionError(
-                f"the text is too short: a chunk needs a token and a canvas of {opened.canvas_length}"
-            )
+            raise ConversionError("the text is too short: a chunk needs a token to encode and one to denoise")
         session = _native.Session(opened._native, chunk + opened.canvas_length)
         session.collect_statistics(True)
         for index, (prompt, clean) in enumerate(chunks):
@@ -102,28 +105,37 @@ def collect_imatrix(
         sum(len(prompt) for prompt, _ in chunks),
         2 * len(noise) * sum(len(clean) for _, clean in chunks),
         len(entries),
+        sum(not of_text for of_text in by_text),
         {name: entry.unreached for name, entry in entries.items() if entry.unreached},
     )
 
 
-def _chunks(
-    model: Any, texts: Sequence[str | Sequence[int]], size: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(tokens to encode, clean canvas behind them), both int32; what is left of a text is dropped.
+def _chunks(model: Any, text: str | Sequence[int], size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(tokens to encode, clean canvas behind them), both int32; none of a text without two tokens.
 
-    A canvas is text that the next chunk encodes again: so every token is met in both ways. A text that is
-    shorter than a chunk gives one with what it has, if that is more than a canvas.
+    A canvas is text that the next chunk encodes again: so every token but those of the last canvas is met in
+    both ways. A text that fills no canvas and a token before it is halved: as a short answer is, its end is
+    a canvas with an eos and padding behind it.
     """
     n_canvas = model.canvas_length
+    ids = model.tokenize(text, parse_special=True) if isinstance(text, str) else text
+    ids = np.asarray(ids, np.int32)
+    if len(ids) < 2:
+        return []
+    if len(ids) <= n_canvas:
+        n_prompt = min(size, len(ids) // 2)
+        return [(ids[:n_prompt], _filled_up(model, ids[n_prompt:]))]
     result = []
-    for text in texts:
-        ids = model.tokenize(text, parse_special=True) if isinstance(text, str) else text
-        ids = np.asarray(ids, np.int32)
-        for start in range(0, len(ids), size):
-            prompt = ids[start : start + size]
-            if len(prompt) + n_canvas > len(ids) - start:
-                prompt = ids[start : len(ids) - n_canvas]
-            if len(prompt):
-                end = start + len(prompt)
-                result.append((prompt, ids[end : end + n_canvas]))
+    for start in range(0, len(ids) - n_canvas, size):
+        end = min(start + size, len(ids) - n_canvas)
+        result.append((ids[start:end], ids[end : end + n_canvas]))
     return result
+
+
+def _filled_up(model: Any, ids: np.ndarray) -> np.ndarray:
+    tokenizer = model.tokenizer
+    known = [token for token in (tokenizer.eos_id, tokenizer.pad_id) if token is not None] or [0]
+    canvas = np.full(model.canvas_length, known[-1], np.int32)
+    canvas[: len(ids)] = ids
+    canvas[len(ids) : len(ids) + 1] = known[0]
+    return canvas

@@ -144,7 +144,7 @@ def evaluate_family(
                     run.add(index, text)
                     if progress is not None:
                         done = len(reports) * len(texts) + index + 1
-                        title = text.splitlines()[0][:40]
+                        title = text.strip().partition("\n")[0][:40]
                         progress(ConversionProgress("evaluate", title, done, total))
                 # A padded file has weights that the reference lacks: zeros, which get no credit.
                 n_weights = min(model.description["n_weights"] for model in (ours, theirs))

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from pydiffusion import _native
+from pydiffusion.cache_type import check_kv_type
 from pydiffusion.placement import devices, native_wish
 
 #: Parts of a step in the order in which they run.
@@ -105,6 +106,7 @@ def run_bench(
     """
     if n_prompt < 1 or n_steps < 2:
         raise ValueError(f"n_prompt is {n_prompt} and n_steps {n_steps}; permitted are at least 1 and 2")
+    check_kv_type(kv_type)
     wish = native_wish(
         **{"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None, **placement}
     )

@@ -34,6 +34,11 @@ FINISH_REASONS = {
     "eos": "stop", "stop": "stop", "repetition": "stop", "length": "length", "context": "length",
 }  # fmt: skip
 
+# What nothing but an object satisfies: the mode of OpenAI's that came before schemas.
+_JSON_OBJECT = {"type": "object"}
+# What may stand in a response_format beside its type.
+_FORMAT_TO_FIELDS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema",)}
+
 Chunk = dict[str, Any]
 
 
@@ -95,6 +100,7 @@ def create_chat_completion(
     max_completion_tokens: int | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
+    response_format: Mapping[str, Any] | None = None,
     stream: bool = False,
     model: str | None = None,
     session: Session | None = None,
@@ -105,13 +111,17 @@ def create_chat_completion(
     tools, enable_thinking, chat_template_kwargs: handed to the template. With enable_thinking=False a thought
     that the model begins all the same is closed at once (``thinking_budget=0``).
     max_tokens or, by its newer name, max_completion_tokens: None or -1 goes on until eos or the end of the
-    context. The others as for ``create_completion``; stop strings cut the answer, not the thinking.
+    context; of both, the smaller counts.
+    response_format: as OpenAI's, or with a schema as llama-cpp-python's; the other way to give json_schema.
+    The others as for ``create_completion``; stop strings cut the answer, not the thinking.
     What the model's markers set apart arrives apart: ``content``, ``reasoning_content``, ``tool_calls``.
     """
-    if max_completion_tokens is not None:
-        if max_tokens is not None:
-            raise ValueError("give max_tokens or max_completion_tokens, not both")
-        max_tokens = max_completion_tokens
+    max_tokens = token_limit(max_tokens, max_completion_tokens)
+    if response_format is not None:
+        schema = schema_of(response_format)
+        if schema is not None and options.get("json_schema") is not None:
+            raise ValueError("response_format and json_schema exclude each other: give one")
+        options["json_schema"] = options.get("json_schema") if schema is None else schema
     variables = dict(chat_template_kwargs or {})
     if enable_thinking is not None:
         variables["enable_thinking"] = enable_thinking
@@ -139,6 +149,46 @@ def create_chat_completion(
     n_tokens = sum(len(canvas.tokens) for canvas in canvases)
     figures = diffusion_figures([canvas.steps for canvas in canvases], end)
     return frame.answer(choice, n_prompt, n_tokens, figures)
+
+
+def token_limit(max_tokens: Any, max_completion_tokens: Any) -> int | None:
+    """The smaller one; None where neither is a limit, which None and -1 are not. ValueError for no number."""
+    limits = []
+    for name, value in (("max_tokens", max_tokens), ("max_completion_tokens", max_completion_tokens)):
+        if value is None or value == -1:
+            continue
+        try:
+            limits.append(GenerationOptions(max_tokens=value).max_tokens)
+        except ValueError as error:
+            raise ValueError(str(error).replace("max_tokens", name, 1)) from None
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def schema_of(response_format: Any) -> Any:
+    """The JSON schema that an answer has to satisfy, None for any text.
+
+    ``{"type": "text"}``, ``{"type": "json_object"}``, ``{"type": "json_schema", "json_schema": {"schema":
+    ...}}`` as of OpenAI, and as of llama.cpp ``{"type": "json_object", "schema": ...}``. Raises ValueError.
+    """
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if not isinstance(kind, str) or kind not in _FORMAT_TO_FIELDS:
+        raise ValueError("response_format must be an object whose type is text, json_object or json_schema")
+    for name, value in response_format.items():
+        if name != "type" and name not in _FORMAT_TO_FIELDS[kind] and value is not None:
+            known = " or ".join(f"{n} of type {k}" for k, names in _FORMAT_TO_FIELDS.items() for n in names)
+            raise ValueError(f"response_format.{name} is not permitted with type {kind}; known are {known}")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        where, schema = "schema", response_format.get("schema")
+        if schema is None or schema == {}:  # which says nothing
+            return _JSON_OBJECT
+    else:
+        given = response_format.get("json_schema")
+        where, schema = "json_schema.schema", given.get("schema") if isinstance(given, Mapping) else None
+    if not isinstance(schema, (Mapping, bool)):
+        raise ValueError(f"response_format.{where} must be a JSON schema, an object")
+    return schema
 
 
 def no_thinking(model: DiffusionModel, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,8 +263,9 @@ def _options(
     for name in options:
         if name in _FOREIGN:
             raise TypeError(f"unknown parameter {name!r}: {_FOREIGN[name]}")
-    unlimited = max_tokens is None or max_tokens == -1
-    limit = diffusion_model.n_ctx_train if unlimited else max_tokens
+    limit = token_limit(max_tokens, None)
+    if limit is None:
+        limit = diffusion_model.n_ctx_train
     return make_options(None, {"max_tokens": limit, "stop": stop, "seed": seed, **options})
 
 

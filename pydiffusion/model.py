@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import _native, completion, hub, parallel, session_file
+from .cache_type import check_kv_type
 from .chat import ChatTemplate
 from .errors import PyDiffusionError, UnsupportedModelError
 from .events import Completion, Event
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 DEFAULT_N_CTX = 8192
 _N_AUTOMATA = 16
-_KV_TYPES = ("auto", "f32", "f16", "q8_0")
 
 
 class DiffusionModel:
@@ -72,7 +72,7 @@ class DiffusionModel:
             and all on the processor where there is no GPU.
         n_threads: None takes as many as there are CPUs that this process may use.
         kv_type: type of the cache, "auto", "f32", "f16" or "q8_0" (half of f16's size, for models whose heads
-            are multiples of 32).
+            are multiples of 32; it hurts Gemma 4, see docs/gpu.md, and warns). "auto" is never "q8_0".
         progress: called with the share of the file that is loaded, 0 to 1.
         n_cpu_moe: layers, the last ones, whose experts stay with the processor; None: as few as needed.
         device: "auto" (all GPUs), "cpu", or names out of ``devices()`` with commas in between. Several share
@@ -86,8 +86,7 @@ class DiffusionModel:
         """
         self.path = Path(path)
         wish = native_wish(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions)
-        if kv_type not in _KV_TYPES:
-            raise ValueError(f"kv_type is {kv_type!r}; permitted are {', '.join(map(repr, _KV_TYPES))}")
+        check_kv_type(kv_type)
         threads = available_cpus() if n_threads is None else n_threads
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"n_threads is {n_threads!r}; permitted is None or an integer of at least 1")

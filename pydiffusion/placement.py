@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from . import _native
+from .cache_type import check_kv_type
 
 __all__ = ["Device", "DeviceShare", "Plan", "devices", "plan"]
 
@@ -110,6 +111,7 @@ def plan(
     Raises as ``DiffusionModel``.
     """
     wish = native_wish(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions)
+    check_kv_type(kv_type)
     found = _native.plan(os.fspath(path), n_ctx=n_ctx, kv_type=kv_type, **wish)
     return Plan(**{**found, "shares": tuple(DeviceShare(**share) for share in found["shares"])})
 

@@ -12,7 +12,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,24 @@ _figures = pytest.StashKey[list[str]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_figures] = []
+    _use_what_is_installed()
     _hear_signals()
+
+
+def _use_what_is_installed() -> None:
+    """``python -m pytest`` puts the current folder first: of this one, it would import a source that has no
+    compiled part, before what is installed.
+    """
+    compiled = [REPOSITORY / "pydiffusion" / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
+    if not any(path.exists() for path in compiled):
+        sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != REPOSITORY]
+    try:
+        importlib.import_module("pydiffusion._native")
+    except ImportError as error:
+        raise pytest.UsageError(
+            f"pydiffusion is not installed for {sys.executable} ({error}): run pip install '.[test]' in "
+            f"{REPOSITORY}, then this again"
+        ) from None
 
 
 def _hear_signals() -> None:

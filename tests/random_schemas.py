@@ -32,11 +32,13 @@ def _string(rng: random.Random, depth: int) -> Any:
 
 def _numeric(rng: random.Random, kind: str) -> Any:
     schema: dict[str, Any] = {"type": kind}
-    low = rng.randint(-1200, 1200) if rng.random() < 0.7 else rng.randint(-3, 3)
+    low: float = rng.randint(-1200, 1200) if rng.random() < 0.7 else rng.randint(-3, 3)
+    if kind == "number" and rng.random() < 0.5:
+        low = low / rng.choice([7, 8, 1000])
     if rng.random() < 0.6:
         schema[rng.choice(["minimum", "exclusiveMinimum"])] = low
     if rng.random() < 0.6:
-        schema[rng.choice(["maximum", "exclusiveMaximum"])] = low + rng.choice([2, 7, 100, 5000])
+        schema[rng.choice(["maximum", "exclusiveMaximum"])] = low + rng.choice([0.01, 2, 7, 100, 5000])
     return schema
 
 

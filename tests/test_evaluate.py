@@ -67,6 +67,15 @@ def test_refusals(gguf_file: Callable[..., Path]) -> None:
         evaluate(gguf_file("mild"), gguf_file("mild"), PROMPTS, noise=(0.0,))
 
 
+def test_prompts_may_begin_with_empty_lines(gguf_file: Callable[..., Path]) -> None:
+    path, titles = gguf_file("mild"), []
+    evaluate(
+        path, path, ["\n\na", "\n"], max_tokens=8, noise=(0.5,), n_threads=1,
+        progress=lambda state: titles.append(state.tensor),
+    )  # fmt: skip
+    assert titles == ["a", ""]
+
+
 def test_the_command(
     gguf_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

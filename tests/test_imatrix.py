@@ -14,9 +14,9 @@ from reference.random_checkpoint import SHAPES, random_ids, text_tensors
 from support import finish
 from test_convert_files import NEED_IMATRIX, fields_of, read_tensors
 
-from pydiffusion import _native
+from pydiffusion import DiffusionModel, _native
 from pydiffusion.cli import main
-from pydiffusion.convert import collect_imatrix, convert, verify
+from pydiffusion.convert import collect, collect_imatrix, convert, verify
 from pydiffusion.convert.imatrix import Entry, read_imatrix, write_imatrix
 from pydiffusion.errors import ConversionError, ModelFormatError
 
@@ -122,6 +122,64 @@ def test_the_file_is_as_llama_cpp_has_it(imatrix: Path) -> None:
     assert back.datasets == ("river",) and (back.chunk_count, back.chunk_size) == (4, 32)
 
 
+N = SHAPE.canvas
+
+
+@pytest.mark.parametrize("length", [2, 3, N // 2, N // 2 + 1, N - 1, N, N + 1, 2 * N])
+def test_texts_shorter_than_a_canvas_are_used(model_path: Path, tmp_path: Path, length: int) -> None:
+    """Every token of them is either read or denoised: as many rows meet the first layer, and no fewer."""
+    ids = random_ids(5, "text", length, SHAPE.vocab).tolist()
+    report = collect_imatrix(model_path, [ids], tmp_path / "i.gguf", noise=(0.5, 1.0), n_threads=1)
+    n_read = length // 2 if length <= N else length - N
+    assert (report.n_chunks, report.n_left_out, report.n_tokens) == (1, 0, n_read)
+    assert read_imatrix(tmp_path / "i.gguf").entries["blk.0.attn_q.weight"].counts.tolist() == [
+        n_read + 2 * 2 * N
+    ]
+
+
+def test_a_short_text_ends_as_an_answer_does(model_path: Path) -> None:
+    """Its end is on the canvas, then an eos, then padding; nothing of it twice, nothing lost."""
+    model = DiffusionModel(model_path, n_threads=1)
+    eos, pad = model.tokenizer.eos_id, model.tokenizer.pad_id
+    assert None not in (eos, pad) and eos != pad
+    ids = random_ids(5, "text", N - 3, SHAPE.vocab).tolist()
+    [(prompt, canvas)] = collect._chunks(model, ids, 512)
+    n_canvas = len(ids) - len(prompt)
+    assert [*prompt, *canvas[:n_canvas]] == ids and len(canvas) == N
+    assert canvas[n_canvas:].tolist() == [eos] + [pad] * (N - n_canvas - 1)
+    for size in (1, 2):
+        [(prompt, canvas)] = collect._chunks(model, ids, size)
+        assert [*prompt, *canvas[: len(ids) - size]] == ids and len(prompt) == size
+
+
+def test_lines_of_any_length_are_used(
+    model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = DiffusionModel(model_path, n_threads=1)
+    lines = [TEXT[:n] for n in range(1, 60) if n < 2 or not TEXT[n - 1].isspace()]
+    lengths = [len(model.tokenize(line, parse_special=True)) for line in lines]
+    assert min(lengths) < N // 2 and set(range(N // 2, N + 1)) <= set(lengths)
+    text = tmp_path / "lines.txt"
+    text.write_text("\n   \n".join(lines))
+    command = ["imatrix", str(model_path), str(text), "-o", str(tmp_path / "i.gguf"), "--lines"]
+    assert main([*command, "--threads", "1"]) == 0
+    said = capsys.readouterr().err
+    n_short = sum(length < 2 for length in lengths)
+    assert f"in {len(lines) - n_short} chunks" in said
+    assert ("left out" in said) == bool(n_short)
+
+
+def test_what_is_left_out_is_said(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = collect_imatrix(model_path, [[5], [5, 6], []], tmp_path / "i.gguf", noise=(1.0,), n_threads=1)
+    assert (report.n_chunks, report.n_left_out) == (1, 2)
+    (tmp_path / "t.txt").write_text("a\nb")
+    monkeypatch.setattr("pydiffusion.convert.collect_imatrix", lambda *_, **__: report)
+    assert main(["imatrix", str(model_path), str(tmp_path / "t.txt"), "-o", "x", "--lines"]) == 0
+    assert "2 texts of fewer than two tokens were left out" in capsys.readouterr().err
+
+
 def their_imatrix(path: Path, tensors: dict[str, np.ndarray], kind: str = "imatrix") -> Path:
     writer = GGUFWriter(path, arch="none")
     writer.add_type(kind)
@@ -219,7 +277,7 @@ def test_damaged_and_foreign_files_are_refused(
     with pytest.raises(ConversionError, match="no such file"):
         convert(checkpoint_folder("mild"), tmp_path / "m.gguf", imatrix=tmp_path / "none.gguf")
     with pytest.raises(ConversionError, match="too short"):
-        collect_imatrix(model_path, "a", tmp_path / "m.gguf")
+        collect_imatrix(model_path, [[5]], tmp_path / "m.gguf")
     assert {path.name for path in tmp_path.iterdir()} == {"i.gguf"}
 
 

@@ -49,6 +49,28 @@ def test_a_schema_through_the_official_client(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_a_schema_in_the_form_of_llama_cpp(url: str, path: str) -> None:
+    """Its server documents ``{"type": "json_object", "schema": ...}``."""
+    start = {"messages": ask("json: bob 7")} if path.startswith("chat") else {"prompt": "json: bob 7"}
+    body = {**start, "response_format": {"type": "json_object", "schema": SCHEMA}, "seed": 1, "steps": 4}
+    choice = httpx.post(f"{url}/v1/{path}", json=body).json()["choices"][0]
+    jsonschema.validate(
+        json.loads(choice["message"]["content"] if "message" in choice else choice["text"]), SCHEMA
+    )
+
+
+def test_of_two_limits_the_smaller_counts(url: str) -> None:
+    body = {"messages": ask("x"), "regex": "[a-z]{40}", "steps": 1}
+    for limits in ((7, 100), (100, 7), (7, -1), (-1, 7), (7, None), (None, 7)):
+        body |= dict(zip(("max_tokens", "max_completion_tokens"), limits, strict=True))
+        answer = httpx.post(url + "/v1/chat/completions", json=body)
+        assert answer.status_code == 400 and "leave 7" in answer.text, limits
+    del body["regex"]
+    answer = httpx.post(url + "/v1/chat/completions", json=body | {"max_tokens": 3}).json()
+    assert answer["usage"]["completion_tokens"] <= 3
+
+
 def test_a_schema_streamed(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="demo", messages=ask("x"), response_format={"type": "json_object"}, seed=2, max_tokens=60,
@@ -80,6 +102,14 @@ def test_an_expression(url: str) -> None:
         ({"response_format": FORMAT, "enable_thinking": True}, "response_format", "thinking"),
         ({"response_format": FORMAT, "stop": "x"}, "stop", "can't be combined"),
         ({"response_format": 3}, "response_format", "must be an object"),
+        ({"response_format": {"type": "text", "schema": SCHEMA}}, "response_format", "schema is not"),
+        ({"response_format": {**FORMAT, "schema": SCHEMA}}, "response_format", "schema is not"),
+        ({"response_format": {**FORMAT, "type": "json_object"}}, "response_format", "json_schema is not"),
+        ({"response_format": {"type": "json_object", "schema": "x"}}, "response_format",
+         "response_format.schema must be a JSON schema"),
+        ({"response_format": {"type": "json_object", "schema": {"type": 3}}}, "response_format", "type"),
+        ({"response_format": {"type": "json_object", "shema": {}}}, "response_format", "shema is not"),
+        ({"max_tokens": 5, "max_completion_tokens": "x"}, "max_completion_tokens", "permitted is an integer"),
         ({"regex": "("}, "regex", "no regular expression"),
         ({"regex": "(a{200}){2000}"}, "regex", "too large"),
         ({"regex": 3}, "regex", "permitted is a string"),

@@ -357,6 +357,51 @@ def test_a_structured_chat_is_all_content(model: DiffusionModel) -> None:
 
 
 @pytest.mark.parametrize(
+    ("response_format", "schema"),
+    [
+        ({"type": "json_object", "schema": SCHEMA}, SCHEMA),
+        ({"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}, SCHEMA),
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_object", "schema": {}}, {"type": "object"}),  # as llama.cpp reads it
+    ],
+)
+def test_a_chat_by_response_format(
+    model: DiffusionModel, response_format: dict[str, Any], schema: dict[str, Any]
+) -> None:
+    answer = model.create_chat_completion(
+        [{"role": "user", "content": "json"}], response_format=response_format, seed=1, max_tokens=96
+    )
+    jsonschema.validate(json.loads(answer["choices"][0]["message"]["content"]), schema)
+
+
+def test_response_formats_that_are_refused(model: DiffusionModel) -> None:
+    chat = model.create_chat_completion
+    for response_format, message in (
+        ({"type": "text", "schema": SCHEMA}, "response_format.schema is not permitted with type text"),
+        ({"type": "json_object", "schema": 3}, "response_format.schema must be a JSON schema"),
+        ({"schema": SCHEMA}, "response_format must be an object whose type is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            chat([{"role": "user", "content": "x"}], response_format=response_format)
+    with pytest.raises(ValueError, match="response_format and json_schema exclude each other"):
+        chat([{"role": "user", "content": "x"}], response_format={"type": "json_object"}, json_schema=SCHEMA)
+
+
+def test_of_two_limits_of_a_chat_the_smaller_counts(model: DiffusionModel) -> None:
+    for limits in ((3, 50), (50, 3), (3, -1), (None, 3)):
+        answer = model.create_chat_completion(
+            [{"role": "user", "content": "json"}],
+            max_tokens=limits[0],
+            max_completion_tokens=limits[1],
+            steps=2,
+            eos=(),
+        )
+        assert answer["usage"]["completion_tokens"] == 3, limits
+    with pytest.raises(ValueError, match="max_completion_tokens is 0"):
+        model.create_chat_completion([{"role": "user", "content": "x"}], max_completion_tokens=0)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"json_schema": SCHEMA, "regex": "a"}, "exclude each other"),

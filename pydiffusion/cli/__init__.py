@@ -34,6 +34,7 @@ from . import (
     split,
     verify,
 )
+from .common import say
 from .text import one_line
 
 app = typer.Typer(
@@ -131,7 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     try:
-        code = app(args=arguments, prog_name="pydiffusion", standalone_mode=False) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+            code = app(args=arguments, prog_name="pydiffusion", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = 130  # some versions of typer make it this themselves
     except BrokenPipeError:

@@ -32,7 +32,7 @@ def command(
     with progress(f"observing {model.name}") as update:
         report = convert.collect_imatrix(
             model,
-            [line for line in content.splitlines() if line] if lines else content,
+            [line for line in content.splitlines() if line.strip()] if lines else content,
             output,
             chunk=chunk,
             max_chunks=max_chunks,
@@ -44,5 +44,7 @@ def command(
         f"{output}: {report.n_entries} tensors, from {report.n_tokens} tokens encoded and {report.n_denoised}"
         f" denoised in {report.n_chunks} chunks"
     )
+    if report.n_left_out:
+        say(f"{report.n_left_out} texts of fewer than two tokens were left out")
     for name, experts in report.unreached.items():
         say(f"{name}: no token reached {len(experts)} experts; they will get the average of the others")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pydiffusion.completion import no_thinking
+from pydiffusion.completion import no_thinking, token_limit
 from pydiffusion.options import GenerationOptions
 
 from .errors import ApiError, invalid
@@ -108,7 +108,6 @@ def chat_request(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> Ch
     tools = check_tools(fields.get("tools"))
     variables = _template_variables(fields)
     variables["tools"] = tools if _wants_tools(fields) else None
-    limit = _limit(fields)
     if structure_options(fields):
         _check_plain_chat(variables)
         variables["enable_thinking"] = False
@@ -116,7 +115,7 @@ def chat_request(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> Ch
         fields = no_thinking(model, fields)
     return ChatRequest(
         **_stream_options(fields),
-        options=_options(fields, limit, model),
+        options=_options(fields, model),
         ignored=ignored,
         messages=check_messages(fields.get("messages")),
         variables=variables,
@@ -131,7 +130,7 @@ def completion_request(body: Any, model: DiffusionModel, names: tuple[str, ...])
     prompts = _prompts(fields.get("prompt"), model)
     layout = suffix_layout(model, fields)
     if layout is None:
-        options = _options(fields, fields.get("max_tokens", 256), model)
+        options = _options({"max_tokens": 256, **fields}, model)
     else:
         options = _options_around(fields, model)
     if len(prompts) * len(options) > MAX_CHOICES:
@@ -234,21 +233,16 @@ def _stream_options(fields: Mapping[str, Any]) -> dict[str, bool]:
     }
 
 
-def _limit(fields: Mapping[str, Any]) -> Any:
-    if "max_tokens" in fields and "max_completion_tokens" in fields:
-        raise invalid("give max_tokens or max_completion_tokens, not both", "max_tokens")
-    return fields.get("max_completion_tokens", fields.get("max_tokens"))
-
-
-def _options(fields: Mapping[str, Any], limit: Any, model: DiffusionModel) -> list[GenerationOptions]:
+def _options(fields: Mapping[str, Any], model: DiffusionModel) -> list[GenerationOptions]:
     """The options of each choice, with nothing left open."""
     stop = fields.get("stop", ())
     if isinstance(stop, list) and len(stop) > MAX_STOPS:
         raise invalid(f"stop has {len(stop)} strings; permitted are {MAX_STOPS}", "stop")
     choices = structure_options(fields)
-    choices["max_tokens"] = model.n_ctx_train if limit is None or limit == -1 else limit
     choices["stop"] = stop
     try:
+        limit = token_limit(fields.get("max_tokens"), fields.get("max_completion_tokens"))
+        choices["max_tokens"] = model.n_ctx_train if limit is None else limit
         return [model.resolve(options) for options in _each_choice(fields, choices)]
     except ValueError as error:
         raise _wrong_option(error, fields) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pydiffusion.completion import schema_of
 from pydiffusion.infill import (
     DEFAULT_HOLE_TOKENS,
     Layout,
@@ -20,28 +21,17 @@ from .errors import from_exception, invalid
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
 
-# What nothing but an object satisfies: the mode of OpenAI's that came before schemas.
-_JSON_OBJECT = {"type": "object"}
-
 
 def structure_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     """``json_schema`` or ``regex`` of GenerationOptions, from ``response_format`` or ``regex``."""
-    wanted = fields.get("response_format", {"type": "text"})
-    kind = wanted.get("type") if isinstance(wanted, dict) else None
-    if kind not in ("text", "json_object", "json_schema"):
-        raise invalid(
-            "response_format must be an object whose type is text, json_object or json_schema",
-            "response_format",
-        )
     options: dict[str, Any] = {}
-    if kind == "json_object":
-        options["json_schema"] = _JSON_OBJECT
-    elif kind == "json_schema":
-        given = wanted.get("json_schema")
-        schema = given.get("schema") if isinstance(given, dict) else None
-        if not isinstance(schema, (dict, bool)):
-            raise invalid("response_format.json_schema.schema must be a JSON schema", "response_format")
-        options["json_schema"] = schema
+    if "response_format" in fields:
+        try:
+            schema = schema_of(fields["response_format"])
+        except ValueError as error:
+            raise invalid(str(error)[:300], "response_format") from None
+        if schema is not None:
+            options["json_schema"] = schema
     if "regex" in fields:
         options["regex"] = fields["regex"]
     return options

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from .patterns import parse, sre
 # Above this, the search for a path would take longer than most models' steps.
 MAX_STATES = 12_000
 _SURROGATES = (0xD800, 0xDFFF)
+_Edge: TypeAlias = tuple[int, int, int]  # the first byte, that behind the last, the next state
 _UTF8_ENDS = (0x7F, 0x7FF, 0xFFFF, 0x10FFFF)  # the last character of one, two, three, four bytes
 
 
@@ -154,7 +155,7 @@ def _deterministic(nfa: _Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndar
 
     numbers = {closure(start): 0}
     queue = [closure(start)]
-    rows: list[list[tuple[int, int, int]]] = []
+    rows: list[list[_Edge]] = []
     while len(rows) < len(queue):
         edges = [edge for state in queue[len(rows)] for edge in nfa.on_bytes[state]]
         borders = sorted({edge[0] for edge in edges} | {edge[1] + 1 for edge in edges})
@@ -171,8 +172,50 @@ def _deterministic(nfa: _Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndar
                     raise ValueError(f"it is too large (more than {MAX_STATES} states)")
             row.append((first, behind, numbers[target]))
         rows.append(row)
+    rows, accepting = _merged(rows, [end in states for states in queue])
     table = np.full((len(rows) + 1, 256), len(rows), dtype=np.int32)
     for state, row in enumerate(rows):
         for first, behind, target in row:
             table[state, first:behind] = target
-    return table, np.array([end in states for states in queue])
+    return table, np.array(accepting)
+
+
+def _merged(rows: list[list[_Edge]], accepting: list[bool]) -> tuple[list[list[_Edge]], list[bool]]:
+    """States that end alike and lead to the same states become one, and so on with those before them. Each
+    place in an expression that goes on as another does has states of its own until here.
+    """
+    state_to_same = list(range(len(rows)))
+
+    def same(state: int) -> int:
+        while state_to_same[state] != state:
+            state_to_same[state] = state = state_to_same[state_to_same[state]]
+        return state
+
+    def merged_row(row: list[_Edge]) -> tuple[_Edge, ...]:
+        edges: list[_Edge] = []
+        for first, behind, target in row:
+            target = same(target)
+            if edges and edges[-1][1:] == (first, target):
+                first = edges.pop()[0]
+            edges.append((first, behind, target))
+        return tuple(edges)
+
+    sources: list[list[int]] = [[] for _ in rows]
+    for state, row in enumerate(rows):
+        for _, _, target in row:
+            sources[target].append(state)
+    key_to_state: dict[tuple[bool, tuple[_Edge, ...]], int] = {}
+    to_do = list(range(len(rows)))  # from its end: what is reached last is near an end, as a rule
+    while to_do:
+        state = to_do.pop()
+        if same(state) != state:
+            continue
+        found = key_to_state.setdefault((accepting[state], merged_row(rows[state])), state)
+        if found != state:
+            state_to_same[state] = found
+            sources[found] += sources[state]
+            to_do += sources[state]
+    kept = list(dict.fromkeys(same(state) for state in range(len(rows))))  # the first state stays the first
+    numbers = {state: i for i, state in enumerate(kept)}
+    merged = [[(first, behind, numbers[t]) for first, behind, t in merged_row(rows[state])] for state in kept]
+    return merged, [accepting[state] for state in kept]

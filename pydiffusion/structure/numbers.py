@@ -1,13 +1,32 @@
-"""Numbers between bounds as regular expressions over their decimal digits."""
+"""Numbers between bounds as regular expressions over their decimal digits.
+
+A bound is the decimal that it is written as: 0.1 is a tenth. Numbers between bounds have no exponent and at
+most 15 digits. Two decimals of so few digits never become the same float, and those of more digits that a
+float is written with don't become that of one of fewer: so a validator that compares floats agrees.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import NamedTuple
 
-# Digits that a number without bounds may have: what every reader takes without loss.
+# Digits that a number may have, a 0 before the point not counted: what every reader takes without loss.
 _MAX_DIGITS = 15
-_FRACTION = r"(?:\.[0-9]{1,6})"
 _Number = int | float | None
+
+
+class _Bound(NamedTuple):
+    value: Decimal
+    is_out: bool  # whether the bound itself is excluded
+
+
+class _Rest(NamedTuple):
+    """What is still to be compared of a bound whose digits so far are those of the number."""
+
+    digits: str  # behind the point, without zeros at the end
+    is_out: bool
 
 
 def integer_between(
@@ -23,13 +42,10 @@ def integer_between(
         None if exclusive_maximum is None else math.ceil(exclusive_maximum) - 1,
     )
     largest = 10**_MAX_DIGITS - 1
-    low, high = -largest if low is None else low, largest if high is None else high
+    low = -largest if low is None else max(low, -largest)
+    high = largest if high is None else min(high, largest)
     if low > high:
-        raise ValueError("no integer is within the bounds: nothing satisfies it")
-    if max(abs(low), abs(high)) > largest:
-        low, high = max(low, -largest), min(high, largest)
-        if low > high:
-            raise ValueError(f"bounds of more than {_MAX_DIGITS} digits are not supported")
+        raise _nothing("integer")
     parts = []
     if high >= 0:
         parts.append(_digits_between(max(low, 0), high))
@@ -41,44 +57,100 @@ def integer_between(
 def number_between(
     minimum: _Number, maximum: _Number, exclusive_minimum: _Number, exclusive_maximum: _Number
 ) -> str:
-    """Numbers within the bounds; between whole ones all of up to 6 decimals. Raises ValueError for none."""
+    """Numbers within the bounds: all of up to 15 digits, without an exponent; with a minus only where numbers
+    below 0 are permitted. Raises ValueError where there are none.
+    """
     bounds = (minimum, maximum, exclusive_minimum, exclusive_maximum)
     if all(bound is None for bound in bounds):
         return r"-?(?:0|[1-9][0-9]{0,14})(?:\.[0-9]{1,15})?(?:[eE][+\-]?[0-9]{1,2})?"
-    low = _highest(minimum, exclusive_minimum)
-    high = _lowest(maximum, exclusive_maximum)
-    low_is_out = exclusive_minimum is not None and low == exclusive_minimum
-    high_is_out = exclusive_maximum is not None and high == exclusive_maximum
+    limit = _Bound(Decimal(10**_MAX_DIGITS), True)
+    low = max([*_bounds(minimum, exclusive_minimum), limit._replace(value=-limit.value)])
+    high = min(
+        [*_bounds(maximum, exclusive_maximum), limit], key=lambda bound: (bound.value, not bound.is_out)
+    )
+    zero = _Bound(Decimal(0), False)
     parts = []
-    if high is None or high >= 0:
-        start = 0 if low is None or low < 0 else low
-        parts += _magnitudes(start, high, low_is_out and start == low, high_is_out)
-    if low is None or low < 0:
-        start = 0 if high is None or high > 0 else -high
-        end = None if low is None else -low
-        inner_is_out = start == 0 and (high is not None and high == 0 and high_is_out)
-        inner_is_out = inner_is_out or (start > 0 and high_is_out)
-        parts += ["-(?:" + part + ")" for part in _magnitudes(start, end, inner_is_out, low_is_out)]
+    if high.value >= 0:
+        parts += _magnitudes(max(low, zero), high)
+    if low.value < 0:
+        inner = zero if high.value > 0 else _Bound(-high.value, high.is_out)
+        outer = _Bound(-low.value, low.is_out)
+        parts += ["-(?:" + part + ")" for part in _magnitudes(inner, outer)]
     if not parts:
-        raise ValueError("no number of few digits is within the bounds: nothing is known to satisfy it")
+        raise _nothing("number")
     return "(?:" + "|".join(parts) + ")"
 
 
-def _magnitudes(low: int | float, high: _Number, low_is_out: bool, high_is_out: bool) -> list[str]:
+def _nothing(kind: str) -> ValueError:
+    return ValueError(f"no {kind} of up to {_MAX_DIGITS} digits is within the bounds: nothing satisfies it")
+
+
+def _bounds(inclusive: _Number, exclusive: _Number) -> list[_Bound]:
+    given = ((inclusive, False), (exclusive, True))
+    return [_Bound(Decimal(repr(value)), is_out) for value, is_out in given if value is not None]
+
+
+def _magnitudes(low: _Bound, high: _Bound) -> list[str]:
     """Of numbers from low >= 0 to high, without their signs."""
-    first = math.ceil(low)
-    last = 10**_MAX_DIGITS - 1 if high is None else min(math.floor(high), 10**_MAX_DIGITS - 1)
+    first, low_rest = _split(low)
+    last, high_rest = _split(high)
+    if first > last:
+        return []
+    spans: list[tuple[int, int, _Rest | None, _Rest | None]]
+    if first == last:
+        spans = [(first, last, low_rest, high_rest)]
+    else:
+        between = [(begin, end, None, None) for begin, end in _by_length(first + 1, last - 1)]
+        spans = [(first, first, low_rest, None), *between, (last, last, None, high_rest)]
     parts = []
-    if first < last:
-        inner = first + 1 if low_is_out and first == low else first
-        if inner != first:
-            parts.append(rf"{first}\.[0-9]{{0,5}}[1-9]")
-        if inner <= last - 1:
-            parts.append(f"(?:{_digits_between(inner, last - 1)}){_FRACTION}?")
-    alone_is_out = (high_is_out and last == high) or (low_is_out and last == low)
-    if first <= last and not alone_is_out:
-        parts.append(str(last))
+    for begin, end, from_low, to_high in spans:
+        n_digits = len(str(begin)) if begin else 0
+        fraction = _digits(r"\.", from_low, to_high, _MAX_DIGITS - n_digits)
+        if fraction is not None:
+            parts.append(_digits_between(begin, end) + fraction)
     return parts
+
+
+def _split(bound: _Bound) -> tuple[int, _Rest]:
+    """What stands before the point, and behind it."""
+    whole, _, fraction = f"{bound.value:f}".partition(".")
+    return int(whole), _Rest(fraction.rstrip("0"), bound.is_out)
+
+
+def _digits(before: str, low: _Rest | None, high: _Rest | None, room: int) -> str | None:
+    """Nothing, or ``before`` and up to ``room`` digits, such that bounds equal so far are kept. Without a
+    bound: a digit before has decided. None where no digits do.
+    """
+    if low == ("", False):
+        low = None  # nothing that follows could be below it
+    if high == ("", True):
+        return None
+    some = _some_digits(low, high, room)
+    if low is None:
+        return "" if some is None else f"(?:{before}{some})?"
+    return None if some is None else before + some
+
+
+def _some_digits(low: _Rest | None, high: _Rest | None, room: int) -> str | None:
+    """As ``_digits``, but 1 to ``room`` of them."""
+    if room < 1:
+        return None
+    if low is None and high is None:
+        return f"[0-9]{{1,{room}}}"
+    first = int(low.digits[:1] or 0) if low else 0
+    last = int(high.digits[:1] or 0) if high else 9
+    bounds_to_digits: dict[tuple[_Rest | None, _Rest | None], str] = {}
+    for digit in range(first, last + 1):
+        next_low = _Rest(low.digits[1:], low.is_out) if low and digit == first else None
+        next_high = _Rest(high.digits[1:], high.is_out) if high and digit == last else None
+        found = bounds_to_digits.get((next_low, next_high), "")
+        bounds_to_digits[next_low, next_high] = found + str(digit)
+    parts = []
+    for (next_low, next_high), digits in bounds_to_digits.items():
+        rest = _digits("", next_low, next_high, room - 1)
+        if rest is not None:
+            parts.append(f"[{digits}]{rest}")
+    return "(?:" + "|".join(parts) + ")" if parts else None
 
 
 def _highest(*values: _Number) -> _Number:
@@ -89,14 +161,18 @@ def _lowest(*values: _Number) -> _Number:
     return min((value for value in values if value is not None), default=None)
 
 
+def _by_length(low: int, high: int) -> Iterator[tuple[int, int]]:
+    """The integers from low >= 0 to high in ranges of as many digits each; 0 is one of its own."""
+    while low <= high:
+        end = min(high, 10 ** len(str(low)) - 1 if low else 0)
+        yield low, end
+        low = end + 1
+
+
 def _digits_between(low: int, high: int) -> str:
     """Integers from low >= 0 to high, without leading zeros."""
-    parts = []
-    while low <= high:
-        end = min(high, 10 ** len(str(low)) - 1)  # of as many digits
-        parts += _same_length(str(low), str(end))
-        low = end + 1
-    return "(?:" + "|".join(parts) + ")"
+    ranges = _by_length(low, high)
+    return "(?:" + "|".join(part for a, b in ranges for part in _same_length(str(a), str(b))) + ")"
 
 
 def _same_length(low: str, high: str) -> list[str]:

@@ -7,6 +7,7 @@ schema, no property that it does not name), never more. Keywords whose effect co
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -292,8 +293,9 @@ class _Compiler:
     def _number(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Piece:
         for name in _TYPE_TO_KEYWORDS["number"]:
             bound = schema.get(name)
-            if name in schema and (isinstance(bound, bool) or not isinstance(bound, (int, float))):
-                raise _error(where, f"{name!r} must be a number")
+            is_number = isinstance(bound, (int, float)) and not isinstance(bound, bool)
+            if name in schema and not (is_number and abs(bound) < math.inf):
+                raise _error(where, f"{name!r} must be a finite number")
         is_integer = schema["type"] == "integer"
         if schema.get("multipleOf", 1) != 1 or ("multipleOf" in schema and not is_integer):
             raise _error(where, "'multipleOf' is not supported")
