@@ -60,7 +60,7 @@ def test_the_source_without_its_compiled_part_says_so(tmp_path: Path) -> None:
 def test_the_licences_of_all_that_is_linked_in_come_along() -> None:
     texts = {
         file.name: file.read_text(encoding="utf-8")
-        for file in importlib.metadata.files("pydiffusion") or ()
+        for file in importlib.metadata.files("pydiffusion-gguf") or ()
         if file.name.startswith("LICENSE") and ".dist-info" in file.parts[0]
     }
     assert "Apache License" in texts["LICENSE"]
