@@ -13,7 +13,7 @@ import pydiffusion
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHER = "pydiffusion"  # written apart from the commands, which this file too must not hold
-# The other project as the first thing to install, on the next line too; elsewhere in the line; or with an extra.
+# The other project as what to install, first (if on the next line) or elsewhere in a line, or with an extra.
 FETCHES_ANOTHER = re.compile(
     rf"""\b(?:pip|pipx|uv)[\d.]*\b[^\n`&|;]*?\b(?:install|download|add)\b
            (?:(?:[\s"',]+-\S+)*[\s"',]+|[^\n`&|;#]*?[ \t"',]){OTHER}(?!-gguf|[-\w/]|\.\w)
