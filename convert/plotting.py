@@ -20,7 +20,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise PyDiffusionError("drawing needs matplotlib: pip install 'pydiffusion[plot]'") from error
+        raise PyDiffusionError("drawing needs matplotlib: pip install matplotlib") from error
 
 
 def plot(reports: Sequence[EvaluationReport], target: str | os.PathLike[str]) -> None:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from .session import Session
     from .tokenizer import Tokenizer
 
+# As pip knows us: `pydiffusion` on the package index is another project.
+DISTRIBUTION = "pydiffusion-gguf"
+
 _NAME_TO_MODULE = {
     "CanvasEvent": "events",
     "Completion": "events",
@@ -87,7 +90,7 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            value: Any = version("pydiffusion")
+            value: Any = version(DISTRIBUTION)
         except PackageNotFoundError:  # run from a source tree that was never installed
             value = "0+unknown"
     elif name in _NAME_TO_MODULE:

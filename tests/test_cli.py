@@ -315,12 +315,20 @@ def test_the_bill_of_materials(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(
             rf"^{part} {re.escape(_native.version()[part])} .*linked in.*MIT$", out, re.MULTILINE
         )
-    requirements = [line.partition(";") for line in importlib.metadata.requires("pydiffusion") or ()]
+    requirements = [line.partition(";") for line in importlib.metadata.requires("pydiffusion-gguf") or ()]
     wanted = {
         re.split(r"[^\w.-]", name)[0] for name, _, extra in requirements if not extra or "server" in extra
     }
     listed = {line.split()[0] for line in out.splitlines() if "(needed: " in line}
     assert listed == wanted and {"numpy", "tokenizers", "fastapi"} <= listed
+
+
+def test_the_bill_of_materials_of_a_tree_that_was_never_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pydiffusion.DISTRIBUTION", "no-such-distribution")
+    assert main(["--version", "--verbose"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("no-such-distribution is not installed")
 
 
 def test_the_page_says_what_the_commands_do() -> None:

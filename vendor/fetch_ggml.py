@@ -1,19 +1,25 @@
 """Bring the pinned ggml with our patches into ``vendor/ggml`` and prove that it is that one.
 
-Run by CMake at configure time; needs only the standard library and pip. Exit code 1 with one line on stderr
-when the source can't be had or is not the pinned one.
+Run by CMake at configure time; needs only the standard library and pip. When the source can't be had or is
+not the pinned one, the exit code is 1 and the last line on stderr says what to do.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import importlib.util
+import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -33,17 +39,41 @@ class FetchError(Exception):
     """The source can't be had, or is not what the lock file says."""
 
 
-def read_lock() -> tuple[str, str, str]:
-    """The requirement line, and the tree's digests before and after the patches."""
+@dataclass(frozen=True)
+class Pin:
+    """What ggml.lock says."""
+
+    requirement: str  # as pip takes it, with the archive's hash
+    ggml: str  # version
+    megabytes: str  # of the archive
+    digest: str  # of the unpacked tree
+    patched: str  # of the same after the patches
+
+    @property
+    def package(self) -> str:
+        return self.requirement.split()[0]  # NAME==VERSION
+
+    @property
+    def archive(self) -> str:
+        return self.package.replace("-", "_").replace("==", "-") + ".tar.gz"
+
+    @property
+    def sha256(self) -> str:
+        return self.requirement.rpartition(":")[2]
+
+
+def read_lock() -> Pin:
     text = LOCK.read_text(encoding="utf-8")
     requirement = re.search(r"^[a-z].*--hash=sha256:[0-9a-f]{64}$", text, re.MULTILINE)
-    digest = re.search(r"^# tree-sha256: (\S+)$", text, re.MULTILINE)
-    patched = re.search(r"^# patched-sha256: (\S+)$", text, re.MULTILINE)
-    if not requirement or not digest or not patched:
-        raise FetchError(
-            f"{LOCK}: no requirement line with a sha256, or no tree-sha256 or patched-sha256 line"
-        )
-    return requirement.group(0), digest.group(1), patched.group(1)
+    if not requirement:
+        raise FetchError(f"{LOCK}: no requirement line with a sha256")
+    values = []
+    for name in ("ggml-version", "archive-mb", "tree-sha256", "patched-sha256"):
+        line = re.search(rf"^# {name}: (\S+)$", text, re.MULTILINE)
+        if not line:
+            raise FetchError(f"{LOCK}: no line '# {name}: ...'")
+        values.append(line.group(1))
+    return Pin(requirement.group(0), *values)
 
 
 def tree_digest(root: Path) -> str:
@@ -55,26 +85,92 @@ def tree_digest(root: Path) -> str:
     return digest.hexdigest()
 
 
-def download(requirement: str, folder: Path) -> Path:
-    """Download the source distribution; pip refuses it when the hash differs."""
+def placed_archive(pin: Pin) -> Path | None:
+    """The archive that somebody put beside this file."""
+    path = HERE / pin.archive
+    if not path.is_file():
+        return None
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != pin.sha256:
+        raise FetchError(f"{path} has sha256 {found}, pinned is {pin.sha256}: delete it")
+    return path
+
+
+def download(pin: Pin, folder: Path) -> Path:
+    """The archive from the package index; pip refuses it when the hash differs."""
+    if importlib.util.find_spec("pip") is None:
+        raise FetchError(
+            f"{sys.executable} has no pip to fetch {pin.package} with: python -m ensurepip "
+            f"(Debian: apt install python3-pip), or put {pin.archive} into {HERE}"
+        )
+    what = f"{pin.package} ({pin.megabytes} MB, with ggml {pin.ggml} in it)"
+    print(f"fetch_ggml: fetching {what} from the package index with pip", flush=True)
     lines = folder / "requirements.txt"
-    lines.write_text(requirement + "\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += [  # of this package alone: else pip would compile what it is built with, CMake among it
-        "--no-binary",
-        requirement.partition("==")[0],
-        "--require-hashes",
-        "--dest",
-        str(folder),
-        "--requirement",
-        str(lines),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    lines.write_text(pin.requirement + "\n", encoding="utf-8")
+    # No binary of this package alone: else pip would compile what it is built with, CMake among it.
+    options = ["--no-binary", pin.package.partition("==")[0], "--no-deps", "--require-hashes", "--no-input"]
+    options += ["--quiet", "--disable-pip-version-check", "--dest", str(folder), "--requirement", str(lines)]
+    seconds = time_limit()
+    try:
+        code, said = run([sys.executable, "-m", "pip", "download", *options], seconds, folder)
+    except subprocess.TimeoutExpired:
+        raise FetchError(
+            f"pip had not fetched {pin.package} after {seconds:g} s and was ended: {remedies(pin)}; "
+            "PYDIFFUSION_FETCH_TIMEOUT=SECONDS gives it longer"
+        ) from None
     archives = list(folder.glob("*.tar.gz"))
-    if result.returncode != 0 or len(archives) != 1:
-        said = (result.stderr or result.stdout).strip() or "pip left no archive"
-        raise FetchError(f"could not download {requirement.split()[0]} with pip: {said}")
-    return archives[0]
+    if code == 0 and len(archives) == 1:
+        return archives[0]
+    if "DO NOT MATCH THE HASHES" in said:
+        got = re.search(r"Got +([0-9a-f]{64})", said)
+        raise FetchError(
+            f"what pip got as {pin.package} has sha256 {got.group(1) if got else 'unknown'}, pinned is "
+            f"{pin.sha256}: a proxy, a mirror or pip's cache gives another file (pip cache purge empties the "
+            "cache, PIP_INDEX_URL names another index)"
+        )
+    print(said.strip(), file=sys.stderr)
+    raise FetchError(f"pip could not download {pin.package}, see above: {remedies(pin)}")
+
+
+def remedies(pin: Pin) -> str:
+    return (
+        "check the network and the proxy (HTTPS_PROXY), name another index (PIP_INDEX_URL), or put "
+        f"{pin.archive} into {HERE}"
+    )
+
+
+def time_limit() -> float | None:
+    """Seconds that pip may take; None for any time."""
+    text = os.environ.get("PYDIFFUSION_FETCH_TIMEOUT", "300")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise FetchError(f"PYDIFFUSION_FETCH_TIMEOUT={text!r}: it takes seconds, or 0 for no limit")
+    return seconds or None
+
+
+def run(command: list[str], seconds: float | None, scratch: Path) -> tuple[int, str]:
+    """Exit code and output; the command and all that it started end with its time, or with this program."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, "TMPDIR": str(scratch)},  # which goes even if pip can't clean up
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    return process.returncode, said
 
 
 def unpack(archive: Path, target: Path) -> None:
@@ -125,39 +221,45 @@ def require_digest(root: Path, expected: str, what: str) -> None:
         raise FetchError(f"{TARGET} is not the {what} (digest {found}, pinned {expected}): delete it")
 
 
-def fetch(requirement: str, digest: str | None) -> tuple[str, str]:
-    """Download, check, patch and put in place; returns the digests before and after the patches."""
+def fetch(pin: Pin, *, check: bool = True) -> Pin:
+    """Download, check, patch and put in place; returns the pin with the size and digests of what came."""
     with tempfile.TemporaryDirectory(dir=HERE, prefix=".fetch-") as name:
         folder = Path(name)
         unpacked = folder / "ggml"
-        unpack(download(requirement, folder), unpacked)
+        archive = placed_archive(pin) or download(pin, folder)
+        unpack(archive, unpacked)
         before = tree_digest(unpacked)
-        if digest is not None:
-            require_digest(unpacked, digest, "pinned ggml")
+        if check:
+            require_digest(unpacked, pin.digest, "pinned ggml")
         apply_patches(unpacked)
         after = tree_digest(unpacked)
+        megabytes = f"{archive.stat().st_size / 1e6:.0f}"
         unpacked.rename(TARGET)
-        return before, after
+        return replace(pin, megabytes=megabytes, digest=before, patched=after)
 
 
-def update(requirement: str) -> None:
-    """Fetch anew and write the digests of what came into the lock."""
+def update(pin: Pin) -> None:
+    """Fetch anew and write size and digests of what came into the lock."""
     if TARGET.exists():
         raise FetchError(f"{TARGET} is there: delete it, so that what is pinned is fetched")
-    before, after = fetch(requirement, None)
+    new = fetch(pin, check=False)
     text = LOCK.read_text(encoding="utf-8")
-    text = re.sub(r"^# tree-sha256: .*$", f"# tree-sha256: {before}", text, flags=re.MULTILINE)
-    text = re.sub(r"^# patched-sha256: .*$", f"# patched-sha256: {after}", text, flags=re.MULTILINE)
+    for name, value in (
+        ("archive-mb", new.megabytes),
+        ("tree-sha256", new.digest),
+        ("patched-sha256", new.patched),
+    ):
+        text = re.sub(rf"^# {name}: .*$", f"# {name}: {value}", text, flags=re.MULTILINE)
     LOCK.write_text(text, encoding="utf-8")
 
 
-def bring(requirement: str, digest: str, patched: str) -> None:
+def bring(pin: Pin) -> None:
     """Have the pinned ggml with our patches in place."""
     if not TARGET.is_dir():
-        fetch(requirement, digest)
-    elif tree_digest(TARGET) == digest != patched:
+        fetch(pin)
+    elif tree_digest(TARGET) == pin.digest != pin.patched:
         apply_patches(TARGET)  # a tree from before there were patches
-    require_digest(TARGET, patched, "pinned ggml with vendor/patches")
+    require_digest(TARGET, pin.patched, "pinned ggml with vendor/patches")
 
 
 def main() -> int:
@@ -165,16 +267,21 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help="fetch anew, and write digests to ggml.lock")
     options = parser.parse_args()
     try:
-        requirement, digest, patched = read_lock()
         if options.update:
-            update(requirement)
+            update(read_lock())
         else:
-            bring(requirement, digest, patched)
+            bring(read_lock())
     except (FetchError, OSError, tarfile.TarError) as error:
         print(f"fetch_ggml: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("fetch_ggml: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):  # pip and what it started end with us
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
     raise SystemExit(main())

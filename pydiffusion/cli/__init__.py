@@ -70,7 +70,7 @@ def _bill_of_materials() -> list[str]:
     import importlib.metadata
     import platform
 
-    from pydiffusion import __version__, _native
+    from pydiffusion import DISTRIBUTION, __version__, _native
 
     linked = _native.version()
     lines = [
@@ -80,7 +80,11 @@ def _bill_of_materials() -> list[str]:
         f"instruction sets: {linked['cpu'] or 'the baseline alone'}",
         f"Python {platform.python_version()}, {platform.platform()}",
     ]
-    for requirement in sorted(importlib.metadata.requires("pydiffusion") or (), key=str.lower):
+    try:
+        requirements = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        return [*lines, f"{DISTRIBUTION} is not installed: what it needs is listed in pyproject.toml"]
+    for requirement in sorted(requirements, key=str.lower):
         name, bounds, extra = re.fullmatch(r"([\w.-]+)([^;]*)(.*)", requirement).groups()  # type: ignore[union-attr]
         if "extra" in extra and "server" not in extra:
             continue

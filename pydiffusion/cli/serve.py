@@ -51,7 +51,7 @@ def command(
         from pydiffusion.server.app import Settings
         from pydiffusion.server.run import Server
     except ImportError as error:
-        raise ValueError(f"serve needs {error.name}: pip install 'pydiffusion[server]'") from None
+        raise ValueError(f"serve needs {error.name}: pip install fastapi uvicorn") from None
     key = api_key if api_key is not None else os.environ.get("PYDIFFUSION_API_KEY")
     if key is not None and not key.strip():
         raise typer.BadParameter("the API key is empty")
