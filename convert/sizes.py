@@ -143,8 +143,9 @@ def _plan(
 def memory(config: TextConfig, weights: int, n_ctx: int = 4096) -> Memory:
     """What a session of ``n_ctx`` tokens needs beside the weights, with 16-bit keys and values.
 
-    Sliding layers keep two windows (at least one and a tile of attention) and a batch, full layers the whole context. The buffers are those of the
-    larger of a step and a chunk of the prompt, about: logits, the experts' activations, masks.
+    Sliding layers keep two windows (at least one and a tile of attention) and a batch, full layers the whole
+    context. The buffers are those of the larger of a step and a chunk of the prompt, about: logits, the
+    experts' activations, masks.
     """
     batch = max(_ENCODE_CHUNK, config.canvas_length)
     cache = 0
