@@ -121,7 +121,7 @@ ggml_tensor* Denoiser::embed_lanes(GraphBuilder& g, const std::vector<Lane>& lan
 void Denoiser::finish_lane(GraphBuilder& g, CanvasState& state, ggml_tensor* x) {
     g.begin_part("head");
     ggml_tensor* head =
-        g.products->multiply_alone(model_.weights.output, g.rms_norm(x, model_.weights.output_norm));
+        g.products->multiply_unpadded(model_.weights.output, g.rms_norm(x, model_.weights.output_norm));
     ggml_backend_tensor_alloc(state.buffer_.get(), head, state.logits_->data);
     g.begin_part("sampler");
     if (!state.soft_) head = cap_and_measure(g.ctx(), head, &state.step_);

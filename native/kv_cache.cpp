@@ -12,6 +12,7 @@ namespace pydiffusion {
 namespace {
 
 constexpr int32_t kSnapshotSlack = 256;  // tokens
+static_assert(kSnapshotSlack % kAttentionTile == 0, "a snapshot begins with a tile");
 
 // Copies the bytes [from, from + n) of a tensor to its beginning; they may overlap.
 void move_to_front(ggml_tensor* t, size_t from, size_t n) {

@@ -45,6 +45,11 @@ class KvCache {
         return sliding ? std::min(n_ctx, window + std::max(window, kAttentionTile) + max_batch) : n_ctx;
     }
 
+    // Rows that n tokens see at most, their own among them; see causal_range().
+    static int64_t n_visible(const Hyperparameters& hparams, bool sliding, int64_t n_ctx, int64_t n_tokens) {
+        return sliding ? std::min(n_ctx, hparams.window + kAttentionTile - 2 + n_tokens) : n_ctx;
+    }
+
     int32_t n_past() const { return n_past_; }
     // Changes whenever rows come, go or move, and is never the same in two caches: what was built for a
     // version fits as long as it stands.
@@ -77,7 +82,7 @@ class KvCache {
     // Rows that a copy of this cache needs of a layer: all of a full one, of a sliding one those from
     // first_kept() on; row_bytes() for each token. read_rows() copies them to `target`.
     int32_t first_kept() const { return tile_start(n_past_, window_); }
-    // Of the tile of attention in which the window begins that token n sees.
+    // The first position of the tile of attention that holds the first row which token n sees.
     static int32_t tile_start(int32_t n, int32_t window) {
         constexpr auto tile = static_cast<int32_t>(kAttentionTile);
         return window_start(n, window) / tile * tile;

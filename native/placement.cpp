@@ -80,7 +80,7 @@ uint64_t cache_bytes(const Sizes& sizes, const Hyperparameters& hp, const LayerS
 int64_t attention_bytes(const Hyperparameters& hp, const LayerShape& shape, int64_t n_ctx, int64_t n_tokens,
                         ggml_type type) {
     const int64_t width = int64_t{shape.head_dim} * shape.n_head_kv;
-    const int64_t n_rows = portable::filled_up(shape.sliding ? std::min(n_ctx, hp.window + n_tokens) : n_ctx);
+    const int64_t n_rows = portable::filled_up(KvCache::n_visible(hp, shape.sliding, n_ctx, n_tokens));
     if (type == GGML_TYPE_F16) return 0;
     if (ggml_is_quantized(type)) return 2 * n_rows * width * static_cast<int64_t>(sizeof(ggml_fp16_t));
     return n_rows * (2 * hp.n_head * n_tokens + width) * static_cast<int64_t>(sizeof(float));

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ModelFormatError,
         PromptWarning,
         PyDiffusionError,
+        PyDiffusionWarning,
         UnsupportedModelError,
     )
     from .events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
@@ -49,6 +50,7 @@ _NAME_TO_MODULE = {
     "ModelFormatError": "errors",
     "Plan": "placement",
     "PromptWarning": "errors",
+    "PyDiffusionWarning": "errors",
     "PyDiffusionError": "errors",
     "Session": "session",
     "Tokenizer": "tokenizer",
@@ -76,6 +78,7 @@ __all__ = [
     "Plan",
     "PromptWarning",
     "PyDiffusionError",
+    "PyDiffusionWarning",
     "Session",
     "Tokenizer",
     "UnsupportedModelError",

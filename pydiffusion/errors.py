@@ -1,4 +1,4 @@
-"""All that pydiffusion raises on purpose, apart from ``ValueError`` and ``TypeError`` for wrong arguments."""
+"""Errors and warnings of this package; wrong arguments raise ``ValueError`` and ``TypeError`` instead."""
 
 
 class PyDiffusionError(Exception):
@@ -25,7 +25,11 @@ class GenerationCancelled(PyDiffusionError):
     """Work was stopped by ``Session.cancel()``."""
 
 
-class PromptWarning(UserWarning):
+class PyDiffusionWarning(UserWarning):
+    """Base of all warnings of this package; also given itself: what was asked for is done, at a price."""
+
+
+class PromptWarning(PyDiffusionWarning):
     """A prompt that will be answered, but badly: its bos token is missing or doubled."""
 
 

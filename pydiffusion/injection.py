@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 # Around the number of a placeholder: code points that are no characters and stand in no sensible text.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
-_MAX_DEPTH = 64
 _ANSWERING = ("assistant", "model")  # roles; the second is Google's own word
 
 
@@ -51,19 +50,14 @@ class Neutralizer:
         self._markers = tokenizer.markers
         self._hidden: dict[str, int] = {}  # to the number of the placeholder
 
-    def hide(self, value: Any, *, but: Collection[str] = (), depth: int = 0) -> Any:
-        """The same value, its strings without markers, except for those in ``but``."""
+    def hide(self, value: Any, *, but: Collection[str] = ()) -> Any:
+        """The value (plain as of ``messages.plain``) with no markers in its strings but those in ``but``."""
         if isinstance(value, str):
             return self._hide_text(value, but)
-        if depth > _MAX_DEPTH:
-            raise ValueError("messages or tools are nested too deeply")
         if isinstance(value, Mapping):
-            return {
-                self.hide(k, but=but, depth=depth + 1): self.hide(v, but=but, depth=depth + 1)
-                for k, v in value.items()
-            }
-        if isinstance(value, (list, tuple)):
-            return [self.hide(entry, but=but, depth=depth + 1) for entry in value]
+            return {self.hide(k, but=but): self.hide(v, but=but) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self.hide(entry, but=but) for entry in value]
         return value
 
     def _hide_text(self, text: str, but: Collection[str]) -> str:

@@ -8,13 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from numbers import Number
 from typing import Any
 
 Message = dict[str, Any]
+_MAX_DEPTH = 64
 
 # Names under which clients send an assistant's thought back, of which a template knows one or the other.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+
+
+def plain(value: Any, where: str, depth: int = 0) -> Any:
+    """The value as dicts, lists, text and numbers, whatever kinds of them it was made of.
+
+    Everything that a template is given comes through here, so that no text in it is overlooked. Raises
+    ValueError for anything else, and for what is nested too deeply.
+    """
+    if value is None or isinstance(value, (str, Number)):
+        return value
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"{where} is nested too deeply")
+    if isinstance(value, Mapping):
+        return {plain(k, where, depth + 1): plain(v, where, depth + 1) for k, v in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, memoryview)):
+        return [plain(entry, where, depth + 1) for entry in value]
+    raise ValueError(f"{where} holds a {type(value).__name__}; give text, numbers, dicts and lists")
 
 
 def normalize_messages(messages: Iterable[Any]) -> list[Message]:
@@ -31,9 +50,10 @@ def normalize_messages(messages: Iterable[Any]) -> list[Message]:
     return normalized
 
 
-def normalize_tools(tools: Sequence[Any] | None) -> list[Any] | None:
+def normalize_tools(tools: Iterable[Any] | None) -> list[Any] | None:
     """The tools without nulls beside their names. Schemas stay as they are: null is a value there."""
-    if not isinstance(tools, (list, tuple)):
+    tools = plain(tools, "tools")
+    if not isinstance(tools, list):
         return tools
     return [_with_function(tool, {}) if isinstance(tool, Mapping) else tool for tool in tools]
 
@@ -41,14 +61,15 @@ def normalize_tools(tools: Sequence[Any] | None) -> list[Any] | None:
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"{where} must be a dict with a role, a string; it is {message!r}"[:200])
-    said = _without_nulls(message)
-    said["content"] = _content(message.get("content"), where)
+    said = _without_nulls(plain(message, where))
+    said["content"] = _content(said.get("content"), where)
     if said["role"] == "developer":  # OpenAI's newer name, which few templates know
         said["role"] = "system"
     for name, normalized in (("tool_calls", _call), ("tool_responses", _response)):
-        if isinstance(said.get(name), (list, tuple)):
+        if isinstance(said.get(name), list):
             said[name] = [normalized(entry) for entry in said[name]]
-    thought = next((said[name] for name in _THOUGHTS if name in said), None)
+    thoughts = [said[name] for name in _THOUGHTS if name in said]
+    thought = next(filter(None, thoughts), thoughts[0] if thoughts else None)
     return said if thought is None else {"thinking": thought, **said, "reasoning_content": thought}
 
 
@@ -57,7 +78,7 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
         return ""
     if isinstance(content, str):
         return content
-    if isinstance(content, (bytes, Mapping)) or not isinstance(content, Iterable):
+    if not isinstance(content, list):
         raise ValueError(f"{where} has a content of {type(content).__name__}; give a string or parts")
     return [_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)] or ""
 

@@ -26,6 +26,7 @@ from .infill import (
     prompt_of,
 )
 from .injection import Neutralizer
+from .messages import plain
 from .options import GenerationOptions, make_options
 from .placement import native_wish
 from .session import Session, TokenIds
@@ -163,7 +164,7 @@ class DiffusionModel:
             template.render,
             bos_token=self._token_text(self.tokenizer.bos_id),
             eos_token=self._token_text(self.tokenizer.eos_id),
-            **neutral.hide(variables),
+            **neutral.hide({name: plain(value, name) for name, value in variables.items()}),
         )
         ids = neutral.tokenize(neutral.render(render, template.prepare(messages)))
         if (

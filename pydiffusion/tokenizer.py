@@ -209,8 +209,8 @@ class Tokenizer:
         if prompt[0] != self.bos_id:
             return (
                 f"the prompt does not begin with {bos}, and this model answers badly then: put it in front"
-                " (in Python add_bos=True, on the command line its text and --special, for every prompt"
-                f" {_PREFIX}add_bos_token in the file)"
+                " (in Python model.tokenize(text, add_bos=True), on the command line its text and --special,"
+                f" for all prompts {_PREFIX}add_bos_token of the file set to true)"
             )
         if prompt[1:2] == [self.bos_id]:
             return f"the prompt begins with {bos} twice, and this model answers badly then: leave one out"

@@ -137,7 +137,7 @@ def test_the_command_line_says_it_once(
         return [line for line in capsys.readouterr().err.splitlines() if "bos" in line]
 
     (line,) = said("generate", False, "--raw", "-p", "ab")
-    assert line.startswith("pydiffusion: the prompt does not begin with the bos token '<bos>' (2)")
+    assert line.startswith("pydiffusion: warning: the prompt does not begin with the bos token '<bos>' (2)")
     (line,) = said("generate", True, "--raw", "--special", "-p", "<bos><bos>ab")
     assert "twice" in line
     assert said("generate", True, "--raw", "-p", "ab") == []

@@ -55,7 +55,7 @@ def test_commands_warn_in_one_line(file: Path, capsys: pytest.CaptureFixture[str
             out, err = capsys.readouterr()
             lines = [line for line in err.splitlines() if "8-bit" in line]
             assert len(lines) == n, err
-            assert all(line.startswith("warning: ") and "0.377" in line for line in lines)
+            assert all(line.startswith("pydiffusion: warning: ") and "0.377" in line for line in lines)
             assert "8-bit" not in out
 
 

@@ -48,7 +48,8 @@ def ends(types: dict[str, int], **keys: Any) -> list[int]:
         "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_utterance>",
         "<｜end▁of▁sentence｜>",
         "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "[e~[", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>",
-        "<|fim_pad|>", "<|fim_repo|>", "<|file_sep|>",
+        "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]",
+        "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
     ],
 )  # fmt: skip
 def test_a_control_token_ends_by_its_text_and_text_never_does(text: str) -> None:

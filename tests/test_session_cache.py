@@ -141,6 +141,17 @@ def test_broken_session_files_are_refused(model: DiffusionModel, tmp_path: Path)
         model.load_session(tmp_path / "missing")
 
 
+def test_a_session_of_an_older_format_is_refused(model: DiffusionModel, tmp_path: Path) -> None:
+    """Whose sliding layers held less: it says so, and is never read as one of today."""
+    session = model.new_session()
+    session.encode(prompt(model, 20))
+    path = tmp_path / "session.safetensors"
+    session.save(path)
+    path.write_bytes(path.read_bytes().replace(b"pydiffusion-session-2", b"pydiffusion-session-1"))
+    with pytest.raises(ModelFormatError, match="is no session file of this version"):
+        model.load_session(path)
+
+
 def test_arrays_of_types_that_numpy_lacks_are_refused(model: DiffusionModel, tmp_path: Path) -> None:
     """Found by fuzzing: such a type ended in an AttributeError of the library that reads the file."""
     session = model.new_session()

@@ -1,7 +1,7 @@
 """Bring the pinned ggml with our patches into ``vendor/ggml`` and prove that it is that one.
 
-Run by CMake at configure time; needs only the standard library and pip. When the source can't be had or is
-not the pinned one, the exit code is 1 and the last line on stderr says what to do.
+Run by CMake at configure time; needs only the standard library and pip. When the source can't be fetched
+or is not the pinned one, the exit code is 1 and the last line on stderr says what to do.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PREFIX = re.compile(r"^[^/]+/vendor/llama\.cpp/ggml/")
 
 
 class FetchError(Exception):
-    """The source can't be had, or is not what the lock file says."""
+    """The source can't be fetched, or is not what the lock file says."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,10 @@ def run(command: list[str], seconds: float | None, scratch: Path) -> tuple[int, 
         said, _ = process.communicate(timeout=seconds)
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
         process.wait()
         raise
     return process.returncode, said
@@ -281,7 +284,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):  # pip and what it started end with us
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+    for name in ("SIGTERM", "SIGHUP"):  # pip and what it started end with us
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)
     raise SystemExit(main())

@@ -340,7 +340,9 @@ ggml_tensor* Products::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_ex
 
 namespace {
 
-// Of fewer columns ggml's CPU backend sums up in another order: tinyBLAS refuses them (ggml-cpu/llamafile).
+// Below this many columns ggml's CPU backend sums up in another order, for tinyBLAS refuses them: 2 on
+// x86-64, up to 8 elsewhere (ggml-cpu/llamafile). ARM's two-column dot products still depend on whether n is
+// even.
 constexpr int64_t kFewestColumns = 8;
 
 // Of ggml's products: a GPU may add up in float16 unless it is told not to. Of bfloat16 it adds up in float32
@@ -355,13 +357,13 @@ ggml_tensor* with_exact_sums(ggml_tensor* product) {
 ggml_tensor* Products::multiply(ggml_tensor* weight, ggml_tensor* x) {
     const int64_t n = x->ne[1];
     if (n >= kFewestColumns || by_tiles(weight, x) || on_device_ || keep_columns_)
-        return multiply_alone(weight, x);
-    ggml_tensor* filled_up = ggml_pad(ctx_, x, 0, static_cast<int>(kFewestColumns - n), 0, 0);
-    ggml_tensor* product = multiply_alone(weight, filled_up);
+        return multiply_unpadded(weight, x);
+    ggml_tensor* padded = ggml_pad(ctx_, x, 0, static_cast<int>(kFewestColumns - n), 0, 0);
+    ggml_tensor* product = multiply_unpadded(weight, padded);
     return ggml_view_2d(ctx_, product, product->ne[0], n, product->nb[1], 0);
 }
 
-ggml_tensor* Products::multiply_alone(ggml_tensor* weight, ggml_tensor* x) {
+ggml_tensor* Products::multiply_unpadded(ggml_tensor* weight, ggml_tensor* x) {
     if (!by_tiles(weight, x)) return with_exact_sums(ggml_mul_mat(ctx_, weight, x));
     ggml_tensor* sources[] = {weight, packed(x, nullptr, 0)};
     ggml_tensor* product =

@@ -41,8 +41,9 @@ class Products {
 
     // weight [n_inner, n_rows] times x [n_inner, n_columns] -> F32 [n_rows, n_columns]
     ggml_tensor* multiply(ggml_tensor* weight, ggml_tensor* x);
-    // The same of columns that never stand beside others: a node of its own, to which memory can be given.
-    ggml_tensor* multiply_alone(ggml_tensor* weight, ggml_tensor* x);
+    // The same without padding to kFewestColumns: the result is a node and no view, so that a buffer can be
+    // assigned to it.
+    ggml_tensor* multiply_unpadded(ggml_tensor* weight, ggml_tensor* x);
     // weight [n_inner, n_rows, n_expert], x [n_inner, 1 or n_used, n_tokens], experts I32 [n_used, n_tokens]
     // -> F32 [n_rows, n_used, n_tokens]
     ggml_tensor* multiply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts);

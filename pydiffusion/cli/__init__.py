@@ -136,9 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: say(f"warning: {message}")
-            code = app(args=arguments, prog_name="pydiffusion", standalone_mode=False) or 0
+        code = app(args=arguments, prog_name="pydiffusion", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = 130  # some versions of typer make it this themselves
     except BrokenPipeError:
@@ -157,10 +155,10 @@ def _run(arguments: list[str] | None) -> int:
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     """Our own on a line of stderr, others as Python shows them."""
-    from pydiffusion.errors import PromptWarning
+    from pydiffusion.errors import PyDiffusionWarning
 
-    if issubclass(category, PromptWarning):
-        print(f"pydiffusion: {one_line(str(message))}", file=sys.stderr, flush=True)
+    if issubclass(category, PyDiffusionWarning):
+        say(f"pydiffusion: warning: {one_line(str(message))}")
     else:
         print(warnings.formatwarning(message, category, *where[:2]), end="", file=sys.stderr)
 

@@ -57,7 +57,9 @@ def _check_calls(calls: Any, where: str) -> None:
             or not isinstance(function.get("arguments"), (str, dict, type(None)))
         ):
             raise invalid(
-                f"{where}[{i}] must have a function with name and arguments, both strings", f"{where}[{i}]"
+                f"{where}[{i}] must have a function with a name, a string, and arguments that are JSON text,"
+                " an object or absent",
+                f"{where}[{i}]",
             )
 
 
