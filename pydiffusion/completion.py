@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .chat_output import Content, Part, Reasoning
 from .events import CanvasEvent, DraftEvent, EndEvent, Event
 from .limits import can_think
+from .messages import template_variables
 from .options import GenerationOptions, make_options
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def create_chat_completion(
         if schema is not None and options.get("json_schema") is not None:
             raise ValueError("response_format and json_schema exclude each other: give one")
         options["json_schema"] = options.get("json_schema") if schema is None else schema
-    variables = dict(chat_template_kwargs or {})
+    variables = template_variables({} if chat_template_kwargs is None else chat_template_kwargs)
     if enable_thinking is not None:
         variables["enable_thinking"] = enable_thinking
     if variables.get("enable_thinking") is False:

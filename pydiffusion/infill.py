@@ -167,10 +167,12 @@ def prompt_of(model: DiffusionModel, layout: Layout, instruction: str | None) ->
     if instruction is not None:
         return model.chat_prompt([{"role": "user", "content": instruction}])
     ids = model.tokenize(layout.head)
+    if not ids and model.tokenizer.bos_id is not None:
+        return [
+            model.tokenizer.bos_id
+        ]  # a hole needs a token before it, whether or not the file asks for one
     if not ids:
-        raise ValueError(
-            "without a bos in the file, a text must not begin with its hole: give an instruction"
-        )
+        raise ValueError("the file names no bos, so a text must not begin with its hole: give an instruction")
     return ids
 
 

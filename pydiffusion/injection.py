@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 # Around the number of a placeholder: code points that are no characters and stand in no sensible text.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-_PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+# As a template writes them that has JSON in plain ASCII.
+_IN_ASCII = ("\\ufdd0", "\\ufdd1")
+_PLACEHOLDER = re.compile(r"(?:\ufdd0|\\ufdd0)(\d+)(?:\ufdd1|\\ufdd1)")
+_OF_PLACEHOLDERS = re.compile(r"[\ufdd0\ufdd1]|fdd")
 _ANSWERING = ("assistant", "model")  # roles; the second is Google's own word
 
 
@@ -27,16 +30,20 @@ class MarkerSet:
     """What may not come from a message: control tokens, the markers that answers are parsed by, and ours."""
 
     def __init__(self, control_tokens: Iterable[str]) -> None:
-        texts = {*control_tokens, *MARKERS, _OPEN, _CLOSE} - {""}
+        texts = {*control_tokens, *MARKERS, _OPEN, _CLOSE, *_IN_ASCII} - {""}
         longest_first = sorted(texts, key=lambda text: (-len(text), text))
         self.pattern = re.compile("|".join(map(re.escape, longest_first)))
         self._beginnings = {text[:n] for text in texts for n in range(1, len(text))}
-        self._longest_beginning = max(map(len, texts)) - 1
+        self.longest = max(map(len, texts))
+
+    def is_beginning(self, text: str) -> bool:
+        """Whether it is the beginning of a marker, and no marker itself."""
+        return text in self._beginnings and not self.pattern.fullmatch(text)
 
     def beginning_at_end(self, text: str) -> str:
         """What a marker could begin with at the end of the text, spaces after it aside; "" for nothing."""
         text = text.rstrip()
-        for n in range(min(self._longest_beginning, len(text)), 0, -1):
+        for n in range(min(self.longest - 1, len(text)), 0, -1):
             if text[-n:] in self._beginnings:
                 return text[-n:]
         return ""
@@ -96,9 +103,24 @@ class Neutralizer:
             hidden["content"] = self.hide(message["content"], but=(CHANNEL, CHANNEL_END))
         return hidden
 
+    def _shown_where_harmless(self, found: re.Match[str], all_hidden: list[str]) -> str:
+        """The beginning of a marker that what surrounds it makes no marker of; all else stays hidden."""
+        number, length = int(found[1]), self._markers.longest
+        hidden = all_hidden[number] if number < len(all_hidden) else ""
+        before = found.string[max(0, found.start() - length) : found.start()]
+        after = found.string[found.end() : found.end() + length]
+        # What other placeholders nearby become is not known yet.
+        if not self._markers.is_beginning(hidden) or _OF_PLACEHOLDERS.search(before + " " + after):
+            return found[0]
+        begin, end = len(before), len(before) + len(hidden)
+        joined = self._markers.pattern.finditer(before + hidden + after)
+        touches = any(match.start() < end and match.end() > begin for match in joined)
+        return found[0] if touches else hidden
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids; only the template's own markers become what they stand for."""
         hidden = list(self._hidden)
+        text = _PLACEHOLDER.sub(lambda found: self._shown_where_harmless(found, hidden), text)
         ids: list[int] = []
         for i, part in enumerate(_PLACEHOLDER.split(text)):
             if i % 2 == 0:

@@ -14,6 +14,8 @@ from typing import Any
 
 Message = dict[str, Any]
 _MAX_DEPTH = 64
+# What a template is given apart from its variables.
+_RENDERED = frozenset(("self", "messages", "tools", "bos_token", "eos_token", "add_generation_prompt"))
 
 # Names under which clients send an assistant's thought back, of which a template knows one or the other.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
@@ -56,6 +58,16 @@ def normalize_tools(tools: Iterable[Any] | None) -> list[Any] | None:
     if not isinstance(tools, list):
         return tools
     return [_with_function(tool, {}) if isinstance(tool, Mapping) else tool for tool in tools]
+
+
+def template_variables(given: Any) -> dict[str, Any]:
+    """``chat_template_kwargs`` as keywords of ``chat_prompt``. Raises ValueError for what it can't hold."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"chat_template_kwargs must be an object, not {type(given).__name__}")
+    for name in given:
+        if not isinstance(name, str) or not name.isidentifier() or name in _RENDERED:
+            raise ValueError(f"chat_template_kwargs may not hold {name!r}"[:200])
+    return dict(given)
 
 
 def _message(message: Any, where: str) -> Message:

@@ -195,9 +195,10 @@ class DiffusionModel:
         """
         from .structure import automaton_for
 
-        key = (options.json_schema, options.regex)
+        ends = frozenset(self.tokenizer.end_ids if options.eos is None else options.eos)
+        key = (options.json_schema, options.regex, ends)
         cache: dict[Any, Automaton] = self.__dict__.setdefault("_automata", {})
-        found = cache.pop(key, None) or automaton_for(options, self.tokenizer)
+        found = cache.pop(key, None) or automaton_for(options, self.tokenizer, ends)
         cache[key] = found  # the one used last stands last
         if len(cache) > _N_AUTOMATA:
             cache.pop(next(iter(cache)), None)

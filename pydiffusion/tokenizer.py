@@ -57,7 +57,7 @@ class Tokenizer:
         self.pad_id = self._special_id(metadata, "padding_token_id")
         self.mask_id = self._special_id(metadata, "mask_token_id")
         self.unknown_id = self._special_id(metadata, "unknown_token_id")
-        self.add_bos = bool(metadata.get(_PREFIX + "add_bos_token", True)) and self.bos_id is not None
+        self.add_bos = _flag(metadata, "add_bos_token", True) and self.bos_id is not None
         self.end_tokens = find_end_tokens(metadata, self.n_vocab)
         self.end_ids = tuple(end.token_id for end in self.end_tokens)
         self._types = self._token_types(metadata)
@@ -208,9 +208,9 @@ class Tokenizer:
         bos = f"the bos token {self._tokens[self.bos_id]!r} ({self.bos_id})"
         if prompt[0] != self.bos_id:
             return (
-                f"the prompt does not begin with {bos}, and this model answers badly then: put it in front"
-                " (in Python model.tokenize(text, add_bos=True), on the command line its text and --special,"
-                f" for all prompts {_PREFIX}add_bos_token of the file set to true)"
+                f"the prompt does not begin with {bos}, and this model answers badly then: set"
+                f" {_PREFIX}add_bos_token of the file to true, or put it in front of this prompt (in Python"
+                " by model.tokenize(text, add_bos=True), with generate by its text and --special)"
             )
         if prompt[1:2] == [self.bos_id]:
             return f"the prompt begins with {bos} twice, and this model answers badly then: leave one out"
@@ -285,6 +285,13 @@ class TextStream:
                 self._bytes = rest
                 return text
         return self._take_bytes()
+
+
+def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = metadata.get(_PREFIX + name, default)
+    if not isinstance(value, int):  # as some writers write a bool
+        raise ModelFormatError(f"{_PREFIX}{name} is {_describe(value)}; it must be true or false")
+    return bool(value)
 
 
 def _check_kind(metadata: Mapping[str, Any]) -> None:

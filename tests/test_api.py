@@ -502,6 +502,14 @@ def test_unknown_parameters_are_refused_by_name(model: DiffusionModel, name: str
         model.create_chat_completion([{"role": "user", "content": "hi"}], **{name: 1})
 
 
+@pytest.mark.parametrize(
+    "given", [{"self": 1}, {"messages": []}, {"tools": []}, {"bos_token": ""}, {"a b": 1}, 5, "x"]
+)
+def test_variables_that_a_template_can_not_be_given(model: DiffusionModel, given: Any) -> None:
+    with pytest.raises(ValueError, match="chat_template_kwargs"):
+        model.create_chat_completion([{"role": "user", "content": "hi"}], chat_template_kwargs=given)
+
+
 def test_a_session_given_is_reused(model: DiffusionModel) -> None:
     session = model.new_session()
     first = [{"role": "user", "content": "hi"}]

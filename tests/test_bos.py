@@ -8,15 +8,17 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from server_fakes import ScriptedModel, ask, script, serving
+from server_fakes import ScriptedModel, ask, metadata, script, serving
 
-from pydiffusion import DiffusionModel, PromptWarning
+from pydiffusion import DiffusionModel, ModelFormatError, PromptWarning
 from pydiffusion.cli import main
 from pydiffusion.convert import convert, edit_metadata
 from pydiffusion.demo import checkpoint_path
+from pydiffusion.tokenizer import Tokenizer
 
 KEY = "tokenizer.ggml.add_bos_token"
 BOS = 2
@@ -148,6 +150,12 @@ def test_the_command_line_says_it_once(
     prompts.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(3)))
     assert len(said("batch", False, str(prompts), "-o", str(tmp_path / "a.jsonl"))) == 1
     assert said("batch", True, str(prompts), "-o", str(tmp_path / "b.jsonl")) == []
+
+
+@pytest.mark.parametrize("value", ["false", [False], 1.0])
+def test_a_flag_that_is_none_is_refused(value: Any) -> None:
+    with pytest.raises(ModelFormatError, match="add_bos_token is"):
+        Tokenizer({**metadata(), "tokenizer.ggml.add_bos_token": value})
 
 
 def test_other_warnings_stay_pythons(

@@ -35,6 +35,9 @@ LINES = [
     '{"prompt": "abc", "frobnicate": 1}',
     '{"prompt": ""}',
     "[1]",
+    "null",
+    "7",
+    '["id"]',
 ]
 
 
@@ -55,13 +58,14 @@ def test_every_line_gets_its_answer_or_its_error(model: str, tmp_path: Path) -> 
     prompts.write_text("\n".join(LINES), encoding="utf-8")
     assert run(model, prompts, output, "--seed", "10") == 1, "some failed"
     answers = read(output)
-    assert sorted(answers) == [1, 2, 4, 5, 6, 7, 8, 9, 10]
+    assert sorted(answers) == [1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
     assert answers[1]["id"] == "first" and answers[1]["seed"] == 10 and answers[2]["seed"] == 11
     assert answers[4]["seed"] == 3 and set(answers[4]["text"]) <= {"x", "y"}
     assert answers[5]["seed"] == 14 and answers[5]["prompt_tokens"] > 5
     messages = {number: answer.get("error", "") for number, answer in answers.items()}
     assert "steps is 0" in messages[6] and "no valid JSON" in messages[7]
-    assert "'frobnicate'" in messages[8] and "no tokens" in messages[9] and "object" in messages[10]
+    assert "'frobnicate'" in messages[8] and "no tokens" in messages[9]
+    assert all("object" in messages[number] for number in (10, 11, 12, 13))
     # the same as one by one
     with DiffusionModel(model, n_threads=1, n_ctx=128) as opened:
         alone = opened.generate("def", seed=11, steps=2, max_tokens=12)

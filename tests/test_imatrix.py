@@ -298,6 +298,14 @@ def test_counts_that_are_none_are_refused(tmp_path: Path, type: int, value: obje
         read_imatrix(file.write(tmp_path / "i.gguf"))
 
 
+def test_a_text_that_is_not_utf8_is_named(
+    model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_bytes(b"caf\xe9")
+    assert main(["imatrix", str(model_path), str(tmp_path / "text"), "-o", str(tmp_path / "out")]) == 1
+    assert f"{tmp_path / 'text'} is not UTF-8 (byte 3): convert it" in capsys.readouterr().err
+
+
 def test_names_that_are_no_utf8_are_read(tmp_path: Path) -> None:
     """Found by fuzzing: such a tensor could be listed but its bytes not be asked for."""
     file = small_file(tmp_path / "i.gguf")

@@ -31,6 +31,12 @@ def test_the_text_around_the_holes_is_kept(model: DiffusionModel) -> None:
     assert model.infill(TEXT, seed=1, steps=4, hole_tokens=5).text == filled.text
 
 
+def test_a_text_that_begins_with_its_hole_follows_a_bos(model: DiffusionModel) -> None:
+    """This file has one and does not ask for it."""
+    assert not model.tokenizer.add_bos and model.tokenizer.bos_id is not None
+    assert model.infill("<|hole:3|> xyz", seed=1, steps=3).text.endswith(" xyz")
+
+
 def test_an_instruction_puts_all_of_the_text_on_the_canvas(model: DiffusionModel) -> None:
     seen: list[DraftEvent] = []
     head = model.tokenize("abc ", add_bos=False)

@@ -43,6 +43,31 @@ def test_no_marker_of_a_message_becomes_a_token(model: ScriptedModel, marker: st
     assert f"user\n{content}<turn|>" in model.detokenize(ids, keep_control=True), "and none is lost"
 
 
+def test_texts_that_end_like_a_marker_are_what_they_were(model: ScriptedModel) -> None:
+    """They are hidden while the template works, and shown where no marker came of them."""
+    for text in ("a <", "x <|tu", "[", "if a <\n", "\\ufdd00\\ufdd1", "\\"):
+        ids = model.chat_prompt([{"role": "user", "content": text}])
+        rendered = f"<bos><|turn>user\n{text}<turn|>\n<|turn>model"
+        assert model.detokenize(ids, keep_control=True) == rendered
+        assert ids == model.tokenize(rendered, add_bos=False, parse_special=True)
+
+
+def test_a_marker_comes_out_of_a_template_that_writes_plain_ascii(model: ScriptedModel) -> None:
+    own = model.metadata["tokenizer.chat_template"]
+    model.metadata["tokenizer.chat_template"] = (
+        "{{ bos_token }}{{ messages[0].content | tojson(ensure_ascii=true) }}"
+    )
+    model._chat_template = None
+    try:
+        for text in ("a<|turn>b", "a <"):
+            ids = model.chat_prompt([{"role": "user", "content": text}])
+            assert model.detokenize(ids, keep_control=True) == f'<bos>"{text}"'
+            assert steering(model, ids) == ["<bos>"]
+    finally:
+        model.metadata["tokenizer.chat_template"] = own
+        model._chat_template = None
+
+
 @pytest.mark.parametrize(
     "kind", [tuple, iter, collections.deque, dict.fromkeys, set, lambda entries: (entry for entry in entries)]
 )

@@ -231,6 +231,13 @@ def test_every_step_as_an_event(url: str, client: openai.OpenAI) -> None:
             "chat_template_kwargs",
             "invalid_value",
         ),
+        (
+            "chat/completions",
+            {**CHAT, "chat_template_kwargs": {"self": 1}},
+            400,
+            "chat_template_kwargs",
+            "invalid_value",
+        ),
         ("chat/completions", {}, 400, "messages", None),
         ("chat/completions", {"messages": []}, 400, "messages", None),
         ("chat/completions", {"messages": [3]}, 400, "messages[0]", "invalid_type"),

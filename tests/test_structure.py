@@ -225,6 +225,26 @@ def test_schemas_that_are_refused_with_where_and_why(schema: Any, message: str) 
     assert str(caught.value).startswith("json_schema")
 
 
+SCARCE = {"type": "number", "minimum": 2, "maximum": 1}  # which nothing satisfies
+
+
+@pytest.mark.parametrize(
+    ("schema", "valid"),
+    [
+        ({"type": ["integer", "null"], "minimum": 0.1, "maximum": 0.9}, "null"),
+        ({"type": ["integer", "number"], "minimum": 0.5, "maximum": 0.7}, "0.6"),
+        ({"anyOf": [SCARCE, {"type": "boolean"}]}, "true"),
+        ({"properties": {"a": SCARCE, "b": {"type": "null"}}, "additionalProperties": False}, '{"b": null}'),
+        ({"type": "array", "items": SCARCE}, "[]"),
+        ({"type": "array", "items": False}, "[]"),
+        ({"type": "object", "additionalProperties": SCARCE}, "{}"),
+    ],
+)
+def test_parts_that_nothing_satisfies_are_left_out_where_others_remain(schema: Any, valid: str) -> None:
+    jsonschema.validate(json.loads(valid), schema)
+    assert accepts(byte_machine(expression_of(GenerationOptions(json_schema=schema))), valid)
+
+
 TREE = {
     "$defs": {"node": {"type": "object", "properties": {
         "name": {"type": "string"}, "children": {"type": "array", "items": {"$ref": "#/$defs/node"}}},
@@ -345,6 +365,18 @@ def test_a_model_answers_by_expression_within_the_fewest_tokens(model: Diffusion
         assert re.fullmatch(f"(ab|cd){{{n}}}", done.text) and done.finish_reason == "eos"
     with pytest.raises(ValueError, match=r"takes .* tokens"):
         model.generate("x", regex="q{60}", max_tokens=20)
+
+
+def test_no_end_token_spells_a_text(model: DiffusionModel) -> None:
+    """An end token that is visible text, of the options or of the file, would cut the text it stands in."""
+    (letter,) = model.tokenize("a", add_bos=False)
+    (quote,) = model.tokenize('"', add_bos=False)
+    for seed in range(4):
+        answer = model.generate("x", regex="(ba){4}", eos=[letter, 1], seed=seed, steps=3, max_tokens=64)
+        assert answer.text == "babababa" and letter not in answer.tokens.tolist()
+        schema = {"type": "string", "minLength": 2, "maxLength": 3}
+        answer = model.generate("x", json_schema=schema, eos=[quote, 1], seed=seed, steps=3, max_tokens=64)
+        jsonschema.validate(json.loads(answer.text), schema)
 
 
 def test_a_structured_chat_is_all_content(model: DiffusionModel) -> None:

@@ -96,7 +96,7 @@ def _read_lines(path: Path) -> list[_Line]:
         try:
             given = json.loads(raw)
             given = {"prompt": given} if isinstance(given, str) else given
-            lines.append(_Line(number, digest, given, _wrong(given)))
+            lines.append(_Line(number, digest, given if isinstance(given, dict) else {}, _wrong(given)))
         except (ValueError, RecursionError) as error:
             lines.append(_Line(number, digest, {}, f"no valid JSON: {error}"))
     return lines

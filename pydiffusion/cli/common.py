@@ -213,6 +213,16 @@ def placement(place: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def read_text(path: Path) -> str:
+    """A file's text. Raises ValueError, with where, for what is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 (byte {error.start}): convert it, as by 'iconv -f LATIN1 -t UTF-8'"
+        ) from None
+
+
 def say(message: str) -> None:
     """A line for the person, on stderr."""
     print(one_line(message), file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Threads, say
+from .common import Threads, read_text, say
 from .text import one_line
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def command(
 
     texts = None
     if prompts is not None:
-        texts = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [line for line in read_text(prompts).splitlines() if line.strip()]
         if not texts:
             raise typer.BadParameter(f"--prompts: {prompts} has no line of text")
     levels = noise or evaluation.NOISE

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Threads, say
+from .common import Threads, read_text, say
 
 
 def command(
@@ -28,7 +28,7 @@ def command(
 
     if chunk < 1 or (max_chunks is not None and max_chunks < 1):
         raise typer.BadParameter("--chunk and --max-chunks take numbers of at least 1")
-    content = text.read_text(encoding="utf-8")
+    content = read_text(text)
     with progress(f"observing {model.name}") as update:
         report = convert.collect_imatrix(
             model,

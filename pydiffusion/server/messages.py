@@ -41,9 +41,13 @@ def _check(message: Any, where: str) -> None:
 
 
 def _check_part(part: Any, where: str) -> None:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
+    if not isinstance(part, dict):
+        raise invalid(f"{where} must be an object", where, "invalid_type")
+    kind = part.get("type")
+    if kind not in ("text", "refusal"):
         raise invalid(f"{where} is of type {kind!r}; this server reads text only"[:200], where)
+    if not isinstance(part.get(kind), str):
+        raise invalid(f"{where} must have a {kind}, a string", where)
 
 
 def _check_calls(calls: Any, where: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pydiffusion.completion import no_thinking, token_limit
+from pydiffusion.messages import template_variables
 from pydiffusion.options import GenerationOptions
 
 from .errors import ApiError, invalid
@@ -67,7 +68,6 @@ _COMPLETION = (*_COMMON, "prompt", "echo", "suffix")
 _INFILL = (*_ALL, "text", "instruction", "hole_tokens")
 _NO_THINKING = ("none",)
 _EFFORTS = (*_NO_THINKING, "minimal", "low", "medium", "high", "xhigh")
-_RENDERED = ("messages", "tools", "bos_token", "eos_token", "add_generation_prompt")
 
 
 @dataclass
@@ -279,14 +279,10 @@ def _wrong_option(error: ValueError, fields: Mapping[str, Any]) -> ApiError:
 
 
 def _template_variables(fields: Mapping[str, Any]) -> dict[str, Any]:
-    variables = fields.get("chat_template_kwargs", {})
-    if not isinstance(variables, dict):
-        raise invalid("chat_template_kwargs must be an object", "chat_template_kwargs", "invalid_type")
-    for name in variables:
-        if name in _RENDERED or not name.isidentifier():
-            raise invalid(
-                f"chat_template_kwargs may not hold {name!r}"[:200], "chat_template_kwargs", "invalid_value"
-            )
+    try:
+        variables = template_variables(fields.get("chat_template_kwargs", {}))
+    except ValueError as error:
+        raise invalid(str(error), "chat_template_kwargs", "invalid_value") from None
     effort = fields.get("reasoning_effort")
     if effort is not None:
         if effort not in _EFFORTS:

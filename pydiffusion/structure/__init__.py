@@ -8,6 +8,7 @@ accepts.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from .automaton import Automaton
@@ -33,11 +34,14 @@ def expression_of(options: GenerationOptions) -> str:
     return schema_to_regex(json.loads(options.json_schema)).text
 
 
-def automaton_for(options: GenerationOptions, tokenizer: Tokenizer) -> Automaton:
-    """The automaton of the options. Raises ValueError as ``expression_of``, or where it is too large."""
+def automaton_for(options: GenerationOptions, tokenizer: Tokenizer, ends: Collection[int]) -> Automaton:
+    """The automaton of the options, whose texts hold no token of ``ends``.
+
+    Raises ValueError as ``expression_of``, or where it is too large.
+    """
     expression = expression_of(options)
     try:
-        return Automaton(expression, tokenizer)
+        return Automaton(expression, tokenizer, ends)
     except ValueError as error:
         name = "json_schema" if options.regex is None else "regex"
         raise ValueError(f"{name}: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,9 +27,13 @@ class Automaton:
     tokens_left: how many of these the shortest way from a state to an end takes; -1 where there is none.
     """
 
-    def __init__(self, expression: str, tokenizer: Tokenizer) -> None:
-        """expression: of patterns.py. Raises ValueError where it is too large, or nothing satisfies it."""
+    def __init__(self, expression: str, tokenizer: Tokenizer, ends: Collection[int] = ()) -> None:
+        """expression: of patterns.py. ends: tokens that end a text, and so can't spell it.
+
+        Raises ValueError where it is too large, or nothing satisfies it.
+        """
         self._tokenizer = tokenizer
+        self._ends = frozenset(ends)
         table, self.accepting = byte_machine(expression)
         self._byte_to_next = np.ascontiguousarray(table.T)  # by byte, then by state: a row fits a cache
         self.n_states = len(self.accepting)
@@ -41,7 +46,7 @@ class Automaton:
             raise ValueError("nothing that this model can write satisfies it")
         # The tokens that a shortest text is usually written in: fewer than its characters.
         ids = tokenizer.tokenize(self._shortest(), add_bos=False)
-        self.alphabet += [token for token in dict.fromkeys(ids) if token not in self.alphabet]
+        self.alphabet += [t for t in dict.fromkeys(ids) if t not in self.alphabet and t not in self._ends]
         self.tokens_left = self._distances()
 
     def moves(self, token: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +67,7 @@ class Automaton:
 
     def _find_moves(self, token: int) -> tuple[np.ndarray, np.ndarray]:
         piece = self._tokenizer.piece(token)
-        if not piece or piece in _MARKERS:  # a marker within a text would cut it
+        if not piece or piece in _MARKERS or token in self._ends:  # within a text these would cut it
             return _NOWHERE
         first, *rest = piece if isinstance(piece, bytes) else piece.encode()
         after = self._byte_to_next[first, :-1]
@@ -74,8 +79,17 @@ class Automaton:
     def _spelling_tokens(self) -> list[int]:
         """For each byte that occurs a token of this byte alone, a character where there is one."""
         used = np.flatnonzero((self._byte_to_next[:, :-1] != self.n_states).any(axis=1)).tolist()
-        found = [_token_of_byte(self._tokenizer, byte) for byte in used]
+        found = [self._token_of_byte(byte) for byte in used]
         return [token for token in found if token is not None]
+
+    def _token_of_byte(self, byte: int) -> int | None:
+        tokenizer = self._tokenizer
+        if byte < 128:
+            ids = tokenizer.tokenize(chr(byte), add_bos=False)
+            if len(ids) == 1 and tokenizer.piece(ids[0]) == chr(byte) and ids[0] not in self._ends:
+                return ids[0]
+        token = tokenizer.token_id(f"<0x{byte:02X}>")
+        return token if token is not None and tokenizer.piece(token) == bytes((byte,)) else None
 
     def _distances(self) -> np.ndarray:
         pairs = [self.moves(token) for token in self.alphabet]
@@ -109,12 +123,3 @@ class Automaton:
             text += piece if isinstance(piece, bytes) else piece.encode()
             state = target
         return text.decode()
-
-
-def _token_of_byte(tokenizer: Tokenizer, byte: int) -> int | None:
-    if byte < 128:
-        ids = tokenizer.tokenize(chr(byte), add_bos=False)
-        if len(ids) == 1 and tokenizer.piece(ids[0]) == chr(byte):
-            return ids[0]
-    token = tokenizer.token_id(f"<0x{byte:02X}>")
-    return token if token is not None and tokenizer.piece(token) == bytes((byte,)) else None

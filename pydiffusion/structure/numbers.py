@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import NamedTuple
 
+from .patterns import Unsatisfiable
+
 # Digits that a number may have, a 0 before the point not counted: what every reader takes without loss.
 _MAX_DIGITS = 15
 _Number = int | float | None
@@ -81,8 +83,9 @@ def number_between(
     return "(?:" + "|".join(parts) + ")"
 
 
-def _nothing(kind: str) -> ValueError:
-    return ValueError(f"no {kind} of up to {_MAX_DIGITS} digits is within the bounds: nothing satisfies it")
+def _nothing(kind: str) -> Unsatisfiable:
+    what = f"no {kind} of up to {_MAX_DIGITS} digits is within the bounds"
+    return Unsatisfiable(f"{what}: nothing satisfies it")
 
 
 def _bounds(inclusive: _Number, exclusive: _Number) -> list[_Bound]:

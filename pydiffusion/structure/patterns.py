@@ -46,6 +46,10 @@ class Piece:
         return Piece(f"(?:{self.text}){{{low},{'' if high is None else high}}}", weight)
 
 
+class Unsatisfiable(ValueError):
+    """No text is of the kind that was asked for."""
+
+
 #: What no text matches. Only pieces are made of it, never an expression.
 NOTHING = Piece("(?!)", 0)
 

@@ -6,6 +6,7 @@ schema, no property that it does not name), never more. Keywords whose effect co
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,16 @@ from itertools import combinations
 from typing import Any
 
 from .numbers import integer_between, number_between
-from .patterns import JSON_CHARACTER, NOTHING, Piece, choice, in_json_string, literal, sequence
+from .patterns import (
+    JSON_CHARACTER,
+    NOTHING,
+    Piece,
+    Unsatisfiable,
+    choice,
+    in_json_string,
+    literal,
+    sequence,
+)
 
 # Say nothing about what is valid.
 _ANNOTATIONS = frozenset(
@@ -75,6 +85,8 @@ def schema_to_regex(schema: Mapping[str, Any] | bool) -> Piece:
             if found is NOTHING:
                 raise
             break
+        if piece is NOTHING and compiler.unsatisfied:
+            raise compiler.unsatisfied[0]
         if not compiler.contains_itself:
             return piece
         if found is not NOTHING and piece.weight > _MAX_WEIGHT_WITHIN_ITSELF:
@@ -91,6 +103,7 @@ class _Compiler:
         self._root = root
         self._depth = depth
         self.contains_itself = False
+        self.unsatisfied: list[SchemaError] = []  # what was left out, for nothing satisfies it
         self._type_to_rule: dict[str, Callable[[Mapping[str, Any], str, tuple[str, ...]], Piece]] = {
             "object": self._object,
             "array": self._array,
@@ -103,10 +116,17 @@ class _Compiler:
 
     def value(self, schema: Any, where: str, refs: tuple[str, ...]) -> Piece:
         """refs: the references that led here, by which a schema that contains itself is noticed."""
+        return self._or_nothing(where, lambda: self._value(schema, where, refs))
+
+    def _or_nothing(self, where: str, make: Callable[[], Piece]) -> Piece:
+        """Parts that nothing satisfies are left out, where there are others."""
         try:
-            return self._value(schema, where, refs)
+            return make()
         except SchemaError:
             raise
+        except Unsatisfiable as error:
+            self.unsatisfied.append(_error(where, str(error)))
+            return NOTHING
         except ValueError as error:
             raise _error(where, str(error)) from None
         except (TypeError, AttributeError, OverflowError) as error:  # a keyword's value of another type
@@ -118,7 +138,7 @@ class _Compiler:
         if schema is True or schema == {}:
             return _anything(_OPEN_DEPTH)
         if schema is False:
-            raise _error(where, "nothing satisfies false")
+            raise Unsatisfiable("nothing satisfies false")
         if not isinstance(schema, Mapping):
             raise _error(where, f"{schema!r} is no schema")
         keywords = {name for name in schema if name not in _ANNOTATIONS}
@@ -139,7 +159,8 @@ class _Compiler:
         for kind in kinds:
             if kind not in self._type_to_rule:
                 raise _error(where, f"the type {kind!r} is none")
-            pieces.append(self._type_to_rule[kind]({**schema, "type": kind}, where, refs))
+            rule, typed = self._type_to_rule[kind], {**schema, "type": kind}
+            pieces.append(self._or_nothing(where, functools.partial(rule, typed, where, refs)))
         return pieces[0] if len(pieces) == 1 else choice(pieces)
 
     def _combined(
@@ -189,7 +210,7 @@ class _Compiler:
             kinds = [kinds] if isinstance(kinds, str) else kinds
             values = [value for value in values if any(_is_of_type(value, kind) for kind in kinds)]
             if not values:
-                raise _error(where, "none of the values is of the type: nothing satisfies it")
+                raise Unsatisfiable("none of the values is of the type: nothing satisfies it")
         texts = [json.dumps(value, ensure_ascii=False, separators=(", ", ": ")) for value in values]
         return choice([literal(text) for text in texts])
 
@@ -235,7 +256,7 @@ class _Compiler:
                 raise _error(where, "'minProperties' of more than 1 is not supported")
             if more is False or high == 0:
                 if low:
-                    raise _error(where, "it must have a property and may have none: nothing satisfies it")
+                    raise Unsatisfiable("it must have a property and may have none: nothing satisfies it")
                 return Piece(r"\{\}", 2)
             member = sequence(
                 [_string(0, None), _COLON, self.value(more, where + "/additionalProperties", refs)]
@@ -245,14 +266,12 @@ class _Compiler:
         for name in required:
             if name not in named:
                 if more is False:
-                    raise _error(where, f"the property {name!r} is required and not permitted")
+                    raise Unsatisfiable(f"the property {name!r} is required and not permitted")
                 named[name] = more
         if low > len(required) or (high is not None and high < len(named)):
             raise _error(where, "'minProperties' and 'maxProperties' beside 'properties' are not supported")
         members = []
         for name, each in named.items():
-            if each is False and name not in required:
-                continue
             key = literal(json.dumps(name, ensure_ascii=False))
             member = sequence([key, _COLON, self.value(each, f"{where}/properties/{name}", refs)])
             members.append((member, name in required))
@@ -270,7 +289,7 @@ class _Compiler:
                 raise _error(where, "'minItems' and 'maxItems' beside 'prefixItems' are not supported")
             inner = [piece for head in heads for piece in (_COMMA, head)][1:]
             return sequence([Piece(r"\["), *inner, Piece(r"\]")])
-        if high == 0 or (items is False and low == 0):
+        if high == 0:
             return Piece(r"\[\]", 2)
         item = self.value(items, f"{where}/items", refs)
         return sequence([Piece(r"\["), _separated(item, low, high), Piece(r"\]")])
@@ -319,7 +338,7 @@ def _bounds(schema: Mapping[str, Any], low_name: str, high_name: str, where: str
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise _error(where, f"{name!r} must be an integer of at least 0")
     if high is not None and low > high:
-        raise _error(where, f"{low_name!r} is above {high_name!r}: nothing satisfies it")
+        raise Unsatisfiable(f"{low_name!r} is above {high_name!r}: nothing satisfies it")
     return low, high
 
 
