@@ -4,6 +4,8 @@ add_library(pydiffusion_native STATIC
     native/file.cpp
     native/split_file.cpp
     native/hyperparameters.cpp
+    native/kv_layout.cpp
+    native/model.cpp
     native/placement.cpp
     native/weights.cpp
     native/engine.cpp

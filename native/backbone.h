@@ -2,32 +2,15 @@
 // only.
 #pragma once
 
-#include <functional>
 #include <optional>
 
 #include "attention.h"
-#include "engine.h"
 #include "kv_cache.h"
 #include "matrix/product_ops.h"
+#include "model.h"
 #include "portable_ops.h"
-#include "weights.h"
 
 namespace pydiffusion {
-
-struct Model {
-    // device: see Engine; placement: what of the model lies on which. `read_ahead` is called with the share
-    // of the file that has been brought into memory, 0 to 1. kernels: of the processor's products, see
-    // matrix::kernel_named.
-    Model(std::shared_ptr<const File> file, int n_threads, const std::string& device,
-          const std::string& kernels, const Placement& placement,
-          const std::function<void(double)>& read_ahead);
-
-    std::shared_ptr<const File> file;
-    Hyperparameters hparams;
-    mutable Engine engine;
-    Placement placement;
-    Weights weights;
-};
 
 enum class Mode { encoder, decoder };
 

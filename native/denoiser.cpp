@@ -8,6 +8,7 @@
 #include "device/step_kernels.h"
 #include "errors.h"
 #include "ggml-impl.h"
+#include "ops.h"
 #include "stopwatch.h"
 
 namespace pydiffusion {

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "errors.h"
+#include "model_limits.h"
 
 namespace pydiffusion {
 

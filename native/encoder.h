@@ -10,8 +10,6 @@
 
 namespace pydiffusion {
 
-constexpr int32_t kEncodeChunk = 512;  // tokens per graph
-
 // Appends ids to the cache in chunks. `between` is called after each chunk with the number of tokens done;
 // what it throws ends the call, and the chunks done stay in the cache. With `hidden`, the last layer's output
 // after the final norm is appended to it, d floats per token.

@@ -10,7 +10,6 @@
 #include "device/step_kernels.h"
 #include "errors.h"
 #include "ggml-alloc.h"
-#include "placement.h"
 
 #if defined(PYDIFFUSION_CUDA)
 #include "ggml-cuda.h"

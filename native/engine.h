@@ -19,6 +19,9 @@ namespace pydiffusion {
 
 class StepKernels;
 
+// A place beside the devices, which are 0, 1, ...
+constexpr int32_t kProcessor = -1;
+
 // A GPU that this build can compute on; empty names nothing.
 struct DeviceInfo {
     std::string name;         // "CUDA0", ...

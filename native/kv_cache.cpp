@@ -5,6 +5,7 @@
 
 #include "errors.h"
 #include "ggml-alloc.h"
+#include "kv_layout.h"
 #include "portable_ops.h"
 
 namespace pydiffusion {
@@ -33,7 +34,7 @@ void move_to_front(ggml_tensor* t, size_t from, size_t n) {
 KvCache::KvCache(const Hyperparameters& hp, const Engine& engine, const Placement& placement, ggml_type type,
                  int32_t n_ctx, int32_t max_batch)
     : window_(hp.window),
-      sliding_rows_(static_cast<int32_t>(n_rows(hp, true, n_ctx, max_batch))),
+      sliding_rows_(static_cast<int32_t>(kv_rows(hp, true, n_ctx, max_batch))),
       n_filling_rows_(engine.on_device() ? portable::kRowStep : 0) {
     require_fitting_heads(hp, type);
     if (engine.on_device() && !engine.can_store(type)) {
@@ -51,23 +52,12 @@ KvCache::KvCache(const Hyperparameters& hp, const Engine& engine, const Placemen
         const LayerShape& shape = hp.layers[i];
         ggml_context* context = contexts_[placement.layer(i) - kProcessor].get();
         const int64_t width = int64_t{shape.head_dim} * shape.n_head_kv;
-        const int64_t rows = n_rows(hp, shape.sliding, n_ctx, max_batch) + n_filling_rows_;
+        const int64_t rows = kv_rows(hp, shape.sliding, n_ctx, max_batch) + n_filling_rows_;
         layers_.push_back({ggml_new_tensor_2d(context, type, width, rows),
                            ggml_new_tensor_2d(context, type, width, rows), shape.sliding});
     }
     for (int32_t place = kProcessor; place < engine.n_devices(); ++place)
         allocate(contexts_[place - kProcessor].get(), engine.buffer_type(place), n_ctx);
-}
-
-void KvCache::require_fitting_heads(const Hyperparameters& hp, ggml_type type) {
-    const int64_t block = ggml_blck_size(type);
-    for (const LayerShape& shape : hp.layers) {
-        if (shape.head_dim % block == 0) continue;
-        throw Error(ErrorKind::argument,
-                    format("a cache of %s needs heads of a multiple of %lld; this model has some of %d: "
-                           "choose another kv_type",
-                           ggml_type_name(type), static_cast<long long>(block), shape.head_dim));
-    }
 }
 
 void KvCache::allocate(ggml_context* context, ggml_backend_buffer_type_t type, int32_t n_ctx) {

@@ -34,22 +34,6 @@ class KvCache {
     KvCache(const Hyperparameters& hparams, const Engine& engine, const Placement& placement, ggml_type type,
             int32_t n_ctx, int32_t max_batch);
 
-    // Throws Error(argument) where the model's heads aren't whole blocks of this type.
-    static void require_fitting_heads(const Hyperparameters& hparams, ggml_type type);
-
-    // Of a layer's buffers. Sliding layers have a window of slack behind the window (at least the tile of
-    // rows that causal_range() may begin with), so that rows are moved once in a window's worth of tokens,
-    // not at every batch, and a session can be shortened a little without encoding again.
-    static int64_t n_rows(const Hyperparameters& hparams, bool sliding, int64_t n_ctx, int64_t max_batch) {
-        const int64_t window = hparams.window;
-        return sliding ? std::min(n_ctx, window + std::max(window, kAttentionTile) + max_batch) : n_ctx;
-    }
-
-    // Rows that n tokens see at most, their own among them; see causal_range().
-    static int64_t n_visible(const Hyperparameters& hparams, bool sliding, int64_t n_ctx, int64_t n_tokens) {
-        return sliding ? std::min(n_ctx, hparams.window + kAttentionTile - 2 + n_tokens) : n_ctx;
-    }
-
     int32_t n_past() const { return n_past_; }
     // Changes whenever rows come, go or move, and is never the same in two caches: what was built for a
     // version fits as long as it stands.

@@ -6,9 +6,10 @@
 #include <limits>
 #include <numeric>
 
-#include "encoder.h"
 #include "errors.h"
 #include "ggml-alloc.h"
+#include "kv_layout.h"
+#include "model_limits.h"
 #include "portable_ops.h"
 
 namespace pydiffusion {
@@ -69,9 +70,7 @@ class Sizes {
 
 uint64_t cache_bytes(const Sizes& sizes, const Hyperparameters& hp, const LayerShape& shape,
                      const SessionNeeds& needs) {
-    const int64_t n_rows =
-        KvCache::n_rows(hp, shape.sliding, needs.n_ctx, std::max(kEncodeChunk, hp.canvas_length)) +
-        portable::kRowStep;
+    const int64_t n_rows = kv_rows(hp, shape.sliding, needs.n_ctx, max_batch(hp)) + portable::kRowStep;
     return 2 * sizes.of(needs.kv_type, {int64_t{shape.head_dim} * shape.n_head_kv, n_rows});
 }
 
@@ -80,7 +79,7 @@ uint64_t cache_bytes(const Sizes& sizes, const Hyperparameters& hp, const LayerS
 int64_t attention_bytes(const Hyperparameters& hp, const LayerShape& shape, int64_t n_ctx, int64_t n_tokens,
                         ggml_type type) {
     const int64_t width = int64_t{shape.head_dim} * shape.n_head_kv;
-    const int64_t n_rows = portable::filled_up(KvCache::n_visible(hp, shape.sliding, n_ctx, n_tokens));
+    const int64_t n_rows = portable::filled_up(kv_visible_rows(hp, shape.sliding, n_ctx, n_tokens));
     if (type == GGML_TYPE_F16) return 0;
     if (ggml_is_quantized(type)) return 2 * n_rows * width * static_cast<int64_t>(sizeof(ggml_fp16_t));
     return n_rows * (2 * hp.n_head * n_tokens + width) * static_cast<int64_t>(sizeof(float));
@@ -111,7 +110,7 @@ Costs::Costs(const File& file, const Hyperparameters& hp, const SessionNeeds& ne
         if (tensor.type == GGML_TYPE_F16 && tensor.ne.size() > 1)
             widened = std::max(widened, static_cast<uint64_t>(tensor.ne[0] * tensor.ne[1]) * sizeof(float));
     }
-    const int64_t n_ctx = needs.n_ctx, n_tokens = std::max(kEncodeChunk, hp.canvas_length);
+    const int64_t n_ctx = needs.n_ctx, n_tokens = max_batch(hp);
     int64_t attention = 0;
     for (int32_t i = 0; i < hp.n_layer; ++i) {
         layers[i].cache = needs.n_sessions * cache_bytes(sizes, hp, hp.layers[i], needs);
@@ -245,7 +244,7 @@ std::vector<DeviceUse> device_use(const File& file, const Hyperparameters& hp, c
 Placement plan_placement(const File& file, const Hyperparameters& hp, const SessionNeeds& needs,
                          const std::vector<DeviceMemory>& memory, int32_t n_device_layers,
                          int32_t n_host_experts) {
-    KvCache::require_fitting_heads(hp, needs.kv_type);
+    require_fitting_heads(hp, needs.kv_type);
     const std::vector<Costs> costs = costs_on(file, hp, needs, memory);
     std::vector<DeviceUse> uses;
     const int32_t most = n_device_layers >= 0 ? std::min(n_device_layers, hp.n_layer) : hp.n_layer;

@@ -5,13 +5,11 @@
 #include <string>
 #include <vector>
 
+#include "engine.h"
 #include "ggml-backend.h"
 #include "hyperparameters.h"
 
 namespace pydiffusion {
-
-// A place beside the devices, which are 0, 1, ...
-constexpr int32_t kProcessor = -1;
 
 // The last layers of a model in runs, one for each device, and on the last device all that is in no layer. Of
 // these layers the last n_host_experts leave their experts in the file's mapping, to be computed by the

@@ -1,7 +1,8 @@
 // Self-conditioning: the last step's distribution as a mean of embeddings, two graph nodes.
 #pragma once
 
-#include "ops.h"
+#include "ggml.h"
+#include "step_state.h"
 
 namespace pydiffusion {
 

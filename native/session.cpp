@@ -6,6 +6,7 @@
 
 #include "encoder.h"
 #include "errors.h"
+#include "model_limits.h"
 
 namespace pydiffusion {
 
@@ -76,8 +77,7 @@ Session::Session(std::shared_ptr<const Model> model, int32_t n_ctx, ggml_type kv
     : model_(std::move(model)),
       n_ctx_(checked_context(*model_, n_ctx)),
       kv_type_(kv_type),
-      cache_(model_->hparams, model_->engine, model_->placement, kv_type, n_ctx,
-             std::max(kEncodeChunk, model_->hparams.canvas_length)),
+      cache_(model_->hparams, model_->engine, model_->placement, kv_type, n_ctx, max_batch(model_->hparams)),
       canvas_state_(*model_),
       denoiser_(*model_),
       workspace_(model_->engine) {}

@@ -6,7 +6,7 @@
 #include <functional>
 #include <memory>
 
-#include "../ops.h"
+#include "../step_state.h"
 #include "ggml-backend.h"
 
 namespace pydiffusion {
