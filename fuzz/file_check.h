@@ -1,7 +1,7 @@
 // What must be true of a file that the file layer has opened.
 #pragma once
 
-#include "file.h"
+#include "gguf/gguf_file.h"
 
 // Not assert(), which a release build would drop.
 void require(bool ok);

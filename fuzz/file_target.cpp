@@ -1,6 +1,6 @@
 // The file layer on raw bytes and on nearly valid headers: it refuses with a typed error, or what it says of
 // the file is true.
-#include "errors.h"
+#include "util/error.h"
 #include "file_check.h"
 #include "memory_file.h"
 

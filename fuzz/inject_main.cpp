@@ -5,8 +5,8 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "errors.h"
-#include "session.h"
+#include "util/error.h"
+#include "runtime/session.h"
 
 namespace {
 

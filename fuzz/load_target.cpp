@@ -5,11 +5,11 @@
 #include <cstdio>
 #include <cstring>
 
-#include "errors.h"
+#include "util/error.h"
 #include "file_check.h"
 #include "gguf_mutator.h"
 #include "memory_file.h"
-#include "session.h"
+#include "runtime/session.h"
 
 namespace {
 

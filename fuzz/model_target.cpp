@@ -1,9 +1,9 @@
 // File, hyperparameters and the plan of the weights, on headers that nearly are a model's: a typed error, or
 // every tensor lies inside the file, as large as the hyperparameters ask for.
-#include "errors.h"
+#include "util/error.h"
 #include "file_check.h"
 #include "memory_file.h"
-#include "weights.h"
+#include "model/weights.h"
 
 namespace {
 

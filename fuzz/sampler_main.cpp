@@ -7,7 +7,7 @@
 #include <limits>
 #include <memory>
 
-#include "sampler.h"
+#include "sampler/entropy_bound.h"
 
 namespace {
 

@@ -9,7 +9,7 @@
 #include <filesystem>
 #include <string_view>
 
-#include "errors.h"
+#include "util/error.h"
 #include "file_check.h"
 #include "gguf_mutator.h"
 #include "memory_file.h"

@@ -1,14 +1,13 @@
 // C++ exceptions become the Python classes of pydiffusion.errors here, and nowhere else; and the
 // interpreter's lock.
-#include "errors.h"
-
 #include <atomic>
 #include <chrono>
 #include <new>
 #include <thread>
 
-#include "bindings.h"
-#include "engine.h"
+#include "backend/backend.h"
+#include "bindings/bindings.h"
+#include "util/error.h"
 
 #if !defined(_WIN32)
 #include <pthread.h>

@@ -7,14 +7,14 @@
 #include <cctype>
 #include <thread>
 
-#include "bindings.h"
-#include "errors.h"
+#include "backend/cpu/amx/weighted_sums.h"
+#include "bench/matmul_once.h"
+#include "bench/roofline.h"
+#include "bindings/bindings.h"
 #include "ggml-cpu.h"
-#include "machine_rates.h"
-#include "matrix/multiply.h"
-#include "matrix/soft_sums.h"
-#include "quantize.h"
-#include "sampler.h"
+#include "quant/quantize.h"
+#include "sampler/entropy_bound.h"
+#include "util/error.h"
 
 namespace pydiffusion {
 

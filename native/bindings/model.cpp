@@ -7,9 +7,9 @@
 #include <limits>
 #include <sstream>
 
-#include "bindings.h"
-#include "errors.h"
-#include "session_types.h"
+#include "bindings/bindings.h"
+#include "bindings/session_types.h"
+#include "util/error.h"
 
 namespace pydiffusion {
 

@@ -1,5 +1,5 @@
-#include "bindings.h"
-#include "errors.h"
+#include "bindings/bindings.h"
+#include "util/error.h"
 
 NB_MODULE(_native, m) {
     m.doc() =

@@ -1,4 +1,4 @@
-#include "session.h"
+#include "runtime/session.h"
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -7,9 +7,9 @@
 
 #include <algorithm>
 
-#include "bindings.h"
-#include "errors.h"
-#include "session_types.h"
+#include "bindings/bindings.h"
+#include "bindings/session_types.h"
+#include "util/error.h"
 
 namespace pydiffusion {
 

@@ -1,0 +1,162 @@
+// What a device computes, kernel by kernel: for tests.
+#include <nanobind/stl/string.h>
+
+#include "backend/ggml/ggml_ops.h"
+#include "backend/step_backend.h"
+#include "bindings/bindings.h"
+#include "ggml-cpp.h"
+#include "sampler/entropy_bound.h"
+#include "util/error.h"
+
+namespace pydiffusion {
+
+namespace {
+
+// Matrices in an engine's memory, for kernels and graphs that take tensors.
+class Matrices {
+  public:
+    explicit Matrices(const Engine& engine) : type_(engine.buffer_type()) {}
+
+    ggml_tensor* add(const Array2<float>& values) {
+        return add(values.data(), values.shape(0), values.shape(1));
+    }
+    ggml_tensor* add(const float* values, size_t n_rows, size_t n_columns, ggml_type type = GGML_TYPE_F32) {
+        contexts_.emplace_back(ggml_init({2 * ggml_tensor_overhead(), nullptr, true}));
+        if (!contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a tensor");
+        ggml_tensor* tensor = ggml_new_tensor_2d(
+            contexts_.back().get(), type, static_cast<int64_t>(n_columns), static_cast<int64_t>(n_rows));
+        buffers_.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(contexts_.back().get(), type_));
+        if (!buffers_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a tensor");
+        if (values) ggml_backend_tensor_set(tensor, values, 0, ggml_nbytes(tensor));
+        return tensor;
+    }
+    static nb::object fetch(const ggml_tensor* tensor) {
+        std::vector<float> values(ggml_nelements(tensor));
+        ggml_backend_tensor_get(tensor, values.data(), 0, ggml_nbytes(tensor));
+        return to_numpy(values.data(),
+                        {static_cast<size_t>(tensor->ne[1]), static_cast<size_t>(tensor->ne[0])});
+    }
+
+  private:
+    ggml_backend_buffer_type_t type_;
+    std::vector<ggml_context_ptr> contexts_;
+    std::vector<ggml_backend_buffer_ptr> buffers_;
+};
+
+const Engine& require_kernels(const Engine& engine) {
+    if (!engine.on_device()) throw Error(ErrorKind::argument, "the processor has no kernels of its own");
+    return engine;
+}
+
+// What a device's kernel, or the processor's own sampler, makes of logits: capped logits, argmax, entropy,
+// sampled.
+nb::tuple measure_on(const std::string& device, const Array2<float>& logits, float cap, float temperature,
+                     const Array1<float>& u) {
+    const size_t n = logits.shape(0);
+    if (u.shape(0) != n || logits.shape(1) == 0) throw Error(ErrorKind::argument, "u and logits don't fit");
+    StepState state;
+    state.soft_cap = cap;
+    state.temperature = temperature;
+    state.u = to_vector(u);
+    state.measures.resize(n);
+    const Engine engine(1, device);
+    Matrices matrices(engine);
+    ggml_tensor* rows = matrices.add(logits);
+    if (engine.on_device()) {
+        engine.kernels().measure(rows, static_cast<int64_t>(n), state);
+    } else {
+        for (size_t i = 0; i < n; ++i)
+            state.measures[i] =
+                cap_and_measure_row(static_cast<float*>(rows->data) + i * logits.shape(1),
+                                    static_cast<int64_t>(logits.shape(1)), cap, temperature, state.u[i]);
+    }
+    std::vector<int32_t> argmax, sampled;
+    std::vector<float> entropy;
+    for (const Measure& m : state.measures) {
+        argmax.push_back(m.argmax);
+        sampled.push_back(m.sampled);
+        entropy.push_back(m.entropy);
+    }
+    return nb::make_tuple(Matrices::fetch(rows), to_numpy(argmax), to_numpy(entropy), to_numpy(sampled));
+}
+
+// The soft embedding (n, d) that a device's kernels make of logits (n, n_vocab) and an embedding (n_vocab,
+// d).
+nb::object condition_on(const std::string& device, const Array2<float>& logits,
+                        const Array2<float>& embedding, float temperature, float dropped_mass) {
+    const size_t n = logits.shape(0);
+    if (embedding.shape(0) != logits.shape(1))
+        throw Error(ErrorKind::argument, "embedding and logits don't fit");
+    StepState state;
+    state.self_conditioning = true;
+    state.previous_temperature = temperature;
+    state.dropped_mass = dropped_mass;
+    const Engine engine(1, device);
+    Matrices matrices(engine);
+    ggml_tensor* soft = matrices.add(nullptr, n, embedding.shape(1));
+    require_kernels(engine).kernels().condition(matrices.add(logits), matrices.add(embedding), soft,
+                                                static_cast<int64_t>(n), state);
+    return Matrices::fetch(soft);
+}
+
+// Queries (n_tokens, n_head * head_dim) over keys and values (n_rows, n_head_kv * head_dim), which a device
+// stores in a cache of `type` first -> (n_tokens, n_head * head_dim). The rows from n_visible on are only
+// there to fill up.
+nb::object attend_on(const std::string& device, const Array2<float>& q, const Array2<float>& k,
+                     const Array2<float>& v, int64_t head_dim, const std::string& type_name,
+                     int64_t n_visible, bool by_products) {
+    const size_t n_tokens = q.shape(0), n_rows = k.shape(0), width = k.shape(1);
+    const ggml_type type = type_by_name(type_name);
+    if (n_tokens == 0 || n_rows == 0 || v.shape(0) != n_rows || v.shape(1) != width || head_dim < 1 ||
+        q.shape(1) % head_dim != 0 || width % head_dim != 0 || q.shape(1) % width != 0 ||
+        head_dim % ggml_blck_size(type) != 0 || n_visible < 1 || n_visible > static_cast<int64_t>(n_rows))
+        throw Error(ErrorKind::argument, "queries, keys, values and their type don't fit");
+    Engine engine(1, device);
+    require_kernels(engine);
+    if (engine.n_devices() != 1) throw Error(ErrorKind::argument, "one device at a time");
+    Matrices matrices(engine);
+    const ggml_context_ptr context(
+        ggml_init({32 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true}));
+    std::vector<ggml_context_ptr> inputs(2);  // the processor's, the device's
+    for (ggml_context_ptr& one : inputs) one.reset(ggml_init({ggml_tensor_overhead(), nullptr, true}));
+    if (!context || !inputs[0] || !inputs[1]) throw Error(ErrorKind::out_of_memory, "no memory for a graph");
+    ggml_context* ctx = context.get();
+    ggml_cgraph* graph = ggml_new_graph(ctx);
+    const auto store = [&](const Array2<float>& rows) {
+        ggml_tensor* cache = matrices.add(nullptr, n_rows, width, type);
+        ggml_build_forward_expand(graph, ggml_cpy(ctx, matrices.add(rows), cache));
+        return ggml_view_3d(ctx, cache, head_dim, cache->ne[1], cache->ne[0] / head_dim, cache->nb[1],
+                            ggml_row_size(type, head_dim), 0);
+    };
+    ggml_tensor *keys = store(k), *values = store(v);
+    ggml_tensor* queries = ggml_reshape_3d(ctx, matrices.add(q), head_dim,
+                                           static_cast<int64_t>(q.shape(1)) / head_dim, q.shape(0));
+    const portable::Mask mask = {ggml_new_tensor_2d(inputs[1].get(), GGML_TYPE_F16, n_rows, n_tokens),
+                                 n_visible, nullptr};
+    ggml_tensor* result = by_products ? portable::attend_by_products(ctx, queries, keys, values, mask)
+                                      : portable::attend(ctx, engine, queries, keys, values, mask);
+    ggml_set_output(result);
+    ggml_build_forward_expand(graph, result);
+    Workspace workspace(engine);
+    workspace.allocate(graph, inputs, {}, "attention");
+    portable::fill(mask);
+    workspace.compute(graph, [] { return false; });
+    return Matrices::fetch(result);
+}
+
+}  // namespace
+
+void bind_devices(nb::module_& m) {
+    m.def("measure_on", measure_on, nb::arg("device"), nb::arg("logits").noconvert(), nb::arg("cap"),
+          nb::arg("temperature"), nb::arg("u").noconvert(),
+          "Capped logits, argmax, entropy and draws as a device's kernel computes them.");
+    m.def("condition_on", condition_on, nb::arg("device"), nb::arg("logits").noconvert(),
+          nb::arg("embedding").noconvert(), nb::arg("temperature"), nb::arg("dropped_mass"),
+          "The soft embedding as a device's kernels compute it.");
+    m.def("attend_on", attend_on, nb::arg("device"), nb::arg("q").noconvert(), nb::arg("k").noconvert(),
+          nb::arg("v").noconvert(), nb::arg("head_dim"), nb::arg("type"), nb::arg("n_visible"),
+          nb::arg("by_products") = false,
+          "Attention over a cache of a type as a device's graph computes it.");
+}
+
+}  // namespace pydiffusion
