@@ -1,38 +1,46 @@
 # The runtime, which knows nothing of Python.
 add_library(pydiffusion_native STATIC
-    native/util/error.cpp
+    native/backend/backend.cpp
+    native/backend/cpu/amx/pack.cpp
+    native/backend/cpu/amx/tile_gemm.cpp
+    native/backend/cpu/amx/unpack.cpp
+    native/backend/cpu/amx/weighted_sums.cpp
+    native/backend/cpu/attention.cpp
+    native/backend/cpu/fused_rows.cpp
+    native/backend/cpu/matmul.cpp
+    native/backend/cpu/measure_logits.cpp
+    native/backend/cpu/self_conditioning.cpp
+    native/backend/cpu/tile_attention.cpp
+    native/backend/cpu/top_k.cpp
+    native/backend/devices.cpp
+    native/backend/fake_device.cpp
+    native/backend/ggml/ggml_ops.cpp
+    native/backend/graph_executor.cpp
+    native/backend/host_step_backend.cpp
+    native/backend/thread_pool.cpp
+    native/bench/matmul_once.cpp
+    native/bench/roofline.cpp
     native/gguf/gguf_file.cpp
     native/gguf/gguf_split.cpp
+    native/graph/graph_builder.cpp
+    native/graph/kv_cache.cpp
+    native/model/device_plan.cpp
     native/model/hparams.cpp
     native/model/kv_layout.cpp
     native/model/model.cpp
-    native/model/device_plan.cpp
     native/model/weights.cpp
-    native/backend/backend.cpp
-    native/backend/fake_device.cpp
-    native/backend/host_step_backend.cpp
-    native/backend/cpu/amx/tile_gemm.cpp
-    native/backend/cpu/amx/unpack.cpp
-    native/backend/cpu/amx/pack.cpp
-    native/backend/cpu/matmul.cpp
-    native/bench/matmul_once.cpp
-    native/backend/cpu/amx/weighted_sums.cpp
-    native/backend/cpu/tile_attention.cpp
-    native/backend/ggml/ggml_ops.cpp
-    native/backend/cpu/top_k.cpp
-    native/backend/cpu/fused_rows.cpp
-    native/backend/cpu/attention.cpp
-    native/backend/cpu/self_conditioning.cpp
-    native/graph/graph_builder.cpp
-    native/graph/kv_cache.cpp
-    native/runtime/encoder.cpp
-    native/runtime/denoiser.cpp
-    native/sampler/entropy_bound.cpp
-    native/runtime/session.cpp
-    native/runtime/batch.cpp
-    native/quant/quantize.cpp
+    native/models/diffusion_gemma.cpp
     native/quant/imatrix_collector.cpp
-    native/bench/roofline.cpp
+    native/quant/quantize.cpp
+    native/runtime/batch.cpp
+    native/runtime/denoiser.cpp
+    native/runtime/encoder.cpp
+    native/runtime/generation.cpp
+    native/runtime/session.cpp
+    native/sampler/entropy_bound.cpp
+    native/sampler/logits.cpp
+    native/sampler/philox.cpp
+    native/util/error.cpp
 )
 target_include_directories(pydiffusion_native PUBLIC native PRIVATE vendor/ggml/src)  # ggml's own headers
 target_link_libraries(pydiffusion_native PUBLIC ggml)
@@ -54,7 +62,8 @@ if(NOT MSVC)
     target_compile_options(pydiffusion_native PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${cxx_flags}>")
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")  # its own headers of intrinsics look uninitialised to it
         set_property(SOURCE native/backend/cpu/tile_attention.cpp native/backend/cpu/amx/pack.cpp
-            native/backend/cpu/amx/tile_gemm.cpp native/backend/cpu/amx/weighted_sums.cpp native/backend/cpu/amx/unpack.cpp
+            native/backend/cpu/amx/tile_gemm.cpp native/backend/cpu/amx/unpack.cpp
+            native/backend/cpu/amx/weighted_sums.cpp
             APPEND PROPERTY COMPILE_OPTIONS "-Wno-uninitialized;-Wno-maybe-uninitialized")
         # A loop that loads registers would become a copy in memory.
         set_property(SOURCE native/backend/cpu/amx/pack.cpp
@@ -66,7 +75,9 @@ if(NOT MSVC)
     if(NOT PYDIFFUSION_PORTABLE AND CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
         list(APPEND loop_flags -mprefer-vector-width=512)
     endif()
-    set_property(SOURCE native/backend/cpu/attention.cpp native/backend/cpu/tile_attention.cpp native/backend/cpu/top_k.cpp native/backend/cpu/fused_rows.cpp
-        native/sampler/entropy_bound.cpp native/backend/cpu/self_conditioning.cpp
+    set_property(SOURCE native/backend/cpu/attention.cpp native/backend/cpu/fused_rows.cpp
+        native/backend/cpu/measure_logits.cpp native/backend/cpu/self_conditioning.cpp
+        native/backend/cpu/tile_attention.cpp native/backend/cpu/top_k.cpp
+        native/sampler/entropy_bound.cpp native/sampler/logits.cpp native/sampler/philox.cpp
         APPEND PROPERTY COMPILE_OPTIONS "${loop_flags}")
 endif()

@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "backend/cpu/amx/tile_gemm.h"
+#include "backend/devices.h"
+#include "backend/thread_pool.h"
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
@@ -18,25 +20,6 @@
 namespace pydiffusion {
 
 class StepKernels;
-
-// A place beside the devices, which are 0, 1, ...
-constexpr int32_t kProcessor = -1;
-
-// A GPU that this build can compute on; empty names nothing.
-struct DeviceInfo {
-    std::string name;         // "CUDA0", ...
-    std::string description;  // "NVIDIA GeForce RTX 4090"
-    uint64_t free_bytes = 0;
-    uint64_t total_bytes = 0;
-};
-
-std::vector<DeviceInfo> list_devices();
-
-// What is wrong with a name that is none of theirs.
-std::string why_no_device(const std::string& name);
-
-// What allocates on the device of this name, be it "host"; the device is not opened.
-ggml_backend_buffer_type_t buffer_type_of(const std::string& name);
 
 class Engine {
   public:
@@ -80,59 +63,21 @@ class Engine {
   private:
     friend class Workspace;
 
-    // Runs the graph on the processor; sessions take turns, since each run uses all threads. Throws
-    // Error(cancelled) soon after `cancelled` begins to return true.
+    // Runs the graph on the processor. See ThreadPool::compute.
     void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
 
-    struct Pool;
-    Pool& pool();
+    ThreadPool& pool();
     void open_device(const std::string& name, ggml_threadpool_t threads);
 
     int n_threads_;
     std::string name_;
     matrix::Kernel kernel_;
-    std::atomic<Pool*> pool_;
+    std::atomic<ThreadPool*> pool_;
     std::vector<ggml_backend_ptr> devices_;  // none on the processor
     ggml_backend_ptr cpu_;                   // beside them
     bool has_gpu_ = false;
     std::unique_ptr<StepKernels> kernels_;  // of the last device
     mutable std::mutex device_mutex_;
-};
-
-// Asks for pages of 2 MiB under what a buffer in the processor's memory does not use yet: rows of activations
-// lie further apart than a small page, and each would miss the table of translations.
-void use_large_pages(ggml_backend_buffer_t buffer);
-
-// Memory for one graph at a time, and the way to run it.
-class Workspace {
-  public:
-    explicit Workspace(Engine& engine);
-
-    // Lays the graph out, in place of the one before; on devices with the tensors of `inputs`, which keep
-    // their memory while it stands: first the processor's, then each device's. Of a pair in `kept` the first
-    // is computed where the second, a weight, lies. Throws Error(out_of_memory) with "no memory for `what`".
-    using Kept = std::vector<std::pair<ggml_tensor*, const ggml_tensor*>>;
-    void allocate(ggml_cgraph* graph, const std::vector<ggml_context_ptr>& inputs, const Kept& kept,
-                  const char* what);
-
-    // Runs the graph laid out last.
-    void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
-    // Into how many pieces the graph laid out last was cut: one wherever the place changes.
-    int n_pieces() const { return scheduler_ ? ggml_backend_sched_get_n_splits(scheduler_.get()) : 1; }
-    // Runs nodes that have their memory already and all belong where the engine computes.
-    void compute_nodes(ggml_cgraph* nodes, const std::function<bool()>& cancelled);
-
-  private:
-    void require_success(ggml_status status) const;
-    bool place_inputs(int32_t place, ggml_context* inputs);
-    bool schedule(ggml_cgraph* graph, const Kept& kept);
-    ggml_backend_t backend_of(const ggml_tensor* weight) const;
-
-    Engine& engine_;
-    ggml_gallocr_ptr allocator_;        // on the processor alone
-    ggml_backend_sched_ptr scheduler_;  // else
-    size_t scheduler_size_ = 0;
-    std::vector<ggml_backend_buffer_ptr> inputs_;  // the processor's, then each device's
 };
 
 }  // namespace pydiffusion

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "backend/cpu/amx/tile_gemm.h"
-#include "sampler/entropy_bound.h"
+#include "sampler/logits.h"
 
 namespace pydiffusion {
 

@@ -2,6 +2,7 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/matmul.h"
+#include "backend/graph_executor.h"
 #include "util/error.h"
 
 namespace pydiffusion {

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "backend/cpu/matmul.h"
+#include "backend/graph_executor.h"
 #include "backend/step_backend.h"
 #include "ggml-alloc.h"
 #include "quant/quantize.h"

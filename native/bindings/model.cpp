@@ -7,6 +7,7 @@
 #include <limits>
 #include <sstream>
 
+#include "backend/devices.h"
 #include "bindings/bindings.h"
 #include "bindings/session_types.h"
 #include "util/error.h"

@@ -1,11 +1,17 @@
-// What a device computes, kernel by kernel: for tests.
+// pydiffusion._native.testing: kernels and operations one by one, for tests and benchmarks only.
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
+
+#include "backend/cpu/amx/weighted_sums.h"
 #include "backend/ggml/ggml_ops.h"
+#include "backend/graph_executor.h"
 #include "backend/step_backend.h"
+#include "bench/matmul_once.h"
 #include "bindings/bindings.h"
 #include "ggml-cpp.h"
-#include "sampler/entropy_bound.h"
+#include "sampler/logits.h"
 #include "util/error.h"
 
 namespace pydiffusion {
@@ -144,9 +150,76 @@ nb::object attend_on(const std::string& device, const Array2<float>& q, const Ar
     return Matrices::fetch(result);
 }
 
+// x (n, n_inner) times rows of weights (n_rows, bytes) of a type -> (n, n_rows); with experts, I32 (n,
+// n_used), the rows are so many matrices one after the other, and the result is (n, n_used * n_rows of one).
+nb::object multiply(const std::string& kernels, const Array2<uint8_t>& rows, const std::string& type_name,
+                    const Array2<float>& x, const std::optional<Array2<int32_t>>& experts, int64_t n_experts,
+                    int n_threads) {
+    const ggml_type type = type_by_name(type_name);
+    matrix::Multiplication task;
+    task.kernels = kernels;
+    task.n_threads = n_threads;
+    task.type = type;
+    task.n_inner = static_cast<int64_t>(x.shape(1));
+    task.n_rows = static_cast<int64_t>(rows.shape(0));
+    task.n_columns = static_cast<int64_t>(x.shape(0));
+    if (task.n_inner < 1 || task.n_inner % ggml_blck_size(type) != 0 ||
+        ggml_row_size(type, task.n_inner) != rows.shape(1))
+        throw Error(ErrorKind::argument, "x and the rows don't have the same number of weights");
+    if (n_experts < 1 || n_threads < 1 || task.n_rows < 1 || task.n_columns < 1 ||
+        task.n_rows % n_experts != 0 || (experts && experts->shape(0) != x.shape(0)))
+        throw Error(ErrorKind::argument, "there is nothing to multiply, or experts don't fit");
+    task.weights = rows.data();
+    task.x = x.data();
+    if (experts) {
+        task.experts = experts->data();
+        task.n_used = static_cast<int64_t>(experts->shape(1));
+        task.n_experts = n_experts;
+        for (size_t i = 0; i < experts->size(); ++i) {
+            if (experts->data()[i] < 0 || experts->data()[i] >= n_experts)
+                throw Error(ErrorKind::argument, "there is no such expert");
+        }
+    }
+    std::vector<float> result;
+    {
+        const WithoutGil release;
+        result = matrix::multiply_once(task);
+    }
+    return to_numpy(result.data(), {x.shape(0), result.size() / x.shape(0)});
+}
+
+// p (n_tokens, n_rows) times rows of an embedding (n_rows, bytes), as self-conditioning's dense product with
+// AMX makes it -> (n_tokens, n_inner), up to matrix::kSoftColumns.
+nb::object soft_sums(const Array2<float>& p, const Array2<uint8_t>& rows, const std::string& type_name,
+                     int64_t n_inner) {
+    const ggml_type type = type_by_name(type_name);
+    const matrix::Kernel kernel = matrix::kernel_named("amx");
+    const auto n_tokens = static_cast<int64_t>(p.shape(0)), n_rows = static_cast<int64_t>(p.shape(1));
+    if (n_tokens < 1 || n_rows < 1 || rows.shape(0) != p.shape(1) || n_inner < 1 ||
+        n_inner > matrix::kSoftColumns || !matrix::can_unpack(type, n_inner) ||
+        n_inner % ggml_blck_size(type) != 0 || ggml_row_size(type, n_inner) != rows.shape(1))
+        throw Error(ErrorKind::argument, "p, the rows and their type don't fit");
+    std::vector<float> sums(n_tokens * n_inner);
+    {
+        const matrix::Readiness ready(kernel);
+        matrix::SoftSums soft(n_tokens);
+        for (int64_t first = 0; first < n_rows; first += matrix::kSoftRows) {
+            std::vector<const float*> of_token(n_tokens);
+            for (int64_t t = 0; t < n_tokens; ++t) of_token[t] = p.data() + t * n_rows + first;
+            const auto* data = reinterpret_cast<const char*>(rows.data()) + first * rows.shape(1);
+            soft.add(of_token.data(), n_tokens,
+                     {type, data, rows.shape(1), std::min(matrix::kSoftRows, n_rows - first), 0, n_inner});
+        }
+        for (int64_t t = 0; t < n_tokens; ++t) soft.add_to(sums.data() + t * n_inner, t, n_inner);
+    }
+    return to_numpy(sums.data(), {p.shape(0), static_cast<size_t>(n_inner)});
+}
+
 }  // namespace
 
-void bind_devices(nb::module_& m) {
+void bind_testing(nb::module_& parent) {
+    nb::module_ m =
+        parent.def_submodule("testing", "Kernels and operations one by one: for tests and benchmarks only.");
     m.def("measure_on", measure_on, nb::arg("device"), nb::arg("logits").noconvert(), nb::arg("cap"),
           nb::arg("temperature"), nb::arg("u").noconvert(),
           "Capped logits, argmax, entropy and draws as a device's kernel computes them.");
@@ -157,6 +230,11 @@ void bind_devices(nb::module_& m) {
           nb::arg("v").noconvert(), nb::arg("head_dim"), nb::arg("type"), nb::arg("n_visible"),
           nb::arg("by_products") = false,
           "Attention over a cache of a type as a device's graph computes it.");
+    m.def("multiply", multiply, nb::arg("kernels"), nb::arg("rows").noconvert(), nb::arg("type"),
+          nb::arg("x").noconvert(), nb::arg("experts").noconvert() = nb::none(), nb::arg("n_experts") = 1,
+          nb::arg("n_threads") = 1, "Columns times rows of weights, as a model's graphs multiply them.");
+    m.def("soft_sums", soft_sums, nb::arg("p").noconvert(), nb::arg("rows").noconvert(), nb::arg("type"),
+          nb::arg("n_inner"), "Sums of embedding rows weighted by probabilities, with AMX.");
 }
 
 }  // namespace pydiffusion

@@ -1,5 +1,4 @@
-// The layer that encoder and denoiser share. They differ in embedding, mask, scalar and use of the cache
-// only.
+// A graph under construction: its sequences, inputs and masks, and the operations that layers are made of.
 #pragma once
 
 #include <optional>
@@ -7,12 +6,11 @@
 #include "backend/cpu/attention.h"
 #include "backend/cpu/matmul.h"
 #include "backend/ggml/ggml_ops.h"
+#include "backend/graph_executor.h"
 #include "graph/kv_cache.h"
 #include "model/model.h"
 
 namespace pydiffusion {
-
-enum class Mode { encoder, decoder };
 
 // Tokens of one sequence in a graph, and the cache that they follow.
 struct Sequence {
@@ -97,12 +95,5 @@ struct GraphBuilder {
     Workspace::Kept kept_;
     std::vector<ggml_context_ptr> input_contexts_;  // of portable graphs: the processor's, then each device's
 };
-
-// Writes the layer's keys and values of x [d, n_tokens] into the caches' rows behind what they hold.
-void store_keys_and_values(GraphBuilder& g, int32_t i_layer, ggml_tensor* x);
-
-// One layer, x [d, n_tokens] -> [d, n_tokens]; stores keys and values, then attends over what the caches'
-// ranges permit and, unless it is null, `causal`.
-ggml_tensor* apply_layer(GraphBuilder& g, int32_t i_layer, Mode mode, ggml_tensor* x, const Causal* causal);
 
 }  // namespace pydiffusion

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/devices.h"
 #include "ggml-backend.h"
 #include "model/hparams.h"
 

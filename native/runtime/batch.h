@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "backend/graph_executor.h"
 #include "runtime/session.h"
 
 namespace pydiffusion {

@@ -5,9 +5,10 @@
 #include <functional>
 #include <limits>
 
-#include "backend/cpu/top_k.h"
+#include "backend/cpu/measure_logits.h"
 #include "backend/step_backend.h"
 #include "ggml-impl.h"
+#include "models/diffusion_gemma.h"
 #include "util/error.h"
 #include "util/timer.h"
 

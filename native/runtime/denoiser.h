@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "backend/cpu/self_conditioning.h"
+#include "backend/graph_executor.h"
 #include "graph/graph_builder.h"
 #include "quant/imatrix_collector.h"
 

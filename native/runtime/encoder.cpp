@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "model/limits.h"
+#include "models/diffusion_gemma.h"
 #include "util/error.h"
 
 namespace pydiffusion {

@@ -5,6 +5,7 @@
 #include <functional>
 #include <vector>
 
+#include "backend/graph_executor.h"
 #include "graph/graph_builder.h"
 #include "quant/imatrix_collector.h"
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "backend/graph_executor.h"
 #include "runtime/denoiser.h"
 
 namespace pydiffusion {

@@ -1,4 +1,4 @@
-// The entropy-bound sampler as pure functions of logits and random numbers.
+// The entropy-bound rule: which positions of a canvas are accepted, and at what temperature they are drawn.
 #pragma once
 
 #include <cstddef>
@@ -10,49 +10,8 @@ namespace pydiffusion {
 // Temperature of step n of N, n counted down from N to 1: t_min + (t_max - t_min) * n / N.
 float step_temperature(int32_t step, int32_t n_steps, float t_min, float t_max);
 
-// What the host needs to know of one position's distribution softmax(logits / temperature).
-struct Measure {
-    int32_t argmax;   // the first of equal maxima
-    int32_t sampled;  // inverse CDF in vocabulary order at u
-    float entropy;    // nats; NaN when a logit is NaN or +infinity, or all are -infinity
-};
-
-// What turns logits into probabilities: exp((x - maximum) / temperature) / weight.
-struct Normalizer {
-    float temperature = 0.0f;
-    float maximum = 0.0f;
-    double weight = 0.0;  // 0: nothing is known
-};
-
-// `u` in [0, 1). Goes through the row once, in blocks that stay in the first cache for maximum, sum and
-// entropy, and through one block again for the draw.
-Measure measure_row(const float* logits, int64_t n_vocab, float temperature, float u);
-
-// The same after capping the row in place: x = cap * tanh(x / cap). Tells what softmax_row can use.
-Measure cap_and_measure_row(float* logits, int64_t n_vocab, float cap, float temperature, float u,
-                            Normalizer* normalizer = nullptr);
-
-// Turns logits / temperature into probabilities in place. Those below 1e-13 become exactly 0: all of a
-// vocabulary of 262,144 together then weigh less than half a unit in the last place of 1.0f. Unsound logits
-// give NaN. `known` spares a pass where it is of the same temperature.
-void softmax_row(float* logits, int64_t n_vocab, float temperature, const Normalizer& known = {});
-
 // The entropy-bound rule of arXiv 2505.24857: in ascending entropy, accept every position whose running sum
 // of entropies, itself left out, is at most `bound`. Equal entropies are taken in order of position.
 std::vector<uint8_t> accept(const float* entropy, size_t n, float bound);
-
-// The tokens of the k largest logits into `tokens` [k], largest first; of equal ones the first in the
-// vocabulary.
-void largest(const float* logits, int64_t n_vocab, int32_t k, int32_t* tokens);
-
-// The random numbers of one canvas position at one step.
-struct Draw {
-    float u;        // uniform in [0, 1), a multiple of 2^-24
-    int32_t token;  // uniform over the vocabulary
-};
-
-// Philox4x32-10 (Salmon et al. 2011) with key = seed and counter = (position, step, canvas, 0), so that any
-// device can make the same numbers in any order. Step 0 gives the first canvas.
-Draw random_draw(uint64_t seed, uint32_t canvas, uint32_t step, uint32_t position, int32_t n_vocab);
 
 }  // namespace pydiffusion

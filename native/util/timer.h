@@ -20,4 +20,17 @@ double best_seconds(const Work& work, int n_repeats = 3) {
     return best;
 }
 
+// Adds the seconds that it lives to a sum.
+class AddSeconds {
+  public:
+    explicit AddSeconds(double& seconds) : seconds_(seconds), start_(std::chrono::steady_clock::now()) {}
+    ~AddSeconds() {
+        seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    }
+
+  private:
+    double& seconds_;
+    std::chrono::steady_clock::time_point start_;
+};
+
 }  // namespace pydiffusion

@@ -1,9 +1,8 @@
-// Graph nodes of our own, for what ggml's CPU backend has not, or only through 16-bit tables.
+// The router's choice of experts as a graph node.
 #pragma once
 
 #include <cstdint>
 
-#include "backend/step_state.h"
 #include "ggml.h"
 
 namespace pydiffusion {
@@ -12,8 +11,5 @@ namespace pydiffusion {
 // equal entries the first comes first; NaN counts as least. (ggml sorts with a comparison that NaN breaks,
 // and then reads and writes beyond the row.)
 ggml_tensor* best_rows(ggml_context* ctx, ggml_tensor* values, int64_t k);
-
-// In place: caps the logits [n_vocab, n_tokens] and measures each position into state->measures.
-ggml_tensor* cap_and_measure(ggml_context* ctx, ggml_tensor* logits, StepState* state);
 
 }  // namespace pydiffusion
