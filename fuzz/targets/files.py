@@ -8,8 +8,8 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from gguf_mutator import RawGguf, read_gguf
 from reference.random_checkpoint import write_checkpoint
+from support.gguf_mutator import RawGguf, read_gguf
 
 from pydiffusion import DiffusionModel, _native
 from pydiffusion.convert import convert
