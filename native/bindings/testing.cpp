@@ -152,7 +152,7 @@ nb::object attend_on(const std::string& device, const Array2<float>& q, const Ar
 
 // x (n, n_inner) times rows of weights (n_rows, bytes) of a type -> (n, n_rows); with experts, I32 (n,
 // n_used), the rows are so many matrices one after the other, and the result is (n, n_used * n_rows of one).
-nb::object multiply(const std::string& kernels, const Array2<uint8_t>& rows, const std::string& type_name,
+nb::object matmul(const std::string& kernels, const Array2<uint8_t>& rows, const std::string& type_name,
                     const Array2<float>& x, const std::optional<Array2<int32_t>>& experts, int64_t n_experts,
                     int n_threads) {
     const ggml_type type = type_by_name(type_name);
@@ -190,7 +190,7 @@ nb::object multiply(const std::string& kernels, const Array2<uint8_t>& rows, con
 
 // p (n_tokens, n_rows) times rows of an embedding (n_rows, bytes), as self-conditioning's dense product with
 // AMX makes it -> (n_tokens, n_inner), up to matrix::kSoftColumns.
-nb::object soft_sums(const Array2<float>& p, const Array2<uint8_t>& rows, const std::string& type_name,
+nb::object weighted_sums(const Array2<float>& p, const Array2<uint8_t>& rows, const std::string& type_name,
                      int64_t n_inner) {
     const ggml_type type = type_by_name(type_name);
     const matrix::Kernel kernel = matrix::kernel_named("amx");
@@ -230,10 +230,10 @@ void bind_testing(nb::module_& parent) {
           nb::arg("v").noconvert(), nb::arg("head_dim"), nb::arg("type"), nb::arg("n_visible"),
           nb::arg("by_products") = false,
           "Attention over a cache of a type as a device's graph computes it.");
-    m.def("multiply", multiply, nb::arg("kernels"), nb::arg("rows").noconvert(), nb::arg("type"),
+    m.def("matmul", matmul, nb::arg("kernels"), nb::arg("rows").noconvert(), nb::arg("type"),
           nb::arg("x").noconvert(), nb::arg("experts").noconvert() = nb::none(), nb::arg("n_experts") = 1,
           nb::arg("n_threads") = 1, "Columns times rows of weights, as a model's graphs multiply them.");
-    m.def("soft_sums", soft_sums, nb::arg("p").noconvert(), nb::arg("rows").noconvert(), nb::arg("type"),
+    m.def("weighted_sums", weighted_sums, nb::arg("p").noconvert(), nb::arg("rows").noconvert(), nb::arg("type"),
           nb::arg("n_inner"), "Sums of embedding rows weighted by probabilities, with AMX.");
 }
 

@@ -19,7 +19,7 @@ def test_measure_is_the_samplers(device: str, n_vocab: int, spread: float) -> No
     rng = np.random.default_rng(n_vocab)
     logits = (rng.normal(size=(3, n_vocab)) * spread).astype(np.float32)
     u = rng.random(3, dtype=np.float32)
-    capped, argmax, entropy, sampled = _native.measure_on(device, logits, 30.0, 0.6, u)
+    capped, argmax, entropy, sampled = _native.testing.measure_on(device, logits, 30.0, 0.6, u)
     # A tanhf is right to 2 units in the last place, on a GPU as here: 4e-7 with the roundings around it.
     np.testing.assert_allclose(capped, 30 * np.tanh(logits.astype(np.float64) / 30), rtol=1e-6, atol=1e-6)
     expected = sampling.measure(capped, 0.6, u)
@@ -38,7 +38,7 @@ def test_measure_sees_what_is_not_finite(device: str) -> None:
     rows[0, 2999], rows[1, 5], rows[2] = np.nan, np.inf, -np.inf
     rows[3, :] = -np.inf
     rows[3, 17] = 1.0
-    _, argmax, entropy, sampled = _native.measure_on(device, rows, 30.0, 1.0, np.full(4, 0.5, np.float32))
+    _, argmax, entropy, sampled = _native.testing.measure_on(device, rows, 30.0, 1.0, np.full(4, 0.5, np.float32))
     assert np.isnan(entropy[:2]).all()
     assert (argmax[3], sampled[3]) == (17, 17) or entropy[3] >= 0  # capping makes -infinity a number
 
@@ -48,7 +48,7 @@ def test_condition_leaves_out_no_more_than_it_may(device: str, dropped_mass: flo
     rng = np.random.default_rng(0)
     logits = (rng.normal(size=(5, 4000)) * np.array([[0.1], [1], [4], [9], [30]])).astype(np.float32)
     embedding = rng.normal(size=(4000, 48)).astype(np.float32)
-    soft = _native.condition_on(device, logits, embedding, 0.7, dropped_mass)
+    soft = _native.testing.condition_on(device, logits, embedding, 0.7, dropped_mass)
     z = logits.astype(np.float64) / np.float32(0.7)
     p = np.exp(z - z.max(-1, keepdims=True))
     exact = (p / p.sum(-1, keepdims=True)) @ embedding
@@ -91,7 +91,7 @@ def test_attention_alone(
     ]
     exact = exact_attention(q, rounded[0][:n_visible], rounded[1][:n_visible], head_dim)
     for by_products in (False, True):
-        result = _native.attend_on(device, q, k, v, head_dim, kv_type, n_visible, by_products)
+        result = _native.testing.attend_on(device, q, k, v, head_dim, kv_type, n_visible, by_products)
         worst = np.abs(result - exact).max()
         report(f"device {device}, attention over {kv_type}, heads of {head_dim}, {by_products=}: {worst:.1e}")
         exact_sums = kv_type == "f32" or (by_products and kv_type == "q8_0")
