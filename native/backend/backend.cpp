@@ -27,18 +27,18 @@ void take_one_kernel_for_all_widths() {
 
 constexpr size_t kMaxBackends = 16;  // of ggml's scheduler, the processor's among them
 
-// For one of the engine's own devices, which are "host" or GPUs with kernels.
-std::unique_ptr<StepKernels> make_kernels(ggml_backend_t device) {
+// For one of the backend's own devices, which are "host" or GPUs with kernels.
+std::unique_ptr<StepBackend> make_step_backend(ggml_backend_t device) {
 #if defined(PYDIFFUSION_CUDA)
-    if (is_gpu_with_kernels(ggml_backend_get_device(device))) return make_cuda_kernels(device);
+    if (is_supported_gpu(ggml_backend_get_device(device))) return make_cuda_step_backend(device);
 #endif
     (void)device;
-    return make_host_kernels();
+    return make_host_step_backend();
 }
 
 }  // namespace
 
-Engine::Engine(int n_threads, const std::string& device, const std::string& kernels)
+Backend::Backend(int n_threads, const std::string& device, const std::string& kernels)
     : n_threads_(n_threads),
       name_("CPU"),
       kernel_(device == "cpu" ? matrix::kernel_named(kernels) : matrix::Kernel::ggml) {
@@ -53,7 +53,7 @@ Engine::Engine(int n_threads, const std::string& device, const std::string& kern
         if (devices_.empty() || devices_.size() >= kMaxBackends)
             throw Error(ErrorKind::argument, format("%zu devices to compute on; possible are 1 to %zu",
                                                     devices_.size(), kMaxBackends - 1));
-        kernels_ = make_kernels(devices_.back().get());
+        step_backend_ = make_step_backend(devices_.back().get());
         cpu_.reset(ggml_backend_cpu_init());
         if (!cpu_) throw Error(ErrorKind::out_of_memory, "no memory for ggml's CPU backend");
         ggml_backend_cpu_set_n_threads(cpu_.get(), n_threads);
@@ -62,9 +62,9 @@ Engine::Engine(int n_threads, const std::string& device, const std::string& kern
     pool_ = pool.release();
 }
 
-void Engine::open_device(const std::string& name, ggml_threadpool_t threads) {
+void Backend::open_device(const std::string& name, ggml_threadpool_t threads) {
     if (name == "host") {
-        devices_.push_back(make_host_backend(n_threads_, threads));
+        devices_.push_back(make_fake_device(n_threads_, threads));
     } else if (ggml_backend_dev_t gpu = find_gpu(name)) {
         devices_.emplace_back(ggml_backend_dev_init(gpu, nullptr));
         has_gpu_ = true;
@@ -74,12 +74,12 @@ void Engine::open_device(const std::string& name, ggml_threadpool_t threads) {
     if (!devices_.back()) throw Error(ErrorKind::out_of_memory, "no memory to begin with on " + quoted(name));
 }
 
-ggml_backend_buffer_type_t Engine::buffer_type(int32_t place) const {
+ggml_backend_buffer_type_t Backend::buffer_type(int32_t place) const {
     return place < 0 ? ggml_backend_cpu_buffer_type()
                      : ggml_backend_get_default_buffer_type(devices_[place].get());
 }
 
-bool Engine::device_supports(const ggml_tensor* node) const {
+bool Backend::device_supports(const ggml_tensor* node) const {
     return std::all_of(devices_.begin(), devices_.end(), [node](const ggml_backend_ptr& device) {
         return ggml_backend_supports_op(device.get(), node);
     });
@@ -95,14 +95,14 @@ ggml_context_ptr context_for_a_question() {
 
 }  // namespace
 
-bool Engine::can_store(ggml_type type) const {
+bool Backend::can_store(ggml_type type) const {
     const ggml_context_ptr context = context_for_a_question();
     constexpr int64_t n = 256;
     ggml_tensor* rows = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, n, n);
     return device_supports(ggml_cpy(context.get(), rows, ggml_new_tensor_2d(context.get(), type, n, n)));
 }
 
-bool Engine::can_hold(ggml_type type) const {
+bool Backend::can_hold(ggml_type type) const {
     const ggml_context_ptr context = context_for_a_question();
     ggml_context* ctx = context.get();
     constexpr int64_t n = 256;
@@ -115,18 +115,18 @@ bool Engine::can_hold(ggml_type type) const {
            device_supports(ggml_get_rows(ctx, matrix, rows));
 }
 
-std::unique_lock<std::mutex> Engine::device_turn() const {
-    return on_device() ? std::unique_lock<std::mutex>(device_mutex_) : std::unique_lock<std::mutex>();
+std::unique_lock<std::mutex> Backend::lock_devices() const {
+    return on_device() ? std::unique_lock<std::mutex>(devices_mutex_) : std::unique_lock<std::mutex>();
 }
 
-Engine::~Engine() {
+Backend::~Backend() {
     const ThreadPool* pool = pool_.load();
     if (pool->belongs_to_this_process()) delete pool;
 }
 
 // In a child after fork there are none of the parent's threads, and its lock may be held for ever: the child
 // starts a pool of its own, and leaves the parent's alone.
-ThreadPool& Engine::pool() {
+ThreadPool& Backend::pool() {
     ThreadPool* current = pool_.load();
     if (current->belongs_to_this_process()) return *current;
     auto own = std::make_unique<ThreadPool>(n_threads_);
@@ -134,9 +134,9 @@ ThreadPool& Engine::pool() {
     return *current;  // another thread of the child was faster
 }
 
-void Engine::stop() { ThreadPool::stop_all(); }
+void Backend::stop() { ThreadPool::stop_all(); }
 
-void Engine::compute(ggml_cgraph* graph, const std::function<bool()>& cancelled) {
+void Backend::compute(ggml_cgraph* graph, const std::function<bool()>& cancelled) {
     pool().compute(graph, cancelled);
 }
 

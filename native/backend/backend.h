@@ -19,17 +19,17 @@
 
 namespace pydiffusion {
 
-class StepKernels;
+class StepBackend;
 
-class Engine {
+class Backend {
   public:
     // device: "cpu"; a name out of list_devices(), or several with commas in between, the home of what is in
     // no layer last; or "host" in a GPU's place, which runs the graphs and kernels made for GPUs on the
     // processor: slow, to prove them. kernels: of the processor's products, see matrix::kernel_named.
-    Engine(int n_threads, const std::string& device, const std::string& kernels = "auto");
-    ~Engine();
-    Engine(const Engine&) = delete;
-    Engine& operator=(const Engine&) = delete;
+    Backend(int n_threads, const std::string& device, const std::string& kernels = "auto");
+    ~Backend();
+    Backend(const Backend&) = delete;
+    Backend& operator=(const Backend&) = delete;
 
     int n_threads() const { return n_threads_; }
     const char* name() const { return name_.c_str(); }
@@ -38,10 +38,10 @@ class Engine {
 
     // Whether graphs consist of operations that every backend has, and what goes on beside the layers is the
     // kernels'; else our own operations for the processor are in the graph.
-    bool on_device() const { return kernels_ != nullptr; }
+    bool on_device() const { return step_backend_ != nullptr; }
     bool has_gpu() const { return has_gpu_; }
     int32_t n_devices() const { return static_cast<int32_t>(devices_.size()); }
-    StepKernels& kernels() const { return *kernels_; }
+    StepBackend& step_backend() const { return *step_backend_; }
     // Whether every device itself has this operation with these operands.
     bool device_supports(const ggml_tensor* node) const;
 
@@ -55,13 +55,14 @@ class Engine {
     ggml_backend_buffer_type_t buffer_type() const { return buffer_type(n_devices() - 1); }
 
     // Held while a device computes: sessions take turns.
-    std::unique_lock<std::mutex> device_turn() const;
+    std::unique_lock<std::mutex> lock_devices() const;
 
-    // Cancels whatever any engine computes now. For the process's end; what begins afterwards is not touched.
+    // Cancels whatever any backend computes now. For the process's end; what begins afterwards is not
+    // touched.
     static void stop();
 
   private:
-    friend class Workspace;
+    friend class GraphExecutor;
 
     // Runs the graph on the processor. See ThreadPool::compute.
     void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
@@ -76,8 +77,8 @@ class Engine {
     std::vector<ggml_backend_ptr> devices_;  // none on the processor
     ggml_backend_ptr cpu_;                   // beside them
     bool has_gpu_ = false;
-    std::unique_ptr<StepKernels> kernels_;  // of the last device
-    mutable std::mutex device_mutex_;
+    std::unique_ptr<StepBackend> step_backend_;  // of the last device
+    mutable std::mutex devices_mutex_;
 };
 
 }  // namespace pydiffusion

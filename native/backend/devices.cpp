@@ -8,8 +8,8 @@
 
 namespace pydiffusion {
 
-// Of the backend that there are StepKernels for; those of any other could not run them.
-bool is_gpu_with_kernels(ggml_backend_dev_t device) {
+// Of the backend that there are StepBackend for; those of any other could not run them.
+bool is_supported_gpu(ggml_backend_dev_t device) {
 #if defined(PYDIFFUSION_CUDA)
     const enum ggml_backend_dev_type type = ggml_backend_dev_type(device);
     return (type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) &&
@@ -26,7 +26,7 @@ std::vector<ggml_backend_dev_t> gpus() {
     std::vector<ggml_backend_dev_t> found;
     for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
         ggml_backend_dev_t device = ggml_backend_dev_get(i);
-        if (is_gpu_with_kernels(device)) found.push_back(device);
+        if (is_supported_gpu(device)) found.push_back(device);
     }
     return found;
 }

@@ -30,6 +30,6 @@ ggml_backend_buffer_type_t buffer_type_of(const std::string& name);
 
 // The GPU of this name, null where there is none that this build has kernels for.
 ggml_backend_dev_t find_gpu(const std::string& name);
-bool is_gpu_with_kernels(ggml_backend_dev_t device);
+bool is_supported_gpu(ggml_backend_dev_t device);
 
 }  // namespace pydiffusion

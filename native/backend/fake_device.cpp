@@ -115,7 +115,7 @@ HostDevice::HostDevice(ggml_backend_t of_processor) : processor(of_processor) {
 
 }  // namespace
 
-ggml_backend_ptr make_host_backend(int n_threads, ggml_threadpool_t threads) {
+ggml_backend_ptr make_fake_device(int n_threads, ggml_threadpool_t threads) {
     ggml_backend_t processor = ggml_backend_cpu_init();
     if (!processor) return nullptr;
     ggml_backend_cpu_set_n_threads(processor, n_threads);

@@ -9,6 +9,6 @@
 namespace pydiffusion {
 
 // The threads are the caller's and outlive it; so does it the buffers that come from it. Null without memory.
-ggml_backend_ptr make_host_backend(int n_threads, ggml_threadpool_t threads);
+ggml_backend_ptr make_fake_device(int n_threads, ggml_threadpool_t threads);
 
 }  // namespace pydiffusion

@@ -35,27 +35,27 @@ void use_large_pages_under(ggml_cgraph* graph) {
 
 }  // namespace
 
-Workspace::Workspace(Engine& engine) : engine_(engine) {
-    if (engine_.on_device()) return;  // a scheduler is made for the size of its first graph
-    allocator_.reset(ggml_gallocr_new(engine_.buffer_type()));
+GraphExecutor::GraphExecutor(Backend& backend) : backend_(backend) {
+    if (backend_.on_device()) return;  // a scheduler is made for the size of its first graph
+    allocator_.reset(ggml_gallocr_new(backend_.buffer_type()));
     if (!allocator_) throw Error(ErrorKind::out_of_memory, "no memory for a session");
 }
 
-void Workspace::allocate(ggml_cgraph* graph, const std::vector<ggml_context_ptr>& inputs, const Kept& kept,
-                         const char* what) {
+void GraphExecutor::allocate(ggml_cgraph* graph, const std::vector<ggml_context_ptr>& inputs,
+                             const Kept& kept, const char* what) {
     bool done = true;
     inputs_.resize(inputs.size());
     for (size_t i = 0; i < inputs.size(); ++i)
         done = done && place_inputs(static_cast<int32_t>(i) + kProcessor, inputs[i].get());
     done = done &&
-           (engine_.on_device() ? schedule(graph, kept) : ggml_gallocr_alloc_graph(allocator_.get(), graph));
+           (backend_.on_device() ? schedule(graph, kept) : ggml_gallocr_alloc_graph(allocator_.get(), graph));
     if (!done) throw Error(ErrorKind::out_of_memory, format("no memory for %s", what));
-    if (!engine_.on_device()) use_large_pages_under(graph);
+    if (!backend_.on_device()) use_large_pages_under(graph);
 }
 
-bool Workspace::place_inputs(int32_t i_place, ggml_context* inputs) {
+bool GraphExecutor::place_inputs(int32_t i_place, ggml_context* inputs) {
     if (!ggml_get_first_tensor(inputs)) return true;
-    ggml_backend_buffer_type_t type = engine_.buffer_type(i_place);
+    ggml_backend_buffer_type_t type = backend_.buffer_type(i_place);
     ggml_backend_buffer_ptr& buffer = inputs_[i_place - kProcessor];
     const size_t alignment = ggml_backend_buft_get_alignment(type);
     size_t needed = 0;
@@ -73,28 +73,28 @@ bool Workspace::place_inputs(int32_t i_place, ggml_context* inputs) {
     return true;
 }
 
-ggml_backend_t Workspace::backend_of(const ggml_tensor* weight) const {
+ggml_backend_t GraphExecutor::backend_of(const ggml_tensor* weight) const {
     ggml_backend_buffer_type_t type = ggml_backend_buffer_get_type(weight->buffer);
-    for (const ggml_backend_ptr& device : engine_.devices_) {
+    for (const ggml_backend_ptr& device : backend_.devices_) {
         if (ggml_backend_supports_buft(device.get(), type)) return device.get();
     }
-    return engine_.cpu_.get();
+    return backend_.cpu_.get();
 }
 
-bool Workspace::schedule(ggml_cgraph* graph, const Kept& kept) {
+bool GraphExecutor::schedule(ggml_cgraph* graph, const Kept& kept) {
     const size_t needed = 2 * static_cast<size_t>(ggml_graph_size(graph));
     if (scheduler_size_ < needed) {
         std::vector<ggml_backend_t> backends;
         std::vector<ggml_backend_buffer_type_t> memory;
-        for (const ggml_backend_ptr& device : engine_.devices_) {
+        for (const ggml_backend_ptr& device : backend_.devices_) {
             backends.push_back(device.get());
             memory.push_back(ggml_backend_get_default_buffer_type(device.get()));
         }
         // What goes to and from a GPU is moved faster where its driver has pinned the processor's memory.
         ggml_backend_buffer_type_t pinned =
             ggml_backend_dev_host_buffer_type(ggml_backend_get_device(backends.back()));
-        backends.push_back(engine_.cpu_.get());
-        memory.push_back(pinned ? pinned : engine_.buffer_type(kProcessor));
+        backends.push_back(backend_.cpu_.get());
+        memory.push_back(pinned ? pinned : backend_.buffer_type(kProcessor));
         scheduler_size_ = 0;
         scheduler_.reset(ggml_backend_sched_new(backends.data(), memory.data(),
                                                 static_cast<int>(backends.size()), needed, false, false));
@@ -107,26 +107,26 @@ bool Workspace::schedule(ggml_cgraph* graph, const Kept& kept) {
     return ggml_backend_sched_alloc_graph(scheduler_.get(), graph);
 }
 
-void Workspace::compute(ggml_cgraph* graph, const std::function<bool()>& cancelled) {
-    if (!engine_.on_device()) {
-        engine_.compute(graph, cancelled);
+void GraphExecutor::compute(ggml_cgraph* graph, const std::function<bool()>& cancelled) {
+    if (!backend_.on_device()) {
+        backend_.compute(graph, cancelled);
         return;
     }
     if (cancelled()) throw Error(ErrorKind::cancelled, "cancelled");
     require_success(ggml_backend_sched_graph_compute(scheduler_.get(), graph));
 }
 
-void Workspace::compute_nodes(ggml_cgraph* nodes, const std::function<bool()>& cancelled) {
-    if (!engine_.on_device()) {
-        engine_.compute(nodes, cancelled);
+void GraphExecutor::compute_nodes(ggml_cgraph* nodes, const std::function<bool()>& cancelled) {
+    if (!backend_.on_device()) {
+        backend_.compute(nodes, cancelled);
         return;
     }
-    require_success(ggml_backend_graph_compute(engine_.devices_.back().get(), nodes));
+    require_success(ggml_backend_graph_compute(backend_.devices_.back().get(), nodes));
 }
 
-void Workspace::require_success(ggml_status status) const {
+void GraphExecutor::require_success(ggml_status status) const {
     if (status == GGML_STATUS_SUCCESS) return;
-    throw Error(ErrorKind::general, format("ggml failed with status %d on %s", status, engine_.name()));
+    throw Error(ErrorKind::general, format("ggml failed with status %d on %s", status, backend_.name()));
 }
 
 }  // namespace pydiffusion

@@ -14,9 +14,9 @@ namespace pydiffusion {
 void use_large_pages(ggml_backend_buffer_t buffer);
 
 // Memory for one graph at a time, and the way to run it.
-class Workspace {
+class GraphExecutor {
   public:
-    explicit Workspace(Engine& engine);
+    explicit GraphExecutor(Backend& backend);
 
     // Lays the graph out, in place of the one before; on devices with the tensors of `inputs`, which keep
     // their memory while it stands: first the processor's, then each device's. Of a pair in `kept` the first
@@ -29,7 +29,7 @@ class Workspace {
     void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
     // Into how many pieces the graph laid out last was cut: one wherever the place changes.
     int n_pieces() const { return scheduler_ ? ggml_backend_sched_get_n_splits(scheduler_.get()) : 1; }
-    // Runs nodes that have their memory already and all belong where the engine computes.
+    // Runs nodes that have their memory already and all belong where the backend computes.
     void compute_nodes(ggml_cgraph* nodes, const std::function<bool()>& cancelled);
 
   private:
@@ -38,7 +38,7 @@ class Workspace {
     bool schedule(ggml_cgraph* graph, const Kept& kept);
     ggml_backend_t backend_of(const ggml_tensor* weight) const;
 
-    Engine& engine_;
+    Backend& backend_;
     ggml_gallocr_ptr allocator_;        // on the processor alone
     ggml_backend_sched_ptr scheduler_;  // else
     size_t scheduler_size_ = 0;

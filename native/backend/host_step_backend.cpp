@@ -97,7 +97,7 @@ void distribution(const float* x, int64_t n_vocab, float temperature, float drop
     d.threshold = row::threshold(row::choose_threshold(below, dropped_mass));
 }
 
-class HostKernels : public StepKernels {
+class HostStepBackend : public StepBackend {
   public:
     void condition(const ggml_tensor* logits, const ggml_tensor* embedding, ggml_tensor* soft, int64_t n,
                    const StepState& state) override {
@@ -158,6 +158,6 @@ class HostKernels : public StepKernels {
 
 }  // namespace
 
-std::unique_ptr<StepKernels> make_host_kernels() { return std::make_unique<HostKernels>(); }
+std::unique_ptr<StepBackend> make_host_step_backend() { return std::make_unique<HostStepBackend>(); }
 
 }  // namespace pydiffusion

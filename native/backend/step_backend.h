@@ -11,11 +11,11 @@
 
 namespace pydiffusion {
 
-// Not thread-safe: calls hold the engine's turn. Each returns when its work is done, and throws Error where
+// Not thread-safe: calls hold the backend's turn. Each returns when its work is done, and throws Error where
 // the device fails.
-class StepKernels {
+class StepBackend {
   public:
-    virtual ~StepKernels() = default;
+    virtual ~StepBackend() = default;
 
     // soft[:, t] = embedding_scale * sum over v of p[v, t] * embedding[:, v] for the first n positions, where
     // p is softmax(logits / previous_temperature) without, per position, at most dropped_mass of its mass;
@@ -42,11 +42,11 @@ class StepKernels {
 constexpr int32_t kMaxGathered = 1024;
 
 // The same steps, warp by warp and lane by lane, on the processor: to prove them where there is no GPU.
-std::unique_ptr<StepKernels> make_host_kernels();
+std::unique_ptr<StepBackend> make_host_step_backend();
 
 #if defined(PYDIFFUSION_CUDA)
 // For the GPU of a CUDA backend, which has to outlive them.
-std::unique_ptr<StepKernels> make_cuda_kernels(ggml_backend_t backend);
+std::unique_ptr<StepBackend> make_cuda_step_backend(ggml_backend_t backend);
 #endif
 
 }  // namespace pydiffusion

@@ -9,8 +9,8 @@ namespace pydiffusion {
 namespace matrix {
 
 std::vector<float> multiply_once(const Multiplication& task) {
-    Engine engine(task.n_threads, "cpu", task.kernels);
-    Workspace workspace(engine);
+    Backend backend(task.n_threads, "cpu", task.kernels);
+    GraphExecutor executor(backend);
     const ggml_context_ptr context(
         ggml_init({8 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true}));
     if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a product's description");
@@ -21,16 +21,17 @@ std::vector<float> multiply_once(const Multiplication& task) {
                                         task.experts ? task.n_columns : 1);
     ggml_tensor* experts =
         task.experts ? ggml_new_tensor_2d(ctx, GGML_TYPE_I32, task.n_used, task.n_columns) : nullptr;
-    Products products(ctx, engine.kernel(), engine.on_device());
+    Products products(ctx, backend.kernel(), backend.on_device());
     ggml_tensor* product = experts ? products.multiply(weight, x, experts) : products.multiply(weight, x);
-    const ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(ctx, engine.buffer_type()));
+    const ggml_backend_buffer_ptr buffer(
+        ggml_backend_alloc_ctx_tensors_from_buft(ctx, backend.buffer_type()));
     if (!buffer) throw Error(ErrorKind::out_of_memory, "no memory for a product");
     ggml_backend_tensor_set(weight, task.weights, 0, ggml_nbytes(weight));
     ggml_backend_tensor_set(x, task.x, 0, ggml_nbytes(x));
     if (experts) ggml_backend_tensor_set(experts, task.experts, 0, ggml_nbytes(experts));
     ggml_cgraph* graph = ggml_new_graph(ctx);
     ggml_build_forward_expand(graph, product);
-    workspace.compute_nodes(graph, [] { return false; });
+    executor.compute_nodes(graph, [] { return false; });
     std::vector<float> result(ggml_nelements(product));
     ggml_backend_tensor_get(product, result.data(), 0, ggml_nbytes(product));
     return result;

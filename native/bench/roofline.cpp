@@ -28,8 +28,8 @@ uint64_t sum_words(const uint64_t* words, size_t n) {
 }  // namespace
 
 double measure_read_rate(int n_threads, const std::string& device) {
-    const Engine engine(n_threads, device);
-    if (engine.on_device()) return engine.kernels().copy_rate();
+    const Backend backend(n_threads, device);
+    if (backend.on_device()) return backend.step_backend().copy_rate();
     const size_t n_words = (size_t{256} << 20) / sizeof(uint64_t), share = n_words / n_threads;
     const std::vector<uint64_t> memory(n_words, 1);
     std::vector<uint64_t> sums(n_threads);
@@ -49,9 +49,9 @@ double measure_read_rate(int n_threads, const std::string& device) {
 double measure_matrix_rate(int n_threads, ggml_type type, const std::string& device,
                            const std::string& kernels) {
     constexpr int64_t n = 4096, n_columns = 256, n_rows_made = 32;
-    Engine engine(n_threads, device, kernels);
-    Workspace workspace(engine);
-    const int n_products = engine.has_gpu() ? 64 : 1;  // one takes a GPU no longer than its launch
+    Backend backend(n_threads, device, kernels);
+    GraphExecutor executor(backend);
+    const int n_products = backend.has_gpu() ? 64 : 1;  // one takes a GPU no longer than its launch
     std::vector<float> rows(n_rows_made * n);
     for (size_t i = 0; i < rows.size(); ++i)
         rows[i] = static_cast<float>(i * 2654435761u % 1000) / 1000.0f - 0.5f;
@@ -64,7 +64,7 @@ double measure_matrix_rate(int n_threads, ggml_type type, const std::string& dev
     const ggml_context_ptr context(ggml_init(params));
     ggml_tensor* weight = ggml_new_tensor_2d(context.get(), type, n, n);
     ggml_tensor* columns = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, n, n_columns);
-    matrix::Products nodes(context.get(), engine.kernel(), engine.on_device());
+    matrix::Products nodes(context.get(), backend.kernel(), backend.on_device());
     std::vector<ggml_tensor*> products;
     ggml_cgraph* graph = ggml_new_graph(context.get());
     for (int i = 0; i < n_products; ++i) {
@@ -72,7 +72,7 @@ double measure_matrix_rate(int n_threads, ggml_type type, const std::string& dev
         ggml_build_forward_expand(graph, products.back());
     }
     const ggml_backend_buffer_ptr buffer(
-        ggml_backend_alloc_ctx_tensors_from_buft(context.get(), engine.buffer_type()));
+        ggml_backend_alloc_ctx_tensors_from_buft(context.get(), backend.buffer_type()));
     if (!buffer) throw Error(ErrorKind::out_of_memory, "no memory for measuring the matrix product");
     for (size_t at = 0; at < ggml_nbytes(weight); at += blocks.size()) {
         ggml_backend_tensor_set(weight, blocks.data(), at, blocks.size());
@@ -81,7 +81,7 @@ double measure_matrix_rate(int n_threads, ggml_type type, const std::string& dev
         ggml_backend_tensor_set(columns, rows.data(), i * n * sizeof(float), rows.size() * sizeof(float));
     }
     return 2.0 * n * n * n_columns * n_products /
-           best_seconds([&] { workspace.compute_nodes(graph, [] { return false; }); });
+           best_seconds([&] { executor.compute_nodes(graph, [] { return false; }); });
 }
 
 }  // namespace pydiffusion

@@ -42,7 +42,7 @@ struct Choice {
     std::vector<DeviceMemory> memory;  // theirs
     Placement placement;
 
-    // As an engine takes it.
+    // As an backend takes it.
     std::string device() const {
         std::string names;
         for (const std::string& name : devices) names += (names.empty() ? "" : ",") + name;
@@ -172,14 +172,14 @@ nb::dict description(const PyModel& m) {
         types[name.c_str()] = n_bytes;
     }
     nb::dict d;
-    d["backend"] = m.model->engine.name();
-    d["kernels"] = matrix::name_of(m.model->engine.kernel());
+    d["backend"] = m.model->backend.name();
+    d["kernels"] = matrix::name_of(m.model->backend.kernel());
     d["n_gpu_layers"] = m.model->placement.n_device_layers();
     nb::list device_layers;
     for (const int32_t n : m.model->placement.device_layers) device_layers.append(n);
     d["device_layers"] = device_layers;
     d["n_cpu_moe"] = m.model->placement.n_host_experts;
-    d["n_threads"] = m.model->engine.n_threads();
+    d["n_threads"] = m.model->backend.n_threads();
     d["kv_type"] = ggml_type_name(m.kv_type);
     d["weight_types"] = types;
     d["n_weights"] = m.model->weights.n_weights;
@@ -262,7 +262,7 @@ void bind_model(nb::module_& m) {
         .def_prop_ro("n_vocab", [](const PyModel& m) { return m.model->hparams.n_vocab; })
         .def_prop_ro("canvas_length", [](const PyModel& m) { return m.model->hparams.canvas_length; })
         .def_prop_ro("n_ctx_train", [](const PyModel& m) { return m.model->hparams.n_ctx_train; })
-        .def_prop_ro("n_threads", [](const PyModel& m) { return m.model->engine.n_threads(); });
+        .def_prop_ro("n_threads", [](const PyModel& m) { return m.model->backend.n_threads(); });
     m.def("devices", devices, "The GPUs that this build can compute on.");
     m.def("why_no_device", why_no_device, nb::arg("name"),
           "What is wrong with a name that devices() has not.");

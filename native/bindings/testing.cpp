@@ -18,10 +18,10 @@ namespace pydiffusion {
 
 namespace {
 
-// Matrices in an engine's memory, for kernels and graphs that take tensors.
+// Matrices in an backend's memory, for kernels and graphs that take tensors.
 class Matrices {
   public:
-    explicit Matrices(const Engine& engine) : type_(engine.buffer_type()) {}
+    explicit Matrices(const Backend& backend) : type_(backend.buffer_type()) {}
 
     ggml_tensor* add(const Array2<float>& values) {
         return add(values.data(), values.shape(0), values.shape(1));
@@ -49,9 +49,9 @@ class Matrices {
     std::vector<ggml_backend_buffer_ptr> buffers_;
 };
 
-const Engine& require_kernels(const Engine& engine) {
-    if (!engine.on_device()) throw Error(ErrorKind::argument, "the processor has no kernels of its own");
-    return engine;
+const Backend& require_step_backend(const Backend& backend) {
+    if (!backend.on_device()) throw Error(ErrorKind::argument, "the processor has no kernels of its own");
+    return backend;
 }
 
 // What a device's kernel, or the processor's own sampler, makes of logits: capped logits, argmax, entropy,
@@ -65,11 +65,11 @@ nb::tuple measure_on(const std::string& device, const Array2<float>& logits, flo
     state.temperature = temperature;
     state.u = to_vector(u);
     state.measures.resize(n);
-    const Engine engine(1, device);
-    Matrices matrices(engine);
+    const Backend backend(1, device);
+    Matrices matrices(backend);
     ggml_tensor* rows = matrices.add(logits);
-    if (engine.on_device()) {
-        engine.kernels().measure(rows, static_cast<int64_t>(n), state);
+    if (backend.on_device()) {
+        backend.step_backend().measure(rows, static_cast<int64_t>(n), state);
     } else {
         for (size_t i = 0; i < n; ++i)
             state.measures[i] =
@@ -97,11 +97,11 @@ nb::object condition_on(const std::string& device, const Array2<float>& logits,
     state.self_conditioning = true;
     state.previous_temperature = temperature;
     state.dropped_mass = dropped_mass;
-    const Engine engine(1, device);
-    Matrices matrices(engine);
+    const Backend backend(1, device);
+    Matrices matrices(backend);
     ggml_tensor* soft = matrices.add(nullptr, n, embedding.shape(1));
-    require_kernels(engine).kernels().condition(matrices.add(logits), matrices.add(embedding), soft,
-                                                static_cast<int64_t>(n), state);
+    require_step_backend(backend).step_backend().condition(matrices.add(logits), matrices.add(embedding),
+                                                           soft, static_cast<int64_t>(n), state);
     return Matrices::fetch(soft);
 }
 
@@ -117,10 +117,10 @@ nb::object attend_on(const std::string& device, const Array2<float>& q, const Ar
         q.shape(1) % head_dim != 0 || width % head_dim != 0 || q.shape(1) % width != 0 ||
         head_dim % ggml_blck_size(type) != 0 || n_visible < 1 || n_visible > static_cast<int64_t>(n_rows))
         throw Error(ErrorKind::argument, "queries, keys, values and their type don't fit");
-    Engine engine(1, device);
-    require_kernels(engine);
-    if (engine.n_devices() != 1) throw Error(ErrorKind::argument, "one device at a time");
-    Matrices matrices(engine);
+    Backend backend(1, device);
+    require_step_backend(backend);
+    if (backend.n_devices() != 1) throw Error(ErrorKind::argument, "one device at a time");
+    Matrices matrices(backend);
     const ggml_context_ptr context(
         ggml_init({32 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true}));
     std::vector<ggml_context_ptr> inputs(2);  // the processor's, the device's
@@ -140,21 +140,21 @@ nb::object attend_on(const std::string& device, const Array2<float>& q, const Ar
     const portable::Mask mask = {ggml_new_tensor_2d(inputs[1].get(), GGML_TYPE_F16, n_rows, n_tokens),
                                  n_visible, nullptr};
     ggml_tensor* result = by_products ? portable::attend_by_products(ctx, queries, keys, values, mask)
-                                      : portable::attend(ctx, engine, queries, keys, values, mask);
+                                      : portable::attend(ctx, backend, queries, keys, values, mask);
     ggml_set_output(result);
     ggml_build_forward_expand(graph, result);
-    Workspace workspace(engine);
-    workspace.allocate(graph, inputs, {}, "attention");
+    GraphExecutor executor(backend);
+    executor.allocate(graph, inputs, {}, "attention");
     portable::fill(mask);
-    workspace.compute(graph, [] { return false; });
+    executor.compute(graph, [] { return false; });
     return Matrices::fetch(result);
 }
 
 // x (n, n_inner) times rows of weights (n_rows, bytes) of a type -> (n, n_rows); with experts, I32 (n,
 // n_used), the rows are so many matrices one after the other, and the result is (n, n_used * n_rows of one).
 nb::object matmul(const std::string& kernels, const Array2<uint8_t>& rows, const std::string& type_name,
-                    const Array2<float>& x, const std::optional<Array2<int32_t>>& experts, int64_t n_experts,
-                    int n_threads) {
+                  const Array2<float>& x, const std::optional<Array2<int32_t>>& experts, int64_t n_experts,
+                  int n_threads) {
     const ggml_type type = type_by_name(type_name);
     matrix::Multiplication task;
     task.kernels = kernels;
@@ -191,7 +191,7 @@ nb::object matmul(const std::string& kernels, const Array2<uint8_t>& rows, const
 // p (n_tokens, n_rows) times rows of an embedding (n_rows, bytes), as self-conditioning's dense product with
 // AMX makes it -> (n_tokens, n_inner), up to matrix::kSoftColumns.
 nb::object weighted_sums(const Array2<float>& p, const Array2<uint8_t>& rows, const std::string& type_name,
-                     int64_t n_inner) {
+                         int64_t n_inner) {
     const ggml_type type = type_by_name(type_name);
     const matrix::Kernel kernel = matrix::kernel_named("amx");
     const auto n_tokens = static_cast<int64_t>(p.shape(0)), n_rows = static_cast<int64_t>(p.shape(1));
@@ -233,8 +233,8 @@ void bind_testing(nb::module_& parent) {
     m.def("matmul", matmul, nb::arg("kernels"), nb::arg("rows").noconvert(), nb::arg("type"),
           nb::arg("x").noconvert(), nb::arg("experts").noconvert() = nb::none(), nb::arg("n_experts") = 1,
           nb::arg("n_threads") = 1, "Columns times rows of weights, as a model's graphs multiply them.");
-    m.def("weighted_sums", weighted_sums, nb::arg("p").noconvert(), nb::arg("rows").noconvert(), nb::arg("type"),
-          nb::arg("n_inner"), "Sums of embedding rows weighted by probabilities, with AMX.");
+    m.def("weighted_sums", weighted_sums, nb::arg("p").noconvert(), nb::arg("rows").noconvert(),
+          nb::arg("type"), nb::arg("n_inner"), "Sums of embedding rows weighted by probabilities, with AMX.");
 }
 
 }  // namespace pydiffusion

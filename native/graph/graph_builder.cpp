@@ -19,11 +19,11 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), 
     context.reset(ggml_init(params));
     if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a graph's description");
     graph = ggml_new_graph_custom(ctx(), n_nodes, false);
-    products.emplace(ctx(), model.engine.kernel(), portable());
+    products.emplace(ctx(), model.backend.kernel(), portable());
     if (!portable()) return;
     const size_t n_inputs = 2 + 2 * sequences.size();  // tokens, positions; masks of both kinds of layers
-    positions_.resize(model.engine.n_devices() + 1);
-    for (int32_t place = kProcessor; place < model.engine.n_devices(); ++place) {
+    positions_.resize(model.backend.n_devices() + 1);
+    for (int32_t place = kProcessor; place < model.backend.n_devices(); ++place) {
         input_contexts_.emplace_back(ggml_init({n_inputs * ggml_tensor_overhead(), nullptr, true}));
         if (!input_contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a graph's inputs");
     }
@@ -122,7 +122,7 @@ void GraphBuilder::set_positions(const std::vector<int32_t>& positions) {
 }
 
 ggml_tensor* GraphBuilder::new_input(ggml_type type, int64_t n0, int64_t n1) {
-    if (portable()) return new_input_on(model.engine.n_devices() - 1, type, n0, n1);
+    if (portable()) return new_input_on(model.backend.n_devices() - 1, type, n0, n1);
     ggml_tensor* input = ggml_new_tensor_2d(ctx(), type, n0, n1);
     ggml_set_input(input);
     ggml_set_output(input);  // else its memory is used again once it has been read
@@ -141,8 +141,8 @@ void GraphBuilder::keep_with(const ggml_tensor* weight, int first_node) {
     for (int i = first_node; i < ggml_graph_n_nodes(graph); ++i) keep_with(weight, ggml_graph_node(graph, i));
 }
 
-void GraphBuilder::allocate(Workspace& workspace, const char* what) const {
-    workspace.allocate(graph, input_contexts_, kept_, what);
+void GraphBuilder::allocate(GraphExecutor& executor, const char* what) const {
+    executor.allocate(graph, input_contexts_, kept_, what);
     for (const MaskKey& key : masks_) portable::fill(key.mask);
 }
 

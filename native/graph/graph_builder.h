@@ -44,7 +44,7 @@ struct GraphBuilder {
     void keep_with(const ggml_tensor* weight, ggml_tensor* tensor);
     void keep_with(const ggml_tensor* weight, int first_node);
     // Gives the graph its memory and writes the masks.
-    void allocate(Workspace& workspace, const char* what) const;
+    void allocate(GraphExecutor& executor, const char* what) const;
 
     // Tensors made from here on belong to this part of the step, for profiles. `name` must be a literal.
     void begin_part(const char* name) { parts.push_back({name, ggml_used_mem(ctx())}); }
@@ -60,7 +60,7 @@ struct GraphBuilder {
     // Portable graphs only.
     portable::Mask mask(size_t i_sequence, int32_t i_layer, int64_t n_visible, const Causal* causal);
 
-    bool portable() const { return model.engine.on_device(); }
+    bool portable() const { return model.backend.on_device(); }
 
     ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr) const;  // weight null: none
     ggml_tensor* gelu_product(ggml_tensor* gate, ggml_tensor* up) const;         // gelu(gate) * up
@@ -92,7 +92,7 @@ struct GraphBuilder {
     std::vector<Angles> angles_;    // of the others
     std::vector<int32_t> written_;  // the positions whose angles are there
     std::vector<MaskKey> masks_;
-    Workspace::Kept kept_;
+    GraphExecutor::Kept kept_;
     std::vector<ggml_context_ptr> input_contexts_;  // of portable graphs: the processor's, then each device's
 };
 

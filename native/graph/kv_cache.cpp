@@ -31,20 +31,20 @@ void move_to_front(ggml_tensor* t, size_t from, size_t n) {
 
 }  // namespace
 
-KvCache::KvCache(const Hyperparameters& hp, const Engine& engine, const Placement& placement, ggml_type type,
-                 int32_t n_ctx, int32_t max_batch)
+KvCache::KvCache(const Hyperparameters& hp, const Backend& backend, const Placement& placement,
+                 ggml_type type, int32_t n_ctx, int32_t max_batch)
     : window_(hp.window),
       sliding_rows_(static_cast<int32_t>(kv_rows(hp, true, n_ctx, max_batch))),
-      n_filling_rows_(engine.on_device() ? portable::kRowStep : 0) {
+      n_filling_rows_(backend.on_device() ? portable::kRowStep : 0) {
     require_fitting_heads(hp, type);
-    if (engine.on_device() && !engine.can_store(type)) {
+    if (backend.on_device() && !backend.can_store(type)) {
         throw Error(ErrorKind::unsupported,
                     format("%s can't write a cache of %s: choose another kv_type, or n_gpu_layers=0",
-                           engine.name(), ggml_type_name(type)));
+                           backend.name(), ggml_type_name(type)));
     }
     const ggml_init_params params = {(2 * hp.layers.size() + 1) * ggml_tensor_overhead(), nullptr, true};
     require_memory((size_t{8} << 20) + 2 * params.mem_size);
-    for (int32_t place = kProcessor; place < engine.n_devices(); ++place) {
+    for (int32_t place = kProcessor; place < backend.n_devices(); ++place) {
         contexts_.emplace_back(ggml_init(params));
         if (!contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for the cache's description");
     }
@@ -56,8 +56,8 @@ KvCache::KvCache(const Hyperparameters& hp, const Engine& engine, const Placemen
         layers_.push_back({ggml_new_tensor_2d(context, type, width, rows),
                            ggml_new_tensor_2d(context, type, width, rows), shape.sliding});
     }
-    for (int32_t place = kProcessor; place < engine.n_devices(); ++place)
-        allocate(contexts_[place - kProcessor].get(), engine.buffer_type(place), n_ctx);
+    for (int32_t place = kProcessor; place < backend.n_devices(); ++place)
+        allocate(contexts_[place - kProcessor].get(), backend.buffer_type(place), n_ctx);
 }
 
 void KvCache::allocate(ggml_context* context, ggml_backend_buffer_type_t type, int32_t n_ctx) {

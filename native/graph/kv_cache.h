@@ -31,8 +31,8 @@ struct KvRange {
 class KvCache {
   public:
     // `max_batch` rows can be written behind the cache at a time (a chunk of the prompt, or the canvas).
-    KvCache(const Hyperparameters& hparams, const Engine& engine, const Placement& placement, ggml_type type,
-            int32_t n_ctx, int32_t max_batch);
+    KvCache(const Hyperparameters& hparams, const Backend& backend, const Placement& placement,
+            ggml_type type, int32_t n_ctx, int32_t max_batch);
 
     int32_t n_past() const { return n_past_; }
     // Changes whenever rows come, go or move, and is never the same in two caches: what was built for a

@@ -8,10 +8,10 @@ Model::Model(std::shared_ptr<const File> f, int n_threads, const std::string& de
              const std::string& kernels, const Placement& p, const std::function<void(double)>& read_ahead)
     : file(std::move(f)),
       hparams(*file),
-      engine(n_threads, device, kernels),
+      backend(n_threads, device, kernels),
       placement(p),
-      weights(file, hparams, placement, engine, read_ahead) {
-    if (engine.on_device()) return;  // what was copied has been read
+      weights(file, hparams, placement, backend, read_ahead) {
+    if (backend.on_device()) return;  // what was copied has been read
     // Touch every page once, in order: a cold file is read at the disk's speed, with progress, instead of
     // page by page in the middle of the first step.
     constexpr uint64_t page = 4096, block = uint64_t{64} << 20;

@@ -14,7 +14,7 @@
 namespace pydiffusion {
 
 struct Model {
-    // device: see Engine; placement: what of the model lies on which. `read_ahead` is called with the share
+    // device: see Backend; placement: what of the model lies on which. `read_ahead` is called with the share
     // of the file that has been brought into memory, 0 to 1. kernels: of the processor's products, see
     // matrix::kernel_named.
     Model(std::shared_ptr<const File> file, int n_threads, const std::string& device,
@@ -23,7 +23,7 @@ struct Model {
 
     std::shared_ptr<const File> file;
     Hyperparameters hparams;
-    mutable Engine engine;
+    mutable Backend backend;
     Placement placement;
     Weights weights;
 };

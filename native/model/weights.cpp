@@ -45,11 +45,11 @@ bool computable(ggml_type type) {
 // Turns the file's tensors into ggml's, each checked against the shape that the hyperparameters ask for.
 class Weights::Loader {
   public:
-    Loader(Weights& weights, const File& file, const Placement& placement, const Engine& engine)
-        : weights_(weights), file_(file), placement_(placement), engine_(engine) {
+    Loader(Weights& weights, const File& file, const Placement& placement, const Backend& backend)
+        : weights_(weights), file_(file), placement_(placement), backend_(backend) {
         const ggml_init_params params = {(file.tensors().size() + 1) * ggml_tensor_overhead(), nullptr, true};
         require_memory((size_t{8} << 20) + params.mem_size);
-        for (int32_t place = kProcessor; place < engine.n_devices(); ++place) {
+        for (int32_t place = kProcessor; place < backend.n_devices(); ++place) {
             weights_.contexts_.emplace_back(ggml_init(params));
             if (!weights_.contexts_.back())
                 throw Error(ErrorKind::out_of_memory, "no memory for the tensors' descriptions");
@@ -88,13 +88,13 @@ class Weights::Loader {
             const std::string name = tensor->name;
             throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) + " has the type " +
                                                     ggml_type_name(tensor->type) +
-                                                    ", which can't be computed with on " + engine_.name() +
+                                                    ", which can't be computed with on " + backend_.name() +
                                                     ": quantize it to another (--tensor-type " + name +
                                                     "=q6_k), or use n_gpu_layers=0");
         }
         uint64_t total = 0, done = 0;
         for (const auto& [tensor, info] : uploads_) total += info->n_bytes;
-        for (int32_t device = 0; device < engine_.n_devices(); ++device) take_memory(device);
+        for (int32_t device = 0; device < backend_.n_devices(); ++device) take_memory(device);
         constexpr uint64_t block = uint64_t{64} << 20;
         for (const auto& [tensor, info] : uploads_) {
             for (uint64_t at = 0; at < info->n_bytes; at += block) {
@@ -123,7 +123,7 @@ class Weights::Loader {
     void take_memory(int32_t device) {
         ggml_context* context = weights_.contexts_[device - kProcessor].get();
         if (!ggml_get_first_tensor(context)) return;
-        ggml_backend_buffer_type_t type = engine_.buffer_type(device);
+        ggml_backend_buffer_type_t type = backend_.buffer_type(device);
         const size_t n_bytes = ggml_backend_alloc_ctx_tensors_from_buft_size(context, type);
         ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(context, type);
         if (!buffer) {
@@ -139,7 +139,7 @@ class Weights::Loader {
     bool can_hold(ggml_type type) {
         const auto known = can_hold_.find(type);
         if (known != can_hold_.end()) return known->second;
-        return can_hold_[type] = engine_.can_hold(type);
+        return can_hold_[type] = backend_.can_hold(type);
     }
 
     // A buffer over a file's mapping; null where the file's alignment is not enough.
@@ -194,7 +194,7 @@ class Weights::Loader {
     Weights& weights_;
     const File& file_;
     const Placement& placement_;
-    const Engine& engine_;
+    const Backend& backend_;
     std::map<ggml_type, bool> can_hold_;
     std::vector<std::pair<ggml_tensor*, const TensorInfo*>> uploads_;
     std::vector<ggml_backend_buffer_t> mapped_;  // by part
@@ -246,9 +246,9 @@ LayerWeights load_layer(Loader& load, const Hyperparameters& hp, int32_t i) {
 }  // namespace
 
 Weights::Weights(std::shared_ptr<const File> file, const Hyperparameters& hp, const Placement& placement,
-                 const Engine& engine, const std::function<void(double)>& progress)
+                 const Backend& backend, const std::function<void(double)>& progress)
     : file_(std::move(file)) {
-    Loader load(*this, *file_, placement, engine);
+    Loader load(*this, *file_, placement, backend);
     const int64_t d = hp.n_embd, ff = hp.n_ff;
     token_embd = load.matrix("token_embd.weight", {d, hp.n_vocab});
     output = load.has("output.weight") ? load.matrix("output.weight", {d, hp.n_vocab}) : token_embd;
@@ -257,7 +257,7 @@ Weights::Weights(std::shared_ptr<const File> file, const Hyperparameters& hp, co
     self_cond_gate = load.matrix("self_cond_gate.weight", {d, ff});
     self_cond_up = load.matrix("self_cond_up.weight", {d, ff});
     self_cond_down = load.matrix("self_cond_down.weight", {ff, d});
-    rope_freqs.resize(engine.n_devices() + 1);
+    rope_freqs.resize(backend.n_devices() + 1);
     for (int32_t i = 0; i < hp.n_layer; ++i) {
         const LayerShape& shape = hp.layers[i];
         ggml_tensor*& there = rope_freqs[placement.layer(i) - kProcessor];

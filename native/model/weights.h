@@ -51,7 +51,7 @@ struct Weights {
     // What the placement puts on a device is copied there, the share done reported to `progress`; but for
     // types that it can't compute with, which stay in the mapping.
     Weights(std::shared_ptr<const File> file, const Hyperparameters& hparams, const Placement& placement,
-            const Engine& engine, const std::function<void(double)>& progress);
+            const Backend& backend, const std::function<void(double)>& progress);
     Weights(const Weights&) = delete;
     Weights& operator=(const Weights&) = delete;
 

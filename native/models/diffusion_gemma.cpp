@@ -62,12 +62,12 @@ ggml_tensor* attend_sequence(GraphBuilder& g, size_t i_sequence, int32_t i_layer
     if (!g.portable()) {
         ggml_tensor* k = visible_rows(g, range.k, range, head_dim, n_visible);
         ggml_tensor* v = visible_rows(g, range.v, range, head_dim, n_visible);
-        return attend(g.ctx(), q, k, v, causal, g.model.engine.kernel());
+        return attend(g.ctx(), q, k, v, causal, g.model.backend.kernel());
     }
     const portable::Mask mask = g.mask(i_sequence, i_layer, n_visible, causal);
     ggml_tensor* k = visible_rows(g, range.k, range, head_dim, mask.tensor->ne[0]);
     ggml_tensor* v = visible_rows(g, range.v, range, head_dim, mask.tensor->ne[0]);
-    return portable::attend(g.ctx(), g.model.engine, q, k, v, mask);
+    return portable::attend(g.ctx(), g.model.backend, q, k, v, mask);
 }
 
 ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const Causal* causal) {

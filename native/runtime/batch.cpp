@@ -22,7 +22,7 @@ void require_distinct(const std::vector<Session*>& sessions, const Model& model)
 }  // namespace
 
 Batch::Batch(std::shared_ptr<const Model> model)
-    : model_(std::move(model)), denoiser_(*model_), workspace_(model_->engine) {}
+    : model_(std::move(model)), denoiser_(*model_), executor_(model_->backend) {}
 
 std::vector<Batch::Outcome> Batch::next_steps(const std::vector<Session*>& sessions,
                                               const std::function<void(int32_t)>& between) {
@@ -67,7 +67,7 @@ std::vector<Batch::Outcome> Batch::next_steps(const std::vector<Session*>& sessi
 void Batch::denoise(const std::vector<Denoiser::Lane>& lanes, size_t begin, size_t end,
                     std::vector<std::exception_ptr>& errors) {
     try {
-        denoiser_.step({lanes.begin() + begin, lanes.begin() + end}, workspace_);
+        denoiser_.step({lanes.begin() + begin, lanes.begin() + end}, executor_);
         n_graphs_ += 1;
         return;
     } catch (const Error& error) {

@@ -40,7 +40,7 @@ class Batch {
 
     std::shared_ptr<const Model> model_;
     Denoiser denoiser_;
-    Workspace workspace_;
+    GraphExecutor executor_;
     int n_graphs_ = 0;
 };
 

@@ -29,16 +29,16 @@ CanvasState::CanvasState(const Model& model) : model_(model) {
     context_.reset(ggml_init(params));
     if (!context_) throw Error(ErrorKind::out_of_memory, "no memory for the logits' description");
     logits_ = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, hp.n_vocab, hp.canvas_length);
-    if (model.engine.on_device())
+    if (model.backend.on_device())
         soft_ = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, hp.n_embd, hp.canvas_length);
-    buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(context_.get(), model.engine.buffer_type()));
+    buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(context_.get(), model.backend.buffer_type()));
     if (!buffer_) {
         throw Error(ErrorKind::out_of_memory, format("no memory for the logits of a canvas (%.1f MB)",
                                                      static_cast<double>(ggml_nbytes(logits_)) / 1e6));
     }
     use_large_pages(buffer_.get());
     step_.soft_cap = hp.soft_cap;
-    step_.kernel = model.engine.kernel();
+    step_.kernel = model.backend.kernel();
     step_.embedding_scale = std::sqrt(static_cast<float>(hp.n_embd));
     step_.u.assign(hp.canvas_length, 0.0f);
     step_.measures.resize(hp.canvas_length);
@@ -60,8 +60,8 @@ void CanvasState::set_logits(const float* logits) {
 void CanvasState::pin(int64_t position, int32_t token) {
     const Hyperparameters& hp = model_.hparams;
     if (soft_) {
-        const auto turn = model_.engine.device_turn();
-        model_.engine.kernels().pin(logits_, position, token, hp.soft_cap);
+        const auto turn = model_.backend.lock_devices();
+        model_.backend.step_backend().pin(logits_, position, token, hp.soft_cap);
         return;
     }
     float* row = static_cast<float*>(logits_->data) + position * hp.n_vocab;
@@ -71,11 +71,11 @@ void CanvasState::pin(int64_t position, int32_t token) {
 }
 
 void CanvasState::condition(const ggml_tensor* embedding, int64_t n_tokens) {
-    if (soft_) model_.engine.kernels().condition(logits_, embedding, soft_, n_tokens, step_);
+    if (soft_) model_.backend.step_backend().condition(logits_, embedding, soft_, n_tokens, step_);
 }
 
 void CanvasState::measure(int64_t n_tokens) {
-    if (soft_) model_.engine.kernels().measure(logits_, n_tokens, step_);
+    if (soft_) model_.backend.step_backend().measure(logits_, n_tokens, step_);
 }
 
 void CanvasState::require_finite(size_t n) const {
@@ -130,7 +130,7 @@ void Denoiser::finish_lane(GraphBuilder& g, CanvasState& state, ggml_tensor* x) 
     ggml_build_forward_expand(g.graph, head);
 }
 
-void Denoiser::build(const std::vector<Lane>& lanes, Workspace& workspace) {
+void Denoiser::build(const std::vector<Lane>& lanes, GraphExecutor& executor) {
     const Hyperparameters& hp = model_.hparams;
     int64_t n_tokens = 0;
     std::vector<Sequence> sequences;
@@ -153,7 +153,7 @@ void Denoiser::build(const std::vector<Lane>& lanes, Workspace& workspace) {
         first += n;
     }
     if (statistics_) Statistics::keep_inputs(g.graph);
-    g.allocate(workspace, "the buffers of a denoising step");
+    g.allocate(executor, "the buffers of a denoising step");
 }
 
 std::map<std::string, int> Denoiser::ops() const {
@@ -199,21 +199,21 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
 
 }  // namespace
 
-std::map<std::string, Denoiser::PartCost> Denoiser::profile(Workspace& workspace,
+std::map<std::string, Denoiser::PartCost> Denoiser::profile(GraphExecutor& executor,
                                                             const std::atomic<bool>& cancel,
                                                             bool by_operation) {
     if (!built_ || built_for_.empty())
         throw Error(ErrorKind::argument, "there is no step to profile: run one first");
     if (!model_.placement.one_place())
         throw Error(ErrorKind::unsupported, "a step that runs in several places can't be profiled");
-    const auto turn = model_.engine.device_turn();
+    const auto turn = model_.backend.lock_devices();
     std::map<std::string, PartCost> costs;
     const int n_nodes = ggml_graph_n_nodes(built_->graph);
     const auto part_of = [&](const ggml_tensor* node) {
         return std::string(by_operation ? operation_name(node) : built_->part_of(node));
     };
     const auto time = [&](const std::function<void()>& work) {
-        return model_.engine.on_device() ? model_.engine.kernels().seconds_of(work) : seconds_of(work);
+        return model_.backend.on_device() ? model_.backend.step_backend().seconds_of(work) : seconds_of(work);
     };
     for (int first = 0, end = 0; first < n_nodes; first = end) {
         const std::string part = part_of(ggml_graph_node(built_->graph, first));
@@ -222,9 +222,9 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(Workspace& workspace
             count_work(ggml_graph_node(built_->graph, end), cost);
         // A view knows how often each node is used, without which ggml fuses none.
         ggml_cgraph nodes = ggml_graph_view(built_->graph, first, end);
-        cost.seconds += time([&] { workspace.compute_nodes(&nodes, [&] { return cancel.load(); }); });
+        cost.seconds += time([&] { executor.compute_nodes(&nodes, [&] { return cancel.load(); }); });
     }
-    if (!model_.engine.on_device()) return costs;
+    if (!model_.backend.on_device()) return costs;
     // The sampler caps the logits that the nodes have just made; self-conditioning reads them capped.
     const double row_bytes = sizeof(float) * static_cast<double>(model_.hparams.n_vocab);
     for (const auto& [canvas, n] : canvases_) {
@@ -238,8 +238,8 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(Workspace& workspace
     return costs;
 }
 
-void Denoiser::step(const std::vector<Lane>& lanes, Workspace& workspace) {
-    const auto turn = model_.engine.device_turn();
+void Denoiser::step(const std::vector<Lane>& lanes, GraphExecutor& executor) {
+    const auto turn = model_.backend.lock_devices();
     const auto versions = [&] {
         decltype(built_for_) result;
         for (const Lane& lane : lanes)
@@ -250,7 +250,7 @@ void Denoiser::step(const std::vector<Lane>& lanes, Workspace& workspace) {
         invalidate();
         for (const Lane& lane : lanes)
             lane.cache->prepare(static_cast<int32_t>(lane.n_tokens() + lane.n_frozen));
-        build(lanes, workspace);
+        build(lanes, executor);
         built_for_ = versions();
     }
     std::vector<int32_t> tokens, positions;
@@ -262,7 +262,7 @@ void Denoiser::step(const std::vector<Lane>& lanes, Workspace& workspace) {
     ggml_backend_tensor_set(canvas_, tokens.data(), 0, tokens.size() * sizeof(int32_t));
     built_->set_positions(positions);
     for (const Lane& lane : lanes) lane.state->condition(model_.weights.token_embd, lane.n_tokens());
-    workspace.compute(built_->graph, [&] {
+    executor.compute(built_->graph, [&] {
         return std::all_of(lanes.begin(), lanes.end(), [](const Lane& lane) { return lane.cancel->load(); });
     });
     for (const Lane& lane : lanes) lane.state->measure(lane.n_tokens());

@@ -66,7 +66,7 @@ class Denoiser {
 
     // Runs one step on every lane's canvas, all in one graph. The graph stays for the next step on the same
     // lanes in the same order. Throws Error(cancelled) soon after all of the lanes are cancelled.
-    void step(const std::vector<Lane>& lanes, Workspace& workspace);
+    void step(const std::vector<Lane>& lanes, GraphExecutor& executor);
 
     // Runs the step just done once more, part by part, and tells what each took, on a GPU by its own clock.
     // The logits are spoiled by it. With by_operation the parts are the names of ops(), so that a device
@@ -76,10 +76,10 @@ class Denoiser {
         double operations = 0.0;  // multiplications and additions of matrix products and attention
         double bytes = 0.0;       // of weights, keys and values read
     };
-    std::map<std::string, PartCost> profile(Workspace& workspace, const std::atomic<bool>& cancel,
+    std::map<std::string, PartCost> profile(GraphExecutor& executor, const std::atomic<bool>& cancel,
                                             bool by_operation);
 
-    // To be called when the workspace served another graph: the next step builds anew.
+    // To be called when the executor served another graph: the next step builds anew.
     void invalidate() { built_for_.clear(); }
 
     // Adds the activations of every step from now on, until called with null.
@@ -93,7 +93,7 @@ class Denoiser {
     std::map<std::string, int> ops() const;
 
   private:
-    void build(const std::vector<Lane>& lanes, Workspace& workspace);
+    void build(const std::vector<Lane>& lanes, GraphExecutor& executor);
     ggml_tensor* soft_embedding_of(GraphBuilder& g, CanvasState& state, int64_t n_tokens);
     ggml_tensor* embed_lanes(GraphBuilder& g, const std::vector<Lane>& lanes);
     void finish_lane(GraphBuilder& g, CanvasState& state, ggml_tensor* x);

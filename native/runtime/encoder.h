@@ -14,7 +14,7 @@ namespace pydiffusion {
 // Appends ids to the cache in chunks. `between` is called after each chunk with the number of tokens done;
 // what it throws ends the call, and the chunks done stay in the cache. With `hidden`, the last layer's output
 // after the final norm is appended to it, d floats per token.
-void encode(const Model& model, KvCache& cache, Workspace& workspace, const std::vector<int32_t>& ids,
+void encode(const Model& model, KvCache& cache, GraphExecutor& executor, const std::vector<int32_t>& ids,
             const std::atomic<bool>& cancel, const std::function<void(int32_t)>& between,
             std::vector<float>* hidden, Statistics* statistics = nullptr);
 

@@ -66,7 +66,7 @@ bool Session::next_step(StepResult& result, const std::function<void(int32_t)>& 
     double seconds = 0.0;
     {
         const AddSeconds timer(seconds);
-        denoiser_.step({lane()}, workspace_);
+        denoiser_.step({lane()}, executor_);
     }
     end_step(seconds, result);
     return true;

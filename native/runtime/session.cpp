@@ -64,10 +64,10 @@ Session::Session(std::shared_ptr<const Model> model, int32_t n_ctx, ggml_type kv
     : model_(std::move(model)),
       n_ctx_(checked_context(*model_, n_ctx)),
       kv_type_(kv_type),
-      cache_(model_->hparams, model_->engine, model_->placement, kv_type, n_ctx, max_batch(model_->hparams)),
+      cache_(model_->hparams, model_->backend, model_->placement, kv_type, n_ctx, max_batch(model_->hparams)),
       canvas_state_(*model_),
       denoiser_(*model_),
-      workspace_(model_->engine) {}
+      executor_(model_->backend) {}
 
 void Session::check_tokens(const std::vector<int32_t>& ids, const char* what) const {
     for (size_t i = 0; i < ids.size(); ++i) {
@@ -104,7 +104,7 @@ void Session::append(const std::vector<int32_t>& ids, const std::function<void(i
         n_encoded_ += n_past() - before;
     };
     try {
-        pydiffusion::encode(*model_, cache_, workspace_, ids, cancel_, between, hidden, statistics_.get());
+        pydiffusion::encode(*model_, cache_, executor_, ids, cancel_, between, hidden, statistics_.get());
     } catch (...) {
         follow();
         throw;
@@ -163,13 +163,13 @@ const float* Session::denoise(const std::vector<int32_t>& canvas, const float* c
     if (conditioning) canvas_state_.set_logits(conditioning);
     state.previous_temperature = state.temperature = 1.0f;
     state.dropped_mass = 0.0f;
-    denoiser_.step({{&canvas_state_, &cache_, &canvas, &cancel_}}, workspace_);
+    denoiser_.step({{&canvas_state_, &cache_, &canvas, &cancel_}}, executor_);
     canvas_state_.require_finite(canvas.size());
     return canvas_state_.logits();
 }
 
 void Session::collect_statistics(bool on) {
-    if (on && model_->engine.on_device())
+    if (on && model_->backend.on_device())
         throw Error(ErrorKind::unsupported, "activations are gathered on the processor only: n_gpu_layers=0");
     statistics_ = on ? std::make_unique<Statistics>() : nullptr;
     denoiser_.observe(statistics_.get());
@@ -177,7 +177,7 @@ void Session::collect_statistics(bool on) {
 
 std::map<std::string, Denoiser::PartCost> Session::profile_step(bool by_operation) {
     generation_.reset();
-    return denoiser_.profile(workspace_, cancel_, by_operation);
+    return denoiser_.profile(executor_, cancel_, by_operation);
 }
 
 }  // namespace pydiffusion

@@ -69,8 +69,8 @@ class Session {
     // Throws when another thread is using the session.
     std::map<std::string, int> step_ops() const;
 
-    // Pieces of the graph last laid out, see Workspace.
-    int n_pieces() const { return workspace_.n_pieces(); }
+    // Pieces of the graph last laid out, see GraphExecutor.
+    int n_pieces() const { return executor_.n_pieces(); }
 
     // What the parts of the last denoising step cost; ends a generation under way. See Denoiser::profile.
     std::map<std::string, Denoiser::PartCost> profile_step(bool by_operation);
@@ -181,7 +181,7 @@ class Session {
     std::unique_ptr<Statistics> statistics_;
     CanvasState canvas_state_;
     Denoiser denoiser_;
-    Workspace workspace_;
+    GraphExecutor executor_;
     std::vector<int32_t> tokens_;
     mutable std::mutex tokens_mutex_;  // they may be asked for while a thread computes
     std::atomic<int64_t> n_encoded_{0};

@@ -1,4 +1,4 @@
-// StepKernels on an NVIDIA GPU. Every sum is added up in a fixed order, so that a seed gives the same text
+// StepBackend on an NVIDIA GPU. Every sum is added up in a fixed order, so that a seed gives the same text
 // run after run. Embedding rows are turned into numbers by ggml's own kernels.
 #include <cublas_v2.h>
 #include <cuda_fp16.h>
@@ -301,9 +301,9 @@ class DeviceArray {
     int64_t size_ = 0;
 };
 
-class CudaKernels : public StepKernels {
+class CudaStepBackend : public StepBackend {
   public:
-    explicit CudaKernels(ggml_backend_t backend)
+    explicit CudaStepBackend(ggml_backend_t backend)
         : ggml_(*static_cast<ggml_backend_cuda_context*>(backend->context)) {
         choose_gpu();
         stream_ = make_stream();
@@ -311,7 +311,7 @@ class CudaKernels : public StepKernels {
         cublas_ = make_cublas(stream_.get());
     }
     // What it owns goes after this, on the GPU chosen here.
-    ~CudaKernels() override { cudaSetDevice(physical_gpu()); }
+    ~CudaStepBackend() override { cudaSetDevice(physical_gpu()); }
 
     void condition(const ggml_tensor* logits, const ggml_tensor* embedding, ggml_tensor* soft, int64_t n,
                    const StepState& state) override;
@@ -352,7 +352,7 @@ class CudaKernels : public StepKernels {
     std::vector<int32_t> first_host_, dense_host_;
 };
 
-void CudaKernels::measure(ggml_tensor* logits, int64_t n, StepState& state) {
+void CudaStepBackend::measure(ggml_tensor* logits, int64_t n, StepState& state) {
     choose_gpu();
     const std::vector<float> u(state.u.begin(), state.u.begin() + n);
     upload(u_.reserve(n), u);
@@ -363,8 +363,8 @@ void CudaKernels::measure(ggml_tensor* logits, int64_t n, StepState& state) {
     download(state.measures.data(), measures_.data(), n);
 }
 
-void CudaKernels::condition(const ggml_tensor* logits, const ggml_tensor* embedding, ggml_tensor* soft,
-                            int64_t n, const StepState& state) {
+void CudaStepBackend::condition(const ggml_tensor* logits, const ggml_tensor* embedding, ggml_tensor* soft,
+                                int64_t n, const StepState& state) {
     choose_gpu();
     const int64_t n_vocab = logits->ne[0], d = soft->ne[0];
     const auto* x = static_cast<const float*>(logits->data);
@@ -391,7 +391,7 @@ void CudaKernels::condition(const ggml_tensor* logits, const ggml_tensor* embedd
     finish("self-conditioning");
 }
 
-void CudaKernels::gather(const ggml_tensor* embedding, float* soft, int64_t n, float scale) {
+void CudaStepBackend::gather(const ggml_tensor* embedding, float* soft, int64_t n, float scale) {
     const int64_t d = embedding->ne[0];
     const int32_t total = first_host_.back();
     upload(first_.reserve(n + 1), first_host_);
@@ -415,7 +415,7 @@ void CudaKernels::gather(const ggml_tensor* embedding, float* soft, int64_t n, f
     }
 }
 
-void CudaKernels::multiply(const float* logits, const ggml_tensor* embedding, float* soft, float scale) {
+void CudaStepBackend::multiply(const float* logits, const ggml_tensor* embedding, float* soft, float scale) {
     const int64_t d = embedding->ne[0], n_vocab = embedding->ne[1];
     const auto n_dense = static_cast<int64_t>(dense_host_.size());
     const to_fp16_cuda_t to_half = ggml_get_to_fp16_cuda(embedding->type);
@@ -447,7 +447,7 @@ void CudaKernels::multiply(const float* logits, const ggml_tensor* embedding, fl
     check_launch("placing soft embeddings");
 }
 
-void CudaKernels::pin(ggml_tensor* logits, int64_t position, int32_t token, float value) {
+void CudaStepBackend::pin(ggml_tensor* logits, int64_t position, int32_t token, float value) {
     choose_gpu();
     const int64_t n_vocab = logits->ne[0];
     fill_row<<<blocks_of(n_vocab, 256), 256, 0, stream_.get()>>>(
@@ -456,7 +456,7 @@ void CudaKernels::pin(ggml_tensor* logits, int64_t position, int32_t token, floa
     finish("holding a token");
 }
 
-double CudaKernels::seconds_of(const std::function<void()>& work) {
+double CudaStepBackend::seconds_of(const std::function<void()>& work) {
     choose_gpu();
     const cudaStream_t of_graphs = ggml_.stream();
     check(cudaEventRecord(begin_.get(), of_graphs), "timing");
@@ -471,7 +471,7 @@ double CudaKernels::seconds_of(const std::function<void()>& work) {
     return milliseconds / 1e3;
 }
 
-double CudaKernels::copy_rate() {
+double CudaStepBackend::copy_rate() {
     constexpr int64_t n_bytes = int64_t{1} << 30;
     constexpr int n_copies = 10;
     choose_gpu();
@@ -491,8 +491,8 @@ double CudaKernels::copy_rate() {
 
 }  // namespace
 
-std::unique_ptr<StepKernels> make_cuda_kernels(ggml_backend_t backend) {
-    return std::make_unique<CudaKernels>(backend);
+std::unique_ptr<StepBackend> make_cuda_step_backend(ggml_backend_t backend) {
+    return std::make_unique<CudaStepBackend>(backend);
 }
 
 }  // namespace pydiffusion

@@ -49,13 +49,13 @@ ggml_tensor* attend_by_products(ggml_context* ctx, ggml_tensor* q, ggml_tensor* 
     return joined(ctx, ggml_cont(ctx, ggml_permute(ctx, result, 0, 2, 1, 3)), q);
 }
 
-ggml_tensor* attend(ggml_context* ctx, const Engine& engine, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
+ggml_tensor* attend(ggml_context* ctx, const Backend& backend, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
                     const Mask& mask) {
     if (k->type != GGML_TYPE_F32) {
         ggml_tensor* result =
             ggml_flash_attn_ext(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), k, v, mask.tensor, 1.0f, 0.0f, 0.0f);
         ggml_prec_set_acc(result, GGML_PREC_F32);
-        if (engine.device_supports(result)) return joined(ctx, result, q);
+        if (backend.device_supports(result)) return joined(ctx, result, q);
     }
     return attend_by_products(ctx, q, k, v, mask);
 }

@@ -26,7 +26,7 @@ void fill(const Mask& mask);  // once the graph has its memory
 // As pydiffusion::attend, k and v with the rows that the mask has: by the device's flash attention, where it
 // has one for these heads and this type of cache, else by products. A cache of float32 stays exact: by
 // products.
-ggml_tensor* attend(ggml_context* ctx, const Engine& engine, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
+ggml_tensor* attend(ggml_context* ctx, const Backend& backend, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
                     const Mask& mask);
 
 // The same as two products and a softmax in between, with float32 sums; of any device and type.
