@@ -78,7 +78,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     try {
         const auto file = pydiffusion::File::open_whole(memory_file(data, size, weights()));
         const bool done = use(std::make_shared<pydiffusion::Model>(file, 1, "cpu", "auto",
-                                                                   pydiffusion::Placement(), [](double) {}));
+                                                                   pydiffusion::DevicePlan(), [](double) {}));
         if (done) remember_good(data, size);
     } catch (const pydiffusion::Error& error) {
         require(std::string(error.what()).find('\n') == std::string::npos);

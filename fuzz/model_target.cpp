@@ -28,7 +28,7 @@ void check(const std::string& path) {
         require(layer.n_head_kv >= 1 && hparams.n_head % layer.n_head_kv == 0);
     }
     static const pydiffusion::Backend backend(1, "cpu");
-    const pydiffusion::Placement host;
+    const pydiffusion::DevicePlan host;
     const pydiffusion::Weights weights(file, hparams, host, backend, [](double) {});
     for (const ggml_tensor* tensor : {weights.token_embd, weights.output, weights.rope_freqs[0]})
         check_tensor(*file, tensor);

@@ -74,9 +74,9 @@ void Backend::open_device(const std::string& name, ggml_threadpool_t threads) {
     if (!devices_.back()) throw Error(ErrorKind::out_of_memory, "no memory to begin with on " + quoted(name));
 }
 
-ggml_backend_buffer_type_t Backend::buffer_type(int32_t place) const {
-    return place < 0 ? ggml_backend_cpu_buffer_type()
-                     : ggml_backend_get_default_buffer_type(devices_[place].get());
+ggml_backend_buffer_type_t Backend::buffer_type(int32_t device) const {
+    return device < 0 ? ggml_backend_cpu_buffer_type()
+                      : ggml_backend_get_default_buffer_type(devices_[device].get());
 }
 
 bool Backend::device_supports(const ggml_tensor* node) const {

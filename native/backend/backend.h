@@ -24,7 +24,7 @@ class StepBackend;
 class Backend {
   public:
     // device: "cpu"; a name out of list_devices(), or several with commas in between, the home of what is in
-    // no layer last; or "host" in a GPU's place, which runs the graphs and kernels made for GPUs on the
+    // no layer last; or "host" in a GPU's device, which runs the graphs and kernels made for GPUs on the
     // processor: slow, to prove them. kernels: of the processor's products, see matrix::kernel_named.
     Backend(int n_threads, const std::string& device, const std::string& kernels = "auto");
     ~Backend();
@@ -50,8 +50,8 @@ class Backend {
     // Whether keys and values can be written there as this type.
     bool can_store(ggml_type type) const;
 
-    // Of what belongs to a device, or to kProcessor; and where what is in no layer belongs.
-    ggml_backend_buffer_type_t buffer_type(int32_t place) const;
+    // Of what belongs to a device, or to kCpuDevice; and where what is in no layer belongs.
+    ggml_backend_buffer_type_t buffer_type(int32_t device) const;
     ggml_backend_buffer_type_t buffer_type() const { return buffer_type(n_devices() - 1); }
 
     // Held while a device computes: sessions take turns.

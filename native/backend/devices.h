@@ -10,7 +10,7 @@
 namespace pydiffusion {
 
 // A place beside the devices, which are 0, 1, ...
-constexpr int32_t kProcessor = -1;
+constexpr int32_t kCpuDevice = -1;
 
 // A GPU that this build can compute on; empty names nothing.
 struct DeviceInfo {

@@ -1,6 +1,6 @@
 // A device on the processor, in a GPU's place: ggml's own kernels, and memory that belongs to it alone. A
-// scheduler moves to and from it what it would move to and from a GPU, so that placement can be proven where
-// there is none, or only one.
+// scheduler moves to and from it what it would move to and from a GPU, so that device_plan can be proven
+// where there is none, or only one.
 #pragma once
 
 #include "ggml-cpp.h"

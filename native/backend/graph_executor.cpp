@@ -16,7 +16,8 @@ void use_large_pages(ggml_backend_buffer_t buffer) {
     const auto data = reinterpret_cast<uintptr_t>(ggml_backend_buffer_get_base(buffer));
     const uintptr_t begin = (data + page - 1) / page * page;
     const uintptr_t end = (data + ggml_backend_buffer_get_size(buffer)) / page * page;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: may fail
+    if (begin < end)
+        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a request: may fail
 #else
     (void)buffer;
 #endif
@@ -46,17 +47,17 @@ void GraphExecutor::allocate(ggml_cgraph* graph, const std::vector<ggml_context_
     bool done = true;
     inputs_.resize(inputs.size());
     for (size_t i = 0; i < inputs.size(); ++i)
-        done = done && place_inputs(static_cast<int32_t>(i) + kProcessor, inputs[i].get());
+        done = done && allocate_inputs(static_cast<int32_t>(i) + kCpuDevice, inputs[i].get());
     done = done &&
            (backend_.on_device() ? schedule(graph, kept) : ggml_gallocr_alloc_graph(allocator_.get(), graph));
     if (!done) throw Error(ErrorKind::out_of_memory, format("no memory for %s", what));
     if (!backend_.on_device()) use_large_pages_under(graph);
 }
 
-bool GraphExecutor::place_inputs(int32_t i_place, ggml_context* inputs) {
+bool GraphExecutor::allocate_inputs(int32_t device, ggml_context* inputs) {
     if (!ggml_get_first_tensor(inputs)) return true;
-    ggml_backend_buffer_type_t type = backend_.buffer_type(i_place);
-    ggml_backend_buffer_ptr& buffer = inputs_[i_place - kProcessor];
+    ggml_backend_buffer_type_t type = backend_.buffer_type(device);
+    ggml_backend_buffer_ptr& buffer = inputs_[device - kCpuDevice];
     const size_t alignment = ggml_backend_buft_get_alignment(type);
     size_t needed = 0;
     for (ggml_tensor* t = ggml_get_first_tensor(inputs); t; t = ggml_get_next_tensor(inputs, t))
@@ -66,9 +67,9 @@ bool GraphExecutor::place_inputs(int32_t i_place, ggml_context* inputs) {
         buffer.reset(ggml_backend_buft_alloc_buffer(type, needed));
         if (!buffer) return false;
     }
-    ggml_tallocr place = ggml_tallocr_new(buffer.get());
+    ggml_tallocr allocator = ggml_tallocr_new(buffer.get());
     for (ggml_tensor* t = ggml_get_first_tensor(inputs); t; t = ggml_get_next_tensor(inputs, t)) {
-        if (ggml_tallocr_alloc(&place, t) != GGML_STATUS_SUCCESS) return false;
+        if (ggml_tallocr_alloc(&allocator, t) != GGML_STATUS_SUCCESS) return false;
     }
     return true;
 }
@@ -94,7 +95,7 @@ bool GraphExecutor::schedule(ggml_cgraph* graph, const Kept& kept) {
         ggml_backend_buffer_type_t pinned =
             ggml_backend_dev_host_buffer_type(ggml_backend_get_device(backends.back()));
         backends.push_back(backend_.cpu_.get());
-        memory.push_back(pinned ? pinned : backend_.buffer_type(kProcessor));
+        memory.push_back(pinned ? pinned : backend_.buffer_type(kCpuDevice));
         scheduler_size_ = 0;
         scheduler_.reset(ggml_backend_sched_new(backends.data(), memory.data(),
                                                 static_cast<int>(backends.size()), needed, false, false));

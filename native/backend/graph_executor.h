@@ -28,13 +28,13 @@ class GraphExecutor {
     // Runs the graph laid out last.
     void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
     // Into how many pieces the graph laid out last was cut: one wherever the place changes.
-    int n_pieces() const { return scheduler_ ? ggml_backend_sched_get_n_splits(scheduler_.get()) : 1; }
+    int n_splits() const { return scheduler_ ? ggml_backend_sched_get_n_splits(scheduler_.get()) : 1; }
     // Runs nodes that have their memory already and all belong where the backend computes.
     void compute_nodes(ggml_cgraph* nodes, const std::function<bool()>& cancelled);
 
   private:
     void require_success(ggml_status status) const;
-    bool place_inputs(int32_t place, ggml_context* inputs);
+    bool allocate_inputs(int32_t device, ggml_context* inputs);
     bool schedule(ggml_cgraph* graph, const Kept& kept);
     ggml_backend_t backend_of(const ggml_tensor* weight) const;
 

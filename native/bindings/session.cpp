@@ -259,7 +259,7 @@ void bind_session(nb::module_& m) {
         .def_prop_ro(
             "step_ops", step_ops,
             "What the last denoising step ran: ggml's operation name -> how many nodes of the graph.")
-        .def_prop_ro("n_pieces", &Session::n_pieces,
+        .def_prop_ro("n_splits", &Session::n_splits,
                      "Into how many pieces the last graph was cut, one wherever the place changes.")
         .def("profile_step", profile_step, nb::arg("by_operation") = false,
              "Run the last step's graph again, part by part: name -> (seconds, operations, bytes read).")

@@ -23,7 +23,7 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), 
     if (!portable()) return;
     const size_t n_inputs = 2 + 2 * sequences.size();  // tokens, positions; masks of both kinds of layers
     positions_.resize(model.backend.n_devices() + 1);
-    for (int32_t place = kProcessor; place < model.backend.n_devices(); ++place) {
+    for (int32_t device = kCpuDevice; device < model.backend.n_devices(); ++device) {
         input_contexts_.emplace_back(ggml_init({n_inputs * ggml_tensor_overhead(), nullptr, true}));
         if (!input_contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a graph's inputs");
     }
@@ -60,12 +60,12 @@ ggml_tensor* GraphBuilder::rotate_normed(ggml_tensor* x, ggml_tensor* weight, in
         return pydiffusion::rotate_normed(ctx(), x, weight, own, &model.hparams.rms_eps);
     }
     // A device takes no operation with inputs in another's memory.
-    const int32_t place = model.placement.layer(i_layer);
-    ggml_tensor*& positions = positions_[place - kProcessor];
-    if (!positions) positions = new_input_on(place, GGML_TYPE_I32, n_tokens(), 1);
+    const int32_t device = model.device_plan.layer_device(i_layer);
+    ggml_tensor*& positions = positions_[device - kCpuDevice];
+    if (!positions) positions = new_input_on(device, GGML_TYPE_I32, n_tokens(), 1);
     ggml_tensor* own = ggml_view_1d(ctx(), positions, x->ne[2], first * positions->nb[0]);
     const Hyperparameters& hp = model.hparams;
-    ggml_tensor* factors = sliding ? nullptr : model.weights.rope_freqs[place - kProcessor];
+    ggml_tensor* factors = sliding ? nullptr : model.weights.rope_freqs[device - kCpuDevice];
     return ggml_rope_ext(ctx(), rms_norm(x, weight), own, factors, static_cast<int>(x->ne[0]),
                          GGML_ROPE_TYPE_NEOX, hp.n_ctx_train, sliding ? hp.rope_base_swa : hp.rope_base, 1.0f,
                          0.0f, 1.0f, 0.0f, 0.0f);
@@ -109,9 +109,9 @@ void write_angles(ggml_tensor* tensor, const std::vector<int32_t>& positions, fl
 void GraphBuilder::set_positions(const std::vector<int32_t>& positions) {
     if (positions == written_) return;
     written_ = positions;
-    for (ggml_tensor* of_place : positions_) {
-        if (of_place)
-            ggml_backend_tensor_set(of_place, positions.data(), 0, positions.size() * sizeof(int32_t));
+    for (ggml_tensor* on_device : positions_) {
+        if (on_device)
+            ggml_backend_tensor_set(on_device, positions.data(), 0, positions.size() * sizeof(int32_t));
     }
     const Hyperparameters& hp = model.hparams;
     for (const Angles& a : angles_) {
@@ -129,12 +129,12 @@ ggml_tensor* GraphBuilder::new_input(ggml_type type, int64_t n0, int64_t n1) {
     return input;
 }
 
-ggml_tensor* GraphBuilder::new_input_on(int32_t place, ggml_type type, int64_t n0, int64_t n1) {
-    return ggml_new_tensor_2d(input_contexts_[place - kProcessor].get(), type, n0, n1);
+ggml_tensor* GraphBuilder::new_input_on(int32_t device, ggml_type type, int64_t n0, int64_t n1) {
+    return ggml_new_tensor_2d(input_contexts_[device - kCpuDevice].get(), type, n0, n1);
 }
 
 void GraphBuilder::keep_with(const ggml_tensor* weight, ggml_tensor* tensor) {
-    if (!model.placement.one_place()) kept_.emplace_back(tensor, weight);
+    if (!model.device_plan.single_device()) kept_.emplace_back(tensor, weight);
 }
 
 void GraphBuilder::keep_with(const ggml_tensor* weight, int first_node) {
@@ -149,13 +149,13 @@ void GraphBuilder::allocate(GraphExecutor& executor, const char* what) const {
 portable::Mask GraphBuilder::mask(size_t i_sequence, int32_t i_layer, int64_t n_visible,
                                   const Causal* causal) {
     const bool sliding = model.hparams.layers[i_layer].sliding;
-    const int32_t place = model.placement.layer(i_layer);
+    const int32_t device = model.device_plan.layer_device(i_layer);
     for (const MaskKey& key : masks_) {
-        if (key.i_sequence == i_sequence && key.place == place && key.sliding == sliding) return key.mask;
+        if (key.i_sequence == i_sequence && key.device == device && key.sliding == sliding) return key.mask;
     }
     ggml_tensor* tensor =
-        new_input_on(place, GGML_TYPE_F16, portable::filled_up(n_visible), sequences[i_sequence].n_tokens);
-    masks_.push_back({i_sequence, place, sliding, {tensor, n_visible, causal}});
+        new_input_on(device, GGML_TYPE_F16, portable::filled_up(n_visible), sequences[i_sequence].n_tokens);
+    masks_.push_back({i_sequence, device, sliding, {tensor, n_visible, causal}});
     return masks_.back().mask;
 }
 

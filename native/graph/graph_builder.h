@@ -34,9 +34,9 @@ struct GraphBuilder {
     int64_t n_tokens() const;  // of all sequences
 
     // A tensor that is written before each run of the graph and keeps what was written. Portable graphs have
-    // them in memory of the place that reads them, laid out with the graph; else in that of the last device.
+    // them in memory of the device that reads them, laid out with the graph; else in that of the last device.
     ggml_tensor* new_input(ggml_type type, int64_t n0, int64_t n1 = 1);
-    ggml_tensor* new_input_on(int32_t place, ggml_type type, int64_t n0, int64_t n1);
+    ggml_tensor* new_input_on(int32_t device, ggml_type type, int64_t n0, int64_t n1);
     // Where the tokens stand, to be called once the graph has its memory.
     void set_positions(const std::vector<int32_t>& positions);
     // Has the tensor computed where the weight lies, were it next to others' work; of all nodes from the i-th
@@ -56,7 +56,7 @@ struct GraphBuilder {
     };
     std::vector<Part> parts;
 
-    // Which rows a sequence's tokens may see of a layer; layers of one place that see the same share one.
+    // Which rows a sequence's tokens may see of a layer; layers of one device that see the same share one.
     // Portable graphs only.
     portable::Mask mask(size_t i_sequence, int32_t i_layer, int64_t n_visible, const Causal* causal);
 
@@ -76,7 +76,7 @@ struct GraphBuilder {
   private:
     struct MaskKey {
         size_t i_sequence;
-        int32_t place;
+        int32_t device;
         bool sliding;
         portable::Mask mask;
     };

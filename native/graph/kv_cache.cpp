@@ -31,7 +31,7 @@ void move_to_front(ggml_tensor* t, size_t from, size_t n) {
 
 }  // namespace
 
-KvCache::KvCache(const Hyperparameters& hp, const Backend& backend, const Placement& placement,
+KvCache::KvCache(const Hyperparameters& hp, const Backend& backend, const DevicePlan& device_plan,
                  ggml_type type, int32_t n_ctx, int32_t max_batch)
     : window_(hp.window),
       sliding_rows_(static_cast<int32_t>(kv_rows(hp, true, n_ctx, max_batch))),
@@ -44,20 +44,20 @@ KvCache::KvCache(const Hyperparameters& hp, const Backend& backend, const Placem
     }
     const ggml_init_params params = {(2 * hp.layers.size() + 1) * ggml_tensor_overhead(), nullptr, true};
     require_memory((size_t{8} << 20) + 2 * params.mem_size);
-    for (int32_t place = kProcessor; place < backend.n_devices(); ++place) {
+    for (int32_t device = kCpuDevice; device < backend.n_devices(); ++device) {
         contexts_.emplace_back(ggml_init(params));
         if (!contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for the cache's description");
     }
     for (int32_t i = 0; i < hp.n_layer; ++i) {
         const LayerShape& shape = hp.layers[i];
-        ggml_context* context = contexts_[placement.layer(i) - kProcessor].get();
+        ggml_context* context = contexts_[device_plan.layer_device(i) - kCpuDevice].get();
         const int64_t width = int64_t{shape.head_dim} * shape.n_head_kv;
         const int64_t rows = kv_rows(hp, shape.sliding, n_ctx, max_batch) + n_filling_rows_;
         layers_.push_back({ggml_new_tensor_2d(context, type, width, rows),
                            ggml_new_tensor_2d(context, type, width, rows), shape.sliding});
     }
-    for (int32_t place = kProcessor; place < backend.n_devices(); ++place)
-        allocate(contexts_[place - kProcessor].get(), backend.buffer_type(place), n_ctx);
+    for (int32_t device = kCpuDevice; device < backend.n_devices(); ++device)
+        allocate(contexts_[device - kCpuDevice].get(), backend.buffer_type(device), n_ctx);
 }
 
 void KvCache::allocate(ggml_context* context, ggml_backend_buffer_type_t type, int32_t n_ctx) {

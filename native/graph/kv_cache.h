@@ -31,7 +31,7 @@ struct KvRange {
 class KvCache {
   public:
     // `max_batch` rows can be written behind the cache at a time (a chunk of the prompt, or the canvas).
-    KvCache(const Hyperparameters& hparams, const Backend& backend, const Placement& placement,
+    KvCache(const Hyperparameters& hparams, const Backend& backend, const DevicePlan& device_plan,
             ggml_type type, int32_t n_ctx, int32_t max_batch);
 
     int32_t n_past() const { return n_past_; }

@@ -27,27 +27,27 @@ int32_t layer_of(const std::string& name) {
 
 }  // namespace
 
-int32_t Placement::n_device_layers() const {
+int32_t DevicePlan::n_gpu_layers() const {
     return std::accumulate(device_layers.begin(), device_layers.end(), 0);
 }
 
-bool Placement::one_place() const {
-    return n_host_experts == 0 && (!any() || (device_layers.size() == 1 && device_layers[0] == n_layer));
+bool DevicePlan::single_device() const {
+    return n_cpu_moe == 0 && (!any() || (device_layers.size() == 1 && device_layers[0] == n_layer));
 }
 
-int32_t Placement::layer(int32_t i) const {
-    int32_t first = n_layer - n_device_layers();
-    if (i < first) return kProcessor;
+int32_t DevicePlan::layer_device(int32_t i) const {
+    int32_t first = n_layer - n_gpu_layers();
+    if (i < first) return kCpuDevice;
     for (size_t device = 0; device < device_layers.size(); ++device) {
         first += device_layers[device];
         if (i < first) return static_cast<int32_t>(device);
     }
-    return kProcessor;
+    return kCpuDevice;
 }
 
-int32_t Placement::tensor(const std::string& name) const {
+int32_t DevicePlan::tensor_device(const std::string& name) const {
     const int32_t i = layer_of(name);
-    return i < 0 ? home() : is_of_experts(name) ? experts(i) : layer(i);
+    return i < 0 ? main_device() : is_of_experts(name) ? experts_device(i) : layer_device(i);
 }
 
 namespace {
@@ -85,7 +85,7 @@ int64_t attention_bytes(const Hyperparameters& hp, const LayerShape& shape, int6
     return n_rows * (2 * hp.n_head * n_tokens + width) * static_cast<int64_t>(sizeof(float));
 }
 
-// Bytes by what takes them on one device, from which the use of any placement follows.
+// Bytes by what takes them on one device, from which the use of any device_plan follows.
 struct Costs {
     Costs(const File& file, const Hyperparameters& hparams, const SessionNeeds& needs, const Sizes& sizes);
 
@@ -93,9 +93,9 @@ struct Costs {
         uint64_t weights = 0, experts = 0, cache = 0;
     };
     std::vector<Layer> layers;
-    uint64_t outside = 0;    // weights in no layer
-    uint64_t step = 0;       // wherever there is a layer
-    uint64_t home_step = 0;  // beside it where the device embeds and samples
+    uint64_t outside = 0;           // weights in no layer
+    uint64_t step = 0;              // wherever there is a layer
+    uint64_t main_device_step = 0;  // beside it where the device embeds and samples
 };
 
 Costs::Costs(const File& file, const Hyperparameters& hp, const SessionNeeds& needs, const Sizes& sizes)
@@ -128,7 +128,7 @@ Costs::Costs(const File& file, const Hyperparameters& hp, const SessionNeeds& ne
     constexpr int64_t kSelfConditioningRows = 8192;  // of the embedding, as float16: see the kernels
     const int64_t conditioning =                     // which take turns
         2 * kSelfConditioningRows * hp.n_embd * static_cast<int64_t>(sizeof(ggml_fp16_t));
-    home_step = needs.n_sessions * static_cast<uint64_t>(logits) + static_cast<uint64_t>(conditioning);
+    main_device_step = needs.n_sessions * static_cast<uint64_t>(logits) + static_cast<uint64_t>(conditioning);
 }
 
 // Of each device, which differ where tensors take more on one.
@@ -139,28 +139,29 @@ std::vector<Costs> costs_on(const File& file, const Hyperparameters& hp, const S
     return costs;
 }
 
-std::vector<DeviceUse> use_of(const std::vector<Costs>& costs, const Placement& placement) {
-    std::vector<DeviceUse> uses(placement.device_layers.size());
-    if (!placement.any()) return uses;
-    for (int32_t i = 0; i < placement.n_layer; ++i) {
-        const int32_t device = placement.layer(i);
-        if (device == kProcessor) continue;
+std::vector<DeviceUse> use_of(const std::vector<Costs>& costs, const DevicePlan& device_plan) {
+    std::vector<DeviceUse> uses(device_plan.device_layers.size());
+    if (!device_plan.any()) return uses;
+    for (int32_t i = 0; i < device_plan.n_layer; ++i) {
+        const int32_t device = device_plan.layer_device(i);
+        if (device == kCpuDevice) continue;
         const Costs::Layer& layer = costs[device].layers[i];
-        uses[device].weights += layer.weights + (placement.experts(i) == kProcessor ? 0 : layer.experts);
+        uses[device].weights +=
+            layer.weights + (device_plan.experts_device(i) == kCpuDevice ? 0 : layer.experts);
         uses[device].cache += layer.cache;
         uses[device].step = costs[device].step;
     }
     uses.back().weights += costs.back().outside;
-    uses.back().step = costs.back().step + costs.back().home_step;
+    uses.back().step = costs.back().step + costs.back().main_device_step;
     return uses;
 }
 
 // Shares the last n_layers out to devices, one run each, so that the share of its room that the fullest one
 // fills is as small as can be. In fullest[k]: that share where the devices so far hold the first k layers.
-Placement shared_out(const std::vector<Costs>& costs, const std::vector<DeviceMemory>& memory,
-                     int32_t n_layers, int32_t n_experts) {
+DevicePlan split_layers(const std::vector<Costs>& costs, const std::vector<DeviceMemory>& memory,
+                        int32_t n_layers, int32_t n_experts) {
     const auto n_layer = static_cast<int32_t>(costs.front().layers.size());
-    Placement plan = {n_layer, std::vector<int32_t>(memory.size(), 0), n_experts};
+    DevicePlan plan = {n_layer, std::vector<int32_t>(memory.size(), 0), n_experts};
     plan.device_layers.back() = n_layers;
     if (memory.size() < 2 || n_layers == 0) return plan;
 
@@ -176,11 +177,11 @@ Placement shared_out(const std::vector<Costs>& costs, const std::vector<DeviceMe
             const Costs::Layer& layer = here.layers[i];
             before[k + 1] =
                 before[k] + static_cast<double>(layer.weights + layer.cache +
-                                                (plan.experts(i) == kProcessor ? 0 : layer.experts));
+                                                (plan.experts_device(i) == kCpuDevice ? 0 : layer.experts));
         }
-        const bool home = device + 1 == memory.size();
+        const bool main = device + 1 == memory.size();
         const double room = static_cast<double>(memory[device].room) - static_cast<double>(here.step) -
-                            (home ? static_cast<double>(here.outside + here.home_step) : 0.0);
+                            (main ? static_cast<double>(here.outside + here.main_device_step) : 0.0);
         std::vector<double> next(n_layers + 1, kNever);
         runs.emplace_back(n_layers + 1, 0);
         for (int32_t k = 0; k <= n_layers; ++k) {
@@ -236,30 +237,29 @@ bool fits(const std::vector<DeviceUse>& uses, const std::vector<DeviceMemory>& m
 
 }  // namespace
 
-std::vector<DeviceUse> device_use(const File& file, const Hyperparameters& hp, const Placement& placement,
+std::vector<DeviceUse> device_use(const File& file, const Hyperparameters& hp, const DevicePlan& device_plan,
                                   const SessionNeeds& needs, const std::vector<DeviceMemory>& memory) {
-    return use_of(costs_on(file, hp, needs, memory), placement);
+    return use_of(costs_on(file, hp, needs, memory), device_plan);
 }
 
-Placement plan_placement(const File& file, const Hyperparameters& hp, const SessionNeeds& needs,
-                         const std::vector<DeviceMemory>& memory, int32_t n_device_layers,
-                         int32_t n_host_experts) {
+DevicePlan plan_devices(const File& file, const Hyperparameters& hp, const SessionNeeds& needs,
+                        const std::vector<DeviceMemory>& memory, int32_t n_gpu_layers, int32_t n_cpu_moe) {
     require_fitting_heads(hp, needs.kv_type);
     const std::vector<Costs> costs = costs_on(file, hp, needs, memory);
     std::vector<DeviceUse> uses;
-    const int32_t most = n_device_layers >= 0 ? std::min(n_device_layers, hp.n_layer) : hp.n_layer;
-    const int32_t least = n_device_layers >= 0 ? most : 0;
+    const int32_t most = n_gpu_layers >= 0 ? std::min(n_gpu_layers, hp.n_layer) : hp.n_layer;
+    const int32_t least = n_gpu_layers >= 0 ? most : 0;
     for (int32_t n_layers = most; n_layers >= least; --n_layers) {
         // Experts are the most bytes for the least work: they stay behind first.
-        const int32_t first = n_host_experts >= 0 ? std::min(n_host_experts, n_layers) : 0;
-        const int32_t last = n_host_experts >= 0 ? first : n_layers;
+        const int32_t first = n_cpu_moe >= 0 ? std::min(n_cpu_moe, n_layers) : 0;
+        const int32_t last = n_cpu_moe >= 0 ? first : n_layers;
         for (int32_t n_experts = first; n_experts <= last; ++n_experts) {
-            const Placement plan = shared_out(costs, memory, n_layers, n_experts);
+            const DevicePlan plan = split_layers(costs, memory, n_layers, n_experts);
             uses = use_of(costs, plan);
             if (fits(uses, memory)) return plan;
         }
     }
-    if (n_device_layers >= 0 && most > 0) refuse(most, uses, memory);
+    if (n_gpu_layers >= 0 && most > 0) refuse(most, uses, memory);
     return {hp.n_layer, {}, 0};
 }
 

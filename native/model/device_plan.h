@@ -13,22 +13,24 @@
 namespace pydiffusion {
 
 // The last layers of a model in runs, one for each device, and on the last device all that is in no layer. Of
-// these layers the last n_host_experts leave their experts in the file's mapping, to be computed by the
+// these layers the last n_cpu_moe leave their experts in the file's mapping, to be computed by the
 // processor.
-struct Placement {
+struct DevicePlan {
     int32_t n_layer = 0;
     std::vector<int32_t> device_layers;
-    int32_t n_host_experts = 0;
+    int32_t n_cpu_moe = 0;
 
-    int32_t n_device_layers() const;
-    bool any() const { return n_device_layers() > 0; }
-    bool one_place() const;
+    int32_t n_gpu_layers() const;
+    bool any() const { return n_gpu_layers() > 0; }
+    bool single_device() const;
     // The device that embeds, samples and holds what is in no layer.
-    int32_t home() const { return any() ? static_cast<int32_t>(device_layers.size()) - 1 : kProcessor; }
-    // Where these lie: a device, or kProcessor.
-    int32_t layer(int32_t i) const;
-    int32_t experts(int32_t i) const { return i < n_layer - n_host_experts ? layer(i) : kProcessor; }
-    int32_t tensor(const std::string& name) const;  // by its name in the file
+    int32_t main_device() const {
+        return any() ? static_cast<int32_t>(device_layers.size()) - 1 : kCpuDevice;
+    }
+    // Where these lie: a device, or kCpuDevice.
+    int32_t layer_device(int32_t i) const;
+    int32_t experts_device(int32_t i) const { return i < n_layer - n_cpu_moe ? layer_device(i) : kCpuDevice; }
+    int32_t tensor_device(const std::string& name) const;  // by its name in the file
 };
 
 // Memory of a device, as a plan sees it.
@@ -54,17 +56,16 @@ struct DeviceUse {
     uint64_t total() const { return weights + cache + step; }
 };
 
-// One for each device of the placement, which are those of `memory`.
+// One for each device of the device_plan, which are those of `memory`.
 std::vector<DeviceUse> device_use(const File& file, const Hyperparameters& hparams,
-                                  const Placement& placement, const SessionNeeds& needs,
+                                  const DevicePlan& device_plan, const SessionNeeds& needs,
                                   const std::vector<DeviceMemory>& memory);
 
-// The placement that brings most of the work to devices with so much memory: all of the model; else all
+// The device_plan that brings most of the work to devices with so much memory: all of the model; else all
 // layers with the experts of as few as possible left out; else as many layers as fit without their experts.
 // Devices share the layers in proportion to what the step and all that is in no layer leave free on them.
 // What is given (not -1) is taken as it is.
-Placement plan_placement(const File& file, const Hyperparameters& hparams, const SessionNeeds& needs,
-                         const std::vector<DeviceMemory>& memory, int32_t n_device_layers,
-                         int32_t n_host_experts);
+DevicePlan plan_devices(const File& file, const Hyperparameters& hparams, const SessionNeeds& needs,
+                        const std::vector<DeviceMemory>& memory, int32_t n_gpu_layers, int32_t n_cpu_moe);
 
 }  // namespace pydiffusion

@@ -5,12 +5,12 @@
 namespace pydiffusion {
 
 Model::Model(std::shared_ptr<const File> f, int n_threads, const std::string& device,
-             const std::string& kernels, const Placement& p, const std::function<void(double)>& read_ahead)
+             const std::string& kernels, const DevicePlan& p, const std::function<void(double)>& read_ahead)
     : file(std::move(f)),
       hparams(*file),
       backend(n_threads, device, kernels),
-      placement(p),
-      weights(file, hparams, placement, backend, read_ahead) {
+      device_plan(p),
+      weights(file, hparams, device_plan, backend, read_ahead) {
     if (backend.on_device()) return;  // what was copied has been read
     // Touch every page once, in order: a cold file is read at the disk's speed, with progress, instead of
     // page by page in the middle of the first step.

@@ -14,17 +14,17 @@
 namespace pydiffusion {
 
 struct Model {
-    // device: see Backend; placement: what of the model lies on which. `read_ahead` is called with the share
-    // of the file that has been brought into memory, 0 to 1. kernels: of the processor's products, see
+    // device: see Backend; device_plan: what of the model lies on which. `read_ahead` is called with the
+    // share of the file that has been brought into memory, 0 to 1. kernels: of the processor's products, see
     // matrix::kernel_named.
     Model(std::shared_ptr<const File> file, int n_threads, const std::string& device,
-          const std::string& kernels, const Placement& placement,
+          const std::string& kernels, const DevicePlan& device_plan,
           const std::function<void(double)>& read_ahead);
 
     std::shared_ptr<const File> file;
     Hyperparameters hparams;
     mutable Backend backend;
-    Placement placement;
+    DevicePlan device_plan;
     Weights weights;
 };
 

@@ -45,11 +45,11 @@ bool computable(ggml_type type) {
 // Turns the file's tensors into ggml's, each checked against the shape that the hyperparameters ask for.
 class Weights::Loader {
   public:
-    Loader(Weights& weights, const File& file, const Placement& placement, const Backend& backend)
-        : weights_(weights), file_(file), placement_(placement), backend_(backend) {
+    Loader(Weights& weights, const File& file, const DevicePlan& device_plan, const Backend& backend)
+        : weights_(weights), file_(file), device_plan_(device_plan), backend_(backend) {
         const ggml_init_params params = {(file.tensors().size() + 1) * ggml_tensor_overhead(), nullptr, true};
         require_memory((size_t{8} << 20) + params.mem_size);
-        for (int32_t place = kProcessor; place < backend.n_devices(); ++place) {
+        for (int32_t device = kCpuDevice; device < backend.n_devices(); ++device) {
             weights_.contexts_.emplace_back(ggml_init(params));
             if (!weights_.contexts_.back())
                 throw Error(ErrorKind::out_of_memory, "no memory for the tensors' descriptions");
@@ -64,20 +64,20 @@ class Weights::Loader {
                                                     ggml_type_name(info.type) +
                                                     ", which we can't compute with");
         }
-        return place(info, placement_.tensor(name));
+        return assign(info, device_plan_.tensor_device(name));
     }
 
     // Norms, scales and the router, which the format keeps in F32.
     ggml_tensor* f32(const std::string& name, const Shape& shape) {
-        return f32_on(placement_.tensor(name), name, shape);
+        return f32_on(device_plan_.tensor_device(name), name, shape);
     }
-    ggml_tensor* f32_on(int32_t place, const std::string& name, const Shape& shape) {
+    ggml_tensor* f32_on(int32_t device, const std::string& name, const Shape& shape) {
         const TensorInfo& info = require(name, shape);
         if (info.type != GGML_TYPE_F32) {
             throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) +
                                                     " should be F32, is " + ggml_type_name(info.type));
         }
-        return this->place(info, place);
+        return assign(info, device);
     }
 
     // Copies what belongs on devices, once all tensors have been asked for.
@@ -121,7 +121,7 @@ class Weights::Loader {
 
   private:
     void take_memory(int32_t device) {
-        ggml_context* context = weights_.contexts_[device - kProcessor].get();
+        ggml_context* context = weights_.contexts_[device - kCpuDevice].get();
         if (!ggml_get_first_tensor(context)) return;
         ggml_backend_buffer_type_t type = backend_.buffer_type(device);
         const size_t n_bytes = ggml_backend_alloc_ctx_tensors_from_buft_size(context, type);
@@ -162,9 +162,9 @@ class Weights::Loader {
         return *info;
     }
 
-    ggml_tensor* place(const TensorInfo& info, int32_t wanted) {
-        const bool on_device = wanted != kProcessor && can_hold(info.type);
-        ggml_context* context = weights_.contexts_[(on_device ? wanted : kProcessor) - kProcessor].get();
+    ggml_tensor* assign(const TensorInfo& info, int32_t wanted) {
+        const bool on_device = wanted != kCpuDevice && can_hold(info.type);
+        ggml_context* context = weights_.contexts_[(on_device ? wanted : kCpuDevice) - kCpuDevice].get();
         ggml_tensor* tensor =
             ggml_new_tensor(context, info.type, static_cast<int>(info.ne.size()), info.ne.data());
         ggml_set_name(tensor, info.name.c_str());
@@ -193,7 +193,7 @@ class Weights::Loader {
 
     Weights& weights_;
     const File& file_;
-    const Placement& placement_;
+    const DevicePlan& device_plan_;
     const Backend& backend_;
     std::map<ggml_type, bool> can_hold_;
     std::vector<std::pair<ggml_tensor*, const TensorInfo*>> uploads_;
@@ -245,10 +245,10 @@ LayerWeights load_layer(Loader& load, const Hyperparameters& hp, int32_t i) {
 
 }  // namespace
 
-Weights::Weights(std::shared_ptr<const File> file, const Hyperparameters& hp, const Placement& placement,
+Weights::Weights(std::shared_ptr<const File> file, const Hyperparameters& hp, const DevicePlan& device_plan,
                  const Backend& backend, const std::function<void(double)>& progress)
     : file_(std::move(file)) {
-    Loader load(*this, *file_, placement, backend);
+    Loader load(*this, *file_, device_plan, backend);
     const int64_t d = hp.n_embd, ff = hp.n_ff;
     token_embd = load.matrix("token_embd.weight", {d, hp.n_vocab});
     output = load.has("output.weight") ? load.matrix("output.weight", {d, hp.n_vocab}) : token_embd;
@@ -260,9 +260,9 @@ Weights::Weights(std::shared_ptr<const File> file, const Hyperparameters& hp, co
     rope_freqs.resize(backend.n_devices() + 1);
     for (int32_t i = 0; i < hp.n_layer; ++i) {
         const LayerShape& shape = hp.layers[i];
-        ggml_tensor*& there = rope_freqs[placement.layer(i) - kProcessor];
+        ggml_tensor*& there = rope_freqs[device_plan.layer_device(i) - kCpuDevice];
         if (!shape.sliding && !there)
-            there = load.f32_on(placement.layer(i), "rope_freqs.weight", {shape.head_dim / 2});
+            there = load.f32_on(device_plan.layer_device(i), "rope_freqs.weight", {shape.head_dim / 2});
     }
     for (int32_t i = 0; i < hp.n_layer; ++i) layers.push_back(load_layer(load, hp, i));
     load.refuse_unknown_layer_tensors();

@@ -48,9 +48,9 @@ struct LayerWeights {
 
 struct Weights {
     // Refuses missing tensors, other shapes, and types that this build can't compute with.
-    // What the placement puts on a device is copied there, the share done reported to `progress`; but for
+    // What the device_plan puts on a device is copied there, the share done reported to `progress`; but for
     // types that it can't compute with, which stay in the mapping.
-    Weights(std::shared_ptr<const File> file, const Hyperparameters& hparams, const Placement& placement,
+    Weights(std::shared_ptr<const File> file, const Hyperparameters& hparams, const DevicePlan& device_plan,
             const Backend& backend, const std::function<void(double)>& progress);
     Weights(const Weights&) = delete;
     Weights& operator=(const Weights&) = delete;

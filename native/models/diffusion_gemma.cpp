@@ -130,7 +130,7 @@ ggml_tensor* portable_feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_
     ggml_tensor* probabilities = ggml_soft_max(g.ctx(), ggml_scale(g.ctx(), router(g, w, r), scale));
     const portable::Routing routing = portable::route(g.ctx(), g.graph, probabilities, w.ffn_down_exps_scale,
                                                       g.model.hparams.n_expert_used);
-    if (!g.model.placement.one_place()) ggml_build_forward_expand(g.graph, routing.scales);
+    if (!g.model.device_plan.single_device()) ggml_build_forward_expand(g.graph, routing.scales);
     ggml_tensor* y = experts(g, w, each_token_alone(g, g.rms_norm(r, w.pre_ffw_norm_2)), routing.experts);
     ggml_build_forward_expand(g.graph, y);
     // They are many times what they are added up to: wherever they are computed, only the sum leaves.

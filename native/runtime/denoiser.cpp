@@ -204,7 +204,7 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(GraphExecutor& execu
                                                             bool by_operation) {
     if (!built_ || built_for_.empty())
         throw Error(ErrorKind::argument, "there is no step to profile: run one first");
-    if (!model_.placement.one_place())
+    if (!model_.device_plan.single_device())
         throw Error(ErrorKind::unsupported, "a step that runs in several places can't be profiled");
     const auto turn = model_.backend.lock_devices();
     std::map<std::string, PartCost> costs;

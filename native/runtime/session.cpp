@@ -64,7 +64,8 @@ Session::Session(std::shared_ptr<const Model> model, int32_t n_ctx, ggml_type kv
     : model_(std::move(model)),
       n_ctx_(checked_context(*model_, n_ctx)),
       kv_type_(kv_type),
-      cache_(model_->hparams, model_->backend, model_->placement, kv_type, n_ctx, max_batch(model_->hparams)),
+      cache_(model_->hparams, model_->backend, model_->device_plan, kv_type, n_ctx,
+             max_batch(model_->hparams)),
       canvas_state_(*model_),
       denoiser_(*model_),
       executor_(model_->backend) {}

@@ -70,7 +70,7 @@ class Session {
     std::map<std::string, int> step_ops() const;
 
     // Pieces of the graph last laid out, see GraphExecutor.
-    int n_pieces() const { return executor_.n_pieces(); }
+    int n_splits() const { return executor_.n_splits(); }
 
     // What the parts of the last denoising step cost; ends a generation under way. See Denoiser::profile.
     std::map<std::string, Denoiser::PartCost> profile_step(bool by_operation);

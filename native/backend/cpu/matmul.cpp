@@ -198,8 +198,8 @@ struct Task {
     // while the one before is multiplied, in the order in which they lie; memory is faster that way.
     Ahead ahead(int64_t i, int64_t d) const {
         if (n_panels() == 1) {
-            const int64_t n_pieces = (block.depth + kDepth - 1) / kDepth;
-            const size_t n_bytes = weight->nb[1] / n_pieces;
+            const int64_t n_splits = (block.depth + kDepth - 1) / kDepth;
+            const size_t n_bytes = weight->nb[1] / n_splits;
             return {data_of(first_row + n_rows) + d / kDepth * kPanelRows * n_bytes, n_bytes, n_bytes};
         }
         const bool deeper = i + 1 == n_panels() && d + kDepth < block.depth;
