@@ -41,7 +41,7 @@ std::unique_ptr<StepBackend> make_step_backend(ggml_backend_t device) {
 Backend::Backend(int n_threads, const std::string& device, const std::string& kernels)
     : n_threads_(n_threads),
       name_("CPU"),
-      kernel_(device == "cpu" ? matrix::kernel_named(kernels) : matrix::Kernel::ggml) {
+      kernel_(device == "cpu" ? gemm::kernel_by_name(kernels) : gemm::Kernel::ggml) {
     take_one_kernel_for_all_widths();
     ggml_cpu_init();
     auto pool = std::make_unique<ThreadPool>(n_threads);

@@ -25,7 +25,7 @@ class Backend {
   public:
     // device: "cpu"; a name out of list_devices(), or several with commas in between, the home of what is in
     // no layer last; or "host" in a GPU's device, which runs the graphs and kernels made for GPUs on the
-    // processor: slow, to prove them. kernels: of the processor's products, see matrix::kernel_named.
+    // processor: slow, to prove them. kernels: of the processor's products, see gemm::kernel_by_name.
     Backend(int n_threads, const std::string& device, const std::string& kernels = "auto");
     ~Backend();
     Backend(const Backend&) = delete;
@@ -34,7 +34,7 @@ class Backend {
     int n_threads() const { return n_threads_; }
     const char* name() const { return name_.c_str(); }
     // What multiplies in graphs of the processor's own; portable graphs have ggml's products.
-    matrix::Kernel kernel() const { return kernel_; }
+    gemm::Kernel kernel() const { return kernel_; }
 
     // Whether graphs consist of operations that every backend has, and what goes on beside the layers is the
     // kernels'; else our own operations for the processor are in the graph.
@@ -72,7 +72,7 @@ class Backend {
 
     int n_threads_;
     std::string name_;
-    matrix::Kernel kernel_;
+    gemm::Kernel kernel_;
     std::atomic<ThreadPool*> pool_;
     std::vector<ggml_backend_ptr> devices_;  // none on the processor
     ggml_backend_ptr cpu_;                   // beside them

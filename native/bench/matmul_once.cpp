@@ -6,9 +6,9 @@
 #include "util/error.h"
 
 namespace pydiffusion {
-namespace matrix {
+namespace gemm {
 
-std::vector<float> multiply_once(const Multiplication& task) {
+std::vector<float> matmul_once(const MatmulTask& task) {
     Backend backend(task.n_threads, "cpu", task.kernels);
     GraphExecutor executor(backend);
     const ggml_context_ptr context(
@@ -17,12 +17,13 @@ std::vector<float> multiply_once(const Multiplication& task) {
     ggml_context* ctx = context.get();
     ggml_tensor* weight =
         ggml_new_tensor_3d(ctx, task.type, task.n_inner, task.n_rows / task.n_experts, task.n_experts);
-    ggml_tensor* x = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, task.n_inner, task.experts ? 1 : task.n_columns,
-                                        task.experts ? task.n_columns : 1);
+    ggml_tensor* x =
+        ggml_new_tensor_3d(ctx, GGML_TYPE_F32, task.n_inner, task.experts ? 1 : task.n_activations,
+                           task.experts ? task.n_activations : 1);
     ggml_tensor* experts =
-        task.experts ? ggml_new_tensor_2d(ctx, GGML_TYPE_I32, task.n_used, task.n_columns) : nullptr;
-    Products products(ctx, backend.kernel(), backend.on_device());
-    ggml_tensor* product = experts ? products.multiply(weight, x, experts) : products.multiply(weight, x);
+        task.experts ? ggml_new_tensor_2d(ctx, GGML_TYPE_I32, task.n_used, task.n_activations) : nullptr;
+    Matmul matmul(ctx, backend.kernel(), backend.on_device());
+    ggml_tensor* product = experts ? matmul.apply(weight, x, experts) : matmul.apply(weight, x);
     const ggml_backend_buffer_ptr buffer(
         ggml_backend_alloc_ctx_tensors_from_buft(ctx, backend.buffer_type()));
     if (!buffer) throw Error(ErrorKind::out_of_memory, "no memory for a product");
@@ -37,5 +38,5 @@ std::vector<float> multiply_once(const Multiplication& task) {
     return result;
 }
 
-}  // namespace matrix
+}  // namespace gemm
 }  // namespace pydiffusion

@@ -48,7 +48,7 @@ double measure_read_rate(int n_threads, const std::string& device) {
 
 double measure_matrix_rate(int n_threads, ggml_type type, const std::string& device,
                            const std::string& kernels) {
-    constexpr int64_t n = 4096, n_columns = 256, n_rows_made = 32;
+    constexpr int64_t n = 4096, n_activations = 256, n_rows_made = 32;
     Backend backend(n_threads, device, kernels);
     GraphExecutor executor(backend);
     const int n_products = backend.has_gpu() ? 64 : 1;  // one takes a GPU no longer than its launch
@@ -63,12 +63,12 @@ double measure_matrix_rate(int n_threads, ggml_type type, const std::string& dev
                                      nullptr, true};
     const ggml_context_ptr context(ggml_init(params));
     ggml_tensor* weight = ggml_new_tensor_2d(context.get(), type, n, n);
-    ggml_tensor* columns = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, n, n_columns);
-    matrix::Products nodes(context.get(), backend.kernel(), backend.on_device());
+    ggml_tensor* activations = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, n, n_activations);
+    gemm::Matmul nodes(context.get(), backend.kernel(), backend.on_device());
     std::vector<ggml_tensor*> products;
     ggml_cgraph* graph = ggml_new_graph(context.get());
     for (int i = 0; i < n_products; ++i) {
-        products.push_back(nodes.multiply(weight, columns));
+        products.push_back(nodes.apply(weight, activations));
         ggml_build_forward_expand(graph, products.back());
     }
     const ggml_backend_buffer_ptr buffer(
@@ -77,10 +77,10 @@ double measure_matrix_rate(int n_threads, ggml_type type, const std::string& dev
     for (size_t at = 0; at < ggml_nbytes(weight); at += blocks.size()) {
         ggml_backend_tensor_set(weight, blocks.data(), at, blocks.size());
     }
-    for (int64_t i = 0; i < n_columns; i += n_rows_made) {
-        ggml_backend_tensor_set(columns, rows.data(), i * n * sizeof(float), rows.size() * sizeof(float));
+    for (int64_t i = 0; i < n_activations; i += n_rows_made) {
+        ggml_backend_tensor_set(activations, rows.data(), i * n * sizeof(float), rows.size() * sizeof(float));
     }
-    return 2.0 * n * n * n_columns * n_products /
+    return 2.0 * n * n * n_activations * n_products /
            best_seconds([&] { executor.compute_nodes(graph, [] { return false; }); });
 }
 

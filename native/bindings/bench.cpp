@@ -60,7 +60,7 @@ void bind_bench(nb::module_& m) {
     m.def("measure_matrix_rate", matrix_rate, nb::arg("n_threads"), nb::arg("type"),
           nb::arg("device") = "cpu", nb::arg("kernels") = "auto",
           "Operations per second of a 4096 x 4096 matrix of a tensor type times 256 columns.");
-    m.def("kernels", matrix::kernel_names, "The kernels of products that this processor has.");
+    m.def("kernels", gemm::kernel_names, "The kernels of products that this processor has.");
 }
 
 }  // namespace pydiffusion

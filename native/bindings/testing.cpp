@@ -26,11 +26,11 @@ class Matrices {
     ggml_tensor* add(const Array2<float>& values) {
         return add(values.data(), values.shape(0), values.shape(1));
     }
-    ggml_tensor* add(const float* values, size_t n_rows, size_t n_columns, ggml_type type = GGML_TYPE_F32) {
+    ggml_tensor* add(const float* values, size_t n_rows, size_t n_per_row, ggml_type type = GGML_TYPE_F32) {
         contexts_.emplace_back(ggml_init({2 * ggml_tensor_overhead(), nullptr, true}));
         if (!contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a tensor");
         ggml_tensor* tensor = ggml_new_tensor_2d(
-            contexts_.back().get(), type, static_cast<int64_t>(n_columns), static_cast<int64_t>(n_rows));
+            contexts_.back().get(), type, static_cast<int64_t>(n_per_row), static_cast<int64_t>(n_rows));
         buffers_.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(contexts_.back().get(), type_));
         if (!buffers_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a tensor");
         if (values) ggml_backend_tensor_set(tensor, values, 0, ggml_nbytes(tensor));
@@ -110,7 +110,7 @@ nb::object condition_on(const std::string& device, const Array2<float>& logits,
 // there to fill up.
 nb::object attend_on(const std::string& device, const Array2<float>& q, const Array2<float>& k,
                      const Array2<float>& v, int64_t head_dim, const std::string& type_name,
-                     int64_t n_visible, bool by_products) {
+                     int64_t n_visible, bool by_matmul) {
     const size_t n_tokens = q.shape(0), n_rows = k.shape(0), width = k.shape(1);
     const ggml_type type = type_by_name(type_name);
     if (n_tokens == 0 || n_rows == 0 || v.shape(0) != n_rows || v.shape(1) != width || head_dim < 1 ||
@@ -139,8 +139,8 @@ nb::object attend_on(const std::string& device, const Array2<float>& q, const Ar
                                            static_cast<int64_t>(q.shape(1)) / head_dim, q.shape(0));
     const portable::Mask mask = {ggml_new_tensor_2d(inputs[1].get(), GGML_TYPE_F16, n_rows, n_tokens),
                                  n_visible, nullptr};
-    ggml_tensor* result = by_products ? portable::attend_by_products(ctx, queries, keys, values, mask)
-                                      : portable::attend(ctx, backend, queries, keys, values, mask);
+    ggml_tensor* result = by_matmul ? portable::attend_by_matmul(ctx, queries, keys, values, mask)
+                                    : portable::attend(ctx, backend, queries, keys, values, mask);
     ggml_set_output(result);
     ggml_build_forward_expand(graph, result);
     GraphExecutor executor(backend);
@@ -156,17 +156,17 @@ nb::object matmul(const std::string& kernels, const Array2<uint8_t>& rows, const
                   const Array2<float>& x, const std::optional<Array2<int32_t>>& experts, int64_t n_experts,
                   int n_threads) {
     const ggml_type type = type_by_name(type_name);
-    matrix::Multiplication task;
+    gemm::MatmulTask task;
     task.kernels = kernels;
     task.n_threads = n_threads;
     task.type = type;
     task.n_inner = static_cast<int64_t>(x.shape(1));
     task.n_rows = static_cast<int64_t>(rows.shape(0));
-    task.n_columns = static_cast<int64_t>(x.shape(0));
+    task.n_activations = static_cast<int64_t>(x.shape(0));
     if (task.n_inner < 1 || task.n_inner % ggml_blck_size(type) != 0 ||
         ggml_row_size(type, task.n_inner) != rows.shape(1))
         throw Error(ErrorKind::argument, "x and the rows don't have the same number of weights");
-    if (n_experts < 1 || n_threads < 1 || task.n_rows < 1 || task.n_columns < 1 ||
+    if (n_experts < 1 || n_threads < 1 || task.n_rows < 1 || task.n_activations < 1 ||
         task.n_rows % n_experts != 0 || (experts && experts->shape(0) != x.shape(0)))
         throw Error(ErrorKind::argument, "there is nothing to multiply, or experts don't fit");
     task.weights = rows.data();
@@ -183,32 +183,32 @@ nb::object matmul(const std::string& kernels, const Array2<uint8_t>& rows, const
     std::vector<float> result;
     {
         const WithoutGil release;
-        result = matrix::multiply_once(task);
+        result = gemm::matmul_once(task);
     }
     return to_numpy(result.data(), {x.shape(0), result.size() / x.shape(0)});
 }
 
 // p (n_tokens, n_rows) times rows of an embedding (n_rows, bytes), as self-conditioning's dense product with
-// AMX makes it -> (n_tokens, n_inner), up to matrix::kSoftColumns.
+// AMX makes it -> (n_tokens, n_inner), up to gemm::kSoftDims.
 nb::object weighted_sums(const Array2<float>& p, const Array2<uint8_t>& rows, const std::string& type_name,
                          int64_t n_inner) {
     const ggml_type type = type_by_name(type_name);
-    const matrix::Kernel kernel = matrix::kernel_named("amx");
+    const gemm::Kernel kernel = gemm::kernel_by_name("amx");
     const auto n_tokens = static_cast<int64_t>(p.shape(0)), n_rows = static_cast<int64_t>(p.shape(1));
     if (n_tokens < 1 || n_rows < 1 || rows.shape(0) != p.shape(1) || n_inner < 1 ||
-        n_inner > matrix::kSoftColumns || !matrix::can_unpack(type, n_inner) ||
+        n_inner > gemm::kSoftDims || !gemm::can_unpack(type, n_inner) ||
         n_inner % ggml_blck_size(type) != 0 || ggml_row_size(type, n_inner) != rows.shape(1))
         throw Error(ErrorKind::argument, "p, the rows and their type don't fit");
     std::vector<float> sums(n_tokens * n_inner);
     {
-        const matrix::Readiness ready(kernel);
-        matrix::SoftSums soft(n_tokens);
-        for (int64_t first = 0; first < n_rows; first += matrix::kSoftRows) {
+        const gemm::KernelScope ready(kernel);
+        gemm::WeightedSums soft(n_tokens);
+        for (int64_t first = 0; first < n_rows; first += gemm::kSoftRows) {
             std::vector<const float*> of_token(n_tokens);
             for (int64_t t = 0; t < n_tokens; ++t) of_token[t] = p.data() + t * n_rows + first;
             const auto* data = reinterpret_cast<const char*>(rows.data()) + first * rows.shape(1);
             soft.add(of_token.data(), n_tokens,
-                     {type, data, rows.shape(1), std::min(matrix::kSoftRows, n_rows - first), 0, n_inner});
+                     {type, data, rows.shape(1), std::min(gemm::kSoftRows, n_rows - first), 0, n_inner});
         }
         for (int64_t t = 0; t < n_tokens; ++t) soft.add_to(sums.data() + t * n_inner, t, n_inner);
     }
@@ -228,8 +228,7 @@ void bind_testing(nb::module_& parent) {
           "The soft embedding as a device's kernels compute it.");
     m.def("attend_on", attend_on, nb::arg("device"), nb::arg("q").noconvert(), nb::arg("k").noconvert(),
           nb::arg("v").noconvert(), nb::arg("head_dim"), nb::arg("type"), nb::arg("n_visible"),
-          nb::arg("by_products") = false,
-          "Attention over a cache of a type as a device's graph computes it.");
+          nb::arg("by_matmul") = false, "Attention over a cache of a type as a device's graph computes it.");
     m.def("matmul", matmul, nb::arg("kernels"), nb::arg("rows").noconvert(), nb::arg("type"),
           nb::arg("x").noconvert(), nb::arg("experts").noconvert() = nb::none(), nb::arg("n_experts") = 1,
           nb::arg("n_threads") = 1, "Columns times rows of weights, as a model's graphs multiply them.");

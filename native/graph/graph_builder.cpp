@@ -19,7 +19,7 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), 
     context.reset(ggml_init(params));
     if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a graph's description");
     graph = ggml_new_graph_custom(ctx(), n_nodes, false);
-    products.emplace(ctx(), model.backend.kernel(), portable());
+    matmul.emplace(ctx(), model.backend.kernel(), portable());
     if (!portable()) return;
     const size_t n_inputs = 2 + 2 * sequences.size();  // tokens, positions; masks of both kinds of layers
     positions_.resize(model.backend.n_devices() + 1);
@@ -160,8 +160,8 @@ portable::Mask GraphBuilder::mask(size_t i_sequence, int32_t i_layer, int64_t n_
 }
 
 ggml_tensor* GraphBuilder::mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down) {
-    ggml_tensor* h = gelu_product(products->multiply(gate, x), products->multiply(up, x));
-    return products->multiply(down, h);
+    ggml_tensor* h = gelu_product(matmul->apply(gate, x), matmul->apply(up, x));
+    return matmul->apply(down, h);
 }
 
 ggml_tensor* GraphBuilder::embed(ggml_tensor* ids) const {

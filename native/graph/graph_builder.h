@@ -28,7 +28,7 @@ struct GraphBuilder {
     std::vector<Sequence> sequences;
     ggml_context_ptr context;
     ggml_cgraph* graph;
-    std::optional<matrix::Products> products;  // how this graph multiplies with weights
+    std::optional<gemm::Matmul> matmul;  // how this graph multiplies with weights
 
     ggml_context* ctx() const { return context.get(); }
     int64_t n_tokens() const;  // of all sequences

@@ -16,7 +16,7 @@ namespace pydiffusion {
 struct Model {
     // device: see Backend; device_plan: what of the model lies on which. `read_ahead` is called with the
     // share of the file that has been brought into memory, 0 to 1. kernels: of the processor's products, see
-    // matrix::kernel_named.
+    // gemm::kernel_by_name.
     Model(std::shared_ptr<const File> file, int n_threads, const std::string& device,
           const std::string& kernels, const DevicePlan& device_plan,
           const std::function<void(double)>& read_ahead);

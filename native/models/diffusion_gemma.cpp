@@ -33,8 +33,8 @@ ggml_tensor* tokens_of(const GraphBuilder& g, ggml_tensor* x, int64_t first, int
 void store_normed(GraphBuilder& g, int32_t i_layer, ggml_tensor* h) {
     const LayerWeights& w = g.model.weights.layers[i_layer];
     const LayerShape& shape = g.model.hparams.layers[i_layer];
-    ggml_tensor* k = split_heads(g, g.products->multiply(w.attn_k, h), shape.head_dim);
-    ggml_tensor* v = w.attn_v ? split_heads(g, g.products->multiply(w.attn_v, h), shape.head_dim) : k;
+    ggml_tensor* k = split_heads(g, g.matmul->apply(w.attn_k, h), shape.head_dim);
+    ggml_tensor* v = w.attn_v ? split_heads(g, g.matmul->apply(w.attn_v, h), shape.head_dim) : k;
     v = g.rms_norm(v);
     k = g.rotate_normed(k, w.attn_k_norm, i_layer);
     int64_t first = 0;
@@ -77,7 +77,7 @@ ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const C
     g.keep_with(w.attn_norm, h->src[0]);  // else x is moved to another device in both forms
     store_normed(g, i_layer, h);
 
-    ggml_tensor* q = split_heads(g, g.products->multiply(w.attn_q, h), shape.head_dim);
+    ggml_tensor* q = split_heads(g, g.matmul->apply(w.attn_q, h), shape.head_dim);
 
     std::vector<ggml_tensor*> outputs;
     int64_t first = 0;
@@ -87,13 +87,13 @@ ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const C
         outputs.push_back(attend_sequence(g, i, i_layer, own, causal));
         first += n_tokens;
     }
-    return g.products->multiply(w.attn_output, g.stack(outputs));
+    return g.matmul->apply(w.attn_output, g.stack(outputs));
 }
 
 // r [d, n_tokens] -> the router's scores [n_expert, n_tokens], still to be divided by sqrt(d): the reference
 // divides the far longer vectors that they are products of.
 ggml_tensor* router(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r) {
-    return g.products->multiply(w.ffn_gate_inp, g.rms_norm(r, w.ffn_gate_inp_scale));
+    return g.matmul->apply(w.ffn_gate_inp, g.rms_norm(r, w.ffn_gate_inp_scale));
 }
 
 // x [d, 1, n_tokens] through the experts chosen [n_used, n_tokens] -> [d, n_used, n_tokens]
@@ -102,7 +102,7 @@ ggml_tensor* experts(GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggm
     ggml_context* ctx = g.ctx();
     ggml_tensor *gate, *up;
     if (w.ffn_gate_up_exps) {
-        ggml_tensor* both = g.products->multiply(w.ffn_gate_up_exps, x, chosen);
+        ggml_tensor* both = g.matmul->apply(w.ffn_gate_up_exps, x, chosen);
         const auto half = [&](int64_t i) {
             return ggml_view_3d(ctx, both, hp.n_ff_expert, both->ne[1], both->ne[2], both->nb[1], both->nb[2],
                                 i * hp.n_ff_expert * sizeof(float));
@@ -110,10 +110,10 @@ ggml_tensor* experts(GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggm
         gate = half(0);
         up = half(1);
     } else {
-        gate = g.products->multiply(w.ffn_gate_exps, x, chosen);
-        up = g.products->multiply(w.ffn_up_exps, x, chosen);
+        gate = g.matmul->apply(w.ffn_gate_exps, x, chosen);
+        up = g.matmul->apply(w.ffn_up_exps, x, chosen);
     }
-    return g.products->multiply(w.ffn_down_exps, g.gelu_product(gate, up), chosen);
+    return g.matmul->apply(w.ffn_down_exps, g.gelu_product(gate, up), chosen);
 }
 
 // [d, n_tokens] -> [d, 1, n_tokens]

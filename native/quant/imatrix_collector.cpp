@@ -19,7 +19,7 @@ const char* at(const ggml_tensor* t, int64_t i0, int64_t i1, int64_t i2) {
 
 void Statistics::keep_inputs(ggml_cgraph* graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-        const matrix::Factors factors = matrix::factors_of(ggml_graph_node(graph, i));
+        const gemm::MatmulOperands factors = gemm::matmul_operands(ggml_graph_node(graph, i));
         keep(factors.x);
         keep(factors.experts);
     }
@@ -27,31 +27,31 @@ void Statistics::keep_inputs(ggml_cgraph* graph) {
 
 void Statistics::add(ggml_cgraph* graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-        const matrix::Factors factors = matrix::factors_of(ggml_graph_node(graph, i));
+        const gemm::MatmulOperands factors = gemm::matmul_operands(ggml_graph_node(graph, i));
         if (factors.weight && factors.weight->op == GGML_OP_NONE) add_product(factors);
     }
 }
 
-void Statistics::add_product(const matrix::Factors& factors) {
+void Statistics::add_product(const gemm::MatmulOperands& factors) {
     // By name: clang's C++17 lets no lambda use a structured binding.
     const ggml_tensor *weight = factors.weight, *x = factors.x, *experts = factors.experts;
     ColumnStatistics& s = by_weight_[weight->name];
     if (s.sums.empty()) {
-        s.n_columns = weight->ne[0];
+        s.n_per_row = weight->ne[0];
         s.counts.resize(weight->ne[2]);
         s.sums.resize(weight->ne[0] * weight->ne[2]);
     }
     const auto add_row = [&](int64_t matrix, int64_t i1, int64_t i2) {
         const auto* row = reinterpret_cast<const float*>(at(x, 0, i1, i2));
-        double* sums = s.sums.data() + matrix * s.n_columns;
-        for (int64_t c = 0; c < s.n_columns; ++c) sums[c] += static_cast<double>(row[c]) * row[c];
+        double* sums = s.sums.data() + matrix * s.n_per_row;
+        for (int64_t c = 0; c < s.n_per_row; ++c) sums[c] += static_cast<double>(row[c]) * row[c];
         s.counts[matrix] += 1;
     };
     if (!experts) {
         for (int64_t i1 = 0; i1 < x->ne[1]; ++i1) add_row(0, i1, 0);
         return;
     }
-    // x [n_columns, 1 or n_used, n_tokens], experts I32 [n_used, n_tokens]
+    // x [n_per_row, 1 or n_used, n_tokens], experts I32 [n_used, n_tokens]
     for (int64_t token = 0; token < x->ne[2]; ++token) {
         for (int64_t used = 0; used < experts->ne[0]; ++used) {
             const int32_t expert = *reinterpret_cast<const int32_t*>(at(experts, used, token, 0));

@@ -12,8 +12,8 @@
 namespace pydiffusion {
 
 struct ColumnStatistics {
-    int64_t n_columns = 0;
-    std::vector<double> sums;     // [n_columns * n_matrices], of squares
+    int64_t n_per_row = 0;
+    std::vector<double> sums;     // [n_per_row * n_matrices], of squares
     std::vector<int64_t> counts;  // [n_matrices], rows of activations
 };
 
@@ -30,7 +30,7 @@ class Statistics {
     const std::map<std::string, ColumnStatistics>& by_weight() const { return by_weight_; }
 
   private:
-    void add_product(const matrix::Factors& factors);
+    void add_product(const gemm::MatmulOperands& factors);
 
     std::map<std::string, ColumnStatistics> by_weight_;
 };

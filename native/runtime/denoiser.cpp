@@ -92,7 +92,7 @@ void CanvasState::require_finite(size_t n) const {
 
 namespace {
 
-ggml_tensor* first_columns(const GraphBuilder& g, ggml_tensor* x, int64_t n) {
+ggml_tensor* first_tokens(const GraphBuilder& g, ggml_tensor* x, int64_t n) {
     return ggml_view_2d(g.ctx(), x, x->ne[0], n, x->nb[1], 0);
 }
 
@@ -100,8 +100,8 @@ ggml_tensor* first_columns(const GraphBuilder& g, ggml_tensor* x, int64_t n) {
 
 // The soft embedding of a lane's last step: a device's kernels have filled it in by then.
 ggml_tensor* Denoiser::soft_embedding_of(GraphBuilder& g, CanvasState& state, int64_t n_tokens) {
-    if (state.soft_) return first_columns(g, state.soft_, n_tokens);
-    ggml_tensor* logits = first_columns(g, state.logits_, n_tokens);
+    if (state.soft_) return first_tokens(g, state.soft_, n_tokens);
+    ggml_tensor* logits = first_tokens(g, state.logits_, n_tokens);
     ggml_tensor* probabilities = soft_probabilities(g.ctx(), logits, &state.step_);
     return soft_embedding(g.ctx(), probabilities, model_.weights.token_embd, &state.step_);
 }
@@ -123,7 +123,7 @@ ggml_tensor* Denoiser::embed_lanes(GraphBuilder& g, const std::vector<Lane>& lan
 void Denoiser::finish_lane(GraphBuilder& g, CanvasState& state, ggml_tensor* x) {
     g.begin_part("head");
     ggml_tensor* head =
-        g.products->multiply_unpadded(model_.weights.output, g.rms_norm(x, model_.weights.output_norm));
+        g.matmul->apply_unpadded(model_.weights.output, g.rms_norm(x, model_.weights.output_norm));
     ggml_backend_tensor_alloc(state.buffer_.get(), head, state.logits_->data);
     g.begin_part("sampler");
     if (!state.soft_) head = cap_and_measure(g.ctx(), head, &state.step_);
@@ -143,7 +143,7 @@ void Denoiser::build(const std::vector<Lane>& lanes, GraphExecutor& executor) {
     built_ = std::make_unique<GraphBuilder>(model_, std::move(sequences));
     GraphBuilder& g = *built_;
     canvas_ = g.new_input(GGML_TYPE_I32, n_tokens);
-    if (statistics_) g.products->keep_columns();
+    if (statistics_) g.matmul->keep_activations();
     ggml_tensor* x = embed_lanes(g, lanes);
     for (int32_t i = 0; i < hp.n_layer; ++i) x = apply_layer(g, i, Mode::decoder, x, nullptr);
     int64_t first = 0;
@@ -168,7 +168,7 @@ namespace {
 
 void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
     const ggml_tensor *a = node->src[0], *b = node->src[1];
-    if (const ggml_tensor* weight = matrix::factors_of(node).weight) {
+    if (const ggml_tensor* weight = gemm::matmul_operands(node).weight) {
         cost.operations +=
             2.0 * static_cast<double>(weight->ne[0]) * static_cast<double>(ggml_nelements(node));
         cost.bytes += static_cast<double>(ggml_nbytes(weight));

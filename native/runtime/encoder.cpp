@@ -19,7 +19,7 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
     cache.prepare(n_tokens);
     GraphBuilder g(model, {{&cache, n_tokens}});
     ggml_tensor* tokens = g.new_input(GGML_TYPE_I32, n_tokens);
-    if (statistics) g.products->keep_columns();
+    if (statistics) g.matmul->keep_activations();
     Causal causal[2];  // of full layers, of sliding ones
 
     ggml_tensor* x = g.embed(tokens);

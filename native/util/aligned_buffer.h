@@ -8,7 +8,7 @@
 #include <new>
 
 namespace pydiffusion {
-namespace matrix {
+namespace gemm {
 
 constexpr size_t kLine = 64;
 
@@ -17,14 +17,14 @@ struct FreeAligned {
 };
 
 template <typename T>
-using Numbers = std::unique_ptr<T[], FreeAligned>;
+using AlignedBuffer = std::unique_ptr<T[], FreeAligned>;
 
 // Not initialised.
 template <typename T>
-Numbers<T> allocate(int64_t n) {
+AlignedBuffer<T> allocate(int64_t n) {
     void* p = std::aligned_alloc(kLine, (n * sizeof(T) + kLine - 1) / kLine * kLine);
     if (!p) throw std::bad_alloc();
-    return Numbers<T>(static_cast<T*>(p));
+    return AlignedBuffer<T>(static_cast<T*>(p));
 }
 
 template <typename T>
@@ -32,5 +32,5 @@ T* align(T* p) {
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + kLine - 1) / kLine * kLine);
 }
 
-}  // namespace matrix
+}  // namespace gemm
 }  // namespace pydiffusion

@@ -23,7 +23,7 @@ constexpr int64_t kTileRows = kAttentionTile;
 constexpr int64_t kMaxBlock = 64;  // queries
 constexpr int64_t kMinBlock = 32;
 
-static_assert(kMinBlock % products::kLanes == 0, "a block is made of whole vectors");
+static_assert(kMinBlock % simd::kLanes == 0, "a block is made of whole vectors");
 
 // --- one task ---
 
@@ -109,15 +109,15 @@ void attend_block(Area& area, const AttentionInputs& in, int64_t head, int64_t b
         const int64_t n_rows = std::min(kTileRows, in.n_rows() - row);
         in.load_rows(area.tile.data(), in.k, head, row, n_rows);
         std::fill_n(area.scores.data(), n_rows * block, 0.0f);
-        products::multiply_add({area.tile.data(), dim, 1}, area.queries.data(), area.scores.data(), n_rows,
-                               dim, block);
+        simd::multiply_add({area.tile.data(), dim, 1}, area.queries.data(), area.scores.data(), n_rows, dim,
+                           block);
         const bool all_visible = *std::max_element(area.first, area.first + block) <= row &&
                                  *std::min_element(area.last, area.last + block) >= row + n_rows - 1;
         (all_visible ? softmax_tile<false> : softmax_tile<true>)(area, static_cast<int32_t>(row), n_rows, dim,
                                                                  block);
         in.load_rows(area.tile.data(), in.v, head, row, n_rows);
-        products::multiply_add({area.tile.data(), 1, dim}, area.scores.data(), area.output.data(), dim,
-                               n_rows, block);
+        simd::multiply_add({area.tile.data(), 1, dim}, area.scores.data(), area.output.data(), dim, n_rows,
+                           block);
     }
     for (int64_t i = 0; i < n; ++i) {
         float* target = in.output(head, begin + i);
@@ -142,13 +142,13 @@ void attend_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
 }  // namespace
 
 ggml_tensor* attend(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v, const Causal* causal,
-                    matrix::Kernel kernel) {
-    const bool by_tiles = kernel == matrix::Kernel::tiles && matrix::can_attend(k->type, q->ne[0]);
+                    gemm::Kernel kernel) {
+    const bool by_tiles = kernel == gemm::Kernel::amx && gemm::can_attend(k->type, q->ne[0]);
     std::vector<ggml_tensor*> sources = {k, v};
     append_sources(sources, q);
     ggml_tensor* out =
         ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, sources.data(),
-                       static_cast<int>(sources.size()), by_tiles ? matrix::attend_op : attend_op,
+                       static_cast<int>(sources.size()), by_tiles ? gemm::attend_op : attend_op,
                        GGML_N_TASKS_MAX, const_cast<Causal*>(causal));
     out->extra = q;
     return ggml_set_name(out, by_tiles ? "attend_tiles" : "attend");

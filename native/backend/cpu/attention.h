@@ -26,6 +26,6 @@ constexpr int64_t kAttentionTile = 64;
 // k and v may have any type that ggml turns into floats; sums are float32. `causal` null: every token sees
 // every row. It must live as long as the graph.
 ggml_tensor* attend(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v, const Causal* causal,
-                    matrix::Kernel kernel);
+                    gemm::Kernel kernel);
 
 }  // namespace pydiffusion

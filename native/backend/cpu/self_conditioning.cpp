@@ -21,8 +21,8 @@ namespace {
 constexpr int64_t kTile = 64;  // rows of the vocabulary at a time; bits of a mask
 constexpr int64_t kSlice =
     512;  // columns of the embedding that one task owns: a multiple of every block size
-constexpr int64_t kBlock = matrix::kSoftRows;  // rows that are gathered, or all multiplied
-static_assert(kSlice == matrix::kSoftColumns && kBlock % kTile == 0);
+constexpr int64_t kBlock = gemm::kSoftRows;  // rows that are gathered, or all multiplied
+static_assert(kSlice == gemm::kSoftDims && kBlock % kTile == 0);
 
 // Of a block: probabilities that have mass, and rows that have any.
 struct Mass {
@@ -143,9 +143,7 @@ void soft_probabilities_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
 // A task's share of the product: some columns of the embedding for some tokens.
 struct Share {
     int64_t column, n_columns, token, n_tokens;
-    int64_t n_lanes() const {
-        return (n_tokens + products::kLanes - 1) / products::kLanes * products::kLanes;
-    }
+    int64_t n_lanes() const { return (n_tokens + simd::kLanes - 1) / simd::kLanes * simd::kLanes; }
 };
 
 struct Product {
@@ -155,14 +153,14 @@ struct Product {
     const StepState& state;
 
     bool by_tiles() const {
-        return state.kernel == matrix::Kernel::tiles && matrix::can_unpack(embedding->type, embedding->ne[0]);
+        return state.kernel == gemm::Kernel::amx && gemm::can_unpack(embedding->type, embedding->ne[0]);
     }
 };
 
 // What a thread works in.
 struct Area {
     explicit Area(int64_t n_tokens, bool by_tiles)
-        : lanes((n_tokens + products::kLanes - 1) / products::kLanes * products::kLanes) {
+        : lanes((n_tokens + simd::kLanes - 1) / simd::kLanes * simd::kLanes) {
         tile.resize(kTile * kSlice);
         if (by_tiles) {
             soft_sums.emplace(n_tokens);
@@ -172,10 +170,10 @@ struct Area {
         sums.resize(kSlice * lanes);
     }
     int64_t lanes;
-    std::vector<float> tile;                    // [row][column] of the embedding
-    std::vector<float> weights;                 // [row][token]
-    std::vector<float> sums;                    // [column][token], of the dense blocks
-    std::optional<matrix::SoftSums> soft_sums;  // instead of weights and sums
+    std::vector<float> tile;                      // [row][column] of the embedding
+    std::vector<float> weights;                   // [row][token]
+    std::vector<float> sums;                      // [column][token], of the dense blocks
+    std::optional<gemm::WeightedSums> soft_sums;  // instead of weights and sums
 };
 
 // Turns the rows in `mask`, from `first` on, into floats in the columns of the share.
@@ -241,8 +239,8 @@ void multiply_tile(const Product& product, const Share& share, Area& area, int64
         const float* p = row(product.probabilities, share.token + std::min(t, share.n_tokens - 1)) + first;
         for (int64_t r = 0; r < n_rows; ++r) area.weights[r * n_lanes + t] = p[r];
     }
-    products::multiply_add({area.tile.data(), 1, kSlice}, area.weights.data(), area.sums.data(),
-                           share.n_columns, n_rows, n_lanes);
+    simd::multiply_add({area.tile.data(), 1, kSlice}, area.weights.data(), area.sums.data(), share.n_columns,
+                       n_rows, n_lanes);
 }
 
 void multiply_block(const Product& product, const Share& share, Area& area, int64_t first, int64_t n_rows) {
@@ -331,7 +329,7 @@ void soft_embedding_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     // Enough groups of tokens to keep all threads busy, though each group reads the embedding again.
     const int64_t n_groups = std::min(n_tokens, (2 * nth + n_slices - 1) / n_slices);
     Area area((n_tokens + n_groups - 1) / n_groups, product.by_tiles());
-    const matrix::Readiness ready(area.soft_sums ? product.state.kernel : matrix::Kernel::ggml);
+    const gemm::KernelScope ready(area.soft_sums ? product.state.kernel : gemm::Kernel::ggml);
     for (int64_t task = ith; task < n_slices * n_groups; task += nth) {
         const int64_t column = task % n_slices * kSlice, group = task / n_slices;
         const int64_t token = group * n_tokens / n_groups, next = (group + 1) * n_tokens / n_groups;

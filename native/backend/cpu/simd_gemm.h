@@ -5,7 +5,7 @@
 #include <cstring>
 
 namespace pydiffusion {
-namespace products {
+namespace simd {
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16, kVectors = 2, kRows = 8;
@@ -84,5 +84,5 @@ inline void multiply_add(const Left& a, const float* b, float* c, int64_t n_rows
     }
 }
 
-}  // namespace products
+}  // namespace simd
 }  // namespace pydiffusion

@@ -9,7 +9,7 @@
 #include "util/simd_math.h"
 
 namespace pydiffusion {
-namespace matrix {
+namespace gemm {
 
 #if defined(PYDIFFUSION_TILES)
 
@@ -24,7 +24,7 @@ constexpr int64_t kRowTiles = kRows / kTileRows, kRowDepth = kRows / kTileDepth;
 
 // Numbers in tiles: the high halves, then the low ones.
 struct Halves {
-    Numbers<uint16_t> data;
+    AlignedBuffer<uint16_t> data;
     int64_t n = 0;
 
     void resize(int64_t size) {
@@ -35,19 +35,19 @@ struct Halves {
     uint16_t* low(int64_t i) const { return data.get() + n + i; }
 };
 
-// What a thread works in. Products lie as multiply() makes them, for two tiles of rows (or of a head's
+// What a thread works in. Matmul lie as multiply() makes them, for two tiles of rows (or of a head's
 // numbers) at a time.
 struct Area {
     int64_t dim = 0;
-    Numbers<float> rows;    // [kRows][dim], of keys, then of values
-    Numbers<float> made;    // [kTileRows][dim], queries
-    Numbers<float> rest;    // [kTileRows][dim], what the high halves leave of them
-    Halves queries;         // columns: [lane tile][dim / 32]
-    Halves keys;            // rows: [row tile][dim / 32]
-    Halves values;          // rows are the head's numbers: [dim / 16][kRowDepth]
-    Halves weights;         // columns: [lane tile][kRowDepth]
-    Numbers<float> scores;  // [kRows / 32] products
-    Numbers<float> output;  // [dim / 32] products
+    AlignedBuffer<float> rows;    // [kRows][dim], of keys, then of values
+    AlignedBuffer<float> made;    // [kTileRows][dim], queries
+    AlignedBuffer<float> rest;    // [kTileRows][dim], what the high halves leave of them
+    Halves queries;               // columns: [lane tile][dim / 32]
+    Halves keys;                  // rows: [row tile][dim / 32]
+    Halves values;                // rows are the head's numbers: [dim / 16][kRowDepth]
+    Halves weights;               // columns: [lane tile][kRowDepth]
+    AlignedBuffer<float> scores;  // [kRows / 32] products
+    AlignedBuffer<float> output;  // [dim / 32] products
     alignas(64) float maximum[kMaxBlock], sum[kMaxBlock], factor[kMaxBlock];
     alignas(64) int32_t first[kMaxBlock], last[kMaxBlock];
 
@@ -73,13 +73,13 @@ Area& area_for(int64_t head_dim) {
 }
 
 // The number of floats of the products that belong to two tiles of rows.
-int64_t pair_numbers(int64_t n_lane_tiles) { return 2 * n_lane_tiles * kProductNumbers; }
+int64_t pair_numbers(int64_t n_lane_tiles) { return 2 * n_lane_tiles * kAccumulatorElements; }
 
 // products (+)= w c, for two tiles of rows from tile i on.
 void multiply_pair(const Halves& w, int64_t i, const Halves& c, int64_t n_lane_tiles, int64_t depth,
                    float* products, bool add) {
-    const int64_t stride = depth * kTileNumbers;
-    multiply_halves({w.high(i * stride), stride, c.high(0), stride, products}, {w.n, c.n}, 2, n_lane_tiles,
+    const int64_t stride = depth * kTileElements;
+    tile_gemm_split({w.high(i * stride), stride, c.high(0), stride, products}, {w.n, c.n}, 2, n_lane_tiles,
                     depth, add);
 }
 
@@ -101,8 +101,8 @@ VECTORS void load_queries(Area& area, const AttentionInputs& in, int64_t head, i
             area.first[lane] = in.first(query);
             area.last[lane] = in.last(query);
         }
-        pack_columns(whole, dim, area.queries.high(tile * kTileRows * dim));
-        pack_columns(rest, dim, area.queries.low(tile * kTileRows * dim));
+        pack_activations(whole, dim, area.queries.high(tile * kTileRows * dim));
+        pack_activations(rest, dim, area.queries.low(tile * kTileRows * dim));
     }
     std::fill_n(area.output.get(), dim * n_lane_tiles * kTileRows, 0.0f);
 }
@@ -112,7 +112,7 @@ void load_keys(Area& area, const AttentionInputs& in, int64_t head, int64_t row,
     in.load_rows(area.rows.get(), in.k, head, row, n);
     for (int64_t r = 0; r < kRows; ++r) {
         for (int64_t d = 0; d < depth; ++d) {
-            const int64_t at = (r / kTileRows * depth + d) * kTileNumbers + r % kTileRows * kTileDepth;
+            const int64_t at = (r / kTileRows * depth + d) * kTileElements + r % kTileRows * kTileDepth;
             split(area.rows.get() + r * dim + d * kTileDepth, r < n ? ~uint32_t{0} : 0, area.keys.high(at),
                   area.keys.low(at));
         }
@@ -126,17 +126,17 @@ VECTORS void load_values(Area& area, const AttentionInputs& in, int64_t head, in
     std::fill(area.rows.get() + n * dim, area.rows.get() + kRows * dim, 0.0f);
     for (int64_t d = 0; d < dim; d += kTileRows) {
         for (int64_t k = 0; k < kRowDepth; ++k) {
-            alignas(64) float turned[2][kProductNumbers];
+            alignas(64) float turned[2][kAccumulatorElements];
             for (int64_t half = 0; half < 2; ++half) {
                 const float* from = area.rows.get() + (k * kTileDepth + half * kTileRows) * dim + d;
                 float* targets[kTileRows];
                 for (int64_t i = 0; i < kTileRows; ++i) targets[i] = turned[half] + i * kTileRows;
-                alignas(64) float tile[kProductNumbers];
+                alignas(64) float tile[kAccumulatorElements];
                 for (int64_t i = 0; i < kTileRows; ++i)
                     _mm512_store_ps(tile + i * kTileRows, _mm512_loadu_ps(from + i * dim));
-                store_product(tile, kTileRows, targets, kTileRows);
+                store_tile(tile, kTileRows, targets, kTileRows);
             }
-            const int64_t tile_at = (d / kTileRows * kRowDepth + k) * kTileNumbers;
+            const int64_t tile_at = (d / kTileRows * kRowDepth + k) * kTileElements;
             for (int64_t i = 0; i < kTileRows; ++i) {
                 alignas(64) float numbers[kTileDepth];
                 _mm512_store_ps(numbers, _mm512_load_ps(turned[0] + i * kTileRows));
@@ -151,7 +151,7 @@ VECTORS void load_values(Area& area, const AttentionInputs& in, int64_t head, in
 // The scores of 16 queries: 16 of row r.
 float* scores_of(Area& area, int64_t lane_tile, int64_t r, int64_t n_lane_tiles) {
     return area.scores.get() + r / (2 * kTileRows) * pair_numbers(n_lane_tiles) +
-           (2 * lane_tile + r / kTileRows % 2) * kProductNumbers + r % kTileRows * kTileRows;
+           (2 * lane_tile + r / kTileRows % 2) * kAccumulatorElements + r % kTileRows * kTileRows;
 }
 
 // Two rows of 16 numbers as pairs.
@@ -223,8 +223,9 @@ VECTORS void rescale(Area& area, int64_t n_lane_tiles) {
         const __m512 factor = _mm512_load_ps(area.factor + tile * kTileRows);
         if (_mm512_cmp_ps_mask(factor, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ) == 0) continue;
         for (int64_t pair = 0; pair < area.dim / (2 * kTileRows); ++pair) {
-            float* o = area.output.get() + pair * pair_numbers(n_lane_tiles) + 2 * tile * kProductNumbers;
-            for (int64_t i = 0; i < 2 * kProductNumbers; i += kTileRows)
+            float* o =
+                area.output.get() + pair * pair_numbers(n_lane_tiles) + 2 * tile * kAccumulatorElements;
+            for (int64_t i = 0; i < 2 * kAccumulatorElements; i += kTileRows)
                 _mm512_storeu_ps(o + i, _mm512_mul_ps(_mm512_loadu_ps(o + i), factor));
         }
     }
@@ -237,13 +238,13 @@ VECTORS void store_output(Area& area, const AttentionInputs& in, int64_t head, i
         const __m512 share = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_load_ps(area.sum + lane));
         for (int64_t d = 0; d < area.dim; d += kTileRows) {
             float* o = area.output.get() + d / (2 * kTileRows) * pair_numbers(n_lane_tiles) +
-                       (2 * tile + d / kTileRows % 2) * kProductNumbers;
-            for (int64_t i = 0; i < kProductNumbers; i += kTileRows)
+                       (2 * tile + d / kTileRows % 2) * kAccumulatorElements;
+            for (int64_t i = 0; i < kAccumulatorElements; i += kTileRows)
                 _mm512_storeu_ps(o + i, _mm512_mul_ps(_mm512_loadu_ps(o + i), share));
             float* targets[kTileRows];
             const int64_t n_lanes = std::min(kTileRows, n - lane);
             for (int64_t i = 0; i < n_lanes; ++i) targets[i] = in.output(head, begin + lane + i) + d;
-            store_product(o, kTileRows, targets, n_lanes);
+            store_tile(o, kTileRows, targets, n_lanes);
         }
     }
 }
@@ -280,7 +281,7 @@ bool can_attend(ggml_type type, int64_t head_dim) {
 
 void attend_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     const AttentionInputs in(dst, userdata);
-    const Readiness ready(Kernel::tiles);
+    const KernelScope ready(Kernel::amx);
     Area& area = area_for(in.head_dim());
     const int64_t n = in.n_queries(), n_large = (n + kMaxBlock - 1) / kMaxBlock;
     // Large blocks make tiles of keys and values less often; smaller ones where there is too little to share
@@ -300,5 +301,5 @@ void attend_op(ggml_tensor*, int, int, void*) {}
 
 #endif
 
-}  // namespace matrix
+}  // namespace gemm
 }  // namespace pydiffusion

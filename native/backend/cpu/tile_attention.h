@@ -4,7 +4,7 @@
 #include "ggml.h"
 
 namespace pydiffusion {
-namespace matrix {
+namespace gemm {
 
 // Keys and values that are float32 stay with the float32 attention.
 bool can_attend(ggml_type type, int64_t head_dim);
@@ -13,5 +13,5 @@ bool can_attend(ggml_type type, int64_t head_dim);
 // the four products of the halves the three larger ones are added up, which leaves errors of about 2**-16.
 void attend_op(ggml_tensor* dst, int ith, int nth, void* userdata);
 
-}  // namespace matrix
+}  // namespace gemm
 }  // namespace pydiffusion

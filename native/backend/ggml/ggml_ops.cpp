@@ -32,8 +32,8 @@ ggml_tensor* joined(ggml_context* ctx, ggml_tensor* result, const ggml_tensor* q
 
 }  // namespace
 
-ggml_tensor* attend_by_products(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
-                                const Mask& mask) {
+ggml_tensor* attend_by_matmul(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
+                              const Mask& mask) {
     if (ggml_is_quantized(
             k->type)) {  // there is no product with rows that a view has taken out of their place
         k = ggml_cast(ctx, k, GGML_TYPE_F32);
@@ -57,7 +57,7 @@ ggml_tensor* attend(ggml_context* ctx, const Backend& backend, ggml_tensor* q, g
         ggml_prec_set_acc(result, GGML_PREC_F32);
         if (backend.device_supports(result)) return joined(ctx, result, q);
     }
-    return attend_by_products(ctx, q, k, v, mask);
+    return attend_by_matmul(ctx, q, k, v, mask);
 }
 
 ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up) {

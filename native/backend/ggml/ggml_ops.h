@@ -30,8 +30,8 @@ ggml_tensor* attend(ggml_context* ctx, const Backend& backend, ggml_tensor* q, g
                     const Mask& mask);
 
 // The same as two products and a softmax in between, with float32 sums; of any device and type.
-ggml_tensor* attend_by_products(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
-                                const Mask& mask);
+ggml_tensor* attend_by_matmul(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
+                              const Mask& mask);
 
 ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up);
 

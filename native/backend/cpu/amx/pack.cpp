@@ -3,7 +3,7 @@
 #include "backend/cpu/amx/intrinsics.h"
 
 namespace pydiffusion {
-namespace matrix {
+namespace gemm {
 
 #if defined(PYDIFFUSION_TILES)
 
@@ -23,7 +23,7 @@ VECTORS inline void transpose(__m512i v[16]) {
         v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
         v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
-    // v[4 a + b], quarter q, is now rows 4 a .. 4 a + 3 of column 4 q + b.
+    // v[4 a + b], quarter q, is now rows 4 a .. 4 a + 3 of activation 4 q + b.
     for (int b = 0; b < 4; ++b) {
         t[b] = _mm512_shuffle_i32x4(v[b], v[4 + b], 0x88);
         t[4 + b] = _mm512_shuffle_i32x4(v[b], v[4 + b], 0xdd);
@@ -54,34 +54,34 @@ VECTORS void split(const float* numbers, uint32_t valid, uint16_t* high, uint16_
     _mm512_storeu_si512(low, (__m512i)_mm512_cvtne2ps_pbh(rest_b, rest_a));
 }
 
-VECTORS void pack_columns(const float* const* columns, int64_t n, uint16_t* tiles) {
-    for (int64_t k = 0; k < n; k += kTileDepth, tiles += kTileNumbers) {
+VECTORS void pack_activations(const float* const* activations, int64_t n, uint16_t* tiles) {
+    for (int64_t k = 0; k < n; k += kTileDepth, tiles += kTileElements) {
         __m512i pairs[16];
         for (int c = 0; c < 16; ++c) {
-            pairs[c] = columns[c] ? (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(columns[c] + k + 16),
-                                                                 _mm512_loadu_ps(columns[c] + k))
-                                  : _mm512_setzero_si512();
+            pairs[c] = activations[c] ? (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(activations[c] + k + 16),
+                                                                     _mm512_loadu_ps(activations[c] + k))
+                                      : _mm512_setzero_si512();
         }
         transpose(pairs);
         for (int p = 0; p < 16; ++p) _mm512_storeu_si512(tiles + p * kTileDepth, pairs[p]);
     }
 }
 
-VECTORS void store_product(const float* product, int64_t n_rows, float* const* targets, int64_t n_columns) {
+VECTORS void store_tile(const float* product, int64_t n_rows, float* const* targets, int64_t n_activations) {
     __m512i v[16];
     for (int i = 0; i < 16; ++i) v[i] = _mm512_loadu_si512(product + i * kTileRows);
     transpose(v);
     const __mmask16 rows = static_cast<__mmask16>((1u << n_rows) - 1);
-    for (int64_t c = 0; c < n_columns; ++c) _mm512_mask_storeu_epi32(targets[c], rows, v[c]);
+    for (int64_t c = 0; c < n_activations; ++c) _mm512_mask_storeu_epi32(targets[c], rows, v[c]);
 }
 
 #else
 
-void pack_columns(const float* const*, int64_t, uint16_t*) {}
+void pack_activations(const float* const*, int64_t, uint16_t*) {}
 void split(const float*, uint32_t, uint16_t*, uint16_t*) {}
-void store_product(const float*, int64_t, float* const*, int64_t) {}
+void store_tile(const float*, int64_t, float* const*, int64_t) {}
 
 #endif
 
-}  // namespace matrix
+}  // namespace gemm
 }  // namespace pydiffusion

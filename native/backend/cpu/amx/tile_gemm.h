@@ -1,9 +1,9 @@
-// Products of 16-bit tiles: what the processor's matrix units, or its vectors, multiply at a time.
+// Matmul of 16-bit tiles: what the processor's matrix units, or its vectors, multiply at a time.
 //
-// Weights and columns (a token's numbers) are laid out in tiles of bfloat16, 1 KiB each:
+// Weights and activations (a token's numbers) are laid out in tiles of bfloat16, 1 KiB each:
 //   weights: 16 rows x 32 numbers, row by row;
-//   columns: 16 pairs of numbers x 16 columns, the two numbers of a pair side by side.
-// A product of two is added to a tile of 16 rows x 16 columns of float32.
+//   activations: 16 pairs of numbers x 16 activations, the two numbers of a pair side by side.
+// A product of two is added to a tile of 16 rows x 16 activations of float32.
 #pragma once
 
 #include <cstdint>
@@ -24,60 +24,60 @@
 #endif
 
 namespace pydiffusion {
-namespace matrix {
+namespace gemm {
 
-constexpr int64_t kTileRows = 16;      // of weights, and columns, in a tile
-constexpr int64_t kTileDepth = 32;     // numbers of each row
-constexpr int64_t kTileNumbers = 512;  // bfloat16 numbers of a tile; its product has 256 of float32
-constexpr int64_t kProductNumbers = 256;
+constexpr int64_t kTileRows = 16;       // of weights, and activations, in a tile
+constexpr int64_t kTileDepth = 32;      // numbers of each row
+constexpr int64_t kTileElements = 512;  // bfloat16 numbers of a tile; its product has 256 of float32
+constexpr int64_t kAccumulatorElements = 256;
 
 enum class Kernel {
-    ggml,     // no tiles: ggml's own products
-    vectors,  // AVX-512 BF16
-    tiles,    // AMX BF16
+    ggml,         // no tiles: ggml's own products
+    avx512_bf16,  // AVX-512 BF16
+    amx,          // AMX BF16
 };
 
 // "ggml", "avx512-bf16", "amx", or "auto": AMX where it is, else ggml's. (On a processor with both, AVX-512
 // BF16 was faster than ggml's products for some types and far slower for others; which on those without AMX
 // has not been measured.) Throws Error(argument) for other names and for what this processor has not.
-Kernel kernel_named(const std::string& name);
+Kernel kernel_by_name(const std::string& name);
 const char* name_of(Kernel kernel);
 // The names of what this processor has, the slowest first.
 std::vector<std::string> kernel_names();
 
 // Makes the thread ready for multiply(), and takes back what that changed.
-class Readiness {
+class KernelScope {
   public:
-    explicit Readiness(Kernel kernel);
-    ~Readiness();
-    Readiness(const Readiness&) = delete;
-    Readiness& operator=(const Readiness&) = delete;
+    explicit KernelScope(Kernel kernel);
+    ~KernelScope();
+    KernelScope(const KernelScope&) = delete;
+    KernelScope& operator=(const KernelScope&) = delete;
 
   private:
     Kernel kernel_;
 };
 
-// products[j][i] += weights[i] columns[j], for n_weights (1 or 2) by n_columns tiles that are `depth` tiles
-// deep: tile d of weights i stands at weights + i * weight_stride + d * kTileNumbers, likewise columns; tile
-// (j, i) of the products at products + (2 * j + i) * kProductNumbers. `add` false: = instead of +=. Each
-// number is summed up in the order of depth, whatever else is computed.
-struct Operands {
+// products[j][i] += weights[i] activations[j], for n_weights (1 or 2) by n_activations tiles that are `depth`
+// tiles deep: tile d of weights i stands at weights + i * weight_stride + d * kTileElements, likewise
+// activations; tile (j, i) of the products at products + (2 * j + i) * kAccumulatorElements. `add` false: =
+// instead of +=. Each number is summed up in the order of depth, whatever else is computed.
+struct TileOperands {
     const uint16_t* weights;
     int64_t weight_stride;
-    const uint16_t* columns;
-    int64_t column_stride;
-    float* products;
+    const uint16_t* activations;
+    int64_t activation_stride;
+    float* accumulators;
 };
-void multiply(Kernel kernel, const Operands& operands, int64_t n_weights, int64_t n_columns, int64_t depth,
-              bool add);
+void tile_gemm(Kernel kernel, const TileOperands& operands, int64_t n_weights, int64_t n_activations,
+               int64_t depth, bool add);
 
 // Likewise, with AMX, for numbers that are sums of two bfloat16 ones: the low halves lie at these distances
 // from the high ones, 0 where there are none. The product of two low halves is left out.
 struct LowHalves {
-    int64_t weights, columns;
+    int64_t weights, activations;
 };
-void multiply_halves(const Operands& operands, const LowHalves& low, int64_t n_weights, int64_t n_columns,
-                     int64_t depth, bool add);
+void tile_gemm_split(const TileOperands& operands, const LowHalves& low, int64_t n_weights,
+                     int64_t n_activations, int64_t depth, bool add);
 
-}  // namespace matrix
+}  // namespace gemm
 }  // namespace pydiffusion

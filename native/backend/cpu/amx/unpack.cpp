@@ -6,13 +6,13 @@
 #include "util/aligned_buffer.h"
 
 namespace pydiffusion {
-namespace matrix {
+namespace gemm {
 
 #if defined(PYDIFFUSION_TILES)
 
 namespace {
 
-// What a row is unpacked with: `n` weights, 32 at a time to out, out + kTileNumbers, ...
+// What a row is unpacked with: `n` weights, 32 at a time to out, out + kTileElements, ...
 using UnpackRow = void (*)(const uint8_t* row, int64_t n, uint16_t* out);
 
 VECTORS inline float half_at(const uint8_t* p) {
@@ -53,7 +53,7 @@ VECTORS inline __m512 floats_of(const int8_t* bytes) {
 // --- blocks of 32: the weights are entries of a table made for their block ---
 
 VECTORS void unpack_q8_0(const uint8_t* row, int64_t n, uint16_t* out) {
-    for (int64_t i = 0; i < n; i += 32, row += 34, out += kTileNumbers) {
+    for (int64_t i = 0; i < n; i += 32, row += 34, out += kTileElements) {
         const __m512 d = _mm512_set1_ps(half_at(row));
         const auto* q = reinterpret_cast<const int8_t*>(row + 2);
         store(out, _mm512_mul_ps(floats_of(q), d), _mm512_mul_ps(floats_of(q + 16), d));
@@ -62,14 +62,14 @@ VECTORS void unpack_q8_0(const uint8_t* row, int64_t n, uint16_t* out) {
 
 VECTORS void unpack_q4_0(const uint8_t* row, int64_t n, uint16_t* out) {
     const __m512 values = _mm512_sub_ps(count_up(), _mm512_set1_ps(8.0f));
-    for (int64_t i = 0; i < n; i += 32, row += 18, out += kTileNumbers) {
+    for (int64_t i = 0; i < n; i += 32, row += 18, out += kTileElements) {
         const __m512 entries = _mm512_mul_ps(values, _mm512_set1_ps(half_at(row)));
         store(out, table_of(entries, entries), nibbles_of(row + 2));
     }
 }
 
 VECTORS void unpack_q4_1(const uint8_t* row, int64_t n, uint16_t* out) {
-    for (int64_t i = 0; i < n; i += 32, row += 20, out += kTileNumbers) {
+    for (int64_t i = 0; i < n; i += 32, row += 20, out += kTileElements) {
         const __m512 entries =
             _mm512_fmadd_ps(count_up(), _mm512_set1_ps(half_at(row)), _mm512_set1_ps(half_at(row + 2)));
         store(out, table_of(entries, entries), nibbles_of(row + 4));
@@ -85,7 +85,7 @@ VECTORS inline __m512i with_fifth_bits(__m512i nibbles, const uint8_t* bits) {
 
 VECTORS void unpack_q5_0(const uint8_t* row, int64_t n, uint16_t* out) {
     const __m512 sixteen = _mm512_set1_ps(16.0f);
-    for (int64_t i = 0; i < n; i += 32, row += 22, out += kTileNumbers) {
+    for (int64_t i = 0; i < n; i += 32, row += 22, out += kTileElements) {
         const __m512 d = _mm512_set1_ps(half_at(row));
         const __m512 high = _mm512_mul_ps(count_up(), d);
         const __m512i table = table_of(_mm512_fnmadd_ps(sixteen, d, high), high);
@@ -95,7 +95,7 @@ VECTORS void unpack_q5_0(const uint8_t* row, int64_t n, uint16_t* out) {
 
 VECTORS void unpack_q5_1(const uint8_t* row, int64_t n, uint16_t* out) {
     const __m512 sixteen = _mm512_set1_ps(16.0f);
-    for (int64_t i = 0; i < n; i += 32, row += 24, out += kTileNumbers) {
+    for (int64_t i = 0; i < n; i += 32, row += 24, out += kTileElements) {
         const __m512 d = _mm512_set1_ps(half_at(row));
         const __m512 low = _mm512_fmadd_ps(count_up(), d, _mm512_set1_ps(half_at(row + 2)));
         const __m512i table = table_of(low, _mm512_fmadd_ps(sixteen, d, low));
@@ -114,14 +114,14 @@ VECTORS inline __m512 fp4_values() {
 }
 
 VECTORS void unpack_iq4_nl(const uint8_t* row, int64_t n, uint16_t* out) {
-    for (int64_t i = 0; i < n; i += 32, row += 18, out += kTileNumbers) {
+    for (int64_t i = 0; i < n; i += 32, row += 18, out += kTileElements) {
         const __m512 entries = _mm512_mul_ps(iq4_values(), _mm512_set1_ps(half_at(row)));
         store(out, table_of(entries, entries), nibbles_of(row + 2));
     }
 }
 
 VECTORS void unpack_mxfp4(const uint8_t* row, int64_t n, uint16_t* out) {
-    for (int64_t i = 0; i < n; i += 32, row += 17, out += kTileNumbers) {
+    for (int64_t i = 0; i < n; i += 32, row += 17, out += kTileElements) {
         const __m512 half = _mm512_set1_ps(0.5f);
         const __m512 exponent = _mm512_set1_ps(static_cast<float>(*row) - 127.0f);
         const __m512 entries = _mm512_mul_ps(_mm512_scalef_ps(half, exponent), fp4_values());
@@ -136,7 +136,7 @@ VECTORS void unpack_iq4_xs(const uint8_t* row, int64_t n, uint16_t* out) {
         const float d = half_at(row);
         uint16_t high;
         std::memcpy(&high, row + 2, sizeof high);
-        for (int j = 0; j < 8; ++j, out += kTileNumbers) {
+        for (int j = 0; j < 8; ++j, out += kTileElements) {
             const int low = row[4 + j / 2] >> 4 * (j % 2) & 15;
             const int scale = (low | (high >> 2 * j & 3) << 4) - 32;
             const __m512 entries = _mm512_mul_ps(iq4_values(), _mm512_set1_ps(d * static_cast<float>(scale)));
@@ -177,7 +177,7 @@ VECTORS inline Groups groups_of(const uint8_t* block) {
 VECTORS void unpack_q4_k(const uint8_t* row, int64_t n, uint16_t* out) {
     for (int64_t i = 0; i < n; i += 256, row += 144) {
         const Groups g = groups_of(row);
-        for (int j = 0; j < 8; j += 2, out += 2 * kTileNumbers) {
+        for (int j = 0; j < 8; j += 2, out += 2 * kTileElements) {
             // One table for two groups, the second group's entries behind the first's.
             const __m512i table = table_of(
                 _mm512_fmsub_ps(count_up(), _mm512_set1_ps(g.scale[j]), _mm512_set1_ps(g.minimum[j])),
@@ -185,7 +185,7 @@ VECTORS void unpack_q4_k(const uint8_t* row, int64_t n, uint16_t* out) {
                                 _mm512_set1_ps(g.minimum[j + 1])));
             const __m512i words = words_of(row + 16 + 16 * j), sixteen = _mm512_set1_epi16(16);
             store(out, table, _mm512_and_si512(words, _mm512_set1_epi16(15)));
-            store(out + kTileNumbers, table, _mm512_or_si512(_mm512_srli_epi16(words, 4), sixteen));
+            store(out + kTileElements, table, _mm512_or_si512(_mm512_srli_epi16(words, 4), sixteen));
         }
     }
 }
@@ -195,7 +195,7 @@ VECTORS void unpack_q5_k(const uint8_t* row, int64_t n, uint16_t* out) {
     for (int64_t i = 0; i < n; i += 256, row += 176) {
         const Groups g = groups_of(row);
         const __m256i fifth = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 16));
-        for (int j = 0; j < 8; ++j, out += kTileNumbers) {
+        for (int j = 0; j < 8; ++j, out += kTileElements) {
             const __m512 scale = _mm512_set1_ps(g.scale[j]);
             const __m512 low = _mm512_fmsub_ps(count_up(), scale, _mm512_set1_ps(g.minimum[j]));
             const __m512i table = table_of(low, _mm512_fmadd_ps(sixteen, scale, low));
@@ -223,7 +223,7 @@ VECTORS void unpack_q6_k(const uint8_t* row, int64_t n, uint16_t* out) {
         leave_in_memory(scales);
         for (int half = 0; half < 2; ++half) {
             const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 128 + 32 * half));
-            for (int j = 0; j < 4; ++j, out += kTileNumbers) {
+            for (int j = 0; j < 4; ++j, out += kTileElements) {
                 const uint8_t* low = row + 64 * half + 32 * (j % 2);
                 __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low));
                 q = _mm256_and_si256(j < 2 ? q : _mm256_srli_epi16(q, 4), fifteen);
@@ -280,7 +280,7 @@ VECTORS void unpack_q2_k(const uint8_t* row, int64_t n, uint16_t* out) {
                                            _mm512_fmsub_ps(_mm512_permutexvar_ps(second, scales), values,
                                                            _mm512_permutexvar_ps(second, minima)));
             const __m512i words = words_of(row + 16 + 32 * half);
-            for (int j = 0; j < 4; ++j, out += kTileNumbers)
+            for (int j = 0; j < 4; ++j, out += kTileElements)
                 store(out, table, two_bits_of(words, 2 * j, 8 * j, 8 * j + 4));
         }
     }
@@ -309,7 +309,7 @@ VECTORS void unpack_q3_k(const uint8_t* row, int64_t n, uint16_t* out) {
         const __m512 scales = q3_k_scales(row + 96, half_at(row + 108));
         for (int half = 0; half < 2; ++half) {
             const __m512i words = words_of(row + 32 + 32 * half);
-            for (int j = 0; j < 4; ++j, out += kTileNumbers) {
+            for (int j = 0; j < 4; ++j, out += kTileElements) {
                 const __m512i first = _mm512_add_epi32(groups, _mm512_set1_epi32(8 * half + 2 * j));
                 const __m512 low = _mm512_mul_ps(_mm512_permutexvar_ps(first, scales), values);
                 const __m512i bits = two_bits_of(words, 2 * j, 0, 8);
@@ -324,7 +324,8 @@ VECTORS void unpack_q3_k(const uint8_t* row, int64_t n, uint16_t* out) {
 // --- others ---
 
 void copy_bf16(const uint8_t* row, int64_t n, uint16_t* out) {
-    for (int64_t i = 0; i < n; i += 32, row += 64, out += kTileNumbers) std::memcpy(out, row, 2 * kTileDepth);
+    for (int64_t i = 0; i < n; i += 32, row += 64, out += kTileElements)
+        std::memcpy(out, row, 2 * kTileDepth);
 }
 
 UnpackRow unpacker_of(ggml_type type) {
@@ -368,7 +369,7 @@ bool can_unpack(ggml_type type, int64_t n_per_row) {
     return unpacker_of(type) && n_per_row % kTileDepth == 0;
 }
 
-void unpack(const Rows& rows, uint16_t* tiles, const Ahead& ahead) {
+void unpack(const Rows& rows, uint16_t* tiles, const Prefetch& ahead) {
     const UnpackRow unpack_row = unpacker_of(rows.type);
     const int64_t depth = rows.n / kTileDepth;
     const int64_t n_whole = (rows.n_rows + kTileRows - 1) / kTileRows * kTileRows;
@@ -376,9 +377,9 @@ void unpack(const Rows& rows, uint16_t* tiles, const Ahead& ahead) {
     for (int64_t r = 0; r < n_whole; ++r) {
         for (size_t at = 0; at < ahead.n_bytes; at += kLine)
             _mm_prefetch(ahead.data + r * ahead.stride + at, _MM_HINT_T1);
-        uint16_t* out = tiles + r / kTileRows * depth * kTileNumbers + r % kTileRows * kTileDepth;
+        uint16_t* out = tiles + r / kTileRows * depth * kTileElements + r % kTileRows * kTileDepth;
         if (r >= rows.n_rows) {
-            for (int64_t d = 0; d < depth; ++d) std::memset(out + d * kTileNumbers, 0, 2 * kTileDepth);
+            for (int64_t d = 0; d < depth; ++d) std::memset(out + d * kTileElements, 0, 2 * kTileDepth);
             continue;
         }
         const auto* row = reinterpret_cast<const uint8_t*>(data + r * rows.row_bytes);
@@ -389,9 +390,9 @@ void unpack(const Rows& rows, uint16_t* tiles, const Ahead& ahead) {
 #else
 
 bool can_unpack(ggml_type, int64_t) { return false; }
-void unpack(const Rows&, uint16_t*, const Ahead&) {}
+void unpack(const Rows&, uint16_t*, const Prefetch&) {}
 
 #endif
 
-}  // namespace matrix
+}  // namespace gemm
 }  // namespace pydiffusion

@@ -8,7 +8,7 @@
 #include "ggml.h"
 
 namespace pydiffusion {
-namespace matrix {
+namespace gemm {
 
 // Whether rows of `n_per_row` weights of this type go into tiles of bfloat16: all that lose far less by it
 // than their own quantization has lost, and that are unpacked faster than ggml multiplies them.
@@ -26,7 +26,7 @@ struct Rows {
 
 // Memory that is needed soon: for each row that is unpacked meanwhile `n_bytes`, `stride` further each time.
 // It may end anywhere.
-struct Ahead {
+struct Prefetch {
     const char* data = nullptr;
     size_t stride = 0, n_bytes = 0;
 };
@@ -34,7 +34,7 @@ struct Ahead {
 // They become 1 or 2 (n_rows > kTileRows) times n / kTileDepth tiles; what is missing of the last tiles' rows
 // is zero. What is ahead is brought into the second cache meanwhile, row by row: faster, it would hold up the
 // reads of what is being unpacked.
-void unpack(const Rows& rows, uint16_t* tiles, const Ahead& ahead);
+void unpack(const Rows& rows, uint16_t* tiles, const Prefetch& ahead);
 
-}  // namespace matrix
+}  // namespace gemm
 }  // namespace pydiffusion
