@@ -7,4 +7,4 @@
 void require(bool ok);
 
 // Every key is found, every tensor lies inside its part, and no two of a part overlap. Aborts otherwise.
-void check_file(const pydiffusion::File& file);
+void check_file(const pydiffusion::GgufFile& file);

@@ -56,7 +56,7 @@ std::vector<int32_t> converse(pydiffusion::Session& session) {
 
 int main(int argc, char** argv) {
     require(argc == 2, "usage: inject_errors MODEL.gguf");
-    const auto file = std::make_shared<pydiffusion::File>(argv[1]);
+    const auto file = std::make_shared<pydiffusion::GgufFile>(argv[1]);
     const auto model =
         std::make_shared<pydiffusion::Model>(file, 1, "cpu", "auto", pydiffusion::DevicePlan(), [](double) {});
     pydiffusion::Session fresh(model, 64, GGML_TYPE_F32), session(model, 64, GGML_TYPE_F32);

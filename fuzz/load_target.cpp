@@ -44,7 +44,7 @@ struct Count {
 
 // Whether it came to its end.
 bool use(const std::shared_ptr<const pydiffusion::Model>& model) {
-    const pydiffusion::Hyperparameters& hp = model->hparams;
+    const pydiffusion::Hparams& hp = model->hparams;
     ++count.n_opened;
     if (hp.canvas_length > kMaxCanvas || hp.sampler.steps > kMaxSteps) return false;
     const int32_t n_ctx = std::min(hp.n_ctx_train, 3 * hp.canvas_length + 8);
@@ -76,7 +76,7 @@ bool use(const std::shared_ptr<const pydiffusion::Model>& model) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     ++count.n_inputs;
     try {
-        const auto file = pydiffusion::File::open_whole(memory_file(data, size, weights()));
+        const auto file = pydiffusion::GgufFile::open_all_parts(memory_file(data, size, weights()));
         const bool done = use(std::make_shared<pydiffusion::Model>(file, 1, "cpu", "auto",
                                                                    pydiffusion::DevicePlan(), [](double) {}));
         if (done) remember_good(data, size);

@@ -1,4 +1,4 @@
-// File, hyperparameters and the plan of the weights, on headers that nearly are a model's: a typed error, or
+// GgufFile, hyperparameters and the plan of the weights, on headers that nearly are a model's: a typed error, or
 // every tensor lies inside the file, as large as the hyperparameters ask for.
 #include "util/error.h"
 #include "file_check.h"
@@ -7,7 +7,7 @@
 
 namespace {
 
-void check_tensor(const pydiffusion::File& file, const ggml_tensor* tensor) {
+void check_tensor(const pydiffusion::GgufFile& file, const ggml_tensor* tensor) {
     if (!tensor) return;
     const pydiffusion::TensorInfo* info = file.find_tensor(tensor->name);
     require(info != nullptr && ggml_nbytes(tensor) == info->n_bytes);
@@ -17,8 +17,8 @@ void check_tensor(const pydiffusion::File& file, const ggml_tensor* tensor) {
 }
 
 void check(const std::string& path) {
-    const auto file = std::make_shared<const pydiffusion::File>(path);
-    const pydiffusion::Hyperparameters hparams(*file);
+    const auto file = std::make_shared<const pydiffusion::GgufFile>(path);
+    const pydiffusion::Hparams hparams(*file);
     require(hparams.layers.size() == static_cast<size_t>(hparams.n_layer));
     require(hparams.n_expert_used >= 1 && hparams.n_expert_used <= hparams.n_expert);
     require(hparams.canvas_length >= 1 && hparams.canvas_length <= hparams.n_ctx_train);

@@ -43,13 +43,13 @@ GraphExecutor::GraphExecutor(Backend& backend) : backend_(backend) {
 }
 
 void GraphExecutor::allocate(ggml_cgraph* graph, const std::vector<ggml_context_ptr>& inputs,
-                             const Kept& kept, const char* what) {
+                             const Pinned& pinned, const char* what) {
     bool done = true;
     inputs_.resize(inputs.size());
     for (size_t i = 0; i < inputs.size(); ++i)
         done = done && allocate_inputs(static_cast<int32_t>(i) + kCpuDevice, inputs[i].get());
-    done = done &&
-           (backend_.on_device() ? schedule(graph, kept) : ggml_gallocr_alloc_graph(allocator_.get(), graph));
+    done = done && (backend_.on_device() ? schedule(graph, pinned)
+                                         : ggml_gallocr_alloc_graph(allocator_.get(), graph));
     if (!done) throw Error(ErrorKind::out_of_memory, format("no memory for %s", what));
     if (!backend_.on_device()) use_large_pages_under(graph);
 }
@@ -82,7 +82,7 @@ ggml_backend_t GraphExecutor::backend_of(const ggml_tensor* weight) const {
     return backend_.cpu_.get();
 }
 
-bool GraphExecutor::schedule(ggml_cgraph* graph, const Kept& kept) {
+bool GraphExecutor::schedule(ggml_cgraph* graph, const Pinned& pinned) {
     const size_t needed = 2 * static_cast<size_t>(ggml_graph_size(graph));
     if (scheduler_size_ < needed) {
         std::vector<ggml_backend_t> backends;
@@ -103,7 +103,7 @@ bool GraphExecutor::schedule(ggml_cgraph* graph, const Kept& kept) {
         scheduler_size_ = needed;
     }
     ggml_backend_sched_reset(scheduler_.get());
-    for (const auto& [node, weight] : kept)
+    for (const auto& [node, weight] : pinned)
         ggml_backend_sched_set_tensor_backend(scheduler_.get(), node, backend_of(weight));
     return ggml_backend_sched_alloc_graph(scheduler_.get(), graph);
 }

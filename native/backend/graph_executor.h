@@ -19,10 +19,11 @@ class GraphExecutor {
     explicit GraphExecutor(Backend& backend);
 
     // Lays the graph out, in place of the one before; on devices with the tensors of `inputs`, which keep
-    // their memory while it stands: first the processor's, then each device's. Of a pair in `kept` the first
-    // is computed where the second, a weight, lies. Throws Error(out_of_memory) with "no memory for `what`".
-    using Kept = std::vector<std::pair<ggml_tensor*, const ggml_tensor*>>;
-    void allocate(ggml_cgraph* graph, const std::vector<ggml_context_ptr>& inputs, const Kept& kept,
+    // their memory while it stands: first the processor's, then each device's. Of a pair in `pinned` the
+    // first is computed where the second, a weight, lies. Throws Error(out_of_memory) with "no memory for
+    // `what`".
+    using Pinned = std::vector<std::pair<ggml_tensor*, const ggml_tensor*>>;
+    void allocate(ggml_cgraph* graph, const std::vector<ggml_context_ptr>& inputs, const Pinned& pinned,
                   const char* what);
 
     // Runs the graph laid out last.
@@ -35,7 +36,7 @@ class GraphExecutor {
   private:
     void require_success(ggml_status status) const;
     bool allocate_inputs(int32_t device, ggml_context* inputs);
-    bool schedule(ggml_cgraph* graph, const Kept& kept);
+    bool schedule(ggml_cgraph* graph, const Pinned& pinned);
     ggml_backend_t backend_of(const ggml_tensor* weight) const;
 
     Backend& backend_;

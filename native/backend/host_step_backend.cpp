@@ -75,7 +75,7 @@ int32_t draw(const float* x, int64_t n_vocab, const RowSums& sums, float inverse
 Measure measure(const float* x, int64_t n_vocab, float temperature, float u) {
     const float inverse = row::inverse_temperature(temperature);
     const RowSums sums = sum_row(x, n_vocab, inverse);
-    if (sums.all.unsound || sums.all.argmax < 0) return {0, 0, std::numeric_limits<float>::quiet_NaN()};
+    if (sums.all.has_nonfinite || sums.all.argmax < 0) return {0, 0, std::numeric_limits<float>::quiet_NaN()};
     const float entropy = std::log(sums.all.weight) - sums.all.weighted / sums.all.weight;
     return {sums.all.argmax, draw(x, n_vocab, sums, inverse, u), std::max(0.0f, entropy)};
 }
@@ -86,7 +86,8 @@ void distribution(const float* x, int64_t n_vocab, float temperature, float drop
     const row::Sums sums = sum_row(x, n_vocab, d.inverse).all;
     d.maximum = sums.maximum;
     d.threshold = 0.0f;
-    d.scale = sums.unsound || sums.argmax < 0 ? std::numeric_limits<float>::quiet_NaN() : 1.0f / sums.weight;
+    d.scale =
+        sums.has_nonfinite || sums.argmax < 0 ? std::numeric_limits<float>::quiet_NaN() : 1.0f / sums.weight;
     double below[row::kThresholds] = {};
     for (int thread = 0; thread < row::kThreads; ++thread) {
         row::Tails tails = {};

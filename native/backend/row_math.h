@@ -46,10 +46,10 @@ PD_BOTH float capped(float x, float cap) { return x <= FLT_MAX ? cap * tanhf(x /
 // What is known of some of a row's logits: the largest, and the sums over exp((x - maximum) / temperature).
 struct Sums {
     float maximum;
-    int32_t argmax;   // the first of equal maxima; -1: no logit above -infinity yet
-    float weight;     // sum of exp(z)
-    float weighted;   // sum of exp(z) * z
-    int32_t unsound;  // a NaN or +infinity was among them
+    int32_t argmax;         // the first of equal maxima; -1: no logit above -infinity yet
+    float weight;           // sum of exp(z)
+    float weighted;         // sum of exp(z) * z
+    int32_t has_nonfinite;  // a NaN or +infinity was among them
 };
 
 PD_BOTH Sums no_sums() { return {-FLT_MAX, -1, 0.0f, 0.0f, 0}; }
@@ -63,7 +63,7 @@ PD_BOTH void rescale(Sums& s, float maximum, float inverse) {
 }
 
 PD_BOTH void add(Sums& s, float x, int32_t token, float inverse) {
-    if (!(x <= FLT_MAX)) s.unsound = 1;
+    if (!(x <= FLT_MAX)) s.has_nonfinite = 1;
     if (!(x >= -FLT_MAX)) return;  // a token that can't be
     if (s.argmax < 0 || x > s.maximum) {
         if (s.argmax < 0) {
@@ -79,10 +79,10 @@ PD_BOTH void add(Sums& s, float x, int32_t token, float inverse) {
 }
 
 PD_BOTH Sums merged(Sums a, Sums b, float inverse) {
-    const int32_t unsound = a.unsound | b.unsound;
+    const int32_t has_nonfinite = a.has_nonfinite | b.has_nonfinite;
     if (a.argmax < 0 || b.argmax < 0) {
         Sums one = a.argmax < 0 ? b : a;
-        one.unsound = unsound;
+        one.has_nonfinite = has_nonfinite;
         return one;
     }
     const bool b_leads = b.maximum > a.maximum || (b.maximum == a.maximum && b.argmax < a.argmax);
@@ -90,7 +90,7 @@ PD_BOTH Sums merged(Sums a, Sums b, float inverse) {
     const int32_t argmax = b_leads ? b.argmax : a.argmax;
     rescale(a, maximum, inverse);
     rescale(b, maximum, inverse);
-    return {maximum, argmax, a.weight + b.weight, a.weighted + b.weighted, unsound};
+    return {maximum, argmax, a.weight + b.weight, a.weighted + b.weighted, has_nonfinite};
 }
 
 // --- what self-conditioning keeps of a row ---
@@ -129,7 +129,7 @@ PD_BOTH int choose_threshold(const double* below, float bound) {
 // A row's distribution, once it is known.
 struct Distribution {
     float maximum;
-    float scale;      // 1 / sum of exp; NaN for unsound logits, which then spoil all that follows
+    float scale;      // 1 / sum of exp; NaN for has_nonfinite logits, which then spoil all that follows
     float inverse;    // of the temperature
     float threshold;  // probabilities below it are left out
 };

@@ -66,50 +66,50 @@ void bind_file(nb::module_& m) {
                           upper_type_name(t.type).c_str(), t.shape().c_str());
         });
 
-    nb::class_<File>(
+    nb::class_<GgufFile>(
         m, "GgufFile",
         "A GGUF file of any architecture, memory-mapped and validated.\n\n"
         "Raises ModelFormatError, naming key or tensor, when anything in it is not as the format asks.")
         .def(
             "__init__",
-            [](File* self, const nb::str& path) {
+            [](GgufFile* self, const nb::str& path) {
                 const std::string name = from_str(path);
                 const WithoutGil release;
-                new (self) File(name);
+                new (self) GgufFile(name);
             },
             nb::arg("path"))
         .def_static(
-            "open_whole",
+            "open_all_parts",
             [](const nb::str& path) {
                 const std::string name = from_str(path);
                 const WithoutGil release;
-                return File::open_whole(name);
+                return GgufFile::open_all_parts(name);
             },
             nb::arg("path"),
             "A file; of a split one, whose first part is given, all parts as the file that was split.")
-        .def_prop_ro("path", [](const File& f) { return to_str(f.path()); })
+        .def_prop_ro("path", [](const GgufFile& f) { return to_str(f.path()); })
         .def_prop_ro(
             "paths",
-            [](const File& f) {
+            [](const GgufFile& f) {
                 nb::list paths;
                 for (size_t i = 0; i < f.n_parts(); ++i) paths.append(to_str(f.part(i).path()));
                 return paths;
             },
             "Of all parts; of a file that is not split its own.")
-        .def_prop_ro("version", &File::version)
-        .def_prop_ro("alignment", &File::alignment)
-        .def_prop_ro("data_offset", &File::data_offset)
-        .def_prop_ro("n_bytes", &File::n_bytes_of_all_parts)
+        .def_prop_ro("version", &GgufFile::version)
+        .def_prop_ro("alignment", &GgufFile::alignment)
+        .def_prop_ro("data_offset", &GgufFile::data_offset)
+        .def_prop_ro("n_bytes", &GgufFile::n_bytes_of_all_parts)
         .def_prop_ro(
             "metadata",
-            [](const File& f) {
+            [](const GgufFile& f) {
                 nb::dict metadata;
                 for (const std::string& key : f.keys()) metadata[to_str(key)] = to_python(*f.find(key));
                 return metadata;
             },
             "Keys and values in the file's order; made anew at each access.")
         .def_prop_ro("metadata_types",
-                     [](const File& f) {
+                     [](const GgufFile& f) {
                          nb::dict types;
                          for (const std::string& key : f.keys())
                              types[to_str(key)] = f.find(key)->type_name();
@@ -118,7 +118,7 @@ void bind_file(nb::module_& m) {
         .def_prop_ro("tensors",
                      [](nb::handle self) {
                          nb::list tensors;
-                         for (const TensorInfo& t : nb::cast<const File&>(self).tensors()) {
+                         for (const TensorInfo& t : nb::cast<const GgufFile&>(self).tensors()) {
                              tensors.append(nb::cast(t, nb::rv_policy::copy));
                          }
                          return tensors;
@@ -126,7 +126,7 @@ void bind_file(nb::module_& m) {
         .def(
             "tensor_bytes",
             [](nb::handle self, const nb::str& name) {
-                const File& file = nb::cast<const File&>(self);
+                const GgufFile& file = nb::cast<const GgufFile&>(self);
                 const TensorInfo* tensor = file.find_tensor(from_str(name));
                 if (!tensor)
                     throw Error(ErrorKind::argument,

@@ -16,7 +16,7 @@ namespace pydiffusion {
 
 namespace {
 
-ggml_type cache_type(const File& file, const std::string& kv_type) {
+ggml_type cache_type(const GgufFile& file, const std::string& kv_type) {
     if (kv_type == "q8_0") return GGML_TYPE_Q8_0;
     // An F32 file is asked for exactness: its keys and values stay exact too.
     const bool exact = std::all_of(file.tensors().begin(), file.tensors().end(),
@@ -69,12 +69,12 @@ DeviceMemory memory_of(const std::string& device, uint64_t limit) {
     return memory;
 }
 
-SessionNeeds needs_of(const DeviceRequest& request, const Hyperparameters& hp, ggml_type kv_type) {
+SessionNeeds needs_of(const DeviceRequest& request, const Hparams& hp, ggml_type kv_type) {
     return {std::min<int64_t>(request.n_ctx, hp.n_ctx_train), kv_type,
             static_cast<uint64_t>(request.n_sessions)};
 }
 
-ResolvedDevices choose(const File& file, const DeviceRequest& request, ggml_type kv_type) {
+ResolvedDevices choose(const GgufFile& file, const DeviceRequest& request, ggml_type kv_type) {
     if (request.device == "cpu") return {};
     if (request.n_sessions < 1 || request.n_sessions > kMaxSessions)
         throw Error(ErrorKind::argument, format("n_sessions must be 1 to %d", kMaxSessions));
@@ -89,7 +89,7 @@ ResolvedDevices choose(const File& file, const DeviceRequest& request, ggml_type
     if (devices.empty() || (!request.memory_limits.empty() && request.memory_limits.size() != devices.size()))
         throw Error(ErrorKind::argument, format("there are %zu devices and %zu limits of memory",
                                                 devices.size(), request.memory_limits.size()));
-    const Hyperparameters hp(file);
+    const Hparams hp(file);
     const DevicePlan device_plan = plan_devices(file, hp, needs_of(request, hp, kv_type), memory,
                                                 request.n_gpu_layers, request.n_cpu_moe);
     // A device without layers has nothing to do, unless it is the last.
@@ -122,7 +122,7 @@ PyModel load_model(const std::string& path, int n_threads, const std::string& kv
     };
     const WithoutGil release;
     PyModel result;
-    auto file = File::open_whole(path);
+    auto file = GgufFile::open_all_parts(path);
     result.kv_type = cache_type(*file, kv_type);
     const ResolvedDevices choice = choose(*file, request, result.kv_type);
     result.model = std::make_shared<Model>(file, n_threads, choice.device(), request.kernels,
@@ -130,7 +130,7 @@ PyModel load_model(const std::string& path, int n_threads, const std::string& kv
     return result;
 }
 
-nb::dict hparams_dict(const Hyperparameters& hp) {
+nb::dict hparams_dict(const Hparams& hp) {
     nb::dict d;
     d["n_layer"] = hp.n_layer;
     d["n_ctx_train"] = hp.n_ctx_train;
@@ -212,9 +212,9 @@ nb::dict to_dict(const DeviceUse& use) {
 nb::dict plan(const std::string& path, const std::string& device, const std::vector<uint64_t>& memory_limits,
               int32_t n_gpu_layers, int32_t n_cpu_moe, int64_t n_ctx, const std::string& kv_type,
               int64_t n_sessions) {
-    const auto whole = File::open_whole(path);
-    const File& file = *whole;
-    const Hyperparameters hp(file);
+    const auto whole = GgufFile::open_all_parts(path);
+    const GgufFile& file = *whole;
+    const Hparams hp(file);
     const ggml_type type = cache_type(file, kv_type);
     const DeviceRequest request = {device, n_gpu_layers, n_cpu_moe, memory_limits, n_ctx, n_sessions};
     const ResolvedDevices choice = choose(file, request, type);
@@ -257,7 +257,8 @@ void bind_model(nb::module_& m) {
             nb::arg("progress") = nb::none(), nb::arg("device") = "cpu", nb::arg("n_gpu_layers") = -1,
             nb::arg("n_cpu_moe") = -1, nb::arg("memory_limits") = nb::list(), nb::arg("n_ctx") = 8192,
             nb::arg("kernels") = "auto", nb::arg("n_sessions") = 1)
-        .def_prop_ro("file", [](const PyModel& m) { return std::const_pointer_cast<File>(m.model->file); })
+        .def_prop_ro("file",
+                     [](const PyModel& m) { return std::const_pointer_cast<GgufFile>(m.model->file); })
         .def_prop_ro("hparams", [](const PyModel& m) { return hparams_dict(m.model->hparams); })
         .def_prop_ro("description", description)
         .def_prop_ro("n_vocab", [](const PyModel& m) { return m.model->hparams.n_vocab; })

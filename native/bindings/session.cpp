@@ -62,7 +62,7 @@ nb::list cache_rows(Session& session) {
 void restore(Session& session, const Array1<int32_t>& tokens,
              const std::vector<std::pair<Array2<uint8_t>, Array2<uint8_t>>>& layers) {
     const Session::Use use(session);
-    const Hyperparameters& hp = session.model().hparams;
+    const Hparams& hp = session.model().hparams;
     if (layers.size() != hp.layers.size()) {
         throw Error(ErrorKind::argument, format("the saved session has %zu layers; this model has %zu",
                                                 layers.size(), hp.layers.size()));
@@ -93,7 +93,7 @@ void truncate(Session& session, int32_t n) {
 
 nb::object denoise(Session& session, const Array1<int32_t>& canvas,
                    std::optional<Array2<float>> conditioning) {
-    const Hyperparameters& hp = session.model().hparams;
+    const Hparams& hp = session.model().hparams;
     const size_t n = hp.canvas_length, n_vocab = hp.n_vocab;
     if (conditioning && (conditioning->shape(0) != n || conditioning->shape(1) != n_vocab)) {
         throw Error(ErrorKind::argument,
@@ -111,11 +111,11 @@ nb::object denoise(Session& session, const Array1<int32_t>& canvas,
     return to_numpy(logits.data(), {n, n_vocab});
 }
 
-nb::dict statistics(Session& session) {
+nb::dict imatrix(Session& session) {
     const Session::Use use(session);
     nb::dict result;
-    if (!session.statistics()) return result;
-    for (const auto& [name, s] : session.statistics()->by_weight()) {
+    if (!session.imatrix()) return result;
+    for (const auto& [name, s] : session.imatrix()->by_weight()) {
         const size_t n_columns = s.n_columns;
         result[name.c_str()] =
             nb::make_tuple(to_numpy(s.sums.data(), {s.counts.size(), n_columns}), to_numpy(s.counts));
@@ -245,15 +245,15 @@ void bind_session(nb::module_& m) {
         .def_prop_ro("n_ctx", &Session::n_ctx)
         .def_prop_ro("cache_bytes", &Session::cache_bytes)
         .def(
-            "collect_statistics",
+            "collect_imatrix",
             [](Session& session, bool on) {
                 const Session::Use use(session);
-                session.collect_statistics(on);
+                session.collect_imatrix(on);
             },
             nb::arg("on"),
-            "Begin anew, or end, the statistics of activations of all that is encoded and denoised.")
+            "Begin anew, or end, the imatrix of activations of all that is encoded and denoised.")
         .def(
-            "statistics", statistics,
+            "imatrix", imatrix,
             "Weight's name -> (sums of squares (n_matrices, n_columns) float64, counts (n_matrices,) int64).")
         .def_prop_ro("tokens", [](const Session& s) { return to_numpy(s.tokens()); })
         .def_prop_ro(

@@ -137,15 +137,15 @@ nb::object attend_on(const std::string& device, const Array2<float>& q, const Ar
     ggml_tensor *keys = store(k), *values = store(v);
     ggml_tensor* queries = ggml_reshape_3d(ctx, matrices.add(q), head_dim,
                                            static_cast<int64_t>(q.shape(1)) / head_dim, q.shape(0));
-    const portable::Mask mask = {ggml_new_tensor_2d(inputs[1].get(), GGML_TYPE_F16, n_rows, n_tokens),
+    const ggml_ops::Mask mask = {ggml_new_tensor_2d(inputs[1].get(), GGML_TYPE_F16, n_rows, n_tokens),
                                  n_visible, nullptr};
-    ggml_tensor* result = by_matmul ? portable::attend_by_matmul(ctx, queries, keys, values, mask)
-                                    : portable::attend(ctx, backend, queries, keys, values, mask);
+    ggml_tensor* result = by_matmul ? ggml_ops::attend_by_matmul(ctx, queries, keys, values, mask)
+                                    : ggml_ops::attend(ctx, backend, queries, keys, values, mask);
     ggml_set_output(result);
     ggml_build_forward_expand(graph, result);
     GraphExecutor executor(backend);
     executor.allocate(graph, inputs, {}, "attention");
-    portable::fill(mask);
+    ggml_ops::fill(mask);
     executor.compute(graph, [] { return false; });
     return Matrices::fetch(result);
 }

@@ -141,7 +141,7 @@ std::string TensorInfo::shape() const {
 
 // --- reader: every read is checked against the end of the file ---
 
-class File::Reader {
+class GgufFile::Reader {
   public:
     Reader(const std::string& path, const uint8_t* data, uint64_t size)
         : path_(path), data_(data), size_(size) {}
@@ -278,7 +278,7 @@ class File::Reader {
 
 // --- file ---
 
-File::File(const std::string& path) : path_(without_nul(path)), mapping_(path) {
+GgufFile::GgufFile(const std::string& path) : path_(without_nul(path)), mapping_(path) {
     Reader reader(path_, mapping_.data(), mapping_.size());
     read_header(reader);
     read_metadata(reader);
@@ -286,7 +286,7 @@ File::File(const std::string& path) : path_(without_nul(path)), mapping_(path) {
     place_tensors(reader.position());
 }
 
-void File::read_header(Reader& reader) {
+void GgufFile::read_header(Reader& reader) {
     const uint32_t magic = reader.read<uint32_t>("the magic number");
     if (magic != kMagic) fail(path_, "does not begin with 'GGUF', so it is no GGUF file");
     version_ = reader.read<uint32_t>("the version");
@@ -299,7 +299,7 @@ void File::read_header(Reader& reader) {
     if (n_keys_ > reader.left() / 13) reader.fail_here("names more keys than it has room for");
 }
 
-void File::read_metadata(Reader& reader) {
+void GgufFile::read_metadata(Reader& reader) {
     for (uint64_t i = 0; i < n_keys_; ++i) {
         std::string key =
             reader.read_string(format("the name of key %llu", static_cast<unsigned long long>(i)), kMaxName);
@@ -318,7 +318,7 @@ void File::read_metadata(Reader& reader) {
     alignment_ = *number;
 }
 
-void File::read_tensors(Reader& reader) {
+void GgufFile::read_tensors(Reader& reader) {
     for (uint64_t i = 0; i < n_tensors_; ++i) {
         TensorInfo tensor;
         tensor.name = reader.read_string(
@@ -366,7 +366,7 @@ void File::read_tensors(Reader& reader) {
     }
 }
 
-void File::place_tensors(uint64_t end_of_infos) {
+void GgufFile::place_tensors(uint64_t end_of_infos) {
     const uint64_t size = mapping_.size();
     data_offset_ = (end_of_infos + alignment_ - 1) / alignment_ * alignment_;
     for (TensorInfo& tensor : tensors_) {
@@ -393,7 +393,7 @@ void File::place_tensors(uint64_t end_of_infos) {
     }
 }
 
-void File::require_whole() const {
+void GgufFile::require_not_truncated() const {
     for (size_t i = 0; i < n_parts(); ++i) {
         if (!part(i).mapping_.whole()) {
             fail(part(i).path_, "was shortened while it was in use; open it again when it is whole");
@@ -401,12 +401,12 @@ void File::require_whole() const {
     }
 }
 
-const Value* File::find(const std::string& key) const {
+const Value* GgufFile::find(const std::string& key) const {
     const auto found = values_.find(key);
     return found == values_.end() ? nullptr : &found->second;
 }
 
-const TensorInfo* File::find_tensor(const std::string& name) const {
+const TensorInfo* GgufFile::find_tensor(const std::string& name) const {
     const auto found = tensor_index_.find(name);
     return found == tensor_index_.end() ? nullptr : &tensors_[found->second];
 }

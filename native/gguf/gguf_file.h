@@ -83,15 +83,15 @@ struct TensorInfo {
     std::string shape() const;  // "[256, 512]"
 };
 
-class File {
+class GgufFile {
   public:
     // Throws Error(format) naming what is wrong and where; Error(unsupported) for what we know but can't
     // read.
-    explicit File(const std::string& path);
+    explicit GgufFile(const std::string& path);
 
     // A file; of a split one, whose first part must be given, all parts as one: keys and tensors are those of
     // the file that was split. Each part is validated, and that they belong together.
-    static std::shared_ptr<File> open_whole(const std::string& path);
+    static std::shared_ptr<GgufFile> open_all_parts(const std::string& path);
 
     // Of this file, or of the first part. Others have alignments, sizes and mappings of their own.
     const std::string& path() const { return path_; }
@@ -102,7 +102,7 @@ class File {
     const uint8_t* data() const { return mapping_.data(); }
 
     size_t n_parts() const { return 1 + later_parts_.size(); }
-    const File& part(size_t i) const { return i == 0 ? *this : *later_parts_[i - 1]; }
+    const GgufFile& part(size_t i) const { return i == 0 ? *this : *later_parts_[i - 1]; }
     uint64_t n_bytes_of_all_parts() const;
 
     const std::vector<std::string>& keys() const { return keys_; }  // in file order
@@ -110,7 +110,7 @@ class File {
     const std::vector<TensorInfo>& tensors() const { return tensors_; }
     const TensorInfo* find_tensor(const std::string& name) const;
     // Throws Error(format) when a part was shortened since it was opened.
-    void require_whole() const;
+    void require_not_truncated() const;
     const uint8_t* tensor_data(const TensorInfo& tensor) const {
         return part(tensor.part).data() + tensor.offset;
     }
@@ -121,7 +121,7 @@ class File {
     void read_metadata(Reader& reader);
     void read_tensors(Reader& reader);
     void place_tensors(uint64_t end_of_infos);
-    void append(std::unique_ptr<const File> part);
+    void append(std::unique_ptr<const GgufFile> part);
 
     std::string path_;
     Mapping mapping_;
@@ -134,7 +134,7 @@ class File {
     std::map<std::string, Value> values_;  // ordered: no file can choose keys that make it slow
     std::vector<TensorInfo> tensors_;
     std::map<std::string, size_t> tensor_index_;
-    std::vector<std::unique_ptr<const File>> later_parts_;
+    std::vector<std::unique_ptr<const GgufFile>> later_parts_;
 };
 
 }  // namespace pydiffusion

@@ -25,7 +25,7 @@ std::string suffix(int64_t i, int64_t n_parts) {
     return format("-%05lld-of-%05lld.gguf", static_cast<long long>(i + 1), static_cast<long long>(n_parts));
 }
 
-int64_t integer(const File& file, const char* key, int64_t high) {
+int64_t integer(const GgufFile& file, const char* key, int64_t high) {
     const Value* value = file.find(key);
     if (!value) fail(file.path(), format("is a part of a split file, but has no key '%s'", key));
     int64_t number = -1;
@@ -48,8 +48,8 @@ bool is_of_part(const std::string& key) {
 
 }  // namespace
 
-std::shared_ptr<File> File::open_whole(const std::string& path) {
-    auto whole = std::make_shared<File>(path);
+std::shared_ptr<GgufFile> GgufFile::open_all_parts(const std::string& path) {
+    auto whole = std::make_shared<GgufFile>(path);
     const int64_t n_parts = whole->find(kCount) ? integer(*whole, kCount, kMaxParts) : 1;
     if (n_parts < 2) return whole;
     const int64_t number = integer(*whole, kNumber, n_parts - 1);
@@ -71,7 +71,7 @@ std::shared_ptr<File> File::open_whole(const std::string& path) {
         }
     }
     for (int64_t i = 1; i < n_parts; ++i) {
-        auto part = std::make_unique<const File>(stem + suffix(i, n_parts));
+        auto part = std::make_unique<const GgufFile>(stem + suffix(i, n_parts));
         const std::pair<const char*, int64_t> wanted[] = {
             {kNumber, i}, {kCount, n_parts}, {kTensors, n_tensors}};
         for (const auto& [key, value] : wanted) {
@@ -95,7 +95,7 @@ std::shared_ptr<File> File::open_whole(const std::string& path) {
     return whole;
 }
 
-void File::append(std::unique_ptr<const File> part) {
+void GgufFile::append(std::unique_ptr<const GgufFile> part) {
     for (TensorInfo tensor : part->tensors_) {
         tensor.part = n_parts();
         const auto [known, is_new] = tensor_index_.emplace(tensor.name, tensors_.size());
@@ -117,7 +117,7 @@ void File::append(std::unique_ptr<const File> part) {
     later_parts_.push_back(std::move(part));
 }
 
-uint64_t File::n_bytes_of_all_parts() const {
+uint64_t GgufFile::n_bytes_of_all_parts() const {
     uint64_t n_bytes = 0;
     for (size_t i = 0; i < n_parts(); ++i) n_bytes += part(i).n_bytes();
     return n_bytes;

@@ -19,8 +19,8 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), 
     context.reset(ggml_init(params));
     if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a graph's description");
     graph = ggml_new_graph_custom(ctx(), n_nodes, false);
-    matmul.emplace(ctx(), model.backend.kernel(), portable());
-    if (!portable()) return;
+    matmul.emplace(ctx(), model.backend.kernel(), uses_ggml_ops());
+    if (!uses_ggml_ops()) return;
     const size_t n_inputs = 2 + 2 * sequences.size();  // tokens, positions; masks of both kinds of layers
     positions_.resize(model.backend.n_devices() + 1);
     for (int32_t device = kCpuDevice; device < model.backend.n_devices(); ++device) {
@@ -30,31 +30,31 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), 
 }
 
 ggml_tensor* GraphBuilder::rms_norm(ggml_tensor* x, ggml_tensor* weight) const {
-    if (!portable()) return pydiffusion::rms_norm(ctx(), x, weight, &model.hparams.rms_eps);
+    if (!uses_ggml_ops()) return pydiffusion::rms_norm(ctx(), x, weight, &model.hparams.rms_eps);
     ggml_tensor* n = ggml_rms_norm(ctx(), x, model.hparams.rms_eps);
     return weight ? ggml_mul(ctx(), n, weight) : n;
 }
 
 ggml_tensor* GraphBuilder::gelu_product(ggml_tensor* gate, ggml_tensor* up) const {
-    return portable() ? portable::gated_gelu(ctx(), gate, up) : gated_gelu(ctx(), gate, up);
+    return uses_ggml_ops() ? ggml_ops::gated_gelu(ctx(), gate, up) : gated_gelu(ctx(), gate, up);
 }
 
 ggml_tensor* GraphBuilder::stack(const std::vector<ggml_tensor*>& parts) const {
-    if (!portable()) return stack_tokens(ctx(), parts);
+    if (!uses_ggml_ops()) return stack_tokens(ctx(), parts);
     ggml_tensor* all = parts[0];
     for (size_t i = 1; i < parts.size(); ++i) all = ggml_concat(ctx(), all, parts[i], 1);
     return all;
 }
 
 ggml_tensor* GraphBuilder::add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) const {
-    if (portable()) return ggml_add(ctx(), x, rms_norm(branch, weight));
+    if (uses_ggml_ops()) return ggml_add(ctx(), x, rms_norm(branch, weight));
     return pydiffusion::add_normed(ctx(), x, branch, weight, &model.hparams.rms_eps);
 }
 
 ggml_tensor* GraphBuilder::rotate_normed(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer,
                                          int64_t first) {
     const bool sliding = model.hparams.layers[i_layer].sliding;
-    if (!portable()) {
+    if (!uses_ggml_ops()) {
         ggml_tensor* all = angles(x->ne[0], sliding);
         ggml_tensor* own = ggml_view_2d(ctx(), all, all->ne[0], x->ne[2], all->nb[1], first * all->nb[1]);
         return pydiffusion::rotate_normed(ctx(), x, weight, own, &model.hparams.rms_eps);
@@ -64,7 +64,7 @@ ggml_tensor* GraphBuilder::rotate_normed(ggml_tensor* x, ggml_tensor* weight, in
     ggml_tensor*& positions = positions_[device - kCpuDevice];
     if (!positions) positions = new_input_on(device, GGML_TYPE_I32, n_tokens(), 1);
     ggml_tensor* own = ggml_view_1d(ctx(), positions, x->ne[2], first * positions->nb[0]);
-    const Hyperparameters& hp = model.hparams;
+    const Hparams& hp = model.hparams;
     ggml_tensor* factors = sliding ? nullptr : model.weights.rope_freqs[device - kCpuDevice];
     return ggml_rope_ext(ctx(), rms_norm(x, weight), own, factors, static_cast<int>(x->ne[0]),
                          GGML_ROPE_TYPE_NEOX, hp.n_ctx_train, sliding ? hp.rope_base_swa : hp.rope_base, 1.0f,
@@ -113,7 +113,7 @@ void GraphBuilder::set_positions(const std::vector<int32_t>& positions) {
         if (on_device)
             ggml_backend_tensor_set(on_device, positions.data(), 0, positions.size() * sizeof(int32_t));
     }
-    const Hyperparameters& hp = model.hparams;
+    const Hparams& hp = model.hparams;
     for (const Angles& a : angles_) {
         const ggml_tensor* factors = a.sliding ? nullptr : model.weights.rope_freqs[0];  // the processor's
         write_angles(a.tensor, positions, a.sliding ? hp.rope_base_swa : hp.rope_base,
@@ -122,7 +122,7 @@ void GraphBuilder::set_positions(const std::vector<int32_t>& positions) {
 }
 
 ggml_tensor* GraphBuilder::new_input(ggml_type type, int64_t n0, int64_t n1) {
-    if (portable()) return new_input_on(model.backend.n_devices() - 1, type, n0, n1);
+    if (uses_ggml_ops()) return new_input_on(model.backend.n_devices() - 1, type, n0, n1);
     ggml_tensor* input = ggml_new_tensor_2d(ctx(), type, n0, n1);
     ggml_set_input(input);
     ggml_set_output(input);  // else its memory is used again once it has been read
@@ -133,20 +133,21 @@ ggml_tensor* GraphBuilder::new_input_on(int32_t device, ggml_type type, int64_t 
     return ggml_new_tensor_2d(input_contexts_[device - kCpuDevice].get(), type, n0, n1);
 }
 
-void GraphBuilder::keep_with(const ggml_tensor* weight, ggml_tensor* tensor) {
-    if (!model.device_plan.single_device()) kept_.emplace_back(tensor, weight);
+void GraphBuilder::pin_to_device_of(const ggml_tensor* weight, ggml_tensor* tensor) {
+    if (!model.device_plan.single_device()) pinned_.emplace_back(tensor, weight);
 }
 
-void GraphBuilder::keep_with(const ggml_tensor* weight, int first_node) {
-    for (int i = first_node; i < ggml_graph_n_nodes(graph); ++i) keep_with(weight, ggml_graph_node(graph, i));
+void GraphBuilder::pin_to_device_of(const ggml_tensor* weight, int first_node) {
+    for (int i = first_node; i < ggml_graph_n_nodes(graph); ++i)
+        pin_to_device_of(weight, ggml_graph_node(graph, i));
 }
 
 void GraphBuilder::allocate(GraphExecutor& executor, const char* what) const {
-    executor.allocate(graph, input_contexts_, kept_, what);
-    for (const MaskKey& key : masks_) portable::fill(key.mask);
+    executor.allocate(graph, input_contexts_, pinned_, what);
+    for (const MaskKey& key : masks_) ggml_ops::fill(key.mask);
 }
 
-portable::Mask GraphBuilder::mask(size_t i_sequence, int32_t i_layer, int64_t n_visible,
+ggml_ops::Mask GraphBuilder::mask(size_t i_sequence, int32_t i_layer, int64_t n_visible,
                                   const Causal* causal) {
     const bool sliding = model.hparams.layers[i_layer].sliding;
     const int32_t device = model.device_plan.layer_device(i_layer);
@@ -154,7 +155,7 @@ portable::Mask GraphBuilder::mask(size_t i_sequence, int32_t i_layer, int64_t n_
         if (key.i_sequence == i_sequence && key.device == device && key.sliding == sliding) return key.mask;
     }
     ggml_tensor* tensor =
-        new_input_on(device, GGML_TYPE_F16, portable::filled_up(n_visible), sequences[i_sequence].n_tokens);
+        new_input_on(device, GGML_TYPE_F16, ggml_ops::pad_to_mask(n_visible), sequences[i_sequence].n_tokens);
     masks_.push_back({i_sequence, device, sliding, {tensor, n_visible, causal}});
     return masks_.back().mask;
 }

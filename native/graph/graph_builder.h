@@ -41,8 +41,8 @@ struct GraphBuilder {
     void set_positions(const std::vector<int32_t>& positions);
     // Has the tensor computed where the weight lies, were it next to others' work; of all nodes from the i-th
     // on.
-    void keep_with(const ggml_tensor* weight, ggml_tensor* tensor);
-    void keep_with(const ggml_tensor* weight, int first_node);
+    void pin_to_device_of(const ggml_tensor* weight, ggml_tensor* tensor);
+    void pin_to_device_of(const ggml_tensor* weight, int first_node);
     // Gives the graph its memory and writes the masks.
     void allocate(GraphExecutor& executor, const char* what) const;
 
@@ -58,9 +58,9 @@ struct GraphBuilder {
 
     // Which rows a sequence's tokens may see of a layer; layers of one device that see the same share one.
     // Portable graphs only.
-    portable::Mask mask(size_t i_sequence, int32_t i_layer, int64_t n_visible, const Causal* causal);
+    ggml_ops::Mask mask(size_t i_sequence, int32_t i_layer, int64_t n_visible, const Causal* causal);
 
-    bool portable() const { return model.backend.on_device(); }
+    bool uses_ggml_ops() const { return model.backend.on_device(); }
 
     ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr) const;  // weight null: none
     ggml_tensor* gelu_product(ggml_tensor* gate, ggml_tensor* up) const;         // gelu(gate) * up
@@ -78,7 +78,7 @@ struct GraphBuilder {
         size_t i_sequence;
         int32_t device;
         bool sliding;
-        portable::Mask mask;
+        ggml_ops::Mask mask;
     };
     // Cosines and sines of the tokens' angles, of layers that rotate alike; see rotate_normed of row_ops.h.
     struct Angles {
@@ -92,7 +92,7 @@ struct GraphBuilder {
     std::vector<Angles> angles_;    // of the others
     std::vector<int32_t> written_;  // the positions whose angles are there
     std::vector<MaskKey> masks_;
-    GraphExecutor::Kept kept_;
+    GraphExecutor::Pinned pinned_;
     std::vector<ggml_context_ptr> input_contexts_;  // of portable graphs: the processor's, then each device's
 };
 

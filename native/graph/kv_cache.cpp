@@ -31,11 +31,11 @@ void move_to_front(ggml_tensor* t, size_t from, size_t n) {
 
 }  // namespace
 
-KvCache::KvCache(const Hyperparameters& hp, const Backend& backend, const DevicePlan& device_plan,
-                 ggml_type type, int32_t n_ctx, int32_t max_batch)
+KvCache::KvCache(const Hparams& hp, const Backend& backend, const DevicePlan& device_plan, ggml_type type,
+                 int32_t n_ctx, int32_t max_batch)
     : window_(hp.window),
       sliding_rows_(static_cast<int32_t>(kv_rows(hp, true, n_ctx, max_batch))),
-      n_filling_rows_(backend.on_device() ? portable::kRowStep : 0) {
+      n_padding_rows_(backend.on_device() ? ggml_ops::kMaskPadding : 0) {
     require_fitting_heads(hp, type);
     if (backend.on_device() && !backend.can_store(type)) {
         throw Error(ErrorKind::unsupported,
@@ -52,7 +52,7 @@ KvCache::KvCache(const Hyperparameters& hp, const Backend& backend, const Device
         const LayerShape& shape = hp.layers[i];
         ggml_context* context = contexts_[device_plan.layer_device(i) - kCpuDevice].get();
         const int64_t width = int64_t{shape.head_dim} * shape.n_head_kv;
-        const int64_t rows = kv_rows(hp, shape.sliding, n_ctx, max_batch) + n_filling_rows_;
+        const int64_t rows = kv_rows(hp, shape.sliding, n_ctx, max_batch) + n_padding_rows_;
         layers_.push_back({ggml_new_tensor_2d(context, type, width, rows),
                            ggml_new_tensor_2d(context, type, width, rows), shape.sliding});
     }
@@ -90,7 +90,7 @@ void KvCache::prepare(int32_t n_tokens) {
     for (const Layer& layer : layers_) {
         const size_t end = static_cast<size_t>((layer.sliding ? n_past_ - base_ : n_past_.load()) + n_tokens);
         for (ggml_tensor* t : {layer.k, layer.v})
-            ggml_backend_tensor_memset(t, 0, end * t->nb[1], n_filling_rows_ * t->nb[1]);
+            ggml_backend_tensor_memset(t, 0, end * t->nb[1], n_padding_rows_ * t->nb[1]);
     }
 }
 

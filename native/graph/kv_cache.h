@@ -31,8 +31,8 @@ struct KvRange {
 class KvCache {
   public:
     // `max_batch` rows can be written behind the cache at a time (a chunk of the prompt, or the canvas).
-    KvCache(const Hyperparameters& hparams, const Backend& backend, const DevicePlan& device_plan,
-            ggml_type type, int32_t n_ctx, int32_t max_batch);
+    KvCache(const Hparams& hparams, const Backend& backend, const DevicePlan& device_plan, ggml_type type,
+            int32_t n_ctx, int32_t max_batch);
 
     int32_t n_past() const { return n_past_; }
     // Changes whenever rows come, go or move, and is never the same in two caches: what was built for a
@@ -100,7 +100,7 @@ class KvCache {
 
     int32_t window_;
     int32_t sliding_rows_;
-    int64_t n_filling_rows_;          // room behind the last row for those that fill a mask up
+    int64_t n_padding_rows_;          // room behind the last row for those that fill a mask up
     std::atomic<int32_t> n_past_{0};  // others may ask while a thread computes
     uint64_t version_ = next_version();
     int32_t base_ = 0;   // position of row 0 of the sliding layers, where a tile begins

@@ -68,18 +68,18 @@ class Sizes {
     ggml_backend_buffer_type_t type_;
 };
 
-uint64_t cache_bytes(const Sizes& sizes, const Hyperparameters& hp, const LayerShape& shape,
+uint64_t cache_bytes(const Sizes& sizes, const Hparams& hp, const LayerShape& shape,
                      const SessionNeeds& needs) {
-    const int64_t n_rows = kv_rows(hp, shape.sliding, needs.n_ctx, max_batch(hp)) + portable::kRowStep;
+    const int64_t n_rows = kv_rows(hp, shape.sliding, needs.n_ctx, max_batch(hp)) + ggml_ops::kMaskPadding;
     return 2 * sizes.of(needs.kv_type, {int64_t{shape.head_dim} * shape.n_head_kv, n_rows});
 }
 
 // What the attention of one layer works with beside its inputs: CUDA's multiplies in float16, and copies what
 // a cache of another type holds; float32 goes through products, with scores and weights of every head.
-int64_t attention_bytes(const Hyperparameters& hp, const LayerShape& shape, int64_t n_ctx, int64_t n_tokens,
+int64_t attention_bytes(const Hparams& hp, const LayerShape& shape, int64_t n_ctx, int64_t n_tokens,
                         ggml_type type) {
     const int64_t width = int64_t{shape.head_dim} * shape.n_head_kv;
-    const int64_t n_rows = portable::filled_up(kv_visible_rows(hp, shape.sliding, n_ctx, n_tokens));
+    const int64_t n_rows = ggml_ops::pad_to_mask(kv_visible_rows(hp, shape.sliding, n_ctx, n_tokens));
     if (type == GGML_TYPE_F16) return 0;
     if (ggml_is_quantized(type)) return 2 * n_rows * width * static_cast<int64_t>(sizeof(ggml_fp16_t));
     return n_rows * (2 * hp.n_head * n_tokens + width) * static_cast<int64_t>(sizeof(float));
@@ -87,7 +87,7 @@ int64_t attention_bytes(const Hyperparameters& hp, const LayerShape& shape, int6
 
 // Bytes by what takes them on one device, from which the use of any device_plan follows.
 struct Costs {
-    Costs(const File& file, const Hyperparameters& hparams, const SessionNeeds& needs, const Sizes& sizes);
+    Costs(const GgufFile& file, const Hparams& hparams, const SessionNeeds& needs, const Sizes& sizes);
 
     struct Layer {
         uint64_t weights = 0, experts = 0, cache = 0;
@@ -98,7 +98,7 @@ struct Costs {
     uint64_t main_device_step = 0;  // beside it where the device embeds and samples
 };
 
-Costs::Costs(const File& file, const Hyperparameters& hp, const SessionNeeds& needs, const Sizes& sizes)
+Costs::Costs(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs, const Sizes& sizes)
     : layers(hp.layers.size()) {
     uint64_t widened = 0;
     for (const TensorInfo& tensor : file.tensors()) {
@@ -132,7 +132,7 @@ Costs::Costs(const File& file, const Hyperparameters& hp, const SessionNeeds& ne
 }
 
 // Of each device, which differ where tensors take more on one.
-std::vector<Costs> costs_on(const File& file, const Hyperparameters& hp, const SessionNeeds& needs,
+std::vector<Costs> costs_on(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs,
                             const std::vector<DeviceMemory>& memory) {
     std::vector<Costs> costs;
     for (const DeviceMemory& of_device : memory) costs.emplace_back(file, hp, needs, Sizes(of_device.type));
@@ -237,12 +237,12 @@ bool fits(const std::vector<DeviceUse>& uses, const std::vector<DeviceMemory>& m
 
 }  // namespace
 
-std::vector<DeviceUse> device_use(const File& file, const Hyperparameters& hp, const DevicePlan& device_plan,
+std::vector<DeviceUse> device_use(const GgufFile& file, const Hparams& hp, const DevicePlan& device_plan,
                                   const SessionNeeds& needs, const std::vector<DeviceMemory>& memory) {
     return use_of(costs_on(file, hp, needs, memory), device_plan);
 }
 
-DevicePlan plan_devices(const File& file, const Hyperparameters& hp, const SessionNeeds& needs,
+DevicePlan plan_devices(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs,
                         const std::vector<DeviceMemory>& memory, int32_t n_gpu_layers, int32_t n_cpu_moe) {
     require_fitting_heads(hp, needs.kv_type);
     const std::vector<Costs> costs = costs_on(file, hp, needs, memory);

@@ -57,15 +57,14 @@ struct DeviceUse {
 };
 
 // One for each device of the device_plan, which are those of `memory`.
-std::vector<DeviceUse> device_use(const File& file, const Hyperparameters& hparams,
-                                  const DevicePlan& device_plan, const SessionNeeds& needs,
-                                  const std::vector<DeviceMemory>& memory);
+std::vector<DeviceUse> device_use(const GgufFile& file, const Hparams& hparams, const DevicePlan& device_plan,
+                                  const SessionNeeds& needs, const std::vector<DeviceMemory>& memory);
 
 // The device_plan that brings most of the work to devices with so much memory: all of the model; else all
 // layers with the experts of as few as possible left out; else as many layers as fit without their experts.
 // Devices share the layers in proportion to what the step and all that is in no layer leave free on them.
 // What is given (not -1) is taken as it is.
-DevicePlan plan_devices(const File& file, const Hyperparameters& hparams, const SessionNeeds& needs,
+DevicePlan plan_devices(const GgufFile& file, const Hparams& hparams, const SessionNeeds& needs,
                         const std::vector<DeviceMemory>& memory, int32_t n_gpu_layers, int32_t n_cpu_moe);
 
 }  // namespace pydiffusion

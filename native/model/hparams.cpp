@@ -14,7 +14,7 @@ constexpr char kArchitecture[] = "diffusion-gemma";
 // Reads keys by name and type; every complaint names the file and the key.
 class KeyReader {
   public:
-    explicit KeyReader(const File& file) : file_(file) {}
+    explicit KeyReader(const GgufFile& file) : file_(file) {}
 
     static std::string own(const std::string& key) { return std::string(kArchitecture) + "." + key; }
 
@@ -107,10 +107,10 @@ class KeyReader {
         }
     }
 
-    const File& file_;
+    const GgufFile& file_;
 };
 
-void check_architecture(const File& file, const KeyReader& keys) {
+void check_architecture(const GgufFile& file, const KeyReader& keys) {
     const Value& value = keys.require("general.architecture");
     const auto* name = value.is_array ? nullptr : std::get_if<std::string>(&value.scalar);
     if (!name) keys.refuse("general.architecture", "should be a string");
@@ -184,7 +184,7 @@ SamplerDefaults read_sampler(const KeyReader& keys) {
 
 }  // namespace
 
-Hyperparameters::Hyperparameters(const File& file) {
+Hparams::Hparams(const GgufFile& file) {
     const KeyReader keys(file);
     check_architecture(file, keys);
     const auto own = [](const char* key) { return KeyReader::own(key); };

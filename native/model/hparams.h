@@ -25,7 +25,7 @@ struct SamplerDefaults {
     float confidence_threshold = 0.005f;
 };
 
-struct Hyperparameters {
+struct Hparams {
     int32_t n_layer;
     int32_t n_ctx_train;
     int32_t n_embd;
@@ -45,7 +45,7 @@ struct Hyperparameters {
     SamplerDefaults sampler;
 
     // Throws Error(unsupported) for another architecture or feature, Error(format) for impossible values.
-    explicit Hyperparameters(const File& file);
+    explicit Hparams(const GgufFile& file);
 };
 
 }  // namespace pydiffusion

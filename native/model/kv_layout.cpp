@@ -4,7 +4,7 @@
 
 namespace pydiffusion {
 
-void require_fitting_heads(const Hyperparameters& hp, ggml_type type) {
+void require_fitting_heads(const Hparams& hp, ggml_type type) {
     const int64_t block = ggml_blck_size(type);
     for (const LayerShape& shape : hp.layers) {
         if (shape.head_dim % block == 0) continue;

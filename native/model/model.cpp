@@ -4,7 +4,7 @@
 
 namespace pydiffusion {
 
-Model::Model(std::shared_ptr<const File> f, int n_threads, const std::string& device,
+Model::Model(std::shared_ptr<const GgufFile> f, int n_threads, const std::string& device,
              const std::string& kernels, const DevicePlan& p, const std::function<void(double)>& read_ahead)
     : file(std::move(f)),
       hparams(*file),
@@ -19,10 +19,10 @@ Model::Model(std::shared_ptr<const File> f, int n_threads, const std::string& de
     uint64_t n_read = 0;
     uint8_t sum = 0;
     for (size_t i = 0; i < file->n_parts(); ++i) {
-        const File& part = file->part(i);
+        const GgufFile& part = file->part(i);
         for (uint64_t begin = 0; begin < part.n_bytes(); begin += block) {
             const uint64_t end = std::min(begin + block, part.n_bytes());
-            file->require_whole();
+            file->require_not_truncated();
             for (uint64_t at = begin; at < end; at += page)
                 sum ^= *(static_cast<const volatile uint8_t*>(part.data()) + at);
             n_read += end - begin;

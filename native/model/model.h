@@ -17,12 +17,12 @@ struct Model {
     // device: see Backend; device_plan: what of the model lies on which. `read_ahead` is called with the
     // share of the file that has been brought into memory, 0 to 1. kernels: of the processor's products, see
     // gemm::kernel_by_name.
-    Model(std::shared_ptr<const File> file, int n_threads, const std::string& device,
+    Model(std::shared_ptr<const GgufFile> file, int n_threads, const std::string& device,
           const std::string& kernels, const DevicePlan& device_plan,
           const std::function<void(double)>& read_ahead);
 
-    std::shared_ptr<const File> file;
-    Hyperparameters hparams;
+    std::shared_ptr<const GgufFile> file;
+    Hparams hparams;
     mutable Backend backend;
     DevicePlan device_plan;
     Weights weights;

@@ -45,7 +45,7 @@ bool computable(ggml_type type) {
 // Turns the file's tensors into ggml's, each checked against the shape that the hyperparameters ask for.
 class Weights::Loader {
   public:
-    Loader(Weights& weights, const File& file, const DevicePlan& device_plan, const Backend& backend)
+    Loader(Weights& weights, const GgufFile& file, const DevicePlan& device_plan, const Backend& backend)
         : weights_(weights), file_(file), device_plan_(device_plan), backend_(backend) {
         const ggml_init_params params = {(file.tensors().size() + 1) * ggml_tensor_overhead(), nullptr, true};
         require_memory((size_t{8} << 20) + params.mem_size);
@@ -99,7 +99,7 @@ class Weights::Loader {
         for (const auto& [tensor, info] : uploads_) {
             for (uint64_t at = 0; at < info->n_bytes; at += block) {
                 const uint64_t n = std::min(block, info->n_bytes - at);
-                file_.require_whole();
+                file_.require_not_truncated();
                 ggml_backend_tensor_set(tensor, file_.tensor_data(*info) + at, at, n);
                 done += n;
                 progress(static_cast<double>(done) / static_cast<double>(total));
@@ -143,7 +143,7 @@ class Weights::Loader {
     }
 
     // A buffer over a file's mapping; null where the file's alignment is not enough.
-    ggml_backend_buffer_t map(const File& file) {
+    ggml_backend_buffer_t map(const GgufFile& file) {
         if (file.alignment() % kAlignment != 0 || file.data_offset() % kAlignment != 0) return nullptr;
         ggml_backend_buffer_t buffer =
             ggml_backend_cpu_buffer_from_ptr(const_cast<uint8_t*>(file.data()), file.n_bytes());
@@ -192,7 +192,7 @@ class Weights::Loader {
     }
 
     Weights& weights_;
-    const File& file_;
+    const GgufFile& file_;
     const DevicePlan& device_plan_;
     const Backend& backend_;
     std::map<ggml_type, bool> can_hold_;
@@ -204,7 +204,7 @@ class Weights::Loader {
 namespace {
 
 template <typename Loader>
-LayerWeights load_layer(Loader& load, const Hyperparameters& hp, int32_t i) {
+LayerWeights load_layer(Loader& load, const Hparams& hp, int32_t i) {
     const LayerShape& shape = hp.layers[i];
     const int64_t d = hp.n_embd, q = int64_t{shape.head_dim} * hp.n_head,
                   kv = int64_t{shape.head_dim} * shape.n_head_kv;
@@ -245,7 +245,7 @@ LayerWeights load_layer(Loader& load, const Hyperparameters& hp, int32_t i) {
 
 }  // namespace
 
-Weights::Weights(std::shared_ptr<const File> file, const Hyperparameters& hp, const DevicePlan& device_plan,
+Weights::Weights(std::shared_ptr<const GgufFile> file, const Hparams& hp, const DevicePlan& device_plan,
                  const Backend& backend, const std::function<void(double)>& progress)
     : file_(std::move(file)) {
     Loader load(*this, *file_, device_plan, backend);

@@ -50,7 +50,7 @@ struct Weights {
     // Refuses missing tensors, other shapes, and types that this build can't compute with.
     // What the device_plan puts on a device is copied there, the share done reported to `progress`; but for
     // types that it can't compute with, which stay in the mapping.
-    Weights(std::shared_ptr<const File> file, const Hyperparameters& hparams, const DevicePlan& device_plan,
+    Weights(std::shared_ptr<const GgufFile> file, const Hparams& hparams, const DevicePlan& device_plan,
             const Backend& backend, const std::function<void(double)>& progress);
     Weights(const Weights&) = delete;
     Weights& operator=(const Weights&) = delete;
@@ -71,7 +71,7 @@ struct Weights {
 
   private:
     class Loader;
-    std::shared_ptr<const File> file_;        // keeps the mapping alive
+    std::shared_ptr<const GgufFile> file_;    // keeps the mapping alive
     std::vector<ggml_context_ptr> contexts_;  // the mapping's tensors, then each device's
     std::vector<ggml_backend_buffer_ptr> buffers_;
 };

@@ -59,22 +59,22 @@ ggml_tensor* attend_sequence(GraphBuilder& g, size_t i_sequence, int32_t i_layer
     const Sequence& sequence = g.sequences[i_sequence];
     const KvRange range = causal ? sequence.cache->causal_range(i_layer) : sequence.cache->range(i_layer);
     const int64_t n_visible = range.n_visible(sequence.n_tokens + sequence.n_frozen), head_dim = q->ne[0];
-    if (!g.portable()) {
+    if (!g.uses_ggml_ops()) {
         ggml_tensor* k = visible_rows(g, range.k, range, head_dim, n_visible);
         ggml_tensor* v = visible_rows(g, range.v, range, head_dim, n_visible);
         return attend(g.ctx(), q, k, v, causal, g.model.backend.kernel());
     }
-    const portable::Mask mask = g.mask(i_sequence, i_layer, n_visible, causal);
+    const ggml_ops::Mask mask = g.mask(i_sequence, i_layer, n_visible, causal);
     ggml_tensor* k = visible_rows(g, range.k, range, head_dim, mask.tensor->ne[0]);
     ggml_tensor* v = visible_rows(g, range.v, range, head_dim, mask.tensor->ne[0]);
-    return portable::attend(g.ctx(), g.model.backend, q, k, v, mask);
+    return ggml_ops::attend(g.ctx(), g.model.backend, q, k, v, mask);
 }
 
 ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const Causal* causal) {
     const LayerWeights& w = g.model.weights.layers[i_layer];
     const LayerShape& shape = g.model.hparams.layers[i_layer];
     ggml_tensor* h = g.rms_norm(x, w.attn_norm);
-    g.keep_with(w.attn_norm, h->src[0]);  // else x is moved to another device in both forms
+    g.pin_to_device_of(w.attn_norm, h->src[0]);  // else x is moved to another device in both forms
     store_normed(g, i_layer, h);
 
     ggml_tensor* q = split_heads(g, g.matmul->apply(w.attn_q, h), shape.head_dim);
@@ -98,7 +98,7 @@ ggml_tensor* router(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r) {
 
 // x [d, 1, n_tokens] through the experts chosen [n_used, n_tokens] -> [d, n_used, n_tokens]
 ggml_tensor* experts(GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggml_tensor* chosen) {
-    const Hyperparameters& hp = g.model.hparams;
+    const Hparams& hp = g.model.hparams;
     ggml_context* ctx = g.ctx();
     ggml_tensor *gate, *up;
     if (w.ffn_gate_up_exps) {
@@ -122,21 +122,20 @@ ggml_tensor* each_token_alone(const GraphBuilder& g, ggml_tensor* x) {
 }
 
 // What the two halves of a feed-forward part make of r [d, n_tokens], added to it.
-ggml_tensor* portable_feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r,
-                                   ggml_tensor* dense) {
+ggml_tensor* ggml_feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r, ggml_tensor* dense) {
     dense = g.rms_norm(dense, w.post_ffw_norm_1);
     g.begin_part("experts");
     const float scale = 1.0f / std::sqrt(static_cast<float>(g.model.hparams.n_embd));
     ggml_tensor* probabilities = ggml_soft_max(g.ctx(), ggml_scale(g.ctx(), router(g, w, r), scale));
-    const portable::Routing routing = portable::route(g.ctx(), g.graph, probabilities, w.ffn_down_exps_scale,
+    const ggml_ops::Routing routing = ggml_ops::route(g.ctx(), g.graph, probabilities, w.ffn_down_exps_scale,
                                                       g.model.hparams.n_expert_used);
     if (!g.model.device_plan.single_device()) ggml_build_forward_expand(g.graph, routing.scales);
     ggml_tensor* y = experts(g, w, each_token_alone(g, g.rms_norm(r, w.pre_ffw_norm_2)), routing.experts);
     ggml_build_forward_expand(g.graph, y);
     // They are many times what they are added up to: wherever they are computed, only the sum leaves.
     const int first = ggml_graph_n_nodes(g.graph);
-    ggml_tensor* sum = portable::weighted_sum(g.ctx(), g.graph, y, routing);
-    g.keep_with(w.ffn_down_exps, first);
+    ggml_tensor* sum = ggml_ops::weighted_sum(g.ctx(), g.graph, y, routing);
+    g.pin_to_device_of(w.ffn_down_exps, first);
     ggml_tensor* mixture = g.rms_norm(sum, w.post_ffw_norm_2);
     return g.add_normed(r, ggml_add(g.ctx(), dense, mixture), w.post_ffw_norm);
 }
@@ -145,10 +144,10 @@ ggml_tensor* portable_feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_
 ggml_tensor* feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r, ggml_tensor* scale) {
     g.begin_part("dense");
     ggml_tensor* dense = g.mlp(g.rms_norm(r, w.ffn_norm), w.ffn_gate, w.ffn_up, w.ffn_down);
-    if (g.portable()) return ggml_mul(g.ctx(), portable_feed_forward(g, w, r, dense), scale);
+    if (g.uses_ggml_ops()) return ggml_mul(g.ctx(), ggml_feed_forward(g, w, r, dense), scale);
     g.begin_part("experts");
     ggml_tensor* scores = router(g, w, r);
-    ggml_tensor* chosen = best_rows(g.ctx(), scores, g.model.hparams.n_expert_used);
+    ggml_tensor* chosen = top_k(g.ctx(), scores, g.model.hparams.n_expert_used);
     ggml_tensor* y = experts(g, w, each_token_alone(g, g.rms_norm(r, w.pre_ffw_norm_2)), chosen);
     const Branches branches = {dense,
                                w.post_ffw_norm_1,

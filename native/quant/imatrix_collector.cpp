@@ -17,7 +17,7 @@ const char* at(const ggml_tensor* t, int64_t i0, int64_t i1, int64_t i2) {
 
 }  // namespace
 
-void Statistics::keep_inputs(ggml_cgraph* graph) {
+void ImatrixCollector::keep_inputs(ggml_cgraph* graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
         const gemm::MatmulOperands factors = gemm::matmul_operands(ggml_graph_node(graph, i));
         keep(factors.x);
@@ -25,17 +25,17 @@ void Statistics::keep_inputs(ggml_cgraph* graph) {
     }
 }
 
-void Statistics::add(ggml_cgraph* graph) {
+void ImatrixCollector::add(ggml_cgraph* graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
         const gemm::MatmulOperands factors = gemm::matmul_operands(ggml_graph_node(graph, i));
         if (factors.weight && factors.weight->op == GGML_OP_NONE) add_product(factors);
     }
 }
 
-void Statistics::add_product(const gemm::MatmulOperands& factors) {
+void ImatrixCollector::add_product(const gemm::MatmulOperands& factors) {
     // By name: clang's C++17 lets no lambda use a structured binding.
     const ggml_tensor *weight = factors.weight, *x = factors.x, *experts = factors.experts;
-    ColumnStatistics& s = by_weight_[weight->name];
+    ImatrixEntry& s = by_weight_[weight->name];
     if (s.sums.empty()) {
         s.n_per_row = weight->ne[0];
         s.counts.resize(weight->ne[2]);

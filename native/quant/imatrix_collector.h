@@ -11,7 +11,7 @@
 
 namespace pydiffusion {
 
-struct ColumnStatistics {
+struct ImatrixEntry {
     int64_t n_per_row = 0;
     std::vector<double> sums;     // [n_per_row * n_matrices], of squares
     std::vector<int64_t> counts;  // [n_matrices], rows of activations
@@ -19,7 +19,7 @@ struct ColumnStatistics {
 
 // Gathers over the graphs it is shown; off in normal runs, for it keeps every activation of a graph in
 // memory.
-class Statistics {
+class ImatrixCollector {
   public:
     // Before the graph's memory is laid out: the inputs of its matrix products survive until its end.
     static void keep_inputs(ggml_cgraph* graph);
@@ -27,12 +27,12 @@ class Statistics {
     void add(ggml_cgraph* graph);
 
     // By the weight's name. Experts have a matrix each, other weights one.
-    const std::map<std::string, ColumnStatistics>& by_weight() const { return by_weight_; }
+    const std::map<std::string, ImatrixEntry>& by_weight() const { return by_weight_; }
 
   private:
     void add_product(const gemm::MatmulOperands& factors);
 
-    std::map<std::string, ColumnStatistics> by_weight_;
+    std::map<std::string, ImatrixEntry> by_weight_;
 };
 
 }  // namespace pydiffusion

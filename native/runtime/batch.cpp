@@ -30,7 +30,7 @@ std::vector<Batch::Outcome> Batch::next_steps(const std::vector<Session*>& sessi
     std::vector<Outcome> outcomes(sessions.size());
     std::vector<std::unique_ptr<Session::Use>> uses(sessions.size());
     std::vector<size_t> running;
-    std::vector<Denoiser::Lane> lanes;
+    std::vector<Denoiser::Slot> slots;
     const auto attempt = [&](size_t i, const auto& action) {
         try {
             action();
@@ -44,16 +44,16 @@ std::vector<Batch::Outcome> Batch::next_steps(const std::vector<Session*>& sessi
             uses[i] = std::make_unique<Session::Use>(*sessions[i]);
             if (!sessions[i]->begin_step(between)) return;
             running.push_back(i);
-            lanes.push_back(sessions[i]->lane());
+            slots.push_back(sessions[i]->slot());
         });
     }
-    if (lanes.empty()) return outcomes;
+    if (slots.empty()) return outcomes;
     const auto start = std::chrono::steady_clock::now();
-    std::vector<std::exception_ptr> errors(lanes.size());
+    std::vector<std::exception_ptr> errors(slots.size());
     n_graphs_ = 0;
-    denoise(lanes, 0, lanes.size(), errors);
+    denoise(slots, 0, slots.size(), errors);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    for (size_t i_lane = 0; i_lane < lanes.size(); ++i_lane) {
+    for (size_t i_lane = 0; i_lane < slots.size(); ++i_lane) {
         const size_t i = running[i_lane];
         attempt(i, [&] {
             if (errors[i_lane]) std::rethrow_exception(errors[i_lane]);
@@ -63,11 +63,11 @@ std::vector<Batch::Outcome> Batch::next_steps(const std::vector<Session*>& sessi
     return outcomes;
 }
 
-// The lanes from begin to end, in one graph if there is memory for it, else in two halves.
-void Batch::denoise(const std::vector<Denoiser::Lane>& lanes, size_t begin, size_t end,
+// The slots from begin to end, in one graph if there is memory for it, else in two halves.
+void Batch::denoise(const std::vector<Denoiser::Slot>& slots, size_t begin, size_t end,
                     std::vector<std::exception_ptr>& errors) {
     try {
-        denoiser_.step({lanes.begin() + begin, lanes.begin() + end}, executor_);
+        denoiser_.step({slots.begin() + begin, slots.begin() + end}, executor_);
         n_graphs_ += 1;
         return;
     } catch (const Error& error) {
@@ -78,8 +78,8 @@ void Batch::denoise(const std::vector<Denoiser::Lane>& lanes, size_t begin, size
         }
     }
     const size_t middle = begin + (end - begin) / 2;
-    denoise(lanes, begin, middle, errors);
-    denoise(lanes, middle, end, errors);
+    denoise(slots, begin, middle, errors);
+    denoise(slots, middle, end, errors);
 }
 
 }  // namespace pydiffusion

@@ -35,7 +35,7 @@ class Batch {
     const Model& model() const { return *model_; }
 
   private:
-    void denoise(const std::vector<Denoiser::Lane>& lanes, size_t begin, size_t end,
+    void denoise(const std::vector<Denoiser::Slot>& slots, size_t begin, size_t end,
                  std::vector<std::exception_ptr>& errors);
 
     std::shared_ptr<const Model> model_;

@@ -24,7 +24,7 @@ const char* operation_name(const ggml_tensor* node) {
 }  // namespace
 
 CanvasState::CanvasState(const Model& model) : model_(model) {
-    const Hyperparameters& hp = model.hparams;
+    const Hparams& hp = model.hparams;
     const ggml_init_params params = {3 * ggml_tensor_overhead(), nullptr, true};
     context_.reset(ggml_init(params));
     if (!context_) throw Error(ErrorKind::out_of_memory, "no memory for the logits' description");
@@ -58,7 +58,7 @@ void CanvasState::set_logits(const float* logits) {
 }
 
 void CanvasState::pin(int64_t position, int32_t token) {
-    const Hyperparameters& hp = model_.hparams;
+    const Hparams& hp = model_.hparams;
     if (soft_) {
         const auto turn = model_.backend.lock_devices();
         model_.backend.step_backend().pin(logits_, position, token, hp.soft_cap);
@@ -98,7 +98,7 @@ ggml_tensor* first_tokens(const GraphBuilder& g, ggml_tensor* x, int64_t n) {
 
 }  // namespace
 
-// The soft embedding of a lane's last step: a device's kernels have filled it in by then.
+// The soft embedding of a slot's last step: a device's kernels have filled it in by then.
 ggml_tensor* Denoiser::soft_embedding_of(GraphBuilder& g, CanvasState& state, int64_t n_tokens) {
     if (state.soft_) return first_tokens(g, state.soft_, n_tokens);
     ggml_tensor* logits = first_tokens(g, state.logits_, n_tokens);
@@ -106,12 +106,12 @@ ggml_tensor* Denoiser::soft_embedding_of(GraphBuilder& g, CanvasState& state, in
     return soft_embedding(g.ctx(), probabilities, model_.weights.token_embd, &state.step_);
 }
 
-// What the layers begin with: embedded tokens plus the soft embedding of the step before, lane by lane.
-ggml_tensor* Denoiser::embed_lanes(GraphBuilder& g, const std::vector<Lane>& lanes) {
+// What the layers begin with: embedded tokens plus the soft embedding of the step before, slot by slot.
+ggml_tensor* Denoiser::embed_slots(GraphBuilder& g, const std::vector<Slot>& slots) {
     const Weights& w = model_.weights;
     g.begin_part("self-conditioning");
     std::vector<ggml_tensor*> parts;
-    for (const Lane& lane : lanes) parts.push_back(soft_embedding_of(g, *lane.state, lane.n_tokens()));
+    for (const Slot& slot : slots) parts.push_back(soft_embedding_of(g, *slot.state, slot.n_tokens()));
     ggml_tensor* soft = g.stack(parts);
     ggml_tensor* s =
         g.mlp(g.rms_norm(soft, w.self_cond_pre_norm), w.self_cond_gate, w.self_cond_up, w.self_cond_down);
@@ -119,8 +119,8 @@ ggml_tensor* Denoiser::embed_lanes(GraphBuilder& g, const std::vector<Lane>& lan
     return g.rms_norm(ggml_add(g.ctx(), g.embed(canvas_), s));
 }
 
-// The head writes straight into the lane's own logits, whose old content the step has consumed by then.
-void Denoiser::finish_lane(GraphBuilder& g, CanvasState& state, ggml_tensor* x) {
+// The head writes straight into the slot's own logits, whose old content the step has consumed by then.
+void Denoiser::finish_slot(GraphBuilder& g, CanvasState& state, ggml_tensor* x) {
     g.begin_part("head");
     ggml_tensor* head =
         g.matmul->apply_unpadded(model_.weights.output, g.rms_norm(x, model_.weights.output_norm));
@@ -130,29 +130,29 @@ void Denoiser::finish_lane(GraphBuilder& g, CanvasState& state, ggml_tensor* x) 
     ggml_build_forward_expand(g.graph, head);
 }
 
-void Denoiser::build(const std::vector<Lane>& lanes, GraphExecutor& executor) {
-    const Hyperparameters& hp = model_.hparams;
+void Denoiser::build(const std::vector<Slot>& slots, GraphExecutor& executor) {
+    const Hparams& hp = model_.hparams;
     int64_t n_tokens = 0;
     std::vector<Sequence> sequences;
-    for (const Lane& lane : lanes) {
-        sequences.push_back({lane.cache, lane.n_tokens(), lane.n_frozen});
-        n_tokens += lane.n_tokens();
+    for (const Slot& slot : slots) {
+        sequences.push_back({slot.cache, slot.n_tokens(), slot.n_frozen});
+        n_tokens += slot.n_tokens();
     }
     canvases_.clear();
-    for (const Lane& lane : lanes) canvases_.emplace_back(lane.state, lane.n_tokens());
+    for (const Slot& slot : slots) canvases_.emplace_back(slot.state, slot.n_tokens());
     built_ = std::make_unique<GraphBuilder>(model_, std::move(sequences));
     GraphBuilder& g = *built_;
     canvas_ = g.new_input(GGML_TYPE_I32, n_tokens);
-    if (statistics_) g.matmul->keep_activations();
-    ggml_tensor* x = embed_lanes(g, lanes);
+    if (imatrix_) g.matmul->keep_activations();
+    ggml_tensor* x = embed_slots(g, slots);
     for (int32_t i = 0; i < hp.n_layer; ++i) x = apply_layer(g, i, Mode::decoder, x, nullptr);
     int64_t first = 0;
-    for (const Lane& lane : lanes) {
-        const int64_t n = lane.n_tokens();
-        finish_lane(g, *lane.state, ggml_view_2d(g.ctx(), x, x->ne[0], n, x->nb[1], first * x->nb[1]));
+    for (const Slot& slot : slots) {
+        const int64_t n = slot.n_tokens();
+        finish_slot(g, *slot.state, ggml_view_2d(g.ctx(), x, x->ne[0], n, x->nb[1], first * x->nb[1]));
         first += n;
     }
-    if (statistics_) Statistics::keep_inputs(g.graph);
+    if (imatrix_) ImatrixCollector::keep_inputs(g.graph);
     g.allocate(executor, "the buffers of a denoising step");
 }
 
@@ -238,35 +238,35 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(GraphExecutor& execu
     return costs;
 }
 
-void Denoiser::step(const std::vector<Lane>& lanes, GraphExecutor& executor) {
+void Denoiser::step(const std::vector<Slot>& slots, GraphExecutor& executor) {
     const auto turn = model_.backend.lock_devices();
     const auto versions = [&] {
         decltype(built_for_) result;
-        for (const Lane& lane : lanes)
-            result.emplace_back(lane.cache->version(), lane.n_tokens(), lane.n_frozen);
+        for (const Slot& slot : slots)
+            result.emplace_back(slot.cache->version(), slot.n_tokens(), slot.n_frozen);
         return result;
     };
     if (built_for_ != versions()) {
         invalidate();
-        for (const Lane& lane : lanes)
-            lane.cache->prepare(static_cast<int32_t>(lane.n_tokens() + lane.n_frozen));
-        build(lanes, executor);
+        for (const Slot& slot : slots)
+            slot.cache->prepare(static_cast<int32_t>(slot.n_tokens() + slot.n_frozen));
+        build(slots, executor);
         built_for_ = versions();
     }
     std::vector<int32_t> tokens, positions;
-    for (const Lane& lane : lanes) {
-        tokens.insert(tokens.end(), lane.canvas->begin(), lane.canvas->end());
-        for (int32_t i = 0; i < lane.n_tokens(); ++i) positions.push_back(lane.cache->n_past() + i);
+    for (const Slot& slot : slots) {
+        tokens.insert(tokens.end(), slot.canvas->begin(), slot.canvas->end());
+        for (int32_t i = 0; i < slot.n_tokens(); ++i) positions.push_back(slot.cache->n_past() + i);
     }
-    model_.file->require_whole();
+    model_.file->require_not_truncated();
     ggml_backend_tensor_set(canvas_, tokens.data(), 0, tokens.size() * sizeof(int32_t));
     built_->set_positions(positions);
-    for (const Lane& lane : lanes) lane.state->condition(model_.weights.token_embd, lane.n_tokens());
+    for (const Slot& slot : slots) slot.state->condition(model_.weights.token_embd, slot.n_tokens());
     executor.compute(built_->graph, [&] {
-        return std::all_of(lanes.begin(), lanes.end(), [](const Lane& lane) { return lane.cancel->load(); });
+        return std::all_of(slots.begin(), slots.end(), [](const Slot& slot) { return slot.cancel->load(); });
     });
-    for (const Lane& lane : lanes) lane.state->measure(lane.n_tokens());
-    if (statistics_) statistics_->add(built_->graph);
+    for (const Slot& slot : slots) slot.state->measure(slot.n_tokens());
+    if (imatrix_) imatrix_->add(built_->graph);
 }
 
 }  // namespace pydiffusion

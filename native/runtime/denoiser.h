@@ -53,7 +53,7 @@ class Denoiser {
   public:
     explicit Denoiser(const Model& model) : model_(model) {}
 
-    struct Lane {
+    struct Slot {
         CanvasState* state;  // its step() holds what goes in, and afterwards the measures
         KvCache* cache;
         const std::vector<int32_t>* canvas;  // at the positions behind the cache, canvas_length at most
@@ -64,9 +64,9 @@ class Denoiser {
         int64_t n_tokens() const { return static_cast<int64_t>(canvas->size()); }
     };
 
-    // Runs one step on every lane's canvas, all in one graph. The graph stays for the next step on the same
-    // lanes in the same order. Throws Error(cancelled) soon after all of the lanes are cancelled.
-    void step(const std::vector<Lane>& lanes, GraphExecutor& executor);
+    // Runs one step on every slot's canvas, all in one graph. The graph stays for the next step on the same
+    // slots in the same order. Throws Error(cancelled) soon after all of the slots are cancelled.
+    void step(const std::vector<Slot>& slots, GraphExecutor& executor);
 
     // Runs the step just done once more, part by part, and tells what each took, on a GPU by its own clock.
     // The logits are spoiled by it. With by_operation the parts are the names of ops(), so that a device
@@ -83,8 +83,8 @@ class Denoiser {
     void invalidate() { built_for_.clear(); }
 
     // Adds the activations of every step from now on, until called with null.
-    void observe(Statistics* statistics) {
-        statistics_ = statistics;
+    void observe(ImatrixCollector* imatrix) {
+        imatrix_ = imatrix;
         invalidate();
     }
 
@@ -93,15 +93,15 @@ class Denoiser {
     std::map<std::string, int> ops() const;
 
   private:
-    void build(const std::vector<Lane>& lanes, GraphExecutor& executor);
+    void build(const std::vector<Slot>& slots, GraphExecutor& executor);
     ggml_tensor* soft_embedding_of(GraphBuilder& g, CanvasState& state, int64_t n_tokens);
-    ggml_tensor* embed_lanes(GraphBuilder& g, const std::vector<Lane>& lanes);
-    void finish_lane(GraphBuilder& g, CanvasState& state, ggml_tensor* x);
+    ggml_tensor* embed_slots(GraphBuilder& g, const std::vector<Slot>& slots);
+    void finish_slot(GraphBuilder& g, CanvasState& state, ggml_tensor* x);
 
     const Model& model_;
-    Statistics* statistics_ = nullptr;
+    ImatrixCollector* imatrix_ = nullptr;
     std::unique_ptr<GraphBuilder> built_;
-    // The lanes' cache versions, canvas lengths and frozen positions.
+    // The slots' cache versions, canvas lengths and frozen positions.
     std::vector<std::tuple<uint64_t, int64_t, int64_t>> built_for_;
     std::vector<std::pair<CanvasState*, int64_t>> canvases_;  // of the graph, with their lengths
     ggml_tensor* canvas_ = nullptr;

@@ -13,13 +13,13 @@ namespace {
 
 void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, const int32_t* ids,
                   int32_t n_tokens, const std::atomic<bool>& cancel, std::vector<float>* hidden,
-                  Statistics* statistics) {
-    const Hyperparameters& hp = model.hparams;
+                  ImatrixCollector* imatrix) {
+    const Hparams& hp = model.hparams;
     const auto turn = model.backend.lock_devices();
     cache.prepare(n_tokens);
     GraphBuilder g(model, {{&cache, n_tokens}});
     ggml_tensor* tokens = g.new_input(GGML_TYPE_I32, n_tokens);
-    if (statistics) g.matmul->keep_activations();
+    if (imatrix) g.matmul->keep_activations();
     Causal causal[2];  // of full layers, of sliding ones
 
     ggml_tensor* x = g.embed(tokens);
@@ -39,16 +39,16 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
         ggml_set_output(x);
         ggml_build_forward_expand(g.graph, x);
     }
-    if (statistics) Statistics::keep_inputs(g.graph);
+    if (imatrix) ImatrixCollector::keep_inputs(g.graph);
     g.allocate(executor, "encoding a chunk of the prompt");
 
-    model.file->require_whole();
+    model.file->require_not_truncated();
     ggml_backend_tensor_set(tokens, ids, 0, n_tokens * sizeof(int32_t));
     std::vector<int32_t> positions(n_tokens);
     for (int32_t i = 0; i < n_tokens; ++i) positions[i] = cache.n_past() + i;
     g.set_positions(positions);
     executor.compute(g.graph, [&] { return cancel.load(); });
-    if (statistics) statistics->add(g.graph);
+    if (imatrix) imatrix->add(g.graph);
     cache.advance(n_tokens);
     if (hidden) {
         const size_t n = ggml_nelements(x);
@@ -61,11 +61,11 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
 
 void encode(const Model& model, KvCache& cache, GraphExecutor& executor, const std::vector<int32_t>& ids,
             const std::atomic<bool>& cancel, const std::function<void(int32_t)>& between,
-            std::vector<float>* hidden, Statistics* statistics) {
+            std::vector<float>* hidden, ImatrixCollector* imatrix) {
     const int32_t n = static_cast<int32_t>(ids.size());
     for (int32_t done = 0; done < n;) {
         const int32_t n_tokens = std::min(kEncodeChunk, n - done);
-        encode_chunk(model, cache, executor, ids.data() + done, n_tokens, cancel, hidden, statistics);
+        encode_chunk(model, cache, executor, ids.data() + done, n_tokens, cancel, hidden, imatrix);
         done += n_tokens;
         between(done);
     }

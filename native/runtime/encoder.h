@@ -16,6 +16,6 @@ namespace pydiffusion {
 // after the final norm is appended to it, d floats per token.
 void encode(const Model& model, KvCache& cache, GraphExecutor& executor, const std::vector<int32_t>& ids,
             const std::atomic<bool>& cancel, const std::function<void(int32_t)>& between,
-            std::vector<float>* hidden, Statistics* statistics = nullptr);
+            std::vector<float>* hidden, ImatrixCollector* imatrix = nullptr);
 
 }  // namespace pydiffusion

@@ -66,7 +66,7 @@ bool Session::next_step(StepResult& result, const std::function<void(int32_t)>& 
     double seconds = 0.0;
     {
         const AddSeconds timer(seconds);
-        denoiser_.step({lane()}, executor_);
+        denoiser_.step({slot()}, executor_);
     }
     end_step(seconds, result);
     return true;
@@ -116,7 +116,7 @@ Session::Candidates Session::candidates(int32_t k, const std::vector<int32_t>& e
     const float* logits = canvas_state_.logits();
     for (size_t i = 0; i < n; ++i) {
         const float* row = logits + i * n_vocab;
-        largest(row, n_vocab, k, found.tokens.data() + i * k);
+        top_k(row, n_vocab, k, found.tokens.data() + i * k);
         for (int32_t j = 0; j < k; ++j) found.logits[i * k + j] = row[found.tokens[i * k + j]];
         for (const int32_t token : extra) found.extra.push_back(row[token]);
     }

@@ -12,7 +12,7 @@ namespace pydiffusion {
 namespace {
 
 int32_t checked_context(const Model& model, int32_t n_ctx) {
-    const Hyperparameters& hp = model.hparams;
+    const Hparams& hp = model.hparams;
     if (n_ctx < hp.canvas_length + 1 || n_ctx > hp.n_ctx_train) {
         throw Error(ErrorKind::argument,
                     format("n_ctx is %d; possible are %d (a canvas and a token) to %d (the "
@@ -105,7 +105,7 @@ void Session::append(const std::vector<int32_t>& ids, const std::function<void(i
         n_encoded_ += n_past() - before;
     };
     try {
-        pydiffusion::encode(*model_, cache_, executor_, ids, cancel_, between, hidden, statistics_.get());
+        pydiffusion::encode(*model_, cache_, executor_, ids, cancel_, between, hidden, imatrix_.get());
     } catch (...) {
         follow();
         throw;
@@ -146,7 +146,7 @@ void Session::restore(const std::vector<int32_t>& tokens,
 }
 
 const float* Session::denoise(const std::vector<int32_t>& canvas, const float* conditioning) {
-    const Hyperparameters& hp = model_->hparams;
+    const Hparams& hp = model_->hparams;
     if (canvas.size() != static_cast<size_t>(hp.canvas_length)) {
         throw Error(ErrorKind::argument, format("the canvas has %zu tokens; this model's has %d",
                                                 canvas.size(), hp.canvas_length));
@@ -169,11 +169,11 @@ const float* Session::denoise(const std::vector<int32_t>& canvas, const float* c
     return canvas_state_.logits();
 }
 
-void Session::collect_statistics(bool on) {
+void Session::collect_imatrix(bool on) {
     if (on && model_->backend.on_device())
         throw Error(ErrorKind::unsupported, "activations are gathered on the processor only: n_gpu_layers=0");
-    statistics_ = on ? std::make_unique<Statistics>() : nullptr;
-    denoiser_.observe(statistics_.get());
+    imatrix_ = on ? std::make_unique<ImatrixCollector>() : nullptr;
+    denoiser_.observe(imatrix_.get());
 }
 
 std::map<std::string, Denoiser::PartCost> Session::profile_step(bool by_operation) {

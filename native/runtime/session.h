@@ -60,9 +60,9 @@ class Session {
     ggml_type kv_type() const { return kv_type_; }
     uint64_t cache_bytes() const { return cache_.n_bytes(); }
 
-    // Begins anew, or ends, the statistics of activations of all that is encoded and denoised; null when off.
-    void collect_statistics(bool on);
-    const Statistics* statistics() const { return statistics_.get(); }
+    // Begins anew, or ends, the imatrix of activations of all that is encoded and denoised; null when off.
+    void collect_imatrix(bool on);
+    const ImatrixCollector* imatrix() const { return imatrix_.get(); }
 
     std::vector<int32_t> tokens() const;  // from any thread
 
@@ -97,10 +97,10 @@ class Session {
     // measured, with nothing taken over.
     bool next_step(StepResult& result, const std::function<void(int32_t)>& between);
     // A step in its parts, for those that denoise several sessions at once (see batch.h): begin_step commits
-    // the canvas before and draws what the step needs (false after the generation's end); the lane goes
+    // the canvas before and draws what the step needs (false after the generation's end); the slot goes
     // through a denoiser, which took so many seconds; end_step takes over what came out.
     bool begin_step(const std::function<void(int32_t)>& between);
-    Denoiser::Lane lane() {
+    Denoiser::Slot slot() {
         return {&canvas_state_, &cache_, &generation_->canvas, &cancel_,
                 canvas_length(generation_->params) - static_cast<int64_t>(generation_->canvas.size())};
     }
@@ -178,7 +178,7 @@ class Session {
     int32_t n_ctx_;
     ggml_type kv_type_;
     KvCache cache_;
-    std::unique_ptr<Statistics> statistics_;
+    std::unique_ptr<ImatrixCollector> imatrix_;
     CanvasState canvas_state_;
     Denoiser denoiser_;
     GraphExecutor executor_;

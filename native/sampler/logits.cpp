@@ -43,7 +43,7 @@ int32_t largest_magnitude(const float* x, int64_t n) {
 }
 
 // No NaN and no +infinity; -infinity is a token that can't be.
-bool is_sound(const float* x, int64_t n, int32_t magnitude) {
+bool has_no_nonfinite(const float* x, int64_t n, int32_t magnitude) {
     return magnitude < bits_of(kInfinity) ||
            std::all_of(x, x + n, [](float logit) { return logit < kInfinity; });
 }
@@ -59,7 +59,7 @@ bool cap_block(float* block, int64_t n_block, float cap) {
             for (int64_t i = 0; i < n; ++i) x[i] = cap * small_tanh(x[i] * inverse);
             continue;
         }
-        if (!is_sound(x, n, magnitude)) return false;
+        if (!has_no_nonfinite(x, n, magnitude)) return false;
         for (int64_t i = 0; i < n; ++i) {
             // The choice is each logit's own: equal ones stay equal, whatever lies beside them.
             const float y = x[i] * inverse, exact = vector_tanh(y);
@@ -162,7 +162,7 @@ std::optional<RowSums> sum_row(Row* logits, int64_t n_vocab, float temperature, 
     return row;
 }
 
-bool sound(const float* x, int64_t n) { return is_sound(x, n, largest_magnitude(x, n)); }
+bool sound(const float* x, int64_t n) { return has_no_nonfinite(x, n, largest_magnitude(x, n)); }
 
 int32_t find_argmax(const float* logits, int64_t n_vocab, const RowSums& row) {
     const auto block = std::find_if(row.blocks.begin(), row.blocks.end(),
@@ -237,7 +237,7 @@ void softmax_row(float* logits, int64_t n_vocab, float temperature, const Normal
     }
 }
 
-void largest(const float* logits, int64_t n_vocab, int32_t k, int32_t* tokens) {
+void top_k(const float* logits, int64_t n_vocab, int32_t k, int32_t* tokens) {
     // A heap with the least of the best on top: nearly all logits fail one comparison with it.
     const auto better = [logits](int32_t a, int32_t b) {
         return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);

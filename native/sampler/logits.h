@@ -34,6 +34,6 @@ void softmax_row(float* logits, int64_t n_vocab, float temperature, const Normal
 
 // The tokens of the k largest logits into `tokens` [k], largest first; of equal ones the first in the
 // vocabulary.
-void largest(const float* logits, int64_t n_vocab, int32_t k, int32_t* tokens);
+void top_k(const float* logits, int64_t n_vocab, int32_t k, int32_t* tokens);
 
 }  // namespace pydiffusion

@@ -13,7 +13,7 @@ float* row(const ggml_tensor* t, int64_t i) {
 }
 
 // Keeps the best so far in order: a row has hundreds of entries and few are wanted.
-void best_of_row(int32_t* best, const float* values, int64_t n, int64_t k) {
+void top_k_of_row(int32_t* best, const float* values, int64_t n, int64_t k) {
     const auto value = [values](int64_t i) {
         return std::isnan(values[i]) ? -std::numeric_limits<float>::infinity() : values[i];
     };
@@ -27,20 +27,20 @@ void best_of_row(int32_t* best, const float* values, int64_t n, int64_t k) {
     }
 }
 
-void best_rows_op(ggml_tensor* dst, int ith, int nth, void*) {
+void top_k_op(ggml_tensor* dst, int ith, int nth, void*) {
     const ggml_tensor* values = dst->src[0];
     for (int64_t r = ith; r < dst->ne[1]; r += nth) {
         auto* best = reinterpret_cast<int32_t*>(static_cast<char*>(dst->data) + r * dst->nb[1]);
-        best_of_row(best, row(values, r), values->ne[0], dst->ne[0]);
+        top_k_of_row(best, row(values, r), values->ne[0], dst->ne[0]);
     }
 }
 
 }  // namespace
 
-ggml_tensor* best_rows(ggml_context* ctx, ggml_tensor* values, int64_t k) {
-    ggml_tensor* best = ggml_custom_4d(ctx, GGML_TYPE_I32, k, values->ne[1], 1, 1, &values, 1, best_rows_op,
+ggml_tensor* top_k(ggml_context* ctx, ggml_tensor* values, int64_t k) {
+    ggml_tensor* best = ggml_custom_4d(ctx, GGML_TYPE_I32, k, values->ne[1], 1, 1, &values, 1, top_k_op,
                                        GGML_N_TASKS_MAX, nullptr);
-    return ggml_set_name(best, "best_rows");
+    return ggml_set_name(best, "top_k");
 }
 
 }  // namespace pydiffusion

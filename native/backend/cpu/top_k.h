@@ -10,6 +10,6 @@ namespace pydiffusion {
 // The indices of the k largest entries of each row of values [n, n_rows], best first -> I32 [k, n_rows]. Of
 // equal entries the first comes first; NaN counts as least. (ggml sorts with a comparison that NaN breaks,
 // and then reads and writes beyond the row.)
-ggml_tensor* best_rows(ggml_context* ctx, ggml_tensor* values, int64_t k);
+ggml_tensor* top_k(ggml_context* ctx, ggml_tensor* values, int64_t k);
 
 }  // namespace pydiffusion

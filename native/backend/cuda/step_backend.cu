@@ -53,7 +53,7 @@ __device__ row::Sums merge_warp(row::Sums sums, float inverse) {
         other.argmax = __shfl_xor_sync(kAllLanes, sums.argmax, offset);
         other.weight = __shfl_xor_sync(kAllLanes, sums.weight, offset);
         other.weighted = __shfl_xor_sync(kAllLanes, sums.weighted, offset);
-        other.unsound = __shfl_xor_sync(kAllLanes, sums.unsound, offset);
+        other.has_nonfinite = __shfl_xor_sync(kAllLanes, sums.has_nonfinite, offset);
         // The lower lane's first, so that both sides compute the same.
         const bool lower = (threadIdx.x & offset) == 0;
         sums = lower ? row::merged(sums, other, inverse) : row::merged(other, sums, inverse);
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) measure_rows(float* logits, int64_t 
     const row::Sums all = merge_block(sums, inverse, warps);
     if (warp != 0) return;
     Measure result = {0, 0, NAN};
-    if (!all.unsound && all.argmax >= 0) {
+    if (!all.has_nonfinite && all.argmax >= 0) {
         double target = fmax(static_cast<double>(u[blockIdx.x]), 0x1p-25) * all.weight;
         int chosen = 0;
         for (; chosen + 1 < kWarps; ++chosen) {
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t i = own.begin + lane; i < own.end; i += kLanes)
         row::add(sums, x[i], static_cast<int32_t>(i), inverse);
     const row::Sums all = merge_block(sums, inverse, warps);
-    const bool sound = !all.unsound && all.argmax >= 0;
+    const bool sound = !all.has_nonfinite && all.argmax >= 0;
     row::Distribution d = {all.maximum, sound ? 1.0f / all.weight : NAN, inverse, 0.0f};
 
     row::Tails own_tails = {};

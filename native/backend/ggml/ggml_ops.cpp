@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-namespace pydiffusion::portable {
+namespace pydiffusion::ggml_ops {
 
 void fill(const Mask& mask) {
     const int64_t n_rows = mask.tensor->ne[0], n_tokens = mask.tensor->ne[1];
@@ -98,4 +98,4 @@ ggml_tensor* weighted_sum(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* y,
     return parts.size() == 1 ? ggml_cont(ctx, sum) : sum;
 }
 
-}  // namespace pydiffusion::portable
+}  // namespace pydiffusion::ggml_ops

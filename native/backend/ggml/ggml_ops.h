@@ -7,7 +7,7 @@
 #include "backend/backend.h"
 #include "backend/cpu/attention.h"
 
-namespace pydiffusion::portable {
+namespace pydiffusion::ggml_ops {
 
 // Which rows each token may see, as numbers that are added to the attention scores: an input of the graph.
 struct Mask {
@@ -17,9 +17,11 @@ struct Mask {
 };
 
 // Rows come in multiples of this, for CUDA's attention shares keys among heads only then.
-constexpr int64_t kRowStep = 256;
+constexpr int64_t kMaskPadding = 256;
 
-inline int64_t filled_up(int64_t n_rows) { return (n_rows + kRowStep - 1) / kRowStep * kRowStep; }
+inline int64_t pad_to_mask(int64_t n_rows) {
+    return (n_rows + kMaskPadding - 1) / kMaskPadding * kMaskPadding;
+}
 
 void fill(const Mask& mask);  // once the graph has its memory
 
@@ -48,4 +50,4 @@ Routing route(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* probabilities,
 // y [d, n_used, n_tokens] -> [d, n_tokens]
 ggml_tensor* weighted_sum(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* y, const Routing& routing);
 
-}  // namespace pydiffusion::portable
+}  // namespace pydiffusion::ggml_ops

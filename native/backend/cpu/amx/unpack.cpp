@@ -241,7 +241,7 @@ VECTORS void unpack_q6_k(const uint8_t* row, int64_t n, uint16_t* out) {
 }
 
 // Q2_K and Q3_K have a scale for each 16 weights, of which one table holds several groups: entry e is value
-// e % n_values of group e / n_values. Lane by lane, the group and the value:
+// e % n_values of group e / n_values. Slot by lane, the group and the value:
 VECTORS inline __m512i groups_of_lanes(int n_values) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return n_values == 4 ? _mm512_srli_epi32(lanes, 2) : _mm512_srli_epi32(lanes, 3);
