@@ -83,7 +83,7 @@ def collect_imatrix(
         if not chunks:
             raise ConversionError("the text is too short: a chunk needs a token to encode and one to denoise")
         session = _native.Session(opened._native, chunk + opened.canvas_length)
-        session.collect_statistics(True)
+        session.collect_imatrix(True)
         for index, (prompt, clean) in enumerate(chunks):
             session.truncate(0)
             session.encode(prompt)
@@ -96,7 +96,7 @@ def collect_imatrix(
                 progress(ConversionProgress("imatrix", f"chunk {index + 1}", index + 1, len(chunks)))
         entries = {
             name: Entry(sums.astype(np.float32), counts.astype(np.float32))
-            for name, (sums, counts) in session.statistics().items()
+            for name, (sums, counts) in session.imatrix().items()
         }
     write_imatrix(target, entries, list(datasets), len(chunks), chunk)
     return ImatrixReport(

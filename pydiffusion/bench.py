@@ -27,7 +27,7 @@ PARTS = ("self-conditioning", "embedding", "attention", "dense", "experts", "hea
 
 #: Operations of a step that are products; attention's work is products for the most part.
 _PRODUCTS = (
-    "product", "expert_product", "soft_embedding", "attend", "attend_tiles", "MUL_MAT", "MUL_MAT_ID",
+    "matmul", "expert_matmul", "soft_embedding", "attend", "attend_tiles", "MUL_MAT", "MUL_MAT_ID",
 )  # fmt: skip
 
 _PROCESSOR = {"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None}

@@ -116,9 +116,9 @@ nb::dict imatrix(Session& session) {
     nb::dict result;
     if (!session.imatrix()) return result;
     for (const auto& [name, s] : session.imatrix()->by_weight()) {
-        const size_t n_columns = s.n_columns;
+        const size_t n_per_row = s.n_per_row;
         result[name.c_str()] =
-            nb::make_tuple(to_numpy(s.sums.data(), {s.counts.size(), n_columns}), to_numpy(s.counts));
+            nb::make_tuple(to_numpy(s.sums.data(), {s.counts.size(), n_per_row}), to_numpy(s.counts));
     }
     return result;
 }
@@ -254,7 +254,7 @@ void bind_session(nb::module_& m) {
             "Begin anew, or end, the imatrix of activations of all that is encoded and denoised.")
         .def(
             "imatrix", imatrix,
-            "Weight's name -> (sums of squares (n_matrices, n_columns) float64, counts (n_matrices,) int64).")
+            "Weight's name -> (sums of squares (n_matrices, n_per_row) float64, counts (n_matrices,) int64).")
         .def_prop_ro("tokens", [](const Session& s) { return to_numpy(s.tokens()); })
         .def_prop_ro(
             "step_ops", step_ops,

@@ -231,7 +231,7 @@ void bind_testing(nb::module_& parent) {
           nb::arg("by_matmul") = false, "Attention over a cache of a type as a device's graph computes it.");
     m.def("matmul", matmul, nb::arg("kernels"), nb::arg("rows").noconvert(), nb::arg("type"),
           nb::arg("x").noconvert(), nb::arg("experts").noconvert() = nb::none(), nb::arg("n_experts") = 1,
-          nb::arg("n_threads") = 1, "Columns times rows of weights, as a model's graphs multiply them.");
+          nb::arg("n_threads") = 1, "Activations times rows of weights, as a model's graphs multiply them.");
     m.def("weighted_sums", weighted_sums, nb::arg("p").noconvert(), nb::arg("rows").noconvert(),
           nb::arg("type"), nb::arg("n_inner"), "Sums of embedding rows weighted by probabilities, with AMX.");
 }

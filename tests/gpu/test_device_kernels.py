@@ -90,11 +90,11 @@ def test_attention_alone(
         _native.dequantize_rows(_native.quantize_rows(x, kv_type), kv_type, x.shape[1]) for x in (k, v)
     ]
     exact = exact_attention(q, rounded[0][:n_visible], rounded[1][:n_visible], head_dim)
-    for by_products in (False, True):
-        result = _native.testing.attend_on(device, q, k, v, head_dim, kv_type, n_visible, by_products)
+    for by_matmul in (False, True):
+        result = _native.testing.attend_on(device, q, k, v, head_dim, kv_type, n_visible, by_matmul)
         worst = np.abs(result - exact).max()
-        report(f"device {device}, attention over {kv_type}, heads of {head_dim}, {by_products=}: {worst:.1e}")
-        exact_sums = kv_type == "f32" or (by_products and kv_type == "q8_0")
+        report(f"device {device}, attention over {kv_type}, heads of {head_dim}, {by_matmul=}: {worst:.1e}")
+        exact_sums = kv_type == "f32" or (by_matmul and kv_type == "q8_0")
         assert worst <= (SUMS_BOUND if exact_sums else ATTENTION_BOUND[kv_type])
 
 

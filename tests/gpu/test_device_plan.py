@@ -174,7 +174,7 @@ def test_several_compute_as_one(kv_type: str, gguf_file: Callable) -> None:
         results.append({"hidden": hidden, **denoise_case(session, golden)})
         # The last device embeds, each computes its layers, the last the head: nothing goes back and forth.
         n_devices = len(names.split(","))
-        assert session.n_pieces == (1 if n_devices == 1 else n_devices + 1)
+        assert session.n_splits == (1 if n_devices == 1 else n_devices + 1)
     for key, expected in results[0].items():
         assert all(np.array_equal(expected, result[key]) for result in results[1:])
 

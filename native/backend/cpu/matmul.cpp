@@ -355,7 +355,7 @@ ggml_tensor* with_exact_sums(ggml_tensor* product) {
 
 }  // namespace
 
-ggml_tensor* Matmul::multiply(ggml_tensor* weight, ggml_tensor* x) {
+ggml_tensor* Matmul::apply(ggml_tensor* weight, ggml_tensor* x) {
     const int64_t n = x->ne[1];
     if (n >= kMinActivations || by_tiles(weight, x) || on_device_ || keep_activations_)
         return apply_unpadded(weight, x);
@@ -373,7 +373,7 @@ ggml_tensor* Matmul::apply_unpadded(ggml_tensor* weight, ggml_tensor* x) {
     return ggml_set_name(product, kMatmul);
 }
 
-ggml_tensor* Matmul::multiply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts) {
+ggml_tensor* Matmul::apply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts) {
     if (!takes(weight, x)) return with_exact_sums(ggml_mul_mat_id(ctx_, weight, x, experts));
     ggml_tensor* sources[] = {weight, packed(x, experts, weight->ne[2])};
     ggml_tensor* product = ggml_custom_4d(ctx_, GGML_TYPE_F32, weight->ne[1], experts->ne[0], experts->ne[1],

@@ -40,13 +40,13 @@ class Matmul {
     Matmul& operator=(const Matmul&) = delete;
 
     // weight [n_inner, n_rows] times x [n_inner, n_activations] -> F32 [n_rows, n_activations]
-    ggml_tensor* multiply(ggml_tensor* weight, ggml_tensor* x);
+    ggml_tensor* apply(ggml_tensor* weight, ggml_tensor* x);
     // The same without padding to kMinActivations: the result is a node and no view, so that a buffer can be
     // assigned to it.
     ggml_tensor* apply_unpadded(ggml_tensor* weight, ggml_tensor* x);
     // weight [n_inner, n_rows, n_expert], x [n_inner, 1 or n_used, n_tokens], experts I32 [n_used, n_tokens]
     // -> F32 [n_rows, n_used, n_tokens]
-    ggml_tensor* multiply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts);
+    ggml_tensor* apply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts);
 
     // Columns are nodes of the graph from now on, for who wants to read them.
     void keep_activations() { keep_activations_ = true; }
