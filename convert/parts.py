@@ -66,5 +66,5 @@ def open_parts(path: Path) -> Parts:
     if type(count) is int and type(number) is int and 0 < number < count:
         first = part_path(path, 0, count)
         path = first if first.is_file() else path
-    whole = _native.GgufFile.open_whole(str(path))
+    whole = _native.GgufFile.open_all_parts(str(path))
     return Parts(whole, whole.metadata, whole.metadata_types, whole.tensors)
