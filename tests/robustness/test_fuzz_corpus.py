@@ -67,7 +67,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> str:
         pytest.skip("NOT CHECKED: fuzzing of the native layers; no clang, cmake, ninja or vendor/ggml")
     folder = str(tmp_path_factory.getbasetemp() / "fuzz")
     define = [f"-DCMAKE_CXX_COMPILER={clang}", f"-DCMAKE_C_COMPILER={clang.replace('clang++', 'clang')}"]
-    subprocess.run(["cmake", "-G", "Ninja", "-S", FUZZ, "-B", folder, *define], check=True)
+    subprocess.run(["cmake", "--preset", "fuzz", "-B", folder, *define], cwd=FUZZ.parent, check=True)
     subprocess.run(["cmake", "--build", folder], check=True)
     return folder
 
