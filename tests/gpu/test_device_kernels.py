@@ -38,7 +38,8 @@ def test_measure_sees_what_is_not_finite(device: str) -> None:
     rows[0, 2999], rows[1, 5], rows[2] = np.nan, np.inf, -np.inf
     rows[3, :] = -np.inf
     rows[3, 17] = 1.0
-    _, argmax, entropy, sampled = _native.testing.measure_on(device, rows, 30.0, 1.0, np.full(4, 0.5, np.float32))
+    u = np.full(4, 0.5, np.float32)
+    _, argmax, entropy, sampled = _native.testing.measure_on(device, rows, 30.0, 1.0, u)
     assert np.isnan(entropy[:2]).all()
     assert (argmax[3], sampled[3]) == (17, 17) or entropy[3] >= 0  # capping makes -infinity a number
 
