@@ -163,6 +163,16 @@ def _reference_is_missing() -> str:
     return ""
 
 
+def pytest_sessionstart() -> None:
+    """Kernels of our own are left out where the CPU can't run them, unless they are asked for."""
+    from pydiffusion import _native
+
+    if os.environ.get("PYDIFFUSION_REQUIRE_AMX") and "amx" not in _native.kernels():
+        raise pytest.UsageError(
+            f"PYDIFFUSION_REQUIRE_AMX is set, but this CPU can run the kernels {_native.kernels()} only"
+        )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked ``reference`` need exactly the versions that the goldens were made with."""
     marked = [item for item in items if item.get_closest_marker("reference")]

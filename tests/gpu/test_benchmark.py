@@ -150,7 +150,8 @@ def test_time_runs_out(scripts: SimpleNamespace, models: Path, tmp_path: Path) -
     assert "left out: " in done.stderr and "answer" in done.stderr
     names = [entry["finding"] for entry in read(results) if "skipped" not in entry]
     assert names[:4] == MEASURED[:4]
-    assert all("the time was up" in e["skipped"] for e in read(results, "answer"))
+    (answer,) = read(results, "answer")
+    assert "the time was up" in answer["skipped"]
     assert "- q8_0 answer: skipped, the time was up" in done.stdout
 
 

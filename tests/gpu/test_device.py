@@ -13,7 +13,7 @@ from reference.random_checkpoint import SHAPES
 from support.models import case, compare, denoise_case, encode_case, load_golden
 from support.parity import CASES, MAX_BOUND, MEAN_BOUND, Q8_0_CACHE_MEAN, SOURCES, assert_within
 
-from pydiffusion import DiffusionModel, GenerationOptions, _native, devices
+from pydiffusion import DiffusionModel, DraftEvent, GenerationOptions, _native, devices
 from pydiffusion.convert import convert
 from pydiffusion.errors import PyDiffusionError, UnsupportedModelError
 
@@ -195,9 +195,9 @@ def test_a_generation(device: str, gguf_file: Callable) -> None:
     options = GenerationOptions(
         max_tokens=n, steps=4, seed=1, canvas=canvas, hold=[i % 2 == 0 for i in range(n)]
     )
-    for event in session.generate(options):
-        if hasattr(event, "accepted"):
-            assert all(token == 7 for token in np.asarray(event.tokens)[::2])
+    drafts = [event for event in session.generate(options) if isinstance(event, DraftEvent)]
+    assert drafts and all((draft.tokens[::2] == 7).all() for draft in drafts)
+    assert not all((draft.tokens == 7).all() for draft in drafts), "what is not held moves"
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "q8_0"])

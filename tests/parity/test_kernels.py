@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference.random_checkpoint import SHAPES, random_ids
+from support.kernels import ALL_KERNELS, OWN_KERNELS, needs
 
 from pydiffusion import DiffusionModel, GenerationOptions, _native
 from pydiffusion.cli import main
 from pydiffusion.convert import quantize
-
-OWN = [name for name in ("avx512-bf16", "amx") if name in _native.kernels()]
-needs_amx = pytest.mark.skipif("amx" not in OWN, reason="THIS PROCESSOR HAS NO AMX: not checked")
 
 
 def run(path: Path, name: str, kernels: str, n_prompt: int) -> tuple[np.ndarray, dict[str, int]]:
@@ -29,7 +27,7 @@ def run(path: Path, name: str, kernels: str, n_prompt: int) -> tuple[np.ndarray,
     return np.concatenate([first, session.denoise(canvas, first)]), session.step_ops
 
 
-@pytest.mark.parametrize("kernels", OWN)
+@pytest.mark.parametrize("kernels", OWN_KERNELS)
 @pytest.mark.parametrize("type", ["q8_0", "q4_k_m", "bf16"])
 def test_kernels_are_no_less_exact_than_ggml(
     kernels: str, type: str, gguf_file: Callable[..., Path], tmp_path: Path
@@ -54,7 +52,7 @@ def test_kernels_are_no_less_exact_than_ggml(
     assert error < 0.04 * exact.std(), (error, exact.std())
 
 
-@needs_amx
+@needs("amx")
 @pytest.mark.parametrize("n_prompt", [5, 60, 150])
 def test_attention_of_tiles(n_prompt: int, gguf_file: Callable[..., Path]) -> None:
     """Weights of float32 are multiplied alike, so that attention is all that differs; in windows and beyond.
@@ -68,7 +66,7 @@ def test_attention_of_tiles(n_prompt: int, gguf_file: Callable[..., Path]) -> No
     assert np.abs(found - expected).mean() < 3e-3
 
 
-@pytest.mark.parametrize("kernels", ["ggml", *OWN])
+@pytest.mark.parametrize("kernels", ALL_KERNELS)
 def test_text_does_not_depend_on_threads_or_company(kernels: str, gguf_file: Callable[..., Path]) -> None:
     path = gguf_file("wide", "q4_k_m", seed=0, dtype="f32")
     prompt = [int(i) for i in random_ids(0, "company", 20, SHAPES["wide"].vocab)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.kernels import OWN_KERNELS, needs
 
 from pydiffusion import _native
 
@@ -11,10 +12,6 @@ TYPES = (
     "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "MXFP4", "Q2_K", "Q3_K", "Q4_K",
     "Q5_K", "Q6_K",
 )  # fmt: skip
-OWN = [name for name in ("avx512-bf16", "amx") if name in _native.kernels()]
-pytestmark = pytest.mark.skipif(
-    not OWN, reason="THIS PROCESSOR HAS NO AVX-512 BF16: our own products did not run"
-)
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:
@@ -41,7 +38,7 @@ def exact(rows: np.ndarray, type: str, x: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 @pytest.mark.parametrize("type", TYPES)
-@pytest.mark.parametrize("kernels", OWN)
+@pytest.mark.parametrize("kernels", OWN_KERNELS)
 def test_product_is_that_of_the_rounded_factors(kernels: str, type: str) -> None:
     """No error but float32 sums': so unpacking, layout and rounding are right to the bit."""
     n_inner = 512
@@ -51,7 +48,18 @@ def test_product_is_that_of_the_rounded_factors(kernels: str, type: str) -> None
     assert np.all(np.abs(found - product) <= 2.0**-20 * sizes + 1e-30)
 
 
-@pytest.mark.parametrize("kernels", OWN)
+@pytest.mark.parametrize("type", [*TYPES, "F32", "F16"])
+def test_ggml_is_near_the_exact_product(type: str) -> None:
+    """It rounds activations to blocks of 8 bits, or to the type of the weights."""
+    rows, x = weights(type, 40, 512), columns(19, 512)
+    w = _native.dequantize_rows(rows, type, 512).astype(np.float64)
+    expected = x.astype(np.float64) @ w.T
+    error = np.abs(_native.multiply("ggml", rows, type, x) - expected).mean()
+    bound = {"F32": 1e-6, "F16": 1e-3, "BF16": 1e-2}.get(type, 1e-2)
+    assert error <= bound * np.abs(expected).mean()
+
+
+@pytest.mark.parametrize("kernels", OWN_KERNELS)
 @pytest.mark.parametrize(
     ("n_rows", "n_columns", "n_inner", "n_threads"),
     [
@@ -71,7 +79,7 @@ def test_any_size(kernels: str, n_rows: int, n_columns: int, n_inner: int, n_thr
     assert np.all(np.abs(found - product) <= 2.0**-20 * sizes)
 
 
-@pytest.mark.parametrize("kernels", OWN)
+@pytest.mark.parametrize("kernels", OWN_KERNELS)
 def test_a_column_does_not_depend_on_its_neighbours(kernels: str) -> None:
     """Nor on the number of threads: what a batch or a prompt's pieces rely on."""
     rows, x = weights("Q4_K", 300, 768), columns(70, 768)
@@ -81,7 +89,7 @@ def test_a_column_does_not_depend_on_its_neighbours(kernels: str) -> None:
         assert np.array_equal(some, together[first : first + n])
 
 
-@pytest.mark.parametrize("kernels", OWN)
+@pytest.mark.parametrize("kernels", OWN_KERNELS)
 @pytest.mark.parametrize(
     ("n_tokens", "n_experts", "n_used"), [(1, 4, 2), (40, 8, 3), (300, 3, 2), (7, 128, 8)]
 )
@@ -103,7 +111,7 @@ def test_products_by_expert(kernels: str, n_tokens: int, n_experts: int, n_used:
             assert np.array_equal(found[token, used], alone)
 
 
-@pytest.mark.parametrize("kernels", OWN)
+@pytest.mark.parametrize("kernels", OWN_KERNELS)
 @pytest.mark.parametrize("type", ["F32", "F16", "TQ1_0"])
 def test_other_types_stay_with_ggml(kernels: str, type: str) -> None:
     rows, x = weights(type, 20, 256), columns(9, 256)
@@ -111,7 +119,7 @@ def test_other_types_stay_with_ggml(kernels: str, type: str) -> None:
     assert np.array_equal(_native.multiply(kernels, rows, type, x), expected)
 
 
-@pytest.mark.parametrize("kernels", OWN)
+@pytest.mark.parametrize("kernels", OWN_KERNELS)
 def test_nan_stays_in_its_column(kernels: str) -> None:
     rows, x = weights("Q8_0", 33, 64), columns(20, 64)
     clean = _native.multiply(kernels, rows, "Q8_0", x)
@@ -121,10 +129,7 @@ def test_nan_stays_in_its_column(kernels: str) -> None:
     assert np.array_equal(np.delete(found, 5, 0), np.delete(clean, 5, 0))
 
 
-AMX = pytest.mark.skipif("amx" not in _native.kernels(), reason="THIS PROCESSOR HAS NO AMX: not checked")
-
-
-@AMX
+@needs("amx")
 @pytest.mark.parametrize("type", ["BF16", "Q8_0", "Q4_K", "Q6_K"])
 @pytest.mark.parametrize(("n_tokens", "n_rows", "n_inner"), [(1, 1, 256), (40, 300, 512), (256, 1100, 256)])
 def test_sums_of_embeddings_keep_16_bits_of_a_probability(

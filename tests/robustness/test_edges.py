@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.gguf_mutator import ARRAY, STRING, U32, Array, RawGguf, String, read_gguf
 
 from pydiffusion import DiffusionModel, _native
-from pydiffusion.errors import ContextOverflowError, PyDiffusionError
+from pydiffusion.errors import ContextOverflowError, GenerationCancelled, ModelFormatError, PyDiffusionError
 
 OPTIONS = {
     "max_tokens": 8,
@@ -53,6 +53,7 @@ def generate(model: _native.Model, prompt: np.ndarray = PROMPT, n_ctx: int = 64,
     while (step := session.next_step()) is not None:
         steps.append(step)
         assert len(steps) < 10_000, "endless"
+    assert steps
     return steps
 
 
@@ -162,13 +163,15 @@ def test_one_token(model: _native.Model) -> None:
 
 
 def test_very_many_steps_can_be_asked_for(model: _native.Model) -> None:
-    """Confidence ends the canvas long before 2^31 steps; a cancel ends it in any case."""
+    """They are counted down from 2^31 - 1, and a cancel ends them."""
     session = _native.Session(model, 64)
     session.encode(PROMPT)
     session.begin(**OPTIONS | {"steps": 2**31 - 1, "max_tokens": 2**31 - 1})
-    for _ in range(5):
-        assert session.next_step() is not None
+    assert [session.next_step().step for _ in range(5)] == [2**31 - i for i in range(1, 6)]
     session.cancel()
+    with pytest.raises(GenerationCancelled):
+        session.next_step()
+    assert session.next_step() is None
 
 
 def test_a_canvas_of_one(good: RawGguf, tmp_path: Path) -> None:
@@ -220,7 +223,8 @@ def test_an_empty_prompt(model: _native.Model, path: Path) -> None:
         with pytest.raises(ValueError, match="no tokens"):
             public.generate([])
         # Text has a bos token in front.
-        assert public.generate("", max_tokens=4, steps=1).finish_reason in ("length", "eos", "stop")
+        done = public.generate("", max_tokens=4, steps=1, eos=())
+        assert (done.n_prompt, len(done.tokens), done.finish_reason) == (1, 4, "length")
 
 
 def test_the_same_seed_gives_the_same_text(model: _native.Model, path: Path) -> None:
@@ -239,21 +243,23 @@ def test_a_vocabulary_larger_than_its_tokens(good: RawGguf, tmp_path: Path) -> N
         _native.Model(str(short.write(tmp_path / "short.gguf")), n_threads=1)
 
 
-def test_tokens_that_are_all_alike(good: RawGguf, tmp_path: Path) -> None:
+def test_tokens_that_are_all_alike_are_refused(good: RawGguf, tmp_path: Path) -> None:
     alike = good.copy()
     alike.set("tokenizer.ggml.tokens", ARRAY, Array(STRING, [String(b"a")] * 384))
     path = alike.write(tmp_path / "alike.gguf")
-    try:
-        text = DiffusionModel(path, n_threads=1).generate([1, 2, 3], max_tokens=4, steps=1).text
-    except PyDiffusionError as error:
-        assert "\n" not in str(error)
-    else:
-        assert isinstance(text, str)
+    with pytest.raises(ModelFormatError, match=r"tokenizer\.ggml\.tokens has 'a' twice, at 0 and 1"):
+        DiffusionModel(path, n_threads=1)
 
 
 # --- weights that are no numbers ---
 
 NO_NUMBERS = {"nan": b"\x00\x00\xc0\x7f", "inf": b"\x00\x00\x80\x7f", "huge": b"\xff\xff\x7f\x7f"}
+#: Weights that may be so large: an infinite divisor of RoPE rotates nothing, and one weight before a norm
+#: that divides by what it makes adds nothing.
+HARMLESS = {
+    *(("rope_freqs.weight", value, share) for value in ("inf", "huge") for share in ("all", "one")),
+    ("self_cond_down.weight", "huge", "one"),
+}
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS)
@@ -275,22 +281,17 @@ NO_NUMBERS = {"nan": b"\x00\x00\xc0\x7f", "inf": b"\x00\x00\x80\x7f", "huge": b"
 def test_weights_that_are_no_numbers(
     good: RawGguf, tmp_path: Path, tensor: str, value: str, share: str
 ) -> None:
-    """The generation ends: with finite logits, or with an error that says what is wrong."""
+    """An error says so, again and again; only where they can't reach the logits a generation ends as ever."""
     broken = good.copy()
     data = broken.tensor(tensor).data
     broken.tensor(tensor).data = (
         NO_NUMBERS[value] * (len(data) // 4) if share == "all" else NO_NUMBERS[value] + data[4:]
     )
     model = _native.Model(str(broken.write(tmp_path / "broken.gguf")), n_threads=1)
-    try:
-        steps = generate(model)
-    except PyDiffusionError as error:
-        assert "not finite" in str(error)
-        with pytest.raises(PyDiffusionError, match="not finite"):
-            generate(model)  # again, and alike
-    else:
-        assert all(np.isfinite(step.entropy).all() for step in steps)
-    if value == "nan" and share == "all" and tensor != "self_cond_down.weight":
+    if (tensor, value, share) in HARMLESS:
+        assert all(np.isfinite(step.entropy).all() for step in generate(model))
+        return
+    for _ in range(2):
         with pytest.raises(PyDiffusionError, match="not finite"):
             generate(model)
 

@@ -13,6 +13,7 @@ from support.hostile_process import FORMAT_ERRORS, Worker, assert_refused
 
 from pydiffusion import DiffusionModel, GenerationOptions, ModelFormatError, _native
 from pydiffusion.convert import repack
+from pydiffusion.errors import ConversionError
 
 COUNT = 3
 
@@ -213,5 +214,5 @@ def test_sessions_are_saved_for_either_form(good: RawGguf, tmp_path: Path) -> No
     session.save(tmp_path / "session")
     assert whole.load_session(tmp_path / "session").tokens.tolist() == [2, 3, 4]
     for path in (first, first.with_name("m-00002-of-00003.gguf")):
-        with pytest.raises(Exception, match="one of the files being read"):
+        with pytest.raises(ConversionError, match="one of the files being read"):
             session.save(path)

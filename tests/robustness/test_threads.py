@@ -139,7 +139,9 @@ def test_a_session_used_twice_at_once_refuses_the_second(slow_model: _native.Mod
     assert 0 < n < 1000
     assert np.array_equal(session.tokens, prompt(0, 1000)[:n])
     session.truncate(0)
-    assert session.encode(prompt(0), return_hidden=True) is not None
+    fresh = _native.Session(slow_model, 1024)
+    hidden = [each.encode(prompt(0), return_hidden=True) for each in (session, fresh)]
+    assert np.array_equal(*hidden)
 
 
 def test_tokens_may_be_read_while_another_thread_computes(model: _native.Model) -> None:
@@ -152,11 +154,14 @@ def test_tokens_may_be_read_while_another_thread_computes(model: _native.Model) 
         done.set()
 
     def read() -> None:
-        while not done.is_set():
+        while True:
+            last = done.is_set()  # before what is read: at least one of them is read
             tokens, n_past = session.tokens, session.n_past
             assert len(tokens) in (0, 40)
             assert 0 <= n_past <= 40
             assert np.array_equal(tokens, prompt(0, 40)[: len(tokens)])
+            if last:
+                break
 
     run_threads([compute, read, read])
 
@@ -210,6 +215,7 @@ def test_cancel_from_another_thread_at_any_moment(model: _native.Model) -> None:
     tokens = []
     while (step := session.next_step()) is not None:
         tokens += step.tokens.tolist()
+    assert len(tokens) == OPTIONS["max_tokens"]
     assert tokens == expected[: len(tokens)]
 
 
@@ -225,6 +231,7 @@ def test_an_exception_in_the_progress_callback_stops_the_prefill(slow_model: _na
     assert len(session.tokens) == session.n_past
     session.truncate(0)
     session.encode(prompt(0))
+    assert np.array_equal(session.tokens, prompt(0))
 
 
 def test_the_interpreter_goes_on_during_a_step(slow_model: _native.Model) -> None:

@@ -65,10 +65,20 @@ def test_every_character_has_its_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(a", "(?=a)", r"(a)\1", r"\bx", "(?i:a)", "(a{300}){300}", "a^b", "[^\\s\\S]"]
+    ("pattern", "message"),
+    [
+        ("(a", "missing \\)"),
+        ("(?=a)", "with assert"),
+        (r"(a)\1", "with groupref"),
+        (r"\bx", "with at"),
+        ("(?i:a)", "with flags"),
+        ("(a{300}){300}", "too large"),
+        ("a^b", "with at"),
+        (r"[^\s\S]", "no character"),
+    ],
 )
-def test_expressions_that_are_refused(pattern: str) -> None:
-    with pytest.raises(ValueError):
+def test_expressions_that_are_refused(pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         byte_machine(from_regex(pattern).text)
 
 

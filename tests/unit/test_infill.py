@@ -45,6 +45,7 @@ def test_an_instruction_puts_all_of_the_text_on_the_canvas(model: DiffusionModel
         on_event=lambda event: seen.append(event) if isinstance(event, DraftEvent) else None,
     )  # fmt: skip
     assert filled.text.startswith("abc ") and filled.text.endswith(" xyz")
+    assert len(seen) > 1
     for draft in seen:
         assert draft.tokens[: len(head)].tolist() == head
 
@@ -86,7 +87,7 @@ def test_edits_begin_with_what_stands_there(model: DiffusionModel) -> None:
     assert first.tokens[: len(inside)].tolist() == draft[: len(inside)].tolist()
 
 
-@pytest.mark.parametrize("n_puzzles", [2, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_puzzles", [6, pytest.param(40, marks=pytest.mark.slow)])
 def test_sudokus_keep_their_givens_and_agree_with_them(
     model: DiffusionModel, n_puzzles: int, report: Callable[[str], None]
 ) -> None:
@@ -97,10 +98,9 @@ def test_sudokus_keep_their_givens_and_agree_with_them(
         rows = sudoku.as_rows(puzzle)
         prompt = sudoku_prompt(puzzle)
         filled = model.infill(rows.replace(".", "<|hole:1|>"), instruction=prompt, seed=seed)
-        assert len(filled.text) <= len(rows) and filled.text.count("\n") == 5
-        if len(filled.text) == len(rows):
-            pairs = zip(rows, filled.text, strict=True)
-            assert all(given in (".", found) for given, found in pairs), "every given is kept"
+        assert len(filled.holes) == rows.count(".") and all(len(hole) <= 1 for hole in filled.holes)
+        holes = iter(filled.holes)
+        assert filled.text == "".join(next(holes) if cell == "." else cell for cell in rows)
         free = model.new_session()
         free.encode(model.chat_prompt([{"role": "user", "content": prompt}]))
         done = free.complete(seed=seed, max_tokens=model.canvas_length)
@@ -115,8 +115,8 @@ def test_sudokus_keep_their_givens_and_agree_with_them(
         f"sudokus, {n_puzzles}: givens held {solved['held']} solved in {steps['held'] / n_puzzles:.1f} steps,"
         f" not held {solved['free']} in {steps['free'] / n_puzzles:.1f}"
     )
-    if n_puzzles > 10:  # single ones say nothing
-        assert solved["held"] >= 0.8 * solved["free"] > 0
+    assert solved["held"] >= n_puzzles / 2
+    assert solved["held"] >= 0.8 * solved["free"] > 0
 
 
 @pytest.mark.parametrize(

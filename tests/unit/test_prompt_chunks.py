@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.kernels import ALL_KERNELS
 
 from pydiffusion import DiffusionModel, Session, _native, demo
 from pydiffusion.convert import convert
 
-KERNELS = _native.kernels()
 N_PROMPT = 700  # more than a chunk (512), and than the sliding layers' rows hold
 CUTS = {
     "one token at the end": [699],
@@ -49,7 +49,7 @@ def encoded(model: DiffusionModel, ids: np.ndarray, cuts: list[int]) -> Session:
     return session
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kernels", ALL_KERNELS)
 @pytest.mark.parametrize(("type", "kv_type"), FILES)
 def test_pieces_of_a_prompt(type: str, kv_type: str, kernels: str, gguf_file: Callable[..., Path]) -> None:
     path = gguf_file("small", type, seed=0, dtype="f32")
@@ -67,7 +67,7 @@ def demo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.fixture(scope="module", params=KERNELS)
+@pytest.fixture(scope="module", params=ALL_KERNELS)
 def model(request: pytest.FixtureRequest, demo_file: Path) -> Iterator[DiffusionModel]:
     with DiffusionModel(demo_file, n_threads=2, kernels=request.param) as model:
         yield model
@@ -111,7 +111,7 @@ def test_forks_files_and_steps_back_go_on_alike(model: DiffusionModel, tmp_path:
         assert cache_and_logits(other) == whole
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kernels", ALL_KERNELS)
 @pytest.mark.parametrize("type", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "Q4_K", "Q6_K"])
 def test_a_column_does_not_depend_on_how_many_there_are(type: str, kernels: str) -> None:
     rng = np.random.default_rng(0)
