@@ -97,7 +97,18 @@ def test_sudokus_keep_their_givens_and_agree_with_them(
     for seed, (puzzle, _) in enumerate(puzzles()[:n_puzzles]):
         rows = sudoku.as_rows(puzzle)
         prompt = sudoku_prompt(puzzle)
-        filled = model.infill(rows.replace(".", "<|hole:1|>"), instruction=prompt, seed=seed)
+        drafts: list[DraftEvent] = []
+        filled = model.infill(
+            rows.replace(".", "<|hole:1|>"), instruction=prompt, seed=seed,
+            on_event=lambda event, drafts=drafts: (
+                drafts.append(event) if isinstance(event, DraftEvent) else None
+            ),
+        )  # fmt: skip
+        cells = [model.tokenize(cell, add_bos=False) for cell in rows]  # one token each
+        givens = [(i, token) for i, (token,) in enumerate(cells) if rows[i] != "."]
+        for draft in drafts:  # held: this model copies givens itself, though never of no entropy
+            assert all((draft.tokens[i], draft.entropy[i]) == (token, 0) for i, token in givens)
+        assert drafts
         assert len(filled.holes) == rows.count(".") and all(len(hole) <= 1 for hole in filled.holes)
         holes = iter(filled.holes)
         assert filled.text == "".join(next(holes) if cell == "." else cell for cell in rows)
