@@ -228,7 +228,7 @@ def test_bfloat16_rounding_is_to_nearest_even(tmp_path: Path) -> None:
     assert np.array_equal(found.data.view(np.uint16).reshape(values.shape), folders.bfloat16_bits(values))
 
 
-def test_vision_is_left_out_and_told(folder: Path, tmp_path: Path) -> None:
+def test_vision_tensors_are_left_out_with_a_note(folder: Path, tmp_path: Path) -> None:
     vision = {
         "model.encoder.vision_tower.patch_embedder.input_proj.weight": np.ones((4, 4), np.float32),
         "model.encoder.embed_vision.embedding_projection.weight": np.ones((4, 4), np.float32),
@@ -267,7 +267,7 @@ def test_another_head_is_kept(tmp_path: Path) -> None:
     assert np.allclose(read_tensors(reader)["output.weight"], 0.5, atol=0.01)
 
 
-def test_defaults_are_taken_from_the_reference_and_told(tmp_path: Path) -> None:
+def test_defaults_come_from_transformers_with_a_note(tmp_path: Path) -> None:
     config = folders.model_config()
     text = config["text_config"]
     for key in ("layer_types", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "attention_bias"):
@@ -304,7 +304,7 @@ def test_more_bits_rule() -> None:
     assert [i for i in range(4) if has_more_bits(i, 4)] == [2, 3]
 
 
-def test_fallbacks_are_the_written_rule() -> None:
+def test_fallback_types_by_row_length() -> None:
     assert [fit_to_rows("Q4_K", n) for n in (512, 704, 100)] == ["Q4_K", "Q5_0", "F16"]
     assert [fit_to_rows("Q6_K", n) for n in (512, 704, 100)] == ["Q6_K", "Q8_0", "F16"]
     assert [fit_to_rows("Q8_0", n) for n in (512, 704, 100)] == ["Q8_0", "Q8_0", "F16"]

@@ -94,7 +94,7 @@ def test_a_private_repo_needs_the_token(hub: Hub, tmp_path: Path) -> None:
         ("org/open", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub can't be reached"),
     ],
 )
-def test_what_can_not_be_had_is_told_in_a_line(
+def test_unavailable_repos_are_refused_in_one_line(
     hub: Hub, tmp_path: Path, source: str, environment: dict[str, str], message: str
 ) -> None:
     done = command(hub, tmp_path, "convert", source, "-o", "m.gguf", **environment)
@@ -104,7 +104,7 @@ def test_what_can_not_be_had_is_told_in_a_line(
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_paths_are_no_repos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_not_repo_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     for path in ("models/typo", "./a/b", "/a/b", "../a/b", "a", "a/b/c", "models", ""):

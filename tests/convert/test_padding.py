@@ -60,7 +60,7 @@ def test_a_padded_model_is_the_same_function(files: Callable[..., Path]) -> None
     assert np.abs(plain).mean() > 0.5  # and these are no zeros
 
 
-def test_where_the_zeros_are(files: Callable[..., Path]) -> None:
+def test_where_the_padding_is(files: Callable[..., Path]) -> None:
     reader = GGUFReader(files("f32", True))
     fields, found = fields_of(reader), read_tensors(reader)
     assert fields[OWN + "feed_forward_length"] == ("UINT32", DENSE_PADDED)
@@ -108,7 +108,7 @@ def test_types_that_need_no_padding_get_none(files: Callable[..., Path]) -> None
 
 
 @pytest.mark.parametrize("type", ["f32", "q8_0", "q4_k_m"])
-def test_both_ways_give_the_same_padded_file(
+def test_quantizing_pads_as_converting_does(
     folder: Path, files: Callable[..., Path], tmp_path: Path, type: str
 ) -> None:
     quantize(files("f32", False), tmp_path / "q.gguf", type, pad=True)
@@ -125,7 +125,7 @@ def test_quantized_sources_are_padded_without_loss(files: Callable[..., Path], t
     assert (tmp_path / "p.gguf").read_bytes() == files("q8_0", True).read_bytes()
 
 
-def test_the_report_gives_no_credit_for_zeros(folder: Path, tmp_path: Path) -> None:
+def test_padding_counts_in_bytes_but_not_in_weights(folder: Path, tmp_path: Path) -> None:
     padded = convert(folder, tmp_path / "a.gguf", "f32", pad=True)
     plain = convert(folder, tmp_path / "b.gguf", "f32")
     assert padded.n_weights == plain.n_weights
@@ -134,7 +134,7 @@ def test_the_report_gives_no_credit_for_zeros(folder: Path, tmp_path: Path) -> N
     assert "feed_forward_length: 704 padded with zeros to 768" in " ".join(padded.notes)
 
 
-def test_padding_that_would_cost_too_much_is_left_to_those_who_ask(tmp_path: Path) -> None:
+def test_costly_padding_only_on_request(tmp_path: Path) -> None:
     down, up = ("blk.0.ffn_down.weight", (256, 320)), ("blk.0.ffn_up.weight", (320, 256))
     tensors = [down, up, ("blk.0.ffn_gate.weight", (320, 256))]
     assert plan.plan_types(tensors, "q4_k_m").lengths == {}
@@ -144,7 +144,7 @@ def test_padding_that_would_cost_too_much_is_left_to_those_who_ask(tmp_path: Pat
     assert plan.plan_types(tensors, "q2_k").tensors["blk.0.ffn_down.weight"].shape == (256, 512)
 
 
-def test_zeros_that_are_none_are_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonzero_padding_is_detected(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = rows.convert_rows
 
     def careless(data: np.ndarray, source: str, target: str, n_per_row: int, name: str, **choices: object):

@@ -42,7 +42,7 @@ TARGETS = [  # the first call makes tables, which takes seconds
 
 @pytest.mark.parametrize("source", FLOATS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_blocks_are_those_of_the_bare_quantizer(source: str, target: str) -> None:
+def test_blocks_equal_ggmls_quantizer(source: str, target: str) -> None:
     needs = target in NEEDS_IMATRIX
     for n_rows, n_per_row in SHAPES[:1] if target.startswith("IQ") else SHAPES:
         data, values = random_rows(n_rows, n_per_row, source)
@@ -83,7 +83,7 @@ def test_rows_of_any_length_where_there_are_no_blocks(source: str, n_per_row: in
 
 
 @pytest.mark.parametrize("type", ["F16", "BF16"])
-def test_every_number_of_sixteen_bits(type: str) -> None:
+def test_every_16_bit_value(type: str) -> None:
     data = np.arange(1 << 16, dtype=np.uint16).reshape(64, -1)
     with np.errstate(all="ignore"):
         expected = rows.to_float32(data.view(np.uint8), type, 1024)
@@ -107,7 +107,7 @@ def test_every_number_of_sixteen_bits(type: str) -> None:
     negative=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_first_weight_that_is_not_finite_is_found(
+def test_the_first_nonfinite_weight_is_found(
     type: str, shape: tuple[int, int], places: set[float], bits: int, negative: bool
 ) -> None:
     """NaN of any payload and infinities of both signs, beside the largest numbers that are finite."""
@@ -129,7 +129,7 @@ def test_the_first_weight_that_is_not_finite_is_found(
             rows.convert_rows(blocks, type, target, shape[1], "some.weight")
 
 
-def test_infinite_scales_of_blocks_are_found() -> None:
+def test_infinite_block_scales_are_found() -> None:
     data = _native.quantize_rows(random_rows(40, 512, "F32")[1], "Q8_0", 1)
     data[33, 34:36] = np.array([0x7C00], np.uint16).view(np.uint8)  # of the row's second block
     assert _native.find_nonfinite(data, "Q8_0", 512) == 33 * 512 + 32
@@ -137,7 +137,7 @@ def test_infinite_scales_of_blocks_are_found() -> None:
 
 
 @pytest.mark.parametrize("type", ["F32", "F16", "BF16", "Q8_0", "Q4_K"])
-def test_errors_of_rows(type: str) -> None:
+def test_row_errors(type: str) -> None:
     for n_rows, n_per_row in SHAPES:
         values = random_rows(n_rows, n_per_row, "F32")[1]
         values[0] = 0
@@ -177,7 +177,7 @@ def test_errors_of_rows(type: str) -> None:
         ((2, 512), "BF16", "Q9_X", 256, {}),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused(
+def test_invalid_shapes_and_types_are_refused(
     shape: tuple[int, int], source: str, target: str, n_per_row: int, options: dict[str, np.ndarray]
 ) -> None:
     data = np.zeros(shape, np.uint8)
@@ -185,7 +185,7 @@ def test_arrays_that_do_not_fit_are_refused(
         _native.convert_rows(data, source, target, n_per_row, **options)
 
 
-def test_other_arrays_are_refused() -> None:
+def test_invalid_arrays_are_refused() -> None:
     data, values = random_rows(4, 64, "BF16")
     for call in (
         lambda: _native.convert_rows(data.view(np.uint16), "BF16", "Q8_0", 64),
@@ -213,7 +213,7 @@ def test_other_arrays_are_refused() -> None:
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_padded_rows_are_numpys(
+def test_padded_rows_equal_numpys(
     n_groups: int, old: tuple[int, int], more: tuple[int, int], type: str, data: st.DataObject
 ) -> None:
     height, width = old[0], old[1] * 32

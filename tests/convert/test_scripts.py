@@ -84,7 +84,7 @@ def test_keys_are_set_added_and_removed_and_nothing_else_changes(model: Path, fo
         ({"tokenizer.chat_template": "{% for %}"}, "chat template, line 1"),
     ],
 )
-def test_what_would_spoil_the_file_is_refused(model: Path, changes: dict, message: str) -> None:
+def test_edits_that_would_break_the_file_are_refused(model: Path, changes: dict, message: str) -> None:
     before = model.read_bytes()
     with pytest.raises(ConversionError, match=message):
         edit_metadata(model, changes)

@@ -104,7 +104,7 @@ def test_a_full_disk_is_seen_before_writing(folder: Path, small_disk: Callable[[
     assert files_in(disk) == []
 
 
-def test_a_disk_that_fills_up_meanwhile(
+def test_a_disk_that_fills_up_while_writing(
     folder: Path, small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = small_disk("1m")
@@ -123,7 +123,7 @@ def test_free_space_is_checked_up_front(
     assert files_in(tmp_path) == []
 
 
-def test_targets_that_can_not_be_written(folder: Path, tmp_path: Path) -> None:
+def test_invalid_targets(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="nowhere: no such folder"):
         convert(folder, tmp_path / "nowhere" / "m.gguf", "q8_0")
     with pytest.raises(ConversionError, match="is a folder"):
@@ -195,7 +195,7 @@ def test_the_file_has_usual_permissions(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "m.gguf").stat().st_mode & 0o777 == 0o640
 
 
-def test_a_shard_that_shrinks_meanwhile(tmp_path: Path) -> None:
+def test_a_shard_that_shrinks_while_reading(tmp_path: Path) -> None:
     made = folders.make_folder(tmp_path / "small")
 
     def shrink(_: object) -> None:
@@ -229,7 +229,7 @@ def test_a_changed_byte_on_disk_is_found(
 
 
 @pytest.mark.parametrize("type", ["f16", "q8_0", "q4_k_m", "mxfp4", "q2_k", "iq4_xs", "tq2_0"])
-def test_wrong_rows_are_found_though_the_disk_is_right(
+def test_wrong_rows_are_found_by_verification(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, type: str
 ) -> None:
     """A quantizer that mixes up two rows writes exactly what it computed; only the weights tell."""

@@ -97,7 +97,7 @@ def test_all_measurements(
     assert capsys.readouterr().out.strip() == page.strip()
 
 
-def test_as_on_a_gpu(
+def test_measurements_with_a_simulated_gpu(
     scripts: SimpleNamespace,
     models: Path,
     tmp_path: Path,
@@ -341,7 +341,7 @@ def test_kernels_table(scripts: SimpleNamespace, tmp_path: Path, capsys: pytest.
     assert "No kernels were profiled" in read(results, "step-kernels")[1]["error"]
 
 
-def test_names_that_are_too_long_stay_apart(scripts: SimpleNamespace) -> None:
+def test_long_kernel_names_stay_distinct(scripts: SimpleNamespace) -> None:
     long = "a" * 300
     short = scripts.kernels.short_names([f"{long}<1>{long}(int)", f"{long}<2>{long}(int)"])
     assert len(set(short.values())) == 2 and all(len(name) < 100 for name in short.values())
@@ -358,9 +358,7 @@ def test_a_profiled_step(models: Path) -> None:
     assert "nothing records it" in done.stderr and "one step behind 16 tokens profiled" in done.stderr
 
 
-def test_the_profiler_is_found_or_missed_clearly(
-    scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_profiler_is_explained(scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str) -> Any:
         if name != "libcuda.so.1":
             raise OSError("no such library")

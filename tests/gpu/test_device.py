@@ -89,7 +89,7 @@ def test_q8_0_cache(device: str, source: str, gguf_file: Callable, report: Calla
             assert difference.mean <= Q8_0_CACHE_MEAN and difference.agreement >= 0.9, difference
 
 
-def test_heads_without_a_kernel(device: str, gguf_file: Callable) -> None:
+def test_head_sizes_without_a_flash_attention_kernel(device: str, gguf_file: Callable) -> None:
     """Where flash attention has no kernel for a model's heads (CUDA's none for 16 and 32), products do."""
     file = gguf_file("tiny", "f32", seed=0, dtype="f32")
     results = []
@@ -127,7 +127,7 @@ def test_types_without_a_kernel(
         open_on(embedding, device)
 
 
-def test_a_cache_in_parts(device: str, gguf_file: Callable) -> None:
+def test_a_q8_0_cache_shared_by_cpu_and_device(device: str, gguf_file: Callable) -> None:
     """Layers on the processor read and write a cache of 8 bits as those on the device do."""
     file = gguf_file("small", "f32", seed=0, dtype="f32")
     golden = case(load_golden("logits-small-f32"), "commit")
@@ -143,7 +143,7 @@ def test_a_cache_in_parts(device: str, gguf_file: Callable) -> None:
 
 
 @pytest.mark.parametrize(("n_gpu_layers", "n_cpu_moe"), [(1, 0), (1, 1), (2, 1), (-1, 2)])
-def test_parts_of_the_model_on_the_device(
+def test_partial_offload(
     device: str, n_gpu_layers: int, n_cpu_moe: int, gguf_file: Callable, report: Callable[[str], None]
 ) -> None:
     """Where the parts are changes nothing. On a GPU with float32 weights, and but for rounding: its quantized
@@ -201,7 +201,9 @@ def test_a_generation(device: str, gguf_file: Callable) -> None:
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "q8_0"])
-def test_a_saved_session_comes_back(device: str, kv_type: str, gguf_file: Callable, tmp_path: Path) -> None:
+def test_a_saved_session_can_be_loaded(
+    device: str, kv_type: str, gguf_file: Callable, tmp_path: Path
+) -> None:
     file = gguf_file("small", "f32", seed=0, dtype="f32")
     model = DiffusionModel(file, n_ctx=128, device=device, kv_type=kv_type)
     session = model.new_session()
@@ -237,7 +239,9 @@ def test_a_batch(device: str, gguf_file: Callable) -> None:
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
 @pytest.mark.parametrize("n_kept", [100, 95, 3])
-def test_nan_does_not_stay(device: str, n_kept: int, kv_type: str, gguf_file: Callable) -> None:
+def test_nan_in_masked_cache_rows_has_no_effect(
+    device: str, n_kept: int, kv_type: str, gguf_file: Callable
+) -> None:
     """A step that ends in NaN leaves it in the cache's rows behind the prompt, and what comes next reads
     beyond its own, to fill a mask up. (ggml's flash attention on the processor skips what is masked.)
     """
@@ -262,12 +266,12 @@ def test_nan_does_not_stay(device: str, n_kept: int, kv_type: str, gguf_file: Ca
             assert np.array_equal(after, expected)
 
 
-def test_a_device_that_is_not_there(device: str, gguf_file: Callable) -> None:
+def test_unknown_devices_are_refused(device: str, gguf_file: Callable) -> None:
     with pytest.raises((ValueError, PyDiffusionError), match="no device 'CUDA77'"):
         open_on(gguf_file("small", "q8_0", seed=0, dtype="f32"), "CUDA77")
 
 
-def test_statistics_want_the_processor(device: str, gguf_file: Callable) -> None:
+def test_imatrix_collection_needs_the_cpu(device: str, gguf_file: Callable) -> None:
     model = open_on(gguf_file("small", "f32", seed=0, dtype="f32"), device)
     with pytest.raises(PyDiffusionError, match="on the processor only"):
         _native.Session(model, 128).collect_statistics(True)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.parametrize("device", ["host", *(device.name for device
 
 @pytest.mark.parametrize("n_vocab", [1, 31, 1024, 1025, 5000, 40_000])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 12.0])
-def test_measure_is_the_samplers(device: str, n_vocab: int, spread: float) -> None:
+def test_measure_equals_the_samplers(device: str, n_vocab: int, spread: float) -> None:
     """The rows of a GPU's kernel, merged from lanes and warps, against the CPU's sampler."""
     rng = np.random.default_rng(n_vocab)
     logits = (rng.normal(size=(3, n_vocab)) * spread).astype(np.float32)
@@ -33,7 +33,7 @@ def test_measure_is_the_samplers(device: str, n_vocab: int, spread: float) -> No
         assert below - 1e-5 <= u[row] <= cdf[row, token] + 1e-5
 
 
-def test_measure_sees_what_is_not_finite(device: str) -> None:
+def test_measure_detects_nonfinite_logits(device: str) -> None:
     rows = np.zeros((4, 3000), dtype=np.float32)
     rows[0, 2999], rows[1, 5], rows[2] = np.nan, np.inf, -np.inf
     rows[3, :] = -np.inf
@@ -46,7 +46,7 @@ def test_measure_sees_what_is_not_finite(device: str) -> None:
 
 
 @pytest.mark.parametrize("dropped_mass", [0.0, 1e-4, 1e-2])
-def test_condition_leaves_out_no_more_than_it_may(device: str, dropped_mass: float) -> None:
+def test_condition_drops_at_most_the_dropped_mass(device: str, dropped_mass: float) -> None:
     rng = np.random.default_rng(0)
     logits = (rng.normal(size=(5, 4000)) * np.array([[0.1], [1], [4], [9], [30]])).astype(np.float32)
     embedding = rng.normal(size=(4000, 48)).astype(np.float32)
@@ -75,7 +75,7 @@ def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, head_dim: int) 
 
 @pytest.mark.parametrize(("head_dim", "n_head_kv"), [(64, 1), (128, 2), (256, 8), (512, 2)])
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
-def test_attention_alone(
+def test_attention_kernel(
     device: str, kv_type: str, head_dim: int, n_head_kv: int, report: Callable[[str], None]
 ) -> None:
     """The heads of the models there are, over each cache: by flash attention, and by the products that take

@@ -31,7 +31,7 @@ def planned(file: Path, device: str, **arguments: Any) -> Plan:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_experts_leave_first(device: str, file: Path) -> None:
+def test_experts_move_to_the_cpu_first(device: str, file: Path) -> None:
     whole = planned(file, device)
     assert (whole.n_gpu_layers, whole.n_cpu_moe) == (N_LAYER, 0)
     seen = []
@@ -70,7 +70,7 @@ def test_the_cache_is_counted(device: str, file: Path, gguf_file: Callable) -> N
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_does_not_fit_says_what_was_needed(device: str, file: Path) -> None:
+def test_insufficient_memory_says_what_is_needed(device: str, file: Path) -> None:
     with pytest.raises(InsufficientMemoryError, match=r"2 layers on the devices? need .* GB.*n_cpu_moe"):
         planned(file, device, n_gpu_layers=2, gpu_memory=1000)
 
@@ -160,7 +160,7 @@ def test_layers_follow_free_memory(n_devices: int, file: Path) -> None:
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
-def test_several_compute_as_one(kv_type: str, gguf_file: Callable) -> None:
+def test_several_devices_give_the_same_bits_as_one(kv_type: str, gguf_file: Callable) -> None:
     """Memory of one device is not another's: what a layer needs of the one before is moved, bit by bit."""
     file = gguf_file("wide", "q4_k_m", seed=0, dtype="f32")
     golden = case(load_golden("logits-wide-f32"), "commit")
@@ -179,7 +179,7 @@ def test_several_compute_as_one(kv_type: str, gguf_file: Callable) -> None:
         assert all(np.array_equal(expected, result[key]) for result in results[1:])
 
 
-def test_a_device_without_room_is_left_out(file: Path) -> None:
+def test_a_device_without_memory_is_left_out(file: Path) -> None:
     room = planned(file, "host").total_bytes
     found = planned(file, "host,host", gpu_memory=[1, room])
     assert found.device == "host" and [share.n_layers for share in found.shares] == [N_LAYER]
@@ -187,7 +187,7 @@ def test_a_device_without_room_is_left_out(file: Path) -> None:
     assert model.description["backend"] == "host"
 
 
-def test_all_gpus_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_uses_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """The freest is last, where what is in no layer lies."""
     there = [placement.Device(f"GPU{i}", "", free, 100) for i, free in enumerate((30, 90, 20))]
     monkeypatch.setattr(placement, "devices", lambda: there)
@@ -218,12 +218,12 @@ def test_all_gpus_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None
         ("host", "8G", "gpu_memory is '8G'"),
     ],
 )
-def test_wrong_devices(device: str, gpu_memory: Any, said: str, file: Path) -> None:
+def test_invalid_devices(device: str, gpu_memory: Any, said: str, file: Path) -> None:
     with pytest.raises(ValueError, match=said):
         planned(file, device, gpu_memory=gpu_memory)
 
 
-def test_a_gpu_once_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_named_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "devices", lambda: [placement.Device("GPU0", "", 1, 1)])
     with pytest.raises(ValueError, match="GPU0 twice"):
         placement.native_wish("auto", None, "GPU0,GPU0", None)

@@ -73,7 +73,7 @@ def test_a_kit_that_does_not_fit(
         scripts.prebuilt.check(archives, compiler)
 
 
-def test_a_kit_that_is_none(archives: Path, scripts: SimpleNamespace, tmp_path: Path) -> None:
+def test_an_incomplete_kit(archives: Path, scripts: SimpleNamespace, tmp_path: Path) -> None:
     (archives / "lib/libggml-base.a").unlink()
     with pytest.raises(scripts.prebuilt.KitError, match=r"has no libggml-base\.a"):
         scripts.prebuilt.check(archives, "GNU 12.2.0")
@@ -166,7 +166,7 @@ def run(scripts: SimpleNamespace, archives: Path, tmp_path: Path, monkeypatch: p
         ("12.0", "all-major", True),
     ],
 )
-def test_a_card_that_the_kit_has_no_code_for(
+def test_gpus_that_the_kit_has_no_code_for(
     run, scripts: SimpleNamespace, archives: Path, capability: str, architectures: str, fits: bool
 ) -> None:
     change(archives, flags=f"-DPYDIFFUSION_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={architectures}, nvcc 13.0.88")
@@ -181,7 +181,7 @@ def findings(run) -> list[dict]:
     return [json.loads(line) for line in run.results.read_text().splitlines()]
 
 
-def test_time_that_runs_out_keeps_what_was_found(run, scripts: SimpleNamespace) -> None:
+def test_findings_are_kept_when_time_runs_out(run, scripts: SimpleNamespace) -> None:
     code = "import gpu_findings, time; gpu_findings.add('early', ok=True); print('said'); time.sleep(60)"
     assert not run.step("slow", [sys.executable, "-c", code], needs=1)
     assert not run.step("later", [sys.executable, "-c", ""], needs=1)

@@ -147,7 +147,9 @@ SAME: dict[str, Callable[[RawGguf], None]] = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_same_model_told_otherwise(name: str, plain: Path, expected: np.ndarray, tmp_path: Path) -> None:
+def test_equivalent_files_give_the_same_logits(
+    name: str, plain: Path, expected: np.ndarray, tmp_path: Path
+) -> None:
     file = read_gguf(plain)
     SAME[name](file)
     path = file.write(tmp_path / "other.gguf")
@@ -167,7 +169,9 @@ def test_rope_freqs_are_read(plain: Path, expected: np.ndarray, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["layer_output_scale", "enc_layer_output_scale"])
-def test_each_mode_has_its_scalar(name: str, gguf_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_encoder_and_denoiser_have_their_own_output_scale(
+    name: str, gguf_file: Callable[..., Path], tmp_path: Path
+) -> None:
     """Changing either mode's scalar of the first layer changes the logits.
 
     It takes three layers: a layer's scalar multiplies all that the next layer's norms divide by, so what it

@@ -132,7 +132,7 @@ def test_self_conditioning_matters(f32_model: Callable) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 37])
 @pytest.mark.parametrize("source", ["small-f32", "wide-f32"])
-def test_prompt_in_pieces(source: str, chunk: int, f32_model: Callable) -> None:
+def test_prompt_in_chunks(source: str, chunk: int, f32_model: Callable) -> None:
     golden = case(load_golden(f"logits-{source}"), "long")
     session = _native.Session(f32_model(source, "f32"), 128)
     hidden = encode_case(session, golden, chunk)

@@ -29,7 +29,7 @@ def run(path: Path, name: str, kernels: str, n_prompt: int) -> tuple[np.ndarray,
 
 @pytest.mark.parametrize("kernels", OWN_KERNELS)
 @pytest.mark.parametrize("type", ["q8_0", "q4_k_m", "bf16"])
-def test_kernels_are_no_less_exact_than_ggml(
+def test_kernels_are_as_accurate_as_ggml(
     kernels: str, type: str, gguf_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Against the same weights in float32. All round activations: to bfloat16, or to blocks of 8 bits. By the
@@ -54,7 +54,7 @@ def test_kernels_are_no_less_exact_than_ggml(
 
 @needs("amx")
 @pytest.mark.parametrize("n_prompt", [5, 60, 150])
-def test_attention_of_tiles(n_prompt: int, gguf_file: Callable[..., Path]) -> None:
+def test_tile_attention(n_prompt: int, gguf_file: Callable[..., Path]) -> None:
     """Weights of float32 are multiplied alike, so that attention is all that differs; in windows and beyond.
     A float16 cache in place of a float32 one makes mean differences of 4e-3 to 2.5e-2 here.
     """
@@ -67,7 +67,7 @@ def test_attention_of_tiles(n_prompt: int, gguf_file: Callable[..., Path]) -> No
 
 
 @pytest.mark.parametrize("kernels", ALL_KERNELS)
-def test_text_does_not_depend_on_threads_or_company(kernels: str, gguf_file: Callable[..., Path]) -> None:
+def test_text_does_not_depend_on_threads_or_batching(kernels: str, gguf_file: Callable[..., Path]) -> None:
     path = gguf_file("wide", "q4_k_m", seed=0, dtype="f32")
     prompt = [int(i) for i in random_ids(0, "company", 20, SHAPES["wide"].vocab)]
     options = GenerationOptions(max_tokens=30, steps=4, seed=3)
@@ -80,7 +80,9 @@ def test_text_does_not_depend_on_threads_or_company(kernels: str, gguf_file: Cal
     assert all(text == texts[0] for text in texts), texts
 
 
-def test_a_wrong_name_is_refused(gguf_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_kernels_are_refused(
+    gguf_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     path = gguf_file("tiny", "f32")
     with pytest.raises(ValueError, match="there are no kernels 'fast'"):
         DiffusionModel(path, kernels="fast")

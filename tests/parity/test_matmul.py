@@ -39,7 +39,7 @@ def exact(rows: np.ndarray, type: str, x: np.ndarray) -> tuple[np.ndarray, np.nd
 
 @pytest.mark.parametrize("type", TYPES)
 @pytest.mark.parametrize("kernels", OWN_KERNELS)
-def test_product_is_that_of_the_rounded_factors(kernels: str, type: str) -> None:
+def test_matmul_equals_that_of_bfloat16_operands(kernels: str, type: str) -> None:
     """No error but float32 sums': so unpacking, layout and rounding are right to the bit."""
     n_inner = 512
     rows, x = weights(type, 40, n_inner), columns(19, n_inner)
@@ -49,7 +49,7 @@ def test_product_is_that_of_the_rounded_factors(kernels: str, type: str) -> None
 
 
 @pytest.mark.parametrize("type", [*TYPES, "F32", "F16"])
-def test_ggml_is_near_the_exact_product(type: str) -> None:
+def test_ggml_matmul_is_near_the_exact_one(type: str) -> None:
     """It rounds activations to blocks of 8 bits, or to the type of the weights."""
     rows, x = weights(type, 40, 512), columns(19, 512)
     w = _native.dequantize_rows(rows, type, 512).astype(np.float64)
@@ -71,7 +71,7 @@ def test_ggml_is_near_the_exact_product(type: str) -> None:
         (700, 5, 1056, 4),
     ],
 )
-def test_any_size(kernels: str, n_rows: int, n_columns: int, n_inner: int, n_threads: int) -> None:
+def test_matmul_of_any_size(kernels: str, n_rows: int, n_columns: int, n_inner: int, n_threads: int) -> None:
     rows, x = weights("Q8_0", n_rows, n_inner), columns(n_columns, n_inner)
     product, sizes = exact(rows, "Q8_0", x)
     found = _native.multiply(kernels, rows, "Q8_0", x, n_threads=n_threads)
@@ -80,7 +80,7 @@ def test_any_size(kernels: str, n_rows: int, n_columns: int, n_inner: int, n_thr
 
 
 @pytest.mark.parametrize("kernels", OWN_KERNELS)
-def test_a_column_does_not_depend_on_its_neighbours(kernels: str) -> None:
+def test_a_tokens_result_does_not_depend_on_other_tokens(kernels: str) -> None:
     """Nor on the number of threads: what a batch or a prompt's pieces rely on."""
     rows, x = weights("Q4_K", 300, 768), columns(70, 768)
     together = _native.multiply(kernels, rows, "Q4_K", x, n_threads=2)
@@ -93,7 +93,7 @@ def test_a_column_does_not_depend_on_its_neighbours(kernels: str) -> None:
 @pytest.mark.parametrize(
     ("n_tokens", "n_experts", "n_used"), [(1, 4, 2), (40, 8, 3), (300, 3, 2), (7, 128, 8)]
 )
-def test_products_by_expert(kernels: str, n_tokens: int, n_experts: int, n_used: int) -> None:
+def test_matmul_by_expert(kernels: str, n_tokens: int, n_experts: int, n_used: int) -> None:
     """Each token with its experts' matrices, as alone with one of them."""
     n_inner, n_rows = 256, 50
     rows, x = weights("Q4_K", n_experts * n_rows, n_inner), columns(n_tokens, n_inner)
@@ -113,14 +113,14 @@ def test_products_by_expert(kernels: str, n_tokens: int, n_experts: int, n_used:
 
 @pytest.mark.parametrize("kernels", OWN_KERNELS)
 @pytest.mark.parametrize("type", ["F32", "F16", "TQ1_0"])
-def test_other_types_stay_with_ggml(kernels: str, type: str) -> None:
+def test_other_types_use_ggml(kernels: str, type: str) -> None:
     rows, x = weights(type, 20, 256), columns(9, 256)
     expected = _native.multiply("ggml", rows, type, x)
     assert np.array_equal(_native.multiply(kernels, rows, type, x), expected)
 
 
 @pytest.mark.parametrize("kernels", OWN_KERNELS)
-def test_nan_stays_in_its_column(kernels: str) -> None:
+def test_nan_stays_in_its_token(kernels: str) -> None:
     rows, x = weights("Q8_0", 33, 64), columns(20, 64)
     clean = _native.multiply(kernels, rows, "Q8_0", x)
     x[5, 3] = np.nan
@@ -132,7 +132,7 @@ def test_nan_stays_in_its_column(kernels: str) -> None:
 @needs("amx")
 @pytest.mark.parametrize("type", ["BF16", "Q8_0", "Q4_K", "Q6_K"])
 @pytest.mark.parametrize(("n_tokens", "n_rows", "n_inner"), [(1, 1, 256), (40, 300, 512), (256, 1100, 256)])
-def test_sums_of_embeddings_keep_16_bits_of_a_probability(
+def test_soft_embedding_sums_keep_16_bits_of_a_probability(
     type: str, n_tokens: int, n_rows: int, n_inner: int
 ) -> None:
     """Against float64, with the embedding's rows rounded as the products round them."""
@@ -146,7 +146,7 @@ def test_sums_of_embeddings_keep_16_bits_of_a_probability(
     assert np.all(np.abs(found - p.astype(np.float64) @ w) <= bound + 1e-30)
 
 
-def test_names() -> None:
+def test_invalid_arguments() -> None:
     rows, x = weights("Q8_0", 1, 32), columns(1, 32)
     with pytest.raises(ValueError, match="there are no kernels 'x'"):
         _native.multiply("x", rows, "Q8_0", x)

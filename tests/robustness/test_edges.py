@@ -82,14 +82,14 @@ def test_a_huge_temperature_draws_uniformly() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("at", [0, 15, 16, 2047, 2048, 4999])
-def test_a_logit_that_is_no_number_is_seen_anywhere(bad: float, at: int) -> None:
+def test_a_nonfinite_logit_is_detected_anywhere(bad: float, at: int) -> None:
     logits = np.zeros((1, 5000), dtype=np.float32)
     logits[0, at] = bad
     _, entropy, _ = _native.measure(logits, 1.0, np.array([0.5], np.float32))
     assert np.isnan(entropy[0])
 
 
-def test_tokens_that_can_not_be_are_never_drawn() -> None:
+def test_tokens_of_probability_zero_are_never_drawn() -> None:
     logits = np.full((64, 5000), -np.inf, dtype=np.float32)
     logits[:, [3, 4000]] = 0.0
     u = np.linspace(0.0, 0.9999, 64, dtype=np.float32)
@@ -120,7 +120,7 @@ def test_any_logits_give_tokens_of_the_vocabulary(row: list[float], temperature:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0, 1e6, width=32), max_size=40), st.floats(0, 1e6, width=32))
-def test_acceptance_takes_the_surest_and_at_least_one(entropies: list[float], bound: float) -> None:
+def test_acceptance_takes_the_lowest_entropies_and_at_least_one(entropies: list[float], bound: float) -> None:
     mask = _native.accept(np.array(entropies, dtype=np.float32), bound)
     assert mask.any() or not entropies
     taken = [e for e, m in zip(entropies, mask, strict=True) if m]
@@ -162,7 +162,7 @@ def test_one_token(model: _native.Model) -> None:
     assert steps[-1].finish == "length"
 
 
-def test_very_many_steps_can_be_asked_for(model: _native.Model) -> None:
+def test_the_largest_number_of_steps(model: _native.Model) -> None:
     """They are counted down from 2^31 - 1, and a cancel ends them."""
     session = _native.Session(model, 64)
     session.encode(PROMPT)
@@ -234,7 +234,7 @@ def test_the_same_seed_gives_the_same_text(model: _native.Model, path: Path) -> 
     assert [s.canvas.tolist() for s in first] != [s.canvas.tolist() for s in other]
 
 
-def test_a_vocabulary_larger_than_its_tokens(good: RawGguf, tmp_path: Path) -> None:
+def test_fewer_tokens_than_embedding_rows_are_refused(good: RawGguf, tmp_path: Path) -> None:
     """Padded embeddings exist; a list that names fewer tokens than the embedding has rows is refused."""
     short = good.copy()
     tokens = short.get("tokenizer.ggml.tokens").value
@@ -243,7 +243,7 @@ def test_a_vocabulary_larger_than_its_tokens(good: RawGguf, tmp_path: Path) -> N
         _native.Model(str(short.write(tmp_path / "short.gguf")), n_threads=1)
 
 
-def test_tokens_that_are_all_alike_are_refused(good: RawGguf, tmp_path: Path) -> None:
+def test_duplicate_tokens_are_refused(good: RawGguf, tmp_path: Path) -> None:
     alike = good.copy()
     alike.set("tokenizer.ggml.tokens", ARRAY, Array(STRING, [String(b"a")] * 384))
     path = alike.write(tmp_path / "alike.gguf")
@@ -278,9 +278,7 @@ HARMLESS = {
     ],
 )
 @pytest.mark.parametrize("share", ["all", "one"])
-def test_weights_that_are_no_numbers(
-    good: RawGguf, tmp_path: Path, tensor: str, value: str, share: str
-) -> None:
+def test_nonfinite_weights(good: RawGguf, tmp_path: Path, tensor: str, value: str, share: str) -> None:
     """An error says so, again and again; only where they can't reach the logits a generation ends as ever."""
     broken = good.copy()
     data = broken.tensor(tensor).data
@@ -296,7 +294,7 @@ def test_weights_that_are_no_numbers(
             generate(model)
 
 
-def test_a_router_that_is_no_number_for_some_experts(good: RawGguf, tmp_path: Path) -> None:
+def test_a_router_with_nan_for_some_experts(good: RawGguf, tmp_path: Path) -> None:
     """Sorting scores of which some are NaN must not leave the row; the error is that of the logits."""
     broken = good.copy()
     data = np.frombuffer(broken.tensor("blk.0.ffn_gate_inp.weight").data, dtype=np.float32).copy()

@@ -96,7 +96,7 @@ def limits_of_memory(
 @posix
 @sanitized
 @pytest.mark.parametrize("phase", ["load", "session", "step"])
-def test_no_more_memory(gguf_file: Callable[..., Path], phase: str, report: Callable[[str], None]) -> None:
+def test_memory_limits(gguf_file: Callable[..., Path], phase: str, report: Callable[[str], None]) -> None:
     """Each limit ends in success or in a MemoryError of either kind, after which the process is as before."""
     path = gguf_file("wide", "f32")
     outcomes = limits_of_memory(path, phase, [0, 6, 1000], 1, report)
@@ -143,9 +143,7 @@ print(in_parts)
 
 @posix
 @sanitized
-def test_a_batch_without_memory_for_one_graph_is_denoised_in_parts(
-    tmp_path: Path, report: Callable[[str], None]
-) -> None:
+def test_a_batch_is_split_when_memory_is_short(tmp_path: Path, report: Callable[[str], None]) -> None:
     from pydiffusion.synthetic import write_synthetic
 
     result = run(WIDE_BATCH, write_synthetic("tiny", tmp_path / "tiny.gguf"))
@@ -159,7 +157,7 @@ def test_a_batch_without_memory_for_one_graph_is_denoised_in_parts(
 @pytest.mark.slow
 @pytest.mark.parametrize("n_threads", [1, 4])
 @pytest.mark.parametrize("phase", ["load", "session", "step"])
-def test_no_more_memory_at_any_point(
+def test_memory_limits_at_any_point(
     gguf_file: Callable[..., Path], phase: str, n_threads: int, report: Callable[[str], None]
 ) -> None:
     megabytes = [*np.arange(0, 12, 1.0), *np.arange(12, 60, 4.0), 80, 120, 200, 400]
@@ -186,7 +184,7 @@ except InsufficientMemoryError as error:
 
 @posix
 @sanitized
-def test_threads_that_can_not_be_started(gguf_file: Callable[..., Path]) -> None:
+def test_threads_that_fail_to_start(gguf_file: Callable[..., Path]) -> None:
     """ggml alone would abort the process."""
     result = run(THREADS_LIMITED, gguf_file("tiny", "f32"))
     assert (result.returncode, result.stdout.strip()) == (0, "refused"), result.stderr[-800:]
@@ -286,9 +284,7 @@ def test_a_file_that_shrinks_while_it_is_mapped(gguf_file: Callable[..., Path], 
 
 
 @posix
-def test_a_file_that_is_replaced_or_removed_is_still_there(
-    gguf_file: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_replaced_or_removed_file_stays_usable(gguf_file: Callable[..., Path], tmp_path: Path) -> None:
     """A new file under the old name is another file: ours stays until the model is dropped."""
     path = tmp_path / "model.gguf"
     path.write_bytes(gguf_file("tiny", "f32").read_bytes())
@@ -304,7 +300,7 @@ def test_a_file_that_is_replaced_or_removed_is_still_there(
 
 @posix
 @pytest.mark.parametrize("name", ["pipe", "/dev/null", "/dev/zero", "/proc/self/mem"])
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, name: str) -> None:
+def test_files_that_are_not_regular_are_refused_at_once(tmp_path: Path, name: str) -> None:
     """Opening a pipe that nobody writes to must not wait for a writer."""
     path = tmp_path / name
     if name == "pipe":
@@ -314,7 +310,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, name: str) -
 
 
 @posix
-def test_a_file_whose_name_is_no_utf8(gguf_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_utf8(gguf_file: Callable[..., Path], tmp_path: Path) -> None:
     """It opens, and an error about it names it."""
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff.gguf"))
     path.write_bytes(gguf_file("tiny", "f32").read_bytes())
@@ -329,7 +325,7 @@ def test_a_file_whose_name_is_no_utf8(gguf_file: Callable[..., Path], tmp_path: 
 
 
 @posix
-def test_open_files_and_mappings_are_given_back(gguf_file: Callable[..., Path]) -> None:
+def test_open_files_and_mappings_are_closed(gguf_file: Callable[..., Path]) -> None:
     path = str(gguf_file("tiny", "f32"))
 
     def n_open() -> int:

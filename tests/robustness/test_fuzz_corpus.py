@@ -38,7 +38,7 @@ def test_the_corpus_is_read_or_refused(tmp_path: Path, n_zeros: int) -> None:
 
 @pytest.mark.skipif(not CORPUS, reason="NOT CHECKED: no fuzz/corpus here (a source distribution has none)")
 @pytest.mark.parametrize("n_zeros", [0, N_ZEROS])
-def test_the_parts_of_the_corpus_are_read_or_refused(tmp_path: Path, n_zeros: int) -> None:
+def test_the_split_corpus_is_read_or_refused(tmp_path: Path, n_zeros: int) -> None:
     """An entry for ``fuzz_split`` is its parts' headers in a row, each from its magic number on."""
     outcomes = {}
     for entry in (entry for entry in CORPUS if entry.parent.name == "split"):

@@ -42,6 +42,6 @@ def test_a_few_inputs(name: str, tmp_path: Path) -> None:
     assert len(outcomes) > 1, outcomes  # some get through, some do not
 
 
-def test_an_input_is_the_same_again(tmp_path: Path) -> None:
+def test_inputs_are_reproducible(tmp_path: Path) -> None:
     target = make_target("imatrix", tmp_path)
     assert target.make(random.Random("0-7")) == target.make(random.Random("0-7"))

@@ -89,7 +89,7 @@ def run_threads(work: list[Callable[[], None]]) -> None:
 
 
 @pytest.mark.parametrize("n_threads", [8, pytest.param(32, marks=pytest.mark.slow)])
-def test_sessions_side_by_side_give_what_they_give_alone(model: _native.Model, n_threads: int) -> None:
+def test_concurrent_sessions_give_the_same_as_alone(model: _native.Model, n_threads: int) -> None:
     alone = [answer(model, seed) for seed in range(n_threads)]
     together: dict[int, list[int]] = {}
     run_threads([lambda seed=seed: together.update({seed: answer(model, seed)}) for seed in range(n_threads)])
@@ -108,7 +108,7 @@ def test_models_opened_and_dropped_in_threads(gguf_file: Callable[..., Path]) ->
     run_threads([lambda n=n: open_and_use(n) for n in (1, 1, 1, 2)])
 
 
-def test_a_session_used_twice_at_once_refuses_the_second(slow_model: _native.Model) -> None:
+def test_concurrent_use_of_one_session_is_refused(slow_model: _native.Model) -> None:
     session = _native.Session(slow_model, 1024)
     started, refused = threading.Event(), []
 
@@ -330,7 +330,7 @@ session = _native.Session(_native.Model(sys.argv[1], n_threads=1), 64)
 """
 
 
-def test_the_thread_that_ends_the_process_may_still_compute(gguf_file: Callable[..., Path]) -> None:
+def test_atexit_functions_may_still_compute(gguf_file: Callable[..., Path]) -> None:
     """In an atexit function that runs after ours."""
     command = [sys.executable, "-c", ATEXIT, str(gguf_file("tiny", "f32"))]
     result = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
@@ -385,7 +385,7 @@ print(after.ru_nvcsw - before.ru_nvcsw, 4 * sum(session.step_ops.values()))
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
-def test_threads_that_wait_for_one_that_does_not_run_sleep(gguf_file: Callable[..., Path]) -> None:
+def test_threads_sleep_at_long_barriers(gguf_file: Callable[..., Path]) -> None:
     """Two threads on one CPU: at each barrier one waits for the other, which can't run while it spins.
 
     Counted are the times that a thread gave its CPU away; those that were taken from it are not among them.

@@ -48,7 +48,7 @@ BROKEN = [
 ]  # fmt: skip
 
 
-def test_fifty_clients_of_whom_some_leave_and_some_send_nonsense(
+def test_fifty_clients_with_disconnects_and_invalid_bodies(
     server: tuple[int, str], report: Callable[[str], None]
 ) -> None:
     _, url = server
@@ -114,7 +114,7 @@ def test_memory_is_flat_over_a_thousand_requests(
     assert after < 1.05 * before
 
 
-def test_work_stops_within_a_step_of_the_disconnect(
+def test_generation_stops_within_a_step_of_a_disconnect(
     server: tuple[int, str], report: Callable[[str], None]
 ) -> None:
     """Steps that were begun after the client had gone, as the metrics count them."""

@@ -35,7 +35,7 @@ def test_the_examples_run(
 
 
 @pytest.mark.parametrize("name", ["coming-from-llama-cpp-python.md", "coming-from-transformers.md"])
-def test_the_examples_for_those_who_come_run(
+def test_the_migration_examples_run(
     gguf_file: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -59,7 +59,7 @@ def test_the_source_without_its_compiled_part_says_so(tmp_path: Path) -> None:
     assert "run from another folder, or install" in done.stderr.splitlines()[-1]
 
 
-def test_the_licences_of_all_that_is_linked_in_come_along() -> None:
+def test_the_licences_of_linked_libraries_are_installed() -> None:
     texts = {
         file.name: file.read_text(encoding="utf-8")
         for file in importlib.metadata.files("pydiffusion-gguf") or ()

@@ -36,7 +36,7 @@ PATTERNS = (
 @pytest.mark.parametrize("pattern", PATTERNS)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_the_machine_matches_what_python_matches(pattern: str, data: st.DataObject) -> None:
+def test_the_automaton_matches_what_python_matches(pattern: str, data: st.DataObject) -> None:
     expression = from_regex(pattern).text
     machine = byte_machine(expression)
     text = data.draw(
@@ -56,7 +56,7 @@ def test_the_machine_matches_what_python_matches(pattern: str, data: st.DataObje
         assert not re.fullmatch(pattern, text), "of printable ASCII nothing is lost"
 
 
-def test_every_character_has_its_bytes() -> None:
+def test_characters_of_every_utf8_length() -> None:
     machine = byte_machine(from_regex("[\u07ff-\u0800\u3456-\U00010001\U0010ffff]").text)
     for code in (0x7FE, 0x7FF, 0x800, 0x801, 0x3455, 0x3456, 0xD7FF, 0xE000, 0xFFFF, 0x10000, 0x10001,
                  0x10002, 0x10FFFE, 0x10FFFF):  # fmt: skip
@@ -77,7 +77,7 @@ def test_every_character_has_its_bytes() -> None:
         (r"[^\s\S]", "no character"),
     ],
 )
-def test_expressions_that_are_refused(pattern: str, message: str) -> None:
+def test_regexes_that_are_refused(pattern: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         byte_machine(from_regex(pattern).text)
 
@@ -107,7 +107,7 @@ class Small:
 
 @pytest.mark.parametrize("pattern", ["a(ba)*", "(ab|b)+c", "a?b?c?", "[abc]{3}"])
 @pytest.mark.parametrize("budget", [3, 4, 6, 9])
-def test_the_path_is_the_best_of_all_permitted_canvases(pattern: str, budget: int) -> None:
+def test_the_chosen_canvas_is_the_best_permitted_one(pattern: str, budget: int) -> None:
     n_canvas, eos = 4, 0
     vocabulary = Small("", "a", "b", "c", "ab", "ba")
     automaton = Automaton(from_regex(pattern).text, vocabulary)  # type: ignore[arg-type]
@@ -222,7 +222,7 @@ def answer(
         ({"type": "array", "items": [3]}, "items"),
     ],
 )  # fmt: skip
-def test_schemas_that_are_refused_with_where_and_why(schema: Any, message: str) -> None:
+def test_refused_schemas_say_where_and_why(schema: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         Automaton(expression_of(GenerationOptions(json_schema=schema)), small_tokenizer())
     assert str(caught.value).startswith("json_schema")
@@ -243,7 +243,7 @@ SCARCE = {"type": "number", "minimum": 2, "maximum": 1}  # which nothing satisfi
         ({"type": "object", "additionalProperties": SCARCE}, "{}"),
     ],
 )
-def test_parts_that_nothing_satisfies_are_left_out_where_others_remain(schema: Any, valid: str) -> None:
+def test_unsatisfiable_parts_are_left_out(schema: Any, valid: str) -> None:
     jsonschema.validate(json.loads(valid), schema)
     assert accepts(byte_machine(expression_of(GenerationOptions(json_schema=schema))), valid)
 
@@ -261,7 +261,7 @@ CHAIN = {
 }
 
 
-def test_schemas_that_contain_themselves_are_written_out() -> None:
+def test_recursive_schemas_are_expanded() -> None:
     tree = byte_machine(expression_of(GenerationOptions(json_schema=TREE)))
     assert accepts(tree, '{"name": "a"}')
     assert accepts(tree, '{"name": "a", "children": []}')
@@ -280,7 +280,7 @@ def test_schemas_that_contain_themselves_are_written_out() -> None:
 
 
 @pytest.mark.parametrize("schema", [TREE, CHAIN])
-def test_random_distributions_give_valid_texts_of_schemas_that_contain_themselves(schema: Any) -> None:
+def test_random_distributions_give_valid_texts_of_recursive_schemas(schema: Any) -> None:
     tokenizer = small_tokenizer()
     automaton = Automaton(expression_of(GenerationOptions(json_schema=schema)), tokenizer)
     for seed in range(20):
@@ -288,7 +288,7 @@ def test_random_distributions_give_valid_texts_of_schemas_that_contain_themselve
         jsonschema.validate(json.loads(text), schema)
 
 
-def test_what_pydantic_writes_is_read() -> None:
+def test_schemas_of_pydantic() -> None:
     """Models with references, optional fields and a union told apart by a constant."""
     schema = {
         "$defs": {
@@ -350,7 +350,7 @@ SCHEMA = {
 }
 
 
-def test_a_model_answers_by_schema_over_several_canvases_and_alike_for_a_seed(model: DiffusionModel) -> None:
+def test_a_schema_over_several_canvases_is_reproducible(model: DiffusionModel) -> None:
     long = {"type": "array", "items": SCHEMA, "minItems": 10, "maxItems": 10}
     answers = [
         model.generate("ten", json_schema=long, seed=seed, steps=4, max_tokens=440) for seed in (1, 1, 2)
@@ -362,7 +362,7 @@ def test_a_model_answers_by_schema_over_several_canvases_and_alike_for_a_seed(mo
     assert len(answers[0].canvas_steps) > 1
 
 
-def test_a_model_answers_by_expression_within_the_fewest_tokens(model: DiffusionModel) -> None:
+def test_a_regex_within_the_fewest_tokens(model: DiffusionModel) -> None:
     for n in (1, 3, 9):
         done = model.generate("x", regex=f"(ab|cd){{{n}}}", max_tokens=2 * n, seed=n, steps=4)
         assert re.fullmatch(f"(ab|cd){{{n}}}", done.text) and done.finish_reason == "eos"
@@ -370,7 +370,7 @@ def test_a_model_answers_by_expression_within_the_fewest_tokens(model: Diffusion
         model.generate("x", regex="q{60}", max_tokens=20)
 
 
-def test_no_end_token_spells_a_text(model: DiffusionModel) -> None:
+def test_end_tokens_that_are_text_do_not_cut_the_answer(model: DiffusionModel) -> None:
     """An end token that is visible text, of the options or of the file, would cut the text it stands in."""
     (letter,) = model.tokenize("a", add_bos=False)
     (quote,) = model.tokenize('"', add_bos=False)
@@ -382,7 +382,7 @@ def test_no_end_token_spells_a_text(model: DiffusionModel) -> None:
         jsonschema.validate(json.loads(answer.text), schema)
 
 
-def test_a_structured_chat_is_all_content(model: DiffusionModel) -> None:
+def test_a_constrained_chat_is_all_content(model: DiffusionModel) -> None:
     answer = model.create_chat_completion(
         messages=[{"role": "user", "content": "json"}], json_schema=SCHEMA, seed=1, max_tokens=96
     )
@@ -422,7 +422,7 @@ def test_response_formats_that_are_refused(model: DiffusionModel) -> None:
         chat([{"role": "user", "content": "x"}], response_format={"type": "json_object"}, json_schema=SCHEMA)
 
 
-def test_of_two_limits_of_a_chat_the_smaller_counts(model: DiffusionModel) -> None:
+def test_the_smaller_of_a_chats_two_token_limits_applies(model: DiffusionModel) -> None:
     for limits in ((3, 50), (50, 3), (3, -1), (None, 3)):
         answer = model.create_chat_completion(
             [{"role": "user", "content": "json"}],

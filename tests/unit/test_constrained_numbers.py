@@ -119,7 +119,7 @@ def test_numbers_within_bounds_and_no_others(data: st.DataObject, schema: dict[s
 @example({"exclusiveMaximum": 1e9})
 @example({"minimum": 0.1, "exclusiveMaximum": 0.30000000000000004})
 @given(schemas())
-def test_what_is_written_is_within(schema: dict[str, Any]) -> None:
+def test_generated_numbers_are_within_bounds(schema: dict[str, Any]) -> None:
     """Also for a validator that reads numbers as floats, as jsonschema does."""
     try:
         machine = machine_of(**schema)
@@ -197,6 +197,6 @@ def test_bounds_that_are_refused(schema: dict[str, Any], message: str) -> None:
     [({"minimum": 0.1, "maximum": 0.9}, 40), ({"exclusiveMinimum": 0}, 70),
      ({"minimum": -180, "maximum": 180}, 50), ({"minimum": -12345.6789, "maximum": 98765.4321}, 80)],
 )  # fmt: skip
-def test_the_machine_stays_small(schema: dict[str, Any], at_most: int) -> None:
+def test_the_automaton_stays_small(schema: dict[str, Any], at_most: int) -> None:
     """The search of a step takes time by its states; a number without bounds has 37."""
     assert len(machine_of(**schema)[1]) <= at_most

@@ -40,7 +40,7 @@ def test_held_positions_keep_their_tokens_at_every_step_and_canvas(model: Diffus
     assert len(changed) > 1, "what is free moves"
 
 
-def test_the_loop_with_held_tokens_is_the_sampler_with_them_left_out(model: DiffusionModel) -> None:
+def test_the_denoising_loop_with_held_tokens_step_by_step(model: DiffusionModel) -> None:
     """Written down here over single calls of `denoise`: held positions are fed again, conditioned upon as
     sure, and of no entropy."""
     n, steps, bound, seed = model.canvas_length, 6, 0.5, 3
@@ -108,7 +108,7 @@ def test_a_canvas_held_whole_is_done_after_two_equal_drafts(model: DiffusionMode
         ({"canvas": "text"}, "canvas"),
     ],
 )
-def test_impossible_canvases_are_refused(
+def test_invalid_canvases_are_refused(
     model: DiffusionModel, options: dict[str, object], message: str
 ) -> None:
     session = model.new_session()

@@ -70,7 +70,7 @@ def test_texts_longer_than_a_canvas(model: DiffusionModel) -> None:
     assert filled.text == text
 
 
-def test_edits_begin_with_what_stands_there(model: DiffusionModel) -> None:
+def test_edits_begin_with_the_existing_text(model: DiffusionModel) -> None:
     text = "red green blue"
     seen: list[DraftEvent] = []
     edited = model.edit(text, [(4, 9)], more_tokens=0, seed=1, steps=3, on_event=lambda e: seen.append(e))
@@ -141,7 +141,7 @@ def test_sudokus_keep_their_givens_and_agree_with_them(
         ("a <|hole|>", {"stop_on_repetition": True}, "stop_on_repetition can't be chosen"),
     ],
 )
-def test_what_is_refused(model: DiffusionModel, text: str, options: dict[str, object], message: str) -> None:
+def test_refusals(model: DiffusionModel, text: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.infill(text, **options)  # type: ignore[arg-type]
     with pytest.raises(ContextOverflowError, match="do not fit"):

@@ -180,7 +180,7 @@ def strings(n: int) -> list[str]:
     return texts
 
 
-def test_a_thousand_strings_encode_as_by_the_checkpoints_own(pair: tuple[Library, Tokenizer]) -> None:
+def test_encoding_equals_the_checkpoints_tokenizer(pair: tuple[Library, Tokenizer]) -> None:
     library, ours = pair
     texts = strings(1000)
     assert len(set(texts)) > 900
@@ -189,7 +189,7 @@ def test_a_thousand_strings_encode_as_by_the_checkpoints_own(pair: tuple[Library
         assert ours.tokenize(text, add_bos=False, parse_special=True) == expected, repr(text)
 
 
-def test_a_thousand_strings_come_back(pair: tuple[Library, Tokenizer]) -> None:
+def test_decoding_restores_the_text(pair: tuple[Library, Tokenizer]) -> None:
     library, ours = pair
     for text in strings(1000):
         ids = ours.tokenize(text, add_bos=False, parse_special=True)
@@ -199,7 +199,7 @@ def test_a_thousand_strings_come_back(pair: tuple[Library, Tokenizer]) -> None:
             assert ours.detokenize(plain) == text
 
 
-def test_any_ids_decode_as_by_the_checkpoints_own(pair: tuple[Library, Tokenizer]) -> None:
+def test_decoding_any_ids_equals_the_checkpoints_tokenizer(pair: tuple[Library, Tokenizer]) -> None:
     """Also bytes that are no UTF-8: alone, in runs, between text, with control tokens among them."""
     library, ours = pair
     rng = random.Random(7)
@@ -319,7 +319,7 @@ def test_another_kind_of_tokenizer_is_refused(metadata: dict[str, Any], key: str
         Tokenizer(metadata | {key: value})
 
 
-def test_no_panic_of_the_library_gets_out(metadata: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_panics_of_the_library_are_caught(metadata: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     class PanicException(BaseException):
         pass
 

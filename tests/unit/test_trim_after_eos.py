@@ -53,7 +53,7 @@ def test_drafts_shrink_to_the_eos_and_answers_stay_right(model: DiffusionModel) 
     assert n_trimmed >= 3 and n_right >= 10
 
 
-def test_it_is_off_by_itself(model: DiffusionModel) -> None:
+def test_trimming_is_off_by_default(model: DiffusionModel) -> None:
     for seed, (_, prompt) in enumerate(prompts(model, "sort", 3)):
         lengths = set()
         model.generate(
@@ -66,7 +66,7 @@ def test_it_is_off_by_itself(model: DiffusionModel) -> None:
         assert lengths == {model.canvas_length}
 
 
-def test_held_positions_behind_keep_the_canvas(model: DiffusionModel) -> None:
+def test_held_positions_after_the_eos_prevent_trimming(model: DiffusionModel) -> None:
     _, prompt = prompts(model, "sort", 1)[0]
     n = model.canvas_length
     options = GenerationOptions(
