@@ -1,4 +1,4 @@
-"""The chat's commands, messages of several lines, and thinking apart from answers; on a scripted model."""
+"""`pydiffusion chat`: commands, multi-line messages, and thinking apart from answers, on a scripted model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Chat = Callable[..., tuple[str, str]]
 
 
 def echo(prompt: str, i_answer: int) -> list[str]:
-    """Answers with the number of the answer and what was asked, spelled so that it can be told apart."""
+    """Answer with the answer's number, the message and the number of turns."""
     asked = prompt.rpartition("<|turn>user\n")[2].partition("<turn|>")[0]
     if "think" in asked:
         return ["<|channel>thought\nWell, well.\n<channel|>It is so."]

@@ -1,4 +1,4 @@
-"""The command line: what goes to stdout and what to stderr, exit codes, drawing, interruption."""
+"""The command line: stdout and stderr, exit codes, drawing on a terminal, interruption."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_bill_of_materials(capsys: pytest.CaptureFixture[str]) -> None:
-    """All that is linked in, with its licence, and every package that the project asks for."""
+    """All linked libraries with their licences, and every required package."""
     from pydiffusion import _native
 
     assert main(["--version", "--verbose"]) == 0
@@ -405,7 +405,7 @@ def test_without_show_nothing_is_drawn(model: str) -> None:
 
 @needs_terminal
 def test_chat_on_a_terminal(model: str) -> None:
-    """Ctrl-C stops an answer and not the chat; at the prompt it ends it."""
+    """Ctrl-C stops an answer, not the chat; at the prompt it ends the chat."""
     endless = ["chat", "-m", model, "--steps", "1000", "--confidence-threshold", "0"]
     typed = [("> ", "hi\n"), ("step 3 of", "\x03"), ("stopped", "/reset\n"), ("forgotten", "\x03")]
     seen, code = on_terminal(endless, typed)
@@ -498,7 +498,7 @@ def test_demo_says_when_the_answer_is_wrong(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With random weights in the checkpoint's place, which solve nothing."""
+    """With random weights, which solve nothing, in place of the checkpoint."""
     from pydiffusion import demo
     from pydiffusion.demo import sudoku
 
