@@ -1,4 +1,4 @@
-"""``evaluate``: its arithmetic by hand, and that coarser files measure worse."""
+"""`evaluate`: KL by hand, and coarser quantization measures worse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several files from one read of the source, and weights that are not finite."""
+"""Several files from one read of the source, and nonfinite weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``convert`` writes, read back with ``gguf``'s own reader and dequantizer."""
+"""Files that `convert` writes, read back with the gguf package's reader and dequantizer."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_equal_encoder_weights_and_head_are_dropped(folder: Path, tmp_path: Path
     tensors["model.encoder.language_model.norm.weight"] = tensors["model.decoder.norm.weight"]
     tensors["model.encoder.language_model.embed_tokens.weight"] = tensors["model.decoder.embed_tokens.weight"]
     tensors["lm_head.weight"] = tensors["model.decoder.embed_tokens.weight"]
-    # The same numbers in another type are the same numbers.
+    # Equal values in another dtype count as equal.
     made = folders.make_folder(tmp_path / "e" / "small", tensors=tensors, dtypes={"lm_head.weight": "F32"})
     expected = converted(folder, tmp_path / "a.gguf")
     assert converted(made, tmp_path / "e.gguf") == expected
@@ -272,7 +272,7 @@ def test_defaults_come_from_transformers_with_a_note(tmp_path: Path) -> None:
     text = config["text_config"]
     for key in ("layer_types", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "attention_bias"):
         del text[key]
-    # The reference's default is five sliding layers to a full one, the last forced to be full: as here.
+    # transformers' default is five sliding layers to one full one, with the last forced to be full: as here.
     made = folders.make_folder(tmp_path / "d" / "small", config=config)
     (made / "generation_config.json").unlink()
     report = convert(made, tmp_path / "d.gguf", "f32")

@@ -1,4 +1,4 @@
-"""Hostile folders: whatever their JSON files and safetensors headers say, only typed errors come out."""
+"""Fuzzed checkpoint folders: JSON files and safetensors headers give typed errors only."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def mutate(data: st.DataObject, value: Any) -> Any:
 
 
 def attempt(folder: Path, target: Path) -> str:
-    """Convert: success, or a typed error of one line; never a leftover. Says which."""
+    """Convert: success or a typed one-line error, and never a leftover file; returns which."""
     outcome = "converted"
     try:
         convert(folder, target, "q8_0")

@@ -1,4 +1,4 @@
-"""Repo ids as source, against a server of our own that speaks as much of the hub's HTTP as is needed."""
+"""Conversion from repo ids, against a local server that speaks the hub's HTTP."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def hub(folder: Path) -> Iterator[Hub]:
 def command(
     hub: Hub, folder: Path, *arguments: object, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """``pydiffusion`` in a process whose hub is ours, in an empty folder."""
+    """Run ``pydiffusion`` with the local hub, in an empty folder."""
     outside = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "NO_PROXY": "*", "no_proxy": "*"}
     work = folder / "work"

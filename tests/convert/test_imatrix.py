@@ -1,4 +1,4 @@
-"""Activation statistics: gathered (against numpy), written (read by gguf), and used for quantizing."""
+"""Importance matrices: collected (against numpy), written (read by gguf), and used for quantizing."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_encoder_activation_sums_equal_numpy(model_path: Path) -> None:
 
 
 def test_expert_activation_sums_equal_numpy(model_path: Path) -> None:
-    """Each token meets its experts and the dense MLP with the same activations but for the norms' weights."""
+    """A token's experts and the dense MLP get the same activations, up to the norms' weights."""
     session = new_session(model_path)
     session.collect_statistics(True)
     session.encode(random_ids(3, "prompt", 20, SHAPE.vocab), return_hidden=True)
@@ -80,7 +80,7 @@ def test_expert_activation_sums_equal_numpy(model_path: Path) -> None:
         sums, down_counts = found[f"blk.{i}.ffn_down_exps.weight"]
         assert sums.shape == (SHAPE.n_expert, SHAPE.expert) and np.array_equal(down_counts, counts)
         assert ((sums.sum(axis=1) > 0) == (counts > 0)).all()
-    # Of the head and of self-conditioning the denoiser knows alone; without conditioning, that sees zeros.
+    # Only the denoiser uses the head and self-conditioning; without conditioning, its input is zero.
     assert found["token_embd.weight"][1].tolist() == [SHAPE.canvas]
     assert not found["self_cond_gate.weight"][0].any()
 
@@ -126,7 +126,7 @@ N = SHAPE.canvas
 
 @pytest.mark.parametrize("length", [2, 3, N // 2, N // 2 + 1, N - 1, N, N + 1, 2 * N])
 def test_texts_shorter_than_a_canvas_are_used(model_path: Path, tmp_path: Path, length: int) -> None:
-    """Every token of them is either read or denoised: as many rows meet the first layer, and no fewer."""
+    """Every token is either encoded or denoised: the first layer sees exactly so many rows."""
     ids = random_ids(5, "text", length, SHAPE.vocab).tolist()
     report = collect_imatrix(model_path, [ids], tmp_path / "i.gguf", noise=(0.5, 1.0), n_threads=1)
     n_read = length // 2 if length <= N else length - N
@@ -137,7 +137,7 @@ def test_texts_shorter_than_a_canvas_are_used(model_path: Path, tmp_path: Path, 
 
 
 def test_a_short_text_ends_as_an_answer_does(model_path: Path) -> None:
-    """Its end is on the canvas, then an eos, then padding; nothing of it twice, nothing lost."""
+    """Its last tokens are on the canvas, then an eos, then padding; none twice, none lost."""
     model = DiffusionModel(model_path, n_threads=1)
     eos, pad = model.tokenizer.eos_id, model.tokenizer.pad_id
     assert None not in (eos, pad) and eos != pad
@@ -281,7 +281,7 @@ def test_damaged_and_foreign_files_are_refused(
 
 
 def small_file(path: Path) -> RawGguf:
-    """A good file of one entry, taken apart."""
+    """A valid file of one entry, parsed."""
     write_imatrix(path, {"a.weight": Entry(np.ones((1, 4), np.float32), np.ones(1, np.float32))}, [], 3, 8)
     return read_gguf(path)
 

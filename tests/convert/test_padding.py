@@ -1,4 +1,4 @@
-"""Padding of the feed-forward lengths: the same function, in rows that k-quants fit."""
+"""Feed-forward lengths padded to rows that k-quants fit: the model computes the same function."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydiffusion import _native
 from pydiffusion.convert import convert, plan, quantize, rows
 from pydiffusion.errors import ConversionError
 
-# No multiples of 256, nor far below one; as the released model's 2112 and 704.
+# Not multiples of 256, but not far below one; as the released model's 2112 and 704.
 DENSE, EXPERT, D, N_EXPERT = 704, 480, 256, 6
 DENSE_PADDED, EXPERT_PADDED = 768, 512
 OWN = "diffusion-gemma."
@@ -44,7 +44,7 @@ def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
 
 def run(path: Path, self_conditioning: bool = True) -> np.ndarray:
-    """Logits of two steps behind a prompt, and the encoder's hidden states: (n, ...) in one row each."""
+    """The encoder's hidden states of a prompt and the logits of two steps after it, flattened."""
     session = _native.Session(_native.Model(str(path), n_threads=1, kv_type="f32"), 128)
     hidden = session.encode(random_ids(1, "prompt", 40, 512), return_hidden=True)
     canvas = random_ids(1, "canvas", 8, 512)
@@ -57,7 +57,7 @@ def test_a_padded_model_is_the_same_function(files: Callable[..., Path]) -> None
     """Every path: encoder, denoiser, self-conditioning; exact but for the order of the sums."""
     plain, padded = run(files("f32", False)), run(files("f32", True))
     assert np.abs(padded - plain).max() < 1e-3 and np.abs(padded - plain).mean() < 1e-5
-    assert np.abs(plain).mean() > 0.5  # and these are no zeros
+    assert np.abs(plain).mean() > 0.5  # not all zeros
 
 
 def test_where_the_padding_is(files: Callable[..., Path]) -> None:
@@ -77,7 +77,7 @@ def test_where_the_padding_is(files: Callable[..., Path]) -> None:
     for ours in ("gate", "up"):
         assert not found[f"self_cond_{ours}.weight"][DENSE:].any()
     assert found["self_cond_down.weight"].shape == (D, DENSE_PADDED)
-    # Gate's rows first, then up's, each with its own zeros behind it.
+    # Gate's rows first, then up's, each followed by its own zeros.
     fused = found["blk.1.ffn_gate_up_exps.weight"].reshape(N_EXPERT, 2, EXPERT_PADDED, D)
     expected = source[layer + "experts.gate_up_proj"].reshape(N_EXPERT, 2, EXPERT, D)
     assert np.array_equal(fused[:, :, :EXPERT], expected) and not fused[:, :, EXPERT:].any()

@@ -1,4 +1,4 @@
-"""``quantize``: from GGUF to GGUF."""
+"""`quantize`: from GGUF to GGUF."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_requantizing_is_noted_and_equal_types_are_copied(f32_path: Path, tmp_pa
     quantize(f32_path, tmp_path / "q8.gguf", "q8_0")
     report = quantize(tmp_path / "q8.gguf", tmp_path / "q4.gguf", "q4_k_m")
     assert any("attn_q.weight: quantized a second time, Q8_0 -> Q4_K" in note for note in report.notes)
-    # Q8_0 by fallback in the recipe: nothing changes there, so nothing is told and the bytes are the same.
+    # Q8_0 by fallback in the recipe: nothing changes, so there is no note and the bytes are the same.
     q8 = {t.name: t for t in GGUFReader(tmp_path / "q8.gguf").tensors}
     q4 = {t.name: t for t in GGUFReader(tmp_path / "q4.gguf").tensors}
     name = "blk.3.ffn_down.weight"

@@ -1,4 +1,4 @@
-"""What ``convert`` refuses, and that each refusal names the file, key or tensor at fault."""
+"""Checkpoints that `convert` refuses; each refusal names the file, key or tensor at fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversion that is interrupted, killed or runs out of space goes on where it was."""
+"""Conversions resumed after an interruption, a kill or a full disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHUNK = 20_000  # weights: about 200 chunks
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The file of a conversion that nothing interrupted."""
+    """The file of an uninterrupted conversion."""
     target = tmp_path_factory.mktemp("whole") / "m.gguf"
     convert(folder, target, "q4_k_m")
     return target.read_bytes()
@@ -237,7 +237,7 @@ def test_a_disk_that_others_fill_halfway(
 def test_a_disk_that_is_full_halfway(
     folder: Path, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
 ) -> None:
-    """As above where no disk can be mounted."""
+    """As above, simulated, for machines where no disk can be mounted."""
     target, write, written = tmp_path / "m.gguf", pipeline.atomic.NewFile.write, []
 
     def limited(new: object, data: memoryview, offset: int | None = None) -> None:

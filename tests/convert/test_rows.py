@@ -1,4 +1,4 @@
-"""The native pass from rows of one type to rows of another, against numpy and the bare quantizer."""
+"""Native conversion of rows between types, against numpy and ggml's quantizer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pydiffusion.convert.recipes import BLOCK_SIZES, NEEDS_IMATRIX
 from pydiffusion.errors import ConversionError
 
 FLOATS = ("F32", "F16", "BF16")
-# Of the exponents: all ones stand for infinity and NaN.
+# Exponent bits: all ones mean infinity or NaN.
 EXPONENTS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
-# Rows of less than a piece, several pieces of which the last is shorter, rows larger than a piece.
+# Rows smaller than a chunk, several chunks of which the last is shorter, rows larger than a chunk.
 SHAPES = [(5, 256), (37, 768), (3, 8192 + 256)]
 
 
@@ -92,7 +92,7 @@ def test_every_16_bit_value(type: str) -> None:
     numbers = ~np.isnan(expected)
     assert np.array_equal(found.view(np.uint32)[numbers], expected.view(np.uint32)[numbers])
     assert np.isnan(found.view(np.float32)[~numbers]).all()
-    # Of a NaN too the bits are those of the source: sign and payload, quiet or not.
+    # NaNs too keep the source's bits: sign and payload, quiet or not.
     shift = 13 if type == "F16" else 16
     assert np.array_equal(found.view(np.uint32)[~numbers] >> shift & 0x3FF, data[~numbers] & 0x3FF)
     first = data.reshape(-1)[0x7FFF & EXPONENTS[type]]

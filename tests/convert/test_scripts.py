@@ -1,4 +1,4 @@
-"""Metadata edited in place, and the scripts in ``examples``."""
+"""Metadata edited in place, and the scripts in `examples`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes from a config alone: by arithmetic for the released shape, against real files for a small one."""
+"""File and memory sizes from a config: arithmetic for the released shape, real files for a small one."""
 
 from __future__ import annotations
 

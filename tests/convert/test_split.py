@@ -1,4 +1,4 @@
-"""Split files: written, read, merged; the gguf package is the judge of both directions."""
+"""Split files: written, read and merged, checked with the gguf package in both directions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The target appears whole or not at all, whatever goes wrong on the way."""
+"""Atomic writing: the target is complete or absent, whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_read_only_folder(folder: Path, tmp_path: Path) -> None:
     locked.mkdir()
     locked.chmod(0o500)
     if os.access(locked, os.W_OK):
-        # root may write anywhere but where the kernel itself says no
+        # root may write anywhere except where the kernel refuses
         if not Path("/proc/self").exists():
             pytest.skip("running as root without /proc: a read-only folder was NOT checked")
         locked = Path("/proc/self")
@@ -232,7 +232,7 @@ def test_a_changed_byte_on_disk_is_found(
 def test_wrong_rows_are_found_by_verification(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, type: str
 ) -> None:
-    """A quantizer that mixes up two rows writes exactly what it computed; only the weights tell."""
+    """A quantizer that swaps rows writes exactly what it computed; only comparing weights finds it."""
     right = rows.convert_rows
 
     def mixed_up(data: np.ndarray, *types: object, **choices: object) -> np.ndarray:
@@ -252,7 +252,7 @@ def test_chunks_do_not_change_the_file(folder: Path, tmp_path: Path, monkeypatch
 
 
 def test_threads_do_not_wait_for_a_large_chunk_before_small_ones() -> None:
-    """Nor run far ahead of it with large ones, which would fill the memory."""
+    """Nor do they run far ahead of it with large ones, which would fill the memory."""
     last = threading.Event()
     many = [pipeline._Step(number, 0, [], 1000) for number in range(40)]
 

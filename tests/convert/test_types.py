@@ -1,4 +1,4 @@
-"""Every type that can be written: its bytes against ``gguf``'s quantizers, the mixes as others have them."""
+"""Every type that can be written: bytes against the gguf package's quantizers, and llama.cpp's mixes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_bytes_equal_the_gguf_packages(folder: Path, tmp_path: Path, type_name: 
 
 
 def test_q8_0_rounds_as_the_gguf_package_does() -> None:
-    """Our own loop: halves, what is next to them, zeros, the smallest and large numbers."""
+    """Our own loop: halves, their neighbours, zeros, the smallest and large values."""
     halves = np.arange(-127, 127.5, 0.5, dtype=np.float32)
     near = np.concatenate(
         [halves, np.nextafter(halves, np.float32(1e9)), np.nextafter(halves, np.float32(-1e9))]
@@ -76,7 +76,7 @@ def test_every_type_that_ggml_can_write_has_a_recipe() -> None:
             writable.add(name)
         except ValueError:
             continue
-    # One and two bits without a zero, for models that were trained so: no recipe of ours.
+    # Types of one and two bits without a zero, for models trained with them: we have no recipe.
     assert set(BLOCK_SIZES) == writable - {"Q1_0", "Q2_0"}
     used = {recipe.default for recipe in RECIPES.values()}
     used |= {rule.type for recipe in RECIPES.values() for rule in recipe.rules}

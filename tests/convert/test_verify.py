@@ -1,4 +1,4 @@
-"""``verify``: what agrees passes, what was changed is named."""
+"""`verify`: files that agree with their source pass, changed tensors are named."""
 
 from __future__ import annotations
 
