@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py and gpu_kernels.py with the host in a GPU's place: so that they run when there is one."""
+"""benchmarks/gpu.py and gpu_kernels.py with the host in place of a GPU, so that they work on one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def given(folder: Path, results: Path, *more: str) -> list[str]:
 
 
 def read(path: Path, name: str | None = None) -> list[dict[str, Any]]:
-    """Findings that have ended, of one name or all; a line cut off is left out."""
+    """Finished findings, of one name or all; a truncated line is left out."""
     entries = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     return [e for e in entries if not e.get("begun") and name in (None, e["finding"])]
 
@@ -104,7 +104,7 @@ def test_measurements_with_a_simulated_gpu(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The driver's figures, memory in use, and the process without CUDA graphs, with a GPU made up."""
+    """The driver's figures, memory in use, and the process without CUDA graphs, with a simulated GPU."""
     driver = tmp_path / "nvidia-smi"
     driver.write_text(
         '#!/bin/sh\ncase "$1" in *name*) echo "NVIDIA H100 80GB HBM3, 580";; *) echo "1980 MHz, 3 W"; esac\n'
@@ -158,7 +158,7 @@ def test_time_runs_out(scripts: SimpleNamespace, models: Path, tmp_path: Path) -
 def test_a_measurement_is_cut_off(
     scripts: SimpleNamespace, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that takes longer than it says ends with the budget."""
+    """A measurement that takes longer than estimated ends with the time budget."""
     results = tmp_path / "results.jsonl"
     arguments = scripts.gpu.parse(given(models, results, "--seconds", "2"))
     monkeypatch.setattr(scripts.measure.Bench, "n_timed", lambda bench: 100_000)
@@ -348,7 +348,7 @@ def test_long_kernel_names_stay_distinct(scripts: SimpleNamespace) -> None:
 
 
 def test_a_profiled_step(models: Path) -> None:
-    """Without a GPU the step runs, and says that nothing records it."""
+    """Without a GPU the step runs, with a note that no profiler records it."""
     command = [
         sys.executable, str(FOLDER / "gpu_kernels.py"), "--shape", "tiny", "--type", "q8_0",
         "--device", "host", "--prompt", "16", "--threads", "1", "--folder", str(models), "--kept", "50",

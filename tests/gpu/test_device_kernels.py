@@ -1,4 +1,4 @@
-"""The arithmetic of kernels made for GPUs, one by one, on the processor (device "host") and on every GPU."""
+"""Device kernels one by one, on the CPU (device "host") and on every GPU."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ pytestmark = pytest.mark.parametrize("device", ["host", *(device.name for device
 @pytest.mark.parametrize("n_vocab", [1, 31, 1024, 1025, 5000, 40_000])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 12.0])
 def test_measure_equals_the_samplers(device: str, n_vocab: int, spread: float) -> None:
-    """The rows of a GPU's kernel, merged from lanes and warps, against the CPU's sampler."""
+    """The GPU kernel's reduction over threads and warps, against the CPU's sampler."""
     rng = np.random.default_rng(n_vocab)
     logits = (rng.normal(size=(3, n_vocab)) * spread).astype(np.float32)
     u = rng.random(3, dtype=np.float32)
     capped, argmax, entropy, sampled = _native.measure_on(device, logits, 30.0, 0.6, u)
-    # A tanhf is right to 2 units in the last place, on a GPU as here: 4e-7 with the roundings around it.
+    # tanhf is accurate to 2 units in the last place, on a GPU as here: 4e-7 with the roundings around it.
     np.testing.assert_allclose(capped, 30 * np.tanh(logits.astype(np.float64) / 30), rtol=1e-6, atol=1e-6)
     expected = sampling.measure(capped, 0.6, u)
     assert argmax.tolist() == expected[0].tolist()
@@ -40,7 +40,7 @@ def test_measure_detects_nonfinite_logits(device: str) -> None:
     rows[3, 17] = 1.0
     _, argmax, entropy, sampled = _native.measure_on(device, rows, 30.0, 1.0, np.full(4, 0.5, np.float32))
     assert np.isnan(entropy[:2]).all()
-    # Capping makes -infinity a number: equal ones are as likely, and one that is larger by 31 is certain.
+    # Capping makes -infinity finite: equal logits are equally likely, and one larger by 31 is certain.
     assert entropy[2] == pytest.approx(np.log(3000), rel=1e-4)
     assert (argmax[3], sampled[3]) == (17, 17) and 0 <= entropy[3] < 1e-6
 
@@ -78,8 +78,8 @@ def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, head_dim: int) 
 def test_attention_kernel(
     device: str, kv_type: str, head_dim: int, n_head_kv: int, report: Callable[[str], None]
 ) -> None:
-    """The heads of the models there are, over each cache: by flash attention, and by the products that take
-    its place where a device has none. What a cache rounds is rounded in what it is compared with, too.
+    """The head sizes of released models, over each cache type: by flash attention, and by the matmuls used
+    where a device has none. The reference rounds keys and values as the cache does.
     """
     rng = np.random.default_rng(head_dim)
     n_head, n_tokens, n_rows, n_visible = 2 * n_head_kv, 20, 512, 300
@@ -100,7 +100,7 @@ def test_attention_kernel(
         assert worst <= (SUMS_BOUND if exact_sums else ATTENTION_BOUND[kv_type])
 
 
-#: Twice what was measured on the processor, on results of up to 4. ggml adds float16 up in float16 there, and
-#: rounds queries where keys have 8 bits; its kernel breaks a tie of 8 bits otherwise than its quantizer.
+#: Twice what was measured on the CPU, on results of up to 4. There ggml accumulates float16 in float16, and
+#: rounds queries where keys have 8 bits; its kernel breaks ties of 8 bits otherwise than its quantizer.
 ATTENTION_BOUND = {"f16": 2e-2, "q8_0": 6e-2}
 SUMS_BOUND = 2e-3

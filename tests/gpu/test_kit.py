@@ -1,4 +1,4 @@
-"""The kit for machines with a GPU: what does not fit is refused in one line, and what was found is kept."""
+"""The kit for GPU machines: mismatches are refused in one line, and findings are kept."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_an_incomplete_kit(archives: Path, scripts: SimpleNamespace, tmp_path: P
 def test_a_damaged_kit(
     content: bytes | None, archives: Path, scripts: SimpleNamespace, tmp_path: Path
 ) -> None:
-    """Packed for real, and cut off in the middle, or not an archive at all: nothing is left of it."""
+    """A packed kit that is cut off, or not an archive at all, is refused and leaves nothing behind."""
     kit = tmp_path / "kit"
     scripts.prebuilt.pack(archives, kit, "flags", key=scripts.prebuilt.build_key("flags"))
     scripts.prebuilt.unpack(kit, tmp_path / "whole")
@@ -193,7 +193,7 @@ def test_findings_are_kept_when_time_runs_out(run, scripts: SimpleNamespace) -> 
 
 
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, scripts: SimpleNamespace) -> None:
-    """What it started ends with it, its folder goes, and its findings and page stay."""
+    """Its child processes end, its temporary folder is removed, and its findings and page stay."""
     pid, out = tmp_path / "pid", tmp_path / "out"
     child = (
         f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
