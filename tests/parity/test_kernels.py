@@ -1,4 +1,4 @@
-"""The kernels of the processor's products in whole models: which ones run, and that they agree."""
+"""Matmul kernels in whole models: which ones run, and that they agree."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydiffusion.convert import quantize
 
 
 def run(path: Path, name: str, kernels: str, n_prompt: int) -> tuple[np.ndarray, dict[str, int]]:
-    """Logits without and with self-conditioning behind a prompt, and the operations of the last step."""
+    """Logits without and with self-conditioning after a prompt, and the operations of the last step."""
     shape = SHAPES[name]
     model = _native.Model(str(path), 2, kv_type="f16", kernels=kernels)
     assert model.description["kernels"] == kernels
@@ -32,8 +32,8 @@ def run(path: Path, name: str, kernels: str, n_prompt: int) -> tuple[np.ndarray,
 def test_kernels_are_as_accurate_as_ggml(
     kernels: str, type: str, gguf_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Against the same weights in float32. All round activations: to bfloat16, or to blocks of 8 bits. By the
-    median of the positions: where two experts are nearly as good, any rounding may choose the other.
+    """Against the same weights in float32. All kernels round activations, to bfloat16 or to 8-bit blocks. The
+    median over positions: where two experts score nearly the same, any rounding may choose the other.
     """
     path = gguf_file("mild", type, seed=0, dtype="f32")
     exact_path = tmp_path / "exact.gguf"
@@ -55,8 +55,8 @@ def test_kernels_are_as_accurate_as_ggml(
 @needs("amx")
 @pytest.mark.parametrize("n_prompt", [5, 60, 150])
 def test_tile_attention(n_prompt: int, gguf_file: Callable[..., Path]) -> None:
-    """Weights of float32 are multiplied alike, so that attention is all that differs; in windows and beyond.
-    A float16 cache in place of a float32 one makes mean differences of 4e-3 to 2.5e-2 here.
+    """Both multiply float32 weights alike, so that only attention differs; within windows and beyond. A
+    float16 cache in place of a float32 one makes mean differences of 4e-3 to 2.5e-2 here.
     """
     path = gguf_file("wide", "f32", seed=0, dtype="f32")
     expected, ops = run(path, "wide", "ggml", n_prompt)
