@@ -1,4 +1,4 @@
-"""Faults of the machine: no memory, no threads, a file that shrinks, pipes, kill -9 at any moment."""
+"""System faults: out of memory, no threads, a file that shrinks, pipes, kill -9 at any moment."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def limits_of_memory(
 @sanitized
 @pytest.mark.parametrize("phase", ["load", "session", "step"])
 def test_memory_limits(gguf_file: Callable[..., Path], phase: str, report: Callable[[str], None]) -> None:
-    """Each limit ends in success or in a MemoryError of either kind, after which the process is as before."""
+    """Each limit ends in success or in a MemoryError of either kind, and the process works on."""
     path = gguf_file("wide", "f32")
     outcomes = limits_of_memory(path, phase, [0, 6, 1000], 1, report)
     assert "done" in outcomes
@@ -210,7 +210,7 @@ def test_a_cache_larger_than_any_memory(gguf_file: Callable[..., Path], tmp_path
 
 @posix
 def test_a_signal_at_any_moment(gguf_file: Callable[..., Path], report: Callable[[str], None]) -> None:
-    """What a handler raises comes out of loading, prefill and steps alike; all goes on as if it had not."""
+    """A handler's exception comes out of loading, prefill and steps; later generations are unaffected."""
 
     class Stop(KeyboardInterrupt):
         pass
@@ -260,7 +260,7 @@ def test_a_signal_at_any_moment(gguf_file: Callable[..., Path], report: Callable
 
 @posix
 def test_a_file_that_shrinks_while_it_is_mapped(gguf_file: Callable[..., Path], tmp_path: Path) -> None:
-    """Between two steps it is an error, of each kind of call; the process and other models go on."""
+    """Every kind of call raises an error then; the process and other models go on."""
     whole = gguf_file("tiny", "f32").read_bytes()
     path = tmp_path / "model.gguf"
     path.write_bytes(whole)
@@ -285,7 +285,7 @@ def test_a_file_that_shrinks_while_it_is_mapped(gguf_file: Callable[..., Path], 
 
 @posix
 def test_a_replaced_or_removed_file_stays_usable(gguf_file: Callable[..., Path], tmp_path: Path) -> None:
-    """A new file under the old name is another file: ours stays until the model is dropped."""
+    """The mapped file stays until the model is dropped, whatever is at its path."""
     path = tmp_path / "model.gguf"
     path.write_bytes(gguf_file("tiny", "f32").read_bytes())
     session = _native.Session(_native.Model(str(path), n_threads=1), 64)
@@ -370,7 +370,7 @@ for _ in sys.stdin:
 
 
 class Forks:
-    """The process that forks; each ``begin`` gives a child that is at work."""
+    """A process that forks; each ``begin`` starts a child that does the work."""
 
     def __init__(self, kind: str, source: Path, target: Path) -> None:
         self._process = subprocess.Popen(
@@ -386,12 +386,12 @@ class Forks:
         self._process.stdin.flush()
 
     def begin(self) -> int:
-        """A child is at work: its process id."""
+        """Start a child; returns its process id."""
         self._go()
         return int(self._process.stdout.readline())
 
     def status(self) -> int:
-        """Wait for it."""
+        """Wait for the child; returns its wait status."""
         self._go()
         return int(self._process.stdout.readline())
 
@@ -402,7 +402,7 @@ class Forks:
 
 
 def is_the_same(kind: str, found: bytes, expected: bytes) -> bool:
-    """Whether it is what an undisturbed run writes; of a session, but for the order of its metadata."""
+    """Whether the file equals an undisturbed run's; a session's metadata may be in another order."""
     if kind != "save" or found == expected:
         return found == expected
 
@@ -440,7 +440,7 @@ def kill_at_random(kind: str, source: Path, target: Path, n: int, seed: int) -> 
         assert whole or status != 0, f"trial {trial}: done, and the target is the old one"
         finished += whole
         for left in target.parent.glob(".*.part"):
-            left.unlink()  # the one thing that nobody can remove who was killed
+            left.unlink()  # a killed process can't remove its temporary file
     forks.close()
     for path, status in kept.items():
         now = path.stat()
@@ -473,7 +473,7 @@ def test_killed_at_any_moment(
 def test_leftovers_of_a_killed_conversion_do_no_harm(
     checkpoint_folder: Callable[..., Path], gguf_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A temporary file that kill -9 left behind stands in nobody's way."""
+    """A temporary file left by kill -9 does not get in the way of later conversions."""
     convert(checkpoint_folder("tiny"), tmp_path / "a.gguf", "q8_0")
     whole = (tmp_path / "a.gguf").read_bytes()
     child = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The runtime opens a split model by its first part: as the merged file, or it says what is wrong with it."""
+"""Split models opened by their first part: equal to the merged file, or an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_tensors_may_be_in_any_part(tensors_in_first: bool, good: RawGguf, tmp_p
 
 
 def test_parts_with_different_alignments(good: RawGguf, tmp_path: Path) -> None:
-    """8 is too little for ggml's kernels: that part's tensors are copied, the others' are not."""
+    """8 is too little for ggml's kernels: tensors of that part are copied, those of the others are not."""
     parts = split(good)
     parts[1].alignment = 8
     parts[1].set("general.alignment", U32, 8)
@@ -205,7 +205,7 @@ def test_a_part_that_is_shortened_while_in_use(good: RawGguf, tmp_path: Path) ->
 
 
 def test_sessions_work_with_split_and_merged_files(good: RawGguf, tmp_path: Path) -> None:
-    """A session of the split model goes on with the merged one; no part is overwritten by one."""
+    """A session saved with the split model loads with the merged one; saving never overwrites a part."""
     first = write(split(good), tmp_path)[0]
     whole = DiffusionModel(good.write(tmp_path / "whole.gguf"), n_threads=1, n_ctx=48)
     parts = DiffusionModel(first, n_threads=1, n_ctx=48)

@@ -1,4 +1,4 @@
-"""Threads and processes: sessions side by side, a session used twice, cancelling, fork, exit."""
+"""Threads and processes: concurrent sessions, one session used twice, cancelling, fork, exit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def prompt(seed: int, n: int = 7, n_vocab: int = 384) -> np.ndarray:
 
 
 def answer(model: _native.Model, seed: int) -> list[int]:
-    """Encode, generate, shorten, generate again: all that a conversation does."""
+    """Encode, generate, truncate, generate again, as a conversation does."""
     session = _native.Session(model, N_CTX)
     session.encode(prompt(seed))
     tokens: list[int] = []
@@ -69,7 +69,7 @@ def answer(model: _native.Model, seed: int) -> list[int]:
 
 
 def run_threads(work: list[Callable[[], None]]) -> None:
-    """Run them at once; raises what the first of them raised, fails when one hangs."""
+    """Run the calls concurrently; raises the first error, fails when one hangs."""
     errors: list[BaseException] = []
 
     def guarded(call: Callable[[], None]) -> None:
@@ -155,7 +155,7 @@ def test_tokens_may_be_read_while_another_thread_computes(model: _native.Model) 
 
     def read() -> None:
         while True:
-            last = done.is_set()  # before what is read: at least one of them is read
+            last = done.is_set()  # set before reading, so that at least one read happens
             tokens, n_past = session.tokens, session.n_past
             assert len(tokens) in (0, 40)
             assert 0 <= n_past <= 40
@@ -177,7 +177,7 @@ def test_cancel_at_every_step(model: _native.Model, at: int) -> None:
     session.cancel()
     with pytest.raises(GenerationCancelled):
         session.next_step()
-    assert session.next_step() is None  # it has ended, and says so only once
+    assert session.next_step() is None  # it has ended, and raises only once
     session.truncate(7)
     session.begin(**OPTIONS)
     first = session.next_step()
@@ -235,7 +235,7 @@ def test_an_exception_in_the_progress_callback_stops_the_prefill(slow_model: _na
 
 
 def test_the_interpreter_goes_on_during_a_step(slow_model: _native.Model) -> None:
-    """A ticking thread is never held up for as long as one native call takes."""
+    """A ticking thread is never blocked for as long as one native call takes."""
     session = _native.Session(slow_model, 1024)
     done, gaps = threading.Event(), []
 
@@ -288,7 +288,7 @@ def test_the_process_may_end_while_daemon_threads_compute(
     a callback: that must become neither an abort nor a crash."""
     command = [sys.executable, "-c", EXIT_WHILE_COMPUTING, str(gguf_file("wide", "f32"))]
     result = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
-    assert (result.returncode, result.stderr) == (0, "")  # no abort, no crash, no talk of leaks
+    assert (result.returncode, result.stderr) == (0, "")  # no abort, no crash, no report of leaks
 
 
 EXIT_FROM_A_CALLBACK = """
@@ -312,7 +312,7 @@ assert os.wait()[1] == 0
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system: NOT CHECKED")
 def test_the_process_may_end_while_a_callback_runs(gguf_file: Callable[..., Path]) -> None:
-    """One that does not return is not waited for for ever; a child after fork has nobody to wait for."""
+    """Exit does not wait forever for a callback that does not return, nor at all in a forked child."""
     command = [sys.executable, "-W", "ignore", "-c", EXIT_FROM_A_CALLBACK, str(gguf_file("wide", "f32"))]
     result = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
     assert (result.returncode, result.stderr) == (0, "")
@@ -388,7 +388,7 @@ print(after.ru_nvcsw - before.ru_nvcsw, 4 * sum(session.step_ops.values()))
 def test_threads_sleep_at_long_barriers(gguf_file: Callable[..., Path]) -> None:
     """Two threads on one CPU: at each barrier one waits for the other, which can't run while it spins.
 
-    Counted are the times that a thread gave its CPU away; those that were taken from it are not among them.
+    Counts voluntary context switches: a thread that spins makes none.
     """
     command = [sys.executable, "-c", SHARED_CPU, str(gguf_file("tiny", "f32"))]
     found = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=True)
@@ -420,7 +420,7 @@ def test_a_child_may_drop_the_model_and_open_another(gguf_file: Callable[..., Pa
     expected = answer(holder[0], 4)
 
     def child() -> None:
-        holder.clear()  # its threads are not there to be waited for
+        holder.clear()  # its threads don't exist in the child
         assert answer(_native.Model(path, n_threads=2), 4) == expected
 
     assert in_child(child) == 0
