@@ -1,4 +1,4 @@
-"""Requests in one batch: the texts are those of each request alone, and none holds the others up."""
+"""Continuous batching: texts equal those of each request alone, and no request holds up the others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
 
 
 class Client:
-    """One request in a scheduler's hands, and what it is told."""
+    """One request submitted to a scheduler, and the reports that it gets."""
 
     def __init__(self, scheduler: Scheduler, runs: list[Run], **job: Any) -> None:
         self.reports: list[tuple[int, Any]] = []
@@ -61,7 +61,7 @@ def run(model: DiffusionModel, text: str = "Hi", **options: Any) -> Run:
     return Run(model.tokenize(text), chosen)
 
 
-# What is asked for, as the bodies of requests
+# Request bodies
 
 BODIES: list[tuple[str, dict[str, Any]]] = [
     ("chat/completions", {"messages": ask("reverse: a b c"), "max_tokens": 100}),
@@ -139,7 +139,7 @@ def test_long_prompts_are_encoded_in_chunks_between_steps(
     n_steps = model.n_steps
     second = Client(scheduler, [run(model, "x" * 400)])
     eventually(lambda: second.order(Prefilled) == [0])
-    assert model.n_steps - n_steps >= 400 // 16 - 2  # one for each part, but for the first and the last
+    assert model.n_steps - n_steps >= 400 // 16 - 2  # one per chunk, except the first and the last
     scheduler.cancel(first.job, ApiError(499, "gone"))
     assert second.over.wait(60)
 

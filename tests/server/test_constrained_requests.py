@@ -1,4 +1,4 @@
-"""JSON schemas, expressions and texts with holes through the server, by the demo model."""
+"""JSON schemas, regexes and infilling through the server, on the demo model."""
 
 from __future__ import annotations
 

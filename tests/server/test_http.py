@@ -1,4 +1,4 @@
-"""The server over real HTTP on localhost, before a model whose answers are written down (server_fakes)."""
+"""The server over real HTTP on localhost, with a scripted model (support/server_fakes.py)."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_a_stream_event_for_every_step(url: str, client: openai.OpenAI) -> None:
     body = {"messages": ask("think"), "stream": True, "stream_options": {"diffusion": True}, "n": 2}
     got = events(httpx.post(url + "/v1/chat/completions", json=body, timeout=60))
     drafts = [event["diffusion"] for event in got if event.get("diffusion", {}).get("type") == "draft"]
-    drafts.sort(key=lambda draft: draft["index"])  # the choices are made side by side
+    drafts.sort(key=lambda draft: draft["index"])  # choices run in parallel
     assert [(d["index"], d["canvas"], d["step"]) for d in drafts] == [
         (i, canvas, step) for i in range(2) for canvas in range(4) for step in (1, 2, 3)
     ]
@@ -186,7 +186,7 @@ def test_a_stream_event_for_every_step(url: str, client: openai.OpenAI) -> None:
         assert not any(marker in "".join(draft["pieces"]) for marker in MARKERS)
     assert "".join(drafts[-1]["pieces"]).startswith("so. Über!")
     assert got[-1]["diffusion"]["type"] == "summary"
-    # the official client takes them for chunks without choices
+    # the official client reads them as chunks without choices
     stream = client.chat.completions.create(
         model="scripted", messages=ask("Hi"), stream=True, stream_options={"diffusion": True}
     )
@@ -320,7 +320,7 @@ def test_invalid_requests_get_an_error_with_param_and_code(
 def test_malformed_bodies(url: str, content: bytes, status: int) -> None:
     response = httpx.post(url + "/v1/chat/completions", content=content, timeout=60)
     assert response.status_code == status and response.json()["error"]["message"]
-    parts = (content[i : i + 500] for i in range(0, len(content), 500))  # without a length told ahead
+    parts = (content[i : i + 500] for i in range(0, len(content), 500))  # chunked: without Content-Length
     assert httpx.post(url + "/v1/chat/completions", content=parts, timeout=60).status_code == status
 
 
@@ -354,7 +354,7 @@ def test_cross_origin_requests(model: ScriptedModel, url: str) -> None:
         assert httpx.get(other + "/v1/models", headers={"Origin": "https://x.example"}).status_code == 403
 
 
-# Health, figures, the page that describes it
+# Health, metrics, and their documentation
 
 
 def test_health_and_metrics(url: str) -> None:

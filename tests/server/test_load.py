@@ -1,4 +1,4 @@
-"""Several requests at once, clients that leave, limits of time and number, shutdown."""
+"""Concurrent requests, disconnects, time and queue limits, shutdown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pydiffusion.server.scheduler import Scheduler
 
 @pytest.fixture
 def slow() -> ScriptedModel:
-    """Its answer to "long" takes minutes, until ``step_seconds`` is set to nothing."""
+    """Its answer to "long" takes minutes, until ``step_seconds`` is set to 0."""
     model = ScriptedModel(script)
     model.step_seconds = 0.2
     return model

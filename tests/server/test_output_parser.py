@@ -1,4 +1,4 @@
-"""What chat models write, divided into thinking, answer and tool calls: whole, and split at every point."""
+"""Parsing of chat output into thinking, answer and tool calls: whole, and cut at every point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The web page: what is served, and a chat in a real browser where there is one."""
+"""The web page: what is served, and a chat in a real browser where one is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pydiffusion serve`` as a process of its own, on random weights: the same answers as the library's."""
+"""`pydiffusion serve` in a process of its own, on random weights: the same answers as the library's."""
 
 from __future__ import annotations
 
