@@ -1,4 +1,4 @@
-"""Parameters for tests of the matmul kernels; a CPU that can't run one skips its tests, and says so."""
+"""Parameters for tests of the matmul kernels; kernels that the CPU can't run are skipped with a reason."""
 
 from __future__ import annotations
 
