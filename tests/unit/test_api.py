@@ -1,4 +1,4 @@
-"""The Python surface: options, model, session, events, completions in OpenAI's shape."""
+"""The Python API: options, model, session, events, completions in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_a_closed_model_says_so(gguf_file: Callable[..., Path]) -> None:
     opened.close()
     with pytest.raises(PyDiffusionError, match="closed"):
         opened.new_session()
-    session.encode([1, 2, 3])  # has the weights still
+    session.encode([1, 2, 3])  # still holds the weights
     assert session.n_past == 3
 
 
@@ -389,7 +389,7 @@ def test_a_session_is_for_one_thread_at_a_time(model: DiffusionModel) -> None:
 
 
 def answer(tokenizer: Any, text: str, stop: list[str], canvas: int) -> tuple[list[str], int, bool]:
-    """Feed a text's tokens in canvases of a length: texts given out, tokens kept, whether it stopped."""
+    """Feed a text's tokens in canvases; returns the texts given out, the tokens kept, whether it stopped."""
     from pydiffusion.streaming import AnswerStream
 
     ids = tokenizer.tokenize(text, add_bos=False)

@@ -1,4 +1,4 @@
-"""The examples of the pages about the library run as they stand; the names of api.md are the package's."""
+"""The examples of the library's pages run unchanged; api.md names all that the package exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several prompts denoised in one graph: the same answers as one after the other."""
+"""Batched prompts in one graph give the same answers as one after the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prompt needs a bos, and one only: who puts it there, and who is told that it is missing or doubled."""
+"""The bos token of prompts: who adds it, and the warnings when it is missing or doubled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUICK = {"max_tokens": 1, "steps": 1, "seed": 1}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """The demo model, whose file asks for a bos or does not."""
+    """The demo model, with add_bos_token false and true."""
     folder = tmp_path_factory.mktemp("bos")
     made = {False: folder / "without.gguf", True: folder / "with.gguf"}
     convert(checkpoint_path(), made[False], type="q4_k_m")

@@ -74,7 +74,7 @@ def test_the_licences_of_linked_libraries_are_installed() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="NOT CHECKED: whether the fuzzers compile (no c++)")
 def test_the_fuzzers_still_compile() -> None:
-    """They are built by hand, with clang: what they use of the runtime changes without them."""
+    """They are built by hand, with clang, so changes of the runtime may break them unnoticed."""
     headers = REPOSITORY / "vendor/ggml/include"
     if not headers.is_dir():
         pytest.skip("NOT CHECKED: whether the fuzzers compile (no build has put ggml into vendor/)")

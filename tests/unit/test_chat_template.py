@@ -1,4 +1,4 @@
-"""Chat templates: rendered as Hugging Face does, errors with their line, hostile ones stopped."""
+"""Chat templates: rendered as Hugging Face does, errors with their line, hostile templates stopped."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_null_in_schemas_and_arguments_is_kept() -> None:
         ({"arguments": {}}, "{}"),
         ({"arguments": {"a": [1]}}, '{"a": [1]}'),
         ({"arguments": '{"a": [1]}'}, '{"a": [1]}'),
-        ({"arguments": "[1]"}, '"[1]"'),  # what is no object is the template's business
+        ({"arguments": "[1]"}, '"[1]"'),  # values that are not objects are left to the template
         ({"arguments": '{"a": '}, '"{\\"a\\": "'),
     ],
 )

@@ -1,5 +1,6 @@
-"""Structured output: the machine against Python's `re`, the search against brute force, schemas against the
-validator of the package jsonschema."""
+"""Constrained output: the automaton against Python's `re`, the search against brute force, schemas against
+the jsonschema package.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +52,9 @@ def test_the_automaton_matches_what_python_matches(pattern: str, data: st.DataOb
         return
     assert accepts(machine, text) == bool(re.fullmatch(expression, text))
     if accepts(machine, text):
-        assert re.fullmatch(pattern, text), "what is written may be less than the original, never more"
+        assert re.fullmatch(pattern, text), "the pattern may be narrowed, never widened"
     elif text.isascii() and text.isprintable():
-        assert not re.fullmatch(pattern, text), "of printable ASCII nothing is lost"
+        assert not re.fullmatch(pattern, text), "printable ASCII is never narrowed"
 
 
 def test_characters_of_every_utf8_length() -> None:
@@ -165,7 +166,7 @@ def answer_random_schemas(n: int, first: int = 0) -> None:
         n_canvas = rng.choice([8, 32])
         budget = int(automaton.tokens_left[0]) + rng.choice([0, 5, 60])
         text = answer(automaton, tokenizer, n_canvas, budget, np.random.default_rng(seed))
-        # The draft's own checker: in the one of all drafts, a time is that of draft 3, without an offset.
+        # This draft's format checker: the default one checks times as draft 3 does, without an offset.
         checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
         jsonschema.Draft202012Validator(schema, format_checker=checker).validate(json.loads(text))
         n_made += 1
@@ -175,7 +176,7 @@ def answer_random_schemas(n: int, first: int = 0) -> None:
 def answer(
     automaton: Automaton, tokenizer: Tokenizer, n_canvas: int, budget: int, rng: np.random.Generator
 ) -> str:
-    """What the guide writes where the model's distributions are noise."""
+    """Text that the guide writes when the model's distributions are noise."""
     n_vocab = tokenizer.n_vocab
     guide = Guide(automaton, n_canvas, budget, [1], n_vocab)
     written: list[int] = []
@@ -273,7 +274,7 @@ def test_recursive_schemas_are_expanded() -> None:
     for i in range(7):
         text = f'{{"value": {i}, "next": {text}}}'
         assert accepts(chain, text)
-    assert not accepts(chain, f'{{"value": 7, "next": {text}}}')  # valid, and deeper than what is written
+    assert not accepts(chain, f'{{"value": 7, "next": {text}}}')  # valid, but too deep
     assert not accepts(chain, '{"value": 1, "next": {"value": 2}}')
     arrays = {"$defs": {"n": {"items": {"$ref": "#/$defs/n"}}}, "$ref": "#/$defs/n"}
     assert accepts(byte_machine(expression_of(GenerationOptions(json_schema=arrays))), "[[], [[]]]")
@@ -371,7 +372,7 @@ def test_a_regex_within_the_fewest_tokens(model: DiffusionModel) -> None:
 
 
 def test_end_tokens_that_are_text_do_not_cut_the_answer(model: DiffusionModel) -> None:
-    """An end token that is visible text, of the options or of the file, would cut the text it stands in."""
+    """An end token that is visible text, of the options or of the file, would cut the text around it."""
     (letter,) = model.tokenize("a", add_bos=False)
     (quote,) = model.tokenize('"', add_bos=False)
     for seed in range(4):

@@ -1,4 +1,4 @@
-"""Tokens that end a text: llama.cpp's rule (src/llama-vocab.cpp, `special_eog_ids`), in every front end.
+"""End-of-generation tokens: llama.cpp's rule (src/llama-vocab.cpp, `special_eog_ids`), in every front end.
 
 Its converter writes one `eos_token_id` and no list, and leaves the end of a turn to the token's text.
 """

@@ -178,7 +178,7 @@ def test_invalid_time_limits_are_refused(tree: Tree, value: str) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether it runs: one that has ended may still be listed, until its parent asks for its exit code."""
+    """Whether a process runs; a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -269,7 +269,7 @@ def test_a_changed_tree_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_patches_are_applied_once_and_without_tolerance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """A tree from before there were patches gets them; one in which a line is elsewhere is refused whole."""
+    """An unpatched tree is patched; one whose lines differ is refused without any change."""
     fetch = fetch_module()
     tree, patches, lock = tmp_path / "ggml", tmp_path / "patches", tmp_path / "ggml.lock"
     tree.mkdir()

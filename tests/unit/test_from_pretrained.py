@@ -1,4 +1,4 @@
-"""`DiffusionModel.from_pretrained` against a server of our own that speaks the hub's HTTP."""
+"""`DiffusionModel.from_pretrained`, against a local server that speaks the hub's HTTP."""
 
 from __future__ import annotations
 

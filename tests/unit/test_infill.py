@@ -1,4 +1,4 @@
-"""Texts with holes and edits: what is around stays, and the demo model fills sudokus that agree with it."""
+"""Infilling and edits: the surrounding text stays, and the demo model fills sudokus."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_text_around_the_holes_is_kept(model: DiffusionModel) -> None:
 
 
 def test_a_text_that_begins_with_its_hole_follows_a_bos(model: DiffusionModel) -> None:
-    """This file has one and does not ask for it."""
+    """This file has a bos and add_bos_token false."""
     assert not model.tokenizer.add_bos and model.tokenizer.bos_id is not None
     assert model.infill("<|hole:3|> xyz", seed=1, steps=3).text.endswith(" xyz")
 
@@ -91,7 +91,7 @@ def test_edits_begin_with_the_existing_text(model: DiffusionModel) -> None:
 def test_sudokus_keep_their_givens_and_agree_with_them(
     model: DiffusionModel, n_puzzles: int, report: Callable[[str], None]
 ) -> None:
-    """Held givens against the model's own copying of them: what holding does to answers and to steps."""
+    """Held givens against the model's own copying of them: solved puzzles and steps."""
     solved = {"held": 0, "free": 0}
     steps = {"held": 0, "free": 0}
     for seed, (puzzle, _) in enumerate(puzzles()[:n_puzzles]):
@@ -106,7 +106,7 @@ def test_sudokus_keep_their_givens_and_agree_with_them(
         )  # fmt: skip
         cells = [model.tokenize(cell, add_bos=False) for cell in rows]  # one token each
         givens = [(i, token) for i, (token,) in enumerate(cells) if rows[i] != "."]
-        for draft in drafts:  # held: this model copies givens itself, though never of no entropy
+        for draft in drafts:  # held tokens have no entropy, unlike those that the model copies itself
             assert all((draft.tokens[i], draft.entropy[i]) == (token, 0) for i, token in givens)
         assert drafts
         assert len(filled.holes) == rows.count(".") and all(len(hole) <= 1 for hole in filled.holes)

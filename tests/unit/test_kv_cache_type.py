@@ -1,4 +1,4 @@
-"""An 8-bit KV cache: whoever asks for it is warned, and nothing chooses it by itself."""
+"""8-bit KV caches: asking for one warns, and none is chosen automatically."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_commands_warn_in_one_line(file: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_the_server_warns_as_it_starts(file: Path, tmp_path: Path) -> None:
-    """In its log, which is stderr."""
+    """In its log, on stderr."""
     command = [sys.executable, "-m", "pydiffusion", "serve", "-m", str(file), "--port", "0", "--threads", "1"]
     server = subprocess.Popen([*command, "--cache-type", "q8_0"], stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
@@ -79,7 +79,7 @@ def test_the_server_warns_as_it_starts(file: Path, tmp_path: Path) -> None:
 def test_short_memory_does_not_choose_q8_0(
     file: Path, gguf_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of any room, what is planned for a cache of 16 bits is planned, and what is opened has one."""
+    """With any memory limit, the plan is that of a 16-bit cache, and the opened model has one."""
     whole = plan(file, n_ctx=512, device="host", kv_type="f16")
     room = whole.total_bytes
     seen = set()

@@ -1,4 +1,4 @@
-"""The same bits however a prompt came into the cache: at once, in pieces, behind what was there."""
+"""The same bits however a prompt came into the cache: at once, in chunks, after other tokens."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def model(request: pytest.FixtureRequest, demo_file: Path) -> Iterator[Diffusion
 
 @pytest.mark.parametrize("seed", range(12))
 def test_text_after_a_partly_cached_prompt(model: DiffusionModel, seed: int) -> None:
-    """Of a conversation of turns that share their beginnings, as the server's requests and ``chat`` do."""
+    """As in conversations, whose prompts share their beginnings."""
     ids = ids_for(model, 200 + seed, seed)
     fresh = model.new_session()
     fresh.encode(ids)
@@ -108,7 +108,7 @@ def test_forked_loaded_and_truncated_sessions_continue_alike(model: DiffusionMod
     for other in (session.fork(), model.load_session(tmp_path / "session")):
         n_encoded = other.n_encoded
         other.truncate(198)
-        assert other.n_encoded == n_encoded  # what was taken over reaches a little further back
+        assert other.n_encoded == n_encoded  # the copied cache covers a few tokens before its end
         other.encode(ids[198:])
         assert cache_and_logits(other) == whole
 

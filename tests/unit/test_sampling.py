@@ -1,4 +1,4 @@
-"""The sampler against arithmetic by hand, numpy in float64, and the published vectors of its generator."""
+"""The sampler against arithmetic by hand, numpy in float64, and its generator's published vectors."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_measure_agrees_with_float64(seed: int, n_vocab: int, spread: float, tem
 @pytest.mark.parametrize("spread", [1.0, 12.0, 60.0])
 @pytest.mark.parametrize("n_vocab", [7, 300, 5000])
 def test_capping_agrees_with_float64(n_vocab: int, spread: float) -> None:
-    """Where all lie within the cap, and where some lie beyond it: two formulas compute them."""
+    """Logits all within the cap, and some beyond it: two formulas compute them."""
     rng = np.random.default_rng(n_vocab)
     logits = (rng.normal(size=(4, n_vocab)) * spread).astype(np.float32)
     logits[2, 3] = -np.inf

@@ -1,4 +1,4 @@
-"""What a session's cache saves: going back without encoding again, copies, and files."""
+"""A session's cache: truncating without encoding again, forks, and files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def logits(session: Session) -> np.ndarray:
 
 
 def test_truncating_to_the_prompt_encodes_nothing(model: DiffusionModel) -> None:
-    """The sliding layers wrapped many times during the answer; going back to the prompt encodes nothing."""
+    """The sliding layers wrapped many times during the answer; truncating to the prompt encodes nothing."""
     ids = prompt(model, 100)
     session = model.new_session()
     session.encode(ids)
@@ -142,7 +142,7 @@ def test_broken_session_files_are_refused(model: DiffusionModel, tmp_path: Path)
 
 
 def test_a_session_of_an_older_format_is_refused(model: DiffusionModel, tmp_path: Path) -> None:
-    """Whose sliding layers held less: it says so, and is never read as one of today."""
+    """Its sliding layers held fewer rows: the error names the version, and the file is never misread."""
     session = model.new_session()
     session.encode(prompt(model, 20))
     path = tmp_path / "session.safetensors"
@@ -153,7 +153,7 @@ def test_a_session_of_an_older_format_is_refused(model: DiffusionModel, tmp_path
 
 
 def test_arrays_of_types_that_numpy_lacks_are_refused(model: DiffusionModel, tmp_path: Path) -> None:
-    """Found by fuzzing: such a type ended in an AttributeError of the library that reads the file."""
+    """Found by fuzzing: such a type raised an AttributeError in the safetensors library."""
     session = model.new_session()
     session.encode(prompt(model, 20))
     path = tmp_path / "session.safetensors"

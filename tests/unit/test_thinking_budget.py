@@ -1,4 +1,4 @@
-"""A budget for thinking, and the end of a text that goes round."""
+"""The thinking budget, and stopping on repetition."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tokenizer() -> Tokenizer:
 
 
 def cut(tokenizer: Tokenizer, budget: int, *canvases: str, prompt: str = "") -> list[str | None]:
-    """Each canvas as the budget leaves it; None for one that it leaves alone."""
+    """Each canvas as the budget cuts it; None for one that it does not cut."""
 
     def ids(text: str) -> list[int]:
         return tokenizer.tokenize(text, add_bos=False, parse_special=True)

@@ -1,4 +1,4 @@
-"""``trim_after_eos``: what lies behind a settled eos is no longer denoised."""
+"""`trim_after_eos`: positions after a settled eos are no longer denoised."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydiffusion import DiffusionModel, DraftEvent, GenerationOptions
 from pydiffusion.convert import convert
 from pydiffusion.demo import checkpoint_path, tasks
 
-ROOM = 8  # positions that stay behind the eos
+ROOM = 8  # positions kept after the eos
 
 
 @pytest.fixture(scope="module")
