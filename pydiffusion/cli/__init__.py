@@ -34,8 +34,7 @@ from . import (
     split,
     verify,
 )
-from ._common import say
-from ._text import one_line
+from ._text import one_line, say
 
 app = typer.Typer(
     name="pydiffusion",

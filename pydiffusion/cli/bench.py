@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from . import _common as common
-from ._common import say
+from . import _open, _options
+from ._text import say
 
 
-@common.takes(place=common.PLACE)
+@_options.takes(place=_options.PLACE)
 def command(
     model: Annotated[Path | None, typer.Option("-m", "--model", help="The model, a GGUF file.")] = None,
     synthetic: Annotated[
@@ -36,7 +36,7 @@ def command(
 
     if (model is None) == (synthetic is None):
         raise typer.BadParameter("give either --model or --synthetic")
-    arguments = common.placement(place)
+    arguments = _open.placement(place)
     n_threads = arguments.pop("n_threads") or available_cpus()
     n_ctx = arguments.pop("n_ctx") and place["ctx"]  # by itself as much as the run needs
     before = None if against is None else _read_figures(against)
@@ -56,7 +56,7 @@ def command(
 def _make(shape: str | None, type_name: str, folder: Path) -> Path:
     from pydiffusion.testing.synthetic import SHAPES, write_synthetic
 
-    from ._display import progress
+    from ._progress import progress
 
     if shape not in SHAPES:
         raise typer.BadParameter(f"--synthetic is {shape!r}; known are {', '.join(SHAPES)}")

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from . import _common as common
+from . import _open, _options
 from ._text import count
 
 
-@common.takes(place=common.PLACE)
+@_options.takes(place=_options.PLACE)
 def command(
     model: Annotated[
         Path | None, typer.Option("-m", "--model", help="Plan for this model, a GGUF file.")
@@ -28,7 +28,7 @@ def command(
     found = devices()
     planned = None
     if model is not None:
-        arguments = common.placement(place)
+        arguments = _open.placement(place)
         del arguments["n_threads"], arguments["kernels"]  # of no consequence for a plan
         planned = plan(model, **arguments)
     if as_json:

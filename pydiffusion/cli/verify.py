@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ._common import quiet_hub_in_a_pipe, say
-from ._text import one_line
-from .convert import conversion_progress
+from ._progress import conversion_progress, quiet_hub_in_a_pipe
+from ._text import one_line, say
 
 
 def command(
