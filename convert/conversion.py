@@ -9,8 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import FLOAT32_KINDS, split_name
-from pydiffusion.convert.architectures.source import Source, SourceTensor, open_folder, open_gguf
-from pydiffusion.convert.checkpoint.hub import find_checkpoint
+from pydiffusion.convert.architectures.source import (
+    Source,
+    SourceTensor,
+    open_checkpoint,
+    open_gguf,
+    open_source,
+)
 from pydiffusion.convert.gguf import writer as pipeline
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.convert.gguf.report import ConversionReport, ProgressCallback
@@ -76,8 +81,7 @@ def convert(
     started = time.perf_counter()
     variant = Variant(target, type, pad, tensor_types, imatrix, split_max_size)
     choices = _Choices(variant, resume, allow_nonfinite, n_threads, overwrite, progress)
-    found = find_checkpoint(source, revision)
-    with open_folder(found.path, found.name) as opened:
+    with open_checkpoint(source, revision) as opened:
         return pipeline.run(choices.job(opened), started)
 
 
@@ -116,9 +120,7 @@ def convert_family(
     if not variants or len(set(targets)) != len(targets):
         raise ValueError("a family needs at least one variant, and a target of its own for each")
     members = [_Choices(v, False, allow_nonfinite, n_threads, overwrite, progress) for v in variants]
-    found = find_checkpoint(source, revision)
-    opener = open_gguf(found.path) if found.path.is_file() else open_folder(found.path, found.name)
-    with opener as opened:
+    with open_source(source, revision) as opened:
         reads = [SharedRead(tensor.read) for tensor in opened.tensors]
         opened.tensors = [replace(t, read=read) for t, read in zip(opened.tensors, reads, strict=True)]
         jobs = []

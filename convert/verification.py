@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from pydiffusion.convert.architectures.diffusion_gemma.metadata import ARCHITECTURE
-from pydiffusion.convert.architectures.source import Source, SourceTensor, open_folder, open_gguf, open_source
-from pydiffusion.convert.checkpoint.hub import find_checkpoint
+from pydiffusion.convert.architectures.source import Source, SourceTensor, open_gguf, open_source
 from pydiffusion.convert.conversion import planned_tensor
 from pydiffusion.convert.gguf import rows
 from pydiffusion.convert.gguf import writer as pipeline
@@ -73,7 +72,7 @@ def verify(
     """
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(open_gguf(Path(file)))
-        source = target if against is None else stack.enter_context(_opened(against))
+        source = target if against is None else stack.enter_context(open_source(against))
         problems = [] if against is None else _compare_metadata(target, source)
         sources = {tensor.name: tensor for tensor in source.tensors}
         missing = sorted(set(sources) - {tensor.name for tensor in target.tensors})
@@ -93,11 +92,6 @@ def verify(
                 seconds = time.perf_counter() - started
                 progress(ConversionProgress("verify", tensor.name, done, total, seconds))
     return VerifyReport(Path(file), None if against is None else Path(against), checks, problems)
-
-
-def _opened(against: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Source]:
-    found = find_checkpoint(against)
-    return open_folder(found.path, found.name) if found.name else open_source(found.path)
 
 
 def _n_bytes(tensor: SourceTensor) -> int:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import _native
 from ._util import hub
+from ._util.files import check_is_file
 from .chat.messages import plain
 from .chat.sanitize import Neutralizer
 from .chat.template import ChatTemplate
-from .device_plan import check_kv_type, native_wish
+from .device_plan import DEFAULT_N_CTX, available_cpus, check_kv_type, native_wish
 from .errors import PyDiffusionError, UnsupportedModelError
-from .events import Completion, Event
 from .generation import batching as parallel
 from .generation import session_file
 from .generation.infill import (
@@ -38,8 +38,8 @@ from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from .constrained import Automaton
+    from .events import Completion, Event
 
-DEFAULT_N_CTX = 8192
 _N_AUTOMATA = 16
 
 
@@ -408,21 +408,3 @@ class DiffusionModel:
 def _to_plan_for(n_ctx: Any) -> int:
     """The context that the placement is planned for; what is wrong with it is said once the file is read."""
     return min(n_ctx, 1 << 31) if isinstance(n_ctx, int) and n_ctx > 0 else DEFAULT_N_CTX
-
-
-def check_is_file(path: Path) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"{path} is a folder; a model is a GGUF file: make one with 'pydiffusion convert'"
-        )
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file")
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use: under taskset or in a container, fewer than the machine has."""
-    if hasattr(os, "process_cpu_count"):  # Python 3.13
-        return os.process_cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0)) or 1
-    return os.cpu_count() or 1

@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _native
-from .chat.output_parser import ends_in_thought
 from .events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
 from .generation import session_file
 from .generation.repetition import loop_start
-from .generation.streaming import AnswerStream, ChatStream, ContentStream, count_tokens
+from .generation.streaming import AnswerStream, ChatStream, chat_stream, count_tokens
 from .generation.thinking_budget import ThoughtBudget
 from .generation.token_ids import TokenIds, check_bos, common_prefix, cut_at_eos, token_array
 from .options import GenerationOptions, make_options
@@ -183,12 +182,7 @@ class Session:
         if not chat:
             return AnswerStream(self.model.tokenizer, options.stop)
         prompt_end = self.model.detokenize(self.tokens[-_THOUGHT_OPENING:], keep_control=True)
-        in_thought = ends_in_thought(prompt_end)
-        if options.is_structured:
-            if in_thought:
-                raise ValueError("the prompt ends within a thought: structured answers come without one")
-            return ContentStream(self.model.tokenizer, ())
-        return ChatStream(self.model.tokenizer, options.stop, in_thought)
+        return chat_stream(self.model.tokenizer, options, prompt_end)
 
     def _guide(self, options: GenerationOptions) -> Guide | None:
         """What keeps the text to a schema or an expression, where the options ask for it."""

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig, read_text_config
+from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import split_name, wanted_tensors
-from pydiffusion.convert.checkpoint.hub import find_checkpoint
+from pydiffusion.convert.architectures.source import read_config
 from pydiffusion.convert.quantization import recipes
 from pydiffusion.convert.quantization import type_plan as plan
 from pydiffusion.errors import ConversionError
@@ -118,14 +118,6 @@ def plan_sizes(
     return _plan(read_config(folder), type, pad, plan.as_pairs(tensor_types), has_imatrix)
 
 
-def read_config(folder: str | os.PathLike[str]) -> TextConfig:
-    """The text config of a checkpoint folder or repo; ConversionError when it can't be used."""
-    path = find_checkpoint(folder, weights=False).path
-    if not (path / "config.json").is_file():
-        raise ConversionError(f"{path}: has no config.json; give a checkpoint folder")
-    return read_text_config(path, [])
-
-
 def _plan(
     config: TextConfig, type: str, pad: bool | None, overrides: plan.Overrides, has_imatrix: bool
 ) -> SizePlan:
@@ -141,7 +133,7 @@ def _plan(
     return SizePlan(type, tuple(overrides), tensors, types.fallbacks, types.notes)
 
 
-def memory(config: TextConfig, weights: int, n_ctx: int = 4096) -> Memory:
+def estimate_memory(config: TextConfig, weights: int, n_ctx: int = 4096) -> Memory:
     """What a session of ``n_ctx`` tokens needs beside the weights, with 16-bit keys and values.
 
     Sliding layers keep two windows (at least one and a tile of attention) and a batch, full layers the whole
@@ -184,7 +176,7 @@ def fit(
         needs = any(tensor.type in recipes.NEEDS_IMATRIX for tensor in candidate.tensors)
         if needs and not has_imatrix:
             continue
-        smallest = memory(config, candidate.n_bytes, n_ctx).total
+        smallest = estimate_memory(config, candidate.n_bytes, n_ctx).total
         if smallest <= n_bytes:
             best = candidate
             break
@@ -194,7 +186,7 @@ def fit(
             f"takes {smallest / 2**30:.1f} GiB{'' if has_imatrix else ' (an imatrix allows smaller ones)'}"
         )
     best = _upgrade(config, best, given, pad, has_imatrix, n_bytes, n_ctx)
-    return best, memory(config, best.n_bytes, n_ctx)
+    return best, estimate_memory(config, best.n_bytes, n_ctx)
 
 
 def _upgrade(
@@ -214,7 +206,7 @@ def _upgrade(
                 candidate = _plan(config, best.type, pad, attempt, has_imatrix)
             except ConversionError:  # everything that this pattern is for was overridden already
                 break
-            fits = memory(config, candidate.n_bytes, n_ctx).total <= n_bytes
+            fits = estimate_memory(config, candidate.n_bytes, n_ctx).total <= n_bytes
             if fits and candidate.n_bytes > best.n_bytes:
                 best, overrides = candidate, attempt
                 break

@@ -129,7 +129,7 @@ class Conversation:
         """Print the answer to the messages; whether there is any. Ctrl-C stops it, and what was printed by
         then stays.
         """
-        from pydiffusion.errors import PyDiffusionError
+        from pydiffusion import PyDiffusionError
 
         from ._display import AnswerPrinter, CanvasDisplay
 

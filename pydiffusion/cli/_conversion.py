@@ -106,7 +106,7 @@ def telling_what_is_kept(target: Path) -> Iterator[None]:
 
 def parse_split_size(given: str | None) -> int | None:
     """Bytes; wrong use of the command line when it is no size."""
-    from pydiffusion.convert.gguf.split import parse_split_size as parse
+    from pydiffusion.convert import parse_split_size as parse
 
     try:
         return None if given is None else parse(given)
@@ -116,7 +116,7 @@ def parse_split_size(given: str | None) -> int | None:
 
 def parse_overrides(given: list[str] | None) -> list[tuple[str, str]]:
     """``PATTERN=TYPE`` texts as pairs; wrong use of the command line when they are none."""
-    from pydiffusion.convert.quantization.type_plan import check_overrides
+    from pydiffusion.convert import check_overrides
 
     pairs = []
     for text in given or ():

@@ -168,8 +168,7 @@ class AnswerPrinter:
         self.text = ""
 
     def __call__(self, event: Event) -> None:
-        from pydiffusion.chat.output_parser import Reasoning
-        from pydiffusion.events import CanvasEvent, DraftEvent
+        from pydiffusion.events import CanvasEvent, DraftEvent, Reasoning
 
         if isinstance(event, DraftEvent) and self._display is not None:
             self._display.draft(event, self._line)

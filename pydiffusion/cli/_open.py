@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 def placement(place: Mapping[str, Any]) -> dict[str, Any]:
     """The options of PLACE as arguments of ``DiffusionModel``; what is out of range is wrong use."""
     from pydiffusion import _native
-    from pydiffusion.convert.quantization.sizes import parse_size
-    from pydiffusion.device_plan import KV_TYPES, native_wish
-    from pydiffusion.model import DEFAULT_N_CTX
+    from pydiffusion.convert import parse_size
+    from pydiffusion.device_plan import DEFAULT_N_CTX, KV_TYPES, native_wish
 
     threads, ctx, layers = place.get("threads"), place.get("ctx"), place.get("gpu_layers")
     if threads is not None and threads < 1:
@@ -92,7 +91,7 @@ def make_options(model: DiffusionModel | None = None, **choices: Any) -> Generat
 
 def open_model(path: Path, place: Mapping[str, Any], n_sessions: int = 1) -> DiffusionModel:
     """Load a model with its progress shown. place: what was given of PLACE."""
-    from pydiffusion.model import DiffusionModel
+    from pydiffusion import DiffusionModel
 
     from ._progress import progress
 

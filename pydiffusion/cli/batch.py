@@ -195,7 +195,7 @@ def _head(line: _Line) -> _Json:
 
 
 def _answer(model: DiffusionModel, line: _Line, done: Completion) -> _Json:
-    from pydiffusion.chat.output_parser import Content, Reasoning, ToolCall
+    from pydiffusion.events import Content, Reasoning, ToolCall
     from pydiffusion.generation.streaming import ChatStream
 
     text = done.text

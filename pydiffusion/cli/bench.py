@@ -31,8 +31,9 @@ def command(
     ] = None,
 ) -> None:
     """Time loading, prefill and denoising steps, part by part, beside the machine's own limits."""
+    from pydiffusion._util.files import check_is_file
     from pydiffusion.bench import compare, format_result, run_bench
-    from pydiffusion.model import available_cpus, check_is_file
+    from pydiffusion.device_plan import available_cpus
 
     if (model is None) == (synthetic is None):
         raise typer.BadParameter("give either --model or --synthetic")

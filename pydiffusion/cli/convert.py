@@ -128,7 +128,7 @@ def convert_vision(source: Path, output: Path | None, as_json: bool, choices: di
 
 def model_name(source: Path) -> str:
     """A folder's or repo's name, for the target's."""
-    from pydiffusion.convert.checkpoint.hub import repo_id
+    from pydiffusion.convert import repo_id
 
     repo = repo_id(source)
     return source.resolve().name if repo is None else repo[0].partition("/")[2]
@@ -138,13 +138,13 @@ def choose_fitting(
     source: Path, size: str, ctx: int, pad: bool | None, overrides: list[tuple[str, str]], has_imatrix: bool
 ) -> tuple[str, list[tuple[str, str]]]:
     """Type and overrides of the best recipe that fits, and a line that tells them."""
-    from pydiffusion.convert.quantization import sizes
+    from pydiffusion import convert
 
     try:
-        n_bytes = sizes.parse_size(size)
+        n_bytes = convert.parse_size(size)
     except ValueError as error:
         raise typer.BadParameter(f"--fit: {error}") from None
-    plan, memory = sizes.fit(
+    plan, memory = convert.fit(
         source, n_bytes, n_ctx=ctx, pad=pad, tensor_types=overrides, has_imatrix=has_imatrix
     )
     extras = " ".join(f"--tensor-type {shlex.quote(f'{pattern}={name}')}" for pattern, name in plan.overrides)
@@ -165,10 +165,10 @@ def print_sizes(
     as_json: bool,
 ) -> None:
     """The table of a dry run on stdout."""
-    from pydiffusion.convert.quantization import sizes
+    from pydiffusion import convert
 
-    plan = sizes.plan_sizes(source, type, pad=pad, tensor_types=overrides, has_imatrix=has_imatrix)
-    memory = sizes.memory(sizes.read_config(source), plan.n_bytes, ctx)
+    plan = convert.plan_sizes(source, type, pad=pad, tensor_types=overrides, has_imatrix=has_imatrix)
+    memory = convert.estimate_memory(convert.read_config(source), plan.n_bytes, ctx)
     if as_json:
         extra = {"n_ctx": ctx, "total": memory.total, **dataclasses.asdict(memory)}
         print(json.dumps(plan.to_dict() | {"memory": extra}))

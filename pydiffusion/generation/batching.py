@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pydiffusion import _native
 from pydiffusion.errors import PyDiffusionError
 from pydiffusion.events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
 from pydiffusion.options import GenerationOptions
@@ -17,6 +16,7 @@ from pydiffusion.options import GenerationOptions
 from .token_ids import check_bos, token_array
 
 if TYPE_CHECKING:
+    from pydiffusion import _native
     from pydiffusion.model import DiffusionModel
     from pydiffusion.session import Session
 

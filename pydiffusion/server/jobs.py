@@ -12,9 +12,9 @@ from pydiffusion.errors import GenerationCancelled
 from pydiffusion.generation.batching import Lane
 from pydiffusion.openai.errors import ApiError
 from pydiffusion.openai.reports import Report
-from pydiffusion.options import GenerationOptions
 
 if TYPE_CHECKING:
+    from pydiffusion.options import GenerationOptions
     from pydiffusion.session import Session
 
 

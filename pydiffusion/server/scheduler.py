@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pydiffusion.chat.output_parser import ToolCall
 from pydiffusion.errors import GenerationCancelled, InsufficientMemoryError
-from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
+from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event, ToolCall
 from pydiffusion.generation.batching import Batch
 from pydiffusion.generation.token_ids import common_prefix
 from pydiffusion.openai.errors import ApiError, from_exception
