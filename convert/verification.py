@@ -16,13 +16,12 @@ import numpy as np
 from pydiffusion.convert.architectures.diffusion_gemma.metadata import ARCHITECTURE
 from pydiffusion.convert.architectures.source import Source, SourceTensor, open_gguf, open_source
 from pydiffusion.convert.conversion import planned_tensor
-from pydiffusion.convert.gguf import rows
-from pydiffusion.convert.gguf import writer as pipeline
+from pydiffusion.convert.gguf import rows, writer
 from pydiffusion.convert.gguf.report import ConversionProgress
-from pydiffusion.convert.quantization import type_plan as plan
+from pydiffusion.convert.quantization import type_plan
 from pydiffusion.errors import ConversionError
 
-_LENGTHS = tuple(f"{ARCHITECTURE}.{part.key}" for part in plan.FEED_FORWARDS)
+_LENGTHS = tuple(f"{ARCHITECTURE}.{part.key}" for part in type_plan.FEED_FORWARDS)
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def verify(
 
 
 def _n_bytes(tensor: SourceTensor) -> int:
-    return plan.tensor_bytes(tensor.type, tensor.shape)
+    return type_plan.tensor_bytes(tensor.type, tensor.shape)
 
 
 def _compare_metadata(target: Source, source: Source) -> list[str]:
@@ -107,7 +106,7 @@ def _compare_metadata(target: Source, source: Source) -> list[str]:
         found = target.metadata.get(key)
         if key in _LENGTHS and found is not None and _first(found.value) >= _first(value.value):
             continue
-        if found is None or not pipeline.same_value(found.value, value):
+        if found is None or not writer.same_value(found.value, value):
             shown = "absent" if found is None else f"{found.value!r:.60}"
             problems.append(f"metadata key {key!r} is {shown}, the source has {value.value!r:.60}")
     return problems
@@ -136,7 +135,7 @@ def _compare(tensor: SourceTensor, source: SourceTensor) -> TensorCheck:
         )
 
     sums = np.zeros(4)
-    types = plan.TypePlan(tensors={tensor.name: plan.PlannedType(tensor.type, tensor.shape)})
+    types = type_plan.TypePlan(tensors={tensor.name: type_plan.PlannedType(tensor.type, tensor.shape)})
     try:
         wanted = planned_tensor(source, types)
     except ConversionError:

@@ -116,9 +116,9 @@ def plan(
 
     Raises as ``DiffusionModel``.
     """
-    wish = native_wish(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions)
+    request = device_request(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions)
     check_kv_type(kv_type)
-    found = _native.plan(os.fspath(path), n_ctx=n_ctx, kv_type=kv_type, **wish)
+    found = _native.plan(os.fspath(path), n_ctx=n_ctx, kv_type=kv_type, **request)
     return Plan(**{**found, "shares": tuple(DeviceShare(**share) for share in found["shares"])})
 
 
@@ -135,7 +135,7 @@ def check_kv_type(kv_type: str) -> None:
         )
 
 
-def native_wish(
+def device_request(
     n_gpu_layers: int | Literal["auto"],
     n_cpu_moe: int | None,
     device: str,

@@ -215,7 +215,7 @@ class Session:
             return self.model.tokenizer.detokenize(cut_at_eos(tokens, eos))
 
         guide = self._guide(options)
-        limits = _Limits(self, options)
+        conditions = _StopConditions(self, options)
         self._native.begin(
             max_tokens=options.max_tokens,
             steps=options.steps,
@@ -248,7 +248,7 @@ class Session:
             )
             if not step.canvas_done:
                 return
-            tokens, finish = limits.apply(step)
+            tokens, finish = conditions.apply(step)
             if guide is not None:
                 guide.commit()
                 finish = "eos" if guide.finished else finish
@@ -302,7 +302,7 @@ class Session:
         )
 
 
-class _Limits:
+class _StopConditions:
     """What the options set to thinking and repetition, over the canvases of one generation."""
 
     def __init__(self, session: Session, options: GenerationOptions) -> None:

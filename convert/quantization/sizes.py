@@ -13,8 +13,7 @@ from typing import Any
 from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import split_name, wanted_tensors
 from pydiffusion.convert.architectures.source import read_config
-from pydiffusion.convert.quantization import recipes
-from pydiffusion.convert.quantization import type_plan as plan
+from pydiffusion.convert.quantization import recipes, type_plan
 from pydiffusion.errors import ConversionError
 
 # Kept free for the driver, the program and the screen.
@@ -108,26 +107,26 @@ def plan_sizes(
     type: str = "q4_k_m",
     *,
     pad: bool | None = None,
-    tensor_types: plan.Overrides | Mapping[str, str] = (),
+    tensor_types: type_plan.Overrides | Mapping[str, str] = (),
     has_imatrix: bool = False,
 ) -> SizePlan:
     """What :func:`convert` would write; needs nothing of the folder but ``config.json``.
 
     Raises as ``convert`` does for what the config or the arguments say.
     """
-    return _plan(read_config(folder), type, pad, plan.as_pairs(tensor_types), has_imatrix)
+    return _plan(read_config(folder), type, pad, type_plan.as_pairs(tensor_types), has_imatrix)
 
 
 def _plan(
-    config: TextConfig, type: str, pad: bool | None, overrides: plan.Overrides, has_imatrix: bool
+    config: TextConfig, type: str, pad: bool | None, overrides: type_plan.Overrides, has_imatrix: bool
 ) -> SizePlan:
     if type not in recipes.RECIPES:
         raise ValueError(f"type is {type!r}; known are {', '.join(recipes.TYPES)}")
     shapes = {want.name: want.shape for want in wanted_tensors(config)}
     shapes["rope_freqs.weight"] = (config.global_head_dim // 2,)
-    types = plan.plan_types(shapes.items(), type, pad=pad, overrides=overrides, has_imatrix=has_imatrix)
+    types = type_plan.plan_types(shapes.items(), type, pad=pad, overrides=overrides, has_imatrix=has_imatrix)
     tensors = [
-        TensorSize(name, t.type, t.shape, math.prod(shapes[name]), plan.tensor_bytes(t.type, t.shape))
+        TensorSize(name, t.type, t.shape, math.prod(shapes[name]), type_plan.tensor_bytes(t.type, t.shape))
         for name, t in types.tensors.items()
     ]
     return SizePlan(type, tuple(overrides), tensors, types.fallbacks, types.notes)
@@ -159,7 +158,7 @@ def fit(
     *,
     n_ctx: int = 4096,
     pad: bool | None = None,
-    tensor_types: plan.Overrides | Mapping[str, str] = (),
+    tensor_types: type_plan.Overrides | Mapping[str, str] = (),
     has_imatrix: bool = False,
 ) -> tuple[SizePlan, Memory]:
     """The best recipe whose weights, cache and buffers fit ``n_bytes`` of memory.
@@ -168,7 +167,7 @@ def fit(
     ``tensor_types``. ConversionError when nothing fits.
     """
     config = read_config(folder)
-    given = plan.as_pairs(tensor_types)
+    given = type_plan.as_pairs(tensor_types)
     best: SizePlan | None = None
     smallest = 0
     for type in FIT_ORDER:
@@ -192,7 +191,7 @@ def fit(
 def _upgrade(
     config: TextConfig,
     best: SizePlan,
-    given: plan.Overrides,
+    given: type_plan.Overrides,
     pad: bool | None,
     has_imatrix: bool,
     n_bytes: int,

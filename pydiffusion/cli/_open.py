@@ -16,36 +16,36 @@ if TYPE_CHECKING:
     from pydiffusion import DiffusionModel, GenerationOptions
 
 
-def placement(place: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of PLACE as arguments of ``DiffusionModel``; what is out of range is wrong use."""
+def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of RUNTIME as arguments of ``DiffusionModel``; what is out of range is wrong use."""
     from pydiffusion import _native
     from pydiffusion.convert import parse_size
-    from pydiffusion.device_plan import DEFAULT_N_CTX, KV_TYPES, native_wish
+    from pydiffusion.device_plan import DEFAULT_N_CTX, KV_TYPES, device_request
 
-    threads, ctx, layers = place.get("threads"), place.get("ctx"), place.get("gpu_layers")
+    threads, ctx, layers = runtime.get("threads"), runtime.get("ctx"), runtime.get("gpu_layers")
     if threads is not None and threads < 1:
         raise typer.BadParameter(f"--threads is {threads}; permitted is an integer of at least 1")
     if ctx is not None and ctx < 1:
         raise typer.BadParameter(f"--ctx is {ctx}; permitted is an integer of at least 1")
     if layers is not None and layers != "auto" and not layers.isdecimal():
         raise typer.BadParameter(f"--gpu-layers is {layers}; permitted is auto or an integer of at least 0")
-    cache_type = place.get("cache_type") or "auto"
+    cache_type = runtime.get("cache_type") or "auto"
     if cache_type not in KV_TYPES:
         raise typer.BadParameter(f"--cache-type is {cache_type}; permitted are f32, f16 and q8_0")
-    kernels = place.get("kernels") or "auto"
+    kernels = runtime.get("kernels") or "auto"
     if kernels not in ("auto", *_native.kernels()):
         there = ", ".join(_native.kernels())
         raise typer.BadParameter(f"--kernels is {kernels}; this processor has {there}")
-    wish: dict[str, Any] = {
+    request: dict[str, Any] = {
         "n_gpu_layers": "auto" if layers in (None, "auto") else int(layers),
-        "n_cpu_moe": place.get("n_cpu_moe"),
-        "device": place.get("device") or "auto",
+        "n_cpu_moe": runtime.get("n_cpu_moe"),
+        "device": runtime.get("device") or "auto",
     }
     try:
-        memory = place.get("gpu_memory")
+        memory = runtime.get("gpu_memory")
         sizes = [] if memory is None else [parse_size(size) for size in memory.split(",")]
-        wish["gpu_memory"] = sizes if len(sizes) > 1 else sizes[0] if sizes else None
-        native_wish(**wish)
+        request["gpu_memory"] = sizes if len(sizes) > 1 else sizes[0] if sizes else None
+        device_request(**request)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return {
@@ -53,7 +53,7 @@ def placement(place: Mapping[str, Any]) -> dict[str, Any]:
         "n_threads": threads,
         "kv_type": cache_type,
         "kernels": kernels,
-        **wish,
+        **request,
     }
 
 
@@ -89,13 +89,13 @@ def make_options(model: DiffusionModel | None = None, **choices: Any) -> Generat
         raise typer.BadParameter(str(error)) from None
 
 
-def open_model(path: Path, place: Mapping[str, Any], n_sessions: int = 1) -> DiffusionModel:
-    """Load a model with its progress shown. place: what was given of PLACE."""
+def open_model(path: Path, runtime: Mapping[str, Any], n_sessions: int = 1) -> DiffusionModel:
+    """Load a model with its progress shown. runtime: what was given of RUNTIME."""
     from pydiffusion import DiffusionModel
 
     from ._progress import progress
 
-    arguments = placement(place) | {"n_sessions": n_sessions}
+    arguments = runtime_arguments(runtime) | {"n_sessions": n_sessions}
     started = time.perf_counter()
     with progress(f"loading {path.name}") as update:
         model = DiffusionModel(path, progress=lambda share: update(share, 1.0), **arguments)

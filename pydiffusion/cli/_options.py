@@ -87,7 +87,7 @@ Regex = Annotated[
 
 
 #: Where a model computes, and with how much room.
-PLACE: dict[str, Any] = {
+RUNTIME: dict[str, Any] = {
     "ctx": Context,
     "threads": Threads,
     "gpu_layers": Annotated[

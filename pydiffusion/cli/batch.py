@@ -26,7 +26,7 @@ _Seed = Annotated[
 _OPTIONS = {**_options.TEXT, "seed": _Seed}
 
 
-@_options.takes(choices=_OPTIONS, place=_options.PLACE)
+@_options.takes(choices=_OPTIONS, runtime=_options.RUNTIME)
 def command(
     model: _options.ModelPath,
     prompts: Annotated[
@@ -52,7 +52,7 @@ def command(
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Try lines again that ended in an error.")
     ] = False,
-    place: dict[str, Any],
+    runtime: dict[str, Any],
 ) -> None:
     """Answer the prompts of a file. Run again, it goes on where it was interrupted."""
     from ._progress import progress
@@ -67,7 +67,7 @@ def command(
         say(f"{output.name} has {len(finished)} of {len(lines)} answers already")
     n_errors = 0
     if left:
-        opened = _open.open_model(model, place, min(parallel, len(left)))
+        opened = _open.open_model(model, runtime, min(parallel, len(left)))
         with output.open("ab") as file, progress(f"answering {len(left)} prompts") as update:
             for i, answer in enumerate(_answers(opened, left, choices, parallel)):
                 n_errors += "error" in answer

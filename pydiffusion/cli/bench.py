@@ -13,7 +13,7 @@ from . import _open, _options
 from ._text import say
 
 
-@_options.takes(place=_options.PLACE)
+@_options.takes(runtime=_options.RUNTIME)
 def command(
     model: Annotated[Path | None, typer.Option("-m", "--model", help="The model, a GGUF file.")] = None,
     synthetic: Annotated[
@@ -24,7 +24,7 @@ def command(
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 512,
     steps: Annotated[int, typer.Option(help="Denoising steps to time.", min=2)] = 8,
     *,
-    place: dict[str, Any],
+    runtime: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     against: Annotated[
         Path | None, typer.Option("--compare", help="Figures of an earlier run (--json) to compare with.")
@@ -37,9 +37,9 @@ def command(
 
     if (model is None) == (synthetic is None):
         raise typer.BadParameter("give either --model or --synthetic")
-    arguments = _open.placement(place)
+    arguments = _open.runtime_arguments(runtime)
     n_threads = arguments.pop("n_threads") or available_cpus()
-    n_ctx = arguments.pop("n_ctx") and place["ctx"]  # by itself as much as the run needs
+    n_ctx = arguments.pop("n_ctx") and runtime["ctx"]  # by itself as much as the run needs
     before = None if against is None else _read_figures(against)
     with tempfile.TemporaryDirectory(prefix="pydiffusion-bench-") as folder:
         path = model if model is not None else _make(synthetic, type, Path(folder))

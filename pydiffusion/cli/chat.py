@@ -28,17 +28,17 @@ _BLOCK = '"""'
 _MAX_HISTORY = 1000
 
 
-@_options.takes(choices=_options.TEXT, place=_options.PLACE)
+@_options.takes(choices=_options.TEXT, runtime=_options.RUNTIME)
 def command(
     model: _options.ModelPath,
     system: Annotated[str | None, typer.Option("--system", help="A system message in front.")] = None,
     *,
     choices: dict[str, Any],
-    place: dict[str, Any],
+    runtime: dict[str, Any],
 ) -> None:
     """Chat with a model. /help lists its commands, Ctrl-D ends, Ctrl-C stops an answer."""
     _open.make_options(**choices)
-    opened = _open.open_model(model, place)
+    opened = _open.open_model(model, runtime)
     opened.check_chat_template()
     conversation = Conversation(opened, _open.make_options(opened, **choices), system)
     if sys.stdin.isatty():

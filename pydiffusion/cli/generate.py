@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pydiffusion import Completion, DiffusionModel
 
 
-@_options.takes(choices=_options.TEXT, place=_options.PLACE)
+@_options.takes(choices=_options.TEXT, runtime=_options.RUNTIME)
 def command(
     model: _options.ModelPath,
     prompt: Annotated[
@@ -29,7 +29,7 @@ def command(
     choices: dict[str, Any],
     json_schema: _options.JsonSchema = None,
     regex: _options.Regex = None,
-    place: dict[str, Any],
+    runtime: dict[str, Any],
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -56,7 +56,7 @@ def command(
     }
     _open.make_options(**choices)  # what is out of range should not wait for the model to load
     text = _read_prompt(prompt)
-    opened = _open.open_model(model, place)
+    opened = _open.open_model(model, runtime)
     ids = _prompt_ids(opened, text, chat, system, special)
     session = opened.new_session()
     prefill(session, ids)

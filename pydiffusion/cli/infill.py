@@ -14,7 +14,7 @@ from ._run import figures
 from ._text import say
 
 
-@_options.takes(choices=_options.SAMPLER, place=_options.PLACE)
+@_options.takes(choices=_options.SAMPLER, runtime=_options.RUNTIME)
 def command(
     model: _options.ModelPath,
     choices: dict[str, Any],
@@ -34,7 +34,7 @@ def command(
         int, typer.Option("--hole-tokens", help="Tokens of a hole that doesn't say how many.")
     ] = 16,
     *,
-    place: dict[str, Any],
+    runtime: dict[str, Any],
     show: Annotated[
         bool, typer.Option("--show", help="Draw the canvas as it settles (on a terminal).")
     ] = False,
@@ -45,7 +45,7 @@ def command(
 
     options = _open.make_options(**choices)
     text = _open.read_text_or_stdin(file)
-    opened = _open.open_model(model, place)
+    opened = _open.open_model(model, runtime)
     display = CanvasDisplay(opened.tokenizer, ()) if show and sys.stderr.isatty() else None
     with AnswerPrinter(display, quiet=True) as printer:
         filled = opened.infill(

@@ -12,11 +12,11 @@ from . import _open, _options
 from ._text import say
 
 
-@_options.takes(place=_options.PLACE)
+@_options.takes(runtime=_options.RUNTIME)
 def command(
     model: _options.ModelPath,
     *,
-    place: dict[str, Any],
+    runtime: dict[str, Any],
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     api_key: Annotated[
@@ -57,7 +57,7 @@ def command(
     if key is not None and not key.strip():
         raise typer.BadParameter("the API key is empty")
     listener = _bind(host, port)  # what fails should not wait for the model to load
-    opened = _open.open_model(model, place, max(parallel, sessions))
+    opened = _open.open_model(model, runtime, max(parallel, sessions))
     settings = Settings(
         api_key=key,
         max_queue=queue,
