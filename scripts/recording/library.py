@@ -168,7 +168,7 @@ def _generations(record: Record, model: DiffusionModel) -> None:
         "conditioned": {"dropped_mass": 0.0},
         "dropped": {"dropped_mass": 0.2},
         "short-canvas": {"canvas_length": 16},
-        "stop": {"stop": ["b", "5 6"]},
+        "stop": {"stop": ["b", "1 2"]},
         "no-eos": {"eos": ()},
         "trim": {"trim_after_eos": True, "steps": 12},
         "repetition": {"stop_on_repetition": True, "max_tokens": 900, "eos": (), "steps": 2},
