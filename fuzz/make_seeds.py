@@ -12,7 +12,8 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
-from gguf_mutator import (  # noqa: E402
+from reference.random_checkpoint import write_checkpoint  # noqa: E402
+from support.gguf_mutator import (  # noqa: E402
     BOOL,
     GGML_F32,
     I32,
@@ -27,7 +28,6 @@ from gguf_mutator import (  # noqa: E402
     Tensor,
     read_gguf,
 )
-from reference.random_checkpoint import write_checkpoint  # noqa: E402
 
 from pydiffusion.convert import convert  # noqa: E402
 

@@ -235,7 +235,7 @@ class Run:
         writing = self.start(self.out / "write.txt", write)  # while the tests run
         try:
             self.step("kernels' tests", self.pytest("test_device_kernels.py"), 10)
-            self.step("device tests", self.pytest("test_device.py", "test_placement.py"), 15)
+            self.step("device tests", self.pytest("test_device.py", "test_device_plan.py"), 15)
             parity = ["--device", self.device, "--folder", self.folder]
             if self.options.dry_run:
                 parity += ["--models", "tiny", "--types", "f32", "q4_k_m"]
@@ -243,7 +243,7 @@ class Run:
             self.benchmark("the 26B", 30, "--only", "steps", "--prompts", "128", "--timed", "4")
             self.sanitize()
             if self.device == "CUDA0":  # two devices that ggml makes of one card
-                tests = self.pytest("test_device.py", "test_placement.py", device="CUDA1")
+                tests = self.pytest("test_device.py", "test_device_plan.py", device="CUDA1")
                 self.step("tests of two devices", tests, 15, GGML_CUDA_DEVICES="2")
         finally:
             end_group(writing)
@@ -255,7 +255,7 @@ class Run:
         command += ["-o", "addopts=", "-m", "not slow", "-k", device or self.device]
         if importlib.util.find_spec("xdist") is not None:  # where ggml ends a process, only a test goes along
             command += ["-n", str(min(6, os.cpu_count() or 1))]
-        return [*command, *(str(ROOT / "tests" / file) for file in files)]
+        return [*command, *(str(ROOT / "tests/gpu" / file) for file in files)]
 
     def sanitize(self) -> None:
         tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -263,7 +263,7 @@ class Run:
             why = "no GPU in a dry run" if self.options.dry_run else "compute-sanitizer is not installed"
             gpu_findings.add("sanitizer", skipped=why)
             return
-        file = f"{ROOT}/tests/test_device_kernels.py::"
+        file = f"{ROOT}/tests/gpu/test_device_kernels.py::"
         tests = [file + name.format(device=self.device) for name in SANITIZED]
         pytest = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *tests]
         # Races that racecheck sees in cuBLAS's own kernels are not ours to mend.

@@ -18,10 +18,10 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
-from convert_folders import make_folder
 from reference.random_checkpoint import write_checkpoint
+from support.checkpoint_folders import make_folder
+from support.paths import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 REFERENCE_VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0"}
 
 _figures = pytest.StashKey[list[str]]()

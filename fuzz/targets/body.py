@@ -1,6 +1,6 @@
 """Request bodies through the server's application: parsing, checks, template, scheduler, answers.
 
-The model's answers are written down (tests/server_fakes.py); all above its native session is the real thing.
+The model's answers are scripted (tests/support/server_fakes.py); all above its native session is real.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from server_fakes import TOOLS, ScriptedModel, ask, script
+from support.server_fakes import TOOLS, ScriptedModel, ask, script
 
 from pydiffusion.server.app import Settings, create_app
 

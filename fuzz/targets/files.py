@@ -8,12 +8,12 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from gguf_mutator import RawGguf, read_gguf
 from reference.random_checkpoint import write_checkpoint
+from support.gguf_mutator import RawGguf, read_gguf
 
 from pydiffusion import DiffusionModel, _native
 from pydiffusion.convert import convert
-from pydiffusion.convert.imatrix import Entry, read_imatrix, write_imatrix
+from pydiffusion.convert.quantization.imatrix_file import Entry, read_imatrix, write_imatrix
 from pydiffusion.errors import PyDiffusionError
 from pydiffusion.tokenizer import Tokenizer
 

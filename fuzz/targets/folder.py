@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import convert_folders
+from support import checkpoint_folders
 
 from pydiffusion.convert import convert
 from pydiffusion.errors import PyDiffusionError
@@ -27,7 +27,7 @@ class Target:
     """A conversion succeeds, or ends in a typed error of one line with nothing left behind."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = convert_folders.make_folder(folder / "small", n_shards=2)
+        self._folder = checkpoint_folders.make_folder(folder / "small", n_shards=2)
         self._output = folder / "output"
         self._output.mkdir()
         self._good = {name: (self._folder / name).read_bytes() for name in _FILES}

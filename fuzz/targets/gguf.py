@@ -1,4 +1,4 @@
-"""Changes to a GGUF taken apart (tests/gguf_mutator.py): keys, arrays, tensors, weights."""
+"""Changes to a GGUF taken apart (tests/support/gguf_mutator.py): keys, arrays, tensors, weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 import struct
 from collections.abc import Callable
 
-from gguf_mutator import ARRAY, BOOL, F32, F64, STRING, U8, U32, U64, Array, RawGguf, String
+from support.gguf_mutator import ARRAY, BOOL, F32, F64, STRING, U8, U32, U64, Array, RawGguf, String
 
 from . import mutation
 

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from chat_conversations import CONVERSATIONS
+from support.chat_conversations import CONVERSATIONS
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast

@@ -1,0 +1,238 @@
+"""The vision file: names by the gguf package's own table, weights and layout against the checkpoint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from support import checkpoint_folders as folders
+from support.gguf_files import read_tensors
+
+from pydiffusion.cli import main
+from pydiffusion.convert import convert, convert_mmproj
+from pydiffusion.errors import ConversionError
+
+D, FF, HEADS, LAYERS, PATCH, POSITIONS = 64, 96, 4, 2, 4, 20
+TOWER = "model.encoder.vision_tower."
+PROJECTION = "model.encoder.embed_vision.embedding_projection.weight"
+MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MATRICES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm")
+NORMS += ("post_feedforward_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+
+
+def vision_config(**changes: object) -> dict[str, object]:
+    config = {
+        "model_type": "gemma4_vision",
+        "hidden_size": D,
+        "intermediate_size": FF,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "head_dim": D // HEADS,
+        "patch_size": PATCH,
+        "pooling_kernel_size": 3,
+        "position_embedding_size": POSITIONS,
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rope_parameters": {"rope_theta": 100.0, "rope_type": "axial"},
+        "standardize": True,
+        "use_clipped_linears": True,
+    }
+    return config | changes
+
+
+def vision_weights() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(5)
+    shapes: dict[str, tuple[int, ...]] = {
+        TOWER + "patch_embedder.input_proj.weight": (D, 3 * PATCH**2),
+        TOWER + "patch_embedder.position_embedding_table": (2, POSITIONS, D),
+        TOWER + "std_bias": (D,),
+        TOWER + "std_scale": (D,),
+        PROJECTION: (folders.D, D),
+    }
+    for i_layer in range(LAYERS):
+        layer = f"{TOWER}encoder.layers.{i_layer}."
+        for name in MATRICES:
+            n_out, n_in = {"mlp.down_proj": (D, FF)}.get(name, (FF if "mlp" in name else D, D))
+            shapes[f"{layer}{name}.linear.weight"] = (n_out, n_in)
+            shapes |= {
+                f"{layer}{name}.{end}_{side}": () for end in ("input", "output") for side in ("min", "max")
+            }
+        for name in NORMS:
+            shapes[f"{layer}{name}.weight"] = (D // HEADS if "self_attn" in name else D,)
+    return {
+        name: folders.from_bits(np.asarray(random.standard_normal(shape), np.float32))
+        for name, shape in shapes.items()
+    }
+
+
+def make_folder(path: Path, tensors: dict[str, np.ndarray] | None = None, **changes: object) -> Path:
+    config = folders.model_config() | {"vision_config": vision_config(**changes)}
+    weights = folders.weights() | (vision_weights() if tensors is None else tensors)
+    return folders.make_folder(path, tensors=weights, config=config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("vision") / "small")
+
+
+def names_by_the_table(names: list[str]) -> dict[str, str]:
+    """Checkpoint's name -> GGUF's, by the table of the ``gguf`` package, asked as llama.cpp asks it."""
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, LAYERS)
+    suffixes = (".weight", ".bias", ".input_max", ".input_min", ".output_max", ".output_min")
+    result = {}
+    for name in names:
+        asked = name.replace("model.encoder.", "model.").replace(".linear.weight", ".weight")
+        asked = asked.replace("model.vision_tower.encoder.", "vision_model.model.")
+        asked += ".weight" if asked.endswith("position_embedding_table") else ""
+        result[name] = table.get_name(asked, try_suffixes=suffixes)
+    assert None not in result.values()
+    return result
+
+
+def test_names_and_weights(folder: Path, tmp_path: Path) -> None:
+    report = convert_mmproj(folder, tmp_path / "v.gguf")
+    weights = vision_weights()
+    names = names_by_the_table(list(weights))
+    reader = GGUFReader(tmp_path / "v.gguf")
+    found = read_tensors(reader)
+    assert sorted(found) == sorted(names.values())
+    for name, values in weights.items():
+        if not name.endswith("input_proj.weight"):
+            np.testing.assert_array_equal(found[names[name]], values.reshape(found[names[name]].shape))
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    for name, kind in kinds.items():
+        is_matrix = re.search(r"(attn_(q|k|v|out)|ffn_(gate|up|down)|input_projection)\.weight$", name)
+        assert kind == ("BF16" if is_matrix else "F32"), name
+    assert report.n_tensors == len(weights) and report.bits_per_weight > 16
+
+
+def test_the_patch_embedding_is_the_kernel_of_a_convolution(folder: Path, tmp_path: Path) -> None:
+    """Patches are flattened row by row with the channels of a pixel together; a kernel has them apart."""
+    convert_mmproj(folder, tmp_path / "v.gguf", "f32")
+    kernel = read_tensors(GGUFReader(tmp_path / "v.gguf"))["v.patch_embd.weight"]
+    assert kernel.shape == (D, 3, PATCH, PATCH)
+    image = np.random.default_rng(1).standard_normal((3, PATCH, PATCH)).astype(np.float32)
+    weight = vision_weights()[TOWER + "patch_embedder.input_proj.weight"]
+    expected = weight @ image.transpose(1, 2, 0).reshape(-1)
+    np.testing.assert_allclose(np.einsum("dcyx,cyx->d", kernel, image), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_metadata(folder: Path, tmp_path: Path) -> None:
+    convert_mmproj(folder, tmp_path / "v.gguf", "f16")
+    reader = GGUFReader(tmp_path / "v.gguf")
+    keys = gguf.Keys
+    expected = {
+        keys.General.ARCHITECTURE: "clip",
+        keys.General.TYPE: gguf.GGUFType.MMPROJ,
+        keys.General.FILE_TYPE: int(gguf.LlamaFileType.MOSTLY_F16),
+        keys.Clip.HAS_VISION_ENCODER: True,
+        keys.ClipVision.PROJECTOR_TYPE: gguf.VisionProjectorType.GEMMA4V,
+        keys.ClipVision.PROJECTION_DIM: folders.D,
+        keys.ClipVision.PATCH_SIZE: PATCH,
+        keys.ClipVision.EMBEDDING_LENGTH: D,
+        keys.ClipVision.FEED_FORWARD_LENGTH: FF,
+        keys.ClipVision.BLOCK_COUNT: LAYERS,
+        keys.ClipVision.Attention.HEAD_COUNT: HEADS,
+        keys.ClipVision.Projector.SCALE_FACTOR: 3,
+        keys.ClipVision.USE_GELU: True,
+        keys.ClipVision.IMAGE_MEAN: [0.0] * 3,
+        keys.ClipVision.IMAGE_STD: [1.0] * 3,
+    }
+    assert {key: reader.get_field(key).contents() for key in expected} == expected
+    eps = reader.get_field(keys.ClipVision.Attention.LAYERNORM_EPS).contents()
+    assert np.float32(eps) == np.float32(1e-6)
+
+
+def test_text_and_vision_files_hold_the_whole_checkpoint(folder: Path, tmp_path: Path) -> None:
+    text, vision = convert(folder, tmp_path / "t.gguf", "bf16"), convert_mmproj(folder, tmp_path / "v.gguf")
+    made = 1  # rope_freqs is computed
+    assert text.n_tensors - made + vision.n_tensors == len(folders.weights()) + len(vision_weights())
+    assert any("--mmproj writes them" in note for note in text.notes)
+
+
+def test_optional_parts_and_types(tmp_path: Path) -> None:
+    plain = {
+        n: v for n, v in vision_weights().items() if "std_" not in n and not n.endswith(("_min", "_max"))
+    }
+    made = make_folder(tmp_path / "plain", plain, standardize=False, use_clipped_linears=False)
+    folders.write_json(
+        made / "preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 2]}
+    )
+    convert_mmproj(made, tmp_path / "v.gguf", "q8_0")
+    reader = GGUFReader(tmp_path / "v.gguf")
+    assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F32", "Q8_0"}
+    assert reader.get_field("clip.vision.image_mean").contents() == [0.5, 0.5, 0.5]
+    infinite = vision_weights()
+    infinite[f"{TOWER}encoder.layers.0.mlp.up_proj.input_max"] = np.array(np.inf, np.float32)
+    convert_mmproj(make_folder(tmp_path / "infinite", infinite), tmp_path / "i.gguf")
+    bound = read_tensors(GGUFReader(tmp_path / "i.gguf"))["v.blk.0.ffn_up.input_max"]
+    assert bound.tolist() == [np.inf]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "changes", "message"),
+    [
+        (lambda w: w.pop(PROJECTION), {}, "embedding_projection.weight' is missing"),
+        (lambda w: w.update({TOWER + "more": np.zeros(3)}), {}, "unexpected tensor.*vision_tower.more"),
+        (lambda w: w.clear(), {}, "holds no vision tensors"),
+        (lambda w: w.update({PROJECTION: np.zeros((D, D))}), {}, "has the shape"),
+        (lambda w: w[PROJECTION].__setitem__((1, 1), np.nan), {}, "mm.input_projection.weight.*NaN"),
+        (None, {"hidden_activation": "silu"}, "hidden_activation"),
+        (None, {"num_key_value_heads": 2}, "num_key_value_heads"),
+        (None, {"head_dim": 3}, "head_dim"),
+        (None, {"rope_parameters": {"rope_theta": 10000.0}}, "rope_theta"),
+        (None, {"model_type": "siglip_vision_model"}, "model_type"),
+    ],
+)
+def test_refusals(tmp_path: Path, spoil: object, changes: dict, message: str) -> None:
+    tensors = vision_weights()
+    if spoil is not None:
+        spoil(tensors)
+    made = make_folder(tmp_path / "made", tensors, **changes)
+    with pytest.raises(ConversionError, match=message):
+        convert_mmproj(made, tmp_path / "v.gguf")
+    assert not (tmp_path / "v.gguf").exists()
+
+
+def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", str(folder), "--mmproj"]) == 0
+    convert_mmproj(folder, tmp_path / "v.gguf", "bf16")
+    assert (tmp_path / "mmproj-small-bf16.gguf").read_bytes() == (tmp_path / "v.gguf").read_bytes()
+    assert main(["convert", str(folder), "--mmproj", "--type", "q4_k_m"]) == 2
+    assert main(["convert", str(folder), "--mmproj", "--pad"]) == 2
+
+
+@pytest.mark.reference
+def test_weights_of_the_reference_model(tmp_path: Path) -> None:
+    """A checkpoint as transformers saves it: every name is known, and the kernel convolves as it embeds."""
+    import torch
+    from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionModel
+
+    torch.manual_seed(0)
+    config = vision_config()
+    tower = Gemma4VisionModel(Gemma4VisionConfig(**config)).eval()
+    with torch.no_grad():
+        for value in [*tower.parameters(), *tower.buffers()]:
+            value.copy_(torch.randn_like(value).bfloat16())
+    weights = {TOWER + name: value.numpy() for name, value in tower.state_dict().items()}
+    weights[PROJECTION] = vision_weights()[PROJECTION]
+    convert_mmproj(make_folder(tmp_path / "made", weights), tmp_path / "v.gguf", "f32")
+    found = read_tensors(GGUFReader(tmp_path / "v.gguf"))
+    assert sorted(found) == sorted(names_by_the_table(list(weights)).values())
+    image = torch.rand(3, 3 * PATCH, 2 * PATCH)
+    # As its image processor cuts them: rows of patches, within one rows of pixels, channels last.
+    patches = image.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).permute(1, 2, 3, 4, 0)
+    kernel = torch.from_numpy(found["v.patch_embd.weight"])
+    ours = torch.nn.functional.conv2d(image[None], kernel, stride=PATCH).flatten(2)[0].T
+    with torch.no_grad():
+        theirs = tower.patch_embedder.input_proj(patches.reshape(-1, 3 * PATCH**2))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,105 @@
+"""The arithmetic of kernels made for GPUs, one by one, on the processor (device "host") and on every GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from pydiffusion import _native, devices, sampling
+
+pytestmark = pytest.mark.parametrize("device", ["host", *(device.name for device in devices())])
+
+
+@pytest.mark.parametrize("n_vocab", [1, 31, 1024, 1025, 5000, 40_000])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 12.0])
+def test_measure_is_the_samplers(device: str, n_vocab: int, spread: float) -> None:
+    """The rows of a GPU's kernel, merged from lanes and warps, against the CPU's sampler."""
+    rng = np.random.default_rng(n_vocab)
+    logits = (rng.normal(size=(3, n_vocab)) * spread).astype(np.float32)
+    u = rng.random(3, dtype=np.float32)
+    capped, argmax, entropy, sampled = _native.testing.measure_on(device, logits, 30.0, 0.6, u)
+    # A tanhf is right to 2 units in the last place, on a GPU as here: 4e-7 with the roundings around it.
+    np.testing.assert_allclose(capped, 30 * np.tanh(logits.astype(np.float64) / 30), rtol=1e-6, atol=1e-6)
+    expected = sampling.measure(capped, 0.6, u)
+    assert argmax.tolist() == expected[0].tolist()
+    np.testing.assert_allclose(entropy, expected[1], rtol=2e-5, atol=2e-5)
+    p = np.exp((capped - capped.max(-1, keepdims=True)).astype(np.float64) / 0.6)
+    cdf = np.cumsum(p / p.sum(-1, keepdims=True), axis=-1)
+    for row in range(3):
+        token = sampled[row]
+        below = cdf[row, token - 1] if token else 0.0
+        assert below - 1e-5 <= u[row] <= cdf[row, token] + 1e-5
+
+
+def test_measure_sees_what_is_not_finite(device: str) -> None:
+    rows = np.zeros((4, 3000), dtype=np.float32)
+    rows[0, 2999], rows[1, 5], rows[2] = np.nan, np.inf, -np.inf
+    rows[3, :] = -np.inf
+    rows[3, 17] = 1.0
+    u = np.full(4, 0.5, np.float32)
+    _, argmax, entropy, sampled = _native.testing.measure_on(device, rows, 30.0, 1.0, u)
+    assert np.isnan(entropy[:2]).all()
+    assert (argmax[3], sampled[3]) == (17, 17) or entropy[3] >= 0  # capping makes -infinity a number
+
+
+@pytest.mark.parametrize("dropped_mass", [0.0, 1e-4, 1e-2])
+def test_condition_leaves_out_no_more_than_it_may(device: str, dropped_mass: float) -> None:
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(5, 4000)) * np.array([[0.1], [1], [4], [9], [30]])).astype(np.float32)
+    embedding = rng.normal(size=(4000, 48)).astype(np.float32)
+    soft = _native.testing.condition_on(device, logits, embedding, 0.7, dropped_mass)
+    z = logits.astype(np.float64) / np.float32(0.7)
+    p = np.exp(z - z.max(-1, keepdims=True))
+    exact = (p / p.sum(-1, keepdims=True)) @ embedding
+    half = 0.0 if device == "host" else 1e-3  # flat rows go through float16
+    slack = dropped_mass * np.abs(embedding).max() + 2e-5 + half * np.abs(exact).max()
+    assert np.abs(soft - exact).max() <= slack
+
+
+def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, head_dim: int) -> np.ndarray:
+    """In float64; q (n_tokens, width), k and v (n_rows, less of it), each key head for a group of queries."""
+    n_head, n_head_kv = q.shape[1] // head_dim, k.shape[1] // head_dim
+    out = np.empty(q.shape)
+    for head in range(n_head):
+        of_q = slice(head * head_dim, (head + 1) * head_dim)
+        at = head * n_head_kv // n_head
+        of_k = slice(at * head_dim, (at + 1) * head_dim)
+        scores = q[:, of_q].astype(np.float64) @ k[:, of_k].T
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[:, of_q] = weights / weights.sum(-1, keepdims=True) @ v[:, of_k]
+    return out
+
+
+@pytest.mark.parametrize(("head_dim", "n_head_kv"), [(64, 1), (128, 2), (256, 8), (512, 2)])
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
+def test_attention_alone(
+    device: str, kv_type: str, head_dim: int, n_head_kv: int, report: Callable[[str], None]
+) -> None:
+    """The heads of the models there are, over each cache: by flash attention, and by the products that take
+    its place where a device has none. What a cache rounds is rounded in what it is compared with, too.
+    """
+    rng = np.random.default_rng(head_dim)
+    n_head, n_tokens, n_rows, n_visible = 2 * n_head_kv, 20, 512, 300
+    q, k, v = (
+        rng.normal(size=(n, heads * head_dim)).astype(np.float32)
+        for n, heads in ((n_tokens, n_head), (n_rows, n_head_kv), (n_rows, n_head_kv))
+    )
+    q *= 2 * head_dim**-0.5  # as steep a softmax for every size
+    rounded = [
+        _native.dequantize_rows(_native.quantize_rows(x, kv_type), kv_type, x.shape[1]) for x in (k, v)
+    ]
+    exact = exact_attention(q, rounded[0][:n_visible], rounded[1][:n_visible], head_dim)
+    for by_matmul in (False, True):
+        result = _native.testing.attend_on(device, q, k, v, head_dim, kv_type, n_visible, by_matmul)
+        worst = np.abs(result - exact).max()
+        report(f"device {device}, attention over {kv_type}, heads of {head_dim}, {by_matmul=}: {worst:.1e}")
+        exact_sums = kv_type == "f32" or (by_matmul and kv_type == "q8_0")
+        assert worst <= (SUMS_BOUND if exact_sums else ATTENTION_BOUND[kv_type])
+
+
+#: Twice what was measured on the processor, on results of up to 4. ggml adds float16 up in float16 there, and
+#: rounds queries where keys have 8 bits; its kernel breaks a tie of 8 bits otherwise than its quantizer.
+ATTENTION_BOUND = {"f16": 2e-2, "q8_0": 6e-2}
+SUMS_BOUND = 2e-3

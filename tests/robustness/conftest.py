@@ -1,0 +1,15 @@
+"""The process in which the files of a test file are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from support.hostile_process import Worker
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    worker = Worker()
+    yield worker
+    worker.stop()

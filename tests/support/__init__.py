@@ -1,0 +1,1 @@
+"""What several test files share: fake models, servers, broken files, comparisons."""

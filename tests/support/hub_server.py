@@ -1,0 +1,97 @@
+"""A server that speaks as much of the Hugging Face hub's HTTP as downloads need."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT, TOKEN = "c0ffee" * 6 + "c0ff", "hf_secret"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves one folder as ``org/open`` and, to those who have the token, ``org/private``; the files of
+    ``org/gated`` are seen and not had.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder = folder
+        self.fetched: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(send=False)
+
+    def do_GET(self) -> None:
+        self.answer(send=True)
+
+    def answer(self, send: bool) -> None:
+        path = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        is_api = path[:2] == ["api", "models"]
+        owner, name, *rest = path[2:] if is_api else path
+        allowed = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        if owner != "org" or name not in ("open", "gated", "private") or (name == "private" and not allowed):
+            self.refuse(404 if allowed else 401, "RepoNotFound", send)
+        elif rest[:1] in (["revision"], ["tree"]) or not rest:
+            revision = rest[1] if rest else "main"
+            if revision not in ("main", "v1", COMMIT):
+                self.refuse(404, "RevisionNotFound", send)
+            elif rest[:1] == ["tree"]:
+                self.reply(json.dumps(self.tree()).encode(), send)
+            else:
+                info = {"id": f"org/{name}", "modelId": f"org/{name}", "sha": COMMIT, "tags": []}
+                info |= {"private": False, "siblings": [{"rfilename": e["path"]} for e in self.tree()]}
+                self.reply(json.dumps(info).encode(), send)
+        elif rest[0] == "resolve":
+            file = self.server.folder.joinpath(*rest[2:])
+            if name == "gated":
+                self.refuse(403, "GatedRepo", send)
+            elif not file.is_file():
+                self.refuse(404, "EntryNotFound", send)
+            else:
+                self.server.fetched += [file.name] if send else []
+                data = file.read_bytes()
+                tag = f'"{hashlib.sha1(data).hexdigest()}"'
+                self.reply(data, send, {"ETag": tag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
+        else:
+            self.refuse(404, "EntryNotFound", send)
+
+    def tree(self) -> list[dict[str, object]]:
+        files = sorted(path for path in self.server.folder.rglob("*") if path.is_file())
+        return [
+            {
+                "type": "file",
+                "path": path.relative_to(self.server.folder).as_posix(),
+                "size": path.stat().st_size,
+                "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
+            }
+            for path in files
+        ]
+
+    def reply(
+        self, data: bytes, send: bool, headers: dict[str, str] | None = None, status: int = 200
+    ) -> None:
+        self.send_response(status)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if send:
+            self.wfile.write(data)
+
+    def refuse(self, status: int, code: str, send: bool) -> None:
+        self.reply(b"{}", send, {"X-Error-Code": code, "X-Error-Message": code}, status)

@@ -1,0 +1,56 @@
+"""The examples of the pages about the library run as they stand; the names of api.md are the package's."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from support.paths import REPOSITORY
+
+import pydiffusion
+from pydiffusion import GenerationOptions, Session
+
+DOCS = REPOSITORY / "docs"
+PAGE = (DOCS / "api.md").read_text(encoding="utf-8")
+
+
+def test_the_examples_run(
+    gguf_file: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copy(gguf_file("small"), tmp_path / "model.gguf")
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(examples) >= 5
+    names: dict[str, object] = {}
+    for example in examples:
+        exec(compile(example, "docs/api.md", "exec"), names)
+    assert "canvas 0 took" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["coming-from-llama-cpp-python.md", "coming-from-transformers.md"])
+def test_the_examples_for_those_who_come_run(
+    gguf_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shutil.copy(gguf_file("small"), tmp_path / "model.gguf")
+    monkeypatch.chdir(tmp_path)
+    page = (DOCS / name).read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(example.replace("n_ctx=2048", "n_ctx=256"), name, "exec"), {})
+
+
+def test_every_option_error_and_method_is_described() -> None:
+    for field in fields(GenerationOptions):
+        assert f"`{field.name}`" in PAGE, field.name
+    for name in pydiffusion.__all__:
+        if name not in ("Event", "__version__"):
+            assert name in PAGE, name
+    for name in vars(Session):
+        if not name.startswith("_") and callable(getattr(Session, name)):
+            assert f"`{name}(" in PAGE, name
