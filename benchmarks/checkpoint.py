@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import wanted_tensors
-from pydiffusion.convert.quantization.sizes import read_config
+from pydiffusion.convert.architectures.source import read_config
 
 SHARD_BYTES = 200e6
 _PIECE = 1 << 22  # weights made at a time

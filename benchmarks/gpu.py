@@ -35,8 +35,8 @@ from gpu_measure import Bench, Figures, Skipped, cost_of, is_cancelled, machine
 
 from pydiffusion import devices
 from pydiffusion._util.atomic import require_free_space
+from pydiffusion.device_plan import available_cpus
 from pydiffusion.errors import ConversionError
-from pydiffusion.model import available_cpus
 from pydiffusion.testing.synthetic import SHAPES, synthetic_bytes, write_synthetic
 
 try:

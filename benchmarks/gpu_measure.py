@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pydiffusion import _native, devices, plan
-from pydiffusion.device_plan import native_wish
+from pydiffusion.device_plan import device_request
 from pydiffusion.errors import GenerationCancelled
 
 WARM_STEPS = 3  # builds the graph, lets ggml see it again, captures it as a CUDA graph
@@ -121,7 +121,7 @@ class Bench:
 
     def __init__(self, file: Path, arguments: Any, left: Callable[[], float]) -> None:
         self.file, self.arguments, self.left = file, arguments, left
-        self.wish = native_wish("auto", None, arguments.device, None)
+        self.request = device_request("auto", None, arguments.device, None)
         self.model: Any = None
         self.session: Any = None
         self.whole = False  # all of the model on one device
@@ -137,7 +137,7 @@ class Bench:
 
     def free_bytes(self) -> int | None:
         """Free memory of all GPUs in use."""
-        named = self.wish["device"].split(",")
+        named = self.request["device"].split(",")
         free = [one.free_bytes for one in devices() if one.name in named]
         return sum(free) if free else None
 
@@ -205,7 +205,7 @@ class Bench:
 
     def rates(self) -> Figures:
         """Copy rate and matmul rates by type, those of the machine rather than of our code."""
-        last, threads = self.wish["device"].rpartition(",")[2], self.arguments.threads
+        last, threads = self.request["device"].rpartition(",")[2], self.arguments.threads
         figures: Figures = {"device": last, "copy": _native.measure_read_rate(threads, last), "matmul": {}}
         if last == "host":
             return figures | {"matmul_skipped": "no GPU"}
@@ -218,12 +218,12 @@ class Bench:
         a = self.arguments
         self.model = self.session = None  # frees what an earlier load took
         self.n_ctx = max([*a.prompts, a.answer[0] + a.answer[1], a.peaked_prompt]) + 2 * 256
-        self.wish = native_wish("auto", n_cpu_moe, a.device, None)
+        self.request = device_request("auto", n_cpu_moe, a.device, None)
         planned = plan(self.file, n_ctx=self.n_ctx, device=a.device, n_cpu_moe=n_cpu_moe)
         self.free_before = self.free_bytes()
         seconds, self.model = timed(
             lambda: _native.Model(
-                str(self.file), a.threads, n_ctx=self.n_ctx, progress=self.require_time, **self.wish
+                str(self.file), a.threads, n_ctx=self.n_ctx, progress=self.require_time, **self.request
             )
         )
         used_by_model = self.used_since_start()

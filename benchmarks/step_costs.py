@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pydiffusion import _native
-from pydiffusion.model import available_cpus
+from pydiffusion.device_plan import available_cpus
 from pydiffusion.testing.synthetic import write_synthetic
 
 

@@ -47,6 +47,14 @@ _NAME_TO_MODULE = {
     "quantize": "pydiffusion.convert.conversion",
     "repack": "pydiffusion.convert.repacking",
     "verify": "pydiffusion.convert.verification",
+    # For the commands; not promised to anybody else.
+    "check_overrides": "pydiffusion.convert.quantization.type_plan",
+    "estimate_memory": "pydiffusion.convert.quantization.sizes",
+    "open_parts": "pydiffusion.convert.gguf.reader",
+    "parse_size": "pydiffusion.convert.quantization.sizes",
+    "parse_split_size": "pydiffusion.convert.gguf.split",
+    "read_config": "pydiffusion.convert.architectures.source",
+    "repo_id": "pydiffusion.convert.checkpoint.hub",
 }
 
 __all__ = [

@@ -9,17 +9,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import FLOAT32_KINDS, split_name
-from pydiffusion.convert.architectures.source import Source, SourceTensor, open_folder, open_gguf
-from pydiffusion.convert.checkpoint.hub import find_checkpoint
-from pydiffusion.convert.gguf import writer as pipeline
+from pydiffusion.convert.architectures.source import (
+    Source,
+    SourceTensor,
+    open_checkpoint,
+    open_gguf,
+    open_source,
+)
+from pydiffusion.convert.gguf import writer
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.convert.gguf.report import ConversionReport, ProgressCallback
 from pydiffusion.convert.gguf.split import check_split_size
 from pydiffusion.convert.gguf.tensor_reads import SharedRead
 from pydiffusion.convert.gguf.writer import Job, PlannedTensor
-from pydiffusion.convert.quantization import imatrix_file as importance
-from pydiffusion.convert.quantization import recipes
-from pydiffusion.convert.quantization import type_plan as plan
+from pydiffusion.convert.quantization import imatrix_file, recipes, type_plan
 from pydiffusion.convert.quantization.padding import padded_read
 from pydiffusion.convert.quantization.type_plan import with_lengths
 
@@ -32,7 +35,7 @@ def convert(
     type: str = "q4_k_m",
     *,
     pad: bool | None = None,
-    tensor_types: plan.Overrides | Mapping[str, str] = (),
+    tensor_types: type_plan.Overrides | Mapping[str, str] = (),
     imatrix: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     split_max_size: int | None = None,
@@ -76,9 +79,8 @@ def convert(
     started = time.perf_counter()
     variant = Variant(target, type, pad, tensor_types, imatrix, split_max_size)
     choices = _Choices(variant, resume, allow_nonfinite, n_threads, overwrite, progress)
-    found = find_checkpoint(source, revision)
-    with open_folder(found.path, found.name) as opened:
-        return pipeline.run(choices.job(opened), started)
+    with open_checkpoint(source, revision) as opened:
+        return writer.run(choices.job(opened), started)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Variant:
     target: str | os.PathLike[str]
     type: str = "q4_k_m"
     pad: bool | None = None
-    tensor_types: plan.Overrides | Mapping[str, str] = ()
+    tensor_types: type_plan.Overrides | Mapping[str, str] = ()
     imatrix: str | os.PathLike[str] | None = None
     split_max_size: int | None = None
 
@@ -116,9 +118,7 @@ def convert_family(
     if not variants or len(set(targets)) != len(targets):
         raise ValueError("a family needs at least one variant, and a target of its own for each")
     members = [_Choices(v, False, allow_nonfinite, n_threads, overwrite, progress) for v in variants]
-    found = find_checkpoint(source, revision)
-    opener = open_gguf(found.path) if found.path.is_file() else open_folder(found.path, found.name)
-    with opener as opened:
+    with open_source(source, revision) as opened:
         reads = [SharedRead(tensor.read) for tensor in opened.tensors]
         opened.tensors = [replace(t, read=read) for t, read in zip(opened.tensors, reads, strict=True)]
         jobs = []
@@ -126,7 +126,7 @@ def convert_family(
             jobs.append(choices.job(opened))
             for read in reads:
                 read.drop()
-        return pipeline.run_together(jobs, reads, started)
+        return writer.run_together(jobs, reads, started)
 
 
 def quantize(
@@ -135,7 +135,7 @@ def quantize(
     type: str,
     *,
     pad: bool | None = None,
-    tensor_types: plan.Overrides | Mapping[str, str] = (),
+    tensor_types: type_plan.Overrides | Mapping[str, str] = (),
     imatrix: str | os.PathLike[str] | None = None,
     split_max_size: int | None = None,
     resume: bool = False,
@@ -161,7 +161,7 @@ def quantize(
     variant = Variant(target, type, pad, tensor_types, imatrix, split_max_size)
     choices = _Choices(variant, resume, allow_nonfinite, n_threads, overwrite, progress)
     with open_gguf(Path(source)) as opened:
-        return pipeline.run(choices.job(opened), started)
+        return writer.run(choices.job(opened), started)
 
 
 class _Choices:
@@ -183,14 +183,14 @@ class _Choices:
         check_split_size(variant.split_max_size)
         self.variant, self.n_threads = variant, n_threads or 0
         self.type, self.target = variant.type, Path(variant.target)
-        self.overrides = plan.as_pairs(variant.tensor_types)
-        self.imatrix = None if variant.imatrix is None else importance.read_imatrix(variant.imatrix)
+        self.overrides = type_plan.as_pairs(variant.tensor_types)
+        self.imatrix = None if variant.imatrix is None else imatrix_file.read_imatrix(variant.imatrix)
         self.resume, self.allow_nonfinite = resume, allow_nonfinite
         self.overwrite, self.progress = overwrite, progress
 
     def job(self, source: Source) -> Job:
         """What the pipeline is to do. Raises as ``convert`` does."""
-        types = plan.plan_types(
+        types = type_plan.plan_types(
             ((tensor.name, tensor.shape) for tensor in source.tensors),
             self.type,
             pad=self.variant.pad,
@@ -204,7 +204,7 @@ class _Choices:
             tensors, more = self._with_importance(tensors)
             notes += more
             covered = {tensor.name for tensor in tensors if tensor.importance is not None}
-        plan.require_imatrix(types, covered)
+        type_plan.require_imatrix(types, covered)
         if self.allow_nonfinite:
             tensors, more = _keep_nonfinite(tensors)
             notes += more
@@ -252,7 +252,7 @@ def _keep_nonfinite(tensors: list[PlannedTensor]) -> tuple[list[PlannedTensor], 
     return result, notes
 
 
-def planned_tensor(tensor: SourceTensor, types: plan.TypePlan) -> PlannedTensor:
+def planned_tensor(tensor: SourceTensor, types: type_plan.TypePlan) -> PlannedTensor:
     """What becomes of a tensor of the source."""
     planned = types.tensors[tensor.name]
     read = padded_read(
@@ -260,7 +260,7 @@ def planned_tensor(tensor: SourceTensor, types: plan.TypePlan) -> PlannedTensor:
         tensor.type,
         tensor.shape,
         planned.shape,
-        2 if split_name(tensor.name)[0] == plan.FUSED_KIND else 1,
+        2 if split_name(tensor.name)[0] == type_plan.FUSED_KIND else 1,
         tensor.name,
     )
     return PlannedTensor(tensor.name, planned.shape, tensor.type, planned.type, read, tensor.shape)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pydiffusion.chat.template import ChatTemplate
-from pydiffusion.convert.gguf import writer as pipeline
+from pydiffusion.convert.gguf import writer
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.convert.gguf.reader import Parts, open_parts
 from pydiffusion.convert.gguf.report import ConversionReport, ProgressCallback
@@ -171,4 +171,4 @@ def _copy(
             alignment=parts.reader.alignment,
             **choices,
         )
-        return pipeline.run(job, started)
+        return writer.run(job, started)

@@ -14,16 +14,14 @@ from typing import Any
 import numpy as np
 
 from pydiffusion.convert.architectures.diffusion_gemma.metadata import ARCHITECTURE
-from pydiffusion.convert.architectures.source import Source, SourceTensor, open_folder, open_gguf, open_source
-from pydiffusion.convert.checkpoint.hub import find_checkpoint
+from pydiffusion.convert.architectures.source import Source, SourceTensor, open_gguf, open_source
 from pydiffusion.convert.conversion import planned_tensor
-from pydiffusion.convert.gguf import rows
-from pydiffusion.convert.gguf import writer as pipeline
+from pydiffusion.convert.gguf import rows, writer
 from pydiffusion.convert.gguf.report import ConversionProgress
-from pydiffusion.convert.quantization import type_plan as plan
+from pydiffusion.convert.quantization import type_plan
 from pydiffusion.errors import ConversionError
 
-_LENGTHS = tuple(f"{ARCHITECTURE}.{part.key}" for part in plan.FEED_FORWARDS)
+_LENGTHS = tuple(f"{ARCHITECTURE}.{part.key}" for part in type_plan.FEED_FORWARDS)
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def verify(
     """
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(open_gguf(Path(file)))
-        source = target if against is None else stack.enter_context(_opened(against))
+        source = target if against is None else stack.enter_context(open_source(against))
         problems = [] if against is None else _compare_metadata(target, source)
         sources = {tensor.name: tensor for tensor in source.tensors}
         missing = sorted(set(sources) - {tensor.name for tensor in target.tensors})
@@ -95,13 +93,8 @@ def verify(
     return VerifyReport(Path(file), None if against is None else Path(against), checks, problems)
 
 
-def _opened(against: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Source]:
-    found = find_checkpoint(against)
-    return open_folder(found.path, found.name) if found.name else open_source(found.path)
-
-
 def _n_bytes(tensor: SourceTensor) -> int:
-    return plan.tensor_bytes(tensor.type, tensor.shape)
+    return type_plan.tensor_bytes(tensor.type, tensor.shape)
 
 
 def _compare_metadata(target: Source, source: Source) -> list[str]:
@@ -113,7 +106,7 @@ def _compare_metadata(target: Source, source: Source) -> list[str]:
         found = target.metadata.get(key)
         if key in _LENGTHS and found is not None and _first(found.value) >= _first(value.value):
             continue
-        if found is None or not pipeline.same_value(found.value, value):
+        if found is None or not writer.same_value(found.value, value):
             shown = "absent" if found is None else f"{found.value!r:.60}"
             problems.append(f"metadata key {key!r} is {shown}, the source has {value.value!r:.60}")
     return problems
@@ -142,7 +135,7 @@ def _compare(tensor: SourceTensor, source: SourceTensor) -> TensorCheck:
         )
 
     sums = np.zeros(4)
-    types = plan.TypePlan(tensors={tensor.name: plan.PlannedType(tensor.type, tensor.shape)})
+    types = type_plan.TypePlan(tensors={tensor.name: type_plan.PlannedType(tensor.type, tensor.shape)})
     try:
         wanted = planned_tensor(source, types)
     except ConversionError:

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pydiffusion import PyDiffusionError
-from pydiffusion.convert import edit_metadata
-from pydiffusion.convert.gguf.reader import open_parts
+from pydiffusion.convert import edit_metadata, open_parts
 
 TEMPLATE = "tokenizer.chat_template"
 

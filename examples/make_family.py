@@ -16,8 +16,14 @@ import time
 from pathlib import Path
 
 from pydiffusion import PyDiffusionError
-from pydiffusion.convert import TYPES, ConversionProgress, ConversionReport, Variant, convert_family
-from pydiffusion.convert.gguf.split import parse_split_size
+from pydiffusion.convert import (
+    TYPES,
+    ConversionProgress,
+    ConversionReport,
+    Variant,
+    convert_family,
+    parse_split_size,
+)
 
 MANY_BITS = ("f32", "f16", "bf16", "q8_0")
 

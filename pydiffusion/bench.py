@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import _native
-from .device_plan import check_kv_type, devices, native_wish
+from .device_plan import check_kv_type, device_request, devices
 
 #: Parts of a step in the order in which they run.
 PARTS = ("self-conditioning", "embedding", "attention", "dense", "experts", "head", "sampler")
@@ -29,7 +29,7 @@ _PRODUCTS = (
     "matmul", "expert_matmul", "soft_embedding", "attend", "attend_tiles", "MUL_MAT", "MUL_MAT_ID",
 )  # fmt: skip
 
-_PROCESSOR = {"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None}
+_CPU_ONLY = {"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None}
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ def run_bench(
     seed: int = 0,
     n_ctx: int | None = None,
     kernels: str = "auto",
-    **placement: Any,
+    **device_options: Any,
 ) -> BenchResult:
     """Measure a model file on random tokens. Raises what opening a model raises, and ValueError for sizes
     below 1.
 
-    n_ctx: of the session; None takes what the run needs. kernels: as for ``DiffusionModel``, and placement
-    too (``n_gpu_layers``, ``n_cpu_moe``, ``device``, ``gpu_memory``), but on the processor unless given. A
-    step that runs in several places, GPUs or a GPU and the processor, is timed whole.
+    n_ctx: of the session; None takes what the run needs. kernels: as for ``DiffusionModel``, and device
+    options too (``n_gpu_layers``, ``n_cpu_moe``, ``device``, ``gpu_memory``), but on the processor unless
+    given. A step that runs in several places, GPUs or a GPU and the processor, is timed whole.
 
     The canvas never settles (random tokens, adaptive stop off), so that each of the ``n_steps`` steps is a
     full one with self-conditioning; the first, which has none, is reported apart.
@@ -106,12 +106,12 @@ def run_bench(
     if n_prompt < 1 or n_steps < 2:
         raise ValueError(f"n_prompt is {n_prompt} and n_steps {n_steps}; permitted are at least 1 and 2")
     check_kv_type(kv_type)
-    wish = native_wish(
-        **{"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None, **placement}
+    request = device_request(
+        **{"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None, **device_options}
     )
     started = time.perf_counter()
     model = _native.Model(
-        str(path), n_threads, kv_type=kv_type, n_ctx=n_ctx or n_prompt + 257, kernels=kernels, **wish
+        str(path), n_threads, kv_type=kv_type, n_ctx=n_ctx or n_prompt + 257, kernels=kernels, **request
     )
     load_seconds = time.perf_counter() - started
     description = model.description

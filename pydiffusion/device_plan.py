@@ -17,6 +17,8 @@ __all__ = ["Device", "DeviceShare", "Plan", "devices", "plan"]
 #: The graphs and kernels made for GPUs, run on the processor: slow, to prove them.
 HOST = "host"
 CPU = "cpu"
+#: Tokens of context that a session holds unless told otherwise.
+DEFAULT_N_CTX = 8192
 #: Types of the KV cache.
 KV_TYPES = ("auto", "f32", "f16", "q8_0")
 #: That memory can be planned for.
@@ -102,7 +104,7 @@ def devices() -> list[Device]:
 
 def plan(
     path: str | os.PathLike[str],
-    n_ctx: int = 8192,
+    n_ctx: int = DEFAULT_N_CTX,
     n_gpu_layers: int | Literal["auto"] = "auto",
     n_cpu_moe: int | None = None,
     device: str = "auto",
@@ -114,9 +116,9 @@ def plan(
 
     Raises as ``DiffusionModel``.
     """
-    wish = native_wish(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions)
+    request = device_request(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions)
     check_kv_type(kv_type)
-    found = _native.plan(os.fspath(path), n_ctx=n_ctx, kv_type=kv_type, **wish)
+    found = _native.plan(os.fspath(path), n_ctx=n_ctx, kv_type=kv_type, **request)
     return Plan(**{**found, "shares": tuple(DeviceShare(**share) for share in found["shares"])})
 
 
@@ -133,7 +135,7 @@ def check_kv_type(kv_type: str) -> None:
         )
 
 
-def native_wish(
+def device_request(
     n_gpu_layers: int | Literal["auto"],
     n_cpu_moe: int | None,
     device: str,
@@ -199,3 +201,12 @@ def _limits(gpu_memory: int | Sequence[int] | None, device: str, names: Sequence
 def _check_count(name: str, value: Any, permitted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} is {value!r}; permitted is {permitted}")
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use: under taskset or in a container, fewer than the machine has."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13
+        return os.process_cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0)) or 1
+    return os.cpu_count() or 1

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import _native
 from ._util import hub
+from ._util.files import check_is_file
 from .chat.messages import plain
-from .chat.sanitize import Neutralizer
+from .chat.sanitize import Sanitizer
 from .chat.template import ChatTemplate
-from .device_plan import check_kv_type, native_wish
+from .device_plan import DEFAULT_N_CTX, available_cpus, check_kv_type, device_request
 from .errors import PyDiffusionError, UnsupportedModelError
-from .events import Completion, Event
-from .generation import batching as parallel
-from .generation import session_file
+from .generation import batching, session_file
 from .generation.infill import (
     DEFAULT_HOLE_TOKENS,
     Infill,
@@ -31,15 +30,15 @@ from .generation.infill import (
     prompt_of,
 )
 from .generation.token_ids import TokenIds
-from .openai import responses as completion
+from .openai import responses
 from .options import GenerationOptions, make_options
 from .session import Session
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from .constrained import Automaton
+    from .events import Completion, Event
 
-DEFAULT_N_CTX = 8192
 _N_AUTOMATA = 16
 
 
@@ -90,7 +89,7 @@ class DiffusionModel:
         argument; OSError when the file can't be read.
         """
         self.path = Path(path)
-        wish = native_wish(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions)
+        request = device_request(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions)
         check_kv_type(kv_type)
         threads = available_cpus() if n_threads is None else n_threads
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
@@ -103,7 +102,7 @@ class DiffusionModel:
             progress=progress,
             n_ctx=_to_plan_for(n_ctx),
             kernels=kernels,
-            **wish,
+            **request,
         )
         self._native_model: _native.Model | None = native
         self.metadata: dict[str, Any] = native.file.metadata
@@ -163,14 +162,14 @@ class DiffusionModel:
         ``ChatTemplate.render``.
         """
         template = self._template()
-        neutral = Neutralizer(self.tokenizer)
+        sanitizer = Sanitizer(self.tokenizer)
         render = functools.partial(
             template.render,
             bos_token=self._token_text(self.tokenizer.bos_id),
             eos_token=self._token_text(self.tokenizer.eos_id),
-            **neutral.hide({name: plain(value, name) for name, value in variables.items()}),
+            **sanitizer.hide({name: plain(value, name) for name, value in variables.items()}),
         )
-        ids = neutral.tokenize(neutral.render(render, template.prepare(messages)))
+        ids = sanitizer.tokenize(sanitizer.render(render, template.prepare(messages)))
         if (
             self.tokenizer.add_bos
             and self.tokenizer.bos_id is not None
@@ -286,13 +285,13 @@ class DiffusionModel:
         n_ctx: int | None = None,
         on_event: Callable[[int, Event], None] | None = None,
         **keywords: Any,
-    ) -> Iterator[tuple[int, parallel.Outcome]]:
+    ) -> Iterator[tuple[int, batching.Outcome]]:
         """Continue many prompts, up to ``n_parallel`` canvases at a time in one graph.
 
         On the processor each answer is the one that ``generate`` gives alone; on a GPU, whose kernels depend
         on how much there is to compute, the same batch gives the same answers.
 
-        prompts: taken as lanes get free, so a generator will do.
+        prompts: taken as sequences get free, so a generator will do.
         options or keywords: for all prompts alike (with a seed of its own for each unless ``seed`` is given),
         or an iterable with the options of each.
         n_ctx: of the sessions, n_parallel of them at most. on_event: called with the prompt's index and each
@@ -307,7 +306,7 @@ class DiffusionModel:
         else:
             each = (make_options(one, keywords) for one in options)
         requests = zip(prompts, each, strict=False)
-        return parallel.generate_batch(self, requests, n_parallel, n_ctx, on_event)
+        return batching.generate_batch(self, requests, n_parallel, n_ctx, on_event)
 
     def infill(
         self,
@@ -375,11 +374,11 @@ class DiffusionModel:
 
     def create_completion(self, prompt: str | TokenIds, **parameters: Any) -> Any:
         """A completion in OpenAI's shape; see ``pydiffusion.openai.responses.create_completion``."""
-        return completion.create_completion(self, prompt, **parameters)
+        return responses.create_completion(self, prompt, **parameters)
 
     def create_chat_completion(self, messages: Sequence[Mapping[str, Any]], **parameters: Any) -> Any:
         """An answer in that shape; see ``pydiffusion.openai.responses.create_chat_completion``."""
-        return completion.create_chat_completion(self, messages, **parameters)
+        return responses.create_chat_completion(self, messages, **parameters)
 
     # Lifetime
 
@@ -408,21 +407,3 @@ class DiffusionModel:
 def _to_plan_for(n_ctx: Any) -> int:
     """The context that the placement is planned for; what is wrong with it is said once the file is read."""
     return min(n_ctx, 1 << 31) if isinstance(n_ctx, int) and n_ctx > 0 else DEFAULT_N_CTX
-
-
-def check_is_file(path: Path) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"{path} is a folder; a model is a GGUF file: make one with 'pydiffusion convert'"
-        )
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file")
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use: under taskset or in a container, fewer than the machine has."""
-    if hasattr(os, "process_cpu_count"):  # Python 3.13
-        return os.process_cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0)) or 1
-    return os.cpu_count() or 1

@@ -220,7 +220,7 @@ class GenerationOptions:
                 object.__setattr__(self, name, check(value))
         _check_temperatures(self.t_min, self.t_max)
         _check_held(self.canvas or (), self.hold or ())
-        _check_structure(self)
+        _check_constraint(self)
         if self.thinking_budget is not None and self.canvas:
             raise ValueError("thinking_budget can't be combined with canvas: positions would move")
 
@@ -274,7 +274,7 @@ def _check_held(canvas: Sequence[Any], hold: Sequence[Any]) -> None:
             raise ValueError(f"hold has position {i}, for which canvas has no token")
 
 
-def _check_structure(options: GenerationOptions) -> None:
+def _check_constraint(options: GenerationOptions) -> None:
     if not options.is_structured:
         return
     if options.json_schema is not None and options.regex is not None:

@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _native
-from .chat.output_parser import ends_in_thought
 from .events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
 from .generation import session_file
 from .generation.repetition import loop_start
-from .generation.streaming import AnswerStream, ChatStream, ContentStream, count_tokens
+from .generation.streaming import AnswerStream, ChatStream, chat_stream, count_tokens
 from .generation.thinking_budget import ThoughtBudget
 from .generation.token_ids import TokenIds, check_bos, common_prefix, cut_at_eos, token_array
 from .options import GenerationOptions, make_options
@@ -183,12 +182,7 @@ class Session:
         if not chat:
             return AnswerStream(self.model.tokenizer, options.stop)
         prompt_end = self.model.detokenize(self.tokens[-_THOUGHT_OPENING:], keep_control=True)
-        in_thought = ends_in_thought(prompt_end)
-        if options.is_structured:
-            if in_thought:
-                raise ValueError("the prompt ends within a thought: structured answers come without one")
-            return ContentStream(self.model.tokenizer, ())
-        return ChatStream(self.model.tokenizer, options.stop, in_thought)
+        return chat_stream(self.model.tokenizer, options, prompt_end)
 
     def _guide(self, options: GenerationOptions) -> Guide | None:
         """What keeps the text to a schema or an expression, where the options ask for it."""
@@ -221,7 +215,7 @@ class Session:
             return self.model.tokenizer.detokenize(cut_at_eos(tokens, eos))
 
         guide = self._guide(options)
-        limits = _Limits(self, options)
+        conditions = _StopConditions(self, options)
         self._native.begin(
             max_tokens=options.max_tokens,
             steps=options.steps,
@@ -254,7 +248,7 @@ class Session:
             )
             if not step.canvas_done:
                 return
-            tokens, finish = limits.apply(step)
+            tokens, finish = conditions.apply(step)
             if guide is not None:
                 guide.commit()
                 finish = "eos" if guide.finished else finish
@@ -308,7 +302,7 @@ class Session:
         )
 
 
-class _Limits:
+class _StopConditions:
     """What the options set to thinking and repetition, over the canvases of one generation."""
 
     def __init__(self, session: Session, options: GenerationOptions) -> None:

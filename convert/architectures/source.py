@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pydiffusion import _native
 from pydiffusion._util.atomic import explaining
 from pydiffusion.convert.architectures.diffusion_gemma import metadata, vocabulary
-from pydiffusion.convert.architectures.diffusion_gemma.config import read_sampler_config, read_text_config
+from pydiffusion.convert.architectures.diffusion_gemma.config import (
+    TextConfig,
+    read_sampler_config,
+    read_text_config,
+)
 from pydiffusion.convert.architectures.diffusion_gemma.inventory import Inventory
 from pydiffusion.convert.architectures.diffusion_gemma.metadata import ARCHITECTURE, QUANTIZATION_VERSION
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import FLOAT32_KINDS, split_name
+from pydiffusion.convert.checkpoint.hub import find_checkpoint
 from pydiffusion.convert.checkpoint.safetensors_files import INDEX, Checkpoint
 from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT, Value
 from pydiffusion.convert.gguf.reader import open_parts
 from pydiffusion.convert.gguf.tensor_reads import ReadBytes
 from pydiffusion.errors import ConversionError
+
+if TYPE_CHECKING:
+    from pydiffusion import _native
 
 _SMALL_FILES = (
     "config.json",
@@ -54,10 +63,20 @@ class Source:
 
 
 @contextlib.contextmanager
-def open_source(path: Path) -> Iterator[Source]:
-    """A folder or a GGUF, whichever ``path`` is."""
-    with open_folder(path) if path.is_dir() else open_gguf(path) as source:
-        yield source
+def open_source(source: str | os.PathLike[str], revision: str | None = None) -> Iterator[Source]:
+    """A checkpoint folder, a repo id of the Hugging Face Hub, or a GGUF, whichever ``source`` is."""
+    found = find_checkpoint(source, revision)
+    opener = open_gguf(found.path) if found.path.is_file() else open_folder(found.path, found.name)
+    with opener as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Iterator[Source]:
+    """A checkpoint folder, or a repo id of the Hugging Face Hub."""
+    found = find_checkpoint(source, revision)
+    with open_folder(found.path, found.name) as opened:
+        yield opened
 
 
 @contextlib.contextmanager
@@ -116,3 +135,11 @@ def _check_shape(path: Path, info: _native.TensorInfo) -> None:
     if kind not in FLOAT32_KINDS and len(info.shape) < 2:
         shape = list(info.shape)
         raise ConversionError(f"{path}: tensor {info.name!r} should be a matrix, its shape is {shape}")
+
+
+def read_config(folder: str | os.PathLike[str]) -> TextConfig:
+    """The text config of a checkpoint folder or repo; ConversionError when it can't be used."""
+    path = find_checkpoint(folder, weights=False).path
+    if not (path / "config.json").is_file():
+        raise ConversionError(f"{path}: has no config.json; give a checkpoint folder")
+    return read_text_config(path, [])

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig, read_text_config
+from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import split_name, wanted_tensors
-from pydiffusion.convert.checkpoint.hub import find_checkpoint
-from pydiffusion.convert.quantization import recipes
-from pydiffusion.convert.quantization import type_plan as plan
+from pydiffusion.convert.architectures.source import read_config
+from pydiffusion.convert.quantization import recipes, type_plan
 from pydiffusion.errors import ConversionError
 
 # Kept free for the driver, the program and the screen.
@@ -108,40 +107,32 @@ def plan_sizes(
     type: str = "q4_k_m",
     *,
     pad: bool | None = None,
-    tensor_types: plan.Overrides | Mapping[str, str] = (),
+    tensor_types: type_plan.Overrides | Mapping[str, str] = (),
     has_imatrix: bool = False,
 ) -> SizePlan:
     """What :func:`convert` would write; needs nothing of the folder but ``config.json``.
 
     Raises as ``convert`` does for what the config or the arguments say.
     """
-    return _plan(read_config(folder), type, pad, plan.as_pairs(tensor_types), has_imatrix)
-
-
-def read_config(folder: str | os.PathLike[str]) -> TextConfig:
-    """The text config of a checkpoint folder or repo; ConversionError when it can't be used."""
-    path = find_checkpoint(folder, weights=False).path
-    if not (path / "config.json").is_file():
-        raise ConversionError(f"{path}: has no config.json; give a checkpoint folder")
-    return read_text_config(path, [])
+    return _plan(read_config(folder), type, pad, type_plan.as_pairs(tensor_types), has_imatrix)
 
 
 def _plan(
-    config: TextConfig, type: str, pad: bool | None, overrides: plan.Overrides, has_imatrix: bool
+    config: TextConfig, type: str, pad: bool | None, overrides: type_plan.Overrides, has_imatrix: bool
 ) -> SizePlan:
     if type not in recipes.RECIPES:
         raise ValueError(f"type is {type!r}; known are {', '.join(recipes.TYPES)}")
     shapes = {want.name: want.shape for want in wanted_tensors(config)}
     shapes["rope_freqs.weight"] = (config.global_head_dim // 2,)
-    types = plan.plan_types(shapes.items(), type, pad=pad, overrides=overrides, has_imatrix=has_imatrix)
+    types = type_plan.plan_types(shapes.items(), type, pad=pad, overrides=overrides, has_imatrix=has_imatrix)
     tensors = [
-        TensorSize(name, t.type, t.shape, math.prod(shapes[name]), plan.tensor_bytes(t.type, t.shape))
+        TensorSize(name, t.type, t.shape, math.prod(shapes[name]), type_plan.tensor_bytes(t.type, t.shape))
         for name, t in types.tensors.items()
     ]
     return SizePlan(type, tuple(overrides), tensors, types.fallbacks, types.notes)
 
 
-def memory(config: TextConfig, weights: int, n_ctx: int = 4096) -> Memory:
+def estimate_memory(config: TextConfig, weights: int, n_ctx: int = 4096) -> Memory:
     """What a session of ``n_ctx`` tokens needs beside the weights, with 16-bit keys and values.
 
     Sliding layers keep two windows (at least one and a tile of attention) and a batch, full layers the whole
@@ -167,7 +158,7 @@ def fit(
     *,
     n_ctx: int = 4096,
     pad: bool | None = None,
-    tensor_types: plan.Overrides | Mapping[str, str] = (),
+    tensor_types: type_plan.Overrides | Mapping[str, str] = (),
     has_imatrix: bool = False,
 ) -> tuple[SizePlan, Memory]:
     """The best recipe whose weights, cache and buffers fit ``n_bytes`` of memory.
@@ -176,7 +167,7 @@ def fit(
     ``tensor_types``. ConversionError when nothing fits.
     """
     config = read_config(folder)
-    given = plan.as_pairs(tensor_types)
+    given = type_plan.as_pairs(tensor_types)
     best: SizePlan | None = None
     smallest = 0
     for type in FIT_ORDER:
@@ -184,7 +175,7 @@ def fit(
         needs = any(tensor.type in recipes.NEEDS_IMATRIX for tensor in candidate.tensors)
         if needs and not has_imatrix:
             continue
-        smallest = memory(config, candidate.n_bytes, n_ctx).total
+        smallest = estimate_memory(config, candidate.n_bytes, n_ctx).total
         if smallest <= n_bytes:
             best = candidate
             break
@@ -194,13 +185,13 @@ def fit(
             f"takes {smallest / 2**30:.1f} GiB{'' if has_imatrix else ' (an imatrix allows smaller ones)'}"
         )
     best = _upgrade(config, best, given, pad, has_imatrix, n_bytes, n_ctx)
-    return best, memory(config, best.n_bytes, n_ctx)
+    return best, estimate_memory(config, best.n_bytes, n_ctx)
 
 
 def _upgrade(
     config: TextConfig,
     best: SizePlan,
-    given: plan.Overrides,
+    given: type_plan.Overrides,
     pad: bool | None,
     has_imatrix: bool,
     n_bytes: int,
@@ -214,7 +205,7 @@ def _upgrade(
                 candidate = _plan(config, best.type, pad, attempt, has_imatrix)
             except ConversionError:  # everything that this pattern is for was overridden already
                 break
-            fits = memory(config, candidate.n_bytes, n_ctx).total <= n_bytes
+            fits = estimate_memory(config, candidate.n_bytes, n_ctx).total <= n_bytes
             if fits and candidate.n_bytes > best.n_bytes:
                 best, overrides = candidate, attempt
                 break

@@ -18,8 +18,8 @@ from pydiffusion.tokenizer.markers import (
     CALL_END,
     CHANNEL,
     CHANNEL_END,
+    CHANNEL_NAMES,
     MARKERS,
-    NAMES,
     QUOTE,
     RESPONSE,
     TURN,
@@ -162,7 +162,7 @@ class OutputParser:
 
     def _take_name(self, last: bool) -> bool:
         """Take the channel's name off the buffer; False while it can't be told yet."""
-        for name in NAMES:
+        for name in CHANNEL_NAMES:
             rest = self._buffer[len(name) :]
             if self._buffer.startswith(name) and (rest.startswith(("\n", "<")) or (last and not rest)):
                 self._kind = Content if name == "final" else Reasoning

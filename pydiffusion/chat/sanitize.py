@@ -23,7 +23,7 @@ _OF_PLACEHOLDERS = re.compile(r"[\ufdd0\ufdd1]|fdd")
 _ANSWERING = ("assistant", "model")  # roles; the second is Google's own word
 
 
-class Neutralizer:
+class Sanitizer:
     """For one prompt: ``hide`` what goes into the template, then ``tokenize`` what comes out of it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -34,8 +34,7 @@ from . import (
     split,
     verify,
 )
-from ._common import say
-from ._text import one_line
+from ._text import one_line, say
 
 app = typer.Typer(
     name="pydiffusion",
@@ -155,7 +154,7 @@ def _run(arguments: list[str] | None) -> int:
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     """Our own on a line of stderr, others as Python shows them."""
-    from pydiffusion.errors import PyDiffusionWarning
+    from pydiffusion import PyDiffusionWarning
 
     if issubclass(category, PyDiffusionWarning):
         say(f"pydiffusion: warning: {one_line(str(message))}")
@@ -165,7 +164,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
 
 def _report(error: Exception) -> int:
     """One line for a person; the traceback for whoever asks for it."""
-    from pydiffusion.errors import PyDiffusionError
+    from pydiffusion import PyDiffusionError
 
     if os.environ.get("PYDIFFUSION_DEBUG"):
         traceback.print_exception(error)

@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _common as common
-from ._text import printable
-from .generate import figures, prefill
+from ._run import figures, prefill
+from ._text import printable, say
 
 if TYPE_CHECKING:
     from pydiffusion import DiffusionModel, GenerationOptions
@@ -130,7 +129,7 @@ class Conversation:
         """Print the answer to the messages; whether there is any. Ctrl-C stops it, and what was printed by
         then stays.
         """
-        from pydiffusion.errors import PyDiffusionError
+        from pydiffusion import PyDiffusionError
 
         from ._display import AnswerPrinter, CanvasDisplay
 
@@ -145,11 +144,11 @@ class Conversation:
                 for event in self._session.generate_chat(options):
                     printer(event)
                     finished += [] if hasattr(event, "accepted") else [event]
-            common.say(figures(self._session._completion(len(prompt), finished)))
+            say(figures(self._session._completion(len(prompt), finished)))
         except KeyboardInterrupt:
-            common.say("stopped")
+            say("stopped")
         except PyDiffusionError as error:
-            common.say(f"{error}; /reset begins anew")
+            say(f"{error}; /reset begins anew")
         if printer.text:
             self._messages.append({"role": "assistant", "content": printer.text})
         return bool(printer.text)

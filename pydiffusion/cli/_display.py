@@ -4,65 +4,26 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ._progress import stderr_console
 from ._text import one_line, printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from pydiffusion.events import CanvasEvent, DraftEvent, Event
     from pydiffusion.tokenizer import Tokenizer
 
-# In a pipe, work that takes longer than this says where it stands, and again after as long.
-_SECONDS_BETWEEN_LINES = 5.0
 _INFO_WIDTH = 24
 _NARROW = 60
 # Kept free at the right: the "^C" that a terminal echoes must not wrap, or the drawing could not be cleared.
 _MARGIN = 4
-
-
-def stderr_console() -> Console:
-    """A console on stderr; markup and highlighting stay off, for texts are not ours."""
-    from rich.console import Console
-
-    return Console(stderr=True, markup=False, highlight=False, emoji=False)
-
-
-@contextmanager
-def progress(label: str) -> Iterator[Callable[..., None]]:
-    """Show work under way; yields a function that takes how much is done and how much there is, and if it is
-    known a few words about the pace.
-    """
-    label = one_line(label)
-    if sys.stderr.isatty():
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f}% {task.fields[pace]}", markup=False),
-        )
-        with Progress(*columns, console=stderr_console(), transient=True) as bar:
-            task = bar.add_task(label, total=None, pace="")
-            yield lambda done, total, pace="": bar.update(task, completed=done, total=total, pace=pace)
-        return
-    last = time.perf_counter()
-
-    def update(done: float, total: float, pace: str = "") -> None:
-        nonlocal last
-        if time.perf_counter() - last >= _SECONDS_BETWEEN_LINES and total:
-            last = time.perf_counter()
-            more = f", {pace}" if pace else ""
-            print(f"{label}: {100 * done / total:.0f}%{more}", file=sys.stderr, flush=True)
-
-    yield update
 
 
 @contextmanager
@@ -207,8 +168,7 @@ class AnswerPrinter:
         self.text = ""
 
     def __call__(self, event: Event) -> None:
-        from pydiffusion.chat.output_parser import Reasoning
-        from pydiffusion.events import CanvasEvent, DraftEvent
+        from pydiffusion.events import CanvasEvent, DraftEvent, Reasoning
 
         if isinstance(event, DraftEvent) and self._display is not None:
             self._display.draft(event, self._line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 
 # Sequences that move the cursor, colour, or set a terminal's title: CSI, the string types (OSC, DCS, ...),
@@ -38,3 +39,8 @@ def count(number: float, unit: str = "") -> str:
         if number >= size:
             return f"{number / size:.3g} {letter}{unit}"
     return f"{number:.3g} {unit}".rstrip()
+
+
+def say(message: str) -> None:
+    """A line for the person, on stderr."""
+    print(one_line(message), file=sys.stderr, flush=True)

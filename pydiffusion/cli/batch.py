@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from . import _common as common
+from . import _open, _options
+from ._text import say
 
 if TYPE_CHECKING:
     from pydiffusion import Completion, DiffusionModel, GenerationOptions
@@ -22,12 +23,12 @@ _Seed = Annotated[
     int | None,
     typer.Option("--seed", help="Of the first line, the next of the next. [default: drawn, and reported]"),
 ]
-_OPTIONS = {**common.TEXT, "seed": _Seed}
+_OPTIONS = {**_options.TEXT, "seed": _Seed}
 
 
-@common.takes(choices=_OPTIONS, place=common.PLACE)
+@_options.takes(choices=_OPTIONS, runtime=_options.RUNTIME)
 def command(
-    model: common.ModelPath,
+    model: _options.ModelPath,
     prompts: Annotated[
         Path,
         typer.Argument(
@@ -51,28 +52,28 @@ def command(
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Try lines again that ended in an error.")
     ] = False,
-    place: dict[str, Any],
+    runtime: dict[str, Any],
 ) -> None:
     """Answer the prompts of a file. Run again, it goes on where it was interrupted."""
-    from ._display import progress
+    from ._progress import progress
 
-    common.make_options(**choices)
+    _open.make_options(**choices)
     if parallel < 1:
         raise typer.BadParameter(f"--parallel is {parallel}; permitted is an integer of at least 1")
     lines = _read_lines(prompts)
     finished = _read_finished(output, lines, retry_errors)
     left = [line for line in lines if line.number not in finished]
     if finished:
-        common.say(f"{output.name} has {len(finished)} of {len(lines)} answers already")
+        say(f"{output.name} has {len(finished)} of {len(lines)} answers already")
     n_errors = 0
     if left:
-        opened = common.open_model(model, place, min(parallel, len(left)))
+        opened = _open.open_model(model, runtime, min(parallel, len(left)))
         with output.open("ab") as file, progress(f"answering {len(left)} prompts") as update:
             for i, answer in enumerate(_answers(opened, left, choices, parallel)):
                 n_errors += "error" in answer
                 _write(file, answer)
                 update(i + 1, len(left))
-    common.say(f"{len(left) - n_errors} answered, {n_errors} failed: {output}")
+    say(f"{len(left) - n_errors} answered, {n_errors} failed: {output}")
     if n_errors:
         raise typer.Exit(1)
 
@@ -194,7 +195,7 @@ def _head(line: _Line) -> _Json:
 
 
 def _answer(model: DiffusionModel, line: _Line, done: Completion) -> _Json:
-    from pydiffusion.chat.output_parser import Content, Reasoning, ToolCall
+    from pydiffusion.events import Content, Reasoning, ToolCall
     from pydiffusion.generation.streaming import ChatStream
 
     text = done.text

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from . import _common as common
-from ._common import say
+from . import _open, _options
+from ._text import say
 
 
-@common.takes(place=common.PLACE)
+@_options.takes(runtime=_options.RUNTIME)
 def command(
     model: Annotated[Path | None, typer.Option("-m", "--model", help="The model, a GGUF file.")] = None,
     synthetic: Annotated[
@@ -24,21 +24,22 @@ def command(
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 512,
     steps: Annotated[int, typer.Option(help="Denoising steps to time.", min=2)] = 8,
     *,
-    place: dict[str, Any],
+    runtime: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     against: Annotated[
         Path | None, typer.Option("--compare", help="Figures of an earlier run (--json) to compare with.")
     ] = None,
 ) -> None:
     """Time loading, prefill and denoising steps, part by part, beside the machine's own limits."""
+    from pydiffusion._util.files import check_is_file
     from pydiffusion.bench import compare, format_result, run_bench
-    from pydiffusion.model import available_cpus, check_is_file
+    from pydiffusion.device_plan import available_cpus
 
     if (model is None) == (synthetic is None):
         raise typer.BadParameter("give either --model or --synthetic")
-    arguments = common.placement(place)
+    arguments = _open.runtime_arguments(runtime)
     n_threads = arguments.pop("n_threads") or available_cpus()
-    n_ctx = arguments.pop("n_ctx") and place["ctx"]  # by itself as much as the run needs
+    n_ctx = arguments.pop("n_ctx") and runtime["ctx"]  # by itself as much as the run needs
     before = None if against is None else _read_figures(against)
     with tempfile.TemporaryDirectory(prefix="pydiffusion-bench-") as folder:
         path = model if model is not None else _make(synthetic, type, Path(folder))
@@ -56,7 +57,7 @@ def command(
 def _make(shape: str | None, type_name: str, folder: Path) -> Path:
     from pydiffusion.testing.synthetic import SHAPES, write_synthetic
 
-    from ._display import progress
+    from ._progress import progress
 
     if shape not in SHAPES:
         raise typer.BadParameter(f"--synthetic is {shape!r}; known are {', '.join(SHAPES)}")

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from . import _common as common
+from . import _open, _options
 from ._conversation import CommandError, Conversation
+from ._text import say
 
 _HELP = """/steps N     denoising steps per canvas at most; without N the file's
 /seed N      the seed of the answers; without N a new one for each
@@ -27,21 +28,21 @@ _BLOCK = '"""'
 _MAX_HISTORY = 1000
 
 
-@common.takes(choices=common.TEXT, place=common.PLACE)
+@_options.takes(choices=_options.TEXT, runtime=_options.RUNTIME)
 def command(
-    model: common.ModelPath,
+    model: _options.ModelPath,
     system: Annotated[str | None, typer.Option("--system", help="A system message in front.")] = None,
     *,
     choices: dict[str, Any],
-    place: dict[str, Any],
+    runtime: dict[str, Any],
 ) -> None:
     """Chat with a model. /help lists its commands, Ctrl-D ends, Ctrl-C stops an answer."""
-    common.make_options(**choices)
-    opened = common.open_model(model, place)
+    _open.make_options(**choices)
+    opened = _open.open_model(model, runtime)
     opened.check_chat_template()
-    conversation = Conversation(opened, common.make_options(opened, **choices), system)
+    conversation = Conversation(opened, _open.make_options(opened, **choices), system)
     if sys.stdin.isatty():
-        common.say(_SHORT_HELP)
+        say(_SHORT_HELP)
     with _history():
         while (message := _read_message()) is not None:
             if message in ("/exit", "/quit"):
@@ -49,7 +50,7 @@ def command(
             try:
                 _obey(conversation, message)
             except (CommandError, ValueError) as error:
-                common.say(str(error))
+                say(str(error))
 
 
 def _obey(conversation: Conversation, message: str) -> None:
@@ -61,19 +62,19 @@ def _obey(conversation: Conversation, message: str) -> None:
             conversation.say(message)
     elif name == "/reset":
         conversation.reset()
-        common.say("forgotten")
+        say("forgotten")
     elif name == "/help":
         print(_HELP, file=sys.stderr, flush=True)
     elif name in ("/steps", "/seed"):
-        common.say(conversation.set_option(name[1:], rest))
+        say(conversation.set_option(name[1:], rest))
     elif name == "/retry":
         conversation.retry()
     elif name == "/edit":
         conversation.edit(rest)
     elif name == "/save":
-        common.say(conversation.save(rest))
+        say(conversation.save(rest))
     elif name == "/load":
-        common.say(conversation.load(rest))
+        say(conversation.load(rest))
     else:
         raise CommandError(f"{name} is no command; /help lists them")
 

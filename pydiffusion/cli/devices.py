@@ -9,17 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from . import _common as common
+from . import _open, _options
 from ._text import count
 
 
-@common.takes(place=common.PLACE)
+@_options.takes(runtime=_options.RUNTIME)
 def command(
     model: Annotated[
         Path | None, typer.Option("-m", "--model", help="Plan for this model, a GGUF file.")
     ] = None,
     *,
-    place: dict[str, Any],
+    runtime: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """List the GPUs and, with -m, what of a model would lie on which. Nothing is loaded."""
@@ -28,7 +28,7 @@ def command(
     found = devices()
     planned = None
     if model is not None:
-        arguments = common.placement(place)
+        arguments = _open.runtime_arguments(runtime)
         del arguments["n_threads"], arguments["kernels"]  # of no consequence for a plan
         planned = plan(model, **arguments)
     if as_json:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._common import Threads, read_text, say
-from ._text import one_line
+from ._open import read_text
+from ._options import Threads
+from ._text import one_line, say
 
 if TYPE_CHECKING:
     from pydiffusion.convert import EvaluationReport
@@ -53,7 +54,7 @@ def command(
     """Compare GGUFs with a reference: KL divergence, agreement, steps, at several noise levels."""
     from pydiffusion.quality import evaluation, plotting
 
-    from ._display import progress
+    from ._progress import progress
 
     texts = None
     if prompts is not None:

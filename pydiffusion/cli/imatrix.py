@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ._common import Threads, read_text, say
+from ._open import read_text
+from ._options import Threads
+from ._text import say
 
 
 def command(
@@ -24,7 +26,7 @@ def command(
     """Gather activation statistics over reading and denoising a text, for convert --imatrix."""
     from pydiffusion import convert
 
-    from ._display import progress
+    from ._progress import progress
 
     if chunk < 1 or (max_chunks is not None and max_chunks < 1):
         raise typer.BadParameter("--chunk and --max-chunks take numbers of at least 1")

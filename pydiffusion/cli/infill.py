@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from . import _common as common
-from .generate import figures, read_text
+from . import _open, _options
+from ._run import figures
+from ._text import say
 
 
-@common.takes(choices=common.SAMPLER, place=common.PLACE)
+@_options.takes(choices=_options.SAMPLER, runtime=_options.RUNTIME)
 def command(
-    model: common.ModelPath,
+    model: _options.ModelPath,
     choices: dict[str, Any],
     file: Annotated[
         Path,
@@ -33,7 +34,7 @@ def command(
         int, typer.Option("--hole-tokens", help="Tokens of a hole that doesn't say how many.")
     ] = 16,
     *,
-    place: dict[str, Any],
+    runtime: dict[str, Any],
     show: Annotated[
         bool, typer.Option("--show", help="Draw the canvas as it settles (on a terminal).")
     ] = False,
@@ -42,16 +43,16 @@ def command(
     """Fill the holes of a text, with all around them held."""
     from ._display import AnswerPrinter, CanvasDisplay
 
-    options = common.make_options(**choices)
-    text = read_text(file)
-    opened = common.open_model(model, place)
+    options = _open.make_options(**choices)
+    text = _open.read_text_or_stdin(file)
+    opened = _open.open_model(model, runtime)
     display = CanvasDisplay(opened.tokenizer, ()) if show and sys.stderr.isatty() else None
     with AnswerPrinter(display, quiet=True) as printer:
         filled = opened.infill(
             text, options, instruction=instruction, hole_tokens=hole_tokens, on_event=printer
         )
     done = filled.completion
-    common.say(figures(done))
+    say(figures(done))
     if as_json:
         fields = {"text": filled.text, "holes": list(filled.holes), "seed": done.seed, "steps": done.steps}
         print(json.dumps(fields | {"timings": done.timings}, ensure_ascii=False))

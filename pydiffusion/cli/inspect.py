@@ -30,8 +30,8 @@ def command(
     ] = False,
 ) -> None:
     """Show a GGUF file's metadata and tensors, of a split one those of all parts; any architecture."""
-    from pydiffusion.convert.gguf.reader import open_parts
-    from pydiffusion.model import check_is_file
+    from pydiffusion._util.files import check_is_file
+    from pydiffusion.convert import open_parts
 
     check_is_file(file)
     gguf = open_parts(file)
@@ -73,7 +73,7 @@ def _as_dict(gguf: Parts, with_tensors: bool, whole: bool) -> dict[str, Any]:
 
 def _end_tokens(gguf: Parts) -> tuple[Sequence[EndToken], str | None]:
     """The tokens that end a text, or why that can't be told."""
-    from pydiffusion.errors import ModelFormatError
+    from pydiffusion import ModelFormatError
     from pydiffusion.tokenizer.end_tokens import find_end_tokens
 
     try:

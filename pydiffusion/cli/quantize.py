@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .convert import (
+from ._conversion import (
     AllowNonfinite,
     ImatrixFile,
     Keep,

@@ -8,14 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from . import _common as common
+from . import _open, _options
+from ._text import say
 
 
-@common.takes(place=common.PLACE)
+@_options.takes(runtime=_options.RUNTIME)
 def command(
-    model: common.ModelPath,
+    model: _options.ModelPath,
     *,
-    place: dict[str, Any],
+    runtime: dict[str, Any],
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     api_key: Annotated[
@@ -56,7 +57,7 @@ def command(
     if key is not None and not key.strip():
         raise typer.BadParameter("the API key is empty")
     listener = _bind(host, port)  # what fails should not wait for the model to load
-    opened = common.open_model(model, place, max(parallel, sessions))
+    opened = _open.open_model(model, runtime, max(parallel, sessions))
     settings = Settings(
         api_key=key,
         max_queue=queue,
@@ -68,8 +69,8 @@ def command(
     )
     server = Server(opened, settings, grace=grace)
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):
-        common.say(f"anybody who can reach {host}:{port} may use this server: set PYDIFFUSION_API_KEY")
-    server.on_started = lambda address: common.say(f"serving on http://{address} (Ctrl-C ends)")
+        say(f"anybody who can reach {host}:{port} may use this server: set PYDIFFUSION_API_KEY")
+    server.on_started = lambda address: say(f"serving on http://{address} (Ctrl-C ends)")
     try:
         server.run(sockets=[listener])
     finally:

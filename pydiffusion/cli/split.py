@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .convert import Keep, Report, Resume, SourceFile, parse_split_size, run_conversion
+from ._conversion import Keep, Report, Resume, SourceFile, parse_split_size, run_conversion
 
 
 def command(

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ._common import quiet_hub_in_a_pipe, say
-from ._text import one_line
-from .convert import conversion_progress
+from ._progress import conversion_progress, quiet_hub_in_a_pipe
+from ._text import one_line, say
 
 
 def command(
@@ -27,7 +26,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
     """Read every tensor of a GGUF; compare it with its source. Exit code 1 when something disagrees."""
-    from pydiffusion.convert.verification import verify
+    from pydiffusion.convert import verify
 
     quiet_hub_in_a_pipe()
     with conversion_progress(file) as update:

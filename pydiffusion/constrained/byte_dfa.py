@@ -23,7 +23,7 @@ _Edge: TypeAlias = tuple[int, int, int]  # the first byte, that behind the last,
 _UTF8_ENDS = (0x7F, 0x7FF, 0xFFFF, 0x10FFFF)  # the last character of one, two, three, four bytes
 
 
-def byte_machine(expression: str) -> tuple[np.ndarray, np.ndarray]:
+def byte_dfa(expression: str) -> tuple[np.ndarray, np.ndarray]:
     """The next state by state and byte, int32 (n_states + 1, 256), where n_states is that of no return, and
     which states end a match of the whole text, bool (n_states,). State 0 is the first.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from pydiffusion.tokenizer.markers import MARKERS
 
-from .byte_dfa import byte_machine
+from .byte_dfa import byte_dfa
 
 if TYPE_CHECKING:
     from pydiffusion.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ class Automaton:
         """
         self._tokenizer = tokenizer
         self._ends = frozenset(ends)
-        table, self.accepting = byte_machine(expression)
+        table, self.accepting = byte_dfa(expression)
         self._byte_to_next = np.ascontiguousarray(table.T)  # by byte, then by state: a row fits a cache
         self.n_states = len(self.accepting)
         self._moves: dict[int, tuple[np.ndarray, np.ndarray]] = {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pydiffusion.chat.output_parser import Content, OutputParser, Part
+from pydiffusion.chat.output_parser import Content, OutputParser, Part, ends_in_thought
+from pydiffusion.options import GenerationOptions
 from pydiffusion.tokenizer import TextStream, Tokenizer
 from pydiffusion.tokenizer.markers import MARKERS
 
@@ -125,6 +126,18 @@ class ChatStream:
             if again._feed([token_id], last=False)[1]:
                 return i + 1
         return len(self._ids)
+
+
+def chat_stream(
+    tokenizer: Tokenizer, options: GenerationOptions, prompt_end: str
+) -> ContentStream | ChatStream:
+    """The stream for an answer behind a chat prompt. ValueError for a structured one within a thought."""
+    in_thought = ends_in_thought(prompt_end)
+    if options.is_structured:
+        if in_thought:
+            raise ValueError("the prompt ends within a thought: structured answers come without one")
+        return ContentStream(tokenizer, ())
+    return ChatStream(tokenizer, options.stop, in_thought)
 
 
 def marker_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pydiffusion.tokenizer import Tokenizer
-from pydiffusion.tokenizer.markers import CALL, CHANNEL, CHANNEL_END, NAMES, RESPONSE, TURN, TURN_END
+from pydiffusion.tokenizer.markers import CALL, CHANNEL, CHANNEL_END, CHANNEL_NAMES, RESPONSE, TURN, TURN_END
 
 
 def can_think(tokenizer: Tokenizer) -> bool:
@@ -28,7 +28,7 @@ class ThoughtBudget:
         others = map(tokenizer.token_id, (CALL, RESPONSE, TURN, TURN_END))
         self._ends = {end, *(token for token in others if token is not None)}
         self._thought_name, self._answer_name = (
-            tokenizer.tokenize(name + "\n", add_bos=False) for name in NAMES
+            tokenizer.tokenize(name + "\n", add_bos=False) for name in CHANNEL_NAMES
         )
         self._left = budget
         self._block: list[int] | None = None  # tokens since the marker that opened one

@@ -11,7 +11,7 @@ from pydiffusion.options import GenerationOptions
 
 from .errors import ApiError, invalid
 from .messages import check_messages, check_tools
-from .response_format import infill_layout, structure_options, suffix_layout
+from .response_format import constraint_options, infill_layout, suffix_layout
 from .responses import no_thinking, token_limit
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def chat_request(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> Ch
     tools = check_tools(fields.get("tools"))
     variables = _template_variables(fields)
     variables["tools"] = tools if _wants_tools(fields) else None
-    if structure_options(fields):
+    if constraint_options(fields):
         _check_plain_chat(variables)
         variables["enable_thinking"] = False
     elif variables.get("enable_thinking") is False:
@@ -238,7 +238,7 @@ def _options(fields: Mapping[str, Any], model: DiffusionModel) -> list[Generatio
     stop = fields.get("stop", ())
     if isinstance(stop, list) and len(stop) > MAX_STOPS:
         raise invalid(f"stop has {len(stop)} strings; permitted are {MAX_STOPS}", "stop")
-    choices = structure_options(fields)
+    choices = constraint_options(fields)
     choices["stop"] = stop
     try:
         limit = token_limit(fields.get("max_tokens"), fields.get("max_completion_tokens"))

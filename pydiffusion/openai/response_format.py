@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
 
 
-def structure_options(fields: Mapping[str, Any]) -> dict[str, Any]:
+def constraint_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     """``json_schema`` or ``regex`` of GenerationOptions, from ``response_format`` or ``regex``."""
     options: dict[str, Any] = {}
     if "response_format" in fields:
@@ -37,7 +37,7 @@ def structure_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def check_structure(model: DiffusionModel, options: GenerationOptions, n_prompt: int, param: str) -> None:
+def check_constraint(model: DiffusionModel, options: GenerationOptions, n_prompt: int, param: str) -> None:
     """Make the automaton, which the model keeps. Raises ApiError for what can't be guaranteed."""
     if not options.is_structured:
         return

@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from pydiffusion import _native
+from pydiffusion import ConversionError, _native
 from pydiffusion.convert.gguf.report import ConversionProgress
-from pydiffusion.errors import ConversionError
 
 NOISE = (0.1, 0.4, 0.7, 1.0)
 MAX_TOKENS = 144  # enough for every task of the demo model

@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from pydiffusion import _native
+from pydiffusion import ConversionError, _native
 from pydiffusion.convert.gguf.report import ConversionProgress
 from pydiffusion.convert.quantization.imatrix_file import Entry, write_imatrix
-from pydiffusion.errors import ConversionError
 
 NOISE = (0.1, 0.4, 0.7, 1.0)
 CHUNK = 512

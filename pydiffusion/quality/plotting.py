@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydiffusion import PyDiffusionError
 from pydiffusion._util import atomic
-from pydiffusion.errors import PyDiffusionError
 
 from .evaluation import EvaluationReport
 

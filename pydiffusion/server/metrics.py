@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Metrics:
-    """Counts answers; ``text`` adds what the scheduler counts."""
+    """Counts HTTP responses; ``text`` adds the scheduler's counters."""
 
     def __init__(self) -> None:
         self.responses: Counter[tuple[str, int]] = Counter()
@@ -32,8 +32,8 @@ class Metrics:
         add("requests_waiting", "gauge", "Requests in the queue.", {"": scheduler.n_waiting})
         add("requests_active", "gauge", "Requests being served.", {"": scheduler.n_active})
         add("requests_cancelled_total", "counter", "Requests stopped early.", {"": work.cancelled})
-        add("lanes", "gauge", "Answers in the making, denoised in one batch.", {"": scheduler.n_lanes})
-        add("lanes_limit", "gauge", "How many there may be.", {"": scheduler.n_parallel})
+        add("lanes", "gauge", "In-flight sequences, denoised in one batch.", {"": scheduler.n_in_flight})
+        add("lanes_limit", "gauge", "Most sequences in flight.", {"": scheduler.n_parallel})
         add("sessions", "gauge", "Sessions that hold a cache.", {"": scheduler.n_sessions})
         add("prompt_tokens_total", "counter", "Tokens of prompts.", {"": work.prompt_tokens})
         add("cached_tokens_total", "counter", "Of these, found in a cache.", {"": work.cached_tokens})

@@ -9,7 +9,7 @@ CHANNEL, CHANNEL_END = "<|channel>", "<channel|>"
 CALL, CALL_END = "<|tool_call>", "<tool_call|>"
 QUOTE = '<|"|>'
 RESPONSE, TURN, TURN_END = "<|tool_response>", "<|turn>", "<turn|>"
-NAMES = ("thought", "final")  # of channels: for thinking, for the answer
+CHANNEL_NAMES = ("thought", "final")  # of channels: for thinking, for the answer
 
 # All that steers and is no text. A file may type them as control tokens or as visible ones.
 MARKERS = (

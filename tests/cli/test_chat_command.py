@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from support.server_fakes import ScriptedModel
 
-from pydiffusion.cli import _common as common
-from pydiffusion.cli import main
+from pydiffusion.cli import _open, main
 
 Chat = Callable[..., tuple[str, str]]
 
@@ -28,7 +27,7 @@ def echo(prompt: str, i_answer: int) -> list[str]:
 def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Chat:
     def run(typed: str, *arguments: str) -> tuple[str, str]:
         model = ScriptedModel(echo)
-        monkeypatch.setattr(common, "open_model", lambda *_: model)
+        monkeypatch.setattr(_open, "open_model", lambda *_: model)
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
         assert main(["chat", "-m", "scripted.gguf", *arguments]) == 0
         return tuple(capsys.readouterr())  # type: ignore[return-value]

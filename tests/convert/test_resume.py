@@ -285,7 +285,7 @@ def test_the_command_says_how_to_go_on(folder: Path, whole: bytes, tmp_path: Pat
 
 
 def test_progress_has_a_rate_and_an_end(folder: Path, tmp_path: Path) -> None:
-    from pydiffusion.cli.convert import pace
+    from pydiffusion.cli._progress import pace
 
     counter = Counter()
     convert(folder, tmp_path / "m.gguf", "q8_0", progress=counter)

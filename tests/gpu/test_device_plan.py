@@ -193,8 +193,8 @@ def test_all_gpus_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(device_plan, "devices", lambda: there)
 
     def chosen(device: str, gpu_memory: Any = None) -> Any:
-        wish = device_plan.native_wish("auto", None, device, gpu_memory)
-        return wish["device"], wish["memory_limits"]
+        request = device_plan.device_request("auto", None, device, gpu_memory)
+        return request["device"], request["memory_limits"]
 
     assert chosen("auto") == ("GPU2,GPU0,GPU1", [])
     assert chosen("auto", 8) == ("GPU2,GPU0,GPU1", [8, 8, 8])
@@ -226,4 +226,4 @@ def test_wrong_devices(device: str, gpu_memory: Any, said: str, file: Path) -> N
 def test_a_gpu_once_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_plan, "devices", lambda: [device_plan.Device("GPU0", "", 1, 1)])
     with pytest.raises(ValueError, match="GPU0 twice"):
-        device_plan.native_wish("auto", None, "GPU0,GPU0", None)
+        device_plan.device_request("auto", None, "GPU0,GPU0", None)

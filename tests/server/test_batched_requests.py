@@ -100,7 +100,7 @@ def test_texts_are_those_of_each_request_alone(model: DiffusionModel) -> None:
             thread.start()
         for thread in threads:
             thread.join(120)
-        eventually(lambda: server.scheduler.n_lanes == 0)
+        eventually(lambda: server.scheduler.n_in_flight == 0)
         assert server.scheduler.n_parallel == 5
     assert [together[i] for i in range(len(bodies))] == alone
 
@@ -122,7 +122,7 @@ def test_nobody_waits_for_another_s_choices(scripted: tuple[ScriptedModel, Sched
     model, scheduler = scripted
     model.step_seconds = 0.02
     many = Client(scheduler, [run(model, "long", max_tokens=100)] * 6)
-    eventually(lambda: scheduler.n_lanes == 3)
+    eventually(lambda: scheduler.n_in_flight == 3)
     one = Client(scheduler, [run(model)])
     assert one.over.wait(60) and not many.over.is_set()
     assert many.over.wait(120)
@@ -154,7 +154,7 @@ def test_one_failure_ends_all_choices_of_its_request_and_no_other(model: Diffusi
         assert failing.over.wait(60) and other.over.wait(60)
         assert isinstance(failing.reports[-1][1], Failed) and failing.reports[-1][1].error.status == 400
         assert isinstance(other.reports[-1][1], Finished)
-        eventually(lambda: scheduler.n_lanes == 0 and scheduler.n_active == 0)
+        eventually(lambda: scheduler.n_in_flight == 0 and scheduler.n_active == 0)
     finally:
         scheduler.close()
 

@@ -22,7 +22,7 @@ from support.server_fakes import metadata
 
 from pydiffusion import DiffusionModel, GenerationOptions
 from pydiffusion.constrained import Automaton, Guide, expression_of
-from pydiffusion.constrained.byte_dfa import byte_machine
+from pydiffusion.constrained.byte_dfa import byte_dfa
 from pydiffusion.constrained.regex import from_regex
 from pydiffusion.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ PATTERNS = (
 @given(data=st.data())
 def test_the_machine_matches_what_python_matches(pattern: str, data: st.DataObject) -> None:
     expression = from_regex(pattern).text
-    machine = byte_machine(expression)
+    machine = byte_dfa(expression)
     text = data.draw(
         st.one_of(
             st.from_regex(f"(?:{pattern})", fullmatch=True),
@@ -57,7 +57,7 @@ def test_the_machine_matches_what_python_matches(pattern: str, data: st.DataObje
 
 
 def test_every_character_has_its_bytes() -> None:
-    machine = byte_machine(from_regex("[\u07ff-\u0800\u3456-\U00010001\U0010ffff]").text)
+    machine = byte_dfa(from_regex("[\u07ff-\u0800\u3456-\U00010001\U0010ffff]").text)
     for code in (0x7FE, 0x7FF, 0x800, 0x801, 0x3455, 0x3456, 0xD7FF, 0xE000, 0xFFFF, 0x10000, 0x10001,
                  0x10002, 0x10FFFE, 0x10FFFF):  # fmt: skip
         inside = code in (0x7FF, 0x800, 0x10FFFF) or 0x3456 <= code <= 0x10001
@@ -69,7 +69,7 @@ def test_every_character_has_its_bytes() -> None:
 )
 def test_expressions_that_are_refused(pattern: str) -> None:
     with pytest.raises(ValueError):
-        byte_machine(from_regex(pattern).text)
+        byte_dfa(from_regex(pattern).text)
 
 
 # The search
@@ -235,7 +235,7 @@ SCARCE = {"type": "number", "minimum": 2, "maximum": 1}  # which nothing satisfi
 )
 def test_parts_that_nothing_satisfies_are_left_out_where_others_remain(schema: Any, valid: str) -> None:
     jsonschema.validate(json.loads(valid), schema)
-    assert accepts(byte_machine(expression_of(GenerationOptions(json_schema=schema))), valid)
+    assert accepts(byte_dfa(expression_of(GenerationOptions(json_schema=schema))), valid)
 
 
 TREE = {
@@ -252,13 +252,13 @@ CHAIN = {
 
 
 def test_schemas_that_contain_themselves_are_written_out() -> None:
-    tree = byte_machine(expression_of(GenerationOptions(json_schema=TREE)))
+    tree = byte_dfa(expression_of(GenerationOptions(json_schema=TREE)))
     assert accepts(tree, '{"name": "a"}')
     assert accepts(tree, '{"name": "a", "children": []}')
     nested = '{"name": "a", "children": [{"name": "b", "children": [{"name": "c"}]}, {"name": "d"}]}'
     assert accepts(tree, nested)
     assert not accepts(tree, '{"name": "a", "children": [{"children": []}]}')
-    chain = byte_machine(expression_of(GenerationOptions(json_schema=CHAIN)))
+    chain = byte_dfa(expression_of(GenerationOptions(json_schema=CHAIN)))
     text = "null"
     for i in range(7):
         text = f'{{"value": {i}, "next": {text}}}'
@@ -266,7 +266,7 @@ def test_schemas_that_contain_themselves_are_written_out() -> None:
     assert not accepts(chain, f'{{"value": 7, "next": {text}}}')  # valid, and deeper than what is written
     assert not accepts(chain, '{"value": 1, "next": {"value": 2}}')
     arrays = {"$defs": {"n": {"items": {"$ref": "#/$defs/n"}}}, "$ref": "#/$defs/n"}
-    assert accepts(byte_machine(expression_of(GenerationOptions(json_schema=arrays))), "[[], [[]]]")
+    assert accepts(byte_dfa(expression_of(GenerationOptions(json_schema=arrays))), "[[], [[]]]")
 
 
 @pytest.mark.parametrize("schema", [TREE, CHAIN])
@@ -296,7 +296,7 @@ def test_what_pydantic_writes_is_read() -> None:
         "title": "Owner",
         "type": "object",
     }  # fmt: skip
-    machine = byte_machine(expression_of(GenerationOptions(json_schema=schema)))
+    machine = byte_dfa(expression_of(GenerationOptions(json_schema=schema)))
     assert accepts(machine, '{"pet": {"kind": "cat", "lives": 9}, "note": null}')
     assert accepts(machine, '{"pet":{"kind":"dog"}}')
     assert not accepts(machine, '{"pet": {"kind": "cat", "good": true}}')
@@ -310,7 +310,7 @@ def test_what_pydantic_writes_is_read() -> None:
 )  # fmt: skip
 def test_integers_within_bounds_and_no_others(low: int, width: int, value: int, out: bool) -> None:
     bounds = {"minimum": low, "exclusiveMaximum" if out else "maximum": low + width + out}
-    machine = byte_machine(expression_of(GenerationOptions(json_schema={"type": "integer", **bounds})))
+    machine = byte_dfa(expression_of(GenerationOptions(json_schema={"type": "integer", **bounds})))
     for number in (value, low, low - 1, low + width, low + width + 1):
         assert accepts(machine, str(number)) == (low <= number <= low + width), number
 

@@ -16,14 +16,14 @@ from support.automata import accepts
 
 from pydiffusion import GenerationOptions
 from pydiffusion.constrained import expression_of
-from pydiffusion.constrained.byte_dfa import byte_machine
+from pydiffusion.constrained.byte_dfa import byte_dfa
 
 Machine = tuple[np.ndarray, np.ndarray]
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")
 
 
 def machine_of(**schema: Any) -> Machine:
-    return byte_machine(expression_of(GenerationOptions(json_schema={"type": "number", **schema})))
+    return byte_dfa(expression_of(GenerationOptions(json_schema={"type": "number", **schema})))
 
 
 def is_within(text: str, schema: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from pydiffusion.convert.architectures.diffusion_gemma import tensor_names as names
+from pydiffusion.convert.architectures.diffusion_gemma import tensor_names
 from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import Wanted
 from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint, StoredTensor
@@ -37,9 +37,9 @@ class Inventory:
                     f"tensors {name!r} and {self.stored[short].name!r} are the same one twice"
                 )
             self.stored[short] = tensor
-        self.wanted = names.wanted_tensors(config)
+        self.wanted = tensor_names.wanted_tensors(config)
         self.twins = {
-            twin: want for want in self.wanted if (twin := names.encoder_twin(want.source)) is not None
+            twin: want for want in self.wanted if (twin := tensor_names.encoder_twin(want.source)) is not None
         }
 
     def plan(self, notes: list[str]) -> list[_Planned]:
@@ -48,8 +48,8 @@ class Inventory:
             self._check(want.source, want.shape)
         if not self.config.tied:
             self._check_untied()
-        known = {want.source for want in self.wanted} | set(self.twins) | {names.LM_HEAD}
-        vision = [name for name in self.stored if name.startswith(names.VISION)]
+        known = {want.source for want in self.wanted} | set(self.twins) | {tensor_names.LM_HEAD}
+        vision = [name for name in self.stored if name.startswith(tensor_names.VISION)]
         unexpected = sorted(set(self.stored) - known - set(vision))
         if unexpected:
             more = f" (and {len(unexpected) - 1} more)" if len(unexpected) > 1 else ""
@@ -60,19 +60,21 @@ class Inventory:
             notes.append(f"{len(vision)} vision tensors were left out: convert --mmproj writes them")
         planned = [self._planned(want) for want in self.wanted]
         planned.insert(1, self._rope_divisors())
-        if names.LM_HEAD in self.stored:
-            head = Wanted(names.LM_HEAD, "output.weight", (self.config.vocab_size, self.config.hidden_size))
+        if tensor_names.LM_HEAD in self.stored:
+            head = Wanted(
+                tensor_names.LM_HEAD, "output.weight", (self.config.vocab_size, self.config.hidden_size)
+            )
             self._check(head.source, head.shape)
-            if not self._equal(names.LM_HEAD, names.EMBEDDING):
+            if not self._equal(tensor_names.LM_HEAD, tensor_names.EMBEDDING):
                 planned.append(self._planned(head))
                 notes.append("lm_head.weight differs from the embedding and is kept as output.weight")
         return planned
 
     def _check_untied(self) -> None:
         """With ``tie_word_embeddings`` false nothing is shared, so all of it must be there."""
-        for name, want in [*self.twins.items(), (names.LM_HEAD, None)]:
+        for name, want in [*self.twins.items(), (tensor_names.LM_HEAD, None)]:
             if name not in self.stored:
-                source = names.EMBEDDING if want is None else want.source
+                source = tensor_names.EMBEDDING if want is None else want.source
                 raise ConversionError(
                     f"tensor {name!r} is missing: with 'tie_word_embeddings' = false it can't be "
                     f"taken from {source!r}"

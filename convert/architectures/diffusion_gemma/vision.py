@@ -22,7 +22,7 @@ from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import VISIO
 from pydiffusion.convert.checkpoint.hub import find_checkpoint
 from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint, StoredTensor
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
-from pydiffusion.convert.gguf import writer as pipeline
+from pydiffusion.convert.gguf import writer
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.convert.gguf.report import ConversionReport, ProgressCallback
 from pydiffusion.convert.gguf.tensor_reads import ReadBytes
@@ -134,7 +134,7 @@ def convert_mmproj(
             progress=progress,
             resume=resume,
         )
-        return pipeline.run(job, started)
+        return writer.run(job, started)
 
 
 def _read_config(folder: Path, notes: list[str]) -> _VisionConfig:
