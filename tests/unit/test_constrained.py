@@ -443,7 +443,7 @@ def test_the_smaller_of_a_chats_two_token_limits_applies(model: DiffusionModel) 
         ({"json_schema": SCHEMA, "regex": "a"}, "exclude each other"),
         ({"json_schema": SCHEMA, "stop": "x"}, "stop can't be combined"),
         ({"regex": "a", "canvas": [1]}, "canvas can't be combined"),
-        ({"json_schema": "{"}, "no valid JSON"),
+        ({"json_schema": "{"}, "not valid JSON"),
         ({"json_schema": 3}, "json_schema is 3"),
         ({"regex": ""}, "regex is ''"),
         ({"regex": "a", "eos": ()}, "needs an eos"),
