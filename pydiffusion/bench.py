@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from pydiffusion import _native
-from pydiffusion.cache_type import check_kv_type
-from pydiffusion.placement import devices, native_wish
+from . import _native
+from .device_plan import check_kv_type, devices, native_wish
 
 #: Parts of a step in the order in which they run.
 PARTS = ("self-conditioning", "embedding", "attention", "dense", "experts", "head", "sampler")

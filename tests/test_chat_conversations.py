@@ -18,7 +18,7 @@ from chat_conversations import CONVERSATIONS, EVERY, PUBLIC, Conversation
 from server_fakes import ScriptedModel, script, serving
 
 from pydiffusion import DiffusionModel
-from pydiffusion.chat_output import MARKERS
+from pydiffusion.tokenizer.markers import MARKERS
 
 REFERENCE = Path(__file__).parent / "reference"
 OWN = (REFERENCE / "chat_template.jinja").read_text(encoding="utf-8")

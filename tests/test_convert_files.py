@@ -11,8 +11,9 @@ import pytest
 from gguf import GGUFReader, quants
 
 from pydiffusion.convert import TYPES, ConversionProgress, convert
-from pydiffusion.convert.plan import plan_types
-from pydiffusion.convert.recipes import RECIPES, fit_to_rows, has_more_bits
+from pydiffusion.convert.gguf.tensor_types import fit_to_rows
+from pydiffusion.convert.quantization.recipes import RECIPES, has_more_bits
+from pydiffusion.convert.quantization.type_plan import plan_types
 
 NEED_IMATRIX = ("iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
 CIRCULATING = Path(__file__).resolve().parents[2] / "shared" / "data" / "circulating"

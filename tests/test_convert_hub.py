@@ -17,7 +17,7 @@ import convert_folders as folders
 import pytest
 
 from pydiffusion.convert import convert
-from pydiffusion.convert.hub import find_checkpoint, repo_id
+from pydiffusion.convert.checkpoint.hub import find_checkpoint, repo_id
 from pydiffusion.errors import ConversionError
 
 COMMIT, TOKEN = "c0ffee" * 6 + "c0ff", "hf_secret"

@@ -13,7 +13,7 @@ import pytest
 from gguf import GGUFReader
 
 from pydiffusion.convert import convert, edit_metadata, verify
-from pydiffusion.convert.gguf_header import Value
+from pydiffusion.convert.gguf.header import Value
 from pydiffusion.errors import ConversionError
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -146,7 +146,7 @@ print(in_parts)
 def test_a_batch_without_memory_for_one_graph_is_denoised_in_parts(
     tmp_path: Path, report: Callable[[str], None]
 ) -> None:
-    from pydiffusion.synthetic import write_synthetic
+    from pydiffusion.testing.synthetic import write_synthetic
 
     result = run(WIDE_BATCH, write_synthetic("tiny", tmp_path / "tiny.gguf"))
     assert result.returncode == 0, result.stderr[-800:]

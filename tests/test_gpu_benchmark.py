@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pydiffusion.synthetic import synthetic_bytes, write_synthetic
+from pydiffusion.testing.synthetic import synthetic_bytes, write_synthetic
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 MEASURED = [

@@ -16,9 +16,10 @@ from test_convert_files import NEED_IMATRIX, fields_of, read_tensors
 
 from pydiffusion import DiffusionModel, _native
 from pydiffusion.cli import main
-from pydiffusion.convert import collect, collect_imatrix, convert, verify
-from pydiffusion.convert.imatrix import Entry, read_imatrix, write_imatrix
+from pydiffusion.convert import collect_imatrix, convert, verify
+from pydiffusion.convert.quantization.imatrix_file import Entry, read_imatrix, write_imatrix
 from pydiffusion.errors import ConversionError, ModelFormatError
+from pydiffusion.quality import imatrix_collection as collect
 
 SHAPE = SHAPES["mild"]
 TEXT = "the river was wide and the boats were small. " * 12

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from server_fakes import ScriptedModel, metadata, script
 
-from pydiffusion.chat_output import MARKERS
 from pydiffusion.tokenizer import TokenType
+from pydiffusion.tokenizer.markers import MARKERS
 
 TEMPLATE = Path(__file__).parent / "reference" / "chat_template.jinja"
 

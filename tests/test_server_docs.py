@@ -11,7 +11,7 @@ import pytest
 from server_fakes import serving
 
 from pydiffusion import DiffusionModel
-from pydiffusion.server.parameters import _CHAT, _COMPLETION, _INFILL, IGNORED, UNSUPPORTED
+from pydiffusion.openai.requests import _CHAT, _COMPLETION, _INFILL, IGNORED, UNSUPPORTED
 
 PAGE = (Path(__file__).parent.parent / "docs" / "server.md").read_text(encoding="utf-8")
 
