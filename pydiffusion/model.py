@@ -37,6 +37,7 @@ from .session import Session
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from ._native import Batch
     from .constrained import Automaton
 
 DEFAULT_N_CTX = 8192
@@ -199,7 +200,7 @@ class DiffusionModel:
         """
         from .constrained import automaton_for
 
-        ends = frozenset(self.tokenizer.end_ids if options.eos is None else options.eos)
+        ends = frozenset(self.tokenizer.end_ids if options.eos is None else options.eos_ids)
         key = (options.json_schema, options.regex, ends)
         cache: dict[Any, Automaton] = self.__dict__.setdefault("_automata", {})
         found = cache.pop(key, None) or automaton_for(options, self.tokenizer, ends)
@@ -231,7 +232,7 @@ class DiffusionModel:
         """
         return Session(self, self.n_ctx if n_ctx is None else self._fitting_n_ctx(n_ctx))
 
-    def _new_batch(self) -> _native.Batch:
+    def _new_batch(self) -> Batch:
         """What denoises several sessions in one graph; for ``generation.batching``."""
         return _native.Batch(self._native)
 

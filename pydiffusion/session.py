@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,26 @@ if TYPE_CHECKING:
 
 # Tokens at the end of a prompt that may open a thought: the marker, "thought", a line break.
 _THOUGHT_OPENING = 16
+
+# Options that the native loop takes as they are.
+_BEGIN_OPTIONS = (
+    "max_tokens", "steps", "t_min", "t_max", "entropy_bound", "stability_threshold", "confidence_threshold",
+    "dropped_mass", "seed",
+)  # fmt: skip
+
+
+class NativeStep(Protocol):
+    """``_native.Step`` with the types of its arrays, which the generated stub leaves out."""
+
+    canvas_index: int
+    step: int
+    draft: np.ndarray
+    entropy: np.ndarray
+    accepted: np.ndarray
+    canvas_done: bool
+    tokens: np.ndarray
+    finish: str
+    timings: dict[str, float]
 
 
 class Session:
@@ -51,7 +71,7 @@ class Session:
     @property
     def tokens(self) -> np.ndarray:
         """The tokens in the cache, int32 (n_past,)."""
-        return self._native.tokens
+        return cast(np.ndarray, self._native.tokens)
 
     @property
     def n_encoded(self) -> int:
@@ -81,7 +101,7 @@ class Session:
             token_array(ids, self.model.n_vocab), return_hidden=return_hidden, progress=progress
         )
         self._prompt_seconds += time.perf_counter() - started
-        return hidden
+        return cast("np.ndarray | None", hidden)
 
     def prefill(self, ids: TokenIds, progress: Callable[[int, int], None] | None = None) -> int:
         """Make these the session's tokens, encoding only what follows the part that the cache has already.
@@ -155,7 +175,7 @@ class Session:
                 raise ValueError(
                     f"self_conditioning has the shape {self_conditioning.shape}; it must be {expected}"
                 )
-        return self._native.denoise(ids, self_conditioning)
+        return cast(np.ndarray, self._native.denoise(ids, self_conditioning))
 
     def cancel(self) -> None:
         """Stop the running native call, or the next, which raises GenerationCancelled. From any thread."""
@@ -181,14 +201,14 @@ class Session:
 
     def _answer_stream(self, options: GenerationOptions, chat: bool) -> AnswerStream | ChatStream:
         if not chat:
-            return AnswerStream(self.model.tokenizer, options.stop)
+            return AnswerStream(self.model.tokenizer, options.stop_strings)
         prompt_end = self.model.detokenize(self.tokens[-_THOUGHT_OPENING:], keep_control=True)
         in_thought = ends_in_thought(prompt_end)
         if options.is_structured:
             if in_thought:
                 raise ValueError("the prompt ends within a thought: structured answers come without one")
             return ContentStream(self.model.tokenizer, ())
-        return ChatStream(self.model.tokenizer, options.stop, in_thought)
+        return ChatStream(self.model.tokenizer, options.stop_strings, in_thought)
 
     def _guide(self, options: GenerationOptions) -> Guide | None:
         """What keeps the text to a schema or an expression, where the options ask for it."""
@@ -197,24 +217,26 @@ class Session:
         from .constrained import Guide
 
         n_canvas = options.canvas_length or self.model.canvas_length
-        assert options.max_tokens is not None and options.eos is not None  # resolved
+        assert options.max_tokens is not None  # resolved
         budget = min(options.max_tokens, (self.n_ctx - self.n_past) // n_canvas * n_canvas)
-        return Guide(self.model.automaton(options), n_canvas, budget, list(options.eos), self.model.n_vocab)
+        return Guide(self.model.automaton(options), n_canvas, budget, options.eos_ids, self.model.n_vocab)
 
     def _generate(self, options: GenerationOptions, answer: AnswerStream | ChatStream) -> Iterator[Event]:
         to_events = self._begin(options, answer)
         while (step := self._native.next_step()) is not None:
-            for event in to_events(step):
+            for event in to_events(cast(NativeStep, step)):
                 yield event
                 if isinstance(event, EndEvent):
                     return
 
     def _begin(
         self, options: GenerationOptions, answer: AnswerStream | ChatStream
-    ) -> Callable[[_native.Step], Iterator[Event]]:
+    ) -> Callable[[NativeStep], Iterator[Event]]:
         """Start a generation; what it returns tells the events that a native step brings."""
         started = time.perf_counter()
-        eos = np.asarray(options.eos, dtype=np.int32)
+        assert options.steps is not None and options.seed is not None  # resolved
+        steps, seed = options.steps, options.seed
+        eos = np.asarray(options.eos_ids, dtype=np.int32)
         prompt_seconds, self._prompt_seconds = self._prompt_seconds, 0.0
 
         def draft_text(tokens: np.ndarray) -> str:
@@ -222,34 +244,19 @@ class Session:
 
         guide = self._guide(options)
         limits = _Limits(self, options)
-        self._native.begin(
-            max_tokens=options.max_tokens,
-            steps=options.steps,
-            t_min=options.t_min,
-            t_max=options.t_max,
-            entropy_bound=options.entropy_bound,
-            stability_threshold=options.stability_threshold,
-            confidence_threshold=options.confidence_threshold,
-            dropped_mass=options.dropped_mass,
-            canvas_length=options.canvas_length or 0,
-            trim_after_eos=bool(options.trim_after_eos),
-            seed=options.seed,
-            eos=list(options.eos),
-            **_given(options),
-            **({"guided": True} if guide else {}),
-        )
+        self._native.begin(**_begin_arguments(options), guided=guide is not None)
 
-        def to_events(step: _native.Step) -> Iterator[Event]:
+        def to_events(step: NativeStep) -> Iterator[Event]:
             if guide is not None:
                 found = self._native.candidates(guide.n_likeliest, guide.extra)
-                step = self._native.impose(guide.choose(*found))
+                step = cast(NativeStep, self._native.impose(guide.choose(*found)))
             yield DraftEvent(
                 step=step.step,
                 tokens=step.draft,
                 entropy=step.entropy,
                 accepted=step.accepted,
                 canvas_index=step.canvas_index,
-                steps=options.steps,
+                steps=steps,
                 _to_text=draft_text,
             )
             if not step.canvas_done:
@@ -262,14 +269,14 @@ class Session:
             yield CanvasEvent(
                 tokens=tokens[:n_tokens],
                 text=text,
-                steps=options.steps - step.step + 1,
+                steps=steps - step.step + 1,
                 canvas_index=step.canvas_index,
                 parts=tuple(answer.parts),
             )
             if stopped or finish:
                 total = prompt_seconds + time.perf_counter() - started
                 timings = {"prompt": prompt_seconds, **step.timings, "total": total}
-                yield EndEvent(reason="stop" if stopped else finish, timings=timings, seed=options.seed)
+                yield EndEvent(reason="stop" if stopped else finish, timings=timings, seed=seed)
 
         return to_events
 
@@ -281,7 +288,7 @@ class Session:
     ) -> Completion:
         """``generate`` to its end; on_event is called with every event. Raises as ``generate`` does."""
         n_prompt = self.n_past
-        events = []
+        events: list[CanvasEvent | EndEvent] = []
         for event in self.generate(options, **keywords):
             if on_event is not None:
                 on_event(event)
@@ -290,8 +297,9 @@ class Session:
         return self._completion(n_prompt, events)
 
     def _completion(self, n_prompt: int, events: list[CanvasEvent | EndEvent]) -> Completion:
-        *canvases, end = events
+        end = events[-1]
         assert isinstance(end, EndEvent)  # the generator's last event, always
+        canvases = [event for event in events if isinstance(event, CanvasEvent)]
         text = "".join(canvas.text for canvas in canvases)
         tokens = np.concatenate([canvas.tokens for canvas in canvases])
         if end.reason == "stop":  # the stop string may begin in an earlier canvas than it ends in
@@ -319,7 +327,7 @@ class _Limits:
             self._budget = ThoughtBudget(session.model.tokenizer, options.thinking_budget, end)
         self._past: np.ndarray | None = np.empty(0, np.int32) if options.stop_on_repetition else None
 
-    def apply(self, step: _native.Step) -> tuple[np.ndarray, str]:
+    def apply(self, step: NativeStep) -> tuple[np.ndarray, str]:
         """The tokens of a finished canvas that count, and how they finish the generation, if they do."""
         tokens, finish = step.tokens, step.finish
         if self._budget is not None and (cut := self._budget.cut(tokens.tolist())) is not None:
@@ -333,11 +341,13 @@ class _Limits:
         return tokens, finish
 
 
-def _given(options: GenerationOptions) -> dict[str, Any]:
-    """What the native loop needs to know of tokens that the caller gives."""
-    if not options.canvas:
-        return {}
-    return {
-        "canvas": np.asarray(options.canvas, dtype=np.int32),
-        "hold": np.asarray(options.hold or (), dtype=np.uint8),
-    }
+def _begin_arguments(options: GenerationOptions) -> dict[str, Any]:
+    """Resolved options as the native loop takes them."""
+    arguments: dict[str, Any] = {name: getattr(options, name) for name in _BEGIN_OPTIONS}
+    arguments["canvas_length"] = options.canvas_length or 0
+    arguments["trim_after_eos"] = bool(options.trim_after_eos)
+    arguments["eos"] = list(options.eos_ids)
+    if options.canvas:
+        arguments["canvas"] = np.asarray(options.canvas, dtype=np.int32)
+        arguments["hold"] = np.asarray(options.hold or (), dtype=np.uint8)
+    return arguments

@@ -54,10 +54,10 @@ def normalize_messages(messages: Iterable[Any]) -> list[Message]:
 
 def normalize_tools(tools: Iterable[Any] | None) -> list[Any] | None:
     """The tools without nulls beside their names. Schemas stay as they are: null is a value there."""
-    tools = plain(tools, "tools")
-    if not isinstance(tools, list):
-        return tools
-    return [_with_function(tool, {}) if isinstance(tool, Mapping) else tool for tool in tools]
+    given: Any = plain(tools, "tools")
+    if not isinstance(given, list):
+        return given
+    return [_with_function(tool, {}) if isinstance(tool, Mapping) else tool for tool in given]
 
 
 def template_variables(given: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ._text import count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from pydiffusion.convert import ConversionProgress, ConversionReport
 
@@ -140,7 +141,8 @@ def command(
         given = [pad is not None, tensor_type, imatrix, split_max_size, allow_nonfinite, fit, dry_run]
         if any(given):
             raise typer.BadParameter("--mmproj goes with --type, --resume and --threads only")
-        if context.get_parameter_source("type").name == "DEFAULT":
+        given_by = context.get_parameter_source("type")
+        if given_by is not None and given_by.name == "DEFAULT":
             type = "bf16"
         choices = {"type": type, "resume": resume, "n_threads": threads, "overwrite": not no_overwrite}
         convert_vision(source, output, as_json, choices)
@@ -309,7 +311,7 @@ class conversion_progress:
     def __init__(self, target: Path) -> None:
         self._target = target
         self._stage = ""
-        self._shown = None
+        self._shown: AbstractContextManager[Callable[..., None]] | None = None
 
     def __enter__(self) -> Callable[[ConversionProgress], None]:
         return self._update

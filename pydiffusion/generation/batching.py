@@ -7,9 +7,8 @@ the one that its session gives alone. ``DiffusionModel.generate_batch`` and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from pydiffusion import _native
 from pydiffusion.errors import PyDiffusionError
 from pydiffusion.events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
 from pydiffusion.options import GenerationOptions
@@ -18,7 +17,7 @@ from .token_ids import check_bos, token_array
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
-    from pydiffusion.session import Session
+    from pydiffusion.session import NativeStep, Session
 
     from .token_ids import TokenIds
 
@@ -48,7 +47,7 @@ class Lane:
         self._unread = ids[self.n_cached :]
         self._options = options
         self._chat = chat
-        self._to_events: Callable[[_native.Step], Iterator[Event]] | None = None
+        self._to_events: Callable[[NativeStep], Iterator[Event]] | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -66,10 +65,13 @@ class Lane:
             stream = self.session._answer_stream(self._options, self._chat)
             self._to_events = self.session._begin(self._options, stream)
 
-    def events(self, step: _native.Step) -> Iterator[Event]:
+    def events(self, step: NativeStep) -> Iterator[Event]:
         """What a native step brings."""
         assert self._to_events is not None
         return self._to_events(step)
+
+
+AnyLane = TypeVar("AnyLane", bound=Lane)
 
 
 class Batch:
@@ -78,7 +80,7 @@ class Batch:
     def __init__(self, model: DiffusionModel) -> None:
         self._native = model._new_batch()
 
-    def advance(self, lanes: Sequence[Lane]) -> Iterator[tuple[Lane, Iterator[Event] | Exception]]:
+    def advance(self, lanes: Sequence[AnyLane]) -> Iterator[tuple[AnyLane, Iterator[Event] | Exception]]:
         """Bring every lane a little further: a part of its prompt is read, or one step is made.
 
         Yields every lane with the events that it brings (take them before the next call), or with the error

@@ -105,14 +105,14 @@ class ChatStream:
     def _feed(self, ids: Iterable[int], last: bool) -> tuple[list[Part], bool]:
         found: list[Part] = []
         for part in self._parser.feed(self._text.feed(ids, last=last), last=last):
-            is_content = isinstance(part, Content)
+            content = part.text if isinstance(part, Content) else None
             # What begins a stop string at the end of a text can't go on behind a thought or a call.
-            text, stopped = self._filter.feed(part.text if is_content else "", last=not is_content)
+            text, stopped = self._filter.feed(content or "", last=content is None)
             if text:
                 found.append(Content(text))
             if stopped:
                 return found, True
-            if not is_content:
+            if content is None:
                 found.append(part)
         if last and (rest := self._filter.feed("", last=True)[0]):
             found.append(Content(rest))

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pydiffusion.chat.output_parser import ToolCall
@@ -168,7 +169,7 @@ class Scheduler:
             job = self._next_job()
             if job is None:
                 return
-            self._attempt(job, lambda job=job: self._begin_run(job, self._session_for(job)))
+            self._attempt(job, partial(self._start_run, job))
 
     def _next_job(self) -> Job | None:
         """Whose next run gets a free lane: the job that has waited longest, then one with choices left."""
@@ -193,6 +194,9 @@ class Scheduler:
                 raise
             self._n_parallel = len(self._lanes)  # as many as there is room for
             raise _NoRoom from None
+
+    def _start_run(self, job: Job) -> None:
+        self._begin_run(job, self._session_for(job))
 
     def _begin_run(self, job: Job, session: Session) -> None:
         job.bind(session)
@@ -221,7 +225,7 @@ class Scheduler:
             if lane.job.error is not None:
                 self._fail(lane.job, lane.job.error)
         for lane, brought in self._batch.advance(self._lanes.copy()):
-            self._attempt(lane.job, lambda lane=lane, brought=brought: self._report(lane, brought))
+            self._attempt(lane.job, partial(self._report, lane, brought))
 
     def _report(self, lane: RunLane, brought: Iterator[Event] | Exception) -> None:
         """Tell what a step brought."""
