@@ -36,6 +36,7 @@ from .session import Session
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from ._native import Batch
     from .constrained import Automaton
     from .events import Completion, Event
 
@@ -200,7 +201,7 @@ class DiffusionModel:
         """
         from .constrained import automaton_for
 
-        ends = frozenset(self.tokenizer.end_ids if options.eos is None else options.eos)
+        ends = frozenset(self.tokenizer.end_ids if options.eos is None else options.eos_ids)
         key = (options.json_schema, options.regex, ends)
         cache: dict[Any, Automaton] = self.__dict__.setdefault("_automata", {})
         found = cache.pop(key, None) or automaton_for(options, self.tokenizer, ends)

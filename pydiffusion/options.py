@@ -255,6 +255,16 @@ class GenerationOptions:
         return GenerationOptions(**chosen)
 
     @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """``eos`` as token ids; empty where it is left open."""
+        return () if self.eos is None else _token_ids("eos", self.eos)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` as strings; empty where it is left open."""
+        return () if self.stop is None else _stop_strings(self.stop)
+
+    @property
     def is_structured(self) -> bool:
         """Whether the text is constrained by a JSON schema or a regular expression."""
         return self.json_schema is not None or self.regex is not None

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,26 @@ if TYPE_CHECKING:
 
 # Tokens at the end of a prompt that may open a reasoning block: the marker, "thought", a line break.
 _THOUGHT_OPENING = 16
+
+# Options that the native loop takes as they are.
+_BEGIN_OPTIONS = (
+    "max_tokens", "steps", "t_min", "t_max", "entropy_bound", "stability_threshold", "confidence_threshold",
+    "dropped_mass", "seed",
+)  # fmt: skip
+
+
+class NativeStep(Protocol):
+    """``_native.Step`` with the types of its arrays, which the generated stub leaves out."""
+
+    canvas_index: int
+    step: int
+    draft: np.ndarray
+    entropy: np.ndarray
+    accepted: np.ndarray
+    canvas_done: bool
+    tokens: np.ndarray
+    finish: str
+    timings: dict[str, float]
 
 
 class Session:
@@ -54,7 +74,7 @@ class Session:
     @property
     def tokens(self) -> np.ndarray:
         """The tokens in the cache, int32 (n_past,)."""
-        return self._native.tokens
+        return cast(np.ndarray, self._native.tokens)
 
     @property
     def n_encoded(self) -> int:
@@ -84,7 +104,7 @@ class Session:
             token_array(ids, self.model.n_vocab), return_hidden=return_hidden, progress=progress
         )
         self._prompt_seconds += time.perf_counter() - started
-        return hidden
+        return cast("np.ndarray | None", hidden)
 
     def prefill(self, ids: TokenIds, progress: Callable[[int, int], None] | None = None) -> int:
         """Make these the session's tokens, encoding only what follows the prefix that is already in the
@@ -160,7 +180,7 @@ class Session:
                 raise ValueError(
                     f"self_conditioning has the shape {self_conditioning.shape}; it must be {expected}"
                 )
-        return self._native.denoise(ids, self_conditioning)
+        return cast(np.ndarray, self._native.denoise(ids, self_conditioning))
 
     def cancel(self) -> None:
         """Make the running native call, or the next one, raise GenerationCancelled. Thread-safe."""
@@ -185,7 +205,7 @@ class Session:
 
     def _answer_stream(self, options: GenerationOptions, chat: bool) -> AnswerStream | ChatStream:
         if not chat:
-            return AnswerStream(self.model.tokenizer, options.stop)
+            return AnswerStream(self.model.tokenizer, options.stop_strings)
         prompt_end = self.model.detokenize(self.tokens[-_THOUGHT_OPENING:], keep_control=True)
         return chat_stream(self.model.tokenizer, options, prompt_end)
 
@@ -196,14 +216,14 @@ class Session:
         from .constrained import Guide
 
         n_canvas = options.canvas_length or self.model.canvas_length
-        assert options.max_tokens is not None and options.eos is not None  # resolved
+        assert options.max_tokens is not None  # resolved
         budget = min(options.max_tokens, (self.n_ctx - self.n_past) // n_canvas * n_canvas)
-        return Guide(self.model.automaton(options), n_canvas, budget, list(options.eos), self.model.n_vocab)
+        return Guide(self.model.automaton(options), n_canvas, budget, options.eos_ids, self.model.n_vocab)
 
     def _generate(self, options: GenerationOptions, answer: AnswerStream | ChatStream) -> Iterator[Event]:
         to_events = self._begin(options, answer)
         while (step := self._native.next_step()) is not None:
-            for event in to_events(step):
+            for event in to_events(cast(NativeStep, step)):
                 yield event
                 if isinstance(event, EndEvent):
                     return
@@ -213,7 +233,9 @@ class Session:
     ) -> Callable[[_native.Step], Iterator[Event]]:
         """Start a generation; returns the function that converts a native step into events."""
         started = time.perf_counter()
-        eos = np.asarray(options.eos, dtype=np.int32)
+        assert options.steps is not None and options.seed is not None  # resolved
+        steps, seed = options.steps, options.seed
+        eos = np.asarray(options.eos_ids, dtype=np.int32)
         prompt_seconds, self._prompt_seconds = self._prompt_seconds, 0.0
 
         def draft_text(tokens: np.ndarray) -> str:
@@ -238,17 +260,17 @@ class Session:
             **({"guided": True} if guide else {}),
         )
 
-        def to_events(step: _native.Step) -> Iterator[Event]:
+        def to_events(step: NativeStep) -> Iterator[Event]:
             if guide is not None:
                 found = self._native.candidates(guide.n_likeliest, guide.extra)
-                step = self._native.impose(guide.choose(*found))
+                step = cast(NativeStep, self._native.impose(guide.choose(*found)))
             yield DraftEvent(
                 step=step.step,
                 tokens=step.draft,
                 entropy=step.entropy,
                 accepted=step.accepted,
                 canvas_index=step.canvas_index,
-                steps=options.steps,
+                steps=steps,
                 _to_text=draft_text,
             )
             if not step.canvas_done:
@@ -261,14 +283,14 @@ class Session:
             yield CanvasEvent(
                 tokens=tokens[:n_tokens],
                 text=text,
-                steps=options.steps - step.step + 1,
+                steps=steps - step.step + 1,
                 canvas_index=step.canvas_index,
                 parts=tuple(answer.parts),
             )
             if stopped or finish:
                 total = prompt_seconds + time.perf_counter() - started
                 timings = {"prompt": prompt_seconds, **step.timings, "total": total}
-                yield EndEvent(reason="stop" if stopped else finish, timings=timings, seed=options.seed)
+                yield EndEvent(reason="stop" if stopped else finish, timings=timings, seed=seed)
 
         return to_events
 
@@ -280,7 +302,7 @@ class Session:
     ) -> Completion:
         """Run ``generate`` to its end; on_event is called with every event. Raises as ``generate``."""
         n_prompt = self.n_past
-        events = []
+        events: list[CanvasEvent | EndEvent] = []
         for event in self.generate(options, **keywords):
             if on_event is not None:
                 on_event(event)

@@ -75,7 +75,7 @@ _MEANINGS = {
 def _explain(error: BaseException, repo_id: str, name: str, revision: str | None) -> str:
     where = f"{repo_id}{'@' + revision if revision else ''}/{name}"
     link: BaseException | None = error
-    names = []
+    names: list[str] = []
     while link is not None and len(names) < 20:
         names.append(type(link).__name__)
         link = link.__cause__ or link.__context__

@@ -227,7 +227,7 @@ class _Limits(NodeTransformer):
     def __init__(self, environment: jinja2.Environment) -> None:
         self._environment = environment
 
-    def _filter(self, node: nodes.Expr | None, name: str, line: int) -> nodes.Filter:
+    def _filter(self, node: nodes.Node | None, name: str, line: int) -> nodes.Filter:
         wrapped = nodes.Filter(node, name, [], [], None, None)
         wrapped.set_lineno(line)
         wrapped.set_environment(self._environment)

@@ -188,7 +188,7 @@ def prepare(
             f"a prompt of {len(prompt)} tokens and canvases for {layout.n_tokens} do not fit the context of"
             f" {n_ctx}: shorten the text or open the model with a larger n_ctx"
         )
-    return layout.options(options, n_canvas, resolved.eos or ())
+    return layout.options(options, n_canvas, resolved.eos_ids)
 
 
 def collect(layout: Layout, completion: Completion, tokenizer: Tokenizer) -> Infill:

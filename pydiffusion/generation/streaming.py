@@ -113,7 +113,7 @@ class ChatStream:
                 found.append(Content(text))
             if stopped:
                 return found, True
-            if not is_content:
+            if content is None:
                 found.append(part)
         if last and (rest := self._filter.feed("", last=True)[0]):
             found.append(Content(rest))
