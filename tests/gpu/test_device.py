@@ -269,5 +269,5 @@ def test_a_device_that_is_not_there(device: str, gguf_file: Callable) -> None:
 
 def test_statistics_want_the_processor(device: str, gguf_file: Callable) -> None:
     model = open_on(gguf_file("small", "f32", seed=0, dtype="f32"), device)
-    with pytest.raises(PyDiffusionError, match="on the processor only"):
+    with pytest.raises(PyDiffusionError, match="only be collected on the CPU"):
         _native.Session(model, 128).collect_imatrix(True)
