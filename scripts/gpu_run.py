@@ -183,8 +183,8 @@ class Run:
             self.build(kit)
         elif importlib.util.find_spec("pydiffusion") is None:
             raise RunError(
-                f"neither a kit in {kit} nor an installed pydiffusion: build a kit with scripts/gpu_prepare.sh, "
-                "or install pydiffusion with CUDA (docs/gpu.md)"
+                f"neither a kit in {kit} nor an installed pydiffusion: build a kit with "
+                "scripts/gpu_prepare.sh, or install pydiffusion with CUDA (docs/gpu.md)"
             )
         code = "import pydiffusion; print(' '.join(one.name for one in pydiffusion.devices()))"
         done = subprocess.run(
@@ -199,8 +199,8 @@ class Run:
             raise RunError(f"importing pydiffusion failed: {(done.stderr.splitlines() or ['?'])[-1]}")
         if self.device not in [*done.stdout.split(), "host"]:
             raise RunError(
-                f"pydiffusion has no device {self.device}, only: {done.stdout.strip() or 'no GPU'}. Check that "
-                "it is built for CUDA (docs/gpu.md), that the driver supports CUDA 13, and --device"
+                f"pydiffusion has no device {self.device}, only: {done.stdout.strip() or 'no GPU'}. Check "
+                "that it is built for CUDA (docs/gpu.md), that the driver supports CUDA 13, and --device"
             )
 
     def build(self, kit: Path) -> None:
