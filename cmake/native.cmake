@@ -1,5 +1,6 @@
 # The C++ runtime, without the Python bindings.
 add_library(pydiffusion_native STATIC
+    native/architectures/diffusion_gemma.cpp
     native/backend/backend.cpp
     native/backend/cpu/amx/pack.cpp
     native/backend/cpu/amx/tile_gemm.cpp
@@ -10,6 +11,7 @@ add_library(pydiffusion_native STATIC
     native/backend/cpu/matmul.cpp
     native/backend/cpu/measure_logits.cpp
     native/backend/cpu/self_conditioning.cpp
+    native/backend/cpu/thread_pool.cpp
     native/backend/cpu/tile_attention.cpp
     native/backend/cpu/top_k.cpp
     native/backend/devices.cpp
@@ -17,29 +19,29 @@ add_library(pydiffusion_native STATIC
     native/backend/ggml/ggml_ops.cpp
     native/backend/graph_executor.cpp
     native/backend/host_step_backend.cpp
-    native/backend/thread_pool.cpp
     native/bench/matmul_once.cpp
     native/bench/roofline.cpp
     native/gguf/gguf_file.cpp
     native/gguf/gguf_split.cpp
     native/graph/graph_builder.cpp
-    native/graph/kv_cache.cpp
+    native/kv_cache/kv_cache.cpp
+    native/kv_cache/kv_layout.cpp
     native/model/device_plan.cpp
     native/model/hparams.cpp
-    native/model/kv_layout.cpp
     native/model/model.cpp
     native/model/weights.cpp
-    native/models/diffusion_gemma.cpp
-    native/quant/imatrix_collector.cpp
-    native/quant/quantize.cpp
+    native/quantization/imatrix_collector.cpp
+    native/quantization/quantize.cpp
     native/runtime/batch.cpp
     native/runtime/denoiser.cpp
+    native/runtime/device_planner.cpp
     native/runtime/encoder.cpp
     native/runtime/generation.cpp
     native/runtime/session.cpp
     native/sampler/entropy_bound.cpp
     native/sampler/logits.cpp
     native/sampler/philox.cpp
+    native/util/cpu_kernels.cpp
     native/util/error.cpp
 )
 target_include_directories(pydiffusion_native PUBLIC native PRIVATE vendor/ggml/src)  # ggml's own headers

@@ -19,8 +19,8 @@ from pathlib import Path
 # The layers, lowest first.
 NATIVE_ORDER = (
     "util", "gguf", "sampler",
-    "backend/cpu/amx", "backend", "backend/cpu", "backend/ggml", "backend/cuda",
-    "model", "graph", "models", "quant", "runtime", "bench", "bindings", "tests",
+    "backend/cpu/amx", "backend/cpu", "backend", "backend/ggml", "backend/cuda",
+    "model", "kv_cache", "graph", "architectures", "quantization", "runtime", "bench", "bindings", "tests",
 )  # fmt: skip
 PYTHON_ORDER = (
     "errors", "_util", "tokenizer", "options", "chat", "events", "demo", "constrained", "generation",

@@ -10,12 +10,12 @@
 #include <utility>
 #include <vector>
 
-#include "backend/cpu/amx/tile_gemm.h"
+#include "backend/cpu/thread_pool.h"
 #include "backend/devices.h"
-#include "backend/thread_pool.h"
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
+#include "util/cpu_kernels.h"
 
 namespace pydiffusion {
 

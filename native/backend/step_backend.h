@@ -6,8 +6,8 @@
 #include <functional>
 #include <memory>
 
-#include "backend/step_state.h"
 #include "ggml-backend.h"
+#include "sampler/step_state.h"
 
 namespace pydiffusion {
 

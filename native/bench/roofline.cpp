@@ -7,7 +7,7 @@
 #include "backend/graph_executor.h"
 #include "backend/step_backend.h"
 #include "ggml-alloc.h"
-#include "quant/quantize.h"
+#include "quantization/quantize.h"
 #include "util/error.h"
 #include "util/timer.h"
 

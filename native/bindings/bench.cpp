@@ -2,10 +2,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "backend/cpu/amx/tile_gemm.h"
 #include "bench/roofline.h"
 #include "bindings/bindings.h"
 #include "ggml-cpu.h"
+#include "util/cpu_kernels.h"
 #include "util/error.h"
 
 namespace pydiffusion {

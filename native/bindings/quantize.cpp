@@ -1,5 +1,5 @@
 // Bindings of quantization and dequantization of rows.
-#include "quant/quantize.h"
+#include "quantization/quantize.h"
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>

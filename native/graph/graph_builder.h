@@ -7,7 +7,7 @@
 #include "backend/cpu/matmul.h"
 #include "backend/ggml/ggml_ops.h"
 #include "backend/graph_executor.h"
-#include "graph/kv_cache.h"
+#include "kv_cache/kv_cache.h"
 #include "model/model.h"
 
 namespace pydiffusion {

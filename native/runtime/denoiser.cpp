@@ -5,10 +5,10 @@
 #include <functional>
 #include <limits>
 
+#include "architectures/diffusion_gemma.h"
 #include "backend/cpu/measure_logits.h"
 #include "backend/step_backend.h"
 #include "ggml-impl.h"
-#include "models/diffusion_gemma.h"
 #include "util/error.h"
 #include "util/timer.h"
 

@@ -13,7 +13,7 @@
 #include "backend/cpu/self_conditioning.h"
 #include "backend/graph_executor.h"
 #include "graph/graph_builder.h"
-#include "quant/imatrix_collector.h"
+#include "quantization/imatrix_collector.h"
 
 namespace pydiffusion {
 

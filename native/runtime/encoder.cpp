@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "architectures/diffusion_gemma.h"
 #include "model/limits.h"
-#include "models/diffusion_gemma.h"
 #include "util/error.h"
 
 namespace pydiffusion {

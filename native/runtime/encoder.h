@@ -7,7 +7,7 @@
 
 #include "backend/graph_executor.h"
 #include "graph/graph_builder.h"
-#include "quant/imatrix_collector.h"
+#include "quantization/imatrix_collector.h"
 
 namespace pydiffusion {
 

@@ -1,8 +1,8 @@
 // Soft cap and sampling statistics of the logits as the last graph node of a step.
 #pragma once
 
-#include "backend/step_state.h"
 #include "ggml.h"
+#include "sampler/step_state.h"
 
 namespace pydiffusion {
 

@@ -1,8 +1,8 @@
 // Self-conditioning on the CPU: the previous step's distribution as a mean of embeddings, in two graph nodes.
 #pragma once
 
-#include "backend/step_state.h"
 #include "ggml.h"
+#include "sampler/step_state.h"
 
 namespace pydiffusion {
 

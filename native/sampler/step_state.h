@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "backend/cpu/amx/tile_gemm.h"
 #include "sampler/logits.h"
+#include "util/cpu_kernels.h"
 
 namespace pydiffusion {
 

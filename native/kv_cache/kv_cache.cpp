@@ -1,11 +1,11 @@
-#include "graph/kv_cache.h"
+#include "kv_cache/kv_cache.h"
 
 #include <algorithm>
 #include <cstring>
 
 #include "backend/ggml/ggml_ops.h"
 #include "ggml-alloc.h"
-#include "model/kv_layout.h"
+#include "kv_cache/kv_layout.h"
 #include "util/error.h"
 
 namespace pydiffusion {

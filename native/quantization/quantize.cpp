@@ -1,4 +1,4 @@
-#include "quant/quantize.h"
+#include "quantization/quantize.h"
 
 #include <algorithm>
 #include <atomic>

@@ -1,4 +1,4 @@
-#include "quant/imatrix_collector.h"
+#include "quantization/imatrix_collector.h"
 
 namespace pydiffusion {
 

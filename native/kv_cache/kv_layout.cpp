@@ -1,4 +1,4 @@
-#include "model/kv_layout.h"
+#include "kv_cache/kv_layout.h"
 
 #include "util/error.h"
 

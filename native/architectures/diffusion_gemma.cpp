@@ -1,4 +1,4 @@
-#include "models/diffusion_gemma.h"
+#include "architectures/diffusion_gemma.h"
 
 #include <cmath>
 

@@ -1,4 +1,4 @@
-#include "backend/thread_pool.h"
+#include "backend/cpu/thread_pool.h"
 
 #include <atomic>
 #include <system_error>
