@@ -201,7 +201,7 @@ class _Choices:
         notes = source.notes + types.notes
         covered: set[str] = set()
         if self.imatrix is not None:
-            tensors, more = self._with_importance(tensors)
+            tensors, more = _with_importance(self.imatrix, tensors)
             notes += more
             covered = {tensor.name for tensor in tensors if tensor.importance is not None}
         type_plan.require_imatrix(types, covered)
@@ -229,14 +229,18 @@ class _Choices:
             split_max_size=self.variant.split_max_size,
         )
 
-    def _with_importance(self, tensors: list[PlannedTensor]) -> tuple[list[PlannedTensor], list[str]]:
-        result, notes = [], []
-        for tensor in tensors:
-            found = self.imatrix.importance(tensor.name, tensor.source_shape, tensor.n_per_row, notes)
-            result.append(tensor if found is None else replace(tensor, importance=found))
-        if all(tensor.importance is None for tensor in result):
-            notes.append(f"{self.imatrix.path}: has no entry for any tensor of this model")
-        return result, notes
+
+def _with_importance(
+    imatrix: importance.Imatrix, tensors: list[PlannedTensor]
+) -> tuple[list[PlannedTensor], list[str]]:
+    result: list[PlannedTensor] = []
+    notes: list[str] = []
+    for tensor in tensors:
+        found = imatrix.importance(tensor.name, tensor.source_shape, tensor.n_per_row, notes)
+        result.append(tensor if found is None else replace(tensor, importance=found))
+    if all(tensor.importance is None for tensor in result):
+        notes.append(f"{imatrix.path}: has no entry for any tensor of this model")
+    return result, notes
 
 
 def _keep_nonfinite(tensors: list[PlannedTensor]) -> tuple[list[PlannedTensor], list[str]]:

@@ -152,7 +152,7 @@ def _copy(
 ) -> ConversionReport:
     with parts.opened() as found:
         tensors = [
-            PlannedTensor(info.name, shape, info.type, info.type, read, shape, keeps_nonfinite=True)
+            PlannedTensor(str(info.name), shape, info.type, info.type, read, shape, keeps_nonfinite=True)
             for info, read in found
             for shape in (tuple(info.shape),)
         ]

@@ -52,12 +52,12 @@ NEEDED = (
 )  # fmt: skip
 # Kernels' tests that the sanitizer sees: sampler, self-conditioning by gathering and dense, attention.
 SANITIZED = (
-    "test_measure_is_the_samplers[12.0-1025-{device}]",
-    "test_measure_is_the_samplers[0.0-31-{device}]",
-    "test_measure_sees_what_is_not_finite[{device}]",
-    "test_condition_leaves_out_no_more_than_it_may[0.0-{device}]",
-    "test_condition_leaves_out_no_more_than_it_may[0.01-{device}]",
-    "test_attention_alone[q8_0-256-8-{device}]",
+    "test_measure_equals_the_samplers[12.0-1025-{device}]",
+    "test_measure_equals_the_samplers[0.0-31-{device}]",
+    "test_measure_detects_nonfinite_logits[{device}]",
+    "test_condition_drops_at_most_the_dropped_mass[0.0-{device}]",
+    "test_condition_drops_at_most_the_dropped_mass[0.01-{device}]",
+    "test_attention_kernel[q8_0-256-8-{device}]",
 )
 
 

@@ -126,12 +126,12 @@ def open_gguf(path: Path) -> Iterator[Source]:
     with parts.opened() as found:
         for info, _ in found:
             _check_shape(path, info)
-        tensors = [SourceTensor(info.name, info.type, tuple(info.shape), read) for info, read in found]
+        tensors = [SourceTensor(str(info.name), info.type, tuple(info.shape), read) for info, read in found]
         yield Source(path, parts.paths, tensors, keys, alignment=parts.reader.alignment)
 
 
 def _check_shape(path: Path, info: _native.TensorInfo) -> None:
-    kind, _ = split_name(info.name)
+    kind, _ = split_name(str(info.name))
     if kind not in FLOAT32_KINDS and len(info.shape) < 2:
         shape = list(info.shape)
         raise ConversionError(f"{path}: tensor {info.name!r} should be a matrix, its shape is {shape}")

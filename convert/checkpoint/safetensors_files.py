@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TypeGuard
 
 import numpy as np
 
@@ -125,7 +126,7 @@ class Checkpoint:
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ):
+    ) -> None:
         self.close()
 
 
@@ -148,5 +149,5 @@ def _parse_entry(name: str, entry: object, path: Path, start: int, size: int) ->
     return StoredTensor(name, dtype, tuple(shape), path, start + offsets[0], n_bytes)
 
 
-def _are_counts(value: object) -> bool:
+def _are_counts(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)

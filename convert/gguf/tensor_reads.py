@@ -51,7 +51,7 @@ def read_exactly(file: io.FileIO, path: Path, offset: int, n_bytes: int) -> np.n
     done = 0
     try:
         while done < n_bytes:
-            count = _read_at(file, memoryview(buffer)[done:], offset + done)
+            count = _read_at(file, buffer.data[done:], offset + done)
             if not count:
                 raise ConversionError(
                     f"{path}: ends {n_bytes - done} bytes too early; was it changed while being read?"

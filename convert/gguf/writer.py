@@ -11,11 +11,11 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -132,7 +132,7 @@ class _Output:
 class _Clock:
     """Tells the progress of a stage."""
 
-    def __init__(self, jobs: Sequence[Job], stage: str):
+    def __init__(self, jobs: Sequence[Job], stage: Literal["write", "verify"]):
         self.callback, self.stage = jobs[0].progress, stage
         self.total = sum(tensor.n_rows * tensor.row_bytes for job in jobs for tensor in job.tensors)
         self.done = self.resumed = 0
@@ -142,8 +142,9 @@ class _Clock:
         self.done += n_bytes
         if self.callback is not None:
             seconds = time.perf_counter() - self.started
-            state = (self.stage, tensor, self.done, self.total, seconds, self.resumed)
-            self.callback(ConversionProgress(*state))
+            self.callback(
+                ConversionProgress(self.stage, tensor, self.done, self.total, seconds, self.resumed)
+            )
 
 
 def available_cpus() -> int:
@@ -162,7 +163,7 @@ def run_together(jobs: Sequence[Job], reads: Sequence[SharedRead], started: floa
     """As :func:`run` for jobs of the same source, whose tensors read it through ``reads``: all or none."""
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(_output(job)) for job in jobs]
-        space = Counter()
+        space: Counter[Path] = Counter()
         for output in outputs:
             space[output.files[0].target.parent] += _missing_bytes(output)
         for folder, n_bytes in space.items():
@@ -257,7 +258,7 @@ class _Step(NamedTuple):
     """A chunk of the source that becomes a chunk of every output."""
 
     number: int
-    index: int  # of the tensor
+    i_tensor: int
     spans: list[tuple[int, int]]  # rows of each output
     n_weights: int  # of the largest
 
@@ -272,7 +273,9 @@ def _steps(outputs: Sequence[_Output]) -> Iterator[_Step]:
             number += 1
 
 
-def _in_order(work: Callable[[_Step], Any], steps: Iterator[_Step], n_threads: int) -> Iterator[tuple]:
+def _in_order(
+    work: Callable[[_Step], Any], steps: Iterator[_Step], n_threads: int
+) -> Generator[tuple[_Step, Any], None, None]:
     """(step, what ``work`` makes of it), one after the other, while threads are ahead by the weights of a few
     chunks: many steps where tensors are small, lest all threads wait for a large one before them.
     """
@@ -280,7 +283,7 @@ def _in_order(work: Callable[[_Step], Any], steps: Iterator[_Step], n_threads: i
     if n_workers < 2:
         yield from ((step, work(step)) for step in steps)
         return
-    pending: deque[tuple[_Step, Future]] = deque()
+    pending: deque[tuple[_Step, Future[Any]]] = deque()
     n_weights = 0
     with ThreadPoolExecutor(n_workers) as pool:
         try:
@@ -301,7 +304,7 @@ def _in_order(work: Callable[[_Step], Any], steps: Iterator[_Step], n_threads: i
 @contextlib.contextmanager
 def _held(outputs: Sequence[_Output], reads: Sequence[SharedRead], step: _Step) -> Iterator[None]:
     """What a step needs of the source is read once within the block, however many outputs there are."""
-    index, spans = step.index, step.spans
+    index, spans = step.i_tensor, step.spans
     if not reads:
         yield
         return
@@ -327,7 +330,7 @@ def _write(outputs: Sequence[_Output], reads: Sequence[SharedRead]) -> None:
         if number < min(n_there):
             return [None] * len(outputs)
         with _held(outputs, reads, step):
-            result = []
+            result: list[tuple[np.ndarray, bytes] | None] = []
             for output, (start, count) in zip(outputs, spans, strict=True):
                 tensor = output.job.tensors[index]
                 data = _convert(tensor, tensor.read_rows(start, count), start)
@@ -463,7 +466,7 @@ def _verify_metadata(metadata: Mapping[str, Value], reopened: _native.GgufFile) 
         raise ConversionError("the file just written has metadata keys that were not planned")
 
 
-def same_value(found: object, value: Value) -> bool:
+def same_value(found: Any, value: Value) -> bool:
     if value.type.endswith(("f32", "f32]")):
         return np.array_equal(np.float32(found), np.float32(value.value), equal_nan=True)
     if value.type.startswith("array"):

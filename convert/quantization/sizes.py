@@ -79,7 +79,7 @@ class SizePlan:
             group = groups.setdefault((split_name(tensor.name)[0], tensor.type), [0, 0, 0])
             for i, amount in enumerate((1, tensor.n_weights, tensor.n_bytes)):
                 group[i] += amount
-        return [(*key, *group) for key, group in groups.items()]
+        return [(*key, group[0], group[1], group[2]) for key, group in groups.items()]
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for ``json.dumps``."""

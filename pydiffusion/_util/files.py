@@ -1,4 +1,4 @@
-"""Files that callers name."""
+"""Checks of paths given by callers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def check_is_file(path: Path) -> None:
-    """Raise IsADirectoryError or FileNotFoundError unless it is a file."""
+    """Raise IsADirectoryError or FileNotFoundError unless the path is a file."""
     if path.is_dir():
         raise IsADirectoryError(
             f"{path} is a folder; a model is a GGUF file: make one with 'pydiffusion convert'"

@@ -80,7 +80,8 @@ class Conversation:
     def set_option(self, name: str, given: str) -> str:
         """Set ``steps`` or ``seed`` to a number, or back with no number; returns what holds now."""
         try:
-            self._options = replace(self._options, **{name: int(given) if given else None})
+            choice: dict[str, Any] = {name: int(given) if given else None}
+            self._options = replace(self._options, **choice)
         except ValueError as error:
             raise CommandError(
                 str(error) if given.lstrip("-").isdigit() else f"/{name} takes a number"
@@ -134,7 +135,7 @@ class Conversation:
         from ._display import AnswerPrinter, CanvasDisplay
 
         options = self._model.resolve(self._options)
-        display = CanvasDisplay(self._model.tokenizer, options.eos) if sys.stderr.isatty() else None
+        display = CanvasDisplay(self._model.tokenizer, options.eos_ids) if sys.stderr.isatty() else None
         printer = AnswerPrinter(display)
         try:
             prompt = self._model.chat_prompt(self._messages)

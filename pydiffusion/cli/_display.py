@@ -142,8 +142,8 @@ class CanvasDisplay:
             run, run_settled = bytearray(), True
             if settled and token_id in self._eos:
                 break
-            steers = piece is None or piece in MARKERS
-            text.append("·" if steers else printable(piece), _style(settled))
+            shown = "·" if piece is None or piece in MARKERS else printable(piece)  # of tokens that steer
+            text.append(shown, _style(settled))
         text.append(printable(run.decode("utf-8", "replace")), _style(run_settled))
         return text
 

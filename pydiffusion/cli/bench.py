@@ -59,7 +59,7 @@ def _make(shape: str | None, type_name: str, folder: Path) -> Path:
 
     from ._progress import progress
 
-    if shape not in SHAPES:
+    if shape is None or shape not in SHAPES:
         raise typer.BadParameter(f"--synthetic is {shape!r}; known are {', '.join(SHAPES)}")
     with progress(f"writing {shape} {type_name}") as update:
         target = folder / f"{shape}-{type_name}.gguf"

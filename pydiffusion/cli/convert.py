@@ -86,7 +86,8 @@ def command(
         given = [pad is not None, tensor_type, imatrix, split_max_size, allow_nonfinite, fit, dry_run]
         if any(given):
             raise typer.BadParameter("--mmproj goes with --type, --resume and --threads only")
-        if context.get_parameter_source("type").name == "DEFAULT":
+        given_by = context.get_parameter_source("type")
+        if given_by is not None and given_by.name == "DEFAULT":
             type = "bf16"
         choices = {"type": type, "resume": resume, "n_threads": threads, "overwrite": not no_overwrite}
         convert_vision(source, output, as_json, choices)

@@ -104,7 +104,7 @@ def _json_value(value: Any, type_name: str, whole: bool) -> Any:
 def _print(gguf: Parts, with_tensors: bool, whole: bool) -> None:
     n_weights = sum(math.prod(tensor.shape) for tensor in gguf.tensors)
     bits = 8 * sum(tensor.n_bytes for tensor in gguf.tensors) / n_weights if n_weights else 0.0
-    print(one_line(gguf.reader.path))
+    print(one_line(str(gguf.reader.path)))
     if len(gguf.paths) > 1:
         print(f"the first of {len(gguf.paths)} parts, shown together")
     print(
@@ -122,8 +122,8 @@ def _print(gguf: Parts, with_tensors: bool, whole: bool) -> None:
     if with_tensors:
         print("\nTensors (shape slowest first)")
         for tensor in gguf.tensors:
-            shape = " x ".join(map(str, tensor.shape))
-            print(f"  {one_line(tensor.name):44} {tensor.type:8} {shape:20} {count(tensor.n_bytes, 'B'):>9}")
+            name, shape = one_line(str(tensor.name)), " x ".join(map(str, tensor.shape))
+            print(f"  {name:44} {tensor.type:8} {shape:20} {count(tensor.n_bytes, 'B'):>9}")
 
 
 def _print_end_tokens(gguf: Parts) -> None:

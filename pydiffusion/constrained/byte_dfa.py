@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from .character_classes import Ranges, complement, ranges_of_class
-from .regex import parse, sre
+from .regex import parse
+from .regex_parser import sre
 
 # Above this, the search for a path would take longer than most models' steps.
 MAX_STATES = 12_000
@@ -175,8 +176,8 @@ def _deterministic(nfa: _Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndar
     rows, accepting = _merged(rows, [end in states for states in queue])
     table = np.full((len(rows) + 1, 256), len(rows), dtype=np.int32)
     for state, row in enumerate(rows):
-        for first, behind, target in row:
-            table[state, first:behind] = target
+        for first, behind, next_state in row:
+            table[state, first:behind] = next_state
     return table, np.array(accepting)
 
 

@@ -303,8 +303,10 @@ class _Compiler:
     def _number(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Piece:
         for name in _TYPE_TO_KEYWORDS["number"]:
             bound = schema.get(name)
-            is_number = isinstance(bound, (int, float)) and not isinstance(bound, bool)
-            if name in schema and not (is_number and abs(bound) < math.inf):
+            is_number = (
+                isinstance(bound, (int, float)) and not isinstance(bound, bool) and abs(bound) < math.inf
+            )
+            if name in schema and not is_number:
                 raise _error(where, f"{name!r} must be a finite number")
         is_integer = schema["type"] == "integer"
         if schema.get("multipleOf", 1) != 1 or ("multipleOf" in schema and not is_integer):

@@ -7,7 +7,7 @@ the same result as if it ran alone. Used by ``DiffusionModel.generate_batch`` an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pydiffusion.errors import PyDiffusionError
 from pydiffusion.events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
@@ -18,7 +18,7 @@ from .token_ids import check_bos, token_array
 if TYPE_CHECKING:
     from pydiffusion import _native
     from pydiffusion.model import DiffusionModel
-    from pydiffusion.session import Session
+    from pydiffusion.session import NativeStep, Session
 
     from .token_ids import TokenIds
 
@@ -48,7 +48,7 @@ class ActiveSequence:
         self._prompt_left = ids[self.n_cached :]
         self._options = options
         self._chat = chat
-        self._to_events: Callable[[_native.Step], Iterator[Event]] | None = None
+        self._to_events: Callable[[NativeStep], Iterator[Event]] | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -73,6 +73,9 @@ class ActiveSequence:
         """Convert a native step into events."""
         assert self._to_events is not None
         return self._to_events(step)
+
+
+AnyLane = TypeVar("AnyLane", bound=Lane)
 
 
 class Batch:

@@ -212,7 +212,7 @@ def _check_model(fields: Mapping[str, Any], names: tuple[str, ...]) -> None:
         )
 
 
-def _stream_options(fields: Mapping[str, Any]) -> dict[str, bool]:
+def _stream_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     stream = _flag(fields, "stream", False)
     given = fields.get("stream_options", {})
     if not isinstance(given, dict):

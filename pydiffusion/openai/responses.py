@@ -138,12 +138,12 @@ def create_chat_completion(
     events = session.generate_chat(chosen)
     if stream:
         return _stream_chat(frame, events)
-    canvases = [event for event in events if not isinstance(event, DraftEvent)]
-    end = canvases.pop()
+    finished = [event for event in events if not isinstance(event, DraftEvent)]
+    end = finished.pop()
     assert isinstance(end, EndEvent)  # the last event, always
+    canvases = [event for event in finished if isinstance(event, CanvasEvent)]
     message = ChatMessage()
     for canvas in canvases:
-        assert isinstance(canvas, CanvasEvent)
         for part in canvas.parts:
             message.add(part)
     choice = {"index": 0, "message": message.as_dict(), "logprobs": None}

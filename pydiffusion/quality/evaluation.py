@@ -14,6 +14,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,11 @@ def evaluate(
         ValueError: no prompts, a noise out of range.
         Other PyDiffusionErrors: a file can't be loaded, a prompt does not fit its context.
     """
-    choices = {"noise": noise, "max_tokens": max_tokens, "steps": steps, "seed": seed, "n_threads": n_threads}
-    return evaluate_family([file], reference, prompts, progress=progress, **choices)[0]
+    reports = evaluate_family(
+        [file], reference, prompts, noise=noise, max_tokens=max_tokens, steps=steps, seed=seed,
+        n_threads=n_threads, progress=progress,
+    )  # fmt: skip
+    return reports[0]
 
 
 def evaluate_family(
@@ -132,7 +136,8 @@ def evaluate_family(
         raise ValueError("there are no files to evaluate")
     if not noise or not all(0 < t <= 1 for t in noise):
         raise ValueError(f"noise is {tuple(noise)}; levels are probabilities above 0, up to 1")
-    reports, total = [], len(files) * len(texts)
+    reports: list[EvaluationReport] = []
+    total = len(files) * len(texts)
     with DiffusionModel(reference, n_threads=n_threads) as ours:
         known = _Reference(ours, len(texts) if len(files) > 1 else 0)
         for path in files:
@@ -252,12 +257,10 @@ class _Run:
         for level, t in enumerate(self.noise):
             u, tokens = _native.random_draws(self.seed + index, level, 0, len(clean), known.model.n_vocab)
             canvas = np.where(u < t, tokens, clean).astype(np.int32)
-            first = known.logits((index, level, False), lambda c=canvas: reference.denoise(c))
+            first = known.logits((index, level, False), partial(reference.denoise, canvas))
             self.figures[t, False].append(compare_logits(first, model.denoise(canvas)))
             conditioning = first / np.float32(0.4 + 0.4 * t)  # the temperature of a step at about this noise
-            again = known.logits(
-                (index, level, True), lambda c=canvas, s=conditioning: reference.denoise(c, s)
-            )
+            again = known.logits((index, level, True), partial(reference.denoise, canvas, conditioning))
             self.figures[t, True].append(compare_logits(again, model.denoise(canvas, conditioning)))
 
     def report(
@@ -292,7 +295,7 @@ class _Run:
 
 
 def _as_floats(agreement: Agreement) -> Agreement:
-    values = {name: float(getattr(agreement, name)) for name in ("mean_kl", "kl_99", "top1")}
+    values: dict[str, Any] = {name: float(getattr(agreement, name)) for name in ("mean_kl", "kl_99", "top1")}
     return dataclasses.replace(agreement, **values)
 
 
@@ -305,7 +308,9 @@ def _prompt_ids(model: Any, text: str) -> list[int]:
 def _generate(session: Any, options: dict[str, Any], seed: int) -> _Answer:
     from pydiffusion import CanvasEvent, DraftEvent
 
-    canvas, steps, tokens, text = None, [], [], ""
+    canvas, text = None, ""
+    steps: list[int] = []
+    tokens: list[int] = []
     for event in session.generate(**options, seed=seed):
         if isinstance(event, DraftEvent) and not steps:
             canvas = event.tokens

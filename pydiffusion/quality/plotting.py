@@ -42,7 +42,8 @@ def plot(reports: Sequence[EvaluationReport], target: str | os.PathLike[str]) ->
         raise ValueError("there are no reports to draw")
     ordered = sorted(reports, key=lambda report: report.bits_per_weight)
     bits = [report.bits_per_weight for report in ordered]
-    has_tasks = all(report.solved is not None for report in ordered)
+    solved = [report.solved for report in ordered if report.solved is not None]
+    has_tasks = len(solved) == len(ordered)
     figure = Figure(figsize=(8, 7.5 if has_tasks else 4.5), layout="constrained")
     axes = figure.subplots(2 if has_tasks else 1, sharex=True, squeeze=False)[:, 0]
     upper = axes[0]
@@ -60,9 +61,10 @@ def plot(reports: Sequence[EvaluationReport], target: str | os.PathLike[str]) ->
     upper.set_ylabel(f"KL from {ordered[0].reference.stem}, nats per position")
     upper.legend()
     if has_tasks:
-        axes[1].plot(bits, [100 * report.solved for report in ordered], "o", markersize=4)
+        axes[1].plot(bits, [100 * share for share in solved], "o", markersize=4)
         axes[1].set_ylim(0, 100)
-        axes[1].axhline(100 * ordered[0].reference_solved, linestyle=":", color="grey")
+        if ordered[0].reference_solved is not None:
+            axes[1].axhline(100 * ordered[0].reference_solved, linestyle=":", color="grey")
         axes[1].set_ylabel("tasks solved, %")
     axes[-1].set_xlabel("bits per weight")
     for one in axes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ class Metrics:
         work = scheduler.counters
         lines: list[str] = []
 
-        def add(name: str, kind: str, meaning: str, samples: dict[str, float]) -> None:
+        def add(name: str, kind: str, meaning: str, samples: Mapping[str, float]) -> None:
             lines.append(f"# HELP pydiffusion_{name} {meaning}")
             lines.append(f"# TYPE pydiffusion_{name} {kind}")
             lines.extend(f"pydiffusion_{name}{labels} {value}" for labels, value in samples.items())

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pydiffusion.errors import GenerationCancelled, InsufficientMemoryError
@@ -166,7 +167,7 @@ class Scheduler:
             job = self._next_job()
             if job is None:
                 return
-            self._attempt(job, lambda job=job: self._begin_run(job, self._session_for(job)))
+            self._attempt(job, partial(self._start_run, job))
 
     def _next_job(self) -> Job | None:
         """The job to start a sequence for: the one that waited longest, else one with choices left."""
@@ -191,6 +192,9 @@ class Scheduler:
                 raise
             self._n_parallel = len(self._in_flight)  # as many as there is room for
             raise _NoRoom from None
+
+    def _start_run(self, job: Job) -> None:
+        self._begin_run(job, self._session_for(job))
 
     def _begin_run(self, job: Job, session: Session) -> None:
         job.bind(session)

@@ -1,4 +1,4 @@
-"""``devices`` and the options that place a model, on the command line."""
+"""`pydiffusion devices`, and the options for device placement on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kit for machines with a GPU: what does not fit is refused in one line, and what was found is kept."""
+"""The kit for GPU machines: mismatches are refused in one line, and findings are kept."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_kit_that_does_not_fit(
         scripts.prebuilt.check(archives, compiler)
 
 
-def test_a_kit_that_is_none(archives: Path, scripts: SimpleNamespace, tmp_path: Path) -> None:
+def test_an_incomplete_kit(archives: Path, scripts: SimpleNamespace, tmp_path: Path) -> None:
     (archives / "lib/libggml-base.a").unlink()
     with pytest.raises(scripts.prebuilt.KitError, match=r"has no libggml-base\.a"):
         scripts.prebuilt.check(archives, "GNU 12.2.0")
@@ -88,7 +88,7 @@ def test_a_kit_that_is_none(archives: Path, scripts: SimpleNamespace, tmp_path: 
 def test_a_damaged_kit(
     content: bytes | None, archives: Path, scripts: SimpleNamespace, tmp_path: Path
 ) -> None:
-    """Packed for real, and cut off in the middle, or not an archive at all: nothing is left of it."""
+    """A packed kit that is cut off, or not an archive at all, is refused and leaves nothing behind."""
     kit = tmp_path / "kit"
     scripts.prebuilt.pack(archives, kit, "flags", key=scripts.prebuilt.build_key("flags"))
     scripts.prebuilt.unpack(kit, tmp_path / "whole")
@@ -166,7 +166,7 @@ def run(scripts: SimpleNamespace, archives: Path, tmp_path: Path, monkeypatch: p
         ("12.0", "all-major", True),
     ],
 )
-def test_a_card_that_the_kit_has_no_code_for(
+def test_gpus_that_the_kit_has_no_code_for(
     run, scripts: SimpleNamespace, archives: Path, capability: str, architectures: str, fits: bool
 ) -> None:
     change(archives, flags=f"-DPYDIFFUSION_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={architectures}, nvcc 13.0.88")
@@ -181,7 +181,7 @@ def findings(run) -> list[dict]:
     return [json.loads(line) for line in run.results.read_text().splitlines()]
 
 
-def test_time_that_runs_out_keeps_what_was_found(run, scripts: SimpleNamespace) -> None:
+def test_findings_are_kept_when_time_runs_out(run, scripts: SimpleNamespace) -> None:
     code = "import gpu_findings, time; gpu_findings.add('early', ok=True); print('said'); time.sleep(60)"
     assert not run.step("slow", [sys.executable, "-c", code], needs=1)
     assert not run.step("later", [sys.executable, "-c", ""], needs=1)
@@ -193,7 +193,7 @@ def test_time_that_runs_out_keeps_what_was_found(run, scripts: SimpleNamespace) 
 
 
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, scripts: SimpleNamespace) -> None:
-    """What it started ends with it, its folder goes, and its findings and page stay."""
+    """Its child processes end, its temporary folder is removed, and its findings and page stay."""
     pid, out = tmp_path / "pid", tmp_path / "out"
     child = (
         f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"

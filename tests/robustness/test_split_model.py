@@ -1,4 +1,4 @@
-"""The runtime opens a split model by its first part: as the merged file, or it says what is wrong with it."""
+"""Split models opened by their first part: equal to the merged file, or an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from support.hostile_process import FORMAT_ERRORS, Worker, assert_refused
 
 from pydiffusion import DiffusionModel, GenerationOptions, ModelFormatError, _native
 from pydiffusion.convert import repack
+from pydiffusion.errors import ConversionError
 
 COUNT = 3
 
@@ -72,14 +73,14 @@ def test_logits_are_those_of_the_merged_file(type: str, gguf_file: Callable, tmp
 
 
 @pytest.mark.parametrize("tensors_in_first", [True, False])
-def test_tensors_may_lie_in_any_part(tensors_in_first: bool, good: RawGguf, tmp_path: Path) -> None:
+def test_tensors_may_be_in_any_part(tensors_in_first: bool, good: RawGguf, tmp_path: Path) -> None:
     paths = write(split(good, tensors_in_first=tensors_in_first), tmp_path)
     for ours, theirs in zip(logits(paths[0]), logits(good.write(tmp_path / "whole.gguf")), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_parts_of_other_alignments(good: RawGguf, tmp_path: Path) -> None:
-    """8 is too little for ggml's kernels: that part's tensors are copied, the others' are not."""
+def test_parts_with_different_alignments(good: RawGguf, tmp_path: Path) -> None:
+    """8 is too little for ggml's kernels: tensors of that part are copied, those of the others are not."""
     parts = split(good)
     parts[1].alignment = 8
     parts[1].set("general.alignment", U32, 8)
@@ -89,7 +90,7 @@ def test_parts_of_other_alignments(good: RawGguf, tmp_path: Path) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_the_whole_is_the_file_that_was_split(good: RawGguf, tmp_path: Path) -> None:
+def test_the_merged_view_equals_the_unsplit_file(good: RawGguf, tmp_path: Path) -> None:
     paths = write(split(good), tmp_path)
     whole = _native.GgufFile.open_all_parts(str(paths[0]))
     assert whole.paths == [str(path) for path in paths]
@@ -179,7 +180,7 @@ def test_broken_parts(name: str, worker: Worker, good: RawGguf, tmp_path: Path) 
     assert_refused(answer, FORMAT_ERRORS, names, paths[given].with_name("no-path-is-left-out"))
 
 
-def test_parts_of_other_names(worker: Worker, good: RawGguf, tmp_path: Path) -> None:
+def test_renamed_parts_are_refused(worker: Worker, good: RawGguf, tmp_path: Path) -> None:
     paths = write(split(good), tmp_path)
     for name in ("m.gguf", "m-1-of-3.gguf", "x", "-00001-of-00004.gguf"):
         renamed = paths[0].rename(tmp_path / name)
@@ -203,8 +204,8 @@ def test_a_part_that_is_shortened_while_in_use(good: RawGguf, tmp_path: Path) ->
         session.encode(np.arange(5, dtype=np.int32))
 
 
-def test_sessions_are_saved_for_either_form(good: RawGguf, tmp_path: Path) -> None:
-    """A session of the split model goes on with the merged one; no part is overwritten by one."""
+def test_sessions_work_with_split_and_merged_files(good: RawGguf, tmp_path: Path) -> None:
+    """A session saved with the split model loads with the merged one; saving never overwrites a part."""
     first = write(split(good), tmp_path)[0]
     whole = DiffusionModel(good.write(tmp_path / "whole.gguf"), n_threads=1, n_ctx=48)
     parts = DiffusionModel(first, n_threads=1, n_ctx=48)
@@ -213,5 +214,5 @@ def test_sessions_are_saved_for_either_form(good: RawGguf, tmp_path: Path) -> No
     session.save(tmp_path / "session")
     assert whole.load_session(tmp_path / "session").tokens.tolist() == [2, 3, 4]
     for path in (first, first.with_name("m-00002-of-00003.gguf")):
-        with pytest.raises(Exception, match="one of the files being read"):
+        with pytest.raises(ConversionError, match="one of the files being read"):
             session.save(path)

@@ -1,4 +1,4 @@
-"""The ways to break a GGUF, one by one, and the wrong arguments: what each must be answered with."""
+"""Ways to break a GGUF, and invalid arguments, with the error that each must give."""
 
 from __future__ import annotations
 

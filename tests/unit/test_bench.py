@@ -48,7 +48,7 @@ def test_a_synthetic_file_takes_text(tiny: Path) -> None:
 
 
 def test_operations_are_counted(tiny: Path) -> None:
-    """Against the sum of 2 m n k over the shape's own products."""
+    """Against the sum of 2 m n k over the shape's matmuls."""
     result = run_bench(tiny, n_threads=1, n_prompt=40, n_steps=2)
     assert list(result.parts) == list(PARTS)
     c = SHAPES["tiny"]

@@ -261,8 +261,8 @@ def _wanted(config: _VisionConfig) -> list[tuple[str, str, tuple[int, ...]]]:
                 wanted += [(f"{before}{source}.{clip}", f"{block}{name}.{clip}", ()) for clip in _CLIPS]
     if config.standardize:
         wanted += [(_TOWER + source, name, (config.hidden_size,)) for source, name in _STANDARDIZE]
-    shape = (config.text_size, config.hidden_size)
-    return [*wanted, (f"{_PROJECTOR}embedding_projection.weight", "mm.input_projection.weight", shape)]
+    projection = (config.text_size, config.hidden_size)
+    return [*wanted, (f"{_PROJECTOR}embedding_projection.weight", "mm.input_projection.weight", projection)]
 
 
 def _planned(

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
@@ -176,7 +176,7 @@ def _check_pre_tokenizer(pre_tokenizer: object) -> None:
         )
 
 
-def _has_type(value: object, name: str) -> bool:
+def _has_type(value: object, name: str) -> TypeGuard[dict[str, Any]]:
     return isinstance(value, dict) and value.get("type") == name
 
 
@@ -218,14 +218,14 @@ def _list_tokens(
         types[token_id] = TokenType.BYTE if _BYTE.fullmatch(token) else TokenType.NORMAL
         if token == unknown:
             types[token_id] = TokenType.UNKNOWN
-    for token in added:
-        if texts.setdefault(token.token_id, token.content) != token.content:
+    for entry in added:
+        if texts.setdefault(entry.token_id, entry.content) != entry.content:
             raise ConversionError(
-                f"{TOKENIZER}: {texts[token.token_id]!r} and {token.content!r} have the same id "
-                f"{token.token_id}"
+                f"{TOKENIZER}: {texts[entry.token_id]!r} and {entry.content!r} have the same id "
+                f"{entry.token_id}"
             )
-        visible = not token.special or token.content in VISIBLE
-        types[token.token_id] = TokenType.USER_DEFINED if visible else TokenType.CONTROL
+        visible = not entry.special or entry.content in VISIBLE
+        types[entry.token_id] = TokenType.USER_DEFINED if visible else TokenType.CONTROL
     if texts and max(texts) >= size:
         raise ConversionError(
             f"{TOKENIZER}: the id {max(texts)} of {texts[max(texts)]!r} is beyond 'vocab_size' = "
