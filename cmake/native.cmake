@@ -1,4 +1,4 @@
-# The runtime, which knows nothing of Python.
+# The C++ runtime, without the Python bindings.
 add_library(pydiffusion_native STATIC
     native/backend/backend.cpp
     native/backend/cpu/amx/pack.cpp
@@ -47,7 +47,7 @@ target_link_libraries(pydiffusion_native PUBLIC ggml)
 if(PYDIFFUSION_CUDA)
     target_sources(pydiffusion_native PRIVATE native/backend/cuda/step_backend.cu)
     target_compile_definitions(pydiffusion_native PRIVATE PYDIFFUSION_CUDA)
-    # The layout of its context, whose stream ours is timed with, depends on them.
+    # Our kernels are timed on the stream in ggml's CUDA context, whose layout depends on these definitions.
     set_property(SOURCE native/backend/cuda/step_backend.cu
         APPEND PROPERTY COMPILE_DEFINITIONS "$<TARGET_PROPERTY:ggml-cuda,COMPILE_DEFINITIONS>")
     target_link_libraries(pydiffusion_native PRIVATE CUDA::cudart CUDA::cublas)
@@ -60,17 +60,16 @@ if(NOT MSVC)
         set(cxx_flags -march=x86-64-v3)
     endif()
     target_compile_options(pydiffusion_native PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${cxx_flags}>")
-    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")  # its own headers of intrinsics look uninitialised to it
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")  # false positives in GCC's intrinsics headers
         set_property(SOURCE native/backend/cpu/tile_attention.cpp native/backend/cpu/amx/pack.cpp
             native/backend/cpu/amx/tile_gemm.cpp native/backend/cpu/amx/unpack.cpp
             native/backend/cpu/amx/weighted_sums.cpp
             APPEND PROPERTY COMPILE_OPTIONS "-Wno-uninitialized;-Wno-maybe-uninitialized")
-        # A loop that loads registers would become a copy in memory.
+        # Else GCC turns a loop that loads registers into a memcpy.
         set_property(SOURCE native/backend/cpu/amx/pack.cpp
             APPEND PROPERTY COMPILE_OPTIONS -fno-tree-loop-distribute-patterns)
     endif()
-    # What the loops over logits need to become vector code, as wide as there is; NaN and infinity keep their
-    # meaning.
+    # Flags that vectorize our loops at the full vector width. Unlike -ffast-math they keep NaN and infinity.
     set(loop_flags "-O3;-fno-math-errno;-fno-trapping-math;-ffp-contract=fast")
     if(NOT PYDIFFUSION_PORTABLE AND CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
         list(APPEND loop_flags -mprefer-vector-width=512)

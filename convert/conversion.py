@@ -231,7 +231,7 @@ class _Choices:
 
 
 def _with_importance(
-    imatrix: importance.Imatrix, tensors: list[PlannedTensor]
+    imatrix: imatrix_file.Imatrix, tensors: list[PlannedTensor]
 ) -> tuple[list[PlannedTensor], list[str]]:
     result: list[PlannedTensor] = []
     notes: list[str] = []

@@ -232,7 +232,7 @@ class DiffusionModel:
         """
         return Session(self, self.n_ctx if n_ctx is None else self._fitting_n_ctx(n_ctx))
 
-    def _new_batch(self) -> _native.Batch:
+    def _new_batch(self) -> Batch:
         """Native batch, which denoises several sessions in one graph; for ``generation.batching``."""
         return _native.Batch(self._native)
 

@@ -16,9 +16,9 @@ namespace pydiffusion {
 
 namespace {
 
-bool is_of_experts(const std::string& name) { return name.find("_exps.weight") != std::string::npos; }
+bool is_expert_tensor(const std::string& name) { return name.find("_exps.weight") != std::string::npos; }
 
-// The number of the layer that a tensor belongs to; -1 for one in none.
+// Index of the layer that a tensor belongs to; -1 if none.
 int32_t layer_of(const std::string& name) {
     if (name.rfind("blk.", 0) != 0) return -1;
     const long i = std::strtol(name.c_str() + std::strlen("blk."), nullptr, 10);
@@ -47,19 +47,20 @@ int32_t DevicePlan::layer_device(int32_t i) const {
 
 int32_t DevicePlan::tensor_device(const std::string& name) const {
     const int32_t i = layer_of(name);
-    return i < 0 ? main_device() : is_of_experts(name) ? experts_device(i) : layer_device(i);
+    return i < 0 ? main_device() : is_expert_tensor(name) ? experts_device(i) : layer_device(i);
 }
 
 namespace {
 
-// What tensors take in a device's memory: some types have their rows filled up there.
-class Sizes {
+// TensorSizes of tensors in a device's buffers, which may pad rows.
+class TensorSizes {
   public:
-    explicit Sizes(ggml_backend_buffer_type_t type) : type_(type) {}
+    explicit TensorSizes(ggml_backend_buffer_type_t type) : type_(type) {}
 
     uint64_t of(ggml_type type, const std::vector<int64_t>& ne) const {
         const ggml_context_ptr context(ggml_init({ggml_tensor_overhead(), nullptr, true}));
-        if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a tensor's description");
+        if (!context)
+            throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate a tensor descriptor");
         ggml_new_tensor(context.get(), type, static_cast<int>(ne.size()), ne.data());
         return ggml_backend_alloc_ctx_tensors_from_buft_size(context.get(), type_);
     }
@@ -68,14 +69,14 @@ class Sizes {
     ggml_backend_buffer_type_t type_;
 };
 
-uint64_t cache_bytes(const Sizes& sizes, const Hparams& hp, const LayerShape& shape,
+uint64_t cache_bytes(const TensorSizes& sizes, const Hparams& hp, const LayerShape& shape,
                      const SessionNeeds& needs) {
     const int64_t n_rows = kv_rows(hp, shape.sliding, needs.n_ctx, max_batch(hp)) + ggml_ops::kMaskPadding;
     return 2 * sizes.of(needs.kv_type, {int64_t{shape.head_dim} * shape.n_head_kv, n_rows});
 }
 
-// What the attention of one layer works with beside its inputs: CUDA's multiplies in float16, and copies what
-// a cache of another type holds; float32 goes through products, with scores and weights of every head.
+// Work buffers of one layer's attention. CUDA computes in float16 and converts caches of other types; float32
+// goes through matmuls, with scores and weights of every head.
 int64_t attention_bytes(const Hparams& hp, const LayerShape& shape, int64_t n_ctx, int64_t n_tokens,
                         ggml_type type) {
     const int64_t width = int64_t{shape.head_dim} * shape.n_head_kv;
@@ -85,28 +86,30 @@ int64_t attention_bytes(const Hparams& hp, const LayerShape& shape, int64_t n_ct
     return n_rows * (2 * hp.n_head * n_tokens + width) * static_cast<int64_t>(sizeof(float));
 }
 
-// Bytes by what takes them on one device, from which the use of any device_plan follows.
+// Memory costs on one device, from which the use of any plan follows.
 struct Costs {
-    Costs(const GgufFile& file, const Hparams& hparams, const SessionNeeds& needs, const Sizes& sizes);
+    Costs(const GgufFile& file, const Hparams& hparams, const SessionNeeds& needs, const TensorSizes& sizes);
 
     struct Layer {
         uint64_t weights = 0, experts = 0, cache = 0;
     };
     std::vector<Layer> layers;
-    uint64_t outside = 0;           // weights in no layer
-    uint64_t step = 0;              // wherever there is a layer
-    uint64_t main_device_step = 0;  // beside it where the device embeds and samples
+    uint64_t outside = 0;           // weights of no layer
+    uint64_t step = 0;              // on each device with a layer
+    uint64_t main_device_step = 0;  // in addition, on the main device
 };
 
-Costs::Costs(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs, const Sizes& sizes)
+Costs::Costs(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs, const TensorSizes& sizes)
     : layers(hp.layers.size()) {
     uint64_t widened = 0;
     for (const TensorInfo& tensor : file.tensors()) {
         const int32_t i = layer_of(tensor.name);
-        if (i >= hp.n_layer) continue;  // refused when it is loaded
-        uint64_t& sum = i < 0 ? outside : is_of_experts(tensor.name) ? layers[i].experts : layers[i].weights;
+        if (i >= hp.n_layer) continue;  // Weights refuses it
+        uint64_t& sum = i < 0                           ? outside
+                        : is_expert_tensor(tensor.name) ? layers[i].experts
+                                                        : layers[i].weights;
         sum += sizes.of(tensor.type, tensor.ne);
-        // CUDA makes float32 of a matrix of float16, for float32 sums (see with_exact_sums).
+        // CUDA converts a float16 matrix to float32 for float32 accumulation (see with_exact_sums).
         if (tensor.type == GGML_TYPE_F16 && tensor.ne.size() > 1)
             widened = std::max(widened, static_cast<uint64_t>(tensor.ne[0] * tensor.ne[1]) * sizeof(float));
     }
@@ -116,7 +119,7 @@ Costs::Costs(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs,
         layers[i].cache = needs.n_sessions * cache_bytes(sizes, hp, hp.layers[i], needs);
         attention = std::max(attention, attention_bytes(hp, hp.layers[i], n_ctx, n_tokens, needs.kv_type));
     }
-    // The largest tensors that live at the same time in a layer: the experts' for each token.
+    // The largest tensors alive at the same time in a layer are the experts' activations.
     const int64_t of_experts = int64_t{hp.n_expert_used} * (3 * hp.n_ff_expert + 2 * hp.n_embd);
     const int64_t dense = 3 * int64_t{hp.n_ff} + 6 * hp.n_embd;
     const int64_t activations = n_tokens * (of_experts + dense) * static_cast<int64_t>(sizeof(float));
@@ -125,17 +128,17 @@ Costs::Costs(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs,
 
     const int64_t logits =
         int64_t{hp.canvas_length} * (hp.n_vocab + hp.n_embd) * static_cast<int64_t>(sizeof(float));
-    constexpr int64_t kSelfConditioningRows = 8192;  // of the embedding, as float16: see the kernels
-    const int64_t conditioning =                     // which take turns
+    constexpr int64_t kSelfConditioningRows = 8192;  // of the embedding in float16, as in cuda/
+    const int64_t conditioning =                     // double-buffered
         2 * kSelfConditioningRows * hp.n_embd * static_cast<int64_t>(sizeof(ggml_fp16_t));
     main_device_step = needs.n_sessions * static_cast<uint64_t>(logits) + static_cast<uint64_t>(conditioning);
 }
 
-// Of each device, which differ where tensors take more on one.
+// Per device: buffer types may pad tensors differently.
 std::vector<Costs> costs_on(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs,
                             const std::vector<DeviceMemory>& memory) {
     std::vector<Costs> costs;
-    for (const DeviceMemory& of_device : memory) costs.emplace_back(file, hp, needs, Sizes(of_device.type));
+    for (const DeviceMemory& device : memory) costs.emplace_back(file, hp, needs, TensorSizes(device.type));
     return costs;
 }
 
@@ -156,8 +159,8 @@ std::vector<DeviceUse> use_of(const std::vector<Costs>& costs, const DevicePlan&
     return uses;
 }
 
-// Shares the last n_layers out to devices, one run each, so that the share of its room that the fullest one
-// fills is as small as can be. In fullest[k]: that share where the devices so far hold the first k layers.
+// Splits the last n_layers into one contiguous range per device so that the highest used fraction of a budget
+// is minimal. Dynamic programming: fullest[k] is that fraction with the first k layers on the devices so far.
 DevicePlan split_layers(const std::vector<Costs>& costs, const std::vector<DeviceMemory>& memory,
                         int32_t n_layers, int32_t n_experts) {
     const auto n_layer = static_cast<int32_t>(costs.front().layers.size());
@@ -165,49 +168,49 @@ DevicePlan split_layers(const std::vector<Costs>& costs, const std::vector<Devic
     plan.device_layers.back() = n_layers;
     if (memory.size() < 2 || n_layers == 0) return plan;
 
-    constexpr double kNever = std::numeric_limits<double>::infinity();
-    std::vector<std::vector<int32_t>> runs;  // how many layers the last device of the best sharing has
-    std::vector<double> fullest(n_layers + 1, kNever);
+    constexpr double kInfeasible = std::numeric_limits<double>::infinity();
+    std::vector<std::vector<int32_t>> counts;  // layers of the last device in the best split
+    std::vector<double> fullest(n_layers + 1, kInfeasible);
     fullest[0] = 0.0;
     for (size_t device = 0; device < memory.size(); ++device) {
         const Costs& here = costs[device];
-        std::vector<double> before(n_layers + 1, 0.0);  // bytes of the first k
+        std::vector<double> bytes(n_layers + 1, 0.0);  // of the first k layers
         for (int32_t k = 0; k < n_layers; ++k) {
             const int32_t i = n_layer - n_layers + k;
             const Costs::Layer& layer = here.layers[i];
-            before[k + 1] =
-                before[k] + static_cast<double>(layer.weights + layer.cache +
-                                                (plan.experts_device(i) == kCpuDevice ? 0 : layer.experts));
+            bytes[k + 1] =
+                bytes[k] + static_cast<double>(layer.weights + layer.cache +
+                                               (plan.experts_device(i) == kCpuDevice ? 0 : layer.experts));
         }
         const bool main = device + 1 == memory.size();
-        const double room = static_cast<double>(memory[device].room) - static_cast<double>(here.step) -
-                            (main ? static_cast<double>(here.outside + here.main_device_step) : 0.0);
-        std::vector<double> next(n_layers + 1, kNever);
-        runs.emplace_back(n_layers + 1, 0);
+        const double budget = static_cast<double>(memory[device].budget) - static_cast<double>(here.step) -
+                              (main ? static_cast<double>(here.outside + here.main_device_step) : 0.0);
+        std::vector<double> next(n_layers + 1, kInfeasible);
+        counts.emplace_back(n_layers + 1, 0);
         for (int32_t k = 0; k <= n_layers; ++k) {
-            for (int32_t run = 0; run <= k; ++run) {
-                const double bytes = before[k] - before[k - run];
-                const double own = run == 0 ? 0.0 : room > 0.0 ? bytes / room : kNever;
-                const double share = std::max(fullest[k - run], own);
-                if (share < next[k]) {
-                    next[k] = share;
-                    runs.back()[k] = run;
+            for (int32_t count = 0; count <= k; ++count) {
+                const double used = bytes[k] - bytes[k - count];
+                const double own = count == 0 ? 0.0 : budget > 0.0 ? used / budget : kInfeasible;
+                const double fraction = std::max(fullest[k - count], own);
+                if (fraction < next[k]) {
+                    next[k] = fraction;
+                    counts.back()[k] = count;
                 }
             }
         }
         fullest = next;
     }
-    if (fullest[n_layers] == kNever) return plan;  // no way fits
+    if (fullest[n_layers] == kInfeasible) return plan;
     for (int32_t device = static_cast<int32_t>(memory.size()) - 1, k = n_layers; device >= 0; --device) {
-        plan.device_layers[device] = runs[device][k];
-        k -= runs[device][k];
+        plan.device_layers[device] = counts[device][k];
+        k -= counts[device][k];
     }
     return plan;
 }
 
 bool fits(const std::vector<DeviceUse>& uses, const std::vector<DeviceMemory>& memory) {
     for (size_t i = 0; i < uses.size(); ++i) {
-        if (uses[i].total() > memory[i].room) return false;
+        if (uses[i].total() > memory[i].budget) return false;
     }
     return true;
 }
@@ -217,22 +220,24 @@ bool fits(const std::vector<DeviceUse>& uses, const std::vector<DeviceMemory>& m
     const auto gb = [](uint64_t n_bytes) { return static_cast<double>(n_bytes) / 1e9; };
     DeviceUse sum;
     std::string each;
-    uint64_t room = 0, kept_free = 0;
+    uint64_t budget = 0, reserved = 0;
     for (size_t i = 0; i < uses.size(); ++i) {
         sum.weights += uses[i].weights;
         sum.cache += uses[i].cache;
         sum.step += uses[i].step;
-        room += std::min(memory[i].room, std::numeric_limits<uint64_t>::max() - room);
-        kept_free += memory[i].kept_free;
-        each += format("%s%.2f of %.2f", i ? ", " : "", gb(uses[i].total()), gb(memory[i].room));
+        budget += std::min(memory[i].budget, std::numeric_limits<uint64_t>::max() - budget);
+        reserved += memory[i].reserved;
+        each += format("%s%.2f of %.2f", i ? ", " : "", gb(uses[i].total()), gb(memory[i].budget));
     }
     const bool several = uses.size() > 1;
-    throw Error(ErrorKind::out_of_memory,
-                format("%d layers on the device%s need %.2f GB (weights %.2f, cache %.2f, step %.2f), and "
-                       "%.2f GB are there for them%s; beside these, %.2f GB are kept free: choose fewer "
-                       "layers, more experts on the processor (n_cpu_moe), a shorter context, or \"auto\"",
-                       n_layers, several ? "s" : "", gb(sum.total()), gb(sum.weights), gb(sum.cache),
-                       gb(sum.step), gb(room), several ? (" (" + each + ")").c_str() : "", gb(kept_free)));
+    throw Error(
+        ErrorKind::out_of_memory,
+        format("out of memory: %d layers on the device%s need %.2f GB (weights %.2f, cache %.2f, step "
+               "%.2f), but only %.2f GB are available%s, with another %.2f GB kept free: use fewer "
+               "layers (n_gpu_layers), more experts on the CPU (n_cpu_moe), a shorter context, or "
+               "\"auto\"",
+               n_layers, several ? "s" : "", gb(sum.total()), gb(sum.weights), gb(sum.cache), gb(sum.step),
+               gb(budget), several ? (" (" + each + ")").c_str() : "", gb(reserved)));
 }
 
 }  // namespace
@@ -250,7 +255,7 @@ DevicePlan plan_devices(const GgufFile& file, const Hparams& hp, const SessionNe
     const int32_t most = n_gpu_layers >= 0 ? std::min(n_gpu_layers, hp.n_layer) : hp.n_layer;
     const int32_t least = n_gpu_layers >= 0 ? most : 0;
     for (int32_t n_layers = most; n_layers >= least; --n_layers) {
-        // Experts are the most bytes for the least work: they stay behind first.
+        // Experts have the most bytes for the least work, so leave them on the CPU first.
         const int32_t first = n_cpu_moe >= 0 ? std::min(n_cpu_moe, n_layers) : 0;
         const int32_t last = n_cpu_moe >= 0 ? first : n_layers;
         for (int32_t n_experts = first; n_experts <= last; ++n_experts) {

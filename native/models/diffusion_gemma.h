@@ -1,5 +1,5 @@
-// DiffusionGemma's layer, which encoder and denoiser share. They differ in embedding, mask, scalar and use of
-// the cache only.
+// DiffusionGemma's transformer layer, shared by encoder and denoiser, which differ only in embedding, mask,
+// layer scale and use of the cache.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +11,11 @@ namespace pydiffusion {
 
 enum class Mode { encoder, decoder };
 
-// Writes the layer's keys and values of x [d, n_tokens] into the caches' rows behind what they hold.
+// Writes the layer's K and V of x [d, n_tokens] to the rows after each sequence's cache.
 void store_keys_and_values(GraphBuilder& g, int32_t i_layer, ggml_tensor* x);
 
-// One layer, x [d, n_tokens] -> [d, n_tokens]; stores keys and values, then attends over what the caches'
-// ranges permit and, unless it is null, `causal`.
+// One layer, x [d, n_tokens] -> [d, n_tokens]: stores K and V, then attends over the visible rows of the
+// caches, causally unless `causal` is null.
 ggml_tensor* apply_layer(GraphBuilder& g, int32_t i_layer, Mode mode, ggml_tensor* x, const Causal* causal);
 
 }  // namespace pydiffusion

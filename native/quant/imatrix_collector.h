@@ -1,4 +1,4 @@
-// What the columns of each matrix are met with: sums of squares of activations, for quantizing by importance.
+// Importance matrix (imatrix): sums of squared activations per column of each weight, for quantization.
 #pragma once
 
 #include <cstdint>
@@ -13,24 +13,23 @@ namespace pydiffusion {
 
 struct ImatrixEntry {
     int64_t n_per_row = 0;
-    std::vector<double> sums;     // [n_per_row * n_matrices], of squares
-    std::vector<int64_t> counts;  // [n_matrices], rows of activations
+    std::vector<double> sums;     // [n_per_row * n_matrices], sums of squares
+    std::vector<int64_t> counts;  // [n_matrices], rows of activations seen
 };
 
-// Gathers over the graphs it is shown; off in normal runs, for it keeps every activation of a graph in
-// memory.
+// Accumulates over graphs. Off in normal runs, since it keeps all matmul inputs of a graph in memory.
 class ImatrixCollector {
   public:
-    // Before the graph's memory is laid out: the inputs of its matrix products survive until its end.
+    // Before the graph is allocated: keeps its matmuls' inputs from being overwritten.
     static void keep_inputs(ggml_cgraph* graph);
-    // After it was computed, on a backend whose memory the host can read.
+    // After the graph was computed, in memory that the host can read.
     void add(ggml_cgraph* graph);
 
-    // By the weight's name. Experts have a matrix each, other weights one.
+    // Keyed by the weight's name. One matrix per expert, one for other weights.
     const std::map<std::string, ImatrixEntry>& by_weight() const { return by_weight_; }
 
   private:
-    void add_product(const gemm::MatmulOperands& factors);
+    void add_matmul(const gemm::MatmulOperands& operands);
 
     std::map<std::string, ImatrixEntry> by_weight_;
 };

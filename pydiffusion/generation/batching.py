@@ -16,7 +16,6 @@ from pydiffusion.options import GenerationOptions
 from .token_ids import check_bos, token_array
 
 if TYPE_CHECKING:
-    from pydiffusion import _native
     from pydiffusion.model import DiffusionModel
     from pydiffusion.session import NativeStep, Session
 
@@ -69,13 +68,13 @@ class ActiveSequence:
             stream = self.session._answer_stream(self._options, self._chat)
             self._to_events = self.session._begin(self._options, stream)
 
-    def events(self, step: _native.Step) -> Iterator[Event]:
+    def events(self, step: NativeStep) -> Iterator[Event]:
         """Convert a native step into events."""
         assert self._to_events is not None
         return self._to_events(step)
 
 
-AnyLane = TypeVar("AnyLane", bound=Lane)
+AnySequence = TypeVar("AnySequence", bound=ActiveSequence)
 
 
 class Batch:
@@ -85,8 +84,8 @@ class Batch:
         self._native = model._new_batch()
 
     def advance(
-        self, sequences: Sequence[ActiveSequence]
-    ) -> Iterator[tuple[ActiveSequence, Iterator[Event] | Exception]]:
+        self, sequences: Sequence[AnySequence]
+    ) -> Iterator[tuple[AnySequence, Iterator[Event] | Exception]]:
         """Advance every sequence by one prompt chunk or one denoising step.
 
         Yields each sequence with its new events (consume them before the next call), or with the error that

@@ -106,9 +106,9 @@ class ChatStream:
     def _feed(self, ids: Iterable[int], last: bool) -> tuple[list[Part], bool]:
         found: list[Part] = []
         for part in self._parser.feed(self._text.feed(ids, last=last), last=last):
-            is_content = isinstance(part, Content)
+            content = part.text if isinstance(part, Content) else None
             # A stop string can't continue across a reasoning block or a tool call.
-            text, stopped = self._filter.feed(part.text if is_content else "", last=not is_content)
+            text, stopped = self._filter.feed(content or "", last=content is None)
             if text:
                 found.append(Content(text))
             if stopped:

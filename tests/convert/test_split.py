@@ -120,7 +120,7 @@ def test_parts_of_the_gguf_package_are_merged(tmp_path: Path) -> None:
 def test_missing_and_foreign_parts_are_refused(parts: list[Path], whole: Path, tmp_path: Path) -> None:
     content = parts[2].read_bytes()
     parts[2].unlink()
-    with pytest.raises(ModelFormatError, match=r"00003-of-\d+\.gguf: this part of \d+ is missing"):
+    with pytest.raises(ModelFormatError, match=r"00003-of-\d+\.gguf: is missing"):
         quantize(parts[0], tmp_path / "n.gguf", "q4_0")
     parts[2].write_bytes(parts[3].read_bytes())
     with pytest.raises(ModelFormatError, match=r"'split\.no' is 3, 2 is wanted"):

@@ -188,7 +188,7 @@ def test_failures(
             patch.setattr(scripts.measure.Bench, name, fail)
         assert scripts.gpu.main(given(models, results)) == 3
     captured = capsys.readouterr()
-    assert "3 measurements failed one after another" in captured.err and "in fail" in captured.err
+    assert "3 consecutive measurements failed" in captured.err and "in fail" in captured.err
     assert read(results, "cpu-experts")[0]["skipped"] == "3 measurements before it failed"
     assert "in fail" in read(results, "answer")[0]["traceback"]
     assert "- q8_0 answer: FAILED, RuntimeError: an illegal memory access" in captured.out
@@ -355,7 +355,7 @@ def test_a_profiled_step(models: Path) -> None:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "nothing records it" in done.stderr and "one step behind 16 tokens profiled" in done.stderr
+    assert "nothing records it" in done.stderr and "profiled one step after 16 tokens" in done.stderr
 
 
 def test_a_missing_profiler_is_explained(scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ def test_invalid_arguments() -> None:
     rows, x = weights("Q8_0", 1, 32), activations(1, 32)
     with pytest.raises(ValueError, match="there are no kernels 'x'"):
         _native.testing.matmul("x", rows, "Q8_0", x)
-    with pytest.raises(ValueError, match="same number of weights"):
+    with pytest.raises(ValueError, match="different lengths"):
         _native.testing.matmul("ggml", rows, "Q8_0", activations(1, 64))
-    with pytest.raises(ValueError, match="no such expert"):
+    with pytest.raises(ValueError, match="there is no expert"):
         _native.testing.matmul("ggml", rows, "Q8_0", x, np.array([[1]], np.int32))

@@ -274,7 +274,7 @@ def test_a_file_that_shrinks_while_it_is_mapped(gguf_file: Callable[..., Path], 
         lambda: session.encode(np.arange(5, dtype=np.int32)),
         lambda: session.denoise(np.zeros(4, dtype=np.int32), None),
     ):
-        with pytest.raises(ModelFormatError, match=r"model\.gguf.*shortened while it was in use"):
+        with pytest.raises(ModelFormatError, match=r"model\.gguf.*truncated while in use"):
             call()
     with pytest.raises(ModelFormatError):
         _native.Model(str(path), n_threads=1)

@@ -118,13 +118,13 @@ def replace(index: int, make: Callable[[RawGguf], bytes]) -> Callable[[list[RawG
 BROKEN: dict[str, tuple[Callable[[list[RawGguf]], object], str, int]] = {
     "second given": (lambda p: None, "is part 2 of 3 of a split file; open the first one, ", 1),
     "last given": (lambda p: None, "/m-00001-of-00003.gguf", 2),
-    "last missing": (lambda p: p.pop(), "m-00003-of-00003.gguf: this part of 3 is missing", 0),
-    "two missing": (lambda p: (p.pop(), p.pop()), "m-00002-of-00003.gguf: this part of 3 is missing", 0),
+    "last missing": (lambda p: p.pop(), "m-00003-of-00003.gguf: is missing", 0),
+    "two missing": (lambda p: (p.pop(), p.pop()), "m-00002-of-00003.gguf: is missing", 0),
     "numbers swapped": (put(1, "split.no", U16, 2), "00002-of-00003.gguf: key 'split.no' is 2, 1 is", 0),
-    "first twice": (lambda p: p.__setitem__(1, p[0].copy()), "key 'split.no' is 0, 1 is wanted", 0),
+    "first twice": (lambda p: p.__setitem__(1, p[0].copy()), "key 'split.no' is 0, expected 1", 0),
     "first says it is second": (put(0, "split.no", U16, 1), "should end with -00002-of-00003.gguf", 0),
     "first has no number": (lambda p: p[0].drop("split.no"), "has no key 'split.no'", 0),
-    "first is past the count": (put(0, "split.no", U16, 3), "'split.no' should be an integer from 0 to 2", 0),
+    "first is past the count": (put(0, "split.no", U16, 3), "'split.no' must be an integer from 0 to 2", 0),
     "number of text": (put(0, "split.no", STRING, "0"), "split.no", 0),
     "number below zero": (put(1, "split.no", I32, -1), "split.no", 0),
     "number of 2^64 - 1": (put(1, "split.no", U64, 2**64 - 1), "split.no", 0),
@@ -142,7 +142,7 @@ BROKEN: dict[str, tuple[Callable[[list[RawGguf]], object], str, int]] = {
     "tensor count below zero": (put(0, "split.tensors.count", I32, -5), "split.tensors.count", 0),
     "tensor twice": (
         lambda p: p[2].tensors.append(p[0].tensors[0]),
-        "00003-of-00003.gguf: holds tensor 'token_embd.weight', which ",
+        "00003-of-00003.gguf: has tensor 'token_embd.weight', which is already in ",
         0,
     ),
     "other architecture in a part": (
@@ -192,7 +192,7 @@ def test_renamed_parts_are_refused(worker: Worker, good: RawGguf, tmp_path: Path
     assert_refused(worker.ask(paths[0]), FORMAT_ERRORS, "00002-of-00003.gguf: is not a", tmp_path)
     paths[1].rmdir()
     paths[1].symlink_to(tmp_path / "gone")
-    assert_refused(worker.ask(paths[0]), FORMAT_ERRORS, "00002-of-00003.gguf: this part of 3", tmp_path)
+    assert_refused(worker.ask(paths[0]), FORMAT_ERRORS, "00002-of-00003.gguf: is missing", tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="NOT CHECKED: shortened files; the system forbids it")
@@ -200,7 +200,7 @@ def test_a_part_that_is_shortened_while_in_use(good: RawGguf, tmp_path: Path) ->
     paths = write(split(good), tmp_path)
     session = _native.Session(_native.Model(str(paths[0]), n_threads=1), 48)
     os.truncate(paths[2], 4096)
-    with pytest.raises(ModelFormatError, match=r"00003-of-00003\.gguf: was shortened"):
+    with pytest.raises(ModelFormatError, match=r"00003-of-00003\.gguf: was truncated"):
         session.encode(np.arange(5, dtype=np.int32))
 
 

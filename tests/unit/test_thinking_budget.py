@@ -102,7 +102,7 @@ def test_an_amended_canvas_is_what_the_next_one_follows(gguf_file: Callable[...,
     n = model.canvas_length
     assert session._native.amend(first[: n - 1]) == "" and session._native.amend(first) == ""
     for wrong, message in (
-        (np.zeros(n + 1, np.int32), "in place of a canvas"),
+        (np.zeros(n + 1, np.int32), "to replace a canvas"),
         (first[:2] * 0 - 1, "token -1"),
     ):
         with pytest.raises(ValueError, match=message):
