@@ -74,9 +74,7 @@ RULES = (
         "columns", r"\bn?_?columns?\b|\bcolumns?_\w+", "activations",
         where=("native", "pydiffusion"),
         allowed=(
-            ("native/backend/cpu/self_conditioning.cpp", r"", "columns of the embedding's matrix"),
             ("native/backend/cpu/simd_gemm.h", r"", "of a matrix"),
-            ("native/bindings/sampler.cpp", r"logits has no columns", "of an array"),
             ("native/quant/*", r"", "of a weight's matrix, by importance"),
             ("pydiffusion/testing/synthetic.py", r"n_columns", "of a weight's matrix"),
             ("pydiffusion/cli/*", r"", "of text and of tables"),
@@ -89,7 +87,6 @@ RULES = (
          "elements, values", where=("native",)),
     Rule("processor", r"\b[Pp]rocessors?\b|\bkProcessor\b", "the CPU",
          allowed=(
-             ("convert/architectures/*", r"Gemma 4's processor", "Hugging Face's class"),
              ("convert/architectures/*", r"processor = source|in processor|processor\.get", "of tokenizers"),
              ("*", r"[Pp]ost-processor|^    post-", "of tokenizers"),
              ("tests/convert/*", r"if processor|\bprocessor: bool|\"processor\"", "of tokenizers"),
@@ -102,7 +99,6 @@ RULES = (
             ("native/backend/*", r"", "of SIMD vectors and warps"),
             ("native/sampler/logits.cpp", r"", "of SIMD vectors"),
             ("native/quant/quantize.cpp", r"", "of SIMD vectors"),
-            ("tests/gpu/*", r"\bwarps?\b", "of warps"),
             ("native/util/simd_math.h", r"", "of SIMD vectors"),
             ("native/bench/roofline.cpp", r"", "of SIMD vectors"),
             ("docs/*", r"SIMD|lanes of the vectors|`(?:pydiffusion_)?lanes", "of vectors; a metric's name"),
@@ -123,10 +119,6 @@ RULES = (
     Rule(
         "lies", r"\b[Ll]ies?\b(?! (?:within|inside|between|beyond|near|(?:no )?further|apart)\b)",
         "is, is stored",
-        allowed=(
-            ("fuzz/*", r"length that lies", "is wrong"),
-            ("tests/support/gguf_mutator.py", r"length may lie", "be wrong"),
-        ),
     ),
     Rule("brings", r"\bbrings\b", "gives, includes"),
     Rule("turned over", r"\bturned over\b", "transposed"),
