@@ -68,6 +68,7 @@ RULES = (
             ("convert/verification.py", r"product", "of two norms, in a cosine"),
             ("native/gguf/gguf_file.cpp", r"whose product overflows", "of a tensor's dimensions"),
             ("native/backend/cpu/*", r"dot product|Vector product;|product\.lane", "of vectors"),
+            ("native/backend/cpu/*", r"product of (?:the )?two|products of halves", "of two factors"),
         ),
     ),
     Rule(
@@ -75,6 +76,8 @@ RULES = (
         where=("native", "pydiffusion"),
         allowed=(
             ("native/backend/cpu/simd_gemm.h", r"", "of a matrix"),
+            ("native/backend/cpu/*", r"column 4 q|column c is", "of a matrix"),
+            ("native/bindings/sampler.cpp", r"logits has 0 columns", "of an array"),
             ("native/quant/*", r"", "of a weight's matrix, by importance"),
             ("pydiffusion/testing/synthetic.py", r"n_columns", "of a weight's matrix"),
             ("pydiffusion/cli/*", r"", "of text and of tables"),
@@ -109,16 +112,17 @@ RULES = (
     Rule("placement", r"(?<!device )\b[Pp]lacements?\b", "device plan, device"),
     Rule("engine", r"\b[Ee]ngines?\b", "backend"),
     Rule("home", r"\bhomes?\b|\bhome_\w*", "main device", where=("native",)),
-    Rule("portable", r"\bportable\b|\bportable_ops\b", "ggml ops", where=("native", "docs")),
+    Rule("portable", r"\bportable_ops\b|\bportable (?:ops|graphs?|operations)\b", "ggml ops"),
     # Phrases
     Rule("not to be had", r"\b(?:be|been) had\b", "failed to allocate, is not available"),
     Rule("in the making", r"\bin the making\b|\bof their making\b", "in-flight requests, slots"),
     Rule("is none", r"(?<!there )\b(?:is|are) none\b", "is invalid, is not a ..."),
-    Rule("stands", r"(?<!as it )(?<!as they )\b[Ss]tands?\b(?! (?:for|out|alone|still)\b|-)",
+    Rule("stands", r"(?<!as it )(?<!as they )\b[Ss]tands?\b(?! (?:for|in for|out|alone|still)\b|-)",
          "is, is given, is stored"),
     Rule(
         "lies", r"\b[Ll]ies?\b(?! (?:within|inside|between|beyond|near|(?:no )?further|apart)\b)",
         "is, is stored",
+        allowed=(("docs/dev/profile.md", r"medians lie", "mislead"),),
     ),
     Rule("brings", r"\bbrings\b", "gives, includes"),
     Rule("turned over", r"\bturned over\b", "transposed"),
@@ -134,7 +138,7 @@ RULES = (
     Rule("row_ops", r"\brow_ops\b", "fused_rows"),
     Rule("machine_rates", r"machine_rates", "roofline"),
     Rule("StepKernels", r"\bStepKernels\b|\bstep_kernels\b", "StepBackend"),
-    Rule("Hyperparameters", r"\bHyperparameters\b|\bhyperparameters\.(?:h|cpp|\*)", "Hparams, hparams.h"),
+    Rule("Hyperparameters", r"\b(?:struct|class|const) Hyperparameters\b|\bHyperparameters[&*>({:`]|\bhyperparameters\.(?:h|cpp|\*)", "Hparams, hparams.h"),
     Rule("statistics", r"\bcollect_statistics\b|\bstatistics\.(?:h|cpp|\*)", "imatrix, imatrix_collector"),
     Rule("matrix/", r"(?<![\w.])matrix/", "backend/cpu/amx/"),
     Rule(
