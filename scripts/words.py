@@ -138,7 +138,12 @@ RULES = (
     Rule("row_ops", r"\brow_ops\b", "fused_rows"),
     Rule("machine_rates", r"machine_rates", "roofline"),
     Rule("StepKernels", r"\bStepKernels\b|\bstep_kernels\b", "StepBackend"),
-    Rule("Hyperparameters", r"\b(?:struct|class|const) Hyperparameters\b|\bHyperparameters[&*>({:`]|\bhyperparameters\.(?:h|cpp|\*)", "Hparams, hparams.h"),
+    Rule(
+        "Hyperparameters",
+        r"\b(?:struct|class|const) Hyperparameters\b|\bHyperparameters[&*>({:`]"
+        r"|\bhyperparameters\.(?:h|cpp|\*)",
+        "Hparams, hparams.h",
+    ),
     Rule("statistics", r"\bcollect_statistics\b|\bstatistics\.(?:h|cpp|\*)", "imatrix, imatrix_collector"),
     Rule("matrix/", r"(?<![\w.])matrix/", "backend/cpu/amx/"),
     Rule(
