@@ -79,7 +79,7 @@ def record(output: Path, sections: list[str]) -> int:
 
 
 def _machine() -> dict[str, Any]:
-    """What digests of floating point numbers depend on besides pydiffusion."""
+    """The platform and versions that digests of floating point numbers depend on besides pydiffusion."""
     info = Path("/proc/cpuinfo")
     flags = ""
     if info.exists():

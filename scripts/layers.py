@@ -245,7 +245,7 @@ def top_files(root: Path) -> dict[str, int]:
 
 
 def limits(root: Path, trees: Iterable[Tree]) -> list[str]:
-    """What is more than it may be."""
+    """Counts that are above their limits."""
     found = [
         f"{name}: {count} files at the top, at most {MAX_TOP_FILES[name]}: move some into folders"
         for name, count in top_files(root).items()

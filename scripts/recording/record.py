@@ -1,4 +1,4 @@
-"""What the sections share: the recording, digests, masks, the demo model as GGUF."""
+"""Shared by the sections: the recording, digests, masks, the demo model as GGUF."""
 
 from __future__ import annotations
 
