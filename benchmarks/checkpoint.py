@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from pydiffusion.convert.names import wanted_tensors
-from pydiffusion.convert.sizes import read_config
+from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import wanted_tensors
+from pydiffusion.convert.quantization.sizes import read_config
 
 SHARD_BYTES = 200e6
 _PIECE = 1 << 22  # weights made at a time

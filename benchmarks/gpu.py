@@ -34,10 +34,10 @@ import gpu_page
 from gpu_measure import Bench, Figures, Skipped, cost_of, is_cancelled, machine
 
 from pydiffusion import devices
-from pydiffusion.convert.atomic import require_free_space
+from pydiffusion._util.atomic import require_free_space
 from pydiffusion.errors import ConversionError
 from pydiffusion.model import available_cpus
-from pydiffusion.synthetic import SHAPES, synthetic_bytes, write_synthetic
+from pydiffusion.testing.synthetic import SHAPES, synthetic_bytes, write_synthetic
 
 try:
     import fcntl

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from pydiffusion import _native, devices, plan
+from pydiffusion.device_plan import native_wish
 from pydiffusion.errors import GenerationCancelled
-from pydiffusion.placement import native_wish
 
 WARM_STEPS = 3  # builds the graph, lets ggml see it again, captures it as a CUDA graph
 DROPPED_MASS = 1e-4  # the library's default

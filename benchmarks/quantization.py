@@ -26,8 +26,8 @@ from pydiffusion.convert import (
     plan_sizes,
     plot,
 )
-from pydiffusion.convert.evaluation import NOISE
-from pydiffusion.convert.recipes import NEEDS_IMATRIX
+from pydiffusion.convert.quantization.recipes import NEEDS_IMATRIX
+from pydiffusion.quality.evaluation import NOISE
 
 TYPES = ("bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_m", "q2_k")
 

@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from pydiffusion import DiffusionModel
-from pydiffusion.convert import convert, evaluate_family, sizes
-from pydiffusion.convert.report import ConversionReport
+from pydiffusion.convert import convert, evaluate_family
+from pydiffusion.convert.gguf.report import ConversionReport
+from pydiffusion.convert.quantization import sizes
 
 PARTS = ("attention", "embedding", "dense")  # as sizes.UPGRADES orders them
 PROMPTS = ("the river runs", "0 1 2 3 4 5 6 7", "a")

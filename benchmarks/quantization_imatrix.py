@@ -18,8 +18,8 @@ from quantization import demo_texts
 
 from pydiffusion import DiffusionModel, _native
 from pydiffusion.convert import collect_imatrix, convert
-from pydiffusion.convert.evaluation import NOISE, compare_logits
 from pydiffusion.demo import checkpoint_path, tasks
+from pydiffusion.quality.evaluation import NOISE, compare_logits
 
 N_OBSERVED = 150
 

@@ -28,7 +28,7 @@ import httpx
 import numpy as np
 
 from pydiffusion import CanvasEvent, DiffusionModel, DraftEvent, GenerationOptions
-from pydiffusion.synthetic import write_synthetic
+from pydiffusion.testing.synthetic import write_synthetic
 
 
 @dataclass

@@ -20,7 +20,7 @@ import numpy as np
 
 from pydiffusion import _native
 from pydiffusion.model import available_cpus
-from pydiffusion.synthetic import write_synthetic
+from pydiffusion.testing.synthetic import write_synthetic
 
 
 def begin(session: _native.Session, seed: int, n_blocks: int, steps: int) -> None:

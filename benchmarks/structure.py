@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pydiffusion import DiffusionModel, GenerationOptions
-from pydiffusion.structure import Automaton, Guide, expression_of
+from pydiffusion.constrained import Automaton, Guide, expression_of
 
 PERSON = {
     "type": "object",

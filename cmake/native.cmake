@@ -1,61 +1,72 @@
 # The runtime, which knows nothing of Python.
 add_library(pydiffusion_native STATIC
-    native/errors.cpp
-    native/file.cpp
-    native/split_file.cpp
-    native/hyperparameters.cpp
-    native/placement.cpp
-    native/weights.cpp
-    native/engine.cpp
-    native/device/host_backend.cpp
-    native/device/host_kernels.cpp
-    native/matrix/kernels.cpp
-    native/matrix/unpack.cpp
-    native/matrix/columns.cpp
-    native/matrix/product_ops.cpp
-    native/matrix/multiply.cpp
-    native/matrix/soft_sums.cpp
-    native/matrix/attention_tiles.cpp
-    native/portable_ops.cpp
-    native/ops.cpp
-    native/row_ops.cpp
-    native/attention.cpp
-    native/self_conditioning.cpp
-    native/backbone.cpp
-    native/kv_cache.cpp
-    native/encoder.cpp
-    native/denoiser.cpp
-    native/sampler.cpp
-    native/session.cpp
-    native/batch.cpp
-    native/quantize.cpp
-    native/statistics.cpp
-    native/machine_rates.cpp
+    native/backend/backend.cpp
+    native/backend/cpu/amx/pack.cpp
+    native/backend/cpu/amx/tile_gemm.cpp
+    native/backend/cpu/amx/unpack.cpp
+    native/backend/cpu/amx/weighted_sums.cpp
+    native/backend/cpu/attention.cpp
+    native/backend/cpu/fused_rows.cpp
+    native/backend/cpu/matmul.cpp
+    native/backend/cpu/measure_logits.cpp
+    native/backend/cpu/self_conditioning.cpp
+    native/backend/cpu/tile_attention.cpp
+    native/backend/cpu/top_k.cpp
+    native/backend/devices.cpp
+    native/backend/fake_device.cpp
+    native/backend/ggml/ggml_ops.cpp
+    native/backend/graph_executor.cpp
+    native/backend/host_step_backend.cpp
+    native/backend/thread_pool.cpp
+    native/bench/matmul_once.cpp
+    native/bench/roofline.cpp
+    native/gguf/gguf_file.cpp
+    native/gguf/gguf_split.cpp
+    native/graph/graph_builder.cpp
+    native/graph/kv_cache.cpp
+    native/model/device_plan.cpp
+    native/model/hparams.cpp
+    native/model/kv_layout.cpp
+    native/model/model.cpp
+    native/model/weights.cpp
+    native/models/diffusion_gemma.cpp
+    native/quant/imatrix_collector.cpp
+    native/quant/quantize.cpp
+    native/runtime/batch.cpp
+    native/runtime/denoiser.cpp
+    native/runtime/encoder.cpp
+    native/runtime/generation.cpp
+    native/runtime/session.cpp
+    native/sampler/entropy_bound.cpp
+    native/sampler/logits.cpp
+    native/sampler/philox.cpp
+    native/util/error.cpp
 )
 target_include_directories(pydiffusion_native PUBLIC native PRIVATE vendor/ggml/src)  # ggml's own headers
 target_link_libraries(pydiffusion_native PUBLIC ggml)
 if(PYDIFFUSION_CUDA)
-    target_sources(pydiffusion_native PRIVATE native/device/cuda_kernels.cu)
+    target_sources(pydiffusion_native PRIVATE native/backend/cuda/step_backend.cu)
     target_compile_definitions(pydiffusion_native PRIVATE PYDIFFUSION_CUDA)
     # The layout of its context, whose stream ours is timed with, depends on them.
-    set_property(SOURCE native/device/cuda_kernels.cu
+    set_property(SOURCE native/backend/cuda/step_backend.cu
         APPEND PROPERTY COMPILE_DEFINITIONS "$<TARGET_PROPERTY:ggml-cuda,COMPILE_DEFINITIONS>")
     target_link_libraries(pydiffusion_native PRIVATE CUDA::cudart CUDA::cublas)
 endif()
+target_enable_warnings(pydiffusion_native)
 if(NOT MSVC)
-    set(cxx_flags -Wall -Wextra -Wno-unused-parameter)
     if(NOT PYDIFFUSION_PORTABLE)
-        list(APPEND cxx_flags -march=native)
+        set(cxx_flags -march=native)
     elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-        list(APPEND cxx_flags -march=x86-64-v3)
+        set(cxx_flags -march=x86-64-v3)
     endif()
     target_compile_options(pydiffusion_native PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${cxx_flags}>")
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")  # its own headers of intrinsics look uninitialised to it
-        set_property(SOURCE native/matrix/attention_tiles.cpp native/matrix/columns.cpp
-            native/matrix/kernels.cpp native/matrix/soft_sums.cpp native/matrix/unpack.cpp
+        set_property(SOURCE native/backend/cpu/tile_attention.cpp native/backend/cpu/amx/pack.cpp
+            native/backend/cpu/amx/tile_gemm.cpp native/backend/cpu/amx/unpack.cpp
+            native/backend/cpu/amx/weighted_sums.cpp
             APPEND PROPERTY COMPILE_OPTIONS "-Wno-uninitialized;-Wno-maybe-uninitialized")
         # A loop that loads registers would become a copy in memory.
-        set_property(SOURCE native/matrix/columns.cpp
+        set_property(SOURCE native/backend/cpu/amx/pack.cpp
             APPEND PROPERTY COMPILE_OPTIONS -fno-tree-loop-distribute-patterns)
     endif()
     # What the loops over logits need to become vector code, as wide as there is; NaN and infinity keep their
@@ -64,7 +75,9 @@ if(NOT MSVC)
     if(NOT PYDIFFUSION_PORTABLE AND CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
         list(APPEND loop_flags -mprefer-vector-width=512)
     endif()
-    set_property(SOURCE native/attention.cpp native/matrix/attention_tiles.cpp native/ops.cpp native/row_ops.cpp
-        native/sampler.cpp native/self_conditioning.cpp
+    set_property(SOURCE native/backend/cpu/attention.cpp native/backend/cpu/fused_rows.cpp
+        native/backend/cpu/measure_logits.cpp native/backend/cpu/self_conditioning.cpp
+        native/backend/cpu/tile_attention.cpp native/backend/cpu/top_k.cpp
+        native/sampler/entropy_bound.cpp native/sampler/logits.cpp native/sampler/philox.cpp
         APPEND PROPERTY COMPILE_OPTIONS "${loop_flags}")
 endif()

@@ -6,16 +6,48 @@ repack("model-00001-of-00003.gguf", "model.gguf")
 verify("model.gguf", against="DiffusionGemma/")
 """
 
-from pydiffusion.convert.collect import ImatrixReport, collect_imatrix
-from pydiffusion.convert.conversion import Variant, convert, convert_family, quantize
-from pydiffusion.convert.evaluation import EvaluationReport, evaluate, evaluate_family
-from pydiffusion.convert.plotting import plot
-from pydiffusion.convert.recipes import TYPES
-from pydiffusion.convert.repacking import edit_metadata, repack
-from pydiffusion.convert.report import ConversionProgress, ConversionReport
-from pydiffusion.convert.sizes import SizePlan, fit, plan_sizes
-from pydiffusion.convert.verification import VerifyReport, verify
-from pydiffusion.convert.vision import MMPROJ_TYPES, convert_mmproj
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydiffusion.convert.architectures.diffusion_gemma.vision import MMPROJ_TYPES, convert_mmproj
+    from pydiffusion.convert.conversion import Variant, convert, convert_family, quantize
+    from pydiffusion.convert.gguf.report import ConversionProgress, ConversionReport
+    from pydiffusion.convert.quantization.recipes import TYPES
+    from pydiffusion.convert.quantization.sizes import SizePlan, fit, plan_sizes
+    from pydiffusion.convert.repacking import edit_metadata, repack
+    from pydiffusion.convert.verification import VerifyReport, verify
+    from pydiffusion.quality.evaluation import EvaluationReport, evaluate, evaluate_family
+    from pydiffusion.quality.imatrix_collection import ImatrixReport, collect_imatrix
+    from pydiffusion.quality.plotting import plot
+
+# Imported on first use: so that nothing needs more than it uses, and quality/ may import from here downwards.
+_NAME_TO_MODULE = {
+    "ConversionProgress": "pydiffusion.convert.gguf.report",
+    "ConversionReport": "pydiffusion.convert.gguf.report",
+    "EvaluationReport": "pydiffusion.quality.evaluation",
+    "ImatrixReport": "pydiffusion.quality.imatrix_collection",
+    "MMPROJ_TYPES": "pydiffusion.convert.architectures.diffusion_gemma.vision",
+    "SizePlan": "pydiffusion.convert.quantization.sizes",
+    "TYPES": "pydiffusion.convert.quantization.recipes",
+    "Variant": "pydiffusion.convert.conversion",
+    "VerifyReport": "pydiffusion.convert.verification",
+    "collect_imatrix": "pydiffusion.quality.imatrix_collection",
+    "convert": "pydiffusion.convert.conversion",
+    "convert_family": "pydiffusion.convert.conversion",
+    "convert_mmproj": "pydiffusion.convert.architectures.diffusion_gemma.vision",
+    "edit_metadata": "pydiffusion.convert.repacking",
+    "evaluate": "pydiffusion.quality.evaluation",
+    "evaluate_family": "pydiffusion.quality.evaluation",
+    "fit": "pydiffusion.convert.quantization.sizes",
+    "plan_sizes": "pydiffusion.convert.quantization.sizes",
+    "plot": "pydiffusion.quality.plotting",
+    "quantize": "pydiffusion.convert.conversion",
+    "repack": "pydiffusion.convert.repacking",
+    "verify": "pydiffusion.convert.verification",
+}
 
 __all__ = [
     "MMPROJ_TYPES",
@@ -41,3 +73,15 @@ __all__ = [
     "repack",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAME_TO_MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_NAME_TO_MODULE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

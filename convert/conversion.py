@@ -8,16 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydiffusion.convert import imatrix as importance
-from pydiffusion.convert import pipeline, plan, recipes
-from pydiffusion.convert.gguf_header import Value
-from pydiffusion.convert.hub import find_checkpoint
-from pydiffusion.convert.metadata import ARCHITECTURE
-from pydiffusion.convert.names import FLOAT32_KINDS, split_name
-from pydiffusion.convert.padding import SharedRead, padded_read
-from pydiffusion.convert.pipeline import Job, PlannedTensor
-from pydiffusion.convert.report import ConversionReport, ProgressCallback
-from pydiffusion.convert.sources import Source, SourceTensor, open_folder, open_gguf
+from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import FLOAT32_KINDS, split_name
+from pydiffusion.convert.architectures.source import Source, SourceTensor, open_folder, open_gguf
+from pydiffusion.convert.checkpoint.hub import find_checkpoint
+from pydiffusion.convert.gguf import writer as pipeline
+from pydiffusion.convert.gguf.header import Value
+from pydiffusion.convert.gguf.report import ConversionReport, ProgressCallback
+from pydiffusion.convert.gguf.split import check_split_size
+from pydiffusion.convert.gguf.tensor_reads import SharedRead
+from pydiffusion.convert.gguf.writer import Job, PlannedTensor
+from pydiffusion.convert.quantization import imatrix_file as importance
+from pydiffusion.convert.quantization import recipes
+from pydiffusion.convert.quantization import type_plan as plan
+from pydiffusion.convert.quantization.padding import padded_read
+from pydiffusion.convert.quantization.type_plan import with_lengths
 
 _EXACT = ("F32", "F16", "BF16")
 
@@ -52,7 +56,7 @@ def convert(
             smaller or hardly larger file than other types would.
         tensor_types: regular expressions, searched in the names of tensors, and the ggml types that matching
             ones get instead of the recipe's; the first that matches counts.
-        imatrix: a file of activation statistics, as :mod:`pydiffusion.convert.imatrix` or llama.cpp make it.
+        imatrix: a file of activation statistics, as `collect_imatrix` or llama.cpp make it.
         revision: of a repo: branch, tag or commit.
         split_max_size: bytes beyond which the file is split into parts ``NAME-00001-of-0000N.gguf``.
         resume: what is written stays as ``TARGET.part`` when the conversion fails or is interrupted, and the
@@ -160,11 +164,6 @@ def quantize(
         return pipeline.run(choices.job(opened), started)
 
 
-def check_split_size(size: int | None) -> None:
-    if size is not None and (not isinstance(size, int) or size < 1):
-        raise ValueError(f"split_max_size is {size!r}; give a number of bytes, or None for one file")
-
-
 class _Choices:
     """The arguments that all conversions have, checked."""
 
@@ -265,13 +264,3 @@ def planned_tensor(tensor: SourceTensor, types: plan.TypePlan) -> PlannedTensor:
         tensor.name,
     )
     return PlannedTensor(tensor.name, planned.shape, tensor.type, planned.type, read, tensor.shape)
-
-
-def with_lengths(metadata: Mapping[str, Value], lengths: Mapping[str, tuple[int, int]]) -> dict[str, Value]:
-    """The metadata with the padded feed-forward lengths; a key that holds one per layer keeps that form."""
-    result = dict(metadata)
-    for key, (_, new) in lengths.items():
-        old = result.get(f"{ARCHITECTURE}.{key}", Value("u32", 0))
-        value = [new] * len(old.value) if isinstance(old.value, list) else new
-        result[f"{ARCHITECTURE}.{key}"] = Value(old.type, value)
-    return result

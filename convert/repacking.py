@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydiffusion.chat import ChatTemplate
-from pydiffusion.convert import pipeline
-from pydiffusion.convert.conversion import check_split_size
-from pydiffusion.convert.gguf_header import Value
-from pydiffusion.convert.parts import Parts, open_parts
-from pydiffusion.convert.pipeline import Job, PlannedTensor
-from pydiffusion.convert.report import ConversionReport, ProgressCallback
+from pydiffusion.chat.template import ChatTemplate
+from pydiffusion.convert.gguf import writer as pipeline
+from pydiffusion.convert.gguf.header import Value
+from pydiffusion.convert.gguf.reader import Parts, open_parts
+from pydiffusion.convert.gguf.report import ConversionReport, ProgressCallback
+from pydiffusion.convert.gguf.split import check_split_size
+from pydiffusion.convert.gguf.writer import Job, PlannedTensor
 from pydiffusion.errors import ConversionError, ModelFormatError, PyDiffusionError
 from pydiffusion.options import GenerationOptions
 
@@ -79,7 +79,7 @@ def edit_metadata(
         file: a GGUF in one file.
         changes: keys and their new values, None to remove a key. A key keeps its type; one that is new must
             be a chat template, a sampler default or a name, or its value a
-            :class:`~pydiffusion.convert.gguf_header.Value` that says the type.
+            :class:`~pydiffusion.convert.gguf.header.Value` that says the type.
         target: write there, and leave ``file`` as it is.
 
     Raises:

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from pydiffusion.convert import pipeline, plan, rows
+from pydiffusion.convert.architectures.diffusion_gemma.metadata import ARCHITECTURE
+from pydiffusion.convert.architectures.source import Source, SourceTensor, open_folder, open_gguf, open_source
+from pydiffusion.convert.checkpoint.hub import find_checkpoint
 from pydiffusion.convert.conversion import planned_tensor
-from pydiffusion.convert.hub import find_checkpoint
-from pydiffusion.convert.metadata import ARCHITECTURE
-from pydiffusion.convert.report import ConversionProgress
-from pydiffusion.convert.sources import Source, SourceTensor, open_folder, open_gguf, open_source
+from pydiffusion.convert.gguf import rows
+from pydiffusion.convert.gguf import writer as pipeline
+from pydiffusion.convert.gguf.report import ConversionProgress
+from pydiffusion.convert.quantization import type_plan as plan
 from pydiffusion.errors import ConversionError
 
 _LENGTHS = tuple(f"{ARCHITECTURE}.{part.key}" for part in plan.FEED_FORWARDS)

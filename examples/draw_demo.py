@@ -17,7 +17,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from pydiffusion import DiffusionModel, GenerationOptions
-from pydiffusion.cli.display import CanvasDisplay
+from pydiffusion.cli._display import CanvasDisplay
 from pydiffusion.convert import convert
 from pydiffusion.demo import checkpoint_path, puzzles, tasks
 from pydiffusion.events import DraftEvent

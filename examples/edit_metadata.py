@@ -19,7 +19,7 @@ from typing import Any
 
 from pydiffusion import PyDiffusionError
 from pydiffusion.convert import edit_metadata
-from pydiffusion.convert.parts import open_parts
+from pydiffusion.convert.gguf.reader import open_parts
 
 TEMPLATE = "tokenizer.chat_template"
 

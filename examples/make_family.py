@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydiffusion import PyDiffusionError
 from pydiffusion.convert import TYPES, ConversionProgress, ConversionReport, Variant, convert_family
-from pydiffusion.convert.layout import parse_split_size
+from pydiffusion.convert.gguf.split import parse_split_size
 
 MANY_BITS = ("f32", "f16", "bf16", "q8_0")
 

@@ -8,7 +8,7 @@ void require(bool ok) {
     if (!ok) std::abort();
 }
 
-void check_file(const pydiffusion::File& file) {
+void check_file(const pydiffusion::GgufFile& file) {
     for (const std::string& key : file.keys()) {
         const pydiffusion::Value* value = file.find(key);
         require(value != nullptr && !value->type_name().empty());
@@ -17,7 +17,7 @@ void check_file(const pydiffusion::File& file) {
     std::vector<std::tuple<size_t, uint64_t, uint64_t>> ranges;  // part, begin, end
     for (const pydiffusion::TensorInfo& tensor : file.tensors()) {
         require(file.find_tensor(tensor.name) == &tensor && tensor.part < file.n_parts());
-        const pydiffusion::File& part = file.part(tensor.part);
+        const pydiffusion::GgufFile& part = file.part(tensor.part);
         require(!tensor.shape().empty() && tensor.n_elements() > 0 && tensor.n_bytes > 0);
         require(tensor.offset >= part.data_offset() && tensor.n_bytes <= part.n_bytes());
         require(tensor.offset <= part.n_bytes() - tensor.n_bytes);

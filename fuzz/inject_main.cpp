@@ -5,8 +5,8 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "errors.h"
-#include "session.h"
+#include "util/error.h"
+#include "runtime/session.h"
 
 namespace {
 
@@ -56,9 +56,9 @@ std::vector<int32_t> converse(pydiffusion::Session& session) {
 
 int main(int argc, char** argv) {
     require(argc == 2, "usage: inject_errors MODEL.gguf");
-    const auto file = std::make_shared<pydiffusion::File>(argv[1]);
+    const auto file = std::make_shared<pydiffusion::GgufFile>(argv[1]);
     const auto model =
-        std::make_shared<pydiffusion::Model>(file, 1, "cpu", "auto", pydiffusion::Placement(), [](double) {});
+        std::make_shared<pydiffusion::Model>(file, 1, "cpu", "auto", pydiffusion::DevicePlan(), [](double) {});
     pydiffusion::Session fresh(model, 64, GGML_TYPE_F32), session(model, 64, GGML_TYPE_F32);
     const std::vector<int32_t> expected = converse(fresh);
     require(!expected.empty(), "no answer");

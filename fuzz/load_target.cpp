@@ -5,11 +5,11 @@
 #include <cstdio>
 #include <cstring>
 
-#include "errors.h"
+#include "util/error.h"
 #include "file_check.h"
 #include "gguf_mutator.h"
 #include "memory_file.h"
-#include "session.h"
+#include "runtime/session.h"
 
 namespace {
 
@@ -44,13 +44,12 @@ struct Count {
 
 // Whether it came to its end.
 bool use(const std::shared_ptr<const pydiffusion::Model>& model) {
-    const pydiffusion::Hyperparameters& hp = model->hparams;
+    const pydiffusion::Hparams& hp = model->hparams;
     ++count.n_opened;
     if (hp.canvas_length > kMaxCanvas || hp.sampler.steps > kMaxSteps) return false;
     const int32_t n_ctx = std::min(hp.n_ctx_train, 3 * hp.canvas_length + 8);
     pydiffusion::Session session(model, n_ctx, GGML_TYPE_F16);
-    session.encode(
-        {hp.n_vocab - 1, 0, hp.n_vocab / 2}, [](int32_t) {}, nullptr);
+    session.encode({hp.n_vocab - 1, 0, hp.n_vocab / 2}, [](int32_t) {}, nullptr);
     pydiffusion::GenerationParams params;
     params.max_tokens = 2 * hp.canvas_length;
     params.steps = 2;
@@ -76,9 +75,9 @@ bool use(const std::shared_ptr<const pydiffusion::Model>& model) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     ++count.n_inputs;
     try {
-        const auto file = pydiffusion::File::open_whole(memory_file(data, size, weights()));
+        const auto file = pydiffusion::GgufFile::open_all_parts(memory_file(data, size, weights()));
         const bool done = use(std::make_shared<pydiffusion::Model>(file, 1, "cpu", "auto",
-                                                                   pydiffusion::Placement(), [](double) {}));
+                                                                   pydiffusion::DevicePlan(), [](double) {}));
         if (done) remember_good(data, size);
     } catch (const pydiffusion::Error& error) {
         require(std::string(error.what()).find('\n') == std::string::npos);

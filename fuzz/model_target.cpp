@@ -1,13 +1,13 @@
-// File, hyperparameters and the plan of the weights, on headers that nearly are a model's: a typed error, or
+// GgufFile, hyperparameters and the plan of the weights, on headers that nearly are a model's: a typed error, or
 // every tensor lies inside the file, as large as the hyperparameters ask for.
-#include "errors.h"
+#include "util/error.h"
 #include "file_check.h"
 #include "memory_file.h"
-#include "weights.h"
+#include "model/weights.h"
 
 namespace {
 
-void check_tensor(const pydiffusion::File& file, const ggml_tensor* tensor) {
+void check_tensor(const pydiffusion::GgufFile& file, const ggml_tensor* tensor) {
     if (!tensor) return;
     const pydiffusion::TensorInfo* info = file.find_tensor(tensor->name);
     require(info != nullptr && ggml_nbytes(tensor) == info->n_bytes);
@@ -17,8 +17,8 @@ void check_tensor(const pydiffusion::File& file, const ggml_tensor* tensor) {
 }
 
 void check(const std::string& path) {
-    const auto file = std::make_shared<const pydiffusion::File>(path);
-    const pydiffusion::Hyperparameters hparams(*file);
+    const auto file = std::make_shared<const pydiffusion::GgufFile>(path);
+    const pydiffusion::Hparams hparams(*file);
     require(hparams.layers.size() == static_cast<size_t>(hparams.n_layer));
     require(hparams.n_expert_used >= 1 && hparams.n_expert_used <= hparams.n_expert);
     require(hparams.canvas_length >= 1 && hparams.canvas_length <= hparams.n_ctx_train);
@@ -27,9 +27,9 @@ void check(const std::string& path) {
         require(layer.head_dim >= 2 && layer.head_dim % 2 == 0);
         require(layer.n_head_kv >= 1 && hparams.n_head % layer.n_head_kv == 0);
     }
-    static const pydiffusion::Engine engine(1, "cpu");
-    const pydiffusion::Placement host;
-    const pydiffusion::Weights weights(file, hparams, host, engine, [](double) {});
+    static const pydiffusion::Backend backend(1, "cpu");
+    const pydiffusion::DevicePlan host;
+    const pydiffusion::Weights weights(file, hparams, host, backend, [](double) {});
     for (const ggml_tensor* tensor : {weights.token_embd, weights.output, weights.rope_freqs[0]})
         check_tensor(*file, tensor);
     for (const pydiffusion::LayerWeights& layer : weights.layers) {

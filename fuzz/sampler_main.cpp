@@ -7,7 +7,7 @@
 #include <limits>
 #include <memory>
 
-#include "sampler.h"
+#include "sampler/entropy_bound.h"
 
 namespace {
 
@@ -59,7 +59,7 @@ void try_row(uint64_t seed, int64_t n, int kind, float temperature) {
     require(std::isnan(plain.entropy) || plain.entropy >= 0.0f, "entropy");
     const int32_t k = static_cast<int32_t>(std::min<int64_t>(n, 48));
     std::unique_ptr<int32_t[]> tokens(new int32_t[k]);
-    pydiffusion::largest(row.get(), n, k, tokens.get());
+    pydiffusion::top_k(row.get(), n, k, tokens.get());
     for (int32_t i = 0; i < k; ++i) require(inside(tokens[i], n), "largest");
     auto capped = make_row(seed, n, kind);
     const pydiffusion::Measure m = pydiffusion::cap_and_measure_row(capped.get(), n, 30.0f, temperature, u);

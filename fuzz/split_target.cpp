@@ -9,7 +9,7 @@
 #include <filesystem>
 #include <string_view>
 
-#include "errors.h"
+#include "util/error.h"
 #include "file_check.h"
 #include "gguf_mutator.h"
 #include "memory_file.h"
@@ -71,14 +71,14 @@ bool is(const pydiffusion::Value* value, uint64_t number) {
     return u ? *u == number : i && *i >= 0 && static_cast<uint64_t>(*i) == number;
 }
 
-void check_whole(const pydiffusion::File& whole) {
+void check_whole(const pydiffusion::GgufFile& whole) {
     check_file(whole);
     if (whole.n_parts() == 1) return;
     size_t n_tensors = 0;
     uint64_t n_bytes = 0;
     for (size_t i = 0; i < whole.n_parts(); ++i) {
         // The first part itself has become the whole: it is read anew.
-        const pydiffusion::File part(whole.part(i).path());
+        const pydiffusion::GgufFile part(whole.part(i).path());
         require(is(part.find("split.no"), i) && is(part.find("split.count"), whole.n_parts()));
         require(is(part.find("split.tensors.count"), whole.tensors().size()));
         for (const pydiffusion::TensorInfo& tensor : part.tensors()) {
@@ -97,13 +97,13 @@ void check_whole(const pydiffusion::File& whole) {
         n_bytes += part.n_bytes();
     }
     require(n_tensors == whole.tensors().size() && n_bytes == whole.n_bytes_of_all_parts());
-    whole.require_whole();
+    whole.require_not_truncated();
 }
 
 // Whether it is one file of several parts.
 bool opens(const std::string& path) {
     try {
-        const auto whole = pydiffusion::File::open_whole(path);
+        const auto whole = pydiffusion::GgufFile::open_all_parts(path);
         check_whole(*whole);
         return whole->n_parts() > 1;
     } catch (const pydiffusion::Error& error) {

@@ -10,6 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._util.version import DISTRIBUTION as DISTRIBUTION
+    from ._util.version import __version__
+    from .device_plan import Device, DeviceShare, Plan, devices, plan
     from .errors import (
         ContextOverflowError,
         ConversionError,
@@ -22,41 +25,39 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
-    from .infill import Infill
+    from .generation.infill import Infill
     from .model import DiffusionModel
     from .options import GenerationOptions
-    from .placement import Device, DeviceShare, Plan, devices, plan
     from .session import Session
     from .tokenizer import Tokenizer
-
-# As pip knows us: `pydiffusion` on the package index is another project.
-DISTRIBUTION = "pydiffusion-gguf"
 
 _NAME_TO_MODULE = {
     "CanvasEvent": "events",
     "Completion": "events",
     "ContextOverflowError": "errors",
     "ConversionError": "errors",
-    "Device": "placement",
-    "DeviceShare": "placement",
+    "DISTRIBUTION": "_util.version",
+    "Device": "device_plan",
+    "DeviceShare": "device_plan",
     "DiffusionModel": "model",
     "DraftEvent": "events",
     "EndEvent": "events",
     "Event": "events",
     "GenerationCancelled": "errors",
     "GenerationOptions": "options",
-    "Infill": "infill",
+    "Infill": "generation.infill",
     "InsufficientMemoryError": "errors",
     "ModelFormatError": "errors",
-    "Plan": "placement",
+    "Plan": "device_plan",
     "PromptWarning": "errors",
     "PyDiffusionWarning": "errors",
     "PyDiffusionError": "errors",
     "Session": "session",
     "Tokenizer": "tokenizer",
     "UnsupportedModelError": "errors",
-    "devices": "placement",
-    "plan": "placement",
+    "__version__": "_util.version",
+    "devices": "device_plan",
+    "plan": "device_plan",
 }
 
 __all__ = [
@@ -89,15 +90,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            value: Any = version(DISTRIBUTION)
-        except PackageNotFoundError:  # run from a source tree that was never installed
-            value = "0+unknown"
-    elif name in _NAME_TO_MODULE:
-        value = getattr(import_module(f".{_NAME_TO_MODULE[name]}", __name__), name)
+    if name in _NAME_TO_MODULE:
+        value: Any = getattr(import_module(f".{_NAME_TO_MODULE[name]}", __name__), name)
     elif name == "_native":
         value = _import_native()
     else:

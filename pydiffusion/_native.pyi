@@ -8,6 +8,8 @@ from typing import Annotated
 import numpy
 from numpy.typing import NDArray
 
+from pydiffusion._native import testing as testing
+
 
 class TensorInfo:
     """A tensor's place in a GGUF file."""
@@ -45,7 +47,7 @@ class GgufFile:
     def __init__(self, path: str) -> None: ...
 
     @staticmethod
-    def open_whole(path: str) -> GgufFile:
+    def open_all_parts(path: str) -> GgufFile:
         """
         A file; of a split one, whose first part is given, all parts as the file that was split.
         """
@@ -180,14 +182,14 @@ class Session:
     @property
     def cache_bytes(self) -> int: ...
 
-    def collect_statistics(self, on: bool) -> None:
+    def collect_imatrix(self, on: bool) -> None:
         """
-        Begin anew, or end, the statistics of activations of all that is encoded and denoised.
+        Begin anew, or end, the imatrix of activations of all that is encoded and denoised.
         """
 
-    def statistics(self) -> dict:
+    def imatrix(self) -> dict:
         """
-        Weight's name -> (sums of squares (n_matrices, n_columns) float64, counts (n_matrices,) int64).
+        Weight's name -> (sums of squares (n_matrices, n_per_row) float64, counts (n_matrices,) int64).
         """
 
     @property
@@ -200,7 +202,7 @@ class Session:
         """
 
     @property
-    def n_pieces(self) -> int:
+    def n_splits(self) -> int:
         """
         Into how many pieces the last graph was cut, one wherever the place changes.
         """
@@ -269,11 +271,6 @@ class Batch:
         One step of each session's generation: its Step, None after its end, or the exception that ended it.
         """
 
-def version() -> dict:
-    """
-    Versions of what is linked in, and the instruction sets that it was built for.
-    """
-
 def tensor_types() -> dict:
     """Type name -> (ggml's number, weights per block, bytes per block)."""
 
@@ -300,6 +297,19 @@ def row_errors(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), or
     Sums of squares of each of the rows (n_rows, n_per_row) float32, and of what the blocks differ from them: two of (n_rows,) float64.
     """
 
+def step_temperature(step: int, steps: int, t_min: float, t_max: float) -> float: ...
+
+def measure(logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], temperature: float, u: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple: ...
+
+def accept(entropy: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], bound: float) -> object: ...
+
+def random_draws(seed: int, canvas_index: int, step: int, n: int, n_vocab: int) -> tuple: ...
+
+def version() -> dict:
+    """
+    Versions of what is linked in, and the instruction sets that it was built for.
+    """
+
 def measure_read_rate(n_threads: int, device: str = 'cpu') -> float:
     """
     Bytes per second read from memory; on a device, read and written by a copy.
@@ -312,28 +322,3 @@ def measure_matrix_rate(n_threads: int, type: str, device: str = 'cpu', kernels:
 
 def kernels() -> list[str]:
     """The kernels of products that this processor has."""
-
-def multiply(kernels: str, rows: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], experts: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None = None, n_experts: int = 1, n_threads: int = 1) -> object:
-    """Columns times rows of weights, as a model's graphs multiply them."""
-
-def soft_sums(p: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, n_inner: int) -> object:
-    """Sums of embedding rows weighted by probabilities, with AMX."""
-
-def step_temperature(step: int, steps: int, t_min: float, t_max: float) -> float: ...
-
-def measure(logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], temperature: float, u: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple: ...
-
-def accept(entropy: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], bound: float) -> object: ...
-
-def random_draws(seed: int, canvas_index: int, step: int, n: int, n_vocab: int) -> tuple: ...
-
-def measure_on(device: str, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], cap: float, temperature: float, u: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple:
-    """
-    Capped logits, argmax, entropy and draws as a device's kernel computes them.
-    """
-
-def condition_on(device: str, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], embedding: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], temperature: float, dropped_mass: float) -> object:
-    """The soft embedding as a device's kernels compute it."""
-
-def attend_on(device: str, q: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], k: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], head_dim: int, type: str, n_visible: int, by_products: bool = False) -> object:
-    """Attention over a cache of a type as a device's graph computes it."""

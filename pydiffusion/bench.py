@@ -18,16 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from pydiffusion import _native
-from pydiffusion.cache_type import check_kv_type
-from pydiffusion.placement import devices, native_wish
+from . import _native
+from .device_plan import check_kv_type, devices, native_wish
 
 #: Parts of a step in the order in which they run.
 PARTS = ("self-conditioning", "embedding", "attention", "dense", "experts", "head", "sampler")
 
 #: Operations of a step that are products; attention's work is products for the most part.
 _PRODUCTS = (
-    "product", "expert_product", "soft_embedding", "attend", "attend_tiles", "MUL_MAT", "MUL_MAT_ID",
+    "matmul", "expert_matmul", "soft_embedding", "attend", "attend_tiles", "MUL_MAT", "MUL_MAT_ID",
 )  # fmt: skip
 
 _PROCESSOR = {"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None}

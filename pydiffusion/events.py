@@ -9,7 +9,19 @@ from typing import TypeAlias
 
 import numpy as np
 
-from .chat_output import Part
+from .chat.output_parser import Content, Part, Reasoning, ToolCall
+
+__all__ = [
+    "CanvasEvent",
+    "Completion",
+    "Content",
+    "DraftEvent",
+    "EndEvent",
+    "Event",
+    "Part",
+    "Reasoning",
+    "ToolCall",
+]
 
 
 @dataclass(frozen=True, eq=False)

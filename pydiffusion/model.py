@@ -10,12 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import _native, completion, hub, parallel, session_file
-from .cache_type import check_kv_type
-from .chat import ChatTemplate
+from . import _native
+from ._util import hub
+from .chat.messages import plain
+from .chat.sanitize import Neutralizer
+from .chat.template import ChatTemplate
+from .device_plan import check_kv_type, native_wish
 from .errors import PyDiffusionError, UnsupportedModelError
 from .events import Completion, Event
-from .infill import (
+from .generation import batching as parallel
+from .generation import session_file
+from .generation.infill import (
     DEFAULT_HOLE_TOKENS,
     Infill,
     Layout,
@@ -25,15 +30,14 @@ from .infill import (
     prepare,
     prompt_of,
 )
-from .injection import Neutralizer
-from .messages import plain
+from .generation.token_ids import TokenIds
+from .openai import responses as completion
 from .options import GenerationOptions, make_options
-from .placement import native_wish
-from .session import Session, TokenIds
+from .session import Session
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from .structure import Automaton
+    from .constrained import Automaton
 
 DEFAULT_N_CTX = 8192
 _N_AUTOMATA = 16
@@ -193,7 +197,7 @@ class DiffusionModel:
 
         Raises ValueError, with where and what, for one that can't be guaranteed or that nothing satisfies.
         """
-        from .structure import automaton_for
+        from .constrained import automaton_for
 
         ends = frozenset(self.tokenizer.end_ids if options.eos is None else options.eos)
         key = (options.json_schema, options.regex, ends)
@@ -228,7 +232,7 @@ class DiffusionModel:
         return Session(self, self.n_ctx if n_ctx is None else self._fitting_n_ctx(n_ctx))
 
     def _new_batch(self) -> _native.Batch:
-        """What denoises several sessions in one graph; for ``parallel``."""
+        """What denoises several sessions in one graph; for ``generation.batching``."""
         return _native.Batch(self._native)
 
     def load_session(self, path: str | os.PathLike[str], n_ctx: int | None = None) -> Session:
@@ -370,11 +374,11 @@ class DiffusionModel:
         return session
 
     def create_completion(self, prompt: str | TokenIds, **parameters: Any) -> Any:
-        """A completion in OpenAI's shape; see ``pydiffusion.completion.create_completion``."""
+        """A completion in OpenAI's shape; see ``pydiffusion.openai.responses.create_completion``."""
         return completion.create_completion(self, prompt, **parameters)
 
     def create_chat_completion(self, messages: Sequence[Mapping[str, Any]], **parameters: Any) -> Any:
-        """An answer in that shape; see ``pydiffusion.completion.create_chat_completion``."""
+        """An answer in that shape; see ``pydiffusion.openai.responses.create_chat_completion``."""
         return completion.create_chat_completion(self, messages, **parameters)
 
     # Lifetime

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .end_tokens import find_end_tokens
 from .errors import ModelFormatError
+from .tokenizer.end_tokens import find_end_tokens
 
 # The largest value of a signed 32-bit count: what the native loop takes.
 _MAX_COUNT = 2**31 - 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pydiffusion import _native
+from . import _native
 
 __all__ = ["accept", "draws", "measure", "temperature"]
 

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from . import _native, session_file
-from .chat_output import ends_in_thought
-from .errors import PromptWarning
+from . import _native
+from .chat.output_parser import ends_in_thought
 from .events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
-from .limits import ThoughtBudget, loop_start
+from .generation import session_file
+from .generation.repetition import loop_start
+from .generation.streaming import AnswerStream, ChatStream, ContentStream, count_tokens
+from .generation.thinking_budget import ThoughtBudget
+from .generation.token_ids import TokenIds, check_bos, common_prefix, cut_at_eos, token_array
 from .options import GenerationOptions, make_options
-from .streaming import AnswerStream, ChatStream, ContentStream, count_tokens
 
 if TYPE_CHECKING:
+    from .constrained import Guide
     from .model import DiffusionModel
-    from .structure import Guide
-    from .tokenizer import Tokenizer
 
 # Tokens at the end of a prompt that may open a thought: the marker, "thought", a line break.
 _THOUGHT_OPENING = 16
-
-TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
 class Session:
@@ -197,7 +194,7 @@ class Session:
         """What keeps the text to a schema or an expression, where the options ask for it."""
         if not options.is_structured:
             return None
-        from .structure import Guide
+        from .constrained import Guide
 
         n_canvas = options.canvas_length or self.model.canvas_length
         assert options.max_tokens is not None and options.eos is not None  # resolved
@@ -344,45 +341,3 @@ def _given(options: GenerationOptions) -> dict[str, Any]:
         "canvas": np.asarray(options.canvas, dtype=np.int32),
         "hold": np.asarray(options.hold or (), dtype=np.uint8),
     }
-
-
-def check_bos(tokenizer: Tokenizer, prompt: np.ndarray) -> None:
-    """PromptWarning for a prompt whose bos is missing or doubled, at the line that called this package."""
-    flaw = tokenizer.bos_flaw(prompt[:2].tolist())
-    if flaw is None:
-        return
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{__package__}."):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(flaw, PromptWarning, stacklevel=level)
-
-
-def cut_at_eos(tokens: np.ndarray, eos: np.ndarray) -> np.ndarray:
-    """The tokens before the first that is an eos."""
-    ends = np.flatnonzero(np.isin(tokens, eos))
-    return tokens[: ends[0]] if len(ends) else tokens
-
-
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two sequences have in common at their beginning."""
-    n = min(len(a), len(b))
-    differing = np.flatnonzero(a[:n] != b[:n])
-    return int(differing[0]) if len(differing) else n
-
-
-def token_array(ids: TokenIds, n_vocab: int) -> npt.NDArray[np.int32]:
-    """Token ids as contiguous int32 (n,). TypeError for what are no integers, ValueError out of range."""
-    array = np.asarray(ids)
-    if array.ndim != 1:
-        raise ValueError(f"token ids must be one-dimensional; these have the shape {array.shape}")
-    if array.size == 0:
-        return np.empty(0, dtype=np.int32)
-    if not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"token ids must be integers, not {array.dtype}")
-    wrong = np.flatnonzero((array < 0) | (array >= n_vocab))
-    if len(wrong):
-        at = int(wrong[0])
-        raise ValueError(
-            f"token {int(array[at])} at position {at} is outside the vocabulary, 0 to {n_vocab - 1}"
-        )
-    return np.ascontiguousarray(array, dtype=np.int32)

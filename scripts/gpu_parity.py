@@ -21,7 +21,7 @@ import numpy as np
 
 from pydiffusion import DiffusionModel, GenerationOptions, _native, convert, demo
 from pydiffusion.demo import tasks
-from pydiffusion.synthetic import write_synthetic
+from pydiffusion.testing.synthetic import write_synthetic
 
 #: Bounds on the mean difference between a device's logits and the CPU's, as a share of their deviation. Both
 #: round activations of quantized matmuls to 8 bits, in blocks of other sizes; what was seen on an H200 is a

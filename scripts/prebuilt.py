@@ -32,7 +32,8 @@ PACKED = "archives.tar.xz"
 # What the archives are made from; the bindings are compiled where they are linked.
 SOURCES = (
     "native", "vendor/ggml.lock", "vendor/patches",
-    "cmake/ggml.cmake", "cmake/native.cmake", "cmake/cuda.cmake",
+    "cmake/ggml.cmake", "cmake/native.cmake", "cmake/cuda.cmake", "cmake/sanitizers.cmake",
+    "cmake/warnings.cmake",
 )  # fmt: skip
 NOT_SOURCES = ("native/bindings/", "native/tests/")
 

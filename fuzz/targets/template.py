@@ -9,7 +9,7 @@ from pathlib import Path
 from reference.toy_tokenizer import CHAT_TEMPLATE
 from support.server_fakes import TEMPLATE, TOOLS
 
-from pydiffusion.chat import ChatTemplate
+from pydiffusion.chat.template import ChatTemplate
 from pydiffusion.errors import PyDiffusionError
 
 from . import mutation

@@ -1,10 +1,10 @@
-#include "batch.h"
+#include "runtime/batch.h"
 
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
-#include "bindings.h"
-#include "session_types.h"
+#include "bindings/bindings.h"
+#include "bindings/session_types.h"
 
 namespace pydiffusion {
 

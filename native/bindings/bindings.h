@@ -82,7 +82,9 @@ void bind_file(nb::module_& m);
 void bind_model(nb::module_& m);
 void bind_session(nb::module_& m);
 void bind_batch(nb::module_& m);
-void bind_functions(nb::module_& m);
-void bind_devices(nb::module_& m);
+void bind_quantize(nb::module_& m);
+void bind_sampler(nb::module_& m);
+void bind_bench(nb::module_& m);
+void bind_testing(nb::module_& m);
 
 }  // namespace pydiffusion

@@ -1,14 +1,13 @@
 // C++ exceptions become the Python classes of pydiffusion.errors here, and nowhere else; and the
 // interpreter's lock.
-#include "errors.h"
-
 #include <atomic>
 #include <chrono>
 #include <new>
 #include <thread>
 
-#include "bindings.h"
-#include "engine.h"
+#include "backend/backend.h"
+#include "bindings/bindings.h"
+#include "util/error.h"
 
 #if !defined(_WIN32)
 #include <pthread.h>
@@ -75,7 +74,7 @@ void end_with_the_interpreter() {
     ender = std::this_thread::get_id();
     ending = true;
     if (has_other_threads()) nb::set_leak_warnings(false);  // what those threads hold can't be given back
-    Engine::stop();
+    Backend::stop();
     const nb::gil_scoped_release release;  // a callback of theirs may need it to come to its end
     const auto deadline = std::chrono::steady_clock::now() + kPatience;
     while (n_parked < n_without_lock && std::chrono::steady_clock::now() < deadline)

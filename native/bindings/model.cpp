@@ -7,15 +7,16 @@
 #include <limits>
 #include <sstream>
 
-#include "bindings.h"
-#include "errors.h"
-#include "session_types.h"
+#include "backend/devices.h"
+#include "bindings/bindings.h"
+#include "bindings/session_types.h"
+#include "util/error.h"
 
 namespace pydiffusion {
 
 namespace {
 
-ggml_type cache_type(const File& file, const std::string& kv_type) {
+ggml_type cache_type(const GgufFile& file, const std::string& kv_type) {
     if (kv_type == "q8_0") return GGML_TYPE_Q8_0;
     // An F32 file is asked for exactness: its keys and values stay exact too.
     const bool exact = std::all_of(file.tensors().begin(), file.tensors().end(),
@@ -26,7 +27,7 @@ ggml_type cache_type(const File& file, const std::string& kv_type) {
 constexpr int kMaxSessions = 1 << 16;
 
 // Where a model shall lie; counts of -1 are chosen.
-struct Wish {
+struct DeviceRequest {
     std::string device = "cpu";
     int32_t n_gpu_layers = -1;
     int32_t n_cpu_moe = -1;
@@ -36,12 +37,12 @@ struct Wish {
     std::string kernels = "auto";
 };
 
-struct Choice {
+struct ResolvedDevices {
     std::vector<std::string> devices;  // that have something to do; none: all on the processor
     std::vector<DeviceMemory> memory;  // theirs
-    Placement placement;
+    DevicePlan device_plan;
 
-    // As an engine takes it.
+    // As an backend takes it.
     std::string device() const {
         std::string names;
         for (const std::string& name : devices) names += (names.empty() ? "" : ",") + name;
@@ -68,44 +69,45 @@ DeviceMemory memory_of(const std::string& device, uint64_t limit) {
     return memory;
 }
 
-SessionNeeds needs_of(const Wish& wish, const Hyperparameters& hp, ggml_type kv_type) {
-    return {std::min<int64_t>(wish.n_ctx, hp.n_ctx_train), kv_type, static_cast<uint64_t>(wish.n_sessions)};
+SessionNeeds needs_of(const DeviceRequest& request, const Hparams& hp, ggml_type kv_type) {
+    return {std::min<int64_t>(request.n_ctx, hp.n_ctx_train), kv_type,
+            static_cast<uint64_t>(request.n_sessions)};
 }
 
-Choice choose(const File& file, const Wish& wish, ggml_type kv_type) {
-    if (wish.device == "cpu") return {};
-    if (wish.n_sessions < 1 || wish.n_sessions > kMaxSessions)
+ResolvedDevices choose(const GgufFile& file, const DeviceRequest& request, ggml_type kv_type) {
+    if (request.device == "cpu") return {};
+    if (request.n_sessions < 1 || request.n_sessions > kMaxSessions)
         throw Error(ErrorKind::argument, format("n_sessions must be 1 to %d", kMaxSessions));
     std::vector<std::string> devices;
     std::vector<DeviceMemory> memory;
-    std::istringstream names(wish.device);
+    std::istringstream names(request.device);
     for (std::string name; std::getline(names, name, ',');) {
         const size_t i = devices.size();
-        memory.push_back(memory_of(name, i < wish.memory_limits.size() ? wish.memory_limits[i] : 0));
+        memory.push_back(memory_of(name, i < request.memory_limits.size() ? request.memory_limits[i] : 0));
         devices.push_back(name);
     }
-    if (devices.empty() || (!wish.memory_limits.empty() && wish.memory_limits.size() != devices.size()))
+    if (devices.empty() || (!request.memory_limits.empty() && request.memory_limits.size() != devices.size()))
         throw Error(ErrorKind::argument, format("there are %zu devices and %zu limits of memory",
-                                                devices.size(), wish.memory_limits.size()));
-    const Hyperparameters hp(file);
-    const Placement placement =
-        plan_placement(file, hp, needs_of(wish, hp, kv_type), memory, wish.n_gpu_layers, wish.n_cpu_moe);
+                                                devices.size(), request.memory_limits.size()));
+    const Hparams hp(file);
+    const DevicePlan device_plan = plan_devices(file, hp, needs_of(request, hp, kv_type), memory,
+                                                request.n_gpu_layers, request.n_cpu_moe);
     // A device without layers has nothing to do, unless it is the last.
-    Choice used;
-    used.placement = placement;
-    used.placement.device_layers.clear();
-    const int32_t home = placement.home();
-    for (int32_t i = 0; i <= home; ++i) {
-        if (placement.device_layers[i] == 0 && i != home) continue;
+    ResolvedDevices used;
+    used.device_plan = device_plan;
+    used.device_plan.device_layers.clear();
+    const int32_t main = device_plan.main_device();
+    for (int32_t i = 0; i <= main; ++i) {
+        if (device_plan.device_layers[i] == 0 && i != main) continue;
         used.devices.push_back(devices[i]);
         used.memory.push_back(memory[i]);
-        used.placement.device_layers.push_back(placement.device_layers[i]);
+        used.device_plan.device_layers.push_back(device_plan.device_layers[i]);
     }
     return used;
 }
 
-PyModel load_model(const std::string& path, int n_threads, const std::string& kv_type, const Wish& wish,
-                   const nb::object& progress) {
+PyModel load_model(const std::string& path, int n_threads, const std::string& kv_type,
+                   const DeviceRequest& request, const nb::object& progress) {
     if (n_threads < 1 || n_threads > 512) throw Error(ErrorKind::argument, "n_threads must be 1 to 512");
     if (kv_type != "auto" && kv_type != "f32" && kv_type != "f16" && kv_type != "q8_0") {
         throw Error(ErrorKind::argument,
@@ -120,15 +122,15 @@ PyModel load_model(const std::string& path, int n_threads, const std::string& kv
     };
     const WithoutGil release;
     PyModel result;
-    auto file = File::open_whole(path);
+    auto file = GgufFile::open_all_parts(path);
     result.kv_type = cache_type(*file, kv_type);
-    const Choice choice = choose(*file, wish, result.kv_type);
-    result.model =
-        std::make_shared<Model>(file, n_threads, choice.device(), wish.kernels, choice.placement, read_ahead);
+    const ResolvedDevices choice = choose(*file, request, result.kv_type);
+    result.model = std::make_shared<Model>(file, n_threads, choice.device(), request.kernels,
+                                           choice.device_plan, read_ahead);
     return result;
 }
 
-nb::dict hparams_dict(const Hyperparameters& hp) {
+nb::dict hparams_dict(const Hparams& hp) {
     nb::dict d;
     d["n_layer"] = hp.n_layer;
     d["n_ctx_train"] = hp.n_ctx_train;
@@ -171,14 +173,14 @@ nb::dict description(const PyModel& m) {
         types[name.c_str()] = n_bytes;
     }
     nb::dict d;
-    d["backend"] = m.model->engine.name();
-    d["kernels"] = matrix::name_of(m.model->engine.kernel());
-    d["n_gpu_layers"] = m.model->placement.n_device_layers();
+    d["backend"] = m.model->backend.name();
+    d["kernels"] = gemm::name_of(m.model->backend.kernel());
+    d["n_gpu_layers"] = m.model->device_plan.n_gpu_layers();
     nb::list device_layers;
-    for (const int32_t n : m.model->placement.device_layers) device_layers.append(n);
+    for (const int32_t n : m.model->device_plan.device_layers) device_layers.append(n);
     d["device_layers"] = device_layers;
-    d["n_cpu_moe"] = m.model->placement.n_host_experts;
-    d["n_threads"] = m.model->engine.n_threads();
+    d["n_cpu_moe"] = m.model->device_plan.n_cpu_moe;
+    d["n_threads"] = m.model->backend.n_threads();
     d["kv_type"] = ggml_type_name(m.kv_type);
     d["weight_types"] = types;
     d["n_weights"] = m.model->weights.n_weights;
@@ -210,29 +212,29 @@ nb::dict to_dict(const DeviceUse& use) {
 nb::dict plan(const std::string& path, const std::string& device, const std::vector<uint64_t>& memory_limits,
               int32_t n_gpu_layers, int32_t n_cpu_moe, int64_t n_ctx, const std::string& kv_type,
               int64_t n_sessions) {
-    const auto whole = File::open_whole(path);
-    const File& file = *whole;
-    const Hyperparameters hp(file);
+    const auto whole = GgufFile::open_all_parts(path);
+    const GgufFile& file = *whole;
+    const Hparams hp(file);
     const ggml_type type = cache_type(file, kv_type);
-    const Wish wish = {device, n_gpu_layers, n_cpu_moe, memory_limits, n_ctx, n_sessions};
-    const Choice choice = choose(file, wish, type);
-    const Placement& placement = choice.placement;
+    const DeviceRequest request = {device, n_gpu_layers, n_cpu_moe, memory_limits, n_ctx, n_sessions};
+    const ResolvedDevices choice = choose(file, request, type);
+    const DevicePlan& device_plan = choice.device_plan;
     nb::list shares;
-    if (placement.any()) {
+    if (device_plan.any()) {
         const std::vector<DeviceUse> uses =
-            device_use(file, hp, placement, needs_of(wish, hp, type), choice.memory);
+            device_use(file, hp, device_plan, needs_of(request, hp, type), choice.memory);
         for (size_t i = 0; i < uses.size(); ++i) {
             nb::dict share = to_dict(uses[i]);
             share["device"] = choice.devices[i];
-            share["n_layers"] = placement.device_layers[i];
+            share["n_layers"] = device_plan.device_layers[i];
             shares.append(share);
         }
     }
     nb::dict d;
     d["device"] = choice.device();
     d["n_layer"] = hp.n_layer;
-    d["n_gpu_layers"] = placement.n_device_layers();
-    d["n_cpu_moe"] = placement.n_host_experts;
+    d["n_gpu_layers"] = device_plan.n_gpu_layers();
+    d["n_cpu_moe"] = device_plan.n_cpu_moe;
     d["shares"] = shares;
     return d;
 }
@@ -247,21 +249,22 @@ void bind_model(nb::module_& m) {
                const nb::object& progress, const std::string& device, int32_t n_gpu_layers, int32_t n_cpu_moe,
                const std::vector<uint64_t>& memory_limits, int64_t n_ctx, const std::string& kernels,
                int64_t n_sessions) {
-                const Wish wish = {device, n_gpu_layers, n_cpu_moe, memory_limits,
-                                   n_ctx,  n_sessions,   kernels};
-                new (self) PyModel(load_model(from_str(path), n_threads, kv_type, wish, progress));
+                const DeviceRequest request = {device, n_gpu_layers, n_cpu_moe, memory_limits,
+                                               n_ctx,  n_sessions,   kernels};
+                new (self) PyModel(load_model(from_str(path), n_threads, kv_type, request, progress));
             },
             nb::arg("path"), nb::arg("n_threads"), nb::arg("kv_type") = "auto",
             nb::arg("progress") = nb::none(), nb::arg("device") = "cpu", nb::arg("n_gpu_layers") = -1,
             nb::arg("n_cpu_moe") = -1, nb::arg("memory_limits") = nb::list(), nb::arg("n_ctx") = 8192,
             nb::arg("kernels") = "auto", nb::arg("n_sessions") = 1)
-        .def_prop_ro("file", [](const PyModel& m) { return std::const_pointer_cast<File>(m.model->file); })
+        .def_prop_ro("file",
+                     [](const PyModel& m) { return std::const_pointer_cast<GgufFile>(m.model->file); })
         .def_prop_ro("hparams", [](const PyModel& m) { return hparams_dict(m.model->hparams); })
         .def_prop_ro("description", description)
         .def_prop_ro("n_vocab", [](const PyModel& m) { return m.model->hparams.n_vocab; })
         .def_prop_ro("canvas_length", [](const PyModel& m) { return m.model->hparams.canvas_length; })
         .def_prop_ro("n_ctx_train", [](const PyModel& m) { return m.model->hparams.n_ctx_train; })
-        .def_prop_ro("n_threads", [](const PyModel& m) { return m.model->engine.n_threads(); });
+        .def_prop_ro("n_threads", [](const PyModel& m) { return m.model->backend.n_threads(); });
     m.def("devices", devices, "The GPUs that this build can compute on.");
     m.def("why_no_device", why_no_device, nb::arg("name"),
           "What is wrong with a name that devices() has not.");

@@ -1,5 +1,5 @@
-#include "bindings.h"
-#include "errors.h"
+#include "bindings/bindings.h"
+#include "util/error.h"
 
 NB_MODULE(_native, m) {
     m.doc() =
@@ -11,6 +11,8 @@ NB_MODULE(_native, m) {
     pydiffusion::bind_model(m);
     pydiffusion::bind_session(m);
     pydiffusion::bind_batch(m);
-    pydiffusion::bind_functions(m);
-    pydiffusion::bind_devices(m);
+    pydiffusion::bind_quantize(m);
+    pydiffusion::bind_sampler(m);
+    pydiffusion::bind_bench(m);
+    pydiffusion::bind_testing(m);
 }

@@ -1,4 +1,4 @@
-#include "session.h"
+#include "runtime/session.h"
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -7,9 +7,9 @@
 
 #include <algorithm>
 
-#include "bindings.h"
-#include "errors.h"
-#include "session_types.h"
+#include "bindings/bindings.h"
+#include "bindings/session_types.h"
+#include "util/error.h"
 
 namespace pydiffusion {
 
@@ -62,7 +62,7 @@ nb::list cache_rows(Session& session) {
 void restore(Session& session, const Array1<int32_t>& tokens,
              const std::vector<std::pair<Array2<uint8_t>, Array2<uint8_t>>>& layers) {
     const Session::Use use(session);
-    const Hyperparameters& hp = session.model().hparams;
+    const Hparams& hp = session.model().hparams;
     if (layers.size() != hp.layers.size()) {
         throw Error(ErrorKind::argument, format("the saved session has %zu layers; this model has %zu",
                                                 layers.size(), hp.layers.size()));
@@ -93,7 +93,7 @@ void truncate(Session& session, int32_t n) {
 
 nb::object denoise(Session& session, const Array1<int32_t>& canvas,
                    std::optional<Array2<float>> conditioning) {
-    const Hyperparameters& hp = session.model().hparams;
+    const Hparams& hp = session.model().hparams;
     const size_t n = hp.canvas_length, n_vocab = hp.n_vocab;
     if (conditioning && (conditioning->shape(0) != n || conditioning->shape(1) != n_vocab)) {
         throw Error(ErrorKind::argument,
@@ -111,14 +111,14 @@ nb::object denoise(Session& session, const Array1<int32_t>& canvas,
     return to_numpy(logits.data(), {n, n_vocab});
 }
 
-nb::dict statistics(Session& session) {
+nb::dict imatrix(Session& session) {
     const Session::Use use(session);
     nb::dict result;
-    if (!session.statistics()) return result;
-    for (const auto& [name, s] : session.statistics()->by_weight()) {
-        const size_t n_columns = s.n_columns;
+    if (!session.imatrix()) return result;
+    for (const auto& [name, s] : session.imatrix()->by_weight()) {
+        const size_t n_per_row = s.n_per_row;
         result[name.c_str()] =
-            nb::make_tuple(to_numpy(s.sums.data(), {s.counts.size(), n_columns}), to_numpy(s.counts));
+            nb::make_tuple(to_numpy(s.sums.data(), {s.counts.size(), n_per_row}), to_numpy(s.counts));
     }
     return result;
 }
@@ -245,21 +245,21 @@ void bind_session(nb::module_& m) {
         .def_prop_ro("n_ctx", &Session::n_ctx)
         .def_prop_ro("cache_bytes", &Session::cache_bytes)
         .def(
-            "collect_statistics",
+            "collect_imatrix",
             [](Session& session, bool on) {
                 const Session::Use use(session);
-                session.collect_statistics(on);
+                session.collect_imatrix(on);
             },
             nb::arg("on"),
-            "Begin anew, or end, the statistics of activations of all that is encoded and denoised.")
+            "Begin anew, or end, the imatrix of activations of all that is encoded and denoised.")
         .def(
-            "statistics", statistics,
-            "Weight's name -> (sums of squares (n_matrices, n_columns) float64, counts (n_matrices,) int64).")
+            "imatrix", imatrix,
+            "Weight's name -> (sums of squares (n_matrices, n_per_row) float64, counts (n_matrices,) int64).")
         .def_prop_ro("tokens", [](const Session& s) { return to_numpy(s.tokens()); })
         .def_prop_ro(
             "step_ops", step_ops,
             "What the last denoising step ran: ggml's operation name -> how many nodes of the graph.")
-        .def_prop_ro("n_pieces", &Session::n_pieces,
+        .def_prop_ro("n_splits", &Session::n_splits,
                      "Into how many pieces the last graph was cut, one wherever the place changes.")
         .def("profile_step", profile_step, nb::arg("by_operation") = false,
              "Run the last step's graph again, part by part: name -> (seconds, operations, bytes read).")

@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "session.h"
+#include "runtime/session.h"
 
 namespace pydiffusion {
 

@@ -34,8 +34,8 @@ from . import (
     split,
     verify,
 )
-from .common import say
-from .text import one_line
+from ._common import say
+from ._text import one_line
 
 app = typer.Typer(
     name="pydiffusion",

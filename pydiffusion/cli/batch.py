@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from . import common
+from . import _common as common
 
 if TYPE_CHECKING:
     from pydiffusion import Completion, DiffusionModel, GenerationOptions
@@ -54,7 +54,7 @@ def command(
     place: dict[str, Any],
 ) -> None:
     """Answer the prompts of a file. Run again, it goes on where it was interrupted."""
-    from .display import progress
+    from ._display import progress
 
     common.make_options(**choices)
     if parallel < 1:
@@ -119,7 +119,7 @@ def _wrong(given: Any) -> str | None:
 
 def _read_finished(path: Path, lines: Sequence[_Line], retry_errors: bool) -> set[int]:
     """Lines that have their answer. An answer cut off by an interruption is taken out of the file."""
-    from pydiffusion.convert import atomic
+    from pydiffusion._util import atomic
 
     if not path.exists():
         return set()
@@ -194,8 +194,8 @@ def _head(line: _Line) -> _Json:
 
 
 def _answer(model: DiffusionModel, line: _Line, done: Completion) -> _Json:
-    from pydiffusion.chat_output import Content, Reasoning, ToolCall
-    from pydiffusion.streaming import ChatStream
+    from pydiffusion.chat.output_parser import Content, Reasoning, ToolCall
+    from pydiffusion.generation.streaming import ChatStream
 
     text = done.text
     more: _Json = {}

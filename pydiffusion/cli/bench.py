@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import common
-from .common import say
+from . import _common as common
+from ._common import say
 
 
 @common.takes(place=common.PLACE)
@@ -54,9 +54,9 @@ def command(
 
 
 def _make(shape: str | None, type_name: str, folder: Path) -> Path:
-    from pydiffusion.synthetic import SHAPES, write_synthetic
+    from pydiffusion.testing.synthetic import SHAPES, write_synthetic
 
-    from .display import progress
+    from ._display import progress
 
     if shape not in SHAPES:
         raise typer.BadParameter(f"--synthetic is {shape!r}; known are {', '.join(SHAPES)}")

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import common
-from .conversation import CommandError, Conversation
+from . import _common as common
+from ._conversation import CommandError, Conversation
 
 _HELP = """/steps N     denoising steps per canvas at most; without N the file's
 /seed N      the seed of the answers; without N a new one for each

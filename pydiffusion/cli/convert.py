@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import quiet_hub_in_a_pipe, say
-from .text import count
+from ._common import quiet_hub_in_a_pipe, say
+from ._text import count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -182,7 +182,7 @@ def convert_vision(source: Path, output: Path | None, as_json: bool, choices: di
 
 def model_name(source: Path) -> str:
     """A folder's or repo's name, for the target's."""
-    from pydiffusion.convert.hub import repo_id
+    from pydiffusion.convert.checkpoint.hub import repo_id
 
     repo = repo_id(source)
     return source.resolve().name if repo is None else repo[0].partition("/")[2]
@@ -212,7 +212,7 @@ def telling_what_is_kept(target: Path) -> Iterator[None]:
 
 def parse_split_size(given: str | None) -> int | None:
     """Bytes; wrong use of the command line when it is no size."""
-    from pydiffusion.convert.layout import parse_split_size as parse
+    from pydiffusion.convert.gguf.split import parse_split_size as parse
 
     try:
         return None if given is None else parse(given)
@@ -222,7 +222,7 @@ def parse_split_size(given: str | None) -> int | None:
 
 def parse_overrides(given: list[str] | None) -> list[tuple[str, str]]:
     """``PATTERN=TYPE`` texts as pairs; wrong use of the command line when they are none."""
-    from pydiffusion.convert.plan import check_overrides
+    from pydiffusion.convert.quantization.type_plan import check_overrides
 
     pairs = []
     for text in given or ():
@@ -241,7 +241,7 @@ def choose_fitting(
     source: Path, size: str, ctx: int, pad: bool | None, overrides: list[tuple[str, str]], has_imatrix: bool
 ) -> tuple[str, list[tuple[str, str]]]:
     """Type and overrides of the best recipe that fits, and a line that tells them."""
-    from pydiffusion.convert import sizes
+    from pydiffusion.convert.quantization import sizes
 
     try:
         n_bytes = sizes.parse_size(size)
@@ -268,7 +268,7 @@ def print_sizes(
     as_json: bool,
 ) -> None:
     """The table of a dry run on stdout."""
-    from pydiffusion.convert import sizes
+    from pydiffusion.convert.quantization import sizes
 
     plan = sizes.plan_sizes(source, type, pad=pad, tensor_types=overrides, has_imatrix=has_imatrix)
     memory = sizes.memory(sizes.read_config(source), plan.n_bytes, ctx)
@@ -315,7 +315,7 @@ class conversion_progress:
         return self._update
 
     def _update(self, state: ConversionProgress) -> None:
-        from .display import progress
+        from ._display import progress
 
         if state.stage != self._stage:
             self.__exit__()

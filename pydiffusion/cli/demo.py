@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import common
+from . import _common as common
 from .generate import prefill, run
 
 if TYPE_CHECKING:

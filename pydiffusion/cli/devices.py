@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import common
-from .text import count
+from . import _common as common
+from ._text import count
 
 
 @common.takes(place=common.PLACE)

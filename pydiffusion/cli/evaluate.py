@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Threads, read_text, say
-from .text import one_line
+from ._common import Threads, read_text, say
+from ._text import one_line
 
 if TYPE_CHECKING:
     from pydiffusion.convert import EvaluationReport
@@ -51,9 +51,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
     """Compare GGUFs with a reference: KL divergence, agreement, steps, at several noise levels."""
-    from pydiffusion.convert import evaluation, plotting
+    from pydiffusion.quality import evaluation, plotting
 
-    from .display import progress
+    from ._display import progress
 
     texts = None
     if prompts is not None:

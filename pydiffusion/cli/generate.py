@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import common
+from . import _common as common
 
 if TYPE_CHECKING:
     from pydiffusion import Completion, DiffusionModel, GenerationOptions, Session
@@ -98,7 +98,7 @@ def _prompt_ids(
 
 def prefill(session: Session, ids: list[int]) -> None:
     """Bring the prompt into the session's cache, with progress shown."""
-    from .display import progress
+    from ._display import progress
 
     if not ids:
         raise ValueError("the prompt has no tokens")
@@ -119,7 +119,7 @@ def run(
 
     show: draw the drafts, where stderr is a terminal.
     """
-    from .display import AnswerPrinter, CanvasDisplay
+    from ._display import AnswerPrinter, CanvasDisplay
 
     options = model.resolve(options)
     draw = show and sys.stderr.isatty()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Threads, read_text, say
+from ._common import Threads, read_text, say
 
 
 def command(
@@ -24,7 +24,7 @@ def command(
     """Gather activation statistics over reading and denoising a text, for convert --imatrix."""
     from pydiffusion import convert
 
-    from .display import progress
+    from ._display import progress
 
     if chunk < 1 or (max_chunks is not None and max_chunks < 1):
         raise typer.BadParameter("--chunk and --max-chunks take numbers of at least 1")

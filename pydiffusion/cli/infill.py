@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import common
+from . import _common as common
 from .generate import figures, read_text
 
 
@@ -40,7 +40,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print text, holes and figures as JSON.")] = False,
 ) -> None:
     """Fill the holes of a text, with all around them held."""
-    from .display import AnswerPrinter, CanvasDisplay
+    from ._display import AnswerPrinter, CanvasDisplay
 
     options = common.make_options(**choices)
     text = read_text(file)

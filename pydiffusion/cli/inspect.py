@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .text import count, one_line
+from ._text import count, one_line
 
 if TYPE_CHECKING:
-    from pydiffusion.convert.parts import Parts
-    from pydiffusion.end_tokens import EndToken
+    from pydiffusion.convert.gguf.reader import Parts
+    from pydiffusion.tokenizer.end_tokens import EndToken
 
 _TOKENS = "tokenizer.ggml.tokens"
 _LONG_ARRAY = 64
@@ -30,7 +30,7 @@ def command(
     ] = False,
 ) -> None:
     """Show a GGUF file's metadata and tensors, of a split one those of all parts; any architecture."""
-    from pydiffusion.convert.parts import open_parts
+    from pydiffusion.convert.gguf.reader import open_parts
     from pydiffusion.model import check_is_file
 
     check_is_file(file)
@@ -73,8 +73,8 @@ def _as_dict(gguf: Parts, with_tensors: bool, whole: bool) -> dict[str, Any]:
 
 def _end_tokens(gguf: Parts) -> tuple[Sequence[EndToken], str | None]:
     """The tokens that end a text, or why that can't be told."""
-    from pydiffusion.end_tokens import find_end_tokens
     from pydiffusion.errors import ModelFormatError
+    from pydiffusion.tokenizer.end_tokens import find_end_tokens
 
     try:
         return find_end_tokens(gguf.metadata, len(gguf.metadata[_TOKENS])), None

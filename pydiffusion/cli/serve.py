@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import common
+from . import _common as common
 
 
 @common.takes(place=common.PLACE)

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from .common import quiet_hub_in_a_pipe, say
+from ._common import quiet_hub_in_a_pipe, say
+from ._text import one_line
 from .convert import conversion_progress
-from .text import one_line
 
 
 def command(

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pydiffusion.demo import sudoku
+from . import sudoku
 
 __all__ = ["TASKS", "Example", "Task", "check", "generate", "is_held_out", "sudoku_example", "sudoku_prompt"]
 

@@ -19,9 +19,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pydiffusion.errors import PyDiffusionError
+from pydiffusion.openai.answers import Answer
+from pydiffusion.openai.errors import ApiError, from_exception, invalid
+from pydiffusion.openai.reports import Failed, Finished, Report
+from pydiffusion.openai.requests import Request as ApiRequest
+from pydiffusion.openai.requests import chat_request, completion_request, infill_request
+from pydiffusion.openai.response_format import check_structure, held_options
 
-from .answers import Answer
-from .errors import ApiError, from_exception, invalid
 from .http import (
     KEEP_ALIVE_SECONDS,
     Disconnected,
@@ -30,13 +34,10 @@ from .http import (
     to_json,
     unless_disconnected,
 )
-from .job import Failed, Finished, Job, Report, Run
+from .jobs import Job, Run
 from .metrics import Metrics
 from .page import PAGE_PATHS, add_page
-from .parameters import Request as ApiRequest
-from .parameters import chat_request, completion_request, infill_request
 from .scheduler import Scheduler
-from .structure import check_structure, held_options
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel

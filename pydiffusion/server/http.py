@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import ApiError, invalid
+from pydiffusion.openai.errors import ApiError, invalid
 
 T = TypeVar("T")
 

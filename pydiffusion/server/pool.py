@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pydiffusion.errors import InsufficientMemoryError
-from pydiffusion.session import common_prefix
+from pydiffusion.generation.token_ids import common_prefix
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel

@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pydiffusion.chat_output import ToolCall
+from pydiffusion.chat.output_parser import ToolCall
 from pydiffusion.errors import GenerationCancelled, InsufficientMemoryError
 from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
-from pydiffusion.parallel import Batch
-from pydiffusion.session import common_prefix
+from pydiffusion.generation.batching import Batch
+from pydiffusion.generation.token_ids import common_prefix
+from pydiffusion.openai.errors import ApiError, from_exception
+from pydiffusion.openai.reports import Failed, Finished, Prefilled
 
-from .errors import ApiError, from_exception
-from .job import Failed, Finished, Job, Prefilled, RunLane
+from .jobs import Job, RunLane
 from .pool import SessionPool
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from support.server_fakes import ScriptedModel
 
-from pydiffusion.cli import common, main
+from pydiffusion.cli import _common as common
+from pydiffusion.cli import main
 
 Chat = Callable[..., tuple[str, str]]
 

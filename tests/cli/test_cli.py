@@ -20,7 +20,7 @@ from support.paths import REPOSITORY
 
 from pydiffusion import DiffusionModel
 from pydiffusion.cli import main
-from pydiffusion.cli.text import count, one_line, printable
+from pydiffusion.cli._text import count, one_line, printable
 
 try:
     import pty
@@ -426,7 +426,7 @@ def test_a_prompt_is_asked_for(model: str) -> None:
 
 
 def test_settled_tokens_are_bright_and_a_split_character_is_one(model: str) -> None:
-    from pydiffusion.cli.display import CanvasDisplay
+    from pydiffusion.cli._display import CanvasDisplay
 
     with DiffusionModel(model) as opened:
         tokens = [*opened.tokenize("a🙂b", add_bos=False), opened.tokenizer.eos_id, 300]

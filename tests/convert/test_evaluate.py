@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from pydiffusion.cli import main
-from pydiffusion.convert import convert, evaluate, evaluate_family, evaluation
+from pydiffusion.convert import convert, evaluate, evaluate_family
 from pydiffusion.errors import ConversionError
+from pydiffusion.quality import evaluation
 
 PROMPTS = ("the river", "a")
 

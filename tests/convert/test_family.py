@@ -11,8 +11,9 @@ from gguf import GGUFReader
 from support import checkpoint_folders as folders
 from support.gguf_files import read_tensors
 
-from pydiffusion.convert import Variant, convert, convert_family, pipeline, quantize
-from pydiffusion.convert.safetensors_files import Checkpoint
+from pydiffusion.convert import Variant, convert, convert_family, quantize
+from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint
+from pydiffusion.convert.gguf import writer as pipeline
 from pydiffusion.errors import ConversionError
 
 TYPES = ("f32", "bf16", "q8_0", "q4_k_m", "iq4_xs", "mxfp4")

@@ -12,8 +12,9 @@ from support import checkpoint_folders as folders
 from support.gguf_files import NEED_IMATRIX, fields_of, read_tensors
 
 from pydiffusion.convert import TYPES, ConversionProgress, convert
-from pydiffusion.convert.plan import plan_types
-from pydiffusion.convert.recipes import RECIPES, fit_to_rows, has_more_bits
+from pydiffusion.convert.gguf.tensor_types import fit_to_rows
+from pydiffusion.convert.quantization.recipes import RECIPES, has_more_bits
+from pydiffusion.convert.quantization.type_plan import plan_types
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from support import checkpoint_folders as folders
 from support.hub_server import TOKEN, Hub
 
 from pydiffusion.convert import convert
-from pydiffusion.convert.hub import find_checkpoint, repo_id
+from pydiffusion.convert.checkpoint.hub import find_checkpoint, repo_id
 from pydiffusion.errors import ConversionError
 
 

@@ -15,9 +15,10 @@ from support.gguf_mutator import BOOL, F32, F64, I32, RawGguf, read_gguf
 
 from pydiffusion import DiffusionModel, _native
 from pydiffusion.cli import main
-from pydiffusion.convert import collect, collect_imatrix, convert, verify
-from pydiffusion.convert.imatrix import Entry, read_imatrix, write_imatrix
+from pydiffusion.convert import collect_imatrix, convert, verify
+from pydiffusion.convert.quantization.imatrix_file import Entry, read_imatrix, write_imatrix
 from pydiffusion.errors import ConversionError, ModelFormatError
+from pydiffusion.quality import imatrix_collection as collect
 
 SHAPE = SHAPES["mild"]
 TEXT = "the river was wide and the boats were small. " * 12
@@ -45,10 +46,10 @@ def rms(x: np.ndarray) -> np.ndarray:
 
 def test_encoder_activation_sums_equal_numpy(model_path: Path) -> None:
     session = new_session(model_path)
-    session.collect_statistics(True)
+    session.collect_imatrix(True)
     ids = random_ids(3, "prompt", 20, SHAPE.vocab)
     session.encode(ids, return_hidden=True)
-    found = session.statistics()
+    found = session.imatrix()
     weights = text_tensors(SHAPE, 0)
     x = weights["model.decoder.embed_tokens.weight"][ids].astype(np.float64) * SHAPE.d**0.5
     h = rms(x) * weights["model.decoder.layers.0.input_layernorm.weight"]
@@ -61,10 +62,10 @@ def test_encoder_activation_sums_equal_numpy(model_path: Path) -> None:
 def test_expert_activation_sums_equal_numpy(model_path: Path) -> None:
     """A token's experts and the dense MLP get the same activations, up to the norms' weights."""
     session = new_session(model_path)
-    session.collect_statistics(True)
+    session.collect_imatrix(True)
     session.encode(random_ids(3, "prompt", 20, SHAPE.vocab), return_hidden=True)
     session.denoise(random_ids(3, "canvas", SHAPE.canvas, SHAPE.vocab), None)
-    found = session.statistics()
+    found = session.imatrix()
     n_tokens = 20 + SHAPE.canvas
     weights = text_tensors(SHAPE, 0)
     for i in range(len(SHAPE.layers)):
@@ -90,10 +91,10 @@ def test_collecting_does_not_change_logits(model_path: Path) -> None:
 
     def run(watched: bool) -> np.ndarray:
         session = new_session(model_path)
-        session.collect_statistics(watched)
+        session.collect_imatrix(watched)
         session.encode(ids)
         first = session.denoise(canvas, None)
-        assert bool(session.statistics()) == watched
+        assert bool(session.imatrix()) == watched
         return np.stack([first, session.denoise(canvas, first)])
 
     assert np.array_equal(run(True), run(False))

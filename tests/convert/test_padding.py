@@ -13,7 +13,9 @@ from reference.random_checkpoint import SHAPES, random_ids, text_tensors, write_
 from support.gguf_files import fields_of, read_tensors
 
 from pydiffusion import _native
-from pydiffusion.convert import convert, plan, quantize, rows
+from pydiffusion.convert import convert, quantize
+from pydiffusion.convert.gguf import rows
+from pydiffusion.convert.quantization import type_plan as plan
 from pydiffusion.errors import ConversionError
 
 # Not multiples of 256, but not far below one; as the released model's 2112 and 704.

@@ -15,7 +15,9 @@ import pytest
 from support import checkpoint_folders as folders
 
 from pydiffusion.cli import main
-from pydiffusion.convert import ConversionProgress, convert, journal, pipeline, quantize
+from pydiffusion.convert import ConversionProgress, convert, quantize
+from pydiffusion.convert.gguf import resume as journal
+from pydiffusion.convert.gguf import writer as pipeline
 from pydiffusion.errors import ConversionError
 
 CHUNK = 20_000  # weights: about 200 chunks
@@ -87,7 +89,8 @@ def killed(folder: Path, target: Path, more: str = "", kill: bool = True) -> Non
     """Convert in a process that ends by SIGKILL at half of the bytes."""
     code = f"""
         import os, signal
-        from pydiffusion.convert import convert, journal, pipeline
+        from pydiffusion.convert import convert
+        from pydiffusion.convert.gguf import resume as journal, writer as pipeline
         pipeline.CHUNK_WEIGHTS, journal.SECONDS_BETWEEN_FLUSHES = {CHUNK}, 0.0
         def progress(state):
             if state.stage == "write" and state.done_bytes >= state.total_bytes / 2:
@@ -263,7 +266,7 @@ def test_the_command_says_how_to_resume(folder: Path, whole: bytes, tmp_path: Pa
     code = f"""
         import sys
         from pydiffusion.cli import main
-        from pydiffusion.convert import pipeline
+        from pydiffusion.convert.gguf import writer as pipeline
         pipeline.CHUNK_WEIGHTS = {CHUNK}
         write, calls = pipeline._Output.write, []
         def interrupted(*given):

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from support.checkpoint_folders import bfloat16_bits
 
 from pydiffusion import _native
-from pydiffusion.convert import rows
-from pydiffusion.convert.padding import padded_read
-from pydiffusion.convert.recipes import BLOCK_SIZES, NEEDS_IMATRIX
+from pydiffusion.convert.gguf import rows
+from pydiffusion.convert.gguf.tensor_types import BLOCK_SIZES
+from pydiffusion.convert.quantization.padding import padded_read
+from pydiffusion.convert.quantization.recipes import NEEDS_IMATRIX
 from pydiffusion.errors import ConversionError
 
 FLOATS = ("F32", "F16", "BF16")

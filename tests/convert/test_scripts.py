@@ -14,7 +14,7 @@ from gguf import GGUFReader
 from support.paths import REPOSITORY
 
 from pydiffusion.convert import convert, edit_metadata, verify
-from pydiffusion.convert.gguf_header import Value
+from pydiffusion.convert.gguf.header import Value
 from pydiffusion.errors import ConversionError
 
 EXAMPLES = REPOSITORY / "examples"

@@ -10,7 +10,8 @@ from support import checkpoint_folders as folders
 
 from pydiffusion import _native
 from pydiffusion.cli import main
-from pydiffusion.convert import convert, fit, plan_sizes, sizes
+from pydiffusion.convert import convert, fit, plan_sizes
+from pydiffusion.convert.quantization import sizes
 from pydiffusion.errors import ConversionError
 
 GIB = 1 << 30

@@ -13,7 +13,7 @@ from support.gguf_files import finish, read_tensors
 
 from pydiffusion.cli import main
 from pydiffusion.convert import convert, quantize, repack, verify
-from pydiffusion.convert.layout import parse_split_size
+from pydiffusion.convert.gguf.split import parse_split_size
 from pydiffusion.errors import ConversionError, ModelFormatError
 
 

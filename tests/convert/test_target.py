@@ -19,7 +19,10 @@ import pytest
 from support import checkpoint_folders as folders
 
 from pydiffusion import _native
-from pydiffusion.convert import atomic, convert, pipeline, rows
+from pydiffusion._util import atomic
+from pydiffusion.convert import convert
+from pydiffusion.convert.gguf import rows
+from pydiffusion.convert.gguf import writer as pipeline
 from pydiffusion.errors import ConversionError
 
 

@@ -13,8 +13,9 @@ from support.gguf_files import NEED_IMATRIX, fields_of
 
 from pydiffusion import _native
 from pydiffusion.convert import TYPES, convert
-from pydiffusion.convert.plan import plan_types
-from pydiffusion.convert.recipes import BLOCK_SIZES, FALLBACKS, NEEDS_IMATRIX, RECIPES, fit_to_rows
+from pydiffusion.convert.gguf.tensor_types import BLOCK_SIZES, FALLBACKS, fit_to_rows
+from pydiffusion.convert.quantization.recipes import NEEDS_IMATRIX, RECIPES
+from pydiffusion.convert.quantization.type_plan import plan_types
 from pydiffusion.errors import ConversionError
 
 # Types that the gguf package quantizes too, and the recipe that writes them.

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from support.paths import REPOSITORY
 
-from pydiffusion.synthetic import synthetic_bytes, write_synthetic
+from pydiffusion.testing.synthetic import synthetic_bytes, write_synthetic
 
 FOLDER = REPOSITORY / "benchmarks"
 MEASURED = [

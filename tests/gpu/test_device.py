@@ -273,4 +273,4 @@ def test_unknown_devices_are_refused(device: str, gguf_file: Callable) -> None:
 def test_imatrix_collection_needs_the_cpu(device: str, gguf_file: Callable) -> None:
     model = open_on(gguf_file("small", "f32", seed=0, dtype="f32"), device)
     with pytest.raises(PyDiffusionError, match="on the processor only"):
-        _native.Session(model, 128).collect_statistics(True)
+        _native.Session(model, 128).collect_imatrix(True)

@@ -19,7 +19,7 @@ def test_measure_equals_the_samplers(device: str, n_vocab: int, spread: float) -
     rng = np.random.default_rng(n_vocab)
     logits = (rng.normal(size=(3, n_vocab)) * spread).astype(np.float32)
     u = rng.random(3, dtype=np.float32)
-    capped, argmax, entropy, sampled = _native.measure_on(device, logits, 30.0, 0.6, u)
+    capped, argmax, entropy, sampled = _native.testing.measure_on(device, logits, 30.0, 0.6, u)
     # tanhf is accurate to 2 units in the last place, on a GPU as here: 4e-7 with the roundings around it.
     np.testing.assert_allclose(capped, 30 * np.tanh(logits.astype(np.float64) / 30), rtol=1e-6, atol=1e-6)
     expected = sampling.measure(capped, 0.6, u)
@@ -38,7 +38,8 @@ def test_measure_detects_nonfinite_logits(device: str) -> None:
     rows[0, 2999], rows[1, 5], rows[2] = np.nan, np.inf, -np.inf
     rows[3, :] = -np.inf
     rows[3, 17] = 1.0
-    _, argmax, entropy, sampled = _native.measure_on(device, rows, 30.0, 1.0, np.full(4, 0.5, np.float32))
+    u = np.full(4, 0.5, np.float32)
+    _, argmax, entropy, sampled = _native.testing.measure_on(device, rows, 30.0, 1.0, u)
     assert np.isnan(entropy[:2]).all()
     # Capping makes -infinity finite: equal logits are equally likely, and one larger by 31 is certain.
     assert entropy[2] == pytest.approx(np.log(3000), rel=1e-4)
@@ -50,7 +51,7 @@ def test_condition_drops_at_most_the_dropped_mass(device: str, dropped_mass: flo
     rng = np.random.default_rng(0)
     logits = (rng.normal(size=(5, 4000)) * np.array([[0.1], [1], [4], [9], [30]])).astype(np.float32)
     embedding = rng.normal(size=(4000, 48)).astype(np.float32)
-    soft = _native.condition_on(device, logits, embedding, 0.7, dropped_mass)
+    soft = _native.testing.condition_on(device, logits, embedding, 0.7, dropped_mass)
     z = logits.astype(np.float64) / np.float32(0.7)
     p = np.exp(z - z.max(-1, keepdims=True))
     exact = (p / p.sum(-1, keepdims=True)) @ embedding
@@ -92,11 +93,11 @@ def test_attention_kernel(
         _native.dequantize_rows(_native.quantize_rows(x, kv_type), kv_type, x.shape[1]) for x in (k, v)
     ]
     exact = exact_attention(q, rounded[0][:n_visible], rounded[1][:n_visible], head_dim)
-    for by_products in (False, True):
-        result = _native.attend_on(device, q, k, v, head_dim, kv_type, n_visible, by_products)
+    for by_matmul in (False, True):
+        result = _native.testing.attend_on(device, q, k, v, head_dim, kv_type, n_visible, by_matmul)
         worst = np.abs(result - exact).max()
-        report(f"device {device}, attention over {kv_type}, heads of {head_dim}, {by_products=}: {worst:.1e}")
-        exact_sums = kv_type == "f32" or (by_products and kv_type == "q8_0")
+        report(f"device {device}, attention over {kv_type}, heads of {head_dim}, {by_matmul=}: {worst:.1e}")
+        exact_sums = kv_type == "f32" or (by_matmul and kv_type == "q8_0")
         assert worst <= (SUMS_BOUND if exact_sums else ATTENTION_BOUND[kv_type])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support.models import case, denoise_case, encode_case, load_golden
 
-from pydiffusion import DiffusionModel, Plan, _native, devices, placement, plan
+from pydiffusion import DiffusionModel, Plan, _native, device_plan, devices, plan
 from pydiffusion.errors import InsufficientMemoryError
 
 GPUS = [device.name for device in devices()]
@@ -174,7 +174,7 @@ def test_several_devices_give_the_same_bits_as_one(kv_type: str, gguf_file: Call
         results.append({"hidden": hidden, **denoise_case(session, golden)})
         # The last device embeds, each computes its layers, the last the head: no further copies.
         n_devices = len(names.split(","))
-        assert session.n_pieces == (1 if n_devices == 1 else n_devices + 1)
+        assert session.n_splits == (1 if n_devices == 1 else n_devices + 1)
     for key, expected in results[0].items():
         assert all(np.array_equal(expected, result[key]) for result in results[1:])
 
@@ -189,18 +189,18 @@ def test_a_device_without_memory_is_left_out(file: Path) -> None:
 
 def test_auto_uses_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device with the most free memory is last: it gets the tensors outside layers."""
-    there = [placement.Device(f"GPU{i}", "", free, 100) for i, free in enumerate((30, 90, 20))]
-    monkeypatch.setattr(placement, "devices", lambda: there)
+    there = [device_plan.Device(f"GPU{i}", "", free, 100) for i, free in enumerate((30, 90, 20))]
+    monkeypatch.setattr(device_plan, "devices", lambda: there)
 
     def chosen(device: str, gpu_memory: Any = None) -> Any:
-        wish = placement.native_wish("auto", None, device, gpu_memory)
+        wish = device_plan.native_wish("auto", None, device, gpu_memory)
         return wish["device"], wish["memory_limits"]
 
     assert chosen("auto") == ("GPU2,GPU0,GPU1", [])
     assert chosen("auto", 8) == ("GPU2,GPU0,GPU1", [8, 8, 8])
     assert chosen("GPU0, GPU1", [8, 9]) == ("GPU0,GPU1", [8, 9])
     assert chosen("cpu", 8) == ("cpu", [])
-    monkeypatch.setattr(placement, "devices", list)
+    monkeypatch.setattr(device_plan, "devices", list)
     assert chosen("auto", 8) == ("cpu", [])
 
 
@@ -224,6 +224,6 @@ def test_invalid_devices(device: str, gpu_memory: Any, said: str, file: Path) ->
 
 
 def test_a_gpu_named_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "devices", lambda: [placement.Device("GPU0", "", 1, 1)])
+    monkeypatch.setattr(device_plan, "devices", lambda: [device_plan.Device("GPU0", "", 1, 1)])
     with pytest.raises(ValueError, match="GPU0 twice"):
-        placement.native_wish("auto", None, "GPU0,GPU0", None)
+        device_plan.native_wish("auto", None, "GPU0,GPU0", None)

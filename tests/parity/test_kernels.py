@@ -40,11 +40,11 @@ def test_kernels_are_as_accurate_as_ggml(
     quantize(path, exact_path, "f32")
     exact, _ = run(exact_path, "mild", "ggml", 90)
     of_ggml, ops = run(path, "mild", "ggml", 90)
-    assert not {"product", "expert_product", "pack", "attend_tiles"} & set(ops)
+    assert not {"matmul", "expert_matmul", "pack", "attend_tiles"} & set(ops)
     found, ops = run(path, "mild", kernels, 90)
     n_layer = len(SHAPES["mild"].layers)
-    assert ops["expert_product"] == 2 * n_layer
-    assert ops["product"] > 5 * n_layer and "MUL_MAT_ID" not in ops
+    assert ops["expert_matmul"] == 2 * n_layer
+    assert ops["matmul"] > 5 * n_layer and "MUL_MAT_ID" not in ops
     assert ops["MUL_MAT"] == n_layer  # the routers, in float32
     assert ("attend_tiles" in ops) == (kernels == "amx")
     error, error_of_ggml = (np.median(np.abs(x - exact).mean(axis=1)) for x in (found, of_ggml))
@@ -62,7 +62,7 @@ def test_tile_attention(n_prompt: int, gguf_file: Callable[..., Path]) -> None:
     expected, ops = run(path, "wide", "ggml", n_prompt)
     assert ops["attend"] == len(SHAPES["wide"].layers)
     found, ops = run(path, "wide", "amx", n_prompt)
-    assert ops["attend_tiles"] == len(SHAPES["wide"].layers) and "product" not in ops
+    assert ops["attend_tiles"] == len(SHAPES["wide"].layers) and "matmul" not in ops
     assert np.abs(found - expected).mean() < 3e-3
 
 

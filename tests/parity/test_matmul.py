@@ -44,7 +44,7 @@ def test_matmul_equals_that_of_bfloat16_operands(kernels: str, type: str) -> Non
     n_inner = 512
     rows, x = weights(type, 40, n_inner), activations(19, n_inner)
     expected, sizes = exact(rows, type, x)
-    found = _native.multiply(kernels, rows, type, x)
+    found = _native.testing.matmul(kernels, rows, type, x)
     assert np.all(np.abs(found - expected) <= 2.0**-20 * sizes + 1e-30)
 
 
@@ -54,7 +54,7 @@ def test_ggml_matmul_is_near_the_exact_one(type: str) -> None:
     rows, x = weights(type, 40, 512), activations(19, 512)
     w = _native.dequantize_rows(rows, type, 512).astype(np.float64)
     expected = x.astype(np.float64) @ w.T
-    error = np.abs(_native.multiply("ggml", rows, type, x) - expected).mean()
+    error = np.abs(_native.testing.matmul("ggml", rows, type, x) - expected).mean()
     bound = {"F32": 1e-6, "F16": 1e-3, "BF16": 1e-2}.get(type, 1e-2)
     assert error <= bound * np.abs(expected).mean()
 
@@ -74,7 +74,7 @@ def test_ggml_matmul_is_near_the_exact_one(type: str) -> None:
 def test_matmul_of_any_size(kernels: str, n_rows: int, n_tokens: int, n_inner: int, n_threads: int) -> None:
     rows, x = weights("Q8_0", n_rows, n_inner), activations(n_tokens, n_inner)
     expected, sizes = exact(rows, "Q8_0", x)
-    found = _native.multiply(kernels, rows, "Q8_0", x, n_threads=n_threads)
+    found = _native.testing.matmul(kernels, rows, "Q8_0", x, n_threads=n_threads)
     assert found.shape == (n_tokens, n_rows)
     assert np.all(np.abs(found - expected) <= 2.0**-20 * sizes)
 
@@ -83,9 +83,9 @@ def test_matmul_of_any_size(kernels: str, n_rows: int, n_tokens: int, n_inner: i
 def test_a_tokens_result_does_not_depend_on_other_tokens(kernels: str) -> None:
     """Nor on the number of threads: batching and chunked prompts rely on it."""
     rows, x = weights("Q4_K", 300, 768), activations(70, 768)
-    together = _native.multiply(kernels, rows, "Q4_K", x, n_threads=2)
+    together = _native.testing.matmul(kernels, rows, "Q4_K", x, n_threads=2)
     for first, n in ((0, 1), (3, 20), (17, 40), (69, 1)):
-        some = _native.multiply(kernels, rows, "Q4_K", x[first : first + n])
+        some = _native.testing.matmul(kernels, rows, "Q4_K", x[first : first + n])
         assert np.array_equal(some, together[first : first + n])
 
 
@@ -100,12 +100,12 @@ def test_matmul_by_expert(kernels: str, n_tokens: int, n_experts: int, n_used: i
     rng = np.random.default_rng(2)
     chosen = np.array([rng.permutation(n_experts)[:n_used] for _ in range(n_tokens)], np.int32)
     chosen[: n_tokens // 2] = chosen[0]  # one expert has many tokens, some have none
-    found = _native.multiply(kernels, rows, "Q4_K", x, chosen, n_experts, n_threads=2)
+    found = _native.testing.matmul(kernels, rows, "Q4_K", x, chosen, n_experts, n_threads=2)
     found = found.reshape(n_tokens, n_used, n_rows)
     for expert in range(n_experts):
         token, used = np.nonzero(chosen == expert)
         if len(token):
-            alone = _native.multiply(
+            alone = _native.testing.matmul(
                 kernels, rows[expert * n_rows : (expert + 1) * n_rows], "Q4_K", np.ascontiguousarray(x[token])
             )
             assert np.array_equal(found[token, used], alone)
@@ -115,16 +115,16 @@ def test_matmul_by_expert(kernels: str, n_tokens: int, n_experts: int, n_used: i
 @pytest.mark.parametrize("type", ["F32", "F16", "TQ1_0"])
 def test_other_types_use_ggml(kernels: str, type: str) -> None:
     rows, x = weights(type, 20, 256), activations(9, 256)
-    expected = _native.multiply("ggml", rows, type, x)
-    assert np.array_equal(_native.multiply(kernels, rows, type, x), expected)
+    expected = _native.testing.matmul("ggml", rows, type, x)
+    assert np.array_equal(_native.testing.matmul(kernels, rows, type, x), expected)
 
 
 @pytest.mark.parametrize("kernels", OWN_KERNELS)
 def test_nan_stays_in_its_token(kernels: str) -> None:
     rows, x = weights("Q8_0", 33, 64), activations(20, 64)
-    clean = _native.multiply(kernels, rows, "Q8_0", x)
+    clean = _native.testing.matmul(kernels, rows, "Q8_0", x)
     x[5, 3] = np.nan
-    found = _native.multiply(kernels, rows, "Q8_0", x)
+    found = _native.testing.matmul(kernels, rows, "Q8_0", x)
     assert np.isnan(found[5]).all()
     assert np.array_equal(np.delete(found, 5, 0), np.delete(clean, 5, 0))
 
@@ -141,7 +141,7 @@ def test_soft_embedding_sums_keep_16_bits_of_a_probability(
     p /= p.sum(axis=1, keepdims=True)
     rows = weights(type, n_rows, n_inner)
     w = bfloat16(_native.dequantize_rows(rows, type, n_inner)).astype(np.float64)
-    found = _native.soft_sums(p, rows, type, n_inner)
+    found = _native.testing.weighted_sums(p, rows, type, n_inner)
     bound = 2.0**-16 * (p.astype(np.float64) @ np.abs(w))
     assert np.all(np.abs(found - p.astype(np.float64) @ w) <= bound + 1e-30)
 
@@ -149,8 +149,8 @@ def test_soft_embedding_sums_keep_16_bits_of_a_probability(
 def test_invalid_arguments() -> None:
     rows, x = weights("Q8_0", 1, 32), activations(1, 32)
     with pytest.raises(ValueError, match="there are no kernels 'x'"):
-        _native.multiply("x", rows, "Q8_0", x)
+        _native.testing.matmul("x", rows, "Q8_0", x)
     with pytest.raises(ValueError, match="same number of weights"):
-        _native.multiply("ggml", rows, "Q8_0", activations(1, 64))
+        _native.testing.matmul("ggml", rows, "Q8_0", activations(1, 64))
     with pytest.raises(ValueError, match="no such expert"):
-        _native.multiply("ggml", rows, "Q8_0", x, np.array([[1]], np.int32))
+        _native.testing.matmul("ggml", rows, "Q8_0", x, np.array([[1]], np.int32))

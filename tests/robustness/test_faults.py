@@ -144,7 +144,7 @@ print(in_parts)
 @posix
 @sanitized
 def test_a_batch_is_split_when_memory_is_short(tmp_path: Path, report: Callable[[str], None]) -> None:
-    from pydiffusion.synthetic import write_synthetic
+    from pydiffusion.testing.synthetic import write_synthetic
 
     result = run(WIDE_BATCH, write_synthetic("tiny", tmp_path / "tiny.gguf"))
     assert result.returncode == 0, result.stderr[-800:]

@@ -92,7 +92,7 @@ def test_parts_with_different_alignments(good: RawGguf, tmp_path: Path) -> None:
 
 def test_the_merged_view_equals_the_unsplit_file(good: RawGguf, tmp_path: Path) -> None:
     paths = write(split(good), tmp_path)
-    whole = _native.GgufFile.open_whole(str(paths[0]))
+    whole = _native.GgufFile.open_all_parts(str(paths[0]))
     assert whole.paths == [str(path) for path in paths]
     assert [tensor.name for tensor in whole.tensors] == [tensor.name.decode() for tensor in good.tensors]
     assert [tensor.part for tensor in whole.tensors] == sorted(tensor.part for tensor in whole.tensors)

@@ -13,9 +13,10 @@ import pytest
 from support.server_fakes import ScriptedModel, ask, eventually, script, serving
 
 from pydiffusion import DiffusionModel, InsufficientMemoryError, _native
+from pydiffusion.openai.errors import ApiError
+from pydiffusion.openai.reports import Failed, Finished, Prefilled
 from pydiffusion.options import GenerationOptions
-from pydiffusion.server.errors import ApiError
-from pydiffusion.server.job import Failed, Finished, Job, Prefilled, Run
+from pydiffusion.server.jobs import Job, Run
 from pydiffusion.server.scheduler import Scheduler
 from pydiffusion.session import Session
 
@@ -131,7 +132,7 @@ def test_requests_do_not_wait_for_anothers_choices(scripted: tuple[ScriptedModel
 def test_long_prompts_are_encoded_in_chunks_between_steps(
     scripted: tuple[ScriptedModel, Scheduler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pydiffusion.parallel._PROMPT_PART", 16)
+    monkeypatch.setattr("pydiffusion.generation.batching._PROMPT_PART", 16)
     model, scheduler = scripted
     model.step_seconds = 0.05
     first = Client(scheduler, [run(model, "long", max_tokens=1000)])

@@ -13,8 +13,8 @@ import pytest
 from support.paths import REPOSITORY
 from support.server_fakes import CANVAS, CHAT, TOOLS, ScriptedModel, ask, events, script, serving
 
-from pydiffusion.chat_output import MARKERS
-from pydiffusion.server.parameters import IGNORED, UNSUPPORTED
+from pydiffusion.openai.requests import IGNORED, UNSUPPORTED
+from pydiffusion.tokenizer.markers import MARKERS
 
 
 def calling(function: dict[str, Any]) -> dict[str, Any]:

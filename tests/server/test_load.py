@@ -13,9 +13,10 @@ import pytest
 from support.server_fakes import CHAT, ScriptedModel, ask, events, eventually, script, serving
 
 from pydiffusion.events import EndEvent
+from pydiffusion.openai.errors import ApiError
+from pydiffusion.openai.reports import Failed, Finished
 from pydiffusion.options import GenerationOptions
-from pydiffusion.server.errors import ApiError
-from pydiffusion.server.job import Failed, Finished, Job, Run
+from pydiffusion.server.jobs import Job, Run
 from pydiffusion.server.scheduler import Scheduler
 
 

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydiffusion.chat_output import (
-    MARKERS,
+from pydiffusion.chat.output_parser import (
     Content,
     OutputParser,
     Part,
@@ -19,7 +18,8 @@ from pydiffusion.chat_output import (
     _merged,
     ends_in_thought,
 )
-from pydiffusion.tool_call import QUOTE, parse_call
+from pydiffusion.chat.tool_calls import parse_call
+from pydiffusion.tokenizer.markers import MARKERS, QUOTE
 
 
 def parse(*texts: str, in_thought: bool = False) -> list[Part]:

@@ -12,7 +12,7 @@ from support.paths import REPOSITORY
 from support.server_fakes import serving
 
 from pydiffusion import DiffusionModel
-from pydiffusion.server.parameters import _CHAT, _COMPLETION, _INFILL, IGNORED, UNSUPPORTED
+from pydiffusion.openai.requests import _CHAT, _COMPLETION, _INFILL, IGNORED, UNSUPPORTED
 
 PAGE = (REPOSITORY / "docs" / "server.md").read_text(encoding="utf-8")
 

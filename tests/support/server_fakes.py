@@ -17,13 +17,13 @@ from typing import Any
 import httpx
 import numpy as np
 
-from pydiffusion.chat_output import MARKERS
 from pydiffusion.errors import ContextOverflowError, GenerationCancelled
 from pydiffusion.model import DiffusionModel
 from pydiffusion.server.app import Settings
 from pydiffusion.server.run import Server
 from pydiffusion.session import Session
 from pydiffusion.tokenizer import Tokenizer, TokenType
+from pydiffusion.tokenizer.markers import MARKERS
 
 CANVAS = 64
 TEMPLATE = (

@@ -390,7 +390,7 @@ def test_a_session_is_for_one_thread_at_a_time(model: DiffusionModel) -> None:
 
 def answer(tokenizer: Any, text: str, stop: list[str], canvas: int) -> tuple[list[str], int, bool]:
     """Feed a text's tokens in canvases; returns the texts given out, the tokens kept, whether it stopped."""
-    from pydiffusion.streaming import AnswerStream
+    from pydiffusion.generation.streaming import AnswerStream
 
     ids = tokenizer.tokenize(text, add_bos=False)
     parts = [ids[i : i + canvas] for i in range(0, len(ids), canvas)]

@@ -11,9 +11,9 @@ import pytest
 from pydiffusion import _native
 from pydiffusion.bench import PARTS, compare, format_result, run_bench
 from pydiffusion.cli import main
-from pydiffusion.convert.recipes import RECIPES
+from pydiffusion.convert.quantization.recipes import RECIPES
 from pydiffusion.errors import ConversionError
-from pydiffusion.synthetic import SHAPES, write_synthetic
+from pydiffusion.testing.synthetic import SHAPES, write_synthetic
 
 
 @pytest.fixture(scope="module")

@@ -78,8 +78,5 @@ def test_the_fuzzers_still_compile() -> None:
     headers = REPOSITORY / "vendor/ggml/include"
     if not headers.is_dir():
         pytest.skip("NOT CHECKED: whether the fuzzers compile (no build has put ggml into vendor/)")
-    listed = (REPOSITORY / "fuzz/CMakeLists.txt").read_text()
-    missing = [file.name for file in (REPOSITORY / "native/device").glob("*.cpp") if file.name not in listed]
-    assert not missing, f"fuzz/CMakeLists.txt does not build {missing}"
     command = ["c++", "-std=c++17", "-fsyntax-only", f"-I{REPOSITORY / 'native'}", f"-I{headers}"]
     subprocess.run([*command, *map(str, (REPOSITORY / "fuzz").glob("*.cpp"))], check=True)

@@ -17,7 +17,7 @@ from support.paths import REFERENCE
 from support.server_fakes import ScriptedModel, script, serving
 
 from pydiffusion import DiffusionModel
-from pydiffusion.chat_output import MARKERS
+from pydiffusion.tokenizer.markers import MARKERS
 
 OWN = (REFERENCE / "chat_template.jinja").read_text(encoding="utf-8")
 GOLDENS: dict[str, list[str | None]] = json.loads((REFERENCE / "goldens/chat.json").read_text("utf-8"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pydiffusion import DiffusionModel, PyDiffusionError, UnsupportedModelError
-from pydiffusion.chat import ChatTemplate
+from pydiffusion.chat.template import ChatTemplate
 
 HI = [{"role": "user", "content": " hi "}]
 

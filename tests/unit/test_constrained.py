@@ -22,9 +22,9 @@ from support.random_schemas import random_schema
 from support.server_fakes import metadata
 
 from pydiffusion import DiffusionModel, GenerationOptions
-from pydiffusion.structure import Automaton, Guide, expression_of
-from pydiffusion.structure.machine import byte_machine
-from pydiffusion.structure.patterns import from_regex
+from pydiffusion.constrained import Automaton, Guide, expression_of
+from pydiffusion.constrained.byte_dfa import byte_machine
+from pydiffusion.constrained.regex import from_regex
 from pydiffusion.tokenizer import Tokenizer
 
 PATTERNS = (

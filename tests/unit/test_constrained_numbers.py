@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from support.automata import accepts
 
 from pydiffusion import GenerationOptions
-from pydiffusion.structure import expression_of
-from pydiffusion.structure.machine import byte_machine
+from pydiffusion.constrained import expression_of
+from pydiffusion.constrained.byte_dfa import byte_machine
 
 Machine = tuple[np.ndarray, np.ndarray]
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")

@@ -19,10 +19,10 @@ from support.server_fakes import serving
 from pydiffusion import DiffusionModel, GenerationOptions, ModelFormatError
 from pydiffusion.cli import main
 from pydiffusion.convert import convert, edit_metadata, evaluate
-from pydiffusion.convert.gguf_header import Value
+from pydiffusion.convert.gguf.header import Value
 from pydiffusion.demo import checkpoint_path
-from pydiffusion.end_tokens import find_end_tokens
 from pydiffusion.events import EndEvent
+from pydiffusion.tokenizer.end_tokens import find_end_tokens
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 TASK = "sort: d a c"

@@ -51,7 +51,7 @@ def test_an_instruction_puts_all_of_the_text_on_the_canvas(model: DiffusionModel
 
 
 def test_a_hole_ends_at_a_control_token_and_may_be_empty(model: DiffusionModel) -> None:
-    from pydiffusion.infill import Hole, Layout
+    from pydiffusion.generation.infill import Hole, Layout
 
     a, b = (model.tokenize(letter, add_bos=False) for letter in "ab")
     layout = Layout("head ", [[*a], Hole(3), [*b], Hole(2)])

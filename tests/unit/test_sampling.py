@@ -101,7 +101,7 @@ def test_capping_agrees_with_float64(n_vocab: int, spread: float) -> None:
     logits = (rng.normal(size=(4, n_vocab)) * spread).astype(np.float32)
     logits[2, 3] = -np.inf
     u = rng.random(4, dtype=np.float32)
-    capped, argmax, entropy, sampled = _native.measure_on("cpu", logits, 30.0, 0.7, u)
+    capped, argmax, entropy, sampled = _native.testing.measure_on("cpu", logits, 30.0, 0.7, u)
     exact = 30.0 * np.tanh(logits.astype(np.float64) / 30.0)
     np.testing.assert_allclose(capped, exact, atol=1e-5)
     expected_entropy, cdf = reference_measure(capped, np.float32(0.7))
@@ -115,7 +115,7 @@ def test_equal_logits_are_capped_equally() -> None:
     row = np.zeros((1, 4096), dtype=np.float32)
     row[0, [5, 3000]] = 20.0
     row[0, 6] = -90.0  # beyond the cap, beside the first of the two
-    capped, argmax, _, _ = _native.measure_on("cpu", row, 30.0, 1.0, np.zeros(1, dtype=np.float32))
+    capped, argmax, _, _ = _native.testing.measure_on("cpu", row, 30.0, 1.0, np.zeros(1, dtype=np.float32))
     assert capped[0, 5] == capped[0, 3000] and argmax[0] == 5
 
 
@@ -124,7 +124,7 @@ def test_equal_logits_are_capped_equally() -> None:
 def test_capping_does_not_hide_nonfinite_logits(at: int, bad: float) -> None:
     row = np.zeros((1, 2501), dtype=np.float32)
     row[0, at] = bad
-    assert np.isnan(_native.measure_on("cpu", row, 30.0, 1.0, np.zeros(1, dtype=np.float32))[2][0])
+    assert np.isnan(_native.testing.measure_on("cpu", row, 30.0, 1.0, np.zeros(1, dtype=np.float32))[2][0])
 
 
 def test_draws_have_the_distribution() -> None:

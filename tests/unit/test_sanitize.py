@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from support.paths import REFERENCE
 from support.server_fakes import ScriptedModel, metadata, script
 
-from pydiffusion.chat_output import MARKERS
 from pydiffusion.tokenizer import TokenType
+from pydiffusion.tokenizer.markers import MARKERS
 
 TEMPLATE = REFERENCE / "chat_template.jinja"
 

@@ -10,7 +10,8 @@ import pytest
 from support.server_fakes import ScriptedModel, ask, metadata, script
 
 from pydiffusion import DiffusionModel, GenerationOptions, Session
-from pydiffusion.limits import ThoughtBudget, loop_start
+from pydiffusion.generation.repetition import loop_start
+from pydiffusion.generation.thinking_budget import ThoughtBudget
 from pydiffusion.tokenizer import Tokenizer
 
 

@@ -1,0 +1,7 @@
+# Warnings for our own C++; ggml and nanobind keep theirs.
+function(target_enable_warnings target)
+    if(NOT MSVC)
+        target_compile_options(${target} PRIVATE
+            "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wno-unused-parameter>")
+    endif()
+endfunction()

@@ -1,0 +1,1 @@
+"""Model architectures that can be converted, and opening a source of one."""

@@ -1,0 +1,1 @@
+"""DiffusionGemma: config, tensor names, metadata, vocabulary, vision."""

@@ -1,0 +1,359 @@
+"""``config.json`` and ``generation_config.json`` of a checkpoint, read by name and type.
+
+A key that is required and missing raises, a value that this package does not implement raises; a default is
+taken only where ``transformers`` itself has one, from :data:`DEFAULTS`, and is told in the report's notes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
+from pydiffusion.errors import ConversionError
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+MAX_LAYERS = 1024
+_MAX_JSON = 64 << 20
+
+# What transformers' configuration classes take where the key is absent. Sizes of weights are not among them:
+# a checkpoint that does not state them is damaged.
+DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
+    {
+        "attention_bias": False,
+        "canvas_length": 256,
+        "final_logit_softcapping": 30.0,
+        "global_head_dim": 512,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": 1e-6,
+        "sliding_rope_theta": 10_000.0,
+        "full_rope_theta": 1_000_000.0,
+        "full_partial_rotary_factor": 0.25,
+        "full_layer_every": 6,
+        "tie_word_embeddings": True,
+        "use_bidirectional_attention": None,
+    }
+)
+# Sampler defaults of the reference's generate(), for what generation_config.json leaves open.
+SAMPLER_DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
+    {
+        "max_denoising_steps": 48,
+        "t_min": 0.4,
+        "t_max": 0.8,
+        "entropy_bound": 0.1,
+        "stability_threshold": 1,
+        "confidence_threshold": 0.005,
+    }
+)
+# Keys of related architectures that would change the computation: fine only with these values.
+_ONLY = MappingProxyType(
+    {
+        "attention_chunk_size": (None,),
+        "attention_k_eq_v": (True,),
+        "attn_logit_softcapping": (None,),
+        "enable_moe_block": (True,),
+        "hidden_size_per_layer_input": (0, None),
+        "num_kv_shared_layers": (0, None),
+        "use_double_wide_mlp": (False,),
+    }
+)
+# Keys that don't touch what is computed at inference.
+_IRRELEVANT = frozenset(
+    {
+        "_name_or_path", "architectures", "attention_dropout", "boi_token_id", "bos_token_id",
+        "chunk_size_feed_forward", "dtype", "eoi_token_id", "eos_token_id", "id2label", "image_token_id",
+        "initializer_range", "is_encoder_decoder", "label2id", "output_attentions",
+        "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "torch_dtype",
+        "transformers_version", "use_cache", "video_token_id", "vision_config",
+        "vision_soft_tokens_per_image", "vocab_size_per_layer_input",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text model's hyperparameters.
+
+    ``sliding`` and ``num_key_value_heads`` have one entry per layer; ``head_dim`` is that of the sliding
+    layers.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: tuple[int, ...]
+    head_dim: int
+    global_head_dim: int
+    sliding: tuple[bool, ...]
+    sliding_window: int
+    num_experts: int
+    top_k_experts: int
+    moe_intermediate_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    final_logit_softcapping: float
+    rope_theta_sliding: float
+    rope_theta_full: float
+    n_rotated_pairs: int  # of a full layer's global_head_dim / 2
+    canvas_length: int
+    tied: bool
+    token_ids: dict[str, Any]  # bos_token_id, eos_token_id, pad_token_id where the config names them
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Defaults of generation, and the end tokens that ``generation_config.json`` lists (empty: none)."""
+
+    max_denoising_steps: int
+    t_min: float
+    t_max: float
+    entropy_bound: float
+    stability_threshold: int
+    confidence_threshold: float
+    eos_token_ids: tuple[int, ...]
+
+
+def read_text_config(folder: Path, notes: list[str]) -> TextConfig:
+    """Read and check ``config.json``; ConversionError names the key that is missing or not supported."""
+    where = "config.json"
+    top = Fields(read_json_object(folder / where, _MAX_JSON), where, notes)
+    top.one_of("model_type", ("diffusion_gemma",))
+    _check_architectures(top)
+    top.accept_if_there("quantization_config", (None,))
+    text = top.object("text_config")
+    text.one_of("model_type", ("diffusion_gemma_text",))
+    text.one_of("hidden_activation", (DEFAULTS["hidden_activation"],), DEFAULTS["hidden_activation"])
+    text.one_of("attention_bias", (False,), DEFAULTS["attention_bias"])
+    # "vision" lets image tokens see each other; without images it changes nothing.
+    text.one_of("use_bidirectional_attention", (None, "vision"), DEFAULTS["use_bidirectional_attention"])
+    for key, accepted in _ONLY.items():
+        text.accept_if_there(key, accepted)
+    tied = top.boolean("tie_word_embeddings", DEFAULTS["tie_word_embeddings"])
+    text.accept_if_there("tie_word_embeddings", (tied,))
+
+    sliding = _read_layer_types(text)
+    num_heads = text.integer("num_attention_heads")
+    heads = _read_heads(text, sliding)
+    for i_layer, num_kv in enumerate(heads.num_key_value_heads):
+        if num_heads % num_kv:
+            raise ConversionError(
+                f"{text.where}: {num_heads} attention heads can't share the {num_kv} key-value heads "
+                f"of layer {i_layer}"
+            )
+    rope = _read_rope(text, heads.global_head_dim)
+    num_experts = text.integer("num_experts")
+    config = TextConfig(
+        vocab_size=text.integer("vocab_size"),
+        hidden_size=text.integer("hidden_size"),
+        intermediate_size=text.integer("intermediate_size"),
+        num_attention_heads=num_heads,
+        num_key_value_heads=heads.num_key_value_heads,
+        head_dim=heads.head_dim,
+        global_head_dim=heads.global_head_dim,
+        sliding=sliding,
+        sliding_window=text.integer("sliding_window"),
+        num_experts=num_experts,
+        top_k_experts=text.integer("top_k_experts", maximum=num_experts),
+        moe_intermediate_size=text.integer("moe_intermediate_size"),
+        max_position_embeddings=text.integer("max_position_embeddings"),
+        rms_norm_eps=text.number("rms_norm_eps", DEFAULTS["rms_norm_eps"], minimum=0, maximum=1),
+        final_logit_softcapping=text.number(
+            "final_logit_softcapping", DEFAULTS["final_logit_softcapping"], minimum=0
+        ),
+        rope_theta_sliding=rope[0],
+        rope_theta_full=rope[1],
+        n_rotated_pairs=rope[2],
+        canvas_length=top.integer("canvas_length", DEFAULTS["canvas_length"]),
+        tied=tied,
+        token_ids={key: text.values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    )
+    if config.canvas_length > config.max_position_embeddings:
+        raise top.error(
+            "canvas_length", f"at most 'max_position_embeddings' = {config.max_position_embeddings}"
+        )
+    for fields in (top, text):
+        fields.note_defaults()
+        unread = sorted(set(fields.values) - fields.asked - _IRRELEVANT)
+        if unread:
+            notes.append(f"{fields.where}: keys that were not read: {', '.join(map(repr, unread))}")
+    return config
+
+
+def _check_architectures(top: Fields) -> None:
+    names = top.values.get("architectures")
+    known = {"DiffusionGemmaForBlockDiffusion", "DiffusionGemmaModel"}
+    if names is not None and not (
+        isinstance(names, list) and names and all(isinstance(name, str) and name in known for name in names)
+    ):
+        raise top.error("architectures", "DiffusionGemmaForBlockDiffusion")
+
+
+def _read_layer_types(text: Fields) -> tuple[bool, ...]:
+    num_layers = text.integer("num_hidden_layers", maximum=MAX_LAYERS)
+    if not text.has("layer_types") or text.values["layer_types"] is None:
+        every = DEFAULTS["full_layer_every"]
+        text.notes.append(
+            f"{text.where}: no 'layer_types'; as the reference does, every {every}th layer and the "
+            "last one is full"
+        )
+        return tuple((i + 1) % every != 0 and i + 1 < num_layers for i in range(num_layers))
+    types = text.values["layer_types"]
+    if not isinstance(types, list) or len(types) != num_layers:
+        raise text.error("layer_types", f"a list of {num_layers} types, one per layer")
+    for i_layer, layer_type in enumerate(types):
+        if layer_type not in (SLIDING, FULL):
+            raise ConversionError(
+                f"{text.where}: 'layer_types' has {layer_type!r} for layer {i_layer}, which is not supported "
+                f"(only {SLIDING} or {FULL})"
+            )
+    if types[-1] != FULL:
+        raise ConversionError(
+            f"{text.where}: 'layer_types' ends with {types[-1]!r}; the last layer must be {FULL}"
+        )
+    return tuple(layer_type == SLIDING for layer_type in types)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    head_dim: int
+    global_head_dim: int
+    num_key_value_heads: tuple[int, ...]
+
+
+def _read_heads(text: Fields, sliding: tuple[bool, ...]) -> _Heads:
+    """Head sizes and key-value heads from either shape of the config.
+
+    Google's has ``global_head_dim`` and ``num_global_key_value_heads``; ``save_pretrained`` folds the two
+    into ``per_layer_config``, an object of overrides by layer number that leaves out what equals the global
+    value.
+    """
+    head_dim, num_kv = text.integer("head_dim"), text.integer("num_key_value_heads")
+    google = {key: text.values.get(key) for key in ("global_head_dim", "num_global_key_value_heads")}
+    text.asked.update(google)
+    if text.has("per_layer_config") and text.values["per_layer_config"] is not None:
+        dims, kv_heads = _read_per_layer(text, head_dim, num_kv, len(sliding))
+        given = {"global_head_dim": dims, "num_global_key_value_heads": kv_heads}
+        for key, value in google.items():
+            if value is not None and any(
+                value != given[key][i] for i, is_sliding in enumerate(sliding) if not is_sliding
+            ):
+                raise ConversionError(f"{text.where}: {key!r} = {value!r} contradicts 'per_layer_config'")
+    else:
+        global_dim = text.integer("global_head_dim", DEFAULTS["global_head_dim"])
+        # Absent or null means: as many as the sliding layers have.
+        global_kv = num_kv
+        if google["num_global_key_value_heads"] is not None:
+            global_kv = text.integer("num_global_key_value_heads")
+        dims = [head_dim if is_sliding else global_dim for is_sliding in sliding]
+        kv_heads = [num_kv if is_sliding else global_kv for is_sliding in sliding]
+    for wanted, label in ((True, "sliding"), (False, "full")):
+        if len({dim for dim, is_sliding in zip(dims, sliding, strict=True) if is_sliding is wanted}) > 1:
+            raise ConversionError(
+                f"{text.where}: 'per_layer_config' gives {label} layers different 'head_dim', which "
+                "is not supported"
+            )
+    for dim in set(dims):
+        if dim % 2:
+            raise ConversionError(
+                f"{text.where}: a 'head_dim' of {dim} is odd; rotary pairs need an even one"
+            )
+    sliding_dim = next((dim for dim, is_sliding in zip(dims, sliding, strict=True) if is_sliding), head_dim)
+    return _Heads(sliding_dim, dims[-1], tuple(kv_heads))
+
+
+def _read_per_layer(text: Fields, head_dim: int, num_kv: int, num_layers: int) -> tuple[list[int], list[int]]:
+    dims, kv_heads = [head_dim] * num_layers, [num_kv] * num_layers
+    for key, layer in text.object("per_layer_config").values.items():
+        if not (key.isascii() and key.isdecimal() and len(key) <= 6 and int(key) < num_layers):
+            raise ConversionError(
+                f"{text.where}: per_layer_config: {key!r:.60}: no number of a layer (0 to {num_layers - 1})"
+            )
+        where = f"{text.where}: per_layer_config: {key}"
+        if not isinstance(layer, dict):
+            raise ConversionError(f"{where}: should be an object, is {layer!r:.60}")
+        fields = Fields(layer, where, text.notes)
+        for name in layer:
+            if name == "head_dim":
+                dims[int(key)] = fields.integer(name)
+            elif name == "num_key_value_heads":
+                kv_heads[int(key)] = fields.integer(name)
+            elif layer[name] != text.values.get(name, object()):
+                raise ConversionError(
+                    f"{where}: {name!r} = {layer[name]!r:.60} for a single layer is not supported"
+                )
+    return dims, kv_heads
+
+
+def _read_rope(text: Fields, global_head_dim: int) -> tuple[float, float, int]:
+    """(theta of sliding layers, theta of full layers, rotated pairs of full layers)."""
+    factor = DEFAULTS["full_partial_rotary_factor"]
+    if not text.has("rope_parameters") or text.values["rope_parameters"] is None:
+        text.notes.append(f"{text.where}: no 'rope_parameters'; the reference's defaults are used")
+        thetas = (DEFAULTS["sliding_rope_theta"], DEFAULTS["full_rope_theta"])
+        return *thetas, int(factor * global_head_dim // 2)
+    rope = text.object("rope_parameters")
+    sliding, full = rope.object(SLIDING), rope.object(FULL)
+    sliding.one_of("rope_type", ("default",))
+    sliding.accept_if_there("partial_rotary_factor", (1.0, 1, None))
+    full.one_of("rope_type", ("proportional",))
+    full.accept_if_there("factor", (1.0, 1, None))
+    factor = full.number("partial_rotary_factor", 1.0, minimum=0, maximum=1)
+    thetas = (sliding.number("rope_theta", minimum=1), full.number("rope_theta", minimum=1))
+    for fields in (sliding, full):
+        unknown = sorted(set(fields.values) - fields.asked)
+        if unknown:
+            raise ConversionError(f"{fields.where}: {unknown[0]!r} is not supported")
+    n_rotated = int(factor * global_head_dim // 2)
+    if n_rotated == 0:
+        raise full.error(
+            "partial_rotary_factor", f"large enough to rotate one pair of {global_head_dim // 2}"
+        )
+    return *thetas, n_rotated
+
+
+def read_sampler_config(folder: Path, config: TextConfig, notes: list[str]) -> SamplerConfig:
+    """Read ``generation_config.json`` if it is there; what it leaves open (or null) gets the reference's
+    default.
+    """
+    where = "generation_config.json"
+    values: dict[str, Any] = {}
+    if (folder / where).exists():
+        values = read_json_object(folder / where, _MAX_JSON)
+    fields = Fields(values, where, notes, null_is_missing=True)
+    sampler = fields
+    if fields.has("sampler_config"):
+        sampler = fields.object("sampler_config")
+        sampler.accept_if_there("_cls_name", ("EntropyBoundSamplerConfig",))
+    default = SAMPLER_DEFAULTS
+    result = SamplerConfig(
+        max_denoising_steps=fields.integer("max_denoising_steps", default["max_denoising_steps"]),
+        t_min=fields.number("t_min", default["t_min"], minimum=-1e-30),
+        t_max=fields.number("t_max", default["t_max"], minimum=0),
+        entropy_bound=sampler.number("entropy_bound", default["entropy_bound"], minimum=0),
+        stability_threshold=fields.integer("stability_threshold", default["stability_threshold"], minimum=0),
+        confidence_threshold=fields.number(
+            "confidence_threshold", default["confidence_threshold"], minimum=0
+        ),
+        eos_token_ids=_read_eos(fields, config),
+    )
+    for part in (fields,) if sampler is fields else (fields, sampler):
+        part.note_defaults()
+    if result.t_max <= result.t_min:
+        raise ConversionError(f"{where}: 't_max' = {result.t_max} should be above 't_min' = {result.t_min}")
+    return result
+
+
+def _read_eos(fields: Fields, config: TextConfig) -> tuple[int, ...]:
+    value, where = fields.values.get("eos_token_id"), fields.where
+    if value is None:
+        value, where = config.token_ids["eos_token_id"], "config.json: text_config"
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < config.vocab_size:
+            raise ConversionError(
+                f"{where}: 'eos_token_id' has {token_id!r:.60}, which is no token of the vocabulary"
+            )
+    return tuple(dict.fromkeys(ids))

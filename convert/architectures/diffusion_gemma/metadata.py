@@ -1,0 +1,67 @@
+"""The metadata of a GGUF from a checkpoint's configuration: keys and types as files in circulation have
+them.
+"""
+
+from __future__ import annotations
+
+import gguf
+
+from pydiffusion.convert.architectures.diffusion_gemma.config import SamplerConfig, TextConfig
+from pydiffusion.convert.gguf.header import Value
+
+ARCHITECTURE = "diffusion-gemma"
+# Of the layout of ggml's quantized blocks; written for every type, so that quantizing changes no set of keys.
+QUANTIZATION_VERSION = int(gguf.GGML_QUANT_VERSION)
+
+
+def u32(value: int) -> Value:
+    """An unsigned integer."""
+    return Value("u32", value)
+
+
+def f32(value: float) -> Value:
+    """A float."""
+    return Value("f32", value)
+
+
+def model_metadata(name: str, config: TextConfig, sampler: SamplerConfig, file_type: int) -> dict[str, Value]:
+    """All keys but the tokenizer's, in the order of the file."""
+    own = f"{ARCHITECTURE}."
+    return {
+        "general.architecture": Value("str", ARCHITECTURE),
+        "general.type": Value("str", "model"),
+        "general.name": Value("str", name),
+        f"{own}block_count": u32(len(config.sliding)),
+        f"{own}context_length": u32(config.max_position_embeddings),
+        f"{own}embedding_length": u32(config.hidden_size),
+        f"{own}feed_forward_length": u32(config.intermediate_size),
+        f"{own}expert_feed_forward_length": u32(config.moe_intermediate_size),
+        f"{own}expert_count": u32(config.num_experts),
+        f"{own}expert_used_count": u32(config.top_k_experts),
+        f"{own}attention.head_count": u32(config.num_attention_heads),
+        f"{own}attention.head_count_kv": Value("array[i32]", list(config.num_key_value_heads)),
+        f"{own}attention.key_length": u32(config.global_head_dim),
+        f"{own}attention.value_length": u32(config.global_head_dim),
+        f"{own}attention.key_length_swa": u32(config.head_dim),
+        f"{own}attention.value_length_swa": u32(config.head_dim),
+        f"{own}attention.sliding_window": u32(config.sliding_window),
+        f"{own}attention.sliding_window_pattern": Value("array[bool]", list(config.sliding)),
+        f"{own}attention.layer_norm_rms_epsilon": f32(config.rms_norm_eps),
+        f"{own}attention.causal": Value("bool", False),
+        f"{own}attention.shared_kv_layers": u32(0),
+        f"{own}embedding_length_per_layer_input": u32(0),
+        f"{own}rope.freq_base": f32(config.rope_theta_full),
+        f"{own}rope.freq_base_swa": f32(config.rope_theta_sliding),
+        f"{own}rope.dimension_count": u32(config.global_head_dim),
+        f"{own}rope.dimension_count_swa": u32(config.head_dim),
+        f"{own}final_logit_softcapping": f32(config.final_logit_softcapping),
+        "diffusion.canvas_length": u32(config.canvas_length),
+        "diffusion.eb_max_steps": u32(sampler.max_denoising_steps),
+        "diffusion.eb_t_min": f32(sampler.t_min),
+        "diffusion.eb_t_max": f32(sampler.t_max),
+        "diffusion.eb_entropy_bound": f32(sampler.entropy_bound),
+        "diffusion.eb_stability_threshold": u32(sampler.stability_threshold),
+        "diffusion.eb_confidence_threshold": f32(sampler.confidence_threshold),
+        "general.file_type": u32(file_type),
+        "general.quantization_version": u32(QUANTIZATION_VERSION),
+    }

@@ -1,0 +1,310 @@
+"""The vision tower and projector of a checkpoint as an ``mmproj`` GGUF.
+
+Names and keys are those that llama.cpp's multimodal library has for Gemma 4 (projector type ``gemma4v``).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from pydiffusion._util.atomic import explaining
+from pydiffusion.convert.architectures.diffusion_gemma.config import read_text_config
+from pydiffusion.convert.architectures.diffusion_gemma.metadata import QUANTIZATION_VERSION, f32, u32
+from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import VISION
+from pydiffusion.convert.checkpoint.hub import find_checkpoint
+from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint, StoredTensor
+from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
+from pydiffusion.convert.gguf import writer as pipeline
+from pydiffusion.convert.gguf.header import Value
+from pydiffusion.convert.gguf.report import ConversionReport, ProgressCallback
+from pydiffusion.convert.gguf.tensor_reads import ReadBytes
+from pydiffusion.convert.gguf.tensor_types import fit_to_rows
+from pydiffusion.convert.gguf.writer import Job, PlannedTensor
+from pydiffusion.errors import ConversionError
+
+_TYPE_TO_FILE_TYPE = MappingProxyType({"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7})  # general.file_type
+MMPROJ_TYPES = tuple(_TYPE_TO_FILE_TYPE)
+_TOWER, _PROJECTOR = VISION
+_MAX_LAYERS = 1024
+_IMAGE_SIZE = 224  # the library asks for one and does not use it: images keep their aspect ratio
+_FLOAT_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+
+# Sizes by name: d hidden, ff feed-forward, h head, p positions, t the text model's hidden size, k the weights
+# of a patch.
+_GLOBAL = (
+    (f"{_TOWER}patch_embedder.input_proj.weight", "v.patch_embd.weight", ("d", "k")),
+    (f"{_TOWER}patch_embedder.position_embedding_table", "v.position_embd.weight", ("2", "p", "d")),
+)
+_STANDARDIZE = (("std_bias", "v.std_bias"), ("std_scale", "v.std_scale"))
+_LAYER = (
+    ("input_layernorm.weight", "ln1.weight", ("d",)),
+    ("self_attn.q_proj", "attn_q", ("d", "d")),
+    ("self_attn.k_proj", "attn_k", ("d", "d")),
+    ("self_attn.v_proj", "attn_v", ("d", "d")),
+    ("self_attn.o_proj", "attn_out", ("d", "d")),
+    ("self_attn.q_norm.weight", "attn_q_norm.weight", ("h",)),
+    ("self_attn.k_norm.weight", "attn_k_norm.weight", ("h",)),
+    ("post_attention_layernorm.weight", "attn_post_norm.weight", ("d",)),
+    ("pre_feedforward_layernorm.weight", "ln2.weight", ("d",)),
+    ("mlp.gate_proj", "ffn_gate", ("ff", "d")),
+    ("mlp.up_proj", "ffn_up", ("ff", "d")),
+    ("mlp.down_proj", "ffn_down", ("d", "ff")),
+    ("post_feedforward_layernorm.weight", "ffn_post_norm.weight", ("d",)),
+)
+_CLIPS = ("input_min", "input_max", "output_min", "output_max")
+
+
+@dataclass(frozen=True)
+class _VisionConfig:
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    patch_size: int
+    pooling: int
+    positions: int
+    rms_norm_eps: float
+    standardize: bool
+    clipped: bool
+    text_size: int
+    image_mean: list[float]
+    image_std: list[float]
+
+
+def convert_mmproj(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    type: str = "bf16",
+    *,
+    revision: str | None = None,
+    resume: bool = False,
+    n_threads: int | None = None,
+    overwrite: bool = True,
+    progress: ProgressCallback | None = None,
+) -> ConversionReport:
+    """Write the vision part of a checkpoint folder or repo as an ``mmproj`` GGUF.
+
+    Norms, clipping bounds, position and patch embeddings are F32, all other matrices of ``type``
+    (:data:`MMPROJ_TYPES`; ``bf16`` keeps a bf16 checkpoint exactly).
+
+    Raises:
+        ConversionError: the checkpoint has no vision part, or one that is not Gemma 4's, and as
+            :func:`pydiffusion.convert.convert`.
+        ValueError: another type.
+    """
+    started = time.perf_counter()
+    if type not in MMPROJ_TYPES:
+        raise ValueError(f"type is {type!r}; a vision file is one of {', '.join(MMPROJ_TYPES)}")
+    found = find_checkpoint(source, revision)
+    notes: list[str] = []
+    with explaining(found.path, "can't be read"):
+        if not found.path.is_dir():
+            raise ConversionError(
+                f"{found.path}: no such folder; give a checkpoint folder with config.json in it"
+            )
+        config = _read_config(found.path, notes)
+        checkpoint = Checkpoint(found.path)
+    with checkpoint:
+        tensors = _plan(checkpoint, config, type.upper())
+        fallbacks = [
+            f"{t.name}: {type.upper()} -> {t.target_type} (rows of {t.n_per_row})"
+            for t in tensors
+            if t.target_type not in ("F32", type.upper())
+        ]
+        name = found.name or found.path.resolve().name or "model"
+        job = Job(
+            source=found.path,
+            source_files=[*checkpoint.files, found.path / "config.json"],
+            target=Path(target),
+            type=type,
+            metadata=_metadata(name, config, _TYPE_TO_FILE_TYPE[type]),
+            tensors=tensors,
+            fallbacks=fallbacks,
+            notes=notes,
+            n_threads=n_threads or 0,
+            overwrite=overwrite,
+            progress=progress,
+            resume=resume,
+        )
+        return pipeline.run(job, started)
+
+
+def _read_config(folder: Path, notes: list[str]) -> _VisionConfig:
+    text = read_text_config(folder, [])
+    values = read_json_object(folder / "config.json", 64 << 20)
+    if not isinstance(values.get("vision_config"), dict):
+        raise ConversionError(f"{folder / 'config.json'}: has no 'vision_config': there is no vision part")
+    vision = Fields(values["vision_config"], "config.json: vision_config", notes, null_is_missing=True)
+    vision.one_of("model_type", ("gemma4_vision",))
+    vision.one_of("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
+    vision.one_of("attention_bias", (False,), False)
+    hidden, heads = vision.integer("hidden_size"), vision.integer("num_attention_heads")
+    # The library divides the hidden size by the heads, has as many keys as queries, and a theta of its own.
+    vision.accept_if_there("head_dim", (hidden // heads,))
+    vision.accept_if_there("num_key_value_heads", (heads,))
+    if vision.has("rope_parameters"):
+        rope = vision.object("rope_parameters")
+        rope.accept_if_there("rope_theta", (100.0, 100))
+    if hidden % heads:
+        raise ConversionError(f"{vision.where}: {heads} attention heads can't share {hidden} columns")
+    mean, std = _read_normalization(folder, notes)
+    config = _VisionConfig(
+        hidden_size=hidden,
+        intermediate_size=vision.integer("intermediate_size"),
+        num_layers=vision.integer("num_hidden_layers", maximum=_MAX_LAYERS),
+        num_heads=heads,
+        patch_size=vision.integer("patch_size"),
+        pooling=vision.integer("pooling_kernel_size", 3),
+        positions=vision.integer("position_embedding_size"),
+        rms_norm_eps=vision.number("rms_norm_eps", 1e-6, minimum=0, maximum=1),
+        standardize=vision.boolean("standardize", False),
+        clipped=vision.boolean("use_clipped_linears", False),
+        text_size=text.hidden_size,
+        image_mean=mean,
+        image_std=std,
+    )
+    vision.note_defaults()
+    return config
+
+
+def _read_normalization(folder: Path, notes: list[str]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel; Gemma 4's processor leaves images as they are."""
+    values: dict = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            found = read_json_object(folder / name, 64 << 20)
+            values |= found
+            values |= found["image_processor"] if isinstance(found.get("image_processor"), dict) else {}
+    result = []
+    for key, default in (("image_mean", [0.0] * 3), ("image_std", [1.0] * 3)):
+        given = values.get(key, default)
+        is_right = isinstance(given, list) and len(given) == 3 and all(type(x) in (int, float) for x in given)
+        if not is_right or not all(math.isfinite(x) for x in given):
+            raise ConversionError(f"{folder}: {key!r} should be three numbers, is {given!r:.60}")
+        if key not in values:
+            notes.append(f"no preprocessor_config.json says {key!r}: {default}, as the reference has it")
+        result.append([float(x) for x in given])
+    return result[0], result[1]
+
+
+def _metadata(name: str, config: _VisionConfig, file_type: int) -> dict[str, Value]:
+    return {
+        "general.architecture": Value("str", "clip"),
+        "general.type": Value("str", "mmproj"),
+        "general.name": Value("str", name),
+        "general.file_type": u32(file_type),
+        "clip.has_vision_encoder": Value("bool", True),
+        "clip.vision.projector_type": Value("str", "gemma4v"),
+        "clip.vision.projection_dim": u32(config.text_size),
+        "clip.vision.image_size": u32(_IMAGE_SIZE),
+        "clip.vision.patch_size": u32(config.patch_size),
+        "clip.vision.embedding_length": u32(config.hidden_size),
+        "clip.vision.feed_forward_length": u32(config.intermediate_size),
+        "clip.vision.block_count": u32(config.num_layers),
+        "clip.vision.attention.head_count": u32(config.num_heads),
+        "clip.vision.attention.layer_norm_epsilon": f32(config.rms_norm_eps),
+        "clip.vision.projector.scale_factor": u32(config.pooling),
+        "clip.vision.image_mean": Value("array[f32]", config.image_mean),
+        "clip.vision.image_std": Value("array[f32]", config.image_std),
+        # The tanh form, as the reference computes; without the key readers take a cruder one.
+        "clip.use_gelu": Value("bool", True),
+        "general.quantization_version": u32(QUANTIZATION_VERSION),
+    }
+
+
+def _plan(checkpoint: Checkpoint, config: _VisionConfig, type_name: str) -> list[PlannedTensor]:
+    """All vision tensors of the checkpoint. ConversionError for missing and unexpected ones, and shapes."""
+    stored = {
+        short: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if (short := name.removeprefix("model.")).startswith(VISION)
+    }
+    if not stored:
+        raise ConversionError(f"{checkpoint.files[0].parent}: the checkpoint holds no vision tensors")
+    planned = []
+    for source, name, shape in _wanted(config):
+        tensor = stored.pop(source, None)
+        if tensor is None:
+            raise ConversionError(f"tensor 'model.{source}' is missing from the checkpoint")
+        planned.append(_planned(checkpoint, tensor, name, shape, config, type_name))
+    if stored:
+        more = f" (and {len(stored) - 1} more)" if len(stored) > 1 else ""
+        unexpected = next(iter(sorted(stored)))
+        raise ConversionError(
+            f"unexpected tensor {stored[unexpected].name!r}{more}: not of Gemma 4's vision part"
+        )
+    return planned
+
+
+def _wanted(config: _VisionConfig) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name in the checkpoint, name in the GGUF, shape in the checkpoint) of every tensor."""
+    sizes = {"2": 2, "d": config.hidden_size, "ff": config.intermediate_size, "p": config.positions}
+    sizes |= {"h": config.hidden_size // config.num_heads, "k": 3 * config.patch_size**2}
+    wanted = [(source, name, tuple(sizes[size] for size in shape)) for source, name, shape in _GLOBAL]
+    for i_layer in range(config.num_layers):
+        before, block = f"{_TOWER}encoder.layers.{i_layer}.", f"v.blk.{i_layer}."
+        for source, name, shape in _LAYER:
+            if len(shape) == 1:
+                wanted.append((before + source, block + name, (sizes[shape[0]],)))
+                continue
+            full = tuple(sizes[size] for size in shape)
+            wanted.append((f"{before}{source}.linear.weight", f"{block}{name}.weight", full))
+            if config.clipped:
+                wanted += [(f"{before}{source}.{clip}", f"{block}{name}.{clip}", ()) for clip in _CLIPS]
+    if config.standardize:
+        wanted += [(_TOWER + source, name, (config.hidden_size,)) for source, name in _STANDARDIZE]
+    shape = (config.text_size, config.hidden_size)
+    return [*wanted, (f"{_PROJECTOR}embedding_projection.weight", "mm.input_projection.weight", shape)]
+
+
+def _planned(
+    checkpoint: Checkpoint,
+    tensor: StoredTensor,
+    name: str,
+    shape: tuple[int, ...],
+    config: _VisionConfig,
+    type_name: str,
+) -> PlannedTensor:
+    if tensor.shape != shape:
+        raise ConversionError(
+            f"tensor {tensor.name!r} has the shape {list(tensor.shape)}; config.json asks for {list(shape)}"
+        )
+    if tensor.dtype not in _FLOAT_SIZES:
+        raise ConversionError(
+            f"tensor {tensor.name!r} is stored as {tensor.dtype}, which is not supported (only F32, F16, "
+            "BF16)"
+        )
+    read: ReadBytes = partial(checkpoint.read, tensor)
+    target_type, is_bound = "F32", name.endswith(_CLIPS)
+    if name == "v.patch_embd.weight":
+        size = config.patch_size
+        read, shape = _channels_first(read, tensor, size), (config.hidden_size, 3, size, size)
+    elif len(shape) == 2:
+        target_type = fit_to_rows(type_name, shape[-1])
+    shape = shape or (1,)
+    # Bounds of what is not clipped are infinite.
+    return PlannedTensor(name, shape, tensor.dtype, target_type, read, shape, keeps_nonfinite=is_bound)
+
+
+def _channels_first(read: ReadBytes, tensor: StoredTensor, patch: int) -> ReadBytes:
+    """The patch embedding as the kernel of a convolution, (d, 3, patch, patch): the checkpoint has the
+    channels of a pixel side by side.
+    """
+    item = _FLOAT_SIZES[tensor.dtype]
+
+    def read_permuted(start: int, n_bytes: int) -> np.ndarray:
+        size = 3 * patch * patch * item  # of an output channel, within which the order changes
+        first, end = start // size, -(-(start + n_bytes) // size)
+        data = read(first * size, (end - first) * size).reshape(-1, patch, patch, 3, item)
+        flat = np.ascontiguousarray(data.transpose(0, 3, 1, 2, 4)).reshape(-1)
+        return flat[start - first * size : start - first * size + n_bytes]
+
+    return read_permuted

@@ -1,0 +1,337 @@
+"""The tokenizer of a checkpoint folder as the metadata keys of a GGUF.
+
+A GGUF of this architecture knows one kind of tokenizer: a BPE with byte fallback over text whose spaces
+became U+2581. A ``tokenizer.json`` that says otherwise is refused instead of being turned into something
+close to it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
+from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
+from pydiffusion.convert.gguf.header import Value
+from pydiffusion.errors import ConversionError
+
+TOKENIZER, CONFIG, SPECIALS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
+SPACE = "\u2581"
+# Markers that a parser of replies needs to see as text, though the checkpoint calls them special.
+VISIBLE = frozenset(
+    (
+        "<|channel>",
+        "<channel|>",
+        "<|tool_call>",
+        "<tool_call|>",
+        "<|tool_response>",
+        "<tool_response|>",
+        '<|"|>',
+    )
+)
+_SCORE = -1000.0  # a BPE has no scores; circulating files hold this
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_MAX_TEMPLATE = 16 << 20
+# Classes of transformers that put a bos in front unless told otherwise.
+_BOS_BY_DEFAULT = ("GemmaTokenizer", "GemmaTokenizerFast")
+
+
+class TokenType(IntEnum):
+    """Token types by their GGUF numbers."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True)
+class _AddedToken:
+    token_id: int
+    content: str
+    special: bool
+
+
+def read_tokenizer(
+    folder: Path, config: TextConfig, eos_token_ids: tuple[int, ...], notes: list[str]
+) -> dict[str, Value]:
+    """All ``tokenizer.*`` keys. ConversionError for a missing file or a tokenizer that a GGUF can't
+    express.
+    """
+    source = read_json_object(folder / TOKENIZER)
+    settings = _read_optional(folder / CONFIG)
+    specials = _read_optional(folder / SPECIALS)
+    vocab, merges = _read_model(source, notes)
+    added = _read_added(source, notes)
+    tokens, types = _list_tokens(vocab, added, config.vocab_size, source["model"].get("unk_token"), notes)
+    token_to_id = {token: token_id for token_id, token in enumerate(tokens)}
+    if len(token_to_id) != len(tokens):
+        twice = next(token for token_id, token in enumerate(tokens) if token_to_id[token] != token_id)
+        raise ConversionError(f"{TOKENIZER}: two ids have the same token {twice!r}")
+    special_ids = _special_ids(source, settings, specials, config, token_to_id, notes)
+    if "eos" not in special_ids and eos_token_ids:
+        special_ids["eos"] = eos_token_ids[0]
+    if not eos_token_ids and "eos" in special_ids:
+        eos_token_ids = (special_ids["eos"],)
+
+    prefix = "tokenizer.ggml."
+    keys = {
+        prefix + "model": Value("str", "gemma4"),
+        prefix + "tokens": Value("array[str]", tokens),
+        prefix + "scores": Value("array[f32]", [_SCORE] * len(tokens)),
+        prefix + "token_type": Value("array[i32]", types),
+        prefix + "merges": Value("array[str]", merges),
+    }
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "mask": "mask"}
+    for role, name in names.items():
+        if role in special_ids:
+            keys[f"{prefix}{name}_token_id"] = Value("u32", special_ids[role])
+    if eos_token_ids:
+        keys[prefix + "eos_token_ids"] = Value("array[i32]", list(eos_token_ids))
+    else:
+        notes.append("no end token is named anywhere: generation will fill its last canvas")
+    for role, first in (("bos", True), ("sep", None), ("eos", False)):
+        flag = False if first is None else _adds_token(source, settings, role, special_ids, tokens, first)
+        keys[f"{prefix}add_{role}_token"] = Value("bool", flag)
+    keys |= _chat_templates(folder, settings, notes)
+    keys[prefix + "add_space_prefix"] = Value("bool", False)
+    return keys
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.exists() else {}
+
+
+def _read_model(source: dict[str, Any], notes: list[str]) -> tuple[dict[str, int], list[str]]:
+    """The vocabulary and the merges as ``left right`` strings, after the checks of kind."""
+    model = Fields(source, TOKENIZER, notes).object("model")
+    model.one_of("type", ("BPE",))
+    model.one_of("byte_fallback", (True,))
+    for key, accepted in (
+        ("dropout", (None, 0, 0.0)),
+        ("continuing_subword_prefix", (None, "")),
+        ("end_of_word_suffix", (None, "")),
+        ("ignore_merges", (False,)),
+    ):
+        model.accept_if_there(key, accepted)
+    _check_normalizer(source.get("normalizer"))
+    _check_pre_tokenizer(source.get("pre_tokenizer"))
+    vocab = model.object("vocab").values
+    for token, token_id in vocab.items():
+        if type(token_id) is not int or token_id < 0:
+            raise ConversionError(f"{TOKENIZER}: the token {token!r} has {token_id!r:.60} for an id")
+        _check_text(token)
+    merges = model.values.get("merges")
+    if not isinstance(merges, list):
+        raise model.error("merges", "a list")
+    return vocab, [_read_merge(merge, vocab) for merge in merges]
+
+
+def _read_merge(merge: object, vocab: dict[str, int]) -> str:
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+        raise ConversionError(f"{TOKENIZER}: the merge {merge!r:.80} is no pair of tokens")
+    left, right = pair
+    if " " in left or " " in right:
+        raise ConversionError(
+            f"{TOKENIZER}: the merge {merge!r:.80} holds a space, which a GGUF can't express"
+        )
+    for token in (left, right, left + right):
+        if token not in vocab:
+            raise ConversionError(
+                f"{TOKENIZER}: the merge {merge!r:.80} needs {token!r:.60}, which is no token"
+            )
+    return f"{left} {right}"
+
+
+def _check_text(token: str) -> None:
+    try:
+        token.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConversionError(f"{TOKENIZER}: the token {token!r} is no valid Unicode") from None
+
+
+def _check_normalizer(normalizer: object) -> None:
+    steps = normalizer.get("normalizers") if _has_type(normalizer, "Sequence") else [normalizer]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if steps != [replace]:
+        raise ConversionError(
+            f"{TOKENIZER}: 'normalizer' is {normalizer!r:.120}, which is not supported "
+            f"(only the replacement of spaces by U+2581)"
+        )
+
+
+def _check_pre_tokenizer(pre_tokenizer: object) -> None:
+    """None, or the split at spaces that finds none, because the normalizer has replaced them."""
+    at_spaces = _has_type(pre_tokenizer, "Split") and pre_tokenizer.get("pattern") == {"String": " "}
+    if pre_tokenizer is not None and not at_spaces:
+        raise ConversionError(
+            f"{TOKENIZER}: 'pre_tokenizer' is {pre_tokenizer!r:.120}, which is not supported"
+        )
+
+
+def _has_type(value: object, name: str) -> bool:
+    return isinstance(value, dict) and value.get("type") == name
+
+
+def _read_added(source: dict[str, Any], notes: list[str]) -> list[_AddedToken]:
+    entries = source.get("added_tokens", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConversionError(f"{TOKENIZER}: 'added_tokens' should be a list of objects")
+    added, stripping = [], []
+    for entry in entries:
+        fields = Fields(entry, f"{TOKENIZER}: added_tokens", notes)
+        token = _AddedToken(
+            fields.integer("id", minimum=0), fields.string("content"), fields.boolean("special")
+        )
+        _check_text(token.content)
+        if not token.content:
+            raise fields.error("content", "a text of at least one character")
+        if any(entry.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
+            stripping.append(token.content)
+        added.append(token)
+    if stripping:
+        notes.append(
+            f"{TOKENIZER}: a GGUF has no room for lstrip, rstrip, single_word of: "
+            f"{', '.join(map(repr, stripping))}"
+        )
+    return added
+
+
+def _list_tokens(
+    vocab: dict[str, int], added: list[_AddedToken], size: int, unknown: object, notes: list[str]
+) -> tuple[list[str], list[int]]:
+    """Tokens and types by id; ids that no token has get an unused one."""
+    texts: dict[int, str] = {}
+    types: dict[int, TokenType] = {}
+    for token, token_id in vocab.items():
+        if texts.setdefault(token_id, token) != token:
+            raise ConversionError(
+                f"{TOKENIZER}: {texts[token_id]!r} and {token!r} have the same id {token_id}"
+            )
+        types[token_id] = TokenType.BYTE if _BYTE.fullmatch(token) else TokenType.NORMAL
+        if token == unknown:
+            types[token_id] = TokenType.UNKNOWN
+    for token in added:
+        if texts.setdefault(token.token_id, token.content) != token.content:
+            raise ConversionError(
+                f"{TOKENIZER}: {texts[token.token_id]!r} and {token.content!r} have the same id "
+                f"{token.token_id}"
+            )
+        visible = not token.special or token.content in VISIBLE
+        types[token.token_id] = TokenType.USER_DEFINED if visible else TokenType.CONTROL
+    if texts and max(texts) >= size:
+        raise ConversionError(
+            f"{TOKENIZER}: the id {max(texts)} of {texts[max(texts)]!r} is beyond 'vocab_size' = "
+            f"{size} of config.json"
+        )
+    n_unused = size - len(texts)
+    if n_unused:
+        notes.append(f"{TOKENIZER}: {n_unused} ids of the model have no token; they are called [PADn]")
+    tokens = [texts.get(token_id, f"[PAD{token_id}]") for token_id in range(size)]
+    return tokens, [int(types.get(token_id, TokenType.UNUSED)) for token_id in range(size)]
+
+
+def _special_ids(
+    source: dict[str, Any],
+    settings: dict[str, Any],
+    specials: dict[str, Any],
+    config: TextConfig,
+    token_to_id: dict[str, int],
+    notes: list[str],
+) -> dict[str, int]:
+    """Ids by role. The tokenizer's files come first, then the model's config, then what Gemma's tokenizers
+    have.
+    """
+    ids: dict[str, int] = {}
+    for role in ("bos", "eos", "unk", "pad", "mask"):
+        for file, values in ((CONFIG, settings), (SPECIALS, specials)):
+            value = values.get(f"{role}_token")
+            text = value.get("content") if isinstance(value, dict) else value
+            if text is None:
+                continue
+            if not isinstance(text, str) or text not in token_to_id:
+                raise ConversionError(
+                    f"{file}: '{role}_token' is {value!r:.80}, which is no token of {TOKENIZER}"
+                )
+            ids.setdefault(role, token_to_id[text])
+    for role in ("bos", "eos", "pad"):
+        value = config.token_ids[f"{role}_token_id"]
+        first = value[0] if isinstance(value, list) and value else value
+        if type(first) is not int:
+            continue
+        if not 0 <= first < len(token_to_id):
+            raise ConversionError(
+                f"config.json: text_config: '{role}_token_id' is {first}, which is no token"
+            )
+        if ids.setdefault(role, first) != first and role != "eos":
+            notes.append(
+                f"{CONFIG} and config.json disagree on the {role} token: {ids[role]} and {first}; the "
+                "former is used"
+            )
+    for role, text in (("unk", source["model"].get("unk_token")), ("mask", "<mask>")):
+        if role not in ids and isinstance(text, str) and text in token_to_id:
+            ids[role] = token_to_id[text]
+    return ids
+
+
+def _adds_token(
+    source: dict[str, Any],
+    settings: dict[str, Any],
+    role: str,
+    special_ids: dict[str, int],
+    tokens: list[str],
+    first: bool,
+) -> bool:
+    """Whether encoding a text adds the bos in front or the eos behind: said outright, or by the
+    post-processor.
+    """
+    flag = settings.get(f"add_{role}_token")
+    if flag is not None:
+        if type(flag) is not bool:
+            raise ConversionError(f"{CONFIG}: 'add_{role}_token' should be true or false, is {flag!r:.60}")
+        return flag and role in special_ids
+    processor = source.get("post_processor")
+    steps = processor.get("processors") if _has_type(processor, "Sequence") else [processor]
+    for step in steps if isinstance(steps, list) else []:
+        single = step.get("single") if _has_type(step, "TemplateProcessing") else None
+        if isinstance(single, list) and single and role in special_ids:
+            piece = single[0 if first else -1]
+            special = piece.get("SpecialToken") if isinstance(piece, dict) else None
+            if isinstance(special, dict) and special.get("id") == tokens[special_ids[role]]:
+                return True
+    return role == "bos" and role in special_ids and settings.get("tokenizer_class") in _BOS_BY_DEFAULT
+
+
+def _chat_templates(folder: Path, settings: dict[str, Any], notes: list[str]) -> dict[str, Value]:
+    """``tokenizer.chat_template``, from a file of its own or from the tokenizer's config."""
+    key = "tokenizer.chat_template"
+    path = folder / TEMPLATE
+    if path.exists():
+        try:
+            if path.stat().st_size > _MAX_TEMPLATE:
+                raise ConversionError(f"{path}: larger than {_MAX_TEMPLATE} bytes; this is no chat template")
+            return {key: Value("str", path.read_bytes().decode("utf-8"))}
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConversionError(f"{path}: can't be read: {error}") from error
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if _is_named(entry)}
+        template = named.get("default")
+        notes.append(f"{CONFIG}: of several chat templates only the one named default is kept")
+    if template is None:
+        notes.append("no chat template: the file can complete text, but not chat")
+        return {}
+    if not isinstance(template, str):
+        raise ConversionError(f"{CONFIG}: 'chat_template' should be a string, is {template!r:.60}")
+    return {key: Value("str", template)}
+
+
+def _is_named(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("name"), str)

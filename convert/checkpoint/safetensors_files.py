@@ -1,0 +1,152 @@
+"""The tensors of a checkpoint folder, single or sharded safetensors, read in pieces.
+
+Headers are checked in full before any use. Data is read with plain reads, not through a mapping: a file that
+shrinks meanwhile gives an error instead of a SIGBUS, and pages that were read don't count as our memory.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from pydiffusion.convert.checkpoint.strict_json import parse_json_object, read_json_object
+from pydiffusion.convert.gguf.tensor_reads import read_exactly
+from pydiffusion.errors import ConversionError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_MAX_HEADER = 100_000_000  # the format's own limit
+_SIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2,
+    "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: ``offset`` counts from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    n_bytes: int
+
+
+class Checkpoint:
+    """All tensors of a folder by name; a context manager that closes the files."""
+
+    def __init__(self, folder: Path):
+        self.files: list[Path] = []
+        self.tensors: dict[str, StoredTensor] = {}
+        self._open: dict[Path, io.FileIO] = {}
+        try:
+            if (folder / INDEX).exists():
+                self._open_sharded(folder)
+            elif (folder / SINGLE).exists():
+                self.tensors = self._open_file(folder / SINGLE)
+            else:
+                raise ConversionError(
+                    f"{folder}: has neither {INDEX} nor {SINGLE}; is this a checkpoint folder?"
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_sharded(self, folder: Path) -> None:
+        index = read_json_object(folder / INDEX)
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConversionError(f"{INDEX}: the required object 'weight_map' is missing or empty")
+        for name, shard in weight_map.items():
+            is_name = isinstance(shard, str) and shard.isprintable() and Path(shard).name == shard
+            if not is_name or not shard.endswith(".safetensors"):
+                raise ConversionError(
+                    f"{INDEX}: tensor {name!r} lies in {shard!r:.80}, which is no file of this folder"
+                )
+        for shard in sorted(set(weight_map.values())):
+            for name, tensor in self._open_file(folder / shard).items():
+                if weight_map.get(name) != shard:
+                    raise ConversionError(f"{shard}: holds {name!r}, which {INDEX} does not place there")
+                self.tensors[name] = tensor
+        missing = sorted(set(weight_map) - set(self.tensors))
+        if missing:
+            raise ConversionError(
+                f"{INDEX}: places {missing[0]!r} in {weight_map[missing[0]]}, which does not hold it"
+            )
+
+    def _open_file(self, path: Path) -> dict[str, StoredTensor]:
+        try:
+            file = io.FileIO(path)
+            self._open[path] = file
+            self.files.append(path)
+            size = file.seek(0, io.SEEK_END)
+        except OSError as error:
+            raise ConversionError(f"{path}: can't be opened: {error.strerror or error}") from error
+        length = int.from_bytes(self._read(path, 0, 8, size).tobytes(), "little")
+        if length > min(_MAX_HEADER, size - 8):
+            raise ConversionError(
+                f"{path}: not a safetensors file, or cut short: its header claims {length} bytes"
+            )
+        header = parse_json_object(self._read(path, 8, length, size).tobytes(), f"{path}: header")
+        header.pop("__metadata__", None)
+        tensors = {name: _parse_entry(name, entry, path, 8 + length, size) for name, entry in header.items()}
+        end = 8 + length
+        for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.n_bytes)):
+            if tensor.offset != end:
+                problem = "overlaps the one before" if tensor.offset < end else "leaves a hole before it"
+                raise ConversionError(f"{path}: tensor {tensor.name!r} {problem}: the file is damaged")
+            end += tensor.n_bytes
+        if end != size:
+            raise ConversionError(f"{path}: {size - end} bytes belong to no tensor: the file is damaged")
+        return tensors
+
+    def read(self, tensor: StoredTensor, start: int, n_bytes: int) -> np.ndarray:
+        """``n_bytes`` bytes of the tensor from byte ``start``: (n_bytes,) uint8."""
+        return self._read(tensor.file, tensor.offset + start, n_bytes, None)
+
+    def _read(self, path: Path, offset: int, n_bytes: int, size: int | None) -> np.ndarray:
+        if size is not None and offset + n_bytes > size:
+            raise ConversionError(f"{path}: cut short: {size} bytes are too few for a safetensors file")
+        return read_exactly(self._open[path], path, offset, n_bytes)
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._open.values():
+            file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ):
+        self.close()
+
+
+def _parse_entry(name: str, entry: object, path: Path, start: int, size: int) -> StoredTensor:
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict):
+        raise ConversionError(f"{where}: its header entry is no object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _SIZES:
+        raise ConversionError(f"{where}: unknown dtype {dtype!r:.60}")
+    if not _are_counts(shape) or len(shape) > 8:
+        raise ConversionError(f"{where}: bad shape {shape!r:.60}")
+    if not _are_counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - start:
+        raise ConversionError(
+            f"{where}: its data_offsets {offsets!r:.60} don't lie within the file; is it cut short?"
+        )
+    n_bytes = offsets[1] - offsets[0]
+    if n_bytes != math.prod(shape) * _SIZES[dtype]:
+        raise ConversionError(f"{where}: {n_bytes} bytes don't hold a shape of {shape} in {dtype}")
+    return StoredTensor(name, dtype, tuple(shape), path, start + offsets[0], n_bytes)
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)

@@ -1,0 +1,1 @@
+"""GGUF files: header, splits, reading, writing, resuming."""

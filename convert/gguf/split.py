@@ -1,0 +1,111 @@
+"""Where the tensors of a conversion lie: in one file, or in the parts of a split one.
+
+Parts are named and numbered as llama.cpp's tools do it: ``NAME-00001-of-00003.gguf``, the whole metadata in
+the first part, the keys ``split.no``, ``split.count`` and ``split.tensors.count`` in each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydiffusion.convert.gguf.header import Placed, Value, align, pack_header
+from pydiffusion.errors import ConversionError
+
+SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
+_MAX_PARTS = 65535  # the keys are of 16 bits
+_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+_INFO_BYTES = 8 + 4 + 4 * 8 + 4 + 8  # of a tensor in a header, at most, without its name
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file to write: all bytes before its data, and its tensors, numbered as in the whole conversion."""
+
+    path: Path
+    metadata: Mapping[str, Value]
+    header: bytes
+    tensors: tuple[Placed, ...]
+    first: int
+    n_bytes: int
+
+
+def plan_parts(
+    target: Path,
+    metadata: Mapping[str, Value],
+    tensors: Sequence[tuple[str, str, tuple[int, ...], int]],
+    alignment: int,
+    max_size: int | None = None,
+) -> list[Part]:
+    """One part, or several of at most ``max_size`` bytes where a tensor alone is not larger.
+
+    ``tensors``: (name, type, shape, bytes). ConversionError when it would be too many parts, and as
+    ``pack_header``.
+    """
+    groups = _groups(metadata, tensors, alignment, max_size)
+    if len(groups) > _MAX_PARTS:
+        raise ConversionError(f"{target}: {len(groups)} parts are too many; choose a larger size for them")
+    parts, first = [], 0
+    for index, group in enumerate(groups):
+        path, keys = target, dict(metadata) if index == 0 else {}
+        if len(groups) > 1:
+            path = part_path(target, index, len(groups))
+            keys[SPLIT_NO] = Value("u16", index)
+            keys[SPLIT_COUNT] = Value("u16", len(groups))
+            keys[SPLIT_TENSORS] = Value("i32", len(tensors))
+            if index and "general.alignment" in metadata:  # or a reader would look elsewhere
+                keys["general.alignment"] = metadata["general.alignment"]
+        placed, offset = [], 0
+        for name, type_name, shape, size in group:
+            placed.append(Placed(name, type_name, shape, offset, size))
+            offset = align(offset + size, alignment)
+        header = pack_header(keys, placed, alignment)
+        parts.append(Part(path, keys, header, tuple(placed), first, len(header) + offset))
+        first += len(group)
+    return parts
+
+
+_Tensor = tuple[str, str, tuple[int, ...], int]
+
+
+def _groups(
+    metadata: Mapping[str, Value], tensors: Sequence[_Tensor], alignment: int, max_size: int | None
+) -> list[list[_Tensor]]:
+    if max_size is None:
+        return [list(tensors)]
+    groups: list[list[_Tensor]] = [[]]
+    base = len(pack_header(metadata, [], 1)) + 256  # and room for the keys of the split
+    filled = base
+    for tensor in tensors:
+        size = align(tensor[3], alignment) + _INFO_BYTES + len(tensor[0].encode("utf-8", "surrogateescape"))
+        if groups[-1] and filled + size + alignment > max_size:
+            groups.append([])
+            filled = 256
+        groups[-1].append(tensor)
+        filled += size
+    return groups
+
+
+def part_path(target: Path, index: int, count: int) -> Path:
+    """The path of a part; ``target``'s own suffix ``.gguf`` and number, if any, are left out."""
+    match = _NAME.fullmatch(target.name)
+    stem = match[1] if match else target.name.removesuffix(".gguf")
+    return target.with_name(f"{stem}-{index + 1:05d}-of-{count:05d}.gguf")
+
+
+def parse_split_size(text: str) -> int:
+    """``5G`` (10^9 bytes each, as llama.cpp's tools count), ``4GiB``, ``900M`` -> bytes. ValueError for
+    others.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0 or (match[3] and not match[2]):
+        raise ValueError(f"{text!r} is no size; write for example 5G or 4GiB")
+    power = 1 + "KMG".index(match[2].upper()) if match[2] else 0
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def check_split_size(size: int | None) -> None:
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ValueError(f"split_max_size is {size!r}; give a number of bytes, or None for one file")

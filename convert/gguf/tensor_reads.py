@@ -1,0 +1,76 @@
+"""Bytes of tensors in files, read by several threads."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from pydiffusion.errors import ConversionError
+
+# (first byte, number of bytes) of a tensor -> (n_bytes,) uint8
+ReadBytes = Callable[[int, int], np.ndarray]
+
+
+class SharedRead:
+    """A :data:`ReadBytes` that several conversions of one tensor share: between two calls of :meth:`drop` no
+    byte is read twice by a thread, as long as no range ends within another.
+    """
+
+    def __init__(self, read: ReadBytes):
+        self._read = read
+        self._local = threading.local()
+
+    def __call__(self, start: int, n_bytes: int) -> np.ndarray:
+        held = self._local.__dict__.setdefault("held", [])
+        for first, data in held:
+            if first <= start and start + n_bytes <= first + len(data):
+                return data[start - first : start - first + n_bytes]
+        data = self._read(start, n_bytes)
+        held.append((start, data))
+        return data
+
+    def hold(self, start: int, n_bytes: int) -> None:
+        """Read this range, of which parts will be asked for."""
+        self(start, n_bytes)
+
+    def drop(self) -> None:
+        """Forget what this thread read."""
+        self._local.__dict__.pop("held", None)
+
+
+def read_exactly(file: io.FileIO, path: Path, offset: int, n_bytes: int) -> np.ndarray:
+    """``n_bytes`` of an unbuffered file from ``offset``: (n_bytes,) uint8. ConversionError at its end or on
+    failure. Several threads may read one file.
+    """
+    buffer = np.empty(n_bytes, np.uint8)
+    done = 0
+    try:
+        while done < n_bytes:
+            count = _read_at(file, memoryview(buffer)[done:], offset + done)
+            if not count:
+                raise ConversionError(
+                    f"{path}: ends {n_bytes - done} bytes too early; was it changed while being read?"
+                )
+            done += count
+    except OSError as error:
+        raise ConversionError(f"{path}: can't be read: {error.strerror or error}") from error
+    return buffer
+
+
+if hasattr(os, "preadv"):
+
+    def _read_at(file: io.FileIO, buffer: memoryview, offset: int) -> int:
+        return os.preadv(file.fileno(), [buffer], offset)
+
+else:  # Windows: position and reading are two calls, which threads must not mix
+    _position = threading.Lock()
+
+    def _read_at(file: io.FileIO, buffer: memoryview, offset: int) -> int:
+        with _position:
+            file.seek(offset)
+            return file.readinto(buffer)

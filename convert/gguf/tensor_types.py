@@ -1,0 +1,27 @@
+"""ggml's tensor types that can be written: how their blocks fit rows."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+# Weights per block of the types that can be written, and what takes over where a row is no multiple of it.
+BLOCK_SIZES = MappingProxyType(
+    dict.fromkeys(("F32", "F16", "BF16"), 1)
+    | dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"), 32)
+    | {"NVFP4": 64}
+    | dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS"), 256)
+    | dict.fromkeys(("IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "TQ1_0", "TQ2_0"), 256)
+)
+FALLBACKS = MappingProxyType(
+    dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL")
+    | dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0")
+    | {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "NVFP4": "MXFP4"}
+    | dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"), "F16")
+)
+
+
+def fit_to_rows(type_name: str, n_per_row: int) -> str:
+    """``type_name``, or the first of its fallbacks whose block divides the row."""
+    while n_per_row % BLOCK_SIZES[type_name]:
+        type_name = FALLBACKS[type_name]
+    return type_name

@@ -1,0 +1,1 @@
+"""Quantization: recipes, the type of each tensor, sizes, imatrix files, padding."""

@@ -1,0 +1,143 @@
+#include "backend/backend.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <sstream>
+
+#include "backend/devices.h"
+#include "backend/fake_device.h"
+#include "backend/step_backend.h"
+#include "util/error.h"
+
+namespace pydiffusion {
+
+namespace {
+
+// ggml multiplies fewer than 8 columns (tokens of an expert, the rest of a prompt) with another kernel, whose
+// sums differ in the last bits. With one kernel throughout, no answer depends on what else was in the batch
+// or how a prompt was cut; a step costs less than a hundredth more. ggml reads this once, at its first
+// product.
+void take_one_kernel_for_all_widths() {
+#if defined(_WIN32)
+    if (!std::getenv("GGML_CPU_TILED_MM_FORCE")) _putenv_s("GGML_CPU_TILED_MM_FORCE", "1");
+#else
+    setenv("GGML_CPU_TILED_MM_FORCE", "1", 0);
+#endif
+}
+
+constexpr size_t kMaxBackends = 16;  // of ggml's scheduler, the processor's among them
+
+// For one of the backend's own devices, which are "host" or GPUs with kernels.
+std::unique_ptr<StepBackend> make_step_backend(ggml_backend_t device) {
+#if defined(PYDIFFUSION_CUDA)
+    if (is_supported_gpu(ggml_backend_get_device(device))) return make_cuda_step_backend(device);
+#endif
+    (void)device;
+    return make_host_step_backend();
+}
+
+}  // namespace
+
+Backend::Backend(int n_threads, const std::string& device, const std::string& kernels)
+    : n_threads_(n_threads),
+      name_("CPU"),
+      kernel_(device == "cpu" ? gemm::kernel_by_name(kernels) : gemm::Kernel::ggml) {
+    take_one_kernel_for_all_widths();
+    ggml_cpu_init();
+    auto pool = std::make_unique<ThreadPool>(n_threads);
+    if (device != "cpu") {
+        name_ = device;
+        std::istringstream names(device);
+        std::string name;
+        while (std::getline(names, name, ',')) open_device(name, pool->threads());
+        if (devices_.empty() || devices_.size() >= kMaxBackends)
+            throw Error(ErrorKind::argument, format("%zu devices to compute on; possible are 1 to %zu",
+                                                    devices_.size(), kMaxBackends - 1));
+        step_backend_ = make_step_backend(devices_.back().get());
+        cpu_.reset(ggml_backend_cpu_init());
+        if (!cpu_) throw Error(ErrorKind::out_of_memory, "no memory for ggml's CPU backend");
+        ggml_backend_cpu_set_n_threads(cpu_.get(), n_threads);
+        ggml_backend_cpu_set_threadpool(cpu_.get(), pool->threads());
+    }
+    pool_ = pool.release();
+}
+
+void Backend::open_device(const std::string& name, ggml_threadpool_t threads) {
+    if (name == "host") {
+        devices_.push_back(make_fake_device(n_threads_, threads));
+    } else if (ggml_backend_dev_t gpu = find_gpu(name)) {
+        devices_.emplace_back(ggml_backend_dev_init(gpu, nullptr));
+        has_gpu_ = true;
+    } else {
+        throw Error(ErrorKind::argument, why_no_device(name));
+    }
+    if (!devices_.back()) throw Error(ErrorKind::out_of_memory, "no memory to begin with on " + quoted(name));
+}
+
+ggml_backend_buffer_type_t Backend::buffer_type(int32_t device) const {
+    return device < 0 ? ggml_backend_cpu_buffer_type()
+                      : ggml_backend_get_default_buffer_type(devices_[device].get());
+}
+
+bool Backend::device_supports(const ggml_tensor* node) const {
+    return std::all_of(devices_.begin(), devices_.end(), [node](const ggml_backend_ptr& device) {
+        return ggml_backend_supports_op(device.get(), node);
+    });
+}
+
+namespace {
+
+ggml_context_ptr context_for_a_question() {
+    ggml_context_ptr context(ggml_init({8 * ggml_tensor_overhead(), nullptr, true}));
+    if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a tensor's description");
+    return context;
+}
+
+}  // namespace
+
+bool Backend::can_store(ggml_type type) const {
+    const ggml_context_ptr context = context_for_a_question();
+    constexpr int64_t n = 256;
+    ggml_tensor* rows = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, n, n);
+    return device_supports(ggml_cpy(context.get(), rows, ggml_new_tensor_2d(context.get(), type, n, n)));
+}
+
+bool Backend::can_hold(ggml_type type) const {
+    const ggml_context_ptr context = context_for_a_question();
+    ggml_context* ctx = context.get();
+    constexpr int64_t n = 256;
+    ggml_tensor* weight = ggml_new_tensor_3d(ctx, type, n, n, 2);
+    ggml_tensor* columns = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n, 1, n);
+    ggml_tensor* ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 1, n);
+    ggml_tensor* matrix = ggml_new_tensor_2d(ctx, type, n, n);
+    ggml_tensor* rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
+    return device_supports(ggml_mul_mat_id(ctx, weight, columns, ids)) &&
+           device_supports(ggml_get_rows(ctx, matrix, rows));
+}
+
+std::unique_lock<std::mutex> Backend::lock_devices() const {
+    return on_device() ? std::unique_lock<std::mutex>(devices_mutex_) : std::unique_lock<std::mutex>();
+}
+
+Backend::~Backend() {
+    const ThreadPool* pool = pool_.load();
+    if (pool->belongs_to_this_process()) delete pool;
+}
+
+// In a child after fork there are none of the parent's threads, and its lock may be held for ever: the child
+// starts a pool of its own, and leaves the parent's alone.
+ThreadPool& Backend::pool() {
+    ThreadPool* current = pool_.load();
+    if (current->belongs_to_this_process()) return *current;
+    auto own = std::make_unique<ThreadPool>(n_threads_);
+    if (pool_.compare_exchange_strong(current, own.get())) return *own.release();
+    return *current;  // another thread of the child was faster
+}
+
+void Backend::stop() { ThreadPool::stop_all(); }
+
+void Backend::compute(ggml_cgraph* graph, const std::function<bool()>& cancelled) {
+    pool().compute(graph, cancelled);
+}
+
+}  // namespace pydiffusion

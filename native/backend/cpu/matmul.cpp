@@ -1,0 +1,386 @@
+#include "backend/cpu/matmul.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "backend/cpu/amx/pack.h"
+#include "backend/cpu/amx/unpack.h"
+#include "util/aligned_buffer.h"
+
+namespace pydiffusion {
+namespace gemm {
+
+namespace {
+
+constexpr char kMatmul[] = "matmul", kExpertMatmul[] = "expert_matmul", kPacked[] = "pack";
+
+// Where the numbers are kept while they are needed again and again: 32 rows of weights, 256 numbers of each,
+// are unpacked (16 KiB, for the first cache) and multiplied with the same numbers of up to 1024 activations
+// (512 KiB, for the second), which stay there while up to 8 such panels of weights go by: as many as there is
+// room for their products (256 KiB).
+constexpr int64_t kPanelRows = 2 * kTileRows;
+constexpr int64_t kDepth = 8;
+constexpr int64_t kMaxPanels = 8;
+constexpr int64_t kMaxTiles = 64;  // of activations
+constexpr int64_t kFewTiles = 4;
+constexpr int64_t kMaxPairs = 128;  // of tiles of products
+
+int64_t n_panels_for(int64_t n_tiles) {
+    // Few activations stay in the second cache whole: then weights are read in the order in which they lie.
+    return n_tiles <= kFewTiles ? 1 : std::clamp(kMaxPairs / n_tiles, kMaxPairs / kMaxTiles, kMaxPanels);
+}
+
+struct Area {
+    alignas(64) uint16_t weights[2 * kDepth * kTileElements];
+    alignas(64) float accumulators[kMaxPairs * 2 * kAccumulatorElements];
+    std::vector<float> rows;  // of activations that are made while they are packed
+};
+
+Area& area() {
+    static thread_local std::unique_ptr<Area> own(new Area);
+    return *own;
+}
+
+Kernel kernel_of(void* userdata) { return static_cast<Kernel>(reinterpret_cast<intptr_t>(userdata)); }
+
+const float* activation(const ggml_tensor* t, int64_t i1, int64_t i2 = 0) {
+    return reinterpret_cast<const float*>(static_cast<const char*>(t->data) + i1 * t->nb[1] + i2 * t->nb[2]);
+}
+
+float* activation(ggml_tensor* t, int64_t i1, int64_t i2 = 0) {
+    return const_cast<float*>(activation(static_cast<const ggml_tensor*>(t), i1, i2));
+}
+
+int64_t n_tiles_of(int64_t n_activations) { return (n_activations + kTileRows - 1) / kTileRows; }
+
+// --- activations of experts ---
+
+// A activation is a place (used, token) of the experts' table. Those of one expert lie side by side, and
+// begin with a tile.
+struct Groups {
+    std::vector<int32_t> activations;  // by expert: token * n_used + used
+    std::vector<int32_t> begin;        // [n_expert + 1] in activations
+    std::vector<int32_t> begin_tile;   // [n_expert + 1]
+};
+
+Groups group_by_expert(const ggml_tensor* experts, int64_t n_expert) {
+    const int64_t n_used = experts->ne[0], n_tokens = experts->ne[1];
+    Groups groups;
+    groups.activations.resize(n_used * n_tokens);
+    groups.begin.assign(n_expert + 1, 0);
+    groups.begin_tile.assign(n_expert + 1, 0);
+    const auto expert_of = [&](int64_t i) {
+        return *reinterpret_cast<const int32_t*>(static_cast<const char*>(experts->data) +
+                                                 i % n_used * experts->nb[0] + i / n_used * experts->nb[1]);
+    };
+    for (int64_t i = 0; i < n_used * n_tokens; ++i) groups.begin[expert_of(i) + 1] += 1;
+    for (int64_t e = 0; e < n_expert; ++e) {
+        groups.begin_tile[e + 1] =
+            groups.begin_tile[e] + static_cast<int32_t>(n_tiles_of(groups.begin[e + 1]));
+        groups.begin[e + 1] += groups.begin[e];
+    }
+    std::vector<int32_t> next(groups.begin.begin(), groups.begin.end() - 1);
+    for (int64_t i = 0; i < n_used * n_tokens; ++i)
+        groups.activations[next[expert_of(i)]++] = static_cast<int32_t>(i);
+    return groups;
+}
+
+int64_t max_expert_tiles(int64_t n_activations, int64_t n_expert) {
+    return n_activations / kTileRows + std::min(n_expert, n_activations);
+}
+
+// --- packing ---
+
+// Columns that are multiplied with the same matrix: `n_tiles` tiles of them, kDepth tiles deep, then the next
+// kDepth of all of them. So what is used together lies together, whatever power of two the length is.
+struct Block {
+    uint16_t* data;
+    int64_t depth, n_tiles;
+
+    int64_t depth_at(int64_t d) const { return std::min(kDepth, depth - d); }
+    // From depth d on, a multiple of kDepth; the next tile of activations is activation_stride(d) further.
+    uint16_t* at(int64_t i_tile, int64_t d) const {
+        return data + (d * n_tiles + i_tile * depth_at(d)) * kTileElements;
+    }
+    int64_t activation_stride(int64_t d) const { return depth_at(d) * kTileElements; }
+};
+
+const Packing& packing_of(const ggml_tensor* packed) { return *static_cast<const Packing*>(packed->extra); }
+
+Block block_of(const ggml_tensor* packed, int64_t first_tile, int64_t n_tiles) {
+    const int64_t n_inner = packing_of(packed).x->ne[0];
+    return {align(static_cast<uint16_t*>(packed->data)) + first_tile * kTileRows * n_inner,
+            n_inner / kTileDepth, n_tiles};
+}
+
+// Tile `i_tile` of a block out of the first n activations at places (i1[c], i2[c]) of x; the others are
+// zeros.
+struct Places {
+    int64_t n = 0, i1[kTileRows], i2[kTileRows];
+    void add(int64_t a, int64_t b) {
+        i1[n] = a;
+        i2[n++] = b;
+    }
+};
+
+void pack_tile(const Block& block, int64_t i_tile, const Packing& packing, const Places& places) {
+    const ggml_tensor* x = packing.x;
+    const float* activations[kTileRows] = {};
+    std::vector<float>& room = area().rows;
+    if (packing.make) room.resize(kTileRows * x->ne[0]);
+    for (int64_t c = 0; c < places.n; ++c) {
+        if (!packing.make) {
+            activations[c] = activation(x, places.i1[c], places.i2[c]);
+            continue;
+        }
+        float* made = room.data() + c * x->ne[0];
+        packing.make(x, places.i1[c], places.i2[c], made);
+        activations[c] = made;
+    }
+    for (int64_t d = 0; d < block.depth; d += kDepth) {
+        const float* from[kTileRows];
+        for (int64_t c = 0; c < kTileRows; ++c)
+            from[c] = activations[c] ? activations[c] + d * kTileDepth : nullptr;
+        pack_activations(from, block.depth_at(d) * kTileDepth, block.at(i_tile, d));
+    }
+}
+
+void pack_op(ggml_tensor* dst, int ith, int nth, void*) {
+    const Packing& packing = packing_of(dst);
+    const int64_t n_activations = packing.x->ne[1], n_tiles = n_tiles_of(n_activations);
+    for (int64_t tile = n_tiles * ith / nth; tile < n_tiles * (ith + 1) / nth; ++tile) {
+        Places places;
+        for (int64_t c = tile * kTileRows; c < std::min((tile + 1) * kTileRows, n_activations); ++c)
+            places.add(c, 0);
+        pack_tile(block_of(dst, 0, n_tiles), tile, packing, places);
+    }
+}
+
+void pack_experts_op(ggml_tensor* dst, int ith, int nth, void*) {
+    const Packing& packing = packing_of(dst);
+    const int64_t n_used = packing.experts->ne[0];
+    const Groups groups = group_by_expert(packing.experts, packing.n_expert);
+    for (int64_t e = 0; e < packing.n_expert; ++e) {
+        const int64_t first_tile = groups.begin_tile[e], n_tiles = groups.begin_tile[e + 1] - first_tile;
+        for (int64_t tile = 0; tile < n_tiles; ++tile) {
+            if ((first_tile + tile) % nth != ith) continue;
+            const int64_t first = groups.begin[e] + tile * kTileRows;
+            Places places;
+            for (int64_t c = first; c < std::min<int64_t>(first + kTileRows, groups.begin[e + 1]); ++c)
+                places.add(groups.activations[c] % n_used % packing.x->ne[1], groups.activations[c] / n_used);
+            pack_tile(block_of(dst, first_tile, n_tiles), tile, packing, places);
+        }
+    }
+}
+
+// --- multiplying ---
+
+// What one call multiplies: rows of a matrix of weights with some activations of a block.
+struct Task {
+    const ggml_tensor* weight;
+    int64_t expert;
+    Block block;
+    int64_t first_row, n_rows;  // at most n_panels_for() the activations
+    int64_t first_tile, n_activations;
+
+    int64_t n_panels() const { return (n_rows + kPanelRows - 1) / kPanelRows; }
+    int64_t n_tiles() const { return n_tiles_of(n_activations); }
+    int64_t panel_elements() const { return 2 * n_tiles() * kAccumulatorElements; }  // of products
+
+    // Numbers from depth d on of panel i.
+    Rows panel(int64_t i, int64_t d) const {
+        const int64_t row = first_row + i * kPanelRows;
+        return {weight->type,   data_of(row),
+                weight->nb[1],  std::min(kPanelRows, first_row + n_rows - row),
+                d * kTileDepth, block.depth_at(d) * kTileDepth};
+    }
+    // What comes after panel i at depth d. Panels that go by quickly, with few activations, are fetched whole
+    // while the one before is multiplied, in the order in which they lie; memory is faster that way.
+    Prefetch ahead(int64_t i, int64_t d) const {
+        if (n_panels() == 1) {
+            const int64_t n_splits = (block.depth + kDepth - 1) / kDepth;
+            const size_t n_bytes = weight->nb[1] / n_splits;
+            return {data_of(first_row + n_rows) + d / kDepth * kPanelRows * n_bytes, n_bytes, n_bytes};
+        }
+        const bool deeper = i + 1 == n_panels() && d + kDepth < block.depth;
+        const bool behind = i + 1 == n_panels() && !deeper;
+        const Rows next = deeper ? panel(0, d + kDepth) : panel(i + 1, behind ? 0 : d);
+        return {next.data + ggml_row_size(next.type, next.first), next.row_bytes,
+                ggml_row_size(next.type, next.n)};
+    }
+
+  private:
+    const char* data_of(int64_t row) const {
+        return static_cast<const char*>(weight->data) + expert * weight->nb[2] + row * weight->nb[1];
+    }
+};
+
+void accumulate(Kernel kernel, const Task& task, Area& area) {
+    for (int64_t d = 0; d < task.block.depth; d += kDepth) {
+        for (int64_t i = 0; i < task.n_panels(); ++i) {
+            const Rows rows = task.panel(i, d);
+            unpack(rows, area.weights, task.ahead(i, d));
+            const TileOperands operands = {area.weights, rows.n / kTileDepth * kTileElements,
+                                           task.block.at(task.first_tile, d), task.block.activation_stride(d),
+                                           area.accumulators + i * task.panel_elements()};
+            tile_gemm(kernel, operands, n_tiles_of(rows.n_rows), task.n_tiles(), rows.n / kTileDepth, d > 0);
+        }
+    }
+}
+
+// `target` gives the place of a activation's first number, by the activation's number.
+template <typename Target>
+void store_tiles(const Task& task, const Area& area, const Target& target) {
+    for (int64_t c = 0; c < task.n_activations; c += kTileRows) {
+        const int64_t n = std::min(kTileRows, task.n_activations - c);
+        for (int64_t r = 0; r < task.n_rows; r += kTileRows) {
+            float* targets[kTileRows];
+            for (int64_t i = 0; i < n; ++i)
+                targets[i] = target(task.first_tile * kTileRows + c + i) + task.first_row + r;
+            const float* product = area.accumulators + r / kPanelRows * task.panel_elements() +
+                                   (2 * (c / kTileRows) + r / kTileRows % 2) * kAccumulatorElements;
+            store_tile(product, std::min(kTileRows, task.n_rows - r), targets, n);
+        }
+    }
+}
+
+// A thread's share of a matrix with all activations of a block, piece by piece.
+template <typename Target>
+void multiply_share(Kernel kernel, const ggml_tensor* weight, int64_t expert, const Block& block,
+                    int64_t n_activations, int ith, int nth, const Target& target) {
+    const int64_t n_rows = weight->ne[1], n_panels = (n_rows + kPanelRows - 1) / kPanelRows;
+    const int64_t end = std::min(n_panels * (ith + 1) / nth * kPanelRows, n_rows);
+    const int64_t n_at_once = n_panels_for(block.n_tiles) * kPanelRows;
+    for (int64_t row = n_panels * ith / nth * kPanelRows; row < end; row += n_at_once) {
+        for (int64_t tile = 0; tile < block.n_tiles; tile += kMaxTiles) {
+            const Task task = {weight,
+                               expert,
+                               block,
+                               row,
+                               std::min(n_at_once, end - row),
+                               tile,
+                               std::min(kMaxTiles * kTileRows, n_activations - tile * kTileRows)};
+            accumulate(kernel, task, area());
+            store_tiles(task, area(), target);
+        }
+    }
+}
+
+void matmul_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
+    const Kernel kernel = kernel_of(userdata);
+    const KernelScope ready(kernel);
+    const Block block = block_of(dst->src[1], 0, n_tiles_of(dst->ne[1]));
+    multiply_share(kernel, dst->src[0], 0, block, dst->ne[1], ith, nth,
+                   [&](int64_t c) { return activation(dst, c); });
+}
+
+void expert_matmul_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
+    const ggml_tensor *weight = dst->src[0], *packed = dst->src[1], *experts = packing_of(packed).experts;
+    const Kernel kernel = kernel_of(userdata);
+    const KernelScope ready(kernel);
+    const Groups groups = group_by_expert(experts, weight->ne[2]);
+    int64_t n_busy = 0;
+    for (int64_t e = 0; e < weight->ne[2]; ++e) {
+        const int64_t first = groups.begin[e], n_activations = groups.begin[e + 1] - first;
+        if (n_activations == 0) continue;
+        const int64_t first_tile = groups.begin_tile[e];
+        const Block block = block_of(packed, first_tile, groups.begin_tile[e + 1] - first_tile);
+        // Shares differ by a panel: no thread gets the larger one each time.
+        const int share = static_cast<int>((ith + n_busy++) % nth);
+        multiply_share(kernel, weight, e, block, n_activations, share, nth, [&](int64_t c) {
+            const int64_t place = groups.activations[first + c];
+            return activation(dst, place % experts->ne[0], place / experts->ne[0]);
+        });
+    }
+}
+
+}  // namespace
+
+MatmulOperands matmul_operands(const ggml_tensor* node) {
+    if (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID)
+        return {node->src[0], node->src[1], node->src[2]};
+    if (node->op != GGML_OP_CUSTOM ||
+        (std::strcmp(node->name, kExpertMatmul) != 0 && std::strcmp(node->name, kMatmul) != 0))
+        return {};
+    const Packing& packing = packing_of(node->src[1]);
+    return {node->src[0], packing.x, packing.experts};
+}
+
+bool Matmul::takes(const ggml_tensor* weight, const ggml_tensor* x) const {
+    return x->ne[3] == 1 && weight->ne[3] == 1 && kernel_ != Kernel::ggml && x->type == GGML_TYPE_F32 &&
+           x->nb[0] == sizeof(float) && can_unpack(weight->type, weight->ne[0]);
+}
+
+bool Matmul::by_tiles(const ggml_tensor* weight, const ggml_tensor* x) const {
+    return takes(weight, x) && x->ne[2] == 1 && weight->ne[2] == 1;
+}
+
+ggml_tensor* Matmul::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expert) {
+    ggml_tensor*& packed = packed_[x];
+    if (packed && packing_of(packed).experts == experts) return packed;
+    const MakeRow make = keep_activations_ ? nullptr : row_maker_of(x);
+    std::vector<ggml_tensor*> sources;
+    if (make) {
+        append_sources(sources, x);
+    } else {
+        sources.push_back(x);
+    }
+    if (experts) sources.push_back(experts);
+    const int64_t n_tiles =
+        experts ? max_expert_tiles(ggml_nelements(experts), n_expert) : n_tiles_of(x->ne[1]);
+    constexpr int64_t room_to_align = kLine / sizeof(uint16_t);
+    packed = ggml_custom_4d(ctx_, GGML_TYPE_BF16, x->ne[0] * n_tiles * kTileRows + room_to_align, 1, 1, 1,
+                            sources.data(), static_cast<int>(sources.size()),
+                            experts ? pack_experts_op : pack_op, GGML_N_TASKS_MAX, nullptr);
+    packings_.push_back({x, make, experts, n_expert});
+    packed->extra = &packings_.back();
+    return ggml_set_name(packed, kPacked);
+}
+
+namespace {
+
+// Below this many activations ggml's CPU backend sums up in another order, for tinyBLAS refuses them: 2 on
+// x86-64, up to 8 elsewhere (ggml-cpu/llamafile). ARM's two-activation dot products still depend on whether n
+// is even.
+constexpr int64_t kMinActivations = 8;
+
+// Of ggml's products: a GPU may add up in float16 unless it is told not to. Of bfloat16 it adds up in float32
+// anyhow, and would make float32 of the weights first.
+ggml_tensor* with_exact_sums(ggml_tensor* product) {
+    if (product->src[0]->type != GGML_TYPE_BF16) ggml_prec_set_acc(product, GGML_PREC_F32);
+    return product;
+}
+
+}  // namespace
+
+ggml_tensor* Matmul::apply(ggml_tensor* weight, ggml_tensor* x) {
+    const int64_t n = x->ne[1];
+    if (n >= kMinActivations || by_tiles(weight, x) || on_device_ || keep_activations_)
+        return apply_unpadded(weight, x);
+    ggml_tensor* padded = ggml_pad(ctx_, x, 0, static_cast<int>(kMinActivations - n), 0, 0);
+    ggml_tensor* product = apply_unpadded(weight, padded);
+    return ggml_view_2d(ctx_, product, product->ne[0], n, product->nb[1], 0);
+}
+
+ggml_tensor* Matmul::apply_unpadded(ggml_tensor* weight, ggml_tensor* x) {
+    if (!by_tiles(weight, x)) return with_exact_sums(ggml_mul_mat(ctx_, weight, x));
+    ggml_tensor* sources[] = {weight, packed(x, nullptr, 0)};
+    ggml_tensor* product =
+        ggml_custom_4d(ctx_, GGML_TYPE_F32, weight->ne[1], x->ne[1], 1, 1, sources, 2, matmul_op,
+                       GGML_N_TASKS_MAX, reinterpret_cast<void*>(static_cast<intptr_t>(kernel_)));
+    return ggml_set_name(product, kMatmul);
+}
+
+ggml_tensor* Matmul::apply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts) {
+    if (!takes(weight, x)) return with_exact_sums(ggml_mul_mat_id(ctx_, weight, x, experts));
+    ggml_tensor* sources[] = {weight, packed(x, experts, weight->ne[2])};
+    ggml_tensor* product = ggml_custom_4d(ctx_, GGML_TYPE_F32, weight->ne[1], experts->ne[0], experts->ne[1],
+                                          1, sources, 2, expert_matmul_op, GGML_N_TASKS_MAX,
+                                          reinterpret_cast<void*>(static_cast<intptr_t>(kernel_)));
+    return ggml_set_name(product, kExpertMatmul);
+}
+
+}  // namespace gemm
+}  // namespace pydiffusion

@@ -1,0 +1,498 @@
+// StepBackend on an NVIDIA GPU. Every sum is added up in a fixed order, so that a seed gives the same text
+// run after run. Embedding rows are turned into numbers by ggml's own kernels.
+#include <cublas_v2.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "backend/row_math.h"
+#include "backend/step_backend.h"
+#include "ggml-backend-impl.h"
+#include "ggml-cuda/common.cuh"
+#include "ggml-cuda/convert.cuh"
+#include "ggml-cuda/getrows.cuh"
+#include "util/error.h"
+#include "util/timer.h"
+
+namespace pydiffusion {
+
+namespace {
+
+using row::kLanes;
+using row::kThreads;
+using row::kWarps;
+
+constexpr int32_t kGatherRows = 4096;   // embedding rows gathered at a time
+constexpr int64_t kDenseRows = 8192;    // rows of the vocabulary multiplied at a time
+constexpr float kHalfScale = 16384.0f;  // of probabilities in float16: keeps 1e-8 a normal number
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+void check(cudaError_t status, const char* what) {
+    if (status == cudaSuccess) return;
+    (void)cudaGetLastError();
+    if (status == cudaErrorMemoryAllocation)
+        throw Error(ErrorKind::out_of_memory, format("no GPU memory for %s", what));
+    throw Error(ErrorKind::general, format("CUDA: %s failed: %s", what, cudaGetErrorString(status)));
+}
+
+void check(cublasStatus_t status, const char* what) {
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    throw Error(ErrorKind::general, format("cuBLAS: %s failed: %s", what, cublasGetStatusString(status)));
+}
+
+// --- one block a row ---
+
+__device__ row::Sums merge_warp(row::Sums sums, float inverse) {
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        row::Sums other;
+        other.maximum = __shfl_xor_sync(kAllLanes, sums.maximum, offset);
+        other.argmax = __shfl_xor_sync(kAllLanes, sums.argmax, offset);
+        other.weight = __shfl_xor_sync(kAllLanes, sums.weight, offset);
+        other.weighted = __shfl_xor_sync(kAllLanes, sums.weighted, offset);
+        other.has_nonfinite = __shfl_xor_sync(kAllLanes, sums.has_nonfinite, offset);
+        // The lower lane's first, so that both sides compute the same.
+        const bool lower = (threadIdx.x & offset) == 0;
+        sums = lower ? row::merged(sums, other, inverse) : row::merged(other, sums, inverse);
+    }
+    return sums;
+}
+
+// All warps' sums into `warps` [kWarps] of shared memory, and the row's as the result in every thread.
+__device__ row::Sums merge_block(row::Sums sums, float inverse, row::Sums* warps) {
+    sums = merge_warp(sums, inverse);
+    if (threadIdx.x % kLanes == 0) warps[threadIdx.x / kLanes] = sums;
+    __syncthreads();
+    row::Sums all = row::no_sums();
+    for (int warp = 0; warp < kWarps; ++warp) all = row::merged(all, warps[warp], inverse);
+    return all;
+}
+
+__device__ float inclusive_scan(float value) {
+    const int lane = threadIdx.x % kLanes;
+    for (int offset = 1; offset < kLanes; offset *= 2) {
+        const float below = __shfl_up_sync(kAllLanes, value, offset);
+        if (lane >= offset) value += below;
+    }
+    return value;
+}
+
+// The token at which the running weight passes `target`, in vocabulary order; by the warp that owns `range`.
+__device__ int32_t draw(const float* x, row::Range range, float maximum, float inverse, double target,
+                        int32_t last) {
+    const int lane = threadIdx.x % kLanes;
+    for (int64_t base = range.begin; base < range.end; base += kLanes) {
+        const int64_t i = base + lane;
+        const bool possible = i < range.end && x[i] >= -FLT_MAX;
+        const float weight = possible ? expf(row::scaled(x[i], maximum, inverse)) : 0.0f;
+        const float running = inclusive_scan(weight);
+        const unsigned passed = __ballot_sync(kAllLanes, possible && target < running);
+        if (passed) return static_cast<int32_t>(base + __ffs(passed) - 1);
+        const unsigned any = __ballot_sync(kAllLanes, possible);
+        if (any) last = static_cast<int32_t>(base + 31 - __clz(any));
+        target -= __shfl_sync(kAllLanes, running, kLanes - 1);
+    }
+    return last;  // rounding left none: the last with mass
+}
+
+__global__ void __launch_bounds__(kThreads) measure_rows(float* logits, int64_t n_vocab, float cap,
+                                                         float inverse, const float* u, Measure* measures) {
+    __shared__ row::Sums warps[kWarps];
+    float* x = logits + static_cast<int64_t>(blockIdx.x) * n_vocab;
+    const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+    const row::Range own = row::range_of(warp, n_vocab);
+    row::Sums sums = row::no_sums();
+    for (int64_t i = own.begin + lane; i < own.end; i += kLanes) {
+        x[i] = row::capped(x[i], cap);
+        row::add(sums, x[i], static_cast<int32_t>(i), inverse);
+    }
+    const row::Sums all = merge_block(sums, inverse, warps);
+    if (warp != 0) return;
+    Measure result = {0, 0, NAN};
+    if (!all.has_nonfinite && all.argmax >= 0) {
+        double target = fmax(static_cast<double>(u[blockIdx.x]), 0x1p-25) * all.weight;
+        int chosen = 0;
+        for (; chosen + 1 < kWarps; ++chosen) {
+            row::Sums of_warp = warps[chosen];
+            if (of_warp.argmax < 0) continue;
+            row::rescale(of_warp, all.maximum, inverse);
+            if (target < of_warp.weight) break;
+            target -= of_warp.weight;
+        }
+        result.argmax = all.argmax;
+        result.sampled = draw(x, row::range_of(chosen, n_vocab), all.maximum, inverse, target, all.argmax);
+        result.entropy = fmaxf(0.0f, logf(all.weight) - all.weighted / all.weight);
+    }
+    if (lane == 0) measures[blockIdx.x] = result;
+}
+
+// --- self-conditioning ---
+
+// Each row's distribution, how many tokens it keeps, and, where they are few, these tokens in vocabulary
+// order.
+__global__ void __launch_bounds__(kThreads)
+    find_mass(const float* logits, int64_t n_vocab, float inverse, float dropped_mass,
+              row::Distribution* distributions, int32_t* n_kept, int32_t* tokens, float* weights) {
+    __shared__ row::Sums warps[kWarps];
+    __shared__ row::Tails tails[kWarps];
+    __shared__ int chosen;
+    const float* x = logits + static_cast<int64_t>(blockIdx.x) * n_vocab;
+    const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+    const row::Range own = row::range_of(warp, n_vocab);
+
+    row::Sums sums = row::no_sums();
+    for (int64_t i = own.begin + lane; i < own.end; i += kLanes)
+        row::add(sums, x[i], static_cast<int32_t>(i), inverse);
+    const row::Sums all = merge_block(sums, inverse, warps);
+    const bool sound = !all.has_nonfinite && all.argmax >= 0;
+    row::Distribution d = {all.maximum, sound ? 1.0f / all.weight : NAN, inverse, 0.0f};
+
+    row::Tails own_tails = {};
+    for (int64_t i = own.begin + lane; i < own.end; i += kLanes)
+        row::add(own_tails, row::probability(d, x[i]));
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        for (int i = 0; i < row::kThresholds; ++i) {
+            own_tails.below[i] += __shfl_xor_sync(kAllLanes, own_tails.below[i], offset);
+            own_tails.kept[i] += __shfl_xor_sync(kAllLanes, own_tails.kept[i], offset);
+        }
+    }
+    if (lane == 0) tails[warp] = own_tails;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        double below[row::kThresholds] = {};
+        for (int w = 0; w < kWarps; ++w) {
+            for (int i = 0; i < row::kThresholds; ++i) below[i] += tails[w].below[i];
+        }
+        chosen = row::choose_threshold(below, dropped_mass);
+    }
+    __syncthreads();
+    d.threshold = row::threshold(chosen);
+    int32_t before = 0, total = 0;
+    for (int w = 0; w < kWarps; ++w) {
+        if (w == warp) before = total;
+        total += tails[w].kept[chosen];
+    }
+    if (threadIdx.x == 0) {
+        distributions[blockIdx.x] = d;
+        // Unsound logits keep nothing; they take the dense way, through which NaN spreads.
+        n_kept[blockIdx.x] = total ? total : INT32_MAX;
+    }
+    if (total > kMaxGathered) return;
+    const int64_t list = static_cast<int64_t>(blockIdx.x) * kMaxGathered;
+    for (int64_t base = own.begin; base < own.end; base += kLanes) {
+        const int64_t i = base + lane;
+        const float p = i < own.end ? row::probability(d, x[i]) : 0.0f;
+        const unsigned keepers = __ballot_sync(kAllLanes, p > 0.0f);
+        if (p > 0.0f) {
+            const int64_t at = list + before + __popc(keepers & ((1u << lane) - 1));
+            tokens[at] = static_cast<int32_t>(i);
+            weights[at] = p;
+        }
+        before += __popc(keepers);
+    }
+}
+
+// The lists of the rows that gather, one behind the other. first [n + 1]: where each row's begins.
+__global__ void pack_lists(const int32_t* first, const int32_t* tokens, const float* weights,
+                           int32_t* packed_tokens, float* packed_weights) {
+    const int64_t list = static_cast<int64_t>(blockIdx.x) * kMaxGathered;
+    const int32_t begin = first[blockIdx.x], n = first[blockIdx.x + 1] - begin;
+    for (int32_t i = threadIdx.x; i < n; i += blockDim.x) {
+        packed_tokens[begin + i] = tokens[list + i];
+        packed_weights[begin + i] = weights[list + i];
+    }
+}
+
+// soft[:, t] += scale * sum of the gathered rows [from, to) that are t's, each times its weight.
+__global__ void add_gathered(float* soft, const float* rows, const float* weights, const int32_t* first,
+                             int32_t from, int32_t to, int64_t d, float scale) {
+    const int64_t c = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+    const int32_t begin = max(first[blockIdx.x], from), end = min(first[blockIdx.x + 1], to);
+    if (c >= d || begin >= end) return;
+    float sum = 0.0f;
+    for (int32_t i = begin; i < end; ++i) sum += weights[i] * rows[(i - from) * d + c];
+    soft[blockIdx.x * d + c] += scale * sum;
+}
+
+// Probabilities of the vocabulary's rows [from, from + n_rows), scaled, for the dense positions:
+// out [n_rows, n_dense].
+__global__ void dense_probabilities(__half* out, const float* logits, const row::Distribution* distributions,
+                                    const int32_t* positions, int64_t n_vocab, int64_t from, int64_t n_rows) {
+    const int64_t r = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (r >= n_rows) return;
+    const int64_t t = positions[blockIdx.y];
+    const float p = row::probability(distributions[t], logits[t * n_vocab + from + r]);
+    out[blockIdx.y * n_rows + r] = __float2half(p * kHalfScale);
+}
+
+__global__ void scatter_rows(float* soft, const float* rows, const int32_t* positions, int64_t d,
+                             float scale) {
+    const int64_t c = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+    if (c < d) soft[positions[blockIdx.x] * d + c] = scale * rows[blockIdx.x * d + c];
+}
+
+__global__ void fill_row(float* x, int64_t n, int32_t token, float value) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < n) x[i] = i == token ? value : -INFINITY;
+}
+
+// A launch that CUDA refuses returns nothing: its error has to be asked for.
+void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
+
+unsigned blocks_of(int64_t n, int64_t size) { return static_cast<unsigned>((n + size - 1) / size); }
+
+// --- what is owned on a GPU, which has to be the current one when it is made and given back ---
+
+struct Release {
+    void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
+    void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
+    void operator()(cublasHandle_t handle) const { cublasDestroy(handle); }
+};
+
+template <typename Handle>
+using Owned = std::unique_ptr<std::remove_pointer_t<Handle>, Release>;
+
+Owned<cudaStream_t> make_stream() {
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+    return Owned<cudaStream_t>(stream);
+}
+
+Owned<cudaEvent_t> make_event() {
+    cudaEvent_t event = nullptr;
+    check(cudaEventCreate(&event), "making an event");
+    return Owned<cudaEvent_t>(event);
+}
+
+Owned<cublasHandle_t> make_cublas(cudaStream_t stream) {
+    cublasHandle_t handle = nullptr;
+    check(cublasCreate(&handle), "starting");
+    Owned<cublasHandle_t> owned(handle);
+    check(cublasSetStream(handle, stream), "taking a stream");
+    return owned;
+}
+
+// Grows as needed and stays.
+template <typename T>
+class DeviceArray {
+  public:
+    DeviceArray() = default;
+    ~DeviceArray() { cudaFree(data_); }
+    DeviceArray(const DeviceArray&) = delete;
+    DeviceArray& operator=(const DeviceArray&) = delete;
+
+    T* reserve(int64_t n) {
+        if (n > size_) {
+            check(cudaFree(data_), "giving memory back");
+            data_ = nullptr;
+            size_ = 0;
+            check(cudaMalloc(&data_, static_cast<size_t>(n) * sizeof(T)), "a step's work area");
+            size_ = n;
+        }
+        return data_;
+    }
+    T* data() const { return data_; }
+
+  private:
+    T* data_ = nullptr;
+    int64_t size_ = 0;
+};
+
+class CudaStepBackend : public StepBackend {
+  public:
+    explicit CudaStepBackend(ggml_backend_t backend)
+        : ggml_(*static_cast<ggml_backend_cuda_context*>(backend->context)) {
+        choose_gpu();
+        stream_ = make_stream();
+        for (Owned<cudaEvent_t>* event : {&begin_, &own_end_, &end_}) *event = make_event();
+        cublas_ = make_cublas(stream_.get());
+    }
+    // What it owns goes after this, on the GPU chosen here.
+    ~CudaStepBackend() override { cudaSetDevice(physical_gpu()); }
+
+    void condition(const ggml_tensor* logits, const ggml_tensor* embedding, ggml_tensor* soft, int64_t n,
+                   const StepState& state) override;
+    void measure(ggml_tensor* logits, int64_t n, StepState& state) override;
+    void pin(ggml_tensor* logits, int64_t position, int32_t token, float value) override;
+    double seconds_of(const std::function<void()>& work) override;
+    double copy_rate() override;
+
+  private:
+    // ggml's devices may be several on one GPU (GGML_CUDA_DEVICES).
+    int physical_gpu() const { return ggml_cuda_info().devices[ggml_.device].physical_device; }
+    void choose_gpu() const { check(cudaSetDevice(physical_gpu()), "choosing the GPU"); }
+    void gather(const ggml_tensor* embedding, float* soft, int64_t n, float scale);
+    void multiply(const float* logits, const ggml_tensor* embedding, float* soft, float scale);
+    template <typename T>
+    void upload(T* target, const std::vector<T>& values) {
+        check(cudaMemcpyAsync(target, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice,
+                              stream_.get()),
+              "copying to the GPU");
+    }
+    template <typename T>
+    void download(T* target, const T* source, int64_t n) {
+        check(cudaMemcpyAsync(target, source, n * sizeof(T), cudaMemcpyDeviceToHost, stream_.get()),
+              "copying from the GPU");
+        finish("copying from the GPU");
+    }
+    void finish(const char* what) { check(cudaStreamSynchronize(stream_.get()), what); }
+
+    ggml_backend_cuda_context& ggml_;
+    Owned<cudaStream_t> stream_;
+    Owned<cudaEvent_t> begin_, own_end_, end_;
+    Owned<cublasHandle_t> cublas_;
+    DeviceArray<float> u_, weights_, packed_weights_, rows_, dense_sums_;
+    DeviceArray<Measure> measures_;
+    DeviceArray<row::Distribution> distributions_;
+    DeviceArray<int32_t> n_kept_, tokens_, packed_tokens_, first_, positions_;
+    DeviceArray<__half> embedding_, probabilities_;
+    std::vector<int32_t> first_host_, dense_host_;
+};
+
+void CudaStepBackend::measure(ggml_tensor* logits, int64_t n, StepState& state) {
+    choose_gpu();
+    const std::vector<float> u(state.u.begin(), state.u.begin() + n);
+    upload(u_.reserve(n), u);
+    measure_rows<<<static_cast<unsigned>(n), kThreads, 0, stream_.get()>>>(
+        static_cast<float*>(logits->data), logits->ne[0], state.soft_cap,
+        row::inverse_temperature(state.temperature), u_.data(), measures_.reserve(n));
+    check_launch("measuring logits");
+    download(state.measures.data(), measures_.data(), n);
+}
+
+void CudaStepBackend::condition(const ggml_tensor* logits, const ggml_tensor* embedding, ggml_tensor* soft,
+                                int64_t n, const StepState& state) {
+    choose_gpu();
+    const int64_t n_vocab = logits->ne[0], d = soft->ne[0];
+    const auto* x = static_cast<const float*>(logits->data);
+    auto* out = static_cast<float*>(soft->data);
+    check(cudaMemsetAsync(out, 0, n * d * sizeof(float), stream_.get()), "clearing");
+    if (state.self_conditioning) {
+        find_mass<<<static_cast<unsigned>(n), kThreads, 0, stream_.get()>>>(
+            x, n_vocab, row::inverse_temperature(state.previous_temperature), state.dropped_mass,
+            distributions_.reserve(n), n_kept_.reserve(n), tokens_.reserve(n * kMaxGathered),
+            weights_.reserve(n * kMaxGathered));
+        check_launch("finding what self-conditioning keeps");
+        std::vector<int32_t> n_kept(n);
+        download(n_kept.data(), n_kept_.data(), n);
+        first_host_.assign(1, 0);
+        dense_host_.clear();
+        for (int64_t t = 0; t < n; ++t) {
+            const bool dense = n_kept[t] > kMaxGathered;
+            if (dense) dense_host_.push_back(static_cast<int32_t>(t));
+            first_host_.push_back(first_host_.back() + (dense ? 0 : n_kept[t]));
+        }
+        if (first_host_.back() > 0) gather(embedding, out, n, state.embedding_scale);
+        if (!dense_host_.empty()) multiply(x, embedding, out, state.embedding_scale);
+    }
+    finish("self-conditioning");
+}
+
+void CudaStepBackend::gather(const ggml_tensor* embedding, float* soft, int64_t n, float scale) {
+    const int64_t d = embedding->ne[0];
+    const int32_t total = first_host_.back();
+    upload(first_.reserve(n + 1), first_host_);
+    pack_lists<<<static_cast<unsigned>(n), 128, 0, stream_.get()>>>(
+        first_.data(), tokens_.data(), weights_.data(), packed_tokens_.reserve(total),
+        packed_weights_.reserve(total));
+    check_launch("packing the tokens kept");
+    float* rows = rows_.reserve(kGatherRows * d);
+    const dim3 grid(static_cast<unsigned>(n), blocks_of(d, 256));
+    for (int32_t from = 0; from < total; from += kGatherRows) {
+        const int32_t to = std::min(total, from + kGatherRows);
+        const size_t n_rows = static_cast<size_t>(to - from),
+                     row_bytes = static_cast<size_t>(d) * sizeof(float);
+        get_rows_cuda(embedding->data, embedding->type, packed_tokens_.data() + from, rows, GGML_TYPE_F32, d,
+                      embedding->nb[1], embedding->nb[2], embedding->nb[3], to - from, 1, 1, sizeof(int32_t),
+                      n_rows * sizeof(int32_t), n_rows * sizeof(int32_t), row_bytes, n_rows * row_bytes,
+                      n_rows * row_bytes, stream_.get());
+        add_gathered<<<grid, 256, 0, stream_.get()>>>(soft, rows, packed_weights_.data(), first_.data(), from,
+                                                      to, d, scale);
+        check_launch("adding up embeddings");
+    }
+}
+
+void CudaStepBackend::multiply(const float* logits, const ggml_tensor* embedding, float* soft, float scale) {
+    const int64_t d = embedding->ne[0], n_vocab = embedding->ne[1];
+    const auto n_dense = static_cast<int64_t>(dense_host_.size());
+    const to_fp16_cuda_t to_half = ggml_get_to_fp16_cuda(embedding->type);
+    upload(positions_.reserve(n_dense), dense_host_);
+    __half* chunk = embedding_.reserve(kDenseRows * d);
+    __half* probabilities = probabilities_.reserve(kDenseRows * n_dense);
+    float* sums = dense_sums_.reserve(n_dense * d);
+    for (int64_t from = 0; from < n_vocab; from += kDenseRows) {
+        const int64_t n_rows = std::min(kDenseRows, n_vocab - from);
+        const char* source = static_cast<const char*>(embedding->data) + from * embedding->nb[1];
+        const auto* half = reinterpret_cast<const __half*>(source);
+        if (to_half) {  // null for float16 itself
+            to_half(source, chunk, n_rows * d, stream_.get());
+            half = chunk;
+        }
+        const dim3 grid(blocks_of(n_rows, 256), static_cast<unsigned>(n_dense));
+        dense_probabilities<<<grid, 256, 0, stream_.get()>>>(probabilities, logits, distributions_.data(),
+                                                             positions_.data(), n_vocab, from, n_rows);
+        check_launch("making probabilities");
+        const float one = 1.0f, add = from == 0 ? 0.0f : 1.0f;
+        check(cublasGemmEx(cublas_.get(), CUBLAS_OP_N, CUBLAS_OP_N, static_cast<int>(d),
+                           static_cast<int>(n_dense), static_cast<int>(n_rows), &one, half, CUDA_R_16F,
+                           static_cast<int>(d), probabilities, CUDA_R_16F, static_cast<int>(n_rows), &add,
+                           sums, CUDA_R_32F, static_cast<int>(d), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+              "the dense self-conditioning product");
+    }
+    const dim3 grid(static_cast<unsigned>(n_dense), blocks_of(d, 256));
+    scatter_rows<<<grid, 256, 0, stream_.get()>>>(soft, sums, positions_.data(), d, scale / kHalfScale);
+    check_launch("placing soft embeddings");
+}
+
+void CudaStepBackend::pin(ggml_tensor* logits, int64_t position, int32_t token, float value) {
+    choose_gpu();
+    const int64_t n_vocab = logits->ne[0];
+    fill_row<<<blocks_of(n_vocab, 256), 256, 0, stream_.get()>>>(
+        static_cast<float*>(logits->data) + position * n_vocab, n_vocab, token, value);
+    check_launch("holding a token");
+    finish("holding a token");
+}
+
+double CudaStepBackend::seconds_of(const std::function<void()>& work) {
+    choose_gpu();
+    const cudaStream_t of_graphs = ggml_.stream();
+    check(cudaEventRecord(begin_.get(), of_graphs), "timing");
+    work();
+    choose_gpu();  // ggml may have left another
+    check(cudaEventRecord(own_end_.get(), stream_.get()), "timing");
+    check(cudaStreamWaitEvent(of_graphs, own_end_.get(), 0), "timing");
+    check(cudaEventRecord(end_.get(), of_graphs), "timing");
+    check(cudaEventSynchronize(end_.get()), "timing");
+    float milliseconds = 0.0f;
+    check(cudaEventElapsedTime(&milliseconds, begin_.get(), end_.get()), "timing");
+    return milliseconds / 1e3;
+}
+
+double CudaStepBackend::copy_rate() {
+    constexpr int64_t n_bytes = int64_t{1} << 30;
+    constexpr int n_copies = 10;
+    choose_gpu();
+    DeviceArray<char> source, target;
+    check(cudaMemsetAsync(source.reserve(n_bytes), 1, n_bytes, stream_.get()), "filling");
+    target.reserve(n_bytes);
+    const double seconds = best_seconds([&] {
+        for (int i = 0; i < n_copies; ++i) {
+            check(cudaMemcpyAsync(target.data(), source.data(), n_bytes, cudaMemcpyDeviceToDevice,
+                                  stream_.get()),
+                  "copying");
+        }
+        finish("copying");
+    });
+    return 2.0 * n_copies * static_cast<double>(n_bytes) / seconds;
+}
+
+}  // namespace
+
+std::unique_ptr<StepBackend> make_cuda_step_backend(ggml_backend_t backend) {
+    return std::make_unique<CudaStepBackend>(backend);
+}
+
+}  // namespace pydiffusion

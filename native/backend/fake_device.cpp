@@ -1,0 +1,126 @@
+#include "backend/fake_device.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "ggml-backend-impl.h"
+
+namespace pydiffusion {
+
+namespace {
+
+struct HostDevice {
+    HostDevice(ggml_backend_t of_processor);
+
+    ggml_backend_ptr processor;
+    ggml_backend_device device = {};
+    ggml_backend_buffer_type memory = {};
+    ggml_backend backend = {};
+};
+
+HostDevice& of(ggml_backend_dev_t device) { return *static_cast<HostDevice*>(device->context); }
+
+const char* name_of_device(ggml_backend_dev_t) { return "host"; }
+const char* describe(ggml_backend_dev_t) { return "the processor in a GPU's place"; }
+void no_memory_to_report(ggml_backend_dev_t, size_t* free, size_t* total) { *free = *total = 0; }
+enum ggml_backend_dev_type type_of(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; }
+
+void tell_properties(ggml_backend_dev_t device, ggml_backend_dev_props* properties) {
+    *properties = {};
+    properties->name = name_of_device(device);
+    properties->description = describe(device);
+    properties->type = type_of(device);
+}
+
+const char* name_of_memory(ggml_backend_buffer_type_t) { return "host"; }
+
+// Some of what ggml's CUDA backend has no kernel for: products with ternary weights, and attention for other
+// sizes of heads (of 512, only where key heads are shared).
+bool lacks_kernel(const ggml_tensor* op) {
+    const ggml_tensor *a = op->src[0], *b = op->src[1];
+    switch (op->op) {
+        case GGML_OP_MUL_MAT:
+        case GGML_OP_MUL_MAT_ID:
+        case GGML_OP_GET_ROWS:
+            return a->type == GGML_TYPE_TQ1_0 || a->type == GGML_TYPE_TQ2_0;
+        case GGML_OP_FLASH_ATTN_EXT: {
+            constexpr int64_t sizes[] = {40, 64, 72, 80, 96, 112, 128, 256, 512};
+            if (std::find(std::begin(sizes), std::end(sizes), a->ne[0]) == std::end(sizes)) return true;
+            return a->ne[0] == 512 && (a->ne[2] == b->ne[2] || b->ne[1] % 256 != 0);
+        }
+        default:
+            return false;
+    }
+}
+
+bool is_in_memory_of_another(ggml_backend_dev_t device, const ggml_tensor* operand) {
+    if (!operand || !operand->buffer) return false;
+    ggml_backend_buffer_type_t type = operand->buffer->buft;
+    return type->iface.get_name == name_of_memory && type != &of(device).memory;
+}
+
+// As CUDA's, it takes no operands in another device's memory.
+bool supports_op(ggml_backend_dev_t device, const ggml_tensor* op) {
+    for (const ggml_tensor* operand : op->src) {
+        if (is_in_memory_of_another(device, operand)) return false;
+    }
+    return !lacks_kernel(op) && ggml_backend_supports_op(of(device).processor.get(), op);
+}
+
+ggml_backend_buffer_type_t memory_of(ggml_backend_dev_t device) { return &of(device).memory; }
+
+bool is_own_memory(ggml_backend_dev_t device, ggml_backend_buffer_type_t type) {
+    return type == &of(device).memory;
+}
+
+// The processor's memory, but nobody else's: ggml takes it for what lies behind a bus.
+ggml_backend_buffer_t take_memory(ggml_backend_buffer_type_t type, size_t size) {
+    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
+    if (buffer) buffer->buft = type;
+    return buffer;
+}
+
+size_t alignment_of(ggml_backend_buffer_type_t) {
+    return ggml_backend_buft_get_alignment(ggml_backend_cpu_buffer_type());
+}
+
+const char* name_of_backend(ggml_backend_t) { return "host"; }
+void free_backend(ggml_backend_t backend) { delete static_cast<HostDevice*>(backend->context); }
+
+ggml_status compute_graph(ggml_backend_t backend, ggml_cgraph* graph) {
+    return ggml_backend_graph_compute(static_cast<HostDevice*>(backend->context)->processor.get(), graph);
+}
+
+HostDevice::HostDevice(ggml_backend_t of_processor) : processor(of_processor) {
+    device.context = this;
+    device.reg = ggml_backend_cpu_reg();
+    device.iface.get_name = name_of_device;
+    device.iface.get_description = describe;
+    device.iface.get_memory = no_memory_to_report;
+    device.iface.get_type = type_of;
+    device.iface.get_props = tell_properties;
+    device.iface.get_buffer_type = memory_of;
+    device.iface.supports_op = supports_op;
+    device.iface.supports_buft = is_own_memory;
+    memory.device = &device;
+    memory.iface.get_name = name_of_memory;
+    memory.iface.alloc_buffer = take_memory;
+    memory.iface.get_alignment = alignment_of;
+    backend.device = &device;
+    backend.context = this;
+    backend.iface.get_name = name_of_backend;
+    backend.iface.free = free_backend;
+    backend.iface.graph_compute = compute_graph;
+}
+
+}  // namespace
+
+ggml_backend_ptr make_fake_device(int n_threads, ggml_threadpool_t threads) {
+    ggml_backend_t processor = ggml_backend_cpu_init();
+    if (!processor) return nullptr;
+    ggml_backend_cpu_set_n_threads(processor, n_threads);
+    ggml_backend_cpu_set_threadpool(processor, threads);
+    return ggml_backend_ptr(&(new HostDevice(processor))->backend);
+}
+
+}  // namespace pydiffusion

@@ -1,0 +1,100 @@
+#include "backend/thread_pool.h"
+
+#include <atomic>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "util/error.h"
+
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
+namespace pydiffusion {
+
+namespace {
+
+long process_id() {
+#if defined(_WIN32)
+    return 0;  // no fork there
+#else
+    return static_cast<long>(getpid());
+#endif
+}
+
+// ggml aborts the process where it can't start a thread, so try before it does.
+void require_threads(int n) {
+    std::mutex gate;
+    std::vector<std::thread> threads;
+    threads.reserve(n);
+    bool started = true;
+    {
+        const std::lock_guard<std::mutex> closed(gate);  // all of them live at the same time
+        try {
+            for (int i = 0; i < n; ++i)
+                threads.emplace_back([&gate] { const std::lock_guard<std::mutex> pass(gate); });
+        } catch (const std::system_error&) {
+            started = false;
+        }
+    }
+    for (std::thread& thread : threads) thread.join();
+    if (!started) {
+        throw Error(ErrorKind::out_of_memory,
+                    format("%d threads can't be started: memory or a limit on processes does not permit; "
+                           "choose a smaller n_threads",
+                           n + 1));
+    }
+}
+
+std::atomic<unsigned> n_stops{0};
+
+struct Abort {
+    const std::function<bool()>& cancelled;
+    const unsigned n_stops_before = n_stops;
+};
+
+}  // namespace
+
+ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads), process_(process_id()) {
+    require_memory(size_t{8} << 20);
+    require_threads(n_threads - 1);
+    ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
+    params.poll = 1;  // wait awake for milliseconds, not for a third of a second at others' expense
+    threads_ = ggml_threadpool_new(&params);
+    if (!threads_) throw Error(ErrorKind::out_of_memory, format("could not start %d threads", n_threads));
+}
+
+ThreadPool::~ThreadPool() { ggml_threadpool_free(threads_); }
+
+bool ThreadPool::belongs_to_this_process() const { return process_ == process_id(); }
+
+void ThreadPool::stop_all() { ++n_stops; }
+
+void ThreadPool::compute(ggml_cgraph* graph, const std::function<bool()>& cancelled) {
+    Abort abort{cancelled};
+    const std::lock_guard<std::mutex> turn(turn_);
+    // For what the kernels and our own operations allocate in the pool's threads, where nothing may throw.
+    require_memory((size_t{8} << 20) + (size_t{4} << 20) * n_threads_);
+    ggml_cplan plan = ggml_graph_plan(graph, n_threads_, threads_);
+    if (work_size_ < plan.work_size) {
+        work_size_ = 0;
+        work_.reset();
+        work_.reset(new uint8_t[plan.work_size]);
+        work_size_ = plan.work_size;
+    }
+    plan.work_data = work_.get();
+    plan.abort_callback = [](void* data) {
+        const auto* abort = static_cast<const Abort*>(data);
+        return abort->cancelled() || n_stops != abort->n_stops_before;
+    };
+    plan.abort_callback_data = &abort;
+    const ggml_status status = ggml_graph_compute(graph, &plan);
+    if (status == GGML_STATUS_ABORTED) throw Error(ErrorKind::cancelled, "cancelled");
+    if (status == GGML_STATUS_ALLOC_FAILED)
+        throw Error(ErrorKind::out_of_memory, "no memory for a step's work area");
+    if (status != GGML_STATUS_SUCCESS)
+        throw Error(ErrorKind::general, format("ggml failed with status %d", status));
+}
+
+}  // namespace pydiffusion

@@ -1,0 +1,42 @@
+#include "bench/matmul_once.h"
+
+#include "backend/backend.h"
+#include "backend/cpu/matmul.h"
+#include "backend/graph_executor.h"
+#include "util/error.h"
+
+namespace pydiffusion {
+namespace gemm {
+
+std::vector<float> matmul_once(const MatmulTask& task) {
+    Backend backend(task.n_threads, "cpu", task.kernels);
+    GraphExecutor executor(backend);
+    const ggml_context_ptr context(
+        ggml_init({8 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true}));
+    if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a product's description");
+    ggml_context* ctx = context.get();
+    ggml_tensor* weight =
+        ggml_new_tensor_3d(ctx, task.type, task.n_inner, task.n_rows / task.n_experts, task.n_experts);
+    ggml_tensor* x =
+        ggml_new_tensor_3d(ctx, GGML_TYPE_F32, task.n_inner, task.experts ? 1 : task.n_activations,
+                           task.experts ? task.n_activations : 1);
+    ggml_tensor* experts =
+        task.experts ? ggml_new_tensor_2d(ctx, GGML_TYPE_I32, task.n_used, task.n_activations) : nullptr;
+    Matmul matmul(ctx, backend.kernel(), backend.on_device());
+    ggml_tensor* product = experts ? matmul.apply(weight, x, experts) : matmul.apply(weight, x);
+    const ggml_backend_buffer_ptr buffer(
+        ggml_backend_alloc_ctx_tensors_from_buft(ctx, backend.buffer_type()));
+    if (!buffer) throw Error(ErrorKind::out_of_memory, "no memory for a product");
+    ggml_backend_tensor_set(weight, task.weights, 0, ggml_nbytes(weight));
+    ggml_backend_tensor_set(x, task.x, 0, ggml_nbytes(x));
+    if (experts) ggml_backend_tensor_set(experts, task.experts, 0, ggml_nbytes(experts));
+    ggml_cgraph* graph = ggml_new_graph(ctx);
+    ggml_build_forward_expand(graph, product);
+    executor.compute_nodes(graph, [] { return false; });
+    std::vector<float> result(ggml_nelements(product));
+    ggml_backend_tensor_get(product, result.data(), 0, ggml_nbytes(product));
+    return result;
+}
+
+}  // namespace gemm
+}  // namespace pydiffusion

@@ -1,0 +1,29 @@
+// One product by itself, for measuring and proving what graphs are made of.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "ggml.h"
+
+namespace pydiffusion {
+namespace gemm {
+
+struct MatmulTask {
+    std::string kernels;  // see kernel_by_name()
+    int n_threads = 1;
+    ggml_type type = GGML_TYPE_F32;
+    int64_t n_inner = 0, n_rows = 0, n_activations = 0;
+    const void* weights = nullptr;  // [n_rows] rows of n_inner weights
+    const float* x = nullptr;       // [n_activations][n_inner]
+    // By expert: of n_experts matrices, which the rows are divided into, n_used for each activation.
+    const int32_t* experts = nullptr;  // [n_activations][n_used]
+    int64_t n_experts = 1, n_used = 1;
+};
+
+// -> [n_activations][n_rows], or [n_activations][n_used][n_rows / n_experts]
+std::vector<float> matmul_once(const MatmulTask& task);
+
+}  // namespace gemm
+}  // namespace pydiffusion

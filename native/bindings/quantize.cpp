@@ -1,0 +1,163 @@
+// Quantization: rows of one tensor type as rows of another.
+#include "quant/quantize.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <cctype>
+#include <thread>
+
+#include "bindings/bindings.h"
+#include "util/error.h"
+
+namespace pydiffusion {
+
+namespace {
+
+std::string upper(std::string name) {
+    std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::toupper(c); });
+    return name;
+}
+
+}  // namespace
+
+ggml_type type_by_name(const std::string& name) {
+    for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
+        const auto type = static_cast<ggml_type>(i);
+        if (ggml_blck_size(type) > 0 && upper(ggml_type_name(type)) == upper(name)) return type;
+    }
+    throw Error(ErrorKind::argument, quoted(name) + " is no tensor type");
+}
+
+namespace {
+
+nb::dict tensor_types() {
+    nb::dict types;
+    for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
+        const auto type = static_cast<ggml_type>(i);
+        if (ggml_blck_size(type) == 0) continue;
+        types[upper(ggml_type_name(type)).c_str()] =
+            nb::make_tuple(i, ggml_blck_size(type), ggml_type_size(type));
+    }
+    return types;
+}
+
+// Of a type; `width` is that of a row of uint8.
+void require_row_bytes(ggml_type type, size_t width, int64_t n_per_row) {
+    const int64_t block = ggml_blck_size(type);
+    // A block has a byte or more: what passes the third test can't overflow in the fourth.
+    if (n_per_row < 1 || n_per_row % block != 0 || static_cast<size_t>(n_per_row / block) > width ||
+        ggml_type_size(type) * (n_per_row / block) != width) {
+        throw Error(ErrorKind::argument,
+                    format("rows of %zu bytes are no rows of %lld weights of type %s", width,
+                           static_cast<long long>(n_per_row), ggml_type_name(type)));
+    }
+}
+
+void require_importance(const std::optional<Array1<float>>& importance, size_t n_per_row) {
+    if (importance && importance->shape(0) != n_per_row) {
+        throw Error(ErrorKind::argument,
+                    format("importance has %zu entries for rows of %zu", importance->shape(0), n_per_row));
+    }
+}
+
+// Of a row that the type may not divide, which whoever fills the array refuses.
+size_t row_bytes(ggml_type type, size_t n_per_row) {
+    return n_per_row % ggml_blck_size(type) == 0 ? ggml_row_size(type, n_per_row) : 0;
+}
+
+nb::object quantize(const Array2<float>& rows, const std::string& type_name, int n_threads,
+                    std::optional<Array1<float>> importance) {
+    const ggml_type type = type_by_name(type_name);
+    const size_t n_rows = rows.shape(0), n_per_row = rows.shape(1);
+    require_importance(importance, n_per_row);
+    if (n_threads <= 0) n_threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    const size_t width = row_bytes(type, n_per_row);
+    auto* out = new uint8_t[std::max<size_t>(1, n_rows * width)];
+    nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+    {
+        const WithoutGil release;
+        quantize_rows(type, rows.data(), n_rows, n_per_row, importance ? importance->data() : nullptr,
+                      n_threads, out);
+    }
+    return nb::cast(nb::ndarray<nb::numpy, uint8_t>(out, {n_rows, width}, owner));
+}
+
+nb::object dequantize(const Array2<uint8_t>& data, const std::string& type_name, int64_t n_per_row) {
+    const ggml_type type = type_by_name(type_name);
+    const size_t n_rows = data.shape(0);
+    require_row_bytes(type, data.shape(1), n_per_row);
+    auto* out = new float[std::max<size_t>(1, n_rows * n_per_row)];
+    nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+    {
+        const WithoutGil release;
+        dequantize_rows(type, data.data(), n_rows, n_per_row, out);
+    }
+    return nb::cast(nb::ndarray<nb::numpy, float>(out, {n_rows, static_cast<size_t>(n_per_row)}, owner));
+}
+
+nb::tuple convert(const Array2<uint8_t>& data, const std::string& source_name, const std::string& target_name,
+                  int64_t n_per_row, std::optional<Array1<float>> importance, bool keeps_nonfinite) {
+    const ggml_type source = type_by_name(source_name), target = type_by_name(target_name);
+    require_row_bytes(source, data.shape(1), n_per_row);
+    require_importance(importance, n_per_row);
+    const size_t n_rows = data.shape(0), width = row_bytes(target, n_per_row);
+    auto* out = new uint8_t[std::max<size_t>(1, n_rows * width)];
+    nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+    int64_t nonfinite;
+    {
+        const WithoutGil release;
+        nonfinite = convert_rows(source, data.data(), target, n_rows, n_per_row,
+                                 importance ? importance->data() : nullptr, keeps_nonfinite, out);
+    }
+    return nb::make_tuple(nb::ndarray<nb::numpy, uint8_t>(out, {n_rows, width}, owner), nonfinite);
+}
+
+int64_t nonfinite_weight(const Array2<uint8_t>& data, const std::string& type_name, int64_t n_per_row) {
+    const ggml_type type = type_by_name(type_name);
+    require_row_bytes(type, data.shape(1), n_per_row);
+    const WithoutGil release;
+    return find_nonfinite(type, data.data(), data.shape(0), n_per_row);
+}
+
+nb::tuple errors_of_rows(const Array2<uint8_t>& data, const std::string& type_name,
+                         const Array2<float>& rows) {
+    const ggml_type type = type_by_name(type_name);
+    const size_t n_rows = data.shape(0);
+    require_row_bytes(type, data.shape(1), rows.shape(1));
+    if (rows.shape(0) != n_rows) {
+        throw Error(ErrorKind::argument,
+                    format("%zu rows can't be compared with %zu", n_rows, rows.shape(0)));
+    }
+    std::vector<double> squares(n_rows), errors(n_rows);
+    {
+        const WithoutGil release;
+        row_errors(type, data.data(), rows.data(), n_rows, rows.shape(1), squares.data(), errors.data());
+    }
+    return nb::make_tuple(to_numpy(squares), to_numpy(errors));
+}
+
+}  // namespace
+
+void bind_quantize(nb::module_& m) {
+    m.def("tensor_types", tensor_types, "Type name -> (ggml's number, weights per block, bytes per block).");
+    m.def("quantize_rows", quantize, nb::arg("rows").noconvert(), nb::arg("type"), nb::arg("n_threads") = 0,
+          nb::arg("importance").noconvert().none() = nb::none(),
+          "Rows (n_rows, n_per_row) float32 -> blocks (n_rows, bytes_per_row) uint8.");
+    m.def("dequantize_rows", dequantize, nb::arg("data").noconvert(), nb::arg("type"), nb::arg("n_per_row"),
+          "Blocks (n_rows, bytes_per_row) uint8 -> rows (n_rows, n_per_row) float32.");
+    m.def("convert_rows", convert, nb::arg("data").noconvert(), nb::arg("source"), nb::arg("target"),
+          nb::arg("n_per_row"), nb::arg("importance").noconvert().none() = nb::none(),
+          nb::arg("keeps_nonfinite") = false,
+          "Blocks (n_rows, bytes_per_row) uint8 of one type as those of another, on the calling thread, and "
+          "-1 or the index of the first weight that is not finite, from whose rows on nothing was written.");
+    m.def("find_nonfinite", nonfinite_weight, nb::arg("data").noconvert(), nb::arg("type"),
+          nb::arg("n_per_row"), "The index of the first weight that is not finite, or -1.");
+    m.def("row_errors", errors_of_rows, nb::arg("data").noconvert(), nb::arg("type"),
+          nb::arg("rows").noconvert(),
+          "Sums of squares of each of the rows (n_rows, n_per_row) float32, and of what the blocks differ "
+          "from them: two of (n_rows,) float64.");
+}
+
+}  // namespace pydiffusion

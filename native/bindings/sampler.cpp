@@ -1,0 +1,67 @@
+// The sampler as functions of arrays.
+#include "bindings/bindings.h"
+#include "sampler/entropy_bound.h"
+#include "sampler/logits.h"
+#include "sampler/philox.h"
+#include "util/error.h"
+
+namespace pydiffusion {
+
+namespace {
+
+nb::tuple measure(const Array2<float>& logits, float temperature, const Array1<float>& u) {
+    const size_t n = logits.shape(0), n_vocab = logits.shape(1);
+    if (u.shape(0) != n)
+        throw Error(ErrorKind::argument, format("u has %zu entries for %zu rows", u.shape(0), n));
+    if (n_vocab == 0) throw Error(ErrorKind::argument, "logits has no columns");
+    if (!(temperature > 0.0f)) throw Error(ErrorKind::argument, "temperature must be positive");
+    for (size_t i = 0; i < n; ++i) {
+        if (!(u.data()[i] >= 0.0f && u.data()[i] < 1.0f))
+            throw Error(ErrorKind::argument, "u must be in [0, 1)");
+    }
+    std::vector<int32_t> argmax(n), sampled(n);
+    std::vector<float> entropy(n);
+    for (size_t i = 0; i < n; ++i) {
+        const Measure m = measure_row(logits.data() + i * n_vocab, n_vocab, temperature, u.data()[i]);
+        argmax[i] = m.argmax;
+        sampled[i] = m.sampled;
+        entropy[i] = m.entropy;
+    }
+    return nb::make_tuple(to_numpy(argmax), to_numpy(entropy), to_numpy(sampled));
+}
+
+nb::object accept_mask(const Array1<float>& entropy, float bound) {
+    if (!(bound >= 0.0f))
+        throw Error(ErrorKind::argument, format("bound is %g; it must be at least 0", bound));
+    const std::vector<uint8_t> accepted = accept(entropy.data(), entropy.shape(0), bound);
+    bool* copy = new bool[accepted.size() + 1];
+    std::copy(accepted.begin(), accepted.end(), copy);
+    nb::capsule owner(copy, [](void* p) noexcept { delete[] static_cast<bool*>(p); });
+    return nb::cast(nb::ndarray<nb::numpy, bool>(copy, {accepted.size()}, owner));
+}
+
+nb::tuple random_draws(uint64_t seed, uint32_t canvas_index, uint32_t step, uint32_t n, int32_t n_vocab) {
+    if (n_vocab < 1) throw Error(ErrorKind::argument, "n_vocab must be at least 1");
+    std::vector<float> u(n);
+    std::vector<int32_t> tokens(n);
+    for (uint32_t i = 0; i < n; ++i) {
+        const Draw draw = random_draw(seed, canvas_index, step, i, n_vocab);
+        u[i] = draw.u;
+        tokens[i] = draw.token;
+    }
+    return nb::make_tuple(to_numpy(u), to_numpy(tokens));
+}
+
+}  // namespace
+
+void bind_sampler(nb::module_& m) {
+    m.def("step_temperature", step_temperature, nb::arg("step"), nb::arg("steps"), nb::arg("t_min"),
+          nb::arg("t_max"));
+    m.def("measure", measure, nb::arg("logits").noconvert(), nb::arg("temperature"),
+          nb::arg("u").noconvert());
+    m.def("accept", accept_mask, nb::arg("entropy").noconvert(), nb::arg("bound"));
+    m.def("random_draws", random_draws, nb::arg("seed"), nb::arg("canvas_index"), nb::arg("step"),
+          nb::arg("n"), nb::arg("n_vocab"));
+}
+
+}  // namespace pydiffusion

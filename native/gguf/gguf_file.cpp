@@ -1,0 +1,414 @@
+#include "gguf/gguf_file.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <limits>
+
+#include "util/error.h"
+
+#if defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#else
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+
+namespace pydiffusion {
+
+namespace {
+
+[[noreturn]] void fail(const std::string& path, const std::string& what) {
+    throw Error(ErrorKind::format, path + ": " + what);
+}
+
+constexpr uint32_t kMagic = 0x46554747;  // "GGUF" read as a little-endian number
+// A NUL would end the name early for the system, which would then open another file.
+const std::string& without_nul(const std::string& path) {
+    if (path.find('\0') != std::string::npos)
+        throw Error(ErrorKind::argument, quoted(path) + " has a NUL in it");
+    return path;
+}
+
+constexpr uint64_t kMaxName = 65535;  // of a key or tensor; ggml itself allows 63 for tensors
+
+}  // namespace
+
+// --- mapping ---
+
+#if defined(_WIN32)
+
+Mapping::Mapping(const std::string& path) {
+    HANDLE file =
+        CreateFileA(path.c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING, 0, nullptr);
+    if (file == INVALID_HANDLE_VALUE) fail(path, "can't be opened");
+    LARGE_INTEGER size;
+    GetFileSizeEx(file, &size);
+    size_ = static_cast<uint64_t>(size.QuadPart);
+    if (size_ == 0) {
+        CloseHandle(file);
+        fail(path, "is empty, so it is no GGUF file");
+    }
+    handle_ = CreateFileMappingA(file, nullptr, PAGE_READONLY, 0, 0, nullptr);
+    CloseHandle(file);
+    data_ = handle_ ? static_cast<const uint8_t*>(MapViewOfFile(handle_, FILE_MAP_READ, 0, 0, 0)) : nullptr;
+    if (!data_) fail(path, "can't be mapped into memory");
+}
+
+Mapping::~Mapping() {
+    if (data_) UnmapViewOfFile(data_);
+    if (handle_) CloseHandle(handle_);
+}
+
+bool Mapping::whole() const { return true; }  // the system refuses to shorten a mapped file
+
+#else
+
+Mapping::Mapping(const std::string& path) {
+    // O_NONBLOCK: a pipe without a writer must not make us wait; it means nothing for regular files.
+    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (file < 0) fail(path, std::string("can't be opened: ") + std::strerror(errno));
+    struct stat status;
+    if (fstat(file, &status) != 0 || !S_ISREG(status.st_mode)) {
+        close(file);
+        fail(path, "is not a regular file");
+    }
+    size_ = static_cast<uint64_t>(status.st_size);
+    if (size_ == 0) {
+        close(file);
+        fail(path, "is empty, so it is no GGUF file");
+    }
+    void* address = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file, 0);
+    if (address == MAP_FAILED) {
+        const int error = errno;
+        close(file);
+        if (error == ENOMEM)
+            throw Error(ErrorKind::out_of_memory, path + ": there is no address space to map its " +
+                                                      format("%.1f MB", static_cast<double>(size_) / 1e6));
+        fail(path, std::string("can't be mapped into memory: ") + std::strerror(error));
+    }
+    file_ = file;
+    data_ = static_cast<const uint8_t*>(address);
+}
+
+Mapping::~Mapping() {
+    if (data_) munmap(const_cast<uint8_t*>(data_), size_);
+    if (file_ >= 0) close(file_);
+}
+
+bool Mapping::whole() const {
+    struct stat status;
+    return fstat(file_, &status) != 0 || static_cast<uint64_t>(status.st_size) >= size_;
+}
+
+#endif
+
+// --- values ---
+
+const char* value_type_name(ValueType type) {
+    static const char* const names[] = {"u8",   "i8",  "u16",   "i16", "u32", "i32", "f32",
+                                        "bool", "str", "array", "u64", "i64", "f64"};
+    return names[static_cast<uint32_t>(type)];
+}
+
+size_t Value::array_length() const { return std::max({integers.size(), floats.size(), strings.size()}); }
+
+std::string Value::type_name() const {
+    return is_array ? format("array[%s]", value_type_name(type)) : value_type_name(type);
+}
+
+bool Value::operator==(const Value& other) const {
+    return type == other.type && is_array == other.is_array && scalar == other.scalar &&
+           integers == other.integers && floats == other.floats && strings == other.strings;
+}
+
+uint64_t TensorInfo::n_elements() const {
+    uint64_t n = 1;
+    for (const int64_t dimension : ne) n *= static_cast<uint64_t>(dimension);
+    return n;
+}
+
+std::string TensorInfo::shape() const {
+    std::string text = "[";
+    for (size_t i = 0; i < ne.size(); ++i) {
+        text += format(i ? ", %lld" : "%lld", static_cast<long long>(ne[i]));
+    }
+    return text + "]";
+}
+
+// --- reader: every read is checked against the end of the file ---
+
+class GgufFile::Reader {
+  public:
+    Reader(const std::string& path, const uint8_t* data, uint64_t size)
+        : path_(path), data_(data), size_(size) {}
+
+    uint64_t position() const { return position_; }
+    uint64_t left() const { return size_ - position_; }
+
+    [[noreturn]] void fail_here(const std::string& what) const {
+        fail(path_,
+             format("%s (at byte %llu of %llu)", what.c_str(), static_cast<unsigned long long>(position_),
+                    static_cast<unsigned long long>(size_)));
+    }
+
+    template <typename T>
+    T read(const std::string& what) {
+        if (left() < sizeof(T)) fail_here("ends inside " + what);
+        T value;
+        std::memcpy(&value, data_ + position_, sizeof(T));
+        position_ += sizeof(T);
+        return value;
+    }
+
+    std::string read_string(const std::string& what, uint64_t limit = std::numeric_limits<uint64_t>::max()) {
+        const uint64_t length = read<uint64_t>("the length of " + what);
+        if (length > left()) fail_here(what + " runs past the end of the file");
+        if (length > limit)
+            fail_here(
+                format("%s is longer than %llu bytes", what.c_str(), static_cast<unsigned long long>(limit)));
+        std::string text(reinterpret_cast<const char*>(data_ + position_), length);
+        position_ += length;
+        return text;
+    }
+
+    Scalar read_scalar(ValueType type, const std::string& what) {
+        switch (type) {
+            case ValueType::u8:
+                return static_cast<uint64_t>(read<uint8_t>(what));
+            case ValueType::i8:
+                return static_cast<int64_t>(read<int8_t>(what));
+            case ValueType::u16:
+                return static_cast<uint64_t>(read<uint16_t>(what));
+            case ValueType::i16:
+                return static_cast<int64_t>(read<int16_t>(what));
+            case ValueType::u32:
+                return static_cast<uint64_t>(read<uint32_t>(what));
+            case ValueType::i32:
+                return static_cast<int64_t>(read<int32_t>(what));
+            case ValueType::u64:
+                return read<uint64_t>(what);
+            case ValueType::i64:
+                return read<int64_t>(what);
+            case ValueType::f32:
+                return static_cast<double>(read<float>(what));
+            case ValueType::f64:
+                return read<double>(what);
+            case ValueType::string:
+                return read_string(what);
+            case ValueType::boolean: {
+                const uint8_t byte = read<uint8_t>(what);
+                if (byte > 1) fail_here(format("%s is a boolean of value %u", what.c_str(), byte));
+                return byte == 1;
+            }
+            case ValueType::array:
+                break;
+        }
+        fail_here(what + " is an array inside an array, which we don't read");
+    }
+
+    ValueType read_type(const std::string& what) {
+        const uint32_t number = read<uint32_t>("the type of " + what);
+        if (number > static_cast<uint32_t>(ValueType::f64)) {
+            fail_here(format("%s has the unknown value type %u", what.c_str(), number));
+        }
+        return static_cast<ValueType>(number);
+    }
+
+    Value read_value(const std::string& what) {
+        Value value;
+        value.type = read_type(what);
+        if (value.type != ValueType::array) {
+            value.scalar = read_scalar(value.type, what);
+            return value;
+        }
+        value.is_array = true;
+        value.type = read_type(what + "'s elements");
+        const uint64_t length = read<uint64_t>("the length of " + what);
+        // Each element takes at least this many bytes, so a length that can't fit is refused before
+        // allocating.
+        if (length > left() / smallest_size(value.type)) fail_here(what + " runs past the end of the file");
+        reserve(value, length);
+        for (uint64_t i = 0; i < length; ++i) append(value, read_scalar(value.type, what));
+        return value;
+    }
+
+  private:
+    static uint64_t smallest_size(ValueType type) {
+        static const uint64_t sizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 8, 12, 8, 8, 8};
+        return sizes[static_cast<uint32_t>(type)];
+    }
+
+    static void reserve(Value& value, uint64_t length) {
+        if (value.type == ValueType::string) {
+            value.strings.reserve(length);
+        } else if (value.type == ValueType::f32 || value.type == ValueType::f64) {
+            value.floats.reserve(length);
+        } else {
+            value.integers.reserve(length);
+        }
+    }
+
+    void append(Value& value, Scalar&& element) {
+        if (auto* text = std::get_if<std::string>(&element)) {
+            value.strings.push_back(std::move(*text));
+        } else if (const auto* number = std::get_if<double>(&element)) {
+            value.floats.push_back(*number);
+        } else if (const auto* flag = std::get_if<bool>(&element)) {
+            value.integers.push_back(*flag);
+        } else if (const auto* integer = std::get_if<int64_t>(&element)) {
+            value.integers.push_back(*integer);
+        } else {
+            const uint64_t integer64 = std::get<uint64_t>(element);
+            if (integer64 > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
+                fail_here("an array's element is larger than 2^63 - 1");
+            }
+            value.integers.push_back(static_cast<int64_t>(integer64));
+        }
+    }
+
+    const std::string& path_;
+    const uint8_t* data_;
+    uint64_t size_;
+    uint64_t position_ = 0;
+};
+
+// --- file ---
+
+GgufFile::GgufFile(const std::string& path) : path_(without_nul(path)), mapping_(path) {
+    Reader reader(path_, mapping_.data(), mapping_.size());
+    read_header(reader);
+    read_metadata(reader);
+    read_tensors(reader);
+    place_tensors(reader.position());
+}
+
+void GgufFile::read_header(Reader& reader) {
+    const uint32_t magic = reader.read<uint32_t>("the magic number");
+    if (magic != kMagic) fail(path_, "does not begin with 'GGUF', so it is no GGUF file");
+    version_ = reader.read<uint32_t>("the version");
+    if (version_ != 0 && (version_ & 0xffff) == 0) fail(path_, "is a big-endian GGUF, which we don't read");
+    if (version_ != 2 && version_ != 3) fail(path_, format("has GGUF version %u; we read 2 and 3", version_));
+    n_tensors_ = reader.read<uint64_t>("the number of tensors");
+    n_keys_ = reader.read<uint64_t>("the number of keys");
+    // The smallest tensor entry is 32 bytes and the smallest key entry 13.
+    if (n_tensors_ > reader.left() / 32) reader.fail_here("names more tensors than it has room for");
+    if (n_keys_ > reader.left() / 13) reader.fail_here("names more keys than it has room for");
+}
+
+void GgufFile::read_metadata(Reader& reader) {
+    for (uint64_t i = 0; i < n_keys_; ++i) {
+        std::string key =
+            reader.read_string(format("the name of key %llu", static_cast<unsigned long long>(i)), kMaxName);
+        if (key.empty()) reader.fail_here("has a key without a name");
+        Value value = reader.read_value("key " + quoted(key));
+        if (!values_.emplace(key, std::move(value)).second)
+            reader.fail_here("has key " + quoted(key) + " twice");
+        keys_.push_back(std::move(key));
+    }
+    const Value* alignment = find("general.alignment");
+    if (!alignment) return;
+    const auto* number = alignment->is_array ? nullptr : std::get_if<uint64_t>(&alignment->scalar);
+    if (!number || *number < 8 || *number > 1u << 20 || (*number & (*number - 1)) != 0) {
+        fail(path_, "key 'general.alignment' is no power of two from 8 to 2^20");
+    }
+    alignment_ = *number;
+}
+
+void GgufFile::read_tensors(Reader& reader) {
+    for (uint64_t i = 0; i < n_tensors_; ++i) {
+        TensorInfo tensor;
+        tensor.name = reader.read_string(
+            format("the name of tensor %llu", static_cast<unsigned long long>(i)), kMaxName);
+        const std::string what = "tensor " + quoted(tensor.name);
+        if (tensor.name.empty()) reader.fail_here("has a tensor without a name");
+        const uint32_t n_dimensions = reader.read<uint32_t>("the dimensions of " + what);
+        if (n_dimensions < 1 || n_dimensions > GGML_MAX_DIMS) {
+            reader.fail_here(format("%s has %u dimensions; 1 to %d are possible", what.c_str(), n_dimensions,
+                                    GGML_MAX_DIMS));
+        }
+        uint64_t n_elements = 1;
+        for (uint32_t d = 0; d < n_dimensions; ++d) {
+            const uint64_t dimension = reader.read<uint64_t>("the dimensions of " + what);
+            constexpr uint64_t limit = std::numeric_limits<int64_t>::max() / 16;
+            if (dimension == 0) reader.fail_here(what + " has a dimension of 0");
+            if (dimension > limit / n_elements)
+                reader.fail_here(what + " has dimensions whose product overflows");
+            n_elements *= dimension;
+            tensor.ne.push_back(static_cast<int64_t>(dimension));
+        }
+        const uint32_t type = reader.read<uint32_t>("the type of " + what);
+        if (type >= GGML_TYPE_COUNT || ggml_blck_size(static_cast<ggml_type>(type)) == 0) {
+            reader.fail_here(format("%s has the unknown type %u", what.c_str(), type));
+        }
+        tensor.type = static_cast<ggml_type>(type);
+        const int64_t block = ggml_blck_size(tensor.type);
+        if (tensor.ne[0] % block != 0) {
+            reader.fail_here(format("%s has rows of %lld, no multiple of the %lld of a %s block",
+                                    what.c_str(), static_cast<long long>(tensor.ne[0]),
+                                    static_cast<long long>(block), ggml_type_name(tensor.type)));
+        }
+        const uint64_t n_blocks = n_elements / static_cast<uint64_t>(block);
+        const uint64_t block_bytes = ggml_type_size(tensor.type);
+        if (n_blocks > reader.left() / block_bytes + 1) reader.fail_here(what + " is larger than the file");
+        tensor.n_bytes = n_blocks * block_bytes;
+        tensor.offset = reader.read<uint64_t>("the offset of " + what);
+        if (tensor.offset % alignment_ != 0) {
+            reader.fail_here(format("%s has an offset that is no multiple of the alignment %llu",
+                                    what.c_str(), static_cast<unsigned long long>(alignment_)));
+        }
+        if (!tensor_index_.emplace(tensor.name, tensors_.size()).second)
+            reader.fail_here("has " + what + " twice");
+        tensors_.push_back(std::move(tensor));
+    }
+}
+
+void GgufFile::place_tensors(uint64_t end_of_infos) {
+    const uint64_t size = mapping_.size();
+    data_offset_ = (end_of_infos + alignment_ - 1) / alignment_ * alignment_;
+    for (TensorInfo& tensor : tensors_) {
+        if (data_offset_ > size || tensor.offset > size - data_offset_ ||
+            tensor.n_bytes > size - data_offset_ - tensor.offset) {
+            fail(path_,
+                 format("tensor %s ends past the end of the file: the file is truncated or damaged "
+                        "(%llu bytes at offset %llu of a data section of %llu)",
+                        quoted(tensor.name).c_str(), static_cast<unsigned long long>(tensor.n_bytes),
+                        static_cast<unsigned long long>(tensor.offset),
+                        static_cast<unsigned long long>(size > data_offset_ ? size - data_offset_ : 0)));
+        }
+        tensor.offset += data_offset_;
+    }
+    std::vector<const TensorInfo*> by_offset;
+    for (const TensorInfo& tensor : tensors_) by_offset.push_back(&tensor);
+    std::sort(by_offset.begin(), by_offset.end(),
+              [](const TensorInfo* a, const TensorInfo* b) { return a->offset < b->offset; });
+    for (size_t i = 1; i < by_offset.size(); ++i) {
+        if (by_offset[i]->offset < by_offset[i - 1]->offset + by_offset[i - 1]->n_bytes) {
+            fail(path_, "tensors " + quoted(by_offset[i - 1]->name) + " and " + quoted(by_offset[i]->name) +
+                            " overlap");
+        }
+    }
+}
+
+void GgufFile::require_not_truncated() const {
+    for (size_t i = 0; i < n_parts(); ++i) {
+        if (!part(i).mapping_.whole()) {
+            fail(part(i).path_, "was shortened while it was in use; open it again when it is whole");
+        }
+    }
+}
+
+const Value* GgufFile::find(const std::string& key) const {
+    const auto found = values_.find(key);
+    return found == values_.end() ? nullptr : &found->second;
+}
+
+const TensorInfo* GgufFile::find_tensor(const std::string& name) const {
+    const auto found = tensor_index_.find(name);
+    return found == tensor_index_.end() ? nullptr : &tensors_[found->second];
+}
+
+}  // namespace pydiffusion

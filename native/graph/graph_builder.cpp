@@ -1,0 +1,183 @@
+#include "graph/graph_builder.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "backend/cpu/fused_rows.h"
+#include "backend/cpu/top_k.h"
+#include "util/error.h"
+
+namespace pydiffusion {
+
+GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), sequences(std::move(s)) {
+    const size_t n_nodes =
+        (128 + 2 * m.hparams.n_expert_used + 24 * sequences.size()) * m.hparams.layers.size() + 64 +
+        16 * sequences.size();
+    const ggml_init_params params = {
+        n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true};
+    require_memory((size_t{16} << 20) + 4 * params.mem_size);  // the allocator's tables come on top
+    context.reset(ggml_init(params));
+    if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a graph's description");
+    graph = ggml_new_graph_custom(ctx(), n_nodes, false);
+    matmul.emplace(ctx(), model.backend.kernel(), uses_ggml_ops());
+    if (!uses_ggml_ops()) return;
+    const size_t n_inputs = 2 + 2 * sequences.size();  // tokens, positions; masks of both kinds of layers
+    positions_.resize(model.backend.n_devices() + 1);
+    for (int32_t device = kCpuDevice; device < model.backend.n_devices(); ++device) {
+        input_contexts_.emplace_back(ggml_init({n_inputs * ggml_tensor_overhead(), nullptr, true}));
+        if (!input_contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a graph's inputs");
+    }
+}
+
+ggml_tensor* GraphBuilder::rms_norm(ggml_tensor* x, ggml_tensor* weight) const {
+    if (!uses_ggml_ops()) return pydiffusion::rms_norm(ctx(), x, weight, &model.hparams.rms_eps);
+    ggml_tensor* n = ggml_rms_norm(ctx(), x, model.hparams.rms_eps);
+    return weight ? ggml_mul(ctx(), n, weight) : n;
+}
+
+ggml_tensor* GraphBuilder::gelu_product(ggml_tensor* gate, ggml_tensor* up) const {
+    return uses_ggml_ops() ? ggml_ops::gated_gelu(ctx(), gate, up) : gated_gelu(ctx(), gate, up);
+}
+
+ggml_tensor* GraphBuilder::stack(const std::vector<ggml_tensor*>& parts) const {
+    if (!uses_ggml_ops()) return stack_tokens(ctx(), parts);
+    ggml_tensor* all = parts[0];
+    for (size_t i = 1; i < parts.size(); ++i) all = ggml_concat(ctx(), all, parts[i], 1);
+    return all;
+}
+
+ggml_tensor* GraphBuilder::add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) const {
+    if (uses_ggml_ops()) return ggml_add(ctx(), x, rms_norm(branch, weight));
+    return pydiffusion::add_normed(ctx(), x, branch, weight, &model.hparams.rms_eps);
+}
+
+ggml_tensor* GraphBuilder::rotate_normed(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer,
+                                         int64_t first) {
+    const bool sliding = model.hparams.layers[i_layer].sliding;
+    if (!uses_ggml_ops()) {
+        ggml_tensor* all = angles(x->ne[0], sliding);
+        ggml_tensor* own = ggml_view_2d(ctx(), all, all->ne[0], x->ne[2], all->nb[1], first * all->nb[1]);
+        return pydiffusion::rotate_normed(ctx(), x, weight, own, &model.hparams.rms_eps);
+    }
+    // A device takes no operation with inputs in another's memory.
+    const int32_t device = model.device_plan.layer_device(i_layer);
+    ggml_tensor*& positions = positions_[device - kCpuDevice];
+    if (!positions) positions = new_input_on(device, GGML_TYPE_I32, n_tokens(), 1);
+    ggml_tensor* own = ggml_view_1d(ctx(), positions, x->ne[2], first * positions->nb[0]);
+    const Hparams& hp = model.hparams;
+    ggml_tensor* factors = sliding ? nullptr : model.weights.rope_freqs[device - kCpuDevice];
+    return ggml_rope_ext(ctx(), rms_norm(x, weight), own, factors, static_cast<int>(x->ne[0]),
+                         GGML_ROPE_TYPE_NEOX, hp.n_ctx_train, sliding ? hp.rope_base_swa : hp.rope_base, 1.0f,
+                         0.0f, 1.0f, 0.0f, 0.0f);
+}
+
+ggml_tensor* GraphBuilder::angles(int64_t head_dim, bool sliding) {
+    for (const Angles& a : angles_) {
+        if (a.sliding == sliding && a.tensor->ne[0] == head_dim) return a.tensor;
+    }
+    angles_.push_back({sliding, new_input(GGML_TYPE_F32, head_dim, n_tokens())});
+    return angles_.back().tensor;
+}
+
+int64_t GraphBuilder::n_tokens() const {
+    int64_t n = 0;
+    for (const Sequence& sequence : sequences) n += sequence.n_tokens;
+    return n;
+}
+
+namespace {
+
+// Angle i of a token is position / (base^(2 i / head_dim) * factor[i]), rounded where the reference rounds.
+void write_angles(ggml_tensor* tensor, const std::vector<int32_t>& positions, float base,
+                  const float* factors) {
+    const int64_t head_dim = tensor->ne[0], half = head_dim / 2;
+    auto* row = static_cast<float*>(tensor->data);
+    for (const int32_t position : positions) {
+        for (int64_t i = 0; i < half; ++i) {
+            const float exponent = static_cast<float>(2 * i) / static_cast<float>(head_dim);
+            const float frequency = 1.0f / (std::pow(base, exponent) * (factors ? factors[i] : 1.0f));
+            const float angle = static_cast<float>(position) * frequency;
+            row[i] = std::cos(angle);
+            row[half + i] = std::sin(angle);
+        }
+        row += head_dim;
+    }
+}
+
+}  // namespace
+
+void GraphBuilder::set_positions(const std::vector<int32_t>& positions) {
+    if (positions == written_) return;
+    written_ = positions;
+    for (ggml_tensor* on_device : positions_) {
+        if (on_device)
+            ggml_backend_tensor_set(on_device, positions.data(), 0, positions.size() * sizeof(int32_t));
+    }
+    const Hparams& hp = model.hparams;
+    for (const Angles& a : angles_) {
+        const ggml_tensor* factors = a.sliding ? nullptr : model.weights.rope_freqs[0];  // the processor's
+        write_angles(a.tensor, positions, a.sliding ? hp.rope_base_swa : hp.rope_base,
+                     factors ? static_cast<const float*>(factors->data) : nullptr);
+    }
+}
+
+ggml_tensor* GraphBuilder::new_input(ggml_type type, int64_t n0, int64_t n1) {
+    if (uses_ggml_ops()) return new_input_on(model.backend.n_devices() - 1, type, n0, n1);
+    ggml_tensor* input = ggml_new_tensor_2d(ctx(), type, n0, n1);
+    ggml_set_input(input);
+    ggml_set_output(input);  // else its memory is used again once it has been read
+    return input;
+}
+
+ggml_tensor* GraphBuilder::new_input_on(int32_t device, ggml_type type, int64_t n0, int64_t n1) {
+    return ggml_new_tensor_2d(input_contexts_[device - kCpuDevice].get(), type, n0, n1);
+}
+
+void GraphBuilder::pin_to_device_of(const ggml_tensor* weight, ggml_tensor* tensor) {
+    if (!model.device_plan.single_device()) pinned_.emplace_back(tensor, weight);
+}
+
+void GraphBuilder::pin_to_device_of(const ggml_tensor* weight, int first_node) {
+    for (int i = first_node; i < ggml_graph_n_nodes(graph); ++i)
+        pin_to_device_of(weight, ggml_graph_node(graph, i));
+}
+
+void GraphBuilder::allocate(GraphExecutor& executor, const char* what) const {
+    executor.allocate(graph, input_contexts_, pinned_, what);
+    for (const MaskKey& key : masks_) ggml_ops::fill(key.mask);
+}
+
+ggml_ops::Mask GraphBuilder::mask(size_t i_sequence, int32_t i_layer, int64_t n_visible,
+                                  const Causal* causal) {
+    const bool sliding = model.hparams.layers[i_layer].sliding;
+    const int32_t device = model.device_plan.layer_device(i_layer);
+    for (const MaskKey& key : masks_) {
+        if (key.i_sequence == i_sequence && key.device == device && key.sliding == sliding) return key.mask;
+    }
+    ggml_tensor* tensor =
+        new_input_on(device, GGML_TYPE_F16, ggml_ops::pad_to_mask(n_visible), sequences[i_sequence].n_tokens);
+    masks_.push_back({i_sequence, device, sliding, {tensor, n_visible, causal}});
+    return masks_.back().mask;
+}
+
+ggml_tensor* GraphBuilder::mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down) {
+    ggml_tensor* h = gelu_product(matmul->apply(gate, x), matmul->apply(up, x));
+    return matmul->apply(down, h);
+}
+
+ggml_tensor* GraphBuilder::embed(ggml_tensor* ids) const {
+    ggml_tensor* rows = ggml_get_rows(ctx(), model.weights.token_embd, ids);
+    return ggml_scale(ctx(), rows, std::sqrt(static_cast<float>(model.hparams.n_embd)));
+}
+
+const char* GraphBuilder::part_of(const ggml_tensor* tensor) const {
+    const size_t offset =
+        reinterpret_cast<const char*>(tensor) - static_cast<const char*>(ggml_get_mem_buffer(ctx()));
+    const char* name = "other";
+    for (const Part& part : parts) {
+        if (part.begin <= offset) name = part.name;
+    }
+    return name;
+}
+
+}  // namespace pydiffusion

@@ -1,0 +1,191 @@
+#include "graph/kv_cache.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "backend/ggml/ggml_ops.h"
+#include "ggml-alloc.h"
+#include "model/kv_layout.h"
+#include "util/error.h"
+
+namespace pydiffusion {
+
+namespace {
+
+constexpr int32_t kSnapshotSlack = 256;  // tokens
+static_assert(kSnapshotSlack % kAttentionTile == 0, "a snapshot begins with a tile");
+
+// Copies the bytes [from, from + n) of a tensor to its beginning; they may overlap.
+void move_to_front(ggml_tensor* t, size_t from, size_t n) {
+    if (n == 0) return;
+    if (ggml_backend_buffer_is_host(t->buffer)) {
+        auto* data = static_cast<char*>(t->data);
+        std::memmove(data, data + from, n);
+        return;
+    }
+    // Not often: once in a window's worth of tokens.
+    std::vector<uint8_t> rows(n);
+    ggml_backend_tensor_get(t, rows.data(), from, n);
+    ggml_backend_tensor_set(t, rows.data(), 0, n);
+}
+
+}  // namespace
+
+KvCache::KvCache(const Hparams& hp, const Backend& backend, const DevicePlan& device_plan, ggml_type type,
+                 int32_t n_ctx, int32_t max_batch)
+    : window_(hp.window),
+      sliding_rows_(static_cast<int32_t>(kv_rows(hp, true, n_ctx, max_batch))),
+      n_padding_rows_(backend.on_device() ? ggml_ops::kMaskPadding : 0) {
+    require_fitting_heads(hp, type);
+    if (backend.on_device() && !backend.can_store(type)) {
+        throw Error(ErrorKind::unsupported,
+                    format("%s can't write a cache of %s: choose another kv_type, or n_gpu_layers=0",
+                           backend.name(), ggml_type_name(type)));
+    }
+    const ggml_init_params params = {(2 * hp.layers.size() + 1) * ggml_tensor_overhead(), nullptr, true};
+    require_memory((size_t{8} << 20) + 2 * params.mem_size);
+    for (int32_t device = kCpuDevice; device < backend.n_devices(); ++device) {
+        contexts_.emplace_back(ggml_init(params));
+        if (!contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for the cache's description");
+    }
+    for (int32_t i = 0; i < hp.n_layer; ++i) {
+        const LayerShape& shape = hp.layers[i];
+        ggml_context* context = contexts_[device_plan.layer_device(i) - kCpuDevice].get();
+        const int64_t width = int64_t{shape.head_dim} * shape.n_head_kv;
+        const int64_t rows = kv_rows(hp, shape.sliding, n_ctx, max_batch) + n_padding_rows_;
+        layers_.push_back({ggml_new_tensor_2d(context, type, width, rows),
+                           ggml_new_tensor_2d(context, type, width, rows), shape.sliding});
+    }
+    for (int32_t device = kCpuDevice; device < backend.n_devices(); ++device)
+        allocate(contexts_[device - kCpuDevice].get(), backend.buffer_type(device), n_ctx);
+}
+
+void KvCache::allocate(ggml_context* context, ggml_backend_buffer_type_t type, int32_t n_ctx) {
+    if (!ggml_get_first_tensor(context)) return;
+    const size_t n_bytes = ggml_backend_alloc_ctx_tensors_from_buft_size(context, type);
+    ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(context, type);
+    if (!buffer) {
+        throw Error(ErrorKind::out_of_memory,
+                    format("no memory for a KV cache of %.1f MB (%d tokens): choose a smaller n_ctx",
+                           static_cast<double>(n_bytes) / 1e6, n_ctx));
+    }
+    buffers_.emplace_back(buffer);
+    ggml_backend_buffer_clear(buffer, 0);
+}
+
+uint64_t KvCache::next_version() {
+    static std::atomic<uint64_t> last{0};
+    return ++last;
+}
+
+uint64_t KvCache::n_bytes() const {
+    uint64_t n_bytes = 0;
+    for (const auto& buffer : buffers_) n_bytes += ggml_backend_buffer_get_size(buffer.get());
+    return n_bytes;
+}
+
+void KvCache::prepare(int32_t n_tokens) {
+    if (n_past_ + n_tokens - base_ > sliding_rows_) drop_rows_before(first_kept());
+    // What fills a mask up is read, though masked: a NaN left there would spoil what is added up over it.
+    for (const Layer& layer : layers_) {
+        const size_t end = static_cast<size_t>((layer.sliding ? n_past_ - base_ : n_past_.load()) + n_tokens);
+        for (ggml_tensor* t : {layer.k, layer.v})
+            ggml_backend_tensor_memset(t, 0, end * t->nb[1], n_padding_rows_ * t->nb[1]);
+    }
+}
+
+void KvCache::drop_rows_before(int32_t position) {
+    take_snapshot(position);
+    const size_t n_drop = static_cast<size_t>(position - base_),
+                 n_keep = static_cast<size_t>(n_past_ - position);
+    for (const Layer& layer : layers_) {
+        if (!layer.sliding) continue;
+        for (ggml_tensor* t : {layer.k, layer.v}) move_to_front(t, n_drop * t->nb[1], n_keep * t->nb[1]);
+    }
+    base_ = position;
+    version_ = next_version();
+}
+
+void KvCache::take_snapshot(int32_t position) {
+    const bool needed = mark_ >= 0 && tile_start(mark_, window_) < position;
+    if (!needed || snapshot_.end == mark_) return;
+    // A little more than the window: a turn may be taken back to just before the mark.
+    snapshot_.first = std::max(base_, tile_start(mark_, window_) - kSnapshotSlack);
+    snapshot_.end = mark_;
+    snapshot_.rows.clear();
+    for (const Layer& layer : layers_) {
+        if (!layer.sliding) continue;
+        for (const ggml_tensor* t : {layer.k, layer.v}) {
+            const size_t n_bytes = static_cast<size_t>(snapshot_.end - snapshot_.first) * t->nb[1];
+            snapshot_.rows.resize(snapshot_.rows.size() + n_bytes);
+            ggml_backend_tensor_get(t, snapshot_.rows.data() + snapshot_.rows.size() - n_bytes,
+                                    (snapshot_.first - base_) * t->nb[1], n_bytes);
+        }
+    }
+}
+
+KvRange KvCache::range(int32_t i_layer) const { return range_from(i_layer, window_start(n_past_, window_)); }
+
+KvRange KvCache::causal_range(int32_t i_layer) const { return range_from(i_layer, first_kept()); }
+
+KvRange KvCache::range_from(int32_t i_layer, int32_t position) const {
+    const Layer& layer = layers_[i_layer];
+    if (!layer.sliding) return {layer.k, layer.v, n_past_, 0, 0};
+    return {layer.k, layer.v, n_past_ - base_, position - base_, position};
+}
+
+bool KvCache::truncate(int32_t n) {
+    if (n >= n_past_) return true;
+    if (tile_start(n, window_) < base_ && !go_back_to_snapshot(n)) return false;
+    n_past_ = n;
+    version_ = next_version();
+    // What is marked or kept aside behind this point belongs to tokens that are gone.
+    if (mark_ > n) mark_ = -1;
+    if (snapshot_.end > n) snapshot_ = Snapshot();
+    return true;
+}
+
+bool KvCache::go_back_to_snapshot(int32_t n) {
+    if (snapshot_.rows.empty() || n > snapshot_.end || tile_start(n, window_) < snapshot_.first) return false;
+    const size_t n_rows = static_cast<size_t>(snapshot_.end - snapshot_.first);
+    const uint8_t* source = snapshot_.rows.data();
+    for (const Layer& layer : layers_) {
+        if (!layer.sliding) continue;
+        for (ggml_tensor* t : {layer.k, layer.v}) {
+            ggml_backend_tensor_set(t, source, 0, n_rows * t->nb[1]);
+            source += n_rows * t->nb[1];
+        }
+    }
+    base_ = snapshot_.first;
+    return true;
+}
+
+void KvCache::clear() {
+    n_past_ = base_ = 0;
+    version_ = next_version();
+    mark_ = -1;
+    snapshot_ = Snapshot();
+}
+
+void KvCache::read_rows(int32_t i_layer, bool values, uint8_t* target) const {
+    const Layer& layer = layers_[i_layer];
+    const ggml_tensor* t = values ? layer.v : layer.k;
+    const int32_t first = layer.sliding ? first_kept() : 0;
+    if (first == n_past_) return;
+    ggml_backend_tensor_get(t, target, (layer.sliding ? first - base_ : 0) * t->nb[1],
+                            (n_past_ - first) * t->nb[1]);
+}
+
+void KvCache::restore(int32_t n, const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows) {
+    clear();
+    n_past_ = n;
+    base_ = tile_start(n, window_);
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        const size_t n_bytes = static_cast<size_t>(layers_[i].sliding ? n - base_ : n) * layers_[i].k->nb[1];
+        if (n_bytes == 0) continue;
+        ggml_backend_tensor_set(layers_[i].k, rows[i].first, 0, n_bytes);
+        ggml_backend_tensor_set(layers_[i].v, rows[i].second, 0, n_bytes);
+    }
+}
+
+}  // namespace pydiffusion

@@ -1,0 +1,266 @@
+#include "model/device_plan.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <numeric>
+
+#include "backend/ggml/ggml_ops.h"
+#include "ggml-alloc.h"
+#include "model/kv_layout.h"
+#include "model/limits.h"
+#include "util/error.h"
+
+namespace pydiffusion {
+
+namespace {
+
+bool is_of_experts(const std::string& name) { return name.find("_exps.weight") != std::string::npos; }
+
+// The number of the layer that a tensor belongs to; -1 for one in none.
+int32_t layer_of(const std::string& name) {
+    if (name.rfind("blk.", 0) != 0) return -1;
+    const long i = std::strtol(name.c_str() + std::strlen("blk."), nullptr, 10);
+    return static_cast<int32_t>(std::min<long>(std::max<long>(i, -1), std::numeric_limits<int32_t>::max()));
+}
+
+}  // namespace
+
+int32_t DevicePlan::n_gpu_layers() const {
+    return std::accumulate(device_layers.begin(), device_layers.end(), 0);
+}
+
+bool DevicePlan::single_device() const {
+    return n_cpu_moe == 0 && (!any() || (device_layers.size() == 1 && device_layers[0] == n_layer));
+}
+
+int32_t DevicePlan::layer_device(int32_t i) const {
+    int32_t first = n_layer - n_gpu_layers();
+    if (i < first) return kCpuDevice;
+    for (size_t device = 0; device < device_layers.size(); ++device) {
+        first += device_layers[device];
+        if (i < first) return static_cast<int32_t>(device);
+    }
+    return kCpuDevice;
+}
+
+int32_t DevicePlan::tensor_device(const std::string& name) const {
+    const int32_t i = layer_of(name);
+    return i < 0 ? main_device() : is_of_experts(name) ? experts_device(i) : layer_device(i);
+}
+
+namespace {
+
+// What tensors take in a device's memory: some types have their rows filled up there.
+class Sizes {
+  public:
+    explicit Sizes(ggml_backend_buffer_type_t type) : type_(type) {}
+
+    uint64_t of(ggml_type type, const std::vector<int64_t>& ne) const {
+        const ggml_context_ptr context(ggml_init({ggml_tensor_overhead(), nullptr, true}));
+        if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a tensor's description");
+        ggml_new_tensor(context.get(), type, static_cast<int>(ne.size()), ne.data());
+        return ggml_backend_alloc_ctx_tensors_from_buft_size(context.get(), type_);
+    }
+
+  private:
+    ggml_backend_buffer_type_t type_;
+};
+
+uint64_t cache_bytes(const Sizes& sizes, const Hparams& hp, const LayerShape& shape,
+                     const SessionNeeds& needs) {
+    const int64_t n_rows = kv_rows(hp, shape.sliding, needs.n_ctx, max_batch(hp)) + ggml_ops::kMaskPadding;
+    return 2 * sizes.of(needs.kv_type, {int64_t{shape.head_dim} * shape.n_head_kv, n_rows});
+}
+
+// What the attention of one layer works with beside its inputs: CUDA's multiplies in float16, and copies what
+// a cache of another type holds; float32 goes through products, with scores and weights of every head.
+int64_t attention_bytes(const Hparams& hp, const LayerShape& shape, int64_t n_ctx, int64_t n_tokens,
+                        ggml_type type) {
+    const int64_t width = int64_t{shape.head_dim} * shape.n_head_kv;
+    const int64_t n_rows = ggml_ops::pad_to_mask(kv_visible_rows(hp, shape.sliding, n_ctx, n_tokens));
+    if (type == GGML_TYPE_F16) return 0;
+    if (ggml_is_quantized(type)) return 2 * n_rows * width * static_cast<int64_t>(sizeof(ggml_fp16_t));
+    return n_rows * (2 * hp.n_head * n_tokens + width) * static_cast<int64_t>(sizeof(float));
+}
+
+// Bytes by what takes them on one device, from which the use of any device_plan follows.
+struct Costs {
+    Costs(const GgufFile& file, const Hparams& hparams, const SessionNeeds& needs, const Sizes& sizes);
+
+    struct Layer {
+        uint64_t weights = 0, experts = 0, cache = 0;
+    };
+    std::vector<Layer> layers;
+    uint64_t outside = 0;           // weights in no layer
+    uint64_t step = 0;              // wherever there is a layer
+    uint64_t main_device_step = 0;  // beside it where the device embeds and samples
+};
+
+Costs::Costs(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs, const Sizes& sizes)
+    : layers(hp.layers.size()) {
+    uint64_t widened = 0;
+    for (const TensorInfo& tensor : file.tensors()) {
+        const int32_t i = layer_of(tensor.name);
+        if (i >= hp.n_layer) continue;  // refused when it is loaded
+        uint64_t& sum = i < 0 ? outside : is_of_experts(tensor.name) ? layers[i].experts : layers[i].weights;
+        sum += sizes.of(tensor.type, tensor.ne);
+        // CUDA makes float32 of a matrix of float16, for float32 sums (see with_exact_sums).
+        if (tensor.type == GGML_TYPE_F16 && tensor.ne.size() > 1)
+            widened = std::max(widened, static_cast<uint64_t>(tensor.ne[0] * tensor.ne[1]) * sizeof(float));
+    }
+    const int64_t n_ctx = needs.n_ctx, n_tokens = max_batch(hp);
+    int64_t attention = 0;
+    for (int32_t i = 0; i < hp.n_layer; ++i) {
+        layers[i].cache = needs.n_sessions * cache_bytes(sizes, hp, hp.layers[i], needs);
+        attention = std::max(attention, attention_bytes(hp, hp.layers[i], n_ctx, n_tokens, needs.kv_type));
+    }
+    // The largest tensors that live at the same time in a layer: the experts' for each token.
+    const int64_t of_experts = int64_t{hp.n_expert_used} * (3 * hp.n_ff_expert + 2 * hp.n_embd);
+    const int64_t dense = 3 * int64_t{hp.n_ff} + 6 * hp.n_embd;
+    const int64_t activations = n_tokens * (of_experts + dense) * static_cast<int64_t>(sizeof(float));
+    const int64_t masks = 2 * n_tokens * n_ctx * static_cast<int64_t>(sizeof(ggml_fp16_t));
+    step = needs.n_sessions * static_cast<uint64_t>(activations + attention + masks) + widened;
+
+    const int64_t logits =
+        int64_t{hp.canvas_length} * (hp.n_vocab + hp.n_embd) * static_cast<int64_t>(sizeof(float));
+    constexpr int64_t kSelfConditioningRows = 8192;  // of the embedding, as float16: see the kernels
+    const int64_t conditioning =                     // which take turns
+        2 * kSelfConditioningRows * hp.n_embd * static_cast<int64_t>(sizeof(ggml_fp16_t));
+    main_device_step = needs.n_sessions * static_cast<uint64_t>(logits) + static_cast<uint64_t>(conditioning);
+}
+
+// Of each device, which differ where tensors take more on one.
+std::vector<Costs> costs_on(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs,
+                            const std::vector<DeviceMemory>& memory) {
+    std::vector<Costs> costs;
+    for (const DeviceMemory& of_device : memory) costs.emplace_back(file, hp, needs, Sizes(of_device.type));
+    return costs;
+}
+
+std::vector<DeviceUse> use_of(const std::vector<Costs>& costs, const DevicePlan& device_plan) {
+    std::vector<DeviceUse> uses(device_plan.device_layers.size());
+    if (!device_plan.any()) return uses;
+    for (int32_t i = 0; i < device_plan.n_layer; ++i) {
+        const int32_t device = device_plan.layer_device(i);
+        if (device == kCpuDevice) continue;
+        const Costs::Layer& layer = costs[device].layers[i];
+        uses[device].weights +=
+            layer.weights + (device_plan.experts_device(i) == kCpuDevice ? 0 : layer.experts);
+        uses[device].cache += layer.cache;
+        uses[device].step = costs[device].step;
+    }
+    uses.back().weights += costs.back().outside;
+    uses.back().step = costs.back().step + costs.back().main_device_step;
+    return uses;
+}
+
+// Shares the last n_layers out to devices, one run each, so that the share of its room that the fullest one
+// fills is as small as can be. In fullest[k]: that share where the devices so far hold the first k layers.
+DevicePlan split_layers(const std::vector<Costs>& costs, const std::vector<DeviceMemory>& memory,
+                        int32_t n_layers, int32_t n_experts) {
+    const auto n_layer = static_cast<int32_t>(costs.front().layers.size());
+    DevicePlan plan = {n_layer, std::vector<int32_t>(memory.size(), 0), n_experts};
+    plan.device_layers.back() = n_layers;
+    if (memory.size() < 2 || n_layers == 0) return plan;
+
+    constexpr double kNever = std::numeric_limits<double>::infinity();
+    std::vector<std::vector<int32_t>> runs;  // how many layers the last device of the best sharing has
+    std::vector<double> fullest(n_layers + 1, kNever);
+    fullest[0] = 0.0;
+    for (size_t device = 0; device < memory.size(); ++device) {
+        const Costs& here = costs[device];
+        std::vector<double> before(n_layers + 1, 0.0);  // bytes of the first k
+        for (int32_t k = 0; k < n_layers; ++k) {
+            const int32_t i = n_layer - n_layers + k;
+            const Costs::Layer& layer = here.layers[i];
+            before[k + 1] =
+                before[k] + static_cast<double>(layer.weights + layer.cache +
+                                                (plan.experts_device(i) == kCpuDevice ? 0 : layer.experts));
+        }
+        const bool main = device + 1 == memory.size();
+        const double room = static_cast<double>(memory[device].room) - static_cast<double>(here.step) -
+                            (main ? static_cast<double>(here.outside + here.main_device_step) : 0.0);
+        std::vector<double> next(n_layers + 1, kNever);
+        runs.emplace_back(n_layers + 1, 0);
+        for (int32_t k = 0; k <= n_layers; ++k) {
+            for (int32_t run = 0; run <= k; ++run) {
+                const double bytes = before[k] - before[k - run];
+                const double own = run == 0 ? 0.0 : room > 0.0 ? bytes / room : kNever;
+                const double share = std::max(fullest[k - run], own);
+                if (share < next[k]) {
+                    next[k] = share;
+                    runs.back()[k] = run;
+                }
+            }
+        }
+        fullest = next;
+    }
+    if (fullest[n_layers] == kNever) return plan;  // no way fits
+    for (int32_t device = static_cast<int32_t>(memory.size()) - 1, k = n_layers; device >= 0; --device) {
+        plan.device_layers[device] = runs[device][k];
+        k -= runs[device][k];
+    }
+    return plan;
+}
+
+bool fits(const std::vector<DeviceUse>& uses, const std::vector<DeviceMemory>& memory) {
+    for (size_t i = 0; i < uses.size(); ++i) {
+        if (uses[i].total() > memory[i].room) return false;
+    }
+    return true;
+}
+
+[[noreturn]] void refuse(int32_t n_layers, const std::vector<DeviceUse>& uses,
+                         const std::vector<DeviceMemory>& memory) {
+    const auto gb = [](uint64_t n_bytes) { return static_cast<double>(n_bytes) / 1e9; };
+    DeviceUse sum;
+    std::string each;
+    uint64_t room = 0, kept_free = 0;
+    for (size_t i = 0; i < uses.size(); ++i) {
+        sum.weights += uses[i].weights;
+        sum.cache += uses[i].cache;
+        sum.step += uses[i].step;
+        room += std::min(memory[i].room, std::numeric_limits<uint64_t>::max() - room);
+        kept_free += memory[i].kept_free;
+        each += format("%s%.2f of %.2f", i ? ", " : "", gb(uses[i].total()), gb(memory[i].room));
+    }
+    const bool several = uses.size() > 1;
+    throw Error(ErrorKind::out_of_memory,
+                format("%d layers on the device%s need %.2f GB (weights %.2f, cache %.2f, step %.2f), and "
+                       "%.2f GB are there for them%s; beside these, %.2f GB are kept free: choose fewer "
+                       "layers, more experts on the processor (n_cpu_moe), a shorter context, or \"auto\"",
+                       n_layers, several ? "s" : "", gb(sum.total()), gb(sum.weights), gb(sum.cache),
+                       gb(sum.step), gb(room), several ? (" (" + each + ")").c_str() : "", gb(kept_free)));
+}
+
+}  // namespace
+
+std::vector<DeviceUse> device_use(const GgufFile& file, const Hparams& hp, const DevicePlan& device_plan,
+                                  const SessionNeeds& needs, const std::vector<DeviceMemory>& memory) {
+    return use_of(costs_on(file, hp, needs, memory), device_plan);
+}
+
+DevicePlan plan_devices(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs,
+                        const std::vector<DeviceMemory>& memory, int32_t n_gpu_layers, int32_t n_cpu_moe) {
+    require_fitting_heads(hp, needs.kv_type);
+    const std::vector<Costs> costs = costs_on(file, hp, needs, memory);
+    std::vector<DeviceUse> uses;
+    const int32_t most = n_gpu_layers >= 0 ? std::min(n_gpu_layers, hp.n_layer) : hp.n_layer;
+    const int32_t least = n_gpu_layers >= 0 ? most : 0;
+    for (int32_t n_layers = most; n_layers >= least; --n_layers) {
+        // Experts are the most bytes for the least work: they stay behind first.
+        const int32_t first = n_cpu_moe >= 0 ? std::min(n_cpu_moe, n_layers) : 0;
+        const int32_t last = n_cpu_moe >= 0 ? first : n_layers;
+        for (int32_t n_experts = first; n_experts <= last; ++n_experts) {
+            const DevicePlan plan = split_layers(costs, memory, n_layers, n_experts);
+            uses = use_of(costs, plan);
+            if (fits(uses, memory)) return plan;
+        }
+    }
+    if (n_gpu_layers >= 0 && most > 0) refuse(most, uses, memory);
+    return {hp.n_layer, {}, 0};
+}
+
+}  // namespace pydiffusion

@@ -1,0 +1,35 @@
+#include "model/model.h"
+
+#include <algorithm>
+
+namespace pydiffusion {
+
+Model::Model(std::shared_ptr<const GgufFile> f, int n_threads, const std::string& device,
+             const std::string& kernels, const DevicePlan& p, const std::function<void(double)>& read_ahead)
+    : file(std::move(f)),
+      hparams(*file),
+      backend(n_threads, device, kernels),
+      device_plan(p),
+      weights(file, hparams, device_plan, backend, read_ahead) {
+    if (backend.on_device()) return;  // what was copied has been read
+    // Touch every page once, in order: a cold file is read at the disk's speed, with progress, instead of
+    // page by page in the middle of the first step.
+    constexpr uint64_t page = 4096, block = uint64_t{64} << 20;
+    const double n_bytes = static_cast<double>(file->n_bytes_of_all_parts());
+    uint64_t n_read = 0;
+    uint8_t sum = 0;
+    for (size_t i = 0; i < file->n_parts(); ++i) {
+        const GgufFile& part = file->part(i);
+        for (uint64_t begin = 0; begin < part.n_bytes(); begin += block) {
+            const uint64_t end = std::min(begin + block, part.n_bytes());
+            file->require_not_truncated();
+            for (uint64_t at = begin; at < end; at += page)
+                sum ^= *(static_cast<const volatile uint8_t*>(part.data()) + at);
+            n_read += end - begin;
+            read_ahead(static_cast<double>(n_read) / n_bytes);
+        }
+    }
+    (void)sum;
+}
+
+}  // namespace pydiffusion

@@ -1,0 +1,272 @@
+#include "model/weights.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "ggml-cpu.h"
+#include "util/error.h"
+
+namespace pydiffusion {
+
+namespace {
+
+// ggml's CPU kernels want tensors at multiples of this; a mapping gives it unless the file is aligned to
+// less.
+constexpr uint64_t kAlignment = 32;
+
+using Shape = std::vector<int64_t>;
+
+std::string describe(const Shape& shape) {
+    std::string text = "[";
+    for (size_t i = 0; i < shape.size(); ++i) {
+        text += format(i ? ", %lld" : "%lld", static_cast<long long>(shape[i]));
+    }
+    return text + "]";
+}
+
+bool same_shape(const TensorInfo& tensor, const Shape& shape) {
+    for (size_t i = 0; i < GGML_MAX_DIMS; ++i) {
+        if (tensor.dimension(i) != (i < shape.size() ? shape[i] : 1)) return false;
+    }
+    return true;
+}
+
+// Types that ggml's CPU backend multiplies with, and whose rows can be turned into floats.
+bool computable(ggml_type type) {
+    if (type == GGML_TYPE_F32) return true;
+    const ggml_type_traits_cpu* cpu = ggml_get_type_traits_cpu(type);
+    if (!cpu->vec_dot || !ggml_get_type_traits(type)->to_float) return false;
+    return cpu->vec_dot_type == GGML_TYPE_F32 ||
+           ggml_get_type_traits_cpu(cpu->vec_dot_type)->from_float != nullptr;
+}
+
+}  // namespace
+
+// Turns the file's tensors into ggml's, each checked against the shape that the hyperparameters ask for.
+class Weights::Loader {
+  public:
+    Loader(Weights& weights, const GgufFile& file, const DevicePlan& device_plan, const Backend& backend)
+        : weights_(weights), file_(file), device_plan_(device_plan), backend_(backend) {
+        const ggml_init_params params = {(file.tensors().size() + 1) * ggml_tensor_overhead(), nullptr, true};
+        require_memory((size_t{8} << 20) + params.mem_size);
+        for (int32_t device = kCpuDevice; device < backend.n_devices(); ++device) {
+            weights_.contexts_.emplace_back(ggml_init(params));
+            if (!weights_.contexts_.back())
+                throw Error(ErrorKind::out_of_memory, "no memory for the tensors' descriptions");
+        }
+        for (size_t i = 0; i < file.n_parts(); ++i) mapped_.push_back(map(file.part(i)));
+    }
+
+    ggml_tensor* matrix(const std::string& name, const Shape& shape) {
+        const TensorInfo& info = require(name, shape);
+        if (!computable(info.type)) {
+            throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) + " has the type " +
+                                                    ggml_type_name(info.type) +
+                                                    ", which we can't compute with");
+        }
+        return assign(info, device_plan_.tensor_device(name));
+    }
+
+    // Norms, scales and the router, which the format keeps in F32.
+    ggml_tensor* f32(const std::string& name, const Shape& shape) {
+        return f32_on(device_plan_.tensor_device(name), name, shape);
+    }
+    ggml_tensor* f32_on(int32_t device, const std::string& name, const Shape& shape) {
+        const TensorInfo& info = require(name, shape);
+        if (info.type != GGML_TYPE_F32) {
+            throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) +
+                                                    " should be F32, is " + ggml_type_name(info.type));
+        }
+        return assign(info, device);
+    }
+
+    // Copies what belongs on devices, once all tensors have been asked for.
+    void upload(const std::function<void(double)>& progress) {
+        if (uploads_.empty()) return;
+        for (const ggml_tensor* tensor : {weights_.token_embd, weights_.output}) {
+            if (can_hold(tensor->type)) continue;  // self-conditioning and the head read them there
+            const std::string name = tensor->name;
+            throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) + " has the type " +
+                                                    ggml_type_name(tensor->type) +
+                                                    ", which can't be computed with on " + backend_.name() +
+                                                    ": quantize it to another (--tensor-type " + name +
+                                                    "=q6_k), or use n_gpu_layers=0");
+        }
+        uint64_t total = 0, done = 0;
+        for (const auto& [tensor, info] : uploads_) total += info->n_bytes;
+        for (int32_t device = 0; device < backend_.n_devices(); ++device) take_memory(device);
+        constexpr uint64_t block = uint64_t{64} << 20;
+        for (const auto& [tensor, info] : uploads_) {
+            for (uint64_t at = 0; at < info->n_bytes; at += block) {
+                const uint64_t n = std::min(block, info->n_bytes - at);
+                file_.require_not_truncated();
+                ggml_backend_tensor_set(tensor, file_.tensor_data(*info) + at, at, n);
+                done += n;
+                progress(static_cast<double>(done) / static_cast<double>(total));
+            }
+        }
+    }
+
+    bool has(const std::string& name) const { return file_.find_tensor(name) != nullptr; }
+
+    // A layer's tensor that we don't know would change what the layer computes.
+    void refuse_unknown_layer_tensors() const {
+        for (const TensorInfo& tensor : file_.tensors()) {
+            if (tensor.name.rfind("blk.", 0) == 0 && !used_.count(tensor.name)) {
+                throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(tensor.name) +
+                                                        " is none of this architecture's");
+            }
+        }
+    }
+
+  private:
+    void take_memory(int32_t device) {
+        ggml_context* context = weights_.contexts_[device - kCpuDevice].get();
+        if (!ggml_get_first_tensor(context)) return;
+        ggml_backend_buffer_type_t type = backend_.buffer_type(device);
+        const size_t n_bytes = ggml_backend_alloc_ctx_tensors_from_buft_size(context, type);
+        ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(context, type);
+        if (!buffer) {
+            throw Error(ErrorKind::out_of_memory,
+                        format("no memory on the device for %.2f GB of weights: choose fewer layers "
+                               "(n_gpu_layers) or more experts on the processor (n_cpu_moe)",
+                               static_cast<double>(n_bytes) / 1e9));
+        }
+        weights_.buffers_.emplace_back(buffer);
+        ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    }
+
+    bool can_hold(ggml_type type) {
+        const auto known = can_hold_.find(type);
+        if (known != can_hold_.end()) return known->second;
+        return can_hold_[type] = backend_.can_hold(type);
+    }
+
+    // A buffer over a file's mapping; null where the file's alignment is not enough.
+    ggml_backend_buffer_t map(const GgufFile& file) {
+        if (file.alignment() % kAlignment != 0 || file.data_offset() % kAlignment != 0) return nullptr;
+        ggml_backend_buffer_t buffer =
+            ggml_backend_cpu_buffer_from_ptr(const_cast<uint8_t*>(file.data()), file.n_bytes());
+        weights_.buffers_.emplace_back(buffer);
+        ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+        return buffer;
+    }
+
+    const TensorInfo& require(const std::string& name, const Shape& shape) {
+        const TensorInfo* info = file_.find_tensor(name);
+        if (!info) throw Error(ErrorKind::format, file_.path() + ": tensor " + quoted(name) + " is missing");
+        if (!same_shape(*info, shape)) {
+            throw Error(ErrorKind::format, file_.path() + ": tensor " + quoted(name) + " has the shape " +
+                                               info->shape() + ", but the keys ask for " + describe(shape));
+        }
+        return *info;
+    }
+
+    ggml_tensor* assign(const TensorInfo& info, int32_t wanted) {
+        const bool on_device = wanted != kCpuDevice && can_hold(info.type);
+        ggml_context* context = weights_.contexts_[(on_device ? wanted : kCpuDevice) - kCpuDevice].get();
+        ggml_tensor* tensor =
+            ggml_new_tensor(context, info.type, static_cast<int>(info.ne.size()), info.ne.data());
+        ggml_set_name(tensor, info.name.c_str());
+        if (on_device) {
+            uploads_.emplace_back(tensor, &info);
+        } else if (ggml_backend_buffer_t buffer = mapped_[info.part]) {
+            ggml_backend_tensor_alloc(buffer, tensor, const_cast<uint8_t*>(file_.tensor_data(info)));
+        } else {
+            copy(tensor, info);
+        }
+        if (used_.emplace(info.name, true).second) {
+            weights_.bytes_by_type[info.type] += info.n_bytes;
+            weights_.n_weights += info.n_elements();
+        }
+        return tensor;
+    }
+
+    void copy(ggml_tensor* tensor, const TensorInfo& info) {
+        ggml_backend_buffer_t buffer =
+            ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), info.n_bytes);
+        if (!buffer) throw Error(ErrorKind::out_of_memory, "no memory for tensor " + quoted(info.name));
+        weights_.buffers_.emplace_back(buffer);
+        ggml_backend_tensor_alloc(buffer, tensor, ggml_backend_buffer_get_base(buffer));
+        std::memcpy(tensor->data, file_.tensor_data(info), info.n_bytes);
+    }
+
+    Weights& weights_;
+    const GgufFile& file_;
+    const DevicePlan& device_plan_;
+    const Backend& backend_;
+    std::map<ggml_type, bool> can_hold_;
+    std::vector<std::pair<ggml_tensor*, const TensorInfo*>> uploads_;
+    std::vector<ggml_backend_buffer_t> mapped_;  // by part
+    std::map<std::string, bool> used_;
+};
+
+namespace {
+
+template <typename Loader>
+LayerWeights load_layer(Loader& load, const Hparams& hp, int32_t i) {
+    const LayerShape& shape = hp.layers[i];
+    const int64_t d = hp.n_embd, q = int64_t{shape.head_dim} * hp.n_head,
+                  kv = int64_t{shape.head_dim} * shape.n_head_kv;
+    const int64_t ff = hp.n_ff, ffx = hp.n_ff_expert, nx = hp.n_expert;
+    const auto name = [i](const char* suffix) { return format("blk.%d.%s", i, suffix); };
+
+    LayerWeights w{};
+    w.attn_norm = load.f32(name("attn_norm.weight"), {d});
+    w.attn_q = load.matrix(name("attn_q.weight"), {d, q});
+    w.attn_k = load.matrix(name("attn_k.weight"), {d, kv});
+    w.attn_v = shape.sliding ? load.matrix(name("attn_v.weight"), {d, kv}) : nullptr;
+    w.attn_output = load.matrix(name("attn_output.weight"), {q, d});
+    w.attn_q_norm = load.f32(name("attn_q_norm.weight"), {shape.head_dim});
+    w.attn_k_norm = load.f32(name("attn_k_norm.weight"), {shape.head_dim});
+    w.post_attention_norm = load.f32(name("post_attention_norm.weight"), {d});
+    w.ffn_norm = load.f32(name("ffn_norm.weight"), {d});
+    w.ffn_gate = load.matrix(name("ffn_gate.weight"), {d, ff});
+    w.ffn_up = load.matrix(name("ffn_up.weight"), {d, ff});
+    w.ffn_down = load.matrix(name("ffn_down.weight"), {ff, d});
+    w.post_ffw_norm_1 = load.f32(name("post_ffw_norm_1.weight"), {d});
+    w.pre_ffw_norm_2 = load.f32(name("pre_ffw_norm_2.weight"), {d});
+    w.ffn_gate_inp = load.f32(name("ffn_gate_inp.weight"), {d, nx});
+    w.ffn_gate_inp_scale = load.f32(name("ffn_gate_inp.scale"), {d});
+    if (load.has(name("ffn_gate_up_exps.weight"))) {
+        w.ffn_gate_up_exps = load.matrix(name("ffn_gate_up_exps.weight"), {d, 2 * ffx, nx});
+    } else {
+        w.ffn_gate_exps = load.matrix(name("ffn_gate_exps.weight"), {d, ffx, nx});
+        w.ffn_up_exps = load.matrix(name("ffn_up_exps.weight"), {d, ffx, nx});
+    }
+    w.ffn_down_exps = load.matrix(name("ffn_down_exps.weight"), {ffx, d, nx});
+    w.ffn_down_exps_scale = load.f32(name("ffn_down_exps.scale"), {nx});
+    w.post_ffw_norm_2 = load.f32(name("post_ffw_norm_2.weight"), {d});
+    w.post_ffw_norm = load.f32(name("post_ffw_norm.weight"), {d});
+    w.decoder_scale = load.f32(name("layer_output_scale.weight"), {1});
+    w.encoder_scale = load.f32(name("enc_layer_output_scale.weight"), {1});
+    return w;
+}
+
+}  // namespace
+
+Weights::Weights(std::shared_ptr<const GgufFile> file, const Hparams& hp, const DevicePlan& device_plan,
+                 const Backend& backend, const std::function<void(double)>& progress)
+    : file_(std::move(file)) {
+    Loader load(*this, *file_, device_plan, backend);
+    const int64_t d = hp.n_embd, ff = hp.n_ff;
+    token_embd = load.matrix("token_embd.weight", {d, hp.n_vocab});
+    output = load.has("output.weight") ? load.matrix("output.weight", {d, hp.n_vocab}) : token_embd;
+    output_norm = load.f32("output_norm.weight", {d});
+    self_cond_pre_norm = load.f32("self_cond_pre_norm.weight", {d});
+    self_cond_gate = load.matrix("self_cond_gate.weight", {d, ff});
+    self_cond_up = load.matrix("self_cond_up.weight", {d, ff});
+    self_cond_down = load.matrix("self_cond_down.weight", {ff, d});
+    rope_freqs.resize(backend.n_devices() + 1);
+    for (int32_t i = 0; i < hp.n_layer; ++i) {
+        const LayerShape& shape = hp.layers[i];
+        ggml_tensor*& there = rope_freqs[device_plan.layer_device(i) - kCpuDevice];
+        if (!shape.sliding && !there)
+            there = load.f32_on(device_plan.layer_device(i), "rope_freqs.weight", {shape.head_dim / 2});
+    }
+    for (int32_t i = 0; i < hp.n_layer; ++i) layers.push_back(load_layer(load, hp, i));
+    load.refuse_unknown_layer_tensors();
+    load.upload(progress);
+}
+
+}  // namespace pydiffusion

@@ -1,0 +1,79 @@
+// The model's tensors, immutable and shared by all sessions: in the file's own mapping, or on a device.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "gguf/gguf_file.h"
+#include "model/device_plan.h"
+#include "model/hparams.h"
+
+namespace pydiffusion {
+
+// Names follow the GGUF's; shapes are in ggml's order. Null where a tensor is optional and absent.
+struct LayerWeights {
+    ggml_tensor* attn_norm;            // [d]
+    ggml_tensor* attn_q;               // [d, head_dim * n_head]
+    ggml_tensor* attn_k;               // [d, head_dim * n_head_kv]
+    ggml_tensor* attn_v;               // as attn_k; null on full layers, whose values come from attn_k
+    ggml_tensor* attn_output;          // [head_dim * n_head, d]
+    ggml_tensor* attn_q_norm;          // [head_dim]
+    ggml_tensor* attn_k_norm;          // [head_dim]
+    ggml_tensor* post_attention_norm;  // [d]
+    ggml_tensor* ffn_norm;             // [d]
+    ggml_tensor* ffn_gate;             // [d, n_ff]
+    ggml_tensor* ffn_up;               // [d, n_ff]
+    ggml_tensor* ffn_down;             // [n_ff, d]
+    ggml_tensor* post_ffw_norm_1;      // [d]
+    ggml_tensor* pre_ffw_norm_2;       // [d]
+    ggml_tensor* ffn_gate_inp;         // [d, n_expert], the router
+    ggml_tensor* ffn_gate_inp_scale;   // [d]
+    ggml_tensor*
+        ffn_gate_up_exps;        // [d, 2 * n_ff_expert, n_expert], gate rows first; or null and the two below
+    ggml_tensor* ffn_gate_exps;  // [d, n_ff_expert, n_expert]
+    ggml_tensor* ffn_up_exps;    // [d, n_ff_expert, n_expert]
+    ggml_tensor* ffn_down_exps;  // [n_ff_expert, d, n_expert]
+    ggml_tensor* ffn_down_exps_scale;  // [n_expert], the router's per-expert scale
+    ggml_tensor* post_ffw_norm_2;      // [d]
+    ggml_tensor* post_ffw_norm;        // [d]
+    ggml_tensor* decoder_scale;        // [1], layer_output_scale
+    ggml_tensor* encoder_scale;        // [1], enc_layer_output_scale
+};
+
+struct Weights {
+    // Refuses missing tensors, other shapes, and types that this build can't compute with.
+    // What the device_plan puts on a device is copied there, the share done reported to `progress`; but for
+    // types that it can't compute with, which stay in the mapping.
+    Weights(std::shared_ptr<const GgufFile> file, const Hparams& hparams, const DevicePlan& device_plan,
+            const Backend& backend, const std::function<void(double)>& progress);
+    Weights(const Weights&) = delete;
+    Weights& operator=(const Weights&) = delete;
+
+    ggml_tensor* token_embd;  // [d, n_vocab]
+    ggml_tensor* output;      // [d, n_vocab]; token_embd itself where the file ties them
+    ggml_tensor* output_norm;
+    // [head_dim / 2] of the full layers, on the processor and on each device: null where none of them lie.
+    std::vector<ggml_tensor*> rope_freqs;
+    ggml_tensor* self_cond_pre_norm;
+    ggml_tensor* self_cond_gate;
+    ggml_tensor* self_cond_up;
+    ggml_tensor* self_cond_down;
+    std::vector<LayerWeights> layers;
+
+    std::map<ggml_type, uint64_t> bytes_by_type;
+    uint64_t n_weights = 0;
+
+  private:
+    class Loader;
+    std::shared_ptr<const GgufFile> file_;    // keeps the mapping alive
+    std::vector<ggml_context_ptr> contexts_;  // the mapping's tensors, then each device's
+    std::vector<ggml_backend_buffer_ptr> buffers_;
+};
+
+}  // namespace pydiffusion

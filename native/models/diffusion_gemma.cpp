@@ -1,0 +1,177 @@
+#include "models/diffusion_gemma.h"
+
+#include <cmath>
+
+#include "backend/cpu/fused_rows.h"
+#include "backend/cpu/top_k.h"
+#include "backend/ggml/ggml_ops.h"
+
+namespace pydiffusion {
+
+namespace {
+
+// x [head_dim * n_heads, n_tokens] -> [head_dim, n_heads, n_tokens]
+ggml_tensor* split_heads(const GraphBuilder& g, ggml_tensor* x, int64_t head_dim) {
+    return ggml_reshape_3d(g.ctx(), x, head_dim, x->ne[0] / head_dim, x->ne[1]);
+}
+
+void write_rows(GraphBuilder& g, ggml_tensor* rows, ggml_tensor* cache, int64_t first) {
+    ggml_tensor* target =
+        ggml_view_2d(g.ctx(), cache, cache->ne[0], rows->ne[2], cache->nb[1], first * cache->nb[1]);
+    ggml_tensor* source = ggml_reshape_2d(g.ctx(), rows, cache->ne[0], rows->ne[2]);
+    ggml_build_forward_expand(g.graph, ggml_cpy(g.ctx(), source, target));
+}
+
+// Some of the tokens of x [a, b, n_tokens], from `first` on.
+ggml_tensor* tokens_of(const GraphBuilder& g, ggml_tensor* x, int64_t first, int64_t n) {
+    if (n == x->ne[2]) return x;
+    return ggml_view_3d(g.ctx(), x, x->ne[0], x->ne[1], n, x->nb[1], x->nb[2], first * x->nb[2]);
+}
+
+// h [d, n_tokens], already normed. Values go without rope and without a weight; full layers take them from
+// the keys before their norm.
+void store_normed(GraphBuilder& g, int32_t i_layer, ggml_tensor* h) {
+    const LayerWeights& w = g.model.weights.layers[i_layer];
+    const LayerShape& shape = g.model.hparams.layers[i_layer];
+    ggml_tensor* k = split_heads(g, g.matmul->apply(w.attn_k, h), shape.head_dim);
+    ggml_tensor* v = w.attn_v ? split_heads(g, g.matmul->apply(w.attn_v, h), shape.head_dim) : k;
+    v = g.rms_norm(v);
+    k = g.rotate_normed(k, w.attn_k_norm, i_layer);
+    int64_t first = 0;
+    for (const Sequence& sequence : g.sequences) {
+        const KvRange range = sequence.cache->range(i_layer);
+        write_rows(g, tokens_of(g, k, first, sequence.n_tokens), range.k, range.write);
+        write_rows(g, tokens_of(g, v, first, sequence.n_tokens), range.v, range.write);
+        first += sequence.n_tokens;
+    }
+}
+
+// Rows of a cache buffer from the first visible one on -> [head_dim, n_rows, n_head_kv]
+ggml_tensor* visible_rows(const GraphBuilder& g, ggml_tensor* buffer, const KvRange& range, int64_t head_dim,
+                          int64_t n_rows) {
+    return ggml_view_3d(g.ctx(), buffer, head_dim, n_rows, buffer->ne[0] / head_dim, buffer->nb[1],
+                        ggml_row_size(buffer->type, head_dim), range.first * buffer->nb[1]);
+}
+
+// q [head_dim, n_head, n_tokens] of one sequence over its cache -> [head_dim * n_head, n_tokens]
+ggml_tensor* attend_sequence(GraphBuilder& g, size_t i_sequence, int32_t i_layer, ggml_tensor* q,
+                             const Causal* causal) {
+    const Sequence& sequence = g.sequences[i_sequence];
+    const KvRange range = causal ? sequence.cache->causal_range(i_layer) : sequence.cache->range(i_layer);
+    const int64_t n_visible = range.n_visible(sequence.n_tokens + sequence.n_frozen), head_dim = q->ne[0];
+    if (!g.uses_ggml_ops()) {
+        ggml_tensor* k = visible_rows(g, range.k, range, head_dim, n_visible);
+        ggml_tensor* v = visible_rows(g, range.v, range, head_dim, n_visible);
+        return attend(g.ctx(), q, k, v, causal, g.model.backend.kernel());
+    }
+    const ggml_ops::Mask mask = g.mask(i_sequence, i_layer, n_visible, causal);
+    ggml_tensor* k = visible_rows(g, range.k, range, head_dim, mask.tensor->ne[0]);
+    ggml_tensor* v = visible_rows(g, range.v, range, head_dim, mask.tensor->ne[0]);
+    return ggml_ops::attend(g.ctx(), g.model.backend, q, k, v, mask);
+}
+
+ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const Causal* causal) {
+    const LayerWeights& w = g.model.weights.layers[i_layer];
+    const LayerShape& shape = g.model.hparams.layers[i_layer];
+    ggml_tensor* h = g.rms_norm(x, w.attn_norm);
+    g.pin_to_device_of(w.attn_norm, h->src[0]);  // else x is moved to another device in both forms
+    store_normed(g, i_layer, h);
+
+    ggml_tensor* q = split_heads(g, g.matmul->apply(w.attn_q, h), shape.head_dim);
+
+    std::vector<ggml_tensor*> outputs;
+    int64_t first = 0;
+    for (size_t i = 0; i < g.sequences.size(); ++i) {
+        const int64_t n_tokens = g.sequences[i].n_tokens;
+        ggml_tensor* own = g.rotate_normed(tokens_of(g, q, first, n_tokens), w.attn_q_norm, i_layer, first);
+        outputs.push_back(attend_sequence(g, i, i_layer, own, causal));
+        first += n_tokens;
+    }
+    return g.matmul->apply(w.attn_output, g.stack(outputs));
+}
+
+// r [d, n_tokens] -> the router's scores [n_expert, n_tokens], still to be divided by sqrt(d): the reference
+// divides the far longer vectors that they are products of.
+ggml_tensor* router(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r) {
+    return g.matmul->apply(w.ffn_gate_inp, g.rms_norm(r, w.ffn_gate_inp_scale));
+}
+
+// x [d, 1, n_tokens] through the experts chosen [n_used, n_tokens] -> [d, n_used, n_tokens]
+ggml_tensor* experts(GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggml_tensor* chosen) {
+    const Hparams& hp = g.model.hparams;
+    ggml_context* ctx = g.ctx();
+    ggml_tensor *gate, *up;
+    if (w.ffn_gate_up_exps) {
+        ggml_tensor* both = g.matmul->apply(w.ffn_gate_up_exps, x, chosen);
+        const auto half = [&](int64_t i) {
+            return ggml_view_3d(ctx, both, hp.n_ff_expert, both->ne[1], both->ne[2], both->nb[1], both->nb[2],
+                                i * hp.n_ff_expert * sizeof(float));
+        };
+        gate = half(0);
+        up = half(1);
+    } else {
+        gate = g.matmul->apply(w.ffn_gate_exps, x, chosen);
+        up = g.matmul->apply(w.ffn_up_exps, x, chosen);
+    }
+    return g.matmul->apply(w.ffn_down_exps, g.gelu_product(gate, up), chosen);
+}
+
+// [d, n_tokens] -> [d, 1, n_tokens]
+ggml_tensor* each_token_alone(const GraphBuilder& g, ggml_tensor* x) {
+    return ggml_reshape_3d(g.ctx(), x, x->ne[0], 1, x->ne[1]);
+}
+
+// What the two halves of a feed-forward part make of r [d, n_tokens], added to it.
+ggml_tensor* ggml_feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r, ggml_tensor* dense) {
+    dense = g.rms_norm(dense, w.post_ffw_norm_1);
+    g.begin_part("experts");
+    const float scale = 1.0f / std::sqrt(static_cast<float>(g.model.hparams.n_embd));
+    ggml_tensor* probabilities = ggml_soft_max(g.ctx(), ggml_scale(g.ctx(), router(g, w, r), scale));
+    const ggml_ops::Routing routing = ggml_ops::route(g.ctx(), g.graph, probabilities, w.ffn_down_exps_scale,
+                                                      g.model.hparams.n_expert_used);
+    if (!g.model.device_plan.single_device()) ggml_build_forward_expand(g.graph, routing.scales);
+    ggml_tensor* y = experts(g, w, each_token_alone(g, g.rms_norm(r, w.pre_ffw_norm_2)), routing.experts);
+    ggml_build_forward_expand(g.graph, y);
+    // They are many times what they are added up to: wherever they are computed, only the sum leaves.
+    const int first = ggml_graph_n_nodes(g.graph);
+    ggml_tensor* sum = ggml_ops::weighted_sum(g.ctx(), g.graph, y, routing);
+    g.pin_to_device_of(w.ffn_down_exps, first);
+    ggml_tensor* mixture = g.rms_norm(sum, w.post_ffw_norm_2);
+    return g.add_normed(r, ggml_add(g.ctx(), dense, mixture), w.post_ffw_norm);
+}
+
+// r [d, n_tokens] plus what its dense and its experts' half make of it, times `scale` [1].
+ggml_tensor* feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r, ggml_tensor* scale) {
+    g.begin_part("dense");
+    ggml_tensor* dense = g.mlp(g.rms_norm(r, w.ffn_norm), w.ffn_gate, w.ffn_up, w.ffn_down);
+    if (g.uses_ggml_ops()) return ggml_mul(g.ctx(), ggml_feed_forward(g, w, r, dense), scale);
+    g.begin_part("experts");
+    ggml_tensor* scores = router(g, w, r);
+    ggml_tensor* chosen = top_k(g.ctx(), scores, g.model.hparams.n_expert_used);
+    ggml_tensor* y = experts(g, w, each_token_alone(g, g.rms_norm(r, w.pre_ffw_norm_2)), chosen);
+    const Branches branches = {dense,
+                               w.post_ffw_norm_1,
+                               y,
+                               scores,
+                               chosen,
+                               w.ffn_down_exps_scale,
+                               w.post_ffw_norm_2,
+                               w.post_ffw_norm,
+                               scale};
+    return join_branches(g.ctx(), r, branches, &g.model.hparams.rms_eps);
+}
+
+}  // namespace
+
+void store_keys_and_values(GraphBuilder& g, int32_t i_layer, ggml_tensor* x) {
+    store_normed(g, i_layer, g.rms_norm(x, g.model.weights.layers[i_layer].attn_norm));
+}
+
+ggml_tensor* apply_layer(GraphBuilder& g, int32_t i_layer, Mode mode, ggml_tensor* x, const Causal* causal) {
+    const LayerWeights& w = g.model.weights.layers[i_layer];
+    g.begin_part("attention");
+    ggml_tensor* r = g.add_normed(x, attention(g, i_layer, x, causal), w.post_attention_norm);
+    return feed_forward(g, w, r, mode == Mode::encoder ? w.encoder_scale : w.decoder_scale);
+}
+
+}  // namespace pydiffusion

@@ -1,0 +1,63 @@
+#include "quant/imatrix_collector.h"
+
+namespace pydiffusion {
+
+namespace {
+
+void keep(const ggml_tensor* factor) {
+    auto* tensor = const_cast<ggml_tensor*>(factor);  // of a graph that is still being made
+    if (!tensor) return;
+    ggml_set_output(tensor);
+    if (tensor->view_src) ggml_set_output(tensor->view_src);
+}
+
+const char* at(const ggml_tensor* t, int64_t i0, int64_t i1, int64_t i2) {
+    return static_cast<const char*>(t->data) + i0 * t->nb[0] + i1 * t->nb[1] + i2 * t->nb[2];
+}
+
+}  // namespace
+
+void ImatrixCollector::keep_inputs(ggml_cgraph* graph) {
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        const gemm::MatmulOperands factors = gemm::matmul_operands(ggml_graph_node(graph, i));
+        keep(factors.x);
+        keep(factors.experts);
+    }
+}
+
+void ImatrixCollector::add(ggml_cgraph* graph) {
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        const gemm::MatmulOperands factors = gemm::matmul_operands(ggml_graph_node(graph, i));
+        if (factors.weight && factors.weight->op == GGML_OP_NONE) add_product(factors);
+    }
+}
+
+void ImatrixCollector::add_product(const gemm::MatmulOperands& factors) {
+    // By name: clang's C++17 lets no lambda use a structured binding.
+    const ggml_tensor *weight = factors.weight, *x = factors.x, *experts = factors.experts;
+    ImatrixEntry& s = by_weight_[weight->name];
+    if (s.sums.empty()) {
+        s.n_per_row = weight->ne[0];
+        s.counts.resize(weight->ne[2]);
+        s.sums.resize(weight->ne[0] * weight->ne[2]);
+    }
+    const auto add_row = [&](int64_t matrix, int64_t i1, int64_t i2) {
+        const auto* row = reinterpret_cast<const float*>(at(x, 0, i1, i2));
+        double* sums = s.sums.data() + matrix * s.n_per_row;
+        for (int64_t c = 0; c < s.n_per_row; ++c) sums[c] += static_cast<double>(row[c]) * row[c];
+        s.counts[matrix] += 1;
+    };
+    if (!experts) {
+        for (int64_t i1 = 0; i1 < x->ne[1]; ++i1) add_row(0, i1, 0);
+        return;
+    }
+    // x [n_per_row, 1 or n_used, n_tokens], experts I32 [n_used, n_tokens]
+    for (int64_t token = 0; token < x->ne[2]; ++token) {
+        for (int64_t used = 0; used < experts->ne[0]; ++used) {
+            const int32_t expert = *reinterpret_cast<const int32_t*>(at(experts, used, token, 0));
+            add_row(expert, used % x->ne[1], token);
+        }
+    }
+}
+
+}  // namespace pydiffusion

@@ -1,0 +1,272 @@
+#include "runtime/denoiser.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include "backend/cpu/measure_logits.h"
+#include "backend/step_backend.h"
+#include "ggml-impl.h"
+#include "models/diffusion_gemma.h"
+#include "util/error.h"
+#include "util/timer.h"
+
+namespace pydiffusion {
+
+namespace {
+
+// ggml's name of an operation, our own's own.
+const char* operation_name(const ggml_tensor* node) {
+    return node->op == GGML_OP_CUSTOM ? node->name : ggml_op_name(node->op);
+}
+
+}  // namespace
+
+CanvasState::CanvasState(const Model& model) : model_(model) {
+    const Hparams& hp = model.hparams;
+    const ggml_init_params params = {3 * ggml_tensor_overhead(), nullptr, true};
+    context_.reset(ggml_init(params));
+    if (!context_) throw Error(ErrorKind::out_of_memory, "no memory for the logits' description");
+    logits_ = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, hp.n_vocab, hp.canvas_length);
+    if (model.backend.on_device())
+        soft_ = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, hp.n_embd, hp.canvas_length);
+    buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(context_.get(), model.backend.buffer_type()));
+    if (!buffer_) {
+        throw Error(ErrorKind::out_of_memory, format("no memory for the logits of a canvas (%.1f MB)",
+                                                     static_cast<double>(ggml_nbytes(logits_)) / 1e6));
+    }
+    use_large_pages(buffer_.get());
+    step_.soft_cap = hp.soft_cap;
+    step_.kernel = model.backend.kernel();
+    step_.embedding_scale = std::sqrt(static_cast<float>(hp.n_embd));
+    step_.u.assign(hp.canvas_length, 0.0f);
+    step_.measures.resize(hp.canvas_length);
+    step_.normalizers.resize(hp.canvas_length);
+}
+
+const float* CanvasState::logits() {
+    if (!soft_) return static_cast<const float*>(logits_->data);
+    host_logits_.resize(ggml_nelements(logits_));
+    ggml_backend_tensor_get(logits_, host_logits_.data(), 0, ggml_nbytes(logits_));
+    return host_logits_.data();
+}
+
+void CanvasState::set_logits(const float* logits) {
+    ggml_backend_tensor_set(logits_, logits, 0, ggml_nbytes(logits_));
+    std::fill(step_.normalizers.begin(), step_.normalizers.end(), Normalizer{});
+}
+
+void CanvasState::pin(int64_t position, int32_t token) {
+    const Hparams& hp = model_.hparams;
+    if (soft_) {
+        const auto turn = model_.backend.lock_devices();
+        model_.backend.step_backend().pin(logits_, position, token, hp.soft_cap);
+        return;
+    }
+    float* row = static_cast<float*>(logits_->data) + position * hp.n_vocab;
+    std::fill_n(row, hp.n_vocab, -std::numeric_limits<float>::infinity());
+    row[token] = hp.soft_cap;
+    step_.normalizers[position] = {};
+}
+
+void CanvasState::condition(const ggml_tensor* embedding, int64_t n_tokens) {
+    if (soft_) model_.backend.step_backend().condition(logits_, embedding, soft_, n_tokens, step_);
+}
+
+void CanvasState::measure(int64_t n_tokens) {
+    if (soft_) model_.backend.step_backend().measure(logits_, n_tokens, step_);
+}
+
+void CanvasState::require_finite(size_t n) const {
+    for (size_t i = 0; i < n; ++i) {
+        if (std::isnan(step_.measures[i].entropy)) {
+            throw Error(
+                ErrorKind::general,
+                format("the logits of canvas position %zu are NaN or infinite: the model's weights, or the "
+                       "self-conditioning logits, are not finite",
+                       i));
+        }
+    }
+}
+
+namespace {
+
+ggml_tensor* first_tokens(const GraphBuilder& g, ggml_tensor* x, int64_t n) {
+    return ggml_view_2d(g.ctx(), x, x->ne[0], n, x->nb[1], 0);
+}
+
+}  // namespace
+
+// The soft embedding of a slot's last step: a device's kernels have filled it in by then.
+ggml_tensor* Denoiser::soft_embedding_of(GraphBuilder& g, CanvasState& state, int64_t n_tokens) {
+    if (state.soft_) return first_tokens(g, state.soft_, n_tokens);
+    ggml_tensor* logits = first_tokens(g, state.logits_, n_tokens);
+    ggml_tensor* probabilities = soft_probabilities(g.ctx(), logits, &state.step_);
+    return soft_embedding(g.ctx(), probabilities, model_.weights.token_embd, &state.step_);
+}
+
+// What the layers begin with: embedded tokens plus the soft embedding of the step before, slot by slot.
+ggml_tensor* Denoiser::embed_slots(GraphBuilder& g, const std::vector<Slot>& slots) {
+    const Weights& w = model_.weights;
+    g.begin_part("self-conditioning");
+    std::vector<ggml_tensor*> parts;
+    for (const Slot& slot : slots) parts.push_back(soft_embedding_of(g, *slot.state, slot.n_tokens()));
+    ggml_tensor* soft = g.stack(parts);
+    ggml_tensor* s =
+        g.mlp(g.rms_norm(soft, w.self_cond_pre_norm), w.self_cond_gate, w.self_cond_up, w.self_cond_down);
+    g.begin_part("embedding");
+    return g.rms_norm(ggml_add(g.ctx(), g.embed(canvas_), s));
+}
+
+// The head writes straight into the slot's own logits, whose old content the step has consumed by then.
+void Denoiser::finish_slot(GraphBuilder& g, CanvasState& state, ggml_tensor* x) {
+    g.begin_part("head");
+    ggml_tensor* head =
+        g.matmul->apply_unpadded(model_.weights.output, g.rms_norm(x, model_.weights.output_norm));
+    ggml_backend_tensor_alloc(state.buffer_.get(), head, state.logits_->data);
+    g.begin_part("sampler");
+    if (!state.soft_) head = cap_and_measure(g.ctx(), head, &state.step_);
+    ggml_build_forward_expand(g.graph, head);
+}
+
+void Denoiser::build(const std::vector<Slot>& slots, GraphExecutor& executor) {
+    const Hparams& hp = model_.hparams;
+    int64_t n_tokens = 0;
+    std::vector<Sequence> sequences;
+    for (const Slot& slot : slots) {
+        sequences.push_back({slot.cache, slot.n_tokens(), slot.n_frozen});
+        n_tokens += slot.n_tokens();
+    }
+    canvases_.clear();
+    for (const Slot& slot : slots) canvases_.emplace_back(slot.state, slot.n_tokens());
+    built_ = std::make_unique<GraphBuilder>(model_, std::move(sequences));
+    GraphBuilder& g = *built_;
+    canvas_ = g.new_input(GGML_TYPE_I32, n_tokens);
+    if (imatrix_) g.matmul->keep_activations();
+    ggml_tensor* x = embed_slots(g, slots);
+    for (int32_t i = 0; i < hp.n_layer; ++i) x = apply_layer(g, i, Mode::decoder, x, nullptr);
+    int64_t first = 0;
+    for (const Slot& slot : slots) {
+        const int64_t n = slot.n_tokens();
+        finish_slot(g, *slot.state, ggml_view_2d(g.ctx(), x, x->ne[0], n, x->nb[1], first * x->nb[1]));
+        first += n;
+    }
+    if (imatrix_) ImatrixCollector::keep_inputs(g.graph);
+    g.allocate(executor, "the buffers of a denoising step");
+}
+
+std::map<std::string, int> Denoiser::ops() const {
+    std::map<std::string, int> counts;
+    for (int i = 0; built_ && i < ggml_graph_n_nodes(built_->graph); ++i) {
+        counts[operation_name(ggml_graph_node(built_->graph, i))] += 1;
+    }
+    return counts;
+}
+
+namespace {
+
+void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
+    const ggml_tensor *a = node->src[0], *b = node->src[1];
+    if (const ggml_tensor* weight = gemm::matmul_operands(node).weight) {
+        cost.operations +=
+            2.0 * static_cast<double>(weight->ne[0]) * static_cast<double>(ggml_nelements(node));
+        cost.bytes += static_cast<double>(ggml_nbytes(weight));
+        return;
+    }
+    switch (node->op) {
+        case GGML_OP_FLASH_ATTN_EXT:
+            cost.operations += 4.0 * static_cast<double>(ggml_nelements(a)) * static_cast<double>(b->ne[1]);
+            cost.bytes += 2.0 * static_cast<double>(ggml_nbytes(b));
+            break;
+        case GGML_OP_CUSTOM:
+            if (std::string(node->name).rfind("attend", 0) ==
+                0) {  // queries times keys, and weights times values
+                cost.operations +=
+                    4.0 * static_cast<double>(ggml_nelements(node)) * static_cast<double>(b->ne[1]);
+                cost.bytes += 2.0 * static_cast<double>(ggml_nelements(b) / ggml_blck_size(b->type)) *
+                              static_cast<double>(ggml_type_size(b->type));
+            } else if (node->name == std::string("soft_embedding")) {  // dense
+                cost.operations +=
+                    2.0 * static_cast<double>(b->ne[1]) * static_cast<double>(ggml_nelements(node));
+                cost.bytes += static_cast<double>(ggml_nbytes(b));
+            }
+            break;
+        default:
+            break;
+    }
+}
+
+}  // namespace
+
+std::map<std::string, Denoiser::PartCost> Denoiser::profile(GraphExecutor& executor,
+                                                            const std::atomic<bool>& cancel,
+                                                            bool by_operation) {
+    if (!built_ || built_for_.empty())
+        throw Error(ErrorKind::argument, "there is no step to profile: run one first");
+    if (!model_.device_plan.single_device())
+        throw Error(ErrorKind::unsupported, "a step that runs in several places can't be profiled");
+    const auto turn = model_.backend.lock_devices();
+    std::map<std::string, PartCost> costs;
+    const int n_nodes = ggml_graph_n_nodes(built_->graph);
+    const auto part_of = [&](const ggml_tensor* node) {
+        return std::string(by_operation ? operation_name(node) : built_->part_of(node));
+    };
+    const auto time = [&](const std::function<void()>& work) {
+        return model_.backend.on_device() ? model_.backend.step_backend().seconds_of(work) : seconds_of(work);
+    };
+    for (int first = 0, end = 0; first < n_nodes; first = end) {
+        const std::string part = part_of(ggml_graph_node(built_->graph, first));
+        PartCost& cost = costs[part];
+        for (; end < n_nodes && part == part_of(ggml_graph_node(built_->graph, end)); ++end)
+            count_work(ggml_graph_node(built_->graph, end), cost);
+        // A view knows how often each node is used, without which ggml fuses none.
+        ggml_cgraph nodes = ggml_graph_view(built_->graph, first, end);
+        cost.seconds += time([&] { executor.compute_nodes(&nodes, [&] { return cancel.load(); }); });
+    }
+    if (!model_.backend.on_device()) return costs;
+    // The sampler caps the logits that the nodes have just made; self-conditioning reads them capped.
+    const double row_bytes = sizeof(float) * static_cast<double>(model_.hparams.n_vocab);
+    for (const auto& [canvas, n] : canvases_) {
+        PartCost &conditioning = costs["self-conditioning"], &sampler = costs["sampler"];
+        sampler.seconds += time([canvas = canvas, n = n] { canvas->measure(n); });
+        sampler.bytes += 2.0 * row_bytes * static_cast<double>(n);
+        conditioning.seconds +=
+            time([&, canvas = canvas, n = n] { canvas->condition(model_.weights.token_embd, n); });
+        conditioning.bytes += 3.0 * row_bytes * static_cast<double>(n);
+    }
+    return costs;
+}
+
+void Denoiser::step(const std::vector<Slot>& slots, GraphExecutor& executor) {
+    const auto turn = model_.backend.lock_devices();
+    const auto versions = [&] {
+        decltype(built_for_) result;
+        for (const Slot& slot : slots)
+            result.emplace_back(slot.cache->version(), slot.n_tokens(), slot.n_frozen);
+        return result;
+    };
+    if (built_for_ != versions()) {
+        invalidate();
+        for (const Slot& slot : slots)
+            slot.cache->prepare(static_cast<int32_t>(slot.n_tokens() + slot.n_frozen));
+        build(slots, executor);
+        built_for_ = versions();
+    }
+    std::vector<int32_t> tokens, positions;
+    for (const Slot& slot : slots) {
+        tokens.insert(tokens.end(), slot.canvas->begin(), slot.canvas->end());
+        for (int32_t i = 0; i < slot.n_tokens(); ++i) positions.push_back(slot.cache->n_past() + i);
+    }
+    model_.file->require_not_truncated();
+    ggml_backend_tensor_set(canvas_, tokens.data(), 0, tokens.size() * sizeof(int32_t));
+    built_->set_positions(positions);
+    for (const Slot& slot : slots) slot.state->condition(model_.weights.token_embd, slot.n_tokens());
+    executor.compute(built_->graph, [&] {
+        return std::all_of(slots.begin(), slots.end(), [](const Slot& slot) { return slot.cancel->load(); });
+    });
+    for (const Slot& slot : slots) slot.state->measure(slot.n_tokens());
+    if (imatrix_) imatrix_->add(built_->graph);
+}
+
+}  // namespace pydiffusion

@@ -1,0 +1,74 @@
+#include "runtime/encoder.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "model/limits.h"
+#include "models/diffusion_gemma.h"
+#include "util/error.h"
+
+namespace pydiffusion {
+
+namespace {
+
+void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, const int32_t* ids,
+                  int32_t n_tokens, const std::atomic<bool>& cancel, std::vector<float>* hidden,
+                  ImatrixCollector* imatrix) {
+    const Hparams& hp = model.hparams;
+    const auto turn = model.backend.lock_devices();
+    cache.prepare(n_tokens);
+    GraphBuilder g(model, {{&cache, n_tokens}});
+    ggml_tensor* tokens = g.new_input(GGML_TYPE_I32, n_tokens);
+    if (imatrix) g.matmul->keep_activations();
+    Causal causal[2];  // of full layers, of sliding ones
+
+    ggml_tensor* x = g.embed(tokens);
+    for (int32_t i = 0; i < hp.n_layer; ++i) {
+        const bool sliding = hp.layers[i].sliding;
+        causal[sliding] = {cache.causal_range(i).first_position, cache.n_past(),
+                           sliding ? hp.window : std::numeric_limits<int32_t>::max()};
+        // Nothing but the cache is wanted of the last layer, unless the hidden state is.
+        if (i + 1 == hp.n_layer && !hidden) {
+            store_keys_and_values(g, i, x);
+        } else {
+            x = apply_layer(g, i, Mode::encoder, x, &causal[sliding]);
+        }
+    }
+    if (hidden) {
+        x = g.rms_norm(x, model.weights.output_norm);
+        ggml_set_output(x);
+        ggml_build_forward_expand(g.graph, x);
+    }
+    if (imatrix) ImatrixCollector::keep_inputs(g.graph);
+    g.allocate(executor, "encoding a chunk of the prompt");
+
+    model.file->require_not_truncated();
+    ggml_backend_tensor_set(tokens, ids, 0, n_tokens * sizeof(int32_t));
+    std::vector<int32_t> positions(n_tokens);
+    for (int32_t i = 0; i < n_tokens; ++i) positions[i] = cache.n_past() + i;
+    g.set_positions(positions);
+    executor.compute(g.graph, [&] { return cancel.load(); });
+    if (imatrix) imatrix->add(g.graph);
+    cache.advance(n_tokens);
+    if (hidden) {
+        const size_t n = ggml_nelements(x);
+        hidden->resize(hidden->size() + n);
+        ggml_backend_tensor_get(x, hidden->data() + hidden->size() - n, 0, n * sizeof(float));
+    }
+}
+
+}  // namespace
+
+void encode(const Model& model, KvCache& cache, GraphExecutor& executor, const std::vector<int32_t>& ids,
+            const std::atomic<bool>& cancel, const std::function<void(int32_t)>& between,
+            std::vector<float>* hidden, ImatrixCollector* imatrix) {
+    const int32_t n = static_cast<int32_t>(ids.size());
+    for (int32_t done = 0; done < n;) {
+        const int32_t n_tokens = std::min(kEncodeChunk, n - done);
+        encode_chunk(model, cache, executor, ids.data() + done, n_tokens, cancel, hidden, imatrix);
+        done += n_tokens;
+        between(done);
+    }
+}
+
+}  // namespace pydiffusion

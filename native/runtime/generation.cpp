@@ -1,0 +1,315 @@
+// The denoising loop: canvases begun, denoised until stable, finished.
+#include <algorithm>
+
+#include "runtime/session.h"
+#include "sampler/entropy_bound.h"
+#include "sampler/philox.h"
+#include "util/error.h"
+#include "util/timer.h"
+
+namespace pydiffusion {
+
+void Session::begin(const GenerationParams& params) {
+    const auto require = [](bool ok, const char* what) {
+        if (!ok) throw Error(ErrorKind::argument, what);
+    };
+    require(params.max_tokens >= 1, "max_tokens must be at least 1");
+    require(params.steps >= 1, "steps must be at least 1");
+    require(
+        params.t_min >= 0.0f && params.t_max >= params.t_min && params.t_max > 0.0f && params.t_max <= 1e6f,
+        "temperatures must satisfy 0 <= t_min <= t_max and 0 < t_max");
+    require(params.entropy_bound >= 0.0f, "entropy_bound must be at least 0");
+    require(params.stability_threshold >= 0, "stability_threshold must be at least 0");
+    require(params.confidence_threshold >= 0.0f, "confidence_threshold must be at least 0");
+    require(params.dropped_mass >= 0.0f && params.dropped_mass < 1.0f,
+            "dropped_mass must be at least 0 and below 1");
+    check_tokens(params.eos, "eos");
+    if (params.canvas_length < 0 || params.canvas_length > model_->hparams.canvas_length) {
+        throw Error(ErrorKind::argument, format("canvas_length is %d; this model's canvas has %d tokens",
+                                                params.canvas_length, model_->hparams.canvas_length));
+    }
+    const int32_t canvas = canvas_length(params);
+    if (n_past() + canvas > n_ctx_) {
+        throw Error(ErrorKind::context_overflow,
+                    format("a canvas of %d behind %d tokens does not fit the context of "
+                           "%d: open a session with a larger n_ctx",
+                           canvas, n_past(), n_ctx_));
+    }
+    check_canvas(params);
+    cache_.mark();  // where the next turn parts from this one, when its template drops what was thought
+    generation_ = std::make_unique<Generation>();
+    generation_->params = params;
+}
+
+void Session::check_canvas(const GenerationParams& params) const {
+    for (size_t i = 0; i < params.canvas.size(); ++i) {
+        if (params.canvas[i] < -1 || params.canvas[i] >= model_->hparams.n_vocab) {
+            throw Error(ErrorKind::argument,
+                        format("canvas has the token %d at position %zu; tokens are 0 to %d, and -1 for none",
+                               params.canvas[i], i, model_->hparams.n_vocab - 1));
+        }
+    }
+    if (params.hold.size() > params.canvas.size()) {
+        throw Error(ErrorKind::argument, format("hold has %zu positions and canvas has %zu",
+                                                params.hold.size(), params.canvas.size()));
+    }
+    for (size_t i = 0; i < params.hold.size(); ++i) {
+        if (params.hold[i] && params.canvas[i] < 0) {
+            throw Error(ErrorKind::argument,
+                        format("hold has position %zu, for which canvas has no token", i));
+        }
+    }
+}
+
+bool Session::next_step(StepResult& result, const std::function<void(int32_t)>& between) {
+    if (!begin_step(between)) return false;
+    double seconds = 0.0;
+    {
+        const AddSeconds timer(seconds);
+        denoiser_.step({slot()}, executor_);
+    }
+    end_step(seconds, result);
+    return true;
+}
+
+bool Session::begin_step(const std::function<void(int32_t)>& between) {
+    if (!generation_ || generation_->over) return false;
+    if (generation_->half) throw Error(ErrorKind::argument, "the guided step waits for its tokens (impose)");
+    if (generation_->step == 0) begin_canvas(between);
+    set_inputs();
+    return true;
+}
+
+void Session::end_step(double seconds, StepResult& result) {
+    generation_->denoise_seconds += seconds;
+    canvas_state_.require_finite(generation_->canvas.size());
+    measure_step(result);
+    report(result);
+}
+
+void Session::impose(const std::vector<int32_t>& tokens, StepResult& result) {
+    if (!generation_ || !generation_->half) {
+        throw Error(ErrorKind::argument, "there is no guided step that waits for its tokens");
+    }
+    if (tokens.size() != generation_->canvas.size()) {
+        throw Error(ErrorKind::argument,
+                    format("%zu tokens for a canvas of %zu", tokens.size(), generation_->canvas.size()));
+    }
+    check_tokens(tokens, "the canvas");
+    result = std::move(*generation_->half);
+    generation_->half.reset();
+    take_step(result, tokens);
+    report(result);
+}
+
+Session::Candidates Session::candidates(int32_t k, const std::vector<int32_t>& extra) {
+    if (!generation_ || !generation_->half) {
+        throw Error(ErrorKind::argument, "there is no guided step that waits for its tokens");
+    }
+    check_tokens(extra, "extra");
+    const int64_t n_vocab = model_->hparams.n_vocab;
+    if (k < 1 || k > n_vocab) throw Error(ErrorKind::argument, format("k is %d", k));
+    const size_t n = generation_->canvas.size();
+    Candidates found;
+    found.tokens.resize(n * k);
+    found.logits.resize(n * k);
+    const float* logits = canvas_state_.logits();
+    for (size_t i = 0; i < n; ++i) {
+        const float* row = logits + i * n_vocab;
+        top_k(row, n_vocab, k, found.tokens.data() + i * k);
+        for (int32_t j = 0; j < k; ++j) found.logits[i * k + j] = row[found.tokens[i * k + j]];
+        for (const int32_t token : extra) found.extra.push_back(row[token]);
+    }
+    return found;
+}
+
+// The end of a step: what the caller learns beside the canvas.
+void Session::report(StepResult& result) {
+    if (result.canvas_done) finish_canvas(result);
+    result.encode_seconds = generation_->encode_seconds;
+    result.denoise_seconds = generation_->denoise_seconds;
+    generation_->over = result.finish != Finish::none;
+}
+
+Finish Session::amend(const std::vector<int32_t>& tokens) {
+    if (!generation_ || generation_->step != 0 || generation_->finished.empty()) {
+        throw Error(ErrorKind::argument, "there is no finished canvas to amend");
+    }
+    Generation& g = *generation_;
+    if (tokens.empty() || tokens.size() > static_cast<size_t>(canvas_length(g.params))) {
+        throw Error(ErrorKind::argument,
+                    format("%zu tokens in place of a canvas of %d", tokens.size(), canvas_length(g.params)));
+    }
+    check_tokens(tokens, "the canvas");
+    g.n_generated += static_cast<int32_t>(tokens.size()) - g.n_added;
+    g.n_added = static_cast<int32_t>(tokens.size());
+    g.finished = tokens;
+    const Finish finish = g.n_generated >= g.params.max_tokens ? Finish::length
+                          : is_full(tokens.size())             ? Finish::context
+                                                               : Finish::none;
+    g.over = finish != Finish::none;
+    return finish;
+}
+
+// Whether no canvas has room behind so many more tokens.
+bool Session::is_full(size_t n_more) const {
+    return n_past() + static_cast<int64_t>(n_more) + canvas_length(generation_->params) > n_ctx_;
+}
+
+void Session::begin_canvas(const std::function<void(int32_t)>& between) {
+    Generation& g = *generation_;
+    if (!g.finished.empty()) {
+        const AddSeconds watch(g.encode_seconds);
+        append(g.finished, between, nullptr);
+        g.finished.clear();
+    }
+    g.step = g.params.steps;
+    g.history.clear();
+    g.canvas.resize(canvas_length(g.params));
+    g.eos_at = g.canvas.size();
+    g.n_ended_there = 0;
+    g.frozen_entropy = 0.0;
+    for (size_t i = 0; i < g.canvas.size(); ++i) {
+        const int32_t given = given_token(i, false);
+        g.canvas[i] = given >= 0
+                          ? given
+                          : random_draw(g.params.seed, g.canvas_index, 0, i, model_->hparams.n_vocab).token;
+    }
+}
+
+// What the caller gave for a position of the current canvas, or only if it is to be held; -1 for nothing.
+int32_t Session::given_token(size_t i, bool held) const {
+    const Generation& g = *generation_;
+    const size_t at = static_cast<size_t>(g.canvas_index) * canvas_length(g.params) + i;
+    if (held && (at >= g.params.hold.size() || !g.params.hold[at])) return -1;
+    return at < g.params.canvas.size() ? g.params.canvas[at] : -1;
+}
+
+// What the step about to run takes in beside canvas and logits.
+void Session::set_inputs() {
+    Generation& g = *generation_;
+    const GenerationParams& p = g.params;
+    const size_t n = g.canvas.size();
+    StepState& state = canvas_state_.step();
+    state.self_conditioning = g.step < p.steps;
+    state.dropped_mass = p.dropped_mass;
+    const int32_t previous = g.step < p.steps ? g.step + 1 : p.steps;  // steps may be the largest number
+    state.previous_temperature = step_temperature(previous, p.steps, p.t_min, p.t_max);
+    state.temperature = step_temperature(g.step, p.steps, p.t_min, p.t_max);
+    g.noise.resize(n);
+    for (size_t i = 0; i < n; ++i) {
+        const Draw draw = random_draw(p.seed, g.canvas_index, g.step, i, model_->hparams.n_vocab);
+        g.noise[i] = draw.token;
+        state.u[i] = draw.u;
+    }
+}
+
+// One step as the reference does it: measure, accept, renoise, test for the end. A held position counts as
+// one of no entropy, as one that the model settled: accepted, adding nothing to the bound's sum.
+void Session::measure_step(StepResult& result) {
+    Generation& g = *generation_;
+    const size_t n = g.canvas.size();
+    const StepState& state = canvas_state_.step();
+    result = StepResult();
+    result.canvas_index = g.canvas_index;
+    result.step = g.step;
+    std::vector<int32_t> sampled;
+    for (size_t i = 0; i < n; ++i) {
+        const int32_t held = given_token(i, true);
+        const Measure m = held >= 0 ? Measure{held, held, 0.0f} : state.measures[i];
+        if (held >= 0) canvas_state_.pin(i, held);
+        result.draft.push_back(m.argmax);
+        result.entropy.push_back(m.entropy);
+        sampled.push_back(m.sampled);
+    }
+    result.accepted = accept(result.entropy.data(), n, g.params.entropy_bound);
+    if (g.params.guided) {
+        g.half = std::make_unique<StepResult>(result);
+    } else {
+        take_step(result, sampled);
+    }
+}
+
+// chosen: what accepted positions take; of a guided step, it also is the draft.
+void Session::take_step(StepResult& result, const std::vector<int32_t>& chosen) {
+    Generation& g = *generation_;
+    const size_t n = g.canvas.size();
+    double total_entropy = g.frozen_entropy;
+    for (size_t i = 0; i < n; ++i) {
+        const bool held = given_token(i, true) >= 0;
+        total_entropy += result.entropy[i];
+        if (g.params.guided && !held) {
+            if (result.accepted[i] && chosen[i] != result.draft[i]) canvas_state_.pin(i, chosen[i]);
+            result.draft[i] = chosen[i];
+        }
+        g.canvas[i] = result.accepted[i] && !held ? chosen[i] : held ? g.canvas[i] : g.noise[i];
+    }
+    result.canvas = g.canvas;
+    const bool stable = is_stable(result.draft);
+    const double mean = total_entropy / static_cast<double>(canvas_length(g.params));
+    g.step -= 1;
+    result.canvas_done = g.step == 0 || (stable && mean < g.params.confidence_threshold);
+    if (g.params.trim_after_eos && !g.params.guided && !result.canvas_done) trim(result);
+}
+
+// Where a draft's text ends: at its first eos, else behind its last token.
+size_t Session::end_of(const std::vector<int32_t>& draft) const {
+    const std::vector<int32_t>& eos = generation_->params.eos;
+    return std::find_first_of(draft.begin(), draft.end(), eos.begin(), eos.end()) - draft.begin();
+}
+
+// An eos has settled when it was accepted in the same place three times in a row. What lies behind it, but
+// for a few positions into which the text may still grow, is seen as this step left it and no longer
+// denoised.
+void Session::trim(const StepResult& result) {
+    constexpr size_t kRoom = 8;
+    constexpr int32_t kTimes = 3;
+    Generation& g = *generation_;
+    const size_t n = g.canvas.size(), end = end_of(result.draft);
+    const bool ended = end < n && result.accepted[end];
+    g.n_ended_there = ended ? (end == g.eos_at ? g.n_ended_there + 1 : 1) : 0;
+    g.eos_at = end;
+    const size_t n_kept = end + 1 + kRoom;
+    if (g.n_ended_there < kTimes || n_kept >= n) return;
+    for (size_t i = n_kept; i < n; ++i) {
+        if (given_token(i, true) >= 0) return;
+    }
+    for (size_t i = n_kept; i < n; ++i) g.frozen_entropy += result.entropy[i];
+    g.canvas.resize(n_kept);
+    for (std::vector<int32_t>& past : g.history) past.resize(n_kept);
+}
+
+bool Session::is_stable(const std::vector<int32_t>& draft) {
+    Generation& g = *generation_;
+    const size_t n = static_cast<size_t>(g.params.stability_threshold);
+    const bool stable = g.history.size() == n && std::all_of(g.history.begin(), g.history.end(),
+                                                             [&](const auto& past) { return past == draft; });
+    g.history.push_back(draft);
+    if (g.history.size() > n) g.history.erase(g.history.begin());
+    return stable;
+}
+
+void Session::finish_canvas(StepResult& result) {
+    Generation& g = *generation_;
+    const auto end = result.draft.begin() + static_cast<int64_t>(end_of(result.draft));
+    result.tokens.assign(result.draft.begin(), end);
+
+    const size_t room = static_cast<size_t>(g.params.max_tokens - g.n_generated);
+    if (result.tokens.size() > room) {
+        result.tokens.resize(room);
+        result.finish = Finish::length;
+    } else if (end != result.draft.end()) {
+        result.finish = Finish::eos;
+    } else if (result.tokens.size() == room) {
+        result.finish = Finish::length;
+    } else if (is_full(g.canvas.size())) {
+        result.finish = Finish::context;
+    }
+    g.n_added = static_cast<int32_t>(result.tokens.size());
+    g.n_generated += g.n_added;
+    g.finished = result.draft;
+    g.canvas_index += 1;
+    g.step = 0;
+}
+
+}  // namespace pydiffusion

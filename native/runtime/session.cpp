@@ -1,0 +1,184 @@
+#include "runtime/session.h"
+
+#include <algorithm>
+#include <exception>
+
+#include "model/limits.h"
+#include "runtime/encoder.h"
+#include "util/error.h"
+
+namespace pydiffusion {
+
+namespace {
+
+int32_t checked_context(const Model& model, int32_t n_ctx) {
+    const Hparams& hp = model.hparams;
+    if (n_ctx < hp.canvas_length + 1 || n_ctx > hp.n_ctx_train) {
+        throw Error(ErrorKind::argument,
+                    format("n_ctx is %d; possible are %d (a canvas and a token) to %d (the "
+                           "model's context)",
+                           n_ctx, hp.canvas_length + 1, hp.n_ctx_train));
+    }
+    return n_ctx;
+}
+
+[[noreturn]] void refuse_second_thread() {
+    throw Error(ErrorKind::general, "this session is in use by another thread; use one session per thread");
+}
+
+}  // namespace
+
+std::vector<int32_t> Session::tokens() const {
+    const std::lock_guard<std::mutex> lock(tokens_mutex_);
+    return tokens_;
+}
+
+std::map<std::string, int> Session::step_ops() const {
+    if (in_use_.exchange(true)) refuse_second_thread();
+    const auto ops = denoiser_.ops();
+    in_use_ = false;
+    return ops;
+}
+
+Session::Use::Use(Session& session) : session_(session), n_exceptions_(std::uncaught_exceptions()) {
+    if (session_.in_use_.exchange(true)) refuse_second_thread();
+    if (session_.cancel_.exchange(false)) {
+        session_.generation_.reset();
+        session_.in_use_ = false;
+        throw Error(ErrorKind::cancelled, "cancelled");
+    }
+}
+
+Session::Use::~Use() {
+    if (std::uncaught_exceptions() > n_exceptions_) session_.abandon();
+    session_.in_use_ = false;
+}
+
+void Session::abandon() {
+    generation_.reset();
+    denoiser_.invalidate();
+    cancel_ = false;
+}
+
+Session::Session(std::shared_ptr<const Model> model, int32_t n_ctx, ggml_type kv_type)
+    : model_(std::move(model)),
+      n_ctx_(checked_context(*model_, n_ctx)),
+      kv_type_(kv_type),
+      cache_(model_->hparams, model_->backend, model_->device_plan, kv_type, n_ctx,
+             max_batch(model_->hparams)),
+      canvas_state_(*model_),
+      denoiser_(*model_),
+      executor_(model_->backend) {}
+
+void Session::check_tokens(const std::vector<int32_t>& ids, const char* what) const {
+    for (size_t i = 0; i < ids.size(); ++i) {
+        if (ids[i] < 0 || ids[i] >= model_->hparams.n_vocab) {
+            throw Error(ErrorKind::argument, format("%s has the token %d at position %zu; tokens are 0 to %d",
+                                                    what, ids[i], i, model_->hparams.n_vocab - 1));
+        }
+    }
+}
+
+void Session::encode(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& between,
+                     std::vector<float>* hidden) {
+    generation_.reset();
+    append(ids, between, hidden);
+}
+
+void Session::append(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& between,
+                     std::vector<float>* hidden) {
+    check_tokens(ids, "the prompt");
+    const int64_t needed = int64_t{n_past()} + static_cast<int64_t>(ids.size());
+    if (needed > n_ctx_) {
+        throw Error(
+            ErrorKind::context_overflow,
+            format("%zu tokens behind %d do not fit the context of %d: shorten the prompt or open a session "
+                   "with a larger n_ctx",
+                   ids.size(), n_past(), n_ctx_));
+    }
+    denoiser_.invalidate();
+    const int32_t before = n_past();
+    // The token list follows the cache, also when `between` throws or the work is cancelled half-way.
+    const auto follow = [&] {
+        const std::lock_guard<std::mutex> lock(tokens_mutex_);
+        tokens_.insert(tokens_.end(), ids.begin(), ids.begin() + (n_past() - before));
+        n_encoded_ += n_past() - before;
+    };
+    try {
+        pydiffusion::encode(*model_, cache_, executor_, ids, cancel_, between, hidden, imatrix_.get());
+    } catch (...) {
+        follow();
+        throw;
+    }
+    follow();
+}
+
+void Session::truncate(int32_t n, const std::function<void(int32_t)>& between) {
+    if (n < 0 || n > n_past()) {
+        throw Error(ErrorKind::argument,
+                    format("can't truncate to %d tokens: the session has %d", n, n_past()));
+    }
+    denoiser_.invalidate();
+    generation_.reset();
+    const std::vector<int32_t> kept(tokens_.begin(), tokens_.begin() + n);
+    const bool still_there = cache_.truncate(n);
+    if (!still_there) cache_.clear();
+    {
+        const std::lock_guard<std::mutex> lock(tokens_mutex_);
+        tokens_.resize(still_there ? n : 0);
+    }
+    if (!still_there) encode(kept, between, nullptr);
+}
+
+void Session::restore(const std::vector<int32_t>& tokens,
+                      const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows) {
+    check_tokens(tokens, "the saved session");
+    if (tokens.size() > static_cast<size_t>(n_ctx_)) {
+        throw Error(
+            ErrorKind::context_overflow,
+            format("the saved session has %zu tokens; this one's context is %d", tokens.size(), n_ctx_));
+    }
+    generation_.reset();
+    denoiser_.invalidate();
+    cache_.restore(static_cast<int32_t>(tokens.size()), rows);
+    const std::lock_guard<std::mutex> lock(tokens_mutex_);
+    tokens_ = tokens;
+}
+
+const float* Session::denoise(const std::vector<int32_t>& canvas, const float* conditioning) {
+    const Hparams& hp = model_->hparams;
+    if (canvas.size() != static_cast<size_t>(hp.canvas_length)) {
+        throw Error(ErrorKind::argument, format("the canvas has %zu tokens; this model's has %d",
+                                                canvas.size(), hp.canvas_length));
+    }
+    check_tokens(canvas, "the canvas");
+    if (n_past() + hp.canvas_length > n_ctx_) {
+        throw Error(ErrorKind::context_overflow,
+                    format("a canvas of %d behind %d tokens does not fit the context of "
+                           "%d",
+                           hp.canvas_length, n_past(), n_ctx_));
+    }
+    generation_.reset();  // its conditioning logits are about to be overwritten
+    StepState& state = canvas_state_.step();
+    state.self_conditioning = conditioning != nullptr;
+    if (conditioning) canvas_state_.set_logits(conditioning);
+    state.previous_temperature = state.temperature = 1.0f;
+    state.dropped_mass = 0.0f;
+    denoiser_.step({{&canvas_state_, &cache_, &canvas, &cancel_}}, executor_);
+    canvas_state_.require_finite(canvas.size());
+    return canvas_state_.logits();
+}
+
+void Session::collect_imatrix(bool on) {
+    if (on && model_->backend.on_device())
+        throw Error(ErrorKind::unsupported, "activations are gathered on the processor only: n_gpu_layers=0");
+    imatrix_ = on ? std::make_unique<ImatrixCollector>() : nullptr;
+    denoiser_.observe(imatrix_.get());
+}
+
+std::map<std::string, Denoiser::PartCost> Session::profile_step(bool by_operation) {
+    generation_.reset();
+    return denoiser_.profile(executor_, cancel_, by_operation);
+}
+
+}  // namespace pydiffusion

@@ -1,0 +1,1 @@
+"""Helpers that several folders share: atomic files, downloads, the version."""

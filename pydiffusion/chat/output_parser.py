@@ -1,0 +1,240 @@
+"""What a chat model writes, divided into thinking, answer and tool calls by the markers of Gemma 4's manner.
+
+    <|channel>thought\\n ... <channel|> the answer <|tool_call>call:name{key:<|"|>text<|"|>,n:1}<tool_call|>
+
+Text may arrive in parts of any length: what could be the beginning of a marker is held back until it is
+clear, so that no part of a marker appears as text. Tolerated, as models that write a canvas at once produce
+them: calls and thoughts that never end, arguments in quotes or parentheses, ``<think>`` at the beginning.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from pydiffusion.tokenizer.markers import (
+    CALL,
+    CALL_END,
+    CHANNEL,
+    CHANNEL_END,
+    MARKERS,
+    NAMES,
+    QUOTE,
+    RESPONSE,
+    TURN,
+    TURN_END,
+)
+
+from .tool_calls import parse_call
+
+THINK, THINK_END = "<think>", "</think>"
+
+_MARKER = re.compile("|".join(map(re.escape, MARKERS)))
+_OPENING = re.compile("|".join(map(re.escape, (CALL_END, CALL, CHANNEL, RESPONSE, TURN, TURN_END))))
+# A prompt that ends inside a thought: some templates open it for the model.
+_OPEN_THOUGHT = re.compile(re.escape(CHANNEL) + r"(?:thought)?\n?\Z")
+
+
+@dataclass(frozen=True)
+class Content:
+    """Text of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """Text of a thought."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A finished call: the function's name and its arguments by name."""
+
+    name: str
+    arguments: dict[str, Any] = field(hash=False)
+
+
+Part: TypeAlias = Content | Reasoning | ToolCall
+
+
+def ends_in_thought(prompt: str) -> bool:
+    """Whether a rendered prompt leaves a thought open, so that the model's text begins inside it."""
+    return _OPEN_THOUGHT.search(prompt) is not None
+
+
+class OutputParser:
+    """Feed it text; it returns the parts that became clear. One for each answer."""
+
+    def __init__(self, in_thought: bool = False) -> None:
+        """in_thought: the prompt ended inside a thought (``ends_in_thought``)."""
+        self._buffer = ""
+        self._parts: list[Part] = []
+        self._state = self._in_channel if in_thought else self._in_answer
+        self._name_due = in_thought
+        self._kind: type[Content] | type[Reasoning] = Reasoning
+        self._end = CHANNEL_END
+        self._has_content = False
+        self._has_reasoning = False
+        self._after_block = False
+        self._lead: str | None = ""  # whitespace at the beginning, until text follows
+        self._tail: str | None = None  # whitespace at the end of a thought so far; None before its first text
+
+    def feed(self, text: str, last: bool = False) -> list[Part]:
+        """Take more text; after the ``last`` nothing is held back."""
+        self._buffer += text
+        self._parts = []
+        while self._state(last):
+            pass
+        if last:
+            if self._lead and not self._after_block:
+                self._parts.append(Content(self._lead))
+            self._lead = None
+        return _merged(self._parts)
+
+    # The states: each takes from the buffer, and returns whether to go on
+
+    def _in_answer(self, last: bool) -> bool:
+        if not self._has_content and not self._after_block:
+            beginning = self._buffer.lstrip()
+            if beginning.startswith(THINK):
+                self._buffer = beginning[len(THINK) :]
+                self._open_channel(THINK_END)
+                return True
+            if not last and THINK.startswith(beginning):
+                return False
+        text, marker = self._take(last)
+        self._content(text)
+        if marker == CHANNEL:
+            self._open_channel(CHANNEL_END)
+        elif marker == CALL:
+            self._state = self._in_call
+        return marker != ""
+
+    def _in_channel(self, last: bool) -> bool:
+        if self._name_due and not self._take_name(last):
+            return False
+        text, marker = self._take(last, self._end)
+        if self._kind is Content:
+            self._content(text)
+        else:
+            self._reasoning(text)
+        if marker == CHANNEL:
+            self._open_channel(CHANNEL_END)
+        elif marker in (self._end, CALL, RESPONSE, TURN, TURN_END):
+            self._close_block(self._in_call if marker == CALL else self._in_answer)
+        return marker != ""
+
+    def _in_call(self, last: bool) -> bool:
+        """Wait for the call's end. Where another block begins first, a complete call ends there."""
+        for end in _OPENING.finditer(self._buffer):
+            body = self._buffer[: end.start()]
+            call = parse_call(body)
+            if end.group() != CALL_END and call is None:
+                continue  # a marker inside an argument
+            self._buffer = self._buffer[end.end() if end.group() == CALL_END else end.start() :]
+            self._finish_call(body, call)
+            return True
+        if last:
+            body, self._buffer = self._buffer, ""
+            self._finish_call(body, parse_call(body))
+        return False
+
+    # Their tools
+
+    def _take(self, last: bool, also: str = "") -> tuple[str, str]:
+        """Text up to the next marker, and the marker; without one, the text that can't begin one."""
+        found = _MARKER.search(self._buffer)
+        if also and also not in MARKERS:
+            at = self._buffer.find(also)
+            if at >= 0 and (found is None or at < found.start()):
+                text, self._buffer = self._buffer[:at], self._buffer[at + len(also) :]
+                return text, also
+        if found is not None:
+            text, self._buffer = self._buffer[: found.start()], self._buffer[found.end() :]
+            return text, found.group()
+        cut = len(self._buffer) - (0 if last else _n_possible_marker(self._buffer, (*MARKERS, also)))
+        text, self._buffer = self._buffer[:cut], self._buffer[cut:]
+        return text, ""
+
+    def _take_name(self, last: bool) -> bool:
+        """Take the channel's name off the buffer; False while it can't be told yet."""
+        for name in NAMES:
+            rest = self._buffer[len(name) :]
+            if self._buffer.startswith(name) and (rest.startswith(("\n", "<")) or (last and not rest)):
+                self._kind = Content if name == "final" else Reasoning
+                self._buffer = rest.removeprefix("\n")
+                break
+            if not last and name.startswith(self._buffer[: len(name)]) and not rest:
+                return False
+        self._name_due = False
+        return True
+
+    def _open_channel(self, end: str) -> None:
+        self._close_block(self._in_channel)
+        self._end = end
+        self._name_due = end == CHANNEL_END
+
+    def _close_block(self, state: Any) -> None:
+        self._kind = Reasoning
+        self._tail = None
+        self._after_block = True
+        if self._lead is None:
+            self._lead = ""
+        self._state = state
+
+    def _finish_call(self, body: str, call: tuple[str, dict[str, Any]] | None) -> None:
+        self._close_block(self._in_answer)
+        if call is not None:
+            self._parts.append(ToolCall(*call))
+        else:  # nothing that was written is lost
+            self._content(_MARKER.sub("", body.replace(QUOTE, '"')))
+
+    def _content(self, text: str) -> None:
+        if self._lead is not None:
+            self._lead += text
+            if not self._lead.strip():
+                return
+            text = self._lead.lstrip() if self._after_block and not self._has_content else self._lead
+            self._lead = None
+        if text:
+            self._has_content = True
+            self._parts.append(Content(text))
+
+    def _reasoning(self, text: str) -> None:
+        if self._tail is None:
+            text = text.lstrip()
+            if not text:
+                return
+            self._tail = "\n\n" if self._has_reasoning else ""
+        text = self._tail + text
+        body = text.rstrip()
+        self._tail = text[len(body) :]
+        if body:
+            self._has_reasoning = True
+            self._parts.append(Reasoning(body))
+
+
+def _n_possible_marker(text: str, markers: tuple[str, ...]) -> int:
+    """Length of the longest end of the text that begins a marker."""
+    for n in range(min(max(map(len, markers)) - 1, len(text)), 0, -1):
+        if any(marker.startswith(text[-n:]) for marker in markers):
+            return n
+    return 0
+
+
+def _merged(parts: list[Part]) -> list[Part]:
+    """Neighbouring texts of one kind as one."""
+    merged: list[Part] = []
+    for part in parts:
+        before = merged[-1] if merged else None
+        if isinstance(part, Content) and isinstance(before, Content):
+            merged[-1] = Content(before.text + part.text)
+        elif isinstance(part, Reasoning) and isinstance(before, Reasoning):
+            merged[-1] = Reasoning(before.text + part.text)
+        else:
+            merged.append(part)
+    return merged

@@ -1,0 +1,221 @@
+"""A regular expression as a deterministic machine over the bytes of UTF-8.
+
+The libraries that were tried make one by the detour over a model's whole vocabulary, and take minutes for a
+string of limited length (outlines-core 0.2). What is needed here is small: Python's own parser reads the
+expression, Thompson's construction and that of subsets do the rest, with a limit on the number of states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from .character_classes import Ranges, complement, ranges_of_class
+from .regex import parse, sre
+
+# Above this, the search for a path would take longer than most models' steps.
+MAX_STATES = 12_000
+_SURROGATES = (0xD800, 0xDFFF)
+_Edge: TypeAlias = tuple[int, int, int]  # the first byte, that behind the last, the next state
+_UTF8_ENDS = (0x7F, 0x7FF, 0xFFFF, 0x10FFFF)  # the last character of one, two, three, four bytes
+
+
+def byte_machine(expression: str) -> tuple[np.ndarray, np.ndarray]:
+    """The next state by state and byte, int32 (n_states + 1, 256), where n_states is that of no return, and
+    which states end a match of the whole text, bool (n_states,). State 0 is the first.
+
+    Raises ValueError when it gets too large.
+    """
+    nfa = _Nfa()
+    start = nfa.new()
+    end = nfa.sequence(parse(expression), start)
+    return _deterministic(nfa, start, end)
+
+
+class _Nfa:
+    """States with transitions on ranges of bytes, and others that need none."""
+
+    def __init__(self) -> None:
+        self.on_bytes: list[list[tuple[int, int, int]]] = []
+        self.on_nothing: list[list[int]] = []
+
+    def new(self) -> int:
+        self.on_bytes.append([])
+        self.on_nothing.append([])
+        if len(self.on_bytes) > 40 * MAX_STATES:
+            raise ValueError("it is too large")
+        return len(self.on_bytes) - 1
+
+    def sequence(self, items: Iterable[Any], state: int) -> int:
+        """Adds the items behind a state; returns the state behind them."""
+        for operation, value in items:
+            state = self._item(operation, value, state)
+        return state
+
+    def _item(self, operation: Any, value: Any, state: int) -> int:
+        if operation is sre.LITERAL:
+            return self._characters([(value, value)], state)
+        if operation is sre.NOT_LITERAL:
+            return self._characters(complement([(value, value)]), state)
+        if operation is sre.IN:
+            return self._characters(ranges_of_class(value), state)
+        if operation is sre.SUBPATTERN:
+            return self.sequence(value[3], state)
+        if operation is sre.BRANCH:
+            end = self.new()
+            for branch in value[1]:
+                begin = self.new()
+                self.on_nothing[state].append(begin)
+                self.on_nothing[self.sequence(branch, begin)].append(end)
+            return end
+        assert operation is sre.MAX_REPEAT, operation  # patterns.py writes nothing else
+        return self._repeat(value, state)
+
+    def _repeat(self, value: Any, state: int) -> int:
+        low, high, items = value
+        for _ in range(low):
+            state = self.sequence(items, state)
+        end = self.new()
+        self.on_nothing[state].append(end)
+        if high is sre.MAXREPEAT:
+            begin = self.new()
+            self.on_nothing[end].append(begin)
+            self.on_nothing[self.sequence(items, begin)].append(end)
+            return end
+        for _ in range(high - low):
+            state = self.sequence(items, state)
+            self.on_nothing[state].append(end)
+        return end
+
+    def _characters(self, ranges: Ranges, state: int) -> int:
+        """Endings of several bytes that are alike share their states."""
+        end = self.new()
+        rest_to_state: dict[tuple[tuple[int, int], ...], int] = {(): end}
+        for low, high in ranges:
+            for parts in _utf8(low, high):
+                at = state
+                for i, (first, last) in enumerate(parts):
+                    rest = tuple(parts[i + 1 :])
+                    is_new = rest not in rest_to_state
+                    if is_new:
+                        rest_to_state[rest] = self.new()
+                    self.on_bytes[at].append((first, last, rest_to_state[rest]))
+                    if not is_new:
+                        break  # what follows it stands there already
+                    at = rest_to_state[rest]
+        return end
+
+
+def _utf8(low: int, high: int) -> Iterator[list[tuple[int, int]]]:
+    """Sequences of byte ranges that together are the characters from low to high, without surrogates."""
+    if low <= _SURROGATES[1] and high >= _SURROGATES[0]:
+        if low < _SURROGATES[0]:
+            yield from _utf8(low, _SURROGATES[0] - 1)
+        if high > _SURROGATES[1]:
+            yield from _utf8(_SURROGATES[1] + 1, high)
+        return
+    for end in _UTF8_ENDS:
+        if low <= end < high:
+            yield from _utf8(low, end)
+            yield from _utf8(end + 1, high)
+            return
+    # Of one length now: split until all but one of the last bytes run over their whole range.
+    for n_bits in (6, 12, 18):
+        mask = (1 << n_bits) - 1
+        if high > 0x7F and low & ~mask != high & ~mask:
+            if low & mask:
+                yield from _utf8(low, low | mask)
+                yield from _utf8((low | mask) + 1, high)
+                return
+            if high & mask != mask:
+                yield from _utf8(low, (high & ~mask) - 1)
+                yield from _utf8(high & ~mask, high)
+                return
+    yield list(zip(chr(low).encode(), chr(high).encode(), strict=True))
+
+
+def _deterministic(nfa: _Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    closures: dict[int, frozenset[int]] = {}
+
+    def closure(state: int) -> frozenset[int]:
+        """What is reached for nothing, of which only states that read bytes, and the end, are kept."""
+        found = closures.get(state)
+        if found is None:
+            seen, stack = {state}, [state]
+            while stack:
+                for following in nfa.on_nothing[stack.pop()]:
+                    if following not in seen:
+                        seen.add(following)
+                        stack.append(following)
+            found = closures[state] = frozenset(s for s in seen if nfa.on_bytes[s] or s == end)
+        return found
+
+    numbers = {closure(start): 0}
+    queue = [closure(start)]
+    rows: list[list[_Edge]] = []
+    while len(rows) < len(queue):
+        edges = [edge for state in queue[len(rows)] for edge in nfa.on_bytes[state]]
+        borders = sorted({edge[0] for edge in edges} | {edge[1] + 1 for edge in edges})
+        row = []
+        for first, behind in pairwise(borders):
+            targets = [closure(t) for low, high, t in edges if low <= first <= high]
+            if not targets:
+                continue
+            target = targets[0] if len(targets) == 1 else frozenset().union(*targets)
+            if target not in numbers:
+                numbers[target] = len(queue)
+                queue.append(target)
+                if len(queue) > MAX_STATES:
+                    raise ValueError(f"it is too large (more than {MAX_STATES} states)")
+            row.append((first, behind, numbers[target]))
+        rows.append(row)
+    rows, accepting = _merged(rows, [end in states for states in queue])
+    table = np.full((len(rows) + 1, 256), len(rows), dtype=np.int32)
+    for state, row in enumerate(rows):
+        for first, behind, target in row:
+            table[state, first:behind] = target
+    return table, np.array(accepting)
+
+
+def _merged(rows: list[list[_Edge]], accepting: list[bool]) -> tuple[list[list[_Edge]], list[bool]]:
+    """States that end alike and lead to the same states become one, and so on with those before them. Each
+    place in an expression that goes on as another does has states of its own until here.
+    """
+    state_to_same = list(range(len(rows)))
+
+    def same(state: int) -> int:
+        while state_to_same[state] != state:
+            state_to_same[state] = state = state_to_same[state_to_same[state]]
+        return state
+
+    def merged_row(row: list[_Edge]) -> tuple[_Edge, ...]:
+        edges: list[_Edge] = []
+        for first, behind, target in row:
+            target = same(target)
+            if edges and edges[-1][1:] == (first, target):
+                first = edges.pop()[0]
+            edges.append((first, behind, target))
+        return tuple(edges)
+
+    sources: list[list[int]] = [[] for _ in rows]
+    for state, row in enumerate(rows):
+        for _, _, target in row:
+            sources[target].append(state)
+    key_to_state: dict[tuple[bool, tuple[_Edge, ...]], int] = {}
+    to_do = list(range(len(rows)))  # from its end: what is reached last is near an end, as a rule
+    while to_do:
+        state = to_do.pop()
+        if same(state) != state:
+            continue
+        found = key_to_state.setdefault((accepting[state], merged_row(rows[state])), state)
+        if found != state:
+            state_to_same[state] = found
+            sources[found] += sources[state]
+            to_do += sources[state]
+    kept = list(dict.fromkeys(same(state) for state in range(len(rows))))  # the first state stays the first
+    numbers = {state: i for i, state in enumerate(kept)}
+    merged = [[(first, behind, numbers[t]) for first, behind, t in merged_row(rows[state])] for state in kept]
+    return merged, [accepting[state] for state in kept]

@@ -1,0 +1,87 @@
+"""Sets of characters as sorted ranges of code points."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, TypeAlias
+
+from .regex_parser import sre
+
+Ranges: TypeAlias = list[tuple[int, int]]
+_LAST = sys.maxunicode
+_CATEGORY_TO_CLASS = {
+    sre.CATEGORY_DIGIT: r"\d",
+    sre.CATEGORY_NOT_DIGIT: r"\D",
+    sre.CATEGORY_SPACE: r"\s",
+    sre.CATEGORY_NOT_SPACE: r"\S",
+    sre.CATEGORY_WORD: r"\w",
+    sre.CATEGORY_NOT_WORD: r"\W",
+}
+
+
+def union(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Overlaps and neighbours joined."""
+    joined: Ranges = []
+    for low, high in sorted(ranges):
+        if joined and low <= joined[-1][1] + 1:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], high))
+        else:
+            joined.append((low, high))
+    return joined
+
+
+def complement(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    rest: Ranges = []
+    begin = 0
+    for low, high in union(ranges):
+        if low > begin:
+            rest.append((begin, low - 1))
+        begin = high + 1
+    return [*rest, (begin, _LAST)] if begin <= _LAST else rest
+
+
+def intersection(a: Iterable[tuple[int, int]], b: Iterable[tuple[int, int]]) -> Ranges:
+    return complement([*complement(a), *complement(b)])
+
+
+def ranges_of_class(entries: Any) -> Ranges:
+    """The characters of a class as Python's parser gives it. Raises ValueError for what it can't hold."""
+    negated = entries[0][0] is sre.NEGATE
+    ranges: Ranges = []
+    for operation, value in entries[negated:]:
+        if operation is sre.LITERAL:
+            ranges.append((value, value))
+        elif operation is sre.RANGE:
+            ranges.append(tuple(value))
+        elif operation is sre.CATEGORY:
+            ranges += _category(value)
+        else:
+            raise ValueError("a regular expression with this class is not supported")
+    if negated and any(operation is sre.CATEGORY for operation, _ in entries):
+        return intersection(complement(ranges), [(0, 127)])  # beyond ASCII, readings of classes differ
+    return complement(ranges) if negated else union(ranges)
+
+
+@cache
+def _category(category: Any) -> Ranges:
+    """Asked of Python itself, character by character. Digits, spaces and letters are ASCII's alone in a JSON
+    schema and more in Python: those beyond ASCII belong to neither of \\d and \\D here, so that either holds.
+    """
+    matches = re.compile(_CATEGORY_TO_CLASS[category], re.ASCII).match
+    below = [(code, code) for code in range(128) if matches(chr(code))]
+    if category not in (sre.CATEGORY_NOT_DIGIT, sre.CATEGORY_NOT_SPACE):
+        return union(below)
+    unicode_matches = re.compile(_CATEGORY_TO_CLASS[category]).match
+    return union(below + [(c, c) for c in range(128, _LAST + 1) if unicode_matches(chr(c))])
+
+
+def as_class(ranges: Ranges) -> str:
+    """As Python writes it."""
+    return "[" + "".join(f"{_escape(low)}-{_escape(high)}" for low, high in ranges) + "]"
+
+
+def _escape(code: int) -> str:
+    return f"\\U{code:08x}"

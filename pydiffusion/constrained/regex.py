@@ -1,0 +1,146 @@
+"""Regular expressions in Python's manner, brought to what a machine is made of: alone, or in JSON strings.
+
+What is written here may match less than the original (``\\d`` is 0 to 9), never more, and is again an
+expression of Python's with the same meaning under ``re.fullmatch``: that is how it is tested.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .character_classes import as_class, complement, intersection, ranges_of_class
+from .regex_parser import sre, sre_parser
+
+# Characters of the text with all limited repetitions multiplied out: a machine has several states for each.
+MAX_WEIGHT = 2000
+_SURROGATES = [(0xD800, 0xDFFF)]
+# Characters that stand for themselves in a JSON string, and all that may stand there.
+_JSON_PLAIN = complement([(0, 31), (34, 34), (92, 92), (127, 159), *_SURROGATES])
+JSON_CHARACTER = rf'(?:{as_class(_JSON_PLAIN)}|\\["\\/bfnrt])'
+_JSON_ESCAPES = {'"': r"\\\"", "\\": r"\\\\", "\n": r"\\n", "\t": r"\\t", "\r": r"\\r"}
+
+
+def parse(pattern: str) -> Any:
+    """Python's reading of an expression. Raises ValueError for what is none."""
+    try:
+        return sre_parser.parse(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}"[:300]) from None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A regular expression, and how many characters its limited part has."""
+
+    text: str
+    weight: int = 1
+
+    def repeated(self, low: int, high: int | None) -> Piece:
+        """This piece ``low`` to ``high`` times; None for as often as it likes."""
+        if self is NOTHING:
+            return NOTHING if low else Piece("", 0)
+        weight = _checked(self.weight * max(low + 1 if high is None else high, 1))
+        return Piece(f"(?:{self.text}){{{low},{'' if high is None else high}}}", weight)
+
+
+class Unsatisfiable(ValueError):
+    """No text is of the kind that was asked for."""
+
+
+#: What no text matches. Only pieces are made of it, never an expression.
+NOTHING = Piece("(?!)", 0)
+
+
+def sequence(pieces: Sequence[Piece]) -> Piece:
+    if any(piece is NOTHING for piece in pieces):
+        return NOTHING
+    return Piece("".join(f"(?:{p.text})" for p in pieces), _checked(sum(p.weight for p in pieces)))
+
+
+def choice(pieces: Sequence[Piece]) -> Piece:
+    pieces = [piece for piece in pieces if piece is not NOTHING]
+    if not pieces:
+        return NOTHING
+    return Piece("(?:" + "|".join(p.text for p in pieces) + ")", _checked(sum(p.weight for p in pieces)))
+
+
+def literal(text: str) -> Piece:
+    return Piece("".join(map(re.escape, text)), _checked(len(text)))
+
+
+def _checked(weight: int) -> int:
+    if weight > MAX_WEIGHT:
+        raise ValueError(f"it is too large: {weight} characters in all; the limit is {MAX_WEIGHT}")
+    return weight
+
+
+def from_regex(pattern: str) -> Piece:
+    """The texts that the expression matches as a whole. Raises ValueError for what is not supported."""
+    return _Rewriter(in_json=False).anchored(list(parse(pattern)), open_start=False, open_end=False)
+
+
+def in_json_string(pattern: str) -> Piece:
+    """The inside of JSON strings in whose value the expression matches somewhere: a schema's ``pattern``."""
+    return _Rewriter(in_json=True).anchored(list(parse(pattern)), open_start=True, open_end=True)
+
+
+class _Rewriter:
+    def __init__(self, in_json: bool) -> None:
+        self._in_json = in_json
+        self._permitted = _JSON_PLAIN if in_json else complement(_SURROGATES)
+        self._operation_to_rule: dict[Any, Callable[[Any], Piece]] = {
+            sre.LITERAL: self._literal,
+            sre.NOT_LITERAL: lambda code: self._class(complement([(code, code)])),
+            sre.ANY: lambda _: self._class(complement([(10, 10), (13, 13), (0x2028, 0x2029)])),
+            sre.IN: lambda entries: self._class(ranges_of_class(entries)),
+            sre.BRANCH: lambda value: choice([self._sequence(branch) for branch in value[1]]),
+            sre.SUBPATTERN: self._group,
+            sre.MAX_REPEAT: self._repeat,
+            sre.MIN_REPEAT: self._repeat,
+        }
+
+    def anchored(self, items: list[Any], open_start: bool, open_end: bool) -> Piece:
+        """Takes off anchors at the ends. An open end without one may have anything beside it."""
+        if items and items[0] in ((sre.AT, sre.AT_BEGINNING), (sre.AT, sre.AT_BEGINNING_STRING)):
+            items, open_start = items[1:], False
+        if items and items[-1] in ((sre.AT, sre.AT_END), (sre.AT, sre.AT_END_STRING)):
+            items, open_end = items[:-1], False
+        if len(items) == 1 and items[0][0] is sre.BRANCH:
+            return choice([self.anchored(list(b), open_start, open_end) for b in items[0][1][1]])
+        anything = Piece(JSON_CHARACTER).repeated(0, None)
+        before, after = [anything] * open_start, [anything] * open_end
+        return sequence([*before, self._sequence(items), *after])
+
+    def _sequence(self, items: Any) -> Piece:
+        return sequence([self._item(operation, value) for operation, value in items])
+
+    def _item(self, operation: Any, value: Any) -> Piece:
+        rule = self._operation_to_rule.get(operation)
+        if rule is None:
+            raise ValueError(f"a regular expression with {str(operation).lower()} is not supported")
+        return rule(value)
+
+    def _literal(self, code: int) -> Piece:
+        character = chr(code)
+        if self._in_json and character in _JSON_ESCAPES:
+            return Piece(_JSON_ESCAPES[character])
+        return self._class([(code, code)])
+
+    def _class(self, ranges: list[tuple[int, int]]) -> Piece:
+        permitted = intersection(ranges, self._permitted)
+        if not permitted:
+            raise ValueError("a regular expression has a class of which no character can be written")
+        return Piece(as_class(permitted))
+
+    def _group(self, value: Any) -> Piece:
+        _, added, removed, items = value
+        if added or removed:
+            raise ValueError("a regular expression with flags is not supported")
+        return self._sequence(items)
+
+    def _repeat(self, value: Any) -> Piece:
+        low, high, items = value
+        return self._sequence(items).repeated(low, None if high is sre.MAXREPEAT else high)

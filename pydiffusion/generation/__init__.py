@@ -1,0 +1,1 @@
+"""What a generation is made of: batches, streams of text, infill, budgets, saved sessions."""

@@ -1,0 +1,197 @@
+"""Texts with holes: what stands around them is held on the canvas while the holes are denoised."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from pydiffusion.errors import ContextOverflowError
+from pydiffusion.events import Completion
+from pydiffusion.options import GenerationOptions
+
+if TYPE_CHECKING:
+    from pydiffusion.model import DiffusionModel
+    from pydiffusion.tokenizer import Tokenizer
+
+HOLE = "<|hole|>"
+_HOLE = re.compile(r"<\|hole(?::(\d{1,6}))?\|>")
+DEFAULT_HOLE_TOKENS = 16
+# Options that would cut the text, or that the layout sets itself.
+NOT_AROUND_HOLES = (
+    "max_tokens", "stop", "eos", "canvas", "hold", "json_schema", "regex", "thinking_budget",
+    "stop_on_repetition",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Infill:
+    """A text with its holes filled.
+
+    text: whole.  holes: what was put into each.  completion: how it was made (steps, seed, timings).
+    """
+
+    text: str
+    holes: tuple[str, ...]
+    completion: Completion
+
+
+@dataclass(frozen=True)
+class Hole:
+    """Up to ``n_tokens`` to be found. tokens: what denoising begins with, if not noise."""
+
+    n_tokens: int
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass
+class Layout:
+    """Where texts and holes lie on the canvases behind a prompt.
+
+    head: text that went into the prompt.  parts: held tokens and holes in order.
+    """
+
+    head: str
+    parts: list[list[int] | Hole] = field(default_factory=list)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(part.n_tokens if isinstance(part, Hole) else len(part) for part in self.parts)
+
+    def options(self, options: GenerationOptions, n_canvas: int, eos: Sequence[int]) -> GenerationOptions:
+        """The same choices, with the canvases of this layout; behind it they are held at an eos."""
+        for name in NOT_AROUND_HOLES:
+            if getattr(options, name) is not None:
+                raise ValueError(f"{name} can't be chosen for a text with holes")
+        canvas: list[int] = []
+        hold: list[bool] = []
+        for part in self.parts:
+            if isinstance(part, Hole):
+                start = part.tokens[: part.n_tokens]
+                canvas += [*start, *[-1] * (part.n_tokens - len(start))]
+                hold += [False] * part.n_tokens
+            else:
+                canvas += part
+                hold += [True] * len(part)
+        n_rest = -len(canvas) % n_canvas
+        canvas += [eos[0] if eos else -1] * n_rest
+        hold += [bool(eos)] * n_rest
+        # An eos is an end of its hole only, see `read`.
+        return replace(options, max_tokens=self.n_tokens, eos=(), canvas=canvas, hold=hold)
+
+    def read(self, tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
+        """The text and what is in its holes; a hole ends before its first control token."""
+        kept: list[int] = []
+        holes: list[str] = []
+        at = 0
+        for part in self.parts:
+            if not isinstance(part, Hole):
+                kept += part
+                at += len(part)
+                continue
+            inside = [int(token) for token in tokens[at : at + part.n_tokens]]
+            at += part.n_tokens
+            ends = [i for i, token in enumerate(inside) if tokenizer.is_control(token)]
+            inside = inside[: ends[0]] if ends else inside
+            kept += inside
+            holes.append(tokenizer.detokenize(inside))
+        return self.head + tokenizer.detokenize(kept), tuple(holes)
+
+
+def lay_out(model: DiffusionModel, text: str, hole_tokens: int, whole: bool) -> Layout:
+    """A text with ``<|hole|>`` or ``<|hole:N|>`` in it.
+
+    hole_tokens: for holes that don't say how many.  whole: all of the text on the canvas; else what stands
+    before the first hole goes into the prompt.
+    Raises ValueError without a hole, or for one of no tokens.
+    """
+    if isinstance(hole_tokens, bool) or not isinstance(hole_tokens, int) or not 1 <= hole_tokens <= 10**6:
+        raise ValueError(f"hole_tokens is {hole_tokens!r}; permitted is an integer of at least 1")
+    pieces = _HOLE.split(text)
+    if len(pieces) == 1:
+        raise ValueError(f"the text has no hole: put {HOLE} or <|hole:N|> (N tokens at most) where one is")
+    layout = Layout("" if whole else pieces[0])
+    for i, piece in enumerate(pieces):
+        if i % 2:
+            n_tokens = hole_tokens if piece is None else int(piece)
+            if n_tokens < 1:
+                raise ValueError(f"hole {i // 2 + 1} has no tokens: <|hole:N|> takes an N of at least 1")
+            layout.parts.append(Hole(n_tokens))
+        elif piece and (i or whole):
+            layout.parts.append(model.tokenize(piece, add_bos=False))
+    return layout
+
+
+def lay_out_suffix(model: DiffusionModel, suffix: str, max_tokens: int | None, n_canvas: int) -> Layout:
+    """A hole behind the prompt and a text behind the hole, together on one canvas.
+
+    A hole sees no more than its canvas: of a suffix longer than half of it, the beginning is held. The hole
+    takes ``max_tokens`` at most, and at most what the suffix leaves.
+    """
+    held = model.tokenize(suffix, add_bos=False)[: n_canvas // 2]
+    room = n_canvas - len(held)
+    return Layout("", [Hole(room if max_tokens is None else min(max_tokens, room)), held])
+
+
+def lay_out_spans(
+    model: DiffusionModel, text: str, spans: Sequence[tuple[int, int]], more_tokens: int, whole: bool
+) -> Layout:
+    """Spans of a text as holes that begin with what stands there; each may get ``more_tokens`` longer."""
+    if not spans:
+        raise ValueError("edit needs at least one span, (start, end) in characters")
+    end_before = 0
+    pieces: list[str] = []
+    for start, end in sorted(spans):
+        if not end_before <= start <= end <= len(text):
+            raise ValueError(
+                f"the span ({start}, {end}) overlaps another or is not within the {len(text)} characters"
+            )
+        pieces += [text[end_before:start], text[start:end]]
+        end_before = end
+    pieces.append(text[end_before:])
+    layout = Layout("" if whole else pieces[0])
+    for i, piece in enumerate(pieces):
+        ids = model.tokenize(piece, add_bos=False)
+        if i % 2:
+            if not ids and more_tokens < 1:
+                raise ValueError("an empty span needs more_tokens of at least 1")
+            layout.parts.append(Hole(len(ids) + more_tokens, tuple(ids)))
+        elif ids and (i or whole):
+            layout.parts.append(ids)
+    return layout
+
+
+def prompt_of(model: DiffusionModel, layout: Layout, instruction: str | None) -> list[int]:
+    """An instruction as a user's message; without one, what stands before the first hole."""
+    if instruction is not None:
+        return model.chat_prompt([{"role": "user", "content": instruction}])
+    ids = model.tokenize(layout.head)
+    if not ids and model.tokenizer.bos_id is not None:
+        return [
+            model.tokenizer.bos_id
+        ]  # a hole needs a token before it, whether or not the file asks for one
+    if not ids:
+        raise ValueError("the file names no bos, so a text must not begin with its hole: give an instruction")
+    return ids
+
+
+def prepare(
+    model: DiffusionModel, layout: Layout, prompt: Sequence[int], options: GenerationOptions, n_ctx: int
+) -> GenerationOptions:
+    """The options that generate this layout. Raises ContextOverflowError, ValueError."""
+    n_canvas = options.canvas_length or model.canvas_length
+    resolved = model.resolve(options)
+    needed = len(prompt) + -(-layout.n_tokens // n_canvas) * n_canvas
+    if needed > n_ctx:
+        raise ContextOverflowError(
+            f"a prompt of {len(prompt)} tokens and canvases for {layout.n_tokens} do not fit the context of"
+            f" {n_ctx}: shorten the text or open the model with a larger n_ctx"
+        )
+    return layout.options(options, n_canvas, resolved.eos or ())
+
+
+def collect(layout: Layout, completion: Completion, tokenizer: Tokenizer) -> Infill:
+    """The result of a generation of ``prepare``'s options."""
+    text, holes = layout.read(completion.tokens.tolist(), tokenizer)
+    return Infill(text, holes, completion)

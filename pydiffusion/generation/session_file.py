@@ -1,0 +1,98 @@
+"""Sessions in files: tokens and cache rows as safetensors, with what ties them to a model.
+
+A file holds ``tokens`` (n,) int32 and, per layer, ``k.N`` and ``v.N`` (n_rows, row_bytes) uint8 in the
+cache's own type; its metadata the format's name, the cache type, and a fingerprint of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pydiffusion._util import atomic
+from pydiffusion.errors import ModelFormatError, PyDiffusionError
+
+if TYPE_CHECKING:
+    from pydiffusion import _native
+    from pydiffusion.model import DiffusionModel
+    from pydiffusion.session import Session
+
+FORMAT = "pydiffusion-session-2"
+_SAMPLE = 64
+
+
+def fingerprint(file: _native.GgufFile) -> str:
+    """Tells models apart: a digest of the tensors' names, types, shapes and first bytes."""
+    digest = hashlib.sha256()
+    for tensor in file.tensors:
+        digest.update(f"{tensor.name} {tensor.type} {tensor.shape}\0".encode("utf-8", "surrogateescape"))
+        digest.update(file.tensor_bytes(tensor.name)[:_SAMPLE].tobytes())
+    return digest.hexdigest()
+
+
+def save(session: Session, path: Path) -> None:
+    """Write a session's tokens and cache; the file appears whole or not at all.
+
+    Raises PyDiffusionError when it can't be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    arrays = {"tokens": session.tokens}
+    for i_layer, (k, v) in enumerate(session._native.cache_rows()):
+        arrays |= {f"k.{i_layer}": k, f"v.{i_layer}": v}
+    target = atomic.resolve_target(path, map(Path, session.model._native.file.paths), overwrite=True)
+    with atomic.replacing(target) as new:
+        try:
+            save_file(arrays, new.temporary, metadata=_metadata(session.model))
+        except SafetensorError as error:
+            raise PyDiffusionError(f"{path}: the session can't be saved: {error}") from error
+
+
+def load(session: Session, path: Path) -> None:
+    """Fill a new session from a file.
+
+    Raises FileNotFoundError; ModelFormatError for a file that is no session of this model and cache type;
+    ContextOverflowError when the session is too short for it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    n_layer = session.model.hparams["n_layer"]
+    try:
+        with safe_open(path, framework="numpy") as file:
+            _check(path, session.model, file.metadata() or {})
+            tokens = _array(file, "tokens", "I32")
+            rows = [(_array(file, f"k.{i}", "U8"), _array(file, f"v.{i}", "U8")) for i in range(n_layer)]
+        session._native.restore(tokens, rows)
+    except (SafetensorError, ValueError, TypeError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelFormatError(f"{path}: no session that can be used here: {reason}") from error
+
+
+def _array(file: Any, name: str, dtype: str) -> np.ndarray:
+    """An array, whose type is looked at before it is read: numpy hasn't got all that there are."""
+    found = file.get_slice(name).get_dtype()
+    if found != dtype:
+        raise ValueError(f"{name} is of type {found}, not {dtype}")
+    return file.get_tensor(name)
+
+
+def _metadata(model: DiffusionModel) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "kv_type": model.description["kv_type"],
+        "model": fingerprint(model._native.file),
+    }
+
+
+def _check(path: Path, model: DiffusionModel, found: dict[str, str]) -> None:
+    what = {"format": "is no session file of this version", "kv_type": "was saved with another cache type",
+            "model": "was saved with another model"}  # fmt: skip
+    for key, value in _metadata(model).items():
+        if found.get(key) != value:
+            raise ModelFormatError(f"{path}: {what[key]} ({key} is {found.get(key)!r:.80}, here {value!r})")

@@ -1,0 +1,70 @@
+"""Ends that a caller may set to an answer beside its length: a budget for thinking, and repetition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydiffusion.tokenizer import Tokenizer
+from pydiffusion.tokenizer.markers import CALL, CHANNEL, CHANNEL_END, NAMES, RESPONSE, TURN, TURN_END
+
+
+def can_think(tokenizer: Tokenizer) -> bool:
+    """Whether the file has the markers that set thoughts apart."""
+    return None not in (tokenizer.token_id(CHANNEL), tokenizer.token_id(CHANNEL_END))
+
+
+class ThoughtBudget:
+    """Counts the tokens of thoughts over an answer's canvases, without their markers and their name."""
+
+    def __init__(self, tokenizer: Tokenizer, budget: int, prompt_end: Sequence[int]) -> None:
+        """prompt_end: the last tokens of the prompt, which may leave a thought open.
+
+        Raises ValueError where the file has no markers of thinking.
+        """
+        begin, end = tokenizer.token_id(CHANNEL), tokenizer.token_id(CHANNEL_END)
+        if begin is None or end is None:
+            raise ValueError("thinking_budget needs the markers of thinking, and this file has none")
+        self._begin, self._end = begin, end
+        others = map(tokenizer.token_id, (CALL, RESPONSE, TURN, TURN_END))
+        self._ends = {end, *(token for token in others if token is not None)}
+        self._thought_name, self._answer_name = (
+            tokenizer.tokenize(name + "\n", add_bos=False) for name in NAMES
+        )
+        self._left = budget
+        self._block: list[int] | None = None  # tokens since the marker that opened one
+        for token in prompt_end:
+            self._follow(token)
+        if self._block is not None:
+            self._left += self._n_counted()  # the prompt's own
+
+    def cut(self, tokens: Sequence[int]) -> list[int] | None:
+        """Take a canvas. None while the budget holds, else the canvas up to there, its thought closed."""
+        for i, token in enumerate(tokens):
+            self._follow(token)
+            if self._block is not None and self._n_counted() > self._left:
+                self._close()
+                return [*tokens[:i], self._end]
+        return None
+
+    def _follow(self, token: int) -> None:
+        if token in self._ends:
+            self._close()
+        elif token == self._begin:
+            self._close()
+            self._block = []
+        elif self._block is not None:
+            self._block.append(token)
+            if self._block == self._answer_name:  # an answer in a channel of its own
+                self._block = None
+
+    def _close(self) -> None:
+        if self._block is not None:
+            self._left = max(0, self._left - self._n_counted())
+            self._block = None
+
+    def _n_counted(self) -> int:
+        assert self._block is not None
+        name, n = self._thought_name, len(self._block)
+        if self._block == self._answer_name[:n]:  # it may become that
+            return 0
+        return max(0, n - len(name)) if self._block[: len(name)] == name[:n] else n

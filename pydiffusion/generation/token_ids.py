@@ -1,0 +1,62 @@
+"""Token ids as callers give them, checked and as arrays."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pydiffusion.errors import PromptWarning
+
+if TYPE_CHECKING:
+    from pydiffusion.tokenizer import Tokenizer
+
+_PACKAGE = __name__.partition(".")[0] + "."
+
+TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
+
+
+def check_bos(tokenizer: Tokenizer, prompt: np.ndarray) -> None:
+    """PromptWarning for a prompt whose bos is missing or doubled, at the line that called this package."""
+    flaw = tokenizer.bos_flaw(prompt[:2].tolist())
+    if flaw is None:
+        return
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(flaw, PromptWarning, stacklevel=level)
+
+
+def cut_at_eos(tokens: np.ndarray, eos: np.ndarray) -> np.ndarray:
+    """The tokens before the first that is an eos."""
+    ends = np.flatnonzero(np.isin(tokens, eos))
+    return tokens[: ends[0]] if len(ends) else tokens
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    n = min(len(a), len(b))
+    differing = np.flatnonzero(a[:n] != b[:n])
+    return int(differing[0]) if len(differing) else n
+
+
+def token_array(ids: TokenIds, n_vocab: int) -> npt.NDArray[np.int32]:
+    """Token ids as contiguous int32 (n,). TypeError for what are no integers, ValueError out of range."""
+    array = np.asarray(ids)
+    if array.ndim != 1:
+        raise ValueError(f"token ids must be one-dimensional; these have the shape {array.shape}")
+    if array.size == 0:
+        return np.empty(0, dtype=np.int32)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"token ids must be integers, not {array.dtype}")
+    wrong = np.flatnonzero((array < 0) | (array >= n_vocab))
+    if len(wrong):
+        at = int(wrong[0])
+        raise ValueError(
+            f"token {int(array[at])} at position {at} is outside the vocabulary, 0 to {n_vocab - 1}"
+        )
+    return np.ascontiguousarray(array, dtype=np.int32)

@@ -1,0 +1,54 @@
+"""A denoising step as an event for clients that show the canvas come into focus."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pydiffusion.tokenizer.markers import MARKERS
+
+if TYPE_CHECKING:
+    from pydiffusion.events import DraftEvent
+    from pydiffusion.tokenizer import Tokenizer
+
+_MARKERS = frozenset(MARKERS)
+
+
+def draft_fields(i_choice: int, event: DraftEvent, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The step: its draft by position, which positions are settled, their entropies (nats, 3 decimals)."""
+    return {
+        "type": "draft",
+        "index": i_choice,
+        "canvas": event.canvas_index,
+        "step": event.steps - event.step + 1,
+        "max_steps": event.steps,
+        "pieces": pieces(event.tokens, tokenizer),
+        "settled": event.accepted.astype(int).tolist(),
+        "entropy": np.round(event.entropy.astype(float), 3).tolist(),
+    }
+
+
+def pieces(tokens: np.ndarray, tokenizer: Tokenizer) -> list[str]:
+    """The text of each position; nothing for control tokens and markers.
+
+    Bytes of one character stand together at the first of their positions.
+    """
+    texts: list[str] = []
+    run = b""
+    for token in tokens.tolist():
+        piece = tokenizer.piece(token)
+        if isinstance(piece, bytes):
+            run += piece
+            texts.append("")
+            continue
+        _settle(texts, run)
+        run = b""
+        texts.append("" if piece is None or piece in _MARKERS else piece)
+    _settle(texts, run)
+    return texts
+
+
+def _settle(texts: list[str], run: bytes) -> None:
+    if run:
+        texts[len(texts) - len(run)] = run.decode("utf-8", "replace")

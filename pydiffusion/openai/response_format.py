@@ -1,0 +1,95 @@
+"""What a request asks of the text beyond the model's wish: a structure, or a text around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydiffusion.generation.infill import (
+    DEFAULT_HOLE_TOKENS,
+    Layout,
+    lay_out,
+    lay_out_suffix,
+    prepare,
+    prompt_of,
+)
+from pydiffusion.options import GenerationOptions
+
+from .errors import from_exception, invalid
+from .responses import schema_of
+
+if TYPE_CHECKING:
+    from pydiffusion.model import DiffusionModel
+
+
+def structure_options(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """``json_schema`` or ``regex`` of GenerationOptions, from ``response_format`` or ``regex``."""
+    options: dict[str, Any] = {}
+    if "response_format" in fields:
+        try:
+            schema = schema_of(fields["response_format"])
+        except ValueError as error:
+            raise invalid(str(error)[:300], "response_format") from None
+        if schema is not None:
+            options["json_schema"] = schema
+    if "regex" in fields:
+        options["regex"] = fields["regex"]
+    return options
+
+
+def check_structure(model: DiffusionModel, options: GenerationOptions, n_prompt: int, param: str) -> None:
+    """Make the automaton, which the model keeps. Raises ApiError for what can't be guaranteed."""
+    if not options.is_structured:
+        return
+    try:
+        needed = int(model.automaton(options).tokens_left[0])
+    except ValueError as error:
+        raise invalid(str(error)[:500], param) from None
+    room = (model.n_ctx - n_prompt) // model.canvas_length * model.canvas_length
+    assert options.max_tokens is not None  # resolved
+    if needed > min(options.max_tokens, room):
+        raise invalid(
+            f"The shortest answer that satisfies {param} takes {needed} tokens, but max_tokens and the"
+            f" context leave {min(options.max_tokens, room)}.",
+            "max_tokens",
+        )
+
+
+def suffix_layout(model: DiffusionModel, fields: Mapping[str, Any]) -> Layout | None:
+    """The layout of a completion with a ``suffix``, or None without one."""
+    suffix = fields.get("suffix", "")
+    if not isinstance(suffix, str):
+        raise invalid("suffix must be a string", "suffix", "invalid_type")
+    if not suffix:
+        return None
+    limit = fields.get("max_tokens")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise invalid(f"max_tokens is {limit!r}; permitted is an integer of at least 1"[:200], "max_tokens")
+    return lay_out_suffix(model, suffix, limit, model.canvas_length)
+
+
+def infill_layout(model: DiffusionModel, fields: Mapping[str, Any]) -> tuple[Layout, list[int]]:
+    """The layout of a text with holes, and its prompt."""
+    for name in ("text", "instruction"):
+        if not isinstance(fields.get(name, ""), str):
+            raise invalid(f"{name} must be a string", name, "invalid_type")
+    instruction = fields.get("instruction")
+    hole_tokens = fields.get("hole_tokens", DEFAULT_HOLE_TOKENS)
+    try:
+        layout = lay_out(model, fields.get("text", ""), hole_tokens, whole=instruction is not None)
+        return layout, prompt_of(model, layout, instruction)
+    except ValueError as error:
+        raise invalid(str(error)[:300], "hole_tokens" if "hole_tokens" in str(error) else "text") from None
+    except Exception as error:  # the template's, as a rule
+        raise from_exception(error) from None
+
+
+def held_options(
+    model: DiffusionModel, layout: Layout, prompt: list[int], options: list[GenerationOptions]
+) -> list[GenerationOptions]:
+    """The options of every choice, resolved, with the layout's canvases. Raises ApiError."""
+    try:
+        held = [prepare(model, layout, prompt, each, model.n_ctx) for each in options]
+        return [model.resolve(each) for each in held]
+    except Exception as error:
+        raise from_exception(error) from None

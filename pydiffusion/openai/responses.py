@@ -1,0 +1,327 @@
+"""Completions in the shapes of OpenAI's API and llama-cpp-python: plain dicts, or an iterator of chunks.
+
+A stream has one chunk per finished canvas (of a chat: one for each part of it, thinking, answer, tool call).
+Beside the usual fields, an answer and the last chunk of a stream carry ``"diffusion"``: ``steps``,
+``canvas_steps``, ``seed`` and ``timings``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydiffusion.chat.messages import template_variables
+from pydiffusion.chat.output_parser import Content, Part, Reasoning
+from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
+from pydiffusion.generation.thinking_budget import can_think
+from pydiffusion.options import GenerationOptions, make_options
+
+if TYPE_CHECKING:
+    from pydiffusion.generation.token_ids import TokenIds
+    from pydiffusion.model import DiffusionModel
+    from pydiffusion.session import Session
+
+# What callers of other libraries send by habit, and what to give instead.
+_FOREIGN = {
+    "temperature": "a diffusion sampler has t_min and t_max",
+    "top_p": "a diffusion sampler has entropy_bound",
+    "top_k": "a diffusion sampler has entropy_bound",
+    "min_p": "a diffusion sampler has entropy_bound",
+    "n": "one answer is made per call; call again with another seed",
+}
+FINISH_REASONS = {
+    "eos": "stop", "stop": "stop", "repetition": "stop", "length": "length", "context": "length",
+}  # fmt: skip
+
+# What nothing but an object satisfies: the mode of OpenAI's that came before schemas.
+_JSON_OBJECT = {"type": "object"}
+# What may stand in a response_format beside its type.
+_FORMAT_TO_FIELDS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema",)}
+
+Chunk = dict[str, Any]
+
+
+def create_completion(
+    diffusion_model: DiffusionModel,
+    prompt: str | TokenIds,
+    /,
+    *,
+    max_tokens: int | None = 256,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+    echo: bool = False,
+    stream: bool = False,
+    model: str | None = None,
+    session: Session | None = None,
+    **options: Any,
+) -> Chunk | Iterator[Chunk]:
+    """Continue a prompt.
+
+    max_tokens: None or -1 goes on until eos or the end of the context.
+    echo: put the prompt in front of the text.
+    stream: return an iterator of chunks.
+    model: the name that the answer carries; session: see ``DiffusionModel.generate``.
+    options: the other fields of GenerationOptions.
+    Raises TypeError for a parameter it doesn't know, ValueError for a value out of range.
+    """
+    chosen = _options(diffusion_model, max_tokens, stop, seed, options)
+    frame = _Frame("cmpl", "text_completion", "text_completion", model or diffusion_model.name)
+    head = ""
+    if echo:
+        head = prompt if isinstance(prompt, str) else diffusion_model.detokenize(prompt)
+
+    def choice(text: str, finish_reason: str | None) -> dict[str, Any]:
+        return {"text": text, "index": 0, "logprobs": None, "finish_reason": finish_reason}
+
+    if stream:
+        events = diffusion_model.stream(prompt, chosen, session=session)
+        return _stream(frame, events, head, choice)
+    done = diffusion_model.generate(prompt, chosen, session=session)
+    figures = {
+        "steps": done.steps,
+        "canvas_steps": list(done.canvas_steps),
+        "seed": done.seed,
+        "timings": done.timings,
+    }
+    finished = choice(head + done.text, FINISH_REASONS[done.finish_reason])
+    return frame.answer(finished, done.n_prompt, len(done.tokens), figures)
+
+
+def create_chat_completion(
+    diffusion_model: DiffusionModel,
+    messages: Sequence[Mapping[str, Any]],
+    /,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    enable_thinking: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    max_tokens: int | None = None,
+    max_completion_tokens: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+    response_format: Mapping[str, Any] | None = None,
+    stream: bool = False,
+    model: str | None = None,
+    session: Session | None = None,
+    **options: Any,
+) -> Chunk | Iterator[Chunk]:
+    """Answer messages, ``{"role": ..., "content": ...}``, through the model's own chat template.
+
+    tools, enable_thinking, chat_template_kwargs: handed to the template. With enable_thinking=False a thought
+    that the model begins all the same is closed at once (``thinking_budget=0``).
+    max_tokens or, by its newer name, max_completion_tokens: None or -1 goes on until eos or the end of the
+    context; of both, the smaller counts.
+    response_format: as OpenAI's, or with a schema as llama-cpp-python's; the other way to give json_schema.
+    The others as for ``create_completion``; stop strings cut the answer, not the thinking.
+    What the model's markers set apart arrives apart: ``content``, ``reasoning_content``, ``tool_calls``.
+    """
+    max_tokens = token_limit(max_tokens, max_completion_tokens)
+    if response_format is not None:
+        schema = schema_of(response_format)
+        if schema is not None and options.get("json_schema") is not None:
+            raise ValueError("response_format and json_schema exclude each other: give one")
+        options["json_schema"] = options.get("json_schema") if schema is None else schema
+    variables = template_variables({} if chat_template_kwargs is None else chat_template_kwargs)
+    if enable_thinking is not None:
+        variables["enable_thinking"] = enable_thinking
+    if variables.get("enable_thinking") is False:
+        options = no_thinking(diffusion_model, options)
+    chosen = _options(diffusion_model, max_tokens, stop, seed, options)
+    prompt = diffusion_model.chat_prompt(messages, tools=tools, **variables)
+    frame = _Frame("chatcmpl", "chat.completion", "chat.completion.chunk", model or diffusion_model.name)
+
+    session = diffusion_model._start(prompt, session)
+    n_prompt = session.n_past
+    events = session.generate_chat(chosen)
+    if stream:
+        return _stream_chat(frame, events)
+    canvases = [event for event in events if not isinstance(event, DraftEvent)]
+    end = canvases.pop()
+    assert isinstance(end, EndEvent)  # the last event, always
+    message = ChatMessage()
+    for canvas in canvases:
+        assert isinstance(canvas, CanvasEvent)
+        for part in canvas.parts:
+            message.add(part)
+    choice = {"index": 0, "message": message.as_dict(), "logprobs": None}
+    choice["finish_reason"] = message.finish_reason(end.reason)
+    n_tokens = sum(len(canvas.tokens) for canvas in canvases)
+    figures = diffusion_figures([canvas.steps for canvas in canvases], end)
+    return frame.answer(choice, n_prompt, n_tokens, figures)
+
+
+def token_limit(max_tokens: Any, max_completion_tokens: Any) -> int | None:
+    """The smaller one; None where neither is a limit, which None and -1 are not. ValueError for no number."""
+    limits = []
+    for name, value in (("max_tokens", max_tokens), ("max_completion_tokens", max_completion_tokens)):
+        if value is None or value == -1:
+            continue
+        try:
+            limits.append(GenerationOptions(max_tokens=value).max_tokens)
+        except ValueError as error:
+            raise ValueError(str(error).replace("max_tokens", name, 1)) from None
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def schema_of(response_format: Any) -> Any:
+    """The JSON schema that an answer has to satisfy, None for any text.
+
+    ``{"type": "text"}``, ``{"type": "json_object"}``, ``{"type": "json_schema", "json_schema": {"schema":
+    ...}}`` as of OpenAI, and as of llama.cpp ``{"type": "json_object", "schema": ...}``. Raises ValueError.
+    """
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if not isinstance(kind, str) or kind not in _FORMAT_TO_FIELDS:
+        raise ValueError("response_format must be an object whose type is text, json_object or json_schema")
+    for name, value in response_format.items():
+        if name != "type" and name not in _FORMAT_TO_FIELDS[kind] and value is not None:
+            known = " or ".join(f"{n} of type {k}" for k, names in _FORMAT_TO_FIELDS.items() for n in names)
+            raise ValueError(f"response_format.{name} is not permitted with type {kind}; known are {known}")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        where, schema = "schema", response_format.get("schema")
+        if schema is None or schema == {}:  # which says nothing
+            return _JSON_OBJECT
+    else:
+        given = response_format.get("json_schema")
+        where, schema = "json_schema.schema", given.get("schema") if isinstance(given, Mapping) else None
+    if not isinstance(schema, (Mapping, bool)):
+        raise ValueError(f"response_format.{where} must be a JSON schema, an object")
+    return schema
+
+
+def no_thinking(model: DiffusionModel, options: Mapping[str, Any]) -> dict[str, Any]:
+    """These options with thoughts closed at once, where they don't say otherwise and there may be any."""
+    structured = options.get("json_schema") is not None or options.get("regex") is not None
+    if structured or not can_think(model.tokenizer):
+        return dict(options)
+    return {"thinking_budget": 0, **options}
+
+
+def diffusion_figures(canvas_steps: list[int], end: EndEvent) -> dict[str, Any]:
+    """What an answer tells beside OpenAI's fields."""
+    return {
+        "steps": sum(canvas_steps),
+        "canvas_steps": canvas_steps,
+        "seed": end.seed,
+        "timings": end.timings,
+    }
+
+
+class ChatMessage:
+    """An assistant's message as its parts arrive; ``add`` returns the part as a stream's delta."""
+
+    def __init__(self) -> None:
+        self._content = ""
+        self._reasoning = ""
+        self.tool_calls: list[dict[str, Any]] = []
+
+    def add(self, part: Part) -> dict[str, Any]:
+        if isinstance(part, Content):
+            self._content += part.text
+            return {"content": part.text}
+        if isinstance(part, Reasoning):
+            self._reasoning += part.text
+            return {"reasoning_content": part.text}
+        call = {
+            "id": f"call_{uuid.uuid4().hex[:24]}",
+            "type": "function",
+            "function": {"name": part.name, "arguments": json.dumps(part.arguments, ensure_ascii=False)},
+        }
+        self.tool_calls.append(call)
+        return {"tool_calls": [{"index": len(self.tool_calls) - 1, **call}]}
+
+    @property
+    def reasoning(self) -> str:
+        """The thinking so far."""
+        return self._reasoning
+
+    def as_dict(self) -> dict[str, Any]:
+        """The message. Its content is None where there are only tool calls."""
+        content = None if self.tool_calls and not self._content.strip() else self._content
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if self._reasoning:
+            message["reasoning_content"] = self._reasoning
+        if self.tool_calls:
+            message["tool_calls"] = self.tool_calls
+        return message
+
+    def finish_reason(self, reason: str) -> str:
+        """OpenAI's word for the reason that an EndEvent gives."""
+        finish_reason = FINISH_REASONS[reason]
+        return "tool_calls" if self.tool_calls and finish_reason == "stop" else finish_reason
+
+
+def _options(
+    diffusion_model: DiffusionModel,
+    max_tokens: int | None,
+    stop: str | Sequence[str] | None,
+    seed: int | None,
+    options: Mapping[str, Any],
+) -> GenerationOptions:
+    for name in options:
+        if name in _FOREIGN:
+            raise TypeError(f"unknown parameter {name!r}: {_FOREIGN[name]}")
+    limit = token_limit(max_tokens, None)
+    if limit is None:
+        limit = diffusion_model.n_ctx_train
+    return make_options(None, {"max_tokens": limit, "stop": stop, "seed": seed, **options})
+
+
+class _Frame:
+    """What is the same in all parts of one answer."""
+
+    def __init__(self, id_prefix: str, answer_object: str, chunk_object: str, model: str) -> None:
+        self._fields = {"id": f"{id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._answer_object = answer_object
+        self._chunk_object = chunk_object
+
+    def answer(
+        self, choice: dict[str, Any], n_prompt: int, n_tokens: int, figures: dict[str, Any]
+    ) -> dict[str, Any]:
+        usage = {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": n_tokens,
+            "total_tokens": n_prompt + n_tokens,
+        }
+        fields = {"object": self._answer_object, "choices": [choice], "usage": usage, "diffusion": figures}
+        return self._fields | fields
+
+    def chunk(self, choice: dict[str, Any]) -> Chunk:
+        return self._fields | {"object": self._chunk_object, "choices": [choice]}
+
+
+def _stream(
+    frame: _Frame, events: Iterator[Event], head: str, choice: Callable[[str, str | None], dict[str, Any]]
+) -> Iterator[Chunk]:
+    canvas_steps: list[int] = []
+    if head:
+        yield frame.chunk(choice(head, None))
+    for event in events:
+        if isinstance(event, CanvasEvent):
+            canvas_steps.append(event.steps)
+            if event.text:
+                yield frame.chunk(choice(event.text, None))
+        elif isinstance(event, EndEvent):
+            figures = diffusion_figures(canvas_steps, event)
+            yield frame.chunk(choice("", FINISH_REASONS[event.reason])) | {"diffusion": figures}
+
+
+def _stream_chat(frame: _Frame, events: Iterator[Event]) -> Iterator[Chunk]:
+    def choice(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+    canvas_steps: list[int] = []
+    message = ChatMessage()
+    yield frame.chunk(choice({"role": "assistant", "content": ""}))
+    for event in events:
+        if isinstance(event, CanvasEvent):
+            canvas_steps.append(event.steps)
+            for part in event.parts:
+                yield frame.chunk(choice(message.add(part)))
+        elif isinstance(event, EndEvent):
+            figures = diffusion_figures(canvas_steps, event)
+            yield frame.chunk(choice({}, message.finish_reason(event.reason))) | {"diffusion": figures}

@@ -1,0 +1,1 @@
+"""Quality of quantized models: KL divergence over denoising, imatrix collection, plots."""

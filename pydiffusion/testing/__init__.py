@@ -1,0 +1,1 @@
+"""Model files made up for tests and benchmarks."""
