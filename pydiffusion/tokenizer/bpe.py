@@ -340,7 +340,7 @@ def _merge_pairs(metadata: Mapping[str, Any], token_to_id: Mapping[str, int]) ->
     for i_merge, merge in enumerate(merges):
         if not isinstance(merge, str):
             raise ModelFormatError(f"{_PREFIX}merges[{i_merge}] is {_describe(merge)}, not a string")
-        # Gemma's tokens contain no plain space, so the first one after the first character separates the pair.
+        # Gemma's tokens contain no plain space: the first one after the first character separates the pair.
         cut = merge.find(" ", 1)
         left, right = merge[:cut], merge[cut + 1 :]
         if cut < 0 or not right:
