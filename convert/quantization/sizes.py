@@ -18,8 +18,8 @@ from pydiffusion.errors import ConversionError
 
 # Reserved for the driver, the process and the display.
 RESERVE = 640 << 20
-_ENCODE_CHUNK = 512  # tokens that the runtime encodes at a time
-_ATTENTION_TILE = 64  # rows of keys and values that its attention goes through at a time
+_ENCODE_CHUNK = 512  # tokens per encoder batch of the runtime
+_ATTENTION_TILE = 64  # KV rows per attention tile of the runtime
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 # Recipes that :func:`fit` chooses from, best first: among those with about the same bits, the better and, on

@@ -64,7 +64,7 @@ SplitMaxSize = Annotated[
     typer.Option(
         "--split-max-size",
         metavar="SIZE",
-        help="Split into files NAME-00001-of-0000N.gguf of at most so many bytes (5G; 4GiB).",
+        help="Split into files NAME-00001-of-0000N.gguf of at most this size (5G; 4GiB).",
         show_default=False,
     ),
 ]

@@ -19,10 +19,10 @@ _HELP = """/steps N     denoising steps per canvas at most; without N the file's
 /seed N      the seed of the answers; without N a new one for each
 /retry       answer the last message again
 /edit TEXT   put TEXT in place of the last answer; <|hole|> in it is filled by the model
-/save FILE   keep the conversation; /load FILE goes on with it
+/save FILE   save the conversation; /load FILE loads it
 /reset       forget the conversation
 /exit        end, as Ctrl-D does; Ctrl-C stops an answer
-A line that ends in \\ goes on in the next; lines between two lines of \"\"\" are one message."""
+A line that ends in \\ continues on the next; lines between two lines of \"\"\" are one message."""
 _SHORT_HELP = "/help lists the commands, Ctrl-D ends, Ctrl-C stops an answer"
 _BLOCK = '"""'
 _MAX_HISTORY = 1000

@@ -196,8 +196,8 @@ def schema_of(response_format: Any) -> Any:
 
 def no_thinking(model: DiffusionModel, options: Mapping[str, Any]) -> dict[str, Any]:
     """Set the thinking budget to 0, unless the options set it or the model can't reason here."""
-    structured = options.get("json_schema") is not None or options.get("regex") is not None
-    if structured or not can_think(model.tokenizer):
+    constrained = options.get("json_schema") is not None or options.get("regex") is not None
+    if constrained or not can_think(model.tokenizer):
         return dict(options)
     return {"thinking_budget": 0, **options}
 
