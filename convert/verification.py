@@ -1,4 +1,4 @@
-"""``verify``: a GGUF compared with what it was made from, tensor by tensor."""
+"""``verify``: compare a GGUF with its source, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LENGTHS = tuple(f"{ARCHITECTURE}.{part.key}" for part in type_plan.FEED_FORWARD
 
 @dataclass(frozen=True)
 class TensorCheck:
-    """How a tensor compares. ``rmse`` counts the source's weights only, not padding."""
+    """Comparison of a tensor. ``rmse`` covers the source's weights only, not padding."""
 
     name: str
     type: str
@@ -40,7 +40,7 @@ class TensorCheck:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Every tensor, and whatever else does not agree. ``problems`` empty: the file stands for its source."""
+    """Comparison of all tensors and the metadata. Empty ``problems``: the file matches its source."""
 
     file: Path
     against: Path | None
@@ -59,11 +59,11 @@ def verify(
     *,
     progress: Callable[[ConversionProgress], None] | None = None,
 ) -> VerifyReport:
-    """Read every tensor of a GGUF and compare it with the folder, repo or GGUF that it was made from.
+    """Read every tensor of a GGUF and compare it with its source: a folder, repo or GGUF.
 
-    Any part stands for a split file. Without ``against``, only whether the file is whole and all its weights
-    are finite. Padding is allowed: padded rows and columns must be zeros where the type keeps zeros. What
-    disagrees is listed in the report's ``problems``, not raised.
+    Of a split file, give any part. Without ``against``, check only that the file is complete and all weights
+    are finite. Padding is allowed: padding must be zeros if the type can represent zeros. Mismatches are
+    listed in the report's ``problems``, not raised.
 
     Raises:
         ModelFormatError: a GGUF is damaged.
@@ -98,7 +98,7 @@ def _n_bytes(tensor: SourceTensor) -> int:
 
 
 def _compare_metadata(target: Source, source: Source) -> list[str]:
-    """What the model computes with must be the same; feed-forward lengths may be padded."""
+    """Compare the metadata that affects computation; feed-forward lengths may be padded."""
     problems = []
     for key, value in source.metadata.items():
         if not key.startswith((f"{ARCHITECTURE}.", "diffusion.", "tokenizer.ggml.")):
@@ -117,7 +117,7 @@ def _first(value: Any) -> int:
 
 
 def _compare(tensor: SourceTensor, source: SourceTensor) -> TensorCheck:
-    """One tensor chunk by chunk; the sums are kept in float64."""
+    """Compare one tensor chunk by chunk, with float64 sums."""
 
     def result(sums: np.ndarray, problem: str) -> TensorCheck:
         error, of_source, of_file, product = sums
@@ -152,7 +152,7 @@ def _compare(tensor: SourceTensor, source: SourceTensor) -> TensorCheck:
         sums += [
             ((found - expected) ** 2).sum(), (expected**2).sum(), (found**2).sum(), (found * expected).sum()
         ]  # fmt: skip
-        with contextlib.suppress(KeyError):  # a type that this package reads but never writes
+        with contextlib.suppress(KeyError):  # a type that this package only reads
             try:
                 rows.check_rows(
                     written, data, source.type, tensor.type, wanted.n_per_row, tensor.name, weighted=True

@@ -17,7 +17,7 @@ __all__ = ["Device", "DeviceShare", "Plan", "devices", "plan"]
 #: Runs the GPU graphs and kernels on the CPU: slow, for tests.
 HOST = "host"
 CPU = "cpu"
-#: Tokens of context that a session holds unless told otherwise.
+#: Default context length of a session.
 DEFAULT_N_CTX = 8192
 #: Types of the KV cache.
 KV_TYPES = ("auto", "f32", "f16", "q8_0")

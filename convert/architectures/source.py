@@ -1,4 +1,4 @@
-"""What is converted: a folder or a GGUF, as a list of tensors to read and the metadata to write."""
+"""Sources of a conversion: a checkpoint folder or a GGUF, as tensors to read and metadata to write."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _SMALL_FILES = (
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor under its name in a GGUF, its type and shape in the source, and how to read it."""
+    """A tensor: its GGUF name, its type and shape in the source, and a function to read it."""
 
     name: str
     type: str
@@ -52,7 +52,7 @@ class SourceTensor:
 
 @dataclass
 class Source:
-    """An open source. ``metadata`` is complete but for what the recipe decides."""
+    """An open source. ``metadata`` is complete except for what the recipe decides."""
 
     path: Path
     files: list[Path]
@@ -64,7 +64,7 @@ class Source:
 
 @contextlib.contextmanager
 def open_source(source: str | os.PathLike[str], revision: str | None = None) -> Iterator[Source]:
-    """A checkpoint folder, a repo id of the Hugging Face Hub, or a GGUF, whichever ``source`` is."""
+    """Open a checkpoint folder, a Hugging Face repo id, or a GGUF."""
     found = find_checkpoint(source, revision)
     opener = open_gguf(found.path) if found.path.is_file() else open_folder(found.path, found.name)
     with opener as opened:
@@ -73,7 +73,7 @@ def open_source(source: str | os.PathLike[str], revision: str | None = None) -> 
 
 @contextlib.contextmanager
 def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Iterator[Source]:
-    """A checkpoint folder, or a repo id of the Hugging Face Hub."""
+    """Open a checkpoint folder or a Hugging Face repo id."""
     found = find_checkpoint(source, revision)
     with open_folder(found.path, found.name) as opened:
         yield opened
@@ -81,9 +81,9 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None)
 
 @contextlib.contextmanager
 def open_folder(folder: Path, name: str = "") -> Iterator[Source]:
-    """A checkpoint folder, all of it checked. ConversionError names the file, key or tensor.
+    """Open and validate a checkpoint folder. Raises ConversionError naming the file, key or tensor.
 
-    ``name``: of the model, where it is not the folder's.
+    ``name``: the model's name if it differs from the folder's.
     """
     notes: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -111,8 +111,8 @@ def open_folder(folder: Path, name: str = "") -> Iterator[Source]:
 
 @contextlib.contextmanager
 def open_gguf(path: Path) -> Iterator[Source]:
-    """A GGUF, any part of a split one standing for all. ModelFormatError when it is damaged or a part is
-    missing, ConversionError when it is of another architecture.
+    """Open a GGUF, or any part of a split one. Raises ModelFormatError if it is damaged or a part is missing,
+    ConversionError if it has another architecture.
     """
     parts = open_parts(path)
     architecture = parts.metadata.get("general.architecture")
@@ -138,7 +138,7 @@ def _check_shape(path: Path, info: _native.TensorInfo) -> None:
 
 
 def read_config(folder: str | os.PathLike[str]) -> TextConfig:
-    """The text config of a checkpoint folder or repo; ConversionError when it can't be used."""
+    """Read the text config of a checkpoint folder or repo. Raises ConversionError."""
     path = find_checkpoint(folder, weights=False).path
     if not (path / "config.json").is_file():
         raise ConversionError(f"{path}: has no config.json; give a checkpoint folder")

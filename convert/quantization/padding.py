@@ -1,4 +1,4 @@
-"""Rows of a tensor as they are after padding, read from a source that is not padded."""
+"""Zero padding: read rows of a padded tensor from an unpadded source."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pydiffusion.errors import ConversionError
 
 @dataclass(frozen=True)
 class PaddedRead:
-    """A :data:`ReadBytes` of a padded tensor, in the source's type, on row boundaries.
+    """A :data:`ReadBytes` of a padded tensor, in the source's type, for whole rows.
 
-    Rows come in groups of ``old_rows``, behind which zero rows bring a group to ``new_rows``; each row of
-    ``old_columns`` is followed by zeros up to ``new_columns``.
+    Each group of ``old_rows`` rows is followed by zero rows up to ``new_rows``; each row of ``old_columns``
+    elements by zeros up to ``new_columns``.
     """
 
     read: ReadBytes
@@ -60,8 +60,8 @@ def padded_read(
 ) -> ReadBytes:
     """Wrap ``read`` of a tensor of ``old_shape`` so that it reads one of ``new_shape``.
 
-    ``n_groups``: into how many groups the rows of each matrix are divided, each padded by itself.
-    ConversionError for shapes that padding does not explain.
+    ``n_groups``: number of row groups per matrix, each padded separately. Raises ConversionError for shapes
+    that padding can't produce.
     """
     if old_shape == new_shape:
         return read

@@ -98,7 +98,7 @@ class NewFile:
             self.file.truncate(n_bytes)
 
     def sync(self, forget: bool = True) -> None:
-        """Flush to disk and, where supported, drop the cached pages: reading back then reads the disk."""
+        """Flush to disk and drop the cached pages, if supported: reading it back then reads the disk."""
         with explaining(self.target, "writing failed"):
             os.fsync(self.file.fileno())
         if forget:

@@ -1,4 +1,4 @@
-"""Options and steps that the commands which write GGUF files share."""
+"""Options and steps shared by the commands that write GGUF files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from pydiffusion.convert import ConversionReport
 
-# Not the whole list: importing it would cost every --help the converter's imports. A wrong type is told all.
+# Not the complete list, since importing it would slow down every --help. An unknown type prints the whole
+# list.
 Type = Annotated[
     str,
     typer.Option(
@@ -47,10 +48,12 @@ TensorTypes = Annotated[
 ]
 ImatrixFile = Annotated[
     Path | None,
-    typer.Option("--imatrix", help="GGUF of activation statistics that weigh columns.", show_default=False),
+    typer.Option(
+        "--imatrix", help="Importance matrix (imatrix) that weights quantization errors.", show_default=False
+    ),
 ]
 ThreadsForRows = Annotated[
-    int | None, typer.Option("--threads", help="Threads that quantize. [default: all CPUs]")
+    int | None, typer.Option("--threads", help="Threads for quantizing. [default: all CPUs]")
 ]
 SourceFile = Annotated[
     Path,
@@ -61,7 +64,7 @@ SplitMaxSize = Annotated[
     typer.Option(
         "--split-max-size",
         metavar="SIZE",
-        help="Split into files NAME-00001-of-0000N.gguf of at most so many bytes (5G; 4GiB).",
+        help="Split into files NAME-00001-of-0000N.gguf of at most this size (5G; 4GiB).",
         show_default=False,
     ),
 ]
@@ -69,13 +72,13 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Keep what is written (OUT.part) when interrupted, and go on from there when run again.",
+        help="Keep OUT.part when interrupted, and resume from it when run again.",
     ),
 ]
 AllowNonfinite = Annotated[
     bool,
     typer.Option(
-        "--allow-nonfinite", help="Keep tensors that hold NaN or infinities in the source's type, not refuse."
+        "--allow-nonfinite", help="Keep tensors with NaN or infinity in the source's type instead of failing."
     ),
 ]
 Report = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
@@ -85,27 +88,27 @@ Keep = Annotated[bool, typer.Option("--no-overwrite", help="Refuse to replace an
 def run_conversion(
     function: Callable[..., ConversionReport], source: Path, target: Path, as_json: bool, **choices: Any
 ) -> None:
-    """Call ``convert`` or one of its kind with its progress shown, and print its report."""
+    """Run ``convert`` or a similar function with a progress bar, and print its report."""
     resume = choices.get("resume", False)
-    with telling_what_is_kept(target) if resume else contextlib.nullcontext():
+    with resume_hint(target) if resume else contextlib.nullcontext():
         with conversion_progress(target) as update:
             report = function(source, target, progress=update, **choices)
         print_report(report, as_json)
 
 
 @contextlib.contextmanager
-def telling_what_is_kept(target: Path) -> Iterator[None]:
-    """A line about the journal that a resumable conversion left, if it did."""
+def resume_hint(target: Path) -> Iterator[None]:
+    """Print a hint if a resumable conversion fails and leaves its journal."""
     try:
         yield
     except BaseException:
         if Path(f"{os.path.realpath(target)}.part.journal").exists():
-            say(f"{target}: what was written is kept; the same command goes on from there")
+            say(f"{target}: partial output is kept; run the same command to resume")
         raise
 
 
 def parse_split_size(given: str | None) -> int | None:
-    """Bytes; wrong use of the command line when it is no size."""
+    """Parse a size to bytes; a usage error if it is invalid."""
     from pydiffusion.convert import parse_split_size as parse
 
     try:
@@ -115,7 +118,7 @@ def parse_split_size(given: str | None) -> int | None:
 
 
 def parse_overrides(given: list[str] | None) -> list[tuple[str, str]]:
-    """``PATTERN=TYPE`` texts as pairs; wrong use of the command line when they are none."""
+    """Parse ``PATTERN=TYPE`` to pairs; a usage error if one is invalid."""
     from pydiffusion.convert import check_overrides
 
     pairs = []
@@ -132,7 +135,7 @@ def parse_overrides(given: list[str] | None) -> list[tuple[str, str]]:
 
 
 def check_type(name: str) -> None:
-    """Refuse an unknown type as wrong use, with the ones there are."""
+    """Raise a usage error for an unknown type, listing the known ones."""
     from pydiffusion.convert import TYPES
 
     if name not in TYPES:
@@ -140,7 +143,7 @@ def check_type(name: str) -> None:
 
 
 def print_report(report: ConversionReport, as_json: bool) -> None:
-    """The report for a script on stdout, or for a person on stderr."""
+    """Print the report: as JSON on stdout if asked for, and a summary on stderr."""
     if as_json:
         print(json.dumps(report.to_dict()))
     types = ", ".join(f"{number} {name}" for name, number in report.types.items())
@@ -150,6 +153,6 @@ def print_report(report: ConversionReport, as_json: bool) -> None:
         f" {count(report.n_bytes, 'B')}, {report.bits_per_weight:.2f} bits per weight, {report.seconds:.1f} s"
     )
     if report.fallbacks:
-        say(f"of another type, for their rows do not fit the one asked for: {len(report.fallbacks)} tensors")
+        say(f"fallback type, since rows don't fit the requested one: {len(report.fallbacks)} tensors")
     for note in report.notes:
         say(f"note: {note}")

@@ -1,4 +1,4 @@
-"""What a person sees on stderr: progress, and the canvas as it settles. In a pipe plain lines only."""
+"""Live display of the canvas on stderr, and printing of answers."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 _INFO_WIDTH = 24
 _NARROW = 60
-# Kept free at the right: the "^C" that a terminal echoes must not wrap, or the drawing could not be cleared.
+# Right margin: the "^C" that a terminal echoes must not wrap, or the display could not be cleared.
 _MARGIN = 4
 
 
 @contextmanager
 def _without_echo() -> Iterator[None]:
-    """Keys typed while a drawing stands are read later but not shown: an echoed line break would shift it."""
+    """Disable echo while the display is active: an echoed line break would shift it."""
     try:
         import termios
     except ImportError:  # Windows
@@ -37,7 +37,7 @@ def _without_echo() -> Iterator[None]:
     try:
         descriptor = sys.stdin.fileno()
         before = termios.tcgetattr(descriptor)
-    except (OSError, ValueError, termios.error):  # no terminal
+    except (OSError, ValueError, termios.error):  # not a terminal
         yield
         return
     silent = before.copy()
@@ -50,13 +50,13 @@ def _without_echo() -> Iterator[None]:
 
 
 class CanvasDisplay:
-    """Draws each draft in place and clears it when its canvas is finished.
+    """Draws each draft in place and clears it when the canvas is finished.
 
-    Settled tokens are bright, the others dim; beside them step, mean entropy and steps per canvas.
+    Accepted tokens are bright, the others dim, next to step, mean entropy and steps per canvas.
     """
 
     def __init__(self, tokenizer: Tokenizer, eos: tuple[int, ...], seconds_per_step: float = 0.0) -> None:
-        """seconds_per_step: show each draft at least so long, for small models are faster than eyes."""
+        """seconds_per_step: minimum time to show each draft, for small models."""
         from rich.live import Live
 
         self._tokenizer = tokenizer
@@ -69,7 +69,7 @@ class CanvasDisplay:
         self._last = 0.0
 
     def draft(self, event: DraftEvent, line: str = "") -> None:
-        """Draw a draft over the one before. line: finished text that the draft continues."""
+        """Draw a draft over the previous one. line: finished text that the draft continues."""
         wait = self._last + self._seconds_per_step - time.perf_counter()
         if wait > 0:
             time.sleep(wait)
@@ -80,14 +80,14 @@ class CanvasDisplay:
         self._last = time.perf_counter()
 
     def canvas(self, event: CanvasEvent) -> None:
-        """Clear the drawing: the canvas's text is about to be printed for good."""
+        """Clear the display before the canvas's final text is printed."""
         self._canvas_steps.append(event.steps)
         if self._seconds_per_step:
             time.sleep(self._seconds_per_step)
         self.clear()
 
     def clear(self) -> None:
-        """Leave nothing drawn."""
+        """Clear the display."""
         if self._live.is_started:
             self._live.update("", refresh=True)
             self._live.stop()
@@ -108,7 +108,7 @@ class CanvasDisplay:
         width = self._console.width - _MARGIN
         narrow = width < _NARROW
         draft = Text(line) + self.styled(event.tokens, event.accepted)
-        # What does not fit the screen is cut above, for the canvas is at the end.
+        # Text that does not fit the screen is cut at the top, since the canvas is at the end.
         rows = draft.wrap(self._console, width - (0 if narrow else _INFO_WIDTH + 2))
         draft = Text("\n").join(rows[-max(1, self._console.height - 3) :])
         grid = Table.grid(padding=(0, 2, 0, 0))
@@ -123,7 +123,7 @@ class CanvasDisplay:
         return grid
 
     def styled(self, tokens: np.ndarray, accepted: np.ndarray) -> Text:
-        """A draft, its settled tokens bright and the others dim, up to an eos that is settled."""
+        """Style a draft: accepted tokens bright, others dim, up to an accepted eos."""
         from rich.text import Text
 
         from pydiffusion.tokenizer.markers import MARKERS
@@ -132,9 +132,7 @@ class CanvasDisplay:
         run, run_settled = bytearray(), True
         for token_id, settled in zip(tokens.tolist(), accepted.tolist(), strict=True):
             piece = self._tokenizer.piece(token_id)
-            if isinstance(
-                piece, bytes
-            ):  # bytes of one character may be settled one by one: it is when they all are
+            if isinstance(piece, bytes):  # a character of several bytes is accepted when all its bytes are
                 run += piece
                 run_settled = run_settled and settled
                 continue
@@ -153,14 +151,14 @@ def _style(settled: bool) -> str:
 
 
 class AnswerPrinter:
-    """A callback for events: drafts are drawn on stderr if there is a display, text goes to stdout.
+    """Event callback: draws drafts on stderr if there is a display, prints text to stdout.
 
-    Where both are on one terminal, a line that may go on stays in the drawing until it is complete: what is
-    printed must end at a line break, or the next drawing would cover it. Leaving the context prints the rest.
+    If both are the same terminal, an incomplete line stays in the display until it is complete: printed text
+    must end at a line break, or the next drawing would overwrite it. Leaving the context prints the rest.
     """
 
     def __init__(self, canvas_display: CanvasDisplay | None, quiet: bool = False) -> None:
-        """quiet: keep the text off stdout."""
+        """quiet: don't print the text."""
         self._display = canvas_display
         self._quiet = quiet
         self._for_terminal = sys.stdout.isatty()
@@ -180,7 +178,7 @@ class AnswerPrinter:
             self._print(event.text)
 
     def _think(self, thought: str) -> None:
-        """A thought, apart from the answer: dim on a terminal, elsewhere a line marked as such."""
+        """Print reasoning to stderr: dim on a terminal, elsewhere as a prefixed line."""
         if not thought or self._quiet:
             return
         if sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""Opening a model and resolving the options of a command."""
+"""Open a model and build its options from the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of RUNTIME as arguments of ``DiffusionModel``; what is out of range is wrong use."""
+    """Arguments of ``DiffusionModel`` from the RUNTIME options; a usage error for a value out of range."""
     from pydiffusion import _native
     from pydiffusion.convert import parse_size
     from pydiffusion.device_plan import DEFAULT_N_CTX, KV_TYPES, device_request
@@ -35,7 +35,7 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
     kernels = runtime.get("kernels") or "auto"
     if kernels not in ("auto", *_native.kernels()):
         there = ", ".join(_native.kernels())
-        raise typer.BadParameter(f"--kernels is {kernels}; this processor has {there}")
+        raise typer.BadParameter(f"--kernels is {kernels}; this CPU has {there}")
     request: dict[str, Any] = {
         "n_gpu_layers": "auto" if layers in (None, "auto") else int(layers),
         "n_cpu_moe": runtime.get("n_cpu_moe"),
@@ -58,7 +58,7 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises ValueError, with where, for what is not UTF-8."""
+    """Read a file as text. Raises ValueError with the position if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -68,17 +68,17 @@ def read_text(path: Path) -> str:
 
 
 def read_text_or_stdin(file: Path) -> str:
-    """A file, or standard input for ``-``. Raises ValueError for what is no UTF-8."""
+    """Read a file, or standard input for ``-``, as text. Raises ValueError if it is not UTF-8."""
     data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         name = "standard input" if str(file) == "-" else str(file)
-        raise ValueError(f"{name} is no valid UTF-8 at byte {error.start}") from None
+        raise ValueError(f"{name} is not valid UTF-8 at byte {error.start}") from None
 
 
 def make_options(model: DiffusionModel | None = None, **choices: Any) -> GenerationOptions:
-    """GenerationOptions from the command line; a value out of range is wrong use of it (exit code 2)."""
+    """GenerationOptions from the command line; a usage error (exit code 2) for a value out of range."""
     from pydiffusion import GenerationOptions
 
     if model is not None and choices.get("max_tokens") is None:
@@ -90,7 +90,7 @@ def make_options(model: DiffusionModel | None = None, **choices: Any) -> Generat
 
 
 def open_model(path: Path, runtime: Mapping[str, Any], n_sessions: int = 1) -> DiffusionModel:
-    """Load a model with its progress shown. runtime: what was given of RUNTIME."""
+    """Load a model with a progress bar. runtime: the given RUNTIME options."""
     from pydiffusion import DiffusionModel
 
     from ._progress import progress

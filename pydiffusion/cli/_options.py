@@ -1,4 +1,4 @@
-"""What several commands share: option types, opening a model, asking for options in range."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ Context = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", help="Threads that compute. [default: the CPUs this process may use]"),
+    typer.Option("--threads", help="Compute threads. [default: the CPUs available to this process]"),
 ]
 Steps = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps per canvas at most. [default: the file's]")
+    int | None, typer.Option("--steps", help="Maximum denoising steps per canvas. [default: the file's]")
 ]
-#: Options of a generation by the names of GenerationOptions' fields: those of the sampler, and all.
+#: Generation options by field name of GenerationOptions: the sampler's, and all.
 SAMPLER: dict[str, Any] = {
     "steps": Steps,
-    "seed": Annotated[
-        int | None, typer.Option("--seed", help="Repeats a generation. [default: drawn, and reported]")
-    ],
+    "seed": Annotated[int | None, typer.Option("--seed", help="Random seed. [default: drawn, and reported]")],
     "t_min": Annotated[
         float | None, typer.Option("--t-min", help="Temperature of the last step. [default: the file's]")
     ],
@@ -55,25 +53,25 @@ TEXT: dict[str, Any] = {
     "max_tokens": Annotated[
         int | None,
         typer.Option(
-            "-n", "--max-tokens", help="Tokens to generate at most. [default: up to the end of the context]"
+            "-n", "--max-tokens", help="Maximum tokens to generate. [default: up to the end of the context]"
         ),
     ],
     **SAMPLER,
     "stop": Annotated[
         list[str] | None,
-        typer.Option("--stop", help="Cut the text at this string; may be given several times."),
+        typer.Option("--stop", help="Cut the text at this string; may be repeated."),
     ],
     "thinking_budget": Annotated[
         int | None,
-        typer.Option("--thinking-budget", help="Tokens for thinking; then the answer. [default: no limit]"),
+        typer.Option("--thinking-budget", help="Maximum reasoning tokens. [default: no limit]"),
     ],
     "stop_on_repetition": Annotated[
         bool | None,
-        typer.Option("--stop-on-repetition", help="End a text that only goes round."),
+        typer.Option("--stop-on-repetition", help="End a text that loops."),
     ],
     "trim_after_eos": Annotated[
         bool | None,
-        typer.Option("--trim-after-eos", help="Spare the work behind an eos that has settled."),
+        typer.Option("--trim-after-eos", help="Skip the work after an accepted eos."),
     ],
 }
 
@@ -86,52 +84,50 @@ Regex = Annotated[
 ]
 
 
-#: Where a model computes, and with how much room.
+#: Options of the runtime: context, threads, devices, kernels, cache type.
 RUNTIME: dict[str, Any] = {
     "ctx": Context,
     "threads": Threads,
     "gpu_layers": Annotated[
         str | None,
         typer.Option(
-            "--gpu-layers", help="Layers on GPUs, the last ones; 0: none. [default: as many as fit]"
+            "--gpu-layers", help="Layers on GPUs, counted from the last; 0: none. [default: as many as fit]"
         ),
     ],
     "n_cpu_moe": Annotated[
         int | None,
         typer.Option(
             "--n-cpu-moe",
-            help="Layers, the last ones, whose experts stay with the processor. [default: as few as needed]",
+            help="Layers, counted from the last, whose experts stay on the CPU. [default: as few as needed]",
         ),
     ],
     "gpu_memory": Annotated[
         str | None,
-        typer.Option(
-            "--gpu-memory", help="Of each GPU, so much at most (8G; 8G,24G). [default: what is free]"
-        ),
+        typer.Option("--gpu-memory", help="Maximum memory per GPU (8G; 8G,24G). [default: what is free]"),
     ],
     "device": Annotated[
         str | None,
-        typer.Option(help="cpu, or GPUs that `pydiffusion devices` lists (CUDA0,CUDA1). [default: all GPUs]"),
+        typer.Option(help="cpu, or GPUs listed by `pydiffusion devices` (CUDA0,CUDA1). [default: all GPUs]"),
     ],
     "kernels": Annotated[
         str | None,
         typer.Option(
-            help="What multiplies on the processor: ggml, avx512-bf16 or amx. [default: the fastest known]"
+            help="Matmul kernels on the CPU: ggml, avx512-bf16 or amx. [default: the fastest available]"
         ),
     ],
     "cache_type": Annotated[
         str | None,
         typer.Option(
             "--cache-type",
-            help="Type of the KV cache: f32 or f16; q8_0 halves it, and hurts Gemma 4. [default: f16]",
+            help="Type of the KV cache: f32 or f16; q8_0 halves it but hurts Gemma 4. [default: f16]",
         ),
     ],
 }
 
 
 def takes(**groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command that has these options, too: for each of its function's parameters that is named here, a dict
-    of what was given takes their place.
+    """Decorator that adds groups of options to a command: each parameter named like a group gets a dict of
+    the group's values.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:

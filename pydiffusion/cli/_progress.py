@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar on a terminal, a line now and then in a pipe."""
+"""Progress on stderr: a bar on a terminal, a line every few seconds in a pipe."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
     from pydiffusion.convert import ConversionProgress
 
-# In a pipe, work that takes longer than this says where it stands, and again after as long.
+# Interval of progress lines in a pipe.
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 def stderr_console() -> Console:
-    """A console on stderr; markup and highlighting stay off, for texts are not ours."""
+    """A console on stderr, without markup and highlighting, since texts are untrusted."""
     from rich.console import Console
 
     return Console(stderr=True, markup=False, highlight=False, emoji=False)
@@ -30,8 +30,8 @@ def stderr_console() -> Console:
 
 @contextmanager
 def progress(label: str) -> Iterator[Callable[..., None]]:
-    """Show work under way; yields a function that takes how much is done and how much there is, and if it is
-    known a few words about the pace.
+    """Show progress; yields a function that takes the amount done, the total, and optionally the pace as
+    text.
     """
     label = one_line(label)
     if sys.stderr.isatty():
@@ -59,7 +59,7 @@ def progress(label: str) -> Iterator[Callable[..., None]]:
 
 
 class conversion_progress:
-    """Shows the stages of a conversion; a context manager that yields the callback to pass."""
+    """Shows the stages of a conversion; a context manager that yields the progress callback."""
 
     def __init__(self, target: Path) -> None:
         self._target = target
@@ -85,7 +85,7 @@ class conversion_progress:
 
 
 def pace(state: ConversionProgress) -> str:
-    """``120 MB/s, 1:05 left``; empty before anything can be said."""
+    """``120 MB/s, 1:05 left``; empty while unknown."""
     rate, left = state.bytes_per_second, state.seconds_left
     if rate is None or left is None:
         return ""
@@ -96,8 +96,6 @@ def pace(state: ConversionProgress) -> str:
 
 
 def quiet_hub_in_a_pipe() -> None:
-    """No progress bars of huggingface_hub where they would be lines upon lines; to be called before its
-    import.
-    """
+    """Disable huggingface_hub's progress bars unless stderr is a terminal; call before importing it."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

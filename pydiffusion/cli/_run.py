@@ -1,4 +1,4 @@
-"""Prefill and generation with progress and the canvas shown."""
+"""Prefill and generate with progress and live display."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def prefill(session: Session, ids: list[int]) -> None:
-    """Bring the prompt into the session's cache, with progress shown."""
+    """Prefill the prompt with a progress bar."""
     from ._progress import progress
 
     if not ids:
@@ -30,9 +30,9 @@ def run(
     quiet: bool = False,
     seconds_per_step: float = 0.0,
 ) -> Completion:
-    """Generate behind what the session has: text to stdout (unless quiet), figures to stderr.
+    """Generate after the session's tokens: text to stdout (unless quiet), timings to stderr.
 
-    show: draw the drafts, where stderr is a terminal.
+    show: draw the drafts if stderr is a terminal.
     """
     from ._display import AnswerPrinter, CanvasDisplay
 
@@ -46,7 +46,7 @@ def run(
 
 
 def figures(done: Completion) -> str:
-    """Speed and length on one line; ms per step and steps per canvas are what others can be compared by."""
+    """Summary line with length, steps and speed."""
     n_canvases = len(done.canvas_steps)
     seconds = done.timings["encode"] + done.timings["denoise"]
     return (

@@ -1,4 +1,4 @@
-"""``pydiffusion convert``: a Hugging Face folder to GGUF."""
+"""``pydiffusion convert``: convert a Hugging Face checkpoint to GGUF."""
 
 from __future__ import annotations
 
@@ -50,25 +50,25 @@ def command(
         typer.Option(
             "--fit",
             metavar="SIZE",
-            help="Instead of --type: the best that fits so much memory (16G) with its cache and buffers.",
+            help="Instead of --type: the best type that fits this memory (16G) with cache and buffers.",
             show_default=False,
         ),
     ] = None,
-    ctx: Annotated[int, typer.Option("--ctx", help="Tokens of context that --fit leaves room for.")] = 4096,
+    ctx: Annotated[int, typer.Option("--ctx", help="Context length that --fit plans for.")] = 4096,
     pad: Pad = None,
     tensor_type: TensorTypes = None,
     imatrix: ImatrixFile = None,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Only print what would be written: types, bytes, bits. Needs config.json alone."
+            "--dry-run", help="Only print what would be written: types, bytes, bits. Needs config.json only."
         ),
     ] = False,
     mmproj: Annotated[
         bool,
         typer.Option(
             "--mmproj",
-            help="Write the vision tower and projector instead: a file for llama.cpp's multimodal library, "
+            help="Convert the vision tower and projector instead, for llama.cpp's multimodal library, "
             "of --type bf16 unless f32, f16 or q8_0 is given.",
         ),
     ] = False,
@@ -118,7 +118,7 @@ def command(
 
 
 def convert_vision(source: Path, output: Path | None, as_json: bool, choices: dict[str, Any]) -> None:
-    """The vision file of a checkpoint; wrong use of the command line for a type that it can't have."""
+    """Convert the vision part of a checkpoint; a usage error for an unsupported type."""
     from pydiffusion import convert
 
     if choices["type"] not in convert.MMPROJ_TYPES:
@@ -128,7 +128,7 @@ def convert_vision(source: Path, output: Path | None, as_json: bool, choices: di
 
 
 def model_name(source: Path) -> str:
-    """A folder's or repo's name, for the target's."""
+    """Name of a folder or repo, for the default target."""
     from pydiffusion.convert import repo_id
 
     repo = repo_id(source)
@@ -138,7 +138,7 @@ def model_name(source: Path) -> str:
 def choose_fitting(
     source: Path, size: str, ctx: int, pad: bool | None, overrides: list[tuple[str, str]], has_imatrix: bool
 ) -> tuple[str, list[tuple[str, str]]]:
-    """Type and overrides of the best recipe that fits, and a line that tells them."""
+    """Choose type and overrides of the best recipe that fits, and print them."""
     from pydiffusion import convert
 
     try:
@@ -165,7 +165,7 @@ def print_sizes(
     ctx: int,
     as_json: bool,
 ) -> None:
-    """The table of a dry run on stdout."""
+    """Print the table of a dry run."""
     from pydiffusion import convert
 
     plan = convert.plan_sizes(source, type, pad=pad, tensor_types=overrides, has_imatrix=has_imatrix)
@@ -184,10 +184,10 @@ def print_sizes(
     print(f"{'all':24} {plan.type:8} {len(plan.tensors):6} {total}")
     print(
         f"memory with a context of {ctx}: {count(memory.weights, 'B')} weights, {count(memory.cache, 'B')}"
-        f" cache, about {count(memory.buffers, 'B')} buffers, {count(memory.reserve, 'B')} kept free:"
+        f" cache, about {count(memory.buffers, 'B')} buffers, {count(memory.reserve, 'B')} reserved:"
         f" {memory.total / 2**30:.2f} GiB"
     )
     for line in plan.fallbacks:
-        print(f"instead of the type asked for: {line}")
+        print(f"fallback: {line}")
     for note in plan.notes:
         print(f"note: {note}")

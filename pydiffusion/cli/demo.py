@@ -1,4 +1,4 @@
-"""``pydiffusion demo``: the model that ships with the package, converted and put to work."""
+"""``pydiffusion demo``: convert and run the demo model that ships with the package."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ _SECONDS_PER_STEP = 0.25
 
 def command(
     task: Annotated[
-        str, typer.Option("--task", help="What to solve: sudoku, sort, reverse, add, json, count.")
+        str, typer.Option("--task", help="Task to solve: sudoku, sort, reverse, add, json, count.")
     ] = "sudoku",
     puzzle: Annotated[
         int | None, typer.Option("--puzzle", help="Number of a held-out sudoku, from 0.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Chooses the puzzle and the draws.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Seed for the puzzle and the generation.")
+    ] = None,
     steps: _options.Steps = None,
     threads: _options.Threads = None,
 ) -> None:
-    """Convert the demo model to q4_k_m and watch it solve a puzzle that it never saw, step by step."""
+    """Convert the demo model to q4_k_m and watch it solve a held-out puzzle, step by step."""
     chosen_seed = random.SystemRandom().getrandbits(32) if seed is None else seed
     options = _open.make_options(steps=steps, seed=chosen_seed)
     example = _example(task, puzzle, chosen_seed)
@@ -70,7 +72,7 @@ def _example(task: str, puzzle: int | None, seed: int) -> Example:
 
 
 def _converted(stack: ExitStack) -> Path:
-    """The demo model as GGUF: from the cache, else converted now, to a temporary folder if need be."""
+    """Path of the demo model's GGUF: from the cache, else converted now, to a temporary folder if need be."""
     from pydiffusion import convert, demo
 
     from ._progress import conversion_progress
@@ -94,7 +96,7 @@ def _converted(stack: ExitStack) -> Path:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Changes when the checkpoint or the version does, so that no stale conversion is used."""
+    """Digest of checkpoint and version, so that no stale conversion is used."""
     from pydiffusion import __version__
 
     digest = hashlib.sha256(__version__.encode())

@@ -1,4 +1,4 @@
-"""``pydiffusion generate``: one prompt, one answer."""
+"""``pydiffusion generate``: generate text from one prompt."""
 
 from __future__ import annotations
 
@@ -34,18 +34,14 @@ def command(
         bool | None,
         typer.Option(
             "--chat/--raw",
-            help="The prompt as a user's message through the file's chat template, or as it stands."
+            help="Prompt as a user message through the file's chat template, or as raw text."
             " [default: --chat where the file has a template]",
         ),
     ] = None,
-    system: Annotated[
-        str | None, typer.Option("--system", help="A system message in front, with --chat.")
-    ] = None,
-    special: Annotated[
-        bool, typer.Option("--special", help="Read control tokens spelled out in a raw prompt as such.")
-    ] = False,
+    system: Annotated[str | None, typer.Option("--system", help="System message, with --chat.")] = None,
+    special: Annotated[bool, typer.Option("--special", help="Parse control tokens in a raw prompt.")] = False,
     show: Annotated[
-        bool, typer.Option("--show", help="Draw the canvas as it settles (on a terminal).")
+        bool, typer.Option("--show", help="Draw the canvas while it is denoised (on a terminal).")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
 ) -> None:
@@ -54,7 +50,7 @@ def command(
         "json_schema": None if json_schema is None else _open.read_text_or_stdin(json_schema),
         "regex": regex,
     }
-    _open.make_options(**choices)  # what is out of range should not wait for the model to load
+    _open.make_options(**choices)  # report invalid options before loading the model
     text = _read_prompt(prompt)
     opened = _open.open_model(model, runtime)
     ids = _prompt_ids(opened, text, chat, system, special)

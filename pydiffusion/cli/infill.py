@@ -1,4 +1,4 @@
-"""``pydiffusion infill``: a text with holes in, the text with its holes filled out."""
+"""``pydiffusion infill``: fill the holes of a text."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def command(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="A text with holes, <|hole|> or <|hole:N|> for N tokens at most; - reads standard input.",
+            help="Text with holes, <|hole|> or <|hole:N|> for at most N tokens; - reads standard input.",
             show_default=False,
         ),
     ],
     instruction: Annotated[
         str | None,
-        typer.Option("--instruction", help="A user's message to which the text is the answer."),
+        typer.Option("--instruction", help="User message that the text answers."),
     ] = None,
     hole_tokens: Annotated[
-        int, typer.Option("--hole-tokens", help="Tokens of a hole that doesn't say how many.")
+        int, typer.Option("--hole-tokens", help="Maximum tokens of a hole without an N.")
     ] = 16,
     *,
     runtime: dict[str, Any],
     show: Annotated[
-        bool, typer.Option("--show", help="Draw the canvas as it settles (on a terminal).")
+        bool, typer.Option("--show", help="Draw the canvas while it is denoised (on a terminal).")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print text, holes and figures as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print text, holes and timings as JSON.")] = False,
 ) -> None:
-    """Fill the holes of a text, with all around them held."""
+    """Fill the holes of a text, keeping everything around them."""
     from ._display import AnswerPrinter, CanvasDisplay
 
     options = _open.make_options(**choices)

@@ -1,4 +1,4 @@
-"""``pydiffusion inspect``: what a GGUF file holds."""
+"""``pydiffusion inspect``: show a GGUF's metadata and tensors."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _LONG_TEXT = 100
 
 def command(
     file: Annotated[Path, typer.Argument(help="The GGUF file.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     arrays: Annotated[
-        bool, typer.Option("--arrays", help="Show long arrays and texts whole (token lists, templates).")
+        bool, typer.Option("--arrays", help="Show long arrays and texts in full (token lists, templates).")
     ] = False,
 ) -> None:
-    """Show a GGUF file's metadata and tensors, of a split one those of all parts; any architecture."""
+    """Show metadata and tensors of a GGUF file, or of all parts of a split one; any architecture."""
     from pydiffusion._util.files import check_is_file
     from pydiffusion.convert import open_parts
 
@@ -72,7 +72,7 @@ def _as_dict(gguf: Parts, with_tensors: bool, whole: bool) -> dict[str, Any]:
 
 
 def _end_tokens(gguf: Parts) -> tuple[Sequence[EndToken], str | None]:
-    """The tokens that end a text, or why that can't be told."""
+    """The end tokens, or the error that prevents finding them."""
     from pydiffusion import ModelFormatError
     from pydiffusion.tokenizer.end_tokens import find_end_tokens
 
@@ -97,7 +97,7 @@ def _json_value(value: Any, type_name: str, whole: bool) -> Any:
             return {"type": type_name, "length": len(value)}
         return [_json_value(entry, type_name, whole) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no such numbers
+        return str(value)  # JSON has no NaN and infinity
     return value
 
 
@@ -128,12 +128,12 @@ def _print(gguf: Parts, with_tensors: bool, whole: bool) -> None:
 
 def _print_end_tokens(gguf: Parts) -> None:
     found, error = _end_tokens(gguf)
-    print("\nTokens that end a text, and how they are known")
+    print("\nEnd tokens, and why")
     for end in found:
         reasons = ", ".join(f"by {reason}" for reason in end.reasons)
         print(f"  {end.token_id} {one_line(repr(end.text))}: {reasons}")
     if not found:
-        print(f"  none: {'the file names none' if error is None else one_line(error)}")
+        print(f"  none: {'the file has none' if error is None else one_line(error)}")
 
 
 def _shown(value: Any, whole: bool) -> str:

@@ -1,4 +1,4 @@
-"""``pydiffusion merge``: the parts of a split GGUF to one file."""
+"""``pydiffusion merge``: merge the parts of a split GGUF."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pydiffusion quantize``: a GGUF to a smaller type."""
+"""``pydiffusion quantize``: requantize a GGUF."""
 
 from __future__ import annotations
 

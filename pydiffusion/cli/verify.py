@@ -1,4 +1,4 @@
-"""``pydiffusion verify``: a GGUF against its source."""
+"""``pydiffusion verify``: compare a GGUF with its source."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
-    """Read every tensor of a GGUF; compare it with its source. Exit code 1 when something disagrees."""
+    """Read every tensor of a GGUF and compare it with its source. Exit code 1 on a mismatch."""
     from pydiffusion.convert import verify
 
     quiet_hub_in_a_pipe()

@@ -1,4 +1,4 @@
-"""Python's parser of regular expressions, which has no public name."""
+"""Python's regular expression parser, which has no public name."""
 
 from __future__ import annotations
 

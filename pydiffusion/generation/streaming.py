@@ -135,7 +135,9 @@ def chat_stream(
     in_thought = ends_in_thought(prompt_end)
     if options.is_structured:
         if in_thought:
-            raise ValueError("the prompt ends within a thought: structured answers come without one")
+            raise ValueError(
+                "the prompt ends inside a reasoning block: constrained output can't contain reasoning"
+            )
         return ContentStream(tokenizer, ())
     return ChatStream(tokenizer, options.stop, in_thought)
 

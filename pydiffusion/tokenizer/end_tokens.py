@@ -41,7 +41,7 @@ class EndToken:
     """A token that ends a text.
 
     text: as in the file, None if the file has no token list.  reasons: the list or key that
-        names it, or its text.
+    names it, or its text.
     """
 
     token_id: int

@@ -131,7 +131,7 @@ def test_invalid_targets(folder: Path, tmp_path: Path) -> None:
         convert(folder, tmp_path / "nowhere" / "m.gguf", "q8_0")
     with pytest.raises(ConversionError, match="is a folder"):
         convert(folder, tmp_path, "q8_0")
-    with pytest.raises(ConversionError, match="no regular file"):
+    with pytest.raises(ConversionError, match="not a regular file"):
         convert(folder, "/dev/null", "q8_0")
     (tmp_path / "m.gguf").write_bytes(b"old")
     with pytest.raises(ConversionError, match="exists already"):

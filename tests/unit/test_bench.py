@@ -55,7 +55,7 @@ def test_operations_are_counted(tiny: Path) -> None:
     n, d = c.canvas_length, c.hidden_size
     assert {"attend_tiles", "attend"} & set(result.operation_seconds)
     assert {"cap_and_measure", "join_branches"} <= set(result.operation_seconds)
-    assert "by operation: products and attention" in format_result(result)
+    assert "by operation: matmuls and attention" in format_result(result)
     operations = {name: part.seconds * part.operations_per_second for name, part in result.parts.items()}
     mlp = 2 * 3 * n * d * c.intermediate_size
     assert operations["head"] == pytest.approx(2 * n * d * c.vocab_size)
