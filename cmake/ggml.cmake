@@ -15,7 +15,7 @@ set(BUILD_SHARED_LIBS OFF)
 set(GGML_STATIC OFF CACHE BOOL "" FORCE) # ON would link the extension itself statically
 set(GGML_BUILD_TESTS OFF CACHE BOOL "" FORCE)
 set(GGML_BUILD_EXAMPLES OFF CACHE BOOL "" FORCE)
-set(GGML_OPENMP OFF CACHE BOOL "" FORCE) # use ggml's thread pool: no OpenMP runtime to ship, and no conflict with another one
+set(GGML_OPENMP OFF CACHE BOOL "" FORCE) # ggml's own thread pool: no OpenMP runtime to ship, no conflict with another
 set(GGML_LLAMAFILE ON CACHE BOOL "" FORCE)
 set(GGML_CCACHE OFF CACHE BOOL "" FORCE)
 set(GGML_METAL OFF CACHE BOOL "" FORCE)

@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(kThreads) measure_rows(float* logits, int64_t 
 // Computes each row's distribution and how many tokens it keeps; if at most kMaxGathered, also lists them in
 // vocabulary order.
 __global__ void __launch_bounds__(kThreads)
-    select_tokens(const float* logits, int64_t n_vocab, float inverse, float dropped_mass,
-                  row::Distribution* distributions, int32_t* n_kept, int32_t* tokens, float* weights) {
+    find_mass(const float* logits, int64_t n_vocab, float inverse, float dropped_mass,
+              row::Distribution* distributions, int32_t* n_kept, int32_t* tokens, float* weights) {
     __shared__ row::Sums warps[kWarps];
     __shared__ row::Tails tails[kWarps];
     __shared__ int chosen;
@@ -371,7 +371,7 @@ void CudaStepBackend::condition(const ggml_tensor* logits, const ggml_tensor* em
     auto* out = static_cast<float*>(soft->data);
     check(cudaMemsetAsync(out, 0, n * d * sizeof(float), stream_.get()), "clearing the soft embeddings");
     if (state.self_conditioning) {
-        select_tokens<<<static_cast<unsigned>(n), kThreads, 0, stream_.get()>>>(
+        find_mass<<<static_cast<unsigned>(n), kThreads, 0, stream_.get()>>>(
             x, n_vocab, row::inverse_temperature(state.previous_temperature), state.dropped_mass,
             distributions_.reserve(n), n_kept_.reserve(n), tokens_.reserve(n * kMaxGathered),
             weights_.reserve(n * kMaxGathered));
