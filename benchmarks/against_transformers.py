@@ -106,14 +106,14 @@ def main() -> int:
         times: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(arguments.rounds + 1):
             for name, step in steps.items():
-                taken = seconds(step)
+                elapsed = seconds(step)
                 if turn:  # the first round is warm-up
-                    times[name].append(taken)
+                    times[name].append(elapsed)
     reference = times["transformers bf16"]
-    for name, taken in times.items():
-        ratios = [a / b for a, b in zip(reference, taken, strict=True)]
+    for name, elapsed in times.items():
+        ratios = [a / b for a, b in zip(reference, elapsed, strict=True)]
         print(
-            f"{name:20} {1e3 * statistics.median(taken):7.0f} ms per step (best {1e3 * min(taken):.0f}), "
+            f"{name:20} {1e3 * statistics.median(elapsed):7.0f} ms per step (best {1e3 * min(elapsed):.0f}), "
             f"speedup {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         )
     return 0

@@ -67,14 +67,14 @@ def main() -> None:
     }
     steppers = {n: stepper(model) for n, model in models.items()}
     alone: dict[int, list[float]] = {n: [] for n in steppers}
-    beside: dict[int, list[float]] = {n: [] for n in steppers}
+    contended: dict[int, list[float]] = {n: [] for n in steppers}
     for _ in range(arguments.rounds):
         for n, step in steppers.items():
             alone[n] += [step() for _ in range(arguments.steps)]
             with busy_process():
-                beside[n] += [step() for _ in range(arguments.steps)]
+                contended[n] += [step() for _ in range(arguments.steps)]
     for n in steppers:
-        quiet, busy = (1e3 * statistics.median(times[n]) for times in (alone, beside))
+        quiet, busy = (1e3 * statistics.median(times[n]) for times in (alone, contended))
         print(
             f"{n} threads: alone {quiet:.1f} ms, next to busy process {busy:.1f} ms, ratio {busy / quiet:.2f}"
         )

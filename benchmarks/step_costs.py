@@ -53,8 +53,8 @@ def batches(model: _native.Model, n_prompt: int, rounds: int) -> None:
             batch.next_steps(sessions[:n])
             seconds[n].append(time.perf_counter() - started)
     one = statistics.median(seconds[1][1:])
-    for n, taken in seconds.items():
-        step = statistics.median(taken[1:])
+    for n, elapsed in seconds.items():
+        step = statistics.median(elapsed[1:])
         print(f"batch {n}: step {1e3 * step:.0f} ms, {n * one / step:.2f} times the throughput of one canvas")
 
 
@@ -74,12 +74,12 @@ def blocks(model: _native.Model, n_prompt: int, n_blocks: int, rounds: int) -> N
             before = session.n_encoded
             started = time.perf_counter()
             session.next_step()
-            taken = time.perf_counter() - started
+            elapsed = time.perf_counter() - started
             if i == 0:  # commits the previous block, and has no self-conditioning
-                commits[block] = taken
+                commits[block] = elapsed
                 assert session.n_encoded - before == (model.canvas_length if block > 1 else 0)
             else:
-                steps.setdefault(block, []).append(taken)
+                steps.setdefault(block, []).append(elapsed)
     first, last = statistics.median(steps[1]), statistics.median(steps[n_blocks])
     early = new_session(model, n_prompt, n_ctx)
     late = new_session(model, n_prompt + (n_blocks - 1) * model.canvas_length, n_ctx)

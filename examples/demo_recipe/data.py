@@ -117,7 +117,7 @@ class Examples:
         return _stack(rows, PREFIX_LENGTH)
 
     def long_batch(self, size: int) -> Batch:
-        """Return later canvases of long answers, with previous ones in the prefix; prefixes have equal length."""
+        """Return later canvases of long answers, previous ones in the prefix; prefixes have equal length."""
         while True:
             example = tasks.generate("count", self.rng, held_out=False)
             prefix, canvases = (

@@ -114,9 +114,9 @@ class DenoisingLoss(nn.Module):
 
     def _encoder_masks(self, length: int) -> dict[str, torch.Tensor]:
         index = torch.arange(length)
-        behind = index[:, None] - index
-        causal = behind >= 0
-        sliding = causal & (behind < self.window)
+        distance = index[:, None] - index
+        causal = distance >= 0
+        sliding = causal & (distance < self.window)
         return {"full_attention": causal[None, None], "sliding_attention": sliding[None, None]}
 
     def _decoder_masks(
