@@ -52,7 +52,7 @@ int32_t DevicePlan::tensor_device(const std::string& name) const {
 
 namespace {
 
-// TensorSizes of tensors in a device's buffers, which may pad rows.
+// Sizes of tensors in a device's buffers, which may pad rows.
 class TensorSizes {
   public:
     explicit TensorSizes(ggml_backend_buffer_type_t type) : type_(type) {}
