@@ -355,10 +355,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["page"]:
-        return gpu_page.main(given[1:])
-    arguments = parse(given)
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["page"]:
+        return gpu_page.main(args[1:])
+    arguments = parse(args)
     if arguments.write_only:
         ends = arguments.started + arguments.seconds
         try:

@@ -185,11 +185,11 @@ def short_name(name: str) -> str:
 def short_names(names: Iterable[str]) -> dict[str, str]:
     """Map full names to short ones; equal short names get a number."""
     short: dict[str, str] = {}
-    taken: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name in dict.fromkeys(names):
         one = short_name(name)
-        taken[one] = taken.get(one, 0) + 1
-        short[name] = one if taken[one] == 1 else f"{one} #{taken[one]}"
+        counts[one] = counts.get(one, 0) + 1
+        short[name] = one if counts[one] == 1 else f"{one} #{counts[one]}"
     return short
 
 
@@ -241,8 +241,8 @@ def table(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if argv is None else argv)
-    return table(given[1:]) if given[:1] == ["table"] else run(given)
+    args = list(sys.argv[1:] if argv is None else argv)
+    return table(args[1:]) if args[:1] == ["table"] else run(args)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ class Findings:
     def of(self, kind: str) -> list[Entry]:
         return [entry for entry in self.good if kind_of(entry) == kind]
 
-    def beside(self, entry: Entry, kind: str) -> Entry | None:
+    def related(self, entry: Entry, kind: str) -> Entry | None:
         """Return a finding of the same type: of the same variant, else of the run without a variant."""
         same = [other for other in self.of(kind) if other.get("type") == entry.get("type")]
         own = [other for other in same if other.get("variant") == entry.get("variant")]
@@ -151,7 +151,7 @@ class Findings:
 
     def floor(self, entry: Entry) -> float | None:
         """Return the time to copy all weights at the device's bandwidth: a step reads all of them."""
-        load, rates = self.beside(entry, "load"), self.beside(entry, "rates")
+        load, rates = self.related(entry, "load"), self.related(entry, "rates")
         return load["n_bytes"] / rates["copy"] if load and rates else None
 
 
@@ -244,7 +244,7 @@ def rates(found: Findings) -> str:
 def memory(found: Findings) -> str:
     rows = []
     for entry in found.of("load"):
-        planned, first = entry["plan"], found.beside(entry, "first-step") or {}
+        planned, first = entry["plan"], found.related(entry, "first-step") or {}
         rows.append([
             label(entry), f"{entry['load']:.1f}", f"{entry['n_bytes'] / entry['load'] / 1e9:.2f}",
             gb(entry["n_bytes"]), f"{planned['n_gpu_layers']} of {planned['n_layer']}",

@@ -8,6 +8,8 @@
 #include <memory>
 
 #include "sampler/entropy_bound.h"
+#include "sampler/logits.h"
+#include "sampler/philox.h"
 
 namespace {
 

@@ -32,21 +32,20 @@ struct GraphBuilder {
     ggml_context* ctx() const { return context.get(); }
     int64_t n_tokens() const;  // of all sequences
 
-    // An input tensor: written before a run of the graph, kept until the next write. new_input_on is for
-    // graphs of ggml ops, whose inputs are in the memory of the device that reads them.
+    // An input tensor: written before a run of the graph, kept until the next write. Graphs of ggml ops have
+    // inputs in device memory: new_input() in the last device's, new_input_on() in any (or the CPU's).
     ggml_tensor* new_input(ggml_type type, int64_t n0, int64_t n1 = 1);
     ggml_tensor* new_input_on(int32_t device, ggml_type type, int64_t n0, int64_t n1);
     // Sets the tokens' positions; only after allocate().
     void set_positions(const std::vector<int32_t>& positions);
-    // Computes the tensor, or all nodes from first_node on, on the weight's device, whatever the scheduler
-    // would choose.
+    // Pins the tensor, or all nodes from first_node on, to the weight's device, whatever the scheduler would
+    // choose.
     void pin_to_device_of(const ggml_tensor* weight, ggml_tensor* tensor);
     void pin_to_device_of(const ggml_tensor* weight, int first_node);
     // Allocates the graph and fills the masks. `what` names the graph in an out-of-memory error.
     void allocate(GraphExecutor& executor, const char* what) const;
 
-    // Assigns the tensors created from here on to a part of the step, for profiling. `name` must be a
-    // literal.
+    // Assigns tensors created from here on to a part of the step, for profiling. `name` must be a literal.
     void begin_part(const char* name) { parts.push_back({name, ggml_used_mem(ctx())}); }
     const char* part_of(const ggml_tensor* tensor) const;
 
@@ -56,8 +55,7 @@ struct GraphBuilder {
     };
     std::vector<Part> parts;
 
-    // Attention mask of a sequence in a layer, shared by a device's layers of the same kind. Graphs of ggml
-    // ops only.
+    // Graphs of ggml ops: attention mask of a sequence in a layer, shared by a device's layers of a kind.
     ggml_ops::Mask mask(size_t i_sequence, int32_t i_layer, int64_t n_visible, const Causal* causal);
 
     bool uses_ggml_ops() const { return model.backend.on_device(); }

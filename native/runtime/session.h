@@ -24,8 +24,7 @@ struct GenerationParams {
     float confidence_threshold = 0.005f;
     uint64_t seed = 0;
     std::vector<int32_t> eos;
-    // Indexed from the start of the generation across canvases; positions beyond their ends are
-    // unconstrained.
+    // Indexed from the start of the generation across canvases; positions beyond their ends are free.
     std::vector<int32_t> canvas;  // initial tokens of positions; -1: random
     std::vector<uint8_t> hold;    // 1: the position keeps its token from `canvas`
     float dropped_mass = 0.0f;    // see soft_probabilities
@@ -76,8 +75,7 @@ class Session {
     // Costs of the last denoising step's parts; ends the current generation. See Denoiser::profile.
     std::map<std::string, Denoiser::PartCost> profile_step(bool by_operation);
 
-    // See pydiffusion::encode. Throws, with nothing changed, if a token is out of range or the context
-    // overflows.
+    // See pydiffusion::encode. Throws, with nothing changed, for invalid tokens or a context overflow.
     void encode(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
                 std::vector<float>* hidden);
     // Drops all but the first n tokens; encodes those again if the cache can't go back that far.
