@@ -78,7 +78,7 @@ RULES = (
             ("native/backend/cpu/simd_gemm.h", r"", "of a matrix"),
             ("native/backend/cpu/*", r"column 4 q|column c is", "of a matrix"),
             ("native/bindings/sampler.cpp", r"logits has 0 columns", "of an array"),
-            ("native/quant/*", r"", "of a weight's matrix, by importance"),
+            ("native/quantization/*", r"", "of a weight's matrix, by importance"),
             ("pydiffusion/testing/synthetic.py", r"n_columns", "of a weight's matrix"),
             ("pydiffusion/cli/*", r"", "of text and of tables"),
             ("pydiffusion/server/static/page.css", r"flex-direction", "of a page"),
@@ -101,7 +101,7 @@ RULES = (
         allowed=(
             ("native/backend/*", r"", "of SIMD vectors and warps"),
             ("native/sampler/logits.cpp", r"", "of SIMD vectors"),
-            ("native/quant/quantize.cpp", r"", "of SIMD vectors"),
+            ("native/quantization/quantize.cpp", r"", "of SIMD vectors"),
             ("native/util/simd_math.h", r"", "of SIMD vectors"),
             ("native/bench/roofline.cpp", r"", "of SIMD vectors"),
             ("docs/*", r"SIMD|lanes of the vectors|`(?:pydiffusion_)?lanes", "of vectors; a metric's name"),

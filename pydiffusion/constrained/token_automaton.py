@@ -24,8 +24,7 @@ class Automaton:
 
     accepting: whether the text may end in a state, bool (n_states,).
     alphabet: tokens that can spell every accepted text.
-    tokens_left: length, in tokens of the alphabet, of the shortest path from a state to an end; -1 if there
-        is none.
+    tokens_left: length, in tokens of the alphabet, of the shortest path from a state to an end, or -1.
     """
 
     def __init__(self, expression: str, tokenizer: Tokenizer, ends: Collection[int] = ()) -> None:

@@ -158,11 +158,11 @@ class Scheduler:
                 if self._stopped and not self._active:
                     return
             started = time.perf_counter()
-            self._fill_lanes()
+            self._fill_slots()
             self._advance()
             self.counters.busy_seconds += time.perf_counter() - started
 
-    def _fill_lanes(self) -> None:
+    def _fill_slots(self) -> None:
         while len(self._in_flight) < self.n_parallel:
             job = self._next_job()
             if job is None:

@@ -84,7 +84,7 @@ def test_text_after_a_partly_cached_prompt(model: DiffusionModel, seed: int) -> 
     expected = fresh.complete(seed=seed, max_tokens=48, eos=[])
     session = model.new_session()
     session.encode(ids[: 90 + 5 * seed])
-    session.complete(seed=1, max_tokens=96, eos=[])  # a canvas is committed, and taken back
+    session.complete(seed=1, max_tokens=96, eos=[])  # a canvas is committed, and rolled back
     assert session.prefill(ids) >= 90
     found = session.complete(seed=seed, max_tokens=48, eos=[])
     assert found.text == expected.text and found.tokens.tolist() == expected.tokens.tolist()
