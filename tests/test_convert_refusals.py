@@ -337,7 +337,7 @@ def test_truncated_safetensors(folder: Path, tmp_path: Path, length: int) -> Non
     data = (folder / "model.safetensors").read_bytes()
     (source / "model.safetensors").unlink()
     (source / "model.safetensors").write_bytes(data[:length])
-    refused(source, tmp_path / "m.gguf", r"model\.safetensors.*cut short")
+    refused(source, tmp_path / "m.gguf", r"model\.safetensors.*truncated")
 
 
 INDEX = "model.safetensors.index.json"
@@ -363,7 +363,7 @@ def test_index(tmp_path: Path, edit: Callable[[Json], None], pattern: str) -> No
     refused(edited(made, tmp_path, INDEX, edit), tmp_path / "m.gguf", pattern)
 
 
-@pytest.mark.parametrize(("change", "pattern"), [(-1, "cut short"), (-5000, "cut short"), (8, "no tensor")])
+@pytest.mark.parametrize(("change", "pattern"), [(-1, "truncated"), (-5000, "truncated"), (8, "no tensor")])
 def test_a_shard_of_the_wrong_size(tmp_path: Path, change: int, pattern: str) -> None:
     made = folders.make_folder(tmp_path / "sharded", n_shards=2)
     shard = made / "model-00002-of-00002.safetensors"

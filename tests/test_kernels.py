@@ -87,4 +87,4 @@ def test_a_wrong_name_is_refused(gguf_file: Callable[..., Path], capsys: pytest.
     with pytest.raises(ValueError, match="there are no kernels 'fast'"):
         DiffusionModel(path, kernels="fast")
     assert main(["bench", "-m", str(path), "--kernels", "fast"]) == 2
-    assert "this processor has ggml" in capsys.readouterr().err
+    assert "this CPU has ggml" in capsys.readouterr().err
