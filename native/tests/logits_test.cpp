@@ -126,6 +126,17 @@ TEST_CASE("a token at -infinity is never drawn") {
     CHECK(found.entropy < 1e-30f);  // each of the others weighs 2^-126
 }
 
+TEST_CASE("the ends of u are no token without mass") {
+    CHECK(measure({-60.0f, 0.0f, -kInfinity}, 1.0f, 0.0f).sampled == 1);  // e^-60 is less than any other u
+    // Where rounding leaves the sum a little short of u, the last token with mass is drawn.
+    for (uint32_t seed = 0; seed < 300; ++seed) {
+        CAPTURE(seed);
+        Row logits = random_values(1000, seed, 0.1f);
+        logits[999] = -kInfinity;
+        CHECK(measure(logits, 1.0f, 1.0f - 0x1p-24f).sampled != 999);
+    }
+}
+
 TEST_CASE("NaN, +infinity and nothing but -infinity give an entropy of NaN") {
     for (const float bad : {kNan, -kNan, kInfinity}) {
         for (const size_t at : {0, 63, 64, 2048, 4999}) {

@@ -56,6 +56,22 @@ TEST_CASE("measures are those of the CPU's sampler") {
     }
 }
 
+TEST_CASE("of equal maxima the first, whichever lane and warp has it") {
+    for (const int64_t first : {1, 33, 95, 1500}) {
+        for (const int64_t second : {32, 64, 96, 2976}) {  // of lane 0
+            CAPTURE(first);
+            CAPTURE(second);
+            const Matrix logits(kVocab, 1, random_values(kVocab, 5));
+            logits.data()[first] = logits.data()[second] = 20.0f;
+            StepState state;
+            state.u = {0.5f};
+            state.measures.resize(1);
+            make_host_step_backend()->measure(logits.tensor, 1, state);
+            CHECK(state.measures[0].argmax == std::min(first, second));
+        }
+    }
+}
+
 TEST_CASE("the soft embedding is the mean of embeddings") {
     constexpr int64_t n_embd = 8;
     const std::vector<float> values = random_values(kVocab * 2, 2, 3.0f);
