@@ -13,7 +13,6 @@ setup:
     pip install --no-build-isolation --editable '.[test,dev]' \
         --config-settings=build-dir=build/editable --config-settings=cmake.build-type=RelWithDebInfo \
         --config-settings=editable.rebuild=true --config-settings=editable.verbose=false
-    pre-commit install
 
 # the tests of every day; arguments go to pytest
 test *arguments:

@@ -1,12 +1,12 @@
-"""A denoising step beside transformers' on the same processor, in turns in one process, as ratios.
+"""Compare the time of a denoising step with transformers on the same CPU, alternating in one process.
 
     python benchmarks/against_transformers.py [--types q4_k_m q8_0] [--threads 2] [--rounds 5]
 
-Makes a random bf16 checkpoint of 438e6 weights (d 1024, 12 layers, 32 experts of 256 of which 4 are used,
-dense 1536, vocabulary 32768, canvas 256), converts it, encodes a prompt of 128 tokens in both, and times
-steps with self-conditioning in the order A B A B. transformers runs in bfloat16 with eager attention and its
-default experts. The random weights give flat distributions, so self-conditioning is the dense product here:
-the worst case. Needs the `reference` extra.
+Creates a random bf16 checkpoint of 438e6 weights (d 1024, 12 layers, 4 of 32 experts of size 256, dense 1536,
+vocabulary 32768, canvas 256), converts it, encodes a prompt of 128 tokens with both, and times steps with
+self-conditioning in the order A B A B. transformers runs in bfloat16 with eager attention and its default
+experts. Random weights give flat distributions, so self-conditioning is a dense matmul here, the worst case.
+Needs the `reference` extra.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads should not spin while ours compute
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # keeps idle torch threads from spinning
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ N_TOKENS = 512
 
 
 def transformers_step(folder: Path, prompt: np.ndarray, canvas: np.ndarray) -> Callable[[], None]:
-    """A function that runs one step in bfloat16."""
+    """Return a function that runs one step in bfloat16."""
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(
         folder, dtype=torch.bfloat16, attn_implementation="eager"
     ).eval()
@@ -62,7 +62,7 @@ def transformers_step(folder: Path, prompt: np.ndarray, canvas: np.ndarray) -> C
 
 
 def our_step(path: Path, n_threads: int, prompt: np.ndarray) -> Callable[[], None]:
-    """A function that runs one step, sampler and all."""
+    """Return a function that runs one step, including the sampler."""
     model = DiffusionModel(path, n_threads=n_threads, n_ctx=1024)
     session = model.new_session()
     session.encode(prompt)
@@ -83,16 +83,14 @@ def main() -> int:
     parser.add_argument("--types", nargs="+", default=["q4_k_m", "q8_0"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--keep", type=Path, help="folder for checkpoint and files, used again if they are there"
-    )
+    parser.add_argument("--keep", type=Path, help="folder for checkpoint and files, reused if they exist")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.keep or Path(temporary)
         folder = work / "mid-checkpoint"
         random_checkpoint.SHAPES["mid"] = MID
-        # The toy tokenizer's text is too short for so many tokens; the ids behind its own have no text.
+        # The toy tokenizer's text is too short for this vocabulary; ids from N_TOKENS on have no text.
         random_checkpoint.tokenizer_json = lambda _: tokenizer_json(N_TOKENS)
         if not (folder / "tokenizer_config.json").exists():
             random_checkpoint.write_checkpoint(folder, "mid", dtype="bf16")
@@ -108,15 +106,15 @@ def main() -> int:
         times: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(arguments.rounds + 1):
             for name, step in steps.items():
-                taken = seconds(step)
-                if turn:  # the first warms up
-                    times[name].append(taken)
+                elapsed = seconds(step)
+                if turn:  # the first round is warm-up
+                    times[name].append(elapsed)
     reference = times["transformers bf16"]
-    for name, taken in times.items():
-        ratios = [a / b for a, b in zip(reference, taken, strict=True)]
+    for name, elapsed in times.items():
+        ratios = [a / b for a, b in zip(reference, elapsed, strict=True)]
         print(
-            f"{name:20} {1e3 * statistics.median(taken):7.0f} ms per step (best {1e3 * min(taken):.0f}), "
-            f"{statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{name:20} {1e3 * statistics.median(elapsed):7.0f} ms per step (best {1e3 * min(elapsed):.0f}), "
+            f"speedup {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         )
     return 0
 

@@ -1,11 +1,11 @@
-"""A denoising step alone and beside a busy program of another login session, in turns, as ratios.
+"""Time denoising steps on an idle machine and next to a busy process of another login session.
 
     python benchmarks/beside_busy.py MODEL.gguf [--threads 1 2] [--rounds 5] [--steps 4] [--kernels auto]
 
-Linux shares the CPUs among login sessions, not threads: what `setsid` starts counts as much as all threads
-of this program together, as a browser or a build on a desktop does. In each round every number of threads
-takes its steps first alone, then beside one such process that computes without pause. Steps have dense
-self-conditioning, behind a prompt of 128 tokens.
+Linux shares CPU time among login sessions, not threads: a process started by `setsid`, like a browser or a
+build on a desktop, gets as much as all threads of this program together. Each round times steps for every
+number of threads, first alone, then next to such a process in a busy loop. Steps have dense
+self-conditioning, after a prompt of 128 tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ N_PROMPT = 128
 
 
 def stepper(model: DiffusionModel) -> Callable[[], float]:
-    """A function that takes a step and returns its seconds."""
+    """Return a function that runs a step and returns its seconds."""
     rng = np.random.default_rng(0)
     session = model.new_session()
     session.encode(rng.integers(0, model.n_vocab, N_PROMPT).astype(np.int32))
@@ -43,8 +43,8 @@ def stepper(model: DiffusionModel) -> Callable[[], float]:
 
 
 @contextmanager
-def busy_program() -> Iterator[None]:
-    """One process that computes, in a session of its own."""
+def busy_process() -> Iterator[None]:
+    """Run a busy loop in a process with its own session."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
     try:
         time.sleep(0.3)
@@ -61,19 +61,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--kernels", default="auto")
-    given = parser.parse_args()
-    models = {n: DiffusionModel(given.model, n_threads=n, kernels=given.kernels) for n in given.threads}
+    arguments = parser.parse_args()
+    models = {
+        n: DiffusionModel(arguments.model, n_threads=n, kernels=arguments.kernels) for n in arguments.threads
+    }
     steppers = {n: stepper(model) for n, model in models.items()}
     alone: dict[int, list[float]] = {n: [] for n in steppers}
-    beside: dict[int, list[float]] = {n: [] for n in steppers}
-    for _ in range(given.rounds):
+    contended: dict[int, list[float]] = {n: [] for n in steppers}
+    for _ in range(arguments.rounds):
         for n, step in steppers.items():
-            alone[n] += [step() for _ in range(given.steps)]
-            with busy_program():
-                beside[n] += [step() for _ in range(given.steps)]
+            alone[n] += [step() for _ in range(arguments.steps)]
+            with busy_process():
+                contended[n] += [step() for _ in range(arguments.steps)]
     for n in steppers:
-        quiet, busy = (1e3 * statistics.median(times[n]) for times in (alone, beside))
-        print(f"{n} threads: alone {quiet:.1f} ms, beside {busy:.1f} ms, ratio {busy / quiet:.2f}")
+        quiet, busy = (1e3 * statistics.median(times[n]) for times in (alone, contended))
+        print(
+            f"{n} threads: alone {quiet:.1f} ms, next to busy process {busy:.1f} ms, ratio {busy / quiet:.2f}"
+        )
 
 
 if __name__ == "__main__":

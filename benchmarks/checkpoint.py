@@ -1,11 +1,11 @@
-"""Random bf16 checkpoints in shards, large enough to measure on.
+"""Create random sharded bf16 checkpoints, large enough for benchmarks.
 
     python benchmarks/checkpoint.py odd FOLDER
 
-plain: 438e6 weights, rows that are multiples of 256. odd: 282e6 weights, the released model's feed-forward
-lengths of 2112 and 704, which no k-quant's block divides. Matrices keep the size of what passes through them,
-norms and scales are near 1, columns are of unequal size, so that the model computes something and rounding
-errors do not drown in its own chaos; it says nothing about trained weights.
+plain: 438e6 weights, row lengths that are multiples of 256. odd: 282e6 weights, with the released model's
+feed-forward lengths 2112 and 704, which are not multiples of a k-quant's block size. Matrices preserve the
+scale of activations, norms and scales are near 1, and columns have different scales, so that rounding errors
+stay visible instead of being amplified chaotically. Results do not carry over to trained weights.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import wanted_tensors
-from pydiffusion.convert.quantization.sizes import read_config
+from pydiffusion.convert.architectures.source import read_config
 
 SHARD_BYTES = 200e6
-_PIECE = 1 << 22  # weights made at a time
+_CHUNK = 1 << 22  # weights generated at a time
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ SHAPES = MappingProxyType(
 
 
 def sliding_layers(n_layers: int) -> list[bool]:
-    """Every sixth layer and the last one is full."""
+    """Return which layers are sliding: every sixth and the last one are full."""
     return [(i + 1) % 6 != 0 and i + 1 < n_layers for i in range(n_layers)]
 
 
 def make_checkpoint(folder: Path, shape: Shape) -> tuple[int, int]:
-    """Write the folder; (weights, bytes of safetensors)."""
+    """Write the checkpoint; return (number of weights, bytes of safetensors)."""
     write_json(folder / "config.json", config(shape))
     write_json(folder / "tokenizer.json", tokenizer(shape.vocab))
     random = np.random.default_rng(0)
@@ -83,8 +83,8 @@ def make_checkpoint(folder: Path, shape: Shape) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def given_or_made(folder: Path | None) -> Iterator[tuple[Path, Path]]:
-    """(``folder``, or one of the "plain" shape; a folder beside it to write to). What is made is removed."""
+def given_or_created(folder: Path | None) -> Iterator[tuple[Path, Path]]:
+    """Yield (``folder`` or a new checkpoint of the "plain" shape, output folder); removes what it created."""
     with tempfile.TemporaryDirectory(dir=folder and folder.parent) as temporary:
         if folder is None:
             folder = Path(temporary) / "random"
@@ -107,7 +107,7 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], random: np.rando
             columns = np.exp(0.4 * random.standard_normal(shape[-1], np.float32))
             columns *= np.float32(std / np.sqrt((columns**2).mean()))
             n_rows = int(np.prod(shape[:-1]))
-            step = max(1, _PIECE // shape[-1])
+            step = max(1, _CHUNK // shape[-1])
             for start in range(0, n_rows, step):
                 values = random.standard_normal((min(step, n_rows - start), shape[-1]), np.float32)
                 values = values * columns + np.float32(mean)
@@ -115,11 +115,11 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], random: np.rando
 
 
 def distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation of a tensor's weights."""
+    """Return mean and standard deviation of a tensor's weights."""
     if "embed_tokens" in name:
-        return 0.0, 6.4 / shape[-1] ** 0.5  # the largest logits come near the soft cap
+        return 0.0, 6.4 / shape[-1] ** 0.5  # the largest logits are near the soft cap
     if "router.proj" in name:
-        return 0.0, 2.0  # chosen experts are apart from the rest by more than rounding
+        return 0.0, 2.0  # separates the selected experts from the rest by more than rounding
     if len(shape) > 1:
         return 0.0, (3.0 if "self_conditioning.down" in name else 1.0) / shape[-1] ** 0.5
     if "q_norm" in name or "k_norm" in name:
@@ -151,7 +151,7 @@ def config(shape: Shape) -> dict[str, Any]:
 
 
 def tokenizer(n_tokens: int) -> dict[str, Any]:
-    """As many tokens as the model has, with merges for all that are no bytes."""
+    """Return a tokenizer.json with n_tokens tokens, with merges for all that are not bytes."""
     texts = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
     letters = [chr(0x4E00 + i) for i in range(512)]
     pairs = [(a, b) for a in letters for b in letters][: n_tokens - len(texts) - len(letters)]
@@ -170,7 +170,7 @@ def write_json(path: Path, value: Any) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("folder", type=Path, help="made if need be")
+    parser.add_argument("folder", type=Path, help="created if missing")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     n_weights, n_bytes = make_checkpoint(arguments.folder, SHAPES[arguments.shape])

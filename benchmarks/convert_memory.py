@@ -1,11 +1,11 @@
-"""Peak memory and speed of converting a checkpoint of at least 800 MB.
+"""Measure peak memory and speed of converting a checkpoint of at least 800 MB.
 
     python benchmarks/convert_memory.py [FOLDER] [--types q8_0 q4_k_m] [--threads 2]
 
-FOLDER is made by benchmarks/checkpoint.py; without it, its "plain" shape of 438e6 weights is made for it.
-Converts it in a process of its own per type, and reports the peak of the resident set above that of the same
-process after its imports. The resident set counts everything that the process touches, mapped pages of source
-and target included. Exits with 1 when the peak exceeds the limit.
+FOLDER is a checkpoint from benchmarks/checkpoint.py; by default one of its "plain" shape (438e6 weights) is
+created. Converts it in a separate process per type, and reports the peak resident set size above that after
+the imports. The resident set includes all pages that the process touches, also mapped pages of source and
+target. Exits with 1 if the peak exceeds the limit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from checkpoint import given_or_made
+from checkpoint import given_or_created
 
 LIMIT_MB = 400
 
@@ -52,16 +52,16 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     if not Path("/proc/self/status").exists():
-        print("this measures through /proc, which this system does not have", file=sys.stderr)
+        print("this benchmark needs /proc, which this system does not have", file=sys.stderr)
         return 2
     failed = False
-    with given_or_made(arguments.folder) as (folder, out):
+    with given_or_created(arguments.folder) as (folder, out):
         n_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
         print(f"{n_bytes / 1e6:.0f} MB of source, {arguments.threads} threads; {machine}", flush=True)
         for kind in arguments.types:
-            given = [str(folder), str(out / "m.gguf"), kind, str(arguments.threads)]
-            command = [sys.executable, "-c", CHILD, *given]
+            child_args = [str(folder), str(out / "m.gguf"), kind, str(arguments.threads)]
+            command = [sys.executable, "-c", CHILD, *child_args]
             result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             above = (result["peak"] - result["before"]) / 1e6
             failed |= above > LIMIT_MB

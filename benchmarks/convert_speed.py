@@ -1,15 +1,15 @@
-"""How fast a conversion is beside what it can't beat: copying the bytes, and the bare quantization kernel.
+"""Compare the speed of a conversion with its bounds: copying the bytes, and the bare quantization kernel.
 
     python benchmarks/convert_speed.py [FOLDER] [--types q8_0 q4_k_m] [--threads 2 | --cpu] [--rounds 2]
 
-Writing: a conversion from the call until the file is flushed and the first of its hundreds of chunks
-verified: opening the folder with its tokenizer, reading, converting, digests, writing. Verifying, which reads
-source and file once more, is told apart; "with the verification" is the whole conversion. Copying: the
-checkpoint's bytes to the same disk, flushed. Kernel: rows of float32 that lie in memory, each type of the
-file with its number of weights (not those that are only copied or turned into floats), on as many threads.
-They take turns, --rounds times; the best of each counts. FOLDER is made by benchmarks/checkpoint.py; without
-it, its "plain" shape is made for the run. --cpu counts CPU time on one thread, which other work on the
-machine changes less.
+Writing: from the call until the file is flushed and the first of its hundreds of chunks is verified,
+including opening the folder with its tokenizer, reading, converting, digests and writing. Verifying, which
+reads source and file again, is reported separately; "with verification" is the whole conversion. Copy: the
+checkpoint's bytes to the same disk, flushed. Kernel: quantizing float32 rows in memory, for each type as many
+weights as the file has (without those that are only copied or converted to floats), with as many threads. All
+alternate for --rounds; the best of each counts. FOLDER is a checkpoint from benchmarks/checkpoint.py; by
+default one of its "plain" shape is created. --cpu measures CPU time on one thread, which depends less on
+other load.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from checkpoint import given_or_made
+from checkpoint import given_or_created
 
 from pydiffusion import _native
 from pydiffusion.convert import ConversionProgress, convert, plan_sizes
@@ -41,7 +41,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def copy(sources: list[Path], target: Path) -> None:
-    """All bytes to one file, through a buffer as large as a chunk of a conversion."""
+    """Copy all bytes to one file, with a buffer as large as a conversion's chunk."""
     with target.open("wb", buffering=0) as out:
         for path in sources:
             with path.open("rb", buffering=0) as file:
@@ -52,7 +52,7 @@ def copy(sources: list[Path], target: Path) -> None:
 
 
 def kernel_seconds(folder: Path, type: str, n_threads: int, n_rows: int = 4096) -> float:
-    """Of quantizing as many weights of each type as the file has, from rows in memory."""
+    """Time quantizing rows in memory, as many weights of each type as the file has."""
     weights: Counter[tuple[str, int]] = Counter()
     for tensor in plan_sizes(folder, type).tensors:
         if tensor.type not in EXACT:
@@ -67,7 +67,7 @@ def kernel_seconds(folder: Path, type: str, n_threads: int, n_rows: int = 4096) 
 
 
 def convert_seconds(folder: Path, type: str, n_threads: int, target: Path) -> tuple[float, float]:
-    """(writing, verifying): all of a conversion, divided where the first chunk has been verified."""
+    """Return a conversion's (writing, verifying) seconds, split when the first chunk is verified."""
     began: dict[str, float] = {}
 
     def progress(state: ConversionProgress) -> None:
@@ -81,7 +81,7 @@ def convert_seconds(folder: Path, type: str, n_threads: int, target: Path) -> tu
 def measure(folder: Path, type: str, n_threads: int, n_rounds: int, out: Path) -> None:
     sources = sorted(folder.glob("*.safetensors"))
     n_bytes = sum(path.stat().st_size for path in sources)
-    for path in sources:  # in the page cache for all alike
+    for path in sources:  # into the page cache for all measurements
         path.read_bytes()
     rounds = []
     for _ in range(n_rounds):
@@ -92,10 +92,10 @@ def measure(folder: Path, type: str, n_threads: int, n_rounds: int, out: Path) -
     n_weights = sum(tensor.n_weights for tensor in plan_sizes(folder, type).tensors)
     print(
         f"{type}: {n_weights / 1e6:.0f}e6 weights, {n_bytes / 1e6:.0f} MB of source,"
-        f" {writing:.1f} s writing and {verifying:.1f} s verifying; a copy takes {copying:.1f} s,"
-        f" the kernel alone {kernel:.1f} s:"
-        f" writing at {copying / writing:.0%} of a copy's and {kernel / writing:.0%} of the kernel's rate,"
-        f" with the verification {kernel / (writing + verifying):.0%}",
+        f" {writing:.1f} s writing and {verifying:.1f} s verifying; copy {copying:.1f} s,"
+        f" kernel {kernel:.1f} s:"
+        f" writing runs at {copying / writing:.0%} of the copy's and {kernel / writing:.0%} of the kernel's"
+        f" rate, {kernel / (writing + verifying):.0%} with verification",
         flush=True,
     )
 
@@ -111,7 +111,7 @@ def main() -> int:
     if arguments.cpu:
         global clock
         clock, arguments.threads = time.process_time, 1
-    with given_or_made(arguments.folder) as (folder, out):
+    with given_or_created(arguments.folder) as (folder, out):
         for type in arguments.types:
             measure(folder, type, arguments.threads, arguments.rounds, out)
     return 0

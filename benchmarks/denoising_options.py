@@ -1,11 +1,11 @@
-"""What dropped_mass, canvas_length and trim_after_eos do to the demo model's answers: right, steps, text.
+"""Measure how dropped_mass, canvas_length and trim_after_eos affect the demo model's accuracy and steps.
 
     python benchmarks/denoising_options.py [dropped_mass] [canvas_length] [trim_after_eos] [--number 20]
 
---number held-out examples of each task that the model has learned, answered with equal seeds. Rows differ
-from the first of their table by one option. "equal" is the share of answers with the first row's very text;
-"positions" the canvas tokens that all steps of an answer denoise, in thousands: what the work grows with.
-Prints Markdown.
+Runs --number held-out examples of each task that the model has learned, with equal seeds. Rows differ from
+the first row of their table in one option. "equal" is the share of answers identical to the first row's;
+"positions" is the number of canvas positions denoised over all steps of an answer, in thousands, which
+determines the work. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Answer:
 
 
 def questions(number: int) -> list[tuple[str, str]]:
-    """(task, prompt), held out."""
+    """Return held-out (task, prompt) pairs."""
     rng = random.Random(SEED)
     found = [("sudoku", tasks.sudoku_prompt(puzzle)) for puzzle, _ in puzzles()[:number]]
     for task in tasks.TASKS:
-        if task not in ("sudoku", "count"):  # counting it has not learned: docs/demo-model.md
+        if task not in ("sudoku", "count"):  # the model has not learned to count: docs/demo-model.md
             found += [(task, tasks.generate(task, rng, held_out=True).prompt) for _ in range(number)]
     return found
 
@@ -93,10 +93,12 @@ def by_task(asked: list[tuple[str, str]], answers: list[Answer]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("options", nargs="*", choices=VALUES, default=list(VALUES), help="[default: all]")
-    parser.add_argument("--number", type=int, default=20, help="of each task")
-    parser.add_argument("--tasks", nargs="+", choices=tasks.TASKS, help="[default: all that it has learned]")
-    parser.add_argument("--type", default="f32", help="of the file")
-    parser.add_argument("--threads", type=int, help="[default: all; 1 where other work shares the CPUs]")
+    parser.add_argument("--number", type=int, default=20, help="examples per task")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=tasks.TASKS, help="[default: all that the model has learned]"
+    )
+    parser.add_argument("--type", default="f32", help="type of the file")
+    parser.add_argument("--threads", type=int, help="[default: all; use 1 on a busy machine]")
     arguments = parser.parse_args()
     asked = questions(arguments.number)
     asked = [(task, prompt) for task, prompt in asked if task in (arguments.tasks or tasks.TASKS)]

@@ -1,15 +1,15 @@
-"""Measure a model on a GPU within a budget of time, and print a page of Markdown about it.
+"""Benchmark a model on a GPU within a time budget and print the results as Markdown.
 
 python benchmarks/gpu.py [--types q4_k_m ...] [--seconds 400] [--results results.jsonl] [--folder DIR ...]
-python benchmarks/gpu.py --write-only            # only the synthetic file, for a run that follows
-python benchmarks/gpu.py page results.jsonl      # the page of what a file of results has
+python benchmarks/gpu.py --write-only            # only write the synthetic file for later runs
+python benchmarks/gpu.py page results.jsonl      # only print the page
 
-One process loads the model once (synthetic: the 26B's shape, random weights; or --model FILE) and measures,
-the most valuable first: machine, rates, load, first-step, steps:128 to steps:32768, peaked:50 to peaked:900,
-answer, determinism, graphs-off, cpu-experts. Each finding goes to the results at once, as a line of JSON. A
-measurement that would not fit the seconds left isn't begun, one that fails doesn't end the run, and --resume
-goes on where a run was cut off, without what ended its process. Exit status: 0, also where time ran out; 3
-where failures ended the run. --shape tiny --device host runs it without a GPU.
+One process loads the model once (synthetic: the 26B's shape with random weights; or --model FILE) and runs
+these measurements, the most valuable first: machine, rates, load, first-step, steps:128 to steps:32768,
+peaked:50 to peaked:900, answer, determinism, graphs-off, cpu-experts. Each finding is written to the results
+immediately, as a JSON line. Measurements that would exceed the time left are skipped, failures don't end the
+run, and --resume continues an interrupted run without the measurement that ended its process. Exit status: 0,
+even if time ran out; 3 if failures ended the run. --shape tiny --device host runs without a GPU.
 """
 
 from __future__ import annotations
@@ -35,31 +35,35 @@ from gpu_measure import Bench, Figures, Skipped, cost_of, is_cancelled, machine
 
 from pydiffusion import devices
 from pydiffusion._util.atomic import require_free_space
+from pydiffusion.device_plan import available_cpus
 from pydiffusion.errors import ConversionError
-from pydiffusion.model import available_cpus
 from pydiffusion.testing.synthetic import SHAPES, synthetic_bytes, write_synthetic
 
 try:
     import fcntl
-except ImportError:  # Windows: nobody waits for anybody there
+except ImportError:  # Windows: no locking
     fcntl = None  # type: ignore[assignment]
 
-MAX_FAILURES = 3  # one after another: nothing works on a CUDA context that had a fault
-GRACE = 20.0  # seconds in which a measurement that the time ran out on has to come back
-ALWAYS = ("machine", "load", "first-step")  # what later measurements need, also where they were made before
+MAX_FAILURES = 3  # consecutive: after a fault, every call on the CUDA context fails
+GRACE = 20.0  # seconds for a cancelled measurement to return
+ALWAYS = (
+    "machine",
+    "load",
+    "first-step",
+)  # needed by later measurements, so repeated with --resume and --only
 
 
 # Findings
 
 
 class Results:
-    """The file of findings; every line is on the disk when add() returns."""
+    """File of findings; every line is on disk when add() returns."""
 
     def __init__(self, path: Path, common: Figures) -> None:
         self.path, self.common = path, common
         if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
             with path.open("a", encoding="utf-8") as file:
-                file.write("\n")  # behind a line that a crash cut off
+                file.write("\n")  # end a line truncated by a crash
 
     def add(self, finding: str, **figures: Any) -> None:
         when = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -74,12 +78,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# The file
+# The synthetic file
 
 
 @contextlib.contextmanager
 def locked(path: Path, left: Callable[[], float]) -> Iterator[None]:
-    """Hold a file's lock, as whoever writes it does; the system frees it when its holder dies."""
+    """Hold the lock of a file's writer; the system releases it if the holder dies."""
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         waited = False
         while fcntl is not None:
@@ -97,7 +101,7 @@ def locked(path: Path, left: Callable[[], float]) -> Iterator[None]:
 
 
 def synthetic_file(shape: str, type_name: str, folders: Sequence[Path], left: Callable[[], float]) -> Path:
-    """The synthetic file in the first folder that has it or has room; written if it isn't there."""
+    """Return the synthetic file from the first folder that has it, or write it to the first with space."""
     n_bytes = synthetic_bytes(shape, type_name)
     refused = []
     for folder in folders:
@@ -120,7 +124,7 @@ def synthetic_file(shape: str, type_name: str, folders: Sequence[Path], left: Ca
             return path
     raise ConversionError(
         f"no room for the {n_bytes / 1e9:.1f} GB of {shape}-{type_name}.gguf: {'; '.join(refused)}. Free "
-        "some, or name a folder with room: --folder DIR (several may be given)"
+        "some space, or choose other folders: --folder DIR ..."
     )
 
 
@@ -128,14 +132,14 @@ def synthetic_file(shape: str, type_name: str, folders: Sequence[Path], left: Ca
 
 
 class Run:
-    """Measurements in order, within the budget."""
+    """Runs the measurements in order within the time budget."""
 
     def __init__(self, arguments: argparse.Namespace, results: Results) -> None:
         self.arguments, self.results = arguments, results
         self.ends = arguments.started + arguments.seconds
         self.finished = gpu_page.finished(gpu_page.read(results.path)) if arguments.resume else set()
         self.current = ""
-        self.n_failures = 0  # one after another
+        self.n_failures = 0  # consecutive
         self.left_out: list[str] = []
         self.bench: Bench | None = None
         self.over = threading.Event()
@@ -145,7 +149,7 @@ class Run:
         return self.ends - time.time()
 
     def _watch(self) -> None:
-        """When the time is up, end what is running: kindly, and after a while with the process."""
+        """When the time is up, cancel the current measurement; after a grace period, end the process."""
         if self.over.wait(max(0.0, self.left())):
             return
         session = self.bench.session if self.bench else None
@@ -158,7 +162,7 @@ class Run:
         os._exit(1)
 
     def measure(self, name: str, call: Callable[[], Figures], cost: float) -> bool:
-        """Add a finding; returns whether it has figures."""
+        """Run a measurement and add its finding; return whether it succeeded."""
         a = self.arguments
         if a.only and name not in ALWAYS and not any(name == o or name.startswith(o + ":") for o in a.only):
             return False
@@ -204,13 +208,13 @@ class Run:
         )
         if self.n_failures == MAX_FAILURES:
             say(
-                f"{MAX_FAILURES} measurements failed one after another, the last with {error}: after a fault "
-                "on the GPU no call works in this process, so the rest is left out (--resume tries it)"
+                f"{MAX_FAILURES} consecutive measurements failed, the last with {error}. After a GPU fault "
+                "no call works in this process, so the rest is skipped; use --resume to continue"
             )
         return False
 
-    def type(self, type_name: str) -> None:
-        """All measurements of one file."""
+    def measure_type(self, type_name: str) -> None:
+        """Run all measurements of one file."""
         a = self.arguments
         self.results.common["type"] = type_name
         try:
@@ -233,7 +237,7 @@ class Run:
         self.bench = None
 
     def with_model(self, bench: Bench, type_name: str) -> Iterator[tuple[str, Callable[[], Figures]]]:
-        """In the order of what is worth most when the time is up."""
+        """Yield the measurements of a loaded model, the most valuable first."""
         a = self.arguments
         for prompt in a.prompts:
             yield f"steps:{prompt}", lambda prompt=prompt: bench.steps(prompt)
@@ -246,13 +250,13 @@ class Run:
             yield "cpu-experts", lambda: bench.cpu_experts(a.cpu_experts, a.peaked_prompt)
 
     def graphs_off(self, type_name: str) -> Figures:
-        """The steps again in a process without CUDA graphs: ggml reads the switch once per process."""
+        """Time steps in another process without CUDA graphs: ggml reads the switch once per process."""
         a, bench = self.arguments, self.bench
         if not devices():
             raise Skipped("no GPU")
         if "GGML_CUDA_DISABLE_GRAPHS" in os.environ:
-            raise Skipped("GGML_CUDA_DISABLE_GRAPHS is set: all of this run is without CUDA graphs")
-        bench.model = bench.session = None  # its memory is needed; what follows loads again
+            raise Skipped("GGML_CUDA_DISABLE_GRAPHS is set: the whole run is without CUDA graphs")
+        bench.model = bench.session = None  # frees its memory; the next measurement loads it again
         given = ["--model", str(bench.file)] if a.model else ["--types", type_name, "--shape", a.shape]
         command = [
             sys.executable, __file__, *given, "--variant", "graphs-off", "--only", f"steps:{a.peaked_prompt}",
@@ -266,20 +270,20 @@ class Run:
             command, env=environment, check=False, timeout=max(1.0, self.left()) + GRACE / 2
         )
         if done.returncode:
-            raise RuntimeError(f"the process without CUDA graphs ended with {done.returncode}")
+            raise RuntimeError(f"the process without CUDA graphs exited with {done.returncode}")
         return {"see": f"steps:{a.peaked_prompt} of the variant graphs-off"}
 
-    def all(self) -> int:
-        """Returns the exit status: 3 where failures ended the run, so that the caller can resume it."""
+    def run(self) -> int:
+        """Run everything; return the exit status, 3 if failures ended the run."""
         a = self.arguments
         try:
             self.measure("machine", lambda: machine(a.threads), 1.0)
             for type_name in ["given"] if a.model else a.types:
-                self.type(type_name)
+                self.measure_type(type_name)
         finally:
             self.over.set()
         if self.left_out:
-            say(f"left out: {', '.join(self.left_out)} (--resume goes on from here)")
+            say(f"left out: {', '.join(self.left_out)} (--resume continues from here)")
         return 3 if self.n_failures >= MAX_FAILURES else 0
 
 
@@ -302,19 +306,17 @@ def default_folder() -> Path:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that choose file and device, here and in gpu_kernels.py."""
-    parser.add_argument("--shape", choices=SHAPES, default="26b-a4b", help="of the synthetic file")
-    parser.add_argument("--model", type=Path, help="a file of your own in place of a synthetic one")
+    """Add the arguments for file and device, shared with gpu_kernels.py."""
+    parser.add_argument("--shape", choices=SHAPES, default="26b-a4b", help="shape of the synthetic file")
+    parser.add_argument("--model", type=Path, help="use this file instead of a synthetic one")
     parser.add_argument(
         "--folder", type=Path, nargs="+", default=[default_folder()],
-        help="for the synthetic file: the first that has it, or has room (default: %(default)s)",
+        help="folders for the synthetic file: the first that has it or has space (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, CUDA0, CUDA0,CUDA1, host")
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--results", type=Path, default=Path("results.jsonl"))
-    parser.add_argument(
-        "--commit", default=None, help="what the page says was measured (default: git's HEAD)"
-    )
+    parser.add_argument("--commit", default=None, help="commit to name on the page (default: git's HEAD)")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -323,20 +325,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_model_arguments(parser)
     parser.add_argument("--types", nargs="+", default=["q4_k_m"])
-    parser.add_argument("--write-only", action="store_true", help="write the synthetic files and end")
-    parser.add_argument("--seconds", type=float, default=400.0, help="the budget, from --started on")
+    parser.add_argument("--write-only", action="store_true", help="write the synthetic files and exit")
+    parser.add_argument("--seconds", type=float, default=400.0, help="time budget, counted from --started")
     parser.add_argument("--started", type=float, default=None, help="epoch seconds (default: now)")
     parser.add_argument("--only", nargs="+", default=[], help="names of measurements, with or without :N")
-    parser.add_argument("--variant", default="", help="a label of all findings: what this build or run tries")
-    parser.add_argument("--resume", action="store_true", help="leave out what the results have already")
+    parser.add_argument("--variant", default="", help="label for all findings, naming this build or run")
+    parser.add_argument(
+        "--resume", action="store_true", help="skip measurements that the results already have"
+    )
     parser.add_argument("--prompts", nargs="+", type=int, default=[128, 1024, 4096, 32_768])
-    parser.add_argument("--timed", type=int, default=20, help="steps timed behind each prompt")
-    parser.add_argument("--kept", nargs="*", type=int, default=[50, 300, 900], help="tokens per position")
+    parser.add_argument("--timed", type=int, default=20, help="steps to time after each prompt")
+    parser.add_argument(
+        "--kept",
+        nargs="*",
+        type=int,
+        default=[50, 300, 900],
+        help="tokens kept per position, for peaked logits",
+    )
     parser.add_argument("--peaked-prompt", type=int, default=1024)
     parser.add_argument("--answer", type=pair, default=(1024, 1024), metavar="PROMPT:TOKENS")
-    parser.add_argument("--steps", type=int, default=16, help="of a canvas of the answer")
-    parser.add_argument("--cpu-experts", type=int, default=2, help="layers whose experts the CPU takes")
-    parser.add_argument("--page", type=Path, help="write the page there instead of printing it")
+    parser.add_argument("--steps", type=int, default=16, help="steps per canvas in the measurement answer")
+    parser.add_argument("--cpu-experts", type=int, default=2, help="layers with experts on the CPU")
+    parser.add_argument("--page", type=Path, help="write the page to this file instead of printing it")
     parser.add_argument("--no-page", action="store_true")
     arguments = parser.parse_args(argv)
     arguments.started = arguments.started or time.time()
@@ -345,10 +355,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["page"]:
-        return gpu_page.main(given[1:])
-    arguments = parse(given)
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["page"]:
+        return gpu_page.main(args[1:])
+    arguments = parse(args)
     if arguments.write_only:
         ends = arguments.started + arguments.seconds
         try:
@@ -361,12 +371,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         return 0
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        faulthandler.enable()  # ggml aborts on a fault: say in which call
+        faulthandler.enable()  # ggml aborts on a fault: print a traceback
     common: Figures = {"commit": arguments.commit, "shape": None if arguments.model else arguments.shape}
     if arguments.variant:
         common["variant"] = arguments.variant
     results = Results(arguments.results, common)
-    status = Run(arguments, results).all()
+    status = Run(arguments, results).run()
     if arguments.page or not arguments.no_page:
         text = gpu_page.page(gpu_page.read(arguments.results))
         if arguments.page:

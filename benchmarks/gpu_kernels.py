@@ -1,11 +1,11 @@
-"""Profile the kernels of one denoising step with ncu, and print a table of what ncu found.
+"""Profile the kernels of one denoising step with ncu and print a table of them.
 
 ncu --clock-control none --metrics gpu__time_duration.sum --csv --profile-from-start off \\
     --log-file ncu.csv python benchmarks/gpu_kernels.py [--folder DIR ...] [--kept 300]
 python benchmarks/gpu_kernels.py table ncu.csv [--results results.jsonl] [--grids]
 
-The first runs the steps, of which ncu sees one, without CUDA graphs: inside a graph ncu can't tell kernels
-apart. The second adds up times by kernel and adds a finding "step-kernels" to the results.
+The first command runs steps, one of them recorded by ncu, without CUDA graphs, inside of which ncu can't
+separate kernels. The second sums the times by kernel and adds a finding "step-kernels" to the results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TO_US = {
     "ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "µs": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3, "s": 1e6,
     "second": 1e6,
 }  # fmt: skip
-#: ggml's types by number, as they are in template arguments.
+#: ggml's types by number, as in template arguments.
 _TYPES = {
     0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 9: "q8_1", 10: "q2_k",
     11: "q3_k", 12: "q4_k", 13: "q5_k", 14: "q6_k", 20: "iq4_nl", 23: "iq4_xs", 30: "bf16", 39: "mxfp4",
@@ -39,8 +39,11 @@ _TYPES = {
 
 
 def profiler() -> tuple[Callable[[], None], Callable[[], None]]:
-    """Find the calls that begin and end what ncu records: the CUDA runtime's that the extension loaded, or
-    another's, or the driver's: each reaches the same driver. Raises RuntimeError, naming what was tried."""
+    """Find the functions that start and stop ncu's recording.
+
+    Tries the CUDA runtime loaded by the extension, then others, then the driver; all reach the same driver.
+    Raises RuntimeError naming what was tried.
+    """
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.is_file() else []
     loaded = dict.fromkeys(line.split()[-1] for line in lines if "libcudart" in line)
@@ -56,7 +59,7 @@ def profiler() -> tuple[Callable[[], None], Callable[[], None]]:
             tried.append(f"{name} ({error})")
             continue
         return checked(start, name), checked(stop, name)
-    raise RuntimeError(f"no CUDA library with a profiler's start and stop: tried {'; '.join(tried)}")
+    raise RuntimeError(f"no CUDA library with profiler start and stop: tried {'; '.join(tried)}")
 
 
 def checked(call: Any, name: str) -> Callable[[], None]:
@@ -69,9 +72,9 @@ def checked(call: Any, name: str) -> Callable[[], None]:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Warm up, then one step between the profiler's start and stop."""
-    os.environ["GGML_CUDA_DISABLE_GRAPHS"] = "1"  # before ggml looks, which it does once
-    import gpu  # imports the extension
+    """Warm up, then record one step."""
+    os.environ["GGML_CUDA_DISABLE_GRAPHS"] = "1"  # before ggml reads it
+    import gpu  # imports the extension, so after setting the variable
     from gpu_measure import PEAKED_DROPPED_MASS, Bench, temperature_for
 
     parser = argparse.ArgumentParser(
@@ -80,7 +83,9 @@ def run(argv: Sequence[str]) -> int:
     gpu.add_model_arguments(parser)
     parser.add_argument("--type", default="q4_k_m")
     parser.add_argument("--prompt", type=int, default=1024)
-    parser.add_argument("--kept", type=int, help="peaked logits: tokens per position (default: flat logits)")
+    parser.add_argument(
+        "--kept", type=int, help="peaked logits: tokens kept per position (default: flat logits)"
+    )
     parser.add_argument("--seconds", type=float, default=300.0)
     arguments = parser.parse_args(argv)
     ends = time.time() + arguments.seconds
@@ -96,7 +101,7 @@ def run(argv: Sequence[str]) -> int:
     if gpu.devices():
         start, stop = profiler()
     else:
-        gpu.say("no GPU: the step runs, and nothing records it")
+        gpu.say("no GPU: the step runs, but nothing records it")
         start = stop = lambda: None
     options = {}
     if arguments.kept:
@@ -111,7 +116,7 @@ def run(argv: Sequence[str]) -> int:
     bench.session.next_step()
     seconds = time.perf_counter() - began
     stop()
-    gpu.say(f"one step behind {arguments.prompt} tokens profiled, {seconds:.2f} s under the profiler")
+    gpu.say(f"profiled one step after {arguments.prompt} tokens, {seconds:.2f} s with the profiler")
     return 0
 
 
@@ -119,7 +124,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """ncu's rows: lines of its own, the program's output and the row of units are left out."""
+    """Return the rows of ncu's table, without messages and the program's output."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     begins = [
         i
@@ -128,14 +133,14 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     ]
     if not begins:
         said = "\n".join(line for line in lines if line.startswith("==")) or "\n".join(lines[-5:])
-        raise ValueError(f'{path}: has no table of ncu\'s (a line that begins with "ID"); it says:\n{said}')
+        raise ValueError(f'{path}: no ncu table found (a line that begins with "ID"); the file says:\n{said}')
     head = next(csv.reader([lines[begins[0]].lstrip("\ufeff")]))
     rows = csv.reader(line for line in lines[begins[0] + 1 :] if line.startswith('"'))
     return [dict(zip(head, row, strict=True)) for row in rows if len(row) == len(head) and row[0] != "ID"]
 
 
 def durations(rows: Sequence[dict[str, str]], path: Path) -> list[tuple[str, str, float]]:
-    """Kernel's name, grid and microseconds of each launch, from ncu's long or wide table."""
+    """Return (kernel name, grid, microseconds) of each launch, from ncu's long or wide table."""
     found = []
     if rows and "Metric Name" in rows[0]:
         for row in rows:
@@ -143,13 +148,13 @@ def durations(rows: Sequence[dict[str, str]], path: Path) -> list[tuple[str, str
                 us = number(row["Metric Value"]) * _TO_US[row["Metric Unit"]]
                 found.append((row["Kernel Name"], row.get("Grid Size", ""), us))
     elif rows and METRIC in rows[0]:
-        unit = next((row[METRIC] for row in rows if not row["ID"]), "ns")  # a row of units comes first
+        unit = next((row[METRIC] for row in rows if not row["ID"]), "ns")  # the first row has the units
         for row in rows:
             if row["ID"]:
                 us = number(row[METRIC]) * _TO_US[unit]
                 found.append((row["Kernel Name"], row.get("Grid Size", ""), us))
     if not found:
-        raise ValueError(f"{path}: no launch has the metric {METRIC}")
+        raise ValueError(f"{path}: no launch has the metric {METRIC}: pass --metrics {METRIC} to ncu")
     return found
 
 
@@ -158,7 +163,7 @@ def number(text: str) -> float:
 
 
 def short_name(name: str) -> str:
-    """A kernel's name without return type and parameters, template arguments shortened."""
+    """Shorten a kernel's name: no return type and parameters, shorter template arguments."""
     name = name.strip().removeprefix("void ")
     depth = 0
     for i, c in enumerate(name):
@@ -178,18 +183,18 @@ def short_name(name: str) -> str:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Short names by full ones; those that would be the same are told apart by a number."""
+    """Map full names to short ones; equal short names get a number."""
     short: dict[str, str] = {}
-    taken: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name in dict.fromkeys(names):
         one = short_name(name)
-        taken[one] = taken.get(one, 0) + 1
-        short[name] = one if taken[one] == 1 else f"{one} #{taken[one]}"
+        counts[one] = counts.get(one, 0) + 1
+        short[name] = one if counts[one] == 1 else f"{one} #{counts[one]}"
     return short
 
 
 def by_kernel(launches: Sequence[tuple[str, str, float]], grids: bool = False) -> list[list[Any]]:
-    """[name, launches, microseconds] of each kernel, the most time first."""
+    """Return [name, launches, microseconds] of each kernel, the longest time first."""
     short = short_names(name for name, _, _ in launches)
     sums: dict[str, list[Any]] = {}
     for name, grid, us in launches:
@@ -201,12 +206,12 @@ def by_kernel(launches: Sequence[tuple[str, str, float]], grids: bool = False) -
 
 
 def table(argv: Sequence[str]) -> int:
-    """Print the table, and add it to the results."""
+    """Print the table and add it to the results."""
     parser = argparse.ArgumentParser(prog="gpu_kernels.py table")
     parser.add_argument("csv", type=Path)
     parser.add_argument("--results", type=Path, help="add a finding to this file")
-    parser.add_argument("--grids", action="store_true", help="a row for each grid a kernel was launched with")
-    parser.add_argument("--variant", default="", help="a label of the finding")
+    parser.add_argument("--grids", action="store_true", help="one row per kernel and grid size")
+    parser.add_argument("--variant", default="", help="label for the finding")
     parser.add_argument("--commit", default=None)
     arguments = parser.parse_args(argv)
     results = None
@@ -236,8 +241,8 @@ def table(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if argv is None else argv)
-    return table(given[1:]) if given[:1] == ["table"] else run(given)
+    args = list(sys.argv[1:] if argv is None else argv)
+    return table(args[1:]) if args[:1] == ["table"] else run(args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measurements of a loaded model for benchmarks/gpu.py: load, steps, whole answers, experts on the CPU."""
+"""Measurements for benchmarks/gpu.py: load, steps, whole outputs, experts on the CPU."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from pydiffusion import _native, devices, plan
-from pydiffusion.device_plan import native_wish
+from pydiffusion.device_plan import device_request
 from pydiffusion.errors import GenerationCancelled
 
-WARM_STEPS = 3  # builds the graph, lets ggml see it again, captures it as a CUDA graph
+WARM_STEPS = 3  # build the graph, repeat it, capture it as a CUDA graph
 DROPPED_MASS = 1e-4  # the library's default
 PEAKED_DROPPED_MASS = 0.5
-GATHERED = 900  # kept tokens of a position in the sample; above 1,024 self-conditioning is a dense matmul
-SAMPLED = 24  # positions whose logits are looked at
+GATHERED = 900  # most tokens kept per sampled position; above 1,024 self-conditioning is a dense matmul
+SAMPLED = 24  # positions to examine the logits of
 _SMI = (
     "name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem",
     "power.draw", "power.limit", "temperature.gpu",
@@ -32,11 +32,11 @@ Figures = dict[str, Any]
 
 
 class Skipped(Exception):
-    """A measurement that makes no sense here; the message says why."""
+    """A measurement does not apply here; the message says why."""
 
 
 class TimeUp(Exception):
-    """The budget ended inside a measurement."""
+    """The time budget ended during a measurement."""
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -46,7 +46,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def smi(*fields: str) -> list[dict[str, str]]:
-    """Ask the driver about each GPU; empty where there is no driver."""
+    """Query nvidia-smi for each GPU; empty if there is no driver."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
@@ -56,7 +56,7 @@ def smi(*fields: str) -> list[dict[str, str]]:
 
 
 def cpu_name() -> str:
-    """Name of the CPU as the system gives it."""
+    """Return the CPU's name as reported by the system."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -81,10 +81,10 @@ def machine(threads: int) -> Figures:
 def kept_tokens(
     sorted_logits: np.ndarray, temperature: float, dropped_mass: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens that self-conditioning keeps per row, and entropies in nats, by the kernels' rule: of the
-    probabilities those above the largest power of ten, 1e-4 or less, that leaves out at most dropped_mass.
+    """Return the number of tokens that self-conditioning keeps per row, and entropies in nats.
 
-    sorted_logits: (n_rows, n_vocab), the largest first.
+    The kernels' rule: keep the probabilities above the largest power of ten, at most 1e-4, that drops no more
+    than dropped_mass. sorted_logits: (n_rows, n_vocab), descending.
     """
     z = (sorted_logits - sorted_logits[:, :1]) / temperature
     p = np.exp(z)
@@ -101,7 +101,7 @@ def kept_tokens(
 
 
 def temperature_for(sorted_logits: np.ndarray, n_kept: int, dropped_mass: float) -> float:
-    """The temperature at which rows keep n_kept tokens on average, and none more than are gathered."""
+    """Find the temperature at which rows keep n_kept tokens on average and none keeps more than GATHERED."""
     low, high = 1e-3, 10.0
     for _ in range(14):
         middle = (low * high) ** 0.5
@@ -114,30 +114,30 @@ def temperature_for(sorted_logits: np.ndarray, n_kept: int, dropped_mass: float)
 
 
 class Bench:
-    """One model on its device, and what was learnt of its speed so far.
+    """One model on its device, with timings measured so far for estimating later measurements.
 
-    left: seconds of the budget that are left.
+    left: returns the seconds left in the budget.
     """
 
     def __init__(self, file: Path, arguments: Any, left: Callable[[], float]) -> None:
         self.file, self.arguments, self.left = file, arguments, left
-        self.wish = native_wish("auto", None, arguments.device, None)
+        self.request = device_request("auto", None, arguments.device, None)
         self.model: Any = None
         self.session: Any = None
-        self.whole = False  # all of the model on one device
+        self.single_device = False
         self.n_ctx = 0
         self.free_before: int | None = None
         self.step_by_prompt: dict[int, float] = {}
-        self.step_seconds = 0.1  # guesses, until they are measured
+        self.step_seconds = 0.1  # estimates until measured
         self.prefill_rate = 2000.0
         self._sorted_logits: np.ndarray | None = None
         self._answer: tuple[list[int], Figures] | None = None
 
-    # What measurements share
+    # Helpers
 
     def free_bytes(self) -> int | None:
-        """Free memory of all GPUs in use."""
-        named = self.wish["device"].split(",")
+        """Return the free memory of all GPUs in use."""
+        named = self.request["device"].split(",")
         free = [one.free_bytes for one in devices() if one.name in named]
         return sum(free) if free else None
 
@@ -150,14 +150,14 @@ class Bench:
             raise TimeUp
 
     def encode(self, n: int) -> float:
-        """Prefill a fresh session with n random tokens; returns seconds."""
+        """Prefill an empty session with n random tokens; return seconds."""
         ids = np.random.default_rng(0).integers(0, self.model.n_vocab, n).astype(np.int32)
         self.session.truncate(0)
         seconds, _ = timed(lambda: self.session.encode(ids, progress=self.require_time))
         return seconds
 
     def begin(self, tokens: int, steps: int, seed: int = 0, **options: Any) -> None:
-        """Begin a generation whose canvases never settle: every step is a full one."""
+        """Begin a generation whose canvases never settle, so every step is a full one."""
         given = {"t_min": 0.4, "t_max": 0.8, "dropped_mass": DROPPED_MASS, **options}
         self.session.begin(
             max_tokens=tokens, steps=steps, entropy_bound=0.1, stability_threshold=steps,
@@ -165,11 +165,11 @@ class Bench:
         )  # fmt: skip
 
     def n_timed(self) -> int:
-        """Steps to time: as many as asked for, fewer where they would take much of the time left."""
+        """Return the number of steps to time: as requested, or fewer if they would take too long."""
         return max(3, min(self.arguments.timed, int(0.05 * self.left() / self.step_seconds)))
 
     def time_steps(self, n: int, **options: Any) -> Figures:
-        """Time n steps of one canvas behind what the session holds, after steps that warm up."""
+        """Time n steps of a canvas after the session's tokens, after warm-up steps."""
         self.begin(self.model.canvas_length, n + WARM_STEPS, **options)
         walls, inner, entropies = [], [0.0], []
         for _ in range(n + WARM_STEPS):
@@ -192,20 +192,20 @@ class Bench:
         }
 
     def profile(self) -> Figures:
-        """Parts of the last step, each run for itself and waited for."""
-        if not self.whole:
-            return {"parts_skipped": "a step that runs in several places can't be timed by part"}
+        """Time the parts of the last step, run one by one."""
+        if not self.single_device:
+            return {"parts_skipped": "parts can't be timed for a model split across devices"}
         runs = [self.session.profile_step() for _ in range(4 if self.step_seconds < 1 else 2)][1:]
         parts = {
             name: [statistics.median(run[name][0] for run in runs), *runs[0][name][1:]] for name in runs[0]
         }
         return {"parts": parts, "nodes": self.session.step_ops}
 
-    # The measurements
+    # Measurements
 
     def rates(self) -> Figures:
-        """Copy rate and matmul rates by type, those of the machine rather than of our code."""
-        last, threads = self.wish["device"].rpartition(",")[2], self.arguments.threads
+        """Measure the machine's copy bandwidth and matmul rates by type."""
+        last, threads = self.request["device"].rpartition(",")[2], self.arguments.threads
         figures: Figures = {"device": last, "copy": _native.measure_read_rate(threads, last), "matmul": {}}
         if last == "host":
             return figures | {"matmul_skipped": "no GPU"}
@@ -216,21 +216,21 @@ class Bench:
 
     def load(self, n_cpu_moe: int | None = None) -> Figures:
         a = self.arguments
-        self.model = self.session = None  # frees what an earlier load took
+        self.model = self.session = None  # frees the memory of an earlier load
         self.n_ctx = max([*a.prompts, a.answer[0] + a.answer[1], a.peaked_prompt]) + 2 * 256
-        self.wish = native_wish("auto", n_cpu_moe, a.device, None)
+        self.request = device_request("auto", n_cpu_moe, a.device, None)
         planned = plan(self.file, n_ctx=self.n_ctx, device=a.device, n_cpu_moe=n_cpu_moe)
         self.free_before = self.free_bytes()
         seconds, self.model = timed(
             lambda: _native.Model(
-                str(self.file), a.threads, n_ctx=self.n_ctx, progress=self.require_time, **self.wish
+                str(self.file), a.threads, n_ctx=self.n_ctx, progress=self.require_time, **self.request
             )
         )
         used_by_model = self.used_since_start()
         self.session = _native.Session(self.model, self.n_ctx)
         d = self.model.description
         on_gpu = d["n_gpu_layers"] == self.model.hparams["n_layer"] and not d["n_cpu_moe"]
-        self.whole = on_gpu and len(d["device_layers"]) == 1
+        self.single_device = on_gpu and len(d["device_layers"]) == 1
         return {
             "load": seconds,
             "n_bytes": d["n_bytes"],
@@ -246,7 +246,7 @@ class Bench:
         }
 
     def first_step(self) -> Figures:
-        """Load kernels and make work areas, and say what memory is in use after that."""
+        """Load kernels, allocate work buffers, and report the memory in use afterwards."""
         prefill = self.encode(32)
         figures = self.time_steps(1)
         self.step_seconds = figures["step"]
@@ -264,7 +264,7 @@ class Bench:
 
     def steps(self, prompt: int) -> Figures:
         prefills = [self.encode(prompt)]
-        if prompt <= 4096:  # the first loads kernels
+        if prompt <= 4096:  # the first one includes loading kernels
             prefills.append(self.encode(prompt))
         self.prefill_rate = prompt / min(prefills)
         figures = self.time_steps(self.n_timed())
@@ -275,8 +275,10 @@ class Bench:
         }  # fmt: skip
 
     def sorted_logits(self) -> np.ndarray:
-        """Logits of some positions of a random canvas behind the prompt, each row the largest first: of a
-        second step, whose self-conditioning was peaked already."""
+        """Return logits of some positions of a random canvas after the prompt, each row in descending order.
+
+        They are of a second step, whose self-conditioning was peaked already.
+        """
         if self._sorted_logits is None:
             self.encode(self.arguments.peaked_prompt)
             rng = np.random.default_rng(1)
@@ -291,11 +293,11 @@ class Bench:
         return self._sorted_logits
 
     def peaked(self, n_kept: int) -> Figures:
-        """Steps whose self-conditioning keeps few tokens of each position, as late steps of a trained model.
+        """Time steps whose self-conditioning keeps few tokens per position, as late steps of a trained model.
 
-        Temperature makes them so: ordinary steps of a generation, nothing is uploaded. With a large
-        dropped_mass all tokens of a probability of 1e-4 or more are kept, and the count varies less from
-        position to position; the time depends on the counts alone.
+        A low temperature does this in ordinary steps of a generation; no logits are uploaded. With a large
+        dropped_mass, all tokens with a probability of at least 1e-4 are kept, and the count varies less
+        between positions. The time depends only on the counts.
         """
         dropped_mass = PEAKED_DROPPED_MASS
         logits = self.sorted_logits()
@@ -319,7 +321,7 @@ class Bench:
         }
 
     def _generate(self, prompt: int, tokens: int, seed: int) -> tuple[list[int], Figures]:
-        """Prompt and tokens of an answer in full, with the canvases' commits in between."""
+        """Generate a whole output: prefill, canvases and their commits."""
         steps = self.arguments.steps
         started = time.perf_counter()
         prefill = self.encode(prompt)
@@ -358,7 +360,7 @@ class Bench:
         return {**self._answer[1], "clocks": smi("clocks.sm", "clocks.mem", "power.draw")}
 
     def determinism(self) -> Figures:
-        """The answer again with the same seed, and a canvas of it with another."""
+        """Generate the same output again, and one canvas with another seed."""
         if self._answer is None:
             self.answer()
         before = self._answer[0]
@@ -376,9 +378,9 @@ class Bench:
         }
 
     def cpu_experts(self, n_layers: int, prompt: int) -> Figures:
-        """A second load with the experts of some layers on the CPU, and a few steps."""
-        if not self.whole:
-            raise Skipped("the model is in several places already")
+        """Load the model again with the experts of some layers on the CPU, and time a few steps."""
+        if not self.single_device:
+            raise Skipped("the model is already split across devices")
         before = self.step_by_prompt.get(prompt)
         loaded = self.load(n_layers)
         self.encode(prompt)
@@ -395,10 +397,11 @@ def is_cancelled(error: BaseException) -> bool:
 
 
 def cost_of(name: str, bench: Bench, prompts: Sequence[int] = ()) -> float:
-    """Seconds that a measurement will take, roughly: by what was measured before, else by a guess for the
-    26B on an H100."""
+    """Estimate a measurement's seconds from earlier ones, or else for the 26B on an H100."""
     a, step = bench.arguments, bench.step_seconds
-    timed_steps = (bench.n_timed() + WARM_STEPS + (8 if step < 1 else 4)) * step  # profiles take a few
+    timed_steps = (
+        bench.n_timed() + WARM_STEPS + (8 if step < 1 else 4)
+    ) * step  # the profile takes a few more
     kind, _, given = name.partition(":")
     if kind == "steps":
         prompt = int(given)

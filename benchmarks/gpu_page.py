@@ -1,4 +1,4 @@
-"""Render findings of benchmarks/gpu.py, gpu_kernels.py and of checks as a page of Markdown.
+"""Render findings of benchmarks/gpu.py, gpu_kernels.py and the checks of scripts/gpu_run.py as Markdown.
 
 python benchmarks/gpu.py page results.jsonl [more.jsonl ...]
 """
@@ -20,18 +20,18 @@ MEASUREMENTS = (
     "cpu-experts", "step-kernels",
 )  # fmt: skip
 _HEADER = ("when", "finding", "commit", "shape", "type", "variant", "ok", "took", "seconds", "begun")
-_CHECKED = ("call", "file", "what", "test")  # what a check is of, beside its finding's name
-_SHORT = 100  # characters of a check's detail that go into the table
+_CHECKED = ("call", "file", "what", "test")  # keys that identify a check, besides its finding's name
+_SHORT = 100  # longest detail of a check shown in the table
 
-#: Public figures for the 26B, by what the GPU's name has: software and weights, what they measured.
+#: Published results for the 26B: (part of the GPU's name, software and weights, result).
 ANCHORS = (
     ("H200", "vLLM, FP8", "12 to 16 ms a step; 1,024 in and out at 16 steps: 1,288 tokens/s"),
     ("H100", "vLLM, FP8", "16 ms a step; 1,024 in and out at 16 steps: 1,004 to 1,008 tokens/s"),
     ("RTX PRO 6000", "vLLM, NVFP4", "1,062 tokens/s"),
     ("5090", "vendor", "over 700 tokens/s"),
     ("4090", "vLLM, AWQ int4", "290 to 700 tokens/s"),
-    ("4090", "llama.cpp PR 24423, Q4_K_M", "63 to 108 tokens/s; 21.6 behind a prompt of 1,000"),
-    ("A100", "llama.cpp PR 24423, Q4_K_M", "369 ms a step behind 920 tokens"),
+    ("4090", "llama.cpp PR 24423, Q4_K_M", "63 to 108 tokens/s; 21.6 after a prompt of 1,000"),
+    ("A100", "llama.cpp PR 24423, Q4_K_M", "369 ms a step after 920 tokens"),
     ("L4", "llama.cpp PR 24423, Q4_K_M", "217 ms a step"),
 )
 
@@ -40,7 +40,7 @@ ANCHORS = (
 
 
 def read(*paths: Path) -> list[Entry]:
-    """All findings of files that exist; a line cut off by a crash is left out."""
+    """Return all findings of existing files; skips a line truncated by a crash."""
     entries = []
     for path in paths:
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -62,10 +62,10 @@ def kind_of(entry: Entry) -> str:
 
 
 def latest(entries: Iterable[Entry]) -> list[Entry]:
-    """The last entry of each measurement and check, in the order in which they were first made."""
+    """Return the last entry of each measurement and check, in order of first appearance."""
     last: dict[tuple[Any, ...], Entry] = {}
     for entry in entries:
-        if entry["finding"] == "tests" and "begun" in entry:  # again: what failed then may pass now
+        if entry["finding"] == "tests" and "begun" in entry:  # a new test run: drop earlier failures
             last = {key: one for key, one in last.items() if one.get("of") != entry.get("what")}
         last[key_of(entry) + tuple(entry.get(name) for name in _CHECKED)] = entry
     return list(last.values())
@@ -76,8 +76,10 @@ def is_check(entry: Entry) -> bool:
 
 
 def finished(entries: Iterable[Entry]) -> set[tuple[str, str | None, str]]:
-    """Measurements that have figures, or that failed for themselves: as the first in a row, or together with
-    the process."""
+    """Return the measurements that --resume skips.
+
+    These are successful, or failed on their own: as the first in a series, or by ending the process.
+    """
     return {
         key_of(entry)
         for entry in latest(entries)
@@ -123,12 +125,12 @@ def label(entry: Entry) -> str:
 
 
 def clock_text(entry: Entry) -> str:
-    """Clocks and power just after a measurement."""
+    """Format clocks and power right after a measurement."""
     return "; ".join(", ".join(one.values()) for one in entry.get("clocks", []))
 
 
 class Findings:
-    """The latest findings that have figures, by kind."""
+    """Latest findings, and among them the successful measurements by kind."""
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.all = latest(entries)
@@ -141,15 +143,15 @@ class Findings:
     def of(self, kind: str) -> list[Entry]:
         return [entry for entry in self.good if kind_of(entry) == kind]
 
-    def beside(self, entry: Entry, kind: str) -> Entry | None:
-        """A finding on the same model: of the same variant, or else of the run that has none."""
+    def related(self, entry: Entry, kind: str) -> Entry | None:
+        """Return a finding of the same type: of the same variant, else of the run without a variant."""
         same = [other for other in self.of(kind) if other.get("type") == entry.get("type")]
         own = [other for other in same if other.get("variant") == entry.get("variant")]
         return (own or [other for other in same if "variant" not in other] or [None])[0]
 
     def floor(self, entry: Entry) -> float | None:
-        """Seconds in which the device copies as many bytes as the weights have: a step reads them all."""
-        load, rates = self.beside(entry, "load"), self.beside(entry, "rates")
+        """Return the time to copy all weights at the device's bandwidth: a step reads all of them."""
+        load, rates = self.related(entry, "load"), self.related(entry, "rates")
         return load["n_bytes"] / rates["copy"] if load and rates else None
 
 
@@ -157,7 +159,7 @@ class Findings:
 
 
 def gpu_names(found: Findings) -> list[str]:
-    """Names of the GPUs as the driver gives them, or else as ggml does."""
+    """Return the GPUs' names from the driver, or else from ggml."""
     first = (found.of("machine") or [{}])[0]
     named = [gpu["name"] for gpu in first.get("gpus", [])]
     return list(dict.fromkeys(named or [one["description"] for one in first.get("devices", [])]))
@@ -165,13 +167,13 @@ def gpu_names(found: Findings) -> list[str]:
 
 def header(found: Findings) -> str:
     first = (found.of("machine") or [{}])[0]
-    shapes = dict.fromkeys(str(entry["shape"] or "a model's file") for entry in found.all if "shape" in entry)
+    shapes = dict.fromkeys(str(entry["shape"] or "a model file") for entry in found.all if "shape" in entry)
     types = dict.fromkeys(entry["type"] for entry in found.all if entry.get("type"))
     dates = sorted({entry["when"][:10] for entry in found.all if entry.get("when")})
     commits = dict.fromkeys(entry["commit"] for entry in found.all if entry.get("commit"))
     version = first.get("version", {})
     facts = [
-        ("what", f"{', '.join(shapes)} ({', '.join(types)}), random weights unless a model's file is named"),
+        ("what", f"{', '.join(shapes)} ({', '.join(types)}), random weights unless a model file is named"),
         ("date", " to ".join(dict.fromkeys(dates[:1] + dates[-1:]))),
         ("commit", ", ".join(commits)),
         ("versions", ", ".join(f"{name} {value}" for name, value in version.items())),
@@ -187,14 +189,14 @@ def header(found: Findings) -> str:
 
 
 def checks(found: Findings) -> str:
-    """Checks with pass, fail or skipped, and failures in full."""
+    """Table of checks (pass, FAIL, skipped), followed by the failures in full."""
     rows, failures = [], []
     for entry in filter(is_check, found.all):
-        if entry.get("ok") is False or "begun" in entry:  # begun, and never ended
+        if entry.get("ok") is False or "begun" in entry:  # started but never finished
             state = "FAIL"
         elif "ok" in entry:
             state = "pass"
-        else:  # or a figure that is neither right nor wrong
+        else:  # skipped, or informative only
             state = "skipped" if "skipped" in entry else ""
         name = ": ".join([entry["finding"], *(str(entry[of]) for of in _CHECKED if entry.get(of))])
         details = {key: value for key, value in entry.items() if key not in (*_HEADER, *_CHECKED)}
@@ -235,14 +237,14 @@ def rates(found: Findings) -> str:
                 matmuls or entry.get("matmul_skipped", ""),
             ]
         )
-    head = "of | device | copy, GB/s read and written | matmul of 4096 x 4096 and 256 columns, TFLOP/s"
-    return section("Rates of the machine", table(head, rows))
+    head = "of | device | copy, GB/s read and written | matmul of 4096 x 4096 and 256 activations, TFLOP/s"
+    return section("Bandwidth and matmul rates", table(head, rows))
 
 
 def memory(found: Findings) -> str:
     rows = []
     for entry in found.of("load"):
-        planned, first = entry["plan"], found.beside(entry, "first-step") or {}
+        planned, first = entry["plan"], found.related(entry, "first-step") or {}
         rows.append([
             label(entry), f"{entry['load']:.1f}", f"{entry['n_bytes'] / entry['load'] / 1e9:.2f}",
             gb(entry["n_bytes"]), f"{planned['n_gpu_layers']} of {planned['n_layer']}",
@@ -255,8 +257,8 @@ def memory(found: Findings) -> str:
     )
     contexts = dict.fromkeys(str(entry["n_ctx"]) for entry in found.of("load"))
     note = (
-        f"In GB; context of {', '.join(contexts)} tokens. In use: since before the load, so without CUDA's "
-        "own context, but with the kernels' code."
+        f"In GB; context of {', '.join(contexts)} tokens. In use: growth since before the load, so without "
+        "the CUDA context but with kernel code."
     )
     return section("Load and memory", note if rows else "", table(head, rows))
 
@@ -271,12 +273,12 @@ def steps(found: Findings) -> str:
             f"{entry['prefill']:.0f}", gb(entry["used"]), clock_text(entry),
         ])  # fmt: skip
     head = (
-        "of | behind | step, ms | best | first, builds the graph | outside the step | floor | step / floor | "
+        "of | prompt | step, ms | best | first, builds the graph | outside the step | floor | step / floor | "
         "prefill, tokens/s | in use, GB | clocks, power"
     )
     note = (
-        "One canvas, full steps with self-conditioning, medians. Flat logits where weights are random. "
-        "Floor: all weights once at the rate of a copy."
+        "One canvas, full steps with self-conditioning, medians. Random weights give flat logits. Floor: "
+        "reading all weights once at the bandwidth of a copy."
     )
     return section("Steps", note if rows else "", table(head, rows), anchors(found) if rows else "")
 
@@ -287,7 +289,7 @@ def anchors(found: Findings) -> str:
         return ""
     known = [anchor for anchor in ANCHORS if re.search(rf"\b{anchor[0]}\b", names)]
     lines = [f"{where}, {what}: {figure}" for where, what, figure in known or ANCHORS[:2]]
-    return "What others published for the 26B: " + ". ".join(lines) + "."
+    return "Published results for the 26B: " + ". ".join(lines) + "."
 
 
 def parts(found: Findings) -> str:
@@ -297,16 +299,16 @@ def parts(found: Findings) -> str:
             if "parts_skipped" in entry:
                 tables.append(f"{label(entry)} {entry['finding']}: {entry['parts_skipped']}.")
             continue
-        whole = sum(cost[0] for cost in entry["parts"].values())
+        total = sum(cost[0] for cost in entry["parts"].values())
         rows = []
         for name, (s, n_ops, n_bytes) in sorted(entry["parts"].items(), key=lambda item: -item[1][0]):
-            # What self-conditioning computes and reads depends on the logits, and isn't counted.
+            # The work of self-conditioning depends on the logits and isn't counted.
             counted = (0, 0) if name == "self-conditioning" else (n_ops, n_bytes)
             rates = [per_second(n, s, unit) for n, unit in zip(counted, (1e12, 1e9), strict=True)]
-            rows.append([name, ms(s), f"{s / whole:.0%}", *rates])
+            rows.append([name, ms(s), f"{s / total:.0%}", *rates])
         tables += [
-            f"**{label(entry)} {entry['finding']}**: together {ms(whole)} ms, where the step takes "
-            f"{ms(entry['step'])}:",
+            f"**{label(entry)} {entry['finding']}**: {ms(total)} ms in total, compared to "
+            f"{ms(entry['step'])} ms for the whole step:",
             table("part | ms | share | TFLOP/s | GB/s", rows),
         ]
     return section("Parts of a step", *tables)
@@ -323,13 +325,13 @@ def peaked(found: Findings) -> str:
             ms(entry["step"]), ms(entry["best"]), ms(flat[0]["step"]) if flat else "",
         ])  # fmt: skip
     head = (
-        "of | kept tokens asked for | found, mean (range) | temperature | entropy expected | seen | step, ms "
-        "| best | flat, ms"
+        "of | kept tokens, target | actual, mean (range) | temperature | entropy expected | measured | step, "
+        "ms | best | flat, ms"
     )
     note = (
-        "Self-conditioning that keeps few tokens per position, as late steps of a trained model do. Ordinary "
-        "steps at a temperature found from the model's logits; the counts are of a sample of positions, and "
-        "hold as far as the entropies (nats, median) agree."
+        "Self-conditioning that keeps few tokens per position, like late steps of a trained model. Ordinary "
+        "steps at a temperature chosen from the model's logits; the counts are from a sample of positions "
+        "and valid as far as the entropies (nats, median) agree."
     )
     return section("Peaked logits", note if rows else "", table(head, rows))
 
@@ -347,17 +349,17 @@ def answers(found: Findings) -> str:
              f"{b['step'] / entry['blocks'][0]['step']:.3f}"]
             for i, b in enumerate(entry["blocks"])
         ]  # fmt: skip
-    head = "of | in | out | steps of a canvas | s | tokens/s | first canvas, ms | prefill, ms | clocks, power"
-    block_head = "of | block | ms | a step, ms | commit of the block before, ms | step / block 1's"
-    note = "Prefill and commits included; no canvas stops early."
-    return section("A whole answer", note if rows else "", table(head, rows), table(block_head, blocks))
+    head = "of | in | out | steps per canvas | s | tokens/s | first canvas, ms | prefill, ms | clocks, power"
+    block_head = "of | block | ms | step, ms | commit of the previous block, ms | step / block 1's"
+    note = "Includes prefill and commits; no canvas stops early."
+    return section("Whole output", note if rows else "", table(head, rows), table(block_head, blocks))
 
 
 def comparisons(found: Findings) -> str:
     lines = []
     for entry in found.of("determinism"):
         same = "the same tokens" if entry["same"] else (
-            f"OTHER tokens: {entry['n_differences']} differ, the first is {entry['first_difference']}"
+            f"OTHER tokens: {entry['n_differences']} differ, the first at {entry['first_difference']}"
         )  # fmt: skip
         other = "other tokens" if entry["seeds_differ"] else "THE SAME tokens"
         lines.append(
@@ -373,18 +375,18 @@ def comparisons(found: Findings) -> str:
         if entry.get("variant") and with_graphs:
             ratio = entry["step"] / with_graphs[0]["step"]
             lines.append(
-                f"- {label(entry)}, {entry['finding']}: {ms(entry['step'])} ms a step beside "
-                f"{ms(with_graphs[0]['step'])} ({ratio:.3f} of it)."
+                f"- {label(entry)}, {entry['finding']}: {ms(entry['step'])} ms per step compared to "
+                f"{ms(with_graphs[0]['step'])} (ratio {ratio:.3f})."
             )
     for entry in found.of("cpu-experts"):
-        beside = "" if entry["per_layer"] is None else (
-            f" beside {ms(entry['all_on_gpu'])}: {ms(entry['per_layer'])} a layer"
+        compared = "" if entry["per_layer"] is None else (
+            f" compared to {ms(entry['all_on_gpu'])}: {ms(entry['per_layer'])} per layer"
         )  # fmt: skip
         lines.append(
-            f"- {label(entry)}: the experts of {entry['n_cpu_moe']} layers on the CPU: {ms(entry['step'])} "
-            f"ms a step{beside}; {gb(entry['used'])} GB in use."
+            f"- {label(entry)}: experts of {entry['n_cpu_moe']} layers on the CPU: {ms(entry['step'])} ms "
+            f"per step{compared}; {gb(entry['used'])} GB in use."
         )
-    return section("Compared", "\n".join(lines))
+    return section("Comparisons", "\n".join(lines))
 
 
 def kernels(found: Findings, n: int = 40) -> str:
@@ -409,7 +411,7 @@ def left_out(found: Findings) -> str:
         if is_check(entry):
             continue
         if entry.get("begun"):
-            lines.append(f"- {name}: ended the process, or is running still")
+            lines.append(f"- {name}: ended the process, or is still running")
         elif "skipped" in entry:
             lines.append(f"- {name}: skipped, {entry['skipped']}")
         elif "error" in entry:

@@ -1,12 +1,13 @@
-"""A family of files of one checkpoint, each measured against the f32 file: a table in Markdown.
+"""Quantize a checkpoint to several types and compare each file with f32; prints a Markdown table.
 
-python benchmarks/quantization.py                                  the demo model, its tasks as prompts
+python benchmarks/quantization.py                                  # the demo model and its tasks
 python benchmarks/quantization.py FOLDER --prompts prompts.txt --imatrix text.txt --types q4_k_m iq3_s
-python benchmarks/quantization.py FOLDER --random 2 --max-steps 4      a checkpoint of random weights
+python benchmarks/quantization.py FOLDER --random 2 --max-steps 4      # a checkpoint of random weights
 
-The demo model's statistics come from 150 of its tasks that are not held out. With statistics, every type
-below 8 bits is made with them too, or those of --imatrix-types. --random takes texts of random tokens, others
-as prompts than for the statistics. Types that padding changes are made both ways. KL is in nats per position.
+The demo model's imatrix is collected on 150 of its training tasks. With an imatrix, every type below 8 bits
+(or those of --imatrix-types) is also quantized with it. --random uses texts of random tokens, different ones
+for prompts and imatrix. Types that padding changes are tested with and without it. KL is in nats per
+position.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TYPES = ("bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_m
 
 
 class Progress:
-    """A line on stderr every half minute."""
+    """Prints a line on stderr every 30 seconds."""
 
     def __init__(self) -> None:
         self.last = time.monotonic()
@@ -45,7 +46,7 @@ class Progress:
 
 
 def random_texts(model: Path, number: int, seed: int) -> list[list[int]]:
-    """Token ids, as many as a canvas and 64 more; without control and byte tokens, which come first."""
+    """Return texts of random token ids, a canvas and 64 tokens long, without control and byte tokens."""
     from pydiffusion import DiffusionModel
 
     rng = random.Random(seed)
@@ -61,7 +62,7 @@ def random_prompts(model: Path, number: int) -> list[str]:
         return [opened.detokenize(ids[:64]) for ids in random_texts(model, number, seed=1)]
 
 
-def statistics_texts(arguments: argparse.Namespace, reference: Path) -> list[str] | list[list[int]]:
+def imatrix_texts(arguments: argparse.Namespace, reference: Path) -> list[str] | list[list[int]]:
     if arguments.random:
         return random_texts(reference, arguments.random, seed=2)
     if arguments.imatrix:
@@ -70,20 +71,20 @@ def statistics_texts(arguments: argparse.Namespace, reference: Path) -> list[str
 
 
 def variants(folder: Path, type: str, imatrix: Path | None) -> list[tuple[str, dict]]:
-    """(label, keyword arguments of convert) of each way to write a type that differs from the others."""
-    ways: list[tuple[str, dict]] = [("", {})]
+    """Return (label, keyword arguments of convert) of each distinct way to quantize to a type."""
+    result: list[tuple[str, dict]] = [("", {})]
     if plan_sizes(folder, type).n_bytes != plan_sizes(folder, type, pad=False).n_bytes:
-        ways.append((" unpadded", {"pad": False}))
+        result.append((" unpadded", {"pad": False}))
     if imatrix is not None and type not in ("bf16", "f16", "q8_0"):
-        ways.append((" imatrix", {"imatrix": imatrix}))
+        result.append((" imatrix", {"imatrix": imatrix}))
     planned = plan_sizes(folder, type, has_imatrix=imatrix is not None)
     if any(tensor.type in NEEDS_IMATRIX for tensor in planned.tensors):
-        ways = [way for way in ways if "imatrix" in way[1]]
-    return ways
+        result = [variant for variant in result if "imatrix" in variant[1]]
+    return result
 
 
 def demo_texts(model: Path, number: int = 150) -> list[list[int]]:
-    """Conversations of the demo's tasks as tokens, filled up with the end so that answers lie on canvases."""
+    """Return conversations of demo tasks as tokens, padded with eos so that answers fill whole canvases."""
     from pydiffusion import DiffusionModel
     from pydiffusion.demo import tasks
 
@@ -103,14 +104,20 @@ def main() -> int:
     parser.add_argument("folder", type=Path, nargs="?", help="checkpoint [default: the demo model's]")
     parser.add_argument("--types", nargs="+", default=TYPES)
     parser.add_argument("--prompts", type=Path, help="a prompt per line [default: the demo model's tasks]")
-    parser.add_argument("--imatrix", type=Path, help="text to gather activation statistics from, by lines")
-    parser.add_argument("--random", type=int, metavar="N", help="N random texts as prompts, N for statistics")
-    parser.add_argument("--imatrix-types", nargs="*", help="with statistics too [default: all below 8 bits]")
-    parser.add_argument("--noise", type=float, nargs="+", default=NOISE, help="shares of replaced tokens")
-    parser.add_argument("--tokens", type=int, default=144, help="of each answer")
-    parser.add_argument("--max-steps", type=int, help="of each canvas [default: the file's]")
-    parser.add_argument("--threads", type=int, help="[default: all; 1 where other work shares the CPUs]")
-    parser.add_argument("--plot", type=Path, help="draw it too (png, svg, pdf)")
+    parser.add_argument("--imatrix", type=Path, help="text for the imatrix, one per line")
+    parser.add_argument(
+        "--random", type=int, metavar="N", help="N random texts as prompts, N for the imatrix"
+    )
+    parser.add_argument(
+        "--imatrix-types",
+        nargs="*",
+        help="types to quantize with the imatrix too [default: all below 8 bits]",
+    )
+    parser.add_argument("--noise", type=float, nargs="+", default=NOISE, help="fractions of replaced tokens")
+    parser.add_argument("--tokens", type=int, default=144, help="tokens of each answer")
+    parser.add_argument("--max-steps", type=int, help="steps of each canvas [default: the file's]")
+    parser.add_argument("--threads", type=int, help="[default: all; use 1 on a busy machine]")
+    parser.add_argument("--plot", type=Path, help="also write a plot (png, svg, pdf)")
     arguments = parser.parse_args()
     is_demo = arguments.folder is None
     if is_demo:
@@ -127,16 +134,16 @@ def main() -> int:
             prompts = random_prompts(reference, arguments.random)
         if arguments.imatrix or arguments.random or is_demo:
             imatrix = Path(temporary) / "imatrix.gguf"
-            texts = statistics_texts(arguments, reference)
+            texts = imatrix_texts(arguments, reference)
             collect_imatrix(reference, texts, imatrix, n_threads=arguments.threads)
-        made = []
+        reports = []
         for type in arguments.types:
             wants = arguments.imatrix_types is None or type in arguments.imatrix_types
             for label, options in variants(arguments.folder, type, imatrix if wants else None):
                 target = Path(temporary) / f"{type}{label.replace(' ', '-')}.gguf"
-                made.append((f"{type}{label}", convert(arguments.folder, target, type, **options)))
+                reports.append((f"{type}{label}", convert(arguments.folder, target, type, **options)))
         found = evaluate_family(
-            [written.target for _, written in made],
+            [written.target for _, written in reports],
             reference,
             prompts,
             noise=arguments.noise,
@@ -145,7 +152,7 @@ def main() -> int:
             n_threads=arguments.threads,
             progress=Progress(),
         )
-        for (label, written), measured in zip(made, found, strict=True):
+        for (label, written), measured in zip(reports, found, strict=True):
             solved = "" if measured.solved is None else f"{measured.solved:.0%}"
             cells = (
                 label,

@@ -1,13 +1,13 @@
-"""Padding against falling back, and mixes with more bits in some parts against plain recipes.
+"""Compare padding with fallback types, and mixes with more bits in some parts with plain recipes.
 
     python benchmarks/quantization_choices.py padding FOLDER --types q4_k_m q3_k_m
     python benchmarks/quantization_choices.py mixes FOLDER --types q4_k_m q3_k_m [--imatrix FILE]
 
-padding: each type with and without padding: bits per weight, KL against f32, CPU milliseconds of a denoising
-step (those of all threads: other work does not count). mixes: each type plain, and with attention, embedding
-and dense MLP at q8_0 one after the other, sorted by size: what --fit does with bytes that are left. FOLDER is
-a checkpoint; without one, the demo model's with its own tasks as prompts. benchmarks/checkpoint.py makes
-larger ones.
+padding: each type with and without padding: bits per weight, KL divergence from f32, CPU time of a denoising
+step (summed over threads, so other load does not matter). mixes: each type plain, and with attention,
+embedding and dense MLP at q8_0 cumulatively, sorted by size; --fit chooses among these. FOLDER is a
+checkpoint; by default the demo model's, with its tasks as prompts. benchmarks/checkpoint.py creates larger
+ones.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pydiffusion.convert import convert, evaluate_family
 from pydiffusion.convert.gguf.report import ConversionReport
 from pydiffusion.convert.quantization import sizes
 
-PARTS = ("attention", "embedding", "dense")  # as sizes.UPGRADES orders them
+PARTS = ("attention", "embedding", "dense")  # in the order of sizes.UPGRADES
 PROMPTS = ("the river runs", "0 1 2 3 4 5 6 7", "a")
 
 
 def milliseconds_per_step(path: Path, number: int, n_threads: int | None) -> float:
-    """CPU time of all threads, the least of ``number`` steps behind a prompt, with self-conditioning."""
+    """Return the minimum CPU time over ``number`` steps with self-conditioning after a prompt."""
     with DiffusionModel(path, n_threads=n_threads) as model:
         session = model.new_session(2 * model.canvas_length + 32)
         session.encode(model.tokenize("the river runs"))
@@ -45,18 +45,18 @@ def milliseconds_per_step(path: Path, number: int, n_threads: int | None) -> flo
 
 
 def padding(folder: Path, types: list[str], out: Path) -> list[tuple[str, ConversionReport]]:
-    made = []
+    reports = []
     for type in types:
         for label, pad in (("padded", True), ("fallback", False)):
-            made.append((f"{type} {label}", convert(folder, out / f"{type}-{label}.gguf", type, pad=pad)))
-    return made
+            reports.append((f"{type} {label}", convert(folder, out / f"{type}-{label}.gguf", type, pad=pad)))
+    return reports
 
 
 def mixes(
     folder: Path, types: list[str], out: Path, imatrix: Path | None
 ) -> list[tuple[str, ConversionReport]]:
-    """Each plain type, and with the parts that --fit gives more bits at q8_0, one after the other."""
-    made = []
+    """Convert to each plain type, and with the parts that --fit upgrades at q8_0, cumulatively."""
+    reports = []
     for type in types:
         overrides: list[tuple[str, str]] = []
         label = type
@@ -66,8 +66,8 @@ def mixes(
                 label += f" + {part}"
             target = out / f"{label.replace(' ', '')}.gguf"
             options = {"tensor_types": overrides, "imatrix": imatrix}
-            made.append((label, convert(folder, target, type, **options)))
-    return sorted(made, key=lambda one: one[1].n_bytes)
+            reports.append((label, convert(folder, target, type, **options)))
+    return sorted(reports, key=lambda one: one[1].n_bytes)
 
 
 def main() -> int:
@@ -76,10 +76,10 @@ def main() -> int:
     parser.add_argument("folder", type=Path, nargs="?", help="checkpoint [default: the demo model's]")
     parser.add_argument("--types", nargs="+", default=["q4_k_m"])
     parser.add_argument("--imatrix", type=Path)
-    parser.add_argument("--tokens", type=int, default=48, help="of each answer")
-    parser.add_argument("--max-steps", type=int, help="of each canvas [default: the file's]")
-    parser.add_argument("--threads", type=int, help="[default: all; 1 where other work shares the CPUs]")
-    parser.add_argument("--steps", type=int, default=9, help="steps that are timed")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens of each answer")
+    parser.add_argument("--max-steps", type=int, help="steps of each canvas [default: the file's]")
+    parser.add_argument("--threads", type=int, help="[default: all; use 1 on a busy machine]")
+    parser.add_argument("--steps", type=int, default=9, help="steps to time")
     arguments = parser.parse_args()
     prompts = PROMPTS
     if arguments.folder is None:
@@ -90,10 +90,10 @@ def main() -> int:
         out = Path(temporary)
         convert(arguments.folder, out / "f32.gguf", "f32")
         if arguments.what == "padding":
-            made = padding(arguments.folder, arguments.types, out)
+            reports = padding(arguments.folder, arguments.types, out)
         else:
-            made = mixes(arguments.folder, arguments.types, out, arguments.imatrix)
-        files = [report.target for _, report in made]
+            reports = mixes(arguments.folder, arguments.types, out, arguments.imatrix)
+        files = [report.target for _, report in reports]
         found = evaluate_family(
             files,
             out / "f32.gguf",
@@ -104,7 +104,7 @@ def main() -> int:
         )
         print("| file | MB | bits per weight | mean KL | 99% KL | top 1 | CPU ms per step |")
         print("|---|---|---|---|---|---|---|")
-        for (label, written), measured in zip(made, found, strict=True):
+        for (label, written), measured in zip(reports, found, strict=True):
             cells = (
                 label,
                 f"{written.n_bytes / 1e6:.1f}",

@@ -1,8 +1,8 @@
-"""KL of the demo model's files with and without an imatrix, on canvases of known answers.
+"""Measure the KL divergence of quantized demo models with and without an imatrix, on known answers.
 
 python benchmarks/quantization_imatrix.py [--types q4_k_m q3_k_m q2_k] [--cases 32] [--threads 1]
 
-The last column is the change of the mean KL by the statistics, with its standard error over the cases.
+The last column is the change of the mean KL with the imatrix, with its standard error over the cases.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ N_OBSERVED = 150
 
 
 def cases(model: DiffusionModel, number: int) -> list[tuple[list[int], np.ndarray]]:
-    """(prompt, canvas of the right answer) of held-out tasks."""
+    """Return (prompt, canvas of the correct answer) of held-out tasks."""
     rng, result, size = random.Random(7), [], model.canvas_length
     end = model.metadata["tokenizer.ggml.eos_token_ids"][0]
     for index in range(number):
@@ -36,8 +36,8 @@ def cases(model: DiffusionModel, number: int) -> list[tuple[list[int], np.ndarra
     return result
 
 
-def logits(model: DiffusionModel, inputs: list, given: list[np.ndarray] | None) -> list[np.ndarray]:
-    """Of each case at each noise level, without and with conditioning on the reference's logits ``given``."""
+def logits(model: DiffusionModel, inputs: list, reference: list[np.ndarray] | None) -> list[np.ndarray]:
+    """Compute logits per case and noise level, without and with self-conditioning (on ``reference``)."""
     result: list[np.ndarray] = []
     for index, (prompt, clean) in enumerate(inputs):
         session = model.new_session(len(prompt) + len(clean))
@@ -46,7 +46,7 @@ def logits(model: DiffusionModel, inputs: list, given: list[np.ndarray] | None) 
             u, tokens = _native.random_draws(1000 + index, level, 0, len(clean), model.n_vocab)
             canvas = np.where(u < t, tokens, clean).astype(np.int32)
             result.append(session.denoise(canvas))
-            first = result[-1] if given is None else given[len(result) - 1]
+            first = result[-1] if reference is None else reference[len(result) - 1]
             result.append(session.denoise(canvas, first / np.float32(0.4 + 0.4 * t)))
     return result
 
@@ -55,29 +55,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", nargs="+", default=["q4_k_m", "q3_k_m", "q2_k"])
     parser.add_argument("--cases", type=int, default=32, help="held-out tasks")
-    parser.add_argument("--threads", type=int, help="[default: all; 1 where other work shares the CPUs]")
+    parser.add_argument("--threads", type=int, help="[default: all; use 1 on a busy machine]")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder, (f32, imatrix, target) = checkpoint_path(), (Path(temporary) / n for n in ("f", "i", "m"))
+        folder, (f32, imatrix_path, target) = (
+            checkpoint_path(),
+            (Path(temporary) / n for n in ("f", "i", "m")),
+        )
         convert(folder, f32, "f32")
-        collect_imatrix(f32, demo_texts(f32, N_OBSERVED), imatrix, n_threads=arguments.threads)
+        collect_imatrix(f32, demo_texts(f32, N_OBSERVED), imatrix_path, n_threads=arguments.threads)
         with DiffusionModel(f32, n_threads=arguments.threads) as reference:
             inputs = cases(reference, arguments.cases)
             expected = logits(reference, inputs, None)
         for type in arguments.types:
             by_case: list[np.ndarray] = []
-            for statistics in (None, imatrix):
-                bits = convert(folder, target, type, imatrix=statistics).bits_per_weight
+            for imatrix in (None, imatrix_path):
+                bits = convert(folder, target, type, imatrix=imatrix).bits_per_weight
                 with DiffusionModel(target, n_threads=arguments.threads) as model:
                     found = logits(model, inputs, expected)
                 pairs = [compare_logits(a, b) for a, b in zip(expected, found, strict=True)]
                 kl, same = (np.concatenate(part) for part in zip(*pairs, strict=True))
                 by_case.append(kl.reshape(len(inputs), -1).mean(axis=1))
                 change = ""
-                if statistics is not None:
+                if imatrix is not None:
                     less = (by_case[1] - by_case[0]) / by_case[0].mean()
                     change = f"{less.mean():+.0%} ± {less.std(ddof=1) / len(less) ** 0.5:.0%}"
-                label = f"{type}{'' if statistics is None else ', imatrix'}"
+                label = f"{type}{'' if imatrix is None else ', imatrix'}"
                 figures = f"{kl.mean():.5f} | {np.quantile(kl, 0.99):.4f} | {same.mean():.2%} | {change}"
                 print(f"| {label} | {bits:.2f} | {figures} |", flush=True)
     return 0

@@ -1,9 +1,9 @@
-"""What the server adds to a session, and what requests side by side cost: all of it from one run, as ratios.
+"""Measure the server's overhead over a bare session, and the cost of concurrent requests, as ratios.
 
 python benchmarks/server.py [MODEL] [--threads N] [--prompt N] [--steps N] [--repeat N]
 
-Without a model, one of random weights is made ("mid", 438e6 weights, q4_k_m). Requests and bare sessions take
-turns, so that whatever else the machine does meets both.
+Without a model, one with random weights is created ("mid", 438e6 weights, q4_k_m). Requests and bare sessions
+alternate, so that other load affects both equally.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from pydiffusion.testing.synthetic import write_synthetic
 
 @dataclass
 class Timed:
-    """One canvas: seconds from the prompt's arrival to each draft and to the text; and those that the
-    generation spent between its native calls, for each step.
+    """Timings of one canvas.
+
+    drafts, text: seconds since the request. between: seconds per step outside of native calls.
     """
 
     drafts: list[float]
@@ -47,7 +48,7 @@ class Timed:
 
 
 class Bench:
-    """A server process and, in this one, the same model bare."""
+    """A server process, and the same model in this process."""
 
     def __init__(self, path: Path, url: str, pid: int, arguments: argparse.Namespace) -> None:
         self.url = url
@@ -60,12 +61,12 @@ class Bench:
         self._prompts = rng.integers(low, high, (10_000, arguments.prompt)).tolist()
 
     def prompt(self) -> list[int]:
-        """One that no cache has."""
+        """Return a prompt that is in no cache."""
         return self._prompts.pop()
 
     @property
     def choices(self) -> dict[str, Any]:
-        """One canvas of all its steps."""
+        """Options for one canvas with all its steps."""
         return {"steps": self.n_steps, "confidence_threshold": 0.0, "max_tokens": 1, "seed": 1}
 
     def _between(self, timings: Mapping[str, float]) -> float:
@@ -98,13 +99,13 @@ class Bench:
                     drafts.append(now)
                 elif kind == "summary":
                     between = self._between(event["diffusion"]["timings"])
-                    text = text or now  # of a canvas that begins with an eos
+                    text = text or now  # if the canvas begins with an eos
                 elif event["choices"]:
                     text = now
         return Timed(drafts, text, between)
 
     def loop_seconds(self) -> float:
-        """What the server's event loop, its first thread, has taken of a processor so far."""
+        """Return the CPU time of the server's event loop, its first thread."""
         return int(Path(f"/proc/{self._pid}/task/{self._pid}/schedstat").read_text().split()[0]) / 1e9
 
     def metric(self, name: str) -> float:
@@ -113,8 +114,8 @@ class Bench:
         assert found is not None, name
         return float(found[1])
 
-    def leave(self) -> tuple[float, int]:
-        """Hang up at the third draft: seconds until no work is left, steps that the client did not see."""
+    def disconnect(self) -> tuple[float, int]:
+        """Disconnect at the third draft; return (seconds until the server is idle, steps missed)."""
         before, seen = self.metric("steps_total"), 0
         body = self.choices | {
             "prompt": self.prompt(), "steps": 10_000, "stream": True, "stream_options": {"diffusion": True},
@@ -129,8 +130,8 @@ class Bench:
             time.sleep(0.001)
         return time.perf_counter() - left, int(self.metric("steps_total") - before) - seen
 
-    def together(self, n: int) -> tuple[float, list[float]]:
-        """n requests at once: seconds until all are done, and to the first draft of each."""
+    def concurrent(self, n: int) -> tuple[float, list[float]]:
+        """Send n requests at once; return (seconds until all are done, seconds to each first draft)."""
         first: list[float] = []
         prompts = [self.prompt() for _ in range(n)]
         threads = [
@@ -146,9 +147,9 @@ class Bench:
 
 
 def overhead(bench: Bench, n_repeat: int) -> float:
-    """The server against the bare session, a request and a session in turns. Returns seconds of a step."""
+    """Compare the server with a bare session, alternating; return the seconds of a step."""
     bare, served, loop = [], [], []
-    bench.bare(bench.prompt()), bench.served(bench.prompt())  # caches and pages warm
+    bench.bare(bench.prompt()), bench.served(bench.prompt())  # warm up
     for _ in range(n_repeat):
         prompt = bench.prompt()
         bare.append(bench.bare(prompt))
@@ -156,7 +157,7 @@ def overhead(bench: Bench, n_repeat: int) -> float:
         served.append(bench.served(prompt))
         loop.append((bench.loop_seconds() - before) / bench.n_steps)
     step = min(min(run.steps) for run in bare)
-    print(f"a step of the bare session: {1e3 * step:.1f} ms, the best of {n_repeat * (bench.n_steps - 1)}")
+    print(f"step of the bare session: {1e3 * step:.1f} ms, best of {n_repeat * (bench.n_steps - 1)}")
     first = [min(run.drafts[0] for run in runs) / step for runs in (bare, served)]
     print(f"first draft after {first[1]:.2f} steps, bare {first[0]:.2f}")
     text = [min(run.text for run in runs) / step for runs in (bare, served)]
@@ -164,35 +165,35 @@ def overhead(bench: Bench, n_repeat: int) -> float:
         f"first settled text after {text[1]:.2f} steps, bare {text[0]:.2f}: a canvas of {bench.n_steps} steps"
     )
     apart = [statistics.median(s for run in runs for s in run.steps) for runs in (bare, served)]
-    print(f"between two drafts: {apart[1] / apart[0]:.4f} of the bare session's (medians)")
+    print(f"time between two drafts: {apart[1] / apart[0]:.4f} of the bare session's (medians)")
     between = [statistics.median(run.between for run in runs) for runs in (bare, served)]
     print(
-        f"between the native steps: {1e3 * between[1]:.2f} ms, bare {1e3 * between[0]:.2f}:"
+        f"time between native steps: {1e3 * between[1]:.2f} ms, bare {1e3 * between[0]:.2f}:"
         f" {(between[1] - between[0]) / step:+.4f} of a step"
     )
     event = statistics.median(loop)
-    print(f"the event loop, a request's work over its steps: {1e3 * event:.2f} ms, {event / step:.4f} of one")
+    print(f"event loop CPU time per step of a request: {1e3 * event:.2f} ms, {event / step:.4f} of a step")
     return step
 
 
-def several(bench: Bench, n_repeat: int) -> None:
-    """Requests side by side against one alone, the best of several."""
-    alone = min(bench.together(1)[0] for _ in range(n_repeat))
+def concurrency(bench: Bench, n_repeat: int) -> None:
+    """Compare concurrent requests with a single one, best of several."""
+    alone = min(bench.concurrent(1)[0] for _ in range(n_repeat))
     for n in (2, 4):
-        runs = [bench.together(n) for _ in range(n_repeat)]
+        runs = [bench.concurrent(n) for _ in range(n_repeat)]
         seconds = min(run[0] for run in runs)
         first = min(max(run[1]) for run in runs)
         print(
-            f"{n} requests at once: done after {seconds / alone:.2f} times one alone (a queue: {n}),"
-            f" all have a first draft after {first / alone:.2f} (a queue: {n - 1} and more)"
+            f"{n} concurrent requests: done after {seconds / alone:.2f} times a single one (in a queue: {n}),"
+            f" all have a first draft after {first / alone:.2f} (in a queue: more than {n - 1})"
         )
 
 
-def leaving(bench: Bench, n_repeat: int, step: float) -> None:
-    gone = [bench.leave() for _ in range(n_repeat)]
+def disconnects(bench: Bench, n_repeat: int, step: float) -> None:
+    gone = [bench.disconnect() for _ in range(n_repeat)]
     print(
-        f"a client hangs up: idle after {statistics.median(g[0] for g in gone) / step:.2f} steps (median), at"
-        f" most {max(g[0] for g in gone) / step:.2f}; steps that it did not see: {[g[1] for g in gone]}"
+        f"client disconnects: idle after {statistics.median(g[0] for g in gone) / step:.2f} steps (median),"
+        f" at most {max(g[0] for g in gone) / step:.2f}; steps that it missed: {[g[1] for g in gone]}"
     )
 
 
@@ -216,7 +217,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
-    parser.add_argument("--steps", type=int, default=8, help="of each canvas")
+    parser.add_argument("--steps", type=int, default=8, help="steps of each canvas")
     parser.add_argument("--repeat", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -224,8 +225,8 @@ def main() -> None:
         with serving(path, arguments.threads) as (url, pid):
             bench = Bench(path, url, pid, arguments)
             step = overhead(bench, arguments.repeat)
-            leaving(bench, arguments.repeat, step)
-            several(bench, max(1, arguments.repeat // 2))
+            disconnects(bench, arguments.repeat, step)
+            concurrency(bench, max(1, arguments.repeat // 2))
 
 
 if __name__ == "__main__":

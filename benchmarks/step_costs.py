@@ -1,11 +1,12 @@
-"""What a denoising step costs as a generation grows and as canvases share it: ratios from one run.
+"""Measure how the cost of a denoising step depends on the context length and the batch size.
 
 python benchmarks/step_costs.py [MODEL] [--threads N] [--blocks 16] [--prompt 128] [--rounds 5]
 
-Without MODEL a synthetic one of 0.4e9 weights (mid, q4_k_m) is made. Printed are, as medians:
-- lanes: seconds of a step of 1, 2 and 4 canvases in one graph, and the canvases per second against one's;
-- blocks: seconds of a step of block 1 and of a late block, the attention over the longer context, which alone
-  may grow, and what is left; and the seconds that committing a block takes, early and late.
+Without MODEL, a synthetic one of 0.4e9 weights (mid, q4_k_m) is created. Prints medians:
+- batch: time of a step of 1, 2 and 4 canvases in one graph, and the throughput relative to one canvas;
+- blocks: time of a step in block 1 and in a late block, with and without attention (only attention should
+grow with
+  the context), and the time to commit an early and a late block.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from pydiffusion import _native
-from pydiffusion.model import available_cpus
+from pydiffusion.device_plan import available_cpus
 from pydiffusion.testing.synthetic import write_synthetic
 
 
 def begin(session: _native.Session, seed: int, n_blocks: int, steps: int) -> None:
-    """A generation whose canvases never settle: every step is a full one."""
+    """Begin a generation whose canvases never settle, so every step is a full one."""
     session.begin(
         max_tokens=n_blocks * 100_000, steps=steps, t_min=0.4, t_max=0.8, entropy_bound=0.1,
         stability_threshold=steps, confidence_threshold=0.0, seed=seed, eos=[],
@@ -38,13 +39,13 @@ def new_session(model: _native.Model, n_prompt: int, n_ctx: int, seed: int = 0) 
     return session
 
 
-def lanes(model: _native.Model, n_prompt: int, rounds: int) -> None:
-    """One step of one, two and four sessions, alternately."""
+def batches(model: _native.Model, n_prompt: int, rounds: int) -> None:
+    """Time steps of batches of 1, 2 and 4 sessions."""
     n_ctx = n_prompt + 2 * model.canvas_length
     sessions = [new_session(model, n_prompt, n_ctx, seed) for seed in range(4)]
     seconds: dict[int, list[float]] = {1: [], 2: [], 4: []}
-    batches = {n: _native.Batch(model) for n in seconds}
-    for n, batch in batches.items():
+    for n in seconds:
+        batch = _native.Batch(model)
         for session in sessions[:n]:
             begin(session, 1, 1, 100)
         for _ in range(rounds + 1):
@@ -52,11 +53,9 @@ def lanes(model: _native.Model, n_prompt: int, rounds: int) -> None:
             batch.next_steps(sessions[:n])
             seconds[n].append(time.perf_counter() - started)
     one = statistics.median(seconds[1][1:])
-    for n, taken in seconds.items():
-        step = statistics.median(taken[1:])
-        print(
-            f"lanes {n}: step {1e3 * step:.0f} ms, {n * one / step:.2f} times the canvases per second of one"
-        )
+    for n, elapsed in seconds.items():
+        step = statistics.median(elapsed[1:])
+        print(f"batch {n}: step {1e3 * step:.0f} ms, {n * one / step:.2f} times the throughput of one canvas")
 
 
 def attention_seconds(session: _native.Session) -> float:
@@ -64,7 +63,7 @@ def attention_seconds(session: _native.Session) -> float:
 
 
 def blocks(model: _native.Model, n_prompt: int, n_blocks: int, rounds: int) -> None:
-    """Steps of the first and of a late block of one generation, one step a block in between."""
+    """Time steps in the first and the last block of a generation."""
     n_ctx = n_prompt + (n_blocks + 1) * model.canvas_length
     session = new_session(model, n_prompt, n_ctx)
     begin(session, 2, n_blocks, rounds + 1)
@@ -75,12 +74,12 @@ def blocks(model: _native.Model, n_prompt: int, n_blocks: int, rounds: int) -> N
             before = session.n_encoded
             started = time.perf_counter()
             session.next_step()
-            taken = time.perf_counter() - started
-            if i == 0:  # it commits the block before, and has no self-conditioning
-                commits[block] = taken
+            elapsed = time.perf_counter() - started
+            if i == 0:  # commits the previous block, and has no self-conditioning
+                commits[block] = elapsed
                 assert session.n_encoded - before == (model.canvas_length if block > 1 else 0)
             else:
-                steps.setdefault(block, []).append(taken)
+                steps.setdefault(block, []).append(elapsed)
     first, last = statistics.median(steps[1]), statistics.median(steps[n_blocks])
     early = new_session(model, n_prompt, n_ctx)
     late = new_session(model, n_prompt + (n_blocks - 1) * model.canvas_length, n_ctx)
@@ -95,11 +94,11 @@ def blocks(model: _native.Model, n_prompt: int, n_blocks: int, rounds: int) -> N
         f"block 1: step {1e3 * first:.0f} ms; block {n_blocks}: {1e3 * last:.0f} ms, ratio {last / first:.2f}"
     )
     print(
-        f"attention over the longer context takes {1e3 * grown:.0f} ms more; without it the ratio is "
+        f"attention over the longer context takes {1e3 * grown:.0f} ms more; without that the ratio is "
         f"{(last - grown) / first:.2f}"
     )
     print(
-        f"committing with the first step of the next block: block 2 {1e3 * commits[2]:.0f} ms, "
+        f"commit and first step of the next block: block 2 {1e3 * commits[2]:.0f} ms, "
         f"block {n_blocks} {1e3 * commits[n_blocks]:.0f} ms"
     )
 
@@ -117,7 +116,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pydiffusion-costs-") as folder:
         path = arguments.model or write_synthetic("mid", Path(folder) / "mid.gguf", "q4_k_m")
         model = _native.Model(str(path), arguments.threads)
-        lanes(model, arguments.prompt, arguments.rounds)
+        batches(model, arguments.prompt, arguments.rounds)
         blocks(model, arguments.prompt, arguments.blocks, arguments.rounds)
 
 

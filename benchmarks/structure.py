@@ -1,4 +1,4 @@
-"""What keeping a text to a schema costs: making the automaton, and the search of a step, without a model.
+"""Measure constrained generation without running the model: building the automaton, and the search per step.
 
 python benchmarks/structure.py MODEL [--canvas N]
 """
@@ -42,7 +42,7 @@ def main() -> None:
     for name, options in CASES.items():
         started = time.perf_counter()
         automaton = Automaton(expression_of(GenerationOptions(**options)), tokenizer)
-        made = time.perf_counter() - started
+        build_seconds = time.perf_counter() - started
         guide = Guide(automaton, n, 4 * n, [tokenizer.eos_id or 0], n_vocab)
         logits = np.random.default_rng(0).normal(size=(n, n_vocab)).astype(np.float32)
         order = np.argsort(-logits, axis=1)[:, : guide.n_likeliest].astype(np.int32)
@@ -50,8 +50,11 @@ def main() -> None:
         guide.choose(*found)
         started = time.perf_counter()
         guide.choose(*found)
-        step = time.perf_counter() - started
-        print(f"{name}: {automaton.n_states} states in {made:.3f} s; a step of {n} positions {step:.3f} s")
+        step_seconds = time.perf_counter() - started
+        print(
+            f"{name}: {automaton.n_states} states built in {build_seconds:.3f} s; "
+            f"{step_seconds:.3f} s per step of {n} positions"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-# Finds what a CUDA build links with: the runtime of a toolkit, and cuBLAS from the toolkit or from the
-# nvidia-cublas wheel, which has the headers and libcublas.so.13 but no bare libcublas.so to link with.
+# Finds the libraries of a CUDA build: the toolkit's runtime, and cuBLAS from the toolkit or from the
+# nvidia-cublas wheel, which has the headers and libcublas.so.13 but no unversioned libcublas.so.
 find_package(CUDAToolkit REQUIRED)
 
-set(PYDIFFUSION_CUBLAS "" CACHE PATH "Folder with include/ and lib/ of cuBLAS, where the toolkit has none")
+set(PYDIFFUSION_CUBLAS "" CACHE PATH "Folder with include/ and lib/ of cuBLAS, if the toolkit has none")
 if(NOT TARGET CUDA::cublas)
     if(NOT PYDIFFUSION_CUBLAS)
         execute_process(
@@ -15,9 +15,9 @@ if(NOT TARGET CUDA::cublas)
     file(GLOB cublas_lt ${PYDIFFUSION_CUBLAS}/lib/libcublasLt.so.*)
     if(NOT PYDIFFUSION_CUBLAS OR NOT cublas OR NOT cublas_lt)
         message(FATAL_ERROR
-            "cuBLAS is neither in the CUDA toolkit nor installed as the wheel nvidia-cublas (pip install nvidia-cublas, "
-            "then build with --no-build-isolation), nor at PYDIFFUSION_CUBLAS (-Ccmake.define.PYDIFFUSION_CUBLAS=DIR, "
-            "a folder with include/ and lib/)")
+            "cuBLAS not found in the CUDA toolkit, the nvidia-cublas wheel or PYDIFFUSION_CUBLAS: run pip install "
+            "nvidia-cublas and build with --no-build-isolation, or pass -Ccmake.define.PYDIFFUSION_CUBLAS=DIR, a "
+            "folder with include/ and lib/")
     endif()
     add_library(CUDA::cublasLt SHARED IMPORTED GLOBAL)
     set_target_properties(CUDA::cublasLt PROPERTIES IMPORTED_LOCATION ${cublas_lt})

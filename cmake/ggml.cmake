@@ -1,10 +1,10 @@
-# ggml: fetched by pin and digest, static, nothing of it visible.
+# ggml: fetches the pinned version, and builds it as static libraries.
 execute_process(
     COMMAND ${Python_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/vendor/fetch_ggml.py
     RESULT_VARIABLE fetch_result
 )
 if(NOT fetch_result EQUAL 0)
-    message(FATAL_ERROR "ggml is not there, or not the pinned one: see the line above")
+    message(FATAL_ERROR "failed to get the pinned ggml: see the message above")
 endif()
 
 if(SKBUILD_STATE STREQUAL "sdist")
@@ -12,10 +12,10 @@ if(SKBUILD_STATE STREQUAL "sdist")
 endif()
 
 set(BUILD_SHARED_LIBS OFF)
-set(GGML_STATIC OFF CACHE BOOL "" FORCE) # would link the extension itself statically
+set(GGML_STATIC OFF CACHE BOOL "" FORCE) # ON would link the extension itself statically
 set(GGML_BUILD_TESTS OFF CACHE BOOL "" FORCE)
 set(GGML_BUILD_EXAMPLES OFF CACHE BOOL "" FORCE)
-set(GGML_OPENMP OFF CACHE BOOL "" FORCE) # ggml's own thread pool: no OpenMP runtime to ship or to clash with
+set(GGML_OPENMP OFF CACHE BOOL "" FORCE) # ggml's own thread pool: no OpenMP runtime to ship, no conflict with another
 set(GGML_LLAMAFILE ON CACHE BOOL "" FORCE)
 set(GGML_CCACHE OFF CACHE BOOL "" FORCE)
 set(GGML_METAL OFF CACHE BOOL "" FORCE)
@@ -34,5 +34,5 @@ endif()
 if(PYDIFFUSION_CUDA)
     include(cmake/cuda.cmake)
 endif()
-set(GIT_EXE OFF CACHE STRING "" FORCE) # else ggml would take the commit of the repository around it
+set(GIT_EXE OFF CACHE STRING "" FORCE) # else ggml would report the commit of our repository
 add_subdirectory(vendor/ggml ggml EXCLUDE_FROM_ALL)

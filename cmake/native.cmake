@@ -1,5 +1,6 @@
-# The runtime, which knows nothing of Python.
+# The C++ runtime, without the Python bindings.
 add_library(pydiffusion_native STATIC
+    native/architectures/diffusion_gemma.cpp
     native/backend/backend.cpp
     native/backend/cpu/amx/pack.cpp
     native/backend/cpu/amx/tile_gemm.cpp
@@ -10,6 +11,7 @@ add_library(pydiffusion_native STATIC
     native/backend/cpu/matmul.cpp
     native/backend/cpu/measure_logits.cpp
     native/backend/cpu/self_conditioning.cpp
+    native/backend/cpu/thread_pool.cpp
     native/backend/cpu/tile_attention.cpp
     native/backend/cpu/top_k.cpp
     native/backend/devices.cpp
@@ -17,29 +19,29 @@ add_library(pydiffusion_native STATIC
     native/backend/ggml/ggml_ops.cpp
     native/backend/graph_executor.cpp
     native/backend/host_step_backend.cpp
-    native/backend/thread_pool.cpp
     native/bench/matmul_once.cpp
     native/bench/roofline.cpp
     native/gguf/gguf_file.cpp
     native/gguf/gguf_split.cpp
     native/graph/graph_builder.cpp
-    native/graph/kv_cache.cpp
+    native/kv_cache/kv_cache.cpp
+    native/kv_cache/kv_layout.cpp
     native/model/device_plan.cpp
     native/model/hparams.cpp
-    native/model/kv_layout.cpp
     native/model/model.cpp
     native/model/weights.cpp
-    native/models/diffusion_gemma.cpp
-    native/quant/imatrix_collector.cpp
-    native/quant/quantize.cpp
+    native/quantization/imatrix_collector.cpp
+    native/quantization/quantize.cpp
     native/runtime/batch.cpp
     native/runtime/denoiser.cpp
+    native/runtime/device_planner.cpp
     native/runtime/encoder.cpp
     native/runtime/generation.cpp
     native/runtime/session.cpp
     native/sampler/entropy_bound.cpp
     native/sampler/logits.cpp
     native/sampler/philox.cpp
+    native/util/cpu_kernels.cpp
     native/util/error.cpp
 )
 target_include_directories(pydiffusion_native PUBLIC native PRIVATE vendor/ggml/src)  # ggml's own headers
@@ -47,7 +49,7 @@ target_link_libraries(pydiffusion_native PUBLIC ggml)
 if(PYDIFFUSION_CUDA)
     target_sources(pydiffusion_native PRIVATE native/backend/cuda/step_backend.cu)
     target_compile_definitions(pydiffusion_native PRIVATE PYDIFFUSION_CUDA)
-    # The layout of its context, whose stream ours is timed with, depends on them.
+    # Our kernels are timed on the stream in ggml's CUDA context, whose layout depends on these definitions.
     set_property(SOURCE native/backend/cuda/step_backend.cu
         APPEND PROPERTY COMPILE_DEFINITIONS "$<TARGET_PROPERTY:ggml-cuda,COMPILE_DEFINITIONS>")
     target_link_libraries(pydiffusion_native PRIVATE CUDA::cudart CUDA::cublas)
@@ -60,17 +62,16 @@ if(NOT MSVC)
         set(cxx_flags -march=x86-64-v3)
     endif()
     target_compile_options(pydiffusion_native PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${cxx_flags}>")
-    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")  # its own headers of intrinsics look uninitialised to it
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")  # false positives in GCC's intrinsics headers
         set_property(SOURCE native/backend/cpu/tile_attention.cpp native/backend/cpu/amx/pack.cpp
             native/backend/cpu/amx/tile_gemm.cpp native/backend/cpu/amx/unpack.cpp
             native/backend/cpu/amx/weighted_sums.cpp
             APPEND PROPERTY COMPILE_OPTIONS "-Wno-uninitialized;-Wno-maybe-uninitialized")
-        # A loop that loads registers would become a copy in memory.
+        # Else GCC turns a loop that loads registers into a memcpy.
         set_property(SOURCE native/backend/cpu/amx/pack.cpp
             APPEND PROPERTY COMPILE_OPTIONS -fno-tree-loop-distribute-patterns)
     endif()
-    # What the loops over logits need to become vector code, as wide as there is; NaN and infinity keep their
-    # meaning.
+    # Flags that vectorize our loops at the full vector width. Unlike -ffast-math they keep NaN and infinity.
     set(loop_flags "-O3;-fno-math-errno;-fno-trapping-math;-ffp-contract=fast")
     if(NOT PYDIFFUSION_PORTABLE AND CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
         list(APPEND loop_flags -mprefer-vector-width=512)

@@ -1,5 +1,5 @@
-# Links the archives of a kit (scripts/gpu_prepare.sh) instead of building ggml and native/: only the bindings
-# are compiled, without a network, ggml's sources or nvcc.
+# Links the prebuilt libraries of a kit (scripts/gpu_prepare.sh) instead of building ggml and native/. Only the
+# bindings are compiled, without network, ggml's sources or nvcc.
 execute_process(
     COMMAND ${Python_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/scripts/prebuilt.py check ${PYDIFFUSION_PREBUILT}
             --compiler "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
@@ -11,10 +11,10 @@ endif()
 
 find_package(Threads REQUIRED)
 set(linked Threads::Threads ${CMAKE_DL_LIBS})
-foreach(name ggml-base ggml-cpu ggml-cuda ggml pydiffusion_native) # each needs only those before it
+foreach(name ggml-base ggml-cpu ggml-cuda ggml pydiffusion_native) # in link order: each depends on those before it
     set(archive ${PYDIFFUSION_PREBUILT}/lib/lib${name}.a)
     if(NOT EXISTS ${archive})
-        continue() # of the CUDA backend, in a kit without it
+        continue() # ggml-cuda, in a kit without CUDA
     endif()
     if(name STREQUAL "ggml-cuda")
         include(cmake/cuda_libraries.cmake)

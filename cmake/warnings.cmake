@@ -1,4 +1,4 @@
-# Warnings for our own C++; ggml and nanobind keep theirs.
+# Compiler warnings for our own C++, but not for ggml and nanobind.
 function(target_enable_warnings target)
     if(NOT MSVC)
         target_compile_options(${target} PRIVATE

@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to GGUF, and from one GGUF to another::
+"""Convert a Hugging Face checkpoint to GGUF, and one GGUF to another::
 
 convert("DiffusionGemma/", "model.gguf", type="q4_k_m")
 quantize("model-f32.gguf", "model-q8_0.gguf", type="q8_0")
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from pydiffusion.quality.imatrix_collection import ImatrixReport, collect_imatrix
     from pydiffusion.quality.plotting import plot
 
-# Imported on first use: so that nothing needs more than it uses, and quality/ may import from here downwards.
+# Imported on first use: importing one name does not import the others, and quality/ (which is above convert/)
+# can be exported here without a cycle.
 _NAME_TO_MODULE = {
     "ConversionProgress": "pydiffusion.convert.gguf.report",
     "ConversionReport": "pydiffusion.convert.gguf.report",
@@ -47,6 +48,14 @@ _NAME_TO_MODULE = {
     "quantize": "pydiffusion.convert.conversion",
     "repack": "pydiffusion.convert.repacking",
     "verify": "pydiffusion.convert.verification",
+    # For the command line; not public.
+    "check_overrides": "pydiffusion.convert.quantization.type_plan",
+    "estimate_memory": "pydiffusion.convert.quantization.sizes",
+    "open_parts": "pydiffusion.convert.gguf.reader",
+    "parse_size": "pydiffusion.convert.quantization.sizes",
+    "parse_split_size": "pydiffusion.convert.gguf.split",
+    "read_config": "pydiffusion.convert.architectures.source",
+    "repo_id": "pydiffusion.convert.checkpoint.hub",
 }
 
 __all__ = [

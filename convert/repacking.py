@@ -1,4 +1,4 @@
-"""GGUF files whose weights stay as they are: merged, split, with other metadata. Any architecture."""
+"""Repack GGUF files of any architecture: merge, split, edit metadata; weights are copied unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pydiffusion.chat.template import ChatTemplate
-from pydiffusion.convert.gguf import writer as pipeline
+from pydiffusion.convert.gguf import writer
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.convert.gguf.reader import Parts, open_parts
 from pydiffusion.convert.gguf.report import ConversionReport, ProgressCallback
@@ -19,7 +19,7 @@ from pydiffusion.errors import ConversionError, ModelFormatError, PyDiffusionErr
 from pydiffusion.options import GenerationOptions
 
 TEMPLATE = "tokenizer.chat_template"
-# Types of keys that a file may lack.
+# Types of known keys that a file may lack.
 _NEW_KEYS = {
     TEMPLATE: "str",
     "general.name": "str",
@@ -33,7 +33,7 @@ _NEW_KEYS = {
     "diffusion.eb_stability_threshold": "u32",
     "diffusion.eb_confidence_threshold": "f32",
 }
-# These say how to read the file itself: another value would make it another file, or none.
+# These define how the file is read and can't be edited.
 _FIXED = ("general.architecture", "general.alignment", "general.quantization_version", "split.")
 
 
@@ -46,13 +46,13 @@ def repack(
     overwrite: bool = True,
     progress: ProgressCallback | None = None,
 ) -> ConversionReport:
-    """Merge the parts of a split GGUF into one file, or split one; weights and metadata stay as they are.
+    """Merge the parts of a split GGUF, or split a GGUF; weights and metadata are unchanged.
 
-    Works for every architecture.
+    Works for any architecture.
 
     Args:
         source: a GGUF, or any part of a split one.
-        split_max_size: bytes of a part; None writes one file.
+        split_max_size: maximum bytes per part; None writes one file.
 
     Raises: as :func:`quantize`.
     """
@@ -72,19 +72,20 @@ def edit_metadata(
 ) -> ConversionReport:
     """Set or remove metadata keys of a GGUF: chat template, sampler defaults, names.
 
-    The new file is written beside the old one, verified, and takes its place at once: whoever opens it finds
-    the old or the new one, never half of either. That needs room for both for a while.
+    The new file is written beside the old one, verified, and replaces it atomically. This temporarily needs
+    disk space for both.
 
     Args:
         file: a GGUF in one file.
-        changes: keys and their new values, None to remove a key. A key keeps its type; one that is new must
-            be a chat template, a sampler default or a name, or its value a
-            :class:`~pydiffusion.convert.gguf.header.Value` that says the type.
-        target: write there, and leave ``file`` as it is.
+        changes: keys and their new values, None to remove a key. Existing keys keep their type; a new key
+            must be a chat template, a sampler default or a name, or its value a
+            :class:`~pydiffusion.convert.gguf.header.Value` that gives the type.
+        target: write to this file instead of replacing ``file``.
 
     Raises:
-        ConversionError: a key that may not be changed, is not there to be removed, or has no known type; a
-            value that does not fit its type, a template that is not valid, sampler defaults out of range.
+        ConversionError: a key that can't be changed, does not exist, or has no known type; a value that does
+        not fit
+            its type, an invalid template, sampler defaults out of range.
         Others as :func:`repack`.
     """
     started = time.perf_counter()
@@ -97,14 +98,14 @@ def edit_metadata(
         _change(metadata, key, value, path)
     _check_sampler(metadata, changes, path)
     replaced = path if target is None else Path(target)
-    # The file that is read may be replaced here: it stays open, and its bytes stay until it is closed.
+    # The source may be replaced here: it stays open, so its data remains readable.
     sources = [] if target is None else parts.paths
     return _copy(parts, Path(os.path.realpath(replaced)), metadata, sources, progress, started)
 
 
 def _change(metadata: dict[str, Value], key: str, value: Any, path: Path) -> None:
     if key.startswith(_FIXED):
-        raise ConversionError(f"{path}: key {key!r} says how the file is read and can't be changed")
+        raise ConversionError(f"{path}: key {key!r} defines how the file is read and can't be changed")
     if value is None:
         if metadata.pop(key, None) is None:
             raise ConversionError(f"{path}: has no key {key!r} to remove")
@@ -127,7 +128,7 @@ def _change(metadata: dict[str, Value], key: str, value: Any, path: Path) -> Non
 
 
 def _check_sampler(metadata: Mapping[str, Value], changes: Mapping[str, Any], path: Path) -> None:
-    """Refuse defaults that the runtime would refuse later."""
+    """Reject sampler defaults that the runtime would reject later."""
     if not any(key.startswith("diffusion.eb_") for key in changes):
         return
     try:
@@ -152,7 +153,7 @@ def _copy(
 ) -> ConversionReport:
     with parts.opened() as found:
         tensors = [
-            PlannedTensor(info.name, shape, info.type, info.type, read, shape, keeps_nonfinite=True)
+            PlannedTensor(str(info.name), shape, info.type, info.type, read, shape, keeps_nonfinite=True)
             for info, read in found
             for shape in (tuple(info.shape),)
         ]
@@ -171,4 +172,4 @@ def _copy(
             alignment=parts.reader.alignment,
             **choices,
         )
-        return pipeline.run(job, started)
+        return writer.run(job, started)

@@ -1,4 +1,4 @@
-"""``verify``: a GGUF compared with what it was made from, tensor by tensor."""
+"""``verify``: compare a GGUF with its source, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from typing import Any
 import numpy as np
 
 from pydiffusion.convert.architectures.diffusion_gemma.metadata import ARCHITECTURE
-from pydiffusion.convert.architectures.source import Source, SourceTensor, open_folder, open_gguf, open_source
-from pydiffusion.convert.checkpoint.hub import find_checkpoint
+from pydiffusion.convert.architectures.source import Source, SourceTensor, open_gguf, open_source
 from pydiffusion.convert.conversion import planned_tensor
-from pydiffusion.convert.gguf import rows
-from pydiffusion.convert.gguf import writer as pipeline
+from pydiffusion.convert.gguf import rows, writer
 from pydiffusion.convert.gguf.report import ConversionProgress
-from pydiffusion.convert.quantization import type_plan as plan
+from pydiffusion.convert.quantization import type_plan
 from pydiffusion.errors import ConversionError
 
-_LENGTHS = tuple(f"{ARCHITECTURE}.{part.key}" for part in plan.FEED_FORWARDS)
+_LENGTHS = tuple(f"{ARCHITECTURE}.{part.key}" for part in type_plan.FEED_FORWARDS)
 
 
 @dataclass(frozen=True)
 class TensorCheck:
-    """How a tensor compares. ``rmse`` counts the source's weights only, not padding."""
+    """Comparison of a tensor. ``rmse`` covers the source's weights only, not padding."""
 
     name: str
     type: str
@@ -42,7 +40,7 @@ class TensorCheck:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Every tensor, and whatever else does not agree. ``problems`` empty: the file stands for its source."""
+    """Comparison of all tensors and the metadata. Empty ``problems``: the file matches its source."""
 
     file: Path
     against: Path | None
@@ -61,11 +59,11 @@ def verify(
     *,
     progress: Callable[[ConversionProgress], None] | None = None,
 ) -> VerifyReport:
-    """Read every tensor of a GGUF and compare it with the folder, repo or GGUF that it was made from.
+    """Read every tensor of a GGUF and compare it with its source: a folder, repo or GGUF.
 
-    Any part stands for a split file. Without ``against``, only whether the file is whole and all its weights
-    are finite. Padding is allowed: padded rows and columns must be zeros where the type keeps zeros. What
-    disagrees is listed in the report's ``problems``, not raised.
+    Of a split file, give any part. Without ``against``, check only that the file is complete and all weights
+    are finite. Padding is allowed: padding must be zeros if the type can represent zeros. Mismatches are
+    listed in the report's ``problems``, not raised.
 
     Raises:
         ModelFormatError: a GGUF is damaged.
@@ -73,7 +71,7 @@ def verify(
     """
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(open_gguf(Path(file)))
-        source = target if against is None else stack.enter_context(_opened(against))
+        source = target if against is None else stack.enter_context(open_source(against))
         problems = [] if against is None else _compare_metadata(target, source)
         sources = {tensor.name: tensor for tensor in source.tensors}
         missing = sorted(set(sources) - {tensor.name for tensor in target.tensors})
@@ -95,17 +93,12 @@ def verify(
     return VerifyReport(Path(file), None if against is None else Path(against), checks, problems)
 
 
-def _opened(against: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Source]:
-    found = find_checkpoint(against)
-    return open_folder(found.path, found.name) if found.name else open_source(found.path)
-
-
 def _n_bytes(tensor: SourceTensor) -> int:
-    return plan.tensor_bytes(tensor.type, tensor.shape)
+    return type_plan.tensor_bytes(tensor.type, tensor.shape)
 
 
 def _compare_metadata(target: Source, source: Source) -> list[str]:
-    """What the model computes with must be the same; feed-forward lengths may be padded."""
+    """Compare the metadata that affects computation; feed-forward lengths may be padded."""
     problems = []
     for key, value in source.metadata.items():
         if not key.startswith((f"{ARCHITECTURE}.", "diffusion.", "tokenizer.ggml.")):
@@ -113,7 +106,7 @@ def _compare_metadata(target: Source, source: Source) -> list[str]:
         found = target.metadata.get(key)
         if key in _LENGTHS and found is not None and _first(found.value) >= _first(value.value):
             continue
-        if found is None or not pipeline.same_value(found.value, value):
+        if found is None or not writer.same_value(found.value, value):
             shown = "absent" if found is None else f"{found.value!r:.60}"
             problems.append(f"metadata key {key!r} is {shown}, the source has {value.value!r:.60}")
     return problems
@@ -124,7 +117,7 @@ def _first(value: Any) -> int:
 
 
 def _compare(tensor: SourceTensor, source: SourceTensor) -> TensorCheck:
-    """One tensor chunk by chunk; the sums are kept in float64."""
+    """Compare one tensor chunk by chunk, with float64 sums."""
 
     def result(sums: np.ndarray, problem: str) -> TensorCheck:
         error, of_source, of_file, product = sums
@@ -142,7 +135,7 @@ def _compare(tensor: SourceTensor, source: SourceTensor) -> TensorCheck:
         )
 
     sums = np.zeros(4)
-    types = plan.TypePlan(tensors={tensor.name: plan.PlannedType(tensor.type, tensor.shape)})
+    types = type_plan.TypePlan(tensors={tensor.name: type_plan.PlannedType(tensor.type, tensor.shape)})
     try:
         wanted = planned_tensor(source, types)
     except ConversionError:
@@ -159,7 +152,7 @@ def _compare(tensor: SourceTensor, source: SourceTensor) -> TensorCheck:
         sums += [
             ((found - expected) ** 2).sum(), (expected**2).sum(), (found**2).sum(), (found * expected).sum()
         ]  # fmt: skip
-        with contextlib.suppress(KeyError):  # a type that this package reads but never writes
+        with contextlib.suppress(KeyError):  # a type that this package only reads
             try:
                 rows.check_rows(
                     written, data, source.type, tensor.type, wanted.n_per_row, tensor.name, weighted=True

@@ -1,11 +1,11 @@
-"""Many prompts over the machines of a Ray cluster: every worker opens the model once and answers blocks.
+"""Batch generation on a Ray cluster: every worker loads the model once and processes blocks of prompts.
 
 pip install 'ray[data]'
 python examples/batch_on_ray.py prompts.jsonl answers MODEL.gguf [--workers 2] [--parallel 4]
 
-prompts.jsonl has objects with a "prompt"; the folder `answers` gets files of JSON lines. The model's path
-has to be the same on all machines: on a shared disk, or copied there before. Ray is no dependency of
-pydiffusion.
+prompts.jsonl contains objects with a "prompt"; the results are written to the folder `answers` as JSON lines.
+The model must have the same path on all machines, on a shared disk or copied there. pydiffusion does not
+depend on Ray.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydiffusion import DiffusionModel, GenerationOptions
 
 
 class Answers:
-    """One per worker: the model is loaded when the worker starts, not for every block."""
+    """Loads the model once per worker and generates answers for blocks of prompts."""
 
     def __init__(self, path: str, parallel: int, threads: int, max_tokens: int) -> None:
         self._model = DiffusionModel(path, n_threads=threads)
@@ -50,8 +50,8 @@ def main() -> None:
     parser.add_argument("answers")
     parser.add_argument("model")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1, help="of each worker")
-    parser.add_argument("--parallel", type=int, default=4, help="canvases that a worker denoises at a time")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads per worker")
+    parser.add_argument("--parallel", type=int, default=4, help="canvases per batch in a worker")
     parser.add_argument("--max-tokens", type=int, default=256)
     arguments = parser.parse_args()
     ray.data.read_json(arguments.prompts).map_batches(

@@ -1,4 +1,4 @@
-"""Draw docs/demo.svg: a held-out sudoku from noise to its solution, as `pydiffusion demo` shows it.
+"""Render docs/demo.svg: a held-out sudoku from noise to its solution, as shown by `pydiffusion demo`.
 
 python examples/draw_demo.py --puzzle 3 docs/demo.svg
 """
@@ -24,14 +24,14 @@ from pydiffusion.events import DraftEvent
 
 
 def main() -> None:
-    """Solve one puzzle and draw the puzzle and a few of the drafts side by side."""
+    """Solve a puzzle and draw it next to a few of the drafts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("target", type=Path)
     parser.add_argument("--puzzle", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--panels", type=int, default=5, help="drafts to draw")
+    parser.add_argument("--panels", type=int, default=5, help="number of drafts to draw")
     arguments = parser.parse_args()
     example = tasks.sudoku_example(*puzzles()[arguments.puzzle])
     with tempfile.TemporaryDirectory() as folder:

@@ -5,8 +5,8 @@
     python examples/edit_metadata.py model.gguf --set diffusion.eb_max_steps=32 --set diffusion.eb_t_max=0.7
     python examples/edit_metadata.py model.gguf --remove general.url -o other.gguf
 
-A value keeps the type that its key has. The file is replaced at once, by one that was written beside it and
-verified, or not at all.
+A value keeps its key's type. The file is replaced atomically by a verified new one, or left unchanged on
+errors.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from pydiffusion import PyDiffusionError
-from pydiffusion.convert import edit_metadata
-from pydiffusion.convert.gguf.reader import open_parts
+from pydiffusion.convert import edit_metadata, open_parts
 
 TEMPLATE = "tokenizer.chat_template"
 
 
 def parse(setting: str) -> tuple[str, Any]:
-    """``KEY=VALUE``; numbers, true, false and lists are written as in JSON, anything else is a text."""
+    """Parse ``KEY=VALUE``: a JSON value (number, true, false, list), or else a string."""
     key, equals, text = setting.partition("=")
     if not key or not equals:
-        raise argparse.ArgumentTypeError(f"{setting!r} should be KEY=VALUE")
+        raise argparse.ArgumentTypeError(f"{setting!r} is not KEY=VALUE")
     try:
         return key, json.loads(text)
     except ValueError:
@@ -45,10 +44,10 @@ def show(path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--chat-template", type=Path, metavar="FILE", help="a file with the new template")
+    parser.add_argument("--chat-template", type=Path, metavar="FILE", help="file with the new chat template")
     parser.add_argument("--set", type=parse, action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--remove", action="append", default=[], metavar="KEY")
-    parser.add_argument("-o", "--output", type=Path, help="write there and leave FILE as it is")
+    parser.add_argument("-o", "--output", type=Path, help="write to this file and leave FILE unchanged")
     arguments = parser.parse_args()
     changes = dict(arguments.set) | dict.fromkeys(arguments.remove)
     try:
@@ -62,7 +61,7 @@ def main() -> int:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         return 1
     print(
-        f"{report.target}: {len(changes)} keys changed, {report.n_tensors} tensors as before", file=sys.stderr
+        f"{report.target}: {len(changes)} keys changed, {report.n_tensors} tensors unchanged", file=sys.stderr
     )
     return 0
 

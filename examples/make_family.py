@@ -1,10 +1,10 @@
-"""Make a whole family of GGUF files of one checkpoint with one read of it.
+"""Convert a checkpoint to several GGUF types in a single pass over it.
 
     python examples/make_family.py DiffusionGemma/ --folder out --types bf16 q8_0 q6_k q4_k_m iq4_xs
     python examples/make_family.py OWNER/NAME --folder out --imatrix model.imatrix.gguf --types q4_k_m iq2_m
 
-Prints a table of the files in Markdown on stdout and writes it to README.md in their folder, with a checksum
-of each. All files appear when all are verified, or none does. Types below 8 bits get the imatrix.
+Prints a Markdown table of the files with checksums to stdout and writes it to README.md in the output folder.
+Either all files appear, verified, or none. Types below 8 bits use the imatrix.
 """
 
 from __future__ import annotations
@@ -16,14 +16,20 @@ import time
 from pathlib import Path
 
 from pydiffusion import PyDiffusionError
-from pydiffusion.convert import TYPES, ConversionProgress, ConversionReport, Variant, convert_family
-from pydiffusion.convert.gguf.split import parse_split_size
+from pydiffusion.convert import (
+    TYPES,
+    ConversionProgress,
+    ConversionReport,
+    Variant,
+    convert_family,
+    parse_split_size,
+)
 
-MANY_BITS = ("f32", "f16", "bf16", "q8_0")
+WITHOUT_IMATRIX = ("f32", "f16", "bf16", "q8_0")
 
 
 class Progress:
-    """A line on stderr every few seconds."""
+    """Prints a line on stderr every few seconds."""
 
     def __init__(self) -> None:
         self.last = time.monotonic()
@@ -56,13 +62,15 @@ def table(reports: list[ConversionReport]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", help="checkpoint folder, repo id, or a GGUF of many bits")
-    parser.add_argument("--folder", type=Path, required=True, help="where the files go; made if need be")
-    parser.add_argument("--name", help="NAME-TYPE.gguf are written [default: the source's]")
+    parser.add_argument(
+        "source", help="checkpoint folder, repo id, or a GGUF file of 8 or more bits per weight"
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="output folder; created if missing")
+    parser.add_argument("--name", help="files are named NAME-TYPE.gguf [default: the source's name]")
     parser.add_argument(
         "--types", nargs="+", choices=TYPES, metavar="TYPE", default=["q8_0", "q6_k", "q4_k_m"]
     )
-    parser.add_argument("--imatrix", type=Path, help="activation statistics for the types below 8 bits")
+    parser.add_argument("--imatrix", type=Path, help="imatrix for the types below 8 bits")
     parser.add_argument("--split-max-size", type=parse_split_size, metavar="SIZE")
     arguments = parser.parse_args()
     name = arguments.name or Path(arguments.source.partition("@")[0]).resolve().name.removesuffix(".gguf")
@@ -70,7 +78,7 @@ def main() -> int:
         Variant(
             arguments.folder / f"{name}-{type}.gguf",
             type,
-            imatrix=None if type in MANY_BITS else arguments.imatrix,
+            imatrix=None if type in WITHOUT_IMATRIX else arguments.imatrix,
             split_max_size=arguments.split_max_size,
         )
         for type in dict.fromkeys(arguments.types)

@@ -1,4 +1,4 @@
-"""Draw the held-out sudokus that ship with the package; the same every time.
+"""Generate the held-out sudokus included in the package (deterministic).
 
 python examples/make_held_out.py pydiffusion/demo/held_out.txt
 """
@@ -19,7 +19,7 @@ HEADER = """\
 
 
 def draw(n: int, seed: int) -> list[tuple[str, str]]:
-    """`n` puzzles of the held-out side, no two of them equal up to relabelling."""
+    """Generate `n` held-out puzzles, no two of them equal up to relabelling."""
     rng = random.Random(seed)
     pairs: list[tuple[str, str]] = []
     seen: set[str] = set()

@@ -1,9 +1,7 @@
-"""Train the demo model: transformers' DiffusionGemmaForBlockDiffusion, small, on sudokus and a few text
-tasks.
+"""Train the demo model: a small DiffusionGemmaForBlockDiffusion of transformers, on sudokus and text tasks.
 
-Runs on two CPU cores in about two hours. Needs the `reference` extra (torch, transformers). The work folder
-keeps a checkpoint from which an interrupted run goes on; the shipped folder is written at the end, and by
---export at any time.
+Takes about two hours on two CPU cores. Needs the `reference` extra (torch, transformers). An interrupted run
+continues from the checkpoint in the work folder; --export writes the released folder from it.
 
     python examples/train_demo.py --work build/demo --steps 6000
     python examples/train_demo.py --work build/demo --export pydiffusion/demo/checkpoint
@@ -21,8 +19,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# Waiting threads should spin shortly and then sleep: spinning long costs ten times the time of the work as
-# soon as anything else runs, and never spinning costs a third more when nothing does.
+# Waiting threads should spin briefly and then sleep: with other load, long spinning makes steps ten times
+# slower; without, never spinning makes them a third slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
@@ -39,7 +37,7 @@ from demo_recipe.tokenizer import build_tokenizer
 
 @dataclass
 class Recipe:
-    """What makes a run; every field is an option of the command line."""
+    """Hyperparameters of a run; every field is a command-line option."""
 
     seed: int = 0
     steps: int = 7900
@@ -62,7 +60,7 @@ class Recipe:
 
 
 class Trainer:
-    """The model, its optimizers and its running average, and how far they have come."""
+    """Model, averaged weights, optimizers and progress of a training run."""
 
     def __init__(self, recipe: Recipe, work: Path) -> None:
         self.recipe = recipe
@@ -94,11 +92,11 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """How many of the planned steps are done, 0 to 1: the schedule goes by it."""
+        """Fraction of the planned steps done, 0 to 1; drives the schedule."""
         return min(1.0, self.step / self.recipe.steps)
 
     def rate(self) -> float:
-        """The learning rates' common factor: warm-up, plateau, then a cosine down to a hundredth."""
+        """Return the factor of all learning rates: warm-up, plateau, then cosine decay to 0.01."""
         warmup = min(1.0, (self.step + 1) / self.recipe.warmup_steps)
         falling = max(0.0, (self.progress - 0.2) / 0.8)
         return warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * falling)))
@@ -106,7 +104,7 @@ class Trainer:
     def train_step(
         self, batch: Batch, long_batch: Batch | None, rollouts: Rollouts | None
     ) -> tuple[float, float]:
-        """One step of both optimizers; returns the loss and the gradient's norm."""
+        """Run one step of both optimizers; return the loss and the gradient norm."""
         if rollouts is None:
             loss, _ = self.fixed_shape_loss(*asdict_tensors(batch))
         else:
@@ -135,7 +133,7 @@ class Trainer:
         torch._foreach_lerp_(mine, self.parameters, 1 - decay)
 
     def save(self, name: str = "last.pt") -> None:
-        """Write everything that a later run needs to go on, beside the old file, then in its place."""
+        """Write everything needed to continue the run, replacing the old file atomically."""
         self.work.mkdir(parents=True, exist_ok=True)
         temporary = self.work / (name + ".part")
         state = {
@@ -151,7 +149,7 @@ class Trainer:
         temporary.replace(self.work / name)
 
     def load(self, path: Path) -> None:
-        """Go on from a file of `save`."""
+        """Continue from a file written by `save`."""
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
@@ -161,17 +159,17 @@ class Trainer:
 
 
 def asdict_tensors(batch: Batch) -> tuple[torch.Tensor, ...]:
-    """The tensors of a batch in the order in which the loss takes them."""
+    """Return the tensors of a batch in the order of the loss's arguments."""
     return batch.prefix, batch.prefix_length, batch.target, batch.is_padding
 
 
 def train(trainer: Trainer) -> None:
-    """Train until the planned steps are done; saves and evaluates on the way."""
+    """Train for the planned number of steps, with periodic saves and evaluations."""
     recipe = trainer.recipe
     examples = Examples(
         trainer.tokenizer, make_pool(recipe.pool, recipe.seed + 1), recipe.seed + 2 + 1000 * trainer.step
     )
-    # Of the rows that stay, one in six is text.
+    # One in six rollouts is text.
     n_running_text = recipe.n_running // 6
     n_running_sudoku = recipe.n_running - n_running_text
     rollouts = None
@@ -186,7 +184,7 @@ def train(trainer: Trainer) -> None:
         long_batch = examples.long_batch(recipe.n_long) if trainer.step % recipe.long_every == 0 else None
         batch = examples.batch(recipe.n_sudoku - n_running_sudoku, recipe.n_text - n_running_text)
         loss, norm = trainer.train_step(batch, long_batch, rollouts)
-        # The first step compiles, which the log's minutes don't count.
+        # Don't count compilation in the first step.
         trainer.seconds += min(time.monotonic() - start, 20.0)
         losses.append(loss)
         if trainer.step % 50 == 0:
@@ -206,7 +204,7 @@ def train(trainer: Trainer) -> None:
 
 
 def report(trainer: Trainer) -> None:
-    """Log how the averaged weights do on puzzles and text that training doesn't use."""
+    """Log the averaged weights' scores on held-out puzzles and text."""
     rng = random.Random(7)
     score = sudoku_score(trainer.averaged, trainer.tokenizer, rng, trainer.recipe.n_evaluate)
     texts = text_scores(trainer.averaged, trainer.tokenizer, rng, 10)
@@ -217,7 +215,7 @@ def report(trainer: Trainer) -> None:
 
 
 def log(line: str) -> None:
-    """One line, with the time of day, at once."""
+    """Print a line with the time of day, unbuffered."""
     print(time.strftime("%H:%M:%S"), line, flush=True)
 
 
@@ -227,10 +225,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument(
-        "--export", type=Path, help="don't train: write the shipped folder from the last checkpoint"
+        "--export", type=Path, help="don't train; write the released folder from the last checkpoint"
     )
     parser.add_argument(
-        "--checkpoint", default="last.pt", help="which file of the work folder to go on from or export"
+        "--checkpoint", default="last.pt", help="file in the work folder to continue from or export"
     )
     for name, default in asdict(Recipe()).items():
         option = "--" + name.replace("_", "-")
@@ -250,7 +248,7 @@ def main() -> None:
     checkpoint = arguments.work / arguments.checkpoint
     if checkpoint.is_file():
         trainer.load(checkpoint)
-        log(f"going on from {checkpoint.name}: step {trainer.step}, {trainer.seconds / 60:.1f} minutes")
+        log(f"continuing from {checkpoint.name}: step {trainer.step}, {trainer.seconds / 60:.1f} minutes")
     if arguments.export:
         export(trainer.averaged, trainer.tokenizer, arguments.export)
         log(f"wrote {arguments.export}")

@@ -1,10 +1,10 @@
-// What must be true of a file that the file layer has opened.
+// Invariants of a GgufFile that opened without an error.
 #pragma once
 
 #include "gguf/gguf_file.h"
 
-// Not assert(), which a release build would drop.
+// Like assert(), but also in release builds.
 void require(bool ok);
 
-// Every key is found, every tensor lies inside its part, and no two of a part overlap. Aborts otherwise.
+// Aborts unless every key is found, every tensor is inside its part and no two tensors of a part overlap.
 void check_file(const pydiffusion::GgufFile& file);

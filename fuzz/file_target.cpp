@@ -1,11 +1,11 @@
-// The file layer on raw bytes and on nearly valid headers: it refuses with a typed error, or what it says of
-// the file is true.
-#include "util/error.h"
+// Fuzz target: GgufFile on raw bytes and nearly valid headers. Expects a typed error or a consistent file.
 #include "file_check.h"
 #include "memory_file.h"
+#include "util/error.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-    // A zero or a data section behind it: what is refused as truncated would else hide what comes later.
+    // Half of the inputs get a data section of zeros; otherwise most would be refused as truncated, before
+    // the later checks.
     const size_t n_zeros = size % 2 ? size_t{1} << 20 : 0;
     try {
         check_file(pydiffusion::GgufFile(memory_file(data, size, n_zeros)));

@@ -1,5 +1,5 @@
-// A mutator that knows where the fields of a GGUF lie: it changes one of them, or drops, doubles or swaps a
-// whole entry, so that most inputs pass the checks that come before the one they are to try.
+// Structure-aware GGUF mutator: changes a single field, or drops or duplicates a whole entry, so that most
+// inputs pass the checks before the one under test.
 #include "gguf_mutator.h"
 
 #include <algorithm>
@@ -11,7 +11,7 @@ extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
 
 namespace {
 
-// Splitmix64: seeded anew for every input, which a Mersenne twister takes longer for than all the rest.
+// Splitmix64: it is reseeded for every input, which would dominate the run time with a Mersenne twister.
 class Random {
   public:
     explicit Random(uint64_t seed) : state_(seed) {}
@@ -35,16 +35,16 @@ struct Entry {
     bool is_tensor;
 };
 
-// Walks through as much of the input as makes sense, believing nothing: one header, or several in a row (a
-// split file), each from a magic number on.
-class Walker {
+// Finds the fields of as much of the input as parses: one header, or several in a row (a split file), each
+// starting at a magic number.
+class FieldParser {
   public:
-    Walker(const uint8_t* data, size_t size) : data_(data), size_(size) {
+    FieldParser(const uint8_t* data, size_t size) : data_(data), size_(size) {
         for (const uint8_t* next = data; next != data + size;
              next = std::search(data + at_, data + size, kMagic, kMagic + 4)) {
             at_ = static_cast<size_t>(next - data);
             failed_ = false;
-            walk();
+            parse();
         }
     }
     std::vector<Field> fields;
@@ -86,7 +86,7 @@ class Walker {
         }
     }
 
-    void walk() {
+    void parse() {
         const size_t header = at_;
         number(4);
         number(4);
@@ -125,12 +125,12 @@ std::vector<std::vector<uint8_t>>& good_inputs() {
     return inputs;
 }
 
-uint64_t odd_number(Random& random, uint64_t old, size_t file_size) {
-    static const uint64_t odd[] = {0,          1,          2,          3,          31,         32,
-                                   33,         64,         127,        128,        255,        256,
-                                   1023,       1024,       65535,      65536,      1u << 20,   0x7fffffff,
-                                   0x80000000, 0xffffffff, 1ull << 32, 1ull << 40, 1ull << 61, 1ull << 62,
-                                   ~0ull >> 1, 1ull << 63, ~0ull - 31, ~0ull};
+uint64_t edge_case(Random& random, uint64_t old, size_t file_size) {
+    static const uint64_t edge_cases[] = {
+        0,          1,          2,          3,          31,         32,         33,
+        64,         127,        128,        255,        256,        1023,       1024,
+        65535,      65536,      1u << 20,   0x7fffffff, 0x80000000, 0xffffffff, 1ull << 32,
+        1ull << 40, 1ull << 61, 1ull << 62, ~0ull >> 1, 1ull << 63, ~0ull - 31, ~0ull};
     switch (random() % 6) {
         case 0:
             return old + 1;
@@ -143,32 +143,33 @@ uint64_t odd_number(Random& random, uint64_t old, size_t file_size) {
         case 4:
             return file_size + random() % 65 - 32;
         default:
-            return odd[random() % (sizeof odd / sizeof *odd)];
+            return edge_cases[random() % (sizeof edge_cases / sizeof *edge_cases)];
     }
 }
 
-void change_field(Random& random, uint8_t* data, size_t size, const Walker& walker) {
-    const Field field = walker.fields[random() % walker.fields.size()];
+void change_field(Random& random, uint8_t* data, size_t size, const FieldParser& parser) {
+    const Field field = parser.fields[random() % parser.fields.size()];
     if (field.size > 8) {  // text
         data[field.at + random() % field.size] ^= static_cast<uint8_t>(1u << (random() % 8));
         return;
     }
     uint64_t value = 0;
-    if (random() % 4 == 0) {  // of another field of this size
-        const Field other = walker.fields[random() % walker.fields.size()];
+    if (random() % 4 == 0) {  // the value of another field
+        const Field other = parser.fields[random() % parser.fields.size()];
         std::memcpy(&value, data + other.at, std::min(field.size, other.size));
     } else {
         std::memcpy(&value, data + field.at, field.size);
-        value = odd_number(random, value, size);
+        value = edge_case(random, value, size);
     }
     std::memcpy(data + field.at, &value, field.size);
 }
 
-// Keeps the counts right, so that what is left is read. A copy goes behind any entry of its kind, of another
-// header too.
-size_t change_entries(Random& random, uint8_t* data, size_t size, size_t max_size, const Walker& walker) {
-    const Entry entry = walker.entries[random() % walker.entries.size()];
-    Entry before = walker.entries[random() % walker.entries.size()];
+// Drops or duplicates an entry and updates its header's count, so that the rest still parses. A copy is
+// inserted after any entry of the same kind, possibly of another header.
+size_t change_entries(Random& random, uint8_t* data, size_t size, size_t max_size,
+                      const FieldParser& parser) {
+    const Entry entry = parser.entries[random() % parser.entries.size()];
+    Entry before = parser.entries[random() % parser.entries.size()];
     if (before.is_tensor != entry.is_tensor) before = entry;
     const size_t n = entry.end - entry.begin, n_count = entry.is_tensor ? 8 : 16;
     const bool copies = random() % 2 && size + n <= max_size;
@@ -207,12 +208,12 @@ extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max
     }
     if (size < 24 || random() % 8 == 0) return LLVMFuzzerMutate(data, size, max_size);
     for (unsigned i = 0, n = 1 + random() % 3; i < n; ++i) {
-        const Walker walker(data, size);
-        if (walker.fields.empty()) return LLVMFuzzerMutate(data, size, max_size);
-        if (!walker.entries.empty() && random() % 5 == 0) {
-            size = change_entries(random, data, size, max_size, walker);
+        const FieldParser parser(data, size);
+        if (parser.fields.empty()) return LLVMFuzzerMutate(data, size, max_size);
+        if (!parser.entries.empty() && random() % 5 == 0) {
+            size = change_entries(random, data, size, max_size, parser);
         } else {
-            change_field(random, data, size, walker);
+            change_field(random, data, size, parser);
         }
     }
     return size;

@@ -1,9 +1,9 @@
-// What a target may tell the mutator.
+// Feedback from a fuzz target to the mutator.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-// An input that went through everything: from now on most mutations begin with one of these, since what is
-// broken already hides what comes later.
+// Records an input that passed all checks. Most later mutations start from one of these, since an input that
+// is already broken never reaches the later checks.
 void remember_good(const uint8_t* data, size_t size);

@@ -1,28 +1,28 @@
-// A device error in the middle of everything: the k-th graph that is computed fails, for every k, before or
-// after it was computed. Each is a typed error; afterwards the same session computes what an undisturbed one
-// does.
+// Error injection: makes the k-th graph of a conversation fail, for every k, before or after computing it.
+// Each failure must be a typed error, after which the same session must give the same output as an
+// undisturbed one.
 //   build/fuzz/inject_errors MODEL.gguf
 #include <cstdio>
 #include <cstdlib>
 
-#include "util/error.h"
 #include "runtime/session.h"
+#include "util/error.h"
 
 namespace {
 
-int n_until_failure = -1;  // graphs; below 0: none fails
+int n_until_failure = -1;  // graphs; negative: never
 bool fails_afterwards = false;
 ggml_status failure = GGML_STATUS_FAILED;
 
 void require(bool ok, const char* what) {
     if (ok) return;
-    std::fprintf(stderr, "wrong: %s\n", what);
+    std::fprintf(stderr, "FAILED: %s\n", what);
     std::exit(1);
 }
 
 }  // namespace
 
-// The linker puts the second in the place of the first (-Wl,--wrap).
+// The linker redirects calls of ggml_graph_compute to __wrap_ (--wrap).
 extern "C" ggml_status __real_ggml_graph_compute(ggml_cgraph* graph, ggml_cplan* plan);
 extern "C" ggml_status __wrap_ggml_graph_compute(ggml_cgraph* graph, ggml_cplan* plan) {
     const bool fails = n_until_failure >= 0 && n_until_failure-- == 0;
@@ -35,9 +35,9 @@ namespace {
 
 const std::vector<int32_t> kPrompt = {2, 5, 9, 40, 41, 42, 43};
 
-std::vector<int32_t> converse(pydiffusion::Session& session) {
+std::vector<int32_t> run_conversation(pydiffusion::Session& session) {
     const auto ignore = [](int32_t) {};
-    const pydiffusion::Session::Use use(session);  // as the bindings do: an error ends the generation
+    const pydiffusion::Session::Use use(session);  // as in the bindings: an error ends the generation
     session.truncate(0, ignore);
     session.encode(kPrompt, ignore, nullptr);
     pydiffusion::GenerationParams params;
@@ -45,11 +45,11 @@ std::vector<int32_t> converse(pydiffusion::Session& session) {
     params.steps = 4;
     params.confidence_threshold = 0.0f;
     session.begin(params);
-    std::vector<int32_t> answer;
+    std::vector<int32_t> output;
     pydiffusion::StepResult step;
     while (session.next_step(step, ignore))
-        answer.insert(answer.end(), step.tokens.begin(), step.tokens.end());
-    return answer;
+        output.insert(output.end(), step.tokens.begin(), step.tokens.end());
+    return output;
 }
 
 }  // namespace
@@ -57,11 +57,11 @@ std::vector<int32_t> converse(pydiffusion::Session& session) {
 int main(int argc, char** argv) {
     require(argc == 2, "usage: inject_errors MODEL.gguf");
     const auto file = std::make_shared<pydiffusion::GgufFile>(argv[1]);
-    const auto model =
-        std::make_shared<pydiffusion::Model>(file, 1, "cpu", "auto", pydiffusion::DevicePlan(), [](double) {});
+    const auto model = std::make_shared<pydiffusion::Model>(file, 1, "cpu", "auto", pydiffusion::DevicePlan(),
+                                                            [](double) {});
     pydiffusion::Session fresh(model, 64, GGML_TYPE_F32), session(model, 64, GGML_TYPE_F32);
-    const std::vector<int32_t> expected = converse(fresh);
-    require(!expected.empty(), "no answer");
+    const std::vector<int32_t> expected = run_conversation(fresh);
+    require(!expected.empty(), "no output tokens");
     int n_failed = 0;
     for (const ggml_status status : {GGML_STATUS_FAILED, GGML_STATUS_ALLOC_FAILED}) {
         for (const bool afterwards : {false, true}) {
@@ -70,20 +70,20 @@ int main(int argc, char** argv) {
                 fails_afterwards = afterwards;
                 failure = status;
                 try {
-                    converse(session);
+                    run_conversation(session);
                     n_until_failure = -1;
-                    break;  // there are only k graphs
+                    break;  // fewer than k + 1 graphs
                 } catch (const pydiffusion::Error& error) {
                     const bool memory = error.kind() == pydiffusion::ErrorKind::out_of_memory;
                     require(memory == (status == GGML_STATUS_ALLOC_FAILED), error.what());
                     ++n_failed;
                 }
                 pydiffusion::StepResult step;
-                require(!session.next_step(step, [](int32_t) {}), "the generation goes on after its error");
-                require(converse(session) == expected, "another answer after an error");
+                require(!session.next_step(step, [](int32_t) {}), "the generation continues after an error");
+                require(run_conversation(session) == expected, "different output after an error");
             }
         }
     }
-    require(n_failed >= 4 * 14, "too few graphs");
+    require(n_failed >= 4 * 14, "fewer graphs than expected");
     std::printf("%d errors injected\n", n_failed);
 }

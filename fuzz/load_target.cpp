@@ -1,23 +1,23 @@
-// The whole loader on headers that nearly are a model's, with a data section of small numbers: weights,
-// session, prompt, two canvases of two steps. A typed error, or tokens of the vocabulary.
+// Fuzz target: load, prompt and generate with nearly valid model headers and a data section of small values
+// (two canvases of two steps). Expects a typed error or valid tokens.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 
-#include "util/error.h"
 #include "file_check.h"
 #include "gguf_mutator.h"
 #include "memory_file.h"
 #include "runtime/session.h"
+#include "util/error.h"
 
 namespace {
 
 constexpr size_t kDataBytes = size_t{1} << 20;
-// What a key may ask for without any tensor to show for it; a session of it takes its time and is no fault.
+// Limits on keys that no tensor's shape bounds: larger values are valid but slow.
 constexpr int32_t kMaxCanvas = 32, kMaxSteps = 1000;
 
-// Floats between -0.06 and 0.06, which are also bytes of every kind for the quantized types.
+// Floats between -0.06 and 0.06, whose bytes also serve as blocks of quantized types.
 const std::vector<uint8_t>& weights() {
     static const std::vector<uint8_t> bytes = [] {
         std::vector<uint8_t> out(kDataBytes);
@@ -36,14 +36,14 @@ void check_tokens(const std::vector<int32_t>& tokens, int32_t n_vocab) {
     for (const int32_t token : tokens) require(token >= 0 && token < n_vocab);
 }
 
-// How far inputs came, told at the end: a target that refuses all of them tries nothing.
+// Counts how far inputs get, printed at exit: a target that refuses all of them tests nothing.
 struct Count {
     size_t n_inputs = 0, n_opened = 0, n_done = 0;
     ~Count() { std::fprintf(stderr, "%zu inputs: %zu loaded, %zu denoised\n", n_inputs, n_opened, n_done); }
 } count;
 
-// Whether it came to its end.
-bool use(const std::shared_ptr<const pydiffusion::Model>& model) {
+// Returns whether the generation ran to its end.
+bool generate(const std::shared_ptr<const pydiffusion::Model>& model) {
     const pydiffusion::Hparams& hp = model->hparams;
     ++count.n_opened;
     if (hp.canvas_length > kMaxCanvas || hp.sampler.steps > kMaxSteps) return false;
@@ -76,8 +76,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     ++count.n_inputs;
     try {
         const auto file = pydiffusion::GgufFile::open_all_parts(memory_file(data, size, weights()));
-        const bool done = use(std::make_shared<pydiffusion::Model>(file, 1, "cpu", "auto",
-                                                                   pydiffusion::DevicePlan(), [](double) {}));
+        const bool done = generate(std::make_shared<pydiffusion::Model>(
+            file, 1, "cpu", "auto", pydiffusion::DevicePlan(), [](double) {}));
         if (done) remember_good(data, size);
     } catch (const pydiffusion::Error& error) {
         require(std::string(error.what()).find('\n') == std::string::npos);

@@ -1,4 +1,4 @@
-"""Write the seeds of the fuzz targets: headers of a model's file without its data, and small odd files.
+"""Write the fuzz targets' seeds: headers of a model without tensor data, and small unusual files.
 
 python fuzz/make_seeds.py fuzz/corpus
 """
@@ -33,7 +33,7 @@ from pydiffusion.convert import convert  # noqa: E402
 
 
 def model_headers(folder: Path) -> dict[str, RawGguf]:
-    """The tiny model as the converter writes it, without its tokenizer, and told otherwise."""
+    """Headers of the tiny model from the converter, without tokenizer keys; one with another alignment."""
     checkpoint, target = folder / "checkpoint", folder / "tiny.gguf"
     checkpoint.mkdir()
     write_checkpoint(checkpoint, "tiny")
@@ -51,7 +51,7 @@ def model_headers(folder: Path) -> dict[str, RawGguf]:
 
 
 def small_files() -> dict[str, bytes]:
-    """Files of a few values: every type of them, nothing else."""
+    """Files with only a few keys, among them one of every value type."""
     every = RawGguf(pairs=[KeyValue(b"s", STRING, String(b"text")), KeyValue(b"b", BOOL, True)])
     for i, type in enumerate([0, 1, 2, 3, 4, 5, 6, 10, 11, 12]):
         every.set(f"n{i}", type, 1)
@@ -63,7 +63,7 @@ def small_files() -> dict[str, bytes]:
 
 
 def split_file(cuts: list[int], repeated: bool = False) -> list[RawGguf]:
-    """Parts of a file of six tensors, cut before these; the later ones repeat its keys or have their own."""
+    """Parts of a file of six tensors, split before the tensors in ``cuts``; ``repeated``: with equal keys."""
     tensors = [Tensor(b"t%d" % i, [8, i + 1], GGML_F32, bytes(32 * (i + 1))) for i in range(6)]
     parts = []
     for i, (begin, end) in enumerate(zip([0, *cuts], [*cuts, 6], strict=True)):
@@ -79,7 +79,7 @@ def split_file(cuts: list[int], repeated: bool = False) -> list[RawGguf]:
 
 
 def split_files() -> dict[str, list[RawGguf]]:
-    """Good ones; and two that only what lies in two parts makes bad, which a change of one seldom finds."""
+    """Valid split files, and two whose parts conflict with each other, which mutation rarely produces."""
     files = {"two": split_file([3]), "three": split_file([2, 4]), "none-in-first": split_file([0, 3])}
     files["four"], files["repeated"] = split_file([1, 3, 5]), split_file([2], repeated=True)
     files["alignments"] = split_file([2, 4])
@@ -92,7 +92,7 @@ def split_files() -> dict[str, list[RawGguf]]:
 
 
 def main(corpus: Path) -> None:
-    """Write all targets' seeds below ``corpus``."""
+    """Write the seeds of all targets to subfolders of ``corpus``."""
     for name in ("file", "model", "split"):
         (corpus / name).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ void require(bool ok, const char* what) {
     std::abort();
 }
 
-// The i-th, made when it is first asked for; afterwards of this size and all zeros.
+// Returns file i, created on first use, resized to `size` zeros.
 int empty_file(size_t i, size_t size) {
     static std::vector<int> files;
     while (files.size() <= i) {

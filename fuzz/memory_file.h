@@ -1,4 +1,4 @@
-// Files in memory that have paths, since the layers under test open one.
+// In-memory files with paths, for code under test that opens a path.
 #pragma once
 
 #include <cstddef>
@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-// Its content becomes `data` and then `n_zeros` zeros, which take no memory. One file per process and `i`.
+// Sets file `i` of this process to `data` followed by `n_zeros` zeros (sparse); returns its path.
 std::string memory_file(const uint8_t* data, size_t size, size_t n_zeros, size_t i = 0);
 
-// The first of them, with these bytes behind the header, from the next multiple of 32 on.
+// File 0 with `data`, then `tail` from the next multiple of 32 on.
 std::string memory_file(const uint8_t* data, size_t size, const std::vector<uint8_t>& tail);

@@ -1,9 +1,9 @@
-// GgufFile, hyperparameters and the plan of the weights, on headers that nearly are a model's: a typed error, or
-// every tensor lies inside the file, as large as the hyperparameters ask for.
-#include "util/error.h"
+// Fuzz target: GgufFile, Hparams and Weights on nearly valid model headers. Expects a typed error, or every
+// tensor inside the file with the size that the hyperparameters imply.
 #include "file_check.h"
 #include "memory_file.h"
 #include "model/weights.h"
+#include "util/error.h"
 
 namespace {
 
@@ -28,8 +28,8 @@ void check(const std::string& path) {
         require(layer.n_head_kv >= 1 && hparams.n_head % layer.n_head_kv == 0);
     }
     static const pydiffusion::Backend backend(1, "cpu");
-    const pydiffusion::DevicePlan host;
-    const pydiffusion::Weights weights(file, hparams, host, backend, [](double) {});
+    const pydiffusion::DevicePlan cpu_only;
+    const pydiffusion::Weights weights(file, hparams, cpu_only, backend, [](double) {});
     for (const ggml_tensor* tensor : {weights.token_embd, weights.output, weights.rope_freqs[0]})
         check_tensor(*file, tensor);
     for (const pydiffusion::LayerWeights& layer : weights.layers) {

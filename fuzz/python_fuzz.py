@@ -1,7 +1,7 @@
-"""Run one of the Python targets: ``python fuzz/python_fuzz.py body -n 100000 --seed 1``.
+"""Run a Python fuzz target: ``python fuzz/python_fuzz.py body -n 100000 --seed 1``.
 
-Each input is drawn from its own number and the seed: ``--only 4711`` tries that one again. Inputs run in a
-child process, so that a crash is told with its input's number. Exit code 1 when there are findings.
+An input depends only on its number and the seed: ``--only 4711`` runs that one again. Inputs run in a child
+process, so that a crash is reported with its input's number. Exit code 1 if there are findings.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from targets import TARGETS, make_target
 _HANG_SECONDS = 300
 
 
-def draw(seed: int, i: int) -> random.Random:
-    """The random numbers that make input i of a run."""
+def random_for(seed: int, i: int) -> random.Random:
+    """Return the random generator for input ``i``."""
     return random.Random(f"{seed}-{i}")
 
 
 def run(name: str, numbers: range, seed: int, at: Any, results: Any, limit: int) -> None:
-    """Try inputs; what each came to is counted, what must not come out is told and counted as a finding."""
+    """Run inputs and count their outcomes; an unexpected exception is printed and counted as a finding."""
     faulthandler.enable()
     outcomes: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory(prefix="pydiffusion-fuzz-") as folder:
@@ -37,12 +37,12 @@ def run(name: str, numbers: range, seed: int, at: Any, results: Any, limit: int)
         for i in numbers:
             at.value = i
             faulthandler.dump_traceback_later(_HANG_SECONDS, exit=True)
-            given = target.make(draw(seed, i))
+            data = target.make(random_for(seed, i))
             try:
-                outcomes[target.one(given)] += 1
+                outcomes[target.one(data)] += 1
             except Exception:
                 outcomes["FINDING"] += 1
-                print(f"--- input {i}: {given!r:.400}", file=sys.stderr)
+                print(f"--- input {i}: {data!r:.400}", file=sys.stderr)
                 traceback.print_exc(limit=-6)
                 sys.stderr.flush()
                 if outcomes["FINDING"] >= limit:
@@ -57,25 +57,28 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("target", choices=sorted(TARGETS))
-    parser.add_argument("-n", type=int, default=1000, help="how many inputs")
+    parser.add_argument("-n", type=int, default=1000, help="number of inputs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="the number of one input to try again")
-    parser.add_argument("--findings", type=int, default=20, help="end after so many")
-    given = parser.parse_args()
-    numbers = range(given.n) if given.only is None else range(given.only, given.only + 1)
+    parser.add_argument("--only", type=int, help="run only the input with this number")
+    parser.add_argument("--findings", type=int, default=20, help="stop after this many findings")
+    options = parser.parse_args()
+    numbers = range(options.n) if options.only is None else range(options.only, options.only + 1)
     context = multiprocessing.get_context("spawn")
     at, results = context.Value("q", -1, lock=False), context.Queue()
-    child = context.Process(target=run, args=(given.target, numbers, given.seed, at, results, given.findings))
+    child = context.Process(
+        target=run, args=(options.target, numbers, options.seed, at, results, options.findings)
+    )
     started = time.monotonic()
     child.start()
     child.join()
     if child.exitcode != 0:
-        print(f"{given.target}: input {at.value} of seed {given.seed} ended the process ({child.exitcode})")
+        where = f"{options.target}: input {at.value} of seed {options.seed}"
+        print(f"{where} ended the process (exit code {child.exitcode})")
         return 1
     outcomes = results.get()
     n, seconds = sum(outcomes.values()), time.monotonic() - started
-    told = ", ".join(f"{kind} {count}" for kind, count in sorted(outcomes.items()))
-    print(f"{given.target}: {n} inputs of seed {given.seed} in {seconds:.0f} s: {told}")
+    summary = ", ".join(f"{kind} {count}" for kind, count in sorted(outcomes.items()))
+    print(f"{options.target}: {n} inputs of seed {options.seed} in {seconds:.0f} s: {summary}")
     return 1 if outcomes.get("FINDING") or n < len(numbers) else 0
 
 

@@ -1,5 +1,5 @@
-// The sampler on rows of every awkward kind, without sanitizers, for valgrind: reads beyond a row, and
-// decisions made on memory that nobody wrote, which sanitizers do not see.
+// The sampler on edge-case rows, for valgrind: finds reads past the end of a row and branches on
+// uninitialized memory, which ASan and UBSan do not detect.
 //   valgrind --error-exitcode=9 --leak-check=full build/fuzz/check_sampler
 #include <cmath>
 #include <cstdio>
@@ -8,16 +8,18 @@
 #include <memory>
 
 #include "sampler/entropy_bound.h"
+#include "sampler/logits.h"
+#include "sampler/philox.h"
 
 namespace {
 
 void require(bool ok, const char* what) {
     if (ok) return;
-    std::fprintf(stderr, "wrong: %s\n", what);
+    std::fprintf(stderr, "FAILED: %s\n", what);
     std::exit(1);
 }
 
-// Of exactly n floats on the heap, so that one beyond is seen.
+// A heap block of exactly n floats, so that valgrind sees reads past the end.
 std::unique_ptr<float[]> make_row(uint64_t seed, int64_t n, int kind) {
     constexpr float kInf = std::numeric_limits<float>::infinity();
     std::unique_ptr<float[]> row(new float[n]);
@@ -49,21 +51,21 @@ std::unique_ptr<float[]> make_row(uint64_t seed, int64_t n, int kind) {
     return row;
 }
 
-bool inside(int32_t token, int64_t n) { return token >= 0 && token < n; }
+bool in_range(int32_t token, int64_t n) { return token >= 0 && token < n; }
 
-void try_row(uint64_t seed, int64_t n, int kind, float temperature) {
+void check_row(uint64_t seed, int64_t n, int kind, float temperature) {
     const float u = pydiffusion::random_draw(seed, 2, kind, 0, 7).u;
     const auto row = make_row(seed, n, kind);
     const pydiffusion::Measure plain = pydiffusion::measure_row(row.get(), n, temperature, u);
-    require(inside(plain.argmax, n) && inside(plain.sampled, n), "measure_row");
+    require(in_range(plain.argmax, n) && in_range(plain.sampled, n), "measure_row");
     require(std::isnan(plain.entropy) || plain.entropy >= 0.0f, "entropy");
     const int32_t k = static_cast<int32_t>(std::min<int64_t>(n, 48));
     std::unique_ptr<int32_t[]> tokens(new int32_t[k]);
     pydiffusion::top_k(row.get(), n, k, tokens.get());
-    for (int32_t i = 0; i < k; ++i) require(inside(tokens[i], n), "largest");
+    for (int32_t i = 0; i < k; ++i) require(in_range(tokens[i], n), "top_k");
     auto capped = make_row(seed, n, kind);
     const pydiffusion::Measure m = pydiffusion::cap_and_measure_row(capped.get(), n, 30.0f, temperature, u);
-    require(inside(m.argmax, n) && inside(m.sampled, n), "cap_and_measure_row");
+    require(in_range(m.argmax, n) && in_range(m.sampled, n), "cap_and_measure_row");
     auto weights = make_row(seed, n, kind);
     pydiffusion::softmax_row(weights.get(), n, temperature);
     double sum = 0.0;
@@ -71,7 +73,7 @@ void try_row(uint64_t seed, int64_t n, int kind, float temperature) {
     require(kind != 0 || std::fabs(sum - 1.0) < 1e-3, "softmax_row");
 }
 
-void try_accept(uint64_t seed, size_t n) {
+void check_accept(uint64_t seed, size_t n) {
     std::unique_ptr<float[]> entropy(new float[n]);
     for (size_t i = 0; i < n; ++i) {
         const auto draw = pydiffusion::random_draw(seed, 3, 0, static_cast<uint32_t>(i), 9);
@@ -90,12 +92,12 @@ int main() {
         for (const int64_t n : {1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 255, 257, 1000, 4099}) {
             for (int kind = 0; kind <= 6; ++kind) {
                 for (const float temperature : {1e-45f, 1e-3f, 0.4f, 1.0f, 1e6f}) {
-                    try_row(seed, n, kind, temperature);
+                    check_row(seed, n, kind, temperature);
                     ++n_rows;
                 }
             }
         }
-        for (size_t n = 0; n < 70; ++n) try_accept(seed, n);
+        for (size_t n = 0; n < 70; ++n) check_accept(seed, n);
     }
     std::printf("%zu rows\n", n_rows);
 }

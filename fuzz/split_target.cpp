@@ -1,5 +1,5 @@
-// Split files. An input is the headers of the parts, one behind the other; each begins where the magic number
-// is. They are refused with a typed error, or the whole is what the parts hold, and no more.
+// Fuzz target: split files. An input is the concatenated headers of the parts, each starting at a magic
+// number. Expects a typed error, or a file with exactly the parts' tensors and keys.
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -9,18 +9,18 @@
 #include <filesystem>
 #include <string_view>
 
-#include "util/error.h"
 #include "file_check.h"
 #include "gguf_mutator.h"
 #include "memory_file.h"
+#include "util/error.h"
 
 namespace {
 
 constexpr std::string_view kMagic = "GGUF";
-constexpr size_t kMaxParts = 4;  // what comes after belongs to the last
+constexpr size_t kMaxParts = 4;  // the last one extends to the end of the input
 constexpr size_t kDataBytes = size_t{1} << 20;
 
-// A folder with a link to each part, since their names matter.
+// A folder with a symlink to each part: the reader checks their names.
 class Folder {
   public:
     Folder() {
@@ -56,56 +56,56 @@ std::vector<std::string_view> parts_of(std::string_view input) {
     return parts;
 }
 
-// How far inputs came, told at the end: a target that refuses all of them tries nothing.
+// Counts how far inputs get, printed at exit: a target that refuses all of them tests nothing.
 struct Count {
-    size_t n_inputs = 0, n_whole = 0;
+    size_t n_inputs = 0, n_split = 0;
     ~Count() {
-        std::fprintf(stderr, "%zu inputs: %zu opened as one file of several parts\n", n_inputs, n_whole);
+        std::fprintf(stderr, "%zu inputs: %zu opened as one file of several parts\n", n_inputs, n_split);
     }
 } count;
 
-bool is(const pydiffusion::Value* value, uint64_t number) {
+bool is_integer(const pydiffusion::Value* value, uint64_t number) {
     if (!value) return false;
     const auto* u = std::get_if<uint64_t>(&value->scalar);
     const auto* i = std::get_if<int64_t>(&value->scalar);
     return u ? *u == number : i && *i >= 0 && static_cast<uint64_t>(*i) == number;
 }
 
-void check_whole(const pydiffusion::GgufFile& whole) {
-    check_file(whole);
-    if (whole.n_parts() == 1) return;
+void check_split_file(const pydiffusion::GgufFile& file) {
+    check_file(file);
+    if (file.n_parts() == 1) return;
     size_t n_tensors = 0;
     uint64_t n_bytes = 0;
-    for (size_t i = 0; i < whole.n_parts(); ++i) {
-        // The first part itself has become the whole: it is read anew.
-        const pydiffusion::GgufFile part(whole.part(i).path());
-        require(is(part.find("split.no"), i) && is(part.find("split.count"), whole.n_parts()));
-        require(is(part.find("split.tensors.count"), whole.tensors().size()));
+    for (size_t i = 0; i < file.n_parts(); ++i) {
+        // Open each part on its own: the GgufFile of the first one now has all tensors and keys.
+        const pydiffusion::GgufFile part(file.part(i).path());
+        require(is_integer(part.find("split.no"), i) && is_integer(part.find("split.count"), file.n_parts()));
+        require(is_integer(part.find("split.tensors.count"), file.tensors().size()));
         for (const pydiffusion::TensorInfo& tensor : part.tensors()) {
-            const pydiffusion::TensorInfo& ours = whole.tensors()[n_tensors++];
+            const pydiffusion::TensorInfo& ours = file.tensors()[n_tensors++];
             require(ours.part == i && ours.name == tensor.name && ours.type == tensor.type);
             require(ours.ne == tensor.ne && ours.offset == tensor.offset);
         }
         for (const std::string& key : part.keys()) {
-            if (key == "general.alignment") continue;  // each part's own
-            const bool is_about_split =
+            if (key == "general.alignment") continue;  // differs per part
+            const bool is_split_key =
                 key == "split.no" || key == "split.count" || key == "split.tensors.count";
-            const pydiffusion::Value *ours = whole.find(key), *its = part.find(key);
-            require((ours == nullptr) == is_about_split);
-            if (ours && *its == *its) require(*ours == *its);  // what differs from itself holds a NaN
+            const pydiffusion::Value *ours = file.find(key), *its = part.find(key);
+            require((ours == nullptr) == is_split_key);
+            if (ours && *its == *its) require(*ours == *its);  // a value with a NaN differs from itself
         }
         n_bytes += part.n_bytes();
     }
-    require(n_tensors == whole.tensors().size() && n_bytes == whole.n_bytes_of_all_parts());
-    whole.require_not_truncated();
+    require(n_tensors == file.tensors().size() && n_bytes == file.n_bytes_of_all_parts());
+    file.require_not_truncated();
 }
 
-// Whether it is one file of several parts.
+// Returns whether the path opens as a file of several parts.
 bool opens(const std::string& path) {
     try {
-        const auto whole = pydiffusion::GgufFile::open_all_parts(path);
-        check_whole(*whole);
-        return whole->n_parts() > 1;
+        const auto file = pydiffusion::GgufFile::open_all_parts(path);
+        check_split_file(*file);
+        return file->n_parts() > 1;
     } catch (const pydiffusion::Error& error) {
         require(std::string(error.what()).find('\n') == std::string::npos);
         return false;
@@ -124,10 +124,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     }
     ++count.n_inputs;
     if (opens(folder.name(0, n_parts))) {
-        ++count.n_whole;
+        ++count.n_split;
         remember_good(data, size);
     }
-    // Some once more: another part given, the last one missing.
+    // Some inputs again, opened by the last part, or with the last part missing.
     if (size % 8 == 0) require(n_parts == 1 || !opens(folder.name(n_parts - 1, n_parts)));
     if (size % 8 == 1) {
         folder.remove(folder.name(n_parts - 1, n_parts));

@@ -107,8 +107,8 @@ def _import_native() -> Any:
         if error.name != f"{__name__}._native":
             raise
         raise ImportError(
-            f"{__path__[0]} is pydiffusion's source, without its compiled part; Python takes it because it "
-            "lies in the current folder: run from another folder, or install with `pip install -e .`",
+            f"{__path__[0]} is pydiffusion's source tree, without the compiled extension, and Python imports"
+            " it because it is in the current folder: run elsewhere, or install with `pip install -e .`",
             name=error.name,
         ) from None
 

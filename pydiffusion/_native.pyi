@@ -12,7 +12,7 @@ from pydiffusion._native import testing as testing
 
 
 class TensorInfo:
-    """A tensor's place in a GGUF file."""
+    """A tensor's name, type, shape and location in a GGUF file."""
 
     @property
     def name(self) -> object: ...
@@ -22,18 +22,18 @@ class TensorInfo:
 
     @property
     def shape(self) -> tuple:
-        """Dimensions in numpy's order, slowest first."""
+        """Dimensions in numpy order, slowest first."""
 
     @property
     def offset(self) -> int:
-        """Bytes from the start of the file, or of its part."""
+        """Bytes from the start of the file (of its part if split)."""
 
     @property
     def n_bytes(self) -> int: ...
 
     @property
     def part(self) -> int:
-        """Of a split file, counted from 0."""
+        """0-based part of a split file."""
 
     def __repr__(self) -> str: ...
 
@@ -41,7 +41,7 @@ class GgufFile:
     """
     A GGUF file of any architecture, memory-mapped and validated.
 
-    Raises ModelFormatError, naming key or tensor, when anything in it is not as the format asks.
+    Raises ModelFormatError, naming the key or tensor, if the file is not valid GGUF.
     """
 
     def __init__(self, path: str) -> None: ...
@@ -49,7 +49,7 @@ class GgufFile:
     @staticmethod
     def open_all_parts(path: str) -> GgufFile:
         """
-        A file; of a split one, whose first part is given, all parts as the file that was split.
+        Open a file, or all parts of a split file, given its first part, as one.
         """
 
     @property
@@ -57,7 +57,7 @@ class GgufFile:
 
     @property
     def paths(self) -> list:
-        """Of all parts; of a file that is not split its own."""
+        """Paths of all parts; one path if the file is not split."""
 
     @property
     def version(self) -> int: ...
@@ -73,7 +73,7 @@ class GgufFile:
 
     @property
     def metadata(self) -> dict:
-        """Keys and values in the file's order; made anew at each access."""
+        """Keys and values in file order; a new dict at each access."""
 
     @property
     def metadata_types(self) -> dict: ...
@@ -115,19 +115,19 @@ class Model:
     def n_threads(self) -> int: ...
 
 def devices() -> list:
-    """The GPUs that this build can compute on."""
+    """The GPUs that this build can use."""
 
 def why_no_device(name: str) -> str:
-    """What is wrong with a name that devices() has not."""
+    """Why a name that is not in devices() can't be used."""
 
 def plan(path: str, device: str, memory_limits: Sequence[int] = [], n_gpu_layers: int = -1, n_cpu_moe: int = -1, n_ctx: int = 8192, kv_type: str = 'auto', n_sessions: int = 1) -> dict:
     """
-    What of a model would lie on which device, and the bytes that takes there.
+    Plan which layers and experts go to which device, with the memory that each needs.
     """
 
 class Step:
     """
-    What one denoising step did; arrays have one entry per canvas position.
+    Result of one denoising step; arrays have one entry per canvas position.
     """
 
     @property
@@ -159,7 +159,7 @@ class Step:
     @property
     def tokens(self) -> object:
         """
-        When canvas_done: the canvas cut before the first eos and at max_tokens, int32; else empty.
+        If canvas_done: the canvas, cut before the first eos and at max_tokens, int32; else empty.
         """
 
     @property
@@ -169,7 +169,9 @@ class Step:
     def timings(self) -> dict: ...
 
 class Session:
-    """One conversation on a model. Use it from one thread at a time."""
+    """
+    State of one conversation on a model. Use it from one thread at a time.
+    """
 
     def __init__(self, model: Model, n_ctx: int) -> None: ...
 
@@ -184,12 +186,12 @@ class Session:
 
     def collect_imatrix(self, on: bool) -> None:
         """
-        Begin anew, or end, the imatrix of activations of all that is encoded and denoised.
+        Start a new imatrix over everything encoded and denoised from now on, or discard it.
         """
 
     def imatrix(self) -> dict:
         """
-        Weight's name -> (sums of squares (n_matrices, n_per_row) float64, counts (n_matrices,) int64).
+        Weight name -> (sums of squares (n_matrices, n_per_row) float64, counts (n_matrices,) int64).
         """
 
     @property
@@ -197,14 +199,12 @@ class Session:
 
     @property
     def step_ops(self) -> dict:
-        """
-        What the last denoising step ran: ggml's operation name -> how many nodes of the graph.
-        """
+        """Operations of the last denoising step: name -> number of graph nodes."""
 
     @property
     def n_splits(self) -> int:
         """
-        Into how many pieces the last graph was cut, one wherever the place changes.
+        Number of splits of the last graph; a new one begins wherever the device changes.
         """
 
     def profile_step(self, by_operation: bool = False) -> dict:
@@ -216,14 +216,14 @@ class Session:
 
     @property
     def n_encoded(self) -> int:
-        """Tokens put through the encoder so far."""
+        """Number of tokens encoded so far."""
 
     def cache_rows(self) -> list:
-        """Per layer (k, v), uint8 (n_rows, row_bytes): what a copy needs."""
+        """Per layer (k, v), uint8 (n_rows, row_bytes), for restore()."""
 
     def restore(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], layers: Sequence[tuple[Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)]]]) -> None:
         """
-        Take over the tokens and cache_rows() of another session of the same model and cache type.
+        Replace the content by tokens and cache_rows() of a session of the same model and KV cache type.
         """
 
     def truncate(self, n: int) -> None: ...
@@ -233,68 +233,70 @@ class Session:
     def begin(self, *, max_tokens: int, steps: int, t_min: float, t_max: float, entropy_bound: float, stability_threshold: int, confidence_threshold: float, seed: int, eos: Sequence[int], canvas: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, hold: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, dropped_mass: float = 0.0, canvas_length: int = 0, trim_after_eos: bool = False, guided: bool = False) -> None: ...
 
     def next_step(self) -> object:
-        """One denoising step of the generation begun; None after its end."""
+        """Run one denoising step of the generation; None after its end."""
 
     def impose(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> object:
         """
-        The second half of a guided step: its draft, and what the accepted positions take.
+        Second half of a guided step: these tokens are its draft and fill the accepted positions.
         """
 
     def amend(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> str:
         """
-        After the step that finished a canvas: put these tokens in its place and go on behind them. Returns how they finish the generation, or nothing.
+        After the step that finished a canvas: replace it by these tokens and continue after them. Returns the finish reason if they end the generation, else an empty string.
         """
 
     def candidates(self, k: int, extra: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple:
         """
-        Between the halves: the k likeliest tokens of each position (canvas_length, k), their logits, and the logits of the extra tokens (canvas_length, n_extra).
+        Between the halves of a guided step: the top k tokens of each position (canvas_length, k), their logits, and the logits of the extra tokens (canvas_length, n_extra).
         """
 
     def cancel(self) -> None:
         """
-        From any thread: the running or the next call raises GenerationCancelled.
+        Make the current or next call raise GenerationCancelled; may be called from any thread.
         """
 
 class Batch:
     """
-    Denoises several sessions of a model in one graph. One thread at a time.
+    Batched denoising of several sessions of a model in one graph. Use it from one thread at a time.
     """
 
     def __init__(self, model: Model) -> None: ...
 
     @property
     def n_graphs(self) -> int:
-        """Graphs that the last step took; of few memory, several."""
+        """
+        Number of graphs used by the last step; more than 1 if memory for one ran out.
+        """
 
     def next_steps(self, sessions: Sequence[Session]) -> list:
         """
-        One step of each session's generation: its Step, None after its end, or the exception that ended it.
+        Run one step of each session's generation. Per session: its Step, None if its generation has ended, or the exception that ended it.
         """
 
 def tensor_types() -> dict:
-    """Type name -> (ggml's number, weights per block, bytes per block)."""
+    """Type name -> (number in ggml, weights per block, bytes per block)."""
 
 def quantize_rows(rows: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, n_threads: int = 0, importance: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None) -> object:
     """
-    Rows (n_rows, n_per_row) float32 -> blocks (n_rows, bytes_per_row) uint8.
+    Quantize rows (n_rows, n_per_row) float32 -> blocks (n_rows, bytes_per_row) uint8.
     """
 
 def dequantize_rows(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, n_per_row: int) -> object:
     """
-    Blocks (n_rows, bytes_per_row) uint8 -> rows (n_rows, n_per_row) float32.
+    Dequantize blocks (n_rows, bytes_per_row) uint8 -> rows (n_rows, n_per_row) float32.
     """
 
 def convert_rows(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], source: str, target: str, n_per_row: int, importance: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, keeps_nonfinite: bool = False) -> tuple:
     """
-    Blocks (n_rows, bytes_per_row) uint8 of one type as those of another, on the calling thread, and -1 or the index of the first weight that is not finite, from whose rows on nothing was written.
+    Convert blocks (n_rows, bytes_per_row) uint8 to another type on the calling thread. Returns them and -1, or the index of the first non-finite weight; rows from its chunk on are then undefined.
     """
 
 def find_nonfinite(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, n_per_row: int) -> int:
-    """The index of the first weight that is not finite, or -1."""
+    """Index of the first non-finite weight, or -1."""
 
 def row_errors(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, rows: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> tuple:
     """
-    Sums of squares of each of the rows (n_rows, n_per_row) float32, and of what the blocks differ from them: two of (n_rows,) float64.
+    Per row, the sum of squares of `rows` (n_rows, n_per_row) float32 and the sum of squared errors of the quantized `data`: two arrays (n_rows,) float64.
     """
 
 def step_temperature(step: int, steps: int, t_min: float, t_max: float) -> float: ...
@@ -307,18 +309,18 @@ def random_draws(seed: int, canvas_index: int, step: int, n: int, n_vocab: int) 
 
 def version() -> dict:
     """
-    Versions of what is linked in, and the instruction sets that it was built for.
+    Versions of the linked libraries, and the instruction sets that they were built for.
     """
 
 def measure_read_rate(n_threads: int, device: str = 'cpu') -> float:
     """
-    Bytes per second read from memory; on a device, read and written by a copy.
+    Memory bandwidth in bytes per second: reads on the CPU; on a device, reads and writes of a copy.
     """
 
 def measure_matrix_rate(n_threads: int, type: str, device: str = 'cpu', kernels: str = 'auto') -> float:
     """
-    Operations per second of a 4096 x 4096 matrix of a tensor type times 256 columns.
+    Operations per second of a matmul: a 4096 x 4096 matrix of a tensor type times 256 activations.
     """
 
 def kernels() -> list[str]:
-    """The kernels of products that this processor has."""
+    """Names of the matmul kernels that this CPU supports."""

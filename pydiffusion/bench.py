@@ -1,7 +1,7 @@
-"""What a model costs on this machine: loading, prefill, a step and its parts, beside the machine's limits.
+"""Benchmark: loading, prefill, a denoising step and its parts, next to the machine's roofline.
 
-People quote whole canvases, committed tokens and useful tokens alike, so a step and the steps per canvas are
-reported apart: useful tokens per second follow from them.
+Diffusion speeds are quoted per canvas, per committed token or per useful token, so the time of a step and the
+steps per canvas are reported separately: useful tokens per second follow from them.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 
 from . import _native
-from .device_plan import check_kv_type, devices, native_wish
+from .device_plan import check_kv_type, device_request, devices
 
 #: Parts of a step in the order in which they run.
 PARTS = ("self-conditioning", "embedding", "attention", "dense", "experts", "head", "sampler")
 
-#: Operations of a step that are products; attention's work is products for the most part.
-_PRODUCTS = (
+#: Operations of a step that are matmuls; attention is mostly matmul.
+_MATMULS = (
     "matmul", "expert_matmul", "soft_embedding", "attend", "attend_tiles", "MUL_MAT", "MUL_MAT_ID",
 )  # fmt: skip
 
-_PROCESSOR = {"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None}
+_CPU_ONLY = {"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PartFigures:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Figures of one run; times in seconds (medians), rates per second, sizes in bytes."""
+    """Results of one run; times in seconds (medians), rates per second, sizes in bytes."""
 
     model: str
     machine: str
@@ -74,11 +74,11 @@ class BenchResult:
 
     @property
     def canvas_tokens_per_second_at_16_steps(self) -> float:
-        """Tokens of a canvas over 16 steps: for comparison with figures quoted so."""
+        """Canvas tokens per second at 16 steps per canvas, as others quote it."""
         return self.canvas_length / (16 * self.step_seconds)
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures as plain values, for JSON."""
+        """All fields as plain values, for JSON."""
         return asdict(self)
 
 
@@ -91,27 +91,28 @@ def run_bench(
     seed: int = 0,
     n_ctx: int | None = None,
     kernels: str = "auto",
-    **placement: Any,
+    **device_options: Any,
 ) -> BenchResult:
-    """Measure a model file on random tokens. Raises what opening a model raises, and ValueError for sizes
-    below 1.
+    """Benchmark a model file on random tokens.
 
-    n_ctx: of the session; None takes what the run needs. kernels: as for ``DiffusionModel``, and placement
-    too (``n_gpu_layers``, ``n_cpu_moe``, ``device``, ``gpu_memory``), but on the processor unless given. A
-    step that runs in several places, GPUs or a GPU and the processor, is timed whole.
+    Raises as ``DiffusionModel``, and ValueError for sizes below 1.
 
-    The canvas never settles (random tokens, adaptive stop off), so that each of the ``n_steps`` steps is a
-    full one with self-conditioning; the first, which has none, is reported apart.
+    n_ctx: context of the session; None uses as much as the run needs. kernels and device_options
+    (``n_gpu_layers``, ``n_cpu_moe``, ``device``, ``gpu_memory``): as for ``DiffusionModel``, but on the CPU
+    unless given. A step that is split over several devices is only timed as a whole.
+
+    The canvas never converges (random tokens, adaptive stop off), so each of the ``n_steps`` steps is a full
+    one with self-conditioning; the first, which has none, is reported separately.
     """
     if n_prompt < 1 or n_steps < 2:
         raise ValueError(f"n_prompt is {n_prompt} and n_steps {n_steps}; permitted are at least 1 and 2")
     check_kv_type(kv_type)
-    wish = native_wish(
-        **{"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None, **placement}
+    request = device_request(
+        **{"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None, **device_options}
     )
     started = time.perf_counter()
     model = _native.Model(
-        str(path), n_threads, kv_type=kv_type, n_ctx=n_ctx or n_prompt + 257, kernels=kernels, **wish
+        str(path), n_threads, kv_type=kv_type, n_ctx=n_ctx or n_prompt + 257, kernels=kernels, **request
     )
     load_seconds = time.perf_counter() - started
     description = model.description
@@ -187,15 +188,16 @@ def _profile(session: _native.Session, n_runs: int = 3) -> dict[str, PartFigures
 
 
 def _profile_operations(session: _native.Session, n_runs: int = 3) -> dict[str, float]:
-    """Median seconds by the names of the graph's operations, the longest first; each runs for itself, which
-    takes a little longer than the step."""
+    """Median seconds by operation of the graph, slowest first. Operations run one at a time, which takes a
+    little longer than the step.
+    """
     runs = [session.profile_step(by_operation=True) for _ in range(n_runs)]
     seconds = {name: statistics.median(run[name][0] for run in runs) for name in runs[0]}
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def _used_bytes(device: str) -> int | None:
-    """Bytes in use on the GPUs named, by whomever."""
+    """Bytes in use on the named GPUs, by all processes."""
     used = [one.total_bytes - one.free_bytes for one in devices() if one.name in device.split(",")]
     return sum(used) if used else None
 
@@ -210,13 +212,13 @@ def _peak_memory() -> int | None:
 
 
 def format_result(result: BenchResult) -> str:
-    """The figures as lines for a person."""
+    """Format the results as text."""
     r = result
     lines = [
         f"{r.model}: {r.n_weights / 1e6:.0f}e6 weights, {r.n_bytes / 1e9:.2f} GB, cache {r.kv_type}",
         f"ggml {r.ggml} on {r.n_threads} threads of {r.machine} ({r.cpu})",
-        f"limits: reading {r.read_limit / 1e9:.1f} GB/s, "
-        f"{r.matrix_limit_type} product {r.matrix_limit / 1e9:.0f} GFLOP/s",
+        f"roofline: reading {r.read_limit / 1e9:.1f} GB/s, "
+        f"{r.matrix_limit_type} matmul {r.matrix_limit / 1e9:.0f} GFLOP/s",
         f"load {r.load_seconds:.2f} s, prefill of {r.n_prompt}: {r.prefill_tokens_per_second:.0f} tokens/s",
         f"step {1e3 * r.step_seconds:.0f} ms (best {1e3 * r.step_seconds_min:.0f}, "
         f"first {1e3 * r.first_step_seconds:.0f}), {r.step_operations / 1e9:.0f} GFLOP; "
@@ -224,9 +226,7 @@ def format_result(result: BenchResult) -> str:
     ]
     if r.device != "cpu":
         used = "" if r.gpu_bytes is None else f", {r.gpu_bytes / 1e9:.2f} GB of it in use"
-        lines.insert(
-            2, f"{r.n_gpu_layers} layers on {r.device}, experts of {r.n_cpu_moe} on the processor{used}"
-        )
+        lines.insert(2, f"{r.n_gpu_layers} layers on {r.device}, experts of {r.n_cpu_moe} on the CPU{used}")
     if r.peak_memory is not None:
         lines.append(f"peak memory {r.peak_memory / 1e9:.2f} GB")
     lines.append(f"{'part':20}{'ms':>9}{'GFLOP/s':>10}{'of limit':>9}{'GB/s':>8}{'of limit':>9}")
@@ -238,11 +238,11 @@ def format_result(result: BenchResult) -> str:
         )
     if r.operation_seconds and r.device == "cpu":
         total = sum(r.operation_seconds.values())
-        products = sum(r.operation_seconds.get(name, 0.0) for name in _PRODUCTS)
+        matmuls = sum(r.operation_seconds.get(name, 0.0) for name in _MATMULS)
         pack = r.operation_seconds.get("pack", 0.0)
         lines.append(
-            f"by operation: products and attention {products / total:.1%}, packing their columns with norms "
-            f"and GELU {pack / total:.1%}, all else {(total - products - pack) / total:.1%}"
+            f"by operation: matmuls and attention {matmuls / total:.1%}, packing activations, with norms"
+            f" and GELU {pack / total:.1%}, all else {(total - matmuls - pack) / total:.1%}"
         )
         each = (f"{name} {1e3 * seconds:.1f}" for name, seconds in r.operation_seconds.items())
         lines.append(f"ms: {', '.join(each)}")
@@ -250,7 +250,7 @@ def format_result(result: BenchResult) -> str:
 
 
 def compare(result: BenchResult, before: Mapping[str, Any]) -> str:
-    """How a result stands to an earlier one (its ``to_dict``): ratios, above 1 where this one is better."""
+    """Speedups over an earlier result (its ``to_dict``); above 1 means faster now."""
     ratios = {
         "load": before["load_seconds"] / result.load_seconds,
         "prefill": result.prefill_tokens_per_second / before["prefill_tokens_per_second"],

@@ -1,4 +1,4 @@
-"""Where a model computes: the GPUs of this machine, and what of a model lies on which."""
+"""Device plan: the GPUs of this machine, and which part of a model goes to which device."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from . import _native
 
 __all__ = ["Device", "DeviceShare", "Plan", "devices", "plan"]
 
-#: The graphs and kernels made for GPUs, run on the processor: slow, to prove them.
+#: Runs the GPU graphs and kernels on the CPU: slow, for tests.
 HOST = "host"
 CPU = "cpu"
+#: Default context length of a session.
+DEFAULT_N_CTX = 8192
 #: Types of the KV cache.
 KV_TYPES = ("auto", "f32", "f16", "q8_0")
-#: That memory can be planned for.
+#: Most sessions that memory can be planned for.
 MAX_SESSIONS = 65536
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU that this build can compute on. Sizes in bytes, as they were when it was asked for."""
+    """A GPU that this build supports. Sizes in bytes, at the time of the call."""
 
     name: str
     description: str
@@ -35,10 +37,10 @@ class Device:
 
 @dataclass(frozen=True)
 class DeviceShare:
-    """What of a model lies on one of its devices: so many layers, and the bytes that they and the rest take.
+    """One device's share of a model: number of layers and memory.
 
-    ``weight_bytes``; ``cache_bytes`` and ``step_bytes`` (logits, activations, work areas) of all sessions
-    that were planned for.
+    ``weight_bytes``; ``cache_bytes`` and ``step_bytes`` (logits, activations, scratch buffers) of all
+    sessions planned for.
     """
 
     device: str
@@ -49,18 +51,18 @@ class DeviceShare:
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """Sum of the above."""
         return self.weight_bytes + self.cache_bytes + self.step_bytes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What of a model lies on which device, and the bytes that it takes there.
+    """Which part of a model goes to which device, and the memory it takes there.
 
-    ``device``: its name, the names of several with commas in between, or "cpu".
-    ``n_gpu_layers``: the last so many of ``n_layer`` layers; 0 for none.
-    ``n_cpu_moe``: of these the last so many leave their experts to the processor.
-    ``shares``: device by device, in the order of their layers; what is in no layer lies on the last.
+    ``device``: a device's name, several separated by commas, or "cpu".
+    ``n_gpu_layers``: how many of the ``n_layer`` layers, counted from the last, are on GPUs; 0 for none.
+    ``n_cpu_moe``: how many of these, counted from the last, keep their experts on the CPU.
+    ``shares``: one per device, in layer order; tensors outside layers are on the last.
     """
 
     device: str
@@ -71,38 +73,38 @@ class Plan:
 
     @property
     def weight_bytes(self) -> int:
-        """Of all devices, as the three that follow."""
+        """Weights on all devices."""
         return sum(share.weight_bytes for share in self.shares)
 
     @property
     def cache_bytes(self) -> int:
-        """Of all sessions that were planned for, as ``step_bytes``."""
+        """KV caches of all sessions planned for."""
         return sum(share.cache_bytes for share in self.shares)
 
     @property
     def step_bytes(self) -> int:
-        """Logits, activations, work areas."""
+        """Logits, activations and scratch buffers of all sessions planned for."""
         return sum(share.step_bytes for share in self.shares)
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """Sum of the above."""
         return sum(share.total_bytes for share in self.shares)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values, for JSON."""
+        """All fields and sums as plain values, for JSON."""
         sums = ("weight_bytes", "cache_bytes", "step_bytes", "total_bytes")
         return asdict(self) | {name: getattr(self, name) for name in sums}
 
 
 def devices() -> list[Device]:
-    """The GPUs that this build finds; none where it was built without CUDA, or there is no driver."""
+    """List the GPUs that this build supports; empty when built without CUDA or without a driver."""
     return [Device(**info) for info in _native.devices()]
 
 
 def plan(
     path: str | os.PathLike[str],
-    n_ctx: int = 8192,
+    n_ctx: int = DEFAULT_N_CTX,
     n_gpu_layers: int | Literal["auto"] = "auto",
     n_cpu_moe: int | None = None,
     device: str = "auto",
@@ -110,18 +112,18 @@ def plan(
     kv_type: str = "auto",
     n_sessions: int = 1,
 ) -> Plan:
-    """What ``DiffusionModel`` would put on which device, given the same arguments; nothing is loaded.
+    """Plan which layers ``DiffusionModel`` would put on which device, without loading anything.
 
     Raises as ``DiffusionModel``.
     """
-    wish = native_wish(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions)
+    request = device_request(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions)
     check_kv_type(kv_type)
-    found = _native.plan(os.fspath(path), n_ctx=n_ctx, kv_type=kv_type, **wish)
+    found = _native.plan(os.fspath(path), n_ctx=n_ctx, kv_type=kv_type, **request)
     return Plan(**{**found, "shares": tuple(DeviceShare(**share) for share in found["shares"])})
 
 
 def check_kv_type(kv_type: str) -> None:
-    """Raise ValueError for what is no type, and warn the caller's caller of one that costs quality."""
+    """Raise ValueError for an unknown type; warn the caller's caller of one that costs quality."""
     if kv_type not in KV_TYPES:
         raise ValueError(f"kv_type is {kv_type!r}; permitted are {', '.join(map(repr, KV_TYPES))}")
     if kv_type == "q8_0":
@@ -133,14 +135,14 @@ def check_kv_type(kv_type: str) -> None:
         )
 
 
-def native_wish(
+def device_request(
     n_gpu_layers: int | Literal["auto"],
     n_cpu_moe: int | None,
     device: str,
     gpu_memory: int | Sequence[int] | None,
     n_sessions: int = 1,
 ) -> dict[str, Any]:
-    """The arguments in the native layer's form, checked."""
+    """Requested device placement, checked, as arguments of the native functions; -1 means automatic."""
     automatic = n_gpu_layers == "auto"
     if not automatic:
         _check_count("n_gpu_layers", n_gpu_layers, "'auto' or an integer of at least 0")
@@ -151,7 +153,7 @@ def native_wish(
     names = [CPU] if n_gpu_layers == 0 else _names(device)
     if not names and not automatic:
         raise ValueError(
-            f"n_gpu_layers is {n_gpu_layers}; there is no GPU here that this build can compute on: "
+            f"n_gpu_layers is {n_gpu_layers}, but no GPU that this build supports was found: "
             "give 0 or 'auto' (docs/gpu.md)"
         )
     return {
@@ -164,9 +166,9 @@ def native_wish(
 
 
 def _names(device: str) -> list[str]:
-    """The devices that ``device`` stands for, the one last that shall hold what is in no layer."""
+    """The devices that ``device`` selects; the last one holds the tensors outside layers."""
     found = devices()
-    if device == "auto":  # the freest has room for more than layers
+    if device == "auto":  # the freest has room for the tensors outside layers
         return [one.name for one in sorted(found, key=lambda one: one.free_bytes)]
     if device == CPU:
         return [CPU]
@@ -199,3 +201,12 @@ def _limits(gpu_memory: int | Sequence[int] | None, device: str, names: Sequence
 def _check_count(name: str, value: Any, permitted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} is {value!r}; permitted is {permitted}")
+
+
+def available_cpus() -> int:
+    """Number of CPUs available to this process; taskset or a container may limit them."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13
+        return os.process_cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0)) or 1
+    return os.cpu_count() or 1

@@ -2,15 +2,15 @@
 
 
 class PyDiffusionError(Exception):
-    """Base of all errors of this package; also raised itself for what has no narrower type."""
+    """Base class of all errors of this package; raised itself where no subclass fits."""
 
 
 class ModelFormatError(PyDiffusionError):
-    """A model file is damaged, or is not what it claims to be."""
+    """A model file is damaged or malformed."""
 
 
 class UnsupportedModelError(PyDiffusionError):
-    """A well-formed model that this version can't run: another architecture, type or feature."""
+    """A well-formed model that this version does not support: architecture, tensor type or feature."""
 
 
 class ContextOverflowError(PyDiffusionError):
@@ -18,20 +18,20 @@ class ContextOverflowError(PyDiffusionError):
 
 
 class InsufficientMemoryError(PyDiffusionError):
-    """Memory for weights, cache or buffers could not be had."""
+    """Failed to allocate memory for weights, cache or buffers."""
 
 
 class GenerationCancelled(PyDiffusionError):
-    """Work was stopped by ``Session.cancel()``."""
+    """Cancelled by ``Session.cancel()``."""
 
 
 class PyDiffusionWarning(UserWarning):
-    """Base of all warnings of this package; also given itself: what was asked for is done, at a price."""
+    """Base class of all warnings of this package; raised itself for a choice that costs quality."""
 
 
 class PromptWarning(PyDiffusionWarning):
-    """A prompt that will be answered, but badly: its bos token is missing or doubled."""
+    """A prompt whose bos token is missing or doubled; the answer will be poor."""
 
 
 class ConversionError(PyDiffusionError):
-    """A checkpoint or GGUF can't be converted as asked."""
+    """A checkpoint or GGUF can't be converted as requested."""

@@ -1,4 +1,4 @@
-"""What a generation reports while it runs, and what it leaves."""
+"""Events of a running generation, and its result."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class DraftEvent:
     """One denoising step of the current canvas.
 
     step: counts down from ``steps`` to 1.
-    tokens: the draft, the likeliest token of every position, int32 (canvas_length,).
-    entropy: of every position's distribution, in nats, float32 (canvas_length,).
-    accepted: the positions that this step settled, bool (canvas_length,).
-    canvas_index: which canvas, counted from 0.  steps: the most that a canvas may take.
+    tokens: the draft, the most likely token at each position, int32 (canvas_length,).
+    entropy: entropy of each position's distribution in nats, float32 (canvas_length,).
+    accepted: the positions accepted by this step, bool (canvas_length,).
+    canvas_index: index of the canvas, from 0.  steps: maximum number of steps per canvas.
     """
 
     step: int
@@ -45,7 +45,7 @@ class DraftEvent:
 
     @cached_property
     def text(self) -> str:
-        """The draft up to its first eos, control tokens left out; made when first asked for."""
+        """The draft up to its first eos, without control tokens; decoded on first use."""
         return self._to_text(self.tokens)
 
 
@@ -53,11 +53,13 @@ class DraftEvent:
 class CanvasEvent:
     """A canvas is finished.
 
-    tokens: cut before the first eos, at max_tokens and at a stop string, int32 (n,).
-    text: what this canvas adds to the text. Bytes of an unfinished character and the beginning of a possible
-        stop string are held back for the next event, so that the texts joined are the text of the completion.
-    steps: the denoising steps that it took.  canvas_index: counted from 0.
-    parts: from ``Session.generate_chat``: thinking, answer, tool calls apart; ``text`` is the answer's alone.
+    tokens: truncated at the first eos, at max_tokens and at a stop string, int32 (n,).
+    text: the text that this canvas adds. Bytes of an incomplete character and a possible prefix of a stop
+        string are held back for the next event, so that the concatenated texts are the text of the
+        completion.
+    steps: number of denoising steps.  canvas_index: index of the canvas, from 0.
+    parts: with ``Session.generate_chat``, reasoning, answer and tool calls separately; ``text`` is the
+        answer's.
     """
 
     tokens: np.ndarray
@@ -71,11 +73,11 @@ class CanvasEvent:
 class EndEvent:
     """The generation is over.
 
-    reason: "eos", "stop" (a stop string), "length" (max_tokens), "context" (the session is full) or
+    reason: "eos", "stop" (a stop string), "length" (max_tokens), "context" (the context is full) or
         "repetition" (``stop_on_repetition``).
-    timings: seconds by part of the work: "prompt" (encoded since the last generation), "encode" (finished
-        canvases), "denoise", "total".
-    seed: that repeats this generation.
+    timings: seconds per phase: "prompt" (encoded since the last generation), "encode" (finished canvases),
+        "denoise", "total".
+    seed: reproduces this generation.
     """
 
     reason: str
@@ -88,12 +90,12 @@ Event: TypeAlias = DraftEvent | CanvasEvent | EndEvent
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """What a generation made.
+    """Result of a generation.
 
     text, tokens: without eos and stop string; int32 (n,).
-    steps: denoising steps of all canvases together, ``canvas_steps`` of each.
-    finish_reason: as ``EndEvent.reason``.  n_prompt: tokens of the prompt, bos included.
-    timings: as ``EndEvent.timings``.  seed: that repeats this generation.
+    steps: denoising steps of all canvases; ``canvas_steps``: per canvas.
+    finish_reason: as ``EndEvent.reason``.  n_prompt: prompt tokens, including bos.
+    timings: as ``EndEvent.timings``.  seed: reproduces this generation.
     """
 
     text: str
@@ -107,5 +109,5 @@ class Completion:
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens for each denoising step: the figure that people quote beside time."""
+        """Tokens per denoising step."""
         return len(self.tokens) / self.steps if self.steps else 0.0

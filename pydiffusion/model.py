@@ -1,4 +1,4 @@
-"""A model file, opened: weights and tokenizer, shared by all sessions."""
+"""Model: weights and tokenizer of a GGUF, shared by all sessions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import _native
 from ._util import hub
+from ._util.files import check_is_file
 from .chat.messages import plain
-from .chat.sanitize import Neutralizer
+from .chat.sanitize import Sanitizer
 from .chat.template import ChatTemplate
-from .device_plan import check_kv_type, native_wish
+from .device_plan import DEFAULT_N_CTX, available_cpus, check_kv_type, device_request
 from .errors import PyDiffusionError, UnsupportedModelError
-from .events import Completion, Event
-from .generation import batching as parallel
-from .generation import session_file
+from .generation import batching, session_file
 from .generation.infill import (
     DEFAULT_HOLE_TOKENS,
     Infill,
@@ -31,27 +30,28 @@ from .generation.infill import (
     prompt_of,
 )
 from .generation.token_ids import TokenIds
-from .openai import responses as completion
+from .openai import responses
 from .options import GenerationOptions, make_options
 from .session import Session
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from ._native import Batch
     from .constrained import Automaton
+    from .events import Completion, Event
 
-DEFAULT_N_CTX = 8192
 _N_AUTOMATA = 16
 
 
 class DiffusionModel:
-    """A DiffusionGemma from a GGUF file; may be used from several threads, each with a session of its own.
+    """A DiffusionGemma model from a GGUF file. Thread-safe if each thread uses its own session.
 
-    Use it as a context manager, or ``close`` it, to give its memory back early.
+    Use it as a context manager, or ``close`` it, to free its memory early.
 
-    Attributes: ``path``; ``metadata``, the file's keys and values; ``hparams``, the checked hyperparameters;
-    ``description``, what really runs (backend, cache type, bytes by weight type);
-    ``n_vocab``; ``canvas_length``, the tokens denoised at a time; ``n_ctx``, of a new session;
-    ``n_ctx_train``, the longest context that the model was made for; ``n_threads``; ``tokenizer``.
+    Attributes: ``path``; ``metadata``, the file's keys and values; ``hparams``, the validated
+    hyperparameters; ``description``, the actual configuration (backend, cache type, bytes by weight type);
+    ``n_vocab``; ``canvas_length``, tokens denoised at a time; ``n_ctx``, context length of a new session;
+    ``n_ctx_train``, the context length the model was trained for; ``n_threads``; ``tokenizer``.
     """
 
     def __init__(
@@ -68,29 +68,30 @@ class DiffusionModel:
         kernels: str = "auto",
         n_sessions: int = 1,
     ) -> None:
-        """Open and check a model file.
+        """Open and validate a model file.
 
-        path: the GGUF; of a split one the first part, beside which the others lie.
-        n_ctx: tokens that a new session holds unless told otherwise. The default, 8192, becomes the model's
-            own context where that is shorter; any other value beyond it is refused.
-        n_gpu_layers: layers on the GPU, the last ones; 0 for none. "auto" takes what fits its free memory,
-            and all on the processor where there is no GPU.
-        n_threads: None takes as many as there are CPUs that this process may use.
-        kv_type: type of the cache, "auto", "f32", "f16" or "q8_0" (half of f16's size, for models whose heads
-            are multiples of 32; it hurts Gemma 4, see docs/gpu.md, and warns). "auto" is never "q8_0".
-        progress: called with the share of the file that is loaded, 0 to 1.
-        n_cpu_moe: layers, the last ones, whose experts stay with the processor; None: as few as needed.
-        device: "auto" (all GPUs), "cpu", or names out of ``devices()`` with commas in between. Several share
-            the layers by their free memory.
-        gpu_memory: bytes of each GPU to plan with at most, or a list with one number for each. Whatever is
-            given, the larger of 512 MB and a twentieth of a GPU's memory stays free.
-        kernels: what multiplies on the processor: "auto", "ggml", "avx512-bf16" or "amx" (docs/speed.md).
-        n_sessions: sessions for whose caches and steps the GPUs shall have room; more may be made.
+        path: the GGUF; for a split one its first part, with the others in the same folder.
+        n_ctx: default context length of a session. The default, 8192, is lowered to the model's own context
+            length; any other value beyond it raises.
+        n_gpu_layers: number of layers on GPUs, counted from the last; 0 for none. "auto" offloads what fits
+            into free memory, and runs on the CPU if there is no GPU.
+        n_threads: None uses all CPUs available to this process.
+        kv_type: type of the KV cache, "auto", "f32", "f16" or "q8_0" (half of f16's size, for head sizes that
+            are multiples of 32; it hurts Gemma 4, see docs/gpu.md, and warns). "auto" never chooses "q8_0".
+        progress: called with the fraction of the file that is loaded, 0 to 1.
+        n_cpu_moe: number of layers, counted from the last, whose experts stay on the CPU; None: as few as
+            needed.
+        device: "auto" (all GPUs), "cpu", or comma-separated names from ``devices()``. Layers are split over
+            several devices in proportion to their free memory.
+        gpu_memory: maximum bytes to plan with per GPU, or a list with one number for each. In any case the
+            larger of 512 MB and a twentieth of a GPU's memory stays free.
+        kernels: matmul kernels on the CPU: "auto", "ggml", "avx512-bf16" or "amx" (docs/speed.md).
+        n_sessions: number of sessions to reserve GPU memory for; more may be created.
         Raises ModelFormatError, UnsupportedModelError, InsufficientMemoryError; ValueError for a wrong
         argument; OSError when the file can't be read.
         """
         self.path = Path(path)
-        wish = native_wish(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions)
+        request = device_request(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions)
         check_kv_type(kv_type)
         threads = available_cpus() if n_threads is None else n_threads
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
@@ -101,9 +102,9 @@ class DiffusionModel:
             threads,
             kv_type=kv_type,
             progress=progress,
-            n_ctx=_to_plan_for(n_ctx),
+            n_ctx=_n_ctx_to_plan(n_ctx),
             kernels=kernels,
-            **wish,
+            **request,
         )
         self._native_model: _native.Model | None = native
         self.metadata: dict[str, Any] = native.file.metadata
@@ -122,15 +123,15 @@ class DiffusionModel:
     def from_pretrained(
         cls, repo_id: str, filename: str, *, revision: str | None = None, **options: Any
     ) -> DiffusionModel:
-        """Open a model of the Hugging Face Hub, which is fetched unless the local cache has it.
+        """Open a model from the Hugging Face Hub; downloads it unless it is in the local cache.
 
-        filename: as it stands in the repo, or a pattern with ``*`` that one model matches. Of a split model
-            all parts are fetched. options: as for the class itself.
-        Needs the package huggingface_hub. Raises PyDiffusionError where it can't be had, else as the class.
+        filename: name in the repo, or a pattern with ``*`` that matches one model. All parts of a split model
+            are downloaded. options: as for the class itself.
+        Needs the package huggingface_hub. Raises PyDiffusionError if the download fails, else as the class.
         """
         return cls(hub.fetch(repo_id, filename, revision), **options)
 
-    # What the file is
+    # File
 
     @property
     def _native(self) -> _native.Model:
@@ -140,37 +141,38 @@ class DiffusionModel:
 
     @property
     def name(self) -> str:
-        """The file's name for the model, else that of the file."""
+        """The model's name from the metadata, else the file's."""
         name = self.metadata.get("general.name")
         return name if isinstance(name, str) and name else self.path.stem
 
     # Text and tokens
 
     def tokenize(self, text: str, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
-        """Token ids of a text; see ``Tokenizer.tokenize``. add_bos: None does as the file asks."""
+        """Tokenize a text; see ``Tokenizer.tokenize``. add_bos: None follows the file."""
         return self.tokenizer.tokenize(text, add_bos=add_bos, parse_special=parse_special)
 
     def detokenize(self, ids: Iterable[int], keep_control: bool = False) -> str:
-        """Text of token ids; see ``Tokenizer.detokenize``."""
+        """Decode token ids; see ``Tokenizer.detokenize``."""
         return self.tokenizer.detokenize(ids, keep_control=keep_control)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """The token ids of messages, rendered through the file's own chat template.
+        """Render messages through the file's chat template and tokenize the result.
 
-        variables: for the template: ``add_generation_prompt`` (True unless given), ``tools``,
-        ``enable_thinking``, ... Markers spelled out in messages or variables stay characters: only the
-        template's own steer the model. Raises UnsupportedModelError when the file has no template, else as
+        variables: template variables: ``add_generation_prompt`` (default True), ``tools``,
+            ``enable_thinking``, ...
+        Markers spelled out in messages or variables are tokenized as plain text: only the template's own
+        become control tokens. Raises UnsupportedModelError if the file has no template, else as
         ``ChatTemplate.render``.
         """
         template = self._template()
-        neutral = Neutralizer(self.tokenizer)
+        sanitizer = Sanitizer(self.tokenizer)
         render = functools.partial(
             template.render,
             bos_token=self._token_text(self.tokenizer.bos_id),
             eos_token=self._token_text(self.tokenizer.eos_id),
-            **neutral.hide({name: plain(value, name) for name, value in variables.items()}),
+            **sanitizer.hide({name: plain(value, name) for name, value in variables.items()}),
         )
-        ids = neutral.tokenize(neutral.render(render, template.prepare(messages)))
+        ids = sanitizer.tokenize(sanitizer.render(render, template.prepare(messages)))
         if (
             self.tokenizer.add_bos
             and self.tokenizer.bos_id is not None
@@ -180,30 +182,30 @@ class DiffusionModel:
         return ids
 
     def resolve(self, options: GenerationOptions) -> GenerationOptions:
-        """These options with nothing left open; see ``GenerationOptions.resolve``."""
+        """Fill in unset options; see ``GenerationOptions.resolve``."""
         return options.resolve(self.metadata, self.n_vocab, self.tokenizer.end_ids)
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the file carries a chat template."""
+        """Whether the file has a chat template."""
         return isinstance(self.metadata.get("tokenizer.chat_template"), str)
 
     def check_chat_template(self) -> None:
-        """Raise UnsupportedModelError without a chat template, PyDiffusionError for one that is not valid."""
+        """Raise UnsupportedModelError without a chat template, PyDiffusionError for an invalid one."""
         self._template()
 
     def automaton(self, options: GenerationOptions) -> Automaton:
-        """The automaton that keeps a text to the options' ``json_schema`` or ``regex``.
+        """Compile the options' ``json_schema`` or ``regex`` to an automaton over tokens, with an LRU cache.
 
-        Raises ValueError, with where and what, for one that can't be guaranteed or that nothing satisfies.
+        Raises ValueError, saying what and where, for a constraint that is unsupported or unsatisfiable.
         """
         from .constrained import automaton_for
 
-        ends = frozenset(self.tokenizer.end_ids if options.eos is None else options.eos)
+        ends = frozenset(self.tokenizer.end_ids if options.eos is None else options.eos_ids)
         key = (options.json_schema, options.regex, ends)
         cache: dict[Any, Automaton] = self.__dict__.setdefault("_automata", {})
         found = cache.pop(key, None) or automaton_for(options, self.tokenizer, ends)
-        cache[key] = found  # the one used last stands last
+        cache[key] = found  # most recently used last
         if len(cache) > _N_AUTOMATA:
             cache.pop(next(iter(cache)), None)
         return found
@@ -224,22 +226,21 @@ class DiffusionModel:
     # Generation
 
     def new_session(self, n_ctx: int | None = None) -> Session:
-        """A conversation of its own. n_ctx: as for the model, whose value None takes.
+        """Create a session. n_ctx: context length; None uses the model's default.
 
-        Raises ValueError for a context that the model hasn't got, InsufficientMemoryError where there is no
-        room.
+        Raises ValueError for a context length that the model does not support, InsufficientMemoryError.
         """
         return Session(self, self.n_ctx if n_ctx is None else self._fitting_n_ctx(n_ctx))
 
-    def _new_batch(self) -> _native.Batch:
-        """What denoises several sessions in one graph; for ``generation.batching``."""
+    def _new_batch(self) -> Batch:
+        """Native batch, which denoises several sessions in one graph; for ``generation.batching``."""
         return _native.Batch(self._native)
 
     def load_session(self, path: str | os.PathLike[str], n_ctx: int | None = None) -> Session:
-        """The session that ``Session.save`` wrote, with this same model and cache type.
+        """Load a session written by ``Session.save`` with the same model and cache type.
 
-        n_ctx: as for a new one. Raises FileNotFoundError; ModelFormatError for any other file;
-        ContextOverflowError when it is too long.
+        n_ctx: as for a new session. Raises FileNotFoundError; ModelFormatError for any other file;
+        ContextOverflowError if it has more tokens than ``n_ctx``.
         """
         session = self.new_session(n_ctx)
         session_file.load(session, Path(path))
@@ -254,13 +255,12 @@ class DiffusionModel:
         session: Session | None = None,
         **keywords: Any,
     ) -> Completion:
-        """Continue a prompt: text (read without control tokens, bos as the file asks) or token ids as they
-        are.
+        """Complete a prompt: text (without parsing control tokens, bos as the file asks) or token ids.
 
         options or keywords: see GenerationOptions.  on_event: called with every event of
-        ``Session.generate``.
-        session: go on in this one, reusing what its cache shares with the prompt; else a new one is made.
-        Raises ContextOverflowError when the prompt does not fit, ValueError when it has no tokens.
+            ``Session.generate``.
+        session: session to use, reusing its cached prefix; by default a new one.
+        Raises ContextOverflowError if the prompt does not fit, ValueError if it is empty.
         """
         options = make_options(options, keywords)
         return self._start(prompt, session).complete(options, on_event=on_event)
@@ -273,7 +273,7 @@ class DiffusionModel:
         session: Session | None = None,
         **keywords: Any,
     ) -> Iterator[Event]:
-        """As ``generate``, but an iterator of its events."""
+        """As ``generate``, but yields the events."""
         options = make_options(options, keywords)
         return self._start(prompt, session).generate(options)
 
@@ -286,19 +286,19 @@ class DiffusionModel:
         n_ctx: int | None = None,
         on_event: Callable[[int, Event], None] | None = None,
         **keywords: Any,
-    ) -> Iterator[tuple[int, parallel.Outcome]]:
-        """Continue many prompts, up to ``n_parallel`` canvases at a time in one graph.
+    ) -> Iterator[tuple[int, batching.Outcome]]:
+        """Complete many prompts with continuous batching, up to ``n_parallel`` canvases in one graph.
 
-        On the processor each answer is the one that ``generate`` gives alone; on a GPU, whose kernels depend
-        on how much there is to compute, the same batch gives the same answers.
+        On the CPU each result equals that of ``generate``; on a GPU, whose kernels depend on the batch size,
+        the same batch gives the same results.
 
-        prompts: taken as lanes get free, so a generator will do.
-        options or keywords: for all prompts alike (with a seed of its own for each unless ``seed`` is given),
-        or an iterable with the options of each.
-        n_ctx: of the sessions, n_parallel of them at most. on_event: called with the prompt's index and each
-        event of ``Session.generate``.
-        Yields (index of the prompt, its Completion) in the order in which they are done; for a prompt that
-        fails, the error (a PyDiffusionError or ValueError) in place of its Completion, and the others go on.
+        prompts: consumed as sequences finish, so a generator works.
+        options or keywords: shared by all prompts (each with its own seed unless ``seed`` is given), or an
+            iterable with the options of each.
+        n_ctx: context length of the sessions, of which there are at most n_parallel.
+        on_event: called with the prompt's index and each event of ``Session.generate``.
+        Yields (index of the prompt, its Completion) in order of completion; for a prompt that fails, the
+        error (a PyDiffusionError or ValueError) instead of its Completion, while the others continue.
         """
         if isinstance(n_parallel, bool) or not isinstance(n_parallel, int) or n_parallel < 1:
             raise ValueError(f"n_parallel is {n_parallel!r}; permitted is an integer of at least 1")
@@ -307,7 +307,7 @@ class DiffusionModel:
         else:
             each = (make_options(one, keywords) for one in options)
         requests = zip(prompts, each, strict=False)
-        return parallel.generate_batch(self, requests, n_parallel, n_ctx, on_event)
+        return batching.generate_batch(self, requests, n_parallel, n_ctx, on_event)
 
     def infill(
         self,
@@ -320,12 +320,13 @@ class DiffusionModel:
         session: Session | None = None,
         **keywords: Any,
     ) -> Infill:
-        """Fill the holes of a text, ``<|hole|>`` or ``<|hole:N|>``, with all around them held.
+        """Infill: fill the holes of a text, ``<|hole|>`` or ``<|hole:N|>``, keeping the text around them
+        fixed.
 
-        instruction: a user's message to which the text is the answer; without one, what stands before the
-            first hole is the prompt.
-        hole_tokens: how long a hole without an N may get; it may come out shorter.
-        Holes see what is on their own canvas and before it. Options as for ``generate``, without
+        instruction: user message that the text answers; without one, the text before the first hole is the
+            prompt.
+        hole_tokens: maximum length of a hole without an N; it may come out shorter.
+        A hole attends to its own canvas and everything before it. Options as for ``generate``, except
         ``max_tokens``, ``stop`` and ``eos``. Raises ValueError without a hole, ContextOverflowError.
         """
         layout = lay_out(self, text, hole_tokens, whole=instruction is not None)
@@ -343,9 +344,9 @@ class DiffusionModel:
         session: Session | None = None,
         **keywords: Any,
     ) -> Infill:
-        """Write spans of a text anew, (start, end) in characters, beginning with what stands there.
+        """Rewrite spans of a text, given as (start, end) in characters, starting from their current tokens.
 
-        more_tokens: how much longer each may get. All else as for ``infill``.
+        more_tokens: tokens that each span may grow by. Otherwise as ``infill``.
         """
         layout = lay_out_spans(self, text, spans, more_tokens, whole=instruction is not None)
         return self._fill(layout, instruction, make_options(options, keywords), on_event, session)
@@ -374,17 +375,17 @@ class DiffusionModel:
         return session
 
     def create_completion(self, prompt: str | TokenIds, **parameters: Any) -> Any:
-        """A completion in OpenAI's shape; see ``pydiffusion.openai.responses.create_completion``."""
-        return completion.create_completion(self, prompt, **parameters)
+        """Completion in OpenAI's format; see ``pydiffusion.openai.responses.create_completion``."""
+        return responses.create_completion(self, prompt, **parameters)
 
     def create_chat_completion(self, messages: Sequence[Mapping[str, Any]], **parameters: Any) -> Any:
-        """An answer in that shape; see ``pydiffusion.openai.responses.create_chat_completion``."""
-        return completion.create_chat_completion(self, messages, **parameters)
+        """Chat completion in OpenAI's format; see ``pydiffusion.openai.responses.create_chat_completion``."""
+        return responses.create_chat_completion(self, messages, **parameters)
 
     # Lifetime
 
     def close(self) -> None:
-        """Let go of the weights; sessions that are still alive keep them until they go."""
+        """Release the weights; existing sessions keep them alive until they are gone."""
         self._native_model = None
 
     def __enter__(self) -> DiffusionModel:
@@ -397,7 +398,7 @@ class DiffusionModel:
         return f"DiffusionModel({os.fspath(self.path)!r}, n_ctx={self.n_ctx})"
 
     def _fitting_n_ctx(self, n_ctx: int) -> int:
-        shortest, longest = self.canvas_length + 1, self.n_ctx_train  # a canvas, and a token before it
+        shortest, longest = self.canvas_length + 1, self.n_ctx_train  # a canvas and one token before it
         if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or n_ctx < shortest:
             raise ValueError(f"n_ctx is {n_ctx!r}; permitted is an integer from {shortest} to {longest}")
         if n_ctx > longest and n_ctx != DEFAULT_N_CTX:
@@ -405,24 +406,6 @@ class DiffusionModel:
         return min(n_ctx, longest)
 
 
-def _to_plan_for(n_ctx: Any) -> int:
-    """The context that the placement is planned for; what is wrong with it is said once the file is read."""
+def _n_ctx_to_plan(n_ctx: Any) -> int:
+    """Context length for the device plan; invalid values are reported once the file has been read."""
     return min(n_ctx, 1 << 31) if isinstance(n_ctx, int) and n_ctx > 0 else DEFAULT_N_CTX
-
-
-def check_is_file(path: Path) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"{path} is a folder; a model is a GGUF file: make one with 'pydiffusion convert'"
-        )
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file")
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use: under taskset or in a container, fewer than the machine has."""
-    if hasattr(os, "process_cpu_count"):  # Python 3.13
-        return os.process_cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0)) or 1
-    return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What a caller may choose about a generation, and where an unset choice takes its value from."""
+"""Generation options, and the defaults of those left unset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from .errors import ModelFormatError
 from .tokenizer.end_tokens import find_end_tokens
 
-# The largest value of a signed 32-bit count: what the native loop takes.
+# The native loop takes signed 32-bit counts.
 _MAX_COUNT = 2**31 - 1
 _MAX_SEED = 2**64 - 1
 
@@ -88,12 +88,12 @@ def _hold(value: Any) -> tuple[bool, ...]:
 
 
 def _json_schema(value: Any) -> str:
-    """As JSON, so that options stay comparable and nobody changes them later."""
+    """The schema as JSON, so that options stay comparable and immutable."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise ValueError(f"json_schema is no valid JSON: {error}") from None
+            raise ValueError(f"json_schema is not valid JSON: {error}") from None
     if not isinstance(value, (Mapping, bool)):
         raise ValueError(f"json_schema is {value!r}; permitted is an object, or its JSON"[:200])
     try:
@@ -115,7 +115,7 @@ def _regex(value: Any) -> str:
     return value
 
 
-# One rule per option: the same for what a caller gives and for what a file says.
+# One check per option, for values from callers and from files.
 _NAME_TO_CHECK: dict[str, Callable[[Any], Any]] = {
     "max_tokens": lambda value: _integer("max_tokens", value, 1, _MAX_COUNT),
     "steps": lambda value: _integer("steps", value, 1, _MAX_COUNT),
@@ -138,7 +138,7 @@ _NAME_TO_CHECK: dict[str, Callable[[Any], Any]] = {
     "trim_after_eos": lambda value: _flag("trim_after_eos", value),
 }
 
-# Where a file keeps its own choice, and what the reference implementation chooses without one.
+# Option -> metadata key of the file's default, and the reference implementation's default.
 _NAME_TO_KEY = {
     "steps": "diffusion.eb_max_steps",
     "t_min": "diffusion.eb_t_min",
@@ -162,33 +162,34 @@ _REFERENCE_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """Choices for one generation. ``None`` means: the file's own value, else the reference's.
+    """Options of one generation. ``None`` means the file's default, else the reference's.
 
-    max_tokens: tokens to generate at most, at least 1 (reference: 256).
-    steps: denoising steps per canvas at most, at least 1 (48).
+    max_tokens: maximum number of tokens to generate, at least 1 (reference: 256).
+    steps: maximum number of denoising steps per canvas, at least 1 (48).
     t_min, t_max: temperature of the last and first step, ``0 <= t_min <= t_max``, ``t_max > 0`` (0.4, 0.8).
-    entropy_bound: accept positions in ascending entropy while the sum of the ones before stays within it
-        (0.1); 0 accepts one position per step.
-    stability_threshold: stop a canvas when this many steps before agreed with it (1); 0 leaves agreement out.
+    entropy_bound: accept positions in order of ascending entropy while the sum of the preceding ones stays
+        within this bound (0.1); 0 accepts one position per step.
+    stability_threshold: stop a canvas when this many preceding steps gave the same draft (1); 0 skips the
+        check.
     confidence_threshold: and when the mean entropy is below this (0.005); 0 never stops early.
-    dropped_mass: how much of a position's distribution self-conditioning may leave out, its least likely
-        tokens, to spare work (1e-4); 0 takes every token, as the reference does.
-    canvas_length: tokens denoised at a time, for short answers in less time; at most, and without it, the
-        model's own, which is what it was trained on.
+    dropped_mass: probability mass of the least likely tokens that self-conditioning may drop per position, to
+        save work (1e-4); 0 keeps every token, as the reference does.
+    canvas_length: tokens denoised at a time; smaller is faster for short answers. Default and maximum are the
+        model's own length, on which it was trained.
     seed: 0 to 2**64 - 1; ``None`` draws one, which the result reports.
     stop: string or strings at which the text is cut.
     eos: token id or ids that end the text (the file's, ``Tokenizer.end_tokens``); an empty sequence: none.
-    canvas: token ids that the positions begin with, counted over all canvases; -1 (or None) and what lies
-        behind the end begin with a random one.
+    canvas: initial token ids by position, counted over all canvases; -1 (or None), and positions beyond the
+        end, start with a random token.
     hold: for each of these positions, whether it keeps its token: never renoised, never replaced.
     json_schema: a JSON schema, as an object or as JSON: the text is guaranteed to be valid against it.
-    regex: a regular expression, of which the text is guaranteed to be a full match.
-    thinking_budget: tokens that the model's thoughts may take in all; a thought that goes on is closed there,
-        and the answer follows. ``None``: no limit of their own.
-    stop_on_repetition: end the text when it only goes round: its last 128 tokens or more are one block, four
-        times over or more, of which the last canvas keeps none but the first. ``None``: don't.
-    trim_after_eos: freeze what lies behind an eos that has settled, but for a few positions: a short answer
-        takes less time, and may come out differently. ``None``: don't.
+    regex: a regular expression that the text is guaranteed to match in full.
+    thinking_budget: maximum number of reasoning tokens; reasoning beyond it is closed and the answer follows.
+        ``None``: no separate limit.
+    stop_on_repetition: end the text when it loops: its last 128 tokens or more are the same block repeated
+        four times or more, of which the last canvas keeps only the first. ``None``: don't.
+    trim_after_eos: freeze all but a few positions after an accepted eos: short answers take less time and may
+        come out differently. ``None``: don't.
 
     Raises ValueError for a value out of range, TypeError for an unknown option.
     """
@@ -220,18 +221,18 @@ class GenerationOptions:
                 object.__setattr__(self, name, check(value))
         _check_temperatures(self.t_min, self.t_max)
         _check_held(self.canvas or (), self.hold or ())
-        _check_structure(self)
+        _check_constraint(self)
         if self.thinking_budget is not None and self.canvas:
             raise ValueError("thinking_budget can't be combined with canvas: positions would move")
 
     def resolve(
         self, metadata: Mapping[str, Any], n_vocab: int, end_ids: Sequence[int] | None = None
     ) -> GenerationOptions:
-        """The same choices with nothing left open: from here, else from the file, else from the reference.
+        """Fill in unset options from the file's defaults, else from the reference's.
 
-        end_ids: the file's end tokens, where they are known already.
-        Raises ValueError where choices and file don't fit together, ModelFormatError for an impossible value
-        in the file.
+        end_ids: the file's end tokens, if already known.
+        Raises ValueError if options and file contradict each other, ModelFormatError for an invalid value in
+        the file.
         """
         chosen: dict[str, Any] = {}
         for field in fields(self):
@@ -254,8 +255,18 @@ class GenerationOptions:
         return GenerationOptions(**chosen)
 
     @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """``eos`` as token ids; empty where it is left open."""
+        return () if self.eos is None else _token_ids("eos", self.eos)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` as strings; empty where it is left open."""
+        return () if self.stop is None else _stop_strings(self.stop)
+
+    @property
     def is_structured(self) -> bool:
-        """Whether the text has to follow a schema or an expression."""
+        """Whether the text is constrained by a JSON schema or a regular expression."""
         return self.json_schema is not None or self.regex is not None
 
 
@@ -274,7 +285,7 @@ def _check_held(canvas: Sequence[Any], hold: Sequence[Any]) -> None:
             raise ValueError(f"hold has position {i}, for which canvas has no token")
 
 
-def _check_structure(options: GenerationOptions) -> None:
+def _check_constraint(options: GenerationOptions) -> None:
     if not options.is_structured:
         return
     if options.json_schema is not None and options.regex is not None:
@@ -296,7 +307,7 @@ def _from_file(name: str, metadata: Mapping[str, Any]) -> Any:
 
 
 def make_options(options: GenerationOptions | None, keywords: Mapping[str, Any]) -> GenerationOptions:
-    """``options``, or those that keywords name; both at once is a TypeError, as is an unknown keyword."""
+    """Return ``options``, or build them from keywords; TypeError for both at once or an unknown keyword."""
     if options is None:
         unknown = sorted(set(keywords) - set(_NAME_TO_CHECK))
         if unknown:

@@ -1,10 +1,12 @@
-"""The entropy-bound sampler as pure functions: what a denoising step does to logits, for scripts and tests.
+"""The entropy-bound sampler as pure functions, for scripts and tests.
 
 The same native code runs inside :meth:`pydiffusion.Session.generate`. The acceptance rule is that of
 arXiv 2505.24857, the temperature schedule and stopping rule those of DiffusionGemma's reference.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,7 +46,7 @@ def measure(
 
 
 def accept(entropy: ArrayLike, bound: float) -> NDArray[np.bool_]:
-    """Which positions a step accepts: by ascending entropy, while the sum of those before is <= bound.
+    """Positions that a step accepts: in ascending entropy, while the sum of the preceding ones is <= bound.
 
     ``entropy`` has shape ``(n,)``, in nats. Returns bool ``(n,)``. The position of lowest entropy is always
     accepted; equal entropies are taken in order of position.
@@ -53,7 +55,7 @@ def accept(entropy: ArrayLike, bound: float) -> NDArray[np.bool_]:
     entropy = np.ascontiguousarray(entropy, dtype=np.float32)
     if entropy.ndim != 1:
         raise ValueError(f"entropy must have 1 dimension, not {entropy.ndim}")
-    return _native.accept(entropy, bound)
+    return cast("NDArray[np.bool_]", _native.accept(entropy, bound))
 
 
 def draws(

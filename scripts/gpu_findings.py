@@ -1,6 +1,6 @@
-"""Findings of a run on a GPU: a line of JSON each, written at once, so that none is lost in the end.
+"""Findings of a GPU run: one JSON line each, written immediately so that none is lost if the run ends early.
 
-As a pytest plugin (``-p gpu_findings``) it writes one for each test that did not pass, and their counts.
+As a pytest plugin (``-p gpu_findings``), writes a finding for each test that did not pass, and the counts.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ VARIABLE = "PYDIFFUSION_FINDINGS"
 
 
 def add(finding: str, **figures: Any) -> dict[str, Any]:
-    """Append a finding to the file that the environment names; without one it is only returned."""
+    """Return a finding, appended to the file named by the environment variable if it is set."""
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     entry = {"when": when, "finding": finding, **figures}
     path = os.environ.get(VARIABLE)
     if path:
-        # One write of a whole line: several processes append to the file.
+        # A single write per line: several processes append to the file.
         line = json.dumps(entry, default=str) + "\n"
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -31,7 +31,7 @@ def add(finding: str, **figures: Any) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All findings of a file; a line cut short by the end of its writer is left out."""
+    """Return all findings of a file; skips an incomplete last line."""
     entries = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -41,12 +41,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-# pytest's hooks; with pytest-xdist only the process that collects its workers' reports writes findings.
+# pytest hooks. With pytest-xdist, only the controller process writes findings.
 
 _counts: dict[str, int] = {}
-_what = ""  # files and choice of this run
+_what = ""  # files and -k expression of this run
 _worker = False
-_MAX_TEXT = 3000  # characters of a failure's end
+_MAX_TEXT = 3000  # last characters kept of a failure's text
 
 
 def pytest_configure(config: Any) -> None:

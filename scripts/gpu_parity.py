@@ -1,9 +1,9 @@
-"""Compare a device's logits and text with the CPU's, and with its own when graphs or fusion are off.
+"""Compare a device's logits and text with the CPU's, and with its own without CUDA graphs or fusion.
 
     python scripts/gpu_parity.py [--device CUDA0] [--folder /dev/shm] [--models demo mid] [--types f32 ...]
 
-Each way to compute is a process of its own, since ggml reads its switches once: the CPU, the device twice,
-without CUDA graphs, and without fusion. Findings go where PYDIFFUSION_FINDINGS says, and to stdout.
+Each configuration (the CPU, the device twice, without CUDA graphs, without fusion) runs in its own process,
+since ggml reads its switches once. Findings go to stdout and to the file named by PYDIFFUSION_FINDINGS.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from pydiffusion import DiffusionModel, GenerationOptions, _native, convert, dem
 from pydiffusion.demo import tasks
 from pydiffusion.testing.synthetic import write_synthetic
 
-#: Bounds on the mean difference between a device's logits and the CPU's, as a share of their deviation. Both
-#: round activations of quantized matmuls to 8 bits, in blocks of other sizes; what was seen on an H200 is a
-#: third of it at most. With float32 weights only the order of sums differs.
+#: Bounds on the mean absolute difference between a device's logits and the CPU's, relative to their standard
+#: deviation. Both quantize activations to 8 bits, but in blocks of different sizes; differences on an H200
+#: are at most a third of these. With float32 weights only the order of sums differs.
 BOUND = {"f32": 1e-3, "bf16": 0.03, "f16": 0.03, "q8_0": 0.06, "q4_k_m": 0.3}
-#: Of the argmax, where it leads by so many mean differences: random weights give flat logits.
+#: Required agreement of the argmax, over positions where it leads by LEAD mean differences: random weights
+#: give flat logits.
 AGREEMENT, LEAD = 0.97, 8
-N_REPEATS = 4  # ggml captures a CUDA graph when it has seen the same one a few times
+N_REPEATS = 4  # ggml captures a CUDA graph after a few repetitions
 N_PUZZLES = 8
 
-WAYS: dict[str, dict[str, str]] = {
+CONFIGURATIONS: dict[str, dict[str, str]] = {
     "device": {},
     "again": {},
     "no CUDA graphs": {"GGML_CUDA_DISABLE_GRAPHS": "1"},
@@ -41,12 +42,12 @@ WAYS: dict[str, dict[str, str]] = {
 
 
 def compute(path: str, device: str, out: str, with_puzzles: bool) -> None:
-    """Logits at several points of a session, and generated tokens, as one .npz."""
+    """Write logits at several points of a session, and generated tokens, to one .npz."""
     model = _native.Model(path, min(8, os.cpu_count() or 1), device=device, n_ctx=2048)
     session = _native.Session(model, 2048)
     rng = np.random.default_rng(7)
     n = min(model.n_vocab, 1 << 16)
-    ids = rng.integers(4, n, 700).astype(np.int32)  # longer than the sliding window of either model
+    ids = rng.integers(4, n, 700).astype(np.int32)  # longer than either model's sliding window
     canvas = rng.integers(4, n, model.canvas_length).astype(np.int32)
     results: dict[str, Any] = {}
     session.encode(ids[:300])
@@ -82,9 +83,9 @@ def solved_puzzles(path: str, device: str) -> int:
 
 
 def difference(a: np.ndarray, b: np.ndarray, bound: float) -> dict[str, Any]:
-    """Of logits (n, n_vocab): mean and largest, equal argmaxes among all positions and the decided ones.
+    """Compare logits (n, n_vocab): mean and largest difference, argmax agreement (all, decided positions).
 
-    bound: on the mean, as a share of the standard deviation of ``b``.
+    bound: on the mean difference, relative to the standard deviation of ``b``.
     """
     gap = np.abs(a.astype(np.float64) - b)
     deviation = float(b.std())
@@ -103,28 +104,30 @@ def difference(a: np.ndarray, b: np.ndarray, bound: float) -> dict[str, Any]:
     }
 
 
-def run_ways(path: Path, device: str, folder: Path, with_puzzles: bool) -> dict[str, dict[str, np.ndarray]]:
-    """The results of all ways, computed side by side; a way that failed is a finding and is left out."""
+def run_configurations(
+    path: Path, device: str, folder: Path, with_puzzles: bool
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return the results of all configurations, run in parallel; one that fails is a finding and left out."""
     running = {}
-    for way, switches in {"CPU": {}, **WAYS}.items():
-        out = folder / f"{path.stem}-{way.replace(' ', '-')}.npz"
-        given = json.dumps([str(path), "cpu" if way == "CPU" else device, str(out), with_puzzles])
+    for name, switches in {"CPU": {}, **CONFIGURATIONS}.items():
+        out = folder / f"{path.stem}-{name.replace(' ', '-')}.npz"
+        given = json.dumps([str(path), "cpu" if name == "CPU" else device, str(out), with_puzzles])
         command = [sys.executable, __file__, "--compute", given]
-        running[way] = (
+        running[name] = (
             out,
             subprocess.Popen(
                 command, env={**os.environ, **switches}, stdout=sys.stderr, stderr=subprocess.PIPE, text=True
             ),
         )
     results = {}
-    for way, (out, process) in running.items():
-        _, said = process.communicate()
-        sys.stderr.write(said)
+    for name, (out, process) in running.items():
+        _, output = process.communicate()
+        sys.stderr.write(output)
         if process.returncode == 0:
             with np.load(out) as arrays:
-                results[way] = dict(arrays)
+                results[name] = dict(arrays)
         else:
-            report("parity", file=path.name, way=way, ok=False, exit=process.returncode, text=said[-2000:])
+            report("parity", file=path.name, way=name, ok=False, exit=process.returncode, text=output[-2000:])
         out.unlink(missing_ok=True)
     return results
 
@@ -133,7 +136,7 @@ def report(finding: str, **figures: Any) -> None:
     print(json.dumps(gpu_findings.add(finding, **figures), default=str), flush=True)
 
 
-def judge(path: Path, type_name: str, results: dict[str, dict[str, np.ndarray]]) -> None:
+def compare(path: Path, type_name: str, results: dict[str, dict[str, np.ndarray]]) -> None:
     logits = ("first", "conditioned", "long")
     common = {"file": path.name}
     device = results.get("device")
@@ -144,7 +147,7 @@ def judge(path: Path, type_name: str, results: dict[str, dict[str, np.ndarray]])
             found = difference(device[key], results["CPU"][key], BOUND[type_name])
             report("parity", **common, what=f"{key}: device against CPU", **found)
         same = np.array_equal(device["text"], results["CPU"]["text"])
-        report("parity", **common, what="text: device against CPU", equal=same)  # may differ: rounding
+        report("parity", **common, what="text: device against CPU", equal=same)  # may differ by rounding
         if "solved" in device:
             solved, of_cpu = int(device["solved"][0]), int(results["CPU"]["solved"][0])
             report(
@@ -157,10 +160,10 @@ def judge(path: Path, type_name: str, results: dict[str, dict[str, np.ndarray]])
                 of=N_PUZZLES,
             )
     report("parity", **common, what="equal bits, step after step", ok=bool(device["repeats_equal"][0]))
-    for way in ("again", "no CUDA graphs"):
-        if way in results:
-            equal = {key: np.array_equal(device[key], results[way][key]) for key in (*logits, "text")}
-            report("parity", **common, what=f"equal bits: {way}", ok=all(equal.values()), **equal)
+    for name in ("again", "no CUDA graphs"):
+        if name in results:
+            equal = {key: np.array_equal(device[key], results[name][key]) for key in (*logits, "text")}
+            report("parity", **common, what=f"equal bits: {name}", ok=all(equal.values()), **equal)
     if "no fusion" in results:
         found = difference(device["conditioned"], results["no fusion"]["conditioned"], BOUND[type_name])
         report("parity", **common, what="fusion on against off", **found)
@@ -186,7 +189,9 @@ def main() -> None:
                 convert.convert(demo.checkpoint_path(), path, type=type_name, overwrite=True)
             else:
                 write_synthetic(model, path, type_name)
-            judge(path, type_name, run_ways(path, options.device, options.folder, model == "demo"))
+            compare(
+                path, type_name, run_configurations(path, options.device, options.folder, model == "demo")
+            )
             path.unlink()
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds what a machine with a GPU lacks, on one without: archives of native/ and of ggml with its CUDA backend,
-# packed with headers and Python wheels, so that only the bindings are compiled there (docs/gpu.md).
+# Builds a kit for a GPU machine on a machine without a GPU: static libraries of native/ and of ggml with its CUDA
+# backend, with headers and Python wheels, so that only the bindings are compiled there (docs/gpu.md).
 #
 #   scripts/gpu_prepare.sh [--kit DIR] [--architectures 90a-real] [--python python3.12]
 #
-# DIR/bundle is what travels; DIR/machine is an environment for `gpu_run.sh --dry-run`. A second call reuses
-# what is unchanged. Needs nvcc, a C++ compiler, Python 3.10 or newer and a network; no GPU.
+# DIR/bundle is the kit to copy; DIR/machine is an environment for `gpu_run.sh --dry-run`. A second call reuses
+# what is unchanged. Needs nvcc, a C++ compiler, Python 3.10 or newer and network access; no GPU.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 kit=$root/build/gpu-kit
@@ -25,9 +25,9 @@ done
 mkdir -p "$kit"
 kit=$(cd "$kit" && pwd)
 
-# One at a time: two would write the same archives.
+# Lock the kit: two runs would write the same files.
 exec 9>"$kit/.lock"
-! command -v flock >/dev/null || flock -n 9 || fail "another gpu_prepare.sh is working in $kit"
+! command -v flock >/dev/null || flock -n 9 || fail "another gpu_prepare.sh is using $kit: wait for it, or choose another --kit"
 
 nvcc=${CUDACXX:-$(command -v nvcc || true)}
 [ -n "$nvcc" ] || [ ! -x /usr/local/cuda/bin/nvcc ] || nvcc=/usr/local/cuda/bin/nvcc
@@ -35,9 +35,9 @@ nvcc=${CUDACXX:-$(command -v nvcc || true)}
     fail "no nvcc (${nvcc:-none on the PATH}): install the CUDA toolkit 13, or name its nvcc in CUDACXX"
 version=$("$nvcc" --version | sed -n 's/.*release [0-9.]*, V\([0-9.]*\)/\1/p')
 release=${version%%.*}
-[ "$release" = 13 ] || fail "$nvcc is of CUDA ${release:-unknown}, and the cuBLAS that is linked of CUDA 13: install the toolkit 13"
+[ "$release" = 13 ] || fail "$nvcc is from CUDA ${release:-unknown}, but the linked cuBLAS needs CUDA 13: install CUDA toolkit 13"
 
-# The tools of the build, and cuBLAS, in an environment of the kit's own.
+# Build tools and cuBLAS, in the kit's own environment.
 tools="nvidia-cublas==13.0.2.14 nanobind==3.1.0 cmake<4 ninja"
 if [ "$(cat "$kit/venv/tools" 2>/dev/null)" != "$tools" ]; then
     say "installing $tools"
@@ -55,7 +55,7 @@ flags="-DCMAKE_BUILD_TYPE=Release -DPYDIFFUSION_CUDA=ON -DPYDIFFUSION_PORTABLE=O
 made_with="$flags, nvcc $version, $tools"
 key=$("$python" "$root/scripts/prebuilt.py" key --flags="$made_with")
 if [ -f "$kit/bundle/manifest.json" ] && grep -q "\"build\": \"$key\"" "$kit/bundle/manifest.json"; then
-    say "archives are unchanged ($key)"
+    say "libraries are unchanged ($key)"
 else
     say "configuring for $architectures with $nvcc"
     # shellcheck disable=SC2086
@@ -68,7 +68,7 @@ else
     "$python" "$root/scripts/prebuilt.py" pack "$kit/tree" "$kit/bundle" --flags="$made_with" --key "$key"
 fi
 
-# Wheels that a machine with PyTorch and CUDA on it may lack, whatever its Python.
+# Wheels for any Python version that a machine with PyTorch and CUDA may lack.
 pure="gguf==0.19.0 nanobind==3.1.0 scikit-build-core==1.1.2 pathspec==1.1.1"
 if [ "$(cat "$kit/bundle/wheels/list" 2>/dev/null)" != "$pure" ]; then
     say "wheels: $pure"
@@ -79,7 +79,7 @@ if [ "$(cat "$kit/bundle/wheels/list" 2>/dev/null)" != "$pure" ]; then
     echo "$pure" >"$kit/bundle/wheels/list"
 fi
 
-# An environment that stands for that machine in a dry run: another minor version of Python, without a network.
+# An environment that simulates the GPU machine in a dry run: another minor version of Python, no network.
 machine="numpy safetensors tokenizers huggingface_hub jinja2 typer rich pytest pytest-xdist hypothesis pyyaml tqdm
     cmake<4 ninja packaging nvidia-cublas==13.0.2.14 nvidia-cuda-runtime==13.0.96"
 found=
@@ -87,18 +87,18 @@ for one in "$other_python" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/*/bin/"$other_
     if [ -z "$found" ] && "$one" --version >/dev/null 2>&1; then found=$one; fi
 done
 if [ -z "$found" ]; then
-    say "no $other_python: without it, or another named by --python, there is no dry run"
+    say "no $other_python found: dry runs need it, or another interpreter given by --python"
 elif [ "$(cat "$kit/machine/list" 2>/dev/null)" != "$machine" ]; then
-    say "an environment of $other_python for dry runs"
+    say "creating an environment with $other_python for dry runs"
     rm -rf "$kit/machine"
     "$found" -m venv "$kit/machine"
     # shellcheck disable=SC2086
     "$kit/machine/bin/pip" install --quiet --disable-pip-version-check $machine ||
-        fail "pip could not install what a dry run needs: see above"
+        fail "pip could not install the packages for dry runs: see above"
     echo "$machine" >"$kit/machine/list"
 fi
 
 bundle=$(du -sb "$kit/bundle" | cut -f1)
 files=$(cd "$root" && git ls-files -z | xargs -0 du -cb 2>/dev/null | tail -1 | cut -f1)
-say "$(awk -v b="$bundle" -v f="$files" 'BEGIN { printf "bundle %.1f MB beside a tree of %.1f MB: ", b / 1e6, f / 1e6 }')$kit/bundle"
-[ "$bundle" -le 48000000 ] || say "larger than the 48 MB that are aimed at: choose fewer architectures"
+say "$(awk -v b="$bundle" -v f="$files" 'BEGIN { printf "bundle of %.1f MB, tree of %.1f MB: ", b / 1e6, f / 1e6 }')$kit/bundle"
+[ "$bundle" -le 48000000 ] || say "the bundle is larger than the target of 48 MB: choose fewer architectures"

@@ -1,15 +1,15 @@
-"""Check and measure a GPU within a time limit, the most valuable findings first.
+"""Run tests and benchmarks on a GPU within a time limit, the most valuable ones first.
 
-    scripts/gpu_run.sh check   [--seconds 220]    # right? kernels, tests, parity, the 26B's memory, sanitizer
-    scripts/gpu_run.sh bench   [--seconds 400]    # fast? steps, parts, prefill, an answer, memory
-    scripts/gpu_run.sh profile [--seconds 180]    # where? every kernel of one step, by ncu
-    scripts/gpu_run.sh all                        # all three, and the page, for the owner of a GPU
+    scripts/gpu_run.sh check   [--seconds 220]    # correctness: kernels, tests, parity, memory, sanitizer
+    scripts/gpu_run.sh bench   [--seconds 400]    # speed: steps, parts of a step, prefill, whole output
+    scripts/gpu_run.sh profile [--seconds 180]    # time per kernel of one step, by ncu
+    scripts/gpu_run.sh all                        # all three
 
-It links the kit that scripts/gpu_prepare.sh made (--kit, by default build/gpu-kit/bundle) and installs
-it aside; without a kit it takes the pydiffusion that is installed. Findings go to OUT/results.jsonl at once,
-a line of JSON each, and OUT/page.md is made of them; what programs print goes to OUT/log.txt whole.
---dry-run does all of it on device="host" with a tiny model, without a network or a GPU. Exit status: 1 where
-it could not run, 2 where something that it found is wrong.
+Links the kit built by scripts/gpu_prepare.sh (--kit, default build/gpu-kit/bundle) and installs it to a
+temporary folder; without a kit, uses the installed pydiffusion. Findings are written immediately to
+OUT/results.jsonl, one JSON line each, and rendered as OUT/page.md; the output of all programs goes to
+OUT/log.txt. --dry-run runs everything on device="host" with a tiny model, without a network or a GPU. Exit
+status: 1 if the run failed, 2 if a check failed.
 """
 
 from __future__ import annotations
@@ -36,37 +36,37 @@ import gpu_findings  # noqa: E402
 import prebuilt  # noqa: E402
 
 DEFAULT_SECONDS = {"check": 220.0, "bench": 400.0, "profile": 180.0, "all": 3600.0}
-LAST_LINES = 25  # of what a program that failed has printed
-CLOSING = 8.0  # seconds kept for ending what runs, and for the page
+LAST_LINES = 25  # of a failed program's output, kept in its finding
+CLOSING = 8.0  # seconds reserved for ending programs and writing the page
 MODEL = "26b-a4b-q4_k_m.gguf"  # as benchmarks/gpu.py names it; kept for the next call
-FOLDER_BYTES = 18_000_000_000  # that, and the models of the parity check
-# What the build reads of the tree.
+FOLDER_BYTES = 18_000_000_000  # that file and the models of the parity check
+# Files and folders of the tree that the build reads.
 SOURCES = (
     "CMakeLists.txt", "LICENSE", "README.md", "cmake", "convert", "native", "pydiffusion", "pyproject.toml",
     "scripts", "vendor",
 )  # fmt: skip
-# Imported by what is checked, beside the kit's wheels.
+# Packages that the checks import, in addition to the kit's wheels.
 NEEDED = (
     "pip", "numpy", "safetensors", "tokenizers", "huggingface_hub", "jinja2", "typer", "rich", "pytest",
     "hypothesis",
 )  # fmt: skip
-# Kernels' tests that the sanitizer sees: sampler, self-conditioning by gathering and dense, attention.
+# Kernel tests to run under the sanitizer: sampler, sparse and dense self-conditioning, attention.
 SANITIZED = (
-    "test_measure_is_the_samplers[12.0-1025-{device}]",
-    "test_measure_is_the_samplers[0.0-31-{device}]",
-    "test_measure_sees_what_is_not_finite[{device}]",
-    "test_condition_leaves_out_no_more_than_it_may[0.0-{device}]",
-    "test_condition_leaves_out_no_more_than_it_may[0.01-{device}]",
-    "test_attention_alone[q8_0-256-8-{device}]",
+    "test_measure_equals_the_samplers[12.0-1025-{device}]",
+    "test_measure_equals_the_samplers[0.0-31-{device}]",
+    "test_measure_detects_nonfinite_logits[{device}]",
+    "test_condition_drops_at_most_the_dropped_mass[0.0-{device}]",
+    "test_condition_drops_at_most_the_dropped_mass[0.01-{device}]",
+    "test_attention_kernel[q8_0-256-8-{device}]",
 )
 
 
 class RunError(Exception):
-    """The run can't go on; the text says why and what to do."""
+    """The run can't continue; the message says why and what to do."""
 
 
 class Run:
-    """One run: its clock, its folder of results, and the programs that it starts."""
+    """One run: its time limit, its output folder, and the programs that it starts."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -75,7 +75,7 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.results = self.out / "results.jsonl"
         self.log = self.out / "log.txt"
-        # Of earlier calls:
+        # Results of earlier calls:
         self.n_before = len(gpu_findings.read(self.results))
         self.log_before = self.log.stat().st_size if self.log.exists() else 0
         self.device = "host" if options.dry_run else options.device
@@ -97,7 +97,7 @@ class Run:
         print(f"{time.time() - self.started:5.0f} s  {text}", flush=True)
 
     def start(self, log: Path, command: list[str], **env: str) -> subprocess.Popen[bytes]:
-        """Start a program in a process group of its own; what it prints is added to the log."""
+        """Start a program in its own process group, with its output appended to the log."""
         with log.open("ab") as file:
             file.write(f"\n$ {' '.join(command)}\n".encode())
             file.flush()
@@ -107,41 +107,41 @@ class Run:
             )  # fmt: skip
 
     def step(self, name: str, command: list[str], needs: float, **env: str) -> bool:
-        """Run a program to its end, or to the end of the time; what came of it is a finding."""
+        """Run a program until it ends or time is up, and record the outcome as a finding."""
         if self.left() < needs:
-            self.say(f"{name}: left out, {self.left():.0f} s are left and it takes about {needs:.0f}")
+            self.say(f"{name}: skipped, it takes about {needs:.0f} s and {self.left():.0f} s are left")
             gpu_findings.add(name, skipped=f"it takes about {needs:.0f} s, and {self.left():.0f} were left")
             return False
         self.say(name)
         began = time.time()
-        said_before = self.log.stat().st_size if self.log.exists() else 0
+        log_begin = self.log.stat().st_size if self.log.exists() else 0
         process = self.start(self.log, command, **env)
         try:
             code: int | None = process.wait(max(1.0, self.left()))
         except subprocess.TimeoutExpired:
             code = None
-        finally:  # also at Ctrl-C
+        finally:  # also on Ctrl-C
             end_group(process)
         seconds = round(time.time() - began, 1)
         if code is None:
-            text = f"the time was up after {seconds} s; what it found until then is kept"
+            text = f"the time was up after {seconds} s; findings until then are kept"
             gpu_findings.add(name, ok=False, seconds=seconds, text=text)
             self.say(f"{name}: {text}")
             return False
         figures: dict[str, Any] = {"ok": code == 0, "seconds": seconds}
         if code != 0:
-            last = text_from(self.log, said_before).splitlines()[-LAST_LINES:]
+            last = text_from(self.log, log_begin).splitlines()[-LAST_LINES:]
             figures |= {"exit": code, "text": "\n".join(last)}
             self.say(f"{name}: exit {code}, see {self.log}")
         gpu_findings.add(name, **figures)
         return code == 0
 
-    # What there is
+    # Machine and installation
 
-    def look(self) -> None:
-        """The machine, as a finding; RunError where it can't do what is asked."""
-        asked = "name,compute_cap,driver_version,memory.total,clocks.max.sm,clocks.max.mem"
-        smi = said("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader")
+    def check_machine(self) -> None:
+        """Record the machine as a finding; raises RunError if it is not suitable."""
+        fields = "name,compute_cap,driver_version,memory.total,clocks.max.sm,clocks.max.mem"
+        smi = output_lines("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
         free = shutil.disk_usage(self.options.folder).free
         kept = self.options.folder / MODEL
         needed = FOLDER_BYTES - (kept.stat().st_size if kept.is_file() else 0)
@@ -153,40 +153,38 @@ class Run:
         if self.options.dry_run:
             return
         if not smi:
-            raise RunError(
-                "nvidia-smi finds no GPU: run on a machine with an NVIDIA driver, or with --dry-run"
-            )
+            raise RunError("nvidia-smi finds no GPU: use a machine with an NVIDIA driver, or --dry-run")
         self.require_capability([line.split(", ")[1] for line in smi])
         if free < needed:
             raise RunError(
-                f"{self.options.folder} has {free / 1e9:.1f} GB free, and the models take another "
-                f"{needed / 1e9:.0f} GB: name a larger folder with --folder"
+                f"{self.options.folder} has {free / 1e9:.1f} GB free, but the models need another "
+                f"{needed / 1e9:.0f} GB: choose another folder with --folder"
             )
 
     def require_capability(self, capabilities: list[str]) -> None:
-        """RunError where the kit has no code for any card here; compute capabilities as "9.0"."""
+        """Raise RunError if the kit has no code for any of these compute capabilities ("9.0")."""
         if not (self.options.kit / prebuilt.MANIFEST).is_file():
             return
         flags = prebuilt.read_manifest(self.options.kit)["flags"]
         built = re.search(r"CMAKE_CUDA_ARCHITECTURES=([^\s,]+)", flags)
         if built and not any(runs_on(built.group(1), one) for one in capabilities):
             raise RunError(
-                f"the card has compute capability {' or '.join(capabilities)}, and the kit is built for "
-                f"{built.group(1)}: make it again with scripts/gpu_prepare.sh --architectures"
+                f"the GPU has compute capability {' or '.join(capabilities)}, but the kit is built for "
+                f"{built.group(1)}: build it again with scripts/gpu_prepare.sh --architectures"
             )
 
     def install(self) -> None:
-        """Build the bindings against the kit's archives and install all aside, or take what is installed."""
+        """Build the bindings with the kit and install to ``site``, or check the installed pydiffusion."""
         kit: Path = self.options.kit
         if (kit / prebuilt.MANIFEST).is_file():
             missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
             if missing:
-                raise RunError(f"{sys.executable} lacks {', '.join(missing)}: install them, or set PYTHON")
+                raise RunError(f"{sys.executable} has no {', '.join(missing)}: install them, or set PYTHON")
             self.build(kit)
         elif importlib.util.find_spec("pydiffusion") is None:
             raise RunError(
-                f"there is neither a kit in {kit} (scripts/gpu_prepare.sh makes one) nor an installed "
-                "pydiffusion (docs/gpu.md says how to build it for CUDA)"
+                f"neither a kit in {kit} nor an installed pydiffusion: build a kit with "
+                "scripts/gpu_prepare.sh, or install pydiffusion with CUDA (docs/gpu.md)"
             )
         code = "import pydiffusion; print(' '.join(one.name for one in pydiffusion.devices()))"
         done = subprocess.run(
@@ -198,18 +196,18 @@ class Run:
             timeout=60,
         )
         if done.returncode != 0:
-            raise RunError(f"pydiffusion does not load: {(done.stderr.splitlines() or ['?'])[-1]}")
+            raise RunError(f"importing pydiffusion failed: {(done.stderr.splitlines() or ['?'])[-1]}")
         if self.device not in [*done.stdout.split(), "host"]:
             raise RunError(
-                f"pydiffusion finds no {self.device}, but {done.stdout.strip() or 'no GPU'}: is it built for "
-                "CUDA (docs/gpu.md), is the driver one of CUDA 13, does --device name it?"
+                f"pydiffusion has no device {self.device}, only: {done.stdout.strip() or 'no GPU'}. Check "
+                "that it is built for CUDA (docs/gpu.md), that the driver supports CUDA 13, and --device"
             )
 
     def build(self, kit: Path) -> None:
         archives = self.folder / "archives"
         prebuilt.unpack(kit, archives)
         prebuilt.check(archives, prebuilt.compiler_here(), kit)
-        tree = self.folder / "tree"  # CMake and pip write beside what they build
+        tree = self.folder / "tree"  # a copy: CMake and pip write to the source tree
         for name in SOURCES:
             if (ROOT / name).is_dir():
                 left_out = shutil.ignore_patterns("__pycache__", *(["ggml"] if name == "vendor" else []))
@@ -223,16 +221,16 @@ class Run:
         build = ["--no-build-isolation", f"-Ccmake.define.PYDIFFUSION_PREBUILT={archives}", "-v", str(tree)]
         if not (self.step("install wheels", [*pip, *wheels], 5) and self.step("build", [*pip, *build], 20)):
             why = cmake_error(text_from(self.log, self.log_before))
-            raise RunError(why or f"there is nothing to check: the bindings were not built, see {self.log}")
+            raise RunError(why or f"building the bindings failed: see {self.log}")
 
     def python(self, script: str | Path, *arguments: object) -> list[str]:
         return [sys.executable, str(script), *map(str, arguments)]
 
-    # The three calls
+    # Commands
 
     def check(self) -> None:
         write = self.python(ROOT / "benchmarks/gpu.py", "--write-only", *self.model())
-        writing = self.start(self.out / "write.txt", write)  # while the tests run
+        writing = self.start(self.out / "write.txt", write)  # in parallel with the tests
         try:
             self.step("kernels' tests", self.pytest("test_device_kernels.py"), 10)
             self.step("device tests", self.pytest("test_device.py", "test_device_plan.py"), 15)
@@ -242,18 +240,18 @@ class Run:
             self.step("parity", self.python(SCRIPTS / "gpu_parity.py", *parity), 20)
             self.benchmark("the 26B", 30, "--only", "steps", "--prompts", "128", "--timed", "4")
             self.sanitize()
-            if self.device == "CUDA0":  # two devices that ggml makes of one card
+            if self.device == "CUDA0":  # ggml splits one GPU into two devices
                 tests = self.pytest("test_device.py", "test_device_plan.py", device="CUDA1")
                 self.step("tests of two devices", tests, 15, GGML_CUDA_DEVICES="2")
         finally:
             end_group(writing)
-            for part in self.options.folder.glob(f".{MODEL}.*.part"):  # of a writer that was ended
+            for part in self.options.folder.glob(f".{MODEL}.*.part"):  # left by an aborted writer
                 part.unlink(missing_ok=True)
 
     def pytest(self, *files: str, device: str | None = None) -> list[str]:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_findings", "-p", "no:cacheprovider"]
         command += ["-o", "addopts=", "-m", "not slow", "-k", device or self.device]
-        if importlib.util.find_spec("xdist") is not None:  # where ggml ends a process, only a test goes along
+        if importlib.util.find_spec("xdist") is not None:  # if ggml aborts, only one worker dies
             command += ["-n", str(min(6, os.cpu_count() or 1))]
         return [*command, *(str(ROOT / "tests/gpu" / file) for file in files)]
 
@@ -266,14 +264,14 @@ class Run:
         file = f"{ROOT}/tests/gpu/test_device_kernels.py::"
         tests = [file + name.format(device=self.device) for name in SANITIZED]
         pytest = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *tests]
-        # Races that racecheck sees in cuBLAS's own kernels are not ours to mend.
+        # Ignore races that racecheck reports in cuBLAS's own kernels.
         others = ["--kernel-name-exclude", "kernel_substring=nvjet"]
         for check in ("memcheck", "racecheck"):
             command = [tool, "--tool", check, *others, "--error-exitcode", "9", *pytest]
             self.step(f"sanitizer {check}", command, 15)
 
     def benchmark(self, name: str, needs: float, *more: str) -> bool:
-        """A run of benchmarks/gpu.py: the whole of it, or what ``more`` leaves of it."""
+        """Run benchmarks/gpu.py, with more arguments if given."""
         command = self.python(
             ROOT / "benchmarks/gpu.py", *self.model(), "--device", self.device, "--results", self.results,
             "--seconds", max(1.0, self.left() - 2.0), "--commit", self.commit, "--no-page", *more,
@@ -281,7 +279,7 @@ class Run:
         return self.step(name, command, needs)
 
     def model(self) -> list[str]:
-        """The synthetic file, for the programs of benchmarks/: the 26B's, kept for the next call."""
+        """Arguments of benchmarks/*.py for the synthetic model; the 26B's file is kept for later calls."""
         if self.options.dry_run:
             return ["--shape", "tiny", "--folder", str(self.folder)]
         return ["--shape", "26b-a4b", "--folder", str(self.options.folder)]
@@ -303,15 +301,15 @@ class Run:
         command = [ncu, "--clock-control", "none", "--metrics", "gpu__time_duration.sum", "--csv"]
         command += ["--cache-control", "none", "--profile-from-start", "off", "--log-file", str(csv), *run]
         self.step("profile", command, 60, GGML_CUDA_DISABLE_GRAPHS="1")
-        if csv.exists():  # else the file says what ncu lacks
-            found = ["--results", self.results, "--commit", self.commit]
-            self.step("kernels", self.python(script, "table", csv, *found), 1)
+        if csv.exists():  # on failure it has ncu's error
+            results = ["--results", self.results, "--commit", self.commit]
+            self.step("kernels", self.python(script, "table", csv, *results), 1)
 
     def page(self) -> int:
-        """OUT/page.md from all findings in the folder, and a summary; returns how many failed just now."""
-        made = said(sys.executable, str(ROOT / "benchmarks/gpu_page.py"), str(self.results))
+        """Write OUT/page.md from all findings, print a summary, and return the number of new failures."""
+        lines = output_lines(sys.executable, str(ROOT / "benchmarks/gpu_page.py"), str(self.results))
         new = self.out / "page.md.new"
-        new.write_text("\n".join(made or ["no page: benchmarks/gpu_page.py failed on results.jsonl"]) + "\n")
+        new.write_text("\n".join(lines or ["no page: benchmarks/gpu_page.py failed on results.jsonl"]) + "\n")
         new.replace(self.out / "page.md")
         found = gpu_findings.read(self.results)[self.n_before :]
         failed = [entry for entry in found if entry.get("ok") is False or "error" in entry]
@@ -332,12 +330,12 @@ class Run:
 
 
 def runs_on(architectures: str, capability: str) -> bool:
-    """Whether code for CMake's architectures ("80-real;90a-real") runs on a card."""
+    """Return whether code for CMake's architectures ("80-real;90a-real") runs on a GPU."""
     number = int(capability.replace(".", ""))
     for one in architectures.split(";"):
         digits = int("".join(filter(str.isdigit, one)) or 0)
-        # "90a-real" runs on 9.0 alone, "86-real" on 8.6 and later ones of 8, PTX on all later ones; what has
-        # no number ("all") is taken to run on any.
+        # "90a-real" runs on 9.0 only, "86-real" on 8.6 and later 8.x, PTX on all later ones. Names without a
+        # number ("all") are assumed to run on any GPU.
         specific = "a" in one.partition("-")[0] and digits > 0
         same_major = digits // 10 == number // 10 or "real" not in one
         if digits == number or (not specific and digits < number and (same_major or digits == 0)):
@@ -346,7 +344,7 @@ def runs_on(architectures: str, capability: str) -> bool:
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a program and all that it started."""
+    """End a program and all processes that it started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -357,7 +355,8 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def said(*command: str) -> list[str]:
+def output_lines(*command: str) -> list[str]:
+    """Return a command's output; empty if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
         return done.stdout.strip().splitlines()
@@ -366,13 +365,13 @@ def said(*command: str) -> list[str]:
 
 
 def cmake_error(text: str) -> str | None:
-    """The last error that CMake printed, which it wraps and indents, as one line."""
+    """Return CMake's last error in a log as one line, without wrapping and indentation."""
     found = re.findall(r"CMake Error at [^\n]*:\n((?: +[^\n]*\n|\n)+)", text)
     return " ".join(found[-1].split()) if found else None
 
 
 def text_from(log: Path, begin: int) -> str:
-    """What was added to a log from a byte on; nothing where there is no log."""
+    """Return a log's text from byte ``begin`` on; empty if there is no log."""
     return log.read_bytes()[begin:].decode(errors="replace") if log.exists() else ""
 
 
@@ -381,12 +380,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("call", choices=list(DEFAULT_SECONDS))
-    parser.add_argument("--seconds", type=float, help="the run ends itself within them")
+    parser.add_argument("--seconds", type=float, help="time limit of the run")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")))
     parser.add_argument("--kit", type=Path, default=ROOT / "build/gpu-kit/bundle")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="for models of up to 17 GB")
     parser.add_argument("--device", default="CUDA0")
-    parser.add_argument("--commit", help="of the tree, where git is not there to tell it")
+    parser.add_argument("--commit", help="of the tree, if git is not available")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(argv)
     options.seconds = options.seconds or DEFAULT_SECONDS[options.call]
@@ -400,11 +399,11 @@ def main() -> int:
     try:
         run = Run(options)
     except OSError as error:
-        print(f"gpu_run: {error}: --out and --folder take folders that can be written to", file=sys.stderr)
+        print(f"gpu_run: {error}: --out and --folder must be writable folders", file=sys.stderr)
         return 1
     code, n_failed = 0, 0
     try:
-        run.look()
+        run.check_machine()
         run.install()
         for call in ("check", "bench", "profile") if options.call == "all" else (options.call,):
             getattr(run, call)()

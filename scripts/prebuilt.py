@@ -1,12 +1,12 @@
-"""Archives of native/ and ggml, built on one machine and linked on another: key, packing, checking.
+"""Pack static libraries of native/ and ggml into a kit, and check that they fit where they are linked.
 
-    python scripts/prebuilt.py key --flags="..."             # digest of all that the archives are made from
+    python scripts/prebuilt.py key --flags="..."             # digest of all inputs of the build
     python scripts/prebuilt.py pack BUILD_TREE KIT --flags="..." [--key KEY]
     python scripts/prebuilt.py unpack KIT DIR
     python scripts/prebuilt.py check DIR --compiler "GNU 13.2.0"
 
-scripts/gpu_prepare.sh packs, scripts/gpu_run.py unpacks, cmake/prebuilt.cmake checks. Needs only the standard
-library. Exit code 1 with one line on stderr when something is wrong.
+Used by scripts/gpu_prepare.sh (pack), scripts/gpu_run.py (unpack) and cmake/prebuilt.cmake (check). Needs
+only the standard library. On an error, prints one line to stderr and exits with 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHIVES = ("pydiffusion_native", "ggml", "ggml-base", "ggml-cpu", "ggml-cuda")
 MANIFEST = "manifest.json"
 PACKED = "archives.tar.xz"
-# What the archives are made from; the bindings are compiled where they are linked.
+# Inputs of the libraries, without the bindings, which are compiled on the target machine.
 SOURCES = (
     "native", "vendor/ggml.lock", "vendor/patches",
     "cmake/ggml.cmake", "cmake/native.cmake", "cmake/cuda.cmake", "cmake/sanitizers.cmake",
@@ -39,7 +39,7 @@ NOT_SOURCES = ("native/bindings/", "native/tests/")
 
 
 class KitError(Exception):
-    """The kit can't be made or used; the text says why and what to do."""
+    """A kit can't be built or used; the message says why and what to do."""
 
 
 def source_files() -> Iterator[Path]:
@@ -53,7 +53,7 @@ def source_files() -> Iterator[Path]:
 
 
 def source_key() -> str:
-    """sha256 over paths and contents of the sources, 16 hex digits."""
+    """Return the first 16 hex digits of a SHA-256 over the sources' paths and contents."""
     digest = hashlib.sha256()
     for file in source_files():
         digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0")
@@ -62,18 +62,18 @@ def source_key() -> str:
 
 
 def build_key(flags: str) -> str:
-    """The same with the flags that they are built with, and the compiler."""
-    said = " ".join([source_key(), flags, compiler_here()])
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
+    """Return a digest of sources, build flags and compiler."""
+    inputs = " ".join([source_key(), flags, compiler_here()])
+    return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
 
 def compiler_here() -> str:
-    """As CMake names it: "GNU 12.2.0"."""
+    """Return the C++ compiler in CMake's form: "GNU 12.2.0"."""
     command = os.environ.get("CXX", "c++")
     try:
         text = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise KitError(f"no C++ compiler: {command} does not run ({error})") from error
+        raise KitError(f"no C++ compiler: {command} does not run ({error}); set CXX") from error
     version = re.search(r"\d+\.\d+\.\d+", text)
     if not version:
         raise KitError(f"can't read the version of {command} from {text.splitlines()[:1]}")
@@ -81,7 +81,7 @@ def compiler_here() -> str:
 
 
 def commit_here() -> str:
-    """The commit of this tree, with "+" where files differ from it; "unknown" outside git."""
+    """Return this tree's commit, with "+" if files differ from it; "unknown" outside of git."""
     git = ["git", "-C", str(ROOT)]
     try:
         found = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
@@ -94,16 +94,16 @@ def commit_here() -> str:
 
 
 def pack(tree: Path, kit: Path, flags: str, key: str | None = None) -> None:
-    """Put the archives of a CMake build tree, ggml's headers and a manifest into ``kit``.
+    """Pack the libraries of a CMake build tree, ggml's headers and a manifest into ``kit``.
 
-    key: what ``build_key`` gave before the build; KitError where the sources have changed since.
+    key: ``build_key`` from before the build; raises KitError if the sources have changed since.
     """
     if key is not None and key != build_key(flags):
-        raise KitError("the sources changed while they were compiled: call gpu_prepare.sh again")
+        raise KitError("the sources changed while they were compiled: run gpu_prepare.sh again")
     found = {name: sorted(tree.rglob(f"lib{name}.a")) for name in ARCHIVES}
     missing = [name for name, paths in found.items() if not paths and name != "ggml-cuda"]
     if missing:
-        raise KitError(f"{tree} has no lib{missing[0]}.a: was it built?")
+        raise KitError(f"{tree} has no lib{missing[0]}.a: build it first")
     manifest = {
         "sources": source_key(),
         "build": build_key(flags),
@@ -114,7 +114,7 @@ def pack(tree: Path, kit: Path, flags: str, key: str | None = None) -> None:
         "commit": commit_here(),
     }
     kit.mkdir(parents=True, exist_ok=True)
-    (kit / MANIFEST).unlink(missing_ok=True)  # a kit without it is none, should this end half-way
+    (kit / MANIFEST).unlink(missing_ok=True)  # marks the kit as incomplete until it is written again
     with tarfile.open(kit / PACKED, "w:xz", preset=2) as packed:
         for name, paths in found.items():
             if paths:
@@ -125,9 +125,9 @@ def pack(tree: Path, kit: Path, flags: str, key: str | None = None) -> None:
 
 
 def unpack(kit: Path, target: Path) -> None:
-    """Unpack a kit to where cmake/prebuilt.cmake can link it; nothing is left where that fails."""
+    """Unpack a kit for cmake/prebuilt.cmake; removes ``target`` on failure."""
     if not (kit / MANIFEST).is_file() or not (kit / PACKED).is_file():
-        raise KitError(f"{kit} is no kit, or an unfinished one: make it with scripts/gpu_prepare.sh")
+        raise KitError(f"{kit} is not a kit, or an incomplete one: build it with scripts/gpu_prepare.sh")
     try:
         with tarfile.open(kit / PACKED, "r:xz") as tar:
             if hasattr(tarfile, "data_filter"):
@@ -138,13 +138,13 @@ def unpack(kit: Path, target: Path) -> None:
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
         shutil.rmtree(target, ignore_errors=True)
         raise KitError(
-            f"{kit / PACKED} can't be unpacked ({error}): is there room in {target.parent}, is it whole? "
-            "scripts/gpu_prepare.sh makes it again"
+            f"{kit / PACKED} can't be unpacked ({error}): check for free space in {target.parent}, or build "
+            "the kit again with scripts/gpu_prepare.sh"
         ) from error
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
-    """What a kit, packed or not, says of itself."""
+    """Read the manifest of a packed or unpacked kit."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         wanted = ("sources", "flags", "compiler", "libc", "machine", "commit")
@@ -158,35 +158,39 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def check(folder: Path, compiler: str, kit: Path | None = None) -> None:
-    """Raise KitError unless the archives fit this tree, this compiler and this system.
+    """Raise KitError unless the libraries fit this tree, compiler and system.
 
-    kit: where they were unpacked from, to be named instead.
+    kit: folder of the packed kit, for error messages.
     """
     manifest = read_manifest(folder)
     kit = kit or folder
     missing = [name for name in ARCHIVES[:-1] if not (folder / f"lib/lib{name}.a").is_file()]
     if missing:
-        raise KitError(f"{folder}/lib has no lib{missing[0]}.a: make the kit again (scripts/gpu_prepare.sh)")
-    again = "make the kit again with scripts/gpu_prepare.sh"
+        raise KitError(
+            f"{folder}/lib has no lib{missing[0]}.a: build the kit again with scripts/gpu_prepare.sh"
+        )
+    rebuild = "build the kit again with scripts/gpu_prepare.sh"
     if manifest["sources"] != source_key():
         raise KitError(
-            f"the archives in {kit} are of other sources (commit {manifest['commit']}) than this tree "
-            f"(commit {commit_here()}): {again}"
+            f"the libraries in {kit} are from other sources (commit {manifest['commit']}) than this tree "
+            f"(commit {commit_here()}): {rebuild}"
         )
-    made_id, _, made_version = manifest["compiler"].partition(" ")
+    kit_id, _, kit_version = manifest["compiler"].partition(" ")
     here_id, _, here_version = compiler.partition(" ")
-    if here_id != made_id or _numbers(here_version)[:1] < _numbers(made_version)[:1]:
+    if here_id != kit_id or _numbers(here_version)[:1] < _numbers(kit_version)[:1]:
         raise KitError(
-            f"the archives in {kit} were compiled by {manifest['compiler']}, and {compiler} can't link "
-            f"them: choose another compiler (CXX), or {again}"
+            f"the libraries in {kit} were compiled by {manifest['compiler']}, and {compiler} can't link "
+            f"them: choose another compiler (CXX), or {rebuild}"
         )
     if platform.machine() != manifest["machine"]:
         raise KitError(
-            f"the archives in {kit} are for {manifest['machine']}, not {platform.machine()}: {again}"
+            f"the libraries in {kit} are for {manifest['machine']}, not {platform.machine()}: {rebuild}"
         )
     libc = " ".join(platform.libc_ver())
     if _numbers(libc) < _numbers(manifest["libc"]):
-        raise KitError(f"the archives in {kit} need {manifest['libc']}, here is {libc}: {again}")
+        raise KitError(
+            f"the libraries in {kit} need {manifest['libc']}, but this system has {libc}: {rebuild}"
+        )
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
-"""Fixtures for every test file: small GGUFs made once per session, the circulating samples, the reference.
+"""Fixtures of all tests: small GGUFs made once per session, the circulating samples, the reference.
 
-What a skip leaves unchecked is said in its reason (pytest prints them: ``-ra`` is set in pyproject.toml),
-and the figures that the parity tests measure are printed at the end of the run.
+Reasons of skips say what was not checked (printed, as pyproject.toml sets ``-ra``), and the parity tests'
+measurements are printed at the end of the run.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _use_what_is_installed() -> None:
-    """``python -m pytest`` puts the current folder first: of this one, it would import a source that has no
-    compiled part, before what is installed.
+    """``python -m pytest`` puts the current folder first on the path: in this one, that would import a source
+    without its compiled extension instead of the installed package.
     """
     compiled = [REPOSITORY / "pydiffusion" / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
     if not any(path.exists() for path in compiled):
@@ -66,8 +66,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session", autouse=True)
 def _away_from_the_source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests run in an empty folder: programs started in the repository would import its source, not what is
-    installed."""
+    """Tests run in an empty folder: programs started in the repository would import its source instead of the
+    installed package.
+    """
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("current-folder"))
     yield
@@ -76,7 +77,7 @@ def _away_from_the_source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Call it with a line of figures: the lines stand at the end of the test run."""
+    """Call it with a line of measurements: they are printed at the end of the test run."""
     return request.config.stash[_figures].append
 
 
@@ -97,7 +98,7 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small checkpoint folder with everything that the converter reads; of each test file its own."""
+    """A small checkpoint folder with everything that the converter reads, one per test file."""
     return make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
 
 
@@ -142,7 +143,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 @pytest.fixture(scope="session")
 def circulating() -> Path:
-    """Folder of the sample files of llama.cpp's pull request 24423; skips loudly where they are not."""
+    """Folder of the sample files of llama.cpp's pull request 24423; skipped where missing."""
     folder = Path(os.environ.get("PYDIFFUSION_CIRCULATING", REPOSITORY.parent / "shared/data/circulating"))
     if not (folder / "small-f32.gguf").is_file():
         pytest.skip(
@@ -161,6 +162,16 @@ def _reference_is_missing() -> str:
         if found != version:
             return f"{name} is {found}, not {version}"
     return ""
+
+
+def pytest_sessionstart() -> None:
+    """PYDIFFUSION_REQUIRE_AMX: stop where the CPU has no AMX, instead of skipping its kernels' tests."""
+    from pydiffusion import _native
+
+    if os.environ.get("PYDIFFUSION_REQUIRE_AMX") and "amx" not in _native.kernels():
+        raise pytest.UsageError(
+            f"PYDIFFUSION_REQUIRE_AMX is set, but this CPU can run the kernels {_native.kernels()} only"
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,6 @@
-"""Bring the pinned ggml with our patches into ``vendor/ggml`` and prove that it is that one.
+"""Fetch the pinned ggml into ``vendor/ggml``, apply our patches and verify the digest.
 
-Run by CMake at configure time; needs only the standard library and pip. When the source can't be fetched
+CMake runs it at configure time; it needs only the standard library and pip. If the source can't be fetched
 or is not the pinned one, the exit code is 1 and the last line on stderr says what to do.
 """
 
@@ -27,7 +27,7 @@ LOCK = HERE / "ggml.lock"
 PATCHES = HERE / "patches"
 TARGET = HERE / "ggml"
 
-# Of ggml's folders, those that we build, and the files at the top of src/.
+# The folders of ggml that we build, and the files at the top of src/.
 WANTED = re.compile(
     r"[^/]+/vendor/llama\.cpp/ggml/"
     r"(CMakeLists\.txt|cmake/.+|include/.+|src/[^/]+|src/(ggml-cpu|ggml-cuda|ggml-metal)/.+)$"
@@ -36,18 +36,18 @@ PREFIX = re.compile(r"^[^/]+/vendor/llama\.cpp/ggml/")
 
 
 class FetchError(Exception):
-    """The source can't be fetched, or is not what the lock file says."""
+    """The source can't be fetched, or is not the pinned one."""
 
 
 @dataclass(frozen=True)
 class Pin:
-    """What ggml.lock says."""
+    """Contents of ggml.lock."""
 
-    requirement: str  # as pip takes it, with the archive's hash
+    requirement: str  # in pip's format, with the archive's hash
     ggml: str  # version
     megabytes: str  # of the archive
     digest: str  # of the unpacked tree
-    patched: str  # of the same after the patches
+    patched: str  # of the tree after the patches
 
     @property
     def package(self) -> str:
@@ -85,8 +85,8 @@ def tree_digest(root: Path) -> str:
     return digest.hexdigest()
 
 
-def placed_archive(pin: Pin) -> Path | None:
-    """The archive that somebody put beside this file."""
+def find_local_archive(pin: Pin) -> Path | None:
+    """The archive that a user put beside this file, if any."""
     path = HERE / pin.archive
     if not path.is_file():
         return None
@@ -97,50 +97,50 @@ def placed_archive(pin: Pin) -> Path | None:
 
 
 def download(pin: Pin, folder: Path) -> Path:
-    """The archive from the package index; pip refuses it when the hash differs."""
+    """Download the archive from the package index; pip rejects a wrong hash."""
     if importlib.util.find_spec("pip") is None:
         raise FetchError(
-            f"{sys.executable} has no pip to fetch {pin.package} with: python -m ensurepip "
+            f"{sys.executable} has no pip to fetch {pin.package} with: run python -m ensurepip "
             f"(Debian: apt install python3-pip), or put {pin.archive} into {HERE}"
         )
     what = f"{pin.package} ({pin.megabytes} MB, with ggml {pin.ggml} in it)"
     print(f"fetch_ggml: fetching {what} from the package index with pip", flush=True)
     lines = folder / "requirements.txt"
     lines.write_text(pin.requirement + "\n", encoding="utf-8")
-    # No binary of this package alone: else pip would compile what it is built with, CMake among it.
+    # --no-binary for this package only: else pip would also compile its build requirements, such as CMake.
     options = ["--no-binary", pin.package.partition("==")[0], "--no-deps", "--require-hashes", "--no-input"]
     options += ["--quiet", "--disable-pip-version-check", "--dest", str(folder), "--requirement", str(lines)]
     seconds = time_limit()
     try:
-        code, said = run([sys.executable, "-m", "pip", "download", *options], seconds, folder)
+        code, output = run([sys.executable, "-m", "pip", "download", *options], seconds, folder)
     except subprocess.TimeoutExpired:
         raise FetchError(
-            f"pip had not fetched {pin.package} after {seconds:g} s and was ended: {remedies(pin)}; "
-            "PYDIFFUSION_FETCH_TIMEOUT=SECONDS gives it longer"
+            f"pip did not finish {pin.package} and was stopped after {seconds:g} s: {remedies(pin)}; "
+            "PYDIFFUSION_FETCH_TIMEOUT=SECONDS sets another limit"
         ) from None
     archives = list(folder.glob("*.tar.gz"))
     if code == 0 and len(archives) == 1:
         return archives[0]
-    if "DO NOT MATCH THE HASHES" in said:
-        got = re.search(r"Got +([0-9a-f]{64})", said)
+    if "DO NOT MATCH THE HASHES" in output:
+        got = re.search(r"Got +([0-9a-f]{64})", output)
         raise FetchError(
-            f"what pip got as {pin.package} has sha256 {got.group(1) if got else 'unknown'}, pinned is "
-            f"{pin.sha256}: a proxy, a mirror or pip's cache gives another file (pip cache purge empties the "
-            "cache, PIP_INDEX_URL names another index)"
+            f"the download {pin.package} has sha256 {got.group(1) if got else 'unknown'}, pinned is "
+            f"{pin.sha256}: a proxy, a mirror or pip's cache serves another file (pip cache purge empties "
+            "the cache, PIP_INDEX_URL sets another index)"
         )
-    print(said.strip(), file=sys.stderr)
+    print(output.strip(), file=sys.stderr)
     raise FetchError(f"pip could not download {pin.package}, see above: {remedies(pin)}")
 
 
 def remedies(pin: Pin) -> str:
     return (
-        "check the network and the proxy (HTTPS_PROXY), name another index (PIP_INDEX_URL), or put "
+        "check the network and the proxy (HTTPS_PROXY), set another index (PIP_INDEX_URL), or put "
         f"{pin.archive} into {HERE}"
     )
 
 
 def time_limit() -> float | None:
-    """Seconds that pip may take; None for any time."""
+    """Time limit of pip in seconds; None for no limit."""
     text = os.environ.get("PYDIFFUSION_FETCH_TIMEOUT", "300")
     try:
         seconds = float(text)
@@ -152,7 +152,7 @@ def time_limit() -> float | None:
 
 
 def run(command: list[str], seconds: float | None, scratch: Path) -> tuple[int, str]:
-    """Exit code and output; the command and all that it started end with its time, or with this program."""
+    """Exit code and output of ``command``. Kills it and its children on a timeout or interrupt."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -160,11 +160,11 @@ def run(command: list[str], seconds: float | None, scratch: Path) -> tuple[int, 
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={**os.environ, "TMPDIR": str(scratch)},  # which goes even if pip can't clean up
+        env={**os.environ, "TMPDIR": str(scratch)},  # deleted even if pip can't clean up
         start_new_session=True,
     )
     try:
-        said, _ = process.communicate(timeout=seconds)
+        output, _ = process.communicate(timeout=seconds)
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             if hasattr(os, "killpg"):
@@ -173,11 +173,11 @@ def run(command: list[str], seconds: float | None, scratch: Path) -> tuple[int, 
                 process.kill()
         process.wait()
         raise
-    return process.returncode, said
+    return process.returncode, output
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Unpack the wanted files of ``archive`` into ``target``; links and odd names are refused."""
+    """Unpack the wanted files of ``archive`` into ``target``; refuse links and paths outside of it."""
     with tarfile.open(archive) as tar:
         for member in tar:
             if not WANTED.match(member.name) or member.isdir():
@@ -195,7 +195,7 @@ def unpack(archive: Path, target: Path) -> None:
 
 
 def patched_text(text: str, hunks: list[str], where: str) -> str:
-    """The text with the hunks of a unified diff applied; every line must be where the diff says."""
+    """Apply the hunks of a unified diff without fuzz."""
     lines, result, at = text.splitlines(keepends=True), [], 0
     for hunk in hunks:
         head, *body = hunk.splitlines(keepends=True)
@@ -209,7 +209,7 @@ def patched_text(text: str, hunks: list[str], where: str) -> str:
 
 
 def apply_patches(root: Path) -> None:
-    """Apply vendor/patches in the order of their names; what stands before a diff is its reason."""
+    """Apply vendor/patches in order of their names; the text before a diff is ignored."""
     for patch in sorted(PATCHES.glob("*.patch")):
         for diff in re.split(r"^--- a/", patch.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
             names, *hunks = re.split(r"^@@ ", diff, flags=re.MULTILINE)
@@ -225,11 +225,11 @@ def require_digest(root: Path, expected: str, what: str) -> None:
 
 
 def fetch(pin: Pin, *, check: bool = True) -> Pin:
-    """Download, check, patch and put in place; returns the pin with the size and digests of what came."""
+    """Download, check, patch and install ggml; returns the pin with the new size and digests."""
     with tempfile.TemporaryDirectory(dir=HERE, prefix=".fetch-") as name:
         folder = Path(name)
         unpacked = folder / "ggml"
-        archive = placed_archive(pin) or download(pin, folder)
+        archive = find_local_archive(pin) or download(pin, folder)
         unpack(archive, unpacked)
         before = tree_digest(unpacked)
         if check:
@@ -242,9 +242,9 @@ def fetch(pin: Pin, *, check: bool = True) -> Pin:
 
 
 def update(pin: Pin) -> None:
-    """Fetch anew and write size and digests of what came into the lock."""
+    """Fetch ggml and write its size and digests to ggml.lock."""
     if TARGET.exists():
-        raise FetchError(f"{TARGET} is there: delete it, so that what is pinned is fetched")
+        raise FetchError(f"{TARGET} exists: delete it, so that the pinned version is fetched")
     new = fetch(pin, check=False)
     text = LOCK.read_text(encoding="utf-8")
     for name, value in (
@@ -256,24 +256,24 @@ def update(pin: Pin) -> None:
     LOCK.write_text(text, encoding="utf-8")
 
 
-def bring(pin: Pin) -> None:
-    """Have the pinned ggml with our patches in place."""
+def ensure(pin: Pin) -> None:
+    """Make sure that ``vendor/ggml`` is the pinned ggml with our patches."""
     if not TARGET.is_dir():
         fetch(pin)
     elif tree_digest(TARGET) == pin.digest != pin.patched:
-        apply_patches(TARGET)  # a tree from before there were patches
+        apply_patches(TARGET)  # an unpatched tree, from an older checkout
     require_digest(TARGET, pin.patched, "pinned ggml with vendor/patches")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--update", action="store_true", help="fetch anew, and write digests to ggml.lock")
+    parser.add_argument("--update", action="store_true", help="fetch ggml and write its digests to ggml.lock")
     options = parser.parse_args()
     try:
         if options.update:
             update(read_lock())
         else:
-            bring(read_lock())
+            ensure(read_lock())
     except (FetchError, OSError, tarfile.TarError) as error:
         print(f"fetch_ggml: {error}", file=sys.stderr)
         return 1
@@ -284,8 +284,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    for name in ("SIGTERM", "SIGHUP"):  # pip and what it started end with us
+    for name in ("SIGTERM", "SIGHUP"):  # so that pip and its children are killed too
         number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
             signal.signal(number, signal.default_int_handler)
     raise SystemExit(main())

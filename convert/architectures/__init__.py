@@ -1,1 +1,1 @@
-"""Model architectures that can be converted, and opening a source of one."""
+"""Supported architectures, and opening a source of one."""

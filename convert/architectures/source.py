@@ -1,24 +1,33 @@
-"""What is converted: a folder or a GGUF, as a list of tensors to read and the metadata to write."""
+"""Sources of a conversion: a checkpoint folder or a GGUF, as tensors to read and metadata to write."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pydiffusion import _native
 from pydiffusion._util.atomic import explaining
 from pydiffusion.convert.architectures.diffusion_gemma import metadata, vocabulary
-from pydiffusion.convert.architectures.diffusion_gemma.config import read_sampler_config, read_text_config
+from pydiffusion.convert.architectures.diffusion_gemma.config import (
+    TextConfig,
+    read_sampler_config,
+    read_text_config,
+)
 from pydiffusion.convert.architectures.diffusion_gemma.inventory import Inventory
 from pydiffusion.convert.architectures.diffusion_gemma.metadata import ARCHITECTURE, QUANTIZATION_VERSION
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import FLOAT32_KINDS, split_name
+from pydiffusion.convert.checkpoint.hub import find_checkpoint
 from pydiffusion.convert.checkpoint.safetensors_files import INDEX, Checkpoint
 from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT, Value
 from pydiffusion.convert.gguf.reader import open_parts
 from pydiffusion.convert.gguf.tensor_reads import ReadBytes
 from pydiffusion.errors import ConversionError
+
+if TYPE_CHECKING:
+    from pydiffusion import _native
 
 _SMALL_FILES = (
     "config.json",
@@ -33,7 +42,7 @@ _SMALL_FILES = (
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor under its name in a GGUF, its type and shape in the source, and how to read it."""
+    """A tensor: its GGUF name, its type and shape in the source, and a function to read it."""
 
     name: str
     type: str
@@ -43,7 +52,7 @@ class SourceTensor:
 
 @dataclass
 class Source:
-    """An open source. ``metadata`` is complete but for what the recipe decides."""
+    """An open source. ``metadata`` is complete except for what the recipe decides."""
 
     path: Path
     files: list[Path]
@@ -54,17 +63,27 @@ class Source:
 
 
 @contextlib.contextmanager
-def open_source(path: Path) -> Iterator[Source]:
-    """A folder or a GGUF, whichever ``path`` is."""
-    with open_folder(path) if path.is_dir() else open_gguf(path) as source:
-        yield source
+def open_source(source: str | os.PathLike[str], revision: str | None = None) -> Iterator[Source]:
+    """Open a checkpoint folder, a Hugging Face repo id, or a GGUF."""
+    found = find_checkpoint(source, revision)
+    opener = open_gguf(found.path) if found.path.is_file() else open_folder(found.path, found.name)
+    with opener as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Iterator[Source]:
+    """Open a checkpoint folder or a Hugging Face repo id."""
+    found = find_checkpoint(source, revision)
+    with open_folder(found.path, found.name) as opened:
+        yield opened
 
 
 @contextlib.contextmanager
 def open_folder(folder: Path, name: str = "") -> Iterator[Source]:
-    """A checkpoint folder, all of it checked. ConversionError names the file, key or tensor.
+    """Open and validate a checkpoint folder. Raises ConversionError naming the file, key or tensor.
 
-    ``name``: of the model, where it is not the folder's.
+    ``name``: the model's name if it differs from the folder's.
     """
     notes: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -92,8 +111,8 @@ def open_folder(folder: Path, name: str = "") -> Iterator[Source]:
 
 @contextlib.contextmanager
 def open_gguf(path: Path) -> Iterator[Source]:
-    """A GGUF, any part of a split one standing for all. ModelFormatError when it is damaged or a part is
-    missing, ConversionError when it is of another architecture.
+    """Open a GGUF, or any part of a split one. Raises ModelFormatError if it is damaged or a part is missing,
+    ConversionError if it has another architecture.
     """
     parts = open_parts(path)
     architecture = parts.metadata.get("general.architecture")
@@ -107,12 +126,20 @@ def open_gguf(path: Path) -> Iterator[Source]:
     with parts.opened() as found:
         for info, _ in found:
             _check_shape(path, info)
-        tensors = [SourceTensor(info.name, info.type, tuple(info.shape), read) for info, read in found]
+        tensors = [SourceTensor(str(info.name), info.type, tuple(info.shape), read) for info, read in found]
         yield Source(path, parts.paths, tensors, keys, alignment=parts.reader.alignment)
 
 
 def _check_shape(path: Path, info: _native.TensorInfo) -> None:
-    kind, _ = split_name(info.name)
+    kind, _ = split_name(str(info.name))
     if kind not in FLOAT32_KINDS and len(info.shape) < 2:
         shape = list(info.shape)
         raise ConversionError(f"{path}: tensor {info.name!r} should be a matrix, its shape is {shape}")
+
+
+def read_config(folder: str | os.PathLike[str]) -> TextConfig:
+    """Read the text config of a checkpoint folder or repo. Raises ConversionError."""
+    path = find_checkpoint(folder, weights=False).path
+    if not (path / "config.json").is_file():
+        raise ConversionError(f"{path}: has no config.json; give a checkpoint folder")
+    return read_text_config(path, [])

@@ -1,1 +1,1 @@
-"""Checkpoints of Hugging Face: files, safetensors, strict JSON."""
+"""Hugging Face checkpoints: hub, safetensors, strict JSON."""

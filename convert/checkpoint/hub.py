@@ -1,5 +1,6 @@
-"""Checkpoints by their repo id on the Hugging Face Hub, through ``huggingface_hub``: its cache, its token,
-its offline mode (``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``).
+"""Download checkpoints from the Hugging Face Hub with ``huggingface_hub``.
+
+Its cache, token and offline mode apply (``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _SMALL = (
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """A checkpoint on this machine; ``name``: of the model, empty where it is the folder's."""
+    """A local checkpoint; ``name``: the model's name, empty if it is the folder's."""
 
     path: Path
     name: str = ""
@@ -37,14 +38,13 @@ class LocalFolder:
 def find_checkpoint(
     source: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True
 ) -> LocalFolder:
-    """The folder of a checkpoint: ``source`` itself if that is a path, else the downloaded or cached repo.
+    """Locate a checkpoint: ``source`` itself if it is a path, else the downloaded or cached repo.
 
-    A repo id is ``OWNER/NAME``, or ``OWNER/NAME@REVISION``; a path that exists, or whose first folder does,
-    is none.
+    A repo id is ``OWNER/NAME`` or ``OWNER/NAME@REVISION``, unless it, or its first folder, exists as a path.
 
     Args:
-        revision: branch, tag or commit of a repo; None takes its main branch.
-        weights: False fetches the small files only.
+        revision: branch, tag or commit of a repo; None uses its main branch.
+        weights: False downloads the small files only.
 
     Raises:
         ConversionError: the repo is missing, gated, or can't be reached; the message says what to do.
@@ -59,7 +59,7 @@ def find_checkpoint(
 
 
 def repo_id(source: str | os.PathLike[str]) -> tuple[str, str | None] | None:
-    """(repo id, revision) if ``source`` is no path but a repo's."""
+    """(repo id, revision) if ``source`` is a repo id and not a path, else None."""
     text = os.fspath(source)
     match = _REPO.fullmatch(text) if isinstance(text, str) else None
     if match is None or Path(text).exists() or Path(text).parts[0] in ("..", ".") or _is_local(text):
@@ -80,7 +80,7 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
         ) from error
     patterns = [*_SMALL, *(_WEIGHTS if weights else ())]
     try:
-        # Files in folders of a repo are other forms of the weights, which nobody asked for.
+        # Folders of a repo contain other formats of the weights.
         return Path(
             huggingface_hub.snapshot_download(
                 repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
@@ -91,7 +91,7 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
 
 
 def _explain(error: Exception, repo: str, revision: str | None) -> str:
-    """What to do about an error of ``huggingface_hub``, told by the names that it gives them."""
+    """Explain an error of ``huggingface_hub``, recognised by class name."""
     names = {type(link).__name__ for link in _chain(error)}
     at = f"{repo}@{revision}" if revision else repo
     if names & {"GatedRepoError", "DisabledRepoError"}:

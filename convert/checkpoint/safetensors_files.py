@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint folder, single or sharded safetensors, read in pieces.
+"""Read the tensors of a checkpoint folder, single or sharded safetensors, in chunks.
 
-Headers are checked in full before any use. Data is read with plain reads, not through a mapping: a file that
-shrinks meanwhile gives an error instead of a SIGBUS, and pages that were read don't count as our memory.
+Headers are fully validated before use. Data is read with plain reads, not mmap: a file that shrinks meanwhile
+gives an error instead of a SIGBUS, and cached pages don't count as resident memory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TypeGuard
 
 import numpy as np
 
@@ -28,7 +29,7 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: ``offset`` counts from the start of the file."""
+    """A stored tensor; ``offset`` is from the start of the file."""
 
     name: str
     dtype: str
@@ -67,17 +68,17 @@ class Checkpoint:
             is_name = isinstance(shard, str) and shard.isprintable() and Path(shard).name == shard
             if not is_name or not shard.endswith(".safetensors"):
                 raise ConversionError(
-                    f"{INDEX}: tensor {name!r} lies in {shard!r:.80}, which is no file of this folder"
+                    f"{INDEX}: tensor {name!r} is stored in {shard!r:.80}, which is not a file of this folder"
                 )
         for shard in sorted(set(weight_map.values())):
             for name, tensor in self._open_file(folder / shard).items():
                 if weight_map.get(name) != shard:
-                    raise ConversionError(f"{shard}: holds {name!r}, which {INDEX} does not place there")
+                    raise ConversionError(f"{shard}: contains {name!r}, which {INDEX} does not list there")
                 self.tensors[name] = tensor
         missing = sorted(set(weight_map) - set(self.tensors))
         if missing:
             raise ConversionError(
-                f"{INDEX}: places {missing[0]!r} in {weight_map[missing[0]]}, which does not hold it"
+                f"{INDEX}: lists {missing[0]!r} in {weight_map[missing[0]]}, which does not contain it"
             )
 
     def _open_file(self, path: Path) -> dict[str, StoredTensor]:
@@ -91,7 +92,7 @@ class Checkpoint:
         length = int.from_bytes(self._read(path, 0, 8, size).tobytes(), "little")
         if length > min(_MAX_HEADER, size - 8):
             raise ConversionError(
-                f"{path}: not a safetensors file, or cut short: its header claims {length} bytes"
+                f"{path}: not a safetensors file, or truncated: its header claims {length} bytes"
             )
         header = parse_json_object(self._read(path, 8, length, size).tobytes(), f"{path}: header")
         header.pop("__metadata__", None)
@@ -107,12 +108,12 @@ class Checkpoint:
         return tensors
 
     def read(self, tensor: StoredTensor, start: int, n_bytes: int) -> np.ndarray:
-        """``n_bytes`` bytes of the tensor from byte ``start``: (n_bytes,) uint8."""
+        """Read ``n_bytes`` bytes of the tensor from byte ``start``: (n_bytes,) uint8."""
         return self._read(tensor.file, tensor.offset + start, n_bytes, None)
 
     def _read(self, path: Path, offset: int, n_bytes: int, size: int | None) -> np.ndarray:
         if size is not None and offset + n_bytes > size:
-            raise ConversionError(f"{path}: cut short: {size} bytes are too few for a safetensors file")
+            raise ConversionError(f"{path}: truncated: {size} bytes are too few for a safetensors file")
         return read_exactly(self._open[path], path, offset, n_bytes)
 
     def close(self) -> None:
@@ -125,14 +126,14 @@ class Checkpoint:
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ):
+    ) -> None:
         self.close()
 
 
 def _parse_entry(name: str, entry: object, path: Path, start: int, size: int) -> StoredTensor:
     where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict):
-        raise ConversionError(f"{where}: its header entry is no object")
+        raise ConversionError(f"{where}: its header entry is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _SIZES:
         raise ConversionError(f"{where}: unknown dtype {dtype!r:.60}")
@@ -140,13 +141,13 @@ def _parse_entry(name: str, entry: object, path: Path, start: int, size: int) ->
         raise ConversionError(f"{where}: bad shape {shape!r:.60}")
     if not _are_counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - start:
         raise ConversionError(
-            f"{where}: its data_offsets {offsets!r:.60} don't lie within the file; is it cut short?"
+            f"{where}: its data_offsets {offsets!r:.60} are not within the file; is it truncated?"
         )
     n_bytes = offsets[1] - offsets[0]
     if n_bytes != math.prod(shape) * _SIZES[dtype]:
-        raise ConversionError(f"{where}: {n_bytes} bytes don't hold a shape of {shape} in {dtype}")
+        raise ConversionError(f"{where}: {n_bytes} bytes don't match a shape of {shape} in {dtype}")
     return StoredTensor(name, dtype, tuple(shape), path, start + offsets[0], n_bytes)
 
 
-def _are_counts(value: object) -> bool:
+def _are_counts(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)

@@ -1,4 +1,4 @@
-"""JSON files read by key and type: what is missing or of the wrong type is refused by name."""
+"""Strict JSON: values are read by key and type; a missing key or a wrong type raises by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_INT = 2**31 - 1
 
 
 def read_json_object(path: Path, max_bytes: int = 1 << 30) -> dict[str, Any]:
-    """The object in ``path``; ConversionError when it is missing, not JSON, or no object."""
+    """Read the JSON object in ``path``. Raises ConversionError if it is missing, invalid or not an object."""
     try:
         size = path.stat().st_size
         if size > max_bytes:
@@ -26,7 +26,7 @@ def read_json_object(path: Path, max_bytes: int = 1 << 30) -> dict[str, Any]:
 
 
 def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
-    """As :func:`read_json_object`, from bytes. Duplicate keys, NaN and infinities are refused too."""
+    """As :func:`read_json_object`, from bytes. Also rejects duplicate keys, NaN and infinity."""
     try:
         value = json.loads(
             text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
@@ -34,7 +34,7 @@ def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{where}: not valid JSON: {error or 'nested too deeply'}") from error
     if not isinstance(value, dict):
-        raise ConversionError(f"{where}: should hold a JSON object, holds {_describe(value)}")
+        raise ConversionError(f"{where}: should contain a JSON object, contains {_describe(value)}")
     return value
 
 
@@ -50,7 +50,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _describe(value: Any) -> str:
@@ -59,11 +59,11 @@ def _describe(value: Any) -> str:
 
 
 class Fields:
-    """A JSON object whose values are asked for by key and type.
+    """A JSON object with typed getters.
 
-    Every getter takes an optional ``default``; without one, a missing key raises. A default that was used is
-    told by :meth:`note_defaults`. ``null`` counts as missing only where ``null_is_missing`` was set. Keys
-    that were asked for are remembered, so that the others can be listed.
+    Every getter takes an optional ``default``; without one, a missing key raises. :meth:`note_defaults`
+    reports the defaults used. ``null`` counts as missing only if ``null_is_missing`` is set. Keys that were
+    read are recorded, so that the others can be listed.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Fields:
         self.defaulted: list[str] = []
 
     def has(self, key: str) -> bool:
-        """Whether the key is there with a value."""
+        """Whether the key exists with a value."""
         self.asked.add(key)
         return key in self.values and not (self.null_is_missing and self.values[key] is None)
 
@@ -90,7 +90,7 @@ class Fields:
         return default, False
 
     def note_defaults(self) -> None:
-        """Tell in one note which values were taken from the reference's defaults."""
+        """Add a note with the values taken from the reference's defaults."""
         if self.defaulted:
             self.notes.append(
                 f"{self.where}: absent, the reference's defaults are used: {', '.join(self.defaulted)}"
@@ -106,7 +106,7 @@ class Fields:
     def integer(
         self, key: str, default: Any = _REQUIRED, *, minimum: int = 1, maximum: int = _MAX_INT
     ) -> int:
-        """An integer within bounds; a float or bool is none."""
+        """An integer within bounds; floats and bools are rejected."""
         value, there = self._get(key, default)
         if there and (type(value) is not int or not minimum <= value <= maximum):
             raise self.error(key, f"an integer from {minimum} to {maximum}")
@@ -143,7 +143,7 @@ class Fields:
         return Fields(value, f"{self.where}: {key}", self.notes, null_is_missing=self.null_is_missing)
 
     def one_of(self, key: str, accepted: tuple[Any, ...], default: Any = _REQUIRED) -> Any:
-        """A value out of ``accepted``; any other is a feature that this package does not implement."""
+        """One of the ``accepted`` values; any other is an unsupported feature."""
         value, _ = self._get(key, default)
         if not any(type(value) is type(choice) and value == choice for choice in accepted):
             choices = " or ".join(json.dumps(choice) for choice in accepted)

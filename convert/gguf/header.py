@@ -1,7 +1,7 @@
-"""The front part of a GGUF file: magic, metadata, tensor infos.
+"""Write a GGUF header: magic, metadata, tensor infos.
 
-``gguf.GGUFWriter`` can't write what ``quantize`` must carry over unchanged (empty arrays, empty strings),
-hence these lines; the tests read what they write with ``gguf.GGUFReader``.
+``gguf.GGUFWriter`` can't write everything that ``quantize`` has to preserve (empty arrays, empty strings);
+the tests read the result with ``gguf.GGUFReader``.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor as the header lists it; ``shape`` in C order, ``offset`` from the start of the data
-    section.
-    """
+    """Tensor info of a header; ``shape`` in C order, ``offset`` from the start of the data section."""
 
     name: str
     type: str
@@ -52,8 +50,8 @@ def align(position: int, alignment: int) -> int:
 
 
 def pack_header(metadata: Mapping[str, Value], tensors: Sequence[Placed], alignment: int) -> bytes:
-    """All bytes before the tensor data, padding included. ConversionError names a key whose value does not
-    fit.
+    """Pack all bytes before the tensor data, including padding. Raises ConversionError naming a key whose
+    value does not fit its type.
     """
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():

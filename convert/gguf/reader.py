@@ -1,4 +1,4 @@
-"""A GGUF on the disk that may be split: all parts of it seen as one file."""
+"""Read a GGUF file, or all parts of a split one as a single file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pydiffusion.errors import ConversionError
 
 @dataclass(frozen=True)
 class Parts:
-    """The native reader, and of its metadata one copy: the reader makes it anew at each access."""
+    """The native reader with a cached copy of its metadata, which the reader rebuilds at each access."""
 
     reader: _native.GgufFile
     metadata: dict[str, Any]
@@ -30,12 +30,12 @@ class Parts:
 
     @property
     def paths(self) -> list[Path]:
-        """Of all parts, in their order."""
+        """Paths of all parts, in order."""
         return [Path(path) for path in self.reader.paths]
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[list[tuple[_native.TensorInfo, ReadBytes]]]:
-        """All tensors, and how to read them without the mapping."""
+        """All tensors, each with a function that reads it without mmap."""
         paths = self.paths
         with contextlib.ExitStack() as stack:
             files = []
@@ -53,9 +53,9 @@ def _read(file: io.FileIO, path: Path, offset: int, start: int, n_bytes: int) ->
 
 
 def open_parts(path: Path) -> Parts:
-    """A GGUF, or all of a split one of which ``path`` is any part.
+    """Open a GGUF, or all parts of a split one, given any of them.
 
-    ModelFormatError when one is damaged or missing, or they don't belong together.
+    Raises ModelFormatError if a part is damaged or missing, or the parts don't belong together.
     """
     with explaining(path, "can't be read"):
         if not path.is_file():

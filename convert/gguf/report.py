@@ -1,4 +1,4 @@
-"""What a conversion tells while it runs and when it is done."""
+"""Progress and report of a conversion."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, Literal
 class ConversionProgress:
     """Passed to the ``progress`` callback after every chunk.
 
-    ``done_bytes`` and ``total_bytes`` count tensor bytes of the target and start again with each stage; what
-    an earlier run had written counts as done and as ``resumed_bytes``. ``seconds`` are those of this stage.
+    ``done_bytes`` and ``total_bytes`` count tensor bytes of the target and restart with each stage; bytes
+    written by an earlier run count as done and as ``resumed_bytes``. ``seconds`` since the stage began.
     """
 
     stage: Literal["write", "verify", "evaluate", "imatrix"]
@@ -26,13 +26,13 @@ class ConversionProgress:
 
     @property
     def bytes_per_second(self) -> float | None:
-        """The mean rate of this stage; None before anything can be said."""
+        """Mean rate of this stage; None while unknown."""
         fresh = self.done_bytes - self.resumed_bytes
         return fresh / self.seconds if fresh > 0 and self.seconds > 0 else None
 
     @property
     def seconds_left(self) -> float | None:
-        """Until this stage ends, at that rate."""
+        """Estimated seconds until this stage ends."""
         rate = self.bytes_per_second
         return None if rate is None else (self.total_bytes - self.done_bytes) / rate
 
@@ -42,12 +42,11 @@ ProgressCallback = Callable[[ConversionProgress], None]
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """The result of :func:`convert` or :func:`quantize`.
+    """Result of :func:`convert` or :func:`quantize`.
 
     ``types`` counts tensors by ggml type. ``fallbacks`` names each tensor whose rows did not fit the recipe's
-    type. ``notes`` holds all else that a careful person wants to know: what was left out, which value was
-    absent and taken from the reference's defaults, which tensor was quantized a second time. ``files``: what
-    was written, one path or those of a split file's parts; ``n_bytes`` are theirs together.
+    type. ``notes``: what was skipped, values taken from the reference's defaults, tensors quantized a second
+    time. ``files``: the file written, or the parts of a split one; ``n_bytes``: their total size.
     """
 
     source: Path

@@ -1,8 +1,8 @@
-"""What an interrupted conversion had done, so that the next run goes on from there.
+"""Resume interrupted conversions with a journal.
 
-Beside ``NAME.part``, which holds the data, lies ``NAME.part.journal``: a line that says which conversion this
-is, then a digest for each chunk that is on the disk, in the order of writing. A chunk is listed only after
-its data has been flushed, so that a process may be killed, or the power fail, at any time.
+Next to ``NAME.part``, which has the data, ``NAME.part.journal`` has a line that identifies the conversion,
+then a digest of each chunk that is on disk, in order of writing. A chunk is listed only after its data has
+been flushed, so the process may be killed, or the power fail, at any time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydiffusion.errors import ConversionError
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs at once are not told apart there
+except ImportError:  # Windows: concurrent runs are not detected there
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = "pydiffusion journal 1"
@@ -29,12 +29,12 @@ _DIGEST_BYTES = 16
 
 
 def digest_of(data: memoryview | bytes) -> bytes:
-    """The digest of a chunk."""
+    """Digest of a chunk."""
     return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
 
 
 def identity(parts: Iterable[bytes | str], files: Sequence[Path]) -> str:
-    """Of a conversion: what it will write, and the names, sizes and times of the files that it reads."""
+    """Identity of a conversion: what it writes, and the names, sizes and times of its source files."""
     whole = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     for part in parts:
         data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
@@ -47,10 +47,10 @@ def identity(parts: Iterable[bytes | str], files: Sequence[Path]) -> str:
 
 
 class Journal:
-    """The journal of one conversion; a context manager that holds a lock on it."""
+    """Journal of one conversion; a context manager that locks it."""
 
     def __init__(self, target: Path, identity: str):
-        """ConversionError when it can't be written, or another run has it."""
+        """Open and lock. Raises ConversionError if it can't be written or another run holds the lock."""
         self.path = target.with_name(f"{target.name}.part.journal")
         self.note = ""
         self.digests: list[bytes] = []
@@ -73,9 +73,9 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConversionError(
-                f"{self.path}: another run is at work on this file; wait for it, or choose another target"
+                f"{self.path}: another run is writing this file; wait for it, or choose another target"
             ) from None
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks
             pass
 
     def _read(self) -> None:
@@ -88,7 +88,7 @@ class Journal:
                     "a part of another conversion was there (other source, type or options): begun anew"
                 )
             return
-        for line in data[len(self._head) :].split(b"\n")[:-1]:  # the last one is empty, or half a line
+        for line in data[len(self._head) :].split(b"\n")[:-1]:  # the last one is empty or truncated
             try:
                 digest = bytes.fromhex(line.decode("ascii"))
             except ValueError:
@@ -98,7 +98,7 @@ class Journal:
             self.digests.append(digest)
 
     def begin(self, files: Sequence[NewFile], sizes: Sequence[int], n_steps: int) -> None:
-        """Take over what the files hold, if they are those of the journal; else make both anew."""
+        """Resume from the files if the journal matches them; else start over."""
         with explaining(self.path, "can't be read"):
             whole = all(os.fstat(f.file.fileno()).st_size == n for f, n in zip(files, sizes, strict=True))
         if not whole or len(self.digests) > n_steps:
@@ -109,20 +109,20 @@ class Journal:
         elif not self.note:
             self.note = f"resumed: {len(self.digests)} of {n_steps} chunks were there"
         with explaining(self.path, "can't be written"):
-            if self.digests:  # a line that was cut short goes
+            if self.digests:  # drops a truncated line
                 self._file.truncate(len(self._head) + len(self.digests) * len(_line(bytes(_DIGEST_BYTES))))
             else:
                 self._file.truncate(0)
                 self._write(self._head)
 
     def add(self, digest: bytes, files: Sequence[NewFile]) -> None:
-        """A chunk was written to ``files``; from time to time all of them are flushed and listed."""
+        """Record a chunk written to ``files``; flushes periodically."""
         self._pending += _line(digest)
         if time.monotonic() - self._flushed >= SECONDS_BETWEEN_FLUSHES:
             self.flush(files)
 
     def flush(self, files: Sequence[NewFile]) -> None:
-        """List all chunks that were added, once their data is on the disk."""
+        """Flush the data, then list all recorded chunks."""
         if not self._pending:
             return
         for new in files:
@@ -138,7 +138,7 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def remove(self) -> None:
-        """The conversion is done, or what it wrote is of no use."""
+        """Delete the journal: the conversion is done, or its output is unusable."""
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
 

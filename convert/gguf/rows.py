@@ -1,17 +1,18 @@
-"""Rows of weights from one type to another, and the check that what was written stands for what was read."""
+"""Convert rows of weights between tensor types, and check written rows against their source."""
 
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import cast
 
 import numpy as np
 
 from pydiffusion import _native
 from pydiffusion.errors import ConversionError
 
-# Root of the summed squared errors, relative to that of the weights, that a quantized chunk may show. About
-# the worst a block can do by design, not the usual (a tenth to a half of it): what exceeds it is the wrong
-# data, not coarse rounding. Rows mixed up show 1.4; types of few bits come near 1 on rows with outliers.
+# Maximum relative error (root of summed squares) of a quantized chunk. About the worst case of a block, not
+# the usual error (a tenth to a half of it): anything above is wrong data, not rounding. Swapped rows give
+# 1.4; types with few bits come close to 1 on rows with outliers.
 _MAX_ERROR = MappingProxyType(
     {"Q8_0": 0.03, "Q6_K": 0.10, "Q5_0": 0.25, "Q5_1": 0.25, "Q5_K": 0.15, "Q4_K": 0.25}
     | dict.fromkeys(("Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"), 0.5)
@@ -20,16 +21,16 @@ _MAX_ERROR = MappingProxyType(
     | dict.fromkeys(("IQ1_M", "IQ1_S"), 1.0)
     | dict.fromkeys(("TQ1_0", "TQ2_0"), 1.1)
 )
-# With an importance, columns of little weight may be rounded worse.
+# With an importance matrix, columns of low importance may be rounded worse.
 _WEIGHTED = 1.5
 _NO_CLOSER = 1.1
-# Blocks keep a float16 scale, so weights below about 127 * 2**-25 may vanish.
+# Blocks have a float16 scale, so weights below about 127 * 2**-25 may become 0.
 _ABSOLUTE_ERROR = 1e-5
 
 
 def row_bytes(type_name: str, n_per_row: int) -> int:
-    """Bytes that a row takes in a type; ConversionError for a type that is not known or does not divide the
-    row.
+    """Bytes per row in a type. Raises ConversionError for an unknown type or one whose blocks don't divide
+    the row.
     """
     try:
         _, block, size = _native.tensor_types()[type_name]
@@ -37,13 +38,13 @@ def row_bytes(type_name: str, n_per_row: int) -> int:
         raise ConversionError(f"tensor type {type_name!r} is not known") from None
     if n_per_row % block:
         raise ConversionError(
-            f"rows of {n_per_row} weights are no multiple of the {block} of a {type_name} block"
+            f"rows of {n_per_row} weights are not a multiple of the {block} of a {type_name} block"
         )
     return n_per_row // block * size
 
 
 def to_float32(data: np.ndarray, type_name: str, n_per_row: int) -> np.ndarray:
-    """(n_rows, bytes_per_row) uint8 of any type -> (n_rows, n_per_row) float32, a view where that is
+    """Dequantize: (n_rows, bytes_per_row) uint8 of any type -> (n_rows, n_per_row) float32, a view if
     possible.
     """
     if type_name == "F32":
@@ -52,7 +53,7 @@ def to_float32(data: np.ndarray, type_name: str, n_per_row: int) -> np.ndarray:
         return data.view(np.float16).astype(np.float32)
     if type_name == "BF16":
         return np.left_shift(data.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
-    return _native.dequantize_rows(data, type_name, n_per_row)
+    return cast(np.ndarray, _native.dequantize_rows(data, type_name, n_per_row))
 
 
 def convert_rows(
@@ -64,10 +65,10 @@ def convert_rows(
     importance: np.ndarray | None = None,
     keeps_nonfinite: bool = False,
 ) -> np.ndarray:
-    """Rows of type ``source`` as rows of type ``target``, both (n_rows, bytes_per_row) uint8.
+    """Convert rows from type ``source`` to type ``target``, both (n_rows, bytes_per_row) uint8.
 
-    Equal types are passed through byte by byte. ``importance``: weights of the columns, (n_per_row,) float32.
-    ConversionError names the tensor when a weight is not finite, unless ``keeps_nonfinite``, or does not fit.
+    Equal types are copied. ``importance``: importance of each column, (n_per_row,) float32. Raises
+    ConversionError naming the tensor if a weight is out of range, or not finite (unless ``keeps_nonfinite``).
     """
     if source == target:
         if (
@@ -88,7 +89,7 @@ def convert_rows(
 
 
 def has_nonfinite(data: np.ndarray, type_name: str, n_per_row: int) -> bool:
-    """Whether a weight of (n_rows, bytes_per_row) uint8 of any type is NaN or infinite."""
+    """Whether any weight of (n_rows, bytes_per_row) uint8 of any type is NaN or infinite."""
     return _native.find_nonfinite(data, type_name, n_per_row) >= 0
 
 
@@ -107,12 +108,11 @@ def check_rows(
     name: str,
     weighted: bool = False,
 ) -> None:
-    """Compare rows found in the target with those of the source, read again; ConversionError if they
-    disagree.
+    """Compare rows of the target with those of the source, read again. Raises ConversionError on a mismatch.
 
-    Types that keep every weight apart must match bit by bit what numpy (not the code that wrote them) makes
-    of the source; quantized ones must, dequantized, be as close to that as their blocks allow, and rows of
-    zeros (padding is made of them) be zeros still. ``weighted``: they were quantized with an importance.
+    Unquantized types must equal bit by bit what numpy (not the code that wrote them) computes from the
+    source; quantized ones must be, after dequantizing, as close as their blocks allow, and zero rows (such as
+    padding) must still be zeros. ``weighted``: they were quantized with an importance matrix.
     """
     if source == target:
         agrees = np.array_equal(written, data)
@@ -142,13 +142,13 @@ def _round_to_bfloat16(rows: np.ndarray) -> np.ndarray:
 
 
 def max_error(type_name: str, weighted: bool) -> float:
-    """Root of the summed squared errors, relative to that of the weights, that this type may show."""
+    """Maximum relative error (root of summed squares) of this type."""
     limit = _MAX_ERROR[type_name]
     return max(limit, min(_WEIGHTED * limit, _NO_CLOSER)) if weighted else limit
 
 
 def _is_close(written: np.ndarray, type_name: str, rows: np.ndarray, limit: float) -> bool:
-    """Whether rows of zeros are zeros in ``written``, and the others together within the limit."""
+    """Whether zero rows are zeros in ``written``, and the others are within the limit."""
     squares, errors = _native.row_errors(written, type_name, rows)
     if errors[squares == 0].any():
         return False

@@ -1,7 +1,7 @@
-"""Where the tensors of a conversion lie: in one file, or in the parts of a split one.
+"""Layout of a GGUF file, or of the parts of a split one.
 
-Parts are named and numbered as llama.cpp's tools do it: ``NAME-00001-of-00003.gguf``, the whole metadata in
-the first part, the keys ``split.no``, ``split.count`` and ``split.tensors.count`` in each.
+Parts are named and numbered as in llama.cpp: ``NAME-00001-of-00003.gguf``, with the whole metadata in the
+first part and the keys ``split.no``, ``split.count`` and ``split.tensors.count`` in each.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pydiffusion.convert.gguf.header import Placed, Value, align, pack_header
 from pydiffusion.errors import ConversionError
 
 SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
-_MAX_PARTS = 65535  # the keys are of 16 bits
+_MAX_PARTS = 65535  # the keys are u16
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
-_INFO_BYTES = 8 + 4 + 4 * 8 + 4 + 8  # of a tensor in a header, at most, without its name
+_INFO_BYTES = 8 + 4 + 4 * 8 + 4 + 8  # maximum size of a tensor info, without its name
 
 
 @dataclass(frozen=True)
 class Part:
-    """A file to write: all bytes before its data, and its tensors, numbered as in the whole conversion."""
+    """A file to write: header bytes and tensors; ``first`` is the index of its first tensor."""
 
     path: Path
     metadata: Mapping[str, Value]
@@ -39,9 +39,9 @@ def plan_parts(
     alignment: int,
     max_size: int | None = None,
 ) -> list[Part]:
-    """One part, or several of at most ``max_size`` bytes where a tensor alone is not larger.
+    """Plan one part, or several of at most ``max_size`` bytes, unless a single tensor is larger.
 
-    ``tensors``: (name, type, shape, bytes). ConversionError when it would be too many parts, and as
+    ``tensors``: (name, type, shape, bytes). Raises ConversionError for too many parts, and as
     ``pack_header``.
     """
     groups = _groups(metadata, tensors, alignment, max_size)
@@ -55,7 +55,7 @@ def plan_parts(
             keys[SPLIT_NO] = Value("u16", index)
             keys[SPLIT_COUNT] = Value("u16", len(groups))
             keys[SPLIT_TENSORS] = Value("i32", len(tensors))
-            if index and "general.alignment" in metadata:  # or a reader would look elsewhere
+            if index and "general.alignment" in metadata:  # readers need it in each part
                 keys["general.alignment"] = metadata["general.alignment"]
         placed, offset = [], 0
         for name, type_name, shape, size in group:
@@ -76,7 +76,7 @@ def _groups(
     if max_size is None:
         return [list(tensors)]
     groups: list[list[_Tensor]] = [[]]
-    base = len(pack_header(metadata, [], 1)) + 256  # and room for the keys of the split
+    base = len(pack_header(metadata, [], 1)) + 256  # plus the split keys
     filled = base
     for tensor in tensors:
         size = align(tensor[3], alignment) + _INFO_BYTES + len(tensor[0].encode("utf-8", "surrogateescape"))
@@ -89,19 +89,17 @@ def _groups(
 
 
 def part_path(target: Path, index: int, count: int) -> Path:
-    """The path of a part; ``target``'s own suffix ``.gguf`` and number, if any, are left out."""
+    """Path of a part; ``target``'s suffix ``.gguf`` and part number, if any, are stripped."""
     match = _NAME.fullmatch(target.name)
     stem = match[1] if match else target.name.removesuffix(".gguf")
     return target.with_name(f"{stem}-{index + 1:05d}-of-{count:05d}.gguf")
 
 
 def parse_split_size(text: str) -> int:
-    """``5G`` (10^9 bytes each, as llama.cpp's tools count), ``4GiB``, ``900M`` -> bytes. ValueError for
-    others.
-    """
+    """Parse ``5G`` (decimal, as in llama.cpp's tools), ``4GiB``, ``900M`` to bytes. Raises ValueError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)(i?)B?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0 or (match[3] and not match[2]):
-        raise ValueError(f"{text!r} is no size; write for example 5G or 4GiB")
+        raise ValueError(f"{text!r} is not a size; write for example 5G or 4GiB")
     power = 1 + "KMG".index(match[2].upper()) if match[2] else 0
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 

@@ -1,4 +1,4 @@
-"""Bytes of tensors in files, read by several threads."""
+"""Thread-safe reads of tensor bytes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ReadBytes = Callable[[int, int], np.ndarray]
 
 
 class SharedRead:
-    """A :data:`ReadBytes` that several conversions of one tensor share: between two calls of :meth:`drop` no
-    byte is read twice by a thread, as long as no range ends within another.
+    """A :data:`ReadBytes` with a cache per thread, shared by several conversions of one tensor: between two
+    calls of :meth:`drop`, a thread reads no byte twice, as long as no range ends within another.
     """
 
     def __init__(self, read: ReadBytes):
@@ -35,26 +35,26 @@ class SharedRead:
         return data
 
     def hold(self, start: int, n_bytes: int) -> None:
-        """Read this range, of which parts will be asked for."""
+        """Cache this range."""
         self(start, n_bytes)
 
     def drop(self) -> None:
-        """Forget what this thread read."""
+        """Clear this thread's cache."""
         self._local.__dict__.pop("held", None)
 
 
 def read_exactly(file: io.FileIO, path: Path, offset: int, n_bytes: int) -> np.ndarray:
-    """``n_bytes`` of an unbuffered file from ``offset``: (n_bytes,) uint8. ConversionError at its end or on
-    failure. Several threads may read one file.
+    """Read ``n_bytes`` of an unbuffered file at ``offset``: (n_bytes,) uint8. Thread-safe. Raises
+    ConversionError at the end of the file or on failure.
     """
     buffer = np.empty(n_bytes, np.uint8)
     done = 0
     try:
         while done < n_bytes:
-            count = _read_at(file, memoryview(buffer)[done:], offset + done)
+            count = _read_at(file, buffer.data[done:], offset + done)
             if not count:
                 raise ConversionError(
-                    f"{path}: ends {n_bytes - done} bytes too early; was it changed while being read?"
+                    f"{path}: truncated by {n_bytes - done} bytes; was it changed while being read?"
                 )
             done += count
     except OSError as error:
@@ -67,7 +67,7 @@ if hasattr(os, "preadv"):
     def _read_at(file: io.FileIO, buffer: memoryview, offset: int) -> int:
         return os.preadv(file.fileno(), [buffer], offset)
 
-else:  # Windows: position and reading are two calls, which threads must not mix
+else:  # Windows: seek and read are two calls and need a lock
     _position = threading.Lock()
 
     def _read_at(file: io.FileIO, buffer: memoryview, offset: int) -> int:

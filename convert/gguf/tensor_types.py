@@ -1,10 +1,10 @@
-"""ggml's tensor types that can be written: how their blocks fit rows."""
+"""Writable ggml tensor types: block sizes and fallbacks."""
 
 from __future__ import annotations
 
 from types import MappingProxyType
 
-# Weights per block of the types that can be written, and what takes over where a row is no multiple of it.
+# Weights per block, and fallback types for rows that are not a multiple of it.
 BLOCK_SIZES = MappingProxyType(
     dict.fromkeys(("F32", "F16", "BF16"), 1)
     | dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"), 32)
@@ -21,7 +21,7 @@ FALLBACKS = MappingProxyType(
 
 
 def fit_to_rows(type_name: str, n_per_row: int) -> str:
-    """``type_name``, or the first of its fallbacks whose block divides the row."""
+    """Return ``type_name``, or the first of its fallbacks whose block size divides the row."""
     while n_per_row % BLOCK_SIZES[type_name]:
         type_name = FALLBACKS[type_name]
     return type_name

@@ -1,7 +1,7 @@
-"""Write planned tensors to GGUF files chunk by chunk, reopen them and prove them right.
+"""Write planned tensors to GGUF files chunk by chunk, then reopen and verify them.
 
-All conversions end here, those of a whole family of files with one source too: each chunk of it is read once
-and becomes a chunk of every file.
+Used by all conversions. Several files can be written from one source: each chunk is read once and converted
+for every file.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -30,17 +30,17 @@ from pydiffusion.convert.gguf.split import Part, plan_parts
 from pydiffusion.convert.gguf.tensor_reads import ReadBytes, SharedRead, read_exactly
 from pydiffusion.errors import ConversionError, PyDiffusionError
 
-# Weights of a chunk: 4 MiB as float32, and a few times that in copies, for each thread.
+# Weights per chunk: 4 MiB as float32, and a few copies of that per thread.
 CHUNK_WEIGHTS = 1 << 20
 _MAX_WORKERS = 16
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to write: its type in the source and in the target, and how to read it.
+    """A tensor to write: its source and target types, and a function to read it.
 
-    ``shape`` is the target's; ``source_shape`` is smaller where zeros are padded, which ``read`` supplies.
-    ``importance``: weights of the columns for quantizing, (n_matrices, n_per_row) float32.
+    ``shape`` is the target's; ``source_shape`` is smaller if ``read`` adds zero padding. ``importance``:
+    importance of the columns for quantizing, (n_matrices, n_per_row) float32.
     """
 
     name: str
@@ -62,7 +62,7 @@ class PlannedTensor:
 
     @property
     def row_bytes(self) -> int:
-        """Of a row in the target."""
+        """Bytes per row in the target."""
         return rows.row_bytes(self.target_type, self.n_per_row)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
@@ -70,7 +70,7 @@ class PlannedTensor:
         return _spans(self.n_rows, CHUNK_WEIGHTS // max(1, self.n_per_row))
 
     def read_rows(self, start: int, count: int) -> np.ndarray:
-        """Rows of the source: (count, bytes_per_row) uint8."""
+        """Read rows of the source: (count, bytes_per_row) uint8."""
         size = rows.row_bytes(self.source_type, self.n_per_row)
         return self.read(start * size, count * size).reshape(count, size)
 
@@ -82,8 +82,8 @@ class PlannedTensor:
 
 @dataclass
 class Job:
-    """Everything that one conversion needs to know. ``resume``: what is written outlives a failure, and what
-    an earlier run left is taken up. ``split_max_size``: bytes of a file, beyond which there are several.
+    """A conversion. ``resume``: keep partial output on failure, and resume from an earlier run's.
+    ``split_max_size``: maximum bytes per file.
     """
 
     source: Path
@@ -104,7 +104,7 @@ class Job:
 
 @dataclass
 class _Output:
-    """A job and the files that it writes."""
+    """A job and its output files."""
 
     job: Job
     parts: list[Part]
@@ -120,7 +120,7 @@ class _Output:
         ]
 
     def write(self, index: int, start: int, data: np.ndarray, digest: bytes) -> None:
-        """Rows of a tensor, the first being number ``start``."""
+        """Write rows of a tensor, from row ``start``."""
         part, new, placed = self.places[index]
         offset = len(part.header) + placed.offset + start * self.job.tensors[index].row_bytes
         new.write(data.data, offset)
@@ -130,9 +130,9 @@ class _Output:
 
 
 class _Clock:
-    """Tells the progress of a stage."""
+    """Reports the progress of a stage."""
 
-    def __init__(self, jobs: Sequence[Job], stage: str):
+    def __init__(self, jobs: Sequence[Job], stage: Literal["write", "verify"]):
         self.callback, self.stage = jobs[0].progress, stage
         self.total = sum(tensor.n_rows * tensor.row_bytes for job in jobs for tensor in job.tensors)
         self.done = self.resumed = 0
@@ -142,27 +142,28 @@ class _Clock:
         self.done += n_bytes
         if self.callback is not None:
             seconds = time.perf_counter() - self.started
-            state = (self.stage, tensor, self.done, self.total, seconds, self.resumed)
-            self.callback(ConversionProgress(*state))
+            self.callback(
+                ConversionProgress(self.stage, tensor, self.done, self.total, seconds, self.resumed)
+            )
 
 
 def available_cpus() -> int:
-    """Those that this process may use."""
+    """Number of CPUs available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(job: Job, started: float) -> ConversionReport:
-    """Write ``job.target`` atomically, verified before it gets its name. ``started``: time.perf_counter()
-    then.
+    """Write ``job.target`` and verify it before renaming it into place. ``started``: time.perf_counter() at
+    the start.
     """
     return run_together([job], [], started)[0]
 
 
 def run_together(jobs: Sequence[Job], reads: Sequence[SharedRead], started: float) -> list[ConversionReport]:
-    """As :func:`run` for jobs of the same source, whose tensors read it through ``reads``: all or none."""
+    """As :func:`run` for several jobs of the same source, which read it through ``reads``; all or none."""
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(_output(job)) for job in jobs]
-        space = Counter()
+        space: Counter[Path] = Counter()
         for output in outputs:
             space[output.files[0].target.parent] += _missing_bytes(output)
         for folder, n_bytes in space.items():
@@ -176,7 +177,7 @@ def run_together(jobs: Sequence[Job], reads: Sequence[SharedRead], started: floa
 
 @contextlib.contextmanager
 def _output(job: Job) -> Iterator[_Output]:
-    """The files of a job, which get their names when the block ends."""
+    """Open the files of a job, renamed into place when the block ends."""
     planned = [
         (tensor.name, tensor.target_type, tensor.shape, tensor.n_rows * tensor.row_bytes)
         for tensor in job.tensors
@@ -193,7 +194,7 @@ def _output(job: Job) -> Iterator[_Output]:
                 yield output
             except BaseException:
                 if journal is not None:
-                    with contextlib.suppress(ConversionError):  # a full disk: what was listed before counts
+                    with contextlib.suppress(ConversionError):  # disk full: what was listed before is kept
                         journal.flush(files)
                 raise
         if journal is not None:
@@ -211,15 +212,15 @@ def _identity(job: Job, parts: list[Part]) -> str:
 
 
 def _missing_bytes(output: _Output) -> int:
-    """What the files will take beyond what they take already; of one that is mostly a hole, its blocks."""
+    """Disk space that the files still need; of a sparse file, allocated blocks count."""
     total = sum(part.n_bytes for part in output.parts)
-    with contextlib.suppress(OSError, AttributeError):  # no such figure on Windows
+    with contextlib.suppress(OSError, AttributeError):  # not available on Windows
         total -= sum(512 * new.temporary.stat().st_blocks for new in output.files)
     return max(0, total)
 
 
 def _begin(output: _Output) -> None:
-    """The headers, and in resuming the chunks that are there."""
+    """Write the headers, or resume and return the finished chunks."""
     sizes = [part.n_bytes for part in output.parts]
     if output.journal is None:
         for new, size in zip(output.files, sizes, strict=True):
@@ -234,9 +235,9 @@ def _begin(output: _Output) -> None:
 
 
 def shared_steps(tensors: Sequence[PlannedTensor]) -> Iterator[list[tuple[int, int]]]:
-    """Steps in which a tensor of the source becomes all of ``tensors``: (first row, number of rows) of each.
+    """Steps that convert one source tensor to all of ``tensors``: (first row, number of rows) of each.
 
-    Where they are padded differently, a step is of whole matrices, so that all need the same of the source.
+    If they are padded differently, a step covers whole matrices, so that all need the same source rows.
     """
     first = tensors[0]
     widest = max(1, *(tensor.n_per_row for tensor in tensors))
@@ -254,12 +255,12 @@ def _spans(total: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 class _Step(NamedTuple):
-    """A chunk of the source that becomes a chunk of every output."""
+    """A chunk of the source, converted for every output."""
 
     number: int
-    index: int  # of the tensor
+    i_tensor: int
     spans: list[tuple[int, int]]  # rows of each output
-    n_weights: int  # of the largest
+    n_weights: int  # of the largest output
 
 
 def _steps(outputs: Sequence[_Output]) -> Iterator[_Step]:
@@ -272,15 +273,17 @@ def _steps(outputs: Sequence[_Output]) -> Iterator[_Step]:
             number += 1
 
 
-def _in_order(work: Callable[[_Step], Any], steps: Iterator[_Step], n_threads: int) -> Iterator[tuple]:
-    """(step, what ``work`` makes of it), one after the other, while threads are ahead by the weights of a few
-    chunks: many steps where tensors are small, lest all threads wait for a large one before them.
+def _in_order(
+    work: Callable[[_Step], Any], steps: Iterator[_Step], n_threads: int
+) -> Generator[tuple[_Step, Any], None, None]:
+    """Yield (step, result of ``work``) in order, while threads work ahead by the weights of a few chunks: by
+    many steps if tensors are small, so that threads don't wait for a large one before them.
     """
     n_workers = min(n_threads or available_cpus(), _MAX_WORKERS)
     if n_workers < 2:
         yield from ((step, work(step)) for step in steps)
         return
-    pending: deque[tuple[_Step, Future]] = deque()
+    pending: deque[tuple[_Step, Future[Any]]] = deque()
     n_weights = 0
     with ThreadPoolExecutor(n_workers) as pool:
         try:
@@ -300,15 +303,15 @@ def _in_order(work: Callable[[_Step], Any], steps: Iterator[_Step], n_threads: i
 
 @contextlib.contextmanager
 def _held(outputs: Sequence[_Output], reads: Sequence[SharedRead], step: _Step) -> Iterator[None]:
-    """What a step needs of the source is read once within the block, however many outputs there are."""
-    index, spans = step.index, step.spans
+    """Cache the source rows of a step within the block, for all outputs."""
+    index, spans = step.i_tensor, step.spans
     if not reads:
         yield
         return
     tensors = [output.job.tensors[index] for output in outputs]
     if (
         len({tensor.n_rows for tensor in tensors}) > 1
-    ):  # whole matrices, of which each output wants other rows
+    ):  # whole matrices, from which each output needs different rows
         first, (start, count), old = tensors[0], spans[0], tensors[0].source_shape
         size = old[-2] * rows.row_bytes(first.source_type, old[-1])
         reads[index].hold(start // first.shape[-2] * size, count // first.shape[-2] * size)
@@ -327,7 +330,7 @@ def _write(outputs: Sequence[_Output], reads: Sequence[SharedRead]) -> None:
         if number < min(n_there):
             return [None] * len(outputs)
         with _held(outputs, reads, step):
-            result = []
+            result: list[tuple[np.ndarray, bytes] | None] = []
             for output, (start, count) in zip(outputs, spans, strict=True):
                 tensor = output.job.tensors[index]
                 data = _convert(tensor, tensor.read_rows(start, count), start)
@@ -351,13 +354,13 @@ def _write(outputs: Sequence[_Output], reads: Sequence[SharedRead]) -> None:
 
 
 def _convert(tensor: PlannedTensor, data: np.ndarray, start: int) -> np.ndarray:
-    """Rows of the source, the first being number ``start``, in the target's type."""
+    """Convert rows of the source, from row ``start``, to the target's type."""
     types = (tensor.source_type, tensor.target_type, tensor.n_per_row, tensor.name)
     if tensor.importance is None:
         return rows.convert_rows(data, *types, keeps_nonfinite=tensor.keeps_nonfinite)
     per_matrix = tensor.n_rows // len(tensor.importance)
     pieces, done = [], 0
-    while done < len(data):  # each expert has an importance of its own
+    while done < len(data):  # each expert has its own importance
         matrix, row = divmod(start + done, per_matrix)
         count = min(len(data) - done, per_matrix - row)
         piece = data[done : done + count]
@@ -367,11 +370,12 @@ def _convert(tensor: PlannedTensor, data: np.ndarray, start: int) -> np.ndarray:
 
 
 def _verify(outputs: Sequence[_Output], reads: Sequence[SharedRead]) -> None:
-    """Reopen the files by the reader that will load them, and compare metadata and every tensor.
+    """Reopen the files with the runtime's reader, and compare metadata and every tensor.
 
-    The digests prove that the disk holds the bytes that were computed; the comparison with the source, read
-    once more, proves that those bytes stand for the right tensor, rows and type. Together they cost a
-    fraction of a second quantization and see more: a repeated mistake would repeat its bytes.
+    The digests prove that the disk has the bytes that were computed; the comparison with the source, read
+    once more, proves that they are the right tensor, rows and type. Together they cost a fraction of
+    quantizing again and detect
+    more: a repeated bug would repeat its bytes.
     """
     try:
         for output in outputs:
@@ -392,7 +396,7 @@ def _verify(outputs: Sequence[_Output], reads: Sequence[SharedRead]) -> None:
                     clock.add(tensor.name, count * tensor.row_bytes)
     except ConversionError:
         for output in outputs:
-            if output.journal is not None:  # going on from bytes that are wrong would be of no use
+            if output.journal is not None:  # never resume from wrong bytes
                 output.journal.remove()
                 for new in output.files:
                     new.temporary.unlink(missing_ok=True)
@@ -409,7 +413,7 @@ def _verify_header(part: Part, new: atomic.NewFile) -> None:
     if [(info.name, info.type, tuple(info.shape), info.offset, info.n_bytes) for info in found] != [
         (place.name, place.type, place.shape, start + place.offset, place.n_bytes) for place in part.tensors
     ]:
-        raise ConversionError(f"{part.path}: the file just written lists other tensors than were planned")
+        raise ConversionError(f"{part.path}: the file just written lists different tensors than planned")
 
 
 def _verify_chunk(output: _Output, number: int, index: int, start: int, count: int) -> None:
@@ -417,7 +421,7 @@ def _verify_chunk(output: _Output, number: int, index: int, start: int, count: i
     tensor = output.job.tensors[index]
     size = tensor.row_bytes
     position = len(part.header) + placed.offset + start * size
-    # Read, not taken from the mapping: mapped pages would count as our memory.
+    # Plain read, not mmap: mapped pages would count as resident memory.
     written = read_exactly(new.file, new.temporary, position, count * size)
     rows.check_rows(
         written.reshape(count, size),
@@ -429,12 +433,14 @@ def _verify_chunk(output: _Output, number: int, index: int, start: int, count: i
         weighted=tensor.importance is not None,
     )
     if digest_of(written.data) != output.digests[number]:
-        raise ConversionError(f"{tensor.name}: the disk returns other bytes than were written; is it faulty?")
+        raise ConversionError(
+            f"{tensor.name}: the disk returns different bytes than were written; is it faulty?"
+        )
 
 
 def _report(output: _Output, started: float) -> ConversionReport:
     job = output.job
-    n_weights = sum(math.prod(tensor.source_shape) for tensor in job.tensors)  # no credit for zeros
+    n_weights = sum(math.prod(tensor.source_shape) for tensor in job.tensors)  # padding does not count
     n_bytes = sum(tensor.n_rows * tensor.row_bytes for tensor in job.tensors)
     return ConversionReport(
         source=job.source,
@@ -463,7 +469,7 @@ def _verify_metadata(metadata: Mapping[str, Value], reopened: _native.GgufFile) 
         raise ConversionError("the file just written has metadata keys that were not planned")
 
 
-def same_value(found: object, value: Value) -> bool:
+def same_value(found: Any, value: Value) -> bool:
     if value.type.endswith(("f32", "f32]")):
         return np.array_equal(np.float32(found), np.float32(value.value), equal_nan=True)
     if value.type.startswith("array"):

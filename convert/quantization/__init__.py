@@ -1,1 +1,1 @@
-"""Quantization: recipes, the type of each tensor, sizes, imatrix files, padding."""
+"""Quantization: recipes, type plan, sizes, imatrix files, padding."""

@@ -1,8 +1,7 @@
-"""Activation statistics ("importance matrix") in the GGUF form that llama.cpp's tools write and read.
+"""Importance matrix (imatrix) files in llama.cpp's GGUF format.
 
-For a matrix ``NAME`` the file has ``NAME.in_sum2``, the sums of the squares of the activations that met each
-column, and ``NAME.counts``, over how many rows of activations; expert tensors have one row of each per
-expert.
+For a matrix ``NAME`` the file has ``NAME.in_sum2``, the sum of squared activations per column, and
+``NAME.counts``, the number of activation rows; expert tensors have one row of each per expert.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT, Placed, Value, al
 from pydiffusion.errors import ConversionError, ModelFormatError
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-# Columns that no activation reached, and padding, keep this share of the mean: quantizers divide by sums of
+# Minimum importance relative to the mean, for unreached columns and padding: quantizers divide by sums of
 # importances.
 _FLOOR = 1e-6
-# Gate and up see the same activations, in one matrix or in two.
+# Gate and up have the same input, fused in one matrix or not.
 _SAME_INPUT = {
     "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
     "ffn_gate_exps": ("ffn_gate_up_exps",),
@@ -40,13 +39,13 @@ class Entry:
 
     @property
     def unreached(self) -> list[int]:
-        """The matrices (experts) that no activation reached."""
+        """Matrices (experts) without activations."""
         return np.flatnonzero(self.counts == 0).tolist()
 
 
 @dataclass(frozen=True)
 class Imatrix:
-    """The statistics of a model. ``datasets``: what they were gathered from."""
+    """Importance matrix of a model. ``datasets``: names of the texts it was collected from."""
 
     path: Path
     entries: Mapping[str, Entry]
@@ -57,11 +56,11 @@ class Imatrix:
     def importance(
         self, name: str, shape: tuple[int, ...], n_per_row: int, notes: list[str]
     ) -> np.ndarray | None:
-        """Weights of the columns of a tensor: (n_matrices, n_per_row) float32, or None without an entry.
+        """Importance of the columns of a tensor: (n_matrices, n_per_row) float32, or None without an entry.
 
-        ``shape`` is the tensor's in the source, ``n_per_row`` its padded length. An expert that nothing
-        reached gets the average of the others, which ``notes`` tell. ConversionError for an entry of another
-        shape.
+        ``shape``: the tensor's shape in the source; ``n_per_row``: its padded row length. Experts without
+        activations get the average of the others, with a note. Raises ConversionError if the entry's shape
+        does not match.
         """
         entry = self._find(name)
         if entry is None or len(shape) < 2:
@@ -70,19 +69,19 @@ class Imatrix:
         n_columns, n_matrices = shape[-1], int(np.prod(shape[:-2]))
         if len(sums) not in (1, n_matrices) or sums.shape[1] < n_columns or sums[:, n_columns:].any():
             raise ConversionError(
-                f"{self.path}: the entry for {name} is of {len(sums)} x {sums.shape[1]}, the tensor has "
-                f"{n_matrices} x {n_columns}; was it made for another model?"
+                f"{self.path}: the entry for {name} is {len(sums)} x {sums.shape[1]}, the tensor "
+                f"{n_matrices} x {n_columns}; was it collected for another model?"
             )
         total = counts.sum()
         if total == 0:
-            notes.append(f"{name}: the imatrix has an entry, but nothing reached it; quantized without")
+            notes.append(f"{name}: the imatrix entry has no activations; quantized without it")
             return None
         means = sums[:, :n_columns] / np.maximum(counts, 1)[:, None]
         if entry.unreached:
             means[entry.unreached] = sums[:, :n_columns].sum(axis=0) / total
             notes.append(
-                f"{name}: the imatrix never reached {len(entry.unreached)} of {len(counts)} experts; they "
-                "get the average of the others"
+                f"{name}: the imatrix has no activations for {len(entry.unreached)} of {len(counts)} experts;"
+                " they get the average of the others"
             )
         floor = _FLOOR * means.mean(axis=1, keepdims=True)
         result = np.repeat(np.where(floor > 0, floor, 1.0), n_per_row, axis=1)
@@ -99,7 +98,7 @@ class Imatrix:
 
 
 def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
-    """Read a GGUF of statistics. ModelFormatError when it is none, or damaged."""
+    """Read an imatrix GGUF. Raises ModelFormatError if it is damaged or not an imatrix."""
     path = Path(path)
     if not path.is_file():
         raise ConversionError(f"{path}: no such file; make an imatrix with `pydiffusion imatrix`")
@@ -114,7 +113,7 @@ def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
             raise ModelFormatError(f"{path}: tensor {info.name!r} is {info.type}; an imatrix has F32 only")
         values = reader.tensor_bytes(info.name).view(np.float32).copy()
         if not (np.isfinite(values).all() and (values >= 0).all()):
-            raise ModelFormatError(f"{path}: tensor {info.name!r} holds negative or non-finite numbers")
+            raise ModelFormatError(f"{path}: tensor {info.name!r} has negative or non-finite values")
         tensors[info.name] = values
     entries = {}
     for name, sums in tensors.items():
@@ -149,7 +148,7 @@ def write_imatrix(
     chunk_count: int,
     chunk_size: int,
 ) -> None:
-    """Write statistics; the file appears whole or not at all. ConversionError when that fails."""
+    """Write an imatrix GGUF atomically. Raises ConversionError if that fails."""
     resolved = atomic.resolve_target(Path(target), [], overwrite=True)
     arrays: dict[str, np.ndarray] = {}
     for name, entry in sorted(entries.items()):

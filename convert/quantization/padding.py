@@ -1,8 +1,9 @@
-"""Rows of a tensor as they are after padding, read from a source that is not padded."""
+"""Zero padding: read rows of a padded tensor from an unpadded source."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -14,10 +15,10 @@ from pydiffusion.errors import ConversionError
 
 @dataclass(frozen=True)
 class PaddedRead:
-    """A :data:`ReadBytes` of a padded tensor, in the source's type, on row boundaries.
+    """A :data:`ReadBytes` of a padded tensor, in the source's type, for whole rows.
 
-    Rows come in groups of ``old_rows``, behind which zero rows bring a group to ``new_rows``; each row of
-    ``old_columns`` is followed by zeros up to ``new_columns``.
+    Each group of ``old_rows`` rows is followed by zero rows up to ``new_rows``; each row of ``old_columns``
+    elements by zeros up to ``new_columns``.
     """
 
     read: ReadBytes
@@ -29,7 +30,8 @@ class PaddedRead:
 
     def __call__(self, start: int, n_bytes: int) -> np.ndarray:
         size = rows.row_bytes(self.source_type, self.new_columns)
-        zeros = _native.quantize_rows(np.zeros((1, self.new_columns), np.float32), self.source_type, 1)
+        zero_row = np.zeros((1, self.new_columns), np.float32)
+        zeros = cast(np.ndarray, _native.quantize_rows(zero_row, self.source_type, 1))
         result = np.empty((n_bytes // size, size), np.uint8)
         old_size = rows.row_bytes(self.source_type, self.old_columns)
         first, end = start // size, (start + n_bytes) // size
@@ -58,8 +60,8 @@ def padded_read(
 ) -> ReadBytes:
     """Wrap ``read`` of a tensor of ``old_shape`` so that it reads one of ``new_shape``.
 
-    ``n_groups``: into how many groups the rows of each matrix are divided, each padded by itself.
-    ConversionError for shapes that padding does not explain.
+    ``n_groups``: number of row groups per matrix, each padded separately. Raises ConversionError for shapes
+    that padding can't produce.
     """
     if old_shape == new_shape:
         return read

@@ -1,7 +1,7 @@
-"""The recipes as data: which class of tensor, on which layers, gets which type.
+"""Quantization recipes as data: which kinds of tensors, in which layers, get which type.
 
-The mixes are those of the files in circulation, so that a name means the same everywhere; where those depend
-on the model, they are what the released model (128 experts, two query heads per key) gets.
+The mixes are those of existing files, so that a name means the same everywhere; where those depend on the
+model, they are what the released model (128 experts, two query heads per KV head) gets.
 :mod:`pydiffusion.convert.quantization.type_plan` applies them.
 """
 
@@ -35,9 +35,9 @@ LAYERS: MappingProxyType[Layers, Callable[[int, int], bool]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Rule:
-    """These kinds of tensor, on these layers, get this type; the first rule that fits a tensor counts.
+    """These kinds of tensors, in these layers, get this type; the first matching rule counts.
 
-    ``imatrix``: only with an imatrix (True), only without one (False), or either way (None).
+    ``imatrix``: only with an imatrix (True), only without one (False), or both (None).
     """
 
     kinds: tuple[str, ...]
@@ -48,9 +48,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """``head`` for the embedding and the output head, ``rules`` in their order, ``default`` for the rest.
+    """A recipe: ``head`` for embedding and output head, ``rules`` in order, ``default`` for the rest.
 
-    ``file_type`` is the number that ``general.file_type`` has for it; ``note`` is told in the report.
+    ``file_type``: value of ``general.file_type``; ``note``: added to the report.
     """
 
     file_type: int
@@ -63,7 +63,7 @@ class Recipe:
 _V, _K, _Q, _OUT = ("attn_v",), ("attn_k",), ("attn_q",), ("attn_output",)
 _DOWN = ("ffn_down", "ffn_down_exps")
 _EXPERTS = ("ffn_gate_up_exps", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-_TERNARY = "made for models that were trained with ternary weights; it ruins others"
+_TERNARY = "meant for models trained with ternary weights; it ruins others"
 
 
 def _pure(file_type: int, type_name: str, head: str | None = None, *rules: Rule) -> Recipe:
@@ -71,7 +71,7 @@ def _pure(file_type: int, type_name: str, head: str | None = None, *rules: Rule)
 
 
 def _tiny(file_type: int, type_name: str, down: str, output: str | None) -> Recipe:
-    """The mixes below three bits."""
+    """A mix below three bits."""
     rules = [Rule(_V, "Q4_K"), Rule(_DOWN, down, "first eighth")]
     if output is not None:
         rules.append(Rule(_OUT, output))
@@ -125,5 +125,5 @@ RECIPES = MappingProxyType(
 )
 TYPES: tuple[str, ...] = tuple(RECIPES)
 
-# Without an importance their quantizers fail or produce rubbish; the embedding is spared by every recipe.
+# Without an imatrix, their quantizers fail or produce garbage; no recipe uses them for the embedding.
 NEEDS_IMATRIX = frozenset(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"))

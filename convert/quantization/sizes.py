@@ -1,4 +1,4 @@
-"""How large a model becomes in each type, from its config alone, and which types fit a card."""
+"""Estimate file sizes and memory per type from the config alone, and choose types that fit a GPU."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig, read_text_config
+from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import split_name, wanted_tensors
-from pydiffusion.convert.checkpoint.hub import find_checkpoint
-from pydiffusion.convert.quantization import recipes
-from pydiffusion.convert.quantization import type_plan as plan
+from pydiffusion.convert.architectures.source import read_config
+from pydiffusion.convert.quantization import recipes, type_plan
 from pydiffusion.errors import ConversionError
 
-# Kept free for the driver, the program and the screen.
+# Reserved for the driver, the process and the display.
 RESERVE = 640 << 20
-_ENCODE_CHUNK = 512  # tokens that the runtime encodes at a time
-_ATTENTION_TILE = 64  # rows of keys and values that its attention goes through at a time
+_ENCODE_CHUNK = 512  # tokens per encoder batch of the runtime
+_ATTENTION_TILE = 64  # KV rows per attention tile of the runtime
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
-# Recipes that :func:`fit` chooses from, the best first: of those with about the same bits the better and, on
-# the usual hardware, faster one. What needs an imatrix counts only with one.
+# Recipes that :func:`fit` chooses from, best first: among those with about the same bits, the better and, on
+# common hardware, faster one. Types that need an imatrix count only with one.
 FIT_ORDER = (
     "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_l", "q3_k_m", "iq3_m",
     "q3_k_s", "iq3_xxs", "q2_k", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
 )  # fmt: skip
-# What the bytes left over buy, in this order: parts that every token passes, small beside the experts.
+# Upgrades for the remaining bytes, in this order: parts that every token passes, small compared to the
+# experts.
 UPGRADES = (
     (r"\.attn_(q|k|v|output)\.", ("q8_0", "q6_k", "q5_k")),
     (r"^(token_embd|output)\.", ("q8_0", "q6_k")),
@@ -39,7 +39,7 @@ UPGRADES = (
 
 @dataclass(frozen=True)
 class TensorSize:
-    """A tensor of the file that would be written; ``n_weights`` leaves padding out."""
+    """A tensor of the planned file; ``n_weights`` excludes padding."""
 
     name: str
     type: str
@@ -50,7 +50,7 @@ class TensorSize:
 
 @dataclass(frozen=True)
 class SizePlan:
-    """What a conversion would write. ``n_bytes`` are the tensors', without the header."""
+    """Sizes of a planned conversion. ``n_bytes`` is the size of the tensors, without the header."""
 
     type: str
     overrides: tuple[tuple[str, str], ...]
@@ -70,7 +70,7 @@ class SizePlan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits for each weight of the checkpoint: padding gets no credit."""
+        """Bits per weight of the checkpoint; padding adds bits but no weights."""
         return 8 * self.n_bytes / max(1, self.n_weights)
 
     def by_kind(self) -> list[tuple[str, str, int, int, int]]:
@@ -80,17 +80,17 @@ class SizePlan:
             group = groups.setdefault((split_name(tensor.name)[0], tensor.type), [0, 0, 0])
             for i, amount in enumerate((1, tensor.n_weights, tensor.n_bytes)):
                 group[i] += amount
-        return [(*key, *group) for key, group in groups.items()]
+        return [(*key, group[0], group[1], group[2]) for key, group in groups.items()]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, ready for ``json.dumps``."""
+        """All fields and sums, ready for ``json.dumps``."""
         extra = {name: getattr(self, name) for name in ("n_weights", "n_bytes", "bits_per_weight")}
         return dataclasses.asdict(self) | extra
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a card: weights, the cache of keys and values, and an estimate of a step's buffers."""
+    """GPU memory in bytes: weights, KV cache, and an estimate of a step's buffers."""
 
     weights: int
     cache: int
@@ -99,7 +99,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of the above."""
         return self.weights + self.cache + self.buffers + self.reserve
 
 
@@ -108,44 +108,36 @@ def plan_sizes(
     type: str = "q4_k_m",
     *,
     pad: bool | None = None,
-    tensor_types: plan.Overrides | Mapping[str, str] = (),
+    tensor_types: type_plan.Overrides | Mapping[str, str] = (),
     has_imatrix: bool = False,
 ) -> SizePlan:
-    """What :func:`convert` would write; needs nothing of the folder but ``config.json``.
+    """Plan the output of :func:`convert`; needs only ``config.json`` of the folder.
 
-    Raises as ``convert`` does for what the config or the arguments say.
+    Raises as ``convert`` for config and arguments.
     """
-    return _plan(read_config(folder), type, pad, plan.as_pairs(tensor_types), has_imatrix)
-
-
-def read_config(folder: str | os.PathLike[str]) -> TextConfig:
-    """The text config of a checkpoint folder or repo; ConversionError when it can't be used."""
-    path = find_checkpoint(folder, weights=False).path
-    if not (path / "config.json").is_file():
-        raise ConversionError(f"{path}: has no config.json; give a checkpoint folder")
-    return read_text_config(path, [])
+    return _plan(read_config(folder), type, pad, type_plan.as_pairs(tensor_types), has_imatrix)
 
 
 def _plan(
-    config: TextConfig, type: str, pad: bool | None, overrides: plan.Overrides, has_imatrix: bool
+    config: TextConfig, type: str, pad: bool | None, overrides: type_plan.Overrides, has_imatrix: bool
 ) -> SizePlan:
     if type not in recipes.RECIPES:
         raise ValueError(f"type is {type!r}; known are {', '.join(recipes.TYPES)}")
     shapes = {want.name: want.shape for want in wanted_tensors(config)}
     shapes["rope_freqs.weight"] = (config.global_head_dim // 2,)
-    types = plan.plan_types(shapes.items(), type, pad=pad, overrides=overrides, has_imatrix=has_imatrix)
+    types = type_plan.plan_types(shapes.items(), type, pad=pad, overrides=overrides, has_imatrix=has_imatrix)
     tensors = [
-        TensorSize(name, t.type, t.shape, math.prod(shapes[name]), plan.tensor_bytes(t.type, t.shape))
+        TensorSize(name, t.type, t.shape, math.prod(shapes[name]), type_plan.tensor_bytes(t.type, t.shape))
         for name, t in types.tensors.items()
     ]
     return SizePlan(type, tuple(overrides), tensors, types.fallbacks, types.notes)
 
 
-def memory(config: TextConfig, weights: int, n_ctx: int = 4096) -> Memory:
-    """What a session of ``n_ctx`` tokens needs beside the weights, with 16-bit keys and values.
+def estimate_memory(config: TextConfig, weights: int, n_ctx: int = 4096) -> Memory:
+    """Estimate the memory of a session of ``n_ctx`` tokens with a 16-bit KV cache.
 
-    Sliding layers keep two windows (at least one and a tile of attention) and a batch, full layers the whole
-    context. The buffers are those of the larger of a step and a chunk of the prompt, about: logits, the
+    Sliding layers keep two windows (at least one and an attention tile) and a batch, full layers the whole
+    context. The buffers are approximately those of the larger of a step and a prompt chunk: logits, the
     experts' activations, masks.
     """
     batch = max(_ENCODE_CHUNK, config.canvas_length)
@@ -167,16 +159,16 @@ def fit(
     *,
     n_ctx: int = 4096,
     pad: bool | None = None,
-    tensor_types: plan.Overrides | Mapping[str, str] = (),
+    tensor_types: type_plan.Overrides | Mapping[str, str] = (),
     has_imatrix: bool = False,
 ) -> tuple[SizePlan, Memory]:
-    """The best recipe whose weights, cache and buffers fit ``n_bytes`` of memory.
+    """Choose the best recipe whose weights, cache and buffers fit ``n_bytes`` of memory.
 
-    Bytes left over go to attention, embedding and dense MLP (:data:`UPGRADES`), as overrides behind those of
-    ``tensor_types``. ConversionError when nothing fits.
+    Remaining bytes go to attention, embedding and dense MLP (:data:`UPGRADES`), as overrides after those of
+    ``tensor_types``. Raises ConversionError if nothing fits.
     """
     config = read_config(folder)
-    given = plan.as_pairs(tensor_types)
+    given = type_plan.as_pairs(tensor_types)
     best: SizePlan | None = None
     smallest = 0
     for type in FIT_ORDER:
@@ -184,7 +176,7 @@ def fit(
         needs = any(tensor.type in recipes.NEEDS_IMATRIX for tensor in candidate.tensors)
         if needs and not has_imatrix:
             continue
-        smallest = memory(config, candidate.n_bytes, n_ctx).total
+        smallest = estimate_memory(config, candidate.n_bytes, n_ctx).total
         if smallest <= n_bytes:
             best = candidate
             break
@@ -194,13 +186,13 @@ def fit(
             f"takes {smallest / 2**30:.1f} GiB{'' if has_imatrix else ' (an imatrix allows smaller ones)'}"
         )
     best = _upgrade(config, best, given, pad, has_imatrix, n_bytes, n_ctx)
-    return best, memory(config, best.n_bytes, n_ctx)
+    return best, estimate_memory(config, best.n_bytes, n_ctx)
 
 
 def _upgrade(
     config: TextConfig,
     best: SizePlan,
-    given: plan.Overrides,
+    given: type_plan.Overrides,
     pad: bool | None,
     has_imatrix: bool,
     n_bytes: int,
@@ -212,9 +204,9 @@ def _upgrade(
             attempt = [*overrides, (pattern, choice)]
             try:
                 candidate = _plan(config, best.type, pad, attempt, has_imatrix)
-            except ConversionError:  # everything that this pattern is for was overridden already
+            except ConversionError:  # all matching tensors are overridden already
                 break
-            fits = memory(config, candidate.n_bytes, n_ctx).total <= n_bytes
+            fits = estimate_memory(config, candidate.n_bytes, n_ctx).total <= n_bytes
             if fits and candidate.n_bytes > best.n_bytes:
                 best, overrides = candidate, attempt
                 break
@@ -222,8 +214,8 @@ def _upgrade(
 
 
 def parse_size(text: str) -> int:
-    """``16G`` (2^30 bytes each), ``12GiB``, ``900M`` -> bytes. ValueError for anything else."""
+    """Parse ``16G`` (binary), ``12GiB``, ``900M`` to bytes. Raises ValueError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
-        raise ValueError(f"{text!r} is no size; write for example 16G")
+        raise ValueError(f"{text!r} is not a size; write for example 16G")
     return int(float(match[1]) * _UNITS[match[2].upper()])

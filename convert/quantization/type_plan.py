@@ -1,11 +1,12 @@
-"""A recipe applied to a model: the type of each tensor, and how far its feed-forward lengths are padded.
+"""Type plan: apply a recipe to a model, with the type of each tensor and the padding of feed-forward lengths.
 
-Rows of ``ffn_down`` and ``ffn_down_exps`` are as long as the feed-forward lengths, in the released model 2112
-and 704: no multiple of the 256 weights that a block of a k-quant has. There are two ways out:
+Rows of ``ffn_down`` and ``ffn_down_exps`` have the feed-forward length, 2112 and 704 in the released model,
+which is not a multiple of the 256 weights of a k-quant block. There are two solutions:
 
-- *fallback*: another type for those rows, of more bits and, on a CPU, several times slower;
-- *padding*: longer feed-forward parts whose new rows in gate and up, and new columns in down, are zero. That
-  is the same function exactly, for gelu(0) * 0 = 0, and an ordinary file with another feed-forward length.
+- *fallback*: another type for those rows, with more bits and several times slower on a CPU;
+- *padding*: longer feed-forward parts whose new rows in gate and up, and new columns in down, are zero. The
+output is
+  exactly the same, since gelu(0) * 0 = 0, and the file is an ordinary one with another feed-forward length.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from pydiffusion.convert.quantization.recipes import LAYERS, NEEDS_IMATRIX, RECI
 from pydiffusion.errors import ConversionError
 
 Shapes = Mapping[str, tuple[int, ...]]
-# Patterns of names and the types they get, the first that matches counts.
+# Name patterns and their types; the first match counts.
 Overrides = Sequence[tuple[str, str]]
 
-# Padding may cost this many times the bytes of the fallback: below it, the k-quants' speed is worth more.
+# Maximum size of padding relative to the fallback: below it, the k-quants' speed is worth the bytes.
 MAX_PADDING_COST = 1.06
 _FORCED_MULTIPLE = 256
 _HEAD_KINDS = ("token_embd", "output")
@@ -35,14 +36,14 @@ _HEAD_KINDS = ("token_embd", "output")
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Tensors that share a feed-forward length, and the key that holds it (behind the architecture)."""
+    """Tensors that share a feed-forward length, and its metadata key (after the architecture)."""
 
     key: str
     gate_up: tuple[str, ...]
     down: tuple[str, ...]
 
 
-# The self-conditioning MLP has the dense length, so it is padded along.
+# The self-conditioning MLP has the dense length and is padded with it.
 FEED_FORWARDS = (
     FeedForward(
         "feed_forward_length",
@@ -60,7 +61,7 @@ FUSED_KIND = "ffn_gate_up_exps"  # gate's rows, then up's, in one matrix per exp
 
 @dataclass(frozen=True)
 class PlannedType:
-    """What a tensor becomes; ``shape`` differs from the source's where it is padded."""
+    """Target type and shape of a tensor; ``shape`` differs from the source's if it is padded."""
 
     type: str
     shape: tuple[int, ...]
@@ -68,7 +69,7 @@ class PlannedType:
 
 @dataclass
 class TypePlan:
-    """``tensors`` in the order of the source; ``lengths``: key -> (old, new) feed-forward length."""
+    """Plan of all tensors, in source order; ``lengths``: key -> (old, new) feed-forward length."""
 
     tensors: dict[str, PlannedType] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
@@ -89,15 +90,14 @@ def plan_types(
     Args:
         tensors: names of GGUF tensors and their shapes (C order).
         recipe_name: one of :data:`~pydiffusion.convert.TYPES`.
-        pad: True pads every feed-forward length to a multiple of 256, False none, None those where it gives a
-            smaller or hardly larger file than the fallbacks.
-        overrides: regular expressions, searched in the name, and the types that matching tensors get.
-        has_imatrix: some recipes differ with an imatrix.
+        pad: True pads every feed-forward length to a multiple of 256, False none, None those for which the
+            file gets smaller or hardly larger than with fallbacks.
+        overrides: regular expressions, searched in the name, and the types of matching tensors.
+        has_imatrix: some recipes depend on it.
 
     Raises:
-        ConversionError: an override matches no tensor that could be quantized; a name that is not of this
-            architecture.
-        ValueError: an override's type or expression is not valid.
+        ConversionError: an override matches no quantizable tensor; a tensor name of another architecture.
+        ValueError: an override's type or expression is invalid.
     """
     shapes = dict(tensors)
     recipe = RECIPES[recipe_name]
@@ -116,19 +116,19 @@ def plan_types(
 
 
 def check_overrides(overrides: Overrides) -> None:
-    """ValueError for a type that can't be written or a pattern that is no regular expression."""
+    """Raise ValueError for a type that can't be written or an invalid regular expression."""
     for pattern, type_name in overrides:
         if type_name.upper() not in BLOCK_SIZES:
             known = ", ".join(BLOCK_SIZES).lower()
-            raise ValueError(f"{type_name!r} is no type of a tensor that can be written; known are {known}")
+            raise ValueError(f"{type_name!r} is not a writable tensor type; known are {known}")
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+            raise ValueError(f"{pattern!r} is not a valid regular expression: {error}") from None
 
 
 def require_imatrix(plan: TypePlan, covered: Iterable[str] = ()) -> None:
-    """ConversionError when a tensor gets a type that can't do without an importance, and has none."""
+    """Raise ConversionError if a tensor's type requires an imatrix and has no entry in it."""
     covered = set(covered)
     missing = [n for n, t in plan.tensors.items() if t.type in NEEDS_IMATRIX and n not in covered]
     if missing:
@@ -142,8 +142,8 @@ def require_imatrix(plan: TypePlan, covered: Iterable[str] = ()) -> None:
 def _wanted_types(shapes: Shapes, recipe: Recipe, has_imatrix: bool) -> dict[str, str]:
     """Types by the recipe alone.
 
-    Where it goes by layer, the index is a tensor's rank among those of its kind: full-attention layers have
-    no ``attn_v``, and circulating files count the tensors that are there.
+    For rules by layer, the index is a tensor's rank among those of its kind, as in existing files:
+    full-attention layers have no ``attn_v``.
     """
     ranks: dict[str, list[tuple[int, str]]] = {}
     for name in shapes:
@@ -186,7 +186,7 @@ def _override(types: dict[str, str], overrides: Overrides) -> None:
 def _fit(name: str, wanted: str, n_per_row: int) -> str:
     fitting = fit_to_rows(wanted, n_per_row)
     if fitting != wanted and split_name(name)[0] in _HEAD_KINDS:
-        return fit_to_rows("Q8_0", n_per_row)  # the head suffers most from few bits
+        return fit_to_rows("Q8_0", n_per_row)  # the head is most sensitive to few bits
     return fitting
 
 
@@ -198,7 +198,7 @@ def _pad(
     wanted: Mapping[str, str],
     pad: bool | None,
 ) -> None:
-    """Replace the shapes in ``padded`` of a feed-forward part that is to be padded."""
+    """Update the shapes in ``padded`` if this feed-forward part is padded."""
     kinds = {name: split_name(name)[0] for name in shapes}
     down = [name for name, kind in kinds.items() if kind in part.down and len(shapes[name]) >= 2]
     lengths = {shapes[name][-1] for name in down}
@@ -222,10 +222,10 @@ def _pad(
 
 
 def padded_shape(kind: str, shape: tuple[int, ...], old: int, new: int) -> tuple[int, ...]:
-    """The shape of a tensor of a feed-forward part of length ``old`` when that becomes ``new``."""
+    """Shape of a feed-forward tensor after padding the length from ``old`` to ``new``."""
     if any(kind in part.down for part in FEED_FORWARDS):
         return (*shape[:-1], new)
-    n_rows = shape[-2] // old * new  # twice the length where gate and up are one
+    n_rows = shape[-2] // old * new  # twice the length if gate and up are fused
     return (*shape[:-2], n_rows, shape[-1])
 
 
@@ -237,7 +237,7 @@ _SIZES = MappingProxyType({name: entry[1:] for name, entry in _native.tensor_typ
 
 
 def tensor_bytes(type_name: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of this type and shape, whose rows are a multiple of the type's block."""
+    """Bytes of a tensor of this type and shape; rows must be a multiple of the block size."""
     block, size = _SIZES[type_name]
     n_weights = 1
     for length in shape:
@@ -246,14 +246,14 @@ def tensor_bytes(type_name: str, shape: tuple[int, ...]) -> int:
 
 
 def as_pairs(overrides: Overrides | Mapping[str, str]) -> list[tuple[str, str]]:
-    """Overrides as a checked list. ValueError as :func:`check_overrides`."""
+    """Validate overrides and return them as a list. Raises as :func:`check_overrides`."""
     pairs = list(overrides.items() if isinstance(overrides, Mapping) else overrides)
     check_overrides(pairs)
     return pairs
 
 
 def with_lengths(metadata: Mapping[str, Value], lengths: Mapping[str, tuple[int, int]]) -> dict[str, Value]:
-    """The metadata with the padded feed-forward lengths; a key that holds one per layer keeps that form."""
+    """Set the padded feed-forward lengths in the metadata; a per-layer array stays one."""
     result = dict(metadata)
     for key, (_, new) in lengths.items():
         old = result.get(f"{ARCHITECTURE}.{key}", Value("u32", 0))

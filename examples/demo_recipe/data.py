@@ -1,4 +1,4 @@
-"""Batches for training the demo model: token ids made from the tasks of `pydiffusion.demo`."""
+"""Training batches for the demo model: token ids of `pydiffusion.demo` tasks."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .tokenizer import chat_prompt
 PAD_ID = 0
 END_ID = EOS_IDS[1]
 PREFIX_LENGTH = 52
-"""Length of a sudoku's prompt, and the room that the other prompts are padded to."""
+"""Length of a sudoku prompt; other prompts are padded to it."""
 
 TEXT_TASKS = {"sort": 5, "reverse": 1, "add": 4, "json": 2, "count": 2}
-"""The other tasks, and how often each comes up: the slow to learn more often."""
+"""The other tasks with their sampling weights: harder tasks are more frequent."""
 
 
 @dataclass
 class Batch:
-    """Examples side by side.
+    """A batch of training examples.
 
     Attributes:
-        prefix: (n, length) int64, prompt and committed canvases, padded at the right.
-        prefix_length: (n,) int64, how much of each row of `prefix` is real.
-        target: (n, CANVAS_LENGTH) int64, what the canvas should become.
-        is_padding: (n, CANVAS_LENGTH) bool, the places of `target` behind the end marker.
+        prefix: (n, length) int64, prompt and committed canvases, right-padded.
+        prefix_length: (n,) int64, length of each row of `prefix` without padding.
+        target: (n, CANVAS_LENGTH) int64, the correct canvas.
+        is_padding: (n, CANVAS_LENGTH) bool, positions of `target` after the end marker.
     """
 
     prefix: torch.Tensor
@@ -42,7 +42,7 @@ class Batch:
 
 
 def make_pool(size: int, seed: int) -> list[tuple[str, str]]:
-    """Puzzles with as few givens as 12, each with its solution, none on the held-out side."""
+    """Generate (puzzle, solution) pairs with as few as 12 givens, none of them held out."""
     rng = random.Random(seed)
     pool = []
     while len(pool) < size:
@@ -53,7 +53,7 @@ def make_pool(size: int, seed: int) -> list[tuple[str, str]]:
 
 
 class Examples:
-    """Draws training batches. The same seed and the same calls give the same batches."""
+    """Generates training batches, deterministic for a seed and sequence of calls."""
 
     def __init__(self, tokenizer: Tokenizer, pool: list[tuple[str, str]], seed: int) -> None:
         self.tokenizer = tokenizer
@@ -63,7 +63,7 @@ class Examples:
         self.givens = np.array([[cell != "." for cell in puzzle] for puzzle, _ in pool])
         prompt = self._encode(chat_prompt(tasks.sudoku_prompt("." * sudoku.N_CELLS)))
         if len(prompt) != PREFIX_LENGTH:
-            raise ValueError(f"a sudoku's prompt takes {len(prompt)} tokens, expected {PREFIX_LENGTH}")
+            raise ValueError(f"a sudoku prompt has {len(prompt)} tokens, expected {PREFIX_LENGTH}")
         self.sudoku_prompt = np.array(prompt)
         self.cell_ids = np.array([tokenizer.token_to_id(cell) for cell in ".123456"])
         self.prompt_cells = np.flatnonzero(self.sudoku_prompt == self.cell_ids[0])
@@ -76,13 +76,13 @@ class Examples:
 
     @staticmethod
     def _canvases(answer: list[int]) -> list[list[int]]:
-        """The answer with its end marker, cut into canvases, the last one padded."""
+        """Split an answer and its end marker into canvases, the last one padded."""
         ids = [*answer, END_ID]
         ids += [PAD_ID] * (-len(ids) % CANVAS_LENGTH)
         return [ids[start : start + CANVAS_LENGTH] for start in range(0, len(ids), CANVAS_LENGTH)]
 
     def _sudoku_row(self) -> tuple[np.ndarray, np.ndarray]:
-        """A puzzle of the pool, digits renamed, rows and columns exchanged, some givens added back."""
+        """Augment a puzzle of the pool: rename digits, permute rows and columns, add givens."""
         rng = self.rng
         while True:
             index = rng.randrange(len(self.solutions))
@@ -105,19 +105,19 @@ class Examples:
         return prompt, canvas
 
     def _text_row(self) -> tuple[list[int], list[int]]:
-        """A text example whose prefix has room in PREFIX_LENGTH: the first canvas of its answer."""
+        """Return the prompt and first canvas of a text example."""
         example = tasks.generate(
             self.rng.choices(list(TEXT_TASKS), list(TEXT_TASKS.values()))[0], self.rng, held_out=False
         )
         return self._encode(chat_prompt(example.prompt)), self._canvases(self._encode(example.answer))[0]
 
     def batch(self, n_sudoku: int, n_text: int) -> Batch:
-        """`n_sudoku` puzzles and `n_text` other examples, all with a prefix of PREFIX_LENGTH."""
+        """Return `n_sudoku` puzzles and `n_text` other examples, with prefixes of PREFIX_LENGTH."""
         rows = [self._sudoku_row() for _ in range(n_sudoku)] + [self._text_row() for _ in range(n_text)]
         return _stack(rows, PREFIX_LENGTH)
 
     def long_batch(self, size: int) -> Batch:
-        """Later canvases of long answers: the prefix holds the canvases before, all prefixes equally long."""
+        """Return later canvases of long answers, previous ones in the prefix; prefixes have equal length."""
         while True:
             example = tasks.generate("count", self.rng, held_out=False)
             prefix, canvases = (

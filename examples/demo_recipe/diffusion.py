@@ -1,4 +1,4 @@
-"""The training loss: uniform-state noise on the canvas, self-conditioning, and the sampler's own steps."""
+"""Training loss: uniform noise on the canvas, self-conditioning, and steps of the sampler."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import torch
 from torch import nn
 
 SHARE_FULLY_NOISED = 0.2
-"""Share of the examples that start from a canvas of nothing but noise, as generation does."""
+"""Fraction of examples that start from a canvas of pure noise, as in generation."""
 SHARE_SAME_CANVAS = 0.2
-"""Share of the examples that see the first pass's logits and the first pass's canvas again."""
+"""Fraction of examples with the first pass's logits and the same canvas."""
 SHARE_NEXT_CANVAS = 0.4
-"""Share of the examples that see the first pass's logits and the canvas that the sampler makes of them."""
+"""Fraction of examples with the first pass's logits and the sampler's next canvas."""
 WEIGHT_KEPT = 0.1
-"""Weight of a place whose canvas token is right already, against 1 for one that has to change."""
+"""Loss weight of a position whose canvas token is already correct; 1 otherwise."""
 WEIGHT_PADDING = 0.2
-"""Weight of the places behind the end marker."""
+"""Loss weight of positions after the end marker."""
 MAX_WEIGHT_SHORT = 6.0
-"""How much more a place counts at most in a short answer, so that an example counts whatever its length."""
+"""Maximum extra weight of positions in short answers, which balances examples of different lengths."""
 
 
 class DenoisingLoss(nn.Module):
     """Cross-entropy of the whole canvas after one or two passes of the decoder.
 
-    Each example's canvas gets its own share t of noise: tokens drawn uniformly from the vocabulary. A first
-    pass, without gradient, gives self-conditioning logits, divided by a temperature as in generation. Of the
-    examples, two in five are then denoised without them, one in five with them on the same canvas, and two in
-    five with them on the canvas that one step of the entropy-bound sampler makes, so that the model meets its
-    own mistakes.
+    Each example's canvas has its own fraction t of noise: tokens drawn uniformly from the vocabulary. A first
+    pass without gradient gives self-conditioning logits, divided by a temperature as in generation. Two in
+    five examples are then denoised without them, one in five with them on the same canvas, and two in five
+    with them on the canvas after one step of the entropy-bound sampler, so that the model sees its own
+    mistakes.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,11 +45,10 @@ class DenoisingLoss(nn.Module):
         is_padding: torch.Tensor,
         running: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The mean loss of a batch; arguments as in `data.Batch`.
+        """Return the mean loss of a batch, and the rollouts' logits; arguments as in `data.Batch`.
 
-        running: the state of the batch's last rows, from `rollout.Rollouts`: their canvases, their
-        self-conditioning logits, and which of them have such logits. Their logits come back beside the loss,
-        without gradient.
+        running: `rollout.Rollouts.state`, for the last rows of the batch: canvases, self-conditioning logits,
+        and which rows have such logits. Their logits are returned without gradient.
         """
         n, length = target.shape
         n_running = 0 if running is None else running[0].shape[0]
@@ -88,7 +87,7 @@ class DenoisingLoss(nn.Module):
         return torch.where(torch.rand(n, length) < share, noise, target)
 
     def _next_canvas(self, logits: torch.Tensor) -> torch.Tensor:
-        """One step of the entropy-bound sampler, the bound drawn anew for each example (from 0.02 to 2)."""
+        """Run one step of the entropy-bound sampler, with a random bound per example (0.02 to 2)."""
         n, length, _ = logits.shape
         log_probabilities = torch.log_softmax(logits, dim=-1)
         probabilities = log_probabilities.exp()
@@ -115,15 +114,15 @@ class DenoisingLoss(nn.Module):
 
     def _encoder_masks(self, length: int) -> dict[str, torch.Tensor]:
         index = torch.arange(length)
-        behind = index[:, None] - index
-        causal = behind >= 0
-        sliding = causal & (behind < self.window)
+        distance = index[:, None] - index
+        causal = distance >= 0
+        sliding = causal & (distance < self.window)
         return {"full_attention": causal[None, None], "sliding_attention": sliding[None, None]}
 
     def _decoder_masks(
         self, length: int, prefix_length: torch.Tensor, n_canvas: int
     ) -> dict[str, torch.Tensor]:
-        """Which keys each example has: what the cache keeps of its prefix, less padding, and the canvas."""
+        """Return which keys each example attends to: its cached prefix without padding, and the canvas."""
         masks = {}
         for name, kept in (("full_attention", length), ("sliding_attention", min(length, self.window - 1))):
             prefix = torch.arange(length - kept, length) < prefix_length[:, None]

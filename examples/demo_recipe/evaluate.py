@@ -1,4 +1,4 @@
-"""How well a model does its tasks, by transformers' own `generate`, many prompts at a time."""
+"""Evaluation of a model on the demo tasks with batched `generate` of transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .tokenizer import chat_prompt
 
 @dataclass
 class Score:
-    """Share of right answers and mean number of denoising steps per prompt."""
+    """Fraction of correct answers and mean number of denoising steps per prompt."""
 
     share: float
     steps: float
@@ -33,7 +33,7 @@ class Score:
 def answers(
     model: nn.Module, tokenizer: Tokenizer, messages: list[str], max_new_tokens: int, steps: int | None = None
 ) -> list[tuple[str, float]]:
-    """What `generate` answers to each message, and in how many steps; prompts of one length together."""
+    """Generate (text, steps) for each message; batches prompts of equal length."""
     ids = [tokenizer.encode(chat_prompt(message), add_special_tokens=False).ids for message in messages]
     by_length = defaultdict(list)
     for index, row in enumerate(ids):
@@ -61,7 +61,7 @@ def sudoku_score(
     puzzles: list[tuple[str, str]] | None = None,
     steps: int | None = None,
 ) -> Score:
-    """The share of puzzles solved: of `puzzles`, or of `n` fresh ones from the held-out side."""
+    """Return the score on `puzzles`, or on `n` new held-out ones."""
     if puzzles is None:
         puzzles = []
         while len(puzzles) < n:
@@ -73,7 +73,7 @@ def sudoku_score(
 
 
 def text_scores(model: nn.Module, tokenizer: Tokenizer, rng: random.Random, n: int) -> dict[str, Score]:
-    """The same for `n` held-out examples of every other task."""
+    """Return the scores on `n` held-out examples of every other task."""
     scores = {}
     for name in tasks.TASKS:
         if name != "sudoku":
@@ -84,19 +84,21 @@ def text_scores(model: nn.Module, tokenizer: Tokenizer, rng: random.Random, n: i
     return scores
 
 
-def score(task: str, prompts: list[str], given: list[tuple[str, float]]) -> Score:
-    """Check every answer."""
-    right = sum(tasks.check(task, prompt, text) for prompt, (text, _) in zip(prompts, given, strict=True))
-    return Score(right / len(prompts), sum(steps for _, steps in given) / len(prompts), len(prompts))
+def score(task: str, prompts: list[str], generated: list[tuple[str, float]]) -> Score:
+    """Check all answers and return the score."""
+    right = sum(tasks.check(task, prompt, text) for prompt, (text, _) in zip(prompts, generated, strict=True))
+    return Score(right / len(prompts), sum(steps for _, steps in generated) / len(prompts), len(prompts))
 
 
 def load_checkpoint(folder: Path) -> tuple[nn.Module, Tokenizer]:
-    """The shipped folder in transformers, float32 and eager; every weight of the text part must be there."""
+    """Load a checkpoint in transformers, float32 and eager; raises if a text model's weight is missing."""
     model, report = DiffusionGemmaForBlockDiffusion.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
         output_loading_info=True,
     )  # fmt: skip
     missing = [name for name in report["missing_keys"] if "vision" not in name]
     if missing or report["unexpected_keys"] or report["mismatched_keys"]:
-        raise ValueError(f"{folder} doesn't fit the model: {missing}, {report['unexpected_keys']}")
+        raise ValueError(
+            f"{folder} does not fit the model: missing {missing}, unexpected {report['unexpected_keys']}"
+        )
     return model.eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))

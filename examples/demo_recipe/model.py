@@ -1,4 +1,4 @@
-"""The demo model: `transformers`' own DiffusionGemmaForBlockDiffusion, small, and how it is saved."""
+"""The demo model, a small DiffusionGemmaForBlockDiffusion of transformers: configuration and export."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .tokenizer import IMAGE, save_tokenizer
 CANVAS_LENGTH = 48
 SLIDING_WINDOW = 64
 EOS_IDS = [1, 6]
-"""`<eos>`, and `<turn|>`, which is what ends an answer in a chat."""
+"""`<eos>`, and `<turn|>`, which ends an answer in a chat."""
 
 LAYER_TYPES = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 
@@ -30,10 +30,9 @@ LAYER_TYPES = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 def dense_experts(
     module: nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """All experts at once, those not chosen multiplied by zero: the same result as picking tokens per expert.
+    """Compute all experts and multiply those not selected by zero: same result as routing tokens.
 
-    With four small experts this costs twice the arithmetic and saves all the gathering, which is what takes
-    the time on a CPU.
+    With four small experts this doubles the arithmetic but avoids gathering, which dominates on a CPU.
     """
     n_experts, width = module.num_experts, module.intermediate_dim
     weights = torch.zeros(hidden.shape[0], n_experts, dtype=top_k_weights.dtype, device=hidden.device)
@@ -54,10 +53,9 @@ def short_attention(
     scaling: float | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Plain attention for sequences of about a hundred tokens, the query heads of a group folded into its
-    rows.
+    """Plain attention for about a hundred tokens, with a group's query heads folded into rows.
 
-    The fused CPU kernel's backward pass is what an epoch would otherwise spend a third of its time in.
+    Avoids the fused CPU kernel, whose backward pass takes a third of the training time.
     """
     batch, n_heads, n_queries, width = query.shape
     n_groups = key.shape[1]
@@ -78,7 +76,7 @@ ALL_ATTENTION_FUNCTIONS.register("short_demo", short_attention)
 
 
 def build_config(vocab_size: int, image_ids: tuple[int, int, int]) -> DiffusionGemmaConfig:
-    """The configuration; `image_ids` are the ids of <|image>, <image|> and <|image|>."""
+    """Build the configuration; `image_ids` are the ids of <|image>, <image|> and <|image|>."""
     text = {
         "vocab_size": vocab_size,
         "hidden_size": 256,
@@ -101,7 +99,7 @@ def build_config(vocab_size: int, image_ids: tuple[int, int, int]) -> DiffusionG
         "bos_token_id": 2,
         "initializer_range": 0.04,
     }
-    # The class insists on a vision tower. The smallest one will do: nothing uses it and it is not shipped.
+    # The class requires a vision tower; a minimal one, unused and not exported.
     vision = {
         "model_type": "gemma4_vision",
         "hidden_size": 16,
@@ -125,7 +123,7 @@ def build_config(vocab_size: int, image_ids: tuple[int, int, int]) -> DiffusionG
 
 
 def build_model(tokenizer: Tokenizer) -> DiffusionGemmaForBlockDiffusion:
-    """The model with fresh weights, set up for training on a CPU."""
+    """Build the model with initial weights, set up for training on a CPU."""
     image_ids = tuple(tokenizer.token_to_id(token) for token in IMAGE)
     model = DiffusionGemmaForBlockDiffusion(build_config(tokenizer.get_vocab_size(), image_ids))
     model.set_experts_implementation("dense_demo")
@@ -135,7 +133,7 @@ def build_model(tokenizer: Tokenizer) -> DiffusionGemmaForBlockDiffusion:
 
 
 def build_generation_config() -> DiffusionGemmaGenerationConfig:
-    """The reference's sampler settings, written out."""
+    """Build the generation config with the reference's sampler settings."""
     return DiffusionGemmaGenerationConfig(
         max_new_tokens=256,
         max_denoising_steps=48,
@@ -151,9 +149,9 @@ def build_generation_config() -> DiffusionGemmaGenerationConfig:
 
 
 def release_scalars(model: DiffusionGemmaForBlockDiffusion) -> None:
-    """Make every layer's scalars trainable and start encoder and decoder from different ones.
+    """Make every layer's scalar trainable, with different initial values in encoder and decoder.
 
-    They are buffers in the class: without this they would stay 1 in both modes.
+    They are buffers in the class and would otherwise stay 1.
     """
     decoder, encoder = model.model.decoder.layers, model.model.encoder.language_model.layers
     for index, (decoding, encoding) in enumerate(zip(decoder, encoder, strict=True)):
@@ -163,7 +161,7 @@ def release_scalars(model: DiffusionGemmaForBlockDiffusion) -> None:
 
 
 def export(model: DiffusionGemmaForBlockDiffusion, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the checkpoint as it ships: bfloat16, without the vision tower, with the tokenizer beside it."""
+    """Write the released checkpoint: bfloat16, without the vision tower, with the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, tensor in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""The optimizer of the demo recipe: Muon for the matrices of the layers, AdamW for everything else."""
+"""Muon optimizer for the matrices of the demo model; the other parameters use AdamW."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices (n, rows, columns) with singular values brought near 1 by five Newton-Schulz steps in bf16."""
+    """Orthogonalize matrices (n, rows, columns) approximately, by five Newton-Schulz steps in bf16."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.to(torch.bfloat16)
     tall = x.shape[-2] > x.shape[-1]
@@ -22,10 +22,10 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class Muon:
-    """Momentum whose steps are orthogonalized, all matrices of a shape together.
+    """SGD with orthogonalized momentum, batched over matrices of equal shape.
 
-    A step has the size of an AdamW step: its root mean square is 0.2 times the learning rate.
-    Parameters are matrices or stacks of matrices (experts).
+    The RMS of an update is 0.2 times the learning rate, like that of AdamW. Parameters are matrices or stacks
+    of matrices (experts).
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], momentum: float, weight_decay: float) -> None:
@@ -41,7 +41,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Move every parameter along its gradient of this step."""
+        """Update all parameters from their gradients."""
         for shape, group in self.groups.items():
             gradient = torch.cat([p.grad.reshape(-1, *shape).float() for p in group])
             buffer = self.buffers[shape]
@@ -56,10 +56,10 @@ class Muon:
                 parameter.add_(part.reshape(parameter.shape), alpha=-learning_rate)
 
     def state_dict(self) -> dict:
-        """The momentum, by shape."""
+        """Return the momentum buffers by shape."""
         return {"buffers": self.buffers}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take the momentum of an earlier run."""
+        """Load the momentum buffers of an earlier run."""
         for shape, buffer in state["buffers"].items():
             self.buffers[shape].copy_(buffer)

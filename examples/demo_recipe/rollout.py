@@ -1,4 +1,4 @@
-"""Examples that are denoised on through training, one step of the sampler per step of training."""
+"""Rollouts: examples that advance by one sampler step per training step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ T_MIN, T_MAX = 0.4, 0.8
 
 
 class Rollouts:
-    """Rows of the batch that stay until they are solved, so that the model trains on what generation shows
-    it.
+    """Rows of the batch that stay until solved, so that the model trains on the inputs it sees in generation.
 
-    Each row begins with a canvas of noise, as generation does. After every training step the logits that the
-    step computed for it anyway move it on, by the reference's rule: divided by the step's temperature they
-    become the next step's self-conditioning, and the entropy-bound sampler makes the next canvas. A row is
-    replaced by a new example when its draft is right, or after `patience` steps. Hard examples stay longer
-    than easy ones.
+    Each row starts with a canvas of noise. After every training step, its logits from that step advance it by
+    the reference's rule: divided by the step's temperature, they become the next self-conditioning, and the
+    entropy-bound sampler computes the next canvas. A row is replaced by a new example once its draft is
+    correct or after `patience` steps, so hard examples stay longer than easy ones.
     """
 
     def __init__(
@@ -41,12 +39,12 @@ class Rollouts:
 
     @property
     def state(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Canvas, self-conditioning logits, and which rows have such logits: all but fresh ones."""
+        """Canvases, self-conditioning logits, and which rows have such logits (all but new ones)."""
         return self.canvas, self.conditioning, self.n_steps > 0
 
     @torch.no_grad()
     def advance(self, logits: torch.Tensor) -> None:
-        """Take the logits (n_rows, CANVAS_LENGTH, vocabulary) that training computed from `state`."""
+        """Advance all rows by the logits (n_rows, CANVAS_LENGTH, vocabulary) computed from `state`."""
         remaining = (STEPS - self.n_steps).float()[:, None, None]
         scaled = logits / (T_MIN + (T_MAX - T_MIN) * remaining / STEPS)
         log_probabilities = torch.log_softmax(scaled, dim=-1)
@@ -75,6 +73,6 @@ class Rollouts:
 
 
 def joined(fresh: Batch, running: Batch) -> Batch:
-    """One batch of both, the running rows last."""
+    """Concatenate two batches, rollouts last."""
     names = Batch.__dataclass_fields__
     return Batch(*(torch.cat([getattr(fresh, name), getattr(running, name)]) for name in names))

@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: a byte-fallback BPE in Gemma's manner, with a vocabulary of a few hundred."""
+"""The demo model's tokenizer: a byte-fallback BPE like Gemma's, with a few hundred tokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ VISIBLE = ["<|channel>", "<channel|>"]
 MORE = ["<|think|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"]
 IMAGE = ["<|image>", "<image|>", "<|image|>"]
 SPECIAL = CONTROL + VISIBLE + MORE + IMAGE
-"""In the order of their ids, 0 to 16."""
+"""In order of their ids, 0 to 16."""
 
-# The words that every prompt repeats become one token each. No merge holds a digit or a '.', and
-# none joins a space with a letter, so a sudoku's cell, a number's digit and a list's item stay tokens of
-# their own.
+# Words that occur in every prompt are single tokens. No merge contains a digit or a '.', or joins a space
+# with a letter, so sudoku cells, digits of numbers and list items stay separate tokens.
 WORDS = [
     "user", "model", "json:", "sudoku", "sort:", "reverse:", "add:", "count:", "▁▁",
     '{"name":"', '","age":', ',"city":"', '"}',
@@ -30,7 +29,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer() -> Tokenizer:
-    """Make the tokenizer; the same every time."""
+    """Build the tokenizer (deterministic)."""
     characters = ["\n", "▁", *(chr(code) for code in range(33, 127))]
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
     merges: list[tuple[str, str]] = []
@@ -80,5 +79,5 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def chat_prompt(message: str) -> str:
-    """What the chat template makes of one user message, the beginning of the answer included."""
+    """Render the chat template for one user message, including the start of the answer."""
     return f"<bos><|turn>user\n{message.strip()}<turn|>\n<|turn>model\n"

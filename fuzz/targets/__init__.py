@@ -1,5 +1,5 @@
-"""Fuzz targets in Python. Each has ``make(random) -> input``, ``one(input) -> outcome`` and ``close()``;
-``one`` raises where something came out that must not.
+"""Python fuzz targets. Each has ``make(random) -> input``, ``one(input) -> outcome`` and ``close()``; ``one``
+raises on a finding.
 """
 
 from __future__ import annotations
@@ -26,6 +26,6 @@ if str(_TESTS) not in sys.path:
 
 
 def make_target(name: str, folder: Path) -> Any:
-    """The target of that name, with what it needs made in ``folder``."""
+    """Create a target by name; its files go to ``folder``."""
     module, kind = TARGETS[name]
     return getattr(importlib.import_module(f"{__name__}.{module}"), kind)(folder)

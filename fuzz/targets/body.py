@@ -1,6 +1,6 @@
-"""Request bodies through the server's application: parsing, checks, template, scheduler, answers.
+"""Fuzz target for request bodies: parsing, validation, chat template, scheduler, response.
 
-The model's answers are scripted (tests/support/server_fakes.py); all above its native session is real.
+The model's output is scripted (tests/support/server_fakes.py); everything above the native session is real.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _COMMON: dict[str, Any] = {
     "temperature": 1.0, "top_p": 0.9, "user": "me", "metadata": {"a": "b"}, "logprobs": False,
 }  # fmt: skip
 
-#: Valid bodies: (path, body). Each is answered with 200 before it is changed.
+#: Valid requests: (path, body). Unchanged, each gets status 200.
 BODIES: list[tuple[str, dict[str, Any]]] = [
     ("chat/completions", {**_COMMON, "messages": ask("Hi"), "max_completion_tokens": 20}),
     ("chat/completions", {"messages": _CONVERSATION, "tools": TOOLS, "tool_choice": "auto",
@@ -72,7 +72,7 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
 
 
 class Target:
-    """Every answer is 2xx, or 4xx with an error in OpenAI's shape; nothing is raised."""
+    """Every response is 2xx, or 4xx with an error in OpenAI's format; nothing is raised."""
 
     def __init__(self, folder: Path) -> None:
         self._model = ScriptedModel(script, steps=1)
@@ -89,7 +89,7 @@ class Target:
         self._loop.close()
 
     def make(self, draw: random.Random) -> tuple[str, bytes]:
-        """An input: the endpoint and the body's bytes."""
+        """Create an input: endpoint and request body."""
         path, body = draw.choice(BODIES)
         changed = mutated(draw, body, draw.choice(BODIES)[1])
         try:
@@ -101,11 +101,11 @@ class Target:
         return path, data
 
     def one(self, given: tuple[str, bytes]) -> str:
-        """Ask and check the answer; tells its kind."""
+        """Send the request, check the response and return its status."""
         return str(self.ask(*given))
 
     def ask(self, path: str, body: bytes) -> int:
-        """The answer's status, its body checked."""
+        """Send a request, check the response and return its status."""
         return self._loop.run_until_complete(asyncio.wait_for(self._ask(path, body), 200))
 
     async def _ask(self, path: str, body: bytes) -> int:
@@ -116,7 +116,7 @@ class Target:
             "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
             "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
         }  # fmt: skip
-        left = asyncio.Event()  # never set: the client stays
+        left = asyncio.Event()  # never set: the client does not disconnect
         sent = [{"type": "http.request", "body": body, "more_body": False}]
         status, parts = 0, []
 
@@ -139,7 +139,7 @@ class Target:
 
 
 def check(status: int, body: bytes) -> None:
-    """Raise AssertionError for an answer that no client should get."""
+    """Raise AssertionError for a response that no client should get."""
     assert 200 <= status < 300 or 400 <= status < 500, (status, body[:300])
     values = []
     if body.startswith(b"data: "):

@@ -1,4 +1,4 @@
-"""What the Python side reads of files: whole models, the tokenizer's arrays, imatrices, saved sessions."""
+"""Fuzz targets for files: whole models, tokenizer arrays, imatrices, saved sessions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TEXTS = ("the road", "é\u2581 \n<bos><|turn>x", "")
 
 
 def make_model(folder: Path) -> Path:
-    """The tiny model's file, in float32."""
+    """Convert the tiny model to float32, once per folder."""
     path = folder / "tiny.gguf"
     if not path.exists():
         (folder / "checkpoint").mkdir()
@@ -32,13 +32,13 @@ def make_model(folder: Path) -> Path:
 
 
 def refusal(error: Exception) -> str:
-    """The kind of a typed refusal, which is one line."""
+    """Return a typed error's class name; its message must be one line."""
     assert "\n" not in str(error), error
     return type(error).__name__
 
 
 class ModelTarget:
-    """A file through the whole loader, then a chat prompt and a step: done, or a typed error of one line."""
+    """Load a file, then run a chat prompt and a step: done, or a typed error of one line."""
 
     def __init__(self, folder: Path) -> None:
         self._good = read_gguf(make_model(folder))
@@ -49,7 +49,7 @@ class ModelTarget:
         pass
 
     def make(self, draw: random.Random) -> bytes:
-        """An input: the file's bytes."""
+        """Create an input: a file's content."""
         file = self._good.copy()
         for _ in range(1 if draw.random() < 0.7 else draw.randrange(2, 4)):
             kind = draw.randrange(10)
@@ -62,7 +62,7 @@ class ModelTarget:
         return file.to_bytes()
 
     def one(self, data: bytes) -> str:
-        """Load it and use it."""
+        """Load the model and generate."""
         self._path.write_bytes(data)
         try:
             with DiffusionModel(self._path, n_threads=1, n_ctx=8192) as model:
@@ -77,7 +77,7 @@ class ModelTarget:
 
 
 class TokenizerTarget:
-    """The tokenizer's keys through the native reader and the tokenizer: text goes in and comes out of it."""
+    """Read the tokenizer's keys, then encode and decode text."""
 
     def __init__(self, folder: Path) -> None:
         file = read_gguf(make_model(folder))
@@ -91,14 +91,14 @@ class TokenizerTarget:
         pass
 
     def make(self, draw: random.Random) -> bytes:
-        """An input: the file's bytes."""
+        """Create an input: a file's content."""
         file = self._good.copy()
         for _ in range(draw.choice((1, 1, 1, 2, 4))):
             gguf.change_pair(draw, file, lambda key: True)
         return file.to_bytes()
 
     def one(self, data: bytes) -> str:
-        """Read, encode, decode."""
+        """Read the file, encode and decode."""
         self._path.write_bytes(data)
         try:
             tokenizer = Tokenizer(_native.GgufFile(str(self._path)).metadata)
@@ -114,7 +114,7 @@ class TokenizerTarget:
 
 
 class ImatrixTarget:
-    """An imatrix file: read, and asked for the weights of tensors; what it gives is finite and positive."""
+    """Read an imatrix and get the importance of tensors, which must be finite and positive."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "imatrix.gguf"
@@ -133,7 +133,7 @@ class ImatrixTarget:
         pass
 
     def make(self, draw: random.Random) -> bytes:
-        """An input: the file's bytes."""
+        """Create an input: a file's content."""
         file: RawGguf = self._good.copy()
         for _ in range(1 if draw.random() < 0.7 else draw.randrange(2, 4)):
             if draw.random() < 0.5:
@@ -143,7 +143,7 @@ class ImatrixTarget:
         return file.to_bytes()
 
     def one(self, data: bytes) -> str:
-        """Read it and use it for tensors of a model."""
+        """Read the file and get the importance of a model's tensors."""
         self._path.write_bytes(data)
         try:
             imatrix = read_imatrix(self._path)
@@ -158,7 +158,7 @@ class ImatrixTarget:
 
 
 class SessionTarget:
-    """A saved session's file: taken back, and a step behind it; or refused with a typed error of one line."""
+    """Load a saved session and run a step, or get a typed error of one line."""
 
     def __init__(self, folder: Path) -> None:
         self._model = DiffusionModel(make_model(folder), n_threads=1, n_ctx=64, kv_type="f16")
@@ -175,14 +175,14 @@ class SessionTarget:
         self._model.close()
 
     def make(self, draw: random.Random) -> bytes:
-        """An input: the file's bytes, with the header, the arrays or any bytes changed."""
+        """Create an input: a file's content with the header, the arrays or any bytes changed."""
         kind = draw.randrange(4)
         if kind == 0:
             return mutation.damaged(draw, self._good)
         header, body = json.loads(json.dumps(self._header)), bytearray(self._body)
         if kind == 1:
             header = mutation.mutated(draw, header)
-        elif kind == 2:  # arrays of another type or shape that suit their bytes
+        elif kind == 2:  # another type or shape of the same size
             entry = header[draw.choice([name for name in header if name != "__metadata__"])]
             n = entry["data_offsets"][1] - entry["data_offsets"][0]
             dtype, size = draw.choice((("U8", 1), ("I8", 1), ("F8_E4M3", 1), ("BOOL", 1), ("I16", 2),
@@ -206,7 +206,7 @@ class SessionTarget:
         return struct.pack("<Q", len(text)) + text + bytes(body)
 
     def one(self, data: bytes) -> str:
-        """Load it and go on from it."""
+        """Load the session and continue it."""
         self._path.write_bytes(data)
         try:
             session = self._model.load_session(self._path)

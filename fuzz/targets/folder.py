@@ -1,4 +1,4 @@
-"""Hugging Face folders: config, generation config, tokenizer, index, the safetensors' headers and bytes."""
+"""Fuzz target for checkpoint folders: configs, tokenizer, index, safetensors headers and data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FILES = (
 
 
 class Target:
-    """A conversion succeeds, or ends in a typed error of one line with nothing left behind."""
+    """A conversion succeeds, or fails with a typed error of one line and leaves no files."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = checkpoint_folders.make_folder(folder / "small", n_shards=2)
@@ -38,7 +38,7 @@ class Target:
         pass
 
     def make(self, draw: random.Random) -> tuple[str, bytes]:
-        """An input: a file's name and its bytes."""
+        """Create an input: a file's name and content."""
         name = draw.choice(_FILES)
         good = self._good[name]
         if name == _SHARD:
@@ -61,7 +61,7 @@ class Target:
         )
 
     def one(self, given: tuple[str, bytes]) -> str:
-        """Convert the folder with this file in place of its own."""
+        """Convert the folder with one file replaced."""
         name, data = given
         if self._changed not in (None, name):
             (self._folder / self._changed).write_bytes(self._good[self._changed])

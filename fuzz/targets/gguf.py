@@ -1,4 +1,4 @@
-"""Changes to a GGUF taken apart (tests/support/gguf_mutator.py): keys, arrays, tensors, weights."""
+"""Mutations of a parsed GGUF (tests/support/gguf_mutator.py): keys, arrays, tensors, weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _RANGES = {0: 8, 1: -8, 2: 16, 3: -16, 4: 32, 5: -32, 10: 64, 11: -64}
 
 
 def number(draw: random.Random, type: int) -> int | float | bool:
-    """A number that a field of this type can hold."""
+    """Draw a number that fits a type."""
     value = mutation.number(draw)
     if type == BOOL:
         return bool(draw.randrange(2))
@@ -32,7 +32,7 @@ def number(draw: random.Random, type: int) -> int | float | bool:
 
 
 def value(draw: random.Random, type: int) -> object:
-    """A value of this type."""
+    """Draw a value of a type."""
     if type == ARRAY:
         kind = draw.choice([t for t in range(13) if t != ARRAY])
         return Array(kind, [value(draw, kind) for _ in range(draw.randrange(4))])
@@ -43,7 +43,7 @@ def value(draw: random.Random, type: int) -> object:
 
 
 def change_array(draw: random.Random, array: Array) -> None:
-    """One item replaced, dropped, doubled or exchanged; seldom another type or a length that lies."""
+    """Replace, drop, duplicate or swap an item; rarely, change the type or write a wrong length."""
     items, at = array.items, draw.randrange(len(array.items)) if array.items else 0
     action = draw.randrange(9)
     if action == 0 and items:
@@ -67,7 +67,7 @@ def change_array(draw: random.Random, array: Array) -> None:
 
 
 def change_pair(draw: random.Random, file: RawGguf, names: Callable[[bytes], bool]) -> None:
-    """One of the keys that ``names`` picks."""
+    """Change one of the keys selected by ``names``."""
     pairs = [pair for pair in file.pairs if names(pair.key)]
     if not pairs:
         return
@@ -93,7 +93,7 @@ def change_pair(draw: random.Random, file: RawGguf, names: Callable[[bytes], boo
 
 
 def change_tensor(draw: random.Random, file: RawGguf) -> None:
-    """A tensor's name, type, shape, place or data."""
+    """Change a tensor's name, type, shape, offset or data."""
     tensor = draw.choice(file.tensors)
     action = draw.randrange(9)
     if action == 0:
@@ -123,7 +123,7 @@ def change_tensor(draw: random.Random, file: RawGguf) -> None:
 
 
 def change_weights(draw: random.Random, tensor: object) -> None:
-    """Some of a tensor's numbers become odd ones: NaN, infinite, huge, tiny."""
+    """Replace some of a tensor's values by NaN, infinity, huge or tiny ones."""
     data = bytearray(tensor.data)
     for _ in range(draw.choice((1, 4, 64))):
         if len(data) < 4:
@@ -137,7 +137,7 @@ def change_weights(draw: random.Random, tensor: object) -> None:
 
 
 def change_frame(draw: random.Random, file: RawGguf) -> None:
-    """Version, counts, alignment, a cut."""
+    """Change version, counts or alignment, or truncate the file."""
     action = draw.randrange(5)
     if action == 0:
         file.version = draw.choice((0, 1, 2, 4, 2**31, 0x03000000))

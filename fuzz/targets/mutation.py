@@ -1,4 +1,4 @@
-"""Changes to JSON values, texts and bytes: something valid, with one thing or a few made odd."""
+"""Mutations of JSON values, text and bytes: valid input with one or a few changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = [
 
 
 def number(draw: random.Random) -> int | float:
-    """A number at which something may break, or any."""
+    """Draw an edge case or any number."""
     kind = draw.randrange(4)
     if kind == 0:
         return draw.randrange(-(2**33), 2**33)
@@ -29,7 +29,7 @@ def number(draw: random.Random) -> int | float:
 
 
 def text(draw: random.Random) -> str:
-    """A text at which something may break, or any of a few characters."""
+    """Draw an edge case or a few random characters."""
     if draw.random() < 0.7:
         return draw.choice(TEXTS)
     return "".join(
@@ -38,7 +38,7 @@ def text(draw: random.Random) -> str:
 
 
 def json_value(draw: random.Random, depth: int = 3) -> Any:
-    """Any JSON value, of no great depth but for a rare one."""
+    """Draw any JSON value; rarely, a deeply nested one."""
     kind = draw.randrange(8 if depth else 5)
     if kind == 7 and draw.random() < 0.05:
         return nested(draw.choice((50, 500, 3000)), draw.random() < 0.5)
@@ -54,7 +54,7 @@ def json_value(draw: random.Random, depth: int = 3) -> Any:
 
 
 def nested(depth: int, in_lists: bool) -> Any:
-    """A value of that depth."""
+    """Return a value nested to ``depth``."""
     value: Any = 1
     for _ in range(depth):
         value = [value] if in_lists else {"a": value}
@@ -62,7 +62,7 @@ def nested(depth: int, in_lists: bool) -> Any:
 
 
 def places(value: Any, depth: int = 6) -> list[tuple[Any, Any]]:
-    """Holder and key of every value within a JSON value."""
+    """Return (container, key) of every value inside a JSON value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     found = []
     for key, inner in items:
@@ -73,9 +73,9 @@ def places(value: Any, depth: int = 6) -> list[tuple[Any, Any]]:
 
 
 def mutated(draw: random.Random, value: Any, other: Any = None) -> Any:
-    """A copy with one value in it replaced, removed, renamed, doubled or slightly changed; seldom more.
+    """Return a copy with one value (rarely more) replaced, removed, renamed, duplicated or slightly changed.
 
-    other: a value of the same kind that may lend parts of itself.
+    other: a value of the same kind, parts of which may be copied in.
     """
     if draw.random() < 0.01:
         return json_value(draw)
@@ -87,7 +87,7 @@ def mutated(draw: random.Random, value: Any, other: Any = None) -> Any:
         holder, key = draw.choice(where)
         try:
             _change(draw, holder, key, where, other)
-        except RecursionError:  # what is nested too deeply to be copied is odd enough
+        except RecursionError:  # nested too deeply to copy: unusual enough
             break
     return value
 
@@ -113,7 +113,7 @@ def _change(draw: random.Random, holder: Any, key: Any, where: list[tuple[Any, A
 
 
 def _near(draw: random.Random, old: Any) -> Any:
-    """Another type's spelling of nearly the same value."""
+    """Return nearly the same value, perhaps of another type."""
     if isinstance(old, bool):
         return draw.choice((int(old), str(old), not old))
     if isinstance(old, str):
@@ -127,7 +127,7 @@ def _near(draw: random.Random, old: Any) -> Any:
 
 
 def damaged(draw: random.Random, data: bytes) -> bytes:
-    """A few bytes changed, cut out, put in or cut off."""
+    """Change, delete, insert or truncate a few bytes."""
     out = bytearray(data)
     for _ in range(draw.randrange(1, 4)):
         at = draw.randrange(len(out) + 1)

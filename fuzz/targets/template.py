@@ -1,4 +1,4 @@
-"""Chat templates: real ones with a piece changed, others put together from what the sandbox has to bound."""
+"""Fuzz target for chat templates: mutated real ones, and ones built from constructs the sandbox limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydiffusion.errors import PyDiffusionError
 
 from . import mutation
 
-#: Seconds of processor time that a template may take: the work it is granted, on a slow machine.
+#: Seconds of CPU time that a template may take: the sandbox's work limit on a slow machine.
 TIME_LIMIT = 60.0
 _MESSAGES = [
     {"role": "user", "content": " hi "},
@@ -106,7 +106,7 @@ def _statement(draw: random.Random, depth: int = 3) -> str:
 
 
 class Target:
-    """A template renders, or is refused with a typed error of one line, within its time."""
+    """A template renders, or is refused with a typed error, within the time limit."""
 
     def __init__(self, folder: Path) -> None:
         for source in (CHAT_TEMPLATE, TEMPLATE):
@@ -116,7 +116,7 @@ class Target:
         pass
 
     def make(self, draw: random.Random) -> str:
-        """An input: the template's source."""
+        """Create an input: a template's source."""
         kind = draw.randrange(4)
         if kind == 0:
             whole = draw.choice((CHAT_TEMPLATE, TEMPLATE)).encode()

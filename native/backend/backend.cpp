@@ -13,11 +13,11 @@ namespace pydiffusion {
 
 namespace {
 
-// ggml multiplies fewer than 8 columns (tokens of an expert, the rest of a prompt) with another kernel, whose
-// sums differ in the last bits. With one kernel throughout, no answer depends on what else was in the batch
-// or how a prompt was cut; a step costs less than a hundredth more. ggml reads this once, at its first
-// product.
-void take_one_kernel_for_all_widths() {
+// ggml multiplies fewer than 8 activations (tokens of an expert, the end of a prompt) with another kernel,
+// whose sums differ in the last bits. With one kernel throughout, no result depends on what else is in the
+// batch or on how a prompt is split into chunks; a step takes less than 1% longer. ggml reads this variable
+// once, at its first matmul.
+void force_one_matmul_kernel() {
 #if defined(_WIN32)
     if (!std::getenv("GGML_CPU_TILED_MM_FORCE")) _putenv_s("GGML_CPU_TILED_MM_FORCE", "1");
 #else
@@ -25,9 +25,9 @@ void take_one_kernel_for_all_widths() {
 #endif
 }
 
-constexpr size_t kMaxBackends = 16;  // of ggml's scheduler, the processor's among them
+constexpr size_t kMaxBackends = 16;  // GGML_SCHED_MAX_BACKENDS, the CPU's included
 
-// For one of the backend's own devices, which are "host" or GPUs with kernels.
+// `device` is "host" or a supported GPU.
 std::unique_ptr<StepBackend> make_step_backend(ggml_backend_t device) {
 #if defined(PYDIFFUSION_CUDA)
     if (is_supported_gpu(ggml_backend_get_device(device))) return make_cuda_step_backend(device);
@@ -42,7 +42,7 @@ Backend::Backend(int n_threads, const std::string& device, const std::string& ke
     : n_threads_(n_threads),
       name_("CPU"),
       kernel_(device == "cpu" ? gemm::kernel_by_name(kernels) : gemm::Kernel::ggml) {
-    take_one_kernel_for_all_widths();
+    force_one_matmul_kernel();
     ggml_cpu_init();
     auto pool = std::make_unique<ThreadPool>(n_threads);
     if (device != "cpu") {
@@ -51,11 +51,12 @@ Backend::Backend(int n_threads, const std::string& device, const std::string& ke
         std::string name;
         while (std::getline(names, name, ',')) open_device(name, pool->threads());
         if (devices_.empty() || devices_.size() >= kMaxBackends)
-            throw Error(ErrorKind::argument, format("%zu devices to compute on; possible are 1 to %zu",
-                                                    devices_.size(), kMaxBackends - 1));
+            throw Error(ErrorKind::argument,
+                        format("device names %zu devices; give 1 to %zu", devices_.size(), kMaxBackends - 1));
         step_backend_ = make_step_backend(devices_.back().get());
         cpu_.reset(ggml_backend_cpu_init());
-        if (!cpu_) throw Error(ErrorKind::out_of_memory, "no memory for ggml's CPU backend");
+        if (!cpu_)
+            throw Error(ErrorKind::out_of_memory, "out of memory: failed to create ggml's CPU backend");
         ggml_backend_cpu_set_n_threads(cpu_.get(), n_threads);
         ggml_backend_cpu_set_threadpool(cpu_.get(), pool->threads());
     }
@@ -71,7 +72,9 @@ void Backend::open_device(const std::string& name, ggml_threadpool_t threads) {
     } else {
         throw Error(ErrorKind::argument, why_no_device(name));
     }
-    if (!devices_.back()) throw Error(ErrorKind::out_of_memory, "no memory to begin with on " + quoted(name));
+    if (!devices_.back())
+        throw Error(ErrorKind::out_of_memory,
+                    "out of memory: failed to initialize the device " + quoted(name));
 }
 
 ggml_backend_buffer_type_t Backend::buffer_type(int32_t device) const {
@@ -87,31 +90,31 @@ bool Backend::device_supports(const ggml_tensor* node) const {
 
 namespace {
 
-ggml_context_ptr context_for_a_question() {
+ggml_context_ptr make_probe_context() {
     ggml_context_ptr context(ggml_init({8 * ggml_tensor_overhead(), nullptr, true}));
-    if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a tensor's description");
+    if (!context) throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate a ggml context");
     return context;
 }
 
 }  // namespace
 
 bool Backend::can_store(ggml_type type) const {
-    const ggml_context_ptr context = context_for_a_question();
+    const ggml_context_ptr context = make_probe_context();
     constexpr int64_t n = 256;
     ggml_tensor* rows = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, n, n);
     return device_supports(ggml_cpy(context.get(), rows, ggml_new_tensor_2d(context.get(), type, n, n)));
 }
 
 bool Backend::can_hold(ggml_type type) const {
-    const ggml_context_ptr context = context_for_a_question();
+    const ggml_context_ptr context = make_probe_context();
     ggml_context* ctx = context.get();
     constexpr int64_t n = 256;
     ggml_tensor* weight = ggml_new_tensor_3d(ctx, type, n, n, 2);
-    ggml_tensor* columns = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n, 1, n);
+    ggml_tensor* activations = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n, 1, n);
     ggml_tensor* ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 1, n);
     ggml_tensor* matrix = ggml_new_tensor_2d(ctx, type, n, n);
     ggml_tensor* rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
-    return device_supports(ggml_mul_mat_id(ctx, weight, columns, ids)) &&
+    return device_supports(ggml_mul_mat_id(ctx, weight, activations, ids)) &&
            device_supports(ggml_get_rows(ctx, matrix, rows));
 }
 
@@ -124,8 +127,8 @@ Backend::~Backend() {
     if (pool->belongs_to_this_process()) delete pool;
 }
 
-// In a child after fork there are none of the parent's threads, and its lock may be held for ever: the child
-// starts a pool of its own, and leaves the parent's alone.
+// After a fork the parent's threads do not exist in the child, and the pool's mutex may be locked forever:
+// the child starts its own pool and never touches the parent's.
 ThreadPool& Backend::pool() {
     ThreadPool* current = pool_.load();
     if (current->belongs_to_this_process()) return *current;

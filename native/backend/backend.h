@@ -1,5 +1,5 @@
-// Where graphs are computed: ggml's CPU kernels with a thread pool that is made once per model and process,
-// or a GPU beside them.
+// Backend: computes ggml graphs on the CPU, with one thread pool per model and process, or on GPUs with the
+// CPU as a fallback.
 #pragma once
 
 #include <atomic>
@@ -10,12 +10,12 @@
 #include <utility>
 #include <vector>
 
-#include "backend/cpu/amx/tile_gemm.h"
+#include "backend/cpu/thread_pool.h"
 #include "backend/devices.h"
-#include "backend/thread_pool.h"
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
+#include "util/cpu_kernels.h"
 
 namespace pydiffusion {
 
@@ -23,9 +23,10 @@ class StepBackend;
 
 class Backend {
   public:
-    // device: "cpu"; a name out of list_devices(), or several with commas in between, the home of what is in
-    // no layer last; or "host" in a GPU's device, which runs the graphs and kernels made for GPUs on the
-    // processor: slow, to prove them. kernels: of the processor's products, see gemm::kernel_by_name.
+    // device: "cpu", or a comma-separated list of names from list_devices(). The last one is the main device,
+    // which also holds the tensors that belong to no layer. "host" stands in for a GPU: it runs the graphs
+    // and kernels written for GPUs on the CPU, slowly, for tests. kernels: the CPU's matmul kernels, see
+    // gemm::kernel_by_name.
     Backend(int n_threads, const std::string& device, const std::string& kernels = "auto");
     ~Backend();
     Backend(const Backend&) = delete;
@@ -33,38 +34,37 @@ class Backend {
 
     int n_threads() const { return n_threads_; }
     const char* name() const { return name_.c_str(); }
-    // What multiplies in graphs of the processor's own; portable graphs have ggml's products.
+    // The matmul kernel of CPU graphs; graphs of ggml's own ops use ggml's matmuls.
     gemm::Kernel kernel() const { return kernel_; }
 
-    // Whether graphs consist of operations that every backend has, and what goes on beside the layers is the
-    // kernels'; else our own operations for the processor are in the graph.
+    // Whether graphs consist of ggml's own ops only and a StepBackend runs sampling and self-conditioning. If
+    // not, both are nodes of the graph, along with our custom CPU ops.
     bool on_device() const { return step_backend_ != nullptr; }
     bool has_gpu() const { return has_gpu_; }
     int32_t n_devices() const { return static_cast<int32_t>(devices_.size()); }
     StepBackend& step_backend() const { return *step_backend_; }
-    // Whether every device itself has this operation with these operands.
+    // Whether every device supports this op with these operands.
     bool device_supports(const ggml_tensor* node) const;
 
-    // Whether weights of this type can be multiplied with, and rows of it be taken, where the device is.
+    // Whether the devices support expert matmuls with weights of this type, and get_rows from them.
     bool can_hold(ggml_type type) const;
-    // Whether keys and values can be written there as this type.
+    // Whether the devices can store K and V as this type.
     bool can_store(ggml_type type) const;
 
-    // Of what belongs to a device, or to kCpuDevice; and where what is in no layer belongs.
+    // Buffer type of a device or of kCpuDevice; without an argument, of the main device.
     ggml_backend_buffer_type_t buffer_type(int32_t device) const;
     ggml_backend_buffer_type_t buffer_type() const { return buffer_type(n_devices() - 1); }
 
-    // Held while a device computes: sessions take turns.
+    // Hold it while the devices compute: sessions take turns. Locks nothing on the CPU.
     std::unique_lock<std::mutex> lock_devices() const;
 
-    // Cancels whatever any backend computes now. For the process's end; what begins afterwards is not
-    // touched.
+    // Cancels the graphs that any backend computes now, at process exit; later graphs are not affected.
     static void stop();
 
   private:
     friend class GraphExecutor;
 
-    // Runs the graph on the processor. See ThreadPool::compute.
+    // Runs the graph on the CPU. See ThreadPool::compute.
     void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
 
     ThreadPool& pool();
@@ -74,10 +74,10 @@ class Backend {
     std::string name_;
     gemm::Kernel kernel_;
     std::atomic<ThreadPool*> pool_;
-    std::vector<ggml_backend_ptr> devices_;  // none on the processor
-    ggml_backend_ptr cpu_;                   // beside them
+    std::vector<ggml_backend_ptr> devices_;  // empty on the CPU
+    ggml_backend_ptr cpu_;                   // fallback of devices_
     bool has_gpu_ = false;
-    std::unique_ptr<StepBackend> step_backend_;  // of the last device
+    std::unique_ptr<StepBackend> step_backend_;  // of the main device
     mutable std::mutex devices_mutex_;
 };
 

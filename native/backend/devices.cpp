@@ -8,7 +8,7 @@
 
 namespace pydiffusion {
 
-// Of the backend that there are StepBackend for; those of any other could not run them.
+// Only CUDA has a StepBackend.
 bool is_supported_gpu(ggml_backend_dev_t device) {
 #if defined(PYDIFFUSION_CUDA)
     const enum ggml_backend_dev_type type = ggml_backend_dev_type(device);
@@ -57,8 +57,8 @@ std::vector<DeviceInfo> list_devices() {
 
 std::string why_no_device(const std::string& name) {
     ggml_backend_dev_t known = ggml_backend_dev_by_name(name.c_str());
-    if (!known || name != ggml_backend_dev_name(known))  // which is found in any case of letters
-        return "there is no device " + quoted(name) + " to compute on";
+    if (!known || name != ggml_backend_dev_name(known))  // ggml ignores case
+        return "there is no device " + quoted(name) + " (see `pydiffusion devices`)";
     const char* backend = ggml_backend_reg_name(ggml_backend_dev_backend_reg(known));
     return "the device " + quoted(name) + " belongs to ggml's " + backend +
            " backend, for which this build has no kernels: use device=\"cpu\" (--device cpu)";

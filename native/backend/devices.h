@@ -9,10 +9,10 @@
 
 namespace pydiffusion {
 
-// A place beside the devices, which are 0, 1, ...
+// Index of the CPU, beside the devices 0, 1, ...
 constexpr int32_t kCpuDevice = -1;
 
-// A GPU that this build can compute on; empty names nothing.
+// A GPU that this build can compute on.
 struct DeviceInfo {
     std::string name;         // "CUDA0", ...
     std::string description;  // "NVIDIA GeForce RTX 4090"
@@ -22,13 +22,13 @@ struct DeviceInfo {
 
 std::vector<DeviceInfo> list_devices();
 
-// What is wrong with a name that is none of theirs.
+// Error message for a name that list_devices() does not contain.
 std::string why_no_device(const std::string& name);
 
-// What allocates on the device of this name, be it "host"; the device is not opened.
+// Buffer type of the named device, or the CPU's for "host". Does not initialize the device.
 ggml_backend_buffer_type_t buffer_type_of(const std::string& name);
 
-// The GPU of this name, null where there is none that this build has kernels for.
+// The GPU of this name; null if there is none that this build has kernels for.
 ggml_backend_dev_t find_gpu(const std::string& name);
 bool is_supported_gpu(ggml_backend_dev_t device);
 

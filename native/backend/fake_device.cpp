@@ -9,33 +9,33 @@ namespace pydiffusion {
 
 namespace {
 
-struct HostDevice {
-    HostDevice(ggml_backend_t of_processor);
+struct FakeDevice {
+    FakeDevice(ggml_backend_t cpu_backend);
 
-    ggml_backend_ptr processor;
+    ggml_backend_ptr cpu;
     ggml_backend_device device = {};
-    ggml_backend_buffer_type memory = {};
+    ggml_backend_buffer_type buffer_type = {};
     ggml_backend backend = {};
 };
 
-HostDevice& of(ggml_backend_dev_t device) { return *static_cast<HostDevice*>(device->context); }
+FakeDevice& of(ggml_backend_dev_t device) { return *static_cast<FakeDevice*>(device->context); }
 
 const char* name_of_device(ggml_backend_dev_t) { return "host"; }
-const char* describe(ggml_backend_dev_t) { return "the processor in a GPU's place"; }
-void no_memory_to_report(ggml_backend_dev_t, size_t* free, size_t* total) { *free = *total = 0; }
+const char* description_of(ggml_backend_dev_t) { return "CPU posing as a GPU"; }
+void get_no_memory(ggml_backend_dev_t, size_t* free, size_t* total) { *free = *total = 0; }
 enum ggml_backend_dev_type type_of(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; }
 
-void tell_properties(ggml_backend_dev_t device, ggml_backend_dev_props* properties) {
+void get_properties(ggml_backend_dev_t device, ggml_backend_dev_props* properties) {
     *properties = {};
     properties->name = name_of_device(device);
-    properties->description = describe(device);
+    properties->description = description_of(device);
     properties->type = type_of(device);
 }
 
-const char* name_of_memory(ggml_backend_buffer_type_t) { return "host"; }
+const char* name_of_buffer_type(ggml_backend_buffer_type_t) { return "host"; }
 
-// Some of what ggml's CUDA backend has no kernel for: products with ternary weights, and attention for other
-// sizes of heads (of 512, only where key heads are shared).
+// Some of the ops that ggml's CUDA backend has no kernel for: matmuls with ternary weights, and flash
+// attention with other head sizes (512 needs grouped queries and a multiple of 256 rows).
 bool lacks_kernel(const ggml_tensor* op) {
     const ggml_tensor *a = op->src[0], *b = op->src[1];
     switch (op->op) {
@@ -53,28 +53,30 @@ bool lacks_kernel(const ggml_tensor* op) {
     }
 }
 
-bool is_in_memory_of_another(ggml_backend_dev_t device, const ggml_tensor* operand) {
+bool is_on_another_device(ggml_backend_dev_t device, const ggml_tensor* operand) {
     if (!operand || !operand->buffer) return false;
     ggml_backend_buffer_type_t type = operand->buffer->buft;
-    return type->iface.get_name == name_of_memory && type != &of(device).memory;
+    return type->iface.get_name == name_of_buffer_type && type != &of(device).buffer_type;
 }
 
-// As CUDA's, it takes no operands in another device's memory.
+// Like CUDA, rejects operands in another device's memory.
 bool supports_op(ggml_backend_dev_t device, const ggml_tensor* op) {
     for (const ggml_tensor* operand : op->src) {
-        if (is_in_memory_of_another(device, operand)) return false;
+        if (is_on_another_device(device, operand)) return false;
     }
-    return !lacks_kernel(op) && ggml_backend_supports_op(of(device).processor.get(), op);
+    return !lacks_kernel(op) && ggml_backend_supports_op(of(device).cpu.get(), op);
 }
 
-ggml_backend_buffer_type_t memory_of(ggml_backend_dev_t device) { return &of(device).memory; }
-
-bool is_own_memory(ggml_backend_dev_t device, ggml_backend_buffer_type_t type) {
-    return type == &of(device).memory;
+ggml_backend_buffer_type_t buffer_type_of_device(ggml_backend_dev_t device) {
+    return &of(device).buffer_type;
 }
 
-// The processor's memory, but nobody else's: ggml takes it for what lies behind a bus.
-ggml_backend_buffer_t take_memory(ggml_backend_buffer_type_t type, size_t size) {
+bool is_own_buffer_type(ggml_backend_dev_t device, ggml_backend_buffer_type_t type) {
+    return type == &of(device).buffer_type;
+}
+
+// Host memory with a buffer type of its own, so that ggml treats it as device memory.
+ggml_backend_buffer_t alloc_buffer_of(ggml_backend_buffer_type_t type, size_t size) {
     ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
     if (buffer) buffer->buft = type;
     return buffer;
@@ -85,27 +87,27 @@ size_t alignment_of(ggml_backend_buffer_type_t) {
 }
 
 const char* name_of_backend(ggml_backend_t) { return "host"; }
-void free_backend(ggml_backend_t backend) { delete static_cast<HostDevice*>(backend->context); }
+void free_backend(ggml_backend_t backend) { delete static_cast<FakeDevice*>(backend->context); }
 
 ggml_status compute_graph(ggml_backend_t backend, ggml_cgraph* graph) {
-    return ggml_backend_graph_compute(static_cast<HostDevice*>(backend->context)->processor.get(), graph);
+    return ggml_backend_graph_compute(static_cast<FakeDevice*>(backend->context)->cpu.get(), graph);
 }
 
-HostDevice::HostDevice(ggml_backend_t of_processor) : processor(of_processor) {
+FakeDevice::FakeDevice(ggml_backend_t cpu_backend) : cpu(cpu_backend) {
     device.context = this;
     device.reg = ggml_backend_cpu_reg();
     device.iface.get_name = name_of_device;
-    device.iface.get_description = describe;
-    device.iface.get_memory = no_memory_to_report;
+    device.iface.get_description = description_of;
+    device.iface.get_memory = get_no_memory;
     device.iface.get_type = type_of;
-    device.iface.get_props = tell_properties;
-    device.iface.get_buffer_type = memory_of;
+    device.iface.get_props = get_properties;
+    device.iface.get_buffer_type = buffer_type_of_device;
     device.iface.supports_op = supports_op;
-    device.iface.supports_buft = is_own_memory;
-    memory.device = &device;
-    memory.iface.get_name = name_of_memory;
-    memory.iface.alloc_buffer = take_memory;
-    memory.iface.get_alignment = alignment_of;
+    device.iface.supports_buft = is_own_buffer_type;
+    buffer_type.device = &device;
+    buffer_type.iface.get_name = name_of_buffer_type;
+    buffer_type.iface.alloc_buffer = alloc_buffer_of;
+    buffer_type.iface.get_alignment = alignment_of;
     backend.device = &device;
     backend.context = this;
     backend.iface.get_name = name_of_backend;
@@ -116,11 +118,11 @@ HostDevice::HostDevice(ggml_backend_t of_processor) : processor(of_processor) {
 }  // namespace
 
 ggml_backend_ptr make_fake_device(int n_threads, ggml_threadpool_t threads) {
-    ggml_backend_t processor = ggml_backend_cpu_init();
-    if (!processor) return nullptr;
-    ggml_backend_cpu_set_n_threads(processor, n_threads);
-    ggml_backend_cpu_set_threadpool(processor, threads);
-    return ggml_backend_ptr(&(new HostDevice(processor))->backend);
+    ggml_backend_t cpu = ggml_backend_cpu_init();
+    if (!cpu) return nullptr;
+    ggml_backend_cpu_set_n_threads(cpu, n_threads);
+    ggml_backend_cpu_set_threadpool(cpu, threads);
+    return ggml_backend_ptr(&(new FakeDevice(cpu))->backend);
 }
 
 }  // namespace pydiffusion

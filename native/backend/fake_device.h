@@ -1,6 +1,5 @@
-// A device on the processor, in a GPU's place: ggml's own kernels, and memory that belongs to it alone. A
-// scheduler moves to and from it what it would move to and from a GPU, so that device_plan can be proven
-// where there is none, or only one.
+// Fake GPU for tests: a ggml device that computes with the CPU backend but has its own buffer type. ggml's
+// scheduler copies to and from it as it would with a GPU, so device plans can be tested without GPUs.
 #pragma once
 
 #include "ggml-cpp.h"
@@ -8,7 +7,7 @@
 
 namespace pydiffusion {
 
-// The threads are the caller's and outlive it; so does it the buffers that come from it. Null without memory.
+// `threads` must outlive the backend, and the backend its buffers. Null if out of memory.
 ggml_backend_ptr make_fake_device(int n_threads, ggml_threadpool_t threads);
 
 }  // namespace pydiffusion

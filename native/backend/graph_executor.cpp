@@ -16,8 +16,7 @@ void use_large_pages(ggml_backend_buffer_t buffer) {
     const auto data = reinterpret_cast<uintptr_t>(ggml_backend_buffer_get_base(buffer));
     const uintptr_t begin = (data + page - 1) / page * page;
     const uintptr_t end = (data + ggml_backend_buffer_get_size(buffer)) / page * page;
-    if (begin < end)
-        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a request: may fail
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may fail
 #else
     (void)buffer;
 #endif
@@ -37,9 +36,10 @@ void use_large_pages_under(ggml_cgraph* graph) {
 }  // namespace
 
 GraphExecutor::GraphExecutor(Backend& backend) : backend_(backend) {
-    if (backend_.on_device()) return;  // a scheduler is made for the size of its first graph
+    if (backend_.on_device()) return;  // schedule() creates the scheduler, by graph size
     allocator_.reset(ggml_gallocr_new(backend_.buffer_type()));
-    if (!allocator_) throw Error(ErrorKind::out_of_memory, "no memory for a session");
+    if (!allocator_)
+        throw Error(ErrorKind::out_of_memory, "out of memory: failed to create a graph allocator");
 }
 
 void GraphExecutor::allocate(ggml_cgraph* graph, const std::vector<ggml_context_ptr>& inputs,
@@ -50,7 +50,9 @@ void GraphExecutor::allocate(ggml_cgraph* graph, const std::vector<ggml_context_
         done = done && allocate_inputs(static_cast<int32_t>(i) + kCpuDevice, inputs[i].get());
     done = done && (backend_.on_device() ? schedule(graph, pinned)
                                          : ggml_gallocr_alloc_graph(allocator_.get(), graph));
-    if (!done) throw Error(ErrorKind::out_of_memory, format("no memory for %s", what));
+    if (!done)
+        throw Error(ErrorKind::out_of_memory,
+                    format("out of memory: failed to allocate memory for %s", what));
     if (!backend_.on_device()) use_large_pages_under(graph);
 }
 
@@ -86,18 +88,18 @@ bool GraphExecutor::schedule(ggml_cgraph* graph, const Pinned& pinned) {
     const size_t needed = 2 * static_cast<size_t>(ggml_graph_size(graph));
     if (scheduler_size_ < needed) {
         std::vector<ggml_backend_t> backends;
-        std::vector<ggml_backend_buffer_type_t> memory;
+        std::vector<ggml_backend_buffer_type_t> buffer_types;
         for (const ggml_backend_ptr& device : backend_.devices_) {
             backends.push_back(device.get());
-            memory.push_back(ggml_backend_get_default_buffer_type(device.get()));
+            buffer_types.push_back(ggml_backend_get_default_buffer_type(device.get()));
         }
-        // What goes to and from a GPU is moved faster where its driver has pinned the processor's memory.
-        ggml_backend_buffer_type_t pinned =
+        // Copies to and from a GPU are faster in host memory that its driver has pinned.
+        ggml_backend_buffer_type_t pinned_type =
             ggml_backend_dev_host_buffer_type(ggml_backend_get_device(backends.back()));
         backends.push_back(backend_.cpu_.get());
-        memory.push_back(pinned ? pinned : backend_.buffer_type(kCpuDevice));
+        buffer_types.push_back(pinned_type ? pinned_type : backend_.buffer_type(kCpuDevice));
         scheduler_size_ = 0;
-        scheduler_.reset(ggml_backend_sched_new(backends.data(), memory.data(),
+        scheduler_.reset(ggml_backend_sched_new(backends.data(), buffer_types.data(),
                                                 static_cast<int>(backends.size()), needed, false, false));
         if (!scheduler_) return false;
         scheduler_size_ = needed;

@@ -1,4 +1,4 @@
-// Memory for graphs, and the way to run them.
+// GraphExecutor: allocates graphs and runs them on a backend.
 #pragma once
 
 #include <functional>
@@ -9,28 +9,27 @@
 
 namespace pydiffusion {
 
-// Asks for pages of 2 MiB under what a buffer in the processor's memory does not use yet: rows of activations
-// lie further apart than a small page, and each would miss the table of translations.
+// Requests 2 MiB pages for a CPU buffer that has not been written yet: rows of activations are more than a
+// 4 KiB page apart, so each would miss the TLB.
 void use_large_pages(ggml_backend_buffer_t buffer);
 
-// Memory for one graph at a time, and the way to run it.
+// Owns the memory of one graph at a time, and runs that graph.
 class GraphExecutor {
   public:
     explicit GraphExecutor(Backend& backend);
 
-    // Lays the graph out, in place of the one before; on devices with the tensors of `inputs`, which keep
-    // their memory while it stands: first the processor's, then each device's. Of a pair in `pinned` the
-    // first is computed where the second, a weight, lies. Throws Error(out_of_memory) with "no memory for
-    // `what`".
+    // Allocates the graph in place of the previous one. `inputs` holds the input tensors per device, the
+    // CPU's first; they keep their memory while the graph is allocated. A pair in `pinned` is a node and the
+    // weight on whose device it is computed. Throws Error(out_of_memory), which names `what`.
     using Pinned = std::vector<std::pair<ggml_tensor*, const ggml_tensor*>>;
     void allocate(ggml_cgraph* graph, const std::vector<ggml_context_ptr>& inputs, const Pinned& pinned,
                   const char* what);
 
-    // Runs the graph laid out last.
+    // Runs the graph allocated last.
     void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
-    // Into how many pieces the graph laid out last was cut: one wherever the place changes.
+    // Number of splits of the graph allocated last: a new one wherever the device changes.
     int n_splits() const { return scheduler_ ? ggml_backend_sched_get_n_splits(scheduler_.get()) : 1; }
-    // Runs nodes that have their memory already and all belong where the backend computes.
+    // Runs nodes that are already allocated, all of them on the main device.
     void compute_nodes(ggml_cgraph* nodes, const std::function<bool()>& cancelled);
 
   private:
@@ -40,10 +39,10 @@ class GraphExecutor {
     ggml_backend_t backend_of(const ggml_tensor* weight) const;
 
     Backend& backend_;
-    ggml_gallocr_ptr allocator_;        // on the processor alone
-    ggml_backend_sched_ptr scheduler_;  // else
+    ggml_gallocr_ptr allocator_;        // without devices
+    ggml_backend_sched_ptr scheduler_;  // with devices
     size_t scheduler_size_ = 0;
-    std::vector<ggml_backend_buffer_ptr> inputs_;  // the processor's, then each device's
+    std::vector<ggml_backend_buffer_ptr> inputs_;  // the CPU's, then each device's
 };
 
 }  // namespace pydiffusion

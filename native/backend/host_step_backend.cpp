@@ -35,17 +35,17 @@ struct RowSums {
 
 RowSums sum_row(const float* x, int64_t n_vocab, float inverse) {
     RowSums sums;
-    sums.all = row::no_sums();
+    sums.all = row::empty_sums();
     for (int warp = 0; warp < kWarps; ++warp) {
-        row::Sums of_warp = row::no_sums();
+        row::Sums warp_sums = row::empty_sums();
         for (int lane = 0; lane < kLanes; ++lane) {
-            row::Sums of_lane = row::no_sums();
+            row::Sums lane_sums = row::empty_sums();
             for_each_of_lane(warp, lane, n_vocab,
-                             [&](int64_t i) { row::add(of_lane, x[i], static_cast<int32_t>(i), inverse); });
-            of_warp = row::merged(of_warp, of_lane, inverse);
+                             [&](int64_t i) { row::add(lane_sums, x[i], static_cast<int32_t>(i), inverse); });
+            warp_sums = row::merged(warp_sums, lane_sums, inverse);
         }
-        sums.warps[warp] = of_warp;
-        sums.all = row::merged(sums.all, of_warp, inverse);
+        sums.warps[warp] = warp_sums;
+        sums.all = row::merged(sums.all, warp_sums, inverse);
     }
     return sums;
 }
@@ -55,11 +55,11 @@ int32_t draw(const float* x, int64_t n_vocab, const RowSums& sums, float inverse
     double target = std::max(static_cast<double>(u), 0x1p-25) * sums.all.weight;
     int warp = 0;
     for (; warp + 1 < kWarps; ++warp) {
-        row::Sums of_warp = sums.warps[warp];
-        if (of_warp.argmax < 0) continue;
-        row::rescale(of_warp, maximum, inverse);
-        if (target < of_warp.weight) break;
-        target -= of_warp.weight;
+        row::Sums warp_sums = sums.warps[warp];
+        if (warp_sums.argmax < 0) continue;
+        row::rescale(warp_sums, maximum, inverse);
+        if (target < warp_sums.weight) break;
+        target -= warp_sums.weight;
     }
     const row::Range range = row::range_of(warp, n_vocab);
     int32_t last = sums.all.argmax;
@@ -109,10 +109,10 @@ class HostStepBackend : public StepBackend {
             std::fill_n(out, d, 0.0f);
             if (!state.self_conditioning) continue;
             const float* x = row_of(logits, t);
-            row::Distribution distribution_;
-            distribution(x, n_vocab, state.previous_temperature, state.dropped_mass, distribution_);
+            row::Distribution dist;
+            distribution(x, n_vocab, state.previous_temperature, state.dropped_mass, dist);
             for (int64_t v = 0; v < n_vocab; ++v) {
-                const float p = row::probability(distribution_, x[v]);
+                const float p = row::probability(dist, x[v]);
                 if (p == 0.0f) continue;
                 embed(embedding, v, embedded.data());
                 for (int64_t i = 0; i < d; ++i) out[i] += p * embedded[i];

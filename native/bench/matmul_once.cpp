@@ -13,7 +13,7 @@ std::vector<float> matmul_once(const MatmulTask& task) {
     GraphExecutor executor(backend);
     const ggml_context_ptr context(
         ggml_init({8 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true}));
-    if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a product's description");
+    if (!context) throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate a ggml context");
     ggml_context* ctx = context.get();
     ggml_tensor* weight =
         ggml_new_tensor_3d(ctx, task.type, task.n_inner, task.n_rows / task.n_experts, task.n_experts);
@@ -23,19 +23,20 @@ std::vector<float> matmul_once(const MatmulTask& task) {
     ggml_tensor* experts =
         task.experts ? ggml_new_tensor_2d(ctx, GGML_TYPE_I32, task.n_used, task.n_activations) : nullptr;
     Matmul matmul(ctx, backend.kernel(), backend.on_device());
-    ggml_tensor* product = experts ? matmul.apply(weight, x, experts) : matmul.apply(weight, x);
+    ggml_tensor* result = experts ? matmul.apply(weight, x, experts) : matmul.apply(weight, x);
     const ggml_backend_buffer_ptr buffer(
         ggml_backend_alloc_ctx_tensors_from_buft(ctx, backend.buffer_type()));
-    if (!buffer) throw Error(ErrorKind::out_of_memory, "no memory for a product");
+    if (!buffer)
+        throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate a matmul's tensors");
     ggml_backend_tensor_set(weight, task.weights, 0, ggml_nbytes(weight));
     ggml_backend_tensor_set(x, task.x, 0, ggml_nbytes(x));
     if (experts) ggml_backend_tensor_set(experts, task.experts, 0, ggml_nbytes(experts));
     ggml_cgraph* graph = ggml_new_graph(ctx);
-    ggml_build_forward_expand(graph, product);
+    ggml_build_forward_expand(graph, result);
     executor.compute_nodes(graph, [] { return false; });
-    std::vector<float> result(ggml_nelements(product));
-    ggml_backend_tensor_get(product, result.data(), 0, ggml_nbytes(product));
-    return result;
+    std::vector<float> values(ggml_nelements(result));
+    ggml_backend_tensor_get(result, values.data(), 0, ggml_nbytes(result));
+    return values;
 }
 
 }  // namespace gemm

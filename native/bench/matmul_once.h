@@ -1,4 +1,4 @@
-// One product by itself, for measuring and proving what graphs are made of.
+// A single matmul outside any model, for benchmarks and parity tests.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct MatmulTask {
     int64_t n_inner = 0, n_rows = 0, n_activations = 0;
     const void* weights = nullptr;  // [n_rows] rows of n_inner weights
     const float* x = nullptr;       // [n_activations][n_inner]
-    // By expert: of n_experts matrices, which the rows are divided into, n_used for each activation.
+    // Expert matmul: the rows are those of n_experts matrices, of which each activation uses n_used.
     const int32_t* experts = nullptr;  // [n_activations][n_used]
     int64_t n_experts = 1, n_used = 1;
 };

@@ -10,7 +10,7 @@ namespace pydiffusion {
 
 namespace {
 
-// Per session its Step, the exception that ended it, or None when its generation was over.
+// Per session: its Step, None if its generation had ended, or the exception that ended it.
 nb::list next_steps(Batch& batch, const std::vector<Session*>& sessions) {
     std::vector<Batch::Outcome> outcomes;
     {
@@ -33,14 +33,17 @@ nb::list next_steps(Batch& batch, const std::vector<Session*>& sessions) {
 }  // namespace
 
 void bind_batch(nb::module_& m) {
-    nb::class_<Batch>(m, "Batch", "Denoises several sessions of a model in one graph. One thread at a time.")
+    nb::class_<Batch>(
+        m, "Batch",
+        "Batched denoising of several sessions of a model in one graph. Use it from one thread at a time.")
         .def(
             "__init__", [](Batch* self, const PyModel& model) { new (self) Batch(model.model); },
             nb::arg("model"))
-        .def_prop_ro("n_graphs", &Batch::n_graphs, "Graphs that the last step took; of few memory, several.")
+        .def_prop_ro("n_graphs", &Batch::n_graphs,
+                     "Number of graphs used by the last step; more than 1 if memory for one ran out.")
         .def("next_steps", next_steps, nb::arg("sessions"),
-             "One step of each session's generation: its Step, None after its end, or the exception that "
-             "ended it.");
+             "Run one step of each session's generation. Per session: its Step, None if its generation has "
+             "ended, or the exception that ended it.");
 }
 
 }  // namespace pydiffusion

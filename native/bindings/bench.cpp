@@ -1,18 +1,18 @@
-// This build and this machine: versions, instruction sets, roofline.
+// Build information and roofline measurements: versions, instruction sets, bandwidth, matmul rate.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "backend/cpu/amx/tile_gemm.h"
 #include "bench/roofline.h"
 #include "bindings/bindings.h"
 #include "ggml-cpu.h"
+#include "util/cpu_kernels.h"
 #include "util/error.h"
 
 namespace pydiffusion {
 
 namespace {
 
-// A benchmark may take seconds: without the GIL.
+// These may take seconds, so they release the GIL.
 double matrix_rate(int n_threads, const std::string& type_name, const std::string& device,
                    const std::string& kernels) {
     const ggml_type type = type_by_name(type_name);
@@ -54,13 +54,13 @@ nb::dict version() {
 
 void bind_bench(nb::module_& m) {
     m.def("version", version,
-          "Versions of what is linked in, and the instruction sets that it was built for.");
+          "Versions of the linked libraries, and the instruction sets that they were built for.");
     m.def("measure_read_rate", read_rate, nb::arg("n_threads"), nb::arg("device") = "cpu",
-          "Bytes per second read from memory; on a device, read and written by a copy.");
+          "Memory bandwidth in bytes per second: reads on the CPU; on a device, reads and writes of a copy.");
     m.def("measure_matrix_rate", matrix_rate, nb::arg("n_threads"), nb::arg("type"),
           nb::arg("device") = "cpu", nb::arg("kernels") = "auto",
-          "Operations per second of a 4096 x 4096 matrix of a tensor type times 256 columns.");
-    m.def("kernels", gemm::kernel_names, "The kernels of products that this processor has.");
+          "Operations per second of a matmul: a 4096 x 4096 matrix of a tensor type times 256 activations.");
+    m.def("kernels", gemm::kernel_names, "Names of the matmul kernels that this CPU supports.");
 }
 
 }  // namespace pydiffusion

@@ -1,4 +1,4 @@
-// Helpers that the bindings share. The only folder of native/ that knows Python.
+// Helpers shared by the Python bindings. No other folder of native/ depends on Python.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -42,14 +42,14 @@ std::vector<T> to_vector(const Array1<T>& array) {
     return std::vector<T>(array.data(), array.data() + array.shape(0));
 }
 
-// Text from a file may be no UTF-8; the bytes survive as surrogates.
+// Text from a file may be invalid UTF-8; invalid bytes become surrogates, as with os.fsdecode.
 nb::object to_str(const std::string& text);
-// The other way: such a name, or a path that the system gave, is found again.
+// The inverse, so that such names and paths round-trip.
 std::string from_str(const nb::str& text);
 
-// Without the interpreter's lock while it lives. When the interpreter is ending, it ends the threads that ask
-// for the lock by unwinding their stacks; since much of ours may not be unwound, such a thread sleeps until
-// the process is gone, as Python does it from 3.14 on.
+// Releases the GIL for its lifetime. Before 3.14, a finalizing interpreter terminates threads that ask for
+// the GIL by unwinding their stacks, which much of our code does not survive. Such a thread sleeps until the
+// process exits instead, as in 3.14.
 class WithoutGil {
   public:
     WithoutGil();
@@ -61,20 +61,19 @@ class WithoutGil {
     PyThreadState* state_;
 };
 
-// Calls something that needs the lock on a thread that gave it up. Nothing but std::exception comes out.
+// Calls `call` with the GIL held, on a thread that released it. Throws nothing but std::exception.
 void with_gil(const std::function<void()>& call);
 
-// Runs the handlers of signals that arrived; throws what they raise (KeyboardInterrupt). Takes the GIL
-// itself.
+// Runs the handlers of pending signals; throws what they raise (KeyboardInterrupt). Acquires the GIL.
 void check_signals();
 
-// Registers what the interpreter's end has to do: computing threads are stopped and put to sleep.
-void watch_for_the_end();
+// Registers an atexit handler that stops computing threads and puts them to sleep.
+void register_exit_handler();
 
-// By a type's name of any case; throws Error(argument) for what is none.
+// Tensor type by name, case-insensitive; throws Error(argument) if there is none.
 ggml_type type_by_name(const std::string& name);
 
-// The Python exception that an exception of ours becomes when it is thrown to Python.
+// The Python exception for a C++ exception, as raised by the bindings.
 nb::object to_exception(const std::exception_ptr& error);
 
 void bind_errors(nb::module_& m);

@@ -1,5 +1,4 @@
-// C++ exceptions become the Python classes of pydiffusion.errors here, and nowhere else; and the
-// interpreter's lock.
+// Translates C++ exceptions to pydiffusion.errors; handles the GIL, including at interpreter exit.
 #include <atomic>
 #include <chrono>
 #include <new>
@@ -45,18 +44,18 @@ void raise(ErrorKind kind, const char* message) {
     PyErr_SetObject(type.ptr(), to_str(message).ptr());
 }
 
-// The interpreter's end, as told by its atexit: only daemon threads are left besides the one that ends it,
-// and must not touch it again.
-std::atomic<bool> ending{false};
-std::atomic<std::thread::id> ender;
-// Threads that gave up the lock, and those of them that sleep until the process is gone.
-std::atomic<int> n_without_lock{0}, n_parked{0};
-thread_local int depth = 0;  // how often this thread is among the former
+// Set by the atexit handler. From then on only daemon threads remain besides the finalizing one, and they
+// must not touch the interpreter again.
+std::atomic<bool> finalizing{false};
+std::atomic<std::thread::id> finalizing_thread;
+// Threads that released the GIL, and those of them that sleep until the process exits.
+std::atomic<int> n_without_gil{0}, n_parked{0};
+thread_local int gil_release_depth = 0;  // this thread's share of n_without_gil
 
-// How long the interpreter's end waits for threads that compute.
-constexpr auto kPatience = std::chrono::seconds(5);
+// How long the exit handler waits for computing threads.
+constexpr auto kExitTimeout = std::chrono::seconds(5);
 
-bool must_not_return() { return ending && ender.load() != std::this_thread::get_id(); }
+bool must_not_return() { return finalizing && finalizing_thread.load() != std::this_thread::get_id(); }
 
 [[noreturn]] void park() {
     ++n_parked;
@@ -68,24 +67,24 @@ bool has_other_threads() {
     return first && PyThreadState_Next(first);
 }
 
-// Graphs end where they are, and whoever computed one sleeps: nothing of ours runs while the interpreter and
-// the process's statics are taken down.
-void end_with_the_interpreter() {
-    ender = std::this_thread::get_id();
-    ending = true;
-    if (has_other_threads()) nb::set_leak_warnings(false);  // what those threads hold can't be given back
+// Aborts running graphs and parks their threads, so that none of our code runs while the interpreter and
+// static objects are destroyed.
+void on_interpreter_exit() {
+    finalizing_thread = std::this_thread::get_id();
+    finalizing = true;
+    if (has_other_threads()) nb::set_leak_warnings(false);  // objects held by those threads are never freed
     Backend::stop();
-    const nb::gil_scoped_release release;  // a callback of theirs may need it to come to its end
-    const auto deadline = std::chrono::steady_clock::now() + kPatience;
-    while (n_parked < n_without_lock && std::chrono::steady_clock::now() < deadline)
+    const nb::gil_scoped_release release;  // a callback on such a thread may need the GIL to finish
+    const auto deadline = std::chrono::steady_clock::now() + kExitTimeout;
+    while (n_parked < n_without_gil && std::chrono::steady_clock::now() < deadline)
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 
 }  // namespace
 
 WithoutGil::WithoutGil() : state_(PyEval_SaveThread()) {
-    ++n_without_lock;
-    ++depth;
+    ++n_without_gil;
+    ++gil_release_depth;
     if (must_not_return()) park();
 }
 
@@ -93,18 +92,18 @@ WithoutGil::~WithoutGil() {
     if (must_not_return()) park();
     try {
         PyEval_RestoreThread(state_);
-    } catch (...) {  // the unwinding of a thread that the interpreter ends
+    } catch (...) {  // forced unwinding by the finalizing interpreter
         park();
     }
-    --depth;
-    --n_without_lock;
+    --gil_release_depth;
+    --n_without_gil;
 }
 
 void with_gil(const std::function<void()>& call) {
     if (must_not_return()) park();
     try {
         const PyGILState_STATE state = PyGILState_Ensure();
-        // Not a destructor's: what unwinds a thread that the interpreter ends does not hold the lock.
+        // No RAII: during forced unwinding by the interpreter, this thread does not hold the GIL.
         std::exception_ptr error;
         try {
             call();
@@ -120,13 +119,13 @@ void with_gil(const std::function<void()>& call) {
     }
 }
 
-void watch_for_the_end() {
-    nb::module_::import_("atexit").attr("register")(nb::cpp_function(end_with_the_interpreter));
+void register_exit_handler() {
+    nb::module_::import_("atexit").attr("register")(nb::cpp_function(on_interpreter_exit));
 #if !defined(_WIN32)
-    // A child has this thread alone; what the others held can't be given back there.
+    // The child has only this thread; objects held by the others are never freed there.
     pthread_atfork(nullptr, nullptr, [] {
-        if (n_without_lock > depth) nb::set_leak_warnings(false);
-        n_without_lock = depth;
+        if (n_without_gil > gil_release_depth) nb::set_leak_warnings(false);
+        n_without_gil = gil_release_depth;
         n_parked = 0;
     });
 #endif
@@ -151,14 +150,14 @@ void check_signals() {
 
 namespace {
 
-// Sets Python's error; what is not ours passes through.
+// Sets the Python error; rethrows other exceptions for nanobind to handle.
 void translate(const std::exception_ptr& pointer, void*) {
     try {
         std::rethrow_exception(pointer);
     } catch (const Error& error) {
         raise(error.kind(), error.what());
     } catch (const std::bad_alloc&) {
-        raise(ErrorKind::out_of_memory, "out of memory");
+        raise(ErrorKind::out_of_memory, "out of memory: an allocation failed");
     }
 }
 

@@ -12,7 +12,7 @@ namespace pydiffusion {
 
 namespace {
 
-// Types are named as the `gguf` package names them: "Q4_K", "F32", "IQ4_NL".
+// Type names as in the `gguf` package: "Q4_K", "F32", "IQ4_NL".
 std::string upper_type_name(ggml_type type) {
     std::string name = ggml_type_name(type);
     std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::toupper(c); });
@@ -54,22 +54,21 @@ nb::tuple numpy_shape(const TensorInfo& tensor) {
 }  // namespace
 
 void bind_file(nb::module_& m) {
-    nb::class_<TensorInfo>(m, "TensorInfo", "A tensor's place in a GGUF file.")
+    nb::class_<TensorInfo>(m, "TensorInfo", "A tensor's name, type, shape and location in a GGUF file.")
         .def_prop_ro("name", [](const TensorInfo& t) { return to_str(t.name); })
         .def_prop_ro("type", [](const TensorInfo& t) { return upper_type_name(t.type); })
-        .def_prop_ro("shape", numpy_shape, "Dimensions in numpy's order, slowest first.")
-        .def_ro("offset", &TensorInfo::offset, "Bytes from the start of the file, or of its part.")
+        .def_prop_ro("shape", numpy_shape, "Dimensions in numpy order, slowest first.")
+        .def_ro("offset", &TensorInfo::offset, "Bytes from the start of the file (of its part if split).")
         .def_ro("n_bytes", &TensorInfo::n_bytes)
-        .def_ro("part", &TensorInfo::part, "Of a split file, counted from 0.")
+        .def_ro("part", &TensorInfo::part, "0-based part of a split file.")
         .def("__repr__", [](const TensorInfo& t) {
             return format("TensorInfo(%s, %s, ne=%s)", quoted(t.name).c_str(),
                           upper_type_name(t.type).c_str(), t.shape().c_str());
         });
 
-    nb::class_<GgufFile>(
-        m, "GgufFile",
-        "A GGUF file of any architecture, memory-mapped and validated.\n\n"
-        "Raises ModelFormatError, naming key or tensor, when anything in it is not as the format asks.")
+    nb::class_<GgufFile>(m, "GgufFile",
+                         "A GGUF file of any architecture, memory-mapped and validated.\n\n"
+                         "Raises ModelFormatError, naming the key or tensor, if the file is not valid GGUF.")
         .def(
             "__init__",
             [](GgufFile* self, const nb::str& path) {
@@ -85,8 +84,7 @@ void bind_file(nb::module_& m) {
                 const WithoutGil release;
                 return GgufFile::open_all_parts(name);
             },
-            nb::arg("path"),
-            "A file; of a split one, whose first part is given, all parts as the file that was split.")
+            nb::arg("path"), "Open a file, or all parts of a split file, given its first part, as one.")
         .def_prop_ro("path", [](const GgufFile& f) { return to_str(f.path()); })
         .def_prop_ro(
             "paths",
@@ -95,7 +93,7 @@ void bind_file(nb::module_& m) {
                 for (size_t i = 0; i < f.n_parts(); ++i) paths.append(to_str(f.part(i).path()));
                 return paths;
             },
-            "Of all parts; of a file that is not split its own.")
+            "Paths of all parts; one path if the file is not split.")
         .def_prop_ro("version", &GgufFile::version)
         .def_prop_ro("alignment", &GgufFile::alignment)
         .def_prop_ro("data_offset", &GgufFile::data_offset)
@@ -107,7 +105,7 @@ void bind_file(nb::module_& m) {
                 for (const std::string& key : f.keys()) metadata[to_str(key)] = to_python(*f.find(key));
                 return metadata;
             },
-            "Keys and values in the file's order; made anew at each access.")
+            "Keys and values in file order; a new dict at each access.")
         .def_prop_ro("metadata_types",
                      [](const GgufFile& f) {
                          nb::dict types;

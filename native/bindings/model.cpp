@@ -1,4 +1,4 @@
-// Models: where one shall lie, loading it, what it is.
+// Bindings of models: device plans, loading, description.
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -10,6 +10,7 @@
 #include "backend/devices.h"
 #include "bindings/bindings.h"
 #include "bindings/session_types.h"
+#include "runtime/device_planner.h"
 #include "util/error.h"
 
 namespace pydiffusion {
@@ -18,7 +19,7 @@ namespace {
 
 ggml_type cache_type(const GgufFile& file, const std::string& kv_type) {
     if (kv_type == "q8_0") return GGML_TYPE_Q8_0;
-    // An F32 file is asked for exactness: its keys and values stay exact too.
+    // A file of F32 weights is used for exact results, so keep K and V exact too.
     const bool exact = std::all_of(file.tensors().begin(), file.tensors().end(),
                                    [](const TensorInfo& tensor) { return tensor.type == GGML_TYPE_F32; });
     return kv_type == "f32" || (kv_type == "auto" && exact) ? GGML_TYPE_F32 : GGML_TYPE_F16;
@@ -26,23 +27,23 @@ ggml_type cache_type(const GgufFile& file, const std::string& kv_type) {
 
 constexpr int kMaxSessions = 1 << 16;
 
-// Where a model shall lie; counts of -1 are chosen.
+// Requested device placement; -1 means automatic.
 struct DeviceRequest {
     std::string device = "cpu";
     int32_t n_gpu_layers = -1;
     int32_t n_cpu_moe = -1;
-    std::vector<uint64_t> memory_limits;  // of each device; 0, or none: what is free
-    int64_t n_ctx = 0;                    // that caches are planned for
-    int64_t n_sessions = 1;               // so many of them
+    std::vector<uint64_t> memory_limits;  // per device; 0 or absent: the free memory
+    int64_t n_ctx = 0;                    // context to reserve a cache for
+    int64_t n_sessions = 1;               // sessions to reserve caches for
     std::string kernels = "auto";
 };
 
 struct ResolvedDevices {
-    std::vector<std::string> devices;  // that have something to do; none: all on the processor
-    std::vector<DeviceMemory> memory;  // theirs
+    std::vector<std::string> devices;  // used by the plan; empty: CPU only
+    std::vector<DeviceMemory> memory;  // one per device
     DevicePlan device_plan;
 
-    // As an backend takes it.
+    // In Backend's syntax.
     std::string device() const {
         std::string names;
         for (const std::string& name : devices) names += (names.empty() ? "" : ",") + name;
@@ -50,22 +51,22 @@ struct ResolvedDevices {
     }
 };
 
-// Of a GPU a part stays free for what is in no tensor: handles and workspaces of cuBLAS, kernels' code, CUDA
-// graphs, and what ggml's kernels take for a moment, whose lack ends the process.
-uint64_t kept_free(const DeviceInfo& gpu) {
+// GPU memory to keep free for allocations outside of our tensors: cuBLAS handles and workspaces, kernel code,
+// CUDA graphs, and temporary buffers of ggml's kernels, where an allocation failure aborts the process.
+uint64_t reserved_bytes(const DeviceInfo& gpu) {
     constexpr uint64_t least = uint64_t{512} << 20;
     return std::min(gpu.free_bytes, std::max(least, gpu.total_bytes / 20));
 }
 
 // limit: 0 for none.
-DeviceMemory memory_of(const std::string& device, uint64_t limit) {
+DeviceMemory device_memory(const std::string& device, uint64_t limit) {
     DeviceMemory memory = {buffer_type_of(device), std::numeric_limits<uint64_t>::max(), 0};
     for (const DeviceInfo& info : list_devices()) {
         if (info.name != device) continue;
-        memory.kept_free = kept_free(info);
-        memory.room = info.free_bytes - memory.kept_free;
+        memory.reserved = reserved_bytes(info);
+        memory.budget = info.free_bytes - memory.reserved;
     }
-    if (limit) memory.room = std::min(memory.room, limit);
+    if (limit) memory.budget = std::min(memory.budget, limit);
     return memory;
 }
 
@@ -74,7 +75,7 @@ SessionNeeds needs_of(const DeviceRequest& request, const Hparams& hp, ggml_type
             static_cast<uint64_t>(request.n_sessions)};
 }
 
-ResolvedDevices choose(const GgufFile& file, const DeviceRequest& request, ggml_type kv_type) {
+ResolvedDevices resolve_devices(const GgufFile& file, const DeviceRequest& request, ggml_type kv_type) {
     if (request.device == "cpu") return {};
     if (request.n_sessions < 1 || request.n_sessions > kMaxSessions)
         throw Error(ErrorKind::argument, format("n_sessions must be 1 to %d", kMaxSessions));
@@ -83,16 +84,18 @@ ResolvedDevices choose(const GgufFile& file, const DeviceRequest& request, ggml_
     std::istringstream names(request.device);
     for (std::string name; std::getline(names, name, ',');) {
         const size_t i = devices.size();
-        memory.push_back(memory_of(name, i < request.memory_limits.size() ? request.memory_limits[i] : 0));
+        memory.push_back(
+            device_memory(name, i < request.memory_limits.size() ? request.memory_limits[i] : 0));
         devices.push_back(name);
     }
     if (devices.empty() || (!request.memory_limits.empty() && request.memory_limits.size() != devices.size()))
-        throw Error(ErrorKind::argument, format("there are %zu devices and %zu limits of memory",
-                                                devices.size(), request.memory_limits.size()));
+        throw Error(ErrorKind::argument,
+                    format("got %zu devices and %zu memory limits: give one limit per device", devices.size(),
+                           request.memory_limits.size()));
     const Hparams hp(file);
     const DevicePlan device_plan = plan_devices(file, hp, needs_of(request, hp, kv_type), memory,
                                                 request.n_gpu_layers, request.n_cpu_moe);
-    // A device without layers has nothing to do, unless it is the last.
+    // Drop devices without layers, except for the main device.
     ResolvedDevices used;
     used.device_plan = device_plan;
     used.device_plan.device_layers.clear();
@@ -114,19 +117,19 @@ PyModel load_model(const std::string& path, int n_threads, const std::string& kv
                     "kv_type must be 'auto', 'f32', 'f16' or 'q8_0', not " + quoted(kv_type));
     }
     const bool report = !progress.is_none();
-    const auto read_ahead = [&](double share) {
+    const auto on_progress = [&](double fraction) {
         with_gil([&] {
             if (PyErr_CheckSignals() != 0) throw nb::python_error();
-            if (report) progress(share);
+            if (report) progress(fraction);
         });
     };
     const WithoutGil release;
     PyModel result;
     auto file = GgufFile::open_all_parts(path);
     result.kv_type = cache_type(*file, kv_type);
-    const ResolvedDevices choice = choose(*file, request, result.kv_type);
-    result.model = std::make_shared<Model>(file, n_threads, choice.device(), request.kernels,
-                                           choice.device_plan, read_ahead);
+    const ResolvedDevices resolved = resolve_devices(*file, request, result.kv_type);
+    result.model = std::make_shared<Model>(file, n_threads, resolved.device(), request.kernels,
+                                           resolved.device_plan, on_progress);
     return result;
 }
 
@@ -212,26 +215,26 @@ nb::dict to_dict(const DeviceUse& use) {
 nb::dict plan(const std::string& path, const std::string& device, const std::vector<uint64_t>& memory_limits,
               int32_t n_gpu_layers, int32_t n_cpu_moe, int64_t n_ctx, const std::string& kv_type,
               int64_t n_sessions) {
-    const auto whole = GgufFile::open_all_parts(path);
-    const GgufFile& file = *whole;
+    const auto opened = GgufFile::open_all_parts(path);
+    const GgufFile& file = *opened;
     const Hparams hp(file);
     const ggml_type type = cache_type(file, kv_type);
     const DeviceRequest request = {device, n_gpu_layers, n_cpu_moe, memory_limits, n_ctx, n_sessions};
-    const ResolvedDevices choice = choose(file, request, type);
-    const DevicePlan& device_plan = choice.device_plan;
+    const ResolvedDevices resolved = resolve_devices(file, request, type);
+    const DevicePlan& device_plan = resolved.device_plan;
     nb::list shares;
     if (device_plan.any()) {
         const std::vector<DeviceUse> uses =
-            device_use(file, hp, device_plan, needs_of(request, hp, type), choice.memory);
+            device_use(file, hp, device_plan, needs_of(request, hp, type), resolved.memory);
         for (size_t i = 0; i < uses.size(); ++i) {
             nb::dict share = to_dict(uses[i]);
-            share["device"] = choice.devices[i];
+            share["device"] = resolved.devices[i];
             share["n_layers"] = device_plan.device_layers[i];
             shares.append(share);
         }
     }
     nb::dict d;
-    d["device"] = choice.device();
+    d["device"] = resolved.device();
     d["n_layer"] = hp.n_layer;
     d["n_gpu_layers"] = device_plan.n_gpu_layers();
     d["n_cpu_moe"] = device_plan.n_cpu_moe;
@@ -265,13 +268,13 @@ void bind_model(nb::module_& m) {
         .def_prop_ro("canvas_length", [](const PyModel& m) { return m.model->hparams.canvas_length; })
         .def_prop_ro("n_ctx_train", [](const PyModel& m) { return m.model->hparams.n_ctx_train; })
         .def_prop_ro("n_threads", [](const PyModel& m) { return m.model->backend.n_threads(); });
-    m.def("devices", devices, "The GPUs that this build can compute on.");
+    m.def("devices", devices, "The GPUs that this build can use.");
     m.def("why_no_device", why_no_device, nb::arg("name"),
-          "What is wrong with a name that devices() has not.");
+          "Why a name that is not in devices() can't be used.");
     m.def("plan", plan, nb::arg("path"), nb::arg("device"), nb::arg("memory_limits") = nb::list(),
           nb::arg("n_gpu_layers") = -1, nb::arg("n_cpu_moe") = -1, nb::arg("n_ctx") = 8192,
           nb::arg("kv_type") = "auto", nb::arg("n_sessions") = 1,
-          "What of a model would lie on which device, and the bytes that takes there.");
+          "Plan which layers and experts go to which device, with the memory that each needs.");
 }
 
 }  // namespace pydiffusion

@@ -5,7 +5,7 @@ NB_MODULE(_native, m) {
     m.doc() =
         "The native runtime: GGUF files, models, sessions, sampler, quantization. Private; use pydiffusion.";
     pydiffusion::install_ggml_handlers();
-    pydiffusion::watch_for_the_end();
+    pydiffusion::register_exit_handler();
     pydiffusion::bind_errors(m);
     pydiffusion::bind_file(m);
     pydiffusion::bind_model(m);

@@ -1,5 +1,5 @@
-// Quantization: rows of one tensor type as rows of another.
-#include "quant/quantize.h"
+// Bindings of quantization and dequantization of rows.
+#include "quantization/quantize.h"
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -27,7 +27,7 @@ ggml_type type_by_name(const std::string& name) {
         const auto type = static_cast<ggml_type>(i);
         if (ggml_blck_size(type) > 0 && upper(ggml_type_name(type)) == upper(name)) return type;
     }
-    throw Error(ErrorKind::argument, quoted(name) + " is no tensor type");
+    throw Error(ErrorKind::argument, quoted(name) + " is not a tensor type");
 }
 
 namespace {
@@ -43,26 +43,26 @@ nb::dict tensor_types() {
     return types;
 }
 
-// Of a type; `width` is that of a row of uint8.
+// Checks that rows of `width` bytes hold n_per_row weights of the type.
 void require_row_bytes(ggml_type type, size_t width, int64_t n_per_row) {
     const int64_t block = ggml_blck_size(type);
-    // A block has a byte or more: what passes the third test can't overflow in the fourth.
+    // Blocks have at least 1 byte, so the third test prevents overflow in the fourth.
     if (n_per_row < 1 || n_per_row % block != 0 || static_cast<size_t>(n_per_row / block) > width ||
         ggml_type_size(type) * (n_per_row / block) != width) {
         throw Error(ErrorKind::argument,
-                    format("rows of %zu bytes are no rows of %lld weights of type %s", width,
+                    format("rows of %zu bytes do not hold %lld weights of type %s", width,
                            static_cast<long long>(n_per_row), ggml_type_name(type)));
     }
 }
 
 void require_importance(const std::optional<Array1<float>>& importance, size_t n_per_row) {
     if (importance && importance->shape(0) != n_per_row) {
-        throw Error(ErrorKind::argument,
-                    format("importance has %zu entries for rows of %zu", importance->shape(0), n_per_row));
+        throw Error(ErrorKind::argument, format("importance has %zu entries for rows of %zu weights",
+                                                importance->shape(0), n_per_row));
     }
 }
 
-// Of a row that the type may not divide, which whoever fills the array refuses.
+// Bytes of a row; 0 if n_per_row is not a multiple of the block size, which the conversion then refuses.
 size_t row_bytes(ggml_type type, size_t n_per_row) {
     return n_per_row % ggml_blck_size(type) == 0 ? ggml_row_size(type, n_per_row) : 0;
 }
@@ -128,7 +128,7 @@ nb::tuple errors_of_rows(const Array2<uint8_t>& data, const std::string& type_na
     require_row_bytes(type, data.shape(1), rows.shape(1));
     if (rows.shape(0) != n_rows) {
         throw Error(ErrorKind::argument,
-                    format("%zu rows can't be compared with %zu", n_rows, rows.shape(0)));
+                    format("data has %zu rows, but rows has %zu", n_rows, rows.shape(0)));
     }
     std::vector<double> squares(n_rows), errors(n_rows);
     {
@@ -141,23 +141,25 @@ nb::tuple errors_of_rows(const Array2<uint8_t>& data, const std::string& type_na
 }  // namespace
 
 void bind_quantize(nb::module_& m) {
-    m.def("tensor_types", tensor_types, "Type name -> (ggml's number, weights per block, bytes per block).");
+    m.def("tensor_types", tensor_types, "Type name -> (number in ggml, weights per block, bytes per block).");
     m.def("quantize_rows", quantize, nb::arg("rows").noconvert(), nb::arg("type"), nb::arg("n_threads") = 0,
           nb::arg("importance").noconvert().none() = nb::none(),
-          "Rows (n_rows, n_per_row) float32 -> blocks (n_rows, bytes_per_row) uint8.");
+          "Quantize rows (n_rows, n_per_row) float32 -> blocks (n_rows, bytes_per_row) uint8.");
     m.def("dequantize_rows", dequantize, nb::arg("data").noconvert(), nb::arg("type"), nb::arg("n_per_row"),
-          "Blocks (n_rows, bytes_per_row) uint8 -> rows (n_rows, n_per_row) float32.");
+          "Dequantize blocks (n_rows, bytes_per_row) uint8 -> rows (n_rows, n_per_row) float32.");
     m.def("convert_rows", convert, nb::arg("data").noconvert(), nb::arg("source"), nb::arg("target"),
           nb::arg("n_per_row"), nb::arg("importance").noconvert().none() = nb::none(),
           nb::arg("keeps_nonfinite") = false,
-          "Blocks (n_rows, bytes_per_row) uint8 of one type as those of another, on the calling thread, and "
-          "-1 or the index of the first weight that is not finite, from whose rows on nothing was written.");
+          "Convert blocks (n_rows, bytes_per_row) uint8 to another type on the calling thread. Returns them "
+          "and "
+          "-1, or the index of the first non-finite weight; rows from its chunk on are then undefined.");
     m.def("find_nonfinite", nonfinite_weight, nb::arg("data").noconvert(), nb::arg("type"),
-          nb::arg("n_per_row"), "The index of the first weight that is not finite, or -1.");
-    m.def("row_errors", errors_of_rows, nb::arg("data").noconvert(), nb::arg("type"),
-          nb::arg("rows").noconvert(),
-          "Sums of squares of each of the rows (n_rows, n_per_row) float32, and of what the blocks differ "
-          "from them: two of (n_rows,) float64.");
+          nb::arg("n_per_row"), "Index of the first non-finite weight, or -1.");
+    m.def(
+        "row_errors", errors_of_rows, nb::arg("data").noconvert(), nb::arg("type"),
+        nb::arg("rows").noconvert(),
+        "Per row, the sum of squares of `rows` (n_rows, n_per_row) float32 and the sum of squared errors of "
+        "the quantized `data`: two arrays (n_rows,) float64.");
 }
 
 }  // namespace pydiffusion

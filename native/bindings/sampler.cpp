@@ -1,4 +1,4 @@
-// The sampler as functions of arrays.
+// Bindings of the sampler's functions on numpy arrays.
 #include "bindings/bindings.h"
 #include "sampler/entropy_bound.h"
 #include "sampler/logits.h"
@@ -13,7 +13,7 @@ nb::tuple measure(const Array2<float>& logits, float temperature, const Array1<f
     const size_t n = logits.shape(0), n_vocab = logits.shape(1);
     if (u.shape(0) != n)
         throw Error(ErrorKind::argument, format("u has %zu entries for %zu rows", u.shape(0), n));
-    if (n_vocab == 0) throw Error(ErrorKind::argument, "logits has no columns");
+    if (n_vocab == 0) throw Error(ErrorKind::argument, "logits has 0 columns; expected (n, n_vocab)");
     if (!(temperature > 0.0f)) throw Error(ErrorKind::argument, "temperature must be positive");
     for (size_t i = 0; i < n; ++i) {
         if (!(u.data()[i] >= 0.0f && u.data()[i] < 1.0f))

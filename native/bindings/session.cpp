@@ -15,7 +15,7 @@ namespace pydiffusion {
 
 namespace {
 
-// Calls `progress(done, total)` after each chunk of a prompt, and lets Ctrl-C through.
+// Calls `progress(done, total)` after each chunk of a prompt and raises KeyboardInterrupt on Ctrl-C.
 std::function<void(int32_t)> between_chunks(const nb::object& progress, size_t total) {
     return [&progress, total](int32_t done) {
         with_gil([&] {
@@ -41,7 +41,7 @@ nb::object encode(Session& session, const Array1<int32_t>& ids, bool return_hidd
     return to_numpy(hidden.data(), {hidden.size() / d, d});
 }
 
-// Per layer the rows of k and of v as uint8 (n_rows, row_bytes); copies.
+// Per layer (k, v), copies as uint8 (n_rows, row_bytes).
 nb::list cache_rows(Session& session) {
     const Session::Use use(session);
     const KvCache& cache = session.cache();
@@ -64,7 +64,7 @@ void restore(Session& session, const Array1<int32_t>& tokens,
     const Session::Use use(session);
     const Hparams& hp = session.model().hparams;
     if (layers.size() != hp.layers.size()) {
-        throw Error(ErrorKind::argument, format("the saved session has %zu layers; this model has %zu",
+        throw Error(ErrorKind::argument, format("the saved session has %zu layers, but this model has %zu",
                                                 layers.size(), hp.layers.size()));
     }
     const size_t n = tokens.shape(0);
@@ -73,11 +73,11 @@ void restore(Session& session, const Array1<int32_t>& tokens,
         const size_t n_rows = hp.layers[i].sliding ? n - KvCache::tile_start(n, hp.window) : n;
         for (const Array2<uint8_t>* array : {&layers[i].first, &layers[i].second}) {
             if (array->shape(0) != n_rows || array->shape(1) != session.cache().row_bytes(i)) {
-                throw Error(
-                    ErrorKind::argument,
-                    format("the saved session's layer %zu has %zu rows of %zu bytes; this one needs %zu of "
-                           "%zu: another model or cache type",
-                           i, array->shape(0), array->shape(1), n_rows, session.cache().row_bytes(i)));
+                throw Error(ErrorKind::argument, format("layer %zu of the saved session has %zu rows of %zu "
+                                                        "bytes, expected %zu rows of %zu: it is "
+                                                        "from another model or KV cache type",
+                                                        i, array->shape(0), array->shape(1), n_rows,
+                                                        session.cache().row_bytes(i)));
             }
         }
         rows.emplace_back(layers[i].first.data(), layers[i].second.data());
@@ -96,9 +96,8 @@ nb::object denoise(Session& session, const Array1<int32_t>& canvas,
     const Hparams& hp = session.model().hparams;
     const size_t n = hp.canvas_length, n_vocab = hp.n_vocab;
     if (conditioning && (conditioning->shape(0) != n || conditioning->shape(1) != n_vocab)) {
-        throw Error(ErrorKind::argument,
-                    format("self_conditioning has the shape (%zu, %zu); it must be (%zu, %zu)",
-                           conditioning->shape(0), conditioning->shape(1), n, n_vocab));
+        throw Error(ErrorKind::argument, format("self_conditioning has shape (%zu, %zu), expected (%zu, %zu)",
+                                                conditioning->shape(0), conditioning->shape(1), n, n_vocab));
     }
     const std::vector<int32_t> tokens = to_vector(canvas);
     std::vector<float> logits(n * n_vocab);
@@ -206,7 +205,7 @@ nb::object to_bools(const std::vector<uint8_t>& flags) {
 
 void bind_step(nb::module_& m) {
     nb::class_<StepResult>(m, "Step",
-                           "What one denoising step did; arrays have one entry per canvas position.")
+                           "Result of one denoising step; arrays have one entry per canvas position.")
         .def_ro("canvas_index", &StepResult::canvas_index)
         .def_ro("step", &StepResult::step, "Counts down from the number of steps to 1.")
         .def_prop_ro(
@@ -220,7 +219,7 @@ void bind_step(nb::module_& m) {
         .def_ro("canvas_done", &StepResult::canvas_done)
         .def_prop_ro(
             "tokens", [](const StepResult& s) { return to_numpy(s.tokens); },
-            "When canvas_done: the canvas cut before the first eos and at max_tokens, int32; else empty.")
+            "If canvas_done: the canvas, cut before the first eos and at max_tokens, int32; else empty.")
         .def_prop_ro("finish", [](const StepResult& s) { return finish_name(s.finish); })
         .def_prop_ro("timings", [](const StepResult& s) {
             nb::dict d;
@@ -234,7 +233,8 @@ void bind_step(nb::module_& m) {
 
 void bind_session(nb::module_& m) {
     bind_step(m);
-    nb::class_<Session>(m, "Session", "One conversation on a model. Use it from one thread at a time.")
+    nb::class_<Session>(m, "Session",
+                        "State of one conversation on a model. Use it from one thread at a time.")
         .def(
             "__init__",
             [](Session* self, const PyModel& model, int32_t n_ctx) {
@@ -251,24 +251,23 @@ void bind_session(nb::module_& m) {
                 session.collect_imatrix(on);
             },
             nb::arg("on"),
-            "Begin anew, or end, the imatrix of activations of all that is encoded and denoised.")
-        .def(
-            "imatrix", imatrix,
-            "Weight's name -> (sums of squares (n_matrices, n_per_row) float64, counts (n_matrices,) int64).")
+            "Start a new imatrix over everything encoded and denoised from now on, or discard it.")
+        .def("imatrix", imatrix,
+             "Weight name -> (sums of squares (n_matrices, n_per_row) float64, counts (n_matrices,) int64).")
         .def_prop_ro("tokens", [](const Session& s) { return to_numpy(s.tokens()); })
-        .def_prop_ro(
-            "step_ops", step_ops,
-            "What the last denoising step ran: ggml's operation name -> how many nodes of the graph.")
+        .def_prop_ro("step_ops", step_ops,
+                     "Operations of the last denoising step: name -> number of graph nodes.")
         .def_prop_ro("n_splits", &Session::n_splits,
-                     "Into how many pieces the last graph was cut, one wherever the place changes.")
+                     "Number of splits of the last graph; a new one begins wherever the device changes.")
         .def("profile_step", profile_step, nb::arg("by_operation") = false,
              "Run the last step's graph again, part by part: name -> (seconds, operations, bytes read).")
         .def("encode", encode, nb::arg("ids").noconvert(), nb::arg("return_hidden") = false,
              nb::arg("progress") = nb::none())
-        .def_prop_ro("n_encoded", &Session::n_encoded, "Tokens put through the encoder so far.")
-        .def("cache_rows", cache_rows, "Per layer (k, v), uint8 (n_rows, row_bytes): what a copy needs.")
+        .def_prop_ro("n_encoded", &Session::n_encoded, "Number of tokens encoded so far.")
+        .def("cache_rows", cache_rows, "Per layer (k, v), uint8 (n_rows, row_bytes), for restore().")
         .def("restore", restore, nb::arg("tokens").noconvert(), nb::arg("layers"),
-             "Take over the tokens and cache_rows() of another session of the same model and cache type.")
+             "Replace the content by tokens and cache_rows() of a session of the same model and KV cache "
+             "type.")
         .def("truncate", truncate, nb::arg("n"))
         .def("denoise", denoise, nb::arg("canvas").noconvert(),
              nb::arg("self_conditioning").noconvert().none())
@@ -291,17 +290,18 @@ void bind_session(nb::module_& m) {
             nb::arg("seed"), nb::arg("eos"), nb::arg("canvas").noconvert() = nb::none(),
             nb::arg("hold").noconvert() = nb::none(), nb::arg("dropped_mass") = 0.0f,
             nb::arg("canvas_length") = 0, nb::arg("trim_after_eos") = false, nb::arg("guided") = false)
-        .def("next_step", next_step, "One denoising step of the generation begun; None after its end.")
+        .def("next_step", next_step, "Run one denoising step of the generation; None after its end.")
         .def("impose", impose, nb::arg("tokens").noconvert(),
-             "The second half of a guided step: its draft, and what the accepted positions take.")
+             "Second half of a guided step: these tokens are its draft and fill the accepted positions.")
         .def("amend", amend, nb::arg("tokens").noconvert(),
-             "After the step that finished a canvas: put these tokens in its place and go on behind them. "
-             "Returns how they finish the generation, or nothing.")
+             "After the step that finished a canvas: replace it by these tokens and continue after them. "
+             "Returns the finish reason if they end the generation, else an empty string.")
         .def("candidates", candidates, nb::arg("k"), nb::arg("extra").noconvert(),
-             "Between the halves: the k likeliest tokens of each position (canvas_length, k), their logits, "
-             "and the logits of the extra tokens (canvas_length, n_extra).")
+             "Between the halves of a guided step: the top k tokens of each position (canvas_length, k), "
+             "their "
+             "logits, and the logits of the extra tokens (canvas_length, n_extra).")
         .def("cancel", &Session::cancel,
-             "From any thread: the running or the next call raises GenerationCancelled.");
+             "Make the current or next call raise GenerationCancelled; may be called from any thread.");
 }
 
 }  // namespace pydiffusion

@@ -1,4 +1,4 @@
-// What the bindings of sessions and of batches share.
+// Types shared by the bindings of models, sessions and batches.
 #pragma once
 
 #include <memory>
@@ -7,7 +7,7 @@
 
 namespace pydiffusion {
 
-// What Python holds: the model and the cache type that its sessions get.
+// _native.Model: the model and the KV cache type of its sessions.
 struct PyModel {
     std::shared_ptr<const Model> model;
     ggml_type kv_type;

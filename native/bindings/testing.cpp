@@ -1,4 +1,4 @@
-// pydiffusion._native.testing: kernels and operations one by one, for tests and benchmarks only.
+// pydiffusion._native.testing: individual kernels and operations, for tests and benchmarks only.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
@@ -18,7 +18,7 @@ namespace pydiffusion {
 
 namespace {
 
-// Matrices in an backend's memory, for kernels and graphs that take tensors.
+// Matrices in a backend's memory, as inputs of kernels and graphs.
 class Matrices {
   public:
     explicit Matrices(const Backend& backend) : type_(backend.buffer_type()) {}
@@ -28,11 +28,13 @@ class Matrices {
     }
     ggml_tensor* add(const float* values, size_t n_rows, size_t n_per_row, ggml_type type = GGML_TYPE_F32) {
         contexts_.emplace_back(ggml_init({2 * ggml_tensor_overhead(), nullptr, true}));
-        if (!contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a tensor");
+        if (!contexts_.back())
+            throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate a tensor");
         ggml_tensor* tensor = ggml_new_tensor_2d(
             contexts_.back().get(), type, static_cast<int64_t>(n_per_row), static_cast<int64_t>(n_rows));
         buffers_.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(contexts_.back().get(), type_));
-        if (!buffers_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a tensor");
+        if (!buffers_.back())
+            throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate a tensor");
         if (values) ggml_backend_tensor_set(tensor, values, 0, ggml_nbytes(tensor));
         return tensor;
     }
@@ -50,16 +52,17 @@ class Matrices {
 };
 
 const Backend& require_step_backend(const Backend& backend) {
-    if (!backend.on_device()) throw Error(ErrorKind::argument, "the processor has no kernels of its own");
+    if (!backend.on_device())
+        throw Error(ErrorKind::argument, "the CPU has no step kernels: choose a device");
     return backend;
 }
 
-// What a device's kernel, or the processor's own sampler, makes of logits: capped logits, argmax, entropy,
-// sampled.
+// Caps and measures logits on a device or the CPU -> capped logits, argmax, entropy, sampled.
 nb::tuple measure_on(const std::string& device, const Array2<float>& logits, float cap, float temperature,
                      const Array1<float>& u) {
     const size_t n = logits.shape(0);
-    if (u.shape(0) != n || logits.shape(1) == 0) throw Error(ErrorKind::argument, "u and logits don't fit");
+    if (u.shape(0) != n || logits.shape(1) == 0)
+        throw Error(ErrorKind::argument, "u and logits have incompatible shapes");
     StepState state;
     state.soft_cap = cap;
     state.temperature = temperature;
@@ -86,13 +89,12 @@ nb::tuple measure_on(const std::string& device, const Array2<float>& logits, flo
     return nb::make_tuple(Matrices::fetch(rows), to_numpy(argmax), to_numpy(entropy), to_numpy(sampled));
 }
 
-// The soft embedding (n, d) that a device's kernels make of logits (n, n_vocab) and an embedding (n_vocab,
-// d).
+// Soft embedding by a device's kernels: logits (n, n_vocab), embedding (n_vocab, d) -> (n, d).
 nb::object condition_on(const std::string& device, const Array2<float>& logits,
                         const Array2<float>& embedding, float temperature, float dropped_mass) {
     const size_t n = logits.shape(0);
     if (embedding.shape(0) != logits.shape(1))
-        throw Error(ErrorKind::argument, "embedding and logits don't fit");
+        throw Error(ErrorKind::argument, "embedding and logits have incompatible shapes");
     StepState state;
     state.self_conditioning = true;
     state.previous_temperature = temperature;
@@ -105,9 +107,8 @@ nb::object condition_on(const std::string& device, const Array2<float>& logits,
     return Matrices::fetch(soft);
 }
 
-// Queries (n_tokens, n_head * head_dim) over keys and values (n_rows, n_head_kv * head_dim), which a device
-// stores in a cache of `type` first -> (n_tokens, n_head * head_dim). The rows from n_visible on are only
-// there to fill up.
+// Attention on a device: q (n_tokens, n_head * head_dim), k and v (n_rows, n_head_kv * head_dim), stored in a
+// cache of `type` first -> (n_tokens, n_head * head_dim). Rows from n_visible on are masked padding.
 nb::object attend_on(const std::string& device, const Array2<float>& q, const Array2<float>& k,
                      const Array2<float>& v, int64_t head_dim, const std::string& type_name,
                      int64_t n_visible, bool by_matmul) {
@@ -116,16 +117,17 @@ nb::object attend_on(const std::string& device, const Array2<float>& q, const Ar
     if (n_tokens == 0 || n_rows == 0 || v.shape(0) != n_rows || v.shape(1) != width || head_dim < 1 ||
         q.shape(1) % head_dim != 0 || width % head_dim != 0 || q.shape(1) % width != 0 ||
         head_dim % ggml_blck_size(type) != 0 || n_visible < 1 || n_visible > static_cast<int64_t>(n_rows))
-        throw Error(ErrorKind::argument, "queries, keys, values and their type don't fit");
+        throw Error(ErrorKind::argument, "q, k, v and their type have incompatible shapes");
     Backend backend(1, device);
     require_step_backend(backend);
-    if (backend.n_devices() != 1) throw Error(ErrorKind::argument, "one device at a time");
+    if (backend.n_devices() != 1) throw Error(ErrorKind::argument, "device must name a single device");
     Matrices matrices(backend);
     const ggml_context_ptr context(
         ggml_init({32 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true}));
-    std::vector<ggml_context_ptr> inputs(2);  // the processor's, the device's
+    std::vector<ggml_context_ptr> inputs(2);  // the CPU's, the device's
     for (ggml_context_ptr& one : inputs) one.reset(ggml_init({ggml_tensor_overhead(), nullptr, true}));
-    if (!context || !inputs[0] || !inputs[1]) throw Error(ErrorKind::out_of_memory, "no memory for a graph");
+    if (!context || !inputs[0] || !inputs[1])
+        throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate a graph");
     ggml_context* ctx = context.get();
     ggml_cgraph* graph = ggml_new_graph(ctx);
     const auto store = [&](const Array2<float>& rows) {
@@ -150,8 +152,9 @@ nb::object attend_on(const std::string& device, const Array2<float>& q, const Ar
     return Matrices::fetch(result);
 }
 
-// x (n, n_inner) times rows of weights (n_rows, bytes) of a type -> (n, n_rows); with experts, I32 (n,
-// n_used), the rows are so many matrices one after the other, and the result is (n, n_used * n_rows of one).
+// x (n, n_inner) times rows of weights (n_rows, bytes) of a type -> (n, n_rows). With experts, I32 (n,
+// n_used), the rows are n_experts matrices one after the other, and the result is (n, n_used * n_rows /
+// n_experts).
 nb::object matmul(const std::string& kernels, const Array2<uint8_t>& rows, const std::string& type_name,
                   const Array2<float>& x, const std::optional<Array2<int32_t>>& experts, int64_t n_experts,
                   int n_threads) {
@@ -165,10 +168,10 @@ nb::object matmul(const std::string& kernels, const Array2<uint8_t>& rows, const
     task.n_activations = static_cast<int64_t>(x.shape(0));
     if (task.n_inner < 1 || task.n_inner % ggml_blck_size(type) != 0 ||
         ggml_row_size(type, task.n_inner) != rows.shape(1))
-        throw Error(ErrorKind::argument, "x and the rows don't have the same number of weights");
+        throw Error(ErrorKind::argument, "x and the rows have different lengths");
     if (n_experts < 1 || n_threads < 1 || task.n_rows < 1 || task.n_activations < 1 ||
         task.n_rows % n_experts != 0 || (experts && experts->shape(0) != x.shape(0)))
-        throw Error(ErrorKind::argument, "there is nothing to multiply, or experts don't fit");
+        throw Error(ErrorKind::argument, "an operand is empty, or experts have an incompatible shape");
     task.weights = rows.data();
     task.x = x.data();
     if (experts) {
@@ -177,7 +180,7 @@ nb::object matmul(const std::string& kernels, const Array2<uint8_t>& rows, const
         task.n_experts = n_experts;
         for (size_t i = 0; i < experts->size(); ++i) {
             if (experts->data()[i] < 0 || experts->data()[i] >= n_experts)
-                throw Error(ErrorKind::argument, "there is no such expert");
+                throw Error(ErrorKind::argument, format("there is no expert %d", experts->data()[i]));
         }
     }
     std::vector<float> result;
@@ -188,8 +191,8 @@ nb::object matmul(const std::string& kernels, const Array2<uint8_t>& rows, const
     return to_numpy(result.data(), {x.shape(0), result.size() / x.shape(0)});
 }
 
-// p (n_tokens, n_rows) times rows of an embedding (n_rows, bytes), as self-conditioning's dense product with
-// AMX makes it -> (n_tokens, n_inner), up to gemm::kSoftDims.
+// p (n_tokens, n_rows) times rows of an embedding (n_rows, bytes), by the AMX matmul of dense
+// self-conditioning -> (n_tokens, n_inner), n_inner <= gemm::kSoftDims.
 nb::object weighted_sums(const Array2<float>& p, const Array2<uint8_t>& rows, const std::string& type_name,
                          int64_t n_inner) {
     const ggml_type type = type_by_name(type_name);
@@ -198,7 +201,7 @@ nb::object weighted_sums(const Array2<float>& p, const Array2<uint8_t>& rows, co
     if (n_tokens < 1 || n_rows < 1 || rows.shape(0) != p.shape(1) || n_inner < 1 ||
         n_inner > gemm::kSoftDims || !gemm::can_unpack(type, n_inner) ||
         n_inner % ggml_blck_size(type) != 0 || ggml_row_size(type, n_inner) != rows.shape(1))
-        throw Error(ErrorKind::argument, "p, the rows and their type don't fit");
+        throw Error(ErrorKind::argument, "p, the rows and their type have incompatible shapes");
     std::vector<float> sums(n_tokens * n_inner);
     {
         const gemm::KernelScope ready(kernel);
@@ -219,21 +222,22 @@ nb::object weighted_sums(const Array2<float>& p, const Array2<uint8_t>& rows, co
 
 void bind_testing(nb::module_& parent) {
     nb::module_ m =
-        parent.def_submodule("testing", "Kernels and operations one by one: for tests and benchmarks only.");
+        parent.def_submodule("testing", "Individual kernels and operations, for tests and benchmarks only.");
     m.def("measure_on", measure_on, nb::arg("device"), nb::arg("logits").noconvert(), nb::arg("cap"),
           nb::arg("temperature"), nb::arg("u").noconvert(),
-          "Capped logits, argmax, entropy and draws as a device's kernel computes them.");
+          "Capped logits, argmax, entropy and sampled tokens, computed by a device's kernel.");
     m.def("condition_on", condition_on, nb::arg("device"), nb::arg("logits").noconvert(),
           nb::arg("embedding").noconvert(), nb::arg("temperature"), nb::arg("dropped_mass"),
-          "The soft embedding as a device's kernels compute it.");
+          "Soft embedding, computed by a device's kernels.");
     m.def("attend_on", attend_on, nb::arg("device"), nb::arg("q").noconvert(), nb::arg("k").noconvert(),
           nb::arg("v").noconvert(), nb::arg("head_dim"), nb::arg("type"), nb::arg("n_visible"),
-          nb::arg("by_matmul") = false, "Attention over a cache of a type as a device's graph computes it.");
+          nb::arg("by_matmul") = false, "Attention over a KV cache of a type, computed by a device's graph.");
     m.def("matmul", matmul, nb::arg("kernels"), nb::arg("rows").noconvert(), nb::arg("type"),
           nb::arg("x").noconvert(), nb::arg("experts").noconvert() = nb::none(), nb::arg("n_experts") = 1,
-          nb::arg("n_threads") = 1, "Activations times rows of weights, as a model's graphs multiply them.");
+          nb::arg("n_threads") = 1, "Activations times rows of weights, by the matmuls of a model's graphs.");
     m.def("weighted_sums", weighted_sums, nb::arg("p").noconvert(), nb::arg("rows").noconvert(),
-          nb::arg("type"), nb::arg("n_inner"), "Sums of embedding rows weighted by probabilities, with AMX.");
+          nb::arg("type"), nb::arg("n_inner"),
+          "Sums of embedding rows weighted by probabilities, computed with AMX.");
 }
 
 }  // namespace pydiffusion

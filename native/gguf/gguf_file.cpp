@@ -26,14 +26,14 @@ namespace {
 }
 
 constexpr uint32_t kMagic = 0x46554747;  // "GGUF" read as a little-endian number
-// A NUL would end the name early for the system, which would then open another file.
-const std::string& without_nul(const std::string& path) {
+// The system would cut the path at a NUL and open another file.
+const std::string& require_no_nul(const std::string& path) {
     if (path.find('\0') != std::string::npos)
-        throw Error(ErrorKind::argument, quoted(path) + " has a NUL in it");
+        throw Error(ErrorKind::argument, quoted(path) + " contains a NUL byte: not a valid path");
     return path;
 }
 
-constexpr uint64_t kMaxName = 65535;  // of a key or tensor; ggml itself allows 63 for tensors
+constexpr uint64_t kMaxName = 65535;  // bytes of a key's or tensor's name; ggml allows 63 for tensors
 
 }  // namespace
 
@@ -50,7 +50,7 @@ Mapping::Mapping(const std::string& path) {
     size_ = static_cast<uint64_t>(size.QuadPart);
     if (size_ == 0) {
         CloseHandle(file);
-        fail(path, "is empty, so it is no GGUF file");
+        fail(path, "is empty: not a GGUF file");
     }
     handle_ = CreateFileMappingA(file, nullptr, PAGE_READONLY, 0, 0, nullptr);
     CloseHandle(file);
@@ -63,12 +63,12 @@ Mapping::~Mapping() {
     if (handle_) CloseHandle(handle_);
 }
 
-bool Mapping::whole() const { return true; }  // the system refuses to shorten a mapped file
+bool Mapping::truncated() const { return false; }  // Windows refuses to truncate a mapped file
 
 #else
 
 Mapping::Mapping(const std::string& path) {
-    // O_NONBLOCK: a pipe without a writer must not make us wait; it means nothing for regular files.
+    // O_NONBLOCK: opening a pipe without a writer would block. It has no effect on regular files.
     const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (file < 0) fail(path, std::string("can't be opened: ") + std::strerror(errno));
     struct stat status;
@@ -79,15 +79,16 @@ Mapping::Mapping(const std::string& path) {
     size_ = static_cast<uint64_t>(status.st_size);
     if (size_ == 0) {
         close(file);
-        fail(path, "is empty, so it is no GGUF file");
+        fail(path, "is empty: not a GGUF file");
     }
     void* address = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file, 0);
     if (address == MAP_FAILED) {
         const int error = errno;
         close(file);
         if (error == ENOMEM)
-            throw Error(ErrorKind::out_of_memory, path + ": there is no address space to map its " +
-                                                      format("%.1f MB", static_cast<double>(size_) / 1e6));
+            throw Error(ErrorKind::out_of_memory,
+                        path + format(": out of memory: failed to map %.1f MB (no address space remaining)",
+                                      static_cast<double>(size_) / 1e6));
         fail(path, std::string("can't be mapped into memory: ") + std::strerror(error));
     }
     file_ = file;
@@ -99,9 +100,9 @@ Mapping::~Mapping() {
     if (file_ >= 0) close(file_);
 }
 
-bool Mapping::whole() const {
+bool Mapping::truncated() const {
     struct stat status;
-    return fstat(file_, &status) != 0 || static_cast<uint64_t>(status.st_size) >= size_;
+    return fstat(file_, &status) == 0 && static_cast<uint64_t>(status.st_size) < size_;
 }
 
 #endif
@@ -139,7 +140,7 @@ std::string TensorInfo::shape() const {
     return text + "]";
 }
 
-// --- reader: every read is checked against the end of the file ---
+// --- reader: checks every read against the end of the file ---
 
 class GgufFile::Reader {
   public:
@@ -147,7 +148,7 @@ class GgufFile::Reader {
         : path_(path), data_(data), size_(size) {}
 
     uint64_t position() const { return position_; }
-    uint64_t left() const { return size_ - position_; }
+    uint64_t remaining() const { return size_ - position_; }
 
     [[noreturn]] void fail_here(const std::string& what) const {
         fail(path_,
@@ -157,7 +158,7 @@ class GgufFile::Reader {
 
     template <typename T>
     T read(const std::string& what) {
-        if (left() < sizeof(T)) fail_here("ends inside " + what);
+        if (remaining() < sizeof(T)) fail_here("ends inside " + what);
         T value;
         std::memcpy(&value, data_ + position_, sizeof(T));
         position_ += sizeof(T);
@@ -166,7 +167,7 @@ class GgufFile::Reader {
 
     std::string read_string(const std::string& what, uint64_t limit = std::numeric_limits<uint64_t>::max()) {
         const uint64_t length = read<uint64_t>("the length of " + what);
-        if (length > left()) fail_here(what + " runs past the end of the file");
+        if (length > remaining()) fail_here(what + " runs past the end of the file");
         if (length > limit)
             fail_here(
                 format("%s is longer than %llu bytes", what.c_str(), static_cast<unsigned long long>(limit)));
@@ -201,13 +202,15 @@ class GgufFile::Reader {
                 return read_string(what);
             case ValueType::boolean: {
                 const uint8_t byte = read<uint8_t>(what);
-                if (byte > 1) fail_here(format("%s is a boolean of value %u", what.c_str(), byte));
+                if (byte > 1)
+                    fail_here(
+                        format("%s is a boolean with the value %u; expected 0 or 1", what.c_str(), byte));
                 return byte == 1;
             }
             case ValueType::array:
                 break;
         }
-        fail_here(what + " is an array inside an array, which we don't read");
+        fail_here(what + " is a nested array: not supported");
     }
 
     ValueType read_type(const std::string& what) {
@@ -228,16 +231,15 @@ class GgufFile::Reader {
         value.is_array = true;
         value.type = read_type(what + "'s elements");
         const uint64_t length = read<uint64_t>("the length of " + what);
-        // Each element takes at least this many bytes, so a length that can't fit is refused before
-        // allocating.
-        if (length > left() / smallest_size(value.type)) fail_here(what + " runs past the end of the file");
+        // Refuse a length that can't fit before allocating for it.
+        if (length > remaining() / min_size(value.type)) fail_here(what + " runs past the end of the file");
         reserve(value, length);
         for (uint64_t i = 0; i < length; ++i) append(value, read_scalar(value.type, what));
         return value;
     }
 
   private:
-    static uint64_t smallest_size(ValueType type) {
+    static uint64_t min_size(ValueType type) {
         static const uint64_t sizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 8, 12, 8, 8, 8};
         return sizes[static_cast<uint32_t>(type)];
     }
@@ -264,7 +266,7 @@ class GgufFile::Reader {
         } else {
             const uint64_t integer64 = std::get<uint64_t>(element);
             if (integer64 > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
-                fail_here("an array's element is larger than 2^63 - 1");
+                fail_here("an array element is larger than 2^63 - 1");
             }
             value.integers.push_back(static_cast<int64_t>(integer64));
         }
@@ -278,42 +280,45 @@ class GgufFile::Reader {
 
 // --- file ---
 
-GgufFile::GgufFile(const std::string& path) : path_(without_nul(path)), mapping_(path) {
+GgufFile::GgufFile(const std::string& path) : path_(require_no_nul(path)), mapping_(path) {
     Reader reader(path_, mapping_.data(), mapping_.size());
     read_header(reader);
     read_metadata(reader);
     read_tensors(reader);
-    place_tensors(reader.position());
+    resolve_tensor_offsets(reader.position());
 }
 
 void GgufFile::read_header(Reader& reader) {
     const uint32_t magic = reader.read<uint32_t>("the magic number");
-    if (magic != kMagic) fail(path_, "does not begin with 'GGUF', so it is no GGUF file");
+    if (magic != kMagic) fail(path_, "does not begin with 'GGUF': not a GGUF file");
     version_ = reader.read<uint32_t>("the version");
-    if (version_ != 0 && (version_ & 0xffff) == 0) fail(path_, "is a big-endian GGUF, which we don't read");
-    if (version_ != 2 && version_ != 3) fail(path_, format("has GGUF version %u; we read 2 and 3", version_));
+    if (version_ != 0 && (version_ & 0xffff) == 0)
+        fail(path_, "is a big-endian GGUF file: only little-endian is supported");
+    if (version_ != 2 && version_ != 3)
+        fail(path_, format("has GGUF version %u; supported are 2 and 3", version_));
     n_tensors_ = reader.read<uint64_t>("the number of tensors");
     n_keys_ = reader.read<uint64_t>("the number of keys");
-    // The smallest tensor entry is 32 bytes and the smallest key entry 13.
-    if (n_tensors_ > reader.left() / 32) reader.fail_here("names more tensors than it has room for");
-    if (n_keys_ > reader.left() / 13) reader.fail_here("names more keys than it has room for");
+    // Minimum sizes: 32 bytes per tensor entry, 13 per key entry.
+    if (n_tensors_ > reader.remaining() / 32)
+        reader.fail_here("has a tensor count that does not fit in the file");
+    if (n_keys_ > reader.remaining() / 13) reader.fail_here("has a key count that does not fit in the file");
 }
 
 void GgufFile::read_metadata(Reader& reader) {
     for (uint64_t i = 0; i < n_keys_; ++i) {
         std::string key =
             reader.read_string(format("the name of key %llu", static_cast<unsigned long long>(i)), kMaxName);
-        if (key.empty()) reader.fail_here("has a key without a name");
+        if (key.empty()) reader.fail_here("has a key with an empty name");
         Value value = reader.read_value("key " + quoted(key));
         if (!values_.emplace(key, std::move(value)).second)
-            reader.fail_here("has key " + quoted(key) + " twice");
+            reader.fail_here("has duplicate key " + quoted(key));
         keys_.push_back(std::move(key));
     }
     const Value* alignment = find("general.alignment");
     if (!alignment) return;
     const auto* number = alignment->is_array ? nullptr : std::get_if<uint64_t>(&alignment->scalar);
     if (!number || *number < 8 || *number > 1u << 20 || (*number & (*number - 1)) != 0) {
-        fail(path_, "key 'general.alignment' is no power of two from 8 to 2^20");
+        fail(path_, "key 'general.alignment' must be a power of two from 8 to 2^20");
     }
     alignment_ = *number;
 }
@@ -324,11 +329,11 @@ void GgufFile::read_tensors(Reader& reader) {
         tensor.name = reader.read_string(
             format("the name of tensor %llu", static_cast<unsigned long long>(i)), kMaxName);
         const std::string what = "tensor " + quoted(tensor.name);
-        if (tensor.name.empty()) reader.fail_here("has a tensor without a name");
+        if (tensor.name.empty()) reader.fail_here("has a tensor with an empty name");
         const uint32_t n_dimensions = reader.read<uint32_t>("the dimensions of " + what);
         if (n_dimensions < 1 || n_dimensions > GGML_MAX_DIMS) {
-            reader.fail_here(format("%s has %u dimensions; 1 to %d are possible", what.c_str(), n_dimensions,
-                                    GGML_MAX_DIMS));
+            reader.fail_here(
+                format("%s has %u dimensions; expected 1 to %d", what.c_str(), n_dimensions, GGML_MAX_DIMS));
         }
         uint64_t n_elements = 1;
         for (uint32_t d = 0; d < n_dimensions; ++d) {
@@ -347,26 +352,28 @@ void GgufFile::read_tensors(Reader& reader) {
         tensor.type = static_cast<ggml_type>(type);
         const int64_t block = ggml_blck_size(tensor.type);
         if (tensor.ne[0] % block != 0) {
-            reader.fail_here(format("%s has rows of %lld, no multiple of the %lld of a %s block",
-                                    what.c_str(), static_cast<long long>(tensor.ne[0]),
-                                    static_cast<long long>(block), ggml_type_name(tensor.type)));
+            reader.fail_here(
+                format("%s has rows of %lld elements, not a multiple of the block size %lld of %s",
+                       what.c_str(), static_cast<long long>(tensor.ne[0]), static_cast<long long>(block),
+                       ggml_type_name(tensor.type)));
         }
         const uint64_t n_blocks = n_elements / static_cast<uint64_t>(block);
         const uint64_t block_bytes = ggml_type_size(tensor.type);
-        if (n_blocks > reader.left() / block_bytes + 1) reader.fail_here(what + " is larger than the file");
+        if (n_blocks > reader.remaining() / block_bytes + 1)
+            reader.fail_here(what + " is larger than the file");
         tensor.n_bytes = n_blocks * block_bytes;
         tensor.offset = reader.read<uint64_t>("the offset of " + what);
         if (tensor.offset % alignment_ != 0) {
-            reader.fail_here(format("%s has an offset that is no multiple of the alignment %llu",
+            reader.fail_here(format("%s has an offset that is not a multiple of the alignment %llu",
                                     what.c_str(), static_cast<unsigned long long>(alignment_)));
         }
         if (!tensor_index_.emplace(tensor.name, tensors_.size()).second)
-            reader.fail_here("has " + what + " twice");
+            reader.fail_here("has duplicate " + what);
         tensors_.push_back(std::move(tensor));
     }
 }
 
-void GgufFile::place_tensors(uint64_t end_of_infos) {
+void GgufFile::resolve_tensor_offsets(uint64_t end_of_infos) {
     const uint64_t size = mapping_.size();
     data_offset_ = (end_of_infos + alignment_ - 1) / alignment_ * alignment_;
     for (TensorInfo& tensor : tensors_) {
@@ -395,8 +402,8 @@ void GgufFile::place_tensors(uint64_t end_of_infos) {
 
 void GgufFile::require_not_truncated() const {
     for (size_t i = 0; i < n_parts(); ++i) {
-        if (!part(i).mapping_.whole()) {
-            fail(part(i).path_, "was shortened while it was in use; open it again when it is whole");
+        if (part(i).mapping_.truncated()) {
+            fail(part(i).path_, "was truncated while in use: restore the file and open it again");
         }
     }
 }

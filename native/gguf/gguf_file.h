@@ -1,4 +1,4 @@
-// A GGUF file read from a memory mapping and fully validated before any use. Knows no architecture.
+// GGUF reader: maps a file and validates all of it before any use. Architecture-independent.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace pydiffusion {
 
-// Read-only mapping of a whole file, closed with the object.
+// Read-only memory mapping of a whole file; unmapped by the destructor.
 class Mapping {
   public:
     explicit Mapping(const std::string& path);
@@ -23,18 +23,17 @@ class Mapping {
     const uint8_t* data() const { return data_; }
     uint64_t size() const { return size_; }
 
-    // Whether the file still has all the bytes that are mapped: reading one that is gone ends the process
-    // with a bus error.
-    bool whole() const;
+    // Whether the file is now shorter than the mapping: reading beyond its end raises SIGBUS.
+    bool truncated() const;
 
   private:
     const uint8_t* data_ = nullptr;
     uint64_t size_ = 0;
-    void* handle_ = nullptr;  // Windows only: the mapping object
-    int file_ = -1;           // elsewhere: the file, kept open to watch its size
+    void* handle_ = nullptr;  // Windows: the mapping object
+    int file_ = -1;           // elsewhere: kept open to check the file's size
 };
 
-// The value types of GGUF, with the numbers that the format gives them.
+// GGUF's value types, numbered as in the format.
 enum class ValueType : uint32_t {
     u8 = 0,
     i8,
@@ -53,14 +52,14 @@ enum class ValueType : uint32_t {
 
 const char* value_type_name(ValueType type);
 
-// Integers widen to 64 bits and floats to double; `type` keeps what the file said.
+// Integers are widened to 64 bits and floats to double; Value::type keeps the type in the file.
 using Scalar = std::variant<bool, int64_t, uint64_t, double, std::string>;
 
 struct Value {
-    ValueType type;  // of the value, or of an array's elements
+    ValueType type;  // for an array, that of its elements
     bool is_array = false;
-    Scalar scalar;  // when not an array
-    // An array: one of these by its type (integers and booleans, floats, strings).
+    Scalar scalar;  // if not an array
+    // If an array, one of these holds its elements; booleans are in `integers`.
     std::vector<int64_t> integers;
     std::vector<double> floats;
     std::vector<std::string> strings;
@@ -74,9 +73,9 @@ struct TensorInfo {
     std::string name;
     ggml_type type;
     std::vector<int64_t> ne;  // ggml's order, fastest first; 1 to 4 entries
-    uint64_t offset;          // from the start of the file, or of its part
+    uint64_t offset;          // from the start of the file (of its part if split)
     uint64_t n_bytes;
-    size_t part = 0;  // of a split file, counted from 0
+    size_t part = 0;  // 0-based part of a split file
 
     int64_t dimension(size_t i) const { return i < ne.size() ? ne[i] : 1; }
     uint64_t n_elements() const;
@@ -85,15 +84,14 @@ struct TensorInfo {
 
 class GgufFile {
   public:
-    // Throws Error(format) naming what is wrong and where; Error(unsupported) for what we know but can't
-    // read.
+    // Throws Error(format) that says what is wrong and at which byte.
     explicit GgufFile(const std::string& path);
 
-    // A file; of a split one, whose first part must be given, all parts as one: keys and tensors are those of
-    // the file that was split. Each part is validated, and that they belong together.
+    // Opens a file, or all parts of a split file given its first part; keys and tensors are then those of the
+    // original file. Validates each part and that the parts belong together.
     static std::shared_ptr<GgufFile> open_all_parts(const std::string& path);
 
-    // Of this file, or of the first part. Others have alignments, sizes and mappings of their own.
+    // These describe this file, or the first part only; each part has its own.
     const std::string& path() const { return path_; }
     uint32_t version() const { return version_; }
     uint64_t alignment() const { return alignment_; }
@@ -109,7 +107,7 @@ class GgufFile {
     const Value* find(const std::string& key) const;
     const std::vector<TensorInfo>& tensors() const { return tensors_; }
     const TensorInfo* find_tensor(const std::string& name) const;
-    // Throws Error(format) when a part was shortened since it was opened.
+    // Throws Error(format) if a part was truncated since it was opened.
     void require_not_truncated() const;
     const uint8_t* tensor_data(const TensorInfo& tensor) const {
         return part(tensor.part).data() + tensor.offset;
@@ -120,7 +118,7 @@ class GgufFile {
     void read_header(Reader& reader);
     void read_metadata(Reader& reader);
     void read_tensors(Reader& reader);
-    void place_tensors(uint64_t end_of_infos);
+    void resolve_tensor_offsets(uint64_t end_of_infos);
     void append(std::unique_ptr<const GgufFile> part);
 
     std::string path_;
@@ -131,7 +129,7 @@ class GgufFile {
     uint64_t alignment_ = 32;
     uint64_t data_offset_ = 0;
     std::vector<std::string> keys_;
-    std::map<std::string, Value> values_;  // ordered: no file can choose keys that make it slow
+    std::map<std::string, Value> values_;  // ordered: hostile keys can't cause hash collisions
     std::vector<TensorInfo> tensors_;
     std::map<std::string, size_t> tensor_index_;
     std::vector<std::unique_ptr<const GgufFile>> later_parts_;

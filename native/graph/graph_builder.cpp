@@ -15,17 +15,18 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), 
         16 * sequences.size();
     const ggml_init_params params = {
         n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true};
-    require_memory((size_t{16} << 20) + 4 * params.mem_size);  // the allocator's tables come on top
+    require_memory((size_t{16} << 20) + 4 * params.mem_size);  // the allocator's tables need memory too
     context.reset(ggml_init(params));
-    if (!context) throw Error(ErrorKind::out_of_memory, "no memory for a graph's description");
+    if (!context) throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate a graph");
     graph = ggml_new_graph_custom(ctx(), n_nodes, false);
     matmul.emplace(ctx(), model.backend.kernel(), uses_ggml_ops());
     if (!uses_ggml_ops()) return;
-    const size_t n_inputs = 2 + 2 * sequences.size();  // tokens, positions; masks of both kinds of layers
+    const size_t n_inputs = 2 + 2 * sequences.size();  // tokens and positions; masks of both layer kinds
     positions_.resize(model.backend.n_devices() + 1);
     for (int32_t device = kCpuDevice; device < model.backend.n_devices(); ++device) {
         input_contexts_.emplace_back(ggml_init({n_inputs * ggml_tensor_overhead(), nullptr, true}));
-        if (!input_contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for a graph's inputs");
+        if (!input_contexts_.back())
+            throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate the inputs of a graph");
     }
 }
 
@@ -35,11 +36,11 @@ ggml_tensor* GraphBuilder::rms_norm(ggml_tensor* x, ggml_tensor* weight) const {
     return weight ? ggml_mul(ctx(), n, weight) : n;
 }
 
-ggml_tensor* GraphBuilder::gelu_product(ggml_tensor* gate, ggml_tensor* up) const {
-    return uses_ggml_ops() ? ggml_ops::gated_gelu(ctx(), gate, up) : gated_gelu(ctx(), gate, up);
+ggml_tensor* GraphBuilder::gated_gelu(ggml_tensor* gate, ggml_tensor* up) const {
+    return uses_ggml_ops() ? ggml_ops::gated_gelu(ctx(), gate, up) : pydiffusion::gated_gelu(ctx(), gate, up);
 }
 
-ggml_tensor* GraphBuilder::stack(const std::vector<ggml_tensor*>& parts) const {
+ggml_tensor* GraphBuilder::concat_tokens(const std::vector<ggml_tensor*>& parts) const {
     if (!uses_ggml_ops()) return stack_tokens(ctx(), parts);
     ggml_tensor* all = parts[0];
     for (size_t i = 1; i < parts.size(); ++i) all = ggml_concat(ctx(), all, parts[i], 1);
@@ -51,7 +52,7 @@ ggml_tensor* GraphBuilder::add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_
     return pydiffusion::add_normed(ctx(), x, branch, weight, &model.hparams.rms_eps);
 }
 
-ggml_tensor* GraphBuilder::rotate_normed(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer,
+ggml_tensor* GraphBuilder::norm_and_rope(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer,
                                          int64_t first) {
     const bool sliding = model.hparams.layers[i_layer].sliding;
     if (!uses_ggml_ops()) {
@@ -59,7 +60,7 @@ ggml_tensor* GraphBuilder::rotate_normed(ggml_tensor* x, ggml_tensor* weight, in
         ggml_tensor* own = ggml_view_2d(ctx(), all, all->ne[0], x->ne[2], all->nb[1], first * all->nb[1]);
         return pydiffusion::rotate_normed(ctx(), x, weight, own, &model.hparams.rms_eps);
     }
-    // A device takes no operation with inputs in another's memory.
+    // An operation's inputs must be in the memory of its device.
     const int32_t device = model.device_plan.layer_device(i_layer);
     ggml_tensor*& positions = positions_[device - kCpuDevice];
     if (!positions) positions = new_input_on(device, GGML_TYPE_I32, n_tokens(), 1);
@@ -87,7 +88,7 @@ int64_t GraphBuilder::n_tokens() const {
 
 namespace {
 
-// Angle i of a token is position / (base^(2 i / head_dim) * factor[i]), rounded where the reference rounds.
+// Angle i of a token is position / (base^(2 i / head_dim) * factor[i]), rounded as in the reference.
 void write_angles(ggml_tensor* tensor, const std::vector<int32_t>& positions, float base,
                   const float* factors) {
     const int64_t head_dim = tensor->ne[0], half = head_dim / 2;
@@ -107,15 +108,15 @@ void write_angles(ggml_tensor* tensor, const std::vector<int32_t>& positions, fl
 }  // namespace
 
 void GraphBuilder::set_positions(const std::vector<int32_t>& positions) {
-    if (positions == written_) return;
-    written_ = positions;
+    if (positions == written_positions_) return;
+    written_positions_ = positions;
     for (ggml_tensor* on_device : positions_) {
         if (on_device)
             ggml_backend_tensor_set(on_device, positions.data(), 0, positions.size() * sizeof(int32_t));
     }
     const Hparams& hp = model.hparams;
     for (const Angles& a : angles_) {
-        const ggml_tensor* factors = a.sliding ? nullptr : model.weights.rope_freqs[0];  // the processor's
+        const ggml_tensor* factors = a.sliding ? nullptr : model.weights.rope_freqs[0];  // on the CPU
         write_angles(a.tensor, positions, a.sliding ? hp.rope_base_swa : hp.rope_base,
                      factors ? static_cast<const float*>(factors->data) : nullptr);
     }
@@ -125,7 +126,7 @@ ggml_tensor* GraphBuilder::new_input(ggml_type type, int64_t n0, int64_t n1) {
     if (uses_ggml_ops()) return new_input_on(model.backend.n_devices() - 1, type, n0, n1);
     ggml_tensor* input = ggml_new_tensor_2d(ctx(), type, n0, n1);
     ggml_set_input(input);
-    ggml_set_output(input);  // else its memory is used again once it has been read
+    ggml_set_output(input);  // else the allocator reuses its memory after the last read
     return input;
 }
 
@@ -161,7 +162,7 @@ ggml_ops::Mask GraphBuilder::mask(size_t i_sequence, int32_t i_layer, int64_t n_
 }
 
 ggml_tensor* GraphBuilder::mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down) {
-    ggml_tensor* h = gelu_product(matmul->apply(gate, x), matmul->apply(up, x));
+    ggml_tensor* h = gated_gelu(matmul->apply(gate, x), matmul->apply(up, x));
     return matmul->apply(down, h);
 }
 

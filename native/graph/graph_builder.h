@@ -1,4 +1,4 @@
-// A graph under construction: its sequences, inputs and masks, and the operations that layers are made of.
+// Graph builder: sequences, inputs and masks of a graph, and the operations that layers are built from.
 #pragma once
 
 #include <optional>
@@ -7,71 +7,68 @@
 #include "backend/cpu/matmul.h"
 #include "backend/ggml/ggml_ops.h"
 #include "backend/graph_executor.h"
-#include "graph/kv_cache.h"
+#include "kv_cache/kv_cache.h"
 #include "model/model.h"
 
 namespace pydiffusion {
 
-// Tokens of one sequence in a graph, and the cache that they follow.
+// Tokens of one sequence in a graph, and the cache that they attend to.
 struct Sequence {
     const KvCache* cache;
     int64_t n_tokens;
-    int64_t n_frozen = 0;  // rows behind the tokens that stay as an earlier graph wrote them, and are seen
+    int64_t n_frozen = 0;  // rows after the tokens that are visible but keep what an earlier graph wrote
 };
 
-// A graph under construction and what its layers have in common.
 struct GraphBuilder {
-    // The sequences' tokens lie side by side in every tensor; each attends to its own cache only.
+    // Every tensor concatenates the sequences' tokens; a token attends only to its own sequence's cache.
     GraphBuilder(const Model& model, std::vector<Sequence> sequences);
 
     const Model& model;
     std::vector<Sequence> sequences;
     ggml_context_ptr context;
     ggml_cgraph* graph;
-    std::optional<gemm::Matmul> matmul;  // how this graph multiplies with weights
+    std::optional<gemm::Matmul> matmul;  // builds matmuls with weights
 
     ggml_context* ctx() const { return context.get(); }
     int64_t n_tokens() const;  // of all sequences
 
-    // A tensor that is written before each run of the graph and keeps what was written. Portable graphs have
-    // them in memory of the device that reads them, laid out with the graph; else in that of the last device.
+    // An input tensor: written before a run of the graph, kept until the next write. Graphs of ggml ops have
+    // inputs in device memory: new_input() in the last device's, new_input_on() in any (or the CPU's).
     ggml_tensor* new_input(ggml_type type, int64_t n0, int64_t n1 = 1);
     ggml_tensor* new_input_on(int32_t device, ggml_type type, int64_t n0, int64_t n1);
-    // Where the tokens stand, to be called once the graph has its memory.
+    // Sets the tokens' positions; only after allocate().
     void set_positions(const std::vector<int32_t>& positions);
-    // Has the tensor computed where the weight lies, were it next to others' work; of all nodes from the i-th
-    // on.
+    // Pins the tensor, or all nodes from first_node on, to the weight's device, whatever the scheduler would
+    // choose.
     void pin_to_device_of(const ggml_tensor* weight, ggml_tensor* tensor);
     void pin_to_device_of(const ggml_tensor* weight, int first_node);
-    // Gives the graph its memory and writes the masks.
+    // Allocates the graph and fills the masks. `what` names the graph in an out-of-memory error.
     void allocate(GraphExecutor& executor, const char* what) const;
 
-    // Tensors made from here on belong to this part of the step, for profiles. `name` must be a literal.
+    // Assigns tensors created from here on to a part of the step, for profiling. `name` must be a literal.
     void begin_part(const char* name) { parts.push_back({name, ggml_used_mem(ctx())}); }
     const char* part_of(const ggml_tensor* tensor) const;
 
     struct Part {
         const char* name;
-        size_t begin;  // offset in the context's memory, in which tensors lie in the order of their making
+        size_t begin;  // offset in the context's memory, where tensors are in order of creation
     };
     std::vector<Part> parts;
 
-    // Which rows a sequence's tokens may see of a layer; layers of one device that see the same share one.
-    // Portable graphs only.
+    // Graphs of ggml ops: attention mask of a sequence in a layer, shared by a device's layers of a kind.
     ggml_ops::Mask mask(size_t i_sequence, int32_t i_layer, int64_t n_visible, const Causal* causal);
 
     bool uses_ggml_ops() const { return model.backend.on_device(); }
 
-    ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr) const;  // weight null: none
-    ggml_tensor* gelu_product(ggml_tensor* gate, ggml_tensor* up) const;         // gelu(gate) * up
-    ggml_tensor* stack(const std::vector<ggml_tensor*>& parts) const;            // [d, n_i] side by side
+    ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr) const;
+    ggml_tensor* gated_gelu(ggml_tensor* gate, ggml_tensor* up) const;         // gelu(gate) * up
+    ggml_tensor* concat_tokens(const std::vector<ggml_tensor*>& parts) const;  // [d, n_i] -> [d, sum of n_i]
     // x + rms_norm(branch, weight)
     ggml_tensor* add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) const;
-    // rms_norm(x, weight) turned by its tokens' positions, x [head_dim, n_heads, n] with tokens from `first`
-    // on
-    ggml_tensor* rotate_normed(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer, int64_t first = 0);
+    // RoPE of rms_norm(x, weight); x [head_dim, n_heads, n] holds the graph's tokens from `first` on
+    ggml_tensor* norm_and_rope(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer, int64_t first = 0);
     ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down);
-    ggml_tensor* embed(ggml_tensor* ids) const;  // rows of the embedding times sqrt(d) -> [d, n_tokens]
+    ggml_tensor* embed(ggml_tensor* ids) const;  // embedding rows times sqrt(d) -> [d, n_tokens]
 
   private:
     struct MaskKey {
@@ -80,20 +77,21 @@ struct GraphBuilder {
         bool sliding;
         ggml_ops::Mask mask;
     };
-    // Cosines and sines of the tokens' angles, of layers that rotate alike; see rotate_normed of row_ops.h.
+    // Cosines and sines of the tokens' RoPE angles, shared by layers of the same kind; see rotate_normed in
+    // fused_rows.h.
     struct Angles {
         bool sliding;
         ggml_tensor* tensor;
     };
     ggml_tensor* angles(int64_t head_dim, bool sliding);
 
-    // I32 [n_tokens], of portable graphs: the processor's, then each device's; null where nothing is rotated.
+    // Graphs of ggml ops: I32 [n_tokens] for the CPU, then each device; null until a layer needs it.
     std::vector<ggml_tensor*> positions_;
-    std::vector<Angles> angles_;    // of the others
-    std::vector<int32_t> written_;  // the positions whose angles are there
+    std::vector<Angles> angles_;              // other graphs
+    std::vector<int32_t> written_positions_;  // argument of the last set_positions()
     std::vector<MaskKey> masks_;
     GraphExecutor::Pinned pinned_;
-    std::vector<ggml_context_ptr> input_contexts_;  // of portable graphs: the processor's, then each device's
+    std::vector<ggml_context_ptr> input_contexts_;  // graphs of ggml ops: the CPU's, then each device's
 };
 
 }  // namespace pydiffusion

@@ -1,5 +1,4 @@
-// What the file says about the model's shape: typed, read once, every impossible value refused by its key's
-// name.
+// Hyperparameters from GGUF metadata: typed, range-checked, read once.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +9,12 @@
 namespace pydiffusion {
 
 struct LayerShape {
-    bool sliding;      // attention over a window; else over the whole context, and no V projection
+    bool sliding;      // sliding-window attention; otherwise full attention without a V projection
     int32_t head_dim;  // of queries, keys and values
     int32_t n_head_kv;
 };
 
-// Defaults of the sampler: the file's, else the reference implementation's.
+// Sampler defaults: from the file if present, otherwise those of the reference implementation.
 struct SamplerDefaults {
     int32_t steps = 48;
     float t_min = 0.4f;
@@ -35,16 +34,16 @@ struct Hparams {
     int32_t n_expert;
     int32_t n_expert_used;
     int32_t n_head;
-    int32_t window;  // sliding layers see this many keys, the token itself included
+    int32_t window;  // keys visible in sliding layers, including the token itself
     int32_t canvas_length;
     float rms_eps;
     float soft_cap;       // of the final logits
-    float rope_base;      // full layers; their frequencies are divided by rope_freqs.weight
+    float rope_base;      // full layers, whose frequencies are divided by rope_freqs.weight
     float rope_base_swa;  // sliding layers
     std::vector<LayerShape> layers;
     SamplerDefaults sampler;
 
-    // Throws Error(unsupported) for another architecture or feature, Error(format) for impossible values.
+    // Throws Error(unsupported) for another architecture or feature, Error(format) for invalid values.
     explicit Hparams(const GgufFile& file);
 };
 

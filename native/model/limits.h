@@ -1,4 +1,4 @@
-// Constants that several layers share.
+// Limits shared by model, graph and runtime.
 #pragma once
 
 #include <algorithm>
@@ -8,9 +8,9 @@
 
 namespace pydiffusion {
 
-constexpr int32_t kEncodeChunk = 512;  // tokens of a prompt per graph
+constexpr int32_t kEncodeChunk = 512;  // prompt tokens per graph
 
-// Tokens that one graph appends to a cache at most: a chunk of the prompt, or a canvas.
+// Most tokens that one graph appends to a cache: a chunk of the prompt, or a canvas.
 inline int32_t max_batch(const Hparams& hparams) { return std::max(kEncodeChunk, hparams.canvas_length); }
 
 }  // namespace pydiffusion

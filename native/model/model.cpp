@@ -5,15 +5,15 @@
 namespace pydiffusion {
 
 Model::Model(std::shared_ptr<const GgufFile> f, int n_threads, const std::string& device,
-             const std::string& kernels, const DevicePlan& p, const std::function<void(double)>& read_ahead)
+             const std::string& kernels, const DevicePlan& p, const std::function<void(double)>& progress)
     : file(std::move(f)),
       hparams(*file),
       backend(n_threads, device, kernels),
       device_plan(p),
-      weights(file, hparams, device_plan, backend, read_ahead) {
-    if (backend.on_device()) return;  // what was copied has been read
-    // Touch every page once, in order: a cold file is read at the disk's speed, with progress, instead of
-    // page by page in the middle of the first step.
+      weights(file, hparams, device_plan, backend, progress) {
+    if (backend.on_device()) return;  // the upload has read the file
+    // Touch every page once, in order: a cold file is then read sequentially, with progress, instead of by
+    // page faults during the first step.
     constexpr uint64_t page = 4096, block = uint64_t{64} << 20;
     const double n_bytes = static_cast<double>(file->n_bytes_of_all_parts());
     uint64_t n_read = 0;
@@ -26,7 +26,7 @@ Model::Model(std::shared_ptr<const GgufFile> f, int n_threads, const std::string
             for (uint64_t at = begin; at < end; at += page)
                 sum ^= *(static_cast<const volatile uint8_t*>(part.data()) + at);
             n_read += end - begin;
-            read_ahead(static_cast<double>(n_read) / n_bytes);
+            progress(static_cast<double>(n_read) / n_bytes);
         }
     }
     (void)sum;

@@ -1,4 +1,4 @@
-// A model: its file, hyperparameters, weights, and where they are computed. Shared by all sessions.
+// A loaded model: file, hyperparameters, backend, device plan and weights. Shared by all sessions.
 #pragma once
 
 #include <functional>
@@ -14,12 +14,11 @@
 namespace pydiffusion {
 
 struct Model {
-    // device: see Backend; device_plan: what of the model lies on which. `read_ahead` is called with the
-    // share of the file that has been brought into memory, 0 to 1. kernels: of the processor's products, see
-    // gemm::kernel_by_name.
+    // device: see Backend. kernels: of the CPU's matmuls, see gemm::kernel_by_name. `progress` is called with
+    // the fraction of the file loaded so far, 0 to 1.
     Model(std::shared_ptr<const GgufFile> file, int n_threads, const std::string& device,
           const std::string& kernels, const DevicePlan& device_plan,
-          const std::function<void(double)>& read_ahead);
+          const std::function<void(double)>& progress);
 
     std::shared_ptr<const GgufFile> file;
     Hparams hparams;

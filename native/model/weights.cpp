@@ -10,8 +10,7 @@ namespace pydiffusion {
 
 namespace {
 
-// ggml's CPU kernels want tensors at multiples of this; a mapping gives it unless the file is aligned to
-// less.
+// Tensor alignment that ggml's CPU kernels need; a mapping has it unless the file's own alignment is smaller.
 constexpr uint64_t kAlignment = 32;
 
 using Shape = std::vector<int64_t>;
@@ -31,8 +30,8 @@ bool same_shape(const TensorInfo& tensor, const Shape& shape) {
     return true;
 }
 
-// Types that ggml's CPU backend multiplies with, and whose rows can be turned into floats.
-bool computable(ggml_type type) {
+// Whether ggml's CPU backend has a matmul for the type and its rows can be dequantized.
+bool is_supported(ggml_type type) {
     if (type == GGML_TYPE_F32) return true;
     const ggml_type_traits_cpu* cpu = ggml_get_type_traits_cpu(type);
     if (!cpu->vec_dot || !ggml_get_type_traits(type)->to_float) return false;
@@ -42,7 +41,7 @@ bool computable(ggml_type type) {
 
 }  // namespace
 
-// Turns the file's tensors into ggml's, each checked against the shape that the hyperparameters ask for.
+// Creates a ggml tensor for each tensor of the file, after checking its shape against the hyperparameters.
 class Weights::Loader {
   public:
     Loader(Weights& weights, const GgufFile& file, const DevicePlan& device_plan, const Backend& backend)
@@ -52,22 +51,22 @@ class Weights::Loader {
         for (int32_t device = kCpuDevice; device < backend.n_devices(); ++device) {
             weights_.contexts_.emplace_back(ggml_init(params));
             if (!weights_.contexts_.back())
-                throw Error(ErrorKind::out_of_memory, "no memory for the tensors' descriptions");
+                throw Error(ErrorKind::out_of_memory,
+                            "out of memory: failed to allocate the tensor descriptors");
         }
         for (size_t i = 0; i < file.n_parts(); ++i) mapped_.push_back(map(file.part(i)));
     }
 
     ggml_tensor* matrix(const std::string& name, const Shape& shape) {
         const TensorInfo& info = require(name, shape);
-        if (!computable(info.type)) {
-            throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) + " has the type " +
-                                                    ggml_type_name(info.type) +
-                                                    ", which we can't compute with");
+        if (!is_supported(info.type)) {
+            throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) + " has type " +
+                                                    ggml_type_name(info.type) + ": not supported");
         }
-        return assign(info, device_plan_.tensor_device(name));
+        return create(info, device_plan_.tensor_device(name));
     }
 
-    // Norms, scales and the router, which the format keeps in F32.
+    // Norms, scales and the router, always F32 in the format.
     ggml_tensor* f32(const std::string& name, const Shape& shape) {
         return f32_on(device_plan_.tensor_device(name), name, shape);
     }
@@ -75,26 +74,26 @@ class Weights::Loader {
         const TensorInfo& info = require(name, shape);
         if (info.type != GGML_TYPE_F32) {
             throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) +
-                                                    " should be F32, is " + ggml_type_name(info.type));
+                                                    " must be F32, but is " + ggml_type_name(info.type));
         }
-        return assign(info, device);
+        return create(info, device);
     }
 
-    // Copies what belongs on devices, once all tensors have been asked for.
+    // Copies the devices' tensors; to be called after all tensors have been requested.
     void upload(const std::function<void(double)>& progress) {
         if (uploads_.empty()) return;
         for (const ggml_tensor* tensor : {weights_.token_embd, weights_.output}) {
-            if (can_hold(tensor->type)) continue;  // self-conditioning and the head read them there
+            if (can_hold(tensor->type)) continue;  // self-conditioning and head need them on the device
             const std::string name = tensor->name;
-            throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) + " has the type " +
+            throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) + " has type " +
                                                     ggml_type_name(tensor->type) +
-                                                    ", which can't be computed with on " + backend_.name() +
-                                                    ": quantize it to another (--tensor-type " + name +
+                                                    ", which is not supported on " + backend_.name() +
+                                                    ": quantize it to another type (--tensor-type " + name +
                                                     "=q6_k), or use n_gpu_layers=0");
         }
         uint64_t total = 0, done = 0;
         for (const auto& [tensor, info] : uploads_) total += info->n_bytes;
-        for (int32_t device = 0; device < backend_.n_devices(); ++device) take_memory(device);
+        for (int32_t device = 0; device < backend_.n_devices(); ++device) allocate_buffer(device);
         constexpr uint64_t block = uint64_t{64} << 20;
         for (const auto& [tensor, info] : uploads_) {
             for (uint64_t at = 0; at < info->n_bytes; at += block) {
@@ -109,28 +108,29 @@ class Weights::Loader {
 
     bool has(const std::string& name) const { return file_.find_tensor(name) != nullptr; }
 
-    // A layer's tensor that we don't know would change what the layer computes.
+    // An unknown tensor in a layer means that the layer computes something else.
     void refuse_unknown_layer_tensors() const {
         for (const TensorInfo& tensor : file_.tensors()) {
             if (tensor.name.rfind("blk.", 0) == 0 && !used_.count(tensor.name)) {
                 throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(tensor.name) +
-                                                        " is none of this architecture's");
+                                                        " is not part of this architecture");
             }
         }
     }
 
   private:
-    void take_memory(int32_t device) {
+    void allocate_buffer(int32_t device) {
         ggml_context* context = weights_.contexts_[device - kCpuDevice].get();
         if (!ggml_get_first_tensor(context)) return;
         ggml_backend_buffer_type_t type = backend_.buffer_type(device);
         const size_t n_bytes = ggml_backend_alloc_ctx_tensors_from_buft_size(context, type);
         ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(context, type);
         if (!buffer) {
-            throw Error(ErrorKind::out_of_memory,
-                        format("no memory on the device for %.2f GB of weights: choose fewer layers "
-                               "(n_gpu_layers) or more experts on the processor (n_cpu_moe)",
-                               static_cast<double>(n_bytes) / 1e9));
+            throw Error(
+                ErrorKind::out_of_memory,
+                format("out of memory: failed to allocate %.2f GB of weights on the device: use fewer layers "
+                       "(n_gpu_layers) or more experts on the CPU (n_cpu_moe)",
+                       static_cast<double>(n_bytes) / 1e9));
         }
         weights_.buffers_.emplace_back(buffer);
         ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
@@ -142,7 +142,7 @@ class Weights::Loader {
         return can_hold_[type] = backend_.can_hold(type);
     }
 
-    // A buffer over a file's mapping; null where the file's alignment is not enough.
+    // A buffer over a file's mapping; null if the file's alignment is too small.
     ggml_backend_buffer_t map(const GgufFile& file) {
         if (file.alignment() % kAlignment != 0 || file.data_offset() % kAlignment != 0) return nullptr;
         ggml_backend_buffer_t buffer =
@@ -156,13 +156,14 @@ class Weights::Loader {
         const TensorInfo* info = file_.find_tensor(name);
         if (!info) throw Error(ErrorKind::format, file_.path() + ": tensor " + quoted(name) + " is missing");
         if (!same_shape(*info, shape)) {
-            throw Error(ErrorKind::format, file_.path() + ": tensor " + quoted(name) + " has the shape " +
-                                               info->shape() + ", but the keys ask for " + describe(shape));
+            throw Error(ErrorKind::format, file_.path() + ": tensor " + quoted(name) + " has shape " +
+                                               info->shape() + ", expected " + describe(shape) +
+                                               " from the metadata");
         }
         return *info;
     }
 
-    ggml_tensor* assign(const TensorInfo& info, int32_t wanted) {
+    ggml_tensor* create(const TensorInfo& info, int32_t wanted) {
         const bool on_device = wanted != kCpuDevice && can_hold(info.type);
         ggml_context* context = weights_.contexts_[(on_device ? wanted : kCpuDevice) - kCpuDevice].get();
         ggml_tensor* tensor =
@@ -185,7 +186,9 @@ class Weights::Loader {
     void copy(ggml_tensor* tensor, const TensorInfo& info) {
         ggml_backend_buffer_t buffer =
             ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), info.n_bytes);
-        if (!buffer) throw Error(ErrorKind::out_of_memory, "no memory for tensor " + quoted(info.name));
+        if (!buffer)
+            throw Error(ErrorKind::out_of_memory,
+                        "out of memory: failed to allocate tensor " + quoted(info.name));
         weights_.buffers_.emplace_back(buffer);
         ggml_backend_tensor_alloc(buffer, tensor, ggml_backend_buffer_get_base(buffer));
         std::memcpy(tensor->data, file_.tensor_data(info), info.n_bytes);
@@ -260,9 +263,9 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const Hparams& hp, const 
     rope_freqs.resize(backend.n_devices() + 1);
     for (int32_t i = 0; i < hp.n_layer; ++i) {
         const LayerShape& shape = hp.layers[i];
-        ggml_tensor*& there = rope_freqs[device_plan.layer_device(i) - kCpuDevice];
-        if (!shape.sliding && !there)
-            there = load.f32_on(device_plan.layer_device(i), "rope_freqs.weight", {shape.head_dim / 2});
+        ggml_tensor*& factors = rope_freqs[device_plan.layer_device(i) - kCpuDevice];
+        if (!shape.sliding && !factors)
+            factors = load.f32_on(device_plan.layer_device(i), "rope_freqs.weight", {shape.head_dim / 2});
     }
     for (int32_t i = 0; i < hp.n_layer; ++i) layers.push_back(load_layer(load, hp, i));
     load.refuse_unknown_layer_tensors();

@@ -1,4 +1,4 @@
-// The model's tensors, immutable and shared by all sessions: in the file's own mapping, or on a device.
+// Model weights, immutable and shared by all sessions: in the file's mapping or on a device.
 #pragma once
 
 #include <functional>
@@ -16,12 +16,12 @@
 
 namespace pydiffusion {
 
-// Names follow the GGUF's; shapes are in ggml's order. Null where a tensor is optional and absent.
+// Named as in the GGUF; shapes in ggml's order. Null if optional and absent.
 struct LayerWeights {
     ggml_tensor* attn_norm;            // [d]
     ggml_tensor* attn_q;               // [d, head_dim * n_head]
     ggml_tensor* attn_k;               // [d, head_dim * n_head_kv]
-    ggml_tensor* attn_v;               // as attn_k; null on full layers, whose values come from attn_k
+    ggml_tensor* attn_v;               // as attn_k; null in full layers, which compute V with attn_k
     ggml_tensor* attn_output;          // [head_dim * n_head, d]
     ggml_tensor* attn_q_norm;          // [head_dim]
     ggml_tensor* attn_k_norm;          // [head_dim]
@@ -35,10 +35,10 @@ struct LayerWeights {
     ggml_tensor* ffn_gate_inp;         // [d, n_expert], the router
     ggml_tensor* ffn_gate_inp_scale;   // [d]
     ggml_tensor*
-        ffn_gate_up_exps;        // [d, 2 * n_ff_expert, n_expert], gate rows first; or null and the two below
-    ggml_tensor* ffn_gate_exps;  // [d, n_ff_expert, n_expert]
-    ggml_tensor* ffn_up_exps;    // [d, n_ff_expert, n_expert]
-    ggml_tensor* ffn_down_exps;  // [n_ff_expert, d, n_expert]
+        ffn_gate_up_exps;  // [d, 2 * n_ff_expert, n_expert], gate rows first; if null, the next two are set
+    ggml_tensor* ffn_gate_exps;        // [d, n_ff_expert, n_expert]
+    ggml_tensor* ffn_up_exps;          // [d, n_ff_expert, n_expert]
+    ggml_tensor* ffn_down_exps;        // [n_ff_expert, d, n_expert]
     ggml_tensor* ffn_down_exps_scale;  // [n_expert], the router's per-expert scale
     ggml_tensor* post_ffw_norm_2;      // [d]
     ggml_tensor* post_ffw_norm;        // [d]
@@ -47,18 +47,18 @@ struct LayerWeights {
 };
 
 struct Weights {
-    // Refuses missing tensors, other shapes, and types that this build can't compute with.
-    // What the device_plan puts on a device is copied there, the share done reported to `progress`; but for
-    // types that it can't compute with, which stay in the mapping.
+    // Throws if a tensor is missing or has another shape or a type that this build can't compute with. Copies
+    // to each device the tensors that the plan assigns to it, reporting the fraction done to `progress`;
+    // tensors of types that the device can't compute with stay in the mapping.
     Weights(std::shared_ptr<const GgufFile> file, const Hparams& hparams, const DevicePlan& device_plan,
             const Backend& backend, const std::function<void(double)>& progress);
     Weights(const Weights&) = delete;
     Weights& operator=(const Weights&) = delete;
 
     ggml_tensor* token_embd;  // [d, n_vocab]
-    ggml_tensor* output;      // [d, n_vocab]; token_embd itself where the file ties them
+    ggml_tensor* output;      // [d, n_vocab]; token_embd if tied
     ggml_tensor* output_norm;
-    // [head_dim / 2] of the full layers, on the processor and on each device: null where none of them lie.
+    // [head_dim / 2] for full layers: on the CPU, then on each device; null if a device has no full layer.
     std::vector<ggml_tensor*> rope_freqs;
     ggml_tensor* self_cond_pre_norm;
     ggml_tensor* self_cond_gate;
@@ -72,7 +72,7 @@ struct Weights {
   private:
     class Loader;
     std::shared_ptr<const GgufFile> file_;    // keeps the mapping alive
-    std::vector<ggml_context_ptr> contexts_;  // the mapping's tensors, then each device's
+    std::vector<ggml_context_ptr> contexts_;  // of the mapped tensors, then of each device's
     std::vector<ggml_backend_buffer_ptr> buffers_;
 };
 

@@ -1,5 +1,5 @@
-// Several sessions of one model denoised in one graph: the weights are read once for all of them, and
-// experts get more rows at a time.
+// Batched denoising: the canvases of several sessions of one model in one graph. Weights are read once for
+// all of them, and each expert gets more rows per matmul.
 #pragma once
 
 #include <exception>
@@ -15,21 +15,21 @@ class Batch {
   public:
     explicit Batch(std::shared_ptr<const Model> model);
 
-    // What a step was for one session. At most one of `result.step > 0` and `error` is so; neither, when its
-    // generation was over already.
+    // A step's outcome for one session: a result (result.step > 0), an error, or neither if its generation
+    // had ended before.
     struct Outcome {
         StepResult result{};
         std::exception_ptr error;
     };
 
-    // One step of each session's generation, the same as the sessions would do alone. A session that can't go
-    // on has the error in its outcome, its generation is over, and the others go on. One that is cancelled
-    // during the step may still have a result; the step is given up when all of them are. Where there is no
-    // memory for all at once, they are denoised in parts.
+    // Runs one step of each session's generation, with the results that each would have alone. An error of
+    // one session ends its generation and is returned in its outcome; the others continue. A session
+    // cancelled during the step may still get a result; the step aborts once all are cancelled. Splits the
+    // batch if memory for one graph runs out.
     std::vector<Outcome> next_steps(const std::vector<Session*>& sessions,
-                                    const std::function<void(int32_t)>& between);
+                                    const std::function<void(int32_t)>& on_chunk);
 
-    // Graphs that the last step took: more than one where memory did not permit that.
+    // Number of graphs used by the last step; more than 1 if it ran out of memory for one.
     int n_graphs() const { return n_graphs_; }
 
     const Model& model() const { return *model_; }

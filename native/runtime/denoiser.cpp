@@ -5,10 +5,10 @@
 #include <functional>
 #include <limits>
 
+#include "architectures/diffusion_gemma.h"
 #include "backend/cpu/measure_logits.h"
 #include "backend/step_backend.h"
 #include "ggml-impl.h"
-#include "models/diffusion_gemma.h"
 #include "util/error.h"
 #include "util/timer.h"
 
@@ -16,7 +16,7 @@ namespace pydiffusion {
 
 namespace {
 
-// ggml's name of an operation, our own's own.
+// ggml's name of an operation, or the node's name for a custom one.
 const char* operation_name(const ggml_tensor* node) {
     return node->op == GGML_OP_CUSTOM ? node->name : ggml_op_name(node->op);
 }
@@ -27,14 +27,16 @@ CanvasState::CanvasState(const Model& model) : model_(model) {
     const Hparams& hp = model.hparams;
     const ggml_init_params params = {3 * ggml_tensor_overhead(), nullptr, true};
     context_.reset(ggml_init(params));
-    if (!context_) throw Error(ErrorKind::out_of_memory, "no memory for the logits' description");
+    if (!context_)
+        throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate the logits' tensors");
     logits_ = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, hp.n_vocab, hp.canvas_length);
     if (model.backend.on_device())
         soft_ = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, hp.n_embd, hp.canvas_length);
     buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(context_.get(), model.backend.buffer_type()));
     if (!buffer_) {
-        throw Error(ErrorKind::out_of_memory, format("no memory for the logits of a canvas (%.1f MB)",
-                                                     static_cast<double>(ggml_nbytes(logits_)) / 1e6));
+        throw Error(ErrorKind::out_of_memory,
+                    format("out of memory: failed to allocate %.1f MB for the logits of a canvas",
+                           static_cast<double>(ggml_nbytes(logits_)) / 1e6));
     }
     use_large_pages(buffer_.get());
     step_.soft_cap = hp.soft_cap;
@@ -60,7 +62,7 @@ void CanvasState::set_logits(const float* logits) {
 void CanvasState::pin(int64_t position, int32_t token) {
     const Hparams& hp = model_.hparams;
     if (soft_) {
-        const auto turn = model_.backend.lock_devices();
+        const auto lock = model_.backend.lock_devices();
         model_.backend.step_backend().pin(logits_, position, token, hp.soft_cap);
         return;
     }
@@ -83,8 +85,8 @@ void CanvasState::require_finite(size_t n) const {
         if (std::isnan(step_.measures[i].entropy)) {
             throw Error(
                 ErrorKind::general,
-                format("the logits of canvas position %zu are NaN or infinite: the model's weights, or the "
-                       "self-conditioning logits, are not finite",
+                format("the logits of canvas position %zu are NaN or infinite: the model's weights or the "
+                       "self-conditioning logits are not finite",
                        i));
         }
     }
@@ -98,7 +100,7 @@ ggml_tensor* first_tokens(const GraphBuilder& g, ggml_tensor* x, int64_t n) {
 
 }  // namespace
 
-// The soft embedding of a slot's last step: a device's kernels have filled it in by then.
+// Soft embedding of a slot's last step; on a device, condition() has computed it before the graph runs.
 ggml_tensor* Denoiser::soft_embedding_of(GraphBuilder& g, CanvasState& state, int64_t n_tokens) {
     if (state.soft_) return first_tokens(g, state.soft_, n_tokens);
     ggml_tensor* logits = first_tokens(g, state.logits_, n_tokens);
@@ -106,20 +108,20 @@ ggml_tensor* Denoiser::soft_embedding_of(GraphBuilder& g, CanvasState& state, in
     return soft_embedding(g.ctx(), probabilities, model_.weights.token_embd, &state.step_);
 }
 
-// What the layers begin with: embedded tokens plus the soft embedding of the step before, slot by slot.
+// Input of the first layer: embedded tokens plus self-conditioning on the previous step, slot by slot.
 ggml_tensor* Denoiser::embed_slots(GraphBuilder& g, const std::vector<Slot>& slots) {
     const Weights& w = model_.weights;
     g.begin_part("self-conditioning");
     std::vector<ggml_tensor*> parts;
     for (const Slot& slot : slots) parts.push_back(soft_embedding_of(g, *slot.state, slot.n_tokens()));
-    ggml_tensor* soft = g.stack(parts);
+    ggml_tensor* soft = g.concat_tokens(parts);
     ggml_tensor* s =
         g.mlp(g.rms_norm(soft, w.self_cond_pre_norm), w.self_cond_gate, w.self_cond_up, w.self_cond_down);
     g.begin_part("embedding");
     return g.rms_norm(ggml_add(g.ctx(), g.embed(canvas_), s));
 }
 
-// The head writes straight into the slot's own logits, whose old content the step has consumed by then.
+// The head writes directly to the slot's logits: the step has already consumed the previous ones.
 void Denoiser::finish_slot(GraphBuilder& g, CanvasState& state, ggml_tensor* x) {
     g.begin_part("head");
     ggml_tensor* head =
@@ -180,8 +182,7 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
             cost.bytes += 2.0 * static_cast<double>(ggml_nbytes(b));
             break;
         case GGML_OP_CUSTOM:
-            if (std::string(node->name).rfind("attend", 0) ==
-                0) {  // queries times keys, and weights times values
+            if (std::string(node->name).rfind("attend", 0) == 0) {  // Q K^T, and softmax times V
                 cost.operations +=
                     4.0 * static_cast<double>(ggml_nelements(node)) * static_cast<double>(b->ne[1]);
                 cost.bytes += 2.0 * static_cast<double>(ggml_nelements(b) / ggml_blck_size(b->type)) *
@@ -203,10 +204,11 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(GraphExecutor& execu
                                                             const std::atomic<bool>& cancel,
                                                             bool by_operation) {
     if (!built_ || built_for_.empty())
-        throw Error(ErrorKind::argument, "there is no step to profile: run one first");
+        throw Error(ErrorKind::argument, "no step to profile: run a denoising step first");
     if (!model_.device_plan.single_device())
-        throw Error(ErrorKind::unsupported, "a step that runs in several places can't be profiled");
-    const auto turn = model_.backend.lock_devices();
+        throw Error(ErrorKind::unsupported,
+                    "profiling is not supported for a model that is split across devices");
+    const auto lock = model_.backend.lock_devices();
     std::map<std::string, PartCost> costs;
     const int n_nodes = ggml_graph_n_nodes(built_->graph);
     const auto part_of = [&](const ggml_tensor* node) {
@@ -220,12 +222,12 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(GraphExecutor& execu
         PartCost& cost = costs[part];
         for (; end < n_nodes && part == part_of(ggml_graph_node(built_->graph, end)); ++end)
             count_work(ggml_graph_node(built_->graph, end), cost);
-        // A view knows how often each node is used, without which ggml fuses none.
+        // A graph view keeps the nodes' use counts, which ggml needs for fusion.
         ggml_cgraph nodes = ggml_graph_view(built_->graph, first, end);
         cost.seconds += time([&] { executor.compute_nodes(&nodes, [&] { return cancel.load(); }); });
     }
     if (!model_.backend.on_device()) return costs;
-    // The sampler caps the logits that the nodes have just made; self-conditioning reads them capped.
+    // In this order: measure() caps the logits just computed, condition() reads them capped.
     const double row_bytes = sizeof(float) * static_cast<double>(model_.hparams.n_vocab);
     for (const auto& [canvas, n] : canvases_) {
         PartCost &conditioning = costs["self-conditioning"], &sampler = costs["sampler"];
@@ -239,7 +241,7 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(GraphExecutor& execu
 }
 
 void Denoiser::step(const std::vector<Slot>& slots, GraphExecutor& executor) {
-    const auto turn = model_.backend.lock_devices();
+    const auto lock = model_.backend.lock_devices();
     const auto versions = [&] {
         decltype(built_for_) result;
         for (const Slot& slot : slots)

@@ -1,5 +1,5 @@
-// Bidirectional mode: one denoising step over one canvas or several, reading the caches and never adding to
-// them.
+// Denoiser: one denoising step over one or several canvases with bidirectional attention. Reads the KV caches
+// but never appends to them.
 #pragma once
 
 #include <atomic>
@@ -13,31 +13,32 @@
 #include "backend/cpu/self_conditioning.h"
 #include "backend/graph_executor.h"
 #include "graph/graph_builder.h"
-#include "quant/imatrix_collector.h"
+#include "quantization/imatrix_collector.h"
 
 namespace pydiffusion {
 
-// What a canvas takes into a step and gets out of it. Its logits condition the next step.
+// Inputs and outputs of a canvas's denoising step. Its logits are the next step's self-conditioning.
 class CanvasState {
   public:
     explicit CanvasState(const Model& model);
 
-    // Logits of the last step, soft-capped, position by position: n_vocab floats each. The next step
-    // overwrites them, and where a device computes, the next call too.
+    // Soft-capped logits of the last step, n_vocab floats per position. Valid until the next step; on a
+    // device, until the next call.
     const float* logits();
-    // Puts others in their place, n_vocab times canvas_length, for the next step to be conditioned on.
+    // Replaces them, n_vocab * canvas_length floats, as self-conditioning for the next step.
     void set_logits(const float* logits);
-    // The next step is conditioned on this token as on one that the model is sure of.
+    // Makes the next step's self-conditioning treat this token as certain.
     void pin(int64_t position, int32_t token);
     StepState& step() { return step_; }
 
-    // Throws Error(general) when the last step's logits of the first n positions are not finite.
+    // Throws Error(general) if the last step's logits of the first n positions are not all finite.
     void require_finite(size_t n) const;
 
   private:
     friend class Denoiser;
 
-    void condition(const ggml_tensor* embedding, int64_t n_tokens);  // on a device
+    // Run a device's kernels. No-ops on the CPU, where nodes of the graph do the same.
+    void condition(const ggml_tensor* embedding, int64_t n_tokens);
     void measure(int64_t n_tokens);
 
     const Model& model_;
@@ -45,8 +46,8 @@ class CanvasState {
     ggml_context_ptr context_;
     ggml_backend_buffer_ptr buffer_;
     ggml_tensor* logits_ = nullptr;   // F32 [n_vocab, canvas_length]
-    ggml_tensor* soft_ = nullptr;     // F32 [n_embd, canvas_length], the soft embedding; on a device
-    std::vector<float> host_logits_;  // copies; on a device
+    ggml_tensor* soft_ = nullptr;     // devices: F32 [n_embd, canvas_length], the soft embedding
+    std::vector<float> host_logits_;  // devices: copy of the logits
 };
 
 class Denoiser {
@@ -54,42 +55,42 @@ class Denoiser {
     explicit Denoiser(const Model& model) : model_(model) {}
 
     struct Slot {
-        CanvasState* state;  // its step() holds what goes in, and afterwards the measures
+        CanvasState* state;  // step() holds the inputs, then the measures
         KvCache* cache;
-        const std::vector<int32_t>* canvas;  // at the positions behind the cache, canvas_length at most
-        const std::atomic<bool>* cancel;     // whether anybody still waits for what comes out
-        // Positions behind the canvas that are seen as the last step left them, and no longer denoised.
+        const std::vector<int32_t>* canvas;  // at the positions after the cache, at most canvas_length
+        const std::atomic<bool>* cancel;     // set when the result is no longer needed
+        // Positions after the canvas that are visible as the last step left them but no longer denoised.
         int64_t n_frozen = 0;
 
         int64_t n_tokens() const { return static_cast<int64_t>(canvas->size()); }
     };
 
-    // Runs one step on every slot's canvas, all in one graph. The graph stays for the next step on the same
-    // slots in the same order. Throws Error(cancelled) soon after all of the slots are cancelled.
+    // Runs one step on all slots' canvases in one graph, which is reused by the next step if it has the same
+    // slots in the same order. Throws Error(cancelled) soon after all slots are cancelled.
     void step(const std::vector<Slot>& slots, GraphExecutor& executor);
 
-    // Runs the step just done once more, part by part, and tells what each took, on a GPU by its own clock.
-    // The logits are spoiled by it. With by_operation the parts are the names of ops(), so that a device
-    // fuses no operation with one of another name. For models that lie in one place.
+    // Runs the last step again, part by part, and returns the cost of each, timed on a GPU by its own clock.
+    // Leaves the logits invalid. With by_operation the parts are the names of ops(), so a device can't fuse
+    // operations of different names. Only for models on a single device.
     struct PartCost {
         double seconds = 0.0;
-        double operations = 0.0;  // multiplications and additions of matrix products and attention
-        double bytes = 0.0;       // of weights, keys and values read
+        double operations = 0.0;  // multiplications and additions in matmuls and attention
+        double bytes = 0.0;       // of weights, K and V read
     };
     std::map<std::string, PartCost> profile(GraphExecutor& executor, const std::atomic<bool>& cancel,
                                             bool by_operation);
 
-    // To be called when the executor served another graph: the next step builds anew.
+    // Discards the graph; required after the executor ran another one.
     void invalidate() { built_for_.clear(); }
 
-    // Adds the activations of every step from now on, until called with null.
+    // Collects the activations of every following step, until called with null.
     void observe(ImatrixCollector* imatrix) {
         imatrix_ = imatrix;
         invalidate();
     }
 
-    // Nodes of the graph last built, counted by ggml's names of their operations, our own by theirs; empty
-    // before the first step.
+    // Node counts of the last graph by operation: ggml's name, or the node's name for custom operations.
+    // Empty before the first step.
     std::map<std::string, int> ops() const;
 
   private:
@@ -101,9 +102,9 @@ class Denoiser {
     const Model& model_;
     ImatrixCollector* imatrix_ = nullptr;
     std::unique_ptr<GraphBuilder> built_;
-    // The slots' cache versions, canvas lengths and frozen positions.
+    // Per slot: cache version, canvas length, frozen positions.
     std::vector<std::tuple<uint64_t, int64_t, int64_t>> built_for_;
-    std::vector<std::pair<CanvasState*, int64_t>> canvases_;  // of the graph, with their lengths
+    std::vector<std::pair<CanvasState*, int64_t>> canvases_;  // of the graph, with canvas lengths
     ggml_tensor* canvas_ = nullptr;
 };
 

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "architectures/diffusion_gemma.h"
 #include "model/limits.h"
-#include "models/diffusion_gemma.h"
 #include "util/error.h"
 
 namespace pydiffusion {
@@ -15,19 +15,19 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
                   int32_t n_tokens, const std::atomic<bool>& cancel, std::vector<float>* hidden,
                   ImatrixCollector* imatrix) {
     const Hparams& hp = model.hparams;
-    const auto turn = model.backend.lock_devices();
+    const auto lock = model.backend.lock_devices();
     cache.prepare(n_tokens);
     GraphBuilder g(model, {{&cache, n_tokens}});
     ggml_tensor* tokens = g.new_input(GGML_TYPE_I32, n_tokens);
     if (imatrix) g.matmul->keep_activations();
-    Causal causal[2];  // of full layers, of sliding ones
+    Causal causal[2];  // [sliding]
 
     ggml_tensor* x = g.embed(tokens);
     for (int32_t i = 0; i < hp.n_layer; ++i) {
         const bool sliding = hp.layers[i].sliding;
         causal[sliding] = {cache.causal_range(i).first_position, cache.n_past(),
                            sliding ? hp.window : std::numeric_limits<int32_t>::max()};
-        // Nothing but the cache is wanted of the last layer, unless the hidden state is.
+        // Without `hidden`, only K and V are needed from the last layer.
         if (i + 1 == hp.n_layer && !hidden) {
             store_keys_and_values(g, i, x);
         } else {
@@ -60,14 +60,14 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
 }  // namespace
 
 void encode(const Model& model, KvCache& cache, GraphExecutor& executor, const std::vector<int32_t>& ids,
-            const std::atomic<bool>& cancel, const std::function<void(int32_t)>& between,
+            const std::atomic<bool>& cancel, const std::function<void(int32_t)>& on_chunk,
             std::vector<float>* hidden, ImatrixCollector* imatrix) {
     const int32_t n = static_cast<int32_t>(ids.size());
     for (int32_t done = 0; done < n;) {
         const int32_t n_tokens = std::min(kEncodeChunk, n - done);
         encode_chunk(model, cache, executor, ids.data() + done, n_tokens, cancel, hidden, imatrix);
         done += n_tokens;
-        between(done);
+        on_chunk(done);
     }
 }
 

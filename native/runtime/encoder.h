@@ -1,4 +1,4 @@
-// Causal mode: reads tokens into the KV cache.
+// Encoder (prefill): appends tokens to the KV cache with causal attention.
 #pragma once
 
 #include <atomic>
@@ -7,15 +7,15 @@
 
 #include "backend/graph_executor.h"
 #include "graph/graph_builder.h"
-#include "quant/imatrix_collector.h"
+#include "quantization/imatrix_collector.h"
 
 namespace pydiffusion {
 
-// Appends ids to the cache in chunks. `between` is called after each chunk with the number of tokens done;
-// what it throws ends the call, and the chunks done stay in the cache. With `hidden`, the last layer's output
-// after the final norm is appended to it, d floats per token.
+// Appends ids to the cache in chunks. Calls `on_chunk` with the number of tokens done after each chunk; an
+// exception from it ends the call and leaves the finished chunks in the cache. If `hidden` is given, appends
+// the hidden states after the final norm to it, d floats per token.
 void encode(const Model& model, KvCache& cache, GraphExecutor& executor, const std::vector<int32_t>& ids,
-            const std::atomic<bool>& cancel, const std::function<void(int32_t)>& between,
+            const std::atomic<bool>& cancel, const std::function<void(int32_t)>& on_chunk,
             std::vector<float>* hidden, ImatrixCollector* imatrix = nullptr);
 
 }  // namespace pydiffusion

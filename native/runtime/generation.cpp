@@ -1,4 +1,4 @@
-// The denoising loop: canvases begun, denoised until stable, finished.
+// Generation loop: begin a canvas, denoise it until stable, finish it, commit it with the next one.
 #include <algorithm>
 
 #include "runtime/session.h"
@@ -25,18 +25,19 @@ void Session::begin(const GenerationParams& params) {
             "dropped_mass must be at least 0 and below 1");
     check_tokens(params.eos, "eos");
     if (params.canvas_length < 0 || params.canvas_length > model_->hparams.canvas_length) {
-        throw Error(ErrorKind::argument, format("canvas_length is %d; this model's canvas has %d tokens",
+        throw Error(ErrorKind::argument, format("canvas_length is %d; this model allows 1 to %d",
                                                 params.canvas_length, model_->hparams.canvas_length));
     }
     const int32_t canvas = canvas_length(params);
     if (n_past() + canvas > n_ctx_) {
-        throw Error(ErrorKind::context_overflow,
-                    format("a canvas of %d behind %d tokens does not fit the context of "
-                           "%d: open a session with a larger n_ctx",
-                           canvas, n_past(), n_ctx_));
+        throw Error(
+            ErrorKind::context_overflow,
+            format("a canvas of %d tokens after %d tokens does not fit the context of %d: open a session "
+                   "with a larger n_ctx",
+                   canvas, n_past(), n_ctx_));
     }
     check_canvas(params);
-    cache_.mark();  // where the next turn parts from this one, when its template drops what was thought
+    cache_.mark();  // the next turn may roll back to here, if the chat template drops the thinking
     generation_ = std::make_unique<Generation>();
     generation_->params = params;
 }
@@ -45,24 +46,24 @@ void Session::check_canvas(const GenerationParams& params) const {
     for (size_t i = 0; i < params.canvas.size(); ++i) {
         if (params.canvas[i] < -1 || params.canvas[i] >= model_->hparams.n_vocab) {
             throw Error(ErrorKind::argument,
-                        format("canvas has the token %d at position %zu; tokens are 0 to %d, and -1 for none",
+                        format("canvas has token %d at position %zu; valid are 0 to %d, and -1 for none",
                                params.canvas[i], i, model_->hparams.n_vocab - 1));
         }
     }
     if (params.hold.size() > params.canvas.size()) {
-        throw Error(ErrorKind::argument, format("hold has %zu positions and canvas has %zu",
+        throw Error(ErrorKind::argument, format("hold has %zu positions, but canvas has %zu",
                                                 params.hold.size(), params.canvas.size()));
     }
     for (size_t i = 0; i < params.hold.size(); ++i) {
         if (params.hold[i] && params.canvas[i] < 0) {
             throw Error(ErrorKind::argument,
-                        format("hold has position %zu, for which canvas has no token", i));
+                        format("hold is set at position %zu, but canvas has no token there", i));
         }
     }
 }
 
-bool Session::next_step(StepResult& result, const std::function<void(int32_t)>& between) {
-    if (!begin_step(between)) return false;
+bool Session::next_step(StepResult& result, const std::function<void(int32_t)>& on_chunk) {
+    if (!begin_step(on_chunk)) return false;
     double seconds = 0.0;
     {
         const AddSeconds timer(seconds);
@@ -72,10 +73,10 @@ bool Session::next_step(StepResult& result, const std::function<void(int32_t)>& 
     return true;
 }
 
-bool Session::begin_step(const std::function<void(int32_t)>& between) {
-    if (!generation_ || generation_->over) return false;
-    if (generation_->half) throw Error(ErrorKind::argument, "the guided step waits for its tokens (impose)");
-    if (generation_->step == 0) begin_canvas(between);
+bool Session::begin_step(const std::function<void(int32_t)>& on_chunk) {
+    if (!generation_ || generation_->done) return false;
+    if (generation_->pending) throw Error(ErrorKind::argument, "a guided step is pending: call impose first");
+    if (generation_->step == 0) begin_canvas(on_chunk);
     set_inputs();
     return true;
 }
@@ -88,27 +89,29 @@ void Session::end_step(double seconds, StepResult& result) {
 }
 
 void Session::impose(const std::vector<int32_t>& tokens, StepResult& result) {
-    if (!generation_ || !generation_->half) {
-        throw Error(ErrorKind::argument, "there is no guided step that waits for its tokens");
+    if (!generation_ || !generation_->pending) {
+        throw Error(ErrorKind::argument, "no guided step is pending: call next_step first");
     }
     if (tokens.size() != generation_->canvas.size()) {
         throw Error(ErrorKind::argument,
-                    format("%zu tokens for a canvas of %zu", tokens.size(), generation_->canvas.size()));
+                    format("got %zu tokens for a canvas of %zu", tokens.size(), generation_->canvas.size()));
     }
     check_tokens(tokens, "the canvas");
-    result = std::move(*generation_->half);
-    generation_->half.reset();
-    take_step(result, tokens);
+    result = std::move(*generation_->pending);
+    generation_->pending.reset();
+    apply_tokens(result, tokens);
     report(result);
 }
 
 Session::Candidates Session::candidates(int32_t k, const std::vector<int32_t>& extra) {
-    if (!generation_ || !generation_->half) {
-        throw Error(ErrorKind::argument, "there is no guided step that waits for its tokens");
+    if (!generation_ || !generation_->pending) {
+        throw Error(ErrorKind::argument, "no guided step is pending: call next_step first");
     }
     check_tokens(extra, "extra");
     const int64_t n_vocab = model_->hparams.n_vocab;
-    if (k < 1 || k > n_vocab) throw Error(ErrorKind::argument, format("k is %d", k));
+    if (k < 1 || k > n_vocab)
+        throw Error(ErrorKind::argument,
+                    format("k is %d; it must be 1 to %lld", k, static_cast<long long>(n_vocab)));
     const size_t n = generation_->canvas.size();
     Candidates found;
     found.tokens.resize(n * k);
@@ -123,51 +126,52 @@ Session::Candidates Session::candidates(int32_t k, const std::vector<int32_t>& e
     return found;
 }
 
-// The end of a step: what the caller learns beside the canvas.
+// Completes the step's result: tokens of a finished canvas, finish reason, timings.
 void Session::report(StepResult& result) {
     if (result.canvas_done) finish_canvas(result);
     result.encode_seconds = generation_->encode_seconds;
     result.denoise_seconds = generation_->denoise_seconds;
-    generation_->over = result.finish != Finish::none;
+    generation_->done = result.finish != Finish::none;
 }
 
 Finish Session::amend(const std::vector<int32_t>& tokens) {
     if (!generation_ || generation_->step != 0 || generation_->finished.empty()) {
-        throw Error(ErrorKind::argument, "there is no finished canvas to amend");
+        throw Error(ErrorKind::argument, "no finished canvas to amend");
     }
     Generation& g = *generation_;
     if (tokens.empty() || tokens.size() > static_cast<size_t>(canvas_length(g.params))) {
         throw Error(ErrorKind::argument,
-                    format("%zu tokens in place of a canvas of %d", tokens.size(), canvas_length(g.params)));
+                    format("got %zu tokens to replace a canvas of %d; expected 1 to %d", tokens.size(),
+                           canvas_length(g.params), canvas_length(g.params)));
     }
     check_tokens(tokens, "the canvas");
     g.n_generated += static_cast<int32_t>(tokens.size()) - g.n_added;
     g.n_added = static_cast<int32_t>(tokens.size());
     g.finished = tokens;
     const Finish finish = g.n_generated >= g.params.max_tokens ? Finish::length
-                          : is_full(tokens.size())             ? Finish::context
+                          : context_full(tokens.size())        ? Finish::context
                                                                : Finish::none;
-    g.over = finish != Finish::none;
+    g.done = finish != Finish::none;
     return finish;
 }
 
-// Whether no canvas has room behind so many more tokens.
-bool Session::is_full(size_t n_more) const {
+// Whether the context has no room for another canvas after n_more tokens.
+bool Session::context_full(size_t n_more) const {
     return n_past() + static_cast<int64_t>(n_more) + canvas_length(generation_->params) > n_ctx_;
 }
 
-void Session::begin_canvas(const std::function<void(int32_t)>& between) {
+void Session::begin_canvas(const std::function<void(int32_t)>& on_chunk) {
     Generation& g = *generation_;
     if (!g.finished.empty()) {
-        const AddSeconds watch(g.encode_seconds);
-        append(g.finished, between, nullptr);
+        const AddSeconds timer(g.encode_seconds);
+        append(g.finished, on_chunk, nullptr);
         g.finished.clear();
     }
     g.step = g.params.steps;
     g.history.clear();
     g.canvas.resize(canvas_length(g.params));
     g.eos_at = g.canvas.size();
-    g.n_ended_there = 0;
+    g.n_same_eos = 0;
     g.frozen_entropy = 0.0;
     for (size_t i = 0; i < g.canvas.size(); ++i) {
         const int32_t given = given_token(i, false);
@@ -177,7 +181,7 @@ void Session::begin_canvas(const std::function<void(int32_t)>& between) {
     }
 }
 
-// What the caller gave for a position of the current canvas, or only if it is to be held; -1 for nothing.
+// The caller's token for a position of the current canvas (`held`: only if it is held), or -1.
 int32_t Session::given_token(size_t i, bool held) const {
     const Generation& g = *generation_;
     const size_t at = static_cast<size_t>(g.canvas_index) * canvas_length(g.params) + i;
@@ -185,7 +189,7 @@ int32_t Session::given_token(size_t i, bool held) const {
     return at < g.params.canvas.size() ? g.params.canvas[at] : -1;
 }
 
-// What the step about to run takes in beside canvas and logits.
+// Inputs of the next step besides canvas and logits: temperatures and random numbers.
 void Session::set_inputs() {
     Generation& g = *generation_;
     const GenerationParams& p = g.params;
@@ -193,7 +197,7 @@ void Session::set_inputs() {
     StepState& state = canvas_state_.step();
     state.self_conditioning = g.step < p.steps;
     state.dropped_mass = p.dropped_mass;
-    const int32_t previous = g.step < p.steps ? g.step + 1 : p.steps;  // steps may be the largest number
+    const int32_t previous = g.step < p.steps ? g.step + 1 : p.steps;  // + 1 must not overflow
     state.previous_temperature = step_temperature(previous, p.steps, p.t_min, p.t_max);
     state.temperature = step_temperature(g.step, p.steps, p.t_min, p.t_max);
     g.noise.resize(n);
@@ -204,8 +208,8 @@ void Session::set_inputs() {
     }
 }
 
-// One step as the reference does it: measure, accept, renoise, test for the end. A held position counts as
-// one of no entropy, as one that the model settled: accepted, adding nothing to the bound's sum.
+// One step in the order of the reference: measure, accept, renoise, test for the end. A held position counts
+// as settled: entropy 0, so it is accepted and adds nothing to the entropy bound's sum.
 void Session::measure_step(StepResult& result) {
     Generation& g = *generation_;
     const size_t n = g.canvas.size();
@@ -224,14 +228,14 @@ void Session::measure_step(StepResult& result) {
     }
     result.accepted = accept(result.entropy.data(), n, g.params.entropy_bound);
     if (g.params.guided) {
-        g.half = std::make_unique<StepResult>(result);
+        g.pending = std::make_unique<StepResult>(result);
     } else {
-        take_step(result, sampled);
+        apply_tokens(result, sampled);
     }
 }
 
-// chosen: what accepted positions take; of a guided step, it also is the draft.
-void Session::take_step(StepResult& result, const std::vector<int32_t>& chosen) {
+// chosen: tokens for accepted positions; in a guided step, also the draft.
+void Session::apply_tokens(StepResult& result, const std::vector<int32_t>& chosen) {
     Generation& g = *generation_;
     const size_t n = g.canvas.size();
     double total_entropy = g.frozen_entropy;
@@ -252,25 +256,25 @@ void Session::take_step(StepResult& result, const std::vector<int32_t>& chosen) 
     if (g.params.trim_after_eos && !g.params.guided && !result.canvas_done) trim(result);
 }
 
-// Where a draft's text ends: at its first eos, else behind its last token.
+// Position of a draft's first eos, or its size if it has none.
 size_t Session::end_of(const std::vector<int32_t>& draft) const {
     const std::vector<int32_t>& eos = generation_->params.eos;
     return std::find_first_of(draft.begin(), draft.end(), eos.begin(), eos.end()) - draft.begin();
 }
 
-// An eos has settled when it was accepted in the same place three times in a row. What lies behind it, but
-// for a few positions into which the text may still grow, is seen as this step left it and no longer
-// denoised.
+// An eos has settled once it was accepted at the same position in three consecutive steps. The positions
+// after it, except for a few that the text may still grow into, then stay as this step left them: visible,
+// but no longer denoised.
 void Session::trim(const StepResult& result) {
-    constexpr size_t kRoom = 8;
-    constexpr int32_t kTimes = 3;
+    constexpr size_t kSlack = 8;
+    constexpr int32_t kSteps = 3;
     Generation& g = *generation_;
     const size_t n = g.canvas.size(), end = end_of(result.draft);
     const bool ended = end < n && result.accepted[end];
-    g.n_ended_there = ended ? (end == g.eos_at ? g.n_ended_there + 1 : 1) : 0;
+    g.n_same_eos = ended ? (end == g.eos_at ? g.n_same_eos + 1 : 1) : 0;
     g.eos_at = end;
-    const size_t n_kept = end + 1 + kRoom;
-    if (g.n_ended_there < kTimes || n_kept >= n) return;
+    const size_t n_kept = end + 1 + kSlack;
+    if (g.n_same_eos < kSteps || n_kept >= n) return;
     for (size_t i = n_kept; i < n; ++i) {
         if (given_token(i, true) >= 0) return;
     }
@@ -302,7 +306,7 @@ void Session::finish_canvas(StepResult& result) {
         result.finish = Finish::eos;
     } else if (result.tokens.size() == room) {
         result.finish = Finish::length;
-    } else if (is_full(g.canvas.size())) {
+    } else if (context_full(g.canvas.size())) {
         result.finish = Finish::context;
     }
     g.n_added = static_cast<int32_t>(result.tokens.size());

@@ -14,16 +14,16 @@ namespace {
 int32_t checked_context(const Model& model, int32_t n_ctx) {
     const Hparams& hp = model.hparams;
     if (n_ctx < hp.canvas_length + 1 || n_ctx > hp.n_ctx_train) {
-        throw Error(ErrorKind::argument,
-                    format("n_ctx is %d; possible are %d (a canvas and a token) to %d (the "
-                           "model's context)",
-                           n_ctx, hp.canvas_length + 1, hp.n_ctx_train));
+        throw Error(
+            ErrorKind::argument,
+            format("n_ctx is %d; it must be %d (a canvas and a token) to %d (the model's context length)",
+                   n_ctx, hp.canvas_length + 1, hp.n_ctx_train));
     }
     return n_ctx;
 }
 
 [[noreturn]] void refuse_second_thread() {
-    throw Error(ErrorKind::general, "this session is in use by another thread; use one session per thread");
+    throw Error(ErrorKind::general, "this session is in use by another thread: use one session per thread");
 }
 
 }  // namespace
@@ -73,47 +73,47 @@ Session::Session(std::shared_ptr<const Model> model, int32_t n_ctx, ggml_type kv
 void Session::check_tokens(const std::vector<int32_t>& ids, const char* what) const {
     for (size_t i = 0; i < ids.size(); ++i) {
         if (ids[i] < 0 || ids[i] >= model_->hparams.n_vocab) {
-            throw Error(ErrorKind::argument, format("%s has the token %d at position %zu; tokens are 0 to %d",
+            throw Error(ErrorKind::argument, format("%s has token %d at position %zu; valid are 0 to %d",
                                                     what, ids[i], i, model_->hparams.n_vocab - 1));
         }
     }
 }
 
-void Session::encode(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& between,
+void Session::encode(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
                      std::vector<float>* hidden) {
     generation_.reset();
-    append(ids, between, hidden);
+    append(ids, on_chunk, hidden);
 }
 
-void Session::append(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& between,
+void Session::append(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
                      std::vector<float>* hidden) {
     check_tokens(ids, "the prompt");
     const int64_t needed = int64_t{n_past()} + static_cast<int64_t>(ids.size());
     if (needed > n_ctx_) {
         throw Error(
             ErrorKind::context_overflow,
-            format("%zu tokens behind %d do not fit the context of %d: shorten the prompt or open a session "
+            format("%zu tokens after %d do not fit the context of %d: shorten the prompt or open a session "
                    "with a larger n_ctx",
                    ids.size(), n_past(), n_ctx_));
     }
     denoiser_.invalidate();
     const int32_t before = n_past();
-    // The token list follows the cache, also when `between` throws or the work is cancelled half-way.
-    const auto follow = [&] {
+    // Keep the token list in step with the cache, also if `on_chunk` throws or the work is cancelled.
+    const auto sync_tokens = [&] {
         const std::lock_guard<std::mutex> lock(tokens_mutex_);
         tokens_.insert(tokens_.end(), ids.begin(), ids.begin() + (n_past() - before));
         n_encoded_ += n_past() - before;
     };
     try {
-        pydiffusion::encode(*model_, cache_, executor_, ids, cancel_, between, hidden, imatrix_.get());
+        pydiffusion::encode(*model_, cache_, executor_, ids, cancel_, on_chunk, hidden, imatrix_.get());
     } catch (...) {
-        follow();
+        sync_tokens();
         throw;
     }
-    follow();
+    sync_tokens();
 }
 
-void Session::truncate(int32_t n, const std::function<void(int32_t)>& between) {
+void Session::truncate(int32_t n, const std::function<void(int32_t)>& on_chunk) {
     if (n < 0 || n > n_past()) {
         throw Error(ErrorKind::argument,
                     format("can't truncate to %d tokens: the session has %d", n, n_past()));
@@ -121,22 +121,23 @@ void Session::truncate(int32_t n, const std::function<void(int32_t)>& between) {
     denoiser_.invalidate();
     generation_.reset();
     const std::vector<int32_t> kept(tokens_.begin(), tokens_.begin() + n);
-    const bool still_there = cache_.truncate(n);
-    if (!still_there) cache_.clear();
+    const bool kept_cache = cache_.truncate(n);
+    if (!kept_cache) cache_.clear();
     {
         const std::lock_guard<std::mutex> lock(tokens_mutex_);
-        tokens_.resize(still_there ? n : 0);
+        tokens_.resize(kept_cache ? n : 0);
     }
-    if (!still_there) encode(kept, between, nullptr);
+    if (!kept_cache) encode(kept, on_chunk, nullptr);
 }
 
 void Session::restore(const std::vector<int32_t>& tokens,
                       const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows) {
     check_tokens(tokens, "the saved session");
     if (tokens.size() > static_cast<size_t>(n_ctx_)) {
-        throw Error(
-            ErrorKind::context_overflow,
-            format("the saved session has %zu tokens; this one's context is %d", tokens.size(), n_ctx_));
+        throw Error(ErrorKind::context_overflow,
+                    format("the saved session has %zu tokens, but this session's context is %d: open it with "
+                           "a larger n_ctx",
+                           tokens.size(), n_ctx_));
     }
     generation_.reset();
     denoiser_.invalidate();
@@ -148,17 +149,18 @@ void Session::restore(const std::vector<int32_t>& tokens,
 const float* Session::denoise(const std::vector<int32_t>& canvas, const float* conditioning) {
     const Hparams& hp = model_->hparams;
     if (canvas.size() != static_cast<size_t>(hp.canvas_length)) {
-        throw Error(ErrorKind::argument, format("the canvas has %zu tokens; this model's has %d",
+        throw Error(ErrorKind::argument, format("the canvas has %zu tokens; this model needs %d",
                                                 canvas.size(), hp.canvas_length));
     }
     check_tokens(canvas, "the canvas");
     if (n_past() + hp.canvas_length > n_ctx_) {
-        throw Error(ErrorKind::context_overflow,
-                    format("a canvas of %d behind %d tokens does not fit the context of "
-                           "%d",
-                           hp.canvas_length, n_past(), n_ctx_));
+        throw Error(
+            ErrorKind::context_overflow,
+            format("a canvas of %d tokens after %d tokens does not fit the context of %d: open a session "
+                   "with a larger n_ctx",
+                   hp.canvas_length, n_past(), n_ctx_));
     }
-    generation_.reset();  // its conditioning logits are about to be overwritten
+    generation_.reset();  // its self-conditioning logits are about to be overwritten
     StepState& state = canvas_state_.step();
     state.self_conditioning = conditioning != nullptr;
     if (conditioning) canvas_state_.set_logits(conditioning);
@@ -171,7 +173,8 @@ const float* Session::denoise(const std::vector<int32_t>& canvas, const float* c
 
 void Session::collect_imatrix(bool on) {
     if (on && model_->backend.on_device())
-        throw Error(ErrorKind::unsupported, "activations are gathered on the processor only: n_gpu_layers=0");
+        throw Error(ErrorKind::unsupported,
+                    "an imatrix can only be collected on the CPU: use n_gpu_layers=0");
     imatrix_ = on ? std::make_unique<ImatrixCollector>() : nullptr;
     denoiser_.observe(imatrix_.get());
 }

@@ -1,4 +1,4 @@
-// One conversation: its tokens, cache, random stream and cancellation flag. Weights are the model's.
+// Session: the state of one conversation (tokens, KV cache, current generation, cancellation flag).
 #pragma once
 
 #include <atomic>
@@ -24,18 +24,18 @@ struct GenerationParams {
     float confidence_threshold = 0.005f;
     uint64_t seed = 0;
     std::vector<int32_t> eos;
-    // Counted from the generation's beginning, canvas after canvas; what lies behind their ends is free.
-    std::vector<int32_t> canvas;  // tokens that positions begin with; -1: a random one
-    std::vector<uint8_t> hold;    // 1: the position keeps its token of `canvas`
+    // Indexed from the start of the generation across canvases; positions beyond their ends are free.
+    std::vector<int32_t> canvas;  // initial tokens of positions; -1: random
+    std::vector<uint8_t> hold;    // 1: the position keeps its token from `canvas`
     float dropped_mass = 0.0f;    // see soft_probabilities
-    int32_t canvas_length = 0;    // shorter canvases than the model's; 0: the model's
-    bool trim_after_eos = false;  // freeze what lies behind an eos that has settled
-    bool guided = false;          // every step waits for the caller's choice, see Session::impose
+    int32_t canvas_length = 0;    // at most the model's; 0: the model's
+    bool trim_after_eos = false;  // freeze the positions after a settled eos
+    bool guided = false;          // every step waits for Session::impose
 };
 
 enum class Finish { none, eos, length, context };
 
-// What one denoising step did. Vectors have one entry per canvas position.
+// Result of one denoising step. Vectors have one entry per canvas position.
 struct StepResult {
     int32_t canvas_index = 0;
     int32_t step = 0;             // counts down from steps to 1
@@ -44,9 +44,9 @@ struct StepResult {
     std::vector<float> entropy;
     std::vector<uint8_t> accepted;
     bool canvas_done = false;
-    std::vector<int32_t> tokens;  // when canvas_done: what the canvas adds to the answer
+    std::vector<int32_t> tokens;  // if canvas_done: tokens that the canvas adds to the output
     Finish finish = Finish::none;
-    double encode_seconds = 0.0;  // of the whole generation so far
+    double encode_seconds = 0.0;  // both for the generation so far
     double denoise_seconds = 0.0;
 };
 
@@ -60,61 +60,60 @@ class Session {
     ggml_type kv_type() const { return kv_type_; }
     uint64_t cache_bytes() const { return cache_.n_bytes(); }
 
-    // Begins anew, or ends, the imatrix of activations of all that is encoded and denoised; null when off.
+    // Starts a new imatrix over everything encoded and denoised from now on, or discards it; null when off.
     void collect_imatrix(bool on);
     const ImatrixCollector* imatrix() const { return imatrix_.get(); }
 
     std::vector<int32_t> tokens() const;  // from any thread
 
-    // Throws when another thread is using the session.
+    // See Denoiser::ops. Throws if another thread is using the session.
     std::map<std::string, int> step_ops() const;
 
-    // Pieces of the graph last laid out, see GraphExecutor.
+    // Number of splits of the last graph, see GraphExecutor.
     int n_splits() const { return executor_.n_splits(); }
 
-    // What the parts of the last denoising step cost; ends a generation under way. See Denoiser::profile.
+    // Costs of the last denoising step's parts; ends the current generation. See Denoiser::profile.
     std::map<std::string, Denoiser::PartCost> profile_step(bool by_operation);
 
-    // See pydiffusion::encode. Refuses tokens out of range and what does not fit the context, with nothing
-    // done.
-    void encode(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& between,
+    // See pydiffusion::encode. Throws, with nothing changed, for invalid tokens or a context overflow.
+    void encode(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
                 std::vector<float>* hidden);
-    // Forgets all but the first n tokens; encodes them again where the cache no longer allows less.
-    void truncate(int32_t n, const std::function<void(int32_t)>& between);
-    // How many tokens this session has put through the encoder in all: what reuse of the cache saves shows
-    // here.
+    // Drops all but the first n tokens; encodes those again if the cache can't go back that far.
+    void truncate(int32_t n, const std::function<void(int32_t)>& on_chunk);
+    // Tokens encoded by this session in total; shows what reuse of the cache saves.
     int64_t n_encoded() const { return n_encoded_; }
-    // The cache's rows, for a copy of this session; see KvCache.
+    // For copying the session; see KvCache::read_rows.
     const KvCache& cache() const { return cache_; }
-    // Takes tokens and cache rows of another session of the same model and cache type, in place of its own.
+    // Replaces tokens and cache rows by those of another session of the same model and cache type.
     void restore(const std::vector<int32_t>& tokens,
                  const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows);
-    // Logits [canvas_length][n_vocab], soft-capped, for one canvas; `conditioning` may be null.
+    // Runs one step on a canvas and returns soft-capped logits [canvas_length][n_vocab]. `conditioning`:
+    // logits for self-conditioning, may be null.
     const float* denoise(const std::vector<int32_t>& canvas, const float* conditioning);
 
     void begin(const GenerationParams& params);
-    // One step of the generation begun; false after its end. Of a guided one, the step's first half:
-    // measured, with nothing taken over.
-    bool next_step(StepResult& result, const std::function<void(int32_t)>& between);
-    // A step in its parts, for those that denoise several sessions at once (see batch.h): begin_step commits
-    // the canvas before and draws what the step needs (false after the generation's end); the slot goes
-    // through a denoiser, which took so many seconds; end_step takes over what came out.
-    bool begin_step(const std::function<void(int32_t)>& between);
+    // Runs one step of the generation; false after its end. For a guided generation, only the first half of a
+    // step: measures, but leaves the canvas unchanged until impose().
+    bool next_step(StepResult& result, const std::function<void(int32_t)>& on_chunk);
+    // The phases of next_step, for batched denoising (see batch.h): begin_step commits the previous canvas
+    // and draws the step's random numbers (false after the generation's end); the caller runs slot() through
+    // a denoiser; end_step processes the output and adds `seconds` to the denoising time.
+    bool begin_step(const std::function<void(int32_t)>& on_chunk);
     Denoiser::Slot slot() {
         return {&canvas_state_, &cache_, &generation_->canvas, &cancel_,
                 canvas_length(generation_->params) - static_cast<int64_t>(generation_->canvas.size())};
     }
     void end_step(double seconds, StepResult& result);
-    // Ends a generation after an error half-way: its conditioning logits may be half-written.
+    // Ends the generation after an error, which may have left its self-conditioning logits half-written.
     void abandon();
-    // The second half of a guided step: these tokens, one per position, in place of argmax and draws.
+    // Second half of a guided step: uses these tokens, one per position, instead of argmax and samples.
     void impose(const std::vector<int32_t>& tokens, StepResult& result);
-    // After the step that finished a canvas: these tokens, no more than it has, take its place in answer and
-    // cache, and the generation goes on behind them, also where the canvas ended it. Returns whether they
-    // end it themselves.
+    // After the step that finished a canvas: replaces the canvas, in output and cache, by these tokens (at
+    // most canvas_length) and continues after them, even if the canvas had ended the generation. Returns
+    // whether the generation now ends, and why.
     Finish amend(const std::vector<int32_t>& tokens);
-    // Between the halves: the k largest logits of every position with their tokens [k, canvas_length], and
-    // those of `extra` [n_extra, canvas_length].
+    // Between the halves of a guided step: each position's top k tokens with their logits [k, canvas_length],
+    // and the logits of the tokens in `extra` [n_extra, canvas_length].
     struct Candidates {
         std::vector<int32_t> tokens;
         std::vector<float> logits, extra;
@@ -123,7 +122,7 @@ class Session {
 
     void cancel() { cancel_ = true; }
 
-    // Held while a call runs; a second call at the same time throws.
+    // Scope of a call; throws if another thread is in one. Ends the generation if the call throws.
     class Use {
       public:
         explicit Use(Session& session);
@@ -140,39 +139,39 @@ class Session {
     struct Generation {
         GenerationParams params;
         int32_t n_generated = 0;
-        int32_t n_added = 0;  // of these by the last canvas
-        bool over = false;    // nothing follows, unless the last canvas is amended
+        int32_t n_added = 0;  // of these, by the last canvas
+        bool done = false;    // no step follows unless the last canvas is amended
         int32_t canvas_index = 0;
-        int32_t step = 0;  // the next one to run; 0: a canvas has to be begun
+        int32_t step = 0;  // next step to run, counting down; 0: begin a canvas
         std::vector<int32_t> canvas;
-        std::vector<int32_t> finished;              // a canvas to be committed before the next begins
+        std::vector<int32_t> finished;              // canvas to commit before the next one begins
         std::vector<std::vector<int32_t>> history;  // the last stability_threshold argmaxes
-        size_t eos_at = 0;                          // where the last draft ended; its size, when nowhere
-        int32_t n_ended_there = 0;                  // drafts in a row that did, accepted
-        double frozen_entropy = 0.0;                // of the positions that are no longer denoised, together
+        size_t eos_at = 0;                          // position of the last draft's eos; canvas length if none
+        int32_t n_same_eos = 0;                     // consecutive drafts with an accepted eos there
+        double frozen_entropy = 0.0;                // sum over the positions no longer denoised
         double encode_seconds = 0.0, denoise_seconds = 0.0;
-        std::unique_ptr<StepResult> half;  // of a guided step that waits for `impose`
-        std::vector<int32_t> noise;        // of that step, for what is not accepted
+        std::unique_ptr<StepResult> pending;  // guided step waiting for impose()
+        std::vector<int32_t> noise;           // random tokens of the step, for positions not accepted
     };
 
     int32_t canvas_length(const GenerationParams& params) const {
         return params.canvas_length ? params.canvas_length : model_->hparams.canvas_length;
     }
-    void append(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& between,
+    void append(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
                 std::vector<float>* hidden);
     void check_tokens(const std::vector<int32_t>& ids, const char* what) const;
     void check_canvas(const GenerationParams& params) const;
-    void begin_canvas(const std::function<void(int32_t)>& between);
+    void begin_canvas(const std::function<void(int32_t)>& on_chunk);
     int32_t given_token(size_t i, bool held) const;
     void set_inputs();
     void measure_step(StepResult& result);
-    void take_step(StepResult& result, const std::vector<int32_t>& chosen);
+    void apply_tokens(StepResult& result, const std::vector<int32_t>& chosen);
     void report(StepResult& result);
     bool is_stable(const std::vector<int32_t>& draft);
     size_t end_of(const std::vector<int32_t>& draft) const;
     void trim(const StepResult& result);
     void finish_canvas(StepResult& result);
-    bool is_full(size_t n_more) const;
+    bool context_full(size_t n_more) const;
 
     std::shared_ptr<const Model> model_;
     int32_t n_ctx_;
@@ -183,7 +182,7 @@ class Session {
     Denoiser denoiser_;
     GraphExecutor executor_;
     std::vector<int32_t> tokens_;
-    mutable std::mutex tokens_mutex_;  // they may be asked for while a thread computes
+    mutable std::mutex tokens_mutex_;  // tokens() may be called while another thread computes
     std::atomic<int64_t> n_encoded_{0};
     std::unique_ptr<Generation> generation_;
     std::atomic<bool> cancel_{false};

@@ -1,4 +1,4 @@
-// The entropy-bound rule: which positions of a canvas are accepted, and at what temperature they are drawn.
+// Entropy-bound sampler: which positions of a canvas a step accepts, and the temperature schedule.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +10,8 @@ namespace pydiffusion {
 // Temperature of step n of N, n counted down from N to 1: t_min + (t_max - t_min) * n / N.
 float step_temperature(int32_t step, int32_t n_steps, float t_min, float t_max);
 
-// The entropy-bound rule of arXiv 2505.24857: in ascending entropy, accept every position whose running sum
-// of entropies, itself left out, is at most `bound`. Equal entropies are taken in order of position.
+// The entropy-bound rule of arXiv 2505.24857: in ascending order of entropy, accepts a position while the sum
+// of the entropies before it is at most `bound`. Ties are in order of position.
 std::vector<uint8_t> accept(const float* entropy, size_t n, float bound);
 
 }  // namespace pydiffusion

@@ -14,10 +14,10 @@ namespace pydiffusion {
 
 namespace {
 
-constexpr int64_t kLanes = 64;    // independent accumulators, so that sums vectorize in a fixed order
-constexpr int64_t kPiece = 256;   // logits that are looked at before they are capped
-constexpr int64_t kBlock = 2048;  // logits per partial sum: the first cache holds them meanwhile
-constexpr int64_t kLine = 16;     // floats that memory gives at a time
+constexpr int64_t kLanes = 64;          // independent accumulators, so that sums vectorize in a fixed order
+constexpr int64_t kChunk = 256;         // logits that are checked, then capped, at a time
+constexpr int64_t kBlock = 2048;        // logits per partial sum; they fit in L1
+constexpr int64_t kFloatsPerLine = 16;  // cache line
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // --- capping ---
@@ -28,7 +28,7 @@ int32_t bits_of(float x) {
     return bits;
 }
 
-// The bits of the largest magnitude: taken as whole numbers, floats come in order, infinity and NaN last.
+// Bits of the largest magnitude: as integers, floats compare in order, infinity and NaN last.
 int32_t largest_magnitude(const float* x, int64_t n) {
     int32_t lanes[kLanes] = {};
     int64_t i = 0;
@@ -42,26 +42,26 @@ int32_t largest_magnitude(const float* x, int64_t n) {
     return *std::max_element(lanes, lanes + kLanes);
 }
 
-// No NaN and no +infinity; -infinity is a token that can't be.
-bool has_no_nonfinite(const float* x, int64_t n, int32_t magnitude) {
+// Whether there is no NaN and no +infinity; -infinity is a masked token.
+bool is_valid(const float* x, int64_t n, int32_t magnitude) {
     return magnitude < bits_of(kInfinity) ||
            std::all_of(x, x + n, [](float logit) { return logit < kInfinity; });
 }
 
-// x = cap * tanh(x / cap); false where x is not sound, which capping would hide.
+// x = cap * tanh(x / cap); false if x has a NaN or +infinity, which capping would hide.
 bool cap_block(float* block, int64_t n_block, float cap) {
     const float inverse = 1.0f / cap;
-    for (int64_t begin = 0; begin < n_block; begin += kPiece) {
+    for (int64_t begin = 0; begin < n_block; begin += kChunk) {
         float* x = block + begin;
-        const int64_t n = std::min(kPiece, n_block - begin);
+        const int64_t n = std::min(kChunk, n_block - begin);
         const int32_t magnitude = largest_magnitude(x, n);
         if (magnitude <= bits_of(cap)) {
             for (int64_t i = 0; i < n; ++i) x[i] = cap * small_tanh(x[i] * inverse);
             continue;
         }
-        if (!has_no_nonfinite(x, n, magnitude)) return false;
+        if (!is_valid(x, n, magnitude)) return false;
         for (int64_t i = 0; i < n; ++i) {
-            // The choice is each logit's own: equal ones stay equal, whatever lies beside them.
+            // Chosen per logit, so that equal logits stay equal whatever their neighbours are.
             const float y = x[i] * inverse, exact = vector_tanh(y);
             x[i] = cap * (std::fabs(x[i]) <= cap ? small_tanh(y) : exact);
         }
@@ -82,12 +82,12 @@ float find_maximum(const float* x, int64_t n) {
     return *std::max_element(lanes, lanes + kLanes);
 }
 
-// 1 / temperature; temperatures too small to have a finite inverse choose the argmax, as 0 would.
+// 1 / temperature; temperatures with an infinite inverse act like 0, which gives the argmax.
 float inverse_temperature_of(float temperature) {
     return std::min(1.0f / temperature, std::numeric_limits<float>::max() / 2);
 }
 
-// Below it 2^x is as good as nothing, and float ends.
+// Where normal floats end; smaller powers of 2 count as 0.
 constexpr float kLeastExponent = -126.0f;
 
 // log2 of exp((x - maximum) / temperature); `scale` is log2(e) / temperature.
@@ -102,14 +102,14 @@ struct BlockSums {
     double weighted;  // sum of exp(z) * z
 };
 
-// `ahead` is what will be read next, as many: fetched meanwhile, for memory is slower than the sums are.
+// `ahead` points to the next n logits, which are prefetched: memory is slower than the sums.
 BlockSums sum_block(const float* x, int64_t n, float scale, const float* ahead) {
     const float maximum = find_maximum(x, n);
     if (maximum == -kInfinity) return {maximum, 0.0, 0.0};
     float weight[kLanes] = {}, weighted[kLanes] = {};
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-        for (int64_t l = 0; l < kLanes; l += kLine) fetch_ahead(ahead + i + l);
+        for (int64_t l = 0; l < kLanes; l += kFloatsPerLine) prefetch(ahead + i + l);
         for (int64_t l = 0; l < kLanes; ++l) {
             const float exponent = exponent_of(x[i + l], maximum, scale);
             const float e = small_exp2(exponent);
@@ -131,15 +131,15 @@ BlockSums sum_block(const float* x, int64_t n, float scale, const float* ahead) 
     return sums;
 }
 
-// A row's distribution, from its blocks.
+// Sums over a row.
 struct RowSums {
     float maximum = -kInfinity;
-    double weight = 0.0, weighted = 0.0;  // as the blocks', over the row's maximum
-    std::vector<BlockSums> blocks;        // their weights over the row's maximum too
+    double weight = 0.0, weighted = 0.0;  // as in BlockSums, relative to the row's maximum
+    std::vector<BlockSums> blocks;        // `weight` is relative to the row's maximum too
 };
 
-// `prepare(block, n)` may change a block before it is looked at, and tells whether it is sound. Nothing is
-// returned for a row that is not sound or has only tokens that can't be.
+// `prepare(block, n)` may change a block before it is summed, and returns false if the block has a NaN or
+// +infinity. Returns nothing for a row that has one, or that is -infinity throughout.
 template <typename Row, typename Prepare>
 std::optional<RowSums> sum_row(Row* logits, int64_t n_vocab, float temperature, const Prepare& prepare) {
     const float inverse = inverse_temperature_of(temperature), scale = inverse * static_cast<float>(kLog2E);
@@ -162,7 +162,7 @@ std::optional<RowSums> sum_row(Row* logits, int64_t n_vocab, float temperature, 
     return row;
 }
 
-bool sound(const float* x, int64_t n) { return has_no_nonfinite(x, n, largest_magnitude(x, n)); }
+bool check_block(const float* x, int64_t n) { return is_valid(x, n, largest_magnitude(x, n)); }
 
 int32_t find_argmax(const float* logits, int64_t n_vocab, const RowSums& row) {
     const auto block = std::find_if(row.blocks.begin(), row.blocks.end(),
@@ -171,9 +171,9 @@ int32_t find_argmax(const float* logits, int64_t n_vocab, const RowSums& row) {
     return static_cast<int32_t>(std::find(begin, logits + n_vocab, row.maximum) - logits);
 }
 
-// The first token whose cumulative weight exceeds u * total; where rounding leaves none, the last with mass.
+// The first token whose cumulative weight exceeds u * total; if rounding leaves none, the last with mass.
 int32_t draw(const float* logits, int64_t n_vocab, const RowSums& row, float temperature, float u) {
-    // u = 0 stands for all below 2^-24: at exactly 0 even a token without mass would do.
+    // u = 0 stands for [0, 2^-24): at exactly 0, a token without mass could be drawn.
     double target = std::max(static_cast<double>(u), 0x1p-25) * row.weight;
     const int64_t n_blocks = static_cast<int64_t>(row.blocks.size());
     int64_t block = 0;
@@ -208,7 +208,7 @@ Measure measure(const float* logits, int64_t n_vocab, const std::optional<RowSum
 }  // namespace
 
 Measure measure_row(const float* logits, int64_t n_vocab, float temperature, float u) {
-    return measure(logits, n_vocab, sum_row(logits, n_vocab, temperature, sound), temperature, u);
+    return measure(logits, n_vocab, sum_row(logits, n_vocab, temperature, check_block), temperature, u);
 }
 
 Measure cap_and_measure_row(float* logits, int64_t n_vocab, float cap, float temperature, float u,
@@ -222,7 +222,7 @@ Measure cap_and_measure_row(float* logits, int64_t n_vocab, float cap, float tem
 void softmax_row(float* logits, int64_t n_vocab, float temperature, const Normalizer& known) {
     Normalizer normalizer = known;
     if (known.temperature != temperature || known.weight == 0.0) {
-        const auto row = sum_row(static_cast<const float*>(logits), n_vocab, temperature, sound);
+        const auto row = sum_row(static_cast<const float*>(logits), n_vocab, temperature, check_block);
         if (!row) {
             std::fill_n(logits, n_vocab, std::numeric_limits<float>::quiet_NaN());
             return;
@@ -230,15 +230,15 @@ void softmax_row(float* logits, int64_t n_vocab, float temperature, const Normal
         normalizer = {temperature, row->maximum, row->weight};
     }
     const float scale = inverse_temperature_of(temperature) * static_cast<float>(kLog2E);
-    const float share = static_cast<float>(1.0 / normalizer.weight), maximum = normalizer.maximum;
+    const float inverse_weight = static_cast<float>(1.0 / normalizer.weight), maximum = normalizer.maximum;
     for (int64_t i = 0; i < n_vocab; ++i) {
-        const float p = small_exp2(exponent_of(logits[i], maximum, scale)) * share;
+        const float p = small_exp2(exponent_of(logits[i], maximum, scale)) * inverse_weight;
         logits[i] = p < 1e-13f ? 0.0f : p;
     }
 }
 
 void top_k(const float* logits, int64_t n_vocab, int32_t k, int32_t* tokens) {
-    // A heap with the least of the best on top: nearly all logits fail one comparison with it.
+    // A min-heap of the best so far: nearly all logits fail one comparison with its top.
     const auto better = [logits](int32_t a, int32_t b) {
         return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
     };

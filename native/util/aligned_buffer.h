@@ -1,5 +1,4 @@
-// Memory that begins with a cache line: a tile's row that lies across two of them takes twice as long to
-// load.
+// Buffers aligned to a cache line: a tile row that crosses two lines takes twice as long to load.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +9,7 @@
 namespace pydiffusion {
 namespace gemm {
 
-constexpr size_t kLine = 64;
+constexpr size_t kCacheLine = 64;
 
 struct FreeAligned {
     void operator()(void* p) const { std::free(p); }
@@ -19,17 +18,17 @@ struct FreeAligned {
 template <typename T>
 using AlignedBuffer = std::unique_ptr<T[], FreeAligned>;
 
-// Not initialised.
+// Uninitialized.
 template <typename T>
 AlignedBuffer<T> allocate(int64_t n) {
-    void* p = std::aligned_alloc(kLine, (n * sizeof(T) + kLine - 1) / kLine * kLine);
+    void* p = std::aligned_alloc(kCacheLine, (n * sizeof(T) + kCacheLine - 1) / kCacheLine * kCacheLine);
     if (!p) throw std::bad_alloc();
     return AlignedBuffer<T>(static_cast<T*>(p));
 }
 
 template <typename T>
 T* align(T* p) {
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + kLine - 1) / kLine * kLine);
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + kCacheLine - 1) / kCacheLine * kCacheLine);
 }
 
 }  // namespace gemm

@@ -41,16 +41,16 @@ std::string quoted(const std::string& name) {
 
 namespace {
 
-// ggml aborts the process after this returns: an assertion of its own failed, which validation should have
-// made impossible. Say so in our words, with what a report needs.
+// A ggml assertion failed, which our validation should have prevented; ggml aborts the process after this
+// returns.
 void on_ggml_abort(const char* message) {
     std::fprintf(stderr,
-                 "pydiffusion: internal error in ggml, the process can't go on: %s\n"
-                 "pydiffusion: please report this with the model file's name and the command\n",
+                 "pydiffusion: internal error in ggml, aborting: %s\n"
+                 "pydiffusion: please report this message with the model's file name and the command\n",
                  message);
 }
 
-// ggml's warnings repeat what our errors say; only its errors are worth a line, and only when asked for.
+// ggml's warnings repeat our own errors; print only its errors, and only on request.
 void on_ggml_log(ggml_log_level level, const char* text, void*) {
     if (level == GGML_LOG_LEVEL_ERROR && std::getenv("PYDIFFUSION_DEBUG")) std::fputs(text, stderr);
 }
@@ -61,7 +61,7 @@ void require_memory(size_t n_bytes) {
 #if !defined(_WIN32)
     void* address = mmap(nullptr, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (address == MAP_FAILED) {
-        throw Error(ErrorKind::out_of_memory, format("out of memory: %.1f MB more are not to be had",
+        throw Error(ErrorKind::out_of_memory, format("out of memory: failed to allocate another %.1f MB",
                                                      static_cast<double>(n_bytes) / 1e6));
     }
     munmap(address, n_bytes);

@@ -26,21 +26,21 @@ class Error : public std::runtime_error {
     ErrorKind kind_;
 };
 
-// printf-style construction, so that messages can name keys and numbers.
+// printf into a string.
 #if defined(__GNUC__)
 __attribute__((format(printf, 1, 2)))
 #endif
 std::string format(const char* pattern, ...);
 
-// Quotes a name from a file for a message: printable ASCII only, at most 80 characters.
+// Quotes a name from a file for a message: escapes all but printable ASCII, and cuts at 80 characters.
 std::string quoted(const std::string& name);
 
-// Throws Error(out_of_memory) unless the system still gives that much address space. ggml aborts the process
-// where one of its small allocations fails; asking beforehand, for more than they add up to, turns that into
-// an error. Nothing stays allocated, and no page is touched.
+// Throws Error(out_of_memory) if the system can't map n_bytes more. ggml aborts the process if one of its
+// small allocations fails; checking first, for more than their total, turns that into an exception. Keeps
+// nothing allocated and touches no page.
 void require_memory(size_t n_bytes);
 
-// Routes ggml's log and abort messages here: once per process.
+// Installs our handlers for ggml's log and abort messages, once per process.
 void install_ggml_handlers();
 
 }  // namespace pydiffusion

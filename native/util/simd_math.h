@@ -1,4 +1,4 @@
-// exp and tanh that compilers turn into vector code; plain functions of floats, no table.
+// exp, exp2 and tanh as plain float arithmetic that compilers vectorize; rounding to bfloat16; prefetch.
 #pragma once
 
 #include <cmath>
@@ -7,11 +7,10 @@
 
 namespace pydiffusion {
 
-// exp(x) to about 2 ulp for x in [-87, 60]; smaller x give exp(-87), larger exp(60). The limits are what
-// float allows below, and above low enough that compilers, which like to compute the clamped case for all
-// lanes, don't run into subnormal numbers there (x / exp(88) is one, and costs a hundred cycles). NaN gives
-// exp(60). Range reduction x = n ln 2 + r with ln 2 in two parts, then the series of exp(r) to degree 7 in
-// Horner's form.
+// exp(x) to about 2 ulp for x in [-87, 60], clamped outside; NaN gives exp(60). -87 is the limit of normal
+// floats. 60 is low enough that vectorized callers, which compute the clamped case in all lanes, don't hit
+// subnormals (x / exp(88) is one, and costs a hundred cycles). Range reduction x = n ln 2 + r with ln 2 in
+// two parts, then the Taylor series of exp(r) to degree 7 in Horner's form.
 inline float vector_exp(float x) {
     x = x > -87.0f ? x : -87.0f;
     x = x < 60.0f ? x : 60.0f;
@@ -34,8 +33,9 @@ inline float vector_exp(float x) {
 
 constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 
-// 2^x to about 1e-7 of it, for x in [-126, 126]. Adding 1.5 * 2^23 rounds x to a whole number, which then
-// stands in the last bits; the rest in [-0.5, 0.5] goes through a polynomial fitted at Chebyshev's nodes.
+// 2^x to about 1e-7 relative, for x in [-126, 126]. Adding 1.5 * 2^23 rounds x to an integer, which is then
+// in the low bits of the mantissa; the rest in [-0.5, 0.5] goes through a polynomial fitted at Chebyshev
+// nodes.
 inline float small_exp2(float x) {
     constexpr float magic = 12582912.0f;
     const float rounded = x + magic, r = x - (rounded - magic);
@@ -54,8 +54,8 @@ inline float small_exp2(float x) {
     return p;
 }
 
-// Asks for memory that will be read soon.
-inline void fetch_ahead(const void* address) {
+// Prefetches a cache line that will be read soon.
+inline void prefetch(const void* address) {
 #if defined(__GNUC__)
     __builtin_prefetch(address);
 #else
@@ -63,7 +63,7 @@ inline void fetch_ahead(const void* address) {
 #endif
 }
 
-// To the nearest bfloat16, halves to the even one, as processors round; still a float. NaN and infinity stay.
+// Rounds to the nearest bfloat16, ties to even, as CPUs do; returned as a float. Keeps NaN and infinity.
 inline float nearest_bfloat16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
@@ -76,8 +76,8 @@ inline float nearest_bfloat16(float x) {
 // tanh(x) = 1 - 2 / (exp(2x) + 1), to about 1e-7 absolute.
 inline float vector_tanh(float x) { return 1.0f - 2.0f / (vector_exp(2.0f * x) + 1.0f); }
 
-// tanh(x) for x in [-1, 1], to about 1e-7 absolute: x times a polynomial in x^2 fitted at Chebyshev's nodes,
-// without the division.
+// tanh(x) for x in [-1, 1], to about 1e-7 absolute, without a division: x times a polynomial in x^2 fitted at
+// Chebyshev nodes.
 inline float small_tanh(float x) {
     const float t = x * x;
     float p = 1.0380251333117485e-3f;

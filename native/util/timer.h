@@ -1,4 +1,4 @@
-// Wall-clock time of work.
+// Wall-clock timers.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ double best_seconds(const Work& work, int n_repeats = 3) {
     return best;
 }
 
-// Adds the seconds that it lives to a sum.
+// Adds the seconds between its construction and destruction to a sum.
 class AddSeconds {
   public:
     explicit AddSeconds(double& seconds) : seconds_(seconds), start_(std::chrono::steady_clock::now()) {}

@@ -1,1 +1,1 @@
-"""Helpers that several folders share: atomic files, downloads, the version."""
+"""Shared helpers: atomic file writes, downloads, the package version."""

@@ -1,4 +1,4 @@
-"""A target file that appears whole or not at all."""
+"""Atomic file writes: a target file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FLUSH_BYTES = 32 << 20
 
 
 def resolve_target(target: Path, sources: Iterable[Path], overwrite: bool) -> Path:
-    """The path that will be written, links followed; ConversionError if it must not be."""
+    """Resolve symlinks and check that the target may be written; raises ConversionError."""
     with explaining(target, "can't be written"):
         return _resolve_target(target, sources, overwrite)
 
@@ -34,9 +34,9 @@ def _resolve_target(target: Path, sources: Iterable[Path], overwrite: bool) -> P
         if any(_is_same(target, source) for source in sources):
             raise ConversionError(f"{target}: is one of the files being read; choose another target")
         if not target.is_file():
-            raise ConversionError(f"{target}: is no regular file and can't be replaced")
+            raise ConversionError(f"{target}: is not a regular file and can't be replaced")
         if not overwrite:
-            raise ConversionError(f"{target}: exists already; remove it or allow overwriting")
+            raise ConversionError(f"{target}: already exists; remove it or allow overwriting")
     return target
 
 
@@ -48,11 +48,11 @@ def _is_same(target: Path, source: Path) -> bool:
 
 
 def require_free_space(folder: Path, n_bytes: int) -> None:
-    """ConversionError when the file system that holds ``folder`` has less than ``n_bytes`` free."""
+    """Raise ConversionError if the file system of ``folder`` has less than ``n_bytes`` free."""
     try:
         free = shutil.disk_usage(folder).free
     except OSError:
-        return  # not every file system can tell; the write itself will
+        return  # some file systems can't report it; the write itself will fail
     if free < n_bytes:
         raise ConversionError(
             f"{folder}: not enough space: the file needs {n_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
@@ -60,9 +60,9 @@ def require_free_space(folder: Path, n_bytes: int) -> None:
 
 
 class NewFile:
-    """A file on its way to become ``target``: errors of the system come out as ConversionError.
+    """Temporary file that will replace ``target``; OS errors become ConversionError.
 
-    ``kept``: it has a name that a later run finds again, and may hold what an earlier one wrote.
+    ``kept``: it has a fixed name, so that a later run can resume from what an earlier one wrote.
     """
 
     def __init__(self, target: Path, kept: bool = False):
@@ -74,8 +74,8 @@ class NewFile:
             self.file = io.FileIO(self.temporary, "r+" if kept and self.temporary.is_file() else "x+")
 
     def write(self, data: memoryview | bytes, offset: int | None = None) -> None:
-        """Write all of ``data``, at ``offset`` or behind what was written last: an unbuffered file may take
-        less at a time.
+        """Write all of ``data``, at ``offset`` or after the last write: an unbuffered file may take less at a
+        time.
         """
         view = memoryview(data).cast("B")
         with explaining(self.target, "writing failed"):
@@ -89,18 +89,16 @@ class NewFile:
                 self._unflushed += count
         if self._unflushed >= _FLUSH_BYTES:
             self._unflushed = 0
-            self._forget_pages()  # which starts to write them out, so that the disk is not idle until the end
+            self._forget_pages()  # starts writeback, so that the disk is not idle until the end
 
     def empty(self, n_bytes: int) -> None:
-        """Make it ``n_bytes`` of zeros, which take no space until they are written."""
+        """Make it a sparse file of ``n_bytes`` zeros."""
         with explaining(self.target, "writing failed"):
             self.file.truncate(0)
             self.file.truncate(n_bytes)
 
     def sync(self, forget: bool = True) -> None:
-        """Have all of it on the disk and, where the system can, forget the cached pages: reading then reads
-        the disk.
-        """
+        """Flush to disk and drop the cached pages, if supported: reading it back then reads the disk."""
         with explaining(self.target, "writing failed"):
             os.fsync(self.file.fileno())
         if forget:
@@ -114,9 +112,10 @@ class NewFile:
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[NewFile]:
-    """A new file beside ``target`` that takes its place when the block ends, and is removed when it fails.
+    """Write a temporary file beside ``target`` that replaces it when the block ends; removed if the block
+    fails.
 
-    SIGTERM and SIGHUP, where nobody handles them, remove the temporary file before they end the process.
+    SIGTERM and SIGHUP, unless handled elsewhere, remove the temporary file before they end the process.
     """
     with replacing_all([target]) as (new,):
         yield new
@@ -124,7 +123,7 @@ def replacing(target: Path) -> Iterator[NewFile]:
 
 @contextlib.contextmanager
 def replacing_all(targets: Sequence[Path], kept: bool = False) -> Iterator[list[NewFile]]:
-    """As :func:`replacing` for several files of one folder. ``kept``: what fails stays as ``NAME.part``."""
+    """As :func:`replacing` for several files of one folder. ``kept``: on failure, keep ``NAME.part``."""
     files: list[NewFile] = []
     try:
         with contextlib.ExitStack() as stack:
@@ -152,7 +151,7 @@ def _remove(files: Iterable[NewFile]) -> None:
 
 @contextlib.contextmanager
 def explaining(path: Path, what: str) -> Iterator[None]:
-    """Errors of the operating system within the block become a ConversionError about ``path``."""
+    """Turn OS errors within the block into a ConversionError about ``path``."""
     try:
         yield
     except OSError as error:
@@ -174,7 +173,7 @@ def _explained(error: OSError, target: Path, what: str) -> ConversionError:
 
 @contextlib.contextmanager
 def _removed_on_signal(files: Sequence[NewFile], kept: bool) -> Iterator[None]:
-    """Where a signal would end the process without a word to Python, remove the files first."""
+    """Remove the files before an unhandled signal ends the process."""
 
     def remove_and_end(number: int, _: object) -> None:
         _remove(files)
@@ -195,7 +194,7 @@ def _removed_on_signal(files: Sequence[NewFile], kept: bool) -> Iterator[None]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename last through a power cut, where the system lets us."""
+    """Make the rename durable, where supported."""
     with contextlib.suppress(OSError, AttributeError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

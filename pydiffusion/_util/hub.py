@@ -1,5 +1,6 @@
-"""Model files from the Hugging Face Hub, through the package ``huggingface_hub``: its cache, its token, its
-offline mode (``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``).
+"""Download model files from the Hugging Face Hub with ``huggingface_hub``.
+
+Its cache, token and offline mode apply (``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``).
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf\Z")
 
 
 def fetch(repo_id: str, filename: str, revision: str | None = None) -> Path:
-    """A file of a repo, in the local cache; of a split model all parts, the first of which is returned.
+    """Download a file of a repo to the local cache; of a split model all parts, returning the first.
 
-    filename: as it stands in the repo, or a pattern with ``*`` that one model matches.
+    filename: name in the repo, or a pattern with ``*`` that matches one model.
     Raises PyDiffusionError with what to do about it.
     """
     try:
@@ -54,7 +55,7 @@ def _parts(name: str) -> list[str]:
     return [f"{head}-{i:05}-of-{part[2]}.gguf" for i in range(1, int(part[2]) + 1)]
 
 
-# The error's name -> what it means.
+# Error class -> explanation.
 _MEANINGS = {
     "GatedRepoError": "access to this repo is restricted: accept its terms on its page, then log in"
     " ('hf auth login') or set HF_TOKEN",
@@ -74,7 +75,7 @@ _MEANINGS = {
 def _explain(error: BaseException, repo_id: str, name: str, revision: str | None) -> str:
     where = f"{repo_id}{'@' + revision if revision else ''}/{name}"
     link: BaseException | None = error
-    names = []
+    names: list[str] = []
     while link is not None and len(names) < 20:
         names.append(type(link).__name__)
         link = link.__cause__ or link.__context__

@@ -1,8 +1,8 @@
-"""This package's version, as installed."""
+"""Version of the installed package."""
 
 from importlib.metadata import PackageNotFoundError, version
 
-# As pip knows us: `pydiffusion` on the package index is another project.
+# The name on the package index, where `pydiffusion` is another project.
 DISTRIBUTION = "pydiffusion-gguf"
 
 try:

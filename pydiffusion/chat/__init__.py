@@ -1,1 +1,1 @@
-"""Chat: templates, messages, and what a model answers."""
+"""Chat: templates, messages, output parser, tool calls, sanitizing."""

@@ -1,7 +1,6 @@
-"""Messages and tools in the form that chat templates are written for.
+"""Normalize messages and tools to the form that chat templates expect.
 
-The library, the commands and the server all send their messages through here, so that they mean the same
-everywhere. Normalizing twice changes nothing.
+Used by the library, the command line and the server alike. Idempotent.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ from typing import Any
 
 Message = dict[str, Any]
 _MAX_DEPTH = 64
-# What a template is given apart from its variables.
+# Names that the renderer passes to the template itself.
 _RENDERED = frozenset(("self", "messages", "tools", "bos_token", "eos_token", "add_generation_prompt"))
 
-# Names under which clients send an assistant's thought back, of which a template knows one or the other.
+# Field names under which clients send reasoning back; templates know one or another.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 def plain(value: Any, where: str, depth: int = 0) -> Any:
-    """The value as dicts, lists, text and numbers, whatever kinds of them it was made of.
+    """Convert a value to plain dicts, lists, strings and numbers.
 
-    Everything that a template is given comes through here, so that no text in it is overlooked. Raises
-    ValueError for anything else, and for what is nested too deeply.
+    Everything given to a template passes through here, so that sanitizing misses no string. Raises ValueError
+    for anything else, and for values nested too deeply.
     """
     if value is None or isinstance(value, (str, Number)):
         return value
@@ -39,10 +38,10 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def normalize_messages(messages: Iterable[Any]) -> list[Message]:
-    """The messages with content that is text or parts, without nulls, calls with their arguments as objects.
+    """Normalize messages: content is text or parts, nulls are dropped, tool call arguments are objects.
 
-    A null says nothing, and a template would spell it out as the word None: content that is null or missing
-    is empty text, any other field is left out. Raises ValueError naming the message that is wrong.
+    Templates would print a null as None: content that is null or missing becomes empty text, any other null
+    field is dropped. Raises ValueError naming the invalid message.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise ValueError(f"messages must be a list of dicts; it is of type {type(messages).__name__}")
@@ -53,7 +52,7 @@ def normalize_messages(messages: Iterable[Any]) -> list[Message]:
 
 
 def normalize_tools(tools: Iterable[Any] | None) -> list[Any] | None:
-    """The tools without nulls beside their names. Schemas stay as they are: null is a value there."""
+    """Normalize tools: drop null fields, except in schemas, where null is a value."""
     tools = plain(tools, "tools")
     if not isinstance(tools, list):
         return tools
@@ -61,7 +60,7 @@ def normalize_tools(tools: Iterable[Any] | None) -> list[Any] | None:
 
 
 def template_variables(given: Any) -> dict[str, Any]:
-    """``chat_template_kwargs`` as keywords of ``chat_prompt``. Raises ValueError for what it can't hold."""
+    """Validate ``chat_template_kwargs`` as keywords of ``chat_prompt``. Raises ValueError."""
     if not isinstance(given, Mapping):
         raise ValueError(f"chat_template_kwargs must be an object, not {type(given).__name__}")
     for name in given:
@@ -75,7 +74,7 @@ def _message(message: Any, where: str) -> Message:
         raise ValueError(f"{where} must be a dict with a role, a string; it is {message!r}"[:200])
     said = _without_nulls(plain(message, where))
     said["content"] = _content(said.get("content"), where)
-    if said["role"] == "developer":  # OpenAI's newer name, which few templates know
+    if said["role"] == "developer":  # OpenAI's newer name, unknown to most templates
         said["role"] = "system"
     for name, normalized in (("tool_calls", _call), ("tool_responses", _response)):
         if isinstance(said.get(name), list):
@@ -101,12 +100,12 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} is of type {kind!r}; only 'text' is supported"[:200])
     if not isinstance(part.get(kind), str):
         raise ValueError(f"{where} must have a {kind}, a string; it is {part!r}"[:200])
-    # OpenAI's word for an answer that declines; templates know texts only.
+    # A refusal part of OpenAI's API; templates know text parts only.
     return _without_nulls(part) if kind == "text" else {"type": "text", "text": part["refusal"]}
 
 
 def _call(call: Any) -> Any:
-    """A tool call with its arguments as an object: OpenAI's API spells them out as JSON, or sends none."""
+    """Normalize a tool call: OpenAI's API has arguments as JSON text or leaves them out."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         return call
@@ -119,7 +118,7 @@ def _call(call: Any) -> Any:
 
 
 def _response(response: Any) -> Any:
-    """A tool's result within the assistant's message, as Google's own notation has it."""
+    """Normalize a tool result inside an assistant message, which is Google's notation."""
     if not isinstance(response, Mapping):
         return response
     result = response.get("response")

@@ -1,10 +1,10 @@
-"""What a chat model writes, divided into thinking, answer and tool calls by the markers of Gemma 4's manner.
+"""Streaming parser of chat output: separates reasoning, answer and tool calls by Gemma 4's markers.
 
     <|channel>thought\\n ... <channel|> the answer <|tool_call>call:name{key:<|"|>text<|"|>,n:1}<tool_call|>
 
-Text may arrive in parts of any length: what could be the beginning of a marker is held back until it is
-clear, so that no part of a marker appears as text. Tolerated, as models that write a canvas at once produce
-them: calls and thoughts that never end, arguments in quotes or parentheses, ``<think>`` at the beginning.
+Input may arrive in pieces of any length: a possible prefix of a marker is held back until it is decided.
+Tolerates what models that write a whole canvas at once produce: unterminated calls and reasoning, arguments
+in quotes or parentheses, ``<think>`` at the beginning.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pydiffusion.tokenizer.markers import (
     CALL_END,
     CHANNEL,
     CHANNEL_END,
+    CHANNEL_NAMES,
     MARKERS,
-    NAMES,
     QUOTE,
     RESPONSE,
     TURN,
@@ -32,7 +32,7 @@ THINK, THINK_END = "<think>", "</think>"
 
 _MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 _OPENING = re.compile("|".join(map(re.escape, (CALL_END, CALL, CHANNEL, RESPONSE, TURN, TURN_END))))
-# A prompt that ends inside a thought: some templates open it for the model.
+# A prompt that ends inside a reasoning block: some templates open it for the model.
 _OPEN_THOUGHT = re.compile(re.escape(CHANNEL) + r"(?:thought)?\n?\Z")
 
 
@@ -45,14 +45,14 @@ class Content:
 
 @dataclass(frozen=True)
 class Reasoning:
-    """Text of a thought."""
+    """Reasoning text."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A finished call: the function's name and its arguments by name."""
+    """A complete tool call: function name and arguments by name."""
 
     name: str
     arguments: dict[str, Any] = field(hash=False)
@@ -62,15 +62,15 @@ Part: TypeAlias = Content | Reasoning | ToolCall
 
 
 def ends_in_thought(prompt: str) -> bool:
-    """Whether a rendered prompt leaves a thought open, so that the model's text begins inside it."""
+    """Whether a rendered prompt leaves a reasoning block open, so that the output begins inside it."""
     return _OPEN_THOUGHT.search(prompt) is not None
 
 
 class OutputParser:
-    """Feed it text; it returns the parts that became clear. One for each answer."""
+    """Incremental parser; ``feed`` returns completed parts. Use one per answer."""
 
     def __init__(self, in_thought: bool = False) -> None:
-        """in_thought: the prompt ended inside a thought (``ends_in_thought``)."""
+        """in_thought: the prompt left a reasoning block open (``ends_in_thought``)."""
         self._buffer = ""
         self._parts: list[Part] = []
         self._state = self._in_channel if in_thought else self._in_answer
@@ -80,11 +80,12 @@ class OutputParser:
         self._has_content = False
         self._has_reasoning = False
         self._after_block = False
-        self._lead: str | None = ""  # whitespace at the beginning, until text follows
-        self._tail: str | None = None  # whitespace at the end of a thought so far; None before its first text
+        self._lead: str | None = ""  # leading whitespace, until text follows
+        # trailing whitespace of the reasoning so far; None before its first text
+        self._tail: str | None = None
 
     def feed(self, text: str, last: bool = False) -> list[Part]:
-        """Take more text; after the ``last`` nothing is held back."""
+        """Parse more text. ``last``: hold nothing back."""
         self._buffer += text
         self._parts = []
         while self._state(last):
@@ -95,7 +96,7 @@ class OutputParser:
             self._lead = None
         return _merged(self._parts)
 
-    # The states: each takes from the buffer, and returns whether to go on
+    # States: each consumes from the buffer and returns whether to continue
 
     def _in_answer(self, last: bool) -> bool:
         if not self._has_content and not self._after_block:
@@ -129,7 +130,7 @@ class OutputParser:
         return marker != ""
 
     def _in_call(self, last: bool) -> bool:
-        """Wait for the call's end. Where another block begins first, a complete call ends there."""
+        """Wait for the end of the call. If another block begins first, a complete call ends there."""
         for end in _OPENING.finditer(self._buffer):
             body = self._buffer[: end.start()]
             call = parse_call(body)
@@ -143,10 +144,10 @@ class OutputParser:
             self._finish_call(body, parse_call(body))
         return False
 
-    # Their tools
+    # Helpers of the states
 
     def _take(self, last: bool, also: str = "") -> tuple[str, str]:
-        """Text up to the next marker, and the marker; without one, the text that can't begin one."""
+        """Consume text up to the next marker, and the marker; without one, text that can't begin a marker."""
         found = _MARKER.search(self._buffer)
         if also and also not in MARKERS:
             at = self._buffer.find(also)
@@ -161,8 +162,8 @@ class OutputParser:
         return text, ""
 
     def _take_name(self, last: bool) -> bool:
-        """Take the channel's name off the buffer; False while it can't be told yet."""
-        for name in NAMES:
+        """Consume the channel name; False while it is undecided."""
+        for name in CHANNEL_NAMES:
             rest = self._buffer[len(name) :]
             if self._buffer.startswith(name) and (rest.startswith(("\n", "<")) or (last and not rest)):
                 self._kind = Content if name == "final" else Reasoning
@@ -190,7 +191,7 @@ class OutputParser:
         self._close_block(self._in_answer)
         if call is not None:
             self._parts.append(ToolCall(*call))
-        else:  # nothing that was written is lost
+        else:  # no output is lost
             self._content(_MARKER.sub("", body.replace(QUOTE, '"')))
 
     def _content(self, text: str) -> None:
@@ -219,7 +220,7 @@ class OutputParser:
 
 
 def _n_possible_marker(text: str, markers: tuple[str, ...]) -> int:
-    """Length of the longest end of the text that begins a marker."""
+    """Length of the longest suffix of the text that is a prefix of a marker."""
     for n in range(min(max(map(len, markers)) - 1, len(text)), 0, -1):
         if any(marker.startswith(text[-n:]) for marker in markers):
             return n
@@ -227,7 +228,7 @@ def _n_possible_marker(text: str, markers: tuple[str, ...]) -> int:
 
 
 def _merged(parts: list[Part]) -> list[Part]:
-    """Neighbouring texts of one kind as one."""
+    """Merge adjacent texts of the same kind."""
     merged: list[Part] = []
     for part in parts:
         before = merged[-1] if merged else None

@@ -1,8 +1,8 @@
-"""Keeps what people write from steering the model: markers spelled out in messages stay characters.
+"""Prompt injection defence: markers spelled out in messages are tokenized as plain text.
 
-A chat template joins messages and control tokens to one text, in which ``<|turn>`` of a user looks like the
-template's own. So each marker in what goes into the template is replaced by a placeholder, and encoded as
-plain characters where the placeholder comes out. Texts without markers are encoded as they always were.
+A chat template concatenates messages and control tokens to one text, in which a user's ``<|turn>`` would look
+like the template's own. So markers in the template's input are replaced by placeholders, and tokenized as
+plain text where the placeholders come out. Text without markers is tokenized as usual.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 _PLACEHOLDER = re.compile(r"(?:\ufdd0|\\ufdd0)(\d+)(?:\ufdd1|\\ufdd1)")
 _OF_PLACEHOLDERS = re.compile(r"[\ufdd0\ufdd1]|fdd")
-_ANSWERING = ("assistant", "model")  # roles; the second is Google's own word
+_ANSWERING = ("assistant", "model")  # roles; the second is Google's name
 
 
-class Neutralizer:
-    """For one prompt: ``hide`` what goes into the template, then ``tokenize`` what comes out of it."""
+class Sanitizer:
+    """Sanitizes one prompt: ``hide`` the template's input, then ``tokenize`` its output."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._markers = tokenizer.markers
-        self._hidden: dict[str, int] = {}  # to the number of the placeholder
+        self._hidden: dict[str, int] = {}  # marker -> number of its placeholder
 
     def hide(self, value: Any, *, but: Collection[str] = ()) -> Any:
-        """The value (plain as of ``messages.plain``) with no markers in its strings but those in ``but``."""
+        """Replace the markers in the value's strings, except those in ``but``; see ``messages.plain``."""
         if isinstance(value, str):
             return self._hide_text(value, but)
         if isinstance(value, Mapping):
@@ -45,8 +45,8 @@ class Neutralizer:
         text = self._markers.pattern.sub(
             lambda found: found.group() if found.group() in but else self._placeholder(found.group()), text
         )
-        # Templates trim texts and join them, such as parts of content, or answers that follow each other: a
-        # marker's beginning at the end of one and its rest in the next would come out as the marker.
+        # Templates trim and concatenate texts, such as content parts or consecutive answers: a marker split
+        # between the end of one and the beginning of the next would come out whole.
         beginning = self._markers.beginning_at_end(text)
         if beginning:
             body = text.rstrip()
@@ -57,12 +57,12 @@ class Neutralizer:
         return f"{PLACEHOLDER_OPEN}{self._hidden.setdefault(text, len(self._hidden))}{PLACEHOLDER_CLOSE}"
 
     def render(self, render: Callable[[list[Message]], str], messages: list[Message]) -> str:
-        """What the template makes of the messages; ``render`` renders them, with all markers hidden.
+        """Render the messages with all markers hidden.
 
-        Clients send an assistant's thought back between its markers in the content, and a template that cuts
-        it out has to see these. But what it leaves in could then steer the model. So thoughts are cut out
-        here, provided that the template makes the same text of the messages that still have them. A template
-        that leaves thoughts in, or cuts in another way, gets them as characters.
+        Clients send reasoning back between its markers in the assistant's content, and a template that strips
+        it needs to see them; but markers that it left in would become control tokens. So reasoning is
+        stripped here, if the template renders the same text from messages that still have it. For a template
+        that keeps reasoning, or strips it in another way, its markers are plain text.
         """
         cut = [_change_answer(message, _without_thoughts) for message in messages]
         if cut != messages:
@@ -77,13 +77,13 @@ class Neutralizer:
             hidden["content"] = self.hide(message["content"], but=(CHANNEL, CHANNEL_END))
         return hidden
 
-    def _shown_where_harmless(self, found: re.Match[str], all_hidden: list[str]) -> str:
-        """The beginning of a marker that what surrounds it makes no marker of; all else stays hidden."""
+    def _reveal_if_harmless(self, found: re.Match[str], all_hidden: list[str]) -> str:
+        """Reveal the prefix of a marker if its surroundings don't complete it; else keep it hidden."""
         number, length = int(found[1]), self._markers.longest
         hidden = all_hidden[number] if number < len(all_hidden) else ""
         before = found.string[max(0, found.start() - length) : found.start()]
         after = found.string[found.end() : found.end() + length]
-        # What other placeholders nearby become is not known yet.
+        # It is not known yet what nearby placeholders become.
         if not self._markers.is_beginning(hidden) or _OF_PLACEHOLDERS.search(before + " " + after):
             return found[0]
         begin, end = len(before), len(before) + len(hidden)
@@ -92,15 +92,16 @@ class Neutralizer:
         return found[0] if touches else hidden
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids; only the template's own markers become what they stand for."""
+        """Tokenize the rendered text; only the template's own markers become control tokens."""
         hidden = list(self._hidden)
-        text = _PLACEHOLDER.sub(lambda found: self._shown_where_harmless(found, hidden), text)
+        text = _PLACEHOLDER.sub(lambda found: self._reveal_if_harmless(found, hidden), text)
         ids: list[int] = []
         for i, part in enumerate(_PLACEHOLDER.split(text)):
             if i % 2 == 0:
                 ids += self._tokenizer.tokenize(part, add_bos=False, parse_special=True)
                 continue
-            # In two halves, for a file may type a marker as visible, and then it is recognised everywhere.
+            # In two halves, since a marker that the file types as visible would be parsed from plain text
+            # too.
             marker = hidden[int(part)] if int(part) < len(hidden) else ""
             for half in (marker[:1], marker[1:]):
                 ids += self._tokenizer.tokenize(half, add_bos=False)
@@ -108,7 +109,7 @@ class Neutralizer:
 
 
 def _change_answer(message: Message, change: Callable[[str], str]) -> Message:
-    """The message with every text of its content changed, if it is an assistant's."""
+    """Apply ``change`` to all content text of an assistant's message."""
     content = message["content"]
     if message["role"] not in _ANSWERING:
         return message
@@ -118,5 +119,5 @@ def _change_answer(message: Message, change: Callable[[str], str]) -> Message:
 
 
 def _without_thoughts(text: str) -> str:
-    """As Gemma 4's templates cut: up to each end of a channel, all from its beginning on."""
+    """Strip reasoning as Gemma 4's templates do: for each channel end, everything back to its beginning."""
     return "".join(part.split(CHANNEL)[0] for part in text.split(CHANNEL_END))

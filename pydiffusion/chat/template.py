@@ -1,7 +1,7 @@
-"""Messages to a prompt, through the template that the model file carries.
+"""Chat template: renders messages to a prompt with the model file's jinja2 template.
 
-The template is a program from a stranger: it runs in jinja2's sandbox, and within limits on its work and on
-the text it makes, so that a damaged or hostile file can't hang or fill the machine.
+The template is untrusted code: it runs in jinja2's sandbox with limits on work and output size, so that a
+damaged or hostile file can't hang the process or exhaust memory.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from pydiffusion.errors import PyDiffusionError
 
 from .messages import Message, normalize_messages, normalize_tools
 
-# Several times what the longest context can hold (262,144 tokens, about a million characters).
+# Several times the longest context (262,144 tokens, about a million characters).
 _MAX_CHARACTERS = 16_000_000
 _MAX_ELEMENTS = 1_000_000
-# Loop rounds and elements that filters walk through, in one rendering, and what a call costs in these:
+# Limit on loop iterations and elements visited by filters per rendering, and the cost of a call in these:
 # seconds.
 _MAX_WORK = 10_000_000
 _CALL_WORK = 100
-# A format that asks for fields of many digits, or for a width given elsewhere.
+# A format with a field width of many digits, or with a width given as an argument.
 _WIDE_FIELD = re.compile(r"\d{5}|\*")
-# Texts of parts, and a field that no template knows.
+# Probe texts of parts, and a field that no template knows.
 _PROBES, _UNKNOWN = ("first-part", "second-part"), "unknown-field"
 
 
 class ChatTemplate:
-    """A compiled chat template; may be used from several threads."""
+    """A compiled chat template; thread-safe."""
 
     def __init__(self, source: str) -> None:
-        """Compile it. Raises PyDiffusionError with the line at which it is no valid template."""
+        """Compile the template. Raises PyDiffusionError with the line of a syntax error."""
         try:
             self._template = _Environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -62,11 +62,11 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """The prompt for these messages, ``{"role": ..., "content": ...}``.
+        """Render the prompt for messages, ``{"role": ..., "content": ...}``.
 
-        variables: whatever else the template knows, such as ``enable_thinking``.
-        Raises ValueError for messages of the wrong shape; PyDiffusionError, with the template's line, where
-        the template fails or refuses them.
+        variables: other template variables, such as ``enable_thinking``.
+        Raises ValueError for malformed messages; PyDiffusionError, with the template's line, if the template
+        fails or rejects them.
         """
         names = {
             "messages": self.prepare(messages),
@@ -85,10 +85,10 @@ class ChatTemplate:
             raise PyDiffusionError(f"{where}: {what}") from error
 
     def prepare(self, messages: Iterable[Any]) -> list[Message]:
-        """The messages as ``render`` gives them to the template; preparing them twice changes nothing.
+        """Normalize messages for this template; idempotent.
 
-        Content in parts stays in parts, for templates differ in what they put between them, but becomes one
-        text where this template knows no parts. Raises ValueError for messages of the wrong shape.
+        Content parts are kept, since templates differ in what they put between them, but are joined to one
+        text if this template does not support parts. Raises ValueError for malformed messages.
         """
         prepared = normalize_messages(messages)
         for message in prepared:
@@ -98,11 +98,11 @@ class ChatTemplate:
         return prepared
 
     def _knows_parts(self, role: str) -> bool:
-        """Whether the template writes the texts of parts, and not a list in Python's notation.
+        """Whether the template renders the texts of content parts, not the list's repr.
 
-        Found out by rendering two parts, once for each role: how the source reads (whether it loops over
-        content somewhere) does not tell, since Gemma 4's first template did for the user and not for the
-        system. A part has a field that nobody knows, which only comes out where the list is printed whole.
+        Tested by rendering two parts, once per role: whether the source loops over content somewhere is not
+        enough, since Gemma 4's first template did so for the user and not for the system. The probe has an
+        unknown field, which only shows up if the whole list is printed.
         """
         known = self._knows_parts_of.get(role)
         if known is None:
@@ -110,7 +110,7 @@ class ChatTemplate:
             names = {"messages": _conversation(role, probe), "add_generation_prompt": True, "tools": None}
             try:
                 text = self._text({**names, "bos_token": "", "eos_token": ""})
-            except Exception:  # of any kind: what the template can't render, it does not know
+            except Exception:  # any error: what the template can't render, it does not support
                 text = ""
             known = all(probe in text for probe in _PROBES) and _UNKNOWN not in text
             self._knows_parts_of[role] = known
@@ -133,7 +133,7 @@ class ChatTemplate:
 
 
 def _conversation(role: str, content: Any) -> list[Message]:
-    """A conversation that any template takes, in which a message of this role has this content."""
+    """A conversation valid for any template, with a message of this role and content."""
     message = {"role": role, "content": content}
     asked = {"role": "user", "content": "Hello"}
     if role == "user":
@@ -153,7 +153,7 @@ def _template_line(error: BaseException) -> int | None:
     return lines[-1] if lines else None
 
 
-# The limits. Work is counted per rendering, in a list of one number that all parts of it share.
+# Limits. Work is counted per rendering, in a one-element list shared by all its parts.
 
 _work_left: ContextVar[list[int]] = ContextVar("work_left")
 
@@ -170,7 +170,7 @@ def _charge(amount: int) -> None:
 def _check_size(n_characters: int) -> None:
     if n_characters > _MAX_CHARACTERS:
         raise jinja2.TemplateRuntimeError(
-            f"the template makes too much text (limit: {_MAX_CHARACTERS:,} characters)"
+            f"the template produces too much text (limit: {_MAX_CHARACTERS:,} characters)"
         )
 
 
@@ -179,17 +179,18 @@ def _checked(value: Any) -> Any:
         _check_size(len(value))
     elif isinstance(value, (list, tuple)) and len(value) > _MAX_ELEMENTS:
         raise jinja2.TemplateRuntimeError(
-            f"the template makes too long a list (limit: {_MAX_ELEMENTS:,} elements)"
+            f"the template builds too long a list (limit: {_MAX_ELEMENTS:,} elements)"
         )
     elif isinstance(value, int) and value.bit_length() > 256:
-        raise jinja2.TemplateRuntimeError("the template computes with too large a number")
+        raise jinja2.TemplateRuntimeError("the template uses too large a number")
     return value
 
 
 def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with its work charged and its sizes checked: made and asked for."""
+    """Wrap ``function``: charge its work, check the sizes of arguments and result."""
 
-    @functools.wraps(function)  # copies the mark by which jinja2 knows which filters want the context
+    # copies the attribute by which jinja2 recognises filters that take the context
+    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
             if isinstance(value, (list, tuple, dict, range)):
@@ -216,17 +217,17 @@ def _concatenated(values: list[Any]) -> str:
     return "".join(texts)
 
 
-# Names of filters that no template can spell.
+# Names that no template can spell.
 _COUNTED, _CONCATENATED, _CHECKED = " counted", " concatenated", " checked"
 
 
 class _Limits(NodeTransformer):
-    """Puts the limits where a template repeats or joins: what the sandbox itself does not see."""
+    """Inserts limits where a template loops or concatenates, which the sandbox does not intercept."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
         self._environment = environment
 
-    def _filter(self, node: nodes.Expr | None, name: str, line: int) -> nodes.Filter:
+    def _filter(self, node: nodes.Node | None, name: str, line: int) -> nodes.Filter:
         wrapped = nodes.Filter(node, name, [], [], None, None)
         wrapped.set_lineno(line)
         wrapped.set_environment(self._environment)
@@ -248,7 +249,7 @@ class _Limits(NodeTransformer):
 
 
 class _GenerationBlock(Extension):
-    """``{% generation %}`` marks the assistant's words for training; here it is only its body."""
+    """``{% generation %}`` marks the assistant's text for training; renders its body only."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 reads it from the class)
 
@@ -265,7 +266,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=["jinja2.ext.loopcontrols", _GenerationBlock],
-            optimized=False,  # folding constants would run filters while compiling
+            optimized=False,  # constant folding would run filters at compile time
         )
         self.filters |= {"tojson": _to_json, "format": _format}
         self.filters = {name: _bounded(function) for name, function in self.filters.items()}
@@ -289,7 +290,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif operator == "**" and not all(
             isinstance(v, (int, float)) and abs(v) < 1000 for v in (left, right)
         ):
-            raise jinja2.TemplateRuntimeError("the template computes with too large a number")
+            raise jinja2.TemplateRuntimeError("the template uses too large a number")
         elif operator == "%" and isinstance(left, str):
             _check_format(left)
         return _checked(super().call_binop(context, operator, left, right))
@@ -307,7 +308,7 @@ def _length_or_number(value: Any) -> Any:
 
 def _check_format(pattern: str) -> None:
     if _WIDE_FIELD.search(pattern):
-        raise jinja2.TemplateRuntimeError(f"a format of so wide a field is refused: {pattern[:40]!r}")
+        raise jinja2.TemplateRuntimeError(f"a format with so wide a field is not allowed: {pattern[:40]!r}")
 
 
 def _format(pattern: Any, *args: Any, **kwargs: Any) -> str:
@@ -330,7 +331,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja2's own tojson escapes for HTML, which a model never saw.
+    # Jinja2's tojson escapes for HTML, which models were not trained on.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,7 +1,7 @@
-"""The notation of a tool call: ``call:name{key:<|"|>text<|"|>,n:1,flags:[true,false],more:{...}}``.
+"""Parser of tool calls: ``call:name{key:<|"|>text<|"|>,n:1,flags:[true,false],more:{...}}``.
 
-Keys are bare, strings stand between ``<|"|>``. Read as well, since models slip: JSON, keys and values in
-ordinary quotes, parentheses and ``=`` for braces and colon, words without quotes.
+Keys are bare, strings are enclosed in ``<|"|>``. Also accepts what models write by mistake: JSON, ordinary
+quotes, parentheses and ``=`` instead of braces and colon, unquoted words.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CLOSING = {"{": "}", "(": ")", "[": "]"}
 
 
 def parse_call(text: str) -> tuple[str, dict[str, Any]] | None:
-    """Name and arguments of the call that the text is; None where it is none, or not complete."""
+    """Parse name and arguments of a call; None if the text is not a complete call."""
     if text.lstrip().startswith("{"):
         return _json_call(text)
     head = _HEAD.match(text)
@@ -49,7 +49,7 @@ def _json_call(text: str) -> tuple[str, dict[str, Any]] | None:
 
 
 class _Reader:
-    """A place in the text. Its methods read on from there and raise ValueError where they can't."""
+    """Recursive descent parser; raises ValueError at the first error."""
 
     def __init__(self, text: str, at: int) -> None:
         self._text = text
@@ -87,13 +87,13 @@ class _Reader:
         return closing
 
     def _ends(self, closing: str, comma_due: bool) -> bool:
-        """Whether the closing bracket comes next; else what stands before the next entry is taken."""
+        """Consume the closing bracket and return True, or else the comma before the next entry."""
         self.skip_space()
         if comma_due and self._peek() == ",":
             self.at += 1
             self.skip_space()
         elif comma_due and self._peek() != closing:
-            raise ValueError("entries without a comma between")
+            raise ValueError("missing comma between entries")
         if self._peek() != closing:
             return False
         self.at += 1
@@ -134,7 +134,7 @@ class _Reader:
         start = self.at + len(quote)
         end = self._text.find(quote, start)
         if end < 0:
-            raise ValueError("a string without an end")
+            raise ValueError("unterminated string")
         self.at = end + len(quote)
         return self._text[start:end]
 
@@ -151,7 +151,7 @@ class _Reader:
         if _NUMBER.fullmatch(word):
             try:
                 number = json.loads(word)
-            except ValueError:  # more digits than Python reads
+            except ValueError:  # more digits than Python parses
                 return word
             return number if math.isfinite(number) else word
         return word

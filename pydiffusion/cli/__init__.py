@@ -1,7 +1,7 @@
-"""The command ``pydiffusion``: answers on stdout, everything else on stderr.
+"""Command line ``pydiffusion``: results on stdout, everything else on stderr.
 
-Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. Each command has a file of its own, which imports
-what it needs when it runs, so that ``--help`` is quick and needs no native module.
+Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted. Each command is a file, which imports what
+it needs when it runs, so that ``--help`` is fast and needs no native module.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from . import (
     split,
     verify,
 )
-from ._common import say
-from ._text import one_line
+from ._text import one_line, say
 
 app = typer.Typer(
     name="pydiffusion",
@@ -53,7 +52,7 @@ for _module in (
 
 
 def _print_version(context: typer.Context, parameter: typer.CallbackParam, wanted: bool) -> None:
-    """Runs once for each of the two options, in either order; acts when it knows both."""
+    """Callback of both options, in either order; acts once both are known."""
     seen = context.meta.setdefault("pydiffusion.version", {})
     seen[parameter.name] = wanted
     if len(seen) < 2 or context.resilient_parsing:
@@ -66,7 +65,7 @@ def _print_version(context: typer.Context, parameter: typer.CallbackParam, wante
 
 
 def _bill_of_materials() -> list[str]:
-    """What this build is made of, a line each; ggml's commit is left out where its source does not tell."""
+    """Versions of this build and its dependencies, one per line."""
     import importlib.metadata
     import platform
 
@@ -96,8 +95,8 @@ def _bill_of_materials() -> list[str]:
 
 
 def _commit(found: str) -> str:
-    """A source distribution does not tell its commit; its digest is pinned in vendor/ggml.lock."""
-    return "its commit is not told by its source" if found == "unknown" else f"commit {found}"
+    """Describe ggml's commit; a source distribution has none, its digest is pinned in vendor/ggml.lock."""
+    return "commit unknown" if found == "unknown" else f"commit {found}"
 
 
 @app.callback()
@@ -111,7 +110,7 @@ def _options(
             "--verbose",
             callback=_print_version,
             is_eager=True,
-            help="With --version: also of ggml and the Python packages, and the processor's instructions.",
+            help="With --version: also of ggml and the Python packages, and the CPU's instruction sets.",
         ),
     ] = False,
 ) -> None:
@@ -121,7 +120,7 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (``sys.argv`` unless given) and return its exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what the terminal's encoding lacks must not end in an error
+        if hasattr(stream, "reconfigure"):  # characters missing from the terminal's encoding must not raise
             stream.reconfigure(errors="replace")
     try:
         with warnings.catch_warnings():
@@ -129,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _run(None if arguments is None else list(arguments))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+    except BrokenPipeError:  # the reader of our output has exited, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -138,13 +137,11 @@ def _run(arguments: list[str] | None) -> int:
     try:
         code = app(args=arguments, prog_name="pydiffusion", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
-        code = 130  # some versions of typer make it this themselves
+        code = 130  # some versions of typer return it themselves
     except BrokenPipeError:
         raise
     except Exception as error:
-        if hasattr(error, "show") and hasattr(
-            error, "exit_code"
-        ):  # typer's own: wrong use of the command line
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # typer's usage errors
             error.show()
             return error.exit_code
         return _report(error)
@@ -154,8 +151,8 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """Our own on a line of stderr, others as Python shows them."""
-    from pydiffusion.errors import PyDiffusionWarning
+    """Print our own warnings on one line of stderr, others as Python does."""
+    from pydiffusion import PyDiffusionWarning
 
     if issubclass(category, PyDiffusionWarning):
         say(f"pydiffusion: warning: {one_line(str(message))}")
@@ -164,8 +161,8 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
 
 
 def _report(error: Exception) -> int:
-    """One line for a person; the traceback for whoever asks for it."""
-    from pydiffusion.errors import PyDiffusionError
+    """Print an error on one line, and the traceback if PYDIFFUSION_DEBUG is set."""
+    from pydiffusion import PyDiffusionError
 
     if os.environ.get("PYDIFFUSION_DEBUG"):
         traceback.print_exception(error)

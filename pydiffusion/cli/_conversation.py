@@ -1,4 +1,4 @@
-"""A chat's messages, its session, and what its commands do to them."""
+"""State of a chat: messages, session, and the slash commands."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _common as common
-from ._text import printable
-from .generate import figures, prefill
+from ._run import figures, prefill
+from ._text import printable, say
 
 if TYPE_CHECKING:
     from pydiffusion import DiffusionModel, GenerationOptions
@@ -19,11 +18,11 @@ Message = dict[str, str]
 
 
 class CommandError(Exception):
-    """A command that can't be done; the chat goes on."""
+    """A slash command that can't be executed; the chat continues."""
 
 
 class Conversation:
-    """The messages so far and the session that has them in its cache."""
+    """Messages of a chat and the session that caches them."""
 
     def __init__(self, model: DiffusionModel, options: GenerationOptions, system: str | None) -> None:
         self._model = model
@@ -33,19 +32,19 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the messages; the cache goes with the next prompt."""
+        """Clear the messages; the cache is replaced by the next prompt."""
         self._messages: list[Message] = (
             [] if self._system is None else [{"role": "system", "content": self._system}]
         )
 
     def say(self, text: str) -> None:
-        """Take a message and print the answer to it."""
+        """Add a user message and print the answer."""
         self._messages.append({"role": "user", "content": text})
         if not self._answer():
             self._messages.pop()
 
     def retry(self) -> None:
-        """Answer the last message anew; the answer before comes back where the new one says nothing."""
+        """Regenerate the last answer; the previous one is restored if the new one is empty."""
         before = self._messages.pop() if self._role_of_last() == "assistant" else None
         if self._role_of_last() != "user":
             raise CommandError("there is no message to answer again")
@@ -53,7 +52,7 @@ class Conversation:
             self._messages.append(before)
 
     def edit(self, text: str) -> None:
-        """Put a text in place of the last answer; holes in it are filled."""
+        """Replace the last answer by a text; holes in it are filled."""
         from pydiffusion.generation.infill import (
             DEFAULT_HOLE_TOKENS,
             HOLE,
@@ -79,9 +78,10 @@ class Conversation:
         self._messages[-1] = {"role": "assistant", "content": text}
 
     def set_option(self, name: str, given: str) -> str:
-        """Set ``steps`` or ``seed`` to a number, or back with no number; returns what holds now."""
+        """Set ``steps`` or ``seed`` to a number, or reset it without one; returns a message."""
         try:
-            self._options = replace(self._options, **{name: int(given) if given else None})
+            choice: dict[str, Any] = {name: int(given) if given else None}
+            self._options = replace(self._options, **choice)
         except ValueError as error:
             raise CommandError(
                 str(error) if given.lstrip("-").isdigit() else f"/{name} takes a number"
@@ -93,7 +93,7 @@ class Conversation:
         )
 
     def save(self, path: str) -> str:
-        """Write the messages to a file, whole or not at all."""
+        """Write the messages to a file atomically."""
         if not path:
             raise CommandError("give a file: /save FILE")
         target = Path(path).expanduser()
@@ -108,7 +108,7 @@ class Conversation:
         return f"{len(self._messages)} messages saved in {path}"
 
     def load(self, path: str) -> str:
-        """Go on with the messages of a file that ``save`` wrote."""
+        """Load the messages of a file written by ``save``."""
         if not path:
             raise CommandError("give a file: /load FILE")
         try:
@@ -116,10 +116,10 @@ class Conversation:
         except OSError as error:
             raise CommandError(f"{path}: {error.strerror or error}") from None
         except ValueError:
-            raise CommandError(f"{path} is no saved chat") from None
+            raise CommandError(f"{path} is not a saved chat") from None
         messages = read.get("messages") if isinstance(read, dict) else None
         if not isinstance(messages, list) or not all(map(_is_message, messages)):
-            raise CommandError(f"{path} is no saved chat")
+            raise CommandError(f"{path} is not a saved chat")
         self._messages = messages
         return f"{len(messages)} messages loaded from {path}"
 
@@ -127,15 +127,15 @@ class Conversation:
         return self._messages[-1]["role"] if self._messages else None
 
     def _answer(self) -> bool:
-        """Print the answer to the messages; whether there is any. Ctrl-C stops it, and what was printed by
-        then stays.
+        """Generate and print an answer; returns whether there is any. Ctrl-C stops it and keeps what was
+        printed.
         """
-        from pydiffusion.errors import PyDiffusionError
+        from pydiffusion import PyDiffusionError
 
         from ._display import AnswerPrinter, CanvasDisplay
 
         options = self._model.resolve(self._options)
-        display = CanvasDisplay(self._model.tokenizer, options.eos) if sys.stderr.isatty() else None
+        display = CanvasDisplay(self._model.tokenizer, options.eos_ids) if sys.stderr.isatty() else None
         printer = AnswerPrinter(display)
         try:
             prompt = self._model.chat_prompt(self._messages)
@@ -145,11 +145,11 @@ class Conversation:
                 for event in self._session.generate_chat(options):
                     printer(event)
                     finished += [] if hasattr(event, "accepted") else [event]
-            common.say(figures(self._session._completion(len(prompt), finished)))
+            say(figures(self._session._completion(len(prompt), finished)))
         except KeyboardInterrupt:
-            common.say("stopped")
+            say("stopped")
         except PyDiffusionError as error:
-            common.say(f"{error}; /reset begins anew")
+            say(f"{error}; /reset starts over")
         if printer.text:
             self._messages.append({"role": "assistant", "content": printer.text})
         return bool(printer.text)

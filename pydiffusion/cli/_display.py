@@ -1,73 +1,34 @@
-"""What a person sees on stderr: progress, and the canvas as it settles. In a pipe plain lines only."""
+"""Live display of the canvas on stderr, and printing of answers."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ._progress import stderr_console
 from ._text import one_line, printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from pydiffusion.events import CanvasEvent, DraftEvent, Event
     from pydiffusion.tokenizer import Tokenizer
 
-# In a pipe, work that takes longer than this says where it stands, and again after as long.
-_SECONDS_BETWEEN_LINES = 5.0
 _INFO_WIDTH = 24
 _NARROW = 60
-# Kept free at the right: the "^C" that a terminal echoes must not wrap, or the drawing could not be cleared.
+# Right margin: the "^C" that a terminal echoes must not wrap, or the display could not be cleared.
 _MARGIN = 4
-
-
-def stderr_console() -> Console:
-    """A console on stderr; markup and highlighting stay off, for texts are not ours."""
-    from rich.console import Console
-
-    return Console(stderr=True, markup=False, highlight=False, emoji=False)
-
-
-@contextmanager
-def progress(label: str) -> Iterator[Callable[..., None]]:
-    """Show work under way; yields a function that takes how much is done and how much there is, and if it is
-    known a few words about the pace.
-    """
-    label = one_line(label)
-    if sys.stderr.isatty():
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f}% {task.fields[pace]}", markup=False),
-        )
-        with Progress(*columns, console=stderr_console(), transient=True) as bar:
-            task = bar.add_task(label, total=None, pace="")
-            yield lambda done, total, pace="": bar.update(task, completed=done, total=total, pace=pace)
-        return
-    last = time.perf_counter()
-
-    def update(done: float, total: float, pace: str = "") -> None:
-        nonlocal last
-        if time.perf_counter() - last >= _SECONDS_BETWEEN_LINES and total:
-            last = time.perf_counter()
-            more = f", {pace}" if pace else ""
-            print(f"{label}: {100 * done / total:.0f}%{more}", file=sys.stderr, flush=True)
-
-    yield update
 
 
 @contextmanager
 def _without_echo() -> Iterator[None]:
-    """Keys typed while a drawing stands are read later but not shown: an echoed line break would shift it."""
+    """Disable echo while the display is active: an echoed line break would shift it."""
     try:
         import termios
     except ImportError:  # Windows
@@ -76,7 +37,7 @@ def _without_echo() -> Iterator[None]:
     try:
         descriptor = sys.stdin.fileno()
         before = termios.tcgetattr(descriptor)
-    except (OSError, ValueError, termios.error):  # no terminal
+    except (OSError, ValueError, termios.error):  # not a terminal
         yield
         return
     silent = before.copy()
@@ -89,13 +50,13 @@ def _without_echo() -> Iterator[None]:
 
 
 class CanvasDisplay:
-    """Draws each draft in place and clears it when its canvas is finished.
+    """Draws each draft in place and clears it when the canvas is finished.
 
-    Settled tokens are bright, the others dim; beside them step, mean entropy and steps per canvas.
+    Accepted tokens are bright, the others dim, next to step, mean entropy and steps per canvas.
     """
 
     def __init__(self, tokenizer: Tokenizer, eos: tuple[int, ...], seconds_per_step: float = 0.0) -> None:
-        """seconds_per_step: show each draft at least so long, for small models are faster than eyes."""
+        """seconds_per_step: minimum time to show each draft, for small models."""
         from rich.live import Live
 
         self._tokenizer = tokenizer
@@ -108,7 +69,7 @@ class CanvasDisplay:
         self._last = 0.0
 
     def draft(self, event: DraftEvent, line: str = "") -> None:
-        """Draw a draft over the one before. line: finished text that the draft continues."""
+        """Draw a draft over the previous one. line: finished text that the draft continues."""
         wait = self._last + self._seconds_per_step - time.perf_counter()
         if wait > 0:
             time.sleep(wait)
@@ -119,14 +80,14 @@ class CanvasDisplay:
         self._last = time.perf_counter()
 
     def canvas(self, event: CanvasEvent) -> None:
-        """Clear the drawing: the canvas's text is about to be printed for good."""
+        """Clear the display before the canvas's final text is printed."""
         self._canvas_steps.append(event.steps)
         if self._seconds_per_step:
             time.sleep(self._seconds_per_step)
         self.clear()
 
     def clear(self) -> None:
-        """Leave nothing drawn."""
+        """Clear the display."""
         if self._live.is_started:
             self._live.update("", refresh=True)
             self._live.stop()
@@ -147,7 +108,7 @@ class CanvasDisplay:
         width = self._console.width - _MARGIN
         narrow = width < _NARROW
         draft = Text(line) + self.styled(event.tokens, event.accepted)
-        # What does not fit the screen is cut above, for the canvas is at the end.
+        # Text that does not fit the screen is cut at the top, since the canvas is at the end.
         rows = draft.wrap(self._console, width - (0 if narrow else _INFO_WIDTH + 2))
         draft = Text("\n").join(rows[-max(1, self._console.height - 3) :])
         grid = Table.grid(padding=(0, 2, 0, 0))
@@ -162,7 +123,7 @@ class CanvasDisplay:
         return grid
 
     def styled(self, tokens: np.ndarray, accepted: np.ndarray) -> Text:
-        """A draft, its settled tokens bright and the others dim, up to an eos that is settled."""
+        """Style a draft: accepted tokens bright, others dim, up to an accepted eos."""
         from rich.text import Text
 
         from pydiffusion.tokenizer.markers import MARKERS
@@ -171,9 +132,7 @@ class CanvasDisplay:
         run, run_settled = bytearray(), True
         for token_id, settled in zip(tokens.tolist(), accepted.tolist(), strict=True):
             piece = self._tokenizer.piece(token_id)
-            if isinstance(
-                piece, bytes
-            ):  # bytes of one character may be settled one by one: it is when they all are
+            if isinstance(piece, bytes):  # a character of several bytes is accepted when all its bytes are
                 run += piece
                 run_settled = run_settled and settled
                 continue
@@ -181,8 +140,8 @@ class CanvasDisplay:
             run, run_settled = bytearray(), True
             if settled and token_id in self._eos:
                 break
-            steers = piece is None or piece in MARKERS
-            text.append("·" if steers else printable(piece), _style(settled))
+            shown = "·" if piece is None or piece in MARKERS else printable(piece)  # of tokens that steer
+            text.append(shown, _style(settled))
         text.append(printable(run.decode("utf-8", "replace")), _style(run_settled))
         return text
 
@@ -192,14 +151,14 @@ def _style(settled: bool) -> str:
 
 
 class AnswerPrinter:
-    """A callback for events: drafts are drawn on stderr if there is a display, text goes to stdout.
+    """Event callback: draws drafts on stderr if there is a display, prints text to stdout.
 
-    Where both are on one terminal, a line that may go on stays in the drawing until it is complete: what is
-    printed must end at a line break, or the next drawing would cover it. Leaving the context prints the rest.
+    If both are the same terminal, an incomplete line stays in the display until it is complete: printed text
+    must end at a line break, or the next drawing would overwrite it. Leaving the context prints the rest.
     """
 
     def __init__(self, canvas_display: CanvasDisplay | None, quiet: bool = False) -> None:
-        """quiet: keep the text off stdout."""
+        """quiet: don't print the text."""
         self._display = canvas_display
         self._quiet = quiet
         self._for_terminal = sys.stdout.isatty()
@@ -207,8 +166,7 @@ class AnswerPrinter:
         self.text = ""
 
     def __call__(self, event: Event) -> None:
-        from pydiffusion.chat.output_parser import Reasoning
-        from pydiffusion.events import CanvasEvent, DraftEvent
+        from pydiffusion.events import CanvasEvent, DraftEvent, Reasoning
 
         if isinstance(event, DraftEvent) and self._display is not None:
             self._display.draft(event, self._line)
@@ -220,7 +178,7 @@ class AnswerPrinter:
             self._print(event.text)
 
     def _think(self, thought: str) -> None:
-        """A thought, apart from the answer: dim on a terminal, elsewhere a line marked as such."""
+        """Print reasoning to stderr: dim on a terminal, elsewhere as a prefixed line."""
         if not thought or self._quiet:
             return
         if sys.stderr.isatty():

@@ -1,23 +1,23 @@
-"""Text from models and files, made fit for a terminal."""
+"""Make untrusted text safe to print on a terminal."""
 
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 
-# Sequences that move the cursor, colour, or set a terminal's title: CSI, the string types (OSC, DCS, ...),
-# two-byte ones.
+# Escape sequences: CSI, the string types (OSC, DCS, ...), two-byte ones.
 _ESCAPES = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
     r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"
     r"|\x1b[ -/]*[0-~]?"
 )
-# Marks that reorder what is displayed, by which text can pose as other text.
+# Bidirectional controls, by which text can disguise itself as other text.
 _REORDERING = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def printable(text: str) -> str:
-    """The text without anything that a terminal would obey; line breaks and tabs stay."""
+    """Remove escape sequences and control characters, except line breaks and tabs."""
     text = _ESCAPES.sub("", text)
     return "".join(
         character
@@ -28,13 +28,18 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text on one line, printable."""
+    """Make the text printable, on one line."""
     return " ".join(printable(text).split())
 
 
 def count(number: float, unit: str = "") -> str:
-    """A number with its thousands abbreviated: 25.2 G, 438 M, 12 k."""
+    """Format a number with an SI prefix: 25.2 G, 438 M, 12 k."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {letter}{unit}"
     return f"{number:.3g} {unit}".rstrip()
+
+
+def say(message: str) -> None:
+    """Print a line to stderr."""
+    print(one_line(message), file=sys.stderr, flush=True)

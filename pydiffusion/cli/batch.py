@@ -1,4 +1,4 @@
-"""``pydiffusion batch``: many prompts from a file, a line of answer for each."""
+"""``pydiffusion batch``: answer many prompts from a JSONL file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from . import _common as common
+from . import _open, _options
+from ._text import say
 
 if TYPE_CHECKING:
     from pydiffusion import Completion, DiffusionModel, GenerationOptions
@@ -20,19 +21,22 @@ _OWN = ("id", "prompt", "messages")
 _Json = dict[str, Any]
 _Seed = Annotated[
     int | None,
-    typer.Option("--seed", help="Of the first line, the next of the next. [default: drawn, and reported]"),
+    typer.Option(
+        "--seed",
+        help="Seed of the first line; the next lines use the following ones. [default: drawn, and reported]",
+    ),
 ]
-_OPTIONS = {**common.TEXT, "seed": _Seed}
+_OPTIONS = {**_options.TEXT, "seed": _Seed}
 
 
-@common.takes(choices=_OPTIONS, place=common.PLACE)
+@_options.takes(choices=_OPTIONS, runtime=_options.RUNTIME)
 def command(
-    model: common.ModelPath,
+    model: _options.ModelPath,
     prompts: Annotated[
         Path,
         typer.Argument(
             metavar="PROMPTS",
-            help='A line of JSON each: {"prompt": TEXT} or {"messages": [...]}, and options such as "seed".',
+            help='JSONL, per line {"prompt": TEXT} or {"messages": [...]}, and options such as "seed".',
             show_default=False,
         ),
     ],
@@ -41,45 +45,45 @@ def command(
         typer.Option(
             "-o",
             "--output",
-            help="Where the answers go; those that it has already are kept.",
+            help="JSONL file for the answers; existing ones are kept.",
             show_default=False,
         ),
     ],
     *,
     choices: dict[str, Any],
-    parallel: Annotated[int, typer.Option("--parallel", help="Canvases denoised at a time.")] = 4,
+    parallel: Annotated[int, typer.Option("--parallel", help="Sequences denoised in one batch.")] = 4,
     retry_errors: Annotated[
-        bool, typer.Option("--retry-errors", help="Try lines again that ended in an error.")
+        bool, typer.Option("--retry-errors", help="Retry lines that ended in an error.")
     ] = False,
-    place: dict[str, Any],
+    runtime: dict[str, Any],
 ) -> None:
-    """Answer the prompts of a file. Run again, it goes on where it was interrupted."""
-    from ._display import progress
+    """Answer the prompts of a file. Run it again to resume after an interruption."""
+    from ._progress import progress
 
-    common.make_options(**choices)
+    _open.make_options(**choices)
     if parallel < 1:
         raise typer.BadParameter(f"--parallel is {parallel}; permitted is an integer of at least 1")
     lines = _read_lines(prompts)
     finished = _read_finished(output, lines, retry_errors)
     left = [line for line in lines if line.number not in finished]
     if finished:
-        common.say(f"{output.name} has {len(finished)} of {len(lines)} answers already")
+        say(f"{output.name} has {len(finished)} of {len(lines)} answers already")
     n_errors = 0
     if left:
-        opened = common.open_model(model, place, min(parallel, len(left)))
+        opened = _open.open_model(model, runtime, min(parallel, len(left)))
         with output.open("ab") as file, progress(f"answering {len(left)} prompts") as update:
             for i, answer in enumerate(_answers(opened, left, choices, parallel)):
                 n_errors += "error" in answer
                 _write(file, answer)
                 update(i + 1, len(left))
-    common.say(f"{len(left) - n_errors} answered, {n_errors} failed: {output}")
+    say(f"{len(left) - n_errors} answered, {n_errors} failed: {output}")
     if n_errors:
         raise typer.Exit(1)
 
 
 @dataclass(frozen=True)
 class _Line:
-    """number: counted from 1.  digest: tells whether a line is still the one that was answered."""
+    """number: counted from 1.  digest: detects whether the line has changed since it was answered."""
 
     number: int
     digest: str
@@ -98,12 +102,12 @@ def _read_lines(path: Path) -> list[_Line]:
             given = {"prompt": given} if isinstance(given, str) else given
             lines.append(_Line(number, digest, given if isinstance(given, dict) else {}, _wrong(given)))
         except (ValueError, RecursionError) as error:
-            lines.append(_Line(number, digest, {}, f"no valid JSON: {error}"))
+            lines.append(_Line(number, digest, {}, f"not valid JSON: {error}"))
     return lines
 
 
 def _wrong(given: Any) -> str | None:
-    """Why a line can't be answered, or None."""
+    """Error message for an invalid line, or None."""
     from pydiffusion import GenerationOptions
 
     if not isinstance(given, dict):
@@ -118,7 +122,7 @@ def _wrong(given: Any) -> str | None:
 
 
 def _read_finished(path: Path, lines: Sequence[_Line], retry_errors: bool) -> set[int]:
-    """Lines that have their answer. An answer cut off by an interruption is taken out of the file."""
+    """Numbers of the answered lines. A truncated answer is removed from the file."""
     from pydiffusion._util import atomic
 
     if not path.exists():
@@ -133,7 +137,7 @@ def _read_finished(path: Path, lines: Sequence[_Line], retry_errors: bool) -> se
         except (ValueError, KeyError, TypeError):
             if raw.endswith(b"\n"):
                 raise ValueError(
-                    f"{path} holds a line that is no answer: give another file with -o"
+                    f"{path} contains a line that is not an answer: give another file with -o"
                 ) from None
             continue
         if number_to_digest.get(number) != digest:
@@ -153,14 +157,14 @@ def _read_finished(path: Path, lines: Sequence[_Line], retry_errors: bool) -> se
 def _answers(
     model: DiffusionModel, lines: Sequence[_Line], choices: _Json, n_parallel: int
 ) -> Iterator[_Json]:
-    """An answer for each line, in the order in which they are done."""
+    """Yield an answer for each line, in order of completion."""
     ready: list[tuple[_Line, str | list[int], GenerationOptions]] = []
     for line in lines:
         try:
             if line.error is not None:
                 raise ValueError(line.error)
             ready.append((line, *_request(model, line, choices)))
-        except Exception as error:  # one line's trouble is not the next one's
+        except Exception as error:  # an error fails this line only
             yield _head(line) | {"error": str(error)}
     outcomes = model.generate_batch(
         [prompt for _, prompt, _ in ready], [options for _, _, options in ready], n_parallel=n_parallel
@@ -194,7 +198,7 @@ def _head(line: _Line) -> _Json:
 
 
 def _answer(model: DiffusionModel, line: _Line, done: Completion) -> _Json:
-    from pydiffusion.chat.output_parser import Content, Reasoning, ToolCall
+    from pydiffusion.events import Content, Reasoning, ToolCall
     from pydiffusion.generation.streaming import ChatStream
 
     text = done.text
@@ -222,6 +226,6 @@ def _answer(model: DiffusionModel, line: _Line, done: Completion) -> _Json:
 
 
 def _write(file: BinaryIO, answer: _Json) -> None:
-    """Whole and at once, so that an interruption leaves at most the last line cut off."""
+    """Write and flush one line, so that an interruption truncates at most the last one."""
     file.write(json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
     file.flush()

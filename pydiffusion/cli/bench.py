@@ -1,4 +1,4 @@
-"""``pydiffusion bench``: what a model costs on this machine."""
+"""``pydiffusion bench``: benchmark a model on this machine."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ from typing import Annotated, Any
 
 import typer
 
-from . import _common as common
-from ._common import say
+from . import _open, _options
+from ._text import say
 
 
-@common.takes(place=common.PLACE)
+@_options.takes(runtime=_options.RUNTIME)
 def command(
     model: Annotated[Path | None, typer.Option("-m", "--model", help="The model, a GGUF file.")] = None,
     synthetic: Annotated[
         str | None,
-        typer.Option(help="Measure a file of this shape with random weights instead: 26b-a4b, mid or tiny."),
+        typer.Option(help="Benchmark random weights of this shape instead: 26b-a4b, mid or tiny."),
     ] = None,
     type: Annotated[str, typer.Option(help="Type of the synthetic file.")] = "q4_k_m",
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 512,
     steps: Annotated[int, typer.Option(help="Denoising steps to time.", min=2)] = 8,
     *,
-    place: dict[str, Any],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    runtime: dict[str, Any],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     against: Annotated[
-        Path | None, typer.Option("--compare", help="Figures of an earlier run (--json) to compare with.")
+        Path | None, typer.Option("--compare", help="Results of an earlier run (--json) to compare with.")
     ] = None,
 ) -> None:
-    """Time loading, prefill and denoising steps, part by part, beside the machine's own limits."""
+    """Time loading, prefill and denoising steps, part by part, next to the machine's roofline."""
+    from pydiffusion._util.files import check_is_file
     from pydiffusion.bench import compare, format_result, run_bench
-    from pydiffusion.model import available_cpus, check_is_file
+    from pydiffusion.device_plan import available_cpus
 
     if (model is None) == (synthetic is None):
         raise typer.BadParameter("give either --model or --synthetic")
-    arguments = common.placement(place)
+    arguments = _open.runtime_arguments(runtime)
     n_threads = arguments.pop("n_threads") or available_cpus()
-    n_ctx = arguments.pop("n_ctx") and place["ctx"]  # by itself as much as the run needs
+    n_ctx = arguments.pop("n_ctx") and runtime["ctx"]  # default: as much as the run needs
     before = None if against is None else _read_figures(against)
     with tempfile.TemporaryDirectory(prefix="pydiffusion-bench-") as folder:
         path = model if model is not None else _make(synthetic, type, Path(folder))
@@ -56,9 +57,9 @@ def command(
 def _make(shape: str | None, type_name: str, folder: Path) -> Path:
     from pydiffusion.testing.synthetic import SHAPES, write_synthetic
 
-    from ._display import progress
+    from ._progress import progress
 
-    if shape not in SHAPES:
+    if shape is None or shape not in SHAPES:
         raise typer.BadParameter(f"--synthetic is {shape!r}; known are {', '.join(SHAPES)}")
     with progress(f"writing {shape} {type_name}") as update:
         target = folder / f"{shape}-{type_name}.gguf"
@@ -71,5 +72,7 @@ def _read_figures(path: Path) -> dict:
         for key in ("model", "load_seconds", "prefill_tokens_per_second", "step_seconds", "parts"):
             figures[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise typer.BadParameter(f"--compare {path}: no figures of an earlier --json run ({error})") from None
+        raise typer.BadParameter(
+            f"--compare {path}: not the result of an earlier --json run ({error})"
+        ) from None
     return figures

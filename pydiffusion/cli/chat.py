@@ -1,4 +1,4 @@
-"""``pydiffusion chat``: a conversation on the terminal, or line by line through a pipe."""
+"""``pydiffusion chat``: chat on the terminal, or line by line through a pipe."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ from typing import Annotated, Any
 
 import typer
 
-from . import _common as common
+from . import _open, _options
 from ._conversation import CommandError, Conversation
+from ._text import say
 
 _HELP = """/steps N     denoising steps per canvas at most; without N the file's
 /seed N      the seed of the answers; without N a new one for each
 /retry       answer the last message again
 /edit TEXT   put TEXT in place of the last answer; <|hole|> in it is filled by the model
-/save FILE   keep the conversation; /load FILE goes on with it
+/save FILE   save the conversation; /load FILE loads it
 /reset       forget the conversation
 /exit        end, as Ctrl-D does; Ctrl-C stops an answer
-A line that ends in \\ goes on in the next; lines between two lines of \"\"\" are one message."""
+A line that ends in \\ continues on the next; lines between two lines of \"\"\" are one message."""
 _SHORT_HELP = "/help lists the commands, Ctrl-D ends, Ctrl-C stops an answer"
 _BLOCK = '"""'
 _MAX_HISTORY = 1000
 
 
-@common.takes(choices=common.TEXT, place=common.PLACE)
+@_options.takes(choices=_options.TEXT, runtime=_options.RUNTIME)
 def command(
-    model: common.ModelPath,
-    system: Annotated[str | None, typer.Option("--system", help="A system message in front.")] = None,
+    model: _options.ModelPath,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     *,
     choices: dict[str, Any],
-    place: dict[str, Any],
+    runtime: dict[str, Any],
 ) -> None:
     """Chat with a model. /help lists its commands, Ctrl-D ends, Ctrl-C stops an answer."""
-    common.make_options(**choices)
-    opened = common.open_model(model, place)
+    _open.make_options(**choices)
+    opened = _open.open_model(model, runtime)
     opened.check_chat_template()
-    conversation = Conversation(opened, common.make_options(opened, **choices), system)
+    conversation = Conversation(opened, _open.make_options(opened, **choices), system)
     if sys.stdin.isatty():
-        common.say(_SHORT_HELP)
+        say(_SHORT_HELP)
     with _history():
         while (message := _read_message()) is not None:
             if message in ("/exit", "/quit"):
@@ -49,11 +50,11 @@ def command(
             try:
                 _obey(conversation, message)
             except (CommandError, ValueError) as error:
-                common.say(str(error))
+                say(str(error))
 
 
 def _obey(conversation: Conversation, message: str) -> None:
-    """Do what a message says: a command, or something to answer."""
+    """Execute a slash command, or answer a message."""
     name, _, rest = message.partition(" ")
     rest = rest.strip()
     if not message.startswith("/"):
@@ -61,26 +62,26 @@ def _obey(conversation: Conversation, message: str) -> None:
             conversation.say(message)
     elif name == "/reset":
         conversation.reset()
-        common.say("forgotten")
+        say("forgotten")
     elif name == "/help":
         print(_HELP, file=sys.stderr, flush=True)
     elif name in ("/steps", "/seed"):
-        common.say(conversation.set_option(name[1:], rest))
+        say(conversation.set_option(name[1:], rest))
     elif name == "/retry":
         conversation.retry()
     elif name == "/edit":
         conversation.edit(rest)
     elif name == "/save":
-        common.say(conversation.save(rest))
+        say(conversation.save(rest))
     elif name == "/load":
-        common.say(conversation.load(rest))
+        say(conversation.load(rest))
     else:
-        raise CommandError(f"{name} is no command; /help lists them")
+        raise CommandError(f"{name} is not a command; /help lists them")
 
 
 @contextlib.contextmanager
 def _history() -> Iterator[None]:
-    """What was typed before can be had again, also in the next chat: on a terminal."""
+    """Persistent input history, on a terminal."""
     try:
         import readline
     except ImportError:  # Windows
@@ -104,7 +105,7 @@ def _history() -> Iterator[None]:
 
 
 def _read_message() -> str | None:
-    """The next message, stripped, of one line or several; None at the end of the input."""
+    """Read a message of one or several lines; None at the end of the input."""
     line = _read_line("> ")
     if line is None:
         return None
@@ -129,7 +130,7 @@ def _read_line(mark: str) -> str | None:
         except EOFError:
             print()
             return None
-    if sys.stdin.isatty():  # the answers go elsewhere, and the prompt must not go with them
+    if sys.stdin.isatty():  # stdout is redirected: keep the prompt out of it
         print(mark, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     return line.rstrip("\n") if line else None

@@ -1,4 +1,4 @@
-"""``pydiffusion demo``: the model that ships with the package, converted and put to work."""
+"""``pydiffusion demo``: convert and run the demo model that ships with the package."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import _common as common
-from .generate import prefill, run
+from . import _open, _options
+from ._run import prefill, run
+from ._text import say
 
 if TYPE_CHECKING:
     from pydiffusion.demo.tasks import Example
@@ -24,21 +25,23 @@ _SECONDS_PER_STEP = 0.25
 
 def command(
     task: Annotated[
-        str, typer.Option("--task", help="What to solve: sudoku, sort, reverse, add, json, count.")
+        str, typer.Option("--task", help="Task to solve: sudoku, sort, reverse, add, json, count.")
     ] = "sudoku",
     puzzle: Annotated[
         int | None, typer.Option("--puzzle", help="Number of a held-out sudoku, from 0.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Chooses the puzzle and the draws.")] = None,
-    steps: common.Steps = None,
-    threads: common.Threads = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Seed for the puzzle and the generation.")
+    ] = None,
+    steps: _options.Steps = None,
+    threads: _options.Threads = None,
 ) -> None:
-    """Convert the demo model to q4_k_m and watch it solve a puzzle that it never saw, step by step."""
+    """Convert the demo model to q4_k_m and watch it solve a held-out puzzle, step by step."""
     chosen_seed = random.SystemRandom().getrandbits(32) if seed is None else seed
-    options = common.make_options(steps=steps, seed=chosen_seed)
+    options = _open.make_options(steps=steps, seed=chosen_seed)
     example = _example(task, puzzle, chosen_seed)
     with ExitStack() as stack:
-        model = common.open_model(_converted(stack), {"threads": threads})
+        model = _open.open_model(_converted(stack), {"threads": threads})
         print(example.prompt, end="\n\n", flush=True)
         session = model.new_session()
         prefill(session, model.chat_prompt([{"role": "user", "content": example.prompt}]))
@@ -64,15 +67,15 @@ def _example(task: str, puzzle: int | None, seed: int) -> Example:
         puzzle = random.Random(seed).randrange(len(puzzles))
     if not 0 <= puzzle < len(puzzles):
         raise typer.BadParameter(f"--puzzle is {puzzle}; permitted is 0 to {len(puzzles) - 1}")
-    common.say(f"held-out puzzle {puzzle} of {len(puzzles)}")
+    say(f"held-out puzzle {puzzle} of {len(puzzles)}")
     return tasks.sudoku_example(*puzzles[puzzle])
 
 
 def _converted(stack: ExitStack) -> Path:
-    """The demo model as GGUF: from the cache, else converted now, to a temporary folder if need be."""
+    """Path of the demo model's GGUF: from the cache, else converted now, to a temporary folder if need be."""
     from pydiffusion import convert, demo
 
-    from .convert import conversion_progress
+    from ._progress import conversion_progress
 
     checkpoint = demo.checkpoint_path()
     name = f"demo-q4_k_m-{_fingerprint(checkpoint)}.gguf"
@@ -88,12 +91,12 @@ def _converted(stack: ExitStack) -> Path:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pydiffusion-")))
     with conversion_progress(folder / name) as update:
         report = convert.convert(checkpoint, folder / name, type="q4_k_m", progress=update)
-    common.say(f"converted the demo checkpoint to q4_k_m in {report.seconds:.1f} s: {report.target}")
+    say(f"converted the demo checkpoint to q4_k_m in {report.seconds:.1f} s: {report.target}")
     return folder / name
 
 
 def _fingerprint(folder: Path) -> str:
-    """Changes when the checkpoint or the version does, so that no stale conversion is used."""
+    """Digest of checkpoint and version, so that no stale conversion is used."""
     from pydiffusion import __version__
 
     digest = hashlib.sha256(__version__.encode())

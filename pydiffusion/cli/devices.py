@@ -1,4 +1,4 @@
-"""``pydiffusion devices``: the GPUs that are here, and what of a model would lie on which."""
+"""``pydiffusion devices``: list GPUs and plan a model's layers over them."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Annotated, Any
 
 import typer
 
-from . import _common as common
+from . import _open, _options
 from ._text import count
 
 
-@common.takes(place=common.PLACE)
+@_options.takes(runtime=_options.RUNTIME)
 def command(
     model: Annotated[
         Path | None, typer.Option("-m", "--model", help="Plan for this model, a GGUF file.")
     ] = None,
     *,
-    place: dict[str, Any],
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    runtime: dict[str, Any],
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """List the GPUs and, with -m, what of a model would lie on which. Nothing is loaded."""
+    """List the GPUs and, with -m, plan which layers of a model go to which. Nothing is loaded."""
     from pydiffusion import devices, plan
 
     found = devices()
     planned = None
     if model is not None:
-        arguments = common.placement(place)
-        del arguments["n_threads"], arguments["kernels"]  # of no consequence for a plan
+        arguments = _open.runtime_arguments(runtime)
+        del arguments["n_threads"], arguments["kernels"]  # irrelevant for a plan
         planned = plan(model, **arguments)
     if as_json:
         listed = [asdict(device) for device in found]
@@ -39,7 +39,7 @@ def command(
         free, total = count(device.free_bytes, "B"), count(device.total_bytes, "B")
         print(f"{device.name}: {device.description}, {free} of {total} free")
     if not found:
-        print("no GPU that this build can compute on; docs/gpu.md says how to build for one")
+        print("no GPU that this build supports; docs/gpu.md says how to build for one")
     if planned is None:
         return
     if not planned.n_gpu_layers:
@@ -47,10 +47,10 @@ def command(
         return
     print(
         f"{planned.device}: {planned.n_gpu_layers} of {planned.n_layer} layers, of which the experts of "
-        f"{planned.n_cpu_moe} stay with the processor"
+        f"{planned.n_cpu_moe} stay on the CPU"
     )
     for share in planned.shares:
         parts = {"weights": share.weight_bytes, "cache": share.cache_bytes, "step": share.step_bytes}
         where = "" if len(planned.shares) == 1 else f"{share.device}, {share.n_layers} layers: "
         print(where + ", ".join(f"{name} {count(n, 'B')}" for name, n in parts.items()), end="; ")
-        print(f"together {count(share.total_bytes, 'B')}")
+        print(f"total {count(share.total_bytes, 'B')}")

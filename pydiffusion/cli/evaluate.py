@@ -1,4 +1,4 @@
-"""``pydiffusion evaluate``: what quantization did to a model, or to a family of files."""
+"""``pydiffusion evaluate``: measure the quality loss of quantized files."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._common import Threads, read_text, say
-from ._text import one_line
+from ._open import read_text
+from ._options import Threads
+from ._text import one_line, say
 
 if TYPE_CHECKING:
     from pydiffusion.convert import EvaluationReport
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
 def command(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", help="The GGUFs to judge, one or more.", show_default=False),
+        typer.Argument(metavar="FILE...", help="One or more GGUFs to evaluate.", show_default=False),
     ],
     reference: Annotated[
         Path,
-        typer.Option("--reference", help="A better GGUF of the same model. Required.", show_default=False),
+        typer.Option(
+            "--reference", help="GGUF of the same model with more bits. Required.", show_default=False
+        ),
     ],
     prompts: Annotated[
         Path | None,
@@ -32,18 +35,18 @@ def command(
     ] = None,
     noise: Annotated[
         list[float] | None,
-        typer.Option("--noise", help="Share of replaced tokens; several times. [default: 0.1 0.4 0.7 1.0]"),
+        typer.Option("--noise", help="Noise level, may be repeated. [default: 0.1 0.4 0.7 1.0]"),
     ] = None,
-    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", help="Tokens of each answer.")] = 144,
+    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", help="Maximum tokens per answer.")] = 144,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="Of each canvas at most. [default: the files' own]")
+        int | None, typer.Option("--steps", help="Maximum steps per canvas. [default: the files']")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the answers and the noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of answers and noise.")] = 0,
     plot: Annotated[
         Path | None,
         typer.Option(
             "--plot",
-            help="Draw quality against bits per weight (png, svg or pdf; needs matplotlib).",
+            help="Plot quality against bits per weight (png, svg or pdf; needs matplotlib).",
             show_default=False,
         ),
     ] = None,
@@ -53,20 +56,20 @@ def command(
     """Compare GGUFs with a reference: KL divergence, agreement, steps, at several noise levels."""
     from pydiffusion.quality import evaluation, plotting
 
-    from ._display import progress
+    from ._progress import progress
 
     texts = None
     if prompts is not None:
         texts = [line for line in read_text(prompts).splitlines() if line.strip()]
         if not texts:
-            raise typer.BadParameter(f"--prompts: {prompts} has no line of text")
+            raise typer.BadParameter(f"--prompts: {prompts} has no prompts")
     levels = noise or evaluation.NOISE
     if not all(0 < t <= 1 for t in levels) or max_tokens < 1 or (steps is not None and steps < 1):
         raise typer.BadParameter("--noise: above 0, up to 1; --max-tokens and --steps: at least 1")
     if plot is not None:
         if plot.suffix.lower().removeprefix(".") not in plotting.FORMATS:
             raise typer.BadParameter(f"--plot: {plot} should end with .{', .'.join(plotting.FORMATS)}")
-        plotting.require_matplotlib()  # now, not after an hour of measuring
+        plotting.require_matplotlib()  # fail now, not after an hour
     with progress(f"evaluating {files[0].name if len(files) == 1 else f'{len(files)} files'}") as update:
         reports = evaluation.evaluate_family(
             files,
@@ -88,12 +91,12 @@ def command(
         print_one(reports[0])
     if plot is not None:
         plotting.plot(reports, plot)
-        say(f"{plot}: drawn")
+        say(f"{plot}: written")
     say(f"{reports[0].n_prompts} prompts; KL in nats per position")
 
 
 def print_one(report: EvaluationReport) -> None:
-    """Figures by noise level, and all together."""
+    """Print the results by noise level, and overall."""
     print(f"{'noise':>5} {'conditioned':>11} {'mean KL':>9} {'99% KL':>9} {'top 1':>7}")
     for row in report.agreements:
         conditioned = "yes" if row.self_conditioning else "no"
@@ -108,7 +111,7 @@ def print_one(report: EvaluationReport) -> None:
 
 
 def print_table(reports: list[EvaluationReport]) -> None:
-    """A family in Markdown, a row for each file and one for the reference."""
+    """Print a Markdown table with a row for each file and one for the reference."""
     has_tasks = reports[0].solved is not None
     heads = ["file", "bits per weight", "mean KL", "99% KL", "top 1", "steps per canvas", "equal answers"]
     rows = [heads + ["solved"] * has_tasks, ["---"] * (len(heads) + has_tasks)]

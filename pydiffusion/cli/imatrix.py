@@ -1,4 +1,4 @@
-"""``pydiffusion imatrix``: activation statistics for quantizing."""
+"""``pydiffusion imatrix``: collect an importance matrix for quantizing."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from typing import Annotated
 
 import typer
 
-from ._common import Threads, read_text, say
+from ._open import read_text
+from ._options import Threads
+from ._text import say
 
 
 def command(
-    model: Annotated[Path, typer.Argument(help="GGUF of many bits, such as bf16.", show_default=False)],
-    text: Annotated[Path, typer.Argument(help="Text like what it will write.", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="GGUF with many bits, such as bf16.", show_default=False)],
+    text: Annotated[Path, typer.Argument(help="Text similar to the model's output.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)],
-    lines: Annotated[bool, typer.Option("--lines", help="Every line is a text of its own.")] = False,
-    chunk: Annotated[int, typer.Option("--chunk", help="Tokens encoded before a canvas, at most.")] = 512,
+    lines: Annotated[bool, typer.Option("--lines", help="Treat every line as a separate text.")] = False,
+    chunk: Annotated[int, typer.Option("--chunk", help="Maximum tokens encoded before a canvas.")] = 512,
     max_chunks: Annotated[
-        int | None, typer.Option("--max-chunks", help="Stop after so many. [default: the whole text]")
+        int | None, typer.Option("--max-chunks", help="Maximum number of chunks. [default: the whole text]")
     ] = None,
     threads: Threads = None,
 ) -> None:
-    """Gather activation statistics over reading and denoising a text, for convert --imatrix."""
+    """Collect an importance matrix over encoding and denoising a text, for convert --imatrix."""
     from pydiffusion import convert
 
-    from ._display import progress
+    from ._progress import progress
 
     if chunk < 1 or (max_chunks is not None and max_chunks < 1):
-        raise typer.BadParameter("--chunk and --max-chunks take numbers of at least 1")
+        raise typer.BadParameter("--chunk and --max-chunks must be at least 1")
     content = read_text(text)
     with progress(f"observing {model.name}") as update:
         report = convert.collect_imatrix(
@@ -47,4 +49,4 @@ def command(
     if report.n_left_out:
         say(f"{report.n_left_out} texts of fewer than two tokens were left out")
     for name, experts in report.unreached.items():
-        say(f"{name}: no token reached {len(experts)} experts; they will get the average of the others")
+        say(f"{name}: no token was routed to {len(experts)} experts; they get the average of the others")

@@ -1,4 +1,4 @@
-"""``pydiffusion infill``: a text with holes in, the text with its holes filled out."""
+"""``pydiffusion infill``: fill the holes of a text."""
 
 from __future__ import annotations
 
@@ -9,49 +9,50 @@ from typing import Annotated, Any
 
 import typer
 
-from . import _common as common
-from .generate import figures, read_text
+from . import _open, _options
+from ._run import figures
+from ._text import say
 
 
-@common.takes(choices=common.SAMPLER, place=common.PLACE)
+@_options.takes(choices=_options.SAMPLER, runtime=_options.RUNTIME)
 def command(
-    model: common.ModelPath,
+    model: _options.ModelPath,
     choices: dict[str, Any],
     file: Annotated[
         Path,
         typer.Argument(
             metavar="FILE",
-            help="A text with holes, <|hole|> or <|hole:N|> for N tokens at most; - reads standard input.",
+            help="Text with holes, <|hole|> or <|hole:N|> for at most N tokens; - reads standard input.",
             show_default=False,
         ),
     ],
     instruction: Annotated[
         str | None,
-        typer.Option("--instruction", help="A user's message to which the text is the answer."),
+        typer.Option("--instruction", help="User message that the text answers."),
     ] = None,
     hole_tokens: Annotated[
-        int, typer.Option("--hole-tokens", help="Tokens of a hole that doesn't say how many.")
+        int, typer.Option("--hole-tokens", help="Maximum tokens of a hole without an N.")
     ] = 16,
     *,
-    place: dict[str, Any],
+    runtime: dict[str, Any],
     show: Annotated[
-        bool, typer.Option("--show", help="Draw the canvas as it settles (on a terminal).")
+        bool, typer.Option("--show", help="Draw the canvas while it is denoised (on a terminal).")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print text, holes and figures as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print text, holes and timings as JSON.")] = False,
 ) -> None:
-    """Fill the holes of a text, with all around them held."""
+    """Fill the holes of a text, keeping everything around them."""
     from ._display import AnswerPrinter, CanvasDisplay
 
-    options = common.make_options(**choices)
-    text = read_text(file)
-    opened = common.open_model(model, place)
+    options = _open.make_options(**choices)
+    text = _open.read_text_or_stdin(file)
+    opened = _open.open_model(model, runtime)
     display = CanvasDisplay(opened.tokenizer, ()) if show and sys.stderr.isatty() else None
     with AnswerPrinter(display, quiet=True) as printer:
         filled = opened.infill(
             text, options, instruction=instruction, hole_tokens=hole_tokens, on_event=printer
         )
     done = filled.completion
-    common.say(figures(done))
+    say(figures(done))
     if as_json:
         fields = {"text": filled.text, "holes": list(filled.holes), "seed": done.seed, "steps": done.steps}
         print(json.dumps(fields | {"timings": done.timings}, ensure_ascii=False))

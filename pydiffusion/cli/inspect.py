@@ -1,4 +1,4 @@
-"""``pydiffusion inspect``: what a GGUF file holds."""
+"""``pydiffusion inspect``: show a GGUF's metadata and tensors."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _LONG_TEXT = 100
 
 def command(
     file: Annotated[Path, typer.Argument(help="The GGUF file.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     arrays: Annotated[
-        bool, typer.Option("--arrays", help="Show long arrays and texts whole (token lists, templates).")
+        bool, typer.Option("--arrays", help="Show long arrays and texts in full (token lists, templates).")
     ] = False,
 ) -> None:
-    """Show a GGUF file's metadata and tensors, of a split one those of all parts; any architecture."""
-    from pydiffusion.convert.gguf.reader import open_parts
-    from pydiffusion.model import check_is_file
+    """Show metadata and tensors of a GGUF file, or of all parts of a split one; any architecture."""
+    from pydiffusion._util.files import check_is_file
+    from pydiffusion.convert import open_parts
 
     check_is_file(file)
     gguf = open_parts(file)
@@ -72,8 +72,8 @@ def _as_dict(gguf: Parts, with_tensors: bool, whole: bool) -> dict[str, Any]:
 
 
 def _end_tokens(gguf: Parts) -> tuple[Sequence[EndToken], str | None]:
-    """The tokens that end a text, or why that can't be told."""
-    from pydiffusion.errors import ModelFormatError
+    """The end tokens, or the error that prevents finding them."""
+    from pydiffusion import ModelFormatError
     from pydiffusion.tokenizer.end_tokens import find_end_tokens
 
     try:
@@ -97,14 +97,14 @@ def _json_value(value: Any, type_name: str, whole: bool) -> Any:
             return {"type": type_name, "length": len(value)}
         return [_json_value(entry, type_name, whole) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no such numbers
+        return str(value)  # JSON has no NaN and infinity
     return value
 
 
 def _print(gguf: Parts, with_tensors: bool, whole: bool) -> None:
     n_weights = sum(math.prod(tensor.shape) for tensor in gguf.tensors)
     bits = 8 * sum(tensor.n_bytes for tensor in gguf.tensors) / n_weights if n_weights else 0.0
-    print(one_line(gguf.reader.path))
+    print(one_line(str(gguf.reader.path)))
     if len(gguf.paths) > 1:
         print(f"the first of {len(gguf.paths)} parts, shown together")
     print(
@@ -122,18 +122,18 @@ def _print(gguf: Parts, with_tensors: bool, whole: bool) -> None:
     if with_tensors:
         print("\nTensors (shape slowest first)")
         for tensor in gguf.tensors:
-            shape = " x ".join(map(str, tensor.shape))
-            print(f"  {one_line(tensor.name):44} {tensor.type:8} {shape:20} {count(tensor.n_bytes, 'B'):>9}")
+            name, shape = one_line(str(tensor.name)), " x ".join(map(str, tensor.shape))
+            print(f"  {name:44} {tensor.type:8} {shape:20} {count(tensor.n_bytes, 'B'):>9}")
 
 
 def _print_end_tokens(gguf: Parts) -> None:
     found, error = _end_tokens(gguf)
-    print("\nTokens that end a text, and how they are known")
+    print("\nEnd tokens, and why")
     for end in found:
         reasons = ", ".join(f"by {reason}" for reason in end.reasons)
         print(f"  {end.token_id} {one_line(repr(end.text))}: {reasons}")
     if not found:
-        print(f"  none: {'the file names none' if error is None else one_line(error)}")
+        print(f"  none: {'the file has none' if error is None else one_line(error)}")
 
 
 def _shown(value: Any, whole: bool) -> str:

@@ -1,4 +1,4 @@
-"""``pydiffusion merge``: the parts of a split GGUF to one file."""
+"""``pydiffusion merge``: merge the parts of a split GGUF."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .convert import Keep, Report, Resume, run_conversion
+from ._conversion import Keep, Report, Resume, run_conversion
 
 
 def command(

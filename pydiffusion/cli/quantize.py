@@ -1,4 +1,4 @@
-"""``pydiffusion quantize``: a GGUF to a smaller type."""
+"""``pydiffusion quantize``: requantize a GGUF."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .convert import (
+from ._conversion import (
     AllowNonfinite,
     ImatrixFile,
     Keep,

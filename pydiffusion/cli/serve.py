@@ -1,4 +1,4 @@
-"""``pydiffusion serve``: OpenAI's API over HTTP."""
+"""``pydiffusion serve``: serve OpenAI's API over HTTP."""
 
 from __future__ import annotations
 
@@ -8,42 +8,46 @@ from typing import Annotated, Any
 
 import typer
 
-from . import _common as common
+from . import _open, _options
+from ._text import say
 
 
-@common.takes(place=common.PLACE)
+@_options.takes(runtime=_options.RUNTIME)
 def command(
-    model: common.ModelPath,
+    model: _options.ModelPath,
     *,
-    place: dict[str, Any],
+    runtime: dict[str, Any],
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", help="Ask for this key; better given as PYDIFFUSION_API_KEY."),
+        typer.Option("--api-key", help="Required API key; better given as PYDIFFUSION_API_KEY."),
     ] = None,
     parallel: Annotated[
-        int, typer.Option("--parallel", min=1, max=256, help="Answers in the making at a time, in one batch.")
+        int,
+        typer.Option(
+            "--parallel", min=1, max=256, help="Maximum in-flight sequences, denoised in one batch."
+        ),
     ] = 4,
     sessions: Annotated[
         int,
-        typer.Option("--sessions", min=1, max=256, help="Caches kept for what follows; at least --parallel."),
+        typer.Option("--sessions", min=1, max=256, help="KV caches kept for reuse; at least --parallel."),
     ] = 4,
     queue: Annotated[
-        int, typer.Option("--queue", min=0, help="Requests that may wait; further ones get 429.")
+        int, typer.Option("--queue", min=0, help="Maximum waiting requests; further ones get 429.")
     ] = 64,
     timeout: Annotated[
-        float, typer.Option("--timeout", min=0, help="Seconds that a request may take; 0 for no limit.")
+        float, typer.Option("--timeout", min=0, help="Seconds per request; 0 for no limit.")
     ] = 600,
     grace: Annotated[
-        float, typer.Option("--grace", min=0, help="Seconds for running requests to end at shutdown.")
+        float, typer.Option("--grace", min=0, help="Seconds for running requests to finish at shutdown.")
     ] = 30,
     max_body: Annotated[
-        int, typer.Option("--max-body", min=1024, help="Largest body of a request, in bytes.")
+        int, typer.Option("--max-body", min=1024, help="Maximum size of a request body in bytes.")
     ] = 8388608,
     cors: Annotated[
         list[str] | None,
-        typer.Option("--cors", help="Origin whose pages may use the server; may be given several times."),
+        typer.Option("--cors", help="Origin whose pages may use the server; may be repeated."),
     ] = None,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API."""
@@ -55,8 +59,8 @@ def command(
     key = api_key if api_key is not None else os.environ.get("PYDIFFUSION_API_KEY")
     if key is not None and not key.strip():
         raise typer.BadParameter("the API key is empty")
-    listener = _bind(host, port)  # what fails should not wait for the model to load
-    opened = common.open_model(model, place, max(parallel, sessions))
+    listener = _bind(host, port)  # fail before loading the model
+    opened = _open.open_model(model, runtime, max(parallel, sessions))
     settings = Settings(
         api_key=key,
         max_queue=queue,
@@ -68,8 +72,8 @@ def command(
     )
     server = Server(opened, settings, grace=grace)
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):
-        common.say(f"anybody who can reach {host}:{port} may use this server: set PYDIFFUSION_API_KEY")
-    server.on_started = lambda address: common.say(f"serving on http://{address} (Ctrl-C ends)")
+        say(f"anybody who can reach {host}:{port} can use this server: set PYDIFFUSION_API_KEY")
+    server.on_started = lambda address: say(f"serving on http://{address} (Ctrl-C ends)")
     try:
         server.run(sockets=[listener])
     finally:

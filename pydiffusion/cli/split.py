@@ -1,4 +1,4 @@
-"""``pydiffusion split``: a GGUF to parts of a given size."""
+"""``pydiffusion split``: split a GGUF into parts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .convert import Keep, Report, Resume, SourceFile, parse_split_size, run_conversion
+from ._conversion import Keep, Report, Resume, SourceFile, parse_split_size, run_conversion
 
 
 def command(
@@ -21,7 +21,7 @@ def command(
     split_max_size: Annotated[
         str,
         typer.Option(
-            "--split-max-size", metavar="SIZE", help="Bytes of a part at most (5G; 4GiB).", show_default=False
+            "--split-max-size", metavar="SIZE", help="Maximum size of a part (5G; 4GiB).", show_default=False
         ),
     ],
     resume: Resume = False,

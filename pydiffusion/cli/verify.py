@@ -1,4 +1,4 @@
-"""``pydiffusion verify``: a GGUF against its source."""
+"""``pydiffusion verify``: compare a GGUF with its source."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ._common import quiet_hub_in_a_pipe, say
-from ._text import one_line
-from .convert import conversion_progress
+from ._progress import conversion_progress, quiet_hub_in_a_pipe
+from ._text import one_line, say
 
 
 def command(
@@ -26,8 +25,8 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
-    """Read every tensor of a GGUF; compare it with its source. Exit code 1 when something disagrees."""
-    from pydiffusion.convert.verification import verify
+    """Read every tensor of a GGUF and compare it with its source. Exit code 1 on a mismatch."""
+    from pydiffusion.convert import verify
 
     quiet_hub_in_a_pipe()
     with conversion_progress(file) as update:

@@ -1,8 +1,8 @@
-"""Text that is guaranteed to follow a JSON schema or a regular expression.
+"""Constrained decoding: text that is guaranteed to match a JSON schema or a regular expression.
 
-``schema`` and ``patterns`` turn these into one plain expression, ``machine`` into a machine over bytes,
-``automaton`` tells what a model's tokens do to it, ``guide`` finds at every step the likeliest canvas that it
-accepts.
+``schema`` and ``regex`` reduce the constraint to one plain regular expression, ``byte_dfa`` compiles it to a
+DFA over UTF-8 bytes, ``token_automaton`` lifts that to the tokens of a vocabulary, and ``guide`` finds the
+most likely accepted canvas at every denoising step.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ __all__ = ["Automaton", "Guide", "automaton_for", "expression_of"]
 
 
 def expression_of(options: GenerationOptions) -> str:
-    """What the options ask of the text, as one expression. Raises ValueError with what is not supported."""
+    """The options' constraint as one regular expression. Raises ValueError for what is not supported."""
     if options.regex is not None:
         try:
             return from_regex(options.regex).text
         except ValueError as error:
             raise ValueError(f"regex: {error}") from None
-    assert isinstance(options.json_schema, str)  # GenerationOptions made it so
+    assert isinstance(options.json_schema, str)  # GenerationOptions converts it
     return schema_to_regex(json.loads(options.json_schema)).text
 
 
 def automaton_for(options: GenerationOptions, tokenizer: Tokenizer, ends: Collection[int]) -> Automaton:
-    """The automaton of the options, whose texts hold no token of ``ends``.
+    """Compile the options' constraint to an automaton that never emits a token of ``ends``.
 
-    Raises ValueError as ``expression_of``, or where it is too large.
+    Raises ValueError as ``expression_of``, or if the automaton is too large.
     """
     expression = expression_of(options)
     try:

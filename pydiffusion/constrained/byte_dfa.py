@@ -1,8 +1,8 @@
-"""A regular expression as a deterministic machine over the bytes of UTF-8.
+"""Compile a regular expression to a minimal DFA over UTF-8 bytes.
 
-The libraries that were tried make one by the detour over a model's whole vocabulary, and take minutes for a
-string of limited length (outlines-core 0.2). What is needed here is small: Python's own parser reads the
-expression, Thompson's construction and that of subsets do the rest, with a limit on the number of states.
+Existing libraries go through the model's whole vocabulary and take minutes for a string of limited length
+(outlines-core 0.2). This is small: Python's own parser, Thompson's construction and subset construction, with
+a limit on the number of states.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from .character_classes import Ranges, complement, ranges_of_class
-from .regex import parse, sre
+from .regex import parse
+from .regex_parser import sre
 
-# Above this, the search for a path would take longer than most models' steps.
+# With more states, the path search would take longer than a denoising step of most models.
 MAX_STATES = 12_000
 _SURROGATES = (0xD800, 0xDFFF)
-_Edge: TypeAlias = tuple[int, int, int]  # the first byte, that behind the last, the next state
-_UTF8_ENDS = (0x7F, 0x7FF, 0xFFFF, 0x10FFFF)  # the last character of one, two, three, four bytes
+_Edge: TypeAlias = tuple[int, int, int]  # first byte, last byte + 1, next state
+_UTF8_ENDS = (0x7F, 0x7FF, 0xFFFF, 0x10FFFF)  # the last code point of one, two, three, four bytes
 
 
-def byte_machine(expression: str) -> tuple[np.ndarray, np.ndarray]:
-    """The next state by state and byte, int32 (n_states + 1, 256), where n_states is that of no return, and
-    which states end a match of the whole text, bool (n_states,). State 0 is the first.
+def byte_dfa(expression: str) -> tuple[np.ndarray, np.ndarray]:
+    """Compile an expression. Returns the transition table, int32 (n_states + 1, 256), in which n_states is
+    the dead state, and the accepting states, bool (n_states,). State 0 is the initial one.
 
-    Raises ValueError when it gets too large.
+    Raises ValueError if it gets too large.
     """
     nfa = _Nfa()
     start = nfa.new()
@@ -36,7 +37,7 @@ def byte_machine(expression: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Nfa:
-    """States with transitions on ranges of bytes, and others that need none."""
+    """NFA with transitions on byte ranges and epsilon transitions."""
 
     def __init__(self) -> None:
         self.on_bytes: list[list[tuple[int, int, int]]] = []
@@ -50,7 +51,7 @@ class _Nfa:
         return len(self.on_bytes) - 1
 
     def sequence(self, items: Iterable[Any], state: int) -> int:
-        """Adds the items behind a state; returns the state behind them."""
+        """Append the items after a state; returns the state after them."""
         for operation, value in items:
             state = self._item(operation, value, state)
         return state
@@ -71,7 +72,7 @@ class _Nfa:
                 self.on_nothing[state].append(begin)
                 self.on_nothing[self.sequence(branch, begin)].append(end)
             return end
-        assert operation is sre.MAX_REPEAT, operation  # patterns.py writes nothing else
+        assert operation is sre.MAX_REPEAT, operation  # regex.py emits nothing else
         return self._repeat(value, state)
 
     def _repeat(self, value: Any, state: int) -> int:
@@ -91,7 +92,7 @@ class _Nfa:
         return end
 
     def _characters(self, ranges: Ranges, state: int) -> int:
-        """Endings of several bytes that are alike share their states."""
+        """Add a class of characters; equal suffixes of multi-byte sequences share their states."""
         end = self.new()
         rest_to_state: dict[tuple[tuple[int, int], ...], int] = {(): end}
         for low, high in ranges:
@@ -104,13 +105,13 @@ class _Nfa:
                         rest_to_state[rest] = self.new()
                     self.on_bytes[at].append((first, last, rest_to_state[rest]))
                     if not is_new:
-                        break  # what follows it stands there already
+                        break  # what follows it exists already
                     at = rest_to_state[rest]
         return end
 
 
 def _utf8(low: int, high: int) -> Iterator[list[tuple[int, int]]]:
-    """Sequences of byte ranges that together are the characters from low to high, without surrogates."""
+    """Sequences of byte ranges that encode the code points from low to high, without surrogates."""
     if low <= _SURROGATES[1] and high >= _SURROGATES[0]:
         if low < _SURROGATES[0]:
             yield from _utf8(low, _SURROGATES[0] - 1)
@@ -122,7 +123,7 @@ def _utf8(low: int, high: int) -> Iterator[list[tuple[int, int]]]:
             yield from _utf8(low, end)
             yield from _utf8(end + 1, high)
             return
-    # Of one length now: split until all but one of the last bytes run over their whole range.
+    # All of one length now: split until all but one of the trailing bytes cover their whole range.
     for n_bits in (6, 12, 18):
         mask = (1 << n_bits) - 1
         if high > 0x7F and low & ~mask != high & ~mask:
@@ -141,7 +142,7 @@ def _deterministic(nfa: _Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndar
     closures: dict[int, frozenset[int]] = {}
 
     def closure(state: int) -> frozenset[int]:
-        """What is reached for nothing, of which only states that read bytes, and the end, are kept."""
+        """Epsilon closure, reduced to the states that read bytes and the final one."""
         found = closures.get(state)
         if found is None:
             seen, stack = {state}, [state]
@@ -175,14 +176,14 @@ def _deterministic(nfa: _Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndar
     rows, accepting = _merged(rows, [end in states for states in queue])
     table = np.full((len(rows) + 1, 256), len(rows), dtype=np.int32)
     for state, row in enumerate(rows):
-        for first, behind, target in row:
-            table[state, first:behind] = target
+        for first, behind, next_state in row:
+            table[state, first:behind] = next_state
     return table, np.array(accepting)
 
 
 def _merged(rows: list[list[_Edge]], accepting: list[bool]) -> tuple[list[list[_Edge]], list[bool]]:
-    """States that end alike and lead to the same states become one, and so on with those before them. Each
-    place in an expression that goes on as another does has states of its own until here.
+    """Minimize: merge states with equal acceptance and equal transitions, repeatedly. Until here every
+    position of the expression has its own states, even if it continues as another one does.
     """
     state_to_same = list(range(len(rows)))
 
@@ -205,7 +206,7 @@ def _merged(rows: list[list[_Edge]], accepting: list[bool]) -> tuple[list[list[_
         for _, _, target in row:
             sources[target].append(state)
     key_to_state: dict[tuple[bool, tuple[_Edge, ...]], int] = {}
-    to_do = list(range(len(rows)))  # from its end: what is reached last is near an end, as a rule
+    to_do = list(range(len(rows)))  # from the end: states found last are usually near an end
     while to_do:
         state = to_do.pop()
         if same(state) != state:
@@ -215,7 +216,7 @@ def _merged(rows: list[list[_Edge]], accepting: list[bool]) -> tuple[list[list[_
             state_to_same[state] = found
             sources[found] += sources[state]
             to_do += sources[state]
-    kept = list(dict.fromkeys(same(state) for state in range(len(rows))))  # the first state stays the first
+    kept = list(dict.fromkeys(same(state) for state in range(len(rows))))  # the initial state stays first
     numbers = {state: i for i, state in enumerate(kept)}
     merged = [[(first, behind, numbers[t]) for first, behind, t in merged_row(rows[state])] for state in kept]
     return merged, [accepting[state] for state in kept]

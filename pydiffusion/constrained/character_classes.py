@@ -1,4 +1,4 @@
-"""Sets of characters as sorted ranges of code points."""
+"""Character classes as sorted ranges of code points."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CATEGORY_TO_CLASS = {
 
 
 def union(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """Overlaps and neighbours joined."""
+    """Merge overlapping and adjacent ranges."""
     joined: Ranges = []
     for low, high in sorted(ranges):
         if joined and low <= joined[-1][1] + 1:
@@ -48,7 +48,7 @@ def intersection(a: Iterable[tuple[int, int]], b: Iterable[tuple[int, int]]) -> 
 
 
 def ranges_of_class(entries: Any) -> Ranges:
-    """The characters of a class as Python's parser gives it. Raises ValueError for what it can't hold."""
+    """Ranges of a class from Python's parser. Raises ValueError for unsupported classes."""
     negated = entries[0][0] is sre.NEGATE
     ranges: Ranges = []
     for operation, value in entries[negated:]:
@@ -61,14 +61,15 @@ def ranges_of_class(entries: Any) -> Ranges:
         else:
             raise ValueError("a regular expression with this class is not supported")
     if negated and any(operation is sre.CATEGORY for operation, _ in entries):
-        return intersection(complement(ranges), [(0, 127)])  # beyond ASCII, readings of classes differ
+        return intersection(complement(ranges), [(0, 127)])  # beyond ASCII, definitions of classes differ
     return complement(ranges) if negated else union(ranges)
 
 
 @cache
 def _category(category: Any) -> Ranges:
-    """Asked of Python itself, character by character. Digits, spaces and letters are ASCII's alone in a JSON
-    schema and more in Python: those beyond ASCII belong to neither of \\d and \\D here, so that either holds.
+    """Ranges of a category, tested with Python's re for each code point. JSON schema has ASCII digits, spaces
+    and letters only, Python more: those beyond ASCII are in neither \\d nor \\D here, so that both
+    definitions hold.
     """
     matches = re.compile(_CATEGORY_TO_CLASS[category], re.ASCII).match
     below = [(code, code) for code in range(128) if matches(chr(code))]
@@ -79,7 +80,7 @@ def _category(category: Any) -> Ranges:
 
 
 def as_class(ranges: Ranges) -> str:
-    """As Python writes it."""
+    """Write ranges as a class in Python's syntax."""
     return "[" + "".join(f"{_escape(low)}-{_escape(high)}" for low, high in ranges) + "]"
 
 

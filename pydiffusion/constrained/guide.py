@@ -1,10 +1,9 @@
-"""The likeliest canvas that an automaton accepts, at every denoising step.
+"""Guide of constrained decoding: the most likely canvas that the automaton accepts, at every denoising step.
 
-Positions are independent given the logits, so the likeliest of all permitted canvases is the best path
-through the automaton over the positions, found by dynamic programming. Considered are the ``N_LIKELIEST``
-tokens of each position and the automaton's alphabet, which alone can spell everything permitted: there
-always is a path. A text that is complete is followed by an eos and, for nothing depends on it, by the
-likeliest tokens.
+Positions are independent given the logits, so the most likely accepted canvas is the best path through the
+automaton, found by dynamic programming (Viterbi). Candidates are the ``N_LIKELIEST`` tokens of each position
+and the automaton's alphabet, which alone can spell every accepted text, so a path always exists. A complete
+text is followed by an eos and then by the most likely tokens, which don't matter.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ N_LIKELIEST = 48
 
 
 class Guide:
-    """Follows one generation: ``choose`` at each of its steps, ``commit`` when its canvas is finished."""
+    """Constrains one generation: ``choose`` at every step, ``commit`` when a canvas is finished."""
 
     def __init__(
         self, automaton: Automaton, n_canvas: int, budget: int, eos: Sequence[int], n_vocab: int
     ) -> None:
-        """budget: tokens that the text may take in all. Raises ValueError when it could not be finished."""
+        """budget: maximum number of tokens of the text. Raises ValueError if no accepted text fits."""
         self._automaton = automaton
         self._n_canvas = n_canvas
         self._left = budget
@@ -33,15 +32,15 @@ class Guide:
         self._chosen: tuple[np.ndarray, int, bool] | None = None
         self.finished = False
         if not eos:
-            raise ValueError("structured output needs an eos, and the options or the file give none")
+            raise ValueError("constrained output needs an eos, but neither the options nor the file have one")
         if automaton.tokens_left[0] > budget:
             raise ValueError(
-                f"the shortest text that satisfies the structure takes {automaton.tokens_left[0]} tokens, but"
-                f" max_tokens and the context leave {budget}"
+                f"the shortest text that satisfies the constraint takes {automaton.tokens_left[0]} tokens,"
+                f" but max_tokens and the context leave {budget}"
             )
         self.n_likeliest = min(N_LIKELIEST, n_vocab)
         self.extra = np.asarray([*automaton.alphabet, *eos], dtype=np.int32)
-        # Of the alphabet's tokens that lead from the same states to the same ones, only the likeliest counts.
+        # Among the alphabet's tokens with equal transitions, only the most likely counts.
         kinds = np.array([automaton.kind(token) for token in automaton.alphabet])
         self._groups = [np.flatnonzero(kinds == kind) for kind in dict.fromkeys(kinds.tolist())]
         pairs = [automaton.moves(automaton.alphabet[group[0]]) for group in self._groups]
@@ -50,14 +49,14 @@ class Guide:
         self._group = np.repeat(np.arange(len(pairs)), [len(pair[0]) for pair in pairs])
 
     def choose(self, tokens: np.ndarray, logits: np.ndarray, extra: np.ndarray) -> np.ndarray:
-        """The canvas, int32 (n_canvas,).
+        """Choose the canvas, int32 (n_canvas,).
 
-        tokens, logits: the likeliest of each position, best first, (n_canvas, n_likeliest); extra: the logits
-        of ``self.extra``, (n_canvas, n_extra).
+        tokens, logits: top-k of each position, best first, (n_canvas, n_likeliest); extra: the logits of
+        ``self.extra``, (n_canvas, n_extra).
         """
         a = self._automaton
         n, n_states = self._n_canvas, a.n_states
-        n_text = min(n, self._left)  # positions that the text may take
+        n_text = min(n, self._left)  # positions available to the text
         scores = np.full((n_text + 1, n_states), -np.inf)
         scores[0, self._state] = 0.0
         before = np.zeros((n_text, n_states), dtype=np.int64)
@@ -66,7 +65,7 @@ class Guide:
         spelled = self.extra[best], np.take_along_axis(extra, best, axis=1)
         for i in range(n_text):
             self._extend(i, tokens[i], logits[i], spelled[0][i], spelled[1][i], scores, before, taken)
-        # Behind an end at position i: an eos, then whatever is likeliest.
+        # After an end at position i: an eos, then the most likely tokens.
         free = np.concatenate([np.cumsum(logits[::-1, 0].astype(np.float64))[::-1], [0.0]])
         eos_logits = extra[:, len(a.alphabet) :].astype(np.float64)
         ends = np.full(n_text + 1, -np.inf)
@@ -108,7 +107,7 @@ class Guide:
         before: np.ndarray,
         taken: np.ndarray,
     ) -> None:
-        """The best way to each state with one more token."""
+        """Extend the best paths by one token."""
         a = self._automaton
         first_of_kind: dict[int, int] = {}
         for column, token in enumerate(tokens.tolist()):  # best first
@@ -127,12 +126,12 @@ class Guide:
         totals = scores[i, sources] + gained
         following = scores[i + 1]
         np.maximum.at(following, targets, totals)
-        best = np.flatnonzero(totals == following[targets])[::-1]  # of equals, the first stays
+        best = np.flatnonzero(totals == following[targets])[::-1]  # on ties, the first wins
         before[i, targets[best]] = sources[best]
         taken[i, targets[best]] = which[best]
 
     def commit(self) -> None:
-        """The canvas last chosen is finished; the text goes on behind it."""
+        """Advance past the canvas chosen last."""
         assert self._chosen is not None
         _, self._state, self.finished = self._chosen
         self._left -= self._n_canvas

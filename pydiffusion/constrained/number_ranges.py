@@ -1,8 +1,8 @@
-"""Numbers between bounds as regular expressions over their decimal digits.
+"""Number ranges as regular expressions over decimal digits.
 
-A bound is the decimal that it is written as: 0.1 is a tenth. Numbers between bounds have no exponent and at
-most 15 digits. Two decimals of so few digits never become the same float, and those of more digits that a
-float is written with don't become that of one of fewer: so a validator that compares floats agrees.
+A bound is the decimal that it is written as: 0.1 is one tenth. Bounded numbers have no exponent and at most
+15 digits. Two decimals of so few digits never round to the same float, nor does the longer repr of a float
+round to one of fewer digits: so a validator that compares floats agrees.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .regex import Unsatisfiable
 
-# Digits that a number may have, a 0 before the point not counted: what every reader takes without loss.
+# Maximum digits of a number, not counting a 0 before the point: all parsers read so many without loss.
 _MAX_DIGITS = 15
 _Number = int | float | None
 
@@ -25,16 +25,16 @@ class _Bound(NamedTuple):
 
 
 class _Rest(NamedTuple):
-    """What is still to be compared of a bound whose digits so far are those of the number."""
+    """Remaining digits of a bound whose digits so far equal the number's."""
 
-    digits: str  # behind the point, without zeros at the end
+    digits: str  # after the point, without trailing zeros
     is_out: bool
 
 
 def integer_between(
     minimum: _Number, maximum: _Number, exclusive_minimum: _Number, exclusive_maximum: _Number
 ) -> str:
-    """Integers within the bounds. Raises ValueError where there are none."""
+    """Expression for the integers within the bounds. Raises ValueError if there are none."""
     low = _highest(
         None if minimum is None else math.ceil(minimum),
         None if exclusive_minimum is None else math.floor(exclusive_minimum) + 1,
@@ -59,8 +59,8 @@ def integer_between(
 def number_between(
     minimum: _Number, maximum: _Number, exclusive_minimum: _Number, exclusive_maximum: _Number
 ) -> str:
-    """Numbers within the bounds: all of up to 15 digits, without an exponent; with a minus only where numbers
-    below 0 are permitted. Raises ValueError where there are none.
+    """Expression for the numbers within the bounds: up to 15 digits, no exponent, a minus only if numbers
+    below 0 are allowed. Raises ValueError if there are none.
     """
     bounds = (minimum, maximum, exclusive_minimum, exclusive_maximum)
     if all(bound is None for bound in bounds):
@@ -94,7 +94,7 @@ def _bounds(inclusive: _Number, exclusive: _Number) -> list[_Bound]:
 
 
 def _magnitudes(low: _Bound, high: _Bound) -> list[str]:
-    """Of numbers from low >= 0 to high, without their signs."""
+    """Expressions for the numbers from low >= 0 to high, without sign."""
     first, low_rest = _split(low)
     last, high_rest = _split(high)
     if first > last:
@@ -115,17 +115,17 @@ def _magnitudes(low: _Bound, high: _Bound) -> list[str]:
 
 
 def _split(bound: _Bound) -> tuple[int, _Rest]:
-    """What stands before the point, and behind it."""
+    """Split into the digits before and after the point."""
     whole, _, fraction = f"{bound.value:f}".partition(".")
     return int(whole), _Rest(fraction.rstrip("0"), bound.is_out)
 
 
 def _digits(before: str, low: _Rest | None, high: _Rest | None, room: int) -> str | None:
-    """Nothing, or ``before`` and up to ``room`` digits, such that bounds equal so far are kept. Without a
-    bound: a digit before has decided. None where no digits do.
+    """Expression for nothing, or ``before`` and up to ``room`` digits that keep within the bounds. A bound of
+    None: an earlier digit has decided. None if no digits do.
     """
     if low == ("", False):
-        low = None  # nothing that follows could be below it
+        low = None  # no continuation could be below it
     if high == ("", True):
         return None
     some = _some_digits(low, high, room)
@@ -165,7 +165,7 @@ def _lowest(*values: _Number) -> _Number:
 
 
 def _by_length(low: int, high: int) -> Iterator[tuple[int, int]]:
-    """The integers from low >= 0 to high in ranges of as many digits each; 0 is one of its own."""
+    """Split the integers from low >= 0 to high into ranges of equal digit count; 0 is its own range."""
     while low <= high:
         end = min(high, 10 ** len(str(low)) - 1 if low else 0)
         yield low, end
@@ -173,7 +173,7 @@ def _by_length(low: int, high: int) -> Iterator[tuple[int, int]]:
 
 
 def _digits_between(low: int, high: int) -> str:
-    """Integers from low >= 0 to high, without leading zeros."""
+    """Expression for the integers from low >= 0 to high, of equal digit count."""
     ranges = _by_length(low, high)
     return "(?:" + "|".join(part for a, b in ranges for part in _same_length(str(a), str(b))) + ")"
 

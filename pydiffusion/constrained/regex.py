@@ -1,7 +1,7 @@
-"""Regular expressions in Python's manner, brought to what a machine is made of: alone, or in JSON strings.
+"""Reduce Python regular expressions to what ``byte_dfa`` compiles: for whole texts, or inside JSON strings.
 
-What is written here may match less than the original (``\\d`` is 0 to 9), never more, and is again an
-expression of Python's with the same meaning under ``re.fullmatch``: that is how it is tested.
+The result may match less than the original (``\\d`` is 0 to 9), never more. It is itself a Python expression
+with the same meaning under ``re.fullmatch``, which is how it is tested.
 """
 
 from __future__ import annotations
@@ -14,32 +14,33 @@ from typing import Any
 from .character_classes import as_class, complement, intersection, ranges_of_class
 from .regex_parser import sre, sre_parser
 
-# Characters of the text with all limited repetitions multiplied out: a machine has several states for each.
+# Limit on the characters of an expression with bounded repetitions expanded: the DFA has several states for
+# each.
 MAX_WEIGHT = 2000
 _SURROGATES = [(0xD800, 0xDFFF)]
-# Characters that stand for themselves in a JSON string, and all that may stand there.
+# Characters that need no escape in a JSON string, and all that a JSON string may contain.
 _JSON_PLAIN = complement([(0, 31), (34, 34), (92, 92), (127, 159), *_SURROGATES])
 JSON_CHARACTER = rf'(?:{as_class(_JSON_PLAIN)}|\\["\\/bfnrt])'
 _JSON_ESCAPES = {'"': r"\\\"", "\\": r"\\\\", "\n": r"\\n", "\t": r"\\t", "\r": r"\\r"}
 
 
 def parse(pattern: str) -> Any:
-    """Python's reading of an expression. Raises ValueError for what is none."""
+    """Parse an expression with Python's parser. Raises ValueError for an invalid one."""
     try:
         return sre_parser.parse(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}"[:300]) from None
+        raise ValueError(f"{pattern!r} is not a valid regular expression: {error}"[:300]) from None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A regular expression, and how many characters its limited part has."""
+    """A regular expression, and the number of characters of its bounded part."""
 
     text: str
     weight: int = 1
 
     def repeated(self, low: int, high: int | None) -> Piece:
-        """This piece ``low`` to ``high`` times; None for as often as it likes."""
+        """Repeat this piece ``low`` to ``high`` times; None for unbounded."""
         if self is NOTHING:
             return NOTHING if low else Piece("", 0)
         weight = _checked(self.weight * max(low + 1 if high is None else high, 1))
@@ -47,10 +48,10 @@ class Piece:
 
 
 class Unsatisfiable(ValueError):
-    """No text is of the kind that was asked for."""
+    """No text satisfies the constraint."""
 
 
-#: What no text matches. Only pieces are made of it, never an expression.
+#: Matches nothing; used in pieces, never in a final expression.
 NOTHING = Piece("(?!)", 0)
 
 
@@ -78,12 +79,12 @@ def _checked(weight: int) -> int:
 
 
 def from_regex(pattern: str) -> Piece:
-    """The texts that the expression matches as a whole. Raises ValueError for what is not supported."""
+    """Reduce an expression that has to match the whole text. Raises ValueError for unsupported syntax."""
     return _Rewriter(in_json=False).anchored(list(parse(pattern)), open_start=False, open_end=False)
 
 
 def in_json_string(pattern: str) -> Piece:
-    """The inside of JSON strings in whose value the expression matches somewhere: a schema's ``pattern``."""
+    """Reduce a schema's ``pattern``: the contents of JSON strings in whose value it matches somewhere."""
     return _Rewriter(in_json=True).anchored(list(parse(pattern)), open_start=True, open_end=True)
 
 
@@ -103,7 +104,7 @@ class _Rewriter:
         }
 
     def anchored(self, items: list[Any], open_start: bool, open_end: bool) -> Piece:
-        """Takes off anchors at the ends. An open end without one may have anything beside it."""
+        """Strip the anchors. An end without an anchor may be preceded or followed by anything."""
         if items and items[0] in ((sre.AT, sre.AT_BEGINNING), (sre.AT, sre.AT_BEGINNING_STRING)):
             items, open_start = items[1:], False
         if items and items[-1] in ((sre.AT, sre.AT_END), (sre.AT, sre.AT_END_STRING)):

@@ -1,7 +1,7 @@
-"""A JSON schema as one regular expression: what is generated from it is valid, or the schema is refused.
+"""Convert a JSON schema to one regular expression; schemas that can't be guaranteed are rejected.
 
-The expression may allow less than the schema (no spaces but single ones, properties in the order of the
-schema, no property that it does not name), never more. Keywords whose effect could not be kept are refused.
+The expression may allow less than the schema (only single spaces, properties in schema order, no unnamed
+property), never more. Keywords that can't be enforced are rejected.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from .number_ranges import integer_between, number_between
 from .regex import JSON_CHARACTER, NOTHING, Piece, Unsatisfiable, choice, in_json_string, literal, sequence
 
-# Say nothing about what is valid.
+# Annotations, which don't affect validity.
 _ANNOTATIONS = frozenset(
     ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$schema", "$id",
      "$comment", "$defs", "definitions", "$anchor", "contentMediaType", "contentEncoding")
@@ -48,7 +48,7 @@ _FORMATS = {
     "email": r"[a-z0-9]+(?:[._\-][a-z0-9]+)*@[a-z0-9]+(?:-[a-z0-9]+)*(?:\.[a-z0-9]+(?:-[a-z0-9]+)*)+",
 }
 _FORMAT_WEIGHT = 80
-# What a schema leaves open is made so deep, and no deeper.
+# Nesting depth of values that the schema leaves open.
 _OPEN_DEPTH = 1
 _MAX_DEPTH = 32
 _MAX_WITHIN_ITSELF = 6
@@ -58,14 +58,14 @@ _COLON, _COMMA, _SPACE = Piece(":[ ]?"), Piece(",[ ]?"), Piece("[ ]?", 0)
 
 
 class SchemaError(ValueError):
-    """A schema that can't be kept, or that nothing satisfies; the message says where."""
+    """A schema that is unsupported or unsatisfiable; the message says where."""
 
 
 def schema_to_regex(schema: Mapping[str, Any] | bool) -> Piece:
-    """The expression. Raises SchemaError.
+    """Convert a schema. Raises SchemaError.
 
-    A schema that contains itself is written out, within itself as often as ``_MAX_WITHIN_ITSELF`` and a size
-    that a search copes with permit; texts of greater depth are valid, but not written.
+    A recursive schema is expanded as deep as ``_MAX_WITHIN_ITSELF`` and the size limit allow; deeper texts
+    are valid but never generated.
     """
     found = NOTHING
     for depth in range(_MAX_WITHIN_ITSELF + 1):
@@ -84,17 +84,17 @@ def schema_to_regex(schema: Mapping[str, Any] | bool) -> Piece:
             break
         found = piece
     if found is NOTHING:
-        raise _error("", "it contains itself, and nothing of limited depth satisfies it")
+        raise _error("", "it is recursive, and no text of finite depth satisfies it")
     return found
 
 
 class _Compiler:
     def __init__(self, root: Any, depth: int) -> None:
-        """depth: how often a reference may lead to itself."""
+        """depth: maximum depth of recursive references."""
         self._root = root
         self._depth = depth
         self.contains_itself = False
-        self.unsatisfied: list[SchemaError] = []  # what was left out, for nothing satisfies it
+        self.unsatisfied: list[SchemaError] = []  # what was left out because nothing satisfies it
         self._type_to_rule: dict[str, Callable[[Mapping[str, Any], str, tuple[str, ...]], Piece]] = {
             "object": self._object,
             "array": self._array,
@@ -106,11 +106,11 @@ class _Compiler:
         }
 
     def value(self, schema: Any, where: str, refs: tuple[str, ...]) -> Piece:
-        """refs: the references that led here, by which a schema that contains itself is noticed."""
+        """refs: the references that led here, to detect recursion."""
         return self._or_nothing(where, lambda: self._value(schema, where, refs))
 
     def _or_nothing(self, where: str, make: Callable[[], Piece]) -> Piece:
-        """Parts that nothing satisfies are left out, where there are others."""
+        """Alternatives without the unsatisfiable ones, if there are others."""
         try:
             return make()
         except SchemaError:
@@ -120,8 +120,9 @@ class _Compiler:
             return NOTHING
         except ValueError as error:
             raise _error(where, str(error)) from None
-        except (TypeError, AttributeError, OverflowError) as error:  # a keyword's value of another type
-            raise _error(where, f"it is no JSON schema ({error})") from None
+        # a keyword whose value has the wrong type
+        except (TypeError, AttributeError, OverflowError) as error:
+            raise _error(where, f"it is not a valid JSON schema ({error})") from None
 
     def _value(self, schema: Any, where: str, refs: tuple[str, ...]) -> Piece:
         if where.count("/") > 2 * _MAX_DEPTH or len(refs) > _MAX_DEPTH:
@@ -131,7 +132,7 @@ class _Compiler:
         if schema is False:
             raise Unsatisfiable("nothing satisfies false")
         if not isinstance(schema, Mapping):
-            raise _error(where, f"{schema!r} is no schema")
+            raise _error(where, f"{schema!r} is not a schema")
         keywords = {name for name in schema if name not in _ANNOTATIONS}
         combining = [name for name in _COMBINING if name in keywords]
         for name in sorted(keywords - {"type", *combining} - _KNOWN):
@@ -145,11 +146,11 @@ class _Compiler:
                 return _anything(_OPEN_DEPTH)
         kinds = [kinds] if isinstance(kinds, str) else kinds
         if not isinstance(kinds, Sequence) or not kinds:
-            raise _error(where, f"the type {kinds!r} is none")
+            raise _error(where, f"the type {kinds!r} is invalid")
         pieces = []
         for kind in kinds:
             if kind not in self._type_to_rule:
-                raise _error(where, f"the type {kind!r} is none")
+                raise _error(where, f"the type {kind!r} is invalid")
             rule, typed = self._type_to_rule[kind], {**schema, "type": kind}
             pieces.append(self._or_nothing(where, functools.partial(rule, typed, where, refs)))
         return pieces[0] if len(pieces) == 1 else choice(pieces)
@@ -188,7 +189,7 @@ class _Compiler:
             elif isinstance(target, list) and name.isdigit() and int(name) < len(target):
                 target = target[int(name)]
             else:
-                raise _error(where, f"the reference {reference!r} leads nowhere")
+                raise _error(where, f"the reference {reference!r} does not resolve")
         return target
 
     def _one_of_values(self, values: Any, schema: Mapping[str, Any], others: set[str], where: str) -> Piece:
@@ -206,7 +207,7 @@ class _Compiler:
         return choice([literal(text) for text in texts])
 
     def _check_disjoint(self, branches: Sequence[Any], where: str) -> None:
-        """``oneOf`` forbids what two branches allow: they must be told apart by type or by a value."""
+        """``oneOf`` forbids texts that two branches allow: branches must differ by type or by a constant."""
         resolved = [
             self._resolved(b["$ref"], where) if isinstance(b, Mapping) and set(b) == {"$ref"} else b
             for b in branches
@@ -233,7 +234,7 @@ class _Compiler:
             return False
         return len({"number" if kind == "integer" else kind for kind in kinds}) == 2
 
-    # By type
+    # Types
 
     def _object(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Piece:
         properties = schema.get("properties", {})
@@ -257,7 +258,7 @@ class _Compiler:
         for name in required:
             if name not in named:
                 if more is False:
-                    raise Unsatisfiable(f"the property {name!r} is required and not permitted")
+                    raise Unsatisfiable(f"the property {name!r} is required but not allowed")
                 named[name] = more
         if low > len(required) or (high is not None and high < len(named)):
             raise _error(where, "'minProperties' and 'maxProperties' beside 'properties' are not supported")
@@ -303,8 +304,10 @@ class _Compiler:
     def _number(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Piece:
         for name in _TYPE_TO_KEYWORDS["number"]:
             bound = schema.get(name)
-            is_number = isinstance(bound, (int, float)) and not isinstance(bound, bool)
-            if name in schema and not (is_number and abs(bound) < math.inf):
+            is_number = (
+                isinstance(bound, (int, float)) and not isinstance(bound, bool) and abs(bound) < math.inf
+            )
+            if name in schema and not is_number:
                 raise _error(where, f"{name!r} must be a finite number")
         is_integer = schema["type"] == "integer"
         if schema.get("multipleOf", 1) != 1 or ("multipleOf" in schema and not is_integer):
@@ -360,16 +363,16 @@ def _string(low: int, high: int | None) -> Piece:
 
 
 def _separated(item: Piece, low: int, high: int | None) -> Piece:
-    """``low`` to ``high`` items with commas between them."""
+    """``low`` to ``high`` comma-separated items."""
     rest = sequence([_COMMA, item]).repeated(max(low - 1, 0), None if high is None else max(high - 1, 0))
     some = sequence([item, rest])
     return some if low else some.repeated(0, 1)
 
 
 def _members(members: Sequence[tuple[Piece, bool]]) -> Piece:
-    """Members in order, those that are not required possibly left out, with commas between those present."""
-    behind = Piece("", 0)  # what may follow when a member stands before it
-    at_first = Piece("", 0)  # and when none does
+    """Comma-separated members in order; those that are not required may be left out."""
+    behind = Piece("", 0)  # what may follow after a member
+    at_first = Piece("", 0)  # and without one
     for member, is_required in reversed(members):
         with_comma = sequence([_COMMA, member])
         here = sequence([member, behind])

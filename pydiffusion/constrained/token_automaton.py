@@ -1,4 +1,4 @@
-"""A machine over bytes for a regular expression, and what each token of a vocabulary does to it."""
+"""Token automaton: the byte DFA of a regular expression lifted to the tokens of a vocabulary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from pydiffusion.tokenizer.markers import MARKERS
 
-from .byte_dfa import byte_machine
+from .byte_dfa import byte_dfa
 
 if TYPE_CHECKING:
     from pydiffusion.tokenizer import Tokenizer
@@ -20,22 +20,22 @@ _NOWHERE = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 
 class Automaton:
-    """States 0 to n_states - 1, of which 0 is the first.
+    """Automaton over tokens with states 0 to n_states - 1; 0 is the initial one.
 
     accepting: whether the text may end in a state, bool (n_states,).
-    alphabet: tokens that can spell anything permitted.
-    tokens_left: how many of these the shortest way from a state to an end takes; -1 where there is none.
+    alphabet: tokens that can spell every accepted text.
+    tokens_left: length, in tokens of the alphabet, of the shortest path from a state to an end, or -1.
     """
 
     def __init__(self, expression: str, tokenizer: Tokenizer, ends: Collection[int] = ()) -> None:
-        """expression: of patterns.py. ends: tokens that end a text, and so can't spell it.
+        """expression: as from regex.py. ends: tokens that end a text, and so can't be part of it.
 
-        Raises ValueError where it is too large, or nothing satisfies it.
+        Raises ValueError if the automaton is too large, or nothing satisfies the expression.
         """
         self._tokenizer = tokenizer
         self._ends = frozenset(ends)
-        table, self.accepting = byte_machine(expression)
-        self._byte_to_next = np.ascontiguousarray(table.T)  # by byte, then by state: a row fits a cache
+        table, self.accepting = byte_dfa(expression)
+        self._byte_to_next = np.ascontiguousarray(table.T)  # by byte, then by state: a row fits the CPU cache
         self.n_states = len(self.accepting)
         self._moves: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._kinds: dict[int, int] = {}
@@ -43,21 +43,21 @@ class Automaton:
         self.alphabet = self._spelling_tokens()
         self.tokens_left = self._distances()
         if self.tokens_left[0] < 0:
-            raise ValueError("nothing that this model can write satisfies it")
-        # The tokens that a shortest text is usually written in: fewer than its characters.
+            raise ValueError("no text that this model's tokens can spell satisfies it")
+        # A shortest text usually takes fewer tokens than characters.
         ids = tokenizer.tokenize(self._shortest(), add_bos=False)
         self.alphabet += [t for t in dict.fromkeys(ids) if t not in self.alphabet and t not in self._ends]
         self.tokens_left = self._distances()
 
     def moves(self, token: int) -> tuple[np.ndarray, np.ndarray]:
-        """The states in which the token is permitted, and those that it leads to."""
+        """Transitions of a token: source states and target states."""
         found = self._moves.get(token)
         if found is None:
             found = self._moves[token] = self._find_moves(token)
         return found
 
     def kind(self, token: int) -> int:
-        """A number that tokens of the same moves share: of two of them, the likelier is always the better."""
+        """Equivalence class of a token: tokens with equal transitions share a number."""
         found = self._kinds.get(token)
         if found is None:
             sources, targets = self.moves(token)
@@ -67,7 +67,7 @@ class Automaton:
 
     def _find_moves(self, token: int) -> tuple[np.ndarray, np.ndarray]:
         piece = self._tokenizer.piece(token)
-        if not piece or piece in _MARKERS or token in self._ends:  # within a text these would cut it
+        if not piece or piece in _MARKERS or token in self._ends:  # inside a text these would end it
             return _NOWHERE
         first, *rest = piece if isinstance(piece, bytes) else piece.encode()
         after = self._byte_to_next[first, :-1]
@@ -77,7 +77,7 @@ class Automaton:
         return possible, after[possible].astype(np.int64)
 
     def _spelling_tokens(self) -> list[int]:
-        """For each byte that occurs a token of this byte alone, a character where there is one."""
+        """A single-byte token for each byte that occurs, a character token if there is one."""
         used = np.flatnonzero((self._byte_to_next[:, :-1] != self.n_states).any(axis=1)).tolist()
         found = [self._token_of_byte(byte) for byte in used]
         return [token for token in found if token is not None]

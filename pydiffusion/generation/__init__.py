@@ -1,1 +1,1 @@
-"""What a generation is made of: batches, streams of text, infill, budgets, saved sessions."""
+"""Parts of the generation loop: batching, streaming, infill, thinking budget, repetition, session files."""

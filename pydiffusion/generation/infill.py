@@ -1,4 +1,4 @@
-"""Texts with holes: what stands around them is held on the canvas while the holes are denoised."""
+"""Infill: the text around the holes is held fixed on the canvas while the holes are denoised."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ NOT_AROUND_HOLES = (
 
 @dataclass(frozen=True, eq=False)
 class Infill:
-    """A text with its holes filled.
+    """A filled text.
 
-    text: whole.  holes: what was put into each.  completion: how it was made (steps, seed, timings).
+    text: the whole text.  holes: the text of each hole.  completion: the generation (steps, seed, timings).
     """
 
     text: str
@@ -39,7 +39,7 @@ class Infill:
 
 @dataclass(frozen=True)
 class Hole:
-    """Up to ``n_tokens`` to be found. tokens: what denoising begins with, if not noise."""
+    """A hole of up to ``n_tokens``. tokens: initial tokens instead of noise."""
 
     n_tokens: int
     tokens: tuple[int, ...] = ()
@@ -47,9 +47,9 @@ class Hole:
 
 @dataclass
 class Layout:
-    """Where texts and holes lie on the canvases behind a prompt.
+    """Layout of fixed text and holes on the canvases after a prompt.
 
-    head: text that went into the prompt.  parts: held tokens and holes in order.
+    head: text moved into the prompt.  parts: fixed tokens and holes in order.
     """
 
     head: str
@@ -60,7 +60,7 @@ class Layout:
         return sum(part.n_tokens if isinstance(part, Hole) else len(part) for part in self.parts)
 
     def options(self, options: GenerationOptions, n_canvas: int, eos: Sequence[int]) -> GenerationOptions:
-        """The same choices, with the canvases of this layout; behind it they are held at an eos."""
+        """The options for generating this layout; positions after it are held at an eos."""
         for name in NOT_AROUND_HOLES:
             if getattr(options, name) is not None:
                 raise ValueError(f"{name} can't be chosen for a text with holes")
@@ -81,7 +81,7 @@ class Layout:
         return replace(options, max_tokens=self.n_tokens, eos=(), canvas=canvas, hold=hold)
 
     def read(self, tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
-        """The text and what is in its holes; a hole ends before its first control token."""
+        """Extract the text and its holes; a hole ends before its first control token."""
         kept: list[int] = []
         holes: list[str] = []
         at = 0
@@ -100,11 +100,11 @@ class Layout:
 
 
 def lay_out(model: DiffusionModel, text: str, hole_tokens: int, whole: bool) -> Layout:
-    """A text with ``<|hole|>`` or ``<|hole:N|>`` in it.
+    """Lay out a text that contains ``<|hole|>`` or ``<|hole:N|>``.
 
-    hole_tokens: for holes that don't say how many.  whole: all of the text on the canvas; else what stands
-    before the first hole goes into the prompt.
-    Raises ValueError without a hole, or for one of no tokens.
+    hole_tokens: length of holes without an N.  whole: put the whole text on the canvas; else the text
+        before the first hole goes into the prompt.
+    Raises ValueError without a hole, or for an empty one.
     """
     if isinstance(hole_tokens, bool) or not isinstance(hole_tokens, int) or not 1 <= hole_tokens <= 10**6:
         raise ValueError(f"hole_tokens is {hole_tokens!r}; permitted is an integer of at least 1")
@@ -124,10 +124,10 @@ def lay_out(model: DiffusionModel, text: str, hole_tokens: int, whole: bool) -> 
 
 
 def lay_out_suffix(model: DiffusionModel, suffix: str, max_tokens: int | None, n_canvas: int) -> Layout:
-    """A hole behind the prompt and a text behind the hole, together on one canvas.
+    """Lay out a hole after the prompt and a suffix after the hole, on one canvas.
 
-    A hole sees no more than its canvas: of a suffix longer than half of it, the beginning is held. The hole
-    takes ``max_tokens`` at most, and at most what the suffix leaves.
+    A hole sees only its own canvas: a suffix longer than half of it is truncated. The hole takes at most
+    ``max_tokens`` and at most what the suffix leaves.
     """
     held = model.tokenize(suffix, add_bos=False)[: n_canvas // 2]
     room = n_canvas - len(held)
@@ -137,7 +137,7 @@ def lay_out_suffix(model: DiffusionModel, suffix: str, max_tokens: int | None, n
 def lay_out_spans(
     model: DiffusionModel, text: str, spans: Sequence[tuple[int, int]], more_tokens: int, whole: bool
 ) -> Layout:
-    """Spans of a text as holes that begin with what stands there; each may get ``more_tokens`` longer."""
+    """Lay out spans of a text as holes that start from their current tokens, plus ``more_tokens`` each."""
     if not spans:
         raise ValueError("edit needs at least one span, (start, end) in characters")
     end_before = 0
@@ -163,7 +163,7 @@ def lay_out_spans(
 
 
 def prompt_of(model: DiffusionModel, layout: Layout, instruction: str | None) -> list[int]:
-    """An instruction as a user's message; without one, what stands before the first hole."""
+    """Prompt tokens: the instruction as a user message; without one, the text before the first hole."""
     if instruction is not None:
         return model.chat_prompt([{"role": "user", "content": instruction}])
     ids = model.tokenize(layout.head)
@@ -179,7 +179,7 @@ def prompt_of(model: DiffusionModel, layout: Layout, instruction: str | None) ->
 def prepare(
     model: DiffusionModel, layout: Layout, prompt: Sequence[int], options: GenerationOptions, n_ctx: int
 ) -> GenerationOptions:
-    """The options that generate this layout. Raises ContextOverflowError, ValueError."""
+    """Options that generate this layout. Raises ContextOverflowError, ValueError."""
     n_canvas = options.canvas_length or model.canvas_length
     resolved = model.resolve(options)
     needed = len(prompt) + -(-layout.n_tokens // n_canvas) * n_canvas
@@ -188,10 +188,10 @@ def prepare(
             f"a prompt of {len(prompt)} tokens and canvases for {layout.n_tokens} do not fit the context of"
             f" {n_ctx}: shorten the text or open the model with a larger n_ctx"
         )
-    return layout.options(options, n_canvas, resolved.eos or ())
+    return layout.options(options, n_canvas, resolved.eos_ids)
 
 
 def collect(layout: Layout, completion: Completion, tokenizer: Tokenizer) -> Infill:
-    """The result of a generation of ``prepare``'s options."""
+    """Build the result of a generation run with the options of ``prepare``."""
     text, holes = layout.read(completion.tokens.tolist(), tokenizer)
     return Infill(text, holes, completion)

@@ -1,17 +1,17 @@
-"""Where a text that only repeats itself begins to."""
+"""Repetition check: finds a text that has started to loop."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# A text ends in a loop when its last tokens, so many at least, are one block so many times over. No ordinary
-# list or table does: their lines differ. A matrix of zeros of this size would.
+# A text loops if at least its last _LOOP_TOKENS tokens are a block repeated at least _LOOP_PASSES times.
+# Ordinary lists and tables don't, since their lines differ; a matrix of zeros of this size would.
 _LOOP_TOKENS = 128
 _LOOP_PASSES = 4
 
 
 def loop_start(tokens: np.ndarray) -> int | None:
-    """Where the second pass of the loop begins that these tokens end in; None where they don't."""
+    """Index of the second repetition of the block that these tokens end with; None if they don't loop."""
     n = len(tokens)
     for period in range(1, n // _LOOP_PASSES + 1):
         n_equal = max(_LOOP_TOKENS, _LOOP_PASSES * period) - period

@@ -1,7 +1,7 @@
-"""Sessions in files: tokens and cache rows as safetensors, with what ties them to a model.
+"""Session files: tokens and KV cache as safetensors, tied to a model by a fingerprint.
 
-A file holds ``tokens`` (n,) int32 and, per layer, ``k.N`` and ``v.N`` (n_rows, row_bytes) uint8 in the
-cache's own type; its metadata the format's name, the cache type, and a fingerprint of the model.
+A file contains ``tokens`` (n,) int32 and, per layer, ``k.N`` and ``v.N`` (n_rows, row_bytes) uint8 in the
+cache's type. Its metadata holds the format name, the cache type and the model's fingerprint.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SAMPLE = 64
 
 
 def fingerprint(file: _native.GgufFile) -> str:
-    """Tells models apart: a digest of the tensors' names, types, shapes and first bytes."""
+    """Fingerprint of a model: a digest of the tensors' names, types, shapes and first bytes."""
     digest = hashlib.sha256()
     for tensor in file.tensors:
         digest.update(f"{tensor.name} {tensor.type} {tensor.shape}\0".encode("utf-8", "surrogateescape"))
@@ -34,9 +34,9 @@ def fingerprint(file: _native.GgufFile) -> str:
 
 
 def save(session: Session, path: Path) -> None:
-    """Write a session's tokens and cache; the file appears whole or not at all.
+    """Write a session's tokens and cache atomically.
 
-    Raises PyDiffusionError when it can't be written.
+    Raises PyDiffusionError if it can't be written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -55,8 +55,8 @@ def save(session: Session, path: Path) -> None:
 def load(session: Session, path: Path) -> None:
     """Fill a new session from a file.
 
-    Raises FileNotFoundError; ModelFormatError for a file that is no session of this model and cache type;
-    ContextOverflowError when the session is too short for it.
+    Raises FileNotFoundError; ModelFormatError for a file that is not a session of this model and cache type;
+    ContextOverflowError if the session's context is too short.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -71,11 +71,11 @@ def load(session: Session, path: Path) -> None:
         session._native.restore(tokens, rows)
     except (SafetensorError, ValueError, TypeError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelFormatError(f"{path}: no session that can be used here: {reason}") from error
+        raise ModelFormatError(f"{path}: not a usable session file: {reason}") from error
 
 
 def _array(file: Any, name: str, dtype: str) -> np.ndarray:
-    """An array, whose type is looked at before it is read: numpy hasn't got all that there are."""
+    """Read an array after checking its dtype: numpy lacks some that safetensors has."""
     found = file.get_slice(name).get_dtype()
     if found != dtype:
         raise ValueError(f"{name} is of type {found}, not {dtype}")

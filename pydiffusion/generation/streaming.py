@@ -1,23 +1,24 @@
-"""Text that arrives canvas by canvas, cut at stop strings wherever these lie."""
+"""Streaming: text of finished canvases, cut at stop strings even across canvas borders."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pydiffusion.chat.output_parser import Content, OutputParser, Part
+from pydiffusion.chat.output_parser import Content, OutputParser, Part, ends_in_thought
+from pydiffusion.options import GenerationOptions
 from pydiffusion.tokenizer import TextStream, Tokenizer
 from pydiffusion.tokenizer.markers import MARKERS
 
 
 class StopFilter:
-    """Cuts text that arrives in parts at the first stop string; its possible beginning is held back."""
+    """Cuts streamed text at the first stop string; a possible prefix of one is held back."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
         self._held = ""
 
     def feed(self, text: str, last: bool) -> tuple[str, bool]:
-        """The text to give out, and whether a stop string ended it. After the ``last`` none is held back."""
+        """Return the text to emit, and whether a stop string was hit. ``last``: hold nothing back."""
         buffer = self._held + text
         cuts = [at for at in map(buffer.find, self._stop) if at >= 0]
         if cuts:
@@ -28,7 +29,7 @@ class StopFilter:
         return text, False
 
     def _n_possible_stop(self, text: str) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         for n in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-n:]) for stop in self._stop):
@@ -37,10 +38,9 @@ class StopFilter:
 
 
 class AnswerStream:
-    """Turns the tokens of finished canvases into text that, once given out, stays.
+    """Converts the tokens of finished canvases into text that is final once emitted.
 
-    Held back until the next canvas: bytes of an unfinished character, and the beginning of a possible stop
-    string.
+    Bytes of an incomplete character and a possible prefix of a stop string are held back for the next canvas.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
@@ -49,13 +49,13 @@ class AnswerStream:
         self._filter = StopFilter(stop)
         self._ids: list[int] = []
         self._n_characters = 0
-        self.parts: list[Part] = []  # there are none in plain text
+        self.parts: list[Part] = []  # plain text has none
 
     def feed(self, ids: Iterable[int], last: bool) -> tuple[str, int, bool]:
-        """Take a canvas's tokens; after the ``last`` canvas nothing is held back.
+        """Add a canvas's tokens. ``last``: hold nothing back.
 
-        Returns the text to give out, how many of these tokens belong to the answer, and whether a stop
-        string ended it.
+        Returns the text to emit, the number of these tokens that belong to the answer, and whether a stop
+        string was hit.
         """
         n_before = len(self._ids)
         self._ids += map(int, ids)
@@ -68,7 +68,7 @@ class AnswerStream:
 
 
 class ContentStream(AnswerStream):
-    """As AnswerStream, for a chat whose answer has to be text of a given structure: all of it is content."""
+    """As AnswerStream, for a chat with constrained output: all of it is content."""
 
     def feed(self, ids: Iterable[int], last: bool) -> tuple[str, int, bool]:
         text, n_tokens, stopped = super().feed(ids, last)
@@ -77,13 +77,14 @@ class ContentStream(AnswerStream):
 
 
 class ChatStream:
-    """As AnswerStream, for a chat: thinking, answer and tool calls apart. Stop strings cut the answer only.
+    """As AnswerStream, for a chat: separates reasoning, answer and tool calls. Stop strings cut the answer
+    only.
 
-    ``parts`` are those that the last ``feed`` made clear.
+    ``parts``: the parts completed by the last ``feed``.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], in_thought: bool = False) -> None:
-        """in_thought: the prompt ended inside a thought (``output_parser.ends_in_thought``)."""
+        """in_thought: the prompt left a reasoning block open (``output_parser.ends_in_thought``)."""
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._in_thought = in_thought
@@ -94,7 +95,7 @@ class ChatStream:
         self.parts: list[Part] = []
 
     def feed(self, ids: Iterable[int], last: bool) -> tuple[str, int, bool]:
-        """As ``AnswerStream.feed``; the text is the answer's alone."""
+        """As ``AnswerStream.feed``; the text is the answer's only."""
         n_before = len(self._ids)
         self._ids += map(int, ids)
         self.parts, stopped = self._feed(self._ids[n_before:], last)
@@ -105,21 +106,21 @@ class ChatStream:
     def _feed(self, ids: Iterable[int], last: bool) -> tuple[list[Part], bool]:
         found: list[Part] = []
         for part in self._parser.feed(self._text.feed(ids, last=last), last=last):
-            is_content = isinstance(part, Content)
-            # What begins a stop string at the end of a text can't go on behind a thought or a call.
-            text, stopped = self._filter.feed(part.text if is_content else "", last=not is_content)
+            content = part.text if isinstance(part, Content) else None
+            # A stop string can't continue across a reasoning block or a tool call.
+            text, stopped = self._filter.feed(content or "", last=content is None)
             if text:
                 found.append(Content(text))
             if stopped:
                 return found, True
-            if not is_content:
+            if content is None:
                 found.append(part)
         if last and (rest := self._filter.feed("", last=True)[0]):
             found.append(Content(rest))
         return found, False
 
     def _count_to_stop(self) -> int:
-        """The tokens it takes to reach the stop string: fed again, one by one."""
+        """Number of tokens up to the stop string, found by feeding them again one by one."""
         again = ChatStream(self._tokenizer, self._stop, self._in_thought)
         for i, token_id in enumerate(self._ids):
             if again._feed([token_id], last=False)[1]:
@@ -127,14 +128,28 @@ class ChatStream:
         return len(self._ids)
 
 
+def chat_stream(
+    tokenizer: Tokenizer, options: GenerationOptions, prompt_end: str
+) -> ContentStream | ChatStream:
+    """Stream for the answer to a chat prompt. ValueError for constrained output inside a reasoning block."""
+    in_thought = ends_in_thought(prompt_end)
+    if options.is_structured:
+        if in_thought:
+            raise ValueError(
+                "the prompt ends inside a reasoning block: constrained output can't contain reasoning"
+            )
+        return ContentStream(tokenizer, ())
+    return ChatStream(tokenizer, options.stop, in_thought)
+
+
 def marker_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids of the markers that ``OutputParser`` reads: control tokens in some files, visible in others."""
+    """Ids of the markers that ``OutputParser`` needs: control tokens in some files, visible in others."""
     ids = map(tokenizer.token_id, MARKERS)
     return frozenset(token_id for token_id in ids if token_id is not None)
 
 
 def count_tokens(tokenizer: Tokenizer, ids: Iterable[int], n_characters: int) -> int:
-    """How many of the first tokens it takes to make so many characters of text."""
+    """Number of leading tokens that produce ``n_characters`` of text."""
     stream, made, n_tokens = TextStream(tokenizer), 0, 0
     for token_id in ids:
         if made >= n_characters:

@@ -1,25 +1,25 @@
-"""Ends that a caller may set to an answer beside its length: a budget for thinking, and repetition."""
+"""Thinking budget: limits the reasoning tokens of an answer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from pydiffusion.tokenizer import Tokenizer
-from pydiffusion.tokenizer.markers import CALL, CHANNEL, CHANNEL_END, NAMES, RESPONSE, TURN, TURN_END
+from pydiffusion.tokenizer.markers import CALL, CHANNEL, CHANNEL_END, CHANNEL_NAMES, RESPONSE, TURN, TURN_END
 
 
 def can_think(tokenizer: Tokenizer) -> bool:
-    """Whether the file has the markers that set thoughts apart."""
+    """Whether the vocabulary has the markers of reasoning blocks."""
     return None not in (tokenizer.token_id(CHANNEL), tokenizer.token_id(CHANNEL_END))
 
 
 class ThoughtBudget:
-    """Counts the tokens of thoughts over an answer's canvases, without their markers and their name."""
+    """Counts the reasoning tokens over an answer's canvases, without markers and channel name."""
 
     def __init__(self, tokenizer: Tokenizer, budget: int, prompt_end: Sequence[int]) -> None:
-        """prompt_end: the last tokens of the prompt, which may leave a thought open.
+        """prompt_end: the last tokens of the prompt, which may leave a reasoning block open.
 
-        Raises ValueError where the file has no markers of thinking.
+        Raises ValueError if the vocabulary has no reasoning markers.
         """
         begin, end = tokenizer.token_id(CHANNEL), tokenizer.token_id(CHANNEL_END)
         if begin is None or end is None:
@@ -28,17 +28,17 @@ class ThoughtBudget:
         others = map(tokenizer.token_id, (CALL, RESPONSE, TURN, TURN_END))
         self._ends = {end, *(token for token in others if token is not None)}
         self._thought_name, self._answer_name = (
-            tokenizer.tokenize(name + "\n", add_bos=False) for name in NAMES
+            tokenizer.tokenize(name + "\n", add_bos=False) for name in CHANNEL_NAMES
         )
         self._left = budget
-        self._block: list[int] | None = None  # tokens since the marker that opened one
+        self._block: list[int] | None = None  # tokens since the opening marker
         for token in prompt_end:
             self._follow(token)
         if self._block is not None:
-            self._left += self._n_counted()  # the prompt's own
+            self._left += self._n_counted()  # those of the prompt
 
     def cut(self, tokens: Sequence[int]) -> list[int] | None:
-        """Take a canvas. None while the budget holds, else the canvas up to there, its thought closed."""
+        """Count a canvas. Returns None within the budget, else the canvas truncated, its reasoning closed."""
         for i, token in enumerate(tokens):
             self._follow(token)
             if self._block is not None and self._n_counted() > self._left:
@@ -54,7 +54,7 @@ class ThoughtBudget:
             self._block = []
         elif self._block is not None:
             self._block.append(token)
-            if self._block == self._answer_name:  # an answer in a channel of its own
+            if self._block == self._answer_name:  # an answer in its own channel
                 self._block = None
 
     def _close(self) -> None:

@@ -1,4 +1,4 @@
-"""Token ids as callers give them, checked and as arrays."""
+"""Validation of token ids and prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
 def check_bos(tokenizer: Tokenizer, prompt: np.ndarray) -> None:
-    """PromptWarning for a prompt whose bos is missing or doubled, at the line that called this package."""
+    """Warn (PromptWarning) about a missing or doubled bos, at the line that called this package."""
     flaw = tokenizer.bos_flaw(prompt[:2].tolist())
     if flaw is None:
         return
@@ -32,20 +32,20 @@ def check_bos(tokenizer: Tokenizer, prompt: np.ndarray) -> None:
 
 
 def cut_at_eos(tokens: np.ndarray, eos: np.ndarray) -> np.ndarray:
-    """The tokens before the first that is an eos."""
+    """Truncate at the first eos."""
     ends = np.flatnonzero(np.isin(tokens, eos))
     return tokens[: ends[0]] if len(ends) else tokens
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two sequences have in common at their beginning."""
+    """Length of the common prefix of two token sequences."""
     n = min(len(a), len(b))
     differing = np.flatnonzero(a[:n] != b[:n])
     return int(differing[0]) if len(differing) else n
 
 
 def token_array(ids: TokenIds, n_vocab: int) -> npt.NDArray[np.int32]:
-    """Token ids as contiguous int32 (n,). TypeError for what are no integers, ValueError out of range."""
+    """Token ids as contiguous int32 (n,). TypeError unless they are integers, ValueError out of range."""
     array = np.asarray(ids)
     if array.ndim != 1:
         raise ValueError(f"token ids must be one-dimensional; these have the shape {array.shape}")

@@ -1,1 +1,1 @@
-"""OpenAI's API: requests, responses and errors, without HTTP."""
+"""OpenAI's API without HTTP: requests, responses, errors."""

@@ -1,4 +1,4 @@
-"""From the scheduler's reports to OpenAI's objects: whole answers and the chunks of streams."""
+"""Build OpenAI's response objects and stream chunks from the scheduler's reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Json = dict[str, Any]
 
 
 class _Choice:
-    """One answer in the making."""
+    """State of one choice."""
 
     def __init__(self, n_prompt: int) -> None:
         self.n_prompt = n_prompt
@@ -29,7 +29,7 @@ class _Choice:
         self.n_tokens = 0
         self.canvas_steps: list[int] = []
         self.text = ""
-        self.tokens: list[int] = []  # kept for texts with holes only
+        self.tokens: list[int] = []  # kept for infill only
         self.message = ChatMessage()
         self.end: EndEvent | None = None
 
@@ -46,7 +46,7 @@ class _Choice:
 
 
 class Answer:
-    """All choices of a request. Feed it the reports; ``chunks`` of them, and in the end ``whole``."""
+    """Response to a request with all its choices: ``chunks`` when streaming, else ``take`` and ``whole``."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Answer:
         *,
         chat: bool,
     ) -> None:
-        """prompts: of every choice.  heads: texts in front of the answers (echo)."""
+        """prompts: one per choice.  heads: text to prepend to each answer (echo)."""
         self._request = request
         self._tokenizer = tokenizer
         self._chat = chat
@@ -72,10 +72,10 @@ class Answer:
             "system_fingerprint": None,
         }
 
-    # Whole
+    # Without streaming
 
     def take(self, i_choice: int, report: Report) -> None:
-        """Take a report of a request that does not stream."""
+        """Add a report of a request that does not stream."""
         choice = self._choices[i_choice]
         choice.take(report)
         if isinstance(report, CanvasEvent):
@@ -83,7 +83,7 @@ class Answer:
                 choice.message.add(part)
 
     def whole(self) -> Json:
-        """The answer."""
+        """The complete response."""
         return self._fields | {
             "object": "chat.completion" if self._chat else "text_completion",
             "choices": [self._whole_choice(i) for i in range(len(self._choices))],
@@ -103,7 +103,7 @@ class Answer:
         return self._piece(i, self._heads[i] + choice.text, FINISH_REASONS[choice.end.reason])
 
     def _filled(self, i: int) -> Json:
-        """A text whose holes are filled; of a completion with a suffix, what stands before the suffix."""
+        """The filled text; for a completion with a suffix, the text before the suffix."""
         layout = self._request.layout
         assert layout is not None
         text, holes = layout.read(self._choices[i].tokens, self._tokenizer)
@@ -111,10 +111,10 @@ class Answer:
             return self._piece(i, text, "stop") | {"holes": list(holes)}
         return self._piece(i, self._heads[i] + holes[0], "stop")
 
-    # Streamed
+    # Streaming
 
     def chunks(self, i_choice: int, report: Report) -> Iterator[Json]:
-        """The chunks that a report makes."""
+        """Yield the chunks for a report."""
         choice = self._choices[i_choice]
         choice.take(report)
         if isinstance(report, Prefilled):
@@ -132,7 +132,7 @@ class Answer:
         elif isinstance(report, EndEvent):
             if self._chat:
                 last = self._part(i_choice, {}, choice.message.finish_reason(report.reason))
-            elif self._request.layout is not None:  # no part of it is settled before all of it is
+            elif self._request.layout is not None:  # infill has no partial text
                 last = self._filled(i_choice)
             else:
                 last = self._piece(i_choice, "", FINISH_REASONS[report.reason])
@@ -140,7 +140,7 @@ class Answer:
             yield self._chunk(last) | ({"diffusion": self._figures()} if done else {})
 
     def usage_chunk(self) -> Json | None:
-        """The last chunk, where the request asked for it."""
+        """The final usage chunk, if requested."""
         if not self._request.include_usage:
             return None
         return self._chunk() | {"usage": self._usage()}
@@ -163,7 +163,7 @@ class Answer:
     # Figures
 
     def _usage(self) -> Json:
-        # Choices of one prompt share it, as they share its cache: it is counted once.
+        # Choices of one prompt share its cache, so it is counted once.
         n_choices = len(self._request.options)
         firsts = self._choices[::n_choices]
         n_prompt = sum(choice.n_prompt for choice in firsts)

@@ -1,4 +1,4 @@
-"""A denoising step as an event for clients that show the canvas come into focus."""
+"""Draft events: a denoising step for clients that display the canvas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MARKERS = frozenset(MARKERS)
 
 
 def draft_fields(i_choice: int, event: DraftEvent, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The step: its draft by position, which positions are settled, their entropies (nats, 3 decimals)."""
+    """Serialize a step: text, acceptance and entropy (nats, 3 decimals) of each position."""
     return {
         "type": "draft",
         "index": i_choice,
@@ -30,9 +30,9 @@ def draft_fields(i_choice: int, event: DraftEvent, tokenizer: Tokenizer) -> dict
 
 
 def pieces(tokens: np.ndarray, tokenizer: Tokenizer) -> list[str]:
-    """The text of each position; nothing for control tokens and markers.
+    """Text of each position, empty for control tokens and markers.
 
-    Bytes of one character stand together at the first of their positions.
+    A character of several byte tokens is at the position of the first.
     """
     texts: list[str] = []
     run = b""

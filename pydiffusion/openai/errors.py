@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API tells them: a status and ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors of OpenAI's API: a status and ``{"error": {"message", "type", "param", "code"}}``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """A request that gets an error for an answer."""
+    """An error response to a request."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        """param: the request's field at fault.  code: OpenAI's word for the case."""
+        """param: the invalid field of the request.  code: OpenAI's error code."""
         super().__init__(message)
         self.status = status
         self.message = message
@@ -47,12 +47,12 @@ class ApiError(Exception):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """A request that can't be served as it stands (400)."""
+    """An invalid request (400)."""
     return ApiError(400, message, param=param, code=code)
 
 
 def from_exception(error: BaseException) -> ApiError:
-    """What a client is told about an exception of the library. What nobody foresaw goes to the log."""
+    """Convert an exception of the library; unexpected ones are logged."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextOverflowError):

@@ -1,4 +1,4 @@
-"""The shape of a chat's messages and tools, checked before a template sees them."""
+"""Validate messages and tools of a request before they reach a chat template."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages, of the right shape. Raises ApiError naming the first that is wrong."""
+    """Validate messages. Raises ApiError naming the first invalid one."""
     if not isinstance(messages, list) or not messages:
         raise invalid("messages must be an array of at least one message", "messages")
     for i, message in enumerate(messages):
@@ -30,8 +30,8 @@ def _check(message: Any, where: str) -> None:
             _check_part(part, f"{where}.content[{i}]")
     elif content is not None and not isinstance(content, str):
         raise invalid(f"{where}.content must be a string or an array of parts", f"{where}.content")
-    # An assistant may have said nothing: it thought, or called a tool. Elsewhere a null is empty text, but a
-    # field that is not there is more likely a name misspelt.
+    # An assistant may have no content: it reasoned or called a tool. In other roles null is empty text, but a
+    # missing field is more likely a misspelt name.
     if role != "assistant" and "content" not in message:
         raise invalid(f"{where}.content is missing", f"{where}.content")
     if message.get("tool_calls") is not None:
@@ -68,7 +68,7 @@ def _check_calls(calls: Any, where: str) -> None:
 
 
 def check_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """The tools, None where there are none. Raises ApiError naming the first that is wrong."""
+    """Validate tools; None if there are none. Raises ApiError naming the first invalid one."""
     if tools is None:
         return None
     if not isinstance(tools, list):

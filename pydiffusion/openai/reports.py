@@ -1,4 +1,4 @@
-"""What a request in progress reports, from which its answer is made."""
+"""Reports of a request in progress, from which its response is built."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .errors import ApiError
 
 @dataclass(frozen=True)
 class Prefilled:
-    """The prompt of a run is in the cache, of which ``n_cached`` tokens were there already."""
+    """The prompt of a run is in the cache; ``n_cached`` tokens were reused."""
 
     n_cached: int
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The request ends here, with this error."""
+    """The request failed with this error."""
 
     error: ApiError
 
@@ -29,5 +29,5 @@ class Finished:
     """All runs of the request are done."""
 
 
-# What a job reports, with the number of the run that it is about.
+# Reported together with the index of the run.
 Report: TypeAlias = Prefilled | Event | Failed | Finished

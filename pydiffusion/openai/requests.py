@@ -1,4 +1,4 @@
-"""What a request's body may hold: each field acts, is refused by name, or is in the table of ignored ones."""
+"""Parse request bodies: every field is used, rejected by name, or listed as ignored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydiffusion.options import GenerationOptions
 
 from .errors import ApiError, invalid
 from .messages import check_messages, check_tools
-from .response_format import infill_layout, structure_options, suffix_layout
+from .response_format import constraint_options, infill_layout, suffix_layout
 from .responses import no_thinking, token_limit
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_CHOICES = 16
 MAX_STOPS = 16
 
-# Sent by most clients whether or not anybody chose them; none can change what a diffusion sampler does.
+# Sent by most clients by default; they have no meaning for a diffusion sampler.
 IGNORED: dict[str, tuple[type, ...]] = {
     "temperature": (int, float),
     "top_p": (int, float),
@@ -40,7 +40,7 @@ IGNORED: dict[str, tuple[type, ...]] = {
     "verbosity": (str,),
 }
 
-# Known to OpenAI, not served: permitted only with the values that ask for nothing.
+# Fields of OpenAI's API that are not supported: allowed only with values that request nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "top_logprobs": (0,),
@@ -72,7 +72,7 @@ _EFFORTS = (*_NO_THINKING, "minimal", "low", "medium", "high", "xhigh")
 
 @dataclass
 class Request:
-    """A checked request; ``options`` has one entry per choice that each prompt asks for."""
+    """A validated request; ``options`` has one entry per choice of each prompt."""
 
     stream: bool
     include_usage: bool
@@ -86,7 +86,7 @@ class Request:
 @dataclass
 class ChatRequest(Request):
     messages: list[dict[str, Any]]
-    variables: dict[str, Any] = field(default_factory=dict)  # for the template
+    variables: dict[str, Any] = field(default_factory=dict)  # template variables
     one_call: bool = False
 
 
@@ -102,13 +102,13 @@ class InfillRequest(Request):
 
 
 def chat_request(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> ChatRequest:
-    """Check the body of /v1/chat/completions. Raises ApiError."""
+    """Validate the body of /v1/chat/completions. Raises ApiError."""
     fields, ignored = _fields(body, _CHAT)
     _check_model(fields, names)
     tools = check_tools(fields.get("tools"))
     variables = _template_variables(fields)
     variables["tools"] = tools if _wants_tools(fields) else None
-    if structure_options(fields):
+    if constraint_options(fields):
         _check_plain_chat(variables)
         variables["enable_thinking"] = False
     elif variables.get("enable_thinking") is False:
@@ -124,7 +124,7 @@ def chat_request(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> Ch
 
 
 def completion_request(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> CompletionRequest:
-    """Check the body of /v1/completions. Raises ApiError."""
+    """Validate the body of /v1/completions. Raises ApiError."""
     fields, ignored = _fields(body, _COMPLETION)
     _check_model(fields, names)
     prompts = _prompts(fields.get("prompt"), model)
@@ -146,7 +146,7 @@ def completion_request(body: Any, model: DiffusionModel, names: tuple[str, ...])
 
 
 def infill_request(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> InfillRequest:
-    """Check the body of /v1/infill. Raises ApiError."""
+    """Validate the body of /v1/infill. Raises ApiError."""
     fields, ignored = _fields(body, _INFILL)
     _check_model(fields, names)
     layout, prompt = infill_layout(model, fields)
@@ -173,7 +173,7 @@ def _check_plain_chat(variables: Mapping[str, Any]) -> None:
 
 
 def _fields(body: Any, known: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
-    """The fields that say something, and the names of those that are ignored."""
+    """The fields with a value, and the names of those that are ignored."""
     if not isinstance(body, dict):
         raise invalid("The body must be a JSON object.")
     fields: dict[str, Any] = {}
@@ -212,7 +212,7 @@ def _check_model(fields: Mapping[str, Any], names: tuple[str, ...]) -> None:
         )
 
 
-def _stream_options(fields: Mapping[str, Any]) -> dict[str, bool]:
+def _stream_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     stream = _flag(fields, "stream", False)
     given = fields.get("stream_options", {})
     if not isinstance(given, dict):
@@ -234,11 +234,11 @@ def _stream_options(fields: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _options(fields: Mapping[str, Any], model: DiffusionModel) -> list[GenerationOptions]:
-    """The options of each choice, with nothing left open."""
+    """The resolved options of each choice."""
     stop = fields.get("stop", ())
     if isinstance(stop, list) and len(stop) > MAX_STOPS:
         raise invalid(f"stop has {len(stop)} strings; permitted are {MAX_STOPS}", "stop")
-    choices = structure_options(fields)
+    choices = constraint_options(fields)
     choices["stop"] = stop
     try:
         limit = token_limit(fields.get("max_tokens"), fields.get("max_completion_tokens"))
@@ -249,7 +249,7 @@ def _options(fields: Mapping[str, Any], model: DiffusionModel) -> list[Generatio
 
 
 def _options_around(fields: Mapping[str, Any], model: DiffusionModel) -> list[GenerationOptions]:
-    """Those of each choice of a text that has its place between others: open until its prompt is known."""
+    """Options of each choice of an infill request, unresolved until its prompt is known."""
     for name in ("stop", "response_format", "regex", *_LIMITS):
         if fields.get(name) not in (None, [], {"type": "text"}):
             raise invalid(f"{name} can't be combined with suffix by this server", name, "unsupported_value")
@@ -321,7 +321,7 @@ def _prompts(prompt: Any, model: DiffusionModel) -> list[str | list[int]]:
             raise invalid("prompt must be a string, token ids, or an array of either", "prompt")
         for token in entry:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < model.n_vocab:
-                raise invalid(f"prompt holds {token!r}, which is no token id"[:200], "prompt")
+                raise invalid(f"prompt holds {token!r}, which is not a token id"[:200], "prompt")
     return prompt
 
 

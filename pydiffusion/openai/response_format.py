@@ -1,4 +1,4 @@
-"""What a request asks of the text beyond the model's wish: a structure, or a text around it."""
+"""Constrained output (``response_format``, ``regex``) and infill layouts of a request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
 
 
-def structure_options(fields: Mapping[str, Any]) -> dict[str, Any]:
+def constraint_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     """``json_schema`` or ``regex`` of GenerationOptions, from ``response_format`` or ``regex``."""
     options: dict[str, Any] = {}
     if "response_format" in fields:
@@ -37,8 +37,8 @@ def structure_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def check_structure(model: DiffusionModel, options: GenerationOptions, n_prompt: int, param: str) -> None:
-    """Make the automaton, which the model keeps. Raises ApiError for what can't be guaranteed."""
+def check_constraint(model: DiffusionModel, options: GenerationOptions, n_prompt: int, param: str) -> None:
+    """Compile the automaton, which the model caches. Raises ApiError if it is unsupported or too long."""
     if not options.is_structured:
         return
     try:
@@ -56,7 +56,7 @@ def check_structure(model: DiffusionModel, options: GenerationOptions, n_prompt:
 
 
 def suffix_layout(model: DiffusionModel, fields: Mapping[str, Any]) -> Layout | None:
-    """The layout of a completion with a ``suffix``, or None without one."""
+    """Layout of a completion with a ``suffix``, or None without one."""
     suffix = fields.get("suffix", "")
     if not isinstance(suffix, str):
         raise invalid("suffix must be a string", "suffix", "invalid_type")
@@ -69,7 +69,7 @@ def suffix_layout(model: DiffusionModel, fields: Mapping[str, Any]) -> Layout | 
 
 
 def infill_layout(model: DiffusionModel, fields: Mapping[str, Any]) -> tuple[Layout, list[int]]:
-    """The layout of a text with holes, and its prompt."""
+    """Layout of a text with holes, and its prompt tokens."""
     for name in ("text", "instruction"):
         if not isinstance(fields.get(name, ""), str):
             raise invalid(f"{name} must be a string", name, "invalid_type")
@@ -80,14 +80,14 @@ def infill_layout(model: DiffusionModel, fields: Mapping[str, Any]) -> tuple[Lay
         return layout, prompt_of(model, layout, instruction)
     except ValueError as error:
         raise invalid(str(error)[:300], "hole_tokens" if "hole_tokens" in str(error) else "text") from None
-    except Exception as error:  # the template's, as a rule
+    except Exception as error:  # usually from the chat template
         raise from_exception(error) from None
 
 
 def held_options(
     model: DiffusionModel, layout: Layout, prompt: list[int], options: list[GenerationOptions]
 ) -> list[GenerationOptions]:
-    """The options of every choice, resolved, with the layout's canvases. Raises ApiError."""
+    """Resolve the options of every choice with the layout's canvases. Raises ApiError."""
     try:
         held = [prepare(model, layout, prompt, each, model.n_ctx) for each in options]
         return [model.resolve(each) for each in held]

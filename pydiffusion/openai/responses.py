@@ -1,8 +1,8 @@
-"""Completions in the shapes of OpenAI's API and llama-cpp-python: plain dicts, or an iterator of chunks.
+"""Completions in the format of OpenAI's API and llama-cpp-python: plain dicts, or an iterator of chunks.
 
-A stream has one chunk per finished canvas (of a chat: one for each part of it, thinking, answer, tool call).
-Beside the usual fields, an answer and the last chunk of a stream carry ``"diffusion"``: ``steps``,
-``canvas_steps``, ``seed`` and ``timings``.
+A stream has one chunk per finished canvas (in a chat, one per part of it: reasoning, answer, tool call). A
+response and the last chunk of a stream also have ``"diffusion"``: ``steps``, ``canvas_steps``, ``seed`` and
+``timings``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
     from pydiffusion.session import Session
 
-# What callers of other libraries send by habit, and what to give instead.
+# Parameters of other libraries, and what to use instead.
 _FOREIGN = {
     "temperature": "a diffusion sampler has t_min and t_max",
     "top_p": "a diffusion sampler has entropy_bound",
@@ -36,9 +36,9 @@ FINISH_REASONS = {
     "eos": "stop", "stop": "stop", "repetition": "stop", "length": "length", "context": "length",
 }  # fmt: skip
 
-# What nothing but an object satisfies: the mode of OpenAI's that came before schemas.
+# JSON mode, which predates schemas: any object.
 _JSON_OBJECT = {"type": "object"}
-# What may stand in a response_format beside its type.
+# response_format type -> other allowed fields.
 _FORMAT_TO_FIELDS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema",)}
 
 Chunk = dict[str, Any]
@@ -58,14 +58,14 @@ def create_completion(
     session: Session | None = None,
     **options: Any,
 ) -> Chunk | Iterator[Chunk]:
-    """Continue a prompt.
+    """Complete a prompt.
 
-    max_tokens: None or -1 goes on until eos or the end of the context.
-    echo: put the prompt in front of the text.
+    max_tokens: None or -1 generates until eos or the end of the context.
+    echo: prepend the prompt to the text.
     stream: return an iterator of chunks.
-    model: the name that the answer carries; session: see ``DiffusionModel.generate``.
+    model: model name in the response; session: see ``DiffusionModel.generate``.
     options: the other fields of GenerationOptions.
-    Raises TypeError for a parameter it doesn't know, ValueError for a value out of range.
+    Raises TypeError for an unknown parameter, ValueError for a value out of range.
     """
     chosen = _options(diffusion_model, max_tokens, stop, seed, options)
     frame = _Frame("cmpl", "text_completion", "text_completion", model or diffusion_model.name)
@@ -108,15 +108,16 @@ def create_chat_completion(
     session: Session | None = None,
     **options: Any,
 ) -> Chunk | Iterator[Chunk]:
-    """Answer messages, ``{"role": ..., "content": ...}``, through the model's own chat template.
+    """Answer messages, ``{"role": ..., "content": ...}``, with the model's chat template.
 
-    tools, enable_thinking, chat_template_kwargs: handed to the template. With enable_thinking=False a thought
-    that the model begins all the same is closed at once (``thinking_budget=0``).
-    max_tokens or, by its newer name, max_completion_tokens: None or -1 goes on until eos or the end of the
-    context; of both, the smaller counts.
-    response_format: as OpenAI's, or with a schema as llama-cpp-python's; the other way to give json_schema.
-    The others as for ``create_completion``; stop strings cut the answer, not the thinking.
-    What the model's markers set apart arrives apart: ``content``, ``reasoning_content``, ``tool_calls``.
+    tools, enable_thinking, chat_template_kwargs: passed to the template. With enable_thinking=False,
+        reasoning that the model starts anyway is closed at once (``thinking_budget=0``).
+    max_tokens, max_completion_tokens: None or -1 generates until eos or the end of the context; of both, the
+        smaller applies.
+    response_format: as in OpenAI's API, or with a schema as in llama-cpp-python; an alternative to
+        json_schema.
+    Other parameters as for ``create_completion``; stop strings apply to the answer only.
+    The response separates ``content``, ``reasoning_content`` and ``tool_calls``.
     """
     max_tokens = token_limit(max_tokens, max_completion_tokens)
     if response_format is not None:
@@ -138,12 +139,12 @@ def create_chat_completion(
     events = session.generate_chat(chosen)
     if stream:
         return _stream_chat(frame, events)
-    canvases = [event for event in events if not isinstance(event, DraftEvent)]
-    end = canvases.pop()
+    finished = [event for event in events if not isinstance(event, DraftEvent)]
+    end = finished.pop()
     assert isinstance(end, EndEvent)  # the last event, always
+    canvases = [event for event in finished if isinstance(event, CanvasEvent)]
     message = ChatMessage()
     for canvas in canvases:
-        assert isinstance(canvas, CanvasEvent)
         for part in canvas.parts:
             message.add(part)
     choice = {"index": 0, "message": message.as_dict(), "logprobs": None}
@@ -154,7 +155,7 @@ def create_chat_completion(
 
 
 def token_limit(max_tokens: Any, max_completion_tokens: Any) -> int | None:
-    """The smaller one; None where neither is a limit, which None and -1 are not. ValueError for no number."""
+    """The smaller limit; None and -1 mean no limit. Raises ValueError for anything but an integer."""
     limits = []
     for name, value in (("max_tokens", max_tokens), ("max_completion_tokens", max_completion_tokens)):
         if value is None or value == -1:
@@ -167,10 +168,10 @@ def token_limit(max_tokens: Any, max_completion_tokens: Any) -> int | None:
 
 
 def schema_of(response_format: Any) -> Any:
-    """The JSON schema that an answer has to satisfy, None for any text.
+    """The JSON schema of a ``response_format``, None for any text. Raises ValueError.
 
-    ``{"type": "text"}``, ``{"type": "json_object"}``, ``{"type": "json_schema", "json_schema": {"schema":
-    ...}}`` as of OpenAI, and as of llama.cpp ``{"type": "json_object", "schema": ...}``. Raises ValueError.
+    Accepts OpenAI's ``{"type": "text"}``, ``{"type": "json_object"}`` and ``{"type": "json_schema",
+    "json_schema": {"schema": ...}}``, and llama.cpp's ``{"type": "json_object", "schema": ...}``.
     """
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if not isinstance(kind, str) or kind not in _FORMAT_TO_FIELDS:
@@ -183,7 +184,7 @@ def schema_of(response_format: Any) -> Any:
         return None
     if kind == "json_object":
         where, schema = "schema", response_format.get("schema")
-        if schema is None or schema == {}:  # which says nothing
+        if schema is None or schema == {}:  # any object
             return _JSON_OBJECT
     else:
         given = response_format.get("json_schema")
@@ -194,15 +195,15 @@ def schema_of(response_format: Any) -> Any:
 
 
 def no_thinking(model: DiffusionModel, options: Mapping[str, Any]) -> dict[str, Any]:
-    """These options with thoughts closed at once, where they don't say otherwise and there may be any."""
-    structured = options.get("json_schema") is not None or options.get("regex") is not None
-    if structured or not can_think(model.tokenizer):
+    """Set the thinking budget to 0, unless the options set it or the model can't reason here."""
+    constrained = options.get("json_schema") is not None or options.get("regex") is not None
+    if constrained or not can_think(model.tokenizer):
         return dict(options)
     return {"thinking_budget": 0, **options}
 
 
 def diffusion_figures(canvas_steps: list[int], end: EndEvent) -> dict[str, Any]:
-    """What an answer tells beside OpenAI's fields."""
+    """The ``diffusion`` field of a response."""
     return {
         "steps": sum(canvas_steps),
         "canvas_steps": canvas_steps,
@@ -212,7 +213,7 @@ def diffusion_figures(canvas_steps: list[int], end: EndEvent) -> dict[str, Any]:
 
 
 class ChatMessage:
-    """An assistant's message as its parts arrive; ``add`` returns the part as a stream's delta."""
+    """Accumulates an assistant message; ``add`` returns the part as a stream delta."""
 
     def __init__(self) -> None:
         self._content = ""
@@ -236,11 +237,11 @@ class ChatMessage:
 
     @property
     def reasoning(self) -> str:
-        """The thinking so far."""
+        """The reasoning so far."""
         return self._reasoning
 
     def as_dict(self) -> dict[str, Any]:
-        """The message. Its content is None where there are only tool calls."""
+        """The message; content is None if there are only tool calls."""
         content = None if self.tool_calls and not self._content.strip() else self._content
         message: dict[str, Any] = {"role": "assistant", "content": content}
         if self._reasoning:
@@ -250,7 +251,7 @@ class ChatMessage:
         return message
 
     def finish_reason(self, reason: str) -> str:
-        """OpenAI's word for the reason that an EndEvent gives."""
+        """OpenAI's finish_reason for an ``EndEvent.reason``."""
         finish_reason = FINISH_REASONS[reason]
         return "tool_calls" if self.tool_calls and finish_reason == "stop" else finish_reason
 
@@ -272,7 +273,7 @@ def _options(
 
 
 class _Frame:
-    """What is the same in all parts of one answer."""
+    """Fields shared by all chunks of a response."""
 
     def __init__(self, id_prefix: str, answer_object: str, chunk_object: str, model: str) -> None:
         self._fields = {"id": f"{id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}

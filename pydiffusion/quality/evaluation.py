@@ -1,10 +1,12 @@
-"""``evaluate``: what quantization did to denoising, measured against a better file of the same model.
+"""``evaluate``: quality loss by quantization, as KL divergence over denoising against a reference file.
 
-For each prompt the reference writes an answer; its first canvas is the clean text. Noise replaces each token
-of it by a random one with probability t, and both models denoise the same canvas behind the same prompt,
-first without self-conditioning, then with the reference's logits as conditioning. So every figure compares
-two distributions for the same input; errors don't add up over steps, and both early steps (t near 1) and late
-ones (small t) count. What adds up is seen in whole generations with the same seeds: steps, and solved tasks.
+For each prompt the reference generates an answer; its first canvas is the clean text. Noise replaces each of
+its tokens by a random one with probability t, and both models denoise the same canvas after the same prompt,
+first without self-conditioning, then conditioned on the reference's logits. So every number compares two
+distributions for the same
+input: errors don't accumulate over steps, and both early steps (t near 1) and late ones (small t) are
+    covered.
+Accumulated errors show in whole generations with equal seeds: steps and solved tasks.
 """
 
 from __future__ import annotations
@@ -14,25 +16,25 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pydiffusion import _native
+from pydiffusion import ConversionError, _native
 from pydiffusion.convert.gguf.report import ConversionProgress
-from pydiffusion.errors import ConversionError
 
 NOISE = (0.1, 0.4, 0.7, 1.0)
 MAX_TOKENS = 144  # enough for every task of the demo model
-_ROWS = 16  # positions in work at a time: a vocabulary of 262144 in float64 is 2 MB for each
-_KEPT_BYTES = 256 << 20  # of the reference's logits, while several files are measured
+_ROWS = 16  # positions processed at a time: a vocabulary of 262144 in float64 is 2 MB for each
+_KEPT_BYTES = 256 << 20  # of the reference's logits, if several files are evaluated
 _TASK_SEED = 20261101
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Over positions: KL(reference || file) in nats, and the share of equal most likely tokens."""
+    """Agreement over positions: KL(reference || file) in nats, and top-1 agreement."""
 
     noise: float
     self_conditioning: bool
@@ -44,10 +46,10 @@ class Agreement:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """``mean_kl`` and the like are over all of ``agreements``; steps are means per canvas.
+    """Result of an evaluation. ``mean_kl`` etc. are over all of ``agreements``; steps are means per canvas.
 
-    ``solved`` and ``reference_solved`` are shares of the demo model's tasks, None for other prompts.
-    ``same_answers`` is the share of prompts whose whole answers are equal with equal seeds.
+    ``solved`` and ``reference_solved``: fraction of the demo model's tasks, None for other prompts.
+    ``same_answers``: fraction of prompts whose answers are equal with equal seeds.
     """
 
     file: Path
@@ -71,7 +73,7 @@ class EvaluationReport:
 
 @dataclass(frozen=True)
 class _Answer:
-    canvas: np.ndarray  # the first canvas as it ended
+    canvas: np.ndarray  # the final first canvas
     steps: tuple[int, ...]
     tokens: tuple[int, ...]
     text: str
@@ -89,22 +91,25 @@ def evaluate(
     n_threads: int | None = None,
     progress: Callable[[ConversionProgress], None] | None = None,
 ) -> EvaluationReport:
-    """Compare a file with a reference, best an f32 or bf16 file, of the same model.
+    """Compare a file with a reference file of the same model, preferably f32 or bf16.
 
     Args:
-        prompts: users' messages (plain text where the file has no chat template); None takes held-out tasks
-            of the demo model, and checks the answers.
+        prompts: user messages (plain text if the file has no chat template); None uses held-out tasks of the
+            demo model and checks the answers.
         noise: probabilities with which tokens are replaced, each in (0, 1].
-        max_tokens: of each answer.
-        steps: per canvas of an answer at most; None takes the files' own.
+        max_tokens: maximum tokens per answer.
+        steps: maximum steps per canvas of an answer; None uses the files' default.
 
     Raises:
-        ConversionError: the files are of different vocabularies or canvases.
-        ValueError: no prompts, a noise out of range.
+        ConversionError: the files differ in vocabulary or canvas length.
+        ValueError: no prompts, a noise level out of range.
         Other PyDiffusionErrors: a file can't be loaded, a prompt does not fit its context.
     """
-    choices = {"noise": noise, "max_tokens": max_tokens, "steps": steps, "seed": seed, "n_threads": n_threads}
-    return evaluate_family([file], reference, prompts, progress=progress, **choices)[0]
+    reports = evaluate_family(
+        [file], reference, prompts, noise=noise, max_tokens=max_tokens, steps=steps, seed=seed,
+        n_threads=n_threads, progress=progress,
+    )  # fmt: skip
+    return reports[0]
 
 
 def evaluate_family(
@@ -123,7 +128,7 @@ def evaluate_family(
 
     Args and Raises: as ``evaluate``; ValueError too for no files.
     """
-    from pydiffusion import DiffusionModel  # which takes more to import than conversions need
+    from pydiffusion import DiffusionModel  # slow to import, and not needed for conversions
 
     tasks = None if prompts is not None else demo_prompts()
     texts = [prompt for _, prompt in tasks] if tasks is not None else list(prompts or ())
@@ -133,7 +138,8 @@ def evaluate_family(
         raise ValueError("there are no files to evaluate")
     if not noise or not all(0 < t <= 1 for t in noise):
         raise ValueError(f"noise is {tuple(noise)}; levels are probabilities above 0, up to 1")
-    reports, total = [], len(files) * len(texts)
+    reports: list[EvaluationReport] = []
+    total = len(files) * len(texts)
     with DiffusionModel(reference, n_threads=n_threads) as ours:
         known = _Reference(ours, len(texts) if len(files) > 1 else 0)
         for path in files:
@@ -146,7 +152,7 @@ def evaluate_family(
                         done = len(reports) * len(texts) + index + 1
                         title = text.strip().partition("\n")[0][:40]
                         progress(ConversionProgress("evaluate", title, done, total))
-                # A padded file has weights that the reference lacks: zeros, which get no credit.
+                # A padded file has additional zero weights, which don't count.
                 n_weights = min(model.description["n_weights"] for model in (ours, theirs))
                 bits = 8 * sum(theirs.description["weight_types"].values()) / n_weights
             reports.append(run.report(Path(path), Path(reference), tasks, bits))
@@ -154,7 +160,7 @@ def evaluate_family(
 
 
 def demo_prompts(n_puzzles: int = 12, n_each: int = 4) -> list[tuple[str, str]]:
-    """(task, prompt) of held-out examples of the demo model's tasks."""
+    """Held-out examples of the demo model's tasks as (task, prompt)."""
     from pydiffusion.demo import puzzles, tasks
 
     examples = [("sudoku", tasks.sudoku_prompt(puzzle)) for puzzle, _ in puzzles()[:n_puzzles]]
@@ -174,11 +180,13 @@ def _require_same_tokens(reference: Any, model: Any) -> None:
             )
     key = "tokenizer.ggml.tokens"
     if reference.metadata.get(key) != model.metadata.get(key):
-        raise ConversionError(f"{model.path}: its tokens are not those of {reference.path}")
+        raise ConversionError(f"{model.path}: its tokens differ from those of {reference.path}")
 
 
 def compare_logits(reference: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per row of (n, n_vocab): KL(softmax(reference) || softmax(logits)) in nats; do the argmaxes agree."""
+    """Per row of (n, n_vocab): KL(softmax(reference) || softmax(logits)) in nats, and whether the argmaxes
+    agree.
+    """
     kl = np.empty(len(reference))
     for start in range(0, len(reference), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -193,7 +201,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 class _Reference:
-    """The reference model, and of what it computed as much as is needed again and fits."""
+    """The reference model, with a bounded cache of its answers and logits."""
 
     def __init__(self, model: Any, n_kept: int):
         self.model, self._n_kept = model, n_kept
@@ -202,13 +210,13 @@ class _Reference:
         self._room = _KEPT_BYTES
 
     def answer(self, index: int, generate: Callable[[], _Answer]) -> _Answer:
-        """Its answer to a prompt."""
+        """Answer to a prompt."""
         if index not in self._answers:
             self._answers[index] = generate()
         return self._answers[index]
 
     def logits(self, key: tuple[int, int, bool], denoise: Callable[[], np.ndarray]) -> np.ndarray:
-        """Its logits of a prompt at a noise level, without or with conditioning."""
+        """Logits for a prompt at a noise level, without or with conditioning."""
         if key in self._logits:
             return self._logits[key]
         found = denoise()
@@ -219,7 +227,7 @@ class _Reference:
 
 
 class _Run:
-    """Both models, and what was measured so far."""
+    """Evaluates one file against the reference, accumulating results."""
 
     def __init__(
         self, reference: _Reference, model: Any, noise: tuple[float, ...], options: dict[str, Any], seed: int
@@ -232,16 +240,16 @@ class _Run:
         self.answers: tuple[list[_Answer], list[_Answer]] = ([], [])
 
     def _session(self, model: Any, text: str) -> tuple[Any, int]:
-        """A session that has read the prompt, and its tokens."""
+        """A session with the prompt encoded, and the prompt's tokens."""
         ids = _prompt_ids(model, text)
-        # Room for the answer in whole canvases, and one to denoise in.
+        # Context for the answer in whole canvases, plus one to denoise.
         n_ctx = len(ids) + self.options["max_tokens"] + 2 * model.canvas_length
         session = model.new_session(min(n_ctx, model.n_ctx))
         session.encode(ids)
         return session, len(ids)
 
     def add(self, index: int, text: str) -> None:
-        """One prompt: generate with both, then compare on noised versions of the reference's canvas."""
+        """Evaluate a prompt: generate with both, then compare on noised copies of the reference's canvas."""
         known = self.reference
         (reference, n_prompt), (model, _) = (self._session(m, text) for m in (known.model, self.model))
         answer = known.answer(index, lambda: _generate(reference, self.options, self.seed + index))
@@ -253,12 +261,10 @@ class _Run:
         for level, t in enumerate(self.noise):
             u, tokens = _native.random_draws(self.seed + index, level, 0, len(clean), known.model.n_vocab)
             canvas = np.where(u < t, tokens, clean).astype(np.int32)
-            first = known.logits((index, level, False), lambda c=canvas: reference.denoise(c))
+            first = known.logits((index, level, False), partial(reference.denoise, canvas))
             self.figures[t, False].append(compare_logits(first, model.denoise(canvas)))
-            conditioning = first / np.float32(0.4 + 0.4 * t)  # the temperature of a step at about this noise
-            again = known.logits(
-                (index, level, True), lambda c=canvas, s=conditioning: reference.denoise(c, s)
-            )
+            conditioning = first / np.float32(0.4 + 0.4 * t)  # of a step at about this noise
+            again = known.logits((index, level, True), partial(reference.denoise, canvas, conditioning))
             self.figures[t, True].append(compare_logits(again, model.denoise(canvas, conditioning)))
 
     def report(
@@ -293,7 +299,7 @@ class _Run:
 
 
 def _as_floats(agreement: Agreement) -> Agreement:
-    values = {name: float(getattr(agreement, name)) for name in ("mean_kl", "kl_99", "top1")}
+    values: dict[str, Any] = {name: float(getattr(agreement, name)) for name in ("mean_kl", "kl_99", "top1")}
     return dataclasses.replace(agreement, **values)
 
 
@@ -306,7 +312,9 @@ def _prompt_ids(model: Any, text: str) -> list[int]:
 def _generate(session: Any, options: dict[str, Any], seed: int) -> _Answer:
     from pydiffusion import CanvasEvent, DraftEvent
 
-    canvas, steps, tokens, text = None, [], [], ""
+    canvas, text = None, ""
+    steps: list[int] = []
+    tokens: list[int] = []
     for event in session.generate(**options, seed=seed):
         if isinstance(event, DraftEvent) and not steps:
             canvas = event.tokens

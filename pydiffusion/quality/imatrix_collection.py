@@ -1,9 +1,8 @@
-"""``collect_imatrix``: activation statistics of a diffusion model.
+"""``collect_imatrix``: collect the importance matrix of a diffusion model.
 
-A diffusion model meets its weights in two ways: causally, reading clean text into the cache, and denoising
-canvases that are noise to begin with. Each chunk of text is seen in both: its first part is encoded, the
-canvas behind it is noised to every level and denoised, without self-conditioning and then with the logits of
-that pass, as generation does.
+A diffusion model uses its weights in two modes: encoding clean text causally, and denoising canvases. Each
+chunk of text is run in both: its first part is encoded, the canvas after it is noised to every level and
+denoised, first without self-conditioning and then with the logits of that pass, as in generation.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
-from pydiffusion import _native
+from pydiffusion import ConversionError, _native
 from pydiffusion.convert.gguf.report import ConversionProgress
 from pydiffusion.convert.quantization.imatrix_file import Entry, write_imatrix
-from pydiffusion.errors import ConversionError
 
 NOISE = (0.1, 0.4, 0.7, 1.0)
 CHUNK = 512
@@ -28,8 +27,8 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class ImatrixReport:
-    """``n_left_out``: texts of fewer than two tokens. ``unreached``: for each tensor, experts that no token
-    of the texts was sent to.
+    """Result of a collection. ``n_left_out``: texts of fewer than two tokens. ``unreached``: for each tensor,
+    experts that no token was routed to.
     """
 
     target: Path
@@ -53,21 +52,21 @@ def collect_imatrix(
     n_threads: int | None = None,
     progress: Callable[[ConversionProgress], None] | None = None,
 ) -> ImatrixReport:
-    """Run a model over text and write the statistics of its activations.
+    """Run a model over text and write its importance matrix (imatrix).
 
     Args:
-        model: a GGUF of as many bits as memory allows.
-        texts: one text, cut into chunks, or several, each of which begins a chunk; text, in which control
-            tokens spelled out count as such, or tokens. A text of a canvas or less is half encoded and half
-            denoised, with padding behind it.
-        noise: shares of the canvas's tokens that are replaced by random ones, one denoising each.
-        chunk: tokens encoded at most before a canvas.
-        max_chunks: stop after so many.
-        datasets: names of the texts, written into the file.
+        model: a GGUF with as many bits as memory allows.
+        texts: one text, cut into chunks, or several, each of which begins a chunk; as text, in which control
+            tokens are parsed, or as tokens. A text no longer than a canvas is half encoded and half denoised,
+            with padding after it.
+        noise: fractions of the canvas's tokens to replace by random ones, one denoising each.
+        chunk: maximum number of tokens encoded before a canvas.
+        max_chunks: maximum number of chunks.
+        datasets: names of the texts, stored in the file.
 
     Raises:
         ConversionError: the texts are too short for one chunk, or the target can't be written.
-        ValueError: a noise or a length out of range.
+        ValueError: a noise level or a length out of range.
         Other PyDiffusionErrors: the model can't be loaded.
     """
     from pydiffusion import DiffusionModel
@@ -76,7 +75,7 @@ def collect_imatrix(
         raise ValueError(f"noise is {tuple(noise)}; levels are probabilities above 0, up to 1")
     if chunk < 1 or (max_chunks is not None and max_chunks < 1):
         raise ValueError("chunk and max_chunks must be at least 1")
-    with DiffusionModel(model, n_gpu_layers=0, n_threads=n_threads) as opened:  # only there are they gathered
+    with DiffusionModel(model, n_gpu_layers=0, n_threads=n_threads) as opened:  # collected on the CPU only
         chunk = min(chunk, opened.n_ctx - opened.canvas_length)
         by_text = [_chunks(opened, text, chunk) for text in ([texts] if isinstance(texts, str) else texts)]
         chunks = [each for of_text in by_text for each in of_text][:max_chunks]
@@ -90,7 +89,7 @@ def collect_imatrix(
             for level, t in enumerate(noise):
                 u, tokens = _native.random_draws(_SEED, index, level, len(clean), opened.n_vocab)
                 canvas = np.where(u < t, tokens, clean).astype(np.int32)
-                logits = session.denoise(canvas, None)
+                logits = cast(npt.NDArray[np.float32], session.denoise(canvas, None))
                 session.denoise(canvas, logits / np.float32(0.4 + 0.4 * t))
             if progress is not None:
                 progress(ConversionProgress("imatrix", f"chunk {index + 1}", index + 1, len(chunks)))
@@ -111,11 +110,12 @@ def collect_imatrix(
 
 
 def _chunks(model: Any, text: str | Sequence[int], size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(tokens to encode, clean canvas behind them), both int32; none of a text without two tokens.
+    """Chunks as (tokens to encode, clean canvas after them), both int32; none for a text of fewer than two
+    tokens.
 
-    A canvas is text that the next chunk encodes again: so every token but those of the last canvas is met in
-    both ways. A text that fills no canvas and a token before it is halved: as a short answer is, its end is
-    a canvas with an eos and padding behind it.
+    The next chunk encodes the canvas's tokens again, so that every token but those of the last canvas is seen
+    in both modes. A text shorter than a canvas and one token is halved: its second half is a canvas with an
+    eos and padding, as a short answer's.
     """
     n_canvas = model.canvas_length
     ids = model.tokenize(text, parse_special=True) if isinstance(text, str) else text
@@ -124,7 +124,7 @@ def _chunks(model: Any, text: str | Sequence[int], size: int) -> list[tuple[np.n
         return []
     if len(ids) <= n_canvas:
         n_prompt = min(size, len(ids) // 2)
-        return [(ids[:n_prompt], _filled_up(model, ids[n_prompt:]))]
+        return [(ids[:n_prompt], _pad_to_canvas(model, ids[n_prompt:]))]
     result = []
     for start in range(0, len(ids) - n_canvas, size):
         end = min(start + size, len(ids) - n_canvas)
@@ -132,7 +132,7 @@ def _chunks(model: Any, text: str | Sequence[int], size: int) -> list[tuple[np.n
     return result
 
 
-def _filled_up(model: Any, ids: np.ndarray) -> np.ndarray:
+def _pad_to_canvas(model: Any, ids: np.ndarray) -> np.ndarray:
     tokenizer = model.tokenizer
     known = [token for token in (tokenizer.eos_id, tokenizer.pad_id) if token is not None] or [0]
     canvas = np.full(model.canvas_length, known[-1], np.int32)

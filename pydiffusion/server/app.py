@@ -1,4 +1,4 @@
-"""The application: endpoints, keys, errors. ``create_app`` makes one around a model."""
+"""ASGI application: endpoints, API key, errors. ``create_app`` builds it around a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pydiffusion.openai.errors import ApiError, from_exception, invalid
 from pydiffusion.openai.reports import Failed, Finished, Report
 from pydiffusion.openai.requests import Request as ApiRequest
 from pydiffusion.openai.requests import chat_request, completion_request, infill_request
-from pydiffusion.openai.response_format import check_structure, held_options
+from pydiffusion.openai.response_format import check_constraint, held_options
 
 from .http import (
     KEEP_ALIVE_SECONDS,
@@ -45,13 +45,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("pydiffusion.server")
 
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/infill", "/v1/models", "/health", "/metrics")
-# What needs no key: the page asks for it itself.
+# Paths that need no API key: the page asks for it itself.
 OPEN_PATHS = frozenset(("/health", *PAGE_PATHS))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to serve. n_parallel: answers in the making at a time; n_sessions: caches kept.
+    """Server settings. n_parallel: most sequences in flight; n_sessions: KV caches kept.
     timeout: seconds from a request's arrival to its end, None for no limit.
     cors: origins whose pages may use the server.
     """
@@ -66,7 +66,7 @@ class Settings:
 
 
 class JsonResponse(Response):
-    """JSON as we write it."""
+    """Compact UTF-8 JSON."""
 
     media_type = "application/json"
 
@@ -75,7 +75,7 @@ class JsonResponse(Response):
 
 
 def create_app(model: DiffusionModel, settings: Settings | None = None) -> FastAPI:
-    """The application. Its ``state.scheduler`` must be closed in the end."""
+    """Build the application. Close its ``state.scheduler`` at the end."""
     settings = settings or Settings()
     app = FastAPI(title="pydiffusion", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.scheduler = Scheduler(
@@ -119,7 +119,7 @@ class _Endpoints:
         wanted = chat_request(body, self._model, self._names)
         prompt = await asyncio.to_thread(self._chat_prompt, wanted.messages, wanted.variables)
         self._check_context(prompt, "messages")
-        await asyncio.to_thread(self._check_structure, wanted, prompt)
+        await asyncio.to_thread(self._check_constraint, wanted, prompt)
         prompts = [prompt] * len(wanted.options)
         answer = Answer(wanted, self._names[0], self._model.tokenizer, prompts, chat=True)
         runs = [Run(prompt, options) for options in wanted.options]
@@ -135,7 +135,7 @@ class _Endpoints:
             text = prompt if isinstance(prompt, str) else self._model.detokenize(tokens)
             heads += [text if wanted.echo else ""] * len(wanted.options)
             if wanted.layout is None:
-                await asyncio.to_thread(self._check_structure, wanted, tokens)
+                await asyncio.to_thread(self._check_constraint, wanted, tokens)
                 options = wanted.options
             else:
                 options = held_options(self._model, wanted.layout, tokens, wanted.options)
@@ -155,9 +155,9 @@ class _Endpoints:
         answer = Answer(wanted, self._names[0], self._model.tokenizer, [wanted.prompt], chat=False)
         return await self._answer(request, wanted, answer, runs, chat=False, one_call=False)
 
-    def _check_structure(self, wanted: ApiRequest, prompt: list[int]) -> None:
+    def _check_constraint(self, wanted: ApiRequest, prompt: list[int]) -> None:
         param = "response_format" if wanted.options[0].regex is None else "regex"
-        check_structure(self._model, wanted.options[0], len(prompt), param)
+        check_constraint(self._model, wanted.options[0], len(prompt), param)
 
     def _chat_prompt(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
         try:
@@ -184,14 +184,14 @@ class _Endpoints:
             )
 
     def _log_flaws(self, runs: list[Run]) -> None:
-        """Log what is wrong with prompts that will be answered all the same, each flaw once."""
+        """Log problems of prompts that are answered anyway, each problem once."""
         for run in runs:
             flaw = self._model.tokenizer.bos_flaw(run.prompt)
             if flaw is not None and flaw not in self._flaws_told:
                 self._flaws_told.add(flaw)
                 log.warning("%s", flaw)
 
-    # Handing over to the scheduler
+    # Scheduling
 
     async def _answer(
         self,
@@ -208,7 +208,7 @@ class _Endpoints:
         arrivals: asyncio.Queue[tuple[int, Report]] = asyncio.Queue()
 
         def emit(i_run: int, report: Report) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
                 loop.call_soon_threadsafe(arrivals.put_nowait, (i_run, report))
 
         job = Job(runs, emit, chat=chat, drafts=wanted.drafts, one_call=one_call)
@@ -221,7 +221,7 @@ class _Endpoints:
     async def _reports(
         self, job: Job, arrivals: asyncio.Queue[tuple[int, Report]]
     ) -> AsyncIterator[tuple[int, Report] | None]:
-        """A job's reports up to its end; None now and then where nothing happens. Raises ApiError.
+        """Yield a job's reports until it ends, None as a keep-alive while nothing happens. Raises ApiError.
 
         Left early, in whichever way, it stops the job.
         """
@@ -251,7 +251,7 @@ class _Endpoints:
             if not finished:
                 self._scheduler.cancel(job, ApiError(499, "The request was cancelled.", code="cancelled"))
 
-    # The small ones
+    # Models, health, metrics
 
     async def models(self) -> Response:
         return JsonResponse({"object": "list", "data": [self._model_object()]})
@@ -311,7 +311,7 @@ async def _chunks(
         usage = answer.usage_chunk()
         if usage is not None:
             yield usage
-    except ApiError as error:  # the status is sent already: the stream itself must tell
+    except ApiError as error:  # the status line is sent already: the stream has to carry the error
         yield error.body()
     except Exception as error:
         yield from_exception(error).body()
@@ -334,7 +334,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 class _Guard:
-    """Around everything: the key, pages of other hosts, the count of answers, errors nobody foresaw."""
+    """Middleware: API key, cross-origin pages, response counts, unexpected errors."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""What the endpoints need of HTTP: bodies within bounds, clients that leave, events on a stream."""
+"""HTTP helpers: size-limited JSON bodies, client disconnects, server-sent events."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ KEEP_ALIVE_SECONDS = 15.0
 
 
 class Disconnected(Exception):
-    """The client has gone."""
+    """The client has disconnected."""
 
 
 async def read_json(request: Request, max_bytes: int) -> Any:
-    """The body as JSON. Raises ApiError for what is too large or no JSON, Disconnected."""
+    """Read the body as JSON. Raises ApiError if it is too large or invalid, Disconnected."""
     too_large = ApiError(
         413, f"The body is larger than the {max_bytes} bytes that this server takes.", code="body_too_large"
     )
@@ -42,19 +42,19 @@ async def read_json(request: Request, max_bytes: int) -> Any:
     try:
         return json.loads(body.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
-        raise invalid(f"The body is no valid UTF-8 at byte {error.start}.") from None
+        raise invalid(f"The body is not valid UTF-8 at byte {error.start}.") from None
     except RecursionError:
         raise invalid("The body is nested too deeply.") from None
     except ValueError as error:
-        raise invalid(f"The body is no valid JSON: {error}"[:200]) from None
+        raise invalid(f"The body is not valid JSON: {error}"[:200]) from None
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
-    """Await the work; raises Disconnected, with the work cancelled, when the client leaves first."""
+    """Await the work; cancel it and raise Disconnected if the client leaves first."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnect(receive))
     try:
@@ -74,7 +74,7 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events. Unlike a plain streaming response it notices at once that the client has left."""
+    """Server-sent events; unlike a plain streaming response, notices a disconnect immediately."""
 
     media_type = "text/event-stream"
 
@@ -98,5 +98,5 @@ class EventStream(Response):
 
 
 def to_json(value: Any) -> bytes:
-    """The value as JSON on one line."""
+    """Serialize to one line of JSON."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")

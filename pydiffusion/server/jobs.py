@@ -1,4 +1,4 @@
-"""A request in the scheduler's hands: the answers that it asks for, and what is reported of them."""
+"""Jobs: a request for the scheduler, its runs (one per choice) and their reports."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pydiffusion.errors import GenerationCancelled
-from pydiffusion.generation.batching import Lane
+from pydiffusion.generation.batching import ActiveSequence
 from pydiffusion.openai.errors import ApiError
 from pydiffusion.openai.reports import Report
-from pydiffusion.options import GenerationOptions
 
 if TYPE_CHECKING:
+    from pydiffusion.options import GenerationOptions
     from pydiffusion.session import Session
 
 
 @dataclass(frozen=True)
 class Run:
-    """One answer that a request asks for: the tokens before it, and how to make it (seed included)."""
+    """One choice of a request: prompt tokens and resolved options (seed included)."""
 
     prompt: list[int]
     options: GenerationOptions
 
 
 class Job:
-    """A request in the scheduler's hands. Its thread calls ``emit`` with (number of the run, report)."""
+    """A request being scheduled. The scheduler's thread calls ``emit`` with (index of the run, report)."""
 
     def __init__(
         self,
@@ -38,14 +38,14 @@ class Job:
         drafts: bool = False,
         one_call: bool = False,
     ) -> None:
-        """chat: divide answers into parts.  drafts: report every step.  one_call: end after a tool call."""
+        """chat: split answers into parts.  drafts: report every step.  one_call: stop after one tool call."""
         self.runs = runs
         self.emit = emit
         self.chat = chat
         self.drafts = drafts
         self.one_call = one_call
-        self.n_begun = 0  # runs that have, or had, a lane
-        self.lanes: list[RunLane] = []
+        self.n_begun = 0  # runs that have or had a sequence
+        self.in_flight: list[RunSequence] = []
         self.started = 0.0
         self._lock = threading.Lock()
         self._sessions: list[Session] = []
@@ -61,22 +61,22 @@ class Job:
 
     @property
     def error(self) -> ApiError | None:
-        """Why it was cancelled, or None."""
+        """The error it was cancelled with, or None."""
         return self._error
 
     @property
     def is_done(self) -> bool:
-        return not self.lanes and self.n_begun == len(self.runs)
+        return not self.in_flight and self.n_begun == len(self.runs)
 
     def bind(self, session: Session) -> None:
-        """From here on, ``cancel`` reaches this session."""
+        """Let ``cancel`` reach this session from now on."""
         with self._lock:
             self._sessions.append(session)
             if self._error is not None:
                 session.cancel()
 
     def release(self, session: Session) -> None:
-        """From here on it does not; a cancellation that came too late is gone from the session."""
+        """Undo ``bind``, and clear a cancellation that came too late from the session."""
         with self._lock:
             self._sessions.remove(session)
         if self._error is not None:
@@ -84,8 +84,8 @@ class Job:
                 session.truncate(session.n_past)
 
 
-class RunLane(Lane):
-    """A run in the making."""
+class RunSequence(ActiveSequence):
+    """A run's sequence in the batch."""
 
     def __init__(self, job: Job, i_run: int, session: Session) -> None:
         run = job.runs[i_run]

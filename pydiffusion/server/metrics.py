@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Metrics:
-    """Counts answers; ``text`` adds what the scheduler counts."""
+    """Counts HTTP responses; ``text`` adds the scheduler's counters."""
 
     def __init__(self) -> None:
         self.responses: Counter[tuple[str, int]] = Counter()
@@ -19,7 +20,7 @@ class Metrics:
         work = scheduler.counters
         lines: list[str] = []
 
-        def add(name: str, kind: str, meaning: str, samples: dict[str, float]) -> None:
+        def add(name: str, kind: str, meaning: str, samples: Mapping[str, float]) -> None:
             lines.append(f"# HELP pydiffusion_{name} {meaning}")
             lines.append(f"# TYPE pydiffusion_{name} {kind}")
             lines.extend(f"pydiffusion_{name}{labels} {value}" for labels, value in samples.items())
@@ -32,8 +33,8 @@ class Metrics:
         add("requests_waiting", "gauge", "Requests in the queue.", {"": scheduler.n_waiting})
         add("requests_active", "gauge", "Requests being served.", {"": scheduler.n_active})
         add("requests_cancelled_total", "counter", "Requests stopped early.", {"": work.cancelled})
-        add("lanes", "gauge", "Answers in the making, denoised in one batch.", {"": scheduler.n_lanes})
-        add("lanes_limit", "gauge", "How many there may be.", {"": scheduler.n_parallel})
+        add("lanes", "gauge", "In-flight sequences, denoised in one batch.", {"": scheduler.n_in_flight})
+        add("lanes_limit", "gauge", "Most sequences in flight.", {"": scheduler.n_parallel})
         add("sessions", "gauge", "Sessions that hold a cache.", {"": scheduler.n_sessions})
         add("prompt_tokens_total", "counter", "Tokens of prompts.", {"": work.prompt_tokens})
         add("cached_tokens_total", "counter", "Of these, found in a cache.", {"": work.cached_tokens})

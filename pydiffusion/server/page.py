@@ -1,4 +1,4 @@
-"""The web page at ``/``: files as they lie in ``static``, which load nothing from elsewhere."""
+"""The web page at ``/``: the files in ``static``, which load nothing from other hosts."""
 
 from __future__ import annotations
 

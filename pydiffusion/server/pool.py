@@ -1,4 +1,4 @@
-"""Sessions kept for their caches: a request gets the one that already holds most of its prompt."""
+"""Session pool with prefix caching: a request gets the session that already holds most of its prompt."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ if TYPE_CHECKING:
 
 
 class SessionPool:
-    """Up to ``size_limit`` sessions, made when needed. For one thread."""
+    """Up to ``size_limit`` sessions, created on demand. Not thread-safe."""
 
     def __init__(self, model: DiffusionModel, size_limit: int) -> None:
         self._model = model
         self.size_limit = size_limit
         self.size = 0
-        self._idle: list[Session] = []  # the one used longest ago first
+        self._idle: list[Session] = []  # least recently used first
 
     def take(self, prompt: list[int]) -> Session:
-        """A session for these tokens; ``give_back`` it. At most ``size_limit`` may be out.
+        """Take a session for these tokens; return it with ``give_back``. At most ``size_limit`` may be in
+        use.
 
-        The idle one that shares the longest beginning with them; a new one, while there may be more, rather
-        than have most of what another conversation left thrown away. Raises InsufficientMemoryError where
-        none is idle and there is no room for another.
+        Prefers the idle session with the longest common prefix; creates a new one, while allowed, rather than
+        discard most of another conversation's cache. Raises InsufficientMemoryError if none is idle and
+        memory for another one can't be allocated.
         """
         wanted = np.asarray(prompt, dtype=np.int32)
         shared = [common_prefix(session.tokens, wanted) for session in self._idle]
@@ -41,16 +42,16 @@ class SessionPool:
             except InsufficientMemoryError:
                 if best is None:
                     raise
-                self.size_limit = self.size  # as many as there is room for
+                self.size_limit = self.size  # as many as memory allows
             else:
                 self.size += 1
                 return session
-        assert best is not None  # fewer than size_limit are out
-        # Where none has anything worth keeping for this prompt, the oldest goes.
+        assert best is not None  # fewer than size_limit are in use
+        # If no cache is worth keeping for this prompt, evict the least recently used.
         return self._idle.pop(best if shared[best] > len(prompt) // 2 else 0)
 
     def clear(self) -> None:
-        """Let go of the idle sessions."""
+        """Drop the idle sessions."""
         self.size -= len(self._idle)
         self._idle.clear()
 

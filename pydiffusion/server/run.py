@@ -1,4 +1,4 @@
-"""A uvicorn server around the application, which ends in order."""
+"""uvicorn server with graceful shutdown."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Server(uvicorn.Server):
-    """Serves a model until SIGINT or SIGTERM; then no request is taken any more, those being served have
-    ``grace`` seconds to end, and whoever is cut short is told so. A second SIGINT ends it at once.
+    """Serves a model until SIGINT or SIGTERM, then rejects new requests and gives running ones ``grace``
+    seconds to finish; those cut short get an error. A second SIGINT stops at once.
 
-    ``interrupted`` says afterwards whether it was SIGINT.
+    ``interrupted`` tells afterwards whether it was SIGINT.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
-        """As uvicorn's; then ``on_started`` gets the address."""
+        """Start, then call ``on_started`` with the address."""
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
@@ -69,7 +69,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, without raising the signals again once all is over: the exit code is ours."""
+        """Handle signals without re-raising them afterwards: the exit code is ours."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

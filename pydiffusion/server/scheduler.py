@@ -1,9 +1,8 @@
-"""One thread in front of the model: requests in the order of arrival, several at a time in one batch.
+"""Request scheduler: one thread in front of the model, first come first served, with continuous batching.
 
-Every answer in the making has a lane: its prompt is read part by part, and every step denoises the canvases
-of all lanes in one graph, so that none waits for another's end. A request that asks for several choices gets
-a lane for each, as far as nobody else waits. Sessions that are left over keep their cache for the request
-that begins with the same tokens.
+Prompts are prefilled in chunks and every step denoises the canvases of all in-flight sequences in one graph,
+so none waits for another to finish. A request for several choices gets a sequence for each as long as nobody
+else waits. Idle sessions keep their cache for requests with the same prefix.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from pydiffusion.chat.output_parser import ToolCall
 from pydiffusion.errors import GenerationCancelled, InsufficientMemoryError
-from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
+from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event, ToolCall
 from pydiffusion.generation.batching import Batch
 from pydiffusion.generation.token_ids import common_prefix
 from pydiffusion.openai.errors import ApiError, from_exception
 from pydiffusion.openai.reports import Failed, Finished, Prefilled
 
-from .jobs import Job, RunLane
+from .jobs import Job, RunSequence
 from .pool import SessionPool
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Counters:
-    """What /metrics tells of the work. Only the scheduler's thread writes."""
+    """Totals for /metrics. Only the scheduler's thread writes them."""
 
     def __init__(self) -> None:
         self.prompt_tokens = 0
@@ -51,8 +50,8 @@ class Scheduler:
     def __init__(
         self, model: DiffusionModel, *, max_queue: int = 64, n_parallel: int = 4, n_sessions: int = 4
     ) -> None:
-        """max_queue: requests that may wait beside those being served; n_parallel: canvases denoised at a
-        time; n_sessions: caches kept, at least ``n_parallel``.
+        """max_queue: requests that may wait; n_parallel: most sequences in flight; n_sessions: KV caches
+        kept, at least ``n_parallel``.
         """
         self.model = model
         self.max_queue = max_queue
@@ -60,7 +59,7 @@ class Scheduler:
         self._n_parallel = n_parallel
         self._pool = SessionPool(model, max(n_sessions, n_parallel))
         self._batch = Batch(model)
-        self._lanes: list[RunLane] = []
+        self._in_flight: list[RunSequence] = []
         self._changed = threading.Condition()
         self._queue: deque[Job] = deque()
         self._active: list[Job] = []
@@ -70,7 +69,7 @@ class Scheduler:
         self._thread = threading.Thread(target=self._loop, name="pydiffusion-scheduler", daemon=True)
         self._thread.start()
 
-    # For the server's threads
+    # Called from the server's threads
 
     @property
     def n_waiting(self) -> int:
@@ -85,13 +84,13 @@ class Scheduler:
         return self._pool.size
 
     @property
-    def n_lanes(self) -> int:
-        """Answers in the making."""
-        return len(self._lanes)
+    def n_in_flight(self) -> int:
+        """Sequences being denoised now."""
+        return len(self._in_flight)
 
     @property
     def n_parallel(self) -> int:
-        """How many there may be: fewer than asked for where memory did not permit more."""
+        """Most sequences in flight: fewer than requested once memory ran out."""
         return min(self._n_parallel, self._pool.size_limit)
 
     def submit(self, job: Job) -> None:
@@ -99,7 +98,7 @@ class Scheduler:
         with self._changed:
             if self._closing:
                 raise _going_down()
-            n_free = max(0, self.n_parallel - len(self._active))  # places that the thread is about to fill
+            n_free = max(0, self.n_parallel - len(self._active))  # slots that the thread is about to fill
             if len(self._queue) >= self.max_queue + n_free:
                 seconds = math.ceil(self._seconds_per_job * (len(self._queue) + 1) / self.n_parallel)
                 raise ApiError(
@@ -123,7 +122,7 @@ class Scheduler:
         job.cancel(error)
 
     def begin_shutdown(self) -> None:
-        """Take no more jobs, and tell those that wait; those being served go on."""
+        """Accept no more jobs and fail the waiting ones; running jobs continue."""
         with self._changed:
             self._closing = True
             waiting, self._queue = list(self._queue), deque()
@@ -132,7 +131,7 @@ class Scheduler:
             job.emit(0, Failed(_going_down()))
 
     def abort(self) -> None:
-        """Stop those being served, too."""
+        """Stop the running jobs too."""
         self.begin_shutdown()
         with self._changed:
             jobs = list(self._active)
@@ -159,19 +158,19 @@ class Scheduler:
                 if self._stopped and not self._active:
                     return
             started = time.perf_counter()
-            self._fill_lanes()
+            self._fill_slots()
             self._advance()
             self.counters.busy_seconds += time.perf_counter() - started
 
-    def _fill_lanes(self) -> None:
-        while len(self._lanes) < self.n_parallel:
+    def _fill_slots(self) -> None:
+        while len(self._in_flight) < self.n_parallel:
             job = self._next_job()
             if job is None:
                 return
-            self._attempt(job, lambda job=job: self._begin_run(job, self._session_for(job)))
+            self._attempt(job, partial(self._start_run, job))
 
     def _next_job(self) -> Job | None:
-        """Whose next run gets a free lane: the job that has waited longest, then one with choices left."""
+        """The job to start a sequence for: the one that waited longest, else one with choices left."""
         with self._changed:
             if self._queue:
                 job = self._queue.popleft()
@@ -180,92 +179,96 @@ class Scheduler:
                 return job
         for job in self._active:
             # Another choice follows once the prompt is read: it copies the cache.
-            if job.error is None and job.n_begun < len(job.runs) and all(x.is_ready for x in job.lanes):
+            if job.error is None and job.n_begun < len(job.runs) and all(x.is_ready for x in job.in_flight):
                 return job
         return None
 
     def _session_for(self, job: Job) -> Session:
-        """The session that a job's next run begins with."""
+        """A session for a job's next run."""
         try:
             return self._pool.take(job.runs[job.n_begun].prompt)
         except InsufficientMemoryError:
-            if not self._lanes:
+            if not self._in_flight:
                 raise
-            self._n_parallel = len(self._lanes)  # as many as there is room for
+            self._n_parallel = len(self._in_flight)  # as many as there is room for
             raise _NoRoom from None
+
+    def _start_run(self, job: Job) -> None:
+        self._begin_run(job, self._session_for(job))
 
     def _begin_run(self, job: Job, session: Session) -> None:
         job.bind(session)
         try:
             self._copy_prompt(job, session)
-            lane = RunLane(job, job.n_begun, session)
+            sequence = RunSequence(job, job.n_begun, session)
         except BaseException:
             self._give_back(job, session)
             raise
         job.n_begun += 1
-        job.lanes.append(lane)
-        self._lanes.append(lane)
+        job.in_flight.append(sequence)
+        self._in_flight.append(sequence)
 
     def _copy_prompt(self, job: Job, session: Session) -> None:
         """Take the prompt from another choice of the job that has read it, where the session lacks it."""
         prompt = job.runs[job.n_begun].prompt
-        for lane in job.lanes:
-            at_prompt = lane.run.prompt == prompt and lane.session.n_past == lane.n_prompt
-            if at_prompt and common_prefix(session.tokens, lane.session.tokens) < lane.n_prompt:
-                session.copy(lane.session)
+        for sequence in job.in_flight:
+            at_prompt = sequence.run.prompt == prompt and sequence.session.n_past == sequence.n_prompt
+            if at_prompt and common_prefix(session.tokens, sequence.session.tokens) < sequence.n_prompt:
+                session.copy(sequence.session)
                 return
 
     def _advance(self) -> None:
-        """A part of a prompt or a step for every lane."""
-        for lane in self._lanes.copy():
-            if lane.job.error is not None:
-                self._fail(lane.job, lane.job.error)
-        for lane, brought in self._batch.advance(self._lanes.copy()):
-            self._attempt(lane.job, lambda lane=lane, brought=brought: self._report(lane, brought))
+        """Advance every sequence by a prompt chunk or a step."""
+        for sequence in self._in_flight.copy():
+            if sequence.job.error is not None:
+                self._fail(sequence.job, sequence.job.error)
+        for sequence, result in self._batch.advance(self._in_flight.copy()):
+            self._attempt(sequence.job, lambda s=sequence, r=result: self._report(s, r))
 
-    def _report(self, lane: RunLane, brought: Iterator[Event] | Exception) -> None:
-        """Tell what a step brought."""
-        job = lane.job
-        if lane not in self._lanes:  # another lane of its job failed in this same step
+    def _report(self, sequence: RunSequence, result: Iterator[Event] | Exception) -> None:
+        """Emit the events of a step."""
+        job = sequence.job
+        if sequence not in self._in_flight:  # another sequence of its job failed in this same step
             return
-        if isinstance(brought, Exception):
-            raise brought
-        if lane.is_ready and not lane.is_reported:
-            lane.is_reported = True
-            self.counters.prompt_tokens += lane.n_prompt
-            self.counters.cached_tokens += lane.n_cached
-            job.emit(lane.i_run, Prefilled(lane.n_cached))
-        for event in brought:
+        if isinstance(result, Exception):
+            raise result
+        if sequence.is_ready and not sequence.is_reported:
+            sequence.is_reported = True
+            self.counters.prompt_tokens += sequence.n_prompt
+            self.counters.cached_tokens += sequence.n_cached
+            job.emit(sequence.i_run, Prefilled(sequence.n_cached))
+        for event in result:
             self._count(event)
             over = isinstance(event, EndEvent)
             if job.one_call and isinstance(event, CanvasEvent):
                 event, called = _up_to_first_call(event)
                 over = over or called
             if job.drafts or not isinstance(event, DraftEvent):
-                job.emit(lane.i_run, event)
+                job.emit(sequence.i_run, event)
             if over:
                 if not isinstance(event, EndEvent):
-                    assert lane.run.options.seed is not None  # resolved
-                    job.emit(lane.i_run, EndEvent(reason="stop", timings={}, seed=lane.run.options.seed))
-                self._end(lane)
+                    assert sequence.run.options.seed is not None  # resolved
+                    seed = sequence.run.options.seed
+                    job.emit(sequence.i_run, EndEvent(reason="stop", timings={}, seed=seed))
+                self._end(sequence)
                 return
 
-    def _end(self, lane: RunLane) -> None:
-        """A run is done: its lane goes to the job's next one, unless others wait and the job has more."""
-        job = lane.job
-        self._lanes.remove(lane)
-        job.lanes.remove(lane)
-        if job.n_begun < len(job.runs) and not (self._queue and job.lanes):
-            job.release(lane.session)
-            self._begin_run(job, lane.session)
+    def _end(self, sequence: RunSequence) -> None:
+        """Finish a run; its session goes to the job's next run unless other jobs wait."""
+        job = sequence.job
+        self._in_flight.remove(sequence)
+        job.in_flight.remove(sequence)
+        if job.n_begun < len(job.runs) and not (self._queue and job.in_flight):
+            job.release(sequence.session)
+            self._begin_run(job, sequence.session)
             return
-        self._give_back(job, lane.session)
+        self._give_back(job, sequence.session)
         if job.is_done:
             self._leave(job)
             job.emit(0, Finished())
 
     def _attempt(self, job: Job, action: Callable[[], None]) -> None:
-        """Do a part of a job's work; one request's trouble is not the next one's."""
+        """Do a part of a job's work; an error fails this job only."""
         try:
             action()
         except _NoRoom:
@@ -276,8 +279,8 @@ class Scheduler:
             self._fail(job, from_exception(error))
 
     def _wait_again(self, job: Job) -> None:
-        """There was no memory for a lane: it goes on when another lane gets free."""
-        if job.lanes:
+        """Requeue a run that found no memory until another sequence finishes."""
+        if job.in_flight:
             return
         if self._closing:
             self._fail(job, _going_down())
@@ -291,10 +294,10 @@ class Scheduler:
             return
         if job.error is not None:
             self.counters.cancelled += 1
-        for lane in job.lanes:
-            self._lanes.remove(lane)
-            self._give_back(job, lane.session)
-        job.lanes.clear()
+        for sequence in job.in_flight:
+            self._in_flight.remove(sequence)
+            self._give_back(job, sequence.session)
+        job.in_flight.clear()
         self._leave(job)
         job.emit(0, Failed(error))
 
@@ -317,7 +320,7 @@ class Scheduler:
 
 
 class _NoRoom(Exception):
-    """No memory for another session beside those that are out."""
+    """No memory for another session beside those in use."""
 
 
 def _up_to_first_call(event: CanvasEvent) -> tuple[CanvasEvent, bool]:

@@ -1,1 +1,1 @@
-"""Model files made up for tests and benchmarks."""
+"""Synthetic model files for tests and benchmarks."""

@@ -1,8 +1,8 @@
-"""GGUF files of a given shape with random but valid blocks, to measure full-size speed without weights.
+"""Synthetic GGUF files with random but valid blocks, to benchmark full-size models without their weights.
 
-Only a few rows per type and row length are made and quantized; they are then repeated through the file,
-which is written at the disk's speed. Routers are random throughout, so that tokens spread over the experts;
-rows of the embedding are mixed from pieces of rows, so that no two tokens have the same logit.
+Only a few rows per type and row length are quantized and then repeated through the file, which is written at
+disk speed. Routers are fully random, so that tokens spread over the experts; rows of the embedding are mixed
+from pieces of rows, so that no two tokens have the same logit.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
+from typing import cast
 
 import numpy as np
 
@@ -88,9 +89,9 @@ def write_synthetic(
 ) -> Path:
     """Write a file of a named shape (see :data:`SHAPES`) and type, with a vocabulary of bytes and numbers.
 
-    progress: called with the share that is written, 0 to 1. Returns ``target``, which is replaced only when
-    the file is whole. Raises ValueError for an unknown shape or type, ConversionError when it can't be
-    written.
+    progress: called with the fraction written, 0 to 1. Returns ``target``, which is replaced atomically.
+
+    Raises ValueError for an unknown shape or type, ConversionError if it can't be written.
     """
     config = _config(shape, type)
     header, placed = _layout(shape, type)
@@ -111,7 +112,7 @@ def write_synthetic(
 
 
 def synthetic_bytes(shape: str, type: str = "q4_k_m") -> int:
-    """Bytes of the file that :func:`write_synthetic` writes; raises ValueError as it does."""
+    """Size in bytes of the file that :func:`write_synthetic` would write. Raises ValueError as it does."""
     header, placed = _layout(shape, type)
     return len(header) + align(placed[-1].offset + placed[-1].n_bytes, DEFAULT_ALIGNMENT)
 
@@ -137,7 +138,7 @@ def _layout(shape: str, type: str) -> tuple[bytes, list[Placed]]:
 
 
 def _tokenizer(n_vocab: int) -> dict[str, Value]:
-    """So that text goes in, byte by byte, and comes out."""
+    """Metadata of a byte-level tokenizer."""
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     types = [_CONTROL] * 4 + [_BYTE] * 256 + [_NORMAL] * (n_vocab - len(tokens))
     tokens += [f"\u2581{i}" for i in range(len(tokens), n_vocab)]
@@ -166,7 +167,11 @@ def _place(plan: TypePlan) -> list[Placed]:
 
 
 def _write_tensor(
-    new: atomic.NewFile, tensor: Placed, config: TextConfig, made: dict, rng: np.random.Generator
+    new: atomic.NewFile,
+    tensor: Placed,
+    config: TextConfig,
+    made: dict[tuple[str, int], bytes],
+    rng: np.random.Generator,
 ) -> None:
     if split_name(tensor.name)[0] in FLOAT32_KINDS:
         new.write(_float_values(tensor, config, rng).astype("<f4").tobytes())
@@ -176,7 +181,7 @@ def _write_tensor(
         key = (tensor.type, tensor.shape[-1])
         if key not in made:
             rows = rng.standard_normal((_ROWS_MADE, tensor.shape[-1]), dtype=np.float32) * 0.02
-            made[key] = _native.quantize_rows(rows, tensor.type).tobytes()
+            made[key] = cast(np.ndarray, _native.quantize_rows(rows, tensor.type)).tobytes()
         pattern = made[key] * max(1, _CHUNK // len(made[key]))
         for begin in range(0, tensor.n_bytes, len(pattern)):
             new.write(memoryview(pattern)[: tensor.n_bytes - begin])
@@ -184,12 +189,14 @@ def _write_tensor(
 
 
 def _write_mixed_rows(new: atomic.NewFile, tensor: Placed, rng: np.random.Generator) -> None:
-    """Write rows whose pieces are drawn from the rows made: with whole rows repeated, thousands of tokens
-    would tie at every position, and no temperature would give a distribution that keeps a few of them."""
+    """Write rows mixed from random pieces: if whole rows were repeated, thousands of tokens would tie at
+    every position, and no temperature would give a peaked distribution.
+    """
     n_rows, n_columns = tensor.shape
     n_pieces = n_columns // math.gcd(n_columns, _PIECE)
     rows = rng.standard_normal((_ROWS_MIXED, n_columns), dtype=np.float32) * 0.02
-    pieces = _native.quantize_rows(rows, tensor.type).reshape(_ROWS_MIXED * n_pieces, -1)
+    blocks = cast(np.ndarray, _native.quantize_rows(rows, tensor.type))
+    pieces = blocks.reshape(_ROWS_MIXED * n_pieces, -1)
     step = max(1, _CHUNK // (n_pieces * pieces.shape[1]))
     for begin in range(0, n_rows, step):
         chosen = rng.integers(0, len(pieces), (min(step, n_rows - begin), n_pieces))

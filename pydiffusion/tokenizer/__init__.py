@@ -1,4 +1,4 @@
-"""Text to token ids and back, from the metadata of a GGUF."""
+"""Tokenizer from the metadata of a GGUF."""
 
 from .bpe import TextStream, Tokenizer, TokenType
 

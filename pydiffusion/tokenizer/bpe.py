@@ -1,7 +1,7 @@
-"""Text to token ids and back, from the arrays of a GGUF.
+"""BPE tokenizer with byte fallback, built from the arrays of a GGUF.
 
-The tokenizer is a BPE with byte fallback over text whose spaces became U+2581. Encoding is the `tokenizers`
-library's, decoding is done here: it must give bytes their meaning across token borders and in streams.
+Spaces become U+2581 before encoding, which the `tokenizers` library does. Decoding is done here, since byte
+tokens have to be joined across token borders and in streams.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .markers import MarkerSet
 
 _SPACE = "\u2581"
 _PREFIX = "tokenizer.ggml."
-# Files of this architecture call their tokenizer so; other kinds need other algorithms.
+# The tokenizer.ggml.model of this architecture's files; others need other algorithms.
 _SUPPORTED_KINDS = ("gemma4",)
 
 
 class TokenType(IntEnum):
-    """Token types as GGUF numbers them."""
+    """Token types with their GGUF numbers."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -35,19 +35,18 @@ class TokenType(IntEnum):
 
 
 class Tokenizer:
-    """Encoder and decoder of one file; may be used from several threads.
+    """Tokenizer of a model file; thread-safe.
 
     Attributes: ``n_vocab``; ``bos_id``, ``eos_id``, ``pad_id``, ``mask_id``, ``unknown_id`` (int or None);
-    ``add_bos``, whether the file asks for a bos in front of a text; ``end_tokens``, which tokens end a text
-    and why, and ``end_ids``, their ids.
+    ``add_bos``, whether the file asks for a bos before a text; ``end_tokens``, the tokens that end a text,
+    with the reason, and ``end_ids``, their ids.
     """
 
     def __init__(self, metadata: Mapping[str, Any], n_vocab: int | None = None) -> None:
-        """Build it from a file's metadata.
+        """Build the tokenizer from a file's metadata.
 
-        n_vocab: the rows of the model's embedding, which the token list must match.
-        Raises ModelFormatError for arrays that don't fit together, UnsupportedModelError for another kind of
-        tokenizer.
+        n_vocab: number of rows of the embedding, which the token list must match.
+        Raises ModelFormatError for inconsistent arrays, UnsupportedModelError for another type of tokenizer.
         """
         _check_kind(metadata)
         self._tokens = _token_list(metadata, n_vocab)
@@ -64,11 +63,11 @@ class Tokenizer:
         self._types = self._token_types(metadata)
         self._id_to_byte = self._byte_values()
         self._encoder = self._build_encoder(_merge_pairs(metadata, self._token_to_id))
-        # `encode_special_tokens` is state of the encoder: who sets it must keep others out until it has
-        # encoded.
+        # `encode_special_tokens` is state of the encoder: hold the lock from setting it until encoding is
+        # done.
         self._lock = threading.Lock()
 
-    # Reading the file
+    # Loading
 
     def _special_id(self, metadata: Mapping[str, Any], name: str) -> int | None:
         value = metadata.get(_PREFIX + name)
@@ -96,8 +95,8 @@ class Tokenizer:
         for token_id, token_type in enumerate(types):
             if isinstance(token_type, bool) or token_type not in TokenType._value2member_map_:
                 raise ModelFormatError(f"{_PREFIX}token_type[{token_id}] is {token_type!r}; known are 1 to 6")
-        # Special ids are control tokens whatever the list calls them: typed as normal they would be read as
-        # characters.
+        # Special ids are control tokens whatever their type in the list: typed as normal, they would be
+        # parsed from plain text.
         for token_id in (self.bos_id, self.eos_id, self.pad_id, self.mask_id, self.unknown_id):
             if token_id is not None and types[token_id] == TokenType.NORMAL:
                 types[token_id] = int(TokenType.CONTROL)
@@ -144,26 +143,26 @@ class Tokenizer:
             encoder.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special if t])
             encoder.add_tokens([AddedToken(t, special=False, normalized=False) for t in visible if t])
         except BaseException as error:
-            raise _translated(error, "the file's tokens and merges make no tokenizer") from None
+            raise _translated(error, "the file's tokens and merges are not a valid tokenizer") from None
         return encoder
 
-    # Use
+    # Encoding and decoding
 
     @cached_property
     def markers(self) -> MarkerSet:
-        """What steers the model, wherever it is spelled out in a text."""
+        """Control tokens and markers that must not be taken from user text."""
         return MarkerSet(self._tokens[i] for i in range(self.n_vocab) if self.is_control(i))
 
     def is_control(self, token_id: int) -> bool:
-        """Whether the token steers the model and is no text: bos, turn markers, padding, unknown."""
+        """Whether the token is a control token and not text: bos, turn markers, padding, unknown."""
         return self._types[token_id] in (TokenType.CONTROL, TokenType.UNKNOWN)
 
     def token_type(self, token_id: int) -> TokenType:
-        """The type that the file gives the token."""
+        """The token's type in the file."""
         return TokenType(self._types[token_id])
 
     def token_text(self, token_id: int) -> str:
-        """The token as the file spells it."""
+        """The token as spelled in the file."""
         return self._tokens[token_id]
 
     def token_id(self, token: str) -> int | None:
@@ -171,13 +170,13 @@ class Tokenizer:
         return self._token_to_id.get(token)
 
     def tokenize(self, text: str, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
-        """Token ids of a text.
+        """Tokenize a text.
 
-        add_bos: put the bos token in front; None does as the file asks, unless the text begins with it.
-        parse_special: read control tokens spelled out in the text as such. Without it they are characters
-            like any other; user-defined tokens are recognised either way.
-        Raises ValueError for text that is no valid Unicode (a lone surrogate), or for a bos that the file
-        hasn't got.
+        add_bos: prepend the bos token; None does as the file asks, unless the text begins with it.
+        parse_special: parse control tokens spelled out in the text. Without it they are plain characters;
+            user-defined tokens are always parsed.
+        Raises ValueError for invalid Unicode (a lone surrogate), or if add_bos is True and the file has no
+        bos.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be str, not {type(text).__name__}")
@@ -201,9 +200,7 @@ class Tokenizer:
         return [self.bos_id, *ids]
 
     def bos_flaw(self, prompt: Sequence[int]) -> str | None:
-        """What is wrong with a prompt's bos and what to do, or None: models of this kind need one, and one
-        only.
-        """
+        """Describe a missing or doubled bos and what to do about it, or None: a prompt needs exactly one."""
         if self.bos_id is None or not len(prompt):
             return None
         bos = f"the bos token {self._tokens[self.bos_id]!r} ({self.bos_id})"
@@ -218,15 +215,15 @@ class Tokenizer:
         return None
 
     def detokenize(self, ids: Iterable[int], keep_control: bool = False) -> str:
-        """Text of token ids; a run of byte tokens that is no valid UTF-8 becomes one U+FFFD per byte.
+        """Decode token ids; byte tokens that are not valid UTF-8 become one U+FFFD each.
 
-        keep_control: spell control tokens out instead of leaving them out.
+        keep_control: include control tokens as text instead of dropping them.
         Raises ValueError for an id outside the vocabulary.
         """
         return TextStream(self, keep_control=keep_control).feed(ids, last=True)
 
     def piece(self, token_id: int) -> bytes | str | None:
-        """What a token adds to the text: a str, one byte of a character, or None for a control token."""
+        """Decode one token: a str, a single byte of a character, or None for a control token."""
         if not 0 <= token_id < self.n_vocab:
             raise ValueError(f"token id {token_id} is outside the vocabulary, 0 to {self.n_vocab - 1}")
         byte = self._id_to_byte.get(token_id)
@@ -238,16 +235,18 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of tokens that arrive in parts; a character split between parts is held back until it is whole."""
+    """Incremental detokenizer; a character split between calls is held back until it is complete."""
 
     def __init__(self, tokenizer: Tokenizer, keep_control: bool | Collection[int] = False) -> None:
-        """keep_control: spell out all control tokens, or those of these ids, instead of leaving them out."""
+        """keep_control: include all control tokens as text, or those with these ids, instead of dropping
+        them.
+        """
         self._tokenizer = tokenizer
         self._keep_control = keep_control
         self._bytes = bytearray()
 
     def feed(self, ids: Iterable[int], last: bool = False) -> str:
-        """The text that these tokens complete. After the ``last`` ones nothing is held back."""
+        """Return the text completed by these tokens. ``last``: hold nothing back."""
         parts: list[str] = []
         for token_id in ids:
             token_id = int(token_id)
@@ -279,7 +278,7 @@ class TextStream:
         except UnicodeDecodeError as error:
             if (
                 error.reason == "unexpected end of data"
-            ):  # the character's other bytes may come with the next part
+            ):  # the character's remaining bytes may come with the next call
                 rest = self._bytes[error.start :]
                 del self._bytes[error.start :]
                 text = self._take_bytes()
@@ -290,7 +289,7 @@ class TextStream:
 
 def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
     value = metadata.get(_PREFIX + name, default)
-    if not isinstance(value, int):  # as some writers write a bool
+    if not isinstance(value, int):  # some writers store a bool as an integer
         raise ModelFormatError(f"{_PREFIX}{name} is {_describe(value)}; it must be true or false")
     return bool(value)
 
@@ -298,7 +297,7 @@ def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
 def _check_kind(metadata: Mapping[str, Any]) -> None:
     kind = metadata.get(_PREFIX + "model")
     if kind is None:
-        raise ModelFormatError(f"the file has no {_PREFIX}model: it carries no tokenizer")
+        raise ModelFormatError(f"the file has no {_PREFIX}model, so it has no tokenizer")
     if kind not in _SUPPORTED_KINDS:
         raise UnsupportedModelError(
             f"{_PREFIX}model is {kind!r}; this version knows {', '.join(_SUPPORTED_KINDS)}"
@@ -341,8 +340,7 @@ def _merge_pairs(metadata: Mapping[str, Any], token_to_id: Mapping[str, int]) ->
     for i_merge, merge in enumerate(merges):
         if not isinstance(merge, str):
             raise ModelFormatError(f"{_PREFIX}merges[{i_merge}] is {_describe(merge)}, not a string")
-        # Tokens hold no plain space in Gemma's manner, so the first one past the first character divides the
-        # two.
+        # Gemma's tokens contain no plain space: the first one after the first character separates the pair.
         cut = merge.find(" ", 1)
         left, right = merge[:cut], merge[cut + 1 :]
         if cut < 0 or not right:
@@ -374,7 +372,7 @@ def _describe(value: Any) -> str:
 
 
 def _translated(error: BaseException, meaning: str) -> BaseException:
-    """The library's panics derive from BaseException; Ctrl-C and exits stay what they are."""
+    """Translate the library's errors: its panics derive from BaseException. Ctrl-C and exits pass through."""
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
         return ModelFormatError(f"{meaning}: {error}")
     return error

@@ -1,4 +1,4 @@
-"""Which tokens end a text, by a file's metadata alone."""
+"""End-of-generation tokens, from a file's metadata."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _PREFIX = "tokenizer.ggml."
 _LIST_KEY = _PREFIX + "eos_token_ids"
 _KEYS = tuple(f"{_PREFIX}{name}_token_id" for name in ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"))
 _CONTROL, _USER_DEFINED = 3, 4
-# Texts by which llama.cpp knows end tokens. Its format has no list of them, so its files name one by key and
-# leave the others, such as the end of a turn, to these.
+# Texts by which llama.cpp recognises end tokens. Its files have no list of them: they name one by key and
+# leave the others, such as the end of a turn, to these texts.
 _TEXTS = frozenset(
     (
         "<eos>", "<turn|>", "<|tool_response>", "<end_of_turn>", "</s>", "<|im_end|>", "<|end|>",
@@ -24,10 +24,10 @@ _TEXTS = frozenset(
         "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
     )
 )  # fmt: skip
-# Converters type this one as user-defined, for parsers of replies to see; the model waits there for a tool.
+# Converters type this one as user-defined, so that output parsers see it; the model waits for a tool there.
 _VISIBLE_TEXTS = frozenset(("<|tool_response>",))
-# Those that end nothing where these others are end tokens: in Gemma's vocabulary `</s>` is HTML; where calls
-# and answers have ends of their own, `<|end|>` only closes a message.
+# Texts that are not end tokens if all of one of these sets are: in Gemma's vocabulary `</s>` is HTML; where
+# calls and answers have their own end tokens, `<|end|>` only closes a message.
 _TEXT_TO_EXCLUDING = {
     "</s>": ({"<|tool_response>"},),
     "<|end|>": tuple(
@@ -40,8 +40,8 @@ _TEXT_TO_EXCLUDING = {
 class EndToken:
     """A token that ends a text.
 
-    text: as the file has it, None where the file has no token list.  reasons: how it is known: the list or
-    the key that names it, its text.
+    text: as in the file, None if the file has no token list.  reasons: the list or key that
+    names it, or its text.
     """
 
     token_id: int
@@ -50,12 +50,11 @@ class EndToken:
 
 
 def find_end_tokens(metadata: Mapping[str, Any], n_vocab: int) -> tuple[EndToken, ...]:
-    """The tokens that end a text: those of the file's list and keys, then control tokens known by their text.
+    """Find the tokens that end a text: those of the file's list and keys, then control tokens known by text.
 
-    All count together. A list or a key says which tokens end a text, never which don't: the lists of
-    fine-tuned checkpoints often name `<eos>` alone, and without the end of a turn every answer would fill the
-    context.
-    Raises ModelFormatError for an id that the vocabulary has not got.
+    The result is their union. A list or a key says which tokens end a text, never which don't: the lists of
+    fine-tuned checkpoints often name only `<eos>`, and without the end of a turn every answer would fill the
+    context. Raises ModelFormatError for an id outside the vocabulary.
     """
     id_to_reasons: dict[int, list[str]] = {}
     for key in (_LIST_KEY, *_KEYS):
@@ -87,7 +86,7 @@ def _named_ids(metadata: Mapping[str, Any], key: str, n_vocab: int) -> list[int]
 
 def _ids_by_text(tokens: Sequence[str], types: Any) -> list[int]:
     if not isinstance(types, list) or not tokens or not isinstance(tokens[0], str):
-        return []  # nothing tells control tokens from text
+        return []  # control tokens can't be told from text
     text_to_id: dict[str, int] = {}
     for text in _TEXTS.intersection(tokens):
         token_id = tokens.index(text)

@@ -72,7 +72,7 @@ def test_every_line_gets_its_answer_or_its_error(model: str, tmp_path: Path) -> 
     assert (answers[2]["text"], answers[2]["steps"]) == (alone.text, alone.steps)
 
 
-def test_an_interrupted_run_goes_on(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_batch_resumes(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text("\n".join(json.dumps({"prompt": f"p{i}"}) for i in range(8)), encoding="utf-8")
     assert run(model, prompts, output, "--seed", "1") == 0
@@ -100,7 +100,9 @@ def test_errors_are_tried_again_when_asked(model: str, tmp_path: Path) -> None:
     assert read(output) == first
 
 
-def test_a_foreign_file_is_left_alone(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unrelated_output_file_is_not_overwritten(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text('"a"\n')
     output.write_text("my diary\n")

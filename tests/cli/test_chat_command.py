@@ -1,4 +1,4 @@
-"""The chat's commands, messages of several lines, and thinking apart from answers; on a scripted model."""
+"""`pydiffusion chat`: commands, multi-line messages, and thinking apart from answers, on a scripted model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 from support.server_fakes import ScriptedModel
 
-from pydiffusion.cli import _common as common
-from pydiffusion.cli import main
+from pydiffusion.cli import _open, main
 
 Chat = Callable[..., tuple[str, str]]
 
 
 def echo(prompt: str, i_answer: int) -> list[str]:
-    """Answers with the number of the answer and what was asked, spelled so that it can be told apart."""
+    """Answer with the answer's number, the message and the number of turns."""
     asked = prompt.rpartition("<|turn>user\n")[2].partition("<turn|>")[0]
     if "think" in asked:
         return ["<|channel>thought\nWell, well.\n<channel|>It is so."]
@@ -28,7 +27,7 @@ def echo(prompt: str, i_answer: int) -> list[str]:
 def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Chat:
     def run(typed: str, *arguments: str) -> tuple[str, str]:
         model = ScriptedModel(echo)
-        monkeypatch.setattr(common, "open_model", lambda *_: model)
+        monkeypatch.setattr(_open, "open_model", lambda *_: model)
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
         assert main(["chat", "-m", "scripted.gguf", *arguments]) == 0
         return tuple(capsys.readouterr())  # type: ignore[return-value]
@@ -36,7 +35,7 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run
 
 
-def test_thinking_is_told_apart_and_markers_never_show(chat: Chat) -> None:
+def test_thinking_is_separate_and_markers_are_hidden(chat: Chat) -> None:
     out, err = chat("think\nhi\n")
     assert out == "It is so.\n1:hi|4\n", "and the next turn goes on without the thought"
     assert "thinking: Well, well." in err
@@ -83,12 +82,12 @@ def test_steps_and_seed(chat: Chat) -> None:
         ("/help\n", "/retry"),
     ],
 )
-def test_what_can_not_be_done_is_said_and_the_chat_goes_on(chat: Chat, typed: str, message: str) -> None:
+def test_invalid_commands_do_not_end_the_chat(chat: Chat, typed: str, message: str) -> None:
     out, err = chat(typed + "hi\n")
     assert message in err and out == "0:hi|2\n"
 
 
-def test_a_file_that_is_no_chat(chat: Chat, tmp_path: Path) -> None:
+def test_loading_a_file_that_is_not_a_chat(chat: Chat, tmp_path: Path) -> None:
     for content in ("[]", '{"messages": [3]}', "{", '{"messages": [{"role": "tool", "content": "x"}]}'):
         (tmp_path / "x.json").write_text(content)
         assert "is no saved chat" in chat(f"/load {tmp_path / 'x.json'}\n")[1]

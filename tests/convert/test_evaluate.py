@@ -1,4 +1,4 @@
-"""``evaluate``: its arithmetic by hand, and that coarser files measure worse."""
+"""`evaluate`: KL by hand, and coarser quantization measures worse."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_kl_by_hand() -> None:
     assert same.tolist() == [False, True, True]
 
 
-def test_rows_in_pieces_are_rows_at_once() -> None:
+def test_kl_does_not_depend_on_chunking() -> None:
     random = np.random.default_rng(0)
     a, b = random.standard_normal((2, 37, 50)).astype(np.float32)
     kl, _ = evaluation.compare_logits(a, b)
@@ -109,7 +109,7 @@ def test_padding_costs_nothing_in_quality(checkpoint_folder: Callable[..., Path]
     assert report.mean_kl < 1e-6 and report.top1 == 1
 
 
-def test_a_family_gives_what_single_evaluations_give(
+def test_a_family_equals_single_evaluations(
     gguf_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though the reference answers once, and whether or not its logits can be kept."""
@@ -123,7 +123,9 @@ def test_a_family_gives_what_single_evaluations_give(
         evaluate_family([], gguf_file("mild"), PROMPTS)
 
 
-def test_padding_gets_no_credit_in_bits(checkpoint_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_padding_does_not_lower_bits_per_weight(
+    checkpoint_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     f32 = convert(checkpoint_folder("mild"), tmp_path / "f32.gguf", "f32")
     padded = convert(checkpoint_folder("mild"), tmp_path / "p.gguf", "q8_0", pad=True)
     assert padded.n_weights == f32.n_weights

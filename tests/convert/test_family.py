@@ -1,4 +1,4 @@
-"""Several files from one read of the source, and weights that are not finite."""
+"""Several files from one read of the source, and nonfinite weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TYPES = ("f32", "bf16", "q8_0", "q4_k_m", "iq4_xs", "mxfp4")
 
 
 @pytest.mark.parametrize("chunk", [4 << 20, 30_000])
-def test_a_family_is_what_single_conversions_give(
+def test_a_family_equals_single_conversions(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     """Padded and unpadded ones together: their chunks are of different rows of the same tensor."""
@@ -64,7 +64,7 @@ def test_a_family_of_a_gguf(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "c.gguf").read_bytes()
 
 
-def test_one_that_fails_stops_all(folder: Path, tmp_path: Path) -> None:
+def test_one_failure_stops_the_whole_family(folder: Path, tmp_path: Path) -> None:
     variants = [Variant(tmp_path / "a.gguf", "q8_0"), Variant(tmp_path / "b.gguf", "iq2_xs")]
     with pytest.raises(ConversionError, match="needs an imatrix"):
         convert_family(folder, variants)

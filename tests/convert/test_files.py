@@ -1,4 +1,4 @@
-"""What ``convert`` writes, read back with ``gguf``'s own reader and dequantizer."""
+"""Files that `convert` writes, read back with the gguf package's reader and dequantizer."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_bfloat16_rounding_is_to_nearest_even(tmp_path: Path) -> None:
     assert np.array_equal(found.data.view(np.uint16).reshape(values.shape), folders.bfloat16_bits(values))
 
 
-def test_vision_is_left_out_and_told(folder: Path, tmp_path: Path) -> None:
+def test_vision_tensors_are_left_out_with_a_note(folder: Path, tmp_path: Path) -> None:
     vision = {
         "model.encoder.vision_tower.patch_embedder.input_proj.weight": np.ones((4, 4), np.float32),
         "model.encoder.embed_vision.embedding_projection.weight": np.ones((4, 4), np.float32),
@@ -248,7 +248,7 @@ def test_equal_encoder_weights_and_head_are_dropped(folder: Path, tmp_path: Path
     tensors["model.encoder.language_model.norm.weight"] = tensors["model.decoder.norm.weight"]
     tensors["model.encoder.language_model.embed_tokens.weight"] = tensors["model.decoder.embed_tokens.weight"]
     tensors["lm_head.weight"] = tensors["model.decoder.embed_tokens.weight"]
-    # The same numbers in another type are the same numbers.
+    # Equal values in another dtype count as equal.
     made = folders.make_folder(tmp_path / "e" / "small", tensors=tensors, dtypes={"lm_head.weight": "F32"})
     expected = converted(folder, tmp_path / "a.gguf")
     assert converted(made, tmp_path / "e.gguf") == expected
@@ -268,12 +268,12 @@ def test_another_head_is_kept(tmp_path: Path) -> None:
     assert np.allclose(read_tensors(reader)["output.weight"], 0.5, atol=0.01)
 
 
-def test_defaults_are_taken_from_the_reference_and_told(tmp_path: Path) -> None:
+def test_defaults_come_from_transformers_with_a_note(tmp_path: Path) -> None:
     config = folders.model_config()
     text = config["text_config"]
     for key in ("layer_types", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "attention_bias"):
         del text[key]
-    # The reference's default is five sliding layers to a full one, the last forced to be full: as here.
+    # transformers' default is five sliding layers to one full one, with the last forced to be full: as here.
     made = folders.make_folder(tmp_path / "d" / "small", config=config)
     (made / "generation_config.json").unlink()
     report = convert(made, tmp_path / "d.gguf", "f32")
@@ -305,7 +305,7 @@ def test_more_bits_rule() -> None:
     assert [i for i in range(4) if has_more_bits(i, 4)] == [2, 3]
 
 
-def test_fallbacks_are_the_written_rule() -> None:
+def test_fallback_types_by_row_length() -> None:
     assert [fit_to_rows("Q4_K", n) for n in (512, 704, 100)] == ["Q4_K", "Q5_0", "F16"]
     assert [fit_to_rows("Q6_K", n) for n in (512, 704, 100)] == ["Q6_K", "Q8_0", "F16"]
     assert [fit_to_rows("Q8_0", n) for n in (512, 704, 100)] == ["Q8_0", "Q8_0", "F16"]

@@ -1,4 +1,4 @@
-"""Hostile folders: whatever their JSON files and safetensors headers say, only typed errors come out."""
+"""Fuzzed checkpoint folders: JSON files and safetensors headers give typed errors only."""
 
 from __future__ import annotations
 
@@ -66,15 +66,18 @@ def mutate(data: st.DataObject, value: Any) -> Any:
     return value
 
 
-def attempt(folder: Path, target: Path) -> None:
-    """Convert: success, or a typed error of one line; never a leftover."""
+def attempt(folder: Path, target: Path) -> str:
+    """Convert: success or a typed one-line error, and never a leftover file; returns which."""
+    outcome = "converted"
     try:
         convert(folder, target, "q8_0")
     except PyDiffusionError as error:
-        assert len(str(error)) < 2000
+        assert len(str(error)) < 2000 and "\n" not in str(error)
+        outcome = "refused"
     else:
         target.unlink()
     assert list(target.parent.glob(".*.part")) == []
+    return outcome
 
 
 @pytest.mark.parametrize(
@@ -89,15 +92,17 @@ def attempt(folder: Path, target: Path) -> None:
 )
 def test_json_files(folder: Path, tmp_path: Path, file: str) -> None:
     original = (folder / file).read_text(encoding="utf-8")
+    outcomes: set[str] = set()
 
     @FAST
     @given(st.data())
     def check(data: st.DataObject) -> None:
         (folder / file).write_text(json.dumps(mutate(data, json.loads(original))), encoding="utf-8")
-        attempt(folder, tmp_path / "m.gguf")
+        outcomes.add(attempt(folder, tmp_path / "m.gguf"))
 
     try:
         check()
+        assert "refused" in outcomes
     finally:
         (folder / file).write_text(original, encoding="utf-8")
 
@@ -107,6 +112,7 @@ def test_safetensors_header(folder: Path, tmp_path: Path) -> None:
     original = shard.read_bytes()
     (length,) = struct.unpack("<Q", original[:8])
     header, body = json.loads(original[8 : 8 + length]), original[8 + length :]
+    outcomes: set[str] = set()
 
     @FAST
     @given(st.data())
@@ -114,10 +120,11 @@ def test_safetensors_header(folder: Path, tmp_path: Path) -> None:
         text = json.dumps(mutate(data, json.loads(json.dumps(header)))).encode()
         claimed = data.draw(st.just(len(text)) | st.integers(0, 2**64 - 1))
         shard.write_bytes(struct.pack("<Q", claimed) + text + body)
-        attempt(folder, tmp_path / "m.gguf")
+        outcomes.add(attempt(folder, tmp_path / "m.gguf"))
 
     try:
         check()
+        assert "refused" in outcomes
     finally:
         shard.write_bytes(original)
 
@@ -126,15 +133,17 @@ def test_safetensors_bytes(folder: Path, tmp_path: Path) -> None:
     shard = folder / "model-00001-of-00002.safetensors"
     original = shard.read_bytes()
     (length,) = struct.unpack("<Q", original[:8])
+    outcomes: set[str] = set()
 
     @FAST
     @given(st.integers(0, 8 + length - 1), st.binary(min_size=1, max_size=4), st.integers(0, len(original)))
     def check(offset: int, patch: bytes, end: int) -> None:
         damaged = original[:offset] + patch + original[offset + len(patch) :]
         shard.write_bytes(damaged[:end] if end % 3 == 0 else damaged)
-        attempt(folder, tmp_path / "m.gguf")
+        outcomes.add(attempt(folder, tmp_path / "m.gguf"))
 
     try:
         check()
+        assert "refused" in outcomes
     finally:
         shard.write_bytes(original)

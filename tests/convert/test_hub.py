@@ -1,4 +1,4 @@
-"""Repo ids as source, against a server of our own that speaks as much of the hub's HTTP as is needed."""
+"""Conversion from repo ids, against a local server that speaks the hub's HTTP."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def hub(folder: Path) -> Iterator[Hub]:
 def command(
     hub: Hub, folder: Path, *arguments: object, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """``pydiffusion`` in a process whose hub is ours, in an empty folder."""
+    """Run ``pydiffusion`` with the local hub, in an empty folder."""
     outside = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "NO_PROXY": "*", "no_proxy": "*"}
     work = folder / "work"
@@ -94,7 +94,7 @@ def test_a_private_repo_needs_the_token(hub: Hub, tmp_path: Path) -> None:
         ("org/open", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub can't be reached"),
     ],
 )
-def test_what_can_not_be_had_is_told_in_a_line(
+def test_unavailable_repos_are_refused_in_one_line(
     hub: Hub, tmp_path: Path, source: str, environment: dict[str, str], message: str
 ) -> None:
     done = command(hub, tmp_path, "convert", source, "-o", "m.gguf", **environment)
@@ -104,7 +104,7 @@ def test_what_can_not_be_had_is_told_in_a_line(
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_paths_are_no_repos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_not_repo_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     for path in ("models/typo", "./a/b", "/a/b", "../a/b", "a", "a/b/c", "models", ""):

@@ -1,4 +1,4 @@
-"""Activation statistics: gathered (against numpy), written (read by gguf), and used for quantizing."""
+"""Importance matrices: collected (against numpy), written (read by gguf), and used for quantizing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rms(x: np.ndarray) -> np.ndarray:
     return x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-6)
 
 
-def test_encoder_statistics_by_numpy(model_path: Path) -> None:
+def test_encoder_activation_sums_equal_numpy(model_path: Path) -> None:
     session = new_session(model_path)
     session.collect_imatrix(True)
     ids = random_ids(3, "prompt", 20, SHAPE.vocab)
@@ -59,8 +59,8 @@ def test_encoder_statistics_by_numpy(model_path: Path) -> None:
         assert sums[0] == pytest.approx((h**2).sum(axis=0), rel=1e-4)
 
 
-def test_expert_statistics_by_numpy(model_path: Path) -> None:
-    """Each token meets its experts and the dense MLP with the same activations but for the norms' weights."""
+def test_expert_activation_sums_equal_numpy(model_path: Path) -> None:
+    """A token's experts and the dense MLP get the same activations, up to the norms' weights."""
     session = new_session(model_path)
     session.collect_imatrix(True)
     session.encode(random_ids(3, "prompt", 20, SHAPE.vocab), return_hidden=True)
@@ -81,12 +81,12 @@ def test_expert_statistics_by_numpy(model_path: Path) -> None:
         sums, down_counts = found[f"blk.{i}.ffn_down_exps.weight"]
         assert sums.shape == (SHAPE.n_expert, SHAPE.expert) and np.array_equal(down_counts, counts)
         assert ((sums.sum(axis=1) > 0) == (counts > 0)).all()
-    # Of the head and of self-conditioning the denoiser knows alone; without conditioning, that sees zeros.
+    # Only the denoiser uses the head and self-conditioning; without conditioning, its input is zero.
     assert found["token_embd.weight"][1].tolist() == [SHAPE.canvas]
     assert not found["self_cond_gate.weight"][0].any()
 
 
-def test_watching_changes_nothing(model_path: Path) -> None:
+def test_collecting_does_not_change_logits(model_path: Path) -> None:
     ids, canvas = random_ids(3, "prompt", 20, SHAPE.vocab), random_ids(3, "canvas", SHAPE.canvas, SHAPE.vocab)
 
     def run(watched: bool) -> np.ndarray:
@@ -100,7 +100,7 @@ def test_watching_changes_nothing(model_path: Path) -> None:
     assert np.array_equal(run(True), run(False))
 
 
-def test_the_file_is_as_llama_cpp_has_it(imatrix: Path) -> None:
+def test_the_file_has_llama_cpps_layout(imatrix: Path) -> None:
     reader = GGUFReader(imatrix)
     fields = fields_of(reader)
     assert fields["general.type"] == ("STRING", "imatrix")
@@ -127,7 +127,7 @@ N = SHAPE.canvas
 
 @pytest.mark.parametrize("length", [2, 3, N // 2, N // 2 + 1, N - 1, N, N + 1, 2 * N])
 def test_texts_shorter_than_a_canvas_are_used(model_path: Path, tmp_path: Path, length: int) -> None:
-    """Every token of them is either read or denoised: as many rows meet the first layer, and no fewer."""
+    """Every token is either encoded or denoised: the first layer sees exactly so many rows."""
     ids = random_ids(5, "text", length, SHAPE.vocab).tolist()
     report = collect_imatrix(model_path, [ids], tmp_path / "i.gguf", noise=(0.5, 1.0), n_threads=1)
     n_read = length // 2 if length <= N else length - N
@@ -138,7 +138,7 @@ def test_texts_shorter_than_a_canvas_are_used(model_path: Path, tmp_path: Path, 
 
 
 def test_a_short_text_ends_as_an_answer_does(model_path: Path) -> None:
-    """Its end is on the canvas, then an eos, then padding; nothing of it twice, nothing lost."""
+    """Its last tokens are on the canvas, then an eos, then padding; none twice, none lost."""
     model = DiffusionModel(model_path, n_threads=1)
     eos, pad = model.tokenizer.eos_id, model.tokenizer.pad_id
     assert None not in (eos, pad) and eos != pad
@@ -169,7 +169,7 @@ def test_lines_of_any_length_are_used(
     assert ("left out" in said) == bool(n_short)
 
 
-def test_what_is_left_out_is_said(
+def test_texts_left_out_are_reported(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = collect_imatrix(model_path, [[5], [5, 6], []], tmp_path / "i.gguf", noise=(1.0,), n_threads=1)
@@ -190,7 +190,7 @@ def their_imatrix(path: Path, tensors: dict[str, np.ndarray], kind: str = "imatr
     return path
 
 
-def test_each_expert_is_quantized_by_its_own_columns(
+def test_each_expert_is_quantized_by_its_own_importance(
     checkpoint_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     name = "blk.0.ffn_gate_up_exps.weight"
@@ -210,7 +210,7 @@ def test_each_expert_is_quantized_by_its_own_columns(
 
 
 @pytest.mark.parametrize(("type", "pad"), [*((type, None) for type in NEED_IMATRIX), ("iq2_xs", True)])
-def test_types_that_need_one(
+def test_types_that_need_an_imatrix(
     checkpoint_folder: Callable[..., Path], imatrix: Path, tmp_path: Path, type: str, pad: bool | None
 ) -> None:
     convert(checkpoint_folder("mild"), tmp_path / "m.gguf", type, imatrix=imatrix, pad=pad)
@@ -220,7 +220,7 @@ def test_types_that_need_one(
     assert np.linalg.norm(values - expected) < 0.65 * np.linalg.norm(expected)
 
 
-def test_errors_go_where_they_matter_less(
+def test_an_imatrix_lowers_the_weighted_error(
     checkpoint_folder: Callable[..., Path], imatrix: Path, tmp_path: Path
 ) -> None:
     folder = checkpoint_folder("mild")
@@ -236,7 +236,7 @@ def test_errors_go_where_they_matter_less(
     assert weighted["with"] < 0.97 * weighted["without"], weighted
 
 
-def test_separate_and_fused_experts_share_statistics(imatrix: Path) -> None:
+def test_separate_and_fused_experts_share_an_entry(imatrix: Path) -> None:
     read = read_imatrix(imatrix)
     shape = (SHAPE.n_expert, 2 * SHAPE.expert, SHAPE.d)
     fused = read.importance("blk.1.ffn_gate_up_exps.weight", shape, SHAPE.d, [])
@@ -245,7 +245,7 @@ def test_separate_and_fused_experts_share_statistics(imatrix: Path) -> None:
     assert read.importance("output.weight", (512, SHAPE.d), SHAPE.d, []) is None
 
 
-def test_a_padded_model_s_statistics_suit_its_source(imatrix: Path, tmp_path: Path) -> None:
+def test_the_imatrix_of_a_padded_model_fits_the_unpadded_one(imatrix: Path, tmp_path: Path) -> None:
     read = read_imatrix(imatrix)
     name, shape = "blk.0.ffn_down.weight", (SHAPE.d, SHAPE.dense)
     plain = read.importance(name, shape, SHAPE.dense, [])
@@ -282,7 +282,7 @@ def test_damaged_and_foreign_files_are_refused(
 
 
 def small_file(path: Path) -> RawGguf:
-    """A good file of one entry, taken apart."""
+    """A valid file of one entry, parsed."""
     write_imatrix(path, {"a.weight": Entry(np.ones((1, 4), np.float32), np.ones(1, np.float32))}, [], 3, 8)
     return read_gguf(path)
 
@@ -290,7 +290,7 @@ def small_file(path: Path) -> RawGguf:
 @pytest.mark.parametrize(
     ("type", "value"), [(F64, float("inf")), (F32, float("nan")), (BOOL, True), (I32, -1)]
 )
-def test_counts_that_are_none_are_refused(tmp_path: Path, type: int, value: object) -> None:
+def test_invalid_counts_are_refused(tmp_path: Path, type: int, value: object) -> None:
     """Found by fuzzing: an infinite count ended in an OverflowError."""
     file = small_file(tmp_path / "i.gguf")
     file.set("imatrix.chunk_count", type, value)
@@ -306,7 +306,7 @@ def test_a_text_that_is_not_utf8_is_named(
     assert f"{tmp_path / 'text'} is not UTF-8 (byte 3): convert it" in capsys.readouterr().err
 
 
-def test_names_that_are_no_utf8_are_read(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
     """Found by fuzzing: such a tensor could be listed but its bytes not be asked for."""
     file = small_file(tmp_path / "i.gguf")
     for tensor in file.tensors:

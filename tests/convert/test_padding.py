@@ -1,4 +1,4 @@
-"""Padding of the feed-forward lengths: the same function, in rows that k-quants fit."""
+"""Feed-forward lengths padded to rows that k-quants fit: the model computes the same function."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pydiffusion.convert.gguf import rows
 from pydiffusion.convert.quantization import type_plan as plan
 from pydiffusion.errors import ConversionError
 
-# No multiples of 256, nor far below one; as the released model's 2112 and 704.
+# Not multiples of 256, but not far below one; as the released model's 2112 and 704.
 DENSE, EXPERT, D, N_EXPERT = 704, 480, 256, 6
 DENSE_PADDED, EXPERT_PADDED = 768, 512
 OWN = "diffusion-gemma."
@@ -46,7 +46,7 @@ def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
 
 def run(path: Path, self_conditioning: bool = True) -> np.ndarray:
-    """Logits of two steps behind a prompt, and the encoder's hidden states: (n, ...) in one row each."""
+    """The encoder's hidden states of a prompt and the logits of two steps after it, flattened."""
     session = _native.Session(_native.Model(str(path), n_threads=1, kv_type="f32"), 128)
     hidden = session.encode(random_ids(1, "prompt", 40, 512), return_hidden=True)
     canvas = random_ids(1, "canvas", 8, 512)
@@ -59,10 +59,10 @@ def test_a_padded_model_is_the_same_function(files: Callable[..., Path]) -> None
     """Every path: encoder, denoiser, self-conditioning; exact but for the order of the sums."""
     plain, padded = run(files("f32", False)), run(files("f32", True))
     assert np.abs(padded - plain).max() < 1e-3 and np.abs(padded - plain).mean() < 1e-5
-    assert np.abs(plain).mean() > 0.5  # and these are no zeros
+    assert np.abs(plain).mean() > 0.5  # not all zeros
 
 
-def test_where_the_zeros_are(files: Callable[..., Path]) -> None:
+def test_where_the_padding_is(files: Callable[..., Path]) -> None:
     reader = GGUFReader(files("f32", True))
     fields, found = fields_of(reader), read_tensors(reader)
     assert fields[OWN + "feed_forward_length"] == ("UINT32", DENSE_PADDED)
@@ -79,7 +79,7 @@ def test_where_the_zeros_are(files: Callable[..., Path]) -> None:
     for ours in ("gate", "up"):
         assert not found[f"self_cond_{ours}.weight"][DENSE:].any()
     assert found["self_cond_down.weight"].shape == (D, DENSE_PADDED)
-    # Gate's rows first, then up's, each with its own zeros behind it.
+    # Gate's rows first, then up's, each followed by its own zeros.
     fused = found["blk.1.ffn_gate_up_exps.weight"].reshape(N_EXPERT, 2, EXPERT_PADDED, D)
     expected = source[layer + "experts.gate_up_proj"].reshape(N_EXPERT, 2, EXPERT, D)
     assert np.array_equal(fused[:, :, :EXPERT], expected) and not fused[:, :, EXPERT:].any()
@@ -110,7 +110,7 @@ def test_types_that_need_no_padding_get_none(files: Callable[..., Path]) -> None
 
 
 @pytest.mark.parametrize("type", ["f32", "q8_0", "q4_k_m"])
-def test_both_ways_give_the_same_padded_file(
+def test_quantizing_pads_as_converting_does(
     folder: Path, files: Callable[..., Path], tmp_path: Path, type: str
 ) -> None:
     quantize(files("f32", False), tmp_path / "q.gguf", type, pad=True)
@@ -127,7 +127,7 @@ def test_quantized_sources_are_padded_without_loss(files: Callable[..., Path], t
     assert (tmp_path / "p.gguf").read_bytes() == files("q8_0", True).read_bytes()
 
 
-def test_the_report_gives_no_credit_for_zeros(folder: Path, tmp_path: Path) -> None:
+def test_padding_counts_in_bytes_but_not_in_weights(folder: Path, tmp_path: Path) -> None:
     padded = convert(folder, tmp_path / "a.gguf", "f32", pad=True)
     plain = convert(folder, tmp_path / "b.gguf", "f32")
     assert padded.n_weights == plain.n_weights
@@ -136,7 +136,7 @@ def test_the_report_gives_no_credit_for_zeros(folder: Path, tmp_path: Path) -> N
     assert "feed_forward_length: 704 padded with zeros to 768" in " ".join(padded.notes)
 
 
-def test_padding_that_would_cost_too_much_is_left_to_those_who_ask(tmp_path: Path) -> None:
+def test_costly_padding_only_on_request(tmp_path: Path) -> None:
     down, up = ("blk.0.ffn_down.weight", (256, 320)), ("blk.0.ffn_up.weight", (320, 256))
     tensors = [down, up, ("blk.0.ffn_gate.weight", (320, 256))]
     assert plan.plan_types(tensors, "q4_k_m").lengths == {}
@@ -146,7 +146,7 @@ def test_padding_that_would_cost_too_much_is_left_to_those_who_ask(tmp_path: Pat
     assert plan.plan_types(tensors, "q2_k").tensors["blk.0.ffn_down.weight"].shape == (256, 512)
 
 
-def test_zeros_that_are_none_are_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonzero_padding_is_detected(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = rows.convert_rows
 
     def careless(data: np.ndarray, source: str, target: str, n_per_row: int, name: str, **choices: object):

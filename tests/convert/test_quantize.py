@@ -1,4 +1,4 @@
-"""``quantize``: from GGUF to GGUF."""
+"""`quantize`: from GGUF to GGUF."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def f32_path(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("type", [type for type in TYPES if type not in NEED_IMATRIX])
-def test_both_ways_give_the_same_file(folder: Path, f32_path: Path, tmp_path: Path, type: str) -> None:
+def test_quantizing_an_f32_file_equals_converting_directly(
+    folder: Path, f32_path: Path, tmp_path: Path, type: str
+) -> None:
     convert(folder, tmp_path / "direct.gguf", type)
     report = quantize(f32_path, tmp_path / "by-f32.gguf", type)
     assert (tmp_path / "by-f32.gguf").read_bytes() == (tmp_path / "direct.gguf").read_bytes()
@@ -96,11 +98,11 @@ def test_separate_experts_are_accepted(tmp_path: Path) -> None:
         assert np.linalg.norm(values - tensors[name]) < 0.1 * np.linalg.norm(values), name
 
 
-def test_a_second_quantization_is_told_and_equal_types_are_copied(f32_path: Path, tmp_path: Path) -> None:
+def test_requantizing_is_noted_and_equal_types_are_copied(f32_path: Path, tmp_path: Path) -> None:
     quantize(f32_path, tmp_path / "q8.gguf", "q8_0")
     report = quantize(tmp_path / "q8.gguf", tmp_path / "q4.gguf", "q4_k_m")
     assert any("attn_q.weight: quantized a second time, Q8_0 -> Q4_K" in note for note in report.notes)
-    # Q8_0 by fallback in the recipe: nothing changes there, so nothing is told and the bytes are the same.
+    # Q8_0 by fallback in the recipe: nothing changes, so there is no note and the bytes are the same.
     q8 = {t.name: t for t in GGUFReader(tmp_path / "q8.gguf").tensors}
     q4 = {t.name: t for t in GGUFReader(tmp_path / "q4.gguf").tensors}
     name = "blk.3.ffn_down.weight"
@@ -143,7 +145,7 @@ def test_a_truncated_source_is_refused(f32_path: Path, tmp_path: Path, share: fl
     assert [path.name for path in tmp_path.iterdir()] == ["cut.gguf"]
 
 
-def test_a_source_that_shrinks_meanwhile_is_an_error_not_a_crash(f32_path: Path, tmp_path: Path) -> None:
+def test_a_source_that_shrinks_while_reading_is_an_error(f32_path: Path, tmp_path: Path) -> None:
     source = tmp_path / "s.gguf"
     source.write_bytes(f32_path.read_bytes())
 

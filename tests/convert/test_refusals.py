@@ -1,4 +1,4 @@
-"""What ``convert`` refuses, and that each refusal names the file, key or tensor at fault."""
+"""Checkpoints that `convert` refuses; each refusal names the file, key or tensor at fault."""
 
 from __future__ import annotations
 
@@ -285,13 +285,13 @@ def test_missing_files(folder: Path, tmp_path: Path, file: str) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[1]", b'{"a": 1, "a": 2}', b"\xff\xfe", b'{"a": NaN}', b"[" * 10**5]
 )
-def test_no_json(folder: Path, tmp_path: Path, content: bytes) -> None:
+def test_invalid_json(folder: Path, tmp_path: Path, content: bytes) -> None:
     source = edited(folder, tmp_path, "config.json", lambda config: None)
     (source / "config.json").write_bytes(content)
     refused(source, tmp_path / "m.gguf", r"config\.json")
 
 
-def test_no_folder_and_wrong_arguments(folder: Path, tmp_path: Path) -> None:
+def test_missing_folder_and_invalid_arguments(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="no such folder"):
         convert(tmp_path / "nowhere", tmp_path / "m.gguf")
     with pytest.raises(ValueError, match="q3_k"):

@@ -1,4 +1,4 @@
-"""A conversion that is interrupted, killed or runs out of space goes on where it was."""
+"""Conversions resumed after an interruption, a kill or a full disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHUNK = 20_000  # weights: about 200 chunks
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The file of a conversion that nothing interrupted."""
+    """The file of an uninterrupted conversion."""
     target = tmp_path_factory.mktemp("whole") / "m.gguf"
     convert(folder, target, "q4_k_m")
     return target.read_bytes()
@@ -56,7 +56,7 @@ class Counter:
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 1.0])
-def test_an_interrupted_conversion_goes_on(
+def test_an_interrupted_conversion_resumes(
     folder: Path, whole: bytes, tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "m.gguf"
@@ -77,7 +77,7 @@ def test_an_interrupted_conversion_goes_on(
     assert last.resumed_bytes > 0 and last.done_bytes == last.total_bytes
 
 
-def test_a_conversion_stopped_while_verifying_goes_on(folder: Path, whole: bytes, tmp_path: Path) -> None:
+def test_a_conversion_stopped_while_verifying_resumes(folder: Path, whole: bytes, tmp_path: Path) -> None:
     target = tmp_path / "m.gguf"
     with pytest.raises(RuntimeError):
         convert(folder, target, "q4_k_m", resume=True, progress=Counter("verify", 0.5, RuntimeError))
@@ -125,7 +125,7 @@ def test_a_split_conversion_is_resumed_too(folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("damage", ["half a line", "no part", "short part", "garbage", "too many lines"])
-def test_a_damaged_journal_costs_work_not_correctness(
+def test_a_damaged_journal_still_gives_the_right_file(
     folder: Path, whole: bytes, tmp_path: Path, damage: str
 ) -> None:
     target = tmp_path / "m.gguf"
@@ -164,7 +164,7 @@ def test_changed_data_is_found_and_not_resumed_again(folder: Path, whole: bytes,
 
 
 @pytest.mark.parametrize("change", ["type", "source", "options"])
-def test_what_another_conversion_left_is_not_used(folder: Path, tmp_path: Path, change: str) -> None:
+def test_leftovers_of_another_conversion_are_not_used(folder: Path, tmp_path: Path, change: str) -> None:
     made = folders.make_folder(tmp_path / "made")
     target = tmp_path / "m.gguf"
     with pytest.raises(KeyboardInterrupt):
@@ -195,7 +195,7 @@ def test_two_runs_at_once_are_refused(folder: Path, tmp_path: Path) -> None:
         convert(folder, target, "q4_k_m", resume=True, progress=second)
 
 
-def test_without_resume_nothing_is_kept_and_nothing_used(folder: Path, whole: bytes, tmp_path: Path) -> None:
+def test_without_resume_nothing_is_kept(folder: Path, whole: bytes, tmp_path: Path) -> None:
     target = tmp_path / "m.gguf"
     with pytest.raises(KeyboardInterrupt):
         convert(folder, target, "q4_k_m", progress=Counter("write", 0.5))
@@ -213,7 +213,7 @@ def test_quantizing_is_resumed_too(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_real_disk_that_another_fills_at_half(
+def test_a_disk_that_others_fill_halfway(
     folder: Path, whole: bytes, small_disk: Callable[[str], Path], resume: bool
 ) -> None:
     disk = small_disk("8m")
@@ -237,10 +237,10 @@ def test_a_real_disk_that_another_fills_at_half(
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_full_disk_at_half(
+def test_a_disk_that_is_full_halfway(
     folder: Path, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
 ) -> None:
-    """As above where no disk can be mounted."""
+    """As above, simulated, for machines where no disk can be mounted."""
     target, write, written = tmp_path / "m.gguf", pipeline.atomic.NewFile.write, []
 
     def limited(new: object, data: memoryview, offset: int | None = None) -> None:
@@ -261,7 +261,7 @@ def test_a_full_disk_at_half(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT to one process: NOT checked here")
-def test_the_command_says_how_to_go_on(folder: Path, whole: bytes, tmp_path: Path) -> None:
+def test_the_command_says_how_to_resume(folder: Path, whole: bytes, tmp_path: Path) -> None:
     target = tmp_path / "m.gguf"
     code = f"""
         import sys
@@ -284,8 +284,8 @@ def test_the_command_says_how_to_go_on(folder: Path, whole: bytes, tmp_path: Pat
     assert target.read_bytes() == whole
 
 
-def test_progress_has_a_rate_and_an_end(folder: Path, tmp_path: Path) -> None:
-    from pydiffusion.cli.convert import pace
+def test_progress_rate_and_time_left(folder: Path, tmp_path: Path) -> None:
+    from pydiffusion.cli._progress import pace
 
     counter = Counter()
     convert(folder, tmp_path / "m.gguf", "q8_0", progress=counter)

@@ -1,4 +1,4 @@
-"""The native pass from rows of one type to rows of another, against numpy and the bare quantizer."""
+"""Native conversion of rows between types, against numpy and ggml's quantizer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pydiffusion.convert.quantization.recipes import NEEDS_IMATRIX
 from pydiffusion.errors import ConversionError
 
 FLOATS = ("F32", "F16", "BF16")
-# Of the exponents: all ones stand for infinity and NaN.
+# Exponent bits: all ones mean infinity or NaN.
 EXPONENTS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
-# Rows of less than a piece, several pieces of which the last is shorter, rows larger than a piece.
+# Rows smaller than a chunk, several chunks of which the last is shorter, rows larger than a chunk.
 SHAPES = [(5, 256), (37, 768), (3, 8192 + 256)]
 
 
@@ -43,7 +43,7 @@ TARGETS = [  # the first call makes tables, which takes seconds
 
 @pytest.mark.parametrize("source", FLOATS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_blocks_are_those_of_the_bare_quantizer(source: str, target: str) -> None:
+def test_blocks_equal_ggmls_quantizer(source: str, target: str) -> None:
     needs = target in NEEDS_IMATRIX
     for n_rows, n_per_row in SHAPES[:1] if target.startswith("IQ") else SHAPES:
         data, values = random_rows(n_rows, n_per_row, source)
@@ -84,7 +84,7 @@ def test_rows_of_any_length_where_there_are_no_blocks(source: str, n_per_row: in
 
 
 @pytest.mark.parametrize("type", ["F16", "BF16"])
-def test_every_number_of_sixteen_bits(type: str) -> None:
+def test_every_16_bit_value(type: str) -> None:
     data = np.arange(1 << 16, dtype=np.uint16).reshape(64, -1)
     with np.errstate(all="ignore"):
         expected = rows.to_float32(data.view(np.uint8), type, 1024)
@@ -93,7 +93,7 @@ def test_every_number_of_sixteen_bits(type: str) -> None:
     numbers = ~np.isnan(expected)
     assert np.array_equal(found.view(np.uint32)[numbers], expected.view(np.uint32)[numbers])
     assert np.isnan(found.view(np.float32)[~numbers]).all()
-    # Of a NaN too the bits are those of the source: sign and payload, quiet or not.
+    # NaNs too keep the source's bits: sign and payload, quiet or not.
     shift = 13 if type == "F16" else 16
     assert np.array_equal(found.view(np.uint32)[~numbers] >> shift & 0x3FF, data[~numbers] & 0x3FF)
     first = data.reshape(-1)[0x7FFF & EXPONENTS[type]]
@@ -108,7 +108,7 @@ def test_every_number_of_sixteen_bits(type: str) -> None:
     negative=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_first_weight_that_is_not_finite_is_found(
+def test_the_first_nonfinite_weight_is_found(
     type: str, shape: tuple[int, int], places: set[float], bits: int, negative: bool
 ) -> None:
     """NaN of any payload and infinities of both signs, beside the largest numbers that are finite."""
@@ -130,7 +130,7 @@ def test_the_first_weight_that_is_not_finite_is_found(
             rows.convert_rows(blocks, type, target, shape[1], "some.weight")
 
 
-def test_infinite_scales_of_blocks_are_found() -> None:
+def test_infinite_block_scales_are_found() -> None:
     data = _native.quantize_rows(random_rows(40, 512, "F32")[1], "Q8_0", 1)
     data[33, 34:36] = np.array([0x7C00], np.uint16).view(np.uint8)  # of the row's second block
     assert _native.find_nonfinite(data, "Q8_0", 512) == 33 * 512 + 32
@@ -138,7 +138,7 @@ def test_infinite_scales_of_blocks_are_found() -> None:
 
 
 @pytest.mark.parametrize("type", ["F32", "F16", "BF16", "Q8_0", "Q4_K"])
-def test_errors_of_rows(type: str) -> None:
+def test_row_errors(type: str) -> None:
     for n_rows, n_per_row in SHAPES:
         values = random_rows(n_rows, n_per_row, "F32")[1]
         values[0] = 0
@@ -178,7 +178,7 @@ def test_errors_of_rows(type: str) -> None:
         ((2, 512), "BF16", "Q9_X", 256, {}),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused(
+def test_invalid_shapes_and_types_are_refused(
     shape: tuple[int, int], source: str, target: str, n_per_row: int, options: dict[str, np.ndarray]
 ) -> None:
     data = np.zeros(shape, np.uint8)
@@ -186,7 +186,7 @@ def test_arrays_that_do_not_fit_are_refused(
         _native.convert_rows(data, source, target, n_per_row, **options)
 
 
-def test_other_arrays_are_refused() -> None:
+def test_invalid_arrays_are_refused() -> None:
     data, values = random_rows(4, 64, "BF16")
     for call in (
         lambda: _native.convert_rows(data.view(np.uint16), "BF16", "Q8_0", 64),
@@ -214,7 +214,7 @@ def test_other_arrays_are_refused() -> None:
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_padded_rows_are_numpys(
+def test_padded_rows_equal_numpys(
     n_groups: int, old: tuple[int, int], more: tuple[int, int], type: str, data: st.DataObject
 ) -> None:
     height, width = old[0], old[1] * 32

@@ -1,4 +1,4 @@
-"""Metadata edited in place, and the scripts in ``examples``."""
+"""Metadata edited in place, and the scripts in `examples`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def test_keys_are_set_added_and_removed_and_nothing_else_changes(model: Path, fo
     assert (new["diffusion.eb_max_steps"], new["general.license"], new["test.list"]) == (7, "mit", [1, 2])
     assert new["diffusion.eb_t_max"] == np.float32(0.75) and "general.name" not in new
     assert after.get_field("diffusion.eb_max_steps").types[0].name == "UINT32"
-    assert verify(model, folder).tensors
+    report = verify(model, folder)
+    assert len(report.tensors) == len(weights)
+    assert not any("does not agree" in problem for problem in report.problems)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def test_keys_are_set_added_and_removed_and_nothing_else_changes(model: Path, fo
         ({"tokenizer.chat_template": "{% for %}"}, "chat template, line 1"),
     ],
 )
-def test_what_would_spoil_the_file_is_refused(model: Path, changes: dict, message: str) -> None:
+def test_edits_that_would_break_the_file_are_refused(model: Path, changes: dict, message: str) -> None:
     before = model.read_bytes()
     with pytest.raises(ConversionError, match=message):
         edit_metadata(model, changes)

@@ -1,4 +1,4 @@
-"""Sizes from a config alone: by arithmetic for the released shape, against real files for a small one."""
+"""File and memory sizes from a config: arithmetic for the released shape, real files for a small one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_padding_keeps_q4_k_m_small(released: Path) -> None:
 
 
 def test_the_cache_by_arithmetic(released: Path) -> None:
-    memory = sizes.memory(sizes.read_config(released), 0, 4096)
+    memory = sizes.estimate_memory(sizes.read_config(released), 0, 4096)
     sliding = 25 * 2 * 8 * 256 * 2 * (2 * 1024 + 512)
     full = 5 * 2 * 2 * 512 * 2 * 4096
     assert memory.cache == sliding + full
@@ -68,7 +68,7 @@ def test_the_cache_by_arithmetic(released: Path) -> None:
 
 @pytest.mark.parametrize("pad", [None, True])
 @pytest.mark.parametrize("type", ["q4_k_m", "mxfp4", "q2_k"])
-def test_the_plan_is_the_file(tmp_path: Path, type: str, pad: bool | None) -> None:
+def test_planned_sizes_equal_the_files(tmp_path: Path, type: str, pad: bool | None) -> None:
     folder = folders.make_folder(tmp_path / "small")
     overrides = {"attn_q": "q6_k"}
     report = convert(folder, tmp_path / "m.gguf", type, pad=pad, tensor_types=overrides)
@@ -78,13 +78,13 @@ def test_the_plan_is_the_file(tmp_path: Path, type: str, pad: bool | None) -> No
     assert plan.n_weights == report.n_weights
     assert plan.bits_per_weight == pytest.approx(report.bits_per_weight)
     session = _native.Session(_native.Model(str(tmp_path / "m.gguf"), n_threads=1, kv_type="f16"), 600)
-    assert sizes.memory(sizes.read_config(folder), 0, 600).cache == pytest.approx(
+    assert sizes.estimate_memory(sizes.read_config(folder), 0, 600).cache == pytest.approx(
         session.cache_bytes, abs=4096
     )
 
 
 @pytest.mark.parametrize(("gib", "least_bits"), [(12, 3.2), (16, 4.4), (24, 7.0), (32, 8.5), (80, 16)])
-def test_fit_fills_a_card_and_no_more(released: Path, gib: int, least_bits: float) -> None:
+def test_fit_fills_the_memory_but_not_more(released: Path, gib: int, least_bits: float) -> None:
     plan, memory = fit(released, gib * GIB)
     assert memory.total <= gib * GIB
     assert plan.bits_per_weight > least_bits
@@ -109,12 +109,12 @@ def test_fit_keeps_what_was_asked_for(released: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "n_bytes"), [("16G", 16 * GIB), ("1.5GiB", 3 * GIB // 2), ("900m", 900 << 20), ("77", 77)]
 )
-def test_sizes_as_people_write_them(text: str, n_bytes: int) -> None:
+def test_parse_size(text: str, n_bytes: int) -> None:
     assert sizes.parse_size(text) == n_bytes
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "16X", "0"])
-def test_what_is_no_size(text: str) -> None:
+def test_invalid_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="no size"):
         sizes.parse_size(text)
 

@@ -1,4 +1,4 @@
-"""Split files: written, read, merged; the gguf package is the judge of both directions."""
+"""Split files: written, read and merged, checked with the gguf package in both directions."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def test_splitting_a_file_gives_the_parts_of_a_conversion(parts: list[Path], who
     assert (tmp_path / "merged.gguf").read_bytes() == whole.read_bytes()
 
 
-def test_what_fits_one_file_is_not_split(folder: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_small_file_is_not_split(folder: Path, whole: Path, tmp_path: Path) -> None:
     report = convert(folder, tmp_path / "m.gguf", "q8_0", split_max_size=10**9)
     assert report.files == [tmp_path / "m.gguf"]
     assert (tmp_path / "m.gguf").read_bytes() == whole.read_bytes()
 
 
-def test_a_size_below_the_largest_tensor_gives_a_part_for_each(folder: Path, tmp_path: Path) -> None:
+def test_a_tiny_size_gives_one_part_per_tensor(folder: Path, tmp_path: Path) -> None:
     report = convert(folder, tmp_path / "m.gguf", "q8_0", split_max_size=1)
     assert len(report.files) == report.n_tensors
 
@@ -120,7 +120,7 @@ def test_parts_of_the_gguf_package_are_merged(tmp_path: Path) -> None:
 def test_missing_and_foreign_parts_are_refused(parts: list[Path], whole: Path, tmp_path: Path) -> None:
     content = parts[2].read_bytes()
     parts[2].unlink()
-    with pytest.raises(ModelFormatError, match=r"00003-of-\d+\.gguf: this part of \d+ is missing"):
+    with pytest.raises(ModelFormatError, match=r"00003-of-\d+\.gguf: is missing"):
         quantize(parts[0], tmp_path / "n.gguf", "q4_0")
     parts[2].write_bytes(parts[3].read_bytes())
     with pytest.raises(ModelFormatError, match=r"'split\.no' is 3, 2 is wanted"):
@@ -136,7 +136,7 @@ def test_missing_and_foreign_parts_are_refused(parts: list[Path], whole: Path, t
         repack(parts[1], tmp_path / "n.gguf")
 
 
-def test_a_part_is_no_target_of_its_own_merge(parts: list[Path]) -> None:
+def test_a_part_can_not_be_the_target_of_its_merge(parts: list[Path]) -> None:
     before = [part.read_bytes() for part in parts]
     with pytest.raises(ConversionError, match="one of the files being read"):
         repack(parts[0], parts[1])

@@ -1,4 +1,4 @@
-"""The target appears whole or not at all, whatever goes wrong on the way."""
+"""Atomic writing: the target is complete or absent, whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_full_disk_is_seen_before_writing(folder: Path, small_disk: Callable[[
     assert files_in(disk) == []
 
 
-def test_a_disk_that_fills_up_meanwhile(
+def test_a_disk_that_fills_up_while_writing(
     folder: Path, small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = small_disk("1m")
@@ -126,12 +126,12 @@ def test_free_space_is_checked_up_front(
     assert files_in(tmp_path) == []
 
 
-def test_targets_that_can_not_be_written(folder: Path, tmp_path: Path) -> None:
+def test_invalid_targets(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="nowhere: no such folder"):
         convert(folder, tmp_path / "nowhere" / "m.gguf", "q8_0")
     with pytest.raises(ConversionError, match="is a folder"):
         convert(folder, tmp_path, "q8_0")
-    with pytest.raises(ConversionError, match="no regular file"):
+    with pytest.raises(ConversionError, match="not a regular file"):
         convert(folder, "/dev/null", "q8_0")
     (tmp_path / "m.gguf").write_bytes(b"old")
     with pytest.raises(ConversionError, match="exists already"):
@@ -159,7 +159,7 @@ def test_a_read_only_folder(folder: Path, tmp_path: Path) -> None:
     locked.mkdir()
     locked.chmod(0o500)
     if os.access(locked, os.W_OK):
-        # root may write anywhere but where the kernel itself says no
+        # root may write anywhere except where the kernel refuses
         if not Path("/proc/self").exists():
             pytest.skip("running as root without /proc: a read-only folder was NOT checked")
         locked = Path("/proc/self")
@@ -198,7 +198,7 @@ def test_the_file_has_usual_permissions(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "m.gguf").stat().st_mode & 0o777 == 0o640
 
 
-def test_a_shard_that_shrinks_meanwhile(tmp_path: Path) -> None:
+def test_a_shard_that_shrinks_while_reading(tmp_path: Path) -> None:
     made = folders.make_folder(tmp_path / "small")
 
     def shrink(_: object) -> None:
@@ -232,10 +232,10 @@ def test_a_changed_byte_on_disk_is_found(
 
 
 @pytest.mark.parametrize("type", ["f16", "q8_0", "q4_k_m", "mxfp4", "q2_k", "iq4_xs", "tq2_0"])
-def test_wrong_rows_are_found_though_the_disk_is_right(
+def test_wrong_rows_are_found_by_verification(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, type: str
 ) -> None:
-    """A quantizer that mixes up two rows writes exactly what it computed; only the weights tell."""
+    """A quantizer that swaps rows writes exactly what it computed; only comparing weights finds it."""
     right = rows.convert_rows
 
     def mixed_up(data: np.ndarray, *types: object, **choices: object) -> np.ndarray:
@@ -255,7 +255,7 @@ def test_chunks_do_not_change_the_file(folder: Path, tmp_path: Path, monkeypatch
 
 
 def test_threads_do_not_wait_for_a_large_chunk_before_small_ones() -> None:
-    """Nor run far ahead of it with large ones, which would fill the memory."""
+    """Nor do they run far ahead of it with large ones, which would fill the memory."""
     last = threading.Event()
     many = [pipeline._Step(number, 0, [], 1000) for number in range(40)]
 

@@ -1,4 +1,4 @@
-"""Every type that can be written: its bytes against ``gguf``'s quantizers, the mixes as others have them."""
+"""Every type that can be written: bytes against the gguf package's quantizers, and llama.cpp's mixes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OTHERS = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}
 
 
 @pytest.mark.parametrize("type_name", REFERENCE)
-def test_bytes_are_those_of_the_gguf_package(folder: Path, tmp_path: Path, type_name: str) -> None:
+def test_bytes_equal_the_gguf_packages(folder: Path, tmp_path: Path, type_name: str) -> None:
     convert(folder, tmp_path / "m.gguf", REFERENCE[type_name], pad=False)
     sources = {folders.gguf_name(name): values for name, values in folders.weights().items()}
     compared = 0
@@ -39,7 +39,7 @@ def test_bytes_are_those_of_the_gguf_package(folder: Path, tmp_path: Path, type_
 
 
 def test_q8_0_rounds_as_the_gguf_package_does() -> None:
-    """Our own loop: halves, what is next to them, zeros, the smallest and large numbers."""
+    """Our own loop: halves, their neighbours, zeros, the smallest and large values."""
     halves = np.arange(-127, 127.5, 0.5, dtype=np.float32)
     near = np.concatenate(
         [halves, np.nextafter(halves, np.float32(1e9)), np.nextafter(halves, np.float32(-1e9))]
@@ -54,7 +54,7 @@ def test_q8_0_rounds_as_the_gguf_package_does() -> None:
 
 
 @pytest.mark.parametrize("type", ["q2_k", "q3_k_l", "q4_k_m", "q5_k_m", "q6_k"])
-def test_k_quants_are_what_the_bare_kernel_makes(folder: Path, tmp_path: Path, type: str) -> None:
+def test_k_quants_equal_ggmls_quantizer(folder: Path, tmp_path: Path, type: str) -> None:
     """ggml_quantize_chunk on whole matrices: chunks and threads change no byte, so no error grows."""
     convert(folder, tmp_path / "m.gguf", type, pad=False, n_threads=2)
     sources = {folders.gguf_name(name): values for name, values in folders.weights().items()}
@@ -77,14 +77,14 @@ def test_every_type_that_ggml_can_write_has_a_recipe() -> None:
             writable.add(name)
         except ValueError:
             continue
-    # One and two bits without a zero, for models that were trained so: no recipe of ours.
+    # Types of one and two bits without a zero, for models trained with them: we have no recipe.
     assert set(BLOCK_SIZES) == writable - {"Q1_0", "Q2_0"}
     used = {recipe.default for recipe in RECIPES.values()}
     used |= {rule.type for recipe in RECIPES.values() for rule in recipe.rules}
     assert used == set(BLOCK_SIZES)
 
 
-def test_block_sizes_and_needs_are_ggmls() -> None:
+def test_block_sizes_and_imatrix_needs_equal_ggmls() -> None:
     known = _native.tensor_types()
     assert {name: known[name][1] for name in BLOCK_SIZES} == dict(BLOCK_SIZES)
     rows = np.random.default_rng(0).standard_normal((2, 256)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""``verify``: what agrees passes, what was changed is named."""
+"""`verify`: files that agree with their source pass, changed tensors are named."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pydiffusion.errors import ConversionError
 
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("type", ["f32", "bf16", "q8_0", "q4_k_m"])
-def test_what_convert_wrote_passes(folder: Path, tmp_path: Path, type: str, pad: bool) -> None:
+def test_converted_files_verify(folder: Path, tmp_path: Path, type: str, pad: bool) -> None:
     convert(folder, tmp_path / "m.gguf", type, pad=pad)
     report = verify(tmp_path / "m.gguf", folder)
     assert report.problems == []
@@ -26,7 +26,7 @@ def test_what_convert_wrote_passes(folder: Path, tmp_path: Path, type: str, pad:
     assert verify(tmp_path / "m.gguf").problems == []
 
 
-def test_figures_are_those_of_the_gguf_package(folder: Path, tmp_path: Path) -> None:
+def test_errors_are_those_of_the_gguf_packages_weights(folder: Path, tmp_path: Path) -> None:
     convert(folder, tmp_path / "m.gguf", "q4_0", pad=True)  # padding counts for nothing
     weights = {folders.gguf_name(name): values for name, values in folders.weights().items()}
     reader = {t.name: t for t in GGUFReader(tmp_path / "m.gguf").tensors}
@@ -69,7 +69,7 @@ def test_padding_that_is_not_zero_is_found(folder: Path, tmp_path: Path) -> None
     assert [p.split(":")[0] for p in verify(path, folder).problems] == [name]
 
 
-def test_another_source_is_seen_in_tensors_and_metadata(folder: Path, tmp_path: Path) -> None:
+def test_a_different_source_is_detected(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     config = folders.model_config()
     config["text_config"]["sliding_window"] = 32

@@ -1,4 +1,4 @@
-"""The vision file: names by the gguf package's own table, weights and layout against the checkpoint."""
+"""The vision file: names by the gguf package's table, weights and layout against the checkpoint."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_names_and_weights(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_patch_embedding_is_the_kernel_of_a_convolution(folder: Path, tmp_path: Path) -> None:
-    """Patches are flattened row by row with the channels of a pixel together; a kernel has them apart."""
+    """A flattened patch has a pixel's channels side by side; a convolution kernel has separate planes."""
     convert_mmproj(folder, tmp_path / "v.gguf", "f32")
     kernel = read_tensors(GGUFReader(tmp_path / "v.gguf"))["v.patch_embd.weight"]
     assert kernel.shape == (D, 3, PATCH, PATCH)

@@ -1,5 +1,6 @@
-"""Graphs made for GPUs, on the processor (device "host") and on every GPU that is here, and shared out among
-several devices. docs/gpu.md says what only a GPU can show.
+"""Device graphs, on the CPU (device "host") and on every GPU present, whole and split over several devices.
+
+docs/gpu.md says what only a GPU can show.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from reference.random_checkpoint import SHAPES
 from support.models import case, compare, denoise_case, encode_case, load_golden
 from support.parity import CASES, MAX_BOUND, MEAN_BOUND, Q8_0_CACHE_MEAN, SOURCES, assert_within
 
-from pydiffusion import DiffusionModel, GenerationOptions, _native, devices
+from pydiffusion import DiffusionModel, DraftEvent, GenerationOptions, _native, devices
 from pydiffusion.convert import convert
 from pydiffusion.errors import PyDiffusionError, UnsupportedModelError
 
 GPUS = [device.name for device in devices()]
-#: The processor in a GPU's place, as one device and as two, every GPU that is here, and all of them together.
+#: The CPU in place of a GPU, as one device and as two, every GPU present, and all of them together.
 DEVICES = ["host", "host,host", *GPUS, *([",".join(GPUS)] if len(GPUS) > 1 else [])]
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 N_LAYERS = {name: len(SHAPES[shape].layers) for name, (shape, _) in SOURCES.items()}
 
 
-def open_on(path: Path, device: str, kv_type: str = "f32", **placement: int) -> _native.Model:
-    return _native.Model(str(path), 2, kv_type=kv_type, device=device, **placement)
+def open_on(path: Path, device: str, kv_type: str = "f32", **device_plan: int) -> _native.Model:
+    return _native.Model(str(path), 2, kv_type=kv_type, device=device, **device_plan)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -51,27 +52,27 @@ def test_f32_logits(
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_f16_cache(device: str, source: str, gguf_file: Callable) -> None:
-    """Flash attention with masks of rows that fill up, against our own attention on the processor."""
+    """Flash attention with masked padding rows, against our own attention on the CPU."""
     shape, options = SOURCES[source]
     file = gguf_file(shape, "f32", **options)
     golden = case(load_golden(f"logits-{source}"), "long")
     both = []
-    for place in ("cpu", device):
-        session = _native.Session(open_on(file, place, "f16"), 128)
+    for where in ("cpu", device):
+        session = _native.Session(open_on(file, where, "f16"), 128)
         encode_case(session, golden)
         both.append(denoise_case(session, golden))
         ops = session.step_ops
-        assert (ops.get("FLASH_ATTN_EXT", 0) > 0) == (place != "cpu"), "each device takes its own attention"
+        assert (ops.get("FLASH_ATTN_EXT", 0) > 0) == (where != "cpu"), "each device uses its own attention"
     for key, logits in both[0].items():
         assert_within(compare(both[1][key], logits), 0.05, 0.5, 0.99)
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_q8_0_cache(device: str, source: str, gguf_file: Callable, report: Callable[[str], None]) -> None:
-    """Eight bits for keys and values, against our own attention over such a cache on the processor."""
+    """An 8-bit cache on the device, against our own attention over such a cache on the CPU."""
     shape, options = SOURCES[source]
     file = gguf_file(shape, "f32", **options)
-    models = [open_on(file, place, "q8_0") for place in ("cpu", device)]
+    models = [open_on(file, where, "q8_0") for where in ("cpu", device)]
     for name in CASES:
         golden = case(load_golden(f"logits-{source}"), name)
         both = []
@@ -83,18 +84,16 @@ def test_q8_0_cache(device: str, source: str, gguf_file: Callable, report: Calla
             assert ("FLASH_ATTN_EXT" in session.step_ops) == (model is models[1])
         for key, logits in both[0].items():
             difference = compare(both[1][key], logits)
-            report(
-                f"device {device}, cache q8_0 against the processor's, {source}, {name}, {key}: {difference}"
-            )
+            report(f"device {device}, cache q8_0 against the CPU's, {source}, {name}, {key}: {difference}")
             assert difference.mean <= Q8_0_CACHE_MEAN and difference.agreement >= 0.9, difference
 
 
-def test_heads_without_a_kernel(device: str, gguf_file: Callable) -> None:
-    """Where flash attention has no kernel for a model's heads (CUDA's none for 16 and 32), products do."""
+def test_head_sizes_without_a_flash_attention_kernel(device: str, gguf_file: Callable) -> None:
+    """Head sizes that flash attention has no kernel for (CUDA: 16 and 32) go through plain matmuls."""
     file = gguf_file("tiny", "f32", seed=0, dtype="f32")
     results = []
-    for place in ("cpu", device):
-        session = _native.Session(open_on(file, place, "f16"), 64)
+    for where in ("cpu", device):
+        session = _native.Session(open_on(file, where, "f16"), 64)
         session.encode(np.arange(2, 22, dtype=np.int32))
         results.append(session.denoise(np.arange(4, dtype=np.int32), None))
     assert "FLASH_ATTN_EXT" not in session.step_ops
@@ -104,21 +103,21 @@ def test_heads_without_a_kernel(device: str, gguf_file: Callable) -> None:
 def test_types_without_a_kernel(
     device: str, checkpoint_folder: Callable, tmp_path: Path, report: Callable[[str], None]
 ) -> None:
-    """Weights that a device can't multiply with stay with the processor, as CUDA's ternary ones do; where the
-    device has to read them itself, the error says which and what to do.
+    """Weights whose type a device can't multiply stay on the CPU, such as ternary ones on CUDA; where the
+    device must read them itself, the error says which and what to do.
     """
     folder = checkpoint_folder("small", seed=0, dtype="f32")
     layers, embedding = tmp_path / "layers.gguf", tmp_path / "embedding.gguf"
     convert(folder, layers, "f32", tensor_types={r"blk\.1\.(ffn_up\.|ffn_gate_up_exps)": "tq2_0"})
     golden = case(load_golden("logits-small-f32"), "commit")
     results = []
-    for place in ("cpu", device):
-        session = _native.Session(open_on(layers, place), 128)
+    for where in ("cpu", device):
+        session = _native.Session(open_on(layers, where), 128)
         encode_case(session, golden)
         results.append(denoise_case(session, golden))
     for key, logits in results[0].items():
         difference = compare(results[1][key], logits)
-        report(f"device {device}, some weights of 2 bits on the processor, {key}: {difference}")
+        report(f"device {device}, some 2-bit weights on the CPU, {key}: {difference}")
         assert_within(difference, 0.05, 0.5, 0.9)
     convert(folder, embedding, "f32", tensor_types={"token_embd": "tq2_0"})
     with pytest.raises(
@@ -127,8 +126,8 @@ def test_types_without_a_kernel(
         open_on(embedding, device)
 
 
-def test_a_cache_in_parts(device: str, gguf_file: Callable) -> None:
-    """Layers on the processor read and write a cache of 8 bits as those on the device do."""
+def test_a_q8_0_cache_shared_by_cpu_and_device(device: str, gguf_file: Callable) -> None:
+    """Layers on the CPU read and write an 8-bit cache as those on the device do."""
     file = gguf_file("small", "f32", seed=0, dtype="f32")
     golden = case(load_golden("logits-small-f32"), "commit")
     results = []
@@ -143,11 +142,11 @@ def test_a_cache_in_parts(device: str, gguf_file: Callable) -> None:
 
 
 @pytest.mark.parametrize(("n_gpu_layers", "n_cpu_moe"), [(1, 0), (1, 1), (2, 1), (-1, 2)])
-def test_parts_of_the_model_on_the_device(
+def test_partial_offload(
     device: str, n_gpu_layers: int, n_cpu_moe: int, gguf_file: Callable, report: Callable[[str], None]
 ) -> None:
-    """Where the parts are changes nothing. On a GPU with float32 weights, and but for rounding: its quantized
-    matmuls round activations in other blocks than the CPU's.
+    """Offloading part of the model changes nothing. On a GPU: with float32 weights and up to rounding, as its
+    quantized matmuls round activations in other blocks than the CPU's.
     """
     on_gpu = "host" not in device
     file = gguf_file("small", "f32" if on_gpu else "q4_k_m", seed=0, dtype="f32")
@@ -184,7 +183,7 @@ def generations(model: DiffusionModel, n: int) -> list[list[int]]:
 
 
 def test_a_generation(device: str, gguf_file: Callable) -> None:
-    """Canvas after canvas on the device: the same text every time; held tokens are held."""
+    """Several canvases on the device: the same text every time; held tokens stay."""
     file = gguf_file("small", "f32", seed=0, dtype="f32")
     model = DiffusionModel(file, n_ctx=128, device=device)
     assert generations(model, 2) == generations(model, 2)
@@ -195,13 +194,15 @@ def test_a_generation(device: str, gguf_file: Callable) -> None:
     options = GenerationOptions(
         max_tokens=n, steps=4, seed=1, canvas=canvas, hold=[i % 2 == 0 for i in range(n)]
     )
-    for event in session.generate(options):
-        if hasattr(event, "accepted"):
-            assert all(token == 7 for token in np.asarray(event.tokens)[::2])
+    drafts = [event for event in session.generate(options) if isinstance(event, DraftEvent)]
+    assert drafts and all((draft.tokens[::2] == 7).all() for draft in drafts)
+    assert not all((draft.tokens == 7).all() for draft in drafts), "tokens that are not held change"
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "q8_0"])
-def test_a_saved_session_comes_back(device: str, kv_type: str, gguf_file: Callable, tmp_path: Path) -> None:
+def test_a_saved_session_can_be_loaded(
+    device: str, kv_type: str, gguf_file: Callable, tmp_path: Path
+) -> None:
     file = gguf_file("small", "f32", seed=0, dtype="f32")
     model = DiffusionModel(file, n_ctx=128, device=device, kv_type=kv_type)
     session = model.new_session()
@@ -221,8 +222,8 @@ def test_a_saved_session_comes_back(device: str, kv_type: str, gguf_file: Callab
 
 
 def test_a_batch(device: str, gguf_file: Callable) -> None:
-    """The texts are those that the prompts get alone. On a GPU the width of a product chooses its kernel, so
-    the same batch gives the same texts there, and no more is promised.
+    """Batched texts equal those of each prompt alone. On a GPU, where a matmul's width selects its kernel,
+    only the same batch gives the same texts.
     """
     file = gguf_file("small", "f32", seed=0, dtype="f32")
     model = DiffusionModel(file, n_ctx=128, device=device)
@@ -237,9 +238,11 @@ def test_a_batch(device: str, gguf_file: Callable) -> None:
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
 @pytest.mark.parametrize("n_kept", [100, 95, 3])
-def test_nan_does_not_stay(device: str, n_kept: int, kv_type: str, gguf_file: Callable) -> None:
-    """A step that ends in NaN leaves it in the cache's rows behind the prompt, and what comes next reads
-    beyond its own, to fill a mask up. (ggml's flash attention on the processor skips what is masked.)
+def test_nan_in_masked_cache_rows_has_no_effect(
+    device: str, n_kept: int, kv_type: str, gguf_file: Callable
+) -> None:
+    """A step that ends in NaN leaves it in the cache rows after the prompt, and the next step reads those
+    rows too, masked, as its number of rows is padded. (ggml's flash attention on the CPU skips masked rows.)
     """
     file = gguf_file("small", "f32", seed=0, dtype="f32")
     model = DiffusionModel(file, n_ctx=200, device=device, kv_type=kv_type)
@@ -262,12 +265,12 @@ def test_nan_does_not_stay(device: str, n_kept: int, kv_type: str, gguf_file: Ca
             assert np.array_equal(after, expected)
 
 
-def test_a_device_that_is_not_there(device: str, gguf_file: Callable) -> None:
+def test_unknown_devices_are_refused(device: str, gguf_file: Callable) -> None:
     with pytest.raises((ValueError, PyDiffusionError), match="no device 'CUDA77'"):
         open_on(gguf_file("small", "q8_0", seed=0, dtype="f32"), "CUDA77")
 
 
-def test_statistics_want_the_processor(device: str, gguf_file: Callable) -> None:
+def test_imatrix_collection_needs_the_cpu(device: str, gguf_file: Callable) -> None:
     model = open_on(gguf_file("small", "f32", seed=0, dtype="f32"), device)
-    with pytest.raises(PyDiffusionError, match="on the processor only"):
+    with pytest.raises(PyDiffusionError, match="only be collected on the CPU"):
         _native.Session(model, 128).collect_imatrix(True)

@@ -1,4 +1,4 @@
-"""The arithmetic of kernels made for GPUs, one by one, on the processor (device "host") and on every GPU."""
+"""Device kernels one by one, on the CPU (device "host") and on every GPU."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ pytestmark = pytest.mark.parametrize("device", ["host", *(device.name for device
 
 @pytest.mark.parametrize("n_vocab", [1, 31, 1024, 1025, 5000, 40_000])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 12.0])
-def test_measure_is_the_samplers(device: str, n_vocab: int, spread: float) -> None:
-    """The rows of a GPU's kernel, merged from lanes and warps, against the CPU's sampler."""
+def test_measure_equals_the_samplers(device: str, n_vocab: int, spread: float) -> None:
+    """The GPU kernel's reduction over threads and warps, against the CPU's sampler."""
     rng = np.random.default_rng(n_vocab)
     logits = (rng.normal(size=(3, n_vocab)) * spread).astype(np.float32)
     u = rng.random(3, dtype=np.float32)
     capped, argmax, entropy, sampled = _native.testing.measure_on(device, logits, 30.0, 0.6, u)
-    # A tanhf is right to 2 units in the last place, on a GPU as here: 4e-7 with the roundings around it.
+    # tanhf is accurate to 2 units in the last place, on a GPU as here: 4e-7 with the roundings around it.
     np.testing.assert_allclose(capped, 30 * np.tanh(logits.astype(np.float64) / 30), rtol=1e-6, atol=1e-6)
     expected = sampling.measure(capped, 0.6, u)
     assert argmax.tolist() == expected[0].tolist()
@@ -33,7 +33,7 @@ def test_measure_is_the_samplers(device: str, n_vocab: int, spread: float) -> No
         assert below - 1e-5 <= u[row] <= cdf[row, token] + 1e-5
 
 
-def test_measure_sees_what_is_not_finite(device: str) -> None:
+def test_measure_detects_nonfinite_logits(device: str) -> None:
     rows = np.zeros((4, 3000), dtype=np.float32)
     rows[0, 2999], rows[1, 5], rows[2] = np.nan, np.inf, -np.inf
     rows[3, :] = -np.inf
@@ -41,11 +41,13 @@ def test_measure_sees_what_is_not_finite(device: str) -> None:
     u = np.full(4, 0.5, np.float32)
     _, argmax, entropy, sampled = _native.testing.measure_on(device, rows, 30.0, 1.0, u)
     assert np.isnan(entropy[:2]).all()
-    assert (argmax[3], sampled[3]) == (17, 17) or entropy[3] >= 0  # capping makes -infinity a number
+    # Capping makes -infinity finite: equal logits are equally likely, and one larger by 31 is certain.
+    assert entropy[2] == pytest.approx(np.log(3000), rel=1e-4)
+    assert (argmax[3], sampled[3]) == (17, 17) and 0 <= entropy[3] < 1e-6
 
 
 @pytest.mark.parametrize("dropped_mass", [0.0, 1e-4, 1e-2])
-def test_condition_leaves_out_no_more_than_it_may(device: str, dropped_mass: float) -> None:
+def test_condition_drops_at_most_the_dropped_mass(device: str, dropped_mass: float) -> None:
     rng = np.random.default_rng(0)
     logits = (rng.normal(size=(5, 4000)) * np.array([[0.1], [1], [4], [9], [30]])).astype(np.float32)
     embedding = rng.normal(size=(4000, 48)).astype(np.float32)
@@ -74,11 +76,11 @@ def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, head_dim: int) 
 
 @pytest.mark.parametrize(("head_dim", "n_head_kv"), [(64, 1), (128, 2), (256, 8), (512, 2)])
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
-def test_attention_alone(
+def test_attention_kernel(
     device: str, kv_type: str, head_dim: int, n_head_kv: int, report: Callable[[str], None]
 ) -> None:
-    """The heads of the models there are, over each cache: by flash attention, and by the products that take
-    its place where a device has none. What a cache rounds is rounded in what it is compared with, too.
+    """The head sizes of released models, over each cache type: by flash attention, and by the matmuls used
+    where a device has none. The reference rounds keys and values as the cache does.
     """
     rng = np.random.default_rng(head_dim)
     n_head, n_tokens, n_rows, n_visible = 2 * n_head_kv, 20, 512, 300
@@ -99,7 +101,7 @@ def test_attention_alone(
         assert worst <= (SUMS_BOUND if exact_sums else ATTENTION_BOUND[kv_type])
 
 
-#: Twice what was measured on the processor, on results of up to 4. ggml adds float16 up in float16 there, and
-#: rounds queries where keys have 8 bits; its kernel breaks a tie of 8 bits otherwise than its quantizer.
+#: Twice what was measured on the CPU, on results of up to 4. There ggml accumulates float16 in float16, and
+#: rounds queries where keys have 8 bits; its kernel breaks ties of 8 bits otherwise than its quantizer.
 ATTENTION_BOUND = {"f16": 2e-2, "q8_0": 6e-2}
 SUMS_BOUND = 2e-3

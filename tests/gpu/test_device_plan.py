@@ -1,4 +1,4 @@
-"""The plan of what lies where: on one device, on several, and what of it the processor keeps."""
+"""Device plans: weights, cache and buffers on one device or several, and the part that stays on the CPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def planned(file: Path, device: str, **arguments: Any) -> Plan:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_experts_leave_first(device: str, file: Path) -> None:
+def test_experts_move_to_the_cpu_first(device: str, file: Path) -> None:
     whole = planned(file, device)
     assert (whole.n_gpu_layers, whole.n_cpu_moe) == (N_LAYER, 0)
     seen = []
@@ -44,7 +44,7 @@ def test_experts_leave_first(device: str, file: Path) -> None:
         if not seen or seen[-1] != state:
             seen.append(state)
     everything_without_experts = seen.index((N_LAYER, N_LAYER))
-    # Of two devices one more set of experts may leave two layers in one place, so that no more need to.
+    # With two devices, moving one more layer's experts may make room for two layers on one of them.
     expected = [(N_LAYER, i) for i in range(N_LAYER + 1)]
     found_first = seen[: everything_without_experts + 1]
     assert found_first == expected if "," not in device else set(found_first) <= set(expected)
@@ -53,7 +53,7 @@ def test_experts_leave_first(device: str, file: Path) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_cache_is_counted(device: str, file: Path, gguf_file: Callable) -> None:
-    """As many bytes as a session then takes; 8 bits take the room of their blocks, and attention's copies."""
+    """Planned cache bytes equal a session's; an 8-bit cache is counted in blocks, with attention's copies."""
     found = {}
     for kv_type in ("f32", "f16", "q8_0"):
         found[kv_type] = planned(file, device, kv_type=kv_type)
@@ -62,7 +62,7 @@ def test_the_cache_is_counted(device: str, file: Path, gguf_file: Callable) -> N
         shares = [share.n_layers for share in found[kv_type].shares]
         assert model.description["device_layers"] == shares
         assert model.description["backend"] == found[kv_type].device == device
-    if "host" in device:  # CUDA fills rows of blocks up to 512 numbers
+    if "host" in device:  # CUDA pads rows of blocks to 512 elements
         assert found["q8_0"].cache_bytes == found["f16"].cache_bytes * 34 // 64
     assert found["q8_0"].step_bytes > found["f16"].step_bytes
     with pytest.raises(ValueError, match="heads of a multiple of 32"):
@@ -70,7 +70,7 @@ def test_the_cache_is_counted(device: str, file: Path, gguf_file: Callable) -> N
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_does_not_fit_says_what_was_needed(device: str, file: Path) -> None:
+def test_insufficient_memory_says_what_is_needed(device: str, file: Path) -> None:
     with pytest.raises(InsufficientMemoryError, match=r"2 layers on the devices? need .* GB.*n_cpu_moe"):
         planned(file, device, n_gpu_layers=2, gpu_memory=1000)
 
@@ -81,7 +81,7 @@ def model_logits(file: Path) -> int:
 
 
 def test_sessions_are_counted(file: Path) -> None:
-    """Each has a cache, logits and buffers of its own; weights are there once."""
+    """Each session has its own cache, logits and buffers; weights are counted once."""
     one, two, three = (planned(file, "host", n_sessions=n) for n in (1, 2, 3))
     assert one.weight_bytes == two.weight_bytes and two.cache_bytes == 2 * one.cache_bytes
     logits = 4 * model_logits(file)
@@ -99,11 +99,11 @@ def test_sessions_are_counted(file: Path) -> None:
 
 @pytest.mark.skipif(not GPUS, reason="no GPU: that some of its memory stays free was NOT checked")
 def test_some_memory_stays_free(file: Path) -> None:
-    """For cuBLAS, kernels' code and what ggml takes for a moment; also where the limit is larger."""
-    with pytest.raises(InsufficientMemoryError, match=r"beside these, \d+\.\d\d GB are kept free") as refused:
+    """For cuBLAS, the kernels' code and ggml's temporary buffers; also where the limit is larger."""
+    with pytest.raises(InsufficientMemoryError, match=r"another \d+\.\d\d GB kept free") as refused:
         planned(file, GPUS[0], n_ctx=1 << 30, n_gpu_layers=N_LAYER, n_sessions=60000, gpu_memory=1 << 50)
     gpu = devices()[0]
-    kept = float(re.search(r"([\d.]+) GB are kept free", str(refused.value))[1]) * 1e9
+    kept = float(re.search(r"([\d.]+) GB kept free", str(refused.value))[1]) * 1e9
     assert kept == pytest.approx(max(512 << 20, gpu.total_bytes / 20), abs=1e7)
 
 
@@ -121,7 +121,7 @@ def costs(file: Path) -> tuple[list[int], int]:
 
 
 def test_parts_add_up(file: Path) -> None:
-    """Two devices together hold what one does; the last has what is in no layer, with the logits."""
+    """Two devices together hold what one does; the last has the tensors outside layers, and the logits."""
     one, two = planned(file, "host"), planned(file, "host,host")
     assert two.weight_bytes == one.weight_bytes and two.cache_bytes == one.cache_bytes
     assert [share.device for share in two.shares] == ["host", "host"]
@@ -132,8 +132,8 @@ def test_parts_add_up(file: Path) -> None:
 
 @pytest.mark.parametrize("n_devices", [2, 3])
 def test_layers_follow_free_memory(n_devices: int, file: Path) -> None:
-    """The fullest device is as little filled as it can be, of all ways to share the layers; and where one way
-    fits, all layers are on devices.
+    """Of all ways to split the layers, the plan's fullest device is the least full; and where any split fits,
+    all layers are on devices.
     """
     sizes, outside = costs(file)
     on_each, on_last = (share.step_bytes for share in planned(file, "host,host").shares)
@@ -160,8 +160,8 @@ def test_layers_follow_free_memory(n_devices: int, file: Path) -> None:
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
-def test_several_compute_as_one(kv_type: str, gguf_file: Callable) -> None:
-    """Memory of one device is not another's: what a layer needs of the one before is moved, bit by bit."""
+def test_several_devices_give_the_same_bits_as_one(kv_type: str, gguf_file: Callable) -> None:
+    """Devices don't share memory: activations are copied between them; results are equal to the bit."""
     file = gguf_file("wide", "q4_k_m", seed=0, dtype="f32")
     golden = case(load_golden("logits-wide-f32"), "commit")
     results = []
@@ -172,14 +172,14 @@ def test_several_compute_as_one(kv_type: str, gguf_file: Callable) -> None:
         session = _native.Session(model, 128)
         hidden = encode_case(session, golden)
         results.append({"hidden": hidden, **denoise_case(session, golden)})
-        # The last device embeds, each computes its layers, the last the head: nothing goes back and forth.
+        # The last device embeds, each computes its layers, the last the head: no further copies.
         n_devices = len(names.split(","))
         assert session.n_splits == (1 if n_devices == 1 else n_devices + 1)
     for key, expected in results[0].items():
         assert all(np.array_equal(expected, result[key]) for result in results[1:])
 
 
-def test_a_device_without_room_is_left_out(file: Path) -> None:
+def test_a_device_without_memory_is_left_out(file: Path) -> None:
     room = planned(file, "host").total_bytes
     found = planned(file, "host,host", gpu_memory=[1, room])
     assert found.device == "host" and [share.n_layers for share in found.shares] == [N_LAYER]
@@ -187,14 +187,14 @@ def test_a_device_without_room_is_left_out(file: Path) -> None:
     assert model.description["backend"] == "host"
 
 
-def test_all_gpus_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The freest is last, where what is in no layer lies."""
+def test_auto_uses_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device with the most free memory is last: it gets the tensors outside layers."""
     there = [device_plan.Device(f"GPU{i}", "", free, 100) for i, free in enumerate((30, 90, 20))]
     monkeypatch.setattr(device_plan, "devices", lambda: there)
 
     def chosen(device: str, gpu_memory: Any = None) -> Any:
-        wish = device_plan.native_wish("auto", None, device, gpu_memory)
-        return wish["device"], wish["memory_limits"]
+        request = device_plan.device_request("auto", None, device, gpu_memory)
+        return request["device"], request["memory_limits"]
 
     assert chosen("auto") == ("GPU2,GPU0,GPU1", [])
     assert chosen("auto", 8) == ("GPU2,GPU0,GPU1", [8, 8, 8])
@@ -210,7 +210,7 @@ def test_all_gpus_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None
         ("host,CUDA77", None, "no device 'CUDA77'"),
         ("host,", None, "no device ''"),
         ("host,cpu", None, "no device 'cpu'"),
-        # Known to ggml, but of a backend that nothing here was written for, as a GPU of another make is.
+        # Known to ggml, but its backend has no kernels here, as with a GPU of another vendor.
         ("CPU", None, "'CPU' belongs to ggml's CPU backend, .* no kernels: use device=\"cpu\""),
         ("host,host", [8], "1 limits"),
         ("auto", [8, 8], "2 limits, and device is 'auto'"),
@@ -218,12 +218,12 @@ def test_all_gpus_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None
         ("host", "8G", "gpu_memory is '8G'"),
     ],
 )
-def test_wrong_devices(device: str, gpu_memory: Any, said: str, file: Path) -> None:
+def test_invalid_devices(device: str, gpu_memory: Any, said: str, file: Path) -> None:
     with pytest.raises(ValueError, match=said):
         planned(file, device, gpu_memory=gpu_memory)
 
 
-def test_a_gpu_once_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_named_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_plan, "devices", lambda: [device_plan.Device("GPU0", "", 1, 1)])
     with pytest.raises(ValueError, match="GPU0 twice"):
-        device_plan.native_wish("auto", None, "GPU0,GPU0", None)
+        device_plan.device_request("auto", None, "GPU0,GPU0", None)

@@ -1,4 +1,4 @@
-"""The kit for machines with a GPU: what does not fit is refused in one line, and what was found is kept."""
+"""The kit for GPU machines: mismatches are refused in one line, and findings are kept."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def test_a_kit_of_this_tree_passes(archives: Path, scripts: SimpleNamespace) -> 
 @pytest.mark.parametrize(
     ("entries", "compiler", "said"),
     [
-        ({"sources": "ffff"}, "GNU 12.2.0", r"are of other sources \(commit 0123456789\) than this tree"),
+        ({"sources": "ffff"}, "GNU 12.2.0", r"are from other sources \(commit 0123456789\) than this tree"),
         ({}, "Clang 19.1.0", r"compiled by GNU 12.2.0, and Clang 19.1.0 can't link"),
         ({}, "GNU 11.4.0", r"compiled by GNU 12.2.0, and GNU 11.4.0 can't link"),
-        ({"libc": "glibc 9.99"}, "GNU 12.2.0", r"need glibc 9.99, here is"),
+        ({"libc": "glibc 9.99"}, "GNU 12.2.0", r"need glibc 9.99, but this system has"),
         ({"machine": "m68k"}, "GNU 12.2.0", r"are for m68k, not"),
     ],
 )
@@ -73,14 +73,14 @@ def test_a_kit_that_does_not_fit(
         scripts.prebuilt.check(archives, compiler)
 
 
-def test_a_kit_that_is_none(archives: Path, scripts: SimpleNamespace, tmp_path: Path) -> None:
+def test_an_incomplete_kit(archives: Path, scripts: SimpleNamespace, tmp_path: Path) -> None:
     (archives / "lib/libggml-base.a").unlink()
     with pytest.raises(scripts.prebuilt.KitError, match=r"has no libggml-base\.a"):
         scripts.prebuilt.check(archives, "GNU 12.2.0")
     (archives / "manifest.json").unlink()
     with pytest.raises(scripts.prebuilt.KitError, match=r"has no readable manifest\.json"):
         scripts.prebuilt.check(archives, "GNU 12.2.0")
-    with pytest.raises(scripts.prebuilt.KitError, match="is no kit, or an unfinished one"):
+    with pytest.raises(scripts.prebuilt.KitError, match="is not a kit, or an incomplete one"):
         scripts.prebuilt.unpack(archives, tmp_path / "target")
 
 
@@ -88,7 +88,7 @@ def test_a_kit_that_is_none(archives: Path, scripts: SimpleNamespace, tmp_path: 
 def test_a_damaged_kit(
     content: bytes | None, archives: Path, scripts: SimpleNamespace, tmp_path: Path
 ) -> None:
-    """Packed for real, and cut off in the middle, or not an archive at all: nothing is left of it."""
+    """A packed kit that is cut off, or not an archive at all, is refused and leaves nothing behind."""
     kit = tmp_path / "kit"
     scripts.prebuilt.pack(archives, kit, "flags", key=scripts.prebuilt.build_key("flags"))
     scripts.prebuilt.unpack(kit, tmp_path / "whole")
@@ -166,7 +166,7 @@ def run(scripts: SimpleNamespace, archives: Path, tmp_path: Path, monkeypatch: p
         ("12.0", "all-major", True),
     ],
 )
-def test_a_card_that_the_kit_has_no_code_for(
+def test_gpus_that_the_kit_has_no_code_for(
     run, scripts: SimpleNamespace, archives: Path, capability: str, architectures: str, fits: bool
 ) -> None:
     change(archives, flags=f"-DPYDIFFUSION_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={architectures}, nvcc 13.0.88")
@@ -181,7 +181,7 @@ def findings(run) -> list[dict]:
     return [json.loads(line) for line in run.results.read_text().splitlines()]
 
 
-def test_time_that_runs_out_keeps_what_was_found(run, scripts: SimpleNamespace) -> None:
+def test_findings_are_kept_when_time_runs_out(run, scripts: SimpleNamespace) -> None:
     code = "import gpu_findings, time; gpu_findings.add('early', ok=True); print('said'); time.sleep(60)"
     assert not run.step("slow", [sys.executable, "-c", code], needs=1)
     assert not run.step("later", [sys.executable, "-c", ""], needs=1)
@@ -193,14 +193,14 @@ def test_time_that_runs_out_keeps_what_was_found(run, scripts: SimpleNamespace) 
 
 
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, scripts: SimpleNamespace) -> None:
-    """What it started ends with it, its folder goes, and its findings and page stay."""
+    """Its child processes end, its temporary folder is removed, and its findings and page stay."""
     pid, out = tmp_path / "pid", tmp_path / "out"
     child = (
         f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
     )
     code = (
         f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import gpu_run; Run = gpu_run.Run\n"
-        "Run.look = lambda self: None\nRun.install = lambda self: None\n"
+        "Run.check_machine = lambda self: None\nRun.install = lambda self: None\n"
         f"Run.check = lambda self: self.step('child', [sys.executable, '-c', {child!r}], 0)\n"
         f"sys.argv = ['gpu_run.py', 'check', '--out', {str(out)!r}, '--folder', {str(tmp_path)!r}]\n"
         "sys.exit(gpu_run.main())"
@@ -236,18 +236,20 @@ def test_an_error_of_cmake_in_one_line(scripts: SimpleNamespace) -> None:
 
 
 def test_without_a_gpu_or_room(run, scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripts.gpu_run, "said", lambda *_: [])
+    monkeypatch.setattr(scripts.gpu_run, "output_lines", lambda *_: [])
     with pytest.raises(scripts.gpu_run.RunError, match="finds no GPU"):
-        run.look()
-    monkeypatch.setattr(scripts.gpu_run, "said", lambda *_: ["NVIDIA H100, 9.0, 580, 81559 MiB, 1980, 2619"])
+        run.check_machine()
+    monkeypatch.setattr(
+        scripts.gpu_run, "output_lines", lambda *_: ["NVIDIA H100, 9.0, 580, 81559 MiB, 1980, 2619"]
+    )
     monkeypatch.setattr(scripts.gpu_run, "FOLDER_BYTES", 1 << 60)
-    with pytest.raises(scripts.gpu_run.RunError, match="GB free, and the models take another"):
-        run.look()
+    with pytest.raises(scripts.gpu_run.RunError, match="GB free, but the models need another"):
+        run.check_machine()
     kept = run.options.folder / scripts.gpu_run.MODEL
     with kept.open("wb") as file:
         file.truncate(1 << 40)  # of an earlier call: needs no more room
     monkeypatch.setattr(scripts.gpu_run, "FOLDER_BYTES", (1 << 40) + 1)
-    run.look()
+    run.check_machine()
 
 
 def test_the_plugin_reports_each_failure_at_once(tmp_path: Path, scripts: SimpleNamespace) -> None:

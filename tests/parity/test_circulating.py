@@ -1,4 +1,4 @@
-"""Files as they circulate (llama.cpp's pull request 24423) must give the reference's logits."""
+"""Circulating files (llama.cpp's pull request 24423) give the reference's logits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_f32_logits(name: str, circulating: Path, report: Callable[[str], None])
 
 @pytest.mark.parametrize("name", ["short", "long", "two-block"])
 def test_q4_k_m_is_near_f32(name: str, circulating: Path, report: Callable[[str], None]) -> None:
-    """Four bits on random weights: far from F32, but beyond doubt the same model."""
+    """Four bits on random weights: far from F32, but clearly the same model."""
     sample = load(circulating, name)
     _, quantized = run(open_model(circulating / "small-q4_k_m.gguf", "f32", Q4_K_M_TYPES), sample)
     for key, ours in quantized.items():

@@ -1,6 +1,6 @@
-"""Files that say the same in other ways: integer types, scalars for arrays, separate experts, alignment.
+"""Equivalent files: other integer types, scalars for arrays, separate experts, other alignments.
 
-Each is the same model as the plain file beside it, so it must give the same logits, mostly to the bit.
+Each is the same model as the plain file, so it must give the same logits, mostly to the bit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ A = "diffusion-gemma."
 
 
 def logits(path: Path, shape: str = "tiny") -> np.ndarray:
-    """Both passes behind a prompt of more than two windows."""
+    """Both passes after a prompt of more than two windows."""
     s = SHAPES[shape]
     session = _native.Session(_native.Model(str(path), n_threads=1, kv_type="f32"), 64)
     session.encode(random_ids(0, "files", 2 * s.window + 5, s.vocab))
@@ -106,7 +106,7 @@ def aligned_to(n: int) -> Callable[[RawGguf], None]:
             tensor.data = tensor.data[: 4 * int(np.prod(tensor.dims))]
         file.alignment = n
         file.set("general.alignment", U32, n)
-        # An odd number of bytes in front of the data, so that nothing lies right by chance.
+        # An odd number of bytes before the data, so that nothing is aligned by chance.
         file.set("general.note", STRING, "x" * 33)
 
     return change
@@ -147,7 +147,9 @@ SAME: dict[str, Callable[[RawGguf], None]] = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_same_model_told_otherwise(name: str, plain: Path, expected: np.ndarray, tmp_path: Path) -> None:
+def test_equivalent_files_give_the_same_logits(
+    name: str, plain: Path, expected: np.ndarray, tmp_path: Path
+) -> None:
     file = read_gguf(plain)
     SAME[name](file)
     path = file.write(tmp_path / "other.gguf")
@@ -156,7 +158,7 @@ def test_same_model_told_otherwise(name: str, plain: Path, expected: np.ndarray,
 
 
 def test_rope_freqs_are_read(plain: Path, expected: np.ndarray, tmp_path: Path) -> None:
-    """The file's divisors decide what is rotated, not a factor that the code knows."""
+    """The file's divisors decide which dimensions are rotated, not a factor in the code."""
     file = read_gguf(plain)
     tensor = file.tensor("rope_freqs.weight")
     divisors = np.frombuffer(tensor.data[: 4 * tensor.dims[0]], np.float32)
@@ -167,7 +169,9 @@ def test_rope_freqs_are_read(plain: Path, expected: np.ndarray, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["layer_output_scale", "enc_layer_output_scale"])
-def test_each_mode_has_its_scalar(name: str, gguf_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_encoder_and_denoiser_have_their_own_output_scale(
+    name: str, gguf_file: Callable[..., Path], tmp_path: Path
+) -> None:
     """Changing either mode's scalar of the first layer changes the logits.
 
     It takes three layers: a layer's scalar multiplies all that the next layer's norms divide by, so what it

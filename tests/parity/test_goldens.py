@@ -1,4 +1,4 @@
-"""Our logits against those that transformers gave for the same weights (goldens: no torch needed).
+"""Logits against goldens: those that transformers gave for the same weights (no torch needed).
 
 docs/parity.md says what is compared and what was measured.
 """
@@ -95,8 +95,8 @@ def test_f16_cache(source: str, f32_model: Callable, report: Callable[[str], Non
 #: Two to five times what was measured, 3.8e-3 and 2.2e-2. Rounding keys, queries, values and outputs to
 #: float16 in transformers gives means of 2.7e-3 to 4.3e-3.
 F16_CACHE_MEAN, F16_CACHE_MAX = 1e-2, 1e-1
-#: Where the choice between two experts hangs on less than this (log of their scores), float16 may choose the
-#: other one, and so does transformers when its keys and values are rounded: then only a loose bound holds.
+#: Where two experts' scores differ by less than this (in log), float16 may choose the other one, and so does
+#: transformers when its keys and values are rounded: then only a loose bound holds.
 F16_ROUTER_GAP, F16_CACHE_TIED_MEAN = 1e-3, 0.5
 
 
@@ -124,7 +124,7 @@ def test_a_q8_0_cache_needs_heads_that_fit(gguf_file: Callable) -> None:
 
 
 def test_self_conditioning_matters(f32_model: Callable) -> None:
-    """The goldens can tell a runtime that ignores self-conditioning: its effect is far beyond the bounds."""
+    """The goldens detect a runtime that ignores self-conditioning: its effect is far beyond the bounds."""
     golden = load_golden("logits-small-f32")
     for name in CASES:
         assert compare(golden[f"{name}/logits"], golden[f"{name}/logits_sc"]).mean > 1000 * MEAN_BOUND
@@ -132,7 +132,7 @@ def test_self_conditioning_matters(f32_model: Callable) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 37])
 @pytest.mark.parametrize("source", ["small-f32", "wide-f32"])
-def test_prompt_in_pieces(source: str, chunk: int, f32_model: Callable) -> None:
+def test_prompt_in_chunks(source: str, chunk: int, f32_model: Callable) -> None:
     golden = case(load_golden(f"logits-{source}"), "long")
     session = _native.Session(f32_model(source, "f32"), 128)
     hidden = encode_case(session, golden, chunk)
@@ -144,7 +144,7 @@ def test_prompt_in_pieces(source: str, chunk: int, f32_model: Callable) -> None:
 
 @pytest.mark.parametrize("keep", [0, 1, 9, 30, 52])
 def test_truncate_then_encode_again(keep: int, f32_model: Callable) -> None:
-    """Going back, within the window and beyond, gives the logits of a session that never went further."""
+    """Truncating, within the window and beyond, gives the logits of a session that never went further."""
     golden = case(load_golden("logits-small-f32"), "long")
     prompt = golden["prompt_ids"]
     session = _native.Session(f32_model("small-f32", "f32"), 128)
@@ -189,7 +189,7 @@ def test_threads_agree(gguf_file: Callable[..., Path], f32_model: Callable) -> N
 
 
 def test_sessions_do_not_disturb_each_other(f32_model: Callable) -> None:
-    """Two sessions of one model, used in turns, give what each gives alone."""
+    """Two sessions of one model, used in alternation, give what each gives alone."""
     golden = load_golden("logits-small-f32")
     cases = [case(golden, name) for name in ("short", "long")]
     sessions = [_native.Session(f32_model("small-f32", "f32"), 128) for _ in cases]

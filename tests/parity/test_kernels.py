@@ -1,4 +1,4 @@
-"""The kernels of the processor's products in whole models: which ones run, and that they agree."""
+"""Matmul kernels in whole models: which ones run, and that they agree."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference.random_checkpoint import SHAPES, random_ids
+from support.kernels import ALL_KERNELS, OWN_KERNELS, needs
 
 from pydiffusion import DiffusionModel, GenerationOptions, _native
 from pydiffusion.cli import main
 from pydiffusion.convert import quantize
 
-OWN = [name for name in ("avx512-bf16", "amx") if name in _native.kernels()]
-needs_amx = pytest.mark.skipif("amx" not in OWN, reason="THIS PROCESSOR HAS NO AMX: not checked")
-
 
 def run(path: Path, name: str, kernels: str, n_prompt: int) -> tuple[np.ndarray, dict[str, int]]:
-    """Logits without and with self-conditioning behind a prompt, and the operations of the last step."""
+    """Logits without and with self-conditioning after a prompt, and the operations of the last step."""
     shape = SHAPES[name]
     model = _native.Model(str(path), 2, kv_type="f16", kernels=kernels)
     assert model.description["kernels"] == kernels
@@ -29,13 +27,13 @@ def run(path: Path, name: str, kernels: str, n_prompt: int) -> tuple[np.ndarray,
     return np.concatenate([first, session.denoise(canvas, first)]), session.step_ops
 
 
-@pytest.mark.parametrize("kernels", OWN)
+@pytest.mark.parametrize("kernels", OWN_KERNELS)
 @pytest.mark.parametrize("type", ["q8_0", "q4_k_m", "bf16"])
-def test_kernels_are_no_less_exact_than_ggml(
+def test_kernels_are_as_accurate_as_ggml(
     kernels: str, type: str, gguf_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Against the same weights in float32. All round activations: to bfloat16, or to blocks of 8 bits. By the
-    median of the positions: where two experts are nearly as good, any rounding may choose the other.
+    """Against the same weights in float32. All kernels round activations, to bfloat16 or to 8-bit blocks. The
+    median over positions: where two experts score nearly the same, any rounding may choose the other.
     """
     path = gguf_file("mild", type, seed=0, dtype="f32")
     exact_path = tmp_path / "exact.gguf"
@@ -54,11 +52,11 @@ def test_kernels_are_no_less_exact_than_ggml(
     assert error < 0.04 * exact.std(), (error, exact.std())
 
 
-@needs_amx
+@needs("amx")
 @pytest.mark.parametrize("n_prompt", [5, 60, 150])
-def test_attention_of_tiles(n_prompt: int, gguf_file: Callable[..., Path]) -> None:
-    """Weights of float32 are multiplied alike, so that attention is all that differs; in windows and beyond.
-    A float16 cache in place of a float32 one makes mean differences of 4e-3 to 2.5e-2 here.
+def test_tile_attention(n_prompt: int, gguf_file: Callable[..., Path]) -> None:
+    """Both multiply float32 weights alike, so that only attention differs; within windows and beyond. A
+    float16 cache in place of a float32 one makes mean differences of 4e-3 to 2.5e-2 here.
     """
     path = gguf_file("wide", "f32", seed=0, dtype="f32")
     expected, ops = run(path, "wide", "ggml", n_prompt)
@@ -68,8 +66,8 @@ def test_attention_of_tiles(n_prompt: int, gguf_file: Callable[..., Path]) -> No
     assert np.abs(found - expected).mean() < 3e-3
 
 
-@pytest.mark.parametrize("kernels", ["ggml", *OWN])
-def test_text_does_not_depend_on_threads_or_company(kernels: str, gguf_file: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("kernels", ALL_KERNELS)
+def test_text_does_not_depend_on_threads_or_batching(kernels: str, gguf_file: Callable[..., Path]) -> None:
     path = gguf_file("wide", "q4_k_m", seed=0, dtype="f32")
     prompt = [int(i) for i in random_ids(0, "company", 20, SHAPES["wide"].vocab)]
     options = GenerationOptions(max_tokens=30, steps=4, seed=3)
@@ -82,9 +80,11 @@ def test_text_does_not_depend_on_threads_or_company(kernels: str, gguf_file: Cal
     assert all(text == texts[0] for text in texts), texts
 
 
-def test_a_wrong_name_is_refused(gguf_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_kernels_are_refused(
+    gguf_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     path = gguf_file("tiny", "f32")
     with pytest.raises(ValueError, match="there are no kernels 'fast'"):
         DiffusionModel(path, kernels="fast")
     assert main(["bench", "-m", str(path), "--kernels", "fast"]) == 2
-    assert "this processor has ggml" in capsys.readouterr().err
+    assert "this CPU has ggml" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A recorded run of transformers' ``generate`` replayed by our native loop with the same random draws."""
+"""Recorded runs of transformers' `generate`, replayed by the native loop with the same random draws."""
 
 from __future__ import annotations
 

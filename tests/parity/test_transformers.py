@@ -1,4 +1,4 @@
-"""Our logits against transformers itself, run here: more seeds, and the other file types."""
+"""Logits against transformers, run live: more seeds, and the other file types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo model, real weights that denoise: ours against transformers on held-out prompts, and replays."""
+"""The demo model against transformers, run live on held-out prompts: logits and whole runs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.reference, pytest.mark.slow]
 TYPES = ("f32", "bf16", "q8_0", "q4_k_m")
 AGREEMENT, MEAN_KL = 0.99, 1e-3
 
-#: Two experts whose scores lie no further apart (log scale) are told apart by rounding alone, in any float32
-#: evaluation: of some hundred thousand choices a few are such.
+#: Between two experts whose scores differ by less (in log), rounding alone decides in any float32 evaluation:
+#: a few of some hundred thousand choices.
 ROUTER_TIE = 1e-5
 
 

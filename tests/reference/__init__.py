@@ -1,1 +1,1 @@
-"""What the tests compare with: random checkpoints, goldens and the scripts that record them."""
+"""References of the tests: random checkpoints, goldens and the scripts that record them."""

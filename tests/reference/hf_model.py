@@ -109,7 +109,7 @@ def nudged(model: DiffusionGemmaForBlockDiffusion, relative: float) -> Diffusion
 
 
 def _rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """``x`` as the right side of a product of that kind of weights sees it: 16 bits, or 8 bits in blocks."""
+    """Round activations as ggml does for weights of that type: to 16 bits, or to 8-bit blocks."""
     if kind in ("bf16", "f16"):
         return x.to(torch.bfloat16 if kind == "bf16" else torch.float16).float()
     block = 256 if kind == "q4_k_m" and x.shape[-1] % 256 == 0 else 32

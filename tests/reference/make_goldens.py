@@ -144,7 +144,7 @@ def make() -> dict[str, dict[str, np.ndarray]]:
 
 
 def check(made: dict[str, dict[str, np.ndarray]]) -> int:
-    """Compare with the goldens on disk; floats may differ by what another processor rounds otherwise."""
+    """Compare with the goldens on disk; floats may differ by how another CPU rounds."""
     worst = 0.0
     for name, arrays in made.items():
         with np.load(GOLDENS / f"{name}.npz") as old:

@@ -91,7 +91,7 @@ def text_tensors(s: Shape, seed: int) -> dict[str, np.ndarray]:
     def norm(name: str, n: int, mean: float = 1.0) -> None:
         out[name] = bell(seed, name, (n,), 0.3 * mean, mean)
 
-    # Embeddings of std 0.4 give logits whose largest lie near 25 under the soft cap of 30.
+    # Embeddings of std 0.4 give logits of up to about 25, under the soft cap of 30.
     out["model.decoder.embed_tokens.weight"] = bell(seed, "embed", (s.vocab, s.d), 6.4 / s.d**0.5)
     norm("model.decoder.norm.weight", s.d)
     for i, kind in enumerate(s.layers):

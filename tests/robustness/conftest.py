@@ -1,4 +1,4 @@
-"""The process in which the files of a test file are opened."""
+"""The worker process in which suspect files are opened."""
 
 from __future__ import annotations
 

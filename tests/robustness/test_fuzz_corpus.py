@@ -1,4 +1,4 @@
-"""The fuzzers' corpus through the package; and a short run of the fuzzers where clang is."""
+"""The fuzzers' corpus through the package, and a short run of the fuzzers where clang is installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydiffusion.errors import PyDiffusionError
 
 FUZZ = REPOSITORY / "fuzz"
 CORPUS = sorted((FUZZ / "corpus").glob("*/*"))
-#: Zeros behind the header, as the targets have them: a data section.
+#: Zeros after the header, as the fuzz targets add them: a data section.
 N_ZEROS = 1 << 20
 
 
@@ -38,8 +38,8 @@ def test_the_corpus_is_read_or_refused(tmp_path: Path, n_zeros: int) -> None:
 
 @pytest.mark.skipif(not CORPUS, reason="NOT CHECKED: no fuzz/corpus here (a source distribution has none)")
 @pytest.mark.parametrize("n_zeros", [0, N_ZEROS])
-def test_the_parts_of_the_corpus_are_read_or_refused(tmp_path: Path, n_zeros: int) -> None:
-    """An entry for ``fuzz_split`` is its parts' headers in a row, each from its magic number on."""
+def test_the_split_corpus_is_read_or_refused(tmp_path: Path, n_zeros: int) -> None:
+    """An entry for ``fuzz_split`` is its parts' headers concatenated, each starting with its magic number."""
     outcomes = {}
     for entry in (entry for entry in CORPUS if entry.parent.name == "split"):
         parts = [b"GGUF" + part for part in entry.read_bytes().split(b"GGUF")[1:]]
@@ -96,7 +96,7 @@ def test_a_short_fuzz(built: str, target: str, tmp_path: Path) -> None:
 def test_errors_of_the_device_at_every_graph(
     built: str, gguf_file: Callable[..., Path], report: Callable[[str], None]
 ) -> None:
-    """Each is a typed error, after which the session computes what it would have without."""
+    """Each gives a typed error, after which the session computes as if it had not happened."""
     report(run(f"{built}/inject_errors", gguf_file("tiny", "f32")).stdout.strip())
 
 

@@ -1,4 +1,4 @@
-"""The Python fuzz targets (fuzz/targets) on few inputs each; fuzz/python_fuzz.py runs them on many."""
+"""The Python fuzz targets (fuzz/targets) on a few inputs each; fuzz/python_fuzz.py runs many."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_target_is_tried() -> None:
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")  # of what a template compiles to
 @pytest.mark.parametrize("name", sorted(N_INPUTS))
 def test_a_few_inputs(name: str, tmp_path: Path) -> None:
-    """Each comes to something that is foreseen: ``one`` raises where it does not."""
+    """Each has an expected outcome; ``one`` raises otherwise."""
     target = make_target(name, tmp_path)
     outcomes: set[str] = set()
     try:
@@ -42,6 +42,6 @@ def test_a_few_inputs(name: str, tmp_path: Path) -> None:
     assert len(outcomes) > 1, outcomes  # some get through, some do not
 
 
-def test_an_input_is_the_same_again(tmp_path: Path) -> None:
+def test_inputs_are_reproducible(tmp_path: Path) -> None:
     target = make_target("imatrix", tmp_path)
     assert target.make(random.Random("0-7")) == target.make(random.Random("0-7"))

@@ -1,4 +1,4 @@
-"""The runtime opens a split model by its first part: as the merged file, or it says what is wrong with it."""
+"""Split models opened by their first part: equal to the merged file, or an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from support.hostile_process import FORMAT_ERRORS, Worker, assert_refused
 
 from pydiffusion import DiffusionModel, GenerationOptions, ModelFormatError, _native
 from pydiffusion.convert import repack
+from pydiffusion.errors import ConversionError
 
 COUNT = 3
 
@@ -72,14 +73,14 @@ def test_logits_are_those_of_the_merged_file(type: str, gguf_file: Callable, tmp
 
 
 @pytest.mark.parametrize("tensors_in_first", [True, False])
-def test_tensors_may_lie_in_any_part(tensors_in_first: bool, good: RawGguf, tmp_path: Path) -> None:
+def test_tensors_may_be_in_any_part(tensors_in_first: bool, good: RawGguf, tmp_path: Path) -> None:
     paths = write(split(good, tensors_in_first=tensors_in_first), tmp_path)
     for ours, theirs in zip(logits(paths[0]), logits(good.write(tmp_path / "whole.gguf")), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_parts_of_other_alignments(good: RawGguf, tmp_path: Path) -> None:
-    """8 is too little for ggml's kernels: that part's tensors are copied, the others' are not."""
+def test_parts_with_different_alignments(good: RawGguf, tmp_path: Path) -> None:
+    """8 is too little for ggml's kernels: tensors of that part are copied, those of the others are not."""
     parts = split(good)
     parts[1].alignment = 8
     parts[1].set("general.alignment", U32, 8)
@@ -89,7 +90,7 @@ def test_parts_of_other_alignments(good: RawGguf, tmp_path: Path) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_the_whole_is_the_file_that_was_split(good: RawGguf, tmp_path: Path) -> None:
+def test_the_merged_view_equals_the_unsplit_file(good: RawGguf, tmp_path: Path) -> None:
     paths = write(split(good), tmp_path)
     whole = _native.GgufFile.open_all_parts(str(paths[0]))
     assert whole.paths == [str(path) for path in paths]
@@ -117,13 +118,13 @@ def replace(index: int, make: Callable[[RawGguf], bytes]) -> Callable[[list[RawG
 BROKEN: dict[str, tuple[Callable[[list[RawGguf]], object], str, int]] = {
     "second given": (lambda p: None, "is part 2 of 3 of a split file; open the first one, ", 1),
     "last given": (lambda p: None, "/m-00001-of-00003.gguf", 2),
-    "last missing": (lambda p: p.pop(), "m-00003-of-00003.gguf: this part of 3 is missing", 0),
-    "two missing": (lambda p: (p.pop(), p.pop()), "m-00002-of-00003.gguf: this part of 3 is missing", 0),
+    "last missing": (lambda p: p.pop(), "m-00003-of-00003.gguf: is missing", 0),
+    "two missing": (lambda p: (p.pop(), p.pop()), "m-00002-of-00003.gguf: is missing", 0),
     "numbers swapped": (put(1, "split.no", U16, 2), "00002-of-00003.gguf: key 'split.no' is 2, 1 is", 0),
-    "first twice": (lambda p: p.__setitem__(1, p[0].copy()), "key 'split.no' is 0, 1 is wanted", 0),
+    "first twice": (lambda p: p.__setitem__(1, p[0].copy()), "key 'split.no' is 0, expected 1", 0),
     "first says it is second": (put(0, "split.no", U16, 1), "should end with -00002-of-00003.gguf", 0),
     "first has no number": (lambda p: p[0].drop("split.no"), "has no key 'split.no'", 0),
-    "first is past the count": (put(0, "split.no", U16, 3), "'split.no' should be an integer from 0 to 2", 0),
+    "first is past the count": (put(0, "split.no", U16, 3), "'split.no' must be an integer from 0 to 2", 0),
     "number of text": (put(0, "split.no", STRING, "0"), "split.no", 0),
     "number below zero": (put(1, "split.no", I32, -1), "split.no", 0),
     "number of 2^64 - 1": (put(1, "split.no", U64, 2**64 - 1), "split.no", 0),
@@ -141,7 +142,7 @@ BROKEN: dict[str, tuple[Callable[[list[RawGguf]], object], str, int]] = {
     "tensor count below zero": (put(0, "split.tensors.count", I32, -5), "split.tensors.count", 0),
     "tensor twice": (
         lambda p: p[2].tensors.append(p[0].tensors[0]),
-        "00003-of-00003.gguf: holds tensor 'token_embd.weight', which ",
+        "00003-of-00003.gguf: has tensor 'token_embd.weight', which is already in ",
         0,
     ),
     "other architecture in a part": (
@@ -179,7 +180,7 @@ def test_broken_parts(name: str, worker: Worker, good: RawGguf, tmp_path: Path) 
     assert_refused(answer, FORMAT_ERRORS, names, paths[given].with_name("no-path-is-left-out"))
 
 
-def test_parts_of_other_names(worker: Worker, good: RawGguf, tmp_path: Path) -> None:
+def test_renamed_parts_are_refused(worker: Worker, good: RawGguf, tmp_path: Path) -> None:
     paths = write(split(good), tmp_path)
     for name in ("m.gguf", "m-1-of-3.gguf", "x", "-00001-of-00004.gguf"):
         renamed = paths[0].rename(tmp_path / name)
@@ -191,7 +192,7 @@ def test_parts_of_other_names(worker: Worker, good: RawGguf, tmp_path: Path) -> 
     assert_refused(worker.ask(paths[0]), FORMAT_ERRORS, "00002-of-00003.gguf: is not a", tmp_path)
     paths[1].rmdir()
     paths[1].symlink_to(tmp_path / "gone")
-    assert_refused(worker.ask(paths[0]), FORMAT_ERRORS, "00002-of-00003.gguf: this part of 3", tmp_path)
+    assert_refused(worker.ask(paths[0]), FORMAT_ERRORS, "00002-of-00003.gguf: is missing", tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="NOT CHECKED: shortened files; the system forbids it")
@@ -199,12 +200,12 @@ def test_a_part_that_is_shortened_while_in_use(good: RawGguf, tmp_path: Path) ->
     paths = write(split(good), tmp_path)
     session = _native.Session(_native.Model(str(paths[0]), n_threads=1), 48)
     os.truncate(paths[2], 4096)
-    with pytest.raises(ModelFormatError, match=r"00003-of-00003\.gguf: was shortened"):
+    with pytest.raises(ModelFormatError, match=r"00003-of-00003\.gguf: was truncated"):
         session.encode(np.arange(5, dtype=np.int32))
 
 
-def test_sessions_are_saved_for_either_form(good: RawGguf, tmp_path: Path) -> None:
-    """A session of the split model goes on with the merged one; no part is overwritten by one."""
+def test_sessions_work_with_split_and_merged_files(good: RawGguf, tmp_path: Path) -> None:
+    """A session saved with the split model loads with the merged one; saving never overwrites a part."""
     first = write(split(good), tmp_path)[0]
     whole = DiffusionModel(good.write(tmp_path / "whole.gguf"), n_threads=1, n_ctx=48)
     parts = DiffusionModel(first, n_threads=1, n_ctx=48)
@@ -213,5 +214,5 @@ def test_sessions_are_saved_for_either_form(good: RawGguf, tmp_path: Path) -> No
     session.save(tmp_path / "session")
     assert whole.load_session(tmp_path / "session").tokens.tolist() == [2, 3, 4]
     for path in (first, first.with_name("m-00002-of-00003.gguf")):
-        with pytest.raises(Exception, match="one of the files being read"):
+        with pytest.raises(ConversionError, match="one of the files being read"):
             session.save(path)

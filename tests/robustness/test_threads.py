@@ -1,4 +1,4 @@
-"""Threads and processes: sessions side by side, a session used twice, cancelling, fork, exit."""
+"""Threads and processes: concurrent sessions, one session used twice, cancelling, fork, exit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def prompt(seed: int, n: int = 7, n_vocab: int = 384) -> np.ndarray:
 
 
 def answer(model: _native.Model, seed: int) -> list[int]:
-    """Encode, generate, shorten, generate again: all that a conversation does."""
+    """Encode, generate, truncate, generate again, as a conversation does."""
     session = _native.Session(model, N_CTX)
     session.encode(prompt(seed))
     tokens: list[int] = []
@@ -69,7 +69,7 @@ def answer(model: _native.Model, seed: int) -> list[int]:
 
 
 def run_threads(work: list[Callable[[], None]]) -> None:
-    """Run them at once; raises what the first of them raised, fails when one hangs."""
+    """Run the calls concurrently; raises the first error, fails when one hangs."""
     errors: list[BaseException] = []
 
     def guarded(call: Callable[[], None]) -> None:
@@ -89,7 +89,7 @@ def run_threads(work: list[Callable[[], None]]) -> None:
 
 
 @pytest.mark.parametrize("n_threads", [8, pytest.param(32, marks=pytest.mark.slow)])
-def test_sessions_side_by_side_give_what_they_give_alone(model: _native.Model, n_threads: int) -> None:
+def test_concurrent_sessions_give_the_same_as_alone(model: _native.Model, n_threads: int) -> None:
     alone = [answer(model, seed) for seed in range(n_threads)]
     together: dict[int, list[int]] = {}
     run_threads([lambda seed=seed: together.update({seed: answer(model, seed)}) for seed in range(n_threads)])
@@ -108,7 +108,7 @@ def test_models_opened_and_dropped_in_threads(gguf_file: Callable[..., Path]) ->
     run_threads([lambda n=n: open_and_use(n) for n in (1, 1, 1, 2)])
 
 
-def test_a_session_used_twice_at_once_refuses_the_second(slow_model: _native.Model) -> None:
+def test_concurrent_use_of_one_session_is_refused(slow_model: _native.Model) -> None:
     session = _native.Session(slow_model, 1024)
     started, refused = threading.Event(), []
 
@@ -139,7 +139,9 @@ def test_a_session_used_twice_at_once_refuses_the_second(slow_model: _native.Mod
     assert 0 < n < 1000
     assert np.array_equal(session.tokens, prompt(0, 1000)[:n])
     session.truncate(0)
-    assert session.encode(prompt(0), return_hidden=True) is not None
+    fresh = _native.Session(slow_model, 1024)
+    hidden = [each.encode(prompt(0), return_hidden=True) for each in (session, fresh)]
+    assert np.array_equal(*hidden)
 
 
 def test_tokens_may_be_read_while_another_thread_computes(model: _native.Model) -> None:
@@ -152,11 +154,14 @@ def test_tokens_may_be_read_while_another_thread_computes(model: _native.Model) 
         done.set()
 
     def read() -> None:
-        while not done.is_set():
+        while True:
+            last = done.is_set()  # set before reading, so that at least one read happens
             tokens, n_past = session.tokens, session.n_past
             assert len(tokens) in (0, 40)
             assert 0 <= n_past <= 40
             assert np.array_equal(tokens, prompt(0, 40)[: len(tokens)])
+            if last:
+                break
 
     run_threads([compute, read, read])
 
@@ -172,7 +177,7 @@ def test_cancel_at_every_step(model: _native.Model, at: int) -> None:
     session.cancel()
     with pytest.raises(GenerationCancelled):
         session.next_step()
-    assert session.next_step() is None  # it has ended, and says so only once
+    assert session.next_step() is None  # it has ended, and raises only once
     session.truncate(7)
     session.begin(**OPTIONS)
     first = session.next_step()
@@ -210,6 +215,7 @@ def test_cancel_from_another_thread_at_any_moment(model: _native.Model) -> None:
     tokens = []
     while (step := session.next_step()) is not None:
         tokens += step.tokens.tolist()
+    assert len(tokens) == OPTIONS["max_tokens"]
     assert tokens == expected[: len(tokens)]
 
 
@@ -225,10 +231,11 @@ def test_an_exception_in_the_progress_callback_stops_the_prefill(slow_model: _na
     assert len(session.tokens) == session.n_past
     session.truncate(0)
     session.encode(prompt(0))
+    assert np.array_equal(session.tokens, prompt(0))
 
 
 def test_the_interpreter_goes_on_during_a_step(slow_model: _native.Model) -> None:
-    """A ticking thread is never held up for as long as one native call takes."""
+    """A ticking thread is never blocked for as long as one native call takes."""
     session = _native.Session(slow_model, 1024)
     done, gaps = threading.Event(), []
 
@@ -281,7 +288,7 @@ def test_the_process_may_end_while_daemon_threads_compute(
     a callback: that must become neither an abort nor a crash."""
     command = [sys.executable, "-c", EXIT_WHILE_COMPUTING, str(gguf_file("wide", "f32"))]
     result = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
-    assert (result.returncode, result.stderr) == (0, "")  # no abort, no crash, no talk of leaks
+    assert (result.returncode, result.stderr) == (0, "")  # no abort, no crash, no report of leaks
 
 
 EXIT_FROM_A_CALLBACK = """
@@ -305,7 +312,7 @@ assert os.wait()[1] == 0
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system: NOT CHECKED")
 def test_the_process_may_end_while_a_callback_runs(gguf_file: Callable[..., Path]) -> None:
-    """One that does not return is not waited for for ever; a child after fork has nobody to wait for."""
+    """Exit does not wait forever for a callback that does not return, nor at all in a forked child."""
     command = [sys.executable, "-W", "ignore", "-c", EXIT_FROM_A_CALLBACK, str(gguf_file("wide", "f32"))]
     result = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
     assert (result.returncode, result.stderr) == (0, "")
@@ -323,7 +330,7 @@ session = _native.Session(_native.Model(sys.argv[1], n_threads=1), 64)
 """
 
 
-def test_the_thread_that_ends_the_process_may_still_compute(gguf_file: Callable[..., Path]) -> None:
+def test_atexit_functions_may_still_compute(gguf_file: Callable[..., Path]) -> None:
     """In an atexit function that runs after ours."""
     command = [sys.executable, "-c", ATEXIT, str(gguf_file("tiny", "f32"))]
     result = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
@@ -378,10 +385,10 @@ print(after.ru_nvcsw - before.ru_nvcsw, 4 * sum(session.step_ops.values()))
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
-def test_threads_that_wait_for_one_that_does_not_run_sleep(gguf_file: Callable[..., Path]) -> None:
+def test_threads_sleep_at_long_barriers(gguf_file: Callable[..., Path]) -> None:
     """Two threads on one CPU: at each barrier one waits for the other, which can't run while it spins.
 
-    Counted are the times that a thread gave its CPU away; those that were taken from it are not among them.
+    Counts voluntary context switches: a thread that spins makes none.
     """
     command = [sys.executable, "-c", SHARED_CPU, str(gguf_file("tiny", "f32"))]
     found = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=True)
@@ -413,7 +420,7 @@ def test_a_child_may_drop_the_model_and_open_another(gguf_file: Callable[..., Pa
     expected = answer(holder[0], 4)
 
     def child() -> None:
-        holder.clear()  # its threads are not there to be waited for
+        holder.clear()  # its threads don't exist in the child
         assert answer(_native.Model(path, n_threads=2), 4) == expected
 
     assert in_child(child) == 0

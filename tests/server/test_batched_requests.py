@@ -1,4 +1,4 @@
-"""Requests in one batch: the texts are those of each request alone, and none holds the others up."""
+"""Continuous batching: texts equal those of each request alone, and no request holds up the others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
 
 
 class Client:
-    """One request in a scheduler's hands, and what it is told."""
+    """One request submitted to a scheduler, and the reports that it gets."""
 
     def __init__(self, scheduler: Scheduler, runs: list[Run], **job: Any) -> None:
         self.reports: list[tuple[int, Any]] = []
@@ -62,7 +62,7 @@ def run(model: DiffusionModel, text: str = "Hi", **options: Any) -> Run:
     return Run(model.tokenize(text), chosen)
 
 
-# What is asked for, as the bodies of requests
+# Request bodies
 
 BODIES: list[tuple[str, dict[str, Any]]] = [
     ("chat/completions", {"messages": ask("reverse: a b c"), "max_tokens": 100}),
@@ -80,7 +80,7 @@ def texts(answer: dict[str, Any]) -> list[str]:
     return [json.dumps(choice.get("message", choice.get("text"))) for choice in answer["choices"]]
 
 
-def test_texts_are_those_of_each_request_alone(model: DiffusionModel) -> None:
+def test_batched_answers_equal_sequential_ones(model: DiffusionModel) -> None:
     bodies = [(path, {**body, "seed": 7 * i, "steps": 3 + i}) for i, (path, body) in enumerate(BODIES)]
 
     def post(url: str, path: str, body: dict[str, Any]) -> list[str]:
@@ -100,12 +100,12 @@ def test_texts_are_those_of_each_request_alone(model: DiffusionModel) -> None:
             thread.start()
         for thread in threads:
             thread.join(120)
-        eventually(lambda: server.scheduler.n_lanes == 0)
+        eventually(lambda: server.scheduler.n_in_flight == 0)
         assert server.scheduler.n_parallel == 5
     assert [together[i] for i in range(len(bodies))] == alone
 
 
-def test_choices_are_made_side_by_side_over_one_prompt(model: DiffusionModel) -> None:
+def test_choices_run_in_parallel_over_one_prompt(model: DiffusionModel) -> None:
     scheduler = Scheduler(model, n_parallel=4)
     try:
         runs = [run(model, "x" * 100, seed=i, steps=4, eos=()) for i in range(4)]
@@ -118,18 +118,18 @@ def test_choices_are_made_side_by_side_over_one_prompt(model: DiffusionModel) ->
         scheduler.close()
 
 
-def test_nobody_waits_for_another_s_choices(scripted: tuple[ScriptedModel, Scheduler]) -> None:
+def test_requests_do_not_wait_for_anothers_choices(scripted: tuple[ScriptedModel, Scheduler]) -> None:
     model, scheduler = scripted
     model.step_seconds = 0.02
     many = Client(scheduler, [run(model, "long", max_tokens=100)] * 6)
-    eventually(lambda: scheduler.n_lanes == 3)
+    eventually(lambda: scheduler.n_in_flight == 3)
     one = Client(scheduler, [run(model)])
     assert one.over.wait(60) and not many.over.is_set()
     assert many.over.wait(120)
     assert sorted(many.order(Prefilled)) == list(range(6))
 
 
-def test_a_long_prompt_is_read_between_the_steps_of_others(
+def test_long_prompts_are_encoded_in_chunks_between_steps(
     scripted: tuple[ScriptedModel, Scheduler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pydiffusion.generation.batching._PROMPT_PART", 16)
@@ -140,12 +140,12 @@ def test_a_long_prompt_is_read_between_the_steps_of_others(
     n_steps = model.n_steps
     second = Client(scheduler, [run(model, "x" * 400)])
     eventually(lambda: second.order(Prefilled) == [0])
-    assert model.n_steps - n_steps >= 400 // 16 - 2  # one for each part, but for the first and the last
+    assert model.n_steps - n_steps >= 400 // 16 - 2  # one per chunk, except the first and the last
     scheduler.cancel(first.job, ApiError(499, "gone"))
     assert second.over.wait(60)
 
 
-def test_one_failure_ends_all_choices_of_its_request_and_no_other(model: DiffusionModel) -> None:
+def test_a_failure_ends_all_choices_of_its_request_only(model: DiffusionModel) -> None:
     scheduler = Scheduler(model, n_parallel=4)
     try:
         other = Client(scheduler, [run(model, "fine", seed=1, steps=8)])
@@ -154,12 +154,12 @@ def test_one_failure_ends_all_choices_of_its_request_and_no_other(model: Diffusi
         assert failing.over.wait(60) and other.over.wait(60)
         assert isinstance(failing.reports[-1][1], Failed) and failing.reports[-1][1].error.status == 400
         assert isinstance(other.reports[-1][1], Finished)
-        eventually(lambda: scheduler.n_lanes == 0 and scheduler.n_active == 0)
+        eventually(lambda: scheduler.n_in_flight == 0 and scheduler.n_active == 0)
     finally:
         scheduler.close()
 
 
-def test_without_memory_for_more_lanes_requests_take_turns(
+def test_without_memory_for_more_sequences_requests_take_turns(
     scripted: tuple[ScriptedModel, Scheduler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, scheduler = scripted
@@ -178,13 +178,13 @@ def test_without_memory_for_more_lanes_requests_take_turns(
     assert scheduler.n_parallel == 2 and scheduler.n_sessions == 2
 
 
-def test_the_metrics_show_lanes(scripted: tuple[ScriptedModel, Scheduler]) -> None:
+def test_the_metrics_report_concurrency(scripted: tuple[ScriptedModel, Scheduler]) -> None:
     with serving(ScriptedModel(script), n_parallel=3) as (url, _):
         lines = httpx.get(url + "/metrics").text.splitlines()
     assert "pydiffusion_lanes 0" in lines and "pydiffusion_lanes_limit 3" in lines
 
 
-def test_a_step_that_nobody_waits_for_is_given_up(model: DiffusionModel) -> None:
+def test_a_batch_step_is_abandoned_when_all_sequences_are_cancelled(model: DiffusionModel) -> None:
     sessions = [_native.Session(model._native, 512) for _ in range(2)]
     for session in sessions:
         session.encode(np.asarray(model.tokenize("abc"), dtype=np.int32))

@@ -1,4 +1,4 @@
-"""JSON schemas, expressions and texts with holes through the server, by the demo model."""
+"""JSON schemas, regexes and infilling through the server, on the demo model."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_schema_in_the_form_of_llama_cpp(url: str, path: str) -> None:
     )
 
 
-def test_of_two_limits_the_smaller_counts(url: str) -> None:
+def test_the_smaller_of_two_token_limits_applies(url: str) -> None:
     body = {"messages": ask("x"), "regex": "[a-z]{40}", "steps": 1}
     for limits in ((7, 100), (100, 7), (7, -1), (-1, 7), (7, None), (None, 7)):
         body |= dict(zip(("max_tokens", "max_completion_tokens"), limits, strict=True))
@@ -80,7 +80,7 @@ def test_a_schema_streamed(client: openai.OpenAI) -> None:
     assert isinstance(json.loads(text), dict)
 
 
-def test_an_expression(url: str) -> None:
+def test_a_regex(url: str) -> None:
     body = {"prompt": "when: ", "regex": r"\d{4}-\d{2}-\d{2}", "max_tokens": 10, "steps": 3, "n": 2}
     answer = httpx.post(url + "/v1/completions", json=body).json()
     for choice in answer["choices"]:
@@ -115,7 +115,7 @@ def test_an_expression(url: str) -> None:
         ({"regex": 3}, "regex", "permitted is a string"),
     ],
 )  # fmt: skip
-def test_what_can_not_be_is_told_in_a_sentence(
+def test_impossible_constraints_are_refused_in_one_line(
     url: str, more: dict[str, Any], param: str, message: str
 ) -> None:
     answer = httpx.post(url + "/v1/chat/completions", json={"messages": ask("x"), **more})

@@ -1,4 +1,4 @@
-"""A server process under load: clients that leave, bodies that are broken, memory over many requests."""
+"""A server process under load: disconnects, malformed bodies, memory over many requests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def server(tmp_path: Path) -> Iterator[tuple[int, str]]:
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that a process holds."""
+    """Resident memory of a process, in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     found = re.search(r"VmRSS:\s+(\d+) kB", status)
     assert found is not None
@@ -48,7 +48,7 @@ BROKEN = [
 ]  # fmt: skip
 
 
-def test_fifty_clients_of_whom_some_leave_and_some_send_nonsense(
+def test_fifty_clients_with_disconnects_and_invalid_bodies(
     server: tuple[int, str], report: Callable[[str], None]
 ) -> None:
     _, url = server
@@ -114,10 +114,10 @@ def test_memory_is_flat_over_a_thousand_requests(
     assert after < 1.05 * before
 
 
-def test_work_stops_within_a_step_of_the_disconnect(
+def test_generation_stops_within_a_step_of_a_disconnect(
     server: tuple[int, str], report: Callable[[str], None]
 ) -> None:
-    """Steps that were begun after the client had gone, as the metrics count them."""
+    """Steps that the metrics count after the client has disconnected."""
     _, url = server
     body = {
         "messages": [{"role": "user", "content": "x"}], "stream": True, "confidence_threshold": 0,

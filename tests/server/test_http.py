@@ -1,4 +1,4 @@
-"""The server over real HTTP on localhost, before a model whose answers are written down (server_fakes)."""
+"""The server over real HTTP on localhost, with a scripted model (support/server_fakes.py)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_stream(client: openai.OpenAI) -> None:
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
-def test_thinking_is_a_field_of_its_own(client: openai.OpenAI) -> None:
+def test_thinking_is_in_reasoning_content(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="scripted", messages=ask("think"), reasoning_effort="high", stop=["yes", "!"]
     )
@@ -86,7 +86,7 @@ def test_thinking_is_a_field_of_its_own(client: openai.OpenAI) -> None:
     assert "".join(part.content or "" for part in parts) == "It is so. Über!"
 
 
-def test_tool_calls_and_the_turn_after(client: openai.OpenAI) -> None:
+def test_tool_calls_and_their_results(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="scripted", messages=ask("weather?"), tools=TOOLS)
     choice = answer.choices[0]
     assert choice.finish_reason == "tool_calls" and choice.message.content is None
@@ -109,7 +109,7 @@ def test_tool_calls_streamed(client: openai.OpenAI) -> None:
     assert json.loads(calls[0].function.arguments) == {"city": "Oslo", "days": 3}
 
 
-def test_one_call_at_a_time_and_no_tools(client: openai.OpenAI, model: ScriptedModel) -> None:
+def test_parallel_tool_calls_off_and_tool_choice_none(client: openai.OpenAI, model: ScriptedModel) -> None:
     answer = client.chat.completions.create(
         model="scripted", messages=ask("weather?"), tools=TOOLS, parallel_tool_calls=False
     )
@@ -154,7 +154,7 @@ def test_models(client: openai.OpenAI) -> None:
         client.models.retrieve("gpt-4")
 
 
-def test_the_cache_is_used_again(client: openai.OpenAI) -> None:
+def test_the_prompt_cache_is_reused(client: openai.OpenAI) -> None:
     messages = ask("Tell me about rivers, a conversation of its own")
     client.chat.completions.create(model="scripted", messages=messages)
     messages += [{"role": "assistant", "content": "Hello, world!"}, *ask("And roads?")]
@@ -172,11 +172,11 @@ def test_ignored_parameters_are_listed(client: openai.OpenAI) -> None:
 # Drafts
 
 
-def test_every_step_as_an_event(url: str, client: openai.OpenAI) -> None:
+def test_a_stream_event_for_every_step(url: str, client: openai.OpenAI) -> None:
     body = {"messages": ask("think"), "stream": True, "stream_options": {"diffusion": True}, "n": 2}
     got = events(httpx.post(url + "/v1/chat/completions", json=body, timeout=60))
     drafts = [event["diffusion"] for event in got if event.get("diffusion", {}).get("type") == "draft"]
-    drafts.sort(key=lambda draft: draft["index"])  # the choices are made side by side
+    drafts.sort(key=lambda draft: draft["index"])  # choices run in parallel
     assert [(d["index"], d["canvas"], d["step"]) for d in drafts] == [
         (i, canvas, step) for i in range(2) for canvas in range(4) for step in (1, 2, 3)
     ]
@@ -186,7 +186,7 @@ def test_every_step_as_an_event(url: str, client: openai.OpenAI) -> None:
         assert not any(marker in "".join(draft["pieces"]) for marker in MARKERS)
     assert "".join(drafts[-1]["pieces"]).startswith("so. Über!")
     assert got[-1]["diffusion"]["type"] == "summary"
-    # the official client takes them for chunks without choices
+    # the official client reads them as chunks without choices
     stream = client.chat.completions.create(
         model="scripted", messages=ask("Hi"), stream=True, stream_options={"diffusion": True}
     )
@@ -295,7 +295,7 @@ def test_every_step_as_an_event(url: str, client: openai.OpenAI) -> None:
         ("models", {}, 405, None, "method_not_allowed"),
     ],
 )  # fmt: skip
-def test_a_wrong_request_is_told_what_is_wrong(
+def test_invalid_requests_get_an_error_with_param_and_code(
     url: str, path: str, body: Any, status: int, param: str | None, code: str | None
 ) -> None:
     response = httpx.post(f"{url}/v1/{path}", content=json.dumps(body), timeout=60)
@@ -317,10 +317,10 @@ def test_a_wrong_request_is_told_what_is_wrong(
         (b" " * 20_001, 413),
     ],
 )
-def test_a_broken_body(url: str, content: bytes, status: int) -> None:
+def test_malformed_bodies(url: str, content: bytes, status: int) -> None:
     response = httpx.post(url + "/v1/chat/completions", content=content, timeout=60)
     assert response.status_code == status and response.json()["error"]["message"]
-    parts = (content[i : i + 500] for i in range(0, len(content), 500))  # without a length told ahead
+    parts = (content[i : i + 500] for i in range(0, len(content), 500))  # chunked: without Content-Length
     assert httpx.post(url + "/v1/chat/completions", content=parts, timeout=60).status_code == status
 
 
@@ -332,7 +332,7 @@ def test_the_client_raises_its_own_errors(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="gpt-4", messages=ask("Hi"))
 
 
-def test_the_key(model: ScriptedModel) -> None:
+def test_the_api_key(model: ScriptedModel) -> None:
     with serving(model, api_key="sésame") as (url, _):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s"}):
             response = httpx.get(url + "/v1/models", headers=headers)
@@ -345,7 +345,7 @@ def test_the_key(model: ScriptedModel) -> None:
             openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0).models.list()
 
 
-def test_pages_of_other_hosts(model: ScriptedModel, url: str) -> None:
+def test_cross_origin_requests(model: ScriptedModel, url: str) -> None:
     assert httpx.get(url + "/v1/models", headers={"Origin": "https://evil.example"}).status_code == 403
     assert httpx.get(url + "/v1/models", headers={"Origin": url}).status_code == 200
     with serving(model, cors=("https://good.example",)) as (other, _):
@@ -354,7 +354,7 @@ def test_pages_of_other_hosts(model: ScriptedModel, url: str) -> None:
         assert httpx.get(other + "/v1/models", headers={"Origin": "https://x.example"}).status_code == 403
 
 
-# Health, figures, the page that describes it
+# Health, metrics, and their documentation
 
 
 def test_health_and_metrics(url: str) -> None:

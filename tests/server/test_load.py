@@ -1,4 +1,4 @@
-"""Several requests at once, clients that leave, limits of time and number, shutdown."""
+"""Concurrent requests, disconnects, time and queue limits, shutdown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pydiffusion.server.scheduler import Scheduler
 
 @pytest.fixture
 def slow() -> ScriptedModel:
-    """Its answer to "long" takes minutes, until ``step_seconds`` is set to nothing."""
+    """Its answer to "long" takes minutes, until ``step_seconds`` is set to 0."""
     model = ScriptedModel(script)
     model.step_seconds = 0.2
     return model
@@ -39,7 +39,7 @@ def post_in_thread(url: str, text: str, results: dict[str, Any], **fields: Any) 
     return thread
 
 
-def test_a_full_queue_says_when_to_come_back(slow: ScriptedModel) -> None:
+def test_a_full_queue_is_429_with_retry_after(slow: ScriptedModel) -> None:
     results: dict[str, Any] = {}
     with serving(slow, n_parallel=1, max_queue=1) as (url, server):
         threads = [post_in_thread(url, "long 1", results, max_tokens=1000)]
@@ -57,7 +57,7 @@ def test_a_full_queue_says_when_to_come_back(slow: ScriptedModel) -> None:
         assert results["long 1"].json()["choices"][0]["finish_reason"] == "length"
 
 
-def test_without_a_queue_idle_places_are_still_there(slow: ScriptedModel) -> None:
+def test_without_a_queue_idle_slots_are_used(slow: ScriptedModel) -> None:
     results: dict[str, Any] = {}
     with serving(slow, n_parallel=1, max_queue=0) as (url, server):
         thread = post_in_thread(url, "long", results, max_tokens=1000)
@@ -68,7 +68,7 @@ def test_without_a_queue_idle_places_are_still_there(slow: ScriptedModel) -> Non
         assert results["long"].status_code == 200
 
 
-def test_a_short_request_passes_a_long_one(slow: ScriptedModel) -> None:
+def test_a_short_request_overtakes_a_long_one(slow: ScriptedModel) -> None:
     results: dict[str, Any] = {}
     with serving(slow, n_parallel=2) as (url, server):
         first = post_in_thread(url, "long", results, max_tokens=1000)
@@ -80,7 +80,7 @@ def test_a_short_request_passes_a_long_one(slow: ScriptedModel) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_work_stops_within_a_step_when_the_client_leaves(slow: ScriptedModel, stream: bool) -> None:
+def test_generation_stops_within_a_step_on_disconnect(slow: ScriptedModel, stream: bool) -> None:
     slow.step_seconds = 1.0
     with serving(slow, n_parallel=1) as (url, server):
         host, _, port = url.removeprefix("http://").partition(":")
@@ -98,7 +98,7 @@ def test_work_stops_within_a_step_when_the_client_leaves(slow: ScriptedModel, st
         assert answer.json()["choices"][0]["message"]["content"] == "Hello, world!"
 
 
-def test_a_waiting_client_that_leaves_costs_nothing(slow: ScriptedModel) -> None:
+def test_a_queued_request_is_dropped_on_disconnect(slow: ScriptedModel) -> None:
     results: dict[str, Any] = {}
     with serving(slow, n_parallel=1) as (url, server):
         thread = post_in_thread(url, "long", results, max_tokens=1000)
@@ -111,7 +111,7 @@ def test_a_waiting_client_that_leaves_costs_nothing(slow: ScriptedModel) -> None
         assert slow.n_answers == 1 and results["long"].status_code == 200
 
 
-def test_a_late_cancellation_does_not_meet_the_next_request(slow: ScriptedModel) -> None:
+def test_a_late_cancellation_does_not_affect_the_next_request(slow: ScriptedModel) -> None:
     slow.step_seconds = 0.0
     scheduler = Scheduler(slow, n_parallel=1)
     options = GenerationOptions(max_tokens=64).resolve(slow.metadata, slow.n_vocab)
@@ -141,7 +141,7 @@ def test_a_late_cancellation_does_not_meet_the_next_request(slow: ScriptedModel)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_may_take_only_so_long(slow: ScriptedModel, stream: bool) -> None:
+def test_requests_time_out(slow: ScriptedModel, stream: bool) -> None:
     with serving(slow, timeout=0.6) as (url, server):
         body = {"messages": ask("long"), "stream": stream}
         response = httpx.post(url + "/v1/chat/completions", json=body, timeout=60)
@@ -154,7 +154,7 @@ def test_a_request_may_take_only_so_long(slow: ScriptedModel, stream: bool) -> N
         eventually(lambda: server.scheduler.n_active == 0)
 
 
-def test_shutdown_finishes_what_runs_and_tells_the_rest(slow: ScriptedModel) -> None:
+def test_shutdown_finishes_running_requests_and_refuses_queued_ones(slow: ScriptedModel) -> None:
     results: dict[str, Any] = {}
     with serving(slow, n_parallel=1, grace=60) as (url, server):
         threads = [post_in_thread(url, "long", results, max_tokens=1000)]
@@ -170,7 +170,7 @@ def test_shutdown_finishes_what_runs_and_tells_the_rest(slow: ScriptedModel) -> 
         assert results["Hi"].json()["error"]["code"] == "shutting_down"
 
 
-def test_shutdown_cuts_short_what_takes_too_long(slow: ScriptedModel) -> None:
+def test_shutdown_aborts_requests_after_the_grace_period(slow: ScriptedModel) -> None:
     results: dict[str, Any] = {}
     with serving(slow, grace=0.2) as (url, server):
         thread = post_in_thread(url, "long", results, stream=True)
@@ -180,7 +180,7 @@ def test_shutdown_cuts_short_what_takes_too_long(slow: ScriptedModel) -> None:
         assert events(results["long"])[-1]["error"]["code"] == "shutting_down"
 
 
-def test_many_clients_a_third_of_which_leave(slow: ScriptedModel) -> None:
+def test_many_clients_with_disconnects(slow: ScriptedModel) -> None:
     slow.step_seconds = 0.002
     results: dict[str, Any] = {}
     with serving(slow, n_parallel=3) as (url, server):

@@ -1,4 +1,4 @@
-"""What chat models write, divided into thinking, answer and tool calls: whole, and split at every point."""
+"""Parsing of chat output into thinking, answer and tool calls: whole, and cut at every point."""
 
 from __future__ import annotations
 
@@ -81,13 +81,13 @@ CASES: dict[str, tuple[str, list[Part]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_text_is_divided(name: str) -> None:
+def test_output_is_split_into_parts(name: str) -> None:
     text, expected = CASES[name]
     assert parse(text) == expected
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_split_gives_the_same(name: str) -> None:
+def test_parts_do_not_depend_on_chunking(name: str) -> None:
     text, expected = CASES[name]
     for cut in range(len(text) + 1):
         assert parse(text[:cut], text[cut:]) == expected, cut
@@ -116,7 +116,7 @@ _PIECES = st.sampled_from(
 
 @settings(max_examples=300, deadline=None)
 @given(pieces=st.lists(_PIECES, max_size=12), size=st.integers(1, 5), in_thought=st.booleans())
-def test_any_text_in_any_portions(pieces: list[str], size: int, in_thought: bool) -> None:
+def test_any_text_in_any_chunks(pieces: list[str], size: int, in_thought: bool) -> None:
     text = "".join(pieces)
     whole = parse(text, in_thought=in_thought)
     portions = [text[i : i + size] for i in range(0, len(text), size)]
@@ -126,7 +126,7 @@ def test_any_text_in_any_portions(pieces: list[str], size: int, in_thought: bool
             assert not any(marker in part.text for marker in MARKERS)
 
 
-def test_a_thought_that_the_prompt_opened() -> None:
+def test_thinking_opened_by_the_prompt() -> None:
     assert ends_in_thought("<|turn>model\n<|channel>thought\n")
     assert not ends_in_thought("<|turn>model\n<|channel>thought\n<channel|>")
     assert not ends_in_thought("<|turn>model\n")
@@ -168,7 +168,7 @@ def test_arguments(arguments: str, expected: dict[str, Any]) -> None:
         '{"name": 3}', "call:f" + 100 * "{a:", "call:f{a:" + 100000 * "[", "{" + 100000 * '"a":{',
     ],
 )  # fmt: skip
-def test_what_is_no_call(text: str) -> None:
+def test_invalid_calls(text: str) -> None:
     assert parse_call(text) is None
 
 
@@ -186,7 +186,7 @@ _NAMES = st.from_regex(r"[a-z_]\w*", fullmatch=True)
         max_leaves=8,
     )
 )  # fmt: skip
-def test_whatever_is_written_is_read_back(value: Any) -> None:
+def test_calls_round_trip(value: Any) -> None:
     def written(value: Any) -> str:
         if isinstance(value, str):
             return QUOTE + value + QUOTE

@@ -1,4 +1,4 @@
-"""The web page: what is served, and a chat in a real browser where there is one."""
+"""The web page: what is served, and a chat in a real browser where one is installed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def url(model: ScriptedModel) -> Iterator[str]:
         yield address
 
 
-def test_the_page_asks_nothing_of_other_hosts(url: str) -> None:
+def test_the_page_loads_nothing_from_other_hosts(url: str) -> None:
     for path in PATHS:
         response = httpx.get(url + path)
         assert (

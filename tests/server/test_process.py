@@ -1,4 +1,4 @@
-"""``pydiffusion serve`` as a process of its own, on random weights: the same answers as the library's."""
+"""`pydiffusion serve` in a process of its own, on random weights: the same answers as the library's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydiffusion import DiffusionModel, cli
 ASK = {"messages": [{"role": "user", "content": "the river"}], "seed": 3, "max_tokens": 24}
 
 
-def test_the_same_answers_as_the_librarys(gguf_file: Callable[..., Path]) -> None:
+def test_answers_equal_the_librarys(gguf_file: Callable[..., Path]) -> None:
     file = gguf_file("small")
     with DiffusionModel(file, n_threads=1) as model:
         expected = model.create_chat_completion(ASK["messages"], seed=3, max_tokens=24, steps=4)

@@ -1,4 +1,4 @@
-"""The examples of docs/server.md run as they stand, against a server on the demo model."""
+"""The examples of docs/server.md run unchanged, against a server on the demo model."""
 
 from __future__ import annotations
 

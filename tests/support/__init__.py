@@ -1,1 +1,1 @@
-"""What several test files share: fake models, servers, broken files, comparisons."""
+"""Shared helpers: fake models and servers, broken files, comparisons."""

@@ -1,4 +1,4 @@
-"""Run the tables that ``byte_machine`` gives."""
+"""Run the tables that `byte_machine` gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small checkpoint folders for the tests of the conversion, built with numpy alone."""
+"""Small checkpoint folders for conversion tests, made with numpy alone."""
 
 from __future__ import annotations
 

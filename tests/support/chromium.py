@@ -1,4 +1,4 @@
-"""A headless Chromium driven through its debugging pipe: enough of the protocol for the page's tests."""
+"""Drive a headless Chromium through its debugging pipe: enough of the protocol for the page's tests."""
 
 from __future__ import annotations
 

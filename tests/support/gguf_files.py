@@ -1,4 +1,4 @@
-"""GGUF files through the package ``gguf``: written, and read back."""
+"""Write and read GGUF files with the gguf package."""
 
 from __future__ import annotations
 

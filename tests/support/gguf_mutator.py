@@ -1,7 +1,7 @@
-"""A GGUF taken apart and written again in pure Python, good or broken in any one way a test asks for.
+"""Parse and write GGUF files in pure Python, valid or broken in any way that a test needs.
 
-Nothing here checks anything: counts, offsets, types and lengths are written as they are given, so that a
-reader can be shown files that no honest writer makes.
+Nothing is checked: counts, offsets, types and lengths are written as given, so that tests can make files that
+no correct writer makes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Array:
 
 @dataclass
 class String:
-    """A string whose written length may lie."""
+    """A string; ``length`` overrides the true one in what is written."""
 
     data: bytes
     length: int | None = None
@@ -101,7 +101,7 @@ class RawGguf:
         self.tensors.remove(self.tensor(name))
 
     def header(self) -> bytes:
-        """Everything in front of the data, without padding."""
+        """Everything before the data, without padding."""
         out = [self.magic, self._number(U32, self.version)]
         out.append(self._number(U64, len(self.tensors) if self.n_tensors is None else self.n_tensors))
         out.append(self._number(U64, len(self.pairs) if self.n_pairs is None else self.n_pairs))
@@ -154,7 +154,7 @@ class RawGguf:
 
 
 class _Reader:
-    """Walks through a good file."""
+    """Reads a valid file from front to back."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
@@ -180,7 +180,7 @@ class _Reader:
 
 
 def read_gguf(path: Path) -> RawGguf:
-    """Take a good file apart; a tensor's bytes run up to the next tensor, padding and all."""
+    """Parse a valid file; a tensor's bytes run up to the next tensor, padding included."""
     reader = _Reader(path.read_bytes())
     reader.at = 4
     out = RawGguf(version=reader.number(U32))

@@ -1,4 +1,4 @@
-"""The ways to break a GGUF, one by one, and the wrong arguments: what each must be answered with."""
+"""Ways to break a GGUF, and invalid arguments, with the error that each must give."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ VALUES: dict[str, Case] = {
 }
 
 TENSORS: dict[str, Case] = {
-    "tensor twice": Case(edit(lambda f: f.tensors.append(f.tensors[3])), "twice"),
+    "tensor twice": Case(edit(lambda f: f.tensors.append(f.tensors[3])), "duplicate"),
     "tensor without name": Case(edit(lambda f: f.tensors.append(float_tensor("", [8], b"\0" * 32))), "name"),
     "tensor of no dimensions": Case(
         edit(lambda f: f.tensors.append(float_tensor("strange", [], b"\0" * 32))), "strange"

@@ -1,4 +1,4 @@
-"""Files that may crash a process are opened in one of their own (hostile_worker.py)."""
+"""Run hostile_worker.py: a process of its own for files that may crash it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT_ERRORS = {"ModelFormatError", "UnsupportedModelError"}
 
 
 class Worker:
-    """A process that opens files for us, started again whenever one of them kills it."""
+    """A worker process that opens files, restarted whenever one of them kills it."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
@@ -47,7 +47,7 @@ class Worker:
     def start(self) -> None:
         command = [sys.executable, str(Path(__file__).parent / "hostile_worker.py")]
         pipe = subprocess.PIPE
-        # A file, not a pipe: nobody reads it before the process is dead, and a full pipe would stop it.
+        # A file, not a pipe: it is read only after the process has died, and a full pipe would block it.
         self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed in stop()
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
         self.answers = queue.Queue()
@@ -72,7 +72,7 @@ def assert_refused(answer: dict, kinds: set[str], names: str, path: Path) -> Non
     assert set(answer["kinds"]) & kinds, answer
     message = answer["message"]
     if "TypeError" in answer["kinds"] and "incompatible function arguments" in message:
-        # The bindings' own words, which only callers of the private module see; public calls get one line.
+        # nanobind's message, which only callers of the private module see; public calls get one line.
         message = message.splitlines()[0] + names
     assert message and "\n" not in message, f"not one line: {message!r}"
     assert names in message.replace(str(path), ""), f"{names!r} is not named in: {message}"

@@ -1,4 +1,4 @@
-"""Opens files that a test suspects, in a process of its own, so that a crash shows as a failure of one case.
+"""Open suspect files in a process of its own, so that a crash fails one case only.
 
 Reads one JSON object per line ({"path": ..., "call": name or null}), answers with one line: {"ok": true, ...}
 or the classes and message of what was raised. ``call`` names a function of ``CALLS``; without one the file is
@@ -26,7 +26,7 @@ def ids(*values: int) -> np.ndarray:
 
 
 def run(path: str) -> dict[str, object]:
-    """Load and use a file: what it computes is its own affair, as long as it comes back."""
+    """Load and use a file; any result will do."""
     model = _native.Model(path, n_threads=1)
     session = _native.Session(model, min(N_CTX, model.n_ctx_train))
     session.encode(ids(2, 1, 0))
@@ -82,7 +82,7 @@ def canvas(model: _native.Model, length: int | None = None, dtype: str = "int32"
 
 
 def use_in_python(path: str) -> str:
-    """What the Python side reads a file for: tokenizer, chat template, sampler's defaults, eos ids."""
+    """Use the file from Python: tokenizer, chat template, sampler defaults, eos ids."""
     model = DiffusionModel(path, n_threads=1)
     model.chat_prompt([{"role": "user", "content": "the road"}])
     return model.generate("the road", max_tokens=4, steps=2).text
@@ -92,7 +92,7 @@ def in_python(use: Callable[[DiffusionModel], object]) -> Callable[[str], object
     return lambda path: use(DiffusionModel(path, n_threads=1, n_ctx=N_CTX))
 
 
-#: Wrong arguments of the public surface, where even a mistaken type is answered in one line.
+#: Invalid arguments of the public API, where a wrong type too gives a one-line error.
 PUBLIC_CALLS: dict[str, Callable[[str], object]] = {
     "public: no such file": lambda path: DiffusionModel(path + ".missing"),
     "public: a folder": lambda path: DiffusionModel(path.rpartition("/")[0]),
@@ -213,7 +213,7 @@ CALLS: dict[str, Callable[[str], object]] = {
 
 
 def limit_memory(n_bytes: int) -> None:
-    """A file that makes us ask for more than this should be told so; the machine should not notice."""
+    """Limit the address space, so that a file can't make the worker exhaust the machine's memory."""
     if "libasan" in os.environ.get("LD_PRELOAD", ""):  # which reserves terabytes of addresses
         return
     try:

@@ -1,4 +1,4 @@
-"""A server that speaks as much of the Hugging Face hub's HTTP as downloads need."""
+"""Serve as much of the Hugging Face hub's HTTP as downloads need."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ COMMIT, TOKEN = "c0ffee" * 6 + "c0ff", "hf_secret"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves one folder as ``org/open`` and, to those who have the token, ``org/private``; the files of
-    ``org/gated`` are seen and not had.
+    """Serves one folder as ``org/open`` and, with the token, as ``org/private``; the files of ``org/gated``
+    are listed but access is refused.
     """
 
     def __init__(self, folder: Path):

@@ -1,4 +1,4 @@
-"""What several test files share beside fixtures: opening models as claimed, and comparing arrays."""
+"""Open models and check that nothing falls back; compare logits; run the goldens' cases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.paths import GOLDENS
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two sets of logits lie apart; ``agreement`` is the share of equal argmaxes."""
+    """The difference between two sets of logits; ``agreement`` is the share of equal argmaxes."""
 
     mean: float
     max: float
@@ -45,7 +45,7 @@ def mean_kl(reference: np.ndarray, ours: np.ndarray) -> float:
 
 
 def open_model(path: Path, kv_type: str, weight_types: set[str], n_threads: int = 1) -> _native.Model:
-    """Load a model and make sure that what runs is what the test claims: nothing passes by falling back."""
+    """Load a model and check its backend, cache and weight types: no test passes by falling back."""
     model = _native.Model(str(path), n_threads=n_threads, kv_type=kv_type)
     description = model.description
     assert description["backend"] == "CPU", description
@@ -55,7 +55,7 @@ def open_model(path: Path, kv_type: str, weight_types: set[str], n_threads: int 
 
 
 def assert_own_attention(model: _native.Model, session: _native.Session, n_layer: int) -> None:
-    """The last step's graph attended through our own node in every layer, by no other way."""
+    """Check that the last step's graph used our own attention node in every layer, and no other."""
     ops = session.step_ops
     by_tiles = model.description["kernels"] == "amx" and model.description["kv_type"] != "f32"
     assert ops["attend_tiles" if by_tiles else "attend"] == n_layer, ops
@@ -64,7 +64,7 @@ def assert_own_attention(model: _native.Model, session: _native.Session, n_layer
     assert "SOFT_MAX" not in ops, ops  # ours is within attention, and the routers' within join_branches
 
 
-#: Types that a file of each kind must hold, no more and no fewer, for the shapes "small" and "wide".
+#: Tensor types that a file of each type has exactly, for the shapes "small" and "wide".
 WEIGHT_TYPES: dict[str, set[str]] = {
     "f32": {"F32"},
     "f16": {"F32", "F16"},
@@ -87,9 +87,9 @@ def case(golden: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
 def encode_case(
     session: _native.Session, case: dict[str, np.ndarray], chunk: int | None = None
 ) -> np.ndarray:
-    """Encode a case's prompt and, apart, what it commits; returns the hidden states (n, d) of all of it.
+    """Encode a case's prompt, then its committed canvas; returns the hidden states (n, d) of both.
 
-    ``chunk`` feeds the prompt in pieces of that many tokens instead of at once.
+    ``chunk`` encodes the prompt in chunks of that many tokens instead of at once.
     """
     prompt = case["prompt_ids"]
     step = chunk or len(prompt)
@@ -108,13 +108,13 @@ def denoise_case(session: _native.Session, case: dict[str, np.ndarray]) -> dict[
 
 
 def generation_steps(session: _native.Session) -> Iterator[_native.Step]:
-    """The steps of the generation begun."""
+    """Iterate over the steps of the current generation."""
     while (step := session.next_step()) is not None:
         yield step
 
 
 def replay(model: _native.Model, record: dict[str, np.ndarray]) -> dict[str, float]:
-    """Run the record's options natively, compare every decision; returns how far the entropies lie apart."""
+    """Run the record's options natively, compare every decision; returns the difference of the entropies."""
     options = {k: v.tolist() for k, v in case(record, "options").items()}
     session = _native.Session(model, 512)
     session.encode(record["prompt_ids"])

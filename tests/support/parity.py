@@ -1,4 +1,4 @@
-"""The goldens' cases, and how near to them logits have to be."""
+"""The goldens' cases, and the bounds that logits must keep."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CASES = ("short", "long", "commit")
 
 #: With float32 file and cache, logits of range 25; two correct float32 evaluations differ by 2e-5 on average.
 MEAN_BOUND, MAX_BOUND = 1e-3, 1e-2
-#: Twice what was measured, 0.05 to 0.21 (there another expert is chosen).
+#: Twice what was measured, 0.05 to 0.21 (where another expert is chosen).
 Q8_0_CACHE_MEAN = 0.5
 
 

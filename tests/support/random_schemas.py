@@ -1,4 +1,4 @@
-"""Random JSON schemas within what is supported, for tests that every answer is valid."""
+"""Random JSON schemas within the supported subset."""
 
 from __future__ import annotations
 

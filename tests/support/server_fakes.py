@@ -1,6 +1,6 @@
-"""A model without weights for the server's tests: its answers are written down, its steps take no computing.
+"""A scripted model for the server's tests: no weights, written answers, steps without computation.
 
-Everything above the native session is the real thing: tokenizer, template, Session, streams.
+All above the native session is real: tokenizer, template, Session, streams.
 """
 
 from __future__ import annotations
@@ -159,9 +159,9 @@ class ScriptedNative:
                 break
 
     def amend(self, tokens: np.ndarray) -> str:
-        """Goes on with what the script says behind the amended text."""
+        """Continue with the script after the amended text."""
         self._ids += tokens.tolist()
-        self._begun["max_tokens"] -= len(tokens)  # else one who thinks again and again would never end
+        self._begun["max_tokens"] -= len(tokens)  # or thinking again and again would never end
         if self._begun["max_tokens"] <= 0:
             return "length"
         self.begin(**self._begun)
@@ -203,12 +203,12 @@ class ScriptedNative:
         return self._last
 
     def candidates(self, k: int, extra: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of a guided step: this model likes all tokens alike."""
+        """Top-k of a guided step: all tokens are equally likely."""
         tokens = np.tile(np.arange(k, dtype=np.int32), (CANVAS, 1))
         return tokens, np.zeros((CANVAS, k), np.float32), np.zeros((CANVAS, len(extra)), np.float32)
 
     def impose(self, tokens: np.ndarray) -> SimpleNamespace:
-        """The guided step just taken, with these tokens."""
+        """Replace the tokens of the guided step just taken."""
         self._last.draft = tokens
         if self._last.canvas_done:
             ends = np.flatnonzero(tokens == 1)
@@ -234,7 +234,7 @@ TOOLS = [
 
 
 def script(prompt: str, i_answer: int) -> list[str]:
-    """What the model says, by what it is asked."""
+    """Answer by the text of the last message."""
     asked = prompt.rpartition("<|turn>user\n")[2] if "<|turn>" in prompt else prompt
     if "<|turn>tool" in asked:
         return ["It rains in Oslo."]

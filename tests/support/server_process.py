@@ -1,4 +1,4 @@
-"""``pydiffusion serve`` as a process of its own."""
+"""Run `pydiffusion serve` in a process of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python surface: options, model, session, events, completions in OpenAI's shape."""
+"""The Python API: options, model, session, events, completions in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_defaults_come_from_the_file_then_from_the_reference() -> None:
         ("tokenizer.ggml.eos_token_ids", [1, 100]),
     ],
 )
-def test_an_impossible_default_in_the_file_is_named(key: str, value: Any) -> None:
+def test_an_invalid_default_in_the_file_is_named(key: str, value: Any) -> None:
     with pytest.raises(ModelFormatError, match=key):
         GenerationOptions().resolve({key: value}, 100)
 
@@ -148,7 +148,7 @@ def test_wrong_arguments_are_named(model: DiffusionModel, arguments: dict[str, A
         DiffusionModel(model.path, **arguments)
 
 
-def test_paths_that_are_no_model(tmp_path: Path) -> None:
+def test_paths_that_are_not_models(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file"):
         DiffusionModel(tmp_path / "none.gguf")
     with pytest.raises(IsADirectoryError, match="pydiffusion convert"):
@@ -180,7 +180,7 @@ def test_a_closed_model_says_so(gguf_file: Callable[..., Path]) -> None:
     opened.close()
     with pytest.raises(PyDiffusionError, match="closed"):
         opened.new_session()
-    session.encode([1, 2, 3])  # has the weights still
+    session.encode([1, 2, 3])  # still holds the weights
     assert session.n_past == 3
 
 
@@ -251,7 +251,7 @@ def test_hidden_states_on_request(model: DiffusionModel) -> None:
 # Generation
 
 
-def test_events_tell_a_generation(model: DiffusionModel) -> None:
+def test_the_events_of_a_generation(model: DiffusionModel) -> None:
     session = model.new_session()
     session.encode(model.tokenize(PROMPT))
     n_prompt = session.n_past
@@ -287,7 +287,7 @@ def test_a_seed_repeats_a_generation(model: DiffusionModel) -> None:
     )
 
 
-def test_a_completion_sums_the_events_up(model: DiffusionModel) -> None:
+def test_a_completion_sums_up_the_events(model: DiffusionModel) -> None:
     events: list[Any] = []
     done = model.generate(PROMPT, GenerationOptions(**SHORT), on_event=events.append)
     canvases = [event for event in events if isinstance(event, CanvasEvent)]
@@ -389,7 +389,7 @@ def test_a_session_is_for_one_thread_at_a_time(model: DiffusionModel) -> None:
 
 
 def answer(tokenizer: Any, text: str, stop: list[str], canvas: int) -> tuple[list[str], int, bool]:
-    """Feed a text's tokens in canvases of a length: texts given out, tokens kept, whether it stopped."""
+    """Feed a text's tokens in canvases; returns the texts given out, the tokens kept, whether it stopped."""
     from pydiffusion.generation.streaming import AnswerStream
 
     ids = tokenizer.tokenize(text, add_bos=False)
@@ -420,7 +420,7 @@ def answer(tokenizer: Any, text: str, stop: list[str], canvas: int) -> tuple[lis
         ("END", ["END"], ""),
     ],
 )
-def test_stop_strings_cut_wherever_they_lie(
+def test_stop_strings_cut_at_any_position(
     model: DiffusionModel, text: str, stop: list[str], expected: str, canvas: int
 ) -> None:
     texts, _, stopped = answer(model.tokenizer, text, stop, canvas)
@@ -505,7 +505,7 @@ def test_unknown_parameters_are_refused_by_name(model: DiffusionModel, name: str
 @pytest.mark.parametrize(
     "given", [{"self": 1}, {"messages": []}, {"tools": []}, {"bos_token": ""}, {"a b": 1}, 5, "x"]
 )
-def test_variables_that_a_template_can_not_be_given(model: DiffusionModel, given: Any) -> None:
+def test_reserved_template_variables_are_refused(model: DiffusionModel, given: Any) -> None:
     with pytest.raises(ValueError, match="chat_template_kwargs"):
         model.create_chat_completion([{"role": "user", "content": "hi"}], chat_template_kwargs=given)
 
@@ -524,7 +524,7 @@ def test_a_session_given_is_reused(model: DiffusionModel) -> None:
 # The package
 
 
-def test_everything_announced_is_there() -> None:
+def test_all_exported_names_exist() -> None:
     for name in pydiffusion.__all__:
         assert getattr(pydiffusion, name) is not None
     assert set(pydiffusion.__all__) <= set(dir(pydiffusion))

@@ -1,4 +1,4 @@
-"""The examples of the pages about the library run as they stand; the names of api.md are the package's."""
+"""The examples of the library's pages run unchanged; api.md names all that the package exports."""
 
 from __future__ import annotations
 
@@ -35,14 +35,19 @@ def test_the_examples_run(
 
 
 @pytest.mark.parametrize("name", ["coming-from-llama-cpp-python.md", "coming-from-transformers.md"])
-def test_the_examples_for_those_who_come_run(
-    gguf_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+def test_the_migration_examples_run(
+    gguf_file: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
     shutil.copy(gguf_file("small"), tmp_path / "model.gguf")
     monkeypatch.chdir(tmp_path)
     page = (DOCS / name).read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(compile(example.replace("n_ctx=2048", "n_ctx=256"), name, "exec"), {})
+    assert capsys.readouterr().out.strip(), "each prints an answer"
 
 
 def test_every_option_error_and_method_is_described() -> None:

@@ -1,4 +1,4 @@
-"""Several prompts denoised in one graph: the same answers as one after the other."""
+"""Batched prompts in one graph give the same answers as one after the other."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def same(first: Completion, second: Completion) -> bool:
 
 
 @pytest.mark.parametrize("n_parallel", [1, 2, 3, 8])
-def test_answers_are_those_of_one_prompt_alone(
+def test_batched_answers_equal_single_ones(
     model: DiffusionModel, alone: list[Completion], n_parallel: int
 ) -> None:
     each = (options(index) for index in range(len(PROMPTS)))
@@ -105,7 +105,7 @@ def test_a_session_cancelled_in_a_batch_ends_alone(model: DiffusionModel) -> Non
     assert [type(outcome).__name__ for outcome in outcomes] == ["Step", "NoneType", "Step"]
 
 
-def test_what_can_not_be_a_batch_is_refused(model: DiffusionModel, gguf_file) -> None:
+def test_invalid_batches_are_refused(model: DiffusionModel, gguf_file) -> None:
     session = _native.Session(model._native, 512)
     batch = _native.Batch(model._native)
     with pytest.raises(ValueError, match="twice"):

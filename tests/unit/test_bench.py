@@ -48,14 +48,14 @@ def test_a_synthetic_file_takes_text(tiny: Path) -> None:
 
 
 def test_operations_are_counted(tiny: Path) -> None:
-    """Against the sum of 2 m n k over the shape's own products."""
+    """Against the sum of 2 m n k over the shape's matmuls."""
     result = run_bench(tiny, n_threads=1, n_prompt=40, n_steps=2)
     assert list(result.parts) == list(PARTS)
     c = SHAPES["tiny"]
     n, d = c.canvas_length, c.hidden_size
     assert {"attend_tiles", "attend"} & set(result.operation_seconds)
     assert {"cap_and_measure", "join_branches"} <= set(result.operation_seconds)
-    assert "by operation: products and attention" in format_result(result)
+    assert "by operation: matmuls and attention" in format_result(result)
     operations = {name: part.seconds * part.operations_per_second for name, part in result.parts.items()}
     mlp = 2 * 3 * n * d * c.intermediate_size
     assert operations["head"] == pytest.approx(2 * n * d * c.vocab_size)

@@ -1,4 +1,4 @@
-"""A prompt needs a bos, and one only: who puts it there, and who is told that it is missing or doubled."""
+"""The bos token of prompts: who adds it, and the warnings when it is missing or doubled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUICK = {"max_tokens": 1, "steps": 1, "seed": 1}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """The demo model, whose file asks for a bos or does not."""
+    """The demo model, with add_bos_token false and true."""
     folder = tmp_path_factory.mktemp("bos")
     made = {False: folder / "without.gguf", True: folder / "with.gguf"}
     convert(checkpoint_path(), made[False], type="q4_k_m")
@@ -92,12 +92,12 @@ def test_a_missing_or_second_bos_is_warned_of_where_the_caller_is(asking: Diffus
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.usefixtures("nothing_said")
-def test_one_bos_is_right(asking: DiffusionModel, use: str) -> None:
+def test_one_bos_gives_no_warning(asking: DiffusionModel, use: str) -> None:
     USES[use](asking, asking.tokenize("ab"))
 
 
 @pytest.mark.usefixtures("nothing_said")
-def test_chats_are_right_whatever_the_file_asks_for(
+def test_chats_have_one_bos_whatever_the_file_says(
     asking: DiffusionModel, not_asking: DiffusionModel
 ) -> None:
     for model in (asking, not_asking):
@@ -106,7 +106,7 @@ def test_chats_are_right_whatever_the_file_asks_for(
         model.infill("a<|hole:2|>", instruction="b", steps=1)
 
 
-def test_texts_and_holes_where_the_file_asks_for_none(not_asking: DiffusionModel) -> None:
+def test_texts_and_holes_warn_where_the_file_adds_no_bos(not_asking: DiffusionModel) -> None:
     with pytest.warns(PromptWarning, match="does not begin"):
         not_asking.generate("ab", **QUICK)
     with pytest.warns(PromptWarning, match="does not begin"):
@@ -123,7 +123,7 @@ def test_a_model_without_a_bos_needs_none(files: dict[bool, Path], tmp_path: Pat
 
 
 @pytest.mark.usefixtures("nothing_said")
-def test_what_follows_in_a_session_needs_none(asking: DiffusionModel) -> None:
+def test_later_text_of_a_session_needs_no_bos(asking: DiffusionModel) -> None:
     session = asking.new_session()
     session.prefill(asking.tokenize("ab"))
     session.encode(asking.tokenize("cd", add_bos=False))
@@ -153,12 +153,12 @@ def test_the_command_line_says_it_once(
 
 
 @pytest.mark.parametrize("value", ["false", [False], 1.0])
-def test_a_flag_that_is_none_is_refused(value: Any) -> None:
+def test_a_flag_that_is_not_boolean_is_refused(value: Any) -> None:
     with pytest.raises(ModelFormatError, match="add_bos_token is"):
         Tokenizer({**metadata(), "tokenizer.ggml.add_bos_token": value})
 
 
-def test_other_warnings_stay_pythons(
+def test_other_warnings_are_shown_as_python_does(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pydiffusion import cli

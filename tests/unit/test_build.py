@@ -59,7 +59,7 @@ def test_the_source_without_its_compiled_part_says_so(tmp_path: Path) -> None:
     assert "run from another folder, or install" in done.stderr.splitlines()[-1]
 
 
-def test_the_licences_of_all_that_is_linked_in_come_along() -> None:
+def test_the_licences_of_linked_libraries_are_installed() -> None:
     texts = {
         file.name: file.read_text(encoding="utf-8")
         for file in importlib.metadata.files("pydiffusion-gguf") or ()
@@ -74,7 +74,7 @@ def test_the_licences_of_all_that_is_linked_in_come_along() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="NOT CHECKED: whether the fuzzers compile (no c++)")
 def test_the_fuzzers_still_compile() -> None:
-    """They are built by hand, with clang: what they use of the runtime changes without them."""
+    """They are built by hand, with clang, so changes of the runtime may break them unnoticed."""
     headers = REPOSITORY / "vendor/ggml/include"
     if not headers.is_dir():
         pytest.skip("NOT CHECKED: whether the fuzzers compile (no build has put ggml into vendor/)")

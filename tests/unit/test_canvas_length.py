@@ -47,7 +47,7 @@ def test_lengths_may_differ_within_a_batch(model: DiffusionModel) -> None:
 
 
 def test_a_canvas_longer_than_the_model_s_is_refused(model: DiffusionModel) -> None:
-    with pytest.raises(ValueError, match=f"this model's canvas has {model.canvas_length} tokens"):
+    with pytest.raises(ValueError, match=f"this model allows 1 to {model.canvas_length}"):
         model.generate("a", canvas_length=model.canvas_length + 1)
     with pytest.raises(ValueError, match="canvas_length"):
         GenerationOptions(canvas_length=0)

@@ -1,6 +1,4 @@
-"""Conversations through chat templates: the prompts of transformers' ``apply_chat_template``, with listed
-exceptions.
-"""
+"""Chat prompts equal those of transformers' `apply_chat_template`, with listed exceptions."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ def own() -> ScriptedModel:
 def check(
     model: ScriptedModel, conversation: Conversation, name: str, expected: str | None, same: str | None
 ) -> None:
-    """expected, same: what transformers makes of the messages, and of those they are to be the same as."""
+    """expected, same: transformers' prompts for the messages, and for those whose prompt they must equal."""
     prompt = model.chat_prompt(conversation.messages, **conversation.variables)
     text = model.detokenize(prompt, keep_control=True)
     if conversation.differs_in == EVERY or name in conversation.differs_in:
@@ -62,7 +60,7 @@ def steering(model: ScriptedModel, ids: list[int]) -> list[str]:
 
 
 def unmarked(value: Any) -> Any:
-    """The same with a letter in the place of every marker."""
+    """Replace every marker by a letter."""
     if isinstance(value, str):
         return SPECIAL.sub("x", value)
     if isinstance(value, dict):
@@ -123,7 +121,7 @@ def test_google_s_templates_give_what_transformers_makes(name: str) -> None:
         check(model, one, name, expected, same)
 
 
-# Transformers makes other texts of those that differ, and sanitizing leaves thoughts in.
+# Not those that differ from transformers, nor those with thoughts, which its sanitizing leaves in.
 ALIKE = [one for one in CONVERSATIONS if not one.why and "thought" not in one.name]
 
 
@@ -145,7 +143,7 @@ def test_its_tokens_are_those_of_transformers_sanitized(
 
 
 def public_template(name: str) -> str:
-    """Google's, as the package trl brings them (Apache 2.0); they are not committed here."""
+    """Google's template, from the package trl (Apache 2.0); not committed here."""
     installed = importlib.util.find_spec("trl")
     default = Path(installed.origin or "").parent / "chat_templates" if installed else ""
     path = Path(os.environ.get("PYDIFFUSION_TEMPLATES", default)) / f"{name}.jinja"

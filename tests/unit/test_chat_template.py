@@ -1,4 +1,4 @@
-"""Chat templates: rendered as Hugging Face does, errors with their line, hostile ones stopped."""
+"""Chat templates: rendered as Hugging Face does, errors with their line, hostile templates stopped."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def render(source: str, messages: list[dict[str, Any]] = HI, **variables: Any) -
     return ChatTemplate(source).render(messages, **variables)
 
 
-def test_blocks_take_their_line_with_them() -> None:
+def test_block_tags_are_trimmed_with_their_line() -> None:
     source = (
         "{% for m in messages %}\n    {% if m %}\n<{{ m.content | trim }}>\n    {% endif %}\n{% endfor %}"
     )
     assert render(source) == "<hi>\n"
 
 
-def test_the_usual_names_are_there() -> None:
+def test_the_usual_variables_are_defined() -> None:
     source = (
         "{{ bos_token }}|{{ eos_token }}|{{ add_generation_prompt }}|{{ tools | length }}"
         "|{{ enable_thinking is defined }}|{{ strftime_now('%Y') | length }}"
@@ -45,7 +45,7 @@ def test_tojson_escapes_nothing_for_html() -> None:
     assert render("{{ [1, 2] | tojson(indent=1) }}") == "[\n 1,\n 2\n]"
 
 
-def test_loops_know_where_they_are_and_can_be_left() -> None:
+def test_loop_variables_and_break() -> None:
     source = (
         "{% for m in messages %}{{ loop.index }}{{ loop.first }}{{ loop.last }}{{ loop.length }}"
         "{% if loop.index == 2 %}{% break %}{% endif %};{% endfor %}"
@@ -60,7 +60,7 @@ def test_state_is_kept_in_namespaces() -> None:
     assert render(source, HI * 3) == "3"
 
 
-def test_generation_marks_are_only_their_body() -> None:
+def test_generation_tags_render_their_body() -> None:
     assert render("a{% generation %}b{% endgeneration %}c") == "abc"
 
 
@@ -99,18 +99,18 @@ KNOWS_TEXTS = {
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool", "critic"])
 @pytest.mark.parametrize("name", KNOWS_PARTS)
-def test_parts_reach_a_template_that_knows_them(name: str, role: str) -> None:
+def test_content_parts_reach_templates_that_handle_them(name: str, role: str) -> None:
     message = {"role": role, "content": parts("a ", "b")}
     assert render(KNOWS_PARTS[name], [message]).replace(" ", "") == "[a][b]"
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool", "critic"])
 @pytest.mark.parametrize("name", KNOWS_TEXTS)
-def test_parts_are_one_text_for_a_template_that_knows_texts(name: str, role: str) -> None:
+def test_content_parts_are_joined_for_other_templates(name: str, role: str) -> None:
     assert render(KNOWS_TEXTS[name], [{"role": role, "content": parts("a ", "b")}]) == "a b"
 
 
-def test_a_template_may_know_parts_of_some_roles_only() -> None:
+def test_a_template_may_handle_parts_of_some_roles_only() -> None:
     source = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ m.content | trim }}|{% else %}"
         "{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endif %}{% endfor %}"
@@ -135,11 +135,11 @@ def test_a_template_is_asked_once_about_each_role(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 @pytest.mark.parametrize("source", ["<{{ messages[0].content }}>", "{{ '<' + messages[0].content + '>' }}"])
 @pytest.mark.parametrize("content", [{"content": None}, {}, {"content": []}])
-def test_no_content_is_empty_text(content: dict[str, Any], source: str, role: str) -> None:
+def test_missing_content_is_empty_text(content: dict[str, Any], source: str, role: str) -> None:
     assert render(source, [{"role": role, **content}]) == "<>"
 
 
-def test_a_null_is_never_the_word_none() -> None:
+def test_null_is_never_rendered_as_none() -> None:
     source = (
         "{% set m = messages[0] %}<{{ m.name }}{{ m.reasoning_content }}{{ m.refusal }}{{ m.tool_call_id }}>"
         "{% for call in m.tool_calls %}{{ call.id }}{{ call.function.description }}{% endfor %}"
@@ -160,7 +160,7 @@ def test_a_null_is_never_the_word_none() -> None:
     assert render(source, [{"role": "user", "content": cached}]) == "a"
 
 
-def test_a_null_among_values_stays_one() -> None:
+def test_null_in_schemas_and_arguments_is_kept() -> None:
     schema = {"type": "object", "properties": {"x": {"enum": [None, 1], "default": None}}}
     tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
     call = {"function": {"name": "f", "arguments": {"x": None}}}
@@ -184,7 +184,7 @@ def test_a_null_among_values_stays_one() -> None:
         ({"arguments": {}}, "{}"),
         ({"arguments": {"a": [1]}}, '{"a": [1]}'),
         ({"arguments": '{"a": [1]}'}, '{"a": [1]}'),
-        ({"arguments": "[1]"}, '"[1]"'),  # what is no object is the template's business
+        ({"arguments": "[1]"}, '"[1]"'),  # values that are not objects are left to the template
         ({"arguments": '{"a": '}, '"{\\"a\\": "'),
     ],
 )
@@ -194,12 +194,12 @@ def test_arguments_of_calls_are_objects(function: dict[str, Any], shown: str) ->
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
-def test_a_thought_goes_by_the_names_that_templates_know(name: str) -> None:
+def test_reasoning_has_all_names_that_templates_use(name: str) -> None:
     messages = [{"role": "assistant", "content": "b", name: "a"}]
     assert render("{{ messages[0].reasoning_content }}{{ messages[0].thinking }}", messages) == "aa"
 
 
-def test_messages_of_the_caller_are_left_alone() -> None:
+def test_the_callers_messages_are_not_modified() -> None:
     messages = [
         {"role": "developer", "content": parts("a"), "name": None},
         {
@@ -216,7 +216,7 @@ def test_messages_of_the_caller_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("messages", [None, "hi", {"role": "user", "content": "hi"}, 5, []])
-def test_what_is_no_list_of_messages_is_refused(messages: Any) -> None:
+def test_messages_that_are_not_a_list_are_refused(messages: Any) -> None:
     with pytest.raises(ValueError, match="messages"):
         render("{{ messages }}", messages)
 

@@ -1,5 +1,6 @@
-"""Structured output: the machine against Python's `re`, the search against brute force, schemas against the
-validator of the package jsonschema."""
+"""Constrained output: the automaton against Python's `re`, the search against brute force, schemas against
+the jsonschema package.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from support.server_fakes import metadata
 
 from pydiffusion import DiffusionModel, GenerationOptions
 from pydiffusion.constrained import Automaton, Guide, expression_of
-from pydiffusion.constrained.byte_dfa import byte_machine
+from pydiffusion.constrained.byte_dfa import byte_dfa
 from pydiffusion.constrained.regex import from_regex
 from pydiffusion.tokenizer import Tokenizer
 
@@ -36,9 +37,9 @@ PATTERNS = (
 @pytest.mark.parametrize("pattern", PATTERNS)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_the_machine_matches_what_python_matches(pattern: str, data: st.DataObject) -> None:
+def test_the_automaton_matches_what_python_matches(pattern: str, data: st.DataObject) -> None:
     expression = from_regex(pattern).text
-    machine = byte_machine(expression)
+    machine = byte_dfa(expression)
     text = data.draw(
         st.one_of(
             st.from_regex(f"(?:{pattern})", fullmatch=True),
@@ -51,13 +52,13 @@ def test_the_machine_matches_what_python_matches(pattern: str, data: st.DataObje
         return
     assert accepts(machine, text) == bool(re.fullmatch(expression, text))
     if accepts(machine, text):
-        assert re.fullmatch(pattern, text), "what is written may be less than the original, never more"
+        assert re.fullmatch(pattern, text), "the pattern may be narrowed, never widened"
     elif text.isascii() and text.isprintable():
-        assert not re.fullmatch(pattern, text), "of printable ASCII nothing is lost"
+        assert not re.fullmatch(pattern, text), "printable ASCII is never narrowed"
 
 
-def test_every_character_has_its_bytes() -> None:
-    machine = byte_machine(from_regex("[\u07ff-\u0800\u3456-\U00010001\U0010ffff]").text)
+def test_characters_of_every_utf8_length() -> None:
+    machine = byte_dfa(from_regex("[\u07ff-\u0800\u3456-\U00010001\U0010ffff]").text)
     for code in (0x7FE, 0x7FF, 0x800, 0x801, 0x3455, 0x3456, 0xD7FF, 0xE000, 0xFFFF, 0x10000, 0x10001,
                  0x10002, 0x10FFFE, 0x10FFFF):  # fmt: skip
         inside = code in (0x7FF, 0x800, 0x10FFFF) or 0x3456 <= code <= 0x10001
@@ -65,11 +66,21 @@ def test_every_character_has_its_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(a", "(?=a)", r"(a)\1", r"\bx", "(?i:a)", "(a{300}){300}", "a^b", "[^\\s\\S]"]
+    ("pattern", "message"),
+    [
+        ("(a", "missing \\)"),
+        ("(?=a)", "with assert"),
+        (r"(a)\1", "with groupref"),
+        (r"\bx", "with at"),
+        ("(?i:a)", "with flags"),
+        ("(a{300}){300}", "too large"),
+        ("a^b", "with at"),
+        (r"[^\s\S]", "no character"),
+    ],
 )
-def test_expressions_that_are_refused(pattern: str) -> None:
-    with pytest.raises(ValueError):
-        byte_machine(from_regex(pattern).text)
+def test_regexes_that_are_refused(pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        byte_dfa(from_regex(pattern).text)
 
 
 # The search
@@ -97,7 +108,7 @@ class Small:
 
 @pytest.mark.parametrize("pattern", ["a(ba)*", "(ab|b)+c", "a?b?c?", "[abc]{3}"])
 @pytest.mark.parametrize("budget", [3, 4, 6, 9])
-def test_the_path_is_the_best_of_all_permitted_canvases(pattern: str, budget: int) -> None:
+def test_the_chosen_canvas_is_the_best_permitted_one(pattern: str, budget: int) -> None:
     n_canvas, eos = 4, 0
     vocabulary = Small("", "a", "b", "c", "ab", "ba")
     automaton = Automaton(from_regex(pattern).text, vocabulary)  # type: ignore[arg-type]
@@ -155,7 +166,7 @@ def answer_random_schemas(n: int, first: int = 0) -> None:
         n_canvas = rng.choice([8, 32])
         budget = int(automaton.tokens_left[0]) + rng.choice([0, 5, 60])
         text = answer(automaton, tokenizer, n_canvas, budget, np.random.default_rng(seed))
-        # The draft's own checker: in the one of all drafts, a time is that of draft 3, without an offset.
+        # This draft's format checker: the default one checks times as draft 3 does, without an offset.
         checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
         jsonschema.Draft202012Validator(schema, format_checker=checker).validate(json.loads(text))
         n_made += 1
@@ -165,7 +176,7 @@ def answer_random_schemas(n: int, first: int = 0) -> None:
 def answer(
     automaton: Automaton, tokenizer: Tokenizer, n_canvas: int, budget: int, rng: np.random.Generator
 ) -> str:
-    """What the guide writes where the model's distributions are noise."""
+    """Text that the guide writes when the model's distributions are noise."""
     n_vocab = tokenizer.n_vocab
     guide = Guide(automaton, n_canvas, budget, [1], n_vocab)
     written: list[int] = []
@@ -212,7 +223,7 @@ def answer(
         ({"type": "array", "items": [3]}, "items"),
     ],
 )  # fmt: skip
-def test_schemas_that_are_refused_with_where_and_why(schema: Any, message: str) -> None:
+def test_refused_schemas_say_where_and_why(schema: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         Automaton(expression_of(GenerationOptions(json_schema=schema)), small_tokenizer())
     assert str(caught.value).startswith("json_schema")
@@ -233,9 +244,9 @@ SCARCE = {"type": "number", "minimum": 2, "maximum": 1}  # which nothing satisfi
         ({"type": "object", "additionalProperties": SCARCE}, "{}"),
     ],
 )
-def test_parts_that_nothing_satisfies_are_left_out_where_others_remain(schema: Any, valid: str) -> None:
+def test_unsatisfiable_parts_are_left_out(schema: Any, valid: str) -> None:
     jsonschema.validate(json.loads(valid), schema)
-    assert accepts(byte_machine(expression_of(GenerationOptions(json_schema=schema))), valid)
+    assert accepts(byte_dfa(expression_of(GenerationOptions(json_schema=schema))), valid)
 
 
 TREE = {
@@ -251,26 +262,26 @@ CHAIN = {
 }
 
 
-def test_schemas_that_contain_themselves_are_written_out() -> None:
-    tree = byte_machine(expression_of(GenerationOptions(json_schema=TREE)))
+def test_recursive_schemas_are_expanded() -> None:
+    tree = byte_dfa(expression_of(GenerationOptions(json_schema=TREE)))
     assert accepts(tree, '{"name": "a"}')
     assert accepts(tree, '{"name": "a", "children": []}')
     nested = '{"name": "a", "children": [{"name": "b", "children": [{"name": "c"}]}, {"name": "d"}]}'
     assert accepts(tree, nested)
     assert not accepts(tree, '{"name": "a", "children": [{"children": []}]}')
-    chain = byte_machine(expression_of(GenerationOptions(json_schema=CHAIN)))
+    chain = byte_dfa(expression_of(GenerationOptions(json_schema=CHAIN)))
     text = "null"
     for i in range(7):
         text = f'{{"value": {i}, "next": {text}}}'
         assert accepts(chain, text)
-    assert not accepts(chain, f'{{"value": 7, "next": {text}}}')  # valid, and deeper than what is written
+    assert not accepts(chain, f'{{"value": 7, "next": {text}}}')  # valid, but too deep
     assert not accepts(chain, '{"value": 1, "next": {"value": 2}}')
     arrays = {"$defs": {"n": {"items": {"$ref": "#/$defs/n"}}}, "$ref": "#/$defs/n"}
-    assert accepts(byte_machine(expression_of(GenerationOptions(json_schema=arrays))), "[[], [[]]]")
+    assert accepts(byte_dfa(expression_of(GenerationOptions(json_schema=arrays))), "[[], [[]]]")
 
 
 @pytest.mark.parametrize("schema", [TREE, CHAIN])
-def test_random_distributions_give_valid_texts_of_schemas_that_contain_themselves(schema: Any) -> None:
+def test_random_distributions_give_valid_texts_of_recursive_schemas(schema: Any) -> None:
     tokenizer = small_tokenizer()
     automaton = Automaton(expression_of(GenerationOptions(json_schema=schema)), tokenizer)
     for seed in range(20):
@@ -278,7 +289,7 @@ def test_random_distributions_give_valid_texts_of_schemas_that_contain_themselve
         jsonschema.validate(json.loads(text), schema)
 
 
-def test_what_pydantic_writes_is_read() -> None:
+def test_schemas_of_pydantic() -> None:
     """Models with references, optional fields and a union told apart by a constant."""
     schema = {
         "$defs": {
@@ -296,7 +307,7 @@ def test_what_pydantic_writes_is_read() -> None:
         "title": "Owner",
         "type": "object",
     }  # fmt: skip
-    machine = byte_machine(expression_of(GenerationOptions(json_schema=schema)))
+    machine = byte_dfa(expression_of(GenerationOptions(json_schema=schema)))
     assert accepts(machine, '{"pet": {"kind": "cat", "lives": 9}, "note": null}')
     assert accepts(machine, '{"pet":{"kind":"dog"}}')
     assert not accepts(machine, '{"pet": {"kind": "cat", "good": true}}')
@@ -310,7 +321,7 @@ def test_what_pydantic_writes_is_read() -> None:
 )  # fmt: skip
 def test_integers_within_bounds_and_no_others(low: int, width: int, value: int, out: bool) -> None:
     bounds = {"minimum": low, "exclusiveMaximum" if out else "maximum": low + width + out}
-    machine = byte_machine(expression_of(GenerationOptions(json_schema={"type": "integer", **bounds})))
+    machine = byte_dfa(expression_of(GenerationOptions(json_schema={"type": "integer", **bounds})))
     for number in (value, low, low - 1, low + width, low + width + 1):
         assert accepts(machine, str(number)) == (low <= number <= low + width), number
 
@@ -340,7 +351,7 @@ SCHEMA = {
 }
 
 
-def test_a_model_answers_by_schema_over_several_canvases_and_alike_for_a_seed(model: DiffusionModel) -> None:
+def test_a_schema_over_several_canvases_is_reproducible(model: DiffusionModel) -> None:
     long = {"type": "array", "items": SCHEMA, "minItems": 10, "maxItems": 10}
     answers = [
         model.generate("ten", json_schema=long, seed=seed, steps=4, max_tokens=440) for seed in (1, 1, 2)
@@ -352,7 +363,7 @@ def test_a_model_answers_by_schema_over_several_canvases_and_alike_for_a_seed(mo
     assert len(answers[0].canvas_steps) > 1
 
 
-def test_a_model_answers_by_expression_within_the_fewest_tokens(model: DiffusionModel) -> None:
+def test_a_regex_within_the_fewest_tokens(model: DiffusionModel) -> None:
     for n in (1, 3, 9):
         done = model.generate("x", regex=f"(ab|cd){{{n}}}", max_tokens=2 * n, seed=n, steps=4)
         assert re.fullmatch(f"(ab|cd){{{n}}}", done.text) and done.finish_reason == "eos"
@@ -360,8 +371,8 @@ def test_a_model_answers_by_expression_within_the_fewest_tokens(model: Diffusion
         model.generate("x", regex="q{60}", max_tokens=20)
 
 
-def test_no_end_token_spells_a_text(model: DiffusionModel) -> None:
-    """An end token that is visible text, of the options or of the file, would cut the text it stands in."""
+def test_end_tokens_that_are_text_do_not_cut_the_answer(model: DiffusionModel) -> None:
+    """An end token that is visible text, of the options or of the file, would cut the text around it."""
     (letter,) = model.tokenize("a", add_bos=False)
     (quote,) = model.tokenize('"', add_bos=False)
     for seed in range(4):
@@ -372,7 +383,7 @@ def test_no_end_token_spells_a_text(model: DiffusionModel) -> None:
         jsonschema.validate(json.loads(answer.text), schema)
 
 
-def test_a_structured_chat_is_all_content(model: DiffusionModel) -> None:
+def test_a_constrained_chat_is_all_content(model: DiffusionModel) -> None:
     answer = model.create_chat_completion(
         messages=[{"role": "user", "content": "json"}], json_schema=SCHEMA, seed=1, max_tokens=96
     )
@@ -412,7 +423,7 @@ def test_response_formats_that_are_refused(model: DiffusionModel) -> None:
         chat([{"role": "user", "content": "x"}], response_format={"type": "json_object"}, json_schema=SCHEMA)
 
 
-def test_of_two_limits_of_a_chat_the_smaller_counts(model: DiffusionModel) -> None:
+def test_the_smaller_of_a_chats_two_token_limits_applies(model: DiffusionModel) -> None:
     for limits in ((3, 50), (50, 3), (3, -1), (None, 3)):
         answer = model.create_chat_completion(
             [{"role": "user", "content": "json"}],
@@ -432,7 +443,7 @@ def test_of_two_limits_of_a_chat_the_smaller_counts(model: DiffusionModel) -> No
         ({"json_schema": SCHEMA, "regex": "a"}, "exclude each other"),
         ({"json_schema": SCHEMA, "stop": "x"}, "stop can't be combined"),
         ({"regex": "a", "canvas": [1]}, "canvas can't be combined"),
-        ({"json_schema": "{"}, "no valid JSON"),
+        ({"json_schema": "{"}, "not valid JSON"),
         ({"json_schema": 3}, "json_schema is 3"),
         ({"regex": ""}, "regex is ''"),
         ({"regex": "a", "eos": ()}, "needs an eos"),

@@ -1,4 +1,4 @@
-"""Numbers between bounds: the machine against Python's Decimal and against the package jsonschema."""
+"""Numbers between bounds: the automaton against Python's Decimal and the jsonschema package."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from support.automata import accepts
 
 from pydiffusion import GenerationOptions
 from pydiffusion.constrained import expression_of
-from pydiffusion.constrained.byte_dfa import byte_machine
+from pydiffusion.constrained.byte_dfa import byte_dfa
 
 Machine = tuple[np.ndarray, np.ndarray]
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")
 
 
 def machine_of(**schema: Any) -> Machine:
-    return byte_machine(expression_of(GenerationOptions(json_schema={"type": "number", **schema})))
+    return byte_dfa(expression_of(GenerationOptions(json_schema={"type": "number", **schema})))
 
 
 def is_within(text: str, schema: dict[str, Any]) -> bool:
-    """By the decimals that text and bounds are written as."""
+    """Compare as decimals."""
     value, bounds = Decimal(text), {name: Decimal(json.dumps(bound)) for name, bound in schema.items()}
     return (
         ("minimum" not in bounds or value >= bounds["minimum"])
@@ -43,7 +43,7 @@ def n_digits(text: str) -> int:
 
 
 def some_texts(machine: Machine, seed: int, n: int) -> list[str]:
-    """Texts that the machine accepts, by chance."""
+    """Random texts that the automaton accepts."""
     table, accepting = machine
     rng = np.random.default_rng(seed)
     texts = []
@@ -78,7 +78,7 @@ def schemas(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def written(draw: st.DrawFn, schema: dict[str, Any]) -> str:
-    """A number, often one that is a bound but for its last digits, at times with zeros at its end."""
+    """A number, often near a bound, at times with trailing zeros."""
     if draw(st.booleans()):
         digits = draw(st.integers(0, 10 ** draw(st.integers(1, 8))))
         text = f"{Decimal(digits) / 10 ** draw(st.integers(0, 8)):f}"
@@ -96,7 +96,7 @@ def written(draw: st.DrawFn, schema: dict[str, Any]) -> str:
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(data=st.data(), schema=schemas())
 def test_numbers_within_bounds_and_no_others(data: st.DataObject, schema: dict[str, Any]) -> None:
-    """All of up to 15 digits, a zero with a minus only where others have one."""
+    """Accepts all numbers of up to 15 digits, and -0 only where negative numbers are permitted."""
     texts = [data.draw(written(schema)) for _ in range(8)]
     texts = [text for text in texts if n_digits(text) <= 15]
     assume(texts)
@@ -119,11 +119,12 @@ def test_numbers_within_bounds_and_no_others(data: st.DataObject, schema: dict[s
 @example({"exclusiveMaximum": 1e9})
 @example({"minimum": 0.1, "exclusiveMaximum": 0.30000000000000004})
 @given(schemas())
-def test_what_is_written_is_within(schema: dict[str, Any]) -> None:
+def test_generated_numbers_are_within_bounds(schema: dict[str, Any]) -> None:
     """Also for a validator that reads numbers as floats, as jsonschema does."""
     try:
         machine = machine_of(**schema)
-    except ValueError:
+    except ValueError as error:
+        assert "satisf" in str(error) or "15 digits" in str(error)
         return
     validator = jsonschema.Draft202012Validator({"type": "number", **schema})
     for text in some_texts(machine, 0, 20):
@@ -196,6 +197,6 @@ def test_bounds_that_are_refused(schema: dict[str, Any], message: str) -> None:
     [({"minimum": 0.1, "maximum": 0.9}, 40), ({"exclusiveMinimum": 0}, 70),
      ({"minimum": -180, "maximum": 180}, 50), ({"minimum": -12345.6789, "maximum": 98765.4321}, 80)],
 )  # fmt: skip
-def test_the_machine_stays_small(schema: dict[str, Any], at_most: int) -> None:
-    """The search of a step takes time by its states; a number without bounds has 37."""
+def test_the_automaton_stays_small(schema: dict[str, Any], at_most: int) -> None:
+    """A step's search takes time by the number of states; a number without bounds has 37."""
     assert len(machine_of(**schema)[1]) <= at_most

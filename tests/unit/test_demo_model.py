@@ -1,4 +1,4 @@
-"""The demo model that ships: its files, and that its GGUF really solves held-out puzzles and text tasks."""
+"""The demo model: its files, and that its GGUF solves held-out puzzles and text tasks."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_q4_k_m_does_the_learned_text_tasks(model: DiffusionModel, task: str) ->
 
 @pytest.mark.slow
 def test_a_long_answer_fills_several_canvases(model: DiffusionModel) -> None:
-    """Counting far needs a committed canvas to be read back: the second goes on where the first ended."""
+    """The second canvas continues where the first ended, so the committed canvas was encoded."""
     prompt = model.chat_prompt([{"role": "user", "content": "count: 12 to 40"}])
     done = model.generate(prompt, GenerationOptions(max_tokens=144, seed=1))
     assert len(done.canvas_steps) >= 2

@@ -1,4 +1,4 @@
-"""The demo's tasks: sudoku solver and puzzles, generators and checkers, and what is kept out of training."""
+"""The demo's tasks: sudoku solver and puzzles, generators and checkers, the held-out set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The name under which pip knows us: `pydiffusion` on the package index is another project."""
+"""The distribution's name: `pydiffusion` on the package index is another project."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.paths import REPOSITORY
 
 import pydiffusion
 
-OTHER = "pydiffusion"  # written apart from the commands, which this file too must not hold
+OTHER = "pydiffusion"  # kept apart from the commands, as this file is checked too
 # The other project as what to install, first (if on the next line) or elsewhere in a line, or with an extra.
 FETCHES_ANOTHER = re.compile(
     rf"""\b(?:pip|pipx|uv)[\d.]*\b[^\n`&|;]*?\b(?:install|download|add)\b

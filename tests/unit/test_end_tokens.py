@@ -1,4 +1,4 @@
-"""Tokens that end a text: llama.cpp's rule (src/llama-vocab.cpp, `special_eog_ids`), in every front end.
+"""End-of-generation tokens: llama.cpp's rule (src/llama-vocab.cpp, `special_eog_ids`), in every front end.
 
 Its converter writes one `eos_token_id` and no list, and leaves the end of a turn to the token's text.
 """
@@ -52,7 +52,7 @@ def ends(types: dict[str, int], **keys: Any) -> list[int]:
         "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
     ],
 )  # fmt: skip
-def test_a_control_token_ends_by_its_text_and_text_never_does(text: str) -> None:
+def test_control_tokens_end_by_their_text(text: str) -> None:
     assert ends({text: CONTROL}) == [1]
     assert ends({text: NORMAL}) == []
     assert ends({text: USER_DEFINED}) == ([1] if text == "<|tool_response>" else []), "see VISIBLE in convert"
@@ -61,16 +61,16 @@ def test_a_control_token_ends_by_its_text_and_text_never_does(text: str) -> None
 @pytest.mark.parametrize(
     "text", ["<pad>", "<bos>", "<|turn>", "<|channel>", "<tool_call|>", "<|think|>", "a<eos>"]
 )
-def test_other_control_tokens_end_nothing(text: str) -> None:
+def test_other_control_tokens_are_not_end_tokens(text: str) -> None:
     assert ends({text: CONTROL}) == []
 
 
 @pytest.mark.parametrize("name", ["eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"])
-def test_a_token_ends_by_key_whatever_its_type(name: str) -> None:
+def test_end_tokens_by_metadata_key(name: str) -> None:
     assert ends({"x": NORMAL}, **{f"{name}_token_id": 1}) == [1]
 
 
-def test_list_keys_and_text_count_together_each_token_once() -> None:
+def test_end_tokens_are_the_union_without_duplicates() -> None:
     types = {"<eos>": CONTROL, "<turn|>": CONTROL, "x": NORMAL, "y": NORMAL}
     assert ends(types, eos_token_ids=[3, 1], eos_token_id=1, eot_token_id=4) == [3, 1, 4, 2]
     metadata = {T + "tokens": list(types), T + "token_type": list(types.values()), T + "eos_token_ids": [0]}
@@ -81,7 +81,7 @@ def test_list_keys_and_text_count_together_each_token_once() -> None:
     ]
 
 
-def test_html_and_messages_that_go_on() -> None:
+def test_llama_cpps_two_exceptions() -> None:
     """llama.cpp's two exceptions."""
     assert ends({"</s>": CONTROL, "<|tool_response>": USER_DEFINED}) == [2], "Gemma's strikethrough"
     assert ends({"<|end|>": CONTROL, "<|return|>": CONTROL, "<|call|>": CONTROL}) == [2, 3]
@@ -89,7 +89,7 @@ def test_html_and_messages_that_go_on() -> None:
     assert ends({"<|end|>": CONTROL, "<|return|>": CONTROL}) == [1, 2]
 
 
-def test_without_types_nothing_tells_control_tokens_from_text() -> None:
+def test_no_end_tokens_by_text_without_token_types() -> None:
     assert find_end_tokens({T + "tokens": ["<eos>", "<turn|>"]}, 2) == ()
 
 
@@ -152,7 +152,7 @@ def test_completions_in_openai_shape(model: DiffusionModel) -> None:
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
-def test_the_option_eos_says_otherwise(model: DiffusionModel) -> None:
+def test_the_option_eos_overrides_the_file(model: DiffusionModel) -> None:
     prompt = model.chat_prompt(MESSAGES)
     done = model.generate(prompt, seed=1, eos=(), max_tokens=40)
     assert (done.finish_reason, len(done.tokens)) == ("length", 40)

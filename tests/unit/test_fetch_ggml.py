@@ -123,7 +123,7 @@ def test_fetching_says_what_and_builds_nothing(tree: Tree) -> None:
     assert tree.fetch(PIP_INDEX_URL=NO_NETWORK) == (0, "", []), "what is there is not fetched again"
 
 
-def test_another_file_is_refused_in_a_line(tree: Tree) -> None:
+def test_a_file_with_another_hash_is_refused(tree: Tree) -> None:
     other = write_archive(tree.served, {**FILES, "vendor/llama.cpp/ggml/src/ggml.c": "int y;\n"})
     code, _, errors = tree.fetch()
     assert code == 1 and len(errors) == 1
@@ -141,14 +141,14 @@ def test_without_a_network_the_last_line_says_what_to_do(tree: Tree) -> None:
     assert tree.leftovers() == set()
 
 
-def test_an_archive_put_in_place_needs_neither_pip_nor_network(tree: Tree) -> None:
+def test_a_placed_archive_needs_neither_pip_nor_network(tree: Tree) -> None:
     placed = tree.vendor / ARCHIVE
     placed.write_bytes(tree.served.read_bytes())
     assert tree.fetch("-S", PIP_INDEX_URL=NO_NETWORK) == (0, "", [])
     assert (tree.target / "src/ggml.c").read_text() == "int x;\n"
 
 
-def test_another_archive_put_in_place_is_refused(tree: Tree) -> None:
+def test_a_placed_archive_with_another_hash_is_refused(tree: Tree) -> None:
     found = write_archive(tree.vendor / ARCHIVE, {**FILES, "more": ""})
     code, _, errors = tree.fetch()
     assert code == 1 and len(errors) == 1 and not tree.target.exists()
@@ -172,13 +172,13 @@ def test_an_index_that_never_answers_is_given_up(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("value", ["soon", "-1", "nan", "inf", ""])
-def test_a_time_limit_that_is_none_is_refused(tree: Tree, value: str) -> None:
+def test_invalid_time_limits_are_refused(tree: Tree, value: str) -> None:
     code, _, errors = tree.fetch(PYDIFFUSION_FETCH_TIMEOUT=value)
     assert code == 1 and f"PYDIFFUSION_FETCH_TIMEOUT={value!r}: it takes seconds" in errors[-1]
 
 
 def is_running(pid: int) -> bool:
-    """Whether it runs: one that has ended may still be listed, until its parent asks for its exit code."""
+    """Whether a process runs; a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -194,7 +194,7 @@ def heed_signals() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="NOT CHECKED: processes (no /proc)")
 @pytest.mark.parametrize("ended_by", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_what_pip_started_ends_too(tree: Tree, tmp_path: Path, ended_by: signal.Signals) -> None:
+def test_signals_end_pips_child_processes(tree: Tree, tmp_path: Path, ended_by: signal.Signals) -> None:
     note = tmp_path / "pid"
     env = {**tree.env, "TEST_HANG": str(note), "PYDIFFUSION_FETCH_TIMEOUT": "0"}
     running = subprocess.Popen(
@@ -218,7 +218,7 @@ def test_what_pip_started_ends_too(tree: Tree, tmp_path: Path, ended_by: signal.
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="NOT CHECKED: processes (no /proc)")
-def test_what_a_command_started_ends_with_its_time(tmp_path: Path) -> None:
+def test_a_timeout_ends_child_processes(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     child = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
@@ -269,7 +269,7 @@ def test_a_changed_tree_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_patches_are_applied_once_and_without_tolerance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """A tree from before there were patches gets them; one in which a line is elsewhere is refused whole."""
+    """An unpatched tree is patched; one whose lines differ is refused without any change."""
     fetch = fetch_module()
     tree, patches, lock = tmp_path / "ggml", tmp_path / "patches", tmp_path / "ggml.lock"
     tree.mkdir()

@@ -1,4 +1,4 @@
-"""`DiffusionModel.from_pretrained` against a server of our own that speaks the hub's HTTP."""
+"""`DiffusionModel.from_pretrained`, against a local server that speaks the hub's HTTP."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_pattern_and_all_parts_of_a_split_model(hub: Hub, tmp_path: Path) -> N
         ("org/open", "small-f32.gguf", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "can't be reached"),
     ],
 )
-def test_what_can_not_be_had_is_explained(
+def test_unavailable_files_are_explained(
     hub: Hub, tmp_path: Path, repo: str, name: str, environment: dict[str, str], message: str
 ) -> None:
     done = load(hub, tmp_path / "home", repo, name, **environment)

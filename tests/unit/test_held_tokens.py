@@ -1,4 +1,4 @@
-"""Held tokens and given canvases: what is held stays, and the sampler's loop is the one written down here."""
+"""Held tokens and given canvases: held tokens stay, and the sampler's loop step by step."""
 
 from __future__ import annotations
 
@@ -37,12 +37,11 @@ def test_held_positions_keep_their_tokens_at_every_step_and_canvas(model: Diffus
                 assert event.tokens[position] == canvas[first + position]
                 assert event.entropy[position] == 0 and event.accepted[position]
     changed = {tuple(event.tokens) for event in seen}
-    assert len(changed) > 1, "what is free moves"
+    assert len(changed) > 1, "free positions change"
 
 
-def test_the_loop_with_held_tokens_is_the_sampler_with_them_left_out(model: DiffusionModel) -> None:
-    """Written down here over single calls of `denoise`: held positions are fed again, conditioned upon as
-    sure, and of no entropy."""
+def test_the_denoising_loop_with_held_tokens_step_by_step(model: DiffusionModel) -> None:
+    """By single calls of `denoise`: held positions are fed again, with certain logits and no entropy."""
     n, steps, bound, seed = model.canvas_length, 6, 0.5, 3
     given = np.full(n, -1, np.int32)
     given[[1, 2, 6]] = (9, 17, 33)
@@ -108,7 +107,7 @@ def test_a_canvas_held_whole_is_done_after_two_equal_drafts(model: DiffusionMode
         ({"canvas": "text"}, "canvas"),
     ],
 )
-def test_impossible_canvases_are_refused(
+def test_invalid_canvases_are_refused(
     model: DiffusionModel, options: dict[str, object], message: str
 ) -> None:
     session = model.new_session()

@@ -1,4 +1,4 @@
-"""Texts with holes and edits: what is around stays, and the demo model fills sudokus that agree with it."""
+"""Infilling and edits: the surrounding text stays, and the demo model fills sudokus."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_text_around_the_holes_is_kept(model: DiffusionModel) -> None:
 
 
 def test_a_text_that_begins_with_its_hole_follows_a_bos(model: DiffusionModel) -> None:
-    """This file has one and does not ask for it."""
+    """This file has a bos and add_bos_token false."""
     assert not model.tokenizer.add_bos and model.tokenizer.bos_id is not None
     assert model.infill("<|hole:3|> xyz", seed=1, steps=3).text.endswith(" xyz")
 
@@ -45,6 +45,7 @@ def test_an_instruction_puts_all_of_the_text_on_the_canvas(model: DiffusionModel
         on_event=lambda event: seen.append(event) if isinstance(event, DraftEvent) else None,
     )  # fmt: skip
     assert filled.text.startswith("abc ") and filled.text.endswith(" xyz")
+    assert len(seen) > 1
     for draft in seen:
         assert draft.tokens[: len(head)].tolist() == head
 
@@ -69,7 +70,7 @@ def test_texts_longer_than_a_canvas(model: DiffusionModel) -> None:
     assert filled.text == text
 
 
-def test_edits_begin_with_what_stands_there(model: DiffusionModel) -> None:
+def test_edits_begin_with_the_existing_text(model: DiffusionModel) -> None:
     text = "red green blue"
     seen: list[DraftEvent] = []
     edited = model.edit(text, [(4, 9)], more_tokens=0, seed=1, steps=3, on_event=lambda e: seen.append(e))
@@ -86,21 +87,31 @@ def test_edits_begin_with_what_stands_there(model: DiffusionModel) -> None:
     assert first.tokens[: len(inside)].tolist() == draft[: len(inside)].tolist()
 
 
-@pytest.mark.parametrize("n_puzzles", [2, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_puzzles", [6, pytest.param(40, marks=pytest.mark.slow)])
 def test_sudokus_keep_their_givens_and_agree_with_them(
     model: DiffusionModel, n_puzzles: int, report: Callable[[str], None]
 ) -> None:
-    """Held givens against the model's own copying of them: what holding does to answers and to steps."""
+    """Held givens against the model's own copying of them: solved puzzles and steps."""
     solved = {"held": 0, "free": 0}
     steps = {"held": 0, "free": 0}
     for seed, (puzzle, _) in enumerate(puzzles()[:n_puzzles]):
         rows = sudoku.as_rows(puzzle)
         prompt = sudoku_prompt(puzzle)
-        filled = model.infill(rows.replace(".", "<|hole:1|>"), instruction=prompt, seed=seed)
-        assert len(filled.text) <= len(rows) and filled.text.count("\n") == 5
-        if len(filled.text) == len(rows):
-            pairs = zip(rows, filled.text, strict=True)
-            assert all(given in (".", found) for given, found in pairs), "every given is kept"
+        drafts: list[DraftEvent] = []
+        filled = model.infill(
+            rows.replace(".", "<|hole:1|>"), instruction=prompt, seed=seed,
+            on_event=lambda event, drafts=drafts: (
+                drafts.append(event) if isinstance(event, DraftEvent) else None
+            ),
+        )  # fmt: skip
+        cells = [model.tokenize(cell, add_bos=False) for cell in rows]  # one token each
+        givens = [(i, token) for i, (token,) in enumerate(cells) if rows[i] != "."]
+        for draft in drafts:  # held tokens have no entropy, unlike those that the model copies itself
+            assert all((draft.tokens[i], draft.entropy[i]) == (token, 0) for i, token in givens)
+        assert drafts
+        assert len(filled.holes) == rows.count(".") and all(len(hole) <= 1 for hole in filled.holes)
+        holes = iter(filled.holes)
+        assert filled.text == "".join(next(holes) if cell == "." else cell for cell in rows)
         free = model.new_session()
         free.encode(model.chat_prompt([{"role": "user", "content": prompt}]))
         done = free.complete(seed=seed, max_tokens=model.canvas_length)
@@ -115,8 +126,8 @@ def test_sudokus_keep_their_givens_and_agree_with_them(
         f"sudokus, {n_puzzles}: givens held {solved['held']} solved in {steps['held'] / n_puzzles:.1f} steps,"
         f" not held {solved['free']} in {steps['free'] / n_puzzles:.1f}"
     )
-    if n_puzzles > 10:  # single ones say nothing
-        assert solved["held"] >= 0.8 * solved["free"] > 0
+    assert solved["held"] >= n_puzzles / 2
+    assert solved["held"] >= 0.8 * solved["free"] > 0
 
 
 @pytest.mark.parametrize(
@@ -130,7 +141,7 @@ def test_sudokus_keep_their_givens_and_agree_with_them(
         ("a <|hole|>", {"stop_on_repetition": True}, "stop_on_repetition can't be chosen"),
     ],
 )
-def test_what_is_refused(model: DiffusionModel, text: str, options: dict[str, object], message: str) -> None:
+def test_refusals(model: DiffusionModel, text: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.infill(text, **options)  # type: ignore[arg-type]
     with pytest.raises(ContextOverflowError, match="do not fit"):

@@ -1,4 +1,4 @@
-"""An 8-bit KV cache: whoever asks for it is warned, and nothing chooses it by itself."""
+"""8-bit KV caches: asking for one warns, and none is chosen automatically."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def file(gguf_file: Callable[..., Path]) -> Path:
     lambda file, kv: plan(file, n_ctx=128, kv_type=kv),
     lambda file, kv: run_bench(file, 1, n_prompt=8, n_steps=2, kv_type=kv),
 ])  # fmt: skip
-def test_whoever_asks_is_warned_once(file: Path, ask: Callable[[Path, str], object]) -> None:
+def test_a_q8_0_cache_warns_once(file: Path, ask: Callable[[Path, str], object]) -> None:
     with pytest.warns(UserWarning, match=FIGURES) as caught:
         ask(file, "q8_0")
     assert len(caught) == 1
@@ -40,7 +40,7 @@ def test_whoever_asks_is_warned_once(file: Path, ask: Callable[[Path, str], obje
             ask(file, kv_type)
 
 
-def test_a_type_that_is_none_is_refused_by_plans_too(file: Path) -> None:
+def test_unknown_cache_types_are_refused_by_plans(file: Path) -> None:
     with pytest.raises(ValueError, match="kv_type is 'q4_0'"):
         plan(file, kv_type="q4_0")
 
@@ -60,7 +60,7 @@ def test_commands_warn_in_one_line(file: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_the_server_warns_as_it_starts(file: Path, tmp_path: Path) -> None:
-    """In its log, which is stderr."""
+    """In its log, on stderr."""
     command = [sys.executable, "-m", "pydiffusion", "serve", "-m", str(file), "--port", "0", "--threads", "1"]
     server = subprocess.Popen([*command, "--cache-type", "q8_0"], stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
@@ -76,10 +76,10 @@ def test_the_server_warns_as_it_starts(file: Path, tmp_path: Path) -> None:
     assert [line for line in lines if "8-bit" in line and "0.377" in line] == lines[:1]
 
 
-def test_memory_that_is_short_does_not_make_it_8_bits(
+def test_short_memory_does_not_choose_q8_0(
     file: Path, gguf_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of any room, what is planned for a cache of 16 bits is planned, and what is opened has one."""
+    """With any memory limit, the plan is that of a 16-bit cache, and the opened model has one."""
     whole = plan(file, n_ctx=512, device="host", kv_type="f16")
     room = whole.total_bytes
     seen = set()

@@ -1,4 +1,4 @@
-"""The same bits however a prompt came into the cache: at once, in pieces, behind what was there."""
+"""The same bits however a prompt came into the cache: at once, in chunks, after other tokens."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.kernels import ALL_KERNELS
 
 from pydiffusion import DiffusionModel, Session, _native, demo
 from pydiffusion.convert import convert
 
-KERNELS = _native.kernels()
 N_PROMPT = 700  # more than a chunk (512), and than the sliding layers' rows hold
 CUTS = {
     "one token at the end": [699],
@@ -49,9 +49,11 @@ def encoded(model: DiffusionModel, ids: np.ndarray, cuts: list[int]) -> Session:
     return session
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kernels", ALL_KERNELS)
 @pytest.mark.parametrize(("type", "kv_type"), FILES)
-def test_pieces_of_a_prompt(type: str, kv_type: str, kernels: str, gguf_file: Callable[..., Path]) -> None:
+def test_chunked_prompts_give_the_same_bits(
+    type: str, kv_type: str, kernels: str, gguf_file: Callable[..., Path]
+) -> None:
     path = gguf_file("small", type, seed=0, dtype="f32")
     with DiffusionModel(path, n_ctx=1024, n_threads=2, kv_type=kv_type, kernels=kernels) as model:
         ids = ids_for(model)
@@ -67,28 +69,28 @@ def demo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.fixture(scope="module", params=KERNELS)
+@pytest.fixture(scope="module", params=ALL_KERNELS)
 def model(request: pytest.FixtureRequest, demo_file: Path) -> Iterator[DiffusionModel]:
     with DiffusionModel(demo_file, n_threads=2, kernels=request.param) as model:
         yield model
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_text_behind_a_prompt_that_was_partly_cached(model: DiffusionModel, seed: int) -> None:
-    """Of a conversation of turns that share their beginnings, as the server's requests and ``chat`` do."""
+def test_text_after_a_partly_cached_prompt(model: DiffusionModel, seed: int) -> None:
+    """As in conversations, whose prompts share their beginnings."""
     ids = ids_for(model, 200 + seed, seed)
     fresh = model.new_session()
     fresh.encode(ids)
     expected = fresh.complete(seed=seed, max_tokens=48, eos=[])
     session = model.new_session()
     session.encode(ids[: 90 + 5 * seed])
-    session.complete(seed=1, max_tokens=96, eos=[])  # a canvas is committed, and taken back
+    session.complete(seed=1, max_tokens=96, eos=[])  # a canvas is committed, and rolled back
     assert session.prefill(ids) >= 90
     found = session.complete(seed=seed, max_tokens=48, eos=[])
     assert found.text == expected.text and found.tokens.tolist() == expected.tokens.tolist()
 
 
-def test_a_committed_canvas_is_as_if_it_had_been_read(model: DiffusionModel) -> None:
+def test_a_committed_canvas_equals_an_encoded_one(model: DiffusionModel) -> None:
     session = model.new_session()
     session.encode(ids_for(model, 70))
     answer = session.complete(seed=3, max_tokens=96, eos=[])
@@ -98,7 +100,7 @@ def test_a_committed_canvas_is_as_if_it_had_been_read(model: DiffusionModel) -> 
     assert cache_and_logits(read) == cache_and_logits(session)
 
 
-def test_forks_files_and_steps_back_go_on_alike(model: DiffusionModel, tmp_path: Path) -> None:
+def test_forked_loaded_and_truncated_sessions_continue_alike(model: DiffusionModel, tmp_path: Path) -> None:
     ids = ids_for(model, 300)
     whole = cache_and_logits(encoded(model, ids, []))
     session = encoded(model, ids[:201], [])
@@ -106,14 +108,14 @@ def test_forks_files_and_steps_back_go_on_alike(model: DiffusionModel, tmp_path:
     for other in (session.fork(), model.load_session(tmp_path / "session")):
         n_encoded = other.n_encoded
         other.truncate(198)
-        assert other.n_encoded == n_encoded  # what was taken over reaches a little further back
+        assert other.n_encoded == n_encoded  # the copied cache covers a few tokens before its end
         other.encode(ids[198:])
         assert cache_and_logits(other) == whole
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kernels", ALL_KERNELS)
 @pytest.mark.parametrize("type", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "Q4_K", "Q6_K"])
-def test_a_column_does_not_depend_on_how_many_there_are(type: str, kernels: str) -> None:
+def test_a_tokens_result_does_not_depend_on_the_number_of_tokens(type: str, kernels: str) -> None:
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((48, 512)).astype(np.float32)
     rows = _native.quantize_rows(weights, type, 1, np.ones(512, np.float32))

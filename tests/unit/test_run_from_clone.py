@@ -1,5 +1,7 @@
-"""The tests run in the clone of this repository by ``pytest`` and by ``python -m pytest``, which puts the
-current folder, and with it a source without its compiled part, in front of what is installed."""
+"""The tests run from a clone with `pytest` and with `python -m pytest`.
+
+The latter puts the current folder, a source without its compiled extension, before the installed package.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,10 @@ from support.paths import REPOSITORY
 import pydiffusion
 from pydiffusion import _native
 
-# What these runs of pytest collect: nothing but imports.
+# What these runs of pytest collect: one test that only imports.
 INNER = ["-q", "-p", "no:cacheprovider", str(Path(__file__)), "-k", "inner"]
-# Stand-ins of the import system for what may be installed: nothing, and an editable install, whose finder
-# leads to the source and, for what is compiled, elsewhere.
+# Fake import finders: nothing installed, and an editable install, whose finder returns the source and, for
+# the compiled extension, another folder.
 NOTHING = """
 class Finder(importlib.machinery.PathFinder):
     @classmethod
@@ -53,12 +55,12 @@ sys.exit(pytest.main(arguments))
 
 
 def test_inner_imports() -> None:
-    """The subject of the runs below."""
+    """The test that the runs below collect."""
     from pydiffusion import convert
 
     assert _native.kernels() and convert.__file__
     code = "import pydiffusion; pydiffusion._native; print(pydiffusion.__file__)"
-    if os.environ.get("PYDIFFUSION_TEST_FINDER") is None:  # of which programs that are started know nothing
+    if os.environ.get("PYDIFFUSION_TEST_FINDER") is None:  # child processes don't have the fake finder
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert Path(done.stdout.strip()).samefile(pydiffusion.__file__)
 

@@ -1,4 +1,4 @@
-"""The sampler against arithmetic by hand, numpy in float64, and the published vectors of its generator."""
+"""The sampler against arithmetic by hand, numpy in float64, and its generator's published vectors."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_measure_agrees_with_float64(seed: int, n_vocab: int, spread: float, tem
 @pytest.mark.parametrize("spread", [1.0, 12.0, 60.0])
 @pytest.mark.parametrize("n_vocab", [7, 300, 5000])
 def test_capping_agrees_with_float64(n_vocab: int, spread: float) -> None:
-    """Where all lie within the cap, and where some lie beyond it: two formulas compute them."""
+    """Logits all within the cap, and some beyond it: two formulas compute them."""
     rng = np.random.default_rng(n_vocab)
     logits = (rng.normal(size=(4, n_vocab)) * spread).astype(np.float32)
     logits[2, 3] = -np.inf
@@ -111,7 +111,7 @@ def test_capping_agrees_with_float64(n_vocab: int, spread: float) -> None:
         assert (cdf[row, token - 1] if token else 0.0) - 1e-5 <= u[row] <= cdf[row, token] + 1e-5
 
 
-def test_equal_logits_are_capped_alike_whatever_lies_beside_them() -> None:
+def test_equal_logits_are_capped_equally() -> None:
     row = np.zeros((1, 4096), dtype=np.float32)
     row[0, [5, 3000]] = 20.0
     row[0, 6] = -90.0  # beyond the cap, beside the first of the two
@@ -121,7 +121,7 @@ def test_equal_logits_are_capped_alike_whatever_lies_beside_them() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("at", [0, 299, 2500])
-def test_capping_hides_nothing(at: int, bad: float) -> None:
+def test_capping_does_not_hide_nonfinite_logits(at: int, bad: float) -> None:
     row = np.zeros((1, 2501), dtype=np.float32)
     row[0, at] = bad
     assert np.isnan(_native.testing.measure_on("cpu", row, 30.0, 1.0, np.zeros(1, dtype=np.float32))[2][0])

@@ -1,4 +1,4 @@
-"""What a session's cache saves: going back without encoding again, copies, and files."""
+"""A session's cache: truncating without encoding again, forks, and files."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def logits(session: Session) -> np.ndarray:
     return session.denoise(canvas)
 
 
-def test_a_turn_can_be_taken_back_however_long_it_was(model: DiffusionModel) -> None:
-    """The sliding layers wrapped many times during the answer; going back to the prompt encodes nothing."""
+def test_truncating_to_the_prompt_encodes_nothing(model: DiffusionModel) -> None:
+    """The sliding layers wrapped many times during the answer; truncating to the prompt encodes nothing."""
     ids = prompt(model, 100)
     session = model.new_session()
     session.encode(ids)
@@ -47,7 +47,7 @@ def test_a_turn_can_be_taken_back_however_long_it_was(model: DiffusionModel) -> 
     np.testing.assert_array_equal(logits(session), logits(fresh))
 
 
-def test_going_back_further_encodes_again_and_is_right(model: DiffusionModel) -> None:
+def test_truncating_further_encodes_again(model: DiffusionModel) -> None:
     ids = prompt(model, 700)
     session = model.new_session()
     session.encode(ids[:600])
@@ -59,7 +59,7 @@ def test_going_back_further_encodes_again_and_is_right(model: DiffusionModel) ->
     np.testing.assert_array_equal(logits(session), logits(fresh))
 
 
-def test_what_follows_a_step_back_is_as_if_nothing_had_been(model: DiffusionModel) -> None:
+def test_snapshots_do_not_outlive_their_tokens(model: DiffusionModel) -> None:
     """A snapshot must not outlive the tokens it was taken from."""
     ids, other = prompt(model, 60), prompt(model, 900, seed=1)
     session = model.new_session()
@@ -75,7 +75,7 @@ def test_what_follows_a_step_back_is_as_if_nothing_had_been(model: DiffusionMode
 
 
 @pytest.mark.parametrize("n", [0, 5, 15, 16, 300, 1000])
-def test_a_fork_goes_its_own_way(model: DiffusionModel, n: int) -> None:
+def test_a_fork_is_independent(model: DiffusionModel, n: int) -> None:
     ids = prompt(model, n)
     session = model.new_session()
     session.encode(ids)
@@ -89,7 +89,7 @@ def test_a_fork_goes_its_own_way(model: DiffusionModel, n: int) -> None:
     np.testing.assert_array_equal(logits(fork), logits(fresh))
 
 
-def test_a_saved_session_comes_back(model: DiffusionModel, tmp_path: Path) -> None:
+def test_a_saved_session_can_be_loaded(model: DiffusionModel, tmp_path: Path) -> None:
     session = model.new_session()
     session.encode(prompt(model, 77))
     path = tmp_path / "session.safetensors"
@@ -142,7 +142,7 @@ def test_broken_session_files_are_refused(model: DiffusionModel, tmp_path: Path)
 
 
 def test_a_session_of_an_older_format_is_refused(model: DiffusionModel, tmp_path: Path) -> None:
-    """Whose sliding layers held less: it says so, and is never read as one of today."""
+    """Its sliding layers held fewer rows: the error names the version, and the file is never misread."""
     session = model.new_session()
     session.encode(prompt(model, 20))
     path = tmp_path / "session.safetensors"
@@ -153,7 +153,7 @@ def test_a_session_of_an_older_format_is_refused(model: DiffusionModel, tmp_path
 
 
 def test_arrays_of_types_that_numpy_lacks_are_refused(model: DiffusionModel, tmp_path: Path) -> None:
-    """Found by fuzzing: such a type ended in an AttributeError of the library that reads the file."""
+    """Found by fuzzing: such a type raised an AttributeError in the safetensors library."""
     session = model.new_session()
     session.encode(prompt(model, 20))
     path = tmp_path / "session.safetensors"

@@ -1,4 +1,4 @@
-"""A budget for thinking, and the end of a text that goes round."""
+"""The thinking budget, and stopping on repetition."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tokenizer() -> Tokenizer:
 
 
 def cut(tokenizer: Tokenizer, budget: int, *canvases: str, prompt: str = "") -> list[str | None]:
-    """Each canvas as the budget leaves it; None for one that it leaves alone."""
+    """Each canvas as the budget cuts it; None for one that it does not cut."""
 
     def ids(text: str) -> list[int]:
         return tokenizer.tokenize(text, add_bos=False, parse_special=True)
@@ -49,14 +49,14 @@ def cut(tokenizer: Tokenizer, budget: int, *canvases: str, prompt: str = "") -> 
         (1, ["<|channel>abc"], ["<|channel>a<channel|>"]),
     ],
 )  # fmt: skip
-def test_where_a_thought_is_cut(
+def test_where_thinking_is_cut(
     tokenizer: Tokenizer, budget: int, canvases: list[str], expected: list[str | None]
 ) -> None:
     assert cut(tokenizer, budget, *canvases) == expected
 
 
 @pytest.mark.parametrize("prompt", ["<|channel>", "<|channel>thought\n", "x<channel|><|channel>thought\nold"])
-def test_a_thought_that_the_prompt_opened(tokenizer: Tokenizer, prompt: str) -> None:
+def test_thinking_opened_by_the_prompt(tokenizer: Tokenizer, prompt: str) -> None:
     name = "" if "thought" in prompt else "thought\n"
     assert cut(tokenizer, 2, name + "abc", prompt=prompt) == [name + "ab<channel|>"]
 
@@ -102,7 +102,7 @@ def test_an_amended_canvas_is_what_the_next_one_follows(gguf_file: Callable[...,
     n = model.canvas_length
     assert session._native.amend(first[: n - 1]) == "" and session._native.amend(first) == ""
     for wrong, message in (
-        (np.zeros(n + 1, np.int32), "in place of a canvas"),
+        (np.zeros(n + 1, np.int32), "to replace a canvas"),
         (first[:2] * 0 - 1, "token -1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -137,11 +137,11 @@ def loop(head: str, block: str, passes: int) -> int | None:
         ("", "z" * 99 + "y", 4, 100),
     ],
 )
-def test_loops_are_found(head: str, block: str, passes: int, kept: int) -> None:
+def test_repetition_is_detected(head: str, block: str, passes: int, kept: int) -> None:
     assert loop(head, block, passes) == kept
 
 
-def test_ordinary_lists_are_no_loops() -> None:
+def test_ordinary_lists_are_not_repetition() -> None:
     texts = [
         "\n".join(f"{i}. item number {i}" for i in range(200)),
         "| a | b |\n| --- | --- |\n" + "\n".join(f"| {i} | {i * i} |" for i in range(100)),
@@ -155,7 +155,7 @@ def test_ordinary_lists_are_no_loops() -> None:
         assert all(loop_start(ids[:n]) is None for n in range(0, len(ids) + 1, 16)), text
 
 
-def test_a_text_that_goes_round_is_ended() -> None:
+def test_stop_on_repetition() -> None:
     model = ScriptedModel(script, n_ctx=4096)
     endless = model.generate("again", max_tokens=1000)
     assert endless.finish_reason == "length" and len(endless.tokens) == 1000
@@ -166,7 +166,7 @@ def test_a_text_that_goes_round_is_ended() -> None:
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
-def test_what_is_refused(tokenizer: Tokenizer) -> None:
+def test_refusals(tokenizer: Tokenizer) -> None:
     for wrong in (-1, 1.5, True):
         with pytest.raises(ValueError, match="thinking_budget"):
             GenerationOptions(thinking_budget=wrong)

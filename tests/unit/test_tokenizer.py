@@ -1,4 +1,4 @@
-"""The tokenizer built from a GGUF: equal to the checkpoint's own, strict about arrays, calm about bytes."""
+"""The tokenizer built from a GGUF: equal to the checkpoint's, strict about arrays, tolerant of any bytes."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def pair(
 
 
 def strings(n: int) -> list[str]:
-    """Text of all sorts: scripts, emoji with joiners, code, white space, control tokens, rare planes."""
+    """Varied texts: scripts, emoji with joiners, code, white space, control tokens, rare planes."""
     rng = random.Random(20261120)
     words = [w for line in CORPUS for w in line.split(" ")] + CONTROL + VISIBLE
     words += [
@@ -180,7 +180,7 @@ def strings(n: int) -> list[str]:
     return texts
 
 
-def test_a_thousand_strings_encode_as_by_the_checkpoints_own(pair: tuple[Library, Tokenizer]) -> None:
+def test_encoding_equals_the_checkpoints_tokenizer(pair: tuple[Library, Tokenizer]) -> None:
     library, ours = pair
     texts = strings(1000)
     assert len(set(texts)) > 900
@@ -189,18 +189,18 @@ def test_a_thousand_strings_encode_as_by_the_checkpoints_own(pair: tuple[Library
         assert ours.tokenize(text, add_bos=False, parse_special=True) == expected, repr(text)
 
 
-def test_a_thousand_strings_come_back(pair: tuple[Library, Tokenizer]) -> None:
+def test_decoding_restores_the_text(pair: tuple[Library, Tokenizer]) -> None:
     library, ours = pair
     for text in strings(1000):
         ids = ours.tokenize(text, add_bos=False, parse_special=True)
         assert ours.detokenize(ids, keep_control=True) == library.decode(ids, skip_special_tokens=False)
         plain = ours.tokenize(text, add_bos=False, parse_special=False)
-        if "▁" not in text:  # U+2581 itself reads as a space: that is how this kind of tokenizer is
+        if "▁" not in text:  # U+2581 itself decodes to a space, in this kind of tokenizer
             assert ours.detokenize(plain) == text
 
 
-def test_any_ids_decode_as_by_the_checkpoints_own(pair: tuple[Library, Tokenizer]) -> None:
-    """Also bytes that are no UTF-8: alone, in runs, between text, with control tokens among them."""
+def test_decoding_any_ids_equals_the_checkpoints_tokenizer(pair: tuple[Library, Tokenizer]) -> None:
+    """Also bytes that are not UTF-8: alone, in runs, between text, among control tokens."""
     library, ours = pair
     rng = random.Random(7)
     byte_ids = [ours.token_id(f"<0x{byte:02X}>") for byte in range(256)]
@@ -288,11 +288,11 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a merge of a number": (lambda m: m["tokenizer.ggml.merges"].append(3), "merges"),
     "types too few": (lambda m: m["tokenizer.ggml.token_type"].pop(), "token_type"),
     "a type unknown": (lambda m: m["tokenizer.ggml.token_type"].__setitem__(9, 7), "token_type"),
-    "a byte that is none": (lambda m: m["tokenizer.ggml.token_type"].__setitem__(9, 6), "byte"),
+    "an invalid byte token": (lambda m: m["tokenizer.ggml.token_type"].__setitem__(9, 6), "byte"),
     "scores too few": (lambda m: m.update({"tokenizer.ggml.scores": [0.0]}), "scores"),
     "bos out of range": (lambda m: m.update({"tokenizer.ggml.bos_token_id": 10**6}), "bos_token_id"),
     "bos negative": (lambda m: m.update({"tokenizer.ggml.bos_token_id": -1}), "bos_token_id"),
-    "eos no number": (lambda m: m.update({"tokenizer.ggml.eos_token_id": "x"}), "eos_token_id"),
+    "eos not a number": (lambda m: m.update({"tokenizer.ggml.eos_token_id": "x"}), "eos_token_id"),
     "no model": (lambda m: m.pop("tokenizer.ggml.model"), "tokenizer.ggml.model"),
 }
 
@@ -319,7 +319,7 @@ def test_another_kind_of_tokenizer_is_refused(metadata: dict[str, Any], key: str
         Tokenizer(metadata | {key: value})
 
 
-def test_no_panic_of_the_library_gets_out(metadata: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_panics_of_the_library_are_caught(metadata: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     class PanicException(BaseException):
         pass
 

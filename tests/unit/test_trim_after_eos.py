@@ -1,4 +1,4 @@
-"""``trim_after_eos``: what lies behind a settled eos is no longer denoised."""
+"""`trim_after_eos`: positions after a settled eos are no longer denoised."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydiffusion import DiffusionModel, DraftEvent, GenerationOptions
 from pydiffusion.convert import convert
 from pydiffusion.demo import checkpoint_path, tasks
 
-ROOM = 8  # positions that stay behind the eos
+ROOM = 8  # positions kept after the eos
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_drafts_shrink_to_the_eos_and_answers_stay_right(model: DiffusionModel) 
     assert n_trimmed >= 3 and n_right >= 10
 
 
-def test_it_is_off_by_itself(model: DiffusionModel) -> None:
+def test_trimming_is_off_by_default(model: DiffusionModel) -> None:
     for seed, (_, prompt) in enumerate(prompts(model, "sort", 3)):
         lengths = set()
         model.generate(
@@ -66,7 +66,7 @@ def test_it_is_off_by_itself(model: DiffusionModel) -> None:
         assert lengths == {model.canvas_length}
 
 
-def test_held_positions_behind_keep_the_canvas(model: DiffusionModel) -> None:
+def test_held_positions_after_the_eos_prevent_trimming(model: DiffusionModel) -> None:
     _, prompt = prompts(model, "sort", 1)[0]
     n = model.canvas_length
     options = GenerationOptions(

@@ -1,7 +1,7 @@
-"""``config.json`` and ``generation_config.json`` of a checkpoint, read by name and type.
+"""Read ``config.json`` and ``generation_config.json`` of a checkpoint, by key and type.
 
-A key that is required and missing raises, a value that this package does not implement raises; a default is
-taken only where ``transformers`` itself has one, from :data:`DEFAULTS`, and is told in the report's notes.
+A missing required key raises, and so does an unsupported value. Defaults are used only where ``transformers``
+has one (:data:`DEFAULTS`), with a note in the report.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 MAX_LAYERS = 1024
 _MAX_JSON = 64 << 20
 
-# What transformers' configuration classes take where the key is absent. Sizes of weights are not among them:
-# a checkpoint that does not state them is damaged.
+# Defaults of transformers' configuration classes, except for tensor sizes: a checkpoint that does not state
+# these is damaged.
 DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
     {
         "attention_bias": False,
@@ -36,7 +36,7 @@ DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
         "use_bidirectional_attention": None,
     }
 )
-# Sampler defaults of the reference's generate(), for what generation_config.json leaves open.
+# Sampler defaults of the reference's generate(), for keys missing from generation_config.json.
 SAMPLER_DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
     {
         "max_denoising_steps": 48,
@@ -47,7 +47,7 @@ SAMPLER_DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
         "confidence_threshold": 0.005,
     }
 )
-# Keys of related architectures that would change the computation: fine only with these values.
+# Keys of related architectures that would change the computation, and the only supported values.
 _ONLY = MappingProxyType(
     {
         "attention_chunk_size": (None,),
@@ -59,7 +59,7 @@ _ONLY = MappingProxyType(
         "use_double_wide_mlp": (False,),
     }
 )
-# Keys that don't touch what is computed at inference.
+# Keys that don't affect inference.
 _IRRELEVANT = frozenset(
     {
         "_name_or_path", "architectures", "attention_dropout", "boi_token_id", "bos_token_id",
@@ -74,7 +74,7 @@ _IRRELEVANT = frozenset(
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text model's hyperparameters.
+    """Hyperparameters of the text model.
 
     ``sliding`` and ``num_key_value_heads`` have one entry per layer; ``head_dim`` is that of the sliding
     layers.
@@ -105,7 +105,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Defaults of generation, and the end tokens that ``generation_config.json`` lists (empty: none)."""
+    """Sampler defaults, and the end tokens listed in ``generation_config.json`` (may be empty)."""
 
     max_denoising_steps: int
     t_min: float
@@ -117,7 +117,7 @@ class SamplerConfig:
 
 
 def read_text_config(folder: Path, notes: list[str]) -> TextConfig:
-    """Read and check ``config.json``; ConversionError names the key that is missing or not supported."""
+    """Read and validate ``config.json``. Raises ConversionError naming a missing or unsupported key."""
     where = "config.json"
     top = Fields(read_json_object(folder / where, _MAX_JSON), where, notes)
     top.one_of("model_type", ("diffusion_gemma",))
@@ -127,7 +127,7 @@ def read_text_config(folder: Path, notes: list[str]) -> TextConfig:
     text.one_of("model_type", ("diffusion_gemma_text",))
     text.one_of("hidden_activation", (DEFAULTS["hidden_activation"],), DEFAULTS["hidden_activation"])
     text.one_of("attention_bias", (False,), DEFAULTS["attention_bias"])
-    # "vision" lets image tokens see each other; without images it changes nothing.
+    # "vision" lets image tokens attend to each other; without images it has no effect.
     text.one_of("use_bidirectional_attention", (None, "vision"), DEFAULTS["use_bidirectional_attention"])
     for key, accepted in _ONLY.items():
         text.accept_if_there(key, accepted)
@@ -224,11 +224,10 @@ class _Heads:
 
 
 def _read_heads(text: Fields, sliding: tuple[bool, ...]) -> _Heads:
-    """Head sizes and key-value heads from either shape of the config.
+    """Head sizes and KV heads from either form of the config.
 
-    Google's has ``global_head_dim`` and ``num_global_key_value_heads``; ``save_pretrained`` folds the two
-    into ``per_layer_config``, an object of overrides by layer number that leaves out what equals the global
-    value.
+    Google's has ``global_head_dim`` and ``num_global_key_value_heads``; ``save_pretrained`` folds both into
+    ``per_layer_config``, an object of overrides by layer number that omits values equal to the global one.
     """
     head_dim, num_kv = text.integer("head_dim"), text.integer("num_key_value_heads")
     google = {key: text.values.get(key) for key in ("global_head_dim", "num_global_key_value_heads")}
@@ -243,7 +242,7 @@ def _read_heads(text: Fields, sliding: tuple[bool, ...]) -> _Heads:
                 raise ConversionError(f"{text.where}: {key!r} = {value!r} contradicts 'per_layer_config'")
     else:
         global_dim = text.integer("global_head_dim", DEFAULTS["global_head_dim"])
-        # Absent or null means: as many as the sliding layers have.
+        # Absent or null: as many as the sliding layers have.
         global_kv = num_kv
         if google["num_global_key_value_heads"] is not None:
             global_kv = text.integer("num_global_key_value_heads")
@@ -269,7 +268,7 @@ def _read_per_layer(text: Fields, head_dim: int, num_kv: int, num_layers: int) -
     for key, layer in text.object("per_layer_config").values.items():
         if not (key.isascii() and key.isdecimal() and len(key) <= 6 and int(key) < num_layers):
             raise ConversionError(
-                f"{text.where}: per_layer_config: {key!r:.60}: no number of a layer (0 to {num_layers - 1})"
+                f"{text.where}: per_layer_config: {key!r:.60}: not a layer number (0 to {num_layers - 1})"
             )
         where = f"{text.where}: per_layer_config: {key}"
         if not isinstance(layer, dict):
@@ -315,9 +314,7 @@ def _read_rope(text: Fields, global_head_dim: int) -> tuple[float, float, int]:
 
 
 def read_sampler_config(folder: Path, config: TextConfig, notes: list[str]) -> SamplerConfig:
-    """Read ``generation_config.json`` if it is there; what it leaves open (or null) gets the reference's
-    default.
-    """
+    """Read ``generation_config.json`` if it exists; missing or null values get the reference's default."""
     where = "generation_config.json"
     values: dict[str, Any] = {}
     if (folder / where).exists():
@@ -354,6 +351,6 @@ def _read_eos(fields: Fields, config: TextConfig) -> tuple[int, ...]:
     for token_id in ids:
         if type(token_id) is not int or not 0 <= token_id < config.vocab_size:
             raise ConversionError(
-                f"{where}: 'eos_token_id' has {token_id!r:.60}, which is no token of the vocabulary"
+                f"{where}: 'eos_token_id' has {token_id!r:.60}, which is not a token of the vocabulary"
             )
     return tuple(dict.fromkeys(ids))

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint sorted by what they are for."""
+"""Match the tensors of a checkpoint with those that the architecture needs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from pydiffusion.convert.architectures.diffusion_gemma import tensor_names as names
+from pydiffusion.convert.architectures.diffusion_gemma import tensor_names
 from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import Wanted
 from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint, StoredTensor
@@ -23,7 +23,7 @@ _Planned = tuple[str, str, tuple[int, ...], ReadBytes]
 
 
 class Inventory:
-    """What a checkpoint holds, all of it accounted for, or refused by name."""
+    """Tensors of a checkpoint; every one is accounted for or rejected by name."""
 
     def __init__(self, checkpoint: Checkpoint, config: TextConfig):
         self.checkpoint = checkpoint
@@ -33,23 +33,21 @@ class Inventory:
             # A bare DiffusionGemmaModel saves without the prefix that the full model has.
             short = name.removeprefix("model.")
             if short in self.stored:
-                raise ConversionError(
-                    f"tensors {name!r} and {self.stored[short].name!r} are the same one twice"
-                )
+                raise ConversionError(f"tensors {name!r} and {self.stored[short].name!r} are duplicates")
             self.stored[short] = tensor
-        self.wanted = names.wanted_tensors(config)
+        self.wanted = tensor_names.wanted_tensors(config)
         self.twins = {
-            twin: want for want in self.wanted if (twin := names.encoder_twin(want.source)) is not None
+            twin: want for want in self.wanted if (twin := tensor_names.encoder_twin(want.source)) is not None
         }
 
     def plan(self, notes: list[str]) -> list[_Planned]:
-        """The tensors of the GGUF in order. Raises for missing and unexpected tensors, shapes and types."""
+        """Plan the tensors of the GGUF in order. Raises for missing or unexpected tensors, shapes, types."""
         for want in self.wanted:
             self._check(want.source, want.shape)
         if not self.config.tied:
             self._check_untied()
-        known = {want.source for want in self.wanted} | set(self.twins) | {names.LM_HEAD}
-        vision = [name for name in self.stored if name.startswith(names.VISION)]
+        known = {want.source for want in self.wanted} | set(self.twins) | {tensor_names.LM_HEAD}
+        vision = [name for name in self.stored if name.startswith(tensor_names.VISION)]
         unexpected = sorted(set(self.stored) - known - set(vision))
         if unexpected:
             more = f" (and {len(unexpected) - 1} more)" if len(unexpected) > 1 else ""
@@ -57,22 +55,24 @@ class Inventory:
                 f"unexpected tensor {self.stored[unexpected[0]].name!r}{more}: not of this architecture"
             )
         if vision:
-            notes.append(f"{len(vision)} vision tensors were left out: convert --mmproj writes them")
+            notes.append(f"{len(vision)} vision tensors were skipped: convert --mmproj writes them")
         planned = [self._planned(want) for want in self.wanted]
         planned.insert(1, self._rope_divisors())
-        if names.LM_HEAD in self.stored:
-            head = Wanted(names.LM_HEAD, "output.weight", (self.config.vocab_size, self.config.hidden_size))
+        if tensor_names.LM_HEAD in self.stored:
+            head = Wanted(
+                tensor_names.LM_HEAD, "output.weight", (self.config.vocab_size, self.config.hidden_size)
+            )
             self._check(head.source, head.shape)
-            if not self._equal(names.LM_HEAD, names.EMBEDDING):
+            if not self._equal(tensor_names.LM_HEAD, tensor_names.EMBEDDING):
                 planned.append(self._planned(head))
                 notes.append("lm_head.weight differs from the embedding and is kept as output.weight")
         return planned
 
     def _check_untied(self) -> None:
-        """With ``tie_word_embeddings`` false nothing is shared, so all of it must be there."""
-        for name, want in [*self.twins.items(), (names.LM_HEAD, None)]:
+        """With ``tie_word_embeddings`` false nothing is shared, so all tensors must exist."""
+        for name, want in [*self.twins.items(), (tensor_names.LM_HEAD, None)]:
             if name not in self.stored:
-                source = names.EMBEDDING if want is None else want.source
+                source = tensor_names.EMBEDDING if want is None else want.source
                 raise ConversionError(
                     f"tensor {name!r} is missing: with 'tie_word_embeddings' = false it can't be "
                     f"taken from {source!r}"
@@ -83,8 +83,8 @@ class Inventory:
         return want.name, tensor.dtype, want.shape, partial(self.checkpoint.read, tensor)
 
     def _rope_divisors(self) -> _Planned:
-        """Divisors of the full layers' frequencies: 1 where pairs rotate, and so large that they don't
-        elsewhere.
+        """rope_freqs of the full layers: 1 for rotated pairs, and so large for the others that they don't
+        rotate.
         """
         n_pairs = self.config.global_head_dim // 2
         divisors = np.full(n_pairs, 1e30, np.float32)
@@ -98,7 +98,7 @@ class Inventory:
             raise ConversionError(f"tensor 'model.{source}' is missing from the checkpoint")
         if tensor.shape != shape:
             raise ConversionError(
-                f"tensor {tensor.name!r} has the shape {list(tensor.shape)}; config.json asks for "
+                f"tensor {tensor.name!r} has the shape {list(tensor.shape)}; config.json requires "
                 f"{list(shape)}"
             )
         if tensor.dtype not in _FLOAT_TYPES:
@@ -108,7 +108,7 @@ class Inventory:
             )
 
     def compare_tied(self) -> None:
-        """Encoder weights that are there must equal the decoder's: the GGUF has room for one of them."""
+        """Check that encoder weights, if present, equal the decoder's: the GGUF stores only one of them."""
         for twin, want in self.twins.items():
             if twin not in self.stored:
                 continue

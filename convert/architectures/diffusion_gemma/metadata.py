@@ -1,6 +1,4 @@
-"""The metadata of a GGUF from a checkpoint's configuration: keys and types as files in circulation have
-them.
-"""
+"""GGUF metadata from a checkpoint's configuration, with the keys and types of existing files."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from pydiffusion.convert.architectures.diffusion_gemma.config import SamplerConf
 from pydiffusion.convert.gguf.header import Value
 
 ARCHITECTURE = "diffusion-gemma"
-# Of the layout of ggml's quantized blocks; written for every type, so that quantizing changes no set of keys.
+# Version of ggml's block layouts; written for every type, so that quantizing does not change the set of keys.
 QUANTIZATION_VERSION = int(gguf.GGML_QUANT_VERSION)
 
 
@@ -25,7 +23,7 @@ def f32(value: float) -> Value:
 
 
 def model_metadata(name: str, config: TextConfig, sampler: SamplerConfig, file_type: int) -> dict[str, Value]:
-    """All keys but the tokenizer's, in the order of the file."""
+    """All keys except the tokenizer's, in file order."""
     own = f"{ARCHITECTURE}."
     return {
         "general.architecture": Value("str", ARCHITECTURE),

@@ -1,6 +1,6 @@
-"""The tensors of the architecture: their names in a checkpoint, their names in a GGUF, and their shapes.
+"""Tensor map: names in a checkpoint, names in a GGUF, and shapes.
 
-Shapes are C order, as numpy and safetensors have them; a GGUF lists the same numbers in reverse.
+Shapes are in C order, as in numpy and safetensors; a GGUF stores them reversed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ GLOBAL_KINDS = frozenset(name.removesuffix(".weight") for _, name, _ in _GLOBAL)
     "output",
     "rope_freqs",
 }
-# Norms, scales, scalars, the router and the rope divisors stay as exact as they came.
+# Norms, scales, scalars, the router and rope_freqs are stored as F32.
 FLOAT32_KINDS = frozenset(
     {name.removesuffix(".weight") for _, name, shape in (*_LAYER, *_GLOBAL) if len(shape) == 1}
     | {"ffn_gate_inp", "enc_layer_output_scale", "output_norm", "rope_freqs"}
@@ -70,7 +70,7 @@ FLOAT32_KINDS = frozenset(
 
 @dataclass(frozen=True)
 class Wanted:
-    """A tensor that the checkpoint must hold under ``source`` and that becomes ``name``."""
+    """A required tensor: its checkpoint name ``source`` and its GGUF name ``name``."""
 
     source: str
     name: str
@@ -78,7 +78,7 @@ class Wanted:
 
 
 def wanted_tensors(config: TextConfig) -> list[Wanted]:
-    """All tensors of the text model, in the order in which the GGUF gets them."""
+    """All tensors of the text model, in GGUF order."""
     sizes = {"1": 1, "d": config.hidden_size, "v": config.vocab_size, "ff": config.intermediate_size}
     sizes |= {
         "e": config.num_experts,
@@ -92,7 +92,7 @@ def wanted_tensors(config: TextConfig) -> list[Wanted]:
         sizes |= {"kv": config.num_key_value_heads[i_layer] * head_dim}
         for source, name, shape in _LAYER:
             if name == "attn_v.weight" and not sliding:
-                continue  # full layers take their values from the keys
+                continue  # full layers use K as V
             full_shape = tuple(sizes[size] for size in shape)
             wanted.append(Wanted(f"{DECODER}layers.{i_layer}.{source}", f"blk.{i_layer}.{name}", full_shape))
         encoder_scalar = f"{ENCODER}layers.{i_layer}.layer_scalar"
@@ -102,20 +102,21 @@ def wanted_tensors(config: TextConfig) -> list[Wanted]:
 
 
 def encoder_twin(source: str) -> str | None:
-    """The encoder's name for a weight that it shares with the decoder; None for what it does not share."""
+    """The encoder's name for a weight shared with the decoder; None if it is not shared."""
     if not source.startswith(DECODER) or source.endswith(".layer_scalar") or ".self_conditioning." in source:
         return None
     return ENCODER + source.removeprefix(DECODER)
 
 
 def split_name(name: str) -> tuple[str, int | None]:
-    """``blk.3.attn_q.weight`` -> (``attn_q``, 3); ``token_embd.weight`` -> (``token_embd``, None).
+    """Split a GGUF name: ``blk.3.attn_q.weight`` -> (``attn_q``, 3); ``token_embd.weight`` ->
+    (``token_embd``, None).
 
-    Raises ConversionError for a name that this architecture does not have.
+    Raises ConversionError for a name that does not belong to this architecture.
     """
     match = re.fullmatch(r"(?:blk\.(0|[1-9][0-9]{0,5})\.)?(.+)", name, re.DOTALL)
     if match is None:
-        raise ConversionError("a tensor without a name: no GGUF of diffusion-gemma has one")
+        raise ConversionError("a tensor without a name: not a valid GGUF of diffusion-gemma")
     layer = None if match[1] is None else int(match[1])
     kind = match[2].removesuffix(".weight")
     if kind not in (GLOBAL_KINDS if layer is None else LAYER_KINDS):

@@ -22,7 +22,7 @@ from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import VISIO
 from pydiffusion.convert.checkpoint.hub import find_checkpoint
 from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint, StoredTensor
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
-from pydiffusion.convert.gguf import writer as pipeline
+from pydiffusion.convert.gguf import writer
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.convert.gguf.report import ConversionReport, ProgressCallback
 from pydiffusion.convert.gguf.tensor_reads import ReadBytes
@@ -96,7 +96,7 @@ def convert_mmproj(
     (:data:`MMPROJ_TYPES`; ``bf16`` keeps a bf16 checkpoint exactly).
 
     Raises:
-        ConversionError: the checkpoint has no vision part, or one that is not Gemma 4's, and as
+        ConversionError: the checkpoint has no vision part, or not Gemma 4's; else as
             :func:`pydiffusion.convert.convert`.
         ValueError: another type.
     """
@@ -134,14 +134,14 @@ def convert_mmproj(
             progress=progress,
             resume=resume,
         )
-        return pipeline.run(job, started)
+        return writer.run(job, started)
 
 
 def _read_config(folder: Path, notes: list[str]) -> _VisionConfig:
     text = read_text_config(folder, [])
     values = read_json_object(folder / "config.json", 64 << 20)
     if not isinstance(values.get("vision_config"), dict):
-        raise ConversionError(f"{folder / 'config.json'}: has no 'vision_config': there is no vision part")
+        raise ConversionError(f"{folder / 'config.json'}: has no 'vision_config', so no vision part")
     vision = Fields(values["vision_config"], "config.json: vision_config", notes, null_is_missing=True)
     vision.one_of("model_type", ("gemma4_vision",))
     vision.one_of("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
@@ -154,7 +154,7 @@ def _read_config(folder: Path, notes: list[str]) -> _VisionConfig:
         rope = vision.object("rope_parameters")
         rope.accept_if_there("rope_theta", (100.0, 100))
     if hidden % heads:
-        raise ConversionError(f"{vision.where}: {heads} attention heads can't share {hidden} columns")
+        raise ConversionError(f"{vision.where}: {heads} attention heads can't share {hidden} elements")
     mean, std = _read_normalization(folder, notes)
     config = _VisionConfig(
         hidden_size=hidden,
@@ -176,7 +176,7 @@ def _read_config(folder: Path, notes: list[str]) -> _VisionConfig:
 
 
 def _read_normalization(folder: Path, notes: list[str]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel; Gemma 4's processor leaves images as they are."""
+    """Mean and standard deviation per channel; Gemma 4's image processor does not normalize."""
     values: dict = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
@@ -221,14 +221,14 @@ def _metadata(name: str, config: _VisionConfig, file_type: int) -> dict[str, Val
 
 
 def _plan(checkpoint: Checkpoint, config: _VisionConfig, type_name: str) -> list[PlannedTensor]:
-    """All vision tensors of the checkpoint. ConversionError for missing and unexpected ones, and shapes."""
+    """Plan all vision tensors. Raises ConversionError for missing or unexpected tensors and shapes."""
     stored = {
         short: tensor
         for name, tensor in checkpoint.tensors.items()
         if (short := name.removeprefix("model.")).startswith(VISION)
     }
     if not stored:
-        raise ConversionError(f"{checkpoint.files[0].parent}: the checkpoint holds no vision tensors")
+        raise ConversionError(f"{checkpoint.files[0].parent}: the checkpoint has no vision tensors")
     planned = []
     for source, name, shape in _wanted(config):
         tensor = stored.pop(source, None)
@@ -261,8 +261,8 @@ def _wanted(config: _VisionConfig) -> list[tuple[str, str, tuple[int, ...]]]:
                 wanted += [(f"{before}{source}.{clip}", f"{block}{name}.{clip}", ()) for clip in _CLIPS]
     if config.standardize:
         wanted += [(_TOWER + source, name, (config.hidden_size,)) for source, name in _STANDARDIZE]
-    shape = (config.text_size, config.hidden_size)
-    return [*wanted, (f"{_PROJECTOR}embedding_projection.weight", "mm.input_projection.weight", shape)]
+    projection = (config.text_size, config.hidden_size)
+    return [*wanted, (f"{_PROJECTOR}embedding_projection.weight", "mm.input_projection.weight", projection)]
 
 
 def _planned(
@@ -290,13 +290,13 @@ def _planned(
     elif len(shape) == 2:
         target_type = fit_to_rows(type_name, shape[-1])
     shape = shape or (1,)
-    # Bounds of what is not clipped are infinite.
+    # Clipping bounds may be infinite.
     return PlannedTensor(name, shape, tensor.dtype, target_type, read, shape, keeps_nonfinite=is_bound)
 
 
 def _channels_first(read: ReadBytes, tensor: StoredTensor, patch: int) -> ReadBytes:
-    """The patch embedding as the kernel of a convolution, (d, 3, patch, patch): the checkpoint has the
-    channels of a pixel side by side.
+    """Transpose the patch embedding to a convolution kernel, (d, 3, patch, patch): the checkpoint interleaves
+    the channels of a pixel.
     """
     item = _FLOAT_SIZES[tensor.dtype]
 

@@ -1,8 +1,7 @@
-"""The tokenizer of a checkpoint folder as the metadata keys of a GGUF.
+"""Convert the tokenizer of a checkpoint folder to GGUF metadata.
 
-A GGUF of this architecture knows one kind of tokenizer: a BPE with byte fallback over text whose spaces
-became U+2581. A ``tokenizer.json`` that says otherwise is refused instead of being turned into something
-close to it.
+Only one kind of tokenizer is supported: BPE with byte fallback over text whose spaces became U+2581. Any
+other ``tokenizer.json`` is rejected rather than approximated.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import re
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
@@ -21,7 +20,7 @@ from pydiffusion.errors import ConversionError
 TOKENIZER, CONFIG, SPECIALS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 SPACE = "\u2581"
-# Markers that a parser of replies needs to see as text, though the checkpoint calls them special.
+# Markers that output parsers need as text, though the checkpoint marks them special.
 VISIBLE = frozenset(
     (
         "<|channel>",
@@ -33,10 +32,10 @@ VISIBLE = frozenset(
         '<|"|>',
     )
 )
-_SCORE = -1000.0  # a BPE has no scores; circulating files hold this
+_SCORE = -1000.0  # BPE has no scores; existing files have this value
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _MAX_TEMPLATE = 16 << 20
-# Classes of transformers that put a bos in front unless told otherwise.
+# Tokenizer classes of transformers that add a bos by default.
 _BOS_BY_DEFAULT = ("GemmaTokenizer", "GemmaTokenizerFast")
 
 
@@ -61,9 +60,7 @@ class _AddedToken:
 def read_tokenizer(
     folder: Path, config: TextConfig, eos_token_ids: tuple[int, ...], notes: list[str]
 ) -> dict[str, Value]:
-    """All ``tokenizer.*`` keys. ConversionError for a missing file or a tokenizer that a GGUF can't
-    express.
-    """
+    """Read all ``tokenizer.*`` keys. Raises ConversionError for a missing file or unsupported tokenizer."""
     source = read_json_object(folder / TOKENIZER)
     settings = _read_optional(folder / CONFIG)
     specials = _read_optional(folder / SPECIALS)
@@ -73,7 +70,7 @@ def read_tokenizer(
     token_to_id = {token: token_id for token_id, token in enumerate(tokens)}
     if len(token_to_id) != len(tokens):
         twice = next(token for token_id, token in enumerate(tokens) if token_to_id[token] != token_id)
-        raise ConversionError(f"{TOKENIZER}: two ids have the same token {twice!r}")
+        raise ConversionError(f"{TOKENIZER}: token {twice!r} occurs twice")
     special_ids = _special_ids(source, settings, specials, config, token_to_id, notes)
     if "eos" not in special_ids and eos_token_ids:
         special_ids["eos"] = eos_token_ids[0]
@@ -95,7 +92,7 @@ def read_tokenizer(
     if eos_token_ids:
         keys[prefix + "eos_token_ids"] = Value("array[i32]", list(eos_token_ids))
     else:
-        notes.append("no end token is named anywhere: generation will fill its last canvas")
+        notes.append("no end token is defined: generation will fill its last canvas")
     for role, first in (("bos", True), ("sep", None), ("eos", False)):
         flag = False if first is None else _adds_token(source, settings, role, special_ids, tokens, first)
         keys[f"{prefix}add_{role}_token"] = Value("bool", flag)
@@ -109,7 +106,7 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 
 def _read_model(source: dict[str, Any], notes: list[str]) -> tuple[dict[str, int], list[str]]:
-    """The vocabulary and the merges as ``left right`` strings, after the checks of kind."""
+    """Vocabulary and merges (as ``left right`` strings), after validation."""
     model = Fields(source, TOKENIZER, notes).object("model")
     model.one_of("type", ("BPE",))
     model.one_of("byte_fallback", (True,))
@@ -136,16 +133,16 @@ def _read_model(source: dict[str, Any], notes: list[str]) -> tuple[dict[str, int
 def _read_merge(merge: object, vocab: dict[str, int]) -> str:
     pair = merge.split(" ") if isinstance(merge, str) else merge
     if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-        raise ConversionError(f"{TOKENIZER}: the merge {merge!r:.80} is no pair of tokens")
+        raise ConversionError(f"{TOKENIZER}: the merge {merge!r:.80} is not a pair of tokens")
     left, right = pair
     if " " in left or " " in right:
         raise ConversionError(
-            f"{TOKENIZER}: the merge {merge!r:.80} holds a space, which a GGUF can't express"
+            f"{TOKENIZER}: the merge {merge!r:.80} contains a space, which a GGUF can't express"
         )
     for token in (left, right, left + right):
         if token not in vocab:
             raise ConversionError(
-                f"{TOKENIZER}: the merge {merge!r:.80} needs {token!r:.60}, which is no token"
+                f"{TOKENIZER}: the merge {merge!r:.80} needs {token!r:.60}, which is not a token"
             )
     return f"{left} {right}"
 
@@ -154,7 +151,7 @@ def _check_text(token: str) -> None:
     try:
         token.encode("utf-8")
     except UnicodeEncodeError:
-        raise ConversionError(f"{TOKENIZER}: the token {token!r} is no valid Unicode") from None
+        raise ConversionError(f"{TOKENIZER}: the token {token!r} is not valid Unicode") from None
 
 
 def _check_normalizer(normalizer: object) -> None:
@@ -168,7 +165,7 @@ def _check_normalizer(normalizer: object) -> None:
 
 
 def _check_pre_tokenizer(pre_tokenizer: object) -> None:
-    """None, or the split at spaces that finds none, because the normalizer has replaced them."""
+    """Accept None, or a split at spaces, which has no effect after the normalizer."""
     at_spaces = _has_type(pre_tokenizer, "Split") and pre_tokenizer.get("pattern") == {"String": " "}
     if pre_tokenizer is not None and not at_spaces:
         raise ConversionError(
@@ -176,7 +173,7 @@ def _check_pre_tokenizer(pre_tokenizer: object) -> None:
         )
 
 
-def _has_type(value: object, name: str) -> bool:
+def _has_type(value: object, name: str) -> TypeGuard[dict[str, Any]]:
     return isinstance(value, dict) and value.get("type") == name
 
 
@@ -198,7 +195,7 @@ def _read_added(source: dict[str, Any], notes: list[str]) -> list[_AddedToken]:
         added.append(token)
     if stripping:
         notes.append(
-            f"{TOKENIZER}: a GGUF has no room for lstrip, rstrip, single_word of: "
+            f"{TOKENIZER}: a GGUF can't store lstrip, rstrip, single_word of: "
             f"{', '.join(map(repr, stripping))}"
         )
     return added
@@ -207,7 +204,7 @@ def _read_added(source: dict[str, Any], notes: list[str]) -> list[_AddedToken]:
 def _list_tokens(
     vocab: dict[str, int], added: list[_AddedToken], size: int, unknown: object, notes: list[str]
 ) -> tuple[list[str], list[int]]:
-    """Tokens and types by id; ids that no token has get an unused one."""
+    """Tokens and types by id; ids without a token get an unused one."""
     texts: dict[int, str] = {}
     types: dict[int, TokenType] = {}
     for token, token_id in vocab.items():
@@ -218,14 +215,14 @@ def _list_tokens(
         types[token_id] = TokenType.BYTE if _BYTE.fullmatch(token) else TokenType.NORMAL
         if token == unknown:
             types[token_id] = TokenType.UNKNOWN
-    for token in added:
-        if texts.setdefault(token.token_id, token.content) != token.content:
+    for entry in added:
+        if texts.setdefault(entry.token_id, entry.content) != entry.content:
             raise ConversionError(
-                f"{TOKENIZER}: {texts[token.token_id]!r} and {token.content!r} have the same id "
-                f"{token.token_id}"
+                f"{TOKENIZER}: {texts[entry.token_id]!r} and {entry.content!r} have the same id "
+                f"{entry.token_id}"
             )
-        visible = not token.special or token.content in VISIBLE
-        types[token.token_id] = TokenType.USER_DEFINED if visible else TokenType.CONTROL
+        visible = not entry.special or entry.content in VISIBLE
+        types[entry.token_id] = TokenType.USER_DEFINED if visible else TokenType.CONTROL
     if texts and max(texts) >= size:
         raise ConversionError(
             f"{TOKENIZER}: the id {max(texts)} of {texts[max(texts)]!r} is beyond 'vocab_size' = "
@@ -246,9 +243,7 @@ def _special_ids(
     token_to_id: dict[str, int],
     notes: list[str],
 ) -> dict[str, int]:
-    """Ids by role. The tokenizer's files come first, then the model's config, then what Gemma's tokenizers
-    have.
-    """
+    """Special token ids by role: from the tokenizer's files, the model's config, or Gemma's defaults."""
     ids: dict[str, int] = {}
     for role in ("bos", "eos", "unk", "pad", "mask"):
         for file, values in ((CONFIG, settings), (SPECIALS, specials)):
@@ -258,7 +253,7 @@ def _special_ids(
                 continue
             if not isinstance(text, str) or text not in token_to_id:
                 raise ConversionError(
-                    f"{file}: '{role}_token' is {value!r:.80}, which is no token of {TOKENIZER}"
+                    f"{file}: '{role}_token' is {value!r:.80}, which is not a token of {TOKENIZER}"
                 )
             ids.setdefault(role, token_to_id[text])
     for role in ("bos", "eos", "pad"):
@@ -268,7 +263,7 @@ def _special_ids(
             continue
         if not 0 <= first < len(token_to_id):
             raise ConversionError(
-                f"config.json: text_config: '{role}_token_id' is {first}, which is no token"
+                f"config.json: text_config: '{role}_token_id' is {first}, which is not a token"
             )
         if ids.setdefault(role, first) != first and role != "eos":
             notes.append(
@@ -289,9 +284,7 @@ def _adds_token(
     tokens: list[str],
     first: bool,
 ) -> bool:
-    """Whether encoding a text adds the bos in front or the eos behind: said outright, or by the
-    post-processor.
-    """
+    """Whether encoding adds the bos or eos, by the config or by the post-processor."""
     flag = settings.get(f"add_{role}_token")
     if flag is not None:
         if type(flag) is not bool:
@@ -310,13 +303,15 @@ def _adds_token(
 
 
 def _chat_templates(folder: Path, settings: dict[str, Any], notes: list[str]) -> dict[str, Value]:
-    """``tokenizer.chat_template``, from a file of its own or from the tokenizer's config."""
+    """``tokenizer.chat_template``, from its own file or from the tokenizer's config."""
     key = "tokenizer.chat_template"
     path = folder / TEMPLATE
     if path.exists():
         try:
             if path.stat().st_size > _MAX_TEMPLATE:
-                raise ConversionError(f"{path}: larger than {_MAX_TEMPLATE} bytes; this is no chat template")
+                raise ConversionError(
+                    f"{path}: larger than {_MAX_TEMPLATE} bytes; this is not a chat template"
+                )
             return {key: Value("str", path.read_bytes().decode("utf-8"))}
         except (OSError, UnicodeDecodeError) as error:
             raise ConversionError(f"{path}: can't be read: {error}") from error
@@ -326,7 +321,7 @@ def _chat_templates(folder: Path, settings: dict[str, Any], notes: list[str]) ->
         template = named.get("default")
         notes.append(f"{CONFIG}: of several chat templates only the one named default is kept")
     if template is None:
-        notes.append("no chat template: the file can complete text, but not chat")
+        notes.append("no chat template: the file supports completion only")
         return {}
     if not isinstance(template, str):
         raise ConversionError(f"{CONFIG}: 'chat_template' should be a string, is {template!r:.60}")

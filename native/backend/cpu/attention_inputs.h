@@ -1,4 +1,4 @@
-// What both of our attentions work on: ggml's tensors, seen as queries of key heads.
+// AttentionInputs: tensors of an attention node, accessed by KV head and query. For both CPU kernels.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace pydiffusion {
 struct AttentionInputs {
     ggml_tensor* dst;
     const ggml_tensor *k, *v, *q;
-    MakeRow make_query;  // of q, which has no memory then; null: q is a node
+    ComputeRow compute_query;  // set: q is not allocated, its rows are computed on demand; null: q is a node
     const Causal* causal;
 
     explicit AttentionInputs(ggml_tensor* out, const void* userdata)
@@ -21,40 +21,40 @@ struct AttentionInputs {
           k(out->src[0]),
           v(out->src[1]),
           q(static_cast<const ggml_tensor*>(out->extra)),
-          make_query(out->src[2] == q ? nullptr : row_maker_of(q)),
+          compute_query(out->src[2] == q ? nullptr : row_function_of(q)),
           causal(static_cast<const Causal*>(userdata)) {}
 
     int64_t head_dim() const { return q->ne[0]; }
     int64_t n_rows() const { return k->ne[1]; }
-    int64_t n_heads() const { return k->ne[2]; }              // of keys
-    int64_t group() const { return q->ne[1] / k->ne[2]; }     // heads that share a key head
-    int64_t n_queries() const { return group() * q->ne[2]; }  // per key head
+    int64_t n_heads() const { return k->ne[2]; }              // KV heads
+    int64_t group() const { return q->ne[1] / k->ne[2]; }     // query heads per KV head
+    int64_t n_queries() const { return group() * q->ne[2]; }  // per KV head
 
-    // Query i of a key head: its heads side by side, token by token. It may be made in `room` [head_dim].
-    const float* query(int64_t head, int64_t i, float* room) const {
-        if (!make_query) return at<float>(q, q->nb[1], q->nb[2], head, i);
-        make_query(q, head * group() + i % group(), i / group(), room);
-        return room;
+    // Query i of a KV head: token i / group(), head i % group(). May be computed into `scratch` [head_dim].
+    const float* query(int64_t head, int64_t i, float* scratch) const {
+        if (!compute_query) return at<float>(q, q->nb[1], q->nb[2], head, i);
+        compute_query(q, head * group() + i % group(), i / group(), scratch);
+        return scratch;
     }
     float* output(int64_t head, int64_t i) const {
         return at<float>(dst, head_dim() * sizeof(float), dst->nb[1], head, i);
     }
 
-    // The rows that query i sees.
+    // First and last visible row of query i.
     int32_t first(int64_t i) const { return causal ? std::max(0, last(i) - causal->window + 1) : 0; }
     int32_t last(int64_t i) const {
         if (!causal) return static_cast<int32_t>(n_rows() - 1);
         return causal->token_position + static_cast<int32_t>(i / group()) - causal->row_position;
     }
 
-    // Rows of keys or values as floats: [n][head_dim].
+    // Converts rows of K or V to floats [n][head_dim].
     void load_rows(float* out, const ggml_tensor* rows, int64_t head, int64_t begin, int64_t n) const {
         const ggml_to_float_t to_float = ggml_get_type_traits(rows->type)->to_float;
         const int64_t dim = head_dim();
         for (int64_t r = 0; r < n; ++r, out += dim) {
             const char* row =
                 static_cast<const char*>(rows->data) + (begin + r) * rows->nb[1] + head * rows->nb[2];
-            if (rows->type == GGML_TYPE_F16) {  // by vectors, where to_float goes number by number
+            if (rows->type == GGML_TYPE_F16) {  // vectorized; to_float is not
                 ggml_cpu_fp16_to_fp32(reinterpret_cast<const ggml_fp16_t*>(row), out, dim);
             } else if (to_float) {
                 to_float(row, out, dim);
@@ -72,6 +72,6 @@ struct AttentionInputs {
     }
 };
 
-constexpr float kNoMaximum = -1e30f;  // of a query that has seen no row yet
+constexpr float kInitialMaximum = -1e30f;  // initial running maximum of a query
 
 }  // namespace pydiffusion

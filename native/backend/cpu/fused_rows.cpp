@@ -21,9 +21,9 @@ float* row(const ggml_tensor* t, int64_t i1, int64_t i2 = 0, int64_t i3 = 0) {
 
 const float* vector_of(const ggml_tensor* t) { return static_cast<const float*>(t->data); }
 
-// f(i) for a thread's range of n.
+// Calls f(i) for a thread's range of [0, n).
 template <typename F>
-void for_share(int64_t n, int ith, int nth, const F& f) {
+void for_range(int64_t n, int ith, int nth, const F& f) {
     for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; ++i) f(i);
 }
 
@@ -34,7 +34,7 @@ void gated_gelu_row(float* out, const float* gate, const float* up, int64_t n) {
     constexpr float a = static_cast<float>(-2.0 * 0.79788456080286535588 * kLog2E), b = a * 0.044715f;
     for (int64_t i = 0; i < n; ++i) {
         const float x = gate[i];
-        // Beyond these limits it is 0 and x, to all digits of a float.
+        // Beyond these limits, gelu is 0 or x to float precision.
         float exponent = x * (a + b * x * x);
         exponent = exponent > -126.0f ? exponent : -126.0f;
         exponent = exponent < 100.0f ? exponent : 100.0f;
@@ -42,13 +42,13 @@ void gated_gelu_row(float* out, const float* gate, const float* up, int64_t n) {
     }
 }
 
-void make_gelu_row(const ggml_tensor* node, int64_t i1, int64_t i2, float* out) {
+void compute_gelu_row(const ggml_tensor* node, int64_t i1, int64_t i2, float* out) {
     gated_gelu_row(out, row(node->src[0], i1, i2), row(node->src[1], i1, i2), node->ne[0]);
 }
 
 // --- RMS norm ---
 
-// Sums of squares in as many lanes as keep the processor busy, in a fixed order.
+// Sums squares in enough lanes to hide the latency of additions, in a fixed order.
 float mean_square(const float* x, int64_t n) {
     constexpr int64_t kLanes = 64;
     float lanes[kLanes] = {};
@@ -64,7 +64,7 @@ float mean_square(const float* x, int64_t n) {
 
 float norm_scale(const float* x, int64_t n, float eps) { return 1.0f / std::sqrt(mean_square(x, n) + eps); }
 
-// weight null: none. out may be x.
+// weight may be null. out may be x.
 void norm_row(float* out, const float* x, const float* weight, int64_t n, float eps) {
     const float scale = norm_scale(x, n, eps);
     if (weight) {
@@ -76,14 +76,14 @@ void norm_row(float* out, const float* x, const float* weight, int64_t n, float 
 
 float eps_of(const ggml_tensor* node) { return *static_cast<const float*>(node->extra); }
 
-void make_norm_row(const ggml_tensor* node, int64_t i1, int64_t i2, float* out) {
+void compute_norm_row(const ggml_tensor* node, int64_t i1, int64_t i2, float* out) {
     const ggml_tensor *x = node->src[0], *weight = node->src[1];
     norm_row(out, row(x, i1, i2), weight ? vector_of(weight) : nullptr, node->ne[0], eps_of(node));
 }
 
-// --- heads ---
+// --- RMS norm and RoPE of heads ---
 
-void make_rotated_row(const ggml_tensor* node, int64_t head, int64_t t, float* out) {
+void compute_rotated_row(const ggml_tensor* node, int64_t head, int64_t t, float* out) {
     const float *x = row(node->src[0], head, t), *weight = vector_of(node->src[1]);
     const int64_t n = node->ne[0], half = n / 2;
     const float *cosine = row(node->src[2], t), *sine = cosine + half;
@@ -97,29 +97,29 @@ void make_rotated_row(const ggml_tensor* node, int64_t head, int64_t t, float* o
 
 // --- tokens of several sequences ---
 
-void make_stacked_row(const ggml_tensor* node, int64_t i1, int64_t, float* out) {
+void compute_stacked_row(const ggml_tensor* node, int64_t i1, int64_t, float* out) {
     const ggml_tensor* const* part = node->src;
     for (; i1 >= (*part)->ne[1]; ++part) i1 -= (*part)->ne[1];
     std::copy_n(row(*part, i1), node->ne[0], out);
 }
 
-// --- nodes made row by row ---
+// --- nodes that are computed row by row ---
 
-template <MakeRow make>
+template <ComputeRow compute>
 void rows_op(ggml_tensor* dst, int ith, int nth, void*) {
-    for_share(dst->ne[1] * dst->ne[2], ith, nth, [&](int64_t r) {
+    for_range(dst->ne[1] * dst->ne[2], ith, nth, [&](int64_t r) {
         const int64_t i1 = r % dst->ne[1], i2 = r / dst->ne[1];
-        make(dst, i1, i2, row(dst, i1, i2));
+        compute(dst, i1, i2, row(dst, i1, i2));
     });
 }
 
-// --- the ends of a layer's halves ---
+// --- residual additions ---
 
 void add_normed_op(ggml_tensor* dst, int ith, int nth, void*) {
     const ggml_tensor *x = dst->src[0], *branch = dst->src[1];
     const float *weight = vector_of(dst->src[2]), eps = eps_of(dst);
     const int64_t n = dst->ne[0];
-    for_share(dst->ne[1], ith, nth, [&](int64_t t) {
+    for_range(dst->ne[1], ith, nth, [&](int64_t t) {
         const float *from = row(x, t), *b = row(branch, t);
         float* out = row(dst, t);
         const float scale = norm_scale(b, n, eps);
@@ -131,15 +131,16 @@ void add_weighted(float* sum, const float* values, float weight, int64_t n) {
     for (int64_t i = 0; i < n; ++i) sum[i] += weight * values[i];
 }
 
-// softmax over the chosen experts' scores, each times its expert's own scale. That over all experts would be
-// divided out again, but for scores that are not finite: a token with one gets no numbers.
+// Softmax over the chosen experts' scores, each weight times its expert's own scale. A softmax over all
+// experts with renormalization would give the same, except for NaN: a non-finite score of any expert makes
+// the token's weights NaN.
 void route_token(float* weights, const ggml_tensor* scores, const ggml_tensor* chosen, int64_t t,
                  float score_scale, const float* expert_scales) {
     const float* score = row(scores, t);
     const auto* expert = reinterpret_cast<const int32_t*>(row(chosen, t));
     float sum = 0.0f;
     for (int64_t e = 0; e < scores->ne[0]; ++e) sum += score[e] - score[e];  // 0, or NaN
-    for (int64_t i = 0; i < chosen->ne[0]; ++i) {                            // the first is the best
+    for (int64_t i = 0; i < chosen->ne[0]; ++i) {                            // the first is the largest
         weights[i] = std::exp((score[expert[i]] - score[expert[0]]) * score_scale);
         sum += weights[i];
     }
@@ -155,11 +156,11 @@ void join_branches_op(ggml_tensor* dst, int ith, int nth, void* scale) {
     const int64_t n_used = chosen->ne[0];
     const float eps = eps_of(dst);
     const int64_t n = dst->ne[0];
-    static thread_local std::vector<float> room;
-    room.resize(n + n_used);
-    float *sum = room.data(), *weights = sum + n;
+    static thread_local std::vector<float> scratch;
+    scratch.resize(n + n_used);
+    float *sum = scratch.data(), *weights = sum + n;
     const float score_scale = 1.0f / std::sqrt(static_cast<float>(n));
-    for_share(dst->ne[1], ith, nth, [&](int64_t t) {
+    for_range(dst->ne[1], ith, nth, [&](int64_t t) {
         route_token(weights, scores, chosen, t, score_scale, expert_scales);
         std::fill_n(sum, n, 0.0f);
         for (int64_t i = 0; i < n_used; ++i) add_weighted(sum, row(experts, i, t), weights[i], n);
@@ -185,12 +186,12 @@ ggml_tensor* new_node(ggml_context* ctx, const ggml_tensor* shape, ggml_tensor**
 
 ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up) {
     ggml_tensor* sources[] = {gate, up};
-    return new_node(ctx, gate, sources, 2, rows_op<make_gelu_row>, nullptr, kGatedGelu);
+    return new_node(ctx, gate, sources, 2, rows_op<compute_gelu_row>, nullptr, kGatedGelu);
 }
 
 ggml_tensor* rms_norm(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, const float* eps) {
     ggml_tensor* sources[] = {x, weight};
-    return new_node(ctx, x, sources, weight ? 2 : 1, rows_op<make_norm_row>, eps, kRmsNorm);
+    return new_node(ctx, x, sources, weight ? 2 : 1, rows_op<compute_norm_row>, eps, kRmsNorm);
 }
 
 ggml_tensor* add_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight,
@@ -202,42 +203,42 @@ ggml_tensor* add_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* branch, 
 ggml_tensor* join_branches(ggml_context* ctx, ggml_tensor* x, const Branches& b, const float* eps) {
     ggml_tensor* sources[] = {x,        b.dense,         b.dense_norm,   b.experts, b.scores,
                               b.chosen, b.expert_scales, b.mixture_norm, b.norm};
-    // ggml takes no tenth source.
+    // ggml_custom_4d takes at most 9 sources.
     return new_node(ctx, x, sources, 9, join_branches_op, eps, "join_branches", b.scale);
 }
 
 ggml_tensor* rotate_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,
                            const float* eps) {
     ggml_tensor* sources[] = {x, weight, angles};
-    return new_node(ctx, x, sources, 3, rows_op<make_rotated_row>, eps, kRotateNormed);
+    return new_node(ctx, x, sources, 3, rows_op<compute_rotated_row>, eps, kRotateNormed);
 }
 
 ggml_tensor* stack_tokens(ggml_context* ctx, std::vector<ggml_tensor*> parts) {
-    constexpr size_t most = GGML_MAX_SRC - 1;  // one is left for who makes the rows
+    constexpr size_t kMaxParts = GGML_MAX_SRC - 1;  // the limit of ggml_custom_4d
     while (parts.size() > 1) {
-        const size_t n = std::min(most, parts.size());
+        const size_t n = std::min(kMaxParts, parts.size());
         int64_t n_tokens = 0;
         for (size_t i = 0; i < n; ++i) n_tokens += parts[i]->ne[1];
         ggml_tensor* stack =
             ggml_custom_4d(ctx, GGML_TYPE_F32, parts[0]->ne[0], n_tokens, 1, 1, parts.data(),
-                           static_cast<int>(n), rows_op<make_stacked_row>, GGML_N_TASKS_MAX, nullptr);
+                           static_cast<int>(n), rows_op<compute_stacked_row>, GGML_N_TASKS_MAX, nullptr);
         parts.erase(parts.begin() + 1, parts.begin() + static_cast<std::ptrdiff_t>(n));
         parts[0] = ggml_set_name(stack, kStack);
     }
     return parts[0];
 }
 
-MakeRow row_maker_of(const ggml_tensor* node) {
+ComputeRow row_function_of(const ggml_tensor* node) {
     if (node->op != GGML_OP_CUSTOM) return nullptr;
-    if (std::strcmp(node->name, kGatedGelu) == 0) return make_gelu_row;
-    if (std::strcmp(node->name, kRmsNorm) == 0) return make_norm_row;
-    if (std::strcmp(node->name, kStack) == 0) return make_stacked_row;
-    if (std::strcmp(node->name, kRotateNormed) == 0) return make_rotated_row;
+    if (std::strcmp(node->name, kGatedGelu) == 0) return compute_gelu_row;
+    if (std::strcmp(node->name, kRmsNorm) == 0) return compute_norm_row;
+    if (std::strcmp(node->name, kStack) == 0) return compute_stacked_row;
+    if (std::strcmp(node->name, kRotateNormed) == 0) return compute_rotated_row;
     return nullptr;
 }
 
 void append_sources(std::vector<ggml_tensor*>& sources, ggml_tensor* x) {
-    if (!row_maker_of(x)) {
+    if (!row_function_of(x)) {
         sources.push_back(x);
         return;
     }

@@ -16,30 +16,30 @@ namespace {
 
 constexpr char kMatmul[] = "matmul", kExpertMatmul[] = "expert_matmul", kPacked[] = "pack";
 
-// Where the numbers are kept while they are needed again and again: 32 rows of weights, 256 numbers of each,
-// are unpacked (16 KiB, for the first cache) and multiplied with the same numbers of up to 1024 activations
-// (512 KiB, for the second), which stay there while up to 8 such panels of weights go by: as many as there is
-// room for their products (256 KiB).
+// Cache blocking: a panel of 32 rows of weights, 256 elements deep, is unpacked (16 KiB, for L1) and
+// multiplied with the same elements of up to 1024 activations (512 KiB, for L2). These stay in L2 for up to 8
+// panels, as many as fit the accumulators (256 KiB).
 constexpr int64_t kPanelRows = 2 * kTileRows;
 constexpr int64_t kDepth = 8;
 constexpr int64_t kMaxPanels = 8;
 constexpr int64_t kMaxTiles = 64;  // of activations
 constexpr int64_t kFewTiles = 4;
-constexpr int64_t kMaxPairs = 128;  // of tiles of products
+constexpr int64_t kMaxPairs = 128;  // of accumulator tiles
 
 int64_t n_panels_for(int64_t n_tiles) {
-    // Few activations stay in the second cache whole: then weights are read in the order in which they lie.
+    // Few activations fit L2 at full depth; then weights are read sequentially.
     return n_tiles <= kFewTiles ? 1 : std::clamp(kMaxPairs / n_tiles, kMaxPairs / kMaxTiles, kMaxPanels);
 }
 
-struct Area {
+// Per-thread buffers.
+struct Workspace {
     alignas(64) uint16_t weights[2 * kDepth * kTileElements];
     alignas(64) float accumulators[kMaxPairs * 2 * kAccumulatorElements];
-    std::vector<float> rows;  // of activations that are made while they are packed
+    std::vector<float> rows;  // activations that are computed while they are packed
 };
 
-Area& area() {
-    static thread_local std::unique_ptr<Area> own(new Area);
+Workspace& workspace() {
+    static thread_local std::unique_ptr<Workspace> own(new Workspace);
     return *own;
 }
 
@@ -57,17 +57,17 @@ int64_t n_tiles_of(int64_t n_activations) { return (n_activations + kTileRows - 
 
 // --- activations of experts ---
 
-// A activation is a place (used, token) of the experts' table. Those of one expert lie side by side, and
-// begin with a tile.
-struct Groups {
+// An activation is an entry (used, token) of the table of chosen experts. Those of one expert are contiguous
+// and start at a tile boundary.
+struct ExpertGroups {
     std::vector<int32_t> activations;  // by expert: token * n_used + used
     std::vector<int32_t> begin;        // [n_expert + 1] in activations
     std::vector<int32_t> begin_tile;   // [n_expert + 1]
 };
 
-Groups group_by_expert(const ggml_tensor* experts, int64_t n_expert) {
+ExpertGroups group_by_expert(const ggml_tensor* experts, int64_t n_expert) {
     const int64_t n_used = experts->ne[0], n_tokens = experts->ne[1];
-    Groups groups;
+    ExpertGroups groups;
     groups.activations.resize(n_used * n_tokens);
     groups.begin.assign(n_expert + 1, 0);
     groups.begin_tile.assign(n_expert + 1, 0);
@@ -93,14 +93,14 @@ int64_t max_expert_tiles(int64_t n_activations, int64_t n_expert) {
 
 // --- packing ---
 
-// Columns that are multiplied with the same matrix: `n_tiles` tiles of them, kDepth tiles deep, then the next
-// kDepth of all of them. So what is used together lies together, whatever power of two the length is.
-struct Block {
+// Packed activations that are multiplied with the same matrix: kDepth tiles of each of the `n_tiles` tiles,
+// then the next kDepth. So what a panel uses is contiguous, without power-of-two strides.
+struct PackedBlock {
     uint16_t* data;
     int64_t depth, n_tiles;
 
     int64_t depth_at(int64_t d) const { return std::min(kDepth, depth - d); }
-    // From depth d on, a multiple of kDepth; the next tile of activations is activation_stride(d) further.
+    // Tile i_tile from depth d on, a multiple of kDepth; activation_stride(d) is between tiles.
     uint16_t* at(int64_t i_tile, int64_t d) const {
         return data + (d * n_tiles + i_tile * depth_at(d)) * kTileElements;
     }
@@ -109,15 +109,14 @@ struct Block {
 
 const Packing& packing_of(const ggml_tensor* packed) { return *static_cast<const Packing*>(packed->extra); }
 
-Block block_of(const ggml_tensor* packed, int64_t first_tile, int64_t n_tiles) {
+PackedBlock block_of(const ggml_tensor* packed, int64_t first_tile, int64_t n_tiles) {
     const int64_t n_inner = packing_of(packed).x->ne[0];
     return {align(static_cast<uint16_t*>(packed->data)) + first_tile * kTileRows * n_inner,
             n_inner / kTileDepth, n_tiles};
 }
 
-// Tile `i_tile` of a block out of the first n activations at places (i1[c], i2[c]) of x; the others are
-// zeros.
-struct Places {
+// Indices of a tile's activations: column c is x[:, i1[c], i2[c]], and zeros from n on.
+struct TileIndices {
     int64_t n = 0, i1[kTileRows], i2[kTileRows];
     void add(int64_t a, int64_t b) {
         i1[n] = a;
@@ -125,19 +124,19 @@ struct Places {
     }
 };
 
-void pack_tile(const Block& block, int64_t i_tile, const Packing& packing, const Places& places) {
+void pack_tile(const PackedBlock& block, int64_t i_tile, const Packing& packing, const TileIndices& indices) {
     const ggml_tensor* x = packing.x;
     const float* activations[kTileRows] = {};
-    std::vector<float>& room = area().rows;
-    if (packing.make) room.resize(kTileRows * x->ne[0]);
-    for (int64_t c = 0; c < places.n; ++c) {
-        if (!packing.make) {
-            activations[c] = activation(x, places.i1[c], places.i2[c]);
+    std::vector<float>& scratch = workspace().rows;
+    if (packing.compute_row) scratch.resize(kTileRows * x->ne[0]);
+    for (int64_t c = 0; c < indices.n; ++c) {
+        if (!packing.compute_row) {
+            activations[c] = activation(x, indices.i1[c], indices.i2[c]);
             continue;
         }
-        float* made = room.data() + c * x->ne[0];
-        packing.make(x, places.i1[c], places.i2[c], made);
-        activations[c] = made;
+        float* row = scratch.data() + c * x->ne[0];
+        packing.compute_row(x, indices.i1[c], indices.i2[c], row);
+        activations[c] = row;
     }
     for (int64_t d = 0; d < block.depth; d += kDepth) {
         const float* from[kTileRows];
@@ -151,62 +150,63 @@ void pack_op(ggml_tensor* dst, int ith, int nth, void*) {
     const Packing& packing = packing_of(dst);
     const int64_t n_activations = packing.x->ne[1], n_tiles = n_tiles_of(n_activations);
     for (int64_t tile = n_tiles * ith / nth; tile < n_tiles * (ith + 1) / nth; ++tile) {
-        Places places;
+        TileIndices indices;
         for (int64_t c = tile * kTileRows; c < std::min((tile + 1) * kTileRows, n_activations); ++c)
-            places.add(c, 0);
-        pack_tile(block_of(dst, 0, n_tiles), tile, packing, places);
+            indices.add(c, 0);
+        pack_tile(block_of(dst, 0, n_tiles), tile, packing, indices);
     }
 }
 
 void pack_experts_op(ggml_tensor* dst, int ith, int nth, void*) {
     const Packing& packing = packing_of(dst);
     const int64_t n_used = packing.experts->ne[0];
-    const Groups groups = group_by_expert(packing.experts, packing.n_expert);
+    const ExpertGroups groups = group_by_expert(packing.experts, packing.n_expert);
     for (int64_t e = 0; e < packing.n_expert; ++e) {
         const int64_t first_tile = groups.begin_tile[e], n_tiles = groups.begin_tile[e + 1] - first_tile;
         for (int64_t tile = 0; tile < n_tiles; ++tile) {
             if ((first_tile + tile) % nth != ith) continue;
             const int64_t first = groups.begin[e] + tile * kTileRows;
-            Places places;
+            TileIndices indices;
             for (int64_t c = first; c < std::min<int64_t>(first + kTileRows, groups.begin[e + 1]); ++c)
-                places.add(groups.activations[c] % n_used % packing.x->ne[1], groups.activations[c] / n_used);
-            pack_tile(block_of(dst, first_tile, n_tiles), tile, packing, places);
+                indices.add(groups.activations[c] % n_used % packing.x->ne[1],
+                            groups.activations[c] / n_used);
+            pack_tile(block_of(dst, first_tile, n_tiles), tile, packing, indices);
         }
     }
 }
 
-// --- multiplying ---
+// --- GEMM ---
 
-// What one call multiplies: rows of a matrix of weights with some activations of a block.
+// One cache block of a GEMM: rows of a weight matrix with some activations of a packed block.
 struct Task {
     const ggml_tensor* weight;
     int64_t expert;
-    Block block;
-    int64_t first_row, n_rows;  // at most n_panels_for() the activations
+    PackedBlock block;
+    int64_t first_row, n_rows;  // n_rows: at most n_panels_for() panels
     int64_t first_tile, n_activations;
 
     int64_t n_panels() const { return (n_rows + kPanelRows - 1) / kPanelRows; }
     int64_t n_tiles() const { return n_tiles_of(n_activations); }
-    int64_t panel_elements() const { return 2 * n_tiles() * kAccumulatorElements; }  // of products
+    int64_t panel_elements() const { return 2 * n_tiles() * kAccumulatorElements; }  // of accumulators
 
-    // Numbers from depth d on of panel i.
+    // Panel i, from depth d on.
     Rows panel(int64_t i, int64_t d) const {
         const int64_t row = first_row + i * kPanelRows;
         return {weight->type,   data_of(row),
                 weight->nb[1],  std::min(kPanelRows, first_row + n_rows - row),
                 d * kTileDepth, block.depth_at(d) * kTileDepth};
     }
-    // What comes after panel i at depth d. Panels that go by quickly, with few activations, are fetched whole
-    // while the one before is multiplied, in the order in which they lie; memory is faster that way.
-    Prefetch ahead(int64_t i, int64_t d) const {
+    // What to prefetch while panel i is multiplied at depth d. With few activations, the next panel's rows
+    // are prefetched whole, a slice per depth, in memory order: that is faster than following the depth.
+    Prefetch prefetch_after(int64_t i, int64_t d) const {
         if (n_panels() == 1) {
             const int64_t n_splits = (block.depth + kDepth - 1) / kDepth;
             const size_t n_bytes = weight->nb[1] / n_splits;
             return {data_of(first_row + n_rows) + d / kDepth * kPanelRows * n_bytes, n_bytes, n_bytes};
         }
         const bool deeper = i + 1 == n_panels() && d + kDepth < block.depth;
-        const bool behind = i + 1 == n_panels() && !deeper;
-        const Rows next = deeper ? panel(0, d + kDepth) : panel(i + 1, behind ? 0 : d);
+        const bool is_last = i + 1 == n_panels() && !deeper;
+        const Rows next = deeper ? panel(0, d + kDepth) : panel(i + 1, is_last ? 0 : d);
         return {next.data + ggml_row_size(next.type, next.first), next.row_bytes,
                 ggml_row_size(next.type, next.n)};
     }
@@ -217,39 +217,39 @@ struct Task {
     }
 };
 
-void accumulate(Kernel kernel, const Task& task, Area& area) {
+void accumulate(Kernel kernel, const Task& task, Workspace& ws) {
     for (int64_t d = 0; d < task.block.depth; d += kDepth) {
         for (int64_t i = 0; i < task.n_panels(); ++i) {
             const Rows rows = task.panel(i, d);
-            unpack(rows, area.weights, task.ahead(i, d));
-            const TileOperands operands = {area.weights, rows.n / kTileDepth * kTileElements,
+            unpack(rows, ws.weights, task.prefetch_after(i, d));
+            const TileOperands operands = {ws.weights, rows.n / kTileDepth * kTileElements,
                                            task.block.at(task.first_tile, d), task.block.activation_stride(d),
-                                           area.accumulators + i * task.panel_elements()};
+                                           ws.accumulators + i * task.panel_elements()};
             tile_gemm(kernel, operands, n_tiles_of(rows.n_rows), task.n_tiles(), rows.n / kTileDepth, d > 0);
         }
     }
 }
 
-// `target` gives the place of a activation's first number, by the activation's number.
+// `target(i)` is the address of element 0 of activation i's result.
 template <typename Target>
-void store_tiles(const Task& task, const Area& area, const Target& target) {
+void store_tiles(const Task& task, const Workspace& ws, const Target& target) {
     for (int64_t c = 0; c < task.n_activations; c += kTileRows) {
         const int64_t n = std::min(kTileRows, task.n_activations - c);
         for (int64_t r = 0; r < task.n_rows; r += kTileRows) {
             float* targets[kTileRows];
             for (int64_t i = 0; i < n; ++i)
                 targets[i] = target(task.first_tile * kTileRows + c + i) + task.first_row + r;
-            const float* product = area.accumulators + r / kPanelRows * task.panel_elements() +
-                                   (2 * (c / kTileRows) + r / kTileRows % 2) * kAccumulatorElements;
-            store_tile(product, std::min(kTileRows, task.n_rows - r), targets, n);
+            const float* tile = ws.accumulators + r / kPanelRows * task.panel_elements() +
+                                (2 * (c / kTileRows) + r / kTileRows % 2) * kAccumulatorElements;
+            store_tile(tile, std::min(kTileRows, task.n_rows - r), targets, n);
         }
     }
 }
 
-// A thread's share of a matrix with all activations of a block, piece by piece.
+// Multiplies a thread's rows of a matrix with all activations of a block.
 template <typename Target>
-void multiply_share(Kernel kernel, const ggml_tensor* weight, int64_t expert, const Block& block,
-                    int64_t n_activations, int ith, int nth, const Target& target) {
+void multiply_rows(Kernel kernel, const ggml_tensor* weight, int64_t expert, const PackedBlock& block,
+                   int64_t n_activations, int ith, int nth, const Target& target) {
     const int64_t n_rows = weight->ne[1], n_panels = (n_rows + kPanelRows - 1) / kPanelRows;
     const int64_t end = std::min(n_panels * (ith + 1) / nth * kPanelRows, n_rows);
     const int64_t n_at_once = n_panels_for(block.n_tiles) * kPanelRows;
@@ -262,36 +262,36 @@ void multiply_share(Kernel kernel, const ggml_tensor* weight, int64_t expert, co
                                std::min(n_at_once, end - row),
                                tile,
                                std::min(kMaxTiles * kTileRows, n_activations - tile * kTileRows)};
-            accumulate(kernel, task, area());
-            store_tiles(task, area(), target);
+            accumulate(kernel, task, workspace());
+            store_tiles(task, workspace(), target);
         }
     }
 }
 
 void matmul_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     const Kernel kernel = kernel_of(userdata);
-    const KernelScope ready(kernel);
-    const Block block = block_of(dst->src[1], 0, n_tiles_of(dst->ne[1]));
-    multiply_share(kernel, dst->src[0], 0, block, dst->ne[1], ith, nth,
-                   [&](int64_t c) { return activation(dst, c); });
+    const KernelScope scope(kernel);
+    const PackedBlock block = block_of(dst->src[1], 0, n_tiles_of(dst->ne[1]));
+    multiply_rows(kernel, dst->src[0], 0, block, dst->ne[1], ith, nth,
+                  [&](int64_t c) { return activation(dst, c); });
 }
 
 void expert_matmul_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     const ggml_tensor *weight = dst->src[0], *packed = dst->src[1], *experts = packing_of(packed).experts;
     const Kernel kernel = kernel_of(userdata);
-    const KernelScope ready(kernel);
-    const Groups groups = group_by_expert(experts, weight->ne[2]);
+    const KernelScope scope(kernel);
+    const ExpertGroups groups = group_by_expert(experts, weight->ne[2]);
     int64_t n_busy = 0;
     for (int64_t e = 0; e < weight->ne[2]; ++e) {
         const int64_t first = groups.begin[e], n_activations = groups.begin[e + 1] - first;
         if (n_activations == 0) continue;
         const int64_t first_tile = groups.begin_tile[e];
-        const Block block = block_of(packed, first_tile, groups.begin_tile[e + 1] - first_tile);
-        // Shares differ by a panel: no thread gets the larger one each time.
-        const int share = static_cast<int>((ith + n_busy++) % nth);
-        multiply_share(kernel, weight, e, block, n_activations, share, nth, [&](int64_t c) {
-            const int64_t place = groups.activations[first + c];
-            return activation(dst, place % experts->ne[0], place / experts->ne[0]);
+        const PackedBlock block = block_of(packed, first_tile, groups.begin_tile[e + 1] - first_tile);
+        // Parts differ by a panel; rotate, so that no thread always gets the larger one.
+        const int part = static_cast<int>((ith + n_busy++) % nth);
+        multiply_rows(kernel, weight, e, block, n_activations, part, nth, [&](int64_t c) {
+            const int64_t i = groups.activations[first + c];
+            return activation(dst, i % experts->ne[0], i / experts->ne[0]);
         });
     }
 }
@@ -308,21 +308,21 @@ MatmulOperands matmul_operands(const ggml_tensor* node) {
     return {node->src[0], packing.x, packing.experts};
 }
 
-bool Matmul::takes(const ggml_tensor* weight, const ggml_tensor* x) const {
+bool Matmul::supports(const ggml_tensor* weight, const ggml_tensor* x) const {
     return x->ne[3] == 1 && weight->ne[3] == 1 && kernel_ != Kernel::ggml && x->type == GGML_TYPE_F32 &&
            x->nb[0] == sizeof(float) && can_unpack(weight->type, weight->ne[0]);
 }
 
-bool Matmul::by_tiles(const ggml_tensor* weight, const ggml_tensor* x) const {
-    return takes(weight, x) && x->ne[2] == 1 && weight->ne[2] == 1;
+bool Matmul::use_tiles(const ggml_tensor* weight, const ggml_tensor* x) const {
+    return supports(weight, x) && x->ne[2] == 1 && weight->ne[2] == 1;
 }
 
 ggml_tensor* Matmul::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expert) {
     ggml_tensor*& packed = packed_[x];
     if (packed && packing_of(packed).experts == experts) return packed;
-    const MakeRow make = keep_activations_ ? nullptr : row_maker_of(x);
+    const ComputeRow compute_row = keep_activations_ ? nullptr : row_function_of(x);
     std::vector<ggml_tensor*> sources;
-    if (make) {
+    if (compute_row) {
         append_sources(sources, x);
     } else {
         sources.push_back(x);
@@ -330,56 +330,56 @@ ggml_tensor* Matmul::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expe
     if (experts) sources.push_back(experts);
     const int64_t n_tiles =
         experts ? max_expert_tiles(ggml_nelements(experts), n_expert) : n_tiles_of(x->ne[1]);
-    constexpr int64_t room_to_align = kLine / sizeof(uint16_t);
-    packed = ggml_custom_4d(ctx_, GGML_TYPE_BF16, x->ne[0] * n_tiles * kTileRows + room_to_align, 1, 1, 1,
+    constexpr int64_t alignment_padding = kCacheLine / sizeof(uint16_t);
+    packed = ggml_custom_4d(ctx_, GGML_TYPE_BF16, x->ne[0] * n_tiles * kTileRows + alignment_padding, 1, 1, 1,
                             sources.data(), static_cast<int>(sources.size()),
                             experts ? pack_experts_op : pack_op, GGML_N_TASKS_MAX, nullptr);
-    packings_.push_back({x, make, experts, n_expert});
+    packings_.push_back({x, compute_row, experts, n_expert});
     packed->extra = &packings_.back();
     return ggml_set_name(packed, kPacked);
 }
 
 namespace {
 
-// Below this many activations ggml's CPU backend sums up in another order, for tinyBLAS refuses them: 2 on
-// x86-64, up to 8 elsewhere (ggml-cpu/llamafile). ARM's two-activation dot products still depend on whether n
-// is even.
+// With fewer activations than this ggml's CPU backend sums in another order, as tinyBLAS rejects them: fewer
+// than 2 on x86-64, up to 8 elsewhere (ggml-cpu/llamafile). ARM's dot products of two activations still
+// depend on whether n is even.
 constexpr int64_t kMinActivations = 8;
 
-// Of ggml's products: a GPU may add up in float16 unless it is told not to. Of bfloat16 it adds up in float32
-// anyhow, and would make float32 of the weights first.
-ggml_tensor* with_exact_sums(ggml_tensor* product) {
-    if (product->src[0]->type != GGML_TYPE_BF16) ggml_prec_set_acc(product, GGML_PREC_F32);
-    return product;
+// Requests float32 sums from ggml's matmuls: GPUs may sum in float16 otherwise. Not for bfloat16, which is
+// summed in float32 anyway, and whose weights would be converted to float32 first.
+ggml_tensor* with_exact_sums(ggml_tensor* result) {
+    if (result->src[0]->type != GGML_TYPE_BF16) ggml_prec_set_acc(result, GGML_PREC_F32);
+    return result;
 }
 
 }  // namespace
 
 ggml_tensor* Matmul::apply(ggml_tensor* weight, ggml_tensor* x) {
     const int64_t n = x->ne[1];
-    if (n >= kMinActivations || by_tiles(weight, x) || on_device_ || keep_activations_)
+    if (n >= kMinActivations || use_tiles(weight, x) || on_device_ || keep_activations_)
         return apply_unpadded(weight, x);
     ggml_tensor* padded = ggml_pad(ctx_, x, 0, static_cast<int>(kMinActivations - n), 0, 0);
-    ggml_tensor* product = apply_unpadded(weight, padded);
-    return ggml_view_2d(ctx_, product, product->ne[0], n, product->nb[1], 0);
+    ggml_tensor* result = apply_unpadded(weight, padded);
+    return ggml_view_2d(ctx_, result, result->ne[0], n, result->nb[1], 0);
 }
 
 ggml_tensor* Matmul::apply_unpadded(ggml_tensor* weight, ggml_tensor* x) {
-    if (!by_tiles(weight, x)) return with_exact_sums(ggml_mul_mat(ctx_, weight, x));
+    if (!use_tiles(weight, x)) return with_exact_sums(ggml_mul_mat(ctx_, weight, x));
     ggml_tensor* sources[] = {weight, packed(x, nullptr, 0)};
-    ggml_tensor* product =
+    ggml_tensor* result =
         ggml_custom_4d(ctx_, GGML_TYPE_F32, weight->ne[1], x->ne[1], 1, 1, sources, 2, matmul_op,
                        GGML_N_TASKS_MAX, reinterpret_cast<void*>(static_cast<intptr_t>(kernel_)));
-    return ggml_set_name(product, kMatmul);
+    return ggml_set_name(result, kMatmul);
 }
 
 ggml_tensor* Matmul::apply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts) {
-    if (!takes(weight, x)) return with_exact_sums(ggml_mul_mat_id(ctx_, weight, x, experts));
+    if (!supports(weight, x)) return with_exact_sums(ggml_mul_mat_id(ctx_, weight, x, experts));
     ggml_tensor* sources[] = {weight, packed(x, experts, weight->ne[2])};
-    ggml_tensor* product = ggml_custom_4d(ctx_, GGML_TYPE_F32, weight->ne[1], experts->ne[0], experts->ne[1],
-                                          1, sources, 2, expert_matmul_op, GGML_N_TASKS_MAX,
-                                          reinterpret_cast<void*>(static_cast<intptr_t>(kernel_)));
-    return ggml_set_name(product, kExpertMatmul);
+    ggml_tensor* result = ggml_custom_4d(ctx_, GGML_TYPE_F32, weight->ne[1], experts->ne[0], experts->ne[1],
+                                         1, sources, 2, expert_matmul_op, GGML_N_TASKS_MAX,
+                                         reinterpret_cast<void*>(static_cast<intptr_t>(kernel_)));
+    return ggml_set_name(result, kExpertMatmul);
 }
 
 }  // namespace gemm

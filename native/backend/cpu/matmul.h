@@ -1,4 +1,4 @@
-// Matmul of weights and activations as nodes of a graph on the processor.
+// Matmul: builds the graph nodes that multiply weights with activations, with our CPU kernels or ggml's.
 #pragma once
 
 #include <deque>
@@ -11,29 +11,29 @@
 namespace pydiffusion {
 namespace gemm {
 
-// What any node that multiplies with weights is made of, ggml's or ours; weight null: it is no product.
+// Operands of a matmul node, ggml's or ours; weight is null if the node is not a matmul.
 struct MatmulOperands {
     const ggml_tensor* weight = nullptr;
     const ggml_tensor* x = nullptr;  // F32 [n_inner, n_activations], or [n_inner, 1 or n_used, n_tokens]
-    const ggml_tensor* experts = nullptr;  // I32 [n_used, n_tokens]; null: not by expert
+    const ggml_tensor* experts = nullptr;  // I32 [n_used, n_tokens]; null: not an expert matmul
 };
 MatmulOperands matmul_operands(const ggml_tensor* node);
 
-// What a node of packed activations is made of.
+// Inputs of a node that packs activations into tiles.
 struct Packing {
     const ggml_tensor* x;
-    MakeRow make;  // of x, which has no memory then; null: x is a node of the graph
+    ComputeRow compute_row;  // set: x is not allocated, its rows are computed on demand; null: x is a node
     const ggml_tensor* experts;
     int64_t n_expert;
 };
 
-// Makes a graph's products with the kernel given, where it has the weight's type, else with ggml's. Columns
-// that meet several weights are packed once, and where that can be they are made while they are packed. Has
-// to live as long as the graph. Each number of a product depends on its own row and activation only, not on
-// how many there are beside them.
+// Builds a graph's matmuls with the given kernel if it supports the weight's type, else with ggml's.
+// Activations that several weights multiply are packed once, and computed while they are packed if their node
+// allows it. Must live as long as the graph. Each element of a result depends on its own row and activation
+// only, not on the size of the batch.
 class Matmul {
   public:
-    // on_device: of a graph that a GPU computes; there ggml's products are taken as they come.
+    // on_device: the graph runs on a GPU, which uses ggml's matmuls without padding.
     Matmul(ggml_context* ctx, Kernel kernel, bool on_device)
         : ctx_(ctx), kernel_(kernel), on_device_(on_device) {}
     Matmul(const Matmul&) = delete;
@@ -41,27 +41,27 @@ class Matmul {
 
     // weight [n_inner, n_rows] times x [n_inner, n_activations] -> F32 [n_rows, n_activations]
     ggml_tensor* apply(ggml_tensor* weight, ggml_tensor* x);
-    // The same without padding to kMinActivations: the result is a node and no view, so that a buffer can be
-    // assigned to it.
+    // The same without padding to kMinActivations: the result is a node instead of a view, so that a buffer
+    // can be assigned to it.
     ggml_tensor* apply_unpadded(ggml_tensor* weight, ggml_tensor* x);
     // weight [n_inner, n_rows, n_expert], x [n_inner, 1 or n_used, n_tokens], experts I32 [n_used, n_tokens]
     // -> F32 [n_rows, n_used, n_tokens]
     ggml_tensor* apply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts);
 
-    // Columns are nodes of the graph from now on, for who wants to read them.
+    // From now on activations stay nodes of the graph, so that they can be read (imatrix collection).
     void keep_activations() { keep_activations_ = true; }
 
   private:
-    bool takes(const ggml_tensor* weight, const ggml_tensor* x) const;
-    bool by_tiles(const ggml_tensor* weight, const ggml_tensor* x) const;
+    bool supports(const ggml_tensor* weight, const ggml_tensor* x) const;
+    bool use_tiles(const ggml_tensor* weight, const ggml_tensor* x) const;
     ggml_tensor* packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expert);
 
     ggml_context* ctx_;
     Kernel kernel_;
     bool on_device_;
     bool keep_activations_ = false;
-    std::map<const ggml_tensor*, ggml_tensor*> packed_;  // by what was packed
-    std::deque<Packing> packings_;                       // where they stay
+    std::map<const ggml_tensor*, ggml_tensor*> packed_;  // x -> its packed node
+    std::deque<Packing> packings_;                       // a deque: nodes point to them
 };
 
 }  // namespace gemm

@@ -1,12 +1,12 @@
-// The sampler's graph node, last of a step.
+// Soft cap and sampling statistics of the logits as the last graph node of a step.
 #pragma once
 
-#include "backend/step_state.h"
 #include "ggml.h"
+#include "sampler/step_state.h"
 
 namespace pydiffusion {
 
-// In place: caps the logits [n_vocab, n_tokens] and measures each position into state->measures.
+// Caps the logits [n_vocab, n_tokens] in place and writes state->measures and state->normalizers.
 ggml_tensor* cap_and_measure(ggml_context* ctx, ggml_tensor* logits, StepState* state);
 
 }  // namespace pydiffusion

@@ -1,19 +1,19 @@
-// Self-conditioning: the last step's distribution as a mean of embeddings, two graph nodes.
+// Self-conditioning on the CPU: the previous step's distribution as a mean of embeddings, in two graph nodes.
 #pragma once
 
-#include "backend/step_state.h"
 #include "ggml.h"
+#include "sampler/step_state.h"
 
 namespace pydiffusion {
 
-// In place: the logits [n_vocab, n_tokens] of the step before become probabilities. Of each token's, the
-// smallest are left out (set to 0) as far as they weigh at most state->dropped_mass together; the norm that
-// follows makes it unnecessary to scale the rest.
+// Turns the previous step's logits [n_vocab, n_tokens] into probabilities in place. Sets each token's
+// smallest ones, which sum to at most state->dropped_mass, to 0; the RMS norm that follows makes
+// renormalizing unnecessary.
 ggml_tensor* soft_probabilities(ggml_context* ctx, ggml_tensor* logits, StepState* state);
 
-// sum over v of probabilities[v, t] * embedding[:, v], times state->embedding_scale -> [d, n_tokens];
-// straight from the embedding's quantized rows, no transposed copy. Of the vocabulary, tile by tile, only the
-// rows with mass are gathered where they are few; where they are many it is a dense product.
+// sum over v of probabilities[v, t] * embedding[:, v], times state->embedding_scale -> [d, n_tokens]. Reads
+// the quantized embedding without a transposed copy. Block by block of the vocabulary, gathers the rows with
+// nonzero probabilities if they are few, else runs a dense GEMM.
 ggml_tensor* soft_embedding(ggml_context* ctx, ggml_tensor* probabilities, ggml_tensor* embedding,
                             StepState* state);
 

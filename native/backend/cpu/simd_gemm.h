@@ -1,4 +1,4 @@
-// The float32 product that our own nodes are made of: as many rows and vectors as fit the registers.
+// Float32 GEMM micro-kernel for CPU nodes, register-blocked.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ constexpr int kLanes = kWidth * kVectors;
 #if defined(__GNUC__)
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
 typedef float Unaligned __attribute__((vector_size(kWidth * sizeof(float)), aligned(4), may_alias));
-// Vector by vector: a copy of several at once goes through memory, and the loop with it.
+// One vector at a time: compilers copy several at once through memory.
 inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, const Vector& v) { *reinterpret_cast<Unaligned*>(p) = v; }
 #else
@@ -30,9 +30,9 @@ struct Vector {
         return *this;
     }
     friend Vector operator*(float a, const Vector& b) {
-        Vector product;
-        for (int i = 0; i < kWidth; ++i) product.lane[i] = a * b.lane[i];
-        return product;
+        Vector result;
+        for (int i = 0; i < kWidth; ++i) result.lane[i] = a * b.lane[i];
+        return result;
     }
 };
 inline Vector load(const float* p) {
@@ -43,13 +43,13 @@ inline Vector load(const float* p) {
 inline void store(float* p, const Vector& v) { std::memcpy(p, v.lane, sizeof v.lane); }
 #endif
 
-// The left factor of a product: entry (i, j) stands at data[i * row + j * column].
+// Strided left operand: element (i, j) is data[i * row + j * column].
 struct Left {
     const float* data;
     int64_t row, column;
 };
 
-// c[0..R) += a[0..R) b, for kLanes columns; rows of b and c are `stride` apart.
+// c[0..R) += a[0..R) b, for kLanes columns; `stride` is between rows of b and of c.
 template <int R>
 inline void multiply_add_rows(const Left& a, const float* b, float* c, int64_t stride, int64_t n_inner) {
     Vector sums[R][kVectors];
@@ -69,8 +69,8 @@ inline void multiply_add_rows(const Left& a, const float* b, float* c, int64_t s
     }
 }
 
-// c [n_rows][n_lanes] += a b, with b [n_inner][n_lanes] and n_lanes a multiple of kLanes. Each number of c is
-// summed up in the order of b's rows, whatever its neighbours.
+// c [n_rows][n_lanes] += a b, with b [n_inner][n_lanes] and n_lanes a multiple of kLanes. Each element of c
+// is summed in the order of b's rows, independently of its neighbours.
 inline void multiply_add(const Left& a, const float* b, float* c, int64_t n_rows, int64_t n_inner,
                          int64_t n_lanes) {
     for (int64_t lane = 0; lane < n_lanes; lane += kLanes) {

@@ -11,18 +11,18 @@
 namespace pydiffusion {
 namespace gemm {
 
-#if defined(PYDIFFUSION_TILES)
+#if defined(PYDIFFUSION_AMX)
 
 namespace {
 
-// As in attention.cpp queries are lanes: scores are keys times queries, the output values (turned over) times
-// weights, and a task is one key head and a block of its queries, which goes through the rows tile by tile.
-constexpr int64_t kRows = kAttentionTile;  // of keys and values, at a time
+// As in attention.cpp: each lane is one query, scores = K Q^T, output = V^T weights, and a task is one KV
+// head and a block of its queries, which reads the rows tile by tile.
+constexpr int64_t kRows = kAttentionTile;  // of K and V, at a time
 constexpr int64_t kMaxBlock = 256;         // queries
 constexpr int64_t kMinBlock = 128;
 constexpr int64_t kRowTiles = kRows / kTileRows, kRowDepth = kRows / kTileDepth;
 
-// Numbers in tiles: the high halves, then the low ones.
+// Tiles of values that are split into bfloat16 halves: all high halves, then all low ones.
 struct Halves {
     AlignedBuffer<uint16_t> data;
     int64_t n = 0;
@@ -35,19 +35,18 @@ struct Halves {
     uint16_t* low(int64_t i) const { return data.get() + n + i; }
 };
 
-// What a thread works in. Matmul lie as multiply() makes them, for two tiles of rows (or of a head's
-// numbers) at a time.
-struct Area {
+// Per-thread buffers. Accumulators are as in tile_gemm(), for two tiles of rows (or of head dims) at a time.
+struct Workspace {
     int64_t dim = 0;
-    AlignedBuffer<float> rows;    // [kRows][dim], of keys, then of values
-    AlignedBuffer<float> made;    // [kTileRows][dim], queries
-    AlignedBuffer<float> rest;    // [kTileRows][dim], what the high halves leave of them
-    Halves queries;               // columns: [lane tile][dim / 32]
-    Halves keys;                  // rows: [row tile][dim / 32]
-    Halves values;                // rows are the head's numbers: [dim / 16][kRowDepth]
-    Halves weights;               // columns: [lane tile][kRowDepth]
-    AlignedBuffer<float> scores;  // [kRows / 32] products
-    AlignedBuffer<float> output;  // [dim / 32] products
+    AlignedBuffer<float> rows;        // [kRows][dim], of K, then of V
+    AlignedBuffer<float> query_rows;  // [kTileRows][dim], if computed on demand
+    AlignedBuffer<float> residuals;   // [kTileRows][dim], queries minus their high halves
+    Halves queries;                   // activations: [query tile][dim / 32]
+    Halves keys;                      // weights: [row tile][dim / 32]
+    Halves values;                    // weights, transposed: [dim / 16][kRowDepth]
+    Halves weights;                   // activations: [query tile][kRowDepth]
+    AlignedBuffer<float> scores;      // [kRows / 32] pairs of accumulators
+    AlignedBuffer<float> output;      // [dim / 32] pairs of accumulators
     alignas(64) float maximum[kMaxBlock], sum[kMaxBlock], factor[kMaxBlock];
     alignas(64) int32_t first[kMaxBlock], last[kMaxBlock];
 
@@ -55,8 +54,8 @@ struct Area {
         if (dim == head_dim) return;
         dim = head_dim;
         rows = allocate<float>(kRows * dim);
-        made = allocate<float>(kTileRows * dim);
-        rest = allocate<float>(kTileRows * dim);
+        query_rows = allocate<float>(kTileRows * dim);
+        residuals = allocate<float>(kTileRows * dim);
         queries.resize(kMaxBlock * dim);
         keys.resize(kRows * dim);
         values.resize(kRows * dim);
@@ -66,71 +65,73 @@ struct Area {
     }
 };
 
-Area& area_for(int64_t head_dim) {
-    static thread_local std::unique_ptr<Area> own(new Area);
+Workspace& workspace_for(int64_t head_dim) {
+    static thread_local std::unique_ptr<Workspace> own(new Workspace);
     own->prepare(head_dim);
     return *own;
 }
 
-// The number of floats of the products that belong to two tiles of rows.
-int64_t pair_numbers(int64_t n_lane_tiles) { return 2 * n_lane_tiles * kAccumulatorElements; }
+// Accumulator elements of two tiles of rows.
+int64_t pair_elements(int64_t n_query_tiles) { return 2 * n_query_tiles * kAccumulatorElements; }
 
-// products (+)= w c, for two tiles of rows from tile i on.
-void multiply_pair(const Halves& w, int64_t i, const Halves& c, int64_t n_lane_tiles, int64_t depth,
-                   float* products, bool add) {
+// accumulators (+)= w c, for two tiles of rows from tile i on.
+void multiply_pair(const Halves& w, int64_t i, const Halves& c, int64_t n_query_tiles, int64_t depth,
+                   float* accumulators, bool add) {
     const int64_t stride = depth * kTileElements;
-    tile_gemm_split({w.high(i * stride), stride, c.high(0), stride, products}, {w.n, c.n}, 2, n_lane_tiles,
-                    depth, add);
+    tile_gemm_split({w.high(i * stride), stride, c.high(0), stride, accumulators}, {w.n, c.n}, 2,
+                    n_query_tiles, depth, add);
 }
 
-// Queries [begin, begin + n) of a key head as columns; what is left of the last tile repeats the last one.
-VECTORS void load_queries(Area& area, const AttentionInputs& in, int64_t head, int64_t begin, int64_t n,
-                          int64_t n_lane_tiles) {
-    const int64_t dim = area.dim;
-    for (int64_t tile = 0; tile < n_lane_tiles; ++tile) {
-        const float *whole[kTileRows], *rest[kTileRows];
+// Packs queries [begin, begin + n) of a KV head as activations; padding of the last tile repeats the last
+// one.
+TARGET_AVX512 void load_queries(Workspace& ws, const AttentionInputs& in, int64_t head, int64_t begin,
+                                int64_t n, int64_t n_query_tiles) {
+    const int64_t dim = ws.dim;
+    for (int64_t tile = 0; tile < n_query_tiles; ++tile) {
+        const float *rows[kTileRows], *residuals[kTileRows];
         for (int64_t i = 0; i < kTileRows; ++i) {
             const int64_t lane = tile * kTileRows + i, query = begin + std::min(lane, n - 1);
-            whole[i] = in.query(head, query, area.made.get() + i * dim);
-            float* left = area.rest.get() + i * dim;
+            rows[i] = in.query(head, query, ws.query_rows.get() + i * dim);
+            float* residual = ws.residuals.get() + i * dim;
             for (int64_t d = 0; d < dim; ++d)
-                left[d] = whole[i][d] - pydiffusion::nearest_bfloat16(whole[i][d]);
-            rest[i] = left;
-            area.maximum[lane] = kNoMaximum;
-            area.sum[lane] = 0.0f;
-            area.first[lane] = in.first(query);
-            area.last[lane] = in.last(query);
+                residual[d] = rows[i][d] - pydiffusion::nearest_bfloat16(rows[i][d]);
+            residuals[i] = residual;
+            ws.maximum[lane] = kInitialMaximum;
+            ws.sum[lane] = 0.0f;
+            ws.first[lane] = in.first(query);
+            ws.last[lane] = in.last(query);
         }
-        pack_activations(whole, dim, area.queries.high(tile * kTileRows * dim));
-        pack_activations(rest, dim, area.queries.low(tile * kTileRows * dim));
+        pack_activations(rows, dim, ws.queries.high(tile * kTileRows * dim));
+        pack_activations(residuals, dim, ws.queries.low(tile * kTileRows * dim));
     }
-    std::fill_n(area.output.get(), dim * n_lane_tiles * kTileRows, 0.0f);
+    std::fill_n(ws.output.get(), dim * n_query_tiles * kTileRows, 0.0f);
 }
 
-void load_keys(Area& area, const AttentionInputs& in, int64_t head, int64_t row, int64_t n) {
-    const int64_t dim = area.dim, depth = dim / kTileDepth;
-    in.load_rows(area.rows.get(), in.k, head, row, n);
+void load_keys(Workspace& ws, const AttentionInputs& in, int64_t head, int64_t row, int64_t n) {
+    const int64_t dim = ws.dim, depth = dim / kTileDepth;
+    in.load_rows(ws.rows.get(), in.k, head, row, n);
     for (int64_t r = 0; r < kRows; ++r) {
         for (int64_t d = 0; d < depth; ++d) {
             const int64_t at = (r / kTileRows * depth + d) * kTileElements + r % kTileRows * kTileDepth;
-            split(area.rows.get() + r * dim + d * kTileDepth, r < n ? ~uint32_t{0} : 0, area.keys.high(at),
-                  area.keys.low(at));
+            split(ws.rows.get() + r * dim + d * kTileDepth, r < n ? ~uint32_t{0} : 0, ws.keys.high(at),
+                  ws.keys.low(at));
         }
     }
 }
 
-// Turned over: a row of a tile is one number of the head for 32 rows of the cache.
-VECTORS void load_values(Area& area, const AttentionInputs& in, int64_t head, int64_t row, int64_t n) {
-    const int64_t dim = area.dim;
-    in.load_rows(area.rows.get(), in.v, head, row, n);
-    std::fill(area.rows.get() + n * dim, area.rows.get() + kRows * dim, 0.0f);
+// Transposes: a tile row is one element of the head for 32 rows of the cache.
+TARGET_AVX512 void load_values(Workspace& ws, const AttentionInputs& in, int64_t head, int64_t row,
+                               int64_t n) {
+    const int64_t dim = ws.dim;
+    in.load_rows(ws.rows.get(), in.v, head, row, n);
+    std::fill(ws.rows.get() + n * dim, ws.rows.get() + kRows * dim, 0.0f);
     for (int64_t d = 0; d < dim; d += kTileRows) {
         for (int64_t k = 0; k < kRowDepth; ++k) {
-            alignas(64) float turned[2][kAccumulatorElements];
+            alignas(64) float transposed[2][kAccumulatorElements];
             for (int64_t half = 0; half < 2; ++half) {
-                const float* from = area.rows.get() + (k * kTileDepth + half * kTileRows) * dim + d;
+                const float* from = ws.rows.get() + (k * kTileDepth + half * kTileRows) * dim + d;
                 float* targets[kTileRows];
-                for (int64_t i = 0; i < kTileRows; ++i) targets[i] = turned[half] + i * kTileRows;
+                for (int64_t i = 0; i < kTileRows; ++i) targets[i] = transposed[half] + i * kTileRows;
                 alignas(64) float tile[kAccumulatorElements];
                 for (int64_t i = 0; i < kTileRows; ++i)
                     _mm512_store_ps(tile + i * kTileRows, _mm512_loadu_ps(from + i * dim));
@@ -138,139 +139,140 @@ VECTORS void load_values(Area& area, const AttentionInputs& in, int64_t head, in
             }
             const int64_t tile_at = (d / kTileRows * kRowDepth + k) * kTileElements;
             for (int64_t i = 0; i < kTileRows; ++i) {
-                alignas(64) float numbers[kTileDepth];
-                _mm512_store_ps(numbers, _mm512_load_ps(turned[0] + i * kTileRows));
-                _mm512_store_ps(numbers + kTileRows, _mm512_load_ps(turned[1] + i * kTileRows));
+                alignas(64) float values[kTileDepth];
+                _mm512_store_ps(values, _mm512_load_ps(transposed[0] + i * kTileRows));
+                _mm512_store_ps(values + kTileRows, _mm512_load_ps(transposed[1] + i * kTileRows));
                 const int64_t at = tile_at + i * kTileDepth;
-                split(numbers, ~uint32_t{0}, area.values.high(at), area.values.low(at));
+                split(values, ~uint32_t{0}, ws.values.high(at), ws.values.low(at));
             }
         }
     }
 }
 
-// The scores of 16 queries: 16 of row r.
-float* scores_of(Area& area, int64_t lane_tile, int64_t r, int64_t n_lane_tiles) {
-    return area.scores.get() + r / (2 * kTileRows) * pair_numbers(n_lane_tiles) +
-           (2 * lane_tile + r / kTileRows % 2) * kAccumulatorElements + r % kTileRows * kTileRows;
+// The scores of a tile of 16 queries with row r.
+float* scores_of(Workspace& ws, int64_t query_tile, int64_t r, int64_t n_query_tiles) {
+    return ws.scores.get() + r / (2 * kTileRows) * pair_elements(n_query_tiles) +
+           (2 * query_tile + r / kTileRows % 2) * kAccumulatorElements + r % kTileRows * kTileRows;
 }
 
-// Two rows of 16 numbers as pairs.
-VECTORS inline __m512i pairs_of(__m512 even, __m512 odd) {
+// Interleaves two rows of 16 values as bfloat16 pairs.
+TARGET_AVX512 inline __m512i pairs_of(__m512 even, __m512 odd) {
     alignas(64) static const uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                    21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                    11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
-VECTORS inline __m512 nearest_bfloat16(__m512 x) {
+TARGET_AVX512 inline __m512 nearest_bfloat16(__m512 x) {
     const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-// exp(x - maximum); below 2^-126 as that.
+// exp(x - maximum), at least 2^-126.
 inline float exp_below(float x, float maximum) {
     const float exponent = (x - maximum) * static_cast<float>(kLog2E);
     return small_exp2(exponent > -126.0f ? exponent : -126.0f);
 }
 
-// Scores of a tile of 16 queries become weights; maximum, sum and the factor of what went before follow.
-VECTORS void softmax_lanes(Area& area, int64_t lane_tile, int32_t row, int64_t n, int64_t n_lane_tiles) {
-    const int64_t lane = lane_tile * kTileRows;
-    const int32_t *first = area.first + lane, *last = area.last + lane;
+// Turns the scores of a tile of 16 queries into weights, and updates maximum, sum and the rescaling factor.
+TARGET_AVX512 void softmax_tile(Workspace& ws, int64_t query_tile, int32_t row, int64_t n,
+                                int64_t n_query_tiles) {
+    const int64_t lane = query_tile * kTileRows;
+    const int32_t *first = ws.first + lane, *last = ws.last + lane;
     float maximum[kTileRows], sum[kTileRows];
-    std::copy_n(area.maximum + lane, kTileRows, maximum);
+    std::copy_n(ws.maximum + lane, kTileRows, maximum);
     for (int64_t r = 0; r < n; ++r) {
-        const float* s = scores_of(area, lane_tile, r, n_lane_tiles);
+        const float* s = scores_of(ws, query_tile, r, n_query_tiles);
         const int32_t at = row + static_cast<int32_t>(r);
         for (int64_t i = 0; i < kTileRows; ++i) {
-            const bool seen = (at >= first[i]) & (at <= last[i]);
-            const float candidate = seen ? s[i] : kNoMaximum;
+            const bool visible = (at >= first[i]) & (at <= last[i]);
+            const float candidate = visible ? s[i] : kInitialMaximum;
             maximum[i] = candidate > maximum[i] ? candidate : maximum[i];
         }
     }
     for (int64_t i = 0; i < kTileRows; ++i) {
-        const float before = area.maximum[lane + i];
-        area.factor[lane + i] = before == maximum[i] ? 1.0f : exp_below(before, maximum[i]);
-        area.maximum[lane + i] = maximum[i];
-        sum[i] = area.sum[lane + i] * area.factor[lane + i];
+        const float previous = ws.maximum[lane + i];
+        ws.factor[lane + i] = previous == maximum[i] ? 1.0f : exp_below(previous, maximum[i]);
+        ws.maximum[lane + i] = maximum[i];
+        sum[i] = ws.sum[lane + i] * ws.factor[lane + i];
     }
     for (int64_t r = 0; r < kRows; r += 2) {
         alignas(64) float weights[2][kTileRows];
         for (int64_t odd = 0; odd < 2; ++odd) {
-            const float* s = scores_of(area, lane_tile, r + odd, n_lane_tiles);
+            const float* s = scores_of(ws, query_tile, r + odd, n_query_tiles);
             const int32_t at = row + static_cast<int32_t>(r + odd);
-            const bool exists = r + odd < n;
+            const bool in_range = r + odd < n;
             for (int64_t i = 0; i < kTileRows; ++i) {
-                // s - s: exp_below alone would make a number of a NaN.
+                // s - s propagates NaN, which exp_below does not.
                 const float weight = exp_below(s[i], maximum[i]) + (s[i] - s[i]);
-                const bool seen = exists & (at >= first[i]) & (at <= last[i]);
-                weights[odd][i] = seen ? weight : 0.0f;
+                const bool visible = in_range & (at >= first[i]) & (at <= last[i]);
+                weights[odd][i] = visible ? weight : 0.0f;
                 sum[i] += weights[odd][i];
             }
         }
         const __m512 even = _mm512_load_ps(weights[0]), odd = _mm512_load_ps(weights[1]);
-        const int64_t place = lane * kRows + r / 2 * kTileDepth;
-        _mm512_storeu_si512(area.weights.high(place), pairs_of(even, odd));
-        _mm512_storeu_si512(area.weights.low(place), pairs_of(_mm512_sub_ps(even, nearest_bfloat16(even)),
-                                                              _mm512_sub_ps(odd, nearest_bfloat16(odd))));
+        const int64_t offset = lane * kRows + r / 2 * kTileDepth;
+        _mm512_storeu_si512(ws.weights.high(offset), pairs_of(even, odd));
+        _mm512_storeu_si512(ws.weights.low(offset), pairs_of(_mm512_sub_ps(even, nearest_bfloat16(even)),
+                                                             _mm512_sub_ps(odd, nearest_bfloat16(odd))));
     }
-    std::copy_n(sum, kTileRows, area.sum + lane);
+    std::copy_n(sum, kTileRows, ws.sum + lane);
 }
 
-// Brings the output so far to the new maxima.
-VECTORS void rescale(Area& area, int64_t n_lane_tiles) {
-    for (int64_t tile = 0; tile < n_lane_tiles; ++tile) {
-        const __m512 factor = _mm512_load_ps(area.factor + tile * kTileRows);
+// Rescales the running output to the new maxima.
+TARGET_AVX512 void rescale(Workspace& ws, int64_t n_query_tiles) {
+    for (int64_t tile = 0; tile < n_query_tiles; ++tile) {
+        const __m512 factor = _mm512_load_ps(ws.factor + tile * kTileRows);
         if (_mm512_cmp_ps_mask(factor, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ) == 0) continue;
-        for (int64_t pair = 0; pair < area.dim / (2 * kTileRows); ++pair) {
+        for (int64_t pair = 0; pair < ws.dim / (2 * kTileRows); ++pair) {
             float* o =
-                area.output.get() + pair * pair_numbers(n_lane_tiles) + 2 * tile * kAccumulatorElements;
+                ws.output.get() + pair * pair_elements(n_query_tiles) + 2 * tile * kAccumulatorElements;
             for (int64_t i = 0; i < 2 * kAccumulatorElements; i += kTileRows)
                 _mm512_storeu_ps(o + i, _mm512_mul_ps(_mm512_loadu_ps(o + i), factor));
         }
     }
 }
 
-VECTORS void store_output(Area& area, const AttentionInputs& in, int64_t head, int64_t begin, int64_t n,
-                          int64_t n_lane_tiles) {
-    for (int64_t tile = 0; tile < n_lane_tiles; ++tile) {
+TARGET_AVX512 void store_output(Workspace& ws, const AttentionInputs& in, int64_t head, int64_t begin,
+                                int64_t n, int64_t n_query_tiles) {
+    for (int64_t tile = 0; tile < n_query_tiles; ++tile) {
         const int64_t lane = tile * kTileRows;
-        const __m512 share = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_load_ps(area.sum + lane));
-        for (int64_t d = 0; d < area.dim; d += kTileRows) {
-            float* o = area.output.get() + d / (2 * kTileRows) * pair_numbers(n_lane_tiles) +
+        const __m512 inverse_sum = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_load_ps(ws.sum + lane));
+        for (int64_t d = 0; d < ws.dim; d += kTileRows) {
+            float* o = ws.output.get() + d / (2 * kTileRows) * pair_elements(n_query_tiles) +
                        (2 * tile + d / kTileRows % 2) * kAccumulatorElements;
             for (int64_t i = 0; i < kAccumulatorElements; i += kTileRows)
-                _mm512_storeu_ps(o + i, _mm512_mul_ps(_mm512_loadu_ps(o + i), share));
+                _mm512_storeu_ps(o + i, _mm512_mul_ps(_mm512_loadu_ps(o + i), inverse_sum));
             float* targets[kTileRows];
-            const int64_t n_lanes = std::min(kTileRows, n - lane);
-            for (int64_t i = 0; i < n_lanes; ++i) targets[i] = in.output(head, begin + lane + i) + d;
-            store_tile(o, kTileRows, targets, n_lanes);
+            const int64_t n_valid = std::min(kTileRows, n - lane);
+            for (int64_t i = 0; i < n_valid; ++i) targets[i] = in.output(head, begin + lane + i) + d;
+            store_tile(o, kTileRows, targets, n_valid);
         }
     }
 }
 
-void attend_block(Area& area, const AttentionInputs& in, int64_t head, int64_t begin, int64_t n) {
-    const int64_t n_lane_tiles = (n + kTileRows - 1) / kTileRows, depth = area.dim / kTileDepth;
-    load_queries(area, in, head, begin, n, n_lane_tiles);
-    const int64_t first = *std::min_element(area.first, area.first + n) / kRows * kRows;
-    const int64_t last = *std::max_element(area.last, area.last + n);
+void attend_block(Workspace& ws, const AttentionInputs& in, int64_t head, int64_t begin, int64_t n) {
+    const int64_t n_query_tiles = (n + kTileRows - 1) / kTileRows, depth = ws.dim / kTileDepth;
+    load_queries(ws, in, head, begin, n, n_query_tiles);
+    const int64_t first = *std::min_element(ws.first, ws.first + n) / kRows * kRows;
+    const int64_t last = *std::max_element(ws.last, ws.last + n);
     for (int64_t row = first; row <= last; row += kRows) {
         const int64_t n_rows = std::min(kRows, in.n_rows() - row);
-        load_keys(area, in, head, row, n_rows);
+        load_keys(ws, in, head, row, n_rows);
         for (int64_t i = 0; i < kRowTiles; i += 2) {
-            multiply_pair(area.keys, i, area.queries, n_lane_tiles, depth,
-                          area.scores.get() + i / 2 * pair_numbers(n_lane_tiles), false);
+            multiply_pair(ws.keys, i, ws.queries, n_query_tiles, depth,
+                          ws.scores.get() + i / 2 * pair_elements(n_query_tiles), false);
         }
-        for (int64_t tile = 0; tile < n_lane_tiles; ++tile)
-            softmax_lanes(area, tile, static_cast<int32_t>(row), n_rows, n_lane_tiles);
-        rescale(area, n_lane_tiles);
-        load_values(area, in, head, row, n_rows);
-        for (int64_t i = 0; i < area.dim / kTileRows; i += 2) {
-            multiply_pair(area.values, i, area.weights, n_lane_tiles, kRowDepth,
-                          area.output.get() + i / 2 * pair_numbers(n_lane_tiles), true);
+        for (int64_t tile = 0; tile < n_query_tiles; ++tile)
+            softmax_tile(ws, tile, static_cast<int32_t>(row), n_rows, n_query_tiles);
+        rescale(ws, n_query_tiles);
+        load_values(ws, in, head, row, n_rows);
+        for (int64_t i = 0; i < ws.dim / kTileRows; i += 2) {
+            multiply_pair(ws.values, i, ws.weights, n_query_tiles, kRowDepth,
+                          ws.output.get() + i / 2 * pair_elements(n_query_tiles), true);
         }
     }
-    store_output(area, in, head, begin, n, n_lane_tiles);
+    store_output(ws, in, head, begin, n, n_query_tiles);
 }
 
 }  // namespace
@@ -281,16 +283,15 @@ bool can_attend(ggml_type type, int64_t head_dim) {
 
 void attend_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     const AttentionInputs in(dst, userdata);
-    const KernelScope ready(Kernel::amx);
-    Area& area = area_for(in.head_dim());
-    const int64_t n = in.n_queries(), n_large = (n + kMaxBlock - 1) / kMaxBlock;
-    // Large blocks make tiles of keys and values less often; smaller ones where there is too little to share
-    // out.
-    const int64_t block = in.n_heads() * n_large >= 2 * nth ? kMaxBlock : kMinBlock;
+    const KernelScope scope(Kernel::amx);
+    Workspace& ws = workspace_for(in.head_dim());
+    const int64_t n = in.n_queries(), n_large_blocks = (n + kMaxBlock - 1) / kMaxBlock;
+    // Large blocks pack K and V less often; smaller ones if there are too few tasks for all threads.
+    const int64_t block = in.n_heads() * n_large_blocks >= 2 * nth ? kMaxBlock : kMinBlock;
     const int64_t n_blocks = (n + block - 1) / block;
     for (int64_t task = ith; task < in.n_heads() * n_blocks; task += nth) {
         const int64_t begin = task % n_blocks * block;
-        attend_block(area, in, task / n_blocks, begin, std::min(block, n - begin));
+        attend_block(ws, in, task / n_blocks, begin, std::min(block, n - begin));
     }
 }
 

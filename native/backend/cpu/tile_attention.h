@@ -1,4 +1,4 @@
-// Attention of tiles: the scores and the weighted values as products of 16-bit tiles.
+// Attention with AMX: both matmuls, Q K^T and weights V, as bfloat16 tile GEMMs.
 #pragma once
 
 #include "ggml.h"
@@ -6,11 +6,11 @@
 namespace pydiffusion {
 namespace gemm {
 
-// Keys and values that are float32 stay with the float32 attention.
+// False for a float32 cache, which keeps the float32 attention.
 bool can_attend(ggml_type type, int64_t head_dim);
 
-// As a node's function; see attend() of attention.h. Every factor is split into two bfloat16 numbers, and of
-// the four products of the halves the three larger ones are added up, which leaves errors of about 2**-16.
+// Op of the node that attend() of attention.h builds. Each operand is split into two bfloat16 halves, and the
+// three larger of the four products of halves are summed, for a relative error of about 2^-16.
 void attend_op(ggml_tensor* dst, int ith, int nth, void* userdata);
 
 }  // namespace gemm

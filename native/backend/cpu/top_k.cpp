@@ -12,7 +12,7 @@ float* row(const ggml_tensor* t, int64_t i) {
     return reinterpret_cast<float*>(static_cast<char*>(t->data) + i * t->nb[1]);
 }
 
-// Keeps the best so far in order: a row has hundreds of entries and few are wanted.
+// Insertion sort of the best so far: rows have hundreds of entries, and k is small.
 void top_k_of_row(int32_t* best, const float* values, int64_t n, int64_t k) {
     const auto value = [values](int64_t i) {
         return std::isnan(values[i]) ? -std::numeric_limits<float>::infinity() : values[i];

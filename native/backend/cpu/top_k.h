@@ -1,4 +1,4 @@
-// The router's choice of experts as a graph node.
+// Top-k of the MoE router as a graph node.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,9 @@
 
 namespace pydiffusion {
 
-// The indices of the k largest entries of each row of values [n, n_rows], best first -> I32 [k, n_rows]. Of
-// equal entries the first comes first; NaN counts as least. (ggml sorts with a comparison that NaN breaks,
-// and then reads and writes beyond the row.)
+// Indices of the k largest entries of each row of values [n, n_rows], largest first -> I32 [k, n_rows]. Ties
+// are in index order; NaN compares as -infinity. (ggml sorts with a comparison that is inconsistent for NaN,
+// and may then access memory outside the row.)
 ggml_tensor* top_k(ggml_context* ctx, ggml_tensor* values, int64_t k);
 
 }  // namespace pydiffusion

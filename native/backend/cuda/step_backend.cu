@@ -1,5 +1,5 @@
-// StepBackend on an NVIDIA GPU. Every sum is added up in a fixed order, so that a seed gives the same text
-// run after run. Embedding rows are turned into numbers by ggml's own kernels.
+// StepBackend with CUDA kernels. All sums are in a fixed order, so that a seed always gives the same text.
+// Embedding rows are dequantized by ggml's kernels.
 #include <cublas_v2.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -27,15 +27,15 @@ using row::kThreads;
 using row::kWarps;
 
 constexpr int32_t kGatherRows = 4096;   // embedding rows gathered at a time
-constexpr int64_t kDenseRows = 8192;    // rows of the vocabulary multiplied at a time
-constexpr float kHalfScale = 16384.0f;  // of probabilities in float16: keeps 1e-8 a normal number
+constexpr int64_t kDenseRows = 8192;    // embedding rows multiplied at a time
+constexpr float kHalfScale = 16384.0f;  // scales float16 probabilities, so that 1e-8 is not subnormal
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 void check(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
     (void)cudaGetLastError();
     if (status == cudaErrorMemoryAllocation)
-        throw Error(ErrorKind::out_of_memory, format("no GPU memory for %s", what));
+        throw Error(ErrorKind::out_of_memory, format("out of GPU memory: %s failed", what));
     throw Error(ErrorKind::general, format("CUDA: %s failed: %s", what, cudaGetErrorString(status)));
 }
 
@@ -44,7 +44,7 @@ void check(cublasStatus_t status, const char* what) {
     throw Error(ErrorKind::general, format("cuBLAS: %s failed: %s", what, cublasGetStatusString(status)));
 }
 
-// --- one block a row ---
+// --- sampling statistics: one block per row ---
 
 __device__ row::Sums merge_warp(row::Sums sums, float inverse) {
     for (int offset = kLanes / 2; offset > 0; offset /= 2) {
@@ -54,19 +54,19 @@ __device__ row::Sums merge_warp(row::Sums sums, float inverse) {
         other.weight = __shfl_xor_sync(kAllLanes, sums.weight, offset);
         other.weighted = __shfl_xor_sync(kAllLanes, sums.weighted, offset);
         other.has_nonfinite = __shfl_xor_sync(kAllLanes, sums.has_nonfinite, offset);
-        // The lower lane's first, so that both sides compute the same.
+        // The lower lane's sums come first, so that both lanes compute the same.
         const bool lower = (threadIdx.x & offset) == 0;
         sums = lower ? row::merged(sums, other, inverse) : row::merged(other, sums, inverse);
     }
     return sums;
 }
 
-// All warps' sums into `warps` [kWarps] of shared memory, and the row's as the result in every thread.
+// Writes each warp's sums to `warps` [kWarps] in shared memory, and returns the row's sums in every thread.
 __device__ row::Sums merge_block(row::Sums sums, float inverse, row::Sums* warps) {
     sums = merge_warp(sums, inverse);
     if (threadIdx.x % kLanes == 0) warps[threadIdx.x / kLanes] = sums;
     __syncthreads();
-    row::Sums all = row::no_sums();
+    row::Sums all = row::empty_sums();
     for (int warp = 0; warp < kWarps; ++warp) all = row::merged(all, warps[warp], inverse);
     return all;
 }
@@ -80,7 +80,7 @@ __device__ float inclusive_scan(float value) {
     return value;
 }
 
-// The token at which the running weight passes `target`, in vocabulary order; by the warp that owns `range`.
+// The token at which the cumulative weight exceeds `target`, in vocabulary order. One warp scans `range`.
 __device__ int32_t draw(const float* x, row::Range range, float maximum, float inverse, double target,
                         int32_t last) {
     const int lane = threadIdx.x % kLanes;
@@ -95,7 +95,7 @@ __device__ int32_t draw(const float* x, row::Range range, float maximum, float i
         if (any) last = static_cast<int32_t>(base + 31 - __clz(any));
         target -= __shfl_sync(kAllLanes, running, kLanes - 1);
     }
-    return last;  // rounding left none: the last with mass
+    return last;  // the last token with mass, if rounding leaves none
 }
 
 __global__ void __launch_bounds__(kThreads) measure_rows(float* logits, int64_t n_vocab, float cap,
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) measure_rows(float* logits, int64_t 
     float* x = logits + static_cast<int64_t>(blockIdx.x) * n_vocab;
     const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const row::Range own = row::range_of(warp, n_vocab);
-    row::Sums sums = row::no_sums();
+    row::Sums sums = row::empty_sums();
     for (int64_t i = own.begin + lane; i < own.end; i += kLanes) {
         x[i] = row::capped(x[i], cap);
         row::add(sums, x[i], static_cast<int32_t>(i), inverse);
@@ -116,11 +116,11 @@ __global__ void __launch_bounds__(kThreads) measure_rows(float* logits, int64_t 
         double target = fmax(static_cast<double>(u[blockIdx.x]), 0x1p-25) * all.weight;
         int chosen = 0;
         for (; chosen + 1 < kWarps; ++chosen) {
-            row::Sums of_warp = warps[chosen];
-            if (of_warp.argmax < 0) continue;
-            row::rescale(of_warp, all.maximum, inverse);
-            if (target < of_warp.weight) break;
-            target -= of_warp.weight;
+            row::Sums warp_sums = warps[chosen];
+            if (warp_sums.argmax < 0) continue;
+            row::rescale(warp_sums, all.maximum, inverse);
+            if (target < warp_sums.weight) break;
+            target -= warp_sums.weight;
         }
         result.argmax = all.argmax;
         result.sampled = draw(x, row::range_of(chosen, n_vocab), all.maximum, inverse, target, all.argmax);
@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(kThreads) measure_rows(float* logits, int64_t 
 
 // --- self-conditioning ---
 
-// Each row's distribution, how many tokens it keeps, and, where they are few, these tokens in vocabulary
-// order.
+// Computes each row's distribution and how many tokens it keeps; if at most kMaxGathered, also lists them in
+// vocabulary order.
 __global__ void __launch_bounds__(kThreads)
     find_mass(const float* logits, int64_t n_vocab, float inverse, float dropped_mass,
               row::Distribution* distributions, int32_t* n_kept, int32_t* tokens, float* weights) {
@@ -143,12 +143,12 @@ __global__ void __launch_bounds__(kThreads)
     const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const row::Range own = row::range_of(warp, n_vocab);
 
-    row::Sums sums = row::no_sums();
+    row::Sums sums = row::empty_sums();
     for (int64_t i = own.begin + lane; i < own.end; i += kLanes)
         row::add(sums, x[i], static_cast<int32_t>(i), inverse);
     const row::Sums all = merge_block(sums, inverse, warps);
-    const bool sound = !all.has_nonfinite && all.argmax >= 0;
-    row::Distribution d = {all.maximum, sound ? 1.0f / all.weight : NAN, inverse, 0.0f};
+    const bool is_valid = !all.has_nonfinite && all.argmax >= 0;
+    row::Distribution d = {all.maximum, is_valid ? 1.0f / all.weight : NAN, inverse, 0.0f};
 
     row::Tails own_tails = {};
     for (int64_t i = own.begin + lane; i < own.end; i += kLanes)
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (threadIdx.x == 0) {
         distributions[blockIdx.x] = d;
-        // Unsound logits keep nothing; they take the dense way, through which NaN spreads.
+        // A row of NaN keeps no token; the dense path propagates the NaN.
         n_kept[blockIdx.x] = total ? total : INT32_MAX;
     }
     if (total > kMaxGathered) return;
@@ -185,17 +185,17 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t base = own.begin; base < own.end; base += kLanes) {
         const int64_t i = base + lane;
         const float p = i < own.end ? row::probability(d, x[i]) : 0.0f;
-        const unsigned keepers = __ballot_sync(kAllLanes, p > 0.0f);
+        const unsigned kept_lanes = __ballot_sync(kAllLanes, p > 0.0f);
         if (p > 0.0f) {
-            const int64_t at = list + before + __popc(keepers & ((1u << lane) - 1));
+            const int64_t at = list + before + __popc(kept_lanes & ((1u << lane) - 1));
             tokens[at] = static_cast<int32_t>(i);
             weights[at] = p;
         }
-        before += __popc(keepers);
+        before += __popc(kept_lanes);
     }
 }
 
-// The lists of the rows that gather, one behind the other. first [n + 1]: where each row's begins.
+// Concatenates the lists of the rows that gather; row t's begins at first[t]. first [n + 1].
 __global__ void pack_lists(const int32_t* first, const int32_t* tokens, const float* weights,
                            int32_t* packed_tokens, float* packed_weights) {
     const int64_t list = static_cast<int64_t>(blockIdx.x) * kMaxGathered;
@@ -206,7 +206,7 @@ __global__ void pack_lists(const int32_t* first, const int32_t* tokens, const fl
     }
 }
 
-// soft[:, t] += scale * sum of the gathered rows [from, to) that are t's, each times its weight.
+// soft[:, t] += scale * weighted sum of t's rows among the gathered rows [from, to).
 __global__ void add_gathered(float* soft, const float* rows, const float* weights, const int32_t* first,
                              int32_t from, int32_t to, int64_t d, float scale) {
     const int64_t c = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
@@ -217,8 +217,8 @@ __global__ void add_gathered(float* soft, const float* rows, const float* weight
     soft[blockIdx.x * d + c] += scale * sum;
 }
 
-// Probabilities of the vocabulary's rows [from, from + n_rows), scaled, for the dense positions:
-// out [n_rows, n_dense].
+// Probabilities of tokens [from, from + n_rows) for the dense positions, times kHalfScale: out [n_rows,
+// n_dense].
 __global__ void dense_probabilities(__half* out, const float* logits, const row::Distribution* distributions,
                                     const int32_t* positions, int64_t n_vocab, int64_t from, int64_t n_rows) {
     const int64_t r = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -239,12 +239,12 @@ __global__ void fill_row(float* x, int64_t n, int32_t token, float value) {
     if (i < n) x[i] = i == token ? value : -INFINITY;
 }
 
-// A launch that CUDA refuses returns nothing: its error has to be asked for.
+// Kernel launches return no status: reads the launch error, if any.
 void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
 unsigned blocks_of(int64_t n, int64_t size) { return static_cast<unsigned>((n + size - 1) / size); }
 
-// --- what is owned on a GPU, which has to be the current one when it is made and given back ---
+// --- owners of CUDA resources: the GPU must be current when they are created and destroyed ---
 
 struct Release {
     void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
@@ -257,25 +257,25 @@ using Owned = std::unique_ptr<std::remove_pointer_t<Handle>, Release>;
 
 Owned<cudaStream_t> make_stream() {
     cudaStream_t stream = nullptr;
-    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
     return Owned<cudaStream_t>(stream);
 }
 
 Owned<cudaEvent_t> make_event() {
     cudaEvent_t event = nullptr;
-    check(cudaEventCreate(&event), "making an event");
+    check(cudaEventCreate(&event), "creating an event");
     return Owned<cudaEvent_t>(event);
 }
 
 Owned<cublasHandle_t> make_cublas(cudaStream_t stream) {
     cublasHandle_t handle = nullptr;
-    check(cublasCreate(&handle), "starting");
+    check(cublasCreate(&handle), "creating a handle");
     Owned<cublasHandle_t> owned(handle);
-    check(cublasSetStream(handle, stream), "taking a stream");
+    check(cublasSetStream(handle, stream), "setting the stream");
     return owned;
 }
 
-// Grows as needed and stays.
+// Device memory that grows on demand and never shrinks.
 template <typename T>
 class DeviceArray {
   public:
@@ -286,10 +286,10 @@ class DeviceArray {
 
     T* reserve(int64_t n) {
         if (n > size_) {
-            check(cudaFree(data_), "giving memory back");
+            check(cudaFree(data_), "freeing memory");
             data_ = nullptr;
             size_ = 0;
-            check(cudaMalloc(&data_, static_cast<size_t>(n) * sizeof(T)), "a step's work area");
+            check(cudaMalloc(&data_, static_cast<size_t>(n) * sizeof(T)), "allocating a step's buffers");
             size_ = n;
         }
         return data_;
@@ -305,12 +305,12 @@ class CudaStepBackend : public StepBackend {
   public:
     explicit CudaStepBackend(ggml_backend_t backend)
         : ggml_(*static_cast<ggml_backend_cuda_context*>(backend->context)) {
-        choose_gpu();
+        select_gpu();
         stream_ = make_stream();
         for (Owned<cudaEvent_t>* event : {&begin_, &own_end_, &end_}) *event = make_event();
         cublas_ = make_cublas(stream_.get());
     }
-    // What it owns goes after this, on the GPU chosen here.
+    // The members are destroyed after this, with the right GPU current.
     ~CudaStepBackend() override { cudaSetDevice(physical_gpu()); }
 
     void condition(const ggml_tensor* logits, const ggml_tensor* embedding, ggml_tensor* soft, int64_t n,
@@ -321,9 +321,9 @@ class CudaStepBackend : public StepBackend {
     double copy_rate() override;
 
   private:
-    // ggml's devices may be several on one GPU (GGML_CUDA_DEVICES).
+    // Several ggml devices may share a GPU (GGML_CUDA_DEVICES).
     int physical_gpu() const { return ggml_cuda_info().devices[ggml_.device].physical_device; }
-    void choose_gpu() const { check(cudaSetDevice(physical_gpu()), "choosing the GPU"); }
+    void select_gpu() const { check(cudaSetDevice(physical_gpu()), "selecting the GPU"); }
     void gather(const ggml_tensor* embedding, float* soft, int64_t n, float scale);
     void multiply(const float* logits, const ggml_tensor* embedding, float* soft, float scale);
     template <typename T>
@@ -353,7 +353,7 @@ class CudaStepBackend : public StepBackend {
 };
 
 void CudaStepBackend::measure(ggml_tensor* logits, int64_t n, StepState& state) {
-    choose_gpu();
+    select_gpu();
     const std::vector<float> u(state.u.begin(), state.u.begin() + n);
     upload(u_.reserve(n), u);
     measure_rows<<<static_cast<unsigned>(n), kThreads, 0, stream_.get()>>>(
@@ -365,17 +365,17 @@ void CudaStepBackend::measure(ggml_tensor* logits, int64_t n, StepState& state) 
 
 void CudaStepBackend::condition(const ggml_tensor* logits, const ggml_tensor* embedding, ggml_tensor* soft,
                                 int64_t n, const StepState& state) {
-    choose_gpu();
+    select_gpu();
     const int64_t n_vocab = logits->ne[0], d = soft->ne[0];
     const auto* x = static_cast<const float*>(logits->data);
     auto* out = static_cast<float*>(soft->data);
-    check(cudaMemsetAsync(out, 0, n * d * sizeof(float), stream_.get()), "clearing");
+    check(cudaMemsetAsync(out, 0, n * d * sizeof(float), stream_.get()), "clearing the soft embeddings");
     if (state.self_conditioning) {
         find_mass<<<static_cast<unsigned>(n), kThreads, 0, stream_.get()>>>(
             x, n_vocab, row::inverse_temperature(state.previous_temperature), state.dropped_mass,
             distributions_.reserve(n), n_kept_.reserve(n), tokens_.reserve(n * kMaxGathered),
             weights_.reserve(n * kMaxGathered));
-        check_launch("finding what self-conditioning keeps");
+        check_launch("selecting tokens for self-conditioning");
         std::vector<int32_t> n_kept(n);
         download(n_kept.data(), n_kept_.data(), n);
         first_host_.assign(1, 0);
@@ -398,7 +398,7 @@ void CudaStepBackend::gather(const ggml_tensor* embedding, float* soft, int64_t 
     pack_lists<<<static_cast<unsigned>(n), 128, 0, stream_.get()>>>(
         first_.data(), tokens_.data(), weights_.data(), packed_tokens_.reserve(total),
         packed_weights_.reserve(total));
-    check_launch("packing the tokens kept");
+    check_launch("packing token lists");
     float* rows = rows_.reserve(kGatherRows * d);
     const dim3 grid(static_cast<unsigned>(n), blocks_of(d, 256));
     for (int32_t from = 0; from < total; from += kGatherRows) {
@@ -411,7 +411,7 @@ void CudaStepBackend::gather(const ggml_tensor* embedding, float* soft, int64_t 
                       n_rows * row_bytes, stream_.get());
         add_gathered<<<grid, 256, 0, stream_.get()>>>(soft, rows, packed_weights_.data(), first_.data(), from,
                                                       to, d, scale);
-        check_launch("adding up embeddings");
+        check_launch("summing embeddings");
     }
 }
 
@@ -434,37 +434,37 @@ void CudaStepBackend::multiply(const float* logits, const ggml_tensor* embedding
         const dim3 grid(blocks_of(n_rows, 256), static_cast<unsigned>(n_dense));
         dense_probabilities<<<grid, 256, 0, stream_.get()>>>(probabilities, logits, distributions_.data(),
                                                              positions_.data(), n_vocab, from, n_rows);
-        check_launch("making probabilities");
+        check_launch("computing probabilities");
         const float one = 1.0f, add = from == 0 ? 0.0f : 1.0f;
         check(cublasGemmEx(cublas_.get(), CUBLAS_OP_N, CUBLAS_OP_N, static_cast<int>(d),
                            static_cast<int>(n_dense), static_cast<int>(n_rows), &one, half, CUDA_R_16F,
                            static_cast<int>(d), probabilities, CUDA_R_16F, static_cast<int>(n_rows), &add,
                            sums, CUDA_R_32F, static_cast<int>(d), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
-              "the dense self-conditioning product");
+              "the dense self-conditioning GEMM");
     }
     const dim3 grid(static_cast<unsigned>(n_dense), blocks_of(d, 256));
     scatter_rows<<<grid, 256, 0, stream_.get()>>>(soft, sums, positions_.data(), d, scale / kHalfScale);
-    check_launch("placing soft embeddings");
+    check_launch("scattering soft embeddings");
 }
 
 void CudaStepBackend::pin(ggml_tensor* logits, int64_t position, int32_t token, float value) {
-    choose_gpu();
+    select_gpu();
     const int64_t n_vocab = logits->ne[0];
     fill_row<<<blocks_of(n_vocab, 256), 256, 0, stream_.get()>>>(
         static_cast<float*>(logits->data) + position * n_vocab, n_vocab, token, value);
-    check_launch("holding a token");
-    finish("holding a token");
+    check_launch("pinning a token");
+    finish("pinning a token");
 }
 
 double CudaStepBackend::seconds_of(const std::function<void()>& work) {
-    choose_gpu();
-    const cudaStream_t of_graphs = ggml_.stream();
-    check(cudaEventRecord(begin_.get(), of_graphs), "timing");
+    select_gpu();
+    const cudaStream_t graph_stream = ggml_.stream();
+    check(cudaEventRecord(begin_.get(), graph_stream), "timing");
     work();
-    choose_gpu();  // ggml may have left another
+    select_gpu();  // ggml may have selected another
     check(cudaEventRecord(own_end_.get(), stream_.get()), "timing");
-    check(cudaStreamWaitEvent(of_graphs, own_end_.get(), 0), "timing");
-    check(cudaEventRecord(end_.get(), of_graphs), "timing");
+    check(cudaStreamWaitEvent(graph_stream, own_end_.get(), 0), "timing");
+    check(cudaEventRecord(end_.get(), graph_stream), "timing");
     check(cudaEventSynchronize(end_.get()), "timing");
     float milliseconds = 0.0f;
     check(cudaEventElapsedTime(&milliseconds, begin_.get(), end_.get()), "timing");
@@ -474,7 +474,7 @@ double CudaStepBackend::seconds_of(const std::function<void()>& work) {
 double CudaStepBackend::copy_rate() {
     constexpr int64_t n_bytes = int64_t{1} << 30;
     constexpr int n_copies = 10;
-    choose_gpu();
+    select_gpu();
     DeviceArray<char> source, target;
     check(cudaMemsetAsync(source.reserve(n_bytes), 1, n_bytes, stream_.get()), "filling");
     target.reserve(n_bytes);

@@ -1,10 +1,10 @@
-// The intrinsics, and VECTORS: before a function that uses those of AVX-512.
+// x86 intrinsics, and TARGET_AVX512: the attribute of functions that use AVX-512.
 #pragma once
 
 #include "backend/cpu/amx/tile_gemm.h"
 
-#if defined(PYDIFFUSION_TILES)
+#if defined(PYDIFFUSION_AMX)
 #include <immintrin.h>
 
-#define VECTORS PYDIFFUSION_VECTORS_TARGET
+#define TARGET_AVX512 PYDIFFUSION_TARGET_AVX512
 #endif

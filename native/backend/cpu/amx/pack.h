@@ -1,4 +1,4 @@
-// A product's activations as tiles, and its results back as activations.
+// Packs float32 activations into bfloat16 tiles, and stores accumulator tiles as float32 rows.
 #pragma once
 
 #include <cstdint>
@@ -8,17 +8,17 @@
 namespace pydiffusion {
 namespace gemm {
 
-// kTileRows activations of `n` float32 numbers, a multiple of kTileDepth, as n / kTileDepth tiles; a null
-// activation is zeros.
+// Packs kTileRows activations of `n` elements, a multiple of kTileDepth, into n / kTileDepth tiles; a null
+// activation becomes zeros.
 void pack_activations(const float* const* activations, int64_t n, uint16_t* tiles);
 
-// 32 numbers as two bfloat16 numbers each: the nearest, and the nearest to what is left; the error of their
-// sum is 2**-17 of the number. Those whose bit in `valid` is 0 are not read, and become 0.
-void split(const float* numbers, uint32_t valid, uint16_t* high, uint16_t* low);
+// Splits each of 32 values into two bfloat16 halves: the nearest bfloat16, and the residual's. The relative
+// error of their sum is 2^-17. Values whose bit in `valid` is 0 are not read, and become 0.
+void split(const float* values, uint32_t valid, uint16_t* high, uint16_t* low);
 
-// A tile of a product to the activations: `n_rows` numbers (at most kTileRows) to each of the `n_activations`
-// targets.
-void store_tile(const float* product, int64_t n_rows, float* const* targets, int64_t n_activations);
+// Transposes an accumulator tile into its results: writes `n_rows` elements (at most kTileRows) to each of
+// the `n_activations` targets.
+void store_tile(const float* tile, int64_t n_rows, float* const* targets, int64_t n_activations);
 
 }  // namespace gemm
 }  // namespace pydiffusion

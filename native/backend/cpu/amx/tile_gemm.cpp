@@ -1,14 +1,7 @@
 #include "backend/cpu/amx/tile_gemm.h"
 
-#include <algorithm>
-
-#include "util/error.h"
-
-#if defined(PYDIFFUSION_TILES)
-#include <cpuid.h>
+#if defined(PYDIFFUSION_AMX)
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace pydiffusion {
@@ -16,29 +9,11 @@ namespace gemm {
 
 namespace {
 
-#if defined(PYDIFFUSION_TILES)
-
-bool has_vectors() {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
-        return false;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
-}
-
-// A process has to ask Linux for the tiles' state before its first use of them (Documentation/arch/x86/xstate
-// of the kernel).
-bool has_tiles() {
-    constexpr long request_permission = 0x1023, tile_data = 18;
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!has_vectors() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    const bool in_hardware = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
-    return in_hardware && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-}
+#if defined(PYDIFFUSION_AMX)
 
 // --- AMX ---
 
-// Eight tiles of 16 rows of 64 bytes. Constant, because compilers don't know how much of it is read.
+// Eight tiles of 16 rows of 64 bytes. Static, because compilers don't know how much of it LDTILECFG reads.
 struct alignas(64) TileConfiguration {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
@@ -47,33 +22,33 @@ struct alignas(64) TileConfiguration {
 const TileConfiguration kEightTiles = {
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-// Nor do they know what tiles load and store.
-inline void finish_memory_accesses() { asm volatile("" ::: "memory"); }
+// Compilers don't know what tile loads and stores access either.
+inline void compiler_barrier() { asm volatile("" ::: "memory"); }
 
-PYDIFFUSION_TILES_TARGET void configure_tiles() { _tile_loadconfig(&kEightTiles); }
+PYDIFFUSION_TARGET_AMX void configure_tiles() { _tile_loadconfig(&kEightTiles); }
 
-PYDIFFUSION_TILES_TARGET void release_tiles() { _tile_release(); }
+PYDIFFUSION_TARGET_AMX void release_tiles() { _tile_release(); }
 
-constexpr int64_t kActivationTilesInL1 = 4;  // tiles, about
+constexpr int64_t kActivationTilesInL1 = 4;  // about
 
-// Tiles 0 to 3 are the products, 4 and 5 the weights, 6 and 7 the activations.
+// Tile registers: 0 to 3 accumulators, 4 and 5 weights, 6 and 7 activations.
 constexpr int kRowBytes = 64;
 
 template <int W>
-PYDIFFUSION_TILES_TARGET inline void load_weights(const uint16_t* w, int64_t stride) {
+PYDIFFUSION_TARGET_AMX inline void load_weights(const uint16_t* w, int64_t stride) {
     _tile_loadd(4, w, kRowBytes);
     if constexpr (W > 1) _tile_loadd(5, w + stride, kRowBytes);
 }
 
 template <int C>
-PYDIFFUSION_TILES_TARGET inline void load_activations(const uint16_t* c, int64_t stride) {
+PYDIFFUSION_TARGET_AMX inline void load_activations(const uint16_t* c, int64_t stride) {
     _tile_loadd(6, c, kRowBytes);
     if constexpr (C > 1) _tile_loadd(7, c + stride, kRowBytes);
 }
 
-// Weights are in the first cache, and many activations in the second: the next tiles of those are asked for.
+// Weights are in L1, but many activations only in L2: prefetches their next tiles.
 template <int C>
-PYDIFFUSION_TILES_TARGET inline void prefetch_activations(const uint16_t* c, int64_t stride) {
+PYDIFFUSION_TARGET_AMX inline void prefetch_activations(const uint16_t* c, int64_t stride) {
     for (int64_t i = 0; i < kTileElements; i += kRowBytes / 2) {
         _mm_prefetch(c + i, _MM_HINT_T0);
         if constexpr (C > 1) _mm_prefetch(c + stride + i, _MM_HINT_T0);
@@ -81,7 +56,7 @@ PYDIFFUSION_TILES_TARGET inline void prefetch_activations(const uint16_t* c, int
 }
 
 template <int W, int C>
-PYDIFFUSION_TILES_TARGET inline void accumulate() {
+PYDIFFUSION_TARGET_AMX inline void accumulate() {
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (W > 1) _tile_dpbf16ps(1, 5, 6);
     if constexpr (C > 1) _tile_dpbf16ps(2, 4, 7);
@@ -89,10 +64,10 @@ PYDIFFUSION_TILES_TARGET inline void accumulate() {
 }
 
 template <int W, int C>
-PYDIFFUSION_TILES_TARGET void multiply_tiles(const TileOperands& o, const LowHalves& low, int64_t depth,
-                                             bool add, bool fetch) {
+PYDIFFUSION_TARGET_AMX void multiply_tiles(const TileOperands& o, const LowHalves& low, int64_t depth,
+                                           bool add, bool prefetch) {
     float* p = o.accumulators;
-    finish_memory_accesses();
+    compiler_barrier();
     if (add) {
         _tile_loadd(0, p, kRowBytes);
         if constexpr (W > 1) _tile_loadd(1, p + kAccumulatorElements, kRowBytes);
@@ -106,7 +81,7 @@ PYDIFFUSION_TILES_TARGET void multiply_tiles(const TileOperands& o, const LowHal
     }
     const uint16_t *w = o.weights, *c = o.activations;
     for (int64_t i = 0; i < depth; ++i, w += kTileElements, c += kTileElements) {
-        if (fetch) prefetch_activations<C>(c + kTileElements, o.activation_stride);
+        if (prefetch) prefetch_activations<C>(c + kTileElements, o.activation_stride);
         load_activations<C>(c, o.activation_stride);
         if (low.weights) {
             load_weights<W>(w + low.weights, o.weight_stride);
@@ -123,15 +98,15 @@ PYDIFFUSION_TILES_TARGET void multiply_tiles(const TileOperands& o, const LowHal
     if constexpr (W > 1) _tile_stored(1, p + kAccumulatorElements, kRowBytes);
     if constexpr (C > 1) _tile_stored(2, p + 2 * kAccumulatorElements, kRowBytes);
     if constexpr (W > 1 && C > 1) _tile_stored(3, p + 3 * kAccumulatorElements, kRowBytes);
-    finish_memory_accesses();
+    compiler_barrier();
 }
 
 // --- AVX-512 BF16 ---
 
-// Half of the rows of a tile of weights at a time, for C tiles of activations: 8 C sums stay in registers.
+// Half the rows of a weight tile at a time, for C tiles of activations: 8 C sums stay in registers.
 template <int C>
-PYDIFFUSION_VECTORS_TARGET void multiply_vectors(const TileOperands& o, int64_t i_weights, int64_t depth,
-                                                 bool add) {
+PYDIFFUSION_TARGET_AVX512 void multiply_vectors(const TileOperands& o, int64_t i_weights, int64_t depth,
+                                                bool add) {
     constexpr int R = 8;
     for (int64_t first = 0; first < kTileRows; first += R) {
         float* p = o.accumulators + i_weights * kAccumulatorElements + first * kTileRows;
@@ -152,9 +127,9 @@ PYDIFFUSION_VECTORS_TARGET void multiply_vectors(const TileOperands& o, int64_t 
                     activations[j] =
                         (__m512bh)_mm512_loadu_si512(c + j * o.activation_stride + pair * kTileDepth);
                 for (int r = 0; r < R; ++r) {
-                    int32_t two;
-                    __builtin_memcpy(&two, w + r * kTileDepth + 2 * pair, sizeof two);
-                    const __m512bh weight = (__m512bh)_mm512_set1_epi32(two);
+                    int32_t bits;
+                    __builtin_memcpy(&bits, w + r * kTileDepth + 2 * pair, sizeof bits);
+                    const __m512bh weight = (__m512bh)_mm512_set1_epi32(bits);
                     for (int j = 0; j < C; ++j)
                         sums[j][r] = _mm512_dpbf16_ps(sums[j][r], weight, activations[j]);
                 }
@@ -167,63 +142,23 @@ PYDIFFUSION_VECTORS_TARGET void multiply_vectors(const TileOperands& o, int64_t 
     }
 }
 
-#else
-
-bool has_vectors() { return false; }
-bool has_tiles() { return false; }
-
 #endif
 
 }  // namespace
 
-namespace {
-
-constexpr Kernel kKernels[] = {Kernel::ggml, Kernel::avx512_bf16, Kernel::amx};
-
-bool is_there(Kernel kernel) {
-    static const bool vectors = has_vectors(), tiles = has_tiles();
-    return kernel == Kernel::ggml || (kernel == Kernel::avx512_bf16 ? vectors : tiles);
-}
-
-}  // namespace
-
-const char* name_of(Kernel kernel) {
-    return kernel == Kernel::amx ? "amx" : kernel == Kernel::avx512_bf16 ? "avx512-bf16" : "ggml";
-}
-
-std::vector<std::string> kernel_names() {
-    std::vector<std::string> names;
-    for (const Kernel kernel : kKernels) {
-        if (is_there(kernel)) names.push_back(name_of(kernel));
-    }
-    return names;
-}
-
-Kernel kernel_by_name(const std::string& name) {
-    if (name == "auto") return is_there(Kernel::amx) ? Kernel::amx : Kernel::ggml;
-    for (const Kernel kernel : kKernels) {
-        if (name != name_of(kernel)) continue;
-        if (!is_there(kernel))
-            throw Error(ErrorKind::argument, "this processor has no " + name + "; choose auto");
-        return kernel;
-    }
-    throw Error(ErrorKind::argument,
-                "there are no kernels " + quoted(name) + ": choose auto, ggml, avx512-bf16 or amx");
-}
-
 KernelScope::KernelScope(Kernel kernel) : kernel_(kernel) {
-#if defined(PYDIFFUSION_TILES)
+#if defined(PYDIFFUSION_AMX)
     if (kernel_ == Kernel::amx) configure_tiles();
 #endif
 }
 
 KernelScope::~KernelScope() {
-#if defined(PYDIFFUSION_TILES)
+#if defined(PYDIFFUSION_AMX)
     if (kernel_ == Kernel::amx) release_tiles();
 #endif
 }
 
-#if defined(PYDIFFUSION_TILES)
+#if defined(PYDIFFUSION_AMX)
 
 void tile_gemm(Kernel kernel, const TileOperands& operands, int64_t n_weights, int64_t n_activations,
                int64_t depth, bool add) {
@@ -246,9 +181,9 @@ void tile_gemm_split(const TileOperands& operands, const LowHalves& low, int64_t
         TileOperands o = operands;
         o.activations += j * o.activation_stride;
         o.accumulators += 2 * j * kAccumulatorElements;
-        const bool two = j + 1 < n_activations;
-        const auto f = n_weights > 1 ? (two ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
-                                     : (two ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
+        const bool pair = j + 1 < n_activations;
+        const auto f = n_weights > 1 ? (pair ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
+                                     : (pair ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
         f(o, low, depth, add, n_activations > kActivationTilesInL1);
     }
 }

@@ -1,51 +1,24 @@
-// Matmul of 16-bit tiles: what the processor's matrix units, or its vectors, multiply at a time.
+// Tile GEMM: bfloat16 tiles multiplied with AMX or AVX-512 BF16.
 //
-// Weights and activations (a token's numbers) are laid out in tiles of bfloat16, 1 KiB each:
-//   weights: 16 rows x 32 numbers, row by row;
-//   activations: 16 pairs of numbers x 16 activations, the two numbers of a pair side by side.
-// A product of two is added to a tile of 16 rows x 16 activations of float32.
+// Weights and activations are packed in bfloat16 tiles of 1 KiB:
+//   weights: 16 rows x 32 elements, row-major;
+//   activations: 16 pairs of elements x 16 activations, the two elements of a pair adjacent.
+// The product of two tiles is added to an accumulator tile of 16 rows x 16 activations in float32.
 #pragma once
 
 #include <cstdint>
-#include <string>
-#include <vector>
 
-// Compilers that know AMX; what is compiled for processors that have it is chosen when the program runs.
-#if defined(__x86_64__) && defined(__linux__) && defined(__clang__) && __clang_major__ >= 12
-#define PYDIFFUSION_TILES 1
-#define PYDIFFUSION_VECTORS_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-#elif defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 11
-#define PYDIFFUSION_TILES 1
-#define PYDIFFUSION_VECTORS_TARGET \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")))
-#endif
-#if defined(PYDIFFUSION_TILES)
-#define PYDIFFUSION_TILES_TARGET __attribute__((target("avx512f,amx-tile,amx-bf16")))
-#endif
+#include "util/cpu_kernels.h"
 
 namespace pydiffusion {
 namespace gemm {
 
-constexpr int64_t kTileRows = 16;       // of weights, and activations, in a tile
-constexpr int64_t kTileDepth = 32;      // numbers of each row
-constexpr int64_t kTileElements = 512;  // bfloat16 numbers of a tile; its product has 256 of float32
-constexpr int64_t kAccumulatorElements = 256;
+constexpr int64_t kTileRows = 16;              // rows of weights, or activations, in a tile
+constexpr int64_t kTileDepth = 32;             // elements of each row or activation
+constexpr int64_t kTileElements = 512;         // bfloat16 elements
+constexpr int64_t kAccumulatorElements = 256;  // float32 elements
 
-enum class Kernel {
-    ggml,         // no tiles: ggml's own products
-    avx512_bf16,  // AVX-512 BF16
-    amx,          // AMX BF16
-};
-
-// "ggml", "avx512-bf16", "amx", or "auto": AMX where it is, else ggml's. (On a processor with both, AVX-512
-// BF16 was faster than ggml's products for some types and far slower for others; which on those without AMX
-// has not been measured.) Throws Error(argument) for other names and for what this processor has not.
-Kernel kernel_by_name(const std::string& name);
-const char* name_of(Kernel kernel);
-// The names of what this processor has, the slowest first.
-std::vector<std::string> kernel_names();
-
-// Makes the thread ready for multiply(), and takes back what that changed.
+// Configures the thread for tile_gemm() while it lives: loads and releases the AMX tile configuration.
 class KernelScope {
   public:
     explicit KernelScope(Kernel kernel);
@@ -57,10 +30,10 @@ class KernelScope {
     Kernel kernel_;
 };
 
-// products[j][i] += weights[i] activations[j], for n_weights (1 or 2) by n_activations tiles that are `depth`
-// tiles deep: tile d of weights i stands at weights + i * weight_stride + d * kTileElements, likewise
-// activations; tile (j, i) of the products at products + (2 * j + i) * kAccumulatorElements. `add` false: =
-// instead of +=. Each number is summed up in the order of depth, whatever else is computed.
+// accumulators[j][i] += weights[i] activations[j], for n_weights (1 or 2) x n_activations row tiles that are
+// `depth` tiles deep: tile d of weights i is at weights + i * weight_stride + d * kTileElements, likewise for
+// activations; accumulator (j, i) is at accumulators + (2 * j + i) * kAccumulatorElements. `add` false: =
+// instead of +=. Each element is summed in order of depth, independently of the others.
 struct TileOperands {
     const uint16_t* weights;
     int64_t weight_stride;
@@ -71,8 +44,8 @@ struct TileOperands {
 void tile_gemm(Kernel kernel, const TileOperands& operands, int64_t n_weights, int64_t n_activations,
                int64_t depth, bool add);
 
-// Likewise, with AMX, for numbers that are sums of two bfloat16 ones: the low halves lie at these distances
-// from the high ones, 0 where there are none. The product of two low halves is left out.
+// The same with AMX for operands that are sums of two bfloat16 halves: offsets of the low halves from the
+// high ones; 0: no low half. Skips the product of the two low halves.
 struct LowHalves {
     int64_t weights, activations;
 };

@@ -8,51 +8,53 @@
 namespace pydiffusion {
 namespace gemm {
 
-#if defined(PYDIFFUSION_TILES)
+#if defined(PYDIFFUSION_AMX)
 
 namespace {
 
-// What a row is unpacked with: `n` weights, 32 at a time to out, out + kTileElements, ...
+// Unpacks `n` weights of a row, 32 at a time to out, out + kTileElements, ...
 using UnpackRow = void (*)(const uint8_t* row, int64_t n, uint16_t* out);
 
-VECTORS inline float half_at(const uint8_t* p) {
+TARGET_AVX512 inline float half_at(const uint8_t* p) {
     uint16_t bits;
     std::memcpy(&bits, p, sizeof bits);
     return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
 }
 
-VECTORS inline void store(uint16_t* out, __m512 low, __m512 high) {
+TARGET_AVX512 inline void store(uint16_t* out, __m512 low, __m512 high) {
     _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
-VECTORS inline void store(uint16_t* out, __m512i table, __m512i indices) {
+TARGET_AVX512 inline void store(uint16_t* out, __m512i table, __m512i indices) {
     _mm512_storeu_si512(out, _mm512_permutexvar_epi16(indices, table));
 }
 
-VECTORS inline __m512i table_of(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+TARGET_AVX512 inline __m512i table_of(__m512 low, __m512 high) {
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
 
-VECTORS inline __m512 count_up() {
+TARGET_AVX512 inline __m512 count_up() {
     return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
 
-VECTORS inline __m512i words_of(const uint8_t* bytes) {
+TARGET_AVX512 inline __m512i words_of(const uint8_t* bytes) {
     return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
 }
 
 // 32 weights of 4 bits in 16 bytes: the low nibbles first.
-VECTORS inline __m512i nibbles_of(const uint8_t* bytes) {
+TARGET_AVX512 inline __m512i nibbles_of(const uint8_t* bytes) {
     const __m256i w = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
     const __m256i low = _mm256_and_si256(w, _mm256_set1_epi16(15)), high = _mm256_srli_epi16(w, 4);
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
-VECTORS inline __m512 floats_of(const int8_t* bytes) {
+TARGET_AVX512 inline __m512 floats_of(const int8_t* bytes) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
 }
 
-// --- blocks of 32: the weights are entries of a table made for their block ---
+// --- blocks of 32: weights are looked up in a table of the block's values ---
 
-VECTORS void unpack_q8_0(const uint8_t* row, int64_t n, uint16_t* out) {
+TARGET_AVX512 void unpack_q8_0(const uint8_t* row, int64_t n, uint16_t* out) {
     for (int64_t i = 0; i < n; i += 32, row += 34, out += kTileElements) {
         const __m512 d = _mm512_set1_ps(half_at(row));
         const auto* q = reinterpret_cast<const int8_t*>(row + 2);
@@ -60,7 +62,7 @@ VECTORS void unpack_q8_0(const uint8_t* row, int64_t n, uint16_t* out) {
     }
 }
 
-VECTORS void unpack_q4_0(const uint8_t* row, int64_t n, uint16_t* out) {
+TARGET_AVX512 void unpack_q4_0(const uint8_t* row, int64_t n, uint16_t* out) {
     const __m512 values = _mm512_sub_ps(count_up(), _mm512_set1_ps(8.0f));
     for (int64_t i = 0; i < n; i += 32, row += 18, out += kTileElements) {
         const __m512 entries = _mm512_mul_ps(values, _mm512_set1_ps(half_at(row)));
@@ -68,7 +70,7 @@ VECTORS void unpack_q4_0(const uint8_t* row, int64_t n, uint16_t* out) {
     }
 }
 
-VECTORS void unpack_q4_1(const uint8_t* row, int64_t n, uint16_t* out) {
+TARGET_AVX512 void unpack_q4_1(const uint8_t* row, int64_t n, uint16_t* out) {
     for (int64_t i = 0; i < n; i += 32, row += 20, out += kTileElements) {
         const __m512 entries =
             _mm512_fmadd_ps(count_up(), _mm512_set1_ps(half_at(row)), _mm512_set1_ps(half_at(row + 2)));
@@ -76,14 +78,14 @@ VECTORS void unpack_q4_1(const uint8_t* row, int64_t n, uint16_t* out) {
     }
 }
 
-// The fifth bits: of weight i in bit i.
-VECTORS inline __m512i with_fifth_bits(__m512i nibbles, const uint8_t* bits) {
+// Adds the fifth bits; bit i is weight i's.
+TARGET_AVX512 inline __m512i with_fifth_bits(__m512i nibbles, const uint8_t* bits) {
     uint32_t mask;
     std::memcpy(&mask, bits, sizeof mask);
     return _mm512_mask_add_epi16(nibbles, mask, nibbles, _mm512_set1_epi16(16));
 }
 
-VECTORS void unpack_q5_0(const uint8_t* row, int64_t n, uint16_t* out) {
+TARGET_AVX512 void unpack_q5_0(const uint8_t* row, int64_t n, uint16_t* out) {
     const __m512 sixteen = _mm512_set1_ps(16.0f);
     for (int64_t i = 0; i < n; i += 32, row += 22, out += kTileElements) {
         const __m512 d = _mm512_set1_ps(half_at(row));
@@ -93,7 +95,7 @@ VECTORS void unpack_q5_0(const uint8_t* row, int64_t n, uint16_t* out) {
     }
 }
 
-VECTORS void unpack_q5_1(const uint8_t* row, int64_t n, uint16_t* out) {
+TARGET_AVX512 void unpack_q5_1(const uint8_t* row, int64_t n, uint16_t* out) {
     const __m512 sixteen = _mm512_set1_ps(16.0f);
     for (int64_t i = 0; i < n; i += 32, row += 24, out += kTileElements) {
         const __m512 d = _mm512_set1_ps(half_at(row));
@@ -103,24 +105,24 @@ VECTORS void unpack_q5_1(const uint8_t* row, int64_t n, uint16_t* out) {
     }
 }
 
-// The 16 values that IQ4_NL and IQ4_XS know; those of MXFP4, doubled (ggml-common.h, and the OCP
-// microscaling formats' E2M1).
-VECTORS inline __m512 iq4_values() {
+// The 16 values of IQ4_NL and IQ4_XS, and those of MXFP4, doubled (ggml-common.h, and E2M1 of the OCP
+// microscaling formats).
+TARGET_AVX512 inline __m512 iq4_values() {
     return _mm512_setr_ps(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
 }
 
-VECTORS inline __m512 fp4_values() {
+TARGET_AVX512 inline __m512 fp4_values() {
     return _mm512_setr_ps(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
 }
 
-VECTORS void unpack_iq4_nl(const uint8_t* row, int64_t n, uint16_t* out) {
+TARGET_AVX512 void unpack_iq4_nl(const uint8_t* row, int64_t n, uint16_t* out) {
     for (int64_t i = 0; i < n; i += 32, row += 18, out += kTileElements) {
         const __m512 entries = _mm512_mul_ps(iq4_values(), _mm512_set1_ps(half_at(row)));
         store(out, table_of(entries, entries), nibbles_of(row + 2));
     }
 }
 
-VECTORS void unpack_mxfp4(const uint8_t* row, int64_t n, uint16_t* out) {
+TARGET_AVX512 void unpack_mxfp4(const uint8_t* row, int64_t n, uint16_t* out) {
     for (int64_t i = 0; i < n; i += 32, row += 17, out += kTileElements) {
         const __m512 half = _mm512_set1_ps(0.5f);
         const __m512 exponent = _mm512_set1_ps(static_cast<float>(*row) - 127.0f);
@@ -131,7 +133,7 @@ VECTORS void unpack_mxfp4(const uint8_t* row, int64_t n, uint16_t* out) {
 
 // --- blocks of 256 ---
 
-VECTORS void unpack_iq4_xs(const uint8_t* row, int64_t n, uint16_t* out) {
+TARGET_AVX512 void unpack_iq4_xs(const uint8_t* row, int64_t n, uint16_t* out) {
     for (int64_t i = 0; i < n; i += 256, row += 136) {
         const float d = half_at(row);
         uint16_t high;
@@ -145,40 +147,40 @@ VECTORS void unpack_iq4_xs(const uint8_t* row, int64_t n, uint16_t* out) {
     }
 }
 
-// Broadcasts from memory cost nothing beside the shuffles that compilers would make of them.
+// Forces values into memory: broadcasts from memory are nearly free, but compilers would use shuffles.
 template <typename T>
-inline void leave_in_memory(T& numbers) {
-    asm volatile("" : "+m"(numbers));
+inline void force_into_memory(T& values) {
+    asm volatile("" : "+m"(values));
 }
 
-// Scales and minima of the 8 groups of 32 in a Q4_K or Q5_K block: 6 bits each in 12 bytes.
+// Scales and minimums of the 8 groups of 32 in a Q4_K or Q5_K block: 6 bits each in 12 bytes.
 struct Groups {
     float scale[8], minimum[8];
 };
 
-VECTORS inline Groups groups_of(const uint8_t* block) {
+TARGET_AVX512 inline Groups groups_of(const uint8_t* block) {
     uint32_t w[3];
     std::memcpy(w, block + 4, sizeof w);
     const uint64_t scales =
         (w[0] & 0x3f3f3f3f) | uint64_t{(w[2] & 0x0f0f0f0f) | (w[0] >> 6 & 0x03030303) << 4} << 32;
     const uint64_t minima =
         (w[1] & 0x3f3f3f3f) | uint64_t{(w[2] >> 4 & 0x0f0f0f0f) | (w[1] >> 6 & 0x03030303) << 4} << 32;
-    const auto floats = [](uint64_t bytes, float factor) PYDIFFUSION_VECTORS_TARGET {
+    const auto floats = [](uint64_t bytes, float factor) PYDIFFUSION_TARGET_AVX512 {
         const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes)));
         return _mm256_mul_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(factor));
     };
     Groups groups;
     _mm256_storeu_ps(groups.scale, floats(scales, half_at(block)));
     _mm256_storeu_ps(groups.minimum, floats(minima, half_at(block + 2)));
-    leave_in_memory(groups);
+    force_into_memory(groups);
     return groups;
 }
 
-VECTORS void unpack_q4_k(const uint8_t* row, int64_t n, uint16_t* out) {
+TARGET_AVX512 void unpack_q4_k(const uint8_t* row, int64_t n, uint16_t* out) {
     for (int64_t i = 0; i < n; i += 256, row += 144) {
         const Groups g = groups_of(row);
         for (int j = 0; j < 8; j += 2, out += 2 * kTileElements) {
-            // One table for two groups, the second group's entries behind the first's.
+            // One table for two groups: the first's 16 entries, then the second's.
             const __m512i table = table_of(
                 _mm512_fmsub_ps(count_up(), _mm512_set1_ps(g.scale[j]), _mm512_set1_ps(g.minimum[j])),
                 _mm512_fmsub_ps(count_up(), _mm512_set1_ps(g.scale[j + 1]),
@@ -190,7 +192,7 @@ VECTORS void unpack_q4_k(const uint8_t* row, int64_t n, uint16_t* out) {
     }
 }
 
-VECTORS void unpack_q5_k(const uint8_t* row, int64_t n, uint16_t* out) {
+TARGET_AVX512 void unpack_q5_k(const uint8_t* row, int64_t n, uint16_t* out) {
     const __m512 sixteen = _mm512_set1_ps(16.0f);
     for (int64_t i = 0; i < n; i += 256, row += 176) {
         const Groups g = groups_of(row);
@@ -208,11 +210,11 @@ VECTORS void unpack_q5_k(const uint8_t* row, int64_t n, uint16_t* out) {
     }
 }
 
-VECTORS inline __m512 scaled(__m128i bytes, float scale) {
+TARGET_AVX512 inline __m512 scaled(__m128i bytes, float scale) {
     return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), _mm512_set1_ps(scale));
 }
 
-VECTORS void unpack_q6_k(const uint8_t* row, int64_t n, uint16_t* out) {
+TARGET_AVX512 void unpack_q6_k(const uint8_t* row, int64_t n, uint16_t* out) {
     const __m256i fifteen = _mm256_set1_epi8(15), high_bits = _mm256_set1_epi8(48);
     for (int64_t i = 0; i < n; i += 256, row += 210) {
         struct {
@@ -220,7 +222,7 @@ VECTORS void unpack_q6_k(const uint8_t* row, int64_t n, uint16_t* out) {
         } scales;
         _mm512_storeu_ps(scales.of_group, _mm512_mul_ps(floats_of(reinterpret_cast<const int8_t*>(row + 192)),
                                                         _mm512_set1_ps(half_at(row + 208))));
-        leave_in_memory(scales);
+        force_into_memory(scales);
         for (int half = 0; half < 2; ++half) {
             const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 128 + 32 * half));
             for (int j = 0; j < 4; ++j, out += kTileElements) {
@@ -240,21 +242,20 @@ VECTORS void unpack_q6_k(const uint8_t* row, int64_t n, uint16_t* out) {
     }
 }
 
-// Q2_K and Q3_K have a scale for each 16 weights, of which one table holds several groups: entry e is value
-// e % n_values of group e / n_values. Slot by lane, the group and the value:
-VECTORS inline __m512i groups_of_lanes(int n_values) {
+// Q2_K and Q3_K have a scale per group of 16 weights, and one table holds several groups: entry e is value
+// e % n_values of group e / n_values. By lane, the group and the value:
+TARGET_AVX512 inline __m512i lane_groups(int n_values) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return n_values == 4 ? _mm512_srli_epi32(lanes, 2) : _mm512_srli_epi32(lanes, 3);
 }
 
-VECTORS inline __m512 values_of_lanes(int n_values) {
+TARGET_AVX512 inline __m512 lane_values(int n_values) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return _mm512_cvtepi32_ps(_mm512_and_si512(lanes, _mm512_set1_epi32(n_values - 1)));
 }
 
-// Two bits of 32 bytes each, as words, from bit `shift` on; `low` is added to the first 16, `high` to the
-// others.
-VECTORS inline __m512i two_bits_of(__m512i words, int shift, int low, int high) {
+// Two bits of each of 32 words, from bit `shift` on; adds `low` to the first 16, and `high` to the others.
+TARGET_AVX512 inline __m512i two_bits_of(__m512i words, int shift, int low, int high) {
     const __m512i bits =
         _mm512_and_si512(_mm512_srl_epi16(words, _mm_cvtsi32_si128(shift)), _mm512_set1_epi16(3));
     const __m512i base = _mm512_inserti64x4(_mm512_set1_epi16(static_cast<int16_t>(low)),
@@ -262,9 +263,9 @@ VECTORS inline __m512i two_bits_of(__m512i words, int shift, int low, int high) 
     return _mm512_add_epi16(bits, base);
 }
 
-VECTORS void unpack_q2_k(const uint8_t* row, int64_t n, uint16_t* out) {
-    const __m512i groups = groups_of_lanes(4), four = _mm512_set1_epi32(4);
-    const __m512 values = values_of_lanes(4);
+TARGET_AVX512 void unpack_q2_k(const uint8_t* row, int64_t n, uint16_t* out) {
+    const __m512i groups = lane_groups(4), four = _mm512_set1_epi32(4);
+    const __m512 values = lane_values(4);
     for (int64_t i = 0; i < n; i += 256, row += 84) {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
         const __m512i both = _mm512_cvtepu8_epi32(bytes);
@@ -286,8 +287,8 @@ VECTORS void unpack_q2_k(const uint8_t* row, int64_t n, uint16_t* out) {
     }
 }
 
-// The 16 scales of 6 bits: the low four in 8 bytes, nibble by nibble, the high two in 4 bytes more.
-VECTORS inline __m512 q3_k_scales(const uint8_t* bytes, float d) {
+// 16 scales of 6 bits: the low four bits in 8 bytes of nibbles, the high two in another 4 bytes.
+TARGET_AVX512 inline __m512 q3_k_scales(const uint8_t* bytes, float d) {
     uint64_t low;
     uint32_t high;
     std::memcpy(&low, bytes, sizeof low);
@@ -297,13 +298,13 @@ VECTORS inline __m512 q3_k_scales(const uint8_t* bytes, float d) {
     const uint64_t first = (low & nibbles) | top(0) | top(2) << 32;
     const uint64_t last = (low >> 4 & nibbles) | top(4) | top(6) << 32;
     const __m128i scales = _mm_set_epi64x(static_cast<long long>(last), static_cast<long long>(first));
-    const __m512i centred = _mm512_sub_epi32(_mm512_cvtepu8_epi32(scales), _mm512_set1_epi32(32));
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(centred), _mm512_set1_ps(d));
+    const __m512i centered = _mm512_sub_epi32(_mm512_cvtepu8_epi32(scales), _mm512_set1_epi32(32));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(centered), _mm512_set1_ps(d));
 }
 
-VECTORS void unpack_q3_k(const uint8_t* row, int64_t n, uint16_t* out) {
-    const __m512i groups = groups_of_lanes(8);
-    const __m512 values = _mm512_sub_ps(values_of_lanes(8), _mm512_set1_ps(4.0f));
+TARGET_AVX512 void unpack_q3_k(const uint8_t* row, int64_t n, uint16_t* out) {
+    const __m512i groups = lane_groups(8);
+    const __m512 values = _mm512_sub_ps(lane_values(8), _mm512_set1_ps(4.0f));
     for (int64_t i = 0; i < n; i += 256, row += 110) {
         const __m256i third = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
         const __m512 scales = q3_k_scales(row + 96, half_at(row + 108));
@@ -321,7 +322,7 @@ VECTORS void unpack_q3_k(const uint8_t* row, int64_t n, uint16_t* out) {
     }
 }
 
-// --- others ---
+// --- bfloat16 ---
 
 void copy_bf16(const uint8_t* row, int64_t n, uint16_t* out) {
     for (int64_t i = 0; i < n; i += 32, row += 64, out += kTileElements)
@@ -372,10 +373,10 @@ bool can_unpack(ggml_type type, int64_t n_per_row) {
 void unpack(const Rows& rows, uint16_t* tiles, const Prefetch& ahead) {
     const UnpackRow unpack_row = unpacker_of(rows.type);
     const int64_t depth = rows.n / kTileDepth;
-    const int64_t n_whole = (rows.n_rows + kTileRows - 1) / kTileRows * kTileRows;
+    const int64_t n_padded = (rows.n_rows + kTileRows - 1) / kTileRows * kTileRows;
     const char* data = rows.data + ggml_row_size(rows.type, rows.first);
-    for (int64_t r = 0; r < n_whole; ++r) {
-        for (size_t at = 0; at < ahead.n_bytes; at += kLine)
+    for (int64_t r = 0; r < n_padded; ++r) {
+        for (size_t at = 0; at < ahead.n_bytes; at += kCacheLine)
             _mm_prefetch(ahead.data + r * ahead.stride + at, _MM_HINT_T1);
         uint16_t* out = tiles + r / kTileRows * depth * kTileElements + r % kTileRows * kTileDepth;
         if (r >= rows.n_rows) {

@@ -1,4 +1,4 @@
-// Rows of weights of any type, unpacked into tiles.
+// Unpacks (dequantizes) rows of weights into bfloat16 tiles.
 #pragma once
 
 #include <cstddef>
@@ -10,11 +10,11 @@
 namespace pydiffusion {
 namespace gemm {
 
-// Whether rows of `n_per_row` weights of this type go into tiles of bfloat16: all that lose far less by it
-// than their own quantization has lost, and that are unpacked faster than ggml multiplies them.
+// Whether rows of `n_per_row` weights of this type can be unpacked: types for which rounding to bfloat16
+// loses far less than their quantization did, and unpacking is faster than ggml's matmul.
 bool can_unpack(ggml_type type, int64_t n_per_row);
 
-// Some weights of each of `n_rows` rows: `n` from number `first` on, both multiples of 256 unless the row
+// A range of elements of each of `n_rows` rows: `n` from `first` on, both multiples of 256 unless the row
 // ends there.
 struct Rows {
     ggml_type type;
@@ -24,16 +24,15 @@ struct Rows {
     int64_t first, n;
 };
 
-// Memory that is needed soon: for each row that is unpacked meanwhile `n_bytes`, `stride` further each time.
-// It may end anywhere.
+// Memory to prefetch: `n_bytes` at data + r * stride while row r is unpacked. May extend beyond allocations.
 struct Prefetch {
     const char* data = nullptr;
     size_t stride = 0, n_bytes = 0;
 };
 
-// They become 1 or 2 (n_rows > kTileRows) times n / kTileDepth tiles; what is missing of the last tiles' rows
-// is zero. What is ahead is brought into the second cache meanwhile, row by row: faster, it would hold up the
-// reads of what is being unpacked.
+// Writes 1 or 2 (n_rows > kTileRows) times n / kTileDepth tiles; missing rows of the last tiles are zero.
+// Prefetches `ahead` into L2, spread over the rows: in bursts it would delay the reads of the rows
+// themselves.
 void unpack(const Rows& rows, uint16_t* tiles, const Prefetch& ahead);
 
 }  // namespace gemm

@@ -11,17 +11,18 @@ namespace gemm {
 namespace {
 
 constexpr int64_t kDepth = kSoftRows / kTileDepth;
-constexpr int64_t kColumnTiles = kSoftDims / kTileRows;
-constexpr int64_t kPairNumbers = 2 * kColumnTiles * kAccumulatorElements;  // products of two tiles of tokens
+constexpr int64_t kDimTiles = kSoftDims / kTileRows;
+constexpr int64_t kPairElements =
+    2 * kDimTiles * kAccumulatorElements;  // accumulators of two tiles of tokens
 
 }  // namespace
 
-#if defined(PYDIFFUSION_TILES)
+#if defined(PYDIFFUSION_AMX)
 
 namespace {
 
-// Two rows of 32 numbers side by side -> pairs of 16 activations each.
-VECTORS void interleave(const uint16_t* even, const uint16_t* odd, uint16_t* left, uint16_t* right) {
+// Interleaves two rows of 32 elements: pairs of the first 16 dims to `left`, of the others to `right`.
+TARGET_AVX512 void interleave(const uint16_t* even, const uint16_t* odd, uint16_t* left, uint16_t* right) {
     alignas(64) static const uint16_t order[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
                                                    37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
                                                    11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -38,8 +39,8 @@ WeightedSums::WeightedSums(int64_t n_tokens)
     : n_tiles_((n_tokens + 2 * kTileRows - 1) / (2 * kTileRows) * 2),
       tokens_(allocate<uint16_t>(2 * n_tiles_ * kDepth * kTileElements)),
       rows_(allocate<uint16_t>(kTileDepth * kSoftDims)),
-      activations_(allocate<uint16_t>(kColumnTiles * kDepth * kTileElements)),
-      products_(allocate<float>(n_tiles_ / 2 * kPairNumbers)) {}
+      dims_(allocate<uint16_t>(kDimTiles * kDepth * kTileElements)),
+      accumulators_(allocate<float>(n_tiles_ / 2 * kPairElements)) {}
 
 void WeightedSums::add(const float* const* p, int64_t n_tokens, const Rows& rows) {
     const int64_t depth = (rows.n_rows + kTileDepth - 1) / kTileDepth;
@@ -57,13 +58,13 @@ void WeightedSums::add(const float* const* p, int64_t n_tokens, const Rows& rows
     for (int64_t d = 0; d < depth; ++d) {
         const int64_t n_rows = std::min(kTileDepth, rows.n_rows - d * kTileDepth);
         if (n_rows < kTileDepth) std::fill_n(rows_.get(), kTileDepth * kSoftDims, uint16_t{0});
-        Rows few = rows;
-        few.data += d * kTileDepth * rows.row_bytes;
-        few.n_rows = n_rows;
-        const char* next = few.data + n_rows * rows.row_bytes + ggml_row_size(rows.type, rows.first);
-        unpack(few, rows_.get(), {next, rows.row_bytes, ggml_row_size(rows.type, rows.n)});
+        Rows block = rows;
+        block.data += d * kTileDepth * rows.row_bytes;
+        block.n_rows = n_rows;
+        const char* next = block.data + n_rows * rows.row_bytes + ggml_row_size(rows.type, rows.first);
+        unpack(block, rows_.get(), {next, rows.row_bytes, ggml_row_size(rows.type, rows.n)});
         for (int64_t b = 0; b < n_blocks; ++b) {
-            uint16_t* left = &activations_[(2 * b * depth + d) * kTileElements];
+            uint16_t* left = &dims_[(2 * b * depth + d) * kTileElements];
             for (int64_t r = 0; r < kTileDepth; r += 2) {
                 const uint16_t* even =
                     &rows_[((r / kTileRows * n_blocks + b) * kTileRows + r % kTileRows) * kTileDepth];
@@ -74,8 +75,8 @@ void WeightedSums::add(const float* const* p, int64_t n_tokens, const Rows& rows
     }
     for (int64_t t = 0; t < n_tiles_; t += 2) {
         const int64_t stride = depth * kTileElements;
-        float* products = &products_[t / 2 * kPairNumbers];
-        tile_gemm_split({&tokens_[t * stride], stride, activations_.get(), stride, products}, {n_half, 0}, 2,
+        float* accumulators = &accumulators_[t / 2 * kPairElements];
+        tile_gemm_split({&tokens_[t * stride], stride, dims_.get(), stride, accumulators}, {n_half, 0}, 2,
                         2 * n_blocks, depth, !empty_);
     }
     empty_ = false;
@@ -83,8 +84,8 @@ void WeightedSums::add(const float* const* p, int64_t n_tokens, const Rows& rows
 
 void WeightedSums::add_to(float* out, int64_t t, int64_t n) const {
     if (empty_) return;
-    const float* sums = &products_[t / (2 * kTileRows) * kPairNumbers +
-                                   t / kTileRows % 2 * kAccumulatorElements + t % kTileRows * kTileRows];
+    const float* sums = &accumulators_[t / (2 * kTileRows) * kPairElements +
+                                       t / kTileRows % 2 * kAccumulatorElements + t % kTileRows * kTileRows];
     for (int64_t c = 0; c < n; ++c) out[c] += sums[c / kTileRows * 2 * kAccumulatorElements + c % kTileRows];
 }
 

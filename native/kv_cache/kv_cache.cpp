@@ -1,11 +1,11 @@
-#include "graph/kv_cache.h"
+#include "kv_cache/kv_cache.h"
 
 #include <algorithm>
 #include <cstring>
 
 #include "backend/ggml/ggml_ops.h"
 #include "ggml-alloc.h"
-#include "model/kv_layout.h"
+#include "kv_cache/kv_layout.h"
 #include "util/error.h"
 
 namespace pydiffusion {
@@ -13,9 +13,9 @@ namespace pydiffusion {
 namespace {
 
 constexpr int32_t kSnapshotSlack = 256;  // tokens
-static_assert(kSnapshotSlack % kAttentionTile == 0, "a snapshot begins with a tile");
+static_assert(kSnapshotSlack % kAttentionTile == 0, "a snapshot must begin at a tile");
 
-// Copies the bytes [from, from + n) of a tensor to its beginning; they may overlap.
+// Moves the bytes [from, from + n) of a tensor to its beginning; the ranges may overlap.
 void move_to_front(ggml_tensor* t, size_t from, size_t n) {
     if (n == 0) return;
     if (ggml_backend_buffer_is_host(t->buffer)) {
@@ -23,7 +23,7 @@ void move_to_front(ggml_tensor* t, size_t from, size_t n) {
         std::memmove(data, data + from, n);
         return;
     }
-    // Not often: once in a window's worth of tokens.
+    // Rare enough to go through the host: once per window of tokens.
     std::vector<uint8_t> rows(n);
     ggml_backend_tensor_get(t, rows.data(), from, n);
     ggml_backend_tensor_set(t, rows.data(), 0, n);
@@ -38,15 +38,17 @@ KvCache::KvCache(const Hparams& hp, const Backend& backend, const DevicePlan& de
       n_padding_rows_(backend.on_device() ? ggml_ops::kMaskPadding : 0) {
     require_fitting_heads(hp, type);
     if (backend.on_device() && !backend.can_store(type)) {
-        throw Error(ErrorKind::unsupported,
-                    format("%s can't write a cache of %s: choose another kv_type, or n_gpu_layers=0",
-                           backend.name(), ggml_type_name(type)));
+        throw Error(
+            ErrorKind::unsupported,
+            format("%s does not support a KV cache of type %s: choose another kv_type, or n_gpu_layers=0",
+                   backend.name(), ggml_type_name(type)));
     }
     const ggml_init_params params = {(2 * hp.layers.size() + 1) * ggml_tensor_overhead(), nullptr, true};
     require_memory((size_t{8} << 20) + 2 * params.mem_size);
     for (int32_t device = kCpuDevice; device < backend.n_devices(); ++device) {
         contexts_.emplace_back(ggml_init(params));
-        if (!contexts_.back()) throw Error(ErrorKind::out_of_memory, "no memory for the cache's description");
+        if (!contexts_.back())
+            throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate the KV cache's tensors");
     }
     for (int32_t i = 0; i < hp.n_layer; ++i) {
         const LayerShape& shape = hp.layers[i];
@@ -65,9 +67,11 @@ void KvCache::allocate(ggml_context* context, ggml_backend_buffer_type_t type, i
     const size_t n_bytes = ggml_backend_alloc_ctx_tensors_from_buft_size(context, type);
     ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(context, type);
     if (!buffer) {
-        throw Error(ErrorKind::out_of_memory,
-                    format("no memory for a KV cache of %.1f MB (%d tokens): choose a smaller n_ctx",
-                           static_cast<double>(n_bytes) / 1e6, n_ctx));
+        throw Error(
+            ErrorKind::out_of_memory,
+            format(
+                "out of memory: failed to allocate a KV cache of %.1f MB (%d tokens): choose a smaller n_ctx",
+                static_cast<double>(n_bytes) / 1e6, n_ctx));
     }
     buffers_.emplace_back(buffer);
     ggml_backend_buffer_clear(buffer, 0);
@@ -86,7 +90,7 @@ uint64_t KvCache::n_bytes() const {
 
 void KvCache::prepare(int32_t n_tokens) {
     if (n_past_ + n_tokens - base_ > sliding_rows_) drop_rows_before(first_kept());
-    // What fills a mask up is read, though masked: a NaN left there would spoil what is added up over it.
+    // Padding rows are masked but still read, and a NaN left there would spread to the sums over all rows.
     for (const Layer& layer : layers_) {
         const size_t end = static_cast<size_t>((layer.sliding ? n_past_ - base_ : n_past_.load()) + n_tokens);
         for (ggml_tensor* t : {layer.k, layer.v})
@@ -109,7 +113,7 @@ void KvCache::drop_rows_before(int32_t position) {
 void KvCache::take_snapshot(int32_t position) {
     const bool needed = mark_ >= 0 && tile_start(mark_, window_) < position;
     if (!needed || snapshot_.end == mark_) return;
-    // A little more than the window: a turn may be taken back to just before the mark.
+    // A little more than the window: a turn may be rolled back to just before the mark.
     snapshot_.first = std::max(base_, tile_start(mark_, window_) - kSnapshotSlack);
     snapshot_.end = mark_;
     snapshot_.rows.clear();
@@ -136,16 +140,16 @@ KvRange KvCache::range_from(int32_t i_layer, int32_t position) const {
 
 bool KvCache::truncate(int32_t n) {
     if (n >= n_past_) return true;
-    if (tile_start(n, window_) < base_ && !go_back_to_snapshot(n)) return false;
+    if (tile_start(n, window_) < base_ && !restore_snapshot(n)) return false;
     n_past_ = n;
     version_ = next_version();
-    // What is marked or kept aside behind this point belongs to tokens that are gone.
+    // A mark or snapshot beyond this position belongs to dropped tokens.
     if (mark_ > n) mark_ = -1;
     if (snapshot_.end > n) snapshot_ = Snapshot();
     return true;
 }
 
-bool KvCache::go_back_to_snapshot(int32_t n) {
+bool KvCache::restore_snapshot(int32_t n) {
     if (snapshot_.rows.empty() || n > snapshot_.end || tile_start(n, window_) < snapshot_.first) return false;
     const size_t n_rows = static_cast<size_t>(snapshot_.end - snapshot_.first);
     const uint8_t* source = snapshot_.rows.data();

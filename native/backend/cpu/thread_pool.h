@@ -1,4 +1,4 @@
-// The CPU threads that compute graphs.
+// ThreadPool: the CPU threads that compute graphs.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +10,10 @@
 
 namespace pydiffusion {
 
-// Threads and their work area. They belong to one process: threads do not survive a fork.
+// Threads and their work buffer. Belongs to one process: threads do not survive a fork.
 class ThreadPool {
   public:
-    // Throws Error(out_of_memory) where the system does not permit so many threads.
+    // Throws Error(out_of_memory) if the system does not allow that many threads.
     explicit ThreadPool(int n_threads);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;

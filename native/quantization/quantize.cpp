@@ -1,4 +1,4 @@
-#include "quant/quantize.h"
+#include "quantization/quantize.h"
 
 #include <algorithm>
 #include <atomic>
@@ -15,26 +15,25 @@ namespace pydiffusion {
 namespace {
 
 constexpr int64_t kRowsPerTask = 16;
-// Weights that are turned into floats at a time: 32 KB, which the first cache still holds when they are
-// checked and rounded.
-constexpr int64_t kWeightsPerPiece = 8192;
+// Weights dequantized at a time: 32 KB of floats, still in L1 when they are checked and quantized.
+constexpr int64_t kWeightsPerChunk = 8192;
 
 void check_rows(ggml_type type, int64_t n_per_row) {
     const int64_t block = ggml_blck_size(type);
     if (n_per_row < 1 || n_per_row % block != 0) {
         throw Error(
             ErrorKind::argument,
-            format("rows of %lld are no multiple of the %lld weights of a %s block",
+            format("rows of %lld weights are not a multiple of the block size %lld of %s",
                    static_cast<long long>(n_per_row), static_cast<long long>(block), ggml_type_name(type)));
     }
 }
 
-// The bytes of ggml's quantize_row_q8_0_ref, which rounds weight by weight through a call of roundf: all in
-// loops that become vector code, and a tenth of the time. `n` is a multiple of 32.
+// Same bytes as ggml's quantize_row_q8_0_ref, which calls roundf per weight; these loops vectorize and take a
+// tenth of the time. `n` is a multiple of 32.
 void quantize_q8_0(const float* x, uint8_t* out, int64_t n) {
     constexpr int64_t block = 32;
     for (int64_t i = 0; i < n; i += block, x += block) {
-        uint32_t largest = 0;  // of absolute values, whose bits are ordered as they are
+        uint32_t largest = 0;  // absolute value; the bits of non-negative floats compare like the floats
         for (int64_t j = 0; j < block; ++j) {
             uint32_t bits;
             std::memcpy(&bits, x + j, sizeof bits);
@@ -48,8 +47,8 @@ void quantize_q8_0(const float* x, uint8_t* out, int64_t n) {
         out += sizeof d16;
         for (int64_t j = 0; j < block; ++j) {
             const float scaled = x[j] * inverse;
-            // Halves away from zero, as roundf. The largest float below 0.5: with 0.5 itself, what is just
-            // below a half would be rounded up.
+            // Round half away from zero, like roundf. The addend is the largest float below 0.5: adding 0.5
+            // itself would round values just below a half up.
             const float away = scaled + std::copysign(0.49999997f, scaled);
             out[j] = static_cast<uint8_t>(static_cast<int8_t>(static_cast<int32_t>(away)));
         }
@@ -59,40 +58,42 @@ void quantize_q8_0(const float* x, uint8_t* out, int64_t n) {
 
 void require_writable(ggml_type type, const float* importance) {
     const bool is_float = type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
-    const bool is_intermediate = type == GGML_TYPE_Q8_1 || type == GGML_TYPE_Q8_K;  // of products only
+    const bool is_intermediate = type == GGML_TYPE_Q8_1 || type == GGML_TYPE_Q8_K;  // activations only
     if (!is_float && (!ggml_is_quantized(type) || is_intermediate)) {
-        throw Error(ErrorKind::argument, format("weights can't be written as %s", ggml_type_name(type)));
+        throw Error(ErrorKind::argument,
+                    format("quantizing weights to type %s is not supported", ggml_type_name(type)));
     }
     if (ggml_quantize_requires_imatrix(type) && !importance) {
-        throw Error(ErrorKind::argument, format("%s needs an importance matrix", ggml_type_name(type)));
+        throw Error(ErrorKind::argument,
+                    format("type %s requires an importance matrix", ggml_type_name(type)));
     }
 }
 
 void require_readable(ggml_type type) {
     if (type != GGML_TYPE_F32 && !ggml_get_type_traits(type)->to_float) {
         throw Error(ErrorKind::argument,
-                    format("weights of type %s can't be read as floats", ggml_type_name(type)));
+                    format("dequantizing weights of type %s is not supported", ggml_type_name(type)));
     }
 }
 
-// Rows on one thread, after the checks.
-void quantize_piece(ggml_type type, const float* rows, int64_t n_rows, int64_t n_per_row,
+// Rows on the calling thread, arguments already checked.
+void quantize_chunk(ggml_type type, const float* rows, int64_t n_rows, int64_t n_per_row,
                     const float* importance, uint8_t* out) {
-    if (type == GGML_TYPE_Q8_0) {  // which takes no importance
+    if (type == GGML_TYPE_Q8_0) {  // ignores importance
         quantize_q8_0(rows, out, n_rows * n_per_row);
     } else {
         ggml_quantize_chunk(type, rows, out, 0, n_rows, n_per_row, importance);
     }
 }
 
-// ggml converts float16 one by one. Like numpy, keeps the bits of a NaN, where ggml's arithmetic changes
-// them.
+// Vectorizes, unlike ggml's conversion. Keeps a NaN's bits like numpy; ggml's arithmetic changes them.
 void half_to_floats(const uint8_t* data, int64_t n, float* out) {
     for (int64_t i = 0; i < n; ++i) {
         uint16_t half;
         std::memcpy(&half, data + i * sizeof half, sizeof half);
         const uint32_t magnitude = half & 0x7fffu;
-        const uint32_t exponents = magnitude >= 0x7c00 ? 224u << 23 : 112u << 23;  // infinity and NaN, others
+        const uint32_t exponents =
+            magnitude >= 0x7c00 ? 224u << 23 : 112u << 23;  // infinity and NaN, or finite
         const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
         uint32_t small;
         std::memcpy(&small, &subnormal, sizeof small);
@@ -102,7 +103,7 @@ void half_to_floats(const uint8_t* data, int64_t n, float* out) {
     }
 }
 
-// Of `n` weights of a readable type, whole blocks.
+// `n` weights of a readable type, whole blocks.
 void to_floats(ggml_type type, const uint8_t* data, int64_t n, float* out) {
     if (type == GGML_TYPE_F32) {
         std::memcpy(out, data, n * sizeof(float));
@@ -114,7 +115,7 @@ void to_floats(ggml_type type, const uint8_t* data, int64_t n, float* out) {
 }
 
 int64_t first_nonfinite(const float* x, int64_t n) {
-    const auto magnitude = [x](int64_t i) {  // ordered as the absolute values are, NaN behind infinity
+    const auto magnitude = [x](int64_t i) {  // compares like the absolute value, with NaN above infinity
         uint32_t bits;
         std::memcpy(&bits, x + i, sizeof bits);
         return bits & 0x7fffffff;
@@ -128,12 +129,12 @@ int64_t first_nonfinite(const float* x, int64_t n) {
     return i;
 }
 
-// Calls visit(first row, number of rows, their floats) for pieces of a matrix until it returns false.
+// Calls visit(first row, number of rows, their floats) for chunks of a matrix until it returns false.
 template <typename Visit>
-void for_pieces(ggml_type type, const void* data, int64_t n_rows, int64_t n_per_row, Visit visit) {
+void for_chunks(ggml_type type, const void* data, int64_t n_rows, int64_t n_per_row, Visit visit) {
     check_rows(type, n_per_row);
     require_readable(type);
-    const int64_t step = std::max<int64_t>(1, kWeightsPerPiece / n_per_row);
+    const int64_t step = std::max<int64_t>(1, kWeightsPerChunk / n_per_row);
     std::vector<float> floats(std::min(step, n_rows) * n_per_row);
     const auto* bytes = static_cast<const uint8_t*>(data);
     for (int64_t first = 0; first < n_rows; first += step) {
@@ -157,7 +158,7 @@ void quantize_rows(ggml_type type, const float* rows, int64_t n_rows, int64_t n_
     const auto work = [&] {
         for (int64_t task = next++; task < n_tasks; task = next++) {
             const int64_t first = task * kRowsPerTask, n = std::min(kRowsPerTask, n_rows - first);
-            quantize_piece(type, rows + first * n_per_row, n, n_per_row, importance,
+            quantize_chunk(type, rows + first * n_per_row, n, n_per_row, importance,
                            static_cast<uint8_t*>(out) + first * row_size);
         }
     };
@@ -180,7 +181,7 @@ int64_t convert_rows(ggml_type source, const void* data, ggml_type target, int64
     ggml_quantize_init(target);
     const size_t row_size = ggml_row_size(target, n_per_row);
     int64_t found = -1;
-    for_pieces(source, data, n_rows, n_per_row, [&](int64_t first, int64_t n, const float* floats) {
+    for_chunks(source, data, n_rows, n_per_row, [&](int64_t first, int64_t n, const float* floats) {
         if (!keeps_nonfinite) {
             const int64_t i = first_nonfinite(floats, n * n_per_row);
             if (i >= 0) {
@@ -188,7 +189,7 @@ int64_t convert_rows(ggml_type source, const void* data, ggml_type target, int64
                 return false;
             }
         }
-        quantize_piece(target, floats, n, n_per_row, importance,
+        quantize_chunk(target, floats, n, n_per_row, importance,
                        static_cast<uint8_t*>(out) + first * row_size);
         return true;
     });
@@ -197,7 +198,7 @@ int64_t convert_rows(ggml_type source, const void* data, ggml_type target, int64
 
 int64_t find_nonfinite(ggml_type type, const void* data, int64_t n_rows, int64_t n_per_row) {
     int64_t found = -1;
-    for_pieces(type, data, n_rows, n_per_row, [&](int64_t first, int64_t n, const float* floats) {
+    for_chunks(type, data, n_rows, n_per_row, [&](int64_t first, int64_t n, const float* floats) {
         const int64_t i = first_nonfinite(floats, n * n_per_row);
         if (i >= 0) found = first * n_per_row + i;
         return found < 0;
@@ -207,8 +208,8 @@ int64_t find_nonfinite(ggml_type type, const void* data, int64_t n_rows, int64_t
 
 void row_errors(ggml_type type, const void* data, const float* rows, int64_t n_rows, int64_t n_per_row,
                 double* squares, double* errors) {
-    constexpr int64_t n_lanes = 8;  // sums side by side, which become vectors
-    for_pieces(type, data, n_rows, n_per_row, [&](int64_t first, int64_t n, const float* floats) {
+    constexpr int64_t n_lanes = 8;  // independent sums, so that the loop vectorizes
+    for_chunks(type, data, n_rows, n_per_row, [&](int64_t first, int64_t n, const float* floats) {
         for (int64_t row = first; row < first + n; ++row, floats += n_per_row) {
             const float* expected = rows + row * n_per_row;
             double square[n_lanes] = {}, error[n_lanes] = {};

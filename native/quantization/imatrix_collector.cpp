@@ -1,11 +1,11 @@
-#include "quant/imatrix_collector.h"
+#include "quantization/imatrix_collector.h"
 
 namespace pydiffusion {
 
 namespace {
 
-void keep(const ggml_tensor* factor) {
-    auto* tensor = const_cast<ggml_tensor*>(factor);  // of a graph that is still being made
+void keep(const ggml_tensor* operand) {
+    auto* tensor = const_cast<ggml_tensor*>(operand);  // the graph is still under construction
     if (!tensor) return;
     ggml_set_output(tensor);
     if (tensor->view_src) ggml_set_output(tensor->view_src);
@@ -19,33 +19,33 @@ const char* at(const ggml_tensor* t, int64_t i0, int64_t i1, int64_t i2) {
 
 void ImatrixCollector::keep_inputs(ggml_cgraph* graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-        const gemm::MatmulOperands factors = gemm::matmul_operands(ggml_graph_node(graph, i));
-        keep(factors.x);
-        keep(factors.experts);
+        const gemm::MatmulOperands operands = gemm::matmul_operands(ggml_graph_node(graph, i));
+        keep(operands.x);
+        keep(operands.experts);
     }
 }
 
 void ImatrixCollector::add(ggml_cgraph* graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-        const gemm::MatmulOperands factors = gemm::matmul_operands(ggml_graph_node(graph, i));
-        if (factors.weight && factors.weight->op == GGML_OP_NONE) add_product(factors);
+        const gemm::MatmulOperands operands = gemm::matmul_operands(ggml_graph_node(graph, i));
+        if (operands.weight && operands.weight->op == GGML_OP_NONE) add_matmul(operands);
     }
 }
 
-void ImatrixCollector::add_product(const gemm::MatmulOperands& factors) {
-    // By name: clang's C++17 lets no lambda use a structured binding.
-    const ggml_tensor *weight = factors.weight, *x = factors.x, *experts = factors.experts;
-    ImatrixEntry& s = by_weight_[weight->name];
-    if (s.sums.empty()) {
-        s.n_per_row = weight->ne[0];
-        s.counts.resize(weight->ne[2]);
-        s.sums.resize(weight->ne[0] * weight->ne[2]);
+void ImatrixCollector::add_matmul(const gemm::MatmulOperands& operands) {
+    // Not structured bindings: in C++17 a lambda can't capture them.
+    const ggml_tensor *weight = operands.weight, *x = operands.x, *experts = operands.experts;
+    ImatrixEntry& entry = by_weight_[weight->name];
+    if (entry.sums.empty()) {
+        entry.n_per_row = weight->ne[0];
+        entry.counts.resize(weight->ne[2]);
+        entry.sums.resize(weight->ne[0] * weight->ne[2]);
     }
     const auto add_row = [&](int64_t matrix, int64_t i1, int64_t i2) {
         const auto* row = reinterpret_cast<const float*>(at(x, 0, i1, i2));
-        double* sums = s.sums.data() + matrix * s.n_per_row;
-        for (int64_t c = 0; c < s.n_per_row; ++c) sums[c] += static_cast<double>(row[c]) * row[c];
-        s.counts[matrix] += 1;
+        double* sums = entry.sums.data() + matrix * entry.n_per_row;
+        for (int64_t c = 0; c < entry.n_per_row; ++c) sums[c] += static_cast<double>(row[c]) * row[c];
+        entry.counts[matrix] += 1;
     };
     if (!experts) {
         for (int64_t i1 = 0; i1 < x->ne[1]; ++i1) add_row(0, i1, 0);

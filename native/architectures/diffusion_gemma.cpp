@@ -1,4 +1,4 @@
-#include "models/diffusion_gemma.h"
+#include "architectures/diffusion_gemma.h"
 
 #include <cmath>
 
@@ -22,38 +22,38 @@ void write_rows(GraphBuilder& g, ggml_tensor* rows, ggml_tensor* cache, int64_t 
     ggml_build_forward_expand(g.graph, ggml_cpy(g.ctx(), source, target));
 }
 
-// Some of the tokens of x [a, b, n_tokens], from `first` on.
-ggml_tensor* tokens_of(const GraphBuilder& g, ggml_tensor* x, int64_t first, int64_t n) {
+// View of n tokens of x [a, b, n_tokens] from `first` on.
+ggml_tensor* view_tokens(const GraphBuilder& g, ggml_tensor* x, int64_t first, int64_t n) {
     if (n == x->ne[2]) return x;
     return ggml_view_3d(g.ctx(), x, x->ne[0], x->ne[1], n, x->nb[1], x->nb[2], first * x->nb[2]);
 }
 
-// h [d, n_tokens], already normed. Values go without rope and without a weight; full layers take them from
-// the keys before their norm.
+// h [d, n_tokens] is normalized already. V has no RoPE and a norm without weight; full layers derive it from
+// K before K's norm.
 void store_normed(GraphBuilder& g, int32_t i_layer, ggml_tensor* h) {
     const LayerWeights& w = g.model.weights.layers[i_layer];
     const LayerShape& shape = g.model.hparams.layers[i_layer];
     ggml_tensor* k = split_heads(g, g.matmul->apply(w.attn_k, h), shape.head_dim);
     ggml_tensor* v = w.attn_v ? split_heads(g, g.matmul->apply(w.attn_v, h), shape.head_dim) : k;
     v = g.rms_norm(v);
-    k = g.rotate_normed(k, w.attn_k_norm, i_layer);
+    k = g.norm_and_rope(k, w.attn_k_norm, i_layer);
     int64_t first = 0;
     for (const Sequence& sequence : g.sequences) {
         const KvRange range = sequence.cache->range(i_layer);
-        write_rows(g, tokens_of(g, k, first, sequence.n_tokens), range.k, range.write);
-        write_rows(g, tokens_of(g, v, first, sequence.n_tokens), range.v, range.write);
+        write_rows(g, view_tokens(g, k, first, sequence.n_tokens), range.k, range.write);
+        write_rows(g, view_tokens(g, v, first, sequence.n_tokens), range.v, range.write);
         first += sequence.n_tokens;
     }
 }
 
-// Rows of a cache buffer from the first visible one on -> [head_dim, n_rows, n_head_kv]
+// View of a cache buffer from the first visible row on -> [head_dim, n_rows, n_head_kv]
 ggml_tensor* visible_rows(const GraphBuilder& g, ggml_tensor* buffer, const KvRange& range, int64_t head_dim,
                           int64_t n_rows) {
     return ggml_view_3d(g.ctx(), buffer, head_dim, n_rows, buffer->ne[0] / head_dim, buffer->nb[1],
                         ggml_row_size(buffer->type, head_dim), range.first * buffer->nb[1]);
 }
 
-// q [head_dim, n_head, n_tokens] of one sequence over its cache -> [head_dim * n_head, n_tokens]
+// Attention of one sequence over its cache: q [head_dim, n_head, n_tokens] -> [head_dim * n_head, n_tokens]
 ggml_tensor* attend_sequence(GraphBuilder& g, size_t i_sequence, int32_t i_layer, ggml_tensor* q,
                              const Causal* causal) {
     const Sequence& sequence = g.sequences[i_sequence];
@@ -74,7 +74,8 @@ ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const C
     const LayerWeights& w = g.model.weights.layers[i_layer];
     const LayerShape& shape = g.model.hparams.layers[i_layer];
     ggml_tensor* h = g.rms_norm(x, w.attn_norm);
-    g.pin_to_device_of(w.attn_norm, h->src[0]);  // else x is moved to another device in both forms
+    g.pin_to_device_of(w.attn_norm,
+                       h->src[0]);  // else x is copied to another device both before and after the norm
     store_normed(g, i_layer, h);
 
     ggml_tensor* q = split_heads(g, g.matmul->apply(w.attn_q, h), shape.head_dim);
@@ -83,26 +84,26 @@ ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const C
     int64_t first = 0;
     for (size_t i = 0; i < g.sequences.size(); ++i) {
         const int64_t n_tokens = g.sequences[i].n_tokens;
-        ggml_tensor* own = g.rotate_normed(tokens_of(g, q, first, n_tokens), w.attn_q_norm, i_layer, first);
-        outputs.push_back(attend_sequence(g, i, i_layer, own, causal));
+        ggml_tensor* q_i = g.norm_and_rope(view_tokens(g, q, first, n_tokens), w.attn_q_norm, i_layer, first);
+        outputs.push_back(attend_sequence(g, i, i_layer, q_i, causal));
         first += n_tokens;
     }
-    return g.matmul->apply(w.attn_output, g.stack(outputs));
+    return g.matmul->apply(w.attn_output, g.concat_tokens(outputs));
 }
 
-// r [d, n_tokens] -> the router's scores [n_expert, n_tokens], still to be divided by sqrt(d): the reference
-// divides the far longer vectors that they are products of.
+// Router logits of r [d, n_tokens] -> [n_expert, n_tokens], still to be divided by sqrt(d): the reference
+// divides the router's input instead, which is much longer.
 ggml_tensor* router(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r) {
     return g.matmul->apply(w.ffn_gate_inp, g.rms_norm(r, w.ffn_gate_inp_scale));
 }
 
-// x [d, 1, n_tokens] through the experts chosen [n_used, n_tokens] -> [d, n_used, n_tokens]
-ggml_tensor* experts(GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggml_tensor* chosen) {
+// Output of each selected expert: x [d, 1, n_tokens], selected [n_used, n_tokens] -> [d, n_used, n_tokens]
+ggml_tensor* experts(GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggml_tensor* selected) {
     const Hparams& hp = g.model.hparams;
     ggml_context* ctx = g.ctx();
     ggml_tensor *gate, *up;
     if (w.ffn_gate_up_exps) {
-        ggml_tensor* both = g.matmul->apply(w.ffn_gate_up_exps, x, chosen);
+        ggml_tensor* both = g.matmul->apply(w.ffn_gate_up_exps, x, selected);
         const auto half = [&](int64_t i) {
             return ggml_view_3d(ctx, both, hp.n_ff_expert, both->ne[1], both->ne[2], both->nb[1], both->nb[2],
                                 i * hp.n_ff_expert * sizeof(float));
@@ -110,18 +111,18 @@ ggml_tensor* experts(GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggm
         gate = half(0);
         up = half(1);
     } else {
-        gate = g.matmul->apply(w.ffn_gate_exps, x, chosen);
-        up = g.matmul->apply(w.ffn_up_exps, x, chosen);
+        gate = g.matmul->apply(w.ffn_gate_exps, x, selected);
+        up = g.matmul->apply(w.ffn_up_exps, x, selected);
     }
-    return g.matmul->apply(w.ffn_down_exps, g.gelu_product(gate, up), chosen);
+    return g.matmul->apply(w.ffn_down_exps, g.gated_gelu(gate, up), selected);
 }
 
 // [d, n_tokens] -> [d, 1, n_tokens]
-ggml_tensor* each_token_alone(const GraphBuilder& g, ggml_tensor* x) {
+ggml_tensor* one_row_per_token(const GraphBuilder& g, ggml_tensor* x) {
     return ggml_reshape_3d(g.ctx(), x, x->ne[0], 1, x->ne[1]);
 }
 
-// What the two halves of a feed-forward part make of r [d, n_tokens], added to it.
+// feed_forward() without the scale, from ggml's ops; `dense` is the output of the dense MLP.
 ggml_tensor* ggml_feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r, ggml_tensor* dense) {
     dense = g.rms_norm(dense, w.post_ffw_norm_1);
     g.begin_part("experts");
@@ -130,9 +131,9 @@ ggml_tensor* ggml_feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tens
     const ggml_ops::Routing routing = ggml_ops::route(g.ctx(), g.graph, probabilities, w.ffn_down_exps_scale,
                                                       g.model.hparams.n_expert_used);
     if (!g.model.device_plan.single_device()) ggml_build_forward_expand(g.graph, routing.scales);
-    ggml_tensor* y = experts(g, w, each_token_alone(g, g.rms_norm(r, w.pre_ffw_norm_2)), routing.experts);
+    ggml_tensor* y = experts(g, w, one_row_per_token(g, g.rms_norm(r, w.pre_ffw_norm_2)), routing.experts);
     ggml_build_forward_expand(g.graph, y);
-    // They are many times what they are added up to: wherever they are computed, only the sum leaves.
+    // Sum the experts' outputs on the device that computes them, so that only the much smaller sum is copied.
     const int first = ggml_graph_n_nodes(g.graph);
     ggml_tensor* sum = ggml_ops::weighted_sum(g.ctx(), g.graph, y, routing);
     g.pin_to_device_of(w.ffn_down_exps, first);
@@ -140,20 +141,20 @@ ggml_tensor* ggml_feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tens
     return g.add_normed(r, ggml_add(g.ctx(), dense, mixture), w.post_ffw_norm);
 }
 
-// r [d, n_tokens] plus what its dense and its experts' half make of it, times `scale` [1].
+// (r + norm(dense MLP + mixture of experts)) * scale, r [d, n_tokens], scale [1].
 ggml_tensor* feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r, ggml_tensor* scale) {
     g.begin_part("dense");
     ggml_tensor* dense = g.mlp(g.rms_norm(r, w.ffn_norm), w.ffn_gate, w.ffn_up, w.ffn_down);
     if (g.uses_ggml_ops()) return ggml_mul(g.ctx(), ggml_feed_forward(g, w, r, dense), scale);
     g.begin_part("experts");
     ggml_tensor* scores = router(g, w, r);
-    ggml_tensor* chosen = top_k(g.ctx(), scores, g.model.hparams.n_expert_used);
-    ggml_tensor* y = experts(g, w, each_token_alone(g, g.rms_norm(r, w.pre_ffw_norm_2)), chosen);
+    ggml_tensor* selected = top_k(g.ctx(), scores, g.model.hparams.n_expert_used);
+    ggml_tensor* y = experts(g, w, one_row_per_token(g, g.rms_norm(r, w.pre_ffw_norm_2)), selected);
     const Branches branches = {dense,
                                w.post_ffw_norm_1,
                                y,
                                scores,
-                               chosen,
+                               selected,
                                w.ffn_down_exps_scale,
                                w.post_ffw_norm_2,
                                w.post_ffw_norm,

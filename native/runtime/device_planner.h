@@ -1,0 +1,48 @@
+// Device planner: how much memory layers and sessions need on a device, and the plan that fits.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ggml-backend.h"
+#include "gguf/gguf_file.h"
+#include "model/device_plan.h"
+#include "model/hparams.h"
+
+namespace pydiffusion {
+
+// Memory of a device available to a plan.
+struct DeviceMemory {
+    ggml_backend_buffer_type_t type;  // gives a tensor's size there
+    uint64_t budget;                  // bytes that a plan may use
+    uint64_t reserved;                // free bytes left out of the budget
+};
+
+// What to reserve memory for: caches and steps of n_sessions.
+struct SessionNeeds {
+    int64_t n_ctx;
+    ggml_type kv_type;
+    uint64_t n_sessions;
+};
+
+// Memory use on a device, in bytes.
+struct DeviceUse {
+    uint64_t weights = 0;
+    uint64_t cache = 0;  // of all sessions
+    uint64_t step = 0;   // of all sessions: logits of a canvas, activations, work buffers
+
+    uint64_t total() const { return weights + cache + step; }
+};
+
+// Estimated use of each device of the plan; `memory` has one entry per device.
+std::vector<DeviceUse> device_use(const GgufFile& file, const Hparams& hparams, const DevicePlan& device_plan,
+                                  const SessionNeeds& needs, const std::vector<DeviceMemory>& memory);
+
+// Chooses the plan that offloads the most work within the devices' budgets: the whole model; else all layers
+// with the experts of as few as possible left on the CPU; else as many layers as fit without their experts.
+// Layers are split across devices in proportion to the memory left after the step and the tensors of no
+// layer. Counts other than -1 are used as given.
+DevicePlan plan_devices(const GgufFile& file, const Hparams& hparams, const SessionNeeds& needs,
+                        const std::vector<DeviceMemory>& memory, int32_t n_gpu_layers, int32_t n_cpu_moe);
+
+}  // namespace pydiffusion

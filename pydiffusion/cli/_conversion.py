@@ -1,0 +1,158 @@
+"""Options and steps shared by the commands that write GGUF files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ._progress import conversion_progress
+from ._text import count, say
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pydiffusion.convert import ConversionReport
+
+# Not the complete list, since importing it would slow down every --help. An unknown type prints the whole
+# list.
+Type = Annotated[
+    str,
+    typer.Option(
+        "--type",
+        help="Type of the weights: f32, bf16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_xs, q3_k_m, q2_k... (a wrong "
+        "one lists all).",
+    ),
+]
+Pad = Annotated[
+    bool | None,
+    typer.Option(
+        "--pad/--no-pad",
+        help="Pad feed-forward lengths with zeros to what the types' blocks need, always or never. "
+        "[default: where it gives a smaller or hardly larger file]",
+        show_default=False,
+    ),
+]
+TensorTypes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-type",
+        metavar="PATTERN=TYPE",
+        help="This type for tensors whose name the regular expression matches; may be given several times, "
+        "the first match counts.",
+    ),
+]
+ImatrixFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--imatrix", help="Importance matrix (imatrix) that weights quantization errors.", show_default=False
+    ),
+]
+ThreadsForRows = Annotated[
+    int | None, typer.Option("--threads", help="Threads for quantizing. [default: all CPUs]")
+]
+SourceFile = Annotated[
+    Path,
+    typer.Argument(metavar="IN", help="The GGUF to read; of a split one, any part.", show_default=False),
+]
+SplitMaxSize = Annotated[
+    str | None,
+    typer.Option(
+        "--split-max-size",
+        metavar="SIZE",
+        help="Split into files NAME-00001-of-0000N.gguf of at most this size (5G; 4GiB).",
+        show_default=False,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Keep OUT.part when interrupted, and resume from it when run again.",
+    ),
+]
+AllowNonfinite = Annotated[
+    bool,
+    typer.Option(
+        "--allow-nonfinite", help="Keep tensors with NaN or infinity in the source's type instead of failing."
+    ),
+]
+Report = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
+Keep = Annotated[bool, typer.Option("--no-overwrite", help="Refuse to replace an existing file.")]
+
+
+def run_conversion(
+    function: Callable[..., ConversionReport], source: Path, target: Path, as_json: bool, **choices: Any
+) -> None:
+    """Run ``convert`` or a similar function with a progress bar, and print its report."""
+    resume = choices.get("resume", False)
+    with resume_hint(target) if resume else contextlib.nullcontext():
+        with conversion_progress(target) as update:
+            report = function(source, target, progress=update, **choices)
+        print_report(report, as_json)
+
+
+@contextlib.contextmanager
+def resume_hint(target: Path) -> Iterator[None]:
+    """Print a hint if a resumable conversion fails and leaves its journal."""
+    try:
+        yield
+    except BaseException:
+        if Path(f"{os.path.realpath(target)}.part.journal").exists():
+            say(f"{target}: partial output is kept; run the same command to resume")
+        raise
+
+
+def parse_split_size(given: str | None) -> int | None:
+    """Parse a size to bytes; a usage error if it is invalid."""
+    from pydiffusion.convert import parse_split_size as parse
+
+    try:
+        return None if given is None else parse(given)
+    except ValueError as error:
+        raise typer.BadParameter(f"--split-max-size: {error}") from None
+
+
+def parse_overrides(given: list[str] | None) -> list[tuple[str, str]]:
+    """Parse ``PATTERN=TYPE`` to pairs; a usage error if one is invalid."""
+    from pydiffusion.convert import check_overrides
+
+    pairs = []
+    for text in given or ():
+        pattern, equals, type_name = text.rpartition("=")
+        if not equals or not pattern:
+            raise typer.BadParameter(f"--tensor-type is {text!r}; it should be PATTERN=TYPE")
+        pairs.append((pattern, type_name))
+    try:
+        check_overrides(pairs)
+    except ValueError as error:
+        raise typer.BadParameter(f"--tensor-type: {error}") from None
+    return pairs
+
+
+def check_type(name: str) -> None:
+    """Raise a usage error for an unknown type, listing the known ones."""
+    from pydiffusion.convert import TYPES
+
+    if name not in TYPES:
+        raise typer.BadParameter(f"--type is {name!r}; permitted are {', '.join(TYPES)}")
+
+
+def print_report(report: ConversionReport, as_json: bool) -> None:
+    """Print the report: as JSON on stdout if asked for, and a summary on stderr."""
+    if as_json:
+        print(json.dumps(report.to_dict()))
+    types = ", ".join(f"{number} {name}" for name, number in report.types.items())
+    where = report.target if len(report.files) < 2 else f"{report.files[0]} and {len(report.files) - 1} more"
+    say(
+        f"{where}: {report.n_tensors} tensors ({types}), {count(report.n_weights)} weights,"
+        f" {count(report.n_bytes, 'B')}, {report.bits_per_weight:.2f} bits per weight, {report.seconds:.1f} s"
+    )
+    if report.fallbacks:
+        say(f"fallback type, since rows don't fit the requested one: {len(report.fallbacks)} tensors")
+    for note in report.notes:
+        say(f"note: {note}")

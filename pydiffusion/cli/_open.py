@@ -1,0 +1,119 @@
+"""Open a model and build its options from the command line."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ._text import count, say
+
+if TYPE_CHECKING:
+    from pydiffusion import DiffusionModel, GenerationOptions
+
+
+def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``DiffusionModel`` from the RUNTIME options; a usage error for a value out of range."""
+    from pydiffusion import _native
+    from pydiffusion.convert import parse_size
+    from pydiffusion.device_plan import DEFAULT_N_CTX, KV_TYPES, device_request
+
+    threads, ctx, layers = runtime.get("threads"), runtime.get("ctx"), runtime.get("gpu_layers")
+    if threads is not None and threads < 1:
+        raise typer.BadParameter(f"--threads is {threads}; permitted is an integer of at least 1")
+    if ctx is not None and ctx < 1:
+        raise typer.BadParameter(f"--ctx is {ctx}; permitted is an integer of at least 1")
+    if layers is not None and layers != "auto" and not layers.isdecimal():
+        raise typer.BadParameter(f"--gpu-layers is {layers}; permitted is auto or an integer of at least 0")
+    cache_type = runtime.get("cache_type") or "auto"
+    if cache_type not in KV_TYPES:
+        raise typer.BadParameter(f"--cache-type is {cache_type}; permitted are f32, f16 and q8_0")
+    kernels = runtime.get("kernels") or "auto"
+    if kernels not in ("auto", *_native.kernels()):
+        there = ", ".join(_native.kernels())
+        raise typer.BadParameter(f"--kernels is {kernels}; this CPU has {there}")
+    request: dict[str, Any] = {
+        "n_gpu_layers": "auto" if layers in (None, "auto") else int(layers),
+        "n_cpu_moe": runtime.get("n_cpu_moe"),
+        "device": runtime.get("device") or "auto",
+    }
+    try:
+        memory = runtime.get("gpu_memory")
+        sizes = [] if memory is None else [parse_size(size) for size in memory.split(",")]
+        request["gpu_memory"] = sizes if len(sizes) > 1 else sizes[0] if sizes else None
+        device_request(**request)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return {
+        "n_ctx": DEFAULT_N_CTX if ctx is None else ctx,
+        "n_threads": threads,
+        "kv_type": cache_type,
+        "kernels": kernels,
+        **request,
+    }
+
+
+def read_text(path: Path) -> str:
+    """Read a file as text. Raises ValueError with the position if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 (byte {error.start}): convert it, as by 'iconv -f LATIN1 -t UTF-8'"
+        ) from None
+
+
+def read_text_or_stdin(file: Path) -> str:
+    """Read a file, or standard input for ``-``, as text. Raises ValueError if it is not UTF-8."""
+    data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        name = "standard input" if str(file) == "-" else str(file)
+        raise ValueError(f"{name} is not valid UTF-8 at byte {error.start}") from None
+
+
+def make_options(model: DiffusionModel | None = None, **choices: Any) -> GenerationOptions:
+    """GenerationOptions from the command line; a usage error (exit code 2) for a value out of range."""
+    from pydiffusion import GenerationOptions
+
+    if model is not None and choices.get("max_tokens") is None:
+        choices["max_tokens"] = model.n_ctx
+    try:
+        return GenerationOptions(**choices)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def open_model(path: Path, runtime: Mapping[str, Any], n_sessions: int = 1) -> DiffusionModel:
+    """Load a model with a progress bar. runtime: the given RUNTIME options."""
+    from pydiffusion import DiffusionModel
+
+    from ._progress import progress
+
+    arguments = runtime_arguments(runtime) | {"n_sessions": n_sessions}
+    started = time.perf_counter()
+    with progress(f"loading {path.name}") as update:
+        model = DiffusionModel(path, progress=lambda share: update(share, 1.0), **arguments)
+    weights = count(model.description["n_weights"])
+    size = count(model.description["n_bytes"], "B")
+    say(
+        f"{path.name}: {weights} weights, {size}, context {model.n_ctx}, {_where(model)},"
+        f" loaded in {time.perf_counter() - started:.1f} s"
+    )
+    return model
+
+
+def _where(model: DiffusionModel) -> str:
+    d = model.description
+    if d["n_gpu_layers"] == 0:
+        return f"{model.n_threads} threads"
+    left = f", experts of {d['n_cpu_moe']} on {model.n_threads} threads" if d["n_cpu_moe"] else ""
+    shares = [f"{n} on {name}" for n, name in zip(d["device_layers"], d["backend"].split(","), strict=True)]
+    if len(shares) == 1:
+        return f"{d['n_gpu_layers']} of {model.hparams['n_layer']} layers on {d['backend']}{left}"
+    return f"{d['n_gpu_layers']} of {model.hparams['n_layer']} layers, {', '.join(shares)}{left}"

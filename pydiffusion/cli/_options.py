@@ -1,0 +1,158 @@
+"""Options shared by several commands."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+ModelPath = Annotated[Path, typer.Option("-m", "--model", help="The model, a GGUF file.", show_default=False)]
+Context = Annotated[
+    int | None, typer.Option("--ctx", help="Tokens of context. [default: 8192 or the model's]")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", help="Compute threads. [default: the CPUs available to this process]"),
+]
+Steps = Annotated[
+    int | None, typer.Option("--steps", help="Maximum denoising steps per canvas. [default: the file's]")
+]
+#: Generation options by field name of GenerationOptions: the sampler's, and all.
+SAMPLER: dict[str, Any] = {
+    "steps": Steps,
+    "seed": Annotated[int | None, typer.Option("--seed", help="Random seed. [default: drawn, and reported]")],
+    "t_min": Annotated[
+        float | None, typer.Option("--t-min", help="Temperature of the last step. [default: the file's]")
+    ],
+    "t_max": Annotated[
+        float | None, typer.Option("--t-max", help="Temperature of the first step. [default: the file's]")
+    ],
+    "entropy_bound": Annotated[
+        float | None,
+        typer.Option(
+            "--entropy-bound", help="Accept tokens within this sum of entropies. [default: the file's]"
+        ),
+    ],
+    "stability_threshold": Annotated[
+        int | None,
+        typer.Option(
+            "--stability-threshold", help="Stop a canvas after so many equal drafts. [default: the file's]"
+        ),
+    ],
+    "confidence_threshold": Annotated[
+        float | None,
+        typer.Option(
+            "--confidence-threshold", help="And when the mean entropy is below this. [default: the file's]"
+        ),
+    ],
+}
+TEXT: dict[str, Any] = {
+    "max_tokens": Annotated[
+        int | None,
+        typer.Option(
+            "-n", "--max-tokens", help="Maximum tokens to generate. [default: up to the end of the context]"
+        ),
+    ],
+    **SAMPLER,
+    "stop": Annotated[
+        list[str] | None,
+        typer.Option("--stop", help="Cut the text at this string; may be repeated."),
+    ],
+    "thinking_budget": Annotated[
+        int | None,
+        typer.Option("--thinking-budget", help="Maximum reasoning tokens. [default: no limit]"),
+    ],
+    "stop_on_repetition": Annotated[
+        bool | None,
+        typer.Option("--stop-on-repetition", help="End a text that loops."),
+    ],
+    "trim_after_eos": Annotated[
+        bool | None,
+        typer.Option("--trim-after-eos", help="Skip the work after an accepted eos."),
+    ],
+}
+
+JsonSchema = Annotated[
+    Path | None,
+    typer.Option("--json-schema", help="A file with a JSON schema that the text has to satisfy."),
+]
+Regex = Annotated[
+    str | None, typer.Option("--regex", help="A regular expression that the whole text has to match.")
+]
+
+
+#: Options of the runtime: context, threads, devices, kernels, cache type.
+RUNTIME: dict[str, Any] = {
+    "ctx": Context,
+    "threads": Threads,
+    "gpu_layers": Annotated[
+        str | None,
+        typer.Option(
+            "--gpu-layers", help="Layers on GPUs, counted from the last; 0: none. [default: as many as fit]"
+        ),
+    ],
+    "n_cpu_moe": Annotated[
+        int | None,
+        typer.Option(
+            "--n-cpu-moe",
+            help="Layers, counted from the last, whose experts stay on the CPU. [default: as few as needed]",
+        ),
+    ],
+    "gpu_memory": Annotated[
+        str | None,
+        typer.Option("--gpu-memory", help="Maximum memory per GPU (8G; 8G,24G). [default: what is free]"),
+    ],
+    "device": Annotated[
+        str | None,
+        typer.Option(help="cpu, or GPUs listed by `pydiffusion devices` (CUDA0,CUDA1). [default: all GPUs]"),
+    ],
+    "kernels": Annotated[
+        str | None,
+        typer.Option(
+            help="Matmul kernels on the CPU: ggml, avx512-bf16 or amx. [default: the fastest available]"
+        ),
+    ],
+    "cache_type": Annotated[
+        str | None,
+        typer.Option(
+            "--cache-type",
+            help="Type of the KV cache: f32 or f16; q8_0 halves it but hurts Gemma 4. [default: f16]",
+        ),
+    ],
+}
+
+
+def takes(**groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator that adds groups of options to a command: each parameter named like a group gets a dict of
+    the group's values.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(**given: Any) -> None:
+            for group, options in groups.items():
+                chosen = {name: given.pop(name) for name in options}
+                given[group] = {name: None if v == [] else v for name, v in chosen.items()}
+            command(**given)
+
+        hints = get_type_hints(command, include_extras=True)
+        parameters: list[inspect.Parameter] = []
+
+        def add(name: str, hint: Any, default: Any) -> None:
+            kind = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(name, kind, default=default, annotation=hint))
+
+        for name, parameter in inspect.signature(command).parameters.items():
+            if name not in groups:
+                add(name, hints[name], parameter.default)
+                continue
+            for option, hint in groups[name].items():
+                add(option, hint, None)
+        wrapped.__doc__ = command.__doc__
+        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return wrapped
+
+    return decorate

@@ -1,0 +1,207 @@
+"""The layers of the tree, as scripts/layers.py declares them, and that the checker finds what breaks them."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from support.paths import REPOSITORY
+
+SCRIPT = REPOSITORY / "scripts" / "layers.py"
+
+
+@pytest.fixture(scope="module")
+def layers() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("layers", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+# This repository
+
+
+@pytest.fixture(scope="module")
+def native(layers: ModuleType) -> Any:
+    return layers.native_tree(REPOSITORY)
+
+
+@pytest.fixture(scope="module")
+def python(layers: ModuleType) -> Any:
+    return layers.python_tree(REPOSITORY)
+
+
+def test_no_include_points_upwards_or_in_a_circle(native: Any) -> None:
+    assert len(native.rooms) > 60 and len(native.uses) > 100, "the sources were not found"
+    assert native.violations() == []
+
+
+def test_no_import_points_upwards_or_in_a_circle(python: Any) -> None:
+    assert len(python.rooms) > 80 and len(python.uses) > 200, "the sources were not found"
+    assert python.violations() == []
+
+
+def test_the_orders_name_only_rooms_that_exist(layers: ModuleType, native: Any, python: Any) -> None:
+    assert set(layers.PYTHON_ORDER) == set(python.rooms.values())
+    assert set(layers.NATIVE_ORDER) - set(native.rooms.values()) <= {"tests"}
+
+
+def test_few_files_at_the_top_and_few_arrows(layers: ModuleType, native: Any, python: Any) -> None:
+    assert set(layers.top_files(REPOSITORY)) == {"native", "convert", "pydiffusion", "tests"}
+    assert layers.limits(REPOSITORY, [native, python]) == []
+    assert layers.MAX_TOP_FILES == {"native": 4, "convert": 4, "pydiffusion": 12, "tests": 4}
+    assert layers.MAX_ARROWS == {"native": 40, "python": 70}
+
+
+def test_the_script_prints_rooms_and_says_that_all_is_well() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "  graph -> backend (" in done.stdout and "no violations" in done.stdout
+
+
+# The checker, on trees of a few files
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+    return root
+
+
+def test_an_include_upwards_is_named_with_its_line(layers: ModuleType, tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "native/util/error.h": '#include <string>\n#include "ggml.h"\n',
+            "native/gguf/file.h": '#include "util/error.h"\n',
+            "native/gguf/file.cpp": '// maps\n\n#include "file.h"\n  #  include "../model/model.h"\n',
+            "native/model/model.h": '#include "gguf/file.h"\n',
+        },
+    )
+    tree = layers.native_tree(tmp_path, ("util", "gguf", "model"))
+    assert set(tree.arrows()) == {("gguf", "util"), ("gguf", "model"), ("model", "gguf")}
+    assert tree.violations() == [
+        "native/gguf/file.cpp:4: room gguf may not use room model (order: util < gguf < model)"
+    ]
+    assert layers.native_tree(tmp_path, ("util", "model", "gguf")).violations() == [
+        "native/model/model.h:1: room model may not use room gguf (order: util < model < gguf)"
+    ]
+
+
+def test_an_include_beside_the_file_is_found_before_one_at_the_top(
+    layers: ModuleType, tmp_path: Path
+) -> None:
+    write(tmp_path, {"native/a/x.h": "", "native/b/a/x.h": "", "native/b/y.h": '#include "a/x.h"\n'})
+    (use,) = layers.native_tree(tmp_path).uses
+    assert use.used.as_posix() == "native/b/a/x.h"
+
+
+def test_a_cycle_of_headers_is_named_file_by_file(layers: ModuleType, tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "native/util/a.h": '\n#include "b.h"\n',
+            "native/util/b.h": '#include "util/c.h"\n',
+            "native/util/c.h": '#include "a.h"\n',
+            "native/util/d.h": '#include "a.h"\n',
+        },
+    )
+    assert layers.native_tree(tmp_path, ("util",)).violations() == [
+        "native/util/a.h:2: cycle: native/util/a.h -> native/util/b.h -> native/util/c.h -> native/util/a.h"
+    ]
+
+
+PYTHON = {
+    "pydiffusion/__init__.py": '_NAME_TO_MODULE = {"Model": "model", "run": "cli.run"}\n',
+    "pydiffusion/errors.py": "",
+    "pydiffusion/model.py": "from .errors import Error\n",
+    "pydiffusion/cli/__init__.py": "",
+    "pydiffusion/cli/run.py": "from pydiffusion import Model\nfrom pydiffusion.model import x\nimport os\n",
+    "convert/__init__.py": '_NAME_TO_MODULE = {"write": "pydiffusion.convert.gguf.writer"}\n',
+    "convert/gguf/__init__.py": "",
+    "convert/gguf/writer.py": "import pydiffusion.errors\n",
+}
+ORDER = ("errors", "convert/gguf", "model", "convert/__init__", "__init__", "cli")
+
+
+@pytest.mark.parametrize(
+    ("statement", "line", "used"),
+    [
+        ("from pydiffusion.cli.run import f", 2, "cli"),
+        ("from .cli import run", 2, "cli"),
+        ("from .cli.run import f", 2, "cli"),
+        ("from . import cli", 2, "cli"),
+        ("import pydiffusion.cli.run", 2, "cli"),
+        ("from pydiffusion import run", 2, "cli"),
+        ("def f():\n    from pydiffusion.cli import run", 3, "cli"),
+        ("if TYPE_CHECKING:\n    import os\nelse:\n    import pydiffusion.cli", 5, "cli"),
+        ("import pydiffusion.convert", 2, "convert/__init__"),
+        ("try:\n    pass\nfinally:\n    from pydiffusion import convert", 5, "convert/__init__"),
+    ],
+)
+def test_an_import_upwards_is_named_with_its_line(
+    statement: str, line: int, used: str, layers: ModuleType, tmp_path: Path
+) -> None:
+    write(tmp_path, PYTHON | {"pydiffusion/model.py": "from .errors import Error\n" + statement + "\n"})
+    wrong = [found for found in layers.python_tree(tmp_path, ORDER).violations() if "cycle" not in found]
+    order = " < ".join(ORDER)
+    assert wrong == [f"pydiffusion/model.py:{line}: room model may not use room {used} (order: {order})"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "if TYPE_CHECKING:\n    from .cli.run import f",
+        "if typing.TYPE_CHECKING:\n    from pydiffusion.cli import run",
+        "from pydiffusion.convert import write",
+        "from pydiffusion.convert.gguf.writer import write",
+        "from pydiffusion import _native",
+        "import numpy.cli",
+    ],
+)
+def test_other_imports_are_permitted(statement: str, layers: ModuleType, tmp_path: Path) -> None:
+    write(tmp_path, PYTHON | {"pydiffusion/model.py": statement + "\n"})
+    assert layers.python_tree(tmp_path, ORDER).violations() == []
+
+
+def test_a_cycle_of_modules_is_named_file_by_file(layers: ModuleType, tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        PYTHON
+        | {
+            "pydiffusion/cli/other.py": "\n\ndef f():\n    from . import run\n",
+            "pydiffusion/cli/run.py": "from .other import f\n",
+        },
+    )
+    assert layers.python_tree(tmp_path, ORDER).violations() == [
+        "pydiffusion/cli/other.py:4: cycle: pydiffusion/cli/other.py -> pydiffusion/cli/run.py -> "
+        "pydiffusion/cli/other.py"
+    ]
+
+
+def test_a_room_without_a_layer_is_named(layers: ModuleType, tmp_path: Path) -> None:
+    write(tmp_path, PYTHON)
+    wrong = layers.python_tree(tmp_path, ORDER[1:]).violations()
+    assert wrong == [
+        "pydiffusion/errors.py:1: room errors is in no layer: add it to python's order in scripts/layers.py"
+    ]
+
+
+def test_too_many_files_or_arrows_are_named(
+    layers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, PYTHON | {f"native/n{i}.cpp": "" for i in range(5)} | {"native/README.md": ""})
+    trees = [layers.native_tree(tmp_path), layers.python_tree(tmp_path)]
+    assert layers.limits(tmp_path, trees) == ["native: 5 files at the top, at most 4: move some into folders"]
+    monkeypatch.setitem(layers.MAX_ARROWS, "python", 2)
+    pairs = trees[1].outer_arrows()
+    assert pairs == {("model", "errors"), ("cli", "model"), ("convert", "errors")}
+    assert "python: 3 arrows between outermost rooms, at most 2" in layers.limits(tmp_path, trees)
