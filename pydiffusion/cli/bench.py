@@ -36,7 +36,7 @@ def command(
         typer.Option("--compare", help="Path of the report of an earlier run (--json) to compare with."),
     ] = None,
 ) -> None:
-    """Time loading, prefill and denoising steps, part by part, beside the machine's limits."""
+    """Benchmark loading, prefill and denoising steps. Times each part, beside the machine's limits."""
     from pydiffusion._util.files import check_is_file
     from pydiffusion.bench import compare, format_result, run_bench
     from pydiffusion.device_plan import available_cpus

@@ -35,7 +35,7 @@ def command(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Path of a folder with config.json and *.safetensors, or repo id on the Hugging Face Hub "
+            help="Folder with config.json and *.safetensors, or a repo id on the Hugging Face Hub "
             "(OWNER/NAME[@REVISION]).",
             show_default=False,
         ),
@@ -84,7 +84,7 @@ def command(
     no_overwrite: Keep = False,
     as_json: Report = False,
 ) -> None:
-    """Convert a Hugging Face folder or repo to GGUF, and verify every tensor."""
+    """Convert a Hugging Face folder or repo to GGUF. Verifies every tensor written."""
     check_type(type)
     quiet_hub_in_a_pipe()
     if mmproj:

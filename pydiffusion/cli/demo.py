@@ -37,7 +37,7 @@ def command(
     steps: _options.Steps = None,
     threads: _options.Threads = None,
 ) -> None:
-    """Convert the demo model to q4_k_m and show it solve a held-out puzzle, step by step."""
+    """Show the demo model solve a held-out puzzle, step by step. Converts it to q4_k_m first."""
     chosen_seed = random.SystemRandom().getrandbits(32) if seed is None else seed
     options = _open.make_options(steps=steps, seed=chosen_seed)
     example = _example(task, puzzle, chosen_seed)

@@ -22,7 +22,7 @@ def command(
     runtime: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """List the GPUs and, with -m, plan which layers of a model go on which."""
+    """List GPUs and, with -m, plan a model's layers over them. Loads nothing."""
     from pydiffusion import devices, plan
 
     found = devices()

@@ -57,7 +57,7 @@ def command(
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Compare GGUF files with a reference: KL divergence, agreement and steps."""
+    """Compare quantized GGUF files with a reference. Measures KL divergence, agreement and steps."""
     from pydiffusion.quality import evaluation, plotting
 
     from ._progress import progress

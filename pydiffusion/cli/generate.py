@@ -41,10 +41,8 @@ def command(
             " [default: --chat if the file has a template]",
         ),
     ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System message; needs --chat.")] = None,
-    special: Annotated[
-        bool, typer.Option("--special", help="Parse control tokens in the prompt; needs --raw.")
-    ] = False,
+    system: Annotated[str | None, typer.Option("--system", help="System message; not with --raw.")] = None,
+    special: Annotated[bool, typer.Option("--special", help="Parse control tokens in a raw prompt.")] = False,
     show: Annotated[
         bool, typer.Option("--show", help="Draw the canvas while it is denoised, on a terminal.")
     ] = False,

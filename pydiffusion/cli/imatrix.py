@@ -34,7 +34,7 @@ def command(
     ] = None,
     threads: Threads = None,
 ) -> None:
-    """Collect an importance matrix (imatrix) over encoding and denoising a text."""
+    """Collect an importance matrix (imatrix) from a text. Covers both encoding and denoising."""
     from pydiffusion import convert
 
     from ._progress import progress

@@ -22,7 +22,7 @@ def command(
     no_overwrite: Keep = False,
     as_json: Report = False,
 ) -> None:
-    """Merge a split GGUF file of any architecture, and verify every tensor."""
+    """Merge a split GGUF file of any architecture. Verifies every tensor written."""
     from pydiffusion import convert
 
     run_conversion(convert.repack, source, target, as_json, resume=resume, overwrite=not no_overwrite)

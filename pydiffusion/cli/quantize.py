@@ -42,7 +42,7 @@ def command(
     no_overwrite: Keep = False,
     as_json: Report = False,
 ) -> None:
-    """Requantize a GGUF file, and verify every tensor."""
+    """Requantize a GGUF file. Verifies every tensor written."""
     check_type(type)
     overrides = parse_overrides(tensor_type)
     from pydiffusion import convert

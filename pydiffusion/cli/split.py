@@ -28,7 +28,7 @@ def command(
     no_overwrite: Keep = False,
     as_json: Report = False,
 ) -> None:
-    """Split a GGUF file of any architecture, and verify every tensor."""
+    """Split a GGUF file of any architecture. Verifies every tensor written."""
     from pydiffusion import convert
 
     run_conversion(

@@ -20,7 +20,7 @@ def command(
         Path | None,
         typer.Option(
             "--against",
-            help="Path of the folder or GGUF file, or repo id, that it was made from.",
+            help="Folder, repo id or GGUF file that it was made from.",
             show_default=False,
         ),
     ] = None,
