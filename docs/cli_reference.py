@@ -1,4 +1,4 @@
-"""Writes the option tables of cli.md from the commands themselves; --check says whether they are current.
+"""Write the option tables of cli.md from the commands; --check only reports whether they are current.
 
 python docs/cli_reference.py [--check]
 """
@@ -6,25 +6,55 @@ python docs/cli_reference.py [--check]
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from pydiffusion.cli import app
+from pydiffusion.cli._options import RUNTIME, SAMPLER
 
 PAGE = Path(__file__).with_name("cli.md")
 BEGIN, END = "<!-- options of {} -->", "<!-- end -->"
+# Groups that several commands have in common are listed once, as in the first command that has them.
+SHARED: Mapping[str, Mapping[str, Any]] = {"sampler": SAMPLER, "runtime": RUNTIME}
 
 
 def tables() -> dict[str, str]:
-    """A table in Markdown of every command's arguments and options."""
-    group = typer.main.get_command(app)
-    return {name: _table(command) for name, command in group.commands.items()}  # type: ignore[attr-defined]
+    """Markdown tables of the options of each command and of each shared group, by name."""
+    commands: Mapping[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    rows = {name: _rows(command) for name, command in commands.items()}
+    shared = {
+        group: next(
+            {name: found[name] for name in options}
+            for found in rows.values()
+            if options.keys() <= found.keys()
+        )
+        for group, options in SHARED.items()
+    }
+    return {
+        **{group: _table(list(lines.values())) for group, lines in shared.items()},
+        **{name: _command_table(found, shared) for name, found in rows.items()},
+    }
 
 
-def _table(command: Any) -> str:
-    rows = ["| argument or option | meaning |", "|---|---|"]
+def _command_table(rows: Mapping[str, str], shared: Mapping[str, Mapping[str, str]]) -> str:
+    """A command's table, with a link in place of the groups that it has in full."""
+    groups = {group: lines for group, lines in shared.items() if lines.keys() <= rows.keys()}
+    elsewhere = {row for lines in groups.values() for row in lines.values()}
+    links = " and ".join(f"[{group} options](#{group}-options)" for group in groups)
+    table = _table([row for row in rows.values() if row not in elsewhere])
+    return f"{table}\n\nAnd the {links}." if links else table
+
+
+def _table(rows: Sequence[str]) -> str:
+    return "\n".join(["| argument or option | meaning |", "|---|---|", *rows])
+
+
+def _rows(command: Any) -> dict[str, str]:
+    """A row per argument and option, by parameter name."""
+    rows = {}
     for parameter in command.params:
         names = [*parameter.opts, *parameter.secondary_opts]
         if parameter.param_type_name == "argument":
@@ -34,17 +64,20 @@ def _table(command: Any) -> str:
         if isinstance(parameter.default, (str, int)) and not isinstance(parameter.default, bool):
             default = f" [default: {parameter.default}]"
         spelled = ", ".join(f"`{name}`" for name in names)
-        rows.append(f"| {spelled} | {parameter.help}{required}{default} |")
-    return "\n".join(rows)
+        meaning = f"{parameter.help}{required}{default}".replace("|", r"\|")
+        rows[parameter.name] = f"| {spelled} | {meaning} |"
+    return rows
 
 
 def filled(page: str) -> str:
-    """The page with every table between its marks made anew. ValueError for a command without a place."""
+    """The page with current tables between their marks. ValueError for a table without marks."""
     for name, table in tables().items():
         head, mark, rest = page.partition(BEGIN.format(name))
         _, end, tail = rest.partition(END)
         if not mark or not end:
-            raise ValueError(f"cli.md has no place for the options of {name!r}")
+            raise ValueError(
+                f"cli.md has no marks for the options of {name!r}: add {BEGIN.format(name)} {END}"
+            )
         page = f"{head}{mark}\n\n{table}\n\n{end}{tail}"
     return page
 

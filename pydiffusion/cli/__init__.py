@@ -110,7 +110,7 @@ def _options(
             "--verbose",
             callback=_print_version,
             is_eager=True,
-            help="With --version: also of ggml and the Python packages, and the CPU's instruction sets.",
+            help="With --version, also list ggml, the Python packages and the CPU's instruction sets.",
         ),
     ] = False,
 ) -> None:

@@ -24,16 +24,16 @@ Type = Annotated[
     str,
     typer.Option(
         "--type",
-        help="Type of the weights: f32, bf16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_xs, q3_k_m, q2_k... (a wrong "
-        "one lists all).",
+        help="Type of the weights: f32, bf16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_xs, q3_k_m, q2_k, ... (an "
+        "unknown one lists all).",
     ),
 ]
 Pad = Annotated[
     bool | None,
     typer.Option(
         "--pad/--no-pad",
-        help="Pad feed-forward lengths with zeros to what the types' blocks need, always or never. "
-        "[default: where it gives a smaller or hardly larger file]",
+        help="Always or never pad feed-forward lengths with zeros to multiples of 256. [default: if the file "
+        "gets smaller or hardly larger]",
         show_default=False,
     ),
 ]
@@ -42,29 +42,34 @@ TensorTypes = Annotated[
     typer.Option(
         "--tensor-type",
         metavar="PATTERN=TYPE",
-        help="This type for tensors whose name the regular expression matches; may be given several times, "
-        "the first match counts.",
+        help="Type of the tensors whose name matches the regular expression; may be repeated, the first "
+        "match counts.",
     ),
 ]
 ImatrixFile = Annotated[
     Path | None,
     typer.Option(
-        "--imatrix", help="Importance matrix (imatrix) that weights quantization errors.", show_default=False
+        "--imatrix",
+        help="Path of an importance matrix (imatrix) that weights quantization errors.",
+        show_default=False,
     ),
 ]
 ThreadsForRows = Annotated[
-    int | None, typer.Option("--threads", help="Threads for quantizing. [default: all CPUs]")
+    int | None,
+    typer.Option(
+        "--threads", help="Number of CPU threads, at most 16. [default: the CPUs available to this process]"
+    ),
 ]
 SourceFile = Annotated[
     Path,
-    typer.Argument(metavar="IN", help="The GGUF to read; of a split one, any part.", show_default=False),
+    typer.Argument(metavar="IN", help="Path of the GGUF file; of a split one, any part.", show_default=False),
 ]
 SplitMaxSize = Annotated[
     str | None,
     typer.Option(
         "--split-max-size",
         metavar="SIZE",
-        help="Split into files NAME-00001-of-0000N.gguf of at most this size (5G; 4GiB).",
+        help="Split into NAME-00001-of-0000N.gguf of at most this size (5G; 4GiB).",
         show_default=False,
     ),
 ]
@@ -72,7 +77,7 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Keep OUT.part when interrupted, and resume from it when run again.",
+        help="Keep OUT.part when interrupted; the next run resumes from it.",
     ),
 ]
 AllowNonfinite = Annotated[
@@ -81,7 +86,7 @@ AllowNonfinite = Annotated[
         "--allow-nonfinite", help="Keep tensors with NaN or infinity in the source's type instead of failing."
     ),
 ]
-Report = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
+Report = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Keep = Annotated[bool, typer.Option("--no-overwrite", help="Refuse to replace an existing file.")]
 
 

@@ -9,43 +9,52 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-ModelPath = Annotated[Path, typer.Option("-m", "--model", help="The model, a GGUF file.", show_default=False)]
+ModelPath = Annotated[Path, typer.Option("-m", "--model", help="Path of the GGUF file.", show_default=False)]
 Context = Annotated[
-    int | None, typer.Option("--ctx", help="Tokens of context. [default: 8192 or the model's]")
+    int | None,
+    typer.Option("--ctx", help="Context size in tokens. [default: 8192, or the model's if smaller]"),
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", help="Compute threads. [default: the CPUs available to this process]"),
+    typer.Option("--threads", help="Number of CPU threads. [default: the CPUs available to this process]"),
 ]
 Steps = Annotated[
-    int | None, typer.Option("--steps", help="Maximum denoising steps per canvas. [default: the file's]")
+    int | None,
+    typer.Option("--steps", help="Maximum number of denoising steps per canvas. [default: the file's]"),
 ]
 #: Generation options by field name of GenerationOptions: the sampler's, and all.
 SAMPLER: dict[str, Any] = {
     "steps": Steps,
-    "seed": Annotated[int | None, typer.Option("--seed", help="Random seed. [default: drawn, and reported]")],
+    "seed": Annotated[
+        int | None, typer.Option("--seed", help="Random seed. [default: random, and reported]")
+    ],
     "t_min": Annotated[
-        float | None, typer.Option("--t-min", help="Temperature of the last step. [default: the file's]")
+        float | None, typer.Option("--t-min", help="Temperature at the last step. [default: the file's]")
     ],
     "t_max": Annotated[
-        float | None, typer.Option("--t-max", help="Temperature of the first step. [default: the file's]")
+        float | None, typer.Option("--t-max", help="Temperature at the first step. [default: the file's]")
     ],
     "entropy_bound": Annotated[
         float | None,
         typer.Option(
-            "--entropy-bound", help="Accept tokens within this sum of entropies. [default: the file's]"
+            "--entropy-bound",
+            help="Accept tokens in ascending order of entropy until the sum exceeds this. "
+            "[default: the file's]",
         ),
     ],
     "stability_threshold": Annotated[
         int | None,
         typer.Option(
-            "--stability-threshold", help="Stop a canvas after so many equal drafts. [default: the file's]"
+            "--stability-threshold",
+            help="Stop a canvas early only if its draft equals this many previous ones. "
+            "[default: the file's]",
         ),
     ],
     "confidence_threshold": Annotated[
         float | None,
         typer.Option(
-            "--confidence-threshold", help="And when the mean entropy is below this. [default: the file's]"
+            "--confidence-threshold",
+            help="Stop a canvas early only if its mean entropy is below this. [default: the file's]",
         ),
     ],
 }
@@ -53,34 +62,36 @@ TEXT: dict[str, Any] = {
     "max_tokens": Annotated[
         int | None,
         typer.Option(
-            "-n", "--max-tokens", help="Maximum tokens to generate. [default: up to the end of the context]"
+            "-n",
+            "--max-tokens",
+            help="Maximum number of tokens to generate. [default: up to the end of the context]",
         ),
     ],
     **SAMPLER,
     "stop": Annotated[
         list[str] | None,
-        typer.Option("--stop", help="Cut the text at this string; may be repeated."),
+        typer.Option("--stop", help="End the text before this string; may be repeated."),
     ],
     "thinking_budget": Annotated[
         int | None,
-        typer.Option("--thinking-budget", help="Maximum reasoning tokens. [default: no limit]"),
+        typer.Option("--thinking-budget", help="Maximum number of reasoning tokens. [default: no limit]"),
     ],
     "stop_on_repetition": Annotated[
         bool | None,
-        typer.Option("--stop-on-repetition", help="End a text that loops."),
+        typer.Option("--stop-on-repetition", help="End a text that repeats itself."),
     ],
     "trim_after_eos": Annotated[
         bool | None,
-        typer.Option("--trim-after-eos", help="Skip the work after an accepted eos."),
+        typer.Option("--trim-after-eos", help="Skip work on positions after an accepted eos."),
     ],
 }
 
 JsonSchema = Annotated[
     Path | None,
-    typer.Option("--json-schema", help="A file with a JSON schema that the text has to satisfy."),
+    typer.Option("--json-schema", help="Path of a JSON schema that the text must satisfy."),
 ]
 Regex = Annotated[
-    str | None, typer.Option("--regex", help="A regular expression that the whole text has to match.")
+    str | None, typer.Option("--regex", help="Regular expression that the whole text must match.")
 ]
 
 
@@ -91,14 +102,17 @@ RUNTIME: dict[str, Any] = {
     "gpu_layers": Annotated[
         str | None,
         typer.Option(
-            "--gpu-layers", help="Layers on GPUs, counted from the last; 0: none. [default: as many as fit]"
+            "--gpu-layers",
+            help="Number of layers on GPUs, counted from the last; 0 for none. "
+            "[default: auto, as many as fit]",
         ),
     ],
     "n_cpu_moe": Annotated[
         int | None,
         typer.Option(
             "--n-cpu-moe",
-            help="Layers, counted from the last, whose experts stay on the CPU. [default: as few as needed]",
+            help="Number of layers, counted from the last, with experts on the CPU. "
+            "[default: as few as needed]",
         ),
     ],
     "gpu_memory": Annotated[
@@ -107,19 +121,20 @@ RUNTIME: dict[str, Any] = {
     ],
     "device": Annotated[
         str | None,
-        typer.Option(help="cpu, or GPUs listed by `pydiffusion devices` (CUDA0,CUDA1). [default: all GPUs]"),
+        typer.Option(
+            help="cpu, or GPUs as `pydiffusion devices` lists them (CUDA0,CUDA1). [default: all GPUs]"
+        ),
     ],
     "kernels": Annotated[
         str | None,
-        typer.Option(
-            help="Matmul kernels on the CPU: ggml, avx512-bf16 or amx. [default: the fastest available]"
-        ),
+        typer.Option(help="CPU matmul kernels: ggml, avx512-bf16 or amx. [default: the fastest available]"),
     ],
     "cache_type": Annotated[
         str | None,
         typer.Option(
             "--cache-type",
-            help="Type of the KV cache: f32 or f16; q8_0 halves it but hurts Gemma 4. [default: f16]",
+            help="KV cache type: f32, f16, or q8_0 (half of f16, but hurts Gemma 4). "
+            "[default: f16; f32 if all weights are F32]",
         ),
     ],
 }

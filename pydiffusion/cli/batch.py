@@ -23,7 +23,7 @@ _Seed = Annotated[
     int | None,
     typer.Option(
         "--seed",
-        help="Seed of the first line; the next lines use the following ones. [default: drawn, and reported]",
+        help="Random seed of the first line; each further line adds 1. [default: random, and reported]",
     ),
 ]
 _OPTIONS = {**_options.TEXT, "seed": _Seed}
@@ -36,7 +36,7 @@ def command(
         Path,
         typer.Argument(
             metavar="PROMPTS",
-            help='JSONL, per line {"prompt": TEXT} or {"messages": [...]}, and options such as "seed".',
+            help='Path of the JSONL file: per line {"prompt": TEXT} or {"messages": [...]}, and options.',
             show_default=False,
         ),
     ],
@@ -45,19 +45,19 @@ def command(
         typer.Option(
             "-o",
             "--output",
-            help="JSONL file for the answers; existing ones are kept.",
+            help="Path of the JSONL file for the answers; existing ones are kept.",
             show_default=False,
         ),
     ],
     *,
     choices: dict[str, Any],
-    parallel: Annotated[int, typer.Option("--parallel", help="Sequences denoised in one batch.")] = 4,
-    retry_errors: Annotated[
-        bool, typer.Option("--retry-errors", help="Retry lines that ended in an error.")
-    ] = False,
+    parallel: Annotated[
+        int, typer.Option("--parallel", help="Maximum number of sequences denoised in one batch.")
+    ] = 4,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Retry lines that failed.")] = False,
     runtime: dict[str, Any],
 ) -> None:
-    """Answer the prompts of a file. Run it again to resume after an interruption."""
+    """Answer the prompts of a JSONL file; run it again to resume."""
     from ._progress import progress
 
     _open.make_options(**choices)

@@ -12,25 +12,31 @@ import typer
 from . import _open, _options
 from ._text import say
 
+_Context = Annotated[
+    int | None, typer.Option("--ctx", help="Context size in tokens. [default: what the run needs]")
+]
+_RUNTIME = {**_options.RUNTIME, "ctx": _Context}
 
-@_options.takes(runtime=_options.RUNTIME)
+
+@_options.takes(runtime=_RUNTIME)
 def command(
-    model: Annotated[Path | None, typer.Option("-m", "--model", help="The model, a GGUF file.")] = None,
+    model: Annotated[Path | None, typer.Option("-m", "--model", help="Path of the GGUF file.")] = None,
     synthetic: Annotated[
         str | None,
         typer.Option(help="Benchmark random weights of this shape instead: 26b-a4b, mid or tiny."),
     ] = None,
-    type: Annotated[str, typer.Option(help="Type of the synthetic file.")] = "q4_k_m",
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 512,
-    steps: Annotated[int, typer.Option(help="Denoising steps to time.", min=2)] = 8,
+    type: Annotated[str, typer.Option(help="Type of the synthetic weights.")] = "q4_k_m",
+    prompt: Annotated[int, typer.Option(help="Number of prompt tokens.", min=1)] = 512,
+    steps: Annotated[int, typer.Option(help="Number of denoising steps to time.", min=2)] = 8,
     *,
     runtime: dict[str, Any],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     against: Annotated[
-        Path | None, typer.Option("--compare", help="Results of an earlier run (--json) to compare with.")
+        Path | None,
+        typer.Option("--compare", help="Path of the report of an earlier run (--json) to compare with."),
     ] = None,
 ) -> None:
-    """Time loading, prefill and denoising steps, part by part, next to the machine's roofline."""
+    """Benchmark loading, prefill and denoising steps. Times each part, beside the machine's limits."""
     from pydiffusion._util.files import check_is_file
     from pydiffusion.bench import compare, format_result, run_bench
     from pydiffusion.device_plan import available_cpus

@@ -15,13 +15,13 @@ from . import _open, _options
 from ._conversation import CommandError, Conversation
 from ._text import say
 
-_HELP = """/steps N     denoising steps per canvas at most; without N the file's
-/seed N      the seed of the answers; without N a new one for each
+_HELP = """/steps N     maximum number of denoising steps per canvas; without N the file's
+/seed N      random seed of the answers; without N a new one for each
 /retry       answer the last message again
-/edit TEXT   put TEXT in place of the last answer; <|hole|> in it is filled by the model
+/edit TEXT   replace the last answer; the model fills a <|hole|> in it
 /save FILE   save the conversation; /load FILE loads it
-/reset       forget the conversation
-/exit        end, as Ctrl-D does; Ctrl-C stops an answer
+/reset       start a new conversation
+/exit        end, like Ctrl-D; Ctrl-C stops an answer
 A line that ends in \\ continues on the next; lines between two lines of \"\"\" are one message."""
 _SHORT_HELP = "/help lists the commands, Ctrl-D ends, Ctrl-C stops an answer"
 _BLOCK = '"""'

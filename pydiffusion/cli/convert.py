@@ -42,7 +42,9 @@ def command(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="The GGUF to write. [default: FOLDER-TYPE.gguf here]"),
+        typer.Option(
+            "-o", "--output", help="Path of the GGUF file to write. [default: FOLDER-TYPE.gguf here]"
+        ),
     ] = None,
     type: Type = "q4_k_m",
     fit: Annotated[
@@ -50,26 +52,29 @@ def command(
         typer.Option(
             "--fit",
             metavar="SIZE",
-            help="Instead of --type: the best type that fits this memory (16G) with cache and buffers.",
+            help="Choose the best type that fits this memory (16G) with cache and buffers, "
+            "instead of --type.",
             show_default=False,
         ),
     ] = None,
-    ctx: Annotated[int, typer.Option("--ctx", help="Context length that --fit plans for.")] = 4096,
+    ctx: Annotated[
+        int, typer.Option("--ctx", help="Context size in tokens that --fit and --dry-run count with.")
+    ] = 4096,
     pad: Pad = None,
     tensor_type: TensorTypes = None,
     imatrix: ImatrixFile = None,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Only print what would be written: types, bytes, bits. Needs config.json only."
+            "--dry-run", help="Only print types, bytes and bits per weight; reads config.json alone."
         ),
     ] = False,
     mmproj: Annotated[
         bool,
         typer.Option(
             "--mmproj",
-            help="Convert the vision tower and projector instead, for llama.cpp's multimodal library, "
-            "of --type bf16 unless f32, f16 or q8_0 is given.",
+            help="Convert the vision tower and projector instead, for llama.cpp's multimodal library; "
+            "--type is bf16 (default), f32, f16 or q8_0.",
         ),
     ] = False,
     split_max_size: SplitMaxSize = None,
@@ -79,7 +84,7 @@ def command(
     no_overwrite: Keep = False,
     as_json: Report = False,
 ) -> None:
-    """Convert a Hugging Face folder or repo to GGUF, and check every tensor written."""
+    """Convert a Hugging Face folder or repo to GGUF. Verifies every tensor written."""
     check_type(type)
     quiet_hub_in_a_pipe()
     if mmproj:

@@ -28,15 +28,16 @@ def command(
         str, typer.Option("--task", help="Task to solve: sudoku, sort, reverse, add, json, count.")
     ] = "sudoku",
     puzzle: Annotated[
-        int | None, typer.Option("--puzzle", help="Number of a held-out sudoku, from 0.")
+        int | None, typer.Option("--puzzle", help="Index of a held-out sudoku, from 0. [default: random]")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", help="Seed for the puzzle and the generation.")
+        int | None,
+        typer.Option("--seed", help="Random seed of the puzzle and the generation. [default: random]"),
     ] = None,
     steps: _options.Steps = None,
     threads: _options.Threads = None,
 ) -> None:
-    """Convert the demo model to q4_k_m and watch it solve a held-out puzzle, step by step."""
+    """Show the demo model solve a held-out puzzle, step by step. Converts it to q4_k_m first."""
     chosen_seed = random.SystemRandom().getrandbits(32) if seed is None else seed
     options = _open.make_options(steps=steps, seed=chosen_seed)
     example = _example(task, puzzle, chosen_seed)

@@ -16,13 +16,13 @@ from ._text import count
 @_options.takes(runtime=_options.RUNTIME)
 def command(
     model: Annotated[
-        Path | None, typer.Option("-m", "--model", help="Plan for this model, a GGUF file.")
+        Path | None, typer.Option("-m", "--model", help="Path of the GGUF file to plan for.")
     ] = None,
     *,
     runtime: dict[str, Any],
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """List the GPUs and, with -m, plan which layers of a model go to which. Nothing is loaded."""
+    """List GPUs and, with -m, plan a model's layers over them. Loads nothing."""
     from pydiffusion import devices, plan
 
     found = devices()

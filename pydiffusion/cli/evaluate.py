@@ -19,41 +19,45 @@ if TYPE_CHECKING:
 def command(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", help="One or more GGUFs to evaluate.", show_default=False),
+        typer.Argument(metavar="FILE...", help="Paths of the GGUF files to evaluate.", show_default=False),
     ],
     reference: Annotated[
         Path,
         typer.Option(
-            "--reference", help="GGUF of the same model with more bits. Required.", show_default=False
+            "--reference", help="Path of a GGUF file of the same model with more bits.", show_default=False
         ),
     ],
     prompts: Annotated[
         Path | None,
         typer.Option(
-            "--prompts", help="Text file, a prompt per line. [default: held-out tasks of the demo model]"
+            "--prompts",
+            help="Path of a text file, a prompt per line. [default: held-out tasks of the demo model]",
         ),
     ] = None,
     noise: Annotated[
         list[float] | None,
-        typer.Option("--noise", help="Noise level, may be repeated. [default: 0.1 0.4 0.7 1.0]"),
+        typer.Option("--noise", help="Noise level; may be repeated. [default: 0.1 0.4 0.7 1.0]"),
     ] = None,
-    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", help="Maximum tokens per answer.")] = 144,
+    max_tokens: Annotated[
+        int, typer.Option("-n", "--max-tokens", help="Maximum number of tokens per answer.")
+    ] = 144,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="Maximum steps per canvas. [default: the files']")
+        int | None,
+        typer.Option("--steps", help="Maximum number of denoising steps per canvas. [default: the files']"),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of answers and noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of answers and noise.")] = 0,
     plot: Annotated[
         Path | None,
         typer.Option(
             "--plot",
-            help="Plot quality against bits per weight (png, svg or pdf; needs matplotlib).",
+            help="Path of a plot of quality against bits per weight (png, svg or pdf; needs matplotlib).",
             show_default=False,
         ),
     ] = None,
     threads: Threads = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Compare GGUFs with a reference: KL divergence, agreement, steps, at several noise levels."""
+    """Compare quantized GGUF files with a reference. Measures KL divergence, agreement and steps."""
     from pydiffusion.quality import evaluation, plotting
 
     from ._progress import progress

@@ -22,7 +22,10 @@ def command(
     prompt: Annotated[
         str | None,
         typer.Option(
-            "-p", "--prompt", help="The prompt; - reads it from standard input.", show_default=False
+            "-p",
+            "--prompt",
+            help="Prompt; - reads standard input, the default in a pipe.",
+            show_default=False,
         ),
     ] = None,
     *,
@@ -34,18 +37,18 @@ def command(
         bool | None,
         typer.Option(
             "--chat/--raw",
-            help="Prompt as a user message through the file's chat template, or as raw text."
-            " [default: --chat where the file has a template]",
+            help="Pass the prompt as a user message through the chat template, or as raw text."
+            " [default: --chat if the file has a template]",
         ),
     ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System message, with --chat.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message; not with --raw.")] = None,
     special: Annotated[bool, typer.Option("--special", help="Parse control tokens in a raw prompt.")] = False,
     show: Annotated[
-        bool, typer.Option("--show", help="Draw the canvas while it is denoised (on a terminal).")
+        bool, typer.Option("--show", help="Draw the canvas while it is denoised, on a terminal.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Generate text from a prompt; the text goes to stdout canvas by canvas."""
+    """Generate text from a prompt, printed canvas by canvas."""
     choices |= {
         "json_schema": None if json_schema is None else _open.read_text_or_stdin(json_schema),
         "regex": regex,

@@ -13,17 +13,28 @@ from ._text import say
 
 
 def command(
-    model: Annotated[Path, typer.Argument(help="GGUF with many bits, such as bf16.", show_default=False)],
-    text: Annotated[Path, typer.Argument(help="Text similar to the model's output.", show_default=False)],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)],
-    lines: Annotated[bool, typer.Option("--lines", help="Treat every line as a separate text.")] = False,
-    chunk: Annotated[int, typer.Option("--chunk", help="Maximum tokens encoded before a canvas.")] = 512,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="Path of a GGUF file with many bits per weight, such as bf16.", show_default=False
+        ),
+    ],
+    text: Annotated[
+        Path, typer.Argument(help="Path of a text similar to the model's output.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Path of the imatrix to write.", show_default=False)
+    ],
+    lines: Annotated[bool, typer.Option("--lines", help="Treat each line as a text of its own.")] = False,
+    chunk: Annotated[
+        int, typer.Option("--chunk", help="Maximum number of tokens encoded before a canvas.")
+    ] = 512,
     max_chunks: Annotated[
         int | None, typer.Option("--max-chunks", help="Maximum number of chunks. [default: the whole text]")
     ] = None,
     threads: Threads = None,
 ) -> None:
-    """Collect an importance matrix over encoding and denoising a text, for convert --imatrix."""
+    """Collect an importance matrix (imatrix) from a text. Covers both encoding and denoising."""
     from pydiffusion import convert
 
     from ._progress import progress

@@ -22,7 +22,7 @@ def command(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="Text with holes, <|hole|> or <|hole:N|> for at most N tokens; - reads standard input.",
+            help="Path of the text, with holes <|hole|> or <|hole:N|>; - reads standard input.",
             show_default=False,
         ),
     ],
@@ -31,16 +31,16 @@ def command(
         typer.Option("--instruction", help="User message that the text answers."),
     ] = None,
     hole_tokens: Annotated[
-        int, typer.Option("--hole-tokens", help="Maximum tokens of a hole without an N.")
+        int, typer.Option("--hole-tokens", help="Maximum number of tokens of a hole without N.")
     ] = 16,
     *,
     runtime: dict[str, Any],
     show: Annotated[
-        bool, typer.Option("--show", help="Draw the canvas while it is denoised (on a terminal).")
+        bool, typer.Option("--show", help="Draw the canvas while it is denoised, on a terminal.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print text, holes and timings as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Fill the holes of a text, keeping everything around them."""
+    """Fill the holes of a text, and keep everything around them."""
     from ._display import AnswerPrinter, CanvasDisplay
 
     options = _open.make_options(**choices)

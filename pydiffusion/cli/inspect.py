@@ -22,14 +22,16 @@ _LONG_TEXT = 100
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="The GGUF file.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    file: Annotated[
+        Path, typer.Argument(help="Path of the GGUF file; of a split one, any part.", show_default=False)
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     arrays: Annotated[
-        bool, typer.Option("--arrays", help="Show long arrays and texts in full (token lists, templates).")
+        bool, typer.Option("--arrays", help="Show long arrays and texts (token lists, templates) in full.")
     ] = False,
 ) -> None:
-    """Show metadata and tensors of a GGUF file, or of all parts of a split one; any architecture."""
+    """Show metadata and tensors of a GGUF file of any architecture."""
     from pydiffusion._util.files import check_is_file
     from pydiffusion.convert import open_parts
 

@@ -12,14 +12,17 @@ from ._conversion import Keep, Report, Resume, run_conversion
 
 def command(
     source: Annotated[
-        Path, typer.Argument(metavar="IN", help="Any part, NAME-00001-of-0000N.gguf.", show_default=False)
+        Path,
+        typer.Argument(metavar="IN", help="Path of any part, NAME-00001-of-0000N.gguf.", show_default=False),
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="The GGUF to write.", show_default=False)],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Path of the GGUF file to write.", show_default=False)
+    ],
     resume: Resume = False,
     no_overwrite: Keep = False,
     as_json: Report = False,
 ) -> None:
-    """Merge a split GGUF file, of any architecture, and check every tensor written."""
+    """Merge a split GGUF file of any architecture. Verifies every tensor written."""
     from pydiffusion import convert
 
     run_conversion(convert.repack, source, target, as_json, resume=resume, overwrite=not no_overwrite)

@@ -28,7 +28,9 @@ from ._conversion import (
 
 def command(
     source: SourceFile,
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="The GGUF to write.", show_default=False)],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Path of the GGUF file to write.", show_default=False)
+    ],
     type: Type = "q4_k_m",
     pad: Pad = None,
     tensor_type: TensorTypes = None,
@@ -40,7 +42,7 @@ def command(
     no_overwrite: Keep = False,
     as_json: Report = False,
 ) -> None:
-    """Requantize a GGUF file, and check every tensor written."""
+    """Requantize a GGUF file. Verifies every tensor written."""
     check_type(type)
     overrides = parse_overrides(tensor_type)
     from pydiffusion import convert

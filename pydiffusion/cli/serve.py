@@ -18,39 +18,42 @@ def command(
     *,
     runtime: dict[str, Any],
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for any free one.")
+    ] = 8080,
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", help="Required API key; better given as PYDIFFUSION_API_KEY."),
+        typer.Option("--api-key", help="API key that requests must have; better set as PYDIFFUSION_API_KEY."),
     ] = None,
     parallel: Annotated[
         int,
-        typer.Option(
-            "--parallel", min=1, max=256, help="Maximum in-flight sequences, denoised in one batch."
-        ),
+        typer.Option("--parallel", min=1, max=256, help="Maximum number of sequences denoised in one batch."),
     ] = 4,
     sessions: Annotated[
         int,
-        typer.Option("--sessions", min=1, max=256, help="KV caches kept for reuse; at least --parallel."),
+        typer.Option(
+            "--sessions", min=1, max=256, help="Number of KV caches kept for reuse; at least --parallel."
+        ),
     ] = 4,
     queue: Annotated[
-        int, typer.Option("--queue", min=0, help="Maximum waiting requests; further ones get 429.")
+        int, typer.Option("--queue", min=0, help="Maximum number of waiting requests; further ones get 429.")
     ] = 64,
     timeout: Annotated[
-        float, typer.Option("--timeout", min=0, help="Seconds per request; 0 for no limit.")
+        float, typer.Option("--timeout", min=0, help="Maximum seconds per request; 0 for no limit.")
     ] = 600,
     grace: Annotated[
-        float, typer.Option("--grace", min=0, help="Seconds for running requests to finish at shutdown.")
+        float,
+        typer.Option("--grace", min=0, help="Maximum seconds for running requests to finish at shutdown."),
     ] = 30,
     max_body: Annotated[
         int, typer.Option("--max-body", min=1024, help="Maximum size of a request body in bytes.")
     ] = 8388608,
     cors: Annotated[
         list[str] | None,
-        typer.Option("--cors", help="Origin whose pages may use the server; may be repeated."),
+        typer.Option("--cors", help="Origin whose pages may call the server (CORS); may be repeated."),
     ] = None,
 ) -> None:
-    """Serve a model over HTTP, with OpenAI's API."""
+    """Serve a model over HTTP with OpenAI's API."""
     try:
         from pydiffusion.server.app import Settings
         from pydiffusion.server.run import Server

@@ -15,7 +15,7 @@ def command(
     target: Annotated[
         Path,
         typer.Argument(
-            metavar="OUT", help="NAME.gguf, for NAME-00001-of-0000N.gguf and so on.", show_default=False
+            metavar="OUT", help="Path NAME.gguf, for parts NAME-00001-of-0000N.gguf.", show_default=False
         ),
     ],
     split_max_size: Annotated[
@@ -28,7 +28,7 @@ def command(
     no_overwrite: Keep = False,
     as_json: Report = False,
 ) -> None:
-    """Split a GGUF file, of any architecture, and check every tensor written."""
+    """Split a GGUF file of any architecture. Verifies every tensor written."""
     from pydiffusion import convert
 
     run_conversion(

@@ -13,19 +13,23 @@ from ._text import one_line, say
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="The GGUF to check.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(help="Path of the GGUF file; of a split one, any part.", show_default=False)
+    ],
     against: Annotated[
         Path | None,
         typer.Option(
-            "--against", help="The folder, repo id or GGUF that it was made from.", show_default=False
+            "--against",
+            help="Folder, repo id or GGUF file that it was made from.",
+            show_default=False,
         ),
     ] = None,
     tensors: Annotated[
-        bool, typer.Option("--tensors", help="List every tensor, not only the worst.")
+        bool, typer.Option("--tensors", help="List every tensor, not only the ten worst.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Read every tensor of a GGUF and compare it with its source. Exit code 1 on a mismatch."""
+    """Compare every tensor of a GGUF file with its source. Exit code 1 on a mismatch."""
     from pydiffusion.convert import verify
 
     quiet_hub_in_a_pipe()
