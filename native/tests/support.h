@@ -83,11 +83,11 @@ class TemporaryFolder {
 // Normally distributed, the same on every machine: sums of uniforms, for std::normal_distribution is the
 // library's own.
 inline std::vector<float> random_values(size_t n, uint32_t seed, float scale = 1.0f) {
-    std::mt19937 engine(seed);
+    std::mt19937 generator(seed);
     std::vector<float> values(n);
     for (float& value : values) {
         double sum = -6.0;
-        for (int i = 0; i < 12; ++i) sum += static_cast<double>(engine()) * 0x1p-32;
+        for (int i = 0; i < 12; ++i) sum += static_cast<double>(generator()) * 0x1p-32;
         value = scale * static_cast<float>(sum);
     }
     return values;
