@@ -63,7 +63,7 @@ def test_every_line_gets_its_answer_or_its_error(model: str, tmp_path: Path) -> 
     assert answers[4]["seed"] == 3 and set(answers[4]["text"]) <= {"x", "y"}
     assert answers[5]["seed"] == 14 and answers[5]["prompt_tokens"] > 5
     messages = {number: answer.get("error", "") for number, answer in answers.items()}
-    assert "steps is 0" in messages[6] and "no valid JSON" in messages[7]
+    assert "steps is 0" in messages[6] and "not valid JSON" in messages[7]
     assert "'frobnicate'" in messages[8] and "no tokens" in messages[9]
     assert all("object" in messages[number] for number in (10, 11, 12, 13))
     # the same as one by one

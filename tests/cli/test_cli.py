@@ -105,7 +105,7 @@ def test_the_prompt_comes_from_standard_input(model: str, arguments: list[str]) 
 
 def test_input_that_is_not_utf8_is_refused(model: str) -> None:
     done = subprocess.run(program(*short(model, "-p", "-")), input=b"a\xff", capture_output=True)
-    assert done.returncode == 1 and b"no valid UTF-8 at byte 1" in done.stderr and done.stdout == b""
+    assert done.returncode == 1 and b"not valid UTF-8 at byte 1" in done.stderr and done.stdout == b""
 
 
 def test_chat_answers_line_by_line_in_a_pipe(model: str) -> None:

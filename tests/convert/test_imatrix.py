@@ -325,7 +325,7 @@ def test_an_entry_that_nothing_reached_is_left_out(tmp_path: Path) -> None:
     )
     notes: list[str] = []
     assert read_imatrix(tmp_path / "i.gguf").importance("blk.0.attn_q.weight", (2, 4), 4, notes) is None
-    assert "nothing reached it" in notes[0]
+    assert "has no activations" in notes[0]
 
 
 def test_the_commands(model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,7 +96,7 @@ def test_a_regex(url: str) -> None:
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": EMPTY}}
           }, "response_format", "nothing satisfies"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
-         "response_format", "contains itself"),
+         "response_format", "recursive"),
         ({"response_format": FORMAT, "max_tokens": 3}, "max_tokens", "shortest answer"),
         ({"response_format": FORMAT, "tools": TOOLS}, "response_format", "tools"),
         ({"response_format": FORMAT, "enable_thinking": True}, "response_format", "thinking"),
