@@ -53,7 +53,7 @@ types:
 # regenerate what is generated: the options in docs/cli.md and the stub of the extension; then check the docs
 docs:
     python docs/cli_reference.py
-    python -m nanobind.stubgen -m pydiffusion._native -o pydiffusion/_native.pyi
+    cd docs && python -m nanobind.stubgen -m pydiffusion._native -o ../pydiffusion/_native.pyi # else -m finds the source
     pytest -q -k docs
 
 # the gate, in an environment of its own

@@ -230,7 +230,7 @@ class Session:
 
     def _begin(
         self, options: GenerationOptions, answer: AnswerStream | ChatStream
-    ) -> Callable[[_native.Step], Iterator[Event]]:
+    ) -> Callable[[NativeStep], Iterator[Event]]:
         """Start a generation; returns the function that converts a native step into events."""
         started = time.perf_counter()
         assert options.steps is not None and options.seed is not None  # resolved
@@ -243,22 +243,7 @@ class Session:
 
         guide = self._guide(options)
         conditions = _StopConditions(self, options)
-        self._native.begin(
-            max_tokens=options.max_tokens,
-            steps=options.steps,
-            t_min=options.t_min,
-            t_max=options.t_max,
-            entropy_bound=options.entropy_bound,
-            stability_threshold=options.stability_threshold,
-            confidence_threshold=options.confidence_threshold,
-            dropped_mass=options.dropped_mass,
-            canvas_length=options.canvas_length or 0,
-            trim_after_eos=bool(options.trim_after_eos),
-            seed=options.seed,
-            eos=list(options.eos),
-            **_given(options),
-            **({"guided": True} if guide else {}),
-        )
+        self._native.begin(**_begin_arguments(options), guided=guide is not None)
 
         def to_events(step: NativeStep) -> Iterator[Event]:
             if guide is not None:
@@ -311,8 +296,9 @@ class Session:
         return self._completion(n_prompt, events)
 
     def _completion(self, n_prompt: int, events: list[CanvasEvent | EndEvent]) -> Completion:
-        *canvases, end = events
+        end = events[-1]
         assert isinstance(end, EndEvent)  # always the last event
+        canvases = [event for event in events if isinstance(event, CanvasEvent)]
         text = "".join(canvas.text for canvas in canvases)
         tokens = np.concatenate([canvas.tokens for canvas in canvases])
         if end.reason == "stop":  # the stop string may begin in an earlier canvas than it ends in
@@ -340,7 +326,7 @@ class _StopConditions:
             self._budget = ThoughtBudget(session.model.tokenizer, options.thinking_budget, end)
         self._past: np.ndarray | None = np.empty(0, np.int32) if options.stop_on_repetition else None
 
-    def apply(self, step: _native.Step) -> tuple[np.ndarray, str]:
+    def apply(self, step: NativeStep) -> tuple[np.ndarray, str]:
         """Truncate a finished canvas; returns its tokens and the finish reason, empty to continue."""
         tokens, finish = step.tokens, step.finish
         if self._budget is not None and (cut := self._budget.cut(tokens.tolist())) is not None:
@@ -354,11 +340,13 @@ class _StopConditions:
         return tokens, finish
 
 
-def _given(options: GenerationOptions) -> dict[str, Any]:
-    """Native arguments for tokens given by the caller."""
-    if not options.canvas:
-        return {}
-    return {
-        "canvas": np.asarray(options.canvas, dtype=np.int32),
-        "hold": np.asarray(options.hold or (), dtype=np.uint8),
-    }
+def _begin_arguments(options: GenerationOptions) -> dict[str, Any]:
+    """Resolved options as arguments of the native loop."""
+    arguments: dict[str, Any] = {name: getattr(options, name) for name in _BEGIN_OPTIONS}
+    arguments["canvas_length"] = options.canvas_length or 0
+    arguments["trim_after_eos"] = bool(options.trim_after_eos)
+    arguments["eos"] = list(options.eos_ids)
+    if options.canvas:
+        arguments["canvas"] = np.asarray(options.canvas, dtype=np.int32)
+        arguments["hold"] = np.asarray(options.hold or (), dtype=np.uint8)
+    return arguments

@@ -91,6 +91,7 @@ RULES = (
     Rule("processor", r"\b[Pp]rocessors?\b|\bkProcessor\b", "the CPU",
          allowed=(
              ("convert/architectures/*", r"processor = source|in processor|processor\.get", "of tokenizers"),
+             ("convert/architectures/*", r"image processor", "of vision models"),
              ("*", r"[Pp]ost-processor|^    post-", "of tokenizers"),
              ("tests/convert/*", r"if processor|\bprocessor: bool|\"processor\"", "of tokenizers"),
              ("tests/convert/test_vision.py", r"image processor", "Hugging Face's class"),
@@ -100,11 +101,13 @@ RULES = (
         "lane", r"\b[Ll]anes?\b|_lanes?\b|\blanes?_", "sequence, in-flight request, slot",
         allowed=(
             ("native/backend/*", r"", "of SIMD vectors and warps"),
+            ("native/tests/step_backend_test.cpp", r"", "of a warp"),
             ("native/sampler/logits.cpp", r"", "of SIMD vectors"),
             ("native/quantization/quantize.cpp", r"", "of SIMD vectors"),
             ("native/util/simd_math.h", r"", "of SIMD vectors"),
             ("native/bench/roofline.cpp", r"", "of SIMD vectors"),
-            ("docs/*", r"SIMD|lanes of the vectors|`(?:pydiffusion_)?lanes", "of vectors; a metric's name"),
+            ("docs/*", r"SIMD|no lane's result|lanes of the vectors", "of vectors"),
+            ("docs/*", r"`(?:pydiffusion_)?lanes", "a metric's name"),
             ("pydiffusion/server/metrics.py", r'"lanes(?:_limit)?"', "a metric's name, which dashboards use"),
             ("tests/server/*", r"pydiffusion_lanes", "the metric's name"),
         ),

@@ -53,10 +53,10 @@ def normalize_messages(messages: Iterable[Any]) -> list[Message]:
 
 def normalize_tools(tools: Iterable[Any] | None) -> list[Any] | None:
     """Normalize tools: drop null fields, except in schemas, where null is a value."""
-    tools = plain(tools, "tools")
-    if not isinstance(tools, list):
-        return tools
-    return [_with_function(tool, {}) if isinstance(tool, Mapping) else tool for tool in tools]
+    given: Any = plain(tools, "tools")
+    if not isinstance(given, list):
+        return given
+    return [_with_function(tool, {}) if isinstance(tool, Mapping) else tool for tool in given]
 
 
 def template_variables(given: Any) -> dict[str, Any]:

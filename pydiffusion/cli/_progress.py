@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +64,7 @@ class conversion_progress:
     def __init__(self, target: Path) -> None:
         self._target = target
         self._stage = ""
-        self._shown = None
+        self._shown: AbstractContextManager[Callable[..., None]] | None = None
 
     def __enter__(self) -> Callable[[ConversionProgress], None]:
         return self._update

@@ -38,7 +38,7 @@ def run(
 
     options = model.resolve(options)
     draw = show and sys.stderr.isatty()
-    display = CanvasDisplay(model.tokenizer, options.eos, seconds_per_step) if draw else None
+    display = CanvasDisplay(model.tokenizer, options.eos_ids, seconds_per_step) if draw else None
     with AnswerPrinter(display, quiet) as printer:
         done = session.complete(options, on_event=printer)
     say(figures(done))

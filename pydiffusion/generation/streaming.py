@@ -139,7 +139,7 @@ def chat_stream(
                 "the prompt ends inside a reasoning block: constrained output can't contain reasoning"
             )
         return ContentStream(tokenizer, ())
-    return ChatStream(tokenizer, options.stop, in_thought)
+    return ChatStream(tokenizer, options.stop_strings, in_thought)
 
 
 def marker_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -223,7 +223,7 @@ class Scheduler:
             if sequence.job.error is not None:
                 self._fail(sequence.job, sequence.job.error)
         for sequence, result in self._batch.advance(self._in_flight.copy()):
-            self._attempt(sequence.job, lambda s=sequence, r=result: self._report(s, r))
+            self._attempt(sequence.job, partial(self._report, sequence, result))
 
     def _report(self, sequence: RunSequence, result: Iterator[Event] | Exception) -> None:
         """Emit the events of a step."""

@@ -97,9 +97,9 @@ class Tokenizer:
                 raise ModelFormatError(f"{_PREFIX}token_type[{token_id}] is {token_type!r}; known are 1 to 6")
         # Special ids are control tokens whatever their type in the list: typed as normal, they would be
         # parsed from plain text.
-        for token_id in (self.bos_id, self.eos_id, self.pad_id, self.mask_id, self.unknown_id):
-            if token_id is not None and types[token_id] == TokenType.NORMAL:
-                types[token_id] = int(TokenType.CONTROL)
+        for special_id in (self.bos_id, self.eos_id, self.pad_id, self.mask_id, self.unknown_id):
+            if special_id is not None and types[special_id] == TokenType.NORMAL:
+                types[special_id] = int(TokenType.CONTROL)
         return types
 
     def _byte_values(self) -> dict[int, int]:

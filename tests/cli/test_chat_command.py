@@ -75,7 +75,7 @@ def test_steps_and_seed(chat: Chat) -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("/frob\n", "/frob is no command"),
+        ("/frob\n", "/frob is not a command"),
         ("/load\n", "give a file"),
         ("/load nowhere.json\n", "No such file"),
         ("/save /nowhere/x.json\n", "No such file"),
@@ -90,4 +90,4 @@ def test_invalid_commands_do_not_end_the_chat(chat: Chat, typed: str, message: s
 def test_loading_a_file_that_is_not_a_chat(chat: Chat, tmp_path: Path) -> None:
     for content in ("[]", '{"messages": [3]}', "{", '{"messages": [{"role": "tool", "content": "x"}]}'):
         (tmp_path / "x.json").write_text(content)
-        assert "is no saved chat" in chat(f"/load {tmp_path / 'x.json'}\n")[1]
+        assert "is not a saved chat" in chat(f"/load {tmp_path / 'x.json'}\n")[1]

@@ -237,7 +237,7 @@ def test_vision_tensors_are_left_out_with_a_note(folder: Path, tmp_path: Path) -
     made = folders.make_folder(tmp_path / "v" / "small", tensors=folders.weights() | vision)
     report = convert(made, tmp_path / "v.gguf", "f32")
     assert (tmp_path / "v.gguf").read_bytes() == converted(folder, tmp_path / "a.gguf")
-    assert any("2 vision tensors were left out" in note for note in report.notes)
+    assert any("2 vision tensors were skipped" in note for note in report.notes)
 
 
 def test_equal_encoder_weights_and_head_are_dropped(folder: Path, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_changed_data_is_found_and_not_resumed_again(folder: Path, whole: bytes,
         byte = file.read(1)
         file.seek(len(whole) // 2)
         file.write(bytes([byte[0] ^ 1]))
-    with pytest.raises(ConversionError, match=r"other bytes than were written|does not agree"):
+    with pytest.raises(ConversionError, match=r"different bytes than were written|does not agree"):
         convert(folder, target, "q4_k_m", resume=True)
     assert files_in(tmp_path) == []
     convert(folder, target, "q4_k_m", resume=True)
@@ -279,7 +279,7 @@ def test_the_command_says_how_to_resume(folder: Path, whole: bytes, tmp_path: Pa
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert done.returncode == 130, done.stderr
-    assert "what was written is kept; the same command goes on" in done.stderr
+    assert "partial output is kept; run the same command to resume" in done.stderr
     assert main(["convert", str(folder), "-o", str(target), "--resume"]) == 0
     assert target.read_bytes() == whole
 

@@ -158,7 +158,7 @@ def test_sizes() -> None:
     assert parse_split_size("4GiB") == 4 << 30 and parse_split_size("1.5 KB") == 1500
     assert parse_split_size("100") == 100
     for wrong in ("", "G", "0", "-1", "5T", "5 iB", "five"):
-        with pytest.raises(ValueError, match="is no size"):
+        with pytest.raises(ValueError, match="is not a size"):
             parse_split_size(wrong)
 
 

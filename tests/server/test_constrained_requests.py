@@ -110,7 +110,7 @@ def test_a_regex(url: str) -> None:
         ({"response_format": {"type": "json_object", "schema": {"type": 3}}}, "response_format", "type"),
         ({"response_format": {"type": "json_object", "shema": {}}}, "response_format", "shema is not"),
         ({"max_tokens": 5, "max_completion_tokens": "x"}, "max_completion_tokens", "permitted is an integer"),
-        ({"regex": "("}, "regex", "no regular expression"),
+        ({"regex": "("}, "regex", "not a valid regular expression"),
         ({"regex": "(a{200}){2000}"}, "regex", "too large"),
         ({"regex": 3}, "regex", "permitted is a string"),
     ],

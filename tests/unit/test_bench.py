@@ -96,7 +96,7 @@ def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text("{}")
     assert main(["bench", "--synthetic", "tiny", "--compare", str(broken)]) == 2
-    assert "no figures of an earlier" in capsys.readouterr().err
+    assert "not the result of an earlier" in capsys.readouterr().err
     with pytest.raises(ValueError, match="known are 26b-a4b, mid, tiny"):
         write_synthetic("huge", tmp_path / "huge.gguf")
     with pytest.raises(ConversionError, match="no such folder"):

@@ -1,0 +1,106 @@
+// Hparams: read from a file's keys, defaults, refusals.
+#include "model/hparams.h"
+
+#include "small_model.h"
+#include "support.h"
+
+namespace pydiffusion {
+namespace testing {
+
+namespace {
+
+Hparams read(const GgufImage& image) {
+    const TemporaryFolder folder;
+    return Hparams(GgufFile(folder.write("model.gguf", image.bytes())));
+}
+
+GgufImage with(const std::string& key, const Bytes& value_with_type) {
+    SmallModel model;
+    model.left_out = key;
+    GgufImage image = model.image();
+    image.keys.push_back(Bytes().text(key).append(value_with_type));
+    return image;
+}
+
+GgufImage with(const std::string& key, uint32_t value) { return with(key, Bytes().u32(U32).u32(value)); }
+GgufImage with(const std::string& key, float value) { return with(key, Bytes().u32(F32).f32(value)); }
+
+}  // namespace
+
+TEST_CASE("what the file says") {
+    const Hparams hp = read(SmallModel().image());
+    CHECK(hp.n_layer == 3);
+    CHECK(hp.n_ctx_train == 4096);
+    CHECK(hp.n_embd == 32);
+    CHECK(hp.n_vocab == 64);
+    CHECK(hp.n_ff == 64);
+    CHECK(hp.n_ff_expert == 16);
+    CHECK(hp.n_expert == 4);
+    CHECK(hp.n_expert_used == 2);
+    CHECK(hp.n_head == 2);
+    CHECK(hp.window == 100);
+    CHECK(hp.canvas_length == 16);
+    CHECK(hp.rms_eps == 1e-6f);
+    CHECK(hp.soft_cap == 30.0f);
+    CHECK(hp.rope_base == 1e6f);
+    CHECK(hp.rope_base_swa == 10000.0f);  // the default
+    REQUIRE(hp.layers.size() == 3);
+    CHECK(hp.layers[0].sliding);
+    CHECK(hp.layers[0].head_dim == 32);
+    CHECK_FALSE(hp.layers[1].sliding);
+    CHECK(hp.layers[1].head_dim == 64);
+    CHECK(hp.layers[2].n_head_kv == 1);
+    CHECK(hp.sampler.steps == 48);
+}
+
+TEST_CASE("a pattern given as a period") {
+    const Hparams hp = read(with(own("attention.sliding_window_pattern"), 2u));
+    CHECK(hp.layers[0].sliding);
+    CHECK_FALSE(hp.layers[1].sliding);
+    CHECK(hp.layers[2].sliding);
+}
+
+TEST_CASE("the sampler's defaults are the file's") {
+    CHECK(read(with("diffusion.eb_max_steps", 7u)).sampler.steps == 7);
+    CHECK(read(with("diffusion.eb_entropy_bound", 0.25f)).sampler.entropy_bound == 0.25f);
+    CHECK_ERROR(read(with("diffusion.eb_t_max", 0.1f)), format, "diffusion.eb_t_max");  // below t_min
+}
+
+TEST_CASE("a key that is missing is named") {
+    for (const char* key : {"block_count", "embedding_length", "attention.sliding_window",
+                            "attention.sliding_window_pattern", "final_logit_softcapping"}) {
+        CAPTURE(key);
+        SmallModel model;
+        model.left_out = own(key);
+        CHECK_ERROR(read(model.image()), format, own(key));
+    }
+}
+
+TEST_CASE("values that are not possible are refused by their key") {
+    const auto refused = [](const char* key, const auto& value) {
+        CAPTURE(key);
+        CHECK_ERROR(read(with(key, value)), format, key);
+    };
+    refused("diffusion-gemma.block_count", 0u);
+    refused("diffusion-gemma.block_count", 1.0f);
+    refused("diffusion-gemma.embedding_length", 1u << 20);
+    refused("diffusion-gemma.expert_used_count", 5u);        // of 4
+    refused("diffusion-gemma.attention.key_length", 63u);    // odd
+    refused("diffusion-gemma.attention.head_count_kv", 3u);  // of 2 heads
+    refused("diffusion-gemma.final_logit_softcapping", -1.0f);
+    refused("diffusion-gemma.attention.sliding_window", 0u);
+    refused("diffusion.canvas_length", 5000u);  // the context is 4096
+    refused("diffusion-gemma.attention.sliding_window_pattern", Bytes().u32(ARRAY).u32(BOOL).u64(2).zeros(2));
+    refused("tokenizer.ggml.tokens", Bytes().u32(ARRAY).u32(STRING).u64(1).text("a"));
+}
+
+TEST_CASE("other models are not supported") {
+    CHECK_ERROR(read(with("general.architecture", Bytes().u32(STRING).text("llama"))), unsupported,
+                "'llama'");
+    CHECK_ERROR(read(with(own("attention.shared_kv_layers"), 1u)), unsupported, "shared_kv_layers");
+    CHECK_ERROR(read(with(own("attention.value_length"), 32u)), unsupported, "value_length");
+    CHECK_ERROR(read(with("split.count", 2u)), unsupported, "split.count");
+}
+
+}  // namespace testing
+}  // namespace pydiffusion
