@@ -66,7 +66,7 @@ def command(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Only print types, bytes and bits per weight; reads config.json alone."
+            "--dry-run", help="Only print types, bytes and bits per weight; needs only config.json."
         ),
     ] = False,
     mmproj: Annotated[
