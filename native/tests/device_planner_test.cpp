@@ -1,5 +1,5 @@
 // Which layers and experts a plan puts on devices of a given size.
-#include "model/device_plan.h"
+#include "runtime/device_planner.h"
 
 #include "small_model.h"
 #include "support.h"
