@@ -1,4 +1,4 @@
-// Hyperparameters: read from a file's keys, defaults, and what is refused.
+// Hparams: read from a file's keys, defaults, and what is refused.
 #include "model/hparams.h"
 
 #include "small_model.h"

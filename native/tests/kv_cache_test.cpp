@@ -1,10 +1,10 @@
 // The KV cache: which rows a layer holds, how they move, and the ways back.
-#include "graph/kv_cache.h"
+#include "kv_cache/kv_cache.h"
 
 #include <limits>
 
 #include "backend/ggml/ggml_ops.h"
-#include "model/kv_layout.h"
+#include "kv_cache/kv_layout.h"
 #include "small_model.h"
 #include "support.h"
 

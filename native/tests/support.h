@@ -46,8 +46,10 @@ Error error_of(const Work& work) {
     do {                                                                                                  \
         const ::pydiffusion::Error error = ::pydiffusion::testing::error_of([&] { (void)(expression); }); \
         const std::string message = error.what();                                                         \
-        CHECK_MESSAGE(error.kind() == ::pydiffusion::ErrorKind::kind_of_error, message);                  \
-        CHECK_MESSAGE(message.find(words) != std::string::npos, message, " should contain: ", words);     \
+        const bool has_kind = error.kind() == ::pydiffusion::ErrorKind::kind_of_error;                    \
+        const bool has_words = message.find(words) != std::string::npos;                                  \
+        CHECK_MESSAGE(has_kind, message);                                                                 \
+        CHECK_MESSAGE(has_words, message, " should contain: ", words);                                    \
     } while (false)
 
 // A new folder, removed with all that is in it.
@@ -83,11 +85,11 @@ class TemporaryFolder {
 // Normally distributed, the same on every machine: sums of uniforms, for std::normal_distribution is the
 // library's own.
 inline std::vector<float> random_values(size_t n, uint32_t seed, float scale = 1.0f) {
-    std::mt19937 engine(seed);
+    std::mt19937 generator(seed);
     std::vector<float> values(n);
     for (float& value : values) {
         double sum = -6.0;
-        for (int i = 0; i < 12; ++i) sum += static_cast<double>(engine()) * 0x1p-32;
+        for (int i = 0; i < 12; ++i) sum += static_cast<double>(generator()) * 0x1p-32;
         value = scale * static_cast<float>(sum);
     }
     return values;

@@ -1,5 +1,5 @@
 // Graphs computed by the thread pool, and cancelled there.
-#include "backend/thread_pool.h"
+#include "backend/cpu/thread_pool.h"
 
 #include <thread>
 
