@@ -1,4 +1,4 @@
-// Which layers and experts a plan puts on devices of a given size.
+// Which layers and experts a plan puts on devices with a given memory budget.
 #include "runtime/device_planner.h"
 
 #include "small_model.h"
@@ -26,14 +26,14 @@ struct Planner {
         hp = std::make_unique<Hparams>(*file);
     }
 
-    static std::vector<DeviceMemory> memory(const std::vector<uint64_t>& rooms) {
+    static std::vector<DeviceMemory> memory(const std::vector<uint64_t>& budgets) {
         std::vector<DeviceMemory> memory;
-        for (const uint64_t room : rooms) memory.push_back({ggml_backend_cpu_buffer_type(), room, 0});
+        for (const uint64_t budget : budgets) memory.push_back({ggml_backend_cpu_buffer_type(), budget, 0});
         return memory;
     }
-    DevicePlan plan(const std::vector<uint64_t>& rooms, int32_t n_gpu_layers = -1,
+    DevicePlan plan(const std::vector<uint64_t>& budgets, int32_t n_gpu_layers = -1,
                     int32_t n_cpu_moe = -1) const {
-        return plan_devices(*file, *hp, needs, memory(rooms), n_gpu_layers, n_cpu_moe);
+        return plan_devices(*file, *hp, needs, memory(budgets), n_gpu_layers, n_cpu_moe);
     }
     std::vector<DeviceUse> use(const std::vector<int32_t>& layers, int32_t n_cpu_moe) const {
         return device_use(*file, *hp, {4, layers, n_cpu_moe}, needs,
@@ -100,7 +100,7 @@ TEST_CASE("what a plan takes") {
 
 TEST_CASE("one device: all, then without experts, then fewer layers") {
     const Planner planner;
-    const auto room = [&](int32_t n_layers, int32_t n_cpu_moe) {
+    const auto budget = [&](int32_t n_layers, int32_t n_cpu_moe) {
         return planner.use({n_layers}, n_cpu_moe)[0].total();
     };
     const auto check = [&](uint64_t bytes, int32_t n_layers, int32_t n_cpu_moe) {
@@ -109,30 +109,30 @@ TEST_CASE("one device: all, then without experts, then fewer layers") {
         CHECK(plan.n_cpu_moe == n_cpu_moe);
     };
     check(UINT64_MAX, 4, 0);
-    check(room(4, 0), 4, 0);
-    check(room(4, 0) - 1, 4, 1);
-    check(room(4, 1) - 1, 4, 2);
-    check(room(4, 4), 4, 4);
-    check(room(4, 4) - 1, 3, 2);  // the cache of a layer less makes room for experts
-    check(room(3, 3), 3, 3);
-    check(room(1, 1), 1, 1);
-    check(room(1, 1) - 1, 0, 0);
+    check(budget(4, 0), 4, 0);
+    check(budget(4, 0) - 1, 4, 1);
+    check(budget(4, 1) - 1, 4, 2);
+    check(budget(4, 4), 4, 4);
+    check(budget(4, 4) - 1, 3, 2);  // the cache of a layer less makes room for experts
+    check(budget(3, 3), 3, 3);
+    check(budget(1, 1), 1, 1);
+    check(budget(1, 1) - 1, 0, 0);
     check(0, 0, 0);
 }
 
 TEST_CASE("what is asked for is taken as it is, or refused") {
     const Planner planner;
-    const uint64_t room = planner.use({2}, 1)[0].total();
-    CHECK(planner.plan({room}, 2).n_cpu_moe == 1);
-    CHECK(planner.plan({room}, 2, 2).n_cpu_moe == 2);
+    const uint64_t budget = planner.use({2}, 1)[0].total();
+    CHECK(planner.plan({budget}, 2).n_cpu_moe == 1);
+    CHECK(planner.plan({budget}, 2, 2).n_cpu_moe == 2);
     CHECK(planner.plan({UINT64_MAX}, 99).n_gpu_layers() == 4);
     CHECK(planner.plan({0}, 0).n_gpu_layers() == 0);
-    CHECK_ERROR(planner.plan({room}, 2, 0), out_of_memory, "2 layers");
-    CHECK_ERROR(planner.plan({room}, 4), out_of_memory, "4 layers");
-    CHECK_ERROR(planner.plan({room / 2, room / 2}, 4), out_of_memory, "4 layers");
+    CHECK_ERROR(planner.plan({budget}, 2, 0), out_of_memory, "2 layers");
+    CHECK_ERROR(planner.plan({budget}, 4), out_of_memory, "4 layers");
+    CHECK_ERROR(planner.plan({budget / 2, budget / 2}, 4), out_of_memory, "4 layers");
 }
 
-TEST_CASE("several devices share the layers by their room") {
+TEST_CASE("several devices share the layers by their budgets") {
     const Planner planner;
     const uint64_t step = planner.use({1, 0}, 0)[0].step, main_step = planner.use({0, 4}, 0)[1].step;
     const uint64_t layer = kPerLayer + kExperts + planner.use({1, 0}, 0)[0].cache;
@@ -144,8 +144,8 @@ TEST_CASE("several devices share the layers by their room") {
     CHECK(layers(300 * layer, 100 * layer) == std::vector<int32_t>{3, 1});
     CHECK(layers(100000 * layer, 2 * layer) == std::vector<int32_t>{4, 0});
     // Three alike.
-    const uint64_t room = 100 * layer;
-    const DevicePlan plan = planner.plan({step + room, step + room, main_step + kEmbedding + room});
+    const uint64_t budget = 100 * layer;
+    const DevicePlan plan = planner.plan({step + budget, step + budget, main_step + kEmbedding + budget});
     CHECK(plan.n_gpu_layers() == 4);
     for (const int32_t n : plan.device_layers) CHECK(n <= 2);
 }

@@ -1,4 +1,4 @@
-// Hparams: read from a file's keys, defaults, refusals.
+// Hparams: read from a file's keys, defaults, and what is refused.
 #include "model/hparams.h"
 
 #include "small_model.h"

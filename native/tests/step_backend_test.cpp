@@ -56,9 +56,9 @@ TEST_CASE("measures are those of the CPU's sampler") {
     }
 }
 
-TEST_CASE("of equal maxima the first, whichever lane and warp has it") {
+TEST_CASE("of equal maxima the first, whichever thread and warp finds it") {
     for (const int64_t first : {1, 33, 95, 1500}) {
-        for (const int64_t second : {32, 64, 96, 2976}) {  // of lane 0
+        for (const int64_t second : {32, 64, 96, 2976}) {  // of the first thread
             CAPTURE(first);
             CAPTURE(second);
             const Matrix logits(kVocab, 1, random_values(kVocab, 5));

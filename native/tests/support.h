@@ -46,8 +46,10 @@ Error error_of(const Work& work) {
     do {                                                                                                  \
         const ::pydiffusion::Error error = ::pydiffusion::testing::error_of([&] { (void)(expression); }); \
         const std::string message = error.what();                                                         \
-        CHECK_MESSAGE(error.kind() == ::pydiffusion::ErrorKind::kind_of_error, message);                  \
-        CHECK_MESSAGE(message.find(words) != std::string::npos, message, " should contain: ", words);     \
+        const bool has_kind = error.kind() == ::pydiffusion::ErrorKind::kind_of_error;                    \
+        const bool has_words = message.find(words) != std::string::npos;                                  \
+        CHECK_MESSAGE(has_kind, message);                                                                 \
+        CHECK_MESSAGE(has_words, message, " should contain: ", words);                                    \
     } while (false)
 
 // A new folder, removed with all that is in it.

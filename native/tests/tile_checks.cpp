@@ -78,8 +78,8 @@ void check_tile_gemm(Kernel kernel, int64_t n_weights, int64_t n_tiles, int64_t 
     CHECK(n_wrong == 0);
 }
 
-// Tolerance per sum of |weight| times |activation|: float32 sums, and a few weights whose last bfloat16 bit
-// is rounded differently from ggml's value.
+// Tolerance of a matmul, relative to the sum of |weight| times |activation|: float32 sums, and here and there
+// a weight whose last bit of bfloat16 differs from that of ggml's value.
 constexpr double kTolerance = 5e-5;
 
 struct Reference {

@@ -7,7 +7,7 @@
 
 namespace pydiffusion {
 
-// exp(x) to about 2 ulp for x in [-87, 60], clamped outside; NaN gives exp(60). -87 is the limit of normal
+// exp(x) to about 2 ulp for x in [-87, 60], clamped outside; NaN gives exp(-87). -87 is the limit of normal
 // floats. 60 is low enough that vectorized callers, which compute the clamped case in all lanes, don't hit
 // subnormals (x / exp(88) is one, and costs a hundred cycles). Range reduction x = n ln 2 + r with ln 2 in
 // two parts, then the Taylor series of exp(r) to degree 7 in Horner's form.
