@@ -125,7 +125,6 @@ RULES = (
     Rule(
         "lies", r"\b[Ll]ies?\b(?! (?:within|inside|between|beyond|near|(?:no )?further|apart)\b)",
         "is, is stored",
-        allowed=(("docs/dev/profile.md", r"medians lie", "mislead"),),
     ),
     Rule("brings", r"\bbrings\b", "gives, includes"),
     Rule("turned over", r"\bturned over\b", "transposed"),
@@ -154,6 +153,10 @@ RULES = (
         r"\bpydiffusion[./](?:parallel|completion|injection|structure|limits|placement)\b|\bchat_output\b",
         "generation.batching, openai.responses, chat.output_parser, chat.sanitize, constrained, "
         "generation.thinking_budget, device_plan",
+        allowed=(
+            ("scripts/layers.py", r"chat_output", "keeps names of 0.1.0 importable"),
+            ("tests/unit/test_api.py", r"chat_output", "keeps names of 0.1.0 importable"),
+        ),
     ),
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -539,3 +540,17 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_names_of_0_1_0_stay_importable() -> None:
+    """Documented modules; the names of the package itself are in ``pydiffusion.__all__``."""
+    for module, names in {
+        "chat_output": ("Content", "Reasoning", "ToolCall"),
+        "sampling": ("accept", "measure", "random_draws", "step_temperature"),
+        "events": ("CanvasEvent", "DraftEvent", "EndEvent"),
+        "demo": ("checkpoint_path", "puzzles"),
+        "demo.tasks": ("check",),
+        "convert": ("convert", "quantize", "verify", "evaluate", "collect_imatrix", "plot"),
+    }.items():
+        found = importlib.import_module(f"pydiffusion.{module}")
+        assert not [name for name in names if not hasattr(found, name)], module
