@@ -23,7 +23,8 @@ NATIVE_ORDER = (
     "model", "kv_cache", "graph", "architectures", "quantization", "runtime", "bench", "bindings", "tests",
 )  # fmt: skip
 PYTHON_ORDER = (
-    "errors", "_util", "tokenizer", "options", "chat", "events", "chat_output", "demo", "constrained", "generation",
+    "errors", "_util", "tokenizer", "options", "chat", "events", "chat_output", "demo", "constrained",
+    "generation",
     "convert/gguf", "convert/checkpoint", "convert/architectures/diffusion_gemma", "convert/architectures",
     "convert/quantization", "convert/conversion", "convert/repacking", "convert/verification",
     "sampling", "device_plan", "session", "openai", "model",

@@ -101,7 +101,6 @@ RULES = (
         "lane", r"\b[Ll]anes?\b|_lanes?\b|\blanes?_", "sequence, in-flight request, slot",
         allowed=(
             ("native/backend/*", r"", "of SIMD vectors and warps"),
-            ("native/tests/step_backend_test.cpp", r"", "of a warp"),
             ("native/sampler/logits.cpp", r"", "of SIMD vectors"),
             ("native/quantization/quantize.cpp", r"", "of SIMD vectors"),
             ("native/util/simd_math.h", r"", "of SIMD vectors"),

@@ -546,7 +546,7 @@ def test_names_of_0_1_0_stay_importable() -> None:
     """Documented modules; the names of the package itself are in ``pydiffusion.__all__``."""
     for module, names in {
         "chat_output": ("Content", "Reasoning", "ToolCall"),
-        "sampling": ("accept", "measure", "random_draws", "step_temperature"),
+        "sampling": ("accept", "measure", "draws", "temperature"),
         "events": ("CanvasEvent", "DraftEvent", "EndEvent"),
         "demo": ("checkpoint_path", "puzzles"),
         "demo.tasks": ("check",),
