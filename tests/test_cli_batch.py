@@ -105,7 +105,10 @@ def test_a_foreign_file_is_left_alone(model: str, tmp_path: Path, capsys: pytest
     prompts.write_text('"a"\n')
     output.write_text("my diary\n")
     assert run(model, prompts, output) == 1
-    assert "contains a line that is not an answer" in capsys.readouterr().err and output.read_text() == "my diary\n"
+    assert (
+        "contains a line that is not an answer" in capsys.readouterr().err
+        and output.read_text() == "my diary\n"
+    )
 
 
 def test_infill(model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
