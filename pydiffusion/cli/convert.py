@@ -189,10 +189,10 @@ def print_sizes(
     print(f"{'all':24} {plan.type:8} {len(plan.tensors):6} {total}")
     print(
         f"memory with a context of {ctx}: {count(memory.weights, 'B')} weights, {count(memory.cache, 'B')}"
-        f" cache, about {count(memory.buffers, 'B')} buffers, {count(memory.reserve, 'B')} reserved:"
+        f" cache, about {count(memory.buffers, 'B')} buffers, {count(memory.reserve, 'B')} kept free:"
         f" {memory.total / 2**30:.2f} GiB"
     )
     for line in plan.fallbacks:
-        print(f"fallback: {line}")
+        print(f"instead of the type asked for: {line}")
     for note in plan.notes:
         print(f"note: {note}")

@@ -53,4 +53,4 @@ def command(
         parts = {"weights": share.weight_bytes, "cache": share.cache_bytes, "step": share.step_bytes}
         where = "" if len(planned.shares) == 1 else f"{share.device}, {share.n_layers} layers: "
         print(where + ", ".join(f"{name} {count(n, 'B')}" for name, n in parts.items()), end="; ")
-        print(f"total {count(share.total_bytes, 'B')}")
+        print(f"together {count(share.total_bytes, 'B')}")

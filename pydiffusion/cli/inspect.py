@@ -130,12 +130,12 @@ def _print(gguf: Parts, with_tensors: bool, whole: bool) -> None:
 
 def _print_end_tokens(gguf: Parts) -> None:
     found, error = _end_tokens(gguf)
-    print("\nEnd tokens, and why")
+    print("\nTokens that end a text, and how they are known")
     for end in found:
         reasons = ", ".join(f"by {reason}" for reason in end.reasons)
         print(f"  {end.token_id} {one_line(repr(end.text))}: {reasons}")
     if not found:
-        print(f"  none: {'the file has none' if error is None else one_line(error)}")
+        print(f"  none: {'the file names none' if error is None else one_line(error)}")
 
 
 def _shown(value: Any, whole: bool) -> str:

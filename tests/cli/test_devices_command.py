@@ -34,7 +34,7 @@ def test_the_plan(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     less = f"{(needed - 1) / 2**20:.6f}M"
     assert main(["devices", "-m", model, "--device", "host", "--ctx", "100", "--gpu-memory", less]) == 0
     out = capsys.readouterr().out
-    assert "experts of 1 stay on the CPU" in out and "total" in out
+    assert "experts of 1 stay on the CPU" in out and "together" in out
 
 
 def test_the_plan_of_several(model: str, capsys: pytest.CaptureFixture[str]) -> None:

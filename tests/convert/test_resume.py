@@ -187,7 +187,7 @@ def test_two_runs_at_once_are_refused(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "m.gguf"
 
     def second(state: ConversionProgress) -> None:
-        with pytest.raises(ConversionError, match="another run is at work"):
+        with pytest.raises(ConversionError, match="another run is writing"):
             convert(folder, target, "q4_k_m", resume=True)
         raise KeyboardInterrupt
 

@@ -72,8 +72,8 @@ def test_keys_are_set_added_and_removed_and_nothing_else_changes(model: Path, fo
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general.architecture": "llama"}, "says how the file is read"),
-        ({"split.count": 2}, "says how the file is read"),
+        ({"general.architecture": "llama"}, "defines how the file is read"),
+        ({"split.count": 2}, "defines how the file is read"),
         ({"no.such": None}, "no key 'no.such' to remove"),
         ({"no.such": 3}, "no known type"),
         ({"diffusion.eb_max_steps": -1}, "eb_max_steps"),

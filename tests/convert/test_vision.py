@@ -181,7 +181,7 @@ def test_optional_parts_and_types(tmp_path: Path) -> None:
     [
         (lambda w: w.pop(PROJECTION), {}, "embedding_projection.weight' is missing"),
         (lambda w: w.update({TOWER + "more": np.zeros(3)}), {}, "unexpected tensor.*vision_tower.more"),
-        (lambda w: w.clear(), {}, "holds no vision tensors"),
+        (lambda w: w.clear(), {}, "has no vision tensors"),
         (lambda w: w.update({PROJECTION: np.zeros((D, D))}), {}, "has the shape"),
         (lambda w: w[PROJECTION].__setitem__((1, 1), np.nan), {}, "mm.input_projection.weight.*NaN"),
         (None, {"hidden_activation": "silu"}, "hidden_activation"),
