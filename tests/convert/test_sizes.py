@@ -115,7 +115,7 @@ def test_parse_size(text: str, n_bytes: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "16X", "0"])
 def test_invalid_sizes(text: str) -> None:
-    with pytest.raises(ValueError, match="no size"):
+    with pytest.raises(ValueError, match="not a size"):
         sizes.parse_size(text)
 
 

@@ -123,14 +123,14 @@ def test_missing_and_foreign_parts_are_refused(parts: list[Path], whole: Path, t
     with pytest.raises(ModelFormatError, match=r"00003-of-\d+\.gguf: is missing"):
         quantize(parts[0], tmp_path / "n.gguf", "q4_0")
     parts[2].write_bytes(parts[3].read_bytes())
-    with pytest.raises(ModelFormatError, match=r"'split\.no' is 3, 2 is wanted"):
+    with pytest.raises(ModelFormatError, match=r"'split\.no' is 3, expected 2"):
         repack(parts[0], tmp_path / "n.gguf")
     parts[2].write_bytes(whole.read_bytes())
     with pytest.raises(ModelFormatError, match=r"00003-of-.*has no key 'split\.no'"):
         repack(parts[0], tmp_path / "n.gguf")
     parts[2].write_bytes(content)
     parts[0].rename(parts[0].with_name("first.gguf"))
-    with pytest.raises(ModelFormatError, match="should end with -00001-of-"):
+    with pytest.raises(ModelFormatError, match="must end with -00001-of-"):
         repack(parts[0].with_name("first.gguf"), tmp_path / "n.gguf")
     with pytest.raises(ModelFormatError, match=r"open the first one, .*/m-00001-of-"):
         repack(parts[1], tmp_path / "n.gguf")

@@ -65,7 +65,7 @@ def test_the_cache_is_counted(device: str, file: Path, gguf_file: Callable) -> N
     if "host" in device:  # CUDA pads rows of blocks to 512 elements
         assert found["q8_0"].cache_bytes == found["f16"].cache_bytes * 34 // 64
     assert found["q8_0"].step_bytes > found["f16"].step_bytes
-    with pytest.raises(ValueError, match="heads of a multiple of 32"):
+    with pytest.raises(ValueError, match="a multiple of 32; this model has 16"):
         planned(gguf_file("tiny", "f32", seed=0, dtype="f32"), device, n_ctx=64, kv_type="q8_0")
 
 

@@ -120,9 +120,9 @@ BROKEN: dict[str, tuple[Callable[[list[RawGguf]], object], str, int]] = {
     "last given": (lambda p: None, "/m-00001-of-00003.gguf", 2),
     "last missing": (lambda p: p.pop(), "m-00003-of-00003.gguf: is missing", 0),
     "two missing": (lambda p: (p.pop(), p.pop()), "m-00002-of-00003.gguf: is missing", 0),
-    "numbers swapped": (put(1, "split.no", U16, 2), "00002-of-00003.gguf: key 'split.no' is 2, 1 is", 0),
+    "numbers swapped": (put(1, "split.no", U16, 2), "00002-of-00003.gguf: key 'split.no' is 2, expected 1", 0),
     "first twice": (lambda p: p.__setitem__(1, p[0].copy()), "key 'split.no' is 0, expected 1", 0),
-    "first says it is second": (put(0, "split.no", U16, 1), "should end with -00002-of-00003.gguf", 0),
+    "first says it is second": (put(0, "split.no", U16, 1), "must end with -00002-of-00003.gguf", 0),
     "first has no number": (lambda p: p[0].drop("split.no"), "has no key 'split.no'", 0),
     "first is past the count": (put(0, "split.no", U16, 3), "'split.no' must be an integer from 0 to 2", 0),
     "number of text": (put(0, "split.no", STRING, "0"), "split.no", 0),
@@ -133,9 +133,9 @@ BROKEN: dict[str, tuple[Callable[[list[RawGguf]], object], str, int]] = {
     "second has no number": (lambda p: p[1].drop("split.no"), "has no key 'split.no'", 0),
     "count of text": (put(0, "split.count", STRING, "3"), "split.count", 0),
     "count of 65536": (put(0, "split.count", U32, 65536), "split.count", 0),
-    "count of 65535": (put(0, "split.count", U16, 65535), "should end with -00001-of-65535.gguf", 0),
-    "count of two": (put(0, "split.count", U16, 2), "should end with -00001-of-00002.gguf", 0),
-    "count differs": (put(2, "split.count", U16, 4), "key 'split.count' is 4, 3 is wanted", 0),
+    "count of 65535": (put(0, "split.count", U16, 65535), "must end with -00001-of-65535.gguf", 0),
+    "count of two": (put(0, "split.count", U16, 2), "must end with -00001-of-00002.gguf", 0),
+    "count differs": (put(2, "split.count", U16, 4), "key 'split.count' is 4, expected 3", 0),
     "tensors not counted": (lambda p: p[0].drop("split.tensors.count"), "split.tensors.count", 0),
     "fewer tensors": (lambda p: p[1].tensors.pop(), "'split.tensors.count' is ", 0),
     "tensor count differs": (put(1, "split.tensors.count", I32, 7), "'split.tensors.count' is 7", 0),
@@ -184,7 +184,7 @@ def test_renamed_parts_are_refused(worker: Worker, good: RawGguf, tmp_path: Path
     paths = write(split(good), tmp_path)
     for name in ("m.gguf", "m-1-of-3.gguf", "x", "-00001-of-00004.gguf"):
         renamed = paths[0].rename(tmp_path / name)
-        assert_refused(worker.ask(renamed), FORMAT_ERRORS, "should end with -00001-of-00003.gguf", tmp_path)
+        assert_refused(worker.ask(renamed), FORMAT_ERRORS, "must end with -00001-of-00003.gguf", tmp_path)
         renamed.rename(paths[0])
     assert worker.ask(paths[0])["ok"]
     paths[1].unlink()

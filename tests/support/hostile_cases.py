@@ -105,12 +105,12 @@ FRAME: dict[str, Case] = {
     "keys only": Case(change(tensors=[]), "tensor"),
     "tail cut by a block": Case(change(cut_tail=32), "past the end"),
     "half of it": Case(lambda f: f.to_bytes()[: len(f.to_bytes()) // 2], "past the end"),
-    "key count of 2^64 - 1": Case(change(n_pairs=2**64 - 1), "keys"),
-    "key count of 2^32": Case(change(n_pairs=2**32), "keys"),
+    "key count of 2^64 - 1": Case(change(n_pairs=2**64 - 1), "key count"),
+    "key count of 2^32": Case(change(n_pairs=2**32), "key count"),
     "one key too many": Case(edit(lambda f: setattr(f, "n_pairs", len(f.pairs) + 1)), ""),
     "one key too few": Case(edit(lambda f: setattr(f, "n_pairs", len(f.pairs) - 1)), ""),
-    "tensor count of 2^64 - 1": Case(change(n_tensors=2**64 - 1), "tensors"),
-    "tensor count of 2^63": Case(change(n_tensors=2**63), "tensors"),
+    "tensor count of 2^64 - 1": Case(change(n_tensors=2**64 - 1), "tensor count"),
+    "tensor count of 2^63": Case(change(n_tensors=2**63), "tensor count"),
     "one tensor too many": Case(edit(lambda f: setattr(f, "n_tensors", len(f.tensors) + 1)), ""),
 }
 

@@ -56,7 +56,7 @@ def test_the_source_without_its_compiled_part_says_so(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 1
-    assert "run from another folder, or install" in done.stderr.splitlines()[-1]
+    assert "run elsewhere, or install" in done.stderr.splitlines()[-1]
 
 
 def test_the_licences_of_linked_libraries_are_installed() -> None:
