@@ -121,7 +121,8 @@ def test_types_without_a_kernel(
         assert_within(difference, 0.05, 0.5, 0.9)
     convert(folder, embedding, "f32", tensor_types={"token_embd": "tq2_0"})
     with pytest.raises(
-        UnsupportedModelError, match=r"tq2_0, which is not supported on host.*--tensor-type token_embd.weight=q6_k"
+        UnsupportedModelError,
+        match=r"tq2_0, which is not supported on host.*--tensor-type token_embd.weight=q6_k",
     ):
         open_on(embedding, device)
 
