@@ -5,8 +5,7 @@ python benchmarks/step_costs.py [MODEL] [--threads N] [--blocks 16] [--prompt 12
 Without MODEL, a synthetic one of 0.4e9 weights (mid, q4_k_m) is created. Prints medians:
 - batch: time of a step of 1, 2 and 4 canvases in one graph, and the throughput relative to one canvas;
 - blocks: time of a step in block 1 and in a late block, with and without attention (only attention should
-grow with
-  the context), and the time to commit an early and a late block.
+  grow with the context), and the time to commit an early and a late block.
 """
 
 from __future__ import annotations

@@ -71,8 +71,7 @@ def convert(
 
     Raises:
         ConversionError: the folder can't be converted as requested, or the target can't be written; the
-        message names
-            the file, key or tensor.
+            message names the file, key or tensor.
         ModelFormatError: the imatrix is damaged.
         ValueError: ``type`` is not one of :data:`TYPES`, a pattern or type in ``tensor_types`` is invalid, or
             ``n_threads`` is negative.

@@ -84,8 +84,7 @@ def edit_metadata(
 
     Raises:
         ConversionError: a key that can't be changed, does not exist, or has no known type; a value that does
-        not fit
-            its type, an invalid template, sampler defaults out of range.
+            not fit its type, an invalid template, sampler defaults out of range.
         Others as :func:`repack`.
     """
     started = time.perf_counter()

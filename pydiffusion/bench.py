@@ -107,9 +107,7 @@ def run_bench(
     if n_prompt < 1 or n_steps < 2:
         raise ValueError(f"n_prompt is {n_prompt} and n_steps {n_steps}; permitted are at least 1 and 2")
     check_kv_type(kv_type)
-    request = device_request(
-        **{"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None, **device_options}
-    )
+    request = device_request(**{**_CPU_ONLY, **device_options})
     started = time.perf_counter()
     model = _native.Model(
         str(path), n_threads, kv_type=kv_type, n_ctx=n_ctx or n_prompt + 257, kernels=kernels, **request

@@ -66,7 +66,9 @@ class Source:
 def open_source(source: str | os.PathLike[str], revision: str | None = None) -> Iterator[Source]:
     """Open a checkpoint folder, a Hugging Face repo id, or a GGUF."""
     found = find_checkpoint(source, revision)
-    opener = open_gguf(found.path) if found.path.is_file() else open_folder(found.path, found.name)
+    path = found.path
+    is_gguf = path.is_file() or (path.suffix == ".gguf" and not path.is_dir())  # also a missing one
+    opener = open_gguf(path) if is_gguf else open_folder(path, found.name)
     with opener as opened:
         yield opened
 

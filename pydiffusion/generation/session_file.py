@@ -91,7 +91,7 @@ def _metadata(model: DiffusionModel) -> dict[str, str]:
 
 
 def _check(path: Path, model: DiffusionModel, found: dict[str, str]) -> None:
-    what = {"format": "is no session file of this version", "kv_type": "was saved with another cache type",
+    what = {"format": "is not a session file of this version", "kv_type": "was saved with another cache type",
             "model": "was saved with another model"}  # fmt: skip
     for key, value in _metadata(model).items():
         if found.get(key) != value:

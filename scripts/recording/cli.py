@@ -219,6 +219,7 @@ def _errors(commands: Commands) -> None:
     for name, arguments in {
         "none": ["inspect", "none.gguf"],
         "cut": ["inspect", "cut.gguf"],
+        "against-none": ["verify", "q8_0.gguf", "--against", "none.gguf"],
         "text": ["inspect", "text.gguf"],
         "open-none": [*ask, "none.gguf"],
         "open-folder": [*ask, "empty"],

@@ -90,5 +90,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     out, err = capsys.readouterr()
     assert out.splitlines()[1].startswith("blk.1.ffn_up.weight"), "the worst first"
     assert "1 problems" in err
-    with pytest.raises(ConversionError, match="no such"):
+    with pytest.raises(ConversionError, match="no such file; give a GGUF"):
         verify(tmp_path / "nothing.gguf")
+    with pytest.raises(ConversionError, match="no such file; give a GGUF"):
+        verify(path, against=tmp_path / "nothing.gguf")

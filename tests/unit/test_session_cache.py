@@ -148,7 +148,7 @@ def test_a_session_of_an_older_format_is_refused(model: DiffusionModel, tmp_path
     path = tmp_path / "session.safetensors"
     session.save(path)
     path.write_bytes(path.read_bytes().replace(b"pydiffusion-session-2", b"pydiffusion-session-1"))
-    with pytest.raises(ModelFormatError, match="is no session file of this version"):
+    with pytest.raises(ModelFormatError, match="is not a session file of this version"):
         model.load_session(path)
 
 
