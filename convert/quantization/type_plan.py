@@ -5,7 +5,8 @@ which is not a multiple of the 256 weights of a k-quant block. There are two sol
 
 - *fallback*: another type for those rows, with more bits and several times slower on a CPU;
 - *padding*: longer feed-forward parts whose new rows in gate and up, and new columns in down, are zero. The
-  output is exactly the same, since gelu(0) * 0 = 0, and the file is an ordinary one with another feed-forward length.
+  output is exactly the same, since gelu(0) * 0 = 0, and the file is an ordinary one with another
+  feed-forward length.
 """
 
 from __future__ import annotations

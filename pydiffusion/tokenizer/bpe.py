@@ -349,7 +349,9 @@ def _merge_pairs(metadata: Mapping[str, Any], token_to_id: Mapping[str, int]) ->
             )
         for token in (left, right, left + right):
             if token not in token_to_id:
-                raise ModelFormatError(f"{_PREFIX}merges[{i_merge}] is {merge!r}, but {token!r} is not a token")
+                raise ModelFormatError(
+                    f"{_PREFIX}merges[{i_merge}] is {merge!r}, but {token!r} is not a token"
+                )
         pairs.append((left, right))
     return pairs
 
