@@ -153,6 +153,6 @@ def test_a_source_that_shrinks_while_reading_is_an_error(f32_path: Path, tmp_pat
         with source.open("r+b") as file:
             file.truncate(20_000)
 
-    with pytest.raises(PyDiffusionError, match="truncated by 1024 bytes"):
+    with pytest.raises(PyDiffusionError, match=r"truncated by \d+ bytes; was it changed"):
         quantize(source, tmp_path / "b.gguf", "q8_0", progress=shrink)
     assert [path.name for path in tmp_path.iterdir()] == ["s.gguf"]
