@@ -28,10 +28,10 @@ PYTHON_ORDER = (
     "convert/gguf", "convert/checkpoint", "convert/architectures/diffusion_gemma", "convert/architectures",
     "convert/quantization", "convert/conversion", "convert/repacking", "convert/verification",
     "sampling", "device_plan", "session", "openai", "model",
-    "quality", "testing", "bench", "convert/__init__", "server", "__init__", "cli", "__main__",
+    "quality", "testing", "convert/__init__", "server", "__init__", "cli", "__main__",
 )  # fmt: skip
 
-# Files of source at the top of a folder at most, and arrows between rooms at most, where native's folders and
+# Files at the top of a folder at most, and arrows between rooms at most, where native's folders and
 # all of convert/ count as one room each; those of native's tests, which use whatever they test, don't count.
 MAX_TOP_FILES = {"native": 4, "convert": 4, "pydiffusion": 12, "tests": 4}
 MAX_ARROWS = {"native": 40, "python": 70}
@@ -236,10 +236,10 @@ def _way_back(start: Path, outgoing: Mapping[Path, list[Use]]) -> list[Use]:
 
 
 def top_files(root: Path) -> dict[str, int]:
-    """How many files of source each top folder has beside its folders."""
-    suffixes = {*_SOURCES, ".py"}
+    """How many files each top folder has beside its folders; what a build leaves there doesn't count."""
+    built = {".so", ".pyd", ".pyc"}
     return {
-        name: sum(path.suffix in suffixes for path in (root / name).iterdir() if path.is_file())
+        name: sum(path.suffix not in built for path in (root / name).iterdir() if path.is_file())
         for name in MAX_TOP_FILES
         if (root / name).is_dir()
     }

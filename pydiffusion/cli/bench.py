@@ -38,8 +38,8 @@ def command(
 ) -> None:
     """Benchmark loading, prefill and denoising steps. Times each part, beside the machine's limits."""
     from pydiffusion._util.files import check_is_file
-    from pydiffusion.bench import compare, format_result, run_bench
     from pydiffusion.device_plan import available_cpus
+    from pydiffusion.testing.bench import compare, format_result, run_bench
 
     if (model is None) == (synthetic is None):
         raise typer.BadParameter("give either --model or --synthetic")

@@ -1,1 +1,1 @@
-"""Synthetic model files for tests and benchmarks."""
+"""The benchmark of a model, and synthetic model files for it and for tests."""

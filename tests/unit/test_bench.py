@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from pydiffusion import _native
-from pydiffusion.bench import PARTS, compare, format_result, run_bench
 from pydiffusion.cli import main
 from pydiffusion.convert.quantization.recipes import RECIPES
 from pydiffusion.errors import ConversionError
+from pydiffusion.testing.bench import PARTS, compare, format_result, run_bench
 from pydiffusion.testing.synthetic import SHAPES, write_synthetic
 
 

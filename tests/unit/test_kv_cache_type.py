@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from pydiffusion import DiffusionModel, plan
-from pydiffusion.bench import run_bench
 from pydiffusion.cli import main
 from pydiffusion.errors import InsufficientMemoryError
+from pydiffusion.testing.bench import run_bench
 
 FIGURES = r"8-bit KV cache.*0\.377.*26B-A4B.*0\.108.*31B.*f16"
 

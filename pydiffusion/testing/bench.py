@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from . import _native
-from .device_plan import check_kv_type, device_request, devices
+from pydiffusion import _native
+from pydiffusion.device_plan import check_kv_type, device_request, devices
 
 #: Parts of a step in the order in which they run.
 PARTS = ("self-conditioning", "embedding", "attention", "dense", "experts", "head", "sampler")
