@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <sstream>
 
+#include "backend/cuda/expert_matmul.h"
 #include "backend/devices.h"
 #include "backend/fake_device.h"
 #include "backend/step_backend.h"
@@ -49,7 +50,7 @@ Backend::Backend(int n_threads, const std::string& device, const std::string& ke
         name_ = device;
         std::istringstream names(device);
         std::string name;
-        while (std::getline(names, name, ',')) open_device(name, pool->threads());
+        while (std::getline(names, name, ',')) open_device(name, pool->threads(), kernels != "ggml");
         if (devices_.empty() || devices_.size() >= kMaxBackends)
             throw Error(ErrorKind::argument,
                         format("device names %zu devices; give 1 to %zu", devices_.size(), kMaxBackends - 1));
@@ -63,7 +64,7 @@ Backend::Backend(int n_threads, const std::string& device, const std::string& ke
     pool_ = pool.release();
 }
 
-void Backend::open_device(const std::string& name, ggml_threadpool_t threads) {
+void Backend::open_device(const std::string& name, ggml_threadpool_t threads, bool own_kernels) {
     if (name == "host") {
         devices_.push_back(make_fake_device(n_threads_, threads));
     } else if (ggml_backend_dev_t gpu = find_gpu(name)) {
@@ -75,6 +76,13 @@ void Backend::open_device(const std::string& name, ggml_threadpool_t threads) {
     if (!devices_.back())
         throw Error(ErrorKind::out_of_memory,
                     "out of memory: failed to initialize the device " + quoted(name));
+#if defined(PYDIFFUSION_CUDA)
+    if (own_kernels && name != "host") {
+        if (auto kernels = use_expert_kernels(devices_.back().get())) expert_kernels_.push_back(kernels);
+    }
+#else
+    (void)own_kernels;
+#endif
 }
 
 ggml_backend_buffer_type_t Backend::buffer_type(int32_t device) const {

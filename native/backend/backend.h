@@ -26,7 +26,8 @@ class Backend {
     // device: "cpu", or a comma-separated list of names from list_devices(). The last one is the main device,
     // which also holds the tensors that belong to no layer. "host" stands in for a GPU: it runs the graphs
     // and kernels written for GPUs on the CPU, slowly, for tests. kernels: the CPU's matmul kernels, see
-    // gemm::kernel_by_name.
+    // gemm::kernel_by_name; on a GPU "ggml" leaves expert matmuls to ggml, any other name to our kernels
+    // where they apply.
     Backend(int n_threads, const std::string& device, const std::string& kernels = "auto");
     ~Backend();
     Backend(const Backend&) = delete;
@@ -36,6 +37,8 @@ class Backend {
     const char* name() const { return name_.c_str(); }
     // The matmul kernel of CPU graphs; graphs of ggml's own ops use ggml's matmuls.
     gemm::Kernel kernel() const { return kernel_; }
+    // Name of the matmul kernels: that of kernel(), or "cuda" if expert matmuls may run on ours.
+    const char* kernel_name() const { return expert_kernels_.empty() ? gemm::name_of(kernel_) : "cuda"; }
 
     // Whether graphs consist of ggml's own ops only and a StepBackend runs sampling and self-conditioning. If
     // not, both are nodes of the graph, along with our custom CPU ops.
@@ -68,14 +71,15 @@ class Backend {
     void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
 
     ThreadPool& pool();
-    void open_device(const std::string& name, ggml_threadpool_t threads);
+    void open_device(const std::string& name, ggml_threadpool_t threads, bool own_kernels);
 
     int n_threads_;
     std::string name_;
     gemm::Kernel kernel_;
     std::atomic<ThreadPool*> pool_;
-    std::vector<ggml_backend_ptr> devices_;  // empty on the CPU
-    ggml_backend_ptr cpu_;                   // fallback of devices_
+    std::vector<ggml_backend_ptr> devices_;              // empty on the CPU
+    ggml_backend_ptr cpu_;                               // fallback of devices_
+    std::vector<std::shared_ptr<void>> expert_kernels_;  // of devices_: see use_expert_kernels()
     bool has_gpu_ = false;
     std::unique_ptr<StepBackend> step_backend_;  // of the main device
     mutable std::mutex devices_mutex_;

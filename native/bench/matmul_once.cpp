@@ -9,7 +9,7 @@ namespace pydiffusion {
 namespace gemm {
 
 std::vector<float> matmul_once(const MatmulTask& task) {
-    Backend backend(task.n_threads, "cpu", task.kernels);
+    Backend backend(task.n_threads, task.device, task.kernels);
     GraphExecutor executor(backend);
     const ggml_context_ptr context(
         ggml_init({8 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true}));

@@ -11,7 +11,7 @@ namespace pydiffusion {
 namespace gemm {
 
 struct MatmulTask {
-    std::string kernels;  // see kernel_by_name()
+    std::string device = "cpu", kernels = "auto";  // see Backend
     int n_threads = 1;
     ggml_type type = GGML_TYPE_F32;
     int64_t n_inner = 0, n_rows = 0, n_activations = 0;

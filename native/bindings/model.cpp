@@ -177,7 +177,7 @@ nb::dict description(const PyModel& m) {
     }
     nb::dict d;
     d["backend"] = m.model->backend.name();
-    d["kernels"] = gemm::name_of(m.model->backend.kernel());
+    d["kernels"] = m.model->backend.kernel_name();
     d["n_gpu_layers"] = m.model->device_plan.n_gpu_layers();
     nb::list device_layers;
     for (const int32_t n : m.model->device_plan.device_layers) device_layers.append(n);

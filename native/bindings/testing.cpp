@@ -157,9 +157,10 @@ nb::object attend_on(const std::string& device, const Array2<float>& q, const Ar
 // n_experts).
 nb::object matmul(const std::string& kernels, const Array2<uint8_t>& rows, const std::string& type_name,
                   const Array2<float>& x, const std::optional<Array2<int32_t>>& experts, int64_t n_experts,
-                  int n_threads) {
+                  int n_threads, const std::string& device) {
     const ggml_type type = type_by_name(type_name);
     gemm::MatmulTask task;
+    task.device = device;
     task.kernels = kernels;
     task.n_threads = n_threads;
     task.type = type;
@@ -234,7 +235,8 @@ void bind_testing(nb::module_& parent) {
           nb::arg("by_matmul") = false, "Attention over a KV cache of a type, computed by a device's graph.");
     m.def("matmul", matmul, nb::arg("kernels"), nb::arg("rows").noconvert(), nb::arg("type"),
           nb::arg("x").noconvert(), nb::arg("experts").noconvert() = nb::none(), nb::arg("n_experts") = 1,
-          nb::arg("n_threads") = 1, "Activations times rows of weights, by the matmuls of a model's graphs.");
+          nb::arg("n_threads") = 1, nb::arg("device") = "cpu",
+          "Activations times rows of weights, by the matmuls of a model's graphs.");
     m.def("weighted_sums", weighted_sums, nb::arg("p").noconvert(), nb::arg("rows").noconvert(),
           nb::arg("type"), nb::arg("n_inner"),
           "Sums of embedding rows weighted by probabilities, computed with AMX.");

@@ -1,0 +1,137 @@
+#include <algorithm>
+#include <climits>
+#include <mutex>
+#include <vector>
+
+#include "backend/cuda/expert_matmul.h"
+#include "backend/cuda/expert_matmul_kernels.cuh"
+#include "ggml-backend-impl.h"
+#include "ggml-cuda/common.cuh"
+
+namespace pydiffusion {
+
+namespace {
+
+using namespace cuda;
+
+// Tiles measured fastest on an H200 at 256 tokens, 128 experts of which each uses 8 (docs/dev/gpu-kit.md).
+template <typename Format>
+using ExpertTile = Tile<Format, 4, Format::kAligned ? 2 : 1, 3, 2>;
+
+// Fewer tokens are left to ggml, whose kernels for them read each weight once and unpack nothing to shared
+// memory.
+constexpr int64_t kMinTokens = 9;
+
+// What a matmul needs beside its operands: in the backend's pool of temporary memory.
+struct Scratch {
+    Scratch(ggml_cuda_pool& pool, int64_t n_x, int64_t n_chunks, int64_t n_columns, int64_t n_tiles)
+        : x(pool, n_x * n_chunks * kXChunkBytes),
+          x_scale(pool, n_x),
+          columns(pool, n_columns),
+          tiles(pool, n_tiles),
+          n_tiles(pool, 1) {}
+    ggml_cuda_pool_alloc<unsigned char> x;
+    ggml_cuda_pool_alloc<float> x_scale;
+    ggml_cuda_pool_alloc<int32_t> columns;
+    ggml_cuda_pool_alloc<ColumnTile> tiles;
+    ggml_cuda_pool_alloc<int32_t> n_tiles;
+};
+
+// Operands are those of ggml_mul_mat_id: weights [n_values, n_rows, n_experts], x [n_values, 1 or n_used,
+// n_tokens], ids [n_used, n_tokens], dst [n_rows, n_used, n_tokens].
+template <typename Format>
+bool multiply_experts(ggml_backend_cuda_context& ctx, const ggml_tensor* weights, const ggml_tensor* x,
+                      const ggml_tensor* ids, ggml_tensor* dst) {
+    using T = ExpertTile<Format>;
+    const int64_t n_experts = weights->ne[2], n_rows = weights->ne[1], n_used = ids->ne[0],
+                  n_tokens = ids->ne[1];
+    const int64_t n_columns = n_used * n_tokens, n_x = x->ne[1] * x->ne[2];
+    const int64_t n_chunks = (weights->ne[0] + kChunk - 1) / kChunk;
+    const int64_t n_tiles = n_experts + n_columns / T::kColumns;
+    if (ggml_cuda_info().devices[ctx.device].smpbo < T::kSharedBytes || n_experts > kMaxExperts ||
+        static_cast<int64_t>(weights->nb[2]) > INT_MAX || n_x * n_chunks * kXChunkBytes > INT_MAX ||
+        n_tiles > USHRT_MAX)
+        return false;
+    Scratch scratch(ctx.pool(), n_x, n_chunks, n_columns, n_tiles);
+    const cudaStream_t stream = ctx.stream();
+    const int64_t x_stride = (x->ne[1] == 1 ? x->nb[2] : x->nb[1]) / sizeof(float);
+    to_half<<<static_cast<unsigned>(n_x), kToHalfThreads, 0, stream>>>(
+        static_cast<const float*>(x->data), x_stride, static_cast<int32_t>(x->ne[0]),
+        static_cast<int32_t>(n_chunks), scratch.x.get(), scratch.x_scale.get());
+    CUDA_CHECK(cudaGetLastError());
+    group_columns<<<1, kGroupThreads, 0, stream>>>(
+        static_cast<const int32_t*>(ids->data), ids->nb[1] / sizeof(int32_t), static_cast<int32_t>(n_used),
+        static_cast<int32_t>(n_tokens), static_cast<int32_t>(n_experts), T::kColumns, scratch.columns.get(),
+        scratch.tiles.get(), scratch.n_tiles.get());
+    CUDA_CHECK(cudaGetLastError());
+    const MatmulArguments arguments = {static_cast<const unsigned char*>(weights->data),
+                                       static_cast<int64_t>(ggml_nbytes(weights)),
+                                       static_cast<int64_t>(weights->nb[2]),
+                                       static_cast<int32_t>(weights->nb[1]),
+                                       static_cast<int32_t>(n_rows),
+                                       static_cast<int32_t>(n_chunks),
+                                       scratch.x.get(),
+                                       scratch.x_scale.get(),
+                                       static_cast<float*>(dst->data),
+                                       scratch.columns.get(),
+                                       scratch.tiles.get(),
+                                       scratch.n_tiles.get(),
+                                       static_cast<int32_t>(x->ne[1] == 1 ? n_used : 1)};
+    const auto kernel = expert_matmul<Format, T>;
+    CUDA_SET_SHARED_MEMORY_LIMIT(kernel, T::kSharedBytes);
+    const dim3 grid(static_cast<unsigned>((n_rows + T::kRows - 1) / T::kRows),
+                    static_cast<unsigned>(n_tiles));
+    kernel<<<grid, T::kThreads, T::kSharedBytes, stream>>>(arguments);
+    CUDA_CHECK(cudaGetLastError());
+    return true;
+}
+
+// The layouts that the kernels read and write.
+bool is_dense(const ggml_tensor* weights, const ggml_tensor* x, const ggml_tensor* ids,
+              const ggml_tensor* dst) {
+    return ggml_is_contiguous(weights) && weights->ne[3] == 1 &&
+           reinterpret_cast<uintptr_t>(weights->data) % 16 == 0 && x->type == GGML_TYPE_F32 &&
+           x->nb[0] == sizeof(float) && x->ne[3] == 1 && (x->ne[1] == 1 || x->ne[1] == ids->ne[0]) &&
+           (x->ne[1] == 1 || x->nb[2] == x->ne[1] * x->nb[1]) && ids->nb[0] == sizeof(int32_t) &&
+           dst->type == GGML_TYPE_F32 && ggml_is_contiguous(dst);
+}
+
+std::mutex users_mutex;
+std::vector<const ggml_backend_cuda_context*> users;
+
+bool multiply(ggml_backend_cuda_context& ctx, const ggml_tensor* weights, const ggml_tensor* x,
+              const ggml_tensor* ids, ggml_tensor* dst) {
+    if (!ids || ids->ne[1] < kMinTokens) return false;
+    {
+        const std::lock_guard<std::mutex> lock(users_mutex);
+        if (std::find(users.begin(), users.end(), &ctx) == users.end()) return false;
+    }
+    if (!is_dense(weights, x, ids, dst)) return false;
+    switch (weights->type) {
+        case GGML_TYPE_Q4_K:
+            return multiply_experts<Q4K>(ctx, weights, x, ids, dst);
+        case GGML_TYPE_Q6_K:
+            return multiply_experts<Q6K>(ctx, weights, x, ids, dst);
+        case GGML_TYPE_Q8_0:
+            return multiply_experts<Q80>(ctx, weights, x, ids, dst);
+        default:
+            return false;
+    }
+}
+
+}  // namespace
+
+std::shared_ptr<void> use_expert_kernels(ggml_backend_t backend) {
+    auto* ctx = static_cast<ggml_backend_cuda_context*>(backend->context);
+    const int capability = ggml_cuda_info().devices[ctx->device].cc;
+    if (!GGML_CUDA_CC_IS_NVIDIA(capability) || capability < GGML_CUDA_CC_AMPERE) return nullptr;
+    const std::lock_guard<std::mutex> lock(users_mutex);
+    ggml_cuda_matmul_hook = multiply;
+    users.push_back(ctx);
+    return std::shared_ptr<void>(ctx, [](void* user) {
+        const std::lock_guard<std::mutex> guard(users_mutex);
+        users.erase(std::find(users.begin(), users.end(), user));
+    });
+}
+
+}  // namespace pydiffusion
