@@ -1,0 +1,74 @@
+#include "cuda_emulation/mutation.h"
+
+#include <algorithm>
+#include <tuple>
+
+namespace pydiffusion::emulation {
+
+namespace {
+
+std::vector<Mutation>* possible = nullptr;  // where to note them, if anywhere
+const Mutation* committed = nullptr;
+int n_races = 0;
+
+// What is set during a call.
+template <typename T>
+class Scoped {
+  public:
+    Scoped(T*& variable, T* value) : variable_(variable) { variable_ = value; }
+    ~Scoped() { variable_ = nullptr; }
+    Scoped(const Scoped&) = delete;
+    Scoped& operator=(const Scoped&) = delete;
+
+  private:
+    T*& variable_;
+};
+
+bool same(const Mutation& mutation, Fault fault, const Site& site) {
+    return mutation.fault == fault && mutation.line == site.line && mutation.file == base_name(site.file);
+}
+
+}  // namespace
+
+std::string base_name(const std::string& path) { return path.substr(path.find_last_of('/') + 1); }
+
+bool is_mutated(Fault fault, const Site& site) {
+    if (possible && std::none_of(possible->begin(), possible->end(),
+                                 [&](const Mutation& known) { return same(known, fault, site); }))
+        possible->push_back({fault, base_name(site.file), site.line});
+    return committed && same(*committed, fault, site);
+}
+
+std::string Mutation::text() const {
+    const char* const texts[] = {"no fault", "a barrier removed", "a mask without its highest lane",
+                                 "a wait that leaves one more group of copies under way"};
+    return file + ":" + std::to_string(line) + ": " + texts[static_cast<int>(fault)];
+}
+
+std::vector<Mutation> mutations_of(const std::function<void()>& work) {
+    std::vector<Mutation> found;
+    {
+        const Scoped<std::vector<Mutation>> noting(possible, &found);
+        work();
+    }
+    std::sort(found.begin(), found.end(), [](const Mutation& a, const Mutation& b) {
+        return std::tie(a.file, a.line, a.fault) < std::tie(b.file, b.line, b.fault);
+    });
+    return found;
+}
+
+void with_mutation(const Mutation& mutation, const std::function<void()>& work) {
+    const Scoped<const Mutation> committing(committed, &mutation);
+    work();
+}
+
+void throw_if_raced() {
+    if (n_races == 0) return;
+    n_races = 0;
+    throw EmulationError("a data race: see ThreadSanitizer's report above");
+}
+
+}  // namespace pydiffusion::emulation
+
+// ThreadSanitizer calls this for each race.
+extern "C" void __tsan_on_report(void*) { ++pydiffusion::emulation::n_races; }
