@@ -46,7 +46,7 @@ inline uint32_t half2_of(float low, float high) {
     return emulation::half_from(low) | static_cast<uint32_t>(emulation::half_from(high)) << 16;
 }
 
-inline float half_to_float(uint16_t half) { return emulation::half_to_float(half); }
+using emulation::half_to_float;
 
 // One float16 in each half of a word.
 template <typename Operation>

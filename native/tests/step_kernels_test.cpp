@@ -1,0 +1,2 @@
+#include "backend/cuda/step_kernels.cuh"
+#include "support.h"
