@@ -21,6 +21,10 @@ dim3 blockDim, gridDim;
 extern "C" {
 __attribute__((weak)) void __tsan_acquire(void*);
 __attribute__((weak)) void __tsan_release(void*);
+__attribute__((weak)) void AnnotateIgnoreReadsBegin(const char*, int);
+__attribute__((weak)) void AnnotateIgnoreReadsEnd(const char*, int);
+__attribute__((weak)) void AnnotateIgnoreWritesBegin(const char*, int);
+__attribute__((weak)) void AnnotateIgnoreWritesEnd(const char*, int);
 // Where the linker puts a kernel's __shared__ variables; null in programs with no such variable.
 __attribute__((weak)) extern char __start_pydiffusion_shared[];
 __attribute__((weak)) extern char __stop_pydiffusion_shared[];
@@ -28,6 +32,10 @@ __attribute__((weak)) extern char __stop_pydiffusion_shared[];
 #else
 static void (*__tsan_acquire)(void*) = nullptr;
 static void (*__tsan_release)(void*) = nullptr;
+static void (*AnnotateIgnoreReadsBegin)(const char*, int) = nullptr;
+static void (*AnnotateIgnoreReadsEnd)(const char*, int) = nullptr;
+static void (*AnnotateIgnoreWritesBegin)(const char*, int) = nullptr;
+static void (*AnnotateIgnoreWritesEnd)(const char*, int) = nullptr;
 static char *__start_pydiffusion_shared = nullptr, *__stop_pydiffusion_shared = nullptr;
 #endif
 
@@ -45,6 +53,27 @@ void acquire(void* key) {
 void release(void* key) {
     if (__tsan_release) __tsan_release(key);
 }
+
+void ignore_begin() {
+    if (!AnnotateIgnoreReadsBegin) return;
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+}
+
+void ignore_end() {
+    if (!AnnotateIgnoreReadsBegin) return;
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+}
+
+// While a kernel's thread is in the emulation, ThreadSanitizer ignores the library functions that it calls.
+class Unchecked {
+  public:
+    Unchecked() { ignore_begin(); }
+    ~Unchecked() { ignore_end(); }
+    Unchecked(const Unchecked&) = delete;
+    Unchecked& operator=(const Unchecked&) = delete;
+};
 
 std::string where(const Site& site) {
     return std::string(site.function) + " (" + base_name(site.file) + ":" + std::to_string(site.line) + ")";
@@ -86,6 +115,8 @@ struct Warp {
     char keys[kLanes];
 };
 
+struct Aborted {};  // ends a thread after another's error
+
 // A block being run. Threads keep their fibers from block to block.
 class Block {
   public:
@@ -111,6 +142,7 @@ class Block {
     bool pass(int warp, Order order, std::mt19937& random);
     void wait(State state, const Site& site);
     void open_barrier();
+    void abort();
     void require_same(const char* what, const Thread& own, const Thread& other) const;
     void complete(const Thread& last);
     Thread& lane_of(const Thread& thread, int lane) const {
@@ -125,6 +157,7 @@ class Block {
     Thread* running_ = nullptr;
     std::unique_ptr<unsigned char[], FreeAligned> shared_;
     std::exception_ptr error_;
+    bool is_aborted_ = false;
     char begin_key_ = 0, barrier_key_ = 0, end_key_ = 0;
 };
 
@@ -164,26 +197,39 @@ void Block::run(dim3 size, size_t n_shared_bytes, Order order, std::mt19937& ran
     prepare(size, n_shared_bytes);
     kernel_ = &kernel;
     error_ = nullptr;
+    is_aborted_ = false;
     running_block = this;
     release(&begin_key_);
     try {
         schedule(order, random);
     } catch (...) {
         error_ = std::current_exception();
+        abort();
     }
     running_block = nullptr;
     acquire(&end_key_);
     if (error_) std::rethrow_exception(error_);
 }
 
+// Ends the threads that wait or have not begun.
+void Block::abort() {
+    is_aborted_ = true;
+    for (int i = 0; i < n_threads_; ++i) {
+        running_ = threads_[i].get();
+        if (running_->state != State::done) running_->fiber.resume();
+    }
+}
+
 void Block::run_thread(void* argument) {
     Block& block = *static_cast<Block*>(argument);
     acquire(&block.begin_key_);
     try {
+        if (block.is_aborted_) throw Aborted();
         (*block.kernel_)();
         size_t n_pending = 0;
         for (const std::vector<Copy>& group : block.running_->groups) n_pending += group.size();
         if (n_pending) fail("asynchronous copies that no copy_async_wait waited for", {"the end", "", 0});
+    } catch (const Aborted&) {
     } catch (...) {
         block.error_ = std::current_exception();
     }
@@ -267,7 +313,10 @@ void Block::wait(State state, const Site& site) {
     Thread& thread = *running_;
     thread.state = state;
     thread.site = site;
+    ignore_end();
     thread.fiber.suspend();
+    ignore_begin();
+    if (is_aborted_) throw Aborted();
 }
 
 void Block::barrier(const Site& site) {
@@ -372,11 +421,13 @@ void fail(const std::string& what, const Site& site) {
 }
 
 void block_barrier(const Site& site) {
+    const Unchecked unchecked;
     if (!is_mutated(Fault::no_barrier, site)) block().barrier(site);
 }
 
 void warp_collective(const char* what, uint32_t mask, Words& words, Combine combine, uint32_t parameter,
                      bool orders_memory, const Site& site) {
+    const Unchecked unchecked;
     if (!combine && is_mutated(Fault::no_barrier, site)) return;
     if (is_mutated(Fault::mask_too_small, site)) mask &= ~(1u << (31 - __builtin_clz(mask | 1u)));
     block().collective(what, mask, words, combine, parameter, orders_memory, site);
@@ -386,11 +437,18 @@ void fail_in_collective(const std::string& what) { fail(what, block().running().
 
 unsigned char* block_shared_memory() { return block().shared(); }
 
-void add_copy(const Copy& copy) { block().running().groups.back().push_back(copy); }
+void add_copy(const Copy& copy) {
+    const Unchecked unchecked;
+    block().running().groups.back().push_back(copy);
+}
 
-void commit_copies() { block().running().groups.emplace_back(); }
+void commit_copies() {
+    const Unchecked unchecked;
+    block().running().groups.emplace_back();
+}
 
 void begin_wait(int n_left, const Site& site) {
+    const Unchecked unchecked;
     Thread& thread = block().running();
     const size_t n_committed = thread.groups.size() - 1;
     const size_t n_kept = static_cast<size_t>(n_left) + (is_mutated(Fault::late_copies, site) ? 1 : 0);
@@ -398,6 +456,7 @@ void begin_wait(int n_left, const Site& site) {
 }
 
 bool take_copy(Copy& copy) {
+    const Unchecked unchecked;
     Thread& thread = block().running();
     while (thread.n_due > 0) {
         std::vector<Copy>& group = thread.groups.front();

@@ -137,13 +137,6 @@ void Fiber::reset_stack() {
 }
 
 void Fiber::start(void (*work)(void*), void* argument) {
-    if (!is_done_) {
-        reset_stack();
-        if (__tsan_create_fiber) {
-            __tsan_destroy_fiber(thread_sanitizer_own_);
-            thread_sanitizer_own_ = __tsan_create_fiber(0);
-        }
-    }
     work_ = work;
     argument_ = argument;
     is_done_ = false;

@@ -13,8 +13,8 @@ class Fiber {
     Fiber(const Fiber&) = delete;
     Fiber& operator=(const Fiber&) = delete;
 
-    // Makes work(argument) what the next resume() begins with. `work` must not throw. A fiber in the middle
-    // of earlier work gives it up, without destructors.
+    // Makes work(argument) what the next resume() begins with; earlier work must be done. `work` must not
+    // throw.
     void start(void (*work)(void*), void* argument);
     // Runs the fiber until it suspends itself or its work is done.
     void resume();

@@ -71,4 +71,6 @@ void throw_if_raced() {
 }  // namespace pydiffusion::emulation
 
 // ThreadSanitizer calls this for each race.
-extern "C" void __tsan_on_report(void*) { ++pydiffusion::emulation::n_races; }
+extern "C" __attribute__((visibility("default"))) void __tsan_on_report(void*) {
+    ++pydiffusion::emulation::n_races;
+}
