@@ -80,6 +80,13 @@ __global__ void shuffle_from_outside() {
     if (threadIdx.x < 16) __shfl_sync(0xffffu, 1, 20);
 }
 
+// ThreadSanitizer instruments this program; its races are errors.
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kDetectsRaces = true;
+#else
+constexpr bool kDetectsRaces = false;
+#endif
+
 std::string error_in(int n_threads, Order order, const std::function<void()>& kernel) {
     try {
         emulate(1, static_cast<unsigned>(n_threads), 0, order, kernel);
@@ -123,13 +130,13 @@ TEST_CASE("emulation: a barrier orders shared memory, and its absence shows") {
     REQUIRE(faults.size() == 1);
     CHECK(contains(faults[0].text(), "cuda_emulation_test.cpp:"));
     for (const Order order : kOrders) {
-        bool noticed = false;
+        bool noticed = false, raced = false;
         try {
             with_mutation(faults[0], [&] { noticed = !is_right(order); });
         } catch (const EmulationError& error) {
-            noticed = contains(error.what(), "a data race");
+            raced = contains(error.what(), "a data race");
         }
-        CHECK(noticed);
+        CHECK((kDetectsRaces ? raced : noticed));
     }
 }
 
@@ -138,14 +145,14 @@ TEST_CASE("emulation: lanes of a warp run apart without __syncwarp") {
     for (const Order order : kOrders) {
         emulate(1, 32, 0, order, [&] { warp_reverse(y, true); });
         for (int i = 0; i < 32; ++i) CHECK(y[i] == 31 - i);
-        bool noticed = false;
+        bool noticed = false, raced = false;
         try {
             emulate(1, 32, 0, order, [&] { warp_reverse(y, false); });
             for (int i = 0; i < 32; ++i) noticed = noticed || y[i] != 31 - i;
         } catch (const EmulationError& error) {
-            noticed = contains(error.what(), "a data race");
+            raced = contains(error.what(), "a data race");
         }
-        CHECK(noticed);
+        CHECK((kDetectsRaces ? raced : noticed));
     }
 }
 

@@ -1,85 +1,16 @@
 // The CUDA kernels of a step, run by the emulation: against the same arithmetic in plain loops bit by bit,
 // and against the host's StepBackend and sums in double precision.
-#include "backend/cuda/step_kernels.cuh"
-
 #include <cmath>
-#include <cstring>
-#include <limits>
 
 #include "backend/step_backend.h"
-#include "cuda_emulation/emulate.h"
 #include "matrix.h"
 #include "step_kernels_reference.h"
-#include "support.h"
+#include "step_kernels_runs.h"
 
 namespace pydiffusion {
 namespace testing {
 
 namespace {
-
-using emulation::emulate;
-using emulation::kOrders;
-using emulation::Order;
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-template <typename T>
-bool same_bits(const T& a, const T& b) {
-    return std::memcmp(&a, &b, sizeof(T)) == 0;
-}
-
-bool same(float a, float b) { return same_bits(a, b) || (std::isnan(a) && std::isnan(b)); }
-
-bool same(const std::vector<float>& a, const std::vector<float>& b) {
-    for (size_t i = 0; i < a.size(); ++i)
-        if (!same(a[i], b[i])) return false;
-    return a.size() == b.size();
-}
-
-bool same(const Measure& a, const Measure& b) {
-    return a.argmax == b.argmax && a.sampled == b.sampled && same(a.entropy, b.entropy);
-}
-
-// Rows of logits that are hard in some way, the first three of them finite.
-std::vector<float> awkward_rows(int64_t n_vocab) {
-    std::vector<float> rows = random_values(n_vocab, 1, 12.0f);
-    const auto add = [&](float scale, auto change) {
-        std::vector<float> row = random_values(n_vocab, 2, scale);
-        change(row);
-        rows.insert(rows.end(), row.begin(), row.end());
-    };
-    add(0.0f, [](auto&) {});                                                                // all alike
-    add(1e-3f, [](auto& row) { row.front() = row[row.size() / 2] = row.back() = 20.0f; });  // three maxima
-    add(1.0f, [](auto& row) { row[row.size() / 3] = NAN; });
-    add(1.0f, [](auto& row) { row.back() = kInfinity; });
-    add(1e30f, [](auto&) {});
-    return rows;
-}
-
-std::vector<float> uniforms(size_t n) {
-    const float values[] = {0.0f, 0.25f, 0.5f, 0.75f, 0.999f, 0x1.fffffep-1f};
-    std::vector<float> u(n);
-    for (size_t i = 0; i < n; ++i) u[i] = values[i % 6];
-    return u;
-}
-
-// Sizes of vocabularies: less than a warp, around a warp and a block, and with warps that have none.
-constexpr int64_t kVocabularies[] = {1, 2, 31, 32, 33, 1000, 1023, 1024, 1025, 3000};
-
-struct Measured {
-    std::vector<float> logits;  // capped
-    std::vector<Measure> measures;
-};
-
-Measured run_measure(Order order, const std::vector<float>& logits, int64_t n_vocab, float temperature,
-                     const std::vector<float>& u) {
-    Measured result = {logits, std::vector<Measure>(logits.size() / n_vocab, {-7, -7, -7.0f})};
-    emulate(static_cast<unsigned>(result.measures.size()), row::kThreads, 0, order, [&] {
-        measure_rows(result.logits.data(), n_vocab, 30.0f, row::inverse_temperature(temperature), u.data(),
-                     result.measures.data());
-    });
-    return result;
-}
 
 // Whether u is in the sampled token's interval of the cumulative distribution, up to rounding.
 bool is_draw(const float* x, int64_t n_vocab, float temperature, float u, int32_t sampled) {
@@ -97,12 +28,12 @@ bool is_draw(const float* x, int64_t n_vocab, float temperature, float u, int32_
 }  // namespace
 
 TEST_CASE("measure_rows: plain loops, bit by bit, in every order") {
-    for (const int64_t n_vocab : kVocabularies) {
+    for (const int64_t n_vocab : vocabularies()) {
         const std::vector<float> logits = awkward_rows(n_vocab);
         const auto n = static_cast<int64_t>(logits.size()) / n_vocab;
         const std::vector<float> u = uniforms(n);
         for (const float temperature : {0.7f, 1e-6f}) {
-            for (const Order order : kOrders) {
+            for (const Order order : orders()) {
                 CAPTURE(n_vocab);
                 CAPTURE(static_cast<int>(order));
                 std::vector<float> capped = logits;
@@ -121,7 +52,7 @@ TEST_CASE("measure_rows: plain loops, bit by bit, in every order") {
 }
 
 TEST_CASE("measure_rows: the host's backend, and the distribution in double precision") {
-    for (const int64_t n_vocab : kVocabularies) {
+    for (const int64_t n_vocab : vocabularies()) {
         CAPTURE(n_vocab);
         const std::vector<float> logits = awkward_rows(n_vocab);
         const auto n = static_cast<int64_t>(logits.size()) / n_vocab;
@@ -150,30 +81,11 @@ TEST_CASE("measure_rows: a whole vocabulary") {
     std::vector<float> capped = logits;
     for (float& x : capped) x = row::capped(x, 30.0f);
     const Measure expected = reference_measure(capped.data(), n_vocab, 0.8f, u[0]);
-    for (const Order order : kOrders)
+    for (const Order order : orders())
         CHECK(same(run_measure(order, logits, n_vocab, 0.8f, u).measures[0], expected));
 }
 
 namespace {
-
-struct Masses {
-    std::vector<row::Distribution> distributions;
-    std::vector<int32_t> n_kept, tokens;
-    std::vector<float> weights;
-};
-
-Masses run_find_mass(Order order, const std::vector<float>& logits, int64_t n_vocab, float inverse,
-                     float dropped_mass) {
-    const size_t n = logits.size() / n_vocab;
-    Masses masses = {std::vector<row::Distribution>(n), std::vector<int32_t>(n, -7),
-                     std::vector<int32_t>(n * row::kMaxGathered, -7),
-                     std::vector<float>(n * row::kMaxGathered, -7.0f)};
-    emulate(static_cast<unsigned>(n), row::kThreads, 0, order, [&] {
-        find_mass(logits.data(), n_vocab, inverse, dropped_mass, masses.distributions.data(),
-                  masses.n_kept.data(), masses.tokens.data(), masses.weights.data());
-    });
-    return masses;
-}
 
 // The entries of row t's lists, and none behind them.
 bool has_lists(const Masses& masses, int64_t t, const Mass& expected) {
@@ -186,29 +98,17 @@ bool has_lists(const Masses& masses, int64_t t, const Mass& expected) {
     return true;
 }
 
-// As awkward_rows(), and rows with masked tokens: all but one, all, every other; and steep ones.
-std::vector<float> masked_rows(int64_t n_vocab) {
-    std::vector<float> rows = awkward_rows(n_vocab);
-    for (int kind = 0; kind < 5; ++kind) {
-        std::vector<float> row = random_values(n_vocab, 7, kind == 3 ? 3.0f : 6.0f);
-        for (int64_t i = 0; i < n_vocab; ++i) {
-            const bool is_masked = kind == 0 ? i != n_vocab / 2 : kind == 1 || (kind == 2 && i % 2 == 1);
-            if (is_masked) row[i] = -kInfinity;
-        }
-        rows.insert(rows.end(), row.begin(), row.end());
-    }
-    return rows;
-}
-
 }  // namespace
 
 TEST_CASE("find_mass: plain loops, bit by bit, in every order") {
     int n_gathered = 0, n_dense = 0;
-    for (const int64_t n_vocab : kVocabularies) {
+    for (const int64_t n_vocab : vocabularies()) {
         const std::vector<float> logits = masked_rows(n_vocab);
         const auto n = static_cast<int64_t>(logits.size()) / n_vocab;
-        for (const float dropped_mass : {0.0f, 1e-4f, 0.05f}) {
-            for (const Order order : kOrders) {
+        for (const float dropped_mass : {1e-4f, 0.0f, 0.05f}) {
+            const bool is_first = dropped_mass == 1e-4f;
+            if (kDetectsRaces && !is_first) break;
+            for (const Order order : is_first ? orders() : std::vector<Order>{Order::random}) {
                 CAPTURE(n_vocab);
                 CAPTURE(dropped_mass);
                 CAPTURE(static_cast<int>(order));
@@ -226,8 +126,8 @@ TEST_CASE("find_mass: plain loops, bit by bit, in every order") {
             }
         }
     }
-    CHECK(n_gathered > 100);
-    CHECK(n_dense > 100);
+    CHECK(n_gathered > 5);
+    CHECK(n_dense > 5);
 }
 
 TEST_CASE("find_mass: a whole vocabulary") {
@@ -236,7 +136,7 @@ TEST_CASE("find_mass: a whole vocabulary") {
     for (int i = 0; i < 900; ++i) logits[i * 290] += 25.0f;
     const Mass expected = reference_mass(logits.data(), n_vocab, 1.0f, 1e-3f);
     CHECK(expected.tokens.size() > 300);
-    for (const Order order : kOrders) {
+    for (const Order order : orders()) {
         const Masses found = run_find_mass(order, logits, n_vocab, 1.0f, 1e-3f);
         CHECK(found.n_kept[0] == expected.n_kept);
         CHECK(has_lists(found, 0, expected));
@@ -248,7 +148,7 @@ TEST_CASE("pack_lists: lists one after the other") {
     const std::vector<float> weights = random_values(4 * row::kMaxGathered, 1);
     std::vector<int32_t> tokens(4 * row::kMaxGathered);
     for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(i * 7);
-    for (const Order order : kOrders) {
+    for (const Order order : orders()) {
         std::vector<int32_t> packed_tokens(first.back());
         std::vector<float> packed_weights(first.back());
         emulate(4, 128, 0, order, [&] {
@@ -283,7 +183,7 @@ TEST_CASE("add_gathered: in the order of the list, in parts") {
                 }
             }
         }
-        for (const Order order : kOrders) {
+        for (const Order order : orders()) {
             std::vector<float> soft(4 * d, 0.5f);
             for (int32_t from = 0; from < 41; from += part) {
                 const std::vector<float> gathered(rows.begin() + from * d,
@@ -305,7 +205,7 @@ TEST_CASE("dense_probabilities and scatter_rows: the positions named, and no oth
     std::vector<row::Distribution> distributions(4);
     for (int t = 0; t < 4; ++t)
         distributions[t] = reference_mass(&logits[t * n_vocab], n_vocab, 1.0f, 0.01f).distribution;
-    for (const Order order : kOrders) {
+    for (const Order order : orders()) {
         for (const int64_t n_rows : {1, 255, 256, 257}) {
             const int64_t from = n_vocab - n_rows;
             std::vector<__half> found(2 * n_rows);
@@ -331,7 +231,7 @@ TEST_CASE("dense_probabilities and scatter_rows: the positions named, and no oth
 
 TEST_CASE("fill_row: one token of the row, nothing behind it") {
     for (const int64_t n : {1, 255, 256, 257, 3000}) {
-        for (const Order order : kOrders) {
+        for (const Order order : orders()) {
             const Matrix row(n, 1, random_values(n, 1));
             make_host_step_backend()->pin(row.tensor, 0, static_cast<int32_t>(n - 1), 5.0f);
             std::vector<float> x(n, 1.0f);

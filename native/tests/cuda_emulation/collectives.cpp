@@ -24,23 +24,23 @@ void shuffle(const Words* given, Words* got, uint32_t mask, const Source& source
 
 }  // namespace
 
-void shuffle_xor(const Words* given, Words* got, uint32_t mask, uint32_t) {
+void shuffle_xor(const Words* given, Words* got, uint32_t mask) {
     shuffle(given, got, mask, [&](uint32_t lane) { return lane ^ given[lane].word[0]; });
 }
 
-void shuffle_up(const Words* given, Words* got, uint32_t mask, uint32_t) {
+void shuffle_up(const Words* given, Words* got, uint32_t mask) {
     shuffle(given, got, mask, [&](uint32_t lane) { return lane - given[lane].word[0]; });
 }
 
-void shuffle_down(const Words* given, Words* got, uint32_t mask, uint32_t) {
+void shuffle_down(const Words* given, Words* got, uint32_t mask) {
     shuffle(given, got, mask, [&](uint32_t lane) { return lane + given[lane].word[0]; });
 }
 
-void shuffle_from(const Words* given, Words* got, uint32_t mask, uint32_t) {
+void shuffle_from(const Words* given, Words* got, uint32_t mask) {
     shuffle(given, got, mask, [&](uint32_t lane) { return given[lane].word[0] % kLanes; });
 }
 
-void ballot(const Words* given, Words* got, uint32_t mask, uint32_t) {
+void ballot(const Words* given, Words* got, uint32_t mask) {
     uint32_t votes = 0;
     for (uint32_t lane = 0; lane < kLanes; ++lane)
         if (mask >> lane & 1) votes |= given[lane].word[0] << lane;
@@ -51,7 +51,7 @@ namespace {
 
 // Lane l = 4 g + t of a warp holds, two float16 a word: of A [16, 16] rows g and g + 8 at k = 2 t, 2 t + 1
 // and the same + 8; of B [16, 8] column g at those k; of D [16, 8] rows g and g + 8 at columns 2 t, 2 t + 1.
-void multiply_tiles(const Words* given, Words* got, uint32_t, uint32_t) {
+void multiply_tiles(const Words* given, Words* got, uint32_t) {
     float a[16][16], b[16][8];
     const auto half_of = [&](uint32_t lane, int word, int half) {
         return half_to_float(static_cast<uint16_t>(given[lane].word[word] >> 16 * half));
@@ -85,7 +85,7 @@ void mma_of_lane(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], 
     std::memcpy(words.word, d, sizeof d);
     std::memcpy(words.word + 4, a, sizeof a);
     std::memcpy(words.word + 8, b, sizeof b);
-    warp_collective("mma_16x8x16", 0xffffffffu, words, multiply_tiles, 0, false, site);
+    warp_collective("mma_16x8x16", 0xffffffffu, words, multiply_tiles, false, site);
     std::memcpy(d, words.word, sizeof d);
 }
 

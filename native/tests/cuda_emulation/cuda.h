@@ -35,12 +35,12 @@ inline void __syncthreads(PYDIFFUSION_SITE) { pydiffusion::emulation::block_barr
 
 namespace pydiffusion::emulation {
 
-// Combine functions, compiled without ThreadSanitizer's checks. parameter: the offset or lane.
-void shuffle_xor(const Words* given, Words* got, uint32_t mask, uint32_t offset);
-void shuffle_up(const Words* given, Words* got, uint32_t mask, uint32_t offset);
-void shuffle_down(const Words* given, Words* got, uint32_t mask, uint32_t offset);
-void shuffle_from(const Words* given, Words* got, uint32_t mask, uint32_t parameter);
-void ballot(const Words* given, Words* got, uint32_t mask, uint32_t parameter);
+// Combine functions, compiled without ThreadSanitizer's checks. The first word given is the offset or lane.
+void shuffle_xor(const Words* given, Words* got, uint32_t mask);
+void shuffle_up(const Words* given, Words* got, uint32_t mask);
+void shuffle_down(const Words* given, Words* got, uint32_t mask);
+void shuffle_from(const Words* given, Words* got, uint32_t mask);
+void ballot(const Words* given, Words* got, uint32_t mask);
 
 // d += a * b, each lane with its part of the three tiles (mma.sync.m16n8k16.row.col.f32.f16.f16.f32).
 void mma_of_lane(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Site& site);
@@ -52,7 +52,7 @@ T shuffled(const char* what, uint32_t mask, T value, uint32_t lane_or_offset, Co
     Words words = {};
     words.word[0] = lane_or_offset;
     std::memcpy(words.word + 1, &value, sizeof(T));
-    warp_collective(what, mask, words, combine, lane_or_offset, false, site);
+    warp_collective(what, mask, words, combine, false, site);
     std::memcpy(&value, words.word + 1, sizeof(T));
     return value;
 }
@@ -60,7 +60,7 @@ T shuffled(const char* what, uint32_t mask, T value, uint32_t lane_or_offset, Co
 inline uint32_t balloted(const char* what, uint32_t mask, bool predicate, const Site& site) {
     Words words = {};
     words.word[0] = predicate;
-    warp_collective(what, mask, words, ballot, 0, false, site);
+    warp_collective(what, mask, words, ballot, false, site);
     return words.word[0];
 }
 
@@ -68,8 +68,7 @@ inline uint32_t balloted(const char* what, uint32_t mask, bool predicate, const 
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, PYDIFFUSION_SITE) {
     pydiffusion::emulation::Words words = {};
-    pydiffusion::emulation::warp_collective("__syncwarp", mask, words, nullptr, 0, true,
-                                            {function, file, line});
+    pydiffusion::emulation::warp_collective("__syncwarp", mask, words, nullptr, true, {function, file, line});
 }
 
 template <typename T>

@@ -95,24 +95,29 @@ bool same_line(const Site& a, const Site& b) {
 
 enum class State { ready, at_barrier, at_collective, done };
 
-struct Thread {
+// What a thread waits for.
+struct Collective {
+    const char* what = "";
+    uint32_t mask = 0;
+    Combine combine = nullptr;
+    Site site = {};
+};
+
+struct Thread : Collective {
     Fiber fiber;
     uint3 index = {};
     int number = 0;  // in its block
     State state = State::done;
-    Site site = {};  // of the barrier or collective
-    // Of the collective.
-    Combine combine = nullptr;
-    uint32_t mask = 0, parameter = 0;
     Words words = {};
 
     std::deque<std::vector<Copy>> groups;  // oldest first; the last is not committed yet
     size_t n_due = 0;                      // groups that a wait takes
 };
 
-// ThreadSanitizer orders by address: one for each set of lanes that synchronizes.
+// Sets of lanes.
 struct Warp {
-    char keys[kLanes];
+    uint32_t exists, ended, waiting;  // waiting: at a collective
+    char keys[kLanes];  // ThreadSanitizer orders by address: one for each set of lanes that synchronizes
 };
 
 struct Aborted {};  // ends a thread after another's error
@@ -124,8 +129,7 @@ class Block {
              const std::function<void()>& kernel);
 
     void barrier(const Site& site);
-    void collective(const char* what, uint32_t mask, Words& words, Combine combine, uint32_t parameter,
-                    bool orders_memory, const Site& site);
+    void collective(const Collective& called, Words& words, bool orders_memory);
     Thread& running() const { return *running_; }
     unsigned char* shared() const { return shared_.get(); }
 
@@ -140,10 +144,10 @@ class Block {
     void prepare(dim3 size, size_t n_shared_bytes);
     void schedule(Order order, std::mt19937& random);
     bool pass(int warp, Order order, std::mt19937& random);
-    void wait(State state, const Site& site);
+    void wait(State state);
     void open_barrier();
     void abort();
-    void require_same(const char* what, const Thread& own, const Thread& other) const;
+    void require_same(const Thread& own, const Thread& other) const;
     void complete(const Thread& last);
     Thread& lane_of(const Thread& thread, int lane) const {
         return *threads_[thread.number / kLanes * kLanes + lane];
@@ -174,12 +178,13 @@ void Block::prepare(dim3 size, size_t n_shared_bytes) {
     if (n_threads_ < 1 || n_threads_ > 1024)
         throw EmulationError("a block of " + std::to_string(n_threads_) + " threads");
     while (static_cast<int>(threads_.size()) < n_threads_) threads_.push_back(std::make_unique<Thread>());
-    warps_.resize(n_warps());
+    warps_.assign(n_warps(), {});
     for (int i = 0; i < n_threads_; ++i) {
         Thread& thread = *threads_[i];
         const auto number = static_cast<unsigned>(i);
         thread.index = {number % size.x, number / size.x % size.y, number / size.x / size.y};
         thread.number = i;
+        warps_[i / kLanes].exists |= 1u << i % kLanes;
         thread.state = State::ready;
         thread.groups.assign(1, {});
         thread.n_due = 0;
@@ -235,6 +240,7 @@ void Block::run_thread(void* argument) {
     }
     release(&block.end_key_);
     block.running_->state = State::done;
+    block.warps_[block.running_->number / kLanes].ended |= 1u << block.running_->number % kLanes;
 }
 
 // Lets one warp after the other run as far as it can: in the order of their numbers, the reverse, or any warp
@@ -275,6 +281,7 @@ bool Block::pass(int warp, Order order, std::mt19937& random) {
         threadIdx = running_->index;
         running_->fiber.resume();
         if (error_) std::rethrow_exception(error_);
+        throw_if_raced();
     }
     return any;
 }
@@ -309,10 +316,9 @@ void Block::open_barrier() {
     }
 }
 
-void Block::wait(State state, const Site& site) {
+void Block::wait(State state) {
     Thread& thread = *running_;
     thread.state = state;
-    thread.site = site;
     ignore_end();
     thread.fiber.suspend();
     ignore_begin();
@@ -321,70 +327,63 @@ void Block::wait(State state, const Site& site) {
 
 void Block::barrier(const Site& site) {
     release(&barrier_key_);
-    wait(State::at_barrier, site);
+    running_->site = site;
+    wait(State::at_barrier);
     acquire(&barrier_key_);
 }
 
-void Block::require_same(const char* what, const Thread& own, const Thread& other) const {
-    if (other.state == State::ready || other.state == State::at_barrier) return;  // may still arrive
-    if (other.state == State::at_collective && same_line(other.site, own.site) &&
-        other.combine == own.combine && other.mask == own.mask)
-        return;
-    const std::string lane = "lane " + std::to_string(other.number % kLanes);
-    if (other.state == State::done)
-        fail(std::string(what) + ": " + lane + " of the mask " + hex(own.mask) + " has ended", own.site);
-    if (other.mask == own.mask)
-        fail(std::string(what) + " while " + lane + " of the mask " + hex(own.mask) + " is at " +
-                 where(other.site),
-             own.site);
-    fail(std::string(what) + ": masks differ: " + hex(own.mask) + ", of " + lane + " " + hex(other.mask),
-         own.site);
+// Throws unless the other lane of own's mask waits at the same collective, with the same mask.
+void Block::require_same(const Thread& own, const Thread& other) const {
+    const std::string lane =
+        "lane " + std::to_string(other.number % kLanes) + " of the mask " + hex(own.mask);
+    if (other.state == State::done) fail(std::string(own.what) + ": " + lane + " has ended", own.site);
+    if (!same_line(other.site, own.site) || other.combine != own.combine)
+        fail(std::string(own.what) + " while " + lane + " is at " + where(other.site), own.site);
+    if (other.mask != own.mask)
+        fail(std::string(own.what) + ": " + lane + " has another mask: " + hex(other.mask), own.site);
 }
 
-void Block::collective(const char* what, uint32_t mask, Words& words, Combine combine, uint32_t parameter,
-                       bool orders_memory, const Site& site) {
+void Block::collective(const Collective& called, Words& words, bool orders_memory) {
     Thread& own = *running_;
-    own.site = site;
-    own.mask = mask;
-    own.combine = combine;
-    own.parameter = parameter;
+    static_cast<Collective&>(own) = called;
     own.words = words;
-    if (!(mask >> own.number % kLanes & 1))
-        fail(std::string(what) + ": the mask " + hex(mask) + " lacks the lane that calls", site);
-    bool all = true;
-    int lowest = kLanes - 1;
-    for (int lane = kLanes - 1; lane >= 0; --lane) {
-        if (!(mask >> lane & 1)) continue;
-        lowest = lane;
-        if (own.number / kLanes * kLanes + lane >= n_threads_)
-            fail(std::string(what) + ": the mask " + hex(mask) + " has lanes beyond the block", site);
-        const Thread& other = lane_of(own, lane);
-        if (&other == &own) continue;
-        require_same(what, own, other);
-        all = all && other.state == State::at_collective;
-    }
-    char* key = &warps_[own.number / kLanes].keys[lowest];
+    Warp& warp = warps_[own.number / kLanes];
+    const uint32_t mask = own.mask, bit = 1u << own.number % kLanes;
+    if (!(mask & bit))
+        fail(std::string(own.what) + ": the mask " + hex(mask) + " lacks the lane that calls", own.site);
+    if (mask & ~warp.exists)
+        fail(std::string(own.what) + ": the mask " + hex(mask) + " has lanes beyond the block", own.site);
+    if (const uint32_t ended = mask & warp.ended) require_same(own, lane_of(own, __builtin_ctz(ended)));
+    char* key = &warp.keys[__builtin_ctz(mask)];
     if (orders_memory) release(key);
-    if (all) {
+    warp.waiting |= bit;
+    if ((warp.waiting & mask) == mask) {
         complete(own);
     } else {
-        wait(State::at_collective, site);
+        wait(State::at_collective);
     }
     if (orders_memory) acquire(key);
     words = own.words;
 }
 
+// The last lane of a mask has arrived.
 void Block::complete(const Thread& last) {
-    Words given[kLanes] = {}, got[kLanes] = {};
-    for (int lane = 0; lane < kLanes; ++lane)
-        if (last.mask >> lane & 1) given[lane] = lane_of(last, lane).words;
-    if (last.combine) last.combine(given, got, last.mask, last.parameter);
+    Words given[kLanes], got[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+        if (!(last.mask >> lane & 1)) continue;
+        const Thread& other = lane_of(last, lane);
+        if (other.mask != last.mask || other.combine != last.combine || !same_line(other.site, last.site))
+            require_same(last, other);
+        given[lane] = got[lane] = other.words;
+    }
+    if (last.combine) last.combine(given, got, last.mask);
     for (int lane = 0; lane < kLanes; ++lane) {
         if (!(last.mask >> lane & 1)) continue;
         Thread& thread = lane_of(last, lane);
         thread.words = got[lane];
         thread.state = State::ready;
     }
+    warps_[last.number / kLanes].waiting &= ~last.mask;
 }
 
 Block& block() {
@@ -411,7 +410,6 @@ void emulate(dim3 grid, dim3 size, size_t n_shared_bytes, Order order, const std
     for (const unsigned i : block_order(grid.x * grid.y * grid.z, order, random)) {
         blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
         block.run(size, n_shared_bytes, order, random, kernel);
-        throw_if_raced();
     }
 }
 
@@ -425,12 +423,12 @@ void block_barrier(const Site& site) {
     if (!is_mutated(Fault::no_barrier, site)) block().barrier(site);
 }
 
-void warp_collective(const char* what, uint32_t mask, Words& words, Combine combine, uint32_t parameter,
-                     bool orders_memory, const Site& site) {
+void warp_collective(const char* what, uint32_t mask, Words& words, Combine combine, bool orders_memory,
+                     const Site& site) {
     const Unchecked unchecked;
     if (!combine && is_mutated(Fault::no_barrier, site)) return;
     if (is_mutated(Fault::mask_too_small, site)) mask &= ~(1u << (31 - __builtin_clz(mask | 1u)));
-    block().collective(what, mask, words, combine, parameter, orders_memory, site);
+    block().collective({what, mask, combine, site}, words, orders_memory);
 }
 
 void fail_in_collective(const std::string& what) { fail(what, block().running().site); }

@@ -63,6 +63,9 @@ struct Mutation {
 std::vector<Mutation> mutations_of(const std::function<void()>& work);
 // Calls `work` with its kernels mutated.
 void with_mutation(const Mutation& mutation, const std::function<void()>& work);
+// Whether is_right() is true even with the mutation: tests don't see that it is there. Calls it in a child
+// process, which may crash, throw EmulationError or not end.
+bool survives(const Mutation& mutation, const std::function<bool()>& is_right);
 
 // --- for the emulated intrinsics; called by a kernel's thread ---
 
@@ -73,12 +76,12 @@ void block_barrier(const Site& site);
 struct Words {
     uint32_t word[10];
 };
-using Combine = void (*)(const Words* given, Words* got, uint32_t mask, uint32_t parameter);  // both [32]
+using Combine = void (*)(const Words* given, Words* got, uint32_t mask);  // both [32]
 
 // Waits for the lanes of `mask`, all of which must call this with the same line, mask and `combine`, then
 // combines their words. orders_memory: what they wrote before is visible to each of them after.
-void warp_collective(const char* what, uint32_t mask, Words& words, Combine combine, uint32_t parameter,
-                     bool orders_memory, const Site& site);
+void warp_collective(const char* what, uint32_t mask, Words& words, Combine combine, bool orders_memory,
+                     const Site& site);
 
 // The dynamic shared memory of the running block, aligned to 128 bytes.
 unsigned char* block_shared_memory();

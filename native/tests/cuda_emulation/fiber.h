@@ -29,6 +29,7 @@ class Fiber {
     void switch_out();
 
     char* memory_ = nullptr;  // a page that faults, then the stack
+    size_t offset_ = 0;       // of the stack's top from the end of the memory
     void* own_ = nullptr;     // the suspended fiber's stack pointer, or its ucontext_t
     void* resumer_ = nullptr;
     void (*work_)(void*) = nullptr;

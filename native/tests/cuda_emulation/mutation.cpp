@@ -1,6 +1,12 @@
 #include "cuda_emulation/mutation.h"
 
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <system_error>
 #include <tuple>
 
 namespace pydiffusion::emulation {
@@ -60,6 +66,26 @@ std::vector<Mutation> mutations_of(const std::function<void()>& work) {
 void with_mutation(const Mutation& mutation, const std::function<void()>& work) {
     const Scoped<const Mutation> committing(committed, &mutation);
     work();
+}
+
+bool survives(const Mutation& mutation, const std::function<bool()>& is_right) {
+    constexpr unsigned max_seconds = 60;
+    const pid_t child = fork();
+    if (child < 0) throw std::system_error(errno, std::generic_category(), "fork");
+    if (child == 0) {
+        for (const int crash : {SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL}) signal(crash, SIG_DFL);
+        alarm(max_seconds);
+        dup2(open("/dev/null", O_WRONLY), STDERR_FILENO);  // the sanitizers' reports
+        bool right = false;
+        try {
+            with_mutation(mutation, [&] { right = is_right(); });
+        } catch (const EmulationError&) {
+        }
+        _exit(right ? 0 : 1);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 
 void throw_if_raced() {
