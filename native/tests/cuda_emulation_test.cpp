@@ -330,7 +330,7 @@ TEST_CASE("emulation: float16 arithmetic rounds once, to nearest even") {
         const auto twice = [](uint16_t half) { return half * 0x10001u; };
         const __int128 unit = static_cast<__int128>(1) << 24;
         check("a sum", add_half2(twice(a), twice(b)), (exact(a) + exact(b)) * unit);
-        check("a product", mul_half2(twice(a), twice(b)), exact(a) * exact(b));
+        check("a multiplication", mul_half2(twice(a), twice(b)), exact(a) * exact(b));
         check("a fused sum", fma_half2(twice(a), twice(b), twice(c)), exact(a) * exact(b) + exact(c) * unit);
     }
 }

@@ -1,6 +1,5 @@
 // Every barrier and mask of the step kernels, mutated in turn: the runs below must notice, by an error (a
-// deadlock, lanes that don't arrive, a race), a crash or by other results. And the whole of self-conditioning
-// against the host.
+// deadlock, lanes that don't arrive, a race), a crash or other results. None survives.
 #include "backend/step_backend.h"
 #include "matrix.h"
 #include "step_kernels_runs.h"
@@ -13,7 +12,7 @@ namespace {
 using emulation::Fault;
 using emulation::Mutation;
 
-// What the kernels with barriers or masks write, as bytes.
+// Outputs of the kernels that have barriers or masks, as bytes.
 std::string results(Order order) {
     constexpr int64_t n_vocab = 1100;
     const std::vector<float> logits = random_values(2 * n_vocab, 1, 4.0f);

@@ -242,5 +242,93 @@ TEST_CASE("fill_row: one token of the row, nothing behind it") {
     }
 }
 
+namespace {
+
+constexpr int64_t kVocab = 3000, kEmbd = 40, kPart = 700;  // kPart: embedding rows at a time
+
+// The embeddings of the tokens kept, for the rows that keep few enough.
+void run_gather(Order order, const Masses& masses, const std::vector<int32_t>& first,
+                const std::vector<float>& embedding, float scale, std::vector<float>& soft) {
+    const auto n = static_cast<unsigned>(first.size() - 1);
+    std::vector<int32_t> tokens(first.back());
+    std::vector<float> weights(first.back());
+    emulate(n, 128, 0, order, [&] {
+        pack_lists(first.data(), masses.tokens.data(), masses.weights.data(), tokens.data(), weights.data());
+    });
+    for (int32_t from = 0; from < first.back(); from += kPart) {
+        const int32_t to = std::min<int32_t>(first.back(), from + kPart);
+        std::vector<float> rows;
+        for (int32_t i = from; i < to; ++i) {
+            const auto row = embedding.begin() + tokens[i] * kEmbd;
+            rows.insert(rows.end(), row, row + kEmbd);
+        }
+        emulate(n, 256, 0, order, [&] {
+            add_gathered(soft.data(), rows.data(), weights.data(), first.data(), from, to, kEmbd, scale);
+        });
+    }
+}
+
+// The matmul of the rows `dense`, in double precision in place of cuBLAS.
+void run_dense(Order order, const std::vector<float>& logits, const Masses& masses,
+               const std::vector<int32_t>& dense, const std::vector<float>& embedding, float scale,
+               std::vector<float>& soft) {
+    std::vector<double> sums(dense.size() * kEmbd);
+    for (int64_t from = 0; from < kVocab; from += kPart) {
+        const int64_t n_rows = std::min(kPart, kVocab - from);
+        std::vector<__half> p(dense.size() * n_rows);
+        emulate(dim3(3, static_cast<unsigned>(dense.size())), 256, 0, order, [&] {
+            dense_probabilities(p.data(), logits.data(), masses.distributions.data(), dense.data(), kVocab,
+                                from, n_rows);
+        });
+        for (size_t i = 0; i < sums.size(); ++i) {
+            for (int64_t r = 0; r < n_rows; ++r) {
+                const float weight = __half2float(p[i / kEmbd * n_rows + r]);
+                sums[i] += double{weight} * embedding[(from + r) * kEmbd + i % kEmbd];
+            }
+        }
+    }
+    const std::vector<float> rounded(sums.begin(), sums.end());
+    emulate(static_cast<unsigned>(dense.size()), 256, 0, order,
+            [&] { scatter_rows(soft.data(), rounded.data(), dense.data(), kEmbd, scale / kHalfScale); });
+}
+
+}  // namespace
+
+TEST_CASE("the kernels of self-conditioning together: the host's backend") {
+    std::vector<float> logits;
+    for (const float scale : {8.0f, 0.5f, 40.0f}) {  // the second row is dense
+        const std::vector<float> row = random_values(kVocab, 1, scale);
+        logits.insert(logits.end(), row.begin(), row.end());
+    }
+    const std::vector<float> embedding = random_values(kVocab * kEmbd, 4);
+    const Matrix logits_matrix(kVocab, 3, logits), embedding_matrix(kEmbd, kVocab, embedding),
+        soft_matrix(kEmbd, 3, std::vector<float>(3 * kEmbd));
+    StepState state;
+    state.self_conditioning = true;
+    state.previous_temperature = 0.8f;
+    state.dropped_mass = 1e-4f;
+    state.embedding_scale = 2.0f;
+    make_host_step_backend()->condition(logits_matrix.tensor, embedding_matrix.tensor, soft_matrix.tensor, 3,
+                                        state);
+    for (const Order order : orders()) {
+        const Masses masses =
+            run_find_mass(order, logits, kVocab, row::inverse_temperature(0.8f), state.dropped_mass);
+        std::vector<int32_t> first = {0}, dense;
+        for (int32_t t = 0; t < 3; ++t) {
+            const bool is_dense = masses.n_kept[t] > row::kMaxGathered;
+            if (is_dense) dense.push_back(t);
+            first.push_back(first.back() + (is_dense ? 0 : masses.n_kept[t]));
+        }
+        CHECK(dense == std::vector<int32_t>{1});
+        std::vector<float> soft(3 * kEmbd);
+        run_gather(order, masses, first, embedding, state.embedding_scale, soft);
+        run_dense(order, logits, masses, dense, embedding, state.embedding_scale, soft);
+        for (int64_t i = 0; i < 3 * kEmbd; ++i) {
+            const float tolerance = i / kEmbd == 1 ? 1e-4f : 1e-5f;  // float16 probabilities of the dense row
+            if (std::fabs(soft[i] - soft_matrix.data()[i]) > tolerance) FAIL_CHECK("at ", i);
+        }
+    }
+}
+
 }  // namespace testing
 }  // namespace pydiffusion

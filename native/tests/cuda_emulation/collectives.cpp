@@ -50,7 +50,7 @@ void ballot(const Words* given, Words* got, uint32_t mask) {
 namespace {
 
 // Lane l = 4 g + t of a warp holds, two float16 a word: of A [16, 16] rows g and g + 8 at k = 2 t, 2 t + 1
-// and the same + 8; of B [16, 8] column g at those k; of D [16, 8] rows g and g + 8 at columns 2 t, 2 t + 1.
+// and the same + 8; of B [16, 8] those k at n = g; of D [16, 8] rows g and g + 8 at n = 2 t, 2 t + 1.
 void multiply_tiles(const Words* given, Words* got, uint32_t) {
     float a[16][16], b[16][8];
     const auto half_of = [&](uint32_t lane, int word, int half) {
@@ -67,11 +67,11 @@ void multiply_tiles(const Words* given, Words* got, uint32_t) {
     }
     for (uint32_t lane = 0; lane < kLanes; ++lane) {
         for (uint32_t i = 0; i < 4; ++i) {
-            const uint32_t row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+            const uint32_t row = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
             float value;
             std::memcpy(&value, &given[lane].word[i], sizeof value);
             double sum = 0.0;
-            for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
+            for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][n];
             value = static_cast<float>(value + sum);
             std::memcpy(&got[lane].word[i], &value, sizeof value);
         }

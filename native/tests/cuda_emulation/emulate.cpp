@@ -95,7 +95,7 @@ bool same_line(const Site& a, const Site& b) {
 
 enum class State { ready, at_barrier, at_collective, done };
 
-// What a thread waits for.
+// The collective that a thread waits for.
 struct Collective {
     const char* what = "";
     uint32_t mask = 0;

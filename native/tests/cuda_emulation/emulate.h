@@ -72,7 +72,7 @@ bool survives(const Mutation& mutation, const std::function<bool()>& is_right);
 // All threads of the block.
 void block_barrier(const Site& site);
 
-// What a lane gives to a collective of its warp, and gets.
+// A lane's values in a collective of its warp, and its results.
 struct Words {
     uint32_t word[10];
 };

@@ -42,7 +42,7 @@ inline uint16_t half_from(double value) {
 inline uint16_t fma_half(uint16_t a, uint16_t b, uint16_t c) {
     const double exact = static_cast<double>(half_to_float(a)) * half_to_float(b), addend = half_to_float(c);
     double sum = exact + addend;
-    // What the sum lost. With it, round to odd: then a second rounding, to float16, is right.
+    // The part that the sum lost. With it, round to odd: then a second rounding, to float16, is right.
     const double without = sum - addend;
     const double lost = (exact - without) + (addend - (sum - without));
     uint64_t bits;

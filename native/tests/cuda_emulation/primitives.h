@@ -37,7 +37,7 @@ void copy_async_wait(PYDIFFUSION_SITE) {
     }
 }
 
-// Sums the 16 products in double precision and rounds once; a GPU rounds in between, in no documented order.
+// Sums 16 terms in double precision and rounds once; a GPU rounds in between, in no documented order.
 inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], PYDIFFUSION_SITE) {
     emulation::mma_of_lane(d, a, b, {function, file, line});
 }
@@ -61,7 +61,7 @@ inline uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
     return each_half(a, b, c, emulation::fma_half);
 }
 
-// Sums and products of two float16 are exact in double precision.
+// Exact in double precision before the one rounding.
 inline uint32_t add_half2(uint32_t a, uint32_t b) {
     return each_half(a, b, 0, [](uint16_t x, uint16_t y, uint16_t) {
         return emulation::half_from(static_cast<double>(half_to_float(x)) + half_to_float(y));
