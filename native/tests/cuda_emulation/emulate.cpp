@@ -12,30 +12,18 @@
 #include "cuda_emulation/cuda.h"
 #include "cuda_emulation/fiber.h"
 #include "cuda_emulation/mutation.h"
+#include "cuda_emulation/race_detection.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// Defined in programs that ThreadSanitizer instruments.
+// Where the linker puts the kernels' __shared__ variables; null in a program without any.
 #if defined(__ELF__)
 extern "C" {
-__attribute__((weak)) void __tsan_acquire(void*);
-__attribute__((weak)) void __tsan_release(void*);
-__attribute__((weak)) void AnnotateIgnoreReadsBegin(const char*, int);
-__attribute__((weak)) void AnnotateIgnoreReadsEnd(const char*, int);
-__attribute__((weak)) void AnnotateIgnoreWritesBegin(const char*, int);
-__attribute__((weak)) void AnnotateIgnoreWritesEnd(const char*, int);
-// Where the linker puts a kernel's __shared__ variables; null in programs with no such variable.
 __attribute__((weak)) extern char __start_pydiffusion_shared[];
 __attribute__((weak)) extern char __stop_pydiffusion_shared[];
 }
 #else
-static void (*__tsan_acquire)(void*) = nullptr;
-static void (*__tsan_release)(void*) = nullptr;
-static void (*AnnotateIgnoreReadsBegin)(const char*, int) = nullptr;
-static void (*AnnotateIgnoreReadsEnd)(const char*, int) = nullptr;
-static void (*AnnotateIgnoreWritesBegin)(const char*, int) = nullptr;
-static void (*AnnotateIgnoreWritesEnd)(const char*, int) = nullptr;
 static char *__start_pydiffusion_shared = nullptr, *__stop_pydiffusion_shared = nullptr;
 #endif
 
@@ -45,35 +33,6 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr size_t kSharedAlignment = 128;
-
-void acquire(void* key) {
-    if (__tsan_acquire) __tsan_acquire(key);
-}
-
-void release(void* key) {
-    if (__tsan_release) __tsan_release(key);
-}
-
-void ignore_begin() {
-    if (!AnnotateIgnoreReadsBegin) return;
-    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-}
-
-void ignore_end() {
-    if (!AnnotateIgnoreReadsBegin) return;
-    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-}
-
-// While a kernel's thread is in the emulation, ThreadSanitizer ignores the library functions that it calls.
-class Unchecked {
-  public:
-    Unchecked() { ignore_begin(); }
-    ~Unchecked() { ignore_end(); }
-    Unchecked(const Unchecked&) = delete;
-    Unchecked& operator=(const Unchecked&) = delete;
-};
 
 std::string where(const Site& site) {
     return std::string(site.function) + " (" + base_name(site.file) + ":" + std::to_string(site.line) + ")";
@@ -319,9 +278,7 @@ void Block::open_barrier() {
 void Block::wait(State state) {
     Thread& thread = *running_;
     thread.state = state;
-    ignore_end();
     thread.fiber.suspend();
-    ignore_begin();
     if (is_aborted_) throw Aborted();
 }
 
@@ -419,13 +376,11 @@ void fail(const std::string& what, const Site& site) {
 }
 
 void block_barrier(const Site& site) {
-    const Unchecked unchecked;
     if (!is_mutated(Fault::no_barrier, site)) block().barrier(site);
 }
 
 void warp_collective(const char* what, uint32_t mask, Words& words, Combine combine, bool orders_memory,
                      const Site& site) {
-    const Unchecked unchecked;
     if (!combine && is_mutated(Fault::no_barrier, site)) return;
     if (is_mutated(Fault::mask_too_small, site)) mask &= ~(1u << (31 - __builtin_clz(mask | 1u)));
     block().collective({what, mask, combine, site}, words, orders_memory);
@@ -446,7 +401,6 @@ void commit_copies() {
 }
 
 void begin_wait(int n_left, const Site& site) {
-    const Unchecked unchecked;
     Thread& thread = block().running();
     const size_t n_committed = thread.groups.size() - 1;
     const size_t n_kept = static_cast<size_t>(n_left) + (is_mutated(Fault::late_copies, site) ? 1 : 0);

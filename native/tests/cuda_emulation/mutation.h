@@ -1,4 +1,4 @@
-// Deliberate faults, and the count of ThreadSanitizer's reports.
+// Deliberate faults, as the emulation asks for them.
 #pragma once
 
 #include <string>
@@ -11,8 +11,5 @@ std::string base_name(const std::string& path);
 
 // Whether the fault is to be committed at this line; also notes that it could be.
 bool is_mutated(Fault fault, const Site& site);
-
-// Throws EmulationError if ThreadSanitizer reported a race since the last call.
-void throw_if_raced();
 
 }  // namespace pydiffusion::emulation
