@@ -101,6 +101,7 @@ RULES = (
         "lane", r"\b[Ll]anes?\b|_lanes?\b|\blanes?_", "sequence, in-flight request, slot",
         allowed=(
             ("native/backend/*", r"", "of SIMD vectors and warps"),
+            ("native/tests/*", r"", "of warps"),
             ("native/sampler/logits.cpp", r"", "of SIMD vectors"),
             ("native/quantization/quantize.cpp", r"", "of SIMD vectors"),
             ("native/util/simd_math.h", r"", "of SIMD vectors"),
@@ -138,7 +139,8 @@ RULES = (
     Rule("keep_with", r"keep_with", "pin_to_device_of"),
     Rule("row_ops", r"\brow_ops\b", "fused_rows"),
     Rule("machine_rates", r"machine_rates", "roofline"),
-    Rule("StepKernels", r"\bStepKernels\b|\bstep_kernels\b", "StepBackend"),
+    Rule("StepKernels", r"\bStepKernels\b|\bstep_kernels\b", "StepBackend",
+         allowed=(("native/*", r"step_kernels", "files of the CUDA kernels"),)),
     Rule(
         "Hyperparameters",
         r"\b(?:struct|class|const) Hyperparameters\b|\bHyperparameters[&*>({:`]"

@@ -126,6 +126,10 @@ PD_HOST_DEVICE int choose_threshold(const double* below, float bound) {
     return kThresholds - 1;
 }
 
+// A position that keeps at most this many tokens of its distribution gathers their embeddings; a flatter one
+// goes through a dense GEMM with the whole embedding.
+constexpr int32_t kMaxGathered = 1024;
+
 // Parameters of a row's truncated softmax.
 struct Distribution {
     float maximum;

@@ -38,10 +38,6 @@ class StepBackend {
     virtual double copy_rate() = 0;
 };
 
-// A position that keeps at most this many tokens of its distribution gathers their embeddings; a flatter one
-// goes through a dense GEMM with the whole embedding.
-constexpr int32_t kMaxGathered = 1024;
-
 // Reference implementation on the CPU, warp by warp and lane by lane: tests the arithmetic without a GPU.
 std::unique_ptr<StepBackend> make_host_step_backend();
 

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "ggml-cpp.h"
+#include "matrix.h"
 #include "support.h"
 
 namespace pydiffusion {
@@ -13,18 +13,6 @@ namespace testing {
 namespace {
 
 constexpr int64_t kVocab = 3000, kTokens = 5;
-
-struct Matrix {
-    Matrix(int64_t n, int64_t n_rows, const std::vector<float>& values)
-        : context(ggml_init({ggml_tensor_overhead() + 4 * values.size() + 64, nullptr, false})),
-          tensor(ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, n, n_rows)) {
-        std::copy(values.begin(), values.end(), data());
-    }
-    float* data() const { return ggml_get_data_f32(tensor); }
-
-    ggml_context_ptr context;
-    ggml_tensor* tensor;
-};
 
 }  // namespace
 

@@ -1,0 +1,52 @@
+// Every barrier and mask of the step kernels, mutated in turn: the runs below must notice, by an error (a
+// deadlock, lanes that don't arrive, a race), a crash or other results. None survives.
+#include "backend/step_backend.h"
+#include "matrix.h"
+#include "step_kernels_runs.h"
+
+namespace pydiffusion {
+namespace testing {
+
+namespace {
+
+using emulation::Fault;
+using emulation::Mutation;
+
+// Outputs of the kernels that have barriers or masks, as bytes.
+std::string results(Order order) {
+    constexpr int64_t n_vocab = 1100;
+    const std::vector<float> logits = random_values(2 * n_vocab, 1, 4.0f);
+    std::string bytes;
+    const auto append = [&](const auto& values) {
+        bytes.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof values[0]);
+    };
+    append(run_measure(order, logits, n_vocab, 0.7f, {0.3f, 0.9f}).measures);
+    const Masses masses = run_find_mass(order, logits, n_vocab, 1.25f, 1e-3f);
+    append(masses.distributions);
+    append(masses.n_kept);
+    append(masses.tokens);
+    append(masses.weights);
+    return bytes;
+}
+
+}  // namespace
+
+TEST_CASE("every barrier and every mask of the step kernels is needed") {
+    const std::string expected = results(Order::forward);
+    for (const Order order : kOrders) CHECK(results(order) == expected);
+    const std::vector<Mutation> mutations = emulation::mutations_of([] { results(Order::forward); });
+    int n_barriers = 0;
+    for (const Mutation& mutation : mutations) {
+        CAPTURE(mutation.text());
+        CHECK_FALSE(emulation::survives(mutation, [&] {
+            return std::all_of(std::begin(kOrders), std::end(kOrders),
+                               [&](Order order) { return results(order) == expected; });
+        }));
+        if (mutation.fault == Fault::no_barrier) ++n_barriers;
+    }
+    CHECK(n_barriers == 3);
+    CHECK(mutations.size() == 15);
+}
+
+}  // namespace testing
+}  // namespace pydiffusion
