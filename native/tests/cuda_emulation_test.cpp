@@ -271,32 +271,7 @@ TEST_CASE("emulation: mma multiplies tiles held as in the PTX manual") {
     }
 }
 
-namespace {
-
-// The float16 nearest to value * 2^-48, the even one of two. Every float16 times 2^24 is an integer.
-uint16_t nearest_half(__int128 value) {
-    const bool negative = value < 0;
-    const __int128 size = negative ? -value : value;
-    const auto scaled = [](int bits) {  // 2^16 in place of infinity: what rounds to it overflows
-        return bits == 0x7c00
-                   ? static_cast<__int128>(1) << 64
-                   : static_cast<__int128>(half_to_float(static_cast<uint16_t>(bits)) * 0x1p24) << 24;
-    };
-    int low = 0, high = 0x7c00;
-    while (high - low > 1) (scaled((low + high) / 2) <= size ? low : high) = (low + high) / 2;
-    if (size >= scaled(high)) low = high;
-    const __int128 below = size - scaled(low), above = scaled(high) - size;
-    const int nearest = below < above || (below == above && low % 2 == 0) ? low : high;
-    return static_cast<uint16_t>(nearest | (negative ? 0x8000 : 0));
-}
-
-__int128 exact(uint16_t half) {
-    return static_cast<__int128>(static_cast<double>(half_to_float(half)) * 0x1p24);
-}
-
-}  // namespace
-
-TEST_CASE("emulation: float16 arithmetic rounds once, to nearest even") {
+TEST_CASE("emulation: float16 is rounded to nearest even") {
     for (int i = 0; i < 65536; ++i) {
         const auto bits = static_cast<uint16_t>(i);
         const float value = ggml_fp16_to_fp32(bits);
@@ -317,21 +292,6 @@ TEST_CASE("emulation: float16 arithmetic rounds once, to nearest even") {
         float x;
         std::memcpy(&x, &bits, sizeof x);
         if (half2_of(x, x) >> 16 != ggml_fp32_to_fp16(x)) FAIL_CHECK("of ", x);
-
-        const auto a = static_cast<uint16_t>(generator()), b = static_cast<uint16_t>(generator());
-        const auto c = static_cast<uint16_t>(i % 3 ? generator() : a + 12);
-        if ((a & 0x7c00) == 0x7c00 || (b & 0x7c00) == 0x7c00 || (c & 0x7c00) == 0x7c00) continue;
-        const auto check = [&](const char* what, uint32_t found, __int128 expected) {
-            const uint16_t half = nearest_half(expected);
-            if (static_cast<uint16_t>(found) != half && (half & 0x7fff))
-                FAIL_CHECK(what, " of ", a, ", ", b, ", ", c);
-            if (found >> 16 != static_cast<uint16_t>(found)) FAIL_CHECK(what, ": the halves differ");
-        };
-        const auto twice = [](uint16_t half) { return half * 0x10001u; };
-        const __int128 unit = static_cast<__int128>(1) << 24;
-        check("a sum", add_half2(twice(a), twice(b)), (exact(a) + exact(b)) * unit);
-        check("a multiplication", mul_half2(twice(a), twice(b)), exact(a) * exact(b));
-        check("a fused sum", fma_half2(twice(a), twice(b), twice(c)), exact(a) * exact(b) + exact(c) * unit);
     }
 }
 

@@ -330,7 +330,7 @@ __device__ __forceinline__ void multiply(const Block<Format, T>& block) {
     }
     for (int chunk = 0; chunk < n_chunks; ++chunk) {
         copy_async_wait<T::kStages - 2>();
-        __syncthreads();  // the chunk has arrived for all, and the stage before it is free
+        __syncthreads();  // the chunk has arrived for all; the stage before it and the tables are free
         if (chunk + T::kStages - 1 < n_chunks) {
             copy.weights(chunk + T::kStages - 1);
             copy.x(chunk + T::kStages - 1);
@@ -359,7 +359,6 @@ __device__ __forceinline__ void multiply(const Block<Format, T>& block) {
 #pragma unroll
         for (int unit = 0; unit < kUnits; ++unit) add_unit<n_parts, Format, T>(sums, unit, bytes, table, x);
         add_zeros<n_parts, Format, T>(sums, table, x);
-        __syncwarp();  // the table is free
     }
 #pragma unroll
     for (int part = 0; part < n_parts; ++part) {

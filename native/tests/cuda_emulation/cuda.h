@@ -139,6 +139,13 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
+// Threads of a block take turns only at barriers and warp-collectives.
+inline int atomicAdd(int* address, int value) {
+    const int old = *address;
+    *address += value;
+    return old;
+}
+
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }

@@ -38,18 +38,4 @@ inline uint16_t half_from(double value) {
     return static_cast<uint16_t>(sign | units);
 }
 
-// a * b + c, rounded once.
-inline uint16_t fma_half(uint16_t a, uint16_t b, uint16_t c) {
-    const double exact = static_cast<double>(half_to_float(a)) * half_to_float(b), addend = half_to_float(c);
-    double sum = exact + addend;
-    // The part that the sum lost. With it, round to odd: then a second rounding, to float16, is right.
-    const double without = sum - addend;
-    const double lost = (exact - without) + (addend - (sum - without));
-    uint64_t bits;
-    std::memcpy(&bits, &sum, sizeof bits);
-    if (std::isfinite(sum) && lost != 0.0 && !(bits & 1))
-        sum = std::nextafter(sum, lost > 0.0 ? INFINITY : -INFINITY);
-    return half_from(sum);
-}
-
 }  // namespace pydiffusion::emulation

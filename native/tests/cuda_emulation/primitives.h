@@ -42,37 +42,16 @@ inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
     emulation::mma_of_lane(d, a, b, {function, file, line});
 }
 
+inline void product_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], PYDIFFUSION_SITE) {
+    for (float& value : d) value = 0.0f;
+    emulation::mma_of_lane(d, a, b, {function, file, line});
+}
+
 inline uint32_t half2_of(float low, float high) {
     return emulation::half_from(low) | static_cast<uint32_t>(emulation::half_from(high)) << 16;
 }
 
 using emulation::half_to_float;
-
-// One float16 in each half of a word.
-template <typename Operation>
-uint32_t each_half(uint32_t a, uint32_t b, uint32_t c, const Operation& operation) {
-    const auto low = [](uint32_t x) { return static_cast<uint16_t>(x); };
-    const auto high = [](uint32_t x) { return static_cast<uint16_t>(x >> 16); };
-    return operation(low(a), low(b), low(c)) | static_cast<uint32_t>(operation(high(a), high(b), high(c)))
-                                                   << 16;
-}
-
-inline uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
-    return each_half(a, b, c, emulation::fma_half);
-}
-
-// Exact in double precision before the one rounding.
-inline uint32_t add_half2(uint32_t a, uint32_t b) {
-    return each_half(a, b, 0, [](uint16_t x, uint16_t y, uint16_t) {
-        return emulation::half_from(static_cast<double>(half_to_float(x)) + half_to_float(y));
-    });
-}
-
-inline uint32_t mul_half2(uint32_t a, uint32_t b) {
-    return each_half(a, b, 0, [](uint16_t x, uint16_t y, uint16_t) {
-        return emulation::half_from(static_cast<double>(half_to_float(x)) * half_to_float(y));
-    });
-}
 
 // Byte i of the result: the byte of b:a (b the high word) that nibble i of the selector names.
 inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector, PYDIFFUSION_SITE) {

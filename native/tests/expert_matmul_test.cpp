@@ -1,0 +1,197 @@
+// The kernels of expert matmuls on the emulated GPU, against ggml's dequantized weights in double precision.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+
+#include "backend/cuda/expert_matmul_kernels.cuh"
+#include "cuda_emulation/emulate.h"
+#include "quantized.h"
+#include "support.h"
+
+namespace pydiffusion {
+namespace testing {
+
+namespace {
+
+using namespace cuda;
+using emulation::emulate;
+using emulation::kOrders;
+using emulation::Order;
+
+// Memory as cudaMalloc gives it: aligned, and no byte longer than asked for, as ASan sees.
+struct DeviceMemory {
+    explicit DeviceMemory(size_t n_bytes)
+        : data(static_cast<unsigned char*>(std::aligned_alloc(16, (n_bytes + 15) / 16 * 16)), std::free) {}
+    std::unique_ptr<unsigned char, void (*)(void*)> data;
+};
+
+struct Case {
+    int32_t n_experts, n_rows, n_values, n_tokens, n_used;
+    bool per_token;  // x has one row for a token, else one for each of its experts
+    int32_t n_columns() const { return n_tokens * n_used; }
+    int32_t n_x() const { return per_token ? n_tokens : n_columns(); }
+    int32_t n_chunks() const { return (n_values + kChunk - 1) / kChunk; }
+};
+
+// Each token uses different experts, the first of them more often; the last expert is used by none.
+std::vector<int32_t> choose_experts(const Case& c) {
+    std::mt19937 generator(5);
+    std::vector<int32_t> ids;
+    for (int32_t token = 0; token < c.n_tokens; ++token) {
+        std::vector<int32_t> experts;
+        while (static_cast<int32_t>(experts.size()) < c.n_used) {
+            const auto n = static_cast<uint32_t>(std::max(1, c.n_experts - 1));
+            const auto expert = static_cast<int32_t>(std::min(generator() % n, generator() % n));
+            if (std::find(experts.begin(), experts.end(), expert) == experts.end()) experts.push_back(expert);
+        }
+        ids.insert(ids.end(), experts.begin(), experts.end());
+    }
+    return ids;
+}
+
+// [column][row]; NaN where nothing was written
+template <typename Format, typename T>
+std::vector<float> run(const Case& c, const std::vector<uint8_t>& weights, const std::vector<float>& x,
+                       const std::vector<int32_t>& ids, Order order) {
+    const DeviceMemory w(weights.size()), half(static_cast<size_t>(c.n_x()) * c.n_chunks() * kXChunkBytes);
+    std::copy(weights.begin(), weights.end(), w.data.get());
+    const auto row_bytes = static_cast<int32_t>(weights.size() / (c.n_experts * c.n_rows));
+    std::vector<float> x_scale(c.n_x()), y(static_cast<size_t>(c.n_columns()) * c.n_rows, NAN);
+    std::vector<int32_t> columns(c.n_columns()), n_tiles(1);
+    std::vector<ColumnTile> tiles(c.n_experts + c.n_columns() / T::kColumns);
+    emulate(dim3(c.n_x()), kToHalfThreads, 0, order, [&] {
+        to_half(x.data(), c.n_values, c.n_values, c.n_chunks(), half.data.get(), x_scale.data());
+    });
+    emulate(dim3(1), kGroupThreads, 0, order, [&] {
+        group_columns(ids.data(), c.n_used, c.n_used, c.n_tokens, c.n_experts, T::kColumns, columns.data(),
+                      tiles.data(), n_tiles.data());
+    });
+    CHECK(n_tiles[0] <= static_cast<int32_t>(tiles.size()));
+    const MatmulArguments arguments = {w.data.get(),
+                                       static_cast<int64_t>(weights.size()),
+                                       int64_t{row_bytes} * c.n_rows,
+                                       row_bytes,
+                                       c.n_rows,
+                                       c.n_chunks(),
+                                       half.data.get(),
+                                       x_scale.data(),
+                                       y.data(),
+                                       columns.data(),
+                                       tiles.data(),
+                                       n_tiles.data(),
+                                       c.per_token ? c.n_used : 1};
+    const dim3 grid((c.n_rows + T::kRows - 1) / T::kRows, static_cast<unsigned>(tiles.size()));
+    emulate(grid, T::kThreads, T::kSharedBytes, order, [&] { expert_matmul<Format, T>(arguments); });
+    return y;
+}
+
+// Largest difference of a column's results, relative to the sum of its terms' sizes.
+double error_of_column(const Case& c, const QuantizedRows& weights, const float* x, int32_t expert,
+                       const float* y) {
+    double worst = 0.0;
+    for (int32_t row = 0; row < c.n_rows; ++row) {
+        const float* w = weights.dequantized.data() + (int64_t{expert} * c.n_rows + row) * c.n_values;
+        double sum = 0.0, size = 0.0;
+        for (int32_t i = 0; i < c.n_values; ++i) {
+            sum += static_cast<double>(w[i]) * x[i];
+            size += std::fabs(static_cast<double>(w[i]) * x[i]);
+        }
+        const double error = std::fabs(y[row] - sum) / std::max(size, 1e-300);
+        if (!(error <= worst)) worst = error;  // a NaN too
+    }
+    return worst;
+}
+
+template <typename Format, typename T>
+void check_case(ggml_type type, const Case& c) {
+    CAPTURE(ggml_type_name(type));
+    CAPTURE(c.n_rows);
+    CAPTURE(c.n_values);
+    const QuantizedRows weights(type, int64_t{c.n_experts} * c.n_rows, c.n_values, 1);
+    std::vector<float> x = random_values(static_cast<size_t>(c.n_x()) * c.n_values, 2);
+    for (int32_t i = 0; i < c.n_values; ++i) {  // beyond float16's range, and close to nothing
+        x[i] *= 1e9f;
+        x[c.n_values + i] *= 1e-20f;
+    }
+    const std::vector<int32_t> ids = choose_experts(c);
+    const std::vector<float> y = run<Format, T>(c, weights.bytes, x, ids, Order::forward);
+    for (const Order order : kOrders) {
+        const std::vector<float> other = run<Format, T>(c, weights.bytes, x, ids, order);
+        CHECK(std::equal(y.begin(), y.end(), other.begin()));
+    }
+    for (int32_t column = 0; column < c.n_columns(); ++column) {
+        const int32_t row = c.per_token ? column / c.n_used : column;
+        const double error = error_of_column(c, weights, x.data() + int64_t{row} * c.n_values, ids[column],
+                                             y.data() + int64_t{column} * c.n_rows);
+        CHECK(error < 0x1p-11);  // x is rounded to 11 bits, and nothing else
+    }
+}
+
+}  // namespace
+
+TEST_CASE("expert matmul: every format at awkward shapes") {
+    // Rows that don't fill a tile, experts with no, few and many columns, an odd number of chunks.
+    check_case<Q4K, Tile<Q4K, 2, 2, 2, 2>>(GGML_TYPE_Q4_K, {5, 72, 512, 13, 2, true});
+    check_case<Q4K, Tile<Q4K, 2, 1, 3, 3>>(GGML_TYPE_Q4_K, {3, 40, 768, 11, 2, false});
+    check_case<Q6K, Tile<Q6K, 2, 1, 2, 2>>(GGML_TYPE_Q6_K, {3, 40, 768, 9, 2, false});
+    check_case<Q6K, Tile<Q6K, 1, 2, 3, 2>>(GGML_TYPE_Q6_K, {1, 33, 256, 30, 1, true});
+    check_case<Q80, Tile<Q80, 2, 1, 2, 3>>(GGML_TYPE_Q8_0, {4, 37, 352, 9, 3, true});
+    check_case<Q80, Tile<Q80, 2, 2, 3, 2>>(GGML_TYPE_Q8_0, {2, 64, 32, 20, 1, false});
+}
+
+TEST_CASE("expert matmul: a column's result depends neither on its tile nor on other columns") {
+    const Case few = {2, 24, 512, 9, 1, true};
+    const QuantizedRows weights(GGML_TYPE_Q4_K, 2 * 24, 512, 3);
+    const std::vector<float> x = random_values(9 * 512, 4);
+    const std::vector<int32_t> ids(9, 1);
+    const auto together = run<Q4K, Tile<Q4K, 2, 1, 2, 2>>(few, weights.bytes, x, ids, Order::forward);
+    const auto other_tile = run<Q4K, Tile<Q4K, 1, 2, 1, 2>>(few, weights.bytes, x, ids, Order::forward);
+    CHECK(together == other_tile);
+    const std::vector<float> last(x.end() - 512, x.end());
+    const auto alone =
+        run<Q4K, Tile<Q4K, 2, 1, 2, 2>>({2, 24, 512, 1, 1, true}, weights.bytes, last, {1}, Order::forward);
+    CHECK(std::equal(alone.begin(), alone.end(), together.end() - 24));
+}
+
+TEST_CASE(
+    "expert matmul: NaN and infinity stay in their column, zeros give zeros, a wrong id gives nothing") {
+    const Case c = {2, 16, 256, 5, 1, true};
+    const QuantizedRows weights(GGML_TYPE_Q6_K, 2 * 16, 256, 3);
+    std::vector<float> x = random_values(5 * 256, 4);
+    x[7] = NAN;
+    x[256 + 9] = std::numeric_limits<float>::infinity();
+    std::fill_n(x.begin() + 2 * 256, 256, 0.0f);
+    const auto y = run<Q6K, Tile<Q6K, 1, 1, 2, 2>>(c, weights.bytes, x, {0, 0, 0, 0, 7}, Order::forward);
+    for (int row = 0; row < 16; ++row) {
+        CHECK(std::isnan(y[row]));
+        CHECK_FALSE(std::isfinite(y[16 + row]));
+        CHECK(y[2 * 16 + row] == 0.0f);
+        CHECK(std::isfinite(y[3 * 16 + row]));
+        CHECK(std::isnan(y[4 * 16 + row]));  // as it was
+    }
+}
+
+TEST_CASE("expert matmul: every barrier and every mask is needed") {
+    const Case c = {3, 40, 768, 12, 2, true};
+    const QuantizedRows weights(GGML_TYPE_Q4_K, 3 * 40, 768, 3);
+    std::vector<float> x = random_values(12 * 768, 4);
+    for (int token = 0; token < 12; ++token)
+        x[token * 768 + 70 * token % 768] = 1000.0f;  // one thread's to see
+    const std::vector<int32_t> ids = choose_experts(c);
+    const auto result = [&](Order order) {
+        return run<Q4K, Tile<Q4K, 2, 1, 2, 2>>(c, weights.bytes, x, ids, order);
+    };
+    const std::vector<float> expected = result(Order::forward);
+    for (const emulation::Mutation& mutation : emulation::mutations_of([&] { result(Order::forward); })) {
+        CAPTURE(mutation.text());
+        CHECK_FALSE(emulation::survives(mutation, [&] {
+            return std::all_of(std::begin(kOrders), std::end(kOrders),
+                               [&](Order order) { return result(order) == expected; });
+        }));
+    }
+}
+
+}  // namespace testing
+}  // namespace pydiffusion
