@@ -214,7 +214,7 @@ class Bench:
             figures["matmul"][name] = _native.measure_matrix_rate(threads, name, last)
         return figures
 
-    def load(self, n_cpu_moe: int | None = None) -> Figures:
+    def load(self, n_cpu_moe: int | None = None, kernels: str = "auto") -> Figures:
         a = self.arguments
         self.model = self.session = None  # frees the memory of an earlier load
         self.n_ctx = max([*a.prompts, a.answer[0] + a.answer[1], a.peaked_prompt]) + 2 * 256
@@ -223,7 +223,8 @@ class Bench:
         self.free_before = self.free_bytes()
         seconds, self.model = timed(
             lambda: _native.Model(
-                str(self.file), a.threads, n_ctx=self.n_ctx, progress=self.require_time, **self.request
+                str(self.file), a.threads, n_ctx=self.n_ctx, kernels=kernels, progress=self.require_time,
+                **self.request,
             )
         )
         used_by_model = self.used_since_start()
@@ -237,6 +238,7 @@ class Bench:
             "n_weights": d["n_weights"],
             "weight_types": d["weight_types"],
             "kv_type": d["kv_type"],
+            "kernels": d["kernels"],
             "canvas": self.model.canvas_length,
             "n_ctx": self.n_ctx,
             "plan": planned.to_dict(),
@@ -377,6 +379,20 @@ class Bench:
             "total": figures["total"],
         }
 
+    def ggml_kernels(self, prompt: int) -> Figures:
+        """Load the model again without kernels of our own for expert matmuls, and time steps."""
+        ours = self.model.description["kernels"]
+        if ours == "ggml":
+            raise Skipped("the device has no kernels of ours")
+        before = self.step_by_prompt.get(prompt)
+        loaded = self.load(kernels="ggml")
+        prefill = self.encode(prompt)
+        figures = self.time_steps(self.n_timed())
+        return {
+            "prompt": prompt, "load": loaded["load"], "prefill": prefill, **figures, "with_ours": before,
+            "used": self.used_since_start(),
+        }  # fmt: skip
+
     def cpu_experts(self, n_layers: int, prompt: int) -> Figures:
         """Load the model again with the experts of some layers on the CPU, and time a few steps."""
         if not self.single_device:
@@ -413,6 +429,7 @@ def cost_of(name: str, bench: Bench, prompts: Sequence[int] = ()) -> float:
         "machine": 1.0, "rates": 4.0, "load": 1 + 20 * scale, "first-step": 1 + 4 * scale,
         "peaked": 5 + 2 * step + timed_steps, "answer": answer, "determinism": 1.3 * answer,
         "graphs-off": 8 + 30 * scale + timed_steps,
+        "ggml-kernels": 3 + 25 * scale + 2 * timed_steps,
         "cpu-experts": 3 + 25 * scale + 8 * (step + 0.3 * scale * a.cpu_experts),
     }  # fmt: skip
     return fixed[kind]

@@ -16,8 +16,8 @@ from typing import Any
 Entry = dict[str, Any]
 
 MEASUREMENTS = (
-    "machine", "rates", "load", "first-step", "steps", "peaked", "answer", "determinism", "graphs-off",
-    "cpu-experts", "step-kernels",
+    "machine", "rates", "load", "first-step", "steps", "peaked", "answer", "determinism",
+    "ggml-kernels", "graphs-off", "cpu-experts", "step-kernels",
 )  # fmt: skip
 _HEADER = ("when", "finding", "commit", "shape", "type", "variant", "ok", "took", "seconds", "begun")
 _CHECKED = ("call", "file", "what", "test")  # keys that identify a check, besides its finding's name
@@ -378,6 +378,11 @@ def comparisons(found: Findings) -> str:
                 f"- {label(entry)}, {entry['finding']}: {ms(entry['step'])} ms per step compared to "
                 f"{ms(with_graphs[0]['step'])} (ratio {ratio:.3f})."
             )
+    for entry in found.of("ggml-kernels"):
+        compared = "" if entry["with_ours"] is None else (
+            f" compared to {ms(entry['with_ours'])} (ratio {entry['step'] / entry['with_ours']:.3f})"
+        )  # fmt: skip
+        lines.append(f"- {label(entry)}: expert matmuls by ggml: {ms(entry['step'])} ms per step{compared}.")
     for entry in found.of("cpu-experts"):
         compared = "" if entry["per_layer"] is None else (
             f" compared to {ms(entry['all_on_gpu'])}: {ms(entry['per_layer'])} per layer"

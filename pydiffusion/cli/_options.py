@@ -127,7 +127,10 @@ RUNTIME: dict[str, Any] = {
     ],
     "kernels": Annotated[
         str | None,
-        typer.Option(help="CPU matmul kernels: ggml, avx512-bf16 or amx. [default: the fastest available]"),
+        typer.Option(
+            help="Matmul kernels: on the CPU ggml, avx512-bf16 or amx; on a GPU ggml for ggml's alone. "
+            "[default: the fastest available]"
+        ),
     ],
     "cache_type": Annotated[
         str | None,

@@ -101,6 +101,33 @@ def test_attention_kernel(
         assert worst <= (SUMS_BOUND if exact_sums else ATTENTION_BOUND[kv_type])
 
 
+#: Types with expert matmuls of our own.
+OWN_TYPES = ("Q4_K", "Q6_K", "Q8_0")
+
+
+@pytest.mark.parametrize("kernels", ["auto", "ggml"])
+@pytest.mark.parametrize("type", [*OWN_TYPES, "Q5_K", "F32"])
+def test_expert_matmul(device: str, type: str, kernels: str, report: Callable[[str], None]) -> None:
+    """Experts with no, few and many of the tokens, rows that fill no tile, against dequantized weights in
+    float64: ours rounds activations to 11 bits, ggml's to 8 in blocks.
+    """
+    rng = np.random.default_rng(4)
+    n_experts, n_rows, n_inner, n_tokens, n_used = 16, 200, 768, 70, 4
+    w = rng.normal(size=(n_experts * n_rows, n_inner)).astype(np.float32)
+    rows = _native.quantize_rows(w, type)
+    w = _native.dequantize_rows(rows, type, n_inner).astype(np.float64).reshape(n_experts, n_rows, n_inner)
+    x = rng.normal(size=(n_tokens, n_inner)).astype(np.float32)
+    chosen = np.array([rng.permutation(n_experts - 1)[:n_used] for _ in range(n_tokens)], np.int32)
+    chosen[:40] = chosen[0]
+    found = _native.testing.matmul(kernels, rows, type, x, chosen, n_experts, device=device)
+    found = found.reshape(n_tokens, n_used, n_rows)
+    expected = np.einsum("turi,ti->tur", w[chosen], x.astype(np.float64))
+    error = np.abs(found - expected).mean() / np.abs(expected).mean()
+    report(f"device {device}, expert matmul of {type}, kernels {kernels}: {error:.1e} of the mean")
+    ours = device != "host" and kernels == "auto" and type in OWN_TYPES
+    assert error <= (1e-3 if ours else 1e-5 if type == "F32" else 2e-2)
+
+
 #: Twice what was measured on the CPU, on results of up to 4. There ggml accumulates float16 in float16, and
 #: rounds queries where keys have 8 bits; its kernel breaks ties of 8 bits otherwise than its quantizer.
 ATTENTION_BOUND = {"f16": 2e-2, "q8_0": 6e-2}

@@ -18,6 +18,8 @@ using namespace cuda;
 template <typename Format>
 using ExpertTile = Tile<Format, 4, Format::kAligned ? 2 : 1, 3, 2>;
 
+constexpr int64_t kMinChunks = 6;  // of a block
+
 // Fewer tokens are left to ggml, whose kernels for them read each weight once and unpack nothing to shared
 // memory.
 constexpr int64_t kMinTokens = 9;
@@ -52,6 +54,8 @@ bool multiply_experts(ggml_backend_cuda_context& ctx, const ggml_tensor* weights
         static_cast<int64_t>(weights->nb[2]) > INT_MAX || n_x * n_chunks * kXChunkBytes > INT_MAX ||
         n_tiles > USHRT_MAX)
         return false;
+    // A block copies the next chunk while it computes: short rows give it several tiles.
+    const int64_t n_row_tiles = std::max<int64_t>(1, kMinChunks / n_chunks);
     Scratch scratch(ctx.pool(), n_x, n_chunks, n_columns, n_tiles);
     const cudaStream_t stream = ctx.stream();
     const int64_t x_stride = (x->ne[1] == 1 ? x->nb[2] : x->nb[1]) / sizeof(float);
@@ -70,6 +74,7 @@ bool multiply_experts(ggml_backend_cuda_context& ctx, const ggml_tensor* weights
                                        static_cast<int32_t>(weights->nb[1]),
                                        static_cast<int32_t>(n_rows),
                                        static_cast<int32_t>(n_chunks),
+                                       static_cast<int32_t>(n_row_tiles),
                                        scratch.x.get(),
                                        scratch.x_scale.get(),
                                        static_cast<float*>(dst->data),

@@ -1,0 +1,130 @@
+// Preparation of expert matmuls: activations as float16, and columns (a token and one of its experts each) by
+// expert.
+#pragma once
+
+#include <cfloat>
+#include <cstdint>
+
+#include "backend/cuda/weight_formats.cuh"
+
+namespace pydiffusion::cuda {
+
+// Columns that share a tile: `columns[begin ... begin + n)` with the weights of one expert.
+struct ColumnTile {
+    int32_t expert, begin, n;
+};
+
+namespace {  // kernels
+
+constexpr int kToHalfThreads = 256;
+constexpr int kXChunkBytes = 2 * kChunk + 4 * kSixteens;
+
+__device__ __forceinline__ float low_half(uint32_t pair) {
+    return half_to_float(static_cast<uint16_t>(pair));
+}
+__device__ __forceinline__ float high_half(uint32_t pair) {
+    return half_to_float(static_cast<uint16_t>(pair >> 16));
+}
+
+// Writes a row of x as float16 times a power of two that brings its maximum to [2^13, 2^14), so that any
+// finite row fits. A chunk of the result, kXChunkBytes: the 256 values in the order in which the threads of a
+// quad read them, then the sums of each 16, divided by kSumScale, as the nearest float16, then what this
+// lacks. Zeros follow n_values.
+__global__ void __launch_bounds__(kToHalfThreads)
+    to_half(const float* x, int64_t stride, int32_t n_values, int32_t n_chunks, unsigned char* out,
+            float* scales) {
+    __shared__ float maxima[kToHalfThreads / 32];
+    const float* row = x + blockIdx.x * stride;
+    float maximum = 0.0f;
+    for (int i = threadIdx.x; i < n_values; i += kToHalfThreads) maximum = fmaxf(maximum, fabsf(row[i]));
+    for (int offset = 16; offset > 0; offset /= 2)
+        maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
+    if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = maximum;
+    __syncthreads();
+    for (int i = 0; i < kToHalfThreads / 32; ++i) maximum = fmaxf(maximum, maxima[i]);
+    int exponent = 0;
+    if (maximum > 0.0f && maximum <= FLT_MAX) frexpf(maximum, &exponent);
+    exponent = exponent < -100 ? -100 : exponent;
+    const float factor = ldexpf(1.0f, 14 - exponent);
+    out += static_cast<int64_t>(blockIdx.x) * n_chunks * kXChunkBytes;
+    // Four values a thread; kToHalfThreads is a multiple of a chunk's 64 fours, so that no warp diverges.
+    for (int four = threadIdx.x; four < n_chunks * kChunk / 4; four += kToHalfThreads) {
+        float v[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) v[j] = 4 * four + j < n_values ? row[4 * four + j] * factor : 0.0f;
+        const uint2 pairs = make_uint2(half2_of(v[0], v[2]), half2_of(v[1], v[3]));
+        float sum = low_half(pairs.x) + low_half(pairs.y) + (high_half(pairs.x) + high_half(pairs.y));
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        sum /= kSumScale;
+        unsigned char* chunk = out + four / 64 * kXChunkBytes;
+        const int in_chunk = four % 64, t = four % 4, sixteen = four / 4 % 2;
+        *reinterpret_cast<uint2*>(chunk + in_chunk / 8 * 64 + 16 * t + 8 * sixteen) = pairs;
+        if (t == 0) {
+            const uint32_t nearest = half2_of(sum, sum);
+            uint16_t* sums = reinterpret_cast<uint16_t*>(chunk + 2 * kChunk);
+            sums[in_chunk / 4] = static_cast<uint16_t>(nearest);
+            const float rest = sum - low_half(nearest);
+            sums[kSixteens + in_chunk / 4] = static_cast<uint16_t>(half2_of(rest, rest));
+        }
+    }
+    if (threadIdx.x == 0) scales[blockIdx.x] = ldexpf(1.0f, exponent - 14);
+}
+
+constexpr int kGroupThreads = 1024, kMaxExperts = 1024;
+
+// Sorts the columns (token, slot) by selected expert and cuts each expert's into tiles of at most `tile`. One
+// block. ids [n_tokens][stride], the first n_used of each row. An id outside [0, n_experts) gets no column.
+__global__ void __launch_bounds__(kGroupThreads)
+    group_columns(const int32_t* ids, int64_t stride, int32_t n_used, int32_t n_tokens, int32_t n_experts,
+                  int32_t tile, int32_t* columns, ColumnTile* tiles, int32_t* n_tiles) {
+    __shared__ int32_t counts[kMaxExperts], next[kMaxExperts];
+    __shared__ int32_t column_sums[32], tile_sums[32];
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    counts[thread] = 0;
+    __syncthreads();
+    const int32_t n = n_tokens * n_used;
+    for (int32_t c = thread; c < n; c += kGroupThreads) {
+        const int32_t expert = ids[c / n_used * stride + c % n_used];
+        if (static_cast<uint32_t>(expert) < static_cast<uint32_t>(n_experts)) atomicAdd(&counts[expert], 1);
+    }
+    __syncthreads();
+    // Exclusive sums of columns and tiles over the experts.
+    const int32_t own = counts[thread], own_tiles = (own + tile - 1) / tile;
+    int32_t sum = own, tile_sum = own_tiles;
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const int32_t a = __shfl_up_sync(0xffffffffu, sum, offset);
+        const int32_t b = __shfl_up_sync(0xffffffffu, tile_sum, offset);
+        if (lane >= offset) {
+            sum += a;
+            tile_sum += b;
+        }
+    }
+    if (lane == 31) {
+        column_sums[warp] = sum;
+        tile_sums[warp] = tile_sum;
+    }
+    __syncthreads();
+    for (int w = 0; w < warp; ++w) {
+        sum += column_sums[w];
+        tile_sum += tile_sums[w];
+    }
+    const int32_t first = sum - own, first_tile = tile_sum - own_tiles;
+    next[thread] = first;
+    if (thread == kGroupThreads - 1) *n_tiles = tile_sum;
+    for (int32_t i = 0; i < own_tiles; ++i) {
+        const int32_t left = own - i * tile;
+        tiles[first_tile + i] = {thread, first + i * tile, left < tile ? left : tile};
+    }
+    __syncthreads();
+    // The order within an expert is that of arrival; a column's result doesn't depend on it.
+    for (int32_t c = thread; c < n; c += kGroupThreads) {
+        const int32_t expert = ids[c / n_used * stride + c % n_used];
+        if (static_cast<uint32_t>(expert) < static_cast<uint32_t>(n_experts))
+            columns[atomicAdd(&next[expert], 1)] = c;
+    }
+}
+
+}  // namespace
+
+}  // namespace pydiffusion::cuda
