@@ -122,7 +122,7 @@ def test_types_without_a_kernel(
     convert(folder, embedding, "f32", tensor_types={"token_embd": "tq2_0"})
     with pytest.raises(
         UnsupportedModelError,
-        match=r"tq2_0, which is not supported on host.*--tensor-type token_embd.weight=q6_k",
+        match=rf"tq2_0, which is not supported on {device}.*--tensor-type token_embd.weight=q6_k",
     ):
         open_on(embedding, device)
 

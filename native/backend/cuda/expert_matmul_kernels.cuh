@@ -38,6 +38,9 @@ struct Tile {
     static constexpr int kStageBytes = kWeightBytes + kXBytes;
     static constexpr int kTableBytes = kRows * static_cast<int>(sizeof(Table<Format::kScales>));
     static constexpr int kSharedBytes = kStages * kStageBytes + kTableBytes + 4 * kColumns;
+    // Blocks that a Hopper multiprocessor's shared memory (228 KB, 1 of a block CUDA's own) has room for; registers
+    // are limited so that they have room too.
+    static constexpr int kBlocks = 228 * 1024 / (kSharedBytes + 1024);
 };
 
 // What a block works on, and its shared memory.
@@ -318,7 +321,7 @@ __device__ __forceinline__ void multiply_parts(const Block<Format, T>& block) {
 
 // grid: (tiles of rows / n_row_tiles, at least as many tiles of columns as there are)
 template <typename Format, typename T>
-__global__ void __launch_bounds__(T::kThreads) expert_matmul(const MatmulArguments a) {
+__global__ void __launch_bounds__(T::kThreads, T::kBlocks) expert_matmul(const MatmulArguments a) {
     if (static_cast<int32_t>(blockIdx.y) >= *a.n_tiles) return;
     const ColumnTile tile = a.tiles[blockIdx.y];
     unsigned char* shared = dynamic_shared();
