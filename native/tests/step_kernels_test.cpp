@@ -75,6 +75,18 @@ TEST_CASE("measure_rows: the host's backend, and the distribution in double prec
     }
 }
 
+TEST_CASE("measure_rows: a token with mass, if rounding leaves none") {
+    for (const int64_t n_vocab : {33, 1023, 3000}) {
+        CAPTURE(n_vocab);
+        const std::vector<float> logits = random_values(n_vocab, 1);
+        const auto argmax = std::max_element(logits.begin(), logits.end()) - logits.begin();
+        // Of 33 tokens the last warp, which draws, has none.
+        const auto expected = static_cast<int32_t>(n_vocab == 33 ? argmax : n_vocab - 1);
+        for (const Order order : orders())
+            CHECK(run_measure(order, logits, n_vocab, 0.7f, {1.5f}).measures[0].sampled == expected);
+    }
+}
+
 TEST_CASE("measure_rows: a whole vocabulary") {
     constexpr int64_t n_vocab = 262144;
     const std::vector<float> logits = random_values(n_vocab, 3, 4.0f), u = {0.6f};
