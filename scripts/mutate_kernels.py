@@ -1,7 +1,8 @@
 """Mutate the CUDA kernels' source line by line, and see whether their tests notice.
 
     cmake --preset test && cmake --build --preset test
-    python scripts/mutate_kernels.py [--build build/test] [--header backend/cuda/step_kernels.cuh] [--test NAME]
+    python scripts/mutate_kernels.py [--build build/test] [--header backend/cuda/step_kernels.cuh]
+        [--test NAME] [--only PATTERN]
 
 Barriers are removed and masks and bounds changed, one at a time; the test (of native/tests/NAME_test.cpp) is
 compiled with the mutated header and run by the emulation. With ``--build build/asan`` also an access out of
@@ -35,9 +36,6 @@ MUTATIONS = (
     (r"31 - __clz\((\w+)\)", r"__ffs(\1) - 1"),
     (r"(\b(?:i|c|r|base|lane|warp|threadIdx\.x)) < ", r"\1 <= "),
     (r"(\b(?:i|c|r|lane|begin)) >= ", r"\1 > "),
-    (r"\blane == 0\b", "lane == 1"),
-    (r"\bthreadIdx\.x == 0\b", "threadIdx.x == 32"),
-    (r"\bwarp != 0\b", "warp != 1"),
 )  # fmt: skip
 
 
@@ -86,7 +84,7 @@ class Build:
         self.link = [w for w in words if not w.endswith("_test.cpp.o")]
 
     def outcome(self, header: str, mutant: Mutant, seconds: float) -> str:
-        """What becomes of the mutant: "survived", or how it was noticed."""
+        """Either "survived", or how the mutant was noticed."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / header).parent.mkdir(parents=True)
@@ -99,7 +97,9 @@ class Build:
             link = [str(program) if w.endswith("/pydiffusion_tests") else w for w in self.link]
             subprocess.run([*link[:1], str(made), *link[1:]], cwd=self.folder, check=True)
             try:
-                run = subprocess.run([str(program)], capture_output=True, timeout=seconds, check=False)
+                run = subprocess.run(
+                    [str(program), "--abort-after=1"], capture_output=True, timeout=seconds, check=False
+                )
             except subprocess.TimeoutExpired:
                 return "noticed: does not end"
             return f"noticed: exit code {run.returncode}" if run.returncode else "survived"
@@ -110,14 +110,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "test")
     parser.add_argument("--header", default="backend/cuda/step_kernels.cuh")
     parser.add_argument("--test", default="step_kernels")
+    parser.add_argument("--only", default="", help="mutants whose changed line matches this pattern")
     parser.add_argument("--seconds", type=float, default=300, help="for each run")
     options = parser.parse_args(arguments)
     build = Build(options.build.resolve(), options.test)
     n_survived = 0
     for mutant in mutants((ROOT / "native" / options.header).read_text(encoding="utf-8")):
+        if not re.search(options.only, mutant.after):
+            continue
         outcome = build.outcome(options.header, mutant, options.seconds)
         n_survived += outcome == "survived"
-        print(f"{options.header}:{mutant.line}: {outcome}\n    {mutant.before}\n    {mutant.after}", flush=True)
+        print(
+            f"{options.header}:{mutant.line}: {outcome}\n    {mutant.before}\n    {mutant.after}", flush=True
+        )
     print(f"{n_survived} survived")
     return 1 if n_survived else 0
 

@@ -102,6 +102,8 @@ RULES = (
         allowed=(
             ("native/backend/*", r"", "of SIMD vectors and warps"),
             ("native/tests/*", r"", "of warps"),
+            ("scripts/mutate_kernels.py", r"", "of warps"),
+            ("docs/dev/gpu-kit.md", r"lanes of a mask|highest lane|the other lanes'", "of warps"),
             ("native/sampler/logits.cpp", r"", "of SIMD vectors"),
             ("native/quantization/quantize.cpp", r"", "of SIMD vectors"),
             ("native/util/simd_math.h", r"", "of SIMD vectors"),
@@ -140,7 +142,7 @@ RULES = (
     Rule("row_ops", r"\brow_ops\b", "fused_rows"),
     Rule("machine_rates", r"machine_rates", "roofline"),
     Rule("StepKernels", r"\bStepKernels\b|\bstep_kernels\b", "StepBackend",
-         allowed=(("native/*", r"step_kernels", "files of the CUDA kernels"),)),
+         allowed=(("*", r"step_kernels", "files of the CUDA kernels"),)),
     Rule(
         "Hyperparameters",
         r"\b(?:struct|class|const) Hyperparameters\b|\bHyperparameters[&*>({:`]"

@@ -28,12 +28,25 @@ set_property(SOURCE ${emulation_sources} APPEND PROPERTY COMPILE_OPTIONS -fno-sa
 if(NOT PYDIFFUSION_SANITIZE STREQUAL "thread")
     add_emulation_tests(pydiffusion_tests "")
 endif()
-# The same under ThreadSanitizer, which sees races between the threads of a block.
-if(NOT PYDIFFUSION_SANITIZE OR PYDIFFUSION_SANITIZE STREQUAL "thread")
+# The same under ThreadSanitizer, which sees races between the threads of a block. It works in a layout of memory that
+# a kernel may not give it at random.
+if(CMAKE_SYSTEM_NAME STREQUAL "Linux" AND (NOT PYDIFFUSION_SANITIZE OR PYDIFFUSION_SANITIZE STREQUAL "thread"))
+    include(CheckCXXSourceCompiles)
+    set(CMAKE_REQUIRED_FLAGS -fsanitize=thread)
+    check_cxx_source_compiles("int main() {}" PYDIFFUSION_HAS_THREAD_SANITIZER)
+    unset(CMAKE_REQUIRED_FLAGS)
+    if(NOT PYDIFFUSION_HAS_THREAD_SANITIZER)
+        message(FATAL_ERROR "the C++ tests need ThreadSanitizer, which the compiler can't link: install it "
+            "(Fedora: dnf install libtsan)")
+    endif()
     add_executable(pydiffusion_race_tests main.cpp cuda_emulation/race_options.cpp)
     target_compile_options(pydiffusion_race_tests PRIVATE -fsanitize=thread -O2)
     target_link_options(pydiffusion_race_tests PRIVATE -fsanitize=thread)
     target_link_libraries(pydiffusion_race_tests PRIVATE doctest::doctest pydiffusion_native)
     target_enable_warnings(pydiffusion_race_tests)
+    execute_process(COMMAND setarch -R true RESULT_VARIABLE no_setarch OUTPUT_QUIET ERROR_QUIET)
+    if(NOT no_setarch)
+        set_property(TARGET pydiffusion_race_tests PROPERTY CROSSCOMPILING_EMULATOR setarch -R)
+    endif()
     add_emulation_tests(pydiffusion_race_tests races_)
 endif()

@@ -61,6 +61,11 @@ __global__ void some_reach_the_barrier() {
     if (threadIdx.x >= 40) __ballot_sync(kAll, true);
 }
 
+__global__ void some_end_before_the_barrier() {
+    if (threadIdx.x == 50) return;
+    __syncthreads();
+}
+
 __global__ void two_barriers() {
     if (threadIdx.x % 2 == 0) {
         __syncthreads();
@@ -174,8 +179,10 @@ TEST_CASE("emulation: errors name the line, the block and the thread") {
     for (const Order order : kOrders) {
         const std::string barrier = error_in(96, order, some_reach_the_barrier);
         CHECK(contains(barrier, "some_reach_the_barrier (cuda_emulation_test.cpp:"));
-        CHECK(contains(barrier, "block (0, 0, 0), thread ("));
+        CHECK(contains(barrier, "block (0, 0, 0), thread (40, 0, 0): "));
         CHECK(contains(barrier, "deadlock: lanes 0x000000ff of the mask 0xffffffff never arrive"));
+        CHECK(contains(error_in(64, order, some_end_before_the_barrier),
+                       "thread (0, 0, 0): a barrier while thread (50, 0, 0) has ended"));
         CHECK(contains(error_in(32, order, two_barriers), "waits at another, two_barriers"));
         CHECK(contains(error_in(32, order, lane_that_ended), "lane 3 of the mask 0xffffffff has ended"));
         CHECK(contains(error_in(32, order, different_masks), "mask"));

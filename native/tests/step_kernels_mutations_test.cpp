@@ -38,11 +38,12 @@ TEST_CASE("every barrier and every mask of the step kernels is needed") {
     int n_barriers = 0;
     for (const Mutation& mutation : mutations) {
         CAPTURE(mutation.text());
+        if (mutation.fault == Fault::no_barrier) ++n_barriers;
+        if (kDetectsRaces && mutation.fault != Fault::no_barrier) continue;  // no race, and a fork takes long
         CHECK_FALSE(emulation::survives(mutation, [&] {
             return std::all_of(std::begin(kOrders), std::end(kOrders),
                                [&](Order order) { return results(order) == expected; });
         }));
-        if (mutation.fault == Fault::no_barrier) ++n_barriers;
     }
     CHECK(n_barriers == 3);
     CHECK(mutations.size() == 15);

@@ -75,6 +75,18 @@ TEST_CASE("measure_rows: the host's backend, and the distribution in double prec
     }
 }
 
+TEST_CASE("measure_rows: a token with mass, if rounding leaves none") {
+    for (const int64_t n_vocab : {33, 1023, 3000}) {
+        CAPTURE(n_vocab);
+        const std::vector<float> logits = random_values(n_vocab, 1);
+        const auto argmax = std::max_element(logits.begin(), logits.end()) - logits.begin();
+        // Of 33 tokens the last warp, which draws, has none.
+        const auto expected = static_cast<int32_t>(n_vocab == 33 ? argmax : n_vocab - 1);
+        for (const Order order : orders())
+            CHECK(run_measure(order, logits, n_vocab, 0.7f, {1.5f}).measures[0].sampled == expected);
+    }
+}
+
 TEST_CASE("measure_rows: a whole vocabulary") {
     constexpr int64_t n_vocab = 262144;
     const std::vector<float> logits = random_values(n_vocab, 3, 4.0f), u = {0.6f};
@@ -126,8 +138,8 @@ TEST_CASE("find_mass: plain loops, bit by bit, in every order") {
             }
         }
     }
-    CHECK(n_gathered > 5);
-    CHECK(n_dense > 5);
+    CHECK(n_gathered >= 3);
+    CHECK(n_dense >= 3);
 }
 
 TEST_CASE("find_mass: a whole vocabulary") {
@@ -168,7 +180,7 @@ TEST_CASE("pack_lists: lists one after the other") {
 TEST_CASE("add_gathered: in the order of the list, in parts") {
     const std::vector<int32_t> first = {0, 3, 3, 40, 41};
     constexpr int32_t part = 16;
-    for (const int64_t d : {1, 255, 256, 257, 700}) {
+    for (const int64_t d : {1, 255, 256, 257, 2816}) {
         CAPTURE(d);
         const std::vector<float> rows = random_values(41 * d, 1), weights = random_values(41, 2);
         std::vector<float> expected(4 * d, 0.5f);
@@ -230,7 +242,8 @@ TEST_CASE("dense_probabilities and scatter_rows: the positions named, and no oth
 }
 
 TEST_CASE("fill_row: one token of the row, nothing behind it") {
-    for (const int64_t n : {1, 255, 256, 257, 3000}) {
+    for (const int64_t n : {1, 255, 256, 257, 3000, 262144}) {
+        if (kDetectsRaces && n > 3000) break;
         for (const Order order : orders()) {
             const Matrix row(n, 1, random_values(n, 1));
             make_host_step_backend()->pin(row.tensor, 0, static_cast<int32_t>(n - 1), 5.0f);

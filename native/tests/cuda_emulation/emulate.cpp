@@ -105,6 +105,7 @@ class Block {
     bool pass(int warp, Order order, std::mt19937& random);
     void wait(State state);
     void open_barrier();
+    [[noreturn]] void fail_waiting(const Thread& thread) const;
     void abort();
     void require_same(const Thread& own, const Thread& other) const;
     void complete(const Thread& last);
@@ -247,32 +248,39 @@ bool Block::pass(int warp, Order order, std::mt19937& random) {
 
 // No thread can go on: they all wait at the same barrier, or for ever.
 void Block::open_barrier() {
-    const Thread* first = nullptr;
-    for (int i = 0; i < n_threads_; ++i) {
-        const Thread& thread = *threads_[i];
-        running_ = threads_[i].get();
-        if (thread.state == State::at_collective) {
-            uint32_t missing = thread.mask;
-            for (int lane = 0; lane < kLanes; ++lane) {
-                if (!(thread.mask >> lane & 1)) continue;
-                const Thread& other = lane_of(thread, lane);
-                if (other.state == State::at_collective && same_line(other.site, thread.site))
-                    missing &= ~(1u << lane);
-            }
-            fail("deadlock: lanes " + hex(missing) + " of the mask " + hex(thread.mask) + " never arrive",
-                 thread.site);
-        }
-        if (thread.state != State::at_barrier) continue;
-        if (!first) first = &thread;
-        if (!same_line(first->site, thread.site))
-            fail("a barrier while thread " + text_of(first->index) + " waits at another, " +
-                     where(first->site),
-                 thread.site);
+    const auto begin = threads_.begin(), end = begin + n_threads_;
+    const auto in_state = [&](State state) {
+        const auto found =
+            std::find_if(begin, end, [&](const auto& thread) { return thread->state == state; });
+        return found == end ? nullptr : found->get();
+    };
+    if (Thread* thread = in_state(State::at_collective)) fail_waiting(*thread);
+    Thread& first = *in_state(State::at_barrier);
+    threadIdx = first.index;
+    // The device lets the others pass, but a barrier that only some threads reach is rarely meant.
+    if (const Thread* ended = in_state(State::done))
+        fail("a barrier while thread " + text_of(ended->index) + " has ended", first.site);
+    for (auto thread = begin; thread != end; ++thread) {
+        if (!same_line((*thread)->site, first.site))
+            fail("a barrier while thread " + text_of((*thread)->index) + " waits at another, " +
+                     where((*thread)->site),
+                 first.site);
     }
-    for (int i = 0; i < n_threads_; ++i) {
-        Thread& thread = *threads_[i];
-        if (thread.state == State::at_barrier) thread.state = State::ready;
+    for (auto thread = begin; thread != end; ++thread) (*thread)->state = State::ready;
+}
+
+// The thread waits in a collective for lanes that don't come.
+void Block::fail_waiting(const Thread& thread) const {
+    threadIdx = thread.index;
+    uint32_t missing = thread.mask;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        if (!(thread.mask >> lane & 1)) continue;
+        const Thread& other = lane_of(thread, lane);
+        if (other.state == State::at_collective && same_line(other.site, thread.site))
+            missing &= ~(1u << lane);
     }
+    fail("deadlock: lanes " + hex(missing) + " of the mask " + hex(thread.mask) + " never arrive",
+         thread.site);
 }
 
 void Block::wait(State state) {
