@@ -232,7 +232,7 @@ class Run:
     # Commands
 
     def check(self) -> None:
-        write = self.python(ROOT / "benchmarks/gpu.py", "--write-only", *self.model())
+        write = self.python(ROOT / "benchmarks/gpu.py", "--write-only", *self.model(), *self.types())
         writing = self.start(self.out / "write.txt", write)  # in parallel with the tests
         try:
             self.step("kernels' tests", self.pytest("test_device_kernels.py"), 10)
@@ -248,7 +248,7 @@ class Run:
                 self.step("tests of two devices", tests, 15, GGML_CUDA_DEVICES="2")
         finally:
             end_group(writing)
-            for part in self.options.folder.glob(f".{MODEL}.*.part"):  # left by an aborted writer
+            for part in self.options.folder.glob(".26b-a4b-*.part"):  # left by an aborted writer
                 part.unlink(missing_ok=True)
 
     def pytest(self, *files: str, device: str | None = None) -> list[str]:
@@ -276,7 +276,8 @@ class Run:
     def benchmark(self, name: str, needs: float, *more: str) -> bool:
         """Run benchmarks/gpu.py, with more arguments if given."""
         command = self.python(
-            ROOT / "benchmarks/gpu.py", *self.model(), "--device", self.device, "--results", self.results,
+            ROOT / "benchmarks/gpu.py", *self.model(), *self.types(), "--device", self.device,
+            "--results", self.results,
             "--seconds", max(1.0, self.left() - 2.0), "--commit", self.commit, "--no-page", *more,
         )  # fmt: skip
         return self.step(name, command, needs)
@@ -286,6 +287,9 @@ class Run:
         if self.options.dry_run:
             return ["--shape", "tiny", "--folder", str(self.folder)]
         return ["--shape", "26b-a4b", "--folder", str(self.options.folder)]
+
+    def types(self) -> list[str]:
+        return [] if self.options.dry_run else ["--types", *self.options.types]
 
     def bench(self) -> None:
         self.benchmark("bench", 20, *(["--prompts", "16", "--timed", "2"] if self.options.dry_run else []))
@@ -388,6 +392,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kit", type=Path, default=ROOT / "build/gpu-kit/bundle")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="for models of up to 17 GB")
     parser.add_argument("--device", default="CUDA0")
+    parser.add_argument("--types", nargs="+", default=["q4_k_m"], help="of the 26B's weights, for bench and check")
     parser.add_argument("--commit", help="of the tree, if git is not available")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(argv)

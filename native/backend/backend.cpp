@@ -4,8 +4,8 @@
 #include <cstdlib>
 #include <sstream>
 
-#include "backend/cuda/expert_matmul.h"
 #include "backend/devices.h"
+#include "backend/expert_kernels.h"
 #include "backend/fake_device.h"
 #include "backend/step_backend.h"
 #include "util/error.h"

@@ -31,8 +31,8 @@ struct Case {
     int32_t n_experts, n_rows, n_values, n_tokens, n_used;
     bool per_token;  // x has one row for a token, else one for each of its experts
     int32_t n_row_tiles = 1;
-    int32_t n_columns() const { return n_tokens * n_used; }
-    int32_t n_x() const { return per_token ? n_tokens : n_columns(); }
+    int32_t n_slots() const { return n_tokens * n_used; }
+    int32_t n_x() const { return per_token ? n_tokens : n_slots(); }
     int32_t n_chunks() const { return (n_values + kChunk - 1) / kChunk; }
 };
 
@@ -52,22 +52,22 @@ std::vector<int32_t> choose_experts(const Case& c) {
     return ids;
 }
 
-// [column][row]; NaN where nothing was written
+// [slot][row]; NaN where nothing was written
 template <typename Format, typename T>
 std::vector<float> run(const Case& c, const std::vector<uint8_t>& weights, const std::vector<float>& x,
                        const std::vector<int32_t>& ids, Order order) {
     const DeviceMemory w(weights.size()), half(static_cast<size_t>(c.n_x()) * c.n_chunks() * kXChunkBytes);
     std::copy(weights.begin(), weights.end(), w.data.get());
     const auto row_bytes = static_cast<int32_t>(weights.size() / (c.n_experts * c.n_rows));
-    std::vector<float> x_scale(c.n_x()), y(static_cast<size_t>(c.n_columns()) * c.n_rows, NAN);
-    std::vector<int32_t> columns(c.n_columns()), n_tiles(1);
-    std::vector<ColumnTile> tiles(c.n_experts + c.n_columns() / T::kColumns);
+    std::vector<float> x_scale(c.n_x()), y(static_cast<size_t>(c.n_slots()) * c.n_rows, NAN);
+    std::vector<int32_t> slots(c.n_slots()), n_tiles(1);
+    std::vector<SlotTile> tiles(c.n_experts + c.n_slots() / T::kSlots);
     emulate(dim3(c.n_x()), kToHalfThreads, 0, order, [&] {
         to_half(x.data(), c.n_values, c.n_values, c.n_chunks(), half.data.get(), x_scale.data());
     });
     emulate(dim3(1), kGroupThreads, 0, order, [&] {
-        group_columns(ids.data(), c.n_used, c.n_used, c.n_tokens, c.n_experts, T::kColumns, columns.data(),
-                      tiles.data(), n_tiles.data());
+        group_slots(ids.data(), c.n_used, c.n_used, c.n_tokens, c.n_experts, T::kSlots, slots.data(),
+                    tiles.data(), n_tiles.data());
     });
     CHECK(n_tiles[0] <= static_cast<int32_t>(tiles.size()));
     const MatmulArguments arguments = {w.data.get(),
@@ -80,7 +80,7 @@ std::vector<float> run(const Case& c, const std::vector<uint8_t>& weights, const
                                        half.data.get(),
                                        x_scale.data(),
                                        y.data(),
-                                       columns.data(),
+                                       slots.data(),
                                        tiles.data(),
                                        n_tiles.data(),
                                        c.per_token ? c.n_used : 1};
@@ -90,9 +90,9 @@ std::vector<float> run(const Case& c, const std::vector<uint8_t>& weights, const
     return y;
 }
 
-// Largest difference of a column's results, relative to the sum of its terms' sizes.
-double error_of_column(const Case& c, const QuantizedRows& weights, const float* x, int32_t expert,
-                       const float* y) {
+// Largest difference of a slot's results, relative to the sum of its terms' sizes.
+double error_of_slot(const Case& c, const QuantizedRows& weights, const float* x, int32_t expert,
+                     const float* y) {
     double worst = 0.0;
     for (int32_t row = 0; row < c.n_rows; ++row) {
         const float* w = weights.dequantized.data() + (int64_t{expert} * c.n_rows + row) * c.n_values;
@@ -124,10 +124,10 @@ void check_case(ggml_type type, const Case& c) {
         const std::vector<float> other = run<Format, T>(c, weights.bytes, x, ids, order);
         CHECK(std::equal(y.begin(), y.end(), other.begin()));
     }
-    for (int32_t column = 0; column < c.n_columns(); ++column) {
-        const int32_t row = c.per_token ? column / c.n_used : column;
-        const double error = error_of_column(c, weights, x.data() + int64_t{row} * c.n_values, ids[column],
-                                             y.data() + int64_t{column} * c.n_rows);
+    for (int32_t slot = 0; slot < c.n_slots(); ++slot) {
+        const int32_t row = c.per_token ? slot / c.n_used : slot;
+        const double error = error_of_slot(c, weights, x.data() + int64_t{row} * c.n_values, ids[slot],
+                                           y.data() + int64_t{slot} * c.n_rows);
         CHECK(error < 0x1p-11);  // x is rounded to 11 bits, and nothing else
     }
 }
@@ -135,7 +135,7 @@ void check_case(ggml_type type, const Case& c) {
 }  // namespace
 
 TEST_CASE("expert matmul: every format at awkward shapes") {
-    // Rows that don't fill a tile, experts with no, few and many columns, an odd number of chunks.
+    // Rows that don't fill a tile, experts with no, few and many slots, an odd number of chunks.
     check_case<Q4K, Tile<Q4K, 2, 2, 2, 2>>(GGML_TYPE_Q4_K, {5, 72, 512, 13, 2, true});
     check_case<Q4K, Tile<Q4K, 2, 1, 3, 3>>(GGML_TYPE_Q4_K, {3, 40, 768, 11, 2, false, 2});
     check_case<Q6K, Tile<Q6K, 2, 1, 2, 2>>(GGML_TYPE_Q6_K, {3, 40, 768, 9, 2, false});
@@ -144,7 +144,7 @@ TEST_CASE("expert matmul: every format at awkward shapes") {
     check_case<Q80, Tile<Q80, 2, 2, 3, 2>>(GGML_TYPE_Q8_0, {2, 64, 32, 20, 1, false, 4});
 }
 
-TEST_CASE("expert matmul: a column's result depends neither on its tile nor on other columns") {
+TEST_CASE("expert matmul: a slot's result depends neither on its tile nor on other slots") {
     const Case few = {2, 24, 512, 9, 1, true};
     const QuantizedRows weights(GGML_TYPE_Q4_K, 2 * 24, 512, 3);
     const std::vector<float> x = random_values(9 * 512, 4);
@@ -158,8 +158,7 @@ TEST_CASE("expert matmul: a column's result depends neither on its tile nor on o
     CHECK(std::equal(alone.begin(), alone.end(), together.end() - 24));
 }
 
-TEST_CASE(
-    "expert matmul: NaN and infinity stay in their column, zeros give zeros, a wrong id gives nothing") {
+TEST_CASE("expert matmul: NaN and infinity stay in their slot, zeros give zeros, a wrong id gives nothing") {
     const Case c = {2, 16, 256, 5, 1, true};
     const QuantizedRows weights(GGML_TYPE_Q6_K, 2 * 16, 256, 3);
     std::vector<float> x = random_values(5 * 256, 4);

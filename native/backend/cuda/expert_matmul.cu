@@ -3,8 +3,8 @@
 #include <mutex>
 #include <vector>
 
-#include "backend/cuda/expert_matmul.h"
 #include "backend/cuda/expert_matmul_kernels.cuh"
+#include "backend/expert_kernels.h"
 #include "ggml-backend-impl.h"
 #include "ggml-cuda/common.cuh"
 
@@ -24,18 +24,18 @@ constexpr int64_t kMinChunks = 6;  // of a block
 // memory.
 constexpr int64_t kMinTokens = 9;
 
-// What a matmul needs beside its operands: in the backend's pool of temporary memory.
+// Intermediate results of a matmul, in the backend's pool of temporary memory.
 struct Scratch {
-    Scratch(ggml_cuda_pool& pool, int64_t n_x, int64_t n_chunks, int64_t n_columns, int64_t n_tiles)
+    Scratch(ggml_cuda_pool& pool, int64_t n_x, int64_t n_chunks, int64_t n_slots, int64_t n_tiles)
         : x(pool, n_x * n_chunks * kXChunkBytes),
           x_scale(pool, n_x),
-          columns(pool, n_columns),
+          slots(pool, n_slots),
           tiles(pool, n_tiles),
           n_tiles(pool, 1) {}
     ggml_cuda_pool_alloc<unsigned char> x;
     ggml_cuda_pool_alloc<float> x_scale;
-    ggml_cuda_pool_alloc<int32_t> columns;
-    ggml_cuda_pool_alloc<ColumnTile> tiles;
+    ggml_cuda_pool_alloc<int32_t> slots;
+    ggml_cuda_pool_alloc<SlotTile> tiles;
     ggml_cuda_pool_alloc<int32_t> n_tiles;
 };
 
@@ -47,25 +47,25 @@ bool multiply_experts(ggml_backend_cuda_context& ctx, const ggml_tensor* weights
     using T = ExpertTile<Format>;
     const int64_t n_experts = weights->ne[2], n_rows = weights->ne[1], n_used = ids->ne[0],
                   n_tokens = ids->ne[1];
-    const int64_t n_columns = n_used * n_tokens, n_x = x->ne[1] * x->ne[2];
+    const int64_t n_slots = n_used * n_tokens, n_x = x->ne[1] * x->ne[2];
     const int64_t n_chunks = (weights->ne[0] + kChunk - 1) / kChunk;
-    const int64_t n_tiles = n_experts + n_columns / T::kColumns;
+    const int64_t n_tiles = n_experts + n_slots / T::kSlots;
     if (ggml_cuda_info().devices[ctx.device].smpbo < T::kSharedBytes || n_experts > kMaxExperts ||
         static_cast<int64_t>(weights->nb[2]) > INT_MAX || n_x * n_chunks * kXChunkBytes > INT_MAX ||
         n_tiles > USHRT_MAX)
         return false;
     // A block copies the next chunk while it computes: short rows give it several tiles.
     const int64_t n_row_tiles = std::max<int64_t>(1, kMinChunks / n_chunks);
-    Scratch scratch(ctx.pool(), n_x, n_chunks, n_columns, n_tiles);
+    Scratch scratch(ctx.pool(), n_x, n_chunks, n_slots, n_tiles);
     const cudaStream_t stream = ctx.stream();
     const int64_t x_stride = (x->ne[1] == 1 ? x->nb[2] : x->nb[1]) / sizeof(float);
     to_half<<<static_cast<unsigned>(n_x), kToHalfThreads, 0, stream>>>(
         static_cast<const float*>(x->data), x_stride, static_cast<int32_t>(x->ne[0]),
         static_cast<int32_t>(n_chunks), scratch.x.get(), scratch.x_scale.get());
     CUDA_CHECK(cudaGetLastError());
-    group_columns<<<1, kGroupThreads, 0, stream>>>(
+    group_slots<<<1, kGroupThreads, 0, stream>>>(
         static_cast<const int32_t*>(ids->data), ids->nb[1] / sizeof(int32_t), static_cast<int32_t>(n_used),
-        static_cast<int32_t>(n_tokens), static_cast<int32_t>(n_experts), T::kColumns, scratch.columns.get(),
+        static_cast<int32_t>(n_tokens), static_cast<int32_t>(n_experts), T::kSlots, scratch.slots.get(),
         scratch.tiles.get(), scratch.n_tiles.get());
     CUDA_CHECK(cudaGetLastError());
     const MatmulArguments arguments = {static_cast<const unsigned char*>(weights->data),
@@ -78,7 +78,7 @@ bool multiply_experts(ggml_backend_cuda_context& ctx, const ggml_tensor* weights
                                        scratch.x.get(),
                                        scratch.x_scale.get(),
                                        static_cast<float*>(dst->data),
-                                       scratch.columns.get(),
+                                       scratch.slots.get(),
                                        scratch.tiles.get(),
                                        scratch.n_tiles.get(),
                                        static_cast<int32_t>(x->ne[1] == 1 ? n_used : 1)};

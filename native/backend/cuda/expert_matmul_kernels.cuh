@@ -1,12 +1,12 @@
-// Expert matmuls of quantized weights with many columns (a token and one of its experts each): integers and
-// float16 activations are multiplied by tensor cores, with float32 sums. Columns are grouped by expert, so
-// that an expert's weights are read once per tile of columns. The order of sums depends on the length of a
-// row alone: a column's result is the same in any tile and beside any other columns.
+// Expert matmuls of quantized weights with many slots (a token and one of its experts each): integers and
+// float16 activations are multiplied by tensor cores, with float32 sums. Slots are grouped by expert, so
+// that an expert's weights are read once per tile of slots. The order of sums depends on the length of a
+// row alone: a slot's result is the same in any tile and beside any other slots.
 #pragma once
 
 #include <cstdint>
 
-#include "backend/cuda/expert_columns.cuh"
+#include "backend/cuda/expert_slots.cuh"
 #include "backend/cuda/weight_formats.cuh"
 
 namespace pydiffusion::cuda {
@@ -18,40 +18,40 @@ struct MatmulArguments {
     int32_t n_row_tiles;                  // that a block computes
     const unsigned char* x;               // [n][n_chunks][kXChunkBytes], as to_half() writes it
     const float* x_scale;                 // [n], x's rows are to be multiplied by this
-    float* y;                             // [column][n_rows]
-    const int32_t* columns;               // sorted by expert; column c multiplies x's row c / share
-    const ColumnTile* tiles;
+    float* y;                             // [slot][n_rows]
+    const int32_t* slots;                 // sorted by expert; slot c multiplies x's row c / share
+    const SlotTile* tiles;
     const int32_t* n_tiles;
     int32_t share;
 };
 
 namespace {  // kernels
 
-// A tile of kWarps * 16 * kRowParts rows and 8 * kColumnParts columns, in kStages stages of one chunk.
-template <typename Format, int kWarps_, int kRowParts_, int kColumnParts_, int kStages_>
+// A tile of kWarps * 16 * kRowParts rows and 8 * kSlotParts slots, in kStages stages of one chunk.
+template <typename Format, int kWarps_, int kRowParts_, int kSlotParts_, int kStages_>
 struct Tile {
-    static constexpr int kWarps = kWarps_, kRowParts = kRowParts_, kColumnParts = kColumnParts_;
+    static constexpr int kWarps = kWarps_, kRowParts = kRowParts_, kSlotParts = kSlotParts_;
     static constexpr int kStages = kStages_, kThreads = 32 * kWarps;
-    static constexpr int kWarpRows = 16 * kRowParts, kRows = kWarps * kWarpRows, kColumns = 8 * kColumnParts;
-    // Columns are an odd multiple of 64 bytes apart, which avoids bank conflicts.
-    static constexpr int kWeightBytes = kRows * Format::kPitch, kXBytes = kColumns * kXChunkBytes;
+    static constexpr int kWarpRows = 16 * kRowParts, kRows = kWarps * kWarpRows, kSlots = 8 * kSlotParts;
+    // Slots are an odd multiple of 64 bytes apart, which avoids bank conflicts.
+    static constexpr int kWeightBytes = kRows * Format::kPitch, kXBytes = kSlots * kXChunkBytes;
     static constexpr int kStageBytes = kWeightBytes + kXBytes;
     static constexpr int kTableBytes = kRows * static_cast<int>(sizeof(Table<Format::kScales>));
-    static constexpr int kSharedBytes = kStages * kStageBytes + kTableBytes + 4 * kColumns;
-    // Blocks that a Hopper multiprocessor's shared memory (228 KB, 1 of a block CUDA's own) has room for; registers
-    // are limited so that they have room too.
+    static constexpr int kSharedBytes = kStages * kStageBytes + kTableBytes + 4 * kSlots;
+    // Blocks that a Hopper multiprocessor's shared memory (228 KB, 1 of a block CUDA's own) has room for;
+    // registers are limited so that they have room too.
     static constexpr int kBlocks = 228 * 1024 / (kSharedBytes + 1024);
 };
 
-// What a block works on, and its shared memory.
+// Operands and shared memory of a block.
 template <typename Format, typename T>
 struct Block {
     const MatmulArguments& a;
     const unsigned char* weights;  // the expert's
-    int32_t n;                     // columns
+    int32_t n;                     // slots
     unsigned char* stages;
     Table<Format::kScales>* tables;
-    int32_t* columns;
+    int32_t* slots;
 
     // Where a row begins in the expert's weights; rows that fill the last tile repeat the last one.
     __device__ __forceinline__ int32_t row_offset(int32_t row) const {
@@ -100,10 +100,10 @@ struct Copies {
         set_rows();
 #pragma unroll
         for (int i = 0; i < kXPerThread; ++i) {
-            const int piece = threadIdx.x + i * T::kThreads, column = piece / kXPieces;
+            const int piece = threadIdx.x + i * T::kThreads, slot = piece / kXPieces;
             x_offsets[i] = -1;
-            if (column < block.n) {
-                const int32_t row = block.columns[column] / block.a.share;
+            if (slot < block.n) {
+                const int32_t row = block.slots[slot] / block.a.share;
                 x_offsets[i] = row * block.a.n_chunks * kXChunkBytes + piece % kXPieces * 16;
             }
         }
@@ -133,7 +133,7 @@ struct Copies {
             }
             const int32_t begin = offsets[i] + at.chunk * Format::kChunkBytes;
             const int32_t from = begin - block.shift(begin) + (lane + 32 * i) % kPieces * 16;
-            // The tensor's last piece may be shorter, and the one after it is none.
+            // Nothing is read after the tensor: its last piece may be shorter.
             const int n_bytes = left - from >= 16 ? 16 : left > from ? static_cast<int>(left - from) : 0;
             copy_async_16(target + 512 * i, n_bytes > 0 ? block.weights + from : block.a.weights, n_bytes);
         }
@@ -155,14 +155,14 @@ struct Copies {
 
 // For a fragment of [16, 8]: the first two values are of row g, the others of row g + 8.
 __device__ __forceinline__ void add_scaled(float (&sums)[4], float low, float high,
-                                           const float (&products)[4]) {
-    sums[0] += low * products[0];
-    sums[1] += low * products[1];
-    sums[2] += high * products[2];
-    sums[3] += high * products[3];
+                                           const float (&partial)[4]) {
+    sums[0] += low * partial[0];
+    sums[1] += low * partial[1];
+    sums[2] += high * partial[2];
+    sums[3] += high * partial[3];
 }
 
-// Adds the products of a chunk's zeros: sums += factor * a * (sums of x), [16, 16] times [16, 8] twice.
+// Adds the partial of a chunk's zeros: sums += factor * a * (sums of x), [16, 16] times [16, 8] twice.
 template <int n_parts, typename Format, typename T>
 __device__ __forceinline__ void add_zeros(float (&sums)[T::kRowParts][n_parts][4],
                                           const Table<Format::kScales>* table, const unsigned char* x) {
@@ -175,15 +175,15 @@ __device__ __forceinline__ void add_zeros(float (&sums)[T::kRowParts][n_parts][4
         for (int part = 0; part < n_parts; ++part) {
             const uint32_t* b =
                 reinterpret_cast<const uint32_t*>(x + (8 * part + g) * kXChunkBytes + 2 * kChunk);
-            float products[4];
-            product_16x8x16(products, a, {b[t], b[t + 4]});
-            mma_16x8x16(products, a, {b[t + 8], b[t + 12]});
-            add_scaled(sums[i][part], low.factor, high.factor, products);
+            float partial[4];
+            multiply_16x8x16(partial, a, {b[t], b[t + 4]});
+            mma_16x8x16(partial, a, {b[t + 8], b[t + 12]});
+            add_scaled(sums[i][part], low.factor, high.factor, partial);
         }
     }
 }
 
-// Adds the products of a unit of 64 weights.
+// Adds the partial of a unit of 64 weights.
 template <int n_parts, typename Format, typename T>
 __device__ __forceinline__ void add_unit(float (&sums)[T::kRowParts][n_parts][4], int unit,
                                          const Bytes<Format::kAligned> (&weights)[T::kRowParts][2],
@@ -216,23 +216,23 @@ __device__ __forceinline__ void add_unit(float (&sums)[T::kRowParts][n_parts][4]
                 const auto& low = q[i][0][group];
                 const auto& high = q[i][1][group];
                 const float2 s[2] = {scales[i][0], scales[i][1]};
-                float products[4];
-                product_16x8x16(products, {low[0][0], high[0][0], low[0][1], high[0][1]}, {b.x, b.y});
+                float partial[4];
+                multiply_16x8x16(partial, {low[0][0], high[0][0], low[0][1], high[0][1]}, {b.x, b.y});
                 if constexpr (kPerSixteen) {
-                    add_scaled(sums[i][part], s[0].x, s[1].x, products);
-                    product_16x8x16(products, {low[1][0], high[1][0], low[1][1], high[1][1]}, {b.z, b.w});
-                    add_scaled(sums[i][part], s[0].y, s[1].y, products);
+                    add_scaled(sums[i][part], s[0].x, s[1].x, partial);
+                    multiply_16x8x16(partial, {low[1][0], high[1][0], low[1][1], high[1][1]}, {b.z, b.w});
+                    add_scaled(sums[i][part], s[0].y, s[1].y, partial);
                 } else {
-                    mma_16x8x16(products, {low[1][0], high[1][0], low[1][1], high[1][1]}, {b.z, b.w});
+                    mma_16x8x16(partial, {low[1][0], high[1][0], low[1][1], high[1][1]}, {b.z, b.w});
                     add_scaled(sums[i][part], group == 0 ? s[0].x : s[0].y, group == 0 ? s[1].x : s[1].y,
-                               products);
+                               partial);
                 }
             }
         }
     }
 }
 
-// Adds the products of the chunk at a position.
+// Adds the partial of the chunk at a position.
 template <int n_parts, typename Format, typename T>
 __device__ __forceinline__ void add_chunk(float (&sums)[T::kRowParts][n_parts][4],
                                           const Block<Format, T>& block, const Position<T>& at) {
@@ -270,23 +270,23 @@ __device__ __forceinline__ void write_tile(float (&sums)[T::kRowParts][n_parts][
     for (int part = 0; part < n_parts; ++part) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            const int column = 8 * part + 2 * t + j;
-            const bool is_column = column < block.n;
-            const int32_t c = is_column ? block.columns[column] : 0;
+            const int slot = 8 * part + 2 * t + j;
+            const bool is_slot = slot < block.n;
+            const int32_t c = is_slot ? block.slots[slot] : 0;
             const float scale = block.a.x_scale[c / block.a.share];
             float* y = block.a.y + static_cast<int64_t>(c) * block.a.n_rows;
 #pragma unroll
             for (int i = 0; i < T::kRowParts; ++i) {
                 const int32_t row = first_row + 16 * i;
-                if (is_column && row < block.a.n_rows) y[row] = sums[i][part][j] * scale;
-                if (is_column && row + 8 < block.a.n_rows) y[row + 8] = sums[i][part][2 + j] * scale;
+                if (is_slot && row < block.a.n_rows) y[row] = sums[i][part][j] * scale;
+                if (is_slot && row + 8 < block.a.n_rows) y[row + 8] = sums[i][part][2 + j] * scale;
                 sums[i][part][j] = sums[i][part][2 + j] = 0.0f;
             }
         }
     }
 }
 
-// Multiplies the block's tiles with n_parts parts of 8 columns.
+// Multiplies the block's tiles with n_parts parts of 8 slots.
 template <int n_parts, typename Format, typename T>
 __device__ __forceinline__ void multiply(const Block<Format, T>& block) {
     const int32_t n_chunks = block.a.n_chunks, first_row = blockIdx.x * block.a.n_row_tiles * T::kRows;
@@ -310,7 +310,7 @@ __device__ __forceinline__ void multiply(const Block<Format, T>& block) {
     }
 }
 
-// Calls multiply() with as few parts as the block's columns need.
+// Calls multiply() with as few parts as the block's slots need.
 template <int n_parts, typename Format, typename T>
 __device__ __forceinline__ void multiply_parts(const Block<Format, T>& block) {
     if constexpr (n_parts > 1) {
@@ -319,11 +319,11 @@ __device__ __forceinline__ void multiply_parts(const Block<Format, T>& block) {
     multiply<n_parts>(block);
 }
 
-// grid: (tiles of rows / n_row_tiles, at least as many tiles of columns as there are)
+// grid: (tiles of rows / n_row_tiles, at least as many tiles of slots as there are)
 template <typename Format, typename T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocks) expert_matmul(const MatmulArguments a) {
     if (static_cast<int32_t>(blockIdx.y) >= *a.n_tiles) return;
-    const ColumnTile tile = a.tiles[blockIdx.y];
+    const SlotTile tile = a.tiles[blockIdx.y];
     unsigned char* shared = dynamic_shared();
     unsigned char* tables = shared + T::kStages * T::kStageBytes;
     const Block<Format, T> block = {a,
@@ -332,9 +332,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks) expert_matmul(const M
                                     shared,
                                     reinterpret_cast<Table<Format::kScales>*>(tables),
                                     reinterpret_cast<int32_t*>(tables + T::kTableBytes)};
-    for (int c = threadIdx.x; c < tile.n; c += T::kThreads) block.columns[c] = a.columns[tile.begin + c];
+    for (int c = threadIdx.x; c < tile.n; c += T::kThreads) block.slots[c] = a.slots[tile.begin + c];
     __syncthreads();
-    multiply_parts<T::kColumnParts>(block);
+    multiply_parts<T::kSlotParts>(block);
 }
 
 }  // namespace

@@ -51,7 +51,7 @@ __device__ __forceinline__ void copy_async_wait() {
 #define PD_CAPABILITY_8(...) asm(__VA_ARGS__)  // not volatile: the compiler may move it
 #endif
 
-// d [16, 8] += a [16, 16] * b [16, 8] by a warp, float16 products and float32 sums; the fragments are those
+// d [16, 8] += a [16, 16] * b [16, 8] by a warp, float16 operands and float32 sums; the fragments are those
 // of PTX's mma.m16n8k16.
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     PD_CAPABILITY_8(
@@ -62,8 +62,8 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
 }
 
 // d [16, 8] = a [16, 16] * b [16, 8]
-__device__ __forceinline__ void product_16x8x16(float (&d)[4], const uint32_t (&a)[4],
-                                                const uint32_t (&b)[2]) {
+__device__ __forceinline__ void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2]) {
     PD_CAPABILITY_8(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%10, %10, %10, %10};" : "=f"(d[0]),

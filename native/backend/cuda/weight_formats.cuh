@@ -7,7 +7,7 @@
 //
 // A chunk is 256 weights of a row (1 block of Q4_K or Q6_K, 8 of Q8_0), a unit 64 of them in two groups of
 // 32, each of two sixteens. Of a sixteen, thread t of a quad has the weights 4t to 4t + 3, in pairs (0, 2)
-// and (1, 3), as they lie in the halves of a word.
+// and (1, 3), as the halves of a word hold them.
 #pragma once
 
 #include <cstdint>

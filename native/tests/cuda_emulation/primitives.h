@@ -42,7 +42,8 @@ inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
     emulation::mma_of_lane(d, a, b, {function, file, line});
 }
 
-inline void product_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], PYDIFFUSION_SITE) {
+inline void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             PYDIFFUSION_SITE) {
     for (float& value : d) value = 0.0f;
     emulation::mma_of_lane(d, a, b, {function, file, line});
 }

@@ -1,4 +1,4 @@
-// Preparation of expert matmuls: activations as float16, and columns (a token and one of its experts each) by
+// Preparation of expert matmuls: activations as float16, and slots (a token and one of its experts each) by
 // expert.
 #pragma once
 
@@ -9,8 +9,8 @@
 
 namespace pydiffusion::cuda {
 
-// Columns that share a tile: `columns[begin ... begin + n)` with the weights of one expert.
-struct ColumnTile {
+// Slots that share a tile: `slots[begin ... begin + n)` with the weights of one expert.
+struct SlotTile {
     int32_t expert, begin, n;
 };
 
@@ -26,7 +26,7 @@ __device__ __forceinline__ float high_half(uint32_t pair) {
     return half_to_float(static_cast<uint16_t>(pair >> 16));
 }
 
-// Writes a row of x as float16 times a power of two that brings its maximum to [2^13, 2^14), so that any
+// Writes a row of x as float16 times a power of two that scales its maximum to [2^13, 2^14), so that any
 // finite row fits. A chunk of the result, kXChunkBytes: the 256 values in the order in which the threads of a
 // quad read them, then the sums of each 16, divided by kSumScale, as the nearest float16, then what this
 // lacks. Zeros follow n_values.
@@ -73,13 +73,14 @@ __global__ void __launch_bounds__(kToHalfThreads)
 
 constexpr int kGroupThreads = 1024, kMaxExperts = 1024;
 
-// Sorts the columns (token, slot) by selected expert and cuts each expert's into tiles of at most `tile`. One
-// block. ids [n_tokens][stride], the first n_used of each row. An id outside [0, n_experts) gets no column.
+// Sorts the slots (slot i of a token uses its i-th expert) by expert and cuts each expert's into tiles of at
+// most `tile`. One block. ids [n_tokens][stride], the first n_used of each row. An id outside [0, n_experts)
+// gets no slot.
 __global__ void __launch_bounds__(kGroupThreads)
-    group_columns(const int32_t* ids, int64_t stride, int32_t n_used, int32_t n_tokens, int32_t n_experts,
-                  int32_t tile, int32_t* columns, ColumnTile* tiles, int32_t* n_tiles) {
+    group_slots(const int32_t* ids, int64_t stride, int32_t n_used, int32_t n_tokens, int32_t n_experts,
+                int32_t tile, int32_t* slots, SlotTile* tiles, int32_t* n_tiles) {
     __shared__ int32_t counts[kMaxExperts], next[kMaxExperts];
-    __shared__ int32_t column_sums[32], tile_sums[32];
+    __shared__ int32_t slot_sums[32], tile_sums[32];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     counts[thread] = 0;
     __syncthreads();
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(kGroupThreads)
         if (static_cast<uint32_t>(expert) < static_cast<uint32_t>(n_experts)) atomicAdd(&counts[expert], 1);
     }
     __syncthreads();
-    // Exclusive sums of columns and tiles over the experts.
+    // Exclusive sums of slots and tiles over the experts.
     const int32_t own = counts[thread], own_tiles = (own + tile - 1) / tile;
     int32_t sum = own, tile_sum = own_tiles;
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -101,12 +102,12 @@ __global__ void __launch_bounds__(kGroupThreads)
         }
     }
     if (lane == 31) {
-        column_sums[warp] = sum;
+        slot_sums[warp] = sum;
         tile_sums[warp] = tile_sum;
     }
     __syncthreads();
     for (int w = 0; w < warp; ++w) {
-        sum += column_sums[w];
+        sum += slot_sums[w];
         tile_sum += tile_sums[w];
     }
     const int32_t first = sum - own, first_tile = tile_sum - own_tiles;
@@ -117,11 +118,11 @@ __global__ void __launch_bounds__(kGroupThreads)
         tiles[first_tile + i] = {thread, first + i * tile, left < tile ? left : tile};
     }
     __syncthreads();
-    // The order within an expert is that of arrival; a column's result doesn't depend on it.
+    // The order within an expert is that of arrival; a slot's result doesn't depend on it.
     for (int32_t c = thread; c < n; c += kGroupThreads) {
         const int32_t expert = ids[c / n_used * stride + c % n_used];
         if (static_cast<uint32_t>(expert) < static_cast<uint32_t>(n_experts))
-            columns[atomicAdd(&next[expert], 1)] = c;
+            slots[atomicAdd(&next[expert], 1)] = c;
     }
 }
 
