@@ -84,7 +84,8 @@ bool multiply_experts(ggml_backend_cuda_context& ctx, const ggml_tensor* weights
                                        static_cast<int32_t>(x->ne[1] == 1 ? n_used : 1)};
     const auto kernel = expert_matmul<Format, T>;
     CUDA_SET_SHARED_MEMORY_LIMIT(kernel, T::kSharedBytes);
-    const dim3 grid(static_cast<unsigned>((n_rows + T::kRows - 1) / T::kRows),
+    const int64_t block_rows = n_row_tiles * T::kRows;
+    const dim3 grid(static_cast<unsigned>((n_rows + block_rows - 1) / block_rows),
                     static_cast<unsigned>(n_tiles));
     kernel<<<grid, T::kThreads, T::kSharedBytes, stream>>>(arguments);
     CUDA_CHECK(cudaGetLastError());
