@@ -223,7 +223,11 @@ class Bench:
         self.free_before = self.free_bytes()
         seconds, self.model = timed(
             lambda: _native.Model(
-                str(self.file), a.threads, n_ctx=self.n_ctx, kernels=kernels, progress=self.require_time,
+                str(self.file),
+                a.threads,
+                n_ctx=self.n_ctx,
+                kernels=kernels,
+                progress=self.require_time,
                 **self.request,
             )
         )

@@ -392,7 +392,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kit", type=Path, default=ROOT / "build/gpu-kit/bundle")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"), help="for models of up to 17 GB")
     parser.add_argument("--device", default="CUDA0")
-    parser.add_argument("--types", nargs="+", default=["q4_k_m"], help="of the 26B's weights, for bench and check")
+    parser.add_argument(
+        "--types", nargs="+", default=["q4_k_m"], help="of the 26B's weights, for bench and check"
+    )
     parser.add_argument("--commit", help="of the tree, if git is not available")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(argv)
