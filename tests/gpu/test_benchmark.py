@@ -19,8 +19,8 @@ from pydiffusion.testing.synthetic import synthetic_bytes, write_synthetic
 
 FOLDER = REPOSITORY / "benchmarks"
 MEASURED = [
-    "machine", "rates", "load", "first-step", "steps:16", "peaked:50", "answer", "determinism", "ggml-kernels",
-    "graphs-off",    "cpu-experts",
+    "machine", "rates", "load", "first-step", "steps:16", "peaked:50", "answer", "determinism",
+    "ggml-kernels", "graphs-off", "cpu-experts",
 ]  # fmt: skip
 
 
