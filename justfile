@@ -36,13 +36,13 @@ cpp preset="test":
 lint:
     ruff check .
     ruff format --check .
-    clang-format --dry-run --Werror $(git ls-files '*.h' '*.cpp' '*.cu')
+    clang-format --dry-run --Werror $(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 # put that style in place
 format:
     ruff check --fix .
     ruff format .
-    clang-format -i $(git ls-files '*.h' '*.cpp' '*.cu')
+    clang-format -i $(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 # types; the package is laid out as it is installed, with convert/ in it
 types:
