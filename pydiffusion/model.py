@@ -86,7 +86,7 @@ class DiffusionModel:
         gpu_memory: maximum bytes to plan with per GPU, or a list with one number for each. In any case the
             larger of 512 MB and a twentieth of a GPU's memory stays free.
         kernels: matmul kernels: on the CPU "auto", "ggml", "avx512-bf16" or "amx" (docs/speed.md); on a GPU
-            "ggml" keeps expert matmuls from running on our own (docs/gpu.md).
+            "auto", "ggml", or "cuda" for expert matmuls on our own (docs/gpu.md).
         n_sessions: number of sessions to reserve GPU memory for; more may be created.
         Raises ModelFormatError, UnsupportedModelError, InsufficientMemoryError; ValueError for a wrong
         argument; OSError when the file can't be read.

@@ -58,9 +58,9 @@ SANITIZED = (
     "test_condition_drops_at_most_the_dropped_mass[0.0-{device}]",
     "test_condition_drops_at_most_the_dropped_mass[0.01-{device}]",
     "test_attention_kernel[q8_0-256-8-{device}]",
-    "test_expert_matmul[Q4_K-auto-{device}]",
-    "test_expert_matmul[Q6_K-auto-{device}]",
-    "test_expert_matmul[Q8_0-auto-{device}]",
+    "test_expert_matmul[Q4_K-cuda-{device}]",
+    "test_expert_matmul[Q6_K-cuda-{device}]",
+    "test_expert_matmul[Q8_0-cuda-{device}]",
 )
 
 

@@ -47,10 +47,13 @@ Backend::Backend(int n_threads, const std::string& device, const std::string& ke
     ggml_cpu_init();
     auto pool = std::make_unique<ThreadPool>(n_threads);
     if (device != "cpu") {
+        if (kernels != "auto" && kernels != "ggml" && kernels != "cuda")
+            throw Error(ErrorKind::argument, "there are no kernels " + quoted(kernels) + " for " + device +
+                                                 ": choose auto, ggml or cuda");
         name_ = device;
         std::istringstream names(device);
         std::string name;
-        while (std::getline(names, name, ',')) open_device(name, pool->threads(), kernels != "ggml");
+        while (std::getline(names, name, ',')) open_device(name, pool->threads(), kernels);
         if (devices_.empty() || devices_.size() >= kMaxBackends)
             throw Error(ErrorKind::argument,
                         format("device names %zu devices; give 1 to %zu", devices_.size(), kMaxBackends - 1));
@@ -64,7 +67,7 @@ Backend::Backend(int n_threads, const std::string& device, const std::string& ke
     pool_ = pool.release();
 }
 
-void Backend::open_device(const std::string& name, ggml_threadpool_t threads, bool own_kernels) {
+void Backend::open_device(const std::string& name, ggml_threadpool_t threads, const std::string& kernels) {
     if (name == "host") {
         devices_.push_back(make_fake_device(n_threads_, threads));
     } else if (ggml_backend_dev_t gpu = find_gpu(name)) {
@@ -76,13 +79,16 @@ void Backend::open_device(const std::string& name, ggml_threadpool_t threads, bo
     if (!devices_.back())
         throw Error(ErrorKind::out_of_memory,
                     "out of memory: failed to initialize the device " + quoted(name));
+    if (kernels == "ggml") return;
+    std::shared_ptr<void> own;
 #if defined(PYDIFFUSION_CUDA)
-    if (own_kernels && name != "host") {
-        if (auto kernels = use_expert_kernels(devices_.back().get())) expert_kernels_.push_back(kernels);
-    }
-#else
-    (void)own_kernels;
+    if (name != "host") own = use_expert_kernels(devices_.back().get(), kernels == "cuda");
 #endif
+    if (own) {
+        expert_kernels_.push_back(own);
+    } else if (kernels == "cuda") {
+        throw Error(ErrorKind::argument, name + " can't run the kernels \"cuda\": choose auto or ggml");
+    }
 }
 
 ggml_backend_buffer_type_t Backend::buffer_type(int32_t device) const {

@@ -26,8 +26,8 @@ class Backend {
     // device: "cpu", or a comma-separated list of names from list_devices(). The last one is the main device,
     // which also holds the tensors that belong to no layer. "host" stands in for a GPU: it runs the graphs
     // and kernels written for GPUs on the CPU, slowly, for tests. kernels: the CPU's matmul kernels, see
-    // gemm::kernel_by_name; on a GPU "ggml" leaves expert matmuls to ggml, any other name to our kernels
-    // where they apply.
+    // gemm::kernel_by_name; on other devices "ggml", or "cuda" for expert matmuls on our kernels, or "auto"
+    // for those where they have been measured to be faster.
     Backend(int n_threads, const std::string& device, const std::string& kernels = "auto");
     ~Backend();
     Backend(const Backend&) = delete;
@@ -71,7 +71,7 @@ class Backend {
     void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
 
     ThreadPool& pool();
-    void open_device(const std::string& name, ggml_threadpool_t threads, bool own_kernels);
+    void open_device(const std::string& name, ggml_threadpool_t threads, const std::string& kernels);
 
     int n_threads_;
     std::string name_;

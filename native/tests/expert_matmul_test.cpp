@@ -20,17 +20,20 @@ using emulation::emulate;
 using emulation::kOrders;
 using emulation::Order;
 
-// Memory as cudaMalloc gives it: aligned, and no byte longer than asked for, as ASan sees.
+// Memory as cudaMalloc gives it: aligned; no byte longer than asked for, so that ASan sees a read beyond it.
 struct DeviceMemory {
-    explicit DeviceMemory(size_t n_bytes)
-        : data(static_cast<unsigned char*>(std::aligned_alloc(16, (n_bytes + 15) / 16 * 16)), std::free) {}
+    explicit DeviceMemory(size_t n_bytes) : data(allocate(n_bytes), std::free) {}
+    static unsigned char* allocate(size_t n_bytes) {
+        void* memory = nullptr;
+        REQUIRE(posix_memalign(&memory, 16, n_bytes) == 0);
+        return static_cast<unsigned char*>(memory);
+    }
     std::unique_ptr<unsigned char, void (*)(void*)> data;
 };
 
 struct Case {
     int32_t n_experts, n_rows, n_values, n_tokens, n_used;
     bool per_token;  // x has one row for a token, else one for each of its experts
-    int32_t n_row_tiles = 1;
     int32_t n_slots() const { return n_tokens * n_used; }
     int32_t n_x() const { return per_token ? n_tokens : n_slots(); }
     int32_t n_chunks() const { return (n_values + kChunk - 1) / kChunk; }
@@ -61,7 +64,8 @@ std::vector<float> run(const Case& c, const std::vector<uint8_t>& weights, const
     const auto row_bytes = static_cast<int32_t>(weights.size() / (c.n_experts * c.n_rows));
     std::vector<float> x_scale(c.n_x()), y(static_cast<size_t>(c.n_slots()) * c.n_rows, NAN);
     std::vector<int32_t> slots(c.n_slots()), n_tiles(1);
-    std::vector<SlotTile> tiles(c.n_experts + c.n_slots() / T::kSlots);
+    const Launch launch = launch_of<T>(c.n_rows, c.n_chunks(), c.n_experts, c.n_slots());
+    std::vector<SlotTile> tiles(launch.n_tiles);
     emulate(dim3(c.n_x()), kToHalfThreads, 0, order, [&] {
         to_half(x.data(), c.n_values, c.n_values, c.n_chunks(), half.data.get(), x_scale.data());
     });
@@ -75,8 +79,9 @@ std::vector<float> run(const Case& c, const std::vector<uint8_t>& weights, const
                                        int64_t{row_bytes} * c.n_rows,
                                        row_bytes,
                                        c.n_rows,
+                                       c.n_values,
                                        c.n_chunks(),
-                                       c.n_row_tiles,
+                                       static_cast<int32_t>(launch.n_row_tiles),
                                        half.data.get(),
                                        x_scale.data(),
                                        y.data(),
@@ -84,8 +89,7 @@ std::vector<float> run(const Case& c, const std::vector<uint8_t>& weights, const
                                        tiles.data(),
                                        n_tiles.data(),
                                        c.per_token ? c.n_used : 1};
-    const int32_t block_rows = c.n_row_tiles * T::kRows;
-    const dim3 grid((c.n_rows + block_rows - 1) / block_rows, static_cast<unsigned>(tiles.size()));
+    const dim3 grid(static_cast<unsigned>(launch.n_row_blocks), static_cast<unsigned>(launch.n_tiles));
     emulate(grid, T::kThreads, T::kSharedBytes, order, [&] { expert_matmul<Format, T>(arguments); });
     return y;
 }
@@ -137,11 +141,11 @@ void check_case(ggml_type type, const Case& c) {
 TEST_CASE("expert matmul: every format at awkward shapes") {
     // Rows that don't fill a tile, experts with no, few and many slots, an odd number of chunks.
     check_case<Q4K, Tile<Q4K, 2, 2, 2, 2>>(GGML_TYPE_Q4_K, {5, 72, 512, 13, 2, true});
-    check_case<Q4K, Tile<Q4K, 2, 1, 3, 3>>(GGML_TYPE_Q4_K, {3, 40, 768, 11, 2, false, 2});
+    check_case<Q4K, Tile<Q4K, 2, 1, 3, 3>>(GGML_TYPE_Q4_K, {3, 40, 768, 11, 2, false});
     check_case<Q6K, Tile<Q6K, 2, 1, 2, 2>>(GGML_TYPE_Q6_K, {3, 40, 768, 9, 2, false});
-    check_case<Q6K, Tile<Q6K, 1, 2, 3, 2>>(GGML_TYPE_Q6_K, {1, 33, 256, 30, 1, true, 3});
+    check_case<Q6K, Tile<Q6K, 1, 2, 3, 2>>(GGML_TYPE_Q6_K, {1, 33, 256, 30, 1, true});
     check_case<Q80, Tile<Q80, 2, 1, 2, 3>>(GGML_TYPE_Q8_0, {4, 37, 352, 9, 3, true});
-    check_case<Q80, Tile<Q80, 2, 2, 3, 2>>(GGML_TYPE_Q8_0, {2, 64, 32, 20, 1, false, 4});
+    check_case<Q80, Tile<Q80, 2, 2, 3, 2>>(GGML_TYPE_Q8_0, {2, 64, 32, 20, 1, false});
 }
 
 TEST_CASE("expert matmul: a slot's result depends neither on its tile nor on other slots") {
@@ -175,8 +179,18 @@ TEST_CASE("expert matmul: NaN and infinity stay in their slot, zeros give zeros,
     }
 }
 
+TEST_CASE("expert matmul: an infinite scale stays in its row, though a chunk reads the next rows") {
+    const Case c = {1, 6, 96, 9, 1, true};
+    QuantizedRows weights(GGML_TYPE_Q8_0, 6, 96, 3);
+    const uint16_t infinity = 0x7c00;
+    std::memcpy(weights.bytes.data() + 3 * weights.row_bytes, &infinity, 2);
+    const auto y = run<Q80, Tile<Q80, 1, 1, 2, 2>>(c, weights.bytes, random_values(9 * 96, 4),
+                                                   std::vector<int32_t>(9, 0), Order::forward);
+    for (int i = 0; i < 9 * 6; ++i) CHECK(std::isfinite(y[i]) == (i % 6 != 3));
+}
+
 TEST_CASE("expert matmul: every barrier and every mask is needed") {
-    const Case c = {3, 72, 512, 12, 2, true, 2};
+    const Case c = {3, 72, 512, 12, 2, true};
     const QuantizedRows weights(GGML_TYPE_Q4_K, 3 * 72, 512, 3);
     std::vector<float> x = random_values(12 * 512, 4);
     for (int token = 0; token < 12; ++token)

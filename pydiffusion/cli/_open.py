@@ -33,9 +33,9 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
     if cache_type not in KV_TYPES:
         raise typer.BadParameter(f"--cache-type is {cache_type}; permitted are f32, f16 and q8_0")
     kernels = runtime.get("kernels") or "auto"
-    if kernels not in ("auto", *_native.kernels()):
+    if kernels not in ("auto", "cuda", *_native.kernels()) or (kernels == "cuda" and not _native.devices()):
         there = ", ".join(_native.kernels())
-        raise typer.BadParameter(f"--kernels is {kernels}; this CPU has {there}")
+        raise typer.BadParameter(f"--kernels is {kernels}; this CPU has {there}, a GPU ggml and cuda")
     request: dict[str, Any] = {
         "n_gpu_layers": "auto" if layers in (None, "auto") else int(layers),
         "n_cpu_moe": runtime.get("n_cpu_moe"),

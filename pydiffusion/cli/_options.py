@@ -128,7 +128,7 @@ RUNTIME: dict[str, Any] = {
     "kernels": Annotated[
         str | None,
         typer.Option(
-            help="Matmul kernels: on the CPU ggml, avx512-bf16 or amx; on a GPU ggml for ggml's alone. "
+            help="Matmul kernels: on the CPU ggml, avx512-bf16 or amx; on a GPU ggml or cuda. "
             "[default: the fastest available]"
         ),
     ],

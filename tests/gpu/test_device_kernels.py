@@ -105,11 +105,11 @@ def test_attention_kernel(
 OWN_TYPES = ("Q4_K", "Q6_K", "Q8_0")
 
 
-@pytest.mark.parametrize("kernels", ["auto", "ggml"])
+@pytest.mark.parametrize("kernels", ["cuda", "ggml"])
 @pytest.mark.parametrize("type", [*OWN_TYPES, "Q5_K", "F32"])
 def test_expert_matmul(device: str, type: str, kernels: str, report: Callable[[str], None]) -> None:
     """Experts with no, few and many of the tokens, rows that fill no tile, against dequantized weights in
-    float64: ours rounds activations to 11 bits, ggml's to 8 in blocks.
+    float64: ours rounds activations to 11 bits, ggml's to 8 in blocks. Where a device can't run ours, it says so.
     """
     rng = np.random.default_rng(4)
     n_experts, n_rows, n_inner, n_tokens, n_used = 16, 200, 768, 70, 4
@@ -119,13 +119,19 @@ def test_expert_matmul(device: str, type: str, kernels: str, report: Callable[[s
     x = rng.normal(size=(n_tokens, n_inner)).astype(np.float32)
     chosen = np.array([rng.permutation(n_experts - 1)[:n_used] for _ in range(n_tokens)], np.int32)
     chosen[:40] = chosen[0]
-    found = _native.testing.matmul(kernels, rows, type, x, chosen, n_experts, device=device)
+    try:
+        found = _native.testing.matmul(kernels, rows, type, x, chosen, n_experts, device=device)
+    except ValueError as error:
+        assert kernels == "cuda" and str(error) == f"{device} can't run the kernels \"cuda\": choose auto or ggml"
+        return
     found = found.reshape(n_tokens, n_used, n_rows)
     expected = np.einsum("turi,ti->tur", w[chosen], x.astype(np.float64))
     error = np.abs(found - expected).mean() / np.abs(expected).mean()
     report(f"device {device}, expert matmul of {type}, kernels {kernels}: {error:.1e} of the mean")
-    ours = device != "host" and kernels == "auto" and type in OWN_TYPES
-    assert error <= (1e-3 if ours else 1e-5 if type == "F32" else 2e-2)
+    if kernels == "cuda" and type in OWN_TYPES:
+        assert error <= 4e-4
+    else:
+        assert error <= 1e-5 if type == "F32" else 1e-3 <= error <= 2e-2
 
 
 #: Twice what was measured on the CPU, on results of up to 4. There ggml accumulates float16 in float16, and

@@ -14,11 +14,9 @@ namespace {
 
 using namespace cuda;
 
-// Tiles measured fastest on an H200 at 256 tokens, 128 experts of which each uses 8 (docs/dev/gpu-kit.md).
+// Tiles measured fastest on an H200 at 256 tokens, 128 experts of which each uses 8 (benchmarks/h200.md).
 template <typename Format>
 using ExpertTile = Tile<Format, 4, Format::kAligned ? 2 : 1, 3, 2>;
-
-constexpr int64_t kMinChunks = 6;  // of a block
 
 // Fewer tokens are left to ggml, whose kernels for them read each weight once and unpack nothing to shared
 // memory.
@@ -49,14 +47,13 @@ bool multiply_experts(ggml_backend_cuda_context& ctx, const ggml_tensor* weights
                   n_tokens = ids->ne[1];
     const int64_t n_slots = n_used * n_tokens, n_x = x->ne[1] * x->ne[2];
     const int64_t n_chunks = (weights->ne[0] + kChunk - 1) / kChunk;
-    const int64_t n_tiles = n_experts + n_slots / T::kSlots;
+    const Launch launch = launch_of<T>(n_rows, n_chunks, n_experts, n_slots);
+    // Chunks may be read up to a chunk beyond a row, in 32 bits.
+    const int64_t last_byte = static_cast<int64_t>(weights->nb[2]) + Format::kPitch;
     if (ggml_cuda_info().devices[ctx.device].smpbo < T::kSharedBytes || n_experts > kMaxExperts ||
-        static_cast<int64_t>(weights->nb[2]) > INT_MAX || n_x * n_chunks * kXChunkBytes > INT_MAX ||
-        n_tiles > USHRT_MAX)
+        last_byte > INT_MAX || n_x * n_chunks * kXChunkBytes > INT_MAX || launch.n_tiles > USHRT_MAX)
         return false;
-    // A block copies the next chunk while it computes: short rows give it several tiles.
-    const int64_t n_row_tiles = std::max<int64_t>(1, kMinChunks / n_chunks);
-    Scratch scratch(ctx.pool(), n_x, n_chunks, n_slots, n_tiles);
+    Scratch scratch(ctx.pool(), n_x, n_chunks, n_slots, launch.n_tiles);
     const cudaStream_t stream = ctx.stream();
     const int64_t x_stride = (x->ne[1] == 1 ? x->nb[2] : x->nb[1]) / sizeof(float);
     to_half<<<static_cast<unsigned>(n_x), kToHalfThreads, 0, stream>>>(
@@ -73,8 +70,9 @@ bool multiply_experts(ggml_backend_cuda_context& ctx, const ggml_tensor* weights
                                        static_cast<int64_t>(weights->nb[2]),
                                        static_cast<int32_t>(weights->nb[1]),
                                        static_cast<int32_t>(n_rows),
+                                       static_cast<int32_t>(weights->ne[0]),
                                        static_cast<int32_t>(n_chunks),
-                                       static_cast<int32_t>(n_row_tiles),
+                                       static_cast<int32_t>(launch.n_row_tiles),
                                        scratch.x.get(),
                                        scratch.x_scale.get(),
                                        static_cast<float*>(dst->data),
@@ -84,9 +82,7 @@ bool multiply_experts(ggml_backend_cuda_context& ctx, const ggml_tensor* weights
                                        static_cast<int32_t>(x->ne[1] == 1 ? n_used : 1)};
     const auto kernel = expert_matmul<Format, T>;
     CUDA_SET_SHARED_MEMORY_LIMIT(kernel, T::kSharedBytes);
-    const int64_t block_rows = n_row_tiles * T::kRows;
-    const dim3 grid(static_cast<unsigned>((n_rows + block_rows - 1) / block_rows),
-                    static_cast<unsigned>(n_tiles));
+    const dim3 grid(static_cast<unsigned>(launch.n_row_blocks), static_cast<unsigned>(launch.n_tiles));
     kernel<<<grid, T::kThreads, T::kSharedBytes, stream>>>(arguments);
     CUDA_CHECK(cudaGetLastError());
     return true;
@@ -107,7 +103,7 @@ std::vector<const ggml_backend_cuda_context*> users;
 
 bool multiply(ggml_backend_cuda_context& ctx, const ggml_tensor* weights, const ggml_tensor* x,
               const ggml_tensor* ids, ggml_tensor* dst) {
-    if (!ids || ids->ne[1] < kMinTokens) return false;
+    if (ids->ne[1] < kMinTokens) return false;
     {
         const std::lock_guard<std::mutex> lock(users_mutex);
         if (std::find(users.begin(), users.end(), &ctx) == users.end()) return false;
@@ -125,19 +121,47 @@ bool multiply(ggml_backend_cuda_context& ctx, const ggml_tensor* weights, const 
     }
 }
 
+// With fewer blocks on a multiprocessor, as with 100 KB of shared memory, their speed has not been measured.
+constexpr int kMinBlocks = 2;
+
+// Whether the current device has code of the kernels (not the empty code for GPUs before compute
+// capability 8.0, which a driver may compile for any newer one) and room for so many blocks on a
+// multiprocessor.
+template <typename Format>
+bool can_run(int device, int n_blocks) {
+    using T = ExpertTile<Format>;
+    const auto kernel = expert_matmul<Format, T>;
+    const auto shared = static_cast<int>(ggml_cuda_info().devices[device].smpbo);
+    cudaFuncAttributes attributes;
+    int n_possible = 0;
+    const bool is_known =
+        shared >= T::kSharedBytes && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+        attributes.ptxVersion >= 80 &&
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes) ==
+            cudaSuccess &&
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n_possible, kernel, T::kThreads, T::kSharedBytes) ==
+            cudaSuccess;
+    (void)cudaGetLastError();
+    return is_known && n_possible >= n_blocks;
+}
+
 }  // namespace
 
-std::shared_ptr<void> use_expert_kernels(ggml_backend_t backend) {
+std::shared_ptr<void> use_expert_kernels(ggml_backend_t backend, bool wherever_possible) {
     auto* ctx = static_cast<ggml_backend_cuda_context*>(backend->context);
-    const int capability = ggml_cuda_info().devices[ctx->device].cc;
-    if (!GGML_CUDA_CC_IS_NVIDIA(capability) || capability < GGML_CUDA_CC_AMPERE) return nullptr;
-    const std::lock_guard<std::mutex> lock(users_mutex);
-    ggml_cuda_matmul_hook = multiply;
-    users.push_back(ctx);
-    return std::shared_ptr<void>(ctx, [](void* user) {
-        const std::lock_guard<std::mutex> guard(users_mutex);
-        users.erase(std::find(users.begin(), users.end(), user));
+    ggml_cuda_set_device(ctx->device);
+    const int n_blocks = wherever_possible ? 1 : kMinBlocks;
+    if (!can_run<Q4K>(ctx->device, n_blocks) || !can_run<Q6K>(ctx->device, n_blocks) ||
+        !can_run<Q80>(ctx->device, n_blocks))
+        return nullptr;
+    ggml_cuda_expert_matmul_hook = multiply;
+    std::shared_ptr<void> user(ctx, [](void* gone) {
+        const std::lock_guard<std::mutex> lock(users_mutex);
+        users.erase(std::remove(users.begin(), users.end(), gone), users.end());
     });
+    const std::lock_guard<std::mutex> lock(users_mutex);
+    users.push_back(ctx);
+    return user;
 }
 
 }  // namespace pydiffusion

@@ -14,12 +14,12 @@ namespace pydiffusion::cuda {
 struct MatmulArguments {
     const unsigned char* weights;  // [n_experts][n_rows][row_bytes]
     int64_t weights_bytes, expert_bytes;
-    int32_t row_bytes, n_rows, n_chunks;  // an expert's weights and all of x take less than 2 GB
-    int32_t n_row_tiles;                  // that a block computes
-    const unsigned char* x;               // [n][n_chunks][kXChunkBytes], as to_half() writes it
-    const float* x_scale;                 // [n], x's rows are to be multiplied by this
-    float* y;                             // [slot][n_rows]
-    const int32_t* slots;                 // sorted by expert; slot c multiplies x's row c / share
+    int32_t row_bytes, n_rows, n_values, n_chunks;  // an expert's weights and all of x take less than 2 GB
+    int32_t n_row_tiles;                            // that a block computes
+    const unsigned char* x;                         // [n][n_chunks][kXChunkBytes], as to_half() writes it
+    const float* x_scale;                           // [n], x's rows are to be multiplied by this
+    float* y;                                       // [slot][n_rows]
+    const int32_t* slots;                           // sorted by expert; slot c multiplies x's row c / share
     const SlotTile* tiles;
     const int32_t* n_tiles;
     int32_t share;
@@ -43,6 +43,21 @@ struct Tile {
     static constexpr int kBlocks = 228 * 1024 / (kSharedBytes + 1024);
 };
 
+// How a matmul is launched: grid (n_row_blocks, n_tiles), where n_tiles is the most that group_slots() can
+// make.
+struct Launch {
+    int64_t n_row_tiles, n_row_blocks, n_tiles;
+};
+
+constexpr int64_t kMinChunks = 6;  // of a block: it copies the next chunk while it computes
+
+template <typename T>
+Launch launch_of(int64_t n_rows, int64_t n_chunks, int64_t n_experts, int64_t n_slots) {
+    const int64_t n_row_tiles = n_chunks < kMinChunks ? kMinChunks / n_chunks : 1;
+    const int64_t block_rows = n_row_tiles * T::kRows;
+    return {n_row_tiles, (n_rows + block_rows - 1) / block_rows, n_experts + n_slots / T::kSlots};
+}
+
 // Operands and shared memory of a block.
 template <typename Format, typename T>
 struct Block {
@@ -61,7 +76,7 @@ struct Block {
     // Bytes between a chunk, which begins at `offset`, and the multiple of 16 below it, where its copy
     // begins.
     __device__ __forceinline__ int shift(int32_t offset) const {
-        return Format::kAligned ? 0 : (static_cast<int>(weights - a.weights) + offset) & 15;
+        return Format::kAligned ? 0 : static_cast<int>((weights - a.weights + offset) & 15);
     }
 };
 
@@ -239,6 +254,7 @@ __device__ __forceinline__ void add_chunk(float (&sums)[T::kRowParts][n_parts][4
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * T::kWarpRows, g = lane / 4, t = lane % 4;
     const unsigned char* stage = block.stages + at.stage * T::kStageBytes;
     Table<Format::kScales>* table = block.tables + warp_row;
+    const int n_left = block.a.n_values - at.chunk * kChunk;
     const auto bytes_of = [&](int row, int skipped) {
         const int32_t offset =
             block.row_offset(at.first_row + warp_row + row) + at.chunk * Format::kChunkBytes;
@@ -246,7 +262,8 @@ __device__ __forceinline__ void add_chunk(float (&sums)[T::kRowParts][n_parts][4
                                        block.shift(offset));
     };
 #pragma unroll
-    for (int i = lane; i < 2 * T::kWarpRows; i += 32) Format::decode(bytes_of(i / 2, 0), i % 2, table[i / 2]);
+    for (int i = lane; i < 2 * T::kWarpRows; i += 32)
+        Format::decode(bytes_of(i / 2, 0), i % 2, n_left, table[i / 2]);
     __syncwarp();
     Bytes<Format::kAligned> bytes[T::kRowParts][2];  // of rows g and g + 8 of each row part
 #pragma unroll
@@ -319,7 +336,7 @@ __device__ __forceinline__ void multiply_parts(const Block<Format, T>& block) {
     multiply<n_parts>(block);
 }
 
-// grid: (tiles of rows / n_row_tiles, at least as many tiles of slots as there are)
+// See Launch.
 template <typename Format, typename T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocks) expert_matmul(const MatmulArguments a) {
     if (static_cast<int32_t>(blockIdx.y) >= *a.n_tiles) return;

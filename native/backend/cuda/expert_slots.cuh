@@ -17,6 +17,7 @@ struct SlotTile {
 namespace {  // kernels
 
 constexpr int kToHalfThreads = 256;
+constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kXChunkBytes = 2 * kChunk + 4 * kSixteens;
 
 __device__ __forceinline__ float low_half(uint32_t pair) {
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(kToHalfThreads)
     float maximum = 0.0f;
     for (int i = threadIdx.x; i < n_values; i += kToHalfThreads) maximum = fmaxf(maximum, fabsf(row[i]));
     for (int offset = 16; offset > 0; offset /= 2)
-        maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
+        maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, offset));
     if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = maximum;
     __syncthreads();
     for (int i = 0; i < kToHalfThreads / 32; ++i) maximum = fmaxf(maximum, maxima[i]);
@@ -54,8 +55,8 @@ __global__ void __launch_bounds__(kToHalfThreads)
         for (int j = 0; j < 4; ++j) v[j] = 4 * four + j < n_values ? row[4 * four + j] * factor : 0.0f;
         const uint2 pairs = make_uint2(half2_of(v[0], v[2]), half2_of(v[1], v[3]));
         float sum = low_half(pairs.x) + low_half(pairs.y) + (high_half(pairs.x) + high_half(pairs.y));
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        sum += __shfl_xor_sync(kAllLanes, sum, 1);
+        sum += __shfl_xor_sync(kAllLanes, sum, 2);
         sum /= kSumScale;
         unsigned char* chunk = out + four / 64 * kXChunkBytes;
         const int in_chunk = four % 64, t = four % 4, sixteen = four / 4 % 2;
@@ -94,8 +95,8 @@ __global__ void __launch_bounds__(kGroupThreads)
     const int32_t own = counts[thread], own_tiles = (own + tile - 1) / tile;
     int32_t sum = own, tile_sum = own_tiles;
     for (int offset = 1; offset < 32; offset *= 2) {
-        const int32_t a = __shfl_up_sync(0xffffffffu, sum, offset);
-        const int32_t b = __shfl_up_sync(0xffffffffu, tile_sum, offset);
+        const int32_t a = __shfl_up_sync(kAllLanes, sum, offset);
+        const int32_t b = __shfl_up_sync(kAllLanes, tile_sum, offset);
         if (lane >= offset) {
             sum += a;
             tile_sum += b;

@@ -12,7 +12,8 @@
 
 namespace pydiffusion::cuda {
 
-// The instructions of compute capability 8.0 are left out for older GPUs, which never run kernels with them.
+// The instructions of compute capability 8.0 are left out for older GPUs, where kernels with them must not be
+// launched.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #define PD_CAPABILITY_8(...) __trap()
 #else

@@ -54,7 +54,9 @@ struct Table {
 //   kPitch                 distance of rows in shared memory
 //   kAligned               whether chunks begin at multiples of 16 bytes
 //   kScales                of a chunk: 8 (groups) or 16 (sixteens)
-//   decode(chunk, half, table)              the table's entries for weights [128 * half, 128 * half + 128)
+//   decode(chunk, half, n_left, table)      the table's entries for weights [128 * half, 128 * half + 128),
+//   zeros
+//                                           from the n_left-th of the chunk on: those are another row's
 //   group_begin(unit, group)                index of the group's first weight in the chunk
 //   unpack(chunk, unit, q)                  [group][sixteen][pair]; `chunk` is advanced by the thread's 4t
 //   bytes
@@ -63,7 +65,8 @@ struct Q4K {  // float16 d and dmin, 12 bytes of 6-bit scales and minima, 128 by
     static constexpr int kChunkBytes = 144, kPitch = 144, kScales = 8;
     static constexpr bool kAligned = true;
 
-    __device__ static __forceinline__ void decode(const Bytes<true>& chunk, int half, Table<8>& table) {
+    __device__ static __forceinline__ void decode(const Bytes<true>& chunk, int half, int /*n_left*/,
+                                                  Table<8>& table) {
         const uint4 head = *reinterpret_cast<const uint4*>(chunk.words);
         uint32_t scales = head.y & 0x3f3f3f3f, minima = head.z & 0x3f3f3f3f;
         if (half == 1) {
@@ -102,7 +105,8 @@ struct Q6K {  // 128 bytes of low nibbles, 64 of high bit pairs, 16 scales of 8 
     static constexpr int kChunkBytes = 210, kPitch = 224, kScales = 16;
     static constexpr bool kAligned = false;
 
-    __device__ static __forceinline__ void decode(const Bytes<false>& chunk, int half, Table<16>& table) {
+    __device__ static __forceinline__ void decode(const Bytes<false>& chunk, int half, int /*n_left*/,
+                                                  Table<16>& table) {
         const float d = half_to_float(static_cast<uint16_t>(chunk.at(208)));
         const uint32_t bytes[2] = {half == 0 ? chunk.at(192) : chunk.at(200),
                                    half == 0 ? chunk.at(196) : chunk.at(204)};
@@ -145,10 +149,14 @@ struct Q80 {  // 8 blocks of float16 d and 32 signed bytes; with 128 added, zero
     static constexpr int kChunkBytes = 272, kPitch = 288, kScales = 8;
     static constexpr bool kAligned = false;
 
-    __device__ static __forceinline__ void decode(const Bytes<false>& chunk, int half, Table<8>& table) {
+    __device__ static __forceinline__ void decode(const Bytes<false>& chunk, int half, int n_left,
+                                                  Table<8>& table) {
         uint32_t d[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) d[i] = (half == 0 ? chunk.at(34 * i) : chunk.at(34 * (4 + i))) & 0xffff;
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t scale = (half == 0 ? chunk.at(34 * i) : chunk.at(34 * (4 + i))) & 0xffff;
+            d[i] = 32 * (4 * half + i) < n_left ? scale : 0;
+        }
         *reinterpret_cast<float4*>(table.scales + 4 * half) =
             make_float4(half_to_float(static_cast<uint16_t>(d[0])) * kSubnormal,
                         half_to_float(static_cast<uint16_t>(d[1])) * kSubnormal,
