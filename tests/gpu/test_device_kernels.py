@@ -122,7 +122,9 @@ def test_expert_matmul(device: str, type: str, kernels: str, report: Callable[[s
     try:
         found = _native.testing.matmul(kernels, rows, type, x, chosen, n_experts, device=device)
     except ValueError as error:
-        assert kernels == "cuda" and str(error) == f"{device} can't run the kernels \"cuda\": choose auto or ggml"
+        assert (
+            kernels == "cuda" and str(error) == f'{device} can\'t run the kernels "cuda": choose auto or ggml'
+        )
         return
     found = found.reshape(n_tokens, n_used, n_rows)
     expected = np.einsum("turi,ti->tur", w[chosen], x.astype(np.float64))
