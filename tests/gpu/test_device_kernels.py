@@ -109,7 +109,7 @@ OWN_TYPES = ("Q4_K", "Q6_K", "Q8_0")
 @pytest.mark.parametrize("type", [*OWN_TYPES, "Q5_K", "F32"])
 def test_expert_matmul(device: str, type: str, kernels: str, report: Callable[[str], None]) -> None:
     """Experts with no, few and many of the tokens, rows that fill no tile, against dequantized weights in
-    float64: ours rounds activations to 11 bits, ggml's to 8 in blocks. Where a device can't run ours, it says so.
+    float64: ours rounds activations to 11 bits, ggml's to 8 in blocks. A device that can't run ours says so.
     """
     rng = np.random.default_rng(4)
     n_experts, n_rows, n_inner, n_tokens, n_used = 16, 200, 768, 70, 4
@@ -122,9 +122,8 @@ def test_expert_matmul(device: str, type: str, kernels: str, report: Callable[[s
     try:
         found = _native.testing.matmul(kernels, rows, type, x, chosen, n_experts, device=device)
     except ValueError as error:
-        assert (
-            kernels == "cuda" and str(error) == f'{device} can\'t run the kernels "cuda": choose auto or ggml'
-        )
+        refused = f'{device} can\'t run the kernels "cuda": choose auto or ggml'
+        assert kernels == "cuda" and str(error) == refused
         return
     found = found.reshape(n_tokens, n_used, n_rows)
     expected = np.einsum("turi,ti->tur", w[chosen], x.astype(np.float64))
