@@ -19,7 +19,7 @@ struct MatmulArguments {
     const unsigned char* x;                         // [n][n_chunks][kXChunkBytes], as to_half() writes it
     const float* x_scale;                           // [n], x's rows are to be multiplied by this
     float* y;                                       // [slot][n_rows]
-    const int32_t* slots;                           // sorted by expert; slot c multiplies x's row c / share
+    const int32_t* slots;                           // sorted by expert; slot s multiplies x's row s / share
     const SlotTile* tiles;
     const int32_t* n_tiles;
     int32_t share;
@@ -177,7 +177,7 @@ __device__ __forceinline__ void add_scaled(float (&sums)[4], float low, float hi
     sums[3] += high * partial[3];
 }
 
-// Adds the partial of a chunk's zeros: sums += factor * a * (sums of x), [16, 16] times [16, 8] twice.
+// Adds the part of a chunk's zeros: sums += factor * a * (sums of x), [16, 16] times [16, 8] twice.
 template <int n_parts, typename Format, typename T>
 __device__ __forceinline__ void add_zeros(float (&sums)[T::kRowParts][n_parts][4],
                                           const Table<Format::kScales>* table, const unsigned char* x) {
@@ -198,7 +198,7 @@ __device__ __forceinline__ void add_zeros(float (&sums)[T::kRowParts][n_parts][4
     }
 }
 
-// Adds the partial of a unit of 64 weights.
+// Adds the part of a unit of 64 weights.
 template <int n_parts, typename Format, typename T>
 __device__ __forceinline__ void add_unit(float (&sums)[T::kRowParts][n_parts][4], int unit,
                                          const Bytes<Format::kAligned> (&weights)[T::kRowParts][2],
@@ -214,8 +214,8 @@ __device__ __forceinline__ void add_unit(float (&sums)[T::kRowParts][n_parts][4]
 #pragma unroll
     for (int group = 0; group < 2; ++group) {
         const int first = Format::group_begin(unit, group);
-        float2 scales[T::kRowParts]
-                     [2];  // [row part][row g or g + 8], of the unit's groups or the group's sixteens
+        // [row part][row g or g + 8], of the unit's groups or the group's sixteens
+        float2 scales[T::kRowParts][2];
 #pragma unroll
         for (int i = 0; i < T::kRowParts; ++i) {
             const int at = kPerSixteen ? first / 16 : 2 * unit;
@@ -247,7 +247,7 @@ __device__ __forceinline__ void add_unit(float (&sums)[T::kRowParts][n_parts][4]
     }
 }
 
-// Adds the partial of the chunk at a position.
+// Adds the part of the chunk at a position.
 template <int n_parts, typename Format, typename T>
 __device__ __forceinline__ void add_chunk(float (&sums)[T::kRowParts][n_parts][4],
                                           const Block<Format, T>& block, const Position<T>& at) {
