@@ -3,6 +3,7 @@
 #include "util/error.h"
 
 #if defined(PYDIFFUSION_CUDA)
+#include "backend/cuda/compute_capability.h"
 #include "ggml-cuda.h"
 #endif
 
@@ -32,6 +33,17 @@ std::vector<ggml_backend_dev_t> gpus() {
 }
 
 }  // namespace
+
+bool multiplies_bf16_fast(const std::string& name) {
+#if defined(PYDIFFUSION_CUDA)
+    ggml_backend_dev_t gpu = find_gpu(name);
+    const int capability = gpu ? compute_capability(gpu) : 0;
+    return capability == 800 || capability == 900 || capability == 1000 || capability == 1030;
+#else
+    (void)name;
+    return false;
+#endif
+}
 
 ggml_backend_dev_t find_gpu(const std::string& name) {
     for (ggml_backend_dev_t device : gpus()) {

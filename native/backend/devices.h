@@ -28,6 +28,10 @@ std::string why_no_device(const std::string& name);
 // Buffer type of the named device, or the CPU's for "host". Does not initialize the device.
 ggml_backend_buffer_type_t buffer_type_of(const std::string& name);
 
+// Whether the named device is a GPU whose tensor cores multiply BF16 with float32 sums at full rate: data
+// centre GPUs from A100 on (compute capability 8.0, 9.0, 10.0, 10.3). GeForce's have half of it or less.
+bool multiplies_bf16_fast(const std::string& name);
+
 // The GPU of this name; null if there is none that this build has kernels for.
 ggml_backend_dev_t find_gpu(const std::string& name);
 bool is_supported_gpu(ggml_backend_dev_t device);

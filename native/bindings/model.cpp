@@ -36,6 +36,7 @@ struct DeviceRequest {
     int64_t n_ctx = 0;                    // context to reserve a cache for
     int64_t n_sessions = 1;               // sessions to reserve caches for
     std::string kernels = "auto";
+    std::string dense_type = "auto";
 };
 
 struct ResolvedDevices {
@@ -66,6 +67,7 @@ DeviceMemory device_memory(const std::string& device, uint64_t limit) {
         memory.reserved = reserved_bytes(info);
         memory.budget = info.free_bytes - memory.reserved;
     }
+    memory.fast_bf16 = multiplies_bf16_fast(device);
     if (limit) memory.budget = std::min(memory.budget, limit);
     return memory;
 }
@@ -73,6 +75,13 @@ DeviceMemory device_memory(const std::string& device, uint64_t limit) {
 SessionNeeds needs_of(const DeviceRequest& request, const Hparams& hp, ggml_type kv_type) {
     return {std::min<int64_t>(request.n_ctx, hp.n_ctx_train), kv_type,
             static_cast<uint64_t>(request.n_sessions)};
+}
+
+DenseType dense_type_of(const std::string& name) {
+    if (name == "auto") return DenseType::automatic;
+    if (name == "file") return DenseType::file;
+    if (name == "bf16") return DenseType::bf16;
+    throw Error(ErrorKind::argument, "dense_type must be 'auto', 'file' or 'bf16', not " + quoted(name));
 }
 
 ResolvedDevices resolve_devices(const GgufFile& file, const DeviceRequest& request, ggml_type kv_type) {
@@ -94,7 +103,8 @@ ResolvedDevices resolve_devices(const GgufFile& file, const DeviceRequest& reque
                            request.memory_limits.size()));
     const Hparams hp(file);
     const DevicePlan device_plan = plan_devices(file, hp, needs_of(request, hp, kv_type), memory,
-                                                request.n_gpu_layers, request.n_cpu_moe);
+                                                request.n_gpu_layers, request.n_cpu_moe,
+                                                dense_type_of(request.dense_type));
     // Drop devices without layers, except for the main device.
     ResolvedDevices used;
     used.device_plan = device_plan;
@@ -168,6 +178,8 @@ nb::dict hparams_dict(const Hparams& hp) {
     return d;
 }
 
+const char* name_of_dense_type(const DevicePlan& plan) { return plan.dense_bf16 ? "bf16" : "file"; }
+
 nb::dict description(const PyModel& m) {
     nb::dict types;
     for (const auto& [type, n_bytes] : m.model->weights.bytes_by_type) {
@@ -183,6 +195,7 @@ nb::dict description(const PyModel& m) {
     for (const int32_t n : m.model->device_plan.device_layers) device_layers.append(n);
     d["device_layers"] = device_layers;
     d["n_cpu_moe"] = m.model->device_plan.n_cpu_moe;
+    d["dense_type"] = name_of_dense_type(m.model->device_plan);
     d["n_threads"] = m.model->backend.n_threads();
     d["kv_type"] = ggml_type_name(m.kv_type);
     d["weight_types"] = types;
@@ -214,12 +227,13 @@ nb::dict to_dict(const DeviceUse& use) {
 
 nb::dict plan(const std::string& path, const std::string& device, const std::vector<uint64_t>& memory_limits,
               int32_t n_gpu_layers, int32_t n_cpu_moe, int64_t n_ctx, const std::string& kv_type,
-              int64_t n_sessions) {
+              int64_t n_sessions, const std::string& dense_type) {
     const auto opened = GgufFile::open_all_parts(path);
     const GgufFile& file = *opened;
     const Hparams hp(file);
     const ggml_type type = cache_type(file, kv_type);
-    const DeviceRequest request = {device, n_gpu_layers, n_cpu_moe, memory_limits, n_ctx, n_sessions};
+    const DeviceRequest request = {device, n_gpu_layers, n_cpu_moe, memory_limits,
+                                   n_ctx,  n_sessions,   "auto",    dense_type};
     const ResolvedDevices resolved = resolve_devices(file, request, type);
     const DevicePlan& device_plan = resolved.device_plan;
     nb::list shares;
@@ -238,6 +252,7 @@ nb::dict plan(const std::string& path, const std::string& device, const std::vec
     d["n_layer"] = hp.n_layer;
     d["n_gpu_layers"] = device_plan.n_gpu_layers();
     d["n_cpu_moe"] = device_plan.n_cpu_moe;
+    d["dense_type"] = name_of_dense_type(device_plan);
     d["shares"] = shares;
     return d;
 }
@@ -251,15 +266,15 @@ void bind_model(nb::module_& m) {
             [](PyModel* self, const nb::str& path, int n_threads, const std::string& kv_type,
                const nb::object& progress, const std::string& device, int32_t n_gpu_layers, int32_t n_cpu_moe,
                const std::vector<uint64_t>& memory_limits, int64_t n_ctx, const std::string& kernels,
-               int64_t n_sessions) {
+               int64_t n_sessions, const std::string& dense_type) {
                 const DeviceRequest request = {device, n_gpu_layers, n_cpu_moe, memory_limits,
-                                               n_ctx,  n_sessions,   kernels};
+                                               n_ctx,  n_sessions,   kernels,   dense_type};
                 new (self) PyModel(load_model(from_str(path), n_threads, kv_type, request, progress));
             },
             nb::arg("path"), nb::arg("n_threads"), nb::arg("kv_type") = "auto",
             nb::arg("progress") = nb::none(), nb::arg("device") = "cpu", nb::arg("n_gpu_layers") = -1,
             nb::arg("n_cpu_moe") = -1, nb::arg("memory_limits") = nb::list(), nb::arg("n_ctx") = 8192,
-            nb::arg("kernels") = "auto", nb::arg("n_sessions") = 1)
+            nb::arg("kernels") = "auto", nb::arg("n_sessions") = 1, nb::arg("dense_type") = "auto")
         .def_prop_ro("file",
                      [](const PyModel& m) { return std::const_pointer_cast<GgufFile>(m.model->file); })
         .def_prop_ro("hparams", [](const PyModel& m) { return hparams_dict(m.model->hparams); })
@@ -273,7 +288,7 @@ void bind_model(nb::module_& m) {
           "Why a name that is not in devices() can't be used.");
     m.def("plan", plan, nb::arg("path"), nb::arg("device"), nb::arg("memory_limits") = nb::list(),
           nb::arg("n_gpu_layers") = -1, nb::arg("n_cpu_moe") = -1, nb::arg("n_ctx") = 8192,
-          nb::arg("kv_type") = "auto", nb::arg("n_sessions") = 1,
+          nb::arg("kv_type") = "auto", nb::arg("n_sessions") = 1, nb::arg("dense_type") = "auto",
           "Plan which layers and experts go to which device, with the memory that each needs.");
 }
 

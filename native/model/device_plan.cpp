@@ -39,4 +39,8 @@ int32_t DevicePlan::tensor_device(const std::string& name) const {
     return i < 0 ? main_device() : is_expert_tensor(name) ? experts_device(i) : layer_device(i);
 }
 
+ggml_type DevicePlan::device_type(const std::string& name, ggml_type type) const {
+    return dense_bf16 && ggml_is_quantized(type) && !is_expert_tensor(name) ? GGML_TYPE_BF16 : type;
+}
+
 }  // namespace pydiffusion

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "backend/devices.h"
+#include "ggml.h"
 
 namespace pydiffusion {
 
@@ -16,6 +17,7 @@ struct DevicePlan {
     int32_t n_layer = 0;
     std::vector<int32_t> device_layers;
     int32_t n_cpu_moe = 0;
+    bool dense_bf16 = false;  // quantized matrices on devices, but for experts, are held as BF16
 
     int32_t n_gpu_layers() const;
     bool any() const { return n_gpu_layers() > 0; }
@@ -28,6 +30,8 @@ struct DevicePlan {
     int32_t layer_device(int32_t i) const;
     int32_t experts_device(int32_t i) const { return i < n_layer - n_cpu_moe ? layer_device(i) : kCpuDevice; }
     int32_t tensor_device(const std::string& name) const;  // by name in the file
+    // Type on its device of a tensor that has this type in the file.
+    ggml_type device_type(const std::string& name, ggml_type type) const;
 };
 
 // Index of the layer that a tensor belongs to by its name; -1 if none.

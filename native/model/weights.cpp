@@ -1,7 +1,10 @@
 #include "model/weights.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <system_error>
+#include <thread>
 
 #include "ggml-cpu.h"
 #include "util/error.h"
@@ -12,6 +15,9 @@ namespace {
 
 // Tensor alignment that ggml's CPU kernels need; a mapping has it unless the file's own alignment is smaller.
 constexpr uint64_t kAlignment = 32;
+
+// Weights converted to another type and uploaded at a time; a multiple of any block.
+constexpr int64_t kWidenedAtOnce = int64_t{16} << 20;
 
 using Shape = std::vector<int64_t>;
 
@@ -37,6 +43,28 @@ bool is_supported(ggml_type type) {
     if (!cpu->vec_dot || !ggml_get_type_traits(type)->to_float) return false;
     return cpu->vec_dot_type == GGML_TYPE_F32 ||
            ggml_get_type_traits_cpu(cpu->vec_dot_type)->from_float != nullptr;
+}
+
+// Converts n quantized weights, a multiple of a block, to BF16. A thread that can't be started does without.
+void widen(ggml_type type, const uint8_t* data, int64_t n, int n_threads, ggml_bf16_t* out) {
+    constexpr int64_t piece = 4096;  // a multiple of any block
+    std::atomic<int64_t> next{0};
+    const auto work = [&] {
+        float weights[piece];
+        for (int64_t first = piece * next++; first < n; first = piece * next++) {
+            const int64_t n_here = std::min(piece, n - first);
+            ggml_get_type_traits(type)->to_float(data + ggml_row_size(type, first), weights, n_here);
+            ggml_fp32_to_bf16_row(weights, out + first, n_here);
+        }
+    };
+    std::vector<std::thread> threads;
+    threads.reserve(n_threads);
+    try {
+        for (int i = 1; i < n_threads; ++i) threads.emplace_back(work);
+    } catch (const std::system_error&) {
+    }
+    work();
+    for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace
@@ -94,12 +122,19 @@ class Weights::Loader {
         uint64_t total = 0, done = 0;
         for (const auto& [tensor, info] : uploads_) total += info->n_bytes;
         for (int32_t device = 0; device < backend_.n_devices(); ++device) allocate_buffer(device);
-        constexpr uint64_t block = uint64_t{64} << 20;
         for (const auto& [tensor, info] : uploads_) {
+            const bool widened = tensor->type != info->type;
+            const uint64_t block =
+                widened ? ggml_row_size(info->type, kWidenedAtOnce) : uint64_t{64} << 20;  // bytes of the file
             for (uint64_t at = 0; at < info->n_bytes; at += block) {
                 const uint64_t n = std::min(block, info->n_bytes - at);
                 file_.require_not_truncated();
-                ggml_backend_tensor_set(tensor, file_.tensor_data(*info) + at, at, n);
+                const uint8_t* data = file_.tensor_data(*info) + at;
+                if (widened) {
+                    upload_widened(tensor, info->type, data, at / block * kWidenedAtOnce);
+                } else {
+                    ggml_backend_tensor_set(tensor, data, at, n);
+                }
                 done += n;
                 progress(static_cast<double>(done) / static_cast<double>(total));
             }
@@ -119,6 +154,14 @@ class Weights::Loader {
     }
 
   private:
+    // Uploads up to kWidenedAtOnce weights, from the first-th of the tensor on, as BF16.
+    void upload_widened(ggml_tensor* tensor, ggml_type type, const uint8_t* data, int64_t first) {
+        const int64_t n = std::min(kWidenedAtOnce, ggml_nelements(tensor) - first);
+        widened_.resize(n);
+        widen(type, data, n, backend_.n_threads(), widened_.data());
+        ggml_backend_tensor_set(tensor, widened_.data(), first * sizeof(ggml_bf16_t), n * sizeof(ggml_bf16_t));
+    }
+
     void allocate_buffer(int32_t device) {
         ggml_context* context = weights_.contexts_[device - kCpuDevice].get();
         if (!ggml_get_first_tensor(context)) return;
@@ -164,10 +207,12 @@ class Weights::Loader {
     }
 
     ggml_tensor* create(const TensorInfo& info, int32_t wanted) {
-        const bool on_device = wanted != kCpuDevice && can_hold(info.type);
+        const ggml_type wanted_type = device_plan_.device_type(info.name, info.type);
+        const bool on_device = wanted != kCpuDevice && can_hold(wanted_type);
         ggml_context* context = weights_.contexts_[(on_device ? wanted : kCpuDevice) - kCpuDevice].get();
         ggml_tensor* tensor =
-            ggml_new_tensor(context, info.type, static_cast<int>(info.ne.size()), info.ne.data());
+            ggml_new_tensor(context, on_device ? wanted_type : info.type, static_cast<int>(info.ne.size()),
+                            info.ne.data());
         ggml_set_name(tensor, info.name.c_str());
         if (on_device) {
             uploads_.emplace_back(tensor, &info);
@@ -202,6 +247,7 @@ class Weights::Loader {
     std::vector<std::pair<ggml_tensor*, const TensorInfo*>> uploads_;
     std::vector<ggml_backend_buffer_t> mapped_;  // by part
     std::map<std::string, bool> used_;
+    std::vector<ggml_bf16_t> widened_;
 };
 
 namespace {

@@ -48,8 +48,9 @@ struct LayerWeights {
 
 struct Weights {
     // Throws if a tensor is missing or has another shape or a type that this build can't compute with. Copies
-    // to each device the tensors that the plan assigns to it, reporting the fraction done to `progress`;
-    // tensors of types that the device can't compute with stay in the mapping.
+    // to each device the tensors that the plan assigns to it, in the type that the plan gives them, reporting
+    // the fraction done to `progress`; tensors of types that the device can't compute with stay in the
+    // mapping.
     Weights(std::shared_ptr<const GgufFile> file, const Hparams& hparams, const DevicePlan& device_plan,
             const Backend& backend, const std::function<void(double)>& progress);
     Weights(const Weights&) = delete;

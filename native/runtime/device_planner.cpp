@@ -50,7 +50,8 @@ int64_t attention_bytes(const Hparams& hp, const LayerShape& shape, int64_t n_ct
 
 // Memory costs on one device, from which the use of any plan follows.
 struct Costs {
-    Costs(const GgufFile& file, const Hparams& hparams, const SessionNeeds& needs, const TensorSizes& sizes);
+    Costs(const GgufFile& file, const Hparams& hparams, bool dense_bf16, const SessionNeeds& needs,
+          const TensorSizes& sizes);
 
     struct Layer {
         uint64_t weights = 0, experts = 0, cache = 0;
@@ -61,8 +62,11 @@ struct Costs {
     uint64_t main_device_step = 0;  // in addition, on the main device
 };
 
-Costs::Costs(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs, const TensorSizes& sizes)
+Costs::Costs(const GgufFile& file, const Hparams& hp, bool dense_bf16, const SessionNeeds& needs,
+             const TensorSizes& sizes)
     : layers(hp.layers.size()) {
+    DevicePlan types;
+    types.dense_bf16 = dense_bf16;
     uint64_t widened = 0;
     for (const TensorInfo& tensor : file.tensors()) {
         const int32_t i = layer_of_tensor(tensor.name);
@@ -70,7 +74,7 @@ Costs::Costs(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs,
         uint64_t& sum = i < 0                           ? outside
                         : is_expert_tensor(tensor.name) ? layers[i].experts
                                                         : layers[i].weights;
-        sum += sizes.of(tensor.type, tensor.ne);
+        sum += sizes.of(types.device_type(tensor.name, tensor.type), tensor.ne);
         // CUDA converts a float16 matrix to float32 for float32 accumulation (see with_exact_sums).
         if (tensor.type == GGML_TYPE_F16 && tensor.ne.size() > 1)
             widened = std::max(widened, static_cast<uint64_t>(tensor.ne[0] * tensor.ne[1]) * sizeof(float));
@@ -97,10 +101,11 @@ Costs::Costs(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs,
 }
 
 // Per device: buffer types may pad tensors differently.
-std::vector<Costs> costs_on(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs,
-                            const std::vector<DeviceMemory>& memory) {
+std::vector<Costs> costs_on(const GgufFile& file, const Hparams& hp, bool dense_bf16,
+                            const SessionNeeds& needs, const std::vector<DeviceMemory>& memory) {
     std::vector<Costs> costs;
-    for (const DeviceMemory& device : memory) costs.emplace_back(file, hp, needs, TensorSizes(device.type));
+    for (const DeviceMemory& device : memory)
+        costs.emplace_back(file, hp, dense_bf16, needs, TensorSizes(device.type));
     return costs;
 }
 
@@ -202,17 +207,9 @@ bool fits(const std::vector<DeviceUse>& uses, const std::vector<DeviceMemory>& m
                gb(budget), several ? (" (" + each + ")").c_str() : "", gb(reserved)));
 }
 
-}  // namespace
-
-std::vector<DeviceUse> device_use(const GgufFile& file, const Hparams& hp, const DevicePlan& device_plan,
-                                  const SessionNeeds& needs, const std::vector<DeviceMemory>& memory) {
-    return use_of(costs_on(file, hp, needs, memory), device_plan);
-}
-
-DevicePlan plan_devices(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs,
-                        const std::vector<DeviceMemory>& memory, int32_t n_gpu_layers, int32_t n_cpu_moe) {
-    require_fitting_heads(hp, needs.kv_type);
-    const std::vector<Costs> costs = costs_on(file, hp, needs, memory);
+// The plan whose matrices other than experts have these costs.
+DevicePlan best_plan(const std::vector<Costs>& costs, const Hparams& hp,
+                     const std::vector<DeviceMemory>& memory, int32_t n_gpu_layers, int32_t n_cpu_moe) {
     std::vector<DeviceUse> uses;
     const int32_t most = n_gpu_layers >= 0 ? std::min(n_gpu_layers, hp.n_layer) : hp.n_layer;
     const int32_t least = n_gpu_layers >= 0 ? most : 0;
@@ -228,6 +225,42 @@ DevicePlan plan_devices(const GgufFile& file, const Hparams& hp, const SessionNe
     }
     if (n_gpu_layers >= 0 && most > 0) refuse(most, uses, memory);
     return {hp.n_layer, {}, 0};
+}
+
+// A file without quantized matrices stays as it is, so that its plan does not claim another type.
+bool has_quantized_matrices(const GgufFile& file) {
+    return std::any_of(file.tensors().begin(), file.tensors().end(), [](const TensorInfo& tensor) {
+        return ggml_is_quantized(tensor.type) && !is_expert_tensor(tensor.name);
+    });
+}
+
+}  // namespace
+
+std::vector<DeviceUse> device_use(const GgufFile& file, const Hparams& hp, const DevicePlan& device_plan,
+                                  const SessionNeeds& needs, const std::vector<DeviceMemory>& memory) {
+    return use_of(costs_on(file, hp, device_plan.dense_bf16, needs, memory), device_plan);
+}
+
+DevicePlan plan_devices(const GgufFile& file, const Hparams& hp, const SessionNeeds& needs,
+                        const std::vector<DeviceMemory>& memory, int32_t n_gpu_layers, int32_t n_cpu_moe,
+                        DenseType dense_type) {
+    require_fitting_heads(hp, needs.kv_type);
+    const auto plan_with = [&](bool dense_bf16) {
+        DevicePlan plan = best_plan(costs_on(file, hp, dense_bf16, needs, memory), hp, memory, n_gpu_layers,
+                                    n_cpu_moe);
+        plan.dense_bf16 = dense_bf16 && plan.any();
+        return plan;
+    };
+    if (dense_type == DenseType::file || !has_quantized_matrices(file)) return plan_with(false);
+    if (dense_type == DenseType::bf16) return plan_with(true);
+    const bool fast = std::all_of(memory.begin(), memory.end(),
+                                  [](const DeviceMemory& device) { return device.fast_bf16; });
+    const DevicePlan plan = plan_with(false);
+    if (!fast || plan.n_gpu_layers() < hp.n_layer || plan.n_cpu_moe > 0) return plan;
+    const std::vector<Costs> costs = costs_on(file, hp, true, needs, memory);
+    DevicePlan wide = split_layers(costs, memory, hp.n_layer, 0);
+    wide.dense_bf16 = true;
+    return fits(use_of(costs, wide), memory) ? wide : plan;
 }
 
 }  // namespace pydiffusion

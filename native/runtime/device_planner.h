@@ -16,6 +16,7 @@ struct DeviceMemory {
     ggml_backend_buffer_type_t type;  // gives a tensor's size there
     uint64_t budget;                  // bytes that a plan may use
     uint64_t reserved;                // free bytes left out of the budget
+    bool fast_bf16 = false;           // see multiplies_bf16_fast()
 };
 
 // What to reserve memory for: caches and steps of n_sessions.
@@ -34,6 +35,13 @@ struct DeviceUse {
     uint64_t total() const { return weights + cache + step; }
 };
 
+// Types of the matrices other than experts on devices: as in the file, or BF16 instead of a quantized type.
+enum class DenseType {
+    file,
+    bf16,
+    automatic,  // BF16 if the whole model is then on devices that multiply it fast
+};
+
 // Estimated use of each device of the plan; `memory` has one entry per device.
 std::vector<DeviceUse> device_use(const GgufFile& file, const Hparams& hparams, const DevicePlan& device_plan,
                                   const SessionNeeds& needs, const std::vector<DeviceMemory>& memory);
@@ -43,6 +51,7 @@ std::vector<DeviceUse> device_use(const GgufFile& file, const Hparams& hparams, 
 // Layers are split across devices in proportion to the memory left after the step and the tensors of no
 // layer. Counts other than -1 are used as given.
 DevicePlan plan_devices(const GgufFile& file, const Hparams& hparams, const SessionNeeds& needs,
-                        const std::vector<DeviceMemory>& memory, int32_t n_gpu_layers, int32_t n_cpu_moe);
+                        const std::vector<DeviceMemory>& memory, int32_t n_gpu_layers, int32_t n_cpu_moe,
+                        DenseType dense_type);
 
 }  // namespace pydiffusion

@@ -33,7 +33,8 @@ struct Planner {
     }
     DevicePlan plan(const std::vector<uint64_t>& budgets, int32_t n_gpu_layers = -1,
                     int32_t n_cpu_moe = -1) const {
-        return plan_devices(*file, *hp, needs, memory(budgets), n_gpu_layers, n_cpu_moe);
+        return plan_devices(*file, *hp, needs, memory(budgets), n_gpu_layers, n_cpu_moe,
+                            DenseType::file);
     }
     std::vector<DeviceUse> use(const std::vector<int32_t>& layers, int32_t n_cpu_moe) const {
         return device_use(*file, *hp, {4, layers, n_cpu_moe}, needs,
