@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pydiffusion import _native, devices, plan
+from pydiffusion import Plan, _native, devices, plan
 from pydiffusion.device_plan import device_request
 from pydiffusion.errors import GenerationCancelled
 
@@ -125,6 +125,7 @@ class Bench:
         self.model: Any = None
         self.session: Any = None
         self.single_device = False
+        self.planned: Plan
         self.n_ctx = 0
         self.free_before: int | None = None
         self.step_by_prompt: dict[int, float] = {}
@@ -214,12 +215,16 @@ class Bench:
             figures["matmul"][name] = _native.measure_matrix_rate(threads, name, last)
         return figures
 
-    def load(self, n_cpu_moe: int | None = None, kernels: str = "auto") -> Figures:
+    def load(
+        self, n_cpu_moe: int | None = None, kernels: str = "auto", dense_type: str = "auto"
+    ) -> Figures:
         a = self.arguments
         self.model = self.session = None  # frees the memory of an earlier load
         self.n_ctx = max([*a.prompts, a.answer[0] + a.answer[1], a.peaked_prompt]) + 2 * 256
-        self.request = device_request("auto", n_cpu_moe, a.device, None)
-        planned = plan(self.file, n_ctx=self.n_ctx, device=a.device, n_cpu_moe=n_cpu_moe)
+        self.request = device_request("auto", n_cpu_moe, a.device, None, dense_type=dense_type)
+        self.planned = plan(
+            self.file, n_ctx=self.n_ctx, device=a.device, n_cpu_moe=n_cpu_moe, dense_type=dense_type
+        )
         self.free_before = self.free_bytes()
         seconds, self.model = timed(
             lambda: _native.Model(
@@ -243,9 +248,10 @@ class Bench:
             "weight_types": d["weight_types"],
             "kv_type": d["kv_type"],
             "kernels": d["kernels"],
+            "dense_type": d["dense_type"],
             "canvas": self.model.canvas_length,
             "n_ctx": self.n_ctx,
-            "plan": planned.to_dict(),
+            "plan": self.planned.to_dict(),
             "free_before": self.free_before,
             "used_by_model": used_by_model,
             "used_with_session": self.used_since_start(),
@@ -256,16 +262,13 @@ class Bench:
         prefill = self.encode(32)
         figures = self.time_steps(1)
         self.step_seconds = figures["step"]
-        d = self.model.description
         return {
             "prefill_seconds": prefill,
             "steps": figures["steps"],
             "used": self.used_since_start(),
             "free": self.free_bytes(),
             "cache_bytes": self.session.cache_bytes,
-            "planned": plan(
-                self.file, n_ctx=self.n_ctx, device=self.arguments.device, n_cpu_moe=d["n_cpu_moe"]
-            ).total_bytes,
+            "planned": self.planned.total_bytes,
         }
 
     def steps(self, prompt: int) -> Figures:
@@ -384,16 +387,24 @@ class Bench:
         }
 
     def ggml_kernels(self, prompt: int) -> Figures:
-        """Load the model again without kernels of our own for expert matmuls, and time steps."""
-        ours = self.model.description["kernels"]
-        if ours != "cuda":
+        """Time steps without kernels of our own."""
+        if self.model.description["kernels"] != "cuda":
             raise Skipped("the device has no kernels of ours")
+        return self._loaded_again(prompt, kernels="ggml")
+
+    def file_types(self, prompt: int) -> Figures:
+        """Time steps with all matrices in the types of the file."""
+        if self.model.description["dense_type"] == "file":
+            raise Skipped("the device keeps the types of the file")
+        return self._loaded_again(prompt, dense_type="file")
+
+    def _loaded_again(self, prompt: int, **options: str) -> Figures:
         before = self.step_by_prompt.get(prompt)
-        loaded = self.load(kernels="ggml")
+        loaded = self.load(**options)
         prefill = self.encode(prompt)
         figures = self.time_steps(self.n_timed())
         return {
-            "prompt": prompt, "load": loaded["load"], "prefill": prefill, **figures, "with_ours": before,
+            "prompt": prompt, "load": loaded["load"], "prefill": prefill, **figures, "before": before,
             "used": self.used_since_start(),
         }  # fmt: skip
 
@@ -433,7 +444,7 @@ def cost_of(name: str, bench: Bench, prompts: Sequence[int] = ()) -> float:
         "machine": 1.0, "rates": 4.0, "load": 1 + 20 * scale, "first-step": 1 + 4 * scale,
         "peaked": 5 + 2 * step + timed_steps, "answer": answer, "determinism": 1.3 * answer,
         "graphs-off": 8 + 30 * scale + timed_steps,
-        "ggml-kernels": 3 + 25 * scale + 2 * timed_steps,
+        "ggml-kernels": 3 + 25 * scale + 2 * timed_steps, "file-types": 3 + 25 * scale + 2 * timed_steps,
         "cpu-experts": 3 + 25 * scale + 8 * (step + 0.3 * scale * a.cpu_experts),
     }  # fmt: skip
     return fixed[kind]

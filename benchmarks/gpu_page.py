@@ -17,7 +17,7 @@ Entry = dict[str, Any]
 
 MEASUREMENTS = (
     "machine", "rates", "load", "first-step", "steps", "peaked", "answer", "determinism",
-    "ggml-kernels", "graphs-off", "cpu-experts", "step-kernels",
+    "file-types", "ggml-kernels", "graphs-off", "cpu-experts", "step-kernels",
 )  # fmt: skip
 _HEADER = ("when", "finding", "commit", "shape", "type", "variant", "ok", "took", "seconds", "begun")
 _CHECKED = ("call", "file", "what", "test")  # keys that identify a check, besides its finding's name
@@ -248,11 +248,11 @@ def memory(found: Findings) -> str:
         rows.append([
             label(entry), f"{entry['load']:.1f}", f"{entry['n_bytes'] / entry['load'] / 1e9:.2f}",
             gb(entry["n_bytes"]), f"{planned['n_gpu_layers']} of {planned['n_layer']}",
-            str(planned["n_cpu_moe"]), gb(planned["total_bytes"]), gb(entry["used_by_model"]),
+            str(planned["n_cpu_moe"]), planned.get("dense_type", "file"), gb(planned["total_bytes"]), gb(entry["used_by_model"]),
             gb(entry["used_with_session"]), gb(first.get("used")), gb(first.get("free")),
         ])  # fmt: skip
     head = (
-        "of | load, s | GB/s | weights | layers on GPUs | experts on the CPU | planned | in use: model | "
+        "of | load, s | GB/s | weights | layers on GPUs | experts on the CPU | other matrices | planned | in use: model | "
         "with a session | after steps | free then"
     )
     contexts = dict.fromkeys(str(entry["n_ctx"]) for entry in found.of("load"))
@@ -378,11 +378,15 @@ def comparisons(found: Findings) -> str:
                 f"- {label(entry)}, {entry['finding']}: {ms(entry['step'])} ms per step compared to "
                 f"{ms(with_graphs[0]['step'])} (ratio {ratio:.3f})."
             )
-    for entry in found.of("ggml-kernels"):
-        compared = "" if entry["with_ours"] is None else (
-            f" compared to {ms(entry['with_ours'])} (ratio {entry['step'] / entry['with_ours']:.3f})"
-        )  # fmt: skip
-        lines.append(f"- {label(entry)}: expert matmuls by ggml: {ms(entry['step'])} ms per step{compared}.")
+    for name, what in (
+        ("file-types", "all matrices in the file's types"),
+        ("ggml-kernels", "expert matmuls by ggml"),
+    ):
+        for entry in found.of(name):
+            compared = "" if entry["before"] is None else (
+                f" compared to {ms(entry['before'])} (ratio {entry['step'] / entry['before']:.3f})"
+            )  # fmt: skip
+            lines.append(f"- {label(entry)}: {what}: {ms(entry['step'])} ms per step{compared}.")
     for entry in found.of("cpu-experts"):
         compared = "" if entry["per_layer"] is None else (
             f" compared to {ms(entry['all_on_gpu'])}: {ms(entry['per_layer'])} per layer"

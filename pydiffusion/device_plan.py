@@ -21,6 +21,8 @@ CPU = "cpu"
 DEFAULT_N_CTX = 8192
 #: Types of the KV cache.
 KV_TYPES = ("auto", "f32", "f16", "q8_0")
+#: Types of matrices other than experts on a GPU; "file" for the file's own.
+DENSE_TYPES = ("auto", "file", "bf16")
 #: Most sessions that memory can be planned for.
 MAX_SESSIONS = 65536
 
@@ -62,6 +64,7 @@ class Plan:
     ``device``: a device's name, several separated by commas, or "cpu".
     ``n_gpu_layers``: how many of the ``n_layer`` layers, counted from the last, are on GPUs; 0 for none.
     ``n_cpu_moe``: how many of these, counted from the last, keep their experts on the CPU.
+    ``dense_type``: "bf16" if matrices other than experts are converted to BF16 there, else "file".
     ``shares``: one per device, in layer order; tensors outside layers are on the last.
     """
 
@@ -69,6 +72,7 @@ class Plan:
     n_layer: int
     n_gpu_layers: int
     n_cpu_moe: int
+    dense_type: str
     shares: tuple[DeviceShare, ...]
 
     @property
@@ -111,12 +115,13 @@ def plan(
     gpu_memory: int | Sequence[int] | None = None,
     kv_type: str = "auto",
     n_sessions: int = 1,
+    dense_type: str = "auto",
 ) -> Plan:
     """Plan which layers ``DiffusionModel`` would put on which device, without loading anything.
 
     Raises as ``DiffusionModel``.
     """
-    request = device_request(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions)
+    request = device_request(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions, dense_type)
     check_kv_type(kv_type)
     found = _native.plan(os.fspath(path), n_ctx=n_ctx, kv_type=kv_type, **request)
     return Plan(**{**found, "shares": tuple(DeviceShare(**share) for share in found["shares"])})
@@ -141,6 +146,7 @@ def device_request(
     device: str,
     gpu_memory: int | Sequence[int] | None,
     n_sessions: int = 1,
+    dense_type: str = "auto",
 ) -> dict[str, Any]:
     """Requested device placement, checked, as arguments of the native functions; -1 means automatic."""
     automatic = n_gpu_layers == "auto"
@@ -150,6 +156,8 @@ def device_request(
         _check_count("n_cpu_moe", n_cpu_moe, "None or an integer of at least 0")
     if isinstance(n_sessions, bool) or not isinstance(n_sessions, int) or not 1 <= n_sessions <= MAX_SESSIONS:
         raise ValueError(f"n_sessions is {n_sessions!r}; permitted is an integer from 1 to {MAX_SESSIONS}")
+    if dense_type not in DENSE_TYPES:
+        raise ValueError(f"dense_type is {dense_type!r}; permitted are {', '.join(map(repr, DENSE_TYPES))}")
     names = [CPU] if n_gpu_layers == 0 else _names(device)
     if not names and not automatic:
         raise ValueError(
@@ -162,6 +170,7 @@ def device_request(
         "n_cpu_moe": -1 if n_cpu_moe is None else n_cpu_moe,
         "memory_limits": _limits(gpu_memory, device, [] if names == [CPU] else names),
         "n_sessions": n_sessions,
+        "dense_type": dense_type,
     }
 
 

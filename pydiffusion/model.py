@@ -67,6 +67,7 @@ class DiffusionModel:
         gpu_memory: int | Sequence[int] | None = None,
         kernels: str = "auto",
         n_sessions: int = 1,
+        dense_type: str = "auto",
     ) -> None:
         """Open and validate a model file.
 
@@ -88,11 +89,14 @@ class DiffusionModel:
         kernels: matmul kernels: on the CPU "auto", "ggml", "avx512-bf16" or "amx" (docs/speed.md); on a GPU
             "auto", "ggml", or "cuda" for expert matmuls on our own (docs/gpu.md).
         n_sessions: number of sessions to reserve GPU memory for; more may be created.
+        dense_type: type of the matrices other than experts on GPUs: "file" as in the file, "bf16" to convert
+            quantized ones to BF16 when they are loaded (faster on A100, H100 and H200), "auto" to do so on
+            these GPUs where the whole model still fits.
         Raises ModelFormatError, UnsupportedModelError, InsufficientMemoryError; ValueError for a wrong
         argument; OSError when the file can't be read.
         """
         self.path = Path(path)
-        request = device_request(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions)
+        request = device_request(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions, dense_type)
         check_kv_type(kv_type)
         threads = available_cpus() if n_threads is None else n_threads
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:

@@ -102,9 +102,9 @@ ResolvedDevices resolve_devices(const GgufFile& file, const DeviceRequest& reque
                     format("got %zu devices and %zu memory limits: give one limit per device", devices.size(),
                            request.memory_limits.size()));
     const Hparams hp(file);
-    const DevicePlan device_plan = plan_devices(file, hp, needs_of(request, hp, kv_type), memory,
-                                                request.n_gpu_layers, request.n_cpu_moe,
-                                                dense_type_of(request.dense_type));
+    const DevicePlan device_plan =
+        plan_devices(file, hp, needs_of(request, hp, kv_type), memory, request.n_gpu_layers,
+                     request.n_cpu_moe, dense_type_of(request.dense_type));
     // Drop devices without layers, except for the main device.
     ResolvedDevices used;
     used.device_plan = device_plan;

@@ -124,8 +124,8 @@ class Weights::Loader {
         for (int32_t device = 0; device < backend_.n_devices(); ++device) allocate_buffer(device);
         for (const auto& [tensor, info] : uploads_) {
             const bool widened = tensor->type != info->type;
-            const uint64_t block =
-                widened ? ggml_row_size(info->type, kWidenedAtOnce) : uint64_t{64} << 20;  // bytes of the file
+            const uint64_t block = widened ? ggml_row_size(info->type, kWidenedAtOnce)
+                                           : uint64_t{64} << 20;  // bytes of the file
             for (uint64_t at = 0; at < info->n_bytes; at += block) {
                 const uint64_t n = std::min(block, info->n_bytes - at);
                 file_.require_not_truncated();
@@ -159,7 +159,8 @@ class Weights::Loader {
         const int64_t n = std::min(kWidenedAtOnce, ggml_nelements(tensor) - first);
         widened_.resize(n);
         widen(type, data, n, backend_.n_threads(), widened_.data());
-        ggml_backend_tensor_set(tensor, widened_.data(), first * sizeof(ggml_bf16_t), n * sizeof(ggml_bf16_t));
+        ggml_backend_tensor_set(tensor, widened_.data(), first * sizeof(ggml_bf16_t),
+                                n * sizeof(ggml_bf16_t));
     }
 
     void allocate_buffer(int32_t device) {
@@ -210,9 +211,8 @@ class Weights::Loader {
         const ggml_type wanted_type = device_plan_.device_type(info.name, info.type);
         const bool on_device = wanted != kCpuDevice && can_hold(wanted_type);
         ggml_context* context = weights_.contexts_[(on_device ? wanted : kCpuDevice) - kCpuDevice].get();
-        ggml_tensor* tensor =
-            ggml_new_tensor(context, on_device ? wanted_type : info.type, static_cast<int>(info.ne.size()),
-                            info.ne.data());
+        ggml_tensor* tensor = ggml_new_tensor(context, on_device ? wanted_type : info.type,
+                                              static_cast<int>(info.ne.size()), info.ne.data());
         ggml_set_name(tensor, info.name.c_str());
         if (on_device) {
             uploads_.emplace_back(tensor, &info);

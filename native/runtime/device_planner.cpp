@@ -246,8 +246,8 @@ DevicePlan plan_devices(const GgufFile& file, const Hparams& hp, const SessionNe
                         DenseType dense_type) {
     require_fitting_heads(hp, needs.kv_type);
     const auto plan_with = [&](bool dense_bf16) {
-        DevicePlan plan = best_plan(costs_on(file, hp, dense_bf16, needs, memory), hp, memory, n_gpu_layers,
-                                    n_cpu_moe);
+        DevicePlan plan =
+            best_plan(costs_on(file, hp, dense_bf16, needs, memory), hp, memory, n_gpu_layers, n_cpu_moe);
         plan.dense_bf16 = dense_bf16 && plan.any();
         return plan;
     };

@@ -33,8 +33,7 @@ struct Planner {
     }
     DevicePlan plan(const std::vector<uint64_t>& budgets, int32_t n_gpu_layers = -1,
                     int32_t n_cpu_moe = -1) const {
-        return plan_devices(*file, *hp, needs, memory(budgets), n_gpu_layers, n_cpu_moe,
-                            DenseType::file);
+        return plan_devices(*file, *hp, needs, memory(budgets), n_gpu_layers, n_cpu_moe, DenseType::file);
     }
     std::vector<DeviceUse> use(const std::vector<int32_t>& layers, int32_t n_cpu_moe) const {
         return device_use(*file, *hp, {4, layers, n_cpu_moe}, needs,
@@ -119,6 +118,48 @@ TEST_CASE("one device: all, then without experts, then fewer layers") {
     check(budget(1, 1), 1, 1);
     check(budget(1, 1) - 1, 0, 0);
     check(0, 0, 0);
+}
+
+TEST_CASE("BF16 where the whole model is on devices that multiply it fast") {
+    constexpr uint32_t q8_0 = 8;
+    SmallModel model;
+    model.sliding = {true, true};
+    GgufImage image = model.image();
+    for (int i = 0; i < 2; ++i) {
+        image.tensor_at_end(format("blk.%d.attn_q.weight", i), {32, 32}, q8_0, 32 * 34);
+        image.tensor_at_end(format("blk.%d.ffn_up_exps.weight", i), {32, 128, 4}, q8_0, 128 * 4 * 34);
+    }
+    const TemporaryFolder folder;
+    const GgufFile file(folder.write("model.gguf", image.bytes()));
+    const Hparams hp(file);
+    const SessionNeeds needs = {1024, GGML_TYPE_F16, 1};
+    const auto plan = [&](uint64_t budget, bool fast, DenseType type, int32_t n_gpu_layers = -1,
+                          int32_t n_cpu_moe = -1) {
+        return plan_devices(file, hp, needs, {{ggml_backend_cpu_buffer_type(), budget, 0, fast}},
+                            n_gpu_layers, n_cpu_moe, type);
+    };
+    const auto total = [&](const DevicePlan& of) {
+        return device_use(file, hp, of, needs, {{ggml_backend_cpu_buffer_type(), 0, 0}})[0].total();
+    };
+    const DevicePlan wide = plan(UINT64_MAX, false, DenseType::bf16),
+                     narrow = plan(UINT64_MAX, true, DenseType::file);
+    CHECK(wide.dense_bf16);
+    CHECK_FALSE(narrow.dense_bf16);
+    CHECK(total(wide) - total(narrow) == 2 * 32 * (2 * 32 - 34));
+    CHECK(wide.device_type("blk.0.attn_q.weight", GGML_TYPE_Q8_0) == GGML_TYPE_BF16);
+    CHECK(wide.device_type("blk.0.ffn_up_exps.weight", GGML_TYPE_Q8_0) == GGML_TYPE_Q8_0);
+    CHECK(wide.device_type("token_embd.weight", GGML_TYPE_F16) == GGML_TYPE_F16);
+    CHECK(narrow.device_type("blk.0.attn_q.weight", GGML_TYPE_Q8_0) == GGML_TYPE_Q8_0);
+
+    CHECK(plan(total(wide), true, DenseType::automatic).dense_bf16);
+    CHECK_FALSE(plan(total(wide), false, DenseType::automatic).dense_bf16);
+    CHECK_FALSE(plan(total(wide) - 1, true, DenseType::automatic).dense_bf16);
+    CHECK(plan(total(wide) - 1, true, DenseType::automatic).n_gpu_layers() == 2);
+    CHECK_FALSE(plan(UINT64_MAX, true, DenseType::automatic, 1).dense_bf16);
+    CHECK_FALSE(plan(UINT64_MAX, true, DenseType::automatic, 2, 1).dense_bf16);
+    CHECK(plan(UINT64_MAX, true, DenseType::bf16, 1).dense_bf16);
+    CHECK(plan(total(wide) - 1, true, DenseType::bf16).n_cpu_moe == 1);
+    CHECK_FALSE(plan(0, true, DenseType::bf16).dense_bf16);
 }
 
 TEST_CASE("what is asked for is taken as it is, or refused") {

@@ -1,5 +1,7 @@
 // The CUDA kernels of a step, run by the emulation: against the same arithmetic in plain loops bit by bit,
 // and against the host's StepBackend and sums in double precision.
+#include <cfloat>
+#include <cstring>
 #include <cmath>
 
 #include "backend/step_backend.h"
@@ -230,6 +232,16 @@ TEST_CASE("dense_probabilities and scatter_rows: the positions named, and no oth
                 const float p = row::probability(distributions[t], logits[t * n_vocab + v]);
                 if (found[i].bits != ggml_fp32_to_fp16(p * 16384.0f)) FAIL_CHECK("at ", i);
             }
+            std::vector<cuda::Bfloat16> wide(2 * n_rows);
+            emulate(dim3(static_cast<unsigned>((n_rows + 255) / 256), 2), 256, 0, order, [&] {
+                dense_probabilities(wide.data(), logits.data(), distributions.data(), positions.data(),
+                                    n_vocab, from, n_rows);
+            });
+            for (int64_t i = 0; i < 2 * n_rows; ++i) {
+                const int64_t t = positions[i / n_rows], v = from + i % n_rows;
+                const float p = row::probability(distributions[t], logits[t * n_vocab + v]);
+                if (wide[i].bits != ggml_fp32_to_bf16(p * 16384.0f).bits) FAIL_CHECK("at ", i);
+            }
             const std::vector<float> sums = random_values(2 * n_rows, 5);  // n_rows serves as d
             std::vector<float> soft(4 * n_rows, 9.0f), expected = soft;
             for (int64_t i = 0; i < 2 * n_rows; ++i)
@@ -239,6 +251,18 @@ TEST_CASE("dense_probabilities and scatter_rows: the positions named, and no oth
             CHECK(same(soft, expected));
         }
     }
+}
+
+TEST_CASE("bfloat16_of: ggml's rounding, of every kind of number") {
+    std::vector<float> values = {0.0f, -0.0f, 1.0f, INFINITY, -INFINITY, NAN, -NAN, FLT_MAX, 1e-45f, 1e-38f};
+    for (uint32_t low = 0; low < 0x20000u; low += 0x3fffu) {  // ties and their neighbours
+        for (const uint32_t bits : {0x3f800000u + low, 0x3f807fffu + low, 0xbf808001u + low, 0x7f800001u + low}) {
+            float value;
+            std::memcpy(&value, &bits, sizeof value);
+            values.push_back(value);
+        }
+    }
+    for (const float value : values) CHECK(cuda::bfloat16_of(value).bits == ggml_fp32_to_bf16(value).bits);
 }
 
 TEST_CASE("fill_row: one token of the row, nothing behind it") {

@@ -40,6 +40,7 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
         "n_gpu_layers": "auto" if layers in (None, "auto") else int(layers),
         "n_cpu_moe": runtime.get("n_cpu_moe"),
         "device": runtime.get("device") or "auto",
+        "dense_type": runtime.get("dense_type") or "auto",
     }
     try:
         memory = runtime.get("gpu_memory")
@@ -112,8 +113,9 @@ def _where(model: DiffusionModel) -> str:
     d = model.description
     if d["n_gpu_layers"] == 0:
         return f"{model.n_threads} threads"
+    wide = ", BF16 but for experts" if d["dense_type"] == "bf16" else ""
     left = f", experts of {d['n_cpu_moe']} on {model.n_threads} threads" if d["n_cpu_moe"] else ""
     shares = [f"{n} on {name}" for n, name in zip(d["device_layers"], d["backend"].split(","), strict=True)]
     if len(shares) == 1:
-        return f"{d['n_gpu_layers']} of {model.hparams['n_layer']} layers on {d['backend']}{left}"
-    return f"{d['n_gpu_layers']} of {model.hparams['n_layer']} layers, {', '.join(shares)}{left}"
+        return f"{d['n_gpu_layers']} of {model.hparams['n_layer']} layers on {d['backend']}{wide}{left}"
+    return f"{d['n_gpu_layers']} of {model.hparams['n_layer']} layers, {', '.join(shares)}{wide}{left}"

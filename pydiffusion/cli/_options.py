@@ -115,6 +115,14 @@ RUNTIME: dict[str, Any] = {
             "[default: as few as needed]",
         ),
     ],
+    "dense_type": Annotated[
+        str | None,
+        typer.Option(
+            "--dense-type",
+            help="Type of matrices other than experts on GPUs: file, or bf16, which takes more memory. "
+            "[default: bf16 on A100, H100 and H200, if all fits]",
+        ),
+    ],
     "gpu_memory": Annotated[
         str | None,
         typer.Option("--gpu-memory", help="Maximum memory per GPU (8G; 8G,24G). [default: what is free]"),

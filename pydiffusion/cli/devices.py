@@ -48,6 +48,7 @@ def command(
     print(
         f"{planned.device}: {planned.n_gpu_layers} of {planned.n_layer} layers, of which the experts of "
         f"{planned.n_cpu_moe} stay on the CPU"
+        f"{'; matrices other than experts as BF16' if planned.dense_type == 'bf16' else ''}"
     )
     for share in planned.shares:
         parts = {"weights": share.weight_bytes, "cache": share.cache_bytes, "step": share.step_bytes}

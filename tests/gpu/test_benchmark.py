@@ -20,7 +20,7 @@ from pydiffusion.testing.synthetic import synthetic_bytes, write_synthetic
 FOLDER = REPOSITORY / "benchmarks"
 MEASURED = [
     "machine", "rates", "load", "first-step", "steps:16", "peaked:50", "answer", "determinism",
-    "ggml-kernels", "graphs-off", "cpu-experts",
+    "file-types", "ggml-kernels", "graphs-off", "cpu-experts",
 ]  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_all_measurements(
     entries = read(results)
     assert [entry["finding"] for entry in entries] == MEASURED
     assert not [entry for entry in entries if "error" in entry]
-    assert {e["finding"] for e in entries if "skipped" in e} == {"ggml-kernels", "graphs-off"}
+    assert {e["finding"] for e in entries if "skipped" in e} == {"file-types", "ggml-kernels", "graphs-off"}
     by_name = {entry["finding"]: entry for entry in entries}
     assert by_name["machine"]["commit"] == "abc123"
     steps = by_name["steps:16"]

@@ -1,5 +1,4 @@
 #include "backend/cuda/compute_capability.h"
-
 #include "ggml-cuda/common.cuh"
 
 namespace pydiffusion {

@@ -23,8 +23,9 @@ namespace pydiffusion {
 
 namespace {
 
-constexpr int32_t kGatherRows = 4096;  // embedding rows gathered at a time
-constexpr int64_t kDenseRows = 8192;   // embedding rows multiplied at a time
+constexpr int32_t kGatherRows = 4096;         // embedding rows gathered at a time
+constexpr int64_t kDenseRows = 8192;          // embedding rows converted and multiplied at a time
+constexpr int64_t kDenseRowsInPlace = 32768;  // of a 16-bit embedding, which needs no conversion
 
 void check(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
@@ -127,6 +128,9 @@ class CudaStepBackend : public StepBackend {
     void gather(const ggml_tensor* embedding, float* soft, int64_t n, float scale);
     void multiply(const float* logits, const ggml_tensor* embedding, float* soft, float scale);
     template <typename T>
+    void multiply_as(cudaDataType_t type, const float* logits, const ggml_tensor* embedding, float* soft,
+                     float scale);
+    template <typename T>
     void upload(T* target, const std::vector<T>& values) {
         check(cudaMemcpyAsync(target, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice,
                               stream_.get()),
@@ -148,7 +152,8 @@ class CudaStepBackend : public StepBackend {
     DeviceArray<Measure> measures_;
     DeviceArray<row::Distribution> distributions_;
     DeviceArray<int32_t> n_kept_, tokens_, packed_tokens_, first_, positions_;
-    DeviceArray<__half> embedding_, probabilities_;
+    DeviceArray<__half> embedding_;
+    DeviceArray<char> probabilities_;
     std::vector<int32_t> first_host_, dense_host_;
 };
 
@@ -216,30 +221,40 @@ void CudaStepBackend::gather(const ggml_tensor* embedding, float* soft, int64_t 
 }
 
 void CudaStepBackend::multiply(const float* logits, const ggml_tensor* embedding, float* soft, float scale) {
+    if (embedding->type == GGML_TYPE_BF16) {
+        multiply_as<cuda::Bfloat16>(CUDA_R_16BF, logits, embedding, soft, scale);
+    } else {
+        multiply_as<__half>(CUDA_R_16F, logits, embedding, soft, scale);
+    }
+}
+
+// T: type of the matmul's operands. Embeddings of other types than this are converted to float16.
+template <typename T>
+void CudaStepBackend::multiply_as(cudaDataType_t type, const float* logits, const ggml_tensor* embedding,
+                                  float* soft, float scale) {
     const int64_t d = embedding->ne[0], n_vocab = embedding->ne[1];
     const auto n_dense = static_cast<int64_t>(dense_host_.size());
-    const to_fp16_cuda_t to_half = ggml_get_to_fp16_cuda(embedding->type);
+    const bool in_place = embedding->type == GGML_TYPE_BF16 || embedding->type == GGML_TYPE_F16;
+    const to_fp16_cuda_t to_half = in_place ? nullptr : ggml_get_to_fp16_cuda(embedding->type);
+    const int64_t n_at_once = in_place ? kDenseRowsInPlace : kDenseRows;
     upload(positions_.reserve(n_dense), dense_host_);
-    __half* chunk = embedding_.reserve(kDenseRows * d);
-    __half* probabilities = probabilities_.reserve(kDenseRows * n_dense);
+    __half* chunk = in_place ? nullptr : embedding_.reserve(n_at_once * d);
+    T* probabilities = reinterpret_cast<T*>(probabilities_.reserve(n_at_once * n_dense * sizeof(T)));
     float* sums = dense_sums_.reserve(n_dense * d);
-    for (int64_t from = 0; from < n_vocab; from += kDenseRows) {
-        const int64_t n_rows = std::min(kDenseRows, n_vocab - from);
+    for (int64_t from = 0; from < n_vocab; from += n_at_once) {
+        const int64_t n_rows = std::min(n_at_once, n_vocab - from);
         const char* source = static_cast<const char*>(embedding->data) + from * embedding->nb[1];
-        const auto* half = reinterpret_cast<const __half*>(source);
-        if (to_half) {  // null for float16 itself
-            to_half(source, chunk, n_rows * d, stream_.get());
-            half = chunk;
-        }
+        if (!in_place) to_half(source, chunk, n_rows * d, stream_.get());
         const dim3 grid(blocks_of(n_rows, 256), static_cast<unsigned>(n_dense));
         dense_probabilities<<<grid, 256, 0, stream_.get()>>>(probabilities, logits, distributions_.data(),
                                                              positions_.data(), n_vocab, from, n_rows);
         check_launch("computing probabilities");
+        const void* rows = in_place ? static_cast<const void*>(source) : chunk;
         const float one = 1.0f, add = from == 0 ? 0.0f : 1.0f;
         check(cublasGemmEx(cublas_.get(), CUBLAS_OP_N, CUBLAS_OP_N, static_cast<int>(d),
-                           static_cast<int>(n_dense), static_cast<int>(n_rows), &one, half, CUDA_R_16F,
-                           static_cast<int>(d), probabilities, CUDA_R_16F, static_cast<int>(n_rows), &add,
-                           sums, CUDA_R_32F, static_cast<int>(d), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+                           static_cast<int>(n_dense), static_cast<int>(n_rows), &one, rows, type,
+                           static_cast<int>(d), probabilities, type, static_cast<int>(n_rows), &add, sums,
+                           CUDA_R_32F, static_cast<int>(d), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
               "the dense self-conditioning GEMM");
     }
     const dim3 grid(static_cast<unsigned>(n_dense), blocks_of(d, 256));

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "backend/cuda/bfloat16.cuh"
 #include "backend/row_math.h"
 #include "sampler/logits.h"
 
@@ -18,7 +19,7 @@ using row::kMaxGathered;
 using row::kThreads;
 using row::kWarps;
 
-constexpr float kHalfScale = 16384.0f;  // scales float16 probabilities, so that 1e-8 is not subnormal
+constexpr float kHalfScale = 16384.0f;  // scales 16-bit probabilities: 1e-8 is then no subnormal float16
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // --- sampling statistics: one block per row ---
@@ -194,15 +195,19 @@ __global__ void add_gathered(float* soft, const float* rows, const float* weight
     soft[blockIdx.x * d + c] += scale * sum;
 }
 
+__device__ __forceinline__ void store(__half* out, float x) { *out = __float2half(x); }
+__device__ __forceinline__ void store(cuda::Bfloat16* out, float x) { *out = cuda::bfloat16_of(x); }
+
 // Probabilities of tokens [from, from + n_rows) for the dense positions, times kHalfScale: out [n_rows,
 // n_dense].
-__global__ void dense_probabilities(__half* out, const float* logits, const row::Distribution* distributions,
+template <typename T>
+__global__ void dense_probabilities(T* out, const float* logits, const row::Distribution* distributions,
                                     const int32_t* positions, int64_t n_vocab, int64_t from, int64_t n_rows) {
     const int64_t r = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (r >= n_rows) return;
     const int64_t t = positions[blockIdx.y];
     const float p = row::probability(distributions[t], logits[t * n_vocab + from + r]);
-    out[blockIdx.y * n_rows + r] = __float2half(p * kHalfScale);
+    store(&out[blockIdx.y * n_rows + r], p * kHalfScale);
 }
 
 __global__ void scatter_rows(float* soft, const float* rows, const int32_t* positions, int64_t d,
