@@ -215,9 +215,7 @@ class Bench:
             figures["matmul"][name] = _native.measure_matrix_rate(threads, name, last)
         return figures
 
-    def load(
-        self, n_cpu_moe: int | None = None, kernels: str = "auto", dense_type: str = "auto"
-    ) -> Figures:
+    def load(self, n_cpu_moe: int | None = None, kernels: str = "auto", dense_type: str = "auto") -> Figures:
         a = self.arguments
         self.model = self.session = None  # frees the memory of an earlier load
         self.n_ctx = max([*a.prompts, a.answer[0] + a.answer[1], a.peaked_prompt]) + 2 * 256

@@ -248,12 +248,13 @@ def memory(found: Findings) -> str:
         rows.append([
             label(entry), f"{entry['load']:.1f}", f"{entry['n_bytes'] / entry['load'] / 1e9:.2f}",
             gb(entry["n_bytes"]), f"{planned['n_gpu_layers']} of {planned['n_layer']}",
-            str(planned["n_cpu_moe"]), planned.get("dense_type", "file"), gb(planned["total_bytes"]), gb(entry["used_by_model"]),
-            gb(entry["used_with_session"]), gb(first.get("used")), gb(first.get("free")),
+            str(planned["n_cpu_moe"]), planned.get("dense_type", "file"), gb(planned["total_bytes"]),
+            gb(entry["used_by_model"]), gb(entry["used_with_session"]), gb(first.get("used")),
+            gb(first.get("free")),
         ])  # fmt: skip
     head = (
-        "of | load, s | GB/s | weights | layers on GPUs | experts on the CPU | other matrices | planned | in use: model | "
-        "with a session | after steps | free then"
+        "of | load, s | GB/s | weights | layers on GPUs | experts on the CPU | other matrices | planned | "
+        "in use: model | with a session | after steps | free then"
     )
     contexts = dict.fromkeys(str(entry["n_ctx"]) for entry in found.of("load"))
     note = (

@@ -15,35 +15,55 @@ ggml_tensor* split_heads(const GraphBuilder& g, ggml_tensor* x, int64_t head_dim
     return ggml_reshape_3d(g.ctx(), x, head_dim, x->ne[0] / head_dim, x->ne[1]);
 }
 
-void write_rows(GraphBuilder& g, ggml_tensor* rows, ggml_tensor* cache, int64_t first) {
-    ggml_tensor* target =
-        ggml_view_2d(g.ctx(), cache, cache->ne[0], rows->ne[2], cache->nb[1], first * cache->nb[1]);
-    ggml_tensor* source = ggml_reshape_2d(g.ctx(), rows, cache->ne[0], rows->ne[2]);
-    ggml_build_forward_expand(g.graph, ggml_cpy(g.ctx(), source, target));
-}
-
 // View of n tokens of x [a, b, n_tokens] from `first` on.
 ggml_tensor* view_tokens(const GraphBuilder& g, ggml_tensor* x, int64_t first, int64_t n) {
     if (n == x->ne[2]) return x;
     return ggml_view_3d(g.ctx(), x, x->ne[0], x->ne[1], n, x->nb[1], x->nb[2], first * x->nb[2]);
 }
 
-// h [d, n_tokens] is normalized already. V has no RoPE and a norm without weight; full layers derive it from
-// K before K's norm.
-void store_normed(GraphBuilder& g, int32_t i_layer, ggml_tensor* h) {
+// Q, K and V before their norms, [head_dim, n_heads, n_tokens]. Full layers derive V from K.
+struct Heads {
+    ggml_tensor *q, *k, *v;
+};
+
+// h [d, n_tokens] is the layer's input after its norm; without Q if it isn't needed.
+Heads project(GraphBuilder& g, int32_t i_layer, ggml_tensor* h, bool with_q) {
     const LayerWeights& w = g.model.weights.layers[i_layer];
-    const LayerShape& shape = g.model.hparams.layers[i_layer];
-    ggml_tensor* k = split_heads(g, g.matmul->apply(w.attn_k, h), shape.head_dim);
-    ggml_tensor* v = w.attn_v ? split_heads(g, g.matmul->apply(w.attn_v, h), shape.head_dim) : k;
-    v = g.rms_norm(v);
-    k = g.norm_and_rope(k, w.attn_k_norm, i_layer);
+    const int64_t head_dim = g.model.hparams.layers[i_layer].head_dim;
+    if (with_q && w.attn_qkv && g.fuses_rows()) {
+        ggml_tensor* all = g.matmul->apply(w.attn_qkv, h);
+        int64_t offset = 0;
+        const auto next = [&](const ggml_tensor* weight) {
+            const int64_t at = offset;
+            offset += weight->ne[1] * all->nb[0];
+            return ggml_view_3d(g.ctx(), all, head_dim, weight->ne[1] / head_dim, all->ne[1],
+                                head_dim * all->nb[0], all->nb[1], at);
+        };
+        ggml_tensor *q = next(w.attn_q), *k = next(w.attn_k);
+        return {q, k, w.attn_v ? next(w.attn_v) : k};
+    }
+    ggml_tensor* k = split_heads(g, g.matmul->apply(w.attn_k, h), head_dim);
+    ggml_tensor* v = w.attn_v ? split_heads(g, g.matmul->apply(w.attn_v, h), head_dim) : k;
+    return {with_q ? split_heads(g, g.matmul->apply(w.attn_q, h), head_dim) : nullptr, k, v};
+}
+
+// Writes K and V to the sequences' caches. V has no RoPE and a norm without weight.
+void store(GraphBuilder& g, int32_t i_layer, const Heads& heads) {
     int64_t first = 0;
     for (const Sequence& sequence : g.sequences) {
+        const int64_t n = sequence.n_tokens;
         const KvRange range = sequence.cache->range(i_layer);
-        write_rows(g, view_tokens(g, k, first, sequence.n_tokens), range.k, range.write);
-        write_rows(g, view_tokens(g, v, first, sequence.n_tokens), range.v, range.write);
-        first += sequence.n_tokens;
+        g.store_normed(view_tokens(g, heads.k, first, n), g.model.weights.layers[i_layer].attn_k_norm,
+                       i_layer, first, range.k, range.write);
+        g.store_normed(view_tokens(g, heads.v, first, n), nullptr, i_layer, first, range.v, range.write);
+        first += n;
     }
+}
+
+// Norm before attention, of the type that the projections want.
+ggml_tensor* attention_input(GraphBuilder& g, int32_t i_layer, ggml_tensor* x) {
+    const LayerWeights& w = g.model.weights.layers[i_layer];
+    return g.rms_norm(x, w.attn_norm, g.matmul->activation_type({w.attn_q, w.attn_k, w.attn_v}));
 }
 
 // View of a cache buffer from the first visible row on -> [head_dim, n_rows, n_head_kv]
@@ -72,19 +92,18 @@ ggml_tensor* attend_sequence(GraphBuilder& g, size_t i_sequence, int32_t i_layer
 
 ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const Causal* causal) {
     const LayerWeights& w = g.model.weights.layers[i_layer];
-    const LayerShape& shape = g.model.hparams.layers[i_layer];
-    ggml_tensor* h = g.rms_norm(x, w.attn_norm);
-    g.pin_to_device_of(w.attn_norm,
-                       h->src[0]);  // else x is copied to another device both before and after the norm
-    store_normed(g, i_layer, h);
-
-    ggml_tensor* q = split_heads(g, g.matmul->apply(w.attn_q, h), shape.head_dim);
+    ggml_tensor* h = attention_input(g, i_layer, x);
+    // Else x is copied to another device both before and after the norm.
+    if (!g.fuses_rows()) g.pin_to_device_of(w.attn_norm, h->src[0]);
+    const Heads heads = project(g, i_layer, h, true);
+    store(g, i_layer, heads);
 
     std::vector<ggml_tensor*> outputs;
     int64_t first = 0;
     for (size_t i = 0; i < g.sequences.size(); ++i) {
         const int64_t n_tokens = g.sequences[i].n_tokens;
-        ggml_tensor* q_i = g.norm_and_rope(view_tokens(g, q, first, n_tokens), w.attn_q_norm, i_layer, first);
+        ggml_tensor* q_i =
+            g.norm_and_rope(view_tokens(g, heads.q, first, n_tokens), w.attn_q_norm, i_layer, first);
         outputs.push_back(attend_sequence(g, i, i_layer, q_i, causal));
         first += n_tokens;
     }
@@ -142,10 +161,14 @@ ggml_tensor* ggml_feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tens
 }
 
 // (r + norm(dense MLP + mixture of experts)) * scale, r [d, n_tokens], scale [1].
-ggml_tensor* feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r, ggml_tensor* scale) {
+ggml_tensor* feed_forward(GraphBuilder& g, int32_t i_layer, ggml_tensor* r, ggml_tensor* scale) {
+    const LayerWeights& w = g.model.weights.layers[i_layer];
+    const DevicePlan& plan = g.model.device_plan;
     g.begin_part("dense");
-    ggml_tensor* dense = g.mlp(g.rms_norm(r, w.ffn_norm), w.ffn_gate, w.ffn_up, w.ffn_down);
-    if (g.uses_ggml_ops()) return ggml_mul(g.ctx(), ggml_feed_forward(g, w, r, dense), scale);
+    ggml_tensor* dense = g.mlp(r, w.ffn_norm, w.ffn_gate, w.ffn_up, w.ffn_gate_up, w.ffn_down);
+    // Of experts on the CPU beside a layer on a device, only the sum is to be copied.
+    if (!g.fuses_rows() || plan.experts_device(i_layer) != plan.layer_device(i_layer))
+        return ggml_mul(g.ctx(), ggml_feed_forward(g, w, r, dense), scale);
     g.begin_part("experts");
     ggml_tensor* scores = router(g, w, r);
     ggml_tensor* selected = top_k(g.ctx(), scores, g.model.hparams.n_expert_used);
@@ -165,14 +188,14 @@ ggml_tensor* feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tensor* r
 }  // namespace
 
 void store_keys_and_values(GraphBuilder& g, int32_t i_layer, ggml_tensor* x) {
-    store_normed(g, i_layer, g.rms_norm(x, g.model.weights.layers[i_layer].attn_norm));
+    store(g, i_layer, project(g, i_layer, attention_input(g, i_layer, x), false));
 }
 
 ggml_tensor* apply_layer(GraphBuilder& g, int32_t i_layer, Mode mode, ggml_tensor* x, const Causal* causal) {
     const LayerWeights& w = g.model.weights.layers[i_layer];
     g.begin_part("attention");
     ggml_tensor* r = g.add_normed(x, attention(g, i_layer, x, causal), w.post_attention_norm);
-    return feed_forward(g, w, r, mode == Mode::encoder ? w.encoder_scale : w.decoder_scale);
+    return feed_forward(g, i_layer, r, mode == Mode::encoder ? w.encoder_scale : w.decoder_scale);
 }
 
 }  // namespace pydiffusion

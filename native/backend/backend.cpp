@@ -5,8 +5,8 @@
 #include <sstream>
 
 #include "backend/devices.h"
-#include "backend/expert_kernels.h"
 #include "backend/fake_device.h"
+#include "backend/own_kernels.h"
 #include "backend/step_backend.h"
 #include "util/error.h"
 
@@ -79,16 +79,16 @@ void Backend::open_device(const std::string& name, ggml_threadpool_t threads, co
     if (!devices_.back())
         throw Error(ErrorKind::out_of_memory,
                     "out of memory: failed to initialize the device " + quoted(name));
-    if (kernels == "ggml") return;
+    // The host computes the same nodes by the CPU's functions, if asked.
     std::shared_ptr<void> own;
 #if defined(PYDIFFUSION_CUDA)
-    if (name != "host") own = use_expert_kernels(devices_.back().get(), kernels == "cuda");
+    if (name != "host" && kernels != "ggml") own = use_own_kernels(devices_.back().get(), kernels == "cuda");
 #endif
-    if (own) {
-        expert_kernels_.push_back(own);
-    } else if (kernels == "cuda") {
+    if (own) kernels_of_devices_.push_back(own);
+    const bool has_own = own || (name == "host" && kernels == "cuda");
+    if (kernels == "cuda" && !has_own)
         throw Error(ErrorKind::argument, name + " can't run the kernels \"cuda\": choose auto or ggml");
-    }
+    own_kernels_ = own_kernels_ && has_own;
 }
 
 ggml_backend_buffer_type_t Backend::buffer_type(int32_t device) const {

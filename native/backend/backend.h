@@ -26,8 +26,8 @@ class Backend {
     // device: "cpu", or a comma-separated list of names from list_devices(). The last one is the main device,
     // which also holds the tensors that belong to no layer. "host" stands in for a GPU: it runs the graphs
     // and kernels written for GPUs on the CPU, slowly, for tests. kernels: the CPU's matmul kernels, see
-    // gemm::kernel_by_name; on other devices "ggml", or "cuda" for expert matmuls on our kernels, or "auto"
-    // for those where they have been measured to be faster.
+    // gemm::kernel_by_name; on other devices "ggml", or "cuda" for kernels of ours (expert matmuls, fused
+    // rows), or "auto" for those where they have been measured to be faster.
     Backend(int n_threads, const std::string& device, const std::string& kernels = "auto");
     ~Backend();
     Backend(const Backend&) = delete;
@@ -37,8 +37,11 @@ class Backend {
     const char* name() const { return name_.c_str(); }
     // The matmul kernel of CPU graphs; graphs of ggml's own ops use ggml's matmuls.
     gemm::Kernel kernel() const { return kernel_; }
-    // Name of the matmul kernels: that of kernel(), or "cuda" if expert matmuls may run on ours.
-    const char* kernel_name() const { return expert_kernels_.empty() ? gemm::name_of(kernel_) : "cuda"; }
+    // Name of the matmul kernels: that of kernel(), or "cuda" if devices run ours.
+    const char* kernel_name() const { return fuses_rows() && on_device() ? "cuda" : gemm::name_of(kernel_); }
+    // Whether graphs may have the nodes of fused_rows.h and top_k.h: on the CPU, and on devices with kernels
+    // for them.
+    bool fuses_rows() const { return own_kernels_; }
 
     // Whether graphs consist of ggml's own ops only and a StepBackend runs sampling and self-conditioning. If
     // not, both are nodes of the graph, along with our custom CPU ops.
@@ -77,9 +80,10 @@ class Backend {
     std::string name_;
     gemm::Kernel kernel_;
     std::atomic<ThreadPool*> pool_;
-    std::vector<ggml_backend_ptr> devices_;              // empty on the CPU
-    ggml_backend_ptr cpu_;                               // fallback of devices_
-    std::vector<std::shared_ptr<void>> expert_kernels_;  // of devices_: see use_expert_kernels()
+    std::vector<ggml_backend_ptr> devices_;  // empty on the CPU
+    ggml_backend_ptr cpu_;                   // fallback of devices_
+    bool own_kernels_ = true;
+    std::vector<std::shared_ptr<void>> kernels_of_devices_;  // see use_own_kernels()
     bool has_gpu_ = false;
     std::unique_ptr<StepBackend> step_backend_;  // of the main device
     mutable std::mutex devices_mutex_;

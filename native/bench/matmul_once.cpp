@@ -22,7 +22,7 @@ std::vector<float> matmul_once(const MatmulTask& task) {
                            task.experts ? task.n_activations : 1);
     ggml_tensor* experts =
         task.experts ? ggml_new_tensor_2d(ctx, GGML_TYPE_I32, task.n_used, task.n_activations) : nullptr;
-    Matmul matmul(ctx, backend.kernel(), backend.on_device());
+    Matmul matmul(ctx, backend.kernel(), backend.on_device(), false);
     ggml_tensor* result = experts ? matmul.apply(weight, x, experts) : matmul.apply(weight, x);
     const ggml_backend_buffer_ptr buffer(
         ggml_backend_alloc_ctx_tensors_from_buft(ctx, backend.buffer_type()));

@@ -19,9 +19,10 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), 
     context.reset(ggml_init(params));
     if (!context) throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate a graph");
     graph = ggml_new_graph_custom(ctx(), n_nodes, false);
-    matmul.emplace(ctx(), model.backend.kernel(), uses_ggml_ops());
+    matmul.emplace(ctx(), model.backend.kernel(), uses_ggml_ops(), fuses_rows());
     if (!uses_ggml_ops()) return;
-    const size_t n_inputs = 2 + 2 * sequences.size();  // tokens and positions; masks of both layer kinds
+    // Tokens and positions; of both layer kinds masks and angles.
+    const size_t n_inputs = 4 + 2 * sequences.size();
     positions_.resize(model.backend.n_devices() + 1);
     for (int32_t device = kCpuDevice; device < model.backend.n_devices(); ++device) {
         input_contexts_.emplace_back(ggml_init({n_inputs * ggml_tensor_overhead(), nullptr, true}));
@@ -30,14 +31,15 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), 
     }
 }
 
-ggml_tensor* GraphBuilder::rms_norm(ggml_tensor* x, ggml_tensor* weight) const {
-    if (!uses_ggml_ops()) return pydiffusion::rms_norm(ctx(), x, weight, &model.hparams.rms_eps);
+ggml_tensor* GraphBuilder::rms_norm(ggml_tensor* x, ggml_tensor* weight, ggml_type type) const {
+    if (fuses_rows()) return pydiffusion::rms_norm(ctx(), x, weight, &model.hparams.rms_eps, type);
     ggml_tensor* n = ggml_rms_norm(ctx(), x, model.hparams.rms_eps);
     return weight ? ggml_mul(ctx(), n, weight) : n;
 }
 
-ggml_tensor* GraphBuilder::gated_gelu(ggml_tensor* gate, ggml_tensor* up) const {
-    return uses_ggml_ops() ? ggml_ops::gated_gelu(ctx(), gate, up) : pydiffusion::gated_gelu(ctx(), gate, up);
+ggml_tensor* GraphBuilder::gated_gelu(ggml_tensor* gate, ggml_tensor* up, ggml_type type) const {
+    return fuses_rows() ? pydiffusion::gated_gelu(ctx(), gate, up, type)
+                        : ggml_ops::gated_gelu(ctx(), gate, up);
 }
 
 ggml_tensor* GraphBuilder::concat_tokens(const std::vector<ggml_tensor*>& parts) const {
@@ -48,18 +50,17 @@ ggml_tensor* GraphBuilder::concat_tokens(const std::vector<ggml_tensor*>& parts)
 }
 
 ggml_tensor* GraphBuilder::add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) const {
-    if (uses_ggml_ops()) return ggml_add(ctx(), x, rms_norm(branch, weight));
+    if (!fuses_rows()) return ggml_add(ctx(), x, rms_norm(branch, weight));
     return pydiffusion::add_normed(ctx(), x, branch, weight, &model.hparams.rms_eps);
 }
 
 ggml_tensor* GraphBuilder::norm_and_rope(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer,
                                          int64_t first) {
-    const bool sliding = model.hparams.layers[i_layer].sliding;
-    if (!uses_ggml_ops()) {
-        ggml_tensor* all = angles(x->ne[0], sliding);
-        ggml_tensor* own = ggml_view_2d(ctx(), all, all->ne[0], x->ne[2], all->nb[1], first * all->nb[1]);
+    if (fuses_rows()) {
+        ggml_tensor* own = angles(x->ne[0], i_layer, first, x->ne[2]);
         return pydiffusion::rotate_normed(ctx(), x, weight, own, &model.hparams.rms_eps);
     }
+    const bool sliding = model.hparams.layers[i_layer].sliding;
     // An operation's inputs must be in the memory of its device.
     const int32_t device = model.device_plan.layer_device(i_layer);
     ggml_tensor*& positions = positions_[device - kCpuDevice];
@@ -72,12 +73,37 @@ ggml_tensor* GraphBuilder::norm_and_rope(ggml_tensor* x, ggml_tensor* weight, in
                          0.0f, 1.0f, 0.0f, 0.0f);
 }
 
-ggml_tensor* GraphBuilder::angles(int64_t head_dim, bool sliding) {
-    for (const Angles& a : angles_) {
-        if (a.sliding == sliding && a.tensor->ne[0] == head_dim) return a.tensor;
+ggml_tensor* GraphBuilder::angles(int64_t head_dim, int32_t i_layer, int64_t first, int64_t n) {
+    const bool sliding = model.hparams.layers[i_layer].sliding;
+    const int32_t device = model.device_plan.layer_device(i_layer);
+    auto found = std::find_if(angles_.begin(), angles_.end(), [&](const Angles& a) {
+        return a.sliding == sliding && a.device == device && a.tensor->ne[0] == head_dim;
+    });
+    if (found == angles_.end()) {
+        ggml_tensor* all = uses_ggml_ops() ? new_input_on(device, GGML_TYPE_F32, head_dim, n_tokens())
+                                           : new_input(GGML_TYPE_F32, head_dim, n_tokens());
+        found = angles_.insert(found, {sliding, device, all});
     }
-    angles_.push_back({sliding, new_input(GGML_TYPE_F32, head_dim, n_tokens())});
-    return angles_.back().tensor;
+    ggml_tensor* all = found->tensor;
+    return ggml_view_2d(ctx(), all, head_dim, n, all->nb[1], first * all->nb[1]);
+}
+
+void GraphBuilder::store_normed(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer, int64_t first,
+                                ggml_tensor* cache, int64_t row) {
+    const int64_t head_dim = x->ne[0], n = x->ne[2];
+    ggml_tensor* stored;
+    if (uses_ggml_ops() && fuses_rows() && !ggml_is_quantized(cache->type)) {
+        ggml_tensor* target =
+            ggml_view_3d(ctx(), cache, head_dim, x->ne[1], n, ggml_row_size(cache->type, head_dim),
+                         cache->nb[1], row * cache->nb[1]);
+        ggml_tensor* own = weight ? angles(head_dim, i_layer, first, n) : nullptr;
+        stored = pydiffusion::store_normed(ctx(), x, weight, own, &model.hparams.rms_eps, target);
+    } else {
+        ggml_tensor* normed = weight ? norm_and_rope(x, weight, i_layer, first) : rms_norm(x);
+        ggml_tensor* target = ggml_view_2d(ctx(), cache, cache->ne[0], n, cache->nb[1], row * cache->nb[1]);
+        stored = ggml_cpy(ctx(), ggml_reshape_2d(ctx(), normed, cache->ne[0], n), target);
+    }
+    ggml_build_forward_expand(graph, stored);
 }
 
 int64_t GraphBuilder::n_tokens() const {
@@ -90,19 +116,21 @@ namespace {
 
 // Angle i of a token is position / (base^(2 i / head_dim) * factor[i]), rounded as in the reference.
 void write_angles(ggml_tensor* tensor, const std::vector<int32_t>& positions, float base,
-                  const float* factors) {
+                  const std::vector<float>& factors) {
     const int64_t head_dim = tensor->ne[0], half = head_dim / 2;
-    auto* row = static_cast<float*>(tensor->data);
+    std::vector<float> values(head_dim * positions.size());
+    float* row = values.data();
     for (const int32_t position : positions) {
         for (int64_t i = 0; i < half; ++i) {
             const float exponent = static_cast<float>(2 * i) / static_cast<float>(head_dim);
-            const float frequency = 1.0f / (std::pow(base, exponent) * (factors ? factors[i] : 1.0f));
+            const float frequency = 1.0f / (std::pow(base, exponent) * (factors.empty() ? 1.0f : factors[i]));
             const float angle = static_cast<float>(position) * frequency;
             row[i] = std::cos(angle);
             row[half + i] = std::sin(angle);
         }
         row += head_dim;
     }
+    ggml_backend_tensor_set(tensor, values.data(), 0, values.size() * sizeof(float));
 }
 
 }  // namespace
@@ -116,9 +144,8 @@ void GraphBuilder::set_positions(const std::vector<int32_t>& positions) {
     }
     const Hparams& hp = model.hparams;
     for (const Angles& a : angles_) {
-        const ggml_tensor* factors = a.sliding ? nullptr : model.weights.rope_freqs[0];  // on the CPU
         write_angles(a.tensor, positions, a.sliding ? hp.rope_base_swa : hp.rope_base,
-                     factors ? static_cast<const float*>(factors->data) : nullptr);
+                     a.sliding ? std::vector<float>() : model.weights.rope_factors);
     }
 }
 
@@ -161,9 +188,19 @@ ggml_ops::Mask GraphBuilder::mask(size_t i_sequence, int32_t i_layer, int64_t n_
     return masks_.back().mask;
 }
 
-ggml_tensor* GraphBuilder::mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down) {
-    ggml_tensor* h = gated_gelu(matmul->apply(gate, x), matmul->apply(up, x));
-    return matmul->apply(down, h);
+ggml_tensor* GraphBuilder::mlp(ggml_tensor* x, ggml_tensor* norm, ggml_tensor* gate, ggml_tensor* up,
+                               ggml_tensor* gate_up, ggml_tensor* down) {
+    ggml_tensor* h = rms_norm(x, norm, matmul->activation_type({gate, up}));
+    ggml_tensor *gates, *ups;
+    if (gate_up && fuses_rows()) {
+        ggml_tensor* both = matmul->apply(gate_up, h);
+        gates = ggml_view_2d(ctx(), both, gate->ne[1], both->ne[1], both->nb[1], 0);
+        ups = ggml_view_2d(ctx(), both, up->ne[1], both->ne[1], both->nb[1], gates->nb[0] * gate->ne[1]);
+    } else {
+        gates = matmul->apply(gate, h);
+        ups = matmul->apply(up, h);
+    }
+    return matmul->apply(down, gated_gelu(gates, ups, matmul->activation_type({down})));
 }
 
 ggml_tensor* GraphBuilder::embed(ggml_tensor* ids) const {

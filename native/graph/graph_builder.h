@@ -59,15 +59,24 @@ struct GraphBuilder {
     ggml_ops::Mask mask(size_t i_sequence, int32_t i_layer, int64_t n_visible, const Causal* causal);
 
     bool uses_ggml_ops() const { return model.backend.on_device(); }
+    bool fuses_rows() const { return model.backend.fuses_rows(); }
 
-    ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr) const;
-    ggml_tensor* gated_gelu(ggml_tensor* gate, ggml_tensor* up) const;         // gelu(gate) * up
+    // type: F32, or what Matmul::activation_type() wants.
+    ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr,
+                          ggml_type type = GGML_TYPE_F32) const;
+    // gelu(gate) * up
+    ggml_tensor* gated_gelu(ggml_tensor* gate, ggml_tensor* up, ggml_type type = GGML_TYPE_F32) const;
     ggml_tensor* concat_tokens(const std::vector<ggml_tensor*>& parts) const;  // [d, n_i] -> [d, sum of n_i]
     // x + rms_norm(branch, weight)
     ggml_tensor* add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) const;
     // RoPE of rms_norm(x, weight); x [head_dim, n_heads, n] holds the graph's tokens from `first` on
     ggml_tensor* norm_and_rope(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer, int64_t first = 0);
-    ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* gate, ggml_tensor* up, ggml_tensor* down);
+    // Writes rms_norm(x), with a weight norm_and_rope(x, weight), to rows of a cache from `row` on.
+    void store_normed(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer, int64_t first, ggml_tensor* cache,
+                      int64_t row);
+    // MLP of rms_norm(x, norm); gate_up is null, or gate and up concatenated.
+    ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* norm, ggml_tensor* gate, ggml_tensor* up,
+                     ggml_tensor* gate_up, ggml_tensor* down);
     ggml_tensor* embed(ggml_tensor* ids) const;  // embedding rows times sqrt(d) -> [d, n_tokens]
 
   private:
@@ -77,17 +86,19 @@ struct GraphBuilder {
         bool sliding;
         ggml_ops::Mask mask;
     };
-    // Cosines and sines of the tokens' RoPE angles, shared by layers of the same kind; see rotate_normed in
-    // fused_rows.h.
+    // Cosines and sines of the tokens' RoPE angles, shared by a device's layers of the same kind; see
+    // rotate_normed in fused_rows.h.
     struct Angles {
         bool sliding;
+        int32_t device;
         ggml_tensor* tensor;
     };
-    ggml_tensor* angles(int64_t head_dim, bool sliding);
+    // Those of n tokens of the graph from `first` on.
+    ggml_tensor* angles(int64_t head_dim, int32_t i_layer, int64_t first, int64_t n);
 
     // Graphs of ggml ops: I32 [n_tokens] for the CPU, then each device; null until a layer needs it.
     std::vector<ggml_tensor*> positions_;
-    std::vector<Angles> angles_;              // other graphs
+    std::vector<Angles> angles_;              // graphs with fused rows
     std::vector<int32_t> written_positions_;  // argument of the last set_positions()
     std::vector<MaskKey> masks_;
     GraphExecutor::Pinned pinned_;

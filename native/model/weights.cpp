@@ -74,7 +74,9 @@ class Weights::Loader {
   public:
     Loader(Weights& weights, const GgufFile& file, const DevicePlan& device_plan, const Backend& backend)
         : weights_(weights), file_(file), device_plan_(device_plan), backend_(backend) {
-        const ggml_init_params params = {(file.tensors().size() + 1) * ggml_tensor_overhead(), nullptr, true};
+        // The matrices of every layer may be views of concatenated ones.
+        const ggml_init_params params = {2 * (file.tensors().size() + 1) * ggml_tensor_overhead(), nullptr,
+                                         true};
         require_memory((size_t{8} << 20) + params.mem_size);
         for (int32_t device = kCpuDevice; device < backend.n_devices(); ++device) {
             weights_.contexts_.emplace_back(ggml_init(params));
@@ -94,6 +96,26 @@ class Weights::Loader {
         return create(info, device_plan_.tensor_device(name));
     }
 
+    // The matrices of these names and numbers of rows, [d, n], concatenated; null, and they stay apart,
+    // unless all of them are BF16 on a device. To be called before matrix() for any of them.
+    ggml_tensor* concatenated(int64_t d, const std::vector<std::pair<std::string, int64_t>>& parts) {
+        const int32_t device = device_plan_.tensor_device(parts[0].first);
+        if (device == kCpuDevice || !can_hold(GGML_TYPE_BF16)) return nullptr;
+        int64_t n_rows = 0;
+        for (const auto& [name, n] : parts) {
+            if (device_plan_.device_type(name, require(name, {d, n}).type) != GGML_TYPE_BF16) return nullptr;
+            n_rows += n;
+        }
+        ggml_context* context = weights_.contexts_[device - kCpuDevice].get();
+        ggml_tensor* all = ggml_new_tensor_2d(context, GGML_TYPE_BF16, d, n_rows);
+        int64_t first = 0;
+        for (const auto& [name, n] : parts) {
+            views_[name] = ggml_view_2d(context, all, d, n, all->nb[1], first * all->nb[1]);
+            first += n;
+        }
+        return all;
+    }
+
     // Norms, scales and the router, always F32 in the format.
     ggml_tensor* f32(const std::string& name, const Shape& shape) {
         return f32_on(device_plan_.tensor_device(name), name, shape);
@@ -105,6 +127,13 @@ class Weights::Loader {
                                                     " must be F32, but is " + ggml_type_name(info.type));
         }
         return create(info, device);
+    }
+
+    std::vector<float> values(const std::string& name) const {
+        const TensorInfo& info = *file_.find_tensor(name);
+        std::vector<float> values(info.n_elements());
+        std::memcpy(values.data(), file_.tensor_data(info), values.size() * sizeof(float));
+        return values;
     }
 
     // Copies the devices' tensors; to be called after all tensors have been requested.
@@ -211,8 +240,11 @@ class Weights::Loader {
         const ggml_type wanted_type = device_plan_.device_type(info.name, info.type);
         const bool on_device = wanted != kCpuDevice && can_hold(wanted_type);
         ggml_context* context = weights_.contexts_[(on_device ? wanted : kCpuDevice) - kCpuDevice].get();
-        ggml_tensor* tensor = ggml_new_tensor(context, on_device ? wanted_type : info.type,
-                                              static_cast<int>(info.ne.size()), info.ne.data());
+        const auto view = views_.find(info.name);
+        ggml_tensor* tensor = view != views_.end()
+                                  ? view->second
+                                  : ggml_new_tensor(context, on_device ? wanted_type : info.type,
+                                                    static_cast<int>(info.ne.size()), info.ne.data());
         ggml_set_name(tensor, info.name.c_str());
         if (on_device) {
             uploads_.emplace_back(tensor, &info);
@@ -247,6 +279,7 @@ class Weights::Loader {
     std::vector<std::pair<ggml_tensor*, const TensorInfo*>> uploads_;
     std::vector<ggml_backend_buffer_t> mapped_;  // by part
     std::map<std::string, bool> used_;
+    std::map<std::string, ggml_tensor*> views_;  // by name, into concatenated matrices
     std::vector<ggml_bf16_t> widened_;
 };
 
@@ -262,6 +295,11 @@ LayerWeights load_layer(Loader& load, const Hparams& hp, int32_t i) {
 
     LayerWeights w{};
     w.attn_norm = load.f32(name("attn_norm.weight"), {d});
+    std::vector<std::pair<std::string, int64_t>> qkv = {{name("attn_q.weight"), q},
+                                                        {name("attn_k.weight"), kv}};
+    if (shape.sliding) qkv.emplace_back(name("attn_v.weight"), kv);
+    w.attn_qkv = load.concatenated(d, qkv);
+    w.ffn_gate_up = load.concatenated(d, {{name("ffn_gate.weight"), ff}, {name("ffn_up.weight"), ff}});
     w.attn_q = load.matrix(name("attn_q.weight"), {d, q});
     w.attn_k = load.matrix(name("attn_k.weight"), {d, kv});
     w.attn_v = shape.sliding ? load.matrix(name("attn_v.weight"), {d, kv}) : nullptr;
@@ -303,6 +341,7 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const Hparams& hp, const 
     output = load.has("output.weight") ? load.matrix("output.weight", {d, hp.n_vocab}) : token_embd;
     output_norm = load.f32("output_norm.weight", {d});
     self_cond_pre_norm = load.f32("self_cond_pre_norm.weight", {d});
+    self_cond_gate_up = load.concatenated(d, {{"self_cond_gate.weight", ff}, {"self_cond_up.weight", ff}});
     self_cond_gate = load.matrix("self_cond_gate.weight", {d, ff});
     self_cond_up = load.matrix("self_cond_up.weight", {d, ff});
     self_cond_down = load.matrix("self_cond_down.weight", {ff, d});
@@ -310,8 +349,9 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const Hparams& hp, const 
     for (int32_t i = 0; i < hp.n_layer; ++i) {
         const LayerShape& shape = hp.layers[i];
         ggml_tensor*& factors = rope_freqs[device_plan.layer_device(i) - kCpuDevice];
-        if (!shape.sliding && !factors)
-            factors = load.f32_on(device_plan.layer_device(i), "rope_freqs.weight", {shape.head_dim / 2});
+        if (shape.sliding || factors) continue;
+        factors = load.f32_on(device_plan.layer_device(i), "rope_freqs.weight", {shape.head_dim / 2});
+        rope_factors = load.values("rope_freqs.weight");
     }
     for (int32_t i = 0; i < hp.n_layer; ++i) layers.push_back(load_layer(load, hp, i));
     load.refuse_unknown_layer_tensors();

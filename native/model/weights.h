@@ -18,6 +18,10 @@ namespace pydiffusion {
 
 // Named as in the GGUF; shapes in ggml's order. Null if optional and absent.
 struct LayerWeights {
+    // Matrices that multiply the same activations, concatenated; null unless they are BF16 on a device. The
+    // single ones are then views of them.
+    ggml_tensor* attn_qkv;             // [d, (n_head + 2 * n_head_kv) * head_dim], without V in full layers
+    ggml_tensor* ffn_gate_up;          // [d, 2 * n_ff]
     ggml_tensor* attn_norm;            // [d]
     ggml_tensor* attn_q;               // [d, head_dim * n_head]
     ggml_tensor* attn_k;               // [d, head_dim * n_head_kv]
@@ -61,7 +65,9 @@ struct Weights {
     ggml_tensor* output_norm;
     // [head_dim / 2] for full layers: on the CPU, then on each device; null if a device has no full layer.
     std::vector<ggml_tensor*> rope_freqs;
+    std::vector<float> rope_factors;  // the same on the host; empty if there is no full layer
     ggml_tensor* self_cond_pre_norm;
+    ggml_tensor* self_cond_gate_up;  // as ffn_gate_up
     ggml_tensor* self_cond_gate;
     ggml_tensor* self_cond_up;
     ggml_tensor* self_cond_down;

@@ -115,8 +115,8 @@ ggml_tensor* Denoiser::embed_slots(GraphBuilder& g, const std::vector<Slot>& slo
     std::vector<ggml_tensor*> parts;
     for (const Slot& slot : slots) parts.push_back(soft_embedding_of(g, *slot.state, slot.n_tokens()));
     ggml_tensor* soft = g.concat_tokens(parts);
-    ggml_tensor* s =
-        g.mlp(g.rms_norm(soft, w.self_cond_pre_norm), w.self_cond_gate, w.self_cond_up, w.self_cond_down);
+    ggml_tensor* s = g.mlp(soft, w.self_cond_pre_norm, w.self_cond_gate, w.self_cond_up, w.self_cond_gate_up,
+                           w.self_cond_down);
     g.begin_part("embedding");
     return g.rms_norm(ggml_add(g.ctx(), g.embed(canvas_), s));
 }
@@ -124,8 +124,9 @@ ggml_tensor* Denoiser::embed_slots(GraphBuilder& g, const std::vector<Slot>& slo
 // The head writes directly to the slot's logits: the step has already consumed the previous ones.
 void Denoiser::finish_slot(GraphBuilder& g, CanvasState& state, ggml_tensor* x) {
     g.begin_part("head");
-    ggml_tensor* head =
-        g.matmul->apply_unpadded(model_.weights.output, g.rms_norm(x, model_.weights.output_norm));
+    const Weights& w = model_.weights;
+    ggml_tensor* h = g.rms_norm(x, w.output_norm, g.matmul->activation_type({w.output}));
+    ggml_tensor* head = g.matmul->apply_unpadded(w.output, h);
     ggml_backend_tensor_alloc(state.buffer_.get(), head, state.logits_->data);
     g.begin_part("sampler");
     if (!state.soft_) head = cap_and_measure(g.ctx(), head, &state.step_);

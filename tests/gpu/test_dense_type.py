@@ -14,13 +14,15 @@ from pydiffusion import DiffusionModel, _native, devices, plan
 from pydiffusion.convert import quantize
 
 GPUS = [device.name for device in devices()]
-DEVICES = ["host", "host,host", *GPUS]
+DEVICES = ["host", "host,host", "host with fused rows", *GPUS]
 #: All matrices but the experts.
 DENSE = {r"token_embd|output\.weight|attn_(q|k|v|output)\.|ffn_(gate|up|down)\.weight|self_cond": "bf16"}
 
 
 def logits_of(path: Path, device: str, **options: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
-    model = _native.Model(str(path), 2, device=device, kv_type="f32", **options)
+    name, _, how = device.partition(" ")
+    kernels = "cuda" if how else "auto"
+    model = _native.Model(str(path), 2, device=name, kernels=kernels, kv_type="f32", **options)
     session = _native.Session(model, 128)
     golden = case(load_golden("logits-small-f32"), "commit")
     encode_case(session, golden)
@@ -32,7 +34,7 @@ def logits_of(path: Path, device: str, **options: Any) -> tuple[dict[str, Any], 
 def test_equals_a_file_of_these_types(
     device: str, type: str, gguf_file: Callable, tmp_path: Path, report: Callable[[str], None]
 ) -> None:
-    """Bit by bit; and it is at least as near to float32 as the file's types, whose matmuls round activations."""
+    """Bit by bit; and at least as near to float32 as the file's types, whose matmuls round activations."""
     file = gguf_file("small", type, seed=0, dtype="f32")
     wide = tmp_path / "wide.gguf"
     quantize(file, wide, type, tensor_types={} if type == "f16" else DENSE)
@@ -55,9 +57,10 @@ def test_equals_a_file_of_these_types(
 @pytest.mark.parametrize("device", DEVICES)
 def test_experts_and_layers_on_the_cpu_keep_their_types(device: str, gguf_file: Callable) -> None:
     file = gguf_file("small", "q4_k_m", seed=0, dtype="f32")
-    whole = plan(file, device=device, dense_type="bf16")
+    name = device.partition(" ")[0]
+    whole = plan(file, device=name, dense_type="bf16")
     for arguments in ({"n_gpu_layers": 2, "n_cpu_moe": 1}, {"n_gpu_layers": 1}):
-        part = plan(file, device=device, dense_type="bf16", **arguments)
+        part = plan(file, device=name, dense_type="bf16", **arguments)
         assert part.dense_type == "bf16" and part.weight_bytes < whole.weight_bytes
         description, found = logits_of(file, device, dense_type="bf16", **arguments)
         assert description["dense_type"] == "bf16"

@@ -19,15 +19,27 @@ from pydiffusion.convert import convert
 from pydiffusion.errors import PyDiffusionError, UnsupportedModelError
 
 GPUS = [device.name for device in devices()]
-#: The CPU in place of a GPU, as one device and as two, every GPU present, and all of them together.
-DEVICES = ["host", "host,host", *GPUS, *([",".join(GPUS)] if len(GPUS) > 1 else [])]
+#: The CPU in place of a GPU, as one device and as two, with the graph of ggml's operations and with that of
+#: fused rows; every GPU present, and all of them together.
+DEVICES = [
+    "host", "host,host", "host with fused rows", "host,host with fused rows", *GPUS,
+    *([",".join(GPUS)] if len(GPUS) > 1 else []),
+]  # fmt: skip
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 N_LAYERS = {name: len(SHAPES[shape].layers) for name, (shape, _) in SOURCES.items()}
 
 
+def name_of(device: str) -> str:
+    return device.partition(" ")[0]
+
+
+def on(device: str) -> dict[str, str]:
+    return {"device": name_of(device), "kernels": "cuda" if "fused" in device else "auto"}
+
+
 def open_on(path: Path, device: str, kv_type: str = "f32", **device_plan: int) -> _native.Model:
-    return _native.Model(str(path), 2, kv_type=kv_type, device=device, **device_plan)
+    return _native.Model(str(path), 2, kv_type=kv_type, **on(device), **device_plan)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -39,7 +51,7 @@ def test_f32_logits(
     slack = 10 if "host" in device else 1
     shape, options = SOURCES[source]
     model = open_on(gguf_file(shape, "f32", **options), device)
-    assert model.description["backend"] == device
+    assert model.description["backend"] == name_of(device)
     assert model.description["n_gpu_layers"] == N_LAYERS[source]
     golden = case(load_golden(f"logits-{source}"), name)
     session = _native.Session(model, 128)
@@ -85,7 +97,7 @@ def test_q8_0_cache(device: str, source: str, gguf_file: Callable, report: Calla
         for key, logits in both[0].items():
             difference = compare(both[1][key], logits)
             report(f"device {device}, cache q8_0 against the CPU's, {source}, {name}, {key}: {difference}")
-            assert difference.mean <= Q8_0_CACHE_MEAN and difference.agreement >= 0.9, difference
+            assert difference.mean <= Q8_0_CACHE_MEAN and difference.agreement >= 0.85, difference  # 7 of 8
 
 
 def test_head_sizes_without_a_flash_attention_kernel(device: str, gguf_file: Callable) -> None:
@@ -122,7 +134,7 @@ def test_types_without_a_kernel(
     convert(folder, embedding, "f32", tensor_types={"token_embd": "tq2_0"})
     with pytest.raises(
         UnsupportedModelError,
-        match=rf"tq2_0, which is not supported on {device}.*--tensor-type token_embd.weight=q6_k",
+        match=rf"tq2_0, which is not supported on {name_of(device)}.*--tensor-type token_embd.weight=q6_k",
     ):
         open_on(embedding, device)
 
@@ -150,7 +162,7 @@ def test_partial_offload(
     quantized matmuls round activations in other blocks than the CPU's.
     """
     on_gpu = "host" not in device
-    file = gguf_file("small", "f32" if on_gpu else "q4_k_m", seed=0, dtype="f32")
+    file = gguf_file("small", "f32" if on_gpu or "fused" in device else "q4_k_m", seed=0, dtype="f32")
     golden = case(load_golden("logits-small-f32"), "commit")
     whole = open_on(file, device)
     parts = open_on(file, device, n_gpu_layers=n_gpu_layers, n_cpu_moe=n_cpu_moe)
@@ -164,7 +176,8 @@ def test_partial_offload(
     for key, logits in results[0].items():
         difference = compare(results[1][key], logits)
         report(f"device {device}, layers {n_gpu_layers}, without experts {n_cpu_moe}, {key}: {difference}")
-        if on_gpu:  # GELU's table of float16 on the CPU
+        if on_gpu or ("fused" in device and n_cpu_moe):
+            # GELU's table of float16 on the CPU; layers with experts on the CPU use ggml's operations
             assert_within(difference, 10 * MEAN_BOUND, 10 * MAX_BOUND)
         else:
             assert np.array_equal(results[1][key], logits)
@@ -186,7 +199,7 @@ def generations(model: DiffusionModel, n: int) -> list[list[int]]:
 def test_a_generation(device: str, gguf_file: Callable) -> None:
     """Several canvases on the device: the same text every time; held tokens stay."""
     file = gguf_file("small", "f32", seed=0, dtype="f32")
-    model = DiffusionModel(file, n_ctx=128, device=device)
+    model = DiffusionModel(file, n_ctx=128, **on(device))
     assert generations(model, 2) == generations(model, 2)
     session = model.new_session()
     session.encode([2, 5, 9])
@@ -205,7 +218,7 @@ def test_a_saved_session_can_be_loaded(
     device: str, kv_type: str, gguf_file: Callable, tmp_path: Path
 ) -> None:
     file = gguf_file("small", "f32", seed=0, dtype="f32")
-    model = DiffusionModel(file, n_ctx=128, device=device, kv_type=kv_type)
+    model = DiffusionModel(file, n_ctx=128, **on(device), kv_type=kv_type)
     session = model.new_session()
     session.encode(list(range(2, 60)))  # beyond the window
     session.save(tmp_path / "session")
@@ -227,7 +240,7 @@ def test_a_batch(device: str, gguf_file: Callable) -> None:
     only the same batch gives the same texts.
     """
     file = gguf_file("small", "f32", seed=0, dtype="f32")
-    model = DiffusionModel(file, n_ctx=128, device=device)
+    model = DiffusionModel(file, n_ctx=128, **on(device))
     prompts = [[2, 5 + i, 9, 11] for i in range(3)]
 
     def batch() -> list[list[int]]:
@@ -246,7 +259,7 @@ def test_nan_in_masked_cache_rows_has_no_effect(
     rows too, masked, as its number of rows is padded. (ggml's flash attention on the CPU skips masked rows.)
     """
     file = gguf_file("small", "f32", seed=0, dtype="f32")
-    model = DiffusionModel(file, n_ctx=200, device=device, kv_type=kv_type)
+    model = DiffusionModel(file, n_ctx=200, **on(device), kv_type=kv_type)
     n = model.canvas_length
     canvas = np.arange(n, dtype=np.int32)
     prompt = list(range(2, 102))

@@ -129,7 +129,7 @@ def test_expert_matmul(device: str, type: str, kernels: str, report: Callable[[s
     expected = np.einsum("turi,ti->tur", w[chosen], x.astype(np.float64))
     error = np.abs(found - expected).mean() / np.abs(expected).mean()
     report(f"device {device}, expert matmul of {type}, kernels {kernels}: {error:.1e} of the mean")
-    if kernels == "cuda" and type in OWN_TYPES:
+    if kernels == "cuda" and type in OWN_TYPES and device != "host":  # which computes expert matmuls by ggml
         assert error <= 4e-4
     else:
         assert error <= 1e-5 if type == "F32" else 1e-3 <= error <= 2e-2

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "ggml-impl.h"
 #include "util/simd_math.h"
 
 namespace pydiffusion {
@@ -74,8 +75,6 @@ void norm_row(float* out, const float* x, const float* weight, int64_t n, float 
     }
 }
 
-float eps_of(const ggml_tensor* node) { return *static_cast<const float*>(node->extra); }
-
 void compute_norm_row(const ggml_tensor* node, int64_t i1, int64_t i2, float* out) {
     const ggml_tensor *x = node->src[0], *weight = node->src[1];
     norm_row(out, row(x, i1, i2), weight ? vector_of(weight) : nullptr, node->ne[0], eps_of(node));
@@ -83,15 +82,31 @@ void compute_norm_row(const ggml_tensor* node, int64_t i1, int64_t i2, float* ou
 
 // --- RMS norm and RoPE of heads ---
 
-void compute_rotated_row(const ggml_tensor* node, int64_t head, int64_t t, float* out) {
-    const float *x = row(node->src[0], head, t), *weight = vector_of(node->src[1]);
-    const int64_t n = node->ne[0], half = n / 2;
-    const float *cosine = row(node->src[2], t), *sine = cosine + half;
-    const float scale = norm_scale(x, n, eps_of(node));
+void rotate_normed_row(float* out, const float* x, const float* weight, const float* angles, int64_t n,
+                       float eps) {
+    const int64_t half = n / 2;
+    const float *cosine = angles, *sine = cosine + half;
+    const float scale = norm_scale(x, n, eps);
     for (int64_t i = 0; i < half; ++i) {
         const float a = x[i] * scale * weight[i], b = x[half + i] * scale * weight[half + i];
         out[i] = a * cosine[i] - b * sine[i];
         out[half + i] = a * sine[i] + b * cosine[i];
+    }
+}
+
+void compute_rotated_row(const ggml_tensor* node, int64_t head, int64_t t, float* out) {
+    rotate_normed_row(out, row(node->src[0], head, t), vector_of(node->src[1]), row(node->src[2], t),
+                      node->ne[0], eps_of(node));
+}
+
+// The first source is the view that the node writes to.
+void compute_stored_row(const ggml_tensor* node, int64_t head, int64_t t, float* out) {
+    const float* x = row(node->src[1], head, t);
+    const ggml_tensor *weight = node->src[2], *angles = node->src[3];
+    if (weight) {
+        rotate_normed_row(out, x, vector_of(weight), row(angles, t), node->ne[0], eps_of(node));
+    } else {
+        norm_row(out, x, nullptr, node->ne[0], eps_of(node));
     }
 }
 
@@ -105,11 +120,26 @@ void compute_stacked_row(const ggml_tensor* node, int64_t i1, int64_t, float* ou
 
 // --- nodes that are computed row by row ---
 
+void convert_row(const float* values, ggml_type type, void* out, int64_t n) {
+    if (type == GGML_TYPE_BF16) {
+        ggml_fp32_to_bf16_row(values, static_cast<ggml_bf16_t*>(out), n);
+    } else {
+        ggml_fp32_to_fp16_row(values, static_cast<ggml_fp16_t*>(out), n);
+    }
+}
+
 template <ComputeRow compute>
 void rows_op(ggml_tensor* dst, int ith, int nth, void*) {
+    static thread_local std::vector<float> values;
     for_range(dst->ne[1] * dst->ne[2], ith, nth, [&](int64_t r) {
         const int64_t i1 = r % dst->ne[1], i2 = r / dst->ne[1];
-        compute(dst, i1, i2, row(dst, i1, i2));
+        if (dst->type == GGML_TYPE_F32) {
+            compute(dst, i1, i2, row(dst, i1, i2));
+            return;
+        }
+        values.resize(dst->ne[0]);
+        compute(dst, i1, i2, values.data());
+        convert_row(values.data(), dst->type, row(dst, i1, i2), dst->ne[0]);
     });
 }
 
@@ -175,23 +205,57 @@ void join_branches_op(ggml_tensor* dst, int ith, int nth, void* scale) {
 }
 
 ggml_tensor* new_node(ggml_context* ctx, const ggml_tensor* shape, ggml_tensor** sources, int n_sources,
-                      ggml_custom_op_t op, const float* eps, const char* name, void* userdata = nullptr) {
-    ggml_tensor* node = ggml_custom_4d(ctx, GGML_TYPE_F32, shape->ne[0], shape->ne[1], shape->ne[2], 1,
-                                       sources, n_sources, op, GGML_N_TASKS_MAX, userdata);
+                      ggml_custom_op_t op, const float* eps, const char* name, void* userdata = nullptr,
+                      ggml_type type = GGML_TYPE_F32) {
+    ggml_tensor* node = ggml_custom_4d(ctx, type, shape->ne[0], shape->ne[1], shape->ne[2], 1, sources,
+                                       n_sources, op, GGML_N_TASKS_MAX, userdata);
     node->extra = const_cast<float*>(eps);
     return ggml_set_name(node, name);
 }
 
-}  // namespace
-
-ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up) {
-    ggml_tensor* sources[] = {gate, up};
-    return new_node(ctx, gate, sources, 2, rows_op<compute_gelu_row>, nullptr, kGatedGelu);
+ggml_custom_op_params parameters_of(const ggml_tensor* node) {
+    ggml_custom_op_params parameters;
+    std::memcpy(&parameters, node->op_params, sizeof parameters);
+    return parameters;
 }
 
-ggml_tensor* rms_norm(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, const float* eps) {
+}  // namespace
+
+float eps_of(const ggml_tensor* node) { return *static_cast<const float*>(node->extra); }
+
+const ggml_tensor* layer_scale_of(const ggml_tensor* node) {
+    return static_cast<const ggml_tensor*>(parameters_of(node).userdata);
+}
+
+FusedOp fused_op_of(const ggml_tensor* node) {
+    if (node->op != GGML_OP_CUSTOM) return FusedOp::none;
+    const ggml_custom_op_t op = parameters_of(node).fun;
+    if (op == rows_op<compute_gelu_row>) return FusedOp::gated_gelu;
+    if (op == rows_op<compute_norm_row>) return FusedOp::rms_norm;
+    if (op == rows_op<compute_rotated_row>) return FusedOp::rotate_normed;
+    if (op == rows_op<compute_stored_row>) return FusedOp::store_normed;
+    if (op == add_normed_op) return FusedOp::add_normed;
+    return op == join_branches_op ? FusedOp::join_branches : FusedOp::none;
+}
+
+ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up, ggml_type type) {
+    ggml_tensor* sources[] = {gate, up};
+    return new_node(ctx, gate, sources, 2, rows_op<compute_gelu_row>, nullptr, kGatedGelu, nullptr, type);
+}
+
+ggml_tensor* rms_norm(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, const float* eps,
+                      ggml_type type) {
     ggml_tensor* sources[] = {x, weight};
-    return new_node(ctx, x, sources, weight ? 2 : 1, rows_op<compute_norm_row>, eps, kRmsNorm);
+    return new_node(ctx, x, sources, weight ? 2 : 1, rows_op<compute_norm_row>, eps, kRmsNorm, nullptr, type);
+}
+
+ggml_tensor* store_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,
+                          const float* eps, ggml_tensor* target) {
+    ggml_tensor* sources[] = {x, weight, angles};
+    ggml_tensor* node = ggml_custom_inplace(ctx, target, sources, weight ? 3 : 1, rows_op<compute_stored_row>,
+                                            GGML_N_TASKS_MAX, nullptr);
+    node->extra = const_cast<float*>(eps);
+    return ggml_set_name(node, "store_normed");
 }
 
 ggml_tensor* add_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight,

@@ -1,5 +1,5 @@
-// Fused row-wise ops of a layer between two matmuls, as custom CPU graph nodes: each reads and writes a
-// token's rows in one pass.
+// Fused row-wise ops of a layer between two matmuls, as custom graph nodes: each reads and writes a token's
+// rows in one pass. Computed by functions on the CPU, and by cuda/ on GPUs.
 //
 // Every such node gives a thread the same range of tokens, so that a row is still in the cache of the core
 // that wrote it when the next node reads it.
@@ -12,13 +12,16 @@
 
 namespace pydiffusion {
 
-// gelu_tanh(gate) * up, elementwise; same shape, contiguous rows. Accurate to float rounding; ggml's CPU GELU
-// looks values up in a float16 table.
-ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up);
+// gelu_tanh(gate) * up, elementwise; same shape, contiguous rows; F32, or rounded to BF16. Accurate to float
+// rounding; ggml's CPU GELU looks values up in a float16 table.
+ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up,
+                        ggml_type type = GGML_TYPE_F32);
 
-// x / sqrt(mean of squares of its row + *eps), times weight [ne0] unless that is null. Contiguous rows; *eps
-// must live as long as the graph, here and below. ggml's op sums the squares in a scalar loop.
-ggml_tensor* rms_norm(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, const float* eps);
+// x / sqrt(mean of squares of its row + *eps), times weight [ne0] unless that is null; F32, or rounded to
+// BF16. Contiguous rows; *eps must live as long as the graph, here and below. ggml's op sums the squares in a
+// scalar loop.
+ggml_tensor* rms_norm(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, const float* eps,
+                      ggml_type type = GGML_TYPE_F32);
 
 // x + rms_norm(branch, weight), all [d, n_tokens]
 ggml_tensor* add_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight,
@@ -42,6 +45,17 @@ ggml_tensor* join_branches(ggml_context* ctx, ggml_tensor* x, const Branches& br
 // angles [head_dim, n_tokens].
 ggml_tensor* rotate_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,
                            const float* eps);
+
+// Writes rms_norm(x) of heads, or rotate_normed(x, weight, angles) if these are not null, to `target`, a view
+// [head_dim, n_heads, n_tokens] of F32 or F16 rows of a cache. The result is that view.
+ggml_tensor* store_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,
+                          const float* eps, ggml_tensor* target);
+
+// Which of these ops a node is.
+enum class FusedOp { none, gated_gelu, rms_norm, add_normed, join_branches, rotate_normed, store_normed };
+FusedOp fused_op_of(const ggml_tensor* node);
+float eps_of(const ggml_tensor* node);                  // of norms
+const ggml_tensor* layer_scale_of(const ggml_tensor*);  // of join_branches, whose other operands are sources
 
 // Concatenates the tokens of several sequences: parts [d, n_i] -> [d, sum of n_i].
 ggml_tensor* stack_tokens(ggml_context* ctx, std::vector<ggml_tensor*> parts);

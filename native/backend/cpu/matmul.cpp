@@ -355,6 +355,14 @@ ggml_tensor* with_exact_sums(ggml_tensor* result) {
 
 }  // namespace
 
+ggml_type Matmul::activation_type(std::initializer_list<const ggml_tensor*> weights) const {
+    const bool bf16 = on_device_ && fuses_rows_ && !keep_activations_ &&
+                      std::all_of(weights.begin(), weights.end(), [](const ggml_tensor* weight) {
+                          return !weight || weight->type == GGML_TYPE_BF16;
+                      });
+    return bf16 ? GGML_TYPE_BF16 : GGML_TYPE_F32;
+}
+
 ggml_tensor* Matmul::apply(ggml_tensor* weight, ggml_tensor* x) {
     const int64_t n = x->ne[1];
     if (n >= kMinActivations || use_tiles(weight, x) || on_device_ || keep_activations_)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <deque>
+#include <initializer_list>
 #include <map>
 
 #include "backend/cpu/amx/tile_gemm.h"
@@ -33,9 +34,10 @@ struct Packing {
 // only, not on the size of the batch.
 class Matmul {
   public:
-    // on_device: the graph runs on a GPU, which uses ggml's matmuls without padding.
-    Matmul(ggml_context* ctx, Kernel kernel, bool on_device)
-        : ctx_(ctx), kernel_(kernel), on_device_(on_device) {}
+    // on_device: the graph runs on a GPU, which uses ggml's matmuls without padding. fuses_rows: with the ops
+    // of fused_rows.h.
+    Matmul(ggml_context* ctx, Kernel kernel, bool on_device, bool fuses_rows)
+        : ctx_(ctx), kernel_(kernel), on_device_(on_device), fuses_rows_(fuses_rows) {}
     Matmul(const Matmul&) = delete;
     Matmul& operator=(const Matmul&) = delete;
 
@@ -48,6 +50,10 @@ class Matmul {
     // -> F32 [n_rows, n_used, n_tokens]
     ggml_tensor* apply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts);
 
+    // Type that a fused op is to give the activations of these matmuls (null weights are left out): BF16 on a
+    // device whose matmuls would otherwise round them to it first, each on its own.
+    ggml_type activation_type(std::initializer_list<const ggml_tensor*> weights) const;
+
     // From now on activations stay nodes of the graph, so that they can be read (imatrix collection).
     void keep_activations() { keep_activations_ = true; }
 
@@ -58,7 +64,7 @@ class Matmul {
 
     ggml_context* ctx_;
     Kernel kernel_;
-    bool on_device_;
+    bool on_device_, fuses_rows_;
     bool keep_activations_ = false;
     std::map<const ggml_tensor*, ggml_tensor*> packed_;  // x -> its packed node
     std::deque<Packing> packings_;                       // a deque: nodes point to them

@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+
+#include "ggml-impl.h"
 
 namespace pydiffusion {
 
@@ -41,6 +44,12 @@ ggml_tensor* top_k(ggml_context* ctx, ggml_tensor* values, int64_t k) {
     ggml_tensor* best = ggml_custom_4d(ctx, GGML_TYPE_I32, k, values->ne[1], 1, 1, &values, 1, top_k_op,
                                        GGML_N_TASKS_MAX, nullptr);
     return ggml_set_name(best, "top_k");
+}
+
+bool is_top_k(const ggml_tensor* node) {
+    ggml_custom_op_params parameters;
+    std::memcpy(&parameters, node->op_params, sizeof parameters);
+    return node->op == GGML_OP_CUSTOM && parameters.fun == top_k_op;
 }
 
 }  // namespace pydiffusion

@@ -11,5 +11,6 @@ namespace pydiffusion {
 // are in index order; NaN compares as -infinity. (ggml sorts with a comparison that is inconsistent for NaN,
 // and may then access memory outside the row.)
 ggml_tensor* top_k(ggml_context* ctx, ggml_tensor* values, int64_t k);
+bool is_top_k(const ggml_tensor* node);
 
 }  // namespace pydiffusion

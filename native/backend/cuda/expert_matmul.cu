@@ -1,12 +1,7 @@
-#include <algorithm>
 #include <climits>
-#include <mutex>
-#include <vector>
 
 #include "backend/cuda/expert_matmul_kernels.cuh"
-#include "backend/expert_kernels.h"
-#include "ggml-backend-impl.h"
-#include "ggml-cuda/common.cuh"
+#include "backend/cuda/own_kernels.cuh"
 
 namespace pydiffusion {
 
@@ -40,8 +35,8 @@ struct Scratch {
 // Operands are those of ggml_mul_mat_id: weights [n_values, n_rows, n_experts], x [n_values, 1 or n_used,
 // n_tokens], ids [n_used, n_tokens], dst [n_rows, n_used, n_tokens].
 template <typename Format>
-bool multiply_experts(ggml_backend_cuda_context& ctx, const ggml_tensor* weights, const ggml_tensor* x,
-                      const ggml_tensor* ids, ggml_tensor* dst) {
+bool multiply_as(ggml_backend_cuda_context& ctx, const ggml_tensor* weights, const ggml_tensor* x,
+                 const ggml_tensor* ids, ggml_tensor* dst) {
     using T = ExpertTile<Format>;
     const int64_t n_experts = weights->ne[2], n_rows = weights->ne[1], n_used = ids->ne[0],
                   n_tokens = ids->ne[1];
@@ -98,32 +93,6 @@ bool is_dense(const ggml_tensor* weights, const ggml_tensor* x, const ggml_tenso
            dst->type == GGML_TYPE_F32 && ggml_is_contiguous(dst);
 }
 
-std::mutex users_mutex;
-std::vector<const ggml_backend_cuda_context*> users;
-
-bool multiply(ggml_backend_cuda_context& ctx, const ggml_tensor* weights, const ggml_tensor* x,
-              const ggml_tensor* ids, ggml_tensor* dst) {
-    if (ids->ne[1] < kMinTokens) return false;
-    {
-        const std::lock_guard<std::mutex> lock(users_mutex);
-        if (std::find(users.begin(), users.end(), &ctx) == users.end()) return false;
-    }
-    if (!is_dense(weights, x, ids, dst)) return false;
-    switch (weights->type) {
-        case GGML_TYPE_Q4_K:
-            return multiply_experts<Q4K>(ctx, weights, x, ids, dst);
-        case GGML_TYPE_Q6_K:
-            return multiply_experts<Q6K>(ctx, weights, x, ids, dst);
-        case GGML_TYPE_Q8_0:
-            return multiply_experts<Q80>(ctx, weights, x, ids, dst);
-        default:
-            return false;
-    }
-}
-
-// With fewer blocks on a multiprocessor, as with 100 KB of shared memory, their speed has not been measured.
-constexpr int kMinBlocks = 2;
-
 // Whether the current device has code of the kernels (not the empty code for GPUs before compute
 // capability 8.0, which a driver may compile for any newer one) and room for so many blocks on a
 // multiprocessor.
@@ -147,21 +116,24 @@ bool can_run(int device, int n_blocks) {
 
 }  // namespace
 
-std::shared_ptr<void> use_expert_kernels(ggml_backend_t backend, bool wherever_possible) {
-    auto* ctx = static_cast<ggml_backend_cuda_context*>(backend->context);
-    ggml_cuda_set_device(ctx->device);
-    const int n_blocks = wherever_possible ? 1 : kMinBlocks;
-    if (!can_run<Q4K>(ctx->device, n_blocks) || !can_run<Q6K>(ctx->device, n_blocks) ||
-        !can_run<Q80>(ctx->device, n_blocks))
-        return nullptr;
-    ggml_cuda_expert_matmul_hook = multiply;
-    std::shared_ptr<void> user(ctx, [](void* gone) {
-        const std::lock_guard<std::mutex> lock(users_mutex);
-        users.erase(std::remove(users.begin(), users.end(), gone), users.end());
-    });
-    const std::lock_guard<std::mutex> lock(users_mutex);
-    users.push_back(ctx);
-    return user;
+bool can_multiply_experts(int device, int n_blocks) {
+    return can_run<Q4K>(device, n_blocks) && can_run<Q6K>(device, n_blocks) && can_run<Q80>(device, n_blocks);
+}
+
+bool multiply_experts(ggml_backend_cuda_context& ctx, const ggml_tensor* weights, const ggml_tensor* x,
+                      const ggml_tensor* ids, ggml_tensor* dst) {
+    if (ids->ne[1] < kMinTokens) return false;
+    if (!is_dense(weights, x, ids, dst)) return false;
+    switch (weights->type) {
+        case GGML_TYPE_Q4_K:
+            return multiply_as<Q4K>(ctx, weights, x, ids, dst);
+        case GGML_TYPE_Q6_K:
+            return multiply_as<Q6K>(ctx, weights, x, ids, dst);
+        case GGML_TYPE_Q8_0:
+            return multiply_as<Q80>(ctx, weights, x, ids, dst);
+        default:
+            return false;
+    }
 }
 
 }  // namespace pydiffusion

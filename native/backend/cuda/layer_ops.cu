@@ -1,0 +1,163 @@
+#include <climits>
+
+#include "backend/cpu/fused_rows.h"
+#include "backend/cpu/top_k.h"
+#include "backend/cuda/expert_rows.cuh"
+#include "backend/cuda/layer_kernels.cuh"
+#include "backend/cuda/own_kernels.cuh"
+
+namespace pydiffusion {
+
+namespace {
+
+using namespace cuda;
+
+bool has_float_rows(const ggml_tensor* t) {
+    return t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) && t->ne[3] == 1 && t->ne[0] <= INT_MAX &&
+           ggml_nrows(t) <= INT_MAX;
+}
+
+bool has_rows(const ggml_tensor* t) {
+    return (t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16) &&
+           t->nb[0] == ggml_type_size(t->type);
+}
+
+const float* floats(const ggml_tensor* t) { return t ? static_cast<const float*>(t->data) : nullptr; }
+
+// Distance of neighbours in a dimension, in elements.
+int64_t stride(const ggml_tensor* t, int dimension) { return t->nb[dimension] / ggml_type_size(t->type); }
+
+InputRows input(const ggml_tensor* t) { return {floats(t), stride(t, 1), stride(t, 2)}; }
+
+OutputRows output(const ggml_tensor* t) {
+    const FloatType type = t->type == GGML_TYPE_F32   ? FloatType::f32
+                           : t->type == GGML_TYPE_F16 ? FloatType::f16
+                                                      : FloatType::bf16;
+    return {t->data, stride(t, 1), stride(t, 2), type};
+}
+
+int32_t size(const ggml_tensor* t, int dimension) { return static_cast<int32_t>(t->ne[dimension]); }
+
+int32_t n_rows(const ggml_tensor* t) { return static_cast<int32_t>(ggml_nrows(t)); }
+
+struct Launch {
+    cudaStream_t stream;
+
+    template <typename Kernel, typename Arguments>
+    void operator()(Kernel kernel, unsigned n_blocks, unsigned n_threads, const Arguments& arguments) const {
+        kernel<<<n_blocks, n_threads, 0, stream>>>(arguments);
+        CUDA_CHECK(cudaGetLastError());
+    }
+};
+
+// Norms and rotations of x's rows; weight and angles may be null.
+bool norm(const Launch* launch, const ggml_tensor* x, const ggml_tensor* weight, const ggml_tensor* angles,
+          float eps, const ggml_tensor* out) {
+    if (!has_float_rows(x) || !has_rows(out) || (angles && x->ne[0] % 2)) return false;
+    if (!launch) return true;
+    if (angles) {
+        launch_rotate_normed_rows({input(x), output(out), floats(weight), floats(angles), stride(angles, 1),
+                                   size(x, 0), size(x, 1), size(x, 2), eps},
+                                  *launch);
+    } else {
+        launch_norm_rows(
+            {input(x), size(x, 0), size(x, 1), n_rows(x), 1, eps, {{output(out), floats(weight)}}}, *launch);
+    }
+    return true;
+}
+
+bool add_normed(const Launch* launch, const ggml_tensor* node) {
+    const ggml_tensor *x = node->src[0], *branch = node->src[1];
+    if (!has_float_rows(x) || !has_float_rows(branch) || !has_float_rows(node)) return false;
+    if (!launch) return true;
+    launch_add_normed_rows(
+        {floats(x), floats(branch), static_cast<float*>(node->data), stride(x, 1), stride(branch, 1),
+         stride(node, 1), floats(node->src[2]), size(x, 0), size(x, 1), eps_of(node)},
+        *launch);
+    return true;
+}
+
+bool gated_gelu(const Launch* launch, const ggml_tensor* node) {
+    const ggml_tensor *gate = node->src[0], *up = node->src[1];
+    if (!has_float_rows(gate) || !has_float_rows(up) || !has_rows(node) || ggml_nelements(node) > INT_MAX)
+        return false;
+    if (launch) {
+        launch_gated_gelu_rows(
+            {input(gate), input(up), output(node), size(node, 0), size(node, 1), n_rows(node)}, *launch);
+    }
+    return true;
+}
+
+bool top_k(const Launch* launch, const ggml_tensor* node) {
+    const ggml_tensor* scores = node->src[0];
+    if (!has_float_rows(scores) || scores->ne[0] > kMaxScores || node->ne[0] > scores->ne[0]) return false;
+    if (launch) {
+        launch_top_k_rows({floats(scores), static_cast<int32_t*>(node->data), stride(scores, 1),
+                           stride(node, 1), size(scores, 0), size(node, 0), size(node, 1)},
+                          *launch);
+    }
+    return true;
+}
+
+bool join_branches(const Launch* launch, const ggml_tensor* node) {
+    const ggml_tensor *x = node->src[0], *dense = node->src[1], *experts = node->src[3],
+                      *scores = node->src[4], *chosen = node->src[5];
+    for (const ggml_tensor* rows : {x, dense, experts, scores}) {
+        if (!has_float_rows(rows)) return false;
+    }
+    if (chosen->ne[0] > kMaxUsed || chosen->nb[0] != sizeof(int32_t)) return false;
+    if (!launch) return true;
+    launch_join_rows({floats(x),
+                      floats(dense),
+                      floats(experts),
+                      floats(scores),
+                      static_cast<const int32_t*>(chosen->data),
+                      static_cast<float*>(node->data),
+                      stride(x, 1),
+                      stride(dense, 1),
+                      stride(experts, 1),
+                      stride(experts, 2),
+                      stride(scores, 1),
+                      stride(chosen, 1),
+                      stride(node, 1),
+                      floats(node->src[6]),
+                      floats(node->src[2]),
+                      floats(node->src[7]),
+                      floats(node->src[8]),
+                      floats(layer_scale_of(node)),
+                      size(node, 0),
+                      size(scores, 0),
+                      size(chosen, 0),
+                      size(node, 1),
+                      eps_of(node)},
+                     *launch);
+    return true;
+}
+
+}  // namespace
+
+bool compute_custom_node(ggml_backend_cuda_context* ctx, ggml_tensor* node) {
+    const Launch on_stream = {ctx ? ctx->stream() : nullptr};
+    const Launch* launch = ctx ? &on_stream : nullptr;
+    if (is_top_k(node)) return top_k(launch, node);
+    const ggml_tensor* const* src = node->src;
+    switch (fused_op_of(node)) {
+        case FusedOp::rms_norm:
+            return norm(launch, src[0], src[1], nullptr, eps_of(node), node);
+        case FusedOp::rotate_normed:
+            return norm(launch, src[0], src[1], src[2], eps_of(node), node);
+        case FusedOp::store_normed:  // the first source is the view that it writes to
+            return norm(launch, src[1], src[2], src[3], eps_of(node), node);
+        case FusedOp::add_normed:
+            return add_normed(launch, node);
+        case FusedOp::gated_gelu:
+            return gated_gelu(launch, node);
+        case FusedOp::join_branches:
+            return join_branches(launch, node);
+        case FusedOp::none:
+            break;
+    }
+    return false;
+}
+
+}  // namespace pydiffusion
