@@ -112,13 +112,24 @@ __device__ __forceinline__ void add_weighted(Four& sum, const Four& values, floa
     for (int i = 0; i < 4; ++i) sum.v[i] += weight * values.v[i];
 }
 
+// Shared memory of join_rows, in a function that is no template: tests fill only such memory with NaN.
+struct JoinMemory {
+    float weights[kMaxUsed];
+    float dense_sums[RowOfBlock::kWarps], mixture_sums[RowOfBlock::kWarps], sums[RowOfBlock::kWarps];
+};
+
+__device__ __forceinline__ JoinMemory& join_memory() {
+    __shared__ JoinMemory memory;
+    return memory;
+}
+
 template <bool is_aligned>
 __global__ void __launch_bounds__(RowOfBlock::kBlockThreads, 2) join_rows(JoinArguments a) {
     using Row = RowOfBlock;
     constexpr int kKept = Row::kKept;
     constexpr int kAtATime = 4;  // experts whose rows are read before any is added
-    __shared__ float weights[kMaxUsed];
-    __shared__ float dense_sums[Row::kWarps], mixture_sums[Row::kWarps], sums[Row::kWarps];
+    JoinMemory& shared = join_memory();
+    const float* weights = shared.weights;
     const int32_t token = Row::row();
     const float *x = a.x + token * a.x_stride, *dense = a.dense + token * a.dense_stride;
     const float* experts = a.experts + token * a.experts_stride;
@@ -126,7 +137,7 @@ __global__ void __launch_bounds__(RowOfBlock::kBlockThreads, 2) join_rows(JoinAr
     const auto load = [&](const float* row, int32_t at) { return load_four<is_aligned>(row, at, a.d); };
 
     // The last warp has the fewest elements. Meanwhile the others read the first experts' rows.
-    if (warp_of_thread() == Row::kWarps - 1) route_token(a, token, weights);
+    if (warp_of_thread() == Row::kWarps - 1) route_token(a, token, shared.weights);
     Four dense_kept[kKept], mixture_kept[kKept] = {};
 #pragma unroll
     for (int i = 0; i < kKept; ++i) dense_kept[i] = load(dense, four_of_thread<Row>(i));
@@ -168,7 +179,8 @@ __global__ void __launch_bounds__(RowOfBlock::kBlockThreads, 2) join_rows(JoinAr
         dense_sum = add_squares(dense_sum, load(dense, at));
         mixture_sum = add_squares(mixture_sum, mixture(at));
     }
-    const Row::Pair both = Row::sum(Row::Pair{dense_sum, mixture_sum}, dense_sums, mixture_sums);
+    const Row::Pair both =
+        Row::sum(Row::Pair{dense_sum, mixture_sum}, shared.dense_sums, shared.mixture_sums);
     const float dense_scale = norm_scale(both.first, a.d, a.eps);
     const float mixture_scale = norm_scale(both.second, a.d, a.eps);
 
@@ -196,7 +208,7 @@ __global__ void __launch_bounds__(RowOfBlock::kBlockThreads, 2) join_rows(JoinAr
         residual[i] = load(x, four_of_thread<Row>(i));
         norms[i] = load(a.norm, four_of_thread<Row>(i));
     }
-    const float scale = norm_scale(Row::sum(sum, sums), a.d, a.eps);
+    const float scale = norm_scale(Row::sum(sum, shared.sums), a.d, a.eps);
 
     const auto finish = [&](int32_t at, const Four& from, const Four& branches, const Four& norm) {
         Four result;
