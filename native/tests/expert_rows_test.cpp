@@ -249,7 +249,7 @@ TEST_CASE("kernels of experts: every barrier and every mask is needed") {
         all.insert(all.end(), chosen.begin(), chosen.end());
         return all;
     };
-    check_mutations(results, 3, 6);
+    check_mutations(results, 3, 7);
 }
 
 }  // namespace testing

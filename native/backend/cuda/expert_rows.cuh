@@ -90,21 +90,35 @@ __global__ void __launch_bounds__(kTopKWarps* kWarpLanes) top_k_rows(TopKArgumen
 
 // --- end of a layer: a block for each token ---
 
-// The chosen experts' weights in the sum, by one warp.
+// Writes the chosen experts' weights in the sum; by one warp.
 __device__ __forceinline__ void route_token(const JoinArguments& a, int32_t token, float* weights) {
+    constexpr int kPerLane = kMaxUsed / kWarpLanes;
     const float* scores = a.scores + token * a.score_stride;
     const int32_t* chosen = a.chosen + token * a.chosen_stride;
-    const float best = scores[chosen[0]], factor = 1.0f / sqrtf(static_cast<float>(a.d));
+    const int lane = lane_of_thread();
+    // All reads come before any use of them, so that they overlap.
+    float score[kPerLane] = {}, expert_scale[kPerLane] = {};
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+        if (lane + i * kWarpLanes < a.n_used) {
+            const int32_t expert = chosen[lane + i * kWarpLanes];
+            score[i] = scores[expert];
+            expert_scale[i] = a.expert_scales[expert];
+        }
+    }
     float sum = 0.0f;
-    for (int32_t e = lane_of_thread(); e < a.n_experts; e += kWarpLanes)
-        sum += scores[e] - scores[e];  // 0, or NaN
-    for (int32_t i = lane_of_thread(); i < a.n_used; i += kWarpLanes) {
-        weights[i] = expf((scores[chosen[i]] - best) * factor);
-        sum += weights[i];
+    for (int32_t e = lane; e < a.n_experts; e += kWarpLanes) sum += scores[e] - scores[e];  // 0, or NaN
+    const float best = __shfl_sync(kWholeWarp, score[0], 0), factor = 1.0f / sqrtf(static_cast<float>(a.d));
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+        score[i] = lane + i * kWarpLanes < a.n_used ? expf((score[i] - best) * factor) : 0.0f;
+        sum += score[i];
     }
     sum = sum_of_warp(sum);
-    for (int32_t i = lane_of_thread(); i < a.n_used; i += kWarpLanes)
-        weights[i] *= a.expert_scales[chosen[i]] / sum;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i)
+        if (lane + i * kWarpLanes < a.n_used)
+            weights[lane + i * kWarpLanes] = score[i] * (expert_scale[i] / sum);
 }
 
 __device__ __forceinline__ void add_weighted(Four& sum, const Four& values, float weight) {
@@ -179,28 +193,36 @@ __global__ void __launch_bounds__(RowOfBlock::kBlockThreads, 2) join_rows(JoinAr
         dense_sum = add_squares(dense_sum, load(dense, at));
         mixture_sum = add_squares(mixture_sum, mixture(at));
     }
+    Four dense_norms[kKept], mixture_norms[kKept];
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+        dense_norms[i] = load(a.dense_norm, four_of_thread<Row>(i));
+        mixture_norms[i] = load(a.mixture_norm, four_of_thread<Row>(i));
+    }
     const Row::Pair both =
         Row::sum(Row::Pair{dense_sum, mixture_sum}, shared.dense_sums, shared.mixture_sums);
     const float dense_scale = norm_scale(both.first, a.d, a.eps);
     const float mixture_scale = norm_scale(both.second, a.d, a.eps);
 
-    const auto joined = [&](int32_t at, const Four& from_dense, const Four& from_mixture) {
-        const Four dense_norm = load(a.dense_norm, at), mixture_norm = load(a.mixture_norm, at);
+    const auto joined = [&](const Four& of_dense, const Four& dense_norm, const Four& of_mixture,
+                            const Four& mixture_norm) {
         Four result;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            result.v[i] = from_dense.v[i] * dense_scale * dense_norm.v[i] +
-                          from_mixture.v[i] * mixture_scale * mixture_norm.v[i];
+            result.v[i] = of_dense.v[i] * dense_scale * dense_norm.v[i] +
+                          of_mixture.v[i] * mixture_scale * mixture_norm.v[i];
         return result;
+    };
+    const auto joined_at = [&](int32_t at) {
+        return joined(load(dense, at), load(a.dense_norm, at), mixture(at), load(a.mixture_norm, at));
     };
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-        mixture_kept[i] = joined(four_of_thread<Row>(i), dense_kept[i], mixture_kept[i]);
+        mixture_kept[i] = joined(dense_kept[i], dense_norms[i], mixture_kept[i], mixture_norms[i]);
         sum = add_squares(sum, mixture_kept[i]);
     }
-    for (int32_t at = rest; at < a.d; at += step)
-        sum = add_squares(sum, joined(at, load(dense, at), mixture(at)));
+    for (int32_t at = rest; at < a.d; at += step) sum = add_squares(sum, joined_at(at));
     const float layer_scale = *a.scale;
     Four residual[kKept], norms[kKept];
 #pragma unroll
@@ -219,8 +241,7 @@ __global__ void __launch_bounds__(RowOfBlock::kBlockThreads, 2) join_rows(JoinAr
     };
 #pragma unroll
     for (int i = 0; i < kKept; ++i) finish(four_of_thread<Row>(i), residual[i], mixture_kept[i], norms[i]);
-    for (int32_t at = rest; at < a.d; at += step)
-        finish(at, load(x, at), joined(at, load(dense, at), mixture(at)), load(a.norm, at));
+    for (int32_t at = rest; at < a.d; at += step) finish(at, load(x, at), joined_at(at), load(a.norm, at));
 }
 
 // --- launches ---
