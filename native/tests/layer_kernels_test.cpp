@@ -37,11 +37,24 @@ void check_norm(const Output& out, const Input& x, const float* weight) {
 
 // Lengths of rows: of one thread, of a warp and beyond, of warps and of blocks, in registers and beyond.
 std::vector<int32_t> lengths() {
-    return kDetectsRaces ? std::vector<int32_t>{31, 600, 3100}
-                         : std::vector<int32_t>{1, 2, 31, 33, 64, 100, 512, 513, 1000, 2816, 3100};
+    return kDetectsRaces ? std::vector<int32_t>{31, 600, 4700}
+                         : std::vector<int32_t>{1, 2, 31, 33, 64, 100, 512, 513, 1000, 2816, 4700};
 }
 
 }  // namespace
+
+TEST_CASE("begins_at_four: the address and every stride count") {
+    alignas(16) float x[8];
+    CHECK(begins_at_four(InputRows{x + 4, 8, 12}));
+    CHECK_FALSE(begins_at_four(InputRows{x + 2, 8, 12}));
+    CHECK_FALSE(begins_at_four(InputRows{x, 6, 12}));
+    CHECK_FALSE(begins_at_four(InputRows{x, 8, 13}));
+    CHECK(begins_at_four(OutputRows{x + 2, 8, 12, FloatType::bf16}));
+    CHECK_FALSE(begins_at_four(OutputRows{x + 2, 8, 12, FloatType::f32}));
+    CHECK_FALSE(begins_at_four(OutputRows{x + 1, 8, 12, FloatType::f16}));
+    CHECK_FALSE(begins_at_four(OutputRows{x, 8, 14, FloatType::bf16}));
+    CHECK(begins_at_four(nullptr));
+}
 
 TEST_CASE("norm_rows: every length, layout and type") {
     for (const int32_t n : lengths()) {
@@ -59,7 +72,7 @@ TEST_CASE("norm_rows: every length, layout and type") {
 }
 
 TEST_CASE("norm_rows: several norms, each with its layout and type") {
-    for (const int32_t n : {33, 64, 512, 2816, 3100}) {
+    for (const int32_t n : {33, 64, 512, 2816, 4700}) {
         if (kDetectsRaces && n != 2816) continue;
         CAPTURE(n);
         const std::vector<Layout> all = layouts(n, 2, 2);
@@ -187,15 +200,15 @@ void check_rotated(const Output& out, const Input& x, const float* weight, const
 }  // namespace
 
 TEST_CASE("rotate_normed_rows: heads of every length, layout and type") {
-    for (const int32_t head_dim : {2, 6, 16, 64, 100, 256, 512, 600}) {
-        if (kDetectsRaces && head_dim != 100 && head_dim != 600) continue;
+    for (const int32_t head_dim : {2, 6, 16, 64, 100, 256, 512, 1000}) {
+        if (kDetectsRaces && head_dim != 100 && head_dim != 1000) continue;
         CAPTURE(head_dim);
         const std::vector<float> weight = random_values(head_dim, 2);
         int32_t i_layout = 0;
         for (const Layout& layout : layouts(head_dim, 3, 2)) {
             CAPTURE(i_layout);
             Input x(layout, 1);
-            Input angles(matrix_layout(head_dim, 2, head_dim + 4 * i_layout), angle_values(head_dim, 2));
+            Input angles(matrix_layout(head_dim, 2, head_dim + i_layout), angle_values(head_dim, 2));
             // The results' layout is another one.
             Output out(layouts(head_dim, 3, 2)[(i_layout + 1) % 3], kTypes[i_layout]);
             rotate(x, out.rows(), weight.data(), angles);
@@ -209,7 +222,7 @@ TEST_CASE("rotate_normed_rows: heads of every length, layout and type") {
 }
 
 TEST_CASE("rotate_normed_rows: the same bits in any order, at any alignment, and in place; NaN") {
-    for (const int32_t head_dim : {64, 512, 600}) {
+    for (const int32_t head_dim : {64, 512, 1000}) {
         if (kDetectsRaces && head_dim != 512) continue;
         CAPTURE(head_dim);
         std::vector<float> values = random_values(6 * head_dim, 1);
