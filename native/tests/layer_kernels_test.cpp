@@ -140,12 +140,12 @@ namespace {
 
 __global__ void round_to_bf16(const float* x, uint16_t* bits) {
     const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
-    bits[i] = bf16_of(x[i]);
+    bits[i] = bfloat16_of(x[i]).bits;
 }
 
 }  // namespace
 
-TEST_CASE("bf16_of: ggml's rounding, for every high half and the low halves around a tie") {
+TEST_CASE("bfloat16_of: ggml's rounding, for every high half and the low halves around a tie") {
     constexpr uint32_t n_highs = 65536;
     std::vector<float> x(n_highs);
     std::vector<uint16_t> bits(n_highs);

@@ -1,7 +1,5 @@
 // The CUDA kernels of a step, run by the emulation: against the same arithmetic in plain loops bit by bit,
 // and against the host's StepBackend and sums in double precision.
-#include <cfloat>
-#include <cstring>
 #include <cmath>
 
 #include "backend/step_backend.h"
@@ -214,29 +212,31 @@ TEST_CASE("add_gathered: in the order of the list, in parts") {
 
 TEST_CASE("dense_probabilities and scatter_rows: the positions named, and no others") {
     const std::vector<int32_t> positions = {3, 0};
-    constexpr int64_t n_vocab = 1000;
+    constexpr int64_t n_vocab = 3000;
     const std::vector<float> logits = random_values(4 * n_vocab, 1, 3.0f);
     std::vector<row::Distribution> distributions(4);
     for (int t = 0; t < 4; ++t)
         distributions[t] = reference_mass(&logits[t * n_vocab], n_vocab, 1.0f, 0.01f).distribution;
     for (const Order order : orders()) {
-        for (const int64_t n_rows : {1, 255, 256, 257}) {
+        for (const int64_t n_rows : {1, 255, 256, 257, 2047, 2048, 2049}) {
             const int64_t from = n_vocab - n_rows;
             std::vector<__half> found(2 * n_rows);
-            emulate(dim3(static_cast<unsigned>((n_rows + 255) / 256), 2), 256, 0, order, [&] {
-                dense_probabilities(found.data(), logits.data(), distributions.data(), positions.data(),
-                                    n_vocab, from, n_rows);
-            });
+            emulate(dim3(static_cast<unsigned>((n_rows + kProbabilities - 1) / kProbabilities), 2),
+                    kProbabilityThreads, 0, order, [&] {
+                        dense_probabilities(found.data(), logits.data(), distributions.data(),
+                                            positions.data(), n_vocab, from, n_rows);
+                    });
             for (int64_t i = 0; i < 2 * n_rows; ++i) {
                 const int64_t t = positions[i / n_rows], v = from + i % n_rows;
                 const float p = row::probability(distributions[t], logits[t * n_vocab + v]);
                 if (found[i].bits != ggml_fp32_to_fp16(p * 16384.0f)) FAIL_CHECK("at ", i);
             }
             std::vector<cuda::Bfloat16> wide(2 * n_rows);
-            emulate(dim3(static_cast<unsigned>((n_rows + 255) / 256), 2), 256, 0, order, [&] {
-                dense_probabilities(wide.data(), logits.data(), distributions.data(), positions.data(),
-                                    n_vocab, from, n_rows);
-            });
+            emulate(dim3(static_cast<unsigned>((n_rows + kProbabilities - 1) / kProbabilities), 2),
+                    kProbabilityThreads, 0, order, [&] {
+                        dense_probabilities(wide.data(), logits.data(), distributions.data(),
+                                            positions.data(), n_vocab, from, n_rows);
+                    });
             for (int64_t i = 0; i < 2 * n_rows; ++i) {
                 const int64_t t = positions[i / n_rows], v = from + i % n_rows;
                 const float p = row::probability(distributions[t], logits[t * n_vocab + v]);
@@ -251,18 +251,6 @@ TEST_CASE("dense_probabilities and scatter_rows: the positions named, and no oth
             CHECK(same(soft, expected));
         }
     }
-}
-
-TEST_CASE("bfloat16_of: ggml's rounding, of every kind of number") {
-    std::vector<float> values = {0.0f, -0.0f, 1.0f, INFINITY, -INFINITY, NAN, -NAN, FLT_MAX, 1e-45f, 1e-38f};
-    for (uint32_t low = 0; low < 0x20000u; low += 0x3fffu) {  // ties and their neighbours
-        for (const uint32_t bits : {0x3f800000u + low, 0x3f807fffu + low, 0xbf808001u + low, 0x7f800001u + low}) {
-            float value;
-            std::memcpy(&value, &bits, sizeof value);
-            values.push_back(value);
-        }
-    }
-    for (const float value : values) CHECK(cuda::bfloat16_of(value).bits == ggml_fp32_to_bf16(value).bits);
 }
 
 TEST_CASE("fill_row: one token of the row, nothing behind it") {
@@ -313,10 +301,12 @@ void run_dense(Order order, const std::vector<float>& logits, const Masses& mass
     for (int64_t from = 0; from < kVocab; from += kPart) {
         const int64_t n_rows = std::min(kPart, kVocab - from);
         std::vector<__half> p(dense.size() * n_rows);
-        emulate(dim3(3, static_cast<unsigned>(dense.size())), 256, 0, order, [&] {
-            dense_probabilities(p.data(), logits.data(), masses.distributions.data(), dense.data(), kVocab,
-                                from, n_rows);
-        });
+        emulate(dim3(static_cast<unsigned>((n_rows + kProbabilities - 1) / kProbabilities),
+                     static_cast<unsigned>(dense.size())),
+                kProbabilityThreads, 0, order, [&] {
+                    dense_probabilities(p.data(), logits.data(), masses.distributions.data(), dense.data(),
+                                        kVocab, from, n_rows);
+                });
         for (size_t i = 0; i < sums.size(); ++i) {
             for (int64_t r = 0; r < n_rows; ++r) {
                 const float weight = __half2float(p[i / kEmbd * n_rows + r]);

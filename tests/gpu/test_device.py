@@ -38,7 +38,7 @@ def on(device: str) -> dict[str, str]:
     return {"device": name_of(device), "kernels": "cuda" if "fused" in device else "auto"}
 
 
-def open_on(path: Path, device: str, kv_type: str = "f32", **device_plan: int) -> _native.Model:
+def open_on(path: Path, device: str, kv_type: str = "f32", **device_plan: int | str) -> _native.Model:
     return _native.Model(str(path), 2, kv_type=kv_type, **on(device), **device_plan)
 
 
@@ -136,7 +136,10 @@ def test_types_without_a_kernel(
         UnsupportedModelError,
         match=rf"tq2_0, which is not supported on {name_of(device)}.*--tensor-type token_embd.weight=q6_k",
     ):
-        open_on(embedding, device)
+        open_on(embedding, device, dense_type="file")
+    session = _native.Session(open_on(embedding, device, dense_type="bf16"), 128)
+    encode_case(session, golden)
+    assert all(np.isfinite(logits).all() for logits in denoise_case(session, golden).values())
 
 
 def test_a_q8_0_cache_shared_by_cpu_and_device(device: str, gguf_file: Callable) -> None:

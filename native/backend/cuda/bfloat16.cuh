@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "backend/cuda/primitives.cuh"
+
 namespace pydiffusion::cuda {
 
 struct Bfloat16 {

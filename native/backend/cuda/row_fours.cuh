@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "backend/cuda/bfloat16.cuh"
 #include "backend/cuda/primitives.cuh"
 
 namespace pydiffusion::cuda {
@@ -84,19 +85,11 @@ __device__ __forceinline__ Four load_weight(const float* weight, int32_t at, int
     return weight ? load_four<is_aligned>(weight, at, n) : Four{{1.0f, 1.0f, 1.0f, 1.0f}};
 }
 
-// The nearest bfloat16, halves to the even one; a NaN remains one. In integers: GPUs before compute
-// capability 8.0 have no instruction for it.
-__device__ __forceinline__ uint16_t bf16_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-    return static_cast<uint16_t>((is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 // Two values of a type of 2 bytes, the first in the low half.
 __device__ __forceinline__ uint32_t pair_of(float low, float high, FloatType type) {
-    return type == FloatType::f16 ? half2_of(low, high)
-                                  : bf16_of(low) | static_cast<uint32_t>(bf16_of(high)) << 16;
+    return type == FloatType::f16
+               ? half2_of(low, high)
+               : bfloat16_of(low).bits | static_cast<uint32_t>(bfloat16_of(high).bits) << 16;
 }
 
 // Writes elements [at, at + 4) of a row of n, nothing beyond its end.

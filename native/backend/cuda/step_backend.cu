@@ -168,6 +168,18 @@ void CudaStepBackend::measure(ggml_tensor* logits, int64_t n, StepState& state) 
     download(state.measures.data(), measures_.data(), n);
 }
 
+// A position that keeps more tokens than this goes through the dense matmul. On an H200, the matmul with a
+// 16-bit embedding takes as long as gathering some 40,000 rows for all of 256 positions, or a third of it for
+// few; one that is converted first takes longer than any list.
+int32_t most_to_gather(ggml_type type, const std::vector<int32_t>& n_kept) {
+    constexpr int32_t few = 128;
+    constexpr int64_t worth_a_matmul = 16384;
+    if (type != GGML_TYPE_BF16 && type != GGML_TYPE_F16) return kMaxGathered;
+    int64_t n_of_long_lists = 0;
+    for (const int32_t n : n_kept) n_of_long_lists += n > few ? n : 0;
+    return n_of_long_lists > worth_a_matmul ? few : kMaxGathered;
+}
+
 void CudaStepBackend::condition(const ggml_tensor* logits, const ggml_tensor* embedding, ggml_tensor* soft,
                                 int64_t n, const StepState& state) {
     select_gpu();
@@ -183,10 +195,11 @@ void CudaStepBackend::condition(const ggml_tensor* logits, const ggml_tensor* em
         check_launch("selecting tokens for self-conditioning");
         std::vector<int32_t> n_kept(n);
         download(n_kept.data(), n_kept_.data(), n);
+        const int32_t most_gathered = most_to_gather(embedding->type, n_kept);
         first_host_.assign(1, 0);
         dense_host_.clear();
         for (int64_t t = 0; t < n; ++t) {
-            const bool dense = n_kept[t] > kMaxGathered;
+            const bool dense = n_kept[t] > most_gathered;
             if (dense) dense_host_.push_back(static_cast<int32_t>(t));
             first_host_.push_back(first_host_.back() + (dense ? 0 : n_kept[t]));
         }
@@ -245,9 +258,9 @@ void CudaStepBackend::multiply_as(cudaDataType_t type, const float* logits, cons
         const int64_t n_rows = std::min(n_at_once, n_vocab - from);
         const char* source = static_cast<const char*>(embedding->data) + from * embedding->nb[1];
         if (!in_place) to_half(source, chunk, n_rows * d, stream_.get());
-        const dim3 grid(blocks_of(n_rows, 256), static_cast<unsigned>(n_dense));
-        dense_probabilities<<<grid, 256, 0, stream_.get()>>>(probabilities, logits, distributions_.data(),
-                                                             positions_.data(), n_vocab, from, n_rows);
+        const dim3 grid(blocks_of(n_rows, kProbabilities), static_cast<unsigned>(n_dense));
+        dense_probabilities<<<grid, kProbabilityThreads, 0, stream_.get()>>>(
+            probabilities, logits, distributions_.data(), positions_.data(), n_vocab, from, n_rows);
         check_launch("computing probabilities");
         const void* rows = in_place ? static_cast<const void*>(source) : chunk;
         const float one = 1.0f, add = from == 0 ? 0.0f : 1.0f;

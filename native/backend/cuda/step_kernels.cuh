@@ -22,6 +22,26 @@ using row::kWarps;
 constexpr float kHalfScale = 16384.0f;  // scales 16-bit probabilities: 1e-8 is then no subnormal float16
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// Calls action(i, x[i]) for a lane's tokens of a range, in their order. Several are read before any is used:
+// their latencies overlap.
+template <typename Action>
+__device__ __forceinline__ void for_each_of_lane(const float* x, row::Range range, const Action& action) {
+    constexpr int n_read = 8;
+    for (int64_t first = range.begin + threadIdx.x % kLanes; first < range.end; first += n_read * kLanes) {
+        float values[n_read];
+#pragma unroll
+        for (int j = 0; j < n_read; ++j) {
+            const int64_t i = first + j * kLanes;
+            values[j] = i < range.end ? x[i] : 0.0f;
+        }
+#pragma unroll
+        for (int j = 0; j < n_read; ++j) {
+            const int64_t i = first + j * kLanes;
+            if (i < range.end) action(i, values[j]);
+        }
+    }
+}
+
 // --- sampling statistics: one block per row ---
 
 __device__ row::Sums merge_warp(row::Sums sums, float inverse) {
@@ -83,10 +103,11 @@ __global__ void __launch_bounds__(kThreads) measure_rows(float* logits, int64_t 
     const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const row::Range own = row::range_of(warp, n_vocab);
     row::Sums sums = row::empty_sums();
-    for (int64_t i = own.begin + lane; i < own.end; i += kLanes) {
-        x[i] = row::capped(x[i], cap);
-        row::add(sums, x[i], static_cast<int32_t>(i), inverse);
-    }
+    for_each_of_lane(x, own, [&](int64_t i, float value) {
+        value = row::capped(value, cap);
+        x[i] = value;
+        row::add(sums, value, static_cast<int32_t>(i), inverse);
+    });
     const row::Sums all = merge_block(sums, inverse, warps);
     if (warp != 0) return;
     Measure result = {0, 0, NAN};
@@ -122,15 +143,14 @@ __global__ void __launch_bounds__(kThreads)
     const row::Range own = row::range_of(warp, n_vocab);
 
     row::Sums sums = row::empty_sums();
-    for (int64_t i = own.begin + lane; i < own.end; i += kLanes)
-        row::add(sums, x[i], static_cast<int32_t>(i), inverse);
+    for_each_of_lane(
+        x, own, [&](int64_t i, float value) { row::add(sums, value, static_cast<int32_t>(i), inverse); });
     const row::Sums all = merge_block(sums, inverse, warps);
     const bool is_valid = !all.has_nonfinite && all.argmax >= 0;
     row::Distribution d = {all.maximum, is_valid ? 1.0f / all.weight : NAN, inverse, 0.0f};
 
     row::Tails own_tails = {};
-    for (int64_t i = own.begin + lane; i < own.end; i += kLanes)
-        row::add(own_tails, row::probability(d, x[i]));
+    for_each_of_lane(x, own, [&](int64_t, float value) { row::add(own_tails, row::probability(d, value)); });
     for (int offset = kLanes / 2; offset > 0; offset /= 2) {
         for (int i = 0; i < row::kThresholds; ++i) {
             own_tails.below[i] += __shfl_xor_sync(kAllLanes, own_tails.below[i], offset);
@@ -198,16 +218,28 @@ __global__ void add_gathered(float* soft, const float* rows, const float* weight
 __device__ __forceinline__ void store(__half* out, float x) { *out = __float2half(x); }
 __device__ __forceinline__ void store(cuda::Bfloat16* out, float x) { *out = cuda::bfloat16_of(x); }
 
+constexpr int kProbabilities = 2048, kProbabilityThreads = 256;  // of a block
+
 // Probabilities of tokens [from, from + n_rows) for the dense positions, times kHalfScale: out [n_rows,
-// n_dense].
+// n_dense]. Grid: kProbabilities rows, positions.
 template <typename T>
 __global__ void dense_probabilities(T* out, const float* logits, const row::Distribution* distributions,
                                     const int32_t* positions, int64_t n_vocab, int64_t from, int64_t n_rows) {
-    const int64_t r = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (r >= n_rows) return;
-    const int64_t t = positions[blockIdx.y];
-    const float p = row::probability(distributions[t], logits[t * n_vocab + from + r]);
-    store(&out[blockIdx.y * n_rows + r], p * kHalfScale);
+    const int64_t t = positions[blockIdx.y], first = static_cast<int64_t>(blockIdx.x) * kProbabilities;
+    const row::Distribution distribution = distributions[t];
+    const float* x = logits + t * n_vocab + from;
+    float values[kProbabilities / kProbabilityThreads];
+#pragma unroll
+    for (int j = 0; j < kProbabilities / kProbabilityThreads; ++j) {
+        const int64_t r = first + threadIdx.x + j * kProbabilityThreads;
+        values[j] = r < n_rows ? x[r] : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < kProbabilities / kProbabilityThreads; ++j) {
+        const int64_t r = first + threadIdx.x + j * kProbabilityThreads;
+        if (r < n_rows)
+            store(&out[blockIdx.y * n_rows + r], row::probability(distribution, values[j]) * kHalfScale);
+    }
 }
 
 __global__ void scatter_rows(float* soft, const float* rows, const int32_t* positions, int64_t d,
