@@ -19,6 +19,7 @@ add_library(pydiffusion_native STATIC
     native/backend/ggml/ggml_ops.cpp
     native/backend/graph_executor.cpp
     native/backend/host_step_backend.cpp
+    native/backend/mlp_beside.cpp
     native/bench/matmul_once.cpp
     native/bench/roofline.cpp
     native/gguf/gguf_file.cpp

@@ -164,11 +164,11 @@ ggml_tensor* ggml_feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tens
 ggml_tensor* feed_forward(GraphBuilder& g, int32_t i_layer, ggml_tensor* r, ggml_tensor* scale) {
     const LayerWeights& w = g.model.weights.layers[i_layer];
     const DevicePlan& plan = g.model.device_plan;
-    g.begin_part("dense");
-    ggml_tensor* dense = g.mlp(r, w.ffn_norm, w.ffn_gate, w.ffn_up, w.ffn_gate_up, w.ffn_down);
     // Of experts on the CPU beside a layer on a device, only the sum is to be copied.
-    if (!g.fuses_rows() || plan.experts_device(i_layer) != plan.layer_device(i_layer))
-        return ggml_mul(g.ctx(), ggml_feed_forward(g, w, r, dense), scale);
+    const bool joins = g.fuses_rows() && plan.experts_device(i_layer) == plan.layer_device(i_layer);
+    g.begin_part("dense");
+    ggml_tensor* dense = g.mlp(r, w.ffn_norm, w.ffn_gate, w.ffn_up, w.ffn_gate_up, w.ffn_down, joins);
+    if (!joins) return ggml_mul(g.ctx(), ggml_feed_forward(g, w, r, dense), scale);
     g.begin_part("experts");
     ggml_tensor* scores = router(g, w, r);
     ggml_tensor* selected = top_k(g.ctx(), scores, g.model.hparams.n_expert_used);

@@ -42,6 +42,8 @@ class Backend {
     // Whether graphs may have the nodes of fused_rows.h and top_k.h: on the CPU, and on devices with kernels
     // for them.
     bool fuses_rows() const { return own_kernels_; }
+    // Whether devices compute a dense MLP beside the mixture of experts: see mlp_beside.h.
+    bool computes_mlp_beside() const { return own_kernels_ && !kernels_of_devices_.empty(); }
 
     // Whether graphs consist of ggml's own ops only and a StepBackend runs sampling and self-conditioning. If
     // not, both are nodes of the graph, along with our custom CPU ops.

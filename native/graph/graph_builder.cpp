@@ -5,17 +5,23 @@
 
 #include "backend/cpu/fused_rows.h"
 #include "backend/cpu/top_k.h"
+#include "backend/mlp_beside.h"
 #include "util/error.h"
 
 namespace pydiffusion {
 
-GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s) : model(m), sequences(std::move(s)) {
+GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s, std::vector<char>* memory)
+    : model(m), sequences(std::move(s)) {
     const size_t n_nodes =
         (128 + 2 * m.hparams.n_expert_used + 24 * sequences.size()) * m.hparams.layers.size() + 64 +
         16 * sequences.size();
-    const ggml_init_params params = {
+    ggml_init_params params = {
         n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true};
     require_memory((size_t{16} << 20) + 4 * params.mem_size);  // the allocator's tables need memory too
+    if (memory) {
+        if (memory->size() < params.mem_size) memory->resize(params.mem_size);
+        params.mem_buffer = memory->data();
+    }
     context.reset(ggml_init(params));
     if (!context) throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate a graph");
     graph = ggml_new_graph_custom(ctx(), n_nodes, false);
@@ -189,7 +195,10 @@ ggml_ops::Mask GraphBuilder::mask(size_t i_sequence, int32_t i_layer, int64_t n_
 }
 
 ggml_tensor* GraphBuilder::mlp(ggml_tensor* x, ggml_tensor* norm, ggml_tensor* gate, ggml_tensor* up,
-                               ggml_tensor* gate_up, ggml_tensor* down) {
+                               ggml_tensor* gate_up, ggml_tensor* down, bool joins_experts) {
+    const ggml_type type = matmul->activation_type({gate, up, down});
+    if (joins_experts && gate_up && type == GGML_TYPE_BF16 && model.backend.computes_mlp_beside())
+        return mlp_beside(ctx(), x, norm, gate_up, down, &model.hparams.rms_eps);
     ggml_tensor* h = rms_norm(x, norm, matmul->activation_type({gate, up}));
     ggml_tensor *gates, *ups;
     if (gate_up && fuses_rows()) {

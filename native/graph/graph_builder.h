@@ -21,7 +21,10 @@ struct Sequence {
 
 struct GraphBuilder {
     // Every tensor concatenates the sequences' tokens; a token attends only to its own sequence's cache.
-    GraphBuilder(const Model& model, std::vector<Sequence> sequences);
+    // memory: for the graph's tensors, if one graph follows another: ggml recognizes a CUDA graph by the
+    // address of its first node, and updates it, which is faster than instantiating a new one. The graph that
+    // used it before must be gone.
+    GraphBuilder(const Model& model, std::vector<Sequence> sequences, std::vector<char>* memory = nullptr);
 
     const Model& model;
     std::vector<Sequence> sequences;
@@ -74,9 +77,10 @@ struct GraphBuilder {
     // Writes rms_norm(x), with a weight norm_and_rope(x, weight), to rows of a cache from `row` on.
     void store_normed(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer, int64_t first, ggml_tensor* cache,
                       int64_t row);
-    // MLP of rms_norm(x, norm); gate_up is null, or gate and up concatenated.
+    // MLP of rms_norm(x, norm); gate_up is null, or gate and up concatenated. joins_experts: the result and x
+    // are operands of join_branches.
     ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* norm, ggml_tensor* gate, ggml_tensor* up,
-                     ggml_tensor* gate_up, ggml_tensor* down);
+                     ggml_tensor* gate_up, ggml_tensor* down, bool joins_experts = false);
     ggml_tensor* embed(ggml_tensor* ids) const;  // embedding rows times sqrt(d) -> [d, n_tokens]
 
   private:

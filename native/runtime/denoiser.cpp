@@ -143,7 +143,8 @@ void Denoiser::build(const std::vector<Slot>& slots, GraphExecutor& executor) {
     }
     canvases_.clear();
     for (const Slot& slot : slots) canvases_.emplace_back(slot.state, slot.n_tokens());
-    built_ = std::make_unique<GraphBuilder>(model_, std::move(sequences));
+    built_.reset();
+    built_ = std::make_unique<GraphBuilder>(model_, std::move(sequences), &graph_memory_);
     GraphBuilder& g = *built_;
     canvas_ = g.new_input(GGML_TYPE_I32, n_tokens);
     if (imatrix_) g.matmul->keep_activations();
@@ -188,6 +189,12 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
                     4.0 * static_cast<double>(ggml_nelements(node)) * static_cast<double>(b->ne[1]);
                 cost.bytes += 2.0 * static_cast<double>(ggml_nelements(b) / ggml_blck_size(b->type)) *
                               static_cast<double>(ggml_type_size(b->type));
+            } else if (node->name == std::string("mlp_beside")) {
+                for (const ggml_tensor* weight : {node->src[2], node->src[3]}) {
+                    cost.operations +=
+                        2.0 * static_cast<double>(ggml_nelements(weight)) * static_cast<double>(a->ne[1]);
+                    cost.bytes += static_cast<double>(ggml_nbytes(weight));
+                }
             } else if (node->name == std::string("soft_embedding")) {  // dense
                 cost.operations +=
                     2.0 * static_cast<double>(b->ne[1]) * static_cast<double>(ggml_nelements(node));

@@ -5,6 +5,7 @@
 #include "backend/cuda/expert_rows.cuh"
 #include "backend/cuda/layer_kernels.cuh"
 #include "backend/cuda/own_kernels.cuh"
+#include "backend/mlp_beside.h"
 
 namespace pydiffusion {
 
@@ -99,6 +100,37 @@ bool top_k(const Launch* launch, const ggml_tensor* node) {
     return true;
 }
 
+// On the side stream, beside what follows; join_branches waits for it.
+bool mlp_beside(ggml_backend_cuda_context* ctx, const ggml_tensor* node) {
+    const ggml_tensor *x = node->src[0], *norm_weight = node->src[1], *gate_up = node->src[2],
+                      *down = node->src[3];
+    if (!has_float_rows(x) || gate_up->type != GGML_TYPE_BF16 || down->type != GGML_TYPE_BF16) return false;
+    if (!ctx) return true;
+    SideStream& side = *side_stream_of(ctx);
+    side.fork(ctx->stream());
+    const Launch launch = {side.stream()};
+    const int32_t d = size(x, 0), n = size(x, 1), n_ff = size(down, 0);
+    const MlpScratch at = mlp_scratch(d, n_ff, n);
+    char* data = static_cast<char*>(node->data);
+    const auto multiply = [&](const ggml_tensor* weight, const void* activations, void* result) {
+        const int n_inner = size(weight, 0), n_rows = size(weight, 1);
+        const float one = 1.0f, zero = 0.0f;
+        CUBLAS_CHECK(cublasGemmEx(side.cublas(), CUBLAS_OP_T, CUBLAS_OP_N, n_rows, n, n_inner, &one,
+                                  weight->data, CUDA_R_16BF, n_inner, activations, CUDA_R_16BF, n_inner,
+                                  &zero, result, CUDA_R_32F, n_rows, CUBLAS_COMPUTE_32F,
+                                  CUBLAS_GEMM_DEFAULT));
+    };
+    const OutputRows normed = {data + at.normed, d, 0, FloatType::bf16},
+                     activation = {data + at.activation, n_ff, 0, FloatType::bf16};
+    launch_norm_rows({input(x), d, n, n, 1, eps_of(node), {{normed, floats(norm_weight)}}}, launch);
+    multiply(gate_up, normed.data, data + at.both);
+    const float* both = reinterpret_cast<const float*>(data + at.both);
+    launch_gated_gelu_rows({{both, 2 * n_ff, 0}, {both + n_ff, 2 * n_ff, 0}, activation, n_ff, n, n}, launch);
+    multiply(down, activation.data, data);
+    side.finish();
+    return true;
+}
+
 bool join_branches(const Launch* launch, const ggml_tensor* node) {
     const ggml_tensor *x = node->src[0], *dense = node->src[1], *experts = node->src[3],
                       *scores = node->src[4], *chosen = node->src[5];
@@ -140,6 +172,7 @@ bool compute_custom_node(ggml_backend_cuda_context* ctx, ggml_tensor* node) {
     const Launch on_stream = {ctx ? ctx->stream() : nullptr};
     const Launch* launch = ctx ? &on_stream : nullptr;
     if (is_top_k(node)) return top_k(launch, node);
+    if (is_mlp_beside(node)) return mlp_beside(ctx, node);
     const ggml_tensor* const* src = node->src;
     switch (fused_op_of(node)) {
         case FusedOp::rms_norm:
@@ -153,6 +186,7 @@ bool compute_custom_node(ggml_backend_cuda_context* ctx, ggml_tensor* node) {
         case FusedOp::gated_gelu:
             return gated_gelu(launch, node);
         case FusedOp::join_branches:
+            if (ctx) side_stream_of(ctx)->join(ctx->stream());
             return join_branches(launch, node);
         case FusedOp::none:
             break;

@@ -1,6 +1,5 @@
-#include <algorithm>
+#include <map>
 #include <mutex>
-#include <vector>
 
 #include "backend/cuda/own_kernels.cuh"
 #include "backend/own_kernels.h"
@@ -15,18 +14,50 @@ namespace {
 constexpr int kMinBlocks = 2;
 
 std::mutex users_mutex;
-std::vector<const ggml_backend_cuda_context*> users;
+std::map<const ggml_backend_cuda_context*, SideStream*> users;
 
 bool multiply_if_used(ggml_backend_cuda_context& ctx, const ggml_tensor* weights, const ggml_tensor* x,
                       const ggml_tensor* ids, ggml_tensor* dst) {
-    {
-        const std::lock_guard<std::mutex> lock(users_mutex);
-        if (std::find(users.begin(), users.end(), &ctx) == users.end()) return false;
-    }
-    return multiply_experts(ctx, weights, x, ids, dst);
+    return side_stream_of(&ctx) && multiply_experts(ctx, weights, x, ids, dst);
 }
 
 }  // namespace
+
+SideStream::SideStream() {
+    CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    CUDA_CHECK(cudaEventCreateWithFlags(&begin_, cudaEventDisableTiming));
+    CUDA_CHECK(cudaEventCreateWithFlags(&end_, cudaEventDisableTiming));
+    CUBLAS_CHECK(cublasCreate(&cublas_));
+    CUBLAS_CHECK(cublasSetStream(cublas_, stream_));
+}
+
+SideStream::~SideStream() {
+    cublasDestroy(cublas_);
+    cudaEventDestroy(end_);
+    cudaEventDestroy(begin_);
+    cudaStreamDestroy(stream_);
+}
+
+void SideStream::fork(cudaStream_t main) {
+    CUDA_CHECK(cudaEventRecord(begin_, main));
+    CUDA_CHECK(cudaStreamWaitEvent(stream_, begin_, 0));
+}
+
+void SideStream::finish() {
+    CUDA_CHECK(cudaEventRecord(end_, stream_));
+    is_pending_ = true;
+}
+
+void SideStream::join(cudaStream_t main) {
+    if (is_pending_) CUDA_CHECK(cudaStreamWaitEvent(main, end_, 0));
+    is_pending_ = false;
+}
+
+SideStream* side_stream_of(const ggml_backend_cuda_context* ctx) {
+    const std::lock_guard<std::mutex> lock(users_mutex);
+    const auto user = users.find(ctx);
+    return user == users.end() ? nullptr : user->second;
+}
 
 std::shared_ptr<void> use_own_kernels(ggml_backend_t backend, bool wherever_possible) {
     auto* ctx = static_cast<ggml_backend_cuda_context*>(backend->context);
@@ -34,13 +65,17 @@ std::shared_ptr<void> use_own_kernels(ggml_backend_t backend, bool wherever_poss
     if (!can_multiply_experts(ctx->device, wherever_possible ? 1 : kMinBlocks)) return nullptr;
     ggml_cuda_expert_matmul_hook = multiply_if_used;
     ggml_cuda_custom_hook = compute_custom_node;  // only graphs that want them have such nodes
-    std::shared_ptr<void> user(ctx, [](void* gone) {
-        const std::lock_guard<std::mutex> lock(users_mutex);
-        users.erase(std::remove(users.begin(), users.end(), gone), users.end());
+    const std::shared_ptr<SideStream> side(new SideStream, [ctx](SideStream* gone) {
+        {
+            const std::lock_guard<std::mutex> lock(users_mutex);
+            users.erase(ctx);
+        }
+        ggml_cuda_set_device(ctx->device);
+        delete gone;
     });
     const std::lock_guard<std::mutex> lock(users_mutex);
-    users.push_back(ctx);
-    return user;
+    users[ctx] = side.get();
+    return side;
 }
 
 }  // namespace pydiffusion

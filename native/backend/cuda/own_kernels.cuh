@@ -1,6 +1,8 @@
 // Launches of our kernels, for the hooks of ggml's CUDA backend (vendor/patches/0003 and 0005).
 #pragma once
 
+#include <cublas_v2.h>
+
 #include "ggml-cuda/common.cuh"
 
 typedef bool (*ggml_cuda_custom_hook_t)(ggml_backend_cuda_context* ctx, ggml_tensor* dst);
@@ -14,6 +16,35 @@ bool can_multiply_experts(int device, int n_blocks);
 // Computes dst, as ggml_mul_mat_id would, if there is a kernel for the operands; else returns false.
 bool multiply_experts(ggml_backend_cuda_context& ctx, const ggml_tensor* weights, const ggml_tensor* x,
                       const ggml_tensor* ids, ggml_tensor* dst);
+
+// A second stream of a device's, for work beside that of a graph. Created and destroyed with the device
+// current.
+class SideStream {
+  public:
+    SideStream();
+    ~SideStream();
+    SideStream(const SideStream&) = delete;
+    SideStream& operator=(const SideStream&) = delete;
+
+    // From now on until the end of what is launched to stream(): after what `main` has been given so far.
+    void fork(cudaStream_t main);
+    // Ends it: join() will wait for what has been launched.
+    void finish();
+    // Lets `main` wait for the last finish(), if it has not yet.
+    void join(cudaStream_t main);
+
+    cudaStream_t stream() const { return stream_; }
+    cublasHandle_t cublas() const { return cublas_; }
+
+  private:
+    cudaStream_t stream_ = nullptr;
+    cudaEvent_t begin_ = nullptr, end_ = nullptr;
+    cublasHandle_t cublas_ = nullptr;
+    bool is_pending_ = false;
+};
+
+// That of a backend whose kernels are in use; null for others.
+SideStream* side_stream_of(const ggml_backend_cuda_context* ctx);
 
 // Whether there is a kernel for a custom node; launches it unless ctx is null.
 bool compute_custom_node(ggml_backend_cuda_context* ctx, ggml_tensor* node);

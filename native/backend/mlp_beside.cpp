@@ -1,0 +1,45 @@
+#include "backend/mlp_beside.h"
+
+#include <cstring>
+
+#include "ggml-impl.h"
+
+namespace pydiffusion {
+
+namespace {
+
+void only_on_devices(ggml_tensor*, int, int, void*) {
+    GGML_ABORT("mlp_beside: no implementation for the CPU");
+}
+
+}  // namespace
+
+MlpScratch mlp_scratch(int64_t d, int64_t n_ff, int64_t n_tokens) {
+    const auto after = [](int64_t begin, int64_t n_bytes) { return GGML_PAD(begin + n_bytes, int64_t{256}); };
+    MlpScratch at;
+    at.normed = after(0, d * n_tokens * static_cast<int64_t>(sizeof(float)));
+    at.both = after(at.normed, d * n_tokens * static_cast<int64_t>(sizeof(ggml_bf16_t)));
+    at.activation = after(at.both, 2 * n_ff * n_tokens * static_cast<int64_t>(sizeof(float)));
+    at.end = after(at.activation, n_ff * n_tokens * static_cast<int64_t>(sizeof(ggml_bf16_t)));
+    return at;
+}
+
+ggml_tensor* mlp_beside(ggml_context* ctx, ggml_tensor* x, ggml_tensor* norm, ggml_tensor* gate_up,
+                        ggml_tensor* down, const float* eps) {
+    const int64_t d = x->ne[0], n = x->ne[1], row = d * static_cast<int64_t>(sizeof(float));
+    const int64_t n_rows = (mlp_scratch(d, down->ne[0], n).end + row - 1) / row;
+    ggml_tensor* sources[] = {x, norm, gate_up, down};
+    ggml_tensor* node =
+        ggml_custom_4d(ctx, GGML_TYPE_F32, d, n_rows, 1, 1, sources, 4, only_on_devices, 1, nullptr);
+    node->extra = const_cast<float*>(eps);
+    ggml_set_name(node, "mlp_beside");
+    return ggml_view_2d(ctx, node, d, n, node->nb[1], 0);
+}
+
+bool is_mlp_beside(const ggml_tensor* node) {
+    ggml_custom_op_params parameters;
+    std::memcpy(&parameters, node->op_params, sizeof parameters);
+    return node->op == GGML_OP_CUSTOM && parameters.fun == only_on_devices;
+}
+
+}  // namespace pydiffusion
