@@ -122,7 +122,7 @@ ggml_tensor* experts(GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggm
     ggml_context* ctx = g.ctx();
     ggml_tensor *gate, *up;
     if (w.ffn_gate_up_exps) {
-        ggml_tensor* both = g.matmul->apply(w.ffn_gate_up_exps, x, selected);
+        ggml_tensor* both = g.multiply_experts(w.ffn_gate_up_exps, x, selected);
         const auto half = [&](int64_t i) {
             return ggml_view_3d(ctx, both, hp.n_ff_expert, both->ne[1], both->ne[2], both->nb[1], both->nb[2],
                                 i * hp.n_ff_expert * sizeof(float));
@@ -130,10 +130,10 @@ ggml_tensor* experts(GraphBuilder& g, const LayerWeights& w, ggml_tensor* x, ggm
         gate = half(0);
         up = half(1);
     } else {
-        gate = g.matmul->apply(w.ffn_gate_exps, x, selected);
-        up = g.matmul->apply(w.ffn_up_exps, x, selected);
+        gate = g.multiply_experts(w.ffn_gate_exps, x, selected);
+        up = g.multiply_experts(w.ffn_up_exps, x, selected);
     }
-    return g.matmul->apply(w.ffn_down_exps, g.gated_gelu(gate, up), selected);
+    return g.multiply_experts(w.ffn_down_exps, g.gated_gelu(gate, up), selected);
 }
 
 // [d, n_tokens] -> [d, 1, n_tokens]

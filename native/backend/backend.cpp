@@ -112,6 +112,18 @@ ggml_context_ptr make_probe_context() {
 
 }  // namespace
 
+bool Backend::multiplies_experts(const ggml_tensor* weights, const ggml_tensor* experts) const {
+#if defined(PYDIFFUSION_CUDA)
+    return own_kernels_ && !kernels_of_devices_.empty() &&
+           !(weights->buffer && ggml_backend_buffer_is_host(weights->buffer)) &&
+           can_multiply_experts(weights, experts);
+#else
+    (void)weights;
+    (void)experts;
+    return false;
+#endif
+}
+
 bool Backend::can_store(ggml_type type) const {
     const ggml_context_ptr context = make_probe_context();
     constexpr int64_t n = 256;

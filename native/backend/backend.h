@@ -42,6 +42,9 @@ class Backend {
     // Whether graphs may have the nodes of fused_rows.h and top_k.h: on the CPU, and on devices with kernels
     // for them.
     bool fuses_rows() const { return own_kernels_; }
+    // Whether devices multiply these weights [n_inner, n_rows, n_expert] by the nodes of expert_nodes.h;
+    // experts [n_used, n_tokens].
+    bool multiplies_experts(const ggml_tensor* weights, const ggml_tensor* experts) const;
     // Whether devices compute a dense MLP beside the mixture of experts: see mlp_beside.h.
     bool computes_mlp_beside() const { return own_kernels_ && !kernels_of_devices_.empty(); }
 

@@ -3,7 +3,7 @@
 #include "util/error.h"
 
 #if defined(PYDIFFUSION_CUDA)
-#include "backend/cuda/compute_capability.h"
+#include "backend/own_kernels.h"
 #include "ggml-cuda.h"
 #endif
 

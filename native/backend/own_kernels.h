@@ -1,5 +1,5 @@
-// Kernels of our own in ggml's CUDA backend: expert matmuls of Q4_K, Q6_K and Q8_0, and the fused rows of
-// fused_rows.h and top_k.h.
+// Kernels of our own in ggml's CUDA backend: expert matmuls (expert_nodes.h) of Q4_K, Q6_K and Q8_0, an MLP
+// beside them (mlp_beside.h), and the fused rows of fused_rows.h and top_k.h.
 #pragma once
 
 #include <memory>
@@ -8,9 +8,16 @@
 
 namespace pydiffusion {
 
-// Lets a CUDA backend use them where they apply, until the result is destroyed. Null if the GPU can't run the
+// Lets a CUDA backend compute their nodes, until the result is destroyed. Null if the GPU can't run the
 // expert matmuls (compute capability 8.0 or newer), or not with several blocks on a multiprocessor unless
 // wherever_possible.
 std::shared_ptr<void> use_own_kernels(ggml_backend_t backend, bool wherever_possible);
+
+// Whether they have the type and the sizes of an expert matmul: weights [n_inner, n_rows, n_expert], experts
+// [n_used, n_tokens]. Not of few tokens, for which ggml's kernels are faster.
+bool can_multiply_experts(const ggml_tensor* weights, const ggml_tensor* experts);
+
+// Of a GPU, 100 times the major plus 10 times the minor number: 900 for an H100.
+int compute_capability(ggml_backend_dev_t gpu);
 
 }  // namespace pydiffusion

@@ -2,6 +2,7 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/matmul.h"
+#include "backend/expert_nodes.h"
 #include "backend/graph_executor.h"
 #include "util/error.h"
 
@@ -23,7 +24,9 @@ std::vector<float> matmul_once(const MatmulTask& task) {
     ggml_tensor* experts =
         task.experts ? ggml_new_tensor_2d(ctx, GGML_TYPE_I32, task.n_used, task.n_activations) : nullptr;
     Matmul matmul(ctx, backend.kernel(), backend.on_device(), false);
-    ggml_tensor* result = experts ? matmul.apply(weight, x, experts) : matmul.apply(weight, x);
+    ExpertMatmuls expert_matmuls(ctx, backend);
+    ggml_tensor* result = experts ? expert_matmuls.apply(weight, x, experts) : matmul.apply(weight, x);
+    if (!result) result = matmul.apply(weight, x, experts);
     const ggml_backend_buffer_ptr buffer(
         ggml_backend_alloc_ctx_tensors_from_buft(ctx, backend.buffer_type()));
     if (!buffer)

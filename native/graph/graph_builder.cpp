@@ -15,8 +15,8 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s, std::vector<
     const size_t n_nodes =
         (128 + 2 * m.hparams.n_expert_used + 24 * sequences.size()) * m.hparams.layers.size() + 64 +
         16 * sequences.size();
-    ggml_init_params params = {
-        n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true};
+    ggml_init_params params = {n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false),
+                               nullptr, true};
     require_memory((size_t{16} << 20) + 4 * params.mem_size);  // the allocator's tables need memory too
     if (memory) {
         if (memory->size() < params.mem_size) memory->resize(params.mem_size);
@@ -27,6 +27,7 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s, std::vector<
     graph = ggml_new_graph_custom(ctx(), n_nodes, false);
     matmul.emplace(ctx(), model.backend.kernel(), uses_ggml_ops(), fuses_rows());
     if (!uses_ggml_ops()) return;
+    expert_matmuls.emplace(ctx(), model.backend);
     // Tokens and positions; of both layer kinds masks and angles.
     const size_t n_inputs = 4 + 2 * sequences.size();
     positions_.resize(model.backend.n_devices() + 1);
@@ -192,6 +193,11 @@ ggml_ops::Mask GraphBuilder::mask(size_t i_sequence, int32_t i_layer, int64_t n_
         new_input_on(device, GGML_TYPE_F16, ggml_ops::pad_to_mask(n_visible), sequences[i_sequence].n_tokens);
     masks_.push_back({i_sequence, device, sliding, {tensor, n_visible, causal}});
     return masks_.back().mask;
+}
+
+ggml_tensor* GraphBuilder::multiply_experts(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* experts) {
+    ggml_tensor* result = expert_matmuls ? expert_matmuls->apply(weights, x, experts) : nullptr;
+    return result ? result : matmul->apply(weights, x, experts);
 }
 
 ggml_tensor* GraphBuilder::mlp(ggml_tensor* x, ggml_tensor* norm, ggml_tensor* gate, ggml_tensor* up,

@@ -5,6 +5,7 @@
 
 #include "backend/cpu/attention.h"
 #include "backend/cpu/matmul.h"
+#include "backend/expert_nodes.h"
 #include "backend/ggml/ggml_ops.h"
 #include "backend/graph_executor.h"
 #include "kv_cache/kv_cache.h"
@@ -30,7 +31,8 @@ struct GraphBuilder {
     std::vector<Sequence> sequences;
     ggml_context_ptr context;
     ggml_cgraph* graph;
-    std::optional<gemm::Matmul> matmul;  // builds matmuls with weights
+    std::optional<gemm::Matmul> matmul;           // builds matmuls with weights
+    std::optional<ExpertMatmuls> expert_matmuls;  // on devices
 
     ggml_context* ctx() const { return context.get(); }
     int64_t n_tokens() const;  // of all sequences
@@ -74,6 +76,8 @@ struct GraphBuilder {
     ggml_tensor* add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) const;
     // RoPE of rms_norm(x, weight); x [head_dim, n_heads, n] holds the graph's tokens from `first` on
     ggml_tensor* norm_and_rope(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer, int64_t first = 0);
+    // Expert matmul, as gemm::Matmul::apply.
+    ggml_tensor* multiply_experts(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* experts);
     // Writes rms_norm(x), with a weight norm_and_rope(x, weight), to rows of a cache from `row` on.
     void store_normed(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer, int64_t first, ggml_tensor* cache,
                       int64_t row);

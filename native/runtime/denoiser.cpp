@@ -189,6 +189,10 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
                     4.0 * static_cast<double>(ggml_nelements(node)) * static_cast<double>(b->ne[1]);
                 cost.bytes += 2.0 * static_cast<double>(ggml_nelements(b) / ggml_blck_size(b->type)) *
                               static_cast<double>(ggml_type_size(b->type));
+            } else if (node->name == std::string("device_expert_matmul")) {
+                cost.operations +=
+                    2.0 * static_cast<double>(a->ne[0]) * static_cast<double>(ggml_nelements(node));
+                cost.bytes += static_cast<double>(ggml_nbytes(a));
             } else if (node->name == std::string("mlp_beside")) {
                 for (const ggml_tensor* weight : {node->src[2], node->src[3]}) {
                     cost.operations +=

@@ -66,8 +66,8 @@ std::vector<float> run(const Case& c, const std::vector<uint8_t>& weights, const
     std::vector<int32_t> slots(c.n_slots()), n_tiles(1);
     const Launch launch = launch_of<T>(c.n_rows, c.n_chunks(), c.n_experts, c.n_slots());
     std::vector<SlotTile> tiles(launch.n_tiles);
-    emulate(dim3(c.n_x()), kToHalfThreads, 0, order, [&] {
-        to_half(x.data(), c.n_values, c.n_values, c.n_chunks(), half.data.get(), x_scale.data());
+    emulate(dim3(c.n_x()), kPackThreads, 0, order, [&] {
+        pack_rows(PlainRows{x.data(), c.n_values}, c.n_values, c.n_chunks(), half.data.get(), x_scale.data());
     });
     emulate(dim3(1), kGroupThreads, 0, order, [&] {
         group_slots(ids.data(), c.n_used, c.n_used, c.n_tokens, c.n_experts, T::kSlots, slots.data(),
@@ -187,6 +187,116 @@ TEST_CASE("expert matmul: an infinite scale stays in its row, though a chunk rea
     const auto y = run<Q80, Tile<Q80, 1, 1, 2, 2>>(c, weights.bytes, random_values(9 * 96, 4),
                                                    std::vector<int32_t>(9, 0), Order::forward);
     for (int i = 0; i < 9 * 6; ++i) CHECK(std::isfinite(y[i]) == (i % 6 != 3));
+}
+
+namespace {
+
+// A row's values and sums of 16, as pack_rows writes them.
+struct PackedRow {
+    std::vector<double> values, sums;
+};
+
+template <typename Rows>
+std::vector<PackedRow> packed(const Rows& rows, int32_t n_rows, int32_t n_values, Order order) {
+    const int32_t n_chunks = (n_values + kChunk - 1) / kChunk;
+    const DeviceMemory half(static_cast<size_t>(n_rows) * n_chunks * kXChunkBytes);
+    std::vector<float> scales(n_rows);
+    emulate(dim3(n_rows), kPackThreads, 0, order,
+            [&] { pack_rows(rows, n_values, n_chunks, half.data.get(), scales.data()); });
+    std::vector<PackedRow> result(n_rows);
+    for (int32_t r = 0; r < n_rows; ++r) {
+        for (int32_t i = 0; i < n_chunks * kChunk; ++i) {
+            const unsigned char* chunk =
+                half.data.get() + (int64_t{r} * n_chunks + i / kChunk) * kXChunkBytes;
+            const int in = i % kChunk;  // pairs (0, 2), (1, 3) of four
+            const int at =
+                in / 32 * 64 + 16 * (in / 4 % 4) + 8 * (in / 16 % 2) + 4 * (in % 2) + in % 4 / 2 * 2;
+            const auto value_at = [&](int offset) {
+                uint16_t bits;
+                std::memcpy(&bits, chunk + offset, 2);
+                return static_cast<double>(half_to_float(bits)) * scales[r];
+            };
+            result[r].values.push_back(value_at(at));
+            const int sums = 2 * kChunk + in / 16 * 2;
+            if (in % 16 == 0)
+                result[r].sums.push_back(kSumScale * (value_at(sums) + value_at(sums + 2 * kSixteens)));
+        }
+    }
+    return result;
+}
+
+// Whether each value is the expected one rounded to 11 bits of the row's largest, but for the float's own
+// error.
+void check_packed(const std::vector<PackedRow>& found, const std::vector<std::vector<double>>& expected) {
+    for (size_t r = 0; r < expected.size(); ++r) {
+        double largest = 0.0;
+        for (const double value : expected[r]) largest = std::max(largest, std::fabs(value));
+        for (size_t i = 0; i < found[r].values.size(); ++i) {
+            const double value = i < expected[r].size() ? expected[r][i] : 0.0;
+            const double bound = std::fabs(value) * (0x1p-11 + 1e-5) + largest * 0x1p-38;
+            if (!(std::fabs(found[r].values[i] - value) <= bound)) FAIL_CHECK("row ", r, ", value ", i);
+        }
+        for (size_t i = 0; i < found[r].sums.size(); ++i) {
+            double sum = 0.0, size = 0.0;
+            for (size_t j = 16 * i; j < 16 * i + 16; ++j) {
+                sum += found[r].values[j];
+                size += std::fabs(found[r].values[j]);
+            }
+            if (!(std::fabs(found[r].sums[i] - sum) <= size * 0x1p-20)) FAIL_CHECK("row ", r, ", sum ", i);
+        }
+    }
+}
+
+}  // namespace
+
+TEST_CASE("packed activations: norms and gated GELUs as they are packed") {
+    for (const int32_t n : {32, 255, 704, 2816}) {
+        CAPTURE(n);
+        const int32_t stride = n + 5;
+        const std::vector<float> x = random_values(3 * static_cast<size_t>(stride), 1, 4.0f),
+                                 y = random_values(3 * static_cast<size_t>(stride), 2, 2.0f),
+                                 weight = random_values(n, 3);
+        std::vector<std::vector<double>> plain(3), normed(3), gated(3);
+        for (int r = 0; r < 3; ++r) {
+            double squares = 0.0;
+            for (int i = 0; i < n; ++i) squares += static_cast<double>(x[r * stride + i]) * x[r * stride + i];
+            for (int i = 0; i < n; ++i) {
+                const double value = x[r * stride + i];
+                plain[r].push_back(value);
+                normed[r].push_back(value / std::sqrt(squares / n + 1e-6) * weight[i]);
+                const double inner =
+                    std::sqrt(2 / 3.14159265358979323846) * (value + 0.044715 * value * value * value);
+                gated[r].push_back(value / 2 * (1 + std::tanh(inner)) * y[r * stride + i]);
+            }
+        }
+        for (const Order order : kOrders) {
+            check_packed(packed(PlainRows{x.data(), stride}, 3, n, order), plain);
+            check_packed(packed(NormedRows{x.data(), stride, weight.data(), 1e-6f}, 3, n, order), normed);
+            check_packed(packed(GatedRows{x.data(), y.data(), stride, stride}, 3, n, order), gated);
+        }
+    }
+}
+
+TEST_CASE("packed activations: every barrier and every mask is needed") {
+    const int32_t n = 700;
+    std::vector<float> x = random_values(2 * n, 1), weight = random_values(n, 2);
+    x[333] = 50.0f;
+    const auto result = [&](Order order) {
+        std::vector<double> all;
+        for (const PackedRow& row : packed(NormedRows{x.data(), n, weight.data(), 1e-6f}, 2, n, order)) {
+            all.insert(all.end(), row.values.begin(), row.values.end());
+            all.insert(all.end(), row.sums.begin(), row.sums.end());
+        }
+        return all;
+    };
+    const std::vector<double> expected = result(Order::forward);
+    for (const emulation::Mutation& mutation : emulation::mutations_of([&] { result(Order::forward); })) {
+        CAPTURE(mutation.text());
+        CHECK_FALSE(emulation::survives(mutation, [&] {
+            return std::all_of(std::begin(kOrders), std::end(kOrders),
+                               [&](Order order) { return result(order) == expected; });
+        }));
+    }
 }
 
 TEST_CASE("expert matmul: every barrier and every mask is needed") {

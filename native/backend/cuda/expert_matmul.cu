@@ -1,7 +1,10 @@
 #include <climits>
 
+#include "backend/cpu/fused_rows.h"
 #include "backend/cuda/expert_matmul_kernels.cuh"
 #include "backend/cuda/own_kernels.cuh"
+#include "backend/expert_nodes.h"
+#include "backend/own_kernels.h"
 
 namespace pydiffusion {
 
@@ -17,80 +20,107 @@ using ExpertTile = Tile<Format, 4, Format::kAligned ? 2 : 1, 3, 2>;
 // memory.
 constexpr int64_t kMinTokens = 9;
 
-// Intermediate results of a matmul, in the backend's pool of temporary memory.
-struct Scratch {
-    Scratch(ggml_cuda_pool& pool, int64_t n_x, int64_t n_chunks, int64_t n_slots, int64_t n_tiles)
-        : x(pool, n_x * n_chunks * kXChunkBytes),
-          x_scale(pool, n_x),
-          slots(pool, n_slots),
-          tiles(pool, n_tiles),
-          n_tiles(pool, 1) {}
-    ggml_cuda_pool_alloc<unsigned char> x;
-    ggml_cuda_pool_alloc<float> x_scale;
-    ggml_cuda_pool_alloc<int32_t> slots;
-    ggml_cuda_pool_alloc<SlotTile> tiles;
-    ggml_cuda_pool_alloc<int32_t> n_tiles;
+static_assert(kPackedChunk == kChunk && kPackedChunkBytes == kXChunkBytes);
+
+int32_t size(const ggml_tensor* t, int dimension) { return static_cast<int32_t>(t->ne[dimension]); }
+
+const float* floats(const ggml_tensor* t) { return static_cast<const float*>(t->data); }
+
+int64_t float_stride(const ggml_tensor* t, int dimension) { return t->nb[dimension] / sizeof(float); }
+
+// Packed rows of n_values and, after them, their scales.
+struct Packed {
+    Packed(const ggml_tensor* node, int64_t n_values)
+        : n_chunks(packed_chunks(n_values)),
+          n_rows(node->ne[0] / (n_chunks * kXChunkBytes + static_cast<int64_t>(sizeof(float)))),
+          rows(static_cast<unsigned char*>(node->data)),
+          scales(reinterpret_cast<float*>(rows + n_rows * n_chunks * kXChunkBytes)) {}
+    int64_t n_chunks, n_rows;
+    unsigned char* rows;
+    float* scales;
 };
 
-// Operands are those of ggml_mul_mat_id: weights [n_values, n_rows, n_experts], x [n_values, 1 or n_used,
-// n_tokens], ids [n_used, n_tokens], dst [n_rows, n_used, n_tokens].
-template <typename Format>
-bool multiply_as(ggml_backend_cuda_context& ctx, const ggml_tensor* weights, const ggml_tensor* x,
-                 const ggml_tensor* ids, ggml_tensor* dst) {
-    using T = ExpertTile<Format>;
-    const int64_t n_experts = weights->ne[2], n_rows = weights->ne[1], n_used = ids->ne[0],
-                  n_tokens = ids->ne[1];
-    const int64_t n_slots = n_used * n_tokens, n_x = x->ne[1] * x->ne[2];
-    const int64_t n_chunks = (weights->ne[0] + kChunk - 1) / kChunk;
-    const Launch launch = launch_of<T>(n_rows, n_chunks, n_experts, n_slots);
-    // Chunks may be read up to a chunk beyond a row, in 32 bits.
-    const int64_t last_byte = static_cast<int64_t>(weights->nb[2]) + Format::kPitch;
-    if (ggml_cuda_info().devices[ctx.device].smpbo < T::kSharedBytes || n_experts > kMaxExperts ||
-        last_byte > INT_MAX || n_x * n_chunks * kXChunkBytes > INT_MAX || launch.n_tiles > USHRT_MAX)
-        return false;
-    Scratch scratch(ctx.pool(), n_x, n_chunks, n_slots, launch.n_tiles);
-    const cudaStream_t stream = ctx.stream();
-    const int64_t x_stride = (x->ne[1] == 1 ? x->nb[2] : x->nb[1]) / sizeof(float);
-    to_half<<<static_cast<unsigned>(n_x), kToHalfThreads, 0, stream>>>(
-        static_cast<const float*>(x->data), x_stride, static_cast<int32_t>(x->ne[0]),
-        static_cast<int32_t>(n_chunks), scratch.x.get(), scratch.x_scale.get());
+struct Grouped {
+    Grouped(const ggml_tensor* node, int64_t n_slots, int64_t n_experts)
+        : slots(static_cast<int32_t*>(node->data)),
+          tiles(reinterpret_cast<SlotTile*>(slots + n_slots)),
+          n_tiles(slots + n_slots + 3 * max_slot_tiles(n_experts, n_slots)) {}
+    int32_t* slots;
+    SlotTile* tiles;
+    int32_t* n_tiles;
+};
+
+template <typename Rows>
+void pack(cudaStream_t stream, const Rows& rows, int64_t n_values, const ggml_tensor* node) {
+    const Packed packed(node, n_values);
+    pack_rows<<<static_cast<unsigned>(packed.n_rows), kPackThreads, 0, stream>>>(
+        rows, static_cast<int32_t>(n_values), static_cast<int32_t>(packed.n_chunks), packed.rows,
+        packed.scales);
     CUDA_CHECK(cudaGetLastError());
+}
+
+// Distance of rows that all are in their order: of x [n, n_rows], or [n, n_used, n_tokens] with dense rows.
+bool has_even_rows(const ggml_tensor* x) {
+    return x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && x->ne[3] == 1 &&
+           (x->ne[2] == 1 || x->ne[1] == 1 || x->nb[2] == x->ne[1] * x->nb[1]);
+}
+int64_t row_stride(const ggml_tensor* x) { return float_stride(x, x->ne[1] == 1 && x->ne[2] > 1 ? 2 : 1); }
+
+void group(cudaStream_t stream, const ggml_tensor* node) {
+    const ggml_tensor* ids = node->src[0];
+    const int64_t n_experts = n_expert_of(node);
+    const Grouped grouped(node, ggml_nelements(ids), n_experts);
     group_slots<<<1, kGroupThreads, 0, stream>>>(
-        static_cast<const int32_t*>(ids->data), ids->nb[1] / sizeof(int32_t), static_cast<int32_t>(n_used),
-        static_cast<int32_t>(n_tokens), static_cast<int32_t>(n_experts), T::kSlots, scratch.slots.get(),
-        scratch.tiles.get(), scratch.n_tiles.get());
+        static_cast<const int32_t*>(ids->data), ids->nb[1] / sizeof(int32_t), size(ids, 0), size(ids, 1),
+        static_cast<int32_t>(n_experts), kTileSlots, grouped.slots, grouped.tiles, grouped.n_tiles);
     CUDA_CHECK(cudaGetLastError());
+}
+
+template <typename Format>
+Launch launch_for(const ggml_tensor* weights, int64_t n_slots) {
+    static_assert(ExpertTile<Format>::kSlots == kTileSlots);
+    return launch_of<ExpertTile<Format>>(weights->ne[1], packed_chunks(weights->ne[0]), weights->ne[2],
+                                         n_slots);
+}
+
+// Chunks may be read up to a chunk beyond a row, in 32 bits.
+template <typename Format>
+bool fits(const ggml_tensor* weights, const ggml_tensor* experts) {
+    const int64_t n_slots = ggml_nelements(experts);
+    return static_cast<int64_t>(weights->nb[2]) + Format::kPitch <= INT_MAX &&
+           weights->ne[2] <= kMaxExperts &&
+           n_slots * packed_chunks(weights->ne[0]) * kXChunkBytes <= INT_MAX &&
+           launch_for<Format>(weights, n_slots).n_tiles <= USHRT_MAX;
+}
+
+template <typename Format>
+void multiply(cudaStream_t stream, const ggml_tensor* node) {
+    using T = ExpertTile<Format>;
+    const ggml_tensor *weights = node->src[0], *experts = node->src[3];
+    const int64_t n_slots = ggml_nelements(experts), n_rows = weights->ne[1];
+    const Packed x(node->src[1], weights->ne[0]);
+    const Grouped grouped(node->src[2], n_slots, weights->ne[2]);
+    const Launch launch = launch_for<Format>(weights, n_slots);
     const MatmulArguments arguments = {static_cast<const unsigned char*>(weights->data),
                                        static_cast<int64_t>(ggml_nbytes(weights)),
                                        static_cast<int64_t>(weights->nb[2]),
                                        static_cast<int32_t>(weights->nb[1]),
                                        static_cast<int32_t>(n_rows),
-                                       static_cast<int32_t>(weights->ne[0]),
-                                       static_cast<int32_t>(n_chunks),
+                                       size(weights, 0),
+                                       static_cast<int32_t>(x.n_chunks),
                                        static_cast<int32_t>(launch.n_row_tiles),
-                                       scratch.x.get(),
-                                       scratch.x_scale.get(),
-                                       static_cast<float*>(dst->data),
-                                       scratch.slots.get(),
-                                       scratch.tiles.get(),
-                                       scratch.n_tiles.get(),
-                                       static_cast<int32_t>(x->ne[1] == 1 ? n_used : 1)};
+                                       x.rows,
+                                       x.scales,
+                                       static_cast<float*>(node->data),
+                                       grouped.slots,
+                                       grouped.tiles,
+                                       grouped.n_tiles,
+                                       static_cast<int32_t>(n_slots / x.n_rows)};
     const auto kernel = expert_matmul<Format, T>;
     CUDA_SET_SHARED_MEMORY_LIMIT(kernel, T::kSharedBytes);
     const dim3 grid(static_cast<unsigned>(launch.n_row_blocks), static_cast<unsigned>(launch.n_tiles));
     kernel<<<grid, T::kThreads, T::kSharedBytes, stream>>>(arguments);
     CUDA_CHECK(cudaGetLastError());
-    return true;
-}
-
-// The layouts that the kernels read and write.
-bool is_dense(const ggml_tensor* weights, const ggml_tensor* x, const ggml_tensor* ids,
-              const ggml_tensor* dst) {
-    return ggml_is_contiguous(weights) && weights->ne[3] == 1 &&
-           reinterpret_cast<uintptr_t>(weights->data) % 16 == 0 && x->type == GGML_TYPE_F32 &&
-           x->nb[0] == sizeof(float) && x->ne[3] == 1 && (x->ne[1] == 1 || x->ne[1] == ids->ne[0]) &&
-           (x->ne[1] == 1 || x->nb[2] == x->ne[1] * x->nb[1]) && ids->nb[0] == sizeof(int32_t) &&
-           dst->type == GGML_TYPE_F32 && ggml_is_contiguous(dst);
 }
 
 // Whether the current device has code of the kernels (not the empty code for GPUs before compute
@@ -116,24 +146,64 @@ bool can_run(int device, int n_blocks) {
 
 }  // namespace
 
-bool can_multiply_experts(int device, int n_blocks) {
+bool can_run_expert_matmuls(int device, int n_blocks) {
     return can_run<Q4K>(device, n_blocks) && can_run<Q6K>(device, n_blocks) && can_run<Q80>(device, n_blocks);
 }
 
-bool multiply_experts(ggml_backend_cuda_context& ctx, const ggml_tensor* weights, const ggml_tensor* x,
-                      const ggml_tensor* ids, ggml_tensor* dst) {
-    if (ids->ne[1] < kMinTokens) return false;
-    if (!is_dense(weights, x, ids, dst)) return false;
+bool can_multiply_experts(const ggml_tensor* weights, const ggml_tensor* experts) {
+    if (experts->ne[1] < kMinTokens || !ggml_is_contiguous(weights) || weights->ne[3] != 1) return false;
     switch (weights->type) {
         case GGML_TYPE_Q4_K:
-            return multiply_as<Q4K>(ctx, weights, x, ids, dst);
+            return fits<Q4K>(weights, experts);
         case GGML_TYPE_Q6_K:
-            return multiply_as<Q6K>(ctx, weights, x, ids, dst);
+            return fits<Q6K>(weights, experts);
         case GGML_TYPE_Q8_0:
-            return multiply_as<Q80>(ctx, weights, x, ids, dst);
+            return fits<Q80>(weights, experts);
         default:
             return false;
     }
+}
+
+bool compute_expert_node(ggml_backend_cuda_context* ctx, const ggml_tensor* node) {
+    const ggml_tensor* const* src = node->src;
+    const ExpertNode kind = expert_node_of(node);
+    const bool packs =
+        kind == ExpertNode::pack || kind == ExpertNode::pack_normed || kind == ExpertNode::pack_gated;
+    if (packs && !has_even_rows(src[0])) return false;
+    if (kind == ExpertNode::pack_gated && !has_even_rows(src[1])) return false;
+    if (!ctx) return kind != ExpertNode::none;
+    const cudaStream_t stream = ctx->stream();
+    switch (kind) {
+        case ExpertNode::pack:
+            pack(stream, PlainRows{floats(src[0]), row_stride(src[0])}, src[0]->ne[0], node);
+            return true;
+        case ExpertNode::pack_normed:
+            pack(stream, NormedRows{floats(src[0]), row_stride(src[0]), floats(src[1]), eps_of(node)},
+                 src[0]->ne[0], node);
+            return true;
+        case ExpertNode::pack_gated:
+            pack(stream, GatedRows{floats(src[0]), floats(src[1]), row_stride(src[0]), row_stride(src[1])},
+                 src[0]->ne[0], node);
+            return true;
+        case ExpertNode::group:
+            group(stream, node);
+            return true;
+        case ExpertNode::multiply:
+            switch (src[0]->type) {
+                case GGML_TYPE_Q4_K:
+                    multiply<Q4K>(stream, node);
+                    return true;
+                case GGML_TYPE_Q6_K:
+                    multiply<Q6K>(stream, node);
+                    return true;
+                default:
+                    multiply<Q80>(stream, node);
+                    return true;
+            }
+        case ExpertNode::none:
+            break;
+    }
+    return false;
 }
 
 }  // namespace pydiffusion

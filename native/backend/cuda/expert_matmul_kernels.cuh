@@ -16,7 +16,7 @@ struct MatmulArguments {
     int64_t weights_bytes, expert_bytes;
     int32_t row_bytes, n_rows, n_values, n_chunks;  // an expert's weights and all of x take less than 2 GB
     int32_t n_row_tiles;                            // that a block computes
-    const unsigned char* x;                         // [n][n_chunks][kXChunkBytes], as to_half() writes it
+    const unsigned char* x;                         // [n][n_chunks][kXChunkBytes], as pack_rows() writes it
     const float* x_scale;                           // [n], x's rows are to be multiplied by this
     float* y;                                       // [slot][n_rows]
     const int32_t* slots;                           // sorted by expert; slot s multiplies x's row s / share

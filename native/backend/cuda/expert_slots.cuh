@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "backend/cuda/gelu.cuh"
 #include "backend/cuda/weight_formats.cuh"
 
 namespace pydiffusion::cuda {
@@ -16,7 +17,7 @@ struct SlotTile {
 
 namespace {  // kernels
 
-constexpr int kToHalfThreads = 256;
+constexpr int kPackThreads = 256;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kXChunkBytes = 2 * kChunk + 4 * kSixteens;
 
@@ -27,32 +28,89 @@ __device__ __forceinline__ float high_half(uint32_t pair) {
     return half_to_float(static_cast<uint16_t>(pair >> 16));
 }
 
-// Writes a row of x as float16 times a power of two that scales its maximum to [2^13, 2^14), so that any
+// What of each warp is needed by all. In a function that is no template: tests fill only such memory with
+// NaN.
+__device__ __forceinline__ float* pack_memory() {
+    __shared__ float of_warps[2 * kPackThreads / 32];
+    return of_warps;
+}
+
+// Rows of activations, and how they are computed while they are packed.
+struct PlainRows {
+    const float* x;
+    int64_t stride;
+
+    struct Row {
+        const float* x;
+        __device__ __forceinline__ float at(int i) const { return x[i]; }
+    };
+    __device__ __forceinline__ Row row(int64_t r, int /*n*/) const { return {x + r * stride}; }
+};
+
+struct NormedRows {  // rms_norm of fused_rows.h
+    const float* x;
+    int64_t stride;
+    const float* weight;
+    float eps;
+
+    struct Row {
+        const float *x, *weight;
+        float scale;
+        __device__ __forceinline__ float at(int i) const { return x[i] * scale * weight[i]; }
+    };
+    __device__ __forceinline__ Row row(int64_t r, int n) const {
+        float* sums = pack_memory() + kPackThreads / 32;
+        const float* from = x + r * stride;
+        float sum = 0.0f;
+        for (int i = threadIdx.x; i < n; i += kPackThreads) sum += from[i] * from[i];
+        for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+        if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+        __syncthreads();
+        sum = 0.0f;
+        for (int i = 0; i < kPackThreads / 32; ++i) sum += sums[i];
+        return {from, weight, 1.0f / sqrtf(sum / static_cast<float>(n) + eps)};
+    }
+};
+
+struct GatedRows {  // gated_gelu of fused_rows.h
+    const float *gate, *up;
+    int64_t gate_stride, up_stride;
+
+    struct Row {
+        const float *gate, *up;
+        __device__ __forceinline__ float at(int i) const { return gelu(gate[i]) * up[i]; }
+    };
+    __device__ __forceinline__ Row row(int64_t r, int /*n*/) const {
+        return {gate + r * gate_stride, up + r * up_stride};
+    }
+};
+
+// Writes each row as float16 times a power of two that scales its maximum to [2^13, 2^14), so that any
 // finite row fits. A chunk of the result, kXChunkBytes: the 256 values in the order in which the threads of a
 // quad read them, then the sums of each 16, divided by kSumScale, as the nearest float16, then what this
-// lacks. Zeros follow n_values.
-__global__ void __launch_bounds__(kToHalfThreads)
-    to_half(const float* x, int64_t stride, int32_t n_values, int32_t n_chunks, unsigned char* out,
-            float* scales) {
-    __shared__ float maxima[kToHalfThreads / 32];
-    const float* row = x + blockIdx.x * stride;
+// lacks. Zeros follow n_values. A block for each row.
+template <typename Rows>
+__global__ void __launch_bounds__(kPackThreads)
+    pack_rows(const Rows rows, int32_t n_values, int32_t n_chunks, unsigned char* out, float* scales) {
+    float* maxima = pack_memory();
+    const auto row = rows.row(blockIdx.x, n_values);
     float maximum = 0.0f;
-    for (int i = threadIdx.x; i < n_values; i += kToHalfThreads) maximum = fmaxf(maximum, fabsf(row[i]));
+    for (int i = threadIdx.x; i < n_values; i += kPackThreads) maximum = fmaxf(maximum, fabsf(row.at(i)));
     for (int offset = 16; offset > 0; offset /= 2)
         maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, offset));
     if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = maximum;
     __syncthreads();
-    for (int i = 0; i < kToHalfThreads / 32; ++i) maximum = fmaxf(maximum, maxima[i]);
+    for (int i = 0; i < kPackThreads / 32; ++i) maximum = fmaxf(maximum, maxima[i]);
     int exponent = 0;
     if (maximum > 0.0f && maximum <= FLT_MAX) frexpf(maximum, &exponent);
     exponent = exponent < -100 ? -100 : exponent;
     const float factor = ldexpf(1.0f, 14 - exponent);
     out += static_cast<int64_t>(blockIdx.x) * n_chunks * kXChunkBytes;
-    // Four values a thread; kToHalfThreads is a multiple of a chunk's 64 fours, so that no warp diverges.
-    for (int four = threadIdx.x; four < n_chunks * kChunk / 4; four += kToHalfThreads) {
+    // Four values a thread; kPackThreads is a multiple of a chunk's 64 fours, so that no warp diverges.
+    for (int four = threadIdx.x; four < n_chunks * kChunk / 4; four += kPackThreads) {
         float v[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) v[j] = 4 * four + j < n_values ? row[4 * four + j] * factor : 0.0f;
+        for (int j = 0; j < 4; ++j) v[j] = 4 * four + j < n_values ? row.at(4 * four + j) * factor : 0.0f;
         const uint2 pairs = make_uint2(half2_of(v[0], v[2]), half2_of(v[1], v[3]));
         float sum = low_half(pairs.x) + low_half(pairs.y) + (high_half(pairs.x) + high_half(pairs.y));
         sum += __shfl_xor_sync(kAllLanes, sum, 1);

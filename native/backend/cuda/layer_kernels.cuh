@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "backend/cuda/gelu.cuh"
 #include "backend/cuda/row_fours.cuh"
 
 namespace pydiffusion::cuda {
@@ -211,17 +212,6 @@ __global__ void __launch_bounds__(Row::kBlockThreads) add_normed_rows(AddNormedA
 // --- gated GELU: four elements a thread ---
 
 constexpr int kGeluThreads = 256;
-
-// gelu_tanh(x) = x / 2 * (1 + tanh(y)) = x / (1 + exp(-2 y)), with y = sqrt(2 / pi) * (x + 0.044715 x^3).
-__device__ __forceinline__ float gelu(float x) {
-    constexpr float a = static_cast<float>(-2.0 * 0.79788456080286535588 * 1.44269504088896340736);
-    constexpr float b = a * 0.044715f;
-    // Beyond these limits, gelu is 0 or x to float precision.
-    float exponent = x * (a + b * x * x);
-    exponent = exponent > -126.0f ? exponent : -126.0f;
-    exponent = exponent < 100.0f ? exponent : 100.0f;
-    return x / (1.0f + exp2f(exponent));
-}
 
 template <bool is_aligned>
 __global__ void __launch_bounds__(kGeluThreads) gated_gelu_rows(GatedGeluArguments a) {

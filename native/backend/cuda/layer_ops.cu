@@ -5,6 +5,7 @@
 #include "backend/cuda/expert_rows.cuh"
 #include "backend/cuda/layer_kernels.cuh"
 #include "backend/cuda/own_kernels.cuh"
+#include "backend/expert_nodes.h"
 #include "backend/mlp_beside.h"
 
 namespace pydiffusion {
@@ -172,6 +173,7 @@ bool compute_custom_node(ggml_backend_cuda_context* ctx, ggml_tensor* node) {
     const Launch on_stream = {ctx ? ctx->stream() : nullptr};
     const Launch* launch = ctx ? &on_stream : nullptr;
     if (is_top_k(node)) return top_k(launch, node);
+    if (expert_node_of(node) != ExpertNode::none) return compute_expert_node(ctx, node);
     if (is_mlp_beside(node)) return mlp_beside(ctx, node);
     const ggml_tensor* const* src = node->src;
     switch (fused_op_of(node)) {

@@ -16,12 +16,15 @@ constexpr int kMinBlocks = 2;
 std::mutex users_mutex;
 std::map<const ggml_backend_cuda_context*, SideStream*> users;
 
-bool multiply_if_used(ggml_backend_cuda_context& ctx, const ggml_tensor* weights, const ggml_tensor* x,
-                      const ggml_tensor* ids, ggml_tensor* dst) {
-    return side_stream_of(&ctx) && multiply_experts(ctx, weights, x, ids, dst);
-}
-
 }  // namespace
+
+int compute_capability(ggml_backend_dev_t gpu) {
+    ggml_backend_reg_t all = ggml_backend_dev_backend_reg(gpu);
+    for (int i = 0; i < ggml_cuda_info().device_count; ++i) {
+        if (ggml_backend_reg_dev_get(all, i) == gpu) return ggml_cuda_info().devices[i].cc;
+    }
+    return 0;
+}
 
 SideStream::SideStream() {
     CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
@@ -62,8 +65,7 @@ SideStream* side_stream_of(const ggml_backend_cuda_context* ctx) {
 std::shared_ptr<void> use_own_kernels(ggml_backend_t backend, bool wherever_possible) {
     auto* ctx = static_cast<ggml_backend_cuda_context*>(backend->context);
     ggml_cuda_set_device(ctx->device);
-    if (!can_multiply_experts(ctx->device, wherever_possible ? 1 : kMinBlocks)) return nullptr;
-    ggml_cuda_expert_matmul_hook = multiply_if_used;
+    if (!can_run_expert_matmuls(ctx->device, wherever_possible ? 1 : kMinBlocks)) return nullptr;
     ggml_cuda_custom_hook = compute_custom_node;  // only graphs that want them have such nodes
     const std::shared_ptr<SideStream> side(new SideStream, [ctx](SideStream* gone) {
         {

@@ -11,11 +11,10 @@ extern std::atomic<ggml_cuda_custom_hook_t> ggml_cuda_custom_hook;  // in ggml-c
 namespace pydiffusion {
 
 // Whether the device has code of the expert matmuls and room for so many of their blocks on a multiprocessor.
-bool can_multiply_experts(int device, int n_blocks);
+bool can_run_expert_matmuls(int device, int n_blocks);
 
-// Computes dst, as ggml_mul_mat_id would, if there is a kernel for the operands; else returns false.
-bool multiply_experts(ggml_backend_cuda_context& ctx, const ggml_tensor* weights, const ggml_tensor* x,
-                      const ggml_tensor* ids, ggml_tensor* dst);
+// Whether there is a kernel for a node of expert_nodes.h; launches it unless ctx is null.
+bool compute_expert_node(ggml_backend_cuda_context* ctx, const ggml_tensor* node);
 
 // A second stream of a device's, for work beside that of a graph. Created and destroyed with the device
 // current.

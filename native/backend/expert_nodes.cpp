@@ -1,0 +1,88 @@
+#include "backend/expert_nodes.h"
+
+#include <cstring>
+#include <vector>
+
+#include "backend/cpu/fused_rows.h"
+#include "ggml-impl.h"
+
+namespace pydiffusion {
+
+namespace {
+
+// Functions of nodes that only devices compute; each identifies a kind.
+template <ExpertNode kind>
+void only_on_devices(ggml_tensor*, int, int, void*) {
+    GGML_ABORT("an expert matmul's node %d has no implementation for the CPU", static_cast<int>(kind));
+}
+
+template <ExpertNode kind>
+ggml_tensor* new_node(ggml_context* ctx, ggml_type type, const std::vector<int64_t>& ne,
+                      std::vector<ggml_tensor*> sources, const char* name, int64_t userdata = 0) {
+    ggml_tensor* node =
+        ggml_custom_4d(ctx, type, ne[0], ne[1], ne[2], 1, sources.data(), static_cast<int>(sources.size()),
+                       only_on_devices<kind>, 1, reinterpret_cast<void*>(static_cast<intptr_t>(userdata)));
+    return ggml_set_name(node, name);
+}
+
+ggml_custom_op_params parameters_of(const ggml_tensor* node) {
+    ggml_custom_op_params parameters;
+    std::memcpy(&parameters, node->op_params, sizeof parameters);
+    return parameters;
+}
+
+}  // namespace
+
+int64_t n_expert_of(const ggml_tensor* node) {
+    return static_cast<int64_t>(reinterpret_cast<intptr_t>(parameters_of(node).userdata));
+}
+
+ExpertNode expert_node_of(const ggml_tensor* node) {
+    if (node->op != GGML_OP_CUSTOM) return ExpertNode::none;
+    const ggml_custom_op_params parameters = parameters_of(node);
+    if (parameters.fun == only_on_devices<ExpertNode::pack>) return ExpertNode::pack;
+    if (parameters.fun == only_on_devices<ExpertNode::pack_normed>) return ExpertNode::pack_normed;
+    if (parameters.fun == only_on_devices<ExpertNode::pack_gated>) return ExpertNode::pack_gated;
+    if (parameters.fun == only_on_devices<ExpertNode::group>) return ExpertNode::group;
+    return parameters.fun == only_on_devices<ExpertNode::multiply> ? ExpertNode::multiply : ExpertNode::none;
+}
+
+ggml_tensor* ExpertMatmuls::packed(ggml_tensor* x) {
+    ggml_tensor*& packed = packed_[x];
+    if (packed) return packed;
+    const int64_t n_rows = ggml_nrows(x);
+    const std::vector<int64_t> ne = {
+        n_rows * (packed_chunks(x->ne[0]) * kPackedChunkBytes + static_cast<int64_t>(sizeof(float))), 1, 1};
+    const ggml_tensor* made =
+        x->op == GGML_OP_RESHAPE ? x->src[0] : x;  // each row is that of the same number
+    if (fused_op_of(made) == FusedOp::rms_norm && made->src[1]) {
+        packed = new_node<ExpertNode::pack_normed>(ctx_, GGML_TYPE_I8, ne, {made->src[0], made->src[1]},
+                                                   "pack_normed");
+        packed->extra = made->extra;  // epsilon
+    } else if (fused_op_of(made) == FusedOp::gated_gelu) {
+        packed = new_node<ExpertNode::pack_gated>(ctx_, GGML_TYPE_I8, ne, {made->src[0], made->src[1]},
+                                                  "pack_gated");
+    } else {
+        packed = new_node<ExpertNode::pack>(ctx_, GGML_TYPE_I8, ne, {x}, "pack");
+    }
+    return packed;
+}
+
+ggml_tensor* ExpertMatmuls::grouped(ggml_tensor* experts, int64_t n_expert) {
+    ggml_tensor*& grouped = grouped_[experts];
+    if (grouped) return grouped;
+    const int64_t n_slots = ggml_nelements(experts), n_tiles = max_slot_tiles(n_expert, n_slots);
+    grouped = new_node<ExpertNode::group>(ctx_, GGML_TYPE_I32, {n_slots + 3 * n_tiles + 1, 1, 1}, {experts},
+                                          "group_slots", n_expert);
+    return grouped;
+}
+
+ggml_tensor* ExpertMatmuls::apply(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* experts) {
+    if (!backend_.multiplies_experts(weights, experts)) return nullptr;
+    ggml_tensor* packed_x = packed(x);
+    return new_node<ExpertNode::multiply>(
+        ctx_, GGML_TYPE_F32, {weights->ne[1], experts->ne[0], experts->ne[1]},
+        {weights, packed_x, grouped(experts, weights->ne[2]), experts}, "device_expert_matmul");
+}
+
+}  // namespace pydiffusion

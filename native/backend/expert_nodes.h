@@ -1,0 +1,45 @@
+// Expert matmuls by a device's own kernels, as nodes: activations are packed and slots (a token and one of
+// its experts each) grouped by expert once for all matmuls that use them.
+#pragma once
+
+#include <map>
+
+#include "backend/backend.h"
+#include "ggml.h"
+
+namespace pydiffusion {
+
+class ExpertMatmuls {
+  public:
+    // Both must live as long as the graph is built.
+    ExpertMatmuls(ggml_context* ctx, const Backend& backend) : ctx_(ctx), backend_(backend) {}
+
+    // weights [n_inner, n_rows, n_expert], x F32 [n_inner, 1 or n_used, n_tokens], experts I32 [n_used,
+    // n_tokens] -> F32 [n_rows, n_used, n_tokens]. Null if the device has no kernels for this. If x is an RMS
+    // norm or a gated GELU of fused_rows.h, it is computed while it is packed, and is no node of the graph.
+    ggml_tensor* apply(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* experts);
+
+  private:
+    ggml_tensor* packed(ggml_tensor* x);
+    ggml_tensor* grouped(ggml_tensor* experts, int64_t n_expert);
+
+    ggml_context* ctx_;
+    const Backend& backend_;
+    std::map<const ggml_tensor*, ggml_tensor*> packed_, grouped_;
+};
+
+enum class ExpertNode { none, pack, pack_normed, pack_gated, group, multiply };
+ExpertNode expert_node_of(const ggml_tensor* node);
+int64_t n_expert_of(const ggml_tensor* node);  // of a group node
+
+// Packed activations: per row n_chunks chunks of kPackedChunkBytes, each for kPackedChunk values; then one
+// float per row, by which it is to be multiplied.
+constexpr int64_t kPackedChunk = 256, kPackedChunkBytes = 576;
+inline int64_t packed_chunks(int64_t n_values) { return (n_values + kPackedChunk - 1) / kPackedChunk; }
+
+// Grouped slots, as I32: the slots by expert; kTileSlots or fewer at a time, tiles of (expert, first, n);
+// the number of tiles.
+constexpr int64_t kTileSlots = 24;
+inline int64_t max_slot_tiles(int64_t n_expert, int64_t n_slots) { return n_expert + n_slots / kTileSlots; }
+
+}  // namespace pydiffusion
