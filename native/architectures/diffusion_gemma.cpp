@@ -166,8 +166,14 @@ ggml_tensor* feed_forward(GraphBuilder& g, int32_t i_layer, ggml_tensor* r, ggml
     const DevicePlan& plan = g.model.device_plan;
     // Of experts on the CPU beside a layer on a device, only the sum is to be copied.
     const bool joins = g.fuses_rows() && plan.experts_device(i_layer) == plan.layer_device(i_layer);
+    // Beside the experts if all of them is in one graph of the device: weights whose type it can't compute
+    // with stay on the CPU.
+    const ggml_tensor* up = w.ffn_gate_up_exps ? w.ffn_gate_up_exps : w.ffn_up_exps;
+    const bool beside = joins && plan.layer_device(i_layer) != kCpuDevice && g.is_on_device(up) &&
+                        g.is_on_device(w.ffn_down_exps) &&
+                        (!w.ffn_gate_exps || g.is_on_device(w.ffn_gate_exps));
     g.begin_part("dense");
-    ggml_tensor* dense = g.mlp(r, w.ffn_norm, w.ffn_gate, w.ffn_up, w.ffn_gate_up, w.ffn_down, joins);
+    ggml_tensor* dense = g.mlp(r, w.ffn_norm, w.ffn_gate, w.ffn_up, w.ffn_gate_up, w.ffn_down, beside);
     if (!joins) return ggml_mul(g.ctx(), ggml_feed_forward(g, w, r, dense), scale);
     g.begin_part("experts");
     ggml_tensor* scores = router(g, w, r);

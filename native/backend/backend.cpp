@@ -124,6 +124,14 @@ bool Backend::multiplies_experts(const ggml_tensor* weights, const ggml_tensor* 
 #endif
 }
 
+void Backend::set_in_turn(bool in_turn) const {
+#if defined(PYDIFFUSION_CUDA)
+    for (const std::shared_ptr<void>& kernels : kernels_of_devices_) compute_in_turn(kernels.get(), in_turn);
+#else
+    (void)in_turn;
+#endif
+}
+
 bool Backend::can_store(ggml_type type) const {
     const ggml_context_ptr context = make_probe_context();
     constexpr int64_t n = 256;

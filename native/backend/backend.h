@@ -47,6 +47,8 @@ class Backend {
     bool multiplies_experts(const ggml_tensor* weights, const ggml_tensor* experts) const;
     // Whether devices compute a dense MLP beside the mixture of experts: see mlp_beside.h.
     bool computes_mlp_beside() const { return own_kernels_ && !kernels_of_devices_.empty(); }
+    // Whether they compute it in turn nevertheless, for graphs that end before join_branches.
+    void set_in_turn(bool in_turn) const;
 
     // Whether graphs consist of ggml's own ops only and a StepBackend runs sampling and self-conditioning. If
     // not, both are nodes of the graph, along with our custom CPU ops.

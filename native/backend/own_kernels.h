@@ -13,6 +13,10 @@ namespace pydiffusion {
 // wherever_possible.
 std::shared_ptr<void> use_own_kernels(ggml_backend_t backend, bool wherever_possible);
 
+// From now on the MLP is computed before what follows it instead of beside it: for graphs that end in
+// between. kernels: from use_own_kernels().
+void compute_in_turn(void* kernels, bool in_turn);
+
 // Whether they have the type and the sizes of an expert matmul: weights [n_inner, n_rows, n_expert], experts
 // [n_used, n_tokens]. Not of few tokens, for which ggml's kernels are faster.
 bool can_multiply_experts(const ggml_tensor* weights, const ggml_tensor* experts);

@@ -201,9 +201,9 @@ ggml_tensor* GraphBuilder::multiply_experts(ggml_tensor* weights, ggml_tensor* x
 }
 
 ggml_tensor* GraphBuilder::mlp(ggml_tensor* x, ggml_tensor* norm, ggml_tensor* gate, ggml_tensor* up,
-                               ggml_tensor* gate_up, ggml_tensor* down, bool joins_experts) {
+                               ggml_tensor* gate_up, ggml_tensor* down, bool beside_experts) {
     const ggml_type type = matmul->activation_type({gate, up, down});
-    if (joins_experts && gate_up && type == GGML_TYPE_BF16 && model.backend.computes_mlp_beside())
+    if (beside_experts && gate_up && type == GGML_TYPE_BF16 && model.backend.computes_mlp_beside())
         return mlp_beside(ctx(), x, norm, gate_up, down, &model.hparams.rms_eps);
     ggml_tensor* h = rms_norm(x, norm, matmul->activation_type({gate, up}));
     ggml_tensor *gates, *ups;

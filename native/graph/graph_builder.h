@@ -65,6 +65,9 @@ struct GraphBuilder {
 
     bool uses_ggml_ops() const { return model.backend.on_device(); }
     bool fuses_rows() const { return model.backend.fuses_rows(); }
+    static bool is_on_device(const ggml_tensor* weight) {
+        return !ggml_backend_buffer_is_host(weight->buffer);
+    }
 
     // type: F32, or what Matmul::activation_type() wants.
     ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr,
@@ -81,10 +84,10 @@ struct GraphBuilder {
     // Writes rms_norm(x), with a weight norm_and_rope(x, weight), to rows of a cache from `row` on.
     void store_normed(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer, int64_t first, ggml_tensor* cache,
                       int64_t row);
-    // MLP of rms_norm(x, norm); gate_up is null, or gate and up concatenated. joins_experts: the result and x
-    // are operands of join_branches.
+    // MLP of rms_norm(x, norm); gate_up is null, or gate and up concatenated. beside_experts: as
+    // mlp_beside() if the device can.
     ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* norm, ggml_tensor* gate, ggml_tensor* up,
-                     ggml_tensor* gate_up, ggml_tensor* down, bool joins_experts = false);
+                     ggml_tensor* gate_up, ggml_tensor* down, bool beside_experts = false);
     ggml_tensor* embed(ggml_tensor* ids) const;  // embedding rows times sqrt(d) -> [d, n_tokens]
 
   private:

@@ -229,6 +229,13 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(GraphExecutor& execu
     const auto time = [&](const std::function<void()>& work) {
         return model_.backend.on_device() ? model_.backend.step_backend().seconds_of(work) : seconds_of(work);
     };
+    // Parts are graphs of their own: what one of them begins must end in it.
+    struct InTurn {
+        explicit InTurn(const Backend& b) : backend(b) { backend.set_in_turn(true); }
+        ~InTurn() { backend.set_in_turn(false); }
+        const Backend& backend;
+    };
+    const InTurn in_turn(model_.backend);
     for (int first = 0, end = 0; first < n_nodes; first = end) {
         const std::string part = part_of(ggml_graph_node(built_->graph, first));
         PartCost& cost = costs[part];

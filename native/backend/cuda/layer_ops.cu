@@ -128,7 +128,7 @@ bool mlp_beside(ggml_backend_cuda_context* ctx, const ggml_tensor* node) {
     const float* both = reinterpret_cast<const float*>(data + at.both);
     launch_gated_gelu_rows({{both, 2 * n_ff, 0}, {both + n_ff, 2 * n_ff, 0}, activation, n_ff, n, n}, launch);
     multiply(down, activation.data, data);
-    side.finish();
+    side.finish(ctx->stream());
     return true;
 }
 

@@ -46,9 +46,10 @@ void SideStream::fork(cudaStream_t main) {
     CUDA_CHECK(cudaStreamWaitEvent(stream_, begin_, 0));
 }
 
-void SideStream::finish() {
+void SideStream::finish(cudaStream_t main) {
     CUDA_CHECK(cudaEventRecord(end_, stream_));
     is_pending_ = true;
+    if (in_turn_) join(main);
 }
 
 void SideStream::join(cudaStream_t main) {
@@ -61,6 +62,8 @@ SideStream* side_stream_of(const ggml_backend_cuda_context* ctx) {
     const auto user = users.find(ctx);
     return user == users.end() ? nullptr : user->second;
 }
+
+void compute_in_turn(void* kernels, bool in_turn) { static_cast<SideStream*>(kernels)->set_in_turn(in_turn); }
 
 std::shared_ptr<void> use_own_kernels(ggml_backend_t backend, bool wherever_possible) {
     auto* ctx = static_cast<ggml_backend_cuda_context*>(backend->context);

@@ -27,8 +27,9 @@ class SideStream {
 
     // From now on until the end of what is launched to stream(): after what `main` has been given so far.
     void fork(cudaStream_t main);
-    // Ends it: join() will wait for what has been launched.
-    void finish();
+    // Ends it: join() will wait for what has been launched, or `main` does at once if set_in_turn().
+    void finish(cudaStream_t main);
+    void set_in_turn(bool in_turn) { in_turn_ = in_turn; }
     // Lets `main` wait for the last finish(), if it has not yet.
     void join(cudaStream_t main);
 
@@ -39,7 +40,7 @@ class SideStream {
     cudaStream_t stream_ = nullptr;
     cudaEvent_t begin_ = nullptr, end_ = nullptr;
     cublasHandle_t cublas_ = nullptr;
-    bool is_pending_ = false;
+    bool is_pending_ = false, in_turn_ = false;
 };
 
 // That of a backend whose kernels are in use; null for others.

@@ -9,7 +9,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "backend/cuda/own_kernels.cuh"
 #include "backend/cuda/step_kernels.cuh"
 #include "backend/row_math.h"
 #include "backend/step_backend.h"
@@ -291,7 +290,6 @@ double CudaStepBackend::seconds_of(const std::function<void()>& work) {
     check(cudaEventRecord(begin_.get(), graph_stream), "timing");
     work();
     select_gpu();  // ggml may have selected another
-    if (SideStream* side = side_stream_of(&ggml_)) side->join(graph_stream);
     check(cudaEventRecord(own_end_.get(), stream_.get()), "timing");
     check(cudaStreamWaitEvent(graph_stream, own_end_.get(), 0), "timing");
     check(cudaEventRecord(end_.get(), graph_stream), "timing");
