@@ -21,6 +21,7 @@ add_library(pydiffusion_native STATIC
     native/backend/graph_executor.cpp
     native/backend/host_step_backend.cpp
     native/backend/mlp_beside.cpp
+    native/backend/repacked_weights.cpp
     native/bench/matmul_once.cpp
     native/bench/roofline.cpp
     native/gguf/gguf_file.cpp

@@ -124,6 +124,19 @@ bool Backend::multiplies_experts(const ggml_tensor* weights, const ggml_tensor* 
 #endif
 }
 
+bool Backend::repacks(const ggml_tensor* weights) const {
+#if defined(PYDIFFUSION_CUDA)
+    return own_kernels_ && !kernels_of_devices_.empty() &&
+           std::all_of(kernels_of_devices_.begin(), kernels_of_devices_.end(),
+                       [weights](const std::shared_ptr<void>& kernels) {
+                           return repacks_experts(kernels.get(), weights);
+                       });
+#else
+    (void)weights;
+    return false;
+#endif
+}
+
 void Backend::set_in_turn(bool in_turn) const {
 #if defined(PYDIFFUSION_CUDA)
     for (const std::shared_ptr<void>& kernels : kernels_of_devices_) compute_in_turn(kernels.get(), in_turn);

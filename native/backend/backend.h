@@ -45,6 +45,8 @@ class Backend {
     // Whether devices multiply these weights [n_inner, n_rows, n_expert] by the nodes of expert_nodes.h;
     // experts [n_used, n_tokens].
     bool multiplies_experts(const ggml_tensor* weights, const ggml_tensor* experts) const;
+    // Whether expert weights are to be repacked for the devices' kernels: see repacked_weights.h.
+    bool repacks(const ggml_tensor* weights) const;
     // Whether devices compute a dense MLP beside the mixture of experts: see mlp_beside.h.
     bool computes_mlp_beside() const { return own_kernels_ && !kernels_of_devices_.empty(); }
     // Whether they compute it in turn nevertheless, for graphs that end before join_branches.

@@ -4,7 +4,9 @@
 #include <vector>
 
 #include "backend/cpu/fused_rows.h"
+#include "backend/repacked_weights.h"
 #include "ggml-impl.h"
+#include "util/error.h"
 
 namespace pydiffusion {
 
@@ -78,7 +80,12 @@ ggml_tensor* ExpertMatmuls::grouped(ggml_tensor* experts, int64_t n_expert) {
 }
 
 ggml_tensor* ExpertMatmuls::apply(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* experts) {
-    if (!backend_.multiplies_experts(weights, experts)) return nullptr;
+    if (!backend_.multiplies_experts(weights, experts)) {
+        if (!is_repacked(weights)) return nullptr;
+        throw Error(ErrorKind::unsupported,
+                    format("an expert matmul of %lld tokens is too large for the kernels of %s",
+                           static_cast<long long>(experts->ne[1]), backend_.name()));
+    }
     ggml_tensor* packed_x = packed(x);
     return new_node<ExpertNode::multiply>(
         ctx_, GGML_TYPE_F32, {weights->ne[1], experts->ne[0], experts->ne[1]},

@@ -13,6 +13,9 @@ namespace pydiffusion {
 // wherever_possible.
 std::shared_ptr<void> use_own_kernels(ggml_backend_t backend, bool wherever_possible);
 
+// Whether these expert weights are to be repacked for them. kernels: from use_own_kernels().
+bool repacks_experts(const void* kernels, const ggml_tensor* weights);
+
 // From now on the MLP is computed before what follows it instead of beside it: for graphs that end in
 // between. kernels: from use_own_kernels().
 void compute_in_turn(void* kernels, bool in_turn);

@@ -6,6 +6,7 @@
 #include <system_error>
 #include <thread>
 
+#include "backend/repacked_weights.h"
 #include "ggml-cpu.h"
 #include "util/error.h"
 
@@ -18,6 +19,8 @@ constexpr uint64_t kAlignment = 32;
 
 // Weights converted to another type and uploaded at a time; a multiple of any block.
 constexpr int64_t kWidenedAtOnce = int64_t{16} << 20;
+
+constexpr uint64_t kUploadBytes = uint64_t{64} << 20;  // of other weights
 
 using Shape = std::vector<int64_t>;
 
@@ -45,17 +48,13 @@ bool is_supported(ggml_type type) {
            ggml_get_type_traits_cpu(cpu->vec_dot_type)->from_float != nullptr;
 }
 
-// Converts n quantized weights, a multiple of a block, to BF16. A thread that can't be started does without.
-void widen(ggml_type type, const uint8_t* data, int64_t n, int n_threads, ggml_bf16_t* out) {
-    constexpr int64_t piece = 4096;  // a multiple of any block
+// Calls work_on(first, n) for [0, n) in pieces, on several threads; one that can't be started is done without.
+template <typename Work>
+void share(int64_t n, int64_t piece, int n_threads, const Work& work_on) {
     std::atomic<int64_t> next{0};
     const auto work = [&] {
-        float weights[piece];
-        for (int64_t first = piece * next++; first < n; first = piece * next++) {
-            const int64_t n_here = std::min(piece, n - first);
-            ggml_get_type_traits(type)->to_float(data + ggml_row_size(type, first), weights, n_here);
-            ggml_fp32_to_bf16_row(weights, out + first, n_here);
-        }
+        for (int64_t first = piece * next++; first < n; first = piece * next++)
+            work_on(first, std::min(piece, n - first));
     };
     std::vector<std::thread> threads;
     threads.reserve(n_threads);
@@ -65,6 +64,24 @@ void widen(ggml_type type, const uint8_t* data, int64_t n, int n_threads, ggml_b
     }
     work();
     for (std::thread& thread : threads) thread.join();
+}
+
+// Converts n quantized weights, a multiple of a block, to BF16.
+void widen(ggml_type type, const uint8_t* data, int64_t n, int n_threads, ggml_bf16_t* out) {
+    constexpr int64_t piece = 4096;  // a multiple of any block
+    share(n, piece, n_threads, [&](int64_t first, int64_t n_here) {
+        float weights[piece];
+        ggml_get_type_traits(type)->to_float(data + ggml_row_size(type, first), weights, n_here);
+        ggml_fp32_to_bf16_row(weights, out + first, n_here);
+    });
+}
+
+// Repacks rows for our kernels; n_rows is a multiple of kRepackedRows.
+void repack(const ggml_tensor* tensor, const uint8_t* data, int64_t n_rows, int n_threads, uint8_t* out) {
+    const auto row_size = static_cast<int64_t>(ggml_row_size(tensor->type, tensor->ne[0]));
+    share(n_rows, kRepackedRows, n_threads, [&](int64_t first, int64_t n) {
+        repack_rows(tensor->type, data + first * row_size, n, tensor->ne[0], out + first * row_size);
+    });
 }
 
 }  // namespace
@@ -152,15 +169,21 @@ class Weights::Loader {
         for (const auto& [tensor, info] : uploads_) total += info->n_bytes;
         for (int32_t device = 0; device < backend_.n_devices(); ++device) allocate_buffer(device);
         for (const auto& [tensor, info] : uploads_) {
-            const bool widened = tensor->type != info->type;
-            const uint64_t block = widened ? ggml_row_size(info->type, kWidenedAtOnce)
-                                           : uint64_t{64} << 20;  // bytes of the file
+            const bool widened = tensor->type != info->type, repacked = is_repacked(tensor);
+            const uint64_t group = kRepackedRows * ggml_row_size(info->type, info->ne[0]);
+            const uint64_t block = widened    ? ggml_row_size(info->type, kWidenedAtOnce)  // bytes of the file
+                                   : repacked ? std::max<uint64_t>(1, kUploadBytes / group) * group
+                                              : kUploadBytes;
             for (uint64_t at = 0; at < info->n_bytes; at += block) {
                 const uint64_t n = std::min(block, info->n_bytes - at);
                 file_.require_not_truncated();
                 const uint8_t* data = file_.tensor_data(*info) + at;
                 if (widened) {
                     upload_widened(tensor, info->type, data, at / block * kWidenedAtOnce);
+                } else if (repacked) {
+                    repacked_.resize(n);
+                    repack(tensor, data, n / group * kRepackedRows, backend_.n_threads(), repacked_.data());
+                    ggml_backend_tensor_set(tensor, repacked_.data(), at, n);
                 } else {
                     ggml_backend_tensor_set(tensor, data, at, n);
                 }
@@ -247,6 +270,7 @@ class Weights::Loader {
                                                     static_cast<int>(info.ne.size()), info.ne.data());
         ggml_set_name(tensor, info.name.c_str());
         if (on_device) {
+            if (is_expert_tensor(info.name) && backend_.repacks(tensor)) mark_repacked(tensor);
             uploads_.emplace_back(tensor, &info);
         } else if (ggml_backend_buffer_t buffer = mapped_[info.part]) {
             ggml_backend_tensor_alloc(buffer, tensor, const_cast<uint8_t*>(file_.tensor_data(info)));
@@ -281,6 +305,7 @@ class Weights::Loader {
     std::map<std::string, bool> used_;
     std::map<std::string, ggml_tensor*> views_;  // by name, into concatenated matrices
     std::vector<ggml_bf16_t> widened_;
+    std::vector<uint8_t> repacked_;
 };
 
 namespace {

@@ -63,6 +63,8 @@ SideStream* side_stream_of(const ggml_backend_cuda_context* ctx) {
     return user == users.end() ? nullptr : user->second;
 }
 
+bool repacks_experts(const void*, const ggml_tensor*) { return false; }
+
 void compute_in_turn(void* kernels, bool in_turn) { static_cast<SideStream*>(kernels)->set_in_turn(in_turn); }
 
 std::shared_ptr<void> use_own_kernels(ggml_backend_t backend, bool wherever_possible) {
