@@ -60,6 +60,7 @@ __device__ __forceinline__ uint32_t order_of(float x) {
 // A lane has kPerLane neighbouring scores, so that the lowest of the lanes with the largest has the first.
 template <int kPerLane>
 __global__ void __launch_bounds__(kTopKWarps* kWarpLanes) top_k_rows(TopKArguments a) {
+    await_previous_kernel();
     const int32_t token = static_cast<int32_t>(blockIdx.x) * kTopKWarps + warp_of_thread();
     if (token >= a.n_tokens) return;
     const float* scores = a.scores + token * a.score_stride;
@@ -139,6 +140,7 @@ __device__ __forceinline__ JoinMemory& join_memory() {
 
 template <bool is_aligned>
 __global__ void __launch_bounds__(RowOfBlock::kBlockThreads, 2) join_rows(JoinArguments a) {
+    await_previous_kernel();
     using Row = RowOfBlock;
     constexpr int kKept = Row::kKept;
     constexpr int kAtATime = 4;  // experts whose rows are read before any is added

@@ -65,6 +65,7 @@ namespace {  // kernels
 
 template <typename Row, int n_norms, bool is_aligned>
 __global__ void __launch_bounds__(Row::kBlockThreads) norm_rows(NormArguments a) {
+    await_previous_kernel();
     const int32_t row = Row::row();
     if (row >= a.n_rows) return;
     const int32_t i1 = row % a.n1, i2 = row / a.n1;
@@ -122,6 +123,7 @@ __device__ __forceinline__ Halves load_halves(const float* row, int32_t at, int3
 
 template <bool is_aligned>
 __global__ void __launch_bounds__(RowOfWarp::kBlockThreads) rotate_normed_rows(RotateNormedArguments a) {
+    await_previous_kernel();
     using Row = RowOfWarp;
     constexpr int kKept = Row::kKept / 2;
     const int32_t row = Row::row();
@@ -176,6 +178,7 @@ __global__ void __launch_bounds__(RowOfWarp::kBlockThreads) rotate_normed_rows(R
 
 template <typename Row, bool is_aligned>
 __global__ void __launch_bounds__(Row::kBlockThreads) add_normed_rows(AddNormedArguments a) {
+    await_previous_kernel();
     const int32_t token = Row::row();
     if (token >= a.n_tokens) return;
     const float *x = a.x + token * a.x_stride, *branch = a.branch + token * a.branch_stride;
@@ -215,6 +218,7 @@ constexpr int kGeluThreads = 256;
 
 template <bool is_aligned>
 __global__ void __launch_bounds__(kGeluThreads) gated_gelu_rows(GatedGeluArguments a) {
+    await_previous_kernel();
     const auto n_fours = static_cast<uint32_t>(a.n + 3) / 4;
     const uint32_t four = blockIdx.x * kGeluThreads + threadIdx.x;
     const auto row = static_cast<int32_t>(four / n_fours);

@@ -44,11 +44,16 @@ int32_t n_rows(const ggml_tensor* t) { return static_cast<int32_t>(ggml_nrows(t)
 
 struct Launch {
     cudaStream_t stream;
+    bool overlaps = true;  // may begin before the kernel before it has finished
 
     template <typename Kernel, typename Arguments>
     void operator()(Kernel kernel, unsigned n_blocks, unsigned n_threads, const Arguments& arguments) const {
-        kernel<<<n_blocks, n_threads, 0, stream>>>(arguments);
-        CUDA_CHECK(cudaGetLastError());
+        if (overlaps) {
+            ggml_cuda_kernel_launch(kernel, {dim3(n_blocks), dim3(n_threads), size_t{0}, stream}, arguments);
+        } else {
+            kernel<<<n_blocks, n_threads, 0, stream>>>(arguments);
+            CUDA_CHECK(cudaGetLastError());
+        }
     }
 };
 
@@ -109,7 +114,7 @@ bool mlp_beside(ggml_backend_cuda_context* ctx, const ggml_tensor* node) {
     if (!ctx) return true;
     SideStream& side = *side_stream_of(ctx);
     side.fork(ctx->stream());
-    const Launch launch = {side.stream()};
+    const Launch launch = {side.stream(), false};
     const int32_t d = size(x, 0), n = size(x, 1), n_ff = size(down, 0);
     const MlpScratch at = mlp_scratch(d, n_ff, n);
     char* data = static_cast<char*>(node->data);
@@ -170,7 +175,7 @@ bool join_branches(const Launch* launch, const ggml_tensor* node) {
 }  // namespace
 
 bool compute_custom_node(ggml_backend_cuda_context* ctx, ggml_tensor* node) {
-    const Launch on_stream = {ctx ? ctx->stream() : nullptr};
+    Launch on_stream = {ctx ? ctx->stream() : nullptr};
     const Launch* launch = ctx ? &on_stream : nullptr;
     if (is_top_k(node)) return top_k(launch, node);
     if (expert_node_of(node) != ExpertNode::none) return compute_expert_node(ctx, node);
@@ -188,6 +193,8 @@ bool compute_custom_node(ggml_backend_cuda_context* ctx, ggml_tensor* node) {
         case FusedOp::gated_gelu:
             return gated_gelu(launch, node);
         case FusedOp::join_branches:
+            // It waits for another stream too, not only for the kernel before it.
+            on_stream.overlaps = false;
             if (ctx) side_stream_of(ctx)->join(ctx->stream());
             return join_branches(launch, node);
         case FusedOp::none:

@@ -20,6 +20,15 @@ namespace pydiffusion::cuda {
 #define PD_CAPABILITY_8(...) asm volatile(__VA_ARGS__)
 #endif
 
+// First in a kernel that may be launched before the one before it in its stream has finished (programmatic
+// dependent launch): waits for it, and lets the next one begin to wait.
+__device__ __forceinline__ void await_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // The block's dynamic shared memory.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
     extern __shared__ __align__(128) unsigned char memory[];

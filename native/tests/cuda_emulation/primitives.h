@@ -9,6 +9,8 @@
 
 namespace pydiffusion::cuda {
 
+inline void await_previous_kernel() {}
+
 inline unsigned char* dynamic_shared() { return emulation::block_shared_memory(); }
 
 // The bytes arrive as late as they may, in copy_async_wait; until then the target is 0xff (NaN).
