@@ -9,7 +9,7 @@ namespace testing {
 
 namespace {
 
-// Where byte `at` of a row's chunk of n_blocks blocks lies in its piece, as the header says it; `row` of the group.
+// Where byte `at` of a row's chunk of n_blocks blocks is in its piece, as the header says it; `row` of the group.
 int64_t place_of(ggml_type type, int64_t row, int64_t at, int64_t n_blocks) {
     const int64_t quarter = row / 16, g = row % 8, high = row / 8 % 2;
     // A byte of a line: `fragment` of n, the line's number for row g (row g + 8: + n_lines).

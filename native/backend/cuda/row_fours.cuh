@@ -1,4 +1,4 @@
-// What the kernels of a layer's rows share: rows in memory, four neighbours of a row at a time, and sums over
+// Shared by the kernels of a layer's rows: rows in memory, four neighbours of a row at a time, and sums over
 // the threads of a row in a fixed order.
 #pragma once
 
