@@ -96,16 +96,16 @@ ggml_tensor* attention(GraphBuilder& g, int32_t i_layer, ggml_tensor* x, const C
     // Else x is copied to another device both before and after the norm.
     if (!g.fuses_rows()) g.pin_to_device_of(w.attn_norm, h->src[0]);
     const Heads heads = project(g, i_layer, h, true);
-    store(g, i_layer, heads);
 
     std::vector<ggml_tensor*> outputs;
     int64_t first = 0;
     for (size_t i = 0; i < g.sequences.size(); ++i) {
-        const int64_t n_tokens = g.sequences[i].n_tokens;
-        ggml_tensor* q_i =
-            g.norm_and_rope(view_tokens(g, heads.q, first, n_tokens), w.attn_q_norm, i_layer, first);
-        outputs.push_back(attend_sequence(g, i, i_layer, q_i, causal));
-        first += n_tokens;
+        const int64_t n = g.sequences[i].n_tokens;
+        ggml_tensor* q = g.rotate_and_store(
+            view_tokens(g, heads.q, first, n), view_tokens(g, heads.k, first, n),
+            view_tokens(g, heads.v, first, n), i_layer, first, g.sequences[i].cache->range(i_layer));
+        outputs.push_back(attend_sequence(g, i, i_layer, q, causal));
+        first += n;
     }
     return g.matmul->apply(w.attn_output, g.concat_tokens(outputs));
 }

@@ -95,14 +95,34 @@ ggml_tensor* GraphBuilder::angles(int64_t head_dim, int32_t i_layer, int64_t fir
     return ggml_view_2d(ctx(), all, head_dim, n, all->nb[1], first * all->nb[1]);
 }
 
+ggml_tensor* GraphBuilder::cache_heads(ggml_tensor* cache, int64_t head_dim, int64_t first, int64_t n) const {
+    return ggml_view_3d(ctx(), cache, head_dim, cache->ne[0] / head_dim, n,
+                        ggml_row_size(cache->type, head_dim), cache->nb[1], first * cache->nb[1]);
+}
+
+ggml_tensor* GraphBuilder::rotate_and_store(ggml_tensor* q, ggml_tensor* k, ggml_tensor* v, int32_t i_layer,
+                                            int64_t first, const KvRange& range) {
+    const LayerWeights& w = model.weights.layers[i_layer];
+    const int64_t head_dim = q->ne[0], n = q->ne[2];
+    if (uses_ggml_ops() && fuses_rows() && !ggml_is_quantized(range.k->type)) {
+        const CacheRows rows = {k, w.attn_k_norm, v, cache_heads(range.k, head_dim, range.write, n),
+                                cache_heads(range.v, head_dim, range.write, n)};
+        ggml_tensor* own = angles(head_dim, i_layer, first, n);
+        q = pydiffusion::rotate_and_store(ctx(), q, w.attn_q_norm, own, rows, &model.hparams.rms_eps);
+        ggml_build_forward_expand(graph, q);  // before whatever reads the cache
+        return q;
+    }
+    store_normed(k, w.attn_k_norm, i_layer, first, range.k, range.write);
+    store_normed(v, nullptr, i_layer, first, range.v, range.write);
+    return norm_and_rope(q, w.attn_q_norm, i_layer, first);
+}
+
 void GraphBuilder::store_normed(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer, int64_t first,
                                 ggml_tensor* cache, int64_t row) {
     const int64_t head_dim = x->ne[0], n = x->ne[2];
     ggml_tensor* stored;
     if (uses_ggml_ops() && fuses_rows() && !ggml_is_quantized(cache->type)) {
-        ggml_tensor* target =
-            ggml_view_3d(ctx(), cache, head_dim, x->ne[1], n, ggml_row_size(cache->type, head_dim),
-                         cache->nb[1], row * cache->nb[1]);
+        ggml_tensor* target = cache_heads(cache, head_dim, row, n);
         ggml_tensor* own = weight ? angles(head_dim, i_layer, first, n) : nullptr;
         stored = pydiffusion::store_normed(ctx(), x, weight, own, &model.hparams.rms_eps, target);
     } else {

@@ -84,6 +84,9 @@ struct GraphBuilder {
     // Writes rms_norm(x), with a weight norm_and_rope(x, weight), to rows of a cache from `row` on.
     void store_normed(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer, int64_t first, ggml_tensor* cache,
                       int64_t row);
+    // Both for Q, K and V of a sequence at once; returns Q. K and V go to the rows that the range says.
+    ggml_tensor* rotate_and_store(ggml_tensor* q, ggml_tensor* k, ggml_tensor* v, int32_t i_layer,
+                                  int64_t first, const KvRange& range);
     // MLP of rms_norm(x, norm); gate_up is null, or gate and up concatenated. beside_experts: as
     // mlp_beside() if the device can.
     ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* norm, ggml_tensor* gate, ggml_tensor* up,
@@ -106,6 +109,8 @@ struct GraphBuilder {
     };
     // Those of n tokens of the graph from `first` on.
     ggml_tensor* angles(int64_t head_dim, int32_t i_layer, int64_t first, int64_t n);
+    // View of n rows of a cache as heads.
+    ggml_tensor* cache_heads(ggml_tensor* cache, int64_t head_dim, int64_t first, int64_t n) const;
 
     // Graphs of ggml ops: I32 [n_tokens] for the CPU, then each device; null until a layer needs it.
     std::vector<ggml_tensor*> positions_;

@@ -1,4 +1,4 @@
-// Shared by the tests of a layer's kernels share: rows in memory, launches by the emulation, and how close results
+// Shared by the tests of a layer's kernels: rows in memory, launches by the emulation, and how close results
 // must be.
 #pragma once
 

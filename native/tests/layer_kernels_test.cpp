@@ -179,7 +179,7 @@ void rotate(Input& x, const OutputRows& out, const float* weight, Input& angles,
             Order order = Order::random) {
     const Layout& l = x.layout;
     launch_rotate_normed_rows(
-        {x.rows(), out, weight, angles.data(), angles.layout.stride1, l.n, l.n1, l.n2, kEps},
+        {{{x.rows(), out, weight, l.n1, true}}, 1, angles.data(), angles.layout.stride1, l.n, l.n2, kEps},
         launch_in(order));
 }
 
@@ -218,6 +218,34 @@ TEST_CASE("rotate_normed_rows: heads of every length, layout and type") {
             check_rotated(plain, x, nullptr, angles);
             ++i_layout;
         }
+    }
+}
+
+TEST_CASE("rotate_normed_rows: three kinds of heads at a time, one of them not rotated") {
+    for (const int32_t head_dim : {16, 100, 512, 1000}) {
+        if (kDetectsRaces && head_dim != 100) continue;
+        CAPTURE(head_dim);
+        const std::vector<float> q_weight = random_values(head_dim, 2), k_weight = random_values(head_dim, 3);
+        Input angles(matrix_layout(head_dim, 2, head_dim), angle_values(head_dim, 2));
+        Input q(layouts(head_dim, 4, 2)[1], 1), k(layouts(head_dim, 2, 2)[0], 4);
+        Output q_out(layouts(head_dim, 4, 2)[0]), k_out(layouts(head_dim, 2, 2)[0], FloatType::f16),
+            v_out(layouts(head_dim, 2, 2)[1], FloatType::f16);
+        launch_rotate_normed_rows({{{q.rows(), q_out.rows(), q_weight.data(), 4, true},
+                                    {k.rows(), k_out.rows(), k_weight.data(), 2, true},
+                                    {k.rows(), v_out.rows(), nullptr, 2, false}},
+                                   3,
+                                   angles.data(),
+                                   angles.layout.stride1,
+                                   head_dim,
+                                   2,
+                                   kEps},
+                                  launch_in(Order::random));
+        check_rotated(q_out, q, q_weight.data(), angles);
+        check_rotated(k_out, k, k_weight.data(), angles);
+        check_output(v_out, [&](int32_t row, int32_t i) {
+            const double value = k.row(row)[i] * exact_scale(k.row(row), head_dim);
+            return Exact{value, std::fabs(value)};
+        });
     }
 }
 

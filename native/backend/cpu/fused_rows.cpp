@@ -143,6 +143,32 @@ void rows_op(ggml_tensor* dst, int ith, int nth, void*) {
     });
 }
 
+// Sources: Q, its weight, the angles, K, its weight, V, the views for K and V.
+void rotate_and_store_op(ggml_tensor* dst, int ith, int nth, void*) {
+    static thread_local std::vector<float> values;
+    const ggml_tensor* const* src = dst->src;
+    const int64_t n = dst->ne[0];
+    const float eps = eps_of(dst);
+    values.resize(n);
+    const auto write = [&](const ggml_tensor* x, const float* weight, const ggml_tensor* target, int64_t head,
+                           int64_t t) {
+        float* out = target->type == GGML_TYPE_F32 ? row(target, head, t) : values.data();
+        if (weight) {
+            rotate_normed_row(out, row(x, head, t), weight, row(src[2], t), n, eps);
+        } else {
+            norm_row(out, row(x, head, t), nullptr, n, eps);
+        }
+        if (target->type != GGML_TYPE_F32) convert_row(out, target->type, row(target, head, t), n);
+    };
+    for_range(dst->ne[2], ith, nth, [&](int64_t t) {
+        for (int64_t head = 0; head < dst->ne[1]; ++head) write(src[0], vector_of(src[1]), dst, head, t);
+        for (int64_t head = 0; head < src[3]->ne[1]; ++head) {
+            write(src[3], vector_of(src[4]), src[6], head, t);
+            write(src[5], nullptr, src[7], head, t);
+        }
+    });
+}
+
 // --- residual additions ---
 
 void add_normed_op(ggml_tensor* dst, int ith, int nth, void*) {
@@ -234,6 +260,7 @@ FusedOp fused_op_of(const ggml_tensor* node) {
     if (op == rows_op<compute_norm_row>) return FusedOp::rms_norm;
     if (op == rows_op<compute_rotated_row>) return FusedOp::rotate_normed;
     if (op == rows_op<compute_stored_row>) return FusedOp::store_normed;
+    if (op == rotate_and_store_op) return FusedOp::rotate_and_store;
     if (op == add_normed_op) return FusedOp::add_normed;
     return op == join_branches_op ? FusedOp::join_branches : FusedOp::none;
 }
@@ -275,6 +302,13 @@ ggml_tensor* rotate_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weigh
                            const float* eps) {
     ggml_tensor* sources[] = {x, weight, angles};
     return new_node(ctx, x, sources, 3, rows_op<compute_rotated_row>, eps, kRotateNormed);
+}
+
+ggml_tensor* rotate_and_store(ggml_context* ctx, ggml_tensor* q, ggml_tensor* q_weight, ggml_tensor* angles,
+                              const CacheRows& rows, const float* eps) {
+    ggml_tensor* sources[] = {q,      q_weight,      angles,       rows.k, rows.k_weight,
+                              rows.v, rows.k_target, rows.v_target};
+    return new_node(ctx, q, sources, 8, rotate_and_store_op, eps, "rotate_and_store");
 }
 
 ggml_tensor* stack_tokens(ggml_context* ctx, std::vector<ggml_tensor*> parts) {

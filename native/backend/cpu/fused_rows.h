@@ -51,8 +51,26 @@ ggml_tensor* rotate_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weigh
 ggml_tensor* store_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,
                           const float* eps, ggml_tensor* target);
 
+// rotate_normed(q) and, as store_normed() does, K and V of the same tokens to a cache, in one node. The
+// result is Q, and what reads the cache must depend on it.
+struct CacheRows {
+    ggml_tensor *k, *k_weight, *v;     // [head_dim, n_heads, n_tokens], [head_dim]; V may be K
+    ggml_tensor *k_target, *v_target;  // views of the cache
+};
+ggml_tensor* rotate_and_store(ggml_context* ctx, ggml_tensor* q, ggml_tensor* q_weight, ggml_tensor* angles,
+                              const CacheRows& rows, const float* eps);
+
 // Which of these ops a node is.
-enum class FusedOp { none, gated_gelu, rms_norm, add_normed, join_branches, rotate_normed, store_normed };
+enum class FusedOp {
+    none,
+    gated_gelu,
+    rms_norm,
+    add_normed,
+    join_branches,
+    rotate_normed,
+    store_normed,
+    rotate_and_store
+};
 FusedOp fused_op_of(const ggml_tensor* node);
 float eps_of(const ggml_tensor* node);                  // of norms
 const ggml_tensor* layer_scale_of(const ggml_tensor*);  // of join_branches, whose other operands are sources

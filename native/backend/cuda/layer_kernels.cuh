@@ -29,16 +29,28 @@ struct NormArguments {
 };
 
 // rotate_normed: rms_norm(x, weight), then RoPE: rotates elements i and i + head_dim / 2 of a head by an
-// angle whose cosine is angles[i] and whose sine is angles[i + head_dim / 2].
+// angle whose cosine is angles[i] and whose sine is angles[i + head_dim / 2]. Of up to three kinds of heads
+// at a time, as rotate_and_store has them.
 struct RotateNormedArguments {
-    InputRows x;           // [head_dim, n_heads, n_tokens]
-    OutputRows out;        // shaped as x; may be x if of float32
-    const float* weight;   // [head_dim], or null: ones
+    struct Heads {
+        InputRows x;          // [head_dim, n_heads, n_tokens]
+        OutputRows out;       // shaped as x; may be x if of float32
+        const float* weight;  // [head_dim], or null: ones
+        int32_t n_heads;
+        bool is_rotated;
+    } heads[3];
+    int32_t n_kinds;
     const float* angles;   // [head_dim, n_tokens]
     int64_t angle_stride;  // of tokens
     int32_t head_dim;      // even
-    int32_t n_heads, n_tokens;
+    int32_t n_tokens;
     float eps;
+
+    __host__ __device__ int32_t n_heads() const {
+        int32_t sum = 0;
+        for (int i = 0; i < n_kinds; ++i) sum += heads[i].n_heads;
+        return sum;
+    }
 };
 
 // add_normed: out = x + rms_norm(branch, weight)
@@ -126,15 +138,28 @@ __global__ void __launch_bounds__(RowOfWarp::kBlockThreads) rotate_normed_rows(R
     await_previous_kernel();
     using Row = RowOfWarp;
     constexpr int kKept = Row::kKept / 2;
-    const int32_t row = Row::row();
-    if (row >= a.n_heads * a.n_tokens) return;
-    const int32_t head = row % a.n_heads, token = row / a.n_heads, half = a.head_dim / 2;
-    const float *x = begin_of(a.x, head, token), *angles = a.angles + token * a.angle_stride;
-    const OutputRow out = begin_of(a.out, head, token);
+    const int32_t row = Row::row(), n_heads = a.n_heads();
+    if (row >= n_heads * a.n_tokens) return;
+    const int32_t token = row / n_heads, half = a.head_dim / 2;
+    int32_t head = row % n_heads;
+    RotateNormedArguments::Heads own = a.heads[0];
+#pragma unroll
+    for (int kind = 1; kind < 3; ++kind) {
+        if (kind < a.n_kinds && head >= own.n_heads) {
+            head -= own.n_heads;
+            own = a.heads[kind];
+        }
+    }
+    const float *x = begin_of(own.x, head, token), *angles = a.angles + token * a.angle_stride;
+    const OutputRow out = begin_of(own.out, head, token);
     const OutputRow out_high = {out.data + half * (out.type == FloatType::f32 ? 4 : 2), out.type};
     const auto load_weights = [&](int32_t at) {
-        return Halves{load_weight<is_aligned>(a.weight, at, half),
-                      load_weight<is_aligned>(a.weight ? a.weight + half : nullptr, at, half)};
+        return Halves{load_weight<is_aligned>(own.weight, at, half),
+                      load_weight<is_aligned>(own.weight ? own.weight + half : nullptr, at, half)};
+    };
+    const auto load_angles = [&](int32_t at) {
+        if (own.is_rotated) return load_halves<is_aligned>(angles, at, half);
+        return Halves{{{1.0f, 1.0f, 1.0f, 1.0f}}, {}};
     };
     Halves kept[kKept], weights[kKept], rotations[kKept];
 #pragma unroll
@@ -142,7 +167,7 @@ __global__ void __launch_bounds__(RowOfWarp::kBlockThreads) rotate_normed_rows(R
         const int32_t at = four_of_thread<Row>(i);
         kept[i] = load_halves<is_aligned>(x, at, half);
         weights[i] = load_weights(at);
-        rotations[i] = load_halves<is_aligned>(angles, at, half);
+        rotations[i] = load_angles(at);
     }
     float sum = 0.0f;
 #pragma unroll
@@ -161,8 +186,8 @@ __global__ void __launch_bounds__(RowOfWarp::kBlockThreads) rotate_normed_rows(R
             const float low = from.low.v[i] * scale * weight.low.v[i];
             const float high = from.high.v[i] * scale * weight.high.v[i];
             const float cosine = rotation.low.v[i], sine = rotation.high.v[i];
-            to.low.v[i] = low * cosine - high * sine;
-            to.high.v[i] = low * sine + high * cosine;
+            to.low.v[i] = own.is_rotated ? low * cosine - high * sine : low;
+            to.high.v[i] = own.is_rotated ? low * sine + high * cosine : high;
         }
         store_four<is_aligned>(out, at, half, to.low);
         store_four<is_aligned>(out_high, at, half, to.high);
@@ -170,8 +195,7 @@ __global__ void __launch_bounds__(RowOfWarp::kBlockThreads) rotate_normed_rows(R
 #pragma unroll
     for (int i = 0; i < kKept; ++i) rotate(four_of_thread<Row>(i), kept[i], weights[i], rotations[i]);
     for (int32_t at = rest; at < half; at += step)
-        rotate(at, load_halves<is_aligned>(x, at, half), load_weights(at),
-               load_halves<is_aligned>(angles, at, half));
+        rotate(at, load_halves<is_aligned>(x, at, half), load_weights(at), load_angles(at));
 }
 
 // --- residual ---
@@ -272,10 +296,14 @@ void launch_norm_rows(const NormArguments& a, const Launch& launch) {
 
 template <typename Launch>
 void launch_rotate_normed_rows(const RotateNormedArguments& a, const Launch& launch) {
-    const int64_t n_rows = int64_t{a.n_heads} * a.n_tokens;
+    const int64_t n_rows = int64_t{a.n_heads()} * a.n_tokens;
     if (n_rows == 0) return;
-    const bool is_aligned = a.head_dim % 8 == 0 && begins_at_four(a.x) && begins_at_four(a.out) &&
-                            begins_at_four(a.weight) && begins_at_four(a.angles, a.angle_stride);
+    bool is_aligned = a.head_dim % 8 == 0 && begins_at_four(a.angles, a.angle_stride);
+    for (int i = 0; i < a.n_kinds; ++i) {
+        const RotateNormedArguments::Heads& heads = a.heads[i];
+        is_aligned = is_aligned && begins_at_four(heads.x) && begins_at_four(heads.out) &&
+                     begins_at_four(heads.weight);
+    }
     const auto kernel = is_aligned ? rotate_normed_rows<true> : rotate_normed_rows<false>;
     launch(kernel, row_blocks<RowOfWarp>(n_rows), RowOfWarp::kBlockThreads, a);
 }

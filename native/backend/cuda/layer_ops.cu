@@ -63,13 +63,39 @@ bool norm(const Launch* launch, const ggml_tensor* x, const ggml_tensor* weight,
     if (!has_float_rows(x) || !has_rows(out) || (angles && x->ne[0] % 2)) return false;
     if (!launch) return true;
     if (angles) {
-        launch_rotate_normed_rows({input(x), output(out), floats(weight), floats(angles), stride(angles, 1),
-                                   size(x, 0), size(x, 1), size(x, 2), eps},
+        launch_rotate_normed_rows({{{input(x), output(out), floats(weight), size(x, 1), true}},
+                                   1,
+                                   floats(angles),
+                                   stride(angles, 1),
+                                   size(x, 0),
+                                   size(x, 2),
+                                   eps},
                                   *launch);
     } else {
         launch_norm_rows(
             {input(x), size(x, 0), size(x, 1), n_rows(x), 1, eps, {{output(out), floats(weight)}}}, *launch);
     }
+    return true;
+}
+
+// Sources as rotate_and_store() has them.
+bool rotate_and_store(const Launch* launch, const ggml_tensor* node) {
+    const ggml_tensor* const* src = node->src;
+    const ggml_tensor *q = src[0], *angles = src[2], *k = src[3], *v = src[5];
+    if (!has_float_rows(q) || !has_float_rows(k) || !has_float_rows(v) || !has_rows(src[6]) ||
+        !has_rows(src[7]) || q->ne[0] % 2)
+        return false;
+    if (!launch) return true;
+    launch_rotate_normed_rows({{{input(q), output(node), floats(src[1]), size(q, 1), true},
+                                {input(k), output(src[6]), floats(src[4]), size(k, 1), true},
+                                {input(v), output(src[7]), nullptr, size(v, 1), false}},
+                               3,
+                               floats(angles),
+                               stride(angles, 1),
+                               size(q, 0),
+                               size(q, 2),
+                               eps_of(node)},
+                              *launch);
     return true;
 }
 
@@ -188,6 +214,8 @@ bool compute_custom_node(ggml_backend_cuda_context* ctx, ggml_tensor* node) {
             return norm(launch, src[0], src[1], src[2], eps_of(node), node);
         case FusedOp::store_normed:  // the first source is the view that it writes to
             return norm(launch, src[1], src[2], src[3], eps_of(node), node);
+        case FusedOp::rotate_and_store:
+            return rotate_and_store(launch, node);
         case FusedOp::add_normed:
             return add_normed(launch, node);
         case FusedOp::gated_gelu:
