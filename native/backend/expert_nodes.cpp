@@ -39,6 +39,8 @@ int64_t n_expert_of(const ggml_tensor* node) {
     return static_cast<int64_t>(reinterpret_cast<intptr_t>(parameters_of(node).userdata));
 }
 
+bool is_for_repacked(const ggml_tensor* node) { return parameters_of(node).userdata != nullptr; }
+
 ExpertNode expert_node_of(const ggml_tensor* node) {
     if (node->op != GGML_OP_CUSTOM) return ExpertNode::none;
     const ggml_custom_op_params parameters = parameters_of(node);
@@ -49,8 +51,8 @@ ExpertNode expert_node_of(const ggml_tensor* node) {
     return parameters.fun == only_on_devices<ExpertNode::multiply> ? ExpertNode::multiply : ExpertNode::none;
 }
 
-ggml_tensor* ExpertMatmuls::packed(ggml_tensor* x) {
-    ggml_tensor*& packed = packed_[x];
+ggml_tensor* ExpertMatmuls::packed(ggml_tensor* x, bool for_repacked) {
+    ggml_tensor*& packed = packed_[{x, for_repacked}];
     if (packed) return packed;
     const int64_t n_rows = ggml_nrows(x);
     const std::vector<int64_t> ne = {
@@ -59,13 +61,13 @@ ggml_tensor* ExpertMatmuls::packed(ggml_tensor* x) {
         x->op == GGML_OP_RESHAPE ? x->src[0] : x;  // each row is that of the same number
     if (fused_op_of(made) == FusedOp::rms_norm && made->src[1]) {
         packed = new_node<ExpertNode::pack_normed>(ctx_, GGML_TYPE_I8, ne, {made->src[0], made->src[1]},
-                                                   "pack_normed");
+                                                   "pack_normed", for_repacked);
         packed->extra = made->extra;  // epsilon
     } else if (fused_op_of(made) == FusedOp::gated_gelu) {
         packed = new_node<ExpertNode::pack_gated>(ctx_, GGML_TYPE_I8, ne, {made->src[0], made->src[1]},
-                                                  "pack_gated");
+                                                  "pack_gated", for_repacked);
     } else {
-        packed = new_node<ExpertNode::pack>(ctx_, GGML_TYPE_I8, ne, {x}, "pack");
+        packed = new_node<ExpertNode::pack>(ctx_, GGML_TYPE_I8, ne, {x}, "pack", for_repacked);
     }
     return packed;
 }
@@ -86,7 +88,7 @@ ggml_tensor* ExpertMatmuls::apply(ggml_tensor* weights, ggml_tensor* x, ggml_ten
                     format("an expert matmul of %lld tokens is too large for the kernels of %s",
                            static_cast<long long>(experts->ne[1]), backend_.name()));
     }
-    ggml_tensor* packed_x = packed(x);
+    ggml_tensor* packed_x = packed(x, is_repacked(weights));
     return new_node<ExpertNode::multiply>(
         ctx_, GGML_TYPE_F32, {weights->ne[1], experts->ne[0], experts->ne[1]},
         {weights, packed_x, grouped(experts, weights->ne[2]), experts}, "device_expert_matmul");

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <map>
+#include <utility>
 
 #include "backend/backend.h"
 #include "ggml.h"
@@ -20,17 +21,19 @@ class ExpertMatmuls {
     ggml_tensor* apply(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* experts);
 
   private:
-    ggml_tensor* packed(ggml_tensor* x);
+    ggml_tensor* packed(ggml_tensor* x, bool for_repacked);
     ggml_tensor* grouped(ggml_tensor* experts, int64_t n_expert);
 
     ggml_context* ctx_;
     const Backend& backend_;
-    std::map<const ggml_tensor*, ggml_tensor*> packed_, grouped_;
+    std::map<std::pair<const ggml_tensor*, bool>, ggml_tensor*> packed_;
+    std::map<const ggml_tensor*, ggml_tensor*> grouped_;
 };
 
 enum class ExpertNode { none, pack, pack_normed, pack_gated, group, multiply };
 ExpertNode expert_node_of(const ggml_tensor* node);
-int64_t n_expert_of(const ggml_tensor* node);  // of a group node
+int64_t n_expert_of(const ggml_tensor* node);   // of a group node
+bool is_for_repacked(const ggml_tensor* node);  // of a pack node: in the order for repacked weights
 
 // Packed activations: per row n_chunks chunks of kPackedChunkBytes, each for kPackedChunk values; then one
 // float per row, by which it is to be multiplied.

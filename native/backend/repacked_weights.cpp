@@ -26,7 +26,8 @@ inline void transpose(const uint8_t* a, const uint8_t* b, const uint8_t* c, cons
 // Each repacks a piece: `chunk` is the first row's, rows are row_bytes apart.
 void repack_q4(const uint8_t* chunk, int64_t row_bytes, uint8_t* out) {
     uint8_t* heads = out + kRepackedRows * 128;
-    for (int64_t row = 0; row < kRepackedRows; ++row) std::memcpy(heads + 16 * row, chunk + row * row_bytes, 16);
+    for (int64_t row = 0; row < kRepackedRows; ++row)
+        std::memcpy(heads + 16 * row, chunk + row * row_bytes, 16);
     for (int64_t first = 0; first < kRepackedRows; first += 16, out += 4 * 512) {
         for (int64_t g = 0; g < 8; ++g) {
             const uint8_t* low = chunk + (first + g) * row_bytes + 16;

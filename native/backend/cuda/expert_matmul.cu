@@ -6,6 +6,7 @@
 #include "backend/cuda/own_kernels.cuh"
 #include "backend/expert_nodes.h"
 #include "backend/own_kernels.h"
+#include "backend/repacked_weights.h"
 
 namespace pydiffusion {
 
@@ -122,6 +123,7 @@ bool can_run_expert_matmuls(int device, int n_blocks) {
 }
 
 bool can_multiply_experts(const ggml_tensor* weights, const ggml_tensor* experts) {
+    if (is_repacked(weights)) return fits_repacked(weights, ggml_nelements(experts));
     if (experts->ne[1] < kMinTokens || !ggml_is_contiguous(weights) || weights->ne[3] != 1) return false;
     switch (weights->type) {
         case GGML_TYPE_Q4_K:
@@ -160,6 +162,10 @@ bool compute_expert_node(ggml_backend_cuda_context* ctx, const ggml_tensor* node
             group(stream, node);
             return true;
         case ExpertNode::multiply:
+            if (is_repacked(src[0])) {
+                multiply_repacked(stream, node);
+                return true;
+            }
             switch (src[0]->type) {
                 case GGML_TYPE_Q4_K:
                     multiply<Q4K>(stream, node);

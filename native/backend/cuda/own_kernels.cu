@@ -3,6 +3,7 @@
 
 #include "backend/cuda/own_kernels.cuh"
 #include "backend/own_kernels.h"
+#include "backend/repacked_weights.h"
 #include "ggml-backend-impl.h"
 
 namespace pydiffusion {
@@ -12,6 +13,9 @@ namespace {
 // With fewer blocks on a multiprocessor, as with 100 KB of shared memory, the speed of expert matmuls has not
 // been measured.
 constexpr int kMinBlocks = 2;
+
+// Of an expert matmul that the program may ask for: 8 experts of 4,096 tokens.
+constexpr int64_t kMaxSlots = 32768;
 
 std::mutex users_mutex;
 std::map<const ggml_backend_cuda_context*, SideStream*> users;
@@ -26,7 +30,7 @@ int compute_capability(ggml_backend_dev_t gpu) {
     return 0;
 }
 
-SideStream::SideStream() {
+SideStream::SideStream(bool repacks_experts) : repacks_experts_(repacks_experts) {
     CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
     CUDA_CHECK(cudaEventCreateWithFlags(&begin_, cudaEventDisableTiming));
     CUDA_CHECK(cudaEventCreateWithFlags(&end_, cudaEventDisableTiming));
@@ -63,7 +67,10 @@ SideStream* side_stream_of(const ggml_backend_cuda_context* ctx) {
     return user == users.end() ? nullptr : user->second;
 }
 
-bool repacks_experts(const void*, const ggml_tensor*) { return false; }
+bool repacks_experts(const void* kernels, const ggml_tensor* weights) {
+    return static_cast<const SideStream*>(kernels)->repacks_experts() &&
+           can_repack(weights->type, weights->ne[1], weights->ne[0]) && fits_repacked(weights, kMaxSlots);
+}
 
 void compute_in_turn(void* kernels, bool in_turn) { static_cast<SideStream*>(kernels)->set_in_turn(in_turn); }
 
@@ -72,14 +79,15 @@ std::shared_ptr<void> use_own_kernels(ggml_backend_t backend, bool wherever_poss
     ggml_cuda_set_device(ctx->device);
     if (!can_run_expert_matmuls(ctx->device, wherever_possible ? 1 : kMinBlocks)) return nullptr;
     ggml_cuda_custom_hook = compute_custom_node;  // only graphs that want them have such nodes
-    const std::shared_ptr<SideStream> side(new SideStream, [ctx](SideStream* gone) {
-        {
-            const std::lock_guard<std::mutex> lock(users_mutex);
-            users.erase(ctx);
-        }
-        ggml_cuda_set_device(ctx->device);
-        delete gone;
-    });
+    const std::shared_ptr<SideStream> side(new SideStream(can_run_repacked_matmuls(ctx->device)),
+                                           [ctx](SideStream* gone) {
+                                               {
+                                                   const std::lock_guard<std::mutex> lock(users_mutex);
+                                                   users.erase(ctx);
+                                               }
+                                               ggml_cuda_set_device(ctx->device);
+                                               delete gone;
+                                           });
     const std::lock_guard<std::mutex> lock(users_mutex);
     users[ctx] = side.get();
     return side;

@@ -13,6 +13,12 @@ namespace pydiffusion {
 // Whether the device has code of the expert matmuls and room for so many of their blocks on a multiprocessor.
 bool can_run_expert_matmuls(int device, int n_blocks);
 
+// The same on repacked weights (repacked_weights.h): whether the device has the code, whether the sizes fit,
+// and the launch of a node whose weights they are.
+bool can_run_repacked_matmuls(int device);
+bool fits_repacked(const ggml_tensor* weights, int64_t n_slots);
+void multiply_repacked(cudaStream_t stream, const ggml_tensor* node);
+
 // Whether there is a kernel for a node of expert_nodes.h; launches it unless ctx is null.
 bool compute_expert_node(ggml_backend_cuda_context* ctx, const ggml_tensor* node);
 
@@ -35,8 +41,10 @@ class SideStream {
 
     cudaStream_t stream() const { return stream_; }
     cublasHandle_t cublas() const { return cublas_; }
+    bool repacks_experts() const { return repacks_experts_; }  // for can_run_repacked_matmuls()
 
   private:
+    bool repacks_experts_;
     cudaStream_t stream_ = nullptr;
     cudaEvent_t begin_ = nullptr, end_ = nullptr;
     cublasHandle_t cublas_ = nullptr;
