@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "backend/cuda/hopper.cuh"
 #include "cuda_emulation/emulate.h"
 #include "cuda_emulation/primitives.h"
 #include "ggml.h"
@@ -249,6 +250,63 @@ TEST_CASE("emulation: copies arrive in the wait, filled up with zeros") {
     CHECK(contains(error([&] { copy_without_wait(x.x); }), "that no copy_async_wait waited for"));
     CHECK(contains(error([&] { misaligned_copy(x.x); }), "to a misaligned address"));
     CHECK(contains(error([&] { copy_without_wait(x.x + 1); }), "from a misaligned address"));
+}
+
+namespace {
+
+// Two phases of a barrier, each with a bulk copy of 16 bytes; [phase][before and after the wait][thread]
+__global__ void bulk_copies(const float* x, float* y) {
+    auto* shared = reinterpret_cast<float*>(dynamic_shared());
+    auto* barrier = reinterpret_cast<uint64_t*>(shared + 8);
+    if (threadIdx.x == 0) barrier_init(barrier, 1);
+    for (unsigned phase = 0; phase < 2; ++phase) {
+        if (threadIdx.x == 0) {
+            barrier_arrive_expecting(barrier, 16);
+            copy_bulk(shared + 4 * phase, x + 4 * phase, 16, barrier);
+        }
+        __syncthreads();
+        y[8 * phase + threadIdx.x] = shared[4 * phase + threadIdx.x];
+        __syncthreads();
+        barrier_wait(barrier, phase);
+        y[8 * phase + 4 + threadIdx.x] = shared[4 * phase + threadIdx.x];
+    }
+}
+
+__global__ void wrong_bulk_copy(const float* x, bool initialized, int n_expected, bool waits) {
+    auto* barrier = reinterpret_cast<uint64_t*>(dynamic_shared() + 16);
+    if (initialized) barrier_init(barrier, 1);
+    if (n_expected > 0) barrier_arrive_expecting(barrier, n_expected);
+    copy_bulk(dynamic_shared(), x, 16, barrier);
+    if (waits) barrier_wait(barrier, 0);
+}
+
+}  // namespace
+
+TEST_CASE("emulation: bulk copies arrive in the wait for their barrier") {
+    Aligned x;
+    for (int i = 0; i < 64; ++i) x.x[i] = static_cast<float>(i + 1);
+    for (const Order order : kOrders) {
+        std::vector<float> y(16);
+        emulate(1, 4, 40, order, [&] { bulk_copies(x.x, y.data()); });
+        for (int i = 0; i < 16; ++i) {
+            const bool waited = i / 4 % 2 == 1;
+            if (waited ? y[i] != x.x[i / 8 * 4 + i % 4] : !std::isnan(y[i])) FAIL_CHECK("at ", i);
+        }
+    }
+    const auto error = [&](const float* from, bool initialized, int n_expected, bool waits) {
+        try {
+            emulate(1, 1, 32, Order::forward, [&] { wrong_bulk_copy(from, initialized, n_expected, waits); });
+        } catch (const EmulationError& error) {
+            return std::string(error.what());
+        }
+        return std::string("no error");
+    };
+    CHECK(error(x.x, true, 16, true) == "no error");
+    CHECK(contains(error(x.x, false, 0, true), "that no thread has initialized"));
+    CHECK(contains(error(x.x, true, 0, true), "before all have arrived"));
+    CHECK(contains(error(x.x, true, 32, true), "expects 32 bytes, but gets 16"));
+    CHECK(contains(error(x.x, true, 16, false), "that no barrier_wait waited for"));
+    CHECK(contains(error(x.x + 1, true, 16, true), "from a misaligned address"));
 }
 
 TEST_CASE("emulation: mma multiplies tiles held as in the PTX manual") {

@@ -1,12 +1,11 @@
 // The kernels of expert matmuls on the emulated GPU, against ggml's dequantized weights in double precision.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
 
 #include "backend/cuda/expert_matmul_kernels.cuh"
 #include "cuda_emulation/emulate.h"
+#include "expert_cases.h"
 #include "quantized.h"
 #include "support.h"
 
@@ -20,44 +19,9 @@ using emulation::emulate;
 using emulation::kOrders;
 using emulation::Order;
 
-// Memory as cudaMalloc gives it: aligned; no byte longer than asked for, so that ASan sees a read beyond it.
-struct DeviceMemory {
-    explicit DeviceMemory(size_t n_bytes) : data(allocate(n_bytes), std::free) {}
-    static unsigned char* allocate(size_t n_bytes) {
-        void* memory = nullptr;
-        REQUIRE(posix_memalign(&memory, 16, n_bytes) == 0);
-        return static_cast<unsigned char*>(memory);
-    }
-    std::unique_ptr<unsigned char, void (*)(void*)> data;
-};
-
-struct Case {
-    int32_t n_experts, n_rows, n_values, n_tokens, n_used;
-    bool per_token;  // x has one row for a token, else one for each of its experts
-    int32_t n_slots() const { return n_tokens * n_used; }
-    int32_t n_x() const { return per_token ? n_tokens : n_slots(); }
-    int32_t n_chunks() const { return (n_values + kChunk - 1) / kChunk; }
-};
-
-// Each token uses different experts, the first of them more often; the last expert is used by none.
-std::vector<int32_t> choose_experts(const Case& c) {
-    std::mt19937 generator(5);
-    std::vector<int32_t> ids;
-    for (int32_t token = 0; token < c.n_tokens; ++token) {
-        std::vector<int32_t> experts;
-        while (static_cast<int32_t>(experts.size()) < c.n_used) {
-            const auto n = static_cast<uint32_t>(std::max(1, c.n_experts - 1));
-            const auto expert = static_cast<int32_t>(std::min(generator() % n, generator() % n));
-            if (std::find(experts.begin(), experts.end(), expert) == experts.end()) experts.push_back(expert);
-        }
-        ids.insert(ids.end(), experts.begin(), experts.end());
-    }
-    return ids;
-}
-
 // [slot][row]; NaN where nothing was written
 template <typename Format, typename T>
-std::vector<float> run(const Case& c, const std::vector<uint8_t>& weights, const std::vector<float>& x,
+std::vector<float> run(const ExpertCase& c, const std::vector<uint8_t>& weights, const std::vector<float>& x,
                        const std::vector<int32_t>& ids, Order order) {
     const DeviceMemory w(weights.size()), half(static_cast<size_t>(c.n_x()) * c.n_chunks() * kXChunkBytes);
     std::copy(weights.begin(), weights.end(), w.data.get());
@@ -67,7 +31,8 @@ std::vector<float> run(const Case& c, const std::vector<uint8_t>& weights, const
     const Launch launch = launch_of<T>(c.n_rows, c.n_chunks(), c.n_experts, c.n_slots());
     std::vector<SlotTile> tiles(launch.n_tiles);
     emulate(dim3(c.n_x()), kPackThreads, 0, order, [&] {
-        pack_rows(PlainRows{x.data(), c.n_values}, c.n_values, c.n_chunks(), half.data.get(), x_scale.data());
+        pack_rows<PackOrder::quads>(PlainRows{x.data(), c.n_values}, c.n_values, c.n_chunks(),
+                                    half.data.get(), x_scale.data());
     });
     emulate(dim3(1), kGroupThreads, 0, order, [&] {
         group_slots(ids.data(), c.n_used, c.n_used, c.n_tokens, c.n_experts, T::kSlots, slots.data(),
@@ -94,46 +59,20 @@ std::vector<float> run(const Case& c, const std::vector<uint8_t>& weights, const
     return y;
 }
 
-// Largest difference of a slot's results, relative to the sum of its terms' sizes.
-double error_of_slot(const Case& c, const QuantizedRows& weights, const float* x, int32_t expert,
-                     const float* y) {
-    double worst = 0.0;
-    for (int32_t row = 0; row < c.n_rows; ++row) {
-        const float* w = weights.dequantized.data() + (int64_t{expert} * c.n_rows + row) * c.n_values;
-        double sum = 0.0, size = 0.0;
-        for (int32_t i = 0; i < c.n_values; ++i) {
-            sum += static_cast<double>(w[i]) * x[i];
-            size += std::fabs(static_cast<double>(w[i]) * x[i]);
-        }
-        const double error = std::fabs(y[row] - sum) / std::max(size, 1e-300);
-        if (!(error <= worst)) worst = error;  // a NaN too
-    }
-    return worst;
-}
-
 template <typename Format, typename T>
-void check_case(ggml_type type, const Case& c) {
+void check_case(ggml_type type, const ExpertCase& c) {
     CAPTURE(ggml_type_name(type));
     CAPTURE(c.n_rows);
     CAPTURE(c.n_values);
     const QuantizedRows weights(type, int64_t{c.n_experts} * c.n_rows, c.n_values, 1);
-    std::vector<float> x = random_values(static_cast<size_t>(c.n_x()) * c.n_values, 2);
-    for (int32_t i = 0; i < c.n_values; ++i) {  // beyond float16's range, and close to nothing
-        x[i] *= 1e9f;
-        x[c.n_values + i] *= 1e-20f;
-    }
+    const std::vector<float> x = activations(c);
     const std::vector<int32_t> ids = choose_experts(c);
     const std::vector<float> y = run<Format, T>(c, weights.bytes, x, ids, Order::forward);
     for (const Order order : kOrders) {
         const std::vector<float> other = run<Format, T>(c, weights.bytes, x, ids, order);
         CHECK(std::equal(y.begin(), y.end(), other.begin()));
     }
-    for (int32_t slot = 0; slot < c.n_slots(); ++slot) {
-        const int32_t row = c.per_token ? slot / c.n_used : slot;
-        const double error = error_of_slot(c, weights, x.data() + int64_t{row} * c.n_values, ids[slot],
-                                           y.data() + int64_t{slot} * c.n_rows);
-        CHECK(error < 0x1p-11);  // x is rounded to 11 bits, and nothing else
-    }
+    CHECK(worst_error(c, weights, x, ids, y) < 0x1p-11);  // x is rounded to 11 bits, and nothing else
 }
 
 }  // namespace
@@ -149,7 +88,7 @@ TEST_CASE("expert matmul: every format at awkward shapes") {
 }
 
 TEST_CASE("expert matmul: a slot's result depends neither on its tile nor on other slots") {
-    const Case few = {2, 24, 512, 9, 1, true};
+    const ExpertCase few = {2, 24, 512, 9, 1, true};
     const QuantizedRows weights(GGML_TYPE_Q4_K, 2 * 24, 512, 3);
     const std::vector<float> x = random_values(9 * 512, 4);
     const std::vector<int32_t> ids(9, 1);
@@ -163,7 +102,7 @@ TEST_CASE("expert matmul: a slot's result depends neither on its tile nor on oth
 }
 
 TEST_CASE("expert matmul: NaN and infinity stay in their slot, zeros give zeros, a wrong id gives nothing") {
-    const Case c = {2, 16, 256, 5, 1, true};
+    const ExpertCase c = {2, 16, 256, 5, 1, true};
     const QuantizedRows weights(GGML_TYPE_Q6_K, 2 * 16, 256, 3);
     std::vector<float> x = random_values(5 * 256, 4);
     x[7] = NAN;
@@ -180,7 +119,7 @@ TEST_CASE("expert matmul: NaN and infinity stay in their slot, zeros give zeros,
 }
 
 TEST_CASE("expert matmul: an infinite scale stays in its row, though a chunk reads the next rows") {
-    const Case c = {1, 6, 96, 9, 1, true};
+    const ExpertCase c = {1, 6, 96, 9, 1, true};
     QuantizedRows weights(GGML_TYPE_Q8_0, 6, 96, 3);
     const uint16_t infinity = 0x7c00;
     std::memcpy(weights.bytes.data() + 3 * weights.row_bytes, &infinity, 2);
@@ -196,27 +135,32 @@ struct PackedRow {
     std::vector<double> values, sums;
 };
 
-template <typename Rows>
+// Where value i of a chunk is.
+int place_of(PackOrder pack_order, int i) {
+    if (pack_order == PackOrder::quads)  // pairs (0, 2), (1, 3) of four
+        return i / 32 * 64 + 16 * (i / 4 % 4) + 8 * (i / 16 % 2) + 4 * (i % 2) + i % 4 / 2 * 2;
+    return i / 16 * 32 + i % 2 * 16 + i % 16 / 2 * 2;
+}
+
+template <PackOrder pack_order = PackOrder::quads, typename Rows>
 std::vector<PackedRow> packed(const Rows& rows, int32_t n_rows, int32_t n_values, Order order) {
     const int32_t n_chunks = (n_values + kChunk - 1) / kChunk;
     const DeviceMemory half(static_cast<size_t>(n_rows) * n_chunks * kXChunkBytes);
     std::vector<float> scales(n_rows);
     emulate(dim3(n_rows), kPackThreads, 0, order,
-            [&] { pack_rows(rows, n_values, n_chunks, half.data.get(), scales.data()); });
+            [&] { pack_rows<pack_order>(rows, n_values, n_chunks, half.data.get(), scales.data()); });
     std::vector<PackedRow> result(n_rows);
     for (int32_t r = 0; r < n_rows; ++r) {
         for (int32_t i = 0; i < n_chunks * kChunk; ++i) {
             const unsigned char* chunk =
                 half.data.get() + (int64_t{r} * n_chunks + i / kChunk) * kXChunkBytes;
-            const int in = i % kChunk;  // pairs (0, 2), (1, 3) of four
-            const int at =
-                in / 32 * 64 + 16 * (in / 4 % 4) + 8 * (in / 16 % 2) + 4 * (in % 2) + in % 4 / 2 * 2;
+            const int in = i % kChunk;
             const auto value_at = [&](int offset) {
                 uint16_t bits;
                 std::memcpy(&bits, chunk + offset, 2);
                 return static_cast<double>(half_to_float(bits)) * scales[r];
             };
-            result[r].values.push_back(value_at(at));
+            result[r].values.push_back(value_at(place_of(pack_order, in)));
             const int sums = 2 * kChunk + in / 16 * 2;
             if (in % 16 == 0)
                 result[r].sums.push_back(kSumScale * (value_at(sums) + value_at(sums + 2 * kSixteens)));
@@ -271,6 +215,7 @@ TEST_CASE("packed activations: norms and gated GELUs as they are packed") {
         }
         for (const Order order : kOrders) {
             check_packed(packed(PlainRows{x.data(), stride}, 3, n, order), plain);
+            check_packed(packed<PackOrder::even_odd>(PlainRows{x.data(), stride}, 3, n, order), plain);
             check_packed(packed(NormedRows{x.data(), stride, weight.data(), 1e-6f}, 3, n, order), normed);
             check_packed(packed(GatedRows{x.data(), y.data(), stride, stride}, 3, n, order), gated);
         }
@@ -300,7 +245,7 @@ TEST_CASE("packed activations: every barrier and every mask is needed") {
 }
 
 TEST_CASE("expert matmul: every barrier and every mask is needed") {
-    const Case c = {3, 72, 512, 12, 2, true};
+    const ExpertCase c = {3, 72, 512, 12, 2, true};
     const QuantizedRows weights(GGML_TYPE_Q4_K, 3 * 72, 512, 3);
     std::vector<float> x = random_values(12 * 512, 4);
     for (int token = 0; token < 12; ++token)

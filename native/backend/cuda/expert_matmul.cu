@@ -25,7 +25,7 @@ constexpr int64_t kMinTokens = 9;
 template <typename Rows>
 void pack(cudaStream_t stream, const Rows& rows, int64_t n_values, const ggml_tensor* node) {
     const Packed packed(node, n_values);
-    pack_rows<<<static_cast<unsigned>(packed.n_rows), kPackThreads, 0, stream>>>(
+    pack_rows<PackOrder::quads><<<static_cast<unsigned>(packed.n_rows), kPackThreads, 0, stream>>>(
         rows, static_cast<int32_t>(n_values), static_cast<int32_t>(packed.n_chunks), packed.rows,
         packed.scales);
     CUDA_CHECK(cudaGetLastError());

@@ -168,15 +168,6 @@ struct Copies {
     }
 };
 
-// For a fragment of [16, 8]: the first two values are of row g, the others of row g + 8.
-__device__ __forceinline__ void add_scaled(float (&sums)[4], float low, float high,
-                                           const float (&partial)[4]) {
-    sums[0] += low * partial[0];
-    sums[1] += low * partial[1];
-    sums[2] += high * partial[2];
-    sums[3] += high * partial[3];
-}
-
 // Adds the part of a chunk's zeros: sums += factor * a * (sums of x), [16, 16] times [16, 8] twice.
 template <int n_parts, typename Format, typename T>
 __device__ __forceinline__ void add_zeros(float (&sums)[T::kRowParts][n_parts][4],

@@ -85,11 +85,16 @@ struct GatedRows {  // gated_gelu of fused_rows.h
     }
 };
 
+// The order of a chunk's values in memory.
+enum class PackOrder {
+    quads,  // of 32 values, those that a thread of a quad has as operands of mma.sync, then the next thread's
+    even_odd,  // of 16 values, the even ones, then the odd ones, as wgmma reads them from shared memory
+};
+
 // Writes each row as float16 times a power of two that scales its maximum to [2^13, 2^14), so that any
-// finite row fits. A chunk of the result, kXChunkBytes: the 256 values in the order in which the threads of a
-// quad read them, then the sums of each 16, divided by kSumScale, as the nearest float16, then what this
-// lacks. Zeros follow n_values. A block for each row.
-template <typename Rows>
+// finite row fits. A chunk of the result, kXChunkBytes: the 256 values, then the sums of each 16, divided by
+// kSumScale, as the nearest float16, then what this lacks. Zeros follow n_values. A block for each row.
+template <PackOrder order, typename Rows>
 __global__ void __launch_bounds__(kPackThreads)
     pack_rows(const Rows rows, int32_t n_values, int32_t n_chunks, unsigned char* out, float* scales) {
     float* maxima = pack_memory();
@@ -117,8 +122,15 @@ __global__ void __launch_bounds__(kPackThreads)
         sum += __shfl_xor_sync(kAllLanes, sum, 2);
         sum /= kSumScale;
         unsigned char* chunk = out + four / 64 * kXChunkBytes;
-        const int in_chunk = four % 64, t = four % 4, sixteen = four / 4 % 2;
-        *reinterpret_cast<uint2*>(chunk + in_chunk / 8 * 64 + 16 * t + 8 * sixteen) = pairs;
+        const int in_chunk = four % 64, t = four % 4;
+        if constexpr (order == PackOrder::quads) {
+            const int sixteen = in_chunk / 4 % 2;
+            *reinterpret_cast<uint2*>(chunk + in_chunk / 8 * 64 + 16 * t + 8 * sixteen) = pairs;
+        } else {
+            unsigned char* sixteen = chunk + in_chunk / 4 * 32;
+            *reinterpret_cast<uint32_t*>(sixteen + 4 * t) = pairs.x;
+            *reinterpret_cast<uint32_t*>(sixteen + 16 + 4 * t) = pairs.y;
+        }
         if (t == 0) {
             const uint32_t nearest = half2_of(sum, sum);
             uint16_t* sums = reinterpret_cast<uint16_t*>(chunk + 2 * kChunk);

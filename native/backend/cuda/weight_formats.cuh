@@ -22,6 +22,15 @@ constexpr float kSubnormal = 16777216.0f;  // 2^24
 // Sums of x over 16 neighbours are divided by this, so that they fit float16.
 constexpr float kSumScale = 16.0f;
 
+// For a fragment of [16, 8]: the first two values are of row g, the others of row g + 8.
+__device__ __forceinline__ void add_scaled(float (&sums)[4], float low, float high,
+                                           const float (&partial)[4]) {
+    sums[0] += low * partial[0];
+    sums[1] += low * partial[1];
+    sums[2] += high * partial[2];
+    sums[3] += high * partial[3];
+}
+
 // A row's chunk in shared memory, which begins at a multiple of 2 bytes, or of 16 if `aligned`.
 template <bool aligned>
 struct Bytes {

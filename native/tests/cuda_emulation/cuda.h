@@ -114,6 +114,8 @@ inline unsigned __float_as_uint(float x) {
     return bits;
 }
 
+inline void __trap(PYDIFFUSION_SITE) { pydiffusion::emulation::fail("__trap", {function, file, line}); }
+
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }

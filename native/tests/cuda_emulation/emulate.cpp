@@ -11,6 +11,7 @@
 
 #include "cuda_emulation/cuda.h"
 #include "cuda_emulation/fiber.h"
+#include "cuda_emulation/memory_barriers.h"
 #include "cuda_emulation/mutation.h"
 #include "cuda_emulation/race_detection.h"
 
@@ -155,6 +156,7 @@ void Block::prepare(dim3 size, size_t n_shared_bytes) {
         ::operator new[](std::max<size_t>(n_shared_bytes, 1), std::align_val_t{kSharedAlignment})));
     std::fill_n(shared_.get(), n_shared_bytes, static_cast<unsigned char>(0xff));
     poison_static_shared();
+    reset_memory_barriers();
 }
 
 void Block::run(dim3 size, size_t n_shared_bytes, Order order, std::mt19937& random,
@@ -167,6 +169,7 @@ void Block::run(dim3 size, size_t n_shared_bytes, Order order, std::mt19937& ran
     release(&begin_key_);
     try {
         schedule(order, random);
+        if (!reset_memory_barriers()) fail("bulk copies that no barrier_wait waited for", {"the end", "", 0});
     } catch (...) {
         error_ = std::current_exception();
         abort();
