@@ -25,10 +25,11 @@ constexpr int64_t kMinTokens = 9;
 template <typename Rows>
 void pack(cudaStream_t stream, const Rows& rows, int64_t n_values, const ggml_tensor* node) {
     const Packed packed(node, n_values);
-    pack_rows<PackOrder::quads><<<static_cast<unsigned>(packed.n_rows), kPackThreads, 0, stream>>>(
-        rows, static_cast<int32_t>(n_values), static_cast<int32_t>(packed.n_chunks), packed.rows,
-        packed.scales);
-    CUDA_CHECK(cudaGetLastError());
+    const auto kernel =
+        is_for_repacked(node) ? pack_rows<PackOrder::even_odd, Rows> : pack_rows<PackOrder::quads, Rows>;
+    ggml_cuda_kernel_launch(
+        kernel, {dim3(static_cast<unsigned>(packed.n_rows)), dim3(kPackThreads), size_t{0}, stream}, rows,
+        static_cast<int32_t>(n_values), static_cast<int32_t>(packed.n_chunks), packed.rows, packed.scales);
 }
 
 // Distance of rows that all are in their order: of x [n, n_rows], or [n, n_used, n_tokens] with dense rows.
@@ -42,10 +43,11 @@ void group(cudaStream_t stream, const ggml_tensor* node) {
     const ggml_tensor* ids = node->src[0];
     const int64_t n_experts = n_expert_of(node);
     const Grouped grouped(node, ggml_nelements(ids), n_experts);
-    group_slots<<<1, kGroupThreads, 0, stream>>>(
-        static_cast<const int32_t*>(ids->data), ids->nb[1] / sizeof(int32_t), size(ids, 0), size(ids, 1),
-        static_cast<int32_t>(n_experts), kTileSlots, grouped.slots, grouped.tiles, grouped.n_tiles);
-    CUDA_CHECK(cudaGetLastError());
+    ggml_cuda_kernel_launch(group_slots, {dim3(1), dim3(kGroupThreads), size_t{0}, stream},
+                            static_cast<const int32_t*>(ids->data),
+                            static_cast<int64_t>(ids->nb[1] / sizeof(int32_t)), size(ids, 0), size(ids, 1),
+                            static_cast<int32_t>(n_experts), static_cast<int32_t>(kTileSlots), grouped.slots,
+                            grouped.tiles, grouped.n_tiles);
 }
 
 template <typename Format>
@@ -91,8 +93,8 @@ void multiply(cudaStream_t stream, const ggml_tensor* node) {
     const auto kernel = expert_matmul<Format, T>;
     CUDA_SET_SHARED_MEMORY_LIMIT(kernel, T::kSharedBytes);
     const dim3 grid(static_cast<unsigned>(launch.n_row_blocks), static_cast<unsigned>(launch.n_tiles));
-    kernel<<<grid, T::kThreads, T::kSharedBytes, stream>>>(arguments);
-    CUDA_CHECK(cudaGetLastError());
+    ggml_cuda_kernel_launch(kernel, {grid, dim3(T::kThreads), static_cast<size_t>(T::kSharedBytes), stream},
+                            arguments);
 }
 
 // Whether the current device has code of the kernels (not the empty code for GPUs before compute

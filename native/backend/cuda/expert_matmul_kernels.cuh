@@ -330,6 +330,7 @@ __device__ __forceinline__ void multiply_parts(const Block<Format, T>& block) {
 // See Launch.
 template <typename Format, typename T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocks) expert_matmul(const MatmulArguments a) {
+    await_previous_kernel();
     if (static_cast<int32_t>(blockIdx.y) >= *a.n_tiles) return;
     const SlotTile tile = a.tiles[blockIdx.y];
     unsigned char* shared = dynamic_shared();

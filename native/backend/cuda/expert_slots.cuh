@@ -97,6 +97,7 @@ enum class PackOrder {
 template <PackOrder order, typename Rows>
 __global__ void __launch_bounds__(kPackThreads)
     pack_rows(const Rows rows, int32_t n_values, int32_t n_chunks, unsigned char* out, float* scales) {
+    await_previous_kernel();
     float* maxima = pack_memory();
     const auto row = rows.row(blockIdx.x, n_values);
     float maximum = 0.0f;
@@ -152,6 +153,7 @@ __global__ void __launch_bounds__(kGroupThreads)
                 int32_t tile, int32_t* slots, SlotTile* tiles, int32_t* n_tiles) {
     __shared__ int32_t counts[kMaxExperts], next[kMaxExperts];
     __shared__ int32_t slot_sums[32], tile_sums[32];
+    await_previous_kernel();
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     counts[thread] = 0;
     __syncthreads();

@@ -11,9 +11,9 @@ namespace pydiffusion {
 namespace {
 
 // Tiles measured fastest on an H200 at 256 tokens, 128 experts of which each uses 8 (benchmarks/h200.md).
-using TileQ4K = RepackedTile<RepackedQ4K, 2, 3, 2, 2>;
-using TileQ6K = RepackedTile<RepackedQ6K, 1, 3, 2, 4>;
-using TileQ80 = RepackedTile<RepackedQ80, 1, 3, 2, 4>;
+using TileQ4K = RepackedTile<RepackedQ4K, 2, 3, 2, 4>;
+using TileQ6K = RepackedTile<RepackedQ6K, 1, 3, 2, 2>;
+using TileQ80 = RepackedTile<RepackedQ80, 1, 3, 2, 2>;
 
 // Operands as compute_expert_node() has them.
 template <typename T>

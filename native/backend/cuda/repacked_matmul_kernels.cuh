@@ -271,6 +271,7 @@ __device__ __forceinline__ void multiply_groups(RepackedCopies<T>& copies, const
 template <typename T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocks) repacked_matmul(const RepackedArguments a) {
     if constexpr (kIsHopper) {
+        await_previous_kernel();
         const SlotTile tile = a.tiles[blockIdx.y];  // not after n_tiles: both loads at once
         if (static_cast<int32_t>(blockIdx.y) >= *a.n_tiles) return;
         RepackedCopies<T> copies(a, swizzled_shared(), tile, static_cast<int32_t>(blockIdx.x) * T::kGroups);
