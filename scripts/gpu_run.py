@@ -50,17 +50,27 @@ NEEDED = (
     "pip", "numpy", "safetensors", "tokenizers", "huggingface_hub", "jinja2", "typer", "rich", "pytest",
     "hypothesis",
 )  # fmt: skip
-# Kernel tests to run under the sanitizer: sampler, sparse and dense self-conditioning, attention.
+# Tests to run under the sanitizer: sampler, sparse and dense self-conditioning, attention, expert matmuls of
+# weights as they are and repacked, and a whole small model.
 SANITIZED = (
-    "test_measure_equals_the_samplers[12.0-1025-{device}]",
-    "test_measure_equals_the_samplers[0.0-31-{device}]",
-    "test_measure_detects_nonfinite_logits[{device}]",
-    "test_condition_drops_at_most_the_dropped_mass[0.0-{device}]",
-    "test_condition_drops_at_most_the_dropped_mass[0.01-{device}]",
-    "test_attention_kernel[q8_0-256-8-{device}]",
-    "test_expert_matmul[Q4_K-cuda-{device}]",
-    "test_expert_matmul[Q6_K-cuda-{device}]",
-    "test_expert_matmul[Q8_0-cuda-{device}]",
+    *(
+        f"test_device_kernels.py::test_{name}"
+        for name in (
+            "measure_equals_the_samplers[12.0-1025-{device}]",
+            "measure_equals_the_samplers[0.0-31-{device}]",
+            "measure_detects_nonfinite_logits[{device}]",
+            "condition_drops_at_most_the_dropped_mass[0.0-{device}]",
+            "condition_drops_at_most_the_dropped_mass[0.01-{device}]",
+            "attention_kernel[q8_0-256-8-{device}]",
+            "expert_matmul[Q4_K-cuda-200-{device}]",
+            "expert_matmul[Q4_K-cuda-320-{device}]",
+            "expert_matmul[Q6_K-cuda-200-{device}]",
+            "expert_matmul[Q6_K-cuda-320-{device}]",
+            "expert_matmul[Q8_0-cuda-200-{device}]",
+            "expert_matmul[Q8_0-cuda-320-{device}]",
+        )
+    ),
+    "test_dense_type.py::test_equals_a_file_of_these_types[{device}-q4_k_m]",
 )
 
 
@@ -236,7 +246,9 @@ class Run:
         writing = self.start(self.out / "write.txt", write)  # in parallel with the tests
         try:
             self.step("kernels' tests", self.pytest("test_device_kernels.py"), 10)
-            self.step("device tests", self.pytest("test_device.py", "test_device_plan.py"), 15)
+            self.step(
+                "device tests", self.pytest("test_device.py", "test_device_plan.py", "test_dense_type.py"), 15
+            )
             parity = ["--device", self.device, "--folder", self.folder]
             if self.options.dry_run:
                 parity += ["--models", "tiny", "--types", "f32", "q4_k_m"]
@@ -264,8 +276,7 @@ class Run:
             why = "no GPU in a dry run" if self.options.dry_run else "compute-sanitizer is not installed"
             gpu_findings.add("sanitizer", skipped=why)
             return
-        file = f"{ROOT}/tests/gpu/test_device_kernels.py::"
-        tests = [file + name.format(device=self.device) for name in SANITIZED]
+        tests = [f"{ROOT}/tests/gpu/{name.format(device=self.device)}" for name in SANITIZED]
         pytest = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *tests]
         # Ignore races that racecheck reports in cuBLAS's own kernels.
         others = ["--kernel-name-exclude", "kernel_substring=nvjet"]

@@ -4,6 +4,7 @@
 #include "backend/cpu/matmul.h"
 #include "backend/expert_nodes.h"
 #include "backend/graph_executor.h"
+#include "backend/repacked_weights.h"
 #include "util/error.h"
 
 namespace pydiffusion {
@@ -24,6 +25,8 @@ std::vector<float> matmul_once(const MatmulTask& task) {
     ggml_tensor* experts =
         task.experts ? ggml_new_tensor_2d(ctx, GGML_TYPE_I32, task.n_used, task.n_activations) : nullptr;
     Matmul matmul(ctx, backend.kernel(), backend.on_device(), false);
+    const bool repacked = experts && backend.repacks(weight);
+    if (repacked) mark_repacked(weight);
     ExpertMatmuls expert_matmuls(ctx, backend);
     ggml_tensor* result = experts ? expert_matmuls.apply(weight, x, experts) : matmul.apply(weight, x);
     if (!result) result = matmul.apply(weight, x, experts);
@@ -31,7 +34,10 @@ std::vector<float> matmul_once(const MatmulTask& task) {
         ggml_backend_alloc_ctx_tensors_from_buft(ctx, backend.buffer_type()));
     if (!buffer)
         throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate a matmul's tensors");
-    ggml_backend_tensor_set(weight, task.weights, 0, ggml_nbytes(weight));
+    std::vector<uint8_t> own(repacked ? ggml_nbytes(weight) : 0);
+    const auto* rows = static_cast<const uint8_t*>(task.weights);
+    if (repacked) repack_rows(task.type, rows, task.n_rows, task.n_inner, own.data());
+    ggml_backend_tensor_set(weight, repacked ? own.data() : rows, 0, ggml_nbytes(weight));
     ggml_backend_tensor_set(x, task.x, 0, ggml_nbytes(x));
     if (experts) ggml_backend_tensor_set(experts, task.experts, 0, ggml_nbytes(experts));
     ggml_cgraph* graph = ggml_new_graph(ctx);

@@ -22,11 +22,11 @@ void multiply_repacked(cudaStream_t stream, const ggml_tensor* node);
 // Whether there is a kernel for a node of expert_nodes.h; launches it unless ctx is null.
 bool compute_expert_node(ggml_backend_cuda_context* ctx, const ggml_tensor* node);
 
-// A second stream of a device's, for work beside that of a graph. Created and destroyed with the device
-// current.
+// Per backend with our kernels: a second stream, for work beside that of a graph. Created and destroyed
+// with the device current.
 class SideStream {
   public:
-    SideStream();
+    explicit SideStream(bool repacks_experts);
     ~SideStream();
     SideStream(const SideStream&) = delete;
     SideStream& operator=(const SideStream&) = delete;
