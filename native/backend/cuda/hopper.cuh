@@ -73,9 +73,10 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, int n) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(n) : "memory");
 }
 
-// Makes barriers that this thread has initialized known to bulk copies.
-__device__ __forceinline__ void barrier_init_fence() {
+// Makes barriers that a thread has initialized known to bulk copies and to all threads, which call it.
+__device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    __syncthreads();  // racecheck takes even the same thread's first arrival for a race without it
 }
 
 __device__ __forceinline__ void barrier_arrive_expecting(uint64_t* barrier, int n_bytes) {

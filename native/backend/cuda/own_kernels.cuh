@@ -1,7 +1,9 @@
-// Launches of our kernels, for the hooks of ggml's CUDA backend (vendor/patches/0003 and 0005).
+// Launches of our kernels, for the hook of ggml's CUDA backend (vendor/patches/0003).
 #pragma once
 
 #include <cublas_v2.h>
+
+#include <atomic>
 
 #include "ggml-cuda/common.cuh"
 

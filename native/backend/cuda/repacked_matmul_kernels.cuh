@@ -93,8 +93,8 @@ struct RepackedCopies {
         }
         if (threadIdx.x == 0) {
             for (int i = 0; i < T::kStages; ++i) barrier_init(arrived + i, 1);
-            barrier_init_fence();
         }
+        publish_barriers();
     }
 
     __device__ __forceinline__ void copy_weights() const {
