@@ -381,7 +381,7 @@ def comparisons(found: Findings) -> str:
             )
     for name, what in (
         ("file-types", "all matrices in the file's types"),
-        ("ggml-kernels", "expert matmuls by ggml"),
+        ("ggml-kernels", "without kernels of our own"),
     ):
         for entry in found.of(name):
             compared = "" if entry["before"] is None else (

@@ -50,8 +50,10 @@ add_library(pydiffusion_native STATIC
 target_include_directories(pydiffusion_native PUBLIC native PRIVATE vendor/ggml/src)  # ggml's own headers
 target_link_libraries(pydiffusion_native PUBLIC ggml)
 if(PYDIFFUSION_CUDA)
-    set(cuda_sources native/backend/cuda/expert_matmul.cu native/backend/cuda/layer_ops.cu native/backend/cuda/own_kernels.cu native/backend/cuda/repacked_matmul.cu
-        native/backend/cuda/step_backend.cu)
+    set(cuda_sources
+        native/backend/cuda/expert_matmul.cu native/backend/cuda/layer_ops.cu native/backend/cuda/own_kernels.cu
+        native/backend/cuda/repacked_matmul.cu native/backend/cuda/step_backend.cu
+    )
     target_sources(pydiffusion_native PRIVATE ${cuda_sources})
     target_compile_definitions(pydiffusion_native PRIVATE PYDIFFUSION_CUDA)
     # Our kernels run on the stream in ggml's CUDA context, whose layout depends on these definitions.

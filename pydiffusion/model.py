@@ -87,7 +87,7 @@ class DiffusionModel:
         gpu_memory: maximum bytes to plan with per GPU, or a list with one number for each. In any case the
             larger of 512 MB and a twentieth of a GPU's memory stays free.
         kernels: matmul kernels: on the CPU "auto", "ggml", "avx512-bf16" or "amx" (docs/speed.md); on a GPU
-            "auto", "ggml", or "cuda" for expert matmuls on our own (docs/gpu.md).
+            "auto", "ggml", or "cuda" for kernels of our own (docs/gpu.md).
         n_sessions: number of sessions to reserve GPU memory for; more may be created.
         dense_type: type of the matrices other than experts on GPUs: "file" as in the file, "bf16" to convert
             quantized ones to BF16 when they are loaded (faster on A100, H100 and H200), "auto" to do so on

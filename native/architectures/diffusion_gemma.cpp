@@ -4,6 +4,7 @@
 
 #include "backend/cpu/fused_rows.h"
 #include "backend/cpu/top_k.h"
+#include "backend/expert_nodes.h"
 #include "backend/ggml/ggml_ops.h"
 
 namespace pydiffusion {
@@ -160,12 +161,17 @@ ggml_tensor* ggml_feed_forward(GraphBuilder& g, const LayerWeights& w, ggml_tens
     return g.add_normed(r, ggml_add(g.ctx(), dense, mixture), w.post_ffw_norm);
 }
 
+bool fits_devices(const Hparams& hp) {
+    return hp.n_expert <= kMaxDeviceExperts && hp.n_expert_used <= kMaxDeviceExpertsUsed;
+}
+
 // (r + norm(dense MLP + mixture of experts)) * scale, r [d, n_tokens], scale [1].
 ggml_tensor* feed_forward(GraphBuilder& g, int32_t i_layer, ggml_tensor* r, ggml_tensor* scale) {
     const LayerWeights& w = g.model.weights.layers[i_layer];
     const DevicePlan& plan = g.model.device_plan;
     // Of experts on the CPU beside a layer on a device, only the sum is to be copied.
-    const bool joins = g.fuses_rows() && plan.experts_device(i_layer) == plan.layer_device(i_layer);
+    const bool can_join = g.fuses_rows() && (!g.uses_ggml_ops() || fits_devices(g.model.hparams));
+    const bool joins = can_join && plan.experts_device(i_layer) == plan.layer_device(i_layer);
     // Beside the experts if all of them is in one graph of the device: weights whose type it can't compute
     // with stay on the CPU.
     const ggml_tensor* up = w.ffn_gate_up_exps ? w.ffn_gate_up_exps : w.ffn_up_exps;

@@ -114,8 +114,7 @@ ggml_context_ptr make_probe_context() {
 
 bool Backend::multiplies_experts(const ggml_tensor* weights, const ggml_tensor* experts) const {
 #if defined(PYDIFFUSION_CUDA)
-    return own_kernels_ && !kernels_of_devices_.empty() &&
-           !(weights->buffer && ggml_backend_buffer_is_host(weights->buffer)) &&
+    return has_cuda_kernels() && !(weights->buffer && ggml_backend_buffer_is_host(weights->buffer)) &&
            can_multiply_experts(weights, experts);
 #else
     (void)weights;
@@ -126,11 +125,10 @@ bool Backend::multiplies_experts(const ggml_tensor* weights, const ggml_tensor* 
 
 bool Backend::repacks(const ggml_tensor* weights) const {
 #if defined(PYDIFFUSION_CUDA)
-    return own_kernels_ && !kernels_of_devices_.empty() &&
-           std::all_of(kernels_of_devices_.begin(), kernels_of_devices_.end(),
-                       [weights](const std::shared_ptr<void>& kernels) {
-                           return repacks_experts(kernels.get(), weights);
-                       });
+    return has_cuda_kernels() && std::all_of(kernels_of_devices_.begin(), kernels_of_devices_.end(),
+                                             [weights](const std::shared_ptr<void>& kernels) {
+                                                 return repacks_experts(kernels.get(), weights);
+                                             });
 #else
     (void)weights;
     return false;

@@ -48,12 +48,12 @@ class Backend {
     // Whether expert weights are to be repacked for the devices' kernels: see repacked_weights.h.
     bool repacks(const ggml_tensor* weights) const;
     // Whether devices compute a dense MLP beside the mixture of experts: see mlp_beside.h.
-    bool computes_mlp_beside() const { return own_kernels_ && !kernels_of_devices_.empty(); }
+    bool computes_mlp_beside() const { return has_cuda_kernels(); }
     // Whether they compute it in turn nevertheless, for graphs that end before join_branches.
     void set_in_turn(bool in_turn) const;
 
-    // Whether graphs consist of ggml's own ops only and a StepBackend runs sampling and self-conditioning. If
-    // not, both are nodes of the graph, along with our custom CPU ops.
+    // Whether graphs run on devices, with ggml's attention and matmuls, and a StepBackend runs sampling and
+    // self-conditioning. If not, both are nodes of the graph.
     bool on_device() const { return step_backend_ != nullptr; }
     bool has_gpu() const { return has_gpu_; }
     int32_t n_devices() const { return static_cast<int32_t>(devices_.size()); }
@@ -82,6 +82,10 @@ class Backend {
     // Runs the graph on the CPU. See ThreadPool::compute.
     void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
 
+    // Whether all devices are GPUs with kernels of ours, not the host in place of one.
+    bool has_cuda_kernels() const {
+        return !devices_.empty() && kernels_of_devices_.size() == devices_.size();
+    }
     ThreadPool& pool();
     void open_device(const std::string& name, ggml_threadpool_t threads, const std::string& kernels);
 

@@ -3,16 +3,16 @@
 #include <cstring>
 #include <vector>
 
+#include "backend/cpu/custom_node.h"
 #include "backend/cpu/fused_rows.h"
 #include "backend/repacked_weights.h"
-#include "ggml-impl.h"
 #include "util/error.h"
 
 namespace pydiffusion {
 
 namespace {
 
-// Functions of nodes that only devices compute; each identifies a kind.
+// Identify kinds of nodes that only devices compute, which never call them.
 template <ExpertNode kind>
 void only_on_devices(ggml_tensor*, int, int, void*) {
     GGML_ABORT("an expert matmul's node %d has no implementation for the CPU", static_cast<int>(kind));
@@ -27,23 +27,17 @@ ggml_tensor* new_node(ggml_context* ctx, ggml_type type, const std::vector<int64
     return ggml_set_name(node, name);
 }
 
-ggml_custom_op_params parameters_of(const ggml_tensor* node) {
-    ggml_custom_op_params parameters;
-    std::memcpy(&parameters, node->op_params, sizeof parameters);
-    return parameters;
-}
-
 }  // namespace
 
 int64_t n_expert_of(const ggml_tensor* node) {
-    return static_cast<int64_t>(reinterpret_cast<intptr_t>(parameters_of(node).userdata));
+    return static_cast<int64_t>(reinterpret_cast<intptr_t>(custom_parameters(node).userdata));
 }
 
-bool is_for_repacked(const ggml_tensor* node) { return parameters_of(node).userdata != nullptr; }
+bool is_for_repacked(const ggml_tensor* node) { return custom_parameters(node).userdata != nullptr; }
 
 ExpertNode expert_node_of(const ggml_tensor* node) {
     if (node->op != GGML_OP_CUSTOM) return ExpertNode::none;
-    const ggml_custom_op_params parameters = parameters_of(node);
+    const ggml_custom_op_params parameters = custom_parameters(node);
     if (parameters.fun == only_on_devices<ExpertNode::pack>) return ExpertNode::pack;
     if (parameters.fun == only_on_devices<ExpertNode::pack_normed>) return ExpertNode::pack_normed;
     if (parameters.fun == only_on_devices<ExpertNode::pack_gated>) return ExpertNode::pack_gated;
@@ -84,8 +78,9 @@ ggml_tensor* ExpertMatmuls::grouped(ggml_tensor* experts, int64_t n_expert) {
 ggml_tensor* ExpertMatmuls::apply(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* experts) {
     if (!backend_.multiplies_experts(weights, experts)) {
         if (!is_repacked(weights)) return nullptr;
-        throw Error(ErrorKind::unsupported,
-                    format("an expert matmul of %lld tokens is too large for the kernels of %s",
+        throw Error(ErrorKind::out_of_memory,  // a batch is then halved
+                    format("%lld tokens in one graph are too many for the expert matmuls of %s: use fewer "
+                           "sequences at a time",
                            static_cast<long long>(experts->ne[1]), backend_.name()));
     }
     ggml_tensor* packed_x = packed(x, is_repacked(weights));

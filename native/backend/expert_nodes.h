@@ -35,6 +35,9 @@ ExpertNode expert_node_of(const ggml_tensor* node);
 int64_t n_expert_of(const ggml_tensor* node);   // of a group node
 bool is_for_repacked(const ggml_tensor* node);  // of a pack node: in the order for repacked weights
 
+// Limits of the devices' kernels that choose experts and join them (top_k.h, join_branches).
+constexpr int64_t kMaxDeviceExperts = 1024, kMaxDeviceExpertsUsed = 128;
+
 // Packed activations: per row n_chunks chunks of kPackedChunkBytes, each for kPackedChunk values; then one
 // float per row, by which it is to be multiplied.
 constexpr int64_t kPackedChunk = 256, kPackedChunkBytes = 576;

@@ -1,13 +1,12 @@
 #include "backend/mlp_beside.h"
 
-#include <cstring>
-
-#include "ggml-impl.h"
+#include "backend/cpu/custom_node.h"
 
 namespace pydiffusion {
 
 namespace {
 
+// Identifies the node; devices never call it.
 void only_on_devices(ggml_tensor*, int, int, void*) {
     GGML_ABORT("mlp_beside: no implementation for the CPU");
 }
@@ -36,10 +35,6 @@ ggml_tensor* mlp_beside(ggml_context* ctx, ggml_tensor* x, ggml_tensor* norm, gg
     return ggml_view_2d(ctx, node, d, n, node->nb[1], 0);
 }
 
-bool is_mlp_beside(const ggml_tensor* node) {
-    ggml_custom_op_params parameters;
-    std::memcpy(&parameters, node->op_params, sizeof parameters);
-    return node->op == GGML_OP_CUSTOM && parameters.fun == only_on_devices;
-}
+bool is_mlp_beside(const ggml_tensor* node) { return is_custom_node_of(node, only_on_devices); }
 
 }  // namespace pydiffusion

@@ -3,15 +3,17 @@
 // rows' blocks; where rows end, the last piece is shorter (Q8_0).
 //
 // A piece has the fragments of rows 0 to 15 of the group, then those of rows 16 to 31, 32 to 47 and 48 to 63,
-// then the heads of all rows. A fragment is 512 bytes, 16 for each lane 4 g + t of a warp: bytes 4 t to 4 t +
-// 3 of each of four lines of 16 bytes, which are of rows g and g + 8. Lines of the fragments, and the heads:
-//   Q4_K  4 fragments, one for 64 values: the first 16 bytes of their nibbles and the last of row g, the same
-//   of row
-//         g + 8; heads: 16 bytes a row, float16 d and dmin and the scales
-//   Q6_K  6, 3 for 128 values: the four lines of low bits of row g; those of row g + 8; the two lines of high
-//   bits of
-//         row g, and of row g + 8; heads: 16 bytes of scales a row, then 2 bytes a row, float16 d
-//   Q8_0  one for 32 values: the two lines of row g, and of row g + 8; heads: a row's float16 scales
+// then the heads of all rows. A fragment is 512 bytes, 16 for each lane 4 g + t of a warp: bytes 4 t to
+// 4 t + 3 of each of four lines of 16 bytes, which are of rows g and g + 8.
+//
+// Q4_K: 4 fragments, one for 64 values, of the first and the second 16 bytes of their nibbles in row g, then
+// in row g + 8. A row's head: 16 bytes, float16 d and dmin and the scales.
+//
+// Q6_K: 6 fragments, 3 for 128 values: the four lines of low bits of row g; those of row g + 8; the two lines
+// of high bits of row g, then of row g + 8. Heads: 16 bytes of scales for each row, then float16 d of each.
+//
+// Q8_0: a fragment for 32 values, of the two lines of row g, then of row g + 8. A row's head: its float16
+// scales.
 #pragma once
 
 #include <cstdint>

@@ -196,6 +196,7 @@ nb::dict description(const PyModel& m) {
     d["device_layers"] = device_layers;
     d["n_cpu_moe"] = m.model->device_plan.n_cpu_moe;
     d["dense_type"] = name_of_dense_type(m.model->device_plan);
+    d["repacked_experts"] = m.model->weights.repacked_experts;
     d["n_threads"] = m.model->backend.n_threads();
     d["kv_type"] = ggml_type_name(m.kv_type);
     d["weight_types"] = types;

@@ -48,7 +48,8 @@ bool is_supported(ggml_type type) {
            ggml_get_type_traits_cpu(cpu->vec_dot_type)->from_float != nullptr;
 }
 
-// Calls work_on(first, n) for [0, n) in pieces, on several threads; one that can't be started is done without.
+// Calls work_on(first, n) for [0, n) in pieces, on several threads; one that can't be started is done
+// without.
 template <typename Work>
 void share(int64_t n, int64_t piece, int n_threads, const Work& work_on) {
     std::atomic<int64_t> next{0};
@@ -157,7 +158,10 @@ class Weights::Loader {
     void upload(const std::function<void(double)>& progress) {
         if (uploads_.empty()) return;
         for (const ggml_tensor* tensor : {weights_.token_embd, weights_.output}) {
-            if (can_hold(tensor->type)) continue;  // self-conditioning and head need them on the device
+            // Self-conditioning and head need them on the device.
+            if (std::any_of(uploads_.begin(), uploads_.end(),
+                            [tensor](const auto& upload) { return upload.first == tensor; }))
+                continue;
             const std::string name = tensor->name;
             throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) + " has type " +
                                                     ggml_type_name(tensor->type) +
@@ -171,7 +175,7 @@ class Weights::Loader {
         for (const auto& [tensor, info] : uploads_) {
             const bool widened = tensor->type != info->type, repacked = is_repacked(tensor);
             const uint64_t group = kRepackedRows * ggml_row_size(info->type, info->ne[0]);
-            const uint64_t block = widened    ? ggml_row_size(info->type, kWidenedAtOnce)  // bytes of the file
+            const uint64_t block = widened ? ggml_row_size(info->type, kWidenedAtOnce)  // bytes of the file
                                    : repacked ? std::max<uint64_t>(1, kUploadBytes / group) * group
                                               : kUploadBytes;
             for (uint64_t at = 0; at < info->n_bytes; at += block) {
@@ -260,7 +264,8 @@ class Weights::Loader {
     }
 
     ggml_tensor* create(const TensorInfo& info, int32_t wanted) {
-        const ggml_type wanted_type = device_plan_.device_type(info.name, info.type);
+        ggml_type wanted_type = device_plan_.device_type(info.name, info.type);
+        if (!can_hold(wanted_type)) wanted_type = info.type;
         const bool on_device = wanted != kCpuDevice && can_hold(wanted_type);
         ggml_context* context = weights_.contexts_[(on_device ? wanted : kCpuDevice) - kCpuDevice].get();
         const auto view = views_.find(info.name);
@@ -270,7 +275,10 @@ class Weights::Loader {
                                                     static_cast<int>(info.ne.size()), info.ne.data());
         ggml_set_name(tensor, info.name.c_str());
         if (on_device) {
-            if (is_expert_tensor(info.name) && backend_.repacks(tensor)) mark_repacked(tensor);
+            if (is_expert_tensor(info.name) && backend_.repacks(tensor)) {
+                mark_repacked(tensor);
+                weights_.repacked_experts = true;
+            }
             uploads_.emplace_back(tensor, &info);
         } else if (ggml_backend_buffer_t buffer = mapped_[info.part]) {
             ggml_backend_tensor_alloc(buffer, tensor, const_cast<uint8_t*>(file_.tensor_data(info)));

@@ -75,6 +75,7 @@ struct Weights {
 
     std::map<ggml_type, uint64_t> bytes_by_type;
     uint64_t n_weights = 0;
+    bool repacked_experts = false;  // on devices, for our kernels
 
   private:
     class Loader;

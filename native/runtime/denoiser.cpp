@@ -7,6 +7,8 @@
 
 #include "architectures/diffusion_gemma.h"
 #include "backend/cpu/measure_logits.h"
+#include "backend/expert_nodes.h"
+#include "backend/mlp_beside.h"
 #include "backend/step_backend.h"
 #include "ggml-impl.h"
 #include "util/error.h"
@@ -189,11 +191,11 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
                     4.0 * static_cast<double>(ggml_nelements(node)) * static_cast<double>(b->ne[1]);
                 cost.bytes += 2.0 * static_cast<double>(ggml_nelements(b) / ggml_blck_size(b->type)) *
                               static_cast<double>(ggml_type_size(b->type));
-            } else if (node->name == std::string("device_expert_matmul")) {
+            } else if (expert_node_of(node) == ExpertNode::multiply) {
                 cost.operations +=
                     2.0 * static_cast<double>(a->ne[0]) * static_cast<double>(ggml_nelements(node));
                 cost.bytes += static_cast<double>(ggml_nbytes(a));
-            } else if (node->name == std::string("mlp_beside")) {
+            } else if (is_mlp_beside(node)) {
                 for (const ggml_tensor* weight : {node->src[2], node->src[3]}) {
                     cost.operations +=
                         2.0 * static_cast<double>(ggml_nelements(weight)) * static_cast<double>(a->ne[1]);

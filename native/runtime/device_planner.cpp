@@ -253,14 +253,15 @@ DevicePlan plan_devices(const GgufFile& file, const Hparams& hp, const SessionNe
     };
     if (dense_type == DenseType::file || !has_quantized_matrices(file)) return plan_with(false);
     if (dense_type == DenseType::bf16) return plan_with(true);
-    const bool fast = std::all_of(memory.begin(), memory.end(),
-                                  [](const DeviceMemory& device) { return device.fast_bf16; });
     const DevicePlan plan = plan_with(false);
-    if (!fast || plan.n_gpu_layers() < hp.n_layer || plan.n_cpu_moe > 0) return plan;
+    if (plan.n_gpu_layers() < hp.n_layer || plan.n_cpu_moe > 0) return plan;
     const std::vector<Costs> costs = costs_on(file, hp, true, needs, memory);
     DevicePlan wide = split_layers(costs, memory, hp.n_layer, 0);
     wide.dense_bf16 = true;
-    return fits(use_of(costs, wide), memory) ? wide : plan;
+    bool fast = true;  // on all devices that the plan uses
+    for (size_t i = 0; i < memory.size(); ++i)
+        fast = fast && (memory[i].fast_bf16 || (wide.device_layers[i] == 0 && i + 1 < memory.size()));
+    return fast && fits(use_of(costs, wide), memory) ? wide : plan;
 }
 
 }  // namespace pydiffusion

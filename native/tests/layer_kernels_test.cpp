@@ -8,20 +8,14 @@ namespace {
 
 constexpr FloatType kTypes[] = {FloatType::f32, FloatType::f16, FloatType::bf16};
 
-NormArguments norm_arguments(Input& x) {
-    return {x.rows(), x.layout.n, x.layout.n1, x.layout.n_rows(), 0, kEps, {}};
-}
-
-void add_norm(NormArguments& a, const OutputRows& out, const float* weight) {
-    a.norms[a.n_norms++] = {out, weight};
+NormArguments norm_arguments(Input& x, const OutputRows& out, const float* weight) {
+    return {x.rows(), out, weight, x.layout.n, x.layout.n1, x.layout.n_rows(), kEps};
 }
 
 // One norm of x.
 Output norm(Input& x, const float* weight, FloatType type, Order order = Order::random) {
     Output out(x.layout, type);
-    NormArguments a = norm_arguments(x);
-    add_norm(a, out.rows(), weight);
-    launch_norm_rows(a, launch_in(order));
+    launch_norm_rows(norm_arguments(x, out.rows(), weight), launch_in(order));
     return out;
 }
 
@@ -71,26 +65,6 @@ TEST_CASE("norm_rows: every length, layout and type") {
     }
 }
 
-TEST_CASE("norm_rows: several norms, each with its layout and type") {
-    for (const int32_t n : {33, 64, 512, 2816, 4700}) {
-        if (kDetectsRaces && n != 2816) continue;
-        CAPTURE(n);
-        const std::vector<Layout> all = layouts(n, 2, 2);
-        for (const size_t n_norms : {2, 3}) {
-            Input x(all[n_norms - 2], 1);
-            const std::vector<float> weights[] = {random_values(n, 2), random_values(n, 3)};
-            // Weights at an odd address, and outputs at one, are right too.
-            const float* of_norm[] = {weights[0].data(), nullptr, weights[1].data()};
-            NormArguments a = norm_arguments(x);
-            std::vector<Output> outputs;
-            for (size_t k = 0; k < n_norms; ++k) outputs.emplace_back(all[k == 2 ? 2 : 1 - k], kTypes[2 - k]);
-            for (size_t k = 0; k < n_norms; ++k) add_norm(a, outputs[k].rows(), of_norm[k]);
-            launch_norm_rows(a, launch_in(Order::random));
-            for (size_t k = 0; k < n_norms; ++k) check_norm(outputs[k], x, of_norm[k]);
-        }
-    }
-}
-
 TEST_CASE("norm_rows: the same bits in any order and grid, at any alignment, and in place") {
     for (const int32_t n : {64, 100, 2816}) {
         CAPTURE(n);
@@ -111,9 +85,7 @@ TEST_CASE("norm_rows: the same bits in any order and grid, at any alignment, and
         Input last(matrix_layout(n, 1, n), std::vector<float>(values.end() - n, values.end()));
         CHECK(same(norm(last, weight.data(), FloatType::f32).packed(),
                    std::vector<float>(expected.end() - n, expected.end())));
-        NormArguments a = norm_arguments(x);
-        add_norm(a, x.in_place(), weight.data());
-        launch_norm_rows(a, launch_in(Order::random));
+        launch_norm_rows(norm_arguments(x, x.in_place(), weight.data()), launch_in(Order::random));
         CHECK(same(x.values, expected));
     }
 }

@@ -9,7 +9,8 @@ namespace testing {
 
 namespace {
 
-// Where byte `at` of a row's chunk of n_blocks blocks is in its piece, as the header says it; `row` of the group.
+// Where byte `at` of a row's chunk of n_blocks blocks is in its piece, as the header says it; `row` of the
+// group.
 int64_t place_of(ggml_type type, int64_t row, int64_t at, int64_t n_blocks) {
     const int64_t quarter = row / 16, g = row % 8, high = row / 8 % 2;
     // A byte of a line: `fragment` of n, the line's number for row g (row g + 8: + n_lines).
@@ -32,7 +33,8 @@ int64_t place_of(ggml_type type, int64_t row, int64_t at, int64_t n_blocks) {
     return in_fragment(block, n_blocks, (in_block - 2) / 16 + 2 * high, (in_block - 2) % 16);
 }
 
-std::vector<uint8_t> repacked_naively(ggml_type type, const std::vector<uint8_t>& rows, int64_t n_rows, int64_t n_values) {
+std::vector<uint8_t> repacked_naively(ggml_type type, const std::vector<uint8_t>& rows, int64_t n_rows,
+                                      int64_t n_values) {
     std::vector<uint8_t> out(rows.size());
     const int64_t row_bytes = static_cast<int64_t>(ggml_row_size(type, n_values));
     const int64_t chunk_bytes = static_cast<int64_t>(ggml_row_size(type, 256));
@@ -40,7 +42,8 @@ std::vector<uint8_t> repacked_naively(ggml_type type, const std::vector<uint8_t>
         for (int64_t i = 0; i < row_bytes; ++i) {
             const int64_t chunk = i / chunk_bytes, left = row_bytes - chunk * chunk_bytes;
             const int64_t piece = row / 64 * 64 * row_bytes + chunk * 64 * chunk_bytes;
-            out[piece + place_of(type, row % 64, i % chunk_bytes, std::min(left, chunk_bytes) / 34)] = rows[row * row_bytes + i];
+            out[piece + place_of(type, row % 64, i % chunk_bytes, std::min(left, chunk_bytes) / 34)] =
+                rows[row * row_bytes + i];
         }
     }
     return out;
@@ -52,8 +55,11 @@ TEST_CASE("repacked weights: every byte is where the layout says") {
     const struct {
         ggml_type type;
         int64_t n_rows, n_values;
-    } cases[] = {{GGML_TYPE_Q4_K, 128, 768}, {GGML_TYPE_Q6_K, 128, 512}, {GGML_TYPE_Q8_0, 64, 704},
-                 {GGML_TYPE_Q8_0, 128, 512}, {GGML_TYPE_Q8_0, 64, 32}};
+    } cases[] = {{GGML_TYPE_Q4_K, 128, 768},
+                 {GGML_TYPE_Q6_K, 128, 512},
+                 {GGML_TYPE_Q8_0, 64, 704},
+                 {GGML_TYPE_Q8_0, 128, 512},
+                 {GGML_TYPE_Q8_0, 64, 32}};
     for (const auto& c : cases) {
         CAPTURE(ggml_type_name(c.type));
         CAPTURE(c.n_values);

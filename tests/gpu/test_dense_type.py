@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from pydiffusion import DiffusionModel, _native, devices, plan
 from pydiffusion.convert import quantize
 
 GPUS = [device.name for device in devices()]
-DEVICES = ["host", "host,host", "host with fused rows", *GPUS]
+DEVICES = [
+    "host", "host,host", "host with fused rows", *GPUS, *([",".join(GPUS)] if len(GPUS) > 1 else []),
+]  # fmt: skip
 #: All matrices but the experts.
 DENSE = {r"token_embd|output\.weight|attn_(q|k|v|output)\.|ffn_(gate|up|down)\.weight|self_cond": "bf16"}
 
@@ -59,12 +62,14 @@ def test_experts_and_layers_on_the_cpu_keep_their_types(device: str, gguf_file: 
     file = gguf_file("small", "q4_k_m", seed=0, dtype="f32")
     name = device.partition(" ")[0]
     whole = plan(file, device=name, dense_type="bf16")
+    expected = logits_of(file, device, dense_type="bf16")[1]
     for arguments in ({"n_gpu_layers": 2, "n_cpu_moe": 1}, {"n_gpu_layers": 1}):
         part = plan(file, device=name, dense_type="bf16", **arguments)
         assert part.dense_type == "bf16" and part.weight_bytes < whole.weight_bytes
         description, found = logits_of(file, device, dense_type="bf16", **arguments)
         assert description["dense_type"] == "bf16"
-        assert all(np.isfinite(logits).all() for logits in found)
+        for part_logits, whole_logits in zip(found, expected, strict=True):
+            assert compare(part_logits, whole_logits).mean < 0.5, "activations rounded to 8 bits on the CPU"
 
 
 def test_the_host_keeps_the_files_types_unless_asked(gguf_file: Callable) -> None:
@@ -85,6 +90,28 @@ def test_another_type_is_refused(gguf_file: Callable) -> None:
         DiffusionModel(file, dense_type="f16")
     with pytest.raises(ValueError, match="dense_type must be"):
         _native.plan(str(file), device="host", dense_type="f16")
+
+
+@pytest.mark.parametrize(
+    "device", [one.name for one in devices() if re.search("A100|H100|H200", one.description)]
+)
+def test_a_data_centre_gpu_runs_all_of_it(device: str, gguf_file: Callable) -> None:
+    """Nothing falls back unnoticed: BF16, kernels of ours, the MLP beside the experts, repacked on Hopper."""
+    file = gguf_file("wide", "q4_k_m", seed=0, dtype="f32")
+    model = _native.Model(str(file), 2, device=device)
+    description = model.description
+    assert description["dense_type"] == "bf16" and description["kernels"] == "cuda"
+    hopper = next("A100" not in one.description for one in devices() if one.name == device)
+    assert description["repacked_experts"] == hopper
+    session = _native.Session(model, 128)
+    session.encode(np.arange(2, 30, dtype=np.int32))
+    session.denoise(np.arange(model.canvas_length, dtype=np.int32), None)
+    assert {
+        "mlp_beside",
+        "device_expert_matmul",
+        "join_branches",
+        "rotate_and_store",
+    } <= session.step_ops.keys()
 
 
 @pytest.mark.parametrize("device", GPUS)

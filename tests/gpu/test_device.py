@@ -199,10 +199,11 @@ def generations(model: DiffusionModel, n: int) -> list[list[int]]:
     return alone
 
 
-def test_a_generation(device: str, gguf_file: Callable) -> None:
+@pytest.mark.parametrize("type", ["f32", "q4_k_m"])
+def test_a_generation(device: str, type: str, gguf_file: Callable) -> None:
     """Several canvases on the device: the same text every time; held tokens stay."""
-    file = gguf_file("small", "f32", seed=0, dtype="f32")
-    model = DiffusionModel(file, n_ctx=128, **on(device))
+    file = gguf_file("small", type, seed=0, dtype="f32")
+    model = DiffusionModel(file, n_ctx=128, dense_type="bf16", **on(device))
     assert generations(model, 2) == generations(model, 2)
     session = model.new_session()
     session.encode([2, 5, 9])
@@ -238,12 +239,13 @@ def test_a_saved_session_can_be_loaded(
         assert difference.mean <= (MEAN_BOUND if kv_type == "f32" else Q8_0_CACHE_MEAN)
 
 
-def test_a_batch(device: str, gguf_file: Callable) -> None:
+@pytest.mark.parametrize("type", ["f32", "q4_k_m"])
+def test_a_batch(device: str, type: str, gguf_file: Callable) -> None:
     """Batched texts equal those of each prompt alone. On a GPU, where a matmul's width selects its kernel,
     only the same batch gives the same texts.
     """
-    file = gguf_file("small", "f32", seed=0, dtype="f32")
-    model = DiffusionModel(file, n_ctx=128, **on(device))
+    file = gguf_file("small", type, seed=0, dtype="f32")
+    model = DiffusionModel(file, n_ctx=128, dense_type="bf16", **on(device))
     prompts = [[2, 5 + i, 9, 11] for i in range(3)]
 
     def batch() -> list[list[int]]:

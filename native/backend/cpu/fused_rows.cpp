@@ -5,7 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "ggml-impl.h"
+#include "backend/cpu/custom_node.h"
 #include "util/simd_math.h"
 
 namespace pydiffusion {
@@ -239,23 +239,17 @@ ggml_tensor* new_node(ggml_context* ctx, const ggml_tensor* shape, ggml_tensor**
     return ggml_set_name(node, name);
 }
 
-ggml_custom_op_params parameters_of(const ggml_tensor* node) {
-    ggml_custom_op_params parameters;
-    std::memcpy(&parameters, node->op_params, sizeof parameters);
-    return parameters;
-}
-
 }  // namespace
 
 float eps_of(const ggml_tensor* node) { return *static_cast<const float*>(node->extra); }
 
 const ggml_tensor* layer_scale_of(const ggml_tensor* node) {
-    return static_cast<const ggml_tensor*>(parameters_of(node).userdata);
+    return static_cast<const ggml_tensor*>(custom_parameters(node).userdata);
 }
 
 FusedOp fused_op_of(const ggml_tensor* node) {
     if (node->op != GGML_OP_CUSTOM) return FusedOp::none;
-    const ggml_custom_op_t op = parameters_of(node).fun;
+    const ggml_custom_op_t op = custom_parameters(node).fun;
     if (op == rows_op<compute_gelu_row>) return FusedOp::gated_gelu;
     if (op == rows_op<compute_norm_row>) return FusedOp::rms_norm;
     if (op == rows_op<compute_rotated_row>) return FusedOp::rotate_normed;

@@ -47,7 +47,7 @@ ggml_tensor* rotate_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weigh
                            const float* eps);
 
 // Writes rms_norm(x) of heads, or rotate_normed(x, weight, angles) if these are not null, to `target`, a view
-// [head_dim, n_heads, n_tokens] of F32 or F16 rows of a cache. The result is that view.
+// [head_dim, n_heads, n_tokens] of rows of a cache, which is not quantized. The result is that view.
 ggml_tensor* store_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,
                           const float* eps, ggml_tensor* target);
 

@@ -2,10 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
-#include "ggml-impl.h"
+#include "backend/cpu/custom_node.h"
 
 namespace pydiffusion {
 
@@ -46,10 +45,6 @@ ggml_tensor* top_k(ggml_context* ctx, ggml_tensor* values, int64_t k) {
     return ggml_set_name(best, "top_k");
 }
 
-bool is_top_k(const ggml_tensor* node) {
-    ggml_custom_op_params parameters;
-    std::memcpy(&parameters, node->op_params, sizeof parameters);
-    return node->op == GGML_OP_CUSTOM && parameters.fun == top_k_op;
-}
+bool is_top_k(const ggml_tensor* node) { return is_custom_node_of(node, top_k_op); }
 
 }  // namespace pydiffusion

@@ -164,6 +164,7 @@ bool compute_expert_node(ggml_backend_cuda_context* ctx, const ggml_tensor* node
             group(stream, node);
             return true;
         case ExpertNode::multiply:
+            GGML_ASSERT(is_repacked(src[0]) == is_for_repacked(src[1]));
             if (is_repacked(src[0])) {
                 multiply_repacked(stream, node);
                 return true;

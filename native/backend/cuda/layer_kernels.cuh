@@ -13,19 +13,14 @@
 
 namespace pydiffusion::cuda {
 
-constexpr int kMaxNorms = 3;
-
-// rms_norm: x / sqrt(mean of squares of its row + eps) * weight, for several weights.
+// rms_norm: x / sqrt(mean of squares of its row + eps) * weight
 struct NormArguments {
-    InputRows x;      // [n, n1, n_rows / n1]
-    int32_t n, n1;    // row r is (r % n1, r / n1)
-    int32_t n_rows;   // n1 times the other dimension
-    int32_t n_norms;  // 1 to kMaxNorms
+    InputRows x;          // [n, n1, n_rows / n1]
+    OutputRows out;       // shaped as x; may be x if of float32
+    const float* weight;  // [n], or null: ones
+    int32_t n, n1;        // row r is (r % n1, r / n1)
+    int32_t n_rows;       // n1 times the other dimension
     float eps;
-    struct {
-        OutputRows out;       // shaped as x; may be x if it is the only one, of float32
-        const float* weight;  // [n], or null: ones
-    } norms[kMaxNorms];
 };
 
 // rotate_normed: rms_norm(x, weight), then RoPE: rotates elements i and i + head_dim / 2 of a head by an
@@ -75,7 +70,7 @@ namespace {  // kernels
 
 // --- RMS norm ---
 
-template <typename Row, int n_norms, bool is_aligned>
+template <typename Row, bool is_aligned>
 __global__ void __launch_bounds__(Row::kBlockThreads) norm_rows(NormArguments a) {
     await_previous_kernel();
     const int32_t row = Row::row();
@@ -83,17 +78,12 @@ __global__ void __launch_bounds__(Row::kBlockThreads) norm_rows(NormArguments a)
     const int32_t i1 = row % a.n1, i2 = row / a.n1;
     const float* x = begin_of(a.x, i1, i2);
     // All that is read comes before the sum, so that the reads overlap.
-    Four kept[Row::kKept], weights[n_norms][Row::kKept];
+    Four kept[Row::kKept], weights[Row::kKept];
 #pragma unroll
     for (int i = 0; i < Row::kKept; ++i) kept[i] = load_four<is_aligned>(x, four_of_thread<Row>(i), a.n);
 #pragma unroll
-    for (int k = 0; k < n_norms; ++k) {
-        if (k < a.n_norms) {
-#pragma unroll
-            for (int i = 0; i < Row::kKept; ++i)
-                weights[k][i] = load_weight<is_aligned>(a.norms[k].weight, four_of_thread<Row>(i), a.n);
-        }
-    }
+    for (int i = 0; i < Row::kKept; ++i)
+        weights[i] = load_weight<is_aligned>(a.weight, four_of_thread<Row>(i), a.n);
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < Row::kKept; ++i) sum = add_squares(sum, kept[i]);
@@ -107,17 +97,13 @@ __global__ void __launch_bounds__(Row::kBlockThreads) norm_rows(NormArguments a)
         for (int i = 0; i < 4; ++i) result.v[i] = four.v[i] * scale * weight.v[i];
         return result;
     };
+    const OutputRow out = begin_of(a.out, i1, i2);
 #pragma unroll
-    for (int k = 0; k < n_norms; ++k) {
-        if (k >= a.n_norms) break;
-        const OutputRow out = begin_of(a.norms[k].out, i1, i2);
-#pragma unroll
-        for (int i = 0; i < Row::kKept; ++i)
-            store_four<is_aligned>(out, four_of_thread<Row>(i), a.n, normed(kept[i], weights[k][i]));
-        for (int32_t at = rest; at < a.n; at += step) {
-            const Four weight = load_weight<is_aligned>(a.norms[k].weight, at, a.n);
-            store_four<is_aligned>(out, at, a.n, normed(load_four<is_aligned>(x, at, a.n), weight));
-        }
+    for (int i = 0; i < Row::kKept; ++i)
+        store_four<is_aligned>(out, four_of_thread<Row>(i), a.n, normed(kept[i], weights[i]));
+    for (int32_t at = rest; at < a.n; at += step) {
+        const Four weight = load_weight<is_aligned>(a.weight, at, a.n);
+        store_four<is_aligned>(out, at, a.n, normed(load_four<is_aligned>(x, at, a.n), weight));
     }
 }
 
@@ -274,17 +260,15 @@ constexpr unsigned row_blocks(int64_t n_rows) {
 
 template <typename Row, bool is_aligned, typename Launch>
 void launch_norm_rows_with(const NormArguments& a, const Launch& launch) {
-    const auto kernel =
-        a.n_norms == 1 ? norm_rows<Row, 1, is_aligned> : norm_rows<Row, kMaxNorms, is_aligned>;
+    const auto kernel = norm_rows<Row, is_aligned>;
     launch(kernel, row_blocks<Row>(a.n_rows), Row::kBlockThreads, a);
 }
 
 template <typename Launch>
 void launch_norm_rows(const NormArguments& a, const Launch& launch) {
     if (a.n_rows == 0) return;
-    bool is_aligned = a.n % 4 == 0 && begins_at_four(a.x);
-    for (int k = 0; k < a.n_norms; ++k)
-        is_aligned = is_aligned && begins_at_four(a.norms[k].out) && begins_at_four(a.norms[k].weight);
+    const bool is_aligned =
+        a.n % 4 == 0 && begins_at_four(a.x) && begins_at_four(a.out) && begins_at_four(a.weight);
     if (a.n <= kMaxWarpRow) {
         is_aligned ? launch_norm_rows_with<RowOfWarp, true>(a, launch)
                    : launch_norm_rows_with<RowOfWarp, false>(a, launch);

@@ -14,6 +14,8 @@ namespace {
 
 using namespace cuda;
 
+static_assert(kMaxDeviceExperts == kMaxScores && kMaxDeviceExpertsUsed == kMaxUsed);
+
 bool has_float_rows(const ggml_tensor* t) {
     return t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) && t->ne[3] == 1 && t->ne[0] <= INT_MAX &&
            ggml_nrows(t) <= INT_MAX;
@@ -72,8 +74,8 @@ bool norm(const Launch* launch, const ggml_tensor* x, const ggml_tensor* weight,
                                    eps},
                                   *launch);
     } else {
-        launch_norm_rows(
-            {input(x), size(x, 0), size(x, 1), n_rows(x), 1, eps, {{output(out), floats(weight)}}}, *launch);
+        launch_norm_rows({input(x), output(out), floats(weight), size(x, 0), size(x, 1), n_rows(x), eps},
+                         *launch);
     }
     return true;
 }
@@ -139,7 +141,7 @@ bool mlp_beside(ggml_backend_cuda_context* ctx, const ggml_tensor* node) {
     if (!has_float_rows(x) || gate_up->type != GGML_TYPE_BF16 || down->type != GGML_TYPE_BF16) return false;
     if (!ctx) return true;
     SideStream& side = *side_stream_of(ctx);
-    side.fork(ctx->stream());
+    side.begin(ctx->stream());
     const Launch launch = {side.stream(), false};
     const int32_t d = size(x, 0), n = size(x, 1), n_ff = size(down, 0);
     const MlpScratch at = mlp_scratch(d, n_ff, n);
@@ -154,7 +156,7 @@ bool mlp_beside(ggml_backend_cuda_context* ctx, const ggml_tensor* node) {
     };
     const OutputRows normed = {data + at.normed, d, 0, FloatType::bf16},
                      activation = {data + at.activation, n_ff, 0, FloatType::bf16};
-    launch_norm_rows({input(x), d, n, n, 1, eps_of(node), {{normed, floats(norm_weight)}}}, launch);
+    launch_norm_rows({input(x), normed, floats(norm_weight), d, n, n, eps_of(node)}, launch);
     multiply(gate_up, normed.data, data + at.both);
     const float* both = reinterpret_cast<const float*>(data + at.both);
     launch_gated_gelu_rows({{both, 2 * n_ff, 0}, {both + n_ff, 2 * n_ff, 0}, activation, n_ff, n, n}, launch);

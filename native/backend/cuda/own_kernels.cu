@@ -5,6 +5,7 @@
 #include "backend/own_kernels.h"
 #include "backend/repacked_weights.h"
 #include "ggml-backend-impl.h"
+#include "util/error.h"
 
 namespace pydiffusion {
 
@@ -30,22 +31,42 @@ int compute_capability(ggml_backend_dev_t gpu) {
     return 0;
 }
 
-SideStream::SideStream(bool repacks_experts) : repacks_experts_(repacks_experts) {
-    CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
-    CUDA_CHECK(cudaEventCreateWithFlags(&begin_, cudaEventDisableTiming));
-    CUDA_CHECK(cudaEventCreateWithFlags(&end_, cudaEventDisableTiming));
-    CUBLAS_CHECK(cublasCreate(&cublas_));
-    CUBLAS_CHECK(cublasSetStream(cublas_, stream_));
+namespace {
+
+// Errors here are of a GPU without room, for which ggml's checks would end the process.
+void require(bool done, const char* what) {
+    if (done) return;
+    (void)cudaGetLastError();
+    throw Error(ErrorKind::out_of_memory, format("out of GPU memory: %s failed", what));
+}
+
+constexpr size_t kWorkspaceBytes = size_t{32} << 20;  // as ggml's handles have on Hopper
+
+}  // namespace
+
+SideStream::SideStream(bool repacks_experts) : repacks_experts_(repacks_experts) {}
+
+void SideStream::create() {
+    require(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking) == cudaSuccess, "creating a stream");
+    for (cudaEvent_t* event : {&begin_, &end_})
+        require(cudaEventCreateWithFlags(event, cudaEventDisableTiming) == cudaSuccess, "creating an event");
+    require(cublasCreate(&cublas_) == CUBLAS_STATUS_SUCCESS, "creating a cuBLAS handle");
+    // Else cuBLAS allocates one while a CUDA graph is captured.
+    require(cudaMalloc(&workspace_, kWorkspaceBytes) == cudaSuccess, "allocating cuBLAS's work area");
+    require(cublasSetStream(cublas_, stream_) == CUBLAS_STATUS_SUCCESS &&
+                cublasSetWorkspace(cublas_, workspace_, kWorkspaceBytes) == CUBLAS_STATUS_SUCCESS,
+            "setting up cuBLAS");
 }
 
 SideStream::~SideStream() {
-    cublasDestroy(cublas_);
-    cudaEventDestroy(end_);
-    cudaEventDestroy(begin_);
-    cudaStreamDestroy(stream_);
+    if (cublas_) cublasDestroy(cublas_);
+    cudaFree(workspace_);
+    if (end_) cudaEventDestroy(end_);
+    if (begin_) cudaEventDestroy(begin_);
+    if (stream_) cudaStreamDestroy(stream_);
 }
 
-void SideStream::fork(cudaStream_t main) {
+void SideStream::begin(cudaStream_t main) {
     CUDA_CHECK(cudaEventRecord(begin_, main));
     CUDA_CHECK(cudaStreamWaitEvent(stream_, begin_, 0));
 }
@@ -88,6 +109,7 @@ std::shared_ptr<void> use_own_kernels(ggml_backend_t backend, bool wherever_poss
                                                ggml_cuda_set_device(ctx->device);
                                                delete gone;
                                            });
+    side->create();
     const std::lock_guard<std::mutex> lock(users_mutex);
     users[ctx] = side.get();
     return side;

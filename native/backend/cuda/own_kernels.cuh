@@ -29,12 +29,13 @@ bool compute_expert_node(ggml_backend_cuda_context* ctx, const ggml_tensor* node
 class SideStream {
   public:
     explicit SideStream(bool repacks_experts);
+    void create();  // throws Error if the GPU has no room; to be called once, before what follows
     ~SideStream();
     SideStream(const SideStream&) = delete;
     SideStream& operator=(const SideStream&) = delete;
 
     // From now on until the end of what is launched to stream(): after what `main` has been given so far.
-    void fork(cudaStream_t main);
+    void begin(cudaStream_t main);
     // Ends it: join() will wait for what has been launched, or `main` does at once if set_in_turn().
     void finish(cudaStream_t main);
     void set_in_turn(bool in_turn) { in_turn_ = in_turn; }
@@ -50,6 +51,7 @@ class SideStream {
     cudaStream_t stream_ = nullptr;
     cudaEvent_t begin_ = nullptr, end_ = nullptr;
     cublasHandle_t cublas_ = nullptr;
+    void* workspace_ = nullptr;
     bool is_pending_ = false, in_turn_ = false;
 };
 
