@@ -6,7 +6,7 @@
 
 namespace pydiffusion::cuda {
 
-// Of wgmma's operand b [k, n] a row of n lies in shared memory as "atoms" of 64 k, 128 bytes a row, at
+// Of wgmma's operand b [k, n] a row of n is in shared memory as "atoms" of 64 k, 128 bytes a row, at
 // multiples of 1024 bytes. Piece c of a row, 16 bytes, is at piece c ^ (row % 8), which avoids bank conflicts
 // ("128B swizzle").
 __device__ __forceinline__ int swizzled(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) * 16); }
@@ -160,8 +160,8 @@ class SharedOperand {
 
 // d [64, 8 n] += (or, if !add, =) a [64, 16] * b [16, 8 n] by a warpgroup, float16 operands and float32 sums.
 // Each warp has 16 rows, in the fragments of PTX's mma.m16n8k16.
-#define PD_WGMMA(columns, add, sums, a, b)                                                    \
-    "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns \
+#define PD_WGMMA(n, add, sums, a, b)                                                    \
+    "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" n \
     "k16.f32.f16.f16 {" sums "}, {" a "}, " b ", p, 1, 1, 0;\n}\n"
 #define PD_SUMS(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define PD_OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add)

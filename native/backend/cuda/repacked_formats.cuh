@@ -32,7 +32,7 @@ struct Piece {
 //   factor(row)        of float32 sums
 //   zeros(low, high, a), zero_factor(row)   if kZeros, the same for the sums of x
 
-struct RepackedQ4K {  // the products of 6-bit scales and nibbles are exact
+struct RepackedQ4K {  // a 6-bit scale times a nibble is exact in float16
     static constexpr int kPieceBytes = 64 * 144, kWordUnits = 1;
     static constexpr bool kZeros = true;
 
@@ -220,8 +220,8 @@ struct RepackedQ80 {
         }
     }
 
-    // Scales are multiplied by the power of two that brings the chunk's largest, if it is not subnormal, to
-    // [2^14, 2^15), so that products with q * 2^-24 are precise.
+    // Scales are multiplied by the power of two that scales the chunk's largest, if it is not subnormal, to
+    // [2^14, 2^15), so that scale times q * 2^-24 is precise.
     __device__ static __forceinline__ Row decode(const Head& head, int j) {
         const uint32_t d[4] = {head.of[j].x, head.of[j].y, head.of[j].z, head.of[j].w};
         uint32_t largest = 0;
