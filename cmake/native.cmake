@@ -47,7 +47,8 @@ add_library(pydiffusion_native STATIC
     native/util/cpu_kernels.cpp
     native/util/error.cpp
 )
-target_include_directories(pydiffusion_native PUBLIC native PRIVATE vendor/ggml/src)  # ggml's own headers
+target_include_directories(pydiffusion_native PUBLIC native)
+target_include_directories(pydiffusion_native SYSTEM PRIVATE vendor/ggml/src)  # ggml's own headers
 target_link_libraries(pydiffusion_native PUBLIC ggml)
 if(PYDIFFUSION_CUDA)
     set(cuda_sources
