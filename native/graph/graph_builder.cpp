@@ -10,7 +10,16 @@
 
 namespace pydiffusion {
 
-GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s, std::vector<char>* memory)
+void* GraphMemory::reserve(size_t n_bytes) {
+    if (n_bytes_ < n_bytes || n_bytes_ > 2 * n_bytes) {  // not much more than needed: memory may be short
+        memory_.reset();
+        memory_.reset(std::malloc(n_bytes));
+        n_bytes_ = memory_ ? n_bytes : 0;
+    }
+    return memory_.get();
+}
+
+GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s, GraphMemory* memory)
     : model(m), sequences(std::move(s)) {
     const size_t n_nodes =
         (128 + 2 * m.hparams.n_expert_used + 24 * sequences.size()) * m.hparams.layers.size() + 64 +
@@ -18,11 +27,8 @@ GraphBuilder::GraphBuilder(const Model& m, std::vector<Sequence> s, std::vector<
     ggml_init_params params = {n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false),
                                nullptr, true};
     require_memory((size_t{16} << 20) + 4 * params.mem_size);  // the allocator's tables need memory too
-    if (memory) {
-        if (memory->size() < params.mem_size) memory->resize(params.mem_size);
-        params.mem_buffer = memory->data();
-    }
-    context.reset(ggml_init(params));
+    if (memory) params.mem_buffer = memory->reserve(params.mem_size);
+    if (!memory || params.mem_buffer) context.reset(ggml_init(params));
     if (!context) throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate a graph");
     graph = ggml_new_graph_custom(ctx(), n_nodes, false);
     matmul.emplace(ctx(), model.backend.kernel(), uses_ggml_ops(), fuses_rows());

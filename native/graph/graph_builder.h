@@ -1,6 +1,8 @@
 // Graph builder: sequences, inputs and masks of a graph, and the operations that layers are built from.
 #pragma once
 
+#include <cstdlib>
+#include <memory>
 #include <optional>
 
 #include "backend/cpu/attention.h"
@@ -20,12 +22,25 @@ struct Sequence {
     int64_t n_frozen = 0;  // rows after the tokens that are visible but keep what an earlier graph wrote
 };
 
+// Memory for the tensors of one graph after another, which stays at its address for graphs of the same size.
+class GraphMemory {
+  public:
+    void* reserve(size_t n_bytes);  // null if there is not enough
+
+  private:
+    struct Free {
+        void operator()(void* memory) const { std::free(memory); }
+    };
+    std::unique_ptr<void, Free> memory_;
+    size_t n_bytes_ = 0;
+};
+
 struct GraphBuilder {
     // Every tensor concatenates the sequences' tokens; a token attends only to its own sequence's cache.
     // memory: for the graph's tensors, if one graph follows another: ggml recognizes a CUDA graph by the
     // address of its first node, and updates it, which is faster than instantiating a new one. The graph that
     // used it before must be gone.
-    GraphBuilder(const Model& model, std::vector<Sequence> sequences, std::vector<char>* memory = nullptr);
+    GraphBuilder(const Model& model, std::vector<Sequence> sequences, GraphMemory* memory = nullptr);
 
     const Model& model;
     std::vector<Sequence> sequences;

@@ -101,7 +101,7 @@ class Denoiser {
 
     const Model& model_;
     ImatrixCollector* imatrix_ = nullptr;
-    std::vector<char> graph_memory_;  // of built_
+    GraphMemory graph_memory_;  // of built_
     std::unique_ptr<GraphBuilder> built_;
     // Per slot: cache version, canvas length, frozen positions.
     std::vector<std::tuple<uint64_t, int64_t, int64_t>> built_for_;
