@@ -151,8 +151,9 @@ namespace {
 void write_angles(ggml_tensor* tensor, const std::vector<int32_t>& positions, float base,
                   const std::vector<float>& factors) {
     const int64_t head_dim = tensor->ne[0], half = head_dim / 2;
-    std::vector<float> values(head_dim * positions.size());
-    float* row = values.data();
+    const bool on_host = ggml_backend_buffer_is_host(tensor->buffer);
+    std::vector<float> values(on_host ? 0 : head_dim * positions.size());
+    float* row = on_host ? static_cast<float*>(tensor->data) : values.data();
     for (const int32_t position : positions) {
         for (int64_t i = 0; i < half; ++i) {
             const float exponent = static_cast<float>(2 * i) / static_cast<float>(head_dim);
@@ -163,7 +164,7 @@ void write_angles(ggml_tensor* tensor, const std::vector<int32_t>& positions, fl
         }
         row += head_dim;
     }
-    ggml_backend_tensor_set(tensor, values.data(), 0, values.size() * sizeof(float));
+    if (!on_host) ggml_backend_tensor_set(tensor, values.data(), 0, values.size() * sizeof(float));
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "runtime/batch.h"
 
 #include <chrono>
+#include <new>
 
 #include "util/error.h"
 
@@ -66,16 +67,19 @@ std::vector<Batch::Outcome> Batch::next_steps(const std::vector<Session*>& sessi
 // Denoises slots [begin, end) in one graph; if that runs out of memory, in two halves.
 void Batch::denoise(const std::vector<Denoiser::Slot>& slots, size_t begin, size_t end,
                     std::vector<std::exception_ptr>& errors) {
+    const auto fail = [&] {
+        std::fill(errors.begin() + begin, errors.begin() + end, std::current_exception());
+    };
     try {
         denoiser_.step({slots.begin() + begin, slots.begin() + end}, executor_);
         n_graphs_ += 1;
         return;
     } catch (const Error& error) {
         denoiser_.invalidate();
-        if (error.kind() != ErrorKind::out_of_memory || end - begin < 2) {
-            std::fill(errors.begin() + begin, errors.begin() + end, std::current_exception());
-            return;
-        }
+        if (error.kind() != ErrorKind::out_of_memory || end - begin < 2) return fail();
+    } catch (const std::bad_alloc&) {
+        denoiser_.invalidate();
+        if (end - begin < 2) return fail();
     }
     const size_t middle = begin + (end - begin) / 2;
     denoise(slots, begin, middle, errors);
