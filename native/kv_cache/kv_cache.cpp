@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "backend/ggml/ggml_ops.h"
+#include "backend/ops/ggml_attention.h"
 #include "ggml-alloc.h"
 #include "kv_cache/kv_layout.h"
 #include "util/error.h"
