@@ -19,7 +19,7 @@ from pathlib import Path
 # The layers, lowest first.
 NATIVE_ORDER = (
     "util", "gguf", "sampler",
-    "backend/cpu/amx", "backend/cpu", "backend", "backend/ggml", "backend/cuda",
+    "backend/cpu/amx", "backend/cpu", "backend", "backend/ops", "backend/cuda",
     "model", "kv_cache", "graph", "architectures", "quantization", "runtime", "bench", "bindings",
     "tests/cuda_emulation", "tests",
 )  # fmt: skip

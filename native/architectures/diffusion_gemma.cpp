@@ -12,14 +12,20 @@ HeadNorms head_norms(const LayerWeights& w) { return {w.attn_q_norm, w.attn_k_no
 
 ExpertWeights expert_weights(const GraphBuilder& g, int32_t i_layer) {
     const LayerWeights& w = g.model.weights.layers[i_layer];
-    return {w.ffn_gate_up_exps, w.ffn_gate_exps,       w.ffn_up_exps,
-            w.ffn_down_exps,    w.ffn_down_exps_scale, g.model.hparams.n_expert_used,
+    return {w.ffn_gate_up_exps,
+            w.ffn_gate_exps,
+            w.ffn_up_exps,
+            w.ffn_down_exps,
+            w.ffn_down_exps_scale,
+            g.model.hparams.n_expert_used,
             g.has_experts_with_layer(i_layer)};
 }
 
 }  // namespace
 
-ggml_tensor* DiffusionGemma::embed_prompt(GraphBuilder& g, ggml_tensor* tokens) const { return g.embed(tokens); }
+ggml_tensor* DiffusionGemma::embed_prompt(GraphBuilder& g, ggml_tensor* tokens) const {
+    return g.embed(tokens);
+}
 
 ggml_tensor* DiffusionGemma::embed_canvas(GraphBuilder& g, ggml_tensor* tokens, ggml_tensor* soft) const {
     const Weights& w = g.model.weights;

@@ -14,8 +14,7 @@ GraphInputs::GraphInputs(ggml_context* ctx, const Backend& backend, size_t n_inp
 }
 
 ggml_tensor* GraphInputs::add(int32_t device, ggml_type type, int64_t n0, int64_t n1) {
-    if (!contexts_.empty())
-        return ggml_new_tensor_2d(contexts_[device - kCpuDevice].get(), type, n0, n1);
+    if (!contexts_.empty()) return ggml_new_tensor_2d(contexts_[device - kCpuDevice].get(), type, n0, n1);
     ggml_tensor* input = ggml_new_tensor_2d(ctx_, type, n0, n1);
     ggml_set_input(input);
     ggml_set_output(input);  // else the allocator reuses its memory after the last read

@@ -14,8 +14,8 @@ class GraphInputs {
     // n_inputs: most that any one device may get. ctx: of the graph, which must be gone before its inputs.
     GraphInputs(ggml_context* ctx, const Backend& backend, size_t n_inputs);
 
-    // A tensor [n0, n1] in the memory of a device of the backend or of kCpuDevice. Without devices all of them
-    // are in the graph's own memory.
+    // A tensor [n0, n1] in the memory of a device of the backend or of kCpuDevice. Without devices all of
+    // them are in the graph's own memory.
     ggml_tensor* add(int32_t device, ggml_type type, int64_t n0, int64_t n1 = 1);
 
     // The CPU's, then each device's; empty without devices.

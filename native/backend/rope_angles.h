@@ -1,4 +1,5 @@
-// RopeAngles: cosines and sines of a graph's RoPE angles, an input shared by all layers of a kind on a device.
+// RopeAngles: cosines and sines of a graph's RoPE angles, an input shared by all layers of a kind on a
+// device.
 #pragma once
 
 #include <vector>

@@ -28,7 +28,7 @@ std::vector<float> matmul_once(const MatmulTask& task) {
     const bool repacked = experts && backend.repacks(weight);
     if (repacked) mark_repacked(weight);
     ExpertMatmuls expert_matmuls(ctx, backend);
-    ggml_tensor* result = experts                 ? expert_matmuls.apply(weight, x, experts)
+    ggml_tensor* result = experts               ? expert_matmuls.apply(weight, x, experts)
                           : backend.on_device() ? ggml_matmul(ctx, weight, x)
                                                 : matmul.apply(weight, x);
     if (!result) result = matmul.apply(weight, x, experts);

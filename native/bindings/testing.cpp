@@ -5,8 +5,8 @@
 #include <algorithm>
 
 #include "backend/cpu/amx/weighted_sums.h"
-#include "backend/ggml/ggml_ops.h"
 #include "backend/graph_executor.h"
+#include "backend/ops/ggml_attention.h"
 #include "backend/step_backend.h"
 #include "bench/matmul_once.h"
 #include "bindings/bindings.h"

@@ -29,7 +29,8 @@ GraphBuilder::GraphBuilder(const Model& m, Mode mode_of_tokens, std::vector<Sequ
     graph = ggml_new_graph_custom(ctx(), n_nodes, false);
     // On a device: tokens and positions; of both layer kinds masks and angles.
     inputs = std::make_unique<GraphInputs>(ctx(), m.backend, 4 + 2 * sequences.size());
-    ops = make_ops({ctx(), graph, m.backend, *inputs, n_tokens(), &m.hparams.rms_eps, m.device_plan.single_device()});
+    ops = make_ops(
+        {ctx(), graph, m.backend, *inputs, n_tokens(), &m.hparams.rms_eps, m.device_plan.single_device()});
 }
 
 int64_t GraphBuilder::n_tokens() const {
@@ -93,7 +94,8 @@ ggml_tensor* GraphBuilder::attention(int32_t i_layer, const Heads& heads, const 
     int64_t first = 0;
     for (size_t i = 0; i < sequences.size(); ++i) {
         const Heads own = view_tokens(ctx(), heads, first, sequences[i].n_tokens);
-        ggml_tensor* q = ops->rotate_and_store(own, norms, rope(i_layer), first, rows_to_write(sequences[i], i_layer));
+        ggml_tensor* q =
+            ops->rotate_and_store(own, norms, rope(i_layer), first, rows_to_write(sequences[i], i_layer));
         outputs.push_back(attend(i, i_layer, q));
         first += sequences[i].n_tokens;
     }

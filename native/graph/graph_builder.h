@@ -41,7 +41,8 @@ struct GraphBuilder {
     // memory: for the graph's tensors, if one graph follows another: ggml recognizes a CUDA graph by the
     // address of its first node, and updates it, which is faster than instantiating a new one. The graph that
     // used it before must be gone.
-    GraphBuilder(const Model& model, Mode mode, std::vector<Sequence> sequences, GraphMemory* memory = nullptr);
+    GraphBuilder(const Model& model, Mode mode, std::vector<Sequence> sequences,
+                 GraphMemory* memory = nullptr);
 
     const Model& model;
     const Mode mode;
@@ -60,7 +61,9 @@ struct GraphBuilder {
     }
 
     // Input of the first layer: the tokens' ids, I32 [n_tokens], on the device that embeds.
-    ggml_tensor* new_tokens() { return inputs->add(model.backend.n_devices() - 1, GGML_TYPE_I32, n_tokens()); }
+    ggml_tensor* new_tokens() {
+        return inputs->add(model.backend.n_devices() - 1, GGML_TYPE_I32, n_tokens());
+    }
     ggml_tensor* embed(ggml_tensor* tokens) const;  // their embedding rows, scaled -> [d, n_tokens]
 
     // Q, K and V before norm and RoPE -> [head_dim * n_head, n_tokens]: writes K and V to the rows after each

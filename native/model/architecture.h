@@ -1,4 +1,5 @@
-// Architecture: all that one kind of model adds to the runtime. The classes, and the registry, are in architectures/.
+// Architecture: all that one kind of model adds to the runtime. The classes, and the registry, are in
+// architectures/.
 #pragma once
 
 #include <cstdint>
@@ -28,12 +29,12 @@ class Architecture {
     // Requests the model's tensors but for embedding and head.
     virtual void load_weights(WeightsLoader& load, const Hparams& hparams, Weights& weights) const = 0;
 
-    // Input of the first layer [d, n_tokens]: of a prompt's tokens, I32 [n_tokens]; of canvases, with the soft
-    // embedding of the previous step, F32 [d, n_tokens], as self-conditioning.
+    // Input of the first layer [d, n_tokens]: of a prompt's tokens, I32 [n_tokens]; of canvases, with the
+    // soft embedding of the previous step, F32 [d, n_tokens], as self-conditioning.
     virtual ggml_tensor* embed_prompt(GraphBuilder& g, ggml_tensor* tokens) const = 0;
     virtual ggml_tensor* embed_canvas(GraphBuilder& g, ggml_tensor* tokens, ggml_tensor* soft) const = 0;
-    // One layer, x [d, n_tokens] -> [d, n_tokens]: writes K and V to the rows after each sequence's cache, then
-    // attends over the visible rows.
+    // One layer, x [d, n_tokens] -> [d, n_tokens]: writes K and V to the rows after each sequence's cache,
+    // then attends over the visible rows.
     virtual ggml_tensor* layer(GraphBuilder& g, int32_t i_layer, ggml_tensor* x) const = 0;
     // Of a layer, the writes of K and V only: all that a prompt needs of the last layer.
     virtual void store_keys_and_values(GraphBuilder& g, int32_t i_layer, ggml_tensor* x) const = 0;

@@ -26,9 +26,8 @@ const Architecture& architecture_of(const GgufFile& file) {
 
 void refuse_single_part(const GgufFile& file, const KeyReader& keys) {
     if (!file.find("split.count") || keys.integer("split.count", 0, 65535) <= 1) return;
-    throw Error(
-        ErrorKind::unsupported,
-        file.path() + ": is a single part of a split model (key 'split.count'): open its first part");
+    throw Error(ErrorKind::unsupported,
+                file.path() + ": is a single part of a split model (key 'split.count'): open its first part");
 }
 
 SamplerValues read_sampler(const KeyReader& keys, const SamplerTable& table) {

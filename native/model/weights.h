@@ -20,15 +20,15 @@ namespace pydiffusion {
 struct LayerWeights {
     // Matrices that multiply the same activations, concatenated; null unless they are BF16 on a device. The
     // single ones are then views of them.
-    ggml_tensor* attn_qkv = nullptr;             // [d, (n_head + 2 * n_head_kv) * head_dim], without V in full layers
-    ggml_tensor* ffn_gate_up = nullptr;          // [d, 2 * n_ff]
-    ggml_tensor* attn_norm = nullptr;            // [d]
-    ggml_tensor* attn_q = nullptr;               // [d, head_dim * n_head]
-    ggml_tensor* attn_k = nullptr;               // [d, head_dim * n_head_kv]
-    ggml_tensor* attn_v = nullptr;               // as attn_k; null in full layers, which compute V with attn_k
-    ggml_tensor* attn_output = nullptr;          // [head_dim * n_head, d]
-    ggml_tensor* attn_q_norm = nullptr;          // [head_dim]
-    ggml_tensor* attn_k_norm = nullptr;          // [head_dim]
+    ggml_tensor* attn_qkv = nullptr;     // [d, (n_head + 2 * n_head_kv) * head_dim], without V in full layers
+    ggml_tensor* ffn_gate_up = nullptr;  // [d, 2 * n_ff]
+    ggml_tensor* attn_norm = nullptr;    // [d]
+    ggml_tensor* attn_q = nullptr;       // [d, head_dim * n_head]
+    ggml_tensor* attn_k = nullptr;       // [d, head_dim * n_head_kv]
+    ggml_tensor* attn_v = nullptr;       // as attn_k; null in full layers, which compute V with attn_k
+    ggml_tensor* attn_output = nullptr;  // [head_dim * n_head, d]
+    ggml_tensor* attn_q_norm = nullptr;  // [head_dim]
+    ggml_tensor* attn_k_norm = nullptr;  // [head_dim]
     ggml_tensor* post_attention_norm = nullptr;  // [d]
     ggml_tensor* ffn_norm = nullptr;             // [d]
     ggml_tensor* ffn_gate = nullptr;             // [d, n_ff]
@@ -38,8 +38,8 @@ struct LayerWeights {
     ggml_tensor* pre_ffw_norm_2 = nullptr;       // [d]
     ggml_tensor* ffn_gate_inp = nullptr;         // [d, n_expert], the router
     ggml_tensor* ffn_gate_inp_scale = nullptr;   // [d]
-    ggml_tensor*
-        ffn_gate_up_exps = nullptr;  // [d, 2 * n_ff_expert, n_expert], gate rows first; if null, the next two are set
+    ggml_tensor* ffn_gate_up_exps =
+        nullptr;  // [d, 2 * n_ff_expert, n_expert], gate rows first; if null, the next two are set
     ggml_tensor* ffn_gate_exps = nullptr;        // [d, n_ff_expert, n_expert]
     ggml_tensor* ffn_up_exps = nullptr;          // [d, n_ff_expert, n_expert]
     ggml_tensor* ffn_down_exps = nullptr;        // [n_ff_expert, d, n_expert]
@@ -51,10 +51,10 @@ struct LayerWeights {
 };
 
 struct Weights {
-    // Those that the hyperparameters' architecture asks for. Throws if a tensor is missing or has another shape or
-    // a type that this build can't compute with. Copies to each device the tensors that the plan assigns to it, in the type that the plan gives them, reporting
-    // the fraction done to `progress`; tensors of types that the device can't compute with stay in the
-    // mapping.
+    // Those that the hyperparameters' architecture asks for. Throws if a tensor is missing or has another
+    // shape or a type that this build can't compute with. Copies to each device the tensors that the plan
+    // assigns to it, in the type that the plan gives them, reporting the fraction done to `progress`; tensors
+    // of types that the device can't compute with stay in the mapping.
     Weights(std::shared_ptr<const GgufFile> file, const Hparams& hparams, const DevicePlan& device_plan,
             const Backend& backend, const std::function<void(double)>& progress);
     Weights(const Weights&) = delete;

@@ -85,17 +85,16 @@ void repack(const ggml_tensor* tensor, const uint8_t* data, int64_t n_rows, int 
 
 }  // namespace
 
-WeightsLoader::WeightsLoader(Weights& weights, const GgufFile& file, const DevicePlan& device_plan, const Backend& backend)
+WeightsLoader::WeightsLoader(Weights& weights, const GgufFile& file, const DevicePlan& device_plan,
+                             const Backend& backend)
     : weights_(weights), file_(file), device_plan_(device_plan), backend_(backend) {
     // The matrices of every layer may be views of concatenated ones.
-    const ggml_init_params params = {2 * (file.tensors().size() + 1) * ggml_tensor_overhead(), nullptr,
-                                     true};
+    const ggml_init_params params = {2 * (file.tensors().size() + 1) * ggml_tensor_overhead(), nullptr, true};
     require_memory((size_t{8} << 20) + params.mem_size);
     for (int32_t device = kCpuDevice; device < backend.n_devices(); ++device) {
         weights_.contexts_.emplace_back(ggml_init(params));
         if (!weights_.contexts_.back())
-            throw Error(ErrorKind::out_of_memory,
-                        "out of memory: failed to allocate the tensor descriptors");
+            throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate the tensor descriptors");
     }
     for (size_t i = 0; i < file.n_parts(); ++i) mapped_.push_back(map(file.part(i)));
 }
@@ -109,7 +108,8 @@ ggml_tensor* WeightsLoader::matrix(const std::string& name, const Shape& shape) 
     return create(info, device_plan_.tensor_device(name));
 }
 
-ggml_tensor* WeightsLoader::concatenated(int64_t d, const std::vector<std::pair<std::string, int64_t>>& parts) {
+ggml_tensor* WeightsLoader::concatenated(int64_t d,
+                                         const std::vector<std::pair<std::string, int64_t>>& parts) {
     const int32_t device = device_plan_.tensor_device(parts[0].first);
     if (device == kCpuDevice || !can_hold(GGML_TYPE_BF16)) return nullptr;
     int64_t n_rows = 0;
@@ -163,7 +163,7 @@ void WeightsLoader::upload(const std::function<void(double)>& progress) {
     for (const auto& [tensor, info] : uploads_) {
         const bool widened = tensor->type != info->type, repacked = is_repacked(tensor);
         const uint64_t group = kRepackedRows * ggml_row_size(info->type, info->ne[0]);
-        const uint64_t block = widened ? ggml_row_size(info->type, kWidenedAtOnce)  // bytes of the file
+        const uint64_t block = widened    ? ggml_row_size(info->type, kWidenedAtOnce)  // bytes of the file
                                : repacked ? std::max<uint64_t>(1, kUploadBytes / group) * group
                                           : kUploadBytes;
         for (uint64_t at = 0; at < info->n_bytes; at += block) {
@@ -198,8 +198,7 @@ void WeightsLoader::upload_widened(ggml_tensor* tensor, ggml_type type, const ui
     const int64_t n = std::min(kWidenedAtOnce, ggml_nelements(tensor) - first);
     widened_.resize(n);
     widen(type, data, n, backend_.n_threads(), widened_.data());
-    ggml_backend_tensor_set(tensor, widened_.data(), first * sizeof(ggml_bf16_t),
-                            n * sizeof(ggml_bf16_t));
+    ggml_backend_tensor_set(tensor, widened_.data(), first * sizeof(ggml_bf16_t), n * sizeof(ggml_bf16_t));
 }
 
 void WeightsLoader::allocate_buffer(int32_t device) {

@@ -20,7 +20,8 @@ using Shape = std::vector<int64_t>;
 
 class WeightsLoader {
   public:
-    WeightsLoader(Weights& weights, const GgufFile& file, const DevicePlan& device_plan, const Backend& backend);
+    WeightsLoader(Weights& weights, const GgufFile& file, const DevicePlan& device_plan,
+                  const Backend& backend);
 
     bool has(const std::string& name) const { return file_.find_tensor(name) != nullptr; }
     const DevicePlan& device_plan() const { return device_plan_; }

@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "backend/ggml/ggml_ops.h"
+#include "backend/ops/ggml_attention.h"
 #include "kv_cache/kv_layout.h"
 #include "small_model.h"
 #include "support.h"

@@ -263,7 +263,8 @@ ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up, g
 ggml_tensor* rms_norm(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, const float* eps,
                       ggml_type type) {
     ggml_tensor* sources[] = {x, weight};
-    return new_node(ctx, x, sources, weight ? 2 : 1, rows_op<compute_norm_row>, eps, "rms_norm", nullptr, type);
+    return new_node(ctx, x, sources, weight ? 2 : 1, rows_op<compute_norm_row>, eps, "rms_norm", nullptr,
+                    type);
 }
 
 ggml_tensor* store_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,
@@ -296,7 +297,7 @@ ggml_tensor* rotate_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weigh
 
 ggml_tensor* rotate_and_store(ggml_context* ctx, ggml_tensor* q, ggml_tensor* q_weight, ggml_tensor* angles,
                               const StoredHeads& stored, const float* eps) {
-    ggml_tensor* sources[] = {q,      q_weight,      angles,       stored.k, stored.k_weight,
+    ggml_tensor* sources[] = {q,        q_weight,        angles,         stored.k, stored.k_weight,
                               stored.v, stored.k_target, stored.v_target};
     return new_node(ctx, q, sources, 8, rotate_and_store_op, eps, "rotate_and_store");
 }

@@ -361,8 +361,7 @@ ggml_tensor* ggml_matmul(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* x,
 
 ggml_tensor* Matmul::apply(ggml_tensor* weight, ggml_tensor* x) {
     const int64_t n = x->ne[1];
-    if (n >= kMinActivations || use_tiles(weight, x) || keep_activations_)
-        return apply_unpadded(weight, x);
+    if (n >= kMinActivations || use_tiles(weight, x) || keep_activations_) return apply_unpadded(weight, x);
     ggml_tensor* padded = ggml_pad(ctx_, x, 0, static_cast<int>(kMinActivations - n), 0, 0);
     ggml_tensor* result = apply_unpadded(weight, padded);
     return ggml_view_2d(ctx_, result, result->ne[0], n, result->nb[1], 0);

@@ -17,7 +17,9 @@ ggml_tensor* CpuOps::gated_gelu(ggml_tensor* gate, ggml_tensor* up, ForMatmuls) 
     return pydiffusion::gated_gelu(c_.ctx, gate, up);
 }
 
-ggml_tensor* CpuOps::concat_tokens(const std::vector<ggml_tensor*>& parts) { return stack_tokens(c_.ctx, parts); }
+ggml_tensor* CpuOps::concat_tokens(const std::vector<ggml_tensor*>& parts) {
+    return stack_tokens(c_.ctx, parts);
+}
 
 ggml_tensor* CpuOps::rotate(ggml_tensor* x, ggml_tensor* norm, const Rope& rope, int64_t first_token) {
     ggml_tensor* angles = angles_.view(rope, x->ne[0], first_token, x->ne[2]);

@@ -1,5 +1,5 @@
-// CpuOps: operations as nodes of our own on the CPU (fused rows, attention, tile GEMM), with ggml's matmuls where
-// ours don't support a type.
+// CpuOps: operations as nodes of our own on the CPU (fused rows, attention, tile GEMM), with ggml's matmuls
+// where ours don't support a type.
 #pragma once
 
 #include "backend/cpu/matmul.h"
@@ -23,9 +23,11 @@ class CpuOps : public Ops {
     ggml_tensor* gated_gelu(ggml_tensor* gate, ggml_tensor* up, ForMatmuls) override;
     ggml_tensor* concat_tokens(const std::vector<ggml_tensor*>& parts) override;
     ggml_tensor* rotate(ggml_tensor* x, ggml_tensor* norm, const Rope& rope, int64_t first_token) override;
-    ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal, int32_t device) override;
+    ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal,
+                        int32_t device) override;
     Mixture moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) override;
-    ggml_tensor* join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w) override;
+    ggml_tensor* join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
+                      const JoinWeights& w) override;
     void keep_activations() override { matmul_.keep_activations(); }
     void set_positions(const std::vector<int32_t>& positions) override { angles_.write(positions); }
 

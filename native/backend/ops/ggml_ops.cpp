@@ -13,7 +13,9 @@ ggml_tensor* GgmlOps::rms_norm(ggml_tensor* x, ggml_tensor* weight, ForMatmuls) 
     return ggml_mul(c_.ctx, normed, weight);
 }
 
-ggml_tensor* GgmlOps::matmul(ggml_tensor* weight, ggml_tensor* x) { return gemm::ggml_matmul(c_.ctx, weight, x); }
+ggml_tensor* GgmlOps::matmul(ggml_tensor* weight, ggml_tensor* x) {
+    return gemm::ggml_matmul(c_.ctx, weight, x);
+}
 
 ggml_tensor* GgmlOps::expert_matmul(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen) {
     return gemm::ggml_matmul(c_.ctx, weights, x, chosen);

@@ -75,8 +75,9 @@ ggml_tensor* Ops::join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixtur
 
 ggml_tensor* Ops::join_in_one_node(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
                                    const JoinWeights& w) {
-    const Branches branches = {dense,          w.dense_norm,    mixture.experts, mixture.scores, mixture.chosen,
-                               w.expert_scales, w.mixture_norm, w.norm,          w.scale};
+    const Branches branches = {dense,          w.dense_norm,   mixture.experts,
+                               mixture.scores, mixture.chosen, w.expert_scales,
+                               w.mixture_norm, w.norm,         w.scale};
     return join_branches(c_.ctx, x, branches, c_.rms_eps);
 }
 

@@ -1,5 +1,5 @@
-// Ops: the operations that layers are made of, as nodes of a graph. Implementations: CpuOps; GgmlOps, from ggml's own
-// operations, for any device; OwnKernelOps, for devices with kernels of ours.
+// Ops: the operations that layers are made of, as nodes of a graph. Implementations: CpuOps; GgmlOps, from
+// ggml's own operations, for any device; OwnKernelOps, for devices with kernels of ours.
 #pragma once
 
 #include <cstdint>
@@ -57,8 +57,9 @@ struct ExpertWeights {
 
 // Outputs of the chosen experts: their weighted sum, or what join() needs to compute it.
 struct Mixture {
-    ggml_tensor* sum;                         // [d, n_tokens], or null
-    ggml_tensor *experts, *scores, *chosen;   // [d, n_used, n_tokens], [n_expert, n_tokens], I32 [n_used, n_tokens]
+    ggml_tensor* sum;  // [d, n_tokens], or null
+    ggml_tensor *experts, *scores,
+        *chosen;  // [d, n_used, n_tokens], [n_expert, n_tokens], I32 [n_used, n_tokens]
 };
 
 // RMS norms of a layer's two branches and of their sum, [d]; scale [1] of the layer's output.
@@ -67,7 +68,7 @@ struct JoinWeights {
     ggml_tensor* expert_scales;  // [n_expert]
 };
 
-// What an implementation builds in; all of it must live as long as the graph.
+// Where an implementation builds; all of it must live as long as the graph.
 struct OpsContext {
     ggml_context* ctx;
     ggml_cgraph* graph;
@@ -86,7 +87,8 @@ class Ops {
     Ops& operator=(const Ops&) = delete;
 
     // x / sqrt(mean of squares of its row + eps), times weight [ne0] unless that is null.
-    virtual ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr, ForMatmuls for_matmuls = {}) = 0;
+    virtual ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr,
+                                  ForMatmuls for_matmuls = {}) = 0;
     // x + rms_norm(branch, weight)
     virtual ggml_tensor* add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight);
     // weight [n_inner, n_rows] times x [n_inner, n_tokens] -> F32 [n_rows, n_tokens]
@@ -95,7 +97,9 @@ class Ops {
     virtual ggml_tensor* matmul_node(ggml_tensor* weight, ggml_tensor* x) { return matmul(weight, x); }
     // gelu(gate) * up, silu(gate) * up
     virtual ggml_tensor* gated_gelu(ggml_tensor* gate, ggml_tensor* up, ForMatmuls for_matmuls = {}) = 0;
-    ggml_tensor* gated_silu(ggml_tensor* gate, ggml_tensor* up) { return ggml_swiglu_split(c_.ctx, gate, up); }
+    ggml_tensor* gated_silu(ggml_tensor* gate, ggml_tensor* up) {
+        return ggml_swiglu_split(c_.ctx, gate, up);
+    }
     // [d, n_i] -> [d, sum of n_i]
     virtual ggml_tensor* concat_tokens(const std::vector<ggml_tensor*>& parts) = 0;
 
@@ -109,19 +113,21 @@ class Ops {
     // store(), and Q rotated.
     virtual ggml_tensor* rotate_and_store(const Heads& heads, const HeadNorms& norms, const Rope& rope,
                                           int64_t first_token, const CacheRows& rows);
-    // softmax(q . k) v over rows of the cache: q [head_dim, n_head, n_tokens] -> [head_dim * n_head, n_tokens].
-    // causal: null if every token sees every row. device: of the layer.
-    virtual ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal, int32_t device) = 0;
+    // softmax(q . k) v over rows of the cache: q [head_dim, n_head, n_tokens] -> [head_dim * n_head,
+    // n_tokens]. causal: null if every token sees every row. device: of the layer.
+    virtual ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal,
+                                int32_t device) = 0;
 
-    // MLP with gated GELU of rms_norm(x, norm). beside: the experts that follow on the same x, if any, which a
-    // device may compute at the same time.
+    // MLP with gated GELU of rms_norm(x, norm). beside: the experts that follow on the same x, if any, which
+    // a device may compute at the same time.
     virtual ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeights& w,
                              const ExpertWeights* beside = nullptr);
     // Mixture of the n_used experts of the highest score, weighted by the softmax of their scores / sqrt(d):
     // x F32 [d, n_tokens], scores [n_expert, n_tokens].
     virtual Mixture moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) = 0;
     // (x + rms_norm(rms_norm(dense, dense_norm) + rms_norm(mixture, mixture_norm), norm)) * scale
-    virtual ggml_tensor* join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w);
+    virtual ggml_tensor* join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
+                              const JoinWeights& w);
 
     // From now on activations stay nodes of the graph, so that they can be read (imatrix collection).
     virtual void keep_activations() {}
@@ -151,7 +157,8 @@ class Ops {
     ggml_tensor* experts(ggml_tensor* x, ggml_tensor* chosen, const ExpertWeights& w);
 
     // join() as a single node.
-    ggml_tensor* join_in_one_node(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w);
+    ggml_tensor* join_in_one_node(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
+                                  const JoinWeights& w);
 
     const OpsContext c_;
     GraphExecutor::Pinned pinned_;

@@ -18,8 +18,8 @@ ggml_type result_type(ForMatmuls matmuls) {
     return all ? GGML_TYPE_BF16 : GGML_TYPE_F32;
 }
 
-// Whether one node may choose, sum and join the experts: of experts on the CPU beside a layer on a device, only
-// the sum is to be copied.
+// Whether one node may choose, sum and join the experts: of experts on the CPU beside a layer on a device,
+// only the sum is to be copied.
 bool joins(const ExpertWeights& w) {
     return w.with_layer && w.down->ne[2] <= kMaxDeviceExperts && w.n_used <= kMaxDeviceExpertsUsed;
 }
@@ -51,8 +51,8 @@ Heads OwnKernelOps::project(ggml_tensor* h, const HeadWeights& w, int64_t head_d
     const auto next = [&](const ggml_tensor* weight) {
         const int64_t at = offset;
         offset += weight->ne[1] * all->nb[0];
-        return ggml_view_3d(c_.ctx, all, head_dim, weight->ne[1] / head_dim, all->ne[1], head_dim * all->nb[0],
-                            all->nb[1], at);
+        return ggml_view_3d(c_.ctx, all, head_dim, weight->ne[1] / head_dim, all->ne[1],
+                            head_dim * all->nb[0], all->nb[1], at);
     };
     ggml_tensor *q = next(w.q), *k = next(w.k);
     return {q, k, w.v ? next(w.v) : k};
@@ -62,9 +62,10 @@ ggml_tensor* OwnKernelOps::rotate(ggml_tensor* x, ggml_tensor* norm, const Rope&
     return rotate_normed(c_.ctx, x, norm, angles(rope, x, first_token), c_.rms_eps);
 }
 
-ggml_tensor* OwnKernelOps::target_heads(ggml_tensor* cache, int64_t head_dim, int64_t first, int64_t n) const {
-    return ggml_view_3d(c_.ctx, cache, head_dim, cache->ne[0] / head_dim, n, ggml_row_size(cache->type, head_dim),
-                        cache->nb[1], first * cache->nb[1]);
+ggml_tensor* OwnKernelOps::target_heads(ggml_tensor* cache, int64_t head_dim, int64_t first,
+                                        int64_t n) const {
+    return ggml_view_3d(c_.ctx, cache, head_dim, cache->ne[0] / head_dim, n,
+                        ggml_row_size(cache->type, head_dim), cache->nb[1], first * cache->nb[1]);
 }
 
 void OwnKernelOps::store(const Heads& heads, const HeadNorms& norms, const Rope& rope, int64_t first_token,
@@ -87,8 +88,8 @@ ggml_tensor* OwnKernelOps::rotate_and_store(const Heads& heads, const HeadNorms&
     const int64_t head_dim = heads.q->ne[0];
     const StoredHeads stored = {heads.k, norms.k, heads.v, target_heads(rows.k, head_dim, rows.first, rows.n),
                                 target_heads(rows.v, head_dim, rows.first, rows.n)};
-    ggml_tensor* q = pydiffusion::rotate_and_store(c_.ctx, heads.q, norms.q, angles(rope, heads.q, first_token),
-                                                   stored, c_.rms_eps);
+    ggml_tensor* q = pydiffusion::rotate_and_store(c_.ctx, heads.q, norms.q,
+                                                   angles(rope, heads.q, first_token), stored, c_.rms_eps);
     ggml_build_forward_expand(c_.graph, q);  // before whatever reads the cache
     return q;
 }
@@ -114,7 +115,8 @@ Mixture OwnKernelOps::moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeigh
     return {nullptr, experts(x, chosen, w), scores, chosen};
 }
 
-ggml_tensor* OwnKernelOps::join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w) {
+ggml_tensor* OwnKernelOps::join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
+                                const JoinWeights& w) {
     if (mixture.sum) return GgmlOps::join(x, dense, mixture, w);
     return join_in_one_node(x, dense, mixture, w);
 }

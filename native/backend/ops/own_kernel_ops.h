@@ -1,5 +1,6 @@
-// OwnKernelOps: GgmlOps with the nodes for which devices have kernels of ours (own_kernels.h): fused rows, expert
-// matmuls, an MLP beside them. Where a device lacks one, or the host stands in for it, the CPU computes the node.
+// OwnKernelOps: GgmlOps with the nodes for which devices have kernels of ours (own_kernels.h): fused rows,
+// expert matmuls, an MLP beside them. Where a device lacks one, or the host stands in for it, the CPU
+// computes the node.
 #pragma once
 
 #include "backend/expert_nodes.h"
@@ -24,9 +25,11 @@ class OwnKernelOps : public GgmlOps {
                const CacheRows& rows) override;
     ggml_tensor* rotate_and_store(const Heads& heads, const HeadNorms& norms, const Rope& rope,
                                   int64_t first_token, const CacheRows& rows) override;
-    ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeights& w, const ExpertWeights* beside) override;
+    ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeights& w,
+                     const ExpertWeights* beside) override;
     Mixture moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) override;
-    ggml_tensor* join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w) override;
+    ggml_tensor* join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
+                      const JoinWeights& w) override;
     void set_positions(const std::vector<int32_t>& positions) override;
 
   protected:
