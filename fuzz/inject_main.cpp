@@ -42,8 +42,8 @@ std::vector<int32_t> run_conversation(pydiffusion::Session& session) {
     session.encode(kPrompt, ignore, nullptr);
     pydiffusion::GenerationParams params;
     params.max_tokens = 3 * session.model().hparams.canvas_length;
-    params.steps = 4;
-    params.confidence_threshold = 0.0f;
+    params.sampler.steps = 4;
+    params.sampler.confidence_threshold = 0.0f;
     session.begin(params);
     std::vector<int32_t> output;
     pydiffusion::StepResult step;

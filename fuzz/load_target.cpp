@@ -52,12 +52,12 @@ bool generate(const std::shared_ptr<const pydiffusion::Model>& model) {
     session.encode({hp.n_vocab - 1, 0, hp.n_vocab / 2}, [](int32_t) {}, nullptr);
     pydiffusion::GenerationParams params;
     params.max_tokens = 2 * hp.canvas_length;
-    params.steps = 2;
-    params.t_min = hp.sampler.t_min;
-    params.t_max = hp.sampler.t_max;
-    params.entropy_bound = hp.sampler.entropy_bound;
-    params.stability_threshold = hp.sampler.stability_threshold;
-    params.confidence_threshold = hp.sampler.confidence_threshold;
+    params.sampler.steps = 2;
+    params.sampler.t_min = hp.sampler.t_min;
+    params.sampler.t_max = hp.sampler.t_max;
+    params.sampler.entropy_bound = hp.sampler.entropy_bound;
+    params.sampler.stability_threshold = hp.sampler.stability_threshold;
+    params.sampler.confidence_threshold = hp.sampler.confidence_threshold;
     session.begin(params);
     pydiffusion::StepResult step;
     while (session.next_step(step, [](int32_t) {})) {

@@ -279,8 +279,9 @@ void bind_session(nb::module_& m) {
                const std::optional<Array1<uint8_t>>& hold, float dropped_mass, int32_t canvas_length,
                bool trim_after_eos, bool guided) {
                 const Session::Use use(session);
-                session.begin({max_tokens, steps, t_min, t_max, entropy_bound, stability_threshold,
-                               confidence_threshold, seed, std::move(eos),
+                const SamplerParams sampler = {
+                    steps, t_min, t_max, entropy_bound, stability_threshold, confidence_threshold, seed};
+                session.begin({sampler, max_tokens, std::move(eos),
                                canvas ? to_vector(*canvas) : std::vector<int32_t>(),
                                hold ? to_vector(*hold) : std::vector<uint8_t>(), dropped_mass, canvas_length,
                                trim_after_eos, guided});

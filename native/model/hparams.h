@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "gguf/gguf_file.h"
@@ -42,6 +43,8 @@ struct Hparams {
     float rope_base_swa;  // sliding layers
     std::vector<LayerShape> layers;
     SamplerDefaults sampler;
+    std::string sampler_name = "entropy-bound";
+    int32_t mask_token = -1;
 
     // Throws Error(unsupported) for another architecture or feature, Error(format) for invalid values.
     explicit Hparams(const GgufFile& file);

@@ -2,8 +2,7 @@
 #include <algorithm>
 
 #include "runtime/session.h"
-#include "sampler/entropy_bound.h"
-#include "sampler/philox.h"
+#include "sampler/registry.h"
 #include "util/error.h"
 #include "util/timer.h"
 
@@ -14,13 +13,7 @@ void Session::begin(const GenerationParams& params) {
         if (!ok) throw Error(ErrorKind::argument, what);
     };
     require(params.max_tokens >= 1, "max_tokens must be at least 1");
-    require(params.steps >= 1, "steps must be at least 1");
-    require(
-        params.t_min >= 0.0f && params.t_max >= params.t_min && params.t_max > 0.0f && params.t_max <= 1e6f,
-        "temperatures must satisfy 0 <= t_min <= t_max and 0 < t_max");
-    require(params.entropy_bound >= 0.0f, "entropy_bound must be at least 0");
-    require(params.stability_threshold >= 0, "stability_threshold must be at least 0");
-    require(params.confidence_threshold >= 0.0f, "confidence_threshold must be at least 0");
+    require(params.sampler.steps >= 1, "steps must be at least 1");
     require(params.dropped_mass >= 0.0f && params.dropped_mass < 1.0f,
             "dropped_mass must be at least 0 and below 1");
     check_tokens(params.eos, "eos");
@@ -37,9 +30,12 @@ void Session::begin(const GenerationParams& params) {
                    canvas, n_past(), n_ctx_));
     }
     check_canvas(params);
+    const Hparams& hp = model_->hparams;
+    auto sampler = make_sampler(hp.sampler_name, params.sampler, hp.n_vocab, hp.mask_token);
     cache_.mark();  // the next turn may roll back to here, if the chat template drops the thinking
     generation_ = std::make_unique<Generation>();
     generation_->params = params;
+    generation_->sampler = std::move(sampler);
 }
 
 void Session::check_canvas(const GenerationParams& params) const {
@@ -76,8 +72,12 @@ bool Session::next_step(StepResult& result, const std::function<void(int32_t)>& 
 bool Session::begin_step(const std::function<void(int32_t)>& on_chunk) {
     if (!generation_ || generation_->done) return false;
     if (generation_->pending) throw Error(ErrorKind::argument, "a guided step is pending: call impose first");
-    if (generation_->step == 0) begin_canvas(on_chunk);
-    set_inputs();
+    Generation& g = *generation_;
+    if (g.step == 0) begin_canvas(on_chunk);
+    StepState& state = canvas_state_.step();
+    state.self_conditioning = g.step < g.params.sampler.steps;
+    state.dropped_mass = g.params.dropped_mass;
+    g.sampler->begin_step(g.step, state);
     return true;
 }
 
@@ -167,92 +167,81 @@ void Session::begin_canvas(const std::function<void(int32_t)>& on_chunk) {
         append(g.finished, on_chunk, nullptr);
         g.finished.clear();
     }
-    g.step = g.params.steps;
-    g.history.clear();
-    g.canvas.resize(canvas_length(g.params));
-    g.eos_at = g.canvas.size();
+    const size_t n = canvas_length(g.params);
+    g.step = g.params.sampler.steps;
+    g.canvas.resize(n);
+    g.settled.assign(n, -1);
+    g.eos_at = n;
     g.n_same_eos = 0;
     g.frozen_entropy = 0.0;
-    for (size_t i = 0; i < g.canvas.size(); ++i) {
-        const int32_t given = given_token(i, false);
-        g.canvas[i] = given >= 0
-                          ? given
-                          : random_draw(g.params.seed, g.canvas_index, 0, i, model_->hparams.n_vocab).token;
-    }
-}
-
-// The caller's token for a position of the current canvas (`held`: only if it is held), or -1.
-int32_t Session::given_token(size_t i, bool held) const {
-    const Generation& g = *generation_;
-    const size_t at = static_cast<size_t>(g.canvas_index) * canvas_length(g.params) + i;
-    if (held && (at >= g.params.hold.size() || !g.params.hold[at])) return -1;
-    return at < g.params.canvas.size() ? g.params.canvas[at] : -1;
-}
-
-// Inputs of the next step besides canvas and logits: temperatures and random numbers.
-void Session::set_inputs() {
-    Generation& g = *generation_;
-    const GenerationParams& p = g.params;
-    const size_t n = g.canvas.size();
-    StepState& state = canvas_state_.step();
-    state.self_conditioning = g.step < p.steps;
-    state.dropped_mass = p.dropped_mass;
-    const int32_t previous = g.step < p.steps ? g.step + 1 : p.steps;  // + 1 must not overflow
-    state.previous_temperature = step_temperature(previous, p.steps, p.t_min, p.t_max);
-    state.temperature = step_temperature(g.step, p.steps, p.t_min, p.t_max);
-    g.noise.resize(n);
+    g.sampler->begin_canvas(g.canvas_index);
     for (size_t i = 0; i < n; ++i) {
-        const Draw draw = random_draw(p.seed, g.canvas_index, g.step, i, model_->hparams.n_vocab);
-        g.noise[i] = draw.token;
-        state.u[i] = draw.u;
+        const int32_t given = given_token(i);
+        g.canvas[i] = given >= 0 ? given : g.sampler->noise(i);
+        if (g.sampler->keeps_tokens() || is_held(i)) g.settled[i] = given;
     }
 }
 
-// One step in the order of the reference: measure, accept, renoise, test for the end. A held position counts
-// as settled: entropy 0, so it is accepted and adds nothing to the entropy bound's sum.
+// Index of a position of the current canvas in the caller's canvas.
+size_t Session::given_index(size_t i) const {
+    return static_cast<size_t>(generation_->canvas_index) * canvas_length(generation_->params) + i;
+}
+
+// The caller's token for a position of the current canvas, or -1.
+int32_t Session::given_token(size_t i) const {
+    const std::vector<int32_t>& given = generation_->params.canvas;
+    return given_index(i) < given.size() ? given[given_index(i)] : -1;
+}
+
+bool Session::is_held(size_t i) const {
+    const std::vector<uint8_t>& hold = generation_->params.hold;
+    return given_index(i) < hold.size() && hold[given_index(i)];
+}
+
+// One step in the order of the reference: measure, accept, renoise, test for the end. A settled position has
+// entropy 0. Where a position is held, or a guide is to choose, the logits are replaced by its settled token.
 void Session::measure_step(StepResult& result) {
     Generation& g = *generation_;
-    const size_t n = g.canvas.size();
-    const StepState& state = canvas_state_.step();
     result = StepResult();
     result.canvas_index = g.canvas_index;
     result.step = g.step;
-    std::vector<int32_t> sampled;
-    for (size_t i = 0; i < n; ++i) {
-        const int32_t held = given_token(i, true);
-        const Measure m = held >= 0 ? Measure{held, held, 0.0f} : state.measures[i];
-        if (held >= 0) canvas_state_.pin(i, held);
+    std::vector<int32_t> chosen;
+    for (size_t i = 0; i < g.canvas.size(); ++i) {
+        const int32_t token = g.settled[i];
+        if (token >= 0 && (is_held(i) || g.params.guided)) canvas_state_.pin(i, token);
+        const Measure m = token >= 0 ? Measure{token, token, 0.0f} : canvas_state_.step().measures[i];
         result.draft.push_back(m.argmax);
         result.entropy.push_back(m.entropy);
-        sampled.push_back(m.sampled);
+        chosen.push_back(g.sampler->choose(m));
     }
-    result.accepted = accept(result.entropy.data(), n, g.params.entropy_bound);
+    result.accepted = g.sampler->accept(result.entropy, g.settled);
     if (g.params.guided) {
         g.pending = std::make_unique<StepResult>(result);
     } else {
-        apply_tokens(result, sampled);
+        apply_tokens(result, chosen);
     }
 }
 
 // chosen: tokens for accepted positions; in a guided step, also the draft.
 void Session::apply_tokens(StepResult& result, const std::vector<int32_t>& chosen) {
     Generation& g = *generation_;
-    const size_t n = g.canvas.size();
     double total_entropy = g.frozen_entropy;
-    for (size_t i = 0; i < n; ++i) {
-        const bool held = given_token(i, true) >= 0;
+    for (size_t i = 0; i < g.canvas.size(); ++i) {
         total_entropy += result.entropy[i];
-        if (g.params.guided && !held) {
-            if (result.accepted[i] && chosen[i] != result.draft[i]) canvas_state_.pin(i, chosen[i]);
+        if (g.settled[i] >= 0) continue;
+        const bool accepted = result.accepted[i];
+        if (g.params.guided) {
+            if (accepted && chosen[i] != result.draft[i]) canvas_state_.pin(i, chosen[i]);
             result.draft[i] = chosen[i];
         }
-        g.canvas[i] = result.accepted[i] && !held ? chosen[i] : held ? g.canvas[i] : g.noise[i];
+        g.canvas[i] = accepted ? chosen[i] : g.sampler->noise(i);
+        if (accepted && g.sampler->keeps_tokens()) g.settled[i] = chosen[i];
     }
     result.canvas = g.canvas;
-    const bool stable = is_stable(result.draft);
-    const double mean = total_entropy / static_cast<double>(canvas_length(g.params));
+    const double mean_entropy = total_entropy / static_cast<double>(canvas_length(g.params));
+    const bool done = g.sampler->is_done(result.draft, result.accepted, mean_entropy);
     g.step -= 1;
-    result.canvas_done = g.step == 0 || (stable && mean < g.params.confidence_threshold);
+    result.canvas_done = done || g.step == 0;
     if (g.params.trim_after_eos && !g.params.guided && !result.canvas_done) trim(result);
 }
 
@@ -276,21 +265,11 @@ void Session::trim(const StepResult& result) {
     const size_t n_kept = end + 1 + kSlack;
     if (g.n_same_eos < kSteps || n_kept >= n) return;
     for (size_t i = n_kept; i < n; ++i) {
-        if (given_token(i, true) >= 0) return;
+        if (is_held(i)) return;
     }
     for (size_t i = n_kept; i < n; ++i) g.frozen_entropy += result.entropy[i];
     g.canvas.resize(n_kept);
-    for (std::vector<int32_t>& past : g.history) past.resize(n_kept);
-}
-
-bool Session::is_stable(const std::vector<int32_t>& draft) {
-    Generation& g = *generation_;
-    const size_t n = static_cast<size_t>(g.params.stability_threshold);
-    const bool stable = g.history.size() == n && std::all_of(g.history.begin(), g.history.end(),
-                                                             [&](const auto& past) { return past == draft; });
-    g.history.push_back(draft);
-    if (g.history.size() > n) g.history.erase(g.history.begin());
-    return stable;
+    g.settled.resize(n_kept);
 }
 
 void Session::finish_canvas(StepResult& result) {

@@ -11,18 +11,13 @@
 
 #include "backend/graph_executor.h"
 #include "runtime/denoiser.h"
+#include "sampler/sampler.h"
 
 namespace pydiffusion {
 
 struct GenerationParams {
+    SamplerParams sampler;
     int32_t max_tokens = 256;
-    int32_t steps = 48;
-    float t_min = 0.4f;
-    float t_max = 0.8f;
-    float entropy_bound = 0.1f;
-    int32_t stability_threshold = 1;
-    float confidence_threshold = 0.005f;
-    uint64_t seed = 0;
     std::vector<int32_t> eos;
     // Indexed from the start of the generation across canvases; positions beyond their ends are free.
     std::vector<int32_t> canvas;  // initial tokens of positions; -1: random
@@ -138,20 +133,20 @@ class Session {
   private:
     struct Generation {
         GenerationParams params;
+        std::unique_ptr<Sampler> sampler;
         int32_t n_generated = 0;
         int32_t n_added = 0;  // of these, by the last canvas
         bool done = false;    // no step follows unless the last canvas is amended
         int32_t canvas_index = 0;
         int32_t step = 0;  // next step to run, counting down; 0: begin a canvas
         std::vector<int32_t> canvas;
-        std::vector<int32_t> finished;              // canvas to commit before the next one begins
-        std::vector<std::vector<int32_t>> history;  // the last stability_threshold argmaxes
-        size_t eos_at = 0;                          // position of the last draft's eos; canvas length if none
-        int32_t n_same_eos = 0;                     // consecutive drafts with an accepted eos there
-        double frozen_entropy = 0.0;                // sum over the positions no longer denoised
+        std::vector<int32_t> settled;   // per position, the token that it keeps; -1 if it may change
+        std::vector<int32_t> finished;  // canvas to commit before the next one begins
+        size_t eos_at = 0;              // position of the last draft's eos; canvas length if none
+        int32_t n_same_eos = 0;         // consecutive drafts with an accepted eos there
+        double frozen_entropy = 0.0;    // sum over the positions no longer denoised
         double encode_seconds = 0.0, denoise_seconds = 0.0;
         std::unique_ptr<StepResult> pending;  // guided step waiting for impose()
-        std::vector<int32_t> noise;           // random tokens of the step, for positions not accepted
     };
 
     int32_t canvas_length(const GenerationParams& params) const {
@@ -162,12 +157,12 @@ class Session {
     void check_tokens(const std::vector<int32_t>& ids, const char* what) const;
     void check_canvas(const GenerationParams& params) const;
     void begin_canvas(const std::function<void(int32_t)>& on_chunk);
-    int32_t given_token(size_t i, bool held) const;
-    void set_inputs();
+    size_t given_index(size_t i) const;
+    int32_t given_token(size_t i) const;
+    bool is_held(size_t i) const;
     void measure_step(StepResult& result);
     void apply_tokens(StepResult& result, const std::vector<int32_t>& chosen);
     void report(StepResult& result);
-    bool is_stable(const std::vector<int32_t>& draft);
     size_t end_of(const std::vector<int32_t>& draft) const;
     void trim(const StepResult& result);
     void finish_canvas(StepResult& result);
