@@ -41,6 +41,7 @@ add_library(pydiffusion_native STATIC
     native/runtime/encoder.cpp
     native/runtime/generation.cpp
     native/runtime/session.cpp
+    native/runtime/step.cpp
     native/sampler/entropy_bound.cpp
     native/sampler/logits.cpp
     native/sampler/philox.cpp

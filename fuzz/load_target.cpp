@@ -8,7 +8,7 @@
 #include "file_check.h"
 #include "gguf_mutator.h"
 #include "memory_file.h"
-#include "runtime/session.h"
+#include "runtime/step.h"
 #include "util/error.h"
 
 namespace {
@@ -59,11 +59,10 @@ bool generate(const std::shared_ptr<const pydiffusion::Model>& model) {
     params.sampler.stability_threshold = hp.sampler.stability_threshold;
     params.sampler.confidence_threshold = hp.sampler.confidence_threshold;
     session.begin(params);
-    pydiffusion::StepResult step;
-    while (session.next_step(step, [](int32_t) {})) {
-        check_tokens(step.draft, hp.n_vocab);
-        check_tokens(step.canvas, hp.n_vocab);
-        for (const float entropy : step.entropy) require(std::isfinite(entropy));
+    while (const auto step = pydiffusion::next_step(session, [](int32_t) {})) {
+        check_tokens(step->draft, hp.n_vocab);
+        check_tokens(step->canvas, hp.n_vocab);
+        for (const float entropy : step->entropy) require(std::isfinite(entropy));
     }
     require(session.n_past() <= n_ctx);
     ++count.n_done;

@@ -1,4 +1,5 @@
-// Generation loop: begin a canvas, denoise it until stable, finish it, commit it with the next one.
+// A session's generation: begin a canvas, denoise it until the sampler says so (see step.h), finish it,
+// commit it with the next one.
 #include <algorithm>
 
 #include "runtime/session.h"
@@ -9,155 +10,28 @@
 namespace pydiffusion {
 
 void Session::begin(const GenerationParams& params) {
-    const auto require = [](bool ok, const char* what) {
-        if (!ok) throw Error(ErrorKind::argument, what);
-    };
-    require(params.max_tokens >= 1, "max_tokens must be at least 1");
-    require(params.sampler.steps >= 1, "steps must be at least 1");
-    require(params.dropped_mass >= 0.0f && params.dropped_mass < 1.0f,
-            "dropped_mass must be at least 0 and below 1");
-    check_tokens(params.eos, "eos");
-    if (params.canvas_length < 0 || params.canvas_length > model_->hparams.canvas_length) {
-        throw Error(ErrorKind::argument, format("canvas_length is %d; this model allows 1 to %d",
-                                                params.canvas_length, model_->hparams.canvas_length));
-    }
-    const int32_t canvas = canvas_length(params);
-    if (n_past() + canvas > n_ctx_) {
-        throw Error(
-            ErrorKind::context_overflow,
-            format("a canvas of %d tokens after %d tokens does not fit the context of %d: open a session "
-                   "with a larger n_ctx",
-                   canvas, n_past(), n_ctx_));
-    }
-    check_canvas(params);
     const Hparams& hp = model_->hparams;
     auto sampler = make_sampler(hp.sampler_name, params.sampler, hp.n_vocab, hp.mask_token);
+    check_params(params);
+    check_canvas(params);
     cache_.mark();  // the next turn may roll back to here, if the chat template drops the thinking
     generation_ = std::make_unique<Generation>();
     generation_->params = params;
     generation_->sampler = std::move(sampler);
 }
 
-void Session::check_canvas(const GenerationParams& params) const {
-    for (size_t i = 0; i < params.canvas.size(); ++i) {
-        if (params.canvas[i] < -1 || params.canvas[i] >= model_->hparams.n_vocab) {
-            throw Error(ErrorKind::argument,
-                        format("canvas has token %d at position %zu; valid are 0 to %d, and -1 for none",
-                               params.canvas[i], i, model_->hparams.n_vocab - 1));
-        }
-    }
-    if (params.hold.size() > params.canvas.size()) {
-        throw Error(ErrorKind::argument, format("hold has %zu positions, but canvas has %zu",
-                                                params.hold.size(), params.canvas.size()));
-    }
-    for (size_t i = 0; i < params.hold.size(); ++i) {
-        if (params.hold[i] && params.canvas[i] < 0) {
-            throw Error(ErrorKind::argument,
-                        format("hold is set at position %zu, but canvas has no token there", i));
-        }
-    }
-}
-
-bool Session::next_step(StepResult& result, const std::function<void(int32_t)>& on_chunk) {
-    if (!begin_step(on_chunk)) return false;
-    double seconds = 0.0;
-    {
-        const AddSeconds timer(seconds);
-        denoiser_.step({slot()}, executor_);
-    }
-    end_step(seconds, result);
-    return true;
-}
+// --- a step ---
 
 bool Session::begin_step(const std::function<void(int32_t)>& on_chunk) {
     if (!generation_ || generation_->done) return false;
-    if (generation_->pending) throw Error(ErrorKind::argument, "a guided step is pending: call impose first");
     Generation& g = *generation_;
+    if (g.pending) throw Error(ErrorKind::argument, "a guided step is pending: call impose first");
     if (g.step == 0) begin_canvas(on_chunk);
     StepState& state = canvas_state_.step();
     state.self_conditioning = g.step < g.params.sampler.steps;
     state.dropped_mass = g.params.dropped_mass;
     g.sampler->begin_step(g.step, state);
     return true;
-}
-
-void Session::end_step(double seconds, StepResult& result) {
-    generation_->denoise_seconds += seconds;
-    canvas_state_.require_finite(generation_->canvas.size());
-    measure_step(result);
-    report(result);
-}
-
-void Session::impose(const std::vector<int32_t>& tokens, StepResult& result) {
-    if (!generation_ || !generation_->pending) {
-        throw Error(ErrorKind::argument, "no guided step is pending: call next_step first");
-    }
-    if (tokens.size() != generation_->canvas.size()) {
-        throw Error(ErrorKind::argument,
-                    format("got %zu tokens for a canvas of %zu", tokens.size(), generation_->canvas.size()));
-    }
-    check_tokens(tokens, "the canvas");
-    result = std::move(*generation_->pending);
-    generation_->pending.reset();
-    apply_tokens(result, tokens);
-    report(result);
-}
-
-Session::Candidates Session::candidates(int32_t k, const std::vector<int32_t>& extra) {
-    if (!generation_ || !generation_->pending) {
-        throw Error(ErrorKind::argument, "no guided step is pending: call next_step first");
-    }
-    check_tokens(extra, "extra");
-    const int64_t n_vocab = model_->hparams.n_vocab;
-    if (k < 1 || k > n_vocab)
-        throw Error(ErrorKind::argument,
-                    format("k is %d; it must be 1 to %lld", k, static_cast<long long>(n_vocab)));
-    const size_t n = generation_->canvas.size();
-    Candidates found;
-    found.tokens.resize(n * k);
-    found.logits.resize(n * k);
-    const float* logits = canvas_state_.logits();
-    for (size_t i = 0; i < n; ++i) {
-        const float* row = logits + i * n_vocab;
-        top_k(row, n_vocab, k, found.tokens.data() + i * k);
-        for (int32_t j = 0; j < k; ++j) found.logits[i * k + j] = row[found.tokens[i * k + j]];
-        for (const int32_t token : extra) found.extra.push_back(row[token]);
-    }
-    return found;
-}
-
-// Completes the step's result: tokens of a finished canvas, finish reason, timings.
-void Session::report(StepResult& result) {
-    if (result.canvas_done) finish_canvas(result);
-    result.encode_seconds = generation_->encode_seconds;
-    result.denoise_seconds = generation_->denoise_seconds;
-    generation_->done = result.finish != Finish::none;
-}
-
-Finish Session::amend(const std::vector<int32_t>& tokens) {
-    if (!generation_ || generation_->step != 0 || generation_->finished.empty()) {
-        throw Error(ErrorKind::argument, "no finished canvas to amend");
-    }
-    Generation& g = *generation_;
-    if (tokens.empty() || tokens.size() > static_cast<size_t>(canvas_length(g.params))) {
-        throw Error(ErrorKind::argument,
-                    format("got %zu tokens to replace a canvas of %d; expected 1 to %d", tokens.size(),
-                           canvas_length(g.params), canvas_length(g.params)));
-    }
-    check_tokens(tokens, "the canvas");
-    g.n_generated += static_cast<int32_t>(tokens.size()) - g.n_added;
-    g.n_added = static_cast<int32_t>(tokens.size());
-    g.finished = tokens;
-    const Finish finish = g.n_generated >= g.params.max_tokens ? Finish::length
-                          : context_full(tokens.size())        ? Finish::context
-                                                               : Finish::none;
-    g.done = finish != Finish::none;
-    return finish;
-}
-
-// Whether the context has no room for another canvas after n_more tokens.
-bool Session::context_full(size_t n_more) const {
-    return n_past() + static_cast<int64_t>(n_more) + canvas_length(generation_->params) > n_ctx_;
 }
 
 void Session::begin_canvas(const std::function<void(int32_t)>& on_chunk) {
@@ -182,25 +56,23 @@ void Session::begin_canvas(const std::function<void(int32_t)>& on_chunk) {
     }
 }
 
-// Index of a position of the current canvas in the caller's canvas.
-size_t Session::given_index(size_t i) const {
-    return static_cast<size_t>(generation_->canvas_index) * canvas_length(generation_->params) + i;
+void Session::end_step(double seconds, StepResult& result) {
+    Generation& g = *generation_;
+    g.denoise_seconds += seconds;
+    canvas_state_.require_finite(g.canvas.size());
+    const std::vector<int32_t> chosen = measure(result);
+    if (g.params.guided) {
+        g.pending = std::make_unique<StepResult>(result);
+    } else {
+        apply_tokens(result, chosen);
+    }
+    report(result);
 }
 
-// The caller's token for a position of the current canvas, or -1.
-int32_t Session::given_token(size_t i) const {
-    const std::vector<int32_t>& given = generation_->params.canvas;
-    return given_index(i) < given.size() ? given[given_index(i)] : -1;
-}
-
-bool Session::is_held(size_t i) const {
-    const std::vector<uint8_t>& hold = generation_->params.hold;
-    return given_index(i) < hold.size() && hold[given_index(i)];
-}
-
-// One step in the order of the reference: measure, accept, renoise, test for the end. A settled position has
-// entropy 0. Where a position is held, or a guide is to choose, the logits are replaced by its settled token.
-void Session::measure_step(StepResult& result) {
+// Draft, entropies and accepted positions; returns the tokens that accepted positions get. A settled position
+// has entropy 0. Where a position is held, or a guide is to choose, the logits are replaced by its settled
+// token.
+std::vector<int32_t> Session::measure(StepResult& result) {
     Generation& g = *generation_;
     result = StepResult();
     result.canvas_index = g.canvas_index;
@@ -215,14 +87,10 @@ void Session::measure_step(StepResult& result) {
         chosen.push_back(g.sampler->choose(m));
     }
     result.accepted = g.sampler->accept(result.entropy, g.settled);
-    if (g.params.guided) {
-        g.pending = std::make_unique<StepResult>(result);
-    } else {
-        apply_tokens(result, chosen);
-    }
+    return chosen;
 }
 
-// chosen: tokens for accepted positions; in a guided step, also the draft.
+// chosen: tokens for accepted positions; in a guided step, also the draft. The others get noise.
 void Session::apply_tokens(StepResult& result, const std::vector<int32_t>& chosen) {
     Generation& g = *generation_;
     double total_entropy = g.frozen_entropy;
@@ -243,12 +111,6 @@ void Session::apply_tokens(StepResult& result, const std::vector<int32_t>& chose
     g.step -= 1;
     result.canvas_done = done || g.step == 0;
     if (g.params.trim_after_eos && !g.params.guided && !result.canvas_done) trim(result);
-}
-
-// Position of a draft's first eos, or its size if it has none.
-size_t Session::end_of(const std::vector<int32_t>& draft) const {
-    const std::vector<int32_t>& eos = generation_->params.eos;
-    return std::find_first_of(draft.begin(), draft.end(), eos.begin(), eos.end()) - draft.begin();
 }
 
 // An eos has settled once it was accepted at the same position in three consecutive steps. The positions
@@ -272,6 +134,14 @@ void Session::trim(const StepResult& result) {
     g.settled.resize(n_kept);
 }
 
+// Completes the step's result: tokens of a finished canvas, finish reason, timings.
+void Session::report(StepResult& result) {
+    if (result.canvas_done) finish_canvas(result);
+    result.encode_seconds = generation_->encode_seconds;
+    result.denoise_seconds = generation_->denoise_seconds;
+    generation_->done = result.finish != Finish::none;
+}
+
 void Session::finish_canvas(StepResult& result) {
     Generation& g = *generation_;
     const auto end = result.draft.begin() + static_cast<int64_t>(end_of(result.draft));
@@ -293,6 +163,141 @@ void Session::finish_canvas(StepResult& result) {
     g.finished = result.draft;
     g.canvas_index += 1;
     g.step = 0;
+}
+
+// Whether the context has no room for another canvas after n_more tokens.
+bool Session::context_full(size_t n_more) const {
+    return n_past() + static_cast<int64_t>(n_more) + canvas_length(generation_->params) > n_ctx_;
+}
+
+// Position of a draft's first eos, or its size if it has none.
+size_t Session::end_of(const std::vector<int32_t>& draft) const {
+    const std::vector<int32_t>& eos = generation_->params.eos;
+    return std::find_first_of(draft.begin(), draft.end(), eos.begin(), eos.end()) - draft.begin();
+}
+
+// --- the caller's part in a step ---
+
+Session::Candidates Session::candidates(int32_t k, const std::vector<int32_t>& extra) {
+    if (!generation_ || !generation_->pending) {
+        throw Error(ErrorKind::argument, "no guided step is pending: call next_step first");
+    }
+    check_tokens(extra, "extra");
+    const int64_t n_vocab = model_->hparams.n_vocab;
+    if (k < 1 || k > n_vocab)
+        throw Error(ErrorKind::argument,
+                    format("k is %d; it must be 1 to %lld", k, static_cast<long long>(n_vocab)));
+    const size_t n = generation_->canvas.size();
+    Candidates found;
+    found.tokens.resize(n * k);
+    found.logits.resize(n * k);
+    const float* logits = canvas_state_.logits();
+    for (size_t i = 0; i < n; ++i) {
+        const float* row = logits + i * n_vocab;
+        top_k(row, n_vocab, k, found.tokens.data() + i * k);
+        for (int32_t j = 0; j < k; ++j) found.logits[i * k + j] = row[found.tokens[i * k + j]];
+        for (const int32_t token : extra) found.extra.push_back(row[token]);
+    }
+    return found;
+}
+
+void Session::impose(const std::vector<int32_t>& tokens, StepResult& result) {
+    if (!generation_ || !generation_->pending) {
+        throw Error(ErrorKind::argument, "no guided step is pending: call next_step first");
+    }
+    if (tokens.size() != generation_->canvas.size()) {
+        throw Error(ErrorKind::argument,
+                    format("got %zu tokens for a canvas of %zu", tokens.size(), generation_->canvas.size()));
+    }
+    check_tokens(tokens, "the canvas");
+    result = std::move(*generation_->pending);
+    generation_->pending.reset();
+    apply_tokens(result, tokens);
+    report(result);
+}
+
+Finish Session::amend(const std::vector<int32_t>& tokens) {
+    if (!generation_ || generation_->step != 0 || generation_->finished.empty()) {
+        throw Error(ErrorKind::argument, "no finished canvas to amend");
+    }
+    Generation& g = *generation_;
+    if (tokens.empty() || tokens.size() > static_cast<size_t>(canvas_length(g.params))) {
+        throw Error(ErrorKind::argument,
+                    format("got %zu tokens to replace a canvas of %d; expected 1 to %d", tokens.size(),
+                           canvas_length(g.params), canvas_length(g.params)));
+    }
+    check_tokens(tokens, "the canvas");
+    g.n_generated += static_cast<int32_t>(tokens.size()) - g.n_added;
+    g.n_added = static_cast<int32_t>(tokens.size());
+    g.finished = tokens;
+    const Finish finish = g.n_generated >= g.params.max_tokens ? Finish::length
+                          : context_full(tokens.size())        ? Finish::context
+                                                               : Finish::none;
+    g.done = finish != Finish::none;
+    return finish;
+}
+
+// --- the caller's canvas ---
+
+// Index of a position of the current canvas in the caller's, which counts from the start of the generation.
+size_t Session::given_index(size_t i) const {
+    return static_cast<size_t>(generation_->canvas_index) * canvas_length(generation_->params) + i;
+}
+
+// The caller's token for a position of the current canvas, or -1.
+int32_t Session::given_token(size_t i) const {
+    const std::vector<int32_t>& given = generation_->params.canvas;
+    return given_index(i) < given.size() ? given[given_index(i)] : -1;
+}
+
+bool Session::is_held(size_t i) const {
+    const std::vector<uint8_t>& hold = generation_->params.hold;
+    return given_index(i) < hold.size() && hold[given_index(i)];
+}
+
+// --- what a generation is begun with ---
+
+void Session::check_params(const GenerationParams& params) const {
+    const auto require = [](bool ok, const char* what) {
+        if (!ok) throw Error(ErrorKind::argument, what);
+    };
+    require(params.max_tokens >= 1, "max_tokens must be at least 1");
+    require(params.sampler.steps >= 1, "steps must be at least 1");
+    require(params.dropped_mass >= 0.0f && params.dropped_mass < 1.0f,
+            "dropped_mass must be at least 0 and below 1");
+    check_tokens(params.eos, "eos");
+    if (params.canvas_length < 0 || params.canvas_length > model_->hparams.canvas_length) {
+        throw Error(ErrorKind::argument, format("canvas_length is %d; this model allows 1 to %d",
+                                                params.canvas_length, model_->hparams.canvas_length));
+    }
+    const int32_t canvas = canvas_length(params);
+    if (n_past() + canvas > n_ctx_) {
+        throw Error(
+            ErrorKind::context_overflow,
+            format("a canvas of %d tokens after %d tokens does not fit the context of %d: open a session "
+                   "with a larger n_ctx",
+                   canvas, n_past(), n_ctx_));
+    }
+}
+
+void Session::check_canvas(const GenerationParams& params) const {
+    for (size_t i = 0; i < params.canvas.size(); ++i) {
+        if (params.canvas[i] < -1 || params.canvas[i] >= model_->hparams.n_vocab) {
+            throw Error(ErrorKind::argument,
+                        format("canvas has token %d at position %zu; valid are 0 to %d, and -1 for none",
+                               params.canvas[i], i, model_->hparams.n_vocab - 1));
+        }
+    }
+    if (params.hold.size() > params.canvas.size()) {
+        throw Error(ErrorKind::argument, format("hold has %zu positions, but canvas has %zu",
+                                                params.hold.size(), params.canvas.size()));
+    }
+    for (size_t i = 0; i < params.hold.size(); ++i) {
+        if (params.hold[i] && params.canvas[i] < 0) {
+            throw Error(ErrorKind::argument,
+                        format("hold is set at position %zu, but canvas has no token there", i));
+        }
+    }
 }
 
 }  // namespace pydiffusion

@@ -87,18 +87,19 @@ class Session {
     const float* denoise(const std::vector<int32_t>& canvas, const float* conditioning);
 
     void begin(const GenerationParams& params);
-    // Runs one step of the generation; false after its end. For a guided generation, only the first half of a
-    // step: measures, but leaves the canvas unchanged until impose().
-    bool next_step(StepResult& result, const std::function<void(int32_t)>& on_chunk);
-    // The phases of next_step, for batched denoising (see batch.h): begin_step commits the previous canvas
-    // and draws the step's random numbers (false after the generation's end); the caller runs slot() through
-    // a denoiser; end_step processes the output and adds `seconds` to the denoising time.
+    // The phases of a step, which step() runs (see step.h): begin_step commits the previous canvas and draws
+    // the step's random numbers (false after the generation's end); the caller runs slot() through a
+    // denoiser; end_step processes the output and adds `seconds` to the denoising time. Of a guided
+    // generation, this is the first half of a step: the canvas does not change until impose().
     bool begin_step(const std::function<void(int32_t)>& on_chunk);
     Denoiser::Slot slot() {
         return {&canvas_state_, &cache_, &generation_->canvas, &cancel_,
                 canvas_length(generation_->params) - static_cast<int64_t>(generation_->canvas.size())};
     }
     void end_step(double seconds, StepResult& result);
+    // Of a batch of this session alone.
+    Denoiser& denoiser() { return denoiser_; }
+    GraphExecutor& executor() { return executor_; }
     // Ends the generation after an error, which may have left its self-conditioning logits half-written.
     void abandon();
     // Second half of a guided step: uses these tokens, one per position, instead of argmax and samples.
@@ -155,18 +156,19 @@ class Session {
     void append(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
                 std::vector<float>* hidden);
     void check_tokens(const std::vector<int32_t>& ids, const char* what) const;
+    void check_params(const GenerationParams& params) const;
     void check_canvas(const GenerationParams& params) const;
     void begin_canvas(const std::function<void(int32_t)>& on_chunk);
+    std::vector<int32_t> measure(StepResult& result);
+    void apply_tokens(StepResult& result, const std::vector<int32_t>& chosen);
+    void trim(const StepResult& result);
+    void report(StepResult& result);
+    void finish_canvas(StepResult& result);
+    bool context_full(size_t n_more) const;
+    size_t end_of(const std::vector<int32_t>& draft) const;
     size_t given_index(size_t i) const;
     int32_t given_token(size_t i) const;
     bool is_held(size_t i) const;
-    void measure_step(StepResult& result);
-    void apply_tokens(StepResult& result, const std::vector<int32_t>& chosen);
-    void report(StepResult& result);
-    size_t end_of(const std::vector<int32_t>& draft) const;
-    void trim(const StepResult& result);
-    void finish_canvas(StepResult& result);
-    bool context_full(size_t n_more) const;
 
     std::shared_ptr<const Model> model_;
     int32_t n_ctx_;
