@@ -52,9 +52,11 @@ add_library(pydiffusion_native STATIC
     native/runtime/encoder.cpp
     native/runtime/generation.cpp
     native/runtime/session.cpp
+    native/runtime/step.cpp
     native/sampler/entropy_bound.cpp
     native/sampler/logits.cpp
     native/sampler/philox.cpp
+    native/sampler/registry.cpp
     native/sampler/sampler_options.cpp
     native/util/cpu_kernels.cpp
     native/util/error.cpp

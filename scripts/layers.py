@@ -21,7 +21,7 @@ NATIVE_ORDER = (
     "util", "gguf", "sampler",
     "backend/cpu/amx", "backend/cpu", "backend", "backend/ops", "backend/cuda",
     "model", "kv_cache", "graph", "architectures", "quantization", "runtime", "bench", "bindings",
-    "tests/cuda_emulation", "tests",
+    "tests/cuda_emulation", "tests/toy", "tests",
 )  # fmt: skip
 PYTHON_ORDER = (
     "errors", "_util", "tokenizer", "options", "chat", "events", "chat_output", "demo", "constrained",

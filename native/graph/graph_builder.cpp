@@ -89,13 +89,15 @@ CacheRows rows_to_write(const Sequence& sequence, int32_t i_layer) {
 
 }  // namespace
 
-ggml_tensor* GraphBuilder::attention(int32_t i_layer, const Heads& heads, const HeadNorms& norms) {
+ggml_tensor* GraphBuilder::attention(int32_t i_layer, const Heads& heads, const HeadNorms& norms,
+                                     float scale) {
     std::vector<ggml_tensor*> outputs;
     int64_t first = 0;
     for (size_t i = 0; i < sequences.size(); ++i) {
         const Heads own = view_tokens(ctx(), heads, first, sequences[i].n_tokens);
         ggml_tensor* q =
             ops->rotate_and_store(own, norms, rope(i_layer), first, rows_to_write(sequences[i], i_layer));
+        if (scale != 1.0f) q = ggml_scale(ctx(), q, scale);
         outputs.push_back(attend(i, i_layer, q));
         first += sequences[i].n_tokens;
     }

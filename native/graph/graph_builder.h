@@ -67,8 +67,8 @@ struct GraphBuilder {
     ggml_tensor* embed(ggml_tensor* tokens) const;  // their embedding rows, scaled -> [d, n_tokens]
 
     // Q, K and V before norm and RoPE -> [head_dim * n_head, n_tokens]: writes K and V to the rows after each
-    // sequence's cache, then attends over the visible rows.
-    ggml_tensor* attention(int32_t i_layer, const Heads& heads, const HeadNorms& norms);
+    // sequence's cache, then attends over the visible rows. scale: of Q.
+    ggml_tensor* attention(int32_t i_layer, const Heads& heads, const HeadNorms& norms, float scale = 1.0f);
     // Only writes K and V.
     void store(int32_t i_layer, const Heads& heads, const HeadNorms& norms);
 

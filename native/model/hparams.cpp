@@ -2,6 +2,7 @@
 
 #include "model/architecture.h"
 #include "model/key_reader.h"
+#include "sampler/registry.h"
 #include "util/error.h"
 
 namespace pydiffusion {
@@ -40,8 +41,8 @@ SamplerValues read_sampler(const KeyReader& keys, const SamplerTable& table) {
         else
             values[option.name] = keys.number(option.key, option.low, option.high);
     }
-    if (const auto conflict = table.conflict(values))
-        keys.refuse(table.option(conflict->name).key, conflict->what);
+    const auto conflict = table.conflict ? table.conflict(values) : std::nullopt;
+    if (conflict) keys.refuse(table.option(conflict->name).key, conflict->what);
     return values;
 }
 
@@ -75,7 +76,7 @@ Hparams::Hparams(const GgufFile& file) : architecture(&architecture_of(file)) {
         keys.refuse(kCanvasLengthKey,
                     format("is %d, larger than the context length %d", canvas_length, n_ctx_train));
     }
-    sampler = read_sampler(keys, entropy_bound_table());
+    sampler = read_sampler(keys, sampler_table(sampler_name));
     n_vocab = read_n_vocab(file, keys);
 }
 

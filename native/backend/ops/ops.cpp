@@ -31,6 +31,7 @@ void Ops::store(const Heads& heads, const HeadNorms& norms, const Rope& rope, in
     const auto write = [&](ggml_tensor* x, ggml_tensor* cache) {
         ggml_tensor* target =
             ggml_view_2d(c_.ctx, cache, cache->ne[0], rows.n, cache->nb[1], rows.first * cache->nb[1]);
+        if (!ggml_is_contiguous(x)) x = ggml_cont(c_.ctx, x);  // V as it is, of concatenated projections
         ggml_tensor* source = ggml_reshape_2d(c_.ctx, x, cache->ne[0], rows.n);
         ggml_build_forward_expand(c_.graph, ggml_cpy(c_.ctx, source, target));
     };
