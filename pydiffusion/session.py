@@ -150,7 +150,7 @@ class Session:
 
         Raises ContextOverflowError if they don't fit.
         """
-        self._native.restore(other.tokens, other._native.cache_rows())
+        self._native.copy_from(other._native)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens and cache to a file for ``DiffusionModel.load_session``, atomically.

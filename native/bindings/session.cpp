@@ -84,6 +84,14 @@ void restore(Session& session, const Array1<int32_t>& tokens,
     session.restore(to_vector(tokens), rows);
 }
 
+void copy_from(Session& session, const Session& source) {
+    if (&session == &source) return;
+    const WithoutGil release;
+    const Session::ReadUse reading(source);  // first: if it fails, the session's generation continues
+    const Session::Use use(session);
+    session.copy_from(source);
+}
+
 void truncate(Session& session, int32_t n) {
     const WithoutGil release;
     const Session::Use use(session);
@@ -260,6 +268,9 @@ void bind_session(nb::module_& m) {
         .def("restore", restore, nb::arg("tokens").noconvert(), nb::arg("layers"),
              "Replace the content by tokens and cache_rows() of a session of the same model and KV cache "
              "type.")
+        .def("copy_from", copy_from, nb::arg("source"),
+             "Replace the content by a copy of another session's, which may have another n_ctx; the session "
+             "itself: nothing happens.")
         .def("truncate", truncate, nb::arg("n"))
         .def("denoise", denoise, nb::arg("canvas").noconvert(),
              nb::arg("self_conditioning").noconvert().none())

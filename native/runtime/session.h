@@ -82,6 +82,9 @@ class Session {
     // Replaces tokens and cache rows by those of another session of the same model and cache type.
     void restore(const std::vector<int32_t>& tokens,
                  const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows);
+    // Replaces tokens and cache by those of another session of the same model and cache type, which may have
+    // another n_ctx. Throws Error(context_overflow), with nothing changed, if they don't fit.
+    void copy_from(const Session& source);
     // Runs one step on a canvas and returns soft-capped logits [canvas_length][n_vocab]. `conditioning`:
     // logits for self-conditioning, may be null.
     const float* denoise(const std::vector<int32_t>& canvas, const float* conditioning);
@@ -129,6 +132,18 @@ class Session {
       private:
         Session& session_;
         int n_exceptions_;
+    };
+
+    // Scope of a call that only reads; throws if another thread is in one.
+    class ReadUse {
+      public:
+        explicit ReadUse(const Session& session);
+        ~ReadUse() { session_.in_use_ = false; }
+        ReadUse(const ReadUse&) = delete;
+        ReadUse& operator=(const ReadUse&) = delete;
+
+      private:
+        const Session& session_;
     };
 
   private:
