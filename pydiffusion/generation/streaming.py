@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pydiffusion.chat.output_parser import Content, OutputParser, Part, ends_in_thought
-from pydiffusion.options import GenerationOptions
+from pydiffusion.options import ResolvedOptions
 from pydiffusion.tokenizer import TextStream, Tokenizer
 from pydiffusion.tokenizer.markers import MARKERS
 
@@ -129,7 +129,7 @@ class ChatStream:
 
 
 def chat_stream(
-    tokenizer: Tokenizer, options: GenerationOptions, prompt_end: str
+    tokenizer: Tokenizer, options: ResolvedOptions, prompt_end: str
 ) -> ContentStream | ChatStream:
     """Stream for the answer to a chat prompt. ValueError for constrained output inside a reasoning block."""
     in_thought = ends_in_thought(prompt_end)
@@ -139,7 +139,7 @@ def chat_stream(
                 "the prompt ends inside a reasoning block: constrained output can't contain reasoning"
             )
         return ContentStream(tokenizer, ())
-    return ChatStream(tokenizer, options.stop_strings, in_thought)
+    return ChatStream(tokenizer, options.stop, in_thought)
 
 
 def marker_ids(tokenizer: Tokenizer) -> frozenset[int]:
