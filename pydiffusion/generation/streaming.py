@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from pydiffusion.chat.output_parser import Content, OutputParser, Part, ends_in_thought
 from pydiffusion.options import GenerationOptions
 from pydiffusion.tokenizer import TextStream, Tokenizer
 from pydiffusion.tokenizer.markers import MARKERS
+
+from .token_ids import prompt_end
+
+if TYPE_CHECKING:
+    from pydiffusion.session import Session
 
 
 class StopFilter:
@@ -128,11 +134,15 @@ class ChatStream:
         return len(self._ids)
 
 
-def chat_stream(
-    tokenizer: Tokenizer, options: GenerationOptions, prompt_end: str
-) -> ContentStream | ChatStream:
-    """Stream for the answer to a chat prompt. ValueError for constrained output inside a reasoning block."""
-    in_thought = ends_in_thought(prompt_end)
+def answer_stream(session: Session, options: GenerationOptions, *, chat: bool) -> AnswerStream | ChatStream:
+    """Stream for the answer to the session's tokens. chat: they are a chat prompt, whose answer has parts.
+
+    Raises ValueError for constrained output inside a reasoning block.
+    """
+    tokenizer = session.model.tokenizer
+    if not chat:
+        return AnswerStream(tokenizer, options.stop_strings)
+    in_thought = ends_in_thought(tokenizer.detokenize(prompt_end(session.tokens), keep_control=True))
     if options.is_structured:
         if in_thought:
             raise ValueError(

@@ -185,14 +185,14 @@ def test_the_metrics_report_concurrency(scripted: tuple[ScriptedModel, Scheduler
 
 
 def test_a_batch_step_is_abandoned_when_all_sequences_are_cancelled(model: DiffusionModel) -> None:
-    sessions = [_native.Session(model._native, 512) for _ in range(2)]
+    sessions = [model.native.new_session(512) for _ in range(2)]
     for session in sessions:
         session.encode(np.asarray(model.tokenize("abc"), dtype=np.int32))
         session.begin(
             max_tokens=1, steps=10**6, t_min=0.4, t_max=0.8, entropy_bound=0.1, stability_threshold=10**6,
             confidence_threshold=0.0, seed=0, eos=[],
         )  # fmt: skip
-    batch = _native.Batch(model._native)
+    batch = model.native.new_batch()
     outcomes: list[Any] = []
 
     def go_on() -> None:

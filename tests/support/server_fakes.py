@@ -21,7 +21,6 @@ from pydiffusion.errors import ContextOverflowError, GenerationCancelled
 from pydiffusion.model import DiffusionModel
 from pydiffusion.server.app import Settings
 from pydiffusion.server.run import Server
-from pydiffusion.session import Session
 from pydiffusion.tokenizer import Tokenizer, TokenType
 from pydiffusion.tokenizer.markers import MARKERS
 
@@ -74,18 +73,22 @@ class ScriptedModel(DiffusionModel):
         self.n_vocab = len(self.metadata["tokenizer.ggml.tokens"])
         self.canvas_length = CANVAS
         self.n_ctx = self.n_ctx_train = n_ctx
+        self.native = ScriptedWeights(self)  # type: ignore[assignment]
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
         self._chat_template = None
         self._template_lock = threading.Lock()
 
-    def new_session(self, n_ctx: int | None = None) -> Session:
-        session = Session.__new__(Session)
-        session.model = self
-        session._native = ScriptedNative(self, n_ctx or self.n_ctx)  # type: ignore[assignment]
-        session._prompt_seconds = 0.0
-        return session
 
-    def _new_batch(self) -> ScriptedBatch:  # type: ignore[override]
+class ScriptedWeights:
+    """In place of the model's weights: what runs on them is scripted."""
+
+    def __init__(self, model: ScriptedModel) -> None:
+        self._model = model
+
+    def new_session(self, n_ctx: int) -> ScriptedNative:
+        return ScriptedNative(self._model, n_ctx)
+
+    def new_batch(self) -> ScriptedBatch:
         return ScriptedBatch()
 
 
