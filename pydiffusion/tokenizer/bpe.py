@@ -34,6 +34,9 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
+_TOKEN_TYPES = frozenset(TokenType)
+
+
 class Tokenizer:
     """Tokenizer of a model file; thread-safe.
 
@@ -93,7 +96,7 @@ class Tokenizer:
                 )
             types = list(given)
         for token_id, token_type in enumerate(types):
-            if isinstance(token_type, bool) or token_type not in TokenType._value2member_map_:
+            if isinstance(token_type, bool) or token_type not in _TOKEN_TYPES:
                 raise ModelFormatError(f"{_PREFIX}token_type[{token_id}] is {token_type!r}; known are 1 to 6")
         # Special ids are control tokens whatever their type in the list: typed as normal, they would be
         # parsed from plain text.
