@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pydiffusion import Plan, _native, devices, plan
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.device_plan import device_request
 from pydiffusion.errors import GenerationCancelled
 
@@ -159,11 +160,9 @@ class Bench:
 
     def begin(self, tokens: int, steps: int, seed: int = 0, **options: Any) -> None:
         """Begin a generation whose canvases never settle, so every step is a full one."""
-        given = {"t_min": 0.4, "t_max": 0.8, "dropped_mass": DROPPED_MASS, **options}
-        self.session.begin(
-            max_tokens=tokens, steps=steps, entropy_bound=0.1, stability_threshold=steps,
-            confidence_threshold=0.0, seed=seed, eos=[], **given,
-        )  # fmt: skip
+        endless = {"steps": steps, "stability_threshold": steps, "confidence_threshold": 0.0}
+        given = {**ENTROPY_BOUND_DEFAULTS, **endless, "dropped_mass": DROPPED_MASS, **options}
+        self.session.begin(max_tokens=tokens, seed=seed, eos=[], **given)
 
     def n_timed(self) -> int:
         """Return the number of steps to time: as requested, or fewer if they would take too long."""

@@ -19,16 +19,16 @@ from pathlib import Path
 import numpy as np
 
 from pydiffusion import _native
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.device_plan import available_cpus
 from pydiffusion.testing.synthetic import write_synthetic
 
 
 def begin(session: _native.Session, seed: int, n_blocks: int, steps: int) -> None:
     """Begin a generation whose canvases never settle, so every step is a full one."""
-    session.begin(
-        max_tokens=n_blocks * 100_000, steps=steps, t_min=0.4, t_max=0.8, entropy_bound=0.1,
-        stability_threshold=steps, confidence_threshold=0.0, seed=seed, eos=[],
-    )  # fmt: skip
+    endless = {"steps": steps, "stability_threshold": steps, "confidence_threshold": 0.0}
+    options = {**ENTROPY_BOUND_DEFAULTS, **endless}
+    session.begin(max_tokens=n_blocks * 100_000, seed=seed, eos=[], **options)
 
 
 def new_session(model: _native.Model, n_prompt: int, n_ctx: int, seed: int = 0) -> _native.Session:

@@ -44,6 +44,7 @@ add_library(pydiffusion_native STATIC
     native/sampler/entropy_bound.cpp
     native/sampler/logits.cpp
     native/sampler/philox.cpp
+    native/sampler/sampler_options.cpp
     native/util/cpu_kernels.cpp
     native/util/error.cpp
 )

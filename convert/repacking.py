@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydiffusion._util.sampler_options import SAMPLER_OPTIONS
 from pydiffusion.chat.template import ChatTemplate
 from pydiffusion.convert.gguf import writer
 from pydiffusion.convert.gguf.header import Value
@@ -19,6 +20,7 @@ from pydiffusion.errors import ConversionError, ModelFormatError, PyDiffusionErr
 from pydiffusion.options import GenerationOptions
 
 TEMPLATE = "tokenizer.chat_template"
+_SAMPLER_KEYS = {option.key: option.gguf_type for options in SAMPLER_OPTIONS.values() for option in options}
 # Types of known keys that a file may lack.
 _NEW_KEYS = {
     TEMPLATE: "str",
@@ -26,12 +28,7 @@ _NEW_KEYS = {
     "general.description": "str",
     "general.author": "str",
     "general.license": "str",
-    "diffusion.eb_max_steps": "u32",
-    "diffusion.eb_t_min": "f32",
-    "diffusion.eb_t_max": "f32",
-    "diffusion.eb_entropy_bound": "f32",
-    "diffusion.eb_stability_threshold": "u32",
-    "diffusion.eb_confidence_threshold": "f32",
+    **_SAMPLER_KEYS,
 }
 # These define how the file is read and can't be edited.
 _FIXED = ("general.architecture", "general.alignment", "general.quantization_version", "split.")
@@ -128,7 +125,7 @@ def _change(metadata: dict[str, Value], key: str, value: Any, path: Path) -> Non
 
 def _check_sampler(metadata: Mapping[str, Value], changes: Mapping[str, Any], path: Path) -> None:
     """Reject sampler defaults that the runtime would reject later."""
-    if not any(key.startswith("diffusion.eb_") for key in changes):
+    if not any(key in _SAMPLER_KEYS for key in changes):
         return
     try:
         values = {key: value.value for key, value in metadata.items()}

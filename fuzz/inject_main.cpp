@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "default_params.h"
 #include "runtime/session.h"
 #include "util/error.h"
 
@@ -40,7 +41,7 @@ std::vector<int32_t> run_conversation(pydiffusion::Session& session) {
     const pydiffusion::Session::Use use(session);  // as in the bindings: an error ends the generation
     session.truncate(0, ignore);
     session.encode(kPrompt, ignore, nullptr);
-    pydiffusion::GenerationParams params;
+    pydiffusion::GenerationParams params = default_params(session.model().hparams);
     params.max_tokens = 3 * session.model().hparams.canvas_length;
     params.steps = 4;
     params.confidence_threshold = 0.0f;

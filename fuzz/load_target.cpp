@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "default_params.h"
 #include "file_check.h"
 #include "gguf_mutator.h"
 #include "memory_file.h"
@@ -46,18 +47,13 @@ struct Count {
 bool generate(const std::shared_ptr<const pydiffusion::Model>& model) {
     const pydiffusion::Hparams& hp = model->hparams;
     ++count.n_opened;
-    if (hp.canvas_length > kMaxCanvas || hp.sampler.steps > kMaxSteps) return false;
+    if (hp.canvas_length > kMaxCanvas || hp.sampler.at("steps") > kMaxSteps) return false;
     const int32_t n_ctx = std::min(hp.n_ctx_train, 3 * hp.canvas_length + 8);
     pydiffusion::Session session(model, n_ctx, GGML_TYPE_F16);
     session.encode({hp.n_vocab - 1, 0, hp.n_vocab / 2}, [](int32_t) {}, nullptr);
-    pydiffusion::GenerationParams params;
+    pydiffusion::GenerationParams params = default_params(hp);
     params.max_tokens = 2 * hp.canvas_length;
     params.steps = 2;
-    params.t_min = hp.sampler.t_min;
-    params.t_max = hp.sampler.t_max;
-    params.entropy_bound = hp.sampler.entropy_bound;
-    params.stability_threshold = hp.sampler.stability_threshold;
-    params.confidence_threshold = hp.sampler.confidence_threshold;
     session.begin(params);
     pydiffusion::StepResult step;
     while (session.next_step(step, [](int32_t) {})) {

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
     from .generation.infill import Infill
     from .model import DiffusionModel
-    from .options import GenerationOptions
+    from .options import GenerationOptions, ResolvedOptions
     from .session import Session
     from .tokenizer import Tokenizer
 
@@ -52,6 +52,7 @@ _NAME_TO_MODULE = {
     "PromptWarning": "errors",
     "PyDiffusionWarning": "errors",
     "PyDiffusionError": "errors",
+    "ResolvedOptions": "options",
     "Session": "session",
     "Tokenizer": "tokenizer",
     "UnsupportedModelError": "errors",
@@ -80,6 +81,7 @@ __all__ = [
     "PromptWarning",
     "PyDiffusionError",
     "PyDiffusionWarning",
+    "ResolvedOptions",
     "Session",
     "Tokenizer",
     "UnsupportedModelError",

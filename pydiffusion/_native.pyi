@@ -299,6 +299,13 @@ def row_errors(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), or
     Per row, the sum of squares of `rows` (n_rows, n_per_row) float32 and the sum of squared errors of the quantized `data`: two arrays (n_rows,) float64.
     """
 
+CANVAS_LENGTH_KEY: str = 'diffusion.canvas_length'
+
+def sampler_options() -> dict:
+    """
+    Options of each sampler that a file can set: by sampler, dicts of name, key, integer, default, low, high.
+    """
+
 def step_temperature(step: int, steps: int, t_min: float, t_max: float) -> float: ...
 
 def measure(logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], temperature: float, u: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple: ...

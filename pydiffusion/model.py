@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -32,7 +33,7 @@ from .generation.infill import (
 from .generation.prompt import prefilled_session
 from .generation.token_ids import TokenIds
 from .openai import responses
-from .options import GenerationOptions, make_options
+from .options import GenerationOptions, ResolvedOptions, make_options
 from .session import Session
 from .tokenizer import Tokenizer
 
@@ -213,9 +214,11 @@ class DiffusionModel:
             ids.insert(0, self.tokenizer.bos_id)
         return ids
 
-    def resolve(self, options: GenerationOptions) -> GenerationOptions:
+    def resolve(self, options: GenerationOptions) -> ResolvedOptions:
         """Fill in unset options; see ``GenerationOptions.resolve``."""
-        return options.resolve(self.metadata, self.n_vocab, self.tokenizer.end_ids)
+        if options.eos is None:  # found already, when the tokenizer was made
+            options = dataclasses.replace(options, eos=self.tokenizer.end_ids)
+        return options.resolve(self.metadata, self.n_vocab)
 
     @property
     def has_chat_template(self) -> bool:
@@ -233,7 +236,7 @@ class DiffusionModel:
         """
         from .constrained import automaton_for
 
-        ends = frozenset(self.tokenizer.end_ids if options.eos is None else options.eos_ids)
+        ends = frozenset(self.resolve(options).eos)
         key = (options.json_schema, options.regex, ends)
         cache: dict[Any, Automaton] = self.__dict__.setdefault("_automata", {})
         found = cache.pop(key, None) or automaton_for(options, self.tokenizer, ends)

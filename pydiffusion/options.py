@@ -1,4 +1,4 @@
-"""Generation options, and the defaults of those left unset."""
+"""Generation options: as a caller gives them, and resolved with the defaults of a model file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import operator
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ModelFormatError
@@ -138,7 +138,7 @@ _NAME_TO_CHECK: dict[str, Callable[[Any], Any]] = {
     "trim_after_eos": lambda value: _flag("trim_after_eos", value),
 }
 
-# Option -> metadata key of the file's default, and the reference implementation's default.
+# Option -> metadata key of the file's default.
 _NAME_TO_KEY = {
     "steps": "diffusion.eb_max_steps",
     "t_min": "diffusion.eb_t_min",
@@ -146,7 +146,9 @@ _NAME_TO_KEY = {
     "entropy_bound": "diffusion.eb_entropy_bound",
     "stability_threshold": "diffusion.eb_stability_threshold",
     "confidence_threshold": "diffusion.eb_confidence_threshold",
+    "canvas_length": "diffusion.canvas_length",
 }
+# Where the file has none: the reference implementation's default; an option that is not here stays None.
 _REFERENCE_DEFAULTS: dict[str, Any] = {
     "max_tokens": 256,
     "steps": 48,
@@ -156,7 +158,12 @@ _REFERENCE_DEFAULTS: dict[str, Any] = {
     "stability_threshold": 1,
     "confidence_threshold": 0.005,
     "dropped_mass": 1e-4,
+    "canvas_length": 256,
     "stop": (),
+    "canvas": (),
+    "hold": (),
+    "stop_on_repetition": False,
+    "trim_after_eos": False,
 }
 
 
@@ -225,49 +232,57 @@ class GenerationOptions:
         if self.thinking_budget is not None and self.canvas:
             raise ValueError("thinking_budget can't be combined with canvas: positions would move")
 
-    def resolve(
-        self, metadata: Mapping[str, Any], n_vocab: int, end_ids: Sequence[int] | None = None
-    ) -> GenerationOptions:
+    def resolve(self, metadata: Mapping[str, Any], n_vocab: int) -> ResolvedOptions:
         """Fill in unset options from the file's defaults, else from the reference's.
 
-        end_ids: the file's end tokens, if already known.
         Raises ValueError if options and file contradict each other, ModelFormatError for an invalid value in
         the file.
         """
-        chosen: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        chosen = {name: getattr(self, name) for name in _NAME_TO_CHECK}
+        for name, value in chosen.items():
             if value is None:
-                value = _from_file(field.name, metadata)
-            chosen[field.name] = _REFERENCE_DEFAULTS.get(field.name) if value is None else value
-        if chosen["seed"] is None:
-            chosen["seed"] = secrets.randbits(32)
-        if self.eos is None:
-            if end_ids is None:
-                end_ids = [end.token_id for end in find_end_tokens(metadata, n_vocab)]
-            chosen["eos"] = tuple(end_ids)
-        for token_id in chosen["eos"]:
-            if token_id >= n_vocab:
-                raise ValueError(f"eos holds {token_id}; permitted are token ids from 0 to {n_vocab - 1}")
-        for token_id in chosen["canvas"] or ():
-            if token_id >= n_vocab:
-                raise ValueError(f"canvas holds {token_id}; permitted are token ids from 0 to {n_vocab - 1}")
-        return GenerationOptions(**chosen)
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """``eos`` as token ids; empty where it is left open."""
-        return () if self.eos is None else _token_ids("eos", self.eos)
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """``stop`` as strings; empty where it is left open."""
-        return () if self.stop is None else _stop_strings(self.stop)
+                chosen[name] = _default(name, metadata, n_vocab)
+        resolved = ResolvedOptions(**chosen)
+        _check_token_ids(resolved, n_vocab)
+        if self.canvas_length is not None:
+            longest = _default("canvas_length", metadata, n_vocab)
+            if self.canvas_length > longest:
+                raise ValueError(f"canvas_length is {self.canvas_length}; this model allows 1 to {longest}")
+        return resolved
 
     @property
     def is_structured(self) -> bool:
         """Whether the text is constrained by a JSON schema or a regular expression."""
         return self.json_schema is not None or self.regex is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedOptions(GenerationOptions):
+    """Options of one generation with one model, nothing left open; ``GenerationOptions.resolve`` makes them.
+
+    ``None`` is a value of the last three only: no schema, no expression, no limit.
+    """
+
+    # field(): a field without a default, where the base class has one.
+    max_tokens: int = field()
+    steps: int = field()
+    t_min: float = field()
+    t_max: float = field()
+    entropy_bound: float = field()
+    stability_threshold: int = field()
+    confidence_threshold: float = field()
+    dropped_mass: float = field()
+    canvas_length: int = field()
+    seed: int = field()
+    stop: tuple[str, ...] = field()
+    eos: tuple[int, ...] = field()
+    canvas: tuple[int, ...] = field()
+    hold: tuple[bool, ...] = field()
+    stop_on_repetition: bool = field()
+    trim_after_eos: bool = field()
+    json_schema: str | None = field()
+    regex: str | None = field()
+    thinking_budget: int | None = field()
 
 
 def _check_temperatures(t_min: float | None, t_max: float | None) -> None:
@@ -296,10 +311,22 @@ def _check_constraint(options: GenerationOptions) -> None:
             raise ValueError(f"{name} can't be combined with {other}: the text could not be kept whole")
 
 
-def _from_file(name: str, metadata: Mapping[str, Any]) -> Any:
+def _check_token_ids(options: ResolvedOptions, n_vocab: int) -> None:
+    for name, ids in (("eos", options.eos), ("canvas", options.canvas)):
+        for token_id in ids:
+            if token_id >= n_vocab:
+                raise ValueError(f"{name} holds {token_id}; permitted are token ids from 0 to {n_vocab - 1}")
+
+
+def _default(name: str, metadata: Mapping[str, Any], n_vocab: int) -> Any:
+    """The value of an option left unset. Raises ModelFormatError for an invalid one in the file."""
+    if name == "seed":
+        return secrets.randbits(32)
+    if name == "eos":
+        return tuple(end.token_id for end in find_end_tokens(metadata, n_vocab))
     key = _NAME_TO_KEY.get(name)
     if key is None or key not in metadata:
-        return None
+        return _REFERENCE_DEFAULTS.get(name)
     try:
         return _NAME_TO_CHECK[name](metadata[key])
     except ValueError as error:

@@ -17,7 +17,7 @@ from .generation.completion import completion_of
 from .generation.loop import Generation
 from .generation.streaming import AnswerStream, ChatStream, answer_stream
 from .generation.token_ids import TokenIds, check_bos, common_prefix, token_array
-from .options import GenerationOptions, make_options
+from .options import GenerationOptions, ResolvedOptions, make_options
 
 if TYPE_CHECKING:
     from .model import DiffusionModel
@@ -181,7 +181,7 @@ class Session:
         resolved = self.model.resolve(make_options(options, keywords))
         return self._events(resolved, answer_stream(self, resolved, chat=True))
 
-    def _events(self, options: GenerationOptions, answer: AnswerStream | ChatStream) -> Iterator[Event]:
+    def _events(self, options: ResolvedOptions, answer: AnswerStream | ChatStream) -> Iterator[Event]:
         # A generator of its own: options are checked at the call, the generation begins at the first event.
         yield from Generation(self, options, answer).run()
 

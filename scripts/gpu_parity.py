@@ -20,6 +20,7 @@ import gpu_findings
 import numpy as np
 
 from pydiffusion import DiffusionModel, GenerationOptions, _native, convert, demo
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.demo import tasks
 from pydiffusion.testing.synthetic import write_synthetic
 
@@ -60,8 +61,8 @@ def compute(path: str, device: str, out: str, with_puzzles: bool) -> None:
     session.truncate(0)
     session.encode(ids[:50])
     session.begin(
-        max_tokens=2 * model.canvas_length, steps=6, t_min=0.4, t_max=0.8, entropy_bound=0.1,
-        stability_threshold=6, confidence_threshold=0.0, seed=3, eos=[], dropped_mass=1e-4,
+        **{**ENTROPY_BOUND_DEFAULTS, "steps": 6, "stability_threshold": 6, "confidence_threshold": 0.0},
+        max_tokens=2 * model.canvas_length, seed=3, eos=[], dropped_mass=1e-4,
     )  # fmt: skip
     text: list[int] = []
     while (step := session.next_step()) is not None:

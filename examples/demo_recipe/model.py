@@ -12,10 +12,7 @@ from torch import nn
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
-    DiffusionGemmaGenerationConfig,
-    EntropyBoundSamplerConfig,
-)
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import DiffusionGemmaGenerationConfig
 
 from .tokenizer import IMAGE, save_tokenizer
 
@@ -135,13 +132,7 @@ def build_model(tokenizer: Tokenizer) -> DiffusionGemmaForBlockDiffusion:
 def build_generation_config() -> DiffusionGemmaGenerationConfig:
     """Build the generation config with the reference's sampler settings."""
     return DiffusionGemmaGenerationConfig(
-        max_new_tokens=256,
-        max_denoising_steps=48,
-        sampler_config=EntropyBoundSamplerConfig(entropy_bound=0.1),
-        t_min=0.4,
-        t_max=0.8,
-        stability_threshold=1,
-        confidence_threshold=0.005,
+        **DiffusionGemmaGenerationConfig._get_default_generation_params(),
         bos_token_id=2,
         eos_token_id=EOS_IDS,
         pad_token_id=0,

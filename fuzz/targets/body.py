@@ -13,6 +13,7 @@ from typing import Any
 
 from support.server_fakes import TOOLS, ScriptedModel, ask, script
 
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.server.app import Settings, create_app
 
 from .mutation import damaged, mutated
@@ -41,9 +42,8 @@ _CONVERSATION = [
     {"role": "user", "content": "think"},
 ]
 _COMMON: dict[str, Any] = {
-    "model": "scripted", "stream": False, "seed": 7, "n": 1, "stop": ["!", "xyz"], "steps": 4, "t_min": 0.4,
-    "t_max": 0.8, "entropy_bound": 0.1, "stability_threshold": 1, "confidence_threshold": 0.005,
-    "temperature": 1.0, "top_p": 0.9, "user": "me", "metadata": {"a": "b"}, "logprobs": False,
+    "model": "scripted", "stream": False, "seed": 7, "n": 1, "stop": ["!", "xyz"], **ENTROPY_BOUND_DEFAULTS,
+    "steps": 4, "temperature": 1.0, "top_p": 0.9, "user": "me", "metadata": {"a": "b"}, "logprobs": False,
 }  # fmt: skip
 
 #: Valid requests: (path, body). Unchanged, each gets status 200.

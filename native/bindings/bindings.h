@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "ggml.h"
+#include "sampler/sampler_options.h"
 
 namespace nb = nanobind;
 
@@ -72,6 +73,9 @@ void register_exit_handler();
 
 // Tensor type by name, case-insensitive; throws Error(argument) if there is none.
 ggml_type type_by_name(const std::string& name);
+
+// The option's value as an int or a float.
+nb::object option_value(const SamplerOption& option, double value);
 
 // The Python exception for a C++ exception, as raised by the bindings.
 nb::object to_exception(const std::exception_ptr& error);

@@ -169,12 +169,8 @@ nb::dict hparams_dict(const Hparams& hp) {
     d["sliding"] = sliding;
     d["head_dim"] = head_dim;
     d["n_head_kv"] = n_head_kv;
-    d["steps"] = hp.sampler.steps;
-    d["t_min"] = hp.sampler.t_min;
-    d["t_max"] = hp.sampler.t_max;
-    d["entropy_bound"] = hp.sampler.entropy_bound;
-    d["stability_threshold"] = hp.sampler.stability_threshold;
-    d["confidence_threshold"] = hp.sampler.confidence_threshold;
+    for (const SamplerOption& option : entropy_bound_table().options)
+        d[option.name] = option_value(option, hp.sampler.at(option.name));
     return d;
 }
 

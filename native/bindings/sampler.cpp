@@ -3,6 +3,7 @@
 #include "sampler/entropy_bound.h"
 #include "sampler/logits.h"
 #include "sampler/philox.h"
+#include "sampler/sampler_options.h"
 #include "util/error.h"
 
 namespace pydiffusion {
@@ -52,9 +53,39 @@ nb::tuple random_draws(uint64_t seed, uint32_t canvas_index, uint32_t step, uint
     return nb::make_tuple(to_numpy(u), to_numpy(tokens));
 }
 
+// One dict per option, by the name of the sampler.
+nb::dict sampler_options() {
+    nb::dict samplers;
+    for (const SamplerTable* table : sampler_tables()) {
+        nb::list options;
+        for (const SamplerOption& option : table->options) {
+            nb::dict d;
+            d["name"] = option.name;
+            d["key"] = option.key;
+            d["integer"] = option.integer;
+            d["default"] = option_value(option, option.reference_default);
+            d["low"] = option_value(option, option.low);
+            d["high"] = option_value(option, option.high);
+            options.append(d);
+        }
+        samplers[table->name] = options;
+    }
+    return samplers;
+}
+
 }  // namespace
 
+nb::object option_value(const SamplerOption& option, double value) {
+    if (option.integer) return nb::int_(static_cast<int64_t>(value));
+    return nb::float_(value);
+}
+
 void bind_sampler(nb::module_& m) {
+    m.attr("CANVAS_LENGTH_KEY") = kCanvasLengthKey;
+    m.def(
+        "sampler_options", sampler_options,
+        "Options of each sampler that a file can set: by sampler, dicts of name, key, integer, default, low, "
+        "high.");
     m.def("step_temperature", step_temperature, nb::arg("step"), nb::arg("steps"), nb::arg("t_min"),
           nb::arg("t_max"));
     m.def("measure", measure, nb::arg("logits").noconvert(), nb::arg("temperature"),

@@ -168,19 +168,19 @@ int32_t read_head_dim(const KeyReader& keys, const std::string& suffix) {
     return head_dim;
 }
 
-SamplerDefaults read_sampler(const KeyReader& keys) {
-    SamplerDefaults s;
-    s.steps = keys.integer_or("diffusion.eb_max_steps", s.steps, 1, 1 << 20);
-    s.t_min = keys.number_or("diffusion.eb_t_min", s.t_min, 0.0, 100.0);
-    s.t_max = keys.number_or("diffusion.eb_t_max", s.t_max, 0.0, 100.0);
-    s.entropy_bound = keys.number_or("diffusion.eb_entropy_bound", s.entropy_bound, 0.0, 1e9);
-    s.stability_threshold =
-        keys.integer_or("diffusion.eb_stability_threshold", s.stability_threshold, 0, 1 << 20);
-    s.confidence_threshold =
-        keys.number_or("diffusion.eb_confidence_threshold", s.confidence_threshold, 0.0, 1e9);
-    if (s.t_max < s.t_min) keys.refuse("diffusion.eb_t_max", "is less than 'diffusion.eb_t_min'");
-    if (s.t_max <= 0.0f) keys.refuse("diffusion.eb_t_max", "is 0; it must be positive");
-    return s;
+SamplerValues read_sampler(const KeyReader& keys, const SamplerTable& table) {
+    SamplerValues values = table.reference_defaults();
+    for (const SamplerOption& option : table.options) {
+        if (!keys.has(option.key)) continue;
+        if (option.integer)
+            values[option.name] =
+                keys.integer(option.key, static_cast<int64_t>(option.low), static_cast<int64_t>(option.high));
+        else
+            values[option.name] = keys.number(option.key, option.low, option.high);
+    }
+    if (const auto conflict = table.conflict(values))
+        keys.refuse(table.option(conflict->name).key, conflict->what);
+    return values;
 }
 
 }  // namespace
@@ -199,13 +199,13 @@ Hparams::Hparams(const GgufFile& file) {
     n_expert_used = keys.integer(arch_key("expert_used_count"), 1, n_expert);
     n_head = keys.integer(arch_key("attention.head_count"), 1, 1024);
     window = keys.integer(arch_key("attention.sliding_window"), 1, 1 << 24);
-    canvas_length = keys.integer("diffusion.canvas_length", 1, 1 << 16);
+    canvas_length = keys.integer(kCanvasLengthKey, 1, 1 << 16);
     rms_eps = keys.number(arch_key("attention.layer_norm_rms_epsilon"), 1e-12, 0.1);
     soft_cap = keys.number(arch_key("final_logit_softcapping"), 1e-3, 1e6);
     rope_base = keys.number(arch_key("rope.freq_base"), 1.0, 1e12);
     rope_base_swa = keys.number_or(arch_key("rope.freq_base_swa"), 10000.0f, 1.0, 1e12);
     if (canvas_length > n_ctx_train) {
-        keys.refuse("diffusion.canvas_length",
+        keys.refuse(kCanvasLengthKey,
                     format("is %d, larger than the context length %d", canvas_length, n_ctx_train));
     }
 
@@ -224,7 +224,7 @@ Hparams::Hparams(const GgufFile& file) {
         }
         layers.push_back({sliding[i], sliding[i] ? head_dim_swa : head_dim, n_head_kv[i]});
     }
-    sampler = read_sampler(keys);
+    sampler = read_sampler(keys, entropy_bound_table());
 
     // The embedding defines n_vocab; the tokenizer's list must have as many entries.
     const TensorInfo* embedding = file.find_tensor("token_embd.weight");

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "gguf/gguf_file.h"
+#include "sampler/sampler_options.h"
 
 namespace pydiffusion {
 
@@ -12,16 +13,6 @@ struct LayerShape {
     bool sliding;      // sliding-window attention; otherwise full attention without a V projection
     int32_t head_dim;  // of queries, keys and values
     int32_t n_head_kv;
-};
-
-// Sampler defaults: from the file if present, otherwise those of the reference implementation.
-struct SamplerDefaults {
-    int32_t steps = 48;
-    float t_min = 0.4f;
-    float t_max = 0.8f;
-    float entropy_bound = 0.1f;
-    int32_t stability_threshold = 1;
-    float confidence_threshold = 0.005f;
 };
 
 struct Hparams {
@@ -41,7 +32,7 @@ struct Hparams {
     float rope_base;      // full layers, whose frequencies are divided by rope_freqs.weight
     float rope_base_swa;  // sliding layers
     std::vector<LayerShape> layers;
-    SamplerDefaults sampler;
+    SamplerValues sampler;  // defaults: the file's, otherwise the reference implementation's
 
     // Throws Error(unsupported) for another architecture or feature, Error(format) for invalid values.
     explicit Hparams(const GgufFile& file);

@@ -15,13 +15,13 @@
 namespace pydiffusion {
 
 struct GenerationParams {
-    int32_t max_tokens = 256;
-    int32_t steps = 48;
-    float t_min = 0.4f;
-    float t_max = 0.8f;
-    float entropy_bound = 0.1f;
-    int32_t stability_threshold = 1;
-    float confidence_threshold = 0.005f;
+    int32_t max_tokens = 0;
+    int32_t steps = 0;  // this and the sampler's options below: see entropy_bound_table() for the defaults
+    float t_min = 0.0f;
+    float t_max = 0.0f;
+    float entropy_bound = 0.0f;
+    int32_t stability_threshold = 0;
+    float confidence_threshold = 0.0f;
     uint64_t seed = 0;
     std::vector<int32_t> eos;
     // Indexed from the start of the generation across canvases; positions beyond their ends are free.

@@ -136,7 +136,7 @@ class Conversation:
         from ._display import AnswerPrinter, CanvasDisplay
 
         options = self._model.resolve(self._options)
-        display = CanvasDisplay(self._model.tokenizer, options.eos_ids) if sys.stderr.isatty() else None
+        display = CanvasDisplay(self._model.tokenizer, options.eos) if sys.stderr.isatty() else None
         printer = AnswerPrinter(display)
         try:
             prompt = self._model.chat_prompt(self._messages)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydiffusion.errors import ContextOverflowError
 from pydiffusion.events import Completion
-from pydiffusion.options import GenerationOptions
+from pydiffusion.options import GenerationOptions, ResolvedOptions
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
@@ -59,11 +59,8 @@ class Layout:
     def n_tokens(self) -> int:
         return sum(part.n_tokens if isinstance(part, Hole) else len(part) for part in self.parts)
 
-    def options(self, options: GenerationOptions, n_canvas: int, eos: Sequence[int]) -> GenerationOptions:
+    def options(self, options: ResolvedOptions) -> ResolvedOptions:
         """The options for generating this layout; positions after it are held at an eos."""
-        for name in NOT_AROUND_HOLES:
-            if getattr(options, name) is not None:
-                raise ValueError(f"{name} can't be chosen for a text with holes")
         canvas: list[int] = []
         hold: list[bool] = []
         for part in self.parts:
@@ -74,11 +71,11 @@ class Layout:
             else:
                 canvas += part
                 hold += [True] * len(part)
-        n_rest = -len(canvas) % n_canvas
-        canvas += [eos[0] if eos else -1] * n_rest
-        hold += [bool(eos)] * n_rest
+        n_rest = -len(canvas) % options.canvas_length
+        canvas += [options.eos[0] if options.eos else -1] * n_rest
+        hold += [bool(options.eos)] * n_rest
         # An eos is an end of its hole only, see `read`.
-        return replace(options, max_tokens=self.n_tokens, eos=(), canvas=canvas, hold=hold)
+        return replace(options, max_tokens=self.n_tokens, eos=(), canvas=tuple(canvas), hold=tuple(hold))
 
     def read(self, tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
         """Extract the text and its holes; a hole ends before its first control token."""
@@ -178,17 +175,26 @@ def prompt_of(model: DiffusionModel, layout: Layout, instruction: str | None) ->
 
 def prepare(
     model: DiffusionModel, layout: Layout, prompt: Sequence[int], options: GenerationOptions, n_ctx: int
-) -> GenerationOptions:
+) -> ResolvedOptions:
     """Options that generate this layout. Raises ContextOverflowError, ValueError."""
-    n_canvas = options.canvas_length or model.canvas_length
-    resolved = model.resolve(options)
+    for name in NOT_AROUND_HOLES:
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name} can't be chosen for a text with holes")
+    return hold_around(layout, prompt, model.resolve(options), n_ctx)
+
+
+def hold_around(
+    layout: Layout, prompt: Sequence[int], options: ResolvedOptions, n_ctx: int
+) -> ResolvedOptions:
+    """As ``prepare``, of options that leave to the layout what it sets. Raises ContextOverflowError."""
+    n_canvas = options.canvas_length
     needed = len(prompt) + -(-layout.n_tokens // n_canvas) * n_canvas
     if needed > n_ctx:
         raise ContextOverflowError(
             f"a prompt of {len(prompt)} tokens and canvases for {layout.n_tokens} do not fit the context of"
             f" {n_ctx}: shorten the text or open the model with a larger n_ctx"
         )
-    return layout.options(options, n_canvas, resolved.eos_ids)
+    return layout.options(options)
 
 
 def collect(layout: Layout, completion: Completion, tokenizer: Tokenizer) -> Infill:

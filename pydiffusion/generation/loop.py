@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
-from pydiffusion.options import GenerationOptions
+from pydiffusion.options import ResolvedOptions
 from pydiffusion.tokenizer import Tokenizer
 
 from .stop_conditions import StopConditions
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Options that the native loop takes as they are.
 _BEGIN_OPTIONS = (
     "max_tokens", "steps", "t_min", "t_max", "entropy_bound", "stability_threshold", "confidence_threshold",
-    "dropped_mass", "seed",
+    "dropped_mass", "canvas_length", "seed", "trim_after_eos",
 )  # fmt: skip
 
 
@@ -49,21 +49,18 @@ class Generation:
     generation's ``events``.
     """
 
-    def __init__(
-        self, session: Session, options: GenerationOptions, answer: AnswerStream | ChatStream
-    ) -> None:
-        """Begin. options: resolved.  answer: converts tokens to text, see ``streaming.answer_stream``.
+    def __init__(self, session: Session, options: ResolvedOptions, answer: AnswerStream | ChatStream) -> None:
+        """Begin. answer: converts tokens to text, see ``streaming.answer_stream``.
 
         Raises ValueError for options that this model or these tokens don't permit, ContextOverflowError,
         GenerationCancelled.
         """
-        assert options.steps is not None and options.seed is not None  # resolved
         self._started = time.perf_counter()
         self._native = session.native
         self._steps, self._seed = options.steps, options.seed
         self._answer = answer
         self._draft_text = partial(
-            _draft_text, session.model.tokenizer, np.asarray(options.eos_ids, dtype=np.int32)
+            _draft_text, session.model.tokenizer, np.asarray(options.eos, dtype=np.int32)
         )
         self._prompt_seconds, session.prompt_seconds = session.prompt_seconds, 0.0
         self._guide = _guide(session, options)
@@ -127,26 +124,23 @@ def _draft_text(tokenizer: Tokenizer, eos: np.ndarray, tokens: np.ndarray) -> st
     return tokenizer.detokenize(cut_at_eos(tokens, eos))
 
 
-def _guide(session: Session, options: GenerationOptions) -> Guide | None:
+def _guide(session: Session, options: ResolvedOptions) -> Guide | None:
     """Guide for constrained decoding, if the options ask for it."""
     if not options.is_structured:
         return None
     from pydiffusion.constrained import Guide
 
     model = session.model
-    n_canvas = options.canvas_length or model.canvas_length
-    assert options.max_tokens is not None  # resolved
+    n_canvas = options.canvas_length
     budget = min(options.max_tokens, (session.n_ctx - session.n_past) // n_canvas * n_canvas)
-    return Guide(model.automaton(options), n_canvas, budget, options.eos_ids, model.n_vocab)
+    return Guide(model.automaton(options), n_canvas, budget, options.eos, model.n_vocab)
 
 
-def _begin_arguments(options: GenerationOptions) -> dict[str, Any]:
-    """Resolved options as arguments of the native loop."""
+def _begin_arguments(options: ResolvedOptions) -> dict[str, Any]:
+    """Options as arguments of the native loop."""
     arguments: dict[str, Any] = {name: getattr(options, name) for name in _BEGIN_OPTIONS}
-    arguments["canvas_length"] = options.canvas_length or 0
-    arguments["trim_after_eos"] = bool(options.trim_after_eos)
-    arguments["eos"] = list(options.eos_ids)
+    arguments["eos"] = list(options.eos)
     if options.canvas:
         arguments["canvas"] = np.asarray(options.canvas, dtype=np.int32)
-        arguments["hold"] = np.asarray(options.hold or (), dtype=np.uint8)
+        arguments["hold"] = np.asarray(options.hold, dtype=np.uint8)
     return arguments

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pydiffusion.options import GenerationOptions
+from pydiffusion.options import ResolvedOptions
 
 from .repetition import loop_start
 from .thinking_budget import ThoughtBudget
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class StopConditions:
     """Applies both to the canvases of one generation, as far as its options ask for them."""
 
-    def __init__(self, session: Session, options: GenerationOptions) -> None:
+    def __init__(self, session: Session, options: ResolvedOptions) -> None:
         """session: with the prompt as its tokens. Raises as ``ThoughtBudget``."""
         self._native = session.native
         self._budget: ThoughtBudget | None = None

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from pydiffusion.chat.output_parser import Content, OutputParser, Part, ends_in_thought
-from pydiffusion.options import GenerationOptions
+from pydiffusion.options import ResolvedOptions
 from pydiffusion.tokenizer import TextStream, Tokenizer
 from pydiffusion.tokenizer.markers import MARKERS
 
@@ -134,14 +134,14 @@ class ChatStream:
         return len(self._ids)
 
 
-def answer_stream(session: Session, options: GenerationOptions, *, chat: bool) -> AnswerStream | ChatStream:
+def answer_stream(session: Session, options: ResolvedOptions, *, chat: bool) -> AnswerStream | ChatStream:
     """Stream for the answer to the session's tokens. chat: they are a chat prompt, whose answer has parts.
 
     Raises ValueError for constrained output inside a reasoning block.
     """
     tokenizer = session.model.tokenizer
     if not chat:
-        return AnswerStream(tokenizer, options.stop_strings)
+        return AnswerStream(tokenizer, options.stop)
     in_thought = ends_in_thought(tokenizer.detokenize(prompt_end(session.tokens), keep_control=True))
     if options.is_structured:
         if in_thought:
@@ -149,7 +149,7 @@ def answer_stream(session: Session, options: GenerationOptions, *, chat: bool) -
                 "the prompt ends inside a reasoning block: constrained output can't contain reasoning"
             )
         return ContentStream(tokenizer, ())
-    return ChatStream(tokenizer, options.stop_strings, in_thought)
+    return ChatStream(tokenizer, options.stop, in_thought)
 
 
 def marker_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from pydiffusion.generation.infill import (
     DEFAULT_HOLE_TOKENS,
     Layout,
+    hold_around,
     lay_out,
     lay_out_suffix,
-    prepare,
     prompt_of,
 )
-from pydiffusion.options import GenerationOptions
+from pydiffusion.options import ResolvedOptions
 
 from .errors import from_exception, invalid
 from .responses import schema_of
@@ -37,7 +37,7 @@ def constraint_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def check_constraint(model: DiffusionModel, options: GenerationOptions, n_prompt: int, param: str) -> None:
+def check_constraint(model: DiffusionModel, options: ResolvedOptions, n_prompt: int, param: str) -> None:
     """Compile the automaton, which the model caches. Raises ApiError if it is unsupported or too long."""
     if not options.is_structured:
         return
@@ -46,7 +46,6 @@ def check_constraint(model: DiffusionModel, options: GenerationOptions, n_prompt
     except ValueError as error:
         raise invalid(str(error)[:500], param) from None
     room = (model.n_ctx - n_prompt) // model.canvas_length * model.canvas_length
-    assert options.max_tokens is not None  # resolved
     if needed > min(options.max_tokens, room):
         raise invalid(
             f"The shortest answer that satisfies {param} takes {needed} tokens, but max_tokens and the"
@@ -85,11 +84,10 @@ def infill_layout(model: DiffusionModel, fields: Mapping[str, Any]) -> tuple[Lay
 
 
 def held_options(
-    model: DiffusionModel, layout: Layout, prompt: list[int], options: list[GenerationOptions]
-) -> list[GenerationOptions]:
-    """Resolve the options of every choice with the layout's canvases. Raises ApiError."""
+    model: DiffusionModel, layout: Layout, prompt: list[int], options: list[ResolvedOptions]
+) -> list[ResolvedOptions]:
+    """The options of every choice with the layout's canvases. Raises ApiError."""
     try:
-        held = [prepare(model, layout, prompt, each, model.n_ctx) for each in options]
-        return [model.resolve(each) for each in held]
+        return [hold_around(layout, prompt, each, model.n_ctx) for each in options]
     except Exception as error:
         raise from_exception(error) from None

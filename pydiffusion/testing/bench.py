@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from pydiffusion import _native
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.device_plan import check_kv_type, device_request, devices
 
 #: Parts of a step in the order in which they run.
@@ -163,10 +164,8 @@ def run_bench(
 
 
 def _time_steps(session: _native.Session, n_steps: int, seed: int) -> list[float]:
-    session.begin(
-        max_tokens=1, steps=n_steps, t_min=0.4, t_max=0.8, entropy_bound=0.1, stability_threshold=n_steps,
-        confidence_threshold=0.0, seed=seed, eos=[],
-    )  # fmt: skip
+    endless = {"steps": n_steps, "stability_threshold": n_steps, "confidence_threshold": 0.0}
+    session.begin(max_tokens=1, seed=seed, eos=[], **{**ENTROPY_BOUND_DEFAULTS, **endless})
     seconds = []
     for _ in range(n_steps):
         started = time.perf_counter()

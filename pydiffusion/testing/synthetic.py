@@ -17,6 +17,7 @@ import numpy as np
 
 from pydiffusion import _native
 from pydiffusion._util import atomic
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.convert.architectures.diffusion_gemma.config import SamplerConfig, TextConfig
 from pydiffusion.convert.architectures.diffusion_gemma.metadata import model_metadata, u32
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import (
@@ -81,7 +82,7 @@ SHAPES = MappingProxyType(
     }
 )  # fmt: skip
 _NORMAL, _CONTROL, _BYTE = 1, 3, 6  # types of tokens
-_SAMPLER = SamplerConfig(48, 0.4, 0.8, 0.1, 1, 0.005, ())
+_SAMPLER = SamplerConfig(**ENTROPY_BOUND_DEFAULTS, eos_token_ids=())
 
 
 def write_synthetic(

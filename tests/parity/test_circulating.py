@@ -10,6 +10,7 @@ import pytest
 from support.models import assert_own_attention, compare, mean_kl, open_model
 
 from pydiffusion import _native
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 
 F32_TYPES = {"F32"}
 Q4_K_M_TYPES = {"F32", "Q4_K", "Q5_0", "Q6_K", "Q8_0"}
@@ -71,13 +72,8 @@ def test_generates(file: str, circulating: Path) -> None:
     session = _native.Session(model, 128)
     session.encode(load(circulating, "short")["prompt_ids"])
     session.begin(
+        **{**ENTROPY_BOUND_DEFAULTS, "steps": 8},
         max_tokens=20,
-        steps=8,
-        t_min=0.4,
-        t_max=0.8,
-        entropy_bound=0.1,
-        stability_threshold=1,
-        confidence_threshold=0.005,
         seed=1,
         eos=[],
     )

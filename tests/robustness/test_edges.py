@@ -13,16 +13,13 @@ from hypothesis import strategies as st
 from support.gguf_mutator import ARRAY, STRING, U32, Array, RawGguf, String, read_gguf
 
 from pydiffusion import DiffusionModel, _native
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.errors import ContextOverflowError, GenerationCancelled, ModelFormatError, PyDiffusionError
 
 OPTIONS = {
+    **ENTROPY_BOUND_DEFAULTS,
     "max_tokens": 8,
     "steps": 4,
-    "t_min": 0.4,
-    "t_max": 0.8,
-    "entropy_bound": 0.1,
-    "stability_threshold": 1,
-    "confidence_threshold": 0.005,
     "seed": 0,
     "eos": [],
 }

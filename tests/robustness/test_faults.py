@@ -40,6 +40,7 @@ LIMITED = """
 import os, resource, sys
 import numpy as np
 from pydiffusion import DiffusionModel, _native
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.errors import InsufficientMemoryError
 path, phase, extra, n_threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 
@@ -50,8 +51,8 @@ def limit():
 
 def generate(session, n):
     session.encode(np.arange(n, dtype=np.int32))
-    session.begin(max_tokens=16, steps=3, t_min=0.4, t_max=0.8, entropy_bound=0.1, stability_threshold=1,
-                  confidence_threshold=0.0, seed=0, eos=[])
+    endless = {"steps": 3, "confidence_threshold": 0.0}
+    session.begin(**{**ENTROPY_BOUND_DEFAULTS, **endless}, max_tokens=16, seed=0, eos=[])
     while session.next_step() is not None:
         pass
 
@@ -108,6 +109,7 @@ WIDE_BATCH = """
 import resource, sys
 import numpy as np
 from pydiffusion import InsufficientMemoryError, _native
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 
 model = _native.Model(sys.argv[1], n_threads=1)
 sessions = [_native.Session(model, 300) for _ in range(40)]
@@ -116,8 +118,8 @@ for i, session in enumerate(sessions):
 
 def first_drafts(extra):
     for i, session in enumerate(sessions):
-        session.begin(max_tokens=16, steps=3, t_min=0.4, t_max=0.8, entropy_bound=0.1, stability_threshold=1,
-                      confidence_threshold=0.0, seed=i, eos=[])
+        endless = {"steps": 3, "confidence_threshold": 0.0}
+        session.begin(**{**ENTROPY_BOUND_DEFAULTS, **endless}, max_tokens=16, seed=i, eos=[])
     batch = _native.Batch(model)
     pages = int(open("/proc/self/statm").read().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra, resource.RLIM_INFINITY))

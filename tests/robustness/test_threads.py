@@ -16,15 +16,13 @@ import numpy as np
 import pytest
 
 from pydiffusion import _native
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.errors import GenerationCancelled, PyDiffusionError
 
 OPTIONS = {
+    **ENTROPY_BOUND_DEFAULTS,
     "max_tokens": 16,
     "steps": 6,
-    "t_min": 0.4,
-    "t_max": 0.8,
-    "entropy_bound": 0.1,
-    "stability_threshold": 1,
     "confidence_threshold": 0.0,  # every canvas takes all its steps
     "seed": 0,
     "eos": [],

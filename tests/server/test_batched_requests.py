@@ -13,6 +13,7 @@ import pytest
 from support.server_fakes import ScriptedModel, ask, eventually, script, serving
 
 from pydiffusion import DiffusionModel, InsufficientMemoryError, _native
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.openai.errors import ApiError
 from pydiffusion.openai.reports import Failed, Finished, Prefilled
 from pydiffusion.options import GenerationOptions
@@ -189,8 +190,8 @@ def test_a_batch_step_is_abandoned_when_all_sequences_are_cancelled(model: Diffu
     for session in sessions:
         session.encode(np.asarray(model.tokenize("abc"), dtype=np.int32))
         session.begin(
-            max_tokens=1, steps=10**6, t_min=0.4, t_max=0.8, entropy_bound=0.1, stability_threshold=10**6,
-            confidence_threshold=0.0, seed=0, eos=[],
+            **{**ENTROPY_BOUND_DEFAULTS, "steps": 10**6, "confidence_threshold": 0.0}, max_tokens=1, seed=0,
+            eos=[],
         )  # fmt: skip
     batch = model.native.new_batch()
     outcomes: list[Any] = []

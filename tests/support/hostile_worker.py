@@ -16,6 +16,7 @@ from contextlib import suppress
 import numpy as np
 
 from pydiffusion import DiffusionModel, _native, sampling
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.errors import PyDiffusionError
 
 N_CTX = 48
@@ -36,13 +37,9 @@ def run(path: str) -> dict[str, object]:
 
 def generate(session: _native.Session, **changed: object) -> None:
     options: dict[str, object] = {
+        **ENTROPY_BOUND_DEFAULTS,
         "max_tokens": 4,
         "steps": 2,
-        "t_min": 0.4,
-        "t_max": 0.8,
-        "entropy_bound": 0.1,
-        "stability_threshold": 1,
-        "confidence_threshold": 0.005,
         "seed": 0,
         "eos": [1],
     }

@@ -13,6 +13,7 @@ from pydiffusion import (
     EndEvent,
     GenerationOptions,
 )
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 
 PROMPTS = ["one", "two and three", "four " * 20, "five", "six, seven, eight"]
 
@@ -92,9 +93,11 @@ def test_a_session_cancelled_in_a_batch_ends_alone(model: DiffusionModel) -> Non
     sessions = [model.native.new_session(512) for _ in range(3)]
     for session in sessions:
         session.begin(
-            max_tokens=1, steps=4, t_min=0.4, t_max=0.8, entropy_bound=0.1, stability_threshold=9,
-            confidence_threshold=0.0, seed=0, eos=[],
-        )  # fmt: skip
+            **{**ENTROPY_BOUND_DEFAULTS, "steps": 4, "confidence_threshold": 0.0},
+            max_tokens=1,
+            seed=0,
+            eos=[],
+        )
     batch = model.native.new_batch()
     batch.next_steps(sessions)
     sessions[1].cancel()

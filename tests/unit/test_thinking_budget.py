@@ -10,6 +10,7 @@ import pytest
 from support.server_fakes import ScriptedModel, ask, metadata, script
 
 from pydiffusion import DiffusionModel, GenerationOptions, Session
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.generation.repetition import loop_start
 from pydiffusion.generation.thinking_budget import ThoughtBudget
 from pydiffusion.tokenizer import Tokenizer
@@ -77,10 +78,10 @@ def test_thinking_ends_within_its_budget_and_the_answer_follows() -> None:
 
 
 def begin(session: Session, **options: int) -> None:
+    endless = {"steps": 2, "confidence_threshold": 0.0}
     session.native.begin(
-        **{"max_tokens": 100, "steps": 2, "seed": 1, "stability_threshold": 1, **options}, t_min=0.4,
-        t_max=0.8, entropy_bound=0.1, confidence_threshold=0.0, eos=[],
-    )  # fmt: skip
+        **{**ENTROPY_BOUND_DEFAULTS, **endless, "max_tokens": 100, "seed": 1, **options}, eos=[]
+    )
 
 
 def canvas_of(session: Session) -> np.ndarray:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
 from pydiffusion.errors import ConversionError
 
@@ -36,16 +37,11 @@ DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
         "use_bidirectional_attention": None,
     }
 )
+# Our options that have another name in generation_config.json.
+_SAMPLER_NAMES = {"steps": "max_denoising_steps"}
 # Sampler defaults of the reference's generate(), for keys missing from generation_config.json.
 SAMPLER_DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
-    {
-        "max_denoising_steps": 48,
-        "t_min": 0.4,
-        "t_max": 0.8,
-        "entropy_bound": 0.1,
-        "stability_threshold": 1,
-        "confidence_threshold": 0.005,
-    }
+    {_SAMPLER_NAMES.get(name, name): value for name, value in ENTROPY_BOUND_DEFAULTS.items()}
 )
 # Keys of related architectures that would change the computation, and the only supported values.
 _ONLY = MappingProxyType(
@@ -107,7 +103,7 @@ class TextConfig:
 class SamplerConfig:
     """Sampler defaults, and the end tokens listed in ``generation_config.json`` (may be empty)."""
 
-    max_denoising_steps: int
+    steps: int
     t_min: float
     t_max: float
     entropy_bound: float
@@ -326,7 +322,7 @@ def read_sampler_config(folder: Path, config: TextConfig, notes: list[str]) -> S
         sampler.accept_if_there("_cls_name", ("EntropyBoundSamplerConfig",))
     default = SAMPLER_DEFAULTS
     result = SamplerConfig(
-        max_denoising_steps=fields.integer("max_denoising_steps", default["max_denoising_steps"]),
+        steps=fields.integer("max_denoising_steps", default["max_denoising_steps"]),
         t_min=fields.number("t_min", default["t_min"], minimum=-1e-30),
         t_max=fields.number("t_max", default["t_max"], minimum=0),
         entropy_bound=sampler.number("entropy_bound", default["entropy_bound"], minimum=0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gguf
 
+from pydiffusion._util.sampler_options import CANVAS_LENGTH_KEY, ENTROPY_BOUND
 from pydiffusion.convert.architectures.diffusion_gemma.config import SamplerConfig, TextConfig
 from pydiffusion.convert.gguf.header import Value
 
@@ -53,13 +54,8 @@ def model_metadata(name: str, config: TextConfig, sampler: SamplerConfig, file_t
         f"{own}rope.dimension_count": u32(config.global_head_dim),
         f"{own}rope.dimension_count_swa": u32(config.head_dim),
         f"{own}final_logit_softcapping": f32(config.final_logit_softcapping),
-        "diffusion.canvas_length": u32(config.canvas_length),
-        "diffusion.eb_max_steps": u32(sampler.max_denoising_steps),
-        "diffusion.eb_t_min": f32(sampler.t_min),
-        "diffusion.eb_t_max": f32(sampler.t_max),
-        "diffusion.eb_entropy_bound": f32(sampler.entropy_bound),
-        "diffusion.eb_stability_threshold": u32(sampler.stability_threshold),
-        "diffusion.eb_confidence_threshold": f32(sampler.confidence_threshold),
+        CANVAS_LENGTH_KEY: u32(config.canvas_length),
+        **{option.key: Value(option.gguf_type, getattr(sampler, option.name)) for option in ENTROPY_BOUND},
         "general.file_type": u32(file_type),
         "general.quantization_version": u32(QUANTIZATION_VERSION),
     }

@@ -1,0 +1,58 @@
+"""The native table of sampler options: the reference implementation's defaults, and those in the docs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pydiffusion import GenerationOptions
+from pydiffusion._util.sampler_options import ENTROPY_BOUND, ENTROPY_BOUND_DEFAULTS, SAMPLER_OPTIONS
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def test_the_defaults_are_the_reference_implementations() -> None:
+    pytest.importorskip("transformers.models.diffusion_gemma", reason="the reference: NOT CHECKED here")
+    from transformers.models.diffusion_gemma.generation_diffusion_gemma import DiffusionGemmaGenerationConfig
+
+    reference = DiffusionGemmaGenerationConfig._get_default_generation_params()
+    expected = {
+        "steps": reference["max_denoising_steps"],
+        "entropy_bound": reference["sampler_config"].entropy_bound,
+        **{key: reference[key] for key in ("t_min", "t_max", "stability_threshold", "confidence_threshold")},
+    }
+    assert expected == ENTROPY_BOUND_DEFAULTS
+    assert GenerationOptions().resolve({}, 1).max_tokens == reference["max_new_tokens"]
+
+
+def test_options_left_unset_get_the_tables_defaults() -> None:
+    resolved = GenerationOptions().resolve({}, 1)
+    assert {name: getattr(resolved, name) for name in ENTROPY_BOUND_DEFAULTS} == ENTROPY_BOUND_DEFAULTS
+
+
+def test_types_and_ranges() -> None:
+    assert set(SAMPLER_OPTIONS) >= {"entropy_bound"}
+    for options in SAMPLER_OPTIONS.values():
+        for option in options:
+            kind = int if option.integer else float
+            assert all(type(value) is kind for value in (option.default, option.low, option.high))
+            assert option.low <= option.default <= option.high
+            assert option.gguf_type == ("u32" if option.integer else "f32")
+
+
+def test_the_documented_defaults() -> None:
+    """The rows of api.md: names, keys (of several, the first in full) and defaults."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (DOCS / "api.md").read_text(encoding="utf-8").splitlines()
+        if "`diffusion." in line and line.startswith("|")
+    ]
+    documented = {}
+    for names, keys, defaults, *_ in rows:
+        for name, key, default in zip(
+            re.findall(r"`(\w+)`", names), re.findall(r"`([\w.]+)`", keys), defaults.split(", "), strict=True
+        ):
+            documented[name] = (key if "." in key else f"diffusion.{key}", float(default))
+    assert documented == {option.name: (option.key, option.default) for option in ENTROPY_BOUND}
