@@ -25,8 +25,8 @@ NATIVE_ORDER = (
     "tests/cuda_emulation", "tests",
 )  # fmt: skip
 PYTHON_ORDER = (
-    "errors", "_util", "tokenizer", "options", "chat", "events", "chat_output", "demo", "constrained",
-    "generation",
+    "errors", "_util", "chat/formats", "tokenizer", "options", "chat", "events", "chat_output", "demo",
+    "constrained", "generation",
     "convert/gguf", "convert/checkpoint", "convert/architectures/diffusion_gemma", "convert/architectures",
     "convert/quantization", "convert/conversion", "convert/repacking", "convert/verification",
     "sampling", "device_plan", "session", "openai", "model",

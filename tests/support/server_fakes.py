@@ -17,12 +17,12 @@ from typing import Any
 import httpx
 import numpy as np
 
+from pydiffusion.chat.formats.gemma import GEMMA
 from pydiffusion.errors import ContextOverflowError, GenerationCancelled
 from pydiffusion.model import DiffusionModel
 from pydiffusion.server.app import Settings
 from pydiffusion.server.run import Server
 from pydiffusion.tokenizer import Tokenizer, TokenType
-from pydiffusion.tokenizer.markers import MARKERS
 
 CANVAS = 64
 TEMPLATE = (
@@ -40,13 +40,14 @@ Script = Callable[[str, int], Sequence[str]]
 
 def metadata() -> dict[str, Any]:
     control = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|channel>"]
-    visible = [marker for marker in MARKERS if marker not in control]
+    visible = [marker for marker in GEMMA.markers if marker not in control]
     letters = ["\u2581", *(chr(i) for i in range(33, 127))]
     tokens = [*control, *visible, *(f"<0x{i:02X}>" for i in range(256)), *letters]
     kinds = [TokenType.CONTROL] * len(control) + [TokenType.USER_DEFINED] * len(visible)
     kinds += [TokenType.BYTE] * 256 + [TokenType.NORMAL] * len(letters)
     return {
         "diffusion.canvas_length": CANVAS,
+        "general.architecture": "diffusion-gemma",
         "tokenizer.ggml.model": "gemma4",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [int(kind) for kind in kinds],
