@@ -17,6 +17,7 @@ from pydiffusion.chat.messages import template_variables
 from pydiffusion.chat.output_parser import Content, Part, Reasoning
 from pydiffusion.errors import OptionError
 from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
+from pydiffusion.generation.prompt import prefilled_session
 from pydiffusion.generation.thinking_budget import can_think
 from pydiffusion.options import GenerationOptions, integer_option, make_options
 
@@ -137,7 +138,7 @@ def create_chat_completion(
     prompt = diffusion_model.chat_prompt(messages, tools=tools, **variables)
     frame = _Frame("chatcmpl", "chat.completion", "chat.completion.chunk", model or diffusion_model.name)
 
-    session = diffusion_model._start(prompt, session)
+    session = prefilled_session(diffusion_model, prompt, session)
     n_prompt = session.n_past
     events = session.generate_chat(chosen)
     if stream:
