@@ -41,7 +41,8 @@ GGML: list[Counts] = [
     {  # with two experts per token, the sum of their outputs is one addition
         "RMS_NORM": (3, 11, 11), "MUL": (2, 13, 13), "ADD": (0, 4, 4), "ROPE": (0, 2, 2), "CPY": (0, 2, 2),
         "GLU": (1, 2, 2), "SCALE": (0, 1, 1), "SOFT_MAX": (0, 1, 1), "ARGSORT": (0, 1, 1),
-        "GET_ROWS": (0, 2, 2), "SUM_ROWS": (0, 1, 1), "CLAMP": (0, 1, 1), "DIV": (0, 1, 1), "REPEAT": (0, 1, 1),
+        "GET_ROWS": (0, 2, 2), "SUM_ROWS": (0, 1, 1), "CLAMP": (0, 1, 1), "DIV": (0, 1, 1),
+        "REPEAT": (0, 1, 1),
         "RESHAPE": (0, 11, 10), "VIEW": (2, 11, 11),
     },
 ]  # fmt: skip
