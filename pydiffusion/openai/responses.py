@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydiffusion.chat.messages import template_variables
 from pydiffusion.errors import OptionError
+from pydiffusion.generation.prompt import prefilled_session
 from pydiffusion.options import GenerationOptions, make_options
 
 from .parameters import no_thinking, schema_of, token_limit
@@ -115,7 +116,7 @@ def create_chat_completion(
     limit = token_limit(diffusion_model, max_tokens, max_completion_tokens)
     chosen = _options(options, max_tokens=limit, stop=stop, seed=seed)
     prompt = diffusion_model.chat_prompt(messages, tools=tools, **variables)
-    session = diffusion_model._start(prompt, session)
+    session = prefilled_session(diffusion_model, prompt, session)
     choice = ChatChoice(0, session.n_past)
     response = _LibraryResponse(model or diffusion_model.name, [choice], chat=True)
     events = session.generate_chat(chosen)

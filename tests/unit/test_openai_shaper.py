@@ -75,12 +75,14 @@ def library(events: list[Event], *, chat: bool, stream: bool) -> Any:
         n_prompt=N_PROMPT,
         canvas_steps=tuple(canvas.steps for canvas in canvases),
     )
-    session = SimpleNamespace(n_past=N_PROMPT, generate_chat=lambda options: iter(events))
+    session = SimpleNamespace(
+        n_past=N_PROMPT, prefill=lambda ids: 0, generate_chat=lambda options: iter(events)
+    )
     model: Any = SimpleNamespace(
         name="m",
         n_ctx_train=64,
         chat_prompt=lambda messages, **variables: [1] * N_PROMPT,
-        _start=lambda prompt, given: session,
+        new_session=lambda: session,
         stream=lambda prompt, options, session: iter(events),
         generate=lambda prompt, options, session: completion,
     )
