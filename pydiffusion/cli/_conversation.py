@@ -79,13 +79,16 @@ class Conversation:
 
     def set_option(self, name: str, given: str) -> str:
         """Set ``steps`` or ``seed`` to a number, or reset it without one; returns a message."""
+        from pydiffusion import OptionError
+
         try:
             choice: dict[str, Any] = {name: int(given) if given else None}
+        except ValueError:
+            raise CommandError(f"/{name} takes a number") from None
+        try:
             self._options = replace(self._options, **choice)
-        except ValueError as error:
-            raise CommandError(
-                str(error) if given.lstrip("-").isdigit() else f"/{name} takes a number"
-            ) from None
+        except OptionError as error:
+            raise CommandError(str(error)) from None
         return (
             f"{name} {given}"
             if given
@@ -131,6 +134,7 @@ class Conversation:
         printed.
         """
         from pydiffusion import PyDiffusionError
+        from pydiffusion.generation.completion import completion_of
 
         from ._display import AnswerPrinter, CanvasDisplay
 
@@ -145,7 +149,7 @@ class Conversation:
                 for event in self._session.generate_chat(options):
                     printer(event)
                     finished += [] if hasattr(event, "accepted") else [event]
-            say(figures(self._session._completion(len(prompt), finished)))
+            say(figures(completion_of(self._model.tokenizer, len(prompt), finished)))
         except KeyboardInterrupt:
             say("stopped")
         except PyDiffusionError as error:

@@ -13,8 +13,8 @@ import pytest
 from support.paths import REPOSITORY
 from support.server_fakes import CANVAS, CHAT, TOOLS, ScriptedModel, ask, events, script, serving
 
+from pydiffusion.chat.formats.gemma import GEMMA
 from pydiffusion.openai.requests import IGNORED, UNSUPPORTED
-from pydiffusion.tokenizer.markers import MARKERS
 
 
 def calling(function: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def test_a_stream_event_for_every_step(url: str, client: openai.OpenAI) -> None:
     for draft in drafts:
         assert len(draft["pieces"]) == len(draft["settled"]) == len(draft["entropy"]) == CANVAS
         assert sum(draft["settled"]) == CANVAS * draft["step"] // 3
-        assert not any(marker in "".join(draft["pieces"]) for marker in MARKERS)
+        assert not any(marker in "".join(draft["pieces"]) for marker in GEMMA.markers)
     assert "".join(drafts[-1]["pieces"]).startswith("so. Über!")
     assert got[-1]["diffusion"]["type"] == "summary"
     # the official client reads them as chunks without choices
@@ -303,6 +303,42 @@ def test_invalid_requests_get_an_error_with_param_and_code(
     assert (response.status_code, error["param"], error["code"]) == (status, param, code), error
     assert error["type"] == "invalid_request_error" and error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+
+
+BELOW_ZERO = {
+    "steps": 0, "t_min": -1, "t_max": -1, "entropy_bound": -1, "stability_threshold": -1,
+    "confidence_threshold": -1,
+}  # fmt: skip
+LIMITS = {
+    "thinking_budget": -1,
+    "stop_on_repetition": 1,
+    "trim_after_eos": "x",
+    "stop": [""],
+    "max_tokens": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [("chat/completions", name, value) for name, value in {**BELOW_ZERO, **LIMITS}.items()]
+    + [("completions", name, value) for name, value in {**BELOW_ZERO, **LIMITS}.items()]
+    + [("infill", name, value) for name, value in BELOW_ZERO.items()]
+    + [
+        ("chat/completions", "max_completion_tokens", 2**31),
+        ("chat/completions", "t_min", 7.5),  # above the t_max that a file without one has
+        ("completions", "t_max", 0.001),
+        ("completions", "t_max", "warm"),
+        ("completions", "regex", ""),
+        ("completions", "regex", "("),
+        ("completions", "response_format", {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}),
+        ("infill", "hole_tokens", 0),
+    ],
+)
+def test_an_option_out_of_range_is_the_param_of_the_error(url: str, path: str, name: str, value: Any) -> None:
+    content = {"chat/completions": CHAT, "completions": {"prompt": "a"}, "infill": {"text": "a<|hole|>"}}
+    response = httpx.post(f"{url}/v1/{path}", json={**content[path], name: value}, timeout=60)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, name), error
 
 
 @pytest.mark.parametrize(
