@@ -17,8 +17,7 @@ import numpy as np
 
 from pydiffusion import _native
 from pydiffusion._util import atomic
-from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
-from pydiffusion.convert.architectures.diffusion_gemma.config import SamplerConfig, TextConfig
+from pydiffusion.convert.architectures.diffusion_gemma.config import DEFAULT_SAMPLER, TextConfig
 from pydiffusion.convert.architectures.diffusion_gemma.metadata import model_metadata, u32
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import (
     FLOAT32_KINDS,
@@ -82,7 +81,6 @@ SHAPES = MappingProxyType(
     }
 )  # fmt: skip
 _NORMAL, _CONTROL, _BYTE = 1, 3, 6  # types of tokens
-_SAMPLER = SamplerConfig(**ENTROPY_BOUND_DEFAULTS, eos_token_ids=())
 
 
 def write_synthetic(
@@ -133,7 +131,7 @@ def _layout(shape: str, type: str) -> tuple[bytes, list[Placed]]:
     tensors = [*wanted_tensors(config), rope]
     plan = plan_types([(tensor.name, tensor.shape) for tensor in tensors], type)
     placed = _place(plan)
-    metadata = model_metadata(f"synthetic {shape}", config, _SAMPLER, RECIPES[type].file_type)
+    metadata = model_metadata(f"synthetic {shape}", config, DEFAULT_SAMPLER, RECIPES[type].file_type)
     metadata = with_lengths(metadata, plan.lengths) | _tokenizer(config.vocab_size)
     return pack_header(metadata, placed, DEFAULT_ALIGNMENT), placed
 

@@ -112,6 +112,9 @@ class SamplerConfig:
     eos_token_ids: tuple[int, ...]
 
 
+DEFAULT_SAMPLER = SamplerConfig(**ENTROPY_BOUND_DEFAULTS, eos_token_ids=())
+
+
 def read_text_config(folder: Path, notes: list[str]) -> TextConfig:
     """Read and validate ``config.json``. Raises ConversionError naming a missing or unsupported key."""
     where = "config.json"
