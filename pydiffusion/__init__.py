@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         GenerationCancelled,
         InsufficientMemoryError,
         ModelFormatError,
+        OptionError,
         PromptWarning,
         PyDiffusionError,
         PyDiffusionWarning,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from .events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
     from .generation.infill import Infill
     from .model import DiffusionModel
-    from .options import GenerationOptions
+    from .options import GenerationOptions, ResolvedOptions
     from .session import Session
     from .tokenizer import Tokenizer
 
@@ -48,10 +49,12 @@ _NAME_TO_MODULE = {
     "Infill": "generation.infill",
     "InsufficientMemoryError": "errors",
     "ModelFormatError": "errors",
+    "OptionError": "errors",
     "Plan": "device_plan",
     "PromptWarning": "errors",
     "PyDiffusionWarning": "errors",
     "PyDiffusionError": "errors",
+    "ResolvedOptions": "options",
     "Session": "session",
     "Tokenizer": "tokenizer",
     "UnsupportedModelError": "errors",
@@ -76,10 +79,12 @@ __all__ = [
     "Infill",
     "InsufficientMemoryError",
     "ModelFormatError",
+    "OptionError",
     "Plan",
     "PromptWarning",
     "PyDiffusionError",
     "PyDiffusionWarning",
+    "ResolvedOptions",
     "Session",
     "Tokenizer",
     "UnsupportedModelError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -31,7 +32,7 @@ from .generation.infill import (
 )
 from .generation.token_ids import TokenIds
 from .openai import responses
-from .options import GenerationOptions, make_options
+from .options import GenerationOptions, ResolvedOptions, make_options
 from .session import Session
 from .tokenizer import Tokenizer
 
@@ -186,9 +187,11 @@ class DiffusionModel:
             ids.insert(0, self.tokenizer.bos_id)
         return ids
 
-    def resolve(self, options: GenerationOptions) -> GenerationOptions:
+    def resolve(self, options: GenerationOptions) -> ResolvedOptions:
         """Fill in unset options; see ``GenerationOptions.resolve``."""
-        return options.resolve(self.metadata, self.n_vocab, self.tokenizer.end_ids)
+        if options.eos is None:  # found already, when the tokenizer was made
+            options = dataclasses.replace(options, eos=self.tokenizer.end_ids)
+        return options.resolve(self.metadata, self.n_vocab)
 
     @property
     def has_chat_template(self) -> bool:
@@ -202,11 +205,11 @@ class DiffusionModel:
     def automaton(self, options: GenerationOptions) -> Automaton:
         """Compile the options' ``json_schema`` or ``regex`` to an automaton over tokens, with an LRU cache.
 
-        Raises ValueError, saying what and where, for a constraint that is unsupported or unsatisfiable.
+        Raises OptionError, saying what and where, for a constraint that is unsupported or unsatisfiable.
         """
         from .constrained import automaton_for
 
-        ends = frozenset(self.tokenizer.end_ids if options.eos is None else options.eos_ids)
+        ends = frozenset(self.resolve(options).eos)
         key = (options.json_schema, options.regex, ends)
         cache: dict[Any, Automaton] = self.__dict__.setdefault("_automata", {})
         found = cache.pop(key, None) or automaton_for(options, self.tokenizer, ends)

@@ -18,7 +18,7 @@ from .generation.repetition import loop_start
 from .generation.streaming import AnswerStream, ChatStream, chat_stream, count_tokens
 from .generation.thinking_budget import ThoughtBudget
 from .generation.token_ids import TokenIds, check_bos, common_prefix, cut_at_eos, token_array
-from .options import GenerationOptions, make_options
+from .options import GenerationOptions, ResolvedOptions, make_options
 
 if TYPE_CHECKING:
     from .constrained import Guide
@@ -30,7 +30,7 @@ _THOUGHT_OPENING = 16
 # Options that the native loop takes as they are.
 _BEGIN_OPTIONS = (
     "max_tokens", "steps", "t_min", "t_max", "entropy_bound", "stability_threshold", "confidence_threshold",
-    "dropped_mass", "seed",
+    "dropped_mass", "canvas_length", "seed", "trim_after_eos",
 )  # fmt: skip
 
 
@@ -203,24 +203,23 @@ class Session:
         resolved = self.model.resolve(make_options(options, keywords))
         return self._generate(resolved, self._answer_stream(resolved, chat=True))
 
-    def _answer_stream(self, options: GenerationOptions, chat: bool) -> AnswerStream | ChatStream:
+    def _answer_stream(self, options: ResolvedOptions, chat: bool) -> AnswerStream | ChatStream:
         if not chat:
-            return AnswerStream(self.model.tokenizer, options.stop_strings)
+            return AnswerStream(self.model.tokenizer, options.stop)
         prompt_end = self.model.detokenize(self.tokens[-_THOUGHT_OPENING:], keep_control=True)
         return chat_stream(self.model.tokenizer, options, prompt_end)
 
-    def _guide(self, options: GenerationOptions) -> Guide | None:
+    def _guide(self, options: ResolvedOptions) -> Guide | None:
         """Guide for constrained decoding, if the options ask for it."""
         if not options.is_structured:
             return None
         from .constrained import Guide
 
-        n_canvas = options.canvas_length or self.model.canvas_length
-        assert options.max_tokens is not None  # resolved
+        n_canvas = options.canvas_length
         budget = min(options.max_tokens, (self.n_ctx - self.n_past) // n_canvas * n_canvas)
-        return Guide(self.model.automaton(options), n_canvas, budget, options.eos_ids, self.model.n_vocab)
+        return Guide(self.model.automaton(options), n_canvas, budget, options.eos, self.model.n_vocab)
 
-    def _generate(self, options: GenerationOptions, answer: AnswerStream | ChatStream) -> Iterator[Event]:
+    def _generate(self, options: ResolvedOptions, answer: AnswerStream | ChatStream) -> Iterator[Event]:
         to_events = self._begin(options, answer)
         while (step := self._native.next_step()) is not None:
             for event in to_events(cast(NativeStep, step)):
@@ -229,13 +228,11 @@ class Session:
                     return
 
     def _begin(
-        self, options: GenerationOptions, answer: AnswerStream | ChatStream
+        self, options: ResolvedOptions, answer: AnswerStream | ChatStream
     ) -> Callable[[NativeStep], Iterator[Event]]:
         """Start a generation; returns the function that converts a native step into events."""
         started = time.perf_counter()
-        assert options.steps is not None and options.seed is not None  # resolved
-        steps, seed = options.steps, options.seed
-        eos = np.asarray(options.eos_ids, dtype=np.int32)
+        eos = np.asarray(options.eos, dtype=np.int32)
         prompt_seconds, self._prompt_seconds = self._prompt_seconds, 0.0
 
         def draft_text(tokens: np.ndarray) -> str:
@@ -255,7 +252,7 @@ class Session:
                 entropy=step.entropy,
                 accepted=step.accepted,
                 canvas_index=step.canvas_index,
-                steps=steps,
+                steps=options.steps,
                 _to_text=draft_text,
             )
             if not step.canvas_done:
@@ -268,14 +265,14 @@ class Session:
             yield CanvasEvent(
                 tokens=tokens[:n_tokens],
                 text=text,
-                steps=steps - step.step + 1,
+                steps=options.steps - step.step + 1,
                 canvas_index=step.canvas_index,
                 parts=tuple(answer.parts),
             )
             if stopped or finish:
                 total = prompt_seconds + time.perf_counter() - started
                 timings = {"prompt": prompt_seconds, **step.timings, "total": total}
-                yield EndEvent(reason="stop" if stopped else finish, timings=timings, seed=seed)
+                yield EndEvent(reason="stop" if stopped else finish, timings=timings, seed=options.seed)
 
         return to_events
 
@@ -318,7 +315,7 @@ class Session:
 class _StopConditions:
     """Thinking budget and repetition check over the canvases of one generation."""
 
-    def __init__(self, session: Session, options: GenerationOptions) -> None:
+    def __init__(self, session: Session, options: ResolvedOptions) -> None:
         self._native = session._native
         self._budget: ThoughtBudget | None = None
         if options.thinking_budget is not None:
@@ -340,13 +337,11 @@ class _StopConditions:
         return tokens, finish
 
 
-def _begin_arguments(options: GenerationOptions) -> dict[str, Any]:
-    """Resolved options as arguments of the native loop."""
+def _begin_arguments(options: ResolvedOptions) -> dict[str, Any]:
+    """Options as arguments of the native loop."""
     arguments: dict[str, Any] = {name: getattr(options, name) for name in _BEGIN_OPTIONS}
-    arguments["canvas_length"] = options.canvas_length or 0
-    arguments["trim_after_eos"] = bool(options.trim_after_eos)
-    arguments["eos"] = list(options.eos_ids)
+    arguments["eos"] = list(options.eos)
     if options.canvas:
         arguments["canvas"] = np.asarray(options.canvas, dtype=np.int32)
-        arguments["hold"] = np.asarray(options.hold or (), dtype=np.uint8)
+        arguments["hold"] = np.asarray(options.hold, dtype=np.uint8)
     return arguments

@@ -36,11 +36,11 @@ def run(
     """
     from ._display import AnswerPrinter, CanvasDisplay
 
-    options = model.resolve(options)
+    resolved = model.resolve(options)
     draw = show and sys.stderr.isatty()
-    display = CanvasDisplay(model.tokenizer, options.eos_ids, seconds_per_step) if draw else None
+    display = CanvasDisplay(model.tokenizer, resolved.eos, seconds_per_step) if draw else None
     with AnswerPrinter(display, quiet) as printer:
-        done = session.complete(options, on_event=printer)
+        done = session.complete(resolved, on_event=printer)
     say(figures(done))
     return done
 

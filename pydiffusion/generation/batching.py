@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydiffusion.errors import PyDiffusionError
 from pydiffusion.events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
-from pydiffusion.options import GenerationOptions
+from pydiffusion.options import GenerationOptions, ResolvedOptions
 
 from .token_ids import check_bos, token_array
 
@@ -32,9 +32,9 @@ class ActiveSequence:
     """An in-flight sequence: its prompt is prefilled in chunks, then every step yields events."""
 
     def __init__(
-        self, session: Session, prompt: TokenIds, options: GenerationOptions, *, chat: bool = False
+        self, session: Session, prompt: TokenIds, options: ResolvedOptions, *, chat: bool = False
     ) -> None:
-        """options: resolved.  chat: split the answer into parts, as ``Session.generate_chat`` does.
+        """chat: split the answer into parts, as ``Session.generate_chat`` does.
 
         Raises ValueError for an empty prompt or an id outside the vocabulary.
         """

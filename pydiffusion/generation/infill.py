@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from pydiffusion.errors import ContextOverflowError
+from pydiffusion.errors import ContextOverflowError, OptionError
 from pydiffusion.events import Completion
-from pydiffusion.options import GenerationOptions
+from pydiffusion.options import GenerationOptions, ResolvedOptions, integer_option
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
@@ -59,11 +59,8 @@ class Layout:
     def n_tokens(self) -> int:
         return sum(part.n_tokens if isinstance(part, Hole) else len(part) for part in self.parts)
 
-    def options(self, options: GenerationOptions, n_canvas: int, eos: Sequence[int]) -> GenerationOptions:
+    def options(self, options: ResolvedOptions) -> ResolvedOptions:
         """The options for generating this layout; positions after it are held at an eos."""
-        for name in NOT_AROUND_HOLES:
-            if getattr(options, name) is not None:
-                raise ValueError(f"{name} can't be chosen for a text with holes")
         canvas: list[int] = []
         hold: list[bool] = []
         for part in self.parts:
@@ -74,11 +71,11 @@ class Layout:
             else:
                 canvas += part
                 hold += [True] * len(part)
-        n_rest = -len(canvas) % n_canvas
-        canvas += [eos[0] if eos else -1] * n_rest
-        hold += [bool(eos)] * n_rest
+        n_rest = -len(canvas) % options.canvas_length
+        canvas += [options.eos[0] if options.eos else -1] * n_rest
+        hold += [bool(options.eos)] * n_rest
         # An eos is an end of its hole only, see `read`.
-        return replace(options, max_tokens=self.n_tokens, eos=(), canvas=canvas, hold=hold)
+        return replace(options, max_tokens=self.n_tokens, eos=(), canvas=tuple(canvas), hold=tuple(hold))
 
     def read(self, tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
         """Extract the text and its holes; a hole ends before its first control token."""
@@ -104,10 +101,9 @@ def lay_out(model: DiffusionModel, text: str, hole_tokens: int, whole: bool) -> 
 
     hole_tokens: length of holes without an N.  whole: put the whole text on the canvas; else the text
         before the first hole goes into the prompt.
-    Raises ValueError without a hole, or for an empty one.
+    Raises OptionError for hole_tokens, ValueError for a text without a hole, or with an empty one.
     """
-    if isinstance(hole_tokens, bool) or not isinstance(hole_tokens, int) or not 1 <= hole_tokens <= 10**6:
-        raise ValueError(f"hole_tokens is {hole_tokens!r}; permitted is an integer of at least 1")
+    hole_tokens = integer_option("hole_tokens", hole_tokens, high=10**6)
     pieces = _HOLE.split(text)
     if len(pieces) == 1:
         raise ValueError(f"the text has no hole: put {HOLE} or <|hole:N|> (N tokens at most) where one is")
@@ -155,7 +151,7 @@ def lay_out_spans(
         ids = model.tokenize(piece, add_bos=False)
         if i % 2:
             if not ids and more_tokens < 1:
-                raise ValueError("an empty span needs more_tokens of at least 1")
+                raise OptionError("more_tokens", "an empty span needs more_tokens of at least 1")
             layout.parts.append(Hole(len(ids) + more_tokens, tuple(ids)))
         elif ids and (i or whole):
             layout.parts.append(ids)
@@ -178,17 +174,26 @@ def prompt_of(model: DiffusionModel, layout: Layout, instruction: str | None) ->
 
 def prepare(
     model: DiffusionModel, layout: Layout, prompt: Sequence[int], options: GenerationOptions, n_ctx: int
-) -> GenerationOptions:
-    """Options that generate this layout. Raises ContextOverflowError, ValueError."""
-    n_canvas = options.canvas_length or model.canvas_length
-    resolved = model.resolve(options)
+) -> ResolvedOptions:
+    """Options that generate this layout. Raises ContextOverflowError, OptionError."""
+    for name in NOT_AROUND_HOLES:
+        if getattr(options, name) is not None:
+            raise OptionError(name, f"{name} can't be chosen for a text with holes")
+    return hold_around(layout, prompt, model.resolve(options), n_ctx)
+
+
+def hold_around(
+    layout: Layout, prompt: Sequence[int], options: ResolvedOptions, n_ctx: int
+) -> ResolvedOptions:
+    """As ``prepare``, of options that leave to the layout what it sets. Raises ContextOverflowError."""
+    n_canvas = options.canvas_length
     needed = len(prompt) + -(-layout.n_tokens // n_canvas) * n_canvas
     if needed > n_ctx:
         raise ContextOverflowError(
             f"a prompt of {len(prompt)} tokens and canvases for {layout.n_tokens} do not fit the context of"
             f" {n_ctx}: shorten the text or open the model with a larger n_ctx"
         )
-    return layout.options(options, n_canvas, resolved.eos_ids)
+    return layout.options(options)
 
 
 def collect(layout: Layout, completion: Completion, tokenizer: Tokenizer) -> Infill:

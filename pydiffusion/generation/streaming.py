@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pydiffusion.chat.output_parser import Content, OutputParser, Part, ends_in_thought
-from pydiffusion.options import GenerationOptions
+from pydiffusion.errors import OptionError
+from pydiffusion.options import ResolvedOptions
 from pydiffusion.tokenizer import TextStream, Tokenizer
 from pydiffusion.tokenizer.markers import MARKERS
 
@@ -129,17 +130,18 @@ class ChatStream:
 
 
 def chat_stream(
-    tokenizer: Tokenizer, options: GenerationOptions, prompt_end: str
+    tokenizer: Tokenizer, options: ResolvedOptions, prompt_end: str
 ) -> ContentStream | ChatStream:
-    """Stream for the answer to a chat prompt. ValueError for constrained output inside a reasoning block."""
+    """Stream for the answer to a chat prompt. OptionError for constrained output inside a reasoning block."""
     in_thought = ends_in_thought(prompt_end)
-    if options.is_structured:
+    if options.constraint is not None:
         if in_thought:
-            raise ValueError(
-                "the prompt ends inside a reasoning block: constrained output can't contain reasoning"
+            raise OptionError(
+                options.constraint,
+                "the prompt ends inside a reasoning block: constrained output can't contain reasoning",
             )
         return ContentStream(tokenizer, ())
-    return ChatStream(tokenizer, options.stop_strings, in_thought)
+    return ChatStream(tokenizer, options.stop, in_thought)
 
 
 def marker_ids(tokenizer: Tokenizer) -> frozenset[int]:

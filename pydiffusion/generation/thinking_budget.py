@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pydiffusion.errors import OptionError
 from pydiffusion.tokenizer import Tokenizer
 from pydiffusion.tokenizer.markers import CALL, CHANNEL, CHANNEL_END, CHANNEL_NAMES, RESPONSE, TURN, TURN_END
 
@@ -19,11 +20,13 @@ class ThoughtBudget:
     def __init__(self, tokenizer: Tokenizer, budget: int, prompt_end: Sequence[int]) -> None:
         """prompt_end: the last tokens of the prompt, which may leave a reasoning block open.
 
-        Raises ValueError if the vocabulary has no reasoning markers.
+        Raises OptionError if the vocabulary has no reasoning markers.
         """
         begin, end = tokenizer.token_id(CHANNEL), tokenizer.token_id(CHANNEL_END)
         if begin is None or end is None:
-            raise ValueError("thinking_budget needs the markers of thinking, and this file has none")
+            raise OptionError(
+                "thinking_budget", "thinking_budget needs the markers of thinking, and this file has none"
+            )
         self._begin, self._end = begin, end
         others = map(tokenizer.token_id, (CALL, RESPONSE, TURN, TURN_END))
         self._ends = {end, *(token for token in others if token is not None)}

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pydiffusion.chat.messages import template_variables
-from pydiffusion.options import GenerationOptions
+from pydiffusion.errors import OptionError
+from pydiffusion.options import GenerationOptions, ResolvedOptions
 
-from .errors import ApiError, invalid
+from .errors import ApiError, from_exception, invalid
 from .messages import check_messages, check_tools
 from .response_format import constraint_options, infill_layout, suffix_layout
 from .responses import no_thinking, token_limit
@@ -72,14 +73,16 @@ _EFFORTS = (*_NO_THINKING, "minimal", "low", "medium", "high", "xhigh")
 
 @dataclass
 class Request:
-    """A validated request; ``options`` has one entry per choice of each prompt."""
+    """A validated request; ``options`` has one entry per choice of each prompt.
+
+    layout: the text around the answer, which the prompt's run has to hold.
+    """
 
     stream: bool
     include_usage: bool
     drafts: bool
-    options: list[GenerationOptions]
+    options: list[ResolvedOptions]
     ignored: list[str]
-    # Texts around the answer. Its options are not complete before its prompt is known.
     layout: Layout | None = field(default=None, kw_only=True)
 
 
@@ -233,8 +236,8 @@ def _stream_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _options(fields: Mapping[str, Any], model: DiffusionModel) -> list[GenerationOptions]:
-    """The resolved options of each choice."""
+def _options(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedOptions]:
+    """The options of each choice."""
     stop = fields.get("stop", ())
     if isinstance(stop, list) and len(stop) > MAX_STOPS:
         raise invalid(f"stop has {len(stop)} strings; permitted are {MAX_STOPS}", "stop")
@@ -243,23 +246,25 @@ def _options(fields: Mapping[str, Any], model: DiffusionModel) -> list[Generatio
     try:
         limit = token_limit(fields.get("max_tokens"), fields.get("max_completion_tokens"))
         choices["max_tokens"] = model.n_ctx_train if limit is None else limit
-        return [model.resolve(options) for options in _each_choice(fields, choices)]
-    except ValueError as error:
-        raise _wrong_option(error, fields) from None
+        return list(_each_choice(fields, choices, model))
+    except OptionError as error:
+        raise from_exception(error) from None
 
 
-def _options_around(fields: Mapping[str, Any], model: DiffusionModel) -> list[GenerationOptions]:
-    """Options of each choice of an infill request, unresolved until its prompt is known."""
+def _options_around(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedOptions]:
+    """Options of each choice of a request with a layout, which sets the rest."""
     for name in ("stop", "response_format", "regex", *_LIMITS):
         if fields.get(name) not in (None, [], {"type": "text"}):
             raise invalid(f"{name} can't be combined with suffix by this server", name, "unsupported_value")
     try:
-        return list(_each_choice(fields, {}))
-    except ValueError as error:
-        raise _wrong_option(error, fields) from None
+        return list(_each_choice(fields, {}, model))
+    except OptionError as error:
+        raise from_exception(error) from None
 
 
-def _each_choice(fields: Mapping[str, Any], choices: dict[str, Any]) -> Iterator[GenerationOptions]:
+def _each_choice(
+    fields: Mapping[str, Any], choices: dict[str, Any], model: DiffusionModel
+) -> Iterator[ResolvedOptions]:
     n = fields.get("n", 1)
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MAX_CHOICES:
         raise invalid(f"n is {n!r}; permitted is an integer from 1 to {MAX_CHOICES}"[:200], "n")
@@ -268,14 +273,8 @@ def _each_choice(fields: Mapping[str, Any], choices: dict[str, Any]) -> Iterator
         raise invalid(f"seed is {seed!r}; permitted is an integer of 64 bits"[:200], "seed")
     choices = {**choices, **{name: fields[name] for name in (*_DIFFUSION, *_LIMITS) if name in fields}}
     for i in range(n):
-        yield GenerationOptions(**choices, seed=None if seed is None else (seed + i) % 2**64)
-
-
-def _wrong_option(error: ValueError, fields: Mapping[str, Any]) -> ApiError:
-    name = str(error).partition(" ")[0].rstrip(":,")
-    if name == "json_schema":
-        name = "response_format"
-    return invalid(str(error)[:300], name if name in fields else None)
+        own_seed = None if seed is None else (seed + i) % 2**64
+        yield model.resolve(GenerationOptions(**choices, seed=own_seed))
 
 
 def _template_variables(fields: Mapping[str, Any]) -> dict[str, Any]:

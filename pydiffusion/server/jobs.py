@@ -14,16 +14,16 @@ from pydiffusion.openai.errors import ApiError
 from pydiffusion.openai.reports import Report
 
 if TYPE_CHECKING:
-    from pydiffusion.options import GenerationOptions
+    from pydiffusion.options import ResolvedOptions
     from pydiffusion.session import Session
 
 
 @dataclass(frozen=True)
 class Run:
-    """One choice of a request: prompt tokens and resolved options (seed included)."""
+    """One choice of a request: prompt tokens and options."""
 
     prompt: list[int]
-    options: GenerationOptions
+    options: ResolvedOptions
 
 
 class Job:

@@ -247,7 +247,6 @@ class Scheduler:
                 job.emit(sequence.i_run, event)
             if over:
                 if not isinstance(event, EndEvent):
-                    assert sequence.run.options.seed is not None  # resolved
                     seed = sequence.run.options.seed
                     job.emit(sequence.i_run, EndEvent(reason="stop", timings={}, seed=seed))
                 self._end(sequence)

@@ -47,6 +47,7 @@ def metadata() -> dict[str, Any]:
     kinds = [TokenType.CONTROL] * len(control) + [TokenType.USER_DEFINED] * len(visible)
     kinds += [TokenType.BYTE] * 256 + [TokenType.NORMAL] * len(letters)
     return {
+        "diffusion.canvas_length": CANVAS,
         "tokenizer.ggml.model": "gemma4",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [int(kind) for kind in kinds],
