@@ -26,12 +26,13 @@ from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import (
     wanted_tensors,
 )
 from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT, Placed, Value, align, pack_header
+from pydiffusion.convert.gguf.tensor_types import LARGEST_BLOCK
 from pydiffusion.convert.quantization.recipes import RECIPES
 from pydiffusion.convert.quantization.type_plan import TypePlan, plan_types, with_lengths
 
 _ROWS_MADE = 64
 _ROWS_MIXED = 1024  # of the embedding
-_PIECE = 256  # weights: the longest block of any type
+_PIECE = LARGEST_BLOCK  # weights
 _CHUNK = 16 << 20
 
 
