@@ -18,7 +18,8 @@ from support.toy.checkpoint import MASK, SHAPES, registered, write_checkpoint
 from support.toy.reference import Cache, Generation, Toy
 
 from pydiffusion import DiffusionModel, _native
-from pydiffusion.convert import convert
+from pydiffusion.convert import convert, fit
+from pydiffusion.errors import ConversionError
 from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent
 
 N_CANVAS, N_VOCAB = 16, 384
@@ -113,6 +114,15 @@ def test_hidden_states_and_logits(model: DiffusionModel, pair: Pair, prompt: str
         difference = compare(values, wanted[name])
         report(f"toy: {pair.shape}, {prompt} prompt, {name}: {difference}")
         assert_within(difference, MEAN_BOUND, MAX_BOUND)
+
+
+def test_the_best_type_that_fits(model: DiffusionModel, pair: Pair) -> None:
+    """The planner of memory knows the architecture from a header."""
+    with registered():
+        plan, memory = fit(pair.folder, 1 << 40, n_ctx=512)
+        assert plan.type == "bf16" and memory.cache > 0
+        with pytest.raises(ConversionError, match="nothing fits"):
+            fit(pair.folder, 1 << 20, n_ctx=512)
 
 
 def numpy_run(toy: Toy, steps: int) -> Generation:
