@@ -9,6 +9,7 @@ from typing import Any
 from pydiffusion import _native
 
 CANVAS_LENGTH_KEY = _native.CANVAS_LENGTH_KEY
+REFERENCE_CANVAS_LENGTH = 256  # default of the reference's configuration
 
 
 @dataclass(frozen=True)
@@ -42,4 +43,11 @@ SAMPLER_OPTIONS = MappingProxyType(
 ENTROPY_BOUND = SAMPLER_OPTIONS["entropy-bound"]
 ENTROPY_BOUND_DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
     {option.name: option.default for option in ENTROPY_BOUND}
+)
+# Of all options that a file can set: the key, and the reference's default where the file has none.
+FILE_KEYS = MappingProxyType(
+    {**{option.name: option.key for option in ENTROPY_BOUND}, "canvas_length": CANVAS_LENGTH_KEY}
+)
+FILE_DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
+    {**ENTROPY_BOUND_DEFAULTS, "canvas_length": REFERENCE_CANVAS_LENGTH}
 )
