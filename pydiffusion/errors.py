@@ -1,4 +1,6 @@
-"""Errors and warnings of this package; wrong arguments raise ``ValueError`` and ``TypeError`` instead."""
+"""Errors and warnings of this package; wrong arguments raise ``ValueError`` (for an option its subclass
+``OptionError``) and ``TypeError`` instead.
+"""
 
 
 class PyDiffusionError(Exception):
@@ -23,6 +25,17 @@ class InsufficientMemoryError(PyDiffusionError):
 
 class GenerationCancelled(PyDiffusionError):
     """Cancelled by ``Session.cancel()``."""
+
+
+class OptionError(ValueError):
+    """The value of an option is refused. ``param``: the option's name."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(param, message)  # both, or it could not be pickled
+        self.param = param
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class PyDiffusionWarning(UserWarning):

@@ -232,7 +232,7 @@ class DiffusionModel:
     def automaton(self, options: GenerationOptions) -> Automaton:
         """Compile the options' ``json_schema`` or ``regex`` to an automaton over tokens, with an LRU cache.
 
-        Raises ValueError, saying what and where, for a constraint that is unsupported or unsatisfiable.
+        Raises OptionError, saying what and where, for a constraint that is unsupported or unsatisfiable.
         """
         from .constrained import automaton_for
 

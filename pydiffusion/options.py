@@ -8,9 +8,9 @@ import operator
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from .errors import ModelFormatError
+from .errors import ModelFormatError, OptionError
 from .tokenizer.end_tokens import find_end_tokens
 
 # The native loop takes signed 32-bit counts.
@@ -18,46 +18,53 @@ _MAX_COUNT = 2**31 - 1
 _MAX_SEED = 2**64 - 1
 
 
-def _integer(name: str, value: Any, low: int, high: int) -> int:
+def _refused(name: str, value: Any, permitted: str) -> OptionError:
+    return OptionError(name, f"{name} is {value!r}; permitted is {permitted}")
+
+
+def integer_option(name: str, value: Any, low: int = 1, high: int = _MAX_COUNT) -> int:
+    """The value as an integer from low to high. Raises OptionError for anything else."""
     permitted = f"an integer from {low} to {high}"
     if isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; permitted is {permitted}")
+        raise _refused(name, value, permitted)
     try:
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} is {value!r}; permitted is {permitted}") from None
+        raise _refused(name, value, permitted) from None
     if not low <= number <= high:
-        raise ValueError(f"{name} is {number}; permitted is {permitted}")
+        raise _refused(name, number, permitted)
     return number
 
 
 def _share(name: str, value: Any) -> float:
     number = _number(name, value)
     if number >= 1:
-        raise ValueError(f"{name} is {number:g}; permitted is a number of at least 0 and below 1")
+        raise OptionError(name, f"{name} is {number:g}; permitted is a number of at least 0 and below 1")
     return number
 
 
 def _number(name: str, value: Any, low: float = 0.0) -> float:
     permitted = f"a finite number of at least {low:g}"
     if isinstance(value, (bool, str, bytes)):
-        raise ValueError(f"{name} is {value!r}; permitted is {permitted}")
+        raise _refused(name, value, permitted)
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name} is {value!r}; permitted is {permitted}") from None
+        raise _refused(name, value, permitted) from None
     if not math.isfinite(number) or number < low:
-        raise ValueError(f"{name} is {number:g}; permitted is {permitted}")
+        raise OptionError(name, f"{name} is {number:g}; permitted is {permitted}")
     return number
 
 
 def _stop_strings(value: Any) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, Sequence) or isinstance(strings, bytes):
-        raise ValueError(f"stop is {value!r}; permitted is a string or a sequence of strings")
+        raise _refused("stop", value, "a string or a sequence of strings")
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise ValueError(f"stop holds {string!r}; permitted are strings of at least one character")
+            raise OptionError(
+                "stop", f"stop holds {string!r}; permitted are strings of at least one character"
+            )
     return tuple(strings)
 
 
@@ -65,26 +72,26 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     try:
         ids = [value] if hasattr(value, "__index__") else list(value)
     except TypeError:
-        raise ValueError(f"{name} is {value!r}; permitted is a token id or a sequence of token ids") from None
-    return tuple(_integer(name, token_id, 0, _MAX_COUNT) for token_id in ids)
+        raise _refused(name, value, "a token id or a sequence of token ids") from None
+    return tuple(integer_option(name, token_id, 0) for token_id in ids)
 
 
 def _canvas(value: Any) -> tuple[int, ...]:
     """Token ids by position, -1 for none."""
     if isinstance(value, (str, bytes)):
-        raise ValueError(f"canvas is {value!r}; permitted is a sequence of token ids, -1 for none")
+        raise _refused("canvas", value, "a sequence of token ids, -1 for none")
     try:
         tokens = list(value)
     except TypeError:
-        raise ValueError(f"canvas is {value!r}; permitted is a sequence of token ids, -1 for none") from None
-    return tuple(-1 if token is None else _integer("canvas", token, -1, _MAX_COUNT) for token in tokens)
+        raise _refused("canvas", value, "a sequence of token ids, -1 for none") from None
+    return tuple(-1 if token is None else integer_option("canvas", token, -1, _MAX_COUNT) for token in tokens)
 
 
 def _hold(value: Any) -> tuple[bool, ...]:
     try:
         return tuple(bool(operator.index(flag)) for flag in value)
     except TypeError:
-        raise ValueError(f"hold is {value!r}; permitted is a sequence of true and false") from None
+        raise _refused("hold", value, "a sequence of true and false") from None
 
 
 def _json_schema(value: Any) -> str:
@@ -92,48 +99,50 @@ def _json_schema(value: Any) -> str:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"json_schema is not valid JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise OptionError("json_schema", f"json_schema is not valid JSON: {error}") from None
     if not isinstance(value, (Mapping, bool)):
-        raise ValueError(f"json_schema is {value!r}; permitted is an object, or its JSON"[:200])
+        raise OptionError(
+            "json_schema", f"json_schema is {value!r}; permitted is an object, or its JSON"[:200]
+        )
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"json_schema can't be written as JSON: {error}") from None
+        raise OptionError("json_schema", f"json_schema can't be written as JSON: {error}") from None
 
 
 def _flag(name: str, value: Any) -> bool:
     value = value.item() if hasattr(value, "item") else value  # numpy's
     if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; permitted are True and False")
+        raise OptionError(name, f"{name} is {value!r}; permitted are True and False")
     return value
 
 
 def _regex(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise ValueError(f"regex is {value!r}; permitted is a string of at least one character")
+        raise _refused("regex", value, "a string of at least one character")
     return value
 
 
 # One check per option, for values from callers and from files.
 _NAME_TO_CHECK: dict[str, Callable[[Any], Any]] = {
-    "max_tokens": lambda value: _integer("max_tokens", value, 1, _MAX_COUNT),
-    "steps": lambda value: _integer("steps", value, 1, _MAX_COUNT),
+    "max_tokens": lambda value: integer_option("max_tokens", value),
+    "steps": lambda value: integer_option("steps", value),
     "t_min": lambda value: _number("t_min", value),
     "t_max": lambda value: _number("t_max", value),
     "entropy_bound": lambda value: _number("entropy_bound", value),
-    "stability_threshold": lambda value: _integer("stability_threshold", value, 0, _MAX_COUNT),
+    "stability_threshold": lambda value: integer_option("stability_threshold", value, 0),
     "confidence_threshold": lambda value: _number("confidence_threshold", value),
     "dropped_mass": lambda value: _share("dropped_mass", value),
-    "canvas_length": lambda value: _integer("canvas_length", value, 1, _MAX_COUNT),
-    "seed": lambda value: _integer("seed", value, 0, _MAX_SEED),
+    "canvas_length": lambda value: integer_option("canvas_length", value),
+    "seed": lambda value: integer_option("seed", value, 0, _MAX_SEED),
     "stop": _stop_strings,
     "eos": lambda value: _token_ids("eos", value),
     "canvas": _canvas,
     "hold": _hold,
     "json_schema": _json_schema,
     "regex": _regex,
-    "thinking_budget": lambda value: _integer("thinking_budget", value, 0, _MAX_COUNT),
+    "thinking_budget": lambda value: integer_option("thinking_budget", value, 0),
     "stop_on_repetition": lambda value: _flag("stop_on_repetition", value),
     "trim_after_eos": lambda value: _flag("trim_after_eos", value),
 }
@@ -198,7 +207,7 @@ class GenerationOptions:
     trim_after_eos: freeze all but a few positions after an accepted eos: short answers take less time and may
         come out differently. ``None``: don't.
 
-    Raises ValueError for a value out of range, TypeError for an unknown option.
+    Raises OptionError for a value out of range, TypeError for an unknown option.
     """
 
     max_tokens: int | None = None
@@ -230,30 +239,44 @@ class GenerationOptions:
         _check_held(self.canvas or (), self.hold or ())
         _check_constraint(self)
         if self.thinking_budget is not None and self.canvas:
-            raise ValueError("thinking_budget can't be combined with canvas: positions would move")
+            raise OptionError(
+                "thinking_budget", "thinking_budget can't be combined with canvas: positions would move"
+            )
 
     def resolve(self, metadata: Mapping[str, Any], n_vocab: int) -> ResolvedOptions:
         """Fill in unset options from the file's defaults, else from the reference's.
 
-        Raises ValueError if options and file contradict each other, ModelFormatError for an invalid value in
+        Raises OptionError if options and file contradict each other, ModelFormatError for an invalid value in
         the file.
         """
         chosen = {name: getattr(self, name) for name in _NAME_TO_CHECK}
         for name, value in chosen.items():
             if value is None:
                 chosen[name] = _default(name, metadata, n_vocab)
+        # Of the two temperatures, the one to name is the one that was chosen.
+        given = "t_max" if self.t_min is None else "t_min"
+        _check_temperatures(chosen["t_min"], chosen["t_max"], given)
         resolved = ResolvedOptions(**chosen)
         _check_token_ids(resolved, n_vocab)
-        if self.canvas_length is not None:
-            longest = _default("canvas_length", metadata, n_vocab)
-            if self.canvas_length > longest:
-                raise ValueError(f"canvas_length is {self.canvas_length}; this model allows 1 to {longest}")
+        longest = _default("canvas_length", metadata, n_vocab)
+        if resolved.canvas_length > longest:
+            raise OptionError(
+                "canvas_length",
+                f"canvas_length is {resolved.canvas_length}; this model allows 1 to {longest}",
+            )
         return resolved
 
     @property
     def is_structured(self) -> bool:
         """Whether the text is constrained by a JSON schema or a regular expression."""
-        return self.json_schema is not None or self.regex is not None
+        return self.constraint is not None
+
+    @property
+    def constraint(self) -> Literal["json_schema", "regex"] | None:
+        """The option that constrains the text, or None."""
+        if self.json_schema is not None:
+            return "json_schema"
+        return None if self.regex is None else "regex"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,37 +308,43 @@ class ResolvedOptions(GenerationOptions):
     thinking_budget: int | None = field()
 
 
-def _check_temperatures(t_min: float | None, t_max: float | None) -> None:
+def _check_temperatures(t_min: float | None, t_max: float | None, param: str = "t_min") -> None:
+    """param: the one to name in an error about both."""
     if t_max is not None and t_max == 0:
-        raise ValueError("t_max is 0; permitted is a finite number above 0")
+        raise OptionError("t_max", "t_max is 0; permitted is a finite number above 0")
     if t_min is not None and t_max is not None and t_min > t_max:
-        raise ValueError(f"t_min is {t_min:g} and t_max is {t_max:g}; permitted is t_min <= t_max")
+        raise OptionError(param, f"t_min is {t_min:g} and t_max is {t_max:g}; permitted is t_min <= t_max")
 
 
 def _check_held(canvas: Sequence[Any], hold: Sequence[Any]) -> None:
     if len(hold) > len(canvas):
-        raise ValueError(f"hold has {len(hold)} position(s) and canvas {len(canvas)}: give a token for each")
+        raise OptionError(
+            "hold", f"hold has {len(hold)} position(s) and canvas {len(canvas)}: give a token for each"
+        )
     for i, held in enumerate(hold):
         if held and canvas[i] == -1:
-            raise ValueError(f"hold has position {i}, for which canvas has no token")
+            raise OptionError("hold", f"hold has position {i}, for which canvas has no token")
 
 
 def _check_constraint(options: GenerationOptions) -> None:
     if not options.is_structured:
         return
     if options.json_schema is not None and options.regex is not None:
-        raise ValueError("json_schema and regex exclude each other: give one")
+        raise OptionError("json_schema", "json_schema and regex exclude each other: give one")
     for name in ("stop", "canvas", "hold", "thinking_budget", "stop_on_repetition"):
         if getattr(options, name) not in (None, (), False):
-            other = "regex" if options.json_schema is None else "json_schema"
-            raise ValueError(f"{name} can't be combined with {other}: the text could not be kept whole")
+            raise OptionError(
+                name, f"{name} can't be combined with {options.constraint}: the text could not be kept whole"
+            )
 
 
 def _check_token_ids(options: ResolvedOptions, n_vocab: int) -> None:
     for name, ids in (("eos", options.eos), ("canvas", options.canvas)):
         for token_id in ids:
             if token_id >= n_vocab:
-                raise ValueError(f"{name} holds {token_id}; permitted are token ids from 0 to {n_vocab - 1}")
+                raise OptionError(
+                    name, f"{name} holds {token_id}; permitted are token ids from 0 to {n_vocab - 1}"
+                )
 
 
 def _default(name: str, metadata: Mapping[str, Any], n_vocab: int) -> Any:

@@ -79,13 +79,16 @@ class Conversation:
 
     def set_option(self, name: str, given: str) -> str:
         """Set ``steps`` or ``seed`` to a number, or reset it without one; returns a message."""
+        from pydiffusion import OptionError
+
         try:
             choice: dict[str, Any] = {name: int(given) if given else None}
+        except ValueError:
+            raise CommandError(f"/{name} takes a number") from None
+        try:
             self._options = replace(self._options, **choice)
-        except ValueError as error:
-            raise CommandError(
-                str(error) if given.lstrip("-").isdigit() else f"/{name} takes a number"
-            ) from None
+        except OptionError as error:
+            raise CommandError(str(error)) from None
         return (
             f"{name} {given}"
             if given

@@ -11,6 +11,8 @@ import json
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from pydiffusion.errors import OptionError
+
 from .guide import Guide
 from .regex import from_regex
 from .schema import schema_to_regex
@@ -24,12 +26,12 @@ __all__ = ["Automaton", "Guide", "automaton_for", "expression_of"]
 
 
 def expression_of(options: GenerationOptions) -> str:
-    """The options' constraint as one regular expression. Raises ValueError for what is not supported."""
+    """The options' constraint as one regular expression. Raises OptionError for what is not supported."""
     if options.regex is not None:
         try:
             return from_regex(options.regex).text
         except ValueError as error:
-            raise ValueError(f"regex: {error}") from None
+            raise OptionError("regex", f"regex: {error}") from None
     assert isinstance(options.json_schema, str)  # GenerationOptions converts it
     return schema_to_regex(json.loads(options.json_schema)).text
 
@@ -37,11 +39,11 @@ def expression_of(options: GenerationOptions) -> str:
 def automaton_for(options: GenerationOptions, tokenizer: Tokenizer, ends: Collection[int]) -> Automaton:
     """Compile the options' constraint to an automaton that never emits a token of ``ends``.
 
-    Raises ValueError as ``expression_of``, or if the automaton is too large.
+    Raises OptionError as ``expression_of``, or if the automaton is too large.
     """
     expression = expression_of(options)
     try:
         return Automaton(expression, tokenizer, ends)
     except ValueError as error:
         name = "json_schema" if options.regex is None else "regex"
-        raise ValueError(f"{name}: {error}") from None
+        raise OptionError(name, f"{name}: {error}") from None

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pydiffusion.errors import OptionError
+
 from .token_automaton import Automaton
 
 N_LIKELIEST = 48
@@ -23,7 +25,7 @@ class Guide:
     def __init__(
         self, automaton: Automaton, n_canvas: int, budget: int, eos: Sequence[int], n_vocab: int
     ) -> None:
-        """budget: maximum number of tokens of the text. Raises ValueError if no accepted text fits."""
+        """budget: maximum number of tokens of the text. Raises OptionError if no accepted text fits."""
         self._automaton = automaton
         self._n_canvas = n_canvas
         self._left = budget
@@ -32,11 +34,14 @@ class Guide:
         self._chosen: tuple[np.ndarray, int, bool] | None = None
         self.finished = False
         if not eos:
-            raise ValueError("constrained output needs an eos, but neither the options nor the file have one")
+            raise OptionError(
+                "eos", "constrained output needs an eos, but neither the options nor the file have one"
+            )
         if automaton.tokens_left[0] > budget:
-            raise ValueError(
+            raise OptionError(
+                "max_tokens",
                 f"the shortest text that satisfies the constraint takes {automaton.tokens_left[0]} tokens,"
-                f" but max_tokens and the context leave {budget}"
+                f" but max_tokens and the context leave {budget}",
             )
         self.n_likeliest = min(N_LIKELIEST, n_vocab)
         self.extra = np.asarray([*automaton.alphabet, *eos], dtype=np.int32)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from pydiffusion.errors import OptionError
+
 from .number_ranges import integer_between, number_between
 from .regex import JSON_CHARACTER, NOTHING, Piece, Unsatisfiable, choice, in_json_string, literal, sequence
 
@@ -57,7 +59,7 @@ _OPEN_ITEMS: int | None = None
 _COLON, _COMMA, _SPACE = Piece(":[ ]?"), Piece(",[ ]?"), Piece("[ ]?", 0)
 
 
-class SchemaError(ValueError):
+class SchemaError(OptionError):
     """A schema that is unsupported or unsatisfiable; the message says where."""
 
 
@@ -323,7 +325,7 @@ class _Compiler:
 
 
 def _error(where: str, what: str) -> SchemaError:
-    return SchemaError(f"json_schema{', at ' + where[1:] if where else ''}: {what}")
+    return SchemaError("json_schema", f"json_schema{', at ' + where[1:] if where else ''}: {what}")
 
 
 def _bounds(schema: Mapping[str, Any], low_name: str, high_name: str, where: str) -> tuple[int, int | None]:

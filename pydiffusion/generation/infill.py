@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from pydiffusion.errors import ContextOverflowError
+from pydiffusion.errors import ContextOverflowError, OptionError
 from pydiffusion.events import Completion
-from pydiffusion.options import GenerationOptions, ResolvedOptions
+from pydiffusion.options import GenerationOptions, ResolvedOptions, integer_option
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
@@ -101,10 +101,9 @@ def lay_out(model: DiffusionModel, text: str, hole_tokens: int, whole: bool) -> 
 
     hole_tokens: length of holes without an N.  whole: put the whole text on the canvas; else the text
         before the first hole goes into the prompt.
-    Raises ValueError without a hole, or for an empty one.
+    Raises OptionError for hole_tokens, ValueError for a text without a hole, or with an empty one.
     """
-    if isinstance(hole_tokens, bool) or not isinstance(hole_tokens, int) or not 1 <= hole_tokens <= 10**6:
-        raise ValueError(f"hole_tokens is {hole_tokens!r}; permitted is an integer of at least 1")
+    hole_tokens = integer_option("hole_tokens", hole_tokens, high=10**6)
     pieces = _HOLE.split(text)
     if len(pieces) == 1:
         raise ValueError(f"the text has no hole: put {HOLE} or <|hole:N|> (N tokens at most) where one is")
@@ -152,7 +151,7 @@ def lay_out_spans(
         ids = model.tokenize(piece, add_bos=False)
         if i % 2:
             if not ids and more_tokens < 1:
-                raise ValueError("an empty span needs more_tokens of at least 1")
+                raise OptionError("more_tokens", "an empty span needs more_tokens of at least 1")
             layout.parts.append(Hole(len(ids) + more_tokens, tuple(ids)))
         elif ids and (i or whole):
             layout.parts.append(ids)
@@ -176,10 +175,10 @@ def prompt_of(model: DiffusionModel, layout: Layout, instruction: str | None) ->
 def prepare(
     model: DiffusionModel, layout: Layout, prompt: Sequence[int], options: GenerationOptions, n_ctx: int
 ) -> ResolvedOptions:
-    """Options that generate this layout. Raises ContextOverflowError, ValueError."""
+    """Options that generate this layout. Raises ContextOverflowError, OptionError."""
     for name in NOT_AROUND_HOLES:
         if getattr(options, name) is not None:
-            raise ValueError(f"{name} can't be chosen for a text with holes")
+            raise OptionError(name, f"{name} can't be chosen for a text with holes")
     return hold_around(layout, prompt, model.resolve(options), n_ctx)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from pydiffusion.chat.output_parser import Content, OutputParser, Part
+from pydiffusion.errors import OptionError
 from pydiffusion.options import ResolvedOptions
 from pydiffusion.tokenizer import TextStream, Tokenizer
 
@@ -136,17 +137,18 @@ class ChatStream:
 def answer_stream(session: Session, options: ResolvedOptions, *, chat: bool) -> AnswerStream | ChatStream:
     """Stream for the answer to the session's tokens. chat: they are a chat prompt, whose answer has parts.
 
-    Raises ValueError for constrained output inside a reasoning block.
+    Raises OptionError for constrained output inside a reasoning block.
     """
     tokenizer = session.model.tokenizer
     if not chat:
         return AnswerStream(tokenizer, options.stop)
     end = tokenizer.detokenize(prompt_end(session.tokens), keep_control=True)
     in_thought = tokenizer.chat_format.leaves_reasoning_open(end)
-    if options.is_structured:
+    if options.constraint is not None:
         if in_thought:
-            raise ValueError(
-                "the prompt ends inside a reasoning block: constrained output can't contain reasoning"
+            raise OptionError(
+                options.constraint,
+                "the prompt ends inside a reasoning block: constrained output can't contain reasoning",
             )
         return ContentStream(tokenizer, ())
     return ChatStream(tokenizer, options.stop, in_thought)

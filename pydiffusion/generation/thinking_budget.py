@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pydiffusion.errors import OptionError
 from pydiffusion.tokenizer import Tokenizer
 
 
@@ -27,11 +28,13 @@ class ThoughtBudget:
     def __init__(self, tokenizer: Tokenizer, budget: int, prompt_end: Sequence[int]) -> None:
         """prompt_end: the last tokens of the prompt, which may leave a reasoning block open.
 
-        Raises ValueError if the vocabulary has no reasoning markers.
+        Raises OptionError if the vocabulary has no reasoning markers.
         """
         ids = _reasoning_ids(tokenizer)
         if ids is None:
-            raise ValueError("thinking_budget needs the markers of thinking, and this file has none")
+            raise OptionError(
+                "thinking_budget", "thinking_budget needs the markers of thinking, and this file has none"
+            )
         self._begin, self._end = ids
         chat_format = tokenizer.chat_format
         others = map(tokenizer.token_id, (*(chat_format.call or ())[:1], *chat_format.ends))

@@ -8,6 +8,7 @@ from typing import Any
 from pydiffusion.errors import (
     ContextOverflowError,
     InsufficientMemoryError,
+    OptionError,
     PyDiffusionError,
     UnsupportedModelError,
 )
@@ -19,6 +20,11 @@ _TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
 }
+
+
+# Option -> the field of a request that sets it, where the names differ.
+_OPTION_TO_FIELD = {"json_schema": "response_format"}
+_MAX_MESSAGE = 500  # characters of a refused value in a message
 
 
 class ApiError(Exception):
@@ -51,6 +57,11 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
+def field_of(option: str) -> str:
+    """The field of a request that sets an option of GenerationOptions."""
+    return _OPTION_TO_FIELD.get(option, option)
+
+
 def from_exception(error: BaseException) -> ApiError:
     """Convert an exception of the library; unexpected ones are logged."""
     if isinstance(error, ApiError):
@@ -59,6 +70,8 @@ def from_exception(error: BaseException) -> ApiError:
         return invalid(str(error), code="context_length_exceeded")
     if isinstance(error, InsufficientMemoryError):
         return ApiError(503, str(error), code="insufficient_memory", headers={"Retry-After": "5"})
+    if isinstance(error, OptionError):
+        return invalid(str(error)[:_MAX_MESSAGE], field_of(error.param))
     if isinstance(error, (UnsupportedModelError, ValueError)):
         return invalid(str(error))
     if isinstance(error, PyDiffusionError):

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pydiffusion.chat.messages import template_variables
+from pydiffusion.errors import OptionError
 from pydiffusion.options import GenerationOptions, ResolvedOptions
 
-from .errors import ApiError, invalid
+from .errors import ApiError, from_exception, invalid
 from .messages import check_messages, check_tools
 from .response_format import constraint_options, infill_layout, suffix_layout
 from .responses import no_thinking, token_limit
@@ -246,8 +247,8 @@ def _options(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedO
         limit = token_limit(fields.get("max_tokens"), fields.get("max_completion_tokens"))
         choices["max_tokens"] = model.n_ctx_train if limit is None else limit
         return list(_each_choice(fields, choices, model))
-    except ValueError as error:
-        raise _wrong_option(error, fields) from None
+    except OptionError as error:
+        raise from_exception(error) from None
 
 
 def _options_around(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedOptions]:
@@ -257,8 +258,8 @@ def _options_around(fields: Mapping[str, Any], model: DiffusionModel) -> list[Re
             raise invalid(f"{name} can't be combined with suffix by this server", name, "unsupported_value")
     try:
         return list(_each_choice(fields, {}, model))
-    except ValueError as error:
-        raise _wrong_option(error, fields) from None
+    except OptionError as error:
+        raise from_exception(error) from None
 
 
 def _each_choice(
@@ -274,13 +275,6 @@ def _each_choice(
     for i in range(n):
         own_seed = None if seed is None else (seed + i) % 2**64
         yield model.resolve(GenerationOptions(**choices, seed=own_seed))
-
-
-def _wrong_option(error: ValueError, fields: Mapping[str, Any]) -> ApiError:
-    name = str(error).partition(" ")[0].rstrip(":,")
-    if name == "json_schema":
-        name = "response_format"
-    return invalid(str(error)[:300], name if name in fields else None)
 
 
 def _template_variables(fields: Mapping[str, Any]) -> dict[str, Any]:

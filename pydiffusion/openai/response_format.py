@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pydiffusion.errors import OptionError
 from pydiffusion.generation.infill import (
     DEFAULT_HOLE_TOKENS,
     Layout,
@@ -15,7 +16,7 @@ from pydiffusion.generation.infill import (
 )
 from pydiffusion.options import ResolvedOptions
 
-from .errors import from_exception, invalid
+from .errors import field_of, from_exception, invalid
 from .responses import schema_of
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ def constraint_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     if "response_format" in fields:
         try:
             schema = schema_of(fields["response_format"])
-        except ValueError as error:
-            raise invalid(str(error)[:300], "response_format") from None
+        except OptionError as error:
+            raise from_exception(error) from None
         if schema is not None:
             options["json_schema"] = schema
     if "regex" in fields:
@@ -37,19 +38,19 @@ def constraint_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def check_constraint(model: DiffusionModel, options: ResolvedOptions, n_prompt: int, param: str) -> None:
+def check_constraint(model: DiffusionModel, options: ResolvedOptions, n_prompt: int) -> None:
     """Compile the automaton, which the model caches. Raises ApiError if it is unsupported or too long."""
-    if not options.is_structured:
+    if options.constraint is None:
         return
     try:
         needed = int(model.automaton(options).tokens_left[0])
-    except ValueError as error:
-        raise invalid(str(error)[:500], param) from None
+    except OptionError as error:
+        raise from_exception(error) from None
     room = (model.n_ctx - n_prompt) // model.canvas_length * model.canvas_length
     if needed > min(options.max_tokens, room):
         raise invalid(
-            f"The shortest answer that satisfies {param} takes {needed} tokens, but max_tokens and the"
-            f" context leave {min(options.max_tokens, room)}.",
+            f"The shortest answer that satisfies {field_of(options.constraint)} takes {needed} tokens, but"
+            f" max_tokens and the context leave {min(options.max_tokens, room)}.",
             "max_tokens",
         )
 
@@ -77,8 +78,10 @@ def infill_layout(model: DiffusionModel, fields: Mapping[str, Any]) -> tuple[Lay
     try:
         layout = lay_out(model, fields.get("text", ""), hole_tokens, whole=instruction is not None)
         return layout, prompt_of(model, layout, instruction)
+    except OptionError as error:
+        raise from_exception(error) from None
     except ValueError as error:
-        raise invalid(str(error)[:300], "hole_tokens" if "hole_tokens" in str(error) else "text") from None
+        raise invalid(str(error)[:300], "text") from None
     except Exception as error:  # usually from the chat template
         raise from_exception(error) from None
 

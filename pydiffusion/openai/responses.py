@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydiffusion.chat.messages import template_variables
 from pydiffusion.chat.output_parser import Content, Part, Reasoning
+from pydiffusion.errors import OptionError
 from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
 from pydiffusion.generation.prompt import prefilled_session
 from pydiffusion.generation.thinking_budget import can_think
-from pydiffusion.options import GenerationOptions, make_options
+from pydiffusion.options import GenerationOptions, integer_option, make_options
 
 if TYPE_CHECKING:
     from pydiffusion.generation.token_ids import TokenIds
@@ -124,7 +125,9 @@ def create_chat_completion(
     if response_format is not None:
         schema = schema_of(response_format)
         if schema is not None and options.get("json_schema") is not None:
-            raise ValueError("response_format and json_schema exclude each other: give one")
+            raise OptionError(
+                "response_format", "response_format and json_schema exclude each other: give one"
+            )
         options["json_schema"] = options.get("json_schema") if schema is None else schema
     variables = template_variables({} if chat_template_kwargs is None else chat_template_kwargs)
     if enable_thinking is not None:
@@ -156,31 +159,34 @@ def create_chat_completion(
 
 
 def token_limit(max_tokens: Any, max_completion_tokens: Any) -> int | None:
-    """The smaller limit; None and -1 mean no limit. Raises ValueError for anything but an integer."""
+    """The smaller limit; None and -1 mean no limit. Raises OptionError for anything but an integer."""
     limits = []
     for name, value in (("max_tokens", max_tokens), ("max_completion_tokens", max_completion_tokens)):
         if value is None or value == -1:
             continue
-        try:
-            limits.append(GenerationOptions(max_tokens=value).max_tokens)
-        except ValueError as error:
-            raise ValueError(str(error).replace("max_tokens", name, 1)) from None
-    return min((limit for limit in limits if limit is not None), default=None)
+        limits.append(integer_option(name, value))
+    return min(limits, default=None)
 
 
 def schema_of(response_format: Any) -> Any:
-    """The JSON schema of a ``response_format``, None for any text. Raises ValueError.
+    """The JSON schema of a ``response_format``, None for any text. Raises OptionError.
 
     Accepts OpenAI's ``{"type": "text"}``, ``{"type": "json_object"}`` and ``{"type": "json_schema",
     "json_schema": {"schema": ...}}``, and llama.cpp's ``{"type": "json_object", "schema": ...}``.
     """
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if not isinstance(kind, str) or kind not in _FORMAT_TO_FIELDS:
-        raise ValueError("response_format must be an object whose type is text, json_object or json_schema")
+        raise OptionError(
+            "response_format",
+            "response_format must be an object whose type is text, json_object or json_schema",
+        )
     for name, value in response_format.items():
         if name != "type" and name not in _FORMAT_TO_FIELDS[kind] and value is not None:
             known = " or ".join(f"{n} of type {k}" for k, names in _FORMAT_TO_FIELDS.items() for n in names)
-            raise ValueError(f"response_format.{name} is not permitted with type {kind}; known are {known}")
+            raise OptionError(
+                "response_format",
+                f"response_format.{name} is not permitted with type {kind}; known are {known}",
+            )
     if kind == "text":
         return None
     if kind == "json_object":
@@ -191,7 +197,7 @@ def schema_of(response_format: Any) -> Any:
         given = response_format.get("json_schema")
         where, schema = "json_schema.schema", given.get("schema") if isinstance(given, Mapping) else None
     if not isinstance(schema, (Mapping, bool)):
-        raise ValueError(f"response_format.{where} must be a JSON schema, an object")
+        raise OptionError("response_format", f"response_format.{where} must be a JSON schema, an object")
     return schema
 
 

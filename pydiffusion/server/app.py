@@ -156,8 +156,7 @@ class _Endpoints:
         return await self._answer(request, wanted, answer, runs, chat=False, one_call=False)
 
     def _check_constraint(self, wanted: ApiRequest, prompt: list[int]) -> None:
-        param = "response_format" if wanted.options[0].regex is None else "regex"
-        check_constraint(self._model, wanted.options[0], len(prompt), param)
+        check_constraint(self._model, wanted.options[0], len(prompt))
 
     def _chat_prompt(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
         try:

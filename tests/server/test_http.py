@@ -305,6 +305,42 @@ def test_invalid_requests_get_an_error_with_param_and_code(
     assert set(error) == {"message", "type", "param", "code"}
 
 
+BELOW_ZERO = {
+    "steps": 0, "t_min": -1, "t_max": -1, "entropy_bound": -1, "stability_threshold": -1,
+    "confidence_threshold": -1,
+}  # fmt: skip
+LIMITS = {
+    "thinking_budget": -1,
+    "stop_on_repetition": 1,
+    "trim_after_eos": "x",
+    "stop": [""],
+    "max_tokens": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [("chat/completions", name, value) for name, value in {**BELOW_ZERO, **LIMITS}.items()]
+    + [("completions", name, value) for name, value in {**BELOW_ZERO, **LIMITS}.items()]
+    + [("infill", name, value) for name, value in BELOW_ZERO.items()]
+    + [
+        ("chat/completions", "max_completion_tokens", 2**31),
+        ("chat/completions", "t_min", 7.5),  # above the t_max that a file without one has
+        ("completions", "t_max", 0.001),
+        ("completions", "t_max", "warm"),
+        ("completions", "regex", ""),
+        ("completions", "regex", "("),
+        ("completions", "response_format", {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}),
+        ("infill", "hole_tokens", 0),
+    ],
+)
+def test_an_option_out_of_range_is_the_param_of_the_error(url: str, path: str, name: str, value: Any) -> None:
+    content = {"chat/completions": CHAT, "completions": {"prompt": "a"}, "infill": {"text": "a<|hole|>"}}
+    response = httpx.post(f"{url}/v1/{path}", json={**content[path], name: value}, timeout=60)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, name), error
+
+
 @pytest.mark.parametrize(
     ("content", "status"),
     [

@@ -1,8 +1,12 @@
-"""Resolved options: what a caller leaves open comes from the file or from the reference, once."""
+"""Resolved options: what a caller leaves open comes from the file or from the reference, once.
+
+An error about a refused value names its option.
+"""
 
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import fields
 from typing import Any
 
@@ -10,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydiffusion import GenerationOptions, ResolvedOptions
+from pydiffusion import GenerationOptions, OptionError, ResolvedOptions
 
 N_VOCAB = 100
 CANVAS = 32
@@ -84,3 +88,75 @@ def test_a_canvas_length_is_at_most_the_file_s() -> None:
 
 def test_every_unset_seed_is_drawn() -> None:
     assert len({GenerationOptions().resolve(FILE, N_VOCAB).seed for _ in range(20)}) > 15
+
+
+# Refused values
+
+below_one = st.integers(max_value=0)
+not_finite = st.sampled_from([math.nan, math.inf, -math.inf])
+negative = st.floats(max_value=-1e-300, allow_infinity=False)
+not_a_number = st.one_of(st.sampled_from(["1", "", b"1"]), st.booleans(), st.lists(st.integers()))
+not_an_integer = st.one_of(not_a_number, st.floats())
+refused_number = st.one_of(negative, not_finite, not_a_number)
+not_a_flag = st.one_of(st.integers(), st.text(), st.floats(allow_nan=False))
+bad_token = st.one_of(st.integers(max_value=-2), st.integers(2**31), st.text(), st.booleans())
+# Values of each option that are refused, whatever the others are.
+REFUSED: dict[str, st.SearchStrategy[Any]] = {
+    "max_tokens": st.one_of(below_one, st.integers(2**31), not_an_integer),
+    "steps": st.one_of(below_one, st.integers(2**31), not_an_integer),
+    "t_min": refused_number,
+    "t_max": st.one_of(refused_number, st.just(0)),
+    "entropy_bound": refused_number,
+    "stability_threshold": st.one_of(st.integers(max_value=-1), not_an_integer),
+    "confidence_threshold": refused_number,
+    "dropped_mass": st.one_of(refused_number, st.floats(1, allow_infinity=False)),
+    "canvas_length": st.one_of(below_one, st.integers(CANVAS + 1), not_an_integer),
+    "seed": st.one_of(st.integers(max_value=-1), st.integers(2**64), not_an_integer),
+    "stop": st.one_of(st.just(""), st.just([""]), st.integers(), st.lists(st.integers(), min_size=1)),
+    "eos": st.one_of(st.integers(max_value=-1), st.integers(N_VOCAB), st.lists(bad_token, min_size=1)),
+    "canvas": st.one_of(st.integers(), st.text(), st.lists(bad_token, min_size=1), st.just([N_VOCAB])),
+    "hold": st.one_of(st.integers(), st.just("x"), st.just([1.5]), st.just([True])),
+    "json_schema": st.one_of(st.integers(2), st.just("{"), st.just([]), st.just({"a": object()})),
+    "regex": st.one_of(st.just(""), st.integers(), st.binary()),
+    "thinking_budget": st.one_of(st.integers(max_value=-1), not_an_integer),
+    "stop_on_repetition": not_a_flag,
+    "trim_after_eos": not_a_flag,
+}
+
+
+def test_there_are_refused_values_of_every_option() -> None:
+    assert set(REFUSED) == {field.name for field in fields(GenerationOptions)}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(data=st.data())
+def test_a_refused_value_names_its_option(name: str, data: st.DataObject) -> None:
+    value = data.draw(REFUSED[name])
+    with pytest.raises(OptionError, match=name) as caught:
+        GenerationOptions(**{name: value}).resolve(FILE, N_VOCAB)
+    assert caught.value.param == name and isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"t_min": 0.9, "t_max": 0.5}, "t_min"),
+        ({"t_min": 5.0}, "t_min"),  # above the t_max of the file or of the reference
+        ({"t_max": 0.1}, "t_max"),
+        ({"canvas": [1, -1], "hold": [True, True]}, "hold"),
+        ({"canvas": [1], "thinking_budget": 1}, "thinking_budget"),
+        ({"json_schema": {}, "regex": "a"}, "json_schema"),
+        ({"regex": "a", "stop": "b"}, "stop"),
+        ({"json_schema": {}, "stop_on_repetition": True}, "stop_on_repetition"),
+    ],
+)
+def test_options_that_contradict_each_other_name_one(options: dict[str, Any], param: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        GenerationOptions(**options).resolve(FILE, N_VOCAB)
+    assert caught.value.param == param
+
+
+def test_an_option_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(OptionError("steps", "steps is 0")))
+    assert (error.param, str(error)) == ("steps", "steps is 0")
