@@ -283,7 +283,7 @@ class GenerationOptions:
 class ResolvedOptions(GenerationOptions):
     """Options of one generation with one model, nothing left open; ``GenerationOptions.resolve`` makes them.
 
-    ``None`` is a value of the last three only: no schema, no expression, no limit.
+    ``None`` is a value of json_schema, regex and thinking_budget only: there is none.
     """
 
     # field(): a field without a default, where the base class has one.

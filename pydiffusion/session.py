@@ -128,7 +128,7 @@ class Session:
 
         Raises ContextOverflowError if they don't fit.
         """
-        self.native.restore(other.tokens, other.native.cache_rows())
+        self.native.copy_from(other.native)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens and cache to a file for ``DiffusionModel.load_session``, atomically.

@@ -20,14 +20,15 @@ from pathlib import Path
 # The layers, lowest first.
 NATIVE_ORDER = (
     "util", "gguf", "sampler",
-    "backend/cpu/amx", "backend/cpu", "backend", "backend/ggml", "backend/cuda",
+    "backend/cpu/amx", "backend/cpu", "backend", "backend/ops", "backend/cuda",
     "model", "kv_cache", "graph", "architectures", "quantization", "runtime", "bench", "bindings",
-    "tests/cuda_emulation", "tests",
+    "tests/cuda_emulation", "tests/toy", "tests",
 )  # fmt: skip
 PYTHON_ORDER = (
     "errors", "_util", "chat/formats", "tokenizer", "options", "chat", "events", "chat_output", "demo",
     "constrained", "generation",
-    "convert/gguf", "convert/checkpoint", "convert/architectures/diffusion_gemma", "convert/architectures",
+    "convert/gguf", "convert/checkpoint", "convert/architectures/architecture",
+    "convert/architectures/diffusion_gemma", "convert/architectures",
     "convert/quantization", "convert/conversion", "convert/repacking", "convert/verification",
     "sampling", "device_plan", "session", "openai", "model",
     "quality", "testing", "convert/__init__", "server", "__init__", "cli", "__main__",
@@ -145,7 +146,7 @@ def python_tree(root: Path, order: Sequence[str] = PYTHON_ORDER) -> Tree:
             for used in _imported(node, package, modules, facades):
                 if modules[used] != path:
                     uses.append(Use(path, node.lineno, modules[used]))
-    return Tree("python", {path: _python_room(path) for path in files}, uses, order)
+    return Tree("python", {path: _python_room(path, order) for path in files}, uses, order)
 
 
 def _python_modules(root: Path) -> dict[str, Path]:
@@ -160,10 +161,13 @@ def _module(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _python_room(path: Path) -> str:
-    """The folder; of files at the top, the file: ``model``, ``convert/verification``."""
-    folder = path.parent if len(path.parts) > 2 else path.with_suffix("")
-    return folder.as_posix().removeprefix("pydiffusion/")
+def _python_room(path: Path, order: Sequence[str]) -> str:
+    """The folder; of files at the top, and of others that the order names, the file: ``model``,
+    ``convert/verification``.
+    """
+    file = path.with_suffix("").as_posix().removeprefix("pydiffusion/")
+    is_room = len(path.parts) <= 2 or file in order
+    return file if is_room else path.parent.as_posix().removeprefix("pydiffusion/")
 
 
 def _facade_table(root: Path, path: Path, package: str) -> dict[str, str]:

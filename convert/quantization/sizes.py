@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
-from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import split_name, wanted_tensors
-from pydiffusion.convert.architectures.source import read_config
+from pydiffusion.convert.architectures.architecture import ModelShape
+from pydiffusion.convert.architectures.source import read_shape
+from pydiffusion.convert.checkpoint.tensor_map import split_name
 from pydiffusion.convert.quantization import recipes, type_plan
 from pydiffusion.errors import ConversionError
 
@@ -115,42 +115,42 @@ def plan_sizes(
 
     Raises as ``convert`` for config and arguments.
     """
-    return _plan(read_config(folder), type, pad, type_plan.as_pairs(tensor_types), has_imatrix)
+    return _plan(read_shape(folder), type, pad, type_plan.as_pairs(tensor_types), has_imatrix)
 
 
 def _plan(
-    config: TextConfig, type: str, pad: bool | None, overrides: type_plan.Overrides, has_imatrix: bool
+    shape: ModelShape, type: str, pad: bool | None, overrides: type_plan.Overrides, has_imatrix: bool
 ) -> SizePlan:
     if type not in recipes.RECIPES:
         raise ValueError(f"type is {type!r}; known are {', '.join(recipes.TYPES)}")
-    shapes = {want.name: want.shape for want in wanted_tensors(config)}
-    shapes["rope_freqs.weight"] = (config.global_head_dim // 2,)
-    types = type_plan.plan_types(shapes.items(), type, pad=pad, overrides=overrides, has_imatrix=has_imatrix)
+    types = type_plan.plan_types(
+        shape.tensors.items(), type, shape.kinds, pad=pad, overrides=overrides, has_imatrix=has_imatrix
+    )
     tensors = [
-        TensorSize(name, t.type, t.shape, math.prod(shapes[name]), type_plan.tensor_bytes(t.type, t.shape))
+        TensorSize(
+            name, t.type, t.shape, math.prod(shape.tensors[name]), type_plan.tensor_bytes(t.type, t.shape)
+        )
         for name, t in types.tensors.items()
     ]
     return SizePlan(type, tuple(overrides), tensors, types.fallbacks, types.notes)
 
 
-def estimate_memory(config: TextConfig, weights: int, n_ctx: int = 4096) -> Memory:
+def estimate_memory(shape: ModelShape, weights: int, n_ctx: int = 4096) -> Memory:
     """Estimate the memory of a session of ``n_ctx`` tokens with a 16-bit KV cache.
 
     Sliding layers keep two windows (at least one and an attention tile) and a batch, full layers the whole
     context. The buffers are approximately those of the larger of a step and a prompt chunk: logits, the
-    experts' activations, masks.
+    layers' activations, masks.
     """
-    batch = max(_ENCODE_CHUNK, config.canvas_length)
+    batch = max(_ENCODE_CHUNK, shape.canvas_length)
     cache = 0
-    for sliding, n_kv in zip(config.sliding, config.num_key_value_heads, strict=True):
-        window = config.sliding_window
-        rows = min(n_ctx, window + max(window, _ATTENTION_TILE) + batch) if sliding else n_ctx
-        cache += 2 * 2 * rows * n_kv * (config.head_dim if sliding else config.global_head_dim)
-    logits = 4 * config.canvas_length * config.vocab_size
-    widths = config.top_k_experts * (3 * config.moe_intermediate_size + 2 * config.hidden_size)
-    heads = config.num_attention_heads * max(config.head_dim, config.global_head_dim)
-    widths += 3 * config.intermediate_size + 8 * config.hidden_size + 4 * heads
-    return Memory(weights, cache, logits + 4 * batch * widths + 2 * batch * n_ctx)
+    for layer in shape.layers:
+        rows = n_ctx
+        if layer.window is not None:
+            rows = min(n_ctx, layer.window + max(layer.window, _ATTENTION_TILE) + batch)
+        cache += 2 * 2 * rows * layer.width
+    logits = 4 * shape.canvas_length * shape.vocab_size
+    return Memory(weights, cache, logits + 4 * batch * shape.activations + 2 * batch * n_ctx)
 
 
 def fit(
@@ -167,16 +167,16 @@ def fit(
     Remaining bytes go to attention, embedding and dense MLP (:data:`UPGRADES`), as overrides after those of
     ``tensor_types``. Raises ConversionError if nothing fits.
     """
-    config = read_config(folder)
+    shape = read_shape(folder)
     given = type_plan.as_pairs(tensor_types)
     best: SizePlan | None = None
     smallest = 0
     for type in FIT_ORDER:
-        candidate = _plan(config, type, pad, given, has_imatrix)
+        candidate = _plan(shape, type, pad, given, has_imatrix)
         needs = any(tensor.type in recipes.NEEDS_IMATRIX for tensor in candidate.tensors)
         if needs and not has_imatrix:
             continue
-        smallest = estimate_memory(config, candidate.n_bytes, n_ctx).total
+        smallest = estimate_memory(shape, candidate.n_bytes, n_ctx).total
         if smallest <= n_bytes:
             best = candidate
             break
@@ -185,12 +185,12 @@ def fit(
             f"{folder}: nothing fits {n_bytes / 2**30:.1f} GiB with a context of {n_ctx}: the smallest type "
             f"takes {smallest / 2**30:.1f} GiB{'' if has_imatrix else ' (an imatrix allows smaller ones)'}"
         )
-    best = _upgrade(config, best, given, pad, has_imatrix, n_bytes, n_ctx)
-    return best, estimate_memory(config, best.n_bytes, n_ctx)
+    best = _upgrade(shape, best, given, pad, has_imatrix, n_bytes, n_ctx)
+    return best, estimate_memory(shape, best.n_bytes, n_ctx)
 
 
 def _upgrade(
-    config: TextConfig,
+    shape: ModelShape,
     best: SizePlan,
     given: type_plan.Overrides,
     pad: bool | None,
@@ -203,10 +203,10 @@ def _upgrade(
         for choice in choices:
             attempt = [*overrides, (pattern, choice)]
             try:
-                candidate = _plan(config, best.type, pad, attempt, has_imatrix)
+                candidate = _plan(shape, best.type, pad, attempt, has_imatrix)
             except ConversionError:  # all matching tensors are overridden already
                 break
-            fits = estimate_memory(config, candidate.n_bytes, n_ctx).total <= n_bytes
+            fits = estimate_memory(shape, candidate.n_bytes, n_ctx).total <= n_bytes
             if fits and candidate.n_bytes > best.n_bytes:
                 best, overrides = candidate, attempt
                 break

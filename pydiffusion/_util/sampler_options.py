@@ -39,7 +39,7 @@ SAMPLER_OPTIONS = MappingProxyType(
         for sampler, options in _native.sampler_options().items()
     }
 )
-ENTROPY_BOUND = SAMPLER_OPTIONS["entropy_bound"]
+ENTROPY_BOUND = SAMPLER_OPTIONS["entropy-bound"]
 ENTROPY_BOUND_DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
     {option.name: option.default for option in ENTROPY_BOUND}
 )

@@ -126,7 +126,7 @@ def _draft_text(tokenizer: Tokenizer, eos: np.ndarray, tokens: np.ndarray) -> st
 
 def _guide(session: Session, options: ResolvedOptions) -> Guide | None:
     """Guide for constrained decoding, if the options ask for it."""
-    if not options.is_structured:
+    if options.constraint is None:
         return None
     from pydiffusion.constrained import Guide
 

@@ -58,7 +58,7 @@ def test_padding_keeps_q4_k_m_small(released: Path) -> None:
 
 
 def test_the_cache_by_arithmetic(released: Path) -> None:
-    memory = sizes.estimate_memory(sizes.read_config(released), 0, 4096)
+    memory = sizes.estimate_memory(sizes.read_shape(released), 0, 4096)
     sliding = 25 * 2 * 8 * 256 * 2 * (2 * 1024 + 512)
     full = 5 * 2 * 2 * 512 * 2 * 4096
     assert memory.cache == sliding + full
@@ -78,7 +78,7 @@ def test_planned_sizes_equal_the_files(tmp_path: Path, type: str, pad: bool | No
     assert plan.n_weights == report.n_weights
     assert plan.bits_per_weight == pytest.approx(report.bits_per_weight)
     session = _native.Session(_native.Model(str(tmp_path / "m.gguf"), n_threads=1, kv_type="f16"), 600)
-    assert sizes.estimate_memory(sizes.read_config(folder), 0, 600).cache == pytest.approx(
+    assert sizes.estimate_memory(sizes.read_shape(folder), 0, 600).cache == pytest.approx(
         session.cache_bytes, abs=4096
     )
 

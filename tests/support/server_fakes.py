@@ -138,12 +138,9 @@ class ScriptedNative:
         self._enter()
         del self._ids[n:]
 
-    def cache_rows(self) -> list[Any]:
-        return []
-
-    def restore(self, tokens: np.ndarray, layers: list[Any]) -> None:
+    def copy_from(self, source: ScriptedNative) -> None:
         self._enter()
-        self._ids = tokens.tolist()
+        self._ids = source._ids.copy()
 
     def begin(self, *, max_tokens: int, steps: int, eos: list[int], **_: Any) -> None:
         self._enter()
