@@ -1,6 +1,8 @@
 # The C++ runtime, without the Python bindings.
 add_library(pydiffusion_native STATIC
     native/architectures/diffusion_gemma.cpp
+    native/architectures/diffusion_gemma_file.cpp
+    native/architectures/registry.cpp
     native/backend/backend.cpp
     native/backend/cpu/amx/pack.cpp
     native/backend/cpu/amx/tile_gemm.cpp
@@ -16,12 +18,19 @@ add_library(pydiffusion_native STATIC
     native/backend/cpu/top_k.cpp
     native/backend/devices.cpp
     native/backend/fake_device.cpp
-    native/backend/ggml/ggml_ops.cpp
     native/backend/expert_nodes.cpp
     native/backend/graph_executor.cpp
+    native/backend/graph_inputs.cpp
     native/backend/host_step_backend.cpp
     native/backend/mlp_beside.cpp
+    native/backend/ops/cpu_ops.cpp
+    native/backend/ops/ggml_attention.cpp
+    native/backend/ops/ggml_ops.cpp
+    native/backend/ops/ops.cpp
+    native/backend/ops/own_kernel_ops.cpp
     native/backend/repacked_weights.cpp
+    native/backend/rope_angles.cpp
+    native/backend/step_backend_registry.cpp
     native/bench/matmul_once.cpp
     native/bench/roofline.cpp
     native/gguf/gguf_file.cpp
@@ -31,8 +40,10 @@ add_library(pydiffusion_native STATIC
     native/kv_cache/kv_layout.cpp
     native/model/device_plan.cpp
     native/model/hparams.cpp
+    native/model/key_reader.cpp
     native/model/model.cpp
     native/model/weights.cpp
+    native/model/weights_loader.cpp
     native/quantization/imatrix_collector.cpp
     native/quantization/quantize.cpp
     native/runtime/batch.cpp
@@ -41,9 +52,11 @@ add_library(pydiffusion_native STATIC
     native/runtime/encoder.cpp
     native/runtime/generation.cpp
     native/runtime/session.cpp
+    native/runtime/step.cpp
     native/sampler/entropy_bound.cpp
     native/sampler/logits.cpp
     native/sampler/philox.cpp
+    native/sampler/registry.cpp
     native/sampler/sampler_options.cpp
     native/util/block_sizes.cpp
     native/util/cpu_kernels.cpp

@@ -12,8 +12,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pydiffusion.convert.architectures.diffusion_gemma.vision import MMPROJ_TYPES, convert_mmproj
-    from pydiffusion.convert.conversion import Variant, convert, convert_family, quantize
+    from pydiffusion.convert.conversion import (
+        MMPROJ_TYPES,
+        Variant,
+        convert,
+        convert_family,
+        convert_mmproj,
+        quantize,
+    )
     from pydiffusion.convert.gguf.report import ConversionProgress, ConversionReport
     from pydiffusion.convert.quantization.recipes import TYPES
     from pydiffusion.convert.quantization.sizes import SizePlan, fit, plan_sizes
@@ -30,7 +36,7 @@ _NAME_TO_MODULE = {
     "ConversionReport": "pydiffusion.convert.gguf.report",
     "EvaluationReport": "pydiffusion.quality.evaluation",
     "ImatrixReport": "pydiffusion.quality.imatrix_collection",
-    "MMPROJ_TYPES": "pydiffusion.convert.architectures.diffusion_gemma.vision",
+    "MMPROJ_TYPES": "pydiffusion.convert.conversion",
     "SizePlan": "pydiffusion.convert.quantization.sizes",
     "TYPES": "pydiffusion.convert.quantization.recipes",
     "Variant": "pydiffusion.convert.conversion",
@@ -38,7 +44,7 @@ _NAME_TO_MODULE = {
     "collect_imatrix": "pydiffusion.quality.imatrix_collection",
     "convert": "pydiffusion.convert.conversion",
     "convert_family": "pydiffusion.convert.conversion",
-    "convert_mmproj": "pydiffusion.convert.architectures.diffusion_gemma.vision",
+    "convert_mmproj": "pydiffusion.convert.conversion",
     "edit_metadata": "pydiffusion.convert.repacking",
     "evaluate": "pydiffusion.quality.evaluation",
     "evaluate_family": "pydiffusion.quality.evaluation",
@@ -53,7 +59,7 @@ _NAME_TO_MODULE = {
     "estimate_memory": "pydiffusion.convert.quantization.sizes",
     "open_parts": "pydiffusion.convert.gguf.reader",
     "parse_size": "pydiffusion._util.sizes",
-    "read_config": "pydiffusion.convert.architectures.source",
+    "read_shape": "pydiffusion.convert.architectures.source",
     "repo_id": "pydiffusion.convert.checkpoint.hub",
 }
 

@@ -1,4 +1,4 @@
-"""``convert`` and ``quantize``: write a GGUF by a recipe, from a checkpoint folder or another GGUF."""
+"""``convert``, ``quantize``, ``convert_mmproj``: write a GGUF from a checkpoint folder or another GGUF."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import FLOAT32_KINDS, split_name
 from pydiffusion.convert.architectures.source import (
     Source,
-    SourceTensor,
     open_checkpoint,
     open_gguf,
+    open_mmproj,
     open_source,
 )
+from pydiffusion.convert.checkpoint.tensor_map import TensorKinds, split_name
 from pydiffusion.convert.gguf import writer
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.convert.gguf.report import ConversionReport, ProgressCallback
 from pydiffusion.convert.gguf.split import check_split_size
-from pydiffusion.convert.gguf.tensor_reads import SharedRead
+from pydiffusion.convert.gguf.tensor_reads import SharedRead, SourceTensor
 from pydiffusion.convert.gguf.writer import Job, PlannedTensor
 from pydiffusion.convert.quantization import imatrix_file, recipes, type_plan
 from pydiffusion.convert.quantization.padding import padded_read
 from pydiffusion.convert.quantization.type_plan import with_lengths
 
 _EXACT = ("F32", "F16", "BF16")
+MMPROJ_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def convert(
@@ -164,6 +165,53 @@ def quantize(
         return writer.run(choices.job(opened), started)
 
 
+def convert_mmproj(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    type: str = "bf16",
+    *,
+    revision: str | None = None,
+    resume: bool = False,
+    n_threads: int | None = None,
+    overwrite: bool = True,
+    progress: ProgressCallback | None = None,
+) -> ConversionReport:
+    """Write the vision part of a checkpoint folder or repo as an ``mmproj`` GGUF.
+
+    Norms, clipping bounds, position and patch embeddings are F32, all other matrices of ``type``
+    (:data:`MMPROJ_TYPES`; ``bf16`` keeps a bf16 checkpoint exactly).
+
+    Raises:
+        ConversionError: the checkpoint has no vision part, or not Gemma 4's; else as
+            :func:`pydiffusion.convert.convert`.
+        ValueError: another type.
+    """
+    started = time.perf_counter()
+    if type not in MMPROJ_TYPES:
+        raise ValueError(f"type is {type!r}; a vision file is one of {', '.join(MMPROJ_TYPES)}")
+    with open_mmproj(source, type, revision) as opened:
+        tensors = opened.tensors
+        job = Job(
+            source=opened.path,
+            source_files=opened.files,
+            target=Path(target),
+            type=type,
+            metadata=opened.metadata | {"general.file_type": Value("u32", recipes.RECIPES[type].file_type)},
+            tensors=tensors,
+            fallbacks=[
+                f"{t.name}: {type.upper()} -> {t.target_type} (rows of {t.n_per_row})"
+                for t in tensors
+                if t.target_type not in ("F32", type.upper())
+            ],
+            notes=opened.notes,
+            n_threads=n_threads or 0,
+            overwrite=overwrite,
+            progress=progress,
+            resume=resume,
+        )
+        return writer.run(job, started)
+
+
 class _Choices:
     """Validated arguments common to all conversions."""
 
@@ -193,6 +241,7 @@ class _Choices:
         types = type_plan.plan_types(
             ((tensor.name, tensor.shape) for tensor in source.tensors),
             self.type,
+            source.architecture.kinds,
             pad=self.variant.pad,
             overrides=self.overrides,
             has_imatrix=self.imatrix is not None,
@@ -206,7 +255,7 @@ class _Choices:
             covered = {tensor.name for tensor in tensors if tensor.importance is not None}
         type_plan.require_imatrix(types, covered)
         if self.allow_nonfinite:
-            tensors, more = _keep_nonfinite(tensors)
+            tensors, more = _keep_nonfinite(tensors, source.architecture.kinds)
             notes += more
         twice = [t for t in tensors if t.source_type not in _EXACT and t.source_type != t.target_type]
         notes += [f"{t.name}: quantized a second time, {t.source_type} -> {t.target_type}" for t in twice]
@@ -243,13 +292,14 @@ def _with_importance(
     return result, notes
 
 
-def _keep_nonfinite(tensors: list[PlannedTensor]) -> tuple[list[PlannedTensor], list[str]]:
+def _keep_nonfinite(
+    tensors: list[PlannedTensor], kinds: TensorKinds
+) -> tuple[list[PlannedTensor], list[str]]:
     """Keep tensors with NaN or infinity in a type that can represent them, with a note for each."""
     result, notes = [], []
     for tensor in tensors:
         if tensor.has_nonfinite():
-            kind, _ = split_name(tensor.name)
-            kept = "F32" if kind in FLOAT32_KINDS else tensor.source_type
+            kept = "F32" if kinds.kind(tensor.name) in kinds.float32 else tensor.source_type
             tensor = replace(tensor, target_type=kept, importance=None, keeps_nonfinite=True)
             notes.append(f"{tensor.name}: holds NaN or infinite weights, kept as {kept}")
         result.append(tensor)

@@ -13,15 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from pydiffusion.convert.architectures.diffusion_gemma.metadata import ARCHITECTURE
-from pydiffusion.convert.architectures.source import Source, SourceTensor, open_gguf, open_source
+from pydiffusion.convert.architectures.source import Source, open_gguf, open_source
 from pydiffusion.convert.conversion import planned_tensor
 from pydiffusion.convert.gguf import rows, writer
 from pydiffusion.convert.gguf.report import ConversionProgress
+from pydiffusion.convert.gguf.tensor_reads import SourceTensor
 from pydiffusion.convert.quantization import type_plan
 from pydiffusion.errors import ConversionError
-
-_LENGTHS = tuple(f"{ARCHITECTURE}.{part.key}" for part in type_plan.FEED_FORWARDS)
 
 
 @dataclass(frozen=True)
@@ -99,12 +97,14 @@ def _n_bytes(tensor: SourceTensor) -> int:
 
 def _compare_metadata(target: Source, source: Source) -> list[str]:
     """Compare the metadata that affects computation; feed-forward lengths may be padded."""
+    own = f"{source.architecture.name}."
+    lengths = {own + part.key for part in type_plan.FEED_FORWARDS}
     problems = []
     for key, value in source.metadata.items():
-        if not key.startswith((f"{ARCHITECTURE}.", "diffusion.", "tokenizer.ggml.")):
+        if not key.startswith((own, "diffusion.", "tokenizer.ggml.")):
             continue
         found = target.metadata.get(key)
-        if key in _LENGTHS and found is not None and _first(found.value) >= _first(value.value):
+        if key in lengths and found is not None and _first(found.value) >= _first(value.value):
             continue
         if found is None or not writer.same_value(found.value, value):
             shown = "absent" if found is None else f"{found.value!r:.60}"

@@ -6,7 +6,7 @@
 #include <cstdlib>
 
 #include "default_params.h"
-#include "runtime/session.h"
+#include "runtime/step.h"
 #include "util/error.h"
 
 namespace {
@@ -38,18 +38,19 @@ const std::vector<int32_t> kPrompt = {2, 5, 9, 40, 41, 42, 43};
 
 std::vector<int32_t> run_conversation(pydiffusion::Session& session) {
     const auto ignore = [](int32_t) {};
-    const pydiffusion::Session::Use use(session);  // as in the bindings: an error ends the generation
-    session.truncate(0, ignore);
-    session.encode(kPrompt, ignore, nullptr);
-    pydiffusion::GenerationParams params = default_params(session.model().hparams);
-    params.max_tokens = 3 * session.model().hparams.canvas_length;
-    params.steps = 4;
-    params.confidence_threshold = 0.0f;
-    session.begin(params);
+    {
+        const pydiffusion::Session::Use use(session);  // as in the bindings: an error ends the generation
+        session.truncate(0, ignore);
+        session.encode(kPrompt, ignore, nullptr);
+        pydiffusion::GenerationParams params = default_params(session.model().hparams);
+        params.max_tokens = 3 * session.model().hparams.canvas_length;
+        params.sampler.steps = 4;
+        params.sampler.confidence_threshold = 0.0f;
+        session.begin(params);
+    }
     std::vector<int32_t> output;
-    pydiffusion::StepResult step;
-    while (session.next_step(step, ignore))
-        output.insert(output.end(), step.tokens.begin(), step.tokens.end());
+    while (const auto step = pydiffusion::next_step(session, ignore))
+        output.insert(output.end(), step->tokens.begin(), step->tokens.end());
     return output;
 }
 
@@ -79,8 +80,8 @@ int main(int argc, char** argv) {
                     require(memory == (status == GGML_STATUS_ALLOC_FAILED), error.what());
                     ++n_failed;
                 }
-                pydiffusion::StepResult step;
-                require(!session.next_step(step, [](int32_t) {}), "the generation continues after an error");
+                require(!pydiffusion::next_step(session, [](int32_t) {}),
+                        "the generation continues after an error");
                 require(run_conversation(session) == expected, "different output after an error");
             }
         }

@@ -9,7 +9,7 @@
 #include "file_check.h"
 #include "gguf_mutator.h"
 #include "memory_file.h"
-#include "runtime/session.h"
+#include "runtime/step.h"
 #include "util/error.h"
 
 namespace {
@@ -53,13 +53,12 @@ bool generate(const std::shared_ptr<const pydiffusion::Model>& model) {
     session.encode({hp.n_vocab - 1, 0, hp.n_vocab / 2}, [](int32_t) {}, nullptr);
     pydiffusion::GenerationParams params = default_params(hp);
     params.max_tokens = 2 * hp.canvas_length;
-    params.steps = 2;
+    params.sampler.steps = 2;
     session.begin(params);
-    pydiffusion::StepResult step;
-    while (session.next_step(step, [](int32_t) {})) {
-        check_tokens(step.draft, hp.n_vocab);
-        check_tokens(step.canvas, hp.n_vocab);
-        for (const float entropy : step.entropy) require(std::isfinite(entropy));
+    while (const auto step = pydiffusion::next_step(session, [](int32_t) {})) {
+        check_tokens(step->draft, hp.n_vocab);
+        check_tokens(step->canvas, hp.n_vocab);
+        for (const float entropy : step->entropy) require(std::isfinite(entropy));
     }
     require(session.n_past() <= n_ctx);
     ++count.n_done;

@@ -30,6 +30,7 @@ from .generation.infill import (
     prepare,
     prompt_of,
 )
+from .generation.prompt import prefilled_session
 from .generation.token_ids import TokenIds
 from .openai import responses
 from .options import GenerationOptions, ResolvedOptions, make_options
@@ -37,11 +38,42 @@ from .session import Session
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from ._native import Batch
     from .constrained import Automaton
     from .events import Completion, Event
 
 _N_AUTOMATA = 16
+
+
+class NativeModel:
+    """A model's weights until it is closed, and the native objects that use them. For this package only."""
+
+    def __init__(self, model: _native.Model, path: Path) -> None:
+        self._model: _native.Model | None = model
+        self._path = path
+
+    @property
+    def file(self) -> _native.GgufFile:
+        """The file that the weights are from."""
+        return self._open_model().file
+
+    def new_session(self, n_ctx: int) -> _native.Session:
+        """A session with a cache of ``n_ctx`` tokens. Raises InsufficientMemoryError."""
+        return _native.Session(self._open_model(), n_ctx)
+
+    def new_batch(self) -> _native.Batch:
+        """A batch, which denoises several sessions in one graph."""
+        return _native.Batch(self._open_model())
+
+    def close(self) -> None:
+        """Release the weights; sessions and batches keep them alive. Whatever follows raises
+        PyDiffusionError.
+        """
+        self._model = None
+
+    def _open_model(self) -> _native.Model:
+        if self._model is None:
+            raise PyDiffusionError(f"{self._path} is closed")
+        return self._model
 
 
 class DiffusionModel:
@@ -52,7 +84,8 @@ class DiffusionModel:
     Attributes: ``path``; ``metadata``, the file's keys and values; ``hparams``, the validated
     hyperparameters; ``description``, the actual configuration (backend, cache type, bytes by weight type);
     ``n_vocab``; ``canvas_length``, tokens denoised at a time; ``n_ctx``, context length of a new session;
-    ``n_ctx_train``, the context length the model was trained for; ``n_threads``; ``tokenizer``.
+    ``n_ctx_train``, the context length the model was trained for; ``n_threads``; ``tokenizer``. For this
+    package only: ``native``, the weights.
     """
 
     def __init__(
@@ -112,7 +145,7 @@ class DiffusionModel:
             kernels=kernels,
             **request,
         )
-        self._native_model: _native.Model | None = native
+        self.native = NativeModel(native, self.path)
         self.metadata: dict[str, Any] = native.file.metadata
         self.hparams: dict[str, Any] = native.hparams
         self.description: dict[str, Any] = native.description
@@ -138,12 +171,6 @@ class DiffusionModel:
         return cls(hub.fetch(repo_id, filename, revision), **options)
 
     # File
-
-    @property
-    def _native(self) -> _native.Model:
-        if self._native_model is None:
-            raise PyDiffusionError(f"{self.path} is closed")
-        return self._native_model
 
     @property
     def name(self) -> str:
@@ -240,10 +267,6 @@ class DiffusionModel:
         """
         return Session(self, self.n_ctx if n_ctx is None else self._fitting_n_ctx(n_ctx))
 
-    def _new_batch(self) -> Batch:
-        """Native batch, which denoises several sessions in one graph; for ``generation.batching``."""
-        return _native.Batch(self._native)
-
     def load_session(self, path: str | os.PathLike[str], n_ctx: int | None = None) -> Session:
         """Load a session written by ``Session.save`` with the same model and cache type.
 
@@ -271,7 +294,7 @@ class DiffusionModel:
         Raises ContextOverflowError if the prompt does not fit, ValueError if it is empty.
         """
         options = make_options(options, keywords)
-        return self._start(prompt, session).complete(options, on_event=on_event)
+        return prefilled_session(self, prompt, session).complete(options, on_event=on_event)
 
     def stream(
         self,
@@ -283,7 +306,7 @@ class DiffusionModel:
     ) -> Iterator[Event]:
         """As ``generate``, but yields the events."""
         options = make_options(options, keywords)
-        return self._start(prompt, session).generate(options)
+        return prefilled_session(self, prompt, session).generate(options)
 
     def generate_batch(
         self,
@@ -369,18 +392,8 @@ class DiffusionModel:
     ) -> Infill:
         prompt = prompt_of(self, layout, instruction)
         options = prepare(self, layout, prompt, options, self.n_ctx if session is None else session.n_ctx)
-        return collect(layout, self._start(prompt, session).complete(options, on_event), self.tokenizer)
-
-    def _start(self, prompt: str | TokenIds, session: Session | None) -> Session:
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
-        if len(ids) == 0:
-            raise ValueError("the prompt has no tokens")
-        if session is None:
-            session = self.new_session()
-        elif session.model is not self:
-            raise ValueError("the session belongs to another model")
-        session.prefill(ids)
-        return session
+        completion = prefilled_session(self, prompt, session).complete(options, on_event)
+        return collect(layout, completion, self.tokenizer)
 
     def create_completion(self, prompt: str | TokenIds, **parameters: Any) -> Any:
         """Completion in OpenAI's format; see ``pydiffusion.openai.responses.create_completion``."""
@@ -394,7 +407,7 @@ class DiffusionModel:
 
     def close(self) -> None:
         """Release the weights; existing sessions keep them alive until they are gone."""
-        self._native_model = None
+        self.native.close()
 
     def __enter__(self) -> DiffusionModel:
         return self

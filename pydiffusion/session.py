@@ -6,46 +6,21 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from . import _native
 from .events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
 from .generation import session_file
-from .generation.repetition import loop_start
-from .generation.streaming import AnswerStream, ChatStream, chat_stream, count_tokens
-from .generation.thinking_budget import ThoughtBudget
-from .generation.token_ids import TokenIds, check_bos, common_prefix, cut_at_eos, token_array
+from .generation.completion import completion_of
+from .generation.loop import Generation
+from .generation.streaming import AnswerStream, ChatStream, answer_stream
+from .generation.token_ids import TokenIds, check_bos, common_prefix, token_array
 from .options import GenerationOptions, ResolvedOptions, make_options
 
 if TYPE_CHECKING:
-    from .constrained import Guide
     from .model import DiffusionModel
-
-# Tokens at the end of a prompt that may open a reasoning block: the marker, "thought", a line break.
-_THOUGHT_OPENING = 16
-
-# Options that the native loop takes as they are.
-_BEGIN_OPTIONS = (
-    "max_tokens", "steps", "t_min", "t_max", "entropy_bound", "stability_threshold", "confidence_threshold",
-    "dropped_mass", "canvas_length", "seed", "trim_after_eos",
-)  # fmt: skip
-
-
-class NativeStep(Protocol):
-    """``_native.Step`` with the types of its arrays, which the generated stub leaves out."""
-
-    canvas_index: int
-    step: int
-    draft: np.ndarray
-    entropy: np.ndarray
-    accepted: np.ndarray
-    canvas_done: bool
-    tokens: np.ndarray
-    finish: str
-    timings: dict[str, float]
 
 
 class Session:
@@ -53,38 +28,41 @@ class Session:
 
     For one thread at a time: concurrent use raises PyDiffusionError. Sessions can be forked, saved and rolled
     back.
+
+    For this package only: ``native``, the native session; ``prompt_seconds``, spent on encoding since the
+    last generation.
     """
 
     def __init__(self, model: DiffusionModel, n_ctx: int) -> None:
         """Allocate a cache of ``n_ctx`` tokens. Raises InsufficientMemoryError if that fails."""
         self.model = model
-        self._native = _native.Session(model._native, n_ctx)
-        self._prompt_seconds = 0.0  # spent on encoding since the last generation
+        self.native = model.native.new_session(n_ctx)
+        self.prompt_seconds = 0.0
 
     @property
     def n_ctx(self) -> int:
         """Context length: the maximum number of tokens in the cache."""
-        return self._native.n_ctx
+        return self.native.n_ctx
 
     @property
     def n_past(self) -> int:
         """Number of tokens in the cache."""
-        return self._native.n_past
+        return self.native.n_past
 
     @property
     def tokens(self) -> np.ndarray:
         """The tokens in the cache, int32 (n_past,)."""
-        return cast(np.ndarray, self._native.tokens)
+        return cast(np.ndarray, self.native.tokens)
 
     @property
     def n_encoded(self) -> int:
         """Number of tokens encoded so far; tokens reused from the cache don't count."""
-        return self._native.n_encoded
+        return self.native.n_encoded
 
     @property
     def step_ops(self) -> dict[str, int]:
         """Operations of the last denoising step: ggml's name -> count; empty before the first step."""
-        return self._native.step_ops
+        return self.native.step_ops
 
     def encode(
         self,
@@ -100,10 +78,10 @@ class Session:
         range.
         """
         started = time.perf_counter()
-        hidden = self._native.encode(
+        hidden = self.native.encode(
             token_array(ids, self.model.n_vocab), return_hidden=return_hidden, progress=progress
         )
-        self._prompt_seconds += time.perf_counter() - started
+        self.prompt_seconds += time.perf_counter() - started
         return cast("np.ndarray | None", hidden)
 
     def prefill(self, ids: TokenIds, progress: Callable[[int, int], None] | None = None) -> int:
@@ -134,7 +112,7 @@ class Session:
         Free within a sliding window of the newest token and back to the start of the last generation (and a
         little before); further back, the remaining tokens are encoded again.
         """
-        self._native.truncate(n)
+        self.native.truncate(n)
 
     def fork(self) -> Session:
         """Copy the session, cache included; nothing is encoded again.
@@ -150,7 +128,7 @@ class Session:
 
         Raises ContextOverflowError if they don't fit.
         """
-        self._native.restore(other.tokens, other._native.cache_rows())
+        self.native.copy_from(other.native)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens and cache to a file for ``DiffusionModel.load_session``, atomically.
@@ -180,11 +158,11 @@ class Session:
                 raise ValueError(
                     f"self_conditioning has the shape {self_conditioning.shape}; it must be {expected}"
                 )
-        return cast(np.ndarray, self._native.denoise(ids, self_conditioning))
+        return cast(np.ndarray, self.native.denoise(ids, self_conditioning))
 
     def cancel(self) -> None:
         """Make the running native call, or the next one, raise GenerationCancelled. Thread-safe."""
-        self._native.cancel()
+        self.native.cancel()
 
     def generate(self, options: GenerationOptions | None = None, **keywords: Any) -> Iterator[Event]:
         """Generate after the session's tokens, canvas by canvas; yields events, the last one an EndEvent.
@@ -194,87 +172,18 @@ class Session:
         by then. Raises GenerationCancelled after ``cancel()``.
         """
         resolved = self.model.resolve(make_options(options, keywords))
-        return self._generate(resolved, self._answer_stream(resolved, chat=False))
+        return self._events(resolved, answer_stream(self, resolved, chat=False))
 
     def generate_chat(self, options: GenerationOptions | None = None, **keywords: Any) -> Iterator[Event]:
         """As ``generate``, after a chat prompt: ``CanvasEvent.parts`` separates reasoning, answer and tool
         calls, and stop strings apply to the answer only.
         """
         resolved = self.model.resolve(make_options(options, keywords))
-        return self._generate(resolved, self._answer_stream(resolved, chat=True))
+        return self._events(resolved, answer_stream(self, resolved, chat=True))
 
-    def _answer_stream(self, options: ResolvedOptions, chat: bool) -> AnswerStream | ChatStream:
-        if not chat:
-            return AnswerStream(self.model.tokenizer, options.stop)
-        prompt_end = self.model.detokenize(self.tokens[-_THOUGHT_OPENING:], keep_control=True)
-        return chat_stream(self.model.tokenizer, options, prompt_end)
-
-    def _guide(self, options: ResolvedOptions) -> Guide | None:
-        """Guide for constrained decoding, if the options ask for it."""
-        if not options.is_structured:
-            return None
-        from .constrained import Guide
-
-        n_canvas = options.canvas_length
-        budget = min(options.max_tokens, (self.n_ctx - self.n_past) // n_canvas * n_canvas)
-        return Guide(self.model.automaton(options), n_canvas, budget, options.eos, self.model.n_vocab)
-
-    def _generate(self, options: ResolvedOptions, answer: AnswerStream | ChatStream) -> Iterator[Event]:
-        to_events = self._begin(options, answer)
-        while (step := self._native.next_step()) is not None:
-            for event in to_events(cast(NativeStep, step)):
-                yield event
-                if isinstance(event, EndEvent):
-                    return
-
-    def _begin(
-        self, options: ResolvedOptions, answer: AnswerStream | ChatStream
-    ) -> Callable[[NativeStep], Iterator[Event]]:
-        """Start a generation; returns the function that converts a native step into events."""
-        started = time.perf_counter()
-        eos = np.asarray(options.eos, dtype=np.int32)
-        prompt_seconds, self._prompt_seconds = self._prompt_seconds, 0.0
-
-        def draft_text(tokens: np.ndarray) -> str:
-            return self.model.tokenizer.detokenize(cut_at_eos(tokens, eos))
-
-        guide = self._guide(options)
-        conditions = _StopConditions(self, options)
-        self._native.begin(**_begin_arguments(options), guided=guide is not None)
-
-        def to_events(step: NativeStep) -> Iterator[Event]:
-            if guide is not None:
-                found = self._native.candidates(guide.n_likeliest, guide.extra)
-                step = cast(NativeStep, self._native.impose(guide.choose(*found)))
-            yield DraftEvent(
-                step=step.step,
-                tokens=step.draft,
-                entropy=step.entropy,
-                accepted=step.accepted,
-                canvas_index=step.canvas_index,
-                steps=options.steps,
-                _to_text=draft_text,
-            )
-            if not step.canvas_done:
-                return
-            tokens, finish = conditions.apply(step)
-            if guide is not None:
-                guide.commit()
-                finish = "eos" if guide.finished else finish
-            text, n_tokens, stopped = answer.feed(tokens, last=bool(finish))
-            yield CanvasEvent(
-                tokens=tokens[:n_tokens],
-                text=text,
-                steps=options.steps - step.step + 1,
-                canvas_index=step.canvas_index,
-                parts=tuple(answer.parts),
-            )
-            if stopped or finish:
-                total = prompt_seconds + time.perf_counter() - started
-                timings = {"prompt": prompt_seconds, **step.timings, "total": total}
-                yield EndEvent(reason="stop" if stopped else finish, timings=timings, seed=options.seed)
-
-        return to_events
+    def _events(self, options: ResolvedOptions, answer: AnswerStream | ChatStream) -> Iterator[Event]:
+        # A generator of its own: options are checked at the call, the generation begins at the first event.
+        yield from Generation(self, options, answer).run()
 
     def complete(
         self,
@@ -290,58 +199,4 @@ class Session:
                 on_event(event)
             if not isinstance(event, DraftEvent):
                 events.append(event)
-        return self._completion(n_prompt, events)
-
-    def _completion(self, n_prompt: int, events: list[CanvasEvent | EndEvent]) -> Completion:
-        end = events[-1]
-        assert isinstance(end, EndEvent)  # always the last event
-        canvases = [event for event in events if isinstance(event, CanvasEvent)]
-        text = "".join(canvas.text for canvas in canvases)
-        tokens = np.concatenate([canvas.tokens for canvas in canvases])
-        if end.reason == "stop":  # the stop string may begin in an earlier canvas than it ends in
-            tokens = tokens[: count_tokens(self.model.tokenizer, tokens, len(text))]
-        return Completion(
-            text=text,
-            tokens=tokens,
-            steps=sum(canvas.steps for canvas in canvases),
-            timings=end.timings,
-            finish_reason=end.reason,
-            seed=end.seed,
-            n_prompt=n_prompt,
-            canvas_steps=tuple(canvas.steps for canvas in canvases),
-        )
-
-
-class _StopConditions:
-    """Thinking budget and repetition check over the canvases of one generation."""
-
-    def __init__(self, session: Session, options: ResolvedOptions) -> None:
-        self._native = session._native
-        self._budget: ThoughtBudget | None = None
-        if options.thinking_budget is not None:
-            end = session.tokens[-_THOUGHT_OPENING:].tolist()
-            self._budget = ThoughtBudget(session.model.tokenizer, options.thinking_budget, end)
-        self._past: np.ndarray | None = np.empty(0, np.int32) if options.stop_on_repetition else None
-
-    def apply(self, step: NativeStep) -> tuple[np.ndarray, str]:
-        """Truncate a finished canvas; returns its tokens and the finish reason, empty to continue."""
-        tokens, finish = step.tokens, step.finish
-        if self._budget is not None and (cut := self._budget.cut(tokens.tolist())) is not None:
-            tokens = np.asarray(cut, dtype=np.int32)
-            finish = self._native.amend(tokens)
-        if self._past is not None:
-            self._past = np.concatenate([self._past, tokens])
-            if not finish and (start := loop_start(self._past)) is not None:
-                n_before = len(self._past) - len(tokens)
-                return tokens[: max(0, start - n_before)], "repetition"
-        return tokens, finish
-
-
-def _begin_arguments(options: ResolvedOptions) -> dict[str, Any]:
-    """Options as arguments of the native loop."""
-    arguments: dict[str, Any] = {name: getattr(options, name) for name in _BEGIN_OPTIONS}
-    arguments["eos"] = list(options.eos)
-    if options.canvas:
-        arguments["canvas"] = np.asarray(options.canvas, dtype=np.int32)
-        arguments["hold"] = np.asarray(options.hold, dtype=np.uint8)
-    return arguments
+        return completion_of(self.model.tokenizer, n_prompt, events)

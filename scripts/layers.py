@@ -3,8 +3,9 @@
     python scripts/layers.py
 
 A room is a folder; of pydiffusion/ and convert/, each file at the top is a room of its own. A room may use
-itself and the rooms before it in the order below. Prints the arrows between rooms, and every violation (an
-arrow upwards, a cycle of files, a limit) as ``path:line: what is wrong``; exit code 1 when there is one.
+itself and the rooms before it in the order below, and no Python module the private names of another one.
+Prints the arrows between rooms, and every violation (an arrow upwards, a cycle of files, a limit, a private
+name) as ``path:line: what is wrong``; exit code 1 when there is one.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from pathlib import Path
 # The layers, lowest first.
 NATIVE_ORDER = (
     "util", "gguf", "sampler",
-    "backend/cpu/amx", "backend/cpu", "backend", "backend/ggml", "backend/cuda",
+    "backend/cpu/amx", "backend/cpu", "backend", "backend/ops", "backend/cuda",
     "model", "kv_cache", "graph", "architectures", "quantization", "runtime", "bench", "bindings",
-    "tests/cuda_emulation", "tests",
+    "tests/cuda_emulation", "tests/toy", "tests",
 )  # fmt: skip
 PYTHON_ORDER = (
-    "errors", "_util", "tokenizer", "options", "chat", "events", "chat_output", "demo", "constrained",
-    "generation",
-    "convert/gguf", "convert/checkpoint", "convert/architectures/diffusion_gemma", "convert/architectures",
+    "errors", "_util", "chat/formats", "tokenizer", "options", "chat", "events", "chat_output", "demo",
+    "constrained", "generation",
+    "convert/gguf", "convert/checkpoint", "convert/architectures/architecture",
+    "convert/architectures/diffusion_gemma", "convert/architectures",
     "convert/quantization", "convert/conversion", "convert/repacking", "convert/verification",
     "sampling", "device_plan", "session", "openai", "model",
     "quality", "testing", "convert/__init__", "server", "__init__", "cli", "__main__",
@@ -42,6 +44,10 @@ _INCLUDE = re.compile(r'\s*#\s*include\s*"([^"]+)"')
 # Modules that only hand names on: an import from them counts as one of the module that a name comes from.
 _FACADES = ("pydiffusion", "pydiffusion.convert")
 _FACADE_TABLE = "_NAME_TO_MODULE"
+# Private modules that all of the package may import; others belong to the folder that they are in.
+_SHARED_PRIVATE = ("_native", "_util")
+# Names with an underscore that Python documents: of named tuples, and of sys.
+_DOCUMENTED = ("_asdict", "_fields", "_make", "_replace", "_getframe")
 
 
 @dataclass(frozen=True)
@@ -130,12 +136,8 @@ def python_tree(root: Path, order: Sequence[str] = PYTHON_ORDER) -> Tree:
 
     Imports within functions count, those for type checkers don't.
     """
-    files = [
-        path.relative_to(root)
-        for top in ("pydiffusion", "convert")
-        for path in sorted((root / top).rglob("*.py"))
-    ]
-    modules = {_module(path): path for path in files}
+    modules = _python_modules(root)
+    files = list(modules.values())
     facades = {name: _facade_table(root, modules[name], name) for name in _FACADES if name in modules}
     uses = []
     for name, path in modules.items():
@@ -144,7 +146,13 @@ def python_tree(root: Path, order: Sequence[str] = PYTHON_ORDER) -> Tree:
             for used in _imported(node, package, modules, facades):
                 if modules[used] != path:
                     uses.append(Use(path, node.lineno, modules[used]))
-    return Tree("python", {path: _python_room(path) for path in files}, uses, order)
+    return Tree("python", {path: _python_room(path, order) for path in files}, uses, order)
+
+
+def _python_modules(root: Path) -> dict[str, Path]:
+    """Dotted name -> file, of pydiffusion/ and of convert/, which is ``pydiffusion.convert``."""
+    paths = [path for top in ("pydiffusion", "convert") for path in sorted((root / top).rglob("*.py"))]
+    return {_module(path): path for path in (path.relative_to(root) for path in paths)}
 
 
 def _module(path: Path) -> str:
@@ -153,10 +161,13 @@ def _module(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _python_room(path: Path) -> str:
-    """The folder; of files at the top, the file: ``model``, ``convert/verification``."""
-    folder = path.parent if len(path.parts) > 2 else path.with_suffix("")
-    return folder.as_posix().removeprefix("pydiffusion/")
+def _python_room(path: Path, order: Sequence[str]) -> str:
+    """The folder; of files at the top, and of others that the order names, the file: ``model``,
+    ``convert/verification``.
+    """
+    file = path.with_suffix("").as_posix().removeprefix("pydiffusion/")
+    is_room = len(path.parts) <= 2 or file in order
+    return file if is_room else path.parent.as_posix().removeprefix("pydiffusion/")
 
 
 def _facade_table(root: Path, path: Path, package: str) -> dict[str, str]:
@@ -192,16 +203,86 @@ def _imported(
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names if alias.name in modules)
         return
-    base = node.module or ""
-    if node.level:
-        parents = package.split(".")[: len(package.split(".")) - node.level + 1]
-        base = ".".join([*parents, base] if base else parents)
+    base = _base(node, package)
     for alias in node.names:
         target = facades.get(base, {}).get(alias.name) or f"{base}.{alias.name}"
         if target in modules:
             yield target
         elif base in modules and base not in facades:
             yield base
+
+
+def _base(node: ast.ImportFrom, package: str) -> str:
+    """The dotted name that a statement imports from."""
+    base = node.module or ""
+    if not node.level:
+        return base
+    parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+    return ".".join([*parents, base] if base else parents)
+
+
+def private_uses(root: Path) -> list[str]:
+    """Private names of one module, of its classes or of another folder's modules, used in another one.
+
+    Of an object other than ``self``, a method may use what its own class defines.
+    """
+    modules = _python_modules(root)
+    found = []
+    for name, path in modules.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        tree = ast.parse((root / path).read_text(encoding="utf-8"))
+        uses = [*_private_imports(tree, package, modules), *_private_attributes(tree, frozenset())]
+        found += [f"{path}:{line}: {text} is private to another module" for line, text in sorted(uses)]
+    return found
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name not in _DOCUMENTED
+
+
+def _private_imports(
+    tree: ast.Module, package: str, modules: Mapping[str, Path]
+) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            targets = [f"{_base(node, package)}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            parts = target.split(".")
+            if parts[0] != "pydiffusion":
+                continue
+            for i, part in enumerate(parts):
+                parent = ".".join(parts[:i])
+                own_folder = parent == package and f"{parent}.{part}" in modules
+                if _is_private(part) and part not in _SHARED_PRIVATE and not own_folder:
+                    yield node.lineno, target
+
+
+def _private_attributes(node: ast.AST, own: frozenset[str]) -> Iterator[tuple[int, str]]:
+    """own: the names that the class around the node defines."""
+    if isinstance(node, ast.ClassDef):
+        own = frozenset(_defined(node))
+    if isinstance(node, ast.Attribute) and _is_private(node.attr):
+        name = node.value.id if isinstance(node.value, ast.Name) else None
+        of_super = ast.unparse(node.value) == "super()"
+        if name not in ("self", "cls") and not of_super and (name is None or node.attr not in own):
+            yield node.lineno, ast.unparse(node)
+    for child in ast.iter_child_nodes(node):
+        yield from _private_attributes(child, own)
+
+
+def _defined(node: ast.ClassDef) -> Iterator[str]:
+    """Names of a class's methods and attributes, also of those that its methods assign."""
+    for child in ast.walk(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield child.name
+        elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+            yield child.id
+        elif isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store):
+            yield from [child.attr] if ast.unparse(child.value) in ("self", "cls") else []
 
 
 def cycles(uses: Iterable[Use]) -> list[list[Use]]:
@@ -274,7 +355,7 @@ def main() -> int:
         )
         for (user, used), uses in arrows.items():
             print(f"  {user} -> {used} ({len(uses)})")
-    wrong = [line for tree in trees for line in tree.violations()] + limits(root, trees)
+    wrong = [line for tree in trees for line in tree.violations()] + limits(root, trees) + private_uses(root)
     print("", *(wrong or ["no violations"]), sep="\n")
     return 1 if wrong else 0
 

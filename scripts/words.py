@@ -90,7 +90,7 @@ RULES = (
          "elements, values", where=("native",)),
     Rule("processor", r"\b[Pp]rocessors?\b|\bkProcessor\b", "the CPU",
          allowed=(
-             ("convert/architectures/*", r"processor = source|in processor|processor\.get", "of tokenizers"),
+             ("convert/checkpoint/*", r"processor = source|in processor|processor\.get", "of tokenizers"),
              ("convert/architectures/*", r"image processor", "of vision models"),
              ("*", r"[Pp]ost-processor|^    post-", "of tokenizers"),
              ("tests/convert/*", r"if processor|\bprocessor: bool|\"processor\"", "of tokenizers"),

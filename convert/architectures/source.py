@@ -7,53 +7,35 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydiffusion._util.atomic import explaining
-from pydiffusion.convert.architectures.diffusion_gemma import metadata, vocabulary
-from pydiffusion.convert.architectures.diffusion_gemma.config import (
-    TextConfig,
-    read_sampler_config,
-    read_text_config,
-)
-from pydiffusion.convert.architectures.diffusion_gemma.inventory import Inventory
-from pydiffusion.convert.architectures.diffusion_gemma.metadata import ARCHITECTURE, QUANTIZATION_VERSION
-from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import FLOAT32_KINDS, split_name
+from pydiffusion.convert.architectures import registry
+from pydiffusion.convert.architectures.architecture import Architecture, ModelShape
+from pydiffusion.convert.checkpoint import tokenizer_files
 from pydiffusion.convert.checkpoint.hub import find_checkpoint
 from pydiffusion.convert.checkpoint.safetensors_files import INDEX, Checkpoint
+from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
 from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT, Value
+from pydiffusion.convert.gguf.model_keys import QUANTIZATION_VERSION
 from pydiffusion.convert.gguf.reader import open_parts
-from pydiffusion.convert.gguf.tensor_reads import ReadBytes
+from pydiffusion.convert.gguf.tensor_reads import SourceTensor
+from pydiffusion.convert.gguf.writer import PlannedTensor
 from pydiffusion.errors import ConversionError
 
 if TYPE_CHECKING:
     from pydiffusion import _native
 
-_SMALL_FILES = (
-    "config.json",
-    "generation_config.json",
-    INDEX,
-    vocabulary.TOKENIZER,
-    vocabulary.CONFIG,
-    vocabulary.SPECIALS,
-    vocabulary.TEMPLATE,
-)
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """A tensor: its GGUF name, its type and shape in the source, and a function to read it."""
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    read: ReadBytes
+_CONFIG = "config.json"
+_SMALL_FILES = (_CONFIG, "generation_config.json", INDEX, *tokenizer_files.FILES)
+_MAX_CONFIG = 64 << 20  # bytes
 
 
 @dataclass
 class Source:
     """An open source. ``metadata`` is complete except for what the recipe decides."""
 
+    architecture: Architecture[Any]
     path: Path
     files: list[Path]
     tensors: list[SourceTensor]
@@ -90,25 +72,68 @@ def open_folder(folder: Path, name: str = "") -> Iterator[Source]:
     notes: list[str] = []
     with contextlib.ExitStack() as stack:
         with explaining(folder, "can't be read"):
-            if not folder.is_dir():
-                raise ConversionError(
-                    f"{folder}: no such folder; give a checkpoint folder with config.json in it"
-                )
-            config = read_text_config(folder, notes)
-            sampler = read_sampler_config(folder, config, notes)
+            _require_folder(folder)
+            architecture, config = read_config(folder, notes)
             checkpoint = stack.enter_context(Checkpoint(folder))
-            inventory = Inventory(checkpoint, config)
-            planned = inventory.plan(notes)
-            tokenizer = vocabulary.read_tokenizer(folder, config, sampler.eos_token_ids, notes)
-            inventory.compare_tied()
-        keys = metadata.model_metadata(name or folder.resolve().name or "model", config, sampler, 0)
+            metadata = architecture.metadata(folder, name or folder.resolve().name or "model", config, notes)
+            tensors = architecture.tensors(checkpoint, config, notes)
         yield Source(
+            architecture=architecture,
             path=folder,
             files=[*checkpoint.files, *(folder / small for small in _SMALL_FILES)],
-            tensors=[SourceTensor(*entry) for entry in planned],
-            metadata=keys | tokenizer,
+            tensors=tensors,
+            metadata=metadata,
             notes=notes,
         )
+
+
+def _require_folder(folder: Path) -> None:
+    """Raise ConversionError if there is no such folder."""
+    if not folder.is_dir():
+        raise ConversionError(f"{folder}: no such folder; give a checkpoint folder with config.json in it")
+
+
+def read_config(folder: Path, notes: list[str]) -> tuple[Architecture[Any], Any]:
+    """Read ``config.json``: the architecture, and the config as its functions take it."""
+    fields = Fields(read_json_object(folder / _CONFIG, _MAX_CONFIG), _CONFIG, notes)
+    architecture = registry.of_config(fields)
+    return architecture, architecture.read_config(fields)
+
+
+@dataclass(frozen=True)
+class MmprojSource:
+    """An open vision part. ``metadata`` is complete except for ``general.file_type``."""
+
+    path: Path
+    files: list[Path]
+    tensors: list[PlannedTensor]
+    metadata: dict[str, Value]
+    notes: list[str]
+
+
+@contextlib.contextmanager
+def open_mmproj(
+    source: str | os.PathLike[str], type: str, revision: str | None = None
+) -> Iterator[MmprojSource]:
+    """Open the vision part of a checkpoint folder or a Hugging Face repo id, to be written as ``type``.
+
+    Raises ConversionError naming the file, key or tensor; also if there is no vision part.
+    """
+    found = find_checkpoint(source, revision)
+    folder = found.path
+    notes: list[str] = []
+    with contextlib.ExitStack() as stack:
+        with explaining(folder, "can't be read"):
+            _require_folder(folder)
+            architecture, config = read_config(folder, [])
+            if architecture.mmproj is None:
+                raise ConversionError(
+                    f"{folder}: models of architecture {architecture.name!r} have no vision part"
+                )
+            checkpoint = stack.enter_context(Checkpoint(folder))
+            name = found.name or folder.resolve().name or "model"
+            plan = architecture.mmproj(folder, checkpoint, config, name, type, notes)
+        yield MmprojSource(folder, [*checkpoint.files, folder / _CONFIG], plan.tensors, plan.metadata, notes)
 
 
 @contextlib.contextmanager
@@ -117,31 +142,28 @@ def open_gguf(path: Path) -> Iterator[Source]:
     ConversionError if it has another architecture.
     """
     parts = open_parts(path)
-    architecture = parts.metadata.get("general.architecture")
-    if architecture != ARCHITECTURE:
-        raise ConversionError(
-            f"{path}: key 'general.architecture' is {architecture!r:.60}; only {ARCHITECTURE!r} is supported"
-        )
+    architecture = registry.of_gguf(path, parts.metadata.get("general.architecture"))
     keys = {key: Value(parts.metadata_types[key], value) for key, value in parts.metadata.items()}
     keys["general.file_type"] = Value("u32", 0)
     keys["general.quantization_version"] = Value("u32", QUANTIZATION_VERSION)
     with parts.opened() as found:
         for info, _ in found:
-            _check_shape(path, info)
+            _check_shape(path, info, architecture)
         tensors = [SourceTensor(str(info.name), info.type, tuple(info.shape), read) for info, read in found]
-        yield Source(path, parts.paths, tensors, keys, alignment=parts.reader.alignment)
+        yield Source(architecture, path, parts.paths, tensors, keys, alignment=parts.reader.alignment)
 
 
-def _check_shape(path: Path, info: _native.TensorInfo) -> None:
-    kind, _ = split_name(str(info.name))
-    if kind not in FLOAT32_KINDS and len(info.shape) < 2:
+def _check_shape(path: Path, info: _native.TensorInfo, architecture: Architecture[Any]) -> None:
+    kind = architecture.kinds.kind(str(info.name))
+    if kind not in architecture.kinds.float32 and len(info.shape) < 2:
         shape = list(info.shape)
         raise ConversionError(f"{path}: tensor {info.name!r} should be a matrix, its shape is {shape}")
 
 
-def read_config(folder: str | os.PathLike[str]) -> TextConfig:
-    """Read the text config of a checkpoint folder or repo. Raises ConversionError."""
+def read_shape(folder: str | os.PathLike[str]) -> ModelShape:
+    """The size of the model in a checkpoint folder or repo, from ``config.json``. Raises ConversionError."""
     path = find_checkpoint(folder, weights=False).path
-    if not (path / "config.json").is_file():
-        raise ConversionError(f"{path}: has no config.json; give a checkpoint folder")
-    return read_text_config(path, [])
+    if not (path / _CONFIG).is_file():
+        raise ConversionError(f"{path}: has no {_CONFIG}; give a checkpoint folder")
+    architecture, config = read_config(path, [])
+    return architecture.shape(config)

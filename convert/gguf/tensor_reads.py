@@ -1,4 +1,4 @@
-"""Thread-safe reads of tensor bytes."""
+"""Tensors of a source, and thread-safe reads of their bytes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,16 @@ from pydiffusion.errors import ConversionError
 
 # (first byte, number of bytes) of a tensor -> (n_bytes,) uint8
 ReadBytes = Callable[[int, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor: its GGUF name, its type and shape in the source, and a function to read it."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    read: ReadBytes
 
 
 class SharedRead:

@@ -12,10 +12,9 @@ from typing import Any
 
 from pydiffusion import _native
 from pydiffusion._util.sizes import format_size
-from pydiffusion.convert.architectures.diffusion_gemma.config import DEFAULT_SAMPLER, TextConfig
-from pydiffusion.convert.architectures.diffusion_gemma.metadata import model_metadata
-from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import split_name, wanted_tensors
-from pydiffusion.convert.architectures.source import read_config
+from pydiffusion.convert.architectures.architecture import ModelShape
+from pydiffusion.convert.architectures.source import read_shape
+from pydiffusion.convert.checkpoint.tensor_map import split_name
 from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT
 from pydiffusion.convert.gguf.split import plan_parts
 from pydiffusion.convert.quantization import recipes, type_plan
@@ -114,25 +113,27 @@ def plan_sizes(
 
     Raises as ``convert`` for config and arguments.
     """
-    return _plan(read_config(folder), type, pad, type_plan.as_pairs(tensor_types), has_imatrix)
+    return _plan(read_shape(folder), type, pad, type_plan.as_pairs(tensor_types), has_imatrix)
 
 
 def _plan(
-    config: TextConfig, type: str, pad: bool | None, overrides: type_plan.Overrides, has_imatrix: bool
+    shape: ModelShape, type: str, pad: bool | None, overrides: type_plan.Overrides, has_imatrix: bool
 ) -> SizePlan:
     if type not in recipes.RECIPES:
         raise ValueError(f"type is {type!r}; known are {', '.join(recipes.TYPES)}")
-    shapes = {want.name: want.shape for want in wanted_tensors(config)}
-    shapes["rope_freqs.weight"] = (config.global_head_dim // 2,)
-    types = type_plan.plan_types(shapes.items(), type, pad=pad, overrides=overrides, has_imatrix=has_imatrix)
+    types = type_plan.plan_types(
+        shape.tensors.items(), type, shape.kinds, pad=pad, overrides=overrides, has_imatrix=has_imatrix
+    )
     tensors = [
-        TensorSize(name, t.type, t.shape, math.prod(shapes[name]), type_plan.tensor_bytes(t.type, t.shape))
+        TensorSize(
+            name, t.type, t.shape, math.prod(shape.tensors[name]), type_plan.tensor_bytes(t.type, t.shape)
+        )
         for name, t in types.tensors.items()
     ]
     return SizePlan(type, tuple(overrides), tensors, types.fallbacks, types.notes)
 
 
-def estimate_memory(config: TextConfig, plan: SizePlan, n_ctx: int = 4096) -> Memory:
+def estimate_memory(shape: ModelShape, plan: SizePlan, n_ctx: int = 4096) -> Memory:
     """Estimate the memory of the planned file on one GPU with a session of ``n_ctx`` tokens, as the runtime's
     device planner does: from the file's header. The KV cache is of type "auto".
     """
@@ -142,7 +143,7 @@ def estimate_memory(config: TextConfig, plan: SizePlan, n_ctx: int = 4096) -> Me
         for tensor in plan.tensors
         if split_name(tensor.name)[0] in part.down
     }
-    metadata = type_plan.with_lengths(model_metadata("", config, DEFAULT_SAMPLER, 0), lengths)
+    metadata = type_plan.with_lengths(shape.metadata, lengths)
     tensors = [(tensor.name, tensor.type, tensor.shape, tensor.n_bytes) for tensor in plan.tensors]
     (whole,) = plan_parts(Path(), metadata, tensors, DEFAULT_ALIGNMENT)
     use = _native.memory_use(whole.header, n_ctx)
@@ -163,16 +164,16 @@ def fit(
     Remaining bytes go to attention, embedding and dense MLP (:data:`UPGRADES`), as overrides after those of
     ``tensor_types``. Raises ConversionError if nothing fits.
     """
-    config = read_config(folder)
+    shape = read_shape(folder)
     given = type_plan.as_pairs(tensor_types)
     best: SizePlan | None = None
     smallest = 0
     for type in FIT_ORDER:
-        candidate = _plan(config, type, pad, given, has_imatrix)
+        candidate = _plan(shape, type, pad, given, has_imatrix)
         needs = any(tensor.type in recipes.NEEDS_IMATRIX for tensor in candidate.tensors)
         if needs and not has_imatrix:
             continue
-        smallest = estimate_memory(config, candidate, n_ctx).total
+        smallest = estimate_memory(shape, candidate, n_ctx).total
         if smallest <= n_bytes:
             best = candidate
             break
@@ -181,12 +182,12 @@ def fit(
             f"{folder}: nothing fits {format_size(n_bytes)} with a context of {n_ctx}: the smallest type "
             f"takes {format_size(smallest)}{'' if has_imatrix else ' (an imatrix allows smaller ones)'}"
         )
-    best = _upgrade(config, best, given, pad, has_imatrix, n_bytes, n_ctx)
-    return best, estimate_memory(config, best, n_ctx)
+    best = _upgrade(shape, best, given, pad, has_imatrix, n_bytes, n_ctx)
+    return best, estimate_memory(shape, best, n_ctx)
 
 
 def _upgrade(
-    config: TextConfig,
+    shape: ModelShape,
     best: SizePlan,
     given: type_plan.Overrides,
     pad: bool | None,
@@ -199,10 +200,10 @@ def _upgrade(
         for choice in choices:
             attempt = [*overrides, (pattern, choice)]
             try:
-                candidate = _plan(config, best.type, pad, attempt, has_imatrix)
+                candidate = _plan(shape, best.type, pad, attempt, has_imatrix)
             except ConversionError:  # all matching tensors are overridden already
                 break
-            fits = estimate_memory(config, candidate, n_ctx).total <= n_bytes
+            fits = estimate_memory(shape, candidate, n_ctx).total <= n_bytes
             if fits and candidate.n_bytes > best.n_bytes:
                 best, overrides = candidate, attempt
                 break

@@ -5,7 +5,7 @@ which is not a multiple of the 256 weights of a k-quant block. There are two sol
 
 - *fallback*: another type for those rows, with more bits and several times slower on a CPU;
 - *padding*: longer feed-forward parts whose new rows in gate and up, and new columns in down, are zero. The
-  output is exactly the same, since gelu(0) * 0 = 0, and the file is an ordinary one with another
+  output is exactly the same, since act(0) * 0 = 0, and the file is an ordinary one with another
   feed-forward length.
 """
 
@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from pydiffusion import _native
-from pydiffusion.convert.architectures.diffusion_gemma.metadata import ARCHITECTURE
-from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import FLOAT32_KINDS, split_name
+from pydiffusion.convert.checkpoint.tensor_map import TensorKinds, split_name
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.convert.gguf.tensor_types import BLOCK_SIZES, LARGEST_BLOCK, fit_to_rows
 from pydiffusion.convert.quantization.recipes import LAYERS, NEEDS_IMATRIX, RECIPES, Recipe
@@ -79,6 +78,7 @@ class TypePlan:
 def plan_types(
     tensors: Iterable[tuple[str, tuple[int, ...]]],
     recipe_name: str,
+    kinds: TensorKinds,
     *,
     pad: bool | None = None,
     overrides: Overrides = (),
@@ -89,6 +89,7 @@ def plan_types(
     Args:
         tensors: names of GGUF tensors and their shapes (C order).
         recipe_name: one of :data:`~pydiffusion.convert.TYPES`.
+        kinds: those of the tensors' architecture.
         pad: True pads every feed-forward length to a multiple of 256, False none, None those for which the
             file gets smaller or hardly larger than with fallbacks.
         overrides: regular expressions, searched in the name, and the types of matching tensors.
@@ -100,8 +101,8 @@ def plan_types(
     """
     shapes = dict(tensors)
     recipe = RECIPES[recipe_name]
-    wanted = _wanted_types(shapes, recipe, has_imatrix)
-    _override(wanted, overrides)
+    wanted = _wanted_types(shapes, recipe, kinds, has_imatrix)
+    _override(wanted, overrides, kinds)
     plan = TypePlan(notes=[f"{recipe_name} is {recipe.note}"] if recipe.note else [])
     padded = dict(shapes)
     for part in FEED_FORWARDS:
@@ -138,7 +139,7 @@ def require_imatrix(plan: TypePlan, covered: Iterable[str] = ()) -> None:
         )
 
 
-def _wanted_types(shapes: Shapes, recipe: Recipe, has_imatrix: bool) -> dict[str, str]:
+def _wanted_types(shapes: Shapes, recipe: Recipe, kinds: TensorKinds, has_imatrix: bool) -> dict[str, str]:
     """Types by the recipe alone.
 
     For rules by layer, the index is a tensor's rank among those of its kind, as in existing files:
@@ -146,18 +147,19 @@ def _wanted_types(shapes: Shapes, recipe: Recipe, has_imatrix: bool) -> dict[str
     """
     ranks: dict[str, list[tuple[int, str]]] = {}
     for name in shapes:
-        kind, layer = split_name(name)
-        ranks.setdefault(kind, []).append((-1 if layer is None else layer, name))
+        _, layer = split_name(name)
+        ranks.setdefault(kinds.kind(name), []).append((-1 if layer is None else layer, name))
     types: dict[str, str] = {}
     for kind, members in ranks.items():
         for index, (_, name) in enumerate(sorted(members)):
-            types[name] = _wanted_type(kind, index, len(members), recipe, has_imatrix)
+            if kind in kinds.float32:
+                types[name] = "F32"
+            else:
+                types[name] = _wanted_type(kind, index, len(members), recipe, has_imatrix)
     return types
 
 
 def _wanted_type(kind: str, index: int, count: int, recipe: Recipe, has_imatrix: bool) -> str:
-    if kind in FLOAT32_KINDS:
-        return "F32"
     if kind in _HEAD_KINDS:
         return recipe.head
     for rule in recipe.rules:
@@ -167,9 +169,9 @@ def _wanted_type(kind: str, index: int, count: int, recipe: Recipe, has_imatrix:
     return recipe.default
 
 
-def _override(types: dict[str, str], overrides: Overrides) -> None:
+def _override(types: dict[str, str], overrides: Overrides, kinds: TensorKinds) -> None:
     check_overrides(overrides)
-    matrices = [name for name in types if split_name(name)[0] not in FLOAT32_KINDS]
+    matrices = [name for name in types if kinds.kind(name) not in kinds.float32]
     decided: set[str] = set()
     for pattern, type_name in overrides:
         matching = {name for name in matrices if re.search(pattern, name)}
@@ -254,8 +256,9 @@ def as_pairs(overrides: Overrides | Mapping[str, str]) -> list[tuple[str, str]]:
 def with_lengths(metadata: Mapping[str, Value], lengths: Mapping[str, tuple[int, int]]) -> dict[str, Value]:
     """Set the padded feed-forward lengths in the metadata; a per-layer array stays one."""
     result = dict(metadata)
+    architecture = metadata["general.architecture"].value
     for key, (_, new) in lengths.items():
-        old = result.get(f"{ARCHITECTURE}.{key}", Value("u32", 0))
+        old = result.get(f"{architecture}.{key}", Value("u32", 0))
         value = [new] * len(old.value) if isinstance(old.value, list) else new
-        result[f"{ARCHITECTURE}.{key}"] = Value(old.type, value)
+        result[f"{architecture}.{key}"] = Value(old.type, value)
     return result

@@ -1,21 +1,23 @@
-// DiffusionGemma's transformer layer, shared by encoder and denoiser, which differ only in embedding, mask,
-// layer scale and use of the cache.
+// DiffusionGemma. Encoder and denoiser share its layers, and differ in embedding, mask and layer scale only.
 #pragma once
 
-#include <cstdint>
-
-#include "backend/cpu/attention.h"
-#include "graph/graph_builder.h"
+#include "model/architecture.h"
 
 namespace pydiffusion {
 
-enum class Mode { encoder, decoder };
+class DiffusionGemma : public Architecture {
+  public:
+    const char* name() const override { return "diffusion-gemma"; }
 
-// Writes the layer's K and V of x [d, n_tokens] to the rows after each sequence's cache.
-void store_keys_and_values(GraphBuilder& g, int32_t i_layer, ggml_tensor* x);
+    // diffusion_gemma_file.cpp
+    void read_hparams(const KeyReader& keys, Hparams& hparams) const override;
+    void load_weights(WeightsLoader& load, const Hparams& hparams, Weights& weights) const override;
 
-// One layer, x [d, n_tokens] -> [d, n_tokens]: stores K and V, then attends over the visible rows of the
-// caches, causally unless `causal` is null.
-ggml_tensor* apply_layer(GraphBuilder& g, int32_t i_layer, Mode mode, ggml_tensor* x, const Causal* causal);
+    // diffusion_gemma.cpp
+    ggml_tensor* embed_prompt(GraphBuilder& g, ggml_tensor* tokens) const override;
+    ggml_tensor* embed_canvas(GraphBuilder& g, ggml_tensor* tokens, ggml_tensor* soft) const override;
+    ggml_tensor* layer(GraphBuilder& g, int32_t i_layer, ggml_tensor* x) const override;
+    void store_keys_and_values(GraphBuilder& g, int32_t i_layer, ggml_tensor* x) const override;
+};
 
 }  // namespace pydiffusion

@@ -28,15 +28,6 @@ void force_one_matmul_kernel() {
 
 constexpr size_t kMaxBackends = 16;  // GGML_SCHED_MAX_BACKENDS, the CPU's included
 
-// `device` is "host" or a supported GPU.
-std::unique_ptr<StepBackend> make_step_backend(ggml_backend_t device) {
-#if defined(PYDIFFUSION_CUDA)
-    if (is_supported_gpu(ggml_backend_get_device(device))) return make_cuda_step_backend(device);
-#endif
-    (void)device;
-    return make_host_step_backend();
-}
-
 }  // namespace
 
 Backend::Backend(int n_threads, const std::string& device, const std::string& kernels)
@@ -58,6 +49,7 @@ Backend::Backend(int n_threads, const std::string& device, const std::string& ke
             throw Error(ErrorKind::argument,
                         format("device names %zu devices; give 1 to %zu", devices_.size(), kMaxBackends - 1));
         step_backend_ = make_step_backend(devices_.back().get());
+        if (!step_backend_) throw Error(ErrorKind::argument, why_no_device(name));
         cpu_.reset(ggml_backend_cpu_init());
         if (!cpu_)
             throw Error(ErrorKind::out_of_memory, "out of memory: failed to create ggml's CPU backend");

@@ -1,24 +1,15 @@
 #include "backend/devices.h"
 
-#include "util/error.h"
-
-#if defined(PYDIFFUSION_CUDA)
 #include "backend/own_kernels.h"
-#include "ggml-cuda.h"
-#endif
+#include "backend/step_backend.h"
+#include "util/error.h"
 
 namespace pydiffusion {
 
-// Only CUDA has a StepBackend.
 bool is_supported_gpu(ggml_backend_dev_t device) {
-#if defined(PYDIFFUSION_CUDA)
     const enum ggml_backend_dev_type type = ggml_backend_dev_type(device);
     return (type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) &&
-           ggml_backend_dev_backend_reg(device) == ggml_backend_cuda_reg();
-#else
-    (void)device;
-    return false;
-#endif
+           has_step_backend(device);
 }
 
 namespace {

@@ -13,6 +13,7 @@ struct FakeDevice {
     FakeDevice(ggml_backend_t cpu_backend);
 
     ggml_backend_ptr cpu;
+    ggml_backend_reg registry = {};
     ggml_backend_device device = {};
     ggml_backend_buffer_type buffer_type = {};
     ggml_backend backend = {};
@@ -20,6 +21,7 @@ struct FakeDevice {
 
 FakeDevice& of(ggml_backend_dev_t device) { return *static_cast<FakeDevice*>(device->context); }
 
+const char* name_of_registry(ggml_backend_reg_t) { return kFakeRegistry; }
 const char* name_of_device(ggml_backend_dev_t) { return "host"; }
 const char* description_of(ggml_backend_dev_t) { return "CPU posing as a GPU"; }
 void get_no_memory(ggml_backend_dev_t, size_t* free, size_t* total) { *free = *total = 0; }
@@ -95,7 +97,8 @@ ggml_status compute_graph(ggml_backend_t backend, ggml_cgraph* graph) {
 
 FakeDevice::FakeDevice(ggml_backend_t cpu_backend) : cpu(cpu_backend) {
     device.context = this;
-    device.reg = ggml_backend_cpu_reg();
+    registry.iface.get_name = name_of_registry;
+    device.reg = &registry;
     device.iface.get_name = name_of_device;
     device.iface.get_description = description_of;
     device.iface.get_memory = get_no_memory;

@@ -7,6 +7,9 @@
 
 namespace pydiffusion {
 
+// Name of the ggml registry that the device says it is from.
+constexpr char kFakeRegistry[] = "host";
+
 // `threads` must outlive the backend, and the backend its buffers. Null if out of memory.
 ggml_backend_ptr make_fake_device(int n_threads, ggml_threadpool_t threads);
 

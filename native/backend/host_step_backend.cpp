@@ -159,6 +159,8 @@ class HostStepBackend : public StepBackend {
 
 }  // namespace
 
-std::unique_ptr<StepBackend> make_host_step_backend() { return std::make_unique<HostStepBackend>(); }
+std::unique_ptr<StepBackend> make_host_step_backend(ggml_backend_t) {
+    return std::make_unique<HostStepBackend>();
+}
 
 }  // namespace pydiffusion

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 
 #include "ggml-backend.h"
 #include "sampler/step_state.h"
@@ -38,11 +39,20 @@ class StepBackend {
     virtual double copy_rate() = 0;
 };
 
-// Reference implementation on the CPU, warp by warp and lane by lane: tests the arithmetic without a GPU.
-std::unique_ptr<StepBackend> make_host_step_backend();
+// The implementation registered for a device; null if there is none. `backend` must outlive the result.
+std::unique_ptr<StepBackend> make_step_backend(ggml_backend_t backend);
+// Whether make_step_backend() has one for the device.
+bool has_step_backend(ggml_backend_dev_t device);
 
+// Adds one for the devices of a ggml backend besides those built in, by the name of ggml's registry of its
+// devices ("CUDA"). Not thread-safe.
+using MakeStepBackend = std::unique_ptr<StepBackend> (*)(ggml_backend_t backend);
+void register_step_backend(const std::string& ggml_backend, MakeStepBackend make);
+
+// The implementations. That of the host is the reference, on the CPU, warp by warp and lane by lane: tests
+// the arithmetic without a GPU.
+std::unique_ptr<StepBackend> make_host_step_backend(ggml_backend_t backend = nullptr);
 #if defined(PYDIFFUSION_CUDA)
-// `backend` is a CUDA backend, and must outlive the result.
 std::unique_ptr<StepBackend> make_cuda_step_backend(ggml_backend_t backend);
 #endif
 

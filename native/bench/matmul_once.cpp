@@ -24,11 +24,13 @@ std::vector<float> matmul_once(const MatmulTask& task) {
                            task.experts ? task.n_activations : 1);
     ggml_tensor* experts =
         task.experts ? ggml_new_tensor_2d(ctx, GGML_TYPE_I32, task.n_used, task.n_activations) : nullptr;
-    Matmul matmul(ctx, backend.kernel(), backend.on_device(), false);
+    Matmul matmul(ctx, backend.kernel());
     const bool repacked = experts && backend.repacks(weight);
     if (repacked) mark_repacked(weight);
     ExpertMatmuls expert_matmuls(ctx, backend);
-    ggml_tensor* result = experts ? expert_matmuls.apply(weight, x, experts) : matmul.apply(weight, x);
+    ggml_tensor* result = experts               ? expert_matmuls.apply(weight, x, experts)
+                          : backend.on_device() ? ggml_matmul(ctx, weight, x)
+                                                : matmul.apply(weight, x);
     if (!result) result = matmul.apply(weight, x, experts);
     const ggml_backend_buffer_ptr buffer(
         ggml_backend_alloc_ctx_tensors_from_buft(ctx, backend.buffer_type()));

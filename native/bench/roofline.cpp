@@ -67,7 +67,7 @@ double measure_matrix_rate(int n_threads, ggml_type type, const std::string& dev
     const ggml_context_ptr context(ggml_init(params));
     ggml_tensor* weight = ggml_new_tensor_2d(context.get(), type, n, n);
     ggml_tensor* activations = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, n, n_activations);
-    gemm::Matmul matmul(context.get(), backend.kernel(), backend.on_device(), false);
+    gemm::Matmul matmul(context.get(), backend.kernel());
     std::vector<ggml_tensor*> results;
     ggml_cgraph* graph = ggml_new_graph(context.get());
     for (int i = 0; i < n_matmuls; ++i) {

@@ -12,13 +12,13 @@ namespace {
 
 // Per session: its Step, None if its generation had ended, or the exception that ended it.
 nb::list next_steps(Batch& batch, const std::vector<Session*>& sessions) {
-    std::vector<Batch::Outcome> outcomes;
+    std::vector<StepOutcome> outcomes;
     {
         const WithoutGil release;
         outcomes = batch.next_steps(sessions, [](int32_t) { check_signals(); });
     }
     nb::list result;
-    for (Batch::Outcome& outcome : outcomes) {
+    for (StepOutcome& outcome : outcomes) {
         if (outcome.error) {
             result.append(to_exception(outcome.error));
         } else if (outcome.result.step == 0) {

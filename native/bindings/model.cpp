@@ -11,6 +11,7 @@
 #include "bindings/bindings.h"
 #include "bindings/session_types.h"
 #include "runtime/device_planner.h"
+#include "sampler/registry.h"
 #include "util/error.h"
 
 namespace pydiffusion {
@@ -162,7 +163,7 @@ nb::dict hparams_dict(const Hparams& hp) {
     d["sliding"] = sliding;
     d["head_dim"] = head_dim;
     d["n_head_kv"] = n_head_kv;
-    for (const SamplerOption& option : entropy_bound_table().options)
+    for (const SamplerOption& option : sampler_table(hp.sampler_name).options)
         d[option.name] = option_value(option, hp.sampler.at(option.name));
     return d;
 }

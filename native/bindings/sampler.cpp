@@ -3,7 +3,7 @@
 #include "sampler/entropy_bound.h"
 #include "sampler/logits.h"
 #include "sampler/philox.h"
-#include "sampler/sampler_options.h"
+#include "sampler/registry.h"
 #include "util/error.h"
 
 namespace pydiffusion {

@@ -1,5 +1,3 @@
-#include "runtime/session.h"
-
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -9,6 +7,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/session_types.h"
+#include "runtime/step.h"
 #include "util/error.h"
 
 namespace pydiffusion {
@@ -85,6 +84,14 @@ void restore(Session& session, const Array1<int32_t>& tokens,
     session.restore(to_vector(tokens), rows);
 }
 
+void copy_from(Session& session, const Session& source) {
+    if (&session == &source) return;
+    const WithoutGil release;
+    const Session::ReadUse reading(source);  // first: if it fails, the session's generation continues
+    const Session::Use use(session);
+    session.copy_from(source);
+}
+
 void truncate(Session& session, int32_t n) {
     const WithoutGil release;
     const Session::Use use(session);
@@ -142,25 +149,18 @@ nb::dict profile_step(Session& session, bool by_operation) {
     return result;
 }
 
-nb::object next_step(Session& session) {
-    StepResult result;
-    {
-        const WithoutGil release;
-        const Session::Use use(session);
-        if (!session.next_step(result, ignore_chunks)) return nb::none();
-    }
-    return nb::cast(std::move(result));
+std::optional<StepResult> run_step(Session& session) {
+    const WithoutGil release;
+    return next_step(session, ignore_chunks);
 }
 
-nb::object impose(Session& session, const Array1<int32_t>& tokens) {
-    StepResult result;
+StepResult impose(Session& session, const Array1<int32_t>& tokens) {
     const std::vector<int32_t> chosen = to_vector(tokens);
-    {
-        const WithoutGil release;
-        const Session::Use use(session);
-        session.impose(chosen, result);
-    }
-    return nb::cast(std::move(result));
+    const WithoutGil release;
+    const Session::Use use(session);
+    StepResult result;
+    session.impose(chosen, result);
+    return result;
 }
 
 nb::tuple candidates(Session& session, int32_t k, const Array1<int32_t>& extra) {
@@ -268,6 +268,9 @@ void bind_session(nb::module_& m) {
         .def("restore", restore, nb::arg("tokens").noconvert(), nb::arg("layers"),
              "Replace the content by tokens and cache_rows() of a session of the same model and KV cache "
              "type.")
+        .def("copy_from", copy_from, nb::arg("source"),
+             "Replace the content by a copy of another session's, which may have another n_ctx; the session "
+             "itself: nothing happens.")
         .def("truncate", truncate, nb::arg("n"))
         .def("denoise", denoise, nb::arg("canvas").noconvert(),
              nb::arg("self_conditioning").noconvert().none())
@@ -279,8 +282,9 @@ void bind_session(nb::module_& m) {
                const std::optional<Array1<uint8_t>>& hold, float dropped_mass, int32_t canvas_length,
                bool trim_after_eos, bool guided) {
                 const Session::Use use(session);
-                session.begin({max_tokens, steps, t_min, t_max, entropy_bound, stability_threshold,
-                               confidence_threshold, seed, std::move(eos),
+                const SamplerParams sampler = {
+                    steps, t_min, t_max, entropy_bound, stability_threshold, confidence_threshold, seed};
+                session.begin({sampler, max_tokens, std::move(eos),
                                canvas ? to_vector(*canvas) : std::vector<int32_t>(),
                                hold ? to_vector(*hold) : std::vector<uint8_t>(), dropped_mass, canvas_length,
                                trim_after_eos, guided});
@@ -290,7 +294,7 @@ void bind_session(nb::module_& m) {
             nb::arg("seed"), nb::arg("eos"), nb::arg("canvas").noconvert() = nb::none(),
             nb::arg("hold").noconvert() = nb::none(), nb::arg("dropped_mass") = 0.0f,
             nb::arg("canvas_length") = 0, nb::arg("trim_after_eos") = false, nb::arg("guided") = false)
-        .def("next_step", next_step, "Run one denoising step of the generation; None after its end.")
+        .def("next_step", run_step, "Run one denoising step of the generation; None after its end.")
         .def("impose", impose, nb::arg("tokens").noconvert(),
              "Second half of a guided step: these tokens are its draft and fill the accepted positions.")
         .def("amend", amend, nb::arg("tokens").noconvert(),

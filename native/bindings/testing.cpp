@@ -5,12 +5,13 @@
 #include <algorithm>
 
 #include "backend/cpu/amx/weighted_sums.h"
-#include "backend/ggml/ggml_ops.h"
 #include "backend/graph_executor.h"
+#include "backend/ops/ggml_attention.h"
 #include "backend/step_backend.h"
 #include "bench/matmul_once.h"
 #include "bindings/bindings.h"
 #include "ggml-cpp.h"
+#include "model/architecture.h"
 #include "sampler/logits.h"
 #include "util/error.h"
 
@@ -237,6 +238,8 @@ void bind_testing(nb::module_& parent) {
           nb::arg("x").noconvert(), nb::arg("experts").noconvert() = nb::none(), nb::arg("n_experts") = 1,
           nb::arg("n_threads") = 1, nb::arg("device") = "cpu",
           "Activations times rows of weights, by the matmuls of a model's graphs.");
+    m.attr("toy_architecture") =
+        find_architecture("masked-toy") != nullptr;  // built with PYDIFFUSION_TESTING
     m.def("weighted_sums", weighted_sums, nb::arg("p").noconvert(), nb::arg("rows").noconvert(),
           nb::arg("type"), nb::arg("n_inner"),
           "Sums of embedding rows weighted by probabilities, computed with AMX.");

@@ -1,19 +1,20 @@
-// Graph builder: sequences, inputs and masks of a graph, and the operations that layers are built from.
+// Graph builder: sequences and inputs of a graph, attention over their caches.
 #pragma once
 
 #include <cstdlib>
+#include <deque>
 #include <memory>
-#include <optional>
 
-#include "backend/cpu/attention.h"
-#include "backend/cpu/matmul.h"
-#include "backend/expert_nodes.h"
-#include "backend/ggml/ggml_ops.h"
 #include "backend/graph_executor.h"
+#include "backend/graph_inputs.h"
+#include "backend/ops/ops.h"
 #include "kv_cache/kv_cache.h"
 #include "model/model.h"
 
 namespace pydiffusion {
+
+// Causal attention over a prompt, or bidirectional over canvases.
+enum class Mode { encoder, decoder };
 
 // Tokens of one sequence in a graph, and the cache that they attend to.
 struct Sequence {
@@ -40,30 +41,41 @@ struct GraphBuilder {
     // memory: for the graph's tensors, if one graph follows another: ggml recognizes a CUDA graph by the
     // address of its first node, and updates it, which is faster than instantiating a new one. The graph that
     // used it before must be gone.
-    GraphBuilder(const Model& model, std::vector<Sequence> sequences, GraphMemory* memory = nullptr);
+    GraphBuilder(const Model& model, Mode mode, std::vector<Sequence> sequences,
+                 GraphMemory* memory = nullptr);
 
     const Model& model;
-    std::vector<Sequence> sequences;
+    const Mode mode;
+    const std::vector<Sequence> sequences;
     ggml_context_ptr context;
     ggml_cgraph* graph;
-    std::optional<gemm::Matmul> matmul;           // builds matmuls with weights
-    std::optional<ExpertMatmuls> expert_matmuls;  // on devices
+    std::unique_ptr<GraphInputs> inputs;
+    std::unique_ptr<Ops> ops;
 
     ggml_context* ctx() const { return context.get(); }
     int64_t n_tokens() const;  // of all sequences
+    int32_t head_dim(int32_t i_layer) const { return model.hparams.layers[i_layer].head_dim; }
+    // Whether the layer's experts are on its own device.
+    bool has_experts_with_layer(int32_t i_layer) const {
+        return model.device_plan.experts_device(i_layer) == model.device_plan.layer_device(i_layer);
+    }
 
-    // An input tensor: written before a run of the graph, kept until the next write. Graphs of ggml ops have
-    // inputs in device memory: new_input() in the last device's, new_input_on() in any (or the CPU's).
-    ggml_tensor* new_input(ggml_type type, int64_t n0, int64_t n1 = 1);
-    ggml_tensor* new_input_on(int32_t device, ggml_type type, int64_t n0, int64_t n1);
-    // Sets the tokens' positions; only after allocate().
-    void set_positions(const std::vector<int32_t>& positions);
-    // Pins the tensor, or all nodes from first_node on, to the weight's device, whatever the scheduler would
-    // choose.
-    void pin_to_device_of(const ggml_tensor* weight, ggml_tensor* tensor);
-    void pin_to_device_of(const ggml_tensor* weight, int first_node);
+    // Input of the first layer: the tokens' ids, I32 [n_tokens], on the device that embeds.
+    ggml_tensor* new_tokens() {
+        return inputs->add(model.backend.n_devices() - 1, GGML_TYPE_I32, n_tokens());
+    }
+    ggml_tensor* embed(ggml_tensor* tokens) const;  // their embedding rows, scaled -> [d, n_tokens]
+
+    // Q, K and V before norm and RoPE -> [head_dim * n_head, n_tokens]: writes K and V to the rows after each
+    // sequence's cache, then attends over the visible rows. scale: of Q.
+    ggml_tensor* attention(int32_t i_layer, const Heads& heads, const HeadNorms& norms, float scale = 1.0f);
+    // Only writes K and V.
+    void store(int32_t i_layer, const Heads& heads, const HeadNorms& norms);
+
     // Allocates the graph and fills the masks. `what` names the graph in an out-of-memory error.
     void allocate(GraphExecutor& executor, const char* what) const;
+    // Sets the tokens' positions; only after allocate().
+    void set_positions(const std::vector<int32_t>& positions);
 
     // Assigns tensors created from here on to a part of the step, for profiling. `name` must be a literal.
     void begin_part(const char* name) { parts.push_back({name, ggml_used_mem(ctx())}); }
@@ -75,65 +87,19 @@ struct GraphBuilder {
     };
     std::vector<Part> parts;
 
-    // Graphs of ggml ops: attention mask of a sequence in a layer, shared by a device's layers of a kind.
-    ggml_ops::Mask mask(size_t i_sequence, int32_t i_layer, int64_t n_visible, const Causal* causal);
-
-    bool uses_ggml_ops() const { return model.backend.on_device(); }
-    bool fuses_rows() const { return model.backend.fuses_rows(); }
-    static bool is_on_device(const ggml_tensor* weight) {
-        return !ggml_backend_buffer_is_host(weight->buffer);
-    }
-
-    // type: F32, or what Matmul::activation_type() wants.
-    ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr,
-                          ggml_type type = GGML_TYPE_F32) const;
-    // gelu(gate) * up
-    ggml_tensor* gated_gelu(ggml_tensor* gate, ggml_tensor* up, ggml_type type = GGML_TYPE_F32) const;
-    ggml_tensor* concat_tokens(const std::vector<ggml_tensor*>& parts) const;  // [d, n_i] -> [d, sum of n_i]
-    // x + rms_norm(branch, weight)
-    ggml_tensor* add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) const;
-    // RoPE of rms_norm(x, weight); x [head_dim, n_heads, n] holds the graph's tokens from `first` on
-    ggml_tensor* norm_and_rope(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer, int64_t first = 0);
-    // Expert matmul, as gemm::Matmul::apply.
-    ggml_tensor* multiply_experts(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* experts);
-    // Writes rms_norm(x), with a weight norm_and_rope(x, weight), to rows of a cache from `row` on.
-    void store_normed(ggml_tensor* x, ggml_tensor* weight, int32_t i_layer, int64_t first, ggml_tensor* cache,
-                      int64_t row);
-    // Both for Q, K and V of a sequence at once; returns Q. K and V go to the rows that the range says.
-    ggml_tensor* rotate_and_store(ggml_tensor* q, ggml_tensor* k, ggml_tensor* v, int32_t i_layer,
-                                  int64_t first, const KvRange& range);
-    // MLP of rms_norm(x, norm); gate_up is null, or gate and up concatenated. beside_experts: as
-    // mlp_beside() if the device can.
-    ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* norm, ggml_tensor* gate, ggml_tensor* up,
-                     ggml_tensor* gate_up, ggml_tensor* down, bool beside_experts = false);
-    ggml_tensor* embed(ggml_tensor* ids) const;  // embedding rows times sqrt(d) -> [d, n_tokens]
-
   private:
-    struct MaskKey {
+    struct LayerMask {
         size_t i_sequence;
-        int32_t device;
         bool sliding;
-        ggml_ops::Mask mask;
+        Causal causal;
     };
-    // Cosines and sines of the tokens' RoPE angles, shared by a device's layers of the same kind; see
-    // rotate_normed in fused_rows.h.
-    struct Angles {
-        bool sliding;
-        int32_t device;
-        ggml_tensor* tensor;
-    };
-    // Those of n tokens of the graph from `first` on.
-    ggml_tensor* angles(int64_t head_dim, int32_t i_layer, int64_t first, int64_t n);
-    // View of n rows of a cache as heads.
-    ggml_tensor* cache_heads(ggml_tensor* cache, int64_t head_dim, int64_t first, int64_t n) const;
+    Rope rope(int32_t i_layer) const;
+    // Null for canvases.
+    const Causal* causal(size_t i_sequence, int32_t i_layer);
+    ggml_tensor* attend(size_t i_sequence, int32_t i_layer, ggml_tensor* q);
 
-    // Graphs of ggml ops: I32 [n_tokens] for the CPU, then each device; null until a layer needs it.
-    std::vector<ggml_tensor*> positions_;
-    std::vector<Angles> angles_;              // graphs with fused rows
+    std::deque<LayerMask> causal_;            // nodes point to them
     std::vector<int32_t> written_positions_;  // argument of the last set_positions()
-    std::vector<MaskKey> masks_;
-    GraphExecutor::Pinned pinned_;
-    std::vector<ggml_context_ptr> input_contexts_;  // graphs of ggml ops: the CPU's, then each device's
 };
 
 }  // namespace pydiffusion

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "backend/ggml/ggml_ops.h"
+#include "backend/ops/ggml_attention.h"
 #include "ggml-alloc.h"
 #include "kv_cache/kv_layout.h"
 #include "util/error.h"
@@ -27,6 +27,22 @@ void move_to_front(ggml_tensor* t, size_t from, size_t n) {
     std::vector<uint8_t> rows(n);
     ggml_backend_tensor_get(t, rows.data(), from, n);
     ggml_backend_tensor_set(t, rows.data(), 0, n);
+}
+
+ggml_tensor rows_of(const ggml_tensor* t, int64_t first, int64_t n) {
+    ggml_tensor rows = *t;
+    rows.ne[1] = n;
+    rows.nb[2] = rows.nb[3] = n * rows.nb[1];
+    rows.data = static_cast<char*>(t->data) + first * rows.nb[1];
+    return rows;
+}
+
+// Copies rows [first, first + n) of a tensor to the beginning of another, without the host where it can.
+void copy_rows(const ggml_tensor* source, int64_t first, int64_t n, const ggml_tensor* target) {
+    if (n == 0) return;
+    const ggml_tensor from = rows_of(source, first, n);
+    ggml_tensor to = rows_of(target, 0, n);
+    ggml_backend_tensor_copy(&from, &to);
 }
 
 }  // namespace
@@ -181,15 +197,38 @@ void KvCache::read_rows(int32_t i_layer, bool values, uint8_t* target) const {
 }
 
 void KvCache::restore(int32_t n, const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows) {
-    clear();
-    n_past_ = n;
-    base_ = tile_start(n, window_);
+    reset_to(n);
     for (size_t i = 0; i < layers_.size(); ++i) {
         const size_t n_bytes = static_cast<size_t>(layers_[i].sliding ? n - base_ : n) * layers_[i].k->nb[1];
         if (n_bytes == 0) continue;
         ggml_backend_tensor_set(layers_[i].k, rows[i].first, 0, n_bytes);
         ggml_backend_tensor_set(layers_[i].v, rows[i].second, 0, n_bytes);
     }
+}
+
+void KvCache::copy_from(const KvCache& source) {
+    const auto is_alike = [](const Layer& a, const Layer& b) {
+        return a.sliding == b.sliding && a.k->type == b.k->type && a.k->ne[0] == b.k->ne[0];
+    };
+    if (window_ != source.window_ ||
+        !std::equal(layers_.begin(), layers_.end(), source.layers_.begin(), source.layers_.end(), is_alike)) {
+        throw Error(ErrorKind::argument, "the KV cache to copy is of another model or type");
+    }
+    reset_to(source.n_past_);
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        const Layer &from = source.layers_[i], &to = layers_[i];
+        const int32_t first = to.sliding ? base_ - source.base_ : 0;
+        const int32_t n = to.sliding ? n_past_ - base_ : n_past_.load();
+        copy_rows(from.k, first, n, to.k);
+        copy_rows(from.v, first, n, to.v);
+    }
+}
+
+// Drops everything and makes room for n tokens whose rows the caller writes.
+void KvCache::reset_to(int32_t n) {
+    clear();
+    n_past_ = n;
+    base_ = first_kept();
 }
 
 }  // namespace pydiffusion

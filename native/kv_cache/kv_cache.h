@@ -76,6 +76,9 @@ class KvCache {
 
     // Replaces the content by rows from read_rows(): n tokens, (k, v) per layer.
     void restore(int32_t n, const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows);
+    // The same by the rows of another cache, from buffer to buffer; that one may have room for another number
+    // of tokens. Throws Error(argument) if its layers or its type differ.
+    void copy_from(const KvCache& source);
 
   private:
     struct Layer {
@@ -90,6 +93,7 @@ class KvCache {
         std::vector<uint8_t> rows;
     };
 
+    void reset_to(int32_t n);
     void allocate(ggml_context* context, ggml_backend_buffer_type_t type, int32_t n_ctx);
     static uint64_t next_version();
     void drop_rows_before(int32_t position);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "gguf/gguf_file.h"
@@ -9,32 +10,40 @@
 
 namespace pydiffusion {
 
+class Architecture;
+
 struct LayerShape {
-    bool sliding;      // sliding-window attention; otherwise full attention without a V projection
+    bool sliding;      // sliding-window attention; otherwise full attention
     int32_t head_dim;  // of queries, keys and values
     int32_t n_head_kv;
 };
 
+// Of any architecture; what a model does not have is 0.
 struct Hparams {
-    int32_t n_layer;
-    int32_t n_ctx_train;
-    int32_t n_embd;
-    int32_t n_vocab;
-    int32_t n_ff;  // dense MLP; also that of self-conditioning
-    int32_t n_ff_expert;
-    int32_t n_expert;
-    int32_t n_expert_used;
-    int32_t n_head;
-    int32_t window;  // keys visible in sliding layers, including the token itself
-    int32_t canvas_length;
-    float rms_eps;
-    float soft_cap;       // of the final logits
-    float rope_base;      // full layers, whose frequencies are divided by rope_freqs.weight
-    float rope_base_swa;  // sliding layers
+    const Architecture* architecture;
+    int32_t n_layer = 0;
+    int32_t n_ctx_train = 0;
+    int32_t n_embd = 0;
+    int32_t n_vocab = 0;
+    int32_t n_ff = 0;  // dense MLP; also that of self-conditioning
+    int32_t n_ff_expert = 0;
+    int32_t n_expert = 0;
+    int32_t n_expert_used = 0;
+    int32_t n_head = 0;
+    int32_t window = 0;  // keys visible in sliding layers, including the token itself
+    int32_t canvas_length = 0;
+    float rms_eps = 0.0f;
+    float soft_cap = 0.0f;         // of the final logits
+    float embedding_scale = 1.0f;  // of embedded tokens and of the soft embedding
+    float rope_base =
+        0.0f;  // full layers, whose frequencies are divided by rope_freqs.weight if there is one
+    float rope_base_swa = 0.0f;  // sliding layers
     std::vector<LayerShape> layers;
-    SamplerValues sampler;  // defaults: the file's, otherwise the reference implementation's
+    std::string sampler_name = "entropy-bound";
+    int32_t mask_token = -1;  // with which a canvas begins, for samplers that unmask
+    SamplerValues sampler;    // defaults: the file's, otherwise the reference implementation's
 
-    // Throws Error(unsupported) for another architecture or feature, Error(format) for invalid values.
+    // Throws Error(unsupported) for an unknown architecture or feature, Error(format) for invalid values.
     explicit Hparams(const GgufFile& file);
 };
 

@@ -16,45 +16,45 @@
 
 namespace pydiffusion {
 
-// Named as in the GGUF; shapes in ggml's order. Null if optional and absent.
+// The tensors of a layer, of any architecture: named as in the GGUF, shapes in ggml's order; null if absent.
 struct LayerWeights {
     // Matrices that multiply the same activations, concatenated; null unless they are BF16 on a device. The
     // single ones are then views of them.
-    ggml_tensor* attn_qkv;             // [d, (n_head + 2 * n_head_kv) * head_dim], without V in full layers
-    ggml_tensor* ffn_gate_up;          // [d, 2 * n_ff]
-    ggml_tensor* attn_norm;            // [d]
-    ggml_tensor* attn_q;               // [d, head_dim * n_head]
-    ggml_tensor* attn_k;               // [d, head_dim * n_head_kv]
-    ggml_tensor* attn_v;               // as attn_k; null in full layers, which compute V with attn_k
-    ggml_tensor* attn_output;          // [head_dim * n_head, d]
-    ggml_tensor* attn_q_norm;          // [head_dim]
-    ggml_tensor* attn_k_norm;          // [head_dim]
-    ggml_tensor* post_attention_norm;  // [d]
-    ggml_tensor* ffn_norm;             // [d]
-    ggml_tensor* ffn_gate;             // [d, n_ff]
-    ggml_tensor* ffn_up;               // [d, n_ff]
-    ggml_tensor* ffn_down;             // [n_ff, d]
-    ggml_tensor* post_ffw_norm_1;      // [d]
-    ggml_tensor* pre_ffw_norm_2;       // [d]
-    ggml_tensor* ffn_gate_inp;         // [d, n_expert], the router
-    ggml_tensor* ffn_gate_inp_scale;   // [d]
-    ggml_tensor*
-        ffn_gate_up_exps;  // [d, 2 * n_ff_expert, n_expert], gate rows first; if null, the next two are set
-    ggml_tensor* ffn_gate_exps;        // [d, n_ff_expert, n_expert]
-    ggml_tensor* ffn_up_exps;          // [d, n_ff_expert, n_expert]
-    ggml_tensor* ffn_down_exps;        // [n_ff_expert, d, n_expert]
-    ggml_tensor* ffn_down_exps_scale;  // [n_expert], the router's per-expert scale
-    ggml_tensor* post_ffw_norm_2;      // [d]
-    ggml_tensor* post_ffw_norm;        // [d]
-    ggml_tensor* decoder_scale;        // [1], layer_output_scale
-    ggml_tensor* encoder_scale;        // [1], enc_layer_output_scale
+    ggml_tensor* attn_qkv = nullptr;     // [d, (n_head + 2 * n_head_kv) * head_dim], without V in full layers
+    ggml_tensor* ffn_gate_up = nullptr;  // [d, 2 * n_ff]
+    ggml_tensor* attn_norm = nullptr;    // [d]
+    ggml_tensor* attn_q = nullptr;       // [d, head_dim * n_head]
+    ggml_tensor* attn_k = nullptr;       // [d, head_dim * n_head_kv]
+    ggml_tensor* attn_v = nullptr;       // as attn_k; null in full layers, which compute V with attn_k
+    ggml_tensor* attn_output = nullptr;  // [head_dim * n_head, d]
+    ggml_tensor* attn_q_norm = nullptr;  // [head_dim]
+    ggml_tensor* attn_k_norm = nullptr;  // [head_dim]
+    ggml_tensor* post_attention_norm = nullptr;  // [d]
+    ggml_tensor* ffn_norm = nullptr;             // [d]
+    ggml_tensor* ffn_gate = nullptr;             // [d, n_ff]
+    ggml_tensor* ffn_up = nullptr;               // [d, n_ff]
+    ggml_tensor* ffn_down = nullptr;             // [n_ff, d]
+    ggml_tensor* post_ffw_norm_1 = nullptr;      // [d]
+    ggml_tensor* pre_ffw_norm_2 = nullptr;       // [d]
+    ggml_tensor* ffn_gate_inp = nullptr;         // [d, n_expert], the router
+    ggml_tensor* ffn_gate_inp_scale = nullptr;   // [d]
+    ggml_tensor* ffn_gate_up_exps =
+        nullptr;  // [d, 2 * n_ff_expert, n_expert], gate rows first; if null, the next two are set
+    ggml_tensor* ffn_gate_exps = nullptr;        // [d, n_ff_expert, n_expert]
+    ggml_tensor* ffn_up_exps = nullptr;          // [d, n_ff_expert, n_expert]
+    ggml_tensor* ffn_down_exps = nullptr;        // [n_ff_expert, d, n_expert]
+    ggml_tensor* ffn_down_exps_scale = nullptr;  // [n_expert], the router's per-expert scale
+    ggml_tensor* post_ffw_norm_2 = nullptr;      // [d]
+    ggml_tensor* post_ffw_norm = nullptr;        // [d]
+    ggml_tensor* decoder_scale = nullptr;        // [1], layer_output_scale
+    ggml_tensor* encoder_scale = nullptr;        // [1], enc_layer_output_scale
 };
 
 struct Weights {
-    // Throws if a tensor is missing or has another shape or a type that this build can't compute with. Copies
-    // to each device the tensors that the plan assigns to it, in the type that the plan gives them, reporting
-    // the fraction done to `progress`; tensors of types that the device can't compute with stay in the
-    // mapping.
+    // Those that the hyperparameters' architecture asks for. Throws if a tensor is missing or has another
+    // shape or a type that this build can't compute with. Copies to each device the tensors that the plan
+    // assigns to it, in the type that the plan gives them, reporting the fraction done to `progress`; tensors
+    // of types that the device can't compute with stay in the mapping.
     Weights(std::shared_ptr<const GgufFile> file, const Hparams& hparams, const DevicePlan& device_plan,
             const Backend& backend, const std::function<void(double)>& progress);
     Weights(const Weights&) = delete;
@@ -66,22 +66,26 @@ struct Weights {
     // [head_dim / 2] for full layers: on the CPU, then on each device; null if a device has no full layer.
     std::vector<ggml_tensor*> rope_freqs;
     std::vector<float> rope_factors;  // the same on the host; empty if there is no full layer
-    ggml_tensor* self_cond_pre_norm;
-    ggml_tensor* self_cond_gate_up;  // as ffn_gate_up
-    ggml_tensor* self_cond_gate;
-    ggml_tensor* self_cond_up;
-    ggml_tensor* self_cond_down;
+    ggml_tensor* self_cond_pre_norm = nullptr;
+    ggml_tensor* self_cond_gate_up = nullptr;  // as ffn_gate_up
+    ggml_tensor* self_cond_gate = nullptr;
+    ggml_tensor* self_cond_up = nullptr;
+    ggml_tensor* self_cond_down = nullptr;
     std::vector<LayerWeights> layers;
 
     std::map<ggml_type, uint64_t> bytes_by_type;
     uint64_t n_weights = 0;
     bool repacked_experts = false;  // on devices, for our kernels
 
+    // By name in the file (the first, if there is one on each device); null if the model has none.
+    ggml_tensor* find(const std::string& name) const;
+
   private:
-    class Loader;
+    friend class WeightsLoader;
     std::shared_ptr<const GgufFile> file_;    // keeps the mapping alive
     std::vector<ggml_context_ptr> contexts_;  // of the mapped tensors, then of each device's
     std::vector<ggml_backend_buffer_ptr> buffers_;
+    std::map<std::string, ggml_tensor*> by_name_;
 };
 
 }  // namespace pydiffusion

@@ -5,12 +5,14 @@
 #include <functional>
 #include <limits>
 
-#include "architectures/diffusion_gemma.h"
+#include "backend/cpu/attention.h"
+#include "backend/cpu/matmul.h"
 #include "backend/cpu/measure_logits.h"
 #include "backend/expert_nodes.h"
 #include "backend/mlp_beside.h"
 #include "backend/step_backend.h"
 #include "ggml-impl.h"
+#include "model/architecture.h"
 #include "util/error.h"
 #include "util/timer.h"
 
@@ -43,7 +45,7 @@ CanvasState::CanvasState(const Model& model) : model_(model) {
     use_large_pages(buffer_.get());
     step_.soft_cap = hp.soft_cap;
     step_.kernel = model.backend.kernel();
-    step_.embedding_scale = std::sqrt(static_cast<float>(hp.n_embd));
+    step_.embedding_scale = hp.embedding_scale;
     step_.u.assign(hp.canvas_length, 0.0f);
     step_.measures.resize(hp.canvas_length);
     step_.normalizers.resize(hp.canvas_length);
@@ -112,23 +114,17 @@ ggml_tensor* Denoiser::soft_embedding_of(GraphBuilder& g, CanvasState& state, in
 
 // Input of the first layer: embedded tokens plus self-conditioning on the previous step, slot by slot.
 ggml_tensor* Denoiser::embed_slots(GraphBuilder& g, const std::vector<Slot>& slots) {
-    const Weights& w = model_.weights;
     g.begin_part("self-conditioning");
     std::vector<ggml_tensor*> parts;
     for (const Slot& slot : slots) parts.push_back(soft_embedding_of(g, *slot.state, slot.n_tokens()));
-    ggml_tensor* soft = g.concat_tokens(parts);
-    ggml_tensor* s = g.mlp(soft, w.self_cond_pre_norm, w.self_cond_gate, w.self_cond_up, w.self_cond_gate_up,
-                           w.self_cond_down);
-    g.begin_part("embedding");
-    return g.rms_norm(ggml_add(g.ctx(), g.embed(canvas_), s));
+    return model_.hparams.architecture->embed_canvas(g, canvas_, g.ops->concat_tokens(parts));
 }
 
 // The head writes directly to the slot's logits: the step has already consumed the previous ones.
 void Denoiser::finish_slot(GraphBuilder& g, CanvasState& state, ggml_tensor* x) {
     g.begin_part("head");
     const Weights& w = model_.weights;
-    ggml_tensor* h = g.rms_norm(x, w.output_norm, g.matmul->activation_type({w.output}));
-    ggml_tensor* head = g.matmul->apply_unpadded(w.output, h);
+    ggml_tensor* head = g.ops->matmul_node(w.output, g.ops->rms_norm(x, w.output_norm, {w.output}));
     ggml_backend_tensor_alloc(state.buffer_.get(), head, state.logits_->data);
     g.begin_part("sampler");
     if (!state.soft_) head = cap_and_measure(g.ctx(), head, &state.step_);
@@ -137,21 +133,19 @@ void Denoiser::finish_slot(GraphBuilder& g, CanvasState& state, ggml_tensor* x) 
 
 void Denoiser::build(const std::vector<Slot>& slots, GraphExecutor& executor) {
     const Hparams& hp = model_.hparams;
-    int64_t n_tokens = 0;
     std::vector<Sequence> sequences;
+    canvases_.clear();
     for (const Slot& slot : slots) {
         sequences.push_back({slot.cache, slot.n_tokens(), slot.n_frozen});
-        n_tokens += slot.n_tokens();
+        canvases_.emplace_back(slot.state, slot.n_tokens());
     }
-    canvases_.clear();
-    for (const Slot& slot : slots) canvases_.emplace_back(slot.state, slot.n_tokens());
     built_.reset();
-    built_ = std::make_unique<GraphBuilder>(model_, std::move(sequences), &graph_memory_);
+    built_ = std::make_unique<GraphBuilder>(model_, Mode::decoder, std::move(sequences), &graph_memory_);
     GraphBuilder& g = *built_;
-    canvas_ = g.new_input(GGML_TYPE_I32, n_tokens);
-    if (imatrix_) g.matmul->keep_activations();
+    canvas_ = g.new_tokens();
+    if (imatrix_) g.ops->keep_activations();
     ggml_tensor* x = embed_slots(g, slots);
-    for (int32_t i = 0; i < hp.n_layer; ++i) x = apply_layer(g, i, Mode::decoder, x, nullptr);
+    for (int32_t i = 0; i < hp.n_layer; ++i) x = hp.architecture->layer(g, i, x);
     int64_t first = 0;
     for (const Slot& slot : slots) {
         const int64_t n = slot.n_tokens();
@@ -186,7 +180,7 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
             cost.bytes += 2.0 * static_cast<double>(ggml_nbytes(b));
             break;
         case GGML_OP_CUSTOM:
-            if (std::string(node->name).rfind("attend", 0) == 0) {  // Q K^T, and softmax times V
+            if (is_attention(node)) {  // Q K^T, and softmax times V
                 cost.operations +=
                     4.0 * static_cast<double>(ggml_nelements(node)) * static_cast<double>(b->ne[1]);
                 cost.bytes += 2.0 * static_cast<double>(ggml_nelements(b) / ggml_blck_size(b->type)) *
@@ -201,7 +195,7 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
                         2.0 * static_cast<double>(ggml_nelements(weight)) * static_cast<double>(a->ne[1]);
                     cost.bytes += static_cast<double>(ggml_nbytes(weight));
                 }
-            } else if (node->name == std::string("soft_embedding")) {  // dense
+            } else if (is_soft_embedding(node)) {  // dense
                 cost.operations +=
                     2.0 * static_cast<double>(b->ne[1]) * static_cast<double>(ggml_nelements(node));
                 cost.bytes += static_cast<double>(ggml_nbytes(b));

@@ -4,7 +4,7 @@
 #include <limits>
 #include <string>
 
-#include "backend/ggml/ggml_ops.h"
+#include "backend/ops/ggml_attention.h"
 #include "ggml-alloc.h"
 #include "kv_cache/kv_layout.h"
 #include "model/limits.h"

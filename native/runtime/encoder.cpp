@@ -1,9 +1,8 @@
 #include "runtime/encoder.h"
 
 #include <algorithm>
-#include <limits>
 
-#include "architectures/diffusion_gemma.h"
+#include "model/architecture.h"
 #include "model/limits.h"
 #include "util/error.h"
 
@@ -17,25 +16,17 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
     const Hparams& hp = model.hparams;
     const auto lock = model.backend.lock_devices();
     cache.prepare(n_tokens);
-    GraphBuilder g(model, {{&cache, n_tokens}});
-    ggml_tensor* tokens = g.new_input(GGML_TYPE_I32, n_tokens);
-    if (imatrix) g.matmul->keep_activations();
-    Causal causal[2];  // [sliding]
+    GraphBuilder g(model, Mode::encoder, {{&cache, n_tokens}});
+    ggml_tensor* tokens = g.new_tokens();
+    if (imatrix) g.ops->keep_activations();
 
-    ggml_tensor* x = g.embed(tokens);
-    for (int32_t i = 0; i < hp.n_layer; ++i) {
-        const bool sliding = hp.layers[i].sliding;
-        causal[sliding] = {cache.causal_range(i).first_position, cache.n_past(),
-                           sliding ? hp.window : std::numeric_limits<int32_t>::max()};
-        // Without `hidden`, only K and V are needed from the last layer.
-        if (i + 1 == hp.n_layer && !hidden) {
-            store_keys_and_values(g, i, x);
-        } else {
-            x = apply_layer(g, i, Mode::encoder, x, &causal[sliding]);
-        }
-    }
-    if (hidden) {
-        x = g.rms_norm(x, model.weights.output_norm);
+    const Architecture& architecture = *hp.architecture;
+    ggml_tensor* x = architecture.embed_prompt(g, tokens);
+    for (int32_t i = 0; i + 1 < hp.n_layer; ++i) x = architecture.layer(g, i, x);
+    if (!hidden) {
+        architecture.store_keys_and_values(g, hp.n_layer - 1, x);
+    } else {
+        x = g.ops->rms_norm(architecture.layer(g, hp.n_layer - 1, x), model.weights.output_norm);
         ggml_set_output(x);
         ggml_build_forward_expand(g.graph, x);
     }

@@ -34,10 +34,8 @@ std::vector<int32_t> Session::tokens() const {
 }
 
 std::map<std::string, int> Session::step_ops() const {
-    if (in_use_.exchange(true)) refuse_second_thread();
-    const auto ops = denoiser_.ops();
-    in_use_ = false;
-    return ops;
+    const ReadUse use(*this);
+    return denoiser_.ops();
 }
 
 Session::Use::Use(Session& session) : session_(session), n_exceptions_(std::uncaught_exceptions()) {
@@ -52,6 +50,10 @@ Session::Use::Use(Session& session) : session_(session), n_exceptions_(std::unca
 Session::Use::~Use() {
     if (std::uncaught_exceptions() > n_exceptions_) session_.abandon();
     session_.in_use_ = false;
+}
+
+Session::ReadUse::ReadUse(const Session& session) : session_(session) {
+    if (session_.in_use_.exchange(true)) refuse_second_thread();
 }
 
 void Session::abandon() {
@@ -143,6 +145,25 @@ void Session::restore(const std::vector<int32_t>& tokens,
     denoiser_.invalidate();
     cache_.restore(static_cast<int32_t>(tokens.size()), rows);
     const std::lock_guard<std::mutex> lock(tokens_mutex_);
+    tokens_ = tokens;
+}
+
+void Session::copy_from(const Session& source) {
+    if (source.n_past() > n_ctx_) {
+        throw Error(
+            ErrorKind::context_overflow,
+            format("the session to copy has %d tokens, but this session's context is %d: open it with "
+                   "a larger n_ctx",
+                   source.n_past(), n_ctx_));
+    }
+    if (source.model_->hparams.n_vocab != model_->hparams.n_vocab)
+        throw Error(ErrorKind::argument, "the session to copy is of another model");
+    const auto lock = model_->backend.lock_devices();
+    cache_.copy_from(source.cache_);
+    generation_.reset();
+    denoiser_.invalidate();
+    const std::vector<int32_t> tokens = source.tokens();
+    const std::lock_guard<std::mutex> tokens_lock(tokens_mutex_);
     tokens_ = tokens;
 }
 

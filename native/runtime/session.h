@@ -11,18 +11,13 @@
 
 #include "backend/graph_executor.h"
 #include "runtime/denoiser.h"
+#include "sampler/sampler.h"
 
 namespace pydiffusion {
 
 struct GenerationParams {
+    SamplerParams sampler;
     int32_t max_tokens = 0;
-    int32_t steps = 0;  // this and the sampler's options below: see entropy_bound_table() for the defaults
-    float t_min = 0.0f;
-    float t_max = 0.0f;
-    float entropy_bound = 0.0f;
-    int32_t stability_threshold = 0;
-    float confidence_threshold = 0.0f;
-    uint64_t seed = 0;
     std::vector<int32_t> eos;
     // Indexed from the start of the generation across canvases; positions beyond their ends are free.
     std::vector<int32_t> canvas;  // initial tokens of positions; -1: random
@@ -87,23 +82,27 @@ class Session {
     // Replaces tokens and cache rows by those of another session of the same model and cache type.
     void restore(const std::vector<int32_t>& tokens,
                  const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows);
+    // Replaces tokens and cache by those of another session of the same model and cache type, which may have
+    // another n_ctx. Throws Error(context_overflow), with nothing changed, if they don't fit.
+    void copy_from(const Session& source);
     // Runs one step on a canvas and returns soft-capped logits [canvas_length][n_vocab]. `conditioning`:
     // logits for self-conditioning, may be null.
     const float* denoise(const std::vector<int32_t>& canvas, const float* conditioning);
 
     void begin(const GenerationParams& params);
-    // Runs one step of the generation; false after its end. For a guided generation, only the first half of a
-    // step: measures, but leaves the canvas unchanged until impose().
-    bool next_step(StepResult& result, const std::function<void(int32_t)>& on_chunk);
-    // The phases of next_step, for batched denoising (see batch.h): begin_step commits the previous canvas
-    // and draws the step's random numbers (false after the generation's end); the caller runs slot() through
-    // a denoiser; end_step processes the output and adds `seconds` to the denoising time.
+    // The phases of a step, which step() runs (see step.h): begin_step commits the previous canvas and draws
+    // the step's random numbers (false after the generation's end); the caller runs slot() through a
+    // denoiser; end_step processes the output and adds `seconds` to the denoising time. Of a guided
+    // generation, this is the first half of a step: the canvas does not change until impose().
     bool begin_step(const std::function<void(int32_t)>& on_chunk);
     Denoiser::Slot slot() {
         return {&canvas_state_, &cache_, &generation_->canvas, &cancel_,
                 canvas_length(generation_->params) - static_cast<int64_t>(generation_->canvas.size())};
     }
     void end_step(double seconds, StepResult& result);
+    // Of a batch of this session alone.
+    Denoiser& denoiser() { return denoiser_; }
+    GraphExecutor& executor() { return executor_; }
     // Ends the generation after an error, which may have left its self-conditioning logits half-written.
     void abandon();
     // Second half of a guided step: uses these tokens, one per position, instead of argmax and samples.
@@ -135,23 +134,35 @@ class Session {
         int n_exceptions_;
     };
 
+    // Scope of a call that only reads; throws if another thread is in one.
+    class ReadUse {
+      public:
+        explicit ReadUse(const Session& session);
+        ~ReadUse() { session_.in_use_ = false; }
+        ReadUse(const ReadUse&) = delete;
+        ReadUse& operator=(const ReadUse&) = delete;
+
+      private:
+        const Session& session_;
+    };
+
   private:
     struct Generation {
         GenerationParams params;
+        std::unique_ptr<Sampler> sampler;
         int32_t n_generated = 0;
         int32_t n_added = 0;  // of these, by the last canvas
         bool done = false;    // no step follows unless the last canvas is amended
         int32_t canvas_index = 0;
         int32_t step = 0;  // next step to run, counting down; 0: begin a canvas
         std::vector<int32_t> canvas;
-        std::vector<int32_t> finished;              // canvas to commit before the next one begins
-        std::vector<std::vector<int32_t>> history;  // the last stability_threshold argmaxes
-        size_t eos_at = 0;                          // position of the last draft's eos; canvas length if none
-        int32_t n_same_eos = 0;                     // consecutive drafts with an accepted eos there
-        double frozen_entropy = 0.0;                // sum over the positions no longer denoised
+        std::vector<int32_t> settled;   // per position, the token that it keeps; -1 if it may change
+        std::vector<int32_t> finished;  // canvas to commit before the next one begins
+        size_t eos_at = 0;              // position of the last draft's eos; canvas length if none
+        int32_t n_same_eos = 0;         // consecutive drafts with an accepted eos there
+        double frozen_entropy = 0.0;    // sum over the positions no longer denoised
         double encode_seconds = 0.0, denoise_seconds = 0.0;
         std::unique_ptr<StepResult> pending;  // guided step waiting for impose()
-        std::vector<int32_t> noise;           // random tokens of the step, for positions not accepted
     };
 
     int32_t canvas_length(const GenerationParams& params) const {
@@ -160,18 +171,19 @@ class Session {
     void append(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
                 std::vector<float>* hidden);
     void check_tokens(const std::vector<int32_t>& ids, const char* what) const;
+    void check_params(const GenerationParams& params) const;
     void check_canvas(const GenerationParams& params) const;
     void begin_canvas(const std::function<void(int32_t)>& on_chunk);
-    int32_t given_token(size_t i, bool held) const;
-    void set_inputs();
-    void measure_step(StepResult& result);
+    std::vector<int32_t> measure(StepResult& result);
     void apply_tokens(StepResult& result, const std::vector<int32_t>& chosen);
-    void report(StepResult& result);
-    bool is_stable(const std::vector<int32_t>& draft);
-    size_t end_of(const std::vector<int32_t>& draft) const;
     void trim(const StepResult& result);
+    void report(StepResult& result);
     void finish_canvas(StepResult& result);
     bool context_full(size_t n_more) const;
+    size_t end_of(const std::vector<int32_t>& draft) const;
+    size_t given_index(size_t i) const;
+    int32_t given_token(size_t i) const;
+    bool is_held(size_t i) const;
 
     std::shared_ptr<const Model> model_;
     int32_t n_ctx_;

@@ -38,7 +38,7 @@ SamplerValues SamplerTable::reference_defaults() const {
 
 const SamplerTable& entropy_bound_table() {
     static const SamplerTable table = {
-        "entropy_bound",
+        "entropy-bound",
         {
             {"steps", "diffusion.eb_max_steps", true, 48, 1, kMaxCount},
             {"t_min", "diffusion.eb_t_min", false, 0.4, 0, kMaxTemperature},
@@ -49,11 +49,6 @@ const SamplerTable& entropy_bound_table() {
         },
         temperature_conflict};
     return table;
-}
-
-const std::vector<const SamplerTable*>& sampler_tables() {
-    static const std::vector<const SamplerTable*> tables = {&entropy_bound_table()};
-    return tables;
 }
 
 }  // namespace pydiffusion

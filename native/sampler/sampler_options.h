@@ -30,7 +30,7 @@ struct InvalidOption {
 struct SamplerTable {
     const char* name;
     std::vector<SamplerOption> options;
-    // What is wrong with values that are in range each, but not together.
+    // What is wrong with values that are in range each, but not together; may be null.
     std::optional<InvalidOption> (*conflict)(const SamplerValues& values);
 
     // Throws Error(general) if there is no such option.
@@ -40,8 +40,5 @@ struct SamplerTable {
 
 // The entropy-bound sampler, with the defaults of DiffusionGemma's reference implementation.
 const SamplerTable& entropy_bound_table();
-
-// Every sampler's.
-const std::vector<const SamplerTable*>& sampler_tables();
 
 }  // namespace pydiffusion

@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "backend/ggml/ggml_ops.h"
+#include "backend/ops/ggml_attention.h"
 #include "kv_cache/kv_layout.h"
 #include "small_model.h"
 #include "support.h"
@@ -293,6 +293,82 @@ TEST_CASE("read and restored") {
         copy.append_until(n_past + 500);
         copy.check_all();
     }
+}
+
+TEST_CASE("copied from a cache of another size") {
+    for (const int32_t n_past : {0, 1, 99, 163, 300, 1000}) {
+        for (const int32_t n_ctx : {1600, 4000}) {
+            CAPTURE(n_past);
+            CAPTURE(n_ctx);
+            Filled filled(with_window(100)), copy(with_window(100), "cpu", n_ctx);
+            filled.append_until(n_past);
+            filled.cache.mark();
+            copy.append_until(700);  // what it held, and its mark, are given up
+            copy.cache.mark();
+            const uint64_t version = copy.cache.version();
+            copy.cache.copy_from(filled.cache);
+            CHECK(copy.cache.n_past() == n_past);
+            CHECK(copy.cache.version() != version);
+            CHECK(copy.cache.version() != filled.cache.version());
+            CHECK(base_of(copy.cache) == copy.cache.first_kept());
+            copy.check_all();
+            CHECK(rows_of(copy) == rows_of(filled));
+            copy.append_until(n_past + 500);
+            copy.check_all();
+            CHECK(filled.cache.n_past() == n_past);
+            filled.check_all();
+            // As after restore(), there is no mark: only what the window still holds is a way back.
+            const bool held = KvCache::tile_start(n_past, 100) >= base_of(copy.cache);
+            CHECK(copy.cache.truncate(n_past) == held);
+        }
+    }
+}
+
+TEST_CASE("copied after the window has slid, and after rows were given back") {
+    Filled filled(with_window(100)), copy(with_window(100));
+    filled.append_until(1000, 1);
+    REQUIRE(base_of(filled.cache) < filled.cache.first_kept());  // rows that a copy does not need
+    REQUIRE(base_of(filled.cache) > 0);
+    copy.cache.copy_from(filled.cache);
+    copy.check_all();
+    REQUIRE(filled.cache.truncate(990));
+    copy.cache.copy_from(filled.cache);
+    CHECK(copy.cache.n_past() == 990);
+    copy.check_all();
+}
+
+TEST_CASE("copied between devices") {
+    for (const auto& [from, to] : {std::pair{"host", "host"}, {"host", "cpu"}, {"cpu", "host"}}) {
+        CAPTURE(from);
+        CAPTURE(to);
+        Filled filled(with_window(100), from), copy(with_window(100), to, 2000);
+        filled.append_until(1000);
+        copy.cache.copy_from(filled.cache);
+        CHECK(rows_of(copy) == rows_of(filled));
+        copy.append_until(1300);
+        copy.check_all();
+    }
+}
+
+TEST_CASE("a cache of other layers can't be copied") {
+    Filled filled(with_window(100)), wider(with_window(101));
+    SmallModel model = with_window(100);
+    model.head_dim = 32;
+    Filled narrower(model);
+    model = with_window(100);
+    model.sliding = {true, false};
+    Filled shorter(model);
+    model.sliding = {true, true, true};
+    Filled sliding(model);
+    KvCache half(filled.hp, filled.backend, filled.plan, GGML_TYPE_F16, 4000, kMaxBatch);
+    filled.append_until(300);
+    for (KvCache* other : {&wider.cache, &narrower.cache, &shorter.cache, &sliding.cache, &half}) {
+        CHECK_ERROR(other->copy_from(filled.cache), argument, "another model or type");
+        CHECK(other->n_past() == 0);
+        CHECK_ERROR(filled.cache.copy_from(*other), argument, "another model or type");
+        CHECK(filled.cache.n_past() == 300);
+    }
+    filled.check_all();
 }
 
 TEST_CASE("versions are never those of another cache") {

@@ -4,6 +4,10 @@
 #include <cmath>
 #include <limits>
 
+#include "backend/cpu/thread_pool.h"
+#include "backend/devices.h"
+#include "backend/fake_device.h"
+#include "ggml-cpu.h"
 #include "matrix.h"
 #include "support.h"
 
@@ -96,6 +100,20 @@ TEST_CASE("a pinned position has one token") {
                                                   : -std::numeric_limits<float>::infinity();
         if (logits.data()[i] != expected) FAIL_CHECK("at ", i);
     }
+}
+
+TEST_CASE("a device has the implementation that is registered for its ggml backend, or none") {
+    ThreadPool pool(1);
+    const ggml_backend_ptr fake = make_fake_device(1, pool.threads()), cpu(ggml_backend_cpu_init());
+    CHECK(has_step_backend(ggml_backend_get_device(fake.get())));
+    CHECK(make_step_backend(fake.get()) != nullptr);
+
+    CHECK_FALSE(has_step_backend(ggml_backend_get_device(cpu.get())));
+    CHECK(make_step_backend(cpu.get()) == nullptr);
+    register_step_backend("CPU", make_host_step_backend);
+    CHECK(make_step_backend(cpu.get()) != nullptr);
+    // Only GPUs are offered as devices all the same.
+    CHECK(find_gpu("CPU") == nullptr);
 }
 
 }  // namespace testing

@@ -1,39 +1,16 @@
-"""Streaming parser of chat output: separates reasoning, answer and tool calls by Gemma 4's markers.
-
-    <|channel>thought\\n ... <channel|> the answer <|tool_call>call:name{key:<|"|>text<|"|>,n:1}<tool_call|>
+"""Streaming parser of chat output: separates reasoning, answer and tool calls by a chat format's markers.
 
 Input may arrive in pieces of any length: a possible prefix of a marker is held back until it is decided.
 Tolerates what models that write a whole canvas at once produce: unterminated calls and reasoning, arguments
-in quotes or parentheses, ``<think>`` at the beginning.
+in quotes or parentheses, reasoning in tags instead of markers at the beginning.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from pydiffusion.tokenizer.markers import (
-    CALL,
-    CALL_END,
-    CHANNEL,
-    CHANNEL_END,
-    CHANNEL_NAMES,
-    MARKERS,
-    QUOTE,
-    RESPONSE,
-    TURN,
-    TURN_END,
-)
-
-from .tool_calls import parse_call
-
-THINK, THINK_END = "<think>", "</think>"
-
-_MARKER = re.compile("|".join(map(re.escape, MARKERS)))
-_OPENING = re.compile("|".join(map(re.escape, (CALL_END, CALL, CHANNEL, RESPONSE, TURN, TURN_END))))
-# A prompt that ends inside a reasoning block: some templates open it for the model.
-_OPEN_THOUGHT = re.compile(re.escape(CHANNEL) + r"(?:thought)?\n?\Z")
+from .formats.chat_format import ChatFormat
 
 
 @dataclass(frozen=True)
@@ -61,22 +38,21 @@ class ToolCall:
 Part: TypeAlias = Content | Reasoning | ToolCall
 
 
-def ends_in_thought(prompt: str) -> bool:
-    """Whether a rendered prompt leaves a reasoning block open, so that the output begins inside it."""
-    return _OPEN_THOUGHT.search(prompt) is not None
-
-
 class OutputParser:
     """Incremental parser; ``feed`` returns completed parts. Use one per answer."""
 
-    def __init__(self, in_thought: bool = False) -> None:
-        """in_thought: the prompt left a reasoning block open (``ends_in_thought``)."""
+    def __init__(self, chat_format: ChatFormat, in_thought: bool = False) -> None:
+        """in_thought: the prompt left a reasoning block open (``ChatFormat.leaves_reasoning_open``)."""
+        self._format = chat_format
+        nothing: tuple[str | None, str | None] = (None, None)
+        self._opening, self._closing = chat_format.reasoning or nothing
+        self._call, self._call_end = chat_format.call or nothing
         self._buffer = ""
         self._parts: list[Part] = []
         self._state = self._in_channel if in_thought else self._in_answer
-        self._name_due = in_thought
+        self._name_due = in_thought and chat_format.channel_names is not None
         self._kind: type[Content] | type[Reasoning] = Reasoning
-        self._end = CHANNEL_END
+        self._end = self._closing
         self._has_content = False
         self._has_reasoning = False
         self._after_block = False
@@ -99,19 +75,20 @@ class OutputParser:
     # States: each consumes from the buffer and returns whether to continue
 
     def _in_answer(self, last: bool) -> bool:
-        if not self._has_content and not self._after_block:
+        if self._format.reasoning_tags and not self._has_content and not self._after_block:
+            tag, end = self._format.reasoning_tags
             beginning = self._buffer.lstrip()
-            if beginning.startswith(THINK):
-                self._buffer = beginning[len(THINK) :]
-                self._open_channel(THINK_END)
+            if beginning.startswith(tag):
+                self._buffer = beginning[len(tag) :]
+                self._open_channel(end)
                 return True
-            if not last and THINK.startswith(beginning):
+            if not last and tag.startswith(beginning):
                 return False
         text, marker = self._take(last)
         self._content(text)
-        if marker == CHANNEL:
-            self._open_channel(CHANNEL_END)
-        elif marker == CALL:
+        if marker == self._opening:
+            self._open_channel(self._closing)
+        elif marker == self._call:
             self._state = self._in_call
         return marker != ""
 
@@ -123,33 +100,36 @@ class OutputParser:
             self._content(text)
         else:
             self._reasoning(text)
-        if marker == CHANNEL:
-            self._open_channel(CHANNEL_END)
-        elif marker in (self._end, CALL, RESPONSE, TURN, TURN_END):
-            self._close_block(self._in_call if marker == CALL else self._in_answer)
+        if marker == self._opening:
+            self._open_channel(self._closing)
+        elif marker in (self._end, self._call, *self._format.ends):
+            self._close_block(self._in_call if marker == self._call else self._in_answer)
         return marker != ""
 
     def _in_call(self, last: bool) -> bool:
         """Wait for the end of the call. If another block begins first, a complete call ends there."""
-        for end in _OPENING.finditer(self._buffer):
+        for end in self._format.block_pattern.finditer(self._buffer):
             body = self._buffer[: end.start()]
-            call = parse_call(body)
-            if end.group() != CALL_END and call is None:
+            call = self._format.parse_call(body)
+            closed = end.group() == self._call_end
+            if not closed and call is None:
                 continue  # a marker inside an argument
-            self._buffer = self._buffer[end.end() if end.group() == CALL_END else end.start() :]
+            self._buffer = self._buffer[end.end() if closed else end.start() :]
             self._finish_call(body, call)
             return True
         if last:
             body, self._buffer = self._buffer, ""
-            self._finish_call(body, parse_call(body))
+            self._finish_call(body, self._format.parse_call(body))
         return False
 
     # Helpers of the states
 
-    def _take(self, last: bool, also: str = "") -> tuple[str, str]:
+    def _take(self, last: bool, also: str | None = None) -> tuple[str, str]:
         """Consume text up to the next marker, and the marker; without one, text that can't begin a marker."""
-        found = _MARKER.search(self._buffer)
-        if also and also not in MARKERS:
+        markers = self._format.markers
+        found = self._format.marker_pattern.search(self._buffer)
+        if also is not None and also not in markers:
+            markers = (*markers, also)
             at = self._buffer.find(also)
             if at >= 0 and (found is None or at < found.start()):
                 text, self._buffer = self._buffer[:at], self._buffer[at + len(also) :]
@@ -157,16 +137,18 @@ class OutputParser:
         if found is not None:
             text, self._buffer = self._buffer[: found.start()], self._buffer[found.end() :]
             return text, found.group()
-        cut = len(self._buffer) - (0 if last else _n_possible_marker(self._buffer, (*MARKERS, also)))
+        cut = len(self._buffer) - (0 if last else _n_possible_marker(self._buffer, markers))
         text, self._buffer = self._buffer[:cut], self._buffer[cut:]
         return text, ""
 
     def _take_name(self, last: bool) -> bool:
         """Consume the channel name; False while it is undecided."""
-        for name in CHANNEL_NAMES:
+        assert self._format.channel_names is not None  # or no name is due
+        after_name = ("\n", *(marker[0] for marker in self._format.markers))
+        for name in self._format.channel_names:
             rest = self._buffer[len(name) :]
-            if self._buffer.startswith(name) and (rest.startswith(("\n", "<")) or (last and not rest)):
-                self._kind = Content if name == "final" else Reasoning
+            if self._buffer.startswith(name) and (rest.startswith(after_name) or (last and not rest)):
+                self._kind = Content if name == self._format.channel_names[1] else Reasoning
                 self._buffer = rest.removeprefix("\n")
                 break
             if not last and name.startswith(self._buffer[: len(name)]) and not rest:
@@ -174,10 +156,10 @@ class OutputParser:
         self._name_due = False
         return True
 
-    def _open_channel(self, end: str) -> None:
+    def _open_channel(self, end: str | None) -> None:
         self._close_block(self._in_channel)
         self._end = end
-        self._name_due = end == CHANNEL_END
+        self._name_due = end == self._closing and self._format.channel_names is not None
 
     def _close_block(self, state: Any) -> None:
         self._kind = Reasoning
@@ -192,7 +174,9 @@ class OutputParser:
         if call is not None:
             self._parts.append(ToolCall(*call))
         else:  # no output is lost
-            self._content(_MARKER.sub("", body.replace(QUOTE, '"')))
+            if self._format.quote is not None:
+                body = body.replace(self._format.quote, '"')
+            self._content(self._format.marker_pattern.sub("", body))
 
     def _content(self, text: str) -> None:
         if self._lead is not None:
@@ -221,7 +205,7 @@ class OutputParser:
 
 def _n_possible_marker(text: str, markers: tuple[str, ...]) -> int:
     """Length of the longest suffix of the text that is a prefix of a marker."""
-    for n in range(min(max(map(len, markers)) - 1, len(text)), 0, -1):
+    for n in range(min(max(map(len, markers), default=0) - 1, len(text)), 0, -1):
         if any(marker.startswith(text[-n:]) for marker in markers):
             return n
     return 0

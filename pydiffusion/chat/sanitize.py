@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydiffusion.tokenizer.markers import CHANNEL, CHANNEL_END, PLACEHOLDER_CLOSE, PLACEHOLDER_OPEN
+from pydiffusion.tokenizer.markers import PLACEHOLDER_CLOSE, PLACEHOLDER_OPEN
 
 if TYPE_CHECKING:
     from pydiffusion.tokenizer import Tokenizer
@@ -29,6 +29,7 @@ class Sanitizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._markers = tokenizer.markers
+        self._reasoning = tokenizer.chat_format.reasoning or ()
         self._hidden: dict[str, int] = {}  # marker -> number of its placeholder
 
     def hide(self, value: Any, *, but: Collection[str] = ()) -> Any:
@@ -64,7 +65,7 @@ class Sanitizer:
         stripped here, if the template renders the same text from messages that still have it. For a template
         that keeps reasoning, or strips it in another way, its markers are plain text.
         """
-        cut = [_change_answer(message, _without_thoughts) for message in messages]
+        cut = [self._without_thoughts(message) for message in messages]
         if cut != messages:
             text = render(self.hide(cut))
             if render([self._with_thoughts_shown(message) for message in messages]) == text:
@@ -74,8 +75,18 @@ class Sanitizer:
     def _with_thoughts_shown(self, message: Message) -> Message:
         hidden = self.hide(message)
         if message["role"] in _ANSWERING:
-            hidden["content"] = self.hide(message["content"], but=(CHANNEL, CHANNEL_END))
+            hidden["content"] = self.hide(message["content"], but=self._reasoning)
         return hidden
+
+    def _without_thoughts(self, message: Message) -> Message:
+        """Strip the reasoning from an assistant's content, which is a text or parts with texts."""
+        content = message["content"]
+        if message["role"] not in _ANSWERING or not self._reasoning:
+            return message
+        if isinstance(content, str):
+            return {**message, "content": _strip_blocks(content, *self._reasoning)}
+        parts = [{**part, "text": _strip_blocks(part["text"], *self._reasoning)} for part in content]
+        return {**message, "content": parts}
 
     def _reveal_if_harmless(self, found: re.Match[str], all_hidden: list[str]) -> str:
         """Reveal the prefix of a marker if its surroundings don't complete it; else keep it hidden."""
@@ -108,16 +119,6 @@ class Sanitizer:
         return ids
 
 
-def _change_answer(message: Message, change: Callable[[str], str]) -> Message:
-    """Apply ``change`` to all content text of an assistant's message."""
-    content = message["content"]
-    if message["role"] not in _ANSWERING:
-        return message
-    if isinstance(content, str):
-        return {**message, "content": change(content)}
-    return {**message, "content": [{**part, "text": change(part["text"])} for part in content]}
-
-
-def _without_thoughts(text: str) -> str:
-    """Strip reasoning as Gemma 4's templates do: for each channel end, everything back to its beginning."""
-    return "".join(part.split(CHANNEL)[0] for part in text.split(CHANNEL_END))
+def _strip_blocks(text: str, opening: str, closing: str) -> str:
+    """Strip reasoning as Gemma 4's templates do: for each closing marker, all back to its opening one."""
+    return "".join(part.split(opening)[0] for part in text.split(closing))

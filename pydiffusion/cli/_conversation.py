@@ -134,6 +134,7 @@ class Conversation:
         printed.
         """
         from pydiffusion import PyDiffusionError
+        from pydiffusion.generation.completion import completion_of
 
         from ._display import AnswerPrinter, CanvasDisplay
 
@@ -148,7 +149,7 @@ class Conversation:
                 for event in self._session.generate_chat(options):
                     printer(event)
                     finished += [] if hasattr(event, "accepted") else [event]
-            say(figures(self._session._completion(len(prompt), finished)))
+            say(figures(completion_of(self._model.tokenizer, len(prompt), finished)))
         except KeyboardInterrupt:
             say("stopped")
         except PyDiffusionError as error:

@@ -126,8 +126,7 @@ class CanvasDisplay:
         """Style a draft: accepted tokens bright, others dim, up to an accepted eos."""
         from rich.text import Text
 
-        from pydiffusion.tokenizer.markers import MARKERS
-
+        markers = self._tokenizer.chat_format.markers
         text = Text()
         run, run_settled = bytearray(), True
         for token_id, settled in zip(tokens.tolist(), accepted.tolist(), strict=True):
@@ -140,7 +139,7 @@ class CanvasDisplay:
             run, run_settled = bytearray(), True
             if settled and token_id in self._eos:
                 break
-            shown = "·" if piece is None or piece in MARKERS else printable(piece)  # of tokens that steer
+            shown = "·" if piece is None or piece in markers else printable(piece)  # of tokens that steer
             text.append(shown, _style(settled))
         text.append(printable(run.decode("utf-8", "replace")), _style(run_settled))
         return text

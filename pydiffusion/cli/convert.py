@@ -176,7 +176,7 @@ def print_sizes(
     from pydiffusion import convert
 
     plan = convert.plan_sizes(source, type, pad=pad, tensor_types=overrides, has_imatrix=has_imatrix)
-    memory = convert.estimate_memory(convert.read_config(source), plan, ctx)
+    memory = convert.estimate_memory(convert.read_shape(source), plan, ctx)
     if as_json:
         extra = {"n_ctx": ctx, "total": memory.total, **dataclasses.asdict(memory)}
         print(json.dumps(plan.to_dict() | {"memory": extra}))

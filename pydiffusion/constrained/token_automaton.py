@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pydiffusion.tokenizer.markers import MARKERS
-
 from .byte_dfa import byte_dfa
 
 if TYPE_CHECKING:
     from pydiffusion.tokenizer import Tokenizer
 
-_MARKERS = frozenset(MARKERS)
 _NOWHERE = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 
@@ -34,6 +31,7 @@ class Automaton:
         """
         self._tokenizer = tokenizer
         self._ends = frozenset(ends)
+        self._markers = frozenset(tokenizer.chat_format.markers)
         table, self.accepting = byte_dfa(expression)
         self._byte_to_next = np.ascontiguousarray(table.T)  # by byte, then by state: a row fits the CPU cache
         self.n_states = len(self.accepting)
@@ -67,7 +65,7 @@ class Automaton:
 
     def _find_moves(self, token: int) -> tuple[np.ndarray, np.ndarray]:
         piece = self._tokenizer.piece(token)
-        if not piece or piece in _MARKERS or token in self._ends:  # inside a text these would end it
+        if not piece or piece in self._markers or token in self._ends:  # inside a text these would end it
             return _NOWHERE
         first, *rest = piece if isinstance(piece, bytes) else piece.encode()
         after = self._byte_to_next[first, :-1]

@@ -13,12 +13,16 @@ from pydiffusion.errors import PyDiffusionError
 from pydiffusion.events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
 from pydiffusion.options import GenerationOptions, ResolvedOptions
 
+from .completion import completion_of
+from .loop import Generation
+from .streaming import answer_stream
 from .token_ids import check_bos, token_array
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
-    from pydiffusion.session import NativeStep, Session
+    from pydiffusion.session import Session
 
+    from .loop import NativeStep
     from .token_ids import TokenIds
 
 Outcome = Completion | PyDiffusionError | ValueError
@@ -47,12 +51,12 @@ class ActiveSequence:
         self._prompt_left = ids[self.n_cached :]
         self._options = options
         self._chat = chat
-        self._to_events: Callable[[NativeStep], Iterator[Event]] | None = None
+        self._generation: Generation | None = None
 
     @property
     def is_ready(self) -> bool:
         """Whether the prompt is in the cache, so that the sequence takes part in steps."""
-        return self._to_events is not None
+        return self._generation is not None
 
     def prefill_next(self) -> None:
         """Prefill the next chunk of the prompt; after the last one, begin. Raises as ``encode``,
@@ -65,13 +69,13 @@ class ActiveSequence:
             self.session.encode(part)
         self._prompt_left = self._prompt_left[len(part) :]
         if len(self._prompt_left) == 0:
-            stream = self.session._answer_stream(self._options, self._chat)
-            self._to_events = self.session._begin(self._options, stream)
+            answer = answer_stream(self.session, self._options, chat=self._chat)
+            self._generation = Generation(self.session, self._options, answer)
 
     def events(self, step: NativeStep) -> Iterator[Event]:
-        """Convert a native step into events."""
-        assert self._to_events is not None
-        return self._to_events(step)
+        """Events of a native step, see ``Generation.events``."""
+        assert self._generation is not None  # is_ready
+        return self._generation.events(step)
 
 
 AnySequence = TypeVar("AnySequence", bound=ActiveSequence)
@@ -81,7 +85,7 @@ class Batch:
     """Runs the sequences of one model in lockstep. Not thread-safe."""
 
     def __init__(self, model: DiffusionModel) -> None:
-        self._native = model._new_batch()
+        self._native = model.native.new_batch()
 
     def advance(
         self, sequences: Sequence[AnySequence]
@@ -102,7 +106,7 @@ class Batch:
         ready = [sequence for sequence in sequences if sequence.is_ready]
         if not ready:
             return
-        steps = self._native.next_steps([sequence.session._native for sequence in ready])
+        steps = self._native.next_steps([sequence.session.native for sequence in ready])
         for sequence, step in zip(ready, steps, strict=True):
             yield sequence, step if isinstance(step, Exception) else sequence.events(step)
 
@@ -160,4 +164,4 @@ def _outcome(
         if not isinstance(event, DraftEvent):
             kept.append(event)
     finished = bool(kept) and isinstance(kept[-1], EndEvent)
-    return sequence.session._completion(sequence.n_prompt, kept) if finished else None
+    return completion_of(sequence.session.model.tokenizer, sequence.n_prompt, kept) if finished else None

@@ -42,9 +42,9 @@ def save(session: Session, path: Path) -> None:
     from safetensors.numpy import save_file
 
     arrays = {"tokens": session.tokens}
-    for i_layer, (k, v) in enumerate(session._native.cache_rows()):
+    for i_layer, (k, v) in enumerate(session.native.cache_rows()):
         arrays |= {f"k.{i_layer}": k, f"v.{i_layer}": v}
-    target = atomic.resolve_target(path, map(Path, session.model._native.file.paths), overwrite=True)
+    target = atomic.resolve_target(path, map(Path, session.model.native.file.paths), overwrite=True)
     with atomic.replacing(target) as new:
         try:
             save_file(arrays, new.temporary, metadata=_metadata(session.model))
@@ -68,7 +68,7 @@ def load(session: Session, path: Path) -> None:
             _check(path, session.model, file.metadata() or {})
             tokens = _array(file, "tokens", "I32")
             rows = [(_array(file, f"k.{i}", "U8"), _array(file, f"v.{i}", "U8")) for i in range(n_layer)]
-        session._native.restore(tokens, rows)
+        session.native.restore(tokens, rows)
     except (SafetensorError, ValueError, TypeError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelFormatError(f"{path}: not a usable session file: {reason}") from error
@@ -86,7 +86,7 @@ def _metadata(model: DiffusionModel) -> dict[str, str]:
     return {
         "format": FORMAT,
         "kv_type": model.description["kv_type"],
-        "model": fingerprint(model._native.file),
+        "model": fingerprint(model.native.file),
     }
 
 

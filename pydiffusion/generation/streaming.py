@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from pydiffusion.chat.output_parser import Content, OutputParser, Part, ends_in_thought
+from pydiffusion.chat.output_parser import Content, OutputParser, Part
 from pydiffusion.errors import OptionError
 from pydiffusion.options import ResolvedOptions
 from pydiffusion.tokenizer import TextStream, Tokenizer
-from pydiffusion.tokenizer.markers import MARKERS
+
+from .token_ids import prompt_end
+
+if TYPE_CHECKING:
+    from pydiffusion.session import Session
 
 
 class StopFilter:
@@ -85,12 +90,12 @@ class ChatStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], in_thought: bool = False) -> None:
-        """in_thought: the prompt left a reasoning block open (``output_parser.ends_in_thought``)."""
+        """in_thought: the prompt left a reasoning block open (``ChatFormat.leaves_reasoning_open``)."""
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._in_thought = in_thought
         self._text = TextStream(tokenizer, keep_control=marker_ids(tokenizer))
-        self._parser = OutputParser(in_thought)
+        self._parser = OutputParser(tokenizer.chat_format, in_thought)
         self._filter = StopFilter(stop)
         self._ids: list[int] = []
         self.parts: list[Part] = []
@@ -129,11 +134,16 @@ class ChatStream:
         return len(self._ids)
 
 
-def chat_stream(
-    tokenizer: Tokenizer, options: ResolvedOptions, prompt_end: str
-) -> ContentStream | ChatStream:
-    """Stream for the answer to a chat prompt. OptionError for constrained output inside a reasoning block."""
-    in_thought = ends_in_thought(prompt_end)
+def answer_stream(session: Session, options: ResolvedOptions, *, chat: bool) -> AnswerStream | ChatStream:
+    """Stream for the answer to the session's tokens. chat: they are a chat prompt, whose answer has parts.
+
+    Raises OptionError for constrained output inside a reasoning block.
+    """
+    tokenizer = session.model.tokenizer
+    if not chat:
+        return AnswerStream(tokenizer, options.stop)
+    end = tokenizer.detokenize(prompt_end(session.tokens), keep_control=True)
+    in_thought = tokenizer.chat_format.leaves_reasoning_open(end)
     if options.constraint is not None:
         if in_thought:
             raise OptionError(
@@ -146,7 +156,7 @@ def chat_stream(
 
 def marker_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Ids of the markers that ``OutputParser`` needs: control tokens in some files, visible in others."""
-    ids = map(tokenizer.token_id, MARKERS)
+    ids = map(tokenizer.token_id, tokenizer.chat_format.markers)
     return frozenset(token_id for token_id in ids if token_id is not None)
 
 

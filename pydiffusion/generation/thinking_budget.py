@@ -6,12 +6,20 @@ from collections.abc import Sequence
 
 from pydiffusion.errors import OptionError
 from pydiffusion.tokenizer import Tokenizer
-from pydiffusion.tokenizer.markers import CALL, CHANNEL, CHANNEL_END, CHANNEL_NAMES, RESPONSE, TURN, TURN_END
 
 
 def can_think(tokenizer: Tokenizer) -> bool:
     """Whether the vocabulary has the markers of reasoning blocks."""
-    return None not in (tokenizer.token_id(CHANNEL), tokenizer.token_id(CHANNEL_END))
+    return _reasoning_ids(tokenizer) is not None
+
+
+def _reasoning_ids(tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """Ids of the markers around reasoning, if the format has them and the vocabulary too."""
+    markers = tokenizer.chat_format.reasoning
+    if markers is None:
+        return None
+    begin, end = map(tokenizer.token_id, markers)
+    return None if begin is None or end is None else (begin, end)
 
 
 class ThoughtBudget:
@@ -22,17 +30,17 @@ class ThoughtBudget:
 
         Raises OptionError if the vocabulary has no reasoning markers.
         """
-        begin, end = tokenizer.token_id(CHANNEL), tokenizer.token_id(CHANNEL_END)
-        if begin is None or end is None:
+        ids = _reasoning_ids(tokenizer)
+        if ids is None:
             raise OptionError(
                 "thinking_budget", "thinking_budget needs the markers of thinking, and this file has none"
             )
-        self._begin, self._end = begin, end
-        others = map(tokenizer.token_id, (CALL, RESPONSE, TURN, TURN_END))
-        self._ends = {end, *(token for token in others if token is not None)}
-        self._thought_name, self._answer_name = (
-            tokenizer.tokenize(name + "\n", add_bos=False) for name in CHANNEL_NAMES
-        )
+        self._begin, self._end = ids
+        chat_format = tokenizer.chat_format
+        others = map(tokenizer.token_id, (*(chat_format.call or ())[:1], *chat_format.ends))
+        self._ends = {self._end, *(token for token in others if token is not None)}
+        names = [f"{name}\n" for name in chat_format.channel_names or ()] or ["", ""]
+        self._thought_name, self._answer_name = (tokenizer.tokenize(name, add_bos=False) for name in names)
         self._left = budget
         self._block: list[int] | None = None  # tokens since the opening marker
         for token in prompt_end:

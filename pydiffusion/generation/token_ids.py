@@ -15,6 +15,8 @@ from pydiffusion.errors import PromptWarning
 if TYPE_CHECKING:
     from pydiffusion.tokenizer import Tokenizer
 
+# Tokens at the end of a prompt that may open a reasoning block: the marker, "thought", a line break.
+_THOUGHT_OPENING = 16
 _PACKAGE = __name__.partition(".")[0] + "."
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -29,6 +31,11 @@ def check_bos(tokenizer: Tokenizer, prompt: np.ndarray) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back
     warnings.warn(flaw, PromptWarning, stacklevel=level)
+
+
+def prompt_end(tokens: np.ndarray) -> np.ndarray:
+    """The last tokens of a prompt, in which a reasoning block may begin."""
+    return tokens[-_THOUGHT_OPENING:]
 
 
 def cut_at_eos(tokens: np.ndarray, eos: np.ndarray) -> np.ndarray:

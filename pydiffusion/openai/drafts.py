@@ -6,13 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pydiffusion.tokenizer.markers import MARKERS
-
 if TYPE_CHECKING:
     from pydiffusion.events import DraftEvent
     from pydiffusion.tokenizer import Tokenizer
-
-_MARKERS = frozenset(MARKERS)
 
 
 def draft_fields(i_choice: int, event: DraftEvent, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -44,7 +40,7 @@ def pieces(tokens: np.ndarray, tokenizer: Tokenizer) -> list[str]:
             continue
         _settle(texts, run)
         run = b""
-        texts.append("" if piece is None or piece in _MARKERS else piece)
+        texts.append("" if piece is None or piece in tokenizer.chat_format.markers else piece)
     _settle(texts, run)
     return texts
 

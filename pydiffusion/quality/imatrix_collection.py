@@ -81,7 +81,7 @@ def collect_imatrix(
         chunks = [each for of_text in by_text for each in of_text][:max_chunks]
         if not chunks:
             raise ConversionError("the text is too short: a chunk needs a token to encode and one to denoise")
-        session = _native.Session(opened._native, chunk + opened.canvas_length)
+        session = opened.native.new_session(chunk + opened.canvas_length)
         session.collect_imatrix(True)
         for index, (prompt, clean) in enumerate(chunks):
             session.truncate(0)

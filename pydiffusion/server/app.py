@@ -22,8 +22,8 @@ from pydiffusion.errors import PyDiffusionError
 from pydiffusion.openai.answers import Answer
 from pydiffusion.openai.errors import ApiError, from_exception, invalid
 from pydiffusion.openai.reports import Failed, Finished, Report
+from pydiffusion.openai.requests import ChatRequest, chat_request, completion_request, infill_request
 from pydiffusion.openai.requests import Request as ApiRequest
-from pydiffusion.openai.requests import chat_request, completion_request, infill_request
 from pydiffusion.openai.response_format import check_constraint, held_options
 
 from .http import (
@@ -121,9 +121,9 @@ class _Endpoints:
         self._check_context(prompt, "messages")
         await asyncio.to_thread(self._check_constraint, wanted, prompt)
         prompts = [prompt] * len(wanted.options)
-        answer = Answer(wanted, self._names[0], self._model.tokenizer, prompts, chat=True)
+        answer = Answer(wanted, self._names[0], self._model.tokenizer, prompts)
         runs = [Run(prompt, options) for options in wanted.options]
-        return await self._answer(request, wanted, answer, runs, chat=True, one_call=wanted.one_call)
+        return await self._answer(request, wanted, answer, runs)
 
     async def completion(self, request: Request) -> Response:
         body = await read_json(request, self._settings.max_body)
@@ -140,10 +140,9 @@ class _Endpoints:
             else:
                 options = held_options(self._model, wanted.layout, tokens, wanted.options)
             runs += [Run(tokens, each) for each in options]
-        answer = Answer(
-            wanted, self._names[0], self._model.tokenizer, [run.prompt for run in runs], heads, chat=False
-        )
-        return await self._answer(request, wanted, answer, runs, chat=False, one_call=False)
+        prompts = [run.prompt for run in runs]
+        answer = Answer(wanted, self._names[0], self._model.tokenizer, prompts, heads)
+        return await self._answer(request, wanted, answer, runs)
 
     async def infill(self, request: Request) -> Response:
         body = await read_json(request, self._settings.max_body)
@@ -152,8 +151,8 @@ class _Endpoints:
         assert wanted.layout is not None
         options = held_options(self._model, wanted.layout, wanted.prompt, wanted.options)
         runs = [Run(wanted.prompt, each) for each in options]
-        answer = Answer(wanted, self._names[0], self._model.tokenizer, [wanted.prompt], chat=False)
-        return await self._answer(request, wanted, answer, runs, chat=False, one_call=False)
+        answer = Answer(wanted, self._names[0], self._model.tokenizer, [wanted.prompt])
+        return await self._answer(request, wanted, answer, runs)
 
     def _check_constraint(self, wanted: ApiRequest, prompt: list[int]) -> None:
         check_constraint(self._model, wanted.options[0], len(prompt))
@@ -193,14 +192,7 @@ class _Endpoints:
     # Scheduling
 
     async def _answer(
-        self,
-        request: Request,
-        wanted: ApiRequest,
-        answer: Answer,
-        runs: list[Run],
-        *,
-        chat: bool,
-        one_call: bool,
+        self, request: Request, wanted: ApiRequest, answer: Answer, runs: list[Run]
     ) -> Response:
         self._log_flaws(runs)
         loop = asyncio.get_running_loop()
@@ -210,6 +202,8 @@ class _Endpoints:
             with contextlib.suppress(RuntimeError):  # the event loop has ended
                 loop.call_soon_threadsafe(arrivals.put_nowait, (i_run, report))
 
+        chat = isinstance(wanted, ChatRequest)
+        one_call = isinstance(wanted, ChatRequest) and wanted.one_call
         job = Job(runs, emit, chat=chat, drafts=wanted.drafts, one_call=one_call)
         self._scheduler.submit(job)
         reports = self._reports(job, arrivals)

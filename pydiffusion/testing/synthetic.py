@@ -18,14 +18,11 @@ import numpy as np
 from pydiffusion import _native
 from pydiffusion._util import atomic
 from pydiffusion.convert.architectures.diffusion_gemma.config import DEFAULT_SAMPLER, TextConfig
-from pydiffusion.convert.architectures.diffusion_gemma.metadata import model_metadata, u32
-from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import (
-    FLOAT32_KINDS,
-    Wanted,
-    split_name,
-    wanted_tensors,
-)
+from pydiffusion.convert.architectures.diffusion_gemma.metadata import model_metadata
+from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import KINDS, shapes
+from pydiffusion.convert.checkpoint.tensor_map import split_name
 from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT, Placed, Value, align, pack_header
+from pydiffusion.convert.gguf.model_keys import u32
 from pydiffusion.convert.gguf.tensor_types import LARGEST_BLOCK
 from pydiffusion.convert.quantization.recipes import RECIPES
 from pydiffusion.convert.quantization.type_plan import TypePlan, plan_types, with_lengths
@@ -128,9 +125,7 @@ def _config(shape: str, type: str) -> TextConfig:
 def _layout(shape: str, type: str) -> tuple[bytes, list[Placed]]:
     """The file's header, and its tensors with their offsets."""
     config = _config(shape, type)
-    rope = Wanted("", "rope_freqs.weight", (config.global_head_dim // 2,))
-    tensors = [*wanted_tensors(config), rope]
-    plan = plan_types([(tensor.name, tensor.shape) for tensor in tensors], type)
+    plan = plan_types(shapes(config).items(), type, KINDS)
     placed = _place(plan)
     metadata = model_metadata(f"synthetic {shape}", config, DEFAULT_SAMPLER, RECIPES[type].file_type)
     metadata = with_lengths(metadata, plan.lengths) | _tokenizer(config.vocab_size)
@@ -173,7 +168,7 @@ def _write_tensor(
     made: dict[tuple[str, int], bytes],
     rng: np.random.Generator,
 ) -> None:
-    if split_name(tensor.name)[0] in FLOAT32_KINDS:
+    if split_name(tensor.name)[0] in KINDS.float32:
         new.write(_float_values(tensor, config, rng).astype("<f4").tobytes())
     elif tensor.name == "token_embd.weight":
         _write_mixed_rows(new, tensor, rng)

@@ -12,6 +12,7 @@ from enum import IntEnum
 from functools import cached_property
 from typing import Any
 
+from pydiffusion.chat.formats.registry import chat_format_of
 from pydiffusion.errors import ModelFormatError, UnsupportedModelError
 
 from .end_tokens import find_end_tokens
@@ -34,12 +35,16 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
+_TOKEN_TYPES = frozenset(TokenType)
+
+
 class Tokenizer:
     """Tokenizer of a model file; thread-safe.
 
     Attributes: ``n_vocab``; ``bos_id``, ``eos_id``, ``pad_id``, ``mask_id``, ``unknown_id`` (int or None);
     ``add_bos``, whether the file asks for a bos before a text; ``end_tokens``, the tokens that end a text,
-    with the reason, and ``end_ids``, their ids.
+    with the reason, and ``end_ids``, their ids; ``chat_format``, how this architecture's models mark
+    reasoning and tool calls.
     """
 
     def __init__(self, metadata: Mapping[str, Any], n_vocab: int | None = None) -> None:
@@ -58,6 +63,7 @@ class Tokenizer:
         self.mask_id = self._special_id(metadata, "mask_token_id")
         self.unknown_id = self._special_id(metadata, "unknown_token_id")
         self.add_bos = _flag(metadata, "add_bos_token", True) and self.bos_id is not None
+        self.chat_format = chat_format_of(metadata)
         self.end_tokens = find_end_tokens(metadata, self.n_vocab)
         self.end_ids = tuple(end.token_id for end in self.end_tokens)
         self._types = self._token_types(metadata)
@@ -93,7 +99,7 @@ class Tokenizer:
                 )
             types = list(given)
         for token_id, token_type in enumerate(types):
-            if isinstance(token_type, bool) or token_type not in TokenType._value2member_map_:
+            if isinstance(token_type, bool) or token_type not in _TOKEN_TYPES:
                 raise ModelFormatError(f"{_PREFIX}token_type[{token_id}] is {token_type!r}; known are 1 to 6")
         # Special ids are control tokens whatever their type in the list: typed as normal, they would be
         # parsed from plain text.
@@ -151,7 +157,8 @@ class Tokenizer:
     @cached_property
     def markers(self) -> MarkerSet:
         """Control tokens and markers that must not be taken from user text."""
-        return MarkerSet(self._tokens[i] for i in range(self.n_vocab) if self.is_control(i))
+        control = (self._tokens[i] for i in range(self.n_vocab) if self.is_control(i))
+        return MarkerSet((*control, *self.chat_format.markers))
 
     def is_control(self, token_id: int) -> bool:
         """Whether the token is a control token and not text: bos, turn markers, padding, unknown."""

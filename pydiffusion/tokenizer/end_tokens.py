@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydiffusion.chat.formats.registry import chat_format_of
 from pydiffusion.errors import ModelFormatError
 
 _PREFIX = "tokenizer.ggml."
@@ -24,8 +25,6 @@ _TEXTS = frozenset(
         "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
     )
 )  # fmt: skip
-# Converters type this one as user-defined, so that output parsers see it; the model waits for a tool there.
-_VISIBLE_TEXTS = frozenset(("<|tool_response>",))
 # Texts that are not end tokens if all of one of these sets are: in Gemma's vocabulary `</s>` is HTML; where
 # calls and answers have their own end tokens, `<|end|>` only closes a message.
 _TEXT_TO_EXCLUDING = {
@@ -63,7 +62,8 @@ def find_end_tokens(metadata: Mapping[str, Any], n_vocab: int) -> tuple[EndToken
             id_to_reasons.setdefault(token_id, []).append(f"{kind} {key}")
     tokens = metadata.get(_PREFIX + "tokens")
     tokens = tokens if isinstance(tokens, list) else []
-    for token_id in _ids_by_text(tokens, metadata.get(_PREFIX + "token_type")):
+    visible = chat_format_of(metadata).visible_ends
+    for token_id in _ids_by_text(tokens, metadata.get(_PREFIX + "token_type"), visible):
         id_to_reasons.setdefault(token_id, []).append("text")
     return tuple(
         EndToken(token_id, tokens[token_id] if token_id < len(tokens) else None, tuple(reasons))
@@ -84,14 +84,15 @@ def _named_ids(metadata: Mapping[str, Any], key: str, n_vocab: int) -> list[int]
     return ids
 
 
-def _ids_by_text(tokens: Sequence[str], types: Any) -> list[int]:
+def _ids_by_text(tokens: Sequence[str], types: Any, visible: Collection[str]) -> list[int]:
+    """visible: texts that end an answer even if their tokens are user-defined."""
     if not isinstance(types, list) or not tokens or not isinstance(tokens[0], str):
         return []  # control tokens can't be told from text
     text_to_id: dict[str, int] = {}
-    for text in _TEXTS.intersection(tokens):
+    for text in _TEXTS.union(visible).intersection(tokens):
         token_id = tokens.index(text)
         token_type = types[token_id] if token_id < len(types) else None
-        if token_type == _CONTROL or (token_type == _USER_DEFINED and text in _VISIBLE_TEXTS):
+        if token_type == _CONTROL or (token_type == _USER_DEFINED and text in visible):
             text_to_id[text] = token_id
     for text, excluding in _TEXT_TO_EXCLUDING.items():
         if any(others <= text_to_id.keys() for others in excluding):

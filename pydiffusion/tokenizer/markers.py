@@ -1,21 +1,10 @@
-"""Gemma 4's chat markers, and a pattern that finds control tokens and markers in text."""
+"""Texts that must not come from a message, and a pattern that finds them."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
-CHANNEL, CHANNEL_END = "<|channel>", "<channel|>"
-CALL, CALL_END = "<|tool_call>", "<tool_call|>"
-QUOTE = '<|"|>'
-RESPONSE, TURN, TURN_END = "<|tool_response>", "<|turn>", "<turn|>"
-CHANNEL_NAMES = ("thought", "final")  # for reasoning, for the answer
-
-# All markers. A file may type them as control tokens or as visible ones.
-MARKERS = (
-    CHANNEL, CHANNEL_END, CALL, CALL_END, QUOTE, RESPONSE, "<tool_response|>", TURN, TURN_END,
-    "<|tool>", "<tool|>", "<|think|>",
-)  # fmt: skip
+from pydiffusion.chat.formats.chat_format import any_of
 
 # Delimiters of placeholders (see chat/sanitize.py): noncharacters, which don't occur in real text.
 PLACEHOLDER_OPEN, PLACEHOLDER_CLOSE = "\ufdd0", "\ufdd1"
@@ -24,12 +13,12 @@ _IN_ASCII = ("\\ufdd0", "\\ufdd1")
 
 
 class MarkerSet:
-    """Texts that must not come from a message: control tokens, markers, placeholder delimiters."""
+    """Texts that must not come from a message: markers and the delimiters of placeholders."""
 
-    def __init__(self, control_tokens: Iterable[str]) -> None:
-        texts = {*control_tokens, *MARKERS, PLACEHOLDER_OPEN, PLACEHOLDER_CLOSE, *_IN_ASCII} - {""}
-        longest_first = sorted(texts, key=lambda text: (-len(text), text))
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)))
+    def __init__(self, markers: Iterable[str]) -> None:
+        """markers: control tokens, and the chat format's markers."""
+        texts = {*markers, PLACEHOLDER_OPEN, PLACEHOLDER_CLOSE, *_IN_ASCII} - {""}
+        self.pattern = any_of(texts)
         self._beginnings = {text[:n] for text in texts for n in range(1, len(text))}
         self.longest = max(map(len, texts))
 

@@ -12,6 +12,7 @@ from support import checkpoint_folders as folders
 from support.gguf_files import NEED_IMATRIX, fields_of, read_tensors
 
 from pydiffusion.convert import TYPES, ConversionProgress, convert
+from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import KINDS
 from pydiffusion.convert.gguf.tensor_types import fit_to_rows
 from pydiffusion.convert.quantization.recipes import RECIPES, has_more_bits
 from pydiffusion.convert.quantization.type_plan import plan_types
@@ -310,7 +311,7 @@ def test_fallback_types_by_row_length() -> None:
     assert [fit_to_rows("Q6_K", n) for n in (512, 704, 100)] == ["Q6_K", "Q8_0", "F16"]
     assert [fit_to_rows("Q8_0", n) for n in (512, 704, 100)] == ["Q8_0", "Q8_0", "F16"]
     plan = plan_types(
-        [("self_cond_down.weight", (256, 320)), ("token_embd.weight", (512, 256))], "q4_k_m", pad=False
+        [("self_cond_down.weight", (256, 320)), ("token_embd.weight", (512, 256))], "q4_k_m", KINDS, pad=False
     )
     assert {name: tensor.type for name, tensor in plan.tensors.items()} == {
         "self_cond_down.weight": "Q5_0",
@@ -323,7 +324,7 @@ def test_recipe_is_that_of_a_circulating_file(circulating: Path) -> None:
     reader = GGUFReader(circulating / "small-q4_k_m.gguf")
     found = {t.name: t.tensor_type.name for t in reader.tensors}
     shapes = [(t.name, tuple(int(n) for n in reversed(t.shape))) for t in reader.tensors]
-    plan = plan_types(shapes, "q4_k_m", pad=False)
+    plan = plan_types(shapes, "q4_k_m", KINDS, pad=False)
     assert {name: tensor.type for name, tensor in plan.tensors.items()} == found
 
 

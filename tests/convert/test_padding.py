@@ -14,6 +14,7 @@ from support.gguf_files import fields_of, read_tensors
 
 from pydiffusion import _native
 from pydiffusion.convert import convert, quantize
+from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import KINDS
 from pydiffusion.convert.gguf import rows
 from pydiffusion.convert.quantization import type_plan as plan
 from pydiffusion.errors import ConversionError
@@ -139,11 +140,11 @@ def test_padding_counts_in_bytes_but_not_in_weights(folder: Path, tmp_path: Path
 def test_costly_padding_only_on_request(tmp_path: Path) -> None:
     down, up = ("blk.0.ffn_down.weight", (256, 320)), ("blk.0.ffn_up.weight", (320, 256))
     tensors = [down, up, ("blk.0.ffn_gate.weight", (320, 256))]
-    assert plan.plan_types(tensors, "q4_k_m").lengths == {}
-    assert plan.plan_types(tensors, "q4_k_m", pad=True).lengths == {"feed_forward_length": (320, 512)}
+    assert plan.plan_types(tensors, "q4_k_m", KINDS).lengths == {}
+    assert plan.plan_types(tensors, "q4_k_m", KINDS, pad=True).lengths == {"feed_forward_length": (320, 512)}
     # 300 fits no block at all: padding beats F16.
     tensors = [(name, tuple(300 if n == 320 else n for n in shape)) for name, shape in tensors]
-    assert plan.plan_types(tensors, "q2_k").tensors["blk.0.ffn_down.weight"].shape == (256, 512)
+    assert plan.plan_types(tensors, "q2_k", KINDS).tensors["blk.0.ffn_down.weight"].shape == (256, 512)
 
 
 def test_nonzero_padding_is_detected(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def test_padding_keeps_q4_k_m_small(released: Path) -> None:
 
 def test_the_cache_by_arithmetic(released: Path) -> None:
     plan = plan_sizes(released)
-    memory = sizes.estimate_memory(sizes.read_config(released), plan, 4096)
+    memory = sizes.estimate_memory(sizes.read_shape(released), plan, 4096)
     padding = 256  # rows that masks on devices are padded with
     sliding = 25 * 2 * 8 * 256 * 2 * (2 * 1024 + 512 + padding)
     full = 5 * 2 * 2 * 512 * 2 * (4096 + padding)
@@ -81,7 +81,7 @@ def test_planned_sizes_equal_the_files(tmp_path: Path, type: str, pad: bool | No
     assert plan.n_weights == report.n_weights
     assert plan.bits_per_weight == pytest.approx(report.bits_per_weight)
     (share,) = _native.plan(str(tmp_path / "m.gguf"), device="host", n_ctx=600)["shares"]
-    memory = sizes.estimate_memory(sizes.read_config(folder), plan, 600)
+    memory = sizes.estimate_memory(sizes.read_shape(folder), plan, 600)
     # ggml aligns each tensor; the host's and the CPU's alignment differ.
     assert memory.weights == pytest.approx(share["weight_bytes"], abs=128 * len(plan.tensors))
     assert memory.weights == pytest.approx(plan.n_bytes, abs=128 * len(plan.tensors))
@@ -115,7 +115,7 @@ def test_fit_keeps_what_was_asked_for(released: Path) -> None:
 def test_a_planned_file_is_all_on_the_smallest_device_that_holds_it(tmp_path: Path) -> None:
     folder = folders.make_folder(tmp_path / "small")
     convert(folder, tmp_path / "m.gguf", "q8_0")
-    memory = sizes.estimate_memory(sizes.read_config(folder), plan_sizes(folder, "q8_0"), 100)
+    memory = sizes.estimate_memory(sizes.read_shape(folder), plan_sizes(folder, "q8_0"), 100)
     n_bytes = memory.total - memory.reserve
 
     def n_cpu_moe(limit: int) -> int:

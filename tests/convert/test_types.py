@@ -13,6 +13,7 @@ from support.gguf_files import NEED_IMATRIX, fields_of
 
 from pydiffusion import _native
 from pydiffusion.convert import TYPES, convert
+from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import KINDS
 from pydiffusion.convert.gguf.tensor_types import BLOCK_SIZES, FALLBACKS, LARGEST_BLOCK, fit_to_rows
 from pydiffusion.convert.quantization.recipes import NEEDS_IMATRIX, RECIPES
 from pydiffusion.convert.quantization.type_plan import plan_types, tensor_bytes
@@ -155,7 +156,7 @@ def layer_tensors(n_layers: int) -> list[tuple[str, tuple[int, ...]]]:
 )
 def test_mixes_by_layer(type: str, expected: dict[str, str]) -> None:
     names = {letter: name for letter, name in expected.items() if len(letter) == 1}
-    planned = plan_types(layer_tensors(32), type).tensors
+    planned = plan_types(layer_tensors(32), type, KINDS).tensors
     for kind, layers in expected.items():
         if kind in names:
             continue
@@ -167,8 +168,8 @@ def test_mixes_by_layer(type: str, expected: dict[str, str]) -> None:
 def test_some_mixes_differ_with_an_imatrix() -> None:
     down = "blk.0.ffn_down.weight"
     for type, without, with_one in (("q4_0", "Q4_0", "Q4_1"), ("iq4_nl", "Q5_K", "IQ4_NL")):
-        assert plan_types(layer_tensors(32), type).tensors[down].type == without
-        assert plan_types(layer_tensors(32), type, has_imatrix=True).tensors[down].type == with_one
+        assert plan_types(layer_tensors(32), type, KINDS).tensors[down].type == without
+        assert plan_types(layer_tensors(32), type, KINDS, has_imatrix=True).tensors[down].type == with_one
 
 
 def test_overrides(folder: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_the_cache_is_counted(device: str, file: Path, gguf_file: Callable) -> N
     for kv_type in ("f32", "f16", "q8_0"):
         found[kv_type] = planned(file, device, kv_type=kv_type)
         model = DiffusionModel(file, n_ctx=512, device=device, kv_type=kv_type)
-        assert found[kv_type].cache_bytes == model.new_session()._native.cache_bytes
+        assert found[kv_type].cache_bytes == model.new_session().native.cache_bytes
         shares = [share.n_layers for share in found[kv_type].shares]
         assert model.description["device_layers"] == shares
         assert model.description["backend"] == found[kv_type].device == device

@@ -317,8 +317,8 @@ def test_an_error_in_one_session_leaves_the_model_usable(
     with pytest.raises(ContextOverflowError):
         session.encode([0] * 64)
     assert [step.canvas.tolist() for step in generate(model)] == expected
-    session._native.begin(**OPTIONS)
+    session.native.begin(**OPTIONS)
     again = []
-    while (step := session._native.next_step()) is not None:
+    while (step := session.native.next_step()) is not None:
         again.append(step.canvas.tolist())
     assert again == expected

@@ -186,14 +186,14 @@ def test_the_metrics_report_concurrency(scripted: tuple[ScriptedModel, Scheduler
 
 
 def test_a_batch_step_is_abandoned_when_all_sequences_are_cancelled(model: DiffusionModel) -> None:
-    sessions = [_native.Session(model._native, 512) for _ in range(2)]
+    sessions = [model.native.new_session(512) for _ in range(2)]
     for session in sessions:
         session.encode(np.asarray(model.tokenize("abc"), dtype=np.int32))
         session.begin(
             **{**ENTROPY_BOUND_DEFAULTS, "steps": 10**6, "confidence_threshold": 0.0}, max_tokens=1, seed=0,
             eos=[],
         )  # fmt: skip
-    batch = _native.Batch(model._native)
+    batch = model.native.new_batch()
     outcomes: list[Any] = []
 
     def go_on() -> None:

@@ -13,8 +13,8 @@ import pytest
 from support.paths import REPOSITORY
 from support.server_fakes import CANVAS, CHAT, TOOLS, ScriptedModel, ask, events, script, serving
 
+from pydiffusion.chat.formats.gemma import GEMMA
 from pydiffusion.openai.requests import IGNORED, UNSUPPORTED
-from pydiffusion.tokenizer.markers import MARKERS
 
 
 def calling(function: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def test_a_stream_event_for_every_step(url: str, client: openai.OpenAI) -> None:
     for draft in drafts:
         assert len(draft["pieces"]) == len(draft["settled"]) == len(draft["entropy"]) == CANVAS
         assert sum(draft["settled"]) == CANVAS * draft["step"] // 3
-        assert not any(marker in "".join(draft["pieces"]) for marker in MARKERS)
+        assert not any(marker in "".join(draft["pieces"]) for marker in GEMMA.markers)
     assert "".join(drafts[-1]["pieces"]).startswith("so. Über!")
     assert got[-1]["diffusion"]["type"] == "summary"
     # the official client reads them as chunks without choices

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pydiffusion.chat.formats.gemma import GEMMA
+from pydiffusion.chat.formats.gemma_calls import QUOTE, parse_call
 from pydiffusion.chat.output_parser import (
     Content,
     OutputParser,
@@ -16,14 +18,11 @@ from pydiffusion.chat.output_parser import (
     Reasoning,
     ToolCall,
     _merged,
-    ends_in_thought,
 )
-from pydiffusion.chat.tool_calls import parse_call
-from pydiffusion.tokenizer.markers import MARKERS, QUOTE
 
 
 def parse(*texts: str, in_thought: bool = False) -> list[Part]:
-    parser = OutputParser(in_thought)
+    parser = OutputParser(GEMMA, in_thought)
     parts = [part for text in texts for part in parser.feed(text)]
     return _merged(parts + parser.feed("", last=True))
 
@@ -96,7 +95,7 @@ def test_parts_do_not_depend_on_chunking(name: str) -> None:
 
 _PIECES = st.sampled_from(
     [
-        *MARKERS,
+        *GEMMA.markers,
         "<think>",
         "</think>",
         "thought\n",
@@ -123,13 +122,13 @@ def test_any_text_in_any_chunks(pieces: list[str], size: int, in_thought: bool) 
     assert parse(*portions, in_thought=in_thought) == whole
     for part in whole:
         if not isinstance(part, ToolCall) and "<|<" not in text and "|>" not in text.replace('<|"|>', ""):
-            assert not any(marker in part.text for marker in MARKERS)
+            assert not any(marker in part.text for marker in GEMMA.markers)
 
 
 def test_thinking_opened_by_the_prompt() -> None:
-    assert ends_in_thought("<|turn>model\n<|channel>thought\n")
-    assert not ends_in_thought("<|turn>model\n<|channel>thought\n<channel|>")
-    assert not ends_in_thought("<|turn>model\n")
+    assert GEMMA.leaves_reasoning_open("<|turn>model\n<|channel>thought\n")
+    assert not GEMMA.leaves_reasoning_open("<|turn>model\n<|channel>thought\n<channel|>")
+    assert not GEMMA.leaves_reasoning_open("<|turn>model\n")
     assert parse("a<channel|>b", in_thought=True) == [Reasoning("a"), Content("b")]
     assert parse("thought\na<channel|>b", in_thought=True) == [Reasoning("a"), Content("b")]
 

@@ -17,13 +17,12 @@ from typing import Any
 import httpx
 import numpy as np
 
+from pydiffusion.chat.formats.gemma import GEMMA
 from pydiffusion.errors import ContextOverflowError, GenerationCancelled
 from pydiffusion.model import DiffusionModel
 from pydiffusion.server.app import Settings
 from pydiffusion.server.run import Server
-from pydiffusion.session import Session
 from pydiffusion.tokenizer import Tokenizer, TokenType
-from pydiffusion.tokenizer.markers import MARKERS
 
 CANVAS = 64
 TEMPLATE = (
@@ -41,13 +40,14 @@ Script = Callable[[str, int], Sequence[str]]
 
 def metadata() -> dict[str, Any]:
     control = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|channel>"]
-    visible = [marker for marker in MARKERS if marker not in control]
+    visible = [marker for marker in GEMMA.markers if marker not in control]
     letters = ["\u2581", *(chr(i) for i in range(33, 127))]
     tokens = [*control, *visible, *(f"<0x{i:02X}>" for i in range(256)), *letters]
     kinds = [TokenType.CONTROL] * len(control) + [TokenType.USER_DEFINED] * len(visible)
     kinds += [TokenType.BYTE] * 256 + [TokenType.NORMAL] * len(letters)
     return {
         "diffusion.canvas_length": CANVAS,
+        "general.architecture": "diffusion-gemma",
         "tokenizer.ggml.model": "gemma4",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [int(kind) for kind in kinds],
@@ -75,18 +75,22 @@ class ScriptedModel(DiffusionModel):
         self.n_vocab = len(self.metadata["tokenizer.ggml.tokens"])
         self.canvas_length = CANVAS
         self.n_ctx = self.n_ctx_train = n_ctx
+        self.native = ScriptedWeights(self)  # type: ignore[assignment]
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
         self._chat_template = None
         self._template_lock = threading.Lock()
 
-    def new_session(self, n_ctx: int | None = None) -> Session:
-        session = Session.__new__(Session)
-        session.model = self
-        session._native = ScriptedNative(self, n_ctx or self.n_ctx)  # type: ignore[assignment]
-        session._prompt_seconds = 0.0
-        return session
 
-    def _new_batch(self) -> ScriptedBatch:  # type: ignore[override]
+class ScriptedWeights:
+    """In place of the model's weights: what runs on them is scripted."""
+
+    def __init__(self, model: ScriptedModel) -> None:
+        self._model = model
+
+    def new_session(self, n_ctx: int) -> ScriptedNative:
+        return ScriptedNative(self._model, n_ctx)
+
+    def new_batch(self) -> ScriptedBatch:
         return ScriptedBatch()
 
 
@@ -134,12 +138,9 @@ class ScriptedNative:
         self._enter()
         del self._ids[n:]
 
-    def cache_rows(self) -> list[Any]:
-        return []
-
-    def restore(self, tokens: np.ndarray, layers: list[Any]) -> None:
+    def copy_from(self, source: ScriptedNative) -> None:
         self._enter()
-        self._ids = tokens.tolist()
+        self._ids = source._ids.copy()
 
     def begin(self, *, max_tokens: int, steps: int, eos: list[int], **_: Any) -> None:
         self._enter()

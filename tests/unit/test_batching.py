@@ -12,7 +12,6 @@ from pydiffusion import (
     DiffusionModel,
     EndEvent,
     GenerationOptions,
-    _native,
 )
 from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 
@@ -91,7 +90,7 @@ def test_a_prompt_that_fails_leaves_the_others_alone(model: DiffusionModel, alon
 
 
 def test_a_session_cancelled_in_a_batch_ends_alone(model: DiffusionModel) -> None:
-    sessions = [_native.Session(model._native, 512) for _ in range(3)]
+    sessions = [model.native.new_session(512) for _ in range(3)]
     for session in sessions:
         session.begin(
             **{**ENTROPY_BOUND_DEFAULTS, "steps": 4, "confidence_threshold": 0.0},
@@ -99,7 +98,7 @@ def test_a_session_cancelled_in_a_batch_ends_alone(model: DiffusionModel) -> Non
             seed=0,
             eos=[],
         )
-    batch = _native.Batch(model._native)
+    batch = model.native.new_batch()
     batch.next_steps(sessions)
     sessions[1].cancel()
     outcomes = batch.next_steps(sessions)
@@ -109,13 +108,13 @@ def test_a_session_cancelled_in_a_batch_ends_alone(model: DiffusionModel) -> Non
 
 
 def test_invalid_batches_are_refused(model: DiffusionModel, gguf_file) -> None:
-    session = _native.Session(model._native, 512)
-    batch = _native.Batch(model._native)
+    session = model.native.new_session(512)
+    batch = model.native.new_batch()
     with pytest.raises(ValueError, match="session 1 of the batch is a duplicate"):
         batch.next_steps([session, session])
     other = DiffusionModel(gguf_file("wide", "f32"), n_threads=1)
     with pytest.raises(ValueError, match="another model"):
-        batch.next_steps([_native.Session(other._native, 512)])
+        batch.next_steps([other.native.new_session(512)])
     assert batch.next_steps([]) == []
     for n_parallel in (0, True, 1.5):
         with pytest.raises(ValueError, match="n_parallel"):

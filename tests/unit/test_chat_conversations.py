@@ -17,11 +17,11 @@ from support.paths import REFERENCE
 from support.server_fakes import ScriptedModel, script, serving
 
 from pydiffusion import DiffusionModel
-from pydiffusion.tokenizer.markers import MARKERS
+from pydiffusion.chat.formats.gemma import GEMMA
 
 OWN = (REFERENCE / "chat_template.jinja").read_text(encoding="utf-8")
 GOLDENS: dict[str, list[str | None]] = json.loads((REFERENCE / "goldens/chat.json").read_text("utf-8"))
-SPECIAL = re.compile("|".join(map(re.escape, [*MARKERS, "<bos>", "<eos>", "<pad>", "<unk>"])))
+SPECIAL = re.compile("|".join(map(re.escape, [*GEMMA.markers, "<bos>", "<eos>", "<pad>", "<unk>"])))
 
 by_name = pytest.mark.parametrize("conversation", CONVERSATIONS, ids=lambda one: one.name)
 

@@ -22,6 +22,7 @@ from support.random_schemas import random_schema
 from support.server_fakes import metadata
 
 from pydiffusion import DiffusionModel, GenerationOptions
+from pydiffusion.chat.formats.chat_format import PLAIN
 from pydiffusion.constrained import Automaton, Guide, expression_of
 from pydiffusion.constrained.byte_dfa import byte_dfa
 from pydiffusion.constrained.regex import from_regex
@@ -95,6 +96,8 @@ class Small:
 
     def __init__(self, *tokens: str) -> None:
         self.tokens = tokens
+
+    chat_format = PLAIN
 
     def piece(self, token: int) -> str | None:
         return self.tokens[token] or None

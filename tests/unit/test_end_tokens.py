@@ -34,8 +34,12 @@ T = "tokenizer.ggml."
 
 def ends(types: dict[str, int], **keys: Any) -> list[int]:
     """End tokens of a vocabulary of these texts and types, whose ids begin with 1."""
-    metadata: dict[str, Any] = {T + "tokens": ["a", *types], T + "token_type": [NORMAL, *types.values()]}
-    metadata |= {T + name: value for name, value in keys.items()}
+    metadata: dict[str, Any] = {
+        "general.architecture": "diffusion-gemma",
+        T + "tokens": ["a", *types],
+        T + "token_type": [NORMAL, *types.values()],
+        **{T + name: value for name, value in keys.items()},
+    }
     found = find_end_tokens(metadata, 1 + len(types))
     assert GenerationOptions().resolve(metadata, 1 + len(types)).eos == tuple(end.token_id for end in found)
     return [end.token_id for end in found]

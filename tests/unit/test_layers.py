@@ -60,6 +60,10 @@ def test_few_files_at_the_top_and_few_arrows(layers: ModuleType, native: Any, py
     assert layers.MAX_ARROWS == {"native": 40, "python": 70}
 
 
+def test_no_module_uses_the_private_names_of_another(layers: ModuleType) -> None:
+    assert layers.private_uses(REPOSITORY) == []
+
+
 def test_the_script_prints_rooms_and_says_that_all_is_well() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -193,6 +197,45 @@ def test_a_room_without_a_layer_is_named(layers: ModuleType, tmp_path: Path) -> 
     assert wrong == [
         "pydiffusion/errors.py:1: room errors is in no layer: add it to python's order in scripts/layers.py"
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "used"),
+    [
+        ("def f(model):\n    return model._weights", 2, "model._weights"),
+        ("class A:\n    def f(self, b):\n        return b.session._x\n    _x = 1", 3, "b.session._x"),
+        ("class A:\n    _x = 1\nclass B:\n    def f(self, a):\n        a._x = 2", 5, "a._x"),
+        ("from .model import Model, _start", 1, "pydiffusion.model._start"),
+        ("def f():\n    from pydiffusion.model import _start", 2, "pydiffusion.model._start"),
+        ("from .cli import _text", 1, "pydiffusion.cli._text"),
+        ("from pydiffusion.cli._text import say", 1, "pydiffusion.cli._text.say"),
+        ("import os, pydiffusion.cli._text", 1, "pydiffusion.cli._text"),
+        ("if TYPE_CHECKING:\n    from pydiffusion import _helper", 2, "pydiffusion._helper"),
+    ],
+)
+def test_a_private_name_of_another_module_is_named_with_its_line(
+    text: str, line: int, used: str, layers: ModuleType, tmp_path: Path
+) -> None:
+    write(tmp_path, PYTHON | {"pydiffusion/cli/_text.py": "", "pydiffusion/session.py": text + "\n"})
+    assert layers.private_uses(tmp_path) == [
+        f"pydiffusion/session.py:{line}: {used} is private to another module"
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "class A:\n    def f(self, other):\n        self._x = super()._x\n        return other._x",
+        "class A:\n    @classmethod\n    def f(cls):\n        return cls._x",
+        "def f(point):\n    return point._replace(x=1), sys._getframe(), f.__name__",
+        "from pydiffusion import _native, __version__\nfrom pydiffusion._util.files import check",
+        "from . import _text\nfrom ._text import say",
+        "from re import _parser",
+    ],
+)
+def test_other_names_may_begin_with_an_underscore(text: str, layers: ModuleType, tmp_path: Path) -> None:
+    write(tmp_path, PYTHON | {"pydiffusion/cli/_text.py": "", "pydiffusion/cli/run.py": text + "\n"})
+    assert layers.private_uses(tmp_path) == []
 
 
 def test_too_many_files_or_arrows_are_named(

@@ -33,7 +33,7 @@ FILES = [
 
 
 def cache_and_logits(session: Session) -> tuple[list[bytes], bytes]:
-    rows = [array.tobytes() for layer in session._native.cache_rows() for array in layer]
+    rows = [array.tobytes() for layer in session.native.cache_rows() for array in layer]
     canvas = np.arange(session.model.canvas_length, dtype=np.int32)
     return rows, session.denoise(canvas).tobytes()
 

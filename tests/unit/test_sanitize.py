@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from support.paths import REFERENCE
 from support.server_fakes import ScriptedModel, metadata, script
 
+from pydiffusion.chat.formats.gemma import GEMMA
 from pydiffusion.tokenizer import TokenType
-from pydiffusion.tokenizer.markers import MARKERS
 
 TEMPLATE = REFERENCE / "chat_template.jinja"
 
@@ -24,7 +24,7 @@ def model() -> ScriptedModel:
 
 
 # All control markers, whether this file types them as control or as user-defined.
-SPECIAL = {*MARKERS, "<pad>", "<eos>", "<bos>", "<unk>"}
+SPECIAL = {*GEMMA.markers, "<pad>", "<eos>", "<bos>", "<unk>"}
 
 
 def steering(model: ScriptedModel, ids: list[int]) -> list[str]:
@@ -248,4 +248,4 @@ def test_the_fake_has_markers_of_both_types() -> None:
             metadata()["tokenizer.ggml.tokens"], metadata()["tokenizer.ggml.token_type"], strict=True
         )
     }
-    assert {kinds[marker] for marker in MARKERS} == {TokenType.CONTROL, TokenType.USER_DEFINED}
+    assert {kinds[marker] for marker in GEMMA.markers} == {TokenType.CONTROL, TokenType.USER_DEFINED}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pydiffusion import DiffusionModel, ModelFormatError, Session
+from pydiffusion import ContextOverflowError, DiffusionModel, GenerationCancelled, ModelFormatError, Session
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,84 @@ def test_a_fork_is_independent(model: DiffusionModel, n: int) -> None:
     fresh = model.new_session()
     fresh.encode(np.concatenate([ids, prompt(model, 9, seed=2)]))
     np.testing.assert_array_equal(logits(fork), logits(fresh))
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("device", ["cpu", "host"])
+def test_a_copy_has_the_bits_of_a_fresh_encode(
+    gguf_file: Callable[..., Path], kv_type: str, device: str
+) -> None:
+    """Between sessions of different n_ctx, whose buffers differ in size; the window has slid."""
+    path = gguf_file("wide", "f32", seed=0, dtype="f32")  # heads are whole blocks of q8_0
+    model = DiffusionModel(path, n_threads=1, kv_type=kv_type, device=device)
+    for n in (7, 300):
+        ids, more = prompt(model, n), prompt(model, 40, seed=3)
+        source, fresh = model.new_session(512), model.new_session(512)
+        for session in (source, fresh):
+            session.encode(ids)
+        copy = model.new_session(400)
+        copy.encode(prompt(model, 200, seed=2))
+        copy.copy(source)
+        assert copy.tokens.tolist() == ids.tolist()
+        assert rows(copy) == rows(fresh)
+        np.testing.assert_array_equal(logits(copy), logits(fresh))
+        for session in (copy, fresh):
+            session.encode(more)
+        assert rows(copy) == rows(fresh)
+        np.testing.assert_array_equal(logits(copy), logits(fresh))
+        assert source.tokens.tolist() == ids.tolist()
+
+
+def rows(session: Session) -> list[bytes]:
+    return [array.tobytes() for layer in session._native.cache_rows() for array in layer]
+
+
+def test_a_copy_that_does_not_fit_changes_nothing(model: DiffusionModel) -> None:
+    source, small = model.new_session(512), model.new_session(64)
+    source.encode(prompt(model, 65))
+    small.encode(prompt(model, 20, seed=1))
+    before = logits(small)
+    events = source.generate(max_tokens=64, steps=4, eos=[], seed=0)
+    next(events)
+    with pytest.raises(ContextOverflowError, match="65 tokens, but this session's context is 64"):
+        small.copy(source)
+    assert small.n_past == 20
+    np.testing.assert_array_equal(logits(small), before)
+    assert sum(1 for _ in events) > 4  # the source's generation continues
+
+
+def test_a_session_can_be_copied_to_itself(model: DiffusionModel) -> None:
+    session = model.new_session()
+    session.encode(prompt(model, 300))
+    before = logits(session)
+    events = session.generate(max_tokens=64, steps=4, eos=[], seed=0)
+    next(events)
+    session.copy(session)
+    assert sum(1 for _ in events) > 4  # nothing happened
+    session.truncate(300)
+    np.testing.assert_array_equal(logits(session), before)
+
+
+def test_a_copy_of_another_cache_type_is_refused(model: DiffusionModel) -> None:
+    half = DiffusionModel(model.path, n_threads=1, kv_type="f16").new_session()
+    half.encode(prompt(model, 20))
+    session = model.new_session()
+    session.encode(prompt(model, 10))
+    with pytest.raises(ValueError, match="another model or type"):
+        session.copy(half)
+    assert session.n_past == 10
+
+
+def test_a_cancelled_session_can_be_copied(model: DiffusionModel) -> None:
+    """The cancellation is the source's: the copy goes on, and the source's next call raises."""
+    source, copy = model.new_session(), model.new_session()
+    source.encode(prompt(model, 20))
+    source.cancel()
+    copy.copy(source)
+    np.testing.assert_array_equal(copy.tokens, source.tokens)
+    logits(copy)
+    with pytest.raises(GenerationCancelled):
+        logits(source)
 
 
 def test_a_saved_session_can_be_loaded(model: DiffusionModel, tmp_path: Path) -> None:

@@ -79,13 +79,13 @@ def test_thinking_ends_within_its_budget_and_the_answer_follows() -> None:
 
 def begin(session: Session, **options: int) -> None:
     endless = {"steps": 2, "confidence_threshold": 0.0}
-    session._native.begin(
+    session.native.begin(
         **{**ENTROPY_BOUND_DEFAULTS, **endless, "max_tokens": 100, "seed": 1, **options}, eos=[]
     )
 
 
 def canvas_of(session: Session) -> np.ndarray:
-    while not (step := session._native.next_step()).canvas_done:
+    while not (step := session.native.next_step()).canvas_done:
         pass
     return step.tokens
 
@@ -97,29 +97,29 @@ def test_an_amended_canvas_is_what_the_next_one_follows(gguf_file: Callable[...,
     session.encode(prompt)
     begin(session)
     first = canvas_of(session)
-    assert session._native.amend(first[:3]) == ""
+    assert session.native.amend(first[:3]) == ""
     canvas_of(session)
     assert session.tokens.tolist() == [*prompt, *first[:3]]
     n = model.canvas_length
-    assert session._native.amend(first[: n - 1]) == "" and session._native.amend(first) == ""
+    assert session.native.amend(first[: n - 1]) == "" and session.native.amend(first) == ""
     for wrong, message in (
         (np.zeros(n + 1, np.int32), "to replace a canvas"),
         (first[:2] * 0 - 1, "token -1"),
     ):
         with pytest.raises(ValueError, match=message):
-            session._native.amend(wrong)
+            session.native.amend(wrong)
         begin(session)  # an error ends a generation
         canvas_of(session)
 
     begin(session, max_tokens=3)  # also where the canvas was the last
-    assert len(canvas_of(session)) == 3 and session._native.next_step() is None
-    assert session._native.amend(first[:2]) == ""
-    assert session._native.next_step() is not None
+    assert len(canvas_of(session)) == 3 and session.native.next_step() is None
+    assert session.native.amend(first[:2]) == ""
+    assert session.native.next_step() is not None
     with pytest.raises(ValueError, match="no finished canvas"):
-        session._native.amend(first[:2])
+        session.native.amend(first[:2])
     begin(session, max_tokens=3)
     canvas_of(session)
-    assert session._native.amend(first[:3]) == "length" and session._native.next_step() is None
+    assert session.native.amend(first[:3]) == "length" and session.native.next_step() is None
 
 
 # Repetition

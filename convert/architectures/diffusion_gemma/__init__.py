@@ -1,1 +1,1 @@
-"""DiffusionGemma: config, tensor names, metadata, vocabulary, vision."""
+"""DiffusionGemma: config, tensor names, metadata, vision."""

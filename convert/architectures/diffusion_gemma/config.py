@@ -58,7 +58,7 @@ _ONLY = MappingProxyType(
 # Keys that don't affect inference.
 _IRRELEVANT = frozenset(
     {
-        "_name_or_path", "architectures", "attention_dropout", "boi_token_id", "bos_token_id",
+        "_name_or_path", "attention_dropout", "boi_token_id", "bos_token_id",
         "chunk_size_feed_forward", "dtype", "eoi_token_id", "eos_token_id", "id2label", "image_token_id",
         "initializer_range", "is_encoder_decoder", "label2id", "output_attentions",
         "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "torch_dtype",
@@ -115,12 +115,11 @@ class SamplerConfig:
 DEFAULT_SAMPLER = SamplerConfig(**ENTROPY_BOUND_DEFAULTS, eos_token_ids=())
 
 
-def read_text_config(folder: Path, notes: list[str]) -> TextConfig:
-    """Read and validate ``config.json``. Raises ConversionError naming a missing or unsupported key."""
-    where = "config.json"
-    top = Fields(read_json_object(folder / where, _MAX_JSON), where, notes)
-    top.one_of("model_type", ("diffusion_gemma",))
-    _check_architectures(top)
+def read_text_config(top: Fields) -> TextConfig:
+    """Read and validate ``config.json``, after its ``model_type``. Raises ConversionError naming a missing or
+    unsupported key.
+    """
+    notes = top.notes
     top.accept_if_there("quantization_config", (None,))
     text = top.object("text_config")
     text.one_of("model_type", ("diffusion_gemma_text",))
@@ -179,15 +178,6 @@ def read_text_config(folder: Path, notes: list[str]) -> TextConfig:
         if unread:
             notes.append(f"{fields.where}: keys that were not read: {', '.join(map(repr, unread))}")
     return config
-
-
-def _check_architectures(top: Fields) -> None:
-    names = top.values.get("architectures")
-    known = {"DiffusionGemmaForBlockDiffusion", "DiffusionGemmaModel"}
-    if names is not None and not (
-        isinstance(names, list) and names and all(isinstance(name, str) and name in known for name in names)
-    ):
-        raise top.error("architectures", "DiffusionGemmaForBlockDiffusion")
 
 
 def _read_layer_types(text: Fields) -> tuple[bool, ...]:

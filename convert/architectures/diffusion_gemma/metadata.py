@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
-import gguf
+from pathlib import Path
 
 from pydiffusion._util.sampler_options import CANVAS_LENGTH_KEY, ENTROPY_BOUND
-from pydiffusion.convert.architectures.diffusion_gemma.config import SamplerConfig, TextConfig
+from pydiffusion.convert.architectures.diffusion_gemma.config import (
+    SamplerConfig,
+    TextConfig,
+    read_sampler_config,
+)
+from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import ARCHITECTURE
+from pydiffusion.convert.checkpoint.tokenizer_files import read_tokenizer
 from pydiffusion.convert.gguf.header import Value
+from pydiffusion.convert.gguf.model_keys import f32, model_keys, u32
 
-ARCHITECTURE = "diffusion-gemma"
-# Version of ggml's block layouts; written for every type, so that quantizing does not change the set of keys.
-QUANTIZATION_VERSION = int(gguf.GGML_QUANT_VERSION)
+# Markers that output parsers need as text, though the checkpoint marks them special.
+VISIBLE = frozenset(
+    (
+        "<|channel>",
+        "<channel|>",
+        "<|tool_call>",
+        "<tool_call|>",
+        "<|tool_response>",
+        "<tool_response|>",
+        '<|"|>',
+    )
+)
 
 
-def u32(value: int) -> Value:
-    """An unsigned integer."""
-    return Value("u32", value)
-
-
-def f32(value: float) -> Value:
-    """A float."""
-    return Value("f32", value)
+def read_metadata(folder: Path, name: str, config: TextConfig, notes: list[str]) -> dict[str, Value]:
+    """All keys, from the config, ``generation_config.json`` and the tokenizer's files."""
+    sampler = read_sampler_config(folder, config, notes)
+    tokenizer = read_tokenizer(
+        folder,
+        notes,
+        vocab_size=config.vocab_size,
+        token_ids=config.token_ids,
+        token_ids_from="config.json: text_config",
+        eos_token_ids=sampler.eos_token_ids,
+        visible=VISIBLE,
+    )
+    return model_metadata(name, config, sampler, 0) | tokenizer
 
 
 def model_metadata(name: str, config: TextConfig, sampler: SamplerConfig, file_type: int) -> dict[str, Value]:
     """All keys except the tokenizer's, in file order."""
     own = f"{ARCHITECTURE}."
-    return {
-        "general.architecture": Value("str", ARCHITECTURE),
-        "general.type": Value("str", "model"),
-        "general.name": Value("str", name),
+    keys = {
         f"{own}block_count": u32(len(config.sliding)),
         f"{own}context_length": u32(config.max_position_embeddings),
         f"{own}embedding_length": u32(config.hidden_size),
@@ -56,6 +74,5 @@ def model_metadata(name: str, config: TextConfig, sampler: SamplerConfig, file_t
         f"{own}final_logit_softcapping": f32(config.final_logit_softcapping),
         CANVAS_LENGTH_KEY: u32(config.canvas_length),
         **{option.key: Value(option.gguf_type, getattr(sampler, option.name)) for option in ENTROPY_BOUND},
-        "general.file_type": u32(file_type),
-        "general.quantization_version": u32(QUANTIZATION_VERSION),
     }
+    return model_keys(ARCHITECTURE, name, keys, file_type)

@@ -1,16 +1,13 @@
-"""Tensor map: names in a checkpoint, names in a GGUF, and shapes.
-
-Shapes are in C order, as in numpy and safetensors; a GGUF stores them reversed.
-"""
+"""Tensor map: names in a checkpoint, names in a GGUF, and shapes."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-
 from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
-from pydiffusion.errors import ConversionError
+from pydiffusion.convert.checkpoint.tensor_map import Table, TensorKinds, Wanted, shapes_of, wanted
 
+ARCHITECTURE = "diffusion-gemma"
+# A bare DiffusionGemmaModel is saved without the prefix that the full model has.
+PREFIX = "model."
 DECODER = "decoder."
 ENCODER = "encoder.language_model."
 VISION = ("encoder.vision_tower.", "encoder.embed_vision.")
@@ -19,14 +16,14 @@ EMBEDDING = "decoder.embed_tokens.weight"
 
 # Dimensions by name: d hidden size, v vocabulary, ff dense width, q and kv the widths of a layer's queries
 # and keys, h its head size, e experts, xf an expert's width, 2xf gate and up of an expert in one.
-_GLOBAL = (
+_GLOBAL: Table = (
     ("decoder.embed_tokens.weight", "token_embd.weight", ("v", "d")),
     ("decoder.self_conditioning.pre_norm.weight", "self_cond_pre_norm.weight", ("d",)),
     ("decoder.self_conditioning.gate_proj.weight", "self_cond_gate.weight", ("ff", "d")),
     ("decoder.self_conditioning.up_proj.weight", "self_cond_up.weight", ("ff", "d")),
     ("decoder.self_conditioning.down_proj.weight", "self_cond_down.weight", ("d", "ff")),
 )
-_LAYER = (
+_LAYER: Table = (
     ("input_layernorm.weight", "attn_norm.weight", ("d",)),
     ("self_attn.q_proj.weight", "attn_q.weight", ("q", "d")),
     ("self_attn.k_proj.weight", "attn_k.weight", ("kv", "d")),
@@ -50,31 +47,17 @@ _LAYER = (
     ("post_feedforward_layernorm.weight", "post_ffw_norm.weight", ("d",)),
     ("layer_scalar", "layer_output_scale.weight", ("1",)),
 )
-_SEPARATE_EXPERTS = ("ffn_gate_exps", "ffn_up_exps")
-
-LAYER_KINDS = frozenset(name.removesuffix(".weight") for _, name, _ in _LAYER) | {
-    "enc_layer_output_scale",
-    *_SEPARATE_EXPERTS,
-}
-GLOBAL_KINDS = frozenset(name.removesuffix(".weight") for _, name, _ in _GLOBAL) | {
-    "output_norm",
-    "output",
-    "rope_freqs",
-}
-# Norms, scales, scalars, the router and rope_freqs are stored as F32.
-FLOAT32_KINDS = frozenset(
-    {name.removesuffix(".weight") for _, name, shape in (*_LAYER, *_GLOBAL) if len(shape) == 1}
-    | {"ffn_gate_inp", "enc_layer_output_scale", "output_norm", "rope_freqs"}
+# Those without a row here: the decoder's final norm, which comes last in a file; the output head of an untied
+# model; the encoder's scalar, whose name in a checkpoint is the encoder's; gate and up of experts in two
+# matrices, which other converters write.
+KINDS = TensorKinds.from_tables(
+    ARCHITECTURE,
+    _GLOBAL,
+    _LAYER,
+    more_of_model=("output_norm", "output", "rope_freqs"),
+    more_of_layer=("enc_layer_output_scale", "ffn_gate_exps", "ffn_up_exps"),
+    more_float32=("ffn_gate_inp", "enc_layer_output_scale", "output_norm", "rope_freqs"),
 )
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A required tensor: its checkpoint name ``source`` and its GGUF name ``name``."""
-
-    source: str
-    name: str
-    shape: tuple[int, ...]
 
 
 def wanted_tensors(config: TextConfig) -> list[Wanted]:
@@ -85,20 +68,28 @@ def wanted_tensors(config: TextConfig) -> list[Wanted]:
         "xf": config.moe_intermediate_size,
         "2xf": 2 * config.moe_intermediate_size,
     }
-    wanted = [Wanted(source, name, tuple(sizes[size] for size in shape)) for source, name, shape in _GLOBAL]
+    tensors = wanted(_GLOBAL, sizes)
     for i_layer, sliding in enumerate(config.sliding):
         head_dim = config.head_dim if sliding else config.global_head_dim
         sizes |= {"h": head_dim, "q": config.num_attention_heads * head_dim}
         sizes |= {"kv": config.num_key_value_heads[i_layer] * head_dim}
-        for source, name, shape in _LAYER:
-            if name == "attn_v.weight" and not sliding:
-                continue  # full layers use K as V
-            full_shape = tuple(sizes[size] for size in shape)
-            wanted.append(Wanted(f"{DECODER}layers.{i_layer}.{source}", f"blk.{i_layer}.{name}", full_shape))
+        # Full layers use K as V.
+        table = [row for row in _LAYER if sliding or row[1] != "attn_v.weight"]
+        tensors += wanted(table, sizes, f"{DECODER}layers.{i_layer}.", f"blk.{i_layer}.")
         encoder_scalar = f"{ENCODER}layers.{i_layer}.layer_scalar"
-        wanted.append(Wanted(encoder_scalar, f"blk.{i_layer}.enc_layer_output_scale.weight", (1,)))
-    wanted.append(Wanted("decoder.norm.weight", "output_norm.weight", (config.hidden_size,)))
-    return wanted
+        tensors.append(Wanted(encoder_scalar, f"blk.{i_layer}.enc_layer_output_scale.weight", (1,)))
+    tensors.append(Wanted("decoder.norm.weight", "output_norm.weight", (config.hidden_size,)))
+    return tensors
+
+
+def rope_divisors_shape(config: TextConfig) -> tuple[int, ...]:
+    """Shape of ``rope_freqs.weight``, which no checkpoint has: one per pair of a full layer's head."""
+    return (config.global_head_dim // 2,)
+
+
+def shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a GGUF."""
+    return shapes_of(wanted_tensors(config)) | {"rope_freqs.weight": rope_divisors_shape(config)}
 
 
 def encoder_twin(source: str) -> str | None:
@@ -106,19 +97,3 @@ def encoder_twin(source: str) -> str | None:
     if not source.startswith(DECODER) or source.endswith(".layer_scalar") or ".self_conditioning." in source:
         return None
     return ENCODER + source.removeprefix(DECODER)
-
-
-def split_name(name: str) -> tuple[str, int | None]:
-    """Split a GGUF name: ``blk.3.attn_q.weight`` -> (``attn_q``, 3); ``token_embd.weight`` ->
-    (``token_embd``, None).
-
-    Raises ConversionError for a name that does not belong to this architecture.
-    """
-    match = re.fullmatch(r"(?:blk\.(0|[1-9][0-9]{0,5})\.)?(.+)", name, re.DOTALL)
-    if match is None:
-        raise ConversionError("a tensor without a name: not a valid GGUF of diffusion-gemma")
-    layer = None if match[1] is None else int(match[1])
-    kind = match[2].removesuffix(".weight")
-    if kind not in (GLOBAL_KINDS if layer is None else LAYER_KINDS):
-        raise ConversionError(f"unexpected tensor {name!r}: diffusion-gemma has no tensor of this name")
-    return kind, layer

@@ -6,45 +6,41 @@ Names and keys are those that llama.cpp's multimodal library has for Gemma 4 (pr
 from __future__ import annotations
 
 import math
-import os
-import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
-from pydiffusion._util.atomic import explaining
-from pydiffusion.convert.architectures.diffusion_gemma.config import read_text_config
-from pydiffusion.convert.architectures.diffusion_gemma.metadata import QUANTIZATION_VERSION, f32, u32
-from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import VISION
-from pydiffusion.convert.checkpoint.hub import find_checkpoint
-from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint, StoredTensor
+from pydiffusion.convert.architectures.architecture import Mmproj
+from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
+from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import PREFIX, VISION
+from pydiffusion.convert.checkpoint.inventory import Inventory
+from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
-from pydiffusion.convert.gguf import writer
+from pydiffusion.convert.checkpoint.tensor_map import Row, Table, Wanted, wanted
 from pydiffusion.convert.gguf.header import Value
-from pydiffusion.convert.gguf.report import ConversionReport, ProgressCallback
-from pydiffusion.convert.gguf.tensor_reads import ReadBytes
+from pydiffusion.convert.gguf.model_keys import QUANTIZATION_VERSION, f32, u32
+from pydiffusion.convert.gguf.tensor_reads import ReadBytes, SourceTensor
 from pydiffusion.convert.gguf.tensor_types import fit_to_rows
-from pydiffusion.convert.gguf.writer import Job, PlannedTensor
+from pydiffusion.convert.gguf.writer import PlannedTensor
 from pydiffusion.errors import ConversionError
 
-_TYPE_TO_FILE_TYPE = MappingProxyType({"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7})  # general.file_type
-MMPROJ_TYPES = tuple(_TYPE_TO_FILE_TYPE)
 _TOWER, _PROJECTOR = VISION
 _MAX_LAYERS = 1024
 _IMAGE_SIZE = 224  # the library asks for one and does not use it: images keep their aspect ratio
-_FLOAT_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 
-# Sizes by name: d hidden, ff feed-forward, h head, p positions, t the text model's hidden size, k the weights
-# of a patch.
-_GLOBAL = (
+# Dimensions by name: d hidden size, ff feed-forward, h head, p positions, t the text model's hidden size,
+# k the weights of a patch.
+_GLOBAL: Table = (
     (f"{_TOWER}patch_embedder.input_proj.weight", "v.patch_embd.weight", ("d", "k")),
     (f"{_TOWER}patch_embedder.position_embedding_table", "v.position_embd.weight", ("2", "p", "d")),
 )
-_STANDARDIZE = (("std_bias", "v.std_bias"), ("std_scale", "v.std_scale"))
-_LAYER = (
+_STANDARDIZE: Table = (
+    (f"{_TOWER}std_bias", "v.std_bias", ("d",)),
+    (f"{_TOWER}std_scale", "v.std_scale", ("d",)),
+)
+_PROJECTION: Row = (f"{_PROJECTOR}embedding_projection.weight", "mm.input_projection.weight", ("t", "d"))
+_LAYER: Table = (
     ("input_layernorm.weight", "ln1.weight", ("d",)),
     ("self_attn.q_proj", "attn_q", ("d", "d")),
     ("self_attn.k_proj", "attn_k", ("d", "d")),
@@ -79,66 +75,19 @@ class _VisionConfig:
     image_std: list[float]
 
 
-def convert_mmproj(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    type: str = "bf16",
-    *,
-    revision: str | None = None,
-    resume: bool = False,
-    n_threads: int | None = None,
-    overwrite: bool = True,
-    progress: ProgressCallback | None = None,
-) -> ConversionReport:
-    """Write the vision part of a checkpoint folder or repo as an ``mmproj`` GGUF.
+def plan_mmproj(
+    folder: Path, checkpoint: Checkpoint, text: TextConfig, name: str, type: str, notes: list[str]
+) -> Mmproj:
+    """Plan the vision part. Norms, clipping bounds, position and patch embeddings are F32, all other matrices
+    of ``type``.
 
-    Norms, clipping bounds, position and patch embeddings are F32, all other matrices of ``type``
-    (:data:`MMPROJ_TYPES`; ``bf16`` keeps a bf16 checkpoint exactly).
-
-    Raises:
-        ConversionError: the checkpoint has no vision part, or not Gemma 4's; else as
-            :func:`pydiffusion.convert.convert`.
-        ValueError: another type.
+    Raises ConversionError if the checkpoint has no vision part, or not Gemma 4's.
     """
-    started = time.perf_counter()
-    if type not in MMPROJ_TYPES:
-        raise ValueError(f"type is {type!r}; a vision file is one of {', '.join(MMPROJ_TYPES)}")
-    found = find_checkpoint(source, revision)
-    notes: list[str] = []
-    with explaining(found.path, "can't be read"):
-        if not found.path.is_dir():
-            raise ConversionError(
-                f"{found.path}: no such folder; give a checkpoint folder with config.json in it"
-            )
-        config = _read_config(found.path, notes)
-        checkpoint = Checkpoint(found.path)
-    with checkpoint:
-        tensors = _plan(checkpoint, config, type.upper())
-        fallbacks = [
-            f"{t.name}: {type.upper()} -> {t.target_type} (rows of {t.n_per_row})"
-            for t in tensors
-            if t.target_type not in ("F32", type.upper())
-        ]
-        name = found.name or found.path.resolve().name or "model"
-        job = Job(
-            source=found.path,
-            source_files=[*checkpoint.files, found.path / "config.json"],
-            target=Path(target),
-            type=type,
-            metadata=_metadata(name, config, _TYPE_TO_FILE_TYPE[type]),
-            tensors=tensors,
-            fallbacks=fallbacks,
-            notes=notes,
-            n_threads=n_threads or 0,
-            overwrite=overwrite,
-            progress=progress,
-            resume=resume,
-        )
-        return writer.run(job, started)
+    config = _read_config(folder, text, notes)
+    return Mmproj(_metadata(name, config), _plan(checkpoint, config, type.upper()))
 
 
-def _read_config(folder: Path, notes: list[str]) -> _VisionConfig:
-    text = read_text_config(folder, [])
+def _read_config(folder: Path, text: TextConfig, notes: list[str]) -> _VisionConfig:
     values = read_json_object(folder / "config.json", 64 << 20)
     if not isinstance(values.get("vision_config"), dict):
         raise ConversionError(f"{folder / 'config.json'}: has no 'vision_config', so no vision part")
@@ -195,12 +144,12 @@ def _read_normalization(folder: Path, notes: list[str]) -> tuple[list[float], li
     return result[0], result[1]
 
 
-def _metadata(name: str, config: _VisionConfig, file_type: int) -> dict[str, Value]:
+def _metadata(name: str, config: _VisionConfig) -> dict[str, Value]:
     return {
         "general.architecture": Value("str", "clip"),
         "general.type": Value("str", "mmproj"),
         "general.name": Value("str", name),
-        "general.file_type": u32(file_type),
+        "general.file_type": u32(0),
         "clip.has_vision_encoder": Value("bool", True),
         "clip.vision.projector_type": Value("str", "gemma4v"),
         "clip.vision.projection_dim": u32(config.text_size),
@@ -222,88 +171,66 @@ def _metadata(name: str, config: _VisionConfig, file_type: int) -> dict[str, Val
 
 def _plan(checkpoint: Checkpoint, config: _VisionConfig, type_name: str) -> list[PlannedTensor]:
     """Plan all vision tensors. Raises ConversionError for missing or unexpected tensors and shapes."""
-    stored = {
-        short: tensor
-        for name, tensor in checkpoint.tensors.items()
-        if (short := name.removeprefix("model.")).startswith(VISION)
-    }
-    if not stored:
-        raise ConversionError(f"{checkpoint.files[0].parent}: the checkpoint has no vision tensors")
-    planned = []
-    for source, name, shape in _wanted(config):
-        tensor = stored.pop(source, None)
-        if tensor is None:
-            raise ConversionError(f"tensor 'model.{source}' is missing from the checkpoint")
-        planned.append(_planned(checkpoint, tensor, name, shape, config, type_name))
-    if stored:
-        more = f" (and {len(stored) - 1} more)" if len(stored) > 1 else ""
-        unexpected = next(iter(sorted(stored)))
-        raise ConversionError(
-            f"unexpected tensor {stored[unexpected].name!r}{more}: not of Gemma 4's vision part"
-        )
+    inventory = Inventory(checkpoint, PREFIX)
+    others = {name for name in inventory.stored if not name.startswith(VISION)}
+    if len(others) == len(inventory.stored):
+        raise ConversionError(f"{inventory.folder}: the checkpoint has no vision tensors")
+    tensors = _wanted(config)
+    planned = [_planned(tensor, config, type_name) for tensor in inventory.take(tensors)]
+    inventory.refuse_others(others | {want.source for want in tensors})
     return planned
 
 
-def _wanted(config: _VisionConfig) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name in the checkpoint, name in the GGUF, shape in the checkpoint) of every tensor."""
+def _wanted(config: _VisionConfig) -> list[Wanted]:
+    """All tensors, with their shapes in the checkpoint."""
     sizes = {"2": 2, "d": config.hidden_size, "ff": config.intermediate_size, "p": config.positions}
     sizes |= {"h": config.hidden_size // config.num_heads, "k": 3 * config.patch_size**2}
-    wanted = [(source, name, tuple(sizes[size] for size in shape)) for source, name, shape in _GLOBAL]
+    sizes |= {"t": config.text_size}
+    tensors = wanted(_GLOBAL, sizes)
+    table = _layer_table(config.clipped)
     for i_layer in range(config.num_layers):
-        before, block = f"{_TOWER}encoder.layers.{i_layer}.", f"v.blk.{i_layer}."
-        for source, name, shape in _LAYER:
-            if len(shape) == 1:
-                wanted.append((before + source, block + name, (sizes[shape[0]],)))
-                continue
-            full = tuple(sizes[size] for size in shape)
-            wanted.append((f"{before}{source}.linear.weight", f"{block}{name}.weight", full))
-            if config.clipped:
-                wanted += [(f"{before}{source}.{clip}", f"{block}{name}.{clip}", ()) for clip in _CLIPS]
+        tensors += wanted(table, sizes, f"{_TOWER}encoder.layers.{i_layer}.", f"v.blk.{i_layer}.")
     if config.standardize:
-        wanted += [(_TOWER + source, name, (config.hidden_size,)) for source, name in _STANDARDIZE]
-    projection = (config.text_size, config.hidden_size)
-    return [*wanted, (f"{_PROJECTOR}embedding_projection.weight", "mm.input_projection.weight", projection)]
+        tensors += wanted(_STANDARDIZE, sizes)
+    return tensors + wanted([_PROJECTION], sizes)
 
 
-def _planned(
-    checkpoint: Checkpoint,
-    tensor: StoredTensor,
-    name: str,
-    shape: tuple[int, ...],
-    config: _VisionConfig,
-    type_name: str,
-) -> PlannedTensor:
-    if tensor.shape != shape:
-        raise ConversionError(
-            f"tensor {tensor.name!r} has the shape {list(tensor.shape)}; config.json asks for {list(shape)}"
-        )
-    if tensor.dtype not in _FLOAT_SIZES:
-        raise ConversionError(
-            f"tensor {tensor.name!r} is stored as {tensor.dtype}, which is not supported (only F32, F16, "
-            "BF16)"
-        )
-    read: ReadBytes = partial(checkpoint.read, tensor)
-    target_type, is_bound = "F32", name.endswith(_CLIPS)
-    if name == "v.patch_embd.weight":
+def _layer_table(clipped: bool) -> Table:
+    """The tensors of a layer: matrices are within a module that may clip, each with its bounds."""
+    table: list[Row] = []
+    for source, name, dimensions in _LAYER:
+        if len(dimensions) == 1:
+            table.append((source, name, dimensions))
+            continue
+        table.append((f"{source}.linear.weight", f"{name}.weight", dimensions))
+        if clipped:
+            table += [(f"{source}.{clip}", f"{name}.{clip}", ()) for clip in _CLIPS]
+    return table
+
+
+def _planned(tensor: SourceTensor, config: _VisionConfig, type_name: str) -> PlannedTensor:
+    read, shape = tensor.read, tensor.shape
+    target_type, is_bound = "F32", tensor.name.endswith(_CLIPS)
+    if tensor.name == "v.patch_embd.weight":
         size = config.patch_size
-        read, shape = _channels_first(read, tensor, size), (config.hidden_size, 3, size, size)
+        read, shape = _channels_first(tensor, size), (config.hidden_size, 3, size, size)
     elif len(shape) == 2:
         target_type = fit_to_rows(type_name, shape[-1])
     shape = shape or (1,)
     # Clipping bounds may be infinite.
-    return PlannedTensor(name, shape, tensor.dtype, target_type, read, shape, keeps_nonfinite=is_bound)
+    return PlannedTensor(tensor.name, shape, tensor.type, target_type, read, shape, keeps_nonfinite=is_bound)
 
 
-def _channels_first(read: ReadBytes, tensor: StoredTensor, patch: int) -> ReadBytes:
+def _channels_first(tensor: SourceTensor, patch: int) -> ReadBytes:
     """Transpose the patch embedding to a convolution kernel, (d, 3, patch, patch): the checkpoint interleaves
     the channels of a pixel.
     """
-    item = _FLOAT_SIZES[tensor.dtype]
+    item = 4 if tensor.type == "F32" else 2  # bytes
 
     def read_permuted(start: int, n_bytes: int) -> np.ndarray:
         size = 3 * patch * patch * item  # of an output channel, within which the order changes
         first, end = start // size, -(-(start + n_bytes) // size)
-        data = read(first * size, (end - first) * size).reshape(-1, patch, patch, 3, item)
+        data = tensor.read(first * size, (end - first) * size).reshape(-1, patch, patch, 3, item)
         flat = np.ascontiguousarray(data.transpose(0, 3, 1, 2, 4)).reshape(-1)
         return flat[start - first * size : start - first * size + n_bytes]
 

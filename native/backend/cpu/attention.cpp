@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "backend/cpu/attention_inputs.h"
+#include "backend/cpu/custom_node.h"
 #include "backend/cpu/simd_gemm.h"
 #include "backend/cpu/tile_attention.h"
 #include "util/simd_math.h"
@@ -149,6 +150,10 @@ ggml_tensor* attend(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tens
                        GGML_N_TASKS_MAX, const_cast<Causal*>(causal));
     out->extra = q;
     return ggml_set_name(out, use_tiles ? "attend_tiles" : "attend");
+}
+
+bool is_attention(const ggml_tensor* node) {
+    return is_custom_node_of(node, attend_op) || is_custom_node_of(node, gemm::attend_op);
 }
 
 }  // namespace pydiffusion

@@ -28,5 +28,6 @@ constexpr int64_t kAttentionTile = 64;
 // token sees every row.
 ggml_tensor* attend(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v, const Causal* causal,
                     gemm::Kernel kernel);
+bool is_attention(const ggml_tensor* node);  // of attend()
 
 }  // namespace pydiffusion

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "backend/cpu/custom_node.h"
@@ -11,9 +10,6 @@
 namespace pydiffusion {
 
 namespace {
-
-constexpr char kGatedGelu[] = "gated_gelu", kRmsNorm[] = "rms_norm", kStack[] = "stack_tokens",
-               kRotateNormed[] = "rotate_normed";
 
 float* row(const ggml_tensor* t, int64_t i1, int64_t i2 = 0, int64_t i3 = 0) {
     return reinterpret_cast<float*>(static_cast<char*>(t->data) + i1 * t->nb[1] + i2 * t->nb[2] +
@@ -261,13 +257,14 @@ FusedOp fused_op_of(const ggml_tensor* node) {
 
 ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up, ggml_type type) {
     ggml_tensor* sources[] = {gate, up};
-    return new_node(ctx, gate, sources, 2, rows_op<compute_gelu_row>, nullptr, kGatedGelu, nullptr, type);
+    return new_node(ctx, gate, sources, 2, rows_op<compute_gelu_row>, nullptr, "gated_gelu", nullptr, type);
 }
 
 ggml_tensor* rms_norm(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, const float* eps,
                       ggml_type type) {
     ggml_tensor* sources[] = {x, weight};
-    return new_node(ctx, x, sources, weight ? 2 : 1, rows_op<compute_norm_row>, eps, kRmsNorm, nullptr, type);
+    return new_node(ctx, x, sources, weight ? 2 : 1, rows_op<compute_norm_row>, eps, "rms_norm", nullptr,
+                    type);
 }
 
 ggml_tensor* store_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,
@@ -295,13 +292,13 @@ ggml_tensor* join_branches(ggml_context* ctx, ggml_tensor* x, const Branches& b,
 ggml_tensor* rotate_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,
                            const float* eps) {
     ggml_tensor* sources[] = {x, weight, angles};
-    return new_node(ctx, x, sources, 3, rows_op<compute_rotated_row>, eps, kRotateNormed);
+    return new_node(ctx, x, sources, 3, rows_op<compute_rotated_row>, eps, "rotate_normed");
 }
 
 ggml_tensor* rotate_and_store(ggml_context* ctx, ggml_tensor* q, ggml_tensor* q_weight, ggml_tensor* angles,
-                              const CacheRows& rows, const float* eps) {
-    ggml_tensor* sources[] = {q,      q_weight,      angles,       rows.k, rows.k_weight,
-                              rows.v, rows.k_target, rows.v_target};
+                              const StoredHeads& stored, const float* eps) {
+    ggml_tensor* sources[] = {q,        q_weight,        angles,         stored.k, stored.k_weight,
+                              stored.v, stored.k_target, stored.v_target};
     return new_node(ctx, q, sources, 8, rotate_and_store_op, eps, "rotate_and_store");
 }
 
@@ -315,18 +312,18 @@ ggml_tensor* stack_tokens(ggml_context* ctx, std::vector<ggml_tensor*> parts) {
             ggml_custom_4d(ctx, GGML_TYPE_F32, parts[0]->ne[0], n_tokens, 1, 1, parts.data(),
                            static_cast<int>(n), rows_op<compute_stacked_row>, GGML_N_TASKS_MAX, nullptr);
         parts.erase(parts.begin() + 1, parts.begin() + static_cast<std::ptrdiff_t>(n));
-        parts[0] = ggml_set_name(stack, kStack);
+        parts[0] = ggml_set_name(stack, "stack_tokens");
     }
     return parts[0];
 }
 
 ComputeRow row_function_of(const ggml_tensor* node) {
     if (node->op != GGML_OP_CUSTOM) return nullptr;
-    if (std::strcmp(node->name, kGatedGelu) == 0) return compute_gelu_row;
-    if (std::strcmp(node->name, kRmsNorm) == 0) return compute_norm_row;
-    if (std::strcmp(node->name, kStack) == 0) return compute_stacked_row;
-    if (std::strcmp(node->name, kRotateNormed) == 0) return compute_rotated_row;
-    return nullptr;
+    const ggml_custom_op_t op = custom_parameters(node).fun;
+    if (op == rows_op<compute_gelu_row>) return compute_gelu_row;
+    if (op == rows_op<compute_norm_row>) return compute_norm_row;
+    if (op == rows_op<compute_stacked_row>) return compute_stacked_row;
+    return op == rows_op<compute_rotated_row> ? compute_rotated_row : nullptr;
 }
 
 void append_sources(std::vector<ggml_tensor*>& sources, ggml_tensor* x) {

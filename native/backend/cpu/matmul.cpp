@@ -1,20 +1,18 @@
 #include "backend/cpu/matmul.h"
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
 #include <vector>
 
 #include "backend/cpu/amx/pack.h"
 #include "backend/cpu/amx/unpack.h"
+#include "backend/cpu/custom_node.h"
 #include "util/aligned_buffer.h"
 
 namespace pydiffusion {
 namespace gemm {
 
 namespace {
-
-constexpr char kMatmul[] = "matmul", kExpertMatmul[] = "expert_matmul", kPacked[] = "pack";
 
 // Cache blocking: a panel of 32 rows of weights, 256 elements deep, is unpacked (16 KiB, for L1) and
 // multiplied with the same elements of up to 1024 activations (512 KiB, for L2). These stay in L2 for up to 8
@@ -301,9 +299,7 @@ void expert_matmul_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
 MatmulOperands matmul_operands(const ggml_tensor* node) {
     if (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID)
         return {node->src[0], node->src[1], node->src[2]};
-    if (node->op != GGML_OP_CUSTOM ||
-        (std::strcmp(node->name, kExpertMatmul) != 0 && std::strcmp(node->name, kMatmul) != 0))
-        return {};
+    if (!is_custom_node_of(node, matmul_op) && !is_custom_node_of(node, expert_matmul_op)) return {};
     const Packing& packing = packing_of(node->src[1]);
     return {node->src[0], packing.x, packing.experts};
 }
@@ -336,7 +332,7 @@ ggml_tensor* Matmul::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expe
                             experts ? pack_experts_op : pack_op, GGML_N_TASKS_MAX, nullptr);
     packings_.push_back({x, compute_row, experts, n_expert});
     packed->extra = &packings_.back();
-    return ggml_set_name(packed, kPacked);
+    return ggml_set_name(packed, "pack");
 }
 
 namespace {
@@ -355,39 +351,38 @@ ggml_tensor* with_exact_sums(ggml_tensor* result) {
 
 }  // namespace
 
-ggml_type Matmul::activation_type(std::initializer_list<const ggml_tensor*> weights) const {
-    const bool bf16 = on_device_ && fuses_rows_ && !keep_activations_ &&
-                      std::all_of(weights.begin(), weights.end(), [](const ggml_tensor* weight) {
-                          return !weight || weight->type == GGML_TYPE_BF16;
-                      });
-    return bf16 ? GGML_TYPE_BF16 : GGML_TYPE_F32;
+ggml_tensor* ggml_matmul(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* x) {
+    return with_exact_sums(ggml_mul_mat(ctx, weight, x));
+}
+
+ggml_tensor* ggml_matmul(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts) {
+    return with_exact_sums(ggml_mul_mat_id(ctx, weight, x, experts));
 }
 
 ggml_tensor* Matmul::apply(ggml_tensor* weight, ggml_tensor* x) {
     const int64_t n = x->ne[1];
-    if (n >= kMinActivations || use_tiles(weight, x) || on_device_ || keep_activations_)
-        return apply_unpadded(weight, x);
+    if (n >= kMinActivations || use_tiles(weight, x) || keep_activations_) return apply_unpadded(weight, x);
     ggml_tensor* padded = ggml_pad(ctx_, x, 0, static_cast<int>(kMinActivations - n), 0, 0);
     ggml_tensor* result = apply_unpadded(weight, padded);
     return ggml_view_2d(ctx_, result, result->ne[0], n, result->nb[1], 0);
 }
 
 ggml_tensor* Matmul::apply_unpadded(ggml_tensor* weight, ggml_tensor* x) {
-    if (!use_tiles(weight, x)) return with_exact_sums(ggml_mul_mat(ctx_, weight, x));
+    if (!use_tiles(weight, x)) return ggml_matmul(ctx_, weight, x);
     ggml_tensor* sources[] = {weight, packed(x, nullptr, 0)};
     ggml_tensor* result =
         ggml_custom_4d(ctx_, GGML_TYPE_F32, weight->ne[1], x->ne[1], 1, 1, sources, 2, matmul_op,
                        GGML_N_TASKS_MAX, reinterpret_cast<void*>(static_cast<intptr_t>(kernel_)));
-    return ggml_set_name(result, kMatmul);
+    return ggml_set_name(result, "matmul");
 }
 
 ggml_tensor* Matmul::apply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts) {
-    if (!supports(weight, x)) return with_exact_sums(ggml_mul_mat_id(ctx_, weight, x, experts));
+    if (!supports(weight, x)) return ggml_matmul(ctx_, weight, x, experts);
     ggml_tensor* sources[] = {weight, packed(x, experts, weight->ne[2])};
     ggml_tensor* result = ggml_custom_4d(ctx_, GGML_TYPE_F32, weight->ne[1], experts->ne[0], experts->ne[1],
                                          1, sources, 2, expert_matmul_op, GGML_N_TASKS_MAX,
                                          reinterpret_cast<void*>(static_cast<intptr_t>(kernel_)));
-    return ggml_set_name(result, kExpertMatmul);
+    return ggml_set_name(result, "expert_matmul");
 }
 
 }  // namespace gemm

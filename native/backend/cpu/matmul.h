@@ -1,8 +1,7 @@
-// Matmul: builds the graph nodes that multiply weights with activations, with our CPU kernels or ggml's.
+// Matmuls of weights with activations as nodes: of our CPU kernels, or ggml's.
 #pragma once
 
 #include <deque>
-#include <initializer_list>
 #include <map>
 
 #include "backend/cpu/amx/tile_gemm.h"
@@ -20,6 +19,11 @@ struct MatmulOperands {
 };
 MatmulOperands matmul_operands(const ggml_tensor* node);
 
+// ggml's matmul, with float32 sums: weight [n_inner, n_rows] times x [n_inner, n_activations].
+ggml_tensor* ggml_matmul(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* x);
+// weight [n_inner, n_rows, n_expert], x [n_inner, 1 or n_used, n_tokens], experts I32 [n_used, n_tokens]
+ggml_tensor* ggml_matmul(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts);
+
 // Inputs of a node that packs activations into tiles.
 struct Packing {
     const ggml_tensor* x;
@@ -34,10 +38,7 @@ struct Packing {
 // only, not on the size of the batch.
 class Matmul {
   public:
-    // on_device: the graph runs on a GPU, which uses ggml's matmuls without padding. fuses_rows: with the ops
-    // of fused_rows.h.
-    Matmul(ggml_context* ctx, Kernel kernel, bool on_device, bool fuses_rows)
-        : ctx_(ctx), kernel_(kernel), on_device_(on_device), fuses_rows_(fuses_rows) {}
+    Matmul(ggml_context* ctx, Kernel kernel) : ctx_(ctx), kernel_(kernel) {}
     Matmul(const Matmul&) = delete;
     Matmul& operator=(const Matmul&) = delete;
 
@@ -50,10 +51,6 @@ class Matmul {
     // -> F32 [n_rows, n_used, n_tokens]
     ggml_tensor* apply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts);
 
-    // Type that a fused op is to give the activations of these matmuls (null weights are left out): BF16 on a
-    // device whose matmuls would otherwise round them to it first, each on its own.
-    ggml_type activation_type(std::initializer_list<const ggml_tensor*> weights) const;
-
     // From now on activations stay nodes of the graph, so that they can be read (imatrix collection).
     void keep_activations() { keep_activations_ = true; }
 
@@ -64,7 +61,6 @@ class Matmul {
 
     ggml_context* ctx_;
     Kernel kernel_;
-    bool on_device_, fuses_rows_;
     bool keep_activations_ = false;
     std::map<const ggml_tensor*, ggml_tensor*> packed_;  // x -> its packed node
     std::deque<Packing> packings_;                       // a deque: nodes point to them

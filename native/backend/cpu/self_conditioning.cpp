@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "backend/cpu/amx/weighted_sums.h"
+#include "backend/cpu/custom_node.h"
 #include "backend/cpu/simd_gemm.h"
 #include "util/simd_math.h"
 
@@ -354,5 +355,7 @@ ggml_tensor* soft_embedding(ggml_context* ctx, ggml_tensor* probabilities, ggml_
                                        sources, 2, soft_embedding_op, GGML_N_TASKS_MAX, state);
     return ggml_set_name(soft, "soft_embedding");
 }
+
+bool is_soft_embedding(const ggml_tensor* node) { return is_custom_node_of(node, soft_embedding_op); }
 
 }  // namespace pydiffusion

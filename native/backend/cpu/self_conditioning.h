@@ -16,5 +16,6 @@ ggml_tensor* soft_probabilities(ggml_context* ctx, ggml_tensor* logits, StepStat
 // nonzero probabilities if they are few, else runs a dense GEMM.
 ggml_tensor* soft_embedding(ggml_context* ctx, ggml_tensor* probabilities, ggml_tensor* embedding,
                             StepState* state);
+bool is_soft_embedding(const ggml_tensor* node);
 
 }  // namespace pydiffusion

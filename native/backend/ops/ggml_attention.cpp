@@ -1,4 +1,4 @@
-#include "backend/ggml/ggml_ops.h"
+#include "backend/ops/ggml_attention.h"
 
 #include <algorithm>
 #include <cmath>
@@ -58,44 +58,6 @@ ggml_tensor* attend(ggml_context* ctx, const Backend& backend, ggml_tensor* q, g
         if (backend.device_supports(result)) return concat_heads(ctx, result, q);
     }
     return attend_by_matmul(ctx, q, k, v, mask);
-}
-
-ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up) {
-    return ggml_geglu_split(ctx, gate, up);
-}
-
-Routing route(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* probabilities, ggml_tensor* scale,
-              int64_t n_used) {
-    const int64_t n_expert = probabilities->ne[0], n_tokens = probabilities->ne[1];
-    ggml_tensor* rows = ggml_reshape_3d(ctx, probabilities, 1, n_expert, n_tokens);
-    ggml_tensor* experts = ggml_argsort_top_k(ctx, probabilities, static_cast<int>(n_used));
-    ggml_tensor* chosen = ggml_reshape_2d(ctx, ggml_get_rows(ctx, rows, experts), n_used, n_tokens);
-    // The clamp never applies, as sums are at least 1 / n_expert; it is part of the pattern that ggml fuses.
-    ggml_tensor* total = ggml_clamp(ctx, ggml_sum_rows(ctx, chosen), 6.103515625e-5f, INFINITY);
-    ggml_tensor* weights = ggml_reshape_3d(ctx, ggml_div(ctx, chosen, total), 1, n_used, n_tokens);
-    ggml_build_forward_expand(graph, weights);
-
-    ggml_tensor* scales = ggml_reshape_3d(ctx, scale, 1, n_expert, 1);
-    scales = ggml_repeat_4d(ctx, scales, 1, n_expert, n_tokens, 1);
-    return {experts, weights, ggml_get_rows(ctx, scales, experts)};
-}
-
-ggml_tensor* weighted_sum(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* y, const Routing& routing) {
-    ggml_build_forward_expand(graph, y);
-    ggml_build_forward_expand(graph, routing.scales);
-    y = ggml_mul(ctx, ggml_mul(ctx, y, routing.scales), routing.weights);
-    ggml_build_forward_expand(graph, y);
-    std::vector<ggml_tensor*> parts;
-    for (int64_t i = 0; i < y->ne[1]; ++i) {
-        parts.push_back(ggml_view_2d(ctx, y, y->ne[0], y->ne[2], y->nb[2], i * y->nb[1]));
-        ggml_build_forward_expand(graph, parts.back());
-    }
-    ggml_tensor* sum = parts[0];
-    for (size_t i = 1; i < parts.size(); ++i) {
-        sum = ggml_add(ctx, sum, parts[i]);
-        ggml_build_forward_expand(graph, sum);
-    }
-    return parts.size() == 1 ? ggml_cont(ctx, sum) : sum;
 }
 
 }  // namespace pydiffusion::ggml_ops

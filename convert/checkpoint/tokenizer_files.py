@@ -7,31 +7,21 @@ other ``tokenizer.json`` is rejected rather than approximated.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeGuard
 
-from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.errors import ConversionError
 
 TOKENIZER, CONFIG, SPECIALS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
+FILES = (TOKENIZER, CONFIG, SPECIALS, TEMPLATE)
 SPACE = "\u2581"
-# Markers that output parsers need as text, though the checkpoint marks them special.
-VISIBLE = frozenset(
-    (
-        "<|channel>",
-        "<channel|>",
-        "<|tool_call>",
-        "<tool_call|>",
-        "<|tool_response>",
-        "<tool_response|>",
-        '<|"|>',
-    )
-)
 _SCORE = -1000.0  # BPE has no scores; existing files have this value
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _MAX_TEMPLATE = 16 << 20
@@ -58,20 +48,42 @@ class _AddedToken:
 
 
 def read_tokenizer(
-    folder: Path, config: TextConfig, eos_token_ids: tuple[int, ...], notes: list[str]
+    folder: Path,
+    notes: list[str],
+    *,
+    vocab_size: int,
+    token_ids: Mapping[str, Any] = MappingProxyType({}),
+    token_ids_from: str = "config.json",
+    eos_token_ids: tuple[int, ...] = (),
+    visible: frozenset[str] = frozenset(),
 ) -> dict[str, Value]:
-    """Read all ``tokenizer.*`` keys. Raises ConversionError for a missing file or unsupported tokenizer."""
+    """Read all ``tokenizer.*`` keys.
+
+    Args:
+        vocab_size: number of tokens of the model, at least the tokenizer's.
+        token_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` of the model's config, for roles
+            that the tokenizer's files don't name.
+        token_ids_from: where they are from, for messages.
+        eos_token_ids: all end tokens; without any, the tokenizer's eos.
+        visible: tokens to be decoded as text, though the tokenizer marks them special.
+
+    Raises ConversionError for a missing file or unsupported tokenizer.
+    """
     source = read_json_object(folder / TOKENIZER)
     settings = _read_optional(folder / CONFIG)
     specials = _read_optional(folder / SPECIALS)
     vocab, merges = _read_model(source, notes)
     added = _read_added(source, notes)
-    tokens, types = _list_tokens(vocab, added, config.vocab_size, source["model"].get("unk_token"), notes)
+    tokens, types = _list_tokens(vocab, added, vocab_size, source["model"].get("unk_token"), visible, notes)
     token_to_id = {token: token_id for token_id, token in enumerate(tokens)}
     if len(token_to_id) != len(tokens):
         twice = next(token for token_id, token in enumerate(tokens) if token_to_id[token] != token_id)
         raise ConversionError(f"{TOKENIZER}: token {twice!r} occurs twice")
-    special_ids = _special_ids(source, settings, specials, config, token_to_id, notes)
+    special_ids = _special_ids(settings, specials, token_to_id)
+    _add_from_config(special_ids, token_ids, token_ids_from, len(tokens), notes)
+    for role, text in (("unk", source["model"].get("unk_token")), ("mask", "<mask>")):
+        if role not in special_ids and isinstance(text, str) and text in token_to_id:
+            special_ids[role] = token_to_id[text]
     if "eos" not in special_ids and eos_token_ids:
         special_ids["eos"] = eos_token_ids[0]
     if not eos_token_ids and "eos" in special_ids:
@@ -202,7 +214,12 @@ def _read_added(source: dict[str, Any], notes: list[str]) -> list[_AddedToken]:
 
 
 def _list_tokens(
-    vocab: dict[str, int], added: list[_AddedToken], size: int, unknown: object, notes: list[str]
+    vocab: dict[str, int],
+    added: list[_AddedToken],
+    size: int,
+    unknown: object,
+    visible: frozenset[str],
+    notes: list[str],
 ) -> tuple[list[str], list[int]]:
     """Tokens and types by id; ids without a token get an unused one."""
     texts: dict[int, str] = {}
@@ -221,8 +238,8 @@ def _list_tokens(
                 f"{TOKENIZER}: {texts[entry.token_id]!r} and {entry.content!r} have the same id "
                 f"{entry.token_id}"
             )
-        visible = not entry.special or entry.content in VISIBLE
-        types[entry.token_id] = TokenType.USER_DEFINED if visible else TokenType.CONTROL
+        is_text = not entry.special or entry.content in visible
+        types[entry.token_id] = TokenType.USER_DEFINED if is_text else TokenType.CONTROL
     if texts and max(texts) >= size:
         raise ConversionError(
             f"{TOKENIZER}: the id {max(texts)} of {texts[max(texts)]!r} is beyond 'vocab_size' = "
@@ -236,14 +253,9 @@ def _list_tokens(
 
 
 def _special_ids(
-    source: dict[str, Any],
-    settings: dict[str, Any],
-    specials: dict[str, Any],
-    config: TextConfig,
-    token_to_id: dict[str, int],
-    notes: list[str],
+    settings: dict[str, Any], specials: dict[str, Any], token_to_id: dict[str, int]
 ) -> dict[str, int]:
-    """Special token ids by role: from the tokenizer's files, the model's config, or Gemma's defaults."""
+    """Special token ids by role, from the tokenizer's files."""
     ids: dict[str, int] = {}
     for role in ("bos", "eos", "unk", "pad", "mask"):
         for file, values in ((CONFIG, settings), (SPECIALS, specials)):
@@ -256,24 +268,25 @@ def _special_ids(
                     f"{file}: '{role}_token' is {value!r:.80}, which is not a token of {TOKENIZER}"
                 )
             ids.setdefault(role, token_to_id[text])
+    return ids
+
+
+def _add_from_config(
+    ids: dict[str, int], token_ids: Mapping[str, Any], where: str, n_tokens: int, notes: list[str]
+) -> None:
+    """Add to ``ids`` the roles that only the model's config names."""
     for role in ("bos", "eos", "pad"):
-        value = config.token_ids[f"{role}_token_id"]
+        value = token_ids.get(f"{role}_token_id")
         first = value[0] if isinstance(value, list) and value else value
         if type(first) is not int:
             continue
-        if not 0 <= first < len(token_to_id):
-            raise ConversionError(
-                f"config.json: text_config: '{role}_token_id' is {first}, which is not a token"
-            )
+        if not 0 <= first < n_tokens:
+            raise ConversionError(f"{where}: '{role}_token_id' is {first}, which is not a token")
         if ids.setdefault(role, first) != first and role != "eos":
             notes.append(
                 f"{CONFIG} and config.json disagree on the {role} token: {ids[role]} and {first}; the "
                 "former is used"
             )
-    for role, text in (("unk", source["model"].get("unk_token")), ("mask", "<mask>")):
-        if role not in ids and isinstance(text, str) and text in token_to_id:
-            ids[role] = token_to_id[text]
-    return ids
 
 
 def _adds_token(

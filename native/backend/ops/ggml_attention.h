@@ -1,5 +1,4 @@
-// The layer's operations built from ggml's own ops, for any backend; nodes are in the order that ggml's CUDA
-// backend fuses.
+// Attention from ggml's own operations, for any device, and its masks.
 #pragma once
 
 #include <vector>
@@ -33,20 +32,5 @@ ggml_tensor* attend(ggml_context* ctx, const Backend& backend, ggml_tensor* q, g
 // The same as two matmuls with a softmax between, with float32 sums; for any device and cache type.
 ggml_tensor* attend_by_matmul(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
                               const Mask& mask);
-
-ggml_tensor* gated_gelu(ggml_context* ctx, ggml_tensor* gate, ggml_tensor* up);
-
-struct Routing {
-    ggml_tensor* experts;  // I32 [n_used, n_tokens]
-    ggml_tensor* weights;  // F32 [1, n_used, n_tokens], summing to 1
-    ggml_tensor* scales;   // F32 [1, n_used, n_tokens], each expert's own scale
-};
-
-// probabilities [n_expert, n_tokens], scale [n_expert]
-Routing route(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* probabilities, ggml_tensor* scale,
-              int64_t n_used);
-
-// y [d, n_used, n_tokens] -> [d, n_tokens]
-ggml_tensor* weighted_sum(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* y, const Routing& routing);
 
 }  // namespace pydiffusion::ggml_ops

@@ -1,4 +1,4 @@
-"""Parser of tool calls: ``call:name{key:<|"|>text<|"|>,n:1,flags:[true,false],more:{...}}``.
+"""Parser of Gemma 4's tool calls: ``call:name{key:<|"|>text<|"|>,n:1,flags:[true,false],more:{...}}``.
 
 Keys are bare, strings are enclosed in ``<|"|>``. Also accepts what models write by mistake: JSON, ordinary
 quotes, parentheses and ``=`` instead of braces and colon, unquoted words.
@@ -11,8 +11,7 @@ import math
 import re
 from typing import Any
 
-from pydiffusion.tokenizer.markers import QUOTE
-
+QUOTE = '<|"|>'
 _MAX_DEPTH = 64
 _HEAD = re.compile(r"\s*(?:call\s*:)?\s*([\w.\-/]+(?::[\w.\-/]+)*)\s*(?=[{(])")
 _SPACE = re.compile(r"\s*")

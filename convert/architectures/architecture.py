@@ -1,0 +1,69 @@
+"""An architecture, to the converter; :mod:`~pydiffusion.convert.architectures.registry` lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint
+from pydiffusion.convert.checkpoint.strict_json import Fields
+from pydiffusion.convert.checkpoint.tensor_map import TensorKinds
+from pydiffusion.convert.gguf.header import Value
+from pydiffusion.convert.gguf.tensor_reads import SourceTensor
+from pydiffusion.convert.gguf.writer import PlannedTensor
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model's size, in a file and in memory, as far as ``config.json`` tells it.
+
+    ``tensors``: names and shapes of all tensors of a GGUF, of these ``kinds``; ``metadata``: its keys but for
+    the tokenizer's, from which the runtime counts caches and buffers.
+    """
+
+    kinds: TensorKinds
+    tensors: dict[str, tuple[int, ...]]
+    metadata: dict[str, Value]
+
+
+@dataclass(frozen=True)
+class Mmproj:
+    """The vision part of a checkpoint as an ``mmproj`` file: all metadata, and the tensors."""
+
+    metadata: dict[str, Value]
+    tensors: list[PlannedTensor]
+
+
+@dataclass(frozen=True)
+class Architecture(Generic[Config]):
+    """An architecture, as functions of its config, which is a class of its own.
+
+    All of them raise ConversionError, naming the file, key or tensor; ``notes`` are added to the report.
+
+    Args:
+        name: ``general.architecture`` of its GGUF files.
+        model_types: values of ``model_type`` in ``config.json`` that select it.
+        class_names: accepted entries of ``architectures`` in ``config.json``.
+        kinds: kinds of its tensors.
+        read_config: (``config.json``) -> config.
+        shape: (config) -> the model's size.
+        metadata: (folder, model's name, config, notes) -> all keys, the tokenizer's included.
+        tensors: (checkpoint, config, notes) -> tensors in GGUF order. Every tensor of the checkpoint is
+            taken, known to be superfluous, or refused.
+        mmproj: (folder, checkpoint, config, model's name, type, notes) -> the vision part; None if there is
+            no such part.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    class_names: tuple[str, ...]
+    kinds: TensorKinds
+    read_config: Callable[[Fields], Config]
+    shape: Callable[[Config], ModelShape]
+    metadata: Callable[[Path, str, Config, list[str]], dict[str, Value]]
+    tensors: Callable[[Checkpoint, Config, list[str]], list[SourceTensor]]
+    mmproj: Callable[[Path, Checkpoint, Config, str, str, list[str]], Mmproj] | None = None

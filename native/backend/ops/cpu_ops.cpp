@@ -1,0 +1,44 @@
+#include "backend/ops/cpu_ops.h"
+
+#include "backend/cpu/fused_rows.h"
+#include "backend/cpu/top_k.h"
+
+namespace pydiffusion {
+
+ggml_tensor* CpuOps::rms_norm(ggml_tensor* x, ggml_tensor* weight, ForMatmuls) {
+    return pydiffusion::rms_norm(c_.ctx, x, weight, c_.rms_eps);
+}
+
+ggml_tensor* CpuOps::add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) {
+    return pydiffusion::add_normed(c_.ctx, x, branch, weight, c_.rms_eps);
+}
+
+ggml_tensor* CpuOps::gated_gelu(ggml_tensor* gate, ggml_tensor* up, ForMatmuls) {
+    return pydiffusion::gated_gelu(c_.ctx, gate, up);
+}
+
+ggml_tensor* CpuOps::concat_tokens(const std::vector<ggml_tensor*>& parts) {
+    return stack_tokens(c_.ctx, parts);
+}
+
+ggml_tensor* CpuOps::rotate(ggml_tensor* x, ggml_tensor* norm, const Rope& rope, int64_t first_token) {
+    ggml_tensor* angles = angles_.view(rope, x->ne[0], first_token, x->ne[2]);
+    return rotate_normed(c_.ctx, x, norm, angles, c_.rms_eps);
+}
+
+ggml_tensor* CpuOps::attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal, int32_t) {
+    ggml_tensor* k = rows_of_heads(visible.k, q->ne[0], visible.first, visible.n);
+    ggml_tensor* v = rows_of_heads(visible.v, q->ne[0], visible.first, visible.n);
+    return pydiffusion::attend(c_.ctx, q, k, v, causal, c_.backend.kernel());
+}
+
+Mixture CpuOps::moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) {
+    ggml_tensor* chosen = top_k(c_.ctx, scores, w.n_used);
+    return {nullptr, experts(x, chosen, w), scores, chosen};
+}
+
+ggml_tensor* CpuOps::join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w) {
+    return join_in_one_node(x, dense, mixture, w);
+}
+
+}  // namespace pydiffusion

@@ -1,0 +1,91 @@
+#include "backend/ops/ops.h"
+
+#include "backend/cpu/fused_rows.h"
+#include "backend/ops/cpu_ops.h"
+#include "backend/ops/ggml_ops.h"
+#include "backend/ops/own_kernel_ops.h"
+
+namespace pydiffusion {
+
+namespace {
+
+// A [d, n_tokens] as [d, 1, n_tokens]: one row for all experts of a token.
+ggml_tensor* one_row_per_token(ggml_context* ctx, ggml_tensor* x) {
+    return ggml_reshape_3d(ctx, x, x->ne[0], 1, x->ne[1]);
+}
+
+}  // namespace
+
+ggml_tensor* Ops::add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) {
+    return ggml_add(c_.ctx, x, rms_norm(branch, weight));
+}
+
+Heads Ops::project(ggml_tensor* h, const HeadWeights& w, int64_t head_dim) {
+    ggml_tensor* k = split_heads(matmul(w.k, h), head_dim);
+    ggml_tensor* v = w.v ? split_heads(matmul(w.v, h), head_dim) : k;
+    return {w.q ? split_heads(matmul(w.q, h), head_dim) : nullptr, k, v};
+}
+
+void Ops::store(const Heads& heads, const HeadNorms& norms, const Rope& rope, int64_t first_token,
+                const CacheRows& rows) {
+    const auto write = [&](ggml_tensor* x, ggml_tensor* cache) {
+        ggml_tensor* target =
+            ggml_view_2d(c_.ctx, cache, cache->ne[0], rows.n, cache->nb[1], rows.first * cache->nb[1]);
+        if (!ggml_is_contiguous(x)) x = ggml_cont(c_.ctx, x);  // V as it is, of concatenated projections
+        ggml_tensor* source = ggml_reshape_2d(c_.ctx, x, cache->ne[0], rows.n);
+        ggml_build_forward_expand(c_.graph, ggml_cpy(c_.ctx, source, target));
+    };
+    write(rotate(heads.k, norms.k, rope, first_token), rows.k);
+    write(norms.v ? rms_norm(heads.v) : heads.v, rows.v);
+}
+
+ggml_tensor* Ops::rotate_and_store(const Heads& heads, const HeadNorms& norms, const Rope& rope,
+                                   int64_t first_token, const CacheRows& rows) {
+    store(heads, norms, rope, first_token, rows);
+    return rotate(heads.q, norms.q, rope, first_token);
+}
+
+ggml_tensor* Ops::mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeights& w, const ExpertWeights*) {
+    ggml_tensor* h = rms_norm(x, norm, {w.gate, w.up});
+    ggml_tensor* gate = matmul(w.gate, h);
+    ggml_tensor* up = matmul(w.up, h);
+    return matmul(w.down, gated_gelu(gate, up, {w.down}));
+}
+
+ggml_tensor* Ops::experts(ggml_tensor* x, ggml_tensor* chosen, const ExpertWeights& w) {
+    x = one_row_per_token(c_.ctx, x);
+    if (!w.gate_up) {
+        ggml_tensor* gate = expert_matmul(w.gate, x, chosen);
+        return expert_matmul(w.down, gated_gelu(gate, expert_matmul(w.up, x, chosen)), chosen);
+    }
+    ggml_tensor* both = expert_matmul(w.gate_up, x, chosen);
+    const int64_t n_ff = both->ne[0] / 2;
+    const auto half = [&](int64_t i) {
+        return ggml_view_3d(c_.ctx, both, n_ff, both->ne[1], both->ne[2], both->nb[1], both->nb[2],
+                            i * n_ff * both->nb[0]);
+    };
+    ggml_tensor* gate = half(0);
+    return expert_matmul(w.down, gated_gelu(gate, half(1)), chosen);
+}
+
+ggml_tensor* Ops::join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w) {
+    dense = rms_norm(dense, w.dense_norm);
+    ggml_tensor* sum = ggml_add(c_.ctx, dense, rms_norm(mixture.sum, w.mixture_norm));
+    return ggml_mul(c_.ctx, add_normed(x, sum, w.norm), w.scale);
+}
+
+ggml_tensor* Ops::join_in_one_node(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
+                                   const JoinWeights& w) {
+    const Branches branches = {dense,          w.dense_norm,   mixture.experts,
+                               mixture.scores, mixture.chosen, w.expert_scales,
+                               w.mixture_norm, w.norm,         w.scale};
+    return join_branches(c_.ctx, x, branches, c_.rms_eps);
+}
+
+std::unique_ptr<Ops> make_ops(const OpsContext& context) {
+    if (!context.backend.on_device()) return std::make_unique<CpuOps>(context);
+    if (context.backend.fuses_rows()) return std::make_unique<OwnKernelOps>(context);
+    return std::make_unique<GgmlOps>(context);
+}
+
+}  // namespace pydiffusion

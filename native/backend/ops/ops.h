@@ -1,0 +1,170 @@
+// Ops: the operations that layers are made of, as nodes of a graph. Implementations: CpuOps; GgmlOps, from
+// ggml's own operations, for any device; OwnKernelOps, for devices with kernels of ours.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <vector>
+
+#include "backend/cpu/attention.h"
+#include "backend/graph_executor.h"
+#include "backend/graph_inputs.h"
+#include "backend/rope_angles.h"
+#include "ggml.h"
+
+namespace pydiffusion {
+
+// The matmuls that will read a result; null weights are left out. An implementation may give the result the
+// type that they want.
+using ForMatmuls = std::initializer_list<const ggml_tensor*>;
+
+// Projections of attention; qkv is null, or the others concatenated. Without v, K serves as V too.
+struct HeadWeights {
+    ggml_tensor *q, *k, *v, *qkv;
+};
+
+// Q, K and V, [head_dim, n_heads, n_tokens].
+struct Heads {
+    ggml_tensor *q, *k, *v;
+};
+
+// RMS norms of heads before RoPE: weights [head_dim] of Q and K; whether V has one (without weight and RoPE).
+struct HeadNorms {
+    ggml_tensor *q, *k;
+    bool v;
+};
+
+// Rows of a layer's KV cache, [head_dim * n_head_kv, n_rows] each.
+struct CacheRows {
+    ggml_tensor *k, *v;
+    int64_t first;
+    int64_t n;
+};
+
+// gate_up is null, or gate and up concatenated.
+struct MlpWeights {
+    ggml_tensor *gate, *up, *gate_up, *down;
+};
+
+// Experts [n_inner, n_rows, n_expert]; gate_up, or gate and up, is null.
+struct ExpertWeights {
+    ggml_tensor *gate_up, *gate, *up, *down;
+    ggml_tensor* scales;  // [n_expert], of the experts' outputs
+    int64_t n_used;       // per token
+    bool with_layer;      // on the device of their layer
+};
+
+// Outputs of the chosen experts: their weighted sum, or what join() needs to compute it.
+struct Mixture {
+    ggml_tensor* sum;  // [d, n_tokens], or null
+    ggml_tensor *experts, *scores,
+        *chosen;  // [d, n_used, n_tokens], [n_expert, n_tokens], I32 [n_used, n_tokens]
+};
+
+// RMS norms of a layer's two branches and of their sum, [d]; scale [1] of the layer's output.
+struct JoinWeights {
+    ggml_tensor *dense_norm, *mixture_norm, *norm, *scale;
+    ggml_tensor* expert_scales;  // [n_expert]
+};
+
+// Where an implementation builds; all of it must live as long as the graph.
+struct OpsContext {
+    ggml_context* ctx;
+    ggml_cgraph* graph;
+    const Backend& backend;
+    GraphInputs& inputs;
+    int64_t n_tokens;      // of the graph
+    const float* rms_eps;  // of all norms
+    bool single_device;    // all weights are on one device
+};
+
+class Ops {
+  public:
+    explicit Ops(const OpsContext& context) : c_(context) {}
+    virtual ~Ops() = default;
+    Ops(const Ops&) = delete;
+    Ops& operator=(const Ops&) = delete;
+
+    // x / sqrt(mean of squares of its row + eps), times weight [ne0] unless that is null.
+    virtual ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight = nullptr,
+                                  ForMatmuls for_matmuls = {}) = 0;
+    // x + rms_norm(branch, weight)
+    virtual ggml_tensor* add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight);
+    // weight [n_inner, n_rows] times x [n_inner, n_tokens] -> F32 [n_rows, n_tokens]
+    virtual ggml_tensor* matmul(ggml_tensor* weight, ggml_tensor* x) = 0;
+    // The same as a node instead of a view, so that a buffer can be assigned to it.
+    virtual ggml_tensor* matmul_node(ggml_tensor* weight, ggml_tensor* x) { return matmul(weight, x); }
+    // gelu(gate) * up, silu(gate) * up
+    virtual ggml_tensor* gated_gelu(ggml_tensor* gate, ggml_tensor* up, ForMatmuls for_matmuls = {}) = 0;
+    ggml_tensor* gated_silu(ggml_tensor* gate, ggml_tensor* up) {
+        return ggml_swiglu_split(c_.ctx, gate, up);
+    }
+    // [d, n_i] -> [d, sum of n_i]
+    virtual ggml_tensor* concat_tokens(const std::vector<ggml_tensor*>& parts) = 0;
+
+    // h [d, n_tokens], normed.
+    virtual Heads project(ggml_tensor* h, const HeadWeights& w, int64_t head_dim);
+    // Norm and RoPE of heads; x holds the graph's tokens from `first_token` on.
+    virtual ggml_tensor* rotate(ggml_tensor* x, ggml_tensor* norm, const Rope& rope, int64_t first_token) = 0;
+    // Writes K, rotated, and V to these rows of the cache, as many as they have tokens.
+    virtual void store(const Heads& heads, const HeadNorms& norms, const Rope& rope, int64_t first_token,
+                       const CacheRows& rows);
+    // store(), and Q rotated.
+    virtual ggml_tensor* rotate_and_store(const Heads& heads, const HeadNorms& norms, const Rope& rope,
+                                          int64_t first_token, const CacheRows& rows);
+    // softmax(q . k) v over rows of the cache: q [head_dim, n_head, n_tokens] -> [head_dim * n_head,
+    // n_tokens]. causal: null if every token sees every row. device: of the layer.
+    virtual ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal,
+                                int32_t device) = 0;
+
+    // MLP with gated GELU of rms_norm(x, norm). beside: the experts that follow on the same x, if any, which
+    // a device may compute at the same time.
+    virtual ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeights& w,
+                             const ExpertWeights* beside = nullptr);
+    // Mixture of the n_used experts of the highest score, weighted by the softmax of their scores / sqrt(d):
+    // x F32 [d, n_tokens], scores [n_expert, n_tokens].
+    virtual Mixture moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) = 0;
+    // (x + rms_norm(rms_norm(dense, dense_norm) + rms_norm(mixture, mixture_norm), norm)) * scale
+    virtual ggml_tensor* join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
+                              const JoinWeights& w);
+
+    // From now on activations stay nodes of the graph, so that they can be read (imatrix collection).
+    virtual void keep_activations() {}
+
+    // After the graph is allocated: fills the masks.
+    virtual void fill_masks() {}
+    // Writes the inputs that depend on the tokens' positions.
+    virtual void set_positions(const std::vector<int32_t>& positions) = 0;
+
+    // Nodes that are computed on the device of a weight, whatever the scheduler would choose.
+    const GraphExecutor::Pinned& pinned() const { return pinned_; }
+
+  protected:
+    // x [head_dim * n_heads, n_tokens] -> [head_dim, n_heads, n_tokens]
+    ggml_tensor* split_heads(ggml_tensor* x, int64_t head_dim) const {
+        return ggml_reshape_3d(c_.ctx, x, head_dim, x->ne[0] / head_dim, x->ne[1]);
+    }
+    // View of n rows of a cache from `first` on as heads -> [head_dim, n, n_head_kv]
+    ggml_tensor* rows_of_heads(ggml_tensor* cache, int64_t head_dim, int64_t first, int64_t n) const {
+        return ggml_view_3d(c_.ctx, cache, head_dim, n, cache->ne[0] / head_dim, cache->nb[1],
+                            ggml_row_size(cache->type, head_dim), first * cache->nb[1]);
+    }
+    // weights [n_inner, n_rows, n_expert], x [n_inner, 1 or n_used, n_tokens], chosen I32 [n_used, n_tokens]
+    // -> F32 [n_rows, n_used, n_tokens]
+    virtual ggml_tensor* expert_matmul(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen) = 0;
+    // Outputs of the chosen experts: x [d, n_tokens] -> [d, n_used, n_tokens]
+    ggml_tensor* experts(ggml_tensor* x, ggml_tensor* chosen, const ExpertWeights& w);
+
+    // join() as a single node.
+    ggml_tensor* join_in_one_node(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
+                                  const JoinWeights& w);
+
+    const OpsContext c_;
+    GraphExecutor::Pinned pinned_;
+};
+
+// The implementation for the context's backend.
+std::unique_ptr<Ops> make_ops(const OpsContext& context);
+
+}  // namespace pydiffusion

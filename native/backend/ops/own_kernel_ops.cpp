@@ -1,0 +1,134 @@
+#include "backend/ops/own_kernel_ops.h"
+
+#include <algorithm>
+
+#include "backend/cpu/fused_rows.h"
+#include "backend/cpu/top_k.h"
+#include "backend/mlp_beside.h"
+
+namespace pydiffusion {
+
+namespace {
+
+bool is_on_device(const ggml_tensor* weight) { return !ggml_backend_buffer_is_host(weight->buffer); }
+
+ggml_type result_type(ForMatmuls matmuls) {
+    const auto is_bf16 = [](const ggml_tensor* weight) { return !weight || weight->type == GGML_TYPE_BF16; };
+    const bool all = matmuls.size() > 0 && std::all_of(matmuls.begin(), matmuls.end(), is_bf16);
+    return all ? GGML_TYPE_BF16 : GGML_TYPE_F32;
+}
+
+// Whether one node may choose, sum and join the experts: of experts on the CPU beside a layer on a device,
+// only the sum is to be copied.
+bool joins(const ExpertWeights& w) {
+    return w.with_layer && w.down->ne[2] <= kMaxDeviceExperts && w.n_used <= kMaxDeviceExpertsUsed;
+}
+
+// Weights whose type a device can't compute with stay on the CPU.
+bool is_whole_on_device(const ExpertWeights& w) {
+    return joins(w) && is_on_device(w.gate_up ? w.gate_up : w.up) && is_on_device(w.down) &&
+           (!w.gate || is_on_device(w.gate));
+}
+
+}  // namespace
+
+ggml_tensor* OwnKernelOps::rms_norm(ggml_tensor* x, ggml_tensor* weight, ForMatmuls for_matmuls) {
+    return pydiffusion::rms_norm(c_.ctx, x, weight, c_.rms_eps, result_type(for_matmuls));
+}
+
+ggml_tensor* OwnKernelOps::gated_gelu(ggml_tensor* gate, ggml_tensor* up, ForMatmuls for_matmuls) {
+    return pydiffusion::gated_gelu(c_.ctx, gate, up, result_type(for_matmuls));
+}
+
+ggml_tensor* OwnKernelOps::add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) {
+    return pydiffusion::add_normed(c_.ctx, x, branch, weight, c_.rms_eps);
+}
+
+Heads OwnKernelOps::project(ggml_tensor* h, const HeadWeights& w, int64_t head_dim) {
+    if (!w.q || !w.qkv) return GgmlOps::project(h, w, head_dim);
+    ggml_tensor* all = matmul(w.qkv, h);
+    int64_t offset = 0;
+    const auto next = [&](const ggml_tensor* weight) {
+        const int64_t at = offset;
+        offset += weight->ne[1] * all->nb[0];
+        return ggml_view_3d(c_.ctx, all, head_dim, weight->ne[1] / head_dim, all->ne[1],
+                            head_dim * all->nb[0], all->nb[1], at);
+    };
+    ggml_tensor *q = next(w.q), *k = next(w.k);
+    return {q, k, w.v ? next(w.v) : k};
+}
+
+ggml_tensor* OwnKernelOps::rotate(ggml_tensor* x, ggml_tensor* norm, const Rope& rope, int64_t first_token) {
+    return rotate_normed(c_.ctx, x, norm, angles(rope, x, first_token), c_.rms_eps);
+}
+
+ggml_tensor* OwnKernelOps::target_heads(ggml_tensor* cache, int64_t head_dim, int64_t first,
+                                        int64_t n) const {
+    return ggml_view_3d(c_.ctx, cache, head_dim, cache->ne[0] / head_dim, n,
+                        ggml_row_size(cache->type, head_dim), cache->nb[1], first * cache->nb[1]);
+}
+
+void OwnKernelOps::store(const Heads& heads, const HeadNorms& norms, const Rope& rope, int64_t first_token,
+                         const CacheRows& rows) {
+    if (ggml_is_quantized(rows.k->type) || !norms.v)
+        return GgmlOps::store(heads, norms, rope, first_token, rows);
+    const int64_t head_dim = heads.k->ne[0];
+    const auto write = [&](ggml_tensor* x, ggml_tensor* weight, ggml_tensor* own, ggml_tensor* cache) {
+        ggml_tensor* target = target_heads(cache, head_dim, rows.first, rows.n);
+        ggml_build_forward_expand(c_.graph, store_normed(c_.ctx, x, weight, own, c_.rms_eps, target));
+    };
+    write(heads.k, norms.k, angles(rope, heads.k, first_token), rows.k);
+    write(heads.v, nullptr, nullptr, rows.v);
+}
+
+ggml_tensor* OwnKernelOps::rotate_and_store(const Heads& heads, const HeadNorms& norms, const Rope& rope,
+                                            int64_t first_token, const CacheRows& rows) {
+    if (ggml_is_quantized(rows.k->type) || !norms.v)
+        return GgmlOps::rotate_and_store(heads, norms, rope, first_token, rows);
+    const int64_t head_dim = heads.q->ne[0];
+    const StoredHeads stored = {heads.k, norms.k, heads.v, target_heads(rows.k, head_dim, rows.first, rows.n),
+                                target_heads(rows.v, head_dim, rows.first, rows.n)};
+    ggml_tensor* q = pydiffusion::rotate_and_store(c_.ctx, heads.q, norms.q,
+                                                   angles(rope, heads.q, first_token), stored, c_.rms_eps);
+    ggml_build_forward_expand(c_.graph, q);  // before whatever reads the cache
+    return q;
+}
+
+ggml_tensor* OwnKernelOps::mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeights& w,
+                               const ExpertWeights* beside) {
+    if (!w.gate_up) return GgmlOps::mlp(x, norm, w, beside);
+    const bool bf16 = result_type({w.gate, w.up, w.down}) == GGML_TYPE_BF16;
+    if (beside && is_whole_on_device(*beside) && bf16 && c_.backend.computes_mlp_beside())
+        return mlp_beside(c_.ctx, x, norm, w.gate_up, w.down, c_.rms_eps);
+    ggml_tensor* both = matmul(w.gate_up, rms_norm(x, norm, {w.gate, w.up}));
+    const auto view = [&](const ggml_tensor* weight, size_t offset) {
+        return ggml_view_2d(c_.ctx, both, weight->ne[1], both->ne[1], both->nb[1], offset);
+    };
+    ggml_tensor* gate = view(w.gate, 0);
+    ggml_tensor* up = view(w.up, gate->nb[0] * w.gate->ne[1]);
+    return matmul(w.down, gated_gelu(gate, up, {w.down}));
+}
+
+Mixture OwnKernelOps::moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) {
+    if (!joins(w)) return GgmlOps::moe(x, scores, w);
+    ggml_tensor* chosen = top_k(c_.ctx, scores, w.n_used);
+    return {nullptr, experts(x, chosen, w), scores, chosen};
+}
+
+ggml_tensor* OwnKernelOps::join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
+                                const JoinWeights& w) {
+    if (mixture.sum) return GgmlOps::join(x, dense, mixture, w);
+    return join_in_one_node(x, dense, mixture, w);
+}
+
+ggml_tensor* OwnKernelOps::expert_matmul(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen) {
+    ggml_tensor* result = expert_matmuls_.apply(weights, x, chosen);
+    return result ? result : GgmlOps::expert_matmul(weights, x, chosen);
+}
+
+void OwnKernelOps::set_positions(const std::vector<int32_t>& positions) {
+    GgmlOps::set_positions(positions);
+    angles_.write(positions);
+}
+
+}  // namespace pydiffusion

@@ -1,0 +1,47 @@
+#include "backend/rope_angles.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace pydiffusion {
+
+ggml_tensor* RopeAngles::view(const Rope& rope, int64_t head_dim, int64_t first, int64_t n) {
+    auto found = std::find_if(tables_.begin(), tables_.end(), [&](const Table& table) {
+        return table.rope.device == rope.device && table.rope.base == rope.base &&
+               table.rope.host_factors == rope.host_factors && table.tensor->ne[0] == head_dim;
+    });
+    if (found == tables_.end())
+        found = tables_.insert(found, {rope, inputs_.add(rope.device, GGML_TYPE_F32, head_dim, n_tokens_)});
+    ggml_tensor* all = found->tensor;
+    return ggml_view_2d(ctx_, all, head_dim, n, all->nb[1], first * all->nb[1]);
+}
+
+namespace {
+
+// Angle i of a token is position / (base^(2 i / head_dim) * factor[i]), rounded as in the reference.
+void write_table(ggml_tensor* tensor, const std::vector<int32_t>& positions, const Rope& rope) {
+    const int64_t head_dim = tensor->ne[0], half = head_dim / 2;
+    const bool on_host = ggml_backend_buffer_is_host(tensor->buffer);
+    std::vector<float> values(on_host ? 0 : head_dim * positions.size());
+    float* row = on_host ? static_cast<float*>(tensor->data) : values.data();
+    for (const int32_t position : positions) {
+        for (int64_t i = 0; i < half; ++i) {
+            const float exponent = static_cast<float>(2 * i) / static_cast<float>(head_dim);
+            const float factor = rope.host_factors ? (*rope.host_factors)[i] : 1.0f;
+            const float frequency = 1.0f / (std::pow(rope.base, exponent) * factor);
+            const float angle = static_cast<float>(position) * frequency;
+            row[i] = std::cos(angle);
+            row[half + i] = std::sin(angle);
+        }
+        row += head_dim;
+    }
+    if (!on_host) ggml_backend_tensor_set(tensor, values.data(), 0, values.size() * sizeof(float));
+}
+
+}  // namespace
+
+void RopeAngles::write(const std::vector<int32_t>& positions) const {
+    for (const Table& table : tables_) write_table(table.tensor, positions, table.rope);
+}
+
+}  // namespace pydiffusion

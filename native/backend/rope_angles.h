@@ -1,0 +1,42 @@
+// RopeAngles: cosines and sines of a graph's RoPE angles, an input shared by all layers of a kind on a
+// device.
+#pragma once
+
+#include <vector>
+
+#include "backend/graph_inputs.h"
+
+namespace pydiffusion {
+
+// Rotary position embedding of a kind of layers.
+struct Rope {
+    int32_t device;  // that computes the layers, or kCpuDevice
+    float base;
+    int32_t n_ctx_train;
+    ggml_tensor* factors = nullptr;  // F32 [head_dim / 2], divisors of the frequencies, on that device
+    const std::vector<float>* host_factors = nullptr;  // the same on the host
+};
+
+class RopeAngles {
+  public:
+    RopeAngles(ggml_context* ctx, GraphInputs& inputs, int64_t n_tokens)
+        : ctx_(ctx), inputs_(inputs), n_tokens_(n_tokens) {}
+
+    // F32 [head_dim, n], those of the graph's tokens from `first` on; see rotate_normed in fused_rows.h.
+    ggml_tensor* view(const Rope& rope, int64_t head_dim, int64_t first, int64_t n);
+    // Computes them; after the graph is allocated.
+    void write(const std::vector<int32_t>& positions) const;
+
+  private:
+    struct Table {
+        Rope rope;
+        ggml_tensor* tensor;  // [head_dim, n_tokens]
+    };
+
+    ggml_context* ctx_;
+    GraphInputs& inputs_;
+    int64_t n_tokens_;
+    std::vector<Table> tables_;
+};
+
+}  // namespace pydiffusion
