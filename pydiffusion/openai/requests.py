@@ -102,6 +102,7 @@ class CompletionRequest(Request):
 @dataclass
 class InfillRequest(Request):
     prompt: list[int]
+    layout: Layout = field(kw_only=True)
 
 
 def chat_request(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> ChatRequest:

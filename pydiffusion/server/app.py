@@ -148,7 +148,6 @@ class _Endpoints:
         body = await read_json(request, self._settings.max_body)
         wanted = await asyncio.to_thread(infill_request, body, self._model, self._names)
         self._check_context(wanted.prompt, "text")
-        assert wanted.layout is not None
         options = held_options(self._model, wanted.layout, wanted.prompt, wanted.options)
         runs = [Run(wanted.prompt, each) for each in options]
         answer = Answer(wanted, self._names[0], self._model.tokenizer, [wanted.prompt])

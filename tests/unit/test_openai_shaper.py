@@ -178,11 +178,12 @@ def test_a_stream_adds_up_to_the_response_as_openai_s_types_read_both(events: li
         bodies = [chunk for chunk in make(events, chat=False, stream=True) if chunk["choices"]]
         pieces = [body["choices"][0] for body in bodies]
         assert "".join(piece["text"] for piece in pieces) == done.choices[0].text
-        assert pieces[0]["text"] == "Head "
+        assert pieces[0]["text"] == "Head " and all(piece["text"] for piece in pieces[:-1])
         assert pieces[-1]["finish_reason"] == done.choices[0].finish_reason
         assert done.usage is not None
         n_tokens = sum(len(event.tokens) for event in events if isinstance(event, CanvasEvent))
         assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (N_PROMPT, n_tokens)
+        assert done.usage.total_tokens == N_PROMPT + n_tokens
 
 
 def test_a_tool_call_ends_a_message_that_would_have_stopped() -> None:
