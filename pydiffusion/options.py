@@ -341,10 +341,10 @@ def _default(name: str, metadata: Mapping[str, Any], n_vocab: int) -> Any:
         FILE_KEYS,
     )
 
-    key = FILE_KEYS.get(name)
-    if key is None:
+    if name not in FILE_KEYS:
         return _DEFAULTS.get(name)
-    if key not in metadata:
+    key = next((key for key in FILE_KEYS[name] if key in metadata), None)
+    if key is None:
         return FILE_DEFAULTS[name]
     try:
         return _NAME_TO_CHECK[name](metadata[key])

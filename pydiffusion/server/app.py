@@ -326,6 +326,22 @@ async def _http_error(request: Request, error: Exception) -> Response:
     )
 
 
+class _CountedSend:
+    """Sends the messages of one response, and counts it by path and status."""
+
+    def __init__(self, send: Send, path: str, metrics: Metrics) -> None:
+        self._send = send
+        self._path = path if path in _PATHS else "other"
+        self._metrics = metrics
+        self.is_started = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.is_started = True
+            self._metrics.responses[self._path, message["status"]] += 1
+        await self._send(message)
+
+
 class _Guard:
     """Middleware: API key, cross-origin pages, response counts, unexpected errors."""
 
@@ -338,27 +354,18 @@ class _Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = False
-
-        async def counting(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                path = scope["path"] if scope["path"] in _PATHS else "other"
-                self._metrics.responses[path, message["status"]] += 1
-            await send(message)
-
+        answer = _CountedSend(send, scope["path"], self._metrics)
         try:
             self._check(Request(scope))
-            await self._app(scope, receive, counting)
+            await self._app(scope, receive, answer)
         except Disconnected:
             pass
         except Exception as error:
-            if started:
+            if answer.is_started:
                 log.error("unexpected error", exc_info=error)
                 raise
             response = await _api_error(Request(scope), from_exception(error))
-            await response(scope, receive, counting)
+            await response(scope, receive, answer)
 
     def _check(self, request: Request) -> None:
         """Raise ApiError for a request without the key, or from a page of another host."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydiffusion._util.sampler_options import CANVAS_LENGTH_KEY
 from pydiffusion.convert.architectures.architecture import Architecture, ModelShape
 from pydiffusion.convert.checkpoint.inventory import take_all
 from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint
@@ -76,7 +77,7 @@ def _model_keys(name: str, config: Config) -> dict[str, Value]:
         f"{own}attention.layer_norm_rms_epsilon": f32(config.rms_norm_eps),
         f"{own}rope.freq_base": f32(config.rope_theta),
         f"{own}final_logit_softcapping": f32(config.final_logit_softcapping),
-        "diffusion.canvas_length": u32(config.canvas_length),
+        CANVAS_LENGTH_KEY: u32(config.canvas_length),
         "diffusion.mask_token_id": u32(config.mask_token_id),
         "diffusion.max_steps": u32(config.max_denoising_steps),
     }
