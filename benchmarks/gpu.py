@@ -36,7 +36,7 @@ from gpu_measure import Bench, Figures, Skipped, cost_of, is_cancelled, machine
 
 from pydiffusion import devices
 from pydiffusion._util.atomic import require_free_space
-from pydiffusion.device_plan import available_cpus
+from pydiffusion._util.cpus import available_cpus
 from pydiffusion.errors import ConversionError
 from pydiffusion.testing.synthetic import SHAPES, synthetic_bytes, write_synthetic
 

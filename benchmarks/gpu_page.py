@@ -13,6 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+from gpu_findings import read
+
 Entry = dict[str, Any]
 
 MEASUREMENTS = (
@@ -37,20 +41,6 @@ ANCHORS = (
 
 
 # Findings
-
-
-def read(*paths: Path) -> list[Entry]:
-    """Return all findings of existing files; skips a line truncated by a crash."""
-    entries = []
-    for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(entry, dict) and "finding" in entry:
-                entries.append(entry)
-    return entries
 
 
 def key_of(entry: Entry) -> tuple[str, str | None, str]:

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from pydiffusion import _native
+from pydiffusion._util.cpus import available_cpus
 from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
-from pydiffusion.device_plan import available_cpus
 from pydiffusion.testing.synthetic import write_synthetic
 
 

@@ -210,12 +210,3 @@ def _limits(gpu_memory: int | Sequence[int] | None, device: str, names: Sequence
 def _check_count(name: str, value: Any, permitted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} is {value!r}; permitted is {permitted}")
-
-
-def available_cpus() -> int:
-    """Number of CPUs available to this process; taskset or a container may limit them."""
-    if hasattr(os, "process_cpu_count"):  # Python 3.13
-        return os.process_cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0)) or 1
-    return os.cpu_count() or 1

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import _native
 from ._util import hub
+from ._util.cpus import available_cpus
 from ._util.files import check_is_file
 from .chat.messages import plain
 from .chat.sanitize import Sanitizer
 from .chat.template import ChatTemplate
-from .device_plan import DEFAULT_N_CTX, available_cpus, check_kv_type, device_request
+from .device_plan import DEFAULT_N_CTX, check_kv_type, device_request
 from .errors import PyDiffusionError, UnsupportedModelError
 from .generation import batching, session_file
 from .generation.infill import (

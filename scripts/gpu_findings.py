@@ -30,14 +30,17 @@ def add(finding: str, **figures: Any) -> dict[str, Any]:
     return entry
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return all findings of a file; skips an incomplete last line."""
+def read(*paths: Path) -> list[dict[str, Any]]:
+    """Return all findings of existing files; skips lines truncated by a crash."""
     entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            continue
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict) and "finding" in entry:
+                entries.append(entry)
     return entries
 
 

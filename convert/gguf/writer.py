@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 
 from pydiffusion import _native
 from pydiffusion._util import atomic
+from pydiffusion._util.cpus import available_cpus
 from pydiffusion._util.version import __version__
 from pydiffusion.convert.gguf import rows
 from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT, Value
@@ -145,11 +145,6 @@ class _Clock:
             self.callback(
                 ConversionProgress(self.stage, tensor, self.done, self.total, seconds, self.resumed)
             )
-
-
-def available_cpus() -> int:
-    """Number of CPUs available to this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(job: Job, started: float) -> ConversionReport:

@@ -10,7 +10,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._text import count, one_line
+from pydiffusion._util.sizes import format_size
+
+from ._text import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,16 +48,22 @@ def progress(label: str) -> Iterator[Callable[..., None]]:
             task = bar.add_task(label, total=None, pace="")
             yield lambda done, total, pace="": bar.update(task, completed=done, total=total, pace=pace)
         return
-    last = time.perf_counter()
+    yield _Lines(label).update
 
-    def update(done: float, total: float, pace: str = "") -> None:
-        nonlocal last
-        if time.perf_counter() - last >= _SECONDS_BETWEEN_LINES and total:
-            last = time.perf_counter()
+
+class _Lines:
+    """Progress in a pipe: a line every few seconds."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._last = time.perf_counter()
+
+    def update(self, done: float, total: float, pace: str = "") -> None:
+        now = time.perf_counter()
+        if now - self._last >= _SECONDS_BETWEEN_LINES and total:
+            self._last = now
             more = f", {pace}" if pace else ""
-            print(f"{label}: {100 * done / total:.0f}%{more}", file=sys.stderr, flush=True)
-
-    yield update
+            print(f"{self._label}: {100 * done / total:.0f}%{more}", file=sys.stderr, flush=True)
 
 
 class conversion_progress:
@@ -92,7 +100,7 @@ def pace(state: ConversionProgress) -> str:
     minutes, seconds = divmod(round(left), 60)
     hours, minutes = divmod(minutes, 60)
     clock = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-    return f"{count(rate, 'B')}/s, {clock} left"
+    return f"{format_size(rate)}/s, {clock} left"
 
 
 def quiet_hub_in_a_pipe() -> None:

@@ -37,8 +37,8 @@ def command(
     ] = None,
 ) -> None:
     """Benchmark loading, prefill and denoising steps. Times each part, beside the machine's limits."""
+    from pydiffusion._util.cpus import available_cpus
     from pydiffusion._util.files import check_is_file
-    from pydiffusion.device_plan import available_cpus
     from pydiffusion.testing.bench import compare, format_result, run_bench
 
     if (model is None) == (synthetic is None):

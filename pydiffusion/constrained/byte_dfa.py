@@ -138,31 +138,40 @@ def _utf8(low: int, high: int) -> Iterator[list[tuple[int, int]]]:
     yield list(zip(chr(low).encode(), chr(high).encode(), strict=True))
 
 
-def _deterministic(nfa: _Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    closures: dict[int, frozenset[int]] = {}
+class _Closures:
+    """Epsilon closures, reduced to the states that read bytes and the final one."""
 
-    def closure(state: int) -> frozenset[int]:
-        """Epsilon closure, reduced to the states that read bytes and the final one."""
-        found = closures.get(state)
+    def __init__(self, nfa: _Nfa, end: int) -> None:
+        self._nfa = nfa
+        self._end = end
+        self._found: dict[int, frozenset[int]] = {}
+
+    def of(self, state: int) -> frozenset[int]:
+        found = self._found.get(state)
         if found is None:
             seen, stack = {state}, [state]
             while stack:
-                for following in nfa.on_nothing[stack.pop()]:
+                for following in self._nfa.on_nothing[stack.pop()]:
                     if following not in seen:
                         seen.add(following)
                         stack.append(following)
-            found = closures[state] = frozenset(s for s in seen if nfa.on_bytes[s] or s == end)
+            kept = (s for s in seen if self._nfa.on_bytes[s] or s == self._end)
+            found = self._found[state] = frozenset(kept)
         return found
 
-    numbers = {closure(start): 0}
-    queue = [closure(start)]
+
+def _deterministic(nfa: _Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Transition table (n_states + 1, 256) and accepting states, by the subset construction."""
+    closures = _Closures(nfa, end)
+    queue = [closures.of(start)]
+    numbers = {queue[0]: 0}
     rows: list[list[_Edge]] = []
     while len(rows) < len(queue):
         edges = [edge for state in queue[len(rows)] for edge in nfa.on_bytes[state]]
         borders = sorted({edge[0] for edge in edges} | {edge[1] + 1 for edge in edges})
         row = []
         for first, behind in pairwise(borders):
-            targets = [closure(t) for low, high, t in edges if low <= first <= high]
+            targets = [closures.of(t) for low, high, t in edges if low <= first <= high]
             if not targets:
                 continue
             target = targets[0] if len(targets) == 1 else frozenset().union(*targets)
@@ -181,26 +190,37 @@ def _deterministic(nfa: _Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndar
     return table, np.array(accepting)
 
 
-def _merged(rows: list[list[_Edge]], accepting: list[bool]) -> tuple[list[list[_Edge]], list[bool]]:
-    """Minimize: merge states with equal acceptance and equal transitions, repeatedly. Until here every
-    position of the expression has its own states, even if it continues as another one does.
-    """
-    state_to_same = list(range(len(rows)))
+class _Merging:
+    """States merged so far: a forest whose roots stand for all below them."""
 
-    def same(state: int) -> int:
-        while state_to_same[state] != state:
-            state_to_same[state] = state = state_to_same[state_to_same[state]]
+    def __init__(self, n_states: int) -> None:
+        self._same = list(range(n_states))
+
+    def merge(self, state: int, into: int) -> None:
+        self._same[state] = into
+
+    def same(self, state: int) -> int:
+        """The state that this one was merged into."""
+        while self._same[state] != state:
+            self._same[state] = state = self._same[self._same[state]]
         return state
 
-    def merged_row(row: list[_Edge]) -> tuple[_Edge, ...]:
+    def row(self, row: list[_Edge]) -> tuple[_Edge, ...]:
+        """Transitions between merged states, adjacent byte ranges joined."""
         edges: list[_Edge] = []
         for first, behind, target in row:
-            target = same(target)
+            target = self.same(target)
             if edges and edges[-1][1:] == (first, target):
                 first = edges.pop()[0]
             edges.append((first, behind, target))
         return tuple(edges)
 
+
+def _merged(rows: list[list[_Edge]], accepting: list[bool]) -> tuple[list[list[_Edge]], list[bool]]:
+    """Minimize: merge states with equal acceptance and equal transitions, repeatedly. Until here every
+    position of the expression has its own states, even if it continues as another one does.
+    """
+    merging = _Merging(len(rows))
     sources: list[list[int]] = [[] for _ in rows]
     for state, row in enumerate(rows):
         for _, _, target in row:
@@ -209,14 +229,18 @@ def _merged(rows: list[list[_Edge]], accepting: list[bool]) -> tuple[list[list[_
     to_do = list(range(len(rows)))  # from the end: states found last are usually near an end
     while to_do:
         state = to_do.pop()
-        if same(state) != state:
+        if merging.same(state) != state:
             continue
-        found = key_to_state.setdefault((accepting[state], merged_row(rows[state])), state)
+        found = key_to_state.setdefault((accepting[state], merging.row(rows[state])), state)
         if found != state:
-            state_to_same[state] = found
+            merging.merge(state, found)
             sources[found] += sources[state]
             to_do += sources[state]
-    kept = list(dict.fromkeys(same(state) for state in range(len(rows))))  # the initial state stays first
+    # The initial state stays first.
+    kept = list(dict.fromkeys(merging.same(state) for state in range(len(rows))))
     numbers = {state: i for i, state in enumerate(kept)}
-    merged = [[(first, behind, numbers[t]) for first, behind, t in merged_row(rows[state])] for state in kept]
-    return merged, [accepting[state] for state in kept]
+    merged_rows = [
+        [(first, behind, numbers[target]) for first, behind, target in merging.row(rows[state])]
+        for state in kept
+    ]
+    return merged_rows, [accepting[state] for state in kept]

@@ -12,8 +12,8 @@ from pydiffusion.options import GenerationOptions, ResolvedOptions
 
 from .errors import ApiError, from_exception, invalid
 from .messages import check_messages, check_tools
+from .parameters import no_thinking, token_limit
 from .response_format import constraint_options, infill_layout, suffix_layout
-from .responses import no_thinking, token_limit
 
 if TYPE_CHECKING:
     from pydiffusion.generation.infill import Layout
@@ -102,6 +102,7 @@ class CompletionRequest(Request):
 @dataclass
 class InfillRequest(Request):
     prompt: list[int]
+    layout: Layout = field(kw_only=True)
 
 
 def chat_request(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> ChatRequest:
@@ -244,8 +245,8 @@ def _options(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedO
     choices = constraint_options(fields)
     choices["stop"] = stop
     try:
-        limit = token_limit(fields.get("max_tokens"), fields.get("max_completion_tokens"))
-        choices["max_tokens"] = model.n_ctx_train if limit is None else limit
+        limits = fields.get("max_tokens"), fields.get("max_completion_tokens")
+        choices["max_tokens"] = token_limit(model, *limits)
         return list(_each_choice(fields, choices, model))
     except OptionError as error:
         raise from_exception(error) from None

@@ -17,7 +17,7 @@ from pydiffusion.generation.infill import (
 from pydiffusion.options import ResolvedOptions
 
 from .errors import field_of, from_exception, invalid
-from .responses import schema_of
+from .parameters import schema_of
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel

@@ -7,21 +7,19 @@ response and the last chunk of a stream also have ``"diffusion"``: ``steps``, ``
 
 from __future__ import annotations
 
-import json
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydiffusion.chat.messages import template_variables
-from pydiffusion.chat.output_parser import Content, Part, Reasoning
 from pydiffusion.errors import OptionError
-from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
 from pydiffusion.generation.prompt import prefilled_session
-from pydiffusion.generation.thinking_budget import can_think
-from pydiffusion.options import GenerationOptions, integer_option, make_options
+from pydiffusion.options import GenerationOptions, make_options
+
+from .parameters import no_thinking, schema_of, token_limit
+from .shaper import ChatChoice, Json, Response, TextChoice
 
 if TYPE_CHECKING:
+    from pydiffusion.events import Event
     from pydiffusion.generation.token_ids import TokenIds
     from pydiffusion.model import DiffusionModel
     from pydiffusion.session import Session
@@ -34,16 +32,6 @@ _FOREIGN = {
     "min_p": "a diffusion sampler has entropy_bound",
     "n": "one answer is made per call; call again with another seed",
 }
-FINISH_REASONS = {
-    "eos": "stop", "stop": "stop", "repetition": "stop", "length": "length", "context": "length",
-}  # fmt: skip
-
-# JSON mode, which predates schemas: any object.
-_JSON_OBJECT = {"type": "object"}
-# response_format type -> other allowed fields.
-_FORMAT_TO_FIELDS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema",)}
-
-Chunk = dict[str, Any]
 
 
 def create_completion(
@@ -59,7 +47,7 @@ def create_completion(
     model: str | None = None,
     session: Session | None = None,
     **options: Any,
-) -> Chunk | Iterator[Chunk]:
+) -> Json | Iterator[Json]:
     """Complete a prompt.
 
     max_tokens: None or -1 generates until eos or the end of the context.
@@ -69,27 +57,19 @@ def create_completion(
     options: the other fields of GenerationOptions.
     Raises TypeError for an unknown parameter, ValueError for a value out of range.
     """
-    chosen = _options(diffusion_model, max_tokens, stop, seed, options)
-    frame = _Frame("cmpl", "text_completion", "text_completion", model or diffusion_model.name)
+    limit = token_limit(diffusion_model, max_tokens)
+    chosen = _options(options, max_tokens=limit, stop=stop, seed=seed)
     head = ""
     if echo:
         head = prompt if isinstance(prompt, str) else diffusion_model.detokenize(prompt)
-
-    def choice(text: str, finish_reason: str | None) -> dict[str, Any]:
-        return {"text": text, "index": 0, "logprobs": None, "finish_reason": finish_reason}
-
+    name = model or diffusion_model.name
     if stream:
         events = diffusion_model.stream(prompt, chosen, session=session)
-        return _stream(frame, events, head, choice)
+        return _stream(_LibraryResponse(name, [TextChoice(0, 0, head)], chat=False), events)
     done = diffusion_model.generate(prompt, chosen, session=session)
-    figures = {
-        "steps": done.steps,
-        "canvas_steps": list(done.canvas_steps),
-        "seed": done.seed,
-        "timings": done.timings,
-    }
-    finished = choice(head + done.text, FINISH_REASONS[done.finish_reason])
-    return frame.answer(finished, done.n_prompt, len(done.tokens), figures)
+    choice = TextChoice(0, done.n_prompt, head)
+    choice.take_completion(done)
+    return _LibraryResponse(name, [choice], chat=False).whole()
 
 
 def create_chat_completion(
@@ -109,7 +89,7 @@ def create_chat_completion(
     model: str | None = None,
     session: Session | None = None,
     **options: Any,
-) -> Chunk | Iterator[Chunk]:
+) -> Json | Iterator[Json]:
     """Answer messages, ``{"role": ..., "content": ...}``, with the model's chat template.
 
     tools, enable_thinking, chat_template_kwargs: passed to the template. With enable_thinking=False,
@@ -121,7 +101,6 @@ def create_chat_completion(
     Other parameters as for ``create_completion``; stop strings apply to the answer only.
     The response separates ``content``, ``reasoning_content`` and ``tool_calls``.
     """
-    max_tokens = token_limit(max_tokens, max_completion_tokens)
     if response_format is not None:
         schema = schema_of(response_format)
         if schema is not None and options.get("json_schema") is not None:
@@ -134,202 +113,43 @@ def create_chat_completion(
         variables["enable_thinking"] = enable_thinking
     if variables.get("enable_thinking") is False:
         options = no_thinking(diffusion_model, options)
-    chosen = _options(diffusion_model, max_tokens, stop, seed, options)
+    limit = token_limit(diffusion_model, max_tokens, max_completion_tokens)
+    chosen = _options(options, max_tokens=limit, stop=stop, seed=seed)
     prompt = diffusion_model.chat_prompt(messages, tools=tools, **variables)
-    frame = _Frame("chatcmpl", "chat.completion", "chat.completion.chunk", model or diffusion_model.name)
-
     session = prefilled_session(diffusion_model, prompt, session)
-    n_prompt = session.n_past
+    choice = ChatChoice(0, session.n_past)
+    response = _LibraryResponse(model or diffusion_model.name, [choice], chat=True)
     events = session.generate_chat(chosen)
     if stream:
-        return _stream_chat(frame, events)
-    finished = [event for event in events if not isinstance(event, DraftEvent)]
-    end = finished.pop()
-    assert isinstance(end, EndEvent)  # the last event, always
-    canvases = [event for event in finished if isinstance(event, CanvasEvent)]
-    message = ChatMessage()
-    for canvas in canvases:
-        for part in canvas.parts:
-            message.add(part)
-    choice = {"index": 0, "message": message.as_dict(), "logprobs": None}
-    choice["finish_reason"] = message.finish_reason(end.reason)
-    n_tokens = sum(len(canvas.tokens) for canvas in canvases)
-    figures = diffusion_figures([canvas.steps for canvas in canvases], end)
-    return frame.answer(choice, n_prompt, n_tokens, figures)
+        return _stream(response, events)
+    for event in events:
+        response.take(0, event)
+    return response.whole()
 
 
-def token_limit(max_tokens: Any, max_completion_tokens: Any) -> int | None:
-    """The smaller limit; None and -1 mean no limit. Raises OptionError for anything but an integer."""
-    limits = []
-    for name, value in (("max_tokens", max_tokens), ("max_completion_tokens", max_completion_tokens)):
-        if value is None or value == -1:
-            continue
-        limits.append(integer_option(name, value))
-    return min(limits, default=None)
-
-
-def schema_of(response_format: Any) -> Any:
-    """The JSON schema of a ``response_format``, None for any text. Raises OptionError.
-
-    Accepts OpenAI's ``{"type": "text"}``, ``{"type": "json_object"}`` and ``{"type": "json_schema",
-    "json_schema": {"schema": ...}}``, and llama.cpp's ``{"type": "json_object", "schema": ...}``.
-    """
-    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
-    if not isinstance(kind, str) or kind not in _FORMAT_TO_FIELDS:
-        raise OptionError(
-            "response_format",
-            "response_format must be an object whose type is text, json_object or json_schema",
-        )
-    for name, value in response_format.items():
-        if name != "type" and name not in _FORMAT_TO_FIELDS[kind] and value is not None:
-            known = " or ".join(f"{n} of type {k}" for k, names in _FORMAT_TO_FIELDS.items() for n in names)
-            raise OptionError(
-                "response_format",
-                f"response_format.{name} is not permitted with type {kind}; known are {known}",
-            )
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        where, schema = "schema", response_format.get("schema")
-        if schema is None or schema == {}:  # any object
-            return _JSON_OBJECT
-    else:
-        given = response_format.get("json_schema")
-        where, schema = "json_schema.schema", given.get("schema") if isinstance(given, Mapping) else None
-    if not isinstance(schema, (Mapping, bool)):
-        raise OptionError("response_format", f"response_format.{where} must be a JSON schema, an object")
-    return schema
-
-
-def no_thinking(model: DiffusionModel, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Set the thinking budget to 0, unless the options set it or the model can't reason here."""
-    constrained = options.get("json_schema") is not None or options.get("regex") is not None
-    if constrained or not can_think(model.tokenizer):
-        return dict(options)
-    return {"thinking_budget": 0, **options}
-
-
-def diffusion_figures(canvas_steps: list[int], end: EndEvent) -> dict[str, Any]:
-    """The ``diffusion`` field of a response."""
-    return {
-        "steps": sum(canvas_steps),
-        "canvas_steps": canvas_steps,
-        "seed": end.seed,
-        "timings": end.timings,
-    }
-
-
-class ChatMessage:
-    """Accumulates an assistant message; ``add`` returns the part as a stream delta."""
-
-    def __init__(self) -> None:
-        self._content = ""
-        self._reasoning = ""
-        self.tool_calls: list[dict[str, Any]] = []
-
-    def add(self, part: Part) -> dict[str, Any]:
-        if isinstance(part, Content):
-            self._content += part.text
-            return {"content": part.text}
-        if isinstance(part, Reasoning):
-            self._reasoning += part.text
-            return {"reasoning_content": part.text}
-        call = {
-            "id": f"call_{uuid.uuid4().hex[:24]}",
-            "type": "function",
-            "function": {"name": part.name, "arguments": json.dumps(part.arguments, ensure_ascii=False)},
-        }
-        self.tool_calls.append(call)
-        return {"tool_calls": [{"index": len(self.tool_calls) - 1, **call}]}
-
-    @property
-    def reasoning(self) -> str:
-        """The reasoning so far."""
-        return self._reasoning
-
-    def as_dict(self) -> dict[str, Any]:
-        """The message; content is None if there are only tool calls."""
-        content = None if self.tool_calls and not self._content.strip() else self._content
-        message: dict[str, Any] = {"role": "assistant", "content": content}
-        if self._reasoning:
-            message["reasoning_content"] = self._reasoning
-        if self.tool_calls:
-            message["tool_calls"] = self.tool_calls
-        return message
-
-    def finish_reason(self, reason: str) -> str:
-        """OpenAI's finish_reason for an ``EndEvent.reason``."""
-        finish_reason = FINISH_REASONS[reason]
-        return "tool_calls" if self.tool_calls and finish_reason == "stop" else finish_reason
-
-
-def _options(
-    diffusion_model: DiffusionModel,
-    max_tokens: int | None,
-    stop: str | Sequence[str] | None,
-    seed: int | None,
-    options: Mapping[str, Any],
-) -> GenerationOptions:
+def _options(options: Mapping[str, Any], **own: Any) -> GenerationOptions:
+    """own: the options that are parameters of their own. Raises TypeError for an unknown one."""
     for name in options:
         if name in _FOREIGN:
             raise TypeError(f"unknown parameter {name!r}: {_FOREIGN[name]}")
-    limit = token_limit(max_tokens, None)
-    if limit is None:
-        limit = diffusion_model.n_ctx_train
-    return make_options(None, {"max_tokens": limit, "stop": stop, "seed": seed, **options})
+    return make_options(None, {**own, **options})
 
 
-class _Frame:
-    """Fields shared by all chunks of a response."""
+class _LibraryResponse(Response):
+    """The response of one generation."""
 
-    def __init__(self, id_prefix: str, answer_object: str, chunk_object: str, model: str) -> None:
-        self._fields = {"id": f"{id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._answer_object = answer_object
-        self._chunk_object = chunk_object
-
-    def answer(
-        self, choice: dict[str, Any], n_prompt: int, n_tokens: int, figures: dict[str, Any]
-    ) -> dict[str, Any]:
-        usage = {
-            "prompt_tokens": n_prompt,
-            "completion_tokens": n_tokens,
-            "total_tokens": n_prompt + n_tokens,
+    def _figures(self) -> Json:
+        (choice,) = self._choices
+        assert choice.end is not None
+        return {
+            "steps": sum(choice.canvas_steps),
+            "canvas_steps": choice.canvas_steps,
+            "seed": choice.end.seed,
+            "timings": choice.end.timings,
         }
-        fields = {"object": self._answer_object, "choices": [choice], "usage": usage, "diffusion": figures}
-        return self._fields | fields
-
-    def chunk(self, choice: dict[str, Any]) -> Chunk:
-        return self._fields | {"object": self._chunk_object, "choices": [choice]}
 
 
-def _stream(
-    frame: _Frame, events: Iterator[Event], head: str, choice: Callable[[str, str | None], dict[str, Any]]
-) -> Iterator[Chunk]:
-    canvas_steps: list[int] = []
-    if head:
-        yield frame.chunk(choice(head, None))
+def _stream(response: Response, events: Iterator[Event]) -> Iterator[Json]:
+    yield from response.opening(0)
     for event in events:
-        if isinstance(event, CanvasEvent):
-            canvas_steps.append(event.steps)
-            if event.text:
-                yield frame.chunk(choice(event.text, None))
-        elif isinstance(event, EndEvent):
-            figures = diffusion_figures(canvas_steps, event)
-            yield frame.chunk(choice("", FINISH_REASONS[event.reason])) | {"diffusion": figures}
-
-
-def _stream_chat(frame: _Frame, events: Iterator[Event]) -> Iterator[Chunk]:
-    def choice(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-
-    canvas_steps: list[int] = []
-    message = ChatMessage()
-    yield frame.chunk(choice({"role": "assistant", "content": ""}))
-    for event in events:
-        if isinstance(event, CanvasEvent):
-            canvas_steps.append(event.steps)
-            for part in event.parts:
-                yield frame.chunk(choice(message.add(part)))
-        elif isinstance(event, EndEvent):
-            figures = diffusion_figures(canvas_steps, event)
-            yield frame.chunk(choice({}, message.finish_reason(event.reason))) | {"diffusion": figures}
+        yield from response.chunks(0, event)

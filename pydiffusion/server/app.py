@@ -22,8 +22,8 @@ from pydiffusion.errors import PyDiffusionError
 from pydiffusion.openai.answers import Answer
 from pydiffusion.openai.errors import ApiError, from_exception, invalid
 from pydiffusion.openai.reports import Failed, Finished, Report
+from pydiffusion.openai.requests import ChatRequest, chat_request, completion_request, infill_request
 from pydiffusion.openai.requests import Request as ApiRequest
-from pydiffusion.openai.requests import chat_request, completion_request, infill_request
 from pydiffusion.openai.response_format import check_constraint, held_options
 
 from .http import (
@@ -121,9 +121,9 @@ class _Endpoints:
         self._check_context(prompt, "messages")
         await asyncio.to_thread(self._check_constraint, wanted, prompt)
         prompts = [prompt] * len(wanted.options)
-        answer = Answer(wanted, self._names[0], self._model.tokenizer, prompts, chat=True)
+        answer = Answer(wanted, self._names[0], self._model.tokenizer, prompts)
         runs = [Run(prompt, options) for options in wanted.options]
-        return await self._answer(request, wanted, answer, runs, chat=True, one_call=wanted.one_call)
+        return await self._answer(request, wanted, answer, runs)
 
     async def completion(self, request: Request) -> Response:
         body = await read_json(request, self._settings.max_body)
@@ -140,20 +140,18 @@ class _Endpoints:
             else:
                 options = held_options(self._model, wanted.layout, tokens, wanted.options)
             runs += [Run(tokens, each) for each in options]
-        answer = Answer(
-            wanted, self._names[0], self._model.tokenizer, [run.prompt for run in runs], heads, chat=False
-        )
-        return await self._answer(request, wanted, answer, runs, chat=False, one_call=False)
+        prompts = [run.prompt for run in runs]
+        answer = Answer(wanted, self._names[0], self._model.tokenizer, prompts, heads)
+        return await self._answer(request, wanted, answer, runs)
 
     async def infill(self, request: Request) -> Response:
         body = await read_json(request, self._settings.max_body)
         wanted = await asyncio.to_thread(infill_request, body, self._model, self._names)
         self._check_context(wanted.prompt, "text")
-        assert wanted.layout is not None
         options = held_options(self._model, wanted.layout, wanted.prompt, wanted.options)
         runs = [Run(wanted.prompt, each) for each in options]
-        answer = Answer(wanted, self._names[0], self._model.tokenizer, [wanted.prompt], chat=False)
-        return await self._answer(request, wanted, answer, runs, chat=False, one_call=False)
+        answer = Answer(wanted, self._names[0], self._model.tokenizer, [wanted.prompt])
+        return await self._answer(request, wanted, answer, runs)
 
     def _check_constraint(self, wanted: ApiRequest, prompt: list[int]) -> None:
         check_constraint(self._model, wanted.options[0], len(prompt))
@@ -193,14 +191,7 @@ class _Endpoints:
     # Scheduling
 
     async def _answer(
-        self,
-        request: Request,
-        wanted: ApiRequest,
-        answer: Answer,
-        runs: list[Run],
-        *,
-        chat: bool,
-        one_call: bool,
+        self, request: Request, wanted: ApiRequest, answer: Answer, runs: list[Run]
     ) -> Response:
         self._log_flaws(runs)
         loop = asyncio.get_running_loop()
@@ -210,6 +201,8 @@ class _Endpoints:
             with contextlib.suppress(RuntimeError):  # the event loop has ended
                 loop.call_soon_threadsafe(arrivals.put_nowait, (i_run, report))
 
+        chat = isinstance(wanted, ChatRequest)
+        one_call = isinstance(wanted, ChatRequest) and wanted.one_call
         job = Job(runs, emit, chat=chat, drafts=wanted.drafts, one_call=one_call)
         self._scheduler.submit(job)
         reports = self._reports(job, arrivals)
@@ -332,6 +325,22 @@ async def _http_error(request: Request, error: Exception) -> Response:
     )
 
 
+class _CountedSend:
+    """Sends the messages of one response, and counts it by path and status."""
+
+    def __init__(self, send: Send, path: str, metrics: Metrics) -> None:
+        self._send = send
+        self._path = path if path in _PATHS else "other"
+        self._metrics = metrics
+        self.is_started = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.is_started = True
+            self._metrics.responses[self._path, message["status"]] += 1
+        await self._send(message)
+
+
 class _Guard:
     """Middleware: API key, cross-origin pages, response counts, unexpected errors."""
 
@@ -344,27 +353,18 @@ class _Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = False
-
-        async def counting(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                path = scope["path"] if scope["path"] in _PATHS else "other"
-                self._metrics.responses[path, message["status"]] += 1
-            await send(message)
-
+        answer = _CountedSend(send, scope["path"], self._metrics)
         try:
             self._check(Request(scope))
-            await self._app(scope, receive, counting)
+            await self._app(scope, receive, answer)
         except Disconnected:
             pass
         except Exception as error:
-            if started:
+            if answer.is_started:
                 log.error("unexpected error", exc_info=error)
                 raise
             response = await _api_error(Request(scope), from_exception(error))
-            await response(scope, receive, counting)
+            await response(scope, receive, answer)
 
     def _check(self, request: Request) -> None:
         """Raise ApiError for a request without the key, or from a page of another host."""

@@ -119,7 +119,7 @@ def test_reasoning_answer_and_calls_of_another_format(size: int) -> None:
     assert [part for part in parts if isinstance(part, ToolCall)] == [
         ToolCall("look", {"x": [1, "</think>"]})
     ]
-    assert answer == joined(parts, Content) == 'See: {"name": 1', "a call that is none is text"
+    assert answer == joined(parts, Content) == 'See: {"name": 1', "what can't be parsed is text"
 
 
 def test_reasoning_that_the_prompt_opens() -> None:

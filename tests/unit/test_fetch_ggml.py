@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from support.paths import REPOSITORY
+from support.scripts import load_script
 
 PACKAGE, ARCHIVE = "llama-cpp-python==9.9", "llama_cpp_python-9.9.tar.gz"
 NO_NETWORK = "http://127.0.0.1:9/simple"  # nothing listens there
@@ -41,15 +42,6 @@ FILES = {
     "vendor/llama.cpp/ggml/src/ggml.c": "int x;\n",
     "vendor/llama.cpp/README.md": "not ours\n",
 }
-
-
-def fetch_module():
-    spec = importlib.util.spec_from_file_location("fetch_ggml", REPOSITORY / "vendor/fetch_ggml.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_archive(path: Path, files: dict[str, str]) -> str:
@@ -224,7 +216,7 @@ def test_a_timeout_ends_child_processes(tmp_path: Path) -> None:
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     for seconds in (1.0, 4.0, 16.0, 64.0):  # the child may start late on a busy machine
         with pytest.raises(subprocess.TimeoutExpired):
-            fetch_module().run([sys.executable, "-c", parent], seconds, tmp_path)
+            load_script("vendor/fetch_ggml.py").run([sys.executable, "-c", parent], seconds, tmp_path)
         if note.exists() and note.read_text():
             break
     wait_for_end(int(note.read_text()))
@@ -250,7 +242,7 @@ LINES = "# ggml-version: 0\n# archive-mb: 0\n# tree-sha256: 0\n"
 
 
 def test_a_changed_tree_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    fetch = fetch_module()
+    fetch = load_script("vendor/fetch_ggml.py")
     tree = tmp_path / "ggml"
     tree.mkdir()
     (tree / "file.c").write_text("int x;")
@@ -270,7 +262,7 @@ def test_patches_are_applied_once_and_without_tolerance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """An unpatched tree is patched; one whose lines differ is refused without any change."""
-    fetch = fetch_module()
+    fetch = load_script("vendor/fetch_ggml.py")
     tree, patches, lock = tmp_path / "ggml", tmp_path / "patches", tmp_path / "ggml.lock"
     tree.mkdir()
     patches.mkdir()
@@ -300,7 +292,7 @@ def test_patches_are_applied_once_and_without_tolerance(
 
 
 def test_a_lock_without_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    fetch = fetch_module()
+    fetch = load_script("vendor/fetch_ggml.py")
     lock = tmp_path / "ggml.lock"
     lock.write_text("llama-cpp-python==0.3.36\n")
     monkeypatch.setattr(fetch, "LOCK", lock)

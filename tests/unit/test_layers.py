@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +10,14 @@ from typing import Any
 
 import pytest
 from support.paths import REPOSITORY
+from support.scripts import load_script
 
 SCRIPT = REPOSITORY / "scripts" / "layers.py"
 
 
 @pytest.fixture(scope="module")
 def layers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("layers", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/layers.py")
 
 
 # This repository
@@ -197,6 +192,26 @@ def test_a_room_without_a_layer_is_named(layers: ModuleType, tmp_path: Path) -> 
     assert wrong == [
         "pydiffusion/errors.py:1: room errors is in no layer: add it to python's order in scripts/layers.py"
     ]
+
+
+def test_a_file_that_the_order_names_is_a_room(layers: ModuleType, tmp_path: Path) -> None:
+    """An interface below a folder's other files, which use what implements it."""
+    write(
+        tmp_path,
+        {
+            "convert/kinds/__init__.py": "",
+            "convert/kinds/interface.py": "",
+            "convert/kinds/registry.py": "from pydiffusion.convert.kinds.one.kind import ONE\n",
+            "convert/kinds/one/__init__.py": "",
+            "convert/kinds/one/kind.py": "from pydiffusion.convert.kinds.interface import Kind\n",
+        },
+    )
+    order = ("convert/kinds/interface", "convert/kinds/one", "convert/kinds")
+    assert layers.python_tree(tmp_path, order).violations() == []
+    (wrong,) = layers.python_tree(tmp_path, order[1:]).violations()
+    assert wrong.startswith(
+        "convert/kinds/one/kind.py:1: room convert/kinds/one may not use room convert/kinds "
+    )
 
 
 @pytest.mark.parametrize(
