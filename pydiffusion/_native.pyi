@@ -143,26 +143,26 @@ class Step:
         """Counts down from the number of steps to 1."""
 
     @property
-    def draft(self) -> object:
+    def draft(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,))]:
         """argmax, int32"""
 
     @property
-    def canvas(self) -> object:
+    def canvas(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,))]:
         """input of the next step, int32"""
 
     @property
-    def entropy(self) -> object:
+    def entropy(self) -> Annotated[NDArray[numpy.float32], dict(shape=(None,))]:
         """nats, float32"""
 
     @property
-    def accepted(self) -> object:
+    def accepted(self) -> Annotated[NDArray[numpy.bool_], dict(shape=(None,))]:
         """bool"""
 
     @property
     def canvas_done(self) -> bool: ...
 
     @property
-    def tokens(self) -> object:
+    def tokens(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,))]:
         """
         If canvas_done: the canvas, cut before the first eos and at max_tokens, int32; else empty.
         """
@@ -171,7 +171,11 @@ class Step:
     def finish(self) -> str: ...
 
     @property
-    def timings(self) -> dict: ...
+    def timings(self) -> dict[str, float]:
+        """Seconds of the generation so far."""
+
+def token_array(ids: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], n_vocab: int) -> Annotated[NDArray[numpy.int32], dict(shape=(None,))]:
+    """Token ids as int32; raises ValueError for one outside the vocabulary."""
 
 class Session:
     """
@@ -200,7 +204,7 @@ class Session:
         """
 
     @property
-    def tokens(self) -> object: ...
+    def tokens(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,))]: ...
 
     @property
     def step_ops(self) -> dict:
@@ -217,7 +221,7 @@ class Session:
         Run the last step's graph again, part by part: name -> (seconds, operations, bytes read).
         """
 
-    def encode(self, ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], return_hidden: bool = False, progress: object | None = None) -> object: ...
+    def encode(self, ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], return_hidden: bool = False, progress: object | None = None) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))] | None: ...
 
     @property
     def n_encoded(self) -> int:
@@ -231,16 +235,21 @@ class Session:
         Replace the content by tokens and cache_rows() of a session of the same model and KV cache type.
         """
 
+    def copy_from(self, source: Session) -> None:
+        """
+        Replace the content by a copy of another session's, which may have another n_ctx; the session itself: nothing happens.
+        """
+
     def truncate(self, n: int) -> None: ...
 
-    def denoise(self, canvas: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], self_conditioning: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None) -> object: ...
+    def denoise(self, canvas: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], self_conditioning: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]: ...
 
     def begin(self, *, max_tokens: int, steps: int, t_min: float, t_max: float, entropy_bound: float, stability_threshold: int, confidence_threshold: float, seed: int, eos: Sequence[int], canvas: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, hold: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, dropped_mass: float = 0.0, canvas_length: int = 0, trim_after_eos: bool = False, guided: bool = False) -> None: ...
 
-    def next_step(self) -> object:
+    def next_step(self) -> Step | None:
         """Run one denoising step of the generation; None after its end."""
 
-    def impose(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> object:
+    def impose(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> Step:
         """
         Second half of a guided step: these tokens are its draft and fill the accepted positions.
         """
@@ -250,7 +259,7 @@ class Session:
         After the step that finished a canvas: replace it by these tokens and continue after them. Returns the finish reason if they end the generation, else an empty string.
         """
 
-    def candidates(self, k: int, extra: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple:
+    def candidates(self, k: int, extra: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple[Annotated[NDArray[numpy.int32], dict(shape=(None, None))], Annotated[NDArray[numpy.float32], dict(shape=(None, None))], Annotated[NDArray[numpy.float32], dict(shape=(None, None))]]:
         """
         Between the halves of a guided step: the top k tokens of each position (canvas_length, k), their logits, and the logits of the extra tokens (canvas_length, n_extra).
         """
@@ -273,7 +282,7 @@ class Batch:
         Number of graphs used by the last step; more than 1 if memory for one ran out.
         """
 
-    def next_steps(self, sessions: Sequence[Session]) -> list:
+    def next_steps(self, sessions: Sequence[Session]) -> list[Step | Exception | None]:
         """
         Run one step of each session's generation. Per session: its Step, None if its generation has ended, or the exception that ended it.
         """
@@ -281,17 +290,17 @@ class Batch:
 def tensor_types() -> dict:
     """Type name -> (number in ggml, weights per block, bytes per block)."""
 
-def quantize_rows(rows: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, n_threads: int = 0, importance: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None) -> object:
+def quantize_rows(rows: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, n_threads: int = 0, importance: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None) -> Annotated[NDArray[numpy.uint8], dict(shape=(None, None))]:
     """
     Quantize rows (n_rows, n_per_row) float32 -> blocks (n_rows, bytes_per_row) uint8.
     """
 
-def dequantize_rows(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, n_per_row: int) -> object:
+def dequantize_rows(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, n_per_row: int) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
     """
     Dequantize blocks (n_rows, bytes_per_row) uint8 -> rows (n_rows, n_per_row) float32.
     """
 
-def convert_rows(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], source: str, target: str, n_per_row: int, importance: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, keeps_nonfinite: bool = False) -> tuple:
+def convert_rows(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], source: str, target: str, n_per_row: int, importance: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, keeps_nonfinite: bool = False) -> tuple[Annotated[NDArray[numpy.uint8], dict(shape=(None, None))], int]:
     """
     Convert blocks (n_rows, bytes_per_row) uint8 to another type on the calling thread. Returns them and -1, or the index of the first non-finite weight; rows from its chunk on are then undefined.
     """
@@ -299,7 +308,7 @@ def convert_rows(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), 
 def find_nonfinite(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, n_per_row: int) -> int:
     """Index of the first non-finite weight, or -1."""
 
-def row_errors(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, rows: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> tuple:
+def row_errors(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, rows: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> tuple[Annotated[NDArray[numpy.float64], dict(shape=(None,))], Annotated[NDArray[numpy.float64], dict(shape=(None,))]]:
     """
     Per row, the sum of squares of `rows` (n_rows, n_per_row) float32 and the sum of squared errors of the quantized `data`: two arrays (n_rows,) float64.
     """
@@ -313,11 +322,11 @@ def sampler_options() -> dict:
 
 def step_temperature(step: int, steps: int, t_min: float, t_max: float) -> float: ...
 
-def measure(logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], temperature: float, u: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple: ...
+def measure(logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], temperature: float, u: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple[Annotated[NDArray[numpy.int32], dict(shape=(None,))], Annotated[NDArray[numpy.float32], dict(shape=(None,))], Annotated[NDArray[numpy.int32], dict(shape=(None,))]]: ...
 
-def accept(entropy: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], bound: float) -> object: ...
+def accept(entropy: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], bound: float) -> Annotated[NDArray[numpy.bool_], dict(shape=(None,))]: ...
 
-def random_draws(seed: int, canvas_index: int, step: int, n: int, n_vocab: int) -> tuple: ...
+def random_draws(seed: int, canvas_index: int, step: int, n: int, n_vocab: int) -> tuple[Annotated[NDArray[numpy.float32], dict(shape=(None,))], Annotated[NDArray[numpy.int32], dict(shape=(None,))]]: ...
 
 def version() -> dict:
     """

@@ -6,8 +6,6 @@ arXiv 2505.24857, the temperature schedule and stopping rule those of DiffusionG
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -55,7 +53,7 @@ def accept(entropy: ArrayLike, bound: float) -> NDArray[np.bool_]:
     entropy = np.ascontiguousarray(entropy, dtype=np.float32)
     if entropy.ndim != 1:
         raise ValueError(f"entropy must have 1 dimension, not {entropy.ndim}")
-    return cast("NDArray[np.bool_]", _native.accept(entropy, bound))
+    return _native.accept(entropy, bound)
 
 
 def draws(

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +52,7 @@ class Session:
     @property
     def tokens(self) -> np.ndarray:
         """The tokens in the cache, int32 (n_past,)."""
-        return cast(np.ndarray, self.native.tokens)
+        return self.native.tokens
 
     @property
     def n_encoded(self) -> int:
@@ -82,7 +82,7 @@ class Session:
             token_array(ids, self.model.n_vocab), return_hidden=return_hidden, progress=progress
         )
         self.prompt_seconds += time.perf_counter() - started
-        return cast("np.ndarray | None", hidden)
+        return hidden
 
     def prefill(self, ids: TokenIds, progress: Callable[[int, int], None] | None = None) -> int:
         """Make these the session's tokens, encoding only what follows the prefix that is already in the
@@ -158,7 +158,7 @@ class Session:
                 raise ValueError(
                     f"self_conditioning has the shape {self_conditioning.shape}; it must be {expected}"
                 )
-        return cast(np.ndarray, self.native.denoise(ids, self_conditioning))
+        return self.native.denoise(ids, self_conditioning)
 
     def cancel(self) -> None:
         """Make the running native call, or the next one, raise GenerationCancelled. Thread-safe."""

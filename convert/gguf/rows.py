@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import cast
 
 import numpy as np
 
@@ -53,7 +52,7 @@ def to_float32(data: np.ndarray, type_name: str, n_per_row: int) -> np.ndarray:
         return data.view(np.float16).astype(np.float32)
     if type_name == "BF16":
         return np.left_shift(data.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
-    return cast(np.ndarray, _native.dequantize_rows(data, type_name, n_per_row))
+    return _native.dequantize_rows(data, type_name, n_per_row)
 
 
 def convert_rows(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
@@ -31,7 +30,7 @@ class PaddedRead:
     def __call__(self, start: int, n_bytes: int) -> np.ndarray:
         size = rows.row_bytes(self.source_type, self.new_columns)
         zero_row = np.zeros((1, self.new_columns), np.float32)
-        zeros = cast(np.ndarray, _native.quantize_rows(zero_row, self.source_type, 1))
+        zeros = _native.quantize_rows(zero_row, self.source_type, 1)
         result = np.empty((n_bytes // size, size), np.uint8)
         old_size = rows.row_bytes(self.source_type, self.old_columns)
         first, end = start // size, (start + n_bytes) // size

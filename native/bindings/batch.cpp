@@ -42,6 +42,7 @@ void bind_batch(nb::module_& m) {
         .def_prop_ro("n_graphs", &Batch::n_graphs,
                      "Number of graphs used by the last step; more than 1 if memory for one ran out.")
         .def("next_steps", next_steps, nb::arg("sessions"),
+             nb::sig("def next_steps(self, sessions: Sequence[Session]) -> list[Step | Exception | None]"),
              "Run one step of each session's generation. Per session: its Step, None if its generation has "
              "ended, or the exception that ended it.");
 }

@@ -7,7 +7,9 @@
 #include <algorithm>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ggml.h"
@@ -22,20 +24,57 @@ using Array1 = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <typename T>
 using Array2 = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-// A new numpy array that owns a copy of `data`.
+// Results, typed so that the stub is.
 template <typename T>
-nb::object to_numpy(const T* data, std::initializer_list<size_t> shape) {
-    size_t n = 1;
-    for (const size_t dimension : shape) n *= dimension;
-    T* copy = new T[n];
-    std::copy_n(data, n, copy);
-    nb::capsule owner(copy, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-    return nb::cast(nb::ndarray<nb::numpy, T>(copy, shape, owner));
+using Numpy1 = nb::ndarray<nb::numpy, T, nb::ndim<1>>;
+template <typename T>
+using Numpy2 = nb::ndarray<nb::numpy, T, nb::ndim<2>>;
+
+// Memory for n values, not initialized, and the capsule that frees it.
+template <typename T>
+std::pair<T*, nb::capsule> new_values(size_t n) {
+    std::unique_ptr<T[]> values(new T[std::max<size_t>(1, n)]);  // null is no array
+    nb::capsule owner(values.get(), [](void* p) noexcept { delete[] static_cast<T*>(p); });
+    return {values.release(), owner};
 }
 
+// A new numpy array for the caller to fill.
 template <typename T>
-nb::object to_numpy(const std::vector<T>& values) {
-    return to_numpy(values.data(), {values.size()});
+Numpy2<T> new_numpy(size_t n_rows, size_t width) {
+    const auto [data, owner] = new_values<T>(n_rows * width);
+    return Numpy2<T>(data, {n_rows, width}, owner);
+}
+
+// The same for the memory of a vector.
+template <typename T>
+std::pair<T*, nb::capsule> keep_values(std::vector<T> values) {
+    values.reserve(1);  // null is no array
+    auto kept = std::make_unique<std::vector<T>>(std::move(values));
+    T* data = kept->data();
+    nb::capsule owner(kept.get(), [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
+    kept.release();
+    return {data, owner};
+}
+
+// A numpy array of the vector's memory, not copied.
+template <typename T>
+Numpy1<T> to_numpy(std::vector<T> values) {
+    const size_t n = values.size();
+    const auto [data, owner] = keep_values(std::move(values));
+    return Numpy1<T>(data, {n}, owner);
+}
+
+// The same with rows of width.
+template <typename T>
+Numpy2<T> to_numpy(std::vector<T> values, size_t n_rows, size_t width) {
+    const auto [data, owner] = keep_values(std::move(values));
+    return Numpy2<T>(data, {n_rows, width}, owner);
+}
+
+inline Numpy1<bool> to_bools(const std::vector<uint8_t>& flags) {
+    const auto [data, owner] = new_values<bool>(flags.size());
+    std::copy(flags.begin(), flags.end(), data);
+    return Numpy1<bool>(data, {flags.size()}, owner);
 }
 
 template <typename T>

@@ -3,6 +3,7 @@
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
 #include <cctype>
@@ -67,51 +68,49 @@ size_t row_bytes(ggml_type type, size_t n_per_row) {
     return n_per_row % ggml_blck_size(type) == 0 ? ggml_row_size(type, n_per_row) : 0;
 }
 
-nb::object quantize(const Array2<float>& rows, const std::string& type_name, int n_threads,
-                    std::optional<Array1<float>> importance) {
+Numpy2<uint8_t> quantize(const Array2<float>& rows, const std::string& type_name, int n_threads,
+                         std::optional<Array1<float>> importance) {
     const ggml_type type = type_by_name(type_name);
     const size_t n_rows = rows.shape(0), n_per_row = rows.shape(1);
     require_importance(importance, n_per_row);
     if (n_threads <= 0) n_threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
     const size_t width = row_bytes(type, n_per_row);
-    auto* out = new uint8_t[std::max<size_t>(1, n_rows * width)];
-    nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+    const auto out = new_numpy<uint8_t>(n_rows, width);
     {
         const WithoutGil release;
         quantize_rows(type, rows.data(), n_rows, n_per_row, importance ? importance->data() : nullptr,
-                      n_threads, out);
+                      n_threads, out.data());
     }
-    return nb::cast(nb::ndarray<nb::numpy, uint8_t>(out, {n_rows, width}, owner));
+    return out;
 }
 
-nb::object dequantize(const Array2<uint8_t>& data, const std::string& type_name, int64_t n_per_row) {
+Numpy2<float> dequantize(const Array2<uint8_t>& data, const std::string& type_name, int64_t n_per_row) {
     const ggml_type type = type_by_name(type_name);
     const size_t n_rows = data.shape(0);
     require_row_bytes(type, data.shape(1), n_per_row);
-    auto* out = new float[std::max<size_t>(1, n_rows * n_per_row)];
-    nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+    const auto out = new_numpy<float>(n_rows, n_per_row);
     {
         const WithoutGil release;
-        dequantize_rows(type, data.data(), n_rows, n_per_row, out);
+        dequantize_rows(type, data.data(), n_rows, n_per_row, out.data());
     }
-    return nb::cast(nb::ndarray<nb::numpy, float>(out, {n_rows, static_cast<size_t>(n_per_row)}, owner));
+    return out;
 }
 
-nb::tuple convert(const Array2<uint8_t>& data, const std::string& source_name, const std::string& target_name,
-                  int64_t n_per_row, std::optional<Array1<float>> importance, bool keeps_nonfinite) {
+std::tuple<Numpy2<uint8_t>, int64_t> convert(const Array2<uint8_t>& data, const std::string& source_name,
+                                             const std::string& target_name, int64_t n_per_row,
+                                             std::optional<Array1<float>> importance, bool keeps_nonfinite) {
     const ggml_type source = type_by_name(source_name), target = type_by_name(target_name);
     require_row_bytes(source, data.shape(1), n_per_row);
     require_importance(importance, n_per_row);
     const size_t n_rows = data.shape(0), width = row_bytes(target, n_per_row);
-    auto* out = new uint8_t[std::max<size_t>(1, n_rows * width)];
-    nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+    const auto out = new_numpy<uint8_t>(n_rows, width);
     int64_t nonfinite;
     {
         const WithoutGil release;
         nonfinite = convert_rows(source, data.data(), target, n_rows, n_per_row,
-                                 importance ? importance->data() : nullptr, keeps_nonfinite, out);
+                                 importance ? importance->data() : nullptr, keeps_nonfinite, out.data());
     }
-    return nb::make_tuple(nb::ndarray<nb::numpy, uint8_t>(out, {n_rows, width}, owner), nonfinite);
+    return {out, nonfinite};
 }
 
 int64_t nonfinite_weight(const Array2<uint8_t>& data, const std::string& type_name, int64_t n_per_row) {
@@ -121,8 +120,9 @@ int64_t nonfinite_weight(const Array2<uint8_t>& data, const std::string& type_na
     return find_nonfinite(type, data.data(), data.shape(0), n_per_row);
 }
 
-nb::tuple errors_of_rows(const Array2<uint8_t>& data, const std::string& type_name,
-                         const Array2<float>& rows) {
+std::tuple<Numpy1<double>, Numpy1<double>> errors_of_rows(const Array2<uint8_t>& data,
+                                                          const std::string& type_name,
+                                                          const Array2<float>& rows) {
     const ggml_type type = type_by_name(type_name);
     const size_t n_rows = data.shape(0);
     require_row_bytes(type, data.shape(1), rows.shape(1));
@@ -135,7 +135,7 @@ nb::tuple errors_of_rows(const Array2<uint8_t>& data, const std::string& type_na
         const WithoutGil release;
         row_errors(type, data.data(), rows.data(), n_rows, rows.shape(1), squares.data(), errors.data());
     }
-    return nb::make_tuple(to_numpy(squares), to_numpy(errors));
+    return {to_numpy(std::move(squares)), to_numpy(std::move(errors))};
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
 // Bindings of the sampler's functions on numpy arrays.
+#include <nanobind/stl/tuple.h>
+
 #include "bindings/bindings.h"
 #include "sampler/entropy_bound.h"
 #include "sampler/logits.h"
@@ -10,7 +12,9 @@ namespace pydiffusion {
 
 namespace {
 
-nb::tuple measure(const Array2<float>& logits, float temperature, const Array1<float>& u) {
+std::tuple<Numpy1<int32_t>, Numpy1<float>, Numpy1<int32_t>> measure(const Array2<float>& logits,
+                                                                    float temperature,
+                                                                    const Array1<float>& u) {
     const size_t n = logits.shape(0), n_vocab = logits.shape(1);
     if (u.shape(0) != n)
         throw Error(ErrorKind::argument, format("u has %zu entries for %zu rows", u.shape(0), n));
@@ -28,20 +32,17 @@ nb::tuple measure(const Array2<float>& logits, float temperature, const Array1<f
         sampled[i] = m.sampled;
         entropy[i] = m.entropy;
     }
-    return nb::make_tuple(to_numpy(argmax), to_numpy(entropy), to_numpy(sampled));
+    return {to_numpy(std::move(argmax)), to_numpy(std::move(entropy)), to_numpy(std::move(sampled))};
 }
 
-nb::object accept_mask(const Array1<float>& entropy, float bound) {
+Numpy1<bool> accept_mask(const Array1<float>& entropy, float bound) {
     if (!(bound >= 0.0f))
         throw Error(ErrorKind::argument, format("bound is %g; it must be at least 0", bound));
-    const std::vector<uint8_t> accepted = accept(entropy.data(), entropy.shape(0), bound);
-    bool* copy = new bool[accepted.size() + 1];
-    std::copy(accepted.begin(), accepted.end(), copy);
-    nb::capsule owner(copy, [](void* p) noexcept { delete[] static_cast<bool*>(p); });
-    return nb::cast(nb::ndarray<nb::numpy, bool>(copy, {accepted.size()}, owner));
+    return to_bools(accept(entropy.data(), entropy.shape(0), bound));
 }
 
-nb::tuple random_draws(uint64_t seed, uint32_t canvas_index, uint32_t step, uint32_t n, int32_t n_vocab) {
+std::tuple<Numpy1<float>, Numpy1<int32_t>> random_draws(uint64_t seed, uint32_t canvas_index, uint32_t step,
+                                                        uint32_t n, int32_t n_vocab) {
     if (n_vocab < 1) throw Error(ErrorKind::argument, "n_vocab must be at least 1");
     std::vector<float> u(n);
     std::vector<int32_t> tokens(n);
@@ -50,7 +51,7 @@ nb::tuple random_draws(uint64_t seed, uint32_t canvas_index, uint32_t step, uint
         u[i] = draw.u;
         tokens[i] = draw.token;
     }
-    return nb::make_tuple(to_numpy(u), to_numpy(tokens));
+    return {to_numpy(std::move(u)), to_numpy(std::move(tokens))};
 }
 
 // One dict per option, by the name of the sampler.

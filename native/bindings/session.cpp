@@ -1,12 +1,14 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 
 #include "bindings/bindings.h"
 #include "bindings/session_types.h"
+#include "bindings/token_ids.h"
 #include "runtime/step.h"
 #include "util/error.h"
 
@@ -26,18 +28,16 @@ std::function<void(int32_t)> between_chunks(const nb::object& progress, size_t t
 
 void ignore_chunks(int32_t) { check_signals(); }
 
-nb::object encode(Session& session, const Array1<int32_t>& ids, bool return_hidden,
-                  const nb::object& progress) {
-    const std::vector<int32_t> tokens = to_vector(ids);
-    std::vector<float> hidden;
-    {
-        const WithoutGil release;
-        const Session::Use use(session);
-        session.encode(tokens, between_chunks(progress, tokens.size()), return_hidden ? &hidden : nullptr);
-    }
-    if (!return_hidden) return nb::none();
-    const size_t d = session.model().hparams.n_embd;
-    return to_numpy(hidden.data(), {hidden.size() / d, d});
+std::optional<Numpy2<float>> encode(Session& session, const Array1<int32_t>& ids, bool return_hidden,
+                                    const nb::object& progress) {
+    const Hparams& hp = session.model().hparams;
+    const std::vector<int32_t> tokens = checked_tokens(ids, hp.n_vocab);
+    std::optional<Numpy2<float>> hidden;
+    if (return_hidden) hidden = new_numpy<float>(tokens.size(), hp.n_embd);
+    const WithoutGil release;
+    const Session::Use use(session);
+    session.encode(tokens, between_chunks(progress, tokens.size()), hidden ? hidden->data() : nullptr);
+    return hidden;
 }
 
 // Per layer (k, v), copies as uint8 (n_rows, row_bytes).
@@ -49,11 +49,10 @@ nb::list cache_rows(Session& session) {
         const bool sliding = session.model().hparams.layers[i].sliding;
         const size_t n_rows = cache.n_past() - (sliding ? cache.first_kept() : 0),
                      row_bytes = cache.row_bytes(i);
-        std::vector<uint8_t> k(n_rows * row_bytes), v(n_rows * row_bytes);
+        const auto k = new_numpy<uint8_t>(n_rows, row_bytes), v = new_numpy<uint8_t>(n_rows, row_bytes);
         cache.read_rows(i, false, k.data());
         cache.read_rows(i, true, v.data());
-        layers.append(
-            nb::make_tuple(to_numpy(k.data(), {n_rows, row_bytes}), to_numpy(v.data(), {n_rows, row_bytes})));
+        layers.append(nb::make_tuple(k, v));
     }
     return layers;
 }
@@ -81,7 +80,7 @@ void restore(Session& session, const Array1<int32_t>& tokens,
         }
         rows.emplace_back(layers[i].first.data(), layers[i].second.data());
     }
-    session.restore(to_vector(tokens), rows);
+    session.restore(checked_tokens(tokens, hp.n_vocab), rows);
 }
 
 void copy_from(Session& session, const Session& source) {
@@ -98,23 +97,20 @@ void truncate(Session& session, int32_t n) {
     session.truncate(n, ignore_chunks);
 }
 
-nb::object denoise(Session& session, const Array1<int32_t>& canvas,
-                   std::optional<Array2<float>> conditioning) {
+Numpy2<float> denoise(Session& session, const Array1<int32_t>& canvas,
+                      std::optional<Array2<float>> conditioning) {
     const Hparams& hp = session.model().hparams;
     const size_t n = hp.canvas_length, n_vocab = hp.n_vocab;
     if (conditioning && (conditioning->shape(0) != n || conditioning->shape(1) != n_vocab)) {
         throw Error(ErrorKind::argument, format("self_conditioning has shape (%zu, %zu), expected (%zu, %zu)",
                                                 conditioning->shape(0), conditioning->shape(1), n, n_vocab));
     }
-    const std::vector<int32_t> tokens = to_vector(canvas);
-    std::vector<float> logits(n * n_vocab);
-    {
-        const WithoutGil release;
-        const Session::Use use(session);
-        const float* result = session.denoise(tokens, conditioning ? conditioning->data() : nullptr);
-        std::copy_n(result, n * n_vocab, logits.data());
-    }
-    return to_numpy(logits.data(), {n, n_vocab});
+    const std::vector<int32_t> tokens = checked_tokens(canvas, hp.n_vocab);
+    const auto logits = new_numpy<float>(n, n_vocab);
+    const WithoutGil release;
+    const Session::Use use(session);
+    session.denoise(tokens, conditioning ? conditioning->data() : nullptr, logits.data());
+    return logits;
 }
 
 nb::dict imatrix(Session& session) {
@@ -124,7 +120,7 @@ nb::dict imatrix(Session& session) {
     for (const auto& [name, s] : session.imatrix()->by_weight()) {
         const size_t n_per_row = s.n_per_row;
         result[name.c_str()] =
-            nb::make_tuple(to_numpy(s.sums.data(), {s.counts.size(), n_per_row}), to_numpy(s.counts));
+            nb::make_tuple(to_numpy(s.sums, s.counts.size(), n_per_row), to_numpy(s.counts));
     }
     return result;
 }
@@ -155,7 +151,7 @@ std::optional<StepResult> run_step(Session& session) {
 }
 
 StepResult impose(Session& session, const Array1<int32_t>& tokens) {
-    const std::vector<int32_t> chosen = to_vector(tokens);
+    const std::vector<int32_t> chosen = checked_tokens(tokens, session.model().hparams.n_vocab);
     const WithoutGil release;
     const Session::Use use(session);
     StepResult result;
@@ -163,18 +159,18 @@ StepResult impose(Session& session, const Array1<int32_t>& tokens) {
     return result;
 }
 
-nb::tuple candidates(Session& session, int32_t k, const Array1<int32_t>& extra) {
+std::tuple<Numpy2<int32_t>, Numpy2<float>, Numpy2<float>> candidates(Session& session, int32_t k,
+                                                                     const Array1<int32_t>& extra) {
+    const std::vector<int32_t> also = checked_tokens(extra, session.model().hparams.n_vocab);
     Session::Candidates found;
-    const std::vector<int32_t> also = to_vector(extra);
     {
         const WithoutGil release;
         const Session::Use use(session);
         found = session.candidates(k, also);
     }
-    const size_t n = found.tokens.size() / static_cast<size_t>(k);
-    return nb::make_tuple(to_numpy(found.tokens.data(), {n, static_cast<size_t>(k)}),
-                          to_numpy(found.logits.data(), {n, static_cast<size_t>(k)}),
-                          to_numpy(found.extra.data(), {n, also.size()}));
+    const size_t width = k, n = found.tokens.size() / width;
+    return {to_numpy(std::move(found.tokens), n, width), to_numpy(std::move(found.logits), n, width),
+            to_numpy(std::move(found.extra), n, also.size())};
 }
 
 const char* finish_name(Finish finish) {
@@ -192,47 +188,51 @@ const char* finish_name(Finish finish) {
 }
 
 const char* amend(Session& session, const Array1<int32_t>& tokens) {
+    const std::vector<int32_t> replacement = checked_tokens(tokens, session.model().hparams.n_vocab);
     const Session::Use use(session);
-    return finish_name(session.amend(to_vector(tokens)));
-}
-
-nb::object to_bools(const std::vector<uint8_t>& flags) {
-    bool* copy = new bool[flags.size()];
-    std::copy(flags.begin(), flags.end(), copy);
-    nb::capsule owner(copy, [](void* p) noexcept { delete[] static_cast<bool*>(p); });
-    return nb::cast(nb::ndarray<nb::numpy, bool>(copy, {flags.size()}, owner));
+    return finish_name(session.amend(replacement));
 }
 
 void bind_step(nb::module_& m) {
+    constexpr auto owned = nb::rv_policy::automatic;  // properties refer to the Step by default
     nb::class_<StepResult>(m, "Step",
                            "Result of one denoising step; arrays have one entry per canvas position.")
         .def_ro("canvas_index", &StepResult::canvas_index)
         .def_ro("step", &StepResult::step, "Counts down from the number of steps to 1.")
         .def_prop_ro(
-            "draft", [](const StepResult& s) { return to_numpy(s.draft); }, "argmax, int32")
+            "draft", [](const StepResult& s) { return to_numpy(s.draft); }, owned, "argmax, int32")
         .def_prop_ro(
-            "canvas", [](const StepResult& s) { return to_numpy(s.canvas); }, "input of the next step, int32")
+            "canvas", [](const StepResult& s) { return to_numpy(s.canvas); }, owned,
+            "input of the next step, int32")
         .def_prop_ro(
-            "entropy", [](const StepResult& s) { return to_numpy(s.entropy); }, "nats, float32")
+            "entropy", [](const StepResult& s) { return to_numpy(s.entropy); }, owned, "nats, float32")
         .def_prop_ro(
-            "accepted", [](const StepResult& s) { return to_bools(s.accepted); }, "bool")
+            "accepted", [](const StepResult& s) { return to_bools(s.accepted); }, owned, "bool")
         .def_ro("canvas_done", &StepResult::canvas_done)
         .def_prop_ro(
-            "tokens", [](const StepResult& s) { return to_numpy(s.tokens); },
+            "tokens", [](const StepResult& s) { return to_numpy(s.tokens); }, owned,
             "If canvas_done: the canvas, cut before the first eos and at max_tokens, int32; else empty.")
         .def_prop_ro("finish", [](const StepResult& s) { return finish_name(s.finish); })
-        .def_prop_ro("timings", [](const StepResult& s) {
-            nb::dict d;
-            d["encode"] = s.encode_seconds;
-            d["denoise"] = s.denoise_seconds;
-            return d;
-        });
+        .def_prop_ro(
+            "timings",
+            [](const StepResult& s) {
+                nb::dict d;
+                d["encode"] = s.encode_seconds;
+                d["denoise"] = s.denoise_seconds;
+                return nb::typed<nb::dict, nb::str, double>(d);
+            },
+            "Seconds of the generation so far.");
 }
 
 }  // namespace
 
 void bind_session(nb::module_& m) {
     bind_step(m);
+    m.def(
+        "token_array",
+        [](const Array1<int64_t>& ids, int32_t n_vocab) { return to_numpy(checked_tokens(ids, n_vocab)); },
+        nb::arg("ids").noconvert(), nb::arg("n_vocab"),
+        "Token ids as int32; raises ValueError for one outside the vocabulary.");
     nb::class_<Session>(m, "Session",
                         "State of one conversation on a model. Use it from one thread at a time.")
         .def(
@@ -254,7 +254,8 @@ void bind_session(nb::module_& m) {
             "Start a new imatrix over everything encoded and denoised from now on, or discard it.")
         .def("imatrix", imatrix,
              "Weight name -> (sums of squares (n_matrices, n_per_row) float64, counts (n_matrices,) int64).")
-        .def_prop_ro("tokens", [](const Session& s) { return to_numpy(s.tokens()); })
+        .def_prop_ro(
+            "tokens", [](const Session& s) { return to_numpy(s.tokens()); }, nb::rv_policy::automatic)
         .def_prop_ro("step_ops", step_ops,
                      "Operations of the last denoising step: name -> number of graph nodes.")
         .def_prop_ro("n_splits", &Session::n_splits,
@@ -278,16 +279,22 @@ void bind_session(nb::module_& m) {
             "begin",
             [](Session& session, int32_t max_tokens, int32_t steps, float t_min, float t_max,
                float entropy_bound, int32_t stability_threshold, float confidence_threshold, uint64_t seed,
-               std::vector<int32_t> eos, const std::optional<Array1<int32_t>>& canvas,
+               const std::vector<int32_t>& eos, const std::optional<Array1<int32_t>>& canvas,
                const std::optional<Array1<uint8_t>>& hold, float dropped_mass, int32_t canvas_length,
                bool trim_after_eos, bool guided) {
-                const Session::Use use(session);
+                const int32_t n_vocab = session.model().hparams.n_vocab;
                 const SamplerParams sampler = {
                     steps, t_min, t_max, entropy_bound, stability_threshold, confidence_threshold, seed};
-                session.begin({sampler, max_tokens, std::move(eos),
-                               canvas ? to_vector(*canvas) : std::vector<int32_t>(),
-                               hold ? to_vector(*hold) : std::vector<uint8_t>(), dropped_mass, canvas_length,
-                               trim_after_eos, guided});
+                GenerationParams params = {sampler, max_tokens,
+                                           checked_tokens(eos.data(), eos.size(), n_vocab, " of eos")};
+                if (canvas) params.canvas = checked_tokens(*canvas, n_vocab, " of the canvas", -1);
+                if (hold) params.hold = to_vector(*hold);
+                params.dropped_mass = dropped_mass;
+                params.canvas_length = canvas_length;
+                params.trim_after_eos = trim_after_eos;
+                params.guided = guided;
+                const Session::Use use(session);
+                session.begin(params);
             },
             nb::kw_only(), nb::arg("max_tokens"), nb::arg("steps"), nb::arg("t_min"), nb::arg("t_max"),
             nb::arg("entropy_bound"), nb::arg("stability_threshold"), nb::arg("confidence_threshold"),

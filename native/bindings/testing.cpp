@@ -39,11 +39,10 @@ class Matrices {
         if (values) ggml_backend_tensor_set(tensor, values, 0, ggml_nbytes(tensor));
         return tensor;
     }
-    static nb::object fetch(const ggml_tensor* tensor) {
-        std::vector<float> values(ggml_nelements(tensor));
+    static Numpy2<float> fetch(const ggml_tensor* tensor) {
+        const auto values = new_numpy<float>(tensor->ne[1], tensor->ne[0]);
         ggml_backend_tensor_get(tensor, values.data(), 0, ggml_nbytes(tensor));
-        return to_numpy(values.data(),
-                        {static_cast<size_t>(tensor->ne[1]), static_cast<size_t>(tensor->ne[0])});
+        return values;
     }
 
   private:
@@ -91,8 +90,8 @@ nb::tuple measure_on(const std::string& device, const Array2<float>& logits, flo
 }
 
 // Soft embedding by a device's kernels: logits (n, n_vocab), embedding (n_vocab, d) -> (n, d).
-nb::object condition_on(const std::string& device, const Array2<float>& logits,
-                        const Array2<float>& embedding, float temperature, float dropped_mass) {
+Numpy2<float> condition_on(const std::string& device, const Array2<float>& logits,
+                           const Array2<float>& embedding, float temperature, float dropped_mass) {
     const size_t n = logits.shape(0);
     if (embedding.shape(0) != logits.shape(1))
         throw Error(ErrorKind::argument, "embedding and logits have incompatible shapes");
@@ -110,9 +109,9 @@ nb::object condition_on(const std::string& device, const Array2<float>& logits,
 
 // Attention on a device: q (n_tokens, n_head * head_dim), k and v (n_rows, n_head_kv * head_dim), stored in a
 // cache of `type` first -> (n_tokens, n_head * head_dim). Rows from n_visible on are masked padding.
-nb::object attend_on(const std::string& device, const Array2<float>& q, const Array2<float>& k,
-                     const Array2<float>& v, int64_t head_dim, const std::string& type_name,
-                     int64_t n_visible, bool by_matmul) {
+Numpy2<float> attend_on(const std::string& device, const Array2<float>& q, const Array2<float>& k,
+                        const Array2<float>& v, int64_t head_dim, const std::string& type_name,
+                        int64_t n_visible, bool by_matmul) {
     const size_t n_tokens = q.shape(0), n_rows = k.shape(0), width = k.shape(1);
     const ggml_type type = type_by_name(type_name);
     if (n_tokens == 0 || n_rows == 0 || v.shape(0) != n_rows || v.shape(1) != width || head_dim < 1 ||
@@ -156,9 +155,9 @@ nb::object attend_on(const std::string& device, const Array2<float>& q, const Ar
 // x (n, n_inner) times rows of weights (n_rows, bytes) of a type -> (n, n_rows). With experts, I32 (n,
 // n_used), the rows are n_experts matrices one after the other, and the result is (n, n_used * n_rows /
 // n_experts).
-nb::object matmul(const std::string& kernels, const Array2<uint8_t>& rows, const std::string& type_name,
-                  const Array2<float>& x, const std::optional<Array2<int32_t>>& experts, int64_t n_experts,
-                  int n_threads, const std::string& device) {
+Numpy2<float> matmul(const std::string& kernels, const Array2<uint8_t>& rows, const std::string& type_name,
+                     const Array2<float>& x, const std::optional<Array2<int32_t>>& experts, int64_t n_experts,
+                     int n_threads, const std::string& device) {
     const ggml_type type = type_by_name(type_name);
     gemm::MatmulTask task;
     task.device = device;
@@ -190,13 +189,14 @@ nb::object matmul(const std::string& kernels, const Array2<uint8_t>& rows, const
         const WithoutGil release;
         result = gemm::matmul_once(task);
     }
-    return to_numpy(result.data(), {x.shape(0), result.size() / x.shape(0)});
+    const size_t width = result.size() / x.shape(0);
+    return to_numpy(std::move(result), x.shape(0), width);
 }
 
 // p (n_tokens, n_rows) times rows of an embedding (n_rows, bytes), by the AMX matmul of dense
 // self-conditioning -> (n_tokens, n_inner), n_inner <= gemm::kSoftDims.
-nb::object weighted_sums(const Array2<float>& p, const Array2<uint8_t>& rows, const std::string& type_name,
-                         int64_t n_inner) {
+Numpy2<float> weighted_sums(const Array2<float>& p, const Array2<uint8_t>& rows, const std::string& type_name,
+                            int64_t n_inner) {
     const ggml_type type = type_by_name(type_name);
     const gemm::Kernel kernel = gemm::kernel_by_name("amx");
     const auto n_tokens = static_cast<int64_t>(p.shape(0)), n_rows = static_cast<int64_t>(p.shape(1));
@@ -217,7 +217,7 @@ nb::object weighted_sums(const Array2<float>& p, const Array2<uint8_t>& rows, co
         }
         for (int64_t t = 0; t < n_tokens; ++t) soft.add_to(sums.data() + t * n_inner, t, n_inner);
     }
-    return to_numpy(sums.data(), {p.shape(0), static_cast<size_t>(n_inner)});
+    return to_numpy(std::move(sums), p.shape(0), n_inner);
 }
 
 }  // namespace

@@ -58,6 +58,10 @@ const float* CanvasState::logits() {
     return host_logits_.data();
 }
 
+void CanvasState::copy_logits(float* target) const {
+    ggml_backend_tensor_get(logits_, target, 0, ggml_nbytes(logits_));
+}
+
 void CanvasState::set_logits(const float* logits) {
     ggml_backend_tensor_set(logits_, logits, 0, ggml_nbytes(logits_));
     std::fill(step_.normalizers.begin(), step_.normalizers.end(), Normalizer{});

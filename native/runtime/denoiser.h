@@ -25,6 +25,7 @@ class CanvasState {
     // Soft-capped logits of the last step, n_vocab floats per position. Valid until the next step; on a
     // device, until the next call.
     const float* logits();
+    void copy_logits(float* target) const;
     // Replaces them, n_vocab * canvas_length floats, as self-conditioning for the next step.
     void set_logits(const float* logits);
     // Makes the next step's self-conditioning treat this token as certain.

@@ -11,7 +11,7 @@ namespace pydiffusion {
 namespace {
 
 void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, const int32_t* ids,
-                  int32_t n_tokens, const std::atomic<bool>& cancel, std::vector<float>* hidden,
+                  int32_t n_tokens, const std::atomic<bool>& cancel, float* hidden,
                   ImatrixCollector* imatrix) {
     const Hparams& hp = model.hparams;
     const auto lock = model.backend.lock_devices();
@@ -41,22 +41,19 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
     executor.compute(g.graph, [&] { return cancel.load(); });
     if (imatrix) imatrix->add(g.graph);
     cache.advance(n_tokens);
-    if (hidden) {
-        const size_t n = ggml_nelements(x);
-        hidden->resize(hidden->size() + n);
-        ggml_backend_tensor_get(x, hidden->data() + hidden->size() - n, 0, n * sizeof(float));
-    }
+    if (hidden) ggml_backend_tensor_get(x, hidden, 0, ggml_nbytes(x));
 }
 
 }  // namespace
 
 void encode(const Model& model, KvCache& cache, GraphExecutor& executor, const std::vector<int32_t>& ids,
-            const std::atomic<bool>& cancel, const std::function<void(int32_t)>& on_chunk,
-            std::vector<float>* hidden, ImatrixCollector* imatrix) {
+            const std::atomic<bool>& cancel, const std::function<void(int32_t)>& on_chunk, float* hidden,
+            ImatrixCollector* imatrix) {
     const int32_t n = static_cast<int32_t>(ids.size());
     for (int32_t done = 0; done < n;) {
         const int32_t n_tokens = std::min(kEncodeChunk, n - done);
-        encode_chunk(model, cache, executor, ids.data() + done, n_tokens, cancel, hidden, imatrix);
+        float* rows = hidden ? hidden + int64_t{done} * model.hparams.n_embd : nullptr;
+        encode_chunk(model, cache, executor, ids.data() + done, n_tokens, cancel, rows, imatrix);
         done += n_tokens;
         on_chunk(done);
     }

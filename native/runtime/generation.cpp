@@ -13,7 +13,7 @@ void Session::begin(const GenerationParams& params) {
     const Hparams& hp = model_->hparams;
     auto sampler = make_sampler(hp.sampler_name, params.sampler, hp.n_vocab, hp.mask_token);
     check_params(params);
-    check_canvas(params);
+    check_hold(params);
     cache_.mark();  // the next turn may roll back to here, if the chat template drops the thinking
     generation_ = std::make_unique<Generation>();
     generation_->params = params;
@@ -182,7 +182,6 @@ Session::Candidates Session::candidates(int32_t k, const std::vector<int32_t>& e
     if (!generation_ || !generation_->pending) {
         throw Error(ErrorKind::argument, "no guided step is pending: call next_step first");
     }
-    check_tokens(extra, "extra");
     const int64_t n_vocab = model_->hparams.n_vocab;
     if (k < 1 || k > n_vocab)
         throw Error(ErrorKind::argument,
@@ -209,7 +208,6 @@ void Session::impose(const std::vector<int32_t>& tokens, StepResult& result) {
         throw Error(ErrorKind::argument,
                     format("got %zu tokens for a canvas of %zu", tokens.size(), generation_->canvas.size()));
     }
-    check_tokens(tokens, "the canvas");
     result = std::move(*generation_->pending);
     generation_->pending.reset();
     apply_tokens(result, tokens);
@@ -226,7 +224,6 @@ Finish Session::amend(const std::vector<int32_t>& tokens) {
                     format("got %zu tokens to replace a canvas of %d; expected 1 to %d", tokens.size(),
                            canvas_length(g.params), canvas_length(g.params)));
     }
-    check_tokens(tokens, "the canvas");
     g.n_generated += static_cast<int32_t>(tokens.size()) - g.n_added;
     g.n_added = static_cast<int32_t>(tokens.size());
     g.finished = tokens;
@@ -265,7 +262,6 @@ void Session::check_params(const GenerationParams& params) const {
     require(params.sampler.steps >= 1, "steps must be at least 1");
     require(params.dropped_mass >= 0.0f && params.dropped_mass < 1.0f,
             "dropped_mass must be at least 0 and below 1");
-    check_tokens(params.eos, "eos");
     if (params.canvas_length < 0 || params.canvas_length > model_->hparams.canvas_length) {
         throw Error(ErrorKind::argument, format("canvas_length is %d; this model allows 1 to %d",
                                                 params.canvas_length, model_->hparams.canvas_length));
@@ -280,14 +276,7 @@ void Session::check_params(const GenerationParams& params) const {
     }
 }
 
-void Session::check_canvas(const GenerationParams& params) const {
-    for (size_t i = 0; i < params.canvas.size(); ++i) {
-        if (params.canvas[i] < -1 || params.canvas[i] >= model_->hparams.n_vocab) {
-            throw Error(ErrorKind::argument,
-                        format("canvas has token %d at position %zu; valid are 0 to %d, and -1 for none",
-                               params.canvas[i], i, model_->hparams.n_vocab - 1));
-        }
-    }
+void Session::check_hold(const GenerationParams& params) const {
     if (params.hold.size() > params.canvas.size()) {
         throw Error(ErrorKind::argument, format("hold has %zu positions, but canvas has %zu",
                                                 params.hold.size(), params.canvas.size()));

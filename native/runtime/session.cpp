@@ -72,24 +72,14 @@ Session::Session(std::shared_ptr<const Model> model, int32_t n_ctx, ggml_type kv
       denoiser_(*model_),
       executor_(model_->backend) {}
 
-void Session::check_tokens(const std::vector<int32_t>& ids, const char* what) const {
-    for (size_t i = 0; i < ids.size(); ++i) {
-        if (ids[i] < 0 || ids[i] >= model_->hparams.n_vocab) {
-            throw Error(ErrorKind::argument, format("%s has token %d at position %zu; valid are 0 to %d",
-                                                    what, ids[i], i, model_->hparams.n_vocab - 1));
-        }
-    }
-}
-
 void Session::encode(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
-                     std::vector<float>* hidden) {
+                     float* hidden) {
     generation_.reset();
     append(ids, on_chunk, hidden);
 }
 
 void Session::append(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
-                     std::vector<float>* hidden) {
-    check_tokens(ids, "the prompt");
+                     float* hidden) {
     const int64_t needed = int64_t{n_past()} + static_cast<int64_t>(ids.size());
     if (needed > n_ctx_) {
         throw Error(
@@ -134,7 +124,6 @@ void Session::truncate(int32_t n, const std::function<void(int32_t)>& on_chunk) 
 
 void Session::restore(const std::vector<int32_t>& tokens,
                       const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows) {
-    check_tokens(tokens, "the saved session");
     if (tokens.size() > static_cast<size_t>(n_ctx_)) {
         throw Error(ErrorKind::context_overflow,
                     format("the saved session has %zu tokens, but this session's context is %d: open it with "
@@ -167,13 +156,12 @@ void Session::copy_from(const Session& source) {
     tokens_ = tokens;
 }
 
-const float* Session::denoise(const std::vector<int32_t>& canvas, const float* conditioning) {
+void Session::denoise(const std::vector<int32_t>& canvas, const float* conditioning, float* logits) {
     const Hparams& hp = model_->hparams;
     if (canvas.size() != static_cast<size_t>(hp.canvas_length)) {
         throw Error(ErrorKind::argument, format("the canvas has %zu tokens; this model needs %d",
                                                 canvas.size(), hp.canvas_length));
     }
-    check_tokens(canvas, "the canvas");
     if (n_past() + hp.canvas_length > n_ctx_) {
         throw Error(
             ErrorKind::context_overflow,
@@ -189,7 +177,7 @@ const float* Session::denoise(const std::vector<int32_t>& canvas, const float* c
     state.dropped_mass = 0.0f;
     denoiser_.step({{&canvas_state_, &cache_, &canvas, &cancel_}}, executor_);
     canvas_state_.require_finite(canvas.size());
-    return canvas_state_.logits();
+    canvas_state_.copy_logits(logits);
 }
 
 void Session::collect_imatrix(bool on) {

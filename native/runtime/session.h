@@ -45,6 +45,7 @@ struct StepResult {
     double denoise_seconds = 0.0;
 };
 
+// Tokens are expected to be in the vocabulary; the bindings check them.
 class Session {
   public:
     Session(std::shared_ptr<const Model> model, int32_t n_ctx, ggml_type kv_type);
@@ -70,9 +71,8 @@ class Session {
     // Costs of the last denoising step's parts; ends the current generation. See Denoiser::profile.
     std::map<std::string, Denoiser::PartCost> profile_step(bool by_operation);
 
-    // See pydiffusion::encode. Throws, with nothing changed, for invalid tokens or a context overflow.
-    void encode(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
-                std::vector<float>* hidden);
+    // See pydiffusion::encode. Throws, with nothing changed, for a context overflow.
+    void encode(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk, float* hidden);
     // Drops all but the first n tokens; encodes those again if the cache can't go back that far.
     void truncate(int32_t n, const std::function<void(int32_t)>& on_chunk);
     // Tokens encoded by this session in total; shows what reuse of the cache saves.
@@ -85,9 +85,9 @@ class Session {
     // Replaces tokens and cache by those of another session of the same model and cache type, which may have
     // another n_ctx. Throws Error(context_overflow), with nothing changed, if they don't fit.
     void copy_from(const Session& source);
-    // Runs one step on a canvas and returns soft-capped logits [canvas_length][n_vocab]. `conditioning`:
+    // Runs one step on a canvas and writes soft-capped logits [canvas_length][n_vocab]. `conditioning`:
     // logits for self-conditioning, may be null.
-    const float* denoise(const std::vector<int32_t>& canvas, const float* conditioning);
+    void denoise(const std::vector<int32_t>& canvas, const float* conditioning, float* logits);
 
     void begin(const GenerationParams& params);
     // The phases of a step, which step() runs (see step.h): begin_step commits the previous canvas and draws
@@ -168,11 +168,9 @@ class Session {
     int32_t canvas_length(const GenerationParams& params) const {
         return params.canvas_length ? params.canvas_length : model_->hparams.canvas_length;
     }
-    void append(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
-                std::vector<float>* hidden);
-    void check_tokens(const std::vector<int32_t>& ids, const char* what) const;
+    void append(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk, float* hidden);
     void check_params(const GenerationParams& params) const;
-    void check_canvas(const GenerationParams& params) const;
+    void check_hold(const GenerationParams& params) const;
     void begin_canvas(const std::function<void(int32_t)>& on_chunk);
     std::vector<int32_t> measure(StepResult& result);
     void apply_tokens(StepResult& result, const std::vector<int32_t>& chosen);

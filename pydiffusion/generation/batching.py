@@ -19,10 +19,10 @@ from .streaming import answer_stream
 from .token_ids import check_bos, token_array
 
 if TYPE_CHECKING:
+    from pydiffusion._native import Step
     from pydiffusion.model import DiffusionModel
     from pydiffusion.session import Session
 
-    from .loop import NativeStep
     from .token_ids import TokenIds
 
 Outcome = Completion | PyDiffusionError | ValueError
@@ -72,7 +72,7 @@ class ActiveSequence:
             answer = answer_stream(self.session, self._options, chat=self._chat)
             self._generation = Generation(self.session, self._options, answer)
 
-    def events(self, step: NativeStep) -> Iterator[Event]:
+    def events(self, step: Step) -> Iterator[Event]:
         """Events of a native step, see ``Generation.events``."""
         assert self._generation is not None  # is_ready
         return self._generation.events(step)
@@ -108,6 +108,7 @@ class Batch:
             return
         steps = self._native.next_steps([sequence.session.native for sequence in ready])
         for sequence, step in zip(ready, steps, strict=True):
+            assert step is not None  # a sequence leaves the batch after its last step
             yield sequence, step if isinstance(step, Exception) else sequence.events(step)
 
 

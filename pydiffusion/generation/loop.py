@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from .streaming import AnswerStream, ChatStream
 from .token_ids import cut_at_eos
 
 if TYPE_CHECKING:
+    from pydiffusion._native import Step
     from pydiffusion.constrained import Guide
     from pydiffusion.session import Session
 
@@ -26,20 +27,6 @@ _BEGIN_OPTIONS = (
     "max_tokens", "steps", "t_min", "t_max", "entropy_bound", "stability_threshold", "confidence_threshold",
     "dropped_mass", "canvas_length", "seed", "trim_after_eos",
 )  # fmt: skip
-
-
-class NativeStep(Protocol):
-    """``_native.Step`` with the types of its arrays, which the generated stub leaves out."""
-
-    canvas_index: int
-    step: int
-    draft: np.ndarray
-    entropy: np.ndarray
-    accepted: np.ndarray
-    canvas_done: bool
-    tokens: np.ndarray
-    finish: str
-    timings: dict[str, float]
 
 
 class Generation:
@@ -70,12 +57,12 @@ class Generation:
     def run(self) -> Iterator[Event]:
         """Denoise to the end; yields the events of all steps."""
         while (step := self._native.next_step()) is not None:
-            for event in self.events(cast(NativeStep, step)):
+            for event in self.events(step):
                 yield event
                 if isinstance(event, EndEvent):
                     return
 
-    def events(self, step: NativeStep) -> Iterator[Event]:
+    def events(self, step: Step) -> Iterator[Event]:
         """Events of a step: its draft; after the last step of a canvas the canvas; then perhaps the end."""
         if self._guide is not None:
             step = self._choose(self._guide)
@@ -91,12 +78,12 @@ class Generation:
         if step.canvas_done:
             yield from self._canvas_events(step)
 
-    def _choose(self, guide: Guide) -> NativeStep:
+    def _choose(self, guide: Guide) -> Step:
         """Second half of a guided step, with the tokens that the guide chooses."""
         found = self._native.candidates(guide.n_likeliest, guide.extra)
-        return cast(NativeStep, self._native.impose(guide.choose(*found)))
+        return self._native.impose(guide.choose(*found))
 
-    def _canvas_events(self, step: NativeStep) -> Iterator[Event]:
+    def _canvas_events(self, step: Step) -> Iterator[Event]:
         tokens, finish = self._stop_conditions.apply(step.tokens, step.finish)
         if self._guide is not None:
             self._guide.commit()

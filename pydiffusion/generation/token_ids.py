@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pydiffusion import _native
 from pydiffusion.errors import PromptWarning
 
 if TYPE_CHECKING:
@@ -60,10 +61,4 @@ def token_array(ids: TokenIds, n_vocab: int) -> npt.NDArray[np.int32]:
         return np.empty(0, dtype=np.int32)
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"token ids must be integers, not {array.dtype}")
-    wrong = np.flatnonzero((array < 0) | (array >= n_vocab))
-    if len(wrong):
-        at = int(wrong[0])
-        raise ValueError(
-            f"token {int(array[at])} at position {at} is outside the vocabulary, 0 to {n_vocab - 1}"
-        )
-    return np.ascontiguousarray(array, dtype=np.int32)
+    return _native.token_array(np.ascontiguousarray(array, dtype=np.int64), n_vocab)

@@ -11,10 +11,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pydiffusion import ConversionError, _native
 from pydiffusion.convert.gguf.report import ConversionProgress
@@ -89,7 +88,7 @@ def collect_imatrix(
             for level, t in enumerate(noise):
                 u, tokens = _native.random_draws(_SEED, index, level, len(clean), opened.n_vocab)
                 canvas = np.where(u < t, tokens, clean).astype(np.int32)
-                logits = cast(npt.NDArray[np.float32], session.denoise(canvas, None))
+                logits = session.denoise(canvas, None)
                 session.denoise(canvas, logits / np.float32(0.4 + 0.4 * t))
             if progress is not None:
                 progress(ConversionProgress("imatrix", f"chunk {index + 1}", index + 1, len(chunks)))
