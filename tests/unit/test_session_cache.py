@@ -116,7 +116,7 @@ def test_a_copy_has_the_bits_of_a_fresh_encode(
 
 
 def rows(session: Session) -> list[bytes]:
-    return [array.tobytes() for layer in session._native.cache_rows() for array in layer]
+    return [array.tobytes() for layer in session.native.cache_rows() for array in layer]
 
 
 def test_a_copy_that_does_not_fit_changes_nothing(model: DiffusionModel) -> None:
