@@ -58,6 +58,7 @@ add_library(pydiffusion_native STATIC
     native/sampler/philox.cpp
     native/sampler/registry.cpp
     native/sampler/sampler_options.cpp
+    native/util/block_sizes.cpp
     native/util/cpu_kernels.cpp
     native/util/error.cpp
 )

@@ -54,12 +54,11 @@ _NAME_TO_MODULE = {
     "quantize": "pydiffusion.convert.conversion",
     "repack": "pydiffusion.convert.repacking",
     "verify": "pydiffusion.convert.verification",
-    # For the command line; not public.
+    # For the command line and the examples; not public.
     "check_overrides": "pydiffusion.convert.quantization.type_plan",
     "estimate_memory": "pydiffusion.convert.quantization.sizes",
     "open_parts": "pydiffusion.convert.gguf.reader",
-    "parse_size": "pydiffusion.convert.quantization.sizes",
-    "parse_split_size": "pydiffusion.convert.gguf.split",
+    "parse_size": "pydiffusion._util.sizes",
     "read_shape": "pydiffusion.convert.architectures.source",
     "repo_id": "pydiffusion.convert.checkpoint.hub",
 }

@@ -22,7 +22,7 @@ from pydiffusion.convert import (
     ConversionReport,
     Variant,
     convert_family,
-    parse_split_size,
+    parse_size,
 )
 
 WITHOUT_IMATRIX = ("f32", "f16", "bf16", "q8_0")
@@ -71,7 +71,7 @@ def main() -> int:
         "--types", nargs="+", choices=TYPES, metavar="TYPE", default=["q8_0", "q6_k", "q4_k_m"]
     )
     parser.add_argument("--imatrix", type=Path, help="imatrix for the types below 8 bits")
-    parser.add_argument("--split-max-size", type=parse_split_size, metavar="SIZE")
+    parser.add_argument("--split-max-size", type=parse_size, metavar="SIZE")
     arguments = parser.parse_args()
     name = arguments.name or Path(arguments.source.partition("@")[0]).resolve().name.removesuffix(".gguf")
     variants = [

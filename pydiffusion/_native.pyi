@@ -125,6 +125,11 @@ def plan(path: str, device: str, memory_limits: Sequence[int] = [], n_gpu_layers
     Plan which layers and experts go to which device, with the memory that each needs.
     """
 
+def memory_use(header: bytes, n_ctx: int) -> dict:
+    """
+    Memory that a model takes on a device with one session, from the header of its file alone: dict of weight_bytes, cache_bytes, step_bytes, and reserved_bytes to keep free besides.
+    """
+
 class Step:
     """
     Result of one denoising step; arrays have one entry per canvas position.

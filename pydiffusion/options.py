@@ -147,27 +147,10 @@ _NAME_TO_CHECK: dict[str, Callable[[Any], Any]] = {
     "trim_after_eos": lambda value: _flag("trim_after_eos", value),
 }
 
-# Option -> metadata key of the file's default.
-_NAME_TO_KEY = {
-    "steps": "diffusion.eb_max_steps",
-    "t_min": "diffusion.eb_t_min",
-    "t_max": "diffusion.eb_t_max",
-    "entropy_bound": "diffusion.eb_entropy_bound",
-    "stability_threshold": "diffusion.eb_stability_threshold",
-    "confidence_threshold": "diffusion.eb_confidence_threshold",
-    "canvas_length": "diffusion.canvas_length",
-}
-# Where the file has none: the reference implementation's default; an option that is not here stays None.
-_REFERENCE_DEFAULTS: dict[str, Any] = {
+# Of options that a file can't set; an option that is not here stays None.
+_DEFAULTS: dict[str, Any] = {
     "max_tokens": 256,
-    "steps": 48,
-    "t_min": 0.4,
-    "t_max": 0.8,
-    "entropy_bound": 0.1,
-    "stability_threshold": 1,
-    "confidence_threshold": 0.005,
     "dropped_mass": 1e-4,
-    "canvas_length": 256,
     "stop": (),
     "canvas": (),
     "hold": (),
@@ -353,9 +336,16 @@ def _default(name: str, metadata: Mapping[str, Any], n_vocab: int) -> Any:
         return secrets.randbits(32)
     if name == "eos":
         return tuple(end.token_id for end in find_end_tokens(metadata, n_vocab))
-    key = _NAME_TO_KEY.get(name)
-    if key is None or key not in metadata:
-        return _REFERENCE_DEFAULTS.get(name)
+    from ._util.sampler_options import (  # loads the extension, which options don't need
+        FILE_DEFAULTS,
+        FILE_KEYS,
+    )
+
+    if name not in FILE_KEYS:
+        return _DEFAULTS.get(name)
+    key = next((key for key in FILE_KEYS[name] if key in metadata), None)
+    if key is None:
+        return FILE_DEFAULTS[name]
     try:
         return _NAME_TO_CHECK[name](metadata[key])
     except ValueError as error:

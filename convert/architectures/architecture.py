@@ -18,30 +18,16 @@ Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
-class LayerCache:
-    """A layer's part of the KV cache: ``width`` elements of K, and as many of V, per token.
-
-    ``window``: tokens that a sliding layer sees; None for the whole context.
-    """
-
-    width: int
-    window: int | None = None
-
-
-@dataclass(frozen=True)
 class ModelShape:
-    """A model's size, in a file and in memory, as far as ``config.json`` tells it.
+    """A model's size, in a file and in memory, as ``config.json`` alone tells it.
 
-    ``tensors``: names and shapes of all tensors of a GGUF, of these ``kinds``; ``activations``: float32
-    elements per token in the buffers of a step, about.
+    ``tensors``: names and shapes of all tensors of a GGUF, of these ``kinds``; ``metadata``: its keys without
+    the tokenizer's, with defaults for what other files of the checkpoint say.
     """
 
     kinds: TensorKinds
     tensors: dict[str, tuple[int, ...]]
-    vocab_size: int
-    canvas_length: int
-    layers: tuple[LayerCache, ...]
-    activations: int
+    metadata: dict[str, Value]
 
 
 @dataclass(frozen=True)

@@ -95,15 +95,6 @@ def part_path(target: Path, index: int, count: int) -> Path:
     return target.with_name(f"{stem}-{index + 1:05d}-of-{count:05d}.gguf")
 
 
-def parse_split_size(text: str) -> int:
-    """Parse ``5G`` (decimal, as in llama.cpp's tools), ``4GiB``, ``900M`` to bytes. Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)(i?)B?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0 or (match[3] and not match[2]):
-        raise ValueError(f"{text!r} is not a size; write for example 5G or 4GiB")
-    power = 1 + "KMG".index(match[2].upper()) if match[2] else 0
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
 def check_split_size(size: int | None) -> None:
     if size is not None and (not isinstance(size, int) or size < 1):
         raise ValueError(f"split_max_size is {size!r}; give a number of bytes, or None for one file")

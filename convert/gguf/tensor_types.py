@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from pydiffusion import _native
+
+_WRITABLE = (
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4", "Q2_K", "Q3_K",
+    "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS",
+    "TQ1_0", "TQ2_0",
+)  # fmt: skip
+_TYPES = _native.tensor_types()
 # Weights per block, and fallback types for rows that are not a multiple of it.
-BLOCK_SIZES = MappingProxyType(
-    dict.fromkeys(("F32", "F16", "BF16"), 1)
-    | dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"), 32)
-    | {"NVFP4": 64}
-    | dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS"), 256)
-    | dict.fromkeys(("IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "TQ1_0", "TQ2_0"), 256)
-)
+BLOCK_SIZES = MappingProxyType({name: int(_TYPES[name][1]) for name in _WRITABLE})
+LARGEST_BLOCK = max(BLOCK_SIZES.values())
 FALLBACKS = MappingProxyType(
     dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL")
     | dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0")

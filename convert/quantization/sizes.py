@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from pydiffusion import _native
+from pydiffusion._util.sizes import format_size
 from pydiffusion.convert.architectures.architecture import ModelShape
 from pydiffusion.convert.architectures.source import read_shape
 from pydiffusion.convert.checkpoint.tensor_map import split_name
+from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT
+from pydiffusion.convert.gguf.split import plan_parts
 from pydiffusion.convert.quantization import recipes, type_plan
 from pydiffusion.errors import ConversionError
-
-# Reserved for the driver, the process and the display.
-RESERVE = 640 << 20
-_ENCODE_CHUNK = 512  # tokens per encoder batch of the runtime
-_ATTENTION_TILE = 64  # KV rows per attention tile of the runtime
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 # Recipes that :func:`fit` chooses from, best first: among those with about the same bits, the better and, on
 # common hardware, faster one. Types that need an imatrix count only with one.
@@ -90,12 +88,12 @@ class SizePlan:
 
 @dataclass(frozen=True)
 class Memory:
-    """GPU memory in bytes: weights, KV cache, and an estimate of a step's buffers."""
+    """GPU memory in bytes: weights, KV cache, estimated buffers of a step, and what to keep free besides."""
 
     weights: int
     cache: int
     buffers: int
-    reserve: int = RESERVE
+    reserve: int
 
     @property
     def total(self) -> int:
@@ -135,22 +133,21 @@ def _plan(
     return SizePlan(type, tuple(overrides), tensors, types.fallbacks, types.notes)
 
 
-def estimate_memory(shape: ModelShape, weights: int, n_ctx: int = 4096) -> Memory:
-    """Estimate the memory of a session of ``n_ctx`` tokens with a 16-bit KV cache.
-
-    Sliding layers keep two windows (at least one and an attention tile) and a batch, full layers the whole
-    context. The buffers are approximately those of the larger of a step and a prompt chunk: logits, the
-    layers' activations, masks.
+def estimate_memory(shape: ModelShape, plan: SizePlan, n_ctx: int = 4096) -> Memory:
+    """Estimate the memory of the planned file on one GPU with a session of ``n_ctx`` tokens, as the runtime's
+    device planner does: from the file's header. The KV cache is of type "auto".
     """
-    batch = max(_ENCODE_CHUNK, shape.canvas_length)
-    cache = 0
-    for layer in shape.layers:
-        rows = n_ctx
-        if layer.window is not None:
-            rows = min(n_ctx, layer.window + max(layer.window, _ATTENTION_TILE) + batch)
-        cache += 2 * 2 * rows * layer.width
-    logits = 4 * shape.canvas_length * shape.vocab_size
-    return Memory(weights, cache, logits + 4 * batch * shape.activations + 2 * batch * n_ctx)
+    lengths = {
+        part.key: (0, tensor.shape[-1])
+        for part in type_plan.FEED_FORWARDS
+        for tensor in plan.tensors
+        if split_name(tensor.name)[0] in part.down
+    }
+    metadata = type_plan.with_lengths(shape.metadata, lengths)
+    tensors = [(tensor.name, tensor.type, tensor.shape, tensor.n_bytes) for tensor in plan.tensors]
+    (whole,) = plan_parts(Path(), metadata, tensors, DEFAULT_ALIGNMENT)
+    use = _native.memory_use(whole.header, n_ctx)
+    return Memory(use["weight_bytes"], use["cache_bytes"], use["step_bytes"], use["reserved_bytes"])
 
 
 def fit(
@@ -176,17 +173,17 @@ def fit(
         needs = any(tensor.type in recipes.NEEDS_IMATRIX for tensor in candidate.tensors)
         if needs and not has_imatrix:
             continue
-        smallest = estimate_memory(shape, candidate.n_bytes, n_ctx).total
+        smallest = estimate_memory(shape, candidate, n_ctx).total
         if smallest <= n_bytes:
             best = candidate
             break
     if best is None:
         raise ConversionError(
-            f"{folder}: nothing fits {n_bytes / 2**30:.1f} GiB with a context of {n_ctx}: the smallest type "
-            f"takes {smallest / 2**30:.1f} GiB{'' if has_imatrix else ' (an imatrix allows smaller ones)'}"
+            f"{folder}: nothing fits {format_size(n_bytes)} with a context of {n_ctx}: the smallest type "
+            f"takes {format_size(smallest)}{'' if has_imatrix else ' (an imatrix allows smaller ones)'}"
         )
     best = _upgrade(shape, best, given, pad, has_imatrix, n_bytes, n_ctx)
-    return best, estimate_memory(shape, best.n_bytes, n_ctx)
+    return best, estimate_memory(shape, best, n_ctx)
 
 
 def _upgrade(
@@ -206,16 +203,8 @@ def _upgrade(
                 candidate = _plan(shape, best.type, pad, attempt, has_imatrix)
             except ConversionError:  # all matching tensors are overridden already
                 break
-            fits = estimate_memory(shape, candidate.n_bytes, n_ctx).total <= n_bytes
+            fits = estimate_memory(shape, candidate, n_ctx).total <= n_bytes
             if fits and candidate.n_bytes > best.n_bytes:
                 best, overrides = candidate, attempt
                 break
     return best
-
-
-def parse_size(text: str) -> int:
-    """Parse ``16G`` (binary), ``12GiB``, ``900M`` to bytes. Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"{text!r} is not a size; write for example 16G")
-    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from pydiffusion import _native
 from pydiffusion.convert.checkpoint.tensor_map import TensorKinds, split_name
 from pydiffusion.convert.gguf.header import Value
-from pydiffusion.convert.gguf.tensor_types import BLOCK_SIZES, fit_to_rows
+from pydiffusion.convert.gguf.tensor_types import BLOCK_SIZES, LARGEST_BLOCK, fit_to_rows
 from pydiffusion.convert.quantization.recipes import LAYERS, NEEDS_IMATRIX, RECIPES, Recipe
 from pydiffusion.errors import ConversionError
 
@@ -29,7 +29,6 @@ Overrides = Sequence[tuple[str, str]]
 
 # Maximum size of padding relative to the fallback: below it, the k-quants' speed is worth the bytes.
 MAX_PADDING_COST = 1.06
-_FORCED_MULTIPLE = 256
 _HEAD_KINDS = ("token_embd", "output")
 
 
@@ -207,7 +206,7 @@ def _pad(
     if pad is False or len(lengths) != 1:
         return
     old = lengths.pop()
-    multiple = _FORCED_MULTIPLE if pad else max(BLOCK_SIZES[wanted[name]] for name in down)
+    multiple = LARGEST_BLOCK if pad else max(BLOCK_SIZES[wanted[name]] for name in down)
     new = -(-old // multiple) * multiple
     if new == old:
         return

@@ -3,12 +3,13 @@
 #include <algorithm>
 #include <cstring>
 
+#include "util/block_sizes.h"
+
 namespace pydiffusion {
 
 namespace {
 
-constexpr int64_t kValues = 256;  // of a row's chunk
-constexpr int kQ4Bytes = 144, kQ6Bytes = 210, kQ8Bytes = 34;
+constexpr int64_t kValues = kSuperBlockWeights;  // of a row's chunk
 
 // 64 bytes of a fragment, for the four lanes of a g: word i of each line, for i from 0 to 3.
 inline void transpose(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d, uint8_t* out) {
@@ -62,16 +63,16 @@ void repack_q6(const uint8_t* chunk, int64_t row_bytes, uint8_t* out) {
 }
 
 void repack_q8(const uint8_t* chunk, int64_t row_bytes, int64_t n_blocks, uint8_t* out) {
-    uint8_t* heads = out + kRepackedRows * 32 * n_blocks;
+    uint8_t* heads = out + kRepackedRows * kBlockWeights * n_blocks;
     for (int64_t row = 0; row < kRepackedRows; ++row) {
         for (int64_t i = 0; i < n_blocks; ++i)
-            std::memcpy(heads + 2 * (row * n_blocks + i), chunk + row * row_bytes + i * kQ8Bytes, 2);
+            std::memcpy(heads + 2 * (row * n_blocks + i), chunk + row * row_bytes + i * kQ8_0Bytes, 2);
     }
     for (int64_t first = 0; first < kRepackedRows; first += 16, out += 512 * n_blocks) {
         for (int64_t g = 0; g < 8; ++g) {
             const uint8_t* low = chunk + (first + g) * row_bytes + 2;
             const uint8_t* high = low + 8 * row_bytes;
-            for (int64_t i = 0; i < n_blocks; ++i, low += kQ8Bytes, high += kQ8Bytes)
+            for (int64_t i = 0; i < n_blocks; ++i, low += kQ8_0Bytes, high += kQ8_0Bytes)
                 transpose(low, low + 16, high, high + 16, out + 512 * i + 64 * g);
         }
     }
@@ -81,7 +82,7 @@ void repack_q8(const uint8_t* chunk, int64_t row_bytes, int64_t n_blocks, uint8_
 
 bool can_repack(ggml_type type, int64_t n_rows, int64_t n_values) {
     if (n_rows % kRepackedRows) return false;
-    if (type == GGML_TYPE_Q8_0) return n_values % 32 == 0;
+    if (type == GGML_TYPE_Q8_0) return n_values % kBlockWeights == 0;
     return (type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q6_K) && n_values % kValues == 0;
 }
 
@@ -98,15 +99,15 @@ void repack_rows(ggml_type type, const uint8_t* rows, int64_t n_rows, int64_t n_
     for (int64_t first = 0; first < n_rows; first += kRepackedRows, rows += kRepackedRows * row_bytes) {
         const uint8_t* chunk = rows;
         for (int64_t i = 0; i < n_values; i += kValues) {
-            int64_t chunk_bytes = kQ4Bytes;
+            int64_t chunk_bytes = kQ4KBytes;
             if (type == GGML_TYPE_Q4_K) {
                 repack_q4(chunk, row_bytes, out);
             } else if (type == GGML_TYPE_Q6_K) {
-                chunk_bytes = kQ6Bytes;
+                chunk_bytes = kQ6KBytes;
                 repack_q6(chunk, row_bytes, out);
             } else {
-                const int64_t n_blocks = std::min(kValues, n_values - i) / 32;
-                chunk_bytes = n_blocks * kQ8Bytes;
+                const int64_t n_blocks = std::min(kValues, n_values - i) / kBlockWeights;
+                chunk_bytes = n_blocks * kQ8_0Bytes;
                 repack_q8(chunk, row_bytes, n_blocks, out);
             }
             chunk += chunk_bytes;

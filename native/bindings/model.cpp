@@ -53,19 +53,12 @@ struct ResolvedDevices {
     }
 };
 
-// GPU memory to keep free for allocations outside of our tensors: cuBLAS handles and workspaces, kernel code,
-// CUDA graphs, and temporary buffers of ggml's kernels, where an allocation failure aborts the process.
-uint64_t reserved_bytes(const DeviceInfo& gpu) {
-    constexpr uint64_t least = uint64_t{512} << 20;
-    return std::min(gpu.free_bytes, std::max(least, gpu.total_bytes / 20));
-}
-
 // limit: 0 for none.
 DeviceMemory device_memory(const std::string& device, uint64_t limit) {
     DeviceMemory memory = {buffer_type_of(device), std::numeric_limits<uint64_t>::max(), 0};
     for (const DeviceInfo& info : list_devices()) {
         if (info.name != device) continue;
-        memory.reserved = reserved_bytes(info);
+        memory.reserved = reserved_bytes(info.free_bytes, info.total_bytes);
         memory.budget = info.free_bytes - memory.reserved;
     }
     memory.fast_bf16 = multiplies_bf16_fast(device);
@@ -255,6 +248,19 @@ nb::dict plan(const std::string& path, const std::string& device, const std::vec
     return d;
 }
 
+// Of a model that is not written yet, all of it on one device.
+nb::dict memory_use(const nb::bytes& header, int64_t n_ctx) {
+    const auto file = GgufFile::from_header(static_cast<const uint8_t*>(header.data()), header.size(),
+                                            "the header of the planned file");
+    const Hparams hp(*file);
+    const SessionNeeds needs = {std::min<int64_t>(n_ctx, hp.n_ctx_train), cache_type(*file, "auto"), 1};
+    const std::vector<DeviceMemory> memory = {{ggml_backend_cpu_buffer_type(), 0, 0}};
+    const DeviceUse use = device_use(*file, hp, {hp.n_layer, {hp.n_layer}, 0}, needs, memory).front();
+    nb::dict d = to_dict(use);
+    d["reserved_bytes"] = smallest_device(use.total()) - use.total();
+    return d;
+}
+
 }  // namespace
 
 void bind_model(nb::module_& m) {
@@ -288,6 +294,10 @@ void bind_model(nb::module_& m) {
           nb::arg("n_gpu_layers") = -1, nb::arg("n_cpu_moe") = -1, nb::arg("n_ctx") = 8192,
           nb::arg("kv_type") = "auto", nb::arg("n_sessions") = 1, nb::arg("dense_type") = "auto",
           "Plan which layers and experts go to which device, with the memory that each needs.");
+    m.def(
+        "memory_use", memory_use, nb::arg("header"), nb::arg("n_ctx"),
+        "Memory that a model takes on a device with one session, from the header of its file alone: dict of "
+        "weight_bytes, cache_bytes, step_bytes, and reserved_bytes to keep free besides.");
 }
 
 }  // namespace pydiffusion

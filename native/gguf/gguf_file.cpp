@@ -282,10 +282,23 @@ class GgufFile::Reader {
 
 GgufFile::GgufFile(const std::string& path) : path_(require_no_nul(path)), mapping_(path) {
     Reader reader(path_, mapping_.data(), mapping_.size());
+    read(reader, mapping_.size());
+}
+
+std::shared_ptr<GgufFile> GgufFile::from_header(const uint8_t* header, uint64_t n_bytes,
+                                                const std::string& name) {
+    const std::shared_ptr<GgufFile> file(new GgufFile());  // the constructor is private
+    file->path_ = name;
+    Reader reader(file->path_, header, n_bytes);
+    file->read(reader, std::numeric_limits<int64_t>::max());
+    return file;
+}
+
+void GgufFile::read(Reader& reader, uint64_t file_size) {
     read_header(reader);
     read_metadata(reader);
-    read_tensors(reader);
-    resolve_tensor_offsets(reader.position());
+    read_tensors(reader, file_size);
+    resolve_tensor_offsets(reader.position(), file_size);
 }
 
 void GgufFile::read_header(Reader& reader) {
@@ -323,7 +336,7 @@ void GgufFile::read_metadata(Reader& reader) {
     alignment_ = *number;
 }
 
-void GgufFile::read_tensors(Reader& reader) {
+void GgufFile::read_tensors(Reader& reader, uint64_t file_size) {
     for (uint64_t i = 0; i < n_tensors_; ++i) {
         TensorInfo tensor;
         tensor.name = reader.read_string(
@@ -359,7 +372,7 @@ void GgufFile::read_tensors(Reader& reader) {
         }
         const uint64_t n_blocks = n_elements / static_cast<uint64_t>(block);
         const uint64_t block_bytes = ggml_type_size(tensor.type);
-        if (n_blocks > reader.remaining() / block_bytes + 1)
+        if (n_blocks > (file_size - reader.position()) / block_bytes + 1)
             reader.fail_here(what + " is larger than the file");
         tensor.n_bytes = n_blocks * block_bytes;
         tensor.offset = reader.read<uint64_t>("the offset of " + what);
@@ -373,8 +386,7 @@ void GgufFile::read_tensors(Reader& reader) {
     }
 }
 
-void GgufFile::resolve_tensor_offsets(uint64_t end_of_infos) {
-    const uint64_t size = mapping_.size();
+void GgufFile::resolve_tensor_offsets(uint64_t end_of_infos, uint64_t size) {
     data_offset_ = (end_of_infos + alignment_ - 1) / alignment_ * alignment_;
     for (TensorInfo& tensor : tensors_) {
         if (data_offset_ > size || tensor.offset > size - data_offset_ ||

@@ -15,6 +15,7 @@ namespace pydiffusion {
 // Read-only memory mapping of a whole file; unmapped by the destructor.
 class Mapping {
   public:
+    Mapping() = default;  // of no file
     explicit Mapping(const std::string& path);
     ~Mapping();
     Mapping(const Mapping&) = delete;
@@ -91,6 +92,11 @@ class GgufFile {
     // original file. Validates each part and that the parts belong together.
     static std::shared_ptr<GgufFile> open_all_parts(const std::string& path);
 
+    // A file of which only the header exists, as bytes: keys and tensors are validated, but there is no data
+    // to read. For the sizes of a file that is not written yet; `name` is for errors.
+    static std::shared_ptr<GgufFile> from_header(const uint8_t* header, uint64_t n_bytes,
+                                                 const std::string& name);
+
     // These describe this file, or the first part only; each part has its own.
     const std::string& path() const { return path_; }
     uint32_t version() const { return version_; }
@@ -115,10 +121,13 @@ class GgufFile {
 
   private:
     class Reader;
+    GgufFile() = default;
+    // file_size: bytes that the header may refer to.
+    void read(Reader& reader, uint64_t file_size);
     void read_header(Reader& reader);
     void read_metadata(Reader& reader);
-    void read_tensors(Reader& reader);
-    void resolve_tensor_offsets(uint64_t end_of_infos);
+    void read_tensors(Reader& reader, uint64_t file_size);
+    void resolve_tensor_offsets(uint64_t end_of_infos, uint64_t size);
     void append(std::unique_ptr<const GgufFile> part);
 
     std::string path_;

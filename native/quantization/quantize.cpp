@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "util/block_sizes.h"
 #include "util/error.h"
 
 namespace pydiffusion {
@@ -31,7 +32,8 @@ void check_rows(ggml_type type, int64_t n_per_row) {
 // Same bytes as ggml's quantize_row_q8_0_ref, which calls roundf per weight; these loops vectorize and take a
 // tenth of the time. `n` is a multiple of 32.
 void quantize_q8_0(const float* x, uint8_t* out, int64_t n) {
-    constexpr int64_t block = 32;
+    constexpr int64_t block = kBlockWeights;
+    static_assert(kQ8_0Bytes == sizeof(ggml_fp16_t) + block);
     for (int64_t i = 0; i < n; i += block, x += block) {
         uint32_t largest = 0;  // absolute value; the bits of non-negative floats compare like the floats
         for (int64_t j = 0; j < block; ++j) {

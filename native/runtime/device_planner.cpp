@@ -236,6 +236,17 @@ bool has_quantized_matrices(const GgufFile& file) {
 
 }  // namespace
 
+constexpr uint64_t kLeastReserve = uint64_t{512} << 20;
+constexpr uint64_t kReservedPart = 20;  // one of so many parts of the device's memory
+
+uint64_t reserved_bytes(uint64_t free_bytes, uint64_t total_bytes) {
+    return std::min(free_bytes, std::max(kLeastReserve, total_bytes / kReservedPart));
+}
+
+uint64_t smallest_device(uint64_t n_bytes) {
+    return n_bytes + std::max(kLeastReserve, n_bytes / (kReservedPart - 1));
+}
+
 std::vector<DeviceUse> device_use(const GgufFile& file, const Hparams& hp, const DevicePlan& device_plan,
                                   const SessionNeeds& needs, const std::vector<DeviceMemory>& memory) {
     return use_of(costs_on(file, hp, device_plan.dense_bf16, needs, memory), device_plan);

@@ -19,6 +19,14 @@ struct DeviceMemory {
     bool fast_bf16 = false;           // see multiplies_bf16_fast()
 };
 
+// Bytes of a device to keep free for allocations outside of our tensors: cuBLAS handles and workspaces,
+// kernel code, CUDA graphs, and temporary buffers of ggml's kernels, where an allocation failure aborts the
+// process.
+uint64_t reserved_bytes(uint64_t free_bytes, uint64_t total_bytes);
+
+// Memory of the smallest device, all of it free, that has room for n_bytes beside what is kept free.
+uint64_t smallest_device(uint64_t n_bytes);
+
 // What to reserve memory for: caches and steps of n_sessions.
 struct SessionNeeds {
     int64_t n_ctx;

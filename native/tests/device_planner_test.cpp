@@ -98,6 +98,19 @@ TEST_CASE("what a plan takes") {
     CHECK(more.use({4}, 0)[0].weights == all[0].weights);
 }
 
+TEST_CASE("the smallest device that has room beside what is kept free") {
+    constexpr uint64_t mib = uint64_t{1} << 20;
+    CHECK(reserved_bytes(UINT64_MAX, 0) == 512 * mib);  // the least
+    CHECK(reserved_bytes(UINT64_MAX, 80 * 1024 * mib) == 4 * 1024 * mib);
+    CHECK(reserved_bytes(100 * mib, 80 * 1024 * mib) == 100 * mib);
+    for (const uint64_t n_bytes : {uint64_t{0}, 100 * mib, 9728 * mib, 9729 * mib, 70000 * mib + 7}) {
+        CAPTURE(n_bytes);
+        const uint64_t whole = smallest_device(n_bytes), smaller = whole - mib;
+        CHECK(whole - reserved_bytes(whole, whole) >= n_bytes);
+        CHECK((smaller - reserved_bytes(smaller, smaller) < n_bytes || n_bytes == 0));
+    }
+}
+
 TEST_CASE("one device: all, then without experts, then fewer layers") {
     const Planner planner;
     const auto budget = [&](int32_t n_layers, int32_t n_cpu_moe) {

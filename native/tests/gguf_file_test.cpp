@@ -31,6 +31,27 @@ GgufImage two_tensors() {
 
 }  // namespace
 
+TEST_CASE("a header without data") {
+    GgufImage image = two_tensors();
+    image.tensors.clear();
+    image.tensor("a", {1 << 20, 1 << 20}, kF32, 0).tensor("b", {8}, kF32, uint64_t{1} << 42);
+    const std::vector<uint8_t> header = image.header().get();
+    const auto file = GgufFile::from_header(header.data(), header.size(), "plan");
+    REQUIRE(file->tensors().size() == 2);
+    CHECK(file->find("general.architecture") != nullptr);
+    CHECK(file->find_tensor("a")->n_bytes == uint64_t{1} << 42);  // 4 TiB
+    CHECK(file->path() == "plan");
+    CHECK(file->n_parts() == 1);
+    CHECK_ERROR(GgufFile::from_header(header.data(), header.size() - 1, "plan"), format, "plan: ");
+    GgufImage overlapping = two_tensors();
+    overlapping.tensors.clear();
+    overlapping.tensor("a", {8}, kF32, 0).tensor("b", {8}, kF32, 0);
+    const std::vector<uint8_t> bad = overlapping.header().get();
+    CHECK_ERROR(GgufFile::from_header(bad.data(), bad.size(), "plan"), format, "overlap");
+    // The same header in a file is refused: its data is missing.
+    CHECK_ERROR(open(image), format, "larger than the file");
+}
+
 TEST_CASE("values of every type") {
     GgufImage image;
     image.key("u8", U8, Bytes().u8(255)).key("i8", I8, Bytes().u8(0xfe));

@@ -9,6 +9,7 @@ from typing import Any
 from pydiffusion import _native
 
 CANVAS_LENGTH_KEY = _native.CANVAS_LENGTH_KEY
+REFERENCE_CANVAS_LENGTH = 256  # default of the reference's configuration
 
 
 @dataclass(frozen=True)
@@ -42,4 +43,16 @@ SAMPLER_OPTIONS = MappingProxyType(
 ENTROPY_BOUND = SAMPLER_OPTIONS["entropy-bound"]
 ENTROPY_BOUND_DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
     {option.name: option.default for option in ENTROPY_BOUND}
+)
+# Of all options that a file can set: the keys (one per sampler that has the option), and the reference's default
+# where the file has none of them.
+FILE_KEYS: dict[str, tuple[str, ...]] = {"canvas_length": (CANVAS_LENGTH_KEY,)}
+for _option in (option for options in SAMPLER_OPTIONS.values() for option in options):
+    FILE_KEYS[_option.name] = (*FILE_KEYS.get(_option.name, ()), _option.key)
+FILE_DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
+    {
+        **{option.name: option.default for options in SAMPLER_OPTIONS.values() for option in options},
+        **ENTROPY_BOUND_DEFAULTS,
+        "canvas_length": REFERENCE_CANVAS_LENGTH,
+    }
 )

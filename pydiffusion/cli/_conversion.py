@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pydiffusion._util.sizes import count, format_size, parse_size
+
 from ._progress import conversion_progress
-from ._text import count, say
+from ._text import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -114,10 +116,8 @@ def resume_hint(target: Path) -> Iterator[None]:
 
 def parse_split_size(given: str | None) -> int | None:
     """Parse a size to bytes; a usage error if it is invalid."""
-    from pydiffusion.convert import parse_split_size as parse
-
     try:
-        return None if given is None else parse(given)
+        return None if given is None else parse_size(given)
     except ValueError as error:
         raise typer.BadParameter(f"--split-max-size: {error}") from None
 
@@ -155,7 +155,8 @@ def print_report(report: ConversionReport, as_json: bool) -> None:
     where = report.target if len(report.files) < 2 else f"{report.files[0]} and {len(report.files) - 1} more"
     say(
         f"{where}: {report.n_tensors} tensors ({types}), {count(report.n_weights)} weights,"
-        f" {count(report.n_bytes, 'B')}, {report.bits_per_weight:.2f} bits per weight, {report.seconds:.1f} s"
+        f" {format_size(report.n_bytes)}, {report.bits_per_weight:.2f} bits per weight,"
+        f" {report.seconds:.1f} s"
     )
     if report.fallbacks:
         say(f"fallback type, since rows don't fit the requested one: {len(report.fallbacks)} tensors")

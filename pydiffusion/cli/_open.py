@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ._text import count, say
+from pydiffusion._util.sizes import count, format_size
+
+from ._text import say
 
 if TYPE_CHECKING:
     from pydiffusion import DiffusionModel, GenerationOptions
@@ -101,7 +103,7 @@ def open_model(path: Path, runtime: Mapping[str, Any], n_sessions: int = 1) -> D
     with progress(f"loading {path.name}") as update:
         model = DiffusionModel(path, progress=lambda share: update(share, 1.0), **arguments)
     weights = count(model.description["n_weights"])
-    size = count(model.description["n_bytes"], "B")
+    size = format_size(model.description["n_bytes"])
     say(
         f"{path.name}: {weights} weights, {size}, context {model.n_ctx}, {_where(model)},"
         f" loaded in {time.perf_counter() - started:.1f} s"

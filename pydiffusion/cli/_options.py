@@ -125,7 +125,9 @@ RUNTIME: dict[str, Any] = {
     ],
     "gpu_memory": Annotated[
         str | None,
-        typer.Option("--gpu-memory", help="Maximum memory per GPU (8G; 8G,24G). [default: what is free]"),
+        typer.Option(
+            "--gpu-memory", help="Maximum memory per GPU (8GiB; 8GiB,24GiB). [default: what is free]"
+        ),
     ],
     "device": Annotated[
         str | None,

@@ -10,7 +10,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._text import count, one_line
+from pydiffusion._util.sizes import format_size
+
+from ._text import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,7 +100,7 @@ def pace(state: ConversionProgress) -> str:
     minutes, seconds = divmod(round(left), 60)
     hours, minutes = divmod(minutes, 60)
     clock = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-    return f"{count(rate, 'B')}/s, {clock} left"
+    return f"{format_size(rate)}/s, {clock} left"
 
 
 def quiet_hub_in_a_pipe() -> None:

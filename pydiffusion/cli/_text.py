@@ -32,14 +32,6 @@ def one_line(text: str) -> str:
     return " ".join(printable(text).split())
 
 
-def count(number: float, unit: str = "") -> str:
-    """Format a number with an SI prefix: 25.2 G, 438 M, 12 k."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {letter}{unit}"
-    return f"{number:.3g} {unit}".rstrip()
-
-
 def say(message: str) -> None:
     """Print a line to stderr."""
     print(one_line(message), file=sys.stderr, flush=True)

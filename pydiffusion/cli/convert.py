@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pydiffusion._util.sizes import count, format_size, parse_size
+
 from ._conversion import (
     AllowNonfinite,
     ImatrixFile,
@@ -27,7 +29,7 @@ from ._conversion import (
     run_conversion,
 )
 from ._progress import quiet_hub_in_a_pipe
-from ._text import count, say
+from ._text import say
 
 
 def command(
@@ -52,7 +54,7 @@ def command(
         typer.Option(
             "--fit",
             metavar="SIZE",
-            help="Choose the best type that fits this memory (16G) with cache and buffers, "
+            help="Choose the best type that fits this memory (16GiB) with cache and buffers, "
             "instead of --type.",
             show_default=False,
         ),
@@ -147,7 +149,7 @@ def choose_fitting(
     from pydiffusion import convert
 
     try:
-        n_bytes = convert.parse_size(size)
+        n_bytes = parse_size(size)
     except ValueError as error:
         raise typer.BadParameter(f"--fit: {error}") from None
     plan, memory = convert.fit(
@@ -155,8 +157,8 @@ def choose_fitting(
     )
     extras = " ".join(f"--tensor-type {shlex.quote(f'{pattern}={name}')}" for pattern, name in plan.overrides)
     say(
-        f"--fit {size}: --type {plan.type} {extras}: {count(plan.n_bytes, 'B')} of weights,"
-        f" {plan.bits_per_weight:.2f} bits per weight, {memory.total / 2**30:.2f} GiB in all"
+        f"--fit {size}: --type {plan.type} {extras}: {format_size(plan.n_bytes)} of weights,"
+        f" {plan.bits_per_weight:.2f} bits per weight, {format_size(memory.total)} in all"
     )
     return plan.type, list(plan.overrides)
 
@@ -174,7 +176,7 @@ def print_sizes(
     from pydiffusion import convert
 
     plan = convert.plan_sizes(source, type, pad=pad, tensor_types=overrides, has_imatrix=has_imatrix)
-    memory = convert.estimate_memory(convert.read_shape(source), plan.n_bytes, ctx)
+    memory = convert.estimate_memory(convert.read_shape(source), plan, ctx)
     if as_json:
         extra = {"n_ctx": ctx, "total": memory.total, **dataclasses.asdict(memory)}
         print(json.dumps(plan.to_dict() | {"memory": extra}))
@@ -183,14 +185,14 @@ def print_sizes(
     for kind, type_name, number, n_weights, n_bytes in plan.by_kind():
         bits = 8 * n_bytes / n_weights
         print(
-            f"{kind:24} {type_name:8} {number:6} {count(n_weights):>9} {count(n_bytes, 'B'):>9} {bits:15.2f}"
+            f"{kind:24} {type_name:8} {number:6} {count(n_weights):>9} {format_size(n_bytes):>9} {bits:15.2f}"
         )
-    total = f"{count(plan.n_weights):>9} {count(plan.n_bytes, 'B'):>9} {plan.bits_per_weight:15.2f}"
+    total = f"{count(plan.n_weights):>9} {format_size(plan.n_bytes):>9} {plan.bits_per_weight:15.2f}"
     print(f"{'all':24} {plan.type:8} {len(plan.tensors):6} {total}")
     print(
-        f"memory with a context of {ctx}: {count(memory.weights, 'B')} weights, {count(memory.cache, 'B')}"
-        f" cache, about {count(memory.buffers, 'B')} buffers, {count(memory.reserve, 'B')} kept free:"
-        f" {memory.total / 2**30:.2f} GiB"
+        f"memory with a context of {ctx}: {format_size(memory.weights)} weights, {format_size(memory.cache)}"
+        f" cache, about {format_size(memory.buffers)} buffers, {format_size(memory.reserve)} kept free:"
+        f" {format_size(memory.total)}"
     )
     for line in plan.fallbacks:
         print(f"instead of the type asked for: {line}")

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from pydiffusion._util.sizes import format_size
+
 from . import _open, _options
-from ._text import count
 
 
 @_options.takes(runtime=_options.RUNTIME)
@@ -36,7 +37,7 @@ def command(
         print(json.dumps({"devices": listed, "plan": None if planned is None else planned.to_dict()}))
         return
     for device in found:
-        free, total = count(device.free_bytes, "B"), count(device.total_bytes, "B")
+        free, total = format_size(device.free_bytes), format_size(device.total_bytes)
         print(f"{device.name}: {device.description}, {free} of {total} free")
     if not found:
         print("no GPU that this build supports; docs/gpu.md says how to build for one")
@@ -53,5 +54,5 @@ def command(
     for share in planned.shares:
         parts = {"weights": share.weight_bytes, "cache": share.cache_bytes, "step": share.step_bytes}
         where = "" if len(planned.shares) == 1 else f"{share.device}, {share.n_layers} layers: "
-        print(where + ", ".join(f"{name} {count(n, 'B')}" for name, n in parts.items()), end="; ")
-        print(f"together {count(share.total_bytes, 'B')}")
+        print(where + ", ".join(f"{name} {format_size(n)}" for name, n in parts.items()), end="; ")
+        print(f"together {format_size(share.total_bytes)}")

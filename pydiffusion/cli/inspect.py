@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._text import count, one_line
+from pydiffusion._util.sizes import count, format_size
+
+from ._text import one_line
 
 if TYPE_CHECKING:
     from pydiffusion.convert.gguf.reader import Parts
@@ -110,11 +112,11 @@ def _print(gguf: Parts, with_tensors: bool, whole: bool) -> None:
     if len(gguf.paths) > 1:
         print(f"the first of {len(gguf.paths)} parts, shown together")
     print(
-        f"GGUF version {gguf.reader.version}, {count(gguf.reader.n_bytes, 'B')}, {len(gguf.tensors)} tensors,"
-        f" {count(n_weights)} weights, {bits:.2f} bits per weight"
+        f"GGUF version {gguf.reader.version}, {format_size(gguf.reader.n_bytes)},"
+        f" {len(gguf.tensors)} tensors, {count(n_weights)} weights, {bits:.2f} bits per weight"
     )
     for name, entry in _types(gguf).items():
-        print(f"  {name:8} {entry['n_tensors']:5} tensors {count(entry['n_bytes'], 'B'):>9}")
+        print(f"  {name:8} {entry['n_tensors']:5} tensors {format_size(entry['n_bytes']):>9}")
     print("\nMetadata")
     types = gguf.metadata_types
     for key, value in gguf.metadata.items():
@@ -125,7 +127,7 @@ def _print(gguf: Parts, with_tensors: bool, whole: bool) -> None:
         print("\nTensors (shape slowest first)")
         for tensor in gguf.tensors:
             name, shape = one_line(str(tensor.name)), " x ".join(map(str, tensor.shape))
-            print(f"  {name:44} {tensor.type:8} {shape:20} {count(tensor.n_bytes, 'B'):>9}")
+            print(f"  {name:44} {tensor.type:8} {shape:20} {format_size(tensor.n_bytes):>9}")
 
 
 def _print_end_tokens(gguf: Parts) -> None:

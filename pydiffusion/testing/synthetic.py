@@ -17,19 +17,19 @@ import numpy as np
 
 from pydiffusion import _native
 from pydiffusion._util import atomic
-from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
-from pydiffusion.convert.architectures.diffusion_gemma.config import SamplerConfig, TextConfig
+from pydiffusion.convert.architectures.diffusion_gemma.config import DEFAULT_SAMPLER, TextConfig
 from pydiffusion.convert.architectures.diffusion_gemma.metadata import model_metadata
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import KINDS, shapes
 from pydiffusion.convert.checkpoint.tensor_map import split_name
 from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT, Placed, Value, align, pack_header
 from pydiffusion.convert.gguf.model_keys import u32
+from pydiffusion.convert.gguf.tensor_types import LARGEST_BLOCK
 from pydiffusion.convert.quantization.recipes import RECIPES
 from pydiffusion.convert.quantization.type_plan import TypePlan, plan_types, with_lengths
 
 _ROWS_MADE = 64
 _ROWS_MIXED = 1024  # of the embedding
-_PIECE = 256  # weights: the longest block of any type
+_PIECE = LARGEST_BLOCK  # weights
 _CHUNK = 16 << 20
 
 
@@ -79,7 +79,6 @@ SHAPES = MappingProxyType(
     }
 )  # fmt: skip
 _NORMAL, _CONTROL, _BYTE = 1, 3, 6  # types of tokens
-_SAMPLER = SamplerConfig(**ENTROPY_BOUND_DEFAULTS, eos_token_ids=())
 
 
 def write_synthetic(
@@ -128,7 +127,7 @@ def _layout(shape: str, type: str) -> tuple[bytes, list[Placed]]:
     config = _config(shape, type)
     plan = plan_types(shapes(config).items(), type, KINDS)
     placed = _place(plan)
-    metadata = model_metadata(f"synthetic {shape}", config, _SAMPLER, RECIPES[type].file_type)
+    metadata = model_metadata(f"synthetic {shape}", config, DEFAULT_SAMPLER, RECIPES[type].file_type)
     metadata = with_lengths(metadata, plan.lengths) | _tokenizer(config.vocab_size)
     return pack_header(metadata, placed, DEFAULT_ALIGNMENT), placed
 

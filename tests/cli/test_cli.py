@@ -19,8 +19,9 @@ import pytest
 from support.paths import REPOSITORY
 
 from pydiffusion import DiffusionModel
+from pydiffusion._util.sizes import count
 from pydiffusion.cli import main
-from pydiffusion.cli._text import count, one_line, printable
+from pydiffusion.cli._text import one_line, printable
 
 try:
     import pty

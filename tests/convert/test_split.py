@@ -13,7 +13,6 @@ from support.gguf_files import finish, read_tensors
 
 from pydiffusion.cli import main
 from pydiffusion.convert import convert, quantize, repack, verify
-from pydiffusion.convert.gguf.split import parse_split_size
 from pydiffusion.errors import ConversionError, ModelFormatError
 
 
@@ -151,15 +150,6 @@ def test_an_interruption_leaves_no_part(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(folder, tmp_path / "m.gguf", "q8_0", split_max_size=600_000, progress=stop)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_sizes() -> None:
-    assert parse_split_size("5G") == 5 * 10**9 and parse_split_size("300m") == 3 * 10**8
-    assert parse_split_size("4GiB") == 4 << 30 and parse_split_size("1.5 KB") == 1500
-    assert parse_split_size("100") == 100
-    for wrong in ("", "G", "0", "-1", "5T", "5 iB", "five"):
-        with pytest.raises(ValueError, match="is not a size"):
-            parse_split_size(wrong)
 
 
 def test_the_commands(folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

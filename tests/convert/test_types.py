@@ -14,9 +14,9 @@ from support.gguf_files import NEED_IMATRIX, fields_of
 from pydiffusion import _native
 from pydiffusion.convert import TYPES, convert
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import KINDS
-from pydiffusion.convert.gguf.tensor_types import BLOCK_SIZES, FALLBACKS, fit_to_rows
+from pydiffusion.convert.gguf.tensor_types import BLOCK_SIZES, FALLBACKS, LARGEST_BLOCK, fit_to_rows
 from pydiffusion.convert.quantization.recipes import NEEDS_IMATRIX, RECIPES
-from pydiffusion.convert.quantization.type_plan import plan_types
+from pydiffusion.convert.quantization.type_plan import plan_types, tensor_bytes
 from pydiffusion.errors import ConversionError
 
 # Types that the gguf package quantizes too, and the recipe that writes them.
@@ -85,9 +85,16 @@ def test_every_type_that_ggml_can_write_has_a_recipe() -> None:
     assert used == set(BLOCK_SIZES)
 
 
-def test_block_sizes_and_imatrix_needs_equal_ggmls() -> None:
-    known = _native.tensor_types()
-    assert {name: known[name][1] for name in BLOCK_SIZES} == dict(BLOCK_SIZES)
+def test_block_sizes_are_those_of_the_gguf_package() -> None:
+    known = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] for name in BLOCK_SIZES}
+    assert {name: size[0] for name, size in known.items()} == dict(BLOCK_SIZES)
+    assert {name: tensor_bytes(name, (3, 512)) for name in known} == {
+        name: 3 * 512 // block * n_bytes for name, (block, n_bytes) in known.items()
+    }
+    assert LARGEST_BLOCK == gguf.constants.QK_K
+
+
+def test_imatrix_needs_equal_ggmls() -> None:
     rows = np.random.default_rng(0).standard_normal((2, 256)).astype(np.float32)
     for name in NEEDS_IMATRIX - {"IQ3_XXS", "IQ2_S", "IQ1_M"}:  # ggml would do those without, badly
         with pytest.raises(ValueError, match="importance"):

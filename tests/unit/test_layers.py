@@ -194,6 +194,26 @@ def test_a_room_without_a_layer_is_named(layers: ModuleType, tmp_path: Path) -> 
     ]
 
 
+def test_a_file_that_the_order_names_is_a_room(layers: ModuleType, tmp_path: Path) -> None:
+    """An interface below a folder's other files, which use what implements it."""
+    write(
+        tmp_path,
+        {
+            "convert/kinds/__init__.py": "",
+            "convert/kinds/interface.py": "",
+            "convert/kinds/registry.py": "from pydiffusion.convert.kinds.one.kind import ONE\n",
+            "convert/kinds/one/__init__.py": "",
+            "convert/kinds/one/kind.py": "from pydiffusion.convert.kinds.interface import Kind\n",
+        },
+    )
+    order = ("convert/kinds/interface", "convert/kinds/one", "convert/kinds")
+    assert layers.python_tree(tmp_path, order).violations() == []
+    (wrong,) = layers.python_tree(tmp_path, order[1:]).violations()
+    assert wrong.startswith(
+        "convert/kinds/one/kind.py:1: room convert/kinds/one may not use room convert/kinds "
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "line", "used"),
     [

@@ -8,13 +8,19 @@ from pathlib import Path
 import pytest
 
 from pydiffusion import GenerationOptions
-from pydiffusion._util.sampler_options import ENTROPY_BOUND, ENTROPY_BOUND_DEFAULTS, SAMPLER_OPTIONS
+from pydiffusion._util.sampler_options import (
+    ENTROPY_BOUND,
+    ENTROPY_BOUND_DEFAULTS,
+    REFERENCE_CANVAS_LENGTH,
+    SAMPLER_OPTIONS,
+)
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def test_the_defaults_are_the_reference_implementations() -> None:
     pytest.importorskip("transformers.models.diffusion_gemma", reason="the reference: NOT CHECKED here")
+    from transformers import DiffusionGemmaConfig
     from transformers.models.diffusion_gemma.generation_diffusion_gemma import DiffusionGemmaGenerationConfig
 
     reference = DiffusionGemmaGenerationConfig._get_default_generation_params()
@@ -24,6 +30,7 @@ def test_the_defaults_are_the_reference_implementations() -> None:
         **{key: reference[key] for key in ("t_min", "t_max", "stability_threshold", "confidence_threshold")},
     }
     assert expected == ENTROPY_BOUND_DEFAULTS
+    assert DiffusionGemmaConfig().canvas_length == REFERENCE_CANVAS_LENGTH
     assert GenerationOptions().resolve({}, 1).max_tokens == reference["max_new_tokens"]
 
 
@@ -33,7 +40,7 @@ def test_options_left_unset_get_the_tables_defaults() -> None:
 
 
 def test_types_and_ranges() -> None:
-    assert set(SAMPLER_OPTIONS) >= {"entropy_bound"}
+    assert set(SAMPLER_OPTIONS) >= {"entropy-bound"}
     for options in SAMPLER_OPTIONS.values():
         for option in options:
             kind = int if option.integer else float
@@ -56,3 +63,14 @@ def test_the_documented_defaults() -> None:
         ):
             documented[name] = (key if "." in key else f"diffusion.{key}", float(default))
     assert documented == {option.name: (option.key, option.default) for option in ENTROPY_BOUND}
+
+
+def test_the_docstring_of_the_options() -> None:
+    """Defaults are in brackets at the end of a sentence: (48), (0.4, 0.8)."""
+    documented = {}
+    entries = re.findall(r"^ {4}((?:\w+, )*\w+): (.*(?:\n {8}.*)*)", GenerationOptions.__doc__ or "", re.M)
+    for names, text in entries:
+        if numbers := re.search(r"\(([\d.]+(?:, [\d.]+)*)\)", text):
+            values = map(float, numbers[1].split(", "))
+            documented.update(zip(names.split(", "), values, strict=True))
+    assert documented == ENTROPY_BOUND_DEFAULTS

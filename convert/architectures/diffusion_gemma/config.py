@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
+from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS, REFERENCE_CANVAS_LENGTH
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
 from pydiffusion.errors import ConversionError
 
@@ -24,7 +24,7 @@ _MAX_JSON = 64 << 20
 DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
     {
         "attention_bias": False,
-        "canvas_length": 256,
+        "canvas_length": REFERENCE_CANVAS_LENGTH,
         "final_logit_softcapping": 30.0,
         "global_head_dim": 512,
         "hidden_activation": "gelu_pytorch_tanh",
@@ -110,6 +110,9 @@ class SamplerConfig:
     stability_threshold: int
     confidence_threshold: float
     eos_token_ids: tuple[int, ...]
+
+
+DEFAULT_SAMPLER = SamplerConfig(**ENTROPY_BOUND_DEFAULTS, eos_token_ids=())
 
 
 def read_text_config(top: Fields) -> TextConfig:

@@ -33,7 +33,7 @@ struct Piece {
 //   zeros(low, high, a), zero_factor(row)   if kZeros, the same for the sums of x
 
 struct RepackedQ4K {  // a 6-bit scale times a nibble is exact in float16
-    static constexpr int kPieceBytes = 64 * 144, kWordUnits = 1;
+    static constexpr int kPieceBytes = 64 * Q4K::kChunkBytes, kWordUnits = 1;
     static constexpr bool kZeros = true;
 
     struct Words {
@@ -111,7 +111,7 @@ struct RepackedQ4K {  // a 6-bit scale times a nibble is exact in float16
 };
 
 struct RepackedQ6K {
-    static constexpr int kPieceBytes = 64 * 210, kWordUnits = 2;
+    static constexpr int kPieceBytes = 64 * Q6K::kChunkBytes, kWordUnits = 2;
     static constexpr bool kZeros = false;
 
     struct Words {
@@ -179,7 +179,7 @@ struct RepackedQ6K {
 };
 
 struct RepackedQ80 {
-    static constexpr int kPieceBytes = 64 * 272, kWordUnits = 1;
+    static constexpr int kPieceBytes = 64 * Q80::kChunkBytes, kWordUnits = 1;
     static constexpr bool kZeros = false;
 
     struct Words {
@@ -193,7 +193,9 @@ struct RepackedQ80 {
         float power;         // by which they have been divided, times kSubnormal
     };
 
-    __device__ static __forceinline__ int n_blocks(int n_left) { return n_left < kChunk ? n_left / 32 : 8; }
+    __device__ static __forceinline__ int n_blocks(int n_left) {
+        return n_left < kChunk ? n_left / kBlockWeights : kChunk / kBlockWeights;
+    }
 
     // Of blocks that don't exist it reads other bytes of the piece's memory: any do, for their scales are 0.
     __device__ static __forceinline__ void load(const Piece& piece, int quarter, int i, Words& words) {

@@ -13,10 +13,11 @@
 #include <cstdint>
 
 #include "backend/cuda/primitives.cuh"
+#include "util/block_sizes.h"
 
 namespace pydiffusion::cuda {
 
-constexpr int kChunk = 256, kUnits = 4, kSixteens = 16;
+constexpr int kChunk = kSuperBlockWeights, kUnits = 4, kSixteens = 16;
 constexpr float kSubnormal = 16777216.0f;  // 2^24
 
 // Sums of x over 16 neighbours are divided by this, so that they fit float16.
@@ -71,7 +72,7 @@ struct Table {
 //   bytes
 
 struct Q4K {  // float16 d and dmin, 12 bytes of 6-bit scales and minima, 128 bytes of nibbles
-    static constexpr int kChunkBytes = 144, kPitch = 144, kScales = 8;
+    static constexpr int kChunkBytes = kQ4KBytes, kPitch = kQ4KBytes, kScales = 8;
     static constexpr bool kAligned = true;
 
     __device__ static __forceinline__ void decode(const Bytes<true>& chunk, int half, int /*n_left*/,
@@ -111,7 +112,7 @@ struct Q4K {  // float16 d and dmin, 12 bytes of 6-bit scales and minima, 128 by
 };
 
 struct Q6K {  // 128 bytes of low nibbles, 64 of high bit pairs, 16 scales of 8 bits, float16 d; zero is 32
-    static constexpr int kChunkBytes = 210, kPitch = 224, kScales = 16;
+    static constexpr int kChunkBytes = kQ6KBytes, kPitch = 224, kScales = 16;
     static constexpr bool kAligned = false;
 
     __device__ static __forceinline__ void decode(const Bytes<false>& chunk, int half, int /*n_left*/,
@@ -155,7 +156,7 @@ struct Q6K {  // 128 bytes of low nibbles, 64 of high bit pairs, 16 scales of 8 
 };
 
 struct Q80 {  // 8 blocks of float16 d and 32 signed bytes; with 128 added, zero is 128
-    static constexpr int kChunkBytes = 272, kPitch = 288, kScales = 8;
+    static constexpr int kChunkBytes = kChunk / kBlockWeights * kQ8_0Bytes, kPitch = 288, kScales = 8;
     static constexpr bool kAligned = false;
 
     __device__ static __forceinline__ void decode(const Bytes<false>& chunk, int half, int n_left,
@@ -163,8 +164,9 @@ struct Q80 {  // 8 blocks of float16 d and 32 signed bytes; with 128 added, zero
         uint32_t d[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const uint32_t scale = (half == 0 ? chunk.at(34 * i) : chunk.at(34 * (4 + i))) & 0xffff;
-            d[i] = 32 * (4 * half + i) < n_left ? scale : 0;
+            const uint32_t scale =
+                (half == 0 ? chunk.at(kQ8_0Bytes * i) : chunk.at(kQ8_0Bytes * (4 + i))) & 0xffff;
+            d[i] = kBlockWeights * (4 * half + i) < n_left ? scale : 0;
         }
         *reinterpret_cast<float4*>(table.scales + 4 * half) =
             make_float4(half_to_float(static_cast<uint16_t>(d[0])) * kSubnormal,
@@ -184,7 +186,8 @@ struct Q80 {  // 8 blocks of float16 d and 32 signed bytes; with 128 added, zero
         for (int group = 0; group < 2; ++group) {
 #pragma unroll
             for (int sixteen = 0; sixteen < 2; ++sixteen) {
-                const uint32_t bytes = chunk.at(34 * (2 * unit + group) + 2 + 16 * sixteen) ^ 0x80808080;
+                const uint32_t bytes =
+                    chunk.at(kQ8_0Bytes * (2 * unit + group) + 2 + 16 * sixteen) ^ 0x80808080;
                 q[group][sixteen][0] = bytes & 0x00ff00ff;
                 q[group][sixteen][1] = (bytes >> 8) & 0x00ff00ff;
             }

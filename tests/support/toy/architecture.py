@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydiffusion.convert.architectures.architecture import Architecture, LayerCache, ModelShape
+from pydiffusion._util.sampler_options import CANVAS_LENGTH_KEY
+from pydiffusion.convert.architectures.architecture import Architecture, ModelShape
 from pydiffusion.convert.checkpoint.inventory import take_all
 from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint
 from pydiffusion.convert.checkpoint.strict_json import Fields
@@ -63,8 +64,7 @@ def read_config(fields: Fields) -> Config:
     return config
 
 
-def metadata(folder: Path, name: str, config: Config, notes: list[str]) -> dict[str, Value]:
-    """All keys."""
+def _model_keys(name: str, config: Config) -> dict[str, Value]:
     own = "masked-toy."
     keys = {
         f"{own}block_count": u32(config.num_hidden_layers),
@@ -77,12 +77,16 @@ def metadata(folder: Path, name: str, config: Config, notes: list[str]) -> dict[
         f"{own}attention.layer_norm_rms_epsilon": f32(config.rms_norm_eps),
         f"{own}rope.freq_base": f32(config.rope_theta),
         f"{own}final_logit_softcapping": f32(config.final_logit_softcapping),
-        "diffusion.canvas_length": u32(config.canvas_length),
+        CANVAS_LENGTH_KEY: u32(config.canvas_length),
         "diffusion.mask_token_id": u32(config.mask_token_id),
         "diffusion.max_steps": u32(config.max_denoising_steps),
     }
-    tokenizer = read_tokenizer(folder, notes, vocab_size=config.vocab_size)
-    return model_keys("masked-toy", name, keys) | tokenizer
+    return model_keys("masked-toy", name, keys)
+
+
+def metadata(folder: Path, name: str, config: Config, notes: list[str]) -> dict[str, Value]:
+    """All keys."""
+    return _model_keys(name, config) | read_tokenizer(folder, notes, vocab_size=config.vocab_size)
 
 
 def _wanted(config: Config) -> list[Wanted]:
@@ -94,15 +98,7 @@ def _wanted(config: Config) -> list[Wanted]:
 
 def shape(config: Config) -> ModelShape:
     """The model's size."""
-    heads, width = config.num_attention_heads, config.num_key_value_heads * config.head_dim
-    return ModelShape(
-        kinds=KINDS,
-        tensors=shapes_of(_wanted(config)),
-        vocab_size=config.vocab_size,
-        canvas_length=config.canvas_length,
-        layers=(LayerCache(width),) * config.num_hidden_layers,
-        activations=3 * config.intermediate_size + 8 * config.hidden_size + 4 * heads * config.head_dim,
-    )
+    return ModelShape(KINDS, shapes_of(_wanted(config)), _model_keys("", config))
 
 
 def tensors(checkpoint: Checkpoint, config: Config, notes: list[str]) -> list[SourceTensor]:

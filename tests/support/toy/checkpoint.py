@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 from reference.random_checkpoint import bell
 from reference.toy_tokenizer import CHAT_TEMPLATE, tokenizer_config, tokenizer_json
 
+from pydiffusion.convert.architectures import registry
 from support.checkpoint_folders import write_json, write_safetensors
+from support.toy.architecture import MASKED_TOY
 
 MASK = 4  # the tokenizer's <mask>
+
+
+#: Sizes that differ from those of :class:`Shape`: a KV head for each query head, for two, one for all.
+SHAPES: dict[str, dict[str, int]] = {
+    "equal heads": {},
+    "grouped heads": {"d": 128, "n_head": 4, "n_head_kv": 2, "head_dim": 64, "ff": 192, "n_layer": 3},
+    "one KV head": {"n_head": 4, "n_head_kv": 1},
+}
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """The converter knows masked-toy within the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "ARCHITECTURES", list(registry.ARCHITECTURES))
+        registry.register(MASKED_TOY)
+        yield
 
 
 @dataclass(frozen=True)
@@ -26,7 +48,7 @@ class Shape:
     ff: int = 96
     vocab: int = 384
     canvas: int = 16
-    context: int = 512
+    context: int = 1024
     steps: int = 8
 
 
@@ -59,8 +81,8 @@ def weights(seed: int, shape: Shape) -> dict[str, np.ndarray]:
     def matrix(name: str, n_rows: int, n_columns: int, gain: float = 1.0) -> None:
         tensors[name] = bell(seed, name, (n_rows, n_columns), gain * n_columns**-0.5)
 
-    def norm(name: str, n: int) -> None:
-        tensors[name] = bell(seed, name, (n,), 0.2, 1.0)
+    def norm(name: str, n: int, mean: float = 1.0) -> None:
+        tensors[name] = bell(seed, name, (n,), 0.2, mean)
 
     tensors: dict[str, np.ndarray] = {}
     tensors["embed_tokens.weight"] = bell(seed, "embed", (shape.vocab, d), 1.0)
@@ -72,13 +94,14 @@ def weights(seed: int, shape: Shape) -> dict[str, np.ndarray]:
         matrix(layer + "self_attn.k_proj.weight", kv, d)
         matrix(layer + "self_attn.v_proj.weight", kv, d)
         matrix(layer + "self_attn.o_proj.weight", d, q)
-        norm(layer + "self_attn.q_norm.weight", shape.head_dim)
+        norm(layer + "self_attn.q_norm.weight", shape.head_dim, mean=1.5)  # attention that tells tokens apart
         norm(layer + "self_attn.k_norm.weight", shape.head_dim)
         matrix(layer + "mlp.gate_proj.weight", shape.ff, d)
         matrix(layer + "mlp.up_proj.weight", shape.ff, d)
         matrix(layer + "mlp.down_proj.weight", d, shape.ff)
     norm("self_conditioning.norm.weight", d)
-    matrix("self_conditioning.proj.weight", d, d)
+    # Small: step after step, a large one would make of rounding another text.
+    matrix("self_conditioning.proj.weight", d, d, gain=0.25)
     norm("norm.weight", d)
     matrix("lm_head.weight", shape.vocab, d, gain=5.0)  # logits that differ, and reach the soft cap's bend
     tensors["lm_head.weight"][MASK] = 0  # as trained models, it predicts no mask

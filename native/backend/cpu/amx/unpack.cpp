@@ -4,6 +4,7 @@
 
 #include "backend/cpu/amx/intrinsics.h"
 #include "util/aligned_buffer.h"
+#include "util/block_sizes.h"
 
 namespace pydiffusion {
 namespace gemm {
@@ -14,6 +15,7 @@ namespace {
 
 // Unpacks `n` weights of a row, 32 at a time to out, out + kTileElements, ...
 using UnpackRow = void (*)(const uint8_t* row, int64_t n, uint16_t* out);
+static_assert(kBlockWeights == kTileDepth && kSuperBlockWeights % kTileDepth == 0);
 
 TARGET_AVX512 inline float half_at(const uint8_t* p) {
     uint16_t bits;
@@ -55,7 +57,7 @@ TARGET_AVX512 inline __m512 floats_of(const int8_t* bytes) {
 // --- blocks of 32: weights are looked up in a table of the block's values ---
 
 TARGET_AVX512 void unpack_q8_0(const uint8_t* row, int64_t n, uint16_t* out) {
-    for (int64_t i = 0; i < n; i += 32, row += 34, out += kTileElements) {
+    for (int64_t i = 0; i < n; i += kBlockWeights, row += kQ8_0Bytes, out += kTileElements) {
         const __m512 d = _mm512_set1_ps(half_at(row));
         const auto* q = reinterpret_cast<const int8_t*>(row + 2);
         store(out, _mm512_mul_ps(floats_of(q), d), _mm512_mul_ps(floats_of(q + 16), d));
@@ -64,14 +66,14 @@ TARGET_AVX512 void unpack_q8_0(const uint8_t* row, int64_t n, uint16_t* out) {
 
 TARGET_AVX512 void unpack_q4_0(const uint8_t* row, int64_t n, uint16_t* out) {
     const __m512 values = _mm512_sub_ps(count_up(), _mm512_set1_ps(8.0f));
-    for (int64_t i = 0; i < n; i += 32, row += 18, out += kTileElements) {
+    for (int64_t i = 0; i < n; i += kBlockWeights, row += kQ4_0Bytes, out += kTileElements) {
         const __m512 entries = _mm512_mul_ps(values, _mm512_set1_ps(half_at(row)));
         store(out, table_of(entries, entries), nibbles_of(row + 2));
     }
 }
 
 TARGET_AVX512 void unpack_q4_1(const uint8_t* row, int64_t n, uint16_t* out) {
-    for (int64_t i = 0; i < n; i += 32, row += 20, out += kTileElements) {
+    for (int64_t i = 0; i < n; i += kBlockWeights, row += kQ4_1Bytes, out += kTileElements) {
         const __m512 entries =
             _mm512_fmadd_ps(count_up(), _mm512_set1_ps(half_at(row)), _mm512_set1_ps(half_at(row + 2)));
         store(out, table_of(entries, entries), nibbles_of(row + 4));
@@ -87,7 +89,7 @@ TARGET_AVX512 inline __m512i with_fifth_bits(__m512i nibbles, const uint8_t* bit
 
 TARGET_AVX512 void unpack_q5_0(const uint8_t* row, int64_t n, uint16_t* out) {
     const __m512 sixteen = _mm512_set1_ps(16.0f);
-    for (int64_t i = 0; i < n; i += 32, row += 22, out += kTileElements) {
+    for (int64_t i = 0; i < n; i += kBlockWeights, row += kQ5_0Bytes, out += kTileElements) {
         const __m512 d = _mm512_set1_ps(half_at(row));
         const __m512 high = _mm512_mul_ps(count_up(), d);
         const __m512i table = table_of(_mm512_fnmadd_ps(sixteen, d, high), high);
@@ -97,7 +99,7 @@ TARGET_AVX512 void unpack_q5_0(const uint8_t* row, int64_t n, uint16_t* out) {
 
 TARGET_AVX512 void unpack_q5_1(const uint8_t* row, int64_t n, uint16_t* out) {
     const __m512 sixteen = _mm512_set1_ps(16.0f);
-    for (int64_t i = 0; i < n; i += 32, row += 24, out += kTileElements) {
+    for (int64_t i = 0; i < n; i += kBlockWeights, row += kQ5_1Bytes, out += kTileElements) {
         const __m512 d = _mm512_set1_ps(half_at(row));
         const __m512 low = _mm512_fmadd_ps(count_up(), d, _mm512_set1_ps(half_at(row + 2)));
         const __m512i table = table_of(low, _mm512_fmadd_ps(sixteen, d, low));
@@ -116,14 +118,14 @@ TARGET_AVX512 inline __m512 fp4_values() {
 }
 
 TARGET_AVX512 void unpack_iq4_nl(const uint8_t* row, int64_t n, uint16_t* out) {
-    for (int64_t i = 0; i < n; i += 32, row += 18, out += kTileElements) {
+    for (int64_t i = 0; i < n; i += kBlockWeights, row += kIq4NlBytes, out += kTileElements) {
         const __m512 entries = _mm512_mul_ps(iq4_values(), _mm512_set1_ps(half_at(row)));
         store(out, table_of(entries, entries), nibbles_of(row + 2));
     }
 }
 
 TARGET_AVX512 void unpack_mxfp4(const uint8_t* row, int64_t n, uint16_t* out) {
-    for (int64_t i = 0; i < n; i += 32, row += 17, out += kTileElements) {
+    for (int64_t i = 0; i < n; i += kBlockWeights, row += kMxfp4Bytes, out += kTileElements) {
         const __m512 half = _mm512_set1_ps(0.5f);
         const __m512 exponent = _mm512_set1_ps(static_cast<float>(*row) - 127.0f);
         const __m512 entries = _mm512_mul_ps(_mm512_scalef_ps(half, exponent), fp4_values());
@@ -134,7 +136,7 @@ TARGET_AVX512 void unpack_mxfp4(const uint8_t* row, int64_t n, uint16_t* out) {
 // --- blocks of 256 ---
 
 TARGET_AVX512 void unpack_iq4_xs(const uint8_t* row, int64_t n, uint16_t* out) {
-    for (int64_t i = 0; i < n; i += 256, row += 136) {
+    for (int64_t i = 0; i < n; i += kSuperBlockWeights, row += kIq4XsBytes) {
         const float d = half_at(row);
         uint16_t high;
         std::memcpy(&high, row + 2, sizeof high);
@@ -177,7 +179,7 @@ TARGET_AVX512 inline Groups groups_of(const uint8_t* block) {
 }
 
 TARGET_AVX512 void unpack_q4_k(const uint8_t* row, int64_t n, uint16_t* out) {
-    for (int64_t i = 0; i < n; i += 256, row += 144) {
+    for (int64_t i = 0; i < n; i += kSuperBlockWeights, row += kQ4KBytes) {
         const Groups g = groups_of(row);
         for (int j = 0; j < 8; j += 2, out += 2 * kTileElements) {
             // One table for two groups: the first's 16 entries, then the second's.
@@ -194,7 +196,7 @@ TARGET_AVX512 void unpack_q4_k(const uint8_t* row, int64_t n, uint16_t* out) {
 
 TARGET_AVX512 void unpack_q5_k(const uint8_t* row, int64_t n, uint16_t* out) {
     const __m512 sixteen = _mm512_set1_ps(16.0f);
-    for (int64_t i = 0; i < n; i += 256, row += 176) {
+    for (int64_t i = 0; i < n; i += kSuperBlockWeights, row += kQ5KBytes) {
         const Groups g = groups_of(row);
         const __m256i fifth = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 16));
         for (int j = 0; j < 8; ++j, out += kTileElements) {
@@ -216,7 +218,7 @@ TARGET_AVX512 inline __m512 scaled(__m128i bytes, float scale) {
 
 TARGET_AVX512 void unpack_q6_k(const uint8_t* row, int64_t n, uint16_t* out) {
     const __m256i fifteen = _mm256_set1_epi8(15), high_bits = _mm256_set1_epi8(48);
-    for (int64_t i = 0; i < n; i += 256, row += 210) {
+    for (int64_t i = 0; i < n; i += kSuperBlockWeights, row += kQ6KBytes) {
         struct {
             float of_group[16];
         } scales;
@@ -266,7 +268,7 @@ TARGET_AVX512 inline __m512i two_bits_of(__m512i words, int shift, int low, int 
 TARGET_AVX512 void unpack_q2_k(const uint8_t* row, int64_t n, uint16_t* out) {
     const __m512i groups = lane_groups(4), four = _mm512_set1_epi32(4);
     const __m512 values = lane_values(4);
-    for (int64_t i = 0; i < n; i += 256, row += 84) {
+    for (int64_t i = 0; i < n; i += kSuperBlockWeights, row += kQ2KBytes) {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
         const __m512i both = _mm512_cvtepu8_epi32(bytes);
         const __m512 scales = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15))),
@@ -305,7 +307,7 @@ TARGET_AVX512 inline __m512 q3_k_scales(const uint8_t* bytes, float d) {
 TARGET_AVX512 void unpack_q3_k(const uint8_t* row, int64_t n, uint16_t* out) {
     const __m512i groups = lane_groups(8);
     const __m512 values = _mm512_sub_ps(lane_values(8), _mm512_set1_ps(4.0f));
-    for (int64_t i = 0; i < n; i += 256, row += 110) {
+    for (int64_t i = 0; i < n; i += kSuperBlockWeights, row += kQ3KBytes) {
         const __m256i third = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row));
         const __m512 scales = q3_k_scales(row + 96, half_at(row + 108));
         for (int half = 0; half < 2; ++half) {
@@ -325,7 +327,7 @@ TARGET_AVX512 void unpack_q3_k(const uint8_t* row, int64_t n, uint16_t* out) {
 // --- bfloat16 ---
 
 void copy_bf16(const uint8_t* row, int64_t n, uint16_t* out) {
-    for (int64_t i = 0; i < n; i += 32, row += 64, out += kTileElements)
+    for (int64_t i = 0; i < n; i += kTileDepth, row += 2 * kTileDepth, out += kTileElements)
         std::memcpy(out, row, 2 * kTileDepth);
 }
 

@@ -12,27 +12,18 @@ import pytest
 from gguf import GGUFReader
 from support.checkpoint_folders import write_json
 from support.gguf_files import fields_of, read_tensors
-from support.toy.architecture import MASKED_TOY
-from support.toy.checkpoint import MASK, Shape, weights, write_checkpoint
+from support.toy.checkpoint import MASK, SHAPES, Shape, registered, weights, write_checkpoint
 from support.toy.reference import Toy
 
 from pydiffusion import _native
 from pydiffusion.convert import convert, convert_mmproj, fit, plan_sizes, quantize, verify
-from pydiffusion.convert.architectures import registry
 from pydiffusion.errors import ConversionError
-
-SHAPES: dict[str, dict[str, int]] = {
-    "equal heads": {},
-    "grouped heads": {"d": 128, "n_head": 4, "n_head_kv": 2, "head_dim": 64, "ff": 192, "n_layer": 3},
-    "one KV head": {"n_head": 4, "n_head_kv": 1, "head_dim": 32},
-}
 
 
 @pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(registry, "ARCHITECTURES", list(registry.ARCHITECTURES))
-    registry.register(MASKED_TOY)
-    yield
+def _registered() -> Iterator[None]:
+    with registered():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +86,7 @@ def test_metadata(toy: Path, tmp_path: Path) -> None:
         "general.type": ("STRING", "model"),
         "general.name": ("STRING", "toy"),
         own + "block_count": ("UINT32", 3),
-        own + "context_length": ("UINT32", 512),
+        own + "context_length": ("UINT32", 1024),
         own + "embedding_length": ("UINT32", 128),
         own + "feed_forward_length": ("UINT32", 192),
         own + "attention.head_count": ("UINT32", 4),
@@ -147,6 +138,10 @@ def test_planned_sizes_equal_the_file(toy: Path, tmp_path: Path, pad: bool | Non
         assert fields_of(GGUFReader(tmp_path / "m.gguf"))["masked-toy.feed_forward_length"][1] == 256
 
 
+@pytest.mark.skipif(
+    "unmask" not in _native.sampler_options(),
+    reason="memory is counted natively, by an extension with the toy: NOT CHECKED here",
+)
 def test_the_best_type_that_fits(toy: Path) -> None:
     everything, _ = fit(toy, 1 << 40)
     assert everything.type == "bf16"
