@@ -231,16 +231,21 @@ class Session:
         Replace the content by tokens and cache_rows() of a session of the same model and KV cache type.
         """
 
+    def copy_from(self, source: Session) -> None:
+        """
+        Replace the content by a copy of another session's, which may have another n_ctx; the session itself: nothing happens.
+        """
+
     def truncate(self, n: int) -> None: ...
 
     def denoise(self, canvas: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], self_conditioning: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None) -> object: ...
 
     def begin(self, *, max_tokens: int, steps: int, t_min: float, t_max: float, entropy_bound: float, stability_threshold: int, confidence_threshold: float, seed: int, eos: Sequence[int], canvas: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, hold: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, dropped_mass: float = 0.0, canvas_length: int = 0, trim_after_eos: bool = False, guided: bool = False) -> None: ...
 
-    def next_step(self) -> object:
+    def next_step(self) -> Step | None:
         """Run one denoising step of the generation; None after its end."""
 
-    def impose(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> object:
+    def impose(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> Step:
         """
         Second half of a guided step: these tokens are its draft and fill the accepted positions.
         """
