@@ -30,7 +30,7 @@ add_library(pydiffusion_native STATIC
     native/backend/ops/own_kernel_ops.cpp
     native/backend/repacked_weights.cpp
     native/backend/rope_angles.cpp
-    native/backend/step_backend_registry.cpp
+    native/backend/step_backend.cpp
     native/bench/matmul_once.cpp
     native/bench/roofline.cpp
     native/gguf/gguf_file.cpp

@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "ggml-backend.h"
 #include "sampler/step_state.h"
@@ -30,6 +31,10 @@ class StepBackend {
 
     // Sets a position's logits to -infinity, except one token's, which becomes `value`.
     virtual void pin(ggml_tensor* logits, int64_t position, int32_t token, float value) = 0;
+
+    // See Candidates, of the first n rows of logits. By default the rows are copied to the host one by one.
+    virtual Candidates candidates(const ggml_tensor* logits, int64_t n, int32_t k,
+                                  const std::vector<int32_t>& extra);
 
     // Device time of `work`, which may launch these kernels or a graph: the time between two events recorded
     // on the device, including any wait for the host.

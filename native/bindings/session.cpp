@@ -162,7 +162,7 @@ StepResult impose(Session& session, const Array1<int32_t>& tokens) {
 std::tuple<Numpy2<int32_t>, Numpy2<float>, Numpy2<float>> candidates(Session& session, int32_t k,
                                                                      const Array1<int32_t>& extra) {
     const std::vector<int32_t> also = checked_tokens(extra, session.model().hparams.n_vocab);
-    Session::Candidates found;
+    Candidates found;
     {
         const WithoutGil release;
         const Session::Use use(session);

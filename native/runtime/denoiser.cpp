@@ -51,11 +51,16 @@ CanvasState::CanvasState(const Model& model) : model_(model) {
     step_.normalizers.resize(hp.canvas_length);
 }
 
-const float* CanvasState::logits() {
-    if (!soft_) return static_cast<const float*>(logits_->data);
-    host_logits_.resize(ggml_nelements(logits_));
-    ggml_backend_tensor_get(logits_, host_logits_.data(), 0, ggml_nbytes(logits_));
-    return host_logits_.data();
+Candidates CanvasState::candidates(int64_t n, int32_t k, const std::vector<int32_t>& extra) const {
+    if (soft_) {
+        const auto lock = model_.backend.lock_devices();
+        return model_.backend.step_backend().candidates(logits_, n, k, extra);
+    }
+    Candidates found;
+    const int64_t n_vocab = model_.hparams.n_vocab;
+    const auto* logits = static_cast<const float*>(logits_->data);
+    for (int64_t t = 0; t < n; ++t) add_candidates(found, logits + t * n_vocab, n_vocab, k, extra);
+    return found;
 }
 
 void CanvasState::copy_logits(float* target) const {

@@ -22,10 +22,10 @@ class CanvasState {
   public:
     explicit CanvasState(const Model& model);
 
-    // Soft-capped logits of the last step, n_vocab floats per position. Valid until the next step; on a
-    // device, until the next call.
-    const float* logits();
+    // Soft-capped logits of the last step, n_vocab floats per position.
     void copy_logits(float* target) const;
+    // See Candidates; of the first n positions.
+    Candidates candidates(int64_t n, int32_t k, const std::vector<int32_t>& extra) const;
     // Replaces them, n_vocab * canvas_length floats, as self-conditioning for the next step.
     void set_logits(const float* logits);
     // Makes the next step's self-conditioning treat this token as certain.
@@ -46,9 +46,8 @@ class CanvasState {
     StepState step_;
     ggml_context_ptr context_;
     ggml_backend_buffer_ptr buffer_;
-    ggml_tensor* logits_ = nullptr;   // F32 [n_vocab, canvas_length]
-    ggml_tensor* soft_ = nullptr;     // devices: F32 [n_embd, canvas_length], the soft embedding
-    std::vector<float> host_logits_;  // devices: copy of the logits
+    ggml_tensor* logits_ = nullptr;  // F32 [n_vocab, canvas_length]
+    ggml_tensor* soft_ = nullptr;    // devices: F32 [n_embd, canvas_length], the soft embedding
 };
 
 class Denoiser {

@@ -178,7 +178,7 @@ size_t Session::end_of(const std::vector<int32_t>& draft) const {
 
 // --- the caller's part in a step ---
 
-Session::Candidates Session::candidates(int32_t k, const std::vector<int32_t>& extra) {
+Candidates Session::candidates(int32_t k, const std::vector<int32_t>& extra) {
     if (!generation_ || !generation_->pending) {
         throw Error(ErrorKind::argument, "no guided step is pending: call next_step first");
     }
@@ -186,18 +186,7 @@ Session::Candidates Session::candidates(int32_t k, const std::vector<int32_t>& e
     if (k < 1 || k > n_vocab)
         throw Error(ErrorKind::argument,
                     format("k is %d; it must be 1 to %lld", k, static_cast<long long>(n_vocab)));
-    const size_t n = generation_->canvas.size();
-    Candidates found;
-    found.tokens.resize(n * k);
-    found.logits.resize(n * k);
-    const float* logits = canvas_state_.logits();
-    for (size_t i = 0; i < n; ++i) {
-        const float* row = logits + i * n_vocab;
-        top_k(row, n_vocab, k, found.tokens.data() + i * k);
-        for (int32_t j = 0; j < k; ++j) found.logits[i * k + j] = row[found.tokens[i * k + j]];
-        for (const int32_t token : extra) found.extra.push_back(row[token]);
-    }
-    return found;
+    return canvas_state_.candidates(static_cast<int64_t>(generation_->canvas.size()), k, extra);
 }
 
 void Session::impose(const std::vector<int32_t>& tokens, StepResult& result) {

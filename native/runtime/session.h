@@ -111,12 +111,7 @@ class Session {
     // most canvas_length) and continues after them, even if the canvas had ended the generation. Returns
     // whether the generation now ends, and why.
     Finish amend(const std::vector<int32_t>& tokens);
-    // Between the halves of a guided step: each position's top k tokens with their logits [k, canvas_length],
-    // and the logits of the tokens in `extra` [n_extra, canvas_length].
-    struct Candidates {
-        std::vector<int32_t> tokens;
-        std::vector<float> logits, extra;
-    };
+    // Between the halves of a guided step: see pydiffusion::Candidates, of each position.
     Candidates candidates(int32_t k, const std::vector<int32_t>& extra);
 
     void cancel() { cancel_ = true; }

@@ -253,4 +253,13 @@ void top_k(const float* logits, int64_t n_vocab, int32_t k, int32_t* tokens) {
     std::sort_heap(tokens, tokens + k, better);
 }
 
+void add_candidates(Candidates& candidates, const float* logits, int64_t n_vocab, int32_t k,
+                    const std::vector<int32_t>& extra) {
+    const size_t first = candidates.tokens.size();
+    candidates.tokens.resize(first + k);
+    top_k(logits, n_vocab, k, candidates.tokens.data() + first);
+    for (int32_t i = 0; i < k; ++i) candidates.logits.push_back(logits[candidates.tokens[first + i]]);
+    for (const int32_t token : extra) candidates.extra.push_back(logits[token]);
+}
+
 }  // namespace pydiffusion

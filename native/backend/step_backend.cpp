@@ -1,14 +1,26 @@
-// The registry of StepBackends: one line each.
+#include "backend/step_backend.h"
+
 #include <map>
+#include <vector>
 
 #include "backend/fake_device.h"
-#include "backend/step_backend.h"
 
 namespace pydiffusion {
 
+Candidates StepBackend::candidates(const ggml_tensor* logits, int64_t n, int32_t k,
+                                   const std::vector<int32_t>& extra) {
+    Candidates found;
+    std::vector<float> row(logits->ne[0]);
+    for (int64_t t = 0; t < n; ++t) {
+        ggml_backend_tensor_get(logits, row.data(), t * logits->nb[1], row.size() * sizeof(float));
+        add_candidates(found, row.data(), logits->ne[0], k, extra);
+    }
+    return found;
+}
+
 namespace {
 
-// By the name of ggml's registry of the devices.
+// The registry, one line each, by the name of ggml's registry of the devices.
 std::map<std::string, MakeStepBackend>& step_backends() {
     static std::map<std::string, MakeStepBackend> all = {
         {kFakeRegistry, make_host_step_backend},
