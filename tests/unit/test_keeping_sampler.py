@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,7 +54,7 @@ def test_given_tokens_stay_and_are_not_counted(model: DiffusionModel, held: bool
     canvas = np.full(N_CANVAS, -1, np.int32)
     canvas[list(given)] = list(given.values())
     session = native_session(model, canvas=canvas, hold=(canvas >= 0).astype(np.uint8) * held, steps=5)
-    known = {position: token for position, token in given.items()}
+    known = dict(given)
     n_masked = N_CANVAS - len(given)
     for steps_left in range(5, 0, -1):
         step = session.next_step()
@@ -72,7 +71,7 @@ def test_given_tokens_stay_and_are_not_counted(model: DiffusionModel, held: bool
 
 
 def test_guided_steps_keep_what_the_guide_chose(model: DiffusionModel) -> None:
-    """The guide chooses the second likeliest token; where a position is settled, there is nothing to choose."""
+    """The guide chooses the second likeliest token; a settled position leaves it no choice."""
     session = native_session(model, guided=True)
     settled: dict[int, int] = {}
     while (half := session.next_step()) is not None:
@@ -103,11 +102,10 @@ def test_an_imposed_token_can_not_replace_a_settled_one(model: DiffusionModel) -
 def test_positions_after_a_settled_eos_are_trimmed(model: DiffusionModel) -> None:
     plain = [event for event in events(model, steps=N_CANVAS) if isinstance(event, DraftEvent)]
     final = plain[-1].tokens.tolist()
-    eos = next(  # a token that is settled early, and nowhere before it
-        final[i]
-        for i in np.argsort([min(e.step for e in plain if not e.accepted[i]) for i in range(N_CANVAS - 9)])[::-1]
-        if final.index(final[i]) == i
-    )
+    settled_at = [int(np.argmax([draft.accepted[i] for draft in plain])) for i in range(N_CANVAS)]
+    # The first to settle of those that leave something to trim, with a token that no position before has.
+    firsts = [i for i in range(N_CANVAS - TRIM_SLACK - 1) if final.index(final[i]) == i]
+    eos = final[min(firsts, key=lambda i: settled_at[i])]
     seen = events(model, steps=N_CANVAS, eos=(eos,), trim_after_eos=True)
     drafts = [event for event in seen if isinstance(event, DraftEvent)]
     lengths = [len(draft.tokens) for draft in drafts]
