@@ -132,7 +132,7 @@ void check_matmul(Kernel kernel, const QuantizedRows& weights, int64_t n_activat
 // That tiles multiply these, and no operation of ggml's.
 void check_is_ours(Kernel kernel, ggml_type type) {
     const ggml_context_ptr context(ggml_init({8 * ggml_tensor_overhead(), nullptr, true}));
-    Matmul matmul(context.get(), kernel, false, true);
+    Matmul matmul(context.get(), kernel);
     ggml_tensor* weight = ggml_new_tensor_2d(context.get(), type, 512, 33);
     ggml_tensor* x = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, 512, 1);
     const ggml_tensor* result = matmul.apply(weight, x);

@@ -44,8 +44,8 @@ ENTROPY_BOUND = SAMPLER_OPTIONS["entropy-bound"]
 ENTROPY_BOUND_DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
     {option.name: option.default for option in ENTROPY_BOUND}
 )
-# Of all options that a file can set: the keys (one per sampler that has the option), and the reference's default
-# where the file has none of them.
+# Of all options that a file can set: the keys (one per sampler that has the option), and the reference's
+# default where the file has none of them.
 FILE_KEYS: dict[str, tuple[str, ...]] = {"canvas_length": (CANVAS_LENGTH_KEY,)}
 for _option in (option for options in SAMPLER_OPTIONS.values() for option in options):
     FILE_KEYS[_option.name] = (*FILE_KEYS.get(_option.name, ()), _option.key)

@@ -16,7 +16,7 @@ from support.toy.checkpoint import MASK, SHAPES, Shape, registered, weights, wri
 from support.toy.reference import Toy
 
 from pydiffusion import _native
-from pydiffusion.convert import convert, convert_mmproj, fit, plan_sizes, quantize, verify
+from pydiffusion.convert import convert, convert_mmproj, plan_sizes, quantize, verify
 from pydiffusion.errors import ConversionError
 
 
@@ -136,17 +136,6 @@ def test_planned_sizes_equal_the_file(toy: Path, tmp_path: Path, pad: bool | Non
     assert verify(tmp_path / "m.gguf", toy).problems == []
     if pad:
         assert fields_of(GGUFReader(tmp_path / "m.gguf"))["masked-toy.feed_forward_length"][1] == 256
-
-
-@pytest.mark.skipif(
-    "unmask" not in _native.sampler_options(),
-    reason="memory is counted natively, by an extension with the toy: NOT CHECKED here",
-)
-def test_the_best_type_that_fits(toy: Path) -> None:
-    everything, _ = fit(toy, 1 << 40)
-    assert everything.type == "bf16"
-    with pytest.raises(ConversionError, match="nothing fits"):
-        fit(toy, 1 << 20)
 
 
 def edited(folder: Path, target: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
