@@ -38,13 +38,6 @@ std::pair<T*, nb::capsule> new_values(size_t n) {
     return {values.release(), owner};
 }
 
-// A new numpy array for the caller to fill.
-template <typename T>
-Numpy2<T> new_numpy(size_t n_rows, size_t width) {
-    const auto [data, owner] = new_values<T>(n_rows * width);
-    return Numpy2<T>(data, {n_rows, width}, owner);
-}
-
 // The same for the memory of a vector.
 template <typename T>
 std::pair<T*, nb::capsule> keep_values(std::vector<T> values) {
@@ -56,6 +49,13 @@ std::pair<T*, nb::capsule> keep_values(std::vector<T> values) {
     return {data, owner};
 }
 
+// A new numpy array [n_rows, width] for the caller to fill.
+template <typename T>
+Numpy2<T> new_numpy(size_t n_rows, size_t width) {
+    const auto [data, owner] = new_values<T>(n_rows * width);
+    return Numpy2<T>(data, {n_rows, width}, owner);
+}
+
 // A numpy array of the vector's memory, not copied.
 template <typename T>
 Numpy1<T> to_numpy(std::vector<T> values) {
@@ -64,7 +64,7 @@ Numpy1<T> to_numpy(std::vector<T> values) {
     return Numpy1<T>(data, {n}, owner);
 }
 
-// The same with rows of width.
+// The same [n_rows, width].
 template <typename T>
 Numpy2<T> to_numpy(std::vector<T> values, size_t n_rows, size_t width) {
     const auto [data, owner] = keep_values(std::move(values));
