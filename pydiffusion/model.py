@@ -158,6 +158,7 @@ class DiffusionModel:
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
         self._chat_template: ChatTemplate | None = None
         self._template_lock = threading.Lock()
+        self._automata: dict[Any, Automaton] = {}
 
     @classmethod
     def from_pretrained(
@@ -239,11 +240,10 @@ class DiffusionModel:
 
         ends = frozenset(self.resolve(options).eos)
         key = (options.json_schema, options.regex, ends)
-        cache: dict[Any, Automaton] = self.__dict__.setdefault("_automata", {})
-        found = cache.pop(key, None) or automaton_for(options, self.tokenizer, ends)
-        cache[key] = found  # most recently used last
-        if len(cache) > _N_AUTOMATA:
-            cache.pop(next(iter(cache)), None)
+        found = self._automata.pop(key, None) or automaton_for(options, self.tokenizer, ends)
+        self._automata[key] = found  # most recently used last
+        if len(self._automata) > _N_AUTOMATA:
+            self._automata.pop(next(iter(self._automata)), None)
         return found
 
     def _template(self) -> ChatTemplate:

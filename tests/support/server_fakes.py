@@ -79,6 +79,7 @@ class ScriptedModel(DiffusionModel):
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
         self._chat_template = None
         self._template_lock = threading.Lock()
+        self._automata = {}
 
 
 class ScriptedWeights:
