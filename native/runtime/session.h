@@ -77,7 +77,7 @@ class Session {
     void truncate(int32_t n, const std::function<void(int32_t)>& on_chunk);
     // Tokens encoded by this session in total; shows what reuse of the cache saves.
     int64_t n_encoded() const { return n_encoded_; }
-    // For copying the session; see KvCache::read_rows.
+    // For saving the session; see KvCache::read_rows.
     const KvCache& cache() const { return cache_; }
     // Replaces tokens and cache rows by those of another session of the same model and cache type.
     void restore(const std::vector<int32_t>& tokens,

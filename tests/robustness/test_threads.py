@@ -107,7 +107,9 @@ def test_models_opened_and_dropped_in_threads(gguf_file: Callable[..., Path]) ->
 
 
 def test_concurrent_use_of_one_session_is_refused(slow_model: _native.Model) -> None:
-    session = _native.Session(slow_model, 1024)
+    session, other = (_native.Session(slow_model, 1024) for _ in range(2))
+    other.encode(prompt(2))
+    other.begin(**OPTIONS)
     started, refused = threading.Event(), []
 
     def encode() -> None:
@@ -122,6 +124,8 @@ def test_concurrent_use_of_one_session_is_refused(slow_model: _native.Model) -> 
             lambda: session.begin(**OPTIONS),
             session.next_step,
             lambda: session.step_ops,
+            lambda: session.copy_from(other),
+            lambda: other.copy_from(session),
         ]
         for call in calls:
             with pytest.raises(PyDiffusionError, match="in use by another thread"):
@@ -131,7 +135,8 @@ def test_concurrent_use_of_one_session_is_refused(slow_model: _native.Model) -> 
 
     with pytest.raises(GenerationCancelled):
         run_threads([encode, intrude])
-    assert len(refused) == 6
+    assert len(refused) == 8
+    assert other.n_past == 7 and other.next_step() is not None  # refused, its generation continues
     # What came before the cancel is in the cache, and the session works on.
     n = session.n_past
     assert 0 < n < 1000
@@ -140,6 +145,27 @@ def test_concurrent_use_of_one_session_is_refused(slow_model: _native.Model) -> 
     fresh = _native.Session(slow_model, 1024)
     hidden = [each.encode(prompt(0), return_hidden=True) for each in (session, fresh)]
     assert np.array_equal(*hidden)
+
+
+def test_sessions_that_copy_each_other_do_not_wait_for_each_other(model: _native.Model) -> None:
+    a, b = (_native.Session(model, N_CTX) for _ in range(2))
+    a.encode(prompt(1))
+    b.encode(prompt(2))
+    contents = {tuple(a.tokens.tolist()), tuple(b.tokens.tolist())}
+    n_copies = []
+
+    def copy(target: _native.Session, source: _native.Session) -> None:
+        for _ in range(500):
+            try:
+                target.copy_from(source)
+                n_copies.append(1)
+            except PyDiffusionError as error:
+                assert "in use by another thread" in str(error)
+
+    run_threads([lambda: copy(a, b), lambda: copy(b, a)])
+    assert n_copies and a.tokens.tolist() == b.tokens.tolist() and tuple(a.tokens.tolist()) in contents
+    canvas = prompt(3, model.canvas_length)
+    assert np.array_equal(a.denoise(canvas, None), b.denoise(canvas, None))
 
 
 def test_tokens_may_be_read_while_another_thread_computes(model: _native.Model) -> None:
