@@ -13,6 +13,10 @@
 
 namespace pydiffusion {
 
+// Rows of a quantized embedding that are converted to float16 and multiplied at a time; device plans count
+// two such buffers.
+constexpr int64_t kDenseRows = 8192;
+
 // Not thread-safe: hold Backend::lock_devices(). Calls return when their work is done, and throw Error if the
 // device fails.
 class StepBackend {

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "backend/ops/ggml_attention.h"
+#include "backend/step_backend.h"
 #include "ggml-alloc.h"
 #include "kv_cache/kv_layout.h"
 #include "model/limits.h"
@@ -94,9 +95,8 @@ Costs::Costs(const GgufFile& file, const Hparams& hp, bool dense_bf16, const Ses
 
     const int64_t logits =
         int64_t{hp.canvas_length} * (hp.n_vocab + hp.n_embd) * static_cast<int64_t>(sizeof(float));
-    constexpr int64_t kSelfConditioningRows = 8192;  // of the embedding in float16, as in cuda/
-    const int64_t conditioning =                     // double-buffered
-        2 * kSelfConditioningRows * hp.n_embd * static_cast<int64_t>(sizeof(ggml_fp16_t));
+    const int64_t conditioning =  // double-buffered
+        2 * kDenseRows * hp.n_embd * static_cast<int64_t>(sizeof(ggml_fp16_t));
     main_device_step = needs.n_sessions * static_cast<uint64_t>(logits) + static_cast<uint64_t>(conditioning);
 }
 

@@ -24,8 +24,7 @@ namespace pydiffusion {
 namespace {
 
 constexpr int32_t kGatherRows = 4096;         // embedding rows gathered at a time
-constexpr int64_t kDenseRows = 8192;          // embedding rows converted and multiplied at a time
-constexpr int64_t kDenseRowsInPlace = 32768;  // of a 16-bit embedding, which needs no conversion
+constexpr int64_t kDenseRowsInPlace = 32768;  // kDenseRows of a 16-bit embedding, which needs no conversion
 
 void check(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
