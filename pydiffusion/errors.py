@@ -2,6 +2,8 @@
 ``OptionError``) and ``TypeError`` instead.
 """
 
+from __future__ import annotations
+
 
 class PyDiffusionError(Exception):
     """Base class of all errors of this package; raised itself where no subclass fits."""
@@ -31,11 +33,11 @@ class OptionError(ValueError):
     """The value of an option is refused. ``param``: the option's name."""
 
     def __init__(self, param: str, message: str) -> None:
-        super().__init__(param, message)  # both, or it could not be pickled
+        super().__init__(message)
         self.param = param
 
-    def __str__(self) -> str:
-        return str(self.args[1])
+    def __reduce__(self) -> tuple[type[OptionError], tuple[str, str]]:
+        return type(self), (self.param, str(self))  # both arguments, or it could not be pickled
 
 
 class PyDiffusionWarning(UserWarning):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import os
@@ -218,9 +217,7 @@ class DiffusionModel:
 
     def resolve(self, options: GenerationOptions) -> ResolvedOptions:
         """Fill in unset options; see ``GenerationOptions.resolve``."""
-        if options.eos is None:  # found already, when the tokenizer was made
-            options = dataclasses.replace(options, eos=self.tokenizer.end_ids)
-        return options.resolve(self.metadata, self.n_vocab)
+        return options.resolve(self.metadata, self.n_vocab, self.tokenizer.end_ids)
 
     @property
     def has_chat_template(self) -> bool:

@@ -226,22 +226,33 @@ class GenerationOptions:
                 "thinking_budget", "thinking_budget can't be combined with canvas: positions would move"
             )
 
-    def resolve(self, metadata: Mapping[str, Any], n_vocab: int) -> ResolvedOptions:
+    def resolve(
+        self, metadata: Mapping[str, Any], n_vocab: int, end_ids: Sequence[int] | None = None
+    ) -> ResolvedOptions:
         """Fill in unset options from the file's defaults, else from the reference's.
 
+        end_ids: the file's end tokens, if already known.
         Raises OptionError if options and file contradict each other, ModelFormatError for an invalid value in
         the file.
         """
+        from ._util.sampler_options import FILE_KEYS  # loads the extension, which options don't need
+
         chosen = {name: getattr(self, name) for name in _NAME_TO_CHECK}
         for name, value in chosen.items():
             if value is None:
-                chosen[name] = _default(name, metadata, n_vocab)
+                chosen[name] = _from_file(name, metadata) if name in FILE_KEYS else _DEFAULTS.get(name)
+        if self.seed is None:
+            chosen["seed"] = secrets.randbits(32)
+        if self.eos is None:
+            if end_ids is None:
+                end_ids = [end.token_id for end in find_end_tokens(metadata, n_vocab)]
+            chosen["eos"] = tuple(end_ids)
         # Of the two temperatures, the one to name is the one that was chosen.
         given = "t_max" if self.t_min is None else "t_min"
         _check_temperatures(chosen["t_min"], chosen["t_max"], given)
         resolved = ResolvedOptions(**chosen)
         _check_token_ids(resolved, n_vocab)
-        longest = _default("canvas_length", metadata, n_vocab)
+        longest = _from_file("canvas_length", metadata)
         if resolved.canvas_length > longest:
             raise OptionError(
                 "canvas_length",
@@ -330,19 +341,10 @@ def _check_token_ids(options: ResolvedOptions, n_vocab: int) -> None:
                 )
 
 
-def _default(name: str, metadata: Mapping[str, Any], n_vocab: int) -> Any:
-    """The value of an option left unset. Raises ModelFormatError for an invalid one in the file."""
-    if name == "seed":
-        return secrets.randbits(32)
-    if name == "eos":
-        return tuple(end.token_id for end in find_end_tokens(metadata, n_vocab))
-    from ._util.sampler_options import (  # loads the extension, which options don't need
-        FILE_DEFAULTS,
-        FILE_KEYS,
-    )
+def _from_file(name: str, metadata: Mapping[str, Any]) -> Any:
+    """The file's default of an option, else the reference's. Raises ModelFormatError for an invalid one."""
+    from ._util.sampler_options import FILE_DEFAULTS, FILE_KEYS
 
-    if name not in FILE_KEYS:
-        return _DEFAULTS.get(name)
     key = next((key for key in FILE_KEYS[name] if key in metadata), None)
     if key is None:
         return FILE_DEFAULTS[name]

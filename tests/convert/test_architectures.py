@@ -13,17 +13,19 @@ from support.paths import REPOSITORY
 
 from pydiffusion.convert.architectures import registry
 from pydiffusion.convert.architectures.architecture import Architecture
+from pydiffusion.convert.architectures.diffusion_gemma.architecture import DIFFUSION_GEMMA
 from pydiffusion.convert.checkpoint.strict_json import Fields
 from pydiffusion.errors import ConversionError
 
-FOLDER = "convert/architectures/diffusion_gemma"
-#: The registry's line, and a maker of DiffusionGemma files.
-USERS = {"convert/architectures/registry.py", "pydiffusion/testing/synthetic.py"}
+FOLDERS = sorted(path.parent for path in (REPOSITORY / "convert/architectures").glob("*/__init__.py"))
+REGISTRY = "convert/architectures/registry.py"
+#: Makers of files of an architecture.
+MAKERS = {"diffusion_gemma": {"pydiffusion/testing/synthetic.py"}}
 
 
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "ARCHITECTURES", list(registry.ARCHITECTURES))
+    monkeypatch.setattr(registry, "ARCHITECTURES", [DIFFUSION_GEMMA])
 
 
 def names_in(path: Path) -> Iterator[str]:
@@ -37,15 +39,20 @@ def names_in(path: Path) -> Iterator[str]:
             yield node.value
 
 
-def test_only_the_registry_knows_an_architecture() -> None:
-    paths = [path for top in ("convert", "pydiffusion") for path in (REPOSITORY / top).rglob("*.py")]
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_only_the_registry_knows_an_architecture(folder: Path) -> None:
     users = {
         path.relative_to(REPOSITORY).as_posix()
-        for path in paths
-        if any("architectures.diffusion_gemma" in name for name in names_in(path))
+        for top in ("convert", "pydiffusion")
+        for path in (REPOSITORY / top).rglob("*.py")
+        if folder not in path.parents
+        and any(f"architectures.{folder.name}" in name for name in names_in(path))
     }
-    assert {path for path in users if not path.startswith(FOLDER)} == USERS
-    assert any(path.startswith(FOLDER) for path in users)
+    assert users == {REGISTRY} | MAKERS.get(folder.name, set())
+
+
+def test_every_folder_of_an_architecture_is_looked_at() -> None:
+    assert "diffusion_gemma" in {folder.name for folder in FOLDERS}
 
 
 def other(**changes: Any) -> Architecture[Any]:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydiffusion import GenerationOptions, OptionError, ResolvedOptions
+from pydiffusion.constrained.schema import SchemaError
 
 N_VOCAB = 100
 CANVAS = 32
@@ -84,6 +85,12 @@ def test_a_canvas_length_is_at_most_the_file_s() -> None:
     assert GenerationOptions(canvas_length=CANVAS).resolve(FILE, N_VOCAB).canvas_length == CANVAS
     with pytest.raises(ValueError, match=f"canvas_length is 33; this model allows 1 to {CANVAS}"):
         GenerationOptions(canvas_length=CANVAS + 1).resolve(FILE, N_VOCAB)
+
+
+def test_end_tokens_that_are_known_are_not_looked_up_again() -> None:
+    assert GenerationOptions().resolve(FILE, N_VOCAB).eos == (1,)
+    assert GenerationOptions().resolve(FILE, N_VOCAB, [5, 6]).eos == (5, 6)
+    assert GenerationOptions(eos=()).resolve(FILE, N_VOCAB, [5, 6]).eos == ()
 
 
 def test_every_unset_seed_is_drawn() -> None:
@@ -157,6 +164,12 @@ def test_options_that_contradict_each_other_name_one(options: dict[str, Any], pa
     assert caught.value.param == param
 
 
-def test_an_option_error_survives_pickling() -> None:
-    error = pickle.loads(pickle.dumps(OptionError("steps", "steps is 0")))
-    assert (error.param, str(error)) == ("steps", "steps is 0")
+@pytest.mark.parametrize("kind", [OptionError, SchemaError])
+def test_an_option_error_is_a_value_error_with_its_message_and_survives_pickling(
+    kind: type[OptionError],
+) -> None:
+    made = kind("steps", "steps is 0")
+    for error in (made, pickle.loads(pickle.dumps(made))):
+        assert type(error) is kind and isinstance(error, ValueError)
+        assert (error.param, error.args, str(error)) == ("steps", ("steps is 0",), "steps is 0")
+        assert repr(error) == f"{kind.__name__}('steps is 0')"
