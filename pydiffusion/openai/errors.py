@@ -20,11 +20,9 @@ _TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
 }
-
-
 # Option -> the field of a request that sets it, where the names differ.
 _OPTION_TO_FIELD = {"json_schema": "response_format"}
-_MAX_MESSAGE = 500  # characters of a refused value in a message
+_MAX_MESSAGE = 500  # characters; a message quotes the refused value
 
 
 class ApiError(Exception):
