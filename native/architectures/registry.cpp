@@ -1,6 +1,7 @@
 // The registry of architectures: one line each.
 #include "architectures/diffusion_gemma.h"
 #include "model/architecture.h"
+#include "util/error.h"
 
 namespace pydiffusion {
 
@@ -30,7 +31,10 @@ std::vector<std::string> architecture_names() {
 }
 
 void register_architecture(const Architecture& architecture) {
-    if (!find_architecture(architecture.name())) architectures().push_back(&architecture);
+    if (find_architecture(architecture.name()))
+        throw Error(ErrorKind::argument,
+                    "an architecture " + quoted(architecture.name()) + " is registered already");
+    architectures().push_back(&architecture);
 }
 
 }  // namespace pydiffusion

@@ -11,7 +11,8 @@ namespace pydiffusion {
 
 class GraphInputs {
   public:
-    // n_inputs: most that any one device may get. ctx: of the graph, which must be gone before its inputs.
+    // n_inputs: most that any one device may get. ctx: of the graph, which must not run once its inputs are
+    // gone.
     GraphInputs(ggml_context* ctx, const Backend& backend, size_t n_inputs);
 
     // A tensor [n0, n1] in the memory of a device of the backend or of kCpuDevice. Without devices all of

@@ -14,12 +14,13 @@ std::vector<int32_t> checked_tokens(const T* ids, size_t n, int32_t n_vocab, con
                                     int32_t least = 0) {
     std::vector<int32_t> tokens(n);
     for (size_t i = 0; i < n; ++i) {
-        if (ids[i] < least || ids[i] >= n_vocab) {
+        const T id = ids[i];  // read once: another thread may write to a numpy array
+        if (id < least || id >= n_vocab) {
             throw Error(ErrorKind::argument,
                         format("token %lld at position %zu%s is outside the vocabulary, 0 to %d",
-                               static_cast<long long>(ids[i]), i, where, n_vocab - 1));
+                               static_cast<long long>(id), i, where, n_vocab - 1));
         }
-        tokens[i] = static_cast<int32_t>(ids[i]);
+        tokens[i] = static_cast<int32_t>(id);
     }
     return tokens;
 }

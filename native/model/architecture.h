@@ -43,7 +43,8 @@ class Architecture {
 // The architecture of this name; null if none is registered.
 const Architecture* find_architecture(const std::string& name);
 std::vector<std::string> architecture_names();
-// Adds one besides those built in; it must live as long as the process. Not thread-safe.
+// Adds one besides those built in; it must live as long as the process. Throws Error(argument) if the name is
+// taken. Not thread-safe.
 void register_architecture(const Architecture& architecture);
 
 }  // namespace pydiffusion

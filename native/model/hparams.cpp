@@ -78,6 +78,8 @@ Hparams::Hparams(const GgufFile& file) : architecture(&architecture_of(file)) {
     }
     sampler = read_sampler(keys, sampler_table(sampler_name));
     n_vocab = read_n_vocab(file, keys);
+    if (mask_token >= n_vocab)
+        keys.refuse(kMaskTokenKey, format("is %d, outside the vocabulary, 0 to %d", mask_token, n_vocab - 1));
 }
 
 }  // namespace pydiffusion

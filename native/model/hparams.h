@@ -35,8 +35,8 @@ struct Hparams {
     float rms_eps = 0.0f;
     float soft_cap = 0.0f;         // of the final logits
     float embedding_scale = 1.0f;  // of embedded tokens and of the soft embedding
-    float rope_base =
-        0.0f;  // full layers, whose frequencies are divided by rope_freqs.weight if there is one
+    // Of full layers, whose frequencies are divided by rope_freqs.weight if there is one.
+    float rope_base = 0.0f;
     float rope_base_swa = 0.0f;  // sliding layers
     std::vector<LayerShape> layers;
     std::string sampler_name = "entropy-bound";

@@ -17,7 +17,6 @@ class KeyReader {
 
     // "block_count" -> "diffusion-gemma.block_count"
     std::string own(const std::string& key) const { return architecture_ + "." + key; }
-    const std::string& path() const { return file_.path(); }
 
     [[noreturn]] void refuse(const std::string& key, const std::string& what) const;
     [[noreturn]] void unsupported(const std::string& key, const std::string& what) const;

@@ -38,8 +38,8 @@ struct LayerWeights {
     ggml_tensor* pre_ffw_norm_2 = nullptr;       // [d]
     ggml_tensor* ffn_gate_inp = nullptr;         // [d, n_expert], the router
     ggml_tensor* ffn_gate_inp_scale = nullptr;   // [d]
-    ggml_tensor* ffn_gate_up_exps =
-        nullptr;  // [d, 2 * n_ff_expert, n_expert], gate rows first; if null, the next two are set
+    // [d, 2 * n_ff_expert, n_expert], gate rows first; if null, the next two are set.
+    ggml_tensor* ffn_gate_up_exps = nullptr;
     ggml_tensor* ffn_gate_exps = nullptr;        // [d, n_ff_expert, n_expert]
     ggml_tensor* ffn_up_exps = nullptr;          // [d, n_ff_expert, n_expert]
     ggml_tensor* ffn_down_exps = nullptr;        // [n_ff_expert, d, n_expert]

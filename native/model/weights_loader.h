@@ -25,7 +25,6 @@ class WeightsLoader {
 
     bool has(const std::string& name) const { return file_.find_tensor(name) != nullptr; }
     const DevicePlan& device_plan() const { return device_plan_; }
-    int32_t n_devices() const { return backend_.n_devices(); }
 
     // Each throws unless the tensor exists with this shape.
     ggml_tensor* matrix(const std::string& name, const Shape& shape);

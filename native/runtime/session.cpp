@@ -147,13 +147,13 @@ void Session::copy_from(const Session& source) {
     }
     if (source.model_->hparams.n_vocab != model_->hparams.n_vocab)
         throw Error(ErrorKind::argument, "the session to copy is of another model");
+    std::vector<int32_t> tokens = source.tokens();  // before the cache changes: memory may run out
     const auto lock = model_->backend.lock_devices();
     cache_.copy_from(source.cache_);
     generation_.reset();
     denoiser_.invalidate();
-    const std::vector<int32_t> tokens = source.tokens();
     const std::lock_guard<std::mutex> tokens_lock(tokens_mutex_);
-    tokens_ = tokens;
+    tokens_ = std::move(tokens);
 }
 
 void Session::denoise(const std::vector<int32_t>& canvas, const float* conditioning, float* logits) {

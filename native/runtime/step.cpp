@@ -58,8 +58,8 @@ int denoise(const Members::iterator begin, const Members::iterator end, Denoiser
         denoiser.invalidate();
         if (n < 2) return fail_all();
     }
-    return denoise(begin, begin + n / 2, denoiser, executor) +
-           denoise(begin + n / 2, end, denoiser, executor);
+    const int n_graphs = denoise(begin, begin + n / 2, denoiser, executor);
+    return n_graphs + denoise(begin + n / 2, end, denoiser, executor);
 }
 
 }  // namespace
@@ -99,7 +99,8 @@ BatchStep step(const std::vector<Session*>& sessions, Denoiser& denoiser, GraphE
 }
 
 std::optional<StepResult> next_step(Session& session, const std::function<void(int32_t)>& on_chunk) {
-    StepOutcome outcome = step({&session}, session.denoiser(), session.executor(), on_chunk).outcomes[0];
+    BatchStep batch = step({&session}, session.denoiser(), session.executor(), on_chunk);
+    StepOutcome& outcome = batch.outcomes[0];
     if (outcome.error) std::rethrow_exception(outcome.error);
     if (outcome.result.step == 0) return std::nullopt;
     return std::move(outcome.result);

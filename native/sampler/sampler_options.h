@@ -11,9 +11,11 @@ namespace pydiffusion {
 
 // Length of the canvas on which the model was trained; not a sampler's, as every sampler has a canvas.
 inline constexpr char kCanvasLengthKey[] = "diffusion.canvas_length";
+// Token with which a canvas begins, of models that unmask.
+inline constexpr char kMaskTokenKey[] = "diffusion.mask_token_id";
 
 struct SamplerOption {
-    const char* name;          // as in GenerationParams
+    const char* name;          // as in SamplerParams
     const char* key;           // of the file's default
     bool integer;              // otherwise a float
     double reference_default;  // where the file has no such key

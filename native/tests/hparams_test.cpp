@@ -1,6 +1,7 @@
 // Hparams: read from a file's keys, defaults, and what is refused.
 #include "model/hparams.h"
 
+#include "architectures/diffusion_gemma.h"
 #include "small_model.h"
 #include "support.h"
 
@@ -100,6 +101,14 @@ TEST_CASE("other models are not supported") {
     CHECK_ERROR(read(with(own("attention.shared_kv_layers"), 1u)), unsupported, "shared_kv_layers");
     CHECK_ERROR(read(with(own("attention.value_length"), 32u)), unsupported, "value_length");
     CHECK_ERROR(read(with("split.count", 2u)), unsupported, "split.count");
+}
+
+TEST_CASE("an architecture's name is registered once") {
+    static const DiffusionGemma again;
+    CHECK_ERROR(register_architecture(again), argument, "'diffusion-gemma' is registered already");
+    CHECK(architecture_names() == std::vector<std::string>{"diffusion-gemma"});
+    CHECK(find_architecture("diffusion-gemma") != &again);
+    CHECK(find_architecture("llama") == nullptr);
 }
 
 }  // namespace testing

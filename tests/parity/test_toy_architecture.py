@@ -19,7 +19,7 @@ from support.toy.reference import Cache, Generation, Toy
 
 from pydiffusion import DiffusionModel, _native
 from pydiffusion.convert import convert, fit
-from pydiffusion.errors import ConversionError
+from pydiffusion.errors import ConversionError, ModelFormatError
 from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent
 
 N_CANVAS, N_VOCAB = 16, 384
@@ -114,6 +114,18 @@ def test_hidden_states_and_logits(model: DiffusionModel, pair: Pair, prompt: str
         difference = compare(values, wanted[name])
         report(f"toy: {pair.shape}, {prompt} prompt, {name}: {difference}")
         assert_within(difference, MEAN_BOUND, MAX_BOUND)
+
+
+def test_a_mask_token_outside_the_vocabulary_is_refused(
+    model: DiffusionModel, pair: Pair, tmp_path: Path
+) -> None:
+    data = pair.path.read_bytes()
+    key = b"diffusion.mask_token_id" + (4).to_bytes(4, "little")  # and the type, uint32
+    at = data.index(key) + len(key)
+    assert data[at : at + 4] == MASK.to_bytes(4, "little")
+    (tmp_path / "toy.gguf").write_bytes(data[:at] + N_VOCAB.to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(ModelFormatError, match=r"mask_token_id.*384"):
+        DiffusionModel(tmp_path / "toy.gguf", n_ctx=64, device="cpu")
 
 
 def test_the_best_type_that_fits(model: DiffusionModel, pair: Pair) -> None:

@@ -57,9 +57,10 @@ struct ExpertWeights {
 
 // Outputs of the chosen experts: their weighted sum, or what join() needs to compute it.
 struct Mixture {
-    ggml_tensor* sum;  // [d, n_tokens], or null
-    ggml_tensor *experts, *scores,
-        *chosen;  // [d, n_used, n_tokens], [n_expert, n_tokens], I32 [n_used, n_tokens]
+    ggml_tensor* sum;      // [d, n_tokens], or null
+    ggml_tensor* experts;  // [d, n_used, n_tokens]
+    ggml_tensor* scores;   // [n_expert, n_tokens]
+    ggml_tensor* chosen;   // I32 [n_used, n_tokens]
 };
 
 // RMS norms of a layer's two branches and of their sum, [d]; scale [1] of the layer's output.

@@ -22,8 +22,10 @@ void MaskedToy::read_hparams(const KeyReader& keys, Hparams& hp) const {
     hp.soft_cap = keys.number(keys.own("final_logit_softcapping"), 1e-3, 1e6);
     hp.rope_base = keys.number(keys.own("rope.freq_base"), 1.0, 1e12);
     hp.sampler_name = unmask_table().name;
-    hp.mask_token = keys.integer("diffusion.mask_token_id", 0, INT32_MAX);
+    hp.mask_token = keys.integer(kMaskTokenKey, 0, INT32_MAX);
     const int32_t head_dim = keys.integer(keys.own("attention.key_length"), 2, 1024);
+    if (head_dim % 2 != 0)
+        keys.refuse(keys.own("attention.key_length"), format("is %d; it must be even", head_dim));
     const int32_t n_head_kv = keys.integer(keys.own("attention.head_count_kv"), 1, hp.n_head);
     if (hp.n_head % n_head_kv != 0)
         keys.refuse(keys.own("attention.head_count_kv"),
