@@ -2,10 +2,9 @@
 #pragma once
 
 #include "runtime/session.h"
-#include "sampler/registry.h"
 
 inline pydiffusion::GenerationParams default_params(const pydiffusion::Hparams& hparams) {
     pydiffusion::GenerationParams params;
-    params.sampler = pydiffusion::params_of(hparams.sampler);
+    params.sampler.values = hparams.sampler;
     return params;
 }

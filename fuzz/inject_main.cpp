@@ -44,8 +44,8 @@ std::vector<int32_t> run_conversation(pydiffusion::Session& session) {
         session.encode(kPrompt, ignore, nullptr);
         pydiffusion::GenerationParams params = default_params(session.model().hparams);
         params.max_tokens = 3 * session.model().hparams.canvas_length;
-        params.sampler.steps = 4;
-        params.sampler.confidence_threshold = 0.0f;
+        params.sampler.values["steps"] = 4;
+        params.sampler.values["confidence_threshold"] = 0;
         session.begin(params);
     }
     std::vector<int32_t> output;

@@ -53,7 +53,7 @@ bool generate(const std::shared_ptr<const pydiffusion::Model>& model) {
     session.encode({hp.n_vocab - 1, 0, hp.n_vocab / 2}, [](int32_t) {}, nullptr);
     pydiffusion::GenerationParams params = default_params(hp);
     params.max_tokens = 2 * hp.canvas_length;
-    params.sampler.steps = 2;
+    params.sampler.values["steps"] = 2;
     session.begin(params);
     while (const auto step = pydiffusion::next_step(session, [](int32_t) {})) {
         check_tokens(step->draft, hp.n_vocab);

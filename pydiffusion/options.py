@@ -235,12 +235,15 @@ class GenerationOptions:
         Raises OptionError if options and file contradict each other, ModelFormatError for an invalid value in
         the file.
         """
-        from ._util.sampler_options import FILE_KEYS  # loads the extension, which options don't need
+        # These load the extension, which options don't need.
+        from ._util.sampler_options import file_options, sampler_of
 
+        in_file = file_options(sampler_of(metadata))
         chosen = {name: getattr(self, name) for name in _NAME_TO_CHECK}
         for name, value in chosen.items():
             if value is None:
-                chosen[name] = _from_file(name, metadata) if name in FILE_KEYS else _DEFAULTS.get(name)
+                found = _from_file(name, *in_file[name], metadata) if name in in_file else None
+                chosen[name] = _DEFAULTS.get(name) if found is None else found
         if self.seed is None:
             chosen["seed"] = secrets.randbits(32)
         if self.eos is None:
@@ -252,7 +255,7 @@ class GenerationOptions:
         _check_temperatures(chosen["t_min"], chosen["t_max"], given)
         resolved = ResolvedOptions(**chosen)
         _check_token_ids(resolved, n_vocab)
-        longest = _from_file("canvas_length", metadata)
+        longest = _from_file("canvas_length", *in_file["canvas_length"], metadata)
         if resolved.canvas_length > longest:
             raise OptionError(
                 "canvas_length",
@@ -341,13 +344,10 @@ def _check_token_ids(options: ResolvedOptions, n_vocab: int) -> None:
                 )
 
 
-def _from_file(name: str, metadata: Mapping[str, Any]) -> Any:
+def _from_file(name: str, key: str | None, reference: Any, metadata: Mapping[str, Any]) -> Any:
     """The file's default of an option, else the reference's. Raises ModelFormatError for an invalid one."""
-    from ._util.sampler_options import FILE_DEFAULTS, FILE_KEYS
-
-    key = next((key for key in FILE_KEYS[name] if key in metadata), None)
-    if key is None:
-        return FILE_DEFAULTS[name]
+    if key not in metadata:
+        return reference
     try:
         return _NAME_TO_CHECK[name](metadata[key])
     except ValueError as error:

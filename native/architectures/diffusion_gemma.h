@@ -8,6 +8,7 @@ namespace pydiffusion {
 class DiffusionGemma : public Architecture {
   public:
     const char* name() const override { return "diffusion-gemma"; }
+    const char* sampler() const override { return "entropy-bound"; }
 
     // diffusion_gemma_file.cpp
     void read_hparams(const KeyReader& keys, Hparams& hparams) const override;

@@ -49,7 +49,6 @@ Backend::Backend(int n_threads, const std::string& device, const std::string& ke
             throw Error(ErrorKind::argument,
                         format("device names %zu devices; give 1 to %zu", devices_.size(), kMaxBackends - 1));
         step_backend_ = make_step_backend(devices_.back().get());
-        if (!step_backend_) throw Error(ErrorKind::argument, why_no_device(name));
         cpu_.reset(ggml_backend_cpu_init());
         if (!cpu_)
             throw Error(ErrorKind::out_of_memory, "out of memory: failed to create ggml's CPU backend");

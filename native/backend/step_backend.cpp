@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "backend/fake_device.h"
+#include "util/error.h"
 
 namespace pydiffusion {
 
@@ -48,7 +49,9 @@ std::unique_ptr<StepBackend> make_step_backend(ggml_backend_t backend) {
 bool has_step_backend(ggml_backend_dev_t device) { return find(device) != nullptr; }
 
 void register_step_backend(const std::string& ggml_backend, MakeStepBackend make) {
-    step_backends()[ggml_backend] = make;
+    if (!step_backends().emplace(ggml_backend, make).second)
+        throw Error(ErrorKind::argument,
+                    "a StepBackend for " + quoted(ggml_backend) + " is registered already");
 }
 
 }  // namespace pydiffusion

@@ -37,6 +37,8 @@ class StepBackend {
     virtual void pin(ggml_tensor* logits, int64_t position, int32_t token, float value) = 0;
 
     // See Candidates, of the first n rows of logits. By default the rows are copied to the host one by one.
+    // Unlike the others this is called without the lock, so that sessions need not wait for each other's
+    // ranking.
     virtual Candidates candidates(const ggml_tensor* logits, int64_t n, int32_t k,
                                   const std::vector<int32_t>& extra);
 
@@ -54,7 +56,7 @@ std::unique_ptr<StepBackend> make_step_backend(ggml_backend_t backend);
 bool has_step_backend(ggml_backend_dev_t device);
 
 // Adds one for the devices of a ggml backend besides those built in, by the name of ggml's registry of its
-// devices ("CUDA"). Not thread-safe.
+// devices ("CUDA"). Throws Error(argument) if there is one. Not thread-safe.
 using MakeStepBackend = std::unique_ptr<StepBackend> (*)(ggml_backend_t backend);
 void register_step_backend(const std::string& ggml_backend, MakeStepBackend make);
 

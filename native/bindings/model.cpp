@@ -163,7 +163,7 @@ nb::dict hparams_dict(const Hparams& hp) {
     d["sliding"] = sliding;
     d["head_dim"] = head_dim;
     d["n_head_kv"] = n_head_kv;
-    for (const SamplerOption& option : sampler_table(hp.sampler_name).options)
+    for (const SamplerOption& option : sampler_table(hp.architecture->sampler()).options)
         d[option.name] = option_value(option, hp.sampler.at(option.name));
     return d;
 }
@@ -250,6 +250,9 @@ nb::dict plan(const std::string& path, const std::string& device, const std::vec
 
 // Of a model that is not written yet, all of it on one device.
 nb::dict memory_use(const nb::bytes& header, int64_t n_ctx) {
+    if (n_ctx < 1)
+        throw Error(ErrorKind::argument, format("n_ctx is %lld; permitted is an integer of at least 1",
+                                                static_cast<long long>(n_ctx)));
     const auto file = GgufFile::from_header(static_cast<const uint8_t*>(header.data()), header.size(),
                                             "the header of the planned file");
     const Hparams hp(*file);

@@ -2,6 +2,7 @@
 #include <nanobind/stl/tuple.h>
 
 #include "bindings/bindings.h"
+#include "model/architecture.h"
 #include "sampler/entropy_bound.h"
 #include "sampler/logits.h"
 #include "sampler/philox.h"
@@ -54,6 +55,14 @@ std::tuple<Numpy1<float>, Numpy1<int32_t>> random_draws(uint64_t seed, uint32_t 
     return {to_numpy(std::move(u)), to_numpy(std::move(tokens))};
 }
 
+// The name of the sampler, by the name of the architecture.
+nb::dict samplers_of_architectures() {
+    nb::dict samplers;
+    for (const std::string& name : architecture_names())
+        samplers[name.c_str()] = find_architecture(name)->sampler();
+    return samplers;
+}
+
 // One dict per option, by the name of the sampler.
 nb::dict sampler_options() {
     nb::dict samplers;
@@ -83,6 +92,8 @@ nb::object option_value(const SamplerOption& option, double value) {
 
 void bind_sampler(nb::module_& m) {
     m.attr("CANVAS_LENGTH_KEY") = kCanvasLengthKey;
+    m.def("samplers_of_architectures", samplers_of_architectures,
+          "Name of the architecture -> name of its models' sampler.");
     m.def(
         "sampler_options", sampler_options,
         "Options of each sampler that a file can set: by sampler, dicts of name, key, integer, default, low, "

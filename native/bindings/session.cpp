@@ -10,6 +10,7 @@
 #include "bindings/session_types.h"
 #include "bindings/token_ids.h"
 #include "runtime/step.h"
+#include "sampler/registry.h"
 #include "util/error.h"
 
 namespace pydiffusion {
@@ -193,6 +194,26 @@ const char* amend(Session& session, const Array1<int32_t>& tokens) {
     return finish_name(session.amend(replacement));
 }
 
+// The options of a sampler, each by name. Throws Error(argument) for one that is missing or unknown.
+SamplerValues sampler_values(const SamplerTable& table, const nb::kwargs& options) {
+    SamplerValues values;
+    for (const auto& [name, value] : options) {
+        const auto known = nb::cast<std::string>(name);
+        int32_t count = 0;
+        double number = 0.0;
+        const bool is_count = table.option(known).integer;
+        if (!(is_count ? nb::try_cast(value, count) : nb::try_cast(value, number)))
+            throw nb::type_error((known + " must be " + (is_count ? "an integer" : "a number")).c_str());
+        values[known] = is_count ? count : number;
+    }
+    for (const SamplerOption& option : table.options) {
+        if (!values.count(option.name))
+            throw Error(ErrorKind::argument,
+                        std::string("the sampler's option ") + option.name + " is missing");
+    }
+    return values;
+}
+
 void bind_step(nb::module_& m) {
     constexpr auto owned = nb::rv_policy::automatic;  // properties refer to the Step by default
     nb::class_<StepResult>(m, "Step",
@@ -277,15 +298,14 @@ void bind_session(nb::module_& m) {
              nb::arg("self_conditioning").noconvert().none())
         .def(
             "begin",
-            [](Session& session, int32_t max_tokens, int32_t steps, float t_min, float t_max,
-               float entropy_bound, int32_t stability_threshold, float confidence_threshold, uint64_t seed,
-               const std::vector<int32_t>& eos, const std::optional<Array1<int32_t>>& canvas,
-               const std::optional<Array1<uint8_t>>& hold, float dropped_mass, int32_t canvas_length,
-               bool trim_after_eos, bool guided) {
+            [](Session& session, int32_t max_tokens, uint64_t seed, const std::vector<int32_t>& eos,
+               const std::optional<Array1<int32_t>>& canvas, const std::optional<Array1<uint8_t>>& hold,
+               float dropped_mass, int32_t canvas_length, bool trim_after_eos, bool guided,
+               const nb::kwargs& sampler_options) {
                 const int32_t n_vocab = session.model().hparams.n_vocab;
-                const SamplerParams sampler = {
-                    steps, t_min, t_max, entropy_bound, stability_threshold, confidence_threshold, seed};
-                GenerationParams params = {sampler, max_tokens,
+                const SamplerTable& table = sampler_table(session.model().hparams.architecture->sampler());
+                GenerationParams params = {{sampler_values(table, sampler_options), seed},
+                                           max_tokens,
                                            checked_tokens(eos.data(), eos.size(), n_vocab, " of eos")};
                 if (canvas) params.canvas = checked_tokens(*canvas, n_vocab, " of the canvas", -1);
                 if (hold) params.hold = to_vector(*hold);
@@ -296,11 +316,11 @@ void bind_session(nb::module_& m) {
                 const Session::Use use(session);
                 session.begin(params);
             },
-            nb::kw_only(), nb::arg("max_tokens"), nb::arg("steps"), nb::arg("t_min"), nb::arg("t_max"),
-            nb::arg("entropy_bound"), nb::arg("stability_threshold"), nb::arg("confidence_threshold"),
-            nb::arg("seed"), nb::arg("eos"), nb::arg("canvas").noconvert() = nb::none(),
-            nb::arg("hold").noconvert() = nb::none(), nb::arg("dropped_mass") = 0.0f,
-            nb::arg("canvas_length") = 0, nb::arg("trim_after_eos") = false, nb::arg("guided") = false)
+            nb::kw_only(), nb::arg("max_tokens"), nb::arg("seed"), nb::arg("eos"),
+            nb::arg("canvas").noconvert() = nb::none(), nb::arg("hold").noconvert() = nb::none(),
+            nb::arg("dropped_mass") = 0.0f, nb::arg("canvas_length") = 0, nb::arg("trim_after_eos") = false,
+            nb::arg("guided") = false, nb::arg("sampler_options"),
+            "Start a generation. sampler_options: all options of the model's sampler, see sampler_options().")
         .def("next_step", run_step, "Run one denoising step of the generation; None after its end.")
         .def("impose", impose, nb::arg("tokens").noconvert(),
              "Second half of a guided step: these tokens are its draft and fill the accepted positions.")

@@ -22,6 +22,8 @@ class Architecture {
 
     // general.architecture of its files.
     virtual const char* name() const = 0;
+    // The sampler of its models, by the name of its table.
+    virtual const char* sampler() const = 0;
 
     // Reads the model's own keys. Throws Error(unsupported) for a feature that is not implemented,
     // Error(format) for invalid values.

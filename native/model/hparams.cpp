@@ -76,7 +76,7 @@ Hparams::Hparams(const GgufFile& file) : architecture(&architecture_of(file)) {
         keys.refuse(kCanvasLengthKey,
                     format("is %d, larger than the context length %d", canvas_length, n_ctx_train));
     }
-    sampler = read_sampler(keys, sampler_table(sampler_name));
+    sampler = read_sampler(keys, sampler_table(architecture->sampler()));
     n_vocab = read_n_vocab(file, keys);
     if (mask_token >= n_vocab)
         keys.refuse(kMaskTokenKey, format("is %d, outside the vocabulary, 0 to %d", mask_token, n_vocab - 1));

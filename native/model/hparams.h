@@ -39,7 +39,6 @@ struct Hparams {
     float rope_base = 0.0f;
     float rope_base_swa = 0.0f;  // sliding layers
     std::vector<LayerShape> layers;
-    std::string sampler_name = "entropy-bound";
     int32_t mask_token = -1;  // with which a canvas begins, for samplers that unmask
     SamplerValues sampler;    // defaults: the file's, otherwise the reference implementation's
 

@@ -52,10 +52,7 @@ CanvasState::CanvasState(const Model& model) : model_(model) {
 }
 
 Candidates CanvasState::candidates(int64_t n, int32_t k, const std::vector<int32_t>& extra) const {
-    if (soft_) {
-        const auto lock = model_.backend.lock_devices();
-        return model_.backend.step_backend().candidates(logits_, n, k, extra);
-    }
+    if (soft_) return model_.backend.step_backend().candidates(logits_, n, k, extra);
     Candidates found;
     const int64_t n_vocab = model_.hparams.n_vocab;
     const auto* logits = static_cast<const float*>(logits_->data);

@@ -11,7 +11,7 @@ namespace pydiffusion {
 
 void Session::begin(const GenerationParams& params) {
     const Hparams& hp = model_->hparams;
-    auto sampler = make_sampler(hp.sampler_name, params.sampler, hp.n_vocab, hp.mask_token);
+    auto sampler = make_sampler(hp.architecture->sampler(), params.sampler, hp.n_vocab, hp.mask_token);
     check_params(params);
     check_hold(params);
     cache_.mark();  // the next turn may roll back to here, if the chat template drops the thinking
@@ -28,7 +28,7 @@ bool Session::begin_step(const std::function<void(int32_t)>& on_chunk) {
     if (g.pending) throw Error(ErrorKind::argument, "a guided step is pending: call impose first");
     if (g.step == 0) begin_canvas(on_chunk);
     StepState& state = canvas_state_.step();
-    state.self_conditioning = g.step < g.params.sampler.steps;
+    state.self_conditioning = g.step < g.params.sampler.steps();
     state.dropped_mass = g.params.dropped_mass;
     g.sampler->begin_step(g.step, state);
     return true;
@@ -42,7 +42,7 @@ void Session::begin_canvas(const std::function<void(int32_t)>& on_chunk) {
         g.finished.clear();
     }
     const size_t n = canvas_length(g.params);
-    g.step = g.params.sampler.steps;
+    g.step = g.params.sampler.steps();
     g.canvas.resize(n);
     g.settled.assign(n, -1);
     g.eos_at = n;
@@ -248,7 +248,7 @@ void Session::check_params(const GenerationParams& params) const {
         if (!ok) throw Error(ErrorKind::argument, what);
     };
     require(params.max_tokens >= 1, "max_tokens must be at least 1");
-    require(params.sampler.steps >= 1, "steps must be at least 1");
+    require(params.sampler.steps() >= 1, "steps must be at least 1");
     require(params.dropped_mass >= 0.0f && params.dropped_mass < 1.0f,
             "dropped_mass must be at least 0 and below 1");
     if (params.canvas_length < 0 || params.canvas_length > model_->hparams.canvas_length) {

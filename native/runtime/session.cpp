@@ -130,11 +130,12 @@ void Session::restore(const std::vector<int32_t>& tokens,
                            "a larger n_ctx",
                            tokens.size(), n_ctx_));
     }
+    std::vector<int32_t> restored = tokens;  // if that fails, nothing has changed
     generation_.reset();
     denoiser_.invalidate();
     cache_.restore(static_cast<int32_t>(tokens.size()), rows);
     const std::lock_guard<std::mutex> lock(tokens_mutex_);
-    tokens_ = tokens;
+    tokens_ = std::move(restored);
 }
 
 void Session::copy_from(const Session& source) {

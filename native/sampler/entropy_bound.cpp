@@ -28,16 +28,22 @@ std::vector<uint8_t> accept(const float* entropy, size_t n, float bound) {
 }
 
 EntropyBoundSampler::EntropyBoundSampler(const SamplerParams& params, int32_t n_vocab)
-    : params_(params), n_vocab_(n_vocab) {
+    : steps_(params.steps()),
+      t_min_(params.number("t_min")),
+      t_max_(params.number("t_max")),
+      entropy_bound_(params.number("entropy_bound")),
+      confidence_threshold_(params.number("confidence_threshold")),
+      stability_threshold_(params.count("stability_threshold")),
+      seed_(params.seed),
+      n_vocab_(n_vocab) {
     const auto require = [](bool ok, const char* what) {
         if (!ok) throw Error(ErrorKind::argument, what);
     };
-    require(
-        params.t_min >= 0.0f && params.t_max >= params.t_min && params.t_max > 0.0f && params.t_max <= 1e6f,
-        "temperatures must satisfy 0 <= t_min <= t_max and 0 < t_max");
-    require(params.entropy_bound >= 0.0f, "entropy_bound must be at least 0");
-    require(params.stability_threshold >= 0, "stability_threshold must be at least 0");
-    require(params.confidence_threshold >= 0.0f, "confidence_threshold must be at least 0");
+    require(t_min_ >= 0.0f && t_max_ >= t_min_ && t_max_ > 0.0f && t_max_ <= 1e6f,
+            "temperatures must satisfy 0 <= t_min <= t_max and 0 < t_max");
+    require(entropy_bound_ >= 0.0f, "entropy_bound must be at least 0");
+    require(stability_threshold_ >= 0, "stability_threshold must be at least 0");
+    require(confidence_threshold_ >= 0.0f, "confidence_threshold must be at least 0");
 }
 
 void EntropyBoundSampler::begin_canvas(int32_t canvas_index) {
@@ -48,35 +54,35 @@ void EntropyBoundSampler::begin_canvas(int32_t canvas_index) {
 
 void EntropyBoundSampler::begin_step(int32_t step, StepState& state) {
     step_ = step;
-    state.previous_temperature = temperature(step < params_.steps ? step + 1 : step);
+    state.previous_temperature = temperature(step < steps_ ? step + 1 : step);
     state.temperature = temperature(step);
     for (size_t i = 0; i < state.u.size(); ++i)
-        state.u[i] = random_draw(params_.seed, canvas_index_, step, i, n_vocab_).u;
+        state.u[i] = random_draw(seed_, canvas_index_, step, i, n_vocab_).u;
 }
 
 float EntropyBoundSampler::temperature(int32_t step) const {
-    return step_temperature(step, params_.steps, params_.t_min, params_.t_max);
+    return step_temperature(step, steps_, t_min_, t_max_);
 }
 
 int32_t EntropyBoundSampler::noise(size_t position) const {
-    return random_draw(params_.seed, canvas_index_, step_, position, n_vocab_).token;
+    return random_draw(seed_, canvas_index_, step_, position, n_vocab_).token;
 }
 
 // A settled position adds nothing to the sum of entropies, so it is accepted without being asked for.
 std::vector<uint8_t> EntropyBoundSampler::accept(const std::vector<float>& entropy,
                                                  const std::vector<int32_t>&) const {
-    return pydiffusion::accept(entropy.data(), entropy.size(), params_.entropy_bound);
+    return pydiffusion::accept(entropy.data(), entropy.size(), entropy_bound_);
 }
 
 bool EntropyBoundSampler::is_done(const std::vector<int32_t>& draft, const std::vector<uint8_t>&,
                                   double mean_entropy) {
     const bool stable = is_stable(draft);  // adds to the history, whatever the entropy
-    return stable && mean_entropy < params_.confidence_threshold;
+    return stable && mean_entropy < confidence_threshold_;
 }
 
 // Compares the positions still denoised with the same of the last drafts.
 bool EntropyBoundSampler::is_stable(const std::vector<int32_t>& draft) {
-    const auto n = static_cast<size_t>(params_.stability_threshold);
+    const auto n = static_cast<size_t>(stability_threshold_);
     const auto is_same = [&](const std::vector<int32_t>& past) {
         return std::equal(draft.begin(), draft.end(), past.begin());
     };

@@ -38,7 +38,10 @@ class EntropyBoundSampler : public Sampler {
     float temperature(int32_t step) const;
     bool is_stable(const std::vector<int32_t>& draft);
 
-    SamplerParams params_;
+    int32_t steps_;
+    float t_min_, t_max_, entropy_bound_, confidence_threshold_;
+    int32_t stability_threshold_;
+    uint64_t seed_;
     int32_t n_vocab_;
     int32_t canvas_index_ = 0;
     int32_t step_ = 0;                           // 0: before the canvas's first step

@@ -36,8 +36,8 @@ void softmax_row(float* logits, int64_t n_vocab, float temperature, const Normal
 // Writes the tokens of the k largest logits to `tokens` [k], largest first; ties are in vocabulary order.
 void top_k(const float* logits, int64_t n_vocab, int32_t k, int32_t* tokens);
 
-// Of each position: the k tokens of the largest logits, largest first, and their logits, [n * k] each; and the
-// logits of extra tokens that are asked for, [n * n_extra].
+// Of each position: the k tokens of the largest logits, largest first, and their logits, [n * k] each; and
+// the logits of extra tokens that are asked for, [n * n_extra].
 struct Candidates {
     std::vector<int32_t> tokens;
     std::vector<float> logits, extra;

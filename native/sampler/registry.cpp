@@ -58,19 +58,4 @@ void register_sampler(const SamplerTable& table, SamplerFactory factory) {
     registered().push_back({&table, factory});
 }
 
-SamplerParams params_of(const SamplerValues& values) {
-    const auto value = [&](const char* name) {
-        const auto found = values.find(name);
-        return found == values.end() ? 0.0 : found->second;
-    };
-    SamplerParams params;
-    params.steps = static_cast<int32_t>(value("steps"));
-    params.t_min = static_cast<float>(value("t_min"));
-    params.t_max = static_cast<float>(value("t_max"));
-    params.entropy_bound = static_cast<float>(value("entropy_bound"));
-    params.stability_threshold = static_cast<int32_t>(value("stability_threshold"));
-    params.confidence_threshold = static_cast<float>(value("confidence_threshold"));
-    return params;
-}
-
 }  // namespace pydiffusion

@@ -26,7 +26,4 @@ std::vector<const SamplerTable*> sampler_tables();  // of all
 // Not thread-safe: call it before the first generation.
 void register_sampler(const SamplerTable& table, SamplerFactory factory);
 
-// The options of any table as parameters; those that it lacks are 0.
-SamplerParams params_of(const SamplerValues& values);
-
 }  // namespace pydiffusion

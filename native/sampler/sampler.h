@@ -5,19 +5,19 @@
 #include <cstdint>
 #include <vector>
 
+#include "sampler/sampler_options.h"
 #include "sampler/step_state.h"
 
 namespace pydiffusion {
 
-// Options of a generation that are the sampler's business; each sampler ignores those that it has no use for.
+// What a generation gives its sampler.
 struct SamplerParams {
-    int32_t steps = 0;  // for the defaults see the sampler's table
-    float t_min = 0.0f;
-    float t_max = 0.0f;
-    float entropy_bound = 0.0f;
-    int32_t stability_threshold = 0;
-    float confidence_threshold = 0.0f;
+    SamplerValues values;  // of every option in the sampler's table, "steps" among them
     uint64_t seed = 0;
+
+    float number(const char* name) const { return static_cast<float>(values.at(name)); }
+    int32_t count(const char* name) const { return static_cast<int32_t>(values.at(name)); }
+    int32_t steps() const { return count("steps"); }
 };
 
 // The rule of one generation, canvas by canvas. The session keeps the canvas and the settled positions: those

@@ -24,7 +24,7 @@ const SamplerOption& SamplerTable::option(const std::string& wanted) const {
     for (const SamplerOption& option : options) {
         if (wanted == option.name) return option;
     }
-    throw Error(ErrorKind::general, std::string(name) + " has no option " + quoted(wanted));
+    throw Error(ErrorKind::argument, "the sampler " + quoted(name) + " has no option " + quoted(wanted));
 }
 
 SamplerValues SamplerTable::reference_defaults() const {

@@ -29,13 +29,14 @@ struct InvalidOption {
     std::string name, what;
 };
 
+// Of every sampler, one option is "steps".
 struct SamplerTable {
     const char* name;
     std::vector<SamplerOption> options;
     // What is wrong with values that are in range each, but not together; may be null.
     std::optional<InvalidOption> (*conflict)(const SamplerValues& values);
 
-    // Throws Error(general) if there is no such option.
+    // Throws Error(argument) if there is no such option.
     const SamplerOption& option(const std::string& name) const;
     SamplerValues reference_defaults() const;
 };

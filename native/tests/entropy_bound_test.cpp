@@ -81,9 +81,9 @@ int ends_at(EntropyBoundSampler& sampler, const std::vector<Tokens>& drafts, dou
 }
 
 EntropyBoundSampler with_stability(int32_t threshold) {
-    SamplerParams params = params_of(entropy_bound_table().reference_defaults());
-    params.stability_threshold = threshold;
-    params.confidence_threshold = 0.5f;
+    SamplerParams params = {entropy_bound_table().reference_defaults(), 0};
+    params.values["stability_threshold"] = threshold;
+    params.values["confidence_threshold"] = 0.5;
     return EntropyBoundSampler(params, 64);
 }
 
@@ -116,11 +116,10 @@ TEST_CASE("positions that are no longer denoised are not compared") {
 }
 
 TEST_CASE("noise and uniforms are Philox's for canvas, step and position") {
-    SamplerParams params = params_of(entropy_bound_table().reference_defaults());
-    params.steps = 4;
-    params.t_min = 0.5f;
-    params.t_max = 0.9f;
-    params.seed = 77;
+    SamplerParams params = {entropy_bound_table().reference_defaults(), 77};
+    params.values["steps"] = 4;
+    params.values["t_min"] = 0.5;
+    params.values["t_max"] = 0.9;
     EntropyBoundSampler sampler(params, 64);
     StepState state;
     state.u.resize(3);

@@ -27,7 +27,7 @@ TEST_CASE("the entropy bound's defaults are the reference implementation's") {
     check("stability_threshold", "diffusion.eb_stability_threshold", true, 1);
     check("confidence_threshold", "diffusion.eb_confidence_threshold", false, 0.005);
     CHECK(table.reference_defaults().at("t_min") == double{0.4f});  // as a file would hold it
-    CHECK_ERROR(table.option("temperature"), general, "'temperature'");
+    CHECK_ERROR(table.option("temperature"), argument, "'temperature'");
 }
 
 TEST_CASE("every sampler's defaults are permitted, and its keys its own") {

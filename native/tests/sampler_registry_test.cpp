@@ -9,7 +9,7 @@ namespace testing {
 
 namespace {
 
-SamplerParams defaults() { return params_of(entropy_bound_table().reference_defaults()); }
+SamplerParams defaults() { return {entropy_bound_table().reference_defaults(), 0}; }
 
 std::vector<std::string> names() {
     std::vector<std::string> all;
@@ -23,7 +23,7 @@ TEST_CASE("the built-in sampler") {
     const auto sampler = make_sampler("entropy-bound", defaults(), 64, -1);
     CHECK(dynamic_cast<EntropyBoundSampler*>(sampler.get()));
     SamplerParams params = defaults();
-    params.entropy_bound = -1.0f;
+    params.values["entropy_bound"] = -1.0;
     CHECK_ERROR(make_sampler("entropy-bound", params, 64, -1), argument, "entropy_bound");
 }
 
@@ -41,13 +41,6 @@ TEST_CASE("a sampler that is added has a name of its own") {
     CHECK(make_sampler("unmask", defaults(), 64, 9)->noise(0) == 9);
     CHECK(&sampler_table("unmask") == &unmask_table());
     CHECK_ERROR(register_sampler(unmask_table(), make_entropy_bound), argument, "'unmask'");
-}
-
-TEST_CASE("values of a table become parameters, and what it lacks is 0") {
-    const SamplerParams params = params_of({{"steps", 7.0}, {"t_max", 0.5}});
-    CHECK(params.steps == 7);
-    CHECK(params.t_max == 0.5f);
-    CHECK(params.entropy_bound == 0.0f);
 }
 
 }  // namespace testing

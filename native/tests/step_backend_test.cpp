@@ -112,6 +112,7 @@ TEST_CASE("a device has the implementation that is registered for its ggml backe
     CHECK(make_step_backend(cpu.get()) == nullptr);
     register_step_backend("CPU", make_host_step_backend);
     CHECK(make_step_backend(cpu.get()) != nullptr);
+    CHECK_ERROR(register_step_backend("CPU", make_host_step_backend), argument, "'CPU'");
     // Only GPUs are offered as devices all the same.
     CHECK(find_gpu("CPU") == nullptr);
 }

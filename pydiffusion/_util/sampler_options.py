@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -44,15 +46,19 @@ ENTROPY_BOUND = SAMPLER_OPTIONS["entropy-bound"]
 ENTROPY_BOUND_DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
     {option.name: option.default for option in ENTROPY_BOUND}
 )
-# Of all options that a file can set: the keys (one per sampler that has the option), and the reference's
-# default where the file has none of them.
-FILE_KEYS: dict[str, tuple[str, ...]] = {"canvas_length": (CANVAS_LENGTH_KEY,)}
-for _option in (option for options in SAMPLER_OPTIONS.values() for option in options):
-    FILE_KEYS[_option.name] = (*FILE_KEYS.get(_option.name, ()), _option.key)
-FILE_DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
-    {
-        **{option.name: option.default for options in SAMPLER_OPTIONS.values() for option in options},
-        **ENTROPY_BOUND_DEFAULTS,
-        "canvas_length": REFERENCE_CANVAS_LENGTH,
-    }
-)
+_ARCHITECTURE_TO_SAMPLER: MappingProxyType[str, str] = MappingProxyType(_native.samplers_of_architectures())
+
+
+def sampler_of(metadata: Mapping[str, Any]) -> str:
+    """Name of the sampler that a file's architecture has; the entropy bound for an unknown one."""
+    return _ARCHITECTURE_TO_SAMPLER.get(metadata.get("general.architecture", ""), "entropy-bound")
+
+
+@functools.cache
+def file_options(sampler: str) -> Mapping[str, tuple[str | None, Any]]:
+    """Options that a file with this sampler can give a default for: name -> (metadata key, the reference's
+    default). The key is None for an option of the entropy bound that another sampler doesn't have.
+    """
+    others = {name: (None, default) for name, default in ENTROPY_BOUND_DEFAULTS.items()}
+    own = {option.name: (option.key, option.default) for option in SAMPLER_OPTIONS[sampler]}
+    return {**others, **own, "canvas_length": (CANVAS_LENGTH_KEY, REFERENCE_CANVAS_LENGTH)}

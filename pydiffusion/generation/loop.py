@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pydiffusion._util.sampler_options import SAMPLER_OPTIONS, sampler_of
 from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
 from pydiffusion.options import ResolvedOptions
 from pydiffusion.tokenizer import Tokenizer
@@ -22,11 +23,8 @@ if TYPE_CHECKING:
     from pydiffusion.constrained import Guide
     from pydiffusion.session import Session
 
-# Options that the native loop takes as they are.
-_BEGIN_OPTIONS = (
-    "max_tokens", "steps", "t_min", "t_max", "entropy_bound", "stability_threshold", "confidence_threshold",
-    "dropped_mass", "canvas_length", "seed", "trim_after_eos",
-)  # fmt: skip
+# Options that the native loop takes as they are, beside those of the model's sampler.
+_BEGIN_OPTIONS = ("max_tokens", "dropped_mass", "canvas_length", "seed", "trim_after_eos")
 
 
 class Generation:
@@ -52,7 +50,7 @@ class Generation:
         self._prompt_seconds, session.prompt_seconds = session.prompt_seconds, 0.0
         self._guide = _guide(session, options)
         self._stop_conditions = StopConditions(session, options)
-        self._native.begin(**_begin_arguments(options), guided=self._guide is not None)
+        self._native.begin(**_begin_arguments(session, options), guided=self._guide is not None)
 
     def run(self) -> Iterator[Event]:
         """Denoise to the end; yields the events of all steps."""
@@ -123,9 +121,10 @@ def _guide(session: Session, options: ResolvedOptions) -> Guide | None:
     return Guide(model.automaton(options), n_canvas, budget, options.eos, model.n_vocab)
 
 
-def _begin_arguments(options: ResolvedOptions) -> dict[str, Any]:
+def _begin_arguments(session: Session, options: ResolvedOptions) -> dict[str, Any]:
     """Options as arguments of the native loop."""
-    arguments: dict[str, Any] = {name: getattr(options, name) for name in _BEGIN_OPTIONS}
+    of_sampler = [option.name for option in SAMPLER_OPTIONS[sampler_of(session.model.metadata)]]
+    arguments: dict[str, Any] = {name: getattr(options, name) for name in (*_BEGIN_OPTIONS, *of_sampler)}
     arguments["eos"] = list(options.eos)
     if options.canvas:
         arguments["canvas"] = np.asarray(options.canvas, dtype=np.int32)

@@ -5,7 +5,6 @@
 #include "graph/graph_builder.h"
 #include "model/key_reader.h"
 #include "model/weights_loader.h"
-#include "toy/unmask_sampler.h"
 #include "util/error.h"
 
 namespace pydiffusion {
@@ -21,7 +20,6 @@ void MaskedToy::read_hparams(const KeyReader& keys, Hparams& hp) const {
     hp.rms_eps = keys.number(keys.own("attention.layer_norm_rms_epsilon"), 1e-12, 0.1);
     hp.soft_cap = keys.number(keys.own("final_logit_softcapping"), 1e-3, 1e6);
     hp.rope_base = keys.number(keys.own("rope.freq_base"), 1.0, 1e12);
-    hp.sampler_name = unmask_table().name;
     hp.mask_token = keys.integer(kMaskTokenKey, 0, INT32_MAX);
     const int32_t head_dim = keys.integer(keys.own("attention.key_length"), 2, 1024);
     if (head_dim % 2 != 0)

@@ -10,6 +10,7 @@ namespace testing {
 class MaskedToy : public Architecture {
   public:
     const char* name() const override { return "masked-toy"; }
+    const char* sampler() const override { return "unmask"; }
     void read_hparams(const KeyReader& keys, Hparams& hparams) const override;
     void load_weights(WeightsLoader& load, const Hparams& hparams, Weights& weights) const override;
     ggml_tensor* embed_prompt(GraphBuilder& g, ggml_tensor* tokens) const override;
