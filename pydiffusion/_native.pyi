@@ -244,7 +244,10 @@ class Session:
 
     def denoise(self, canvas: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], self_conditioning: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]: ...
 
-    def begin(self, *, max_tokens: int, steps: int, t_min: float, t_max: float, entropy_bound: float, stability_threshold: int, confidence_threshold: float, seed: int, eos: Sequence[int], canvas: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, hold: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, dropped_mass: float = 0.0, canvas_length: int = 0, trim_after_eos: bool = False, guided: bool = False) -> None: ...
+    def begin(self, *, max_tokens: int, seed: int, eos: Sequence[int], canvas: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, hold: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, dropped_mass: float = 0.0, canvas_length: int = 0, trim_after_eos: bool = False, guided: bool = False, sampler_options: dict[float]) -> None:
+        """
+        Start a generation. sampler_options: all options of the model's sampler, see sampler_options().
+        """
 
     def next_step(self) -> Step | None:
         """Run one denoising step of the generation; None after its end."""
@@ -314,6 +317,9 @@ def row_errors(data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), or
     """
 
 CANVAS_LENGTH_KEY: str = 'diffusion.canvas_length'
+
+def samplers_of_architectures() -> dict:
+    """Name of the architecture -> name of its models' sampler."""
 
 def sampler_options() -> dict:
     """

@@ -346,7 +346,7 @@ def _check_token_ids(options: ResolvedOptions, n_vocab: int) -> None:
 
 def _from_file(name: str, key: str | None, reference: Any, metadata: Mapping[str, Any]) -> Any:
     """The file's default of an option, else the reference's. Raises ModelFormatError for an invalid one."""
-    if key not in metadata:
+    if key is None or key not in metadata:
         return reference
     try:
         return _NAME_TO_CHECK[name](metadata[key])

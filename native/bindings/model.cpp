@@ -10,6 +10,7 @@
 #include "backend/devices.h"
 #include "bindings/bindings.h"
 #include "bindings/session_types.h"
+#include "model/architecture.h"
 #include "runtime/device_planner.h"
 #include "sampler/registry.h"
 #include "util/error.h"

@@ -2,6 +2,7 @@
 // commit it with the next one.
 #include <algorithm>
 
+#include "model/architecture.h"
 #include "runtime/session.h"
 #include "sampler/registry.h"
 #include "util/error.h"

@@ -10,7 +10,7 @@
 
 namespace pydiffusion {
 
-// What a generation gives its sampler.
+// Options and seed of a generation, for its sampler.
 struct SamplerParams {
     SamplerValues values;  // of every option in the sampler's table, "steps" among them
     uint64_t seed = 0;

@@ -13,7 +13,6 @@ import pytest
 from support.toy.checkpoint import MASK, registered, write_checkpoint
 
 from pydiffusion import DiffusionModel, DraftEvent, EndEvent, Event, _native
-from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.convert import convert
 
 N_CANVAS = 16
@@ -37,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
 def native_session(model: DiffusionModel, **options: object) -> _native.Session:
     session = model.new_session().native
     session.encode(np.arange(1, 10, dtype=np.int32))
-    options = {**ENTROPY_BOUND_DEFAULTS, "max_tokens": N_CANVAS, "seed": 0, "eos": [], "steps": 8, **options}
+    options = {"max_tokens": N_CANVAS, "seed": 0, "eos": [], "steps": 8, **options}
     session.begin(**options)
     return session
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from pydiffusion import GenerationOptions
+from pydiffusion import GenerationOptions, _native
 from pydiffusion._util.sampler_options import (
     ENTROPY_BOUND,
     ENTROPY_BOUND_DEFAULTS,
@@ -74,3 +76,28 @@ def test_the_docstring_of_the_options() -> None:
             values = map(float, numbers[1].split(", "))
             documented.update(zip(names.split(", "), values, strict=True))
     assert documented == ENTROPY_BOUND_DEFAULTS
+
+
+def test_the_sampler_is_the_architectures() -> None:
+    """Another architecture's keys are not obeyed, and the entropy bound is for what is not known."""
+    both = {"diffusion.eb_max_steps": 5, "diffusion.max_steps": 7}
+    ours = {"general.architecture": "diffusion-gemma", **both}
+    assert GenerationOptions().resolve(ours, 1).steps == 5
+    assert GenerationOptions().resolve({"general.architecture": "masked-toy", **both}, 1).steps == (
+        7 if _native.testing.toy_architecture else 5
+    )
+    assert GenerationOptions().resolve(both, 1).steps == 5
+
+
+def test_the_native_loop_takes_the_samplers_options_only(gguf_file: Callable[..., Path]) -> None:
+    session = _native.Session(_native.Model(str(gguf_file("tiny")), 1), 64)
+    session.encode(np.arange(2, 9, dtype=np.int32))
+    given = {**ENTROPY_BOUND_DEFAULTS, "max_tokens": 4, "seed": 0, "eos": []}
+    with pytest.raises(ValueError, match="'entropy-bound' has no option 'top_k'"):
+        session.begin(**given, top_k=3)
+    with pytest.raises(ValueError, match="option t_max is missing"):
+        session.begin(**{name: value for name, value in given.items() if name != "t_max"})
+    with pytest.raises(TypeError, match="steps must be an integer"):
+        session.begin(**{**given, "steps": 2.5})
+    session.begin(**given)
+    assert session.next_step().step == ENTROPY_BOUND_DEFAULTS["steps"]
