@@ -302,7 +302,7 @@ void bind_session(nb::module_& m) {
             [](Session& session, int32_t max_tokens, uint64_t seed, const std::vector<int32_t>& eos,
                const std::optional<Array1<int32_t>>& canvas, const std::optional<Array1<uint8_t>>& hold,
                float dropped_mass, int32_t canvas_length, bool trim_after_eos, bool guided,
-               const nb::typed<nb::kwargs, double>& sampler_options) {
+               const nb::kwargs& sampler_options) {
                 const int32_t n_vocab = session.model().hparams.n_vocab;
                 const SamplerTable& table = sampler_table(session.model().hparams.architecture->sampler());
                 GenerationParams params = {{sampler_values(table, sampler_options), seed},
