@@ -32,7 +32,6 @@ from .generation.infill import (
 )
 from .generation.prompt import prefilled_session
 from .generation.token_ids import TokenIds
-from .openai import responses
 from .options import GenerationOptions, ResolvedOptions, make_options
 from .session import Session
 from .tokenizer import Tokenizer
@@ -395,10 +394,14 @@ class DiffusionModel:
 
     def create_completion(self, prompt: str | TokenIds, **parameters: Any) -> Any:
         """Completion in OpenAI's format; see ``pydiffusion.openai.responses.create_completion``."""
+        from .openai import responses  # on first use: importing pydiffusion is to be quick
+
         return responses.create_completion(self, prompt, **parameters)
 
     def create_chat_completion(self, messages: Sequence[Mapping[str, Any]], **parameters: Any) -> Any:
         """Chat completion in OpenAI's format; see ``pydiffusion.openai.responses.create_chat_completion``."""
+        from .openai import responses
+
         return responses.create_chat_completion(self, messages, **parameters)
 
     # Lifetime
