@@ -98,8 +98,7 @@ def numpy_passes(toy: Toy, n_prompt: int) -> dict[str, np.ndarray]:
     return passes(encode, lambda canvas, before: toy.denoise(cache[0], canvas, before), n_prompt)
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_hidden_states_and_logits(model: DiffusionModel, pair: Pair, prompt: str, report: Callable) -> None:
+def assert_equals_numpy(model: DiffusionModel, pair: Pair, prompt: str, report: Callable, how: str) -> None:
     session = model.new_session()
 
     def encode(ids: np.ndarray) -> np.ndarray:
@@ -112,8 +111,22 @@ def test_hidden_states_and_logits(model: DiffusionModel, pair: Pair, prompt: str
     assert list(ours) == list(wanted)
     for name, values in ours.items():
         difference = compare(values, wanted[name])
-        report(f"toy: {pair.shape}, {prompt} prompt, {name}: {difference}")
+        report(f"toy: {pair.shape}, {how}, {prompt} prompt, {name}: {difference}")
         assert_within(difference, MEAN_BOUND, MAX_BOUND)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_hidden_states_and_logits(model: DiffusionModel, pair: Pair, prompt: str, report: Callable) -> None:
+    assert_equals_numpy(model, pair, prompt, report, "CPU")
+
+
+@pytest.mark.parametrize("kernels", ["ggml", "cuda"])
+def test_on_a_device(model: DiffusionModel, pair: Pair, kernels: str, report: Callable) -> None:
+    """The graphs of devices, from ggml's operations and with the nodes of our own kernels."""
+    on_host = DiffusionModel(pair.path, n_ctx=1024, n_threads=2, device="host", kernels=kernels)
+    assert on_host.description["backend"] == "host"
+    assert on_host.description["kernels"] == kernels
+    assert_equals_numpy(on_host, pair, "long", report, f"host, {kernels}")
 
 
 def test_a_mask_token_outside_the_vocabulary_is_refused(
