@@ -44,7 +44,7 @@ Backend::Backend(int n_threads, const std::string& device, const std::string& ke
         name_ = device;
         std::istringstream names(device);
         std::string name;
-        while (std::getline(names, name, ',')) open_device(name, pool->threads(), kernels);
+        while (std::getline(names, name, ',')) open_device(name, pool->for_ggml(), kernels);
         if (devices_.empty() || devices_.size() >= kMaxBackends)
             throw Error(ErrorKind::argument,
                         format("device names %zu devices; give 1 to %zu", devices_.size(), kMaxBackends - 1));
@@ -53,7 +53,7 @@ Backend::Backend(int n_threads, const std::string& device, const std::string& ke
         if (!cpu_)
             throw Error(ErrorKind::out_of_memory, "out of memory: failed to create ggml's CPU backend");
         ggml_backend_cpu_set_n_threads(cpu_.get(), n_threads);
-        ggml_backend_cpu_set_threadpool(cpu_.get(), pool->threads());
+        ggml_backend_cpu_set_threadpool(cpu_.get(), pool->for_ggml());
     }
     pool_ = pool.release();
 }

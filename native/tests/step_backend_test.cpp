@@ -104,7 +104,7 @@ TEST_CASE("a pinned position has one token") {
 
 TEST_CASE("a device has the implementation that is registered for its ggml backend, or none") {
     ThreadPool pool(1);
-    const ggml_backend_ptr fake = make_fake_device(1, pool.threads()), cpu(ggml_backend_cpu_init());
+    const ggml_backend_ptr fake = make_fake_device(1, pool.for_ggml()), cpu(ggml_backend_cpu_init());
     CHECK(has_step_backend(ggml_backend_get_device(fake.get())));
     CHECK(make_step_backend(fake.get()) != nullptr);
 

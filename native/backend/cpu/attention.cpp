@@ -128,7 +128,8 @@ void attend_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     const AttentionInputs in(dst, userdata);
     const int64_t n_heads = in.n_heads(), n = in.n_queries();
     // Smaller blocks, which convert K and V more often, if there are too few tasks for all threads.
-    const int64_t block = n_heads * ((n + kMaxBlock - 1) / kMaxBlock) >= 4 * nth ? kMaxBlock : kMinBlock;
+    const int64_t block =
+        n_heads * ((n + kMaxBlock - 1) / kMaxBlock) >= 4 * n_threads_for(nth) ? kMaxBlock : kMinBlock;
     const int64_t n_blocks = (n + block - 1) / block;
     Workspace ws(in.head_dim());
     for (int64_t task = ith; task < n_heads * n_blocks; task += nth) {

@@ -56,33 +56,36 @@ int64_t n_tiles_of(int64_t n_activations) { return (n_activations + kTileRows - 
 // --- activations of experts ---
 
 // An activation is an entry (used, token) of the table of chosen experts. Those of one expert are contiguous
-// and start at a tile boundary.
+// and start at a tile boundary. Data of a node I32 [n_activations + 2 * (n_expert + 1)].
 struct ExpertGroups {
-    std::vector<int32_t> activations;  // by expert: token * n_used + used
-    std::vector<int32_t> begin;        // [n_expert + 1] in activations
-    std::vector<int32_t> begin_tile;   // [n_expert + 1]
+    ExpertGroups(const ggml_tensor* groups, int64_t n_activations)
+        : activations(static_cast<int32_t*>(groups->data)),
+          begin(activations + n_activations),
+          begin_tile(begin + (groups->ne[0] - n_activations) / 2) {}
+
+    int32_t* activations;  // by expert: token * n_used + used
+    int32_t* begin;        // [n_expert + 1] in activations
+    int32_t* begin_tile;   // [n_expert + 1]
 };
 
-ExpertGroups group_by_expert(const ggml_tensor* experts, int64_t n_expert) {
-    const int64_t n_used = experts->ne[0], n_tokens = experts->ne[1];
-    ExpertGroups groups;
-    groups.activations.resize(n_used * n_tokens);
-    groups.begin.assign(n_expert + 1, 0);
-    groups.begin_tile.assign(n_expert + 1, 0);
+void group_by_expert_op(ggml_tensor* dst, int, int, void*) {
+    const ggml_tensor* experts = dst->src[0];
+    const int64_t n_used = experts->ne[0], n = ggml_nelements(experts), n_expert = (dst->ne[0] - n) / 2 - 1;
+    const ExpertGroups groups(dst, n);
     const auto expert_of = [&](int64_t i) {
         return *reinterpret_cast<const int32_t*>(static_cast<const char*>(experts->data) +
                                                  i % n_used * experts->nb[0] + i / n_used * experts->nb[1]);
     };
-    for (int64_t i = 0; i < n_used * n_tokens; ++i) groups.begin[expert_of(i) + 1] += 1;
+    std::fill_n(groups.begin, n_expert + 1, 0);
+    for (int64_t i = 0; i < n; ++i) groups.begin[expert_of(i) + 1] += 1;
+    groups.begin_tile[0] = 0;
     for (int64_t e = 0; e < n_expert; ++e) {
         groups.begin_tile[e + 1] =
             groups.begin_tile[e] + static_cast<int32_t>(n_tiles_of(groups.begin[e + 1]));
         groups.begin[e + 1] += groups.begin[e];
     }
-    std::vector<int32_t> next(groups.begin.begin(), groups.begin.end() - 1);
-    for (int64_t i = 0; i < n_used * n_tokens; ++i)
-        groups.activations[next[expert_of(i)]++] = static_cast<int32_t>(i);
-    return groups;
+    std::vector<int32_t> next(groups.begin, groups.begin + n_expert);
+    for (int64_t i = 0; i < n; ++i) groups.activations[next[expert_of(i)]++] = static_cast<int32_t>(i);
 }
 
 int64_t max_expert_tiles(int64_t n_activations, int64_t n_expert) {
@@ -158,7 +161,7 @@ void pack_op(ggml_tensor* dst, int ith, int nth, void*) {
 void pack_experts_op(ggml_tensor* dst, int ith, int nth, void*) {
     const Packing& packing = packing_of(dst);
     const int64_t n_used = packing.experts->ne[0];
-    const ExpertGroups groups = group_by_expert(packing.experts, packing.n_expert);
+    const ExpertGroups groups(packing.groups, ggml_nelements(packing.experts));
     for (int64_t e = 0; e < packing.n_expert; ++e) {
         const int64_t first_tile = groups.begin_tile[e], n_tiles = groups.begin_tile[e + 1] - first_tile;
         for (int64_t tile = 0; tile < n_tiles; ++tile) {
@@ -244,14 +247,15 @@ void store_tiles(const Task& task, const Workspace& ws, const Target& target) {
     }
 }
 
-// Multiplies a thread's rows of a matrix with all activations of a block.
+int64_t n_panels_of(const ggml_tensor* weight) { return (weight->ne[1] + kPanelRows - 1) / kPanelRows; }
+
+// Multiplies some panels of a matrix with all activations of a block.
 template <typename Target>
-void multiply_rows(Kernel kernel, const ggml_tensor* weight, int64_t expert, const PackedBlock& block,
-                   int64_t n_activations, int ith, int nth, const Target& target) {
-    const int64_t n_rows = weight->ne[1], n_panels = (n_rows + kPanelRows - 1) / kPanelRows;
-    const int64_t end = std::min(n_panels * (ith + 1) / nth * kPanelRows, n_rows);
+void multiply_panels(Kernel kernel, const ggml_tensor* weight, int64_t expert, const PackedBlock& block,
+                     int64_t n_activations, int64_t first_panel, int64_t end_panel, const Target& target) {
+    const int64_t end = std::min(end_panel * kPanelRows, weight->ne[1]);
     const int64_t n_at_once = n_panels_for(block.n_tiles) * kPanelRows;
-    for (int64_t row = n_panels * ith / nth * kPanelRows; row < end; row += n_at_once) {
+    for (int64_t row = first_panel * kPanelRows; row < end; row += n_at_once) {
         for (int64_t tile = 0; tile < block.n_tiles; tile += kMaxTiles) {
             const Task task = {weight,
                                expert,
@@ -270,27 +274,38 @@ void matmul_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     const Kernel kernel = kernel_of(userdata);
     const KernelScope scope(kernel);
     const PackedBlock block = block_of(dst->src[1], 0, n_tiles_of(dst->ne[1]));
-    multiply_rows(kernel, dst->src[0], 0, block, dst->ne[1], ith, nth,
-                  [&](int64_t c) { return activation(dst, c); });
+    // Fewer pieces than asked for, rather than panels by themselves.
+    const int64_t n_panels = n_panels_of(dst->src[0]);
+    const int64_t n_pieces =
+        std::clamp<int64_t>(n_panels / n_panels_for(block.n_tiles), n_threads_for(nth), nth);
+    if (ith >= n_pieces) return;
+    multiply_panels(kernel, dst->src[0], 0, block, dst->ne[1], n_panels * ith / n_pieces,
+                    n_panels * (ith + 1) / n_pieces, [&](int64_t c) { return activation(dst, c); });
 }
 
 void expert_matmul_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     const ggml_tensor *weight = dst->src[0], *packed = dst->src[1], *experts = packing_of(packed).experts;
     const Kernel kernel = kernel_of(userdata);
     const KernelScope scope(kernel);
-    const ExpertGroups groups = group_by_expert(experts, weight->ne[2]);
+    const ExpertGroups groups(packing_of(packed).groups, ggml_nelements(experts));
+    const int64_t n_panels = n_panels_of(weight);
     int64_t n_busy = 0;
+    for (int64_t e = 0; e < weight->ne[2]; ++e) n_busy += groups.begin[e + 1] > groups.begin[e];
+    // Panels of the experts that are used, counted through.
+    const int64_t first_panel = n_busy * n_panels * ith / nth,
+                  end_panel = n_busy * n_panels * (ith + 1) / nth;
+    int64_t panel = 0;  // the expert's first
     for (int64_t e = 0; e < weight->ne[2]; ++e) {
         const int64_t first = groups.begin[e], n_activations = groups.begin[e + 1] - first;
         if (n_activations == 0) continue;
         const int64_t first_tile = groups.begin_tile[e];
         const PackedBlock block = block_of(packed, first_tile, groups.begin_tile[e + 1] - first_tile);
-        // Parts differ by a panel; rotate, so that no thread always gets the larger one.
-        const int part = static_cast<int>((ith + n_busy++) % nth);
-        multiply_rows(kernel, weight, e, block, n_activations, part, nth, [&](int64_t c) {
-            const int64_t i = groups.activations[first + c];
-            return activation(dst, i % experts->ne[0], i / experts->ne[0]);
-        });
+        multiply_panels(kernel, weight, e, block, n_activations, std::max<int64_t>(0, first_panel - panel),
+                        std::min(n_panels, end_panel - panel), [&](int64_t c) {
+                            const int64_t i = groups.activations[first + c];
+                            return activation(dst, i % experts->ne[0], i / experts->ne[0]);
+                        });
+        panel += n_panels;
     }
 }
 
@@ -313,6 +328,16 @@ bool Matmul::use_tiles(const ggml_tensor* weight, const ggml_tensor* x) const {
     return supports(weight, x) && x->ne[2] == 1 && weight->ne[2] == 1;
 }
 
+ggml_tensor* Matmul::grouped(ggml_tensor* experts, int64_t n_expert) {
+    ggml_tensor*& groups = groups_[experts];
+    if (!groups) {
+        groups = ggml_custom_4d(ctx_, GGML_TYPE_I32, ggml_nelements(experts) + 2 * (n_expert + 1), 1, 1, 1,
+                                &experts, 1, group_by_expert_op, 1, nullptr);
+        ggml_set_name(groups, "group_by_expert");
+    }
+    return groups;
+}
+
 ggml_tensor* Matmul::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expert) {
     ggml_tensor*& packed = packed_[x];
     if (packed && packing_of(packed).experts == experts) return packed;
@@ -323,14 +348,15 @@ ggml_tensor* Matmul::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expe
     } else {
         sources.push_back(x);
     }
-    if (experts) sources.push_back(experts);
+    ggml_tensor* groups = experts ? grouped(experts, n_expert) : nullptr;
+    if (groups) sources.push_back(groups);
     const int64_t n_tiles =
         experts ? max_expert_tiles(ggml_nelements(experts), n_expert) : n_tiles_of(x->ne[1]);
     constexpr int64_t alignment_padding = kCacheLine / sizeof(uint16_t);
     packed = ggml_custom_4d(ctx_, GGML_TYPE_BF16, x->ne[0] * n_tiles * kTileRows + alignment_padding, 1, 1, 1,
                             sources.data(), static_cast<int>(sources.size()),
                             experts ? pack_experts_op : pack_op, GGML_N_TASKS_MAX, nullptr);
-    packings_.push_back({x, compute_row, experts, n_expert});
+    packings_.push_back({x, compute_row, experts, groups, n_expert});
     packed->extra = &packings_.back();
     return ggml_set_name(packed, "pack");
 }
@@ -378,9 +404,9 @@ ggml_tensor* Matmul::apply_unpadded(ggml_tensor* weight, ggml_tensor* x) {
 
 ggml_tensor* Matmul::apply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts) {
     if (!supports(weight, x)) return ggml_matmul(ctx_, weight, x, experts);
-    ggml_tensor* sources[] = {weight, packed(x, experts, weight->ne[2])};
+    ggml_tensor* sources[] = {weight, packed(x, experts, weight->ne[2]), grouped(experts, weight->ne[2])};
     ggml_tensor* result = ggml_custom_4d(ctx_, GGML_TYPE_F32, weight->ne[1], experts->ne[0], experts->ne[1],
-                                         1, sources, 2, expert_matmul_op, GGML_N_TASKS_MAX,
+                                         1, sources, 3, expert_matmul_op, GGML_N_TASKS_MAX,
                                          reinterpret_cast<void*>(static_cast<intptr_t>(kernel_)));
     return ggml_set_name(result, "expert_matmul");
 }

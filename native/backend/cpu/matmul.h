@@ -29,6 +29,7 @@ struct Packing {
     const ggml_tensor* x;
     ComputeRow compute_row;  // set: x is not allocated, its rows are computed on demand; null: x is a node
     const ggml_tensor* experts;
+    const ggml_tensor* groups;  // the same by expert
     int64_t n_expert;
 };
 
@@ -57,11 +58,13 @@ class Matmul {
   private:
     bool supports(const ggml_tensor* weight, const ggml_tensor* x) const;
     bool use_tiles(const ggml_tensor* weight, const ggml_tensor* x) const;
+    ggml_tensor* grouped(ggml_tensor* experts, int64_t n_expert);
     ggml_tensor* packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expert);
 
     ggml_context* ctx_;
     Kernel kernel_;
     bool keep_activations_ = false;
+    std::map<const ggml_tensor*, ggml_tensor*> groups_;  // experts -> their groups
     std::map<const ggml_tensor*, ggml_tensor*> packed_;  // x -> its packed node
     std::deque<Packing> packings_;                       // a deque: nodes point to them
 };

@@ -19,8 +19,9 @@ namespace pydiffusion {
 
 namespace {
 
-constexpr int64_t kTile = 64;    // vocabulary rows per mask
-constexpr int64_t kSlice = 512;  // embedding dims of a task: a multiple of every quantization block
+constexpr int64_t kTile = 64;  // vocabulary rows per mask
+// Embedding dims of a task at most, and without tiles: multiples of every quantization block.
+constexpr int64_t kSlice = 512, kSliceWithoutTiles = 256;
 constexpr int64_t kBlock = gemm::kSoftRows;  // vocabulary rows that are either gathered or multiplied densely
 static_assert(kSlice == gemm::kSoftDims && kBlock % kTile == 0);
 
@@ -327,15 +328,16 @@ void compute_range(const SoftEmbedding& op, const OutputRange& range, Workspace&
 // Each element of the result is computed by one task, in a fixed order.
 void soft_embedding_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     const SoftEmbedding op = {dst, dst->src[0], dst->src[1], *static_cast<const StepState*>(userdata)};
-    const int64_t d = dst->ne[0], n_tokens = dst->ne[1], n_slices = (d + kSlice - 1) / kSlice;
+    const int64_t d = dst->ne[0], n_tokens = dst->ne[1];
+    const int64_t slice = op.use_tiles() ? kSlice : kSliceWithoutTiles, n_slices = (d + slice - 1) / slice;
     // Enough groups of tokens to keep all threads busy, although each group reads the embedding anew.
-    const int64_t n_groups = std::min(n_tokens, (2 * nth + n_slices - 1) / n_slices);
+    const int64_t n_groups = std::min(n_tokens, (2 * n_threads_for(nth) + n_slices - 1) / n_slices);
     Workspace ws((n_tokens + n_groups - 1) / n_groups, op.use_tiles());
     const gemm::KernelScope scope(ws.soft_sums ? op.state.kernel : gemm::Kernel::ggml);
     for (int64_t task = ith; task < n_slices * n_groups; task += nth) {
-        const int64_t dim = task % n_slices * kSlice, group = task / n_slices;
+        const int64_t dim = task % n_slices * slice, group = task / n_slices;
         const int64_t token = group * n_tokens / n_groups, next = (group + 1) * n_tokens / n_groups;
-        compute_range(op, {dim, std::min(kSlice, d - dim), token, next - token}, ws);
+        compute_range(op, {dim, std::min(slice, d - dim), token, next - token}, ws);
     }
 }
 

@@ -1,16 +1,27 @@
 // ThreadPool: the CPU threads that compute graphs.
 #pragma once
 
+#include <atomic>
+#include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <thread>
+#include <vector>
 
-#include "ggml-cpu.h"
+#include "backend/cpu/active_threads.h"
+#include "backend/cpu/graph_phases.h"
 
 namespace pydiffusion {
 
-// Threads and their work buffer. Belongs to one process: threads do not survive a fork.
+// Threads that share a machine. A graph is a list of phases, a phase a number of pieces, and threads take
+// pieces as they come: whoever runs does the work. A thread that the system doesn't run holds up the others
+// with one piece at most, and not at all if it holds none: nobody waits for threads, only for pieces. Threads
+// that find none spin briefly, then sleep, so that the one they wait for gets their core.
+//
+// Belongs to one process: threads do not survive a fork.
 class ThreadPool {
   public:
     // Throws Error(out_of_memory) if the system does not allow that many threads.
@@ -19,7 +30,8 @@ class ThreadPool {
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
 
-    ggml_threadpool_t threads() const { return threads_; }
+    // For ggml's CPU backend, whose graphs then run on these threads.
+    ggml_threadpool_t for_ggml() const { return for_ggml_.get(); }
     bool belongs_to_this_process() const;
 
     // Runs the graph on all threads; callers take turns. Throws Error(cancelled) soon after `cancelled`
@@ -30,12 +42,74 @@ class ThreadPool {
     static void stop_all();
 
   private:
+    // Number of the phase, whether it is closed to threads that have not joined it, and how many have.
+    class State {
+      public:
+        explicit State(uint64_t bits = kClosedBit) : bits_(bits) {}
+        uint64_t bits() const { return bits_; }
+        bool closed() const { return bits_ & kClosedBit; }
+        uint32_t n_inside() const { return bits_ & (kClosedBit - 1); }
+        bool same_phase(State other) const { return bits_ >> kPhaseShift == other.bits_ >> kPhaseShift; }
+        State next_phase(bool closed) const {
+            return State(((bits_ >> kPhaseShift) + 1) << kPhaseShift | (closed ? kClosedBit : 0));
+        }
+        static constexpr uint64_t kClosedBit = uint64_t{1} << 16;
+
+      private:
+        static constexpr int kPhaseShift = 17;
+        uint64_t bits_;
+    };
+
+    // The pieces of a phase that one thread takes first; the others take from it when theirs are done.
+    struct alignas(64) Range {
+        std::atomic<int> next{0};
+        int end = 0;
+    };
+
+    // The graph being computed.
+    struct Job {
+        const ggml_cplan* plan = nullptr;
+        std::vector<Phase> phases;
+        size_t current = 0;
+        int n_threads = 1, n_pieces = 1;  // of the current phase
+        ggml_status status = GGML_STATUS_SUCCESS;
+        std::exception_ptr error;  // of a piece
+    };
+
+    static ggml_status compute_for_ggml(void* pool, ggml_cgraph* graph, ggml_cplan* plan);
+    void start_threads();
+    void stop_threads();
+    ggml_status run(ggml_cgraph* graph, const ggml_cplan& plan);
+    // Works on phases as thread `ith`, until `done` says so.
+    template <typename Done>
+    void work(int ith, const Done& done);
+    bool join(State seen);
+    void take_pieces(int ith);
+    void compute(const Phase& phase, int piece);
+    void leave();
+    void advance();
+    void open_next_phase();
+    void publish(State next);
+    void wait_while(State seen);
+    template <typename Done>
+    void wait_until_active(int ith, const Done& done);
+
     const int n_threads_;
     const long process_;
-    ggml_threadpool_t threads_ = nullptr;
+    std::unique_ptr<ggml_threadpool, decltype(&ggml_threadpool_free)> for_ggml_;
     std::mutex turn_;
     std::unique_ptr<uint8_t[]> work_;
     size_t work_size_ = 0;
+
+    alignas(64) std::atomic<uint64_t> state_{State::kClosedBit};
+    alignas(64) std::atomic<int> n_sleepers_{0};
+    std::atomic<bool> finished_{false}, stopping_{false};
+    std::mutex sleep_;
+    std::condition_variable changed_, activated_;
+    ActiveThreads active_;
+    Job job_;  // written while its phase is closed, by the only thread left inside
+    std::vector<Range> ranges_;
+    std::vector<std::thread> threads_;
 };
 
 }  // namespace pydiffusion

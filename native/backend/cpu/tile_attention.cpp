@@ -5,6 +5,7 @@
 #include "backend/cpu/amx/intrinsics.h"
 #include "backend/cpu/amx/pack.h"
 #include "backend/cpu/attention_inputs.h"
+#include "backend/cpu/custom_node.h"
 #include "util/aligned_buffer.h"
 #include "util/simd_math.h"
 
@@ -287,7 +288,7 @@ void attend_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     Workspace& ws = workspace_for(in.head_dim());
     const int64_t n = in.n_queries(), n_large_blocks = (n + kMaxBlock - 1) / kMaxBlock;
     // Large blocks pack K and V less often; smaller ones if there are too few tasks for all threads.
-    const int64_t block = in.n_heads() * n_large_blocks >= 2 * nth ? kMaxBlock : kMinBlock;
+    const int64_t block = in.n_heads() * n_large_blocks >= 2 * n_threads_for(nth) ? kMaxBlock : kMinBlock;
     const int64_t n_blocks = (n + block - 1) / block;
     for (int64_t task = ith; task < in.n_heads() * n_blocks; task += nth) {
         const int64_t begin = task % n_blocks * block;

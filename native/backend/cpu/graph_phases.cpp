@@ -1,0 +1,106 @@
+#include "backend/cpu/graph_phases.h"
+
+#include "backend/cpu/custom_node.h"
+#include "ggml-impl.h"
+
+// Of vendor/patches/0002, in ggml-cpu.c.
+extern "C" {
+void ggml_cpu_compute_part(ggml_tensor* node, const ggml_cplan* plan, int stage, int ith, int nth);
+void ggml_threadpool_chunk_set(ggml_threadpool* pool, int value);
+}
+
+namespace pydiffusion {
+
+namespace {
+
+constexpr int kWhole = 0, kPrepare = 1, kMain = 2;
+
+bool is_computed(const ggml_tensor* node) {
+    switch (node->op) {
+        case GGML_OP_NONE:
+        case GGML_OP_RESHAPE:
+        case GGML_OP_VIEW:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE:
+            return false;
+        default:
+            return (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0 && !ggml_is_empty(node);
+    }
+}
+
+// Ops that ggml splits by rows or elements, without barriers.
+bool is_split_freely(ggml_op op) {
+    switch (op) {
+        case GGML_OP_DUP:
+        case GGML_OP_ADD:
+        case GGML_OP_SUB:
+        case GGML_OP_MUL:
+        case GGML_OP_DIV:
+        case GGML_OP_CONCAT:
+        case GGML_OP_RMS_NORM:
+        case GGML_OP_SCALE:
+        case GGML_OP_CPY:
+        case GGML_OP_CONT:
+        case GGML_OP_GET_ROWS:
+        case GGML_OP_SET_ROWS:
+        case GGML_OP_SOFT_MAX:
+        case GGML_OP_ROPE:
+        case GGML_OP_ARGSORT:
+        case GGML_OP_UNARY:
+        case GGML_OP_GLU:
+        case GGML_OP_SUM_ROWS:
+        case GGML_OP_PAD:
+            return true;
+        default:
+            return false;
+    }
+}
+
+void append(std::vector<Phase>& phases, ggml_tensor* node) {
+    switch (node->op) {
+        case GGML_OP_CUSTOM: {
+            const bool is_split = custom_parameters(node).n_tasks == GGML_N_TASKS_MAX;
+            phases.push_back({node, kWhole, is_split ? kPiecesPerThread : 0});
+            return;
+        }
+        case GGML_OP_MUL_MAT:
+            phases.push_back({node, kPrepare, 1});
+            for (int64_t matrix = 0; matrix < node->ne[2] * node->ne[3]; ++matrix)
+                phases.push_back({node, kMain + static_cast<int>(matrix), 1});
+            return;
+        case GGML_OP_MUL_MAT_ID:
+        case GGML_OP_FLASH_ATTN_EXT:
+            phases.push_back({node, kPrepare, 1});
+            phases.push_back({node, kMain, 1});
+            return;
+        default:  // other ops with barriers, if there were any, by one thread
+            phases.push_back({node, kWhole, is_split_freely(node->op) ? 1 : 0});
+    }
+}
+
+}  // namespace
+
+std::vector<Phase> phases_of(ggml_cgraph* graph) {
+    std::vector<Phase> phases;
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        ggml_tensor* node = ggml_graph_node(graph, i);
+        if (is_computed(node)) append(phases, node);
+    }
+    return phases;
+}
+
+bool continues_node(const Phase& phase) { return phase.stage >= kMain; }
+
+int n_pieces_of(const Phase& phase, int n_threads) {
+    return n_threads == 1 || phase.pieces_per_thread == 0 ? 1 : phase.pieces_per_thread * n_threads;
+}
+
+void begin_phase(const ggml_cplan& plan, int n_pieces) {
+    ggml_threadpool_chunk_set(plan.threadpool, n_pieces);
+}
+
+void compute_piece(const Phase& phase, const ggml_cplan& plan, int piece, int n_pieces) {
+    ggml_cpu_compute_part(phase.node, &plan, phase.stage, piece, n_pieces);
+}
+
+}  // namespace pydiffusion

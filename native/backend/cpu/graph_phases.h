@@ -1,0 +1,30 @@
+// Phases: a graph as a list of pieces of work, for threads that take whichever piece is next.
+#pragma once
+
+#include <vector>
+
+#include "ggml-cpu.h"
+
+namespace pydiffusion {
+
+// A node of a graph, or the part of it between two of its barriers. Its pieces may be computed by any thread,
+// in any order or at once, when the phases before it are complete. No result depends on the number of pieces
+// or on who computed them.
+struct Phase {
+    ggml_tensor* node;
+    int stage;              // 0: the whole node; else one of ggml's stages, see vendor/patches/0002
+    int pieces_per_thread;  // 0: one piece in all
+};
+
+// Phases of a graph, in order.
+std::vector<Phase> phases_of(ggml_cgraph* graph);
+
+// Whether a phase is split like the one before it: the later stages of a node.
+bool continues_node(const Phase& phase);
+int n_pieces_of(const Phase& phase, int n_threads);
+
+// Before a phase's first piece, by one thread.
+void begin_phase(const ggml_cplan& plan, int n_pieces);
+void compute_piece(const Phase& phase, const ggml_cplan& plan, int piece, int n_pieces);
+
+}  // namespace pydiffusion
