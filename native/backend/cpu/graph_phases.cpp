@@ -60,21 +60,24 @@ void append(std::vector<Phase>& phases, ggml_tensor* node) {
     switch (node->op) {
         case GGML_OP_CUSTOM: {
             const bool is_split = custom_parameters(node).n_tasks == GGML_N_TASKS_MAX;
-            phases.push_back({node, kWhole, is_split ? kPiecesPerThread : 0});
+            phases.push_back({node, kWhole, is_split ? Split::finely : Split::none});
             return;
         }
         case GGML_OP_MUL_MAT:
-            phases.push_back({node, kPrepare, 1});
+            phases.push_back({node, kPrepare, Split::by_thread});
             for (int64_t matrix = 0; matrix < node->ne[2] * node->ne[3]; ++matrix)
-                phases.push_back({node, kMain + static_cast<int>(matrix), 1});
+                phases.push_back({node, kMain + static_cast<int>(matrix), Split::by_thread});
             return;
         case GGML_OP_MUL_MAT_ID:
+            phases.push_back({node, kPrepare, Split::by_thread});
+            phases.push_back({node, kMain, Split::by_thread});
+            return;
         case GGML_OP_FLASH_ATTN_EXT:
-            phases.push_back({node, kPrepare, 1});
-            phases.push_back({node, kMain, 1});
+            phases.push_back({node, kPrepare, Split::as_planned});
+            phases.push_back({node, kMain, Split::as_planned});
             return;
         default:  // other ops with barriers, if there were any, by one thread
-            phases.push_back({node, kWhole, is_split_freely(node->op) ? 1 : 0});
+            phases.push_back({node, kWhole, is_split_freely(node->op) ? Split::by_thread : Split::none});
     }
 }
 
@@ -91,8 +94,18 @@ std::vector<Phase> phases_of(ggml_cgraph* graph) {
 
 bool continues_node(const Phase& phase) { return phase.stage >= kMain; }
 
-int n_pieces_of(const Phase& phase, int n_threads) {
-    return n_threads == 1 || phase.pieces_per_thread == 0 ? 1 : phase.pieces_per_thread * n_threads;
+int n_pieces_of(const Phase& phase, int n_threads, const ggml_cplan& plan) {
+    switch (phase.split) {
+        case Split::none:
+            return 1;
+        case Split::by_thread:
+            return n_threads;
+        case Split::finely:
+            return n_threads == 1 ? 1 : kPiecesPerThread * n_threads;
+        case Split::as_planned:
+            return plan.n_threads;
+    }
+    return 1;
 }
 
 void begin_phase(const ggml_cplan& plan, int n_pieces) {

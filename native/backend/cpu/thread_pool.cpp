@@ -221,7 +221,7 @@ void ThreadPool::advance() {
 void ThreadPool::open_next_phase() {
     const Phase& phase = job_.phases[job_.current];
     if (!continues_node(phase)) job_.n_threads = active_.n();
-    const int n = job_.n_threads, n_pieces = job_.n_pieces = n_pieces_of(phase, n);
+    const int n = job_.n_threads, n_pieces = job_.n_pieces = n_pieces_of(phase, n, *job_.plan);
     begin_phase(*job_.plan, n_pieces);
     for (int i = 0; i < n; ++i) {
         ranges_[i].next.store(n_pieces * i / n, std::memory_order_relaxed);

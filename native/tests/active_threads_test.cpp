@@ -1,0 +1,89 @@
+// How many threads are worth running.
+#include "backend/cpu/active_threads.h"
+
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <thread>
+
+#include "support.h"
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace pydiffusion {
+namespace testing {
+
+TEST_CASE("as many threads are left out as wait for a CPU") {
+    CHECK(ActiveThreads::n_after(4, 0.0, false) == 4);
+    CHECK(ActiveThreads::n_after(4, 0.4, false) == 4);   // a little is no reason
+    CHECK(ActiveThreads::n_after(2, 0.5, false) == 1);   // beside one busy program on two CPUs
+    CHECK(ActiveThreads::n_after(8, 1.0, false) == 7);
+    CHECK(ActiveThreads::n_after(8, 3.6, false) == 4);
+    CHECK(ActiveThreads::n_after(2, 1.4, false) == 1);
+    CHECK(ActiveThreads::n_after(4, 9.0, false) == 1);   // the caller always works
+    CHECK(ActiveThreads::n_after(1, 0.9, false) == 1);
+    CHECK(ActiveThreads::n_after(5, 2.4, true) == 4);    // a trial ends where it began
+    CHECK(ActiveThreads::n_after(5, 0.3, true) == 5);
+}
+
+#if defined(__linux__)
+
+namespace {
+
+// Runs phases of a thousandth of a second on `threads` for some time, while a second thread computes too, both
+// on one CPU if so asked; the number of active threads at the end.
+int n_at_the_end(ActiveThreads& threads, bool on_one_cpu, double seconds) {
+    cpu_set_t before, one;
+    sched_getaffinity(0, sizeof before, &before);
+    CPU_ZERO(&one);
+    for (int cpu = 0; cpu < CPU_SETSIZE && CPU_COUNT(&one) == 0; ++cpu)
+        if (CPU_ISSET(cpu, &before)) CPU_SET(cpu, &one);
+    if (on_one_cpu) sched_setaffinity(0, sizeof one, &one);
+    std::atomic<bool> stop{false}, started{false};
+    std::thread second([&] {  // which inherits the CPUs
+        threads.register_thread(1);
+        started = true;
+        while (!stop) {
+            if (threads.n() < 2) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+    });
+    while (!started) std::this_thread::yield();
+    const auto now = [] { return std::chrono::steady_clock::now(); };
+    const auto end = now() + std::chrono::duration<double>(seconds);
+    threads.begin_graph();
+    while (now() < end) {
+        const auto phase = now() + std::chrono::milliseconds(1);
+        while (now() < phase) {}
+        threads.end_phase();
+    }
+    const int n = threads.n();
+    stop = true;
+    second.join();
+    sched_setaffinity(0, sizeof before, &before);
+    return n;
+}
+
+bool system_tells_delays() {
+    FILE* file = std::fopen("/proc/self/schedstat", "r");
+    if (file) std::fclose(file);
+    return file != nullptr;
+}
+
+}  // namespace
+
+TEST_CASE("two threads on one CPU: one is left out") {
+    if (!system_tells_delays()) {
+        std::puts("SKIPPED: this system has no /proc/self/schedstat");
+        return;
+    }
+    ActiveThreads threads(2);
+    CHECK(threads.n() == 2);
+    CHECK(n_at_the_end(threads, true, 0.3) == 1);
+}
+
+#endif
+
+}  // namespace testing
+}  // namespace pydiffusion
