@@ -133,7 +133,7 @@ def read_cpus() -> Cpus:
 
 
 def describe_cpus(numbers: frozenset[int], n_online: int, root: Path = Path("/")) -> Cpus:
-    """What the files of the system say of CPUs with these numbers. root: where ``proc`` and ``sys`` are."""
+    """Describe CPUs with these numbers as the system's files do. root: where ``proc`` and ``sys`` are."""
     siblings, capacity = {}, {}
     for cpu in numbers:
         folder = root / f"sys/devices/system/cpu/cpu{cpu}"

@@ -1,4 +1,4 @@
-"""``pydiffusion devices``: list GPUs and plan a model's layers over them."""
+"""``pydiffusion devices``: list threads and GPUs, and plan a model's layers over them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def command(
     runtime: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """List the CPU's threads, GPUs and, with -m, plan a model's layers over them. Loads nothing."""
+    """List the number of threads and the GPUs; with -m, plan a model's layers over them. Loads nothing."""
     from pydiffusion import devices, plan
     from pydiffusion._util.cpus import step_threads
 
