@@ -127,7 +127,7 @@ def read_cpus() -> Cpus:
     cpus = describe_cpus(numbers, n_online)
     if hasattr(os, "process_cpu_count"):  # Python 3.13, where a person may choose
         chosen = os.process_cpu_count() or n_online
-        if chosen < min(len(numbers), cpus.quota or math.inf):
+        if chosen < len(numbers) and (cpus.quota is None or chosen < cpus.quota):
             return replace(cpus, quota=float(chosen), quota_from="PYTHON_CPU_COUNT or -X cpu_count")
     return cpus
 
@@ -147,7 +147,8 @@ def describe_cpus(numbers: frozenset[int], n_online: int, root: Path = Path("/")
     else:
         performance = _cpu_list(_text(root / "sys/devices/cpu_core/cpus"))  # Intel's hybrid CPUs only
     quota = min(_quotas(root), default=None)
-    return Cpus(numbers, n_online, quota, "a cgroup" if quota else "", siblings, performance, capacity)
+    quota_from = "" if quota is None else "a cgroup"
+    return Cpus(numbers, n_online, quota, quota_from, siblings, performance, capacity)
 
 
 def _quotas(root: Path) -> Iterator[float]:
@@ -201,7 +202,7 @@ def _quota(folder: Path, version: int) -> Iterator[float]:
         words = _text(folder / "cpu.max").split()
     else:
         words = [_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
-    with contextlib.suppress(ValueError):  # "max", or no such file
+    with contextlib.suppress(ValueError, OverflowError):  # "max", or no such file
         quota, period = map(int, words)
         if quota > 0 and period > 0:  # -1: no limit
             yield quota / period

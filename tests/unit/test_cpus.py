@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from pydiffusion import DiffusionModel
 from pydiffusion._util.cpus import (
     Cpus,
     available_cpus,
@@ -21,6 +23,7 @@ from pydiffusion._util.cpus import (
     too_many_threads,
 )
 from pydiffusion.cli import main
+from pydiffusion.convert import quantize
 
 V2_MOUNT = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n"
 # Of a container of Docker without a namespace of its own, and of its host's systemd.
@@ -191,7 +194,18 @@ def test_the_reason_names_cores_and_quota(system: System) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "\0\xff", "x", "-1 -1", "0 100000", "100000 0", "1e5 100000", "nan inf", "1 2 3"),
+        *(
+            "",
+            "\0\xff",
+            "x",
+            "-1 -1",
+            "0 100000",
+            "100000 0",
+            "1e5 100000",
+            "nan inf",
+            "1 2 3",
+            f"1{'0' * 400} 1",
+        ),
         *("99999999999-1", "0-99999999999", "5-2", "1,,2", "-5", "a\nb\n:::\n - \n"),
     ],
 )
@@ -287,6 +301,36 @@ def test_a_real_quota() -> None:
     with _cgroup(0.5) as folder:
         enter = f"open({str(folder / 'cgroup.procs')!r}, 'w').write('0'); "
         assert _run(enter + PRINT_NUMBERS)[1:] == [0.5, 1, 1]
+
+
+def test_who_uses_which_number(
+    gguf_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three hardware threads of two cores: two threads for steps, three for conversion."""
+    two = frozenset((0, 1))
+    cpus = Cpus(frozenset(range(3)), 3, siblings={0: two, 1: two})
+    monkeypatch.setattr("pydiffusion._util.cpus.read_cpus", lambda: cpus)
+    with DiffusionModel(gguf_file("small")) as model:
+        assert model.n_threads == 2
+    with DiffusionModel(gguf_file("small"), n_threads=3) as model:
+        assert model.n_threads == 3
+    pools: list[int] = []
+
+    def pool(n_workers: int) -> ThreadPoolExecutor:
+        pools.append(n_workers)
+        return ThreadPoolExecutor(n_workers)
+
+    monkeypatch.setattr("pydiffusion.convert.gguf.writer.ThreadPoolExecutor", pool)
+    quantize(gguf_file("small"), tmp_path / "small-q8_0.gguf", "q8_0")
+    assert pools and set(pools) == {3}
+
+
+def test_bench_uses_the_number_of_a_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pydiffusion._util.cpus.read_cpus", lambda: Cpus(frozenset(range(4)), 4, 1.0))
+    assert main(["bench", "--synthetic", "tiny", "--prompt", "8", "--steps", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n_threads"] == 1
 
 
 def test_devices_says_the_number_and_why(capsys: pytest.CaptureFixture[str]) -> None:
