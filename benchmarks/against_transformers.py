@@ -31,7 +31,7 @@ from reference.toy_tokenizer import tokenizer_json
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 
 from pydiffusion import DiffusionModel, convert
-from pydiffusion._util.cpus import available_cpus
+from pydiffusion._util.cpus import step_threads
 
 MID = random_checkpoint.Shape(
     1024, "sssssf" * 2, 8, 4, 128, 1, 256, 1536, 256, 32, 4, 512, 256, 32768, context=4096
@@ -82,7 +82,7 @@ def seconds(step: Callable[[], None]) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", nargs="+", default=["q4_k_m", "q8_0"])
-    parser.add_argument("--threads", type=int, default=available_cpus())
+    parser.add_argument("--threads", type=int, default=step_threads().n)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--keep", type=Path, help="folder for checkpoint and files, reused if they exist")
     arguments = parser.parse_args()

@@ -36,7 +36,7 @@ from gpu_measure import Bench, Figures, Skipped, cost_of, is_cancelled, machine
 
 from pydiffusion import devices
 from pydiffusion._util.atomic import require_free_space
-from pydiffusion._util.cpus import available_cpus
+from pydiffusion._util.cpus import step_threads
 from pydiffusion.errors import ConversionError
 from pydiffusion.testing.synthetic import SHAPES, synthetic_bytes, write_synthetic
 
@@ -317,7 +317,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="folders for the synthetic file: the first that has it or has space (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, CUDA0, CUDA0,CUDA1, host")
-    parser.add_argument("--threads", type=int, default=available_cpus())
+    parser.add_argument("--threads", type=int, default=step_threads().n)
     parser.add_argument("--results", type=Path, default=Path("results.jsonl"))
     parser.add_argument("--commit", default=None, help="commit to name on the page (default: git's HEAD)")
 

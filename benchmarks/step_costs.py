@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pydiffusion import _native
-from pydiffusion._util.cpus import available_cpus
+from pydiffusion._util.cpus import step_threads
 from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.testing.synthetic import write_synthetic
 
@@ -107,7 +107,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="?", type=Path)
-    parser.add_argument("--threads", type=int, default=available_cpus())
+    parser.add_argument("--threads", type=int, default=step_threads().n)
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)

@@ -67,7 +67,7 @@ def convert(
             called again with ``resume``. The finished file is the same.
         allow_nonfinite: keep tensors with NaN or infinity in the source's type instead of failing; this reads
             the source once more.
-        n_threads: threads for quantizing; None uses one per core.
+        n_threads: threads for quantizing, at most 16; None uses one per CPU that this process may use.
         progress: called after every chunk; an exception from it stops the conversion.
 
     Raises:
@@ -227,7 +227,7 @@ class _Choices:
         if variant.type not in recipes.RECIPES:
             raise ValueError(f"type is {variant.type!r}; known are {', '.join(recipes.TYPES)}")
         if n_threads is not None and (not isinstance(n_threads, int) or n_threads < 0):
-            raise ValueError(f"n_threads is {n_threads!r}; give a positive number, or None for one per core")
+            raise ValueError(f"n_threads is {n_threads!r}; give a positive number, or None for one per CPU")
         check_split_size(variant.split_max_size)
         self.variant, self.n_threads = variant, n_threads or 0
         self.type, self.target = variant.type, Path(variant.target)

@@ -293,7 +293,7 @@ class Batch:
 def tensor_types() -> dict:
     """Type name -> (number in ggml, weights per block, bytes per block)."""
 
-def quantize_rows(rows: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, n_threads: int = 0, importance: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None) -> Annotated[NDArray[numpy.uint8], dict(shape=(None, None))]:
+def quantize_rows(rows: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: str, n_threads: int = 1, importance: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None) -> Annotated[NDArray[numpy.uint8], dict(shape=(None, None))]:
     """
     Quantize rows (n_rows, n_per_row) float32 -> blocks (n_rows, bytes_per_row) uint8.
     """

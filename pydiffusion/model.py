@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import _native
 from ._util import hub
-from ._util.cpus import available_cpus
+from ._util.cpus import step_threads
 from ._util.files import check_is_file
 from .chat.messages import plain
 from .chat.sanitize import Sanitizer
@@ -109,7 +109,8 @@ class DiffusionModel:
             length; any other value beyond it raises.
         n_gpu_layers: number of layers on GPUs, counted from the last; 0 for none. "auto" offloads what fits
             into free memory, and runs on the CPU if there is no GPU.
-        n_threads: None uses all CPUs available to this process.
+        n_threads: None uses one per core that this process may use: of hybrid CPUs the performance cores,
+            within the CPU quota of a container. `pydiffusion devices` says how many and why.
         kv_type: type of the KV cache, "auto", "f32", "f16" or "q8_0" (half of f16's size, for head sizes that
             are multiples of 32; it hurts Gemma 4, see docs/gpu.md, and warns). "auto" never chooses "q8_0".
         progress: called with the fraction of the file that is loaded, 0 to 1.
@@ -131,7 +132,7 @@ class DiffusionModel:
         self.path = Path(path)
         request = device_request(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions, dense_type)
         check_kv_type(kv_type)
-        threads = available_cpus() if n_threads is None else n_threads
+        threads = step_threads().n if n_threads is None else n_threads
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"n_threads is {n_threads!r}; permitted is None or an integer of at least 1")
         check_is_file(self.path)

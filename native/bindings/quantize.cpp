@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cctype>
-#include <thread>
 
 #include "bindings/bindings.h"
 #include "util/error.h"
@@ -73,7 +72,7 @@ Numpy2<uint8_t> quantize(const Array2<float>& rows, const std::string& type_name
     const ggml_type type = type_by_name(type_name);
     const size_t n_rows = rows.shape(0), n_per_row = rows.shape(1);
     require_importance(importance, n_per_row);
-    if (n_threads <= 0) n_threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    if (n_threads < 1) throw Error(ErrorKind::argument, "n_threads must be at least 1");
     const size_t width = row_bytes(type, n_per_row);
     const auto out = new_numpy<uint8_t>(n_rows, width);
     {
@@ -142,7 +141,7 @@ std::tuple<Numpy1<double>, Numpy1<double>> errors_of_rows(const Array2<uint8_t>&
 
 void bind_quantize(nb::module_& m) {
     m.def("tensor_types", tensor_types, "Type name -> (number in ggml, weights per block, bytes per block).");
-    m.def("quantize_rows", quantize, nb::arg("rows").noconvert(), nb::arg("type"), nb::arg("n_threads") = 0,
+    m.def("quantize_rows", quantize, nb::arg("rows").noconvert(), nb::arg("type"), nb::arg("n_threads") = 1,
           nb::arg("importance").noconvert().none() = nb::none(),
           "Quantize rows (n_rows, n_per_row) float32 -> blocks (n_rows, bytes_per_row) uint8.");
     m.def("dequantize_rows", dequantize, nb::arg("data").noconvert(), nb::arg("type"), nb::arg("n_per_row"),

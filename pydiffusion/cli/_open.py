@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``DiffusionModel`` from the RUNTIME options; a usage error for a value out of range."""
     from pydiffusion import _native
+    from pydiffusion._util.cpus import too_many_threads
     from pydiffusion.convert import parse_size
     from pydiffusion.device_plan import DEFAULT_N_CTX, KV_TYPES, device_request
 
     threads, ctx, layers = runtime.get("threads"), runtime.get("ctx"), runtime.get("gpu_layers")
     if threads is not None and threads < 1:
         raise typer.BadParameter(f"--threads is {threads}; permitted is an integer of at least 1")
+    if threads is not None and (warning := too_many_threads(threads)):
+        say(f"pydiffusion: warning: --threads: {warning}")
     if ctx is not None and ctx < 1:
         raise typer.BadParameter(f"--ctx is {ctx}; permitted is an integer of at least 1")
     if layers is not None and layers != "auto" and not layers.isdecimal():

@@ -16,7 +16,9 @@ Context = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", help="Number of CPU threads. [default: the CPUs available to this process]"),
+    typer.Option(
+        "--threads", help="Number of CPU threads. [default: one per core, within a container's quota]"
+    ),
 ]
 Steps = Annotated[
     int | None,

@@ -37,14 +37,14 @@ def command(
     ] = None,
 ) -> None:
     """Benchmark loading, prefill and denoising steps. Times each part, beside the machine's limits."""
-    from pydiffusion._util.cpus import available_cpus
+    from pydiffusion._util.cpus import step_threads
     from pydiffusion._util.files import check_is_file
     from pydiffusion.testing.bench import compare, format_result, run_bench
 
     if (model is None) == (synthetic is None):
         raise typer.BadParameter("give either --model or --synthetic")
     arguments = _open.runtime_arguments(runtime)
-    n_threads = arguments.pop("n_threads") or available_cpus()
+    n_threads = arguments.pop("n_threads") or step_threads().n
     n_ctx = arguments.pop("n_ctx") and runtime["ctx"]  # default: as much as the run needs
     before = None if against is None else _read_figures(against)
     with tempfile.TemporaryDirectory(prefix="pydiffusion-bench-") as folder:

@@ -1,4 +1,4 @@
-"""``pydiffusion devices``: list GPUs and plan a model's layers over them."""
+"""``pydiffusion devices``: list threads and GPUs, and plan a model's layers over them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def command(
     runtime: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """List GPUs and, with -m, plan a model's layers over them. Loads nothing."""
+    """List the number of threads and the GPUs; with -m, plan a model's layers over them. Loads nothing."""
     from pydiffusion import devices, plan
+    from pydiffusion._util.cpus import step_threads
 
-    found = devices()
+    found, threads = devices(), step_threads()
     planned = None
     if model is not None:
         arguments = _open.runtime_arguments(runtime)
@@ -34,8 +35,10 @@ def command(
         planned = plan(model, **arguments)
     if as_json:
         listed = [asdict(device) for device in found]
-        print(json.dumps({"devices": listed, "plan": None if planned is None else planned.to_dict()}))
+        cpu = {"n_threads": threads.n, "reason": threads.reason}
+        print(json.dumps({"cpu": cpu, "devices": listed, "plan": planned and planned.to_dict()}))
         return
+    print(f"cpu: {threads.n} thread{'s' if threads.n > 1 else ''} by default: {threads.reason}")
     for device in found:
         free, total = format_size(device.free_bytes), format_size(device.total_bytes)
         print(f"{device.name}: {device.description}, {free} of {total} free")

@@ -16,6 +16,7 @@ import numpy as np
 
 from pydiffusion import _native
 from pydiffusion._util import atomic
+from pydiffusion._util.cpus import available_cpus
 from pydiffusion.convert.architectures.diffusion_gemma.config import DEFAULT_SAMPLER, TextConfig
 from pydiffusion.convert.architectures.diffusion_gemma.metadata import model_metadata
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import KINDS, shapes
@@ -175,7 +176,7 @@ def _write_tensor(
         key = (tensor.type, tensor.shape[-1])
         if key not in made:
             rows = rng.standard_normal((_ROWS_MADE, tensor.shape[-1]), dtype=np.float32) * 0.02
-            made[key] = _native.quantize_rows(rows, tensor.type).tobytes()
+            made[key] = _native.quantize_rows(rows, tensor.type, available_cpus()).tobytes()
         pattern = made[key] * max(1, _CHUNK // len(made[key]))
         for begin in range(0, tensor.n_bytes, len(pattern)):
             new.write(memoryview(pattern)[: tensor.n_bytes - begin])
@@ -189,7 +190,7 @@ def _write_mixed_rows(new: atomic.NewFile, tensor: Placed, rng: np.random.Genera
     n_rows, n_columns = tensor.shape
     n_pieces = n_columns // math.gcd(n_columns, _PIECE)
     rows = rng.standard_normal((_ROWS_MIXED, n_columns), dtype=np.float32) * 0.02
-    blocks = _native.quantize_rows(rows, tensor.type)
+    blocks = _native.quantize_rows(rows, tensor.type, available_cpus())
     pieces = blocks.reshape(_ROWS_MIXED * n_pieces, -1)
     step = max(1, _CHUNK // (n_pieces * pieces.shape[1]))
     for begin in range(0, n_rows, step):
