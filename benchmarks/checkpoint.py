@@ -4,8 +4,9 @@
 
 plain: 438e6 weights, row lengths that are multiples of 256. odd: 282e6 weights, with the released model's
 feed-forward lengths 2112 and 704, which are not multiples of a k-quant's block size. released: 2.4e9 weights,
-one sliding and one full layer with all sizes of the released model, 4.8 GB. Matrices preserve the scale of activations, norms and scales are near 1, and columns have different scales, so that rounding errors
-stay visible instead of being amplified chaotically. Results do not carry over to trained weights.
+one sliding and one full layer of the released model's sizes. Matrices preserve the scale of activations,
+norms and scales are near 1, and columns have different scales, so that rounding errors stay visible instead
+of being amplified chaotically. Results do not carry over to trained weights.
 """
 
 from __future__ import annotations

@@ -77,20 +77,30 @@ class Context:
 
 
 class RouterGap:
-    """While open: the smallest distance between the last chosen expert and the first left out (log scale).
+    """While open: the distance between the last chosen expert and the first left out (log scale). Of all so
+    far the smallest, and that of each position of the last decoder pass.
 
     Where it is small, another rounding picks another expert, and the logits jump.
     """
 
     def __init__(self, model: DiffusionGemmaForBlockDiffusion) -> None:
         self.smallest = float("inf")
+        self.of_layer: dict[torch.nn.Module, np.ndarray] = {}
         self.k = model.config.text_config.top_k_experts
         routers = [module for name, module in model.named_modules() if name.endswith(".router")]
         self.handles = [router.register_forward_hook(self.look) for router in routers]
+        self.decoders = set(model.model.decoder.modules())
 
     def look(self, module: torch.nn.Module, args: tuple, output: tuple) -> None:
         best = torch.topk(output[0], self.k + 1, dim=-1).values.log()
-        self.smallest = min(self.smallest, float((best[:, -2] - best[:, -1]).min()))
+        gaps = (best[:, -2] - best[:, -1]).numpy()
+        self.smallest = min(self.smallest, float(gaps.min()))
+        if module in self.decoders:
+            self.of_layer[module] = gaps
+
+    def of_positions(self) -> np.ndarray:
+        """The smallest of the layers for each canvas position, float32 (n,)."""
+        return np.min(list(self.of_layer.values()), axis=0)
 
     def close(self) -> None:
         for handle in self.handles:
