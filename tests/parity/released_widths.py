@@ -174,7 +174,7 @@ class Setup:
 
 
 def setups(type: str) -> list[Setup]:
-    """ggml's kernels, the best of our own, the device graph; and half of it, with flash attention, for one type.
+    """ggml's kernels, the best of our own, the device graph; for one type half of it, with flash attention.
 
     Flash attention on the CPU sums in float16, which would be half of a 16-bit file's difference.
     """
