@@ -3,9 +3,10 @@
     python benchmarks/checkpoint.py odd FOLDER
 
 plain: 438e6 weights, row lengths that are multiples of 256. odd: 282e6 weights, with the released model's
-feed-forward lengths 2112 and 704, which are not multiples of a k-quant's block size. Matrices preserve the
-scale of activations, norms and scales are near 1, and columns have different scales, so that rounding errors
-stay visible instead of being amplified chaotically. Results do not carry over to trained weights.
+feed-forward lengths 2112 and 704, which are not multiples of a k-quant's block size. released: 2.4e9 weights,
+one sliding and one full layer of the released model's sizes. Matrices preserve the scale of activations,
+norms and scales are near 1, and columns have different scales, so that rounding errors stay visible instead
+of being amplified chaotically. Results do not carry over to trained weights.
 """
 
 from __future__ import annotations
@@ -43,14 +44,21 @@ class Shape:
     n_heads: int = 8
     head_dim: int = 128
     global_head_dim: int = 256
+    n_kv_heads: int = 4
+    n_global_kv_heads: int = 2
+    n_experts_used: int = 4
 
 
 SHAPES = MappingProxyType(
     {
         "plain": Shape(n_layers=12, dense=1536, expert=256, n_experts=32, vocab=32768, canvas=256),
         "odd": Shape(n_layers=6, dense=2112, expert=704, n_experts=16, vocab=8192, canvas=64),
+        "released": Shape(
+            n_layers=2, dense=2112, expert=704, n_experts=128, vocab=262_144, canvas=256, d=2816, n_heads=16,
+            head_dim=256, global_head_dim=512, n_kv_heads=8, n_global_kv_heads=2, n_experts_used=8,
+        ),
     }
-)
+)  # fmt: skip
 
 
 def sliding_layers(n_layers: int) -> list[bool]:
@@ -79,7 +87,8 @@ def make_checkpoint(folder: Path, shape: Shape) -> tuple[int, int]:
         name = f"model-{i_shard + 1:05d}-of-{len(shards):05d}.safetensors"
         write_shard(folder / name, shard, random)
         weight_map |= dict.fromkeys(shard, name)
-    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    index = {"metadata": {"total_size": 2 * n_weights}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index)
     return n_weights, sum((folder / name).stat().st_size for name in set(weight_map.values()))
 
 
@@ -137,12 +146,12 @@ def config(shape: Shape) -> dict[str, Any]:
         "intermediate_size": shape.dense,
         "num_hidden_layers": shape.n_layers,
         "num_attention_heads": shape.n_heads,
-        "num_key_value_heads": 4,
-        "num_global_key_value_heads": 2,
+        "num_key_value_heads": shape.n_kv_heads,
+        "num_global_key_value_heads": shape.n_global_kv_heads,
         "head_dim": shape.head_dim,
         "global_head_dim": shape.global_head_dim,
         "num_experts": shape.n_experts,
-        "top_k_experts": 4,
+        "top_k_experts": shape.n_experts_used,
         "moe_intermediate_size": shape.expert,
         "sliding_window": 1024,
         "max_position_embeddings": 32768,

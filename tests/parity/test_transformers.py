@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from reference.random_checkpoint import SHAPES, random_ids
 from support.models import WEIGHT_TYPES, assert_own_attention, compare, open_model
+from support.parity import ROUNDING_FACTOR
 
 from pydiffusion import _native
 
@@ -17,10 +18,6 @@ pytestmark = pytest.mark.reference
 
 #: Mean absolute difference of logits of range 25, against a reference that holds the dequantized weights.
 MEAN_BOUND = {"f16": 0.06, "bf16": 0.06, "q8_0": 0.25, "q4_k_m": 0.25}
-
-#: What is left is the rounding of activations, to 16 bits or to blocks of 8 bits. Ours may be no more than
-#: this times what the same rounding does to transformers, in a canvas position of the middle.
-ROUNDING_FACTOR = 1.5
 
 _FALLBACKS = {"F32", "Q4_K", "Q6_K", "Q5_0", "Q8_0"}
 Q4_K_M_TYPES = {"mild": _FALLBACKS, "small": _FALLBACKS, "wide": {"F32", "Q4_K", "Q6_K"}}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.models import assert_own_attention, compare, mean_kl, replay
+from support.parity import ROUTER_TIE
 
 from pydiffusion import DiffusionModel, _native, demo
 from pydiffusion.convert import convert
@@ -20,10 +21,6 @@ pytestmark = [pytest.mark.reference, pytest.mark.slow]
 
 TYPES = ("f32", "bf16", "q8_0", "q4_k_m")
 AGREEMENT, MEAN_KL = 0.99, 1e-3
-
-#: Between two experts whose scores differ by less (in log), rounding alone decides in any float32 evaluation:
-#: a few of some hundred thousand choices.
-ROUTER_TIE = 1e-5
 
 
 @pytest.fixture(scope="module")

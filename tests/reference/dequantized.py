@@ -6,6 +6,7 @@ This is the tests' own map of names, written apart from the converter's, so that
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -44,6 +45,8 @@ _LAYER = {
     "layer_output_scale.weight": "layer_scalar",
 }
 
+_ROWS = 4096
+
 
 def checkpoint_name(name: str) -> str | None:
     """The checkpoint's name of a GGUF tensor; None for ``rope_freqs`` (config there)."""
@@ -60,14 +63,37 @@ def checkpoint_name(name: str) -> str | None:
 
 def read_dequantized(path: Path) -> dict[str, np.ndarray]:
     """Every weight of the file as float32 in the checkpoint's shape, by the checkpoint's name."""
-    out: dict[str, np.ndarray] = {}
+    return dict(dequantized_tensors(path))
+
+
+def dequantized_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The same one at a time, with memory for one tensor."""
     for tensor in gguf.GGUFReader(path).tensors:
         name = checkpoint_name(tensor.name)
         if name is not None:
-            shape = tuple(int(n) for n in reversed(tensor.shape))
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            out[name] = np.ascontiguousarray(values, dtype=np.float32).reshape(shape)
+            yield name, _dequantized(tensor)
+
+
+def _dequantized(tensor: gguf.ReaderTensor) -> np.ndarray:
+    """Row by row group: the package's function takes three times a result's memory."""
+    out = np.empty(tuple(int(n) for n in reversed(tensor.shape)), np.float32)
+    rows, data = out.reshape(-1, out.shape[-1]), tensor.data.reshape(-1, tensor.data.shape[-1])
+    for begin in range(0, len(rows), _ROWS):
+        piece = data[begin : begin + _ROWS]
+        rows[begin : begin + _ROWS] = gguf.quants.dequantize(piece, tensor.tensor_type)
     return out
+
+
+def without_padding(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A weight without the rows and columns that pad feed-forward lengths, which have to be zeros."""
+    if name.endswith("gate_up_proj"):  # gate and up of an expert, padded each
+        halves = values.reshape(len(values), 2, -1, values.shape[-1])
+        cut = halves[:, :, : shape[1] // 2].reshape(shape)
+    else:
+        cut = values[tuple(slice(n) for n in shape)]
+    if np.count_nonzero(cut) != np.count_nonzero(values):
+        raise ValueError(f"{name}: {values.shape} is padded to from {shape} by other numbers than zeros")
+    return cut
 
 
 def tensor_types(path: Path) -> dict[str, str]:

@@ -77,20 +77,30 @@ class Context:
 
 
 class RouterGap:
-    """While open: the smallest distance between the last chosen expert and the first left out (log scale).
+    """While open: the distance between the last chosen expert and the first left out (log scale). Of all so
+    far the smallest, and that of each position of the last decoder pass.
 
     Where it is small, another rounding picks another expert, and the logits jump.
     """
 
     def __init__(self, model: DiffusionGemmaForBlockDiffusion) -> None:
         self.smallest = float("inf")
+        self.of_layer: dict[torch.nn.Module, np.ndarray] = {}
         self.k = model.config.text_config.top_k_experts
         routers = [module for name, module in model.named_modules() if name.endswith(".router")]
         self.handles = [router.register_forward_hook(self.look) for router in routers]
+        self.decoders = set(model.model.decoder.modules())
 
     def look(self, module: torch.nn.Module, args: tuple, output: tuple) -> None:
         best = torch.topk(output[0], self.k + 1, dim=-1).values.log()
-        self.smallest = min(self.smallest, float((best[:, -2] - best[:, -1]).min()))
+        gaps = (best[:, -2] - best[:, -1]).numpy()
+        self.smallest = min(self.smallest, float(gaps.min()))
+        if module in self.decoders:
+            self.of_layer[module] = gaps
+
+    def of_positions(self) -> np.ndarray:
+        """The smallest of the layers for each canvas position, float32 (n,)."""
+        return np.min(list(self.of_layer.values()), axis=0)
 
     def close(self) -> None:
         for handle in self.handles:
@@ -108,23 +118,29 @@ def nudged(model: DiffusionGemmaForBlockDiffusion, relative: float) -> Diffusion
     return other
 
 
-def _rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
+def _rounded(x: torch.Tensor, kind: str, padded: bool) -> torch.Tensor:
     """Round activations as ggml does for weights of that type: to 16 bits, or to 8-bit blocks."""
     if kind in ("bf16", "f16"):
         return x.to(torch.bfloat16 if kind == "bf16" else torch.float16).float()
-    block = 256 if kind == "q4_k_m" and x.shape[-1] % 256 == 0 else 32
-    blocks = x.reshape(-1, block)
+    block = 256 if kind == "q4_k_m" and (padded or x.shape[-1] % 256 == 0) else 32
+    blocks = torch.nn.functional.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
     step = blocks.abs().amax(dim=-1, keepdim=True) / 127
-    return torch.where(step == 0, blocks, (blocks / step).round() * step).reshape(x.shape)
+    rounded = torch.where(step == 0, blocks, (blocks / step).round() * step)
+    return rounded.flatten(-2)[..., : x.shape[-1]]
 
 
 @contextmanager
-def rounded_activations(model: DiffusionGemmaForBlockDiffusion, kind: str) -> Iterator[None]:
-    """While open, linear layers but the router round their input as ggml does: what that alone costs."""
+def rounded_activations(
+    model: DiffusionGemmaForBlockDiffusion, kind: str, padded: bool = False
+) -> Iterator[None]:
+    """While open, linear layers but the router round their input as ggml does: what that alone costs.
+
+    ``padded``: as for a file whose feed-forward lengths are padded to whole blocks of 256.
+    """
     linear, n_expert = torch.nn.functional.linear, model.config.text_config.num_experts
 
     def rounding(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return linear(x if weight.shape[0] == n_expert else _rounded(x, kind), weight, bias)
+        return linear(x if weight.shape[0] == n_expert else _rounded(x, kind, padded), weight, bias)
 
     torch.nn.functional.linear = rounding
     try:
@@ -142,4 +158,4 @@ def set_weights(model: DiffusionGemmaForBlockDiffusion, tensors: dict[str, np.nd
                 raise KeyError(f"the reference has no tensor {name}")
             if tuple(state[name].shape) != value.shape:
                 raise ValueError(f"{name}: {value.shape} for {tuple(state[name].shape)}")
-            state[name].copy_(torch.from_numpy(np.array(value, dtype=np.float32)))
+            state[name].copy_(torch.from_numpy(np.asarray(value, dtype=np.float32)))
