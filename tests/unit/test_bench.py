@@ -12,7 +12,8 @@ from pydiffusion import _native
 from pydiffusion.cli import main
 from pydiffusion.convert.quantization.recipes import RECIPES
 from pydiffusion.errors import ConversionError
-from pydiffusion.testing.bench import PARTS, compare, format_result, run_bench
+from pydiffusion.testing.bench import PARTS, run_bench
+from pydiffusion.testing.bench_report import compare_with_earlier, format_result
 from pydiffusion.testing.synthetic import SHAPES, write_synthetic
 
 
@@ -85,7 +86,9 @@ def test_json_and_compare(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_result_compared_with_itself_is_one(tiny: Path) -> None:
     result = run_bench(tiny, n_threads=1, n_prompt=8, n_steps=2)
-    ratios = [float(line.split()[-1]) for line in compare(result, result.to_dict()).splitlines()[1:]]
+    ratios = [
+        float(line.split()[-1]) for line in compare_with_earlier(result, result.to_dict()).splitlines()[2:]
+    ]
     assert ratios == [1.0] * len(ratios) and len(ratios) == 3 + len(PARTS)
     assert result.model in format_result(result)
 
