@@ -96,7 +96,9 @@ def _other(against: str, path: Path, runtime: Mapping[str, Any]) -> Setup:
     """The file, or the settings, that ``--compare`` names; a usage error for what is neither."""
     from pydiffusion._util.files import check_is_file
 
-    if Path(against).exists() or "=" not in against:
+    if "=" not in against and not Path(against).exists():
+        raise typer.BadParameter(f"--compare {against}: neither a file nor settings, as in threads=1")
+    if Path(against).exists():
         check_is_file(Path(against))
         return _setup(Path(against).name, Path(against), runtime)
     chosen = dict(runtime)

@@ -27,9 +27,9 @@ class Autoregressive:
     """Seconds (medians) of one token read causally with the output head on, and of denoising.
 
     commit_seconds: encoding a finished canvas. steps: denoising steps of the first canvas with the file's
-    sampler options, after QUESTION as a chat if ``asked``, else after random tokens. speedup: tokens per second
-    of denoising at QUOTED_STEPS over autoregressive ones, in turns. bytes_per_token: weights that a token
-    reads. load: the machine meanwhile.
+    sampler options, after QUESTION as a chat if ``asked``, else after random tokens. speedup: tokens per
+    second of denoising at QUOTED_STEPS over autoregressive ones, in turns. bytes_per_token: weights that a
+    token reads. load: the machine meanwhile.
     """
 
     n_prompt: int

@@ -67,10 +67,10 @@ def _load_lines(r: BenchResult) -> list[str]:
     )
     shares = r.load.fair_shares(r.n_threads)
     if shares is not None and not r.load.quiet:
-        by_session = f"{shares[1]:.2f} if the others are other login sessions, which Linux treats alike here"
-        lines.append(
-            f"fair share beside the others: {shares[0]:.2f} CPUs{f'; {by_session}' if r.load.by_session else ''}"
-        )
+        fair = f"fair share beside the others: {shares[0]:.2f} CPUs"
+        if r.load.by_session:
+            fair += f", or {shares[1]:.2f} if each is a login session, as Linux shares by session here"
+        lines.append(fair)
     return lines
 
 
@@ -85,10 +85,11 @@ def format_autoregressive(a: Autoregressive, read_limit: float) -> str:
     """Tokens per second of both. read_limit: bytes per second that the machine reads from memory."""
     quoted, measured = a.diffusion_tokens_per_second(QUOTED_STEPS), a.diffusion_tokens_per_second(a.steps)
     prompt = "a question" if a.asked else "random tokens"
+    of_limit = a.bytes_per_token / a.token_seconds / read_limit
     return "\n".join(
         [
-            f"autoregressive, the same weights: {a.tokens_per_second:.1f} tokens/s, {1e3 * a.token_seconds:.1f} ms"
-            f" per token, {a.bytes_per_token / a.token_seconds / read_limit:.0%} of the limit of reading weights",
+            f"autoregressive, the same weights: {a.tokens_per_second:.1f} tokens/s,"
+            f" {1e3 * a.token_seconds:.1f} ms per token, {of_limit:.0%} of the limit of reading weights",
             f"diffusion at {QUOTED_STEPS} steps per canvas: {quoted:.1f} tokens/s, a speedup of {a.speedup}",
             f"diffusion at {a.steps} steps per canvas, as after {prompt} with the file's options:"
             f" {measured:.1f} tokens/s, a speedup of {measured / a.tokens_per_second:.2f}",

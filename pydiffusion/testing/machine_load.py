@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ROOT = Path("/")
+_TICKS_PER_SECOND = 100  # of /proc/stat, on any Linux
 # Beyond these a machine is not quiet: CPUs that others use, their runnable threads, the share of time stolen.
-# A quiet virtual machine has 0.02 CPUs of its system's own; /proc/stat counts in hundredths of a second.
+# A quiet virtual machine has 0.02 CPUs of its system's own;
 _QUIET_OTHERS, _QUIET_RUNNABLE, _QUIET_STOLEN = 0.1, 0.25, 0.01
 
 
@@ -216,8 +217,7 @@ def _cpu_seconds(root: Path, cpus: frozenset[int]) -> tuple[float | None, float 
             busy += user + nice + system + irq + softirq
             stolen += steal
             found = True
-    hertz = os.sysconf("SC_CLK_TCK") if found else 1
-    return (busy / hertz, stolen / hertz) if found else (None, None)
+    return (busy / _TICKS_PER_SECOND, stolen / _TICKS_PER_SECOND) if found else (None, None)
 
 
 def _states(root: Path) -> Iterator[bool]:

@@ -40,7 +40,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
     """Ratio of measurements, the i-th of both taken one right after the other."""
     ratios = sorted(a / b for a, b in zip(numerators, denominators, strict=True))
     n = len(ratios)
-    # The median is outside of the i-th smallest to the i-th largest with probability 2 P(Binomial(n, 1/2) < i).
+    # The true median is outside of the i-th smallest to the i-th largest if fewer than i are below, or above.
     outside, i = 2 * 0.5**n, 0
     while outside <= 0.05:
         i += 1
