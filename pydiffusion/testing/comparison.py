@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,19 +73,15 @@ def compare_in_turns(first: Setup, second: Setup, n_prompt: int, n_rounds: int, 
     """
     if n_prompt < 1 or n_rounds < 1:
         raise ValueError(f"n_prompt is {n_prompt} and n_rounds {n_rounds}; permitted are at least 1")
-    works: list[Callable[[], float]] = []
-    setups = (first, second)
-    models = [setup.open(n_prompt, n_canvases=1, n_sessions=2) for setup in setups]
-    try:
-        for prefill, step in (_works(model, n_prompt, n_rounds, seed) for model in models):
-            works += [prefill, step]
+    with ExitStack() as stack:
+        models = [
+            stack.enter_context(setup.open(n_prompt, n_canvases=1, n_sessions=2)) for setup in (first, second)
+        ]
+        works = [_works(model, n_prompt, n_rounds, seed) for model in models]
         meter = LoadMeter()
-        prefill = alternate(works[::2], n_rounds, meter.sample)
-        steps = alternate(works[1::2], n_rounds, meter.sample)
+        prefill = alternate([reading for reading, _ in works], n_rounds, meter.sample)
+        steps = alternate([denoising for _, denoising in works], n_rounds, meter.sample)
         load = meter.result()
-    finally:
-        for model in models:
-            model.close()
     return Comparison(
         names=(first.name, second.name),
         n_threads=(first.n_threads, second.n_threads),

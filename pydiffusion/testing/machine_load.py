@@ -99,7 +99,7 @@ class MachineLoad:
 
     @property
     def disturbances(self) -> list[str]:
-        """What kept the machine from being quiet, for people."""
+        """Reasons why the machine was not quiet, for people."""
         found = []
         if self.others is not None and self.others > _QUIET_OTHERS:
             found.append(f"others used {self.others:.2f} of {self.n_cpus} CPUs")
