@@ -51,6 +51,7 @@ class Runs:
     wall: float = 0.0
     ran: float = 0.0
     waited: float = 0.0
+    others: float = 0.0
 
     def add(self, result: Result, spans: Sequence[Span]) -> None:
         self.spans += spans
@@ -58,6 +59,7 @@ class Runs:
         self.wall += result.wall
         self.ran += result.times.ran
         self.waited += result.times.waited
+        self.others += result.others
 
     @property
     def milliseconds(self) -> list[float]:
@@ -152,7 +154,11 @@ def report(runs: dict[tuple[Key, str, str], Runs], arguments: argparse.Namespace
             waste = f"{(its.ran / its.n) / (quiet.ran / quiet.n):6.2f}" if quiet.ran else ""
         got = f"{its.ran / its.wall:5.2f} {its.waited / its.wall:5.2f} {1e3 * its.ran / its.n:7.1f}"
         rate = f"  {1e3 * arguments.prompt / median:.0f} tokens/s" if work == "prefill" else ""
-        print(f"{line} {ratios} {got} {waste}{rate}")
+        others = its.others / its.wall
+        disturbed = (
+            f"  NOT QUIET: others used {others:.2f} CPUs" if beside == "quiet" and others > 0.1 else ""
+        )
+        print(f"{line} {ratios} {got} {waste}{rate}{disturbed}")
 
 
 def parse() -> argparse.Namespace:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import httpx
 
-from pydiffusion.testing.machine_load import ThreadTimes, thread_times
+from pydiffusion.testing.machine_load import LoadMeter, ThreadTimes, thread_times
 
 Span = tuple[float, float]  # start and end on the clock of time.perf_counter, which processes share
 
@@ -90,27 +90,33 @@ def environment(python_path: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Result:
-    """Runs of one command. wall, times: of all of them together."""
+    """Runs of one command. wall, times: of all of them together. others: CPU time of other programs
+    meanwhile, the busy processes included.
+    """
 
     spans: list[Span]
     wall: float
     times: ThreadTimes
+    others: float
 
 
 def run(programs: Sequence[Program], command: str) -> list[Result]:
     """Run a command on all programs at once."""
     # A conversion's threads end with it, so only the process knows what they ran.
     read = process_times if command.startswith("convert") else thread_times
-    before, started = [read(one.pid) for one in programs], time.perf_counter()
+    meter, started = LoadMeter(), time.perf_counter()
+    before = [read(one.pid) for one in programs]
     for one in programs:
         one.send(command)
-    results = []
+    measured = []
     for one, earlier in zip(programs, before, strict=True):
         spans = [(start, end) for start, end in one.reply()]
         wall, now = time.perf_counter() - started, read(one.pid)
         unknown = now is None or earlier is None
-        results.append(Result(spans, wall, ThreadTimes(0.0, 0.0) if unknown else now - earlier))
-    return results
+        measured.append((spans, wall, ThreadTimes(0.0, 0.0) if unknown else now - earlier))
+    load = meter.result()
+    others = (load.others or 0.0) * load.seconds - sum(times.ran for _, _, times in measured)
+    return [Result(*one, max(0.0, others)) for one in measured]
 
 
 def process_times(pid: int) -> ThreadTimes:

@@ -98,6 +98,17 @@ def test_next_token_logits(
     assert_within(compare(logits, golden["logits"]), MEAN_BOUND, MAX_BOUND)
 
 
+@pytest.mark.parametrize("kernels", ["ggml", "cuda"])
+def test_next_token_logits_of_a_device(kernels: str, gguf_file: Callable[..., Path]) -> None:
+    shape, options = SOURCES["small-f32"]
+    path, ids = gguf_file(shape, "f32", **options), load_golden("logits-small-f32")["long/prompt_ids"]
+    device = {"device": "host", "n_gpu_layers": -1, "kernels": kernels}
+    on_cpu, on_host = (_native.Model(str(path), n_threads=1, kv_type="f32", **more) for more in ({}, device))
+    assert on_host.description["backend"] == "host"
+    wanted, logits = (_native.Session(model, 128).next_logits(ids)[None] for model in (on_cpu, on_host))
+    assert_within(compare(logits, wanted), MEAN_BOUND, MAX_BOUND)
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_f16_cache(source: str, f32_model: Callable, report: Callable[[str], None]) -> None:
     """A float16 cache rounds keys and values to 11 bits; sums stay float32."""
