@@ -85,11 +85,12 @@ def format_autoregressive(a: Autoregressive, read_limit: float) -> str:
     """Tokens per second of both. read_limit: bytes per second that the machine reads from memory."""
     quoted, measured = a.diffusion_tokens_per_second(QUOTED_STEPS), a.diffusion_tokens_per_second(a.steps)
     prompt = "a question" if a.asked else "random tokens"
-    of_limit = a.bytes_per_token / a.token_seconds / read_limit
+    limit = read_limit / a.bytes_per_token
     return "\n".join(
         [
             f"autoregressive, the same weights: {a.tokens_per_second:.1f} tokens/s,"
-            f" {1e3 * a.token_seconds:.1f} ms per token, {of_limit:.0%} of the limit of reading weights",
+            f" {1e3 * a.token_seconds:.1f} ms per token; reading the weights of a token at the roofline would"
+            f" allow {limit:.1f}",
             f"diffusion at {QUOTED_STEPS} steps per canvas: {quoted:.1f} tokens/s, a speedup of {a.speedup}",
             f"diffusion at {a.steps} steps per canvas, as after {prompt} with the file's options:"
             f" {measured:.1f} tokens/s, a speedup of {measured / a.tokens_per_second:.2f}",
