@@ -17,6 +17,13 @@ import httpx
 
 from pydiffusion.testing.machine_load import LoadMeter, ThreadTimes, thread_times
 
+# Ends when the process that started it has, however that ended: an orphan would disturb all that follows.
+_BUSY = """
+import os, sys
+while os.getppid() == int(sys.argv[1]):
+    for _ in range(1_000_000):
+        pass
+"""
 Span = tuple[float, float]  # start and end on the clock of time.perf_counter, which processes share
 
 
@@ -139,4 +146,4 @@ def busy_processes(n: int) -> Iterator[None]:
 
 
 def start_busy_process() -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+    return subprocess.Popen([sys.executable, "-c", _BUSY, str(os.getpid())], start_new_session=True)

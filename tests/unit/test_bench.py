@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -98,7 +99,8 @@ def test_a_busy_process_shows(tiny: Path, capsys: pytest.CaptureFixture[str]) ->
     arguments = ["bench", "-m", str(tiny), "--prompt", "8", "--steps", "24", "--threads", "1", "--json"]
     with ExitStack() as stack:
         for _ in range(available_cpus()):
-            command = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+            code = f"import os\nprint(flush=True)\nwhile os.getppid() == {os.getpid()}: pass"
+            command = [sys.executable, "-c", code]
             busy = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
             stack.callback(lambda busy=busy: (busy.kill(), busy.communicate()))
             assert busy.stdout is not None and busy.stdout.readline()
