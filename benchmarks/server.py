@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -198,10 +199,14 @@ def disconnects(bench: Bench, n_repeat: int, step: float) -> None:
 
 
 @contextmanager
-def serving(path: Path, n_threads: int) -> Iterator[tuple[str, int]]:
+def serving(path: Path, n_threads: int, python_path: str = "") -> Iterator[tuple[str, int]]:
+    """Run the server in a login session of its own; yields its address and process id."""
+    environment = os.environ | ({"PYTHONPATH": python_path} if python_path else {})
     command = [sys.executable, "-m", "pydiffusion", "serve", "-m", str(path), "--port", "0"]
     command += ["--threads", str(n_threads), "--ctx", "2048"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    ) as process:
         try:
             assert process.stderr is not None
             for line in process.stderr:

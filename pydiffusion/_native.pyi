@@ -223,6 +223,11 @@ class Session:
 
     def encode(self, ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], return_hidden: bool = False, progress: object | None = None) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))] | None: ...
 
+    def next_logits(self, ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.float32], dict(shape=(None,))]:
+        """
+        Encode ids and return the soft-capped logits of the token that would follow them when the model is read causally, (n_vocab,) float32.
+        """
+
     @property
     def n_encoded(self) -> int:
         """Number of tokens encoded so far."""

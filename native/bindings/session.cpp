@@ -30,16 +30,30 @@ std::function<void(int32_t)> between_chunks(const nb::object& progress, size_t t
 
 void ignore_chunks(int32_t) { check_signals(); }
 
-std::optional<Numpy2<float>> encode(Session& session, const Array1<int32_t>& ids, bool return_hidden,
-                                    const nb::object& progress) {
+std::optional<Numpy2<float>> encode_ids(Session& session, const Array1<int32_t>& ids, bool return_hidden,
+                                        const nb::object& progress) {
     const Hparams& hp = session.model().hparams;
     const std::vector<int32_t> tokens = checked_tokens(ids, hp.n_vocab);
     std::optional<Numpy2<float>> hidden;
     if (return_hidden) hidden = new_numpy<float>(tokens.size(), hp.n_embd);
     const WithoutGil release;
     const Session::Use use(session);
-    session.encode(tokens, between_chunks(progress, tokens.size()), hidden ? hidden->data() : nullptr);
+    session.encode(tokens, between_chunks(progress, tokens.size()),
+                   {hidden ? hidden->data() : nullptr, nullptr});
     return hidden;
+}
+
+Numpy1<float> next_logits(Session& session, const Array1<int32_t>& ids) {
+    const Hparams& hp = session.model().hparams;
+    const std::vector<int32_t> tokens = checked_tokens(ids, hp.n_vocab);
+    if (tokens.empty()) throw Error(ErrorKind::argument, "no token to encode: give at least one");
+    std::vector<float> logits(hp.n_vocab);
+    {
+        const WithoutGil release;
+        const Session::Use use(session);
+        session.encode(tokens, ignore_chunks, {nullptr, logits.data()});
+    }
+    return to_numpy(std::move(logits));
 }
 
 // Per layer (k, v), copies as uint8 (n_rows, row_bytes).
@@ -284,8 +298,12 @@ void bind_session(nb::module_& m) {
                      "Number of splits of the last graph; a new one begins wherever the device changes.")
         .def("profile_step", profile_step, nb::arg("by_operation") = false,
              "Run the last step's graph again, part by part: name -> (seconds, operations, bytes read).")
-        .def("encode", encode, nb::arg("ids").noconvert(), nb::arg("return_hidden") = false,
+        .def("encode", encode_ids, nb::arg("ids").noconvert(), nb::arg("return_hidden") = false,
              nb::arg("progress") = nb::none())
+        .def(
+            "next_logits", next_logits, nb::arg("ids").noconvert(),
+            "Encode ids and return the soft-capped logits of the token that would follow them when the model "
+            "is read causally, (n_vocab,) float32.")
         .def_prop_ro("n_encoded", &Session::n_encoded, "Number of tokens encoded so far.")
         .def("cache_rows", cache_rows, "Per layer (k, v), uint8 (n_rows, row_bytes), for restore().")
         .def("restore", restore, nb::arg("tokens").noconvert(), nb::arg("layers"),

@@ -45,6 +45,11 @@ ggml_tensor* GraphBuilder::embed(ggml_tensor* tokens) const {
     return scale == 1.0f ? rows : ggml_scale(ctx(), rows, scale);
 }
 
+ggml_tensor* GraphBuilder::logits(ggml_tensor* x) const {
+    const Weights& w = model.weights;
+    return ops->matmul_node(w.output, ops->rms_norm(x, w.output_norm, {w.output}));
+}
+
 Rope GraphBuilder::rope(int32_t i_layer) const {
     const Hparams& hp = model.hparams;
     const int32_t device = model.device_plan.layer_device(i_layer);

@@ -129,8 +129,7 @@ ggml_tensor* Denoiser::embed_slots(GraphBuilder& g, const std::vector<Slot>& slo
 // The head writes directly to the slot's logits: the step has already consumed the previous ones.
 void Denoiser::finish_slot(GraphBuilder& g, CanvasState& state, ggml_tensor* x) {
     g.begin_part("head");
-    const Weights& w = model_.weights;
-    ggml_tensor* head = g.ops->matmul_node(w.output, g.ops->rms_norm(x, w.output_norm, {w.output}));
+    ggml_tensor* head = g.logits(x);
     ggml_backend_tensor_alloc(state.buffer_.get(), head, state.logits_->data);
     g.begin_part("sampler");
     if (!state.soft_) head = cap_and_measure(g.ctx(), head, &state.step_);

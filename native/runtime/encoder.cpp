@@ -4,6 +4,7 @@
 
 #include "model/architecture.h"
 #include "model/limits.h"
+#include "sampler/logits.h"
 #include "util/error.h"
 
 namespace pydiffusion {
@@ -11,7 +12,7 @@ namespace pydiffusion {
 namespace {
 
 void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, const int32_t* ids,
-                  int32_t n_tokens, const std::atomic<bool>& cancel, float* hidden,
+                  int32_t n_tokens, const std::atomic<bool>& cancel, const EncoderOutputs& outputs,
                   ImatrixCollector* imatrix) {
     const Hparams& hp = model.hparams;
     const auto lock = model.backend.lock_devices();
@@ -23,10 +24,13 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
     const Architecture& architecture = *hp.architecture;
     ggml_tensor* x = architecture.embed_prompt(g, tokens);
     for (int32_t i = 0; i + 1 < hp.n_layer; ++i) x = architecture.layer(g, i, x);
-    if (!hidden) {
+    if (!outputs.hidden && !outputs.logits) {
         architecture.store_keys_and_values(g, hp.n_layer - 1, x);
     } else {
-        x = g.ops->rms_norm(architecture.layer(g, hp.n_layer - 1, x), model.weights.output_norm);
+        x = architecture.layer(g, hp.n_layer - 1, x);
+        x = outputs.hidden
+                ? g.ops->rms_norm(x, model.weights.output_norm)
+                : g.logits(ggml_view_2d(g.ctx(), x, x->ne[0], 1, x->nb[1], (n_tokens - 1) * x->nb[1]));
         ggml_set_output(x);
         ggml_build_forward_expand(g.graph, x);
     }
@@ -41,19 +45,26 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
     executor.compute(g.graph, [&] { return cancel.load(); });
     if (imatrix) imatrix->add(g.graph);
     cache.advance(n_tokens);
-    if (hidden) ggml_backend_tensor_get(x, hidden, 0, ggml_nbytes(x));
+    if (outputs.hidden) {
+        ggml_backend_tensor_get(x, outputs.hidden, 0, ggml_nbytes(x));
+    } else if (outputs.logits) {
+        ggml_backend_tensor_get(x, outputs.logits, 0, ggml_nbytes(x));
+        cap_and_measure_row(outputs.logits, hp.n_vocab, hp.soft_cap, 1.0f, 0.0f);
+    }
 }
 
 }  // namespace
 
 void encode(const Model& model, KvCache& cache, GraphExecutor& executor, const std::vector<int32_t>& ids,
-            const std::atomic<bool>& cancel, const std::function<void(int32_t)>& on_chunk, float* hidden,
-            ImatrixCollector* imatrix) {
+            const std::atomic<bool>& cancel, const std::function<void(int32_t)>& on_chunk,
+            const EncoderOutputs& outputs, ImatrixCollector* imatrix) {
     const int32_t n = static_cast<int32_t>(ids.size());
     for (int32_t done = 0; done < n;) {
         const int32_t n_tokens = std::min(kEncodeChunk, n - done);
-        float* rows = hidden ? hidden + int64_t{done} * model.hparams.n_embd : nullptr;
-        encode_chunk(model, cache, executor, ids.data() + done, n_tokens, cancel, rows, imatrix);
+        EncoderOutputs its;
+        if (outputs.hidden) its.hidden = outputs.hidden + int64_t{done} * model.hparams.n_embd;
+        if (done + n_tokens == n) its.logits = outputs.logits;
+        encode_chunk(model, cache, executor, ids.data() + done, n_tokens, cancel, its, imatrix);
         done += n_tokens;
         on_chunk(done);
     }

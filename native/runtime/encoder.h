@@ -11,11 +11,16 @@
 
 namespace pydiffusion {
 
+// What encode() writes besides the cache, unless null.
+struct EncoderOutputs {
+    float* hidden = nullptr;  // hidden states after the final norm, n_embd floats per token
+    float* logits = nullptr;  // soft-capped logits after the last token, n_vocab floats; not with hidden
+};
+
 // Appends ids to the cache in chunks. Calls `on_chunk` with the number of tokens done after each chunk; an
-// exception from it ends the call and leaves the finished chunks in the cache. If `hidden` is not null,
-// writes the hidden states after the final norm to it, n_embd floats per token.
+// exception from it ends the call and leaves the finished chunks in the cache.
 void encode(const Model& model, KvCache& cache, GraphExecutor& executor, const std::vector<int32_t>& ids,
-            const std::atomic<bool>& cancel, const std::function<void(int32_t)>& on_chunk, float* hidden,
-            ImatrixCollector* imatrix = nullptr);
+            const std::atomic<bool>& cancel, const std::function<void(int32_t)>& on_chunk,
+            const EncoderOutputs& outputs, ImatrixCollector* imatrix = nullptr);
 
 }  // namespace pydiffusion

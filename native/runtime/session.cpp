@@ -4,7 +4,6 @@
 #include <exception>
 
 #include "model/limits.h"
-#include "runtime/encoder.h"
 #include "util/error.h"
 
 namespace pydiffusion {
@@ -73,13 +72,13 @@ Session::Session(std::shared_ptr<const Model> model, int32_t n_ctx, ggml_type kv
       executor_(model_->backend) {}
 
 void Session::encode(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
-                     float* hidden) {
+                     const EncoderOutputs& outputs) {
     generation_.reset();
-    append(ids, on_chunk, hidden);
+    append(ids, on_chunk, outputs);
 }
 
 void Session::append(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
-                     float* hidden) {
+                     const EncoderOutputs& outputs) {
     const int64_t needed = int64_t{n_past()} + static_cast<int64_t>(ids.size());
     if (needed > n_ctx_) {
         throw Error(
@@ -97,7 +96,7 @@ void Session::append(const std::vector<int32_t>& ids, const std::function<void(i
         n_encoded_ += n_past() - before;
     };
     try {
-        pydiffusion::encode(*model_, cache_, executor_, ids, cancel_, on_chunk, hidden, imatrix_.get());
+        pydiffusion::encode(*model_, cache_, executor_, ids, cancel_, on_chunk, outputs, imatrix_.get());
     } catch (...) {
         sync_tokens();
         throw;
@@ -119,7 +118,7 @@ void Session::truncate(int32_t n, const std::function<void(int32_t)>& on_chunk) 
         const std::lock_guard<std::mutex> lock(tokens_mutex_);
         tokens_.resize(kept_cache ? n : 0);
     }
-    if (!kept_cache) encode(kept, on_chunk, nullptr);
+    if (!kept_cache) encode(kept, on_chunk);
 }
 
 void Session::restore(const std::vector<int32_t>& tokens,

@@ -11,6 +11,7 @@
 
 #include "backend/graph_executor.h"
 #include "runtime/denoiser.h"
+#include "runtime/encoder.h"
 #include "sampler/sampler.h"
 
 namespace pydiffusion {
@@ -72,7 +73,8 @@ class Session {
     std::map<std::string, Denoiser::PartCost> profile_step(bool by_operation);
 
     // See pydiffusion::encode. Throws, with nothing changed, for a context overflow.
-    void encode(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk, float* hidden);
+    void encode(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
+                const EncoderOutputs& outputs = {});
     // Drops all but the first n tokens; encodes those again if the cache can't go back that far.
     void truncate(int32_t n, const std::function<void(int32_t)>& on_chunk);
     // Tokens encoded by this session in total; shows what reuse of the cache saves.
@@ -163,7 +165,8 @@ class Session {
     int32_t canvas_length(const GenerationParams& params) const {
         return params.canvas_length ? params.canvas_length : model_->hparams.canvas_length;
     }
-    void append(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk, float* hidden);
+    void append(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
+                const EncoderOutputs& outputs = {});
     void check_params(const GenerationParams& params) const;
     void check_hold(const GenerationParams& params) const;
     void begin_canvas(const std::function<void(int32_t)>& on_chunk);

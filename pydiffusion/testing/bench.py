@@ -11,7 +11,6 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,13 @@ from typing import Any
 import numpy as np
 
 from pydiffusion import _native
-from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.device_plan import check_kv_type, device_request, devices
+
+from .machine_load import LoadMeter, MachineLoad
+from .turns import begin_steps, seconds_of
 
 #: Parts of a step in the order in which they run.
 PARTS = ("self-conditioning", "embedding", "attention", "dense", "experts", "head", "sampler")
-
-#: Operations of a step that are matmuls; attention is mostly matmul.
-_MATMULS = (
-    "matmul", "expert_matmul", "soft_embedding", "attend", "attend_tiles", "MUL_MAT", "MUL_MAT_ID",
-)  # fmt: skip
 
 _CPU_ONLY = {"n_gpu_layers": 0, "n_cpu_moe": None, "device": "auto", "gpu_memory": None}
 
@@ -44,7 +40,10 @@ class PartFigures:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Results of one run; times in seconds (medians), rates per second, sizes in bytes."""
+    """Results of one run; times in seconds (medians), rates per second, sizes in bytes.
+
+    step_cpu_seconds: CPU time of all threads, per step. load: the machine during the steps.
+    """
 
     model: str
     machine: str
@@ -65,6 +64,8 @@ class BenchResult:
     step_seconds: float
     step_seconds_min: float
     first_step_seconds: float
+    step_cpu_seconds: float
+    load: MachineLoad
     step_operations: float
     peak_memory: int | None
     read_limit: float
@@ -79,8 +80,16 @@ class BenchResult:
         return self.canvas_length / (16 * self.step_seconds)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values, for JSON."""
-        return asdict(self)
+        """All fields as plain values, for JSON; with what follows from the machine's load."""
+        shares = self.load.fair_shares(self.n_threads)
+        load = {
+            "quiet": self.load.quiet,
+            "disturbances": self.load.disturbances,
+            "fair_share_by_thread": shares and shares[0],
+            "fair_share_by_session": shares and shares[1],
+        }
+        fields = asdict(self)
+        return {**fields, "load": fields["load"] | load}
 
 
 def run_bench(
@@ -119,11 +128,8 @@ def run_bench(
     session = _native.Session(model, n_ctx or min(model.n_ctx_train, n_prompt + model.canvas_length + 1))
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, model.n_vocab, n_prompt).astype(np.int32)
-    started = time.perf_counter()
-    session.encode(ids)
-    prefill_seconds = time.perf_counter() - started
-
-    steps = _time_steps(session, n_steps, seed)
+    prefill_seconds = seconds_of(lambda: session.encode(ids))
+    first_step, steps, load = _time_steps(session, n_steps, seed)
     in_one_place = (
         description["n_gpu_layers"] in (0, len(model.hparams["sliding"]))
         and not description["n_cpu_moe"]
@@ -150,9 +156,11 @@ def run_bench(
         n_prompt=n_prompt,
         load_seconds=load_seconds,
         prefill_tokens_per_second=n_prompt / prefill_seconds,
-        step_seconds=statistics.median(steps[1:]),
-        step_seconds_min=min(steps[1:]),
-        first_step_seconds=steps[0],
+        step_seconds=statistics.median(steps),
+        step_seconds_min=min(steps),
+        first_step_seconds=first_step,
+        step_cpu_seconds=load.ran * load.seconds / len(steps),
+        load=load,
         step_operations=operations,
         peak_memory=_peak_memory(),
         read_limit=_native.measure_read_rate(n_threads, last_device),
@@ -163,15 +171,14 @@ def run_bench(
     )
 
 
-def _time_steps(session: _native.Session, n_steps: int, seed: int) -> list[float]:
-    endless = {"steps": n_steps, "stability_threshold": n_steps, "confidence_threshold": 0.0}
-    session.begin(max_tokens=1, seed=seed, eos=[], **{**ENTROPY_BOUND_DEFAULTS, **endless})
-    seconds = []
-    for _ in range(n_steps):
-        started = time.perf_counter()
-        session.next_step()
-        seconds.append(time.perf_counter() - started)
-    return seconds
+def _time_steps(session: _native.Session, n_steps: int, seed: int) -> tuple[float, list[float], MachineLoad]:
+    """Seconds of the first step and of each other one, and the machine during these."""
+    step = begin_steps(session, n_steps, seed)
+    first, meter, seconds = step(), LoadMeter(), []
+    for _ in range(n_steps - 1):
+        seconds.append(step())
+        meter.sample()
+    return first, seconds, meter.result()
 
 
 def _profile(session: _native.Session, n_runs: int = 3) -> dict[str, PartFigures]:
@@ -206,55 +213,3 @@ def _peak_memory() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def format_result(result: BenchResult) -> str:
-    """Format the results as text."""
-    r = result
-    lines = [
-        f"{r.model}: {r.n_weights / 1e6:.0f}e6 weights, {r.n_bytes / 1e9:.2f} GB, cache {r.kv_type}",
-        f"ggml {r.ggml} on {r.n_threads} threads of {r.machine} ({r.cpu})",
-        f"roofline: reading {r.read_limit / 1e9:.1f} GB/s, "
-        f"{r.matrix_limit_type} matmul {r.matrix_limit / 1e9:.0f} GFLOP/s",
-        f"load {r.load_seconds:.2f} s, prefill of {r.n_prompt}: {r.prefill_tokens_per_second:.0f} tokens/s",
-        f"step {1e3 * r.step_seconds:.0f} ms (best {1e3 * r.step_seconds_min:.0f}, "
-        f"first {1e3 * r.first_step_seconds:.0f}), {r.step_operations / 1e9:.0f} GFLOP; "
-        f"at 16 steps per canvas of {r.canvas_length}: {r.canvas_tokens_per_second_at_16_steps:.1f} tokens/s",
-    ]
-    if r.device != "cpu":
-        used = "" if r.gpu_bytes is None else f", {r.gpu_bytes / 1e9:.2f} GB of it in use"
-        lines.insert(2, f"{r.n_gpu_layers} layers on {r.device}, experts of {r.n_cpu_moe} on the CPU{used}")
-    if r.peak_memory is not None:
-        lines.append(f"peak memory {r.peak_memory / 1e9:.2f} GB")
-    lines.append(f"{'part':20}{'ms':>9}{'GFLOP/s':>10}{'of limit':>9}{'GB/s':>8}{'of limit':>9}")
-    for name, part in r.parts.items():
-        lines.append(
-            f"{name:20}{1e3 * part.seconds:9.1f}{part.operations_per_second / 1e9:10.1f}"
-            f"{part.operations_per_second / r.matrix_limit:9.0%}{part.bytes_per_second / 1e9:8.2f}"
-            f"{part.bytes_per_second / r.read_limit:9.0%}"
-        )
-    if r.operation_seconds and r.device == "cpu":
-        total = sum(r.operation_seconds.values())
-        matmuls = sum(r.operation_seconds.get(name, 0.0) for name in _MATMULS)
-        pack = r.operation_seconds.get("pack", 0.0)
-        lines.append(
-            f"by operation: matmuls and attention {matmuls / total:.1%}, packing activations, with norms"
-            f" and GELU {pack / total:.1%}, all else {(total - matmuls - pack) / total:.1%}"
-        )
-        each = (f"{name} {1e3 * seconds:.1f}" for name, seconds in r.operation_seconds.items())
-        lines.append(f"ms: {', '.join(each)}")
-    return "\n".join(lines)
-
-
-def compare(result: BenchResult, before: Mapping[str, Any]) -> str:
-    """Speedups over an earlier result (its ``to_dict``); above 1 means faster now."""
-    ratios = {
-        "load": before["load_seconds"] / result.load_seconds,
-        "prefill": result.prefill_tokens_per_second / before["prefill_tokens_per_second"],
-        "step": before["step_seconds"] / result.step_seconds,
-    }
-    for name, part in result.parts.items():
-        if name in before["parts"]:
-            ratios[f"step, {name}"] = before["parts"][name]["seconds"] / part.seconds
-    lines = [f"against {before['model']} (above 1: faster now)"]
-    return "\n".join(lines + [f"{name:28}{ratio:6.2f}" for name, ratio in ratios.items()])

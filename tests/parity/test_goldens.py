@@ -72,6 +72,43 @@ def test_f32_logits(source: str, name: str, f32_model: Callable, report: Callabl
     assert gap.mean() <= MEAN_BOUND / 10 and gap.max() <= MAX_BOUND / 10
 
 
+@pytest.mark.parametrize("name", ["short", "long"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_next_token_logits(
+    source: str, name: str, f32_model: Callable, report: Callable[[str], None]
+) -> None:
+    """The output head on transformers' hidden state of the last token, in one call and token by token."""
+    golden = case(load_golden(f"logits-{source}"), name)
+    model = f32_model(source, "f32")
+    data = model.file.tensor_bytes("token_embd.weight")
+    head = data.view(np.float32).reshape(model.n_vocab, -1)
+    cap = np.float32(model.hparams["soft_cap"])
+    wanted = cap * np.tanh(golden["encoder_last_hidden_state"][-1] @ head.T / cap)
+    ids = golden["prompt_ids"]
+    together, singly = _native.Session(model, 128), _native.Session(model, 128)
+    for i in range(len(ids)):
+        by_token = singly.next_logits(ids[i : i + 1])
+    for how, logits in (("at once", together.next_logits(ids)), ("token by token", by_token)):
+        difference = compare(logits[None], wanted[None])
+        report(f"F32, cache f32, {source}, {name}, next token's logits {how}: {difference}")
+        assert_within(difference, MEAN_BOUND, MAX_BOUND)
+    assert together.n_past == singly.n_past == len(ids)
+    # The cache is that of a prompt that was only read.
+    logits = denoise_case(together, golden)["logits"]
+    assert_within(compare(logits, golden["logits"]), MEAN_BOUND, MAX_BOUND)
+
+
+@pytest.mark.parametrize("kernels", ["ggml", "cuda"])
+def test_next_token_logits_of_a_device(kernels: str, gguf_file: Callable[..., Path]) -> None:
+    shape, options = SOURCES["small-f32"]
+    path, ids = gguf_file(shape, "f32", **options), load_golden("logits-small-f32")["long/prompt_ids"]
+    device = {"device": "host", "n_gpu_layers": -1, "kernels": kernels}
+    on_cpu, on_host = (_native.Model(str(path), n_threads=1, kv_type="f32", **more) for more in ({}, device))
+    assert on_host.description["backend"] == "host"
+    wanted, logits = (_native.Session(model, 128).next_logits(ids)[None] for model in (on_cpu, on_host))
+    assert_within(compare(logits, wanted), MEAN_BOUND, MAX_BOUND)
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_f16_cache(source: str, f32_model: Callable, report: Callable[[str], None]) -> None:
     """A float16 cache rounds keys and values to 11 bits; sums stay float32."""

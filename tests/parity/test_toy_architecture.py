@@ -120,6 +120,16 @@ def test_hidden_states_and_logits(model: DiffusionModel, pair: Pair, prompt: str
     assert_equals_numpy(model, pair, prompt, report, "CPU")
 
 
+def test_next_token_logits(model: DiffusionModel, pair: Pair) -> None:
+    """The head is not the embedding here. Of a prompt in two chunks, the last token of the second counts."""
+    ids = random_ids(6, PROMPTS["long"])
+    toy, cap = pair.toy, pair.toy.config["final_logit_softcapping"]
+    _, hidden = toy.encode(ids)
+    wanted = cap * np.tanh(toy.linear(hidden[-1:], "lm_head") / cap)
+    logits = model.new_session().native.next_logits(ids)
+    assert_within(compare(logits[None], wanted.astype(np.float32)), MEAN_BOUND, MAX_BOUND)
+
+
 @pytest.mark.parametrize("kernels", ["ggml", "cuda"])
 def test_on_a_device(model: DiffusionModel, pair: Pair, kernels: str, report: Callable) -> None:
     """The graphs of devices, from ggml's operations and with the nodes of our own kernels."""
