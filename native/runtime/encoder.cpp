@@ -11,17 +11,20 @@ namespace pydiffusion {
 namespace {
 
 void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, const int32_t* ids,
-                  int32_t n_tokens, const std::atomic<bool>& cancel, float* hidden,
-                  ImatrixCollector* imatrix) {
+                  int32_t n_tokens, const std::atomic<bool>& cancel, float* hidden, ImatrixCollector* imatrix,
+                  LayerTrace* trace) {
     const Hparams& hp = model.hparams;
     const auto lock = model.backend.lock_devices();
     cache.prepare(n_tokens);
     GraphBuilder g(model, Mode::encoder, {{&cache, n_tokens}});
+    g.trace = trace;
+    if (trace) trace->begin_graph();
     ggml_tensor* tokens = g.new_tokens();
     if (imatrix) g.ops->keep_activations();
 
     const Architecture& architecture = *hp.architecture;
     ggml_tensor* x = architecture.embed_prompt(g, tokens);
+    g.keep("input", 0, x);
     for (int32_t i = 0; i + 1 < hp.n_layer; ++i) x = architecture.layer(g, i, x);
     if (!hidden) {
         architecture.store_keys_and_values(g, hp.n_layer - 1, x);
@@ -40,6 +43,7 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
     g.set_positions(positions);
     executor.compute(g.graph, [&] { return cancel.load(); });
     if (imatrix) imatrix->add(g.graph);
+    if (trace) trace->read();
     cache.advance(n_tokens);
     if (hidden) ggml_backend_tensor_get(x, hidden, 0, ggml_nbytes(x));
 }
@@ -48,12 +52,12 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
 
 void encode(const Model& model, KvCache& cache, GraphExecutor& executor, const std::vector<int32_t>& ids,
             const std::atomic<bool>& cancel, const std::function<void(int32_t)>& on_chunk, float* hidden,
-            ImatrixCollector* imatrix) {
+            ImatrixCollector* imatrix, LayerTrace* trace) {
     const int32_t n = static_cast<int32_t>(ids.size());
     for (int32_t done = 0; done < n;) {
         const int32_t n_tokens = std::min(kEncodeChunk, n - done);
         float* rows = hidden ? hidden + int64_t{done} * model.hparams.n_embd : nullptr;
-        encode_chunk(model, cache, executor, ids.data() + done, n_tokens, cancel, rows, imatrix);
+        encode_chunk(model, cache, executor, ids.data() + done, n_tokens, cancel, rows, imatrix, trace);
         done += n_tokens;
         on_chunk(done);
     }
