@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from pydiffusion.convert.checkpoint.tensor_map import split_name
-
 from .layer_trace import CANVAS, CONDITIONED, ENCODER, POINTS, TracedPass
 from .weight_readers import WeightReader
 
@@ -110,18 +108,17 @@ class Comparer:
         with self._torch.no_grad():
             for name in PASSES:
                 self._free.append(self._embed(self._checkpoint, name))
-                theirs = self._embed(self._file, name).numpy()
-                ours = self._passes[name].inputs
-                found.append(
-                    PointDifference(-1, name, "input", Errors.between(ours, theirs), Errors(0.0, 0.0))
-                )
+                exact = self._embed(self._file, name).numpy()
+                rounded = self._embed(self._file, name, self._rounding).numpy()
+                computed = Errors.between(self._passes[name].inputs, exact)
+                found.append(PointDifference(-1, name, "input", computed, Errors.between(rounded, exact)))
         return found
 
-    def _embed(self, weights: WeightReader, name: str) -> Any:
+    def _embed(self, weights: WeightReader, name: str, rounding: Any = None) -> Any:
         one = self._passes[name]
         if name == ENCODER:
             return self._reference.embed(weights, one.ids)
-        return self._reference.embed_canvas(weights, one.ids, one.conditioning)
+        return self._reference.embed_canvas(weights, one.ids, one.conditioning, rounding)
 
     def layer(self, i_layer: int) -> LayerDifference:
         """Compare the next layer; call it for every layer in order."""
@@ -156,9 +153,7 @@ class Comparer:
                         name,
                         point,
                         Errors.between(seen[point], exact[i][point], None if of_all else same),
-                        Errors.between(
-                            rounded[i][point], exact[i][point], None if of_all else same_rounded
-                        ),
+                        Errors.between(rounded[i][point], exact[i][point], None if of_all else same_rounded),
                     )
                 )
             own = Errors.between(seen["output"], of_checkpoint[i])
@@ -216,8 +211,3 @@ def _mean_kl(reference: np.ndarray, ours: np.ndarray) -> float:
 def _log_softmax(x: np.ndarray) -> np.ndarray:
     x = x - x.max()
     return x - np.log(np.exp(x).sum())
-
-
-def layer_of(name: str) -> int | None:
-    """The layer that a tensor of a GGUF belongs to."""
-    return split_name(name)[1]

@@ -23,7 +23,6 @@ from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import DECOD
 from .weight_readers import WeightReader
 
 _CONDITIONING = f"{DECODER}self_conditioning."
-_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 #: Rounds activations (..., n_inner) as a matmul does.
 Rounding = Callable[[torch.Tensor], torch.Tensor]
@@ -36,13 +35,11 @@ class LayerReference:
 
     def __init__(self, folder: Path) -> None:
         logging.set_verbosity_error()
-        self._config = AutoConfig.from_pretrained(folder)
+        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        self._config = AutoConfig.from_pretrained(folder, **eager)
         if self._config.model_type != "diffusion_gemma":
             raise ValueError(f"the reference is a {self._config.model_type}, not a diffusion_gemma")
         self._text = self._config.text_config
-        for config in (self._config, self._text):
-            config._attn_implementation = "eager"  # noqa: SLF001 (how transformers is told)
-            config._experts_implementation = "eager"  # noqa: SLF001
         self.layer_types: list[str] = self._text.layer_types
         self.n_expert_used: int = self._text.top_k_experts
         self._rope = modeling.DiffusionGemmaTextRotaryEmbedding(self._text)
@@ -56,7 +53,11 @@ class LayerReference:
         return module(torch.from_numpy(places.reshape(-1)))
 
     def embed_canvas(
-        self, weights: WeightReader, ids: np.ndarray, conditioning: np.ndarray | None
+        self,
+        weights: WeightReader,
+        ids: np.ndarray,
+        conditioning: np.ndarray | None,
+        rounding: Rounding | None = None,
     ) -> torch.Tensor:
         """Input of a canvas's first layer: (n, d)."""
         embedded = self.embed(weights, ids)
@@ -69,7 +70,8 @@ class LayerReference:
         with torch.device("meta"):
             module = modeling.DiffusionGemmaSelfConditioning(self._text)
         _fill(module, lambda name: weights.read(_CONDITIONING + name))
-        return module(embedded, soft)
+        with _rounding_linear(rounding, None):
+            return module(embedded, soft)
 
     def head(
         self, weights: WeightReader, hidden: torch.Tensor, rounding: Rounding | None = None
@@ -169,15 +171,13 @@ class Layer:
 
 def _fill(module: torch.nn.Module, read: Callable[[str], np.ndarray]) -> None:
     """Set all parameters and buffers. Shapes may differ: feed-forward rows of a file may be padded."""
-    named = [*module.named_parameters(), *module.named_buffers()]
-    for name, _ in named:
+    parameters = [name for name, _ in module.named_parameters()]
+    for name in [*parameters, *(name for name, _ in module.named_buffers())]:
         owner_name, _, attribute = name.rpartition(".")
-        owner = module.get_submodule(owner_name)
         value = torch.from_numpy(np.ascontiguousarray(read(name)))
-        if attribute in owner._parameters:  # noqa: SLF001 (torch has no other way to replace one by its name)
-            owner._parameters[attribute] = torch.nn.Parameter(value, requires_grad=False)  # noqa: SLF001
-        else:
-            owner._buffers[attribute] = value  # noqa: SLF001
+        if name in parameters:
+            value = torch.nn.Parameter(value, requires_grad=False)
+        setattr(module.get_submodule(owner_name), attribute, value)
 
 
 @contextmanager
@@ -196,18 +196,19 @@ def _rounding_linear(rounding: Rounding | None, n_expert: int | None) -> Iterato
 
 
 def rounding_of(types: set[str]) -> Rounding | None:
-    """What ggml's matmuls do to activations for a file with weights of these types; None if nothing."""
+    """The rounding of activations in ggml's matmuls with weights of these types; None if there is none."""
     if types <= {"F32"}:
         return None
     if types <= {"F32", "F16", "BF16"}:
         half = torch.bfloat16 if "BF16" in types else torch.float16
         return lambda x: x.to(half).float()
-    return _to_8_bits
+    largest = 256 if any(name.endswith("_K") or name.startswith("IQ") for name in types) else 32
+    return lambda x: _to_8_bits(x, largest)
 
 
-def _to_8_bits(x: torch.Tensor) -> torch.Tensor:
-    """Round to 8 bits in blocks of 256, of 32 where that doesn't divide the row."""
-    block = next((n for n in (256, 32) if x.shape[-1] % n == 0), x.shape[-1])
+def _to_8_bits(x: torch.Tensor, largest: int) -> torch.Tensor:
+    """Round to 8 bits in blocks of the largest size, or of 32 where that doesn't divide the row."""
+    block = next((n for n in (largest, 32) if x.shape[-1] % n == 0), x.shape[-1])
     blocks = x.reshape(-1, block)
     step = blocks.abs().amax(dim=-1, keepdim=True) / 127
     return torch.where(step == 0, blocks, (blocks / step).round() * step).reshape(x.shape)

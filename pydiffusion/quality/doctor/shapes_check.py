@@ -10,8 +10,8 @@ from .report import Result, Section
 from .subject import Subject
 
 
-def check(subject: Subject, section: Section) -> None:
-    """Compare the metadata with the released checkpoint's and with the reference's, and load the model."""
+def _compare_released(subject: Subject, section: Section) -> None:
+    """Compare the metadata with the released checkpoint's."""
     metadata = subject.metadata
     if released.is_released(metadata):
         _compare(section, f"metadata of {released.NAME}", metadata, released.released_metadata())
@@ -21,11 +21,16 @@ def check(subject: Subject, section: Section) -> None:
             f"{metadata.get('diffusion-gemma.block_count')} layers of"
             f" {metadata.get('diffusion-gemma.embedding_length')}: another model",
         )
-    if subject.reference is not None:
-        with subject.folder() as source:
-            wanted = {k: v.value for k, v in source.metadata.items() if released.is_compared(k)}
-        _compare(section, "metadata of the reference", metadata, wanted)
-    _describe(subject, section)
+
+
+def _compare_reference(subject: Subject, section: Section) -> None:
+    """Compare the metadata with the reference's."""
+    if subject.reference is None:
+        section.skip("metadata of the reference", "no --reference", "give the checkpoint's folder")
+        return
+    with subject.folder() as source:
+        wanted = {k: v.value for k, v in source.metadata.items() if released.is_compared(k)}
+    _compare(section, "metadata of the reference", subject.metadata, wanted)
 
 
 def _compare(section: Section, what: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -79,3 +84,6 @@ def _describe(subject: Subject, section: Section) -> None:
     )
     where = "the CPU" if not d["n_gpu_layers"] else f"{d['n_gpu_layers']} layers on {d['backend']}"
     section.passed("runs on", f"{where}, kernels {d['kernels']}, KV cache {d['kv_type']}")
+
+
+CHECKS = (_compare_released, _compare_reference, _describe)

@@ -32,6 +32,7 @@ class Subject:
     reference: Path | None = None
     runtime: Mapping[str, Any] = field(default_factory=dict)
     progress: Callable[[str, float], None] = lambda _what, _share: None
+    weight_errors: dict[str, float] = field(default_factory=dict)  # relative, by tensor, once compared
     _failed: set[str] = field(default_factory=set)
     _model: DiffusionModel | None = None
 

@@ -1,0 +1,65 @@
+"""Every tensor against the reference's."""
+
+from __future__ import annotations
+
+from pydiffusion.convert import verify
+from pydiffusion.convert.verification import TensorCheck
+
+from .report import Section, Table
+from .subject import Subject
+
+_SHOWN = 5
+
+
+def check(subject: Subject, section: Section) -> None:
+    """Compare all weights with the checkpoint's."""
+    if subject.reference is None:
+        section.skip("weights of the reference", "no --reference", "give the checkpoint's folder")
+        return
+    with subject.folder() as source:
+        wanted = {tensor.name for tensor in source.tensors}
+    there = {str(tensor.name) for tensor in subject.parts.tensors}
+    for names, state in ((wanted - there, "missing from the file"), (there - wanted, "not in the reference")):
+        if names:
+            section.fail(
+                f"tensors {state}",
+                ", ".join(sorted(names)[:_SHOWN]) + (f", and {len(names) - _SHOWN} more" * (len(names) > 5)),
+                "the same tensors",
+                "the file is of another model, or not whole: convert the checkpoint again",
+            )
+    report = verify(
+        subject.path,
+        subject.reference,
+        progress=lambda p: subject.progress(p.tensor, p.done_bytes / max(1, p.total_bytes)),
+    )
+    compared = [one for one in report.tensors if one.n_weights]
+    for one in compared:
+        if one.problem:
+            section.fail(
+                one.name,
+                f"{one.problem}; relative error {one.relative_error:.2g}, {one.type}",
+                f"the reference's weights ({one.source_type}), rounded",
+                "this tensor was changed or damaged: convert the checkpoint again",
+            )
+    if not any(one.problem for one in compared):
+        section.passed("weights", f"all {len(compared)} tensors agree", "as close as their types allow")
+    section.tables.append(_table(compared))
+    subject.weight_errors.update({one.name: one.relative_error for one in compared})
+
+
+def _table(compared: list[TensorCheck]) -> Table:
+    """Of each type, how many tensors there are and the one that differs most."""
+    by_type: dict[str, list[TensorCheck]] = {}
+    for one in compared:
+        by_type.setdefault(one.type, []).append(one)
+    rows = []
+    for type, tensors in sorted(by_type.items()):
+        worst = max(tensors, key=lambda one: one.relative_error)
+        rows.append(
+            (type, str(len(tensors)), f"{worst.relative_error:.2g}", f"{worst.cosine:.6f}", worst.name)
+        )
+    heads = ("type", "tensors", "largest relative error", "its cosine", "tensor")
+    return Table("The tensor of each type that differs most from the reference", heads, rows)
+
+
+CHECKS = (check,)
