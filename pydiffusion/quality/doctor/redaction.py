@@ -11,7 +11,7 @@ from pathlib import Path
 
 _HIDDEN = "…"
 # An absolute path of at least two names; on Windows with a drive. What is left is its last name.
-_POSIX_PATH = re.compile(r"(?<![\w.<&/])(?:/[^\s/|:;,'\"()\[\]]+)+/([^\s/|:;,'\"()\[\]]+)")
+_POSIX_PATH = re.compile(r"(?<![\w.<>&/])(?:/[^\s/|:;,<>'\"()\[\]]+)+/([^\s/|:;,<>'\"()\[\]]+)")
 _WINDOWS_PATH = re.compile(r"\b[A-Za-z]:[\\/](?:[^\\/|:;,'\"]+[\\/])*([^\s\\/|:;,'\"]+)")
 # Of Hugging Face, GitHub, OpenAI and the like.
 _TOKEN = re.compile(r"\b(?:hf|gh[pousr]|github_pat|sk|api_org)[_-][A-Za-z0-9_-]{16,}")
@@ -30,6 +30,7 @@ def redact(text: str, paths: Iterable[Path] = ()) -> str:
     for secret in secrets:
         text = text.replace(secret, _HIDDEN)
     text = _TOKEN.sub(_HIDDEN, text)
+    text = text.replace("file:///", "/")
     folders = {str(folder) for path in paths for folder in (path.parent, path.absolute().parent)}
     folders |= {str(path.resolve().parent) for path in paths} | {str(Path.home()), str(Path.cwd())}
     for folder in sorted(folders - {"/", "."}, key=len, reverse=True):

@@ -70,11 +70,13 @@ class Section:
         )
 
     @property
-    def result(self) -> Result:
-        """The worst result of its findings."""
-        found = {finding.result for finding in self.findings}
-        order = (Result.FAILED, Result.WARNING, Result.NOT_CHECKED)
-        return next((result for result in order if result in found), Result.PASS)
+    def summary(self) -> str:
+        """Its worst result, and how much of it was not checked."""
+        found = Counter(finding.result for finding in self.findings)
+        n_skipped = found.pop(Result.NOT_CHECKED, 0)
+        worst = next((r for r in (Result.FAILED, Result.WARNING, Result.PASS) if found[r]), None)
+        skipped = f"{n_skipped} NOT CHECKED" if worst else Result.NOT_CHECKED.value
+        return ", ".join(([worst.value] if worst else []) + ([skipped] if n_skipped else []))
 
 
 @dataclass
@@ -122,16 +124,20 @@ class Report:
         lines = [
             f"# pydiffusion doctor: {_cell(self.name)}",
             f"**{verdict}**, {total} checks: {', '.join(parts)}",
-            _table(("", ""), self.facts),
+            _table(("", ""), [(name, _cell(value)) for name, value in self.facts]),
         ]
         lines.append(_list_of(self, Result.FAILED, "What failed"))
         lines.append(_list_of(self, Result.NOT_CHECKED, "What was NOT CHECKED"))
         for section in self.sections:
-            lines.append(f"## {section.title}: {section.result.value}")
-            rows = [(f.what, _shown(f.result), f.seen, f.expected, f.advice) for f in section.findings]
+            lines.append(f"## {section.title}: {section.summary}")
+            rows = [
+                [_cell(f.what), _shown(f.result), *map(_cell, (f.seen, f.expected, f.advice))]
+                for f in section.findings
+            ]
             lines.append(_table(("check", "result", "seen", "expected", "what to do"), rows))
             for table in section.tables:
-                lines += [f"{table.title}:", _table(table.heads, table.rows)]
+                cells = [list(map(_cell, row)) for row in table.rows]
+                lines += [f"{table.title}:", _table(table.heads, cells)]
         return "\n\n".join(line for line in lines if line) + "\n"
 
 
@@ -154,7 +160,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return ""
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(text: str) -> str:

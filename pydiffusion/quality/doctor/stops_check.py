@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydiffusion import Completion, DiffusionModel
+from pydiffusion import CanvasEvent, DiffusionModel, EndEvent
 
 from . import released
 from .report import Result, Section
@@ -23,7 +23,16 @@ def _check_generation(subject: Subject, section: Section) -> None:
         section.skip("the chat template", "the file has none: a plain prompt is used")
     n_tokens = min(_CANVASES * model.canvas_length, model.n_ctx)
     subject.progress("generating", 0.0)
-    _check_answer(model, model.generate(_prompt(model), max_tokens=n_tokens, seed=_SEED), section)
+    session = model.new_session()
+    session.prefill(_prompt(model))
+    canvases, end = [], None
+    for event in session.generate_chat(max_tokens=n_tokens, seed=_SEED):
+        if isinstance(event, CanvasEvent):
+            canvases.append(event)
+        elif isinstance(event, EndEvent):
+            end = event
+    assert end is not None
+    _check_answer(model, canvases, end, section)
 
 
 def _prompt(model: DiffusionModel) -> list[int]:
@@ -70,19 +79,25 @@ def _compare_end_tokens(subject: Subject, section: Section) -> None:
     )
 
 
-def _check_answer(model: DiffusionModel, done: Completion, section: Section) -> None:
-    figures = f"{len(done.tokens)} tokens, {done.steps} steps in {len(done.canvas_steps)} canvases"
+def _check_answer(
+    model: DiffusionModel, canvases: list[CanvasEvent], end: EndEvent, section: Section
+) -> None:
+    n_tokens, n_steps = sum(len(one.tokens) for one in canvases), sum(one.steps for one in canvases)
+    figures = (
+        f"{n_tokens} tokens, {len(canvases)} canvas{'es' * (len(canvases) != 1)}, {n_steps} steps of"
+        f" {1000 * end.timings['denoise'] / max(1, n_steps):.0f} ms"
+    )
     # Other models than the released one may have been trained for nothing that ends in so short a text.
     wrong = Result.FAILED if released.is_released(model.metadata) else Result.WARNING
     section.judge(
-        done.finish_reason == "eos",
+        end.reason == "eos",
         "a generation ends",
-        f"{done.finish_reason}: {figures}, {1000 * done.timings['denoise'] / max(1, done.steps):.0f} ms each",
+        f"{end.reason}: {figures}",
         f"eos within {_CANVASES} canvases",
         "the model does not stop: compare template and weights (--reference)",
         wrong,
     )
-    text = done.text
+    text = "".join(one.text for one in canvases)
     section.judge(
         bool(text.strip()),
         "its text",

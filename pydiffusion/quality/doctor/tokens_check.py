@@ -99,7 +99,7 @@ def _check_round_trips(subject: Subject, section: Section) -> None:
         f"{', '.join(wrong)}: {TEXTS[first][:40]!r} became {wrong[first][:40]!r}"
         if wrong
         else f"all {len(TEXTS)}",
-        f"all {len(TEXTS)}: {', '.join(TEXTS)}",
+        "all: 16 languages, emoji, whitespace, numbers, code",
         _CONVERT,
     )
 
