@@ -274,7 +274,28 @@ def test_the_reference_of_another_model(
     report = look(whole, empty, "shapes", "tokens", "weights")
     assert failures(report) == [("shapes", "shapes")]
     assert "config.json" in found(report, "shapes", "shapes").seen
-    assert found(report, "weights", "all of it").result is Result.NOT_CHECKED
+    finding = found(report, "weights", "weights of the reference")
+    assert finding.result is Result.NOT_CHECKED and finding.seen == "the reference has no weights"
+
+
+def test_the_reference_s_small_files_are_enough_for_most(
+    whole: Path, source: Path, broken: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "small files"
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, folder)
+    report = look(whole, folder, "shapes", "tokens", "template", "stops", "weights", "layers")
+    assert failures(report) == []
+    assert found(report, "shapes", "metadata of the reference").result is Result.PASS
+    assert found(report, "tokens", "ids of the reference").result is Result.PASS
+    skipped = {f.what for f in report.findings if f.seen == "the reference has no weights"}
+    assert skipped == {"weights of the reference", "layer by layer against transformers"}
+    path = broken(lambda file: file.set(A + "rope.freq_base", F32, 5e5))
+    assert failures(look(path, folder, "shapes")) == [
+        ("shapes", f"metadata of the reference: {A}rope.freq_base")
+    ]
 
 
 def test_without_torch_the_layers_are_not_checked(

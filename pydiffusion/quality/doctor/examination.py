@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -99,13 +100,30 @@ def _run(check: Check, subject: Subject, section: Section) -> None:
         )
 
 
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.machine()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def _total_memory() -> str:
+    try:
+        return format_size(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return "unknown"
+
+
 def _facts(subject: Subject) -> list[tuple[str, str]]:
     linked = _native.version()
     gpus = [f"{one.description}, {format_size(one.total_bytes)}" for one in devices()]
     facts = [
         ("pydiffusion", f"{__version__}, ggml {linked['ggml']}"),
         ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
-        ("CPU", f"{available_cpus()} CPUs, built for {linked['cpu'] or 'the baseline'}"),
+        ("CPU", f"{_cpu_name()}, {available_cpus()} CPUs, built for {linked['cpu'] or 'the baseline'}"),
+        ("memory", _total_memory()),
         ("kernels", ", ".join(_native.kernels())),
         ("GPU", "; ".join(gpus) or "none that this build supports"),
         ("threads", str(subject.n_threads)),

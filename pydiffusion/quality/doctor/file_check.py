@@ -56,7 +56,7 @@ def _check_weights(subject: Subject, parts: Parts, section: Section, total: int)
             step, finite = max(1, _CHUNK // row) * row, True
             for start in range(0, info.n_bytes, step):
                 data = read(start, min(step, info.n_bytes - start))
-                digest.update(data)
+                digest.update(data.data)
                 finite = finite and not rows.has_nonfinite(data.reshape(-1, row), info.type, n_per_row)
                 done += len(data)
                 subject.progress("reading the weights", done / total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import statistics
 from pathlib import Path
@@ -29,13 +30,14 @@ from .weight_readers import CheckpointReader, FileReader
 
 _WHAT = "layer by layer against transformers"
 _INSTALL = "pip install 'pydiffusion[reference]', or torch and transformers"
+_NEEDED = ("torch", "transformers")
 _CLASS = "transformers.models.diffusion_gemma"
 #: Differences may be this many times what rounding of activations does to the reference: of the token of the
 #: middle as in tests/parity, and of the worst one.
 _TYPICAL, _WORST = 1.5, 4.0
-#: Relative differences that two correct evaluations may have: of float32 sums in another order; with a cache
-#: of 16 bits; on a device, whose attention computes with 16 bits.
-_FLOAT32, _CACHE_16, _DEVICE = 2e-5, 2e-3, 1e-2
+#: Relative differences that two correct evaluations may have, by type of the KV cache, f32's being those of
+#: sums in another order; and on a device, whose attention computes with 16 bits.
+_BY_CACHE, _DEVICE = {"f32": 2e-5, "f16": 2e-3, "q8_0": 1e-1}, 1e-2
 #: The worst token may be this many times above these.
 _OUTLIER = 8.0
 #: A layer whose difference with the checkpoint's weights is this many times that of the others stands out.
@@ -50,11 +52,12 @@ def check(subject: Subject, section: Section) -> None:
         return
     model = subject.model
     types, description = set(model.description["weight_types"]), model.description
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _NEEDED)
+    section.passed("the reference", versions, "tested with torch 2.13, transformers 5.23")
     subject.progress("running the model", 0.0)
     passes = trace(model)
     subject.close_model()
-    floor = _DEVICE if description["n_gpu_layers"] else _CACHE_16
-    floor = _FLOAT32 if floor == _CACHE_16 and description["kv_type"] == "f32" else floor
+    floor = max(_BY_CACHE[description["kv_type"]], _DEVICE if description["n_gpu_layers"] else 0.0)
     assert subject.reference is not None
     _, config = read_config(subject.reference, [])
     if len(config.sliding) != len(passes[PASSES[0]].points) or _widths(config) != _widths_of(passes):
@@ -74,9 +77,11 @@ def _missing(subject: Subject) -> tuple[str, str] | None:
     """Why the comparison can't be made, and what to do."""
     if subject.reference is None:
         return "no --reference", "give the checkpoint's folder"
+    if not subject.has_reference_weights:
+        return "the reference has no weights", "download them, too"
     if subject.metadata.get("general.architecture") != ARCHITECTURE:
         return "there is no reference for this architecture", ""
-    for name in ("torch", "transformers"):
+    for name in _NEEDED:
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed", _INSTALL
     if importlib.util.find_spec(_CLASS) is None:
@@ -230,7 +235,7 @@ def _find_outlier(
     if len(own) < 3:
         return
     i_layer = max(range(len(own)), key=lambda i: own[i])
-    usual = max(_FLOAT32, statistics.median(own))
+    usual = max(_BY_CACHE["f32"], statistics.median(own))
     if own[i_layer] <= _STANDS_OUT * usual:
         section.passed(
             "each layer with the checkpoint's weights",

@@ -28,8 +28,7 @@ def _compare_reference(subject: Subject, section: Section) -> None:
     if subject.reference is None:
         section.skip("metadata of the reference", "no --reference", "give the checkpoint's folder")
         return
-    with subject.folder() as source:
-        wanted = {k: v.value for k, v in source.metadata.items() if released.is_compared(k)}
+    wanted = {k: v for k, v in subject.reference_metadata.items() if released.is_compared(k)}
     _compare(section, "metadata of the reference", subject.metadata, wanted)
 
 

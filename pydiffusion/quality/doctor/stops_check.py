@@ -64,9 +64,8 @@ def _compare_end_tokens(subject: Subject, section: Section) -> None:
     ends = {end.token_id for end in subject.tokenizer.end_tokens}
     wanted, what = released.END_IDS, f"end tokens of {released.NAME}"
     if subject.reference is not None:
-        with subject.folder() as source:
-            value = source.metadata.get("tokenizer.ggml.eos_token_ids")
-        wanted, what = tuple(value.value) if value is not None else (), "end tokens of the reference"
+        value = subject.reference_metadata.get("tokenizer.ggml.eos_token_ids", ())
+        wanted, what = tuple(value), "end tokens of the reference"
     elif not released.is_released(subject.metadata):
         return
     missing = sorted(set(wanted) - ends)
@@ -125,6 +124,7 @@ def _check_threads(subject: Subject, section: Section) -> None:
         model = subject.load(n_threads=n_threads)
         found = model.generate(_prompt(model), max_tokens=model.canvas_length, seed=_SEED, steps=_STEPS)
         tokens.append(found.tokens.tolist())
+    subject.close_model()
     at = next((i for i, (a, b) in enumerate(zip(*tokens, strict=False)) if a != b), min(map(len, tokens)))
     section.judge(
         tokens[0] == tokens[1],

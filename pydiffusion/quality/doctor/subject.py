@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydiffusion._util.cpus import available_cpus
-from pydiffusion.convert.architectures.source import Source, open_folder
+from pydiffusion.convert.architectures.source import Source, open_folder, read_config
+from pydiffusion.convert.checkpoint.safetensors_files import INDEX, SINGLE
 from pydiffusion.convert.gguf.reader import Parts, open_parts
 from pydiffusion.tokenizer import Tokenizer
 
@@ -81,13 +82,30 @@ class Subject:
         """Number of threads that the model runs on."""
         return self.runtime.get("n_threads") or available_cpus()
 
+    @cached_property
+    def reference_metadata(self) -> dict[str, Any]:
+        """Keys and values that a conversion of the reference would have; needs none of its weights."""
+        assert self.reference is not None
+        folder = self.reference
+
+        def read() -> dict[str, Any]:
+            architecture, config = read_config(folder, [])
+            return {key: value.value for key, value in architecture.metadata(folder, "", config, []).items()}
+
+        return self._first("the reference can't be read", read)
+
+    @property
+    def has_reference_weights(self) -> bool:
+        """Whether the reference has weights, not only its small files."""
+        return self.reference is not None and any((self.reference / n).exists() for n in (INDEX, SINGLE))
+
     @contextlib.contextmanager
     def folder(self) -> Iterator[Source]:
         """The reference as the converter reads it. Raises as ``open_folder``."""
         assert self.reference is not None
-        source = self._first("the reference can't be read", lambda: open_folder(self.reference))
+        opening = open_folder(self.reference)
         with contextlib.ExitStack() as stack:
-            yield self._first("the reference can't be read", lambda: stack.enter_context(source))
+            yield self._first("the reference can't be read", lambda: stack.enter_context(opening))
 
     def _first(self, what: str, opening: Callable[[], Opened]) -> Opened:
         """Open something; after the first failure, which is reported, raise UnavailableError."""

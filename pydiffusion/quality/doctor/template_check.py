@@ -118,7 +118,7 @@ def _check_date(source: str, section: Section) -> None:
     )
 
 
-def _variables(tokenizer: Tokenizer) -> dict[str, str]:
+def _variables(tokenizer: Tokenizer) -> dict[str, Any]:
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     return {name: "" if i is None else tokenizer.token_text(i) for name, i in ids.items()}
 

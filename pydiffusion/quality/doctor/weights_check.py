@@ -17,6 +17,9 @@ def check(subject: Subject, section: Section) -> None:
     if subject.reference is None:
         section.skip("weights of the reference", "no --reference", "give the checkpoint's folder")
         return
+    if not subject.has_reference_weights:
+        section.skip("weights of the reference", "the reference has no weights", "download them, too")
+        return
     with subject.folder() as source:
         wanted = {tensor.name for tensor in source.tensors}
     there = {str(tensor.name) for tensor in subject.parts.tensors}
