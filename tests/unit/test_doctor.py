@@ -265,6 +265,9 @@ def test_the_digest_is_that_of_the_tensors(
 def test_the_reference_of_another_model(
     whole: Path, checkpoint_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
+    report = look(whole, checkpoint_folder("small", seed=1), "weights")
+    listed = [what for _, what in failures(report)]
+    assert len(listed) == 6 and listed[5].endswith(" more tensors")
     report = look(whole, checkpoint_folder("wide"), "shapes", "weights")
     keys = [what for _, what in failures(report) if what.startswith("metadata of the reference")]
     assert f"metadata of the reference: {A}block_count" in keys

@@ -36,7 +36,8 @@ def check(subject: Subject, section: Section) -> None:
         if names:
             section.fail(
                 f"tensors {state}",
-                ", ".join(sorted(names)[:_SHOWN]) + (f", and {len(names) - _SHOWN} more" * (len(names) > 5)),
+                ", ".join(sorted(names)[:_SHOWN])
+                + (f", and {len(names) - _SHOWN} more" * (len(names) > _SHOWN)),
                 "the same tensors",
                 "the file is of another model, or not whole: convert the checkpoint again",
             )
@@ -46,18 +47,29 @@ def check(subject: Subject, section: Section) -> None:
         progress=lambda p: subject.progress(p.tensor, p.done_bytes / max(1, p.total_bytes)),
     )
     compared = [one for one in report.tensors if one.n_weights]
-    for one in compared:
-        if one.problem:
-            section.fail(
-                one.name,
-                f"{one.problem}; relative error {one.relative_error:.2g}, {one.type}",
-                f"the reference's weights ({one.source_type}), rounded",
-                "this tensor was changed or damaged: convert the checkpoint again",
-            )
-    if not any(one.problem for one in compared):
-        section.passed("weights", f"all {len(compared)} tensors agree", "as close as their types allow")
+    _judge(compared, section)
     section.tables.append(_table(compared))
     subject.weight_errors.update({one.name: one.relative_error for one in compared})
+
+
+def _judge(compared: list[TensorCheck], section: Section) -> None:
+    wrong = sorted((one for one in compared if one.problem), key=lambda one: -one.relative_error)
+    for one in wrong[:_SHOWN]:
+        section.fail(
+            one.name,
+            f"{one.problem}; relative error {one.relative_error:.2g}, {one.type}",
+            f"the reference's weights ({one.source_type}), rounded",
+            "this tensor was changed or damaged: convert the checkpoint again",
+        )
+    if len(wrong) > _SHOWN:
+        section.fail(
+            f"{len(wrong) - _SHOWN} more tensors",
+            f"differ; {len(compared) - len(wrong)} agree",
+            "the reference's weights, rounded",
+            "where most differ, the reference is of another model",
+        )
+    if not wrong:
+        section.passed("weights", f"all {len(compared)} tensors agree", "as close as their types allow")
 
 
 def _table(compared: list[TensorCheck]) -> Table:
