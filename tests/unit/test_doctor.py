@@ -12,7 +12,7 @@ from support.gguf_mutator import ARRAY, F32, I32, STRING, U32, Array, RawGguf, S
 
 from pydiffusion import DiffusionModel
 from pydiffusion.cli import main
-from pydiffusion.quality.doctor import layers_check, speed_check, stops_check
+from pydiffusion.quality.doctor import layers_check, released, speed_check, stops_check
 from pydiffusion.quality.doctor.examination import examine, page_of
 from pydiffusion.quality.doctor.report import Finding, Report, Result, Section
 from pydiffusion.quality.doctor.subject import Subject
@@ -403,3 +403,23 @@ def test_a_copy_elsewhere_gives_the_same_page(whole: Path, tmp_path: Path) -> No
     checks = ("file", "shapes", "tokens", "template")
     pages = [page_of(look(path, None, *checks), path) for path in (whole, copy)]
     assert pages[0] == pages[1]
+
+
+def test_the_released_checkpoint_s_metadata() -> None:
+    """Against the figures of its config.json and generation_config.json."""
+    wanted = released.released_metadata()
+    own = {key.removeprefix(A): value for key, value in wanted.items()}
+    assert (own["block_count"], own["embedding_length"], own["expert_count"]) == (30, 2816, 128)
+    assert own["attention.sliding_window_pattern"] == [i % 6 != 5 for i in range(30)]
+    assert own["attention.head_count_kv"] == [8 if i % 6 != 5 else 2 for i in range(30)]
+    assert (own["diffusion.canvas_length"], own["diffusion.eb_max_steps"]) == (256, 48)
+    assert released.is_released(wanted) and not released.is_released(wanted | {A + "block_count": 29})
+    assert released.differences(wanted, wanted) == []
+    others = wanted | {A + "attention.sliding_window_pattern": 6, A + "feed_forward_length": [2304] * 30}
+    del others[A + "attention.causal"]
+    assert released.differences(others, wanted) == []
+    for key, value in ((A + "rope.freq_base", 1e4), (A + "feed_forward_length", 2048)):
+        assert released.differences(wanted | {key: value}, wanted) == [(key, value, wanted[key])]
+    del others["diffusion.eb_t_min"]
+    assert [key for key, *_ in released.differences(others, wanted)] == ["diffusion.eb_t_min"]
+    assert "diffusion.eb_t_min" in released.sampler_keys(wanted)
