@@ -38,6 +38,7 @@ add_library(pydiffusion_native STATIC
     native/gguf/gguf_file.cpp
     native/gguf/gguf_split.cpp
     native/graph/graph_builder.cpp
+    native/graph/layer_trace.cpp
     native/kv_cache/kv_cache.cpp
     native/kv_cache/kv_layout.cpp
     native/model/device_plan.cpp

@@ -203,6 +203,16 @@ class Session:
         Weight name -> (sums of squares (n_matrices, n_per_row) float64, counts (n_matrices,) int64).
         """
 
+    def trace_layers(self, on: bool) -> None:
+        """
+        Start a new trace of the layers of everything encoded and denoised from now on, or discard it.
+        """
+
+    def layer_trace(self) -> dict:
+        """
+        (layer, name) -> values (n_tokens, width) float32: input of the first layer, and of each its hidden states after attention, the output of its dense MLP, its router's scores times sqrt(d), its output.
+        """
+
     @property
     def tokens(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,))]: ...
 

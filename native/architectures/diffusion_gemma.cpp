@@ -46,17 +46,23 @@ ggml_tensor* DiffusionGemma::layer(GraphBuilder& g, int32_t i_layer, ggml_tensor
     const Heads heads = ops.project(h, head_weights(w), g.head_dim(i_layer));
     ggml_tensor* a = g.attention(i_layer, heads, head_norms(w));
     ggml_tensor* r = ops.add_normed(x, ops.matmul(w.attn_output, a), w.post_attention_norm);
+    g.keep("attention", i_layer, r);
 
     g.begin_part("dense");
     ggml_tensor* dense = ops.mlp(r, w.ffn_norm, {w.ffn_gate, w.ffn_up, w.ffn_gate_up, w.ffn_down}, &experts);
+    g.keep("dense", i_layer, dense);
 
     g.begin_part("experts");
     // Still to be divided by sqrt(d): the reference divides the router's input instead, which is much longer.
     ggml_tensor* scores = ops.matmul(w.ffn_gate_inp, ops.rms_norm(r, w.ffn_gate_inp_scale));
+    g.keep("router", i_layer, scores);
     const Mixture mixture = ops.moe(ops.rms_norm(r, w.pre_ffw_norm_2), scores, experts);
     ggml_tensor* scale = g.mode == Mode::encoder ? w.encoder_scale : w.decoder_scale;
-    return ops.join(r, dense, mixture,
-                    {w.post_ffw_norm_1, w.post_ffw_norm_2, w.post_ffw_norm, scale, w.ffn_down_exps_scale});
+    ggml_tensor* joined =
+        ops.join(r, dense, mixture,
+                 {w.post_ffw_norm_1, w.post_ffw_norm_2, w.post_ffw_norm, scale, w.ffn_down_exps_scale});
+    g.keep("output", i_layer, joined);
+    return joined;
 }
 
 void DiffusionGemma::store_keys_and_values(GraphBuilder& g, int32_t i_layer, ggml_tensor* x) const {

@@ -141,6 +141,19 @@ nb::dict imatrix(Session& session) {
     return result;
 }
 
+// (layer, name) -> copy as float32 (n_tokens, width)
+nb::dict layer_trace(Session& session) {
+    const Session::Use use(session);
+    nb::dict result;
+    if (!session.layer_trace()) return result;
+    for (const auto& [place, rows] : session.layer_trace()->rows()) {
+        const size_t width = rows.width;
+        result[nb::make_tuple(place.first, place.second)] =
+            to_numpy(rows.values, rows.values.size() / width, width);
+    }
+    return result;
+}
+
 nb::dict step_ops(const Session& session) {
     nb::dict ops;
     for (const auto& [name, count] : session.step_ops()) ops[name.c_str()] = count;
@@ -290,6 +303,18 @@ void bind_session(nb::module_& m) {
             "Start a new imatrix over everything encoded and denoised from now on, or discard it.")
         .def("imatrix", imatrix,
              "Weight name -> (sums of squares (n_matrices, n_per_row) float64, counts (n_matrices,) int64).")
+        .def(
+            "trace_layers",
+            [](Session& session, bool on) {
+                const Session::Use use(session);
+                session.trace_layers(on);
+            },
+            nb::arg("on"),
+            "Start a new trace of the layers of everything encoded and denoised from now on, or discard it.")
+        .def("layer_trace", layer_trace,
+             "(layer, name) -> values (n_tokens, width) float32: input of the first layer, and of each its "
+             "hidden states after attention, the output of its dense MLP, its router's scores times sqrt(d), "
+             "its output.")
         .def_prop_ro(
             "tokens", [](const Session& s) { return to_numpy(s.tokens()); }, nb::rv_policy::automatic)
         .def_prop_ro("step_ops", step_ops,

@@ -8,6 +8,7 @@
 #include "backend/graph_executor.h"
 #include "backend/graph_inputs.h"
 #include "backend/ops/ops.h"
+#include "graph/layer_trace.h"
 #include "kv_cache/kv_cache.h"
 #include "model/model.h"
 
@@ -51,6 +52,7 @@ struct GraphBuilder {
     ggml_cgraph* graph;
     std::unique_ptr<GraphInputs> inputs;
     std::unique_ptr<Ops> ops;
+    LayerTrace* trace = nullptr;  // of this graph, if any
 
     ggml_context* ctx() const { return context.get(); }
     int64_t n_tokens() const;  // of all sequences
@@ -74,6 +76,11 @@ struct GraphBuilder {
     ggml_tensor* attention(int32_t i_layer, const Heads& heads, const HeadNorms& norms, float scale = 1.0f);
     // Only writes K and V.
     void store(int32_t i_layer, const Heads& heads, const HeadNorms& norms);
+
+    // Shows a value of a layer, F32 [width, n_tokens], to the trace.
+    void keep(const char* name, int32_t i_layer, ggml_tensor* x) const {
+        if (trace) trace->keep(name, i_layer, x);
+    }
 
     // Allocates the graph and fills the masks. `what` names the graph in an out-of-memory error.
     void allocate(GraphExecutor& executor, const char* what) const;

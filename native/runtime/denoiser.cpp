@@ -147,9 +147,12 @@ void Denoiser::build(const std::vector<Slot>& slots, GraphExecutor& executor) {
     built_.reset();
     built_ = std::make_unique<GraphBuilder>(model_, Mode::decoder, std::move(sequences), &graph_memory_);
     GraphBuilder& g = *built_;
+    g.trace = trace_;
+    if (trace_) trace_->begin_graph();
     canvas_ = g.new_tokens();
     if (imatrix_) g.ops->keep_activations();
     ggml_tensor* x = embed_slots(g, slots);
+    g.keep("input", 0, x);
     for (int32_t i = 0; i < hp.n_layer; ++i) x = hp.architecture->layer(g, i, x);
     int64_t first = 0;
     for (const Slot& slot : slots) {
@@ -289,6 +292,7 @@ void Denoiser::step(const std::vector<Slot>& slots, GraphExecutor& executor) {
     });
     for (const Slot& slot : slots) slot.state->measure(slot.n_tokens());
     if (imatrix_) imatrix_->add(built_->graph);
+    if (trace_) trace_->read();
 }
 
 }  // namespace pydiffusion

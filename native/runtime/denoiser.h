@@ -89,6 +89,12 @@ class Denoiser {
         invalidate();
     }
 
+    // Keeps values of the layers of every following step, until called with null.
+    void trace(LayerTrace* trace) {
+        trace_ = trace;
+        invalidate();
+    }
+
     // Node counts of the last graph by operation: ggml's name, or the node's name for custom operations.
     // Empty before the first step.
     std::map<std::string, int> ops() const;
@@ -101,6 +107,7 @@ class Denoiser {
 
     const Model& model_;
     ImatrixCollector* imatrix_ = nullptr;
+    LayerTrace* trace_ = nullptr;
     GraphMemory graph_memory_;  // of built_
     std::unique_ptr<GraphBuilder> built_;
     // Per slot: cache version, canvas length, frozen positions.

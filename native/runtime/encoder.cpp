@@ -13,16 +13,19 @@ namespace {
 
 void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, const int32_t* ids,
                   int32_t n_tokens, const std::atomic<bool>& cancel, const EncoderOutputs& outputs,
-                  ImatrixCollector* imatrix) {
+                  ImatrixCollector* imatrix, LayerTrace* trace) {
     const Hparams& hp = model.hparams;
     const auto lock = model.backend.lock_devices();
     cache.prepare(n_tokens);
     GraphBuilder g(model, Mode::encoder, {{&cache, n_tokens}});
+    g.trace = trace;
+    if (trace) trace->begin_graph();
     ggml_tensor* tokens = g.new_tokens();
     if (imatrix) g.ops->keep_activations();
 
     const Architecture& architecture = *hp.architecture;
     ggml_tensor* x = architecture.embed_prompt(g, tokens);
+    g.keep("input", 0, x);
     for (int32_t i = 0; i + 1 < hp.n_layer; ++i) x = architecture.layer(g, i, x);
     if (!outputs.hidden && !outputs.logits) {
         architecture.store_keys_and_values(g, hp.n_layer - 1, x);
@@ -44,6 +47,7 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
     g.set_positions(positions);
     executor.compute(g.graph, [&] { return cancel.load(); });
     if (imatrix) imatrix->add(g.graph);
+    if (trace) trace->read();
     cache.advance(n_tokens);
     if (outputs.hidden) {
         ggml_backend_tensor_get(x, outputs.hidden, 0, ggml_nbytes(x));
@@ -57,14 +61,14 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
 
 void encode(const Model& model, KvCache& cache, GraphExecutor& executor, const std::vector<int32_t>& ids,
             const std::atomic<bool>& cancel, const std::function<void(int32_t)>& on_chunk,
-            const EncoderOutputs& outputs, ImatrixCollector* imatrix) {
+            const EncoderOutputs& outputs, ImatrixCollector* imatrix, LayerTrace* trace) {
     const int32_t n = static_cast<int32_t>(ids.size());
     for (int32_t done = 0; done < n;) {
         const int32_t n_tokens = std::min(kEncodeChunk, n - done);
         EncoderOutputs its;
         if (outputs.hidden) its.hidden = outputs.hidden + int64_t{done} * model.hparams.n_embd;
         if (done + n_tokens == n) its.logits = outputs.logits;
-        encode_chunk(model, cache, executor, ids.data() + done, n_tokens, cancel, its, imatrix);
+        encode_chunk(model, cache, executor, ids.data() + done, n_tokens, cancel, its, imatrix, trace);
         done += n_tokens;
         on_chunk(done);
     }

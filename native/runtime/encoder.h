@@ -18,9 +18,10 @@ struct EncoderOutputs {
 };
 
 // Appends ids to the cache in chunks. Calls `on_chunk` with the number of tokens done after each chunk; an
-// exception from it ends the call and leaves the finished chunks in the cache.
+// exception from it ends the call and leaves the finished chunks in the cache. imatrix and trace observe the
+// graphs, if given; without outputs, the last layer is not computed.
 void encode(const Model& model, KvCache& cache, GraphExecutor& executor, const std::vector<int32_t>& ids,
             const std::atomic<bool>& cancel, const std::function<void(int32_t)>& on_chunk,
-            const EncoderOutputs& outputs, ImatrixCollector* imatrix = nullptr);
+            const EncoderOutputs& outputs, ImatrixCollector* imatrix = nullptr, LayerTrace* trace = nullptr);
 
 }  // namespace pydiffusion

@@ -96,7 +96,8 @@ void Session::append(const std::vector<int32_t>& ids, const std::function<void(i
         n_encoded_ += n_past() - before;
     };
     try {
-        pydiffusion::encode(*model_, cache_, executor_, ids, cancel_, on_chunk, outputs, imatrix_.get());
+        pydiffusion::encode(*model_, cache_, executor_, ids, cancel_, on_chunk, outputs, imatrix_.get(),
+                            layer_trace_.get());
     } catch (...) {
         sync_tokens();
         throw;
@@ -186,6 +187,11 @@ void Session::collect_imatrix(bool on) {
                     "an imatrix can only be collected on the CPU: use n_gpu_layers=0");
     imatrix_ = on ? std::make_unique<ImatrixCollector>() : nullptr;
     denoiser_.observe(imatrix_.get());
+}
+
+void Session::trace_layers(bool on) {
+    layer_trace_ = on ? std::make_unique<LayerTrace>() : nullptr;
+    denoiser_.trace(layer_trace_.get());
 }
 
 std::map<std::string, Denoiser::PartCost> Session::profile_step(bool by_operation) {

@@ -61,6 +61,10 @@ class Session {
     void collect_imatrix(bool on);
     const ImatrixCollector* imatrix() const { return imatrix_.get(); }
 
+    // Starts a new trace of everything encoded and denoised from now on, or discards it; null when off.
+    void trace_layers(bool on);
+    const LayerTrace* layer_trace() const { return layer_trace_.get(); }
+
     std::vector<int32_t> tokens() const;  // from any thread
 
     // See Denoiser::ops. Throws if another thread is using the session.
@@ -186,6 +190,7 @@ class Session {
     ggml_type kv_type_;
     KvCache cache_;
     std::unique_ptr<ImatrixCollector> imatrix_;
+    std::unique_ptr<LayerTrace> layer_trace_;
     CanvasState canvas_state_;
     Denoiser denoiser_;
     GraphExecutor executor_;

@@ -23,6 +23,7 @@ from . import (
     convert,
     demo,
     devices,
+    doctor,
     evaluate,
     generate,
     imatrix,
@@ -46,7 +47,7 @@ app = typer.Typer(
 )
 for _module in (
     *(convert, quantize, split, merge, imatrix, verify, evaluate, inspect),
-    *(generate, infill, batch, chat, serve, demo, devices, bench),
+    *(generate, infill, batch, chat, serve, demo, devices, bench, doctor),
 ):
     app.command(_module.__name__.rpartition(".")[2])(_module.command)
 

@@ -11,7 +11,7 @@ from .record import CHECKPOINT, Record, digest, program
 
 COMMANDS = (
     "convert", "quantize", "split", "merge", "imatrix", "verify", "evaluate", "inspect", "generate",
-    "infill", "batch", "chat", "demo", "bench", "devices", "serve",
+    "infill", "batch", "chat", "demo", "bench", "devices", "doctor", "serve",
 )  # fmt: skip
 TEXT = "sort: c b a\nreverse: x y z\nadd: 12+34\nIn Oslo lives Ada, 33.\n" * 6
 # How stdout is kept: a value, a value of JSON, or a text for people.

@@ -1,0 +1,98 @@
+"""Weights by their names in the checkpoint, from the checkpoint itself and from a GGUF, one at a time."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import EMBEDDING, LM_HEAD, PREFIX
+from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint
+from pydiffusion.convert.gguf import rows
+from pydiffusion.convert.gguf.tensor_reads import SourceTensor
+from pydiffusion.errors import ConversionError
+
+_ROWS = 16384  # of the vocabulary, read at a time
+_EXPERTS = {"ffn_gate_up_exps.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight")}
+
+
+class WeightReader(ABC):
+    """Reads weights as float32; names are those of the checkpoint without the prefix ``model.``"""
+
+    @abstractmethod
+    def find(self, name: str) -> SourceTensor:
+        """The stored tensor. Raises ConversionError if there is none."""
+
+    def read(self, name: str) -> np.ndarray:
+        """The whole tensor, in its own shape."""
+        tensor = self.find(name)
+        return _to_float32(tensor, 0, math.prod(tensor.shape[:-1])).reshape(tensor.shape)
+
+    def read_rows(self, name: str, ids: Sequence[int]) -> np.ndarray:
+        """These rows of a matrix: (len(ids), n_per_row)."""
+        tensor = self.find(name)
+        return np.concatenate([_to_float32(tensor, i, 1) for i in ids])
+
+    def chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """All rows of a matrix in chunks: (index of the first, rows)."""
+        tensor = self.find(name)
+        for first in range(0, tensor.shape[0], _ROWS):
+            yield first, _to_float32(tensor, first, min(_ROWS, tensor.shape[0] - first))
+
+    @property
+    def head(self) -> str:
+        """The name of the output head: the embedding's unless there is one of its own."""
+        try:
+            self.find(LM_HEAD)
+        except ConversionError:
+            return EMBEDDING
+        return LM_HEAD
+
+
+class CheckpointReader(WeightReader):
+    """Weights of a checkpoint folder."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def find(self, name: str) -> SourceTensor:
+        """See ``WeightReader``."""
+        stored = self._checkpoint.tensors.get(PREFIX + name) or self._checkpoint.tensors.get(name)
+        if stored is None:
+            raise ConversionError(f"the reference has no tensor {name!r}")
+        return SourceTensor(
+            name, stored.dtype, stored.shape, lambda start, n: self._checkpoint.read(stored, start, n)
+        )
+
+
+class FileReader(WeightReader):
+    """Weights of a GGUF, dequantized. source_to_name: names in the checkpoint -> names in the GGUF."""
+
+    def __init__(self, tensors: Mapping[str, SourceTensor], source_to_name: Mapping[str, str]) -> None:
+        self._tensors = tensors
+        self._names = {**source_to_name, LM_HEAD: "output.weight"}
+
+    def find(self, name: str) -> SourceTensor:
+        """See ``WeightReader``."""
+        own = self._names.get(name, name)
+        if own not in self._tensors:
+            raise ConversionError(f"the file has no tensor {own!r}")
+        return self._tensors[own]
+
+    def read(self, name: str) -> np.ndarray:
+        """See ``WeightReader``. Gate and up of experts may be stored apart."""
+        own = self._names.get(name, name)
+        for joined, parts in _EXPERTS.items():
+            if own.endswith(joined) and own not in self._tensors:
+                prefix = own.removesuffix(joined)
+                return np.concatenate([super(FileReader, self).read(prefix + part) for part in parts], axis=1)
+        return super().read(name)
+
+
+def _to_float32(tensor: SourceTensor, first: int, n_rows: int) -> np.ndarray:
+    n_per_row = tensor.shape[-1] if tensor.shape else 1
+    size = rows.row_bytes(tensor.type, n_per_row)
+    data = tensor.read(first * size, n_rows * size).reshape(n_rows, size)
+    return rows.to_float32(data, tensor.type, n_per_row)
