@@ -58,8 +58,9 @@ def available_cpus(cpus: Cpus | None = None) -> int:
 def step_threads(cpus: Cpus | None = None) -> Threads:
     """Number of threads for denoising steps: one per core, of the fast ones.
 
-    Threads wait for each other at the end of each node of a graph. The hardware threads of a core share its
-    vector units, so a second one adds little and makes both slower; a slow core makes all others wait.
+    Threads wait for each other's last pieces at the end of each node of a graph. The hardware threads of a core
+    share its vector units, so a second one adds little and makes both slower; a slow core's last piece makes
+    all others wait.
     """
     cpus = cpus or read_cpus()
     fast = _faster(cpus.numbers & cpus.performance or cpus.numbers, cpus.capacity)

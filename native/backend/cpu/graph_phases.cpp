@@ -76,7 +76,7 @@ void append(std::vector<Phase>& phases, ggml_tensor* node) {
             phases.push_back({node, kPrepare, Split::as_planned});
             phases.push_back({node, kMain, Split::as_planned});
             return;
-        default:  // other ops with barriers, if there were any, by one thread
+        default:  // one thread computes what may have barriers
             phases.push_back({node, kWhole, is_split_freely(node->op) ? Split::by_thread : Split::none});
     }
 }
