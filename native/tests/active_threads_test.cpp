@@ -17,14 +17,14 @@ namespace testing {
 
 TEST_CASE("as many threads are left out as wait for a CPU") {
     CHECK(ActiveThreads::n_after(4, 0.0, false) == 4);
-    CHECK(ActiveThreads::n_after(4, 0.4, false) == 4);   // a little is no reason
-    CHECK(ActiveThreads::n_after(2, 0.5, false) == 1);   // beside one busy program on two CPUs
+    CHECK(ActiveThreads::n_after(4, 0.4, false) == 4);  // a little is no reason
+    CHECK(ActiveThreads::n_after(2, 0.5, false) == 1);  // beside one busy program on two CPUs
     CHECK(ActiveThreads::n_after(8, 1.0, false) == 7);
     CHECK(ActiveThreads::n_after(8, 3.6, false) == 4);
     CHECK(ActiveThreads::n_after(2, 1.4, false) == 1);
-    CHECK(ActiveThreads::n_after(4, 9.0, false) == 1);   // the caller always works
+    CHECK(ActiveThreads::n_after(4, 9.0, false) == 1);  // the caller always works
     CHECK(ActiveThreads::n_after(1, 0.9, false) == 1);
-    CHECK(ActiveThreads::n_after(5, 2.4, true) == 4);    // a trial ends where it began
+    CHECK(ActiveThreads::n_after(5, 2.4, true) == 4);  // a trial ends where it began
     CHECK(ActiveThreads::n_after(5, 0.3, true) == 5);
 }
 
@@ -32,8 +32,8 @@ TEST_CASE("as many threads are left out as wait for a CPU") {
 
 namespace {
 
-// Runs phases of a thousandth of a second on `threads` for some time, while a second thread computes too, both
-// on one CPU if so asked; the number of active threads at the end.
+// Runs phases of a thousandth of a second on `threads` for some time, while a second thread computes too,
+// both on one CPU if so asked; the number of active threads at the end.
 int n_at_the_end(ActiveThreads& threads, bool on_one_cpu, double seconds) {
     cpu_set_t before, one;
     sched_getaffinity(0, sizeof before, &before);
@@ -55,7 +55,8 @@ int n_at_the_end(ActiveThreads& threads, bool on_one_cpu, double seconds) {
     threads.begin_graph();
     while (now() < end) {
         const auto phase = now() + std::chrono::milliseconds(1);
-        while (now() < phase) {}
+        while (now() < phase) {
+        }
         threads.end_phase();
     }
     const int n = threads.n();

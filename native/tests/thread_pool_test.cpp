@@ -113,8 +113,8 @@ struct CustomNode {
         const auto call = [](ggml_tensor*, int ith, int nth, void* work) {
             (*static_cast<Work*>(work))(ith, nth);
         };
-        ggml_build_forward_expand(graph, ggml_custom_4d(context.get(), GGML_TYPE_F32, 10, 1, 1, 1, &x, 1, call,
-                                                        GGML_N_TASKS_MAX, &work_));
+        ggml_build_forward_expand(graph, ggml_custom_4d(context.get(), GGML_TYPE_F32, 10, 1, 1, 1, &x, 1,
+                                                        call, GGML_N_TASKS_MAX, &work_));
     }
 
     ggml_context_ptr context;

@@ -17,8 +17,9 @@ using namespace std::chrono_literals;
 
 // Several time slices, so that a thread that shares a CPU has waited for it.
 constexpr auto kWindow = 25ms;
-// Trials slow down a window each while they fail, 1 in 16 at first.
-constexpr auto kFirstTrial = 400ms, kLastTrial = 3200ms;
+// Between trials, of a window each: a failure makes one window of 16 slower by a fifth or so, and after the
+// others have gone all threads are soon back.
+constexpr auto kTrialInterval = 400ms;
 
 #if defined(__linux__)
 
@@ -46,11 +47,7 @@ uint64_t delay_of(long) { return 0; }
 }  // namespace
 
 ActiveThreads::ActiveThreads(int n_threads)
-    : n_threads_(n_threads),
-      n_(n_threads),
-      ids_(n_threads),
-      delays_(n_threads),
-      trial_interval_(kFirstTrial) {}
+    : n_threads_(n_threads), n_(n_threads), ids_(n_threads), delays_(n_threads) {}
 
 void ActiveThreads::register_thread(int ith) { ids_[ith] = id_of_this_thread(); }
 
@@ -69,10 +66,8 @@ void ActiveThreads::end_phase() {
 void ActiveThreads::end_window() {
     const double seconds = std::chrono::duration<double>(in_window_).count();
     const int n = n_, next = n_after(n, waited_since_last_window() / seconds, is_trial_);
-    if (is_trial_)
-        trial_interval_ = next < n ? std::min<Clock::duration>(2 * trial_interval_, kLastTrial) : kFirstTrial;
     const bool succeeded = is_trial_ && next == n;
-    until_trial_ = next < n ? trial_interval_ : until_trial_ - in_window_;
+    until_trial_ = next < n ? kTrialInterval : until_trial_ - in_window_;
     in_window_ = {};
     is_trial_ = next == n && n < n_threads_ && (succeeded || until_trial_ <= Clock::duration::zero());
     n_ = is_trial_ ? n + 1 : next;

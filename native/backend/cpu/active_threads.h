@@ -42,7 +42,7 @@ class ActiveThreads {
     };
     std::vector<Delay> delays_;  // at the end of the last window
     Clock::time_point last_;
-    Clock::duration in_window_{}, until_trial_{}, trial_interval_;
+    Clock::duration in_window_{}, until_trial_{};
     bool is_trial_ = false;
 };
 
