@@ -58,9 +58,9 @@ def available_cpus(cpus: Cpus | None = None) -> int:
 def step_threads(cpus: Cpus | None = None) -> Threads:
     """Number of threads for denoising steps: one per core, of the fast ones.
 
-    Threads wait for each other's last pieces at the end of each node of a graph. The hardware threads of a core
-    share its vector units, so a second one adds little and makes both slower; a slow core's last piece makes
-    all others wait.
+    Threads wait for each other's last pieces at the end of each node of a graph. The hardware threads of a
+    core share its vector units, so a second one adds little and makes both slower; a slow core's last piece
+    makes all others wait.
     """
     cpus = cpus or read_cpus()
     fast = _faster(cpus.numbers & cpus.performance or cpus.numbers, cpus.capacity)
@@ -106,8 +106,8 @@ def _within_quota(n: int, quota: float | None) -> int:
 
 
 def _faster(cpus: frozenset[int], capacity: Mapping[int, int]) -> frozenset[int]:
-    """The CPUs that are worth using together. Work is split evenly, so n of them are as fast as n times the
-    slowest: cores of half the speed are left out unless they more than double the number.
+    """The CPUs that are worth using together, as if n of them were as fast as n times the slowest: cores of
+    half the speed are left out unless they more than double the number.
     """
     if not cpus <= capacity.keys():
         return cpus

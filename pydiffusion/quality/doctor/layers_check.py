@@ -29,7 +29,7 @@ from .subject import Subject
 from .weight_readers import CheckpointReader, FileReader
 
 _WHAT = "layer by layer against transformers"
-_INSTALL = "pip install 'pydiffusion[reference]', or torch and transformers"
+_INSTALL = "pip install torch transformers"
 _NEEDED = ("torch", "transformers")
 _CLASS = "transformers.models.diffusion_gemma"
 #: Differences may be this many times what rounding of activations does to the reference: of the token of the
