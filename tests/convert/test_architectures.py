@@ -19,7 +19,7 @@ from pydiffusion.errors import ConversionError
 
 FOLDERS = sorted(path.parent for path in (REPOSITORY / "convert/architectures").glob("*/__init__.py"))
 REGISTRY = "convert/architectures/registry.py"
-#: What knows one architecture by design: a maker of files, and the doctor's comparison with transformers' modules.
+#: What knows one architecture by design: a maker of files, and the doctor's comparison with transformers.
 USERS = {
     "diffusion_gemma": {
         "pydiffusion/testing/synthetic.py",
