@@ -11,10 +11,10 @@ add_library(pydiffusion_native STATIC
     native/backend/cpu/active_threads.cpp
     native/backend/cpu/attention.cpp
     native/backend/cpu/fused_rows.cpp
+    native/backend/cpu/graph_phases.cpp
     native/backend/cpu/matmul.cpp
     native/backend/cpu/measure_logits.cpp
     native/backend/cpu/self_conditioning.cpp
-    native/backend/cpu/graph_phases.cpp
     native/backend/cpu/thread_pool.cpp
     native/backend/cpu/tile_attention.cpp
     native/backend/cpu/top_k.cpp

@@ -10,6 +10,8 @@
 
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace pydiffusion {
@@ -17,6 +19,8 @@ namespace testing {
 
 TEST_CASE("as many threads are left out as wait for a CPU") {
     CHECK(ActiveThreads::n_after(4, 0.0, false) == 4);
+    CHECK(ActiveThreads::n_after(64, 1.2, false) == 64);  // of so many, the time of waking up
+    CHECK(ActiveThreads::n_after(64, 1.6, false) == 62);
     CHECK(ActiveThreads::n_after(4, 0.4, false) == 4);  // a little is no reason
     CHECK(ActiveThreads::n_after(2, 0.5, false) == 1);  // beside one busy program on two CPUs
     CHECK(ActiveThreads::n_after(8, 1.0, false) == 7);
@@ -26,6 +30,62 @@ TEST_CASE("as many threads are left out as wait for a CPU") {
     CHECK(ActiveThreads::n_after(1, 0.9, false) == 1);
     CHECK(ActiveThreads::n_after(5, 2.4, true) == 4);  // a trial ends where it began
     CHECK(ActiveThreads::n_after(5, 0.3, true) == 5);
+}
+
+namespace {
+
+// Delays of threads as a test sets them, in seconds.
+double delay_of_caller = 0.0, delay_of_others = 0.0;
+long caller = 0;
+
+ActiveThreads::Settings settings_of_test() {
+    ActiveThreads::Settings settings;
+    settings.delay_of = [](long id) {
+        return static_cast<uint64_t>(1e9 * (id == caller ? delay_of_caller : delay_of_others));
+    };
+    settings.window = std::chrono::milliseconds(1);
+    settings.trial_interval = std::chrono::milliseconds(4);
+    return settings;
+}
+
+void compute_for(ActiveThreads& threads, double seconds) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+    while (std::chrono::steady_clock::now() < end) threads.end_phase();
+}
+
+}  // namespace
+
+TEST_CASE("threads that waited are left out, tried again, and kept when they no longer wait") {
+    ActiveThreads threads(3, settings_of_test());
+    std::thread([&] { threads.register_thread(1); }).join();
+    threads.begin_graph();
+    caller = -1;  // all threads are others
+    compute_for(threads, 0.01);
+    CHECK(threads.n() == 3);
+    delay_of_others += 10.0;
+    compute_for(threads, 0.002);
+    CHECK(threads.n() == 1);
+    compute_for(threads, 0.05);  // several trials, none of which fails
+    CHECK(threads.n() == 3);
+    threads.end_graph();
+}
+
+TEST_CASE("what the caller waits for between graphs is no reason") {
+    delay_of_others = 0.0;
+    for (const bool in_graph : {false, true}) {
+        ActiveThreads threads(2, settings_of_test());
+        threads.begin_graph();
+#if defined(__linux__)
+        caller = static_cast<long>(syscall(SYS_gettid));
+#endif
+        compute_for(threads, 0.0005);
+        if (in_graph) delay_of_caller += 1.0;
+        threads.end_graph();
+        if (!in_graph) delay_of_caller += 1.0;
+        threads.begin_graph();
+        compute_for(threads, 0.0015);
+        CHECK(threads.n() == (in_graph ? 1 : 2));
+    }
 }
 
 #if defined(__linux__)
@@ -79,7 +139,7 @@ TEST_CASE("two threads on one CPU: one is left out") {
         std::puts("SKIPPED: this system has no /proc/self/schedstat");
         return;
     }
-    ActiveThreads threads(2);
+    ActiveThreads threads(2, {});
     CHECK(threads.n() == 2);
     CHECK(n_at_the_end(threads, true, 0.3) == 1);
 }

@@ -38,8 +38,13 @@ const auto kNever = [] { return false; };
 
 // A graph of every kind of node that is computed in stages, or split into pieces.
 struct Stages {
-    Stages() : context(ggml_init({size_t{64} << 20, nullptr, false})), graph(ggml_new_graph(context.get())) {
+    explicit Stages(bool one_query = false)
+        : context(ggml_init({size_t{64} << 20, nullptr, false})), graph(ggml_new_graph(context.get())) {
         ggml_context* ctx = context.get();
+        ggml_tensor* rows = random(GGML_TYPE_F16, 64, 600, 2);
+        keep(ggml_flash_attn_ext(ctx, random(GGML_TYPE_F32, 64, one_query ? 1 : 30, 4), rows, rows, nullptr,
+                                 0.1f, 0.0f, 0.0f));
+        if (one_query) return;
         for (const ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0,
                                      GGML_TYPE_Q4_0, GGML_TYPE_Q4_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_XS}) {
             for (const int64_t n : {1, 7, 40}) {
@@ -50,11 +55,6 @@ struct Stages {
         }
         for (const ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16})  // several matrices
             keep(ggml_mul_mat(ctx, random(type, 64, 50, 3), random(GGML_TYPE_F32, 64, 20, 6)));
-        for (const int64_t n_queries : {1, 30}) {
-            ggml_tensor* rows = random(GGML_TYPE_F16, 64, 600, 2);
-            keep(ggml_flash_attn_ext(ctx, random(GGML_TYPE_F32, 64, n_queries, 4), rows, rows, nullptr, 0.1f,
-                                     0.0f, 0.0f));
-        }
         ggml_tensor* x = random(GGML_TYPE_F32, 100, 33);
         keep(ggml_rms_norm(ctx, x, 1e-6f));
         keep(ggml_soft_max_ext(ctx, ggml_scale(ctx, x, 3.0f), nullptr, 1.0f, 0.0f));
@@ -102,6 +102,23 @@ struct Stages {
     std::mt19937 numbers{1};
 };
 
+void compute_by_ggml(ggml_cgraph* graph, int n_threads) {
+    ggml_cplan plan = ggml_graph_plan(graph, n_threads, nullptr);
+    std::vector<uint8_t> memory(plan.work_size);
+    plan.work_data = memory.data();
+    REQUIRE(ggml_graph_compute(graph, &plan) == GGML_STATUS_SUCCESS);
+}
+
+// Threads that sleep at once, and of which some are left out or come back after each phase.
+std::atomic<int> n_asked{0};
+ThreadPool::Settings restless() {
+    ThreadPool::Settings settings;
+    settings.spin_rounds = 0;
+    settings.active.delay_of = [](long) { return static_cast<uint64_t>(++n_asked / 7) << 40; };
+    settings.active.window = settings.active.trial_interval = {};
+    return settings;
+}
+
 // A custom node of doublings of x, whose function also does `work` for each piece.
 using Work = std::function<void(int piece, int n_pieces)>;
 struct CustomNode {
@@ -126,18 +143,56 @@ struct CustomNode {
 
 }  // namespace
 
-TEST_CASE("the same bytes as ggml's own threads, on any number of threads") {
+TEST_CASE("the same bytes as ggml's own thread") {
+    Stages expected;
+    compute_by_ggml(expected.graph, 1);
     for (const int n_threads : {1, 2, 3, 7}) {
-        Stages expected, found;
-        ggml_cplan plan = ggml_graph_plan(expected.graph, n_threads, nullptr);
-        std::vector<uint8_t> memory(plan.work_size);
-        plan.work_data = memory.data();
-        REQUIRE(ggml_graph_compute(expected.graph, &plan) == GGML_STATUS_SUCCESS);
+        Stages found;
         ThreadPool pool(n_threads);
         for (int i = 0; i < 3; ++i) {
             for (ggml_tensor* t : found.results) std::memset(t->data, 0xff, ggml_nbytes(t));
             pool.compute(found.graph, kNever);
             CHECK(found.bytes() == expected.bytes());
+        }
+    }
+}
+
+TEST_CASE("attention of one query, whose parts are summed: the same bytes as ggml's own threads") {
+    for (const int n_threads : {1, 2, 3}) {
+        Stages expected(true), found(true);
+        compute_by_ggml(expected.graph, n_threads);
+        ThreadPool pool(n_threads, restless());
+        for (int i = 0; i < 20; ++i) {
+            pool.compute(found.graph, kNever);
+            CHECK(found.bytes() == expected.bytes());
+        }
+    }
+}
+
+TEST_CASE("the same bytes while threads are left out and come back") {
+    Stages expected, found;
+    compute_by_ggml(expected.graph, 1);
+    n_asked = 0;
+    ThreadPool pool(4, restless());
+    for (int i = 0; i < 10; ++i) {
+        for (ggml_tensor* t : found.results) std::memset(t->data, 0xff, ggml_nbytes(t));
+        pool.compute(found.graph, kNever);
+        REQUIRE(found.bytes() == expected.bytes());
+    }
+    CHECK(n_asked > 100);
+}
+
+TEST_CASE("many short graphs, by threads that sleep at once or are left out") {
+    ThreadPool::Settings sleepy = restless();
+    sleepy.active = {};
+    for (const ThreadPool::Settings& settings : {sleepy, restless()}) {
+        ThreadPool pool(3, settings);
+        Doublings one(1), two(2);
+        for (int i = 0; i < 3000; ++i) {
+            pool.compute(one.graph, kNever);
+            pool.compute(two.graph, kNever);
+            REQUIRE(one.value() == 2.0f);
+            REQUIRE(two.value() == 4.0f);
         }
     }
 }

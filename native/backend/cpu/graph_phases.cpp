@@ -15,6 +15,13 @@ namespace {
 
 constexpr int kWhole = 0, kPrepare = 1, kMain = 2;
 
+// On ARM ggml's dot products of two rows are rounded as the rows are paired, which depends on the parts.
+#if defined(__x86_64__) || defined(_M_X64)
+constexpr Split kSplitOfMatmuls = Split::by_thread;
+#else
+constexpr Split kSplitOfMatmuls = Split::as_planned;
+#endif
+
 bool is_computed(const ggml_tensor* node) {
     switch (node->op) {
         case GGML_OP_NONE:
@@ -28,7 +35,8 @@ bool is_computed(const ggml_tensor* node) {
     }
 }
 
-// Ops that ggml splits by rows or elements, without barriers.
+// Ops that ggml splits by rows or elements, into any number of parts and without barriers; those that it
+// computes in one part nevertheless leave the others empty.
 bool is_split_freely(ggml_op op) {
     switch (op) {
         case GGML_OP_DUP:
@@ -48,7 +56,6 @@ bool is_split_freely(ggml_op op) {
         case GGML_OP_ARGSORT:
         case GGML_OP_UNARY:
         case GGML_OP_GLU:
-        case GGML_OP_SUM_ROWS:
         case GGML_OP_PAD:
             return true;
         default:
@@ -64,13 +71,14 @@ void append(std::vector<Phase>& phases, ggml_tensor* node) {
             return;
         }
         case GGML_OP_MUL_MAT:
-            phases.push_back({node, kPrepare, Split::by_thread});
+            if (node->src[1]->type != ggml_get_type_traits_cpu(node->src[0]->type)->vec_dot_type)
+                phases.push_back({node, kPrepare, kSplitOfMatmuls});
             for (int64_t matrix = 0; matrix < node->ne[2] * node->ne[3]; ++matrix)
-                phases.push_back({node, kMain + static_cast<int>(matrix), Split::by_thread});
+                phases.push_back({node, kMain + static_cast<int>(matrix), kSplitOfMatmuls});
             return;
         case GGML_OP_MUL_MAT_ID:
-            phases.push_back({node, kPrepare, Split::by_thread});
-            phases.push_back({node, kMain, Split::by_thread});
+            phases.push_back({node, kPrepare, kSplitOfMatmuls});
+            phases.push_back({node, kMain, kSplitOfMatmuls});
             return;
         case GGML_OP_FLASH_ATTN_EXT:
             phases.push_back({node, kPrepare, Split::as_planned});
@@ -91,8 +99,6 @@ std::vector<Phase> phases_of(ggml_cgraph* graph) {
     }
     return phases;
 }
-
-bool continues_node(const Phase& phase) { return phase.stage >= kMain; }
 
 int n_pieces_of(const Phase& phase, int n_threads, const ggml_cplan& plan) {
     switch (phase.split) {

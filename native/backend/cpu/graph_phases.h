@@ -22,8 +22,7 @@ struct Phase {
 // Phases of a graph, in order.
 std::vector<Phase> phases_of(ggml_cgraph* graph);
 
-// Whether a phase is split like the one before it: the later stages of a node.
-bool continues_node(const Phase& phase);
+// The stages of a node must have the same number.
 int n_pieces_of(const Phase& phase, int n_threads, const ggml_cplan& plan);
 
 // Before a phase's first piece, by one thread.

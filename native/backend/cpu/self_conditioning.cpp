@@ -332,6 +332,7 @@ void soft_embedding_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     const int64_t slice = op.use_tiles() ? kSlice : kSliceWithoutTiles, n_slices = (d + slice - 1) / slice;
     // Enough groups of tokens to keep all threads busy, although each group reads the embedding anew.
     const int64_t n_groups = std::min(n_tokens, (2 * n_threads_for(nth) + n_slices - 1) / n_slices);
+    if (ith >= n_slices * n_groups) return;
     Workspace ws((n_tokens + n_groups - 1) / n_groups, op.use_tiles());
     const gemm::KernelScope scope(ws.soft_sums ? op.state.kernel : gemm::Kernel::ggml);
     for (int64_t task = ith; task < n_slices * n_groups; task += nth) {

@@ -1,6 +1,6 @@
 #include "backend/cpu/thread_pool.h"
 
-#include <system_error>
+#include <algorithm>
 
 #include "util/error.h"
 
@@ -36,15 +36,6 @@ void relax() {
 #endif
 }
 
-// How long a thread spins before it sleeps: longer than the last pieces of a phase are apart, far shorter
-// than a time slice, after which a thread that doesn't run comes on again. On x86-64 a round takes 40 to 140
-// cycles; elsewhere relaxing takes next to nothing.
-#if defined(__x86_64__) || defined(_M_X64)
-constexpr int kSpinRounds = 2000;
-#else
-constexpr int kSpinRounds = 50000;
-#endif
-
 std::atomic<unsigned> n_stops{0};
 
 struct Abort {
@@ -59,11 +50,12 @@ ggml_threadpool_t new_pool_of_ggml() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int n_threads)
-    : n_threads_(n_threads),
+ThreadPool::ThreadPool(int n_threads, const Settings& settings)
+    : settings_(settings),
+      n_threads_(n_threads),
       process_(process_id()),
       for_ggml_(nullptr, ggml_threadpool_free),
-      active_(n_threads),
+      active_(n_threads, settings.active),
       ranges_(n_threads) {
     require_memory(size_t{8} << 20);
     for_ggml_.reset(new_pool_of_ggml());
@@ -78,9 +70,9 @@ void ThreadPool::start_threads() {
         for (int ith = 1; ith < n_threads_; ++ith)
             threads_.emplace_back([this, ith] {
                 active_.register_thread(ith);
-                work(ith, [this] { return stopping_.load(); });
+                work(ith, [this](State) { return stopping_.load(); });
             });
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {  // system_error or bad_alloc
         stop_threads();
         throw Error(ErrorKind::out_of_memory,
                     format("failed to start %d threads: out of memory, or at the limit on processes (see "
@@ -130,11 +122,20 @@ void ThreadPool::compute(ggml_cgraph* graph, const std::function<bool()>& cancel
 
 ggml_status ThreadPool::compute_for_ggml(void* data, ggml_cgraph* graph, ggml_cplan* plan) {
     auto* pool = static_cast<ThreadPool*>(data);
+    std::unique_lock<std::mutex> turn(pool->turn_, std::defer_lock);
+    if (pool->belongs_to_this_process()) {
+        turn.lock();
+    } else if (!turn.try_lock()) {
+        return GGML_STATUS_FAILED;  // forked in the middle of a graph, which nobody ends
+    }
     try {
-        const std::lock_guard<std::mutex> turn(pool->turn_);
-        return pool->run(graph, *plan);
+        const ggml_status status = pool->run(graph, *plan);
+        if (pool->job_.error) std::rethrow_exception(pool->job_.error);
+        return status;
     } catch (const std::bad_alloc&) {
         return GGML_STATUS_ALLOC_FAILED;
+    } catch (...) {
+        return GGML_STATUS_FAILED;
     }
 }
 
@@ -143,10 +144,10 @@ ggml_status ThreadPool::run(ggml_cgraph* graph, const ggml_cplan& plan) {
     job_.plan = &plan;
     job_.phases = phases_of(graph);
     if (job_.phases.empty()) return GGML_STATUS_SUCCESS;
-    finished_ = false;
     active_.begin_graph();
     open_next_phase();
-    work(0, [this] { return finished_.load(); });
+    // Not before the last state is published: a thread that has yet to do that would undo the next graph's.
+    work(0, [this](State seen) { return seen.bits() == finished_; });
     return job_.status;
 }
 
@@ -154,9 +155,9 @@ template <typename Done>
 void ThreadPool::work(int ith, const Done& done) {
     for (;;) {
         const State seen(state_.load());
-        if (done()) return;
+        if (done(seen)) return;
         if (ith >= active_.n()) {
-            wait_until_active(ith, done);
+            wait_until_active(ith);
         } else if (seen.closed()) {
             wait_while(seen);
         } else if (join(seen)) {
@@ -177,12 +178,12 @@ void ThreadPool::take_pieces(int ith) {
         Range& range = ranges_[(ith + i) % job_.n_threads];
         while (range.next.load(std::memory_order_relaxed) < range.end) {
             const int piece = range.next.fetch_add(1, std::memory_order_relaxed);
-            if (piece < range.end) compute(phase, piece);
+            if (piece < range.end) compute_one(phase, piece);
         }
     }
 }
 
-void ThreadPool::compute(const Phase& phase, int piece) {
+void ThreadPool::compute_one(const Phase& phase, int piece) {
     try {
         compute_piece(phase, *job_.plan, piece, job_.n_pieces);
     } catch (...) {
@@ -213,14 +214,17 @@ void ThreadPool::advance() {
     if (job_.status == GGML_STATUS_SUCCESS && job_.current < job_.phases.size()) {
         open_next_phase();
     } else {
-        finished_ = true;
-        publish(State(state_.load()).next_phase(true));
+        active_.end_graph();
+        const State end = State(state_.load()).next_phase(true);
+        finished_ = end.bits();
+        publish(end);
     }
 }
 
 void ThreadPool::open_next_phase() {
     const Phase& phase = job_.phases[job_.current];
-    if (!continues_node(phase)) job_.n_threads = active_.n();
+    const bool same_node = job_.current > 0 && job_.phases[job_.current - 1].node == phase.node;
+    if (!same_node) job_.n_threads = std::min(active_.n(), job_.plan->n_threads);
     const int n = job_.n_threads, n_pieces = job_.n_pieces = n_pieces_of(phase, n, *job_.plan);
     begin_phase(*job_.plan, n_pieces);
     for (int i = 0; i < n; ++i) {
@@ -243,7 +247,7 @@ void ThreadPool::publish(State next) {
 
 void ThreadPool::wait_while(State seen) {
     const auto changed = [&] { return !State(state_.load()).same_phase(seen); };
-    for (int i = 0; i < kSpinRounds; ++i) {
+    for (int i = 0; i < settings_.spin_rounds; ++i) {
         if (changed()) return;
         relax();
     }
@@ -255,10 +259,9 @@ void ThreadPool::wait_while(State seen) {
     --n_sleepers_;
 }
 
-template <typename Done>
-void ThreadPool::wait_until_active(int ith, const Done& done) {
+void ThreadPool::wait_until_active(int ith) {
     std::unique_lock<std::mutex> lock(sleep_);
-    activated_.wait(lock, [&] { return ith < active_.n() || done(); });
+    activated_.wait(lock, [&] { return ith < active_.n() || stopping_; });
 }
 
 }  // namespace pydiffusion

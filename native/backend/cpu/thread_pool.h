@@ -17,15 +17,21 @@
 namespace pydiffusion {
 
 // Threads that share a machine. A graph is a list of phases, a phase a number of pieces, and threads take
-// pieces as they come: whoever runs does the work. A thread that the system doesn't run holds up the others
-// with one piece at most, and not at all if it holds none: nobody waits for threads, only for pieces. Threads
-// that find none spin briefly, then sleep, so that the one they wait for gets their core.
+// pieces as they come: whoever runs does the work. Nobody waits for a thread to arrive: one that the system
+// doesn't run holds up the others by the piece that it has, if it has one. Threads that find none spin
+// briefly, then sleep, so that the one they wait for gets their core.
 //
 // Belongs to one process: threads do not survive a fork.
 class ThreadPool {
   public:
+    struct Settings {
+        int spin_rounds = kSpinRounds;  // before a thread that waits sleeps
+        ActiveThreads::Settings active;
+    };
+
     // Throws Error(out_of_memory) if the system does not allow that many threads.
-    explicit ThreadPool(int n_threads);
+    explicit ThreadPool(int n_threads) : ThreadPool(n_threads, Settings()) {}
+    ThreadPool(int n_threads, const Settings& settings);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
@@ -42,6 +48,14 @@ class ThreadPool {
     static void stop_all();
 
   private:
+// Longer than the last pieces of a phase are apart, far shorter than a time slice, after which a thread that
+// doesn't run comes on again. On x86-64 a round takes 40 to 140 cycles; elsewhere next to nothing.
+#if defined(__x86_64__) || defined(_M_X64)
+    static constexpr int kSpinRounds = 2000;
+#else
+    static constexpr int kSpinRounds = 50000;
+#endif
+
     // Number of the phase, whether it is closed to threads that have not joined it, and how many have.
     class State {
       public:
@@ -71,7 +85,8 @@ class ThreadPool {
         const ggml_cplan* plan = nullptr;
         std::vector<Phase> phases;
         size_t current = 0;
-        int n_threads = 1, n_pieces = 1;  // of the current phase
+        int n_threads = 1;  // that have a range of the current phase
+        int n_pieces = 1;   // of that phase
         ggml_status status = GGML_STATUS_SUCCESS;
         std::exception_ptr error;  // of a piece
     };
@@ -80,20 +95,20 @@ class ThreadPool {
     void start_threads();
     void stop_threads();
     ggml_status run(ggml_cgraph* graph, const ggml_cplan& plan);
-    // Works on phases as thread `ith`, until `done` says so.
+    // Works on phases as thread `ith`, until the state that `done` accepts.
     template <typename Done>
     void work(int ith, const Done& done);
     bool join(State seen);
     void take_pieces(int ith);
-    void compute(const Phase& phase, int piece);
+    void compute_one(const Phase& phase, int piece);
     void leave();
     void advance();
     void open_next_phase();
     void publish(State next);
     void wait_while(State seen);
-    template <typename Done>
-    void wait_until_active(int ith, const Done& done);
+    void wait_until_active(int ith);
 
+    const Settings settings_;
     const int n_threads_;
     const long process_;
     std::unique_ptr<ggml_threadpool, decltype(&ggml_threadpool_free)> for_ggml_;
@@ -103,7 +118,8 @@ class ThreadPool {
 
     alignas(64) std::atomic<uint64_t> state_{State::kClosedBit};
     alignas(64) std::atomic<int> n_sleepers_{0};
-    std::atomic<bool> finished_{false}, stopping_{false};
+    std::atomic<uint64_t> finished_{0};  // state after the last graph
+    std::atomic<bool> stopping_{false};
     std::mutex sleep_;
     std::condition_variable changed_, activated_;
     ActiveThreads active_;
