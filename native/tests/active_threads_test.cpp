@@ -34,56 +34,70 @@ TEST_CASE("as many threads are left out as wait for a CPU") {
 
 namespace {
 
-// Delays of threads as a test sets them, in seconds.
-double delay_of_caller = 0.0, delay_of_others = 0.0;
-long caller = 0;
+// Time and the delays of threads as a test sets them.
+std::chrono::milliseconds time_of_test{0};
+uint64_t delay_of_caller = 0, delay_of_others = 0;  // nanoseconds
+long caller = -1;
 
 ActiveThreads::Settings settings_of_test() {
     ActiveThreads::Settings settings;
-    settings.delay_of = [](long id) {
-        return static_cast<uint64_t>(1e9 * (id == caller ? delay_of_caller : delay_of_others));
-    };
-    settings.window = std::chrono::milliseconds(1);
-    settings.trial_interval = std::chrono::milliseconds(4);
+    settings.delay_of = [](long id) { return id == caller ? delay_of_caller : delay_of_others; };
+    settings.now = [] { return ActiveThreads::Clock::time_point(time_of_test); };
     return settings;
 }
 
-void compute_for(ActiveThreads& threads, double seconds) {
-    const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
-    while (std::chrono::steady_clock::now() < end) threads.end_phase();
+void compute_for(ActiveThreads& threads, int n_milliseconds) {
+    for (int i = 0; i < n_milliseconds; ++i) {
+        time_of_test += std::chrono::milliseconds(1);
+        threads.end_phase();
+    }
 }
 
 }  // namespace
 
 TEST_CASE("threads that waited are left out, tried again, and kept when they no longer wait") {
+    constexpr uint64_t milliseconds = 1'000'000;
+    caller = -1;  // all threads are others
     ActiveThreads threads(3, settings_of_test());
     std::thread([&] { threads.register_thread(1); }).join();
     threads.begin_graph();
-    caller = -1;  // all threads are others
-    compute_for(threads, 0.01);
+    compute_for(threads, 100);
     CHECK(threads.n() == 3);
-    delay_of_others += 10.0;
-    compute_for(threads, 0.002);
+    delay_of_others += 20 * milliseconds;  // each of three waits for most of a window
+    compute_for(threads, 25);
     CHECK(threads.n() == 1);
-    compute_for(threads, 0.05);  // several trials, none of which fails
+    compute_for(threads, 399);
+    CHECK(threads.n() == 1);
+    compute_for(threads, 1);  // a trial
+    CHECK(threads.n() == 2);
+    delay_of_others += 20 * milliseconds;
+    compute_for(threads, 25);  // which fails
+    CHECK(threads.n() == 1);
+    compute_for(threads, 400);  // another
+    CHECK(threads.n() == 2);
+    compute_for(threads, 25);  // which succeeds: the next thread at once
+    CHECK(threads.n() == 3);
+    compute_for(threads, 1000);
     CHECK(threads.n() == 3);
     threads.end_graph();
 }
 
 TEST_CASE("what the caller waits for between graphs is no reason") {
-    delay_of_others = 0.0;
+    constexpr uint64_t second = 1'000'000'000;
+    delay_of_others = 0;
     for (const bool in_graph : {false, true}) {
         ActiveThreads threads(2, settings_of_test());
         threads.begin_graph();
 #if defined(__linux__)
         caller = static_cast<long>(syscall(SYS_gettid));
-#endif
-        compute_for(threads, 0.0005);
-        if (in_graph) delay_of_caller += 1.0;
-        threads.end_graph();
-        if (!in_graph) delay_of_caller += 1.0;
         threads.begin_graph();
-        compute_for(threads, 0.0015);
+#endif
+        compute_for(threads, 10);
+        if (in_graph) delay_of_caller += second;
+        threads.end_graph();
+        if (!in_graph) delay_of_caller += second;
+        threads.begin_graph();
+        compute_for(threads, 20);
         CHECK(threads.n() == (in_graph ? 1 : 2));
     }
 }

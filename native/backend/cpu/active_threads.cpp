@@ -49,7 +49,7 @@ void ActiveThreads::begin_graph() {
     if (n_threads_ == 1) return;
     register_thread(0);
     before_[0] = {ids_[0], settings_.delay_of(ids_[0])};
-    last_ = Clock::now();
+    last_ = settings_.now();
 }
 
 void ActiveThreads::end_graph() {
@@ -58,7 +58,7 @@ void ActiveThreads::end_graph() {
 
 void ActiveThreads::end_phase() {
     if (n_threads_ == 1) return;
-    const auto now = Clock::now();
+    const auto now = settings_.now();
     in_window_ += now - last_;
     last_ = now;
     const int n_groups = (n_threads_ + kThreadsPerWindow - 1) / kThreadsPerWindow;

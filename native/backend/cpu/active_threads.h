@@ -21,6 +21,7 @@ class ActiveThreads {
 
     struct Settings {
         uint64_t (*delay_of)(long id) = ActiveThreads::delay_of;
+        Clock::time_point (*now)() = Clock::now;
         // Several time slices, so that a thread that shares a CPU has waited for it.
         Clock::duration window = std::chrono::milliseconds(25);
         // Between trials of a window each: a failure makes one window of 16 slower by a fifth or so, and
