@@ -175,17 +175,16 @@ class Setup:
 
 
 def setups(type: str) -> list[Setup]:
-    """ggml's kernels, the best of our own, the device graph; for one type half of it, with flash attention.
-
-    Flash attention on the CPU sums in float16, which would be half of a 16-bit file's difference.
+    """ggml's kernels, the best of our own, and the graph of devices: of one type half the layers, with flash
+    attention, which on the CPU sums in float16 and would be half of a 16-bit file's difference.
     """
     own = [kernels for kernels in _native.kernels() if kernels != "ggml"]
-    found = [Setup("ggml", "f32"), Setup("ggml", "f32", "host", n_gpu_layers=2)]
+    found = [Setup("ggml", "f32")]
     if own and type != "f32":
-        found.insert(1, Setup(own[-1]))
+        found.append(Setup(own[-1]))
     if type == "q4_k_m":
-        found.append(Setup("cuda", device="host", n_gpu_layers=1, n_cpu_moe=1))
-    return found
+        return [*found, Setup("cuda", device="host", n_gpu_layers=1, n_cpu_moe=1)]
+    return [*found, Setup("ggml", "f32", "host", n_gpu_layers=2)]
 
 
 def run_ours(
