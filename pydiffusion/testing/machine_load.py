@@ -16,7 +16,7 @@ from pathlib import Path
 _ROOT = Path("/")
 _TICKS_PER_SECOND = 100  # of /proc/stat, on any Linux
 # Beyond these a machine is not quiet: CPUs that others use, their runnable threads, the share of time stolen.
-# A quiet virtual machine has 0.02 CPUs of its system's own;
+# A quiet virtual machine's system uses 0.02 CPUs itself.
 _QUIET_OTHERS, _QUIET_RUNNABLE, _QUIET_STOLEN = 0.1, 0.25, 0.01
 
 
