@@ -27,6 +27,8 @@ from pydiffusion.convert.quantization.padding import padded_read
 from pydiffusion.convert.quantization.type_plan import with_lengths
 
 _EXACT = ("F32", "F16", "BF16")
+# Types of quantized checkpoints: tensors that a source has in this type are copied, whatever the recipe says.
+KEPT = ("nvfp4", "mxfp4")
 MMPROJ_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
@@ -80,7 +82,7 @@ def convert(
     started = time.perf_counter()
     variant = Variant(target, type, pad, tensor_types, imatrix, split_max_size)
     choices = _Choices(variant, resume, allow_nonfinite, n_threads, overwrite, progress)
-    with open_checkpoint(source, revision) as opened:
+    with open_checkpoint(source, revision, type.upper() if type in KEPT else "") as opened:
         return writer.run(choices.job(opened), started)
 
 
@@ -244,6 +246,9 @@ class _Choices:
             source.architecture.kinds,
             pad=self.variant.pad,
             overrides=self.overrides,
+            kept=[tensor.name for tensor in source.tensors if tensor.type == self.type.upper()]
+            if self.type in KEPT
+            else [],
             has_imatrix=self.imatrix is not None,
         )
         tensors = [planned_tensor(tensor, types) for tensor in source.tensors]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pydiffusion.convert.architectures.source import Source, open_gguf, open_source
-from pydiffusion.convert.conversion import planned_tensor
+from pydiffusion.convert.conversion import KEPT, planned_tensor
 from pydiffusion.convert.gguf import rows, writer
 from pydiffusion.convert.gguf.report import ConversionProgress
 from pydiffusion.convert.gguf.tensor_reads import SourceTensor
@@ -69,7 +69,7 @@ def verify(
     """
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(open_gguf(Path(file)))
-        source = target if against is None else stack.enter_context(open_source(against))
+        source = target if against is None else _open_against(stack, target, against)
         problems = [] if against is None else _compare_metadata(target, source)
         sources = {tensor.name: tensor for tensor in source.tensors}
         missing = sorted(set(sources) - {tensor.name for tensor in target.tensors})
@@ -89,6 +89,19 @@ def verify(
                 seconds = time.perf_counter() - started
                 progress(ConversionProgress("verify", tensor.name, done, total, seconds))
     return VerifyReport(Path(file), None if against is None else Path(against), checks, problems)
+
+
+def _open_against(stack: contextlib.ExitStack, target: Source, against: str | os.PathLike[str]) -> Source:
+    """The source, with its tensors as they were when the file was written: dequantized, or kept in blocks."""
+    names = {tensor.name for tensor in target.tensors}
+    types = {tensor.type for tensor in target.tensors} & {name.upper() for name in KEPT}
+    source = stack.enter_context(open_source(against))
+    if names - {tensor.name for tensor in source.tensors}:
+        for type_name in sorted(types):
+            kept = stack.enter_context(open_source(against, keep=type_name))
+            if names == {tensor.name for tensor in kept.tensors}:
+                return kept
+    return source
 
 
 def _n_bytes(tensor: SourceTensor) -> int:

@@ -27,7 +27,7 @@ NATIVE_ORDER = (
 PYTHON_ORDER = (
     "errors", "_util", "chat/formats", "tokenizer", "options", "chat", "events", "chat_output", "demo",
     "constrained", "generation",
-    "convert/gguf", "convert/checkpoint", "convert/architectures/architecture",
+    "convert/gguf", "convert/checkpoint", "convert/checkpoint/quantized", "convert/architectures/architecture",
     "convert/architectures/diffusion_gemma", "convert/architectures",
     "convert/quantization", "convert/conversion", "convert/repacking", "convert/verification",
     "sampling", "device_plan", "session", "openai", "model",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint
 from pydiffusion.convert.checkpoint.strict_json import Fields
 from pydiffusion.convert.checkpoint.tensor_map import TensorKinds
+from pydiffusion.convert.checkpoint.weights import Weights
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.convert.gguf.tensor_reads import SourceTensor
 from pydiffusion.convert.gguf.writer import PlannedTensor
@@ -52,9 +52,9 @@ class Architecture(Generic[Config]):
         read_config: (``config.json``) -> config.
         shape: (config) -> the model's size.
         metadata: (folder, model's name, config, notes) -> all keys, the tokenizer's included.
-        tensors: (checkpoint, config, notes) -> tensors in GGUF order. Every tensor of the checkpoint is
+        tensors: (weights, config, notes) -> tensors in GGUF order. Every tensor of the checkpoint is
             taken, known to be superfluous, or refused.
-        mmproj: (folder, checkpoint, config, model's name, type, notes) -> the vision part; None if there is
+        mmproj: (folder, weights, config, model's name, type, notes) -> the vision part; None if there is
             no such part.
     """
 
@@ -65,5 +65,5 @@ class Architecture(Generic[Config]):
     read_config: Callable[[Fields], Config]
     shape: Callable[[Config], ModelShape]
     metadata: Callable[[Path, str, Config, list[str]], dict[str, Value]]
-    tensors: Callable[[Checkpoint, Config, list[str]], list[SourceTensor]]
-    mmproj: Callable[[Path, Checkpoint, Config, str, str, list[str]], Mmproj] | None = None
+    tensors: Callable[[Weights, Config, list[str]], list[SourceTensor]]
+    mmproj: Callable[[Path, Weights, Config, str, str, list[str]], Mmproj] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,9 @@ from pydiffusion.convert.architectures import registry
 from pydiffusion.convert.architectures.architecture import Architecture, ModelShape
 from pydiffusion.convert.checkpoint import tokenizer_files
 from pydiffusion.convert.checkpoint.hub import find_checkpoint
+from pydiffusion.convert.checkpoint.quantized import settings
+from pydiffusion.convert.checkpoint.quantized.reader import open_weights
+from pydiffusion.convert.checkpoint.quantized.settings import Quantization, read_quantization
 from pydiffusion.convert.checkpoint.safetensors_files import INDEX, Checkpoint
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
 from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT, Value
@@ -27,7 +30,9 @@ if TYPE_CHECKING:
     from pydiffusion import _native
 
 _CONFIG = "config.json"
-_SMALL_FILES = (_CONFIG, "generation_config.json", INDEX, *tokenizer_files.FILES)
+_SMALL_FILES = (
+    _CONFIG, "generation_config.json", INDEX, *tokenizer_files.FILES, *settings.FILES,
+)  # fmt: skip
 _MAX_CONFIG = 64 << 20  # bytes
 
 
@@ -45,38 +50,44 @@ class Source:
 
 
 @contextlib.contextmanager
-def open_source(source: str | os.PathLike[str], revision: str | None = None) -> Iterator[Source]:
-    """Open a checkpoint folder, a Hugging Face repo id, or a GGUF."""
+def open_source(
+    source: str | os.PathLike[str], revision: str | None = None, keep: str = ""
+) -> Iterator[Source]:
+    """Open a checkpoint folder, a Hugging Face repo id, or a GGUF. ``keep``: as of :func:`open_folder`."""
     found = find_checkpoint(source, revision)
     path = found.path
     is_gguf = path.is_file() or (path.suffix == ".gguf" and not path.is_dir())  # also a missing one
-    opener = open_gguf(path) if is_gguf else open_folder(path, found.name)
+    opener = open_gguf(path) if is_gguf else open_folder(path, found.name, keep)
     with opener as opened:
         yield opened
 
 
 @contextlib.contextmanager
-def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Iterator[Source]:
-    """Open a checkpoint folder or a Hugging Face repo id."""
+def open_checkpoint(
+    source: str | os.PathLike[str], revision: str | None = None, keep: str = ""
+) -> Iterator[Source]:
+    """Open a checkpoint folder or a Hugging Face repo id. ``keep``: as of :func:`open_folder`."""
     found = find_checkpoint(source, revision)
-    with open_folder(found.path, found.name) as opened:
+    with open_folder(found.path, found.name, keep) as opened:
         yield opened
 
 
 @contextlib.contextmanager
-def open_folder(folder: Path, name: str = "") -> Iterator[Source]:
+def open_folder(folder: Path, name: str = "", keep: str = "") -> Iterator[Source]:
     """Open and validate a checkpoint folder. Raises ConversionError naming the file, key or tensor.
 
-    ``name``: the model's name if it differs from the folder's.
+    ``name``: the model's name if it differs from the folder's. ``keep``: a ggml type; tensors that a
+    quantized checkpoint has in the same codes are given in its blocks, all others dequantized.
     """
     notes: list[str] = []
     with contextlib.ExitStack() as stack:
         with explaining(folder, "can't be read"):
             _require_folder(folder)
-            architecture, config = read_config(folder, notes)
+            architecture, config, quantization = read_config(folder, notes)
             checkpoint = stack.enter_context(Checkpoint(folder))
             metadata = architecture.metadata(folder, name or folder.resolve().name or "model", config, notes)
-            tensors = architecture.tensors(checkpoint, config, notes)
+            weights = replace(open_weights(checkpoint, quantization, notes), keep=keep)
+            tensors = architecture.tensors(weights, config, notes)
         yield Source(
             architecture=architecture,
             path=folder,
@@ -93,11 +104,12 @@ def _require_folder(folder: Path) -> None:
         raise ConversionError(f"{folder}: no such folder; give a checkpoint folder with config.json in it")
 
 
-def read_config(folder: Path, notes: list[str]) -> tuple[Architecture[Any], Any]:
-    """Read ``config.json``: the architecture, and the config as its functions take it."""
+def read_config(folder: Path, notes: list[str]) -> tuple[Architecture[Any], Any, Quantization]:
+    """Read ``config.json``: the architecture, the config as its functions take it, how it is quantized."""
     fields = Fields(read_json_object(folder / _CONFIG, _MAX_CONFIG), _CONFIG, notes)
     architecture = registry.of_config(fields)
-    return architecture, architecture.read_config(fields)
+    quantization = read_quantization(folder, fields, notes)
+    return architecture, architecture.read_config(fields), quantization
 
 
 @dataclass(frozen=True)
@@ -125,14 +137,15 @@ def open_mmproj(
     with contextlib.ExitStack() as stack:
         with explaining(folder, "can't be read"):
             _require_folder(folder)
-            architecture, config = read_config(folder, [])
+            architecture, config, quantization = read_config(folder, [])
             if architecture.mmproj is None:
                 raise ConversionError(
                     f"{folder}: models of architecture {architecture.name!r} have no vision part"
                 )
             checkpoint = stack.enter_context(Checkpoint(folder))
             name = found.name or folder.resolve().name or "model"
-            plan = architecture.mmproj(folder, checkpoint, config, name, type, notes)
+            weights = open_weights(checkpoint, quantization, notes)
+            plan = architecture.mmproj(folder, weights, config, name, type, notes)
         yield MmprojSource(folder, [*checkpoint.files, folder / _CONFIG], plan.tensors, plan.metadata, notes)
 
 
@@ -165,5 +178,5 @@ def read_shape(folder: str | os.PathLike[str]) -> ModelShape:
     path = find_checkpoint(folder, weights=False).path
     if not (path / _CONFIG).is_file():
         raise ConversionError(f"{path}: has no {_CONFIG}; give a checkpoint folder")
-    architecture, config = read_config(path, [])
+    architecture, config, _ = read_config(path, [])
     return architecture.shape(config)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 
-from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint, StoredTensor
 from pydiffusion.convert.checkpoint.tensor_map import Wanted
+from pydiffusion.convert.checkpoint.weights import Weight, Weights
 from pydiffusion.convert.gguf.rows import to_float32
 from pydiffusion.convert.gguf.tensor_reads import SourceTensor
 from pydiffusion.errors import ConversionError
@@ -25,21 +23,16 @@ class Inventory:
     the model without its head is saved without it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, prefix: str = ""):
-        self.checkpoint = checkpoint
+    def __init__(self, weights: Weights, prefix: str = ""):
+        self.folder = weights.folder
         self.prefix = prefix
-        self.stored: dict[str, StoredTensor] = {}
-        for name, tensor in checkpoint.tensors.items():
+        self.stored: dict[str, Weight] = {}
+        for name, tensor in weights.by_name.items():
             short = name.removeprefix(prefix)
             if short in self.stored:
                 other = self.stored[short]
                 raise ConversionError(f"{tensor.file}: tensors {name!r} and {other.name!r} are duplicates")
             self.stored[short] = tensor
-
-    @property
-    def folder(self) -> Path:
-        """The checkpoint's folder."""
-        return self.checkpoint.files[0].parent
 
     def take(self, wanted: Iterable[Wanted]) -> list[SourceTensor]:
         """The wanted tensors, in order. Raises ConversionError for missing ones and wrong shapes or types."""
@@ -47,7 +40,7 @@ class Inventory:
         for want in wanted:
             self.check(want.source, want.shape)
         return [
-            SourceTensor(want.name, tensor.dtype, want.shape, partial(self.checkpoint.read, tensor))
+            SourceTensor(want.name, tensor.dtype, want.shape, tensor.read)
             for want in wanted
             for tensor in (self.stored[want.source],)
         ]
@@ -89,14 +82,14 @@ class Inventory:
                 return False
         return True
 
-    def _weights(self, tensor: StoredTensor, start: int, count: int) -> np.ndarray:
+    def _weights(self, tensor: Weight, start: int, count: int) -> np.ndarray:
         size = 4 if tensor.dtype == "F32" else 2
-        return to_float32(self.checkpoint.read(tensor, start * size, count * size), tensor.dtype, count)
+        return to_float32(tensor.read(start * size, count * size), tensor.dtype, count)
 
 
-def take_all(checkpoint: Checkpoint, wanted: Iterable[Wanted], prefix: str = "") -> list[SourceTensor]:
+def take_all(weights: Weights, wanted: Iterable[Wanted], prefix: str = "") -> list[SourceTensor]:
     """The tensors of a checkpoint that has exactly the wanted ones, in order. Raises ConversionError."""
-    inventory, wanted = Inventory(checkpoint, prefix), list(wanted)
+    inventory, wanted = Inventory(weights, prefix), list(wanted)
     tensors = inventory.take(wanted)
     inventory.refuse_others(want.source for want in wanted)
     return tensors

@@ -82,6 +82,7 @@ def plan_types(
     *,
     pad: bool | None = None,
     overrides: Overrides = (),
+    kept: Iterable[str] = (),
     has_imatrix: bool = False,
 ) -> TypePlan:
     """Apply a recipe.
@@ -93,6 +94,7 @@ def plan_types(
         pad: True pads every feed-forward length to a multiple of 256, False none, None those for which the
             file gets smaller or hardly larger than with fallbacks.
         overrides: regular expressions, searched in the name, and the types of matching tensors.
+        kept: tensors that the source has in the recipe's own type, which stay as they are unless overridden.
         has_imatrix: some recipes depend on it.
 
     Raises:
@@ -102,6 +104,7 @@ def plan_types(
     shapes = dict(tensors)
     recipe = RECIPES[recipe_name]
     wanted = _wanted_types(shapes, recipe, kinds, has_imatrix)
+    wanted.update(dict.fromkeys(kept, recipe_name.upper()))
     _override(wanted, overrides, kinds)
     plan = TypePlan(notes=[f"{recipe_name} is {recipe.note}"] if recipe.note else [])
     padded = dict(shapes)

@@ -120,7 +120,6 @@ def read_text_config(top: Fields) -> TextConfig:
     unsupported key.
     """
     notes = top.notes
-    top.accept_if_there("quantization_config", (None,))
     text = top.object("text_config")
     text.one_of("model_type", ("diffusion_gemma_text",))
     text.one_of("hidden_activation", (DEFAULTS["hidden_activation"],), DEFAULTS["hidden_activation"])

@@ -6,21 +6,25 @@ import numpy as np
 
 from pydiffusion.convert.architectures.diffusion_gemma import tensor_names
 from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
+from pydiffusion.convert.architectures.diffusion_gemma.experts import stack_experts
+from pydiffusion.convert.architectures.diffusion_gemma.kept_blocks import keep_blocks
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import EMBEDDING, LM_HEAD
 from pydiffusion.convert.checkpoint.inventory import Inventory
-from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint
 from pydiffusion.convert.checkpoint.tensor_map import Wanted
+from pydiffusion.convert.checkpoint.weights import Weights
 from pydiffusion.convert.gguf.tensor_reads import SourceTensor
 from pydiffusion.errors import ConversionError
 
 
-def plan_tensors(checkpoint: Checkpoint, config: TextConfig, notes: list[str]) -> list[SourceTensor]:
+def plan_tensors(weights: Weights, config: TextConfig, notes: list[str]) -> list[SourceTensor]:
     """Plan the tensors of the GGUF in order. Raises ConversionError for missing or unexpected tensors,
     shapes, types, and for an encoder with weights of its own.
     """
-    inventory = Inventory(checkpoint, tensor_names.PREFIX)
+    inventory = Inventory(stack_experts(weights), tensor_names.PREFIX)
     wanted = tensor_names.wanted_tensors(config)
     twins = {twin: want for want in wanted if (twin := tensor_names.encoder_twin(want.source)) is not None}
+    if config.tied:
+        _take_from_twins(inventory, twins)
     planned = inventory.take(wanted)
     planned.insert(1, _rope_divisors(config))
     if not config.tied:
@@ -35,7 +39,17 @@ def plan_tensors(checkpoint: Checkpoint, config: TextConfig, notes: list[str]) -
             planned += head
             notes.append("lm_head.weight differs from the embedding and is kept as output.weight")
     _compare_twins(inventory, twins)
+    if weights.keep:
+        by_name = {want.name: inventory.stored[want.source] for want in wanted}
+        planned = keep_blocks(planned, by_name, weights.keep)
     return planned
+
+
+def _take_from_twins(inventory: Inventory, twins: dict[str, Wanted]) -> None:
+    """Of tied weights it is up to the program that saved them which of the two names they have."""
+    for twin, want in twins.items():
+        if want.source not in inventory.stored and twin in inventory.stored:
+            inventory.stored[want.source] = inventory.stored.pop(twin)
 
 
 def _check_untied(inventory: Inventory, twins: dict[str, Wanted]) -> None:

@@ -15,9 +15,9 @@ from pydiffusion.convert.architectures.architecture import Mmproj
 from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import PREFIX, VISION
 from pydiffusion.convert.checkpoint.inventory import Inventory
-from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
 from pydiffusion.convert.checkpoint.tensor_map import Row, Table, Wanted, wanted
+from pydiffusion.convert.checkpoint.weights import Weights
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.convert.gguf.model_keys import QUANTIZATION_VERSION, f32, u32
 from pydiffusion.convert.gguf.tensor_reads import ReadBytes, SourceTensor
@@ -76,7 +76,7 @@ class _VisionConfig:
 
 
 def plan_mmproj(
-    folder: Path, checkpoint: Checkpoint, text: TextConfig, name: str, type: str, notes: list[str]
+    folder: Path, weights: Weights, text: TextConfig, name: str, type: str, notes: list[str]
 ) -> Mmproj:
     """Plan the vision part. Norms, clipping bounds, position and patch embeddings are F32, all other matrices
     of ``type``.
@@ -84,7 +84,7 @@ def plan_mmproj(
     Raises ConversionError if the checkpoint has no vision part, or not Gemma 4's.
     """
     config = _read_config(folder, text, notes)
-    return Mmproj(_metadata(name, config), _plan(checkpoint, config, type.upper()))
+    return Mmproj(_metadata(name, config), _plan(weights, config, type.upper()))
 
 
 def _read_config(folder: Path, text: TextConfig, notes: list[str]) -> _VisionConfig:
@@ -169,9 +169,9 @@ def _metadata(name: str, config: _VisionConfig) -> dict[str, Value]:
     }
 
 
-def _plan(checkpoint: Checkpoint, config: _VisionConfig, type_name: str) -> list[PlannedTensor]:
+def _plan(weights: Weights, config: _VisionConfig, type_name: str) -> list[PlannedTensor]:
     """Plan all vision tensors. Raises ConversionError for missing or unexpected tensors and shapes."""
-    inventory = Inventory(checkpoint, PREFIX)
+    inventory = Inventory(weights, PREFIX)
     others = {name for name in inventory.stored if not name.startswith(VISION)}
     if len(others) == len(inventory.stored):
         raise ConversionError(f"{inventory.folder}: the checkpoint has no vision tensors")

@@ -8,10 +8,10 @@ from pathlib import Path
 from pydiffusion._util.sampler_options import CANVAS_LENGTH_KEY
 from pydiffusion.convert.architectures.architecture import Architecture, ModelShape
 from pydiffusion.convert.checkpoint.inventory import take_all
-from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint
 from pydiffusion.convert.checkpoint.strict_json import Fields
 from pydiffusion.convert.checkpoint.tensor_map import Wanted, shapes_of
 from pydiffusion.convert.checkpoint.tokenizer_files import read_tokenizer
+from pydiffusion.convert.checkpoint.weights import Weights
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.convert.gguf.model_keys import f32, model_keys, u32
 from pydiffusion.convert.gguf.tensor_reads import SourceTensor
@@ -101,9 +101,9 @@ def shape(config: Config) -> ModelShape:
     return ModelShape(KINDS, shapes_of(_wanted(config)), _model_keys("", config))
 
 
-def tensors(checkpoint: Checkpoint, config: Config, notes: list[str]) -> list[SourceTensor]:
+def tensors(weights: Weights, config: Config, notes: list[str]) -> list[SourceTensor]:
     """The tensors of a checkpoint, in GGUF order."""
-    return take_all(checkpoint, _wanted(config))
+    return take_all(weights, _wanted(config))
 
 
 MASKED_TOY = Architecture(
