@@ -27,8 +27,8 @@ NATIVE_ORDER = (
 PYTHON_ORDER = (
     "errors", "_util", "chat/formats", "tokenizer", "options", "chat", "events", "chat_output", "demo",
     "constrained", "generation",
-    "convert/gguf", "convert/checkpoint", "convert/checkpoint/quantized", "convert/architectures/architecture",
-    "convert/architectures/diffusion_gemma", "convert/architectures",
+    "convert/gguf", "convert/checkpoint", "convert/checkpoint/quantized",
+    "convert/architectures/architecture", "convert/architectures/diffusion_gemma", "convert/architectures",
     "convert/quantization", "convert/conversion", "convert/repacking", "convert/verification",
     "sampling", "device_plan", "session", "openai", "model",
     "quality", "testing", "quality/doctor", "convert/__init__", "server", "__init__", "cli", "__main__",

@@ -19,6 +19,7 @@ from pydiffusion.convert.checkpoint.quantized.reader import open_weights
 from pydiffusion.convert.checkpoint.quantized.settings import Quantization, read_quantization
 from pydiffusion.convert.checkpoint.safetensors_files import INDEX, Checkpoint
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
+from pydiffusion.convert.checkpoint.weights import Weights
 from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT, Value
 from pydiffusion.convert.gguf.model_keys import QUANTIZATION_VERSION
 from pydiffusion.convert.gguf.reader import open_parts
@@ -96,6 +97,17 @@ def open_folder(folder: Path, name: str = "", keep: str = "") -> Iterator[Source
             metadata=metadata,
             notes=notes,
         )
+
+
+@contextlib.contextmanager
+def open_tensors(folder: Path) -> Iterator[Weights]:
+    """The tensors of a checkpoint folder under its own names, dequantized. Raises as :func:`open_folder`."""
+    with contextlib.ExitStack() as stack:
+        with explaining(folder, "can't be read"):
+            _require_folder(folder)
+            quantization = read_config(folder, [])[2]
+            weights = open_weights(stack.enter_context(Checkpoint(folder)), quantization, [])
+        yield weights
 
 
 def _require_folder(folder: Path) -> None:

@@ -75,7 +75,7 @@ CONFIG_EDITS = [
     (without("model_type"), "required key 'model_type'"),
     (top("architectures", ["Gemma4ForCausalLM"]), "architectures.*Gemma4ForCausalLM"),
     (top("architectures", "DiffusionGemmaModel"), "architectures"),
-    (top("quantization_config", {"quant_method": "awq"}), "quantization_config.*awq"),
+    (top("quantization_config", {"quant_method": "hqq"}), "quantization_config.*hqq"),
     (top("text_config", [1]), "text_config"),
     (without("text_config"), "required key 'text_config'"),
     (top("canvas_length", 0), "canvas_length.*is 0"),

@@ -47,7 +47,7 @@ def test_layers_one_at_a_time_are_the_whole_model(checkpoint_folder: Callable[..
     import torch
     from reference.hf_model import Context, load_reference
 
-    from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint
+    from pydiffusion.convert.architectures.source import open_tensors
     from pydiffusion.quality.doctor.layer_reference import LayerReference
     from pydiffusion.quality.doctor.weight_readers import CheckpointReader
 
@@ -59,8 +59,8 @@ def test_layers_one_at_a_time_are_the_whole_model(checkpoint_folder: Callable[..
     conditioning = (logits / np.float32(0.5)).astype(np.float32)
     wanted = [logits, whole.denoise(canvas, conditioning)]
     reference = LayerReference(folder)
-    with Checkpoint(folder) as checkpoint, torch.no_grad():
-        weights = CheckpointReader(checkpoint)
+    with open_tensors(folder) as stored, torch.no_grad():
+        weights = CheckpointReader(stored)
         x = [reference.embed(weights, prompt)]
         x += [reference.embed_canvas(weights, canvas, logits_) for logits_ in (None, conditioning)]
         for i_layer in range(len(s.layers)):

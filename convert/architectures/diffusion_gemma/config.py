@@ -60,7 +60,7 @@ _IRRELEVANT = frozenset(
     {
         "_name_or_path", "attention_dropout", "boi_token_id", "bos_token_id",
         "chunk_size_feed_forward", "dtype", "eoi_token_id", "eos_token_id", "id2label", "image_token_id",
-        "initializer_range", "is_encoder_decoder", "label2id", "output_attentions",
+        "initializer_range", "is_encoder_decoder", "label2id", "output_attentions", "quantization_config",
         "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "torch_dtype",
         "transformers_version", "use_cache", "video_token_id", "vision_config",
         "vision_soft_tokens_per_image", "vocab_size_per_layer_input",

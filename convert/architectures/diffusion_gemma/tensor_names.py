@@ -61,6 +61,7 @@ _SCALED = (
     "ffn_up_exps",
 )
 _SCALED_OF_MODEL = ("self_cond_gate", "self_cond_up", "self_cond_down")
+SCALED_KINDS = (*_SCALED, *_SCALED_OF_MODEL)
 # Those without a row here: the decoder's final norm, which comes last in a file; the output head of an untied
 # model; the encoder's scalar, whose name in a checkpoint is the encoder's; gate and up of experts in two
 # matrices, which other converters write.
@@ -80,7 +81,7 @@ KINDS = TensorKinds.from_tables(
         "enc_layer_output_scale",
         "output_norm",
         "rope_freqs",
-        *(f"{kind}.scale" for kind in (*_SCALED, *_SCALED_OF_MODEL)),
+        *(f"{kind}.scale" for kind in SCALED_KINDS),
     ),
 )
 

@@ -1,4 +1,4 @@
-"""What the codes of quantized weights stand for, and how they are packed.
+"""Values and packing of the codes of quantized weights.
 
 Sources: E4M3 and E5M2, the OCP 8-bit floating point specification 1.0; E2M1 and E8M0, the OCP microscaling
 formats specification 1.0.

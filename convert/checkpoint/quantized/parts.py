@@ -36,7 +36,7 @@ class Parts:
         return self.name.removesuffix(".weight")
 
     def find(self, name: str, *dtypes: str) -> StoredTensor | None:
-        """A stored tensor if it is there. Raises ConversionError if its dtype is none of these."""
+        """A stored tensor if it is there. Raises ConversionError if its dtype is not one of these."""
         tensor = self.checkpoint.tensors.get(name)
         if tensor is None:
             return None
@@ -152,10 +152,9 @@ def lay_grid(
     if tensor.shape in (shape[:-1], (*shape[:-1], 1)):
         return flat(1, n_rows)
     if len(tensor.shape) == len(shape) and tensor.shape[:-2] == shape[:-2] and n:
-        height, width = block or (None, None)
         high, wide = tensor.shape[-2:]
-        if height and (-(-n_rows // height), -(-n_columns // width)) == (high, wide):
-            return Grid(rows, shape, height, width, high)
+        if block is not None and (-(-n_rows // block[0]), -(-n_columns // block[1])) == (high, wide):
+            return Grid(rows, shape, *block, high)
         if high == n_rows and n_columns % wide == 0:
             return Grid(rows, shape, 1, n_columns // wide, n_rows)
     raise parts.error(

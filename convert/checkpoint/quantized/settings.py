@@ -1,4 +1,4 @@
-"""What ``config.json`` says of a checkpoint's quantization, beyond what its tensors say."""
+"""Settings of a checkpoint's quantization, from ``config.json``: what its tensors don't say."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHODS = ("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8", "mxfp4", "awq"
 _INTEGERS = ("awq", "gptq")
 # Steps on top of rounding that change what the codes stand for.
 _TRANSFORMS = ("transform_config", "sparsity_config")
-_DENSE = (None, {}, {"format": "dense"})
+_DENSE: tuple[Any, ...] = (None, {}, {"format": "dense"})
 _MAX_JSON = 64 << 20
 
 
@@ -114,7 +114,7 @@ def _block(fields: Fields) -> tuple[int, int] | None:
     return None
 
 
-def _group_weights(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _group_weights(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     groups = values.get("config_groups")
     found = (
         [group.get("weights") for group in groups.values() if isinstance(group, dict)]

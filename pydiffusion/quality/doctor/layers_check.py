@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pydiffusion._util.sizes import format_size
 from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
+from pydiffusion.convert.architectures.diffusion_gemma.experts import stack_experts
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import ARCHITECTURE, wanted_tensors
-from pydiffusion.convert.architectures.source import open_gguf, read_config
-from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint
+from pydiffusion.convert.architectures.source import open_gguf, open_tensors, read_config
 from pydiffusion.convert.checkpoint.tensor_map import split_name
 
 from .layer_differences import (
@@ -59,7 +59,7 @@ def check(subject: Subject, section: Section) -> None:
     subject.close_model()
     floor = max(_BY_CACHE[description["kv_type"]], _DEVICE if description["n_gpu_layers"] else 0.0)
     assert subject.reference is not None
-    _, config = read_config(subject.reference, [])
+    _, config, _ = read_config(subject.reference, [])
     if len(config.sliding) != len(passes[PASSES[0]].points) or _widths(config) != _widths_of(passes):
         section.fail(
             _WHAT,
@@ -135,12 +135,12 @@ def _compare(
     names = {tensor.source: tensor.name for tensor in wanted_tensors(config)}
     found, n_layer = Comparison(), len(config.sliding)
     reference = LayerReference(folder)
-    with Checkpoint(folder) as checkpoint, open_gguf(subject.path) as file:
+    with open_tensors(folder) as weights, open_gguf(subject.path) as file:
         tensors = {tensor.name: tensor for tensor in file.tensors}
         comparer = Comparer(
             reference,
             passes,
-            CheckpointReader(checkpoint),
+            CheckpointReader(stack_experts(weights)),
             FileReader(tensors, names),
             rounding_of(types),
         )

@@ -89,7 +89,7 @@ class Subject:
         folder = self.reference
 
         def read() -> dict[str, Any]:
-            architecture, config = read_config(folder, [])
+            architecture, config, _ = read_config(folder, [])
             return {key: value.value for key, value in architecture.metadata(folder, "", config, []).items()}
 
         return self._first("the reference can't be read", read)

@@ -8,8 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import EMBEDDING, LM_HEAD, PREFIX
-from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint
+from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import (
+    EMBEDDING,
+    LM_HEAD,
+    PREFIX,
+    SCALED_KINDS,
+)
+from pydiffusion.convert.checkpoint.tensor_map import split_name
+from pydiffusion.convert.checkpoint.weights import Weights
 from pydiffusion.convert.gguf import rows
 from pydiffusion.convert.gguf.tensor_reads import SourceTensor
 from pydiffusion.errors import ConversionError
@@ -54,17 +60,15 @@ class WeightReader(ABC):
 class CheckpointReader(WeightReader):
     """Weights of a checkpoint folder."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, weights: Weights) -> None:
+        self._by_name = weights.by_name
 
     def find(self, name: str) -> SourceTensor:
         """See ``WeightReader``."""
-        stored = self._checkpoint.tensors.get(PREFIX + name) or self._checkpoint.tensors.get(name)
-        if stored is None:
+        weight = self._by_name.get(PREFIX + name) or self._by_name.get(name)
+        if weight is None:
             raise ConversionError(f"the reference has no tensor {name!r}")
-        return SourceTensor(
-            name, stored.dtype, stored.shape, lambda start, n: self._checkpoint.read(stored, start, n)
-        )
+        return SourceTensor(name, weight.dtype, weight.shape, weight.read)
 
 
 class FileReader(WeightReader):
@@ -87,8 +91,17 @@ class FileReader(WeightReader):
         for joined, parts in _EXPERTS.items():
             if own.endswith(joined) and own not in self._tensors:
                 prefix = own.removesuffix(joined)
-                return np.concatenate([super(FileReader, self).read(prefix + part) for part in parts], axis=1)
-        return super().read(name)
+                return np.concatenate([self._scaled(prefix + part) for part in parts], axis=1)
+        return self._scaled(own)
+
+    def _scaled(self, own: str) -> np.ndarray:
+        """A tensor times its factors, of which the router keeps the down matrices'."""
+        weights = super().read(own)
+        kind = split_name(own)[0]
+        factors = f"{own.removesuffix('.weight')}.scale"
+        if kind not in SCALED_KINDS or factors not in self._tensors:
+            return weights
+        return weights * super().read(factors).reshape(-1, *(1,) * (weights.ndim - 1))
 
 
 def _to_float32(tensor: SourceTensor, first: int, n_rows: int) -> np.ndarray:
