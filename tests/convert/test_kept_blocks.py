@@ -1,4 +1,4 @@
-"""NVFP4 and MXFP4 checkpoints converted to the same type: the codes are copied, the factors stand beside."""
+"""NVFP4 and MXFP4 checkpoints converted to the same type: the codes are copied, with the factors in tensors of their own."""
 
 from __future__ import annotations
 
