@@ -19,6 +19,8 @@ from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.cli import main
 from pydiffusion.convert import quantize, verify
 from pydiffusion.convert.architectures.source import open_gguf
+from pydiffusion.quality.doctor.examination import examine
+from pydiffusion.quality.doctor.report import Result
 from pydiffusion.quality.doctor.weight_readers import FileReader
 
 SHAPE = SHAPES["small"]
@@ -222,3 +224,16 @@ def test_the_doctor_reads_weights_times_their_scales(split: bool, nvfp4: Callabl
             if len(tensor.shape) == 2:
                 ids = [0, tensor.shape[0] - 1]
                 assert np.array_equal(ours.read_rows(name, ids), theirs.read_rows(name, ids)), name
+
+
+def test_the_doctor_compares_what_has_no_scale(nvfp4: Callable, checkpoint_folder: Callable) -> None:
+    """Matrices with scales by layers (test_doctor_layers.py), not by themselves."""
+    folder, n_layer = checkpoint_folder("small", seed=20), len(SHAPE.layers)
+    report = examine(nvfp4(split=True)[0], folder, checks=("weights",))
+    found = {finding.what: finding.result for finding in report.findings}
+    n_scaled = 7 * n_layer - 1 + 3 + n_layer  # with self-conditioning and the experts' down
+    assert found == {
+        f"{n_layer} tensors of experts": Result.NOT_CHECKED,
+        f"{n_scaled} matrices with scales": Result.NOT_CHECKED,
+        "weights": Result.PASS,
+    }
