@@ -1,4 +1,4 @@
-"""NVFP4 and MXFP4 checkpoints to files of the same type: codes are copied, factors get tensors of their own."""
+"""NVFP4 and MXFP4 checkpoints to files of the same type: codes copied, factors in tensors of their own."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import pytest
 from reference.random_checkpoint import SHAPES, random_ids, text_tensors
 from support.fp4_folders import EXPERT, MATRIX, Stored, make_fp4, write_stored
 from support.models import compare
+from support.parity import ROUNDING_FACTOR
 
 from pydiffusion import _native
 from pydiffusion.convert import convert
@@ -73,15 +74,15 @@ def made(
     return request.param, folder, model
 
 
-def logits_of(model: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The reference's logits of each pass, and what the second is conditioned on."""
+def logits_of(model: Any, given: np.ndarray | None = None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The reference's logits of each pass, and what the second is conditioned on: its own unless given."""
     from reference.hf_model import Context
 
     prompt, canvas, committed = ids()
     context = Context.new(model)
     context.encode(prompt)
     first = context.denoise(canvas)
-    conditioning = (first / np.float32(0.5)).astype(np.float32)
+    conditioning = (first / np.float32(0.5)).astype(np.float32) if given is None else given
     logits = {"first": first, "conditioned": context.denoise(canvas, conditioning)}
     context.encode(committed)
     logits["after a commit"] = context.denoise(canvas)
@@ -117,3 +118,26 @@ def test_f32(made: tuple[str, Path, Any], tmp_path: Path, report: Callable[[str]
         report(f"live: {style} checkpoint as F32, {name}: {difference}")
         assert difference.mean <= 1e-3 and difference.max <= 1e-2, (name, difference)
         assert difference.agreement == 1.0, (name, difference)
+
+
+def middle(a: np.ndarray, b: np.ndarray) -> float:
+    """Median over canvas positions of the mean difference: blind to the few where an expert turned."""
+    return float(np.median(np.abs(a - b).mean(axis=1)))
+
+
+def test_kept_blocks(made: tuple[str, Path, Any], tmp_path: Path, report: Callable[[str], None]) -> None:
+    """The same weights, so that only the rounding of activations differs: as much as in transformers."""
+    from reference.hf_model import rounded_activations
+
+    style, folder, model = made
+    if style == "fp8":
+        return
+    type = "mxfp4" if style == "mxfp4" else "nvfp4"
+    convert(folder, tmp_path / "m.gguf", type, tensor_types={"token_embd": "f32"})
+    wanted, conditioning = logits_of(model)
+    with rounded_activations(model, "q8_0"):
+        rounded, _ = logits_of(model, conditioning)
+    for name, logits in ours(tmp_path / "m.gguf", conditioning).items():
+        typical, allowed = middle(logits, wanted[name]), middle(rounded[name], wanted[name])
+        report(f"live: {style} kept as {type}, {name}: middle position {typical:.1e}, rounded {allowed:.1e}")
+        assert typical <= ROUNDING_FACTOR * allowed, (name, typical, allowed)
