@@ -76,6 +76,10 @@ class GgufFile:
         """Keys and values in file order; a new dict at each access."""
 
     @property
+    def other_kind(self) -> object:
+        """What a GGUF without a model is, and what to do with it; empty for a model."""
+
+    @property
     def metadata_types(self) -> dict: ...
 
     @property
