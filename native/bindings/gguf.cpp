@@ -108,7 +108,7 @@ void bind_file(nb::module_& m) {
             "Keys and values in file order; a new dict at each access.")
         .def_prop_ro(
             "other_kind", [](const GgufFile& f) { return to_str(f.other_kind()); },
-            "What a GGUF without a model is, and what to do with it; empty for a model.")
+            "The kind of a GGUF without a model, and what to do with it; empty for a model.")
         .def_prop_ro("metadata_types",
                      [](const GgufFile& f) {
                          nb::dict types;
