@@ -77,7 +77,9 @@ class GgufFile:
 
     @property
     def other_kind(self) -> object:
-        """The kind of a GGUF without a model, and what to do with it; empty for a model."""
+        """
+        The kind of a GGUF without a model, and what to do with it; empty for a model.
+        """
 
     @property
     def metadata_types(self) -> dict: ...
