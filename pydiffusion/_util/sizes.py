@@ -24,7 +24,7 @@ def parse_size(text: str) -> int:
         number = float(match[1])
         n_bytes = int(number * (1024 if match[3] else 1000) ** power) if number < _TOO_MANY else 0
     if not 0 < n_bytes < _TOO_MANY:
-        raise ValueError(f"{text!r} is not a size; write for example 16GiB or 5G")
+        raise ValueError(f"{text!r:.60} is not a size; write for example 16GiB or 5G")
     return n_bytes
 
 
