@@ -192,7 +192,7 @@ def test_of_named_templates_the_default_is_kept_and_the_rest_noted(tmp_path: Pat
     report = convert(folder, tmp_path / "m.gguf", "bf16")
     fields = fields_of(gguf.GGUFReader(tmp_path / "m.gguf"))
     assert fields["tokenizer.chat_template"] == ("STRING", folders.TEMPLATE)
-    assert fields.get("tokenizer.chat_template.tool_use") or any("chat template" in n for n in report.notes)
+    assert fields.get("tokenizer.chat_template.tool_use") or any("named default" in n for n in report.notes)
 
 
 def test_generation_tags_are_no_fault_of_a_template(tmp_path: Path) -> None:
