@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pydiffusion import Completion, DiffusionModel
 
 
-@_options.takes(choices=_options.TEXT, runtime=_options.RUNTIME)
+@_options.takes(choices=_options.TEXT, runtime=_options.CHAT_RUNTIME)
 def command(
     model: _options.ModelPath,
     prompt: Annotated[

@@ -14,7 +14,7 @@ from ._run import figures
 from ._text import say
 
 
-@_options.takes(choices=_options.SAMPLER, runtime=_options.RUNTIME)
+@_options.takes(choices=_options.SAMPLER, runtime=_options.CHAT_RUNTIME)
 def command(
     model: _options.ModelPath,
     choices: dict[str, Any],

@@ -103,7 +103,7 @@ def test_the_server_makes_the_same_of_them() -> None:
 def test_the_goldens_are_what_transformers_makes() -> None:
     from reference.make_chat_goldens import record
 
-    assert record() == GOLDENS
+    assert record(OWN) == GOLDENS
 
 
 @pytest.mark.reference
