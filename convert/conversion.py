@@ -44,6 +44,7 @@ def convert(
     allow_nonfinite: bool = False,
     n_threads: int | None = None,
     overwrite: bool = True,
+    chat_template: str | os.PathLike[str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint folder (``config.json``, safetensors, ``tokenizer.json``) to GGUF.
@@ -68,6 +69,8 @@ def convert(
         allow_nonfinite: keep tensors with NaN or infinity in the source's type instead of failing; this reads
             the source once more.
         n_threads: threads for quantizing, at most 16; None uses one per CPU that this process may use.
+        chat_template: a file, or the name of a built-in template ("diffusion-gemma"), to write instead of the
+            folder's.
         progress: called after every chunk; an exception from it stops the conversion.
 
     Raises:
@@ -80,7 +83,7 @@ def convert(
     started = time.perf_counter()
     variant = Variant(target, type, pad, tensor_types, imatrix, split_max_size)
     choices = _Choices(variant, resume, allow_nonfinite, n_threads, overwrite, progress)
-    with open_checkpoint(source, revision) as opened:
+    with open_checkpoint(source, revision, chat_template) as opened:
         return writer.run(choices.job(opened), started)
 
 

@@ -13,6 +13,7 @@ from pydiffusion._util.atomic import explaining
 from pydiffusion.convert.architectures import registry
 from pydiffusion.convert.architectures.architecture import Architecture, ModelShape
 from pydiffusion.convert.checkpoint import tokenizer_files
+from pydiffusion.convert.checkpoint.chat_templates import note_if_outdated, settle_chat_template
 from pydiffusion.convert.checkpoint.hub import find_checkpoint
 from pydiffusion.convert.checkpoint.safetensors_files import INDEX, Checkpoint
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
@@ -56,18 +57,25 @@ def open_source(source: str | os.PathLike[str], revision: str | None = None) -> 
 
 
 @contextlib.contextmanager
-def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Iterator[Source]:
-    """Open a checkpoint folder or a Hugging Face repo id."""
+def open_checkpoint(
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    chat_template: str | os.PathLike[str] | None = None,
+) -> Iterator[Source]:
+    """Open a checkpoint folder or a Hugging Face repo id. chat_template: as ``open_folder``."""
     found = find_checkpoint(source, revision)
-    with open_folder(found.path, found.name) as opened:
+    with open_folder(found.path, found.name, chat_template) as opened:
         yield opened
 
 
 @contextlib.contextmanager
-def open_folder(folder: Path, name: str = "") -> Iterator[Source]:
+def open_folder(
+    folder: Path, name: str = "", chat_template: str | os.PathLike[str] | None = None
+) -> Iterator[Source]:
     """Open and validate a checkpoint folder. Raises ConversionError naming the file, key or tensor.
 
-    ``name``: the model's name if it differs from the folder's.
+    ``name``: the model's name if it differs from the folder's. ``chat_template``: a file, or a built-in one's
+    name, instead of the folder's.
     """
     notes: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -76,6 +84,7 @@ def open_folder(folder: Path, name: str = "") -> Iterator[Source]:
             architecture, config = read_config(folder, notes)
             checkpoint = stack.enter_context(Checkpoint(folder))
             metadata = architecture.metadata(folder, name or folder.resolve().name or "model", config, notes)
+            settle_chat_template(folder, metadata, chat_template, notes)
             tensors = architecture.tensors(checkpoint, config, notes)
         yield Source(
             architecture=architecture,
@@ -150,7 +159,9 @@ def open_gguf(path: Path) -> Iterator[Source]:
         for info, _ in found:
             _check_shape(path, info, architecture)
         tensors = [SourceTensor(str(info.name), info.type, tuple(info.shape), read) for info, read in found]
-        yield Source(architecture, path, parts.paths, tensors, keys, alignment=parts.reader.alignment)
+        notes: list[str] = []
+        note_if_outdated(keys, notes)
+        yield Source(architecture, path, parts.paths, tensors, keys, notes, parts.reader.alignment)
 
 
 def _check_shape(path: Path, info: _native.TensorInfo, architecture: Architecture[Any]) -> None:

@@ -17,7 +17,7 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 #: Bytes of a template at most; the longest published ones have 20,000.
 MAX_TEMPLATE_BYTES = 16 << 20
 #: What an outdated template is, and what to do about it.
-OUTDATED = "Google's of before 2026-07-09, which loses track of turns when tools are called"
+OUTDATED = "Google's of before 2026-07-09 or made from it, and loses track of turns when tools are called"
 REPLACE_IT = (
     "choose the mended one: --chat-template diffusion-gemma (in Python chat_template=...); "
     "examples/edit_metadata.py puts it into the file"
@@ -82,7 +82,7 @@ def check_template(source: str, where: str) -> None:
 
 
 def is_outdated(source: str) -> bool:
-    """Whether this is a template that Google published for Gemma 4 or DiffusionGemma before 2026-07-09.
+    """Whether this is, or was made from, a template that Google published for Gemma 4 before 2026-07-09.
 
     Recognized by a macro that all of them have, and by what they do: text between two turns, or the result of
     a tool in a turn of its own. Copies that somebody mended do neither.

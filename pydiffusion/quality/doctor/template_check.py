@@ -8,8 +8,7 @@ from typing import Any
 from pydiffusion import PyDiffusionError
 from pydiffusion.chat.template import ChatTemplate
 from pydiffusion.chat.template_source import OUTDATED, REPLACE_IT, TEMPLATE_KEY, is_outdated
-from pydiffusion.convert.checkpoint.strict_json import read_json_object
-from pydiffusion.convert.checkpoint.tokenizer_files import CONFIG, TEMPLATE
+from pydiffusion.convert.checkpoint.chat_templates import TEMPLATE, read_chat_template
 from pydiffusion.tokenizer import Tokenizer
 
 from .report import Result, Section
@@ -148,7 +147,7 @@ def _compare(
     if reference is None:
         section.skip("the reference's template", "no --reference", "give the checkpoint's folder")
         return
-    wanted = _template_of(reference)
+    wanted = read_chat_template(reference, [])
     if wanted is None:
         section.skip("the reference's template", f"the reference has no {TEMPLATE}", "download it, too")
         return
@@ -187,16 +186,6 @@ def _compare(
         f"equal in all {len(CONVERSATIONS)} conversations",
         "if the templates are equal, this is a fault of pydiffusion: report it with this page",
     )
-
-
-def _template_of(folder: Path) -> str | None:
-    path = folder / TEMPLATE
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    if not (folder / CONFIG).is_file():
-        return None
-    found = read_json_object(folder / CONFIG).get("chat_template")
-    return found if isinstance(found, str) else None
 
 
 def _first_difference(ours: str, theirs: str) -> str:
