@@ -20,7 +20,7 @@ from pydiffusion.convert.checkpoint.strict_json import read_json_object
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.errors import ConversionError, PyDiffusionError
 
-# The first that has one counts. Tokenizers of transformers read the first two; multimodal models had the last.
+# The first that has one counts. Tokenizers of transformers read the first two; image models had the last.
 TEMPLATE, TOKENIZER_CONFIG, LEGACY = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
 #: Folder of further templates, which are chosen by name.
 ADDITIONAL = "additional_chat_templates"

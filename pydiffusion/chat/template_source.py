@@ -51,7 +51,7 @@ def find_template(given: str | os.PathLike[str]) -> str:
             f"chat template {text[:40]!r}: give a file, or a name ({known}), not the text of a template"
         )
     path = Path(text)
-    if not path.exists():
+    if not text or not path.exists():
         raise PyDiffusionError(f"chat template {text!r}: no such file, and no built-in template ({known})")
     source = read_template(path)
     check_template(source, str(path))

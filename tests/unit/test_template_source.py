@@ -1,0 +1,134 @@
+"""Chat templates from a file or by name, and the recognition of outdated ones."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.chat_conversations import NEWEST, PUBLIC
+from support.paths import REFERENCE, REPOSITORY
+from support.public_templates import public_template
+from support.server_fakes import ScriptedModel, script
+
+from pydiffusion import DiffusionModel, PyDiffusionError, PyDiffusionWarning
+from pydiffusion.chat.template import ChatTemplate
+from pydiffusion.chat.template_source import MAX_TEMPLATE_BYTES, find_template, is_outdated
+
+HI: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
+MACRO = "{% macro format_parameters(properties, required, filter_keys=false) %}{% endmacro %}"
+# Closes the turn behind every content, and opens one for a question only: what Google's old ones get wrong.
+OLD = (
+    MACRO + "{% for m in messages %}{% if m.role == 'tool' %}<|tool_response>{{ m.content }}<tool_response|>"
+    "{% else %}{% if m.role == 'user' or loop.previtem.role == 'user' %}<|turn>{{ m.role }}\n{% endif %}"
+    "{{ m.content }}<turn|>\n{% endif %}{% endfor %}<|turn>model\n"
+)
+MENDED = OLD.replace("<turn|>\n{% endif %}", "{% if loop.nextitem is undefined or m.role == 'user' or "
+                     "loop.nextitem.role == 'user' %}<turn|>\n{% endif %}{% endif %}")  # fmt: skip
+
+
+def test_a_name_gives_the_built_in_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "diffusion-gemma").mkdir()  # the folder of a checkpoint, say
+    source = find_template("diffusion-gemma")
+    assert ChatTemplate(source).render(HI) == "<|turn>user\nHi<turn|>\n<|turn>model\n"
+
+
+def test_a_file_gives_its_text_without_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "t").write_bytes("\ufeff{{ messages[0].content }}ü".encode())
+    assert find_template(tmp_path / "t") == find_template(str(tmp_path / "t")) == "{{ messages[0].content }}ü"
+
+
+def make_too_large(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(MAX_TEMPLATE_BYTES + 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such file, and no built-in template \\(diffusion-gemma\\)"),
+        (lambda path: path.mkdir(), "can't be read: Is a directory"),
+        (lambda path: path.write_bytes(b"{{ a }}\xff"), "not UTF-8 \\(byte 7\\)"),
+        (lambda path: path.write_text("a\n{% for %}"), "given: chat template, line 2: "),
+        (lambda path: path.write_text("{{ a | nonesuch }}"), "line 1: No filter named 'nonesuch'"),
+        (make_too_large, "larger than"),
+    ],
+    ids=["missing", "folder", "latin-1", "syntax", "filter", "large"],
+)
+def test_a_file_that_is_no_template_is_refused(
+    make: Callable[[Path], None], message: str, tmp_path: Path, gguf_file: Callable[..., Path]
+) -> None:
+    make(tmp_path / "given")
+    with pytest.raises(PyDiffusionError, match=message) as caught:
+        DiffusionModel(gguf_file("tiny"), chat_template=tmp_path / "given")
+    assert "\n" not in str(caught.value)
+
+
+# Names that llama.cpp has for templates of other models, and a template where its name or file is expected.
+@pytest.mark.parametrize("given", ["gemma", "chatml", "llama3", "mistral-v7-tekken", "{{ bos_token }}", ""])
+def test_names_of_others_are_refused_with_a_list_of_ours(given: str) -> None:
+    with pytest.raises(PyDiffusionError, match="diffusion-gemma|Is a directory"):
+        find_template(given)
+
+
+def test_a_model_takes_the_given_template(gguf_file: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{{ bos_token }}[{{ messages[0].content }}]")
+    with DiffusionModel(gguf_file("tiny"), chat_template=tmp_path / "t.jinja") as model:
+        assert model.chat_prompt(HI) == model.tokenize("[Hi]", add_bos=True)
+        assert (
+            model.native.file.metadata["tokenizer.chat_template"] != model.metadata["tokenizer.chat_template"]
+        )
+
+
+def test_an_old_template_is_warned_of_once_when_it_is_first_used() -> None:
+    model = ScriptedModel(script)
+    model.metadata["tokenizer.chat_template"] = OLD
+    with pytest.warns(PyDiffusionWarning, match="scripted.gguf: .*2026-07-09.*--chat-template") as told:
+        model.chat_prompt(HI)
+        model.chat_prompt(HI)
+        model.check_chat_template()
+    assert len(told) == 1 and told[0].filename == __file__ and "\n" not in str(told[0].message)
+
+
+@pytest.mark.parametrize(
+    "source", [MENDED, OLD.replace("format_parameters", "mine"), MACRO + "{% set a = b.c.d %}"]
+)
+def test_mended_ones_and_those_of_others_are_not_warned_of(source: str) -> None:
+    assert is_outdated(OLD) and not is_outdated(source)
+
+
+def test_our_own_are_not_warned_of() -> None:
+    demo = REPOSITORY / "pydiffusion/demo/checkpoint/chat_template.jinja"
+    for path in (demo, REFERENCE / "chat_template.jinja"):
+        assert not is_outdated(path.read_text(encoding="utf-8"))
+    model = ScriptedModel(script)
+    model.metadata["tokenizer.chat_template"] = find_template("diffusion-gemma")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.chat_prompt(HI)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", PUBLIC)
+def test_google_s_old_templates_are_recognised(name: str) -> None:
+    assert is_outdated(public_template(name)) == (name not in NEWEST)
+
+
+def test_the_warning_is_a_line_of_the_command_line(
+    capfd: pytest.CaptureFixture[str], gguf_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    from pydiffusion.cli import main
+
+    (tmp_path / "t.jinja").write_text(OLD)
+    arguments = ["-m", os.fspath(gguf_file("tiny")), "-p", "Hi", "-n", "1", "--steps", "1", "--threads", "1"]
+    assert main(["generate", *arguments, "--chat-template", os.fspath(tmp_path / "t.jinja")]) == 0
+    err = capfd.readouterr().err
+    assert err.count("pydiffusion: warning: ") == 1 == err.count("2026-07-09")
+    assert main(["generate", *arguments, "--chat-template", "diffusion-gemma"]) == 0
+    assert "warning" not in capfd.readouterr().err
+    assert main(["generate", *arguments, "--chat-template", "gemma"]) == 1
+    assert capfd.readouterr().err.startswith("pydiffusion: chat template 'gemma': no such file")
