@@ -13,6 +13,7 @@ import pytest
 from gguf import GGUFReader
 from support.paths import REPOSITORY
 
+from pydiffusion.chat.template_source import find_template
 from pydiffusion.convert import convert, edit_metadata, verify
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.errors import ConversionError
@@ -125,6 +126,15 @@ def test_the_script_edits(model: Path, tmp_path: Path) -> None:
     assert "general.name (str): 'new name'" in shown.stdout
     refused = run("edit_metadata.py", model, "--remove", "nothing")
     assert refused.returncode == 1 and "no key 'nothing'" in refused.stderr
+
+
+def test_the_script_puts_a_built_in_template_into_a_file(model: Path) -> None:
+    done = run("edit_metadata.py", model, "--chat-template", "diffusion-gemma")
+    assert done.returncode == 0, done.stderr
+    assert field(model, "tokenizer.chat_template") == find_template("diffusion-gemma")
+    for wrong in ("gemma", model):  # no such name; not UTF-8
+        refused = run("edit_metadata.py", model, "--chat-template", wrong)
+        assert refused.returncode == 1 and str(wrong) in refused.stderr and refused.stderr.count("\n") == 1
 
 
 def test_the_script_makes_a_family(folder: Path, tmp_path: Path) -> None:

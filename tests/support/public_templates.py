@@ -1,4 +1,4 @@
-"""Google's chat templates, where they are installed."""
+"""Google's chat templates, where they are installed, and small ones with their faults."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ import os
 from pathlib import Path
 
 import pytest
+
+_MACRO = "{% macro format_parameters(properties, required, filter_keys=false) %}{% endmacro %}"
+# Closes the turn behind every content, and opens one for a question only: what Google's old ones get wrong.
+OLD_TEMPLATE = (
+    _MACRO + "{% for m in messages %}{% if m.role == 'tool' %}<|tool_response>{{ m.content }}<tool_response|>"
+    "{% else %}{% if m.role == 'user' or loop.previtem.role == 'user' %}<|turn>{{ m.role }}\n{% endif %}"
+    "{{ m.content }}<turn|>\n{% endif %}{% endfor %}<|turn>model\n"
+)
+_CLOSING = (
+    "{% if loop.nextitem is undefined or m.role == 'user' or loop.nextitem.role == 'user' %}<turn|>\n"
+    "{% endif %}{% endif %}"
+)
+MENDED_TEMPLATE = OLD_TEMPLATE.replace("<turn|>\n{% endif %}", _CLOSING)
 
 
 def public_template(name: str) -> str:

@@ -152,6 +152,7 @@ def test_the_goldens_are_what_transformers_makes() -> None:
 
 
 @pytest.mark.reference
+@pytest.mark.filterwarnings("ignore:.*Google's of before")
 @pytest.mark.parametrize("name", PUBLIC)
 def test_google_s_templates_give_what_transformers_makes(name: str) -> None:
     from reference.make_chat_goldens import reference_text

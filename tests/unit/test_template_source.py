@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.chat_conversations import NEWEST, PUBLIC
 from support.paths import REFERENCE, REPOSITORY
-from support.public_templates import public_template
+from support.public_templates import MENDED_TEMPLATE, OLD_TEMPLATE, public_template
 from support.server_fakes import ScriptedModel, script
 
 from pydiffusion import DiffusionModel, PyDiffusionError, PyDiffusionWarning
@@ -19,15 +19,6 @@ from pydiffusion.chat.template import ChatTemplate
 from pydiffusion.chat.template_source import MAX_TEMPLATE_BYTES, find_template, is_outdated
 
 HI: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
-MACRO = "{% macro format_parameters(properties, required, filter_keys=false) %}{% endmacro %}"
-# Closes the turn behind every content, and opens one for a question only: what Google's old ones get wrong.
-OLD = (
-    MACRO + "{% for m in messages %}{% if m.role == 'tool' %}<|tool_response>{{ m.content }}<tool_response|>"
-    "{% else %}{% if m.role == 'user' or loop.previtem.role == 'user' %}<|turn>{{ m.role }}\n{% endif %}"
-    "{{ m.content }}<turn|>\n{% endif %}{% endfor %}<|turn>model\n"
-)
-MENDED = OLD.replace("<turn|>\n{% endif %}", "{% if loop.nextitem is undefined or m.role == 'user' or "
-                     "loop.nextitem.role == 'user' %}<turn|>\n{% endif %}{% endif %}")  # fmt: skip
 
 
 def test_a_name_gives_the_built_in_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +62,7 @@ def test_a_file_that_is_no_template_is_refused(
 # Names that llama.cpp has for templates of other models, and a template where its name or file is expected.
 @pytest.mark.parametrize("given", ["gemma", "chatml", "llama3", "mistral-v7-tekken", "{{ bos_token }}", ""])
 def test_names_of_others_are_refused_with_a_list_of_ours(given: str) -> None:
-    with pytest.raises(PyDiffusionError, match="diffusion-gemma|Is a directory"):
+    with pytest.raises(PyDiffusionError, match="diffusion-gemma"):
         find_template(given)
 
 
@@ -86,7 +77,7 @@ def test_a_model_takes_the_given_template(gguf_file: Callable[..., Path], tmp_pa
 
 def test_an_old_template_is_warned_of_once_when_it_is_first_used() -> None:
     model = ScriptedModel(script)
-    model.metadata["tokenizer.chat_template"] = OLD
+    model.metadata["tokenizer.chat_template"] = OLD_TEMPLATE
     with pytest.warns(PyDiffusionWarning, match="scripted.gguf: .*2026-07-09.*--chat-template") as told:
         model.chat_prompt(HI)
         model.chat_prompt(HI)
@@ -95,10 +86,15 @@ def test_an_old_template_is_warned_of_once_when_it_is_first_used() -> None:
 
 
 @pytest.mark.parametrize(
-    "source", [MENDED, OLD.replace("format_parameters", "mine"), MACRO + "{% set a = b.c.d %}"]
+    "source",
+    [
+        MENDED_TEMPLATE,
+        OLD_TEMPLATE.replace("format_parameters", "mine"),
+        "{% set a = b.c.d %}" + OLD_TEMPLATE,
+    ],
 )
 def test_mended_ones_and_those_of_others_are_not_warned_of(source: str) -> None:
-    assert is_outdated(OLD) and not is_outdated(source)
+    assert is_outdated(OLD_TEMPLATE) and not is_outdated(source)
 
 
 def test_our_own_are_not_warned_of() -> None:
@@ -123,7 +119,7 @@ def test_the_warning_is_a_line_of_the_command_line(
 ) -> None:
     from pydiffusion.cli import main
 
-    (tmp_path / "t.jinja").write_text(OLD)
+    (tmp_path / "t.jinja").write_text(OLD_TEMPLATE)
     arguments = ["-m", os.fspath(gguf_file("tiny")), "-p", "Hi", "-n", "1", "--steps", "1", "--threads", "1"]
     assert main(["generate", *arguments, "--chat-template", os.fspath(tmp_path / "t.jinja")]) == 0
     err = capfd.readouterr().err
