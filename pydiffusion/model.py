@@ -209,12 +209,8 @@ class DiffusionModel:
         """
         template = self._template()
         sanitizer = Sanitizer(self.tokenizer)
-        render = functools.partial(
-            template.render,
-            bos_token=self._token_text(self.tokenizer.bos_id),
-            eos_token=self._token_text(self.tokenizer.eos_id),
-            **sanitizer.hide({name: plain(value, name) for name, value in variables.items()}),
-        )
+        given = sanitizer.hide({name: plain(value, name) for name, value in variables.items()})
+        render = functools.partial(template.render, **(self._token_variables() | given))
         ids = sanitizer.tokenize(sanitizer.render(render, template.prepare(messages)))
         if (
             self.tokenizer.add_bos
@@ -272,8 +268,14 @@ class DiffusionModel:
                     )
             return self._chat_template
 
-    def _token_text(self, token_id: int | None) -> str:
-        return "" if token_id is None else self.tokenizer.token_text(token_id)
+    def _token_variables(self) -> dict[str, str]:
+        """The texts of special tokens, by the names that templates know them by."""
+        known = self.tokenizer
+        ids = {"pad_token": known.pad_id, "unk_token": known.unknown_id, "mask_token": known.mask_id}
+        texts = {name: known.token_text(i) for name, i in ids.items() if i is not None}
+        for name, i in (("bos_token", known.bos_id), ("eos_token", known.eos_id)):
+            texts[name] = "" if i is None else known.token_text(i)  # templates print them without asking
+        return texts
 
     # Generation
 

@@ -75,9 +75,9 @@ def _templates(folder: Path, notes: list[str]) -> Iterator[tuple[str, str]]:
             yield TEMPLATE, read_template(folder / TEMPLATE)
         except PyDiffusionError as error:
             raise ConversionError(str(error)) from error
-        names = (LEGACY,)
+        names = [LEGACY]
     else:
-        names = (TOKENIZER_CONFIG, LEGACY)
+        names = [TOKENIZER_CONFIG, LEGACY]
     for name in names:
         value = read_json_object(folder / name).get("chat_template") if (folder / name).exists() else None
         source = _default(value, name, notes)
