@@ -71,8 +71,8 @@ CONSTRUCTS: dict[str, list[str]] = {
     ],
     "variables": [
         "{{ bos_token }}{{ eos_token }}|{{ cls_token }}|{{ custom }}|{{ messages[0].nope }}",
-        "{{ tools is none }}{{ tools is defined }}",
-        "{% if not x is defined %}{% set x = none %}{% endif %}{{ x is none }}",
+        "{{ tools is not none }}{{ tools is defined }}",
+        "{% if not x is defined %}{% set x = none %}{% endif %}{{ x is not none }}",
         "{{ documents is defined }}{% if documents is not none %}{{ documents }}{% endif %}",
         "{% set messages = messages[1:] %}{{ messages | length }}",
         "{% set ns = namespace(a=1) %}{% for m in messages %}{% set ns.a = ns.a + 1 %}{% endfor %}{{ ns.a }}",
@@ -139,7 +139,7 @@ def test_special_tokens_are_variables(gguf_file: Callable[..., Path], tmp_path: 
     ("template", "expected"),
     [
         ("{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}", "21"),
-        ("{{ documents is none }}", "True"),
+        ("{{ documents is defined }}{{ documents is not none }}", "TrueFalse"),
         ("{% set ns = namespace(self=1) %}{{ ns.self }}", "1"),
         ("{% set ns = namespace() %}{% set ns._x = 1 %}", None),
         ("{{ dict.update(messages[0], {'content': 'x'}) }}", None),
