@@ -6,7 +6,6 @@ import functools
 import itertools
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +14,7 @@ from . import _native
 from ._util import hub
 from ._util.cpus import step_threads
 from ._util.files import check_is_file
+from ._util.warn import warn_caller
 from .chat.formats.registry import BUILT_IN_TEMPLATES
 from .chat.messages import plain
 from .chat.sanitize import Sanitizer
@@ -261,10 +261,8 @@ class DiffusionModel:
                 source = self.metadata[TEMPLATE_KEY]
                 self._chat_template = ChatTemplate(source)
                 if is_outdated(source):
-                    warnings.warn(
-                        f"{self.path}: the chat template is {OUTDATED}; {REPLACE_IT}",
-                        PyDiffusionWarning,
-                        stacklevel=3,
+                    warn_caller(
+                        f"{self.path}: the chat template is {OUTDATED}; {REPLACE_IT}", PyDiffusionWarning
                     )
             return self._chat_template
 

@@ -25,6 +25,7 @@ REPLACE_IT = (
 
 # A macro of every template that Google published for Gemma 4 and DiffusionGemma.
 _GOOGLE = re.compile(r"macro\s+format_parameters\s*\(\s*properties,\s*required\b")
+_JSON = re.compile(r'\s*\{\s*"')
 _CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": {}}}
 _ROUND: list[dict[str, Any]] = [
     {"role": "user", "content": "Question"},
@@ -40,7 +41,8 @@ _BETWEEN_TURNS = re.compile(r"<turn\|>\s*(?!<\|turn>)\S")
 def find_template(given: str | os.PathLike[str]) -> str:
     """The source of a template: of a built-in one by its name, else of a file. Names take precedence.
 
-    Raises PyDiffusionError if there is neither, if the file can't be read, is not UTF-8 or does not compile.
+    Raises PyDiffusionError if there is neither, if the file can't be read, is not UTF-8, does not compile, or
+    is no template of messages.
     """
     text = os.fspath(given)
     if text in BUILT_IN_TEMPLATES:
@@ -54,6 +56,10 @@ def find_template(given: str | os.PathLike[str]) -> str:
     if not text or not path.exists():
         raise PyDiffusionError(f"chat template {text!r}: no such file, and no built-in template ({known})")
     source = read_template(path)
+    if _JSON.match(source):
+        raise PyDiffusionError(f"{path}: is JSON, not a template: save the text of its chat_template")
+    if "messages" not in source:
+        raise PyDiffusionError(f"{path}: is not a chat template, since it has no 'messages'")
     check_template(source, str(path))
     return source
 

@@ -153,10 +153,10 @@ def test_a_given_one_on_the_command_line(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = make({JINJA: "A"})
-    (tmp_path / "t.jinja").write_text("{{ bos_token }}é", encoding="utf-8")
+    (tmp_path / "t.jinja").write_text("{{ messages }}é", encoding="utf-8")
     arguments = ["convert", str(source), "-o", str(tmp_path / "m.gguf"), "--type", "q8_0", "--chat-template"]
     assert main([*arguments, str(tmp_path / "t.jinja")]) == 0
-    assert written(tmp_path / "m.gguf") == "{{ bos_token }}é"
+    assert written(tmp_path / "m.gguf") == "{{ messages }}é"
     (tmp_path / "m.gguf").unlink()
     (tmp_path / "t.jinja").write_text(BROKEN)
     for wrong in (str(tmp_path / "t.jinja"), "chatml", str(tmp_path)):

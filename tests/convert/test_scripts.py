@@ -114,13 +114,13 @@ def test_another_target_leaves_the_file(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_script_edits(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "t.jinja").write_text("{{ bos_token }}ü", encoding="utf-8")
+    (tmp_path / "t.jinja").write_text("{{ messages }}ü", encoding="utf-8")
     done = run(
         *("edit_metadata.py", model, "--chat-template", tmp_path / "t.jinja"),
         *("--set", "diffusion.eb_max_steps=9", "--set", "general.name=new name"),
     )
     assert done.returncode == 0, done.stderr
-    assert field(model, "tokenizer.chat_template") == "{{ bos_token }}ü"
+    assert field(model, "tokenizer.chat_template") == "{{ messages }}ü"
     assert field(model, "diffusion.eb_max_steps") == 9 and field(model, "general.name") == "new name"
     shown = run("edit_metadata.py", model)
     assert "general.name (str): 'new name'" in shown.stdout

@@ -127,7 +127,7 @@ def test_it_is_what_transformers_makes(subject: str) -> None:
 
 def test_special_tokens_are_variables(gguf_file: Callable[..., Path], tmp_path: Path) -> None:
     names = ("bos", "eos", "pad", "unk", "mask", "cls")
-    (tmp_path / "t").write_text("".join(f"{{{{ {name}_token }}}}" for name in names))
+    (tmp_path / "t").write_text("{# messages #}" + "".join(f"{{{{ {name}_token }}}}" for name in names))
     with DiffusionModel(gguf_file("tiny"), chat_template=tmp_path / "t") as opened:
         known = opened.tokenizer
         ids = [known.bos_id, known.eos_id, known.pad_id, known.unknown_id, known.mask_id]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.chat_conversations import NEWEST, PUBLIC
+from support.gguf_mutator import STRING, read_gguf
 from support.paths import REFERENCE, REPOSITORY
 from support.public_templates import MENDED_TEMPLATE, OLD_TEMPLATE, public_template
 from support.server_fakes import ScriptedModel, script
@@ -44,11 +47,13 @@ def make_too_large(path: Path) -> None:
         (lambda path: None, "no such file, and no built-in template \\(diffusion-gemma\\)"),
         (lambda path: path.mkdir(), "can't be read: Is a directory"),
         (lambda path: path.write_bytes(b"{{ a }}\xff"), "not UTF-8 \\(byte 7\\)"),
-        (lambda path: path.write_text("a\n{% for %}"), "given: chat template, line 2: "),
-        (lambda path: path.write_text("{{ a | nonesuch }}"), "line 1: No filter named 'nonesuch'"),
+        (lambda path: path.write_text("{{ messages }}\n{% for %}"), "given: chat template, line 2: "),
+        (lambda path: path.write_text("{{ messages | nonesuch }}"), "line 1: No filter named 'nonesuch'"),
         (make_too_large, "larger than"),
+        (lambda path: path.write_text("You are a helpful assistant."), "is not a chat template"),
+        (lambda path: path.write_text('{\n "chat_template": "{{ messages }}"}'), "is JSON, not a template"),
     ],
-    ids=["missing", "folder", "latin-1", "syntax", "filter", "large"],
+    ids=["missing", "folder", "latin-1", "syntax", "filter", "large", "prompt", "json"],
 )
 def test_a_file_that_is_no_template_is_refused(
     make: Callable[[Path], None], message: str, tmp_path: Path, gguf_file: Callable[..., Path]
@@ -128,3 +133,28 @@ def test_the_warning_is_a_line_of_the_command_line(
     assert "warning" not in capfd.readouterr().err
     assert main(["generate", *arguments, "--chat-template", "gemma"]) == 1
     assert capfd.readouterr().err.startswith("pydiffusion: chat template 'gemma': no such file")
+
+
+def test_the_server_warns_of_the_template_at_start(gguf_file: Callable[..., Path], tmp_path: Path) -> None:
+    """In its log, on stderr; with a broken one it serves raw completions."""
+    file = read_gguf(gguf_file("tiny"))
+    file.set("tokenizer.chat_template", STRING, "{% for %}")
+    broken = file.write(tmp_path / "broken.gguf")
+    (tmp_path / "old.jinja").write_text(OLD_TEMPLATE)
+    for options, told in (
+        ([], "chats will fail: chat template, line 1"),
+        (["--chat-template", str(tmp_path / "old.jinja")], "2026-07-09"),
+    ):
+        command = [sys.executable, "-m", "pydiffusion", "serve", "-m", str(broken), "--port", "0"]
+        with subprocess.Popen(
+            [*command, "--threads", "1", *options], stderr=subprocess.PIPE, text=True
+        ) as server:
+            assert server.stderr is not None
+            log = []
+            for line in server.stderr:
+                log.append(line)
+                if "serving on" in line:
+                    break
+            server.kill()
+        warned = [line for line in log if "warning" in line]
+        assert "serving on" in log[-1] and len(warned) == 1 and told in warned[0], log
