@@ -35,6 +35,7 @@ _MAX_ELEMENTS = 1_000_000
 # seconds.
 _MAX_WORK = 10_000_000
 _CALL_WORK = 100
+_MAX_MESSAGE = 500
 # A format with a field width of many digits, or with a width given as an argument.
 _WIDE_FIELD = re.compile(r"\d{5}|\*")
 # Probe texts of parts, and a field that no template knows.
@@ -49,9 +50,9 @@ class ChatTemplate:
         try:
             self._template = _Environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise PyDiffusionError(f"chat template, line {error.lineno}: {error.message}") from None
+            raise PyDiffusionError(f"chat template, line {error.lineno}: {_brief(error.message)}") from None
         except (jinja2.TemplateError, RecursionError, ValueError, OverflowError) as error:
-            raise PyDiffusionError(f"the chat template can't be compiled: {error}") from None
+            raise PyDiffusionError(f"the chat template can't be compiled: {_brief(error)}") from None
         self._knows_parts_of: dict[str, bool] = {}  # by role
 
     def render(
@@ -149,6 +150,11 @@ def _conversation(role: str, content: Any) -> list[Message]:
         called = {"role": "assistant", "content": "", "tool_calls": [call]}
         return [asked, called, {**message, "name": "f", "tool_call_id": call["id"]}]
     return [asked, message, asked]
+
+
+def _brief(message: object) -> str:
+    """An error of the compiler on one line; it may quote a name of any length."""
+    return " ".join(str(message).split())[:_MAX_MESSAGE]
 
 
 def _template_line(error: BaseException) -> int | None:

@@ -50,10 +50,14 @@ def make_too_large(path: Path) -> None:
         (lambda path: path.write_text("{{ messages }}\n{% for %}"), "given: chat template, line 2: "),
         (lambda path: path.write_text("{{ messages | nonesuch }}"), "line 1: No filter named 'nonesuch'"),
         (make_too_large, "larger than"),
+        (
+            lambda path: path.write_text("{{ messages | a" + 9999 * "b" + " }}"),
+            "No filter named 'ab{400,484}$",
+        ),
         (lambda path: path.write_text("You are a helpful assistant."), "is not a chat template"),
         (lambda path: path.write_text('{\n "chat_template": "{{ messages }}"}'), "is JSON, not a template"),
     ],
-    ids=["missing", "folder", "latin-1", "syntax", "filter", "large", "prompt", "json"],
+    ids=["missing", "folder", "latin-1", "syntax", "filter", "large", "long name", "prompt", "json"],
 )
 def test_a_file_that_is_no_template_is_refused(
     make: Callable[[Path], None], message: str, tmp_path: Path, gguf_file: Callable[..., Path]
@@ -131,6 +135,10 @@ def test_the_warning_is_a_line_of_the_command_line(
     assert err.count("pydiffusion: warning: ") == 1 == err.count("2026-07-09")
     assert main(["generate", *arguments, "--chat-template", "diffusion-gemma"]) == 0
     assert "warning" not in capfd.readouterr().err
+    assert main(["generate", *arguments, "--chat-template", "diffusion-gemma", "--raw"]) == 2
+    assert "--chat-template needs --chat" in capfd.readouterr().err
+    infill = ["infill", *arguments[:2], __file__, "--chat-template", "diffusion-gemma"]
+    assert main(infill) == 2 and "needs --instruction" in capfd.readouterr().err
     assert main(["generate", *arguments, "--chat-template", "gemma"]) == 1
     assert capfd.readouterr().err.startswith("pydiffusion: chat template 'gemma': no such file")
 
