@@ -46,6 +46,7 @@ def convert(
     allow_nonfinite: bool = False,
     n_threads: int | None = None,
     overwrite: bool = True,
+    chat_template: str | os.PathLike[str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint folder (``config.json``, safetensors, ``tokenizer.json``) to GGUF.
@@ -70,6 +71,8 @@ def convert(
         allow_nonfinite: keep tensors with NaN or infinity in the source's type instead of failing; this reads
             the source once more.
         n_threads: threads for quantizing, at most 16; None uses one per CPU that this process may use.
+        chat_template: a file, or the name of a built-in template ("diffusion-gemma"), to write instead of the
+            folder's.
         progress: called after every chunk; an exception from it stops the conversion.
 
     Raises:
@@ -82,7 +85,8 @@ def convert(
     started = time.perf_counter()
     variant = Variant(target, type, pad, tensor_types, imatrix, split_max_size)
     choices = _Choices(variant, resume, allow_nonfinite, n_threads, overwrite, progress)
-    with open_checkpoint(source, revision, type.upper() if type in KEPT else "") as opened:
+    keep = type.upper() if type in KEPT else ""
+    with open_checkpoint(source, revision, keep=keep, chat_template=chat_template) as opened:
         return writer.run(choices.job(opened), started)
 
 
@@ -106,6 +110,7 @@ def convert_family(
     allow_nonfinite: bool = False,
     n_threads: int | None = None,
     overwrite: bool = True,
+    chat_template: str | os.PathLike[str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> list[ConversionReport]:
     """Convert a checkpoint folder, or a GGUF, to several files at once; the source is read once for writing
@@ -114,6 +119,8 @@ def convert_family(
     Each file equals the output of :func:`convert` or :func:`quantize`. All appear once all are verified, or
     none does.
 
+    Args: as :func:`convert`; ``chat_template`` is that of all files.
+
     Raises: as ``convert``; ValueError also for no variants, or two with the same target.
     """
     started = time.perf_counter()
@@ -121,7 +128,7 @@ def convert_family(
     if not variants or len(set(targets)) != len(targets):
         raise ValueError("a family needs at least one variant, and a target of its own for each")
     members = [_Choices(v, False, allow_nonfinite, n_threads, overwrite, progress) for v in variants]
-    with open_source(source, revision) as opened:
+    with open_source(source, revision, chat_template=chat_template) as opened:
         reads = [SharedRead(tensor.read) for tensor in opened.tensors]
         opened.tensors = [replace(t, read=read) for t, read in zip(opened.tensors, reads, strict=True)]
         jobs = []
@@ -145,6 +152,7 @@ def quantize(
     allow_nonfinite: bool = False,
     n_threads: int | None = None,
     overwrite: bool = True,
+    chat_template: str | os.PathLike[str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> ConversionReport:
     """Requantize a GGUF to the types of a recipe.
@@ -163,7 +171,7 @@ def quantize(
     started = time.perf_counter()
     variant = Variant(target, type, pad, tensor_types, imatrix, split_max_size)
     choices = _Choices(variant, resume, allow_nonfinite, n_threads, overwrite, progress)
-    with open_gguf(Path(source)) as opened:
+    with open_gguf(Path(source), chat_template) as opened:
         return writer.run(choices.job(opened), started)
 
 

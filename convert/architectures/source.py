@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydiffusion._util.atomic import explaining
+from pydiffusion.chat.template_source import TEMPLATE_KEY
 from pydiffusion.convert.architectures import registry
 from pydiffusion.convert.architectures.architecture import Architecture, ModelShape
 from pydiffusion.convert.checkpoint import tokenizer_files
+from pydiffusion.convert.checkpoint.chat_templates import (
+    given_template,
+    note_if_outdated,
+    settle_chat_template,
+)
 from pydiffusion.convert.checkpoint.hub import find_checkpoint
 from pydiffusion.convert.checkpoint.quantized import settings
 from pydiffusion.convert.checkpoint.quantized.reader import open_weights
@@ -52,33 +58,57 @@ class Source:
 
 @contextlib.contextmanager
 def open_source(
-    source: str | os.PathLike[str], revision: str | None = None, keep: str = ""
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    keep: str = "",
+    chat_template: str | os.PathLike[str] | None = None,
 ) -> Iterator[Source]:
-    """Open a checkpoint folder, a Hugging Face repo id, or a GGUF. ``keep``: as of :func:`open_folder`."""
+    """Open a checkpoint folder, a Hugging Face repo id, or a GGUF. ``keep``, ``chat_template``: as of
+    :func:`open_folder`.
+    """
     found = find_checkpoint(source, revision)
     path = found.path
     is_gguf = path.is_file() or (path.suffix == ".gguf" and not path.is_dir())  # also a missing one
-    opener = open_gguf(path) if is_gguf else open_folder(path, found.name, keep)
+    if is_gguf:
+        opener = open_gguf(path, chat_template)
+    else:
+        opener = open_folder(path, found.name, keep=keep, chat_template=chat_template)
     with opener as opened:
         yield opened
 
 
 @contextlib.contextmanager
 def open_checkpoint(
-    source: str | os.PathLike[str], revision: str | None = None, keep: str = ""
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    keep: str = "",
+    chat_template: str | os.PathLike[str] | None = None,
 ) -> Iterator[Source]:
-    """Open a checkpoint folder or a Hugging Face repo id. ``keep``: as of :func:`open_folder`."""
+    """Open a checkpoint folder or a Hugging Face repo id. ``keep``, ``chat_template``: as of
+    :func:`open_folder`.
+    """
     found = find_checkpoint(source, revision)
-    with open_folder(found.path, found.name, keep) as opened:
+    with open_folder(found.path, found.name, keep=keep, chat_template=chat_template) as opened:
         yield opened
 
 
 @contextlib.contextmanager
-def open_folder(folder: Path, name: str = "", keep: str = "") -> Iterator[Source]:
+def open_folder(
+    folder: Path,
+    name: str = "",
+    *,
+    keep: str = "",
+    chat_template: str | os.PathLike[str] | None = None,
+) -> Iterator[Source]:
     """Open and validate a checkpoint folder. Raises ConversionError naming the file, key or tensor.
 
-    ``name``: the model's name if it differs from the folder's. ``keep``: a ggml type; tensors that a
-    quantized checkpoint has in the same codes are given in its blocks, all others dequantized.
+    Args:
+        name: the model's name if it differs from the folder's.
+        keep: a ggml type; tensors that a quantized checkpoint has in the same codes are given in its blocks,
+            all others dequantized.
+        chat_template: a file, or a built-in one's name, instead of the folder's.
     """
     notes: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -87,6 +117,7 @@ def open_folder(folder: Path, name: str = "", keep: str = "") -> Iterator[Source
             architecture, config, quantization = read_config(folder, notes)
             checkpoint = stack.enter_context(Checkpoint(folder))
             metadata = architecture.metadata(folder, name or folder.resolve().name or "model", config, notes)
+            settle_chat_template(folder, metadata, chat_template, notes)
             weights = replace(open_weights(checkpoint, quantization, notes), keep=keep)
             tensors = architecture.tensors(weights, config, notes)
         yield Source(
@@ -162,9 +193,11 @@ def open_mmproj(
 
 
 @contextlib.contextmanager
-def open_gguf(path: Path) -> Iterator[Source]:
-    """Open a GGUF, or any part of a split one. Raises ModelFormatError if it is damaged or a part is missing,
-    ConversionError if it has another architecture.
+def open_gguf(path: Path, chat_template: str | os.PathLike[str] | None = None) -> Iterator[Source]:
+    """Open a GGUF, or any part of a split one; ``chat_template``: as of :func:`open_folder`.
+
+    Raises ModelFormatError if it is damaged or a part is missing, ConversionError if it has another
+    architecture.
     """
     parts = open_parts(path)
     if parts.reader.other_kind:
@@ -177,7 +210,11 @@ def open_gguf(path: Path) -> Iterator[Source]:
         for info, _ in found:
             _check_shape(path, info, architecture)
         tensors = [SourceTensor(str(info.name), info.type, tuple(info.shape), read) for info, read in found]
-        yield Source(architecture, path, parts.paths, tensors, keys, alignment=parts.reader.alignment)
+        notes: list[str] = []
+        if chat_template is not None:
+            keys[TEMPLATE_KEY] = given_template(chat_template)
+        note_if_outdated(keys, notes)
+        yield Source(architecture, path, parts.paths, tensors, keys, notes, parts.reader.alignment)
 
 
 def _check_shape(path: Path, info: _native.TensorInfo, architecture: Architecture[Any]) -> None:

@@ -17,9 +17,10 @@ from .files import refusal
 from .mutation import damaged, mutated
 
 _SHARD = "model-00001-of-00002.safetensors"
+_TEMPLATE = "chat_template.jinja"
 _FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "model.safetensors.index.json", _SHARD,
+    "model.safetensors.index.json", _SHARD, _TEMPLATE,
 )  # fmt: skip
 
 
@@ -43,7 +44,7 @@ class Target:
         good = self._good[name]
         if name == _SHARD:
             return name, self._shard(draw, good)
-        if draw.random() < 0.15:
+        if name == _TEMPLATE or draw.random() < 0.15:
             return name, damaged(draw, good)
         return name, _json(mutated(draw, json.loads(good)))
 

@@ -154,6 +154,19 @@ RUNTIME: dict[str, Any] = {
     ],
 }
 
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        metavar="FILE|NAME",
+        help="Path of a chat template, or name of a built-in one (diffusion-gemma), to use instead of the "
+        "model's.",
+        show_default=False,
+    ),
+]
+#: Options of the runtime for commands that render messages.
+CHAT_RUNTIME: dict[str, Any] = {**RUNTIME, "chat_template": ChatTemplate}
+
 
 def takes(**groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator that adds groups of options to a command: each parameter named like a group gets a dict of

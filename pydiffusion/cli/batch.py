@@ -29,7 +29,7 @@ _Seed = Annotated[
 _OPTIONS = {**_options.TEXT, "seed": _Seed}
 
 
-@_options.takes(choices=_OPTIONS, runtime=_options.RUNTIME)
+@_options.takes(choices=_OPTIONS, runtime=_options.CHAT_RUNTIME)
 def command(
     model: _options.ModelPath,
     prompts: Annotated[

@@ -12,6 +12,7 @@ import typer
 
 from pydiffusion._util.sizes import count, format_size, parse_size
 
+from . import _options
 from ._conversion import (
     AllowNonfinite,
     ImatrixFile,
@@ -82,6 +83,7 @@ def command(
     split_max_size: SplitMaxSize = None,
     resume: Resume = False,
     allow_nonfinite: AllowNonfinite = False,
+    chat_template: _options.ChatTemplate = None,
     threads: ThreadsForRows = None,
     no_overwrite: Keep = False,
     as_json: Report = False,
@@ -91,6 +93,7 @@ def command(
     quiet_hub_in_a_pipe()
     if mmproj:
         given = [pad is not None, tensor_type, imatrix, split_max_size, allow_nonfinite, fit, dry_run]
+        given.append(chat_template)
         if any(given):
             raise typer.BadParameter("--mmproj goes with --type, --resume and --threads only")
         given_by = context.get_parameter_source("type")
@@ -121,6 +124,7 @@ def command(
         allow_nonfinite=allow_nonfinite,
         n_threads=threads,
         overwrite=not no_overwrite,
+        chat_template=chat_template,
     )
 
 

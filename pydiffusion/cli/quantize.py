@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from . import _options
 from ._conversion import (
     AllowNonfinite,
     ImatrixFile,
@@ -38,6 +39,7 @@ def command(
     split_max_size: SplitMaxSize = None,
     resume: Resume = False,
     allow_nonfinite: AllowNonfinite = False,
+    chat_template: _options.ChatTemplate = None,
     threads: ThreadsForRows = None,
     no_overwrite: Keep = False,
     as_json: Report = False,
@@ -61,4 +63,5 @@ def command(
         allow_nonfinite=allow_nonfinite,
         n_threads=threads,
         overwrite=not no_overwrite,
+        chat_template=chat_template,
     )
