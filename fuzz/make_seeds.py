@@ -28,12 +28,15 @@ from support.gguf_mutator import (  # noqa: E402
     Tensor,
     read_gguf,
 )
+from support.scaled_weights import scale_by_powers_of_two, split_experts  # noqa: E402
 
 from pydiffusion.convert import convert  # noqa: E402
 
 
 def model_headers(folder: Path) -> dict[str, RawGguf]:
-    """Headers of the tiny model from the converter, without tokenizer keys; one with another alignment."""
+    """Headers of the tiny model from the converter, without tokenizer keys; one with another alignment, one
+    with scales beside its matrices.
+    """
     checkpoint, target = folder / "checkpoint", folder / "tiny.gguf"
     checkpoint.mkdir()
     write_checkpoint(checkpoint, "tiny")
@@ -47,6 +50,10 @@ def model_headers(folder: Path) -> dict[str, RawGguf]:
     aligned.set("general.alignment", U32, 8)
     aligned.alignment = 8
     headers["tiny-alignment-8"] = aligned
+    scaled = headers["tiny-f32"].copy()
+    split_experts(scaled)
+    scale_by_powers_of_two(scaled)
+    headers["tiny-scales"] = scaled
     return headers
 
 

@@ -30,13 +30,14 @@ void check(const std::string& path) {
     static const pydiffusion::Backend backend(1, "cpu");
     const pydiffusion::DevicePlan cpu_only;
     const pydiffusion::Weights weights(file, hparams, cpu_only, backend, [](double) {});
-    for (const ggml_tensor* tensor : {weights.token_embd, weights.output, weights.rope_freqs[0]})
+    for (const ggml_tensor* tensor : {weights.token_embd.tensor, weights.output.tensor, weights.rope_freqs[0]})
         check_tensor(*file, tensor);
     for (const pydiffusion::LayerWeights& layer : weights.layers) {
         for (const ggml_tensor* tensor :
-             {layer.attn_q, layer.attn_k, layer.attn_v, layer.attn_output, layer.ffn_down, layer.ffn_gate_inp,
-              layer.ffn_gate_up_exps, layer.ffn_gate_exps, layer.ffn_up_exps, layer.ffn_down_exps,
-              layer.encoder_scale}) {
+             {layer.attn_q.tensor, layer.attn_k.tensor, layer.attn_v.tensor, layer.attn_output.tensor,
+              layer.ffn_down.tensor, layer.ffn_gate_inp, layer.ffn_gate_up_exps, layer.ffn_gate_exps,
+              layer.ffn_up_exps, layer.ffn_down_exps, layer.ffn_gate_up_exps_scale, layer.ffn_gate_exps_scale,
+              layer.ffn_up_exps_scale, layer.encoder_scale}) {
             check_tensor(*file, tensor);
         }
     }

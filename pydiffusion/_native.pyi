@@ -76,6 +76,12 @@ class GgufFile:
         """Keys and values in file order; a new dict at each access."""
 
     @property
+    def other_kind(self) -> object:
+        """
+        The kind of a GGUF without a model, and what to do with it; empty for a model.
+        """
+
+    @property
     def metadata_types(self) -> dict: ...
 
     @property

@@ -167,6 +167,8 @@ def open_gguf(path: Path) -> Iterator[Source]:
     ConversionError if it has another architecture.
     """
     parts = open_parts(path)
+    if parts.reader.other_kind:
+        raise ConversionError(f"{path}: is {parts.reader.other_kind}")
     architecture = registry.of_gguf(path, parts.metadata.get("general.architecture"))
     keys = {key: Value(parts.metadata_types[key], value) for key, value in parts.metadata.items()}
     keys["general.file_type"] = Value("u32", 0)

@@ -16,6 +16,9 @@ ExpertWeights expert_weights(const GraphBuilder& g, int32_t i_layer) {
             w.ffn_gate_exps,
             w.ffn_up_exps,
             w.ffn_down_exps,
+            w.ffn_gate_up_exps_scale,
+            w.ffn_gate_exps_scale,
+            w.ffn_up_exps_scale,
             w.ffn_down_exps_scale,
             g.model.hparams.n_expert_used,
             g.has_experts_with_layer(i_layer)};
@@ -54,7 +57,7 @@ ggml_tensor* DiffusionGemma::layer(GraphBuilder& g, int32_t i_layer, ggml_tensor
 
     g.begin_part("experts");
     // Still to be divided by sqrt(d): the reference divides the router's input instead, which is much longer.
-    ggml_tensor* scores = ops.matmul(w.ffn_gate_inp, ops.rms_norm(r, w.ffn_gate_inp_scale));
+    ggml_tensor* scores = ops.matmul({w.ffn_gate_inp}, ops.rms_norm(r, w.ffn_gate_inp_scale));
     g.keep("router", i_layer, scores);
     const Mixture mixture = ops.moe(ops.rms_norm(r, w.pre_ffw_norm_2), scores, experts);
     ggml_tensor* scale = g.mode == Mode::encoder ? w.encoder_scale : w.decoder_scale;
@@ -68,7 +71,7 @@ ggml_tensor* DiffusionGemma::layer(GraphBuilder& g, int32_t i_layer, ggml_tensor
 void DiffusionGemma::store_keys_and_values(GraphBuilder& g, int32_t i_layer, ggml_tensor* x) const {
     const LayerWeights& w = g.model.weights.layers[i_layer];
     ggml_tensor* h = g.ops->rms_norm(x, w.attn_norm, {w.attn_q, w.attn_k, w.attn_v});
-    const HeadWeights without_q = {nullptr, w.attn_k, w.attn_v, nullptr};
+    const HeadWeights without_q = {{}, w.attn_k, w.attn_v, nullptr};
     g.store(i_layer, g.ops->project(h, without_q, g.head_dim(i_layer)), head_norms(w));
 }
 

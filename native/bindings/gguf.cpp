@@ -106,6 +106,9 @@ void bind_file(nb::module_& m) {
                 return metadata;
             },
             "Keys and values in file order; a new dict at each access.")
+        .def_prop_ro(
+            "other_kind", [](const GgufFile& f) { return to_str(f.other_kind()); },
+            "The kind of a GGUF without a model, and what to do with it; empty for a model.")
         .def_prop_ro("metadata_types",
                      [](const GgufFile& f) {
                          nb::dict types;

@@ -420,6 +420,23 @@ void GgufFile::require_not_truncated() const {
     }
 }
 
+std::string GgufFile::other_kind() const {
+    const auto text = [this](const char* key) -> std::string {
+        const Value* value = find(key);
+        const auto* found = value && !value->is_array ? std::get_if<std::string>(&value->scalar) : nullptr;
+        return found ? *found : "";
+    };
+    const std::string type = text("general.type"), architecture = text("general.architecture");
+    if (type == "adapter")
+        return "a LoRA adapter, not a model: merge it into its model with transformers and convert that";
+    if (type == "mmproj" || architecture == "clip")
+        return "the vision part of a model (mmproj), not the model: open the model's own GGUF";
+    if (type == "imatrix" || architecture == "imatrix")
+        return "an importance matrix, not a model: it is for --imatrix of `pydiffusion convert` and "
+               "`quantize`";
+    return "";
+}
+
 const Value* GgufFile::find(const std::string& key) const {
     const auto found = values_.find(key);
     return found == values_.end() ? nullptr : &found->second;

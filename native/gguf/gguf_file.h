@@ -113,6 +113,8 @@ class GgufFile {
     const Value* find(const std::string& key) const;
     const std::vector<TensorInfo>& tensors() const { return tensors_; }
     const TensorInfo* find_tensor(const std::string& name) const;
+    // The kind of a GGUF without a model, and what to do with it; empty for a model.
+    std::string other_kind() const;
     // Throws Error(format) if a part was truncated since it was opened.
     void require_not_truncated() const;
     const uint8_t* tensor_data(const TensorInfo& tensor) const {

@@ -40,14 +40,17 @@ int64_t GraphBuilder::n_tokens() const {
 }
 
 ggml_tensor* GraphBuilder::embed(ggml_tensor* tokens) const {
-    ggml_tensor* rows = ggml_get_rows(ctx(), model.weights.token_embd, tokens);
-    const float scale = model.hparams.embedding_scale;
+    ggml_tensor* rows = ggml_get_rows(ctx(), model.weights.token_embd.tensor, tokens);
+    const float scale = model.embedding_scale();
     return scale == 1.0f ? rows : ggml_scale(ctx(), rows, scale);
 }
 
-ggml_tensor* GraphBuilder::logits(ggml_tensor* x) const {
+ggml_tensor* GraphBuilder::logits(ggml_tensor* x, const ggml_tensor* target) const {
     const Weights& w = model.weights;
-    return ops->matmul_node(w.output, ops->rms_norm(x, w.output_norm, {w.output}));
+    ggml_tensor* head =
+        ops->unscaled_matmul_node(w.output.tensor, ops->rms_norm(x, w.output_norm, {w.output}));
+    if (target) ggml_backend_tensor_alloc(target->buffer, head, target->data);
+    return w.output.scale == 1.0f ? head : ggml_scale_inplace(ctx(), head, w.output.scale);
 }
 
 Rope GraphBuilder::rope(int32_t i_layer) const {

@@ -68,8 +68,9 @@ struct GraphBuilder {
     }
     ggml_tensor* embed(ggml_tensor* tokens) const;  // their embedding rows, scaled -> [d, n_tokens]
 
-    // The output head of the last layer's output x, before the soft cap: [d, n] -> F32 [n_vocab, n], a node.
-    ggml_tensor* logits(ggml_tensor* x) const;
+    // The output head of the last layer's output x, before the soft cap: [d, n] -> F32 [n_vocab, n], in the
+    // memory of `target`, an allocated tensor, unless that is null.
+    ggml_tensor* logits(ggml_tensor* x, const ggml_tensor* target = nullptr) const;
 
     // Q, K and V before norm and RoPE -> [head_dim * n_head, n_tokens]: writes K and V to the rows after each
     // sequence's cache, then attends over the visible rows. scale: of Q.

@@ -8,7 +8,10 @@
 
 namespace pydiffusion {
 
-bool is_expert_tensor(const std::string& name) { return name.find("_exps.weight") != std::string::npos; }
+bool is_expert_tensor(const std::string& name) {
+    const auto has = [&name](const char* part) { return name.find(part) != std::string::npos; };
+    return has("_exps.weight") || has("gate_exps.scale") || has("up_exps.scale");
+}
 
 int32_t layer_of_tensor(const std::string& name) {
     if (name.rfind("blk.", 0) != 0) return -1;

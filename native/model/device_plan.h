@@ -36,6 +36,7 @@ struct DevicePlan {
 
 // Index of the layer that a tensor belongs to by its name; -1 if none.
 int32_t layer_of_tensor(const std::string& name);
+// Matrices of experts, and the scales of their results; ffn_down_exps.scale is the router's.
 bool is_expert_tensor(const std::string& name);
 
 }  // namespace pydiffusion

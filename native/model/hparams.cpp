@@ -17,6 +17,8 @@ std::string quoted_list(const std::vector<std::string>& names) {
 }
 
 const Architecture& architecture_of(const GgufFile& file) {
+    const std::string other = file.other_kind();
+    if (!other.empty()) throw Error(ErrorKind::unsupported, file.path() + ": is " + other);
     const std::string name = KeyReader(file, "").text("general.architecture");
     if (const Architecture* found = find_architecture(name)) return *found;
     const std::vector<std::string> known = architecture_names();

@@ -34,7 +34,7 @@ struct Hparams {
     int32_t canvas_length = 0;
     float rms_eps = 0.0f;
     float soft_cap = 0.0f;         // of the final logits
-    float embedding_scale = 1.0f;  // of embedded tokens and of the soft embedding
+    float embedding_scale = 1.0f;  // see Model::embedding_scale
     // Of full layers, whose frequencies are divided by rope_freqs.weight if there is one.
     float rope_base = 0.0f;
     float rope_base_swa = 0.0f;  // sliding layers

@@ -25,6 +25,9 @@ struct Model {
     mutable Backend backend;
     DevicePlan device_plan;
     Weights weights;
+
+    // Of embedded tokens and of the soft embedding.
+    float embedding_scale() const { return hparams.embedding_scale * weights.token_embd.scale; }
 };
 
 }  // namespace pydiffusion

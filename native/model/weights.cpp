@@ -13,7 +13,7 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const Hparams& hp, const 
     output = load.has("output.weight") ? load.matrix("output.weight", {hp.n_embd, hp.n_vocab}) : token_embd;
     output_norm = load.f32("output_norm.weight", {hp.n_embd});
     hp.architecture->load_weights(load, hp, *this);
-    load.refuse_unknown_layer_tensors();
+    load.refuse_unknown_tensors();
     load.upload(progress);
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/weight_matrix.h"
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 #include "gguf/gguf_file.h"
@@ -18,31 +19,35 @@ namespace pydiffusion {
 
 // The tensors of a layer, of any architecture: named as in the GGUF, shapes in ggml's order; null if absent.
 struct LayerWeights {
-    // Matrices that multiply the same activations, concatenated; null unless they are BF16 on a device. The
-    // single ones are then views of them.
+    // Matrices that multiply the same activations, concatenated; null unless they are BF16 on a device and
+    // have no scales. The single ones are then views of them.
     ggml_tensor* attn_qkv = nullptr;     // [d, (n_head + 2 * n_head_kv) * head_dim], without V in full layers
     ggml_tensor* ffn_gate_up = nullptr;  // [d, 2 * n_ff]
     ggml_tensor* attn_norm = nullptr;    // [d]
-    ggml_tensor* attn_q = nullptr;       // [d, head_dim * n_head]
-    ggml_tensor* attn_k = nullptr;       // [d, head_dim * n_head_kv]
-    ggml_tensor* attn_v = nullptr;       // as attn_k; null in full layers, which compute V with attn_k
-    ggml_tensor* attn_output = nullptr;  // [head_dim * n_head, d]
+    WeightMatrix attn_q;                 // [d, head_dim * n_head]
+    WeightMatrix attn_k;                 // [d, head_dim * n_head_kv]
+    WeightMatrix attn_v;                 // as attn_k; null in full layers, which compute V with attn_k
+    WeightMatrix attn_output;            // [head_dim * n_head, d]
     ggml_tensor* attn_q_norm = nullptr;  // [head_dim]
     ggml_tensor* attn_k_norm = nullptr;  // [head_dim]
     ggml_tensor* post_attention_norm = nullptr;  // [d]
     ggml_tensor* ffn_norm = nullptr;             // [d]
-    ggml_tensor* ffn_gate = nullptr;             // [d, n_ff]
-    ggml_tensor* ffn_up = nullptr;               // [d, n_ff]
-    ggml_tensor* ffn_down = nullptr;             // [n_ff, d]
+    WeightMatrix ffn_gate;                       // [d, n_ff]
+    WeightMatrix ffn_up;                         // [d, n_ff]
+    WeightMatrix ffn_down;                       // [n_ff, d]
     ggml_tensor* post_ffw_norm_1 = nullptr;      // [d]
     ggml_tensor* pre_ffw_norm_2 = nullptr;       // [d]
     ggml_tensor* ffn_gate_inp = nullptr;         // [d, n_expert], the router
     ggml_tensor* ffn_gate_inp_scale = nullptr;   // [d]
     // [d, 2 * n_ff_expert, n_expert], gate rows first; if null, the next two are set.
     ggml_tensor* ffn_gate_up_exps = nullptr;
-    ggml_tensor* ffn_gate_exps = nullptr;        // [d, n_ff_expert, n_expert]
-    ggml_tensor* ffn_up_exps = nullptr;          // [d, n_ff_expert, n_expert]
-    ggml_tensor* ffn_down_exps = nullptr;        // [n_ff_expert, d, n_expert]
+    ggml_tensor* ffn_gate_exps = nullptr;  // [d, n_ff_expert, n_expert]
+    ggml_tensor* ffn_up_exps = nullptr;    // [d, n_ff_expert, n_expert]
+    ggml_tensor* ffn_down_exps = nullptr;  // [n_ff_expert, d, n_expert]
+    // [n_expert] of the matrices above, by which their results are multiplied; null if the file has none.
+    ggml_tensor* ffn_gate_up_exps_scale = nullptr;
+    ggml_tensor* ffn_gate_exps_scale = nullptr;
+    ggml_tensor* ffn_up_exps_scale = nullptr;
     ggml_tensor* ffn_down_exps_scale = nullptr;  // [n_expert], the router's per-expert scale
     ggml_tensor* post_ffw_norm_2 = nullptr;      // [d]
     ggml_tensor* post_ffw_norm = nullptr;        // [d]
@@ -60,17 +65,17 @@ struct Weights {
     Weights(const Weights&) = delete;
     Weights& operator=(const Weights&) = delete;
 
-    ggml_tensor* token_embd;  // [d, n_vocab]
-    ggml_tensor* output;      // [d, n_vocab]; token_embd if tied
+    WeightMatrix token_embd;  // [d, n_vocab]
+    WeightMatrix output;      // [d, n_vocab]; token_embd if tied
     ggml_tensor* output_norm;
     // [head_dim / 2] for full layers: on the CPU, then on each device; null if a device has no full layer.
     std::vector<ggml_tensor*> rope_freqs;
     std::vector<float> rope_factors;  // the same on the host; empty if there is no full layer
     ggml_tensor* self_cond_pre_norm = nullptr;
     ggml_tensor* self_cond_gate_up = nullptr;  // as ffn_gate_up
-    ggml_tensor* self_cond_gate = nullptr;
-    ggml_tensor* self_cond_up = nullptr;
-    ggml_tensor* self_cond_down = nullptr;
+    WeightMatrix self_cond_gate;
+    WeightMatrix self_cond_up;
+    WeightMatrix self_cond_down;
     std::vector<LayerWeights> layers;
 
     std::map<ggml_type, uint64_t> bytes_by_type;

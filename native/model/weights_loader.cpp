@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <system_error>
 #include <thread>
@@ -21,6 +22,20 @@ constexpr uint64_t kAlignment = 32;
 constexpr int64_t kWidenedAtOnce = int64_t{16} << 20;
 
 constexpr uint64_t kUploadBytes = uint64_t{64} << 20;  // of other weights
+
+constexpr char kWeight[] = ".weight", kScale[] = ".scale", kInputScale[] = ".input_scale";
+
+bool ends_with(const std::string& name, const char* ending) {
+    const size_t n = std::strlen(ending);
+    return name.size() >= n && name.compare(name.size() - n, n, ending) == 0;
+}
+
+// The name with another ending.
+std::string renamed(const std::string& name, const char* ending, const char* other) {
+    return name.substr(0, name.size() - std::strlen(ending)) + other;
+}
+
+std::string scale_of(const std::string& matrix) { return renamed(matrix, kWeight, kScale); }
 
 std::string describe(const Shape& shape) {
     std::string text = "[";
@@ -99,13 +114,26 @@ WeightsLoader::WeightsLoader(Weights& weights, const GgufFile& file, const Devic
     for (size_t i = 0; i < file.n_parts(); ++i) mapped_.push_back(map(file.part(i)));
 }
 
-ggml_tensor* WeightsLoader::matrix(const std::string& name, const Shape& shape) {
-    const TensorInfo& info = require(name, shape);
-    if (!is_supported(info.type)) {
-        throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) + " has type " +
-                                                ggml_type_name(info.type) + ": not supported");
-    }
-    return create(info, device_plan_.tensor_device(name));
+WeightMatrix WeightsLoader::matrix(const std::string& name, const Shape& shape) {
+    WeightMatrix matrix = {create(require_matrix(name, shape), device_plan_.tensor_device(name))};
+    const std::string scale = scale_of(name);
+    if (!has(scale)) return matrix;
+    f32_on(kCpuDevice, scale, {1});
+    require_finite(scale);
+    matrix.scale = values(scale)[0];
+    return matrix;
+}
+
+ggml_tensor* WeightsLoader::expert_matrices(const std::string& name, const Shape& shape) {
+    return create(require_matrix(name, shape), device_plan_.tensor_device(name));
+}
+
+ggml_tensor* WeightsLoader::expert_scales(const std::string& name, int64_t n_expert) {
+    const std::string scale = scale_of(name);
+    if (!has(scale)) return nullptr;
+    ggml_tensor* scales = f32(scale, {n_expert});
+    require_finite(scale);
+    return scales;
 }
 
 ggml_tensor* WeightsLoader::concatenated(int64_t d,
@@ -114,7 +142,9 @@ ggml_tensor* WeightsLoader::concatenated(int64_t d,
     if (device == kCpuDevice || !can_hold(GGML_TYPE_BF16)) return nullptr;
     int64_t n_rows = 0;
     for (const auto& [name, n] : parts) {
-        if (device_plan_.device_type(name, require(name, {d, n}).type) != GGML_TYPE_BF16) return nullptr;
+        if (device_plan_.device_type(name, require(name, {d, n}).type) != GGML_TYPE_BF16 ||
+            has(scale_of(name)))
+            return nullptr;
         n_rows += n;
     }
     ggml_context* context = weights_.contexts_[device - kCpuDevice].get();
@@ -145,7 +175,7 @@ std::vector<float> WeightsLoader::values(const std::string& name) const {
 
 void WeightsLoader::upload(const std::function<void(double)>& progress) {
     if (uploads_.empty()) return;
-    for (const ggml_tensor* tensor : {weights_.token_embd, weights_.output}) {
+    for (const ggml_tensor* tensor : {weights_.token_embd.tensor, weights_.output.tensor}) {
         // Self-conditioning and head need them on the device.
         if (std::any_of(uploads_.begin(), uploads_.end(),
                         [tensor](const auto& upload) { return upload.first == tensor; }))
@@ -185,11 +215,14 @@ void WeightsLoader::upload(const std::function<void(double)>& progress) {
     }
 }
 
-void WeightsLoader::refuse_unknown_layer_tensors() const {
+void WeightsLoader::refuse_unknown_tensors() const {
     for (const TensorInfo& tensor : file_.tensors()) {
-        if (tensor.name.rfind("blk.", 0) == 0 && !weights_.find(tensor.name)) {
-            throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(tensor.name) +
-                                                    " is not part of this architecture");
+        const std::string& name = tensor.name;
+        const bool matters =
+            name.rfind("blk.", 0) == 0 || ends_with(name, kScale) || ends_with(name, kInputScale);
+        if (matters && !weights_.find(name) && !is_input_scale(name)) {
+            throw Error(ErrorKind::unsupported,
+                        file_.path() + ": tensor " + quoted(name) + " is not part of this architecture");
         }
     }
 }
@@ -231,6 +264,29 @@ ggml_backend_buffer_t WeightsLoader::map(const GgufFile& file) {
     weights_.buffers_.emplace_back(buffer);
     ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     return buffer;
+}
+
+bool WeightsLoader::is_input_scale(const std::string& name) const {
+    if (!ends_with(name, kInputScale)) return false;
+    const ggml_tensor* matrix = weights_.find(renamed(name, kInputScale, kWeight));
+    return matrix && ggml_n_dims(matrix) > 1;
+}
+
+void WeightsLoader::require_finite(const std::string& name) const {
+    for (const float value : values(name)) {
+        if (!std::isfinite(value))
+            throw Error(ErrorKind::format,
+                        file_.path() + ": tensor " + quoted(name) + " holds a scale that is NaN or infinite");
+    }
+}
+
+const TensorInfo& WeightsLoader::require_matrix(const std::string& name, const Shape& shape) {
+    const TensorInfo& info = require(name, shape);
+    if (!is_supported(info.type)) {
+        throw Error(ErrorKind::unsupported, file_.path() + ": tensor " + quoted(name) + " has type " +
+                                                ggml_type_name(info.type) + ": not supported");
+    }
+    return info;
 }
 
 const TensorInfo& WeightsLoader::require(const std::string& name, const Shape& shape) {

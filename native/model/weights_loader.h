@@ -26,10 +26,15 @@ class WeightsLoader {
     bool has(const std::string& name) const { return file_.find_tensor(name) != nullptr; }
     const DevicePlan& device_plan() const { return device_plan_; }
 
-    // Each throws unless the tensor exists with this shape.
-    ggml_tensor* matrix(const std::string& name, const Shape& shape);
+    // Each throws unless the tensor exists with this shape. A matrix may have a scale, F32 [1] or, of
+    // experts, [n_expert], which must be finite: "attn_q.scale" beside "attn_q.weight".
+    WeightMatrix matrix(const std::string& name, const Shape& shape);
+    ggml_tensor* expert_matrices(const std::string& name, const Shape& shape);
+    // Null if the matrices of this name have none.
+    ggml_tensor* expert_scales(const std::string& name, int64_t n_expert);
     // The matrices of these names and numbers of rows, [d, n], concatenated; null, and they stay apart,
-    // unless all of them are BF16 on a device. To be called before matrix() for any of them.
+    // unless all of them are BF16 on a device and none has a scale. To be called before matrix() for any of
+    // them.
     ggml_tensor* concatenated(int64_t d, const std::vector<std::pair<std::string, int64_t>>& parts);
     // Norms, scales and the router, always F32 in the format.
     ggml_tensor* f32(const std::string& name, const Shape& shape) {
@@ -41,8 +46,9 @@ class WeightsLoader {
 
     // Copies the devices' tensors; to be called after all tensors have been requested.
     void upload(const std::function<void(double)>& progress);
-    // An unknown tensor in a layer means that the layer computes something else.
-    void refuse_unknown_layer_tensors() const;
+    // An unknown tensor in a layer, or an unknown scale, means that the model computes something else. Scales
+    // of a matrix's activations ("attn_q.input_scale") are for matmuls with 4-bit activations: not used.
+    void refuse_unknown_tensors() const;
 
   private:
     // Uploads up to kWidenedAtOnce weights, from the first-th of the tensor on, as BF16.
@@ -52,6 +58,9 @@ class WeightsLoader {
     // A buffer over a file's mapping; null if the file's alignment is too small.
     ggml_backend_buffer_t map(const GgufFile& file);
     const TensorInfo& require(const std::string& name, const Shape& shape);
+    const TensorInfo& require_matrix(const std::string& name, const Shape& shape);
+    void require_finite(const std::string& name) const;
+    bool is_input_scale(const std::string& name) const;
     ggml_tensor* create(const TensorInfo& info, int32_t wanted);
     void copy(ggml_tensor* tensor, const TensorInfo& info);
 

@@ -45,7 +45,7 @@ CanvasState::CanvasState(const Model& model) : model_(model) {
     use_large_pages(buffer_.get());
     step_.soft_cap = hp.soft_cap;
     step_.kernel = model.backend.kernel();
-    step_.embedding_scale = hp.embedding_scale;
+    step_.embedding_scale = model.embedding_scale();
     step_.u.assign(hp.canvas_length, 0.0f);
     step_.measures.resize(hp.canvas_length);
     step_.normalizers.resize(hp.canvas_length);
@@ -115,7 +115,7 @@ ggml_tensor* Denoiser::soft_embedding_of(GraphBuilder& g, CanvasState& state, in
     if (state.soft_) return first_tokens(g, state.soft_, n_tokens);
     ggml_tensor* logits = first_tokens(g, state.logits_, n_tokens);
     ggml_tensor* probabilities = soft_probabilities(g.ctx(), logits, &state.step_);
-    return soft_embedding(g.ctx(), probabilities, model_.weights.token_embd, &state.step_);
+    return soft_embedding(g.ctx(), probabilities, model_.weights.token_embd.tensor, &state.step_);
 }
 
 // Input of the first layer: embedded tokens plus self-conditioning on the previous step, slot by slot.
@@ -129,8 +129,7 @@ ggml_tensor* Denoiser::embed_slots(GraphBuilder& g, const std::vector<Slot>& slo
 // The head writes directly to the slot's logits: the step has already consumed the previous ones.
 void Denoiser::finish_slot(GraphBuilder& g, CanvasState& state, ggml_tensor* x) {
     g.begin_part("head");
-    ggml_tensor* head = g.logits(x);
-    ggml_backend_tensor_alloc(state.buffer_.get(), head, state.logits_->data);
+    ggml_tensor* head = g.logits(x, state.logits_);
     g.begin_part("sampler");
     if (!state.soft_) head = cap_and_measure(g.ctx(), head, &state.step_);
     ggml_build_forward_expand(g.graph, head);
@@ -257,7 +256,7 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(GraphExecutor& execu
         sampler.seconds += time([canvas = canvas, n = n] { canvas->measure(n); });
         sampler.bytes += 2.0 * row_bytes * static_cast<double>(n);
         conditioning.seconds +=
-            time([&, canvas = canvas, n = n] { canvas->condition(model_.weights.token_embd, n); });
+            time([&, canvas = canvas, n = n] { canvas->condition(model_.weights.token_embd.tensor, n); });
         conditioning.bytes += 3.0 * row_bytes * static_cast<double>(n);
     }
     return costs;
@@ -286,7 +285,7 @@ void Denoiser::step(const std::vector<Slot>& slots, GraphExecutor& executor) {
     model_.file->require_not_truncated();
     ggml_backend_tensor_set(canvas_, tokens.data(), 0, tokens.size() * sizeof(int32_t));
     built_->set_positions(positions);
-    for (const Slot& slot : slots) slot.state->condition(model_.weights.token_embd, slot.n_tokens());
+    for (const Slot& slot : slots) slot.state->condition(model_.weights.token_embd.tensor, slot.n_tokens());
     executor.compute(built_->graph, [&] {
         return std::all_of(slots.begin(), slots.end(), [](const Slot& slot) { return slot.cancel->load(); });
     });

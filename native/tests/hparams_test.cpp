@@ -98,6 +98,8 @@ TEST_CASE("values that are not possible are refused by their key") {
 TEST_CASE("other models are not supported") {
     CHECK_ERROR(read(with("general.architecture", Bytes().u32(STRING).text("llama"))), unsupported,
                 "'llama'");
+    CHECK_ERROR(read(with("general.architecture", Bytes().u32(STRING).text("clip"))), unsupported, "mmproj");
+    CHECK_ERROR(read(with("general.type", Bytes().u32(STRING).text("adapter"))), unsupported, "LoRA adapter");
     CHECK_ERROR(read(with(own("attention.shared_kv_layers"), 1u)), unsupported, "shared_kv_layers");
     CHECK_ERROR(read(with(own("attention.value_length"), 32u)), unsupported, "value_length");
     CHECK_ERROR(read(with("split.count", 2u)), unsupported, "split.count");

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 _PREFIXES = "KMGT"
+_TOO_MANY = 2**63  # bytes: more than a file or a memory can have
 _SIZE = re.compile(rf"\s*(\d+(?:\.\d+)?)\s*(?:([{_PREFIXES}])(i?))?B?\s*", re.IGNORECASE)
 
 
@@ -20,9 +21,10 @@ def parse_size(text: str) -> int:
     n_bytes = 0
     if match is not None:
         power = 1 + _PREFIXES.index(match[2].upper()) if match[2] else 0
-        n_bytes = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-    if n_bytes == 0:
-        raise ValueError(f"{text!r} is not a size; write for example 16GiB or 5G")
+        number = float(match[1])
+        n_bytes = int(number * (1024 if match[3] else 1000) ** power) if number < _TOO_MANY else 0
+    if not 0 < n_bytes < _TOO_MANY:
+        raise ValueError(f"{text!r:.60} is not a size; write for example 16GiB or 5G")
     return n_bytes
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from reference.random_checkpoint import SHAPES, random_ids
 from support.gguf_mutator import ARRAY, F32, U32, Array, RawGguf, read_gguf
+from support.scaled_weights import split_experts, to_nvfp4
 
 from pydiffusion.quality.doctor import layers_check
 from pydiffusion.quality.doctor.examination import examine
@@ -103,6 +104,18 @@ def test_a_device_s_graph_passes(gguf_file: Callable, checkpoint_folder: Callabl
     )  # fmt: skip
     assert failures(made) == []
     assert any("layers on" in f.seen for f in made.findings if f.what == "runs on")
+    assert any(finding.what == WHAT for finding in made.findings if finding.result is Result.PASS)
+
+
+def test_matrices_with_scales_pass(broken: Callable, checkpoint_folder: Callable) -> None:
+    """An NVFP4 file, of which a reference without scales has nothing to compare with but whole layers."""
+
+    def change(file: RawGguf) -> None:
+        to_nvfp4(file)
+        split_experts(file)
+
+    made = look(broken(change), checkpoint_folder("small"), "weights", "layers")
+    assert failures(made) == []
     assert any(finding.what == WHAT for finding in made.findings if finding.result is Result.PASS)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from support.gguf_mutator import (
     ARRAY,
     BOOL,
     F32,
+    GGML_F32,
     I32,
     I64,
     STRING,
@@ -19,10 +22,12 @@ from support.gguf_mutator import (
     KeyValue,
     RawGguf,
     String,
+    Tensor,
     float_tensor,
 )
 
 A = "diffusion-gemma."
+GGML_F16 = 1
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,45 @@ TENSORS: dict[str, Case] = {
         edit(lambda f: f.tensors.append(float_tensor("blk.2.attn_norm.weight", [64], b"\0" * 256))), "blk.2"
     ),
 }
+for _what, _name, _dims, _type, _values, _named in (
+    ("two scales of one matrix", "blk.0.attn_q.scale", [2], GGML_F32, [1, 1], "blk.0.attn_q.scale"),
+    (
+        "one scale for all experts",
+        "blk.1.ffn_gate_up_exps.scale",
+        [1],
+        GGML_F32,
+        [1],
+        "ffn_gate_up_exps.scale",
+    ),
+    ("scale of F16", "blk.0.ffn_down.scale", [1], GGML_F16, [1], "blk.0.ffn_down.scale"),
+    ("scale of NaN", "self_cond_gate.scale", [1], GGML_F32, [float("nan")], "self_cond_gate.scale"),
+    ("infinite scale", "token_embd.scale", [1], GGML_F32, [float("inf")], "token_embd.scale"),
+    (
+        "an expert's scale of NaN",
+        "blk.0.ffn_gate_up_exps.scale",
+        [4],
+        GGML_F32,
+        [1, 1, float("nan"), 1],
+        "exps",
+    ),
+    ("scale of a norm", "blk.0.attn_norm.scale", [1], GGML_F32, [1], "blk.0.attn_norm.scale"),
+    ("scale of the model's norm", "output_norm.scale", [1], GGML_F32, [1], "output_norm.scale"),
+    ("scale of a head that there isn't", "output.scale", [1], GGML_F32, [1], "output.scale"),
+    ("scale of V in a full layer", "blk.1.attn_v.scale", [1], GGML_F32, [1], "blk.1.attn_v.scale"),
+    (
+        "scale of separate experts",
+        "blk.0.ffn_up_exps.scale",
+        [4],
+        GGML_F32,
+        [1] * 4,
+        "blk.0.ffn_up_exps.scale",
+    ),
+    ("input scale of a norm", "blk.0.attn_norm.input_scale", [1], GGML_F32, [1], "attn_norm.input_scale"),
+    ("input scale of nothing", "strange.input_scale", [1], GGML_F32, [1], "strange.input_scale"),
+):
+    _data = np.array(_values, np.float16 if _type == GGML_F16 else np.float32).tobytes()
+    _added = Tensor(_name.encode(), _dims, _type, _data)
+    TENSORS[_what] = Case(edit(lambda f, added=_added: f.tensors.append(added)), _named)
 for _name in (
     "token_embd.weight",
     "output_norm.weight",

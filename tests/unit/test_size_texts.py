@@ -24,7 +24,12 @@ def test_what_is_read(text: str, n_bytes: int) -> None:
     assert parse_size(text) == n_bytes
 
 
-@pytest.mark.parametrize("text", ["", "G", "-1G", "16X", "0", "0.0G", "0.1", "5 iB", "five", "1e9", "5P"])
+TOO_LARGE = ("9" * 310, "9" * 310 + "T", "9223372037G")  # the first is no float
+
+
+@pytest.mark.parametrize(
+    "text", ["", "G", "-1G", "16X", "0", "0.0G", "0.1", "5 iB", "five", "1e9", "5P", *TOO_LARGE]
+)
 def test_what_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)

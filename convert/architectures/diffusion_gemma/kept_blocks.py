@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import HEAD_KINDS, KINDS
+from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import KINDS
 from pydiffusion.convert.checkpoint.tensor_map import split_name
 from pydiffusion.convert.checkpoint.weights import Blocks, JoinedRead, Weight, as_float32
 from pydiffusion.convert.gguf.rows import row_bytes
@@ -32,7 +32,12 @@ def keep_blocks(
     for tensor in planned:
         weight = weights.get(tensor.name)
         blocks = weight.blocks if weight is not None else None
-        if weight is None or blocks is None or blocks.type != type or not _can_be_kept(tensor, blocks):
+        if (
+            weight is None
+            or blocks is None
+            or blocks.type != type
+            or split_name(tensor.name)[0] in KINDS.float32
+        ):
             result.append(tensor)
         elif blocks.factors is None:
             result.append(SourceTensor(tensor.name, type, tensor.shape, blocks.read))
@@ -50,11 +55,6 @@ def keep_blocks(
         else tensor
         for tensor in result
     ]
-
-
-def _can_be_kept(tensor: SourceTensor, blocks: Blocks) -> bool:
-    kind = split_name(tensor.name)[0]
-    return kind not in KINDS.float32 and (blocks.factors is None or kind not in HEAD_KINDS)
 
 
 def _apart(tensor: SourceTensor, blocks: Blocks, factors: np.ndarray) -> list[SourceTensor]:

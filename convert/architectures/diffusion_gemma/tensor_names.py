@@ -47,21 +47,15 @@ _LAYER: Table = (
     ("post_feedforward_layernorm.weight", "post_ffw_norm.weight", ("d",)),
     ("layer_scalar", "layer_output_scale.weight", ("1",)),
 )
-HEAD_KINDS = ("token_embd", "output")
-# Matrices that can have a factor, in a tensor of their own: NAME.scale.
-_SCALED = (
-    "attn_q",
-    "attn_k",
-    "attn_v",
-    "attn_output",
-    "ffn_gate",
-    "ffn_up",
-    "ffn_down",
-    "ffn_gate_exps",
-    "ffn_up_exps",
-)
-_SCALED_OF_MODEL = ("self_cond_gate", "self_cond_up", "self_cond_down")
-SCALED_KINDS = (*_SCALED, *_SCALED_OF_MODEL)
+# Beside a matrix may be the scale of its matmuls' results, one number or one per expert, and that of its
+# activations: llama.cpp writes both for NVFP4. ffn_down_exps.scale is the router's and takes in the experts'.
+_WITH_SCALES_OF_MODEL = ("token_embd", "output", "self_cond_gate", "self_cond_up", "self_cond_down")
+_WITH_SCALES_OF_LAYER = (
+    "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down",
+    "ffn_gate_up_exps", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps",
+)  # fmt: skip
+_SCALES_OF_MODEL = tuple(f"{kind}.{of}" for kind in _WITH_SCALES_OF_MODEL for of in ("scale", "input_scale"))
+_SCALES_OF_LAYER = tuple(f"{kind}.{of}" for kind in _WITH_SCALES_OF_LAYER for of in ("scale", "input_scale"))
 # Those without a row here: the decoder's final norm, which comes last in a file; the output head of an untied
 # model; the encoder's scalar, whose name in a checkpoint is the encoder's; gate and up of experts in two
 # matrices, which other converters write.
@@ -69,19 +63,15 @@ KINDS = TensorKinds.from_tables(
     ARCHITECTURE,
     _GLOBAL,
     _LAYER,
-    more_of_model=("output_norm", "output", "rope_freqs", *(f"{kind}.scale" for kind in _SCALED_OF_MODEL)),
-    more_of_layer=(
-        "enc_layer_output_scale",
-        "ffn_gate_exps",
-        "ffn_up_exps",
-        *(f"{kind}.scale" for kind in _SCALED),
-    ),
+    more_of_model=("output_norm", "output", "rope_freqs", *_SCALES_OF_MODEL),
+    more_of_layer=("enc_layer_output_scale", "ffn_gate_exps", "ffn_up_exps", *_SCALES_OF_LAYER),
     more_float32=(
         "ffn_gate_inp",
         "enc_layer_output_scale",
         "output_norm",
         "rope_freqs",
-        *(f"{kind}.scale" for kind in SCALED_KINDS),
+        *_SCALES_OF_MODEL,
+        *_SCALES_OF_LAYER,
     ),
 )
 

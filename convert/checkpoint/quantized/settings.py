@@ -51,8 +51,8 @@ class Quantization:
 def read_quantization(folder: Path, config: Fields, notes: list[str]) -> Quantization:
     """Read the settings. Raises ConversionError for a method that is not supported."""
     for holder in (config, *([config.object("text_config")] if _has_object(config) else [])):
+        holder.asked.update(KEYS)
         for key in KEYS:
-            holder.asked.add(key)
             values = holder.values.get(key)
             if values is None:
                 continue

@@ -16,8 +16,7 @@ class CpuOps : public Ops {
 
     ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight, ForMatmuls) override;
     ggml_tensor* add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) override;
-    ggml_tensor* matmul(ggml_tensor* weight, ggml_tensor* x) override { return matmul_.apply(weight, x); }
-    ggml_tensor* matmul_node(ggml_tensor* weight, ggml_tensor* x) override {
+    ggml_tensor* unscaled_matmul_node(ggml_tensor* weight, ggml_tensor* x) override {
         return matmul_.apply_unpadded(weight, x);
     }
     ggml_tensor* gated_gelu(ggml_tensor* gate, ggml_tensor* up, ForMatmuls) override;
@@ -32,6 +31,9 @@ class CpuOps : public Ops {
     void set_positions(const std::vector<int32_t>& positions) override { angles_.write(positions); }
 
   protected:
+    ggml_tensor* unscaled_matmul(ggml_tensor* weight, ggml_tensor* x) override {
+        return matmul_.apply(weight, x);
+    }
     ggml_tensor* expert_matmul(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen) override {
         return matmul_.apply(weights, x, chosen);
     }

@@ -13,7 +13,7 @@ ggml_tensor* GgmlOps::rms_norm(ggml_tensor* x, ggml_tensor* weight, ForMatmuls) 
     return ggml_mul(c_.ctx, normed, weight);
 }
 
-ggml_tensor* GgmlOps::matmul(ggml_tensor* weight, ggml_tensor* x) {
+ggml_tensor* GgmlOps::unscaled_matmul(ggml_tensor* weight, ggml_tensor* x) {
     return gemm::ggml_matmul(c_.ctx, weight, x);
 }
 
@@ -79,9 +79,8 @@ struct Routing {
     ggml_tensor* scales;   // F32 [1, n_used, n_tokens], each expert's own scale
 };
 
-// probabilities [n_expert, n_tokens], scale [n_expert]
-Routing route(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* probabilities, ggml_tensor* scale,
-              int64_t n_used) {
+// probabilities [n_expert, n_tokens]; without scales
+Routing route(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* probabilities, int64_t n_used) {
     const int64_t n_expert = probabilities->ne[0], n_tokens = probabilities->ne[1];
     ggml_tensor* rows = ggml_reshape_3d(ctx, probabilities, 1, n_expert, n_tokens);
     ggml_tensor* experts = ggml_argsort_top_k(ctx, probabilities, static_cast<int>(n_used));
@@ -90,10 +89,7 @@ Routing route(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* probabilities,
     ggml_tensor* total = ggml_clamp(ctx, ggml_sum_rows(ctx, chosen), 6.103515625e-5f, INFINITY);
     ggml_tensor* weights = ggml_reshape_3d(ctx, ggml_div(ctx, chosen, total), 1, n_used, n_tokens);
     ggml_build_forward_expand(graph, weights);
-
-    ggml_tensor* scales = ggml_reshape_3d(ctx, scale, 1, n_expert, 1);
-    scales = ggml_repeat_4d(ctx, scales, 1, n_expert, n_tokens, 1);
-    return {experts, weights, ggml_get_rows(ctx, scales, experts)};
+    return {experts, weights, nullptr};
 }
 
 // y [d, n_used, n_tokens] -> [d, n_tokens]
@@ -120,7 +116,8 @@ ggml_tensor* weighted_sum(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* y,
 Mixture GgmlOps::moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(x->ne[0]));
     ggml_tensor* probabilities = ggml_soft_max(c_.ctx, ggml_scale(c_.ctx, scores, scale));
-    const Routing routing = route(c_.ctx, c_.graph, probabilities, w.scales, w.n_used);
+    Routing routing = route(c_.ctx, c_.graph, probabilities, w.n_used);
+    routing.scales = scales_of(w.scales, routing.experts);
     if (!c_.single_device) ggml_build_forward_expand(c_.graph, routing.scales);
     ggml_tensor* y = experts(x, routing.experts, w);
     ggml_build_forward_expand(c_.graph, y);

@@ -12,7 +12,6 @@ class GgmlOps : public Ops {
     explicit GgmlOps(const OpsContext& context) : Ops(context), positions_(context.backend.n_devices() + 1) {}
 
     ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight, ForMatmuls) override;
-    ggml_tensor* matmul(ggml_tensor* weight, ggml_tensor* x) override;
     ggml_tensor* gated_gelu(ggml_tensor* gate, ggml_tensor* up, ForMatmuls) override;
     ggml_tensor* concat_tokens(const std::vector<ggml_tensor*>& parts) override;
     ggml_tensor* rotate(ggml_tensor* x, ggml_tensor* norm, const Rope& rope, int64_t first_token) override;
@@ -23,6 +22,7 @@ class GgmlOps : public Ops {
     void set_positions(const std::vector<int32_t>& positions) override;
 
   protected:
+    ggml_tensor* unscaled_matmul(ggml_tensor* weight, ggml_tensor* x) override;
     ggml_tensor* expert_matmul(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen) override;
 
   private:

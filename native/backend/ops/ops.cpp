@@ -16,6 +16,11 @@ ggml_tensor* one_row_per_token(ggml_context* ctx, ggml_tensor* x) {
 
 }  // namespace
 
+ggml_tensor* Ops::matmul(const WeightMatrix& weight, ggml_tensor* x) {
+    ggml_tensor* result = unscaled_matmul(weight.tensor, x);
+    return weight.scale == 1.0f ? result : ggml_scale(c_.ctx, result, weight.scale);
+}
+
 ggml_tensor* Ops::add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) {
     return ggml_add(c_.ctx, x, rms_norm(branch, weight));
 }
@@ -52,13 +57,26 @@ ggml_tensor* Ops::mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeights& w, co
     return matmul(w.down, gated_gelu(gate, up, {w.down}));
 }
 
+ggml_tensor* Ops::scales_of(ggml_tensor* scales, ggml_tensor* chosen) const {
+    scales = ggml_reshape_3d(c_.ctx, scales, 1, scales->ne[0], 1);
+    scales = ggml_repeat_4d(c_.ctx, scales, 1, scales->ne[1], chosen->ne[1], 1);
+    return ggml_get_rows(c_.ctx, scales, chosen);
+}
+
+ggml_tensor* Ops::scaled_expert_matmul(ggml_tensor* weights, ggml_tensor* scales, ggml_tensor* x,
+                                       ggml_tensor* chosen) {
+    ggml_tensor* result = expert_matmul(weights, x, chosen);
+    return scales ? ggml_mul(c_.ctx, result, scales_of(scales, chosen)) : result;
+}
+
 ggml_tensor* Ops::experts(ggml_tensor* x, ggml_tensor* chosen, const ExpertWeights& w) {
     x = one_row_per_token(c_.ctx, x);
     if (!w.gate_up) {
-        ggml_tensor* gate = expert_matmul(w.gate, x, chosen);
-        return expert_matmul(w.down, gated_gelu(gate, expert_matmul(w.up, x, chosen)), chosen);
+        ggml_tensor* gate = scaled_expert_matmul(w.gate, w.gate_scales, x, chosen);
+        ggml_tensor* up = scaled_expert_matmul(w.up, w.up_scales, x, chosen);
+        return expert_matmul(w.down, gated_gelu(gate, up), chosen);
     }
-    ggml_tensor* both = expert_matmul(w.gate_up, x, chosen);
+    ggml_tensor* both = scaled_expert_matmul(w.gate_up, w.gate_up_scales, x, chosen);
     const int64_t n_ff = both->ne[0] / 2;
     const auto half = [&](int64_t i) {
         return ggml_view_3d(c_.ctx, both, n_ff, both->ne[1], both->ne[2], both->nb[1], both->nb[2],

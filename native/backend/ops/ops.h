@@ -11,17 +11,19 @@
 #include "backend/graph_executor.h"
 #include "backend/graph_inputs.h"
 #include "backend/rope_angles.h"
+#include "backend/weight_matrix.h"
 #include "ggml.h"
 
 namespace pydiffusion {
 
 // The matmuls that will read a result; null weights are left out. An implementation may give the result the
 // type that they want.
-using ForMatmuls = std::initializer_list<const ggml_tensor*>;
+using ForMatmuls = std::initializer_list<WeightMatrix>;
 
 // Projections of attention; qkv is null, or the others concatenated. Without v, K serves as V too.
 struct HeadWeights {
-    ggml_tensor *q, *k, *v, *qkv;
+    WeightMatrix q, k, v;
+    ggml_tensor* qkv;
 };
 
 // Q, K and V, [head_dim, n_heads, n_tokens].
@@ -44,12 +46,16 @@ struct CacheRows {
 
 // gate_up is null, or gate and up concatenated.
 struct MlpWeights {
-    ggml_tensor *gate, *up, *gate_up, *down;
+    WeightMatrix gate, up;
+    ggml_tensor* gate_up;
+    WeightMatrix down;
 };
 
 // Experts [n_inner, n_rows, n_expert]; gate_up, or gate and up, is null.
 struct ExpertWeights {
     ggml_tensor *gate_up, *gate, *up, *down;
+    // [n_expert], of the matrices' results before the activation; null: 1
+    ggml_tensor *gate_up_scales, *gate_scales, *up_scales;
     ggml_tensor* scales;  // [n_expert], of the experts' outputs
     int64_t n_used;       // per token
     bool with_layer;      // on the device of their layer
@@ -93,9 +99,12 @@ class Ops {
     // x + rms_norm(branch, weight)
     virtual ggml_tensor* add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight);
     // weight [n_inner, n_rows] times x [n_inner, n_tokens] -> F32 [n_rows, n_tokens]
-    virtual ggml_tensor* matmul(ggml_tensor* weight, ggml_tensor* x) = 0;
-    // The same as a node instead of a view, so that a buffer can be assigned to it.
-    virtual ggml_tensor* matmul_node(ggml_tensor* weight, ggml_tensor* x) { return matmul(weight, x); }
+    ggml_tensor* matmul(const WeightMatrix& weight, ggml_tensor* x);
+    // The same without the weight's scale, as a node instead of a view, so that a buffer can be assigned to
+    // it.
+    virtual ggml_tensor* unscaled_matmul_node(ggml_tensor* weight, ggml_tensor* x) {
+        return unscaled_matmul(weight, x);
+    }
     // gelu(gate) * up, silu(gate) * up
     virtual ggml_tensor* gated_gelu(ggml_tensor* gate, ggml_tensor* up, ForMatmuls for_matmuls = {}) = 0;
     ggml_tensor* gated_silu(ggml_tensor* gate, ggml_tensor* up) {
@@ -142,6 +151,7 @@ class Ops {
     const GraphExecutor::Pinned& pinned() const { return pinned_; }
 
   protected:
+    virtual ggml_tensor* unscaled_matmul(ggml_tensor* weight, ggml_tensor* x) = 0;
     // x [head_dim * n_heads, n_tokens] -> [head_dim, n_heads, n_tokens]
     ggml_tensor* split_heads(ggml_tensor* x, int64_t head_dim) const {
         return ggml_reshape_3d(c_.ctx, x, head_dim, x->ne[0] / head_dim, x->ne[1]);
@@ -154,6 +164,11 @@ class Ops {
     // weights [n_inner, n_rows, n_expert], x [n_inner, 1 or n_used, n_tokens], chosen I32 [n_used, n_tokens]
     // -> F32 [n_rows, n_used, n_tokens]
     virtual ggml_tensor* expert_matmul(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen) = 0;
+    // scales [n_expert] of the chosen experts -> [1, n_used, n_tokens]
+    ggml_tensor* scales_of(ggml_tensor* scales, ggml_tensor* chosen) const;
+    // expert_matmul(), times the experts' scales unless they are null.
+    ggml_tensor* scaled_expert_matmul(ggml_tensor* weights, ggml_tensor* scales, ggml_tensor* x,
+                                      ggml_tensor* chosen);
     // Outputs of the chosen experts: x [d, n_tokens] -> [d, n_used, n_tokens]
     ggml_tensor* experts(ggml_tensor* x, ggml_tensor* chosen, const ExpertWeights& w);
 

@@ -13,7 +13,9 @@ namespace {
 bool is_on_device(const ggml_tensor* weight) { return !ggml_backend_buffer_is_host(weight->buffer); }
 
 ggml_type result_type(ForMatmuls matmuls) {
-    const auto is_bf16 = [](const ggml_tensor* weight) { return !weight || weight->type == GGML_TYPE_BF16; };
+    const auto is_bf16 = [](const WeightMatrix& weight) {
+        return !weight || weight.tensor->type == GGML_TYPE_BF16;
+    };
     const bool all = matmuls.size() > 0 && std::all_of(matmuls.begin(), matmuls.end(), is_bf16);
     return all ? GGML_TYPE_BF16 : GGML_TYPE_F32;
 }
@@ -46,13 +48,13 @@ ggml_tensor* OwnKernelOps::add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_
 
 Heads OwnKernelOps::project(ggml_tensor* h, const HeadWeights& w, int64_t head_dim) {
     if (!w.q || !w.qkv) return GgmlOps::project(h, w, head_dim);
-    ggml_tensor* all = matmul(w.qkv, h);
+    ggml_tensor* all = matmul({w.qkv}, h);
     int64_t offset = 0;
-    const auto next = [&](const ggml_tensor* weight) {
-        const int64_t at = offset;
-        offset += weight->ne[1] * all->nb[0];
-        return ggml_view_3d(c_.ctx, all, head_dim, weight->ne[1] / head_dim, all->ne[1],
-                            head_dim * all->nb[0], all->nb[1], at);
+    const auto next = [&](const WeightMatrix& weight) {
+        const int64_t at = offset, n_rows = weight.tensor->ne[1];
+        offset += n_rows * all->nb[0];
+        return ggml_view_3d(c_.ctx, all, head_dim, n_rows / head_dim, all->ne[1], head_dim * all->nb[0],
+                            all->nb[1], at);
     };
     ggml_tensor *q = next(w.q), *k = next(w.k);
     return {q, k, w.v ? next(w.v) : k};
@@ -98,14 +100,15 @@ ggml_tensor* OwnKernelOps::mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeigh
                                const ExpertWeights* beside) {
     if (!w.gate_up) return GgmlOps::mlp(x, norm, w, beside);
     const bool bf16 = result_type({w.gate, w.up, w.down}) == GGML_TYPE_BF16;
-    if (beside && is_whole_on_device(*beside) && bf16 && c_.backend.computes_mlp_beside())
-        return mlp_beside(c_.ctx, x, norm, w.gate_up, w.down, c_.rms_eps);
-    ggml_tensor* both = matmul(w.gate_up, rms_norm(x, norm, {w.gate, w.up}));
-    const auto view = [&](const ggml_tensor* weight, size_t offset) {
-        return ggml_view_2d(c_.ctx, both, weight->ne[1], both->ne[1], both->nb[1], offset);
+    if (beside && is_whole_on_device(*beside) && bf16 && w.down.scale == 1.0f &&
+        c_.backend.computes_mlp_beside())
+        return mlp_beside(c_.ctx, x, norm, w.gate_up, w.down.tensor, c_.rms_eps);
+    ggml_tensor* both = matmul({w.gate_up}, rms_norm(x, norm, {w.gate, w.up}));
+    const auto view = [&](const WeightMatrix& weight, size_t offset) {
+        return ggml_view_2d(c_.ctx, both, weight.tensor->ne[1], both->ne[1], both->nb[1], offset);
     };
     ggml_tensor* gate = view(w.gate, 0);
-    ggml_tensor* up = view(w.up, gate->nb[0] * w.gate->ne[1]);
+    ggml_tensor* up = view(w.up, gate->nb[0] * w.gate.tensor->ne[1]);
     return matmul(w.down, gated_gelu(gate, up, {w.down}));
 }
 

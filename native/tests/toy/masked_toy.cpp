@@ -35,7 +35,7 @@ void MaskedToy::load_weights(WeightsLoader& load, const Hparams& hp, Weights& w)
     const int64_t d = hp.n_embd, ff = hp.n_ff, head_dim = hp.layers[0].head_dim;
     const int64_t q = head_dim * hp.n_head, kv = head_dim * hp.layers[0].n_head_kv;
     w.self_cond_pre_norm = load.f32("self_cond_pre_norm.weight", {d});
-    load.matrix("self_cond_proj.weight", {d, d});
+    w.self_cond_down = load.matrix("self_cond_proj.weight", {d, d});
     for (int32_t i = 0; i < hp.n_layer; ++i) {
         const auto name = [i](const char* suffix) { return format("blk.%d.%s.weight", i, suffix); };
         LayerWeights layer;
@@ -60,8 +60,7 @@ ggml_tensor* MaskedToy::embed_prompt(GraphBuilder& g, ggml_tensor* tokens) const
 
 ggml_tensor* MaskedToy::embed_canvas(GraphBuilder& g, ggml_tensor* tokens, ggml_tensor* soft) const {
     const Weights& w = g.model.weights;
-    ggml_tensor* s =
-        g.ops->matmul(w.find("self_cond_proj.weight"), g.ops->rms_norm(soft, w.self_cond_pre_norm));
+    ggml_tensor* s = g.ops->matmul(w.self_cond_down, g.ops->rms_norm(soft, w.self_cond_pre_norm));
     return ggml_add(g.ctx(), g.embed(tokens), s);
 }
 
@@ -92,7 +91,7 @@ ggml_tensor* MaskedToy::layer(GraphBuilder& g, int32_t i_layer, ggml_tensor* x) 
 void MaskedToy::store_keys_and_values(GraphBuilder& g, int32_t i_layer, ggml_tensor* x) const {
     const LayerWeights& w = g.model.weights.layers[i_layer];
     ggml_tensor* h = g.ops->rms_norm(x, w.attn_norm, {w.attn_k, w.attn_v});
-    g.store(i_layer, g.ops->project(h, {nullptr, w.attn_k, w.attn_v, nullptr}, g.head_dim(i_layer)),
+    g.store(i_layer, g.ops->project(h, {{}, w.attn_k, w.attn_v, nullptr}, g.head_dim(i_layer)),
             head_norms(w));
 }
 

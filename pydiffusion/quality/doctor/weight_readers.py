@@ -8,13 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import (
-    EMBEDDING,
-    LM_HEAD,
-    PREFIX,
-    SCALED_KINDS,
-)
-from pydiffusion.convert.checkpoint.tensor_map import split_name
+from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import EMBEDDING, LM_HEAD, PREFIX
 from pydiffusion.convert.checkpoint.weights import Weights
 from pydiffusion.convert.gguf import rows
 from pydiffusion.convert.gguf.tensor_reads import SourceTensor
@@ -34,18 +28,18 @@ class WeightReader(ABC):
     def read(self, name: str) -> np.ndarray:
         """The whole tensor, in its own shape."""
         tensor = self.find(name)
-        return _to_float32(tensor, 0, math.prod(tensor.shape[:-1])).reshape(tensor.shape)
+        return self._rows(tensor, 0, math.prod(tensor.shape[:-1])).reshape(tensor.shape)
 
     def read_rows(self, name: str, ids: Sequence[int]) -> np.ndarray:
         """These rows of a matrix: (len(ids), n_per_row)."""
         tensor = self.find(name)
-        return np.concatenate([_to_float32(tensor, i, 1) for i in ids])
+        return np.concatenate([self._rows(tensor, i, 1) for i in ids])
 
     def chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """All rows of a matrix in chunks: (index of the first, rows)."""
         tensor = self.find(name)
         for first in range(0, tensor.shape[0], _ROWS):
-            yield first, _to_float32(tensor, first, min(_ROWS, tensor.shape[0] - first))
+            yield first, self._rows(tensor, first, min(_ROWS, tensor.shape[0] - first))
 
     @property
     def head(self) -> str:
@@ -55,6 +49,10 @@ class WeightReader(ABC):
         except ConversionError:
             return EMBEDDING
         return LM_HEAD
+
+    def _rows(self, tensor: SourceTensor, first: int, n_rows: int) -> np.ndarray:
+        """Rows of all matrices of a tensor: (n_rows, n_per_row) float32."""
+        return _to_float32(tensor, first, n_rows)
 
 
 class CheckpointReader(WeightReader):
@@ -72,7 +70,10 @@ class CheckpointReader(WeightReader):
 
 
 class FileReader(WeightReader):
-    """Weights of a GGUF, dequantized. source_to_name: names in the checkpoint -> names in the GGUF."""
+    """Weights of a GGUF, dequantized, times the scale that may be beside a matrix.
+
+    source_to_name: names in the checkpoint -> names in the GGUF.
+    """
 
     def __init__(self, tensors: Mapping[str, SourceTensor], source_to_name: Mapping[str, str]) -> None:
         self._tensors = tensors
@@ -91,17 +92,17 @@ class FileReader(WeightReader):
         for joined, parts in _EXPERTS.items():
             if own.endswith(joined) and own not in self._tensors:
                 prefix = own.removesuffix(joined)
-                return np.concatenate([self._scaled(prefix + part) for part in parts], axis=1)
-        return self._scaled(own)
+                return np.concatenate([super(FileReader, self).read(prefix + part) for part in parts], axis=1)
+        return super().read(name)
 
-    def _scaled(self, own: str) -> np.ndarray:
-        """A tensor times its factors, of which the router keeps the down matrices'."""
-        weights = super().read(own)
-        kind = split_name(own)[0]
-        factors = f"{own.removesuffix('.weight')}.scale"
-        if kind not in SCALED_KINDS or factors not in self._tensors:
-            return weights
-        return weights * super().read(factors).reshape(-1, *(1,) * (weights.ndim - 1))
+    def _rows(self, tensor: SourceTensor, first: int, n_rows: int) -> np.ndarray:
+        rows_read = super()._rows(tensor, first, n_rows)
+        scale = self._tensors.get(tensor.name.removesuffix("weight") + "scale")
+        if scale is None or scale.name in self._names.values():  # the router's are weights in their own right
+            return rows_read
+        scales = _to_float32(scale, 0, 1)[0]  # one, or one per expert
+        rows_of_each = math.prod(tensor.shape[:-1]) // len(scales)
+        return rows_read * scales[np.arange(first, first + n_rows) // rows_of_each, None]
 
 
 def _to_float32(tensor: SourceTensor, first: int, n_rows: int) -> np.ndarray:

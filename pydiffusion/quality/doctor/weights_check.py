@@ -32,6 +32,14 @@ def check(subject: Subject, section: Section) -> None:
             "the layers check them",
         )
         wanted, there = wanted - joined, there - apart
+    scaled = _with_own_scales(there, wanted)
+    if scaled:
+        section.skip(
+            f"{sum(name.endswith('.weight') for name in scaled)} matrices with scales",
+            "the reference has no scales beside them",
+            "the layers check them",
+        )
+        wanted, there = wanted - scaled, there - scaled
     for names, state in ((wanted - there, "missing from the file"), (there - wanted, "not in the reference")):
         if names:
             section.fail(
@@ -46,10 +54,20 @@ def check(subject: Subject, section: Section) -> None:
         subject.reference,
         progress=lambda p: subject.progress(p.tensor, p.done_bytes / max(1, p.total_bytes)),
     )
-    compared = [one for one in report.tensors if one.n_weights]
+    compared = [one for one in report.tensors if one.n_weights and one.name not in scaled]
     _judge(compared, section)
     section.tables.append(_table(compared))
     subject.weight_errors.update({one.name: one.relative_error for one in compared})
+
+
+def _with_own_scales(there: set[str], wanted: set[str]) -> set[str]:
+    """Scales that the reference doesn't have (NVFP4 files of llama.cpp's converter), and what is only right
+    together with them: their matrices, and the experts whose scales are in the router's.
+    """
+    scales = {name for name in there - wanted if name.endswith((".scale", ".input_scale"))}
+    stems = {name.rpartition(".")[0] for name in scales}
+    stems |= {stem.rpartition(".")[0] + ".ffn_down_exps" for stem in stems if stem.endswith("_exps")}
+    return {name for name in there & wanted if name.rpartition(".")[0] in stems} | scales
 
 
 def _judge(compared: list[TensorCheck], section: Section) -> None:
