@@ -257,7 +257,7 @@ def gptqmodel_cases() -> Iterator[Case]:
         (4, "gptq_v2", True, 0),
         (8, "gptq", True, 1),
         (8, "gptq_v2", False, 0),
-        # The first version takes one from each word of zero points as a whole: one of 0 borrows from the next.
+        # The first version takes one from all zero points of a word at once: one of 0 borrows from the next.
         (2, "gptq", False, 0),
         (3, "gptq", False, 0),
         (4, "gptq", False, 0),
