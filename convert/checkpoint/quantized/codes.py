@@ -49,15 +49,16 @@ def unpack_words(words: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def unpack_stream(words: np.ndarray, bits: int) -> np.ndarray:
-    """Codes in words of 32 bits without gaps, from the lowest bits, across the words' borders:
-    (n_rows, n_words) uint32 -> (n_rows, 32 n_words / bits) uint32.
+    """Codes in words of 32 bits without gaps, from the lowest bits, across the words' borders; bits at the
+    end that are no whole code are left out: (n_rows, n_words) uint32 -> (n_rows, 32 n_words // bits) uint32.
     """
     if 32 % bits == 0:
         return unpack_words(words, bits, words.shape[-1] * (32 // bits))
+    count = words.shape[-1] * 32 // bits
     stream = np.unpackbits(
         np.ascontiguousarray(words, "<u4").view(np.uint8).reshape(len(words), -1), axis=-1, bitorder="little"
     )
-    groups = stream.reshape(len(words), -1, bits).astype(np.uint32)
+    groups = stream[:, : count * bits].reshape(len(words), count, bits).astype(np.uint32)
     return groups @ (np.uint32(1) << np.arange(bits, dtype=np.uint32))
 
 

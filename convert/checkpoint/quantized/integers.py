@@ -149,7 +149,6 @@ def gptq(parts: Parts) -> Weight:
         if n_columns % n_groups:
             raise parts.error(f"{scales.name!r} has {n_groups} groups for rows of {n_columns}", scales)
         groups = np.repeat(np.arange(n_groups), n_columns // n_groups)
-    offset = 1 if parts.settings.zeros_minus_one else 0
 
     def rows(first: int, count: int) -> np.ndarray:
         part = slice(first, first + count)
@@ -157,12 +156,27 @@ def gptq(parts: Parts) -> Weight:
         weights = unpack_stream(words, bits).astype(np.float32)
         zeros = np.full((count, n_groups), 1 << (bits - 1), np.float32)
         if zero_words is not None:
-            stored = unpack_stream(parts.all_of(zero_words).view("<u4"), bits)[:, part]
-            zeros = stored.T.astype(np.float32) + offset
+            stored = _gptq_zeros(parts.all_of(zero_words), bits, parts.settings.zeros_minus_one)
+            zeros = stored[:, part].T.astype(np.float32)
         scale = parts.all_of(scales)[:, part].T
         return (weights - zeros[:, groups]) * scale[:, groups]
 
     return dequantized(parts, codes, shape, rows)
+
+
+def _gptq_zeros(words: np.ndarray, bits: int, minus_one: bool) -> np.ndarray:
+    """Zero points of the words, to which one is added if each was stored less one: (n_groups, n_words) uint32 ->
+    (n_groups, n).
+
+    That was one subtraction per word, so a zero point of 0 took one from the next field as well; one addition
+    undoes it. Codes of 3 bits, which cross the words' borders, were made less one each for itself.
+    """
+    words = words.view("<u4")
+    if not minus_one:
+        return unpack_stream(words, bits)
+    if 32 % bits == 0:
+        return unpack_stream(words + np.uint32((2**32 - 1) // (2**bits - 1)), bits)
+    return (unpack_stream(words, bits) + 1) & np.uint32(2**bits - 1)
 
 
 def _transposed_scales(parts: Parts, codes: StoredTensor, shape: tuple[int, ...]) -> tuple[StoredTensor, int]:
