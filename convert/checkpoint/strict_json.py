@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from pydiffusion._util.file_kinds import recognise
 from pydiffusion.errors import ConversionError
 
 _REQUIRED: Any = object()
@@ -29,9 +30,12 @@ def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
     """As :func:`read_json_object`, from bytes. Also rejects duplicate keys, NaN and infinity."""
     try:
         value = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+            text.decode("utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
         )
     except (ValueError, RecursionError) as error:
+        found = recognise(text[:4096], len(text), "json")
+        if found is not None:
+            raise ConversionError(f"{where}: not JSON; it is {found}") from error
         raise ConversionError(f"{where}: not valid JSON: {error or 'nested too deeply'}") from error
     if not isinstance(value, dict):
         raise ConversionError(f"{where}: should contain a JSON object, contains {_describe(value)}")

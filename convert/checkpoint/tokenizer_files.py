@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeGuard
 
+from pydiffusion._util.file_kinds import recognise_file
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.errors import ConversionError
@@ -325,6 +326,9 @@ def _chat_templates(folder: Path, settings: dict[str, Any], notes: list[str]) ->
                 raise ConversionError(
                     f"{path}: larger than {_MAX_TEMPLATE} bytes; this is not a chat template"
                 )
+            found = recognise_file(path, "text")
+            if found is not None:
+                raise ConversionError(f"{path}: not a chat template; it is {found}")
             return {key: Value("str", path.read_bytes().decode("utf-8"))}
         except (OSError, UnicodeDecodeError) as error:
             raise ConversionError(f"{path}: can't be read: {error}") from error
