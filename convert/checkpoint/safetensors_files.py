@@ -133,9 +133,9 @@ def _require_listed(found: WeightFiles, tensors: dict[str, StoredTensor]) -> Non
     """Raise ConversionError if the index lists a tensor that its file does not contain."""
     missing = sorted(set(found.shard_of) - set(tensors))
     if found.index is not None and missing:
+        shard = found.shard_of[missing[0]]
         raise ConversionError(
-            f"{found.index.name}: lists {missing[0]!r} in {found.shard_of[missing[0]]}, which does not contain "
-            "it"
+            f"{found.index.name}: lists {missing[0]!r} in {shard}, which does not contain it"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from pydiffusion.errors import ConversionError
 
 _REQUIRED: Any = object()
 _MAX_INT = 2**31 - 1
+_MAX_FLOAT32 = 3.4e38
 
 
 def read_json_object(path: Path, max_bytes: int = 1 << 30) -> dict[str, Any]:
@@ -60,6 +61,17 @@ def _no_constant(name: str) -> Any:
 def _describe(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _is_within(value: float, minimum: float, maximum: float) -> bool:
+    if not abs(value) <= _MAX_FLOAT32:
+        return False
+    return _float32(minimum) <= _float32(value) <= _float32(maximum)
+
+
+def _float32(value: float) -> float:
+    (rounded,) = struct.unpack("<f", struct.pack("<f", value))
+    return float(rounded)
 
 
 class Fields:
@@ -117,12 +129,10 @@ class Fields:
         return value
 
     def number(self, key: str, default: Any = _REQUIRED, *, minimum: float, maximum: float = 1e30) -> float:
-        """A finite number, ``minimum < value <= maximum``; integers count."""
+        """A number from ``minimum`` to ``maximum``, as the float32 that files store; integers count."""
         value, there = self._get(key, default)
-        if there and (
-            type(value) not in (int, float) or not minimum < value <= maximum or not math.isfinite(value)
-        ):
-            raise self.error(key, f"a number above {minimum} and at most {maximum:g}")
+        if there and (type(value) not in (int, float) or not _is_within(value, minimum, maximum)):
+            raise self.error(key, f"a number from {minimum:g} to {maximum:g}")
         return float(value)
 
     def boolean(self, key: str, default: Any = _REQUIRED) -> bool:

@@ -21,7 +21,7 @@ _RESAVE = "load it with transformers and save it with save_pretrained, which wri
 # Weights of other kinds, by the endings of their names, and what to do with them.
 _OTHER_WEIGHTS = (
     ((".gguf",), "GGUF", "a GGUF is run as it is, or gets other types by `pydiffusion quantize IN OUT`"),
-    ((".bin", ".pt", ".pth", ".ckpt"), "PyTorch's pickle format, which is not read: it can run code", _RESAVE),
+    ((".bin", ".pt", ".pth", ".ckpt"), "a pickle of PyTorch, not read since it can run code", _RESAVE),
     ((".h5", ".msgpack", ".keras"), "TensorFlow's or Flax's format", _RESAVE),
     ((".distcp",), "PyTorch's distributed format", "consolidate it, and save it with save_pretrained"),
     ((".npz",), "numpy's format (of MLX)", _ORIGINAL),
@@ -66,7 +66,7 @@ def find_weights(folder: Path) -> WeightFiles:
         raise ConversionError(explain_without_weights(folder))
     if len(sets) > 1:
         raise ConversionError(_two_sets(folder, sets[0][0], sets[1][0]))
-    _require_present(folder, _whole_set(sets[0]), f"{sets[0][0]} is one of its set")
+    _require_present(folder, _whole_set(sets[0]), f"{sets[0][0]} is of the same set")
     return WeightFiles(tuple(folder / name for name in sets[0]), None, {})
 
 
