@@ -183,6 +183,8 @@ def _nearest(name: str, permitted: Sequence[str]) -> str | None:
     """The recipe most like an unknown name, such as Unsloth's UD-Q4_K_XL, whose mixes are of each file."""
     name = name.removeprefix("ud_")
     base = re.sub(r"_(xl|l|m|s)$", "", name)
-    family = [known for known in permitted if known == base or known.startswith(f"{base}_")]
-    close = difflib.get_close_matches(name, permitted, n=1)
-    return family[0] if family else close[0] if close else None
+    for stem in (base, base.rpartition("_")[0]):
+        family = [known for known in permitted if known == stem or known.startswith(f"{stem}_")]
+        if stem and family:
+            return family[0]
+    return next(iter(difflib.get_close_matches(name, permitted, n=1)), None)

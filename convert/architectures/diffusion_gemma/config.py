@@ -341,19 +341,20 @@ def read_sampler_config(folder: Path, config: TextConfig, notes: list[str]) -> S
     result = SamplerConfig(**values_by_option, eos_token_ids=_read_eos(fields, config))
     for part in (fields,) if sampler is fields else (fields, sampler):
         part.note_defaults()
-    if result.t_max < result.t_min or result.t_max <= 0:
-        raise ConversionError(
-            f"{where}: 't_max' = {result.t_max} should be above 0 and not below 't_min' = {result.t_min}"
-        )
+    if result.t_max <= result.t_min:
+        raise ConversionError(f"{where}: 't_max' = {result.t_max} should be above 't_min' = {result.t_min}")
     return result
 
 
 def _read_option(fields: Fields, option: SamplerOption) -> Any:
-    """The value of a sampler option within the range that a file can have."""
+    """The value of a sampler option within the range that a file can have; the reference allows no 0 but for
+    counts and temperatures.
+    """
     key = _SAMPLER_NAMES.get(option.name, option.name)
     if option.integer:
         return fields.integer(key, option.default, minimum=int(option.low), maximum=int(option.high))
-    return fields.number(key, option.default, minimum=option.low, maximum=option.high)
+    low = option.low if option.name in ("t_min", "t_max") else 1e-30
+    return fields.number(key, option.default, minimum=low, maximum=option.high)
 
 
 def _read_eos(fields: Fields, config: TextConfig) -> tuple[int, ...]:
