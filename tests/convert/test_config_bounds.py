@@ -1,4 +1,4 @@
-"""What ``config.json`` may say: the runtime loads all that the converter accepts; the rest it refuses first."""
+"""What ``config.json`` may say: the runtime loads all that the converter accepts."""
 
 from __future__ import annotations
 
