@@ -24,7 +24,7 @@ from pydiffusion.errors import ConversionError
 # common hardware, faster one. Types that need an imatrix count only with one.
 FIT_ORDER = (
     "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_l", "q3_k_m", "iq3_m",
-    "q3_k_s", "iq3_xs", "iq3_xxs", "q2_k", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
+    "q3_k_s", "iq3_xs", "iq3_xxs", "q2_k", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
 )  # fmt: skip
 # Upgrades for the remaining bytes, in this order: parts that every token passes, small compared to the
 # experts.

@@ -48,8 +48,8 @@ _PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")
 
 
 def recognise(head: bytes, n_bytes: int, wanted: Kind) -> str | None:
-    """What a file is instead of the ``wanted`` kind, and what to do: the rest of a sentence that begins with
-    "is". None if it may be of that kind, or nothing is known about it.
+    """Recognise a file that is of another kind than ``wanted``: what it is and what to do, as the rest of a
+    sentence that begins with "is". None if it may be of that kind, or nothing is known about it.
 
     ``head``: its first bytes, a few thousand or all; ``n_bytes``: its size.
     """

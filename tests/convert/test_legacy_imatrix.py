@@ -156,7 +156,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "a giant text": (pack([("a", 1, VALUES)], struct.pack("<ii", 1, 2**31 - 1)), "name of the text"),
     "bytes too many": (pack([("a", 1, VALUES)], struct.pack("<ii", 1, 0) + b"x"), "1 bytes too many"),
     # As a converter wrote it whose rows of experts count as values (ikawrakow/ik_llama.cpp#2385).
-    "rows for values": (ONE.replace(b"\1", b"\2", 1).replace(b"\x08\0\0\0", b"\2\0\0\0"), "length of the name"),
+    "rows for values": (ONE.replace(b"\1", b"\2", 1).replace(b"\x08\0\0\0", b"\2\0\0\0"), "length of"),
 }  # fmt: skip
 
 
