@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,10 +56,14 @@ def find_weights(folder: Path) -> WeightFiles:
     sets = _sets([name for name in names if name.endswith(".safetensors")])
     if indexes:
         listed = sorted(set(shard_of.values()))
-        others = [some for some in sets if not set(some) <= set(listed)]
-        if others:
-            strange = next(name for name in others[0] if name not in listed)
-            raise ConversionError(_two_sets(folder, indexes[0], strange))
+        strange = [name for some in sets for name in some if name not in listed]
+        if strange and not set(listed) & set(names):
+            raise ConversionError(
+                f"{folder / indexes[0]}: nothing that it lists is there ({listed[0]}), but {strange[0]} is: "
+                "remove the index if it is stale, or download what it lists"
+            )
+        if strange:
+            raise ConversionError(_two_sets(folder, indexes[0], strange[0]))
         _require_present(folder, listed, f"{indexes[0]} lists it")
         return WeightFiles(tuple(folder / name for name in listed), folder / indexes[0], shard_of)
     if not sets:
@@ -129,7 +133,7 @@ def explain_without_config(folder: Path) -> str:
     below = next(_checkpoints_below(folder), None)
     if below is not None:
         return f"{folder}: has no config.json; {below.relative_to(folder)} in it has: give {below}"
-    other = _other_weights(folder)
+    other = other_weights(path.name for path in folder.iterdir())
     more = f"; {other}" if other else ": give a checkpoint folder as save_pretrained writes it"
     return f"{folder}: has no config.json{more}"
 
@@ -141,7 +145,7 @@ def explain_without_weights(folder: Path) -> str:
     unfinished = [path.name for path in sorted(folder.iterdir()) if path.name.endswith(UNFINISHED)]
     if unfinished:
         return f"{folder}: has no weights yet, but {unfinished[0]}, an unfinished download: finish it"
-    other = _other_weights(folder)
+    other = other_weights(path.name for path in folder.iterdir())
     more = f"; {other}" if other else ": download the weights too (model.safetensors, or its shards)"
     return f"{folder}: has no safetensors file{more}"
 
@@ -153,12 +157,12 @@ def _explain_adapter(path: Path) -> str:
     )
 
 
-def _other_weights(folder: Path) -> str:
+def other_weights(names: Iterable[str]) -> str:
     """Name a file of weights in another format, and say what to do with it; empty if there is none."""
-    for path in sorted(folder.iterdir()):
+    for name in sorted(names):
         for endings, format_name, advice in _OTHER_WEIGHTS:
-            if path.name.endswith(endings):
-                return f"{path.name} is {format_name}: {advice}"
+            if name.endswith(endings):
+                return f"{name} is {format_name}: {advice}"
     return ""
 
 

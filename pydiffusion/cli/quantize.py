@@ -56,7 +56,9 @@ def command(
     as_json: Report = False,
 ) -> None:
     """Requantize a GGUF file. Verifies every tensor written."""
-    if type_argument is None and target is not None and _is_type(target):
+    if target is not None and _is_type(target):  # OUT is left out
+        if type_argument is not None:
+            threads_argument = _number_of_threads(type_argument)
         target, type_argument = None, str(target)
     if target is None and type_argument is None and not given(context, "type"):
         raise typer.BadParameter("give OUT, the file to write, or TYPE")
@@ -84,6 +86,12 @@ def command(
         n_threads=threads_argument if threads is None else threads,
         overwrite=not no_overwrite,
     )
+
+
+def _number_of_threads(text: str) -> int:
+    if not text.isdecimal():
+        raise typer.BadParameter(f"{text} is neither the number of threads nor, after a type, an argument")
+    return int(text)
 
 
 def _is_type(target: Path) -> bool:

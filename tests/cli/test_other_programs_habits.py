@@ -34,6 +34,8 @@ def test_quantize_in_type(source: Path, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").symlink_to(source)
     assert main(["quantize", str(tmp_path / "m.gguf"), "Q4_0"]) == 0
     assert "Q4_0" in types(tmp_path / "m-q4_0.gguf")
+    assert main(["quantize", str(tmp_path / "m.gguf"), "Q4_1", "1"]) == 0  # with a number of threads
+    assert "Q4_1" in types(tmp_path / "m-q4_1.gguf")
     assert main(["quantize", str(tmp_path / "m.gguf"), "--type", "Q5_0"]) == 0
     assert "Q5_0" in types(tmp_path / "m-q5_0.gguf")
 
@@ -45,6 +47,7 @@ def test_quantize_in_type(source: Path, tmp_path: Path) -> None:
         (["Q8_0", "--type", "q4_0"], "given twice"),
         (["o.gguf", "Q8_0", "2", "--threads", "1"], "given twice: 2 and --threads 1"),
         ([], "give OUT"),
+        (["Q8_0", "Q4_0"], "Q4_0 is neither"),
         (["o.gguf", "UD-Q4_K_XL"], "the nearest is q4_k_m"),
         (["o.gguf", "--type", "Q4_K_L"], "the nearest is q4_k_m"),
         (["o.gguf", "Q8_0", "2", "3"], "unexpected"),

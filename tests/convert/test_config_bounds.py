@@ -122,7 +122,7 @@ def test_whatever_is_accepted_loads(tmp_path: Path) -> None:
         config["text_config"] |= {"partial_rotary_factor": None, "final_logit_softcapping": 30.0}
     outcomes: set[bool] = set()
 
-    @settings(max_examples=300, deadline=None, derandomize=True)
+    @settings(max_examples=150, deadline=None, derandomize=True)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         config = configs[data.draw(st.sampled_from(sorted(configs)))]
@@ -135,6 +135,7 @@ def test_whatever_is_accepted_loads(tmp_path: Path) -> None:
     assert outcomes == {True, False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "value"),
     [
@@ -151,6 +152,7 @@ def test_files_at_the_bounds_load(folder: Path, tmp_path: Path, path: tuple[str,
     DiffusionModel(converted(folder, tmp_path, "config.json", config), n_ctx=64, n_threads=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SAMPLER, ids="/".join)
 def test_sampler_defaults_at_their_bounds_load(folder: Path, tmp_path: Path, path: tuple[str, ...]) -> None:
     plain = folders.generation_config() | {"t_max": 0.9, "t_min": 0.5}

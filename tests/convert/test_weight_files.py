@@ -50,7 +50,6 @@ def refused(folder: Path, *words: str) -> str:
         (3, lambda i: f"model-{i:05d}-of-00003.safetensors"),  # numbered from 0
         (2, lambda i: f"model-{i + 1:05d}-of-000002.safetensors"),  # six digits, as DeepSeek's
         (2, lambda i: f"diffusion_pytorch_model-{i + 1:05d}-of-00002.safetensors"),
-        (2, lambda i: f"model.bf16-{i + 1:05d}-of-00002.safetensors"),
     ],
 )
 def test_shards_without_an_index(
@@ -120,6 +119,31 @@ def test_two_sets_of_weights_are_refused(
     (made / other).write_bytes((made / source).read_bytes())
     first = INDEX if has_index else f"model-00001-of-{n_shards:05d}" if n_shards > 1 else "model.safetensors"
     refused(made, "two sets of weights", first, other)
+
+
+@pytest.mark.parametrize("n_shards", [1, 2])
+def test_a_stale_index_is_named(folder: Path, tmp_path: Path, expected: bytes, n_shards: int) -> None:
+    """Left over from an export in other shards; without it the folder is whole."""
+    made = folders.make_folder(tmp_path / folder.name, n_shards=5)
+    for shard in made.glob("*.safetensors"):
+        shard.unlink()
+    other = folders.make_folder(tmp_path / "other", n_shards=n_shards)
+    for shard in other.glob("*.safetensors"):
+        shard.rename(made / shard.name)
+    refused(made, INDEX, "model-00001-of-00005.safetensors", "remove the index if it is stale")
+    (made / INDEX).unlink()
+    convert(made, tmp_path / "m.gguf", "bf16")
+    assert (tmp_path / "m.gguf").read_bytes() == expected
+
+
+def test_an_index_of_one_file(folder: Path, tmp_path: Path, expected: bytes) -> None:
+    made = folders.make_folder(tmp_path / folder.name)
+    names = folders.weights()
+    folders.write_json(made / INDEX, {"weight_map": dict.fromkeys(names, "model.safetensors")})
+    convert(made, tmp_path / "m.gguf", "bf16")
+    assert (tmp_path / "m.gguf").read_bytes() == expected
+    (made / "mtp.safetensors").write_bytes((made / "model.safetensors").read_bytes())
+    refused(made, "two sets of weights", "mtp.safetensors")
 
 
 def test_pickles_beside_safetensors_are_noted(folder: Path, tmp_path: Path, expected: bytes) -> None:

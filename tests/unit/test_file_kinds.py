@@ -72,27 +72,43 @@ READERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@WITH_KIND
-@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_in_place_of_a_gguf(tmp_path: Path, read: Callable[[Path], object], data: bytes, words: str) -> None:
-    path = tmp_path / "m.gguf"
+def assert_named(read: Callable[[Path], object], path: Path, data: bytes, words: str) -> None:
     path.write_bytes(data)
     with pytest.raises(PyDiffusionError) as caught:
         read(path)
-    one_line(caught, path, words)
-    assert list(tmp_path.iterdir()) == [path]
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message and words in message, message
+    assert list(path.parent.iterdir()) == [path]
 
 
 @WITH_KIND
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"]
-)
+def test_in_place_of_a_gguf(tmp_path: Path, data: bytes, words: str) -> None:
+    assert_named(READERS["DiffusionModel"], tmp_path / "m.gguf", data, words)
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("kind", ["pointer", "empty", "zip"])
+def test_wherever_a_gguf_is_opened(tmp_path: Path, read: Callable[[Path], object], kind: str) -> None:
+    assert_named(read, tmp_path / "m.gguf", *KINDS[kind])
+
+
+@WITH_KIND
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 def test_in_place_of_a_file_of_a_checkpoint(tmp_path: Path, name: str, data: bytes, words: str) -> None:
     made = folders.make_folder(tmp_path / "folder")
     (made / name).write_bytes(data)
     with pytest.raises(PyDiffusionError) as caught:
         convert(made, tmp_path / "o.gguf", "bf16")
     one_line(caught, made / name, words)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_in_place_of_a_small_file(tmp_path: Path, name: str) -> None:
+    made = folders.make_folder(tmp_path / "folder")
+    (made / name).write_bytes(POINTER)
+    with pytest.raises(PyDiffusionError) as caught:
+        convert(made, tmp_path / "o.gguf", "bf16")
+    one_line(caught, made / name, "git lfs pull")
 
 
 @pytest.mark.parametrize("kind", ["pointer", "page", "empty", "gzip", "UTF-16"])
