@@ -57,7 +57,7 @@ def convert(
     Args:
         source: the folder, or a Hugging Face repo id (``OWNER/NAME``).
         target: the file to write; an existing one is replaced, unless ``overwrite`` is False.
-        type: one of :data:`TYPES`.
+        type: one of :data:`TYPES`, in any case, or another name of it that is in use (``Q4_K``).
         pad: True zero-pads the feed-forward lengths to multiples of 256, which does not change the model's
             output; False never pads; None pads if the recipe's types need it and the file gets smaller or
             hardly larger than with fallback types.
@@ -85,7 +85,7 @@ def convert(
     started = time.perf_counter()
     variant = Variant(target, type, pad, tensor_types, imatrix, split_max_size)
     choices = _Choices(variant, resume, allow_nonfinite, n_threads, overwrite, progress)
-    keep = type.upper() if type in KEPT else ""
+    keep = choices.type.upper() if choices.type in KEPT else ""
     with open_checkpoint(source, revision, keep=keep, chat_template=chat_template) as opened:
         return writer.run(choices.job(opened), started)
 
@@ -197,8 +197,7 @@ def convert_mmproj(
         ValueError: another type.
     """
     started = time.perf_counter()
-    if type not in MMPROJ_TYPES:
-        raise ValueError(f"type is {type!r}; a vision file is one of {', '.join(MMPROJ_TYPES)}")
+    type = recipes.recipe_name(type, MMPROJ_TYPES)
     with open_mmproj(source, type, revision) as opened:
         tensors = opened.tensors
         job = Job(
@@ -234,13 +233,11 @@ class _Choices:
         overwrite: bool,
         progress: ProgressCallback | None,
     ):
-        if variant.type not in recipes.RECIPES:
-            raise ValueError(f"type is {variant.type!r}; known are {', '.join(recipes.TYPES)}")
         if n_threads is not None and (not isinstance(n_threads, int) or n_threads < 0):
             raise ValueError(f"n_threads is {n_threads!r}; give a positive number, or None for one per CPU")
         check_split_size(variant.split_max_size)
         self.variant, self.n_threads = variant, n_threads or 0
-        self.type, self.target = variant.type, Path(variant.target)
+        self.type, self.target = recipes.recipe_name(variant.type), Path(variant.target)
         self.overrides = type_plan.as_pairs(variant.tensor_types)
         self.imatrix = None if variant.imatrix is None else imatrix_file.read_imatrix(variant.imatrix)
         self.resume, self.allow_nonfinite = resume, allow_nonfinite
@@ -266,7 +263,7 @@ class _Choices:
             tensors, more = _with_importance(self.imatrix, tensors)
             notes += more
             covered = {tensor.name for tensor in tensors if tensor.importance is not None}
-        type_plan.require_imatrix(types, covered)
+        type_plan.require_imatrix(types, self.type, self.imatrix is not None, covered)
         if self.allow_nonfinite:
             tensors, more = _keep_nonfinite(tensors, source.architecture.kinds)
             notes += more

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import _native
 from ._util import hub
 from ._util.cpus import step_threads
-from ._util.files import check_is_file
+from ._util.files import check_is_gguf
 from ._util.warn import warn_caller
 from .chat.formats.registry import BUILT_IN_TEMPLATES
 from .chat.messages import plain
@@ -142,7 +142,7 @@ class DiffusionModel:
         threads = step_threads().n if n_threads is None else n_threads
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"n_threads is {n_threads!r}; permitted is None or an integer of at least 1")
-        check_is_file(self.path)
+        check_is_gguf(self.path)
         native = _native.Model(
             os.fspath(self.path),
             threads,

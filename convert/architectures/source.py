@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydiffusion._util.atomic import explaining
+from pydiffusion._util.file_kinds import recognise_file
 from pydiffusion.chat.template_source import TEMPLATE_KEY
 from pydiffusion.convert.architectures import registry
 from pydiffusion.convert.architectures.architecture import Architecture, ModelShape
@@ -23,8 +24,9 @@ from pydiffusion.convert.checkpoint.hub import find_checkpoint
 from pydiffusion.convert.checkpoint.quantized import settings
 from pydiffusion.convert.checkpoint.quantized.reader import open_weights
 from pydiffusion.convert.checkpoint.quantized.settings import Quantization, read_quantization
-from pydiffusion.convert.checkpoint.safetensors_files import INDEX, Checkpoint
+from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
+from pydiffusion.convert.checkpoint.weight_files import explain_without_config
 from pydiffusion.convert.checkpoint.weights import Weights
 from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT, Value
 from pydiffusion.convert.gguf.model_keys import QUANTIZATION_VERSION
@@ -37,9 +39,7 @@ if TYPE_CHECKING:
     from pydiffusion import _native
 
 _CONFIG = "config.json"
-_SMALL_FILES = (
-    _CONFIG, "generation_config.json", INDEX, *tokenizer_files.FILES, *settings.FILES,
-)  # fmt: skip
+_SMALL_FILES = (_CONFIG, "generation_config.json", *tokenizer_files.FILES, *settings.FILES)
 _MAX_CONFIG = 64 << 20  # bytes
 
 
@@ -126,7 +126,7 @@ def open_folder(
             files=[*checkpoint.files, *(folder / small for small in _SMALL_FILES)],
             tensors=tensors,
             metadata=metadata,
-            notes=notes,
+            notes=[*checkpoint.notes, *notes],
         )
 
 
@@ -142,9 +142,21 @@ def open_tensors(folder: Path) -> Iterator[Weights]:
 
 
 def _require_folder(folder: Path) -> None:
-    """Raise ConversionError if there is no such folder."""
+    """Raise ConversionError if there is no such folder, or no ``config.json`` in it."""
+    if folder.is_file():
+        raise ConversionError(_explain_file(folder))
     if not folder.is_dir():
         raise ConversionError(f"{folder}: no such folder; give a checkpoint folder with config.json in it")
+    if not (folder / _CONFIG).exists():
+        raise ConversionError(explain_without_config(folder))
+
+
+def _explain_file(path: Path) -> str:
+    if path.suffix in (".safetensors", ".json") and (path.parent / _CONFIG).is_file():
+        return f"{path}: is one file of a checkpoint: give its folder, {path.parent}"
+    found = recognise_file(path, "text")
+    more = f", {found}" if found else ": give a checkpoint folder with config.json in it"
+    return f"{path}: is a file, not a folder{more}"
 
 
 def read_config(folder: Path, notes: list[str]) -> tuple[Architecture[Any], Any, Quantization]:
@@ -227,7 +239,7 @@ def _check_shape(path: Path, info: _native.TensorInfo, architecture: Architectur
 def read_shape(folder: str | os.PathLike[str]) -> ModelShape:
     """The size of the model in a checkpoint folder or repo, from ``config.json``. Raises ConversionError."""
     path = find_checkpoint(folder, weights=False).path
-    if not (path / _CONFIG).is_file():
-        raise ConversionError(f"{path}: has no {_CONFIG}; give a checkpoint folder")
+    with explaining(path, "can't be read"):
+        _require_folder(path)
     architecture, config, _ = read_config(path, [])
     return architecture.shape(config)

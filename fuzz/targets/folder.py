@@ -23,6 +23,12 @@ _FILES = (
     "model.safetensors.index.json", _SHARD, _TEMPLATE,
 )  # fmt: skip
 
+# What is found in place of a file: a Git LFS pointer, a web page, archives, other formats, nothing.
+_OTHERS = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", b"<!doctype html>", b"PK\3\4",
+    b"\x1f\x8b\x08", b"GGUF\3\0\0\0", b"\x80\2}q\0.", b"Entry not found", bytes(4096), b"\xff\xfe{\0}\0", b"",
+)  # fmt: skip
+
 
 class Target:
     """A conversion succeeds, or fails with a typed error of one line and leaves no files."""
@@ -42,6 +48,8 @@ class Target:
         """Create an input: a file's name and content."""
         name = draw.choice(_FILES)
         good = self._good[name]
+        if draw.random() < 0.05:
+            return name, draw.choice(_OTHERS)
         if name == _SHARD:
             return name, self._shard(draw, good)
         if name == _TEMPLATE or draw.random() < 0.15:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pydiffusion._util.file_kinds import recognise
 from pydiffusion.errors import PyDiffusionError
 
 from .formats.registry import BUILT_IN_TEMPLATES
@@ -73,6 +74,9 @@ def read_template(path: Path) -> str:
         raise PyDiffusionError(f"{path}: can't be read: {error.strerror or error}") from error
     if len(data) > MAX_TEMPLATE_BYTES:
         raise PyDiffusionError(f"{path}: larger than {MAX_TEMPLATE_BYTES} bytes; this is not a chat template")
+    found = recognise(data, len(data), "text")
+    if found is not None:
+        raise PyDiffusionError(f"{path}: not a chat template; it is {found}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

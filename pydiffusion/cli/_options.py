@@ -66,7 +66,9 @@ TEXT: dict[str, Any] = {
         typer.Option(
             "-n",
             "--max-tokens",
-            help="Maximum number of tokens to generate. [default: up to the end of the context]",
+            callback=lambda value: None if value == -1 else value,
+            help="Maximum number of tokens to generate; -1 for no limit. [default: up to the end of the "
+            "context]",
         ),
     ],
     **SAMPLER,

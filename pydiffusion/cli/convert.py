@@ -24,9 +24,10 @@ from ._conversion import (
     TensorTypes,
     ThreadsForRows,
     Type,
-    check_type,
+    given,
     parse_overrides,
     parse_split_size,
+    parse_type,
     run_conversion,
 )
 from ._progress import quiet_hub_in_a_pipe
@@ -46,7 +47,10 @@ def command(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="Path of the GGUF file to write. [default: FOLDER-TYPE.gguf here]"
+            "-o",
+            "--output",
+            "--outfile",
+            help="Path of the GGUF file to write. [default: FOLDER-TYPE.gguf here]",
         ),
     ] = None,
     type: Type = "q4_k_m",
@@ -89,15 +93,13 @@ def command(
     as_json: Report = False,
 ) -> None:
     """Convert a Hugging Face folder or repo to GGUF. Verifies every tensor written."""
-    check_type(type)
+    type = parse_type(type)
     quiet_hub_in_a_pipe()
     if mmproj:
-        given = [pad is not None, tensor_type, imatrix, split_max_size, allow_nonfinite, fit, dry_run]
-        given.append(chat_template)
-        if any(given):
+        others = [pad is not None, tensor_type, imatrix, split_max_size, allow_nonfinite, fit, dry_run]
+        if any([*others, chat_template]):
             raise typer.BadParameter("--mmproj goes with --type, --resume and --threads only")
-        given_by = context.get_parameter_source("type")
-        if given_by is not None and given_by.name == "DEFAULT":
+        if not given(context, "type"):
             type = "bf16"
         choices = {"type": type, "resume": resume, "n_threads": threads, "overwrite": not no_overwrite}
         convert_vision(source, output, as_json, choices)

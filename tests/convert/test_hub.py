@@ -123,3 +123,26 @@ def test_paths_are_not_repo_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert find_checkpoint("models").path == Path("models")
     with pytest.raises(ConversionError, match="a revision belongs to a repo id"):
         find_checkpoint("models", "main")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["model-q4_k_m.gguf"], "org/open: has no config.json; model-q4_k_m.gguf is GGUF"),
+        (["adapter_config.json", "adapter_model.safetensors"], "holds an adapter (LoRA)"),
+    ],
+)
+def test_a_repo_of_other_files_is_explained(tmp_path: Path, files: list[str], words: str) -> None:
+    (tmp_path / "repo").mkdir()
+    for name in files:
+        (tmp_path / "repo" / name).write_text("{}")
+    server = Hub(tmp_path / "repo")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        done = command(server, tmp_path, "convert", "org/open", "--type", "q8_0")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 1
+    assert words in done.stderr.splitlines()[-1]
+    assert not [name for name in server.fetched if name.endswith((".gguf", ".bin"))]
