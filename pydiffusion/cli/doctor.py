@@ -39,7 +39,6 @@ def command(
     """
     from pydiffusion._util import atomic
     from pydiffusion._util.files import check_is_gguf
-    from pydiffusion.chat.template_source import find_template
     from pydiffusion.quality.doctor.examination import examine, page_of
 
     from ._progress import progress
@@ -48,8 +47,6 @@ def command(
     if reference is not None and not reference.is_dir():
         raise typer.BadParameter(f"--reference: {reference} is not a folder")
     arguments = _open.runtime_arguments(runtime)
-    if "chat_template" in arguments:
-        find_template(arguments["chat_template"])  # fail now, not in the report
     target = None if output is None else atomic.resolve_target(output, [model], overwrite=True)
     with ExitStack() as stack:
         seen: dict[str, Any] = {}
