@@ -35,6 +35,14 @@ _MAX_ELEMENTS = 1_000_000
 # seconds.
 _MAX_WORK = 10_000_000
 _CALL_WORK = 100
+_ELEMENT_WORK = 5  # of an element that is looked at within lists
+# Work per character of filters that are slow.
+_SLOW_FILTERS = {"wordwrap": 100, "urlize": 10, "striptags": 10, "title": 1}
+# Filters that don't look into the elements of what they are given, as all others may.
+_SHALLOW_FILTERS = frozenset(
+    ("length", "count", "list", "first", "last", "reverse", "default", "d", "items", "attr", "batch", "slice",
+     "map", "select", "reject", "selectattr", "rejectattr", "safe")
+)  # fmt: skip
 _MAX_MESSAGE = 500
 # A format with a field width of many digits, or with a width given as an argument.
 _WIDE_FIELD = re.compile(r"\d{5}|\*")
@@ -195,8 +203,33 @@ def _checked(value: Any) -> Any:
     return value
 
 
-def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``function``: charge its work, check the sizes of arguments and result."""
+def _checked_within(value: Any) -> Any:
+    """The value, if all that it contains is not too much to print or compare: a few lists that contain each
+    other several times can be astronomically long.
+    """
+    waiting, n_characters = [value], 0
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, (str, bytes)):
+            n_characters += len(found)
+            _check_size(n_characters)
+        elif isinstance(found, (list, tuple, set, frozenset)):
+            _charge(_ELEMENT_WORK * len(found))
+            waiting += found
+        elif isinstance(found, dict):
+            _charge(_ELEMENT_WORK * len(found))
+            waiting += [*found, *found.values()]
+        elif isinstance(found, _Namespace):
+            waiting.append(found._Namespace__attrs)  # any other attribute is a field of the template's
+    return value
+
+
+def _bounded(
+    function: Callable[..., Any], within: bool = False, per_character: float = 1 / 64
+) -> Callable[..., Any]:
+    """Wrap ``function``: charge its work, check the sizes of arguments and result; ``within``: also of what
+    lists contain.
+    """
 
     # copies the attribute by which jinja2 recognises filters that take the context
     @functools.wraps(function)
@@ -205,11 +238,25 @@ def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(value, (list, tuple, dict, range)):
                 _charge(len(value))
             elif isinstance(value, str):
-                _charge(len(value) // 64)
+                _charge(int(len(value) * per_character))
             elif isinstance(value, int):
                 _check_size(value)
+            if within:
+                _checked_within(value)
         _charge(_CALL_WORK)
         return _checked(function(*args, **kwargs))
+
+    return call
+
+
+def _comparing(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a test (``is``): check what its arguments contain."""
+
+    @functools.wraps(test)
+    def call(*args: Any) -> Any:
+        for value in args:
+            _checked_within(value)
+        return test(*args)
 
     return call
 
@@ -221,17 +268,20 @@ def _counted(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _concatenated(values: list[Any]) -> str:
+    _checked_within(values)
     texts = [str(value) for value in values]
     _check_size(sum(map(len, texts)))
     return "".join(texts)
 
 
 # Names that no template can spell.
-_COUNTED, _CONCATENATED, _CHECKED = " counted", " concatenated", " checked"
+_COUNTED, _CONCATENATED, _CHECKED, _WITHIN = " counted", " concatenated", " checked", " within"
 
 
 class _Limits(NodeTransformer):
-    """Inserts limits where a template loops or concatenates, which the sandbox does not intercept."""
+    """Inserts limits where a template loops, concatenates, compares or prints, which the sandbox does not
+    intercept.
+    """
 
     def __init__(self, environment: jinja2.Environment) -> None:
         self._environment = environment
@@ -250,6 +300,21 @@ class _Limits(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         self.generic_visit(node)
         return self._filter(nodes.List(node.nodes), _CONCATENATED, node.lineno)
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Output:
+        self.generic_visit(node)
+        node.nodes = [
+            part if isinstance(part, nodes.TemplateData) else self._filter(part, _WITHIN, part.lineno)
+            for part in node.nodes
+        ]
+        return node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+        self.generic_visit(node)
+        node.expr = self._filter(node.expr, _WITHIN, node.expr.lineno)
+        for operand in node.ops:
+            operand.expr = self._filter(operand.expr, _WITHIN, operand.expr.lineno)
+        return node
 
     def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.AssignBlock:
         self.generic_visit(node)
@@ -312,9 +377,15 @@ class _Environment(ImmutableSandboxedEnvironment):
             extensions=["jinja2.ext.loopcontrols", _GenerationBlock],
             optimized=False,  # constant folding would run filters at compile time
         )
-        self.filters |= {"tojson": _to_json, "format": _format}
-        self.filters = {name: _bounded(function) for name, function in self.filters.items()}
+        self.filters |= {"tojson": _to_json, "format": _format, "indent": _indented(self.filters["indent"])}
+        self.filters["replace"] = _replaced(self.filters["replace"])
+        self.filters = {
+            name: _bounded(function, name not in _SHALLOW_FILTERS, _SLOW_FILTERS.get(name, 1 / 64))
+            for name, function in self.filters.items()
+        }
         self.filters |= {_COUNTED: _counted, _CONCATENATED: _concatenated, _CHECKED: _checked}
+        self.filters[_WITHIN] = _checked_within
+        self.tests = {name: _comparing(function) for name, function in self.tests.items()}
         del self.globals["lipsum"]
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         self.globals |= {"namespace": _Namespace, "dict": _Dict()}
@@ -324,7 +395,11 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     # A field of a namespace may be called "self".
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        result = _bounded(super().call)(__context, __obj, *args, **kwargs)
+        owner = getattr(__obj, "__self__", None)
+        of_python = isinstance(owner, (str, list, tuple, dict))
+        if isinstance(owner, str):
+            _check_method(owner, __obj.__name__, args)
+        result = _bounded(super().call, within=of_python)(__context, __obj, *args, **kwargs)
         if isinstance(result, range):
             _charge(len(result))
         return result
@@ -339,13 +414,25 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise jinja2.TemplateRuntimeError("the template uses too large a number")
         elif operator == "%" and isinstance(left, str):
             _check_format(left)
+            _checked_within(right)
         return _checked(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
         if wrapped is not None:
             _check_format(value.__self__)
+            return _bounded(wrapped, within=True)
         return wrapped
+
+
+def _check_method(text: str, name: str, args: Sequence[Any]) -> None:
+    """Check the size of a method's result before it is made."""
+    if name == "replace" and len(args) > 1 and isinstance(args[0], str) and isinstance(args[1], str):
+        _check_size(len(text) + text.count(args[0]) * len(args[1]))
+    elif name == "join" and args and isinstance(args[0], (list, tuple, dict, str)):
+        _check_size(len(text) * len(args[0]))
+    elif name == "translate" and args and isinstance(args[0], dict):
+        _check_size(len(text) * max([1, *(len(new) for new in args[0].values() if isinstance(new, str))]))
 
 
 def _length_or_number(value: Any) -> Any:
@@ -362,8 +449,31 @@ def _format(pattern: Any, *args: Any, **kwargs: Any) -> str:
     return str(pattern) % (kwargs or args)
 
 
+def _indented(indent: Callable[..., str]) -> Callable[..., str]:
+    """jinja2's ``indent``, with the size of its result checked before it is made."""
+
+    def call(text: Any, width: int | str = 4, *args: Any, **kwargs: Any) -> str:
+        text = str(text)
+        n_characters = width if isinstance(width, int) else len(width)
+        _check_size(len(text) + n_characters * (len(text.splitlines()) + 1))
+        return indent(text, width, *args, **kwargs)
+
+    return call
+
+
+def _replaced(replace: Callable[..., str]) -> Callable[..., str]:
+    """jinja2's ``replace``, with the size of its result checked before it is made."""
+
+    @functools.wraps(replace)
+    def call(evaluation: Any, text: Any, *args: Any, **kwargs: Any) -> str:
+        _check_method(str(text), "replace", [str(arg) for arg in args])
+        return replace(evaluation, text, *args, **kwargs)
+
+    return call
+
+
 def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateRuntimeError(str(message))
+    raise jinja2.TemplateRuntimeError(str(_checked_within(message)))
 
 
 def _strftime_now(pattern: str) -> str:

@@ -288,7 +288,29 @@ HOSTILE = {
     "a loop for ever": "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
     "much output": "{% for i in range(100000) %}{{ 'x' * 1000 }}{% endfor %}",
     "lorem ipsum": "{{ lipsum(n=100000) }}",
+    "a wide indent": "{{ ('x\\n' * 100000) | indent(100000) }}",
+    "wordwrap": "{{ ('x' * 1000000) | wordwrap(1) }}",
+    "replacement": "{{ ('x' * 10000).replace('x', 'y' * 10000) }}",
+    "replacement by a filter": "{{ ('x' * 10000) | replace('x', 'y' * 10000) }}",
+    "join": "{{ ('x' * 10000).join(['y'] * 10000) }}",
+    "translation": "{{ ('x' * 10000).translate({120: 'y' * 10000}) }}",
 }
+#: Lists that contain each other twice, 60 deep: a few bytes, and 2^60 elements once they are looked at.
+TREES = (
+    "{% set n = namespace(s=[1], t=[1]) %}"
+    "{% for i in range(60) %}{% set n.s = [n.s, n.s] %}{% set n.t = [n.t, n.t] %}{% endfor %}"
+)
+HOSTILE |= {
+    f"a tree: {use}": TREES + use
+    for use in (
+        "{{ n.s }}", "{{ n }}", "{{ n.s ~ '' }}", "{{ n.s | tojson }}", "{{ n.s | string }}",
+        "{{ n.s | upper }}", "{{ [n.s] | map('string') | list }}", "{{ '%s' % n.s }}", "{{ '{}'.format(n.s) }}",
+        "{{ n.s == n.t }}",
+        "{{ [n.s] | select('eq', n.t) | list }}", "{{ n.s in [n.t] }}",
+        "{{ [n.s].index(n.t) }}",
+        "{{ raise_exception(n.s) }}",
+    )
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)
