@@ -116,7 +116,8 @@ def convert_family(
     """Convert a checkpoint folder, or a GGUF, to several files at once; the source is read once for writing
     all of them and once for verifying them.
 
-    Each file equals the output of :func:`convert` or :func:`quantize`. All appear once all are verified, or
+    Each file equals the output of :func:`convert` or :func:`quantize`, but for blocks of a quantized checkpoint
+    (NVFP4, MXFP4): they are kept only if all files are of their type. All appear once all are verified, or
     none does.
 
     Args: as :func:`convert`; ``chat_template`` is that of all files.
@@ -128,7 +129,9 @@ def convert_family(
     if not variants or len(set(targets)) != len(targets):
         raise ValueError("a family needs at least one variant, and a target of its own for each")
     members = [_Choices(v, False, allow_nonfinite, n_threads, overwrite, progress) for v in variants]
-    with open_source(source, revision, chat_template=chat_template) as opened:
+    types = {choices.type for choices in members}
+    keep = members[0].type.upper() if len(types) == 1 and members[0].type in KEPT else ""
+    with open_source(source, revision, keep=keep, chat_template=chat_template) as opened:
         reads = [SharedRead(tensor.read) for tensor in opened.tensors]
         opened.tensors = [replace(t, read=read) for t, read in zip(opened.tensors, reads, strict=True)]
         jobs = []

@@ -94,11 +94,10 @@ def verify(
 def _open_against(stack: contextlib.ExitStack, target: Source, against: str | os.PathLike[str]) -> Source:
     """The source, with its tensors as they were when the file was written: dequantized, or kept in blocks."""
     names = {tensor.name for tensor in target.tensors}
-    types = {tensor.type for tensor in target.tensors} & {name.upper() for name in KEPT}
     source = stack.enter_context(open_source(against))
     if names - {tensor.name for tensor in source.tensors}:
-        for type_name in sorted(types):
-            kept = stack.enter_context(open_source(against, keep=type_name))
+        for type_name in KEPT:  # also of a file that was quantized again since: it has the scales still
+            kept = stack.enter_context(open_source(against, keep=type_name.upper()))
             if names == {tensor.name for tensor in kept.tensors}:
                 return kept
     return source

@@ -220,7 +220,8 @@ def _checked_within(value: Any) -> Any:
             _charge(_ELEMENT_WORK * len(found))
             waiting += [*found, *found.values()]
         elif isinstance(found, _Namespace):
-            waiting.append(found._Namespace__attrs)  # any other attribute is a field of the template's
+            # All others of its attributes are fields of the template's.
+            waiting.append(object.__getattribute__(found, "_Namespace__attrs"))
     return value
 
 

@@ -90,6 +90,7 @@ def test_a_kept_file_can_be_quantized_again(made: tuple[str, Path, dict], tmp_pa
         name: kind for name, (kind, _) in same.items()
     }
     quantize(tmp_path / "kept.gguf", tmp_path / "wide.gguf", "f32")
+    assert verify(tmp_path / "wide.gguf", folder).problems == []
     wide = read(tmp_path / "wide.gguf")
     assert {kind for kind, _ in wide.values()} == {"F32"}
     for name, (_, values) in kept.items():  # the factors stay beside
@@ -101,6 +102,9 @@ def test_a_family_and_overrides(made: tuple[str, Path, dict], tmp_path: Path) ->
     type = STYLES[style]
     convert_family(folder, [Variant(tmp_path / "a.gguf", type), Variant(tmp_path / "b.gguf", "q8_0")])
     assert verify(tmp_path / "a.gguf", folder).problems == []
+    convert(folder, tmp_path / "kept.gguf", type)
+    convert_family(folder, [Variant(tmp_path / "a.gguf", type)])
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "kept.gguf").read_bytes()
     convert(folder, tmp_path / "c.gguf", type, tensor_types={r"attn_q": "q8_0"})
     found = read(tmp_path / "c.gguf")
     assert found["blk.0.attn_q.weight"][0] == "Q8_0" and found["blk.0.attn_k.weight"][0] == type.upper()

@@ -304,11 +304,9 @@ HOSTILE |= {
     f"a tree: {use}": TREES + use
     for use in (
         "{{ n.s }}", "{{ n }}", "{{ n.s ~ '' }}", "{{ n.s | tojson }}", "{{ n.s | string }}",
-        "{{ n.s | upper }}", "{{ [n.s] | map('string') | list }}", "{{ '%s' % n.s }}", "{{ '{}'.format(n.s) }}",
-        "{{ n.s == n.t }}",
-        "{{ [n.s] | select('eq', n.t) | list }}", "{{ n.s in [n.t] }}",
-        "{{ [n.s].index(n.t) }}",
-        "{{ raise_exception(n.s) }}",
+        "{{ n.s | upper }}", "{{ [n.s] | map('string') | list }}", "{{ '%s' % n.s }}",
+        "{{ '{}'.format(n.s) }}", "{{ n.s == n.t }}", "{{ [n.s] | select('eq', n.t) | list }}",
+        "{{ n.s in [n.t] }}", "{{ [n.s].index(n.t) }}", "{{ raise_exception(n.s) }}",
     )
 }  # fmt: skip
 

@@ -55,7 +55,7 @@ def open_weights(checkpoint: Checkpoint, settings: Quantization, notes: list[str
         used |= of_activations
         notes.append(
             f"the checkpoint is quantized{f' ({settings.method})' if settings.method else ''}: {n_quantized} "
-            "matrices are dequantized; a file of more bits is not more exact than they are"
+            "matrices; a file of more bits is not more exact than they are"
         )
         if of_activations:
             notes.append(f"{len(of_activations)} scales of activations and KV cache are not used")
