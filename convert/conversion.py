@@ -116,9 +116,9 @@ def convert_family(
     """Convert a checkpoint folder, or a GGUF, to several files at once; the source is read once for writing
     all of them and once for verifying them.
 
-    Each file equals the output of :func:`convert` or :func:`quantize`, but for blocks of a quantized checkpoint
-    (NVFP4, MXFP4): they are kept only if all files are of their type. All appear once all are verified, or
-    none does.
+    Each file equals the output of :func:`convert` or :func:`quantize`, but for blocks of a quantized
+    checkpoint (NVFP4, MXFP4): they are kept only if all files are of their type. All appear once all are
+    verified, or none does.
 
     Args: as :func:`convert`; ``chat_template`` is that of all files.
 

@@ -90,7 +90,8 @@ def test_a_kept_file_can_be_quantized_again(made: tuple[str, Path, dict], tmp_pa
         name: kind for name, (kind, _) in same.items()
     }
     quantize(tmp_path / "kept.gguf", tmp_path / "wide.gguf", "f32")
-    assert verify(tmp_path / "wide.gguf", folder).problems == []
+    quantize(tmp_path / "kept.gguf", tmp_path / "other.gguf", "q8_0")
+    assert verify(tmp_path / "other.gguf", folder).problems == []
     wide = read(tmp_path / "wide.gguf")
     assert {kind for kind, _ in wide.values()} == {"F32"}
     for name, (_, values) in kept.items():  # the factors stay beside

@@ -24,9 +24,10 @@ def compressed_integers(parts: Parts, codes: StoredTensor) -> Weight:
     bits = _bits_of_width(parts, codes, shape[1], codes.shape[1])
     half = 1 << (bits - 1)
     scale = lay_grid(parts, parts.need(f"{parts.name}_scale", *FLOATS), shape, None)
-    groups = _groups(parts, f"{parts.name}_g_idx", shape[1], shape[1] // scale.width)
+    n_groups = shape[1] // scale.width
+    groups = _groups(parts, f"{parts.name}_g_idx", shape[1], n_groups)
     words = parts.rows(codes)
-    zeros = _compressed_zeros(parts, shape, bits, half)
+    zeros = _compressed_zeros(parts, shape, n_groups, bits, half)
 
     def rows(first: int, count: int) -> np.ndarray:
         weights = _unpack(words(first, count), bits, shape[1]).astype(np.float32) - half
@@ -65,7 +66,9 @@ def _unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     return unpack_words(words, bits, count)
 
 
-def _compressed_zeros(parts: Parts, shape: tuple[int, ...], bits: int, half: int) -> np.ndarray | None:
+def _compressed_zeros(
+    parts: Parts, shape: tuple[int, ...], n_groups: int, bits: int, half: int
+) -> np.ndarray | None:
     """Zero points: (n_rows, n_groups) float32, None without any."""
     tensor = parts.find(f"{parts.name}_zero_point", "I32", "I8")
     if tensor is None:
@@ -79,9 +82,11 @@ def _compressed_zeros(parts: Parts, shape: tuple[int, ...], bits: int, half: int
         heights = (-(-shape[0] * bits // 32), -(-shape[0] // (32 // bits)))
         fits = values.shape[0] in heights
         zeros = _unpack(packed, bits, shape[0]).T.astype(np.float32) - half if fits else values
-    if not fits or zeros.shape[0] != shape[0] or shape[1] % zeros.shape[1]:
+    if not fits or zeros.shape != (shape[0], n_groups):
         raise parts.error(
-            f"{tensor.name!r} has the shape {list(tensor.shape)}, which suits no groups of its rows", tensor
+            f"{tensor.name!r} has the shape {list(tensor.shape)}, which does not suit {n_groups} groups in "
+            "each row",
+            tensor,
         )
     return zeros
 
@@ -112,6 +117,7 @@ def awq(parts: Parts) -> Weight:
     n_columns, n_words = parts.matrix_shape(codes)[-2:]
     shape = (n_columns, n_words * 8)[::-1]
     scales, n_groups = _transposed_scales(parts, codes, shape)
+    _check_group_size(parts, scales, n_columns, n_groups)
     zero_words = _transposed_words(parts, codes, (n_groups, n_words))
 
     def unpack(words: np.ndarray) -> np.ndarray:
@@ -146,8 +152,7 @@ def gptq(parts: Parts) -> Weight:
     zero_words = _transposed_words(parts, codes, (n_groups, width))
     groups = _groups(parts, f"{parts.module}.g_idx", n_columns, n_groups)
     if groups is None:
-        if n_columns % n_groups:
-            raise parts.error(f"{scales.name!r} has {n_groups} groups for rows of {n_columns}", scales)
+        _check_group_size(parts, scales, n_columns, n_groups)
         groups = np.repeat(np.arange(n_groups), n_columns // n_groups)
 
     def rows(first: int, count: int) -> np.ndarray:
@@ -190,6 +195,11 @@ def _transposed_scales(parts: Parts, codes: StoredTensor, shape: tuple[int, ...]
             tensor,
         )
     return tensor, n_groups
+
+
+def _check_group_size(parts: Parts, scales: StoredTensor, n_columns: int, n_groups: int) -> None:
+    if n_columns % n_groups:
+        raise parts.error(f"{scales.name!r} has {n_groups} groups for rows of {n_columns}", scales)
 
 
 def _transposed_words(parts: Parts, codes: StoredTensor, shape: tuple[int, int]) -> StoredTensor | None:

@@ -17,9 +17,6 @@ FILES = ("hf_quant_config.json", "quantize_config.json")
 METHODS = ("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8", "mxfp4", "awq", "gptq", "mlx")
 # Methods whose codes are stored in words of packed integers with no tensor that tells one from another.
 _INTEGERS = ("awq", "gptq")
-# Steps on top of rounding that change what the codes stand for.
-_TRANSFORMS = ("transform_config", "sparsity_config")
-_DENSE: tuple[Any, ...] = (None, {}, {"format": "dense"})
 _MAX_JSON = 64 << 20
 
 
@@ -81,18 +78,26 @@ def _read(fields: Fields, key: str) -> Quantization:
             f"{fields.where}: 'quant_method' is {method!r:.60}, which is not supported (only "
             f"{', '.join(METHODS)}); convert the unquantized checkpoint instead"
         )
-    for name in _TRANSFORMS:
-        if values.get(name) not in _DENSE:
-            raise ConversionError(
-                f"{fields.where}: {name!r} is set, which is not supported: the weights are stored rotated or "
-                "sparse; convert the unquantized checkpoint instead"
-            )
+    _refuse_transforms(fields)
     settings = Quantization(method, fields.where, _block(fields))
     if method == "mlx":
         return _read_mlx(fields, settings)
     if method in _INTEGERS:
         return _read_integers(fields, settings)
     return replace(settings, bits=_group_bits(fields))
+
+
+def _refuse_transforms(fields: Fields) -> None:
+    """Refuse steps on top of rounding, which change what the codes stand for; either may be set to none."""
+    transform, sparsity = fields.values.get("transform_config"), fields.values.get("sparsity_config")
+    rotates = transform.get("config_groups", transform) if isinstance(transform, dict) else transform
+    prunes = sparsity.get("format", sparsity) != "dense" if isinstance(sparsity, dict) else sparsity
+    for name, applies in (("transform_config", rotates), ("sparsity_config", sparsity and prunes)):
+        if applies:
+            raise ConversionError(
+                f"{fields.where}: {name!r} is set, which is not supported: the weights are stored rotated or "
+                "sparse; convert the unquantized checkpoint instead"
+            )
 
 
 def _is_mlx(values: Mapping[str, Any]) -> bool:
@@ -127,10 +132,11 @@ def _group_weights(values: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _group_bits(fields: Fields) -> int:
     """Bits of integers, if all groups of compressed-tensors that have any agree; else 0."""
     of_integers = [weights for weights in _group_weights(fields.values) if weights.get("type") == "int"]
-    found = {weights.get("num_bits") for weights in of_integers}
-    if len(found) != 1:
-        return 0
-    return Fields(of_integers[0], f"{fields.where}: weights", fields.notes).integer("num_bits", maximum=8)
+    found = {
+        Fields(weights, f"{fields.where}: weights", fields.notes).integer("num_bits", maximum=8)
+        for weights in of_integers
+    }
+    return found.pop() if len(found) == 1 else 0
 
 
 def _read_integers(fields: Fields, settings: Quantization) -> Quantization:
