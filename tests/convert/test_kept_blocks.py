@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, dequantize
 from support import checkpoint_folders as folders
+from support import fp4_folders
 from support.fp4_folders import EXPERT, MATRIX, make_fp4
 
 from pydiffusion.convert import Variant, convert, convert_family, quantize, verify
@@ -110,6 +111,21 @@ def test_a_family_and_overrides(made: tuple[str, Path, dict], tmp_path: Path) ->
     found = read(tmp_path / "c.gguf")
     assert found["blk.0.attn_q.weight"][0] == "Q8_0" and found["blk.0.attn_k.weight"][0] == type.upper()
     assert verify(tmp_path / "c.gguf", folder).problems == []
+
+
+def test_a_head_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantized as the embedding is, but from other weights: both keep their blocks and factors."""
+    monkeypatch.setattr(fp4_folders, "MATRIX", re.compile(r".*(embed_tokens|lm_head)\.weight"))
+    folder, tensors = folders.make_folder(tmp_path / "m"), folders.weights()
+    tensors["lm_head.weight"] = tensors["model.decoder.embed_tokens.weight"][::-1].copy()
+    weights = make_fp4(folder, tensors, "modelopt")
+    convert(folder, tmp_path / "m.gguf", "nvfp4")
+    found = read(tmp_path / "m.gguf")
+    for own, name in (("token_embd", "model.decoder.embed_tokens"), ("output", "lm_head")):
+        assert found[f"{own}.weight"][0] == "NVFP4"
+        got = with_factors(found, f"{own}.weight")
+        np.testing.assert_allclose(got, weights[f"{name}.weight"], rtol=3e-7, atol=0)
+    assert verify(tmp_path / "m.gguf", folder).problems == []
 
 
 @pytest.mark.parametrize("code", [0x7F, 0x80, 0xB8])

@@ -33,14 +33,15 @@ def plan_tensors(weights: Weights, config: TextConfig, notes: list[str]) -> list
     inventory.refuse_others({want.source for want in wanted} | set(twins) | {LM_HEAD} | set(vision))
     if vision:
         notes.append(f"{len(vision)} vision tensors were skipped: convert --mmproj writes them")
+    by_name = {want.name: inventory.stored[want.source] for want in wanted}
     if LM_HEAD in inventory.stored:
         head = inventory.take([Wanted(LM_HEAD, "output.weight", (config.vocab_size, config.hidden_size))])
         if not inventory.equal(LM_HEAD, EMBEDDING):
             planned += head
+            by_name["output.weight"] = inventory.stored[LM_HEAD]
             notes.append("lm_head.weight differs from the embedding and is kept as output.weight")
     _compare_twins(inventory, twins)
     if weights.keep:
-        by_name = {want.name: inventory.stored[want.source] for want in wanted}
         planned = keep_blocks(planned, by_name, weights.keep)
     return planned
 
