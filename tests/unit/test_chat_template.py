@@ -292,6 +292,16 @@ HOSTILE = {
     "wordwrap": "{{ ('x' * 1000000) | wordwrap(1) }}",
     "replacement": "{{ ('x' * 10000).replace('x', 'y' * 10000) }}",
     "replacement by a filter": "{{ ('x' * 10000) | replace('x', 'y' * 10000) }}",
+    "many texts": "{% for i in range(99999) %}{% set x = 'x' * 10000000 %}{% endfor %}",
+    "many slices": "{% set s = 'x' * 10000000 %}{% for i in range(99999) %}{% set x = s[1:] %}{% endfor %}",
+    "many methods": "{% set s = 'x' * 10000000 %}"
+    "{% for i in range(99999) %}{% set x = s.upper() %}{% endfor %}",
+    "many lists": "{% set n = namespace(s=[]) %}"
+    "{% for i in range(99999) %}{% set n.s = [n.s, [1] * 900000] %}{% endfor %}",
+    "a tree as a key": "{% set n = namespace(s=(1,)) %}"
+    "{% for i in range(60) %}{% set n.s = (n.s, n.s) %}{% endfor %}{{ {n.s: 1} }}",
+    "a tree as an index": "{% set n = namespace(s=(1,)) %}"
+    "{% for i in range(60) %}{% set n.s = (n.s, n.s) %}{% endfor %}{{ {}[n.s] }}",
     "join": "{{ ('x' * 10000).join(['y'] * 10000) }}",
     "translation": "{{ ('x' * 10000).translate({120: 'y' * 10000}) }}",
 }
@@ -324,6 +334,9 @@ def test_a_long_conversation_is_not_hostile() -> None:
     source = (
         "{% for m in messages %}{{ '<|turn>' + m['role'] + (m['content'] | trim) + '<turn|>' }}{% endfor %}"
     )
+    assert len(render(source, messages)) > 900_000
+    loop = "{% for m in messages %}{% set n.s = n.s + m['content'] %}{% endfor %}"
+    source = "{% set n = namespace(s='') %}" + loop + "{{ n.s }}"
     assert len(render(source, messages)) > 900_000
 
 
