@@ -10,6 +10,7 @@ from typing import Any
 
 from support import checkpoint_folders
 
+from pydiffusion import DiffusionModel
 from pydiffusion.convert import convert
 from pydiffusion.errors import PyDiffusionError
 
@@ -79,11 +80,14 @@ class Target:
         target = self._output / "m.gguf"
         try:
             convert(self._folder, target, "q8_0")
-            target.unlink()
             outcome = "done"
         except PyDiffusionError as error:
             outcome = refusal(error)
             assert len(str(error)) < 2000
+        if outcome == "done":  # whatever is converted, loads
+            with DiffusionModel(target, n_threads=1) as model:
+                model.tokenize("the bath")
+            target.unlink()
         assert list(self._output.iterdir()) == []
         return outcome
 
