@@ -34,7 +34,8 @@ class Quantization:
         bits: of packed integers; 0 if not given.
         group_size: of MLX.
         mode: of MLX: affine, mxfp4, mxfp8, nvfp4.
-        zeros_minus_one: GPTQ's first format stores zero points less one.
+        has_zeros: AWQ and GPTQ store zero points.
+        zeros_minus_one: GPTQ's first format stores them less one.
         modules: MLX's settings of single modules, by name.
     """
 
@@ -44,6 +45,7 @@ class Quantization:
     bits: int = 0
     group_size: int = 0
     mode: str = "affine"
+    has_zeros: bool = True
     zeros_minus_one: bool = True
     modules: Mapping[str, Quantization] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -137,7 +139,7 @@ def _read_integers(fields: Fields, settings: Quantization) -> Quantization:
     if settings.method == "awq":
         fields.one_of("version", ("gemm", "GEMM"), "gemm")
         fields.one_of("bits", (4,), 4)
-        return replace(settings, bits=4)
+        return replace(settings, bits=4, has_zeros=fields.boolean("zero_point", True))
     format_name = fields.one_of("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
     bits = fields.one_of("bits", (2, 3, 4, 8))
     return replace(settings, bits=bits, zeros_minus_one=format_name == "gptq")
