@@ -59,6 +59,7 @@ _NAME_TO_MODULE = {
     "estimate_memory": "pydiffusion.convert.quantization.sizes",
     "open_parts": "pydiffusion.convert.gguf.reader",
     "parse_size": "pydiffusion._util.sizes",
+    "recipe_name": "pydiffusion.convert.quantization.recipes",
     "read_shape": "pydiffusion.convert.architectures.source",
     "repo_id": "pydiffusion.convert.checkpoint.hub",
 }

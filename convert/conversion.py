@@ -46,6 +46,7 @@ def convert(
     allow_nonfinite: bool = False,
     n_threads: int | None = None,
     overwrite: bool = True,
+    chat_template: str | os.PathLike[str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint folder (``config.json``, safetensors, ``tokenizer.json``) to GGUF.
@@ -56,7 +57,7 @@ def convert(
     Args:
         source: the folder, or a Hugging Face repo id (``OWNER/NAME``).
         target: the file to write; an existing one is replaced, unless ``overwrite`` is False.
-        type: one of :data:`TYPES`.
+        type: one of :data:`TYPES`, in any case, or another name of it that is in use (``Q4_K``).
         pad: True zero-pads the feed-forward lengths to multiples of 256, which does not change the model's
             output; False never pads; None pads if the recipe's types need it and the file gets smaller or
             hardly larger than with fallback types.
@@ -70,6 +71,8 @@ def convert(
         allow_nonfinite: keep tensors with NaN or infinity in the source's type instead of failing; this reads
             the source once more.
         n_threads: threads for quantizing, at most 16; None uses one per CPU that this process may use.
+        chat_template: a file, or the name of a built-in template ("diffusion-gemma"), to write instead of the
+            folder's.
         progress: called after every chunk; an exception from it stops the conversion.
 
     Raises:
@@ -82,7 +85,8 @@ def convert(
     started = time.perf_counter()
     variant = Variant(target, type, pad, tensor_types, imatrix, split_max_size)
     choices = _Choices(variant, resume, allow_nonfinite, n_threads, overwrite, progress)
-    with open_checkpoint(source, revision, type.upper() if type in KEPT else "") as opened:
+    keep = choices.type.upper() if choices.type in KEPT else ""
+    with open_checkpoint(source, revision, keep=keep, chat_template=chat_template) as opened:
         return writer.run(choices.job(opened), started)
 
 
@@ -106,6 +110,7 @@ def convert_family(
     allow_nonfinite: bool = False,
     n_threads: int | None = None,
     overwrite: bool = True,
+    chat_template: str | os.PathLike[str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> list[ConversionReport]:
     """Convert a checkpoint folder, or a GGUF, to several files at once; the source is read once for writing
@@ -114,6 +119,8 @@ def convert_family(
     Each file equals the output of :func:`convert` or :func:`quantize`. All appear once all are verified, or
     none does.
 
+    Args: as :func:`convert`; ``chat_template`` is that of all files.
+
     Raises: as ``convert``; ValueError also for no variants, or two with the same target.
     """
     started = time.perf_counter()
@@ -121,7 +128,7 @@ def convert_family(
     if not variants or len(set(targets)) != len(targets):
         raise ValueError("a family needs at least one variant, and a target of its own for each")
     members = [_Choices(v, False, allow_nonfinite, n_threads, overwrite, progress) for v in variants]
-    with open_source(source, revision) as opened:
+    with open_source(source, revision, chat_template=chat_template) as opened:
         reads = [SharedRead(tensor.read) for tensor in opened.tensors]
         opened.tensors = [replace(t, read=read) for t, read in zip(opened.tensors, reads, strict=True)]
         jobs = []
@@ -145,6 +152,7 @@ def quantize(
     allow_nonfinite: bool = False,
     n_threads: int | None = None,
     overwrite: bool = True,
+    chat_template: str | os.PathLike[str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> ConversionReport:
     """Requantize a GGUF to the types of a recipe.
@@ -163,7 +171,7 @@ def quantize(
     started = time.perf_counter()
     variant = Variant(target, type, pad, tensor_types, imatrix, split_max_size)
     choices = _Choices(variant, resume, allow_nonfinite, n_threads, overwrite, progress)
-    with open_gguf(Path(source)) as opened:
+    with open_gguf(Path(source), chat_template) as opened:
         return writer.run(choices.job(opened), started)
 
 
@@ -189,8 +197,7 @@ def convert_mmproj(
         ValueError: another type.
     """
     started = time.perf_counter()
-    if type not in MMPROJ_TYPES:
-        raise ValueError(f"type is {type!r}; a vision file is one of {', '.join(MMPROJ_TYPES)}")
+    type = recipes.recipe_name(type, MMPROJ_TYPES)
     with open_mmproj(source, type, revision) as opened:
         tensors = opened.tensors
         job = Job(
@@ -226,13 +233,11 @@ class _Choices:
         overwrite: bool,
         progress: ProgressCallback | None,
     ):
-        if variant.type not in recipes.RECIPES:
-            raise ValueError(f"type is {variant.type!r}; known are {', '.join(recipes.TYPES)}")
         if n_threads is not None and (not isinstance(n_threads, int) or n_threads < 0):
             raise ValueError(f"n_threads is {n_threads!r}; give a positive number, or None for one per CPU")
         check_split_size(variant.split_max_size)
         self.variant, self.n_threads = variant, n_threads or 0
-        self.type, self.target = variant.type, Path(variant.target)
+        self.type, self.target = recipes.recipe_name(variant.type), Path(variant.target)
         self.overrides = type_plan.as_pairs(variant.tensor_types)
         self.imatrix = None if variant.imatrix is None else imatrix_file.read_imatrix(variant.imatrix)
         self.resume, self.allow_nonfinite = resume, allow_nonfinite
@@ -258,7 +263,7 @@ class _Choices:
             tensors, more = _with_importance(self.imatrix, tensors)
             notes += more
             covered = {tensor.name for tensor in tensors if tensor.importance is not None}
-        type_plan.require_imatrix(types, covered)
+        type_plan.require_imatrix(types, self.type, self.imatrix is not None, covered)
         if self.allow_nonfinite:
             tensors, more = _keep_nonfinite(tensors, source.architecture.kinds)
             notes += more

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydiffusion._util.sampler_options import SAMPLER_OPTIONS
 from pydiffusion.chat.template import ChatTemplate
+from pydiffusion.chat.template_source import TEMPLATE_KEY
 from pydiffusion.convert.gguf import writer
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.convert.gguf.reader import Parts, open_parts
@@ -19,11 +20,10 @@ from pydiffusion.convert.gguf.writer import Job, PlannedTensor
 from pydiffusion.errors import ConversionError, ModelFormatError, PyDiffusionError
 from pydiffusion.options import GenerationOptions
 
-TEMPLATE = "tokenizer.chat_template"
 _SAMPLER_KEYS = {option.key: option.gguf_type for options in SAMPLER_OPTIONS.values() for option in options}
 # Types of known keys that a file may lack.
 _NEW_KEYS = {
-    TEMPLATE: "str",
+    TEMPLATE_KEY: "str",
     "general.name": "str",
     "general.description": "str",
     "general.author": "str",
@@ -115,7 +115,7 @@ def _change(metadata: dict[str, Value], key: str, value: Any, path: Path) -> Non
         value = Value(type_name, value)
     if value.type == "str" and not isinstance(value.value, str):
         raise ConversionError(f"{path}: key {key!r} should be a text, is {value.value!r:.60}")
-    if key == TEMPLATE:
+    if key == TEMPLATE_KEY:
         try:
             ChatTemplate(value.value)
         except PyDiffusionError as error:

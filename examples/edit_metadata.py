@@ -2,6 +2,7 @@
 
     python examples/edit_metadata.py model.gguf
     python examples/edit_metadata.py model.gguf --chat-template template.jinja
+    python examples/edit_metadata.py model.gguf --chat-template diffusion-gemma
     python examples/edit_metadata.py model.gguf --set diffusion.eb_max_steps=32 --set diffusion.eb_t_max=0.7
     python examples/edit_metadata.py model.gguf --remove general.url -o other.gguf
 
@@ -18,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from pydiffusion import PyDiffusionError
+from pydiffusion.chat.template_source import TEMPLATE_KEY, find_template
 from pydiffusion.convert import edit_metadata, open_parts
-
-TEMPLATE = "tokenizer.chat_template"
 
 
 def parse(setting: str) -> tuple[str, Any]:
@@ -44,7 +44,9 @@ def show(path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--chat-template", type=Path, metavar="FILE", help="file with the new chat template")
+    parser.add_argument(
+        "--chat-template", metavar="FILE|NAME", help="the new chat template: a file, or a built-in one's name"
+    )
     parser.add_argument("--set", type=parse, action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--remove", action="append", default=[], metavar="KEY")
     parser.add_argument("-o", "--output", type=Path, help="write to this file and leave FILE unchanged")
@@ -52,7 +54,7 @@ def main() -> int:
     changes = dict(arguments.set) | dict.fromkeys(arguments.remove)
     try:
         if arguments.chat_template:
-            changes[TEMPLATE] = arguments.chat_template.read_text(encoding="utf-8")
+            changes[TEMPLATE_KEY] = find_template(arguments.chat_template)
         if not changes:
             show(arguments.file)
             return 0

@@ -30,7 +30,8 @@ void check(const std::string& path) {
     static const pydiffusion::Backend backend(1, "cpu");
     const pydiffusion::DevicePlan cpu_only;
     const pydiffusion::Weights weights(file, hparams, cpu_only, backend, [](double) {});
-    for (const ggml_tensor* tensor : {weights.token_embd.tensor, weights.output.tensor, weights.rope_freqs[0]})
+    for (const ggml_tensor* tensor :
+         {weights.token_embd.tensor, weights.output.tensor, weights.rope_freqs[0]})
         check_tensor(*file, tensor);
     for (const pydiffusion::LayerWeights& layer : weights.layers) {
         for (const ggml_tensor* tensor :

@@ -6,11 +6,13 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydiffusion.errors import PyDiffusionWarning
 
 from . import _native
+from ._util.files import check_is_gguf
 
 __all__ = ["Device", "DeviceShare", "Plan", "devices", "plan"]
 
@@ -123,6 +125,7 @@ def plan(
     """
     request = device_request(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions, dense_type)
     check_kv_type(kv_type)
+    check_is_gguf(Path(path))
     found = _native.plan(os.fspath(path), n_ctx=n_ctx, kv_type=kv_type, **request)
     return Plan(**{**found, "shares": tuple(DeviceShare(**share) for share in found["shares"])})
 

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import _native
 from ._util import hub
 from ._util.cpus import step_threads
-from ._util.files import check_is_file
+from ._util.files import check_is_gguf
+from ._util.warn import warn_caller
+from .chat.formats.registry import BUILT_IN_TEMPLATES
 from .chat.messages import plain
 from .chat.sanitize import Sanitizer
 from .chat.template import ChatTemplate
+from .chat.template_source import OUTDATED, REPLACE_IT, TEMPLATE_KEY, find_template, is_outdated
 from .device_plan import DEFAULT_N_CTX, check_kv_type, device_request
-from .errors import PyDiffusionError, UnsupportedModelError
+from .errors import PyDiffusionError, PyDiffusionWarning, UnsupportedModelError
 from .generation import batching, session_file
 from .generation.infill import (
     DEFAULT_HOLE_TOKENS,
@@ -101,6 +104,7 @@ class DiffusionModel:
         kernels: str = "auto",
         n_sessions: int = 1,
         dense_type: str = "auto",
+        chat_template: str | os.PathLike[str] | None = None,
     ) -> None:
         """Open and validate a model file.
 
@@ -126,16 +130,19 @@ class DiffusionModel:
         dense_type: type of the matrices other than experts on GPUs: "file" as in the file, "bf16" to convert
             quantized ones to BF16 when they are loaded (faster on A100, H100 and H200), "auto" to do so on
             these GPUs where the whole model still fits.
-        Raises ModelFormatError, UnsupportedModelError, InsufficientMemoryError; ValueError for a wrong
-        argument; OSError when the file can't be read.
+        chat_template: a file, or the name of a built-in template ("diffusion-gemma"), instead of the file's
+            own; it takes its place in ``metadata``.
+        Raises ModelFormatError, UnsupportedModelError, InsufficientMemoryError; PyDiffusionError for an
+        invalid template; ValueError for a wrong argument; OSError when the file can't be read.
         """
         self.path = Path(path)
+        template = None if chat_template is None else find_template(chat_template)
         request = device_request(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions, dense_type)
         check_kv_type(kv_type)
         threads = step_threads().n if n_threads is None else n_threads
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"n_threads is {n_threads!r}; permitted is None or an integer of at least 1")
-        check_is_file(self.path)
+        check_is_gguf(self.path)
         native = _native.Model(
             os.fspath(self.path),
             threads,
@@ -147,6 +154,8 @@ class DiffusionModel:
         )
         self.native = NativeModel(native, self.path)
         self.metadata: dict[str, Any] = native.file.metadata
+        if template is not None:
+            self.metadata[TEMPLATE_KEY] = template
         self.hparams: dict[str, Any] = native.hparams
         self.description: dict[str, Any] = native.description
         self.n_vocab: int = native.n_vocab
@@ -200,12 +209,8 @@ class DiffusionModel:
         """
         template = self._template()
         sanitizer = Sanitizer(self.tokenizer)
-        render = functools.partial(
-            template.render,
-            bos_token=self._token_text(self.tokenizer.bos_id),
-            eos_token=self._token_text(self.tokenizer.eos_id),
-            **sanitizer.hide({name: plain(value, name) for name, value in variables.items()}),
-        )
+        given = sanitizer.hide({name: plain(value, name) for name, value in variables.items()})
+        render = functools.partial(template.render, **(self._token_variables() | given))
         ids = sanitizer.tokenize(sanitizer.render(render, template.prepare(messages)))
         if (
             self.tokenizer.add_bos
@@ -221,11 +226,13 @@ class DiffusionModel:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the file has a chat template."""
-        return isinstance(self.metadata.get("tokenizer.chat_template"), str)
+        """Whether there is a chat template, the file's or the given one."""
+        return isinstance(self.metadata.get(TEMPLATE_KEY), str)
 
     def check_chat_template(self) -> None:
-        """Raise UnsupportedModelError without a chat template, PyDiffusionError for an invalid one."""
+        """Raise UnsupportedModelError without a chat template, PyDiffusionError for an invalid one; warn of
+        an outdated one, as its first use does.
+        """
         self._template()
 
     def automaton(self, options: GenerationOptions) -> Automaton:
@@ -248,13 +255,25 @@ class DiffusionModel:
             if self._chat_template is None:
                 if not self.has_chat_template:
                     raise UnsupportedModelError(
-                        f"{self.path} has no chat template (tokenizer.chat_template): give a plain prompt"
+                        f"{self.path} has no chat template (tokenizer.chat_template): give a plain prompt, or"
+                        f" a template (--chat-template FILE, or {', '.join(BUILT_IN_TEMPLATES)})"
                     )
-                self._chat_template = ChatTemplate(self.metadata["tokenizer.chat_template"])
+                source = self.metadata[TEMPLATE_KEY]
+                self._chat_template = ChatTemplate(source)
+                if is_outdated(source):
+                    warn_caller(
+                        f"{self.path}: the chat template is {OUTDATED}; {REPLACE_IT}", PyDiffusionWarning
+                    )
             return self._chat_template
 
-    def _token_text(self, token_id: int | None) -> str:
-        return "" if token_id is None else self.tokenizer.token_text(token_id)
+    def _token_variables(self) -> dict[str, str]:
+        """The texts of special tokens, by the names that templates know them by."""
+        known = self.tokenizer
+        ids = {"pad_token": known.pad_id, "unk_token": known.unknown_id, "mask_token": known.mask_id}
+        texts = {name: known.token_text(i) for name, i in ids.items() if i is not None}
+        for name, i in (("bos_token", known.bos_id), ("eos_token", known.eos_id)):
+            texts[name] = "" if i is None else known.token_text(i)  # templates print them without asking
+        return texts
 
     # Generation
 

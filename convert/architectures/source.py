@@ -10,15 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydiffusion._util.atomic import explaining
+from pydiffusion._util.file_kinds import recognise_file
+from pydiffusion.chat.template_source import TEMPLATE_KEY
 from pydiffusion.convert.architectures import registry
 from pydiffusion.convert.architectures.architecture import Architecture, ModelShape
 from pydiffusion.convert.checkpoint import tokenizer_files
+from pydiffusion.convert.checkpoint.chat_templates import (
+    given_template,
+    note_if_outdated,
+    settle_chat_template,
+)
 from pydiffusion.convert.checkpoint.hub import find_checkpoint
 from pydiffusion.convert.checkpoint.quantized import settings
 from pydiffusion.convert.checkpoint.quantized.reader import open_weights
 from pydiffusion.convert.checkpoint.quantized.settings import Quantization, read_quantization
-from pydiffusion.convert.checkpoint.safetensors_files import INDEX, Checkpoint
+from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
+from pydiffusion.convert.checkpoint.weight_files import explain_without_config
 from pydiffusion.convert.checkpoint.weights import Weights
 from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT, Value
 from pydiffusion.convert.gguf.model_keys import QUANTIZATION_VERSION
@@ -31,9 +39,7 @@ if TYPE_CHECKING:
     from pydiffusion import _native
 
 _CONFIG = "config.json"
-_SMALL_FILES = (
-    _CONFIG, "generation_config.json", INDEX, *tokenizer_files.FILES, *settings.FILES,
-)  # fmt: skip
+_SMALL_FILES = (_CONFIG, "generation_config.json", *tokenizer_files.FILES, *settings.FILES)
 _MAX_CONFIG = 64 << 20  # bytes
 
 
@@ -52,33 +58,57 @@ class Source:
 
 @contextlib.contextmanager
 def open_source(
-    source: str | os.PathLike[str], revision: str | None = None, keep: str = ""
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    keep: str = "",
+    chat_template: str | os.PathLike[str] | None = None,
 ) -> Iterator[Source]:
-    """Open a checkpoint folder, a Hugging Face repo id, or a GGUF. ``keep``: as of :func:`open_folder`."""
+    """Open a checkpoint folder, a Hugging Face repo id, or a GGUF. ``keep``, ``chat_template``: as of
+    :func:`open_folder`.
+    """
     found = find_checkpoint(source, revision)
     path = found.path
     is_gguf = path.is_file() or (path.suffix == ".gguf" and not path.is_dir())  # also a missing one
-    opener = open_gguf(path) if is_gguf else open_folder(path, found.name, keep)
+    if is_gguf:
+        opener = open_gguf(path, chat_template)
+    else:
+        opener = open_folder(path, found.name, keep=keep, chat_template=chat_template)
     with opener as opened:
         yield opened
 
 
 @contextlib.contextmanager
 def open_checkpoint(
-    source: str | os.PathLike[str], revision: str | None = None, keep: str = ""
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    keep: str = "",
+    chat_template: str | os.PathLike[str] | None = None,
 ) -> Iterator[Source]:
-    """Open a checkpoint folder or a Hugging Face repo id. ``keep``: as of :func:`open_folder`."""
+    """Open a checkpoint folder or a Hugging Face repo id. ``keep``, ``chat_template``: as of
+    :func:`open_folder`.
+    """
     found = find_checkpoint(source, revision)
-    with open_folder(found.path, found.name, keep) as opened:
+    with open_folder(found.path, found.name, keep=keep, chat_template=chat_template) as opened:
         yield opened
 
 
 @contextlib.contextmanager
-def open_folder(folder: Path, name: str = "", keep: str = "") -> Iterator[Source]:
+def open_folder(
+    folder: Path,
+    name: str = "",
+    *,
+    keep: str = "",
+    chat_template: str | os.PathLike[str] | None = None,
+) -> Iterator[Source]:
     """Open and validate a checkpoint folder. Raises ConversionError naming the file, key or tensor.
 
-    ``name``: the model's name if it differs from the folder's. ``keep``: a ggml type; tensors that a
-    quantized checkpoint has in the same codes are given in its blocks, all others dequantized.
+    Args:
+        name: the model's name if it differs from the folder's.
+        keep: a ggml type; tensors that a quantized checkpoint has in the same codes are given in its blocks,
+            all others dequantized.
+        chat_template: a file, or a built-in one's name, instead of the folder's.
     """
     notes: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -87,6 +117,7 @@ def open_folder(folder: Path, name: str = "", keep: str = "") -> Iterator[Source
             architecture, config, quantization = read_config(folder, notes)
             checkpoint = stack.enter_context(Checkpoint(folder))
             metadata = architecture.metadata(folder, name or folder.resolve().name or "model", config, notes)
+            settle_chat_template(folder, metadata, chat_template, notes)
             weights = replace(open_weights(checkpoint, quantization, notes), keep=keep)
             tensors = architecture.tensors(weights, config, notes)
         yield Source(
@@ -95,7 +126,7 @@ def open_folder(folder: Path, name: str = "", keep: str = "") -> Iterator[Source
             files=[*checkpoint.files, *(folder / small for small in _SMALL_FILES)],
             tensors=tensors,
             metadata=metadata,
-            notes=notes,
+            notes=[*checkpoint.notes, *notes],
         )
 
 
@@ -111,9 +142,21 @@ def open_tensors(folder: Path) -> Iterator[Weights]:
 
 
 def _require_folder(folder: Path) -> None:
-    """Raise ConversionError if there is no such folder."""
+    """Raise ConversionError if there is no such folder, or no ``config.json`` in it."""
+    if folder.is_file():
+        raise ConversionError(_explain_file(folder))
     if not folder.is_dir():
         raise ConversionError(f"{folder}: no such folder; give a checkpoint folder with config.json in it")
+    if not (folder / _CONFIG).exists():
+        raise ConversionError(explain_without_config(folder))
+
+
+def _explain_file(path: Path) -> str:
+    if path.suffix in (".safetensors", ".json") and (path.parent / _CONFIG).is_file():
+        return f"{path}: is one file of a checkpoint: give its folder, {path.parent}"
+    found = recognise_file(path, "text")
+    more = f", {found}" if found else ": give a checkpoint folder with config.json in it"
+    return f"{path}: is a file, not a folder{more}"
 
 
 def read_config(folder: Path, notes: list[str]) -> tuple[Architecture[Any], Any, Quantization]:
@@ -162,9 +205,11 @@ def open_mmproj(
 
 
 @contextlib.contextmanager
-def open_gguf(path: Path) -> Iterator[Source]:
-    """Open a GGUF, or any part of a split one. Raises ModelFormatError if it is damaged or a part is missing,
-    ConversionError if it has another architecture.
+def open_gguf(path: Path, chat_template: str | os.PathLike[str] | None = None) -> Iterator[Source]:
+    """Open a GGUF, or any part of a split one; ``chat_template``: as of :func:`open_folder`.
+
+    Raises ModelFormatError if it is damaged or a part is missing, ConversionError if it has another
+    architecture.
     """
     parts = open_parts(path)
     if parts.reader.other_kind:
@@ -177,7 +222,11 @@ def open_gguf(path: Path) -> Iterator[Source]:
         for info, _ in found:
             _check_shape(path, info, architecture)
         tensors = [SourceTensor(str(info.name), info.type, tuple(info.shape), read) for info, read in found]
-        yield Source(architecture, path, parts.paths, tensors, keys, alignment=parts.reader.alignment)
+        notes: list[str] = []
+        if chat_template is not None:
+            keys[TEMPLATE_KEY] = given_template(chat_template)
+        note_if_outdated(keys, notes)
+        yield Source(architecture, path, parts.paths, tensors, keys, notes, parts.reader.alignment)
 
 
 def _check_shape(path: Path, info: _native.TensorInfo, architecture: Architecture[Any]) -> None:
@@ -190,7 +239,7 @@ def _check_shape(path: Path, info: _native.TensorInfo, architecture: Architectur
 def read_shape(folder: str | os.PathLike[str]) -> ModelShape:
     """The size of the model in a checkpoint folder or repo, from ``config.json``. Raises ConversionError."""
     path = find_checkpoint(folder, weights=False).path
-    if not (path / _CONFIG).is_file():
-        raise ConversionError(f"{path}: has no {_CONFIG}; give a checkpoint folder")
+    with explaining(path, "can't be read"):
+        _require_folder(path)
     architecture, config, _ = read_config(path, [])
     return architecture.shape(config)

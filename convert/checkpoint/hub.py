@@ -11,17 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydiffusion.convert.checkpoint.weight_files import other_weights
 from pydiffusion.errors import ConversionError
 
 _REPO = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w./-]+))?")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _SMALL = (
+    "adapter_config.json",
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",
 )
@@ -81,13 +84,19 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
     patterns = [*_SMALL, *(_WEIGHTS if weights else ())]
     try:
         # Folders of a repo contain other formats of the weights.
-        return Path(
+        path = Path(
             huggingface_hub.snapshot_download(
                 repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
             )
         )
+        is_checkpoint = any((path / name).exists() for name in ("config.json", "adapter_config.json"))
+        names = [] if is_checkpoint else huggingface_hub.list_repo_files(repo, revision=revision)
     except Exception as error:  # which of many types depends on the version of huggingface_hub
         raise ConversionError(_explain(error, repo, revision)) from error
+    if not is_checkpoint:
+        what = other_weights(names) or "it is not a checkpoint's: give another repo"
+        raise ConversionError(f"{repo}: has no config.json; {what}")
+    return path
 
 
 def _explain(error: Exception, repo: str, revision: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint folder, single or sharded safetensors, in chunks.
+"""Read the tensors of a checkpoint folder, one or several safetensors files, in chunks.
 
 Headers are fully validated before use. Data is read with plain reads, not mmap: a file that shrinks meanwhile
 gives an error instead of a SIGBUS, and cached pages don't count as resident memory.
@@ -15,11 +15,12 @@ from typing import TypeGuard
 
 import numpy as np
 
-from pydiffusion.convert.checkpoint.strict_json import parse_json_object, read_json_object
+from pydiffusion._util.file_kinds import recognise_file
+from pydiffusion.convert.checkpoint.strict_json import parse_json_object
+from pydiffusion.convert.checkpoint.weight_files import WeightFiles, find_weights, unread_weights
 from pydiffusion.convert.gguf.tensor_reads import read_exactly
 from pydiffusion.errors import ConversionError
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _MAX_HEADER = 100_000_000  # the format's own limit
 _SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2,
@@ -40,46 +41,41 @@ class StoredTensor:
 
 
 class Checkpoint:
-    """All tensors of a folder by name; a context manager that closes the files."""
+    """All tensors of a folder by name; a context manager that closes the files.
+
+    ``files``: the weights, then their index if there is one. ``notes``: what was left out, for the report.
+    """
 
     def __init__(self, folder: Path):
         self.files: list[Path] = []
         self.tensors: dict[str, StoredTensor] = {}
+        self.notes: list[str] = []
         self._open: dict[Path, io.FileIO] = {}
         try:
-            if (folder / INDEX).exists():
-                self._open_sharded(folder)
-            elif (folder / SINGLE).exists():
-                self.tensors = self._open_file(folder / SINGLE)
-            else:
-                raise ConversionError(
-                    f"{folder}: has neither {INDEX} nor {SINGLE}; is this a checkpoint folder?"
-                )
+            found = find_weights(folder)
+            for path in found.paths:
+                self._add(path, found)
+            _require_listed(found, self.tensors)
         except BaseException:
             self.close()
             raise
+        self.notes += [
+            f"{name}: not read, since there are safetensors files too" for name in unread_weights(folder)
+        ]
+        if found.index is not None:
+            self.files.append(found.index)
 
-    def _open_sharded(self, folder: Path) -> None:
-        index = read_json_object(folder / INDEX)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ConversionError(f"{INDEX}: the required object 'weight_map' is missing or empty")
-        for name, shard in weight_map.items():
-            is_name = isinstance(shard, str) and shard.isprintable() and Path(shard).name == shard
-            if not is_name or not shard.endswith(".safetensors"):
+    def _add(self, path: Path, found: WeightFiles) -> None:
+        for name, tensor in self._open_file(path).items():
+            if found.index is not None and found.shard_of.get(name) != path.name:
                 raise ConversionError(
-                    f"{INDEX}: tensor {name!r} is stored in {shard!r:.80}, which is not a file of this folder"
+                    f"{path.name}: contains {name!r}, which {found.index.name} does not list there"
                 )
-        for shard in sorted(set(weight_map.values())):
-            for name, tensor in self._open_file(folder / shard).items():
-                if weight_map.get(name) != shard:
-                    raise ConversionError(f"{shard}: contains {name!r}, which {INDEX} does not list there")
-                self.tensors[name] = tensor
-        missing = sorted(set(weight_map) - set(self.tensors))
-        if missing:
-            raise ConversionError(
-                f"{INDEX}: lists {missing[0]!r} in {weight_map[missing[0]]}, which does not contain it"
-            )
+            if name in self.tensors:
+                raise ConversionError(
+                    f"{path}: contains {name!r}, which {self.tensors[name].file.name} contains too"
+                )
+            self.tensors[name] = tensor
 
     def _open_file(self, path: Path) -> dict[str, StoredTensor]:
         try:
@@ -89,6 +85,9 @@ class Checkpoint:
             size = file.seek(0, io.SEEK_END)
         except OSError as error:
             raise ConversionError(f"{path}: can't be opened: {error.strerror or error}") from error
+        found = recognise_file(path, "safetensors")
+        if found is not None:
+            raise ConversionError(f"{path}: not a safetensors file; it is {found}")
         length = int.from_bytes(self._read(path, 0, 8, size).tobytes(), "little")
         if length > min(_MAX_HEADER, size - 8):
             raise ConversionError(
@@ -128,6 +127,16 @@ class Checkpoint:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _require_listed(found: WeightFiles, tensors: dict[str, StoredTensor]) -> None:
+    """Raise ConversionError if the index lists a tensor that its file does not contain."""
+    missing = sorted(set(found.shard_of) - set(tensors))
+    if found.index is not None and missing:
+        shard = found.shard_of[missing[0]]
+        raise ConversionError(
+            f"{found.index.name}: lists {missing[0]!r} in {shard}, which does not contain it"
+        )
 
 
 def _parse_entry(name: str, entry: object, path: Path, start: int, size: int) -> StoredTensor:

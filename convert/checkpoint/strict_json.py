@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
+import struct
 from pathlib import Path
 from typing import Any
 
+from pydiffusion._util.file_kinds import recognise
 from pydiffusion.errors import ConversionError
 
 _REQUIRED: Any = object()
 _MAX_INT = 2**31 - 1
+_MAX_FLOAT32 = 3.4e38
 
 
 def read_json_object(path: Path, max_bytes: int = 1 << 30) -> dict[str, Any]:
@@ -29,9 +31,12 @@ def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
     """As :func:`read_json_object`, from bytes. Also rejects duplicate keys, NaN and infinity."""
     try:
         value = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+            text.decode("utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
         )
     except (ValueError, RecursionError) as error:
+        found = recognise(text[:4096], len(text), "json")
+        if found is not None:
+            raise ConversionError(f"{where}: not JSON; it is {found}") from error
         raise ConversionError(f"{where}: not valid JSON: {error or 'nested too deeply'}") from error
     if not isinstance(value, dict):
         raise ConversionError(f"{where}: should contain a JSON object, contains {_describe(value)}")
@@ -56,6 +61,17 @@ def _no_constant(name: str) -> Any:
 def _describe(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _is_within(value: float, minimum: float, maximum: float) -> bool:
+    if not abs(value) <= _MAX_FLOAT32:
+        return False
+    return _float32(minimum) <= _float32(value) <= _float32(maximum)
+
+
+def _float32(value: float) -> float:
+    (rounded,) = struct.unpack("<f", struct.pack("<f", value))
+    return float(rounded)
 
 
 class Fields:
@@ -113,12 +129,10 @@ class Fields:
         return value
 
     def number(self, key: str, default: Any = _REQUIRED, *, minimum: float, maximum: float = 1e30) -> float:
-        """A finite number, ``minimum < value <= maximum``; integers count."""
+        """A number from ``minimum`` to ``maximum``, as the float32 that files store; integers count."""
         value, there = self._get(key, default)
-        if there and (
-            type(value) not in (int, float) or not minimum < value <= maximum or not math.isfinite(value)
-        ):
-            raise self.error(key, f"a number above {minimum} and at most {maximum:g}")
+        if there and (type(value) not in (int, float) or not _is_within(value, minimum, maximum)):
+            raise self.error(key, f"a number from {minimum:g} to {maximum:g}")
         return float(value)
 
     def boolean(self, key: str, default: Any = _REQUIRED) -> bool:

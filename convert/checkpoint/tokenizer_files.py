@@ -14,17 +14,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeGuard
 
+from pydiffusion.chat.template_source import TEMPLATE_KEY
+from pydiffusion.convert.checkpoint.chat_templates import LEGACY, TEMPLATE, read_chat_template
+from pydiffusion.convert.checkpoint.chat_templates import TOKENIZER_CONFIG as CONFIG
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.errors import ConversionError
 
-TOKENIZER, CONFIG, SPECIALS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-TEMPLATE = "chat_template.jinja"
-FILES = (TOKENIZER, CONFIG, SPECIALS, TEMPLATE)
+TOKENIZER, SPECIALS = "tokenizer.json", "special_tokens_map.json"
+FILES = (TOKENIZER, CONFIG, SPECIALS, TEMPLATE, LEGACY)
 SPACE = "\u2581"
 _SCORE = -1000.0  # BPE has no scores; existing files have this value
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_MAX_TEMPLATE = 16 << 20
 # Tokenizer classes of transformers that add a bos by default.
 _BOS_BY_DEFAULT = ("GemmaTokenizer", "GemmaTokenizerFast")
 
@@ -108,7 +109,9 @@ def read_tokenizer(
     for role, first in (("bos", True), ("sep", None), ("eos", False)):
         flag = False if first is None else _adds_token(source, settings, role, special_ids, tokens, first)
         keys[f"{prefix}add_{role}_token"] = Value("bool", flag)
-    keys |= _chat_templates(folder, settings, notes)
+    template = read_chat_template(folder, notes)
+    if template is not None:
+        keys[TEMPLATE_KEY] = Value("str", template)
     keys[prefix + "add_space_prefix"] = Value("bool", False)
     return keys
 
@@ -313,33 +316,3 @@ def _adds_token(
             if isinstance(special, dict) and special.get("id") == tokens[special_ids[role]]:
                 return True
     return role == "bos" and role in special_ids and settings.get("tokenizer_class") in _BOS_BY_DEFAULT
-
-
-def _chat_templates(folder: Path, settings: dict[str, Any], notes: list[str]) -> dict[str, Value]:
-    """``tokenizer.chat_template``, from its own file or from the tokenizer's config."""
-    key = "tokenizer.chat_template"
-    path = folder / TEMPLATE
-    if path.exists():
-        try:
-            if path.stat().st_size > _MAX_TEMPLATE:
-                raise ConversionError(
-                    f"{path}: larger than {_MAX_TEMPLATE} bytes; this is not a chat template"
-                )
-            return {key: Value("str", path.read_bytes().decode("utf-8"))}
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConversionError(f"{path}: can't be read: {error}") from error
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if _is_named(entry)}
-        template = named.get("default")
-        notes.append(f"{CONFIG}: of several chat templates only the one named default is kept")
-    if template is None:
-        notes.append("no chat template: the file supports completion only")
-        return {}
-    if not isinstance(template, str):
-        raise ConversionError(f"{CONFIG}: 'chat_template' should be a string, is {template!r:.60}")
-    return {key: Value("str", template)}
-
-
-def _is_named(entry: object) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("name"), str)

@@ -14,6 +14,7 @@ import numpy as np
 
 from pydiffusion import _native
 from pydiffusion._util.atomic import explaining
+from pydiffusion._util.files import check_is_gguf
 from pydiffusion.convert.gguf.split import SPLIT_COUNT, SPLIT_NO, part_path
 from pydiffusion.convert.gguf.tensor_reads import ReadBytes, read_exactly
 from pydiffusion.errors import ConversionError
@@ -60,6 +61,7 @@ def open_parts(path: Path) -> Parts:
     with explaining(path, "can't be read"):
         if not path.is_file():
             raise ConversionError(f"{path}: no such file; give a GGUF")
+        check_is_gguf(path)
     keys = _native.GgufFile(str(path)).metadata
     count, number = keys.get(SPLIT_COUNT), keys.get(SPLIT_NO)
     if type(count) is int and type(number) is int and 0 < number < count:

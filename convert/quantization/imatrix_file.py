@@ -1,7 +1,8 @@
-"""Importance matrix (imatrix) files in llama.cpp's GGUF format.
+"""Importance matrix (imatrix) files: llama.cpp's GGUF format, and its older one (``.dat``), read only.
 
-For a matrix ``NAME`` the file has ``NAME.in_sum2``, the sum of squared activations per column, and
-``NAME.counts``, the number of activation rows; expert tensors have one row of each per expert.
+For a matrix ``NAME`` a GGUF has ``NAME.in_sum2``, the sum of squared activations per column, and
+``NAME.counts``, the number of activation rows; expert tensors have one row of each per expert. The older
+format has one count for all experts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import numpy as np
 
 from pydiffusion import _native
 from pydiffusion._util import atomic
+from pydiffusion._util.atomic import explaining
+from pydiffusion._util.files import check_is_gguf
 from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT, Placed, Value, align, pack_header
+from pydiffusion.convert.quantization.legacy_imatrix import is_legacy, read_legacy
 from pydiffusion.errors import ConversionError, ModelFormatError
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -42,6 +46,21 @@ class Entry:
         """Matrices (experts) without activations."""
         return np.flatnonzero(self.counts == 0).tolist()
 
+    def per_matrix(self, n_matrices: int, n_columns: int) -> Entry:
+        """This entry with a row for each of ``n_matrices`` experts of at least ``n_columns`` columns, if it
+        has those of all experts in one row, with one count: as in the older format, and in GGUFs converted
+        from it. There a row of ones, after division by the count, stands for an expert that nothing reached.
+        """
+        n_values = self.in_sum2.shape[1]
+        is_joined = len(self.counts) == 1 < n_matrices and n_values % n_matrices == 0
+        if not is_joined or n_values // n_matrices < n_columns:
+            return self
+        rows = self.in_sum2.reshape(n_matrices, -1).copy()
+        counts = np.repeat(self.counts, n_matrices)
+        unreached = (rows == self.counts).all(axis=1)
+        rows[unreached] = counts[unreached] = 0
+        return Entry(rows, counts)
+
 
 @dataclass(frozen=True)
 class Imatrix:
@@ -65,8 +84,9 @@ class Imatrix:
         entry = self._find(name)
         if entry is None or len(shape) < 2:
             return None
-        sums, counts = entry.in_sum2.astype(np.float64), entry.counts.astype(np.float64)
         n_columns, n_matrices = shape[-1], int(np.prod(shape[:-2]))
+        entry = entry.per_matrix(n_matrices, n_columns)
+        sums, counts = entry.in_sum2.astype(np.float64), entry.counts.astype(np.float64)
         if len(sums) not in (1, n_matrices) or sums.shape[1] < n_columns or sums[:, n_columns:].any():
             raise ConversionError(
                 f"{self.path}: the entry for {name} is {len(sums)} x {sums.shape[1]}, the tensor "
@@ -98,10 +118,17 @@ class Imatrix:
 
 
 def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
-    """Read an imatrix GGUF. Raises ModelFormatError if it is damaged or not an imatrix."""
+    """Read an imatrix, a GGUF or of the older format (``.dat``).
+
+    Raises ModelFormatError if it is damaged or not an imatrix, ConversionError if it can't be read.
+    """
     path = Path(path)
     if not path.is_file():
         raise ConversionError(f"{path}: no such file; make an imatrix with `pydiffusion imatrix`")
+    with explaining(path, "can't be read"):
+        if is_legacy(path):
+            return _from_legacy(path)
+        check_is_gguf(path)
     reader = _native.GgufFile(str(path))
     metadata = reader.metadata
     kind = metadata.get("general.type")
@@ -132,6 +159,17 @@ def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
         _count(path, metadata, "imatrix.chunk_count"),
         _count(path, metadata, "imatrix.chunk_size"),
     )
+
+
+def _from_legacy(path: Path) -> Imatrix:
+    """An imatrix of the older format: the entries as in a GGUF converted from it, for any chunk size."""
+    legacy = read_legacy(path)
+    entries = {
+        # Nothing was counted: what it has counts as it is, as in llama.cpp.
+        name: Entry(values.reshape(1, -1), np.array([max(n_calls, 1)], np.float32))
+        for name, (n_calls, values) in legacy.entries.items()
+    }
+    return Imatrix(path, entries, legacy.datasets, legacy.chunk_count, 0)
 
 
 def _count(path: Path, metadata: Mapping[str, object], key: str) -> int:

@@ -7,12 +7,22 @@ model, they are what the released model (128 experts, two query heads per KV hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-Layers = Literal["all", "more bits", "first sixteenth", "first eighth", "first two", "first four"]
+Layers = Literal[
+    "all",
+    "more bits",
+    "first sixteenth",
+    "first eighth",
+    "first two",
+    "first four",
+    "inner eighths",
+]
 
 
 def has_more_bits(index: int, count: int) -> bool:
@@ -29,6 +39,7 @@ LAYERS: MappingProxyType[Layers, Callable[[int, int], bool]] = MappingProxyType(
         "first eighth": lambda index, count: index < count // 8,
         "first two": lambda index, count: index < 2,
         "first four": lambda index, count: index < 4,
+        "inner eighths": lambda index, count: count // 8 <= index < 7 * count // 8,
     }
 )
 
@@ -50,7 +61,8 @@ class Rule:
 class Recipe:
     """A recipe: ``head`` for embedding and output head, ``rules`` in order, ``default`` for the rest.
 
-    ``file_type``: value of ``general.file_type``; ``note``: added to the report.
+    ``file_type``: value of ``general.file_type``; ``note``: added to the report; ``needs_imatrix``: made with
+    an imatrix only, though its types can do without (others do, by :data:`NEEDS_IMATRIX`).
     """
 
     file_type: int
@@ -58,10 +70,12 @@ class Recipe:
     head: str
     rules: tuple[Rule, ...] = ()
     note: str = ""
+    needs_imatrix: bool = False
 
 
 _V, _K, _Q, _OUT = ("attn_v",), ("attn_k",), ("attn_q",), ("attn_output",)
 _DOWN = ("ffn_down", "ffn_down_exps")
+_GATE_UP = ("ffn_gate", "ffn_up", "ffn_gate_up_exps", "ffn_gate_exps", "ffn_up_exps")
 _EXPERTS = ("ffn_gate_up_exps", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 _TERNARY = "meant for models trained with ternary weights; it ruins others"
 
@@ -109,8 +123,16 @@ RECIPES = MappingProxyType(
         "q3_k_s": _pure(11, "Q3_K", "Q6_K"),
         "iq3_m": _pure(27, "IQ3_S", "Q6_K", Rule(_V + _OUT, "Q4_K"), Rule(_DOWN, "Q4_K", "first eighth")),
         "iq3_s": _pure(26, "IQ3_S", "Q6_K"),
+        "iq3_xs": _pure(
+            22,
+            "IQ3_S",
+            "Q6_K",
+            Rule(_K + _Q, "IQ3_XXS"),
+            Rule(_GATE_UP, "IQ3_XXS", "inner eighths"),
+        ),
         "iq3_xxs": _pure(23, "IQ3_XXS", "Q5_K", Rule(_K + _Q, "IQ2_S"), Rule(_OUT, "IQ3_S")),
         "q2_k": _pure(10, "Q2_K", "Q6_K", Rule(_V + _DOWN + _OUT, "Q3_K")),
+        "q2_k_s": Recipe(21, "Q2_K", "Q6_K", (Rule(_DOWN, "Q4_K", "first eighth"),), needs_imatrix=True),
         "iq2_m": _tiny(29, "IQ2_S", "IQ3_S", "IQ3_S"),
         "iq2_s": _tiny(28, "IQ2_XS", "IQ3_S", "IQ3_S"),
         "iq2_xs": _tiny(20, "IQ2_XS", "Q2_K", None),
@@ -125,5 +147,44 @@ RECIPES = MappingProxyType(
 )
 TYPES: tuple[str, ...] = tuple(RECIPES)
 
+# Other names of recipes, in llama-quantize and elsewhere.
+_ALIASES = MappingProxyType(
+    {
+        "q3_k": "q3_k_m",
+        "q4_k": "q4_k_m",
+        "q5_k": "q5_k_m",
+        "mxfp4_moe": "mxfp4",
+        "fp32": "f32",
+        "float32": "f32",
+        "fp16": "f16",
+        "float16": "f16",
+        "bfloat16": "bf16",
+    }
+)
+
 # Without an imatrix, their quantizers fail or produce garbage; no recipe uses them for the embedding.
 NEEDS_IMATRIX = frozenset(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"))
+
+
+def recipe_name(text: str, permitted: Sequence[str] = TYPES) -> str:
+    """The recipe that ``text`` names, in any case, with dashes for underscores, or by another program's name
+    for it (``Q4_K_M``, ``q4-k-m``, ``Q4_K``). Raises ValueError, naming the nearest and all permitted.
+    """
+    name = text.lower().replace("-", "_")
+    name = _ALIASES.get(name, name)
+    if name in permitted:
+        return name
+    near = _nearest(name, permitted)
+    hint = f" (the nearest is {near})" if near else ""
+    raise ValueError(f"type is {text!r}, which is not known{hint}; permitted are {', '.join(permitted)}")
+
+
+def _nearest(name: str, permitted: Sequence[str]) -> str | None:
+    """The recipe most like an unknown name, such as Unsloth's UD-Q4_K_XL, whose mixes are of each file."""
+    name = name.removeprefix("ud_")
+    base = re.sub(r"_(xl|l|m|s)$", "", name)
+    for stem in (base, base.rpartition("_")[0]):
+        family = [known for known in permitted if known == stem or known.startswith(f"{stem}_")]
+        if stem and family:
+            return family[0]
+    return next(iter(difflib.get_close_matches(name, permitted, n=1)), None)

@@ -24,7 +24,7 @@ from pydiffusion.errors import ConversionError
 # common hardware, faster one. Types that need an imatrix count only with one.
 FIT_ORDER = (
     "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_l", "q3_k_m", "iq3_m",
-    "q3_k_s", "iq3_xxs", "q2_k", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
+    "q3_k_s", "iq3_xs", "iq3_xxs", "q2_k", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
 )  # fmt: skip
 # Upgrades for the remaining bytes, in this order: parts that every token passes, small compared to the
 # experts.
@@ -119,8 +119,7 @@ def plan_sizes(
 def _plan(
     shape: ModelShape, type: str, pad: bool | None, overrides: type_plan.Overrides, has_imatrix: bool
 ) -> SizePlan:
-    if type not in recipes.RECIPES:
-        raise ValueError(f"type is {type!r}; known are {', '.join(recipes.TYPES)}")
+    type = recipes.recipe_name(type)
     types = type_plan.plan_types(
         shape.tensors.items(), type, shape.kinds, pad=pad, overrides=overrides, has_imatrix=has_imatrix
     )
@@ -170,7 +169,9 @@ def fit(
     smallest = 0
     for type in FIT_ORDER:
         candidate = _plan(shape, type, pad, given, has_imatrix)
-        needs = any(tensor.type in recipes.NEEDS_IMATRIX for tensor in candidate.tensors)
+        needs = recipes.RECIPES[type].needs_imatrix or any(
+            tensor.type in recipes.NEEDS_IMATRIX for tensor in candidate.tensors
+        )
         if needs and not has_imatrix:
             continue
         smallest = estimate_memory(shape, candidate, n_ctx).total

@@ -130,8 +130,14 @@ def check_overrides(overrides: Overrides) -> None:
             raise ValueError(f"{pattern!r} is not a valid regular expression: {error}") from None
 
 
-def require_imatrix(plan: TypePlan, covered: Iterable[str] = ()) -> None:
-    """Raise ConversionError if a tensor's type requires an imatrix and has no entry in it."""
+def require_imatrix(plan: TypePlan, recipe_name: str, has_imatrix: bool, covered: Iterable[str] = ()) -> None:
+    """Raise ConversionError if the recipe needs an imatrix and there is none, or a tensor's type needs an
+    entry in it and has none.
+    """
+    if RECIPES[recipe_name].needs_imatrix and not has_imatrix:
+        raise ConversionError(
+            f"{recipe_name} needs an imatrix; make one with `pydiffusion imatrix`, or choose another type"
+        )
     covered = set(covered)
     missing = [n for n, t in plan.tensors.items() if t.type in NEEDS_IMATRIX and n not in covered]
     if missing:

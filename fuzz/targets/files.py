@@ -127,13 +127,16 @@ class ImatrixTarget:
         }  # fmt: skip
         write_imatrix(self._path, entries, ["a text"], 3, 512)
         self._good = read_gguf(self._path)
-        assert self.one(self._good.to_bytes()) == "done"
+        self._legacy = _legacy(entries)
+        assert self.one(self._good.to_bytes()) == self.one(self._legacy) == "done"
 
     def close(self) -> None:
         pass
 
     def make(self, draw: random.Random) -> bytes:
-        """Create an input: a file's content."""
+        """Create an input: a file's content, one in four of llama.cpp's older format."""
+        if draw.random() < 0.25:
+            return mutation.damaged(draw, self._legacy)
         file: RawGguf = self._good.copy()
         for _ in range(1 if draw.random() < 0.7 else draw.randrange(2, 4)):
             if draw.random() < 0.5:
@@ -155,6 +158,16 @@ class ImatrixTarget:
         except PyDiffusionError as error:
             return refusal(error)
         return "done"
+
+
+def _legacy(entries: dict[str, Entry]) -> bytes:
+    """The same data in llama.cpp's older format (``.dat``)."""
+    parts = [struct.pack("<i", len(entries))]
+    for name, entry in entries.items():
+        text = name.encode()
+        parts.append(struct.pack("<i", len(text)) + text + struct.pack("<ii", 7, entry.in_sum2.size))
+        parts.append(entry.in_sum2.tobytes())
+    return b"".join(parts) + struct.pack("<ii", 7, 6) + b"a text"
 
 
 class SessionTarget:

@@ -17,9 +17,16 @@ from .files import refusal
 from .mutation import damaged, mutated
 
 _SHARD = "model-00001-of-00002.safetensors"
+_TEMPLATE = "chat_template.jinja"
 _FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "model.safetensors.index.json", _SHARD,
+    "model.safetensors.index.json", _SHARD, _TEMPLATE,
+)  # fmt: skip
+
+# What is found in place of a file: a Git LFS pointer, a web page, archives, other formats, nothing.
+_OTHERS = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", b"<!doctype html>", b"PK\3\4",
+    b"\x1f\x8b\x08", b"GGUF\3\0\0\0", b"\x80\2}q\0.", b"Entry not found", bytes(4096), b"\xff\xfe{\0}\0", b"",
 )  # fmt: skip
 
 
@@ -41,9 +48,11 @@ class Target:
         """Create an input: a file's name and content."""
         name = draw.choice(_FILES)
         good = self._good[name]
+        if draw.random() < 0.05:
+            return name, draw.choice(_OTHERS)
         if name == _SHARD:
             return name, self._shard(draw, good)
-        if draw.random() < 0.15:
+        if name == _TEMPLATE or draw.random() < 0.15:
             return name, damaged(draw, good)
         return name, _json(mutated(draw, json.loads(good)))
 

@@ -10,12 +10,14 @@ from reference.toy_tokenizer import CHAT_TEMPLATE
 from support.server_fakes import TEMPLATE, TOOLS
 
 from pydiffusion.chat.template import ChatTemplate
+from pydiffusion.chat.template_source import find_template
 from pydiffusion.errors import PyDiffusionError
 
 from . import mutation
 
 #: Seconds of CPU time that a template may take: the sandbox's work limit on a slow machine.
 TIME_LIMIT = 60.0
+_SOURCES = (CHAT_TEMPLATE, TEMPLATE, find_template("diffusion-gemma"))
 _MESSAGES = [
     {"role": "user", "content": " hi "},
     {"role": "assistant", "content": "ho"},
@@ -109,7 +111,7 @@ class Target:
     """A template renders, or is refused with a typed error, within the time limit."""
 
     def __init__(self, folder: Path) -> None:
-        for source in (CHAT_TEMPLATE, TEMPLATE):
+        for source in _SOURCES:
             assert self.one(source) == "done"
 
     def close(self) -> None:
@@ -119,10 +121,10 @@ class Target:
         """Create an input: a template's source."""
         kind = draw.randrange(4)
         if kind == 0:
-            whole = draw.choice((CHAT_TEMPLATE, TEMPLATE)).encode()
+            whole = draw.choice(_SOURCES).encode()
             return mutation.damaged(draw, whole).decode("utf-8", "replace")
         if kind == 1:
-            source = draw.choice((CHAT_TEMPLATE, TEMPLATE))
+            source = draw.choice(_SOURCES)
             at = draw.randrange(len(source))
             return source[:at] + _statement(draw, 2) + source[at:]
         return "".join(_statement(draw) for _ in range(draw.randrange(1, 4)))

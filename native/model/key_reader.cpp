@@ -78,7 +78,8 @@ float KeyReader::number(const std::string& key, double low, double high) const {
     const Value& value = require(key);
     const auto* found = value.is_array ? nullptr : std::get_if<double>(&value.scalar);
     if (!found) refuse(key, "must be a float, but is " + describe(value));
-    if (!(*found >= low && *found <= high)) {
+    // As floats, since the file's are: 0.1f is more than 0.1.
+    if (!(*found >= static_cast<float>(low) && *found <= static_cast<float>(high))) {
         refuse(key, format("is %g; it must be %g to %g", *found, low, high));
     }
     return static_cast<float>(*found);

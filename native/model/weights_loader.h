@@ -27,7 +27,8 @@ class WeightsLoader {
     const DevicePlan& device_plan() const { return device_plan_; }
 
     // Each throws unless the tensor exists with this shape. A matrix may have a scale, F32 [1] or, of
-    // experts, [n_expert], which must be finite: "attn_q.scale" beside "attn_q.weight".
+    // experts, [n_expert], which must be finite: "attn_q.scale" beside "attn_q.weight"; names end in
+    // ".weight".
     WeightMatrix matrix(const std::string& name, const Shape& shape);
     ggml_tensor* expert_matrices(const std::string& name, const Shape& shape);
     // Null if the matrices of this name have none.

@@ -66,6 +66,10 @@ TEST_CASE("where a plan puts things") {
     CHECK(plan.tensor_device("blk.3.ffn_up_exps.weight") == 1);
     CHECK(plan.tensor_device("blk.5.ffn_up_exps.weight") == kCpuDevice);
     CHECK(plan.tensor_device("blk.5.ffn_up.weight") == 1);
+    // Scales are where the results are that they multiply; the router's with their layer.
+    CHECK(plan.tensor_device("blk.5.ffn_up_exps.scale") == kCpuDevice);
+    CHECK(plan.tensor_device("blk.5.ffn_gate_up_exps.scale") == kCpuDevice);
+    CHECK(plan.tensor_device("blk.5.ffn_down_exps.scale") == 1);
 
     const DevicePlan cpu = {6, {}, 0}, whole = {6, {6}, 0};
     CHECK_FALSE(cpu.any());

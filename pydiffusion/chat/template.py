@@ -17,9 +17,11 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from pydiffusion.errors import PyDiffusionError
@@ -33,6 +35,7 @@ _MAX_ELEMENTS = 1_000_000
 # seconds.
 _MAX_WORK = 10_000_000
 _CALL_WORK = 100
+_MAX_MESSAGE = 500
 # A format with a field width of many digits, or with a width given as an argument.
 _WIDE_FIELD = re.compile(r"\d{5}|\*")
 # Probe texts of parts, and a field that no template knows.
@@ -47,9 +50,9 @@ class ChatTemplate:
         try:
             self._template = _Environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise PyDiffusionError(f"chat template, line {error.lineno}: {error.message}") from None
+            raise PyDiffusionError(f"chat template, line {error.lineno}: {_brief(error.message)}") from None
         except (jinja2.TemplateError, RecursionError, ValueError, OverflowError) as error:
-            raise PyDiffusionError(f"the chat template can't be compiled: {error}") from None
+            raise PyDiffusionError(f"the chat template can't be compiled: {_brief(error)}") from None
         self._knows_parts_of: dict[str, bool] = {}  # by role
 
     def render(
@@ -74,6 +77,7 @@ class ChatTemplate:
             "bos_token": bos_token,
             "eos_token": eos_token,
             "tools": normalize_tools(tools),
+            "documents": None,  # defined in transformers too, where templates compare it with none
             **variables,
         }
         try:
@@ -146,6 +150,11 @@ def _conversation(role: str, content: Any) -> list[Message]:
         called = {"role": "assistant", "content": "", "tool_calls": [call]}
         return [asked, called, {**message, "name": "f", "tool_call_id": call["id"]}]
     return [asked, message, asked]
+
+
+def _brief(message: object) -> str:
+    """An error of the compiler on one line; it may quote a name of any length."""
+    return " ".join(str(message).split())[:_MAX_MESSAGE]
 
 
 def _template_line(error: BaseException) -> int | None:
@@ -249,13 +258,48 @@ class _Limits(NodeTransformer):
 
 
 class _GenerationBlock(Extension):
-    """``{% generation %}`` marks the assistant's text for training; renders its body only."""
+    """``{% generation %}`` marks the assistant's text for training; renders its body only.
+
+    As in transformers the body is a scope: what it sets is unset behind it.
+    """
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 reads it from the class)
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+class _Namespace(Namespace):
+    """As jinja2's, without names that Python could take for its own."""
+
+    def __init__(*args: Any, **fields: Any) -> None:  # no name of its own: a template may set a field "self"
+        named = dict(*args[1:], **fields)
+        for name in named:
+            _check_field(name)
+        Namespace.__init__(args[0], named)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_field(name)
+        super().__setitem__(name, value)
+
+
+def _check_field(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(
+            f"a namespace can't have a field {name[:40]!r}: its name begins with an underscore"
+        )
+
+
+class _Dict:
+    """``dict``, but for its methods, with which a template could change what it was given."""
+
+    def __call__(self, *args: Any, **fields: Any) -> dict[Any, Any]:
+        return dict(*args, **fields)
+
+    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -273,11 +317,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters |= {_COUNTED: _counted, _CONCATENATED: _concatenated, _CHECKED: _checked}
         del self.globals["lipsum"]
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        self.globals |= {"namespace": _Namespace, "dict": _Dict()}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return _Limits(self).visit(super()._parse(source, name, filename))
 
-    def call(self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    # A field of a namespace may be called "self".
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         result = _bounded(super().call)(__context, __obj, *args, **kwargs)
         if isinstance(result, range):
             _charge(len(result))

@@ -26,8 +26,9 @@ Type = Annotated[
     str,
     typer.Option(
         "--type",
+        "--outtype",
         help="Type of the weights: f32, bf16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_xs, q3_k_m, q2_k, ... (an "
-        "unknown one lists all).",
+        "unknown one lists all), in any case.",
     ),
 ]
 Pad = Annotated[
@@ -139,12 +140,20 @@ def parse_overrides(given: list[str] | None) -> list[tuple[str, str]]:
     return pairs
 
 
-def check_type(name: str) -> None:
-    """Raise a usage error for an unknown type, listing the known ones."""
-    from pydiffusion.convert import TYPES
+def given(context: typer.Context, parameter: str) -> bool:
+    """Whether the parameter is on the command line, not its default."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name != "DEFAULT"
 
-    if name not in TYPES:
-        raise typer.BadParameter(f"--type is {name!r}; permitted are {', '.join(TYPES)}")
+
+def parse_type(name: str) -> str:
+    """The type that ``name`` means, in any case; a usage error for an unknown one, listing all."""
+    from pydiffusion.convert import recipe_name
+
+    try:
+        return recipe_name(name)
+    except ValueError as error:
+        raise typer.BadParameter(f"--type: {error}") from None
 
 
 def print_report(report: ConversionReport, as_json: bool) -> None:

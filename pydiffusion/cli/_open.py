@@ -47,6 +47,7 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
         "device": runtime.get("device") or "auto",
         "dense_type": runtime.get("dense_type") or "auto",
     }
+    template = runtime.get("chat_template")
     try:
         memory = runtime.get("gpu_memory")
         sizes = [] if memory is None else [parse_size(size) for size in memory.split(",")]
@@ -60,6 +61,7 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
         "kv_type": cache_type,
         "kernels": kernels,
         **request,
+        **({} if template is None else {"chat_template": template}),
     }
 
 

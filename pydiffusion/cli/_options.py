@@ -66,7 +66,9 @@ TEXT: dict[str, Any] = {
         typer.Option(
             "-n",
             "--max-tokens",
-            help="Maximum number of tokens to generate. [default: up to the end of the context]",
+            callback=lambda value: None if value == -1 else value,
+            help="Maximum number of tokens to generate; -1 for no limit. [default: up to the end of the "
+            "context]",
         ),
     ],
     **SAMPLER,
@@ -153,6 +155,19 @@ RUNTIME: dict[str, Any] = {
         ),
     ],
 }
+
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        metavar="FILE|NAME",
+        help="Path of a chat template, or name of a built-in one (diffusion-gemma), to use instead of the "
+        "model's.",
+        show_default=False,
+    ),
+]
+#: Options of the runtime for commands that render messages.
+CHAT_RUNTIME: dict[str, Any] = {**RUNTIME, "chat_template": ChatTemplate}
 
 
 def takes(**groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

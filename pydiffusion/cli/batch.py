@@ -29,7 +29,7 @@ _Seed = Annotated[
 _OPTIONS = {**_options.TEXT, "seed": _Seed}
 
 
-@_options.takes(choices=_OPTIONS, runtime=_options.RUNTIME)
+@_options.takes(choices=_OPTIONS, runtime=_options.CHAT_RUNTIME)
 def command(
     model: _options.ModelPath,
     prompts: Annotated[
@@ -184,7 +184,7 @@ def _request(model: DiffusionModel, line: _Line, choices: _Json) -> tuple[str | 
     merged = {**choices, **own}
     if "seed" not in own and choices["seed"] is not None:
         merged["seed"] = (choices["seed"] + line.number - 1) % 2**64
-    if merged["max_tokens"] is None:
+    if merged["max_tokens"] in (None, -1):
         merged["max_tokens"] = model.n_ctx
     options = GenerationOptions(**merged)
     if "prompt" in line.fields:

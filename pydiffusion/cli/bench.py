@@ -49,7 +49,7 @@ def command(
     ] = False,
 ) -> None:
     """Benchmark loading, prefill and denoising steps. Times each part, beside the machine's limits."""
-    from pydiffusion._util.files import check_is_file
+    from pydiffusion._util.files import check_is_gguf
     from pydiffusion.testing import bench_report
     from pydiffusion.testing.autoregressive import measure_autoregressive
     from pydiffusion.testing.bench import run_bench
@@ -60,7 +60,7 @@ def command(
     earlier = _read_figures(Path(against)) if against is not None and _is_report(against) else None
     with tempfile.TemporaryDirectory(prefix="pydiffusion-bench-") as folder:
         path = model if model is not None else _make(synthetic, type, Path(folder))
-        check_is_file(path)
+        check_is_gguf(path)
         setup = _setup(path.name, path, runtime)
         other = None if against is None or earlier is not None else _other(against, path, runtime)
         result = run_bench(
@@ -94,12 +94,12 @@ def _setup(name: str, path: Path, runtime: Mapping[str, Any]) -> Setup:
 
 def _other(against: str, path: Path, runtime: Mapping[str, Any]) -> Setup:
     """The file, or the settings, that ``--compare`` names; a usage error for what is neither."""
-    from pydiffusion._util.files import check_is_file
+    from pydiffusion._util.files import check_is_gguf
 
     if "=" not in against and not Path(against).exists():
         raise typer.BadParameter(f"--compare {against}: neither a file nor settings, as in threads=1")
     if Path(against).exists():
-        check_is_file(Path(against))
+        check_is_gguf(Path(against))
         return _setup(Path(against).name, Path(against), runtime)
     chosen = dict(runtime)
     for setting in against.split(","):
@@ -107,7 +107,7 @@ def _other(against: str, path: Path, runtime: Mapping[str, Any]) -> Setup:
         key = name.strip().replace("-", "_")
         if name == "model" and value:
             path = Path(value)
-            check_is_file(path)
+            check_is_gguf(path)
         elif key in _RUNTIME and value:
             chosen[key] = _number(name, value) if key in ("ctx", "threads", "n_cpu_moe") else value
         else:

@@ -28,7 +28,7 @@ _BLOCK = '"""'
 _MAX_HISTORY = 1000
 
 
-@_options.takes(choices=_options.TEXT, runtime=_options.RUNTIME)
+@_options.takes(choices=_options.TEXT, runtime=_options.CHAT_RUNTIME)
 def command(
     model: _options.ModelPath,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,

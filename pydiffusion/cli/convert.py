@@ -12,6 +12,7 @@ import typer
 
 from pydiffusion._util.sizes import count, format_size, parse_size
 
+from . import _options
 from ._conversion import (
     AllowNonfinite,
     ImatrixFile,
@@ -23,9 +24,10 @@ from ._conversion import (
     TensorTypes,
     ThreadsForRows,
     Type,
-    check_type,
+    given,
     parse_overrides,
     parse_split_size,
+    parse_type,
     run_conversion,
 )
 from ._progress import quiet_hub_in_a_pipe
@@ -45,7 +47,10 @@ def command(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="Path of the GGUF file to write. [default: FOLDER-TYPE.gguf here]"
+            "-o",
+            "--output",
+            "--outfile",
+            help="Path of the GGUF file to write. [default: FOLDER-TYPE.gguf here]",
         ),
     ] = None,
     type: Type = "q4_k_m",
@@ -82,19 +87,19 @@ def command(
     split_max_size: SplitMaxSize = None,
     resume: Resume = False,
     allow_nonfinite: AllowNonfinite = False,
+    chat_template: _options.ChatTemplate = None,
     threads: ThreadsForRows = None,
     no_overwrite: Keep = False,
     as_json: Report = False,
 ) -> None:
     """Convert a Hugging Face folder or repo to GGUF. Verifies every tensor written."""
-    check_type(type)
+    type = parse_type(type)
     quiet_hub_in_a_pipe()
     if mmproj:
-        given = [pad is not None, tensor_type, imatrix, split_max_size, allow_nonfinite, fit, dry_run]
-        if any(given):
+        others = [pad is not None, tensor_type, imatrix, split_max_size, allow_nonfinite, fit, dry_run]
+        if any([*others, chat_template]):
             raise typer.BadParameter("--mmproj goes with --type, --resume and --threads only")
-        given_by = context.get_parameter_source("type")
-        if given_by is not None and given_by.name == "DEFAULT":
+        if not given(context, "type"):
             type = "bf16"
         choices = {"type": type, "resume": resume, "n_threads": threads, "overwrite": not no_overwrite}
         convert_vision(source, output, as_json, choices)
@@ -121,6 +126,7 @@ def command(
         allow_nonfinite=allow_nonfinite,
         n_threads=threads,
         overwrite=not no_overwrite,
+        chat_template=chat_template,
     )
 
 

@@ -12,7 +12,7 @@ from . import _open, _options
 from ._text import say
 
 
-@_options.takes(runtime=_options.RUNTIME)
+@_options.takes(runtime=_options.CHAT_RUNTIME)
 def command(
     model: Annotated[
         Path, typer.Argument(help="Path of the GGUF file; of a split one, any part.", show_default=False)
@@ -38,12 +38,12 @@ def command(
     Exit code 1 if a check failed. The page has no folders, names of users and machines, or access tokens.
     """
     from pydiffusion._util import atomic
-    from pydiffusion._util.files import check_is_file
+    from pydiffusion._util.files import check_is_gguf
     from pydiffusion.quality.doctor.examination import examine, page_of
 
     from ._progress import progress
 
-    check_is_file(model)
+    check_is_gguf(model)
     if reference is not None and not reference.is_dir():
         raise typer.BadParameter(f"--reference: {reference} is not a folder")
     arguments = _open.runtime_arguments(runtime)

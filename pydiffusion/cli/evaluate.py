@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._open import read_text
-from ._options import Threads
+from ._options import ChatTemplate, Threads
 from ._text import one_line, say
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def command(
             show_default=False,
         ),
     ] = None,
+    chat_template: ChatTemplate = None,
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -84,6 +85,7 @@ def command(
             steps=steps,
             seed=seed,
             n_threads=threads,
+            chat_template=chat_template,
             progress=lambda state: update(state.done_bytes, state.total_bytes),
         )
     if as_json:

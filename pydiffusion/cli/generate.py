@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pydiffusion import Completion, DiffusionModel
 
 
-@_options.takes(choices=_options.TEXT, runtime=_options.RUNTIME)
+@_options.takes(choices=_options.TEXT, runtime=_options.CHAT_RUNTIME)
 def command(
     model: _options.ModelPath,
     prompt: Annotated[
@@ -53,6 +53,8 @@ def command(
         "json_schema": None if json_schema is None else _open.read_text_or_stdin(json_schema),
         "regex": regex,
     }
+    if chat is False and runtime["chat_template"] is not None:
+        raise typer.BadParameter("--chat-template needs --chat")
     _open.make_options(**choices)  # report invalid options before loading the model
     text = _read_prompt(prompt)
     opened = _open.open_model(model, runtime)

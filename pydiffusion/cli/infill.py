@@ -14,7 +14,7 @@ from ._run import figures
 from ._text import say
 
 
-@_options.takes(choices=_options.SAMPLER, runtime=_options.RUNTIME)
+@_options.takes(choices=_options.SAMPLER, runtime=_options.CHAT_RUNTIME)
 def command(
     model: _options.ModelPath,
     choices: dict[str, Any],
@@ -43,6 +43,8 @@ def command(
     """Fill the holes of a text, and keep everything around them."""
     from ._display import AnswerPrinter, CanvasDisplay
 
+    if instruction is None and runtime["chat_template"] is not None:
+        raise typer.BadParameter("--chat-template needs --instruction")
     options = _open.make_options(**choices)
     text = _open.read_text_or_stdin(file)
     opened = _open.open_model(model, runtime)

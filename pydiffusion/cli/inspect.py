@@ -34,10 +34,10 @@ def command(
     ] = False,
 ) -> None:
     """Show metadata and tensors of a GGUF file of any architecture."""
-    from pydiffusion._util.files import check_is_file
+    from pydiffusion._util.files import check_is_gguf
     from pydiffusion.convert import open_parts
 
-    check_is_file(file)
+    check_is_gguf(file)
     gguf = open_parts(file)
     if as_json:
         print(json.dumps(_as_dict(gguf, tensors, arrays), allow_nan=False))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import _open, _options
 from ._text import say
 
+if TYPE_CHECKING:
+    from pydiffusion import DiffusionModel
 
-@_options.takes(runtime=_options.RUNTIME)
+
+@_options.takes(runtime=_options.CHAT_RUNTIME)
 def command(
     model: _options.ModelPath,
     *,
@@ -64,6 +67,7 @@ def command(
         raise typer.BadParameter("the API key is empty")
     listener = _bind(host, port)  # fail before loading the model
     opened = _open.open_model(model, runtime, max(parallel, sessions))
+    _check_template(opened)
     settings = Settings(
         api_key=key,
         max_queue=queue,
@@ -84,6 +88,18 @@ def command(
         opened.close()
     if server.interrupted:
         raise KeyboardInterrupt
+
+
+def _check_template(model: DiffusionModel) -> None:
+    """Print now what is wrong with the chat template; raw completions work without one."""
+    from pydiffusion import PyDiffusionError
+
+    if not model.has_chat_template:
+        return
+    try:
+        model.check_chat_template()
+    except PyDiffusionError as error:
+        say(f"pydiffusion: warning: chats will fail: {error}")
 
 
 def _bind(host: str, port: int) -> socket.socket:

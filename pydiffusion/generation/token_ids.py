@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pydiffusion import _native
+from pydiffusion._util.warn import warn_caller
 from pydiffusion.errors import PromptWarning
 
 if TYPE_CHECKING:
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 # Tokens at the end of a prompt that may open a reasoning block: the marker, "thought", a line break.
 _THOUGHT_OPENING = 16
-_PACKAGE = __name__.partition(".")[0] + "."
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
 
@@ -26,12 +24,8 @@ TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
 def check_bos(tokenizer: Tokenizer, prompt: np.ndarray) -> None:
     """Warn (PromptWarning) about a missing or doubled bos, at the line that called this package."""
     flaw = tokenizer.bos_flaw(prompt[:2].tolist())
-    if flaw is None:
-        return
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(flaw, PromptWarning, stacklevel=level)
+    if flaw is not None:
+        warn_caller(flaw, PromptWarning)
 
 
 def prompt_end(tokens: np.ndarray) -> np.ndarray:

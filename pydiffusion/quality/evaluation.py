@@ -89,6 +89,7 @@ def evaluate(
     steps: int | None = None,
     seed: int = 0,
     n_threads: int | None = None,
+    chat_template: str | os.PathLike[str] | None = None,
     progress: Callable[[ConversionProgress], None] | None = None,
 ) -> EvaluationReport:
     """Compare a file with a reference file of the same model, preferably f32 or bf16.
@@ -99,6 +100,7 @@ def evaluate(
         noise: probabilities with which tokens are replaced, each in (0, 1].
         max_tokens: maximum tokens per answer.
         steps: maximum steps per canvas of an answer; None uses the files' default.
+        chat_template: a file, or the name of a built-in template, to use instead of the files'.
 
     Raises:
         ConversionError: the files differ in vocabulary or canvas length.
@@ -107,7 +109,7 @@ def evaluate(
     """
     reports = evaluate_family(
         [file], reference, prompts, noise=noise, max_tokens=max_tokens, steps=steps, seed=seed,
-        n_threads=n_threads, progress=progress,
+        n_threads=n_threads, chat_template=chat_template, progress=progress,
     )  # fmt: skip
     return reports[0]
 
@@ -122,6 +124,7 @@ def evaluate_family(
     steps: int | None = None,
     seed: int = 0,
     n_threads: int | None = None,
+    chat_template: str | os.PathLike[str] | None = None,
     progress: Callable[[ConversionProgress], None] | None = None,
 ) -> list[EvaluationReport]:
     """As :func:`evaluate` for several files; the reference answers each prompt once for all of them.
@@ -140,10 +143,11 @@ def evaluate_family(
         raise ValueError(f"noise is {tuple(noise)}; levels are probabilities above 0, up to 1")
     reports: list[EvaluationReport] = []
     total = len(files) * len(texts)
-    with DiffusionModel(reference, n_threads=n_threads) as ours:
+    arguments: dict[str, Any] = {"n_threads": n_threads, "chat_template": chat_template}
+    with DiffusionModel(reference, **arguments) as ours:
         known = _Reference(ours, len(texts) if len(files) > 1 else 0)
         for path in files:
-            with DiffusionModel(path, n_threads=n_threads) as theirs:
+            with DiffusionModel(path, **arguments) as theirs:
                 _require_same_tokens(ours, theirs)
                 run = _Run(known, theirs, tuple(noise), {"max_tokens": max_tokens, "steps": steps}, seed)
                 for index, text in enumerate(texts):

@@ -24,7 +24,7 @@ from pydiffusion.convert.checkpoint.tensor_map import split_name
 from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT, Placed, Value, align, pack_header
 from pydiffusion.convert.gguf.model_keys import u32
 from pydiffusion.convert.gguf.tensor_types import LARGEST_BLOCK
-from pydiffusion.convert.quantization.recipes import RECIPES
+from pydiffusion.convert.quantization.recipes import RECIPES, recipe_name
 from pydiffusion.convert.quantization.type_plan import TypePlan, plan_types, with_lengths
 
 _ROWS_MADE = 64
@@ -117,8 +117,7 @@ def synthetic_bytes(shape: str, type: str = "q4_k_m") -> int:
 def _config(shape: str, type: str) -> TextConfig:
     if shape not in SHAPES:
         raise ValueError(f"shape is {shape!r}; known are {', '.join(SHAPES)}")
-    if type not in RECIPES:
-        raise ValueError(f"type is {type!r}; known are {', '.join(RECIPES)}")
+    type = recipe_name(type)
     return SHAPES[shape]
 
 

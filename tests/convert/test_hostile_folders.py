@@ -107,6 +107,28 @@ def test_json_files(folder: Path, tmp_path: Path, file: str) -> None:
         (folder / file).write_text(original, encoding="utf-8")
 
 
+@pytest.mark.parametrize("file", ["chat_template.jinja", "chat_template.json"])
+def test_chat_templates(folder: Path, tmp_path: Path, file: str) -> None:
+    jinja = folder / "chat_template.jinja"
+    original = jinja.read_bytes()
+    good = original if jinja.name == file else json.dumps({"chat_template": original.decode()}).encode()
+    outcomes: set[str] = set()
+
+    @FAST
+    @given(st.integers(0, len(good)), st.binary(max_size=4), st.integers(0, 4))
+    def check(offset: int, patch: bytes, n_lost: int) -> None:
+        (folder / file).write_bytes(good[:offset] + patch + good[offset + n_lost :])
+        outcomes.add(attempt(folder, tmp_path / "m.gguf"))
+
+    try:
+        jinja.unlink()
+        check()
+        assert outcomes == {"refused", "converted"}
+    finally:
+        (folder / file).unlink()
+        jinja.write_bytes(original)
+
+
 def test_safetensors_header(folder: Path, tmp_path: Path) -> None:
     shard = folder / "model-00001-of-00002.safetensors"
     original = shard.read_bytes()

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support import checkpoint_folders as folders
-from support import quantized_folders
 from support.quantized_folders import (
     STYLES,
     Stored,
     Style,
     n_bytes,
-    quantize,
-    tensor,
-    write_folder,
     write_stored,
 )
 
-from pydiffusion.convert import convert
 from pydiffusion.convert.checkpoint.quantized.reader import open_weights
 from pydiffusion.convert.checkpoint.quantized.settings import read_quantization
 from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gguf import GGUFReader
 from support import checkpoint_folders as folders
 from support.hub_server import TOKEN, Hub
 
@@ -24,6 +25,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "original").mkdir()
     (made / "original/consolidated.safetensors").write_bytes(b"nobody asked")
     (made / "README.md").write_text("nobody asked")
+    # The only file with the template, as transformers once wrote it.
+    template = (made / "chat_template.jinja").read_text("utf-8")
+    (made / "chat_template.jinja").unlink()
+    folders.write_json(made / "chat_template.json", {"chat_template": template})
     return made
 
 
@@ -59,6 +64,8 @@ def test_a_repo_is_fetched_converted_and_kept(hub: Hub, folder: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     convert(folder, tmp_path / "open.gguf", "q8_0")  # a folder of the same name
     assert (tmp_path / "work/open-q8_0.gguf").read_bytes() == (tmp_path / "open.gguf").read_bytes()
+    fields = GGUFReader(tmp_path / "open.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == folders.TEMPLATE
     assert "consolidated.safetensors" not in hub.fetched and "README.md" not in hub.fetched
 
     hub.fetched.clear()
@@ -116,3 +123,26 @@ def test_paths_are_not_repo_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert find_checkpoint("models").path == Path("models")
     with pytest.raises(ConversionError, match="a revision belongs to a repo id"):
         find_checkpoint("models", "main")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["model-q4_k_m.gguf"], "org/open: has no config.json; model-q4_k_m.gguf is GGUF"),
+        (["adapter_config.json", "adapter_model.safetensors"], "holds an adapter (LoRA)"),
+    ],
+)
+def test_a_repo_of_other_files_is_explained(tmp_path: Path, files: list[str], words: str) -> None:
+    (tmp_path / "repo").mkdir()
+    for name in files:
+        (tmp_path / "repo" / name).write_text("{}")
+    server = Hub(tmp_path / "repo")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        done = command(server, tmp_path, "convert", "org/open", "--type", "q8_0")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 1
+    assert words in done.stderr.splitlines()[-1]
+    assert not [name for name in server.fetched if name.endswith((".gguf", ".bin"))]

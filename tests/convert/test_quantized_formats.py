@@ -21,9 +21,9 @@ from pydiffusion.convert.checkpoint.strict_json import Fields
 from pydiffusion.convert.checkpoint.weights import Weights
 
 CASES = {case[0]: case for case in load_cases()}
-#: One multiplication of float32 defines most values, and MLX on a CPU rounds once more to add its bias:
-#: these are exact. compressed-tensors divides NVFP4's scales by the global one; multiplying by its inverse,
-#: as here, rounds once more, so the two differ by two units in the last place.
+#: One multiplication of float32 defines most values, and MLX on a CPU rounds once more to add its bias: these
+#: are exact. compressed-tensors divides NVFP4's scales by the global one; multiplying by its inverse, as
+#: here, rounds once more, so the two differ by two units in the last place.
 DIVIDED = "ct-nvfp4"
 
 

@@ -83,7 +83,6 @@ CONFIG_EDITS = [
     (top("canvas_length", None), "canvas_length.*None"),
     (top("canvas_length", 8.0), r"canvas_length.*8\.0"),
     (top("tie_word_embeddings", "yes"), "tie_word_embeddings.*yes"),
-    (top("tie_word_embeddings", False), "tie_word_embeddings.*True"),
     (text("model_type", "gemma4_text"), "text_config.*model_type.*gemma4_text"),
     (text("hidden_activation", "silu"), "hidden_activation.*silu.*not supported"),
     (text("attention_bias", True), "attention_bias.*True.*not supported"),
@@ -294,8 +293,8 @@ def test_invalid_json(folder: Path, tmp_path: Path, content: bytes) -> None:
 def test_missing_folder_and_invalid_arguments(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="no such folder"):
         convert(tmp_path / "nowhere", tmp_path / "m.gguf")
-    with pytest.raises(ValueError, match="q3_k"):
-        convert(folder, tmp_path / "m.gguf", "q3_k")
+    with pytest.raises(ValueError, match="q3"):
+        convert(folder, tmp_path / "m.gguf", "q3")
     with pytest.raises(ValueError, match="n_threads"):
         convert(folder, tmp_path / "m.gguf", "f32", n_threads=-1)
 
@@ -337,7 +336,7 @@ def test_truncated_safetensors(folder: Path, tmp_path: Path, length: int) -> Non
     data = (folder / "model.safetensors").read_bytes()
     (source / "model.safetensors").unlink()
     (source / "model.safetensors").write_bytes(data[:length])
-    refused(source, tmp_path / "m.gguf", r"model\.safetensors.*truncated")
+    refused(source, tmp_path / "m.gguf", r"model\.safetensors.*(truncated|empty)")
 
 
 INDEX = "model.safetensors.index.json"
@@ -349,7 +348,7 @@ INDEX_EDITS = [
         "other.safetensors.*not a file of this folder",
     ),
     (at("weight_map", "model.decoder.norm.weight", "/etc/passwd"), "not a file of this folder"),
-    (at("weight_map", "model.decoder.norm.weight", "no.safetensors"), "model.decoder.norm.weight"),
+    (at("weight_map", "model.decoder.norm.weight", "no.safetensors"), "no.safetensors.*missing"),
     (at("weight_map", "model.decoder.norm.weight", "a\0.safetensors"), "not a file of this folder"),
     (at("weight_map", "model.decoder.norm.weight", 3), "not a file of this folder"),
     (at("weight_map", "more", "model-00001-of-00002.safetensors"), "'more'"),

@@ -13,6 +13,7 @@ import pytest
 from gguf import GGUFReader
 from support.paths import REPOSITORY
 
+from pydiffusion.chat.template_source import find_template
 from pydiffusion.convert import convert, edit_metadata, verify
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.errors import ConversionError
@@ -113,18 +114,27 @@ def test_another_target_leaves_the_file(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_script_edits(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "t.jinja").write_text("{{ bos_token }}ü", encoding="utf-8")
+    (tmp_path / "t.jinja").write_text("{{ messages }}ü", encoding="utf-8")
     done = run(
         *("edit_metadata.py", model, "--chat-template", tmp_path / "t.jinja"),
         *("--set", "diffusion.eb_max_steps=9", "--set", "general.name=new name"),
     )
     assert done.returncode == 0, done.stderr
-    assert field(model, "tokenizer.chat_template") == "{{ bos_token }}ü"
+    assert field(model, "tokenizer.chat_template") == "{{ messages }}ü"
     assert field(model, "diffusion.eb_max_steps") == 9 and field(model, "general.name") == "new name"
     shown = run("edit_metadata.py", model)
     assert "general.name (str): 'new name'" in shown.stdout
     refused = run("edit_metadata.py", model, "--remove", "nothing")
     assert refused.returncode == 1 and "no key 'nothing'" in refused.stderr
+
+
+def test_the_script_puts_a_built_in_template_into_a_file(model: Path) -> None:
+    done = run("edit_metadata.py", model, "--chat-template", "diffusion-gemma")
+    assert done.returncode == 0, done.stderr
+    assert field(model, "tokenizer.chat_template") == find_template("diffusion-gemma")
+    for wrong in ("gemma", model):  # no such name; not UTF-8
+        refused = run("edit_metadata.py", model, "--chat-template", wrong)
+        assert refused.returncode == 1 and str(wrong) in refused.stderr and refused.stderr.count("\n") == 1
 
 
 def test_the_script_makes_a_family(folder: Path, tmp_path: Path) -> None:

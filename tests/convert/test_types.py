@@ -15,7 +15,7 @@ from pydiffusion import _native
 from pydiffusion.convert import TYPES, convert
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import KINDS
 from pydiffusion.convert.gguf.tensor_types import BLOCK_SIZES, FALLBACKS, LARGEST_BLOCK, fit_to_rows
-from pydiffusion.convert.quantization.recipes import NEEDS_IMATRIX, RECIPES
+from pydiffusion.convert.quantization.recipes import NEEDS_IMATRIX, RECIPES, recipe_name
 from pydiffusion.convert.quantization.type_plan import plan_types, tensor_bytes
 from pydiffusion.errors import ConversionError
 
@@ -109,7 +109,7 @@ def test_file_types_are_those_of_the_gguf_package(type: str) -> None:
 
 @pytest.mark.parametrize("type", NEED_IMATRIX)
 def test_types_that_need_an_imatrix_refuse_without(folder: Path, tmp_path: Path, type: str) -> None:
-    with pytest.raises(ConversionError, match=r"\w+\.weight .* needs an imatrix"):
+    with pytest.raises(ConversionError, match=r"(q2_k_s|\w+\.weight .*) needs an imatrix"):
         convert(folder, tmp_path / "m.gguf", type)
     assert not list(tmp_path.iterdir())
 
@@ -135,6 +135,7 @@ def layer_tensors(n_layers: int) -> list[tuple[str, tuple[int, ...]]]:
     tensors = [("token_embd.weight", (1024, 256)), ("output_norm.weight", (256,))]
     for i in range(n_layers):
         tensors += [(f"blk.{i}.{kind}.weight", (256, 256)) for kind in ("attn_q", "attn_v", "attn_output")]
+        tensors += [(f"blk.{i}.{kind}.weight", (512, 256)) for kind in ("ffn_gate", "ffn_up")]
         tensors += [(f"blk.{i}.ffn_down.weight", (256, 512)), (f"blk.{i}.ffn_gate_inp.weight", (4, 256))]
         tensors += [(f"blk.{i}.ffn_gate_up_exps.weight", (4, 512, 256))]
         tensors += [(f"blk.{i}.ffn_down_exps.weight", (4, 256, 256))]
@@ -151,6 +152,20 @@ def layer_tensors(n_layers: int) -> list[tuple[str, tuple[int, ...]]]:
         ("q2_k", {"attn_v": "QQQQQQQQ", "attn_q": "........", "Q": "Q3_K", ".": "Q2_K"}),
         ("q5_k_m", {"attn_v": "QQQQ..Q..Q", "ffn_down_exps": "QQQQ..Q..Q", "Q": "Q6_K", ".": "Q5_K"}),
         ("iq4_xs", {"ffn_down": "QQQQ....", "attn_v": "........", "Q": "Q5_K", ".": "IQ4_XS"}),
+        ("q2_k_s", {"attn_v": "........", "ffn_down_exps": "QQQQ....", "Q": "Q4_K", ".": "Q2_K"}),
+        (
+            "iq3_xs",
+            {
+                "attn_q": "QQQQQQQQ",
+                "attn_v": "........",
+                "attn_output": "........",
+                "ffn_down": "........",
+                "ffn_up": "....QQQQQQQQQQQQQQQQQQQQQQQQ....",
+                "ffn_gate_up_exps": "....QQQQQQQQQQQQQQQQQQQQQQQQ....",
+                "Q": "IQ3_XXS",
+                ".": "IQ3_S",
+            },
+        ),
         ("mxfp4", {"ffn_down": "........", "ffn_down_exps": "QQQQQQQQ", "Q": "MXFP4", ".": "Q8_0"}),
     ],
 )
@@ -203,3 +218,52 @@ def test_overrides_that_are_refused(
     with pytest.raises(error, match=message):
         convert(folder, tmp_path / "m.gguf", "q4_k_m", tensor_types=overrides)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("Q4_K_M", "q4_k_m"),
+        ("IQ3_XS", "iq3_xs"),
+        ("q4-k-m", "q4_k_m"),
+        ("Q4_K", "q4_k_m"),
+        ("q5_k", "q5_k_m"),
+        ("Q3_K", "q3_k_m"),
+        ("MXFP4_MOE", "mxfp4"),
+        ("FP16", "f16"),
+        ("BF16", "bf16"),
+    ],
+)
+def test_types_by_other_names(given: str, meant: str) -> None:
+    """llama-quantize's aliases, and the spelling of file names on the hub."""
+    assert recipe_name(given) == meant
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("UD-Q4_K_XL", "q4_k_m"),
+        ("Q2_K_L", "q2_k"),
+        ("UD-IQ2_XXS", "iq2_xxs"),
+        ("Q8_K_XL", "q8_0"),
+        ("q4km", "q4_k_m"),
+        ("int", None),
+        ("", None),
+    ],
+)
+def test_unknown_types_name_the_nearest(given: str, nearest: str | None) -> None:
+    with pytest.raises(ValueError, match="permitted are f32, f16") as caught:
+        recipe_name(given)
+    assert (f"the nearest is {nearest})" in str(caught.value)) == (nearest is not None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_every_type_is_taken_in_capitals(type: str) -> None:
+    assert recipe_name(type.upper()) == recipe_name(type.replace("_", "-")) == type
+
+
+def test_capitals_give_the_same_file(folder: Path, tmp_path: Path) -> None:
+    convert(folder, tmp_path / "a.gguf", "Q4_K", tensor_types={"attn_v": "Q8_0"})
+    convert(folder, tmp_path / "b.gguf", "q4_k_m", tensor_types={"attn_v": "q8_0"})
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()

@@ -6,7 +6,7 @@ import numpy as np
 from gguf import GGUFReader, GGUFWriter, quants
 
 #: Types that are refused without an importance matrix.
-NEED_IMATRIX = ("iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
+NEED_IMATRIX = ("iq3_xs", "iq3_xxs", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
 
 
 def finish(writer: GGUFWriter, tensors: dict[str, np.ndarray]) -> None:

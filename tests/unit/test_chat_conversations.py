@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +11,21 @@ from typing import Any
 import httpx
 import pytest
 from support.chat_conversations import CONVERSATIONS, EVERY, PUBLIC, Conversation
+from support.format_conversations import EXAMPLES, random_case
 from support.paths import REFERENCE
+from support.public_templates import public_template
 from support.server_fakes import ScriptedModel, script, serving
 
 from pydiffusion import DiffusionModel
 from pydiffusion.chat.formats.gemma import GEMMA
+from pydiffusion.chat.template import ChatTemplate
+from pydiffusion.chat.template_source import find_template
 
 OWN = (REFERENCE / "chat_template.jinja").read_text(encoding="utf-8")
 GOLDENS: dict[str, list[str | None]] = json.loads((REFERENCE / "goldens/chat.json").read_text("utf-8"))
+# What DiffusionGemma's own template makes of them, and of conversations that show its format.
+PUBLISHED: dict[str, Any] = json.loads((REFERENCE / "goldens/chat_diffusion_gemma.json").read_text("utf-8"))
+BUILT_IN = find_template("diffusion-gemma")
 SPECIAL = re.compile("|".join(map(re.escape, [*GEMMA.markers, "<bos>", "<eos>", "<pad>", "<unk>"])))
 
 by_name = pytest.mark.parametrize("conversation", CONVERSATIONS, ids=lambda one: one.name)
@@ -81,6 +86,46 @@ def test_a_conversation_is_what_transformers_recorded(own: ScriptedModel, conver
     check(own, conversation, "tests", expected, same[0] if same else None)
 
 
+@pytest.fixture(scope="module")
+def built_in() -> ScriptedModel:
+    return model_with(BUILT_IN)
+
+
+@by_name
+def test_the_built_in_template_s_prompts_are_those_of_the_published_one(
+    built_in: ScriptedModel, conversation: Conversation
+) -> None:
+    expected, *same = PUBLISHED["conversations"][conversation.name]
+    check(built_in, conversation, "diffusion_gemma", expected, same[0] if same else None)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_built_in_template_follows_the_format(name: str) -> None:
+    messages, variables = EXAMPLES[name]
+    prompt = ChatTemplate(BUILT_IN).render(messages, bos_token="<bos>", eos_token="<eos>", **variables)
+    assert prompt == PUBLISHED["examples"][name]
+
+
+@pytest.mark.reference
+def test_what_the_published_template_makes_is_recorded() -> None:
+    from reference.make_chat_goldens import record_published
+
+    assert record_published(public_template("diffusion_gemma")) == PUBLISHED
+
+
+@pytest.mark.reference
+def test_the_built_in_template_equals_the_published_one_in_any_conversation() -> None:
+    from reference.make_chat_goldens import reference_text
+
+    published = public_template("diffusion_gemma")
+    prompts = set()
+    for seed in range(300):
+        expected = reference_text(published, *random_case(seed))
+        assert expected is not None and reference_text(BUILT_IN, *random_case(seed)) == expected, seed
+        prompts.add(expected)
+    assert len(prompts) > 280, "the cases are of many kinds"
+
+
 def test_the_server_makes_the_same_of_them() -> None:
     seen: list[str] = []
     model = ScriptedModel(lambda prompt, _: seen.append(prompt) or ["Well."], n_ctx=4096)
@@ -103,10 +148,11 @@ def test_the_server_makes_the_same_of_them() -> None:
 def test_the_goldens_are_what_transformers_makes() -> None:
     from reference.make_chat_goldens import record
 
-    assert record() == GOLDENS
+    assert record(OWN) == GOLDENS
 
 
 @pytest.mark.reference
+@pytest.mark.filterwarnings("ignore:.*Google's of before")
 @pytest.mark.parametrize("name", PUBLIC)
 def test_google_s_templates_give_what_transformers_makes(name: str) -> None:
     from reference.make_chat_goldens import reference_text
@@ -140,16 +186,3 @@ def test_its_tokens_are_those_of_transformers_sanitized(
     with DiffusionModel(gguf_file("tiny")) as model:
         model.metadata["tokenizer.chat_template"] = OWN
         assert model.chat_prompt(conversation.messages, **conversation.variables) == expected["input_ids"]
-
-
-def public_template(name: str) -> str:
-    """Google's template, from the package trl (Apache 2.0); not committed here."""
-    installed = importlib.util.find_spec("trl")
-    default = Path(installed.origin or "").parent / "chat_templates" if installed else ""
-    path = Path(os.environ.get("PYDIFFUSION_TEMPLATES", default)) / f"{name}.jinja"
-    if not path.is_file():
-        pytest.skip(
-            f"NOT CHECKED: prompts of Google's template {name} against transformers; there is no {path} "
-            "(pip install --no-deps trl==1.16.0, or set PYDIFFUSION_TEMPLATES to a folder)"
-        )
-    return path.read_text(encoding="utf-8")

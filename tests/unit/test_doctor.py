@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.gguf_mutator import ARRAY, F32, I32, STRING, U32, Array, RawGguf, String, read_gguf
+from support.public_templates import OLD_TEMPLATE
 
 from pydiffusion import DiffusionModel
 from pydiffusion.cli import main
@@ -163,25 +164,23 @@ def test_an_edited_template(broken: Callable[..., Path], source: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "result"),
-    [
-        ("", Result.WARNING),
-        ("{# Published: 2026-07-09 #}", Result.PASS),
-        ("{# Published: 2026-04-02 #}", Result.WARNING),
-    ],
+    ("template", "result"),
+    [(OLD_TEMPLATE, Result.WARNING), (OLD_TEMPLATE.replace("format_", "other_"), Result.PASS)],
 )
-def test_google_s_templates_are_dated(head: str, result: Result, broken: Callable[..., Path]) -> None:
-    def change(file: RawGguf) -> None:
-        text = file.get(TEMPLATE).value.data.decode()
-        macro = "{%- macro format_parameters(properties, required) -%}{%- endmacro -%}"
-        file.set(TEMPLATE, STRING, head + macro + text)
+def test_google_s_old_templates_are_recognised(
+    template: str, result: Result, broken: Callable[..., Path]
+) -> None:
+    report = look(broken(lambda file: file.set(TEMPLATE, STRING, template)), None, "template")
+    seen = found(report, "template", "turns at tool calls")
+    assert seen.result is result
+    assert ("2026-07-09" in seen.seen) == (result is Result.WARNING)
 
-    assert found(look(broken(change), None, "template"), "template", "date").result is result
 
-
-def test_a_template_of_others_has_no_date(whole: Path) -> None:
-    (section,) = look(whole, None, "template").sections
-    assert not [finding for finding in section.findings if finding.what.startswith("date")]
+def test_the_template_that_is_given_is_checked(broken: Callable[..., Path], source: Path) -> None:
+    file = broken(lambda file: file.set(TEMPLATE, STRING, "{% for %}"))
+    report = examine(file, None, checks=("template",), runtime={"chat_template": "diffusion-gemma"})
+    assert failures(report) == []
+    assert found(report, "template", "a tool call and its result").result is Result.PASS
 
 
 def test_end_tokens_that_are_gone(broken: Callable[..., Path], source: Path) -> None:

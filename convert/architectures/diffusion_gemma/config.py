@@ -11,12 +11,22 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS, REFERENCE_CANVAS_LENGTH
+from pydiffusion._util.sampler_options import (
+    ENTROPY_BOUND,
+    ENTROPY_BOUND_DEFAULTS,
+    REFERENCE_CANVAS_LENGTH,
+    SamplerOption,
+)
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
 from pydiffusion.errors import ConversionError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+# What the runtime accepts of a file: native/architectures/diffusion_gemma_file.cpp, native/model/hparams.cpp.
 MAX_LAYERS = 1024
+_MAX_HEADS, _MAX_HEAD_DIM, _MAX_EXPERTS = 1024, 1024, 4096
+_MAX_HIDDEN, _MAX_INTERMEDIATE, _MAX_VOCAB = 1 << 17, 1 << 20, 1 << 24
+_MAX_CONTEXT, _MAX_WINDOW, _MAX_CANVAS = (2**31 - 1) // 2, 1 << 24, 1 << 16
+_MAX_THETA = 1e12
 _MAX_JSON = 64 << 20
 
 # Defaults of transformers' configuration classes, except for tensor sizes: a checkpoint that does not state
@@ -39,10 +49,6 @@ DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
 )
 # Our options that have another name in generation_config.json.
 _SAMPLER_NAMES = {"steps": "max_denoising_steps"}
-# Sampler defaults of the reference's generate(), for keys missing from generation_config.json.
-SAMPLER_DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
-    {_SAMPLER_NAMES.get(name, name): value for name, value in ENTROPY_BOUND_DEFAULTS.items()}
-)
 # Keys of related architectures that would change the computation, and the only supported values.
 _ONLY = MappingProxyType(
     {
@@ -51,6 +57,7 @@ _ONLY = MappingProxyType(
         "attn_logit_softcapping": (None,),
         "enable_moe_block": (True,),
         "hidden_size_per_layer_input": (0, None),
+        "rope_scaling": (None,),
         "num_kv_shared_layers": (0, None),
         "use_double_wide_mlp": (False,),
     }
@@ -129,10 +136,11 @@ def read_text_config(top: Fields) -> TextConfig:
     for key, accepted in _ONLY.items():
         text.accept_if_there(key, accepted)
     tied = top.boolean("tie_word_embeddings", DEFAULTS["tie_word_embeddings"])
-    text.accept_if_there("tie_word_embeddings", (tied,))
+    if text.has("tie_word_embeddings"):  # only the one at the top has an effect
+        text.boolean("tie_word_embeddings")
 
     sliding = _read_layer_types(text)
-    num_heads = text.integer("num_attention_heads")
+    num_heads = text.integer("num_attention_heads", maximum=_MAX_HEADS)
     heads = _read_heads(text, sliding)
     for i_layer, num_kv in enumerate(heads.num_key_value_heads):
         if num_heads % num_kv:
@@ -141,29 +149,29 @@ def read_text_config(top: Fields) -> TextConfig:
                 f"of layer {i_layer}"
             )
     rope = _read_rope(text, heads.global_head_dim)
-    num_experts = text.integer("num_experts")
+    num_experts = text.integer("num_experts", maximum=_MAX_EXPERTS)
     config = TextConfig(
-        vocab_size=text.integer("vocab_size"),
-        hidden_size=text.integer("hidden_size"),
-        intermediate_size=text.integer("intermediate_size"),
+        vocab_size=text.integer("vocab_size", minimum=2, maximum=_MAX_VOCAB),
+        hidden_size=text.integer("hidden_size", maximum=_MAX_HIDDEN),
+        intermediate_size=text.integer("intermediate_size", maximum=_MAX_INTERMEDIATE),
         num_attention_heads=num_heads,
         num_key_value_heads=heads.num_key_value_heads,
         head_dim=heads.head_dim,
         global_head_dim=heads.global_head_dim,
         sliding=sliding,
-        sliding_window=text.integer("sliding_window"),
+        sliding_window=text.integer("sliding_window", maximum=_MAX_WINDOW),
         num_experts=num_experts,
         top_k_experts=text.integer("top_k_experts", maximum=num_experts),
-        moe_intermediate_size=text.integer("moe_intermediate_size"),
-        max_position_embeddings=text.integer("max_position_embeddings"),
-        rms_norm_eps=text.number("rms_norm_eps", DEFAULTS["rms_norm_eps"], minimum=0, maximum=1),
+        moe_intermediate_size=text.integer("moe_intermediate_size", maximum=_MAX_INTERMEDIATE),
+        max_position_embeddings=text.integer("max_position_embeddings", maximum=_MAX_CONTEXT),
+        rms_norm_eps=text.number("rms_norm_eps", DEFAULTS["rms_norm_eps"], minimum=1e-12, maximum=0.1),
         final_logit_softcapping=text.number(
-            "final_logit_softcapping", DEFAULTS["final_logit_softcapping"], minimum=0
+            "final_logit_softcapping", DEFAULTS["final_logit_softcapping"], minimum=1e-3, maximum=1e6
         ),
         rope_theta_sliding=rope[0],
         rope_theta_full=rope[1],
         n_rotated_pairs=rope[2],
-        canvas_length=top.integer("canvas_length", DEFAULTS["canvas_length"]),
+        canvas_length=top.integer("canvas_length", DEFAULTS["canvas_length"], maximum=_MAX_CANVAS),
         tied=tied,
         token_ids={key: text.values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
@@ -217,7 +225,8 @@ def _read_heads(text: Fields, sliding: tuple[bool, ...]) -> _Heads:
     Google's has ``global_head_dim`` and ``num_global_key_value_heads``; ``save_pretrained`` folds both into
     ``per_layer_config``, an object of overrides by layer number that omits values equal to the global one.
     """
-    head_dim, num_kv = text.integer("head_dim"), text.integer("num_key_value_heads")
+    head_dim = text.integer("head_dim", maximum=_MAX_HEAD_DIM)
+    num_kv = text.integer("num_key_value_heads", maximum=_MAX_HEADS)
     google = {key: text.values.get(key) for key in ("global_head_dim", "num_global_key_value_heads")}
     text.asked.update(google)
     if text.has("per_layer_config") and text.values["per_layer_config"] is not None:
@@ -229,11 +238,11 @@ def _read_heads(text: Fields, sliding: tuple[bool, ...]) -> _Heads:
             ):
                 raise ConversionError(f"{text.where}: {key!r} = {value!r} contradicts 'per_layer_config'")
     else:
-        global_dim = text.integer("global_head_dim", DEFAULTS["global_head_dim"])
+        global_dim = text.integer("global_head_dim", DEFAULTS["global_head_dim"], maximum=_MAX_HEAD_DIM)
         # Absent or null: as many as the sliding layers have.
         global_kv = num_kv
         if google["num_global_key_value_heads"] is not None:
-            global_kv = text.integer("num_global_key_value_heads")
+            global_kv = text.integer("num_global_key_value_heads", maximum=_MAX_HEADS)
         dims = [head_dim if is_sliding else global_dim for is_sliding in sliding]
         kv_heads = [num_kv if is_sliding else global_kv for is_sliding in sliding]
     for wanted, label in ((True, "sliding"), (False, "full")):
@@ -264,9 +273,9 @@ def _read_per_layer(text: Fields, head_dim: int, num_kv: int, num_layers: int) -
         fields = Fields(layer, where, text.notes)
         for name in layer:
             if name == "head_dim":
-                dims[int(key)] = fields.integer(name)
+                dims[int(key)] = fields.integer(name, maximum=_MAX_HEAD_DIM)
             elif name == "num_key_value_heads":
-                kv_heads[int(key)] = fields.integer(name)
+                kv_heads[int(key)] = fields.integer(name, maximum=_MAX_HEADS)
             elif layer[name] != text.values.get(name, object()):
                 raise ConversionError(
                     f"{where}: {name!r} = {layer[name]!r:.60} for a single layer is not supported"
@@ -276,19 +285,31 @@ def _read_per_layer(text: Fields, head_dim: int, num_kv: int, num_layers: int) -
 
 def _read_rope(text: Fields, global_head_dim: int) -> tuple[float, float, int]:
     """(theta of sliding layers, theta of full layers, rotated pairs of full layers)."""
-    factor = DEFAULTS["full_partial_rotary_factor"]
+    # Beside the tables, it applies to those that have none of their own, the sliding layers' too.
+    shared = text.values.get("partial_rotary_factor")
+    text.asked.add("partial_rotary_factor")
+    common = {} if shared is None else {"partial_rotary_factor": shared}
     if not text.has("rope_parameters") or text.values["rope_parameters"] is None:
         text.notes.append(f"{text.where}: no 'rope_parameters'; the reference's defaults are used")
-        thetas = (DEFAULTS["sliding_rope_theta"], DEFAULTS["full_rope_theta"])
-        return *thetas, int(factor * global_head_dim // 2)
-    rope = text.object("rope_parameters")
-    sliding, full = rope.object(SLIDING), rope.object(FULL)
+        sliding_table = {"rope_type": "default", "rope_theta": DEFAULTS["sliding_rope_theta"]}
+        full_table = {
+            "rope_type": "proportional",
+            "rope_theta": DEFAULTS["full_rope_theta"],
+            "partial_rotary_factor": DEFAULTS["full_partial_rotary_factor"],
+        }
+        where = f"{text.where}: rope_parameters"
+        sliding = Fields(common | sliding_table, f"{where}: {SLIDING}", text.notes)
+        full = Fields(common | full_table, f"{where}: {FULL}", text.notes)
+    else:
+        rope = text.object("rope_parameters")
+        sliding, full = rope.object(SLIDING), rope.object(FULL)
+        sliding.values, full.values = common | sliding.values, common | full.values
     sliding.one_of("rope_type", ("default",))
     sliding.accept_if_there("partial_rotary_factor", (1.0, 1, None))
     full.one_of("rope_type", ("proportional",))
     full.accept_if_there("factor", (1.0, 1, None))
     factor = full.number("partial_rotary_factor", 1.0, minimum=0, maximum=1)
-    thetas = (sliding.number("rope_theta", minimum=1), full.number("rope_theta", minimum=1))
+    thetas = [fields.number("rope_theta", minimum=1, maximum=_MAX_THETA) for fields in (sliding, full)]
     for fields in (sliding, full):
         unknown = sorted(set(fields.values) - fields.asked)
         if unknown:
@@ -298,7 +319,7 @@ def _read_rope(text: Fields, global_head_dim: int) -> tuple[float, float, int]:
         raise full.error(
             "partial_rotary_factor", f"large enough to rotate one pair of {global_head_dim // 2}"
         )
-    return *thetas, n_rotated
+    return thetas[0], thetas[1], n_rotated
 
 
 def read_sampler_config(folder: Path, config: TextConfig, notes: list[str]) -> SamplerConfig:
@@ -312,23 +333,27 @@ def read_sampler_config(folder: Path, config: TextConfig, notes: list[str]) -> S
     if fields.has("sampler_config"):
         sampler = fields.object("sampler_config")
         sampler.accept_if_there("_cls_name", ("EntropyBoundSamplerConfig",))
-    default = SAMPLER_DEFAULTS
-    result = SamplerConfig(
-        steps=fields.integer("max_denoising_steps", default["max_denoising_steps"]),
-        t_min=fields.number("t_min", default["t_min"], minimum=-1e-30),
-        t_max=fields.number("t_max", default["t_max"], minimum=0),
-        entropy_bound=sampler.number("entropy_bound", default["entropy_bound"], minimum=0),
-        stability_threshold=fields.integer("stability_threshold", default["stability_threshold"], minimum=0),
-        confidence_threshold=fields.number(
-            "confidence_threshold", default["confidence_threshold"], minimum=0
-        ),
-        eos_token_ids=_read_eos(fields, config),
-    )
+    values_by_option = {
+        option.name: _read_option(sampler if option.name == "entropy_bound" else fields, option)
+        for option in ENTROPY_BOUND
+    }
+    result = SamplerConfig(**values_by_option, eos_token_ids=_read_eos(fields, config))
     for part in (fields,) if sampler is fields else (fields, sampler):
         part.note_defaults()
     if result.t_max <= result.t_min:
         raise ConversionError(f"{where}: 't_max' = {result.t_max} should be above 't_min' = {result.t_min}")
     return result
+
+
+def _read_option(fields: Fields, option: SamplerOption) -> Any:
+    """The value of a sampler option within the range that a file can have; the reference allows no 0 but for
+    counts and temperatures.
+    """
+    key = _SAMPLER_NAMES.get(option.name, option.name)
+    if option.integer:
+        return fields.integer(key, option.default, minimum=int(option.low), maximum=int(option.high))
+    low = option.low if option.name in ("t_min", "t_max") else 1e-30
+    return fields.number(key, option.default, minimum=low, maximum=option.high)
 
 
 def _read_eos(fields: Fields, config: TextConfig) -> tuple[int, ...]:

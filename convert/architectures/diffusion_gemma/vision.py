@@ -113,7 +113,7 @@ def _read_config(folder: Path, text: TextConfig, notes: list[str]) -> _VisionCon
         patch_size=vision.integer("patch_size"),
         pooling=vision.integer("pooling_kernel_size", 3),
         positions=vision.integer("position_embedding_size"),
-        rms_norm_eps=vision.number("rms_norm_eps", 1e-6, minimum=0, maximum=1),
+        rms_norm_eps=vision.number("rms_norm_eps", 1e-6, minimum=1e-12, maximum=1),
         standardize=vision.boolean("standardize", False),
         clipped=vision.boolean("use_clipped_linears", False),
         text_size=text.hidden_size,

@@ -166,7 +166,8 @@ def gptq(parts: Parts) -> Weight:
 
 
 def _gptq_zeros(words: np.ndarray, bits: int, minus_one: bool) -> np.ndarray:
-    """Zero points, to which one is added if they are stored less one: (n_groups, n_words) -> (n_groups, n).
+    """Zero points of the words, to which one is added if each was stored less one: (n_groups, n_words) uint32
+    -> (n_groups, n).
 
     That was one subtraction per word, so a zero point of 0 took one from the next field as well; one addition
     undoes it. Codes of 3 bits, which cross the words' borders, were made less one each for itself.

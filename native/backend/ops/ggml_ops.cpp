@@ -76,10 +76,9 @@ namespace {
 struct Routing {
     ggml_tensor* experts;  // I32 [n_used, n_tokens]
     ggml_tensor* weights;  // F32 [1, n_used, n_tokens], summing to 1
-    ggml_tensor* scales;   // F32 [1, n_used, n_tokens], each expert's own scale
 };
 
-// probabilities [n_expert, n_tokens]; without scales
+// probabilities [n_expert, n_tokens]
 Routing route(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* probabilities, int64_t n_used) {
     const int64_t n_expert = probabilities->ne[0], n_tokens = probabilities->ne[1];
     ggml_tensor* rows = ggml_reshape_3d(ctx, probabilities, 1, n_expert, n_tokens);
@@ -89,14 +88,15 @@ Routing route(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* probabilities,
     ggml_tensor* total = ggml_clamp(ctx, ggml_sum_rows(ctx, chosen), 6.103515625e-5f, INFINITY);
     ggml_tensor* weights = ggml_reshape_3d(ctx, ggml_div(ctx, chosen, total), 1, n_used, n_tokens);
     ggml_build_forward_expand(graph, weights);
-    return {experts, weights, nullptr};
+    return {experts, weights};
 }
 
-// y [d, n_used, n_tokens] -> [d, n_tokens]
-ggml_tensor* weighted_sum(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* y, const Routing& routing) {
+// y [d, n_used, n_tokens], scales [1, n_used, n_tokens] of the chosen experts -> [d, n_tokens]
+ggml_tensor* weighted_sum(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* y, const Routing& routing,
+                          ggml_tensor* scales) {
     ggml_build_forward_expand(graph, y);
-    ggml_build_forward_expand(graph, routing.scales);
-    y = ggml_mul(ctx, ggml_mul(ctx, y, routing.scales), routing.weights);
+    ggml_build_forward_expand(graph, scales);
+    y = ggml_mul(ctx, ggml_mul(ctx, y, scales), routing.weights);
     ggml_build_forward_expand(graph, y);
     std::vector<ggml_tensor*> parts;
     for (int64_t i = 0; i < y->ne[1]; ++i) {
@@ -116,14 +116,14 @@ ggml_tensor* weighted_sum(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* y,
 Mixture GgmlOps::moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(x->ne[0]));
     ggml_tensor* probabilities = ggml_soft_max(c_.ctx, ggml_scale(c_.ctx, scores, scale));
-    Routing routing = route(c_.ctx, c_.graph, probabilities, w.n_used);
-    routing.scales = scales_of(w.scales, routing.experts);
-    if (!c_.single_device) ggml_build_forward_expand(c_.graph, routing.scales);
+    const Routing routing = route(c_.ctx, c_.graph, probabilities, w.n_used);
+    ggml_tensor* scales = scales_of(w.scales, routing.experts);
+    if (!c_.single_device) ggml_build_forward_expand(c_.graph, scales);
     ggml_tensor* y = experts(x, routing.experts, w);
     ggml_build_forward_expand(c_.graph, y);
     // Sum the experts' outputs on the device that computes them, so that only the much smaller sum is copied.
     const int first = ggml_graph_n_nodes(c_.graph);
-    ggml_tensor* sum = weighted_sum(c_.ctx, c_.graph, y, routing);
+    ggml_tensor* sum = weighted_sum(c_.ctx, c_.graph, y, routing, scales);
     for (int i = first; i < ggml_graph_n_nodes(c_.graph); ++i) pin(ggml_graph_node(c_.graph, i), w.down);
     return {sum, nullptr, nullptr, nullptr};
 }

@@ -1,8 +1,9 @@
-"""Registry of chat formats, by architecture."""
+"""Registry of chat formats and built-in chat templates, by architecture."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .chat_format import PLAIN, ChatFormat
@@ -11,6 +12,10 @@ from .gemma import GEMMA
 # general.architecture -> format.
 ARCHITECTURE_TO_FORMAT: dict[str, ChatFormat] = {
     "diffusion-gemma": GEMMA,
+}
+# general.architecture, which is the template's name -> its file.
+BUILT_IN_TEMPLATES: dict[str, Path] = {
+    "diffusion-gemma": Path(__file__).with_name("diffusion_gemma.jinja"),
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from pydiffusion import PyDiffusionError, __version__, _native, devices
 from pydiffusion._util.cpus import available_cpus
 from pydiffusion._util.sizes import format_size
+from pydiffusion.chat.template_source import find_template
 
 from . import (
     file_check,
@@ -55,8 +56,11 @@ def examine(
     checks: names of those to run, see CHECKS. runtime: arguments of ``DiffusionModel``.
     progress: called with what is being done and the share of it.
 
-    Raises nothing for a file or folder with faults: they are in the report.
+    Raises PyDiffusionError for a chat template among the arguments that can't be used, and nothing for a file
+    or folder with faults: they are in the report.
     """
+    if runtime is not None and runtime.get("chat_template") is not None:
+        find_template(runtime["chat_template"])
     subject = Subject(path, reference, runtime or {})
     report = Report(path.name, _facts(subject))
     for name in (name for name in CHECKS if name in checks):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydiffusion._util.cpus import available_cpus
+from pydiffusion.chat.template_source import TEMPLATE_KEY, find_template
 from pydiffusion.convert.architectures.source import Source, open_folder, read_config
-from pydiffusion.convert.checkpoint.safetensors_files import INDEX, SINGLE
 from pydiffusion.convert.gguf.reader import Parts, open_parts
 from pydiffusion.tokenizer import Tokenizer
 
@@ -44,8 +44,9 @@ class Subject:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The file's keys and values."""
-        return self.parts.metadata
+        """The file's keys and values, with the chat template that the runtime's arguments give."""
+        given = self.runtime.get("chat_template")
+        return self.parts.metadata | ({} if given is None else {TEMPLATE_KEY: find_template(given)})
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -97,7 +98,7 @@ class Subject:
     @property
     def has_reference_weights(self) -> bool:
         """Whether the reference has weights, not only its small files."""
-        return self.reference is not None and any((self.reference / n).exists() for n in (INDEX, SINGLE))
+        return self.reference is not None and any(self.reference.glob("*.safetensors"))
 
     @contextlib.contextmanager
     def folder(self) -> Iterator[Source]:

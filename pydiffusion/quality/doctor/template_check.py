@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from pydiffusion import PyDiffusionError
 from pydiffusion.chat.template import ChatTemplate
-from pydiffusion.convert.checkpoint.strict_json import read_json_object
-from pydiffusion.convert.checkpoint.tokenizer_files import CONFIG, TEMPLATE
+from pydiffusion.chat.template_source import OUTDATED, REPLACE_IT, TEMPLATE_KEY, is_outdated
+from pydiffusion.convert.checkpoint.chat_templates import TEMPLATE, read_chat_template
 from pydiffusion.tokenizer import Tokenizer
 
 from .report import Result, Section
 from .subject import Subject
-
-_KEY = "tokenizer.chat_template"
-#: In every template that Google published for Gemma 4 and DiffusionGemma; the mended ones begin with a date.
-_GOOGLE = re.compile(r"macro\s+format_parameters\s*\(\s*properties,\s*required\b")
-_PUBLISHED = re.compile(r"Published:\s*(\d{4}-\d{2}-\d{2})")
-_MENDED = "2026-07-09"
 
 _TOOL = {
     "type": "function",
@@ -73,12 +66,12 @@ _FOR_AGENTS = ("tools", "a tool call and its result")
 
 def check(subject: Subject, section: Section) -> None:
     """Check the file's chat template."""
-    source = subject.metadata.get(_KEY)
+    source = subject.metadata.get(TEMPLATE_KEY)
     if not isinstance(source, str):
         section.fail(
             "chat template",
             "none",
-            _KEY,
+            TEMPLATE_KEY,
             "chat and the server need one: convert the checkpoint again, with its chat_template.jinja",
         )
         return
@@ -88,7 +81,14 @@ def check(subject: Subject, section: Section) -> None:
         section.fail("compiles", str(error), "it compiles", "the template was edited: take the checkpoint's")
         return
     section.passed("compiles", f"{len(source)} characters")
-    _check_date(source, section)
+    section.judge(
+        not is_outdated(source),
+        "turns at tool calls",
+        OUTDATED if is_outdated(source) else "no known fault",
+        "no known fault",
+        REPLACE_IT,
+        Result.WARNING,
+    )
     tokenizer = subject.tokenizer
     prompts = {name: _check_one(name, template, tokenizer, section) for name in CONVERSATIONS}
     section.judge(
@@ -100,22 +100,6 @@ def check(subject: Subject, section: Section) -> None:
         Result.WARNING,
     )
     _compare(subject.reference, source, prompts, tokenizer, section)
-
-
-def _check_date(source: str, section: Section) -> None:
-    """Recognize the templates from before the mend."""
-    if not _GOOGLE.search(source):
-        return
-    published = _PUBLISHED.search(source)
-    section.judge(
-        published is not None and published[1] >= _MENDED,
-        "date of Google's template",
-        published[1] if published else f"before {_MENDED}",
-        f"{_MENDED} or later",
-        "it fails in loops of tool calls: take the newest chat_template.jinja of the checkpoint, and convert"
-        " again",
-        Result.WARNING,
-    )
 
 
 def _variables(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -163,7 +147,7 @@ def _compare(
     if reference is None:
         section.skip("the reference's template", "no --reference", "give the checkpoint's folder")
         return
-    wanted = _template_of(reference)
+    wanted = read_chat_template(reference, [])
     if wanted is None:
         section.skip("the reference's template", f"the reference has no {TEMPLATE}", "download it, too")
         return
@@ -202,16 +186,6 @@ def _compare(
         f"equal in all {len(CONVERSATIONS)} conversations",
         "if the templates are equal, this is a fault of pydiffusion: report it with this page",
     )
-
-
-def _template_of(folder: Path) -> str | None:
-    path = folder / TEMPLATE
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    if not (folder / CONFIG).is_file():
-        return None
-    found = read_json_object(folder / CONFIG).get("chat_template")
-    return found if isinstance(found, str) else None
 
 
 def _first_difference(ours: str, theirs: str) -> str:
