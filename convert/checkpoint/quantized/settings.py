@@ -128,11 +128,13 @@ def _group_weights(values: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _group_bits(fields: Fields) -> int:
     """Bits of integers, if all groups of compressed-tensors that have any agree; else 0."""
-    of_integers = [weights for weights in _group_weights(fields.values) if weights.get("type") == "int"]
-    found = {weights.get("num_bits") for weights in of_integers}
-    if len(found) != 1:
-        return 0
-    return Fields(of_integers[0], f"{fields.where}: weights", fields.notes).integer("num_bits", maximum=8)
+    where = f"{fields.where}: weights"
+    found = {
+        Fields(weights, where, fields.notes).integer("num_bits", maximum=8)
+        for weights in _group_weights(fields.values)
+        if weights.get("type") == "int"
+    }
+    return found.pop() if len(found) == 1 else 0
 
 
 def _read_integers(fields: Fields, settings: Quantization) -> Quantization:
@@ -151,7 +153,8 @@ def _read_mlx(fields: Fields, settings: Quantization) -> Quantization:
     for name, values in fields.values.items():
         if isinstance(values, dict):
             modules[name] = _mlx_module(
-                Fields(values, f"{fields.where}: {name}", fields.notes, null_is_missing=True), settings.where
+                Fields(values, f"{fields.where}: {name!r:.80}", fields.notes, null_is_missing=True),
+                settings.where,
             )
     return Quantization(
         "mlx", settings.where, None, own.bits, own.group_size, own.mode, modules=MappingProxyType(modules)
