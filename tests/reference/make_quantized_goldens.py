@@ -284,9 +284,8 @@ def _gptq(bits: int, act: bool, least: int) -> tuple[Any, Any]:
     linear = torch.nn.Linear(n_columns, n_rows, bias=False)
     # A quarter of the rows are positive, so their zero point is the least.
     weight = weights(n_rows, n_columns)
-    linear.weight.data = torch.from_numpy(
-        np.where(np.arange(n_rows)[:, None] % 4 == 0, np.abs(weight), weight)
-    )
+    weight[::4] = np.abs(weight[::4])
+    linear.weight.data = torch.from_numpy(weight)
     g_idx = torch.arange(n_columns, dtype=torch.int32) // group
     if act:
         g_idx = g_idx[torch.from_numpy(np.random.default_rng(1).permutation(n_columns))]
@@ -349,11 +348,10 @@ def transformers_cases() -> Iterator[Case]:
         case = f"fp8:{len(shape)}d{'-ue8m0' if scale_format else ''}"
         yield torch_case(case, stored, config, {name: value})
     random = np.random.default_rng(2)
+    blocks, scales = random.integers(0, 256, (2, 3, 3, 16)), random.integers(100, 150, (2, 3, 3))
     tensors = {
-        "layer.experts.gate_up_proj_blocks": torch.from_numpy(
-            random.integers(0, 256, (2, 3, 3, 16), np.uint8)
-        ),
-        "layer.experts.gate_up_proj_scales": torch.from_numpy(random.integers(100, 150, (2, 3, 3), np.uint8)),
+        "layer.experts.gate_up_proj_blocks": torch.from_numpy(blocks.astype(np.uint8)),
+        "layer.experts.gate_up_proj_scales": torch.from_numpy(scales.astype(np.uint8)),
     }
     # It transposes the two last dimensions, as gpt-oss has its experts.
     value = convert_moe_packed_tensors(*tensors.values(), dtype=torch.float32).transpose(1, 2).contiguous()

@@ -34,7 +34,8 @@ class Quantization:
         bits: of packed integers; 0 if not given.
         group_size: of MLX.
         mode: of MLX: affine, mxfp4, mxfp8, nvfp4.
-        zeros_minus_one: GPTQ's first format stores zero points less one.
+        has_zeros: AWQ and GPTQ store zero points.
+        zeros_minus_one: GPTQ's first format stores them less one.
         modules: MLX's settings of single modules, by name.
     """
 
@@ -44,6 +45,7 @@ class Quantization:
     bits: int = 0
     group_size: int = 0
     mode: str = "affine"
+    has_zeros: bool = True
     zeros_minus_one: bool = True
     modules: Mapping[str, Quantization] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -126,18 +128,20 @@ def _group_weights(values: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _group_bits(fields: Fields) -> int:
     """Bits of integers, if all groups of compressed-tensors that have any agree; else 0."""
-    of_integers = [weights for weights in _group_weights(fields.values) if weights.get("type") == "int"]
-    found = {weights.get("num_bits") for weights in of_integers}
-    if len(found) != 1:
-        return 0
-    return Fields(of_integers[0], f"{fields.where}: weights", fields.notes).integer("num_bits", maximum=8)
+    where = f"{fields.where}: weights"
+    found = {
+        Fields(weights, where, fields.notes).integer("num_bits", maximum=8)
+        for weights in _group_weights(fields.values)
+        if weights.get("type") == "int"
+    }
+    return found.pop() if len(found) == 1 else 0
 
 
 def _read_integers(fields: Fields, settings: Quantization) -> Quantization:
     if settings.method == "awq":
         fields.one_of("version", ("gemm", "GEMM"), "gemm")
         fields.one_of("bits", (4,), 4)
-        return replace(settings, bits=4)
+        return replace(settings, bits=4, has_zeros=fields.boolean("zero_point", True))
     format_name = fields.one_of("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
     bits = fields.one_of("bits", (2, 3, 4, 8))
     return replace(settings, bits=bits, zeros_minus_one=format_name == "gptq")
@@ -149,7 +153,8 @@ def _read_mlx(fields: Fields, settings: Quantization) -> Quantization:
     for name, values in fields.values.items():
         if isinstance(values, dict):
             modules[name] = _mlx_module(
-                Fields(values, f"{fields.where}: {name}", fields.notes, null_is_missing=True), settings.where
+                Fields(values, f"{fields.where}: {name!r:.80}", fields.notes, null_is_missing=True),
+                settings.where,
             )
     return Quantization(
         "mlx", settings.where, None, own.bits, own.group_size, own.mode, modules=MappingProxyType(modules)
