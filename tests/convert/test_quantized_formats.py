@@ -16,7 +16,7 @@ from support.quantized_goldens import Case, load_cases
 from pydiffusion.convert.checkpoint.quantized.codes import BYTE_FLOATS
 from pydiffusion.convert.checkpoint.quantized.reader import open_weights
 from pydiffusion.convert.checkpoint.quantized.settings import read_quantization
-from pydiffusion.convert.checkpoint.safetensors_files import SINGLE, Checkpoint
+from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint
 from pydiffusion.convert.checkpoint.strict_json import Fields
 from pydiffusion.convert.checkpoint.weights import Weights
 
@@ -31,7 +31,7 @@ DIVIDED = "ct-nvfp4"
 def opened(folder: Path, case: Case) -> Iterator[Weights]:
     """The weights of a case, in a checkpoint folder of its own."""
     _, data, config, _ = case
-    (folder / SINGLE).write_bytes(data)
+    (folder / "model.safetensors").write_bytes(data)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     settings = read_quantization(folder, Fields(config, "config.json", []), [])
     with Checkpoint(folder) as checkpoint:
