@@ -15,7 +15,7 @@ from pydiffusion.convert.checkpoint.weights import Weight
 # AWQ's "gemm" version packs eight columns per word in this order; here: the position of each column.
 _AWQ_POSITIONS = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.uint32)
 _AWQ_BITS = 4
-_MLX_BITS = (2, 3, 4, 5, 6, 8)
+_MLX_BITS = (1, 2, 3, 4, 5, 6, 8)
 
 
 def compressed_integers(parts: Parts, codes: StoredTensor) -> Weight:
@@ -69,7 +69,7 @@ def _unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 def _compressed_zeros(parts: Parts, shape: tuple[int, int], bits: int) -> np.ndarray | None:
     """Zero points of ``shape`` (n_rows, n_groups), float32; None without any."""
-    tensor = parts.find(f"{parts.name}_zero_point", "I32", "I8")
+    tensor = parts.zeros(f"{parts.name}_zero_point", "I32", "I8")
     if tensor is None:
         return None
     n_rows, n_groups = shape
@@ -148,6 +148,8 @@ def gptq(parts: Parts) -> Weight:
     zero_words = _transposed_words(parts, (n_groups, width))
     groups = _groups(parts, f"{parts.module}.g_idx", n_columns, n_groups)
     if groups is None:
+        if parts.settings.any_order:
+            parts.need(f"{parts.module}.g_idx")
         _check_groups(parts, scales, n_columns, n_groups)
         groups = np.repeat(np.arange(n_groups), n_columns // n_groups)
 
@@ -199,8 +201,7 @@ def _check_groups(parts: Parts, scales: StoredTensor, n_columns: int, n_groups: 
 
 
 def _transposed_words(parts: Parts, shape: tuple[int, int]) -> StoredTensor | None:
-    name = f"{parts.module}.qzeros"
-    tensor = parts.need(name, "I32") if parts.settings.has_zeros else parts.find(name, "I32")
+    tensor = parts.zeros(f"{parts.module}.qzeros", "I32")
     if tensor is not None and tensor.shape != shape:
         raise parts.error(
             f"{tensor.name!r} has the shape {list(tensor.shape)}, should be {list(shape)}", tensor
@@ -217,8 +218,8 @@ def mlx_affine(parts: Parts, codes: StoredTensor, bits: int, group: int) -> Weig
     wanted = [*shape[:-1], shape[-1] // group]
     if bits not in _MLX_BITS or codes.shape[-1] * 32 % bits or shape[-1] % group:
         raise parts.error(
-            f"rows of {codes.shape[-1]} words are no whole groups of {group} codes of {bits} bits; does "
-            f"{parts.settings.where} belong to this file?",
+            f"rows of {codes.shape[-1]} words are no whole groups of {group} codes of {bits} bits, which "
+            f"{parts.settings.where} says they are",
             codes,
         )
     for tensor in (scales, biases):

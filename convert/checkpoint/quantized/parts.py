@@ -51,13 +51,20 @@ class Parts:
         if tensor is None:
             raise ConversionError(
                 f"{self.checkpoint.files[0].parent}: tensor {self.name!r} is quantized, and its {name!r} is "
-                "missing: the checkpoint is incomplete"
+                "missing: download the checkpoint again, or convert the unquantized one"
             )
         return tensor
 
+    def zeros(self, name: str, *dtypes: str) -> StoredTensor | None:
+        """Zero points, as :meth:`need` if the settings say that there are any."""
+        return self.need(name, *dtypes) if self.settings.has_zeros else self.find(name, *dtypes)
+
     def error(self, what: str, tensor: StoredTensor) -> ConversionError:
         """An error that names the matrix and the file."""
-        return ConversionError(f"{tensor.file}: quantized tensor {self.name!r}: {what}")
+        return ConversionError(
+            f"{tensor.file}: quantized tensor {self.name!r}: {what}; if the files are complete, convert the "
+            "unquantized checkpoint instead"
+        )
 
     def matrix_shape(self, tensor: StoredTensor, per_element: int = 1) -> tuple[int, ...]:
         """Shape of the matrix (or stack of them) whose codes a tensor has, ``per_element`` in each element.

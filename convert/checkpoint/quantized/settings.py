@@ -34,8 +34,9 @@ class Quantization:
         bits: of packed integers; 0 if not given.
         group_size: of MLX.
         mode: of MLX: affine, mxfp4, mxfp8, nvfp4.
-        has_zeros: AWQ and GPTQ store zero points.
+        has_zeros: every matrix of integers has zero points.
         zeros_minus_one: GPTQ's first format stores them less one.
+        any_order: every matrix of GPTQ names the group of each column.
         modules: MLX's settings of single modules, by name.
     """
 
@@ -45,8 +46,9 @@ class Quantization:
     bits: int = 0
     group_size: int = 0
     mode: str = "affine"
-    has_zeros: bool = True
+    has_zeros: bool = False
     zeros_minus_one: bool = True
+    any_order: bool = False
     modules: Mapping[str, Quantization] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -94,7 +96,7 @@ def _read(fields: Fields, key: str) -> Quantization:
         return _read_mlx(fields, settings)
     if method in _INTEGERS:
         return _read_integers(fields, settings)
-    return replace(settings, bits=_group_bits(fields))
+    return _read_groups(fields, settings)
 
 
 def _is_mlx(values: Mapping[str, Any]) -> bool:
@@ -126,15 +128,17 @@ def _group_weights(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [weights for weights in found if isinstance(weights, dict)]
 
 
-def _group_bits(fields: Fields) -> int:
-    """Bits of integers, if all groups of compressed-tensors that have any agree; else 0."""
+def _read_groups(fields: Fields, settings: Quantization) -> Quantization:
+    """What all groups of compressed-tensors that have integers agree on."""
     where = f"{fields.where}: weights"
-    found = {
-        Fields(weights, where, fields.notes).integer("num_bits", maximum=8)
+    groups = [
+        Fields(weights, where, fields.notes, null_is_missing=True)
         for weights in _group_weights(fields.values)
         if weights.get("type") == "int"
-    }
-    return found.pop() if len(found) == 1 else 0
+    ]
+    bits = {group.integer("num_bits", maximum=8) for group in groups}
+    symmetric = {group.boolean("symmetric", True) for group in groups}
+    return replace(settings, bits=bits.pop() if len(bits) == 1 else 0, has_zeros=symmetric == {False})
 
 
 def _read_integers(fields: Fields, settings: Quantization) -> Quantization:
@@ -144,7 +148,13 @@ def _read_integers(fields: Fields, settings: Quantization) -> Quantization:
         return replace(settings, bits=4, has_zeros=fields.boolean("zero_point", True))
     format_name = fields.one_of("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
     bits = fields.one_of("bits", (2, 3, 4, 8))
-    return replace(settings, bits=bits, zeros_minus_one=format_name == "gptq")
+    return replace(
+        settings,
+        bits=bits,
+        has_zeros=True,
+        zeros_minus_one=format_name == "gptq",
+        any_order=fields.boolean("desc_act", False),
+    )
 
 
 def _read_mlx(fields: Fields, settings: Quantization) -> Quantization:
