@@ -41,7 +41,7 @@ DTYPES = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "F16", "BF
 DTYPES += ("I64", "F64")
 
 
-OPTIONAL = ("_zero_point", ".g_idx", "input_scale")
+OPTIONAL = ("_zero_point", "input_scale")
 
 
 def read_all(folder: Path, stored: Stored, config: dict[str, Any]) -> str:
@@ -473,6 +473,42 @@ def test_groups_of_columns_out_of_range(tmp_path: Path, group: int) -> None:
     indices[17] = group
     stored[name] = tensor("I32", indices)
     refused(write_folder(tmp_path / "q", stored, STYLES["gptq"]), f"'{name}' should name one of 8 groups")
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "config"),
+    [
+        ("int4", f"{MATRIX}_zero_point", groups(**INT4, symmetric=False)),
+        ("gptq", f"{MODULE}.qzeros", {"quant_method": "gptq", "bits": 4}),
+        ("gptq", f"{MODULE}.g_idx", {"quant_method": "gptq", "bits": 4, "desc_act": True}),
+        ("awq", f"{MODULE}.qzeros", {"quant_method": "awq", "bits": 4}),
+    ],
+)
+def test_what_the_settings_promise(tmp_path: Path, name: str, part: str, config: dict[str, Any]) -> None:
+    """Zero points and groups that are not there are no zeros and no groups in order."""
+    stored = stored_folder(name)
+    folder = with_config(stored, tmp_path / "q", quantization_config=config)
+    convert(folder, tmp_path / "m.gguf", "q8_0")
+    del stored[part]
+    refused(with_config(stored, tmp_path / "q", quantization_config=config), f"'{part}' is missing: download")
+
+
+def test_awq_without_zero_points(tmp_path: Path) -> None:
+    """Its config says so; they are the middle of the range then."""
+    config = {"quantization_config": {"quant_method": "awq", "bits": 4, "zero_point": False}}
+    stored = one_matrix(STYLES["awq"], (32, 128))
+    stored[f"{MODULE}.qzeros"] = tensor("I32", np.full((4, 4), 0x88888888, np.uint32))
+    with_zeros = dequantized(tmp_path, stored, config)
+    del stored[f"{MODULE}.qzeros"]
+    assert np.array_equal(dequantized(tmp_path, stored, config), with_zeros)
+
+
+def dequantized(folder: Path, stored: Stored, config: dict[str, Any]) -> np.ndarray:
+    write_stored(folder / "model.safetensors", stored)
+    settings = read_quantization(folder, Fields(config, "config.json", []), [])
+    with Checkpoint(folder) as checkpoint:
+        weight = open_weights(checkpoint, settings, []).by_name[MATRIX]
+        return weight.read(0, n_bytes("F32", weight.shape)).view(np.float32)
 
 
 def test_a_claimed_shape_of_many_terabytes(tmp_path: Path) -> None:

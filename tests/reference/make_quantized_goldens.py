@@ -183,7 +183,7 @@ def mlx_cases() -> Iterator[Case]:
             data = Path(path).read_bytes()
         return name, data, {key: config}, values
 
-    for bits in (2, 3, 4, 5, 6, 8):
+    for bits in (1, 2, 3, 4, 5, 6, 8):
         settings = {"group_size": 32, "bits": bits, "mode": "affine"}
         dtype = mx.bfloat16 if bits % 2 else mx.float16
         yield case(f"mlx:{bits}", [stored("layer", (5, 96), dtype, **settings)], settings, "quantization")
