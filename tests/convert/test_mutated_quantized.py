@@ -39,14 +39,15 @@ def changed(data: st.DataObject, stored: Stored) -> Stored:
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("n_examples", [8, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["mixed", "mlx", "gptq", "nvfp4-modelopt"])
-def test_tensors(tmp_path: Path, name: str) -> None:
+def test_tensors(tmp_path: Path, name: str, n_examples: int) -> None:
     stored = quantize(STYLES[name], quantized_folders.small_weights()).stored
     target = tmp_path / "out" / "m.gguf"
     target.parent.mkdir()
     outcomes: set[str] = set()
 
-    @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=n_examples, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def check(data: st.DataObject) -> None:
         folder = write_folder(tmp_path / "q", changed(data, stored), STYLES[name])

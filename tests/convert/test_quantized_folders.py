@@ -110,7 +110,7 @@ def test_verify_finds_other_weights(checkpoints: dict[str, Quantized], tmp_path:
 
 def test_resume(checkpoints: dict[str, Quantized], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted conversion goes on where it was, to the same file."""
-    monkeypatch.setattr(writer, "CHUNK_WEIGHTS", 20_000)
+    monkeypatch.setattr(writer, "CHUNK_WEIGHTS", 60_000)
     monkeypatch.setattr(journal, "SECONDS_BETWEEN_FLUSHES", 0.0)
     folder = write_folder(tmp_path / "q", checkpoints["mixed"].stored, STYLES["mixed"])
     convert(folder, tmp_path / "whole.gguf", "q4_k_m")

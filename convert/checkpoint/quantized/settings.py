@@ -129,7 +129,7 @@ def _group_weights(values: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _read_groups(fields: Fields, settings: Quantization) -> Quantization:
-    """What all groups of compressed-tensors that have integers agree on."""
+    """Read the settings on which all groups of compressed-tensors that have integers agree."""
     where = f"{fields.where}: weights"
     groups = [
         Fields(weights, where, fields.notes, null_is_missing=True)
