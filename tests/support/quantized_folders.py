@@ -1,7 +1,7 @@
 """Checkpoint folders in the formats of quantizers, and the same weights as plain folders.
 
 Codes, scales and zero points are drawn, so that nothing depends on how a quantizer rounds, and are packed by
-the formats' definitions with numpy, apart from the package's readers. Scales have few bits, so that products
+the formats' definitions with numpy, apart from the package's readers. Scales have few bits, so that results
 are exact in any order.
 """
 
