@@ -1,8 +1,8 @@
 """Checkpoint folders in the formats of quantizers, and the same weights as plain folders.
 
 Codes, scales and zero points are drawn, so that nothing depends on how a quantizer rounds, and are packed by
-the formats' definitions with numpy, apart from the package's readers. Scales have few bits, so that
-multiplying them is exact in any order.
+the formats' definitions with numpy, apart from the package's readers. Scales have few bits, so that results
+are exact in any order.
 """
 
 from __future__ import annotations
