@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -141,6 +141,8 @@ def lay_grid(
 
     Raises ConversionError for a shape that fits in none of these ways.
     """
+    if len(tensor.shape) == 4 and len(shape) == 2 and tensor.shape[1] == tensor.shape[3] == 1:
+        tensor = replace(tensor, shape=tensor.shape[::2])  # ModelOpt keeps the dimensions within a block
     n, n_rows, n_columns = math.prod(tensor.shape), shape[-2], shape[-1]
     n_matrices, rows = math.prod(shape[:-2]), parts.rows(tensor)
 
