@@ -14,7 +14,7 @@ from pydiffusion.errors import ConversionError
 # Where it can be: keys of config.json (the last is MLX's), and files beside it (ModelOpt's, AutoGPTQ's).
 KEYS = ("quantization_config", "compression_config", "quantization")
 FILES = ("hf_quant_config.json", "quantize_config.json")
-METHODS = ("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8", "mxfp4", "awq", "gptq", "mlx")
+METHODS = ("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8", "mxfp4", "quark", "awq", "gptq", "mlx")
 # Methods whose codes are stored in words of packed integers with no tensor that tells one from another.
 _INTEGERS = ("awq", "gptq")
 # Steps on top of rounding that change what the codes stand for.
