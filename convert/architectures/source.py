@@ -155,7 +155,7 @@ def _explain_file(path: Path) -> str:
     if path.suffix in (".safetensors", ".json") and (path.parent / _CONFIG).is_file():
         return f"{path}: is one file of a checkpoint: give its folder, {path.parent}"
     found = recognise_file(path, "text")
-    more = f", {found}" if found else ": give a checkpoint folder with config.json in it"
+    more = f"; it is {found}" if found else ": give a checkpoint folder with config.json in it"
     return f"{path}: is a file, not a folder{more}"
 
 

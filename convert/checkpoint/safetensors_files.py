@@ -150,7 +150,8 @@ def _parse_entry(name: str, entry: object, path: Path, start: int, size: int) ->
         raise ConversionError(f"{where}: bad shape {shape!r:.60}")
     if not _are_counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - start:
         raise ConversionError(
-            f"{where}: its data_offsets {offsets!r:.60} are not within the file; is it truncated?"
+            f"{where}: its data_offsets {offsets!r:.60} are not within the file: it is truncated; "
+            "download it again"
         )
     n_bytes = offsets[1] - offsets[0]
     if n_bytes != math.prod(shape) * _SIZES[dtype]:

@@ -70,6 +70,7 @@ def read_tokenizer(
 
     Raises ConversionError for a missing file or unsupported tokenizer.
     """
+    _require_tokenizer(folder)
     source = read_json_object(folder / TOKENIZER)
     settings = _read_optional(folder / CONFIG)
     specials = _read_optional(folder / SPECIALS)
@@ -114,6 +115,17 @@ def read_tokenizer(
         keys[TEMPLATE_KEY] = Value("str", template)
     keys[prefix + "add_space_prefix"] = Value("bool", False)
     return keys
+
+
+def _require_tokenizer(folder: Path) -> None:
+    if (folder / TOKENIZER).exists():
+        return
+    if (folder / "tokenizer.model").exists():
+        raise ConversionError(
+            f"{folder / TOKENIZER}: is missing, and tokenizer.model can't take its place: download it, or "
+            "let transformers make it (AutoTokenizer.from_pretrained, then save_pretrained)"
+        )
+    raise ConversionError(f"{folder / TOKENIZER}: is missing: download it too")
 
 
 def _read_optional(path: Path) -> dict[str, Any]:

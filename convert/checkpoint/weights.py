@@ -74,8 +74,7 @@ class RowsAsBytes:
     def __call__(self, start: int, n_bytes: int) -> np.ndarray:
         size = self.row_bytes
         first, end = start // size, -(-(start + n_bytes) // size)
-        with np.errstate(all="ignore"):  # NaN and infinity are reported with the tensor's name, once written
-            data = np.ascontiguousarray(self.rows(first, end - first)).reshape(-1).view(np.uint8)
+        data = np.ascontiguousarray(self.rows(first, end - first)).reshape(-1).view(np.uint8)
         return data[start - first * size : start - first * size + n_bytes]
 
 

@@ -59,6 +59,8 @@ def open_parts(path: Path) -> Parts:
     Raises ModelFormatError if a part is damaged or missing, or the parts don't belong together.
     """
     with explaining(path, "can't be read"):
+        if path.is_dir():
+            raise ConversionError(f"{path}: is a folder; give a GGUF, or make one with `pydiffusion convert`")
         if not path.is_file():
             raise ConversionError(f"{path}: no such file; give a GGUF")
         check_is_gguf(path)

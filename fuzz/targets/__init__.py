@@ -17,6 +17,7 @@ TARGETS = {
     "session": ("files", "SessionTarget"),
     "template": ("template", "Target"),
     "folder": ("folder", "Target"),
+    "quantized": ("quantized", "Target"),
     "body": ("body", "Target"),
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from support import checkpoint_folders
 
+from pydiffusion import DiffusionModel
 from pydiffusion.convert import convert
 from pydiffusion.errors import PyDiffusionError
 
@@ -54,13 +55,13 @@ class Target:
             return name, self._shard(draw, good)
         if name == _TEMPLATE or draw.random() < 0.15:
             return name, damaged(draw, good)
-        return name, _json(mutated(draw, json.loads(good)))
+        return name, json_bytes(mutated(draw, json.loads(good)))
 
     def _shard(self, draw: random.Random, good: bytes) -> bytes:
         (length,) = struct.unpack("<Q", good[:8])
         if draw.random() < 0.2:
             return damaged(draw, good[: 8 + length]) + good[8 + length :]
-        header = _json(mutated(draw, json.loads(good[8 : 8 + length])))
+        header = json_bytes(mutated(draw, json.loads(good[8 : 8 + length])))
         claimed = len(header) if draw.random() < 0.9 else draw.choice((0, 1, 2**32, 2**63, 2**64 - 1, length))
         body = good[8 + length :]
         return (
@@ -79,16 +80,20 @@ class Target:
         target = self._output / "m.gguf"
         try:
             convert(self._folder, target, "q8_0")
-            target.unlink()
             outcome = "done"
         except PyDiffusionError as error:
             outcome = refusal(error)
             assert len(str(error)) < 2000
+        if outcome == "done":  # whatever is converted, loads
+            with DiffusionModel(target, n_threads=1) as model:
+                model.tokenize("the bath")
+            target.unlink()
         assert list(self._output.iterdir()) == []
         return outcome
 
 
-def _json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """JSON, or what is refused as nested too deeply."""
     try:
         return json.dumps(value).encode()
     except RecursionError:

@@ -373,7 +373,7 @@ void GgufFile::read_tensors(Reader& reader, uint64_t file_size) {
         const uint64_t n_blocks = n_elements / static_cast<uint64_t>(block);
         const uint64_t block_bytes = ggml_type_size(tensor.type);
         if (n_blocks > (file_size - reader.position()) / block_bytes + 1)
-            reader.fail_here(what + " is larger than the file");
+            reader.fail_here(what + " is larger than the file, which is truncated or damaged");
         tensor.n_bytes = n_blocks * block_bytes;
         tensor.offset = reader.read<uint64_t>("the offset of " + what);
         if (tensor.offset % alignment_ != 0) {

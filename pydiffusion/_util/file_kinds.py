@@ -73,7 +73,7 @@ def recognise(head: bytes, n_bytes: int, wanted: Kind) -> str | None:
     if text[:16].lower().startswith(_PAGES):
         return f"a web page saved in place of the file: {_AGAIN}, logged in if its site asks for it"
     if len(head) >= 8 and not head.strip(b"\0"):
-        return f"zero bytes at the beginning, as of an unfinished download: {_AGAIN}"
+        return f"an unfinished download, whose beginning is zeros: {_AGAIN}"
     return _short_answer(text) if wanted != "text" and n_bytes == len(head) and n_bytes < 200 else None
 
 

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import checkpoint_folders as folders
 
+from pydiffusion import DiffusionModel
 from pydiffusion.convert import convert
 from pydiffusion.errors import PyDiffusionError
 
@@ -67,7 +68,9 @@ def mutate(data: st.DataObject, value: Any) -> Any:
 
 
 def attempt(folder: Path, target: Path) -> str:
-    """Convert: success or a typed one-line error, and never a leftover file; returns which."""
+    """Convert: success, and then the file loads, or a typed one-line error, and never a leftover file;
+    returns which.
+    """
     outcome = "converted"
     try:
         convert(folder, target, "q8_0")
@@ -75,6 +78,8 @@ def attempt(folder: Path, target: Path) -> str:
         assert len(str(error)) < 2000 and "\n" not in str(error)
         outcome = "refused"
     else:
+        with DiffusionModel(target, n_threads=1) as model:
+            model.detokenize(model.tokenize("the bath"))
         target.unlink()
     assert list(target.parent.glob(".*.part")) == []
     return outcome

@@ -71,7 +71,7 @@ def test_every_format_is_recorded() -> None:
     wanted += ["old-ct:4-g_idx", "ct-nvfp4", "ct-mxfp4", "ct-mxfp8", "modelopt:nvfp4", "modelopt:fp8"]
     wanted += ["fp8:2d", "fp8:3d", "mxfp4:blocks", "awq", "mlx:modules", "mlx:stack", "mlx:nvfp4"]
     wanted += [f"gptq:{bits}" for bits in (2, 3, 4, 8)] + [f"gptq_v2:{bits}" for bits in (2, 3, 4, 8)]
-    wanted += [f"mlx:{bits}" for bits in (2, 3, 4, 5, 6, 8)]
+    wanted += [f"mlx:{bits}" for bits in (1, 2, 3, 4, 5, 6, 8)]
     assert [start for start in wanted if not any(name.startswith(start) for name in CASES)] == []
 
 

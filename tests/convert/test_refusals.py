@@ -108,6 +108,7 @@ CONFIG_EDITS = [
         "mamba.*layer 0",
     ),
     (text("layer_types", [{}, 1, None, "full_attention"]), "layer_types"),
+    (text("layer_types", [["x"] * 999, 1, None, "full_attention"]), "layer_types.{1,120} for layer 0"),
     (text("num_attention_heads", 3), "3 attention heads.*2 key-value heads of layer 0"),
     (text("top_k_experts", 7), "top_k_experts.*7"),
     (text("num_experts", None), "num_experts.*None"),

@@ -11,64 +11,21 @@ import pytest
 from gguf import GGUFReader
 from support import checkpoint_folders as folders
 from support.gguf_files import read_tensors
+from support.vision_folders import (
+    FF,
+    HEADS,
+    LAYERS,
+    PATCH,
+    PROJECTION,
+    TOWER,
+    D,
+    vision_config,
+    vision_weights,
+)
 
 from pydiffusion.cli import main
 from pydiffusion.convert import convert, convert_mmproj
 from pydiffusion.errors import ConversionError
-
-D, FF, HEADS, LAYERS, PATCH, POSITIONS = 64, 96, 4, 2, 4, 20
-TOWER = "model.encoder.vision_tower."
-PROJECTION = "model.encoder.embed_vision.embedding_projection.weight"
-MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-MATRICES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm")
-NORMS += ("post_feedforward_layernorm", "self_attn.q_norm", "self_attn.k_norm")
-
-
-def vision_config(**changes: object) -> dict[str, object]:
-    config = {
-        "model_type": "gemma4_vision",
-        "hidden_size": D,
-        "intermediate_size": FF,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "head_dim": D // HEADS,
-        "patch_size": PATCH,
-        "pooling_kernel_size": 3,
-        "position_embedding_size": POSITIONS,
-        "rms_norm_eps": 1e-6,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "rope_parameters": {"rope_theta": 100.0, "rope_type": "axial"},
-        "standardize": True,
-        "use_clipped_linears": True,
-    }
-    return config | changes
-
-
-def vision_weights() -> dict[str, np.ndarray]:
-    random = np.random.default_rng(5)
-    shapes: dict[str, tuple[int, ...]] = {
-        TOWER + "patch_embedder.input_proj.weight": (D, 3 * PATCH**2),
-        TOWER + "patch_embedder.position_embedding_table": (2, POSITIONS, D),
-        TOWER + "std_bias": (D,),
-        TOWER + "std_scale": (D,),
-        PROJECTION: (folders.D, D),
-    }
-    for i_layer in range(LAYERS):
-        layer = f"{TOWER}encoder.layers.{i_layer}."
-        for name in MATRICES:
-            n_out, n_in = {"mlp.down_proj": (D, FF)}.get(name, (FF if "mlp" in name else D, D))
-            shapes[f"{layer}{name}.linear.weight"] = (n_out, n_in)
-            shapes |= {
-                f"{layer}{name}.{end}_{side}": () for end in ("input", "output") for side in ("min", "max")
-            }
-        for name in NORMS:
-            shapes[f"{layer}{name}.weight"] = (D // HEADS if "self_attn" in name else D,)
-    return {
-        name: folders.from_bits(np.asarray(random.standard_normal(shape), np.float32))
-        for name, shape in shapes.items()
-    }
 
 
 def make_folder(path: Path, tensors: dict[str, np.ndarray] | None = None, **changes: object) -> Path:

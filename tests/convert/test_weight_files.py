@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import checkpoint_folders as folders
 
-from pydiffusion.convert import convert, plan_sizes
+from pydiffusion.convert import convert, plan_sizes, quantize
 from pydiffusion.errors import ConversionError
 
 INDEX = "model.safetensors.index.json"
@@ -227,3 +227,16 @@ def test_a_file_in_place_of_the_folder(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(ConversionError, match=r"is (a|one) file") as caught:
             convert(path, tmp_path / "o.gguf")
         assert words in str(caught.value)
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    made = folders.make_folder(tmp_path / "tokens")
+    (made / "tokenizer.json").unlink()
+    refused(made, "tokenizer.json: is missing: download it")
+    (made / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    refused(made, "tokenizer.json: is missing", "tokenizer.model", "save_pretrained")
+
+
+def test_a_folder_in_place_of_a_gguf(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="is a folder; give a GGUF"):
+        quantize(folder, tmp_path / "o.gguf", "q8_0")

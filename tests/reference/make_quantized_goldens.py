@@ -183,7 +183,7 @@ def mlx_cases() -> Iterator[Case]:
             data = Path(path).read_bytes()
         return name, data, {key: config}, values
 
-    for bits in (2, 3, 4, 5, 6, 8):
+    for bits in (1, 2, 3, 4, 5, 6, 8):
         settings = {"group_size": 32, "bits": bits, "mode": "affine"}
         dtype = mx.bfloat16 if bits % 2 else mx.float16
         yield case(f"mlx:{bits}", [stored("layer", (5, 96), dtype, **settings)], settings, "quantization")
@@ -233,6 +233,9 @@ def modelopt_cases() -> Iterator[Case]:
         config = {"quant_method": "modelopt", "quant_algo": "FP8"}
         config |= {"weight_block_size": [8, 16]} if kind == "blocks" else {}
         yield torch_case(f"modelopt:fp8-{kind}", tensors, config, {NAME: value})
+        if kind == "blocks":  # its export leaves the maxima's dimensions within a block, which are 1
+            tensors["layer.weight_scale"] = scale.reshape(scale.shape[0], 1, scale.shape[1], 1)
+            yield torch_case(f"modelopt:fp8-{kind}-4d", tensors, config, {NAME: value})
     weight = torch.from_numpy(weights(3, 96))
     stored, scale = MXFP8QTensor.quantize(weight)
     value = stored.dequantize(torch.float32, scale=scale)
@@ -284,9 +287,8 @@ def _gptq(bits: int, act: bool, least: int) -> tuple[Any, Any]:
     linear = torch.nn.Linear(n_columns, n_rows, bias=False)
     # A quarter of the rows are positive, so their zero point is the least.
     weight = weights(n_rows, n_columns)
-    linear.weight.data = torch.from_numpy(
-        np.where(np.arange(n_rows)[:, None] % 4 == 0, np.abs(weight), weight)
-    )
+    weight[::4] = np.abs(weight[::4])
+    linear.weight.data = torch.from_numpy(weight)
     g_idx = torch.arange(n_columns, dtype=torch.int32) // group
     if act:
         g_idx = g_idx[torch.from_numpy(np.random.default_rng(1).permutation(n_columns))]
@@ -349,11 +351,10 @@ def transformers_cases() -> Iterator[Case]:
         case = f"fp8:{len(shape)}d{'-ue8m0' if scale_format else ''}"
         yield torch_case(case, stored, config, {name: value})
     random = np.random.default_rng(2)
+    blocks, scales = random.integers(0, 256, (2, 3, 3, 16)), random.integers(100, 150, (2, 3, 3))
     tensors = {
-        "layer.experts.gate_up_proj_blocks": torch.from_numpy(
-            random.integers(0, 256, (2, 3, 3, 16), np.uint8)
-        ),
-        "layer.experts.gate_up_proj_scales": torch.from_numpy(random.integers(100, 150, (2, 3, 3), np.uint8)),
+        "layer.experts.gate_up_proj_blocks": torch.from_numpy(blocks.astype(np.uint8)),
+        "layer.experts.gate_up_proj_scales": torch.from_numpy(scales.astype(np.uint8)),
     }
     # It transposes the two last dimensions, as gpt-oss has its experts.
     value = convert_moe_packed_tensors(*tensors.values(), dtype=torch.float32).transpose(1, 2).contiguous()

@@ -202,12 +202,12 @@ def _read_layer_types(text: Fields) -> tuple[bool, ...]:
     for i_layer, layer_type in enumerate(types):
         if layer_type not in (SLIDING, FULL):
             raise ConversionError(
-                f"{text.where}: 'layer_types' has {layer_type!r} for layer {i_layer}, which is not supported "
+                f"{text.where}: 'layer_types' has {layer_type!r:.60} for layer {i_layer}: not supported "
                 f"(only {SLIDING} or {FULL})"
             )
     if types[-1] != FULL:
         raise ConversionError(
-            f"{text.where}: 'layer_types' ends with {types[-1]!r}; the last layer must be {FULL}"
+            f"{text.where}: 'layer_types' ends with {types[-1]!r:.60}; the last layer must be {FULL}"
         )
     return tuple(layer_type == SLIDING for layer_type in types)
 
@@ -236,7 +236,7 @@ def _read_heads(text: Fields, sliding: tuple[bool, ...]) -> _Heads:
             if value is not None and any(
                 value != given[key][i] for i, is_sliding in enumerate(sliding) if not is_sliding
             ):
-                raise ConversionError(f"{text.where}: {key!r} = {value!r} contradicts 'per_layer_config'")
+                raise ConversionError(f"{text.where}: {key!r} = {value!r:.60} contradicts 'per_layer_config'")
     else:
         global_dim = text.integer("global_head_dim", DEFAULTS["global_head_dim"], maximum=_MAX_HEAD_DIM)
         # Absent or null: as many as the sliding layers have.
@@ -313,7 +313,7 @@ def _read_rope(text: Fields, global_head_dim: int) -> tuple[float, float, int]:
     for fields in (sliding, full):
         unknown = sorted(set(fields.values) - fields.asked)
         if unknown:
-            raise ConversionError(f"{fields.where}: {unknown[0]!r} is not supported")
+            raise ConversionError(f"{fields.where}: {unknown[0]!r:.60} is not supported")
     n_rotated = int(factor * global_head_dim // 2)
     if n_rotated == 0:
         raise full.error(

@@ -36,6 +36,8 @@ def stack_experts(weights: Weights) -> Weights:
         if match := _ONE.fullmatch(name):
             singles.setdefault(match["experts"], {})[int(match["number"]), match["part"]] = weight
         elif match := _STACKED.fullmatch(name):
+            if match[1] in weights.by_name:
+                raise ConversionError(f"{weight.file}: {match[1]!r} is stored twice: {name!r} is the same")
             by_name[match[1]] = replace(weight, name=match[1])
         else:
             by_name[name] = weight

@@ -23,7 +23,13 @@ def dequantized(
     parts: Parts, codes: StoredTensor, shape: tuple[int, ...], rows: ReadRows, blocks: Blocks | None = None
 ) -> Weight:
     """A weight whose float32 rows ``rows`` computes."""
-    return Weight(parts.name, "F32", shape, codes.file, RowsAsBytes(rows, 4 * shape[-1]), blocks)
+
+    def quiet_rows(first: int, count: int) -> np.ndarray:
+        # Weights that are not finite are refused by name where they are stored.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return rows(first, count)
+
+    return Weight(parts.name, "F32", shape, codes.file, RowsAsBytes(quiet_rows, 4 * shape[-1]), blocks)
 
 
 def byte_codes(
@@ -104,16 +110,17 @@ def _block_rows(parts: Parts, codes: StoredTensor, scales: StoredTensor) -> Read
 
 def matrix_factors(parts: Parts, tensor: StoredTensor, n_matrices: int, *, inverse: bool) -> np.ndarray:
     """The factor of each matrix: (n_matrices,) float32; ``inverse``: the tensor has what to divide by."""
-    values = parts.all_of(tensor).reshape(-1)
-    if values.size not in (1, n_matrices):
+    if math.prod(tensor.shape) not in (1, n_matrices):
         raise parts.error(
             f"{tensor.name!r} has the shape {list(tensor.shape)}, should have one value"
             + (f" or {n_matrices}" if n_matrices > 1 else ""),
             tensor,
         )
+    values = parts.all_of(tensor).reshape(-1)
     if not (np.isfinite(values).all() and (values > 0).all()):
         raise parts.error(f"{tensor.name!r} has values that are not positive numbers", tensor)
-    factors = np.float32(1) / values if inverse else values
+    with np.errstate(over="ignore"):
+        factors = np.float32(1) / values if inverse else values
     if not np.isfinite(factors).all():
         raise parts.error(f"{tensor.name!r} has a value too small to divide by", tensor)
     return np.broadcast_to(factors, (n_matrices,)).astype(np.float32)

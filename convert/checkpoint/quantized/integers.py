@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from pydiffusion.convert.checkpoint.quantized.codes import unpack_stream, unpack_words
@@ -13,7 +15,7 @@ from pydiffusion.convert.checkpoint.weights import Weight
 # AWQ's "gemm" version packs eight columns per word in this order; here: the position of each column.
 _AWQ_POSITIONS = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.uint32)
 _AWQ_BITS = 4
-_MLX_BITS = (2, 3, 4, 5, 6, 8)
+_MLX_BITS = (1, 2, 3, 4, 5, 6, 8)
 
 
 def compressed_integers(parts: Parts, codes: StoredTensor) -> Weight:
@@ -24,10 +26,9 @@ def compressed_integers(parts: Parts, codes: StoredTensor) -> Weight:
     bits = _bits_of_width(parts, codes, shape[1], codes.shape[1])
     half = 1 << (bits - 1)
     scale = lay_grid(parts, parts.need(f"{parts.name}_scale", *FLOATS), shape, None)
-    n_groups = shape[1] // scale.width
-    groups = _groups(parts, f"{parts.name}_g_idx", shape[1], n_groups)
+    groups = _groups(parts, f"{parts.name}_g_idx", shape[1], shape[1] // scale.width)
     words = parts.rows(codes)
-    zeros = _compressed_zeros(parts, shape, n_groups, bits, half)
+    zeros = _compressed_zeros(parts, (shape[0], shape[1] // scale.width), bits)
 
     def rows(first: int, count: int) -> np.ndarray:
         weights = _unpack(words(first, count), bits, shape[1]).astype(np.float32) - half
@@ -66,29 +67,23 @@ def _unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     return unpack_words(words, bits, count)
 
 
-def _compressed_zeros(
-    parts: Parts, shape: tuple[int, ...], n_groups: int, bits: int, half: int
-) -> np.ndarray | None:
-    """Zero points: (n_rows, n_groups) float32, None without any."""
-    tensor = parts.find(f"{parts.name}_zero_point", "I32", "I8")
+def _compressed_zeros(parts: Parts, shape: tuple[int, int], bits: int) -> np.ndarray | None:
+    """Zero points of ``shape`` (n_rows, n_groups), float32; None without any."""
+    tensor = parts.zeros(f"{parts.name}_zero_point", "I32", "I8")
     if tensor is None:
         return None
-    values = parts.all_of(tensor)
-    fits = values.ndim == 2 and values.shape[1] > 0
-    if fits and tensor.dtype == "I8":
-        zeros = values.astype(np.float32)
-    elif fits:
-        packed = np.ascontiguousarray(values.T)
-        heights = (-(-shape[0] * bits // 32), -(-shape[0] // (32 // bits)))
-        fits = values.shape[0] in heights
-        zeros = _unpack(packed, bits, shape[0]).T.astype(np.float32) - half if fits else values
-    if not fits or zeros.shape != (shape[0], n_groups):
+    n_rows, n_groups = shape
+    if tensor.dtype == "I8" and tensor.shape == shape:
+        return parts.all_of(tensor).astype(np.float32)
+    heights = (-(-n_rows * bits // 32), -(-n_rows // (32 // bits)))
+    if tensor.dtype != "I32" or tensor.shape not in [(height, n_groups) for height in heights]:
         raise parts.error(
-            f"{tensor.name!r} has the shape {list(tensor.shape)}, which does not suit {n_groups} groups in "
-            "each row",
+            f"{tensor.name!r} has the shape {list(tensor.shape)}, which does not suit {n_rows} rows of "
+            f"{n_groups} groups",
             tensor,
         )
-    return zeros
+    words = np.ascontiguousarray(parts.all_of(tensor).T)
+    return _unpack(words, bits, n_rows).T.astype(np.float32) - (1 << (bits - 1))
 
 
 def _groups(parts: Parts, name: str, n_columns: int, n_groups: int) -> np.ndarray | None:
@@ -96,8 +91,9 @@ def _groups(parts: Parts, name: str, n_columns: int, n_groups: int) -> np.ndarra
     tensor = parts.find(name, "I32", "I64")
     if tensor is None:
         return None
-    values = parts.all_of(tensor).reshape(-1)
-    if values.size != n_columns or values.min() < 0 or values.max() >= n_groups:
+    fits = math.prod(tensor.shape) == n_columns
+    values = parts.all_of(tensor).reshape(-1) if fits else np.empty(0)
+    if not fits or values.min() < 0 or values.max() >= n_groups:
         raise parts.error(
             f"{name!r} should name one of {n_groups} groups for each of {n_columns} columns", tensor
         )
@@ -117,8 +113,8 @@ def awq(parts: Parts) -> Weight:
     n_columns, n_words = parts.matrix_shape(codes)[-2:]
     shape = (n_columns, n_words * 8)[::-1]
     scales, n_groups = _transposed_scales(parts, codes, shape)
-    _check_group_size(parts, scales, n_columns, n_groups)
-    zero_words = _transposed_words(parts, codes, (n_groups, n_words))
+    _check_groups(parts, scales, n_columns, n_groups)
+    zero_words = _transposed_words(parts, (n_groups, n_words))
 
     def unpack(words: np.ndarray) -> np.ndarray:
         shifted = words.view("<u4")[..., None] >> (_AWQ_POSITIONS * np.uint32(_AWQ_BITS))
@@ -149,10 +145,12 @@ def gptq(parts: Parts) -> Weight:
     shape = (n_rows, n_columns)
     scales, n_groups = _transposed_scales(parts, codes, shape)
     width = -(-n_rows * bits // 32)
-    zero_words = _transposed_words(parts, codes, (n_groups, width))
+    zero_words = _transposed_words(parts, (n_groups, width))
     groups = _groups(parts, f"{parts.module}.g_idx", n_columns, n_groups)
     if groups is None:
-        _check_group_size(parts, scales, n_columns, n_groups)
+        if parts.settings.any_order:
+            parts.need(f"{parts.module}.g_idx")
+        _check_groups(parts, scales, n_columns, n_groups)
         groups = np.repeat(np.arange(n_groups), n_columns // n_groups)
 
     def rows(first: int, count: int) -> np.ndarray:
@@ -197,13 +195,13 @@ def _transposed_scales(parts: Parts, codes: StoredTensor, shape: tuple[int, ...]
     return tensor, n_groups
 
 
-def _check_group_size(parts: Parts, scales: StoredTensor, n_columns: int, n_groups: int) -> None:
+def _check_groups(parts: Parts, scales: StoredTensor, n_columns: int, n_groups: int) -> None:
     if n_columns % n_groups:
         raise parts.error(f"{scales.name!r} has {n_groups} groups for rows of {n_columns}", scales)
 
 
-def _transposed_words(parts: Parts, codes: StoredTensor, shape: tuple[int, int]) -> StoredTensor | None:
-    tensor = parts.find(f"{parts.module}.qzeros", "I32")
+def _transposed_words(parts: Parts, shape: tuple[int, int]) -> StoredTensor | None:
+    tensor = parts.zeros(f"{parts.module}.qzeros", "I32")
     if tensor is not None and tensor.shape != shape:
         raise parts.error(
             f"{tensor.name!r} has the shape {list(tensor.shape)}, should be {list(shape)}", tensor
@@ -220,8 +218,8 @@ def mlx_affine(parts: Parts, codes: StoredTensor, bits: int, group: int) -> Weig
     wanted = [*shape[:-1], shape[-1] // group]
     if bits not in _MLX_BITS or codes.shape[-1] * 32 % bits or shape[-1] % group:
         raise parts.error(
-            f"rows of {codes.shape[-1]} words are no whole groups of {group} codes of {bits} bits; does "
-            f"{parts.settings.where} belong to this file?",
+            f"rows of {codes.shape[-1]} words are no whole groups of {group} codes of {bits} bits, which "
+            f"{parts.settings.where} says they are",
             codes,
         )
     for tensor in (scales, biases):

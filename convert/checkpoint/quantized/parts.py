@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -51,13 +51,20 @@ class Parts:
         if tensor is None:
             raise ConversionError(
                 f"{self.checkpoint.files[0].parent}: tensor {self.name!r} is quantized, and its {name!r} is "
-                "missing: the checkpoint is incomplete"
+                "missing: download the checkpoint again, or convert the unquantized one"
             )
         return tensor
 
+    def zeros(self, name: str, *dtypes: str) -> StoredTensor | None:
+        """Zero points, as :meth:`need` if the settings say that there are any."""
+        return self.need(name, *dtypes) if self.settings.has_zeros else self.find(name, *dtypes)
+
     def error(self, what: str, tensor: StoredTensor) -> ConversionError:
         """An error that names the matrix and the file."""
-        return ConversionError(f"{tensor.file}: quantized tensor {self.name!r}: {what}")
+        return ConversionError(
+            f"{tensor.file}: quantized tensor {self.name!r}: {what}; if the files are complete, convert the "
+            "unquantized checkpoint instead"
+        )
 
     def matrix_shape(self, tensor: StoredTensor, per_element: int = 1) -> tuple[int, ...]:
         """Shape of the matrix (or stack of them) whose codes a tensor has, ``per_element`` in each element.
@@ -134,6 +141,8 @@ def lay_grid(
 
     Raises ConversionError for a shape that fits in none of these ways.
     """
+    if len(tensor.shape) == 4 and len(shape) == 2 and tensor.shape[1] == tensor.shape[3] == 1:
+        tensor = replace(tensor, shape=tensor.shape[::2])  # ModelOpt keeps the dimensions within a block
     n, n_rows, n_columns = math.prod(tensor.shape), shape[-2], shape[-1]
     n_matrices, rows = math.prod(shape[:-2]), parts.rows(tensor)
 

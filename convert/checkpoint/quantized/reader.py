@@ -92,8 +92,8 @@ def _quantized_name(tensor: StoredTensor) -> str | None:
 def _read(parts: Parts, codes: StoredTensor) -> Weight:
     if codes.name.endswith(".qweight"):
         return _read_transposed(parts, codes)
-    if codes.name.endswith("_packed") and codes.dtype == "I32":
-        return compressed_integers(parts, codes)
+    if codes.name.endswith("_packed"):
+        return compressed_integers(parts, codes) if codes.dtype == "I32" else _read_fp4(parts, codes)
     if codes.name.endswith("_blocks"):
         return _read_blocks(parts, codes)
     if codes.dtype == "U32":
@@ -101,7 +101,7 @@ def _read(parts: Parts, codes: StoredTensor) -> Weight:
     if codes.dtype == "U8":
         return _read_fp4(parts, codes)
     if codes.dtype == "I8":
-        zeros = parts.find(f"{parts.name}_zero_point", "I8", *FLOATS)
+        zeros = parts.zeros(f"{parts.name}_zero_point", "I8", *FLOATS)
         return byte_codes(parts, codes, parts.need(f"{parts.name}_scale", *FLOATS), zeros)
     return _read_fp8(parts, codes)
 

@@ -14,7 +14,7 @@ from pydiffusion.errors import ConversionError
 # Where it can be: keys of config.json (the last is MLX's), and files beside it (ModelOpt's, AutoGPTQ's).
 KEYS = ("quantization_config", "compression_config", "quantization")
 FILES = ("hf_quant_config.json", "quantize_config.json")
-METHODS = ("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8", "mxfp4", "awq", "gptq", "mlx")
+METHODS = ("compressed-tensors", "modelopt", "fp8", "fbgemm_fp8", "mxfp4", "quark", "awq", "gptq", "mlx")
 # Methods whose codes are stored in words of packed integers with no tensor that tells one from another.
 _INTEGERS = ("awq", "gptq")
 _MAX_JSON = 64 << 20
@@ -31,7 +31,9 @@ class Quantization:
         bits: of packed integers; 0 if not given.
         group_size: of MLX.
         mode: of MLX: affine, mxfp4, mxfp8, nvfp4.
-        zeros_minus_one: GPTQ's first format stores zero points less one.
+        has_zeros: every matrix of integers has zero points.
+        zeros_minus_one: GPTQ's first format stores them less one.
+        any_order: every matrix of GPTQ names the group of each column.
         modules: MLX's settings of single modules, by name.
     """
 
@@ -41,7 +43,9 @@ class Quantization:
     bits: int = 0
     group_size: int = 0
     mode: str = "affine"
+    has_zeros: bool = False
     zeros_minus_one: bool = True
+    any_order: bool = False
     modules: Mapping[str, Quantization] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -84,7 +88,7 @@ def _read(fields: Fields, key: str) -> Quantization:
         return _read_mlx(fields, settings)
     if method in _INTEGERS:
         return _read_integers(fields, settings)
-    return replace(settings, bits=_group_bits(fields))
+    return _read_groups(fields, settings)
 
 
 def _refuse_transforms(fields: Fields) -> None:
@@ -129,24 +133,33 @@ def _group_weights(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [weights for weights in found if isinstance(weights, dict)]
 
 
-def _group_bits(fields: Fields) -> int:
-    """Bits of integers, if all groups of compressed-tensors that have any agree; else 0."""
-    of_integers = [weights for weights in _group_weights(fields.values) if weights.get("type") == "int"]
-    found = {
-        Fields(weights, f"{fields.where}: weights", fields.notes).integer("num_bits", maximum=8)
-        for weights in of_integers
-    }
-    return found.pop() if len(found) == 1 else 0
+def _read_groups(fields: Fields, settings: Quantization) -> Quantization:
+    """Read the settings on which all groups of compressed-tensors that have integers agree."""
+    where = f"{fields.where}: weights"
+    groups = [
+        Fields(weights, where, fields.notes, null_is_missing=True)
+        for weights in _group_weights(fields.values)
+        if weights.get("type") == "int"
+    ]
+    bits = {group.integer("num_bits", maximum=8) for group in groups}
+    symmetric = {group.boolean("symmetric", True) for group in groups}
+    return replace(settings, bits=bits.pop() if len(bits) == 1 else 0, has_zeros=symmetric == {False})
 
 
 def _read_integers(fields: Fields, settings: Quantization) -> Quantization:
     if settings.method == "awq":
         fields.one_of("version", ("gemm", "GEMM"), "gemm")
         fields.one_of("bits", (4,), 4)
-        return replace(settings, bits=4)
+        return replace(settings, bits=4, has_zeros=fields.boolean("zero_point", True))
     format_name = fields.one_of("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
     bits = fields.one_of("bits", (2, 3, 4, 8))
-    return replace(settings, bits=bits, zeros_minus_one=format_name == "gptq")
+    return replace(
+        settings,
+        bits=bits,
+        has_zeros=True,
+        zeros_minus_one=format_name == "gptq",
+        any_order=fields.boolean("desc_act", False),
+    )
 
 
 def _read_mlx(fields: Fields, settings: Quantization) -> Quantization:
@@ -155,7 +168,8 @@ def _read_mlx(fields: Fields, settings: Quantization) -> Quantization:
     for name, values in fields.values.items():
         if isinstance(values, dict):
             modules[name] = _mlx_module(
-                Fields(values, f"{fields.where}: {name}", fields.notes, null_is_missing=True), settings.where
+                Fields(values, f"{fields.where}: {name!r:.80}", fields.notes, null_is_missing=True),
+                settings.where,
             )
     return Quantization(
         "mlx", settings.where, None, own.bits, own.group_size, own.mode, modules=MappingProxyType(modules)
