@@ -270,8 +270,7 @@ class _Choices:
         if self.allow_nonfinite:
             tensors, more = _keep_nonfinite(tensors, source.architecture.kinds)
             notes += more
-        twice = [t for t in tensors if t.source_type not in _EXACT and t.source_type != t.target_type]
-        notes += [f"{t.name}: quantized a second time, {t.source_type} -> {t.target_type}" for t in twice]
+        notes += _notes_on_twice(tensors)
         metadata = with_lengths(source.metadata, types.lengths)
         metadata["general.file_type"] = Value("u32", recipes.RECIPES[self.type].file_type)
         return Job(
@@ -290,6 +289,19 @@ class _Choices:
             resume=self.resume,
             split_max_size=self.variant.split_max_size,
         )
+
+
+def _notes_on_twice(tensors: list[PlannedTensor]) -> list[str]:
+    """A note for each pair of types of tensors that are quantized a second time."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for tensor in tensors:
+        if tensor.source_type not in _EXACT and tensor.source_type != tensor.target_type:
+            names.setdefault((tensor.source_type, tensor.target_type), []).append(tensor.name)
+    notes = []
+    for (old, new), some in names.items():
+        more = f" and {len(some) - 1} more" if len(some) > 1 else ""
+        notes.append(f"{some[0]}{more}: quantized a second time, {old} -> {new}")
+    return notes
 
 
 def _with_importance(

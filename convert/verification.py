@@ -19,6 +19,7 @@ from pydiffusion.convert.gguf import rows, writer
 from pydiffusion.convert.gguf.report import ConversionProgress
 from pydiffusion.convert.gguf.tensor_reads import SourceTensor
 from pydiffusion.convert.quantization import type_plan
+from pydiffusion.convert.quantization.stored_scales import as_stored
 from pydiffusion.errors import ConversionError
 
 
@@ -60,7 +61,8 @@ def verify(
     """Read every tensor of a GGUF and compare it with its source: a folder, repo or GGUF.
 
     Of a split file, give any part. Without ``against``, check only that the file is complete and all weights
-    are finite. Padding is allowed: padding must be zeros if the type can represent zeros. Mismatches are
+    are finite. Where only the file has scales beside its matrices, matrices are compared with the source's
+    divided by them. Padding is allowed: padding must be zeros if the type can represent zeros. Mismatches are
     listed in the report's ``problems``, not raised.
 
     Raises:
@@ -71,7 +73,10 @@ def verify(
         target = stack.enter_context(open_gguf(Path(file)))
         source = target if against is None else _open_against(stack, target, against)
         problems = [] if against is None else _compare_metadata(target, source)
-        sources = {tensor.name: tensor for tensor in source.tensors}
+        sources = as_stored(
+            {tensor.name: tensor for tensor in source.tensors},
+            {tensor.name: tensor for tensor in target.tensors},
+        )
         missing = sorted(set(sources) - {tensor.name for tensor in target.tensors})
         problems += [f"{name}: is missing from the file" for name in missing]
         total = sum(_n_bytes(tensor) for tensor in target.tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +118,7 @@ def open_folder(
             checkpoint = stack.enter_context(Checkpoint(folder))
             metadata = architecture.metadata(folder, name or folder.resolve().name or "model", config, notes)
             settle_chat_template(folder, metadata, chat_template, notes)
-            weights = replace(open_weights(checkpoint, quantization, notes), keep=keep)
+            weights = open_weights(checkpoint, quantization, notes, keep)
             tensors = architecture.tensors(weights, config, notes)
         yield Source(
             architecture=architecture,

@@ -14,7 +14,9 @@ from pathlib import Path
 from pydiffusion.convert.checkpoint.weight_files import other_weights
 from pydiffusion.errors import ConversionError
 
-_REPO = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w./-]+))?")
+# OWNER/NAME[@REVISION], or the address of its page.
+_ADDRESS = r"(?:(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co)/)?"
+_REPO = re.compile(_ADDRESS + r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w./-]+))?/?")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _SMALL = (
     "adapter_config.json",

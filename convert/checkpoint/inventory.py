@@ -51,6 +51,7 @@ class Inventory:
         if tensor is None:
             raise ConversionError(
                 f"{self.folder}: tensor {self.prefix + source!r} is missing from the checkpoint"
+                f"{self._like(source)}"
             )
         if tensor.shape != shape:
             raise ConversionError(
@@ -62,6 +63,12 @@ class Inventory:
                 f"{tensor.file}: tensor {tensor.name!r} is stored as {tensor.dtype}, which is not supported "
                 "(only F32, F16, BF16)"
             )
+
+    def _like(self, source: str) -> str:
+        """Name a tensor whose name ends alike, as those of other programs' layouts do."""
+        end = "." + ".".join(source.split(".")[-2:])
+        other = next((weight.name for name, weight in self.stored.items() if name.endswith(end)), None)
+        return "" if other is None else f"; it has {other!r}: are these names another program's?"
 
     def refuse_others(self, known: Iterable[str]) -> None:
         """Raise ConversionError for a tensor that is not among the ``known`` names."""

@@ -18,6 +18,7 @@ import numpy as np
 from pydiffusion.errors import ModelFormatError
 
 _MAX_NAME = 1024  # bytes; ggml's names have 63 at most
+_MAX_VALUES = 2**31 - 1
 _MIN_ENTRY = 4 + 1 + 4 + 4 + 4  # bytes of an entry with one letter and one value
 
 
@@ -104,5 +105,7 @@ class _Reader:
         return self._read(what, n_bytes).decode("utf-8", "surrogateescape")
 
     def floats(self, what: str) -> np.ndarray:
-        n_values = self.count(f"number of {what}", 1, self.n_left // 4)
+        n_values = self.count(f"number of {what}", 1, _MAX_VALUES)
+        if n_values > self.n_left // 4:
+            raise self.error(f"it ends within the {what}")
         return np.frombuffer(self._read(what, 4 * n_values), "<f4").astype(np.float32)

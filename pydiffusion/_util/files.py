@@ -9,6 +9,8 @@ from pydiffusion.errors import ModelFormatError
 
 from .file_kinds import recognise_file, unfinished_download
 
+# OWNER/NAME, as Ollama and others take it, with an address before it or a type behind it.
+_REPO = re.compile(r"(?:https?:/+)?(?:(?:huggingface|hf)\.co/)?[\w.-]+/[\w.-]+(?<!\.gguf)(?::[\w.-]+)?")
 _PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
 
@@ -21,6 +23,11 @@ def check_is_file(path: Path) -> None:
     if not path.exists():
         partial = unfinished_download(path)
         more = f", but {partial.name} beside it: finish the download" if partial else ""
+        if not more and _REPO.fullmatch(str(path)):
+            more = (
+                "; of a repo on the Hugging Face Hub, convert the checkpoint (pydiffusion convert OWNER/NAME), "
+                "or download a GGUF (hf download OWNER/NAME FILE.gguf)"
+            )
         raise FileNotFoundError(f"{path}: there is no such file{more}")
 
 

@@ -55,7 +55,10 @@ def find_template(given: str | os.PathLike[str]) -> str:
         )
     path = Path(text)
     if not text or not path.exists():
-        raise PyDiffusionError(f"chat template {text!r}: no such file, and no built-in template ({known})")
+        raise PyDiffusionError(
+            f"chat template {text!r}: there is no such file, nor a built-in template of this name; built-in: "
+            f"{known}"
+        )
     source = read_template(path)
     if _JSON.match(source):
         raise PyDiffusionError(f"{path}: is JSON, not a template: save the text of its chat_template")

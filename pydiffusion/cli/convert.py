@@ -106,6 +106,8 @@ def command(
         return
     overrides = parse_overrides(tensor_type)
     if fit is not None:
+        if given(context, "type"):
+            raise typer.BadParameter("--fit chooses the type: leave out --type, or --fit")
         type, overrides = choose_fitting(source, fit, ctx, pad, overrides, imatrix is not None)
     if dry_run:
         print_sizes(source, type, pad, overrides, imatrix is not None, ctx, as_json)

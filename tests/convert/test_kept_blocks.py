@@ -59,6 +59,7 @@ def test_the_blocks_are_those_of_the_checkpoint(made: tuple[str, Path, dict], tm
         len(folders.SLIDING) if type == "nvfp4" else 0
     )  # gate and up of experts, with factors of their own
     assert len(kept) == len(quantized) + apart and report.fallbacks == []
+    assert sum(f"those in {type.upper()} keep their codes" in note for note in report.notes) == 1
     for name in quantized:
         own, wanted = folders.gguf_name(name), weights[name]
         got = with_factors(found, own)
@@ -72,9 +73,11 @@ def test_the_blocks_are_those_of_the_checkpoint(made: tuple[str, Path, dict], tm
 
 
 def test_other_types_get_the_dequantized_weights(made: tuple[str, Path, dict], tmp_path: Path) -> None:
-    _, folder, weights = made
+    style, folder, weights = made
     report = convert(folder, tmp_path / "m.gguf", "f32")
-    assert sum("is quantized" in note for note in report.notes) == 1
+    assert (
+        sum("is quantized" in note and f"--type {STYLES[style]} keeps" in note for note in report.notes) == 1
+    )
     found = read(tmp_path / "m.gguf")
     assert not any(name.endswith("attn_q.scale") for name in found)
     for name, wanted in weights.items():
@@ -97,6 +100,27 @@ def test_a_kept_file_can_be_quantized_again(made: tuple[str, Path, dict], tmp_pa
     assert {kind for kind, _ in wide.values()} == {"F32"}
     for name, (_, values) in kept.items():  # the factors stay beside
         np.testing.assert_array_equal(wide[name][1], values, err_msg=name)
+
+
+def test_against_the_unquantized_weights(made: tuple[str, Path, dict], tmp_path: Path) -> None:
+    """As from a checkpoint whose original is at hand: the file alone has factors, and gate and up apart."""
+    style, folder, weights = made
+    plain = folders.make_folder(tmp_path / "plain", tensors=weights, dtype="F32")
+    path = tmp_path / "m.gguf"
+    convert(folder, path, STYLES[style])
+    assert verify(path, plain).problems == []
+    damaged = ["blk.1.attn_k.scale", "blk.2.ffn_up_exps.scale", "blk.0.ffn_down_exps.scale"]
+    if style == "mxfp4":
+        damaged = ["blk.0.ffn_down_exps.scale"]
+    for name in damaged:
+        tensor = next(tensor for tensor in GGUFReader(path).tensors if tensor.name == name)
+        data = bytearray(path.read_bytes())
+        values = np.frombuffer(data, np.float32, tensor.n_elements, tensor.data_offset) * 3
+        data[tensor.data_offset : tensor.data_offset + values.nbytes] = values.tobytes()
+        (tmp_path / "bad.gguf").write_bytes(data)
+        matrix = name if style == "mxfp4" else name.replace(".scale", ".weight")
+        problems = verify(tmp_path / "bad.gguf", plain).problems
+        assert len(problems) == 1 and problems[0].startswith(f"{matrix}: as "), problems
 
 
 def test_a_family_and_overrides(made: tuple[str, Path, dict], tmp_path: Path) -> None:

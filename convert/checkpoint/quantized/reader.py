@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 
 from pydiffusion.convert.checkpoint.quantized.floats import byte_codes, fp4, matrix_factors, n_matrices_of
@@ -31,8 +32,9 @@ _UNSUPPORTED = {
 }
 
 
-def open_weights(checkpoint: Checkpoint, settings: Quantization, notes: list[str]) -> Weights:
-    """All tensors of a checkpoint, quantized ones as float32 that is computed while it is read.
+def open_weights(checkpoint: Checkpoint, settings: Quantization, notes: list[str], keep: str = "") -> Weights:
+    """All tensors of a checkpoint, quantized ones as float32 that is computed while it is read. ``keep``: a
+    ggml type whose blocks the target takes as they are, empty for none.
 
     Raises ConversionError for codes without scales, and scales that don't fit.
     """
@@ -49,14 +51,10 @@ def open_weights(checkpoint: Checkpoint, settings: Quantization, notes: list[str
             raise ConversionError(f"{tensor.file}: the weights {logical!r} are stored twice")
         by_name[logical] = _read(parts, tensor)
         used |= {name, *parts.used}
-    n_quantized = len(by_name)
     of_activations = {name for name in checkpoint.tensors if _OF_ACTIVATIONS.search(name)} - used
-    if n_quantized:
+    if by_name:
         used |= of_activations
-        notes.append(
-            f"the checkpoint is quantized{f' ({settings.method})' if settings.method else ''}: {n_quantized} "
-            "matrices; a file of more bits is not more exact than they are"
-        )
+        notes.append(_note(by_name, settings.method, keep))
         if of_activations:
             notes.append(f"{len(of_activations)} scales of activations and KV cache are not used")
     for name, tensor in checkpoint.tensors.items():
@@ -65,7 +63,18 @@ def open_weights(checkpoint: Checkpoint, settings: Quantization, notes: list[str
         if name in by_name:
             raise ConversionError(f"{tensor.file}: the weights {name!r} are stored twice")
         by_name[name] = stored_weight(checkpoint, tensor)
-    return Weights(checkpoint.files[0].parent, by_name)
+    return Weights(checkpoint.files[0].parent, by_name, keep)
+
+
+def _note(quantized: Mapping[str, Weight], method: str, keep: str) -> str:
+    types = {weight.blocks.type for weight in quantized.values() if weight.blocks is not None}
+    if keep in types:
+        done = f"those in {keep} keep their codes"
+    else:
+        options = " or ".join(f"--type {name.lower()}" for name in sorted(types))
+        done = "a file of more bits is not more exact than they are"
+        done += f", and {options} keeps their codes" if options else ""
+    return f"the checkpoint is quantized{f' ({method})' if method else ''}: {len(quantized)} matrices; {done}"
 
 
 def _refuse_unsupported(tensor: StoredTensor) -> None:

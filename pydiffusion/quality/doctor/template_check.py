@@ -84,8 +84,8 @@ def check(subject: Subject, section: Section) -> None:
     section.judge(
         not is_outdated(source),
         "turns at tool calls",
-        OUTDATED if is_outdated(source) else "no known fault",
-        "no known fault",
+        OUTDATED if is_outdated(source) else "not Google's of before 2026-07-09, nor made from it",
+        "not Google's of before 2026-07-09, nor made from it",
         REPLACE_IT,
         Result.WARNING,
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pydiffusion.convert import verify
+from pydiffusion.convert.architectures.source import open_gguf
+from pydiffusion.convert.quantization.stored_scales import as_stored
 from pydiffusion.convert.verification import TensorCheck
 
 from .report import Section, Table
 from .subject import Subject
 
 _SHOWN = 5
-_APART, _JOINED = ("ffn_gate_exps.weight", "ffn_up_exps.weight"), "ffn_gate_up_exps.weight"
 
 
 def check(subject: Subject, section: Section) -> None:
@@ -20,26 +21,10 @@ def check(subject: Subject, section: Section) -> None:
     if not subject.has_reference_weights:
         section.skip("weights of the reference", "the reference has no weights", "download them, too")
         return
-    with subject.folder() as source:
-        wanted = {tensor.name for tensor in source.tensors}
-    there = {str(tensor.name) for tensor in subject.parts.tensors}
-    apart = {name for name in there if name.endswith(_APART)}
-    if apart:
-        joined = {name for name in wanted - there if name.endswith(_JOINED)}
-        section.skip(
-            f"{len(joined)} tensors of experts",
-            "the file has their gate and up apart",
-            "the layers check them",
-        )
-        wanted, there = wanted - joined, there - apart
-    scaled = _with_own_scales(there, wanted)
-    if scaled:
-        section.skip(
-            f"{sum(name.endswith('.weight') for name in scaled)} matrices with scales",
-            "the reference has no scales beside them",
-            "the layers check them",
-        )
-        wanted, there = wanted - scaled, there - scaled
+    with subject.folder() as source, open_gguf(subject.path) as file:
+        own = {tensor.name: tensor for tensor in file.tensors}
+        wanted = set(as_stored({tensor.name: tensor for tensor in source.tensors}, own))
+    there = set(own)
     for names, state in ((wanted - there, "missing from the file"), (there - wanted, "not in the reference")):
         if names:
             section.fail(
@@ -54,20 +39,10 @@ def check(subject: Subject, section: Section) -> None:
         subject.reference,
         progress=lambda p: subject.progress(p.tensor, p.done_bytes / max(1, p.total_bytes)),
     )
-    compared = [one for one in report.tensors if one.n_weights and one.name not in scaled]
+    compared = [one for one in report.tensors if one.n_weights]
     _judge(compared, section)
     section.tables.append(_table(compared))
     subject.weight_errors.update({one.name: one.relative_error for one in compared})
-
-
-def _with_own_scales(there: set[str], wanted: set[str]) -> set[str]:
-    """Scales that the reference doesn't have (NVFP4 files of llama.cpp's converter), and what is only right
-    together with them: their matrices, and the experts whose scales are in the router's.
-    """
-    scales = {name for name in there - wanted if name.endswith((".scale", ".input_scale"))}
-    stems = {name.rpartition(".")[0] for name in scales}
-    stems |= {stem.rpartition(".")[0] + ".ffn_down_exps" for stem in stems if stem.endswith("_exps")}
-    return {name for name in there & wanted if name.rpartition(".")[0] in stems} | scales
 
 
 def _judge(compared: list[TensorCheck], section: Section) -> None:
