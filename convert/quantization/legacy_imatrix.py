@@ -107,5 +107,5 @@ class _Reader:
     def floats(self, what: str) -> np.ndarray:
         n_values = self.count(f"number of {what}", 1, _MAX_VALUES)
         if n_values > self.n_left // 4:
-            raise self.error(f"it ends within the {what}")
+            raise self.error(f"it ends within the {n_values} {what}")
         return np.frombuffer(self._read(what, 4 * n_values), "<f4").astype(np.float32)

@@ -25,8 +25,8 @@ def check_is_file(path: Path) -> None:
         more = f", but {partial.name} beside it: finish the download" if partial else ""
         if not more and _REPO.fullmatch(str(path)):
             more = (
-                "; of a repo on the Hugging Face Hub, convert the checkpoint (pydiffusion convert OWNER/NAME), "
-                "or download a GGUF (hf download OWNER/NAME FILE.gguf)"
+                "; a checkpoint on the Hugging Face Hub is to be converted (pydiffusion convert OWNER/NAME), "
+                "a GGUF downloaded (hf download OWNER/NAME FILE.gguf)"
             )
         raise FileNotFoundError(f"{path}: there is no such file{more}")
 
