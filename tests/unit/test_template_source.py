@@ -44,7 +44,7 @@ def make_too_large(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "no such file, and no built-in template \\(diffusion-gemma\\)"),
+        (lambda path: None, "there is no such file, nor a built-in template \\(diffusion-gemma\\)"),
         (lambda path: path.mkdir(), "can't be read: Is a directory"),
         (lambda path: path.write_bytes(b"{{ a }}\xff"), "not UTF-8 \\(byte 7\\)"),
         (lambda path: path.write_text("{{ messages }}\n{% for %}"), "given: chat template, line 2: "),
@@ -140,7 +140,7 @@ def test_the_warning_is_a_line_of_the_command_line(
     infill = ["infill", *arguments[:2], __file__, "--chat-template", "diffusion-gemma"]
     assert main(infill) == 2 and "needs --instruction" in capfd.readouterr().err
     assert main(["generate", *arguments, "--chat-template", "gemma"]) == 1
-    assert capfd.readouterr().err.startswith("pydiffusion: chat template 'gemma': no such file")
+    assert capfd.readouterr().err.startswith("pydiffusion: chat template 'gemma': there is no such file")
 
 
 def test_the_server_warns_of_the_template_at_start(gguf_file: Callable[..., Path], tmp_path: Path) -> None:
