@@ -44,7 +44,7 @@ def make_too_large(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "there is no such file, nor a built-in template of this name; built-in: diffusion-gemma"),
+        (lambda path: None, "nor a built-in template of this name; built-in: diffusion-gemma"),
         (lambda path: path.mkdir(), "can't be read: Is a directory"),
         (lambda path: path.write_bytes(b"{{ a }}\xff"), "not UTF-8 \\(byte 7\\)"),
         (lambda path: path.write_text("{{ messages }}\n{% for %}"), "given: chat template, line 2: "),
