@@ -173,7 +173,7 @@ def test_google_s_old_templates_are_recognised(
     report = look(broken(lambda file: file.set(TEMPLATE, STRING, template)), None, "template")
     seen = found(report, "template", "turns at tool calls")
     assert seen.result is result
-    assert ("2026-07-09" in seen.seen) == (result is Result.WARNING)
+    assert ("loses track of turns" in seen.seen) == (result is Result.WARNING)
 
 
 def test_the_template_that_is_given_is_checked(broken: Callable[..., Path], source: Path) -> None:
