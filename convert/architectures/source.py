@@ -114,7 +114,7 @@ def open_folder(
     with contextlib.ExitStack() as stack:
         with explaining(folder, "can't be read"):
             _require_folder(folder)
-            architecture, config, quantization = read_config(folder, notes)
+            architecture, config, quantization = _read_config(folder, notes)
             checkpoint = stack.enter_context(Checkpoint(folder))
             metadata = architecture.metadata(folder, name or folder.resolve().name or "model", config, notes)
             settle_chat_template(folder, metadata, chat_template, notes)
@@ -136,7 +136,7 @@ def open_tensors(folder: Path) -> Iterator[Weights]:
     with contextlib.ExitStack() as stack:
         with explaining(folder, "can't be read"):
             _require_folder(folder)
-            quantization = read_config(folder, [])[2]
+            quantization = _read_config(folder, [])[2]
             weights = open_weights(stack.enter_context(Checkpoint(folder)), quantization, [])
         yield weights
 
@@ -159,8 +159,14 @@ def _explain_file(path: Path) -> str:
     return f"{path}: is a file, not a folder{more}"
 
 
-def read_config(folder: Path, notes: list[str]) -> tuple[Architecture[Any], Any, Quantization]:
-    """Read ``config.json``: the architecture, the config as its functions take it, how it is quantized."""
+def read_config(folder: Path, notes: list[str]) -> tuple[Architecture[Any], Any]:
+    """Read ``config.json``: the architecture, and the config as its functions take it."""
+    architecture, config, _ = _read_config(folder, notes)
+    return architecture, config
+
+
+def _read_config(folder: Path, notes: list[str]) -> tuple[Architecture[Any], Any, Quantization]:
+    """As :func:`read_config`, and how the weights are quantized."""
     fields = Fields(read_json_object(folder / _CONFIG, _MAX_CONFIG), _CONFIG, notes)
     architecture = registry.of_config(fields)
     quantization = read_quantization(folder, fields, notes)
@@ -192,7 +198,7 @@ def open_mmproj(
     with contextlib.ExitStack() as stack:
         with explaining(folder, "can't be read"):
             _require_folder(folder)
-            architecture, config, quantization = read_config(folder, [])
+            architecture, config, quantization = _read_config(folder, [])
             if architecture.mmproj is None:
                 raise ConversionError(
                     f"{folder}: models of architecture {architecture.name!r} have no vision part"
@@ -241,5 +247,5 @@ def read_shape(folder: str | os.PathLike[str]) -> ModelShape:
     path = find_checkpoint(folder, weights=False).path
     with explaining(path, "can't be read"):
         _require_folder(path)
-    architecture, config, _ = read_config(path, [])
+    architecture, config = read_config(path, [])
     return architecture.shape(config)

@@ -59,7 +59,7 @@ def check(subject: Subject, section: Section) -> None:
     subject.close_model()
     floor = max(_BY_CACHE[description["kv_type"]], _DEVICE if description["n_gpu_layers"] else 0.0)
     assert subject.reference is not None
-    _, config, _ = read_config(subject.reference, [])
+    _, config = read_config(subject.reference, [])
     if len(config.sliding) != len(passes[PASSES[0]].points) or _widths(config) != _widths_of(passes):
         section.fail(
             _WHAT,

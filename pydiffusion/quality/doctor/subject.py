@@ -90,7 +90,7 @@ class Subject:
         folder = self.reference
 
         def read() -> dict[str, Any]:
-            architecture, config, _ = read_config(folder, [])
+            architecture, config = read_config(folder, [])
             return {key: value.value for key, value in architecture.metadata(folder, "", config, []).items()}
 
         return self._first("the reference can't be read", read)
