@@ -22,6 +22,8 @@ _SMALL = (
     "adapter_config.json",
     "config.json",
     "generation_config.json",
+    "hf_quant_config.json",
+    "quantize_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

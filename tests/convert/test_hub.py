@@ -16,6 +16,7 @@ from support.hub_server import TOKEN, Hub
 
 from pydiffusion.convert import convert
 from pydiffusion.convert.checkpoint.hub import find_checkpoint, repo_id
+from pydiffusion.convert.checkpoint.quantized import settings
 from pydiffusion.errors import ConversionError
 
 
@@ -29,6 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     template = (made / "chat_template.jinja").read_text("utf-8")
     (made / "chat_template.jinja").unlink()
     folders.write_json(made / "chat_template.json", {"chat_template": template})
+    for name in settings.FILES:  # settings of quantized checkpoints; this one has no quantized tensors
+        folders.write_json(made / name, {"quant_method": "gptq", "bits": 4, "of": name})
     return made
 
 
@@ -81,6 +84,7 @@ def test_a_dry_run_fetches_no_weights(hub: Hub, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "token_embd" in done.stdout
     assert "config.json" in hub.fetched
+    assert set(settings.FILES) <= set(hub.fetched)
     assert not any(name.endswith(".safetensors") for name in hub.fetched)
 
 
@@ -117,6 +121,8 @@ def test_paths_are_not_repo_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for path in ("models/typo", "./a/b", "/a/b", "../a/b", "a", "a/b/c", "models", ""):
         assert repo_id(path) is None, path
     assert repo_id("org/name") == ("org/name", None)
+    for page in ("https://huggingface.co/org/name", "hf.co/org/name", "https:/huggingface.co/org/name/"):
+        assert repo_id(page) == ("org/name", None)  # the last is what a Path makes of an address
     assert repo_id(Path("org/name@v1.0")) == ("org/name", "v1.0")
     (tmp_path / "org/name").mkdir(parents=True)
     assert repo_id("org/name") is None

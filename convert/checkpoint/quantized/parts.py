@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from pydiffusion.convert.checkpoint.quantized.codes import BYTE_FLOATS
 from pydiffusion.convert.checkpoint.quantized.settings import Quantization
 from pydiffusion.convert.checkpoint.safetensors_files import Checkpoint, StoredTensor
+from pydiffusion.convert.checkpoint.weights import ReadRows
 from pydiffusion.convert.gguf.rows import to_float32
 from pydiffusion.errors import ConversionError
 
@@ -20,7 +20,6 @@ _NUMPY = {
     "F64": "<f8", "BOOL": "<u1",
 }  # fmt: skip
 _LIMIT = 2**40  # weights of a matrix; more are no matrix, and would overflow
-ReadRows = Callable[[int, int], np.ndarray]
 
 
 class Parts:
