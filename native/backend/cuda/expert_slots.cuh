@@ -91,9 +91,53 @@ enum class PackOrder {
     even_odd,  // of 16 values, the even ones, then the odd ones, as wgmma reads them from shared memory
 };
 
-// Writes each row as float16 times a power of two that scales its maximum to [2^13, 2^14), so that any
-// finite row fits. A chunk of the result, kXChunkBytes: the 256 values, then the sums of each 16, divided by
-// kSumScale, as the nearest float16, then what this lacks. Zeros follow n_values. A block for each row.
+// A row is packed as float16 times a power of two that scales its maximum to [2^13, 2^14), so that any finite
+// row fits.
+struct PackScale {
+    float factor, inverse;
+};
+
+__device__ __forceinline__ float power_of_two(int exponent) {
+    return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
+}
+
+__device__ __forceinline__ PackScale pack_scale(float maximum) {
+    const bool is_known = maximum > 0.0f && maximum <= FLT_MAX;
+    const int exponent = is_known ? static_cast<int>(__float_as_uint(maximum) >> 23) - 126 : 0;
+    const int scaled = exponent < -100 ? -100 : exponent;
+    return {power_of_two(14 - scaled), power_of_two(scaled - 14)};
+}
+
+// Writes values [4 * four, 4 * four + 4) of a packed row; by whole warps, whose lanes have neighbours. A
+// chunk of a packed row, kXChunkBytes: 256 values, then the sums of each 16, divided by kSumScale, as the
+// nearest float16, then what this lacks.
+template <PackOrder order>
+__device__ __forceinline__ void pack_four(unsigned char* out, int four, const float (&v)[4]) {
+    const uint2 pairs = make_uint2(half2_of(v[0], v[2]), half2_of(v[1], v[3]));
+    float sum = low_half(pairs.x) + low_half(pairs.y) + (high_half(pairs.x) + high_half(pairs.y));
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    sum /= kSumScale;
+    unsigned char* chunk = out + four / 64 * kXChunkBytes;
+    const int in_chunk = four % 64, t = four % 4;
+    if constexpr (order == PackOrder::quads) {
+        const int sixteen = in_chunk / 4 % 2;
+        *reinterpret_cast<uint2*>(chunk + in_chunk / 8 * 64 + 16 * t + 8 * sixteen) = pairs;
+    } else {
+        unsigned char* sixteen = chunk + in_chunk / 4 * 32;
+        *reinterpret_cast<uint32_t*>(sixteen + 4 * t) = pairs.x;
+        *reinterpret_cast<uint32_t*>(sixteen + 16 + 4 * t) = pairs.y;
+    }
+    if (t == 0) {
+        const uint32_t nearest = half2_of(sum, sum);
+        uint16_t* sums = reinterpret_cast<uint16_t*>(chunk + 2 * kChunk);
+        sums[in_chunk / 4] = static_cast<uint16_t>(nearest);
+        const float rest = sum - low_half(nearest);
+        sums[kSixteens + in_chunk / 4] = static_cast<uint16_t>(half2_of(rest, rest));
+    }
+}
+
+// Packs each row; zeros follow n_values. A block for each row.
 template <PackOrder order, typename Rows>
 __global__ void __launch_bounds__(kPackThreads)
     pack_rows(const Rows rows, int32_t n_values, int32_t n_chunks, unsigned char* out, float* scales) {
@@ -107,40 +151,17 @@ __global__ void __launch_bounds__(kPackThreads)
     if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = maximum;
     __syncthreads();
     for (int i = 0; i < kPackThreads / 32; ++i) maximum = fmaxf(maximum, maxima[i]);
-    int exponent = 0;
-    if (maximum > 0.0f && maximum <= FLT_MAX) frexpf(maximum, &exponent);
-    exponent = exponent < -100 ? -100 : exponent;
-    const float factor = ldexpf(1.0f, 14 - exponent);
+    const PackScale scale = pack_scale(maximum);
     out += static_cast<int64_t>(blockIdx.x) * n_chunks * kXChunkBytes;
     // Four values a thread; kPackThreads is a multiple of a chunk's 64 fours, so that no warp diverges.
     for (int four = threadIdx.x; four < n_chunks * kChunk / 4; four += kPackThreads) {
         float v[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) v[j] = 4 * four + j < n_values ? row.at(4 * four + j) * factor : 0.0f;
-        const uint2 pairs = make_uint2(half2_of(v[0], v[2]), half2_of(v[1], v[3]));
-        float sum = low_half(pairs.x) + low_half(pairs.y) + (high_half(pairs.x) + high_half(pairs.y));
-        sum += __shfl_xor_sync(kAllLanes, sum, 1);
-        sum += __shfl_xor_sync(kAllLanes, sum, 2);
-        sum /= kSumScale;
-        unsigned char* chunk = out + four / 64 * kXChunkBytes;
-        const int in_chunk = four % 64, t = four % 4;
-        if constexpr (order == PackOrder::quads) {
-            const int sixteen = in_chunk / 4 % 2;
-            *reinterpret_cast<uint2*>(chunk + in_chunk / 8 * 64 + 16 * t + 8 * sixteen) = pairs;
-        } else {
-            unsigned char* sixteen = chunk + in_chunk / 4 * 32;
-            *reinterpret_cast<uint32_t*>(sixteen + 4 * t) = pairs.x;
-            *reinterpret_cast<uint32_t*>(sixteen + 16 + 4 * t) = pairs.y;
-        }
-        if (t == 0) {
-            const uint32_t nearest = half2_of(sum, sum);
-            uint16_t* sums = reinterpret_cast<uint16_t*>(chunk + 2 * kChunk);
-            sums[in_chunk / 4] = static_cast<uint16_t>(nearest);
-            const float rest = sum - low_half(nearest);
-            sums[kSixteens + in_chunk / 4] = static_cast<uint16_t>(half2_of(rest, rest));
-        }
+        for (int j = 0; j < 4; ++j)
+            v[j] = 4 * four + j < n_values ? row.at(4 * four + j) * scale.factor : 0.0f;
+        pack_four<order>(out, four, v);
     }
-    if (threadIdx.x == 0) scales[blockIdx.x] = ldexpf(1.0f, exponent - 14);
+    if (threadIdx.x == 0) scales[blockIdx.x] = scale.inverse;
 }
 
 constexpr int kGroupThreads = 1024, kMaxExperts = 1024;
