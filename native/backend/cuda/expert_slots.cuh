@@ -93,6 +93,7 @@ enum class PackOrder {
 
 // A row is packed as float16 times a power of two that scales its maximum to [2^13, 2^14), so that any finite
 // row fits.
+constexpr int kPackedExponent = 14;
 struct PackScale {
     float factor, inverse;
 };
@@ -105,7 +106,7 @@ __device__ __forceinline__ PackScale pack_scale(float maximum) {
     const bool is_known = maximum > 0.0f && maximum <= FLT_MAX;
     const int exponent = is_known ? static_cast<int>(__float_as_uint(maximum) >> 23) - 126 : 0;
     const int scaled = exponent < -100 ? -100 : exponent;
-    return {power_of_two(14 - scaled), power_of_two(scaled - 14)};
+    return {power_of_two(kPackedExponent - scaled), power_of_two(scaled - kPackedExponent)};
 }
 
 // Writes values [4 * four, 4 * four + 4) of a packed row; by whole warps, whose lanes have neighbours. A
@@ -168,21 +169,32 @@ constexpr int kGroupThreads = 1024, kMaxExperts = 1024;
 
 // Sorts the slots (slot i of a token uses its i-th expert) by expert and cuts each expert's into tiles of at
 // most `tile`. One block. ids [n_tokens][stride], the first n_used of each row. An id outside [0, n_experts)
-// gets no slot.
+// gets no slot. The order within an expert is that of arrival; a slot's result doesn't depend on it.
 __global__ void __launch_bounds__(kGroupThreads)
     group_slots(const int32_t* ids, int64_t stride, int32_t n_used, int32_t n_tokens, int32_t n_experts,
                 int32_t tile, int32_t* slots, SlotTile* tiles, int32_t* n_tiles) {
-    __shared__ int32_t counts[kMaxExperts], next[kMaxExperts];
+    constexpr int kKept = 4;  // a thread's first slots, of which it keeps the place among their expert's
+    __shared__ int32_t counts[kMaxExperts], firsts[kMaxExperts];
     __shared__ int32_t slot_sums[32], tile_sums[32];
-    await_previous_kernel();
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     counts[thread] = 0;
-    __syncthreads();
+    await_previous_kernel();
     const int32_t n = n_tokens * n_used;
-    for (int32_t c = thread; c < n; c += kGroupThreads) {
-        const int32_t expert = ids[c / n_used * stride + c % n_used];
-        if (static_cast<uint32_t>(expert) < static_cast<uint32_t>(n_experts)) atomicAdd(&counts[expert], 1);
-    }
+    const auto expert_of = [&](int32_t c) {
+        if (c >= n) return -1;
+        const int32_t id = stride == n_used ? ids[c] : ids[c / n_used * stride + c % n_used];
+        return static_cast<uint32_t>(id) < static_cast<uint32_t>(n_experts) ? id : -1;
+    };
+    int32_t experts[kKept], places[kKept];
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) experts[i] = expert_of(thread + i * kGroupThreads);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kKept; ++i)
+        if (experts[i] >= 0) places[i] = atomicAdd(&counts[experts[i]], 1);
+    const int32_t rest = thread + kKept * kGroupThreads;
+    for (int32_t c = rest; c < n; c += kGroupThreads)
+        if (expert_of(c) >= 0) atomicAdd(&counts[expert_of(c)], 1);
     __syncthreads();
     // Exclusive sums of slots and tiles over the experts.
     const int32_t own = counts[thread], own_tiles = (own + tile - 1) / tile;
@@ -200,24 +212,28 @@ __global__ void __launch_bounds__(kGroupThreads)
         tile_sums[warp] = tile_sum;
     }
     __syncthreads();
-    for (int w = 0; w < warp; ++w) {
-        sum += slot_sums[w];
-        tile_sum += tile_sums[w];
-    }
-    const int32_t first = sum - own, first_tile = tile_sum - own_tiles;
-    next[thread] = first;
-    if (thread == kGroupThreads - 1) *n_tiles = tile_sum;
-    for (int32_t i = 0; i < own_tiles; ++i) {
-        const int32_t left = own - i * tile;
-        tiles[first_tile + i] = {thread, first + i * tile, left < tile ? left : tile};
+    if (thread < n_experts) {
+        for (int w = 0; w < warp; ++w) {
+            sum += slot_sums[w];
+            tile_sum += tile_sums[w];
+        }
+        const int32_t first = sum - own, first_tile = tile_sum - own_tiles;
+        firsts[thread] = first;
+        if (thread == n_experts - 1) *n_tiles = tile_sum;
+        for (int32_t i = 0; i < own_tiles; ++i) {
+            const int32_t left = own - i * tile;
+            tiles[first_tile + i] = {thread, first + i * tile, left < tile ? left : tile};
+        }
     }
     __syncthreads();
-    // The order within an expert is that of arrival; a slot's result doesn't depend on it.
-    for (int32_t c = thread; c < n; c += kGroupThreads) {
-        const int32_t expert = ids[c / n_used * stride + c % n_used];
-        if (static_cast<uint32_t>(expert) < static_cast<uint32_t>(n_experts))
-            slots[atomicAdd(&next[expert], 1)] = c;
+    if (n <= kKept * kGroupThreads) {
+#pragma unroll
+        for (int i = 0; i < kKept; ++i)
+            if (experts[i] >= 0) slots[firsts[experts[i]] + places[i]] = thread + i * kGroupThreads;
+        return;
     }
+    for (int32_t c = thread; c < n; c += kGroupThreads)
+        if (expert_of(c) >= 0) slots[atomicAdd(&firsts[expert_of(c)], 1)] = c;
 }
 
 }  // namespace
