@@ -15,15 +15,18 @@ struct AttentionEnd {
           branch(layouts(d, n_tokens, 1)[1 - i_layout], 2),
           weight(random_values(d, 3)),
           dense_norm(random_values(d, 4)),
+          router_norm(random_values(d, 6)),
           packed_norm(random_values(d, 5)) {}
 
     struct Results {
-        Output r, dense;
+        Output r, dense, router;
         std::vector<unsigned char> packed;  // rows, then their scales
         std::vector<float> all() const {
             std::vector<float> values = r.packed();
-            const std::vector<float> more = dense.packed();
-            values.insert(values.end(), more.begin(), more.end());
+            for (const Output* rows : {&dense, &router}) {
+                const std::vector<float> more = rows->packed();
+                values.insert(values.end(), more.begin(), more.end());
+            }
             values.insert(values.end(), packed.begin(), packed.end());
             return values;
         }
@@ -37,25 +40,37 @@ struct AttentionEnd {
                 r.layout.stride1, weight.data(), d(),        n_tokens(),       kEps};
     }
 
-    Results run(FloatType type, PackOrder pack_order, Order order = Order::random) {
-        Results results = {Output(x.layout), Output(branch.layout, type), {}};
+    Results new_results(FloatType type) const {
+        return {Output(x.layout), Output(branch.layout, type), Output(x.layout), {}};
+    }
+
+    Results run(FloatType type, PackOrder pack_order, Order order = Order::random, bool packs = true) {
+        Results results = new_results(type);
         const DeviceMemory packed(n_tokens() * row_bytes());
         std::vector<float> scales(n_tokens(), NAN);
-        const AttentionEndArguments a = {
-            sum(results.r),    dense_norm.data(), packed_norm.data(), results.dense.rows(),
-            packed.data.get(), scales.data(),     n_chunks()};
+        const std::vector<float> prefetched(1001);  // a part of a line at its end
+        const AttentionEndArguments a = {sum(results.r),
+                                         dense_norm.data(),
+                                         router_norm.data(),
+                                         packs ? packed_norm.data() : nullptr,
+                                         results.dense.rows(),
+                                         results.router.rows(),
+                                         packs ? packed.data.get() : nullptr,
+                                         scales.data(),
+                                         n_chunks(),
+                                         prefetched.data(),
+                                         static_cast<int64_t>(prefetched.size() * sizeof(float))};
         REQUIRE(can_end_attention(a));
         launch_end_attention_rows(a, pack_order, launch_in(order));
-        CHECK(results.r.has_gaps());
-        CHECK(results.dense.has_gaps());
-        results.packed = bytes_of(packed, scales);
+        for (const Output* rows : {&results.r, &results.dense, &results.router}) CHECK(rows->has_gaps());
+        if (packs) results.packed = bytes_of(packed, scales);
         return results;
     }
 
     // By a kernel for each.
     Results run_apart(FloatType type, PackOrder pack_order) {
         const auto launch = launch_in(Order::forward);
-        Results results = {Output(x.layout), Output(branch.layout, type), {}};
+        Results results = new_results(type);
         launch_add_normed_rows(sum(results.r), launch);
         Input r(x.layout, results.r.packed());
         Output normed(matrix_layout(d(), n_tokens(), d()));
@@ -65,6 +80,7 @@ struct AttentionEnd {
                 {r.rows(), out, norm_weight.data(), d(), n_tokens(), n_tokens(), kEps}, launch);
         };
         norm(results.dense.rows(), dense_norm);
+        norm(results.router.rows(), router_norm);
         norm(normed.rows(), packed_norm);
         const DeviceMemory packed(n_tokens() * row_bytes());
         std::vector<float> scales(n_tokens());
@@ -84,7 +100,7 @@ struct AttentionEnd {
     }
 
     Input x, branch;
-    std::vector<float> weight, dense_norm, packed_norm;
+    std::vector<float> weight, dense_norm, router_norm, packed_norm;
 };
 
 }  // namespace
@@ -102,11 +118,21 @@ TEST_CASE("end of the attention: the bits of each kernel, for every length, layo
                 const AttentionEnd::Results found = end.run(type, pack_order, order);
                 CHECK(same(found.r.packed(), expected.r.packed()));
                 CHECK(same(found.dense.packed(), expected.dense.packed()));
+                CHECK(same(found.router.packed(), expected.router.packed()));
                 CHECK(found.packed == expected.packed);
                 if (kDetectsRaces) break;
             }
         }
     }
+}
+
+TEST_CASE("end of the attention: without packing") {
+    AttentionEnd end(520, 2, 0);
+    const AttentionEnd::Results packed = end.run(FloatType::bf16, PackOrder::quads);
+    const AttentionEnd::Results rows = end.run(FloatType::bf16, PackOrder::quads, Order::random, false);
+    CHECK(same(rows.r.packed(), packed.r.packed()));
+    CHECK(same(rows.dense.packed(), packed.dense.packed()));
+    CHECK(same(rows.router.packed(), packed.router.packed()));
 }
 
 TEST_CASE("end of the attention: NaN, infinity and zeros stay in their row") {
@@ -122,15 +148,24 @@ TEST_CASE("end of the attention: NaN, infinity and zeros stay in their row") {
             return std::vector<unsigned char>(begin, begin + end.row_bytes());
         };
         CHECK((of_row(found) == of_row(clean)) == is_clean);
-        for (int32_t i = 0; i < 520; ++i) CHECK(std::isnan(found.dense.at(row, i)) == !is_clean);
+        for (int32_t i = 0; i < 520; ++i) CHECK(std::isnan(found.router.at(row, i)) == !is_clean);
     }
 }
 
 TEST_CASE("end of the attention: rows that are too long or not aligned are left to other kernels") {
     AttentionEnd end(520, 1, 0);
     Output r(end.x.layout);
-    AttentionEndArguments a = {
-        end.sum(r), end.dense_norm.data(), end.packed_norm.data(), r.rows(), nullptr, nullptr, 3};
+    AttentionEndArguments a = {end.sum(r),
+                               end.dense_norm.data(),
+                               end.router_norm.data(),
+                               end.packed_norm.data(),
+                               r.rows(),
+                               r.rows(),
+                               nullptr,
+                               nullptr,
+                               3,
+                               nullptr,
+                               0};
     CHECK(can_end_attention(a));
     const auto refuses = [&](auto change) {
         AttentionEndArguments other = a;
@@ -144,6 +179,8 @@ TEST_CASE("end of the attention: rows that are too long or not aligned are left 
     CHECK(refuses([](AttentionEndArguments& b) { b.sum.out += 2; }));
     CHECK(refuses([](AttentionEndArguments& b) { b.sum.weight = nullptr; }));
     CHECK(refuses([](AttentionEndArguments& b) { b.dense.stride1 += 2; }));
+    CHECK(refuses([](AttentionEndArguments& b) { b.router.stride1 += 2; }));
+    CHECK(refuses([](AttentionEndArguments& b) { b.router_norm += 1; }));
     CHECK(refuses([](AttentionEndArguments& b) { b.dense_norm += 1; }));
     CHECK(refuses([](AttentionEndArguments& b) { b.packed_norm += 3; }));
 }

@@ -9,15 +9,18 @@
 
 namespace pydiffusion::cuda {
 
-// add_normed, and of its result r: rms_norm(r, dense_norm) as rows for the dense MLP, and
+// add_normed, and norms of its result r: rms_norm(r, dense_norm) and rms_norm(r, router_norm) as rows, and
 // rms_norm(r, packed_norm) packed for the experts.
 struct AttentionEndArguments {
     AddNormedArguments sum;
-    const float *dense_norm, *packed_norm;  // [d]
-    OutputRows dense;                       // [d, n_tokens]
-    unsigned char* packed;                  // as pack_rows() writes them
+    const float *dense_norm, *router_norm, *packed_norm;  // [d]
+    OutputRows dense, router;                             // [d, n_tokens]
+    unsigned char* packed;                                // as pack_rows() writes them; null: not wanted
     float* packed_scales;
     int32_t n_chunks;
+    const void*
+        prefetched;  // what the next kernel reads from memory, is brought into the L2 cache; null: none
+    int64_t prefetched_bytes;
 };
 
 namespace {  // kernels
@@ -30,6 +33,15 @@ struct AttentionEndMemory {
 __device__ __forceinline__ AttentionEndMemory& attention_end_memory() {
     __shared__ AttentionEndMemory memory;
     return memory;
+}
+
+// A line for each of the grid's threads at a time.
+__device__ __forceinline__ void prefetch_lines(const void* begin, int64_t n_bytes) {
+    constexpr int64_t kLine = 128;
+    const int64_t n_threads = int64_t{gridDim.x} * blockDim.x;
+    for (int64_t at = kLine * (int64_t{blockIdx.x} * blockDim.x + threadIdx.x); at < n_bytes;
+         at += kLine * n_threads)
+        prefetch_to_l2(static_cast<const unsigned char*>(begin) + at);
 }
 
 // Of non-negative values; NaN is the largest.
@@ -47,12 +59,14 @@ __global__ void __launch_bounds__(RowOfBlock::kBlockThreads, 2) end_attention_ro
         return load_four<true>(row, four_of_thread<Row>(i), d);
     };
     // Weights may be read before the kernel before this has finished.
-    Four weights[kKept], dense_norms[kKept], packed_norms[kKept];
+    if (a.prefetched) prefetch_lines(a.prefetched, a.prefetched_bytes);
+    Four weights[kKept], dense_norms[kKept], router_norms[kKept], packed_norms[kKept] = {};
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
         weights[i] = load(a.sum.weight, i);
         dense_norms[i] = load(a.dense_norm, i);
-        packed_norms[i] = load(a.packed_norm, i);
+        router_norms[i] = load(a.router_norm, i);
+        if (a.packed) packed_norms[i] = load(a.packed_norm, i);
     }
     await_previous_kernel();
     Four r[kKept], branch[kKept];
@@ -73,7 +87,7 @@ __global__ void __launch_bounds__(RowOfBlock::kBlockThreads, 2) end_attention_ro
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
             r[i].v[c] += branch[i].v[c] * branch_scale * weights[i].v[c];
-            maximum = fmaxf(maximum, fabsf(r[i].v[c] * packed_norms[i].v[c]));
+            if (a.packed) maximum = fmaxf(maximum, fabsf(r[i].v[c] * packed_norms[i].v[c]));
         }
         sum = add_squares(sum, r[i]);
         store_four<true>(out, four_of_thread<Row>(i), d, r[i]);
@@ -85,23 +99,25 @@ __global__ void __launch_bounds__(RowOfBlock::kBlockThreads, 2) end_attention_ro
     for (int warp = 0; warp < Row::kWarps; ++warp) maximum = fmaxf(maximum, shared.maxima[warp]);
 
     const PackScale pack = pack_scale(maximum * scale);
-    const OutputRow dense = begin_of(a.dense, token, 0);
+    const OutputRow dense = begin_of(a.dense, token, 0), router = begin_of(a.router, token, 0);
     unsigned char* packed = a.packed + int64_t{token} * a.n_chunks * kXChunkBytes;
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-        Four normed, scaled;
+        Four for_dense, for_router, scaled;
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
             const float value = r[i].v[c] * scale;
-            normed.v[c] = value * dense_norms[i].v[c];
+            for_dense.v[c] = value * dense_norms[i].v[c];
+            for_router.v[c] = value * router_norms[i].v[c];
             scaled.v[c] = value * packed_norms[i].v[c] * pack.factor;
         }
         const int32_t at = four_of_thread<Row>(i);
-        store_four<true>(dense, at, d, normed);
+        store_four<true>(dense, at, d, for_dense);
+        store_four<true>(router, at, d, for_router);
         // Beyond d all are 0. A chunk's fours are those of two warps.
-        if (at < a.n_chunks * kChunk) pack_four<order>(packed, at / 4, scaled.v);
+        if (a.packed && at < a.n_chunks * kChunk) pack_four<order>(packed, at / 4, scaled.v);
     }
-    if (threadIdx.x == 0) a.packed_scales[token] = pack.inverse;
+    if (a.packed && threadIdx.x == 0) a.packed_scales[token] = pack.inverse;
 }
 
 // --- launches ---
@@ -113,8 +129,8 @@ inline bool can_end_attention(const AttentionEndArguments& a) {
     constexpr int32_t kMaxRow = 4 * RowOfBlock::kRowThreads * RowOfBlock::kKept;
     return s.d % 4 == 0 && a.n_chunks * kChunk <= kMaxRow && begins_at_four(s.x, s.x_stride) &&
            begins_at_four(s.branch, s.branch_stride) && begins_at_four(s.out, s.out_stride) &&
-           begins_at_four(a.dense) && s.weight && begins_at_four(s.weight) && begins_at_four(a.dense_norm) &&
-           begins_at_four(a.packed_norm);
+           begins_at_four(a.dense) && begins_at_four(a.router) && s.weight && begins_at_four(s.weight) &&
+           begins_at_four(a.dense_norm) && begins_at_four(a.router_norm) && begins_at_four(a.packed_norm);
 }
 
 template <typename Launch>

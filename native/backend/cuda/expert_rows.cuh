@@ -51,6 +51,8 @@ namespace {  // kernels
 
 // --- choice of experts: a warp for each token ---
 
+constexpr int kTopKWarps = 2;
+
 template <int kPerLane>
 __global__ void __launch_bounds__(kTopKWarps* kWarpLanes) top_k_rows(TopKArguments a) {
     await_previous_kernel();

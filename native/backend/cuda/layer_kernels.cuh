@@ -332,9 +332,9 @@ void launch_rotate_normed_rows(const RotateNormedArguments& a, const Launch& lau
     if (!is_aligned) {
         launch_rotate_normed_rows_with<false, 2, 1>(a, launch);
     } else if (a.head_dim <= 8 * kWarpLanes) {
-        launch_rotate_normed_rows_with<true, 1, 4>(a, launch);
+        launch_rotate_normed_rows_with<true, 1, 2>(a, launch);
     } else {
-        launch_rotate_normed_rows_with<true, 2, 2>(a, launch);
+        launch_rotate_normed_rows_with<true, 2, 1>(a, launch);
     }
 }
 

@@ -70,6 +70,11 @@ __device__ __forceinline__ void write_four(float* to, const Four& four) {
     *reinterpret_cast<float4*>(to) = make_float4(four.v[0], four.v[1], four.v[2], four.v[3]);
 }
 
+__device__ __forceinline__ void add_four(Four& sum, const Four& four) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum.v[i] += four.v[i];
+}
+
 // Elements [at, at + 4) of a row of n, zeros beyond its end. is_aligned: the row begins at a multiple of 16
 // bytes, and n is a multiple of 4.
 template <bool is_aligned>
