@@ -33,7 +33,10 @@ int64_t n_expert_of(const ggml_tensor* node) {
     return static_cast<int64_t>(reinterpret_cast<intptr_t>(custom_parameters(node).userdata));
 }
 
-bool is_for_repacked(const ggml_tensor* node) { return custom_parameters(node).userdata != nullptr; }
+bool is_for_repacked(const ggml_tensor* packed) {
+    if (packed->view_src) return parts_of_attention_end(packed->view_src).for_repacked;
+    return custom_parameters(packed).userdata != nullptr;
+}
 
 ExpertNode expert_node_of(const ggml_tensor* node) {
     if (node->op != GGML_OP_CUSTOM) return ExpertNode::none;
@@ -48,12 +51,13 @@ ExpertNode expert_node_of(const ggml_tensor* node) {
 ggml_tensor* ExpertMatmuls::packed(ggml_tensor* x, bool for_repacked) {
     ggml_tensor*& packed = packed_[{x, for_repacked}];
     if (packed) return packed;
-    const int64_t n_rows = ggml_nrows(x);
-    const std::vector<int64_t> ne = {
-        n_rows * (packed_chunks(x->ne[0]) * kPackedChunkBytes + static_cast<int64_t>(sizeof(float))), 1, 1};
+    const std::vector<int64_t> ne = {packed_bytes(x->ne[0], ggml_nrows(x)), 1, 1};
     const ggml_tensor* made =
         x->op == GGML_OP_RESHAPE ? x->src[0] : x;  // each row is that of the same number
-    if (fused_op_of(made) == FusedOp::rms_norm && made->src[1]) {
+    const auto known = packed_norms_.find({made->src[0], made->src[1], for_repacked});
+    if (fused_op_of(made) == FusedOp::rms_norm && known != packed_norms_.end()) {
+        packed = known->second;
+    } else if (fused_op_of(made) == FusedOp::rms_norm && made->src[1]) {
         packed = new_node<ExpertNode::pack_normed>(ctx_, GGML_TYPE_I8, ne, {made->src[0], made->src[1]},
                                                    "pack_normed", for_repacked);
         packed->extra = made->extra;  // epsilon
@@ -73,6 +77,10 @@ ggml_tensor* ExpertMatmuls::grouped(ggml_tensor* experts, int64_t n_expert) {
     grouped = new_node<ExpertNode::group>(ctx_, GGML_TYPE_I32, {n_slots + 3 * n_tiles + 1, 1, 1}, {experts},
                                           "group_slots", n_expert);
     return grouped;
+}
+
+bool ExpertMatmuls::multiplies(const ggml_tensor* weights, int64_t n_used, int64_t n_tokens) const {
+    return backend_.multiplies_experts(weights, ggml_new_tensor_2d(ctx_, GGML_TYPE_I32, n_used, n_tokens));
 }
 
 ggml_tensor* ExpertMatmuls::apply(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* experts) {

@@ -197,7 +197,7 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
                     2.0 * static_cast<double>(a->ne[0]) * static_cast<double>(ggml_nelements(node));
                 cost.bytes += static_cast<double>(ggml_nbytes(a));
             } else if (is_mlp_beside(node)) {
-                for (const ggml_tensor* weight : {node->src[2], node->src[3]}) {
+                for (const ggml_tensor* weight : {node->src[1], node->src[2]}) {
                     cost.operations +=
                         2.0 * static_cast<double>(ggml_nelements(weight)) * static_cast<double>(a->ne[1]);
                     cost.bytes += static_cast<double>(ggml_nbytes(weight));

@@ -109,6 +109,8 @@ def test_a_data_centre_gpu_runs_all_of_it(device: str, gguf_file: Callable) -> N
     assert {
         "mlp_beside",
         "device_expert_matmul",
+        "end_attention",
+        "route",
         "join_branches",
         "rotate_and_store",
     } <= session.step_ops.keys()

@@ -122,12 +122,13 @@ __global__ void __launch_bounds__(RowOfBlock::kBlockThreads, 2) end_attention_ro
 
 // --- launches ---
 
+constexpr int32_t kMaxEndedRow = 4 * RowOfBlock::kRowThreads * RowOfBlock::kKept;
+
 // Whether the kernel can compute it: rows that begin at multiples of four elements, not too long for
 // registers.
 inline bool can_end_attention(const AttentionEndArguments& a) {
     const AddNormedArguments& s = a.sum;
-    constexpr int32_t kMaxRow = 4 * RowOfBlock::kRowThreads * RowOfBlock::kKept;
-    return s.d % 4 == 0 && a.n_chunks * kChunk <= kMaxRow && begins_at_four(s.x, s.x_stride) &&
+    return s.d % 4 == 0 && a.n_chunks * kChunk <= kMaxEndedRow && begins_at_four(s.x, s.x_stride) &&
            begins_at_four(s.branch, s.branch_stride) && begins_at_four(s.out, s.out_stride) &&
            begins_at_four(a.dense) && begins_at_four(a.router) && s.weight && begins_at_four(s.weight) &&
            begins_at_four(a.dense_norm) && begins_at_four(a.router_norm) && begins_at_four(a.packed_norm);

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "backend/cuda/row_fours.cuh"
+#include "backend/router_sizes.h"
 
 namespace pydiffusion::cuda {
 
@@ -22,16 +23,6 @@ struct RouterArguments {
     int64_t score_stride, chosen_stride;
     int32_t d, n_experts, n_used, n_tokens;
 };
-
-constexpr int kRouterTile = 64;    // tokens of a block, and its experts
-constexpr int kRouterSlice = 176;  // elements of a row that it multiplies
-constexpr int32_t kMaxRouted = 256;
-
-__host__ __device__ inline int32_t router_slices(int32_t d) { return (d + kRouterSlice - 1) / kRouterSlice; }
-__host__ __device__ inline int32_t router_tiles(int32_t n) { return (n + kRouterTile - 1) / kRouterTile; }
-inline int64_t router_scratch(int32_t d, int32_t n_experts, int32_t n_tokens) {
-    return int64_t{router_slices(d)} * n_tokens * router_tiles(n_experts) * kRouterTile;
-}
 
 // Whether these kernels can compute it: every row begins at a multiple of four elements.
 inline bool can_route(const RouterArguments& a) {

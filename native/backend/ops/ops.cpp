@@ -1,6 +1,5 @@
 #include "backend/ops/ops.h"
 
-#include "backend/cpu/fused_rows.h"
 #include "backend/ops/cpu_ops.h"
 #include "backend/ops/ggml_ops.h"
 #include "backend/ops/own_kernel_ops.h"
@@ -86,17 +85,18 @@ ggml_tensor* Ops::experts(ggml_tensor* x, ggml_tensor* chosen, const ExpertWeigh
     return expert_matmul(w.down, gated_gelu(gate, half(1)), chosen);
 }
 
-ggml_tensor* Ops::join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w) {
+ggml_tensor* Ops::join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w,
+                       const NextInput&) {
     dense = rms_norm(dense, w.dense_norm);
     ggml_tensor* sum = ggml_add(c_.ctx, dense, rms_norm(mixture.sum, w.mixture_norm));
     return ggml_mul(c_.ctx, add_normed(x, sum, w.norm), w.scale);
 }
 
-ggml_tensor* Ops::join_in_one_node(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
-                                   const JoinWeights& w) {
-    const Branches branches = {dense,          w.dense_norm,   mixture.experts,
-                               mixture.scores, mixture.chosen, w.expert_scales,
-                               w.mixture_norm, w.norm,         w.scale};
+Joined Ops::join_in_one_node(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w,
+                             ggml_tensor* next_norm, ggml_type next_type) {
+    const Branches branches = {dense,          w.dense_norm,    mixture.experts, mixture.scores,
+                               mixture.chosen, w.expert_scales, w.mixture_norm,  w.norm,
+                               w.scale,        next_norm,       next_type};
     return join_branches(c_.ctx, x, branches, c_.rms_eps);
 }
 
