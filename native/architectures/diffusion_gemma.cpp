@@ -58,9 +58,8 @@ ggml_tensor* DiffusionGemma::layer(GraphBuilder& g, int32_t i_layer, ggml_tensor
     const Heads heads = ops.project(h, head_weights(w), g.head_dim(i_layer));
     ggml_tensor* a = g.attention(i_layer, heads, head_norms(w));
     const MlpWeights mlp = {w.ffn_gate, w.ffn_up, w.ffn_gate_up, w.ffn_down};
-    ggml_tensor* r =
-        ops.end_attention(x, ops.matmul(w.attn_output, a), w.post_attention_norm,
-                          {w.ffn_norm, mlp, w.ffn_gate_inp_scale, w.ffn_gate_inp, w.pre_ffw_norm_2, experts});
+    ggml_tensor* r = ops.end_attention(x, ops.matmul(w.attn_output, a), w.post_attention_norm,
+                                       {w.ffn_norm, mlp, w.ffn_gate_inp_scale, w.pre_ffw_norm_2, experts});
     g.keep("attention", i_layer, r);
 
     g.begin_part("dense");

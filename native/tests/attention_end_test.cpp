@@ -48,7 +48,6 @@ struct AttentionEnd {
         Results results = new_results(type);
         const DeviceMemory packed(n_tokens() * row_bytes());
         std::vector<float> scales(n_tokens(), NAN);
-        const std::vector<float> prefetched(1001);  // a part of a line at its end
         const AttentionEndArguments a = {sum(results.r),
                                          dense_norm.data(),
                                          router_norm.data(),
@@ -57,9 +56,7 @@ struct AttentionEnd {
                                          results.router.rows(),
                                          packs ? packed.data.get() : nullptr,
                                          scales.data(),
-                                         n_chunks(),
-                                         prefetched.data(),
-                                         static_cast<int64_t>(prefetched.size() * sizeof(float))};
+                                         n_chunks()};
         REQUIRE(can_end_attention(a));
         launch_end_attention_rows(a, pack_order, launch_in(order));
         for (const Output* rows : {&results.r, &results.dense, &results.router}) CHECK(rows->has_gaps());
@@ -163,9 +160,7 @@ TEST_CASE("end of the attention: rows that are too long or not aligned are left 
                                r.rows(),
                                nullptr,
                                nullptr,
-                               3,
-                               nullptr,
-                               0};
+                               3};
     CHECK(can_end_attention(a));
     const auto refuses = [&](auto change) {
         AttentionEndArguments other = a;

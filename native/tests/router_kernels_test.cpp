@@ -28,7 +28,7 @@ struct Router {
                                    n_experts,        n_used,
                                    n_tokens};
         REQUIRE(can_route(a));
-        launch_router(a, launch_in(order));
+        launch_router(a, router_shared_bytes(0), launch_in(order));
         CHECK(scores.has_gaps());
         std::vector<float> all = scores.packed();
         for (int32_t t = 0; t < n_tokens; ++t) {
@@ -125,6 +125,12 @@ TEST_CASE("router: NaN, infinity and zeros stay in their token, and in their exp
     other.weights.values[3 * d + 5] = NAN;
     const std::vector<float> scores = other.route(9);
     for (int32_t i = 0; i < 2 * n_experts; ++i) CHECK(std::isnan(scores[i]) == (i % n_experts == 3));
+}
+
+TEST_CASE("router: one block on a multiprocessor") {
+    CHECK(router_shared_bytes(99 << 10) == kRouterTileBytes);  // of 99 KB
+    CHECK(2 * router_shared_bytes(163 << 10) > 163 << 10);
+    CHECK(2 * router_shared_bytes(227 << 10) > 228 << 10);
 }
 
 TEST_CASE("router: what is left to other kernels") {

@@ -219,10 +219,10 @@ char* part_row(const ggml_tensor* node, int64_t begin, ggml_type type, int64_t n
     return static_cast<char*>(node->data) + begin + t * static_cast<int64_t>(ggml_row_size(type, n));
 }
 
-// Sources: x, the branch, its weight, the norms of the dense branch and the router, the router's weights, and
-// the norm of the experts, if they are packed: then a device computes this.
+// Sources: x, the branch, its weight, the norms of the dense branch and the router, and that of the experts
+// if they are packed: then a device computes this.
 void end_attention_op(ggml_tensor* dst, int ith, int nth, void*) {
-    GGML_ASSERT(!dst->src[6]);
+    GGML_ASSERT(!dst->src[5]);
     const AttentionEndParts parts = parts_of_attention_end(dst);
     const ggml_tensor *x = dst->src[0], *branch = dst->src[1];
     const float *weight = vector_of(dst->src[2]), eps = eps_of(dst);
@@ -357,7 +357,7 @@ AttentionEnd end_attention(ggml_context* ctx, ggml_tensor* x, ggml_tensor* branc
     const int64_t n_bytes = parts.packed + (norms.experts ? norms.packed_bytes : 0);
     ggml_tensor* node = ggml_custom_4d(
         ctx, GGML_TYPE_F32, d, rows_for(n_bytes, static_cast<int64_t>(ggml_row_size(GGML_TYPE_F32, d))), 1, 1,
-        sources, norms.experts ? 7 : 6, end_attention_op, GGML_N_TASKS_MAX, nullptr);
+        sources, norms.experts ? 6 : 5, end_attention_op, GGML_N_TASKS_MAX, nullptr);
     set_variant(node, norms.dense_type, norms.for_repacked);
     node->extra = const_cast<float*>(eps);
     ggml_set_name(node, "end_attention");

@@ -33,10 +33,9 @@ constexpr int64_t kMaxAttentionEnd = 3072;
 struct BranchNorms {
     ggml_tensor* dense;  // [d], of the dense branch, F32 or BF16
     ggml_type dense_type;
-    ggml_tensor* router;          // [d]
-    ggml_tensor* router_weights;  // read next, which devices may begin to do
-    ggml_tensor* experts;         // [d]; null: not packed
-    int64_t packed_bytes;         // of the experts' packed rows (expert_nodes.h), which only devices compute
+    ggml_tensor* router;   // [d]
+    ggml_tensor* experts;  // [d]; null: not packed
+    int64_t packed_bytes;  // of the experts' packed rows (expert_nodes.h), which only devices compute
     bool for_repacked;
 };
 struct AttentionEnd {

@@ -18,9 +18,6 @@ struct AttentionEndArguments {
     unsigned char* packed;                                // as pack_rows() writes them; null: not wanted
     float* packed_scales;
     int32_t n_chunks;
-    const void*
-        prefetched;  // what the next kernel reads from memory, is brought into the L2 cache; null: none
-    int64_t prefetched_bytes;
 };
 
 namespace {  // kernels
@@ -33,15 +30,6 @@ struct AttentionEndMemory {
 __device__ __forceinline__ AttentionEndMemory& attention_end_memory() {
     __shared__ AttentionEndMemory memory;
     return memory;
-}
-
-// A line for each of the grid's threads at a time.
-__device__ __forceinline__ void prefetch_lines(const void* begin, int64_t n_bytes) {
-    constexpr int64_t kLine = 128;
-    const int64_t n_threads = int64_t{gridDim.x} * blockDim.x;
-    for (int64_t at = kLine * (int64_t{blockIdx.x} * blockDim.x + threadIdx.x); at < n_bytes;
-         at += kLine * n_threads)
-        prefetch_to_l2(static_cast<const unsigned char*>(begin) + at);
 }
 
 // Of non-negative values; NaN is the largest.
@@ -59,7 +47,6 @@ __global__ void __launch_bounds__(RowOfBlock::kBlockThreads, 2) end_attention_ro
         return load_four<true>(row, four_of_thread<Row>(i), d);
     };
     // Weights may be read before the kernel before this has finished.
-    if (a.prefetched) prefetch_lines(a.prefetched, a.prefetched_bytes);
     Four weights[kKept], dense_norms[kKept], router_norms[kKept], packed_norms[kKept] = {};
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {

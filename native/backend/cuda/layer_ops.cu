@@ -121,26 +121,24 @@ bool add_normed(const Launch* launch, const ggml_tensor* node) {
 // Sources as end_attention() has them.
 bool end_attention(const Launch* launch, const ggml_tensor* node) {
     const ggml_tensor* const* src = node->src;
-    const ggml_tensor *x = src[0], *branch = src[1], *router = src[5];
+    const ggml_tensor *x = src[0], *branch = src[1];
     if (!has_float_rows(x) || !has_float_rows(branch)) return false;
     const AttentionEndParts parts = parts_of_attention_end(node);
     const int32_t d = size(x, 0), n = size(x, 1);
     const auto n_chunks = static_cast<int32_t>(packed_chunks(d));
-    const bool packs = src[6] != nullptr;
+    const bool packs = src[5] != nullptr;
     char* packed = packs ? part(node, parts.packed) : nullptr;
     const AttentionEndArguments arguments = {
         {floats(x), floats(branch), static_cast<float*>(node->data), stride(x, 1), stride(branch, 1), d,
          floats(src[2]), d, n, eps_of(node)},
         floats(src[3]),
         floats(src[4]),
-        floats(src[6]),
+        floats(src[5]),
         {part(node, parts.dense), d, 0, float_type(parts.dense_type)},
         {part(node, parts.router), d, 0, FloatType::f32},
         reinterpret_cast<unsigned char*>(packed),
         packs ? reinterpret_cast<float*>(packed + int64_t{n} * n_chunks * kXChunkBytes) : nullptr,
-        n_chunks,
-        router->data,
-        static_cast<int64_t>(ggml_nbytes(router))};
+        n_chunks};
     if (launch) {
         GGML_ASSERT(can_end_attention(arguments));
         const PackOrder order = parts.for_repacked ? PackOrder::even_odd : PackOrder::quads;
@@ -170,8 +168,10 @@ bool route(const Launch* launch, const ggml_tensor* node) {
                                        n_used,
                                        size(x, 1)};
     GGML_ASSERT(can_route(arguments));
-    CUDA_SET_SHARED_MEMORY_LIMIT(router_partials, kRouterSharedBytes);
-    launch_router(arguments, *launch);
+    const int32_t n_shared_bytes =
+        router_shared_bytes(ggml_cuda_info().devices[ggml_cuda_get_device()].smpbo);
+    CUDA_SET_SHARED_MEMORY_LIMIT(router_partials, n_shared_bytes);
+    launch_router(arguments, n_shared_bytes, *launch);
     return true;
 }
 

@@ -91,11 +91,6 @@ __device__ __forceinline__ uint32_t half2_of(float low, float high) {
 
 __device__ __forceinline__ float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
-// Starts to read a line of global memory into the L2 cache.
-__device__ __forceinline__ void prefetch_to_l2(const void* global) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
-}
-
 // The largest of a warp's values, in each of its lanes.
 __device__ __forceinline__ uint32_t max_of_warp(uint32_t value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

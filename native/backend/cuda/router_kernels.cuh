@@ -6,6 +6,7 @@
 // on the row's length alone: it is the same in any grid and beside any others.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "backend/cuda/row_fours.cuh"
@@ -42,8 +43,8 @@ constexpr int kSliceFours = kRouterSlice / 4, kGroupFours = kSliceFours / kRoute
 constexpr int kRowPitch = kRouterSlice + 4;
 // Between a token's sums in shared memory: those of 4 tokens and 8 experts have no bank in common.
 constexpr int kSumPitch = kRouterTile + 8;
-constexpr int kRouterSharedBytes = 2 * kRouterTile * kRowPitch * 4;
-static_assert(kRouterGroups * kRouterTile * kSumPitch * 4 <= kRouterSharedBytes);
+constexpr int kRouterTileBytes = 2 * kRouterTile * kRowPitch * 4;
+static_assert(kRouterGroups * kRouterTile * kSumPitch * 4 <= kRouterTileBytes);
 static_assert(kRouterSlice == 16 * kGroupFours && kGroupFours % 2 == 1 && kRowPitch / 4 % 2 == 1);
 
 // Where a thread finds its own 8 tokens and 8 experts in a tile. A warp has 32 tokens and all experts; its
@@ -237,12 +238,18 @@ __global__ void __launch_bounds__(kChoiceThreads) router_choice(RouterArguments 
 
 // --- launches ---
 
+// Shared memory of a block, of what a block may have: more than half, where this is not little. Else two
+// blocks are given to a multiprocessor that is free early, and the kernel takes almost twice as long.
+inline int32_t router_shared_bytes(int64_t available) {
+    return std::max(kRouterTileBytes, static_cast<int32_t>(available / 2 + 1024));
+}
+
 // launch(kernel, n_blocks, n_threads, arguments, n_shared_bytes), as in layer_kernels.cuh.
 template <typename Launch>
-void launch_router(const RouterArguments& a, const Launch& launch) {
+void launch_router(const RouterArguments& a, int32_t n_shared_bytes, const Launch& launch) {
     if (a.n_tokens == 0) return;
     const int32_t n_blocks = router_tiles(a.n_experts) * router_tiles(a.n_tokens) * router_slices(a.d);
-    launch(router_partials, static_cast<unsigned>(n_blocks), kRouterThreads, a, kRouterSharedBytes);
+    launch(router_partials, static_cast<unsigned>(n_blocks), kRouterThreads, a, n_shared_bytes);
     const auto choice = a.n_experts <= 4 * kWarpLanes ? router_choice<1> : router_choice<2>;
     launch(choice, static_cast<unsigned>(a.n_tokens), kChoiceThreads, a, 0);
 }

@@ -62,12 +62,11 @@ struct ExpertWeights {
     bool with_layer;      // on the device of their layer
 };
 
-// What the branches after the attention begin with: norms [d], and the weights that read the normed rows.
+// What the branches after the attention begin with: norms [d], and what reads the normed rows.
 struct BranchInputs {
     ggml_tensor* dense_norm;
     const MlpWeights& dense;
-    ggml_tensor *router_norm, *router;  // [d, n_expert]
-    ggml_tensor* experts_norm;
+    ggml_tensor *router_norm, *experts_norm;
     const ExpertWeights& experts;
 };
 

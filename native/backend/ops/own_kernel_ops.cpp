@@ -71,7 +71,7 @@ ggml_tensor* OwnKernelOps::end_attention(ggml_tensor* x, ggml_tensor* branch, gg
     const AttentionEnd end = pydiffusion::end_attention(
         c_.ctx, x, branch, weight,
         {inputs.dense_norm, result_type({inputs.dense.gate, inputs.dense.up}), inputs.router_norm,
-         inputs.router, packs ? inputs.experts_norm : nullptr, packed_bytes(d, n_tokens), for_repacked},
+         packs ? inputs.experts_norm : nullptr, packed_bytes(d, n_tokens), for_repacked},
         c_.rms_eps);
     normed_[{end.r, inputs.dense_norm}] = end.dense;
     normed_[{end.r, inputs.router_norm}] = end.router;

@@ -56,11 +56,6 @@ inline uint32_t half2_of(float low, float high) {
 
 using emulation::half_to_float;
 
-inline void prefetch_to_l2(const void* global) {  // ASan sees one that is not there
-    const volatile auto* byte = static_cast<const unsigned char*>(global);
-    (void)*byte;
-}
-
 inline uint32_t max_of_warp(uint32_t value, PYDIFFUSION_SITE) {
     for (int offset = 16; offset > 0; offset /= 2)
         value = std::max(value, __shfl_xor_sync(0xffffffffu, value, offset, function, file, line));
