@@ -91,9 +91,18 @@ enum class PackOrder {
     even_odd,  // of 16 values, the even ones, then the odd ones, as wgmma reads them from shared memory
 };
 
-// Writes each row as float16 times a power of two that scales its maximum to [2^13, 2^14), so that any
-// finite row fits. A chunk of the result, kXChunkBytes: the 256 values, then the sums of each 16, divided by
-// kSumScale, as the nearest float16, then what this lacks. Zeros follow n_values. A block for each row.
+// Writes the sum of a chunk's i-th sixteen: the nearest float16, then what it lacks.
+__device__ __forceinline__ void write_sum(unsigned char* chunk, int i, float sum) {
+    const uint32_t nearest = half2_of(sum, sum);
+    uint16_t* sums = reinterpret_cast<uint16_t*>(chunk + 2 * kChunk);
+    sums[i] = static_cast<uint16_t>(nearest);
+    const float rest = sum - low_half(nearest);
+    sums[kSixteens + i] = static_cast<uint16_t>(half2_of(rest, rest));
+}
+
+// Writes each row as float16 times a power of two that scales its maximum to [2^10, 2^11), so that any
+// finite row fits, and so do sums of 16. A chunk of the result, kXChunkBytes: the 256 values, then the sums
+// of each 16 as the nearest float16, then what this lacks. Zeros follow n_values. A block for each row.
 template <PackOrder order, typename Rows>
 __global__ void __launch_bounds__(kPackThreads)
     pack_rows(const Rows rows, int32_t n_values, int32_t n_chunks, unsigned char* out, float* scales) {
@@ -110,7 +119,7 @@ __global__ void __launch_bounds__(kPackThreads)
     int exponent = 0;
     if (maximum > 0.0f && maximum <= FLT_MAX) frexpf(maximum, &exponent);
     exponent = exponent < -100 ? -100 : exponent;
-    const float factor = ldexpf(1.0f, 14 - exponent);
+    const float factor = ldexpf(1.0f, 11 - exponent);
     out += static_cast<int64_t>(blockIdx.x) * n_chunks * kXChunkBytes;
     // Four values a thread; kPackThreads is a multiple of a chunk's 64 fours, so that no warp diverges.
     for (int four = threadIdx.x; four < n_chunks * kChunk / 4; four += kPackThreads) {
@@ -121,7 +130,6 @@ __global__ void __launch_bounds__(kPackThreads)
         float sum = low_half(pairs.x) + low_half(pairs.y) + (high_half(pairs.x) + high_half(pairs.y));
         sum += __shfl_xor_sync(kAllLanes, sum, 1);
         sum += __shfl_xor_sync(kAllLanes, sum, 2);
-        sum /= kSumScale;
         unsigned char* chunk = out + four / 64 * kXChunkBytes;
         const int in_chunk = four % 64, t = four % 4;
         if constexpr (order == PackOrder::quads) {
@@ -132,15 +140,9 @@ __global__ void __launch_bounds__(kPackThreads)
             *reinterpret_cast<uint32_t*>(sixteen + 4 * t) = pairs.x;
             *reinterpret_cast<uint32_t*>(sixteen + 16 + 4 * t) = pairs.y;
         }
-        if (t == 0) {
-            const uint32_t nearest = half2_of(sum, sum);
-            uint16_t* sums = reinterpret_cast<uint16_t*>(chunk + 2 * kChunk);
-            sums[in_chunk / 4] = static_cast<uint16_t>(nearest);
-            const float rest = sum - low_half(nearest);
-            sums[kSixteens + in_chunk / 4] = static_cast<uint16_t>(half2_of(rest, rest));
-        }
+        if (t == 0) write_sum(chunk, in_chunk / 4, sum);
     }
-    if (threadIdx.x == 0) scales[blockIdx.x] = ldexpf(1.0f, exponent - 14);
+    if (threadIdx.x == 0) scales[blockIdx.x] = ldexpf(1.0f, exponent - 11);
 }
 
 constexpr int kGroupThreads = 1024, kMaxExperts = 1024;
