@@ -115,7 +115,10 @@ ggml_tensor* OwnKernelOps::mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeigh
 Mixture OwnKernelOps::moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) {
     if (!joins(w)) return GgmlOps::moe(x, scores, w);
     ggml_tensor* chosen = top_k(c_.ctx, scores, w.n_used);
-    return {nullptr, experts(x, chosen, w), scores, chosen};
+    ggml_tensor* result = nullptr;
+    if (w.gate_up && !w.gate_up_scales)
+        result = expert_matmuls_.apply_gated(w.gate_up, w.down, one_row_per_token(x), chosen);
+    return {nullptr, result ? result : experts(x, chosen, w), scores, chosen};
 }
 
 ggml_tensor* OwnKernelOps::join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
