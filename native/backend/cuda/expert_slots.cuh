@@ -91,9 +91,18 @@ enum class PackOrder {
     even_odd,  // of 16 values, the even ones, then the odd ones, as wgmma reads them from shared memory
 };
 
-// A row is packed as float16 times a power of two that scales its maximum to [2^13, 2^14), so that any finite
-// row fits.
-constexpr int kPackedExponent = 14;
+// Writes the sum of a chunk's i-th sixteen: the nearest float16, then what it lacks.
+__device__ __forceinline__ void write_sum(unsigned char* chunk, int i, float sum) {
+    const uint32_t nearest = half2_of(sum, sum);
+    uint16_t* sums = reinterpret_cast<uint16_t*>(chunk + 2 * kChunk);
+    sums[i] = static_cast<uint16_t>(nearest);
+    const float rest = sum - low_half(nearest);
+    sums[kSixteens + i] = static_cast<uint16_t>(half2_of(rest, rest));
+}
+
+// A row is packed as float16 times a power of two that scales its maximum to [2^10, 2^11), so that any finite
+// row fits, and so do sums of 16.
+constexpr int kPackedExponent = 11;
 struct PackScale {
     float factor, inverse;
 };
@@ -110,15 +119,14 @@ __device__ __forceinline__ PackScale pack_scale(float maximum) {
 }
 
 // Writes values [4 * four, 4 * four + 4) of a packed row; by whole warps, whose lanes have neighbours. A
-// chunk of a packed row, kXChunkBytes: 256 values, then the sums of each 16, divided by kSumScale, as the
-// nearest float16, then what this lacks.
+// chunk of a packed row, kXChunkBytes: 256 values, then the sums of each 16 as the nearest float16, then what
+// this lacks.
 template <PackOrder order>
 __device__ __forceinline__ void pack_four(unsigned char* out, int four, const float (&v)[4]) {
     const uint2 pairs = make_uint2(half2_of(v[0], v[2]), half2_of(v[1], v[3]));
     float sum = low_half(pairs.x) + low_half(pairs.y) + (high_half(pairs.x) + high_half(pairs.y));
     sum += __shfl_xor_sync(kAllLanes, sum, 1);
     sum += __shfl_xor_sync(kAllLanes, sum, 2);
-    sum /= kSumScale;
     unsigned char* chunk = out + four / 64 * kXChunkBytes;
     const int in_chunk = four % 64, t = four % 4;
     if constexpr (order == PackOrder::quads) {
@@ -129,13 +137,7 @@ __device__ __forceinline__ void pack_four(unsigned char* out, int four, const fl
         *reinterpret_cast<uint32_t*>(sixteen + 4 * t) = pairs.x;
         *reinterpret_cast<uint32_t*>(sixteen + 16 + 4 * t) = pairs.y;
     }
-    if (t == 0) {
-        const uint32_t nearest = half2_of(sum, sum);
-        uint16_t* sums = reinterpret_cast<uint16_t*>(chunk + 2 * kChunk);
-        sums[in_chunk / 4] = static_cast<uint16_t>(nearest);
-        const float rest = sum - low_half(nearest);
-        sums[kSixteens + in_chunk / 4] = static_cast<uint16_t>(half2_of(rest, rest));
-    }
+    if (t == 0) write_sum(chunk, in_chunk / 4, sum);
 }
 
 // Packs each row; zeros follow n_values. A block for each row.

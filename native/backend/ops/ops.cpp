@@ -6,15 +6,6 @@
 
 namespace pydiffusion {
 
-namespace {
-
-// A [d, n_tokens] as [d, 1, n_tokens]: one row for all experts of a token.
-ggml_tensor* one_row_per_token(ggml_context* ctx, ggml_tensor* x) {
-    return ggml_reshape_3d(ctx, x, x->ne[0], 1, x->ne[1]);
-}
-
-}  // namespace
-
 ggml_tensor* Ops::matmul(const WeightMatrix& weight, ggml_tensor* x) {
     ggml_tensor* result = unscaled_matmul(weight.tensor, x);
     return weight.scale == 1.0f ? result : ggml_scale(c_.ctx, result, weight.scale);
@@ -69,7 +60,7 @@ ggml_tensor* Ops::scaled_expert_matmul(ggml_tensor* weights, ggml_tensor* scales
 }
 
 ggml_tensor* Ops::experts(ggml_tensor* x, ggml_tensor* chosen, const ExpertWeights& w) {
-    x = one_row_per_token(c_.ctx, x);
+    x = one_row_per_token(x);
     if (!w.gate_up) {
         ggml_tensor* gate = scaled_expert_matmul(w.gate, w.gate_scales, x, chosen);
         ggml_tensor* up = scaled_expert_matmul(w.up, w.up_scales, x, chosen);

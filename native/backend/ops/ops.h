@@ -193,6 +193,10 @@ class Ops {
         return ggml_view_3d(c_.ctx, cache, head_dim, n, cache->ne[0] / head_dim, cache->nb[1],
                             ggml_row_size(cache->type, head_dim), first * cache->nb[1]);
     }
+    // A [d, n_tokens] as [d, 1, n_tokens]: one row for all experts of a token.
+    ggml_tensor* one_row_per_token(ggml_tensor* x) const {
+        return ggml_reshape_3d(c_.ctx, x, x->ne[0], 1, x->ne[1]);
+    }
     // weights [n_inner, n_rows, n_expert], x [n_inner, 1 or n_used, n_tokens], chosen I32 [n_used, n_tokens]
     // -> F32 [n_rows, n_used, n_tokens]
     virtual ggml_tensor* expert_matmul(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen) = 0;

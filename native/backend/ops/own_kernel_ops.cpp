@@ -71,7 +71,7 @@ ggml_tensor* OwnKernelOps::end_attention(ggml_tensor* x, ggml_tensor* branch, gg
     const AttentionEnd end = pydiffusion::end_attention(
         c_.ctx, x, branch, weight,
         {inputs.dense_norm, result_type({inputs.dense.gate, inputs.dense.up}), inputs.router_norm,
-         packs ? inputs.experts_norm : nullptr, packed_bytes(d, n_tokens), for_repacked},
+         packs ? inputs.experts_norm : nullptr, packed_bytes(n_tokens, d), for_repacked},
         c_.rms_eps);
     normed_[{end.r, inputs.dense_norm}] = end.dense;
     normed_[{end.r, inputs.router_norm}] = end.router;
@@ -163,7 +163,10 @@ RouterChoice OwnKernelOps::route(ggml_tensor* x, ggml_tensor* norm, ggml_tensor*
 Mixture OwnKernelOps::moe(ggml_tensor* x, const RouterChoice& choice, const ExpertWeights& w) {
     if (!joins(w)) return GgmlOps::moe(x, choice, w);
     ggml_tensor* chosen = choice.chosen ? choice.chosen : top_k(c_.ctx, choice.scores, w.n_used);
-    return {nullptr, experts(x, chosen, w), choice.scores, chosen};
+    ggml_tensor* result = nullptr;
+    if (w.gate_up && !w.gate_up_scales)
+        result = expert_matmuls_.apply_gated(w.gate_up, w.down, one_row_per_token(x), chosen);
+    return {nullptr, result ? result : experts(x, chosen, w), choice.scores, chosen};
 }
 
 ggml_tensor* OwnKernelOps::join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
