@@ -350,8 +350,7 @@ ggml_tensor* add_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* branch, 
 
 AttentionEnd end_attention(ggml_context* ctx, ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight,
                            const BranchNorms& norms, const float* eps) {
-    ggml_tensor* sources[] = {
-        x, branch, weight, norms.dense, norms.router, norms.router_weights, norms.experts};
+    ggml_tensor* sources[] = {x, branch, weight, norms.dense, norms.router, norms.experts};
     const int64_t d = x->ne[0], n = x->ne[1];
     const AttentionEndParts parts = attention_end_parts(d, n, norms.dense_type, norms.for_repacked);
     const int64_t n_bytes = parts.packed + (norms.experts ? norms.packed_bytes : 0);
