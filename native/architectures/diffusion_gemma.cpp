@@ -24,6 +24,15 @@ ExpertWeights expert_weights(const GraphBuilder& g, int32_t i_layer) {
             g.has_experts_with_layer(i_layer)};
 }
 
+// Of the layer after this one, if it is on the same device.
+NextInput next_input(const GraphBuilder& g, int32_t i_layer) {
+    const int32_t next = i_layer + 1;
+    const DevicePlan& plan = g.model.device_plan;
+    if (next == g.model.hparams.n_layer || plan.layer_device(next) != plan.layer_device(i_layer)) return {};
+    const LayerWeights& w = g.model.weights.layers[next];
+    return {w.attn_norm, head_weights(w)};
+}
+
 }  // namespace
 
 ggml_tensor* DiffusionGemma::embed_prompt(GraphBuilder& g, ggml_tensor* tokens) const {
@@ -48,22 +57,25 @@ ggml_tensor* DiffusionGemma::layer(GraphBuilder& g, int32_t i_layer, ggml_tensor
     ggml_tensor* h = ops.rms_norm(x, w.attn_norm, {w.attn_q, w.attn_k, w.attn_v});
     const Heads heads = ops.project(h, head_weights(w), g.head_dim(i_layer));
     ggml_tensor* a = g.attention(i_layer, heads, head_norms(w));
-    ggml_tensor* r = ops.add_normed(x, ops.matmul(w.attn_output, a), w.post_attention_norm);
+    const MlpWeights mlp = {w.ffn_gate, w.ffn_up, w.ffn_gate_up, w.ffn_down};
+    ggml_tensor* r = ops.end_attention(x, ops.matmul(w.attn_output, a), w.post_attention_norm,
+                                       {w.ffn_norm, mlp, w.ffn_gate_inp_scale, w.pre_ffw_norm_2, experts});
     g.keep("attention", i_layer, r);
 
     g.begin_part("dense");
-    ggml_tensor* dense = ops.mlp(r, w.ffn_norm, {w.ffn_gate, w.ffn_up, w.ffn_gate_up, w.ffn_down}, &experts);
+    ggml_tensor* dense = ops.mlp(r, w.ffn_norm, mlp, &experts);
     g.keep("dense", i_layer, dense);
 
     g.begin_part("experts");
     // Still to be divided by sqrt(d): the reference divides the router's input instead, which is much longer.
-    ggml_tensor* scores = ops.matmul({w.ffn_gate_inp}, ops.rms_norm(r, w.ffn_gate_inp_scale));
-    g.keep("router", i_layer, scores);
-    const Mixture mixture = ops.moe(ops.rms_norm(r, w.pre_ffw_norm_2), scores, experts);
+    const RouterChoice choice = ops.route(r, w.ffn_gate_inp_scale, w.ffn_gate_inp, experts);
+    g.keep("router", i_layer, choice.scores);
+    const Mixture mixture = ops.moe(ops.rms_norm(r, w.pre_ffw_norm_2), choice, experts);
     ggml_tensor* scale = g.mode == Mode::encoder ? w.encoder_scale : w.decoder_scale;
     ggml_tensor* joined =
         ops.join(r, dense, mixture,
-                 {w.post_ffw_norm_1, w.post_ffw_norm_2, w.post_ffw_norm, scale, w.ffn_down_exps_scale});
+                 {w.post_ffw_norm_1, w.post_ffw_norm_2, w.post_ffw_norm, scale, w.ffn_down_exps_scale},
+                 next_input(g, i_layer));
     g.keep("output", i_layer, joined);
     return joined;
 }

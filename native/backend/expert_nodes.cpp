@@ -33,7 +33,11 @@ int64_t n_expert_of(const ggml_tensor* node) {
     return static_cast<int64_t>(reinterpret_cast<intptr_t>(custom_parameters(node).userdata));
 }
 
-bool is_for_repacked(const ggml_tensor* node) { return custom_parameters(node).userdata != nullptr; }
+bool is_for_repacked(const ggml_tensor* packed) {
+    if (packed->view_src && fused_op_of(packed->view_src) == FusedOp::end_attention)
+        return parts_of_attention_end(packed->view_src).for_repacked;
+    return custom_parameters(packed).userdata != nullptr;
+}
 
 ExpertNode expert_node_of(const ggml_tensor* node) {
     if (node->op != GGML_OP_CUSTOM) return ExpertNode::none;
@@ -42,18 +46,21 @@ ExpertNode expert_node_of(const ggml_tensor* node) {
     if (parameters.fun == only_on_devices<ExpertNode::pack_normed>) return ExpertNode::pack_normed;
     if (parameters.fun == only_on_devices<ExpertNode::pack_gated>) return ExpertNode::pack_gated;
     if (parameters.fun == only_on_devices<ExpertNode::group>) return ExpertNode::group;
-    return parameters.fun == only_on_devices<ExpertNode::multiply> ? ExpertNode::multiply : ExpertNode::none;
+    if (parameters.fun == only_on_devices<ExpertNode::multiply>) return ExpertNode::multiply;
+    if (parameters.fun == only_on_devices<ExpertNode::multiply_gated>) return ExpertNode::multiply_gated;
+    return ExpertNode::none;
 }
 
 ggml_tensor* ExpertMatmuls::packed(ggml_tensor* x, bool for_repacked) {
     ggml_tensor*& packed = packed_[{x, for_repacked}];
     if (packed) return packed;
-    const int64_t n_rows = ggml_nrows(x);
-    const std::vector<int64_t> ne = {
-        n_rows * (packed_chunks(x->ne[0]) * kPackedChunkBytes + static_cast<int64_t>(sizeof(float))), 1, 1};
+    const std::vector<int64_t> ne = {packed_bytes(ggml_nrows(x), x->ne[0]), 1, 1};
     const ggml_tensor* made =
         x->op == GGML_OP_RESHAPE ? x->src[0] : x;  // each row is that of the same number
-    if (fused_op_of(made) == FusedOp::rms_norm && made->src[1]) {
+    const auto known = packed_norms_.find({made->src[0], made->src[1], for_repacked});
+    if (fused_op_of(made) == FusedOp::rms_norm && known != packed_norms_.end()) {
+        packed = known->second;
+    } else if (fused_op_of(made) == FusedOp::rms_norm && made->src[1]) {
         packed = new_node<ExpertNode::pack_normed>(ctx_, GGML_TYPE_I8, ne, {made->src[0], made->src[1]},
                                                    "pack_normed", for_repacked);
         packed->extra = made->extra;  // epsilon
@@ -75,6 +82,10 @@ ggml_tensor* ExpertMatmuls::grouped(ggml_tensor* experts, int64_t n_expert) {
     return grouped;
 }
 
+bool ExpertMatmuls::multiplies(const ggml_tensor* weights, int64_t n_used, int64_t n_tokens) const {
+    return backend_.multiplies_experts(weights, ggml_new_tensor_2d(ctx_, GGML_TYPE_I32, n_used, n_tokens));
+}
+
 ggml_tensor* ExpertMatmuls::apply(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* experts) {
     if (!backend_.multiplies_experts(weights, experts)) {
         if (!is_repacked(weights)) return nullptr;
@@ -83,10 +94,27 @@ ggml_tensor* ExpertMatmuls::apply(ggml_tensor* weights, ggml_tensor* x, ggml_ten
                            "sequences at a time",
                            static_cast<long long>(experts->ne[1]), backend_.name()));
     }
-    ggml_tensor* packed_x = packed(x, is_repacked(weights));
+    return multiply(weights, packed(x, is_repacked(weights)), experts);
+}
+
+ggml_tensor* ExpertMatmuls::multiply(ggml_tensor* weights, ggml_tensor* packed_x, ggml_tensor* experts) {
     return new_node<ExpertNode::multiply>(
         ctx_, GGML_TYPE_F32, {weights->ne[1], experts->ne[0], experts->ne[1]},
         {weights, packed_x, grouped(experts, weights->ne[2]), experts}, "device_expert_matmul");
+}
+
+ggml_tensor* ExpertMatmuls::apply_gated(ggml_tensor* gate_up, ggml_tensor* down, ggml_tensor* x,
+                                        ggml_tensor* experts) {
+    const int64_t n_ff = down->ne[0];
+    if (!is_repacked(gate_up) || !is_repacked(down) || gate_up->ne[1] != 2 * n_ff || n_ff % kRepackedRows ||
+        !backend_.multiplies_experts(gate_up, experts) || !backend_.multiplies_experts(down, experts))
+        return nullptr;
+    const bool for_repacked = true;
+    ggml_tensor* gated = new_node<ExpertNode::multiply_gated>(
+        ctx_, GGML_TYPE_I8, {packed_bytes(ggml_nelements(experts), n_ff), 1, 1},
+        {gate_up, packed(x, for_repacked), grouped(experts, gate_up->ne[2]), experts},
+        "device_gated_expert_matmul", for_repacked);
+    return multiply(down, gated, experts);
 }
 
 }  // namespace pydiffusion

@@ -1,6 +1,7 @@
 #include "backend/mlp_beside.h"
 
 #include "backend/cpu/custom_node.h"
+#include "backend/node_parts.h"
 
 namespace pydiffusion {
 
@@ -14,22 +15,21 @@ void only_on_devices(ggml_tensor*, int, int, void*) {
 }  // namespace
 
 MlpScratch mlp_scratch(int64_t d, int64_t n_ff, int64_t n_tokens) {
-    const auto after = [](int64_t begin, int64_t n_bytes) { return GGML_PAD(begin + n_bytes, int64_t{256}); };
     MlpScratch at;
-    at.normed = after(0, d * n_tokens * static_cast<int64_t>(sizeof(float)));
-    at.both = after(at.normed, d * n_tokens * static_cast<int64_t>(sizeof(ggml_bf16_t)));
-    at.activation = after(at.both, 2 * n_ff * n_tokens * static_cast<int64_t>(sizeof(float)));
-    at.end = after(at.activation, n_ff * n_tokens * static_cast<int64_t>(sizeof(ggml_bf16_t)));
+    at.normed = after_part(0, d * n_tokens * static_cast<int64_t>(sizeof(float)));
+    at.both = after_part(at.normed, d * n_tokens * static_cast<int64_t>(sizeof(ggml_bf16_t)));
+    at.activation = after_part(at.both, 2 * n_ff * n_tokens * static_cast<int64_t>(sizeof(float)));
+    at.end = after_part(at.activation, n_ff * n_tokens * static_cast<int64_t>(sizeof(ggml_bf16_t)));
     return at;
 }
 
 ggml_tensor* mlp_beside(ggml_context* ctx, ggml_tensor* x, ggml_tensor* norm, ggml_tensor* gate_up,
                         ggml_tensor* down, const float* eps) {
     const int64_t d = x->ne[0], n = x->ne[1], row = d * static_cast<int64_t>(sizeof(float));
-    const int64_t n_rows = (mlp_scratch(d, down->ne[0], n).end + row - 1) / row;
-    ggml_tensor* sources[] = {x, norm, gate_up, down};
-    ggml_tensor* node =
-        ggml_custom_4d(ctx, GGML_TYPE_F32, d, n_rows, 1, 1, sources, 4, only_on_devices, 1, nullptr);
+    const int64_t n_rows = rows_for(mlp_scratch(d, down->ne[0], n).end, row);
+    ggml_tensor* sources[] = {x, gate_up, down, norm};
+    ggml_tensor* node = ggml_custom_4d(ctx, GGML_TYPE_F32, d, n_rows, 1, 1, sources, norm ? 4 : 3,
+                                       only_on_devices, 1, nullptr);
     node->extra = const_cast<float*>(eps);
     ggml_set_name(node, "mlp_beside");
     return ggml_view_2d(ctx, node, d, n, node->nb[1], 0);

@@ -192,12 +192,14 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
                     4.0 * static_cast<double>(ggml_nelements(node)) * static_cast<double>(b->ne[1]);
                 cost.bytes += 2.0 * static_cast<double>(ggml_nelements(b) / ggml_blck_size(b->type)) *
                               static_cast<double>(ggml_type_size(b->type));
-            } else if (expert_node_of(node) == ExpertNode::multiply) {
-                cost.operations +=
-                    2.0 * static_cast<double>(a->ne[0]) * static_cast<double>(ggml_nelements(node));
+            } else if (expert_node_of(node) == ExpertNode::multiply ||
+                       expert_node_of(node) == ExpertNode::multiply_gated) {
+                const ggml_tensor* experts = node->src[3];
+                cost.operations += 2.0 * static_cast<double>(a->ne[0] * a->ne[1]) *
+                                   static_cast<double>(ggml_nelements(experts));
                 cost.bytes += static_cast<double>(ggml_nbytes(a));
             } else if (is_mlp_beside(node)) {
-                for (const ggml_tensor* weight : {node->src[2], node->src[3]}) {
+                for (const ggml_tensor* weight : {node->src[1], node->src[2]}) {
                     cost.operations +=
                         2.0 * static_cast<double>(ggml_nelements(weight)) * static_cast<double>(a->ne[1]);
                     cost.bytes += static_cast<double>(ggml_nbytes(weight));

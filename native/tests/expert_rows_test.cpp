@@ -1,23 +1,11 @@
 // The kernels that choose experts and end a layer on the emulated GPU, against sorting and sums in double
 // precision.
-#include <numeric>
-
 #include "layer_kernels_runs.h"
 
 namespace pydiffusion {
 namespace testing {
 
 namespace {
-
-std::vector<int32_t> exact_top_k(const float* scores, int32_t n, int32_t n_used) {
-    const auto value = [&](int32_t i) { return std::isnan(scores[i]) ? -kInfinity : scores[i]; };
-    std::vector<int32_t> indices(n);
-    std::iota(indices.begin(), indices.end(), 0);
-    std::stable_sort(indices.begin(), indices.end(),
-                     [&](int32_t a, int32_t b) { return value(a) > value(b); });
-    indices.resize(n_used);
-    return indices;
-}
 
 // Rows of scores that are hard in some way.
 std::vector<float> awkward_scores(int32_t n) {
@@ -82,7 +70,7 @@ struct Branches {
           scores(matrix_layout(n_experts, n_tokens, n_experts + i_layout),
                  random_values(n_experts * n_tokens, 4, 40.0f)),
           expert_scales(random_values(n_experts, 5)),
-          norms{random_values(d, 6), random_values(d, 7), random_values(d, 8)} {
+          norms{random_values(d, 6), random_values(d, 7), random_values(d, 8), random_values(d, 9)} {
         choose(n_used);
     }
     void choose(int32_t n_used) {
@@ -92,7 +80,7 @@ struct Branches {
             chosen.insert(chosen.end(), best.begin(), best.end());
         }
     }
-    void join(float* out, int64_t out_stride, Order order) {
+    void join(float* out, int64_t out_stride, Order order, const OutputRows& next = {}) {
         launch_join_rows({x.data(),
                           dense.data(),
                           experts.data(),
@@ -115,7 +103,9 @@ struct Branches {
                           scores.layout.n,
                           experts.layout.n1,
                           x.layout.n1,
-                          kEps},
+                          kEps,
+                          next,
+                          norms[3].data()},
                          launch_in(order));
     }
     Output joined(Order order = Order::random) {
@@ -126,7 +116,7 @@ struct Branches {
 
     Input x, dense, experts, scores;
     std::vector<int32_t> chosen;
-    std::vector<float> expert_scales, norms[3];
+    std::vector<float> expert_scales, norms[4];
     float scale = 0.75f;
 };
 
@@ -227,6 +217,30 @@ TEST_CASE("join_rows: the same bits in any order and grid, at any alignment, and
     }
 }
 
+TEST_CASE("join_rows: the next layer's norm, as norm_rows computes it") {
+    int32_t i_layout = 0;
+    for (const int32_t d : {31, 100, 2816, 4700}) {
+        if (kDetectsRaces && d != 4700) continue;
+        CAPTURE(d);
+        Branches b(d, 20, 4, 2, i_layout % 3);
+        const Output expected = b.joined();
+        for (const FloatType type : {FloatType::f32, FloatType::bf16}) {
+            Output out(b.x.layout), next(layouts(d, 2, 1)[++i_layout % 3], type), normed(b.x.layout, type);
+            b.join(out.floats(), out.layout.stride1, Order::random, next.rows());
+            CHECK(same(out.packed(), expected.packed()));
+            Input x(b.x.layout, out.packed());
+            launch_norm_rows({x.rows(), normed.rows(), b.norms[3].data(), d, 2, 2, kEps},
+                             launch_in(Order::random));
+            CHECK(next.has_gaps());
+            if (d > kMaxWarpRow) CHECK(same(next.packed(), normed.packed()));
+            check_output(next, [&](int32_t row, int32_t i) {
+                const double value = x.row(row)[i] * exact_scale(x.row(row), d) * b.norms[3][i];
+                return Exact{value, std::fabs(value)};
+            });
+        }
+    }
+}
+
 TEST_CASE("join_rows: a score that is not finite, of any expert, makes its token NaN, and no other") {
     for (const float value : {NAN, kInfinity, -kInfinity}) {
         Branches b(40, 70, 3, 3, 0);
@@ -253,7 +267,12 @@ TEST_CASE("kernels of experts: every barrier and every mask is needed") {
     const auto results = [](Order order) {
         Branches b(600, 40, 6, 1, 0);
         b.dense.values[b.dense.layout.offset + 70] = b.experts.values[300] = 300.0f;  // one thread's to see
-        std::vector<float> all = b.joined(order).packed();
+        Output out(b.x.layout), next(b.x.layout);
+        b.x.values[b.x.layout.offset + 100] = 1000.0f;
+        b.join(out.floats(), out.layout.stride1, order, next.rows());
+        std::vector<float> all = out.packed();
+        const std::vector<float> normed = next.packed();
+        all.insert(all.end(), normed.begin(), normed.end());
         std::vector<int32_t> chosen(6);
         launch_top_k_rows({b.scores.data(), chosen.data(), 40, 6, 40, 6, 1}, launch_in(order));
         all.insert(all.end(), chosen.begin(), chosen.end());

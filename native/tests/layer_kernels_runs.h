@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "backend/cuda/expert_rows.cuh"
@@ -34,8 +35,9 @@ constexpr bool kDetectsRaces = false;
 #endif
 
 inline auto launch_in(Order order) {
-    return [order](auto kernel, unsigned n_blocks, unsigned n_threads, const auto& arguments) {
-        emulate(n_blocks, n_threads, 0, order, [&] { kernel(arguments); });
+    return [order](auto kernel, unsigned n_blocks, unsigned n_threads, const auto& arguments,
+                   size_t n_shared_bytes = 0) {
+        emulate(n_blocks, n_threads, n_shared_bytes, order, [&] { kernel(arguments); });
     };
 }
 
@@ -127,6 +129,17 @@ inline bool same(const std::vector<float>& a, const std::vector<float>& b) {
     return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(), [](float x, float y) {
                return std::memcmp(&x, &y, sizeof x) == 0 || (std::isnan(x) && std::isnan(y));
            });
+}
+
+// The indices of the n_used largest of n scores, as the kernels choose them.
+inline std::vector<int32_t> exact_top_k(const float* scores, int32_t n, int32_t n_used) {
+    const auto value = [&](int32_t i) { return std::isnan(scores[i]) ? -kInfinity : scores[i]; };
+    std::vector<int32_t> indices(n);
+    std::iota(indices.begin(), indices.end(), 0);
+    std::stable_sort(indices.begin(), indices.end(),
+                     [&](int32_t a, int32_t b) { return value(a) > value(b); });
+    indices.resize(n_used);
+    return indices;
 }
 
 // A result in exact arithmetic, and the size of the terms that it is a sum of.

@@ -4,12 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "backend/cuda/repacked_matmul_kernels.cuh"
-#include "backend/repacked_weights.h"
-#include "cuda_emulation/emulate.h"
-#include "expert_cases.h"
-#include "quantized.h"
-#include "support.h"
+#include "repacked_runs.h"
 
 namespace pydiffusion {
 namespace testing {
@@ -17,48 +12,8 @@ namespace testing {
 namespace {
 
 using namespace cuda;
-using emulation::emulate;
 using emulation::kOrders;
 using emulation::Order;
-
-// [slot][row]; NaN where nothing was written
-template <typename T>
-std::vector<float> run(ggml_type type, const ExpertCase& c, const std::vector<uint8_t>& weights,
-                       const std::vector<float>& x, const std::vector<int32_t>& ids, Order order) {
-    const DeviceMemory w(weights.size()), half(static_cast<size_t>(c.n_x()) * c.n_chunks() * kXChunkBytes);
-    REQUIRE(can_repack(type, c.n_rows, c.n_values));
-    repack_rows(type, weights.data(), int64_t{c.n_experts} * c.n_rows, c.n_values, w.data.get());
-    const auto row_bytes = static_cast<int32_t>(weights.size() / (c.n_experts * c.n_rows));
-    std::vector<float> x_scale(c.n_x()), y(static_cast<size_t>(c.n_slots()) * c.n_rows, NAN);
-    std::vector<int32_t> slots(c.n_slots()), n_tiles(1);
-    const RepackedLaunch launch = repacked_launch_of<T>(c.n_rows, c.n_experts, c.n_slots());
-    std::vector<SlotTile> tiles(launch.n_tiles, SlotTile{-1, -1, -1});
-    emulate(dim3(c.n_x()), kPackThreads, 0, order, [&] {
-        pack_rows<PackOrder::even_odd>(PlainRows{x.data(), c.n_values}, c.n_values, c.n_chunks(),
-                                       half.data.get(), x_scale.data());
-    });
-    emulate(dim3(1), kGroupThreads, 0, order, [&] {
-        group_slots(ids.data(), c.n_used, c.n_used, c.n_tokens, c.n_experts, T::kSlots, slots.data(),
-                    tiles.data(), n_tiles.data());
-    });
-    CHECK(n_tiles[0] <= launch.n_tiles);
-    const RepackedArguments arguments = {w.data.get(),
-                                         int64_t{row_bytes} * c.n_rows,
-                                         64 * row_bytes,
-                                         c.n_rows / 64,
-                                         c.n_values,
-                                         c.n_chunks(),
-                                         half.data.get(),
-                                         x_scale.data(),
-                                         y.data(),
-                                         slots.data(),
-                                         tiles.data(),
-                                         n_tiles.data(),
-                                         c.per_token ? c.n_used : 1};
-    const dim3 grid(static_cast<unsigned>(launch.n_row_blocks), static_cast<unsigned>(launch.n_tiles));
-    emulate(grid, T::kThreads, T::kSharedBytes, order, [&] { repacked_matmul<T>(arguments); });
-    return y;
-}
 
 // Results are precise, and the same in other orders of threads and with other tiles.
 template <typename T, typename Other>
@@ -74,6 +29,7 @@ void check_case(ggml_type type, const ExpertCase& c) {
     for (const Order order : {Order::backward, Order::random})
         CHECK(run<T>(type, c, weights.bytes, x, ids, order) == y);
     CHECK(run<Other>(type, c, weights.bytes, x, ids, Order::forward) == y);
+    CHECK(run<T, true>(type, c, weights.bytes, x, ids, Order::random) == y);
 }
 
 // Those of the backend, and others.

@@ -17,9 +17,7 @@ Counts = Mapping[str, tuple[int, int, int]]
 _EMBEDDING: Counts = {"GET_ROWS": (1, 0, 0), "SCALE": (1, 0, 0), "ADD": (1, 0, 0)}
 #: Rows between matmuls in one node each. Self-conditioning has an MLP too; norms outside layers are those of
 #: self-conditioning, of embedded tokens and of the head.
-_FUSED_ROWS: Counts = {
-    "add_normed": (0, 1, 1), "gated_gelu": (1, 2, 2), "join_branches": (0, 1, 1), "top_k": (0, 1, 1),
-}  # fmt: skip
+_FUSED_ROWS: Counts = {"gated_gelu": (1, 2, 2), "join_branches": (0, 1, 1)}
 #: Q, K, V, output, gate, up, down and router; gate, up and down of self-conditioning; the head.
 _MATMULS: Counts = {"MUL_MAT": (4, 8, 7), "MUL_MAT_ID": (0, 2, 2)}
 #: Scores and weighted V by matmuls, for a float32 cache on a device.
@@ -31,6 +29,7 @@ _ATTENTION_BY_MATMUL: Counts = {
 CPU: list[Counts] = [
     _EMBEDDING, _FUSED_ROWS, _MATMULS,
     {
+        "add_normed": (0, 1, 1), "top_k": (0, 1, 1),
         "rms_norm": (3, 5, 5), "attend": (0, 1, 1),  # which rotates Q while it reads it
         "rotate_normed": (0, 1, 1), "CPY": (0, 2, 2), "RESHAPE": (0, 6, 5), "VIEW": (2, 8, 8),
         "soft_probabilities": (1, 0, 0), "soft_embedding": (1, 0, 0), "cap_and_measure": (1, 0, 0),
@@ -46,16 +45,22 @@ GGML: list[Counts] = [
         "RESHAPE": (0, 11, 10), "VIEW": (2, 11, 11),
     },
 ]  # fmt: skip
+#: Nodes of several results, which are views: the end of attention with the norms of the dense branch and the
+#: router, the router with the choice of experts, the end of a layer with the next one's norm. So of norms in
+#: layers the first one and those of the experts are left, which no device packs here.
+_SEVERAL_RESULTS: Counts = {
+    "end_attention": (0, 1, 1), "route": (0, 1, 1), "rms_norm": (4, 1, 1), "rotate_and_store": (0, 1, 1),
+    "VIEW": (-2, 7, 7),
+}  # fmt: skip
 OWN_KERNELS: list[Counts] = [
-    _EMBEDDING, _FUSED_ROWS, _MATMULS, _ATTENTION_BY_MATMUL,
-    {"rms_norm": (3, 4, 4), "rotate_and_store": (0, 1, 1), "RESHAPE": (0, 5, 4), "VIEW": (2, 7, 7)},
+    _EMBEDDING, _FUSED_ROWS, _MATMULS, _ATTENTION_BY_MATMUL, _SEVERAL_RESULTS,
+    {"MUL_MAT": (0, -1, -1), "RESHAPE": (0, 5, 4), "VIEW": (2, 7, 7)},  # the router is no matmul
 ]  # fmt: skip
 #: The same with Q, K and V, and gate and up, concatenated and multiplied at once.
 CONCATENATED: list[Counts] = [
-    _EMBEDDING, _FUSED_ROWS, _ATTENTION_BY_MATMUL,
+    _EMBEDDING, _FUSED_ROWS, _ATTENTION_BY_MATMUL, _SEVERAL_RESULTS,
     {
-        "MUL_MAT": (3, 5, 5), "MUL_MAT_ID": (0, 2, 2),
-        "rms_norm": (3, 4, 4), "rotate_and_store": (0, 1, 1), "RESHAPE": (0, 2, 2), "VIEW": (4, 12, 11),
+        "MUL_MAT": (3, 4, 4), "MUL_MAT_ID": (0, 2, 2), "RESHAPE": (0, 2, 2), "VIEW": (4, 12, 11),
     },
 ]  # fmt: skip
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "backend/cpu/custom_node.h"
+#include "backend/node_parts.h"
 #include "util/simd_math.h"
 
 namespace pydiffusion {
@@ -165,6 +166,31 @@ void rotate_and_store_op(ggml_tensor* dst, int ith, int nth, void*) {
     });
 }
 
+// --- nodes of several results: the type of one, and an order ---
+
+// Words of the parameters after those of custom nodes.
+constexpr uint32_t kTypeWord = 8, kOrderWord = 9;
+static_assert(sizeof(ggml_custom_op_params) <= kTypeWord * sizeof(int32_t));
+
+void set_variant(ggml_tensor* node, ggml_type type, bool order) {
+    ggml_set_op_params_i32(node, kTypeWord, type);
+    ggml_set_op_params_i32(node, kOrderWord, order);
+}
+ggml_type type_variant(const ggml_tensor* node) {
+    return static_cast<ggml_type>(ggml_get_op_params_i32(node, kTypeWord));
+}
+bool order_variant(const ggml_tensor* node) { return ggml_get_op_params_i32(node, kOrderWord) != 0; }
+
+constexpr int kNextNorm = GGML_MAX_SRC - 1;  // source of join_branches
+
+AttentionEndParts attention_end_parts(int64_t d, int64_t n_tokens, ggml_type dense_type, bool for_repacked) {
+    const int64_t row_bytes = static_cast<int64_t>(ggml_row_size(GGML_TYPE_F32, d));
+    AttentionEndParts parts = {dense_type, for_repacked, after_part(0, n_tokens * row_bytes), 0, 0};
+    parts.router = after_part(parts.dense, n_tokens * static_cast<int64_t>(ggml_row_size(dense_type, d)));
+    parts.packed = after_part(parts.router, n_tokens * row_bytes);
+    return parts;
+}
+
 // --- residual additions ---
 
 void add_normed_op(ggml_tensor* dst, int ith, int nth, void*) {
@@ -176,6 +202,41 @@ void add_normed_op(ggml_tensor* dst, int ith, int nth, void*) {
         float* out = row(dst, t);
         const float scale = norm_scale(b, n, eps);
         for (int64_t i = 0; i < n; ++i) out[i] = from[i] + b[i] * scale * weight[i];
+    });
+}
+
+// values times weight, as rows of this type.
+void write_normed_row(void* out, ggml_type type, const float* x, float scale, const float* weight,
+                      int64_t n) {
+    static thread_local std::vector<float> converted;
+    converted.resize(n);
+    float* values = type == GGML_TYPE_F32 ? static_cast<float*>(out) : converted.data();
+    for (int64_t i = 0; i < n; ++i) values[i] = x[i] * scale * weight[i];
+    if (type != GGML_TYPE_F32) convert_row(values, type, out, n);
+}
+
+char* part_row(const ggml_tensor* node, int64_t begin, ggml_type type, int64_t n, int64_t t) {
+    return static_cast<char*>(node->data) + begin + t * static_cast<int64_t>(ggml_row_size(type, n));
+}
+
+// Sources: x, the branch, its weight, the norms of the dense branch and the router, and that of the experts
+// if they are packed: then a device computes this.
+void end_attention_op(ggml_tensor* dst, int ith, int nth, void*) {
+    GGML_ASSERT(!dst->src[5]);
+    const AttentionEndParts parts = parts_of_attention_end(dst);
+    const ggml_tensor *x = dst->src[0], *branch = dst->src[1];
+    const float *weight = vector_of(dst->src[2]), eps = eps_of(dst);
+    const int64_t n = dst->ne[0];
+    for_range(x->ne[1], ith, nth, [&](int64_t t) {
+        const float *from = row(x, t), *b = row(branch, t);
+        float* r = row(dst, t);
+        const float branch_scale = norm_scale(b, n, eps);
+        for (int64_t i = 0; i < n; ++i) r[i] = from[i] + b[i] * branch_scale * weight[i];
+        const float scale = norm_scale(r, n, eps);
+        write_normed_row(part_row(dst, parts.dense, parts.dense_type, n, t), parts.dense_type, r, scale,
+                         vector_of(dst->src[3]), n);
+        write_normed_row(part_row(dst, parts.router, GGML_TYPE_F32, n, t), GGML_TYPE_F32, r, scale,
+                         vector_of(dst->src[4]), n);
     });
 }
 
@@ -208,11 +269,12 @@ void join_branches_op(ggml_tensor* dst, int ith, int nth, void* scale) {
     const int64_t n_used = chosen->ne[0];
     const float eps = eps_of(dst);
     const int64_t n = dst->ne[0];
+    const NextNorm next = next_norm_of(dst);
     static thread_local std::vector<float> scratch;
     scratch.resize(n + n_used);
     float *sum = scratch.data(), *weights = sum + n;
     const float score_scale = 1.0f / std::sqrt(static_cast<float>(n));
-    for_range(dst->ne[1], ith, nth, [&](int64_t t) {
+    for_range(x->ne[1], ith, nth, [&](int64_t t) {
         route_token(weights, scores, chosen, t, score_scale, expert_scales);
         std::fill_n(sum, n, 0.0f);
         for (int64_t i = 0; i < n_used; ++i) add_weighted(sum, row(experts, i, t), weights[i], n);
@@ -223,6 +285,9 @@ void join_branches_op(ggml_tensor* dst, int ith, int nth, void* scale) {
         const float scale = norm_scale(sum, n, eps), *from = row(x, t);
         float* out = row(dst, t);
         for (int64_t i = 0; i < n; ++i) out[i] = (from[i] + sum[i] * scale * norm[i]) * layer_scale;
+        if (!next.weight) return;
+        write_normed_row(part_row(dst, next.begin, next.type, n, t), next.type, out, norm_scale(out, n, eps),
+                         vector_of(next.weight), n);
     });
 }
 
@@ -252,6 +317,7 @@ FusedOp fused_op_of(const ggml_tensor* node) {
     if (op == rows_op<compute_stored_row>) return FusedOp::store_normed;
     if (op == rotate_and_store_op) return FusedOp::rotate_and_store;
     if (op == add_normed_op) return FusedOp::add_normed;
+    if (op == end_attention_op) return FusedOp::end_attention;
     return op == join_branches_op ? FusedOp::join_branches : FusedOp::none;
 }
 
@@ -282,11 +348,51 @@ ggml_tensor* add_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* branch, 
     return new_node(ctx, x, sources, 3, add_normed_op, eps, "add_normed");
 }
 
-ggml_tensor* join_branches(ggml_context* ctx, ggml_tensor* x, const Branches& b, const float* eps) {
+AttentionEnd end_attention(ggml_context* ctx, ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight,
+                           const BranchNorms& norms, const float* eps) {
+    ggml_tensor* sources[] = {x, branch, weight, norms.dense, norms.router, norms.experts};
+    const int64_t d = x->ne[0], n = x->ne[1];
+    const AttentionEndParts parts = attention_end_parts(d, n, norms.dense_type, norms.for_repacked);
+    const int64_t n_bytes = parts.packed + (norms.experts ? norms.packed_bytes : 0);
+    ggml_tensor* node = ggml_custom_4d(
+        ctx, GGML_TYPE_F32, d, rows_for(n_bytes, static_cast<int64_t>(ggml_row_size(GGML_TYPE_F32, d))), 1, 1,
+        sources, norms.experts ? 6 : 5, end_attention_op, GGML_N_TASKS_MAX, nullptr);
+    set_variant(node, norms.dense_type, norms.for_repacked);
+    node->extra = const_cast<float*>(eps);
+    ggml_set_name(node, "end_attention");
+    return {
+        view_part(ctx, node, 0, GGML_TYPE_F32, d, n),
+        view_part(ctx, node, parts.dense, norms.dense_type, d, n),
+        view_part(ctx, node, parts.router, GGML_TYPE_F32, d, n),
+        norms.experts ? view_part(ctx, node, parts.packed, GGML_TYPE_I8, norms.packed_bytes, 1) : nullptr};
+}
+
+AttentionEndParts parts_of_attention_end(const ggml_tensor* node) {
+    return attention_end_parts(node->ne[0], node->src[0]->ne[1], type_variant(node), order_variant(node));
+}
+
+NextNorm next_norm_of(const ggml_tensor* node) {
+    return {node->src[kNextNorm], type_variant(node),
+            after_part(0, static_cast<int64_t>(node->src[0]->ne[1] * node->nb[1]))};
+}
+
+Joined join_branches(ggml_context* ctx, ggml_tensor* x, const Branches& b, const float* eps) {
     ggml_tensor* sources[] = {x,        b.dense,         b.dense_norm,   b.experts, b.scores,
                               b.chosen, b.expert_scales, b.mixture_norm, b.norm};
     // ggml_custom_4d takes at most 9 sources.
-    return new_node(ctx, x, sources, 9, join_branches_op, eps, "join_branches", b.scale);
+    if (!b.next_norm)
+        return {new_node(ctx, x, sources, 9, join_branches_op, eps, "join_branches", b.scale), nullptr};
+    const int64_t d = x->ne[0], n = x->ne[1],
+                  row_bytes = static_cast<int64_t>(ggml_row_size(GGML_TYPE_F32, d));
+    const int64_t next = after_part(0, n * row_bytes);
+    const int64_t n_bytes = next + n * static_cast<int64_t>(ggml_row_size(b.next_type, d));
+    ggml_tensor* node = ggml_custom_4d(ctx, GGML_TYPE_F32, d, rows_for(n_bytes, row_bytes), 1, 1, sources, 9,
+                                       join_branches_op, GGML_N_TASKS_MAX, b.scale);
+    node->src[kNextNorm] = b.next_norm;
+    set_variant(node, b.next_type, false);
+    node->extra = const_cast<float*>(eps);
+    ggml_set_name(node, "join_branches");
+    return {view_part(ctx, node, 0, GGML_TYPE_F32, d, n), view_part(ctx, node, next, b.next_type, d, n)};
 }
 
 ggml_tensor* rotate_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,

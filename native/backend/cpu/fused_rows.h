@@ -27,18 +27,49 @@ ggml_tensor* rms_norm(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, co
 ggml_tensor* add_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight,
                         const float* eps);
 
+// add_normed, and norms of its result r for what reads it, in one node. Dense rows of up to kMaxAttentionEnd
+// elements, a multiple of 4: devices keep them in registers.
+constexpr int64_t kMaxAttentionEnd = 3072;
+struct BranchNorms {
+    ggml_tensor* dense;  // [d], of the dense branch, F32 or BF16
+    ggml_type dense_type;
+    ggml_tensor* router;   // [d]
+    ggml_tensor* experts;  // [d]; null: not packed
+    int64_t packed_bytes;  // of the experts' packed rows (expert_nodes.h), which only devices compute
+    bool for_repacked;
+};
+struct AttentionEnd {
+    ggml_tensor *r, *dense, *router;  // [d, n_tokens]
+    ggml_tensor* packed;              // I8 [packed_bytes], or null
+};
+AttentionEnd end_attention(ggml_context* ctx, ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight,
+                           const BranchNorms& norms, const float* eps);
+// Of such a node: type of `dense`, order of `packed`, and where they begin, in bytes from its data.
+struct AttentionEndParts {
+    ggml_type dense_type;
+    bool for_repacked;
+    int64_t dense, router, packed;
+};
+AttentionEndParts parts_of_attention_end(const ggml_tensor* node);
+
 // End of a layer: joins the dense and the MoE branch with the residual, [d, n_tokens]:
 // (x + rms_norm(rms_norm(dense, dense_norm) + rms_norm(mixture, mixture_norm), norm)) * scale, where
 // mixture[:, t] is the sum over i of w[i] * expert_scales[chosen[i, t]] * experts[:, i, t], and w the softmax
-// of the chosen experts' scores / sqrt(d).
+// of the chosen experts' scores / sqrt(d). If next_norm is set, also rms_norm(result, next_norm), the input
+// of the layer after it, F32 or BF16.
 struct Branches {
     ggml_tensor *dense, *dense_norm;           // [d, n_tokens], [d]
     ggml_tensor* experts;                      // [d, n_used, n_tokens], outputs of the chosen experts
     ggml_tensor *scores, *chosen;              // [n_expert, n_tokens], I32 [n_used, n_tokens] best first
     ggml_tensor* expert_scales;                // [n_expert]
     ggml_tensor *mixture_norm, *norm, *scale;  // [d], [d], [1]
+    ggml_tensor* next_norm;                    // [d], or null
+    ggml_type next_type;
 };
-ggml_tensor* join_branches(ggml_context* ctx, ggml_tensor* x, const Branches& branches, const float* eps);
+struct Joined {
+    ggml_tensor *result, *next;  // [d, n_tokens]
+};
+Joined join_branches(ggml_context* ctx, ggml_tensor* x, const Branches& branches, const float* eps);
 
 // rms_norm(x, weight), then RoPE: rotates elements i and i + head_dim / 2 of a head by an angle whose cosine
 // is angles[i, t] and whose sine is angles[i + head_dim / 2, t]. x [head_dim, n_heads, n_tokens], contiguous;
@@ -66,14 +97,22 @@ enum class FusedOp {
     gated_gelu,
     rms_norm,
     add_normed,
+    end_attention,
     join_branches,
     rotate_normed,
     store_normed,
     rotate_and_store
 };
 FusedOp fused_op_of(const ggml_tensor* node);
-float eps_of(const ggml_tensor* node);                  // of norms
-const ggml_tensor* layer_scale_of(const ggml_tensor*);  // of join_branches, whose other operands are sources
+float eps_of(const ggml_tensor* node);  // of norms
+// Of join_branches, whose other operands are sources.
+const ggml_tensor* layer_scale_of(const ggml_tensor* node);
+struct NextNorm {
+    const ggml_tensor* weight;  // null: none
+    ggml_type type;             // of the result
+    int64_t begin;              // in bytes from the node's data
+};
+NextNorm next_norm_of(const ggml_tensor* node);
 
 // Concatenates the tokens of several sequences: parts [d, n_i] -> [d, sum of n_i].
 ggml_tensor* stack_tokens(ggml_context* ctx, std::vector<ggml_tensor*> parts);

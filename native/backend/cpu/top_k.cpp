@@ -5,6 +5,8 @@
 #include <limits>
 
 #include "backend/cpu/custom_node.h"
+#include "backend/node_parts.h"
+#include "backend/router_sizes.h"
 
 namespace pydiffusion {
 
@@ -37,7 +39,63 @@ void top_k_op(ggml_tensor* dst, int ith, int nth, void*) {
     }
 }
 
+RoutedParts parts_of(const ggml_tensor* weights, const ggml_tensor* x, int64_t k) {
+    const int64_t n_experts = weights->ne[1], n_tokens = x->ne[1];
+    RoutedParts parts;
+    parts.k = k;
+    parts.chosen = after_part(0, n_experts * n_tokens * static_cast<int64_t>(sizeof(float)));
+    parts.scratch = after_part(parts.chosen, k * n_tokens * static_cast<int64_t>(sizeof(int32_t)));
+    const int64_t n_scratch = router_scratch(static_cast<int32_t>(x->ne[0]), static_cast<int32_t>(n_experts),
+                                             static_cast<int32_t>(n_tokens));
+    parts.end = parts.scratch + n_scratch * static_cast<int64_t>(sizeof(float));
+    return parts;
+}
+
+// In enough lanes to hide the latency of additions, in a fixed order.
+float score_of(const float* x, const float* weights, int64_t d) {
+    constexpr int64_t kLanes = 64;
+    float lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= d; i += kLanes) {
+        for (int64_t l = 0; l < kLanes; ++l) lanes[l] += x[i + l] * weights[i + l];
+    }
+    for (; i < d; ++i) lanes[i % kLanes] += x[i] * weights[i];
+    double sum = 0.0;
+    for (const float lane : lanes) sum += lane;
+    return static_cast<float>(sum);
+}
+
+void route_op(ggml_tensor* dst, int ith, int nth, void*) {
+    const ggml_tensor *weights = dst->src[0], *x = dst->src[1];
+    const int64_t n_experts = weights->ne[1];
+    const RoutedParts parts = parts_of_route(dst);
+    for (int64_t t = ith; t < x->ne[1]; t += nth) {
+        float* scores = static_cast<float*>(dst->data) + t * n_experts;
+        for (int64_t e = 0; e < n_experts; ++e) scores[e] = score_of(row(x, t), row(weights, e), x->ne[0]);
+        auto* chosen = reinterpret_cast<int32_t*>(static_cast<char*>(dst->data) + parts.chosen) + t * parts.k;
+        top_k_of_row(chosen, scores, n_experts, parts.k);
+    }
+}
+
 }  // namespace
+
+Routed route(ggml_context* ctx, ggml_tensor* weights, ggml_tensor* x, int64_t k) {
+    const RoutedParts parts = parts_of(weights, x, k);
+    ggml_tensor* sources[] = {weights, x};
+    ggml_tensor* node =
+        ggml_custom_4d(ctx, GGML_TYPE_F32, parts.end / static_cast<int64_t>(sizeof(float)), 1, 1, 1, sources,
+                       2, route_op, GGML_N_TASKS_MAX, reinterpret_cast<void*>(static_cast<intptr_t>(k)));
+    ggml_set_name(node, "route");
+    return {view_part(ctx, node, 0, GGML_TYPE_F32, weights->ne[1], x->ne[1]),
+            view_part(ctx, node, parts.chosen, GGML_TYPE_I32, k, x->ne[1])};
+}
+
+bool is_route(const ggml_tensor* node) { return is_custom_node_of(node, route_op); }
+
+RoutedParts parts_of_route(const ggml_tensor* node) {
+    const auto k = static_cast<int64_t>(reinterpret_cast<intptr_t>(custom_parameters(node).userdata));
+    return parts_of(node->src[0], node->src[1], k);
+}
 
 ggml_tensor* top_k(ggml_context* ctx, ggml_tensor* values, int64_t k) {
     ggml_tensor* best = ggml_custom_4d(ctx, GGML_TYPE_I32, k, values->ne[1], 1, 1, &values, 1, top_k_op,

@@ -180,6 +180,9 @@ bool compute_expert_node(ggml_backend_cuda_context* ctx, const ggml_tensor* node
                     multiply<Q80>(stream, node);
                     return true;
             }
+        case ExpertNode::multiply_gated:
+            multiply_repacked(stream, node);
+            return true;
         case ExpertNode::none:
             break;
     }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "backend/cuda/layer_kernels.cuh"
+#include "backend/cuda/router_kernels.cuh"
 
 namespace pydiffusion::cuda {
 
@@ -24,6 +25,7 @@ constexpr int32_t kMaxScores = 1024;
 // join_branches: (x + rms_norm(rms_norm(dense, dense_norm) + rms_norm(mixture, mixture_norm), norm)) * scale,
 // where mixture[:, t] is the sum over i of w[i] * expert_scales[chosen[i, t]] * experts[:, i, t], and w the
 // softmax of the chosen experts' scores / sqrt(d). A score that is not finite, of any expert, makes w NaN.
+// Unless next.data is null, also its rms_norm(next_norm): the input of the layer after it.
 struct JoinArguments {
     const float *x, *dense;                 // [d, n_tokens]
     const float* experts;                   // [d, n_used, n_tokens], outputs of the chosen experts
@@ -40,6 +42,8 @@ struct JoinArguments {
     int32_t n_used;  // 1 to kMaxUsed
     int32_t n_tokens;
     float eps;
+    OutputRows next;         // [d, n_tokens]
+    const float* next_norm;  // [d]
 };
 constexpr int32_t kMaxUsed = 128;
 
@@ -49,15 +53,6 @@ namespace {  // kernels
 
 constexpr int kTopKWarps = 2;
 
-// Orders as the float does, NaN as -infinity and -0 as 0; above 0.
-__device__ __forceinline__ uint32_t order_of(float x) {
-    x = x == x ? x + 0.0f : -INFINITY;  // -0 + 0 is 0
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-// A lane has kPerLane neighbouring scores, so that the lowest of the lanes with the largest has the first.
 template <int kPerLane>
 __global__ void __launch_bounds__(kTopKWarps* kWarpLanes) top_k_rows(TopKArguments a) {
     await_previous_kernel();
@@ -71,22 +66,7 @@ __global__ void __launch_bounds__(kTopKWarps* kWarpLanes) top_k_rows(TopKArgumen
         const int32_t index = lane * kPerLane + i;
         order[i] = index < a.n_scores ? order_of(scores[index]) : 0;
     }
-    for (int32_t place = 0; place < a.n_used; ++place) {
-        uint32_t own = 0;
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) own = max(own, order[i]);
-        uint32_t best = own;
-#pragma unroll
-        for (int offset = kWarpLanes / 2; offset > 0; offset /= 2)
-            best = max(best, __shfl_xor_sync(kWholeWarp, best, offset));
-        if (__ffs(static_cast<int>(__ballot_sync(kWholeWarp, own == best))) - 1 != lane) continue;
-        int found = kPerLane;
-#pragma unroll
-        for (int i = kPerLane - 1; i >= 0; --i) found = order[i] == best ? i : found;
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) order[i] = i == found ? 0 : order[i];
-        a.chosen[token * a.chosen_stride + place] = lane * kPerLane + found;
-    }
+    write_top_k(order, a.n_used, a.chosen + token * a.chosen_stride);
 }
 
 // --- end of a layer: a block for each token ---
@@ -131,6 +111,7 @@ __device__ __forceinline__ void add_weighted(Four& sum, const Four& values, floa
 struct JoinMemory {
     float weights[kMaxUsed];
     float dense_sums[RowOfBlock::kWarps], mixture_sums[RowOfBlock::kWarps], sums[RowOfBlock::kWarps];
+    float next_sums[RowOfBlock::kWarps];
 };
 
 __device__ __forceinline__ JoinMemory& join_memory() {
@@ -234,16 +215,36 @@ __global__ void __launch_bounds__(RowOfBlock::kBlockThreads, 2) join_rows(JoinAr
     }
     const float scale = norm_scale(Row::sum(sum, shared.sums), a.d, a.eps);
 
+    float next_sum = 0.0f;
     const auto finish = [&](int32_t at, const Four& from, const Four& branches, const Four& norm) {
         Four result;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             result.v[i] = (from.v[i] + branches.v[i] * scale * norm.v[i]) * layer_scale;
         store_four<is_aligned>(out, at, a.d, result);
+        next_sum = add_squares(next_sum, result);
+        return result;
     };
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) finish(four_of_thread<Row>(i), residual[i], mixture_kept[i], norms[i]);
+    for (int i = 0; i < kKept; ++i) {
+        residual[i] = finish(four_of_thread<Row>(i), residual[i], mixture_kept[i], norms[i]);
+        if (a.next.data) norms[i] = load(a.next_norm, four_of_thread<Row>(i));
+    }
     for (int32_t at = rest; at < a.d; at += step) finish(at, load(x, at), joined_at(at), load(a.norm, at));
+
+    if (!a.next.data) return;
+    const float next_scale = norm_scale(Row::sum(next_sum, shared.next_sums), a.d, a.eps);
+    const OutputRow next = begin_of(a.next, token, 0);
+    const auto finish_next = [&](int32_t at, const Four& of, const Four& norm) {
+        Four result;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) result.v[i] = of.v[i] * next_scale * norm.v[i];
+        store_four<is_aligned>(next, at, a.d, result);
+    };
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) finish_next(four_of_thread<Row>(i), residual[i], norms[i]);
+    const float* written = a.out + token * a.out_stride;  // by this thread
+    for (int32_t at = rest; at < a.d; at += step) finish_next(at, load(written, at), load(a.next_norm, at));
 }
 
 // --- launches ---
@@ -261,7 +262,8 @@ void launch_join_rows(const JoinArguments& a, const Launch& launch) {
     const bool is_aligned =
         a.d % 4 == 0 && begins_at_four(a.x, a.x_stride) && begins_at_four(a.dense, a.dense_stride) &&
         begins_at_four(a.experts, a.expert_stride, a.experts_stride) && begins_at_four(a.out, a.out_stride) &&
-        begins_at_four(a.dense_norm) && begins_at_four(a.mixture_norm) && begins_at_four(a.norm);
+        begins_at_four(a.dense_norm) && begins_at_four(a.mixture_norm) && begins_at_four(a.norm) &&
+        begins_at_four(a.next) && begins_at_four(a.next_norm);
     const auto kernel = is_aligned ? join_rows<true> : join_rows<false>;
     launch(kernel, row_blocks<RowOfBlock>(a.n_tokens), RowOfBlock::kBlockThreads, a);
 }

@@ -91,9 +91,56 @@ enum class PackOrder {
     even_odd,  // of 16 values, the even ones, then the odd ones, as wgmma reads them from shared memory
 };
 
-// Writes each row as float16 times a power of two that scales its maximum to [2^13, 2^14), so that any
-// finite row fits. A chunk of the result, kXChunkBytes: the 256 values, then the sums of each 16, divided by
-// kSumScale, as the nearest float16, then what this lacks. Zeros follow n_values. A block for each row.
+// Writes the sum of a chunk's i-th sixteen: the nearest float16, then what it lacks.
+__device__ __forceinline__ void write_sum(unsigned char* chunk, int i, float sum) {
+    const uint32_t nearest = half2_of(sum, sum);
+    uint16_t* sums = reinterpret_cast<uint16_t*>(chunk + 2 * kChunk);
+    sums[i] = static_cast<uint16_t>(nearest);
+    const float rest = sum - low_half(nearest);
+    sums[kSixteens + i] = static_cast<uint16_t>(half2_of(rest, rest));
+}
+
+// A row is packed as float16 times a power of two that scales its maximum to [2^10, 2^11), so that any finite
+// row fits, and so do sums of 16.
+constexpr int kPackedExponent = 11;
+struct PackScale {
+    float factor, inverse;
+};
+
+__device__ __forceinline__ float power_of_two(int exponent) {
+    return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
+}
+
+__device__ __forceinline__ PackScale pack_scale(float maximum) {
+    const bool is_known = maximum > 0.0f && maximum <= FLT_MAX;
+    const int exponent = is_known ? static_cast<int>(__float_as_uint(maximum) >> 23) - 126 : 0;
+    const int scaled = exponent < -100 ? -100 : exponent;
+    return {power_of_two(kPackedExponent - scaled), power_of_two(scaled - kPackedExponent)};
+}
+
+// Writes values [4 * four, 4 * four + 4) of a packed row; by whole warps, whose lanes have neighbours. A
+// chunk of a packed row, kXChunkBytes: 256 values, then the sums of each 16 as the nearest float16, then what
+// this lacks.
+template <PackOrder order>
+__device__ __forceinline__ void pack_four(unsigned char* out, int four, const float (&v)[4]) {
+    const uint2 pairs = make_uint2(half2_of(v[0], v[2]), half2_of(v[1], v[3]));
+    float sum = low_half(pairs.x) + low_half(pairs.y) + (high_half(pairs.x) + high_half(pairs.y));
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    unsigned char* chunk = out + four / 64 * kXChunkBytes;
+    const int in_chunk = four % 64, t = four % 4;
+    if constexpr (order == PackOrder::quads) {
+        const int sixteen = in_chunk / 4 % 2;
+        *reinterpret_cast<uint2*>(chunk + in_chunk / 8 * 64 + 16 * t + 8 * sixteen) = pairs;
+    } else {
+        unsigned char* sixteen = chunk + in_chunk / 4 * 32;
+        *reinterpret_cast<uint32_t*>(sixteen + 4 * t) = pairs.x;
+        *reinterpret_cast<uint32_t*>(sixteen + 16 + 4 * t) = pairs.y;
+    }
+    if (t == 0) write_sum(chunk, in_chunk / 4, sum);
+}
+
+// Packs each row; zeros follow n_values. A block for each row.
 template <PackOrder order, typename Rows>
 __global__ void __launch_bounds__(kPackThreads)
     pack_rows(const Rows rows, int32_t n_values, int32_t n_chunks, unsigned char* out, float* scales) {
@@ -107,61 +154,49 @@ __global__ void __launch_bounds__(kPackThreads)
     if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = maximum;
     __syncthreads();
     for (int i = 0; i < kPackThreads / 32; ++i) maximum = fmaxf(maximum, maxima[i]);
-    int exponent = 0;
-    if (maximum > 0.0f && maximum <= FLT_MAX) frexpf(maximum, &exponent);
-    exponent = exponent < -100 ? -100 : exponent;
-    const float factor = ldexpf(1.0f, 14 - exponent);
+    const PackScale scale = pack_scale(maximum);
     out += static_cast<int64_t>(blockIdx.x) * n_chunks * kXChunkBytes;
     // Four values a thread; kPackThreads is a multiple of a chunk's 64 fours, so that no warp diverges.
     for (int four = threadIdx.x; four < n_chunks * kChunk / 4; four += kPackThreads) {
         float v[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) v[j] = 4 * four + j < n_values ? row.at(4 * four + j) * factor : 0.0f;
-        const uint2 pairs = make_uint2(half2_of(v[0], v[2]), half2_of(v[1], v[3]));
-        float sum = low_half(pairs.x) + low_half(pairs.y) + (high_half(pairs.x) + high_half(pairs.y));
-        sum += __shfl_xor_sync(kAllLanes, sum, 1);
-        sum += __shfl_xor_sync(kAllLanes, sum, 2);
-        sum /= kSumScale;
-        unsigned char* chunk = out + four / 64 * kXChunkBytes;
-        const int in_chunk = four % 64, t = four % 4;
-        if constexpr (order == PackOrder::quads) {
-            const int sixteen = in_chunk / 4 % 2;
-            *reinterpret_cast<uint2*>(chunk + in_chunk / 8 * 64 + 16 * t + 8 * sixteen) = pairs;
-        } else {
-            unsigned char* sixteen = chunk + in_chunk / 4 * 32;
-            *reinterpret_cast<uint32_t*>(sixteen + 4 * t) = pairs.x;
-            *reinterpret_cast<uint32_t*>(sixteen + 16 + 4 * t) = pairs.y;
-        }
-        if (t == 0) {
-            const uint32_t nearest = half2_of(sum, sum);
-            uint16_t* sums = reinterpret_cast<uint16_t*>(chunk + 2 * kChunk);
-            sums[in_chunk / 4] = static_cast<uint16_t>(nearest);
-            const float rest = sum - low_half(nearest);
-            sums[kSixteens + in_chunk / 4] = static_cast<uint16_t>(half2_of(rest, rest));
-        }
+        for (int j = 0; j < 4; ++j)
+            v[j] = 4 * four + j < n_values ? row.at(4 * four + j) * scale.factor : 0.0f;
+        pack_four<order>(out, four, v);
     }
-    if (threadIdx.x == 0) scales[blockIdx.x] = ldexpf(1.0f, exponent - 14);
+    if (threadIdx.x == 0) scales[blockIdx.x] = scale.inverse;
 }
 
 constexpr int kGroupThreads = 1024, kMaxExperts = 1024;
 
 // Sorts the slots (slot i of a token uses its i-th expert) by expert and cuts each expert's into tiles of at
 // most `tile`. One block. ids [n_tokens][stride], the first n_used of each row. An id outside [0, n_experts)
-// gets no slot.
+// gets no slot. The order within an expert is that of arrival; a slot's result doesn't depend on it.
 __global__ void __launch_bounds__(kGroupThreads)
     group_slots(const int32_t* ids, int64_t stride, int32_t n_used, int32_t n_tokens, int32_t n_experts,
                 int32_t tile, int32_t* slots, SlotTile* tiles, int32_t* n_tiles) {
-    __shared__ int32_t counts[kMaxExperts], next[kMaxExperts];
+    constexpr int kKept = 4;  // a thread's first slots, of which it keeps the place among their expert's
+    __shared__ int32_t counts[kMaxExperts], firsts[kMaxExperts];
     __shared__ int32_t slot_sums[32], tile_sums[32];
-    await_previous_kernel();
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     counts[thread] = 0;
-    __syncthreads();
+    await_previous_kernel();
     const int32_t n = n_tokens * n_used;
-    for (int32_t c = thread; c < n; c += kGroupThreads) {
-        const int32_t expert = ids[c / n_used * stride + c % n_used];
-        if (static_cast<uint32_t>(expert) < static_cast<uint32_t>(n_experts)) atomicAdd(&counts[expert], 1);
-    }
+    const auto expert_of = [&](int32_t c) {
+        if (c >= n) return -1;
+        const int32_t id = stride == n_used ? ids[c] : ids[c / n_used * stride + c % n_used];
+        return static_cast<uint32_t>(id) < static_cast<uint32_t>(n_experts) ? id : -1;
+    };
+    int32_t experts[kKept], places[kKept];
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) experts[i] = expert_of(thread + i * kGroupThreads);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kKept; ++i)
+        if (experts[i] >= 0) places[i] = atomicAdd(&counts[experts[i]], 1);
+    const int32_t rest = thread + kKept * kGroupThreads;
+    for (int32_t c = rest; c < n; c += kGroupThreads)
+        if (expert_of(c) >= 0) atomicAdd(&counts[expert_of(c)], 1);
     __syncthreads();
     // Exclusive sums of slots and tiles over the experts.
     const int32_t own = counts[thread], own_tiles = (own + tile - 1) / tile;
@@ -179,24 +214,28 @@ __global__ void __launch_bounds__(kGroupThreads)
         tile_sums[warp] = tile_sum;
     }
     __syncthreads();
-    for (int w = 0; w < warp; ++w) {
-        sum += slot_sums[w];
-        tile_sum += tile_sums[w];
-    }
-    const int32_t first = sum - own, first_tile = tile_sum - own_tiles;
-    next[thread] = first;
-    if (thread == kGroupThreads - 1) *n_tiles = tile_sum;
-    for (int32_t i = 0; i < own_tiles; ++i) {
-        const int32_t left = own - i * tile;
-        tiles[first_tile + i] = {thread, first + i * tile, left < tile ? left : tile};
+    if (thread < n_experts) {
+        for (int w = 0; w < warp; ++w) {
+            sum += slot_sums[w];
+            tile_sum += tile_sums[w];
+        }
+        const int32_t first = sum - own, first_tile = tile_sum - own_tiles;
+        firsts[thread] = first;
+        if (thread == n_experts - 1) *n_tiles = tile_sum;
+        for (int32_t i = 0; i < own_tiles; ++i) {
+            const int32_t left = own - i * tile;
+            tiles[first_tile + i] = {thread, first + i * tile, left < tile ? left : tile};
+        }
     }
     __syncthreads();
-    // The order within an expert is that of arrival; a slot's result doesn't depend on it.
-    for (int32_t c = thread; c < n; c += kGroupThreads) {
-        const int32_t expert = ids[c / n_used * stride + c % n_used];
-        if (static_cast<uint32_t>(expert) < static_cast<uint32_t>(n_experts))
-            slots[atomicAdd(&next[expert], 1)] = c;
+    if (n <= kKept * kGroupThreads) {
+#pragma unroll
+        for (int i = 0; i < kKept; ++i)
+            if (experts[i] >= 0) slots[firsts[experts[i]] + places[i]] = thread + i * kGroupThreads;
+        return;
     }
+    for (int32_t c = thread; c < n; c += kGroupThreads)
+        if (expert_of(c) >= 0) slots[atomicAdd(&firsts[expert_of(c)], 1)] = c;
 }
 
 }  // namespace

@@ -41,9 +41,13 @@ struct RotateNormedArguments {
     int32_t n_tokens;
     float eps;
 
-    __host__ __device__ int32_t n_heads() const {
+    // Groups of up to so many heads of one kind.
+    __host__ __device__ int32_t n_groups_of(int32_t kind, int32_t n_together) const {
+        return (heads[kind].n_heads + n_together - 1) / n_together;
+    }
+    __host__ __device__ int32_t n_groups(int32_t n_together) const {
         int32_t sum = 0;
-        for (int i = 0; i < n_kinds; ++i) sum += heads[i].n_heads;
+        for (int32_t i = 0; i < n_kinds; ++i) sum += n_groups_of(i, n_together);
         return sum;
     }
 };
@@ -72,18 +76,19 @@ namespace {  // kernels
 
 template <typename Row, bool is_aligned>
 __global__ void __launch_bounds__(Row::kBlockThreads) norm_rows(NormArguments a) {
+    // Weights may be read before the kernel before this has finished; all else that is read comes before the
+    // sum, so that the reads overlap.
+    Four kept[Row::kKept], weights[Row::kKept];
+#pragma unroll
+    for (int i = 0; i < Row::kKept; ++i)
+        weights[i] = load_weight<is_aligned>(a.weight, four_of_thread<Row>(i), a.n);
     await_previous_kernel();
     const int32_t row = Row::row();
     if (row >= a.n_rows) return;
     const int32_t i1 = row % a.n1, i2 = row / a.n1;
     const float* x = begin_of(a.x, i1, i2);
-    // All that is read comes before the sum, so that the reads overlap.
-    Four kept[Row::kKept], weights[Row::kKept];
 #pragma unroll
     for (int i = 0; i < Row::kKept; ++i) kept[i] = load_four<is_aligned>(x, four_of_thread<Row>(i), a.n);
-#pragma unroll
-    for (int i = 0; i < Row::kKept; ++i)
-        weights[i] = load_weight<is_aligned>(a.weight, four_of_thread<Row>(i), a.n);
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < Row::kKept; ++i) sum = add_squares(sum, kept[i]);
@@ -107,7 +112,7 @@ __global__ void __launch_bounds__(Row::kBlockThreads) norm_rows(NormArguments a)
     }
 }
 
-// --- RMS norm and RoPE: a warp for each head ---
+// --- RMS norm and RoPE: a warp for several heads of a token ---
 
 // Four elements of each half of a head.
 struct Halves {
@@ -119,87 +124,117 @@ __device__ __forceinline__ Halves load_halves(const float* row, int32_t at, int3
     return {load_four<is_aligned>(row, at, half), load_four<is_aligned>(row + half, at, half)};
 }
 
-template <bool is_aligned>
-__global__ void __launch_bounds__(RowOfWarp::kBlockThreads) rotate_normed_rows(RotateNormedArguments a) {
-    await_previous_kernel();
+constexpr int kRotateThreads = 64, kRotateWarps = kRotateThreads / kWarpLanes;
+
+// The kind of a block's heads, which are one token's, and the first of them.
+struct HeadsOfBlock {
+    int32_t kind, first, token;
+};
+
+template <int kHeads>
+__device__ __forceinline__ HeadsOfBlock heads_of_block(const RotateNormedArguments& a) {
+    constexpr int32_t kTogether = kRotateWarps * kHeads;
+    const int32_t n_groups = a.n_groups(kTogether), block = static_cast<int32_t>(blockIdx.x);
+    HeadsOfBlock own = {0, block % n_groups, block / n_groups};
+    for (; own.first >= a.n_groups_of(own.kind, kTogether); ++own.kind)
+        own.first -= a.n_groups_of(own.kind, kTogether);
+    own.first *= kTogether;
+    return own;
+}
+
+// A warp's heads share weights and angles, which are read once, and their reads overlap. kKept: fours of a
+// half that a lane keeps in registers.
+template <bool is_aligned, int kKept, int kHeads>
+__global__ void __launch_bounds__(kRotateThreads) rotate_normed_rows(RotateNormedArguments a) {
     using Row = RowOfWarp;
-    constexpr int kKept = Row::kKept / 2;
-    const int32_t row = Row::row(), n_heads = a.n_heads();
-    if (row >= n_heads * a.n_tokens) return;
-    const int32_t token = row / n_heads, half = a.head_dim / 2;
-    int32_t head = row % n_heads;
-    RotateNormedArguments::Heads own = a.heads[0];
-#pragma unroll
-    for (int kind = 1; kind < 3; ++kind) {
-        if (kind < a.n_kinds && head >= own.n_heads) {
-            head -= own.n_heads;
-            own = a.heads[kind];
-        }
-    }
-    const float *x = begin_of(own.x, head, token), *angles = a.angles + token * a.angle_stride;
-    const OutputRow out = begin_of(own.out, head, token);
-    const OutputRow out_high = {out.data + half * (out.type == FloatType::f32 ? 4 : 2), out.type};
+    const HeadsOfBlock of_block = heads_of_block<kHeads>(a);
+    const RotateNormedArguments::Heads& kind = a.heads[of_block.kind];
+    const int32_t token = of_block.token, first = of_block.first + warp_of_thread() * kHeads;
+    const int32_t half = a.head_dim / 2;
+    const float *weight = kind.weight, *angles = a.angles + token * a.angle_stride;
     const auto load_weights = [&](int32_t at) {
-        return Halves{load_weight<is_aligned>(own.weight, at, half),
-                      load_weight<is_aligned>(own.weight ? own.weight + half : nullptr, at, half)};
+        return Halves{load_weight<is_aligned>(weight, at, half),
+                      load_weight<is_aligned>(weight ? weight + half : nullptr, at, half)};
     };
     const auto load_angles = [&](int32_t at) {
-        if (own.is_rotated) return load_halves<is_aligned>(angles, at, half);
+        if (kind.is_rotated) return load_halves<is_aligned>(angles, at, half);
         return Halves{{{1.0f, 1.0f, 1.0f, 1.0f}}, {}};
     };
-    Halves kept[kKept], weights[kKept], rotations[kKept];
+    // Weights may be read before the kernel before this has finished.
+    Halves weights[kKept], rotations[kKept], kept[kHeads][kKept];
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-        const int32_t at = four_of_thread<Row>(i);
-        kept[i] = load_halves<is_aligned>(x, at, half);
-        weights[i] = load_weights(at);
-        rotations[i] = load_angles(at);
+    for (int i = 0; i < kKept; ++i) weights[i] = load_weights(four_of_thread<Row>(i));
+    await_previous_kernel();
+    const auto input = [&](int h) { return begin_of(kind.x, first + h, token); };
+    const auto is_head = [&](int h) { return first + h < kind.n_heads; };
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+        for (int i = 0; i < kKept; ++i)
+            kept[h][i] =
+                is_head(h) ? load_halves<is_aligned>(input(h), four_of_thread<Row>(i), half) : Halves{};
     }
-    float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) sum = add_squares(add_squares(sum, kept[i].low), kept[i].high);
+    for (int i = 0; i < kKept; ++i) rotations[i] = load_angles(four_of_thread<Row>(i));
     const int32_t rest = four_of_thread<Row>(kKept), step = 4 * Row::kRowThreads;
-    for (int32_t at = rest; at < half; at += step) {
-        const Halves more = load_halves<is_aligned>(x, at, half);
-        sum = add_squares(add_squares(sum, more.low), more.high);
+    float scales[kHeads];
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kKept; ++i) sum = add_squares(add_squares(sum, kept[h][i].low), kept[h][i].high);
+        for (int32_t at = rest; is_head(h) && at < half; at += step) {
+            const Halves more = load_halves<is_aligned>(input(h), at, half);
+            sum = add_squares(add_squares(sum, more.low), more.high);
+        }
+        scales[h] = norm_scale(Row::sum(sum), a.head_dim, a.eps);
     }
-    const float scale = norm_scale(Row::sum(sum), a.head_dim, a.eps);
 
-    const auto rotate = [&](int32_t at, const Halves& from, const Halves& weight, const Halves& rotation) {
+    const auto rotate = [&](int h, int32_t at, const Halves& from, const Halves& weight_at,
+                            const Halves& rotation) {
         Halves to;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float low = from.low.v[i] * scale * weight.low.v[i];
-            const float high = from.high.v[i] * scale * weight.high.v[i];
+            const float low = from.low.v[i] * scales[h] * weight_at.low.v[i];
+            const float high = from.high.v[i] * scales[h] * weight_at.high.v[i];
             const float cosine = rotation.low.v[i], sine = rotation.high.v[i];
-            to.low.v[i] = own.is_rotated ? low * cosine - high * sine : low;
-            to.high.v[i] = own.is_rotated ? low * sine + high * cosine : high;
+            to.low.v[i] = kind.is_rotated ? low * cosine - high * sine : low;
+            to.high.v[i] = kind.is_rotated ? low * sine + high * cosine : high;
         }
+        const OutputRow out = begin_of(kind.out, first + h, token);
         store_four<is_aligned>(out, at, half, to.low);
-        store_four<is_aligned>(out_high, at, half, to.high);
+        store_four<is_aligned>({out.data + half * (out.type == FloatType::f32 ? 4 : 2), out.type}, at, half,
+                               to.high);
     };
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) rotate(four_of_thread<Row>(i), kept[i], weights[i], rotations[i]);
-    for (int32_t at = rest; at < half; at += step)
-        rotate(at, load_halves<is_aligned>(x, at, half), load_weights(at), load_angles(at));
+    for (int h = 0; h < kHeads; ++h) {
+        if (!is_head(h)) continue;
+#pragma unroll
+        for (int i = 0; i < kKept; ++i)
+            rotate(h, four_of_thread<Row>(i), kept[h][i], weights[i], rotations[i]);
+        for (int32_t at = rest; at < half; at += step)
+            rotate(h, at, load_halves<is_aligned>(input(h), at, half), load_weights(at), load_angles(at));
+    }
 }
 
 // --- residual ---
 
 template <typename Row, bool is_aligned>
 __global__ void __launch_bounds__(Row::kBlockThreads) add_normed_rows(AddNormedArguments a) {
+    Four kept[Row::kKept], residual[Row::kKept], weights[Row::kKept];
+#pragma unroll
+    for (int i = 0; i < Row::kKept; ++i)
+        weights[i] = load_weight<is_aligned>(a.weight, four_of_thread<Row>(i), a.d);
     await_previous_kernel();
     const int32_t token = Row::row();
     if (token >= a.n_tokens) return;
     const float *x = a.x + token * a.x_stride, *branch = a.branch + token * a.branch_stride;
     const OutputRow out = {reinterpret_cast<char*>(a.out + token * a.out_stride), FloatType::f32};
-    Four kept[Row::kKept], residual[Row::kKept], weights[Row::kKept];
 #pragma unroll
     for (int i = 0; i < Row::kKept; ++i) {
         const int32_t at = four_of_thread<Row>(i);
         kept[i] = load_four<is_aligned>(branch, at, a.d);
         residual[i] = load_four<is_aligned>(x, at, a.d);
-        weights[i] = load_weight<is_aligned>(a.weight, at, a.d);
     }
     float sum = 0.0f;
 #pragma unroll
@@ -278,18 +313,29 @@ void launch_norm_rows(const NormArguments& a, const Launch& launch) {
     }
 }
 
+template <bool is_aligned, int kKept, int kHeads, typename Launch>
+void launch_rotate_normed_rows_with(const RotateNormedArguments& a, const Launch& launch) {
+    const auto kernel = rotate_normed_rows<is_aligned, kKept, kHeads>;
+    const int32_t n_blocks = a.n_groups(kRotateWarps * kHeads) * a.n_tokens;
+    launch(kernel, static_cast<unsigned>(n_blocks), kRotateThreads, a);
+}
+
 template <typename Launch>
 void launch_rotate_normed_rows(const RotateNormedArguments& a, const Launch& launch) {
-    const int64_t n_rows = int64_t{a.n_heads()} * a.n_tokens;
-    if (n_rows == 0) return;
+    if (a.n_groups(1) == 0 || a.n_tokens == 0) return;
     bool is_aligned = a.head_dim % 8 == 0 && begins_at_four(a.angles, a.angle_stride);
     for (int i = 0; i < a.n_kinds; ++i) {
         const RotateNormedArguments::Heads& heads = a.heads[i];
         is_aligned = is_aligned && begins_at_four(heads.x) && begins_at_four(heads.out) &&
                      begins_at_four(heads.weight);
     }
-    const auto kernel = is_aligned ? rotate_normed_rows<true> : rotate_normed_rows<false>;
-    launch(kernel, row_blocks<RowOfWarp>(n_rows), RowOfWarp::kBlockThreads, a);
+    if (!is_aligned) {
+        launch_rotate_normed_rows_with<false, 2, 1>(a, launch);
+    } else if (a.head_dim <= 8 * kWarpLanes) {
+        launch_rotate_normed_rows_with<true, 1, 2>(a, launch);
+    } else {
+        launch_rotate_normed_rows_with<true, 2, 1>(a, launch);
+    }
 }
 
 template <typename Launch>

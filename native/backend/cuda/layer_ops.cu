@@ -2,6 +2,7 @@
 
 #include "backend/cpu/fused_rows.h"
 #include "backend/cpu/top_k.h"
+#include "backend/cuda/attention_end.cuh"
 #include "backend/cuda/expert_rows.cuh"
 #include "backend/cuda/layer_kernels.cuh"
 #include "backend/cuda/own_kernels.cuh"
@@ -15,6 +16,7 @@ namespace {
 using namespace cuda;
 
 static_assert(kMaxDeviceExperts == kMaxScores && kMaxDeviceExpertsUsed == kMaxUsed);
+static_assert(kMaxAttentionEnd <= kMaxEndedRow && kMaxAttentionEnd % kChunk == 0);
 
 bool has_float_rows(const ggml_tensor* t) {
     return t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) && t->ne[3] == 1 && t->ne[0] <= INT_MAX &&
@@ -33,12 +35,14 @@ int64_t stride(const ggml_tensor* t, int dimension) { return t->nb[dimension] / 
 
 InputRows input(const ggml_tensor* t) { return {floats(t), stride(t, 1), stride(t, 2)}; }
 
-OutputRows output(const ggml_tensor* t) {
-    const FloatType type = t->type == GGML_TYPE_F32   ? FloatType::f32
-                           : t->type == GGML_TYPE_F16 ? FloatType::f16
-                                                      : FloatType::bf16;
-    return {t->data, stride(t, 1), stride(t, 2), type};
+FloatType float_type(ggml_type type) {
+    if (type == GGML_TYPE_F32) return FloatType::f32;
+    return type == GGML_TYPE_F16 ? FloatType::f16 : FloatType::bf16;
 }
+
+OutputRows output(const ggml_tensor* t) { return {t->data, stride(t, 1), stride(t, 2), float_type(t->type)}; }
+
+char* part(const ggml_tensor* node, int64_t begin) { return static_cast<char*>(node->data) + begin; }
 
 int32_t size(const ggml_tensor* t, int dimension) { return static_cast<int32_t>(t->ne[dimension]); }
 
@@ -49,9 +53,11 @@ struct Launch {
     bool overlaps = true;  // may begin before the kernel before it has finished
 
     template <typename Kernel, typename Arguments>
-    void operator()(Kernel kernel, unsigned n_blocks, unsigned n_threads, const Arguments& arguments) const {
+    void operator()(Kernel kernel, unsigned n_blocks, unsigned n_threads, const Arguments& arguments,
+                    int n_shared_bytes = 0) const {
         if (overlaps) {
-            ggml_cuda_kernel_launch(kernel, {dim3(n_blocks), dim3(n_threads), size_t{0}, stream}, arguments);
+            const auto shared = static_cast<size_t>(n_shared_bytes);
+            ggml_cuda_kernel_launch(kernel, {dim3(n_blocks), dim3(n_threads), shared, stream}, arguments);
         } else {
             kernel<<<n_blocks, n_threads, 0, stream>>>(arguments);
             CUDA_CHECK(cudaGetLastError());
@@ -112,6 +118,63 @@ bool add_normed(const Launch* launch, const ggml_tensor* node) {
     return true;
 }
 
+// Sources as end_attention() has them.
+bool end_attention(const Launch* launch, const ggml_tensor* node) {
+    const ggml_tensor* const* src = node->src;
+    const ggml_tensor *x = src[0], *branch = src[1];
+    if (!has_float_rows(x) || !has_float_rows(branch)) return false;
+    const AttentionEndParts parts = parts_of_attention_end(node);
+    const int32_t d = size(x, 0), n = size(x, 1);
+    const auto n_chunks = static_cast<int32_t>(packed_chunks(d));
+    const bool packs = src[5] != nullptr;
+    char* packed = packs ? part(node, parts.packed) : nullptr;
+    const AttentionEndArguments arguments = {
+        {floats(x), floats(branch), static_cast<float*>(node->data), stride(x, 1), stride(branch, 1), d,
+         floats(src[2]), d, n, eps_of(node)},
+        floats(src[3]),
+        floats(src[4]),
+        floats(src[5]),
+        {part(node, parts.dense), d, 0, float_type(parts.dense_type)},
+        {part(node, parts.router), d, 0, FloatType::f32},
+        reinterpret_cast<unsigned char*>(packed),
+        packs ? reinterpret_cast<float*>(packed + int64_t{n} * n_chunks * kXChunkBytes) : nullptr,
+        n_chunks};
+    if (launch) {
+        GGML_ASSERT(can_end_attention(arguments));
+        const PackOrder order = parts.for_repacked ? PackOrder::even_odd : PackOrder::quads;
+        launch_end_attention_rows(arguments, order, *launch);
+    }
+    return true;
+}
+
+bool route(const Launch* launch, const ggml_tensor* node) {
+    const ggml_tensor *weights = node->src[0], *x = node->src[1];
+    if (!has_float_rows(x) || !has_float_rows(weights)) return false;
+    if (!launch) return true;
+    const RoutedParts parts = parts_of_route(node);
+    const int32_t n_experts = size(weights, 1);
+    const auto n_used = static_cast<int32_t>(parts.k);
+    const RouterArguments arguments = {floats(x),
+                                       floats(weights),
+                                       stride(x, 1),
+                                       stride(weights, 1),
+                                       reinterpret_cast<float*>(part(node, parts.scratch)),
+                                       static_cast<float*>(node->data),
+                                       reinterpret_cast<int32_t*>(part(node, parts.chosen)),
+                                       n_experts,
+                                       n_used,
+                                       size(x, 0),
+                                       n_experts,
+                                       n_used,
+                                       size(x, 1)};
+    GGML_ASSERT(can_route(arguments));
+    const int32_t n_shared_bytes =
+        router_shared_bytes(ggml_cuda_info().devices[ggml_cuda_get_device()].smpbo);
+    CUDA_SET_SHARED_MEMORY_LIMIT(router_partials, n_shared_bytes);
+    launch_router(arguments, n_shared_bytes, *launch);
+    return true;
+}
+
 bool gated_gelu(const Launch* launch, const ggml_tensor* node) {
     const ggml_tensor *gate = node->src[0], *up = node->src[1];
     if (!has_float_rows(gate) || !has_float_rows(up) || !has_rows(node) || ggml_nelements(node) > INT_MAX)
@@ -136,9 +199,11 @@ bool top_k(const Launch* launch, const ggml_tensor* node) {
 
 // On the side stream, beside what follows; join_branches waits for it.
 bool mlp_beside(ggml_backend_cuda_context* ctx, const ggml_tensor* node) {
-    const ggml_tensor *x = node->src[0], *norm_weight = node->src[1], *gate_up = node->src[2],
-                      *down = node->src[3];
-    if (!has_float_rows(x) || gate_up->type != GGML_TYPE_BF16 || down->type != GGML_TYPE_BF16) return false;
+    const ggml_tensor *x = node->src[0], *gate_up = node->src[1], *down = node->src[2],
+                      *norm_weight = node->src[3];
+    if ((norm_weight ? !has_float_rows(x) : x->type != GGML_TYPE_BF16) || gate_up->type != GGML_TYPE_BF16 ||
+        down->type != GGML_TYPE_BF16)
+        return false;
     if (!ctx) return true;
     SideStream& side = *side_stream_of(ctx);
     side.begin(ctx->stream());
@@ -154,9 +219,9 @@ bool mlp_beside(ggml_backend_cuda_context* ctx, const ggml_tensor* node) {
                                   &zero, result, CUDA_R_32F, n_rows, CUBLAS_COMPUTE_32F,
                                   CUBLAS_GEMM_DEFAULT));
     };
-    const OutputRows normed = {data + at.normed, d, 0, FloatType::bf16},
+    const OutputRows normed = {norm_weight ? data + at.normed : x->data, d, 0, FloatType::bf16},
                      activation = {data + at.activation, n_ff, 0, FloatType::bf16};
-    launch_norm_rows({input(x), normed, floats(norm_weight), d, n, n, eps_of(node)}, launch);
+    if (norm_weight) launch_norm_rows({input(x), normed, floats(norm_weight), d, n, n, eps_of(node)}, launch);
     multiply(gate_up, normed.data, data + at.both);
     const float* both = reinterpret_cast<const float*>(data + at.both);
     launch_gated_gelu_rows({{both, 2 * n_ff, 0}, {both + n_ff, 2 * n_ff, 0}, activation, n_ff, n, n}, launch);
@@ -173,6 +238,7 @@ bool join_branches(const Launch* launch, const ggml_tensor* node) {
     }
     if (chosen->ne[0] > kMaxUsed || chosen->nb[0] != sizeof(int32_t)) return false;
     if (!launch) return true;
+    const NextNorm next = next_norm_of(node);
     launch_join_rows({floats(x),
                       floats(dense),
                       floats(experts),
@@ -194,8 +260,10 @@ bool join_branches(const Launch* launch, const ggml_tensor* node) {
                       size(node, 0),
                       size(scores, 0),
                       size(chosen, 0),
-                      size(node, 1),
-                      eps_of(node)},
+                      size(x, 1),
+                      eps_of(node),
+                      {next.weight ? part(node, next.begin) : nullptr, size(x, 0), 0, float_type(next.type)},
+                      floats(next.weight)},
                      *launch);
     return true;
 }
@@ -206,6 +274,7 @@ bool compute_custom_node(ggml_backend_cuda_context* ctx, ggml_tensor* node) {
     Launch on_stream = {ctx ? ctx->stream() : nullptr};
     const Launch* launch = ctx ? &on_stream : nullptr;
     if (is_top_k(node)) return top_k(launch, node);
+    if (is_route(node)) return route(launch, node);
     if (expert_node_of(node) != ExpertNode::none) return compute_expert_node(ctx, node);
     if (is_mlp_beside(node)) return mlp_beside(ctx, node);
     const ggml_tensor* const* src = node->src;
@@ -220,6 +289,8 @@ bool compute_custom_node(ggml_backend_cuda_context* ctx, ggml_tensor* node) {
             return rotate_and_store(launch, node);
         case FusedOp::add_normed:
             return add_normed(launch, node);
+        case FusedOp::end_attention:
+            return end_attention(launch, node);
         case FusedOp::gated_gelu:
             return gated_gelu(launch, node);
         case FusedOp::join_branches:

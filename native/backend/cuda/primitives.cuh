@@ -91,6 +91,17 @@ __device__ __forceinline__ uint32_t half2_of(float low, float high) {
 
 __device__ __forceinline__ float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
+// The largest of a warp's values, in each of its lanes.
+__device__ __forceinline__ uint32_t max_of_warp(uint32_t value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(0xffffffffu, value);
+#else
+    for (int offset = 16; offset > 0; offset /= 2)
+        value = max(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    return value;
+#endif
+}
+
 // Four of the eight bytes of b:a, chosen by the selector's four lowest nibbles.
 __device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
     return __byte_perm(a, b, selector);

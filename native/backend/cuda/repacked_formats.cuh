@@ -74,7 +74,7 @@ struct RepackedQ4K {  // a 6-bit scale times a nibble is exact in float16
         return half_to_float(static_cast<uint16_t>(row.d)) * kSubnormal;
     }
     __device__ static __forceinline__ float zero_factor(const Row& row) {
-        return half_to_float(static_cast<uint16_t>(row.d >> 16)) * (-kSubnormal * kSumScale);
+        return half_to_float(static_cast<uint16_t>(row.d >> 16)) * -kSubnormal;
     }
 
     // Each minimum twice, for both sixteens of its group.

@@ -12,6 +12,12 @@
 
 namespace pydiffusion::cuda {
 
+// The float16 operand of a matmul whose rows are gelu(gate) * up.
+struct GatedOutput {
+    unsigned char* rows;  // [slot][chunks of 32 * n_groups values], in pack_rows' order, zeros after them
+    float* scales;        // [slot]
+};
+
 struct RepackedArguments {
     const unsigned char* weights;  // [n_experts][n_groups][group_bytes], aligned to 16
     int64_t expert_bytes;
@@ -19,20 +25,25 @@ struct RepackedArguments {
     int32_t n_values, n_chunks;     // of a row; all of x takes less than 2 GB
     const unsigned char* x;  // [n][n_chunks][kXChunkBytes], as pack_rows<PackOrder::even_odd>() writes it
     const float* x_scale;    // [n], x's rows are to be multiplied by this
-    float* y;                // [slot][64 * n_groups]
+    float* y;                // [slot][64 * n_groups]; not of a gated tile
     const int32_t* slots;    // sorted by expert; slot s multiplies x's row s / share
     const SlotTile* tiles;   // [the grid's y], of which n_tiles are used
     const int32_t* n_tiles;
     int32_t share;
+    GatedOutput gated = {};  // of a gated tile
 };
 
 namespace {  // kernels
 
 // A tile of 128 * kRowParts rows and 8 * kSlotParts slots for two warpgroups, in kStages stages of one chunk.
 // Operands are unpacked while kSteps multiplications of 16 weights are under way: 2, or 4, a whole unit.
-template <typename Format_, int kRowParts_, int kSlotParts_, int kStages_, int kSteps_>
+//
+// Gated: the first half of an expert's groups are gate, the others up. A block has some groups of gate and
+// those of up that belong to the same results, in turn.
+template <typename Format_, int kRowParts_, int kSlotParts_, int kStages_, int kSteps_, bool kGated_ = false>
 struct RepackedTile {
     using Format = Format_;
+    static constexpr bool kGated = kGated_;
     static constexpr int kWarps = 8, kThreads = 32 * kWarps;
     static constexpr int kRowParts = kRowParts_, kSlotParts = kSlotParts_, kStages = kStages_,
                          kSteps = kSteps_;
@@ -44,6 +55,7 @@ struct RepackedTile {
     // As Tile's (expert_matmul_kernels.cuh).
     static constexpr int kBlocks = 228 * 1024 / (kSharedBytes + 1024);
     static_assert(kSlotParts <= 3 && kStages >= 2 && kBlocks >= 1 && (kSteps == 2 || kSteps == 4));
+    static_assert(!kGated || kRowParts <= 2);
 };
 
 // How a matmul is launched: grid (n_row_blocks, n_tiles), where n_tiles is the most that group_slots() can
@@ -65,7 +77,7 @@ struct RepackedCopies {
     const RepackedArguments& a;
     unsigned char* stages;
     uint64_t* arrived;             // a barrier for the weights of each stage
-    const unsigned char* weights;  // the block's first group
+    const unsigned char* weights;  // the expert's
     int32_t first_group, chunk = 0, stage = 0;
     SharedAddress target, sums_target;     // of a lane's pieces of x, in the first stage
     int32_t x_offsets[T::kSlotParts + 1];  // of its pieces, the last one of sums; -1: none
@@ -75,7 +87,7 @@ struct RepackedCopies {
         : a(arguments),
           stages(shared),
           arrived(reinterpret_cast<uint64_t*>(shared + T::kStages * T::kStageBytes)),
-          weights(a.weights + tile.expert * a.expert_bytes + static_cast<int64_t>(group) * a.group_bytes),
+          weights(a.weights + tile.expert * a.expert_bytes),
           first_group(group) {
         // A warp copies the values of whole slots, 8 slots apart; sums, 4 pieces a slot, are the first
         // threads'.
@@ -97,7 +109,12 @@ struct RepackedCopies {
         publish_barriers();
     }
 
-    __device__ __forceinline__ void copy_weights() const {
+    // The number of the block's i-th group.
+    __device__ __forceinline__ int32_t group_of(int i) const {
+        return T::kGated ? (first_group + i) / 2 + i % 2 * (a.n_groups / 2) : first_group + i;
+    }
+
+    __device__ __forceinline__ void copy_weights(int32_t chunk, int stage) const {
         if (threadIdx.x != 0) return;
         const int n_bytes = Format::n_blocks(a.n_values - chunk * kChunk) * (Format::kPieceBytes / 8);
         const int n_groups = a.n_groups - first_group < T::kGroups ? a.n_groups - first_group : T::kGroups;
@@ -106,8 +123,8 @@ struct RepackedCopies {
         barrier_arrive_expecting(arrived + stage, n_groups * n_bytes);
 #pragma unroll 1
         for (int i = 0; i < n_groups; ++i)
-            copy_bulk(to + i * Format::kPieceBytes, from + static_cast<int64_t>(i) * a.group_bytes, n_bytes,
-                      arrived + stage);
+            copy_bulk(to + i * Format::kPieceBytes, from + static_cast<int64_t>(group_of(i)) * a.group_bytes,
+                      n_bytes, arrived + stage);
     }
 
     __device__ __forceinline__ void copy_x() const {
@@ -121,9 +138,14 @@ struct RepackedCopies {
             copy_async_16(sums_target + to, x + x_offsets[T::kSlotParts]);
     }
 
-    __device__ __forceinline__ void copy_next() {
+    // The weights of the first copies, before x is known.
+    __device__ __forceinline__ void copy_first_weights() const {
+        for (int i = 0; i < T::kStages - 1 && i < a.n_chunks; ++i) copy_weights(i, i);
+    }
+
+    __device__ __forceinline__ void copy_next(bool with_weights = true) {
         if (chunk < a.n_chunks) {
-            copy_weights();
+            if (with_weights) copy_weights(chunk, stage);
             copy_x();
             ++chunk;
             if (++stage == T::kStages) stage = 0;
@@ -131,6 +153,20 @@ struct RepackedCopies {
         copy_async_commit();
     }
 };
+
+// A gated tile writes gelu(gate) * up times this, a power of two, as float16. No block knows the maximum of a
+// row, hence the same factor for all: 11 bits from 2^-10 to 65504 * 16, 2^-21 exactly below; what is larger,
+// or has a sum of 16 that is, becomes 65504 * 16. NaN and infinity stay what they are.
+constexpr float kGatedFactor = 1.0f / 16.0f;
+
+__device__ __forceinline__ float saturated(float x) {
+    constexpr float kMost = 65504.0f;
+    return fabsf(x) <= FLT_MAX ? fminf(fmaxf(x, -kMost), kMost) : x;
+}
+
+__device__ __forceinline__ float gated(float gate, float up) {
+    return saturated(gelu(gate) * up * kGatedFactor);
+}
 
 template <int n>
 __device__ __forceinline__ void add_scaled_parts(float (&sums)[n][4], float low, float high,
@@ -229,6 +265,72 @@ __device__ __forceinline__ void write_groups(const float (&sums)[T::kRowParts][n
     }
 }
 
+// A warp's 16 rows of 8 slots as float16: the slot's place in the result is `sixteen`, a lane's if its slot
+// exists. v as add_piece()'s sums: rows g, then g + 8, of slots 2t and 2t + 1.
+__device__ __forceinline__ void write_sixteen(const float (&v)[4], unsigned char* chunk, int sixteen) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const uint32_t of_slots[2] = {half2_of(v[0], v[2]), half2_of(v[1], v[3])};
+    // Lane (g, t) takes rows `row`, row + 2, row + 8 and row + 10 of slot g.
+    const int row = 4 * (t / 2) + t % 2;
+    uint32_t rows[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int from = 4 * (row + 2 * i) + g / 2;
+        const uint32_t even = __shfl_sync(kAllLanes, of_slots[0], from);
+        const uint32_t odd = __shfl_sync(kAllLanes, of_slots[1], from);
+        rows[i] = g % 2 ? odd : even;
+    }
+    float sum = low_half(rows[0]) + low_half(rows[1]) + (high_half(rows[0]) + high_half(rows[1]));
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    if (!chunk) return;
+    uint32_t* to = reinterpret_cast<uint32_t*>(chunk + 32 * sixteen + 16 * (t % 2) + 4 * (t / 2));
+    to[0] = byte_permute(rows[0], rows[1], 0x5410);
+    to[2] = byte_permute(rows[0], rows[1], 0x7632);
+    if (t == 0) write_sum(chunk, sixteen, saturated(sum));
+}
+
+// Writes gelu(gate) * up of a warpgroup's slots, scaled by kGatedFactor. `free`: a stage that is not in use.
+template <typename T, int n>
+__device__ __forceinline__ void write_gated(const float (&sums)[T::kRowParts][n][4],
+                                            const RepackedArguments& a, const SlotTile& tile,
+                                            const LaneSlot& own, int32_t group, unsigned char* free) {
+    float up[n][4];
+    if constexpr (T::kRowParts == 2) {
+        memcpy(up, sums[1], sizeof up);
+    } else {  // the second warpgroup has it
+        float* exchange = reinterpret_cast<float*>(free) + threadIdx.x % 128;
+#pragma unroll
+        for (int i = 0; i < 4 * n; ++i)
+            if (threadIdx.x >= 128) exchange[128 * i] = sums[0][i / 4][i % 4];
+        __syncthreads();
+        if (threadIdx.x >= 128) return;
+#pragma unroll
+        for (int i = 0; i < 4 * n; ++i) up[i / 4][i % 4] = exchange[128 * i];
+    }
+    if (group >= a.n_groups) return;
+    const int lane = threadIdx.x % 32, quarter = threadIdx.x / 32 % 4;
+    const int32_t pair = group / 2, n_pairs = a.n_groups / 2, n_chunks = (n_pairs + 3) / 4;
+    if (pair == 0 && quarter == 0 && lane < tile.n) a.gated.scales[own.slot] = 1.0f / kGatedFactor;
+#pragma unroll
+    for (int part = 0; part < n; ++part) {
+        float v[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float scale = __shfl_sync(kAllLanes, own.scale, 8 * part + lane % 4 * 2 + j % 2);
+            v[j] = gated(sums[0][part][j] * scale, up[part][j] * scale);
+        }
+        const int slot = 8 * part + lane / 4;
+        const int64_t row = __shfl_sync(kAllLanes, own.slot, slot);
+        unsigned char* chunk = a.gated.rows + (row * n_chunks + pair / 4) * kXChunkBytes;
+        if (slot >= tile.n) chunk = nullptr;
+        write_sixteen(v, chunk, 4 * (pair % 4) + quarter);
+        if (pair < n_pairs - 1) continue;
+        const float zeros[4] = {};
+        for (int rest = pair % 4 + 1; rest < 4; ++rest) write_sixteen(zeros, chunk, 4 * rest + quarter);
+    }
+}
+
 // Multiplies the block's tile, with as few parts of 8 slots as it needs.
 template <int n, typename T>
 __device__ __forceinline__ void multiply_groups(RepackedCopies<T>& copies, const RepackedArguments& a,
@@ -264,18 +366,28 @@ __device__ __forceinline__ void multiply_groups(RepackedCopies<T>& copies, const
             phase ^= 1;
         }
     }
-    write_groups<T>(sums, a, tile, own, group);
+    if constexpr (T::kGated)
+        write_gated<T>(sums, a, tile, own, group, copies.stages + stage * T::kStageBytes);
+    else
+        write_groups<T>(sums, a, tile, own, group);
 }
 
-// See RepackedLaunch.
-template <typename T>
+// See RepackedLaunch. kStartsEarly: slots and tiles were known before the kernel before this one.
+template <typename T, bool kStartsEarly = false>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocks) repacked_matmul(const RepackedArguments a) {
     if constexpr (kIsHopper) {
-        await_previous_kernel();
+        if (!kStartsEarly) await_previous_kernel();
         const SlotTile tile = a.tiles[blockIdx.y];  // not after n_tiles: both loads at once
-        if (static_cast<int32_t>(blockIdx.y) >= *a.n_tiles) return;
+        if (static_cast<int32_t>(blockIdx.y) >= *a.n_tiles) {
+            if (kStartsEarly) await_previous_kernel();
+            return;
+        }
         RepackedCopies<T> copies(a, swizzled_shared(), tile, static_cast<int32_t>(blockIdx.x) * T::kGroups);
-        for (int i = 0; i < T::kStages - 1; ++i) copies.copy_next();
+        if (kStartsEarly) {
+            copies.copy_first_weights();
+            await_previous_kernel();
+        }
+        for (int i = 0; i < T::kStages - 1; ++i) copies.copy_next(!kStartsEarly);
         multiply_groups<T::kSlotParts>(copies, a, tile);
     } else {
         __trap();

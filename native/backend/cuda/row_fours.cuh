@@ -61,16 +61,27 @@ struct Four {
     float v[4];
 };
 
+// Those at a multiple of 16 bytes.
+__device__ __forceinline__ Four read_four(const float* from) {
+    const float4 x = *reinterpret_cast<const float4*>(from);
+    return {{x.x, x.y, x.z, x.w}};
+}
+__device__ __forceinline__ void write_four(float* to, const Four& four) {
+    *reinterpret_cast<float4*>(to) = make_float4(four.v[0], four.v[1], four.v[2], four.v[3]);
+}
+
+__device__ __forceinline__ void add_four(Four& sum, const Four& four) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum.v[i] += four.v[i];
+}
+
 // Elements [at, at + 4) of a row of n, zeros beyond its end. is_aligned: the row begins at a multiple of 16
 // bytes, and n is a multiple of 4.
 template <bool is_aligned>
 __device__ __forceinline__ Four load_four(const float* row, int32_t at, int32_t n) {
     Four four = {};
     if (is_aligned) {
-        if (at < n) {
-            const float4 x = *reinterpret_cast<const float4*>(row + at);
-            four = {{x.x, x.y, x.z, x.w}};
-        }
+        if (at < n) four = read_four(row + at);
     } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
@@ -99,7 +110,7 @@ __device__ __forceinline__ void store_four(const OutputRow& row, int32_t at, int
     if (row.type == FloatType::f32) {
         float* to = reinterpret_cast<float*>(row.data) + at;
         if (is_aligned) {
-            if (at < n) *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
+            if (at < n) write_four(to, four);
         } else {
 #pragma unroll
             for (int i = 0; i < 4; ++i)

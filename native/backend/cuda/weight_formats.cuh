@@ -20,9 +20,6 @@ namespace pydiffusion::cuda {
 constexpr int kChunk = kSuperBlockWeights, kUnits = 4, kSixteens = 16;
 constexpr float kSubnormal = 16777216.0f;  // 2^24
 
-// Sums of x over 16 neighbours are divided by this, so that they fit float16.
-constexpr float kSumScale = 16.0f;
-
 // For a fragment of [16, 8]: the first two values are of row g, the others of row g + 8.
 __device__ __forceinline__ void add_scaled(float (&sums)[4], float low, float high,
                                            const float (&partial)[4]) {
@@ -92,7 +89,7 @@ struct Q4K {  // float16 d and dmin, 12 bytes of 6-bit scales and minima, 128 by
             make_uint4(byte_permute(minima, 0, 0x4040), byte_permute(minima, 0, 0x4141),
                        byte_permute(minima, 0, 0x4242), byte_permute(minima, 0, 0x4343));
         if (half == 0)
-            table.factor = half_to_float(static_cast<uint16_t>(head.x >> 16)) * (-kSubnormal * kSumScale);
+            table.factor = half_to_float(static_cast<uint16_t>(head.x >> 16)) * -kSubnormal;
     }
 
     __device__ static __forceinline__ int group_begin(int unit, int group) { return 64 * unit + 32 * group; }
@@ -130,7 +127,7 @@ struct Q6K {  // 128 bytes of low nibbles, 64 of high bit pairs, 16 scales of 8 
         scales[1] = make_float4(scaled * s[4], scaled * s[5], scaled * s[6], scaled * s[7]);
         *reinterpret_cast<uint4*>(table.a + 4 * half) = make_uint4(
             half2_of(s[0], s[1]), half2_of(s[2], s[3]), half2_of(s[4], s[5]), half2_of(s[6], s[7]));
-        if (half == 0) table.factor = d * (-32.0f * kSumScale);
+        if (half == 0) table.factor = d * -32.0f;
     }
 
     __device__ static __forceinline__ int group_begin(int unit, int group) {
@@ -175,7 +172,7 @@ struct Q80 {  // 8 blocks of float16 d and 32 signed bytes; with 128 added, zero
                         half_to_float(static_cast<uint16_t>(d[3])) * kSubnormal);
         *reinterpret_cast<uint4*>(table.a + 4 * half) =
             make_uint4(d[0] | d[0] << 16, d[1] | d[1] << 16, d[2] | d[2] << 16, d[3] | d[3] << 16);
-        if (half == 0) table.factor = -128.0f * kSumScale;
+        if (half == 0) table.factor = -128.0f;
     }
 
     __device__ static __forceinline__ int group_begin(int unit, int group) { return 64 * unit + 32 * group; }

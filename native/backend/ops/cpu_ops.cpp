@@ -32,13 +32,14 @@ ggml_tensor* CpuOps::attend(ggml_tensor* q, const CacheRows& visible, const Caus
     return pydiffusion::attend(c_.ctx, q, k, v, causal, c_.backend.kernel());
 }
 
-Mixture CpuOps::moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) {
-    ggml_tensor* chosen = top_k(c_.ctx, scores, w.n_used);
-    return {nullptr, experts(x, chosen, w), scores, chosen};
+Mixture CpuOps::moe(ggml_tensor* x, const RouterChoice& choice, const ExpertWeights& w) {
+    ggml_tensor* chosen = top_k(c_.ctx, choice.scores, w.n_used);
+    return {nullptr, experts(x, chosen, w), choice.scores, chosen};
 }
 
-ggml_tensor* CpuOps::join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w) {
-    return join_in_one_node(x, dense, mixture, w);
+ggml_tensor* CpuOps::join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w,
+                          const NextInput&) {
+    return join_in_one_node(x, dense, mixture, w).result;
 }
 
 }  // namespace pydiffusion

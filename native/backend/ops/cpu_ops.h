@@ -24,9 +24,9 @@ class CpuOps : public Ops {
     ggml_tensor* rotate(ggml_tensor* x, ggml_tensor* norm, const Rope& rope, int64_t first_token) override;
     ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal,
                         int32_t device) override;
-    Mixture moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) override;
-    ggml_tensor* join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
-                      const JoinWeights& w) override;
+    Mixture moe(ggml_tensor* x, const RouterChoice& choice, const ExpertWeights& w) override;
+    ggml_tensor* join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w,
+                      const NextInput& next) override;
     void keep_activations() override { matmul_.keep_activations(); }
     void set_positions(const std::vector<int32_t>& positions) override { angles_.write(positions); }
 

@@ -79,7 +79,7 @@ struct Routing {
 };
 
 // probabilities [n_expert, n_tokens]
-Routing route(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* probabilities, int64_t n_used) {
+Routing route_tokens(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* probabilities, int64_t n_used) {
     const int64_t n_expert = probabilities->ne[0], n_tokens = probabilities->ne[1];
     ggml_tensor* rows = ggml_reshape_3d(ctx, probabilities, 1, n_expert, n_tokens);
     ggml_tensor* experts = ggml_argsort_top_k(ctx, probabilities, static_cast<int>(n_used));
@@ -113,10 +113,10 @@ ggml_tensor* weighted_sum(ggml_context* ctx, ggml_cgraph* graph, ggml_tensor* y,
 
 }  // namespace
 
-Mixture GgmlOps::moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) {
+Mixture GgmlOps::moe(ggml_tensor* x, const RouterChoice& choice, const ExpertWeights& w) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(x->ne[0]));
-    ggml_tensor* probabilities = ggml_soft_max(c_.ctx, ggml_scale(c_.ctx, scores, scale));
-    const Routing routing = route(c_.ctx, c_.graph, probabilities, w.n_used);
+    ggml_tensor* probabilities = ggml_soft_max(c_.ctx, ggml_scale(c_.ctx, choice.scores, scale));
+    const Routing routing = route_tokens(c_.ctx, c_.graph, probabilities, w.n_used);
     ggml_tensor* scales = scales_of(w.scales, routing.experts);
     if (!c_.single_device) ggml_build_forward_expand(c_.graph, scales);
     ggml_tensor* y = experts(x, routing.experts, w);

@@ -17,7 +17,7 @@ class GgmlOps : public Ops {
     ggml_tensor* rotate(ggml_tensor* x, ggml_tensor* norm, const Rope& rope, int64_t first_token) override;
     ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal,
                         int32_t device) override;
-    Mixture moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) override;
+    Mixture moe(ggml_tensor* x, const RouterChoice& choice, const ExpertWeights& w) override;
     void fill_masks() override;
     void set_positions(const std::vector<int32_t>& positions) override;
 

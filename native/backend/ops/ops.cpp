@@ -1,20 +1,10 @@
 #include "backend/ops/ops.h"
 
-#include "backend/cpu/fused_rows.h"
 #include "backend/ops/cpu_ops.h"
 #include "backend/ops/ggml_ops.h"
 #include "backend/ops/own_kernel_ops.h"
 
 namespace pydiffusion {
-
-namespace {
-
-// A [d, n_tokens] as [d, 1, n_tokens]: one row for all experts of a token.
-ggml_tensor* one_row_per_token(ggml_context* ctx, ggml_tensor* x) {
-    return ggml_reshape_3d(ctx, x, x->ne[0], 1, x->ne[1]);
-}
-
-}  // namespace
 
 ggml_tensor* Ops::matmul(const WeightMatrix& weight, ggml_tensor* x) {
     ggml_tensor* result = unscaled_matmul(weight.tensor, x);
@@ -70,7 +60,7 @@ ggml_tensor* Ops::scaled_expert_matmul(ggml_tensor* weights, ggml_tensor* scales
 }
 
 ggml_tensor* Ops::experts(ggml_tensor* x, ggml_tensor* chosen, const ExpertWeights& w) {
-    x = one_row_per_token(c_.ctx, x);
+    x = one_row_per_token(x);
     if (!w.gate_up) {
         ggml_tensor* gate = scaled_expert_matmul(w.gate, w.gate_scales, x, chosen);
         ggml_tensor* up = scaled_expert_matmul(w.up, w.up_scales, x, chosen);
@@ -86,17 +76,18 @@ ggml_tensor* Ops::experts(ggml_tensor* x, ggml_tensor* chosen, const ExpertWeigh
     return expert_matmul(w.down, gated_gelu(gate, half(1)), chosen);
 }
 
-ggml_tensor* Ops::join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w) {
+ggml_tensor* Ops::join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w,
+                       const NextInput&) {
     dense = rms_norm(dense, w.dense_norm);
     ggml_tensor* sum = ggml_add(c_.ctx, dense, rms_norm(mixture.sum, w.mixture_norm));
     return ggml_mul(c_.ctx, add_normed(x, sum, w.norm), w.scale);
 }
 
-ggml_tensor* Ops::join_in_one_node(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
-                                   const JoinWeights& w) {
-    const Branches branches = {dense,          w.dense_norm,   mixture.experts,
-                               mixture.scores, mixture.chosen, w.expert_scales,
-                               w.mixture_norm, w.norm,         w.scale};
+Joined Ops::join_in_one_node(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w,
+                             ggml_tensor* next_norm, ggml_type next_type) {
+    const Branches branches = {dense,          w.dense_norm,    mixture.experts, mixture.scores,
+                               mixture.chosen, w.expert_scales, w.mixture_norm,  w.norm,
+                               w.scale,        next_norm,       next_type};
     return join_branches(c_.ctx, x, branches, c_.rms_eps);
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend/cpu/attention.h"
+#include "backend/cpu/fused_rows.h"
 #include "backend/graph_executor.h"
 #include "backend/graph_inputs.h"
 #include "backend/rope_angles.h"
@@ -61,6 +62,19 @@ struct ExpertWeights {
     bool with_layer;      // on the device of their layer
 };
 
+// What the branches after the attention begin with: norms [d], and what reads the normed rows.
+struct BranchInputs {
+    ggml_tensor* dense_norm;
+    const MlpWeights& dense;
+    ggml_tensor *router_norm, *experts_norm;
+    const ExpertWeights& experts;
+};
+
+// Scores of the experts [n_expert, n_tokens], and the best of each token, I32 [n_used, n_tokens], or null.
+struct RouterChoice {
+    ggml_tensor *scores, *chosen;
+};
+
 // Outputs of the chosen experts: their weighted sum, or what join() needs to compute it.
 struct Mixture {
     ggml_tensor* sum;      // [d, n_tokens], or null
@@ -73,6 +87,13 @@ struct Mixture {
 struct JoinWeights {
     ggml_tensor *dense_norm, *mixture_norm, *norm, *scale;
     ggml_tensor* expert_scales;  // [n_expert]
+};
+
+// What the layer after it begins with: a norm [d], and the matrices that read the normed rows. The norm is
+// null if there is none, or on another device.
+struct NextInput {
+    ggml_tensor* norm;
+    HeadWeights heads;
 };
 
 // Where an implementation builds; all of it must live as long as the graph.
@@ -98,6 +119,12 @@ class Ops {
                                   ForMatmuls for_matmuls = {}) = 0;
     // x + rms_norm(branch, weight)
     virtual ggml_tensor* add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight);
+    // add_normed(x, branch, weight). An implementation may compute the branches' inputs at once; the
+    // functions below find them by the result.
+    virtual ggml_tensor* end_attention(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight,
+                                       const BranchInputs&) {
+        return add_normed(x, branch, weight);
+    }
     // weight [n_inner, n_rows] times x [n_inner, n_tokens] -> F32 [n_rows, n_tokens]
     ggml_tensor* matmul(const WeightMatrix& weight, ggml_tensor* x);
     // The same without the weight's scale, as a node instead of a view, so that a buffer can be assigned to
@@ -132,12 +159,17 @@ class Ops {
     // a device may compute at the same time.
     virtual ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeights& w,
                              const ExpertWeights* beside = nullptr);
+    // Scores of the experts: weight [d, n_expert] times rms_norm(x, norm).
+    virtual RouterChoice route(ggml_tensor* x, ggml_tensor* norm, ggml_tensor* weight, const ExpertWeights&) {
+        return {matmul({weight}, rms_norm(x, norm)), nullptr};
+    }
     // Mixture of the n_used experts of the highest score, weighted by the softmax of their scores / sqrt(d):
-    // x F32 [d, n_tokens], scores [n_expert, n_tokens].
-    virtual Mixture moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) = 0;
-    // (x + rms_norm(rms_norm(dense, dense_norm) + rms_norm(mixture, mixture_norm), norm)) * scale
+    // x F32 [d, n_tokens].
+    virtual Mixture moe(ggml_tensor* x, const RouterChoice& choice, const ExpertWeights& w) = 0;
+    // (x + rms_norm(rms_norm(dense, dense_norm) + rms_norm(mixture, mixture_norm), norm)) * scale. An
+    // implementation may compute the next layer's input at once; rms_norm() finds it by the result.
     virtual ggml_tensor* join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
-                              const JoinWeights& w);
+                              const JoinWeights& w, const NextInput& next);
 
     // From now on activations stay nodes of the graph, so that they can be read (imatrix collection).
     virtual void keep_activations() {}
@@ -161,6 +193,10 @@ class Ops {
         return ggml_view_3d(c_.ctx, cache, head_dim, n, cache->ne[0] / head_dim, cache->nb[1],
                             ggml_row_size(cache->type, head_dim), first * cache->nb[1]);
     }
+    // A [d, n_tokens] as [d, 1, n_tokens]: one row for all experts of a token.
+    ggml_tensor* one_row_per_token(ggml_tensor* x) const {
+        return ggml_reshape_3d(c_.ctx, x, x->ne[0], 1, x->ne[1]);
+    }
     // weights [n_inner, n_rows, n_expert], x [n_inner, 1 or n_used, n_tokens], chosen I32 [n_used, n_tokens]
     // -> F32 [n_rows, n_used, n_tokens]
     virtual ggml_tensor* expert_matmul(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen) = 0;
@@ -172,9 +208,9 @@ class Ops {
     // Outputs of the chosen experts: x [d, n_tokens] -> [d, n_used, n_tokens]
     ggml_tensor* experts(ggml_tensor* x, ggml_tensor* chosen, const ExpertWeights& w);
 
-    // join() as a single node.
-    ggml_tensor* join_in_one_node(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
-                                  const JoinWeights& w);
+    // join() as a single node; next_norm: null, or the norm of the next layer's input, of that type.
+    Joined join_in_one_node(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w,
+                            ggml_tensor* next_norm = nullptr, ggml_type next_type = GGML_TYPE_F32);
 
     const OpsContext c_;
     GraphExecutor::Pinned pinned_;

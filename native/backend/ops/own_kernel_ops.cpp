@@ -5,6 +5,8 @@
 #include "backend/cpu/fused_rows.h"
 #include "backend/cpu/top_k.h"
 #include "backend/mlp_beside.h"
+#include "backend/repacked_weights.h"
+#include "backend/router_sizes.h"
 
 namespace pydiffusion {
 
@@ -35,7 +37,10 @@ bool is_whole_on_device(const ExpertWeights& w) {
 }  // namespace
 
 ggml_tensor* OwnKernelOps::rms_norm(ggml_tensor* x, ggml_tensor* weight, ForMatmuls for_matmuls) {
-    return pydiffusion::rms_norm(c_.ctx, x, weight, c_.rms_eps, result_type(for_matmuls));
+    const ggml_type type = result_type(for_matmuls);
+    const auto known = normed_.find({x, weight});
+    if (known != normed_.end() && known->second->type == type) return known->second;
+    return pydiffusion::rms_norm(c_.ctx, x, weight, c_.rms_eps, type);
 }
 
 ggml_tensor* OwnKernelOps::gated_gelu(ggml_tensor* gate, ggml_tensor* up, ForMatmuls for_matmuls) {
@@ -44,6 +49,34 @@ ggml_tensor* OwnKernelOps::gated_gelu(ggml_tensor* gate, ggml_tensor* up, ForMat
 
 ggml_tensor* OwnKernelOps::add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) {
     return pydiffusion::add_normed(c_.ctx, x, branch, weight, c_.rms_eps);
+}
+
+bool OwnKernelOps::packs_input(const ExpertWeights& w, int64_t n_tokens) const {
+    const auto packs = [&](const ggml_tensor* weights) {
+        return expert_matmuls_.multiplies(weights, w.n_used, n_tokens);
+    };
+    if (!is_whole_on_device(w)) return false;
+    if (w.gate_up) return packs(w.gate_up);
+    return packs(w.gate) && packs(w.up) && is_repacked(w.gate) == is_repacked(w.up);
+}
+
+ggml_tensor* OwnKernelOps::end_attention(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight,
+                                         const BranchInputs& inputs) {
+    const int64_t d = x->ne[0], n_tokens = x->ne[1];
+    if (d % 4 != 0 || d > kMaxAttentionEnd || !ggml_is_contiguous(x) || !ggml_is_contiguous(branch))
+        return add_normed(x, branch, weight);
+    const bool packs = packs_input(inputs.experts, n_tokens);
+    const ExpertWeights& experts = inputs.experts;
+    const bool for_repacked = packs && is_repacked(experts.gate_up ? experts.gate_up : experts.up);
+    const AttentionEnd end = pydiffusion::end_attention(
+        c_.ctx, x, branch, weight,
+        {inputs.dense_norm, result_type({inputs.dense.gate, inputs.dense.up}), inputs.router_norm,
+         packs ? inputs.experts_norm : nullptr, packed_bytes(n_tokens, d), for_repacked},
+        c_.rms_eps);
+    normed_[{end.r, inputs.dense_norm}] = end.dense;
+    normed_[{end.r, inputs.router_norm}] = end.router;
+    if (packs) expert_matmuls_.add_packed(end.r, inputs.experts_norm, for_repacked, end.packed);
+    return end.r;
 }
 
 Heads OwnKernelOps::project(ggml_tensor* h, const HeadWeights& w, int64_t head_dim) {
@@ -101,8 +134,14 @@ ggml_tensor* OwnKernelOps::mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeigh
     if (!w.gate_up) return GgmlOps::mlp(x, norm, w, beside);
     const bool bf16 = result_type({w.gate, w.up, w.down}) == GGML_TYPE_BF16;
     if (beside && is_whole_on_device(*beside) && bf16 && w.down.scale == 1.0f &&
-        c_.backend.computes_mlp_beside())
+        c_.backend.computes_mlp_beside()) {
+        const auto known = normed_.find({x, norm});
+        if (known != normed_.end()) {
+            x = known->second;
+            norm = nullptr;
+        }
         return mlp_beside(c_.ctx, x, norm, w.gate_up, w.down.tensor, c_.rms_eps);
+    }
     ggml_tensor* both = matmul({w.gate_up}, rms_norm(x, norm, {w.gate, w.up}));
     const auto view = [&](const WeightMatrix& weight, size_t offset) {
         return ggml_view_2d(c_.ctx, both, weight.tensor->ne[1], both->ne[1], both->nb[1], offset);
@@ -112,16 +151,31 @@ ggml_tensor* OwnKernelOps::mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeigh
     return matmul(w.down, gated_gelu(gate, up, {w.down}));
 }
 
-Mixture OwnKernelOps::moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) {
-    if (!joins(w)) return GgmlOps::moe(x, scores, w);
-    ggml_tensor* chosen = top_k(c_.ctx, scores, w.n_used);
-    return {nullptr, experts(x, chosen, w), scores, chosen};
+RouterChoice OwnKernelOps::route(ggml_tensor* x, ggml_tensor* norm, ggml_tensor* weight,
+                                 const ExpertWeights& w) {
+    const bool fits = weight->type == GGML_TYPE_F32 && ggml_is_contiguous(weight) && weight->ne[0] % 4 == 0 &&
+                      weight->ne[1] <= kMaxRouted && x->ne[1] <= kMaxRoutedTokens;
+    if (!fits || !joins(w)) return GgmlOps::route(x, norm, weight, w);
+    const Routed routed = pydiffusion::route(c_.ctx, weight, rms_norm(x, norm, {}), w.n_used);
+    return {routed.scores, routed.chosen};
+}
+
+Mixture OwnKernelOps::moe(ggml_tensor* x, const RouterChoice& choice, const ExpertWeights& w) {
+    if (!joins(w)) return GgmlOps::moe(x, choice, w);
+    ggml_tensor* chosen = choice.chosen ? choice.chosen : top_k(c_.ctx, choice.scores, w.n_used);
+    ggml_tensor* result = nullptr;
+    if (w.gate_up && !w.gate_up_scales)
+        result = expert_matmuls_.apply_gated(w.gate_up, w.down, one_row_per_token(x), chosen);
+    return {nullptr, result ? result : experts(x, chosen, w), choice.scores, chosen};
 }
 
 ggml_tensor* OwnKernelOps::join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
-                                const JoinWeights& w) {
-    if (mixture.sum) return GgmlOps::join(x, dense, mixture, w);
-    return join_in_one_node(x, dense, mixture, w);
+                                const JoinWeights& w, const NextInput& next) {
+    if (mixture.sum) return GgmlOps::join(x, dense, mixture, w, next);
+    const Joined joined = join_in_one_node(x, dense, mixture, w, next.norm,
+                                           result_type({next.heads.q, next.heads.k, next.heads.v}));
+    if (joined.next) normed_[{joined.result, next.norm}] = joined.next;
+    return joined.result;
 }
 
 ggml_tensor* OwnKernelOps::expert_matmul(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen) {

@@ -3,6 +3,9 @@
 // computes the node.
 #pragma once
 
+#include <map>
+#include <utility>
+
 #include "backend/expert_nodes.h"
 #include "backend/ops/ggml_ops.h"
 
@@ -19,6 +22,8 @@ class OwnKernelOps : public GgmlOps {
     ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight, ForMatmuls for_matmuls) override;
     ggml_tensor* gated_gelu(ggml_tensor* gate, ggml_tensor* up, ForMatmuls for_matmuls) override;
     ggml_tensor* add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) override;
+    ggml_tensor* end_attention(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight,
+                               const BranchInputs& inputs) override;
     Heads project(ggml_tensor* h, const HeadWeights& w, int64_t head_dim) override;
     ggml_tensor* rotate(ggml_tensor* x, ggml_tensor* norm, const Rope& rope, int64_t first_token) override;
     void store(const Heads& heads, const HeadNorms& norms, const Rope& rope, int64_t first_token,
@@ -27,9 +32,11 @@ class OwnKernelOps : public GgmlOps {
                                   int64_t first_token, const CacheRows& rows) override;
     ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeights& w,
                      const ExpertWeights* beside) override;
-    Mixture moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) override;
-    ggml_tensor* join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture,
-                      const JoinWeights& w) override;
+    RouterChoice route(ggml_tensor* x, ggml_tensor* norm, ggml_tensor* weight,
+                       const ExpertWeights& w) override;
+    Mixture moe(ggml_tensor* x, const RouterChoice& choice, const ExpertWeights& w) override;
+    ggml_tensor* join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w,
+                      const NextInput& next) override;
     void set_positions(const std::vector<int32_t>& positions) override;
 
   protected:
@@ -42,7 +49,12 @@ class OwnKernelOps : public GgmlOps {
         return angles_.view(rope, x->ne[0], first_token, x->ne[2]);
     }
 
+    // Whether the experts' input can be packed at the attention's end, in one order for all matrices.
+    bool packs_input(const ExpertWeights& w, int64_t n_tokens) const;
+
     ExpertMatmuls expert_matmuls_;
+    // rms_norm(x, weight) that another node computes: x and weight -> part of its result
+    std::map<std::pair<const ggml_tensor*, const ggml_tensor*>, ggml_tensor*> normed_;
     RopeAngles angles_;
 };
 

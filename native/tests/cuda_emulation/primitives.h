@@ -56,6 +56,12 @@ inline uint32_t half2_of(float low, float high) {
 
 using emulation::half_to_float;
 
+inline uint32_t max_of_warp(uint32_t value, PYDIFFUSION_SITE) {
+    for (int offset = 16; offset > 0; offset /= 2)
+        value = std::max(value, __shfl_xor_sync(0xffffffffu, value, offset, function, file, line));
+    return value;
+}
+
 // Byte i of the result: the byte of b:a (b the high word) that nibble i of the selector names.
 inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector, PYDIFFUSION_SITE) {
     // The device would repeat a byte's sign.
