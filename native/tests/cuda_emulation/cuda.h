@@ -114,6 +114,12 @@ inline unsigned __float_as_uint(float x) {
     return bits;
 }
 
+inline float __uint_as_float(unsigned bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 inline void __trap(PYDIFFUSION_SITE) { pydiffusion::emulation::fail("__trap", {function, file, line}); }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

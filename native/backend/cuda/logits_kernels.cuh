@@ -1,0 +1,482 @@
+// The kernels of CudaStepBackend that read whole rows of logits: device code only, which the tests also
+// compile for the CPU (native/tests/cuda_emulation). Internal linkage: each source file that includes this has
+// its own.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "backend/cuda/bfloat16.cuh"
+#include "backend/cuda/primitives.cuh"
+#include "backend/row_math.h"
+#include "sampler/logits.h"
+
+namespace pydiffusion {
+
+namespace {
+
+using row::kChunk;
+using row::kLanes;
+using row::kMaxGathered;
+
+constexpr int kWarps = 16, kThreads = kWarps * kLanes;  // of a block per row
+constexpr int kChunksPerBlock = 8;                      // of sum_chunks, one per warp
+constexpr int kPerLane = kChunk / kLanes;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ void store_one(float* out, float x) { *out = x; }
+__device__ __forceinline__ void store_one(__half* out, float x) { *out = __float2half(x); }
+__device__ __forceinline__ void store_one(cuda::Bfloat16* out, float x) { *out = cuda::bfloat16_of(x); }
+
+__device__ __forceinline__ void store_four(float* out, float a, float b, float c, float d) {
+    *reinterpret_cast<float4*>(out) = make_float4(a, b, c, d);
+}
+__device__ __forceinline__ void store_four(__half* out, float a, float b, float c, float d) {
+    *reinterpret_cast<uint2*>(out) = make_uint2(cuda::half2_of(a, b), cuda::half2_of(c, d));
+}
+__device__ __forceinline__ void store_four(cuda::Bfloat16* out, float a, float b, float c, float d) {
+    *reinterpret_cast<uint2*>(out) = make_uint2(cuda::bfloat16x2_of(a, b), cuda::bfloat16x2_of(c, d));
+}
+
+// A lane's values of a chunk: kVector reads four consecutive tokens at a time, which takes rows of a multiple
+// of four.
+template <bool kVector>
+struct LaneTokens {
+    static constexpr int kTogether = kVector ? 4 : 1;
+
+    // Of a lane's i-th value, in the chunk.
+    __device__ static int64_t token(int i) {
+        return (i / kTogether * kLanes + threadIdx.x % kLanes) * kTogether + i % kTogether;
+    }
+    // x: the chunk, of n tokens; others become -infinity.
+    __device__ static void load(const float* x, int64_t n, float (&values)[kPerLane]) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; i += kTogether) {
+            const int64_t at = token(i);
+            if constexpr (kVector) {
+                float4 four = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+                if (at < n) four = *reinterpret_cast<const float4*>(x + at);
+                values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
+            } else {
+                values[i] = at < n ? x[at] : -INFINITY;
+            }
+        }
+    }
+    template <typename T>
+    __device__ static void store(T* x, int64_t n, const float (&values)[kPerLane]) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; i += kTogether) {
+            const int64_t at = token(i);
+            if (at >= n) continue;
+            if constexpr (kVector) {
+                store_four(x + at, values[i], values[i + 1], values[i + 2], values[i + 3]);
+            } else {
+                store_one(x + at, values[i]);
+            }
+        }
+    }
+};
+
+__device__ __forceinline__ float warp_maximum(float value) {
+    for (int offset = kLanes / 2; offset > 0; offset /= 2)
+        value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
+    return value;
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
+    for (int offset = kLanes / 2; offset > 0; offset /= 2)
+        value += __shfl_xor_sync(kAllLanes, value, offset);
+    return value;
+}
+
+template <typename T>
+__device__ __forceinline__ T inclusive_scan(T value) {
+    const int lane = threadIdx.x % kLanes;
+    for (int offset = 1; offset < kLanes; offset *= 2) {
+        const T below = __shfl_up_sync(kAllLanes, value, offset);
+        if (lane >= offset) value += below;
+    }
+    return value;
+}
+
+// --- sums of chunks: one warp each; grid: kChunksPerBlock chunks, rows ---
+
+// Soft-caps the chunk's values and writes them back.
+template <typename Tokens>
+__device__ __forceinline__ void cap_chunk(float* x, int64_t n, row::SoftCap cap, float (&values)[kPerLane]) {
+    bool is_small = true;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) is_small = is_small && !(fabsf(values[i]) > cap.cap);
+    if (__all_sync(kAllLanes, is_small)) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) values[i] = cap.small(values[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) values[i] = cap(values[i]);
+    }
+    Tokens::store(x, n, values);
+    if (n >= kChunk) return;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i)
+        if (Tokens::token(i) >= n) values[i] = -INFINITY;
+}
+
+template <bool kCaps, bool kVector>
+__global__ void __launch_bounds__(kChunksPerBlock* kLanes)
+    sum_chunks(float* logits, int64_t n_vocab, row::SoftCap cap, float scale, row::Sums* chunks) {
+    using Tokens = LaneTokens<kVector>;
+    const int64_t n_chunks = row::n_chunks_of(n_vocab);
+    const int64_t chunk = static_cast<int64_t>(blockIdx.x) * kChunksPerBlock + threadIdx.x / kLanes;
+    if (chunk >= n_chunks) return;
+    float* x = logits + blockIdx.y * n_vocab + chunk * kChunk;
+    const int64_t n = n_vocab - chunk * kChunk;
+    float values[kPerLane];
+    Tokens::load(x, n, values);
+    if constexpr (kCaps) cap_chunk<Tokens>(x, n, cap, values);
+    float maximum = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) maximum = fmaxf(maximum, values[i]);
+    row::Sums sums = {warp_maximum(maximum), 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) row::add(sums, values[i], scale);
+    sums.weight = warp_sum(sums.weight);
+    sums.weighted = warp_sum(sums.weighted);
+    if (threadIdx.x % kLanes == 0) chunks[blockIdx.y * n_chunks + chunk] = sums;
+}
+
+// --- sums of a row: one block ---
+
+// The chunks of a row, of which a warp sums a range, lane by lane.
+struct Chunks {
+    const row::Sums* sums;
+    int64_t n;
+    float scale;
+
+    __device__ int64_t per_warp() const { return (n + kThreads - 1) / kThreads * kLanes; }
+    __device__ int64_t begin_of(int warp) const { return min(n, warp * per_warp()); }
+    // Calls action(chunk, its sums) for the lane's chunks of its warp's range.
+    template <typename Action>
+    __device__ void for_each_of_lane(const Action& action) const {
+        const int warp = threadIdx.x / kLanes;
+        for (int64_t c = begin_of(warp) + threadIdx.x % kLanes; c < begin_of(warp + 1); c += kLanes)
+            action(c, sums[c]);
+    }
+};
+
+struct RowSums {
+    row::Sums all;
+    int32_t first;  // the first chunk with the maximum; -1 if there is none
+};
+
+// In shared memory.
+struct WarpSums {
+    float maximum[kWarps], weight[kWarps], weighted[kWarps];
+    int32_t first[kWarps];
+};
+
+// The row's sums in every thread; each warp's, relative to the row's maximum, in `warps`.
+__device__ RowSums sum_row(const Chunks& chunks, WarpSums& warps) {
+    const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+    float maximum = -INFINITY;
+    int32_t first = -1;
+    chunks.for_each_of_lane([&](int64_t c, const row::Sums& sums) {
+        if (sums.maximum > maximum) maximum = sums.maximum, first = static_cast<int32_t>(c);
+    });
+    const float of_warp = warp_maximum(maximum);
+    // Lanes have chunks in turn, so the first is that of any lane.
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        const int32_t mine = maximum == of_warp && first >= 0 ? first : INT32_MAX;
+        first = min(mine, __shfl_xor_sync(kAllLanes, mine, offset));
+        maximum = of_warp;
+    }
+    if (lane == 0) warps.maximum[warp] = of_warp, warps.first[warp] = first;
+    __syncthreads();
+    RowSums row = {{-INFINITY, 0.0f, 0.0f}, -1};
+    for (int w = 0; w < kWarps; ++w)
+        if (warps.maximum[w] > row.all.maximum) row.all.maximum = warps.maximum[w], row.first = warps.first[w];
+
+    float weight = 0.0f, weighted = 0.0f;
+    chunks.for_each_of_lane([&](int64_t, const row::Sums& sums) {
+        const row::Sums own = row::rescaled(sums, row.all.maximum, chunks.scale);
+        weight += own.weight;
+        weighted += own.weighted;
+    });
+    weight = warp_sum(weight);
+    weighted = warp_sum(weighted);
+    if (lane == 0) warps.weight[warp] = weight, warps.weighted[warp] = weighted;
+    __syncthreads();
+    for (int w = 0; w < kWarps; ++w) {
+        row.all.weight += warps.weight[w];
+        row.all.weighted += warps.weighted[w];
+    }
+    return row;
+}
+
+// Looks for the first of some entries at which their cumulative weight exceeds `target`, 32 at a time.
+struct Search {
+    double target;
+    int64_t found;  // that entry; until there is one, the last with a weight
+
+    // Of the entries base + lane; returns whether it is one of them, and leaves in `target` what exceeds the
+    // weight before it.
+    __device__ bool next(float weight, int64_t base) {
+        const float running = inclusive_scan(weight);
+        const unsigned passed = __ballot_sync(kAllLanes, weight > 0.0f && target < running);
+        const unsigned any = __ballot_sync(kAllLanes, weight > 0.0f);
+        const int lane = passed ? __ffs(passed) - 1 : kLanes;
+        if (any) found = base + (passed ? lane : 31 - __clz(any));
+        const float before = __shfl_sync(kAllLanes, running, max(lane, 1) - 1);
+        if (lane > 0) target -= before;
+        return passed != 0;
+    }
+};
+
+// The token at which the cumulative weight exceeds `target`, in vocabulary order, else the last with mass.
+// One warp.
+__device__ int32_t draw(const float* x, int64_t n_vocab, const Chunks& chunks, const WarpSums& warps,
+                        const RowSums& row, double target) {
+    const int lane = threadIdx.x % kLanes;
+    int chosen = -1;
+    for (int w = 0; w < kWarps; ++w) {
+        if (!(warps.weight[w] > 0.0f)) continue;
+        if (chosen >= 0) target -= warps.weight[chosen];
+        chosen = w;
+        if (target < warps.weight[w]) break;
+    }
+    Search search = {target, row.first};
+    const int64_t end = chunks.begin_of(chosen + 1);
+    bool is_passed = false;
+    for (int64_t base = chunks.begin_of(chosen); base < end && !is_passed; base += kLanes) {
+        const int64_t c = base + lane;
+        const float weight =
+            c < end ? row::rescaled(chunks.sums[c], row.all.maximum, chunks.scale).weight : 0.0f;
+        is_passed = search.next(weight, base);
+    }
+    if (!is_passed) search.target = INFINITY;  // rounding: the last token with mass
+    const int64_t begin = search.found * kChunk;
+    float values[kPerLane];
+    LaneTokens<false>::load(x + begin, n_vocab - begin, values);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+        const float weight = row::power(row::exponent(values[i], row.all.maximum, chunks.scale));
+        if (search.next(weight, begin + i * kLanes)) break;
+    }
+    return static_cast<int32_t>(search.found);
+}
+
+// The first token with the row's maximum. One warp.
+__device__ int32_t first_maximum(const float* x, int64_t n_vocab, const RowSums& row) {
+    const int64_t begin = static_cast<int64_t>(row.first) * kChunk;
+    float values[kPerLane];
+    LaneTokens<false>::load(x + begin, n_vocab - begin, values);
+    int64_t first = begin;
+#pragma unroll
+    for (int i = kPerLane - 1; i >= 0; --i) {
+        const unsigned equal = __ballot_sync(kAllLanes, values[i] == row.all.maximum);
+        if (equal) first = begin + i * kLanes + __ffs(equal) - 1;
+    }
+    return static_cast<int32_t>(first);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    measure_rows(const float* logits, int64_t n_vocab, const row::Sums* sums, float scale, const float* u,
+                 Measure* measures) {
+    __shared__ WarpSums warps;
+    const float* x = logits + static_cast<int64_t>(blockIdx.x) * n_vocab;
+    const int64_t n = row::n_chunks_of(n_vocab);
+    const Chunks chunks = {sums + blockIdx.x * n, n, scale};
+    const RowSums row = sum_row(chunks, warps);
+    const int warp = threadIdx.x / kLanes;
+    const bool writes = threadIdx.x % kLanes == 0;
+    Measure& measure = measures[blockIdx.x];
+    if (!row::is_valid(row.all)) {
+        if (threadIdx.x == 0) measure = {0, 0, NAN};
+    } else if (warp == 0) {
+        const double target = fmax(static_cast<double>(u[blockIdx.x]), 0x1p-25) * row.all.weight;
+        const int32_t sampled = draw(x, n_vocab, chunks, warps, row, target);
+        if (writes) measure.sampled = sampled, measure.entropy = row::entropy(row.all);
+    } else if (warp == 1) {
+        const int32_t argmax = first_maximum(x, n_vocab, row);
+        if (writes) measure.argmax = argmax;
+    }
+}
+
+// --- self-conditioning ---
+
+// Calls action(chunk) for the chunks of this warp, which has every kWarps-th, whose largest probability is in
+// [least, below).
+template <typename Action>
+__device__ void for_each_chunk(const Chunks& chunks, const row::Distribution& d, float least, float below,
+                               const Action& action) {
+    const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+    for (int64_t base = warp; base < chunks.n; base += kThreads) {
+        const int64_t c = base + lane * kWarps;
+        const float p = c < chunks.n ? row::probability(d, chunks.sums[c].maximum) : 0.0f;
+        for (unsigned left = __ballot_sync(kAllLanes, p >= least && p < below); left; left &= left - 1)
+            action(base + (__ffs(left) - 1) * kWarps);
+    }
+}
+
+// In shared memory. Those of the tails alternate, so that one barrier a threshold is enough.
+struct WarpTails {
+    float unread[kWarps][row::kThresholds];
+    float below[2][kWarps];
+    int32_t kept[2][kWarps];
+    int32_t listed[kWarps];
+};
+
+// The mass of the chunks without a token that reaches a threshold, warp by warp, in `shared`.
+__device__ void sum_unread(const Chunks& chunks, const row::Distribution& d, WarpTails& shared) {
+    row::Tails tails = {};
+    chunks.for_each_of_lane([&](int64_t, const row::Sums& sums) {
+        const float mass = row::rescaled(sums, d.maximum, d.scale).weight * d.norm;
+        row::add(tails, row::probability(d, sums.maximum), mass);
+    });
+#pragma unroll
+    for (int i = 0; i < row::kThresholds; ++i) {
+        const float below = warp_sum(tails.below[i]);
+        if (threadIdx.x % kLanes == 0) shared.unread[threadIdx.x / kLanes][i] = below;
+    }
+    __syncthreads();
+}
+
+// The sum over warps of the i-th entries of tails, the same in every thread.
+__device__ void sum_tails(const row::Tails& tails, int i, WarpTails& shared, double& below, int32_t& kept) {
+    float own_below = 0.0f;
+    int32_t own_kept = 0;
+#pragma unroll
+    for (int j = 0; j < row::kThresholds; ++j)  // no register has a variable index
+        if (j == i) own_below = tails.below[j], own_kept = tails.kept[j];
+    own_below = warp_sum(own_below);
+    own_kept = warp_sum(own_kept);
+    const int warp = threadIdx.x / kLanes;
+    if (threadIdx.x % kLanes == 0) shared.below[i % 2][warp] = own_below, shared.kept[i % 2][warp] = own_kept;
+    __syncthreads();
+    kept = 0;
+    for (int w = 0; w < kWarps; ++w) {
+        below += shared.below[i % 2][w];
+        kept += shared.kept[i % 2][w];
+    }
+}
+
+// Finds the largest threshold with a mass of at most dropped_mass below it. Returns how many tokens reach it,
+// or more than kMaxGathered where no threshold does with fewer. Only chunks with a token that reaches the
+// thresholds tried are read: the mass of the others is known.
+__device__ int32_t choose_threshold(const float* x, int64_t n_vocab, const Chunks& chunks, float dropped_mass,
+                                    row::Distribution& d, WarpTails& shared) {
+    const row::Distribution all = d;
+    sum_unread(chunks, all, shared);
+    row::Tails tails = {};
+    float already_read = INFINITY;
+    for (int i = 0;; ++i) {
+        double below = 0.0;
+        for (int w = 0; w < kWarps; ++w) below += shared.unread[w][i];
+        if (!row::may_choose(i, below, dropped_mass)) continue;
+        d.threshold = row::threshold(i);
+        for_each_chunk(chunks, all, d.threshold, already_read, [&](int64_t c) {
+            float values[kPerLane];
+            LaneTokens<false>::load(x + c * kChunk, n_vocab - c * kChunk, values);
+#pragma unroll
+            for (int j = 0; j < kPerLane; ++j) {
+                const float p = row::probability(all, values[j]);
+                row::add(tails, p, p);
+            }
+        });
+        already_read = d.threshold;
+        int32_t kept;
+        sum_tails(tails, i, shared, below, kept);
+        if (kept > kMaxGathered || row::may_choose(i, below, dropped_mass)) return kept;
+    }
+}
+
+// Lists the tokens kept, in vocabulary order. n_kept: of each chunk, in shared memory.
+__device__ void list_kept(const float* x, int64_t n_vocab, const Chunks& chunks, const row::Distribution& d,
+                          WarpTails& shared, int32_t* n_kept, int32_t* tokens, float* weights) {
+    const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+    const auto load = [&](int64_t c, float(&p)[kPerLane]) {
+        LaneTokens<false>::load(x + c * kChunk, n_vocab - c * kChunk, p);
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) p[i] = row::probability(d, p[i]);
+    };
+    for (int64_t c = threadIdx.x; c < chunks.n; c += kThreads) n_kept[c] = 0;
+    __syncthreads();
+    for_each_chunk(chunks, d, d.threshold, INFINITY, [&](int64_t c) {
+        float p[kPerLane];
+        load(c, p);
+        int32_t n = 0;
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) n += __popc(__ballot_sync(kAllLanes, p[i] > 0.0f));
+        if (lane == 0) n_kept[c] = n;
+    });
+    __syncthreads();
+    // Becomes the tokens kept in this and earlier chunks of the warp's range.
+    int32_t running = 0;
+    for (int64_t base = chunks.begin_of(warp); base < chunks.begin_of(warp + 1); base += kLanes) {
+        const bool is_own = base + lane < chunks.begin_of(warp + 1);
+        const int32_t n = running + inclusive_scan(is_own ? n_kept[base + lane] : 0);
+        if (is_own) n_kept[base + lane] = n;
+        running = __shfl_sync(kAllLanes, n, kLanes - 1);
+    }
+    if (lane == 0) shared.listed[warp] = running;
+    __syncthreads();
+    for_each_chunk(chunks, d, d.threshold, INFINITY, [&](int64_t c) {
+        const int range = static_cast<int>(c / chunks.per_warp());
+        int32_t at = c > chunks.begin_of(range) ? n_kept[c - 1] : 0;
+        for (int w = 0; w < range; ++w) at += shared.listed[w];
+        float p[kPerLane];
+        load(c, p);
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+            const unsigned kept = __ballot_sync(kAllLanes, p[i] > 0.0f);
+            if (p[i] > 0.0f) {
+                const int32_t own = at + __popc(kept & ((1u << lane) - 1));
+                tokens[own] = static_cast<int32_t>(c * kChunk + i * kLanes + lane);
+                weights[own] = p[i];
+            }
+            at += __popc(kept);
+        }
+    });
+}
+
+// Computes each row's distribution and how many tokens it keeps; if at most kMaxGathered, also lists them in
+// vocabulary order, else n_kept is INT32_MAX. Dynamic shared memory: an int32 per chunk.
+__global__ void __launch_bounds__(kThreads)
+    find_mass(const float* logits, int64_t n_vocab, const row::Sums* sums, float scale, float dropped_mass,
+              row::Distribution* distributions, int32_t* n_kept, int32_t* tokens, float* weights) {
+    __shared__ WarpSums warps;
+    __shared__ WarpTails tails;
+    const float* x = logits + static_cast<int64_t>(blockIdx.x) * n_vocab;
+    const int64_t n = row::n_chunks_of(n_vocab);
+    const Chunks chunks = {sums + blockIdx.x * n, n, scale};
+    const RowSums row = sum_row(chunks, warps);
+    row::Distribution d = row::distribution_of(row.all, scale);
+    int32_t kept = INT32_MAX;
+    if (row::is_valid(row.all) && row::entropy(row.all) <= row::most_entropy_gathered(dropped_mass, n_vocab))
+        kept = choose_threshold(x, n_vocab, chunks, dropped_mass, d, tails);
+    const bool is_dense = kept > kMaxGathered;
+    if (is_dense) d.threshold = row::threshold(row::kThresholds - 1);
+    if (threadIdx.x == 0) {
+        distributions[blockIdx.x] = d;
+        n_kept[blockIdx.x] = is_dense ? INT32_MAX : kept;
+    }
+    if (is_dense) return;
+    const int64_t list = static_cast<int64_t>(blockIdx.x) * kMaxGathered;
+    auto* kept_of_chunks = reinterpret_cast<int32_t*>(cuda::dynamic_shared());
+    list_kept(x, n_vocab, chunks, d, tails, kept_of_chunks, tokens + list, weights + list);
+}
+
+// Makes a row's tokens -infinity, except one; chunks: the row's.
+__global__ void fill_row(float* x, int64_t n, int32_t token, float value, row::Sums* chunks) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    x[i] = i == token ? value : -INFINITY;
+    if (i % kChunk) return;
+    const bool has_token = i / kChunk == token / kChunk;
+    chunks[i / kChunk] = has_token ? row::Sums{value, 1.0f, 0.0f} : row::Sums{-INFINITY, 0.0f, 0.0f};
+}
+
+}  // namespace
+
+}  // namespace pydiffusion
