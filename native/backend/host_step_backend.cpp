@@ -120,7 +120,7 @@ class HostStepBackend : public StepBackend {
         }
     }
 
-    void pin(ggml_tensor* logits, int64_t position, int32_t token, float value) override {
+    void pin(ggml_tensor* logits, int64_t position, int32_t token, float value, const StepState&) override {
         float* x = row_of(logits, position);
         std::fill_n(x, logits->ne[0], -std::numeric_limits<float>::infinity());
         x[token] = value;
@@ -148,6 +148,10 @@ class HostStepBackend : public StepBackend {
 };
 
 }  // namespace
+
+int64_t n_sums(int64_t n_vocab) {
+    return row::n_chunks_of(n_vocab) * static_cast<int64_t>(sizeof(row::Sums) / sizeof(float));
+}
 
 std::unique_ptr<StepBackend> make_host_step_backend(ggml_backend_t) {
     return std::make_unique<HostStepBackend>();

@@ -1,5 +1,5 @@
-// Softmax statistics of one row of logits as GPU kernels compute them: sums of chunks of kChunk tokens, then of
-// the row, in a fixed order. Compiled by nvcc and, for tests, by the host compiler.
+// Softmax statistics of one row of logits as GPU kernels compute them: sums of chunks of kChunk tokens, then
+// of the row, in a fixed order. Compiled by nvcc and, for tests, by the host compiler.
 #pragma once
 
 #include <cfloat>

@@ -111,7 +111,8 @@ int64_t reference_search(int64_t n, double& target, const WeightOf& weight_of) {
 }
 
 // Of capped logits.
-inline Measure reference_measure(const float* x, int64_t n_vocab, float temperature, float u, bool is_vector) {
+inline Measure reference_measure(const float* x, int64_t n_vocab, float temperature, float u,
+                                 bool is_vector) {
     const float scale = row::scale_of(temperature);
     const std::vector<row::Sums> chunks = reference_chunks(x, n_vocab, scale, is_vector);
     const ReferenceSums sums = reference_sums(chunks, scale);
@@ -125,10 +126,9 @@ inline Measure reference_measure(const float* x, int64_t n_vocab, float temperat
         if (target < sums.warps[w]) break;
     }
     const ChunkRange range = range_of(warp, static_cast<int64_t>(chunks.size()));
-    const int64_t chunk =
-        range.begin + reference_search(range.end - range.begin, target, [&](int64_t i) {
-            return row::rescaled(chunks[range.begin + i], sums.all.maximum, scale).weight;
-        });
+    const int64_t chunk = range.begin + reference_search(range.end - range.begin, target, [&](int64_t i) {
+                              return row::rescaled(chunks[range.begin + i], sums.all.maximum, scale).weight;
+                          });
     const int64_t begin = chunk * kChunk, n = std::min<int64_t>(kChunk, n_vocab - begin);
     const int64_t sampled = begin + reference_search(n, target, [&](int64_t i) {
                                 return row::power(row::exponent(x[begin + i], sums.all.maximum, scale));

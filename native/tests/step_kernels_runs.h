@@ -73,17 +73,19 @@ inline std::vector<Order> orders() {
                          : std::vector<Order>(std::begin(kOrders), std::end(kOrders));
 }
 
-// Sizes of vocabularies: one token, a full round of a warp, one more, a chunk, several and a last one that isn't
-// full, warps with several chunks. Two under ThreadSanitizer, eight times slower.
+// Sizes of vocabularies: one token, a full round of a warp, one more, a chunk, several and a last one that
+// isn't full, warps with several chunks. Two under ThreadSanitizer, eight times slower.
 inline std::vector<int64_t> vocabularies() {
-    return kDetectsRaces ? std::vector<int64_t>{1100} : std::vector<int64_t>{1, 32, 33, 1023, 1024, 3000, 17001};
+    return kDetectsRaces ? std::vector<int64_t>{1100}
+                         : std::vector<int64_t>{1, 32, 33, 1023, 1024, 3000, 17001};
 }
 
 inline bool is_vector(int64_t n_vocab) { return n_vocab % 4 == 0; }
 
 inline dim3 grid_of_chunks(int64_t n_vocab, int64_t n_rows) {
     const int64_t n = row::n_chunks_of(n_vocab);
-    return {static_cast<unsigned>((n + kChunksPerBlock - 1) / kChunksPerBlock), static_cast<unsigned>(n_rows)};
+    return {static_cast<unsigned>((n + kChunksPerBlock - 1) / kChunksPerBlock),
+            static_cast<unsigned>(n_rows)};
 }
 
 // The sums of chunks of logits, which may be capped.

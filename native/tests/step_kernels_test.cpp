@@ -128,8 +128,8 @@ TEST_CASE("find_mass: plain loops, bit by bit, in every order") {
                     const Mass expected = reference_mass(&logits[t * n_vocab], n_vocab, 1.25f, dropped_mass,
                                                          is_vector(n_vocab));
                     const row::Distribution &a = found.distributions[t], &b = expected.distribution;
-                    CHECK((same(a.maximum, b.maximum) && same(a.scale, b.scale) &&
-                           same(a.norm, b.norm) && same(a.threshold, b.threshold)));
+                    CHECK((same(a.maximum, b.maximum) && same(a.scale, b.scale) && same(a.norm, b.norm) &&
+                           same(a.threshold, b.threshold)));
                     CHECK(found.n_kept[t] == expected.n_kept);
                     CHECK(has_lists(found, t, expected));
                     ++(expected.n_kept > kMaxGathered ? n_dense : n_gathered);
@@ -151,6 +151,86 @@ TEST_CASE("find_mass: a whole vocabulary") {
         const Masses found = run_find_mass(order, logits, n_vocab, 1.0f, 1e-3f);
         CHECK(found.n_kept[0] == expected.n_kept);
         CHECK(has_lists(found, 0, expected));
+    }
+}
+
+namespace {
+
+template <typename T>
+T rounded(float x);
+template <>
+__half rounded(float x) {
+    return __float2half(x);
+}
+template <>
+cuda::Bfloat16 rounded(float x) {
+    return cuda::bfloat16_of(x);
+}
+
+float value_of(__half x) { return __half2float(x); }
+float value_of(cuda::Bfloat16 x) { return ggml_bf16_to_fp32({x.bits}); }
+
+template <typename T>
+std::vector<T> all_rounded(const std::vector<float>& values) {
+    std::vector<T> result;
+    for (const float x : values) result.push_back(rounded<T>(x));
+    return result;
+}
+
+// An embedding whose rows are `stride` apart, and lists of its tokens.
+template <typename T>
+struct SumsOfEmbeddings {
+    static constexpr int64_t n_vocab = 300;
+    int64_t d, stride;
+    std::vector<int32_t> n_kept = {0, 1, 8, INT32_MAX, 9, 255, 300, kMaxGathered};
+    std::vector<T> embedding = all_rounded<T>(random_values((n_vocab - 1) * stride + d, 1));
+    std::vector<float> weights = random_values(n_kept.size() * kMaxGathered, 2);
+    std::vector<int32_t> tokens = std::vector<int32_t>(weights.size());
+
+    // Where there is no list, what was there stays.
+    std::vector<float> run(Order order) {
+        for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(i * 7 % n_vocab);
+        std::vector<float> soft(n_kept.size() * d, 9.0f);
+        const dim3 grid(static_cast<unsigned>((d + kGatherColumns - 1) / kGatherColumns),
+                        static_cast<unsigned>(n_kept.size()));
+        emulate(grid, kGatherWarps * kLanes, 0, order, [&] {
+            sum_embeddings(soft.data(), embedding.data(), stride, d, n_kept.data(), tokens.data(),
+                           weights.data(), 3.0f);
+        });
+        return soft;
+    }
+
+    std::vector<float> expected() const {
+        std::vector<float> soft(n_kept.size() * d, 9.0f);
+        for (size_t t = 0; t < n_kept.size(); ++t) {
+            for (int64_t c = 0; c < d && n_kept[t] <= kMaxGathered; ++c) {
+                float total = 0.0f;
+                for (int warp = 0; warp < kGatherWarps; ++warp) {
+                    float sum = 0.0f;
+                    for (int32_t i = warp; i < n_kept[t]; i += kGatherWarps) {
+                        const size_t at = t * kMaxGathered + i;
+                        sum += weights[at] * value_of(embedding[tokens[at] * stride + c]);
+                    }
+                    total += sum;
+                }
+                soft[t * d + c] = 3.0f * total;
+            }
+        }
+        return soft;
+    }
+};
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("sum_embeddings: plain loops, bit by bit, in every order", T, __half, cuda::Bfloat16) {
+    for (const int64_t d : {8, 256, 264, 600}) {
+        for (const Order order : orders()) {
+            CAPTURE(d);
+            if (kDetectsRaces && d > 8) break;
+            SumsOfEmbeddings<T> sums = {d, d + (d == 264 ? 8 : 0)};
+            const std::vector<float> found = sums.run(order);
+            CHECK(same(found, sums.expected()));
+        }
     }
 }
 
@@ -271,15 +351,15 @@ TEST_CASE("fill_row: one token of the row, nothing behind it") {
         if (kDetectsRaces && n > 3000) break;
         for (const Order order : orders()) {
             const Matrix row(n, 1, random_values(n, 1));
-            make_host_step_backend()->pin(row.tensor, 0, static_cast<int32_t>(n - 1), 5.0f);
+            make_host_step_backend()->pin(row.tensor, 0, static_cast<int32_t>(n - 1), 5.0f, {});
             std::vector<float> x(n, 1.0f);
             std::vector<row::Sums> chunks(row::n_chunks_of(n));
             emulate(static_cast<unsigned>((n + 255) / 256), 256, 0, order,
                     [&] { fill_row(x.data(), n, static_cast<int32_t>(n - 1), 5.0f, chunks.data()); });
             const std::vector<row::Sums> expected = reference_chunks(x.data(), n, 1.25f, true);
             for (size_t c = 0; c < chunks.size(); ++c) {
-                CHECK((same(chunks[c].maximum, expected[c].maximum) && chunks[c].weight == expected[c].weight &&
-                       chunks[c].weighted == expected[c].weighted));
+                CHECK((same(chunks[c].maximum, expected[c].maximum) &&
+                       chunks[c].weight == expected[c].weight && chunks[c].weighted == expected[c].weighted));
             }
             CHECK(same(x, std::vector<float>(row.data(), row.data() + n)));
         }
@@ -352,8 +432,7 @@ TEST_CASE("the kernels of self-conditioning together: the host's backend") {
     make_host_step_backend()->condition(logits_matrix.tensor, embedding_matrix.tensor, soft_matrix.tensor, 3,
                                         state);
     for (const Order order : orders()) {
-        const Masses masses =
-            run_find_mass(order, logits, kVocab, row::scale_of(0.8f), state.dropped_mass);
+        const Masses masses = run_find_mass(order, logits, kVocab, row::scale_of(0.8f), state.dropped_mass);
         std::vector<int32_t> first = {0}, dense;
         for (int32_t t = 0; t < 3; ++t) {
             const bool is_dense = masses.n_kept[t] > kMaxGathered;

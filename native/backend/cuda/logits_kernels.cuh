@@ -1,6 +1,6 @@
 // The kernels of CudaStepBackend that read whole rows of logits: device code only, which the tests also
-// compile for the CPU (native/tests/cuda_emulation). Internal linkage: each source file that includes this has
-// its own.
+// compile for the CPU (native/tests/cuda_emulation). Internal linkage: each source file that includes this
+// has its own.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -86,8 +86,7 @@ __device__ __forceinline__ float warp_maximum(float value) {
 
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {
-    for (int offset = kLanes / 2; offset > 0; offset /= 2)
-        value += __shfl_xor_sync(kAllLanes, value, offset);
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
     return value;
 }
 
@@ -195,7 +194,8 @@ __device__ RowSums sum_row(const Chunks& chunks, WarpSums& warps) {
     __syncthreads();
     RowSums row = {{-INFINITY, 0.0f, 0.0f}, -1};
     for (int w = 0; w < kWarps; ++w)
-        if (warps.maximum[w] > row.all.maximum) row.all.maximum = warps.maximum[w], row.first = warps.first[w];
+        if (warps.maximum[w] > row.all.maximum)
+            row.all.maximum = warps.maximum[w], row.first = warps.first[w];
 
     float weight = 0.0f, weighted = 0.0f;
     chunks.for_each_of_lane([&](int64_t, const row::Sums& sums) {
@@ -395,7 +395,7 @@ __device__ int32_t choose_threshold(const float* x, int64_t n_vocab, const Chunk
 __device__ void list_kept(const float* x, int64_t n_vocab, const Chunks& chunks, const row::Distribution& d,
                           WarpTails& shared, int32_t* n_kept, int32_t* tokens, float* weights) {
     const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    const auto load = [&](int64_t c, float(&p)[kPerLane]) {
+    const auto load = [&](int64_t c, float (&p)[kPerLane]) {
         LaneTokens<false>::load(x + c * kChunk, n_vocab - c * kChunk, p);
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) p[i] = row::probability(d, p[i]);
@@ -467,12 +467,12 @@ __global__ void __launch_bounds__(kThreads)
     list_kept(x, n_vocab, chunks, d, tails, kept_of_chunks, tokens + list, weights + list);
 }
 
-// Makes a row's tokens -infinity, except one; chunks: the row's.
+// Makes a row's tokens -infinity, except one. chunks: the row's, or null.
 __global__ void fill_row(float* x, int64_t n, int32_t token, float value, row::Sums* chunks) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= n) return;
     x[i] = i == token ? value : -INFINITY;
-    if (i % kChunk) return;
+    if (!chunks || i % kChunk) return;
     const bool has_token = i / kChunk == token / kChunk;
     chunks[i / kChunk] = has_token ? row::Sums{value, 1.0f, 0.0f} : row::Sums{-INFINITY, 0.0f, 0.0f};
 }

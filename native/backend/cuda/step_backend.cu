@@ -101,6 +101,17 @@ class DeviceArray {
     int64_t size_ = 0;
 };
 
+bool is_16_bit(ggml_type type) { return type == GGML_TYPE_BF16 || type == GGML_TYPE_F16; }
+
+// Whether sum_embeddings can read it; others are gathered by ggml's kernels.
+bool can_sum_embeddings(const ggml_tensor* embedding) {
+    return is_16_bit(embedding->type) && embedding->ne[0] % kPerLoad == 0 && embedding->nb[1] % 16 == 0 &&
+           reinterpret_cast<uintptr_t>(embedding->data) % 16 == 0;
+}
+
+// Whether lanes may read four logits of a row at a time.
+bool is_vector(int64_t n_vocab) { return n_vocab % 4 == 0; }
+
 class CudaStepBackend : public StepBackend {
   public:
     explicit CudaStepBackend(ggml_backend_t backend)
@@ -116,7 +127,8 @@ class CudaStepBackend : public StepBackend {
     void condition(const ggml_tensor* logits, const ggml_tensor* embedding, ggml_tensor* soft, int64_t n,
                    const StepState& state) override;
     void measure(ggml_tensor* logits, int64_t n, StepState& state) override;
-    void pin(ggml_tensor* logits, int64_t position, int32_t token, float value) override;
+    void pin(ggml_tensor* logits, int64_t position, int32_t token, float value,
+             const StepState& state) override;
     double seconds_of(const std::function<void()>& work) override;
     double copy_rate() override;
 
@@ -124,6 +136,10 @@ class CudaStepBackend : public StepBackend {
     // Several ggml devices may share a GPU (GGML_CUDA_DEVICES).
     int physical_gpu() const { return ggml_cuda_info().devices[ggml_.device].physical_device; }
     void select_gpu() const { check(cudaSetDevice(physical_gpu()), "selecting the GPU"); }
+    void sum(const ggml_tensor* logits, int64_t n, float temperature, const float* cap, row::Sums* sums);
+    row::Sums* sums_of(const ggml_tensor* logits, int64_t n, const StepState& state);
+    void find_kept(const ggml_tensor* logits, int64_t n, const StepState& state);
+    void sum_rows(const ggml_tensor* embedding, float* soft, int64_t n, float scale);
     void gather(const ggml_tensor* embedding, float* soft, int64_t n, float scale);
     void multiply(const float* logits, const ggml_tensor* embedding, float* soft, float scale);
     template <typename T>
@@ -149,6 +165,7 @@ class CudaStepBackend : public StepBackend {
     Owned<cublasHandle_t> cublas_;
     DeviceArray<float> u_, weights_, packed_weights_, rows_, dense_sums_;
     DeviceArray<Measure> measures_;
+    DeviceArray<row::Sums> sums_;
     DeviceArray<row::Distribution> distributions_;
     DeviceArray<int32_t> n_kept_, tokens_, packed_tokens_, first_, positions_;
     DeviceArray<__half> embedding_;
@@ -156,56 +173,99 @@ class CudaStepBackend : public StepBackend {
     std::vector<int32_t> first_host_, dense_host_;
 };
 
+// Sums the chunks of the first n rows of logits at a temperature, and caps them if cap isn't null.
+void CudaStepBackend::sum(const ggml_tensor* logits, int64_t n, float temperature, const float* cap,
+                          row::Sums* sums) {
+    const int64_t n_vocab = logits->ne[0];
+    const dim3 grid(blocks_of(row::n_chunks_of(n_vocab), kChunksPerBlock), static_cast<unsigned>(n));
+    const auto kernel = cap ? (is_vector(n_vocab) ? sum_chunks<true, true> : sum_chunks<true, false>)
+                            : (is_vector(n_vocab) ? sum_chunks<false, true> : sum_chunks<false, false>);
+    kernel<<<grid, kChunksPerBlock * kLanes, 0, stream_.get()>>>(static_cast<float*>(logits->data), n_vocab,
+                                                                 row::soft_cap(cap ? *cap : 1.0f),
+                                                                 row::scale_of(temperature), sums);
+    check_launch("summing logits");
+}
+
+// Memory for the sums of a step's logits: what the state has, else our own.
+row::Sums* CudaStepBackend::sums_of(const ggml_tensor* logits, int64_t n, const StepState& state) {
+    if (state.sums) return static_cast<row::Sums*>(state.sums->data);
+    return sums_.reserve(n * row::n_chunks_of(logits->ne[0]));
+}
+
 void CudaStepBackend::measure(ggml_tensor* logits, int64_t n, StepState& state) {
     select_gpu();
     const std::vector<float> u(state.u.begin(), state.u.begin() + n);
     upload(u_.reserve(n), u);
+    row::Sums* sums = sums_of(logits, n, state);
+    state.n_summed = 0;
+    sum(logits, n, state.temperature, &state.soft_cap, sums);
     measure_rows<<<static_cast<unsigned>(n), kThreads, 0, stream_.get()>>>(
-        static_cast<float*>(logits->data), logits->ne[0], state.soft_cap,
-        row::inverse_temperature(state.temperature), u_.data(), measures_.reserve(n));
+        static_cast<const float*>(logits->data), logits->ne[0], sums, row::scale_of(state.temperature),
+        u_.data(), measures_.reserve(n));
     check_launch("measuring logits");
     download(state.measures.data(), measures_.data(), n);
+    if (!state.sums) return;
+    state.n_summed = n;
+    state.summed_temperature = state.temperature;
 }
 
-// A position that keeps more tokens than this goes through the dense matmul. On an H200, the matmul with a
-// 16-bit embedding takes as long as gathering some 40,000 rows for all of 256 positions, or a third of it for
-// few; one that is converted first takes longer than any list.
-int32_t most_to_gather(ggml_type type, const std::vector<int32_t>& n_kept) {
-    constexpr int32_t few = 128;
-    constexpr int64_t worth_a_matmul = 16384;
-    if (type != GGML_TYPE_BF16 && type != GGML_TYPE_F16) return kMaxGathered;
-    int64_t n_of_long_lists = 0;
-    for (const int32_t n : n_kept) n_of_long_lists += n > few ? n : 0;
-    return n_of_long_lists > worth_a_matmul ? few : kMaxGathered;
+// Finds what each position keeps; its embeddings are summed by find_mass's lists, or by a matmul.
+void CudaStepBackend::find_kept(const ggml_tensor* logits, int64_t n, const StepState& state) {
+    const int64_t n_vocab = logits->ne[0];
+    row::Sums* sums = sums_of(logits, n, state);
+    const bool has_sums =
+        state.sums && n <= state.n_summed && state.summed_temperature == state.previous_temperature;
+    if (!has_sums) sum(logits, n, state.previous_temperature, nullptr, sums);
+    const size_t shared_bytes = row::n_chunks_of(n_vocab) * sizeof(int32_t);
+    find_mass<<<static_cast<unsigned>(n), kThreads, shared_bytes, stream_.get()>>>(
+        static_cast<const float*>(logits->data), n_vocab, sums, row::scale_of(state.previous_temperature),
+        state.dropped_mass, distributions_.reserve(n), n_kept_.reserve(n), tokens_.reserve(n * kMaxGathered),
+        weights_.reserve(n * kMaxGathered));
+    check_launch("selecting tokens for self-conditioning");
 }
 
 void CudaStepBackend::condition(const ggml_tensor* logits, const ggml_tensor* embedding, ggml_tensor* soft,
                                 int64_t n, const StepState& state) {
     select_gpu();
-    const int64_t n_vocab = logits->ne[0], d = soft->ne[0];
-    const auto* x = static_cast<const float*>(logits->data);
+    const bool sums_in_place = can_sum_embeddings(embedding);
     auto* out = static_cast<float*>(soft->data);
-    check(cudaMemsetAsync(out, 0, n * d * sizeof(float), stream_.get()), "clearing the soft embeddings");
+    if (!state.self_conditioning || !sums_in_place) {
+        const size_t n_bytes = n * soft->ne[0] * sizeof(float);
+        check(cudaMemsetAsync(out, 0, n_bytes, stream_.get()), "clearing the soft embeddings");
+    }
     if (state.self_conditioning) {
-        find_mass<<<static_cast<unsigned>(n), kThreads, 0, stream_.get()>>>(
-            x, n_vocab, row::inverse_temperature(state.previous_temperature), state.dropped_mass,
-            distributions_.reserve(n), n_kept_.reserve(n), tokens_.reserve(n * kMaxGathered),
-            weights_.reserve(n * kMaxGathered));
-        check_launch("selecting tokens for self-conditioning");
+        find_kept(logits, n, state);
+        if (sums_in_place) sum_rows(embedding, out, n, state.embedding_scale);
         std::vector<int32_t> n_kept(n);
         download(n_kept.data(), n_kept_.data(), n);
-        const int32_t most_gathered = most_to_gather(embedding->type, n_kept);
         first_host_.assign(1, 0);
         dense_host_.clear();
         for (int64_t t = 0; t < n; ++t) {
-            const bool dense = n_kept[t] > most_gathered;
+            const bool dense = n_kept[t] > kMaxGathered;
             if (dense) dense_host_.push_back(static_cast<int32_t>(t));
             first_host_.push_back(first_host_.back() + (dense ? 0 : n_kept[t]));
         }
-        if (first_host_.back() > 0) gather(embedding, out, n, state.embedding_scale);
+        if (!sums_in_place && first_host_.back() > 0) gather(embedding, out, n, state.embedding_scale);
+        const auto* x = static_cast<const float*>(logits->data);
         if (!dense_host_.empty()) multiply(x, embedding, out, state.embedding_scale);
     }
     finish("self-conditioning");
+}
+
+// The positions' lists are summed straight from a 16-bit embedding.
+void CudaStepBackend::sum_rows(const ggml_tensor* embedding, float* soft, int64_t n, float scale) {
+    const int64_t d = embedding->ne[0], stride = static_cast<int64_t>(embedding->nb[1]) / 2;
+    const dim3 grid(blocks_of(d, kGatherColumns), static_cast<unsigned>(n));
+    const auto launch = [&](auto* rows) {
+        sum_embeddings<<<grid, kGatherWarps * kLanes, 0, stream_.get()>>>(
+            soft, rows, stride, d, n_kept_.data(), tokens_.data(), weights_.data(), scale);
+    };
+    if (embedding->type == GGML_TYPE_BF16) {
+        launch(static_cast<const cuda::Bfloat16*>(embedding->data));
+    } else {
+        launch(static_cast<const __half*>(embedding->data));
+    }
+    check_launch("summing embeddings");
 }
 
 void CudaStepBackend::gather(const ggml_tensor* embedding, float* soft, int64_t n, float scale) {
@@ -246,7 +306,7 @@ void CudaStepBackend::multiply_as(cudaDataType_t type, const float* logits, cons
                                   float* soft, float scale) {
     const int64_t d = embedding->ne[0], n_vocab = embedding->ne[1];
     const auto n_dense = static_cast<int64_t>(dense_host_.size());
-    const bool in_place = embedding->type == GGML_TYPE_BF16 || embedding->type == GGML_TYPE_F16;
+    const bool in_place = is_16_bit(embedding->type);
     const to_fp16_cuda_t to_half = in_place ? nullptr : ggml_get_to_fp16_cuda(embedding->type);
     const int64_t n_at_once = in_place ? kDenseRowsInPlace : kDenseRows;
     upload(positions_.reserve(n_dense), dense_host_);
@@ -258,7 +318,8 @@ void CudaStepBackend::multiply_as(cudaDataType_t type, const float* logits, cons
         const char* source = static_cast<const char*>(embedding->data) + from * embedding->nb[1];
         if (!in_place) to_half(source, chunk, n_rows * d, stream_.get());
         const dim3 grid(blocks_of(n_rows, kProbabilities), static_cast<unsigned>(n_dense));
-        dense_probabilities<<<grid, kProbabilityThreads, 0, stream_.get()>>>(
+        const auto kernel = is_vector(n_vocab) ? dense_probabilities<T, true> : dense_probabilities<T, false>;
+        kernel<<<grid, kProbabilityWarps * kLanes, 0, stream_.get()>>>(
             probabilities, logits, distributions_.data(), positions_.data(), n_vocab, from, n_rows);
         check_launch("computing probabilities");
         const void* rows = in_place ? static_cast<const void*>(source) : chunk;
@@ -274,11 +335,14 @@ void CudaStepBackend::multiply_as(cudaDataType_t type, const float* logits, cons
     check_launch("scattering soft embeddings");
 }
 
-void CudaStepBackend::pin(ggml_tensor* logits, int64_t position, int32_t token, float value) {
+void CudaStepBackend::pin(ggml_tensor* logits, int64_t position, int32_t token, float value,
+                          const StepState& state) {
     select_gpu();
     const int64_t n_vocab = logits->ne[0];
+    auto* sums = state.sums ? static_cast<row::Sums*>(state.sums->data) : nullptr;
     fill_row<<<blocks_of(n_vocab, 256), 256, 0, stream_.get()>>>(
-        static_cast<float*>(logits->data) + position * n_vocab, n_vocab, token, value);
+        static_cast<float*>(logits->data) + position * n_vocab, n_vocab, token, value,
+        sums ? sums + position * row::n_chunks_of(n_vocab) : nullptr);
     check_launch("pinning a token");
     finish("pinning a token");
 }

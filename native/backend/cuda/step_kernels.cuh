@@ -16,9 +16,9 @@ constexpr float kHalfScale = 16384.0f;  // scales 16-bit probabilities: 1e-8 is 
 
 // --- self-conditioning of positions that keep few tokens, with a 16-bit embedding ---
 
-constexpr int kGatherWarps = 8, kPerLoad = 8;           // numbers that a lane loads together
-constexpr int kGatherColumns = kLanes * kPerLoad;       // of a block
-constexpr int kRowsTogether = 8;                        // that a warp has under way
+constexpr int kGatherWarps = 8, kPerLoad = 8;      // numbers that a lane loads together
+constexpr int kGatherColumns = kLanes * kPerLoad;  // of a block
+constexpr int kRowsTogether = 8;                   // that a warp has under way
 
 // Adds weight times eight numbers.
 __device__ __forceinline__ void add_eight(float (&sum)[kPerLoad], uint4 eight, float weight, const __half*) {
