@@ -75,10 +75,7 @@ PD_HOST_DEVICE SoftCap soft_cap(float cap) { return {cap, 1.0f / cap}; }
 // --- sums ---
 
 constexpr int kLanes = 32;
-#if !defined(PD_CHUNK)
-#define PD_CHUNK 512
-#endif
-constexpr int kChunk = PD_CHUNK;  // consecutive tokens that a warp sums
+constexpr int kChunk = 256;  // consecutive tokens that a warp sums
 
 PD_HOST_DEVICE int64_t n_chunks_of(int64_t n_vocab) { return (n_vocab + kChunk - 1) / kChunk; }
 
@@ -153,21 +150,6 @@ PD_HOST_DEVICE Distribution distribution_of(const Sums& sums, float scale) {
 PD_HOST_DEVICE float probability(const Distribution& d, float x) {
     const float p = power(exponent(x, d.maximum, d.scale)) * d.norm;
     return p < d.threshold ? 0.0f : p;
-}
-
-// Per threshold: the mass below it, and how many probabilities reach it.
-struct Tails {
-    float below[kThresholds];
-    int32_t kept[kThresholds];
-};
-
-// Adds a probability, or the mass of several of which p is the largest.
-PD_HOST_DEVICE void add(Tails& tails, float p, float mass) {
-    for (int i = 0; i < kThresholds; ++i) {
-        const bool keep = p >= threshold(i);
-        tails.below[i] += keep ? 0.0f : mass;
-        tails.kept[i] += keep ? 1 : 0;
-    }
 }
 
 // Whether a threshold with so much mass below it may be chosen: with at most `bound`, or the last one.

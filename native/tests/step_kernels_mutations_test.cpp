@@ -63,8 +63,8 @@ TEST_CASE("every barrier and every mask of the step kernels is needed") {
                                [&](Order order) { return results(order) == expected; });
         }));
     }
-    CHECK(n_barriers == 8);
-    CHECK(mutations.size() == 23);
+    CHECK(n_barriers == 6);
+    CHECK(mutations.size() == 21);
 }
 
 }  // namespace testing

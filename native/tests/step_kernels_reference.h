@@ -23,13 +23,7 @@ inline float sum_lanes(std::array<float, kLanes> lanes) {
     return lanes[0];
 }
 
-// A lane's tokens of a chunk, in the order in which it adds them.
-inline int lane_of(int64_t token, bool is_vector) {
-    return static_cast<int>(token % kChunk / (is_vector ? 4 : 1) % kLanes);
-}
-
-// is_vector: lanes read four tokens at a time.
-inline std::vector<row::Sums> reference_chunks(const float* x, int64_t n_vocab, float scale, bool is_vector) {
+inline std::vector<row::Sums> reference_chunks(const float* x, int64_t n_vocab, float scale) {
     std::vector<row::Sums> chunks;
     for (int64_t begin = 0; begin < n_vocab; begin += kChunk) {
         const int64_t end = std::min<int64_t>(n_vocab, begin + kChunk);
@@ -39,8 +33,8 @@ inline std::vector<row::Sums> reference_chunks(const float* x, int64_t n_vocab, 
         for (int64_t i = begin; i < begin + kChunk; ++i) {
             row::Sums one = {sums.maximum, 0.0f, 0.0f};
             row::add(one, i < end ? x[i] : -std::numeric_limits<float>::infinity(), scale);
-            weight[lane_of(i, is_vector)] += one.weight;
-            weighted[lane_of(i, is_vector)] += one.weighted;
+            weight[i % kLanes] += one.weight;
+            weighted[i % kLanes] += one.weighted;
         }
         sums.weight = sum_lanes(weight);
         sums.weighted = sum_lanes(weighted);
@@ -111,10 +105,9 @@ int64_t reference_search(int64_t n, double& target, const WeightOf& weight_of) {
 }
 
 // Of capped logits.
-inline Measure reference_measure(const float* x, int64_t n_vocab, float temperature, float u,
-                                 bool is_vector) {
+inline Measure reference_measure(const float* x, int64_t n_vocab, float temperature, float u) {
     const float scale = row::scale_of(temperature);
-    const std::vector<row::Sums> chunks = reference_chunks(x, n_vocab, scale, is_vector);
+    const std::vector<row::Sums> chunks = reference_chunks(x, n_vocab, scale);
     const ReferenceSums sums = reference_sums(chunks, scale);
     if (!row::is_valid(sums.all)) return {0, 0, NAN};
     double target = std::max(static_cast<double>(u), 0x1p-25) * sums.all.weight;
@@ -160,8 +153,8 @@ inline Mass mass_of(const float* x, int64_t n_vocab, row::Distribution d, int i)
 }
 
 // Masses in double precision; the kernel's are the same for thresholds that aren't next to the limit.
-inline Mass reference_mass(const float* x, int64_t n_vocab, float scale, float dropped_mass, bool is_vector) {
-    const std::vector<row::Sums> chunks = reference_chunks(x, n_vocab, scale, is_vector);
+inline Mass reference_mass(const float* x, int64_t n_vocab, float scale, float dropped_mass) {
+    const std::vector<row::Sums> chunks = reference_chunks(x, n_vocab, scale);
     const row::Distribution d = row::distribution_of(reference_sums(chunks, scale).all, scale);
     double below[row::kThresholds] = {};
     for (int64_t v = 0; v < n_vocab; ++v) {

@@ -80,8 +80,6 @@ inline std::vector<int64_t> vocabularies() {
                          : std::vector<int64_t>{1, 32, 33, 1023, 1024, 3000, 17001};
 }
 
-inline bool is_vector(int64_t n_vocab) { return n_vocab % 4 == 0; }
-
 inline dim3 grid_of_chunks(int64_t n_vocab, int64_t n_rows) {
     const int64_t n = row::n_chunks_of(n_vocab);
     return {static_cast<unsigned>((n + kChunksPerBlock - 1) / kChunksPerBlock),
@@ -94,12 +92,7 @@ std::vector<row::Sums> run_sum_chunks(Order order, std::vector<float>& logits, i
     const int64_t n_rows = static_cast<int64_t>(logits.size()) / n_vocab;
     std::vector<row::Sums> chunks(n_rows * row::n_chunks_of(n_vocab), {-7.0f, -7.0f, -7.0f});
     emulate(grid_of_chunks(n_vocab, n_rows), kChunksPerBlock * kLanes, 0, order, [&] {
-        const row::SoftCap cap = row::soft_cap(30.0f);
-        if (is_vector(n_vocab)) {
-            sum_chunks<kCaps, true>(logits.data(), n_vocab, cap, scale, chunks.data());
-        } else {
-            sum_chunks<kCaps, false>(logits.data(), n_vocab, cap, scale, chunks.data());
-        }
+        sum_chunks<kCaps>(logits.data(), n_vocab, row::soft_cap(30.0f), scale, chunks.data());
     });
     return chunks;
 }

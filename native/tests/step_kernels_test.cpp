@@ -43,7 +43,7 @@ TEST_CASE("measure_rows: plain loops, bit by bit, in every order") {
                 for (int64_t t = 0; t < n; ++t) {
                     CAPTURE(t);
                     const Measure expected = reference_measure(&capped[t * n_vocab], n_vocab, temperature,
-                                                               u[t], is_vector(n_vocab));
+                                                               u[t]);
                     CHECK(same(found.measures[t], expected));
                 }
             }
@@ -90,7 +90,7 @@ TEST_CASE("measure_rows: a whole vocabulary") {
     const std::vector<float> logits = random_values(n_vocab, 3, 4.0f), u = {0.6f};
     std::vector<float> capped = logits;
     for (float& x : capped) x = row::soft_cap(30.0f)(x);
-    const Measure expected = reference_measure(capped.data(), n_vocab, 0.8f, u[0], true);
+    const Measure expected = reference_measure(capped.data(), n_vocab, 0.8f, u[0]);
     for (const Order order : orders())
         CHECK(same(run_measure(order, logits, n_vocab, 0.8f, u).measures[0], expected));
 }
@@ -125,8 +125,7 @@ TEST_CASE("find_mass: plain loops, bit by bit, in every order") {
                 const Masses found = run_find_mass(order, logits, n_vocab, 1.25f, dropped_mass);
                 for (int64_t t = 0; t < n; ++t) {
                     CAPTURE(t);
-                    const Mass expected = reference_mass(&logits[t * n_vocab], n_vocab, 1.25f, dropped_mass,
-                                                         is_vector(n_vocab));
+                    const Mass expected = reference_mass(&logits[t * n_vocab], n_vocab, 1.25f, dropped_mass);
                     const row::Distribution &a = found.distributions[t], &b = expected.distribution;
                     CHECK((same(a.maximum, b.maximum) && same(a.scale, b.scale) && same(a.norm, b.norm) &&
                            same(a.threshold, b.threshold)));
@@ -145,7 +144,7 @@ TEST_CASE("find_mass: a whole vocabulary") {
     constexpr int64_t n_vocab = 262144;
     std::vector<float> logits = random_values(n_vocab, 3, 4.0f);
     for (int i = 0; i < 900; ++i) logits[i * 290] += 25.0f;
-    const Mass expected = reference_mass(logits.data(), n_vocab, 1.0f, 1e-3f, true);
+    const Mass expected = reference_mass(logits.data(), n_vocab, 1.0f, 1e-3f);
     CHECK(expected.tokens.size() > 300);
     for (const Order order : orders()) {
         const Masses found = run_find_mass(order, logits, n_vocab, 1.0f, 1e-3f);
@@ -299,12 +298,12 @@ std::vector<T> run_probabilities(Order order, const std::vector<float>& logits, 
     std::vector<T> found(positions.size() * n_rows);
     const dim3 grid(static_cast<unsigned>((n_rows + kProbabilities - 1) / kProbabilities),
                     static_cast<unsigned>(positions.size()));
-    emulate(grid, kProbabilityWarps * kLanes, 0, order, [&] {
-        if (is_vector(n_vocab) && is_vector(from) && is_vector(n_rows)) {
-            dense_probabilities<T, true>(found.data(), logits.data(), distributions.data(), positions.data(),
+    emulate(grid, kProbabilityThreads, 0, order, [&] {
+        if (n_vocab % 4 == 0 && from % 4 == 0 && n_rows % 4 == 0) {
+            dense_probabilities<T, 4>(found.data(), logits.data(), distributions.data(), positions.data(),
                                          n_vocab, from, n_rows);
         } else {
-            dense_probabilities<T, false>(found.data(), logits.data(), distributions.data(), positions.data(),
+            dense_probabilities<T, 1>(found.data(), logits.data(), distributions.data(), positions.data(),
                                           n_vocab, from, n_rows);
         }
     });
@@ -319,7 +318,7 @@ TEST_CASE("dense_probabilities and scatter_rows: the positions named, and no oth
     const std::vector<float> logits = random_values(4 * n_vocab, 1, 3.0f);
     std::vector<row::Distribution> distributions(4);
     for (int t = 0; t < 4; ++t)
-        distributions[t] = reference_mass(&logits[t * n_vocab], n_vocab, 1.0f, 0.01f, true).distribution;
+        distributions[t] = reference_mass(&logits[t * n_vocab], n_vocab, 1.0f, 0.01f).distribution;
     for (const Order order : orders()) {
         for (const int64_t n_rows : {1, 255, 256, 257, 1500, 3000}) {
             const int64_t from = n_vocab - n_rows;
@@ -356,7 +355,7 @@ TEST_CASE("fill_row: one token of the row, nothing behind it") {
             std::vector<row::Sums> chunks(row::n_chunks_of(n));
             emulate(static_cast<unsigned>((n + 255) / 256), 256, 0, order,
                     [&] { fill_row(x.data(), n, static_cast<int32_t>(n - 1), 5.0f, chunks.data()); });
-            const std::vector<row::Sums> expected = reference_chunks(x.data(), n, 1.25f, true);
+            const std::vector<row::Sums> expected = reference_chunks(x.data(), n, 1.25f);
             for (size_t c = 0; c < chunks.size(); ++c) {
                 CHECK((same(chunks[c].maximum, expected[c].maximum) &&
                        chunks[c].weight == expected[c].weight && chunks[c].weighted == expected[c].weighted));

@@ -7,7 +7,6 @@
 
 #include <cstdint>
 
-#include "backend/cuda/bfloat16.cuh"
 #include "backend/cuda/primitives.cuh"
 #include "backend/row_math.h"
 #include "sampler/logits.h"
@@ -25,58 +24,14 @@ constexpr int kChunksPerBlock = 8;                      // of sum_chunks, one pe
 constexpr int kPerLane = kChunk / kLanes;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-__device__ __forceinline__ void store_one(float* out, float x) { *out = x; }
-__device__ __forceinline__ void store_one(__half* out, float x) { *out = __float2half(x); }
-__device__ __forceinline__ void store_one(cuda::Bfloat16* out, float x) { *out = cuda::bfloat16_of(x); }
+// A lane's i-th token of a chunk.
+__device__ __forceinline__ int64_t token_of_lane(int i) { return i * kLanes + threadIdx.x % kLanes; }
 
-__device__ __forceinline__ void store_four(float* out, float a, float b, float c, float d) {
-    *reinterpret_cast<float4*>(out) = make_float4(a, b, c, d);
-}
-__device__ __forceinline__ void store_four(__half* out, float a, float b, float c, float d) {
-    *reinterpret_cast<uint2*>(out) = make_uint2(cuda::half2_of(a, b), cuda::half2_of(c, d));
-}
-__device__ __forceinline__ void store_four(cuda::Bfloat16* out, float a, float b, float c, float d) {
-    *reinterpret_cast<uint2*>(out) = make_uint2(cuda::bfloat16x2_of(a, b), cuda::bfloat16x2_of(c, d));
-}
-
-// A lane's values of a chunk: kVector reads four consecutive tokens at a time, which takes rows of a multiple
-// of four.
-template <bool kVector>
-struct LaneTokens {
-    static constexpr int kTogether = kVector ? 4 : 1;
-
-    // Of a lane's i-th value, in the chunk.
-    __device__ static int64_t token(int i) {
-        return (i / kTogether * kLanes + threadIdx.x % kLanes) * kTogether + i % kTogether;
-    }
-    // x: the chunk, of n tokens; others become -infinity.
-    __device__ static void load(const float* x, int64_t n, float (&values)[kPerLane]) {
+// A lane's values of a chunk x, of n tokens; others are -infinity.
+__device__ __forceinline__ void load_chunk(const float* x, int64_t n, float (&values)[kPerLane]) {
 #pragma unroll
-        for (int i = 0; i < kPerLane; i += kTogether) {
-            const int64_t at = token(i);
-            if constexpr (kVector) {
-                float4 four = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-                if (at < n) four = *reinterpret_cast<const float4*>(x + at);
-                values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
-            } else {
-                values[i] = at < n ? x[at] : -INFINITY;
-            }
-        }
-    }
-    template <typename T>
-    __device__ static void store(T* x, int64_t n, const float (&values)[kPerLane]) {
-#pragma unroll
-        for (int i = 0; i < kPerLane; i += kTogether) {
-            const int64_t at = token(i);
-            if (at >= n) continue;
-            if constexpr (kVector) {
-                store_four(x + at, values[i], values[i + 1], values[i + 2], values[i + 3]);
-            } else {
-                store_one(x + at, values[i]);
-            }
-        }
-    }
-};
+    for (int i = 0; i < kPerLane; ++i) values[i] = token_of_lane(i) < n ? x[token_of_lane(i)] : -INFINITY;
+}
 
 __device__ __forceinline__ float warp_maximum(float value) {
     for (int offset = kLanes / 2; offset > 0; offset /= 2)
@@ -102,8 +57,7 @@ __device__ __forceinline__ T inclusive_scan(T value) {
 
 // --- sums of chunks: one warp each; grid: kChunksPerBlock chunks, rows ---
 
-// Soft-caps the chunk's values and writes them back.
-template <typename Tokens>
+// Soft-caps a lane's values of a chunk, and writes them back.
 __device__ __forceinline__ void cap_chunk(float* x, int64_t n, row::SoftCap cap, float (&values)[kPerLane]) {
     bool is_small = true;
 #pragma unroll
@@ -115,25 +69,25 @@ __device__ __forceinline__ void cap_chunk(float* x, int64_t n, row::SoftCap cap,
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) values[i] = cap(values[i]);
     }
-    Tokens::store(x, n, values);
-    if (n >= kChunk) return;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-        if (Tokens::token(i) >= n) values[i] = -INFINITY;
+    for (int i = 0; i < kPerLane; ++i) {
+        const bool is_token = token_of_lane(i) < n;
+        if (is_token) x[token_of_lane(i)] = values[i];
+        values[i] = is_token ? values[i] : -INFINITY;  // where there was none, it is capped too
+    }
 }
 
-template <bool kCaps, bool kVector>
+template <bool kCaps>
 __global__ void __launch_bounds__(kChunksPerBlock* kLanes)
     sum_chunks(float* logits, int64_t n_vocab, row::SoftCap cap, float scale, row::Sums* chunks) {
-    using Tokens = LaneTokens<kVector>;
     const int64_t n_chunks = row::n_chunks_of(n_vocab);
     const int64_t chunk = static_cast<int64_t>(blockIdx.x) * kChunksPerBlock + threadIdx.x / kLanes;
     if (chunk >= n_chunks) return;
     float* x = logits + blockIdx.y * n_vocab + chunk * kChunk;
     const int64_t n = n_vocab - chunk * kChunk;
     float values[kPerLane];
-    Tokens::load(x, n, values);
-    if constexpr (kCaps) cap_chunk<Tokens>(x, n, cap, values);
+    load_chunk(x, n, values);
+    if constexpr (kCaps) cap_chunk(x, n, cap, values);
     float maximum = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) maximum = fmaxf(maximum, values[i]);
@@ -257,7 +211,7 @@ __device__ int32_t draw(const float* x, int64_t n_vocab, const Chunks& chunks, c
     if (!is_passed) search.target = INFINITY;  // rounding: the last token with mass
     const int64_t begin = search.found * kChunk;
     float values[kPerLane];
-    LaneTokens<false>::load(x + begin, n_vocab - begin, values);
+    load_chunk(x + begin, n_vocab - begin, values);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
         const float weight = row::power(row::exponent(values[i], row.all.maximum, chunks.scale));
@@ -270,7 +224,7 @@ __device__ int32_t draw(const float* x, int64_t n_vocab, const Chunks& chunks, c
 __device__ int32_t first_maximum(const float* x, int64_t n_vocab, const RowSums& row) {
     const int64_t begin = static_cast<int64_t>(row.first) * kChunk;
     float values[kPerLane];
-    LaneTokens<false>::load(x + begin, n_vocab - begin, values);
+    load_chunk(x + begin, n_vocab - begin, values);
     int64_t first = begin;
 #pragma unroll
     for (int i = kPerLane - 1; i >= 0; --i) {
@@ -305,21 +259,29 @@ __global__ void __launch_bounds__(kThreads)
 
 // --- self-conditioning ---
 
-// Calls action(chunk) for the chunks of this warp, which has every kWarps-th, whose largest probability is in
-// [least, below).
+// Calls action(chunk) for the chunks of this warp, which has every kWarps-th, with a probability of at least
+// `least`.
 template <typename Action>
-__device__ void for_each_chunk(const Chunks& chunks, const row::Distribution& d, float least, float below,
+__device__ void for_each_chunk(const Chunks& chunks, const row::Distribution& d, float least,
                                const Action& action) {
     const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     for (int64_t base = warp; base < chunks.n; base += kThreads) {
         const int64_t c = base + lane * kWarps;
         const float p = c < chunks.n ? row::probability(d, chunks.sums[c].maximum) : 0.0f;
-        for (unsigned left = __ballot_sync(kAllLanes, p >= least && p < below); left; left &= left - 1)
+        for (unsigned left = __ballot_sync(kAllLanes, p >= least); left; left &= left - 1)
             action(base + (__ffs(left) - 1) * kWarps);
     }
 }
 
-// In shared memory. Those of the tails alternate, so that one barrier a threshold is enough.
+// The probabilities of a chunk's tokens.
+__device__ __forceinline__ void load_probabilities(const float* x, int64_t n_vocab, int64_t chunk,
+                                                   const row::Distribution& d, float (&p)[kPerLane]) {
+    load_chunk(x + chunk * kChunk, n_vocab - chunk * kChunk, p);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) p[i] = row::probability(d, p[i]);
+}
+
+// In shared memory. Sums for a threshold alternate, so that one barrier each is enough.
 struct WarpTails {
     float unread[kWarps][row::kThresholds];
     float below[2][kWarps];
@@ -329,104 +291,84 @@ struct WarpTails {
 
 // The mass of the chunks without a token that reaches a threshold, warp by warp, in `shared`.
 __device__ void sum_unread(const Chunks& chunks, const row::Distribution& d, WarpTails& shared) {
-    row::Tails tails = {};
+    float below[row::kThresholds] = {};
     chunks.for_each_of_lane([&](int64_t, const row::Sums& sums) {
         const float mass = row::rescaled(sums, d.maximum, d.scale).weight * d.norm;
-        row::add(tails, row::probability(d, sums.maximum), mass);
+        const float largest = row::probability(d, sums.maximum);
+#pragma unroll
+        for (int i = 0; i < row::kThresholds; ++i) below[i] += largest >= row::threshold(i) ? 0.0f : mass;
     });
 #pragma unroll
     for (int i = 0; i < row::kThresholds; ++i) {
-        const float below = warp_sum(tails.below[i]);
-        if (threadIdx.x % kLanes == 0) shared.unread[threadIdx.x / kLanes][i] = below;
-    }
-    __syncthreads();
-}
-
-// The sum over warps of the i-th entries of tails, the same in every thread.
-__device__ void sum_tails(const row::Tails& tails, int i, WarpTails& shared, double& below, int32_t& kept) {
-    float own_below = 0.0f;
-    int32_t own_kept = 0;
-#pragma unroll
-    for (int j = 0; j < row::kThresholds; ++j)  // no register has a variable index
-        if (j == i) own_below = tails.below[j], own_kept = tails.kept[j];
-    own_below = warp_sum(own_below);
-    own_kept = warp_sum(own_kept);
-    const int warp = threadIdx.x / kLanes;
-    if (threadIdx.x % kLanes == 0) shared.below[i % 2][warp] = own_below, shared.kept[i % 2][warp] = own_kept;
-    __syncthreads();
-    kept = 0;
-    for (int w = 0; w < kWarps; ++w) {
-        below += shared.below[i % 2][w];
-        kept += shared.kept[i % 2][w];
+        const float of_warp = warp_sum(below[i]);
+        if (threadIdx.x % kLanes == 0) shared.unread[threadIdx.x / kLanes][i] = of_warp;
     }
 }
 
 // Finds the largest threshold with a mass of at most dropped_mass below it. Returns how many tokens reach it,
-// or more than kMaxGathered where no threshold does with fewer. Only chunks with a token that reaches the
-// thresholds tried are read: the mass of the others is known.
+// or more than kMaxGathered where no threshold does with fewer; in n_kept [chunks.n], in shared memory, those
+// of each chunk. Only chunks with a token that reaches the thresholds tried are read: the mass of the others
+// is known.
 __device__ int32_t choose_threshold(const float* x, int64_t n_vocab, const Chunks& chunks, float dropped_mass,
-                                    row::Distribution& d, WarpTails& shared) {
+                                    row::Distribution& d, WarpTails& shared, int32_t* n_kept) {
+    const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const row::Distribution all = d;
     sum_unread(chunks, all, shared);
-    row::Tails tails = {};
-    float already_read = INFINITY;
+    for (int64_t c = threadIdx.x; c < chunks.n; c += kThreads) n_kept[c] = 0;
+    __syncthreads();
     for (int i = 0;; ++i) {
         double below = 0.0;
         for (int w = 0; w < kWarps; ++w) below += shared.unread[w][i];
         if (!row::may_choose(i, below, dropped_mass)) continue;
         d.threshold = row::threshold(i);
-        for_each_chunk(chunks, all, d.threshold, already_read, [&](int64_t c) {
-            float values[kPerLane];
-            LaneTokens<false>::load(x + c * kChunk, n_vocab - c * kChunk, values);
+        float own_below = 0.0f;
+        int32_t own_kept = 0;
+        for_each_chunk(chunks, all, d.threshold, [&](int64_t c) {
+            float p[kPerLane];
+            load_probabilities(x, n_vocab, c, all, p);
+            int32_t n = 0;
 #pragma unroll
             for (int j = 0; j < kPerLane; ++j) {
-                const float p = row::probability(all, values[j]);
-                row::add(tails, p, p);
+                const bool keep = p[j] >= d.threshold;
+                own_below += keep ? 0.0f : p[j];
+                n += __popc(__ballot_sync(kAllLanes, keep));
             }
+            if (lane == 0) n_kept[c] = n;
+            own_kept += n;
         });
-        already_read = d.threshold;
-        int32_t kept;
-        sum_tails(tails, i, shared, below, kept);
+        own_below = warp_sum(own_below);
+        if (lane == 0) shared.below[i % 2][warp] = own_below, shared.kept[i % 2][warp] = own_kept;
+        __syncthreads();
+        int32_t kept = 0;
+        for (int w = 0; w < kWarps; ++w) {
+            below += shared.below[i % 2][w];
+            kept += shared.kept[i % 2][w];
+        }
         if (kept > kMaxGathered || row::may_choose(i, below, dropped_mass)) return kept;
     }
 }
 
-// Lists the tokens kept, in vocabulary order. n_kept: of each chunk, in shared memory.
+// Lists the tokens kept, in vocabulary order.
 __device__ void list_kept(const float* x, int64_t n_vocab, const Chunks& chunks, const row::Distribution& d,
                           WarpTails& shared, int32_t* n_kept, int32_t* tokens, float* weights) {
     const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    const auto load = [&](int64_t c, float (&p)[kPerLane]) {
-        LaneTokens<false>::load(x + c * kChunk, n_vocab - c * kChunk, p);
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) p[i] = row::probability(d, p[i]);
-    };
-    for (int64_t c = threadIdx.x; c < chunks.n; c += kThreads) n_kept[c] = 0;
-    __syncthreads();
-    for_each_chunk(chunks, d, d.threshold, INFINITY, [&](int64_t c) {
-        float p[kPerLane];
-        load(c, p);
-        int32_t n = 0;
-#pragma unroll
-        for (int i = 0; i < kPerLane; ++i) n += __popc(__ballot_sync(kAllLanes, p[i] > 0.0f));
-        if (lane == 0) n_kept[c] = n;
-    });
-    __syncthreads();
-    // Becomes the tokens kept in this and earlier chunks of the warp's range.
+    // n_kept becomes the tokens kept in this and earlier chunks of the warp's range.
     int32_t running = 0;
-    for (int64_t base = chunks.begin_of(warp); base < chunks.begin_of(warp + 1); base += kLanes) {
-        const bool is_own = base + lane < chunks.begin_of(warp + 1);
+    const int64_t end = chunks.begin_of(warp + 1);
+    for (int64_t base = chunks.begin_of(warp); base < end; base += kLanes) {
+        const bool is_own = base + lane < end;
         const int32_t n = running + inclusive_scan(is_own ? n_kept[base + lane] : 0);
         if (is_own) n_kept[base + lane] = n;
         running = __shfl_sync(kAllLanes, n, kLanes - 1);
     }
     if (lane == 0) shared.listed[warp] = running;
     __syncthreads();
-    for_each_chunk(chunks, d, d.threshold, INFINITY, [&](int64_t c) {
+    for_each_chunk(chunks, d, d.threshold, [&](int64_t c) {
         const int range = static_cast<int>(c / chunks.per_warp());
         int32_t at = c > chunks.begin_of(range) ? n_kept[c - 1] : 0;
         for (int w = 0; w < range; ++w) at += shared.listed[w];
         float p[kPerLane];
-        load(c, p);
+        load_probabilities(x, n_vocab, c, d, p);
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) {
             const unsigned kept = __ballot_sync(kAllLanes, p[i] > 0.0f);
@@ -452,9 +394,10 @@ __global__ void __launch_bounds__(kThreads)
     const Chunks chunks = {sums + blockIdx.x * n, n, scale};
     const RowSums row = sum_row(chunks, warps);
     row::Distribution d = row::distribution_of(row.all, scale);
+    auto* kept_of_chunks = reinterpret_cast<int32_t*>(cuda::dynamic_shared());
     int32_t kept = INT32_MAX;
     if (row::is_valid(row.all) && row::entropy(row.all) <= row::most_entropy_gathered(dropped_mass, n_vocab))
-        kept = choose_threshold(x, n_vocab, chunks, dropped_mass, d, tails);
+        kept = choose_threshold(x, n_vocab, chunks, dropped_mass, d, tails, kept_of_chunks);
     const bool is_dense = kept > kMaxGathered;
     if (is_dense) d.threshold = row::threshold(row::kThresholds - 1);
     if (threadIdx.x == 0) {
@@ -463,7 +406,6 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (is_dense) return;
     const int64_t list = static_cast<int64_t>(blockIdx.x) * kMaxGathered;
-    auto* kept_of_chunks = reinterpret_cast<int32_t*>(cuda::dynamic_shared());
     list_kept(x, n_vocab, chunks, d, tails, kept_of_chunks, tokens + list, weights + list);
 }
 

@@ -109,9 +109,6 @@ bool can_sum_embeddings(const ggml_tensor* embedding) {
            reinterpret_cast<uintptr_t>(embedding->data) % 16 == 0;
 }
 
-// Whether lanes may read four logits of a row at a time.
-bool is_vector(int64_t n_vocab) { return n_vocab % 4 == 0; }
-
 class CudaStepBackend : public StepBackend {
   public:
     explicit CudaStepBackend(ggml_backend_t backend)
@@ -178,8 +175,7 @@ void CudaStepBackend::sum(const ggml_tensor* logits, int64_t n, float temperatur
                           row::Sums* sums) {
     const int64_t n_vocab = logits->ne[0];
     const dim3 grid(blocks_of(row::n_chunks_of(n_vocab), kChunksPerBlock), static_cast<unsigned>(n));
-    const auto kernel = cap ? (is_vector(n_vocab) ? sum_chunks<true, true> : sum_chunks<true, false>)
-                            : (is_vector(n_vocab) ? sum_chunks<false, true> : sum_chunks<false, false>);
+    const auto kernel = cap ? sum_chunks<true> : sum_chunks<false>;
     kernel<<<grid, kChunksPerBlock * kLanes, 0, stream_.get()>>>(static_cast<float*>(logits->data), n_vocab,
                                                                  row::soft_cap(cap ? *cap : 1.0f),
                                                                  row::scale_of(temperature), sums);
@@ -318,8 +314,8 @@ void CudaStepBackend::multiply_as(cudaDataType_t type, const float* logits, cons
         const char* source = static_cast<const char*>(embedding->data) + from * embedding->nb[1];
         if (!in_place) to_half(source, chunk, n_rows * d, stream_.get());
         const dim3 grid(blocks_of(n_rows, kProbabilities), static_cast<unsigned>(n_dense));
-        const auto kernel = is_vector(n_vocab) ? dense_probabilities<T, true> : dense_probabilities<T, false>;
-        kernel<<<grid, kProbabilityWarps * kLanes, 0, stream_.get()>>>(
+        const auto kernel = n_vocab % 4 == 0 ? dense_probabilities<T, 4> : dense_probabilities<T, 1>;
+        kernel<<<grid, kProbabilityThreads, 0, stream_.get()>>>(
             probabilities, logits, distributions_.data(), positions_.data(), n_vocab, from, n_rows);
         check_launch("computing probabilities");
         const void* rows = in_place ? static_cast<const void*>(source) : chunk;

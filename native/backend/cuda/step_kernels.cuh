@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "backend/cuda/bfloat16.cuh"
 #include "backend/cuda/logits_kernels.cuh"
 
 namespace pydiffusion {
@@ -18,7 +19,7 @@ constexpr float kHalfScale = 16384.0f;  // scales 16-bit probabilities: 1e-8 is 
 
 constexpr int kGatherWarps = 8, kPerLoad = 8;      // numbers that a lane loads together
 constexpr int kGatherColumns = kLanes * kPerLoad;  // of a block
-constexpr int kRowsTogether = 8;                   // that a warp has under way
+constexpr int kRowsTogether = 4;                   // that a warp has under way
 
 // Adds weight times eight numbers.
 __device__ __forceinline__ void add_eight(float (&sum)[kPerLoad], uint4 eight, float weight, const __half*) {
@@ -107,22 +108,50 @@ __global__ void add_gathered(float* soft, const float* rows, const float* weight
 
 // --- of flatter positions, by a matmul with the whole embedding ---
 
-constexpr int kProbabilityWarps = 8, kProbabilities = kProbabilityWarps * kChunk;  // of a block
+constexpr int kProbabilities = 2048, kProbabilityThreads = 256;  // of a block
+
+// Reads or writes four numbers that are aligned together.
+__device__ __forceinline__ void load(const float* x, float (&four)[4]) {
+    const float4 read = *reinterpret_cast<const float4*>(x);
+    four[0] = read.x, four[1] = read.y, four[2] = read.z, four[3] = read.w;
+}
+__device__ __forceinline__ void load(const float* x, float (&one)[1]) { one[0] = *x; }
+__device__ __forceinline__ void store(__half* out, const float (&x)[4]) {
+    *reinterpret_cast<uint2*>(out) = make_uint2(cuda::half2_of(x[0], x[1]), cuda::half2_of(x[2], x[3]));
+}
+__device__ __forceinline__ void store(__half* out, const float (&x)[1]) { *out = __float2half(x[0]); }
+__device__ __forceinline__ void store(cuda::Bfloat16* out, const float (&x)[4]) {
+    *reinterpret_cast<uint2*>(out) = make_uint2(cuda::bfloat16x2_of(x[0], x[1]), cuda::bfloat16x2_of(x[2], x[3]));
+}
+__device__ __forceinline__ void store(cuda::Bfloat16* out, const float (&x)[1]) {
+    *out = cuda::bfloat16_of(x[0]);
+}
 
 // Probabilities of tokens [from, from + n_rows) for the dense positions, times kHalfScale: out [n_rows,
-// n_dense]. Grid: kProbabilities rows, positions. kVector: n_vocab, from and n_rows are multiples of four.
-template <typename T, bool kVector>
-__global__ void __launch_bounds__(kProbabilityWarps* kLanes)
+// n_dense]. Grid: kProbabilities rows, positions. kTogether, of which n_vocab, from and n_rows are multiples: 4
+// or 1.
+template <typename T, int kTogether>
+__global__ void __launch_bounds__(kProbabilityThreads)
     dense_probabilities(T* out, const float* logits, const row::Distribution* distributions,
                         const int32_t* positions, int64_t n_vocab, int64_t from, int64_t n_rows) {
+    constexpr int n_groups = kProbabilities / kProbabilityThreads / kTogether;  // of a thread
     const int64_t t = positions[blockIdx.y];
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * kProbabilities + threadIdx.x / kLanes * kChunk;
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * kProbabilities + threadIdx.x * kTogether;
     const row::Distribution d = distributions[t];
-    float values[kPerLane];
-    LaneTokens<kVector>::load(logits + t * n_vocab + from + first, n_rows - first, values);
+    const float* x = logits + t * n_vocab + from;
+    float values[n_groups][kTogether] = {};
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) values[i] = row::probability(d, values[i]) * kHalfScale;
-    LaneTokens<kVector>::store(out + blockIdx.y * n_rows + first, n_rows - first, values);
+    for (int j = 0; j < n_groups; ++j) {
+        const int64_t r = first + j * kProbabilityThreads * kTogether;
+        if (r < n_rows) load(x + r, values[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < n_groups; ++j) {
+        const int64_t r = first + j * kProbabilityThreads * kTogether;
+#pragma unroll
+        for (float& value : values[j]) value = row::probability(d, value) * kHalfScale;
+        if (r < n_rows) store(out + blockIdx.y * n_rows + r, values[j]);
+    }
 }
 
 __global__ void scatter_rows(float* soft, const float* rows, const int32_t* positions, int64_t d,
