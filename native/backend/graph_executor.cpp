@@ -110,13 +110,18 @@ bool GraphExecutor::schedule(ggml_cgraph* graph, const Pinned& pinned) {
     return ggml_backend_sched_alloc_graph(scheduler_.get(), graph);
 }
 
-void GraphExecutor::compute(ggml_cgraph* graph, const std::function<bool()>& cancelled) {
+void GraphExecutor::launch(ggml_cgraph* graph, const std::function<bool()>& cancelled) {
     if (!backend_.on_device()) {
         backend_.compute(graph, cancelled);
         return;
     }
     if (cancelled()) throw Error(ErrorKind::cancelled, "cancelled");
-    require_success(ggml_backend_sched_graph_compute(scheduler_.get(), graph));
+    require_success(ggml_backend_sched_graph_compute_async(scheduler_.get(), graph));
+}
+
+void GraphExecutor::compute(ggml_cgraph* graph, const std::function<bool()>& cancelled) {
+    launch(graph, cancelled);
+    if (backend_.on_device()) ggml_backend_sched_synchronize(scheduler_.get());
 }
 
 void GraphExecutor::compute_nodes(ggml_cgraph* nodes, const std::function<bool()>& cancelled) {

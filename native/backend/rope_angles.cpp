@@ -18,18 +18,27 @@ ggml_tensor* RopeAngles::view(const Rope& rope, int64_t head_dim, int64_t first,
 
 namespace {
 
-// Angle i of a token is position / (base^(2 i / head_dim) * factor[i]), rounded as in the reference.
+// Angle i of a token is position * frequency[i], with frequency[i] = 1 / (base^(2 i / head_dim) * factor[i]),
+// rounded as in the reference.
+std::vector<float> frequencies(const Rope& rope, int64_t head_dim) {
+    std::vector<float> result(head_dim / 2);
+    for (int64_t i = 0; i < head_dim / 2; ++i) {
+        const float exponent = static_cast<float>(2 * i) / static_cast<float>(head_dim);
+        const float factor = rope.host_factors ? (*rope.host_factors)[i] : 1.0f;
+        result[i] = 1.0f / (std::pow(rope.base, exponent) * factor);
+    }
+    return result;
+}
+
 void write_table(ggml_tensor* tensor, const std::vector<int32_t>& positions, const Rope& rope) {
     const int64_t head_dim = tensor->ne[0], half = head_dim / 2;
+    const std::vector<float> frequency = frequencies(rope, head_dim);
     const bool on_host = ggml_backend_buffer_is_host(tensor->buffer);
     std::vector<float> values(on_host ? 0 : head_dim * positions.size());
     float* row = on_host ? static_cast<float*>(tensor->data) : values.data();
     for (const int32_t position : positions) {
         for (int64_t i = 0; i < half; ++i) {
-            const float exponent = static_cast<float>(2 * i) / static_cast<float>(head_dim);
-            const float factor = rope.host_factors ? (*rope.host_factors)[i] : 1.0f;
-            const float frequency = 1.0f / (std::pow(rope.base, exponent) * factor);
-            const float angle = static_cast<float>(position) * frequency;
+            const float angle = static_cast<float>(position) * frequency[i];
             row[i] = std::cos(angle);
             row[half + i] = std::sin(angle);
         }

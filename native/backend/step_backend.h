@@ -20,8 +20,9 @@ constexpr int64_t kDenseRows = 8192;
 // Floats per position of StepState::sums.
 int64_t n_sums(int64_t n_vocab);
 
-// Not thread-safe: hold Backend::lock_devices(). Calls return when their work is done, and throw Error if the
-// device fails.
+// Not thread-safe: hold Backend::lock_devices(). The work of a call comes after what the device was given
+// before and before what it is given next, also if the call returns sooner: only results on the host are
+// complete then. Calls throw Error if the device fails, at this work or at earlier work.
 class StepBackend {
   public:
     virtual ~StepBackend() = default;

@@ -291,7 +291,7 @@ void Denoiser::step(const std::vector<Slot>& slots, GraphExecutor& executor) {
     ggml_backend_tensor_set(canvas_, tokens.data(), 0, tokens.size() * sizeof(int32_t));
     built_->set_positions(positions);
     for (const Slot& slot : slots) slot.state->condition(model_.weights.token_embd.tensor, slot.n_tokens());
-    executor.compute(built_->graph, [&] {
+    executor.launch(built_->graph, [&] {  // measure() comes after it
         return std::all_of(slots.begin(), slots.end(), [](const Slot& slot) { return slot.cancel->load(); });
     });
     for (const Slot& slot : slots) slot.state->measure(slot.n_tokens());

@@ -91,9 +91,8 @@ template <bool kCaps>
 std::vector<row::Sums> run_sum_chunks(Order order, std::vector<float>& logits, int64_t n_vocab, float scale) {
     const int64_t n_rows = static_cast<int64_t>(logits.size()) / n_vocab;
     std::vector<row::Sums> chunks(n_rows * row::n_chunks_of(n_vocab), {-7.0f, -7.0f, -7.0f});
-    emulate(grid_of_chunks(n_vocab, n_rows), kChunksPerBlock * kLanes, 0, order, [&] {
-        sum_chunks<kCaps>(logits.data(), n_vocab, row::soft_cap(30.0f), scale, chunks.data());
-    });
+    emulate(grid_of_chunks(n_vocab, n_rows), kChunksPerBlock * kLanes, 0, order,
+            [&] { sum_chunks<kCaps>(logits.data(), n_vocab, row::soft_cap(30.0f), scale, chunks.data()); });
     return chunks;
 }
 

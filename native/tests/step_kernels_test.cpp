@@ -42,8 +42,8 @@ TEST_CASE("measure_rows: plain loops, bit by bit, in every order") {
                 CHECK(same(found.logits, capped));
                 for (int64_t t = 0; t < n; ++t) {
                     CAPTURE(t);
-                    const Measure expected = reference_measure(&capped[t * n_vocab], n_vocab, temperature,
-                                                               u[t]);
+                    const Measure expected =
+                        reference_measure(&capped[t * n_vocab], n_vocab, temperature, u[t]);
                     CHECK(same(found.measures[t], expected));
                 }
             }
@@ -301,10 +301,10 @@ std::vector<T> run_probabilities(Order order, const std::vector<float>& logits, 
     emulate(grid, kProbabilityThreads, 0, order, [&] {
         if (n_vocab % 4 == 0 && from % 4 == 0 && n_rows % 4 == 0) {
             dense_probabilities<T, 4>(found.data(), logits.data(), distributions.data(), positions.data(),
-                                         n_vocab, from, n_rows);
+                                      n_vocab, from, n_rows);
         } else {
             dense_probabilities<T, 1>(found.data(), logits.data(), distributions.data(), positions.data(),
-                                          n_vocab, from, n_rows);
+                                      n_vocab, from, n_rows);
         }
     });
     return found;

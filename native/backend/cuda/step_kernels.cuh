@@ -121,15 +121,16 @@ __device__ __forceinline__ void store(__half* out, const float (&x)[4]) {
 }
 __device__ __forceinline__ void store(__half* out, const float (&x)[1]) { *out = __float2half(x[0]); }
 __device__ __forceinline__ void store(cuda::Bfloat16* out, const float (&x)[4]) {
-    *reinterpret_cast<uint2*>(out) = make_uint2(cuda::bfloat16x2_of(x[0], x[1]), cuda::bfloat16x2_of(x[2], x[3]));
+    *reinterpret_cast<uint2*>(out) =
+        make_uint2(cuda::bfloat16x2_of(x[0], x[1]), cuda::bfloat16x2_of(x[2], x[3]));
 }
 __device__ __forceinline__ void store(cuda::Bfloat16* out, const float (&x)[1]) {
     *out = cuda::bfloat16_of(x[0]);
 }
 
 // Probabilities of tokens [from, from + n_rows) for the dense positions, times kHalfScale: out [n_rows,
-// n_dense]. Grid: kProbabilities rows, positions. kTogether, of which n_vocab, from and n_rows are multiples: 4
-// or 1.
+// n_dense]. Grid: kProbabilities rows, positions. kTogether, of which n_vocab, from and n_rows are multiples:
+// 4 or 1.
 template <typename T, int kTogether>
 __global__ void __launch_bounds__(kProbabilityThreads)
     dense_probabilities(T* out, const float* logits, const row::Distribution* distributions,
