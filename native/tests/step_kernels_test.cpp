@@ -190,7 +190,7 @@ struct SumsOfEmbeddings {
     std::vector<float> run(Order order) {
         for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(i * 7 % n_vocab);
         std::vector<float> soft(n_kept.size() * d, 9.0f);
-        const dim3 grid(static_cast<unsigned>((d + kGatherColumns - 1) / kGatherColumns),
+        const dim3 grid(static_cast<unsigned>((d + kGatherElements - 1) / kGatherElements),
                         static_cast<unsigned>(n_kept.size()));
         emulate(grid, kGatherWarps * kLanes, 0, order, [&] {
             sum_embeddings(soft.data(), embedding.data(), stride, d, n_kept.data(), tokens.data(),

@@ -24,13 +24,13 @@ constexpr int kChunksPerBlock = 8;                      // of sum_chunks, one pe
 constexpr int kPerLane = kChunk / kLanes;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// A lane's i-th token of a chunk.
-__device__ __forceinline__ int64_t token_of_lane(int i) { return i * kLanes + threadIdx.x % kLanes; }
+// A lane's j-th token of a chunk.
+__device__ __forceinline__ int64_t token_of_lane(int j) { return j * kLanes + threadIdx.x % kLanes; }
 
 // A lane's values of a chunk x, of n tokens; others are -infinity.
 __device__ __forceinline__ void load_chunk(const float* x, int64_t n, float (&values)[kPerLane]) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) values[i] = token_of_lane(i) < n ? x[token_of_lane(i)] : -INFINITY;
+    for (int j = 0; j < kPerLane; ++j) values[j] = token_of_lane(j) < n ? x[token_of_lane(j)] : -INFINITY;
 }
 
 __device__ __forceinline__ float warp_maximum(float value) {
@@ -61,19 +61,19 @@ __device__ __forceinline__ T inclusive_scan(T value) {
 __device__ __forceinline__ void cap_chunk(float* x, int64_t n, row::SoftCap cap, float (&values)[kPerLane]) {
     bool is_small = true;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) is_small = is_small && !(fabsf(values[i]) > cap.cap);
+    for (int j = 0; j < kPerLane; ++j) is_small = is_small && !(fabsf(values[j]) > cap.cap);
     if (__all_sync(kAllLanes, is_small)) {
 #pragma unroll
-        for (int i = 0; i < kPerLane; ++i) values[i] = cap.small(values[i]);
+        for (int j = 0; j < kPerLane; ++j) values[j] = cap.small(values[j]);
     } else {
 #pragma unroll
-        for (int i = 0; i < kPerLane; ++i) values[i] = cap(values[i]);
+        for (int j = 0; j < kPerLane; ++j) values[j] = cap(values[j]);
     }
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-        const bool is_token = token_of_lane(i) < n;
-        if (is_token) x[token_of_lane(i)] = values[i];
-        values[i] = is_token ? values[i] : -INFINITY;  // where there was none, it is capped too
+    for (int j = 0; j < kPerLane; ++j) {
+        const bool is_token = token_of_lane(j) < n;
+        if (is_token) x[token_of_lane(j)] = values[j];
+        values[j] = is_token ? values[j] : -INFINITY;  // where there was none, it is capped too
     }
 }
 
@@ -90,10 +90,10 @@ __global__ void __launch_bounds__(kChunksPerBlock* kLanes)
     if constexpr (kCaps) cap_chunk(x, n, cap, values);
     float maximum = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) maximum = fmaxf(maximum, values[i]);
+    for (int j = 0; j < kPerLane; ++j) maximum = fmaxf(maximum, values[j]);
     row::Sums sums = {warp_maximum(maximum), 0.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) row::add(sums, values[i], scale);
+    for (int j = 0; j < kPerLane; ++j) row::add(sums, values[j], scale);
     sums.weight = warp_sum(sums.weight);
     sums.weighted = warp_sum(sums.weighted);
     if (threadIdx.x % kLanes == 0) chunks[blockIdx.y * n_chunks + chunk] = sums;
@@ -138,12 +138,9 @@ __device__ RowSums sum_row(const Chunks& chunks, WarpSums& warps) {
         if (sums.maximum > maximum) maximum = sums.maximum, first = static_cast<int32_t>(c);
     });
     const float of_warp = warp_maximum(maximum);
-    // Lanes have chunks in turn, so the first is that of any lane.
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-        const int32_t mine = maximum == of_warp && first >= 0 ? first : INT32_MAX;
-        first = min(mine, __shfl_xor_sync(kAllLanes, mine, offset));
-        maximum = of_warp;
-    }
+    first = first >= 0 && maximum == of_warp ? first : INT32_MAX;
+    for (int offset = kLanes / 2; offset > 0; offset /= 2)
+        first = min(first, __shfl_xor_sync(kAllLanes, first, offset));
     if (lane == 0) warps.maximum[warp] = of_warp, warps.first[warp] = first;
     __syncthreads();
     RowSums row = {{-INFINITY, 0.0f, 0.0f}, -1};
@@ -213,9 +210,9 @@ __device__ int32_t draw(const float* x, int64_t n_vocab, const Chunks& chunks, c
     float values[kPerLane];
     load_chunk(x + begin, n_vocab - begin, values);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-        const float weight = row::power(row::exponent(values[i], row.all.maximum, chunks.scale));
-        if (search.next(weight, begin + i * kLanes)) break;
+    for (int j = 0; j < kPerLane; ++j) {
+        const float weight = row::power(row::exponent(values[j], row.all.maximum, chunks.scale));
+        if (search.next(weight, begin + j * kLanes)) break;
     }
     return static_cast<int32_t>(search.found);
 }
@@ -227,9 +224,9 @@ __device__ int32_t first_maximum(const float* x, int64_t n_vocab, const RowSums&
     load_chunk(x + begin, n_vocab - begin, values);
     int64_t first = begin;
 #pragma unroll
-    for (int i = kPerLane - 1; i >= 0; --i) {
-        const unsigned equal = __ballot_sync(kAllLanes, values[i] == row.all.maximum);
-        if (equal) first = begin + i * kLanes + __ffs(equal) - 1;
+    for (int j = kPerLane - 1; j >= 0; --j) {
+        const unsigned equal = __ballot_sync(kAllLanes, values[j] == row.all.maximum);
+        if (equal) first = begin + j * kLanes + __ffs(equal) - 1;
     }
     return static_cast<int32_t>(first);
 }
@@ -278,7 +275,7 @@ __device__ __forceinline__ void load_probabilities(const float* x, int64_t n_voc
                                                    const row::Distribution& d, float (&p)[kPerLane]) {
     load_chunk(x + chunk * kChunk, n_vocab - chunk * kChunk, p);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) p[i] = row::probability(d, p[i]);
+    for (int j = 0; j < kPerLane; ++j) p[j] = row::probability(d, p[j]);
 }
 
 // In shared memory. Sums for a threshold alternate, so that one barrier each is enough.
@@ -370,12 +367,12 @@ __device__ void list_kept(const float* x, int64_t n_vocab, const Chunks& chunks,
         float p[kPerLane];
         load_probabilities(x, n_vocab, c, d, p);
 #pragma unroll
-        for (int i = 0; i < kPerLane; ++i) {
-            const unsigned kept = __ballot_sync(kAllLanes, p[i] > 0.0f);
-            if (p[i] > 0.0f) {
+        for (int j = 0; j < kPerLane; ++j) {
+            const unsigned kept = __ballot_sync(kAllLanes, p[j] > 0.0f);
+            if (p[j] > 0.0f) {
                 const int32_t own = at + __popc(kept & ((1u << lane) - 1));
-                tokens[own] = static_cast<int32_t>(c * kChunk + i * kLanes + lane);
-                weights[own] = p[i];
+                tokens[own] = static_cast<int32_t>(c * kChunk + j * kLanes + lane);
+                weights[own] = p[j];
             }
             at += __popc(kept);
         }

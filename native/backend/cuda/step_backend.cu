@@ -262,7 +262,7 @@ void CudaStepBackend::condition(const ggml_tensor* logits, const ggml_tensor* em
 // The positions' lists are summed straight from a 16-bit embedding.
 void CudaStepBackend::sum_rows(const ggml_tensor* embedding, float* soft, int64_t n, float scale) {
     const int64_t d = embedding->ne[0], stride = static_cast<int64_t>(embedding->nb[1]) / 2;
-    const dim3 grid(blocks_of(d, kGatherColumns), static_cast<unsigned>(n));
+    const dim3 grid(blocks_of(d, kGatherElements), static_cast<unsigned>(n));
     const auto launch = [&](auto* rows) {
         sum_embeddings<<<grid, kGatherWarps * kLanes, 0, stream()>>>(soft, rows, stride, d, n_kept_.data(),
                                                                      tokens_.data(), weights_.data(), scale);

@@ -17,40 +17,40 @@ constexpr float kHalfScale = 16384.0f;  // scales 16-bit probabilities: 1e-8 is 
 
 // --- self-conditioning of positions that keep few tokens, with a 16-bit embedding ---
 
-constexpr int kGatherWarps = 8, kPerLoad = 8;      // numbers that a lane loads together
-constexpr int kGatherColumns = kLanes * kPerLoad;  // of a block
-constexpr int kRowsTogether = 4;                   // that a warp has under way
+constexpr int kGatherWarps = 8, kPerLoad = 8;       // numbers that a lane loads together
+constexpr int kGatherElements = kLanes * kPerLoad;  // of a block
+constexpr int kRowsTogether = 4;                    // that a warp has under way
 
 // Adds weight times eight numbers.
 __device__ __forceinline__ void add_eight(float (&sum)[kPerLoad], uint4 eight, float weight, const __half*) {
     const uint32_t pairs[] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
-    for (int i = 0; i < kPerLoad; ++i)
-        sum[i] += weight * cuda::half_to_float(static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16));
+    for (int j = 0; j < kPerLoad; ++j)
+        sum[j] += weight * cuda::half_to_float(static_cast<uint16_t>(pairs[j / 2] >> j % 2 * 16));
 }
 
 __device__ __forceinline__ void add_eight(float (&sum)[kPerLoad], uint4 eight, float weight,
                                           const cuda::Bfloat16*) {
     const uint32_t pairs[] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
-    for (int i = 0; i < kPerLoad; ++i)
-        sum[i] += weight * __uint_as_float(i % 2 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16);
+    for (int j = 0; j < kPerLoad; ++j)
+        sum[j] += weight * __uint_as_float(j % 2 ? pairs[j / 2] & 0xffff0000u : pairs[j / 2] << 16);
 }
 
 // soft[:, t] = scale * weighted sum of the embeddings of t's tokens, for each position with a list. Each warp
 // sums every kGatherWarps-th entry in the list's order, then the warps are added. d: a multiple of kPerLoad;
-// stride: of the embedding's rows. Grid: kGatherColumns columns, positions.
+// stride: of the embedding's rows. Grid: kGatherElements elements, positions.
 template <typename T>
 __global__ void __launch_bounds__(kGatherWarps* kLanes)
     sum_embeddings(float* soft, const T* embedding, int64_t stride, int64_t d, const int32_t* n_kept,
                    const int32_t* tokens, const float* weights, float scale) {
-    __shared__ float sums[kGatherWarps][kGatherColumns];
+    __shared__ float sums[kGatherWarps][kGatherElements];
     const int32_t n = n_kept[blockIdx.y];
     if (n > kMaxGathered) return;
     const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * kGatherColumns;
-    const T* columns = embedding + first + lane * kPerLoad;
-    const bool has_columns = first + lane * kPerLoad < d;
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * kGatherElements;
+    const T* own = embedding + first + lane * kPerLoad;
+    const bool has_elements = first + lane * kPerLoad < d;
     const int64_t list = static_cast<int64_t>(blockIdx.y) * kMaxGathered;
     float sum[kPerLoad] = {};
     for (int32_t base = warp; base < n; base += kGatherWarps * kLanes) {
@@ -61,25 +61,25 @@ __global__ void __launch_bounds__(kGatherWarps* kLanes)
         for (int r = 0; r < n_rows; r += kRowsTogether) {
             uint4 rows[kRowsTogether];
 #pragma unroll
-            for (int i = 0; i < kRowsTogether; ++i) {
-                const int64_t token = __shfl_sync(kAllLanes, own_token, r + i);
-                rows[i] = make_uint4(0, 0, 0, 0);
-                if (r + i < n_rows && has_columns)
-                    rows[i] = *reinterpret_cast<const uint4*>(columns + token * stride);
+            for (int j = 0; j < kRowsTogether; ++j) {
+                const int64_t token = __shfl_sync(kAllLanes, own_token, r + j);
+                rows[j] = make_uint4(0, 0, 0, 0);
+                if (r + j < n_rows && has_elements)
+                    rows[j] = *reinterpret_cast<const uint4*>(own + token * stride);
             }
 #pragma unroll
-            for (int i = 0; i < kRowsTogether; ++i)
-                add_eight(sum, rows[i], __shfl_sync(kAllLanes, own_weight, r + i), columns);
+            for (int j = 0; j < kRowsTogether; ++j)
+                add_eight(sum, rows[j], __shfl_sync(kAllLanes, own_weight, r + j), own);
         }
     }
 #pragma unroll
-    for (int i = 0; i < kPerLoad; ++i) sums[warp][lane * kPerLoad + i] = sum[i];
+    for (int j = 0; j < kPerLoad; ++j) sums[warp][lane * kPerLoad + j] = sum[j];
     __syncthreads();
-    const int64_t column = first + threadIdx.x;
-    if (column >= d) return;
+    const int64_t c = first + threadIdx.x;
+    if (c >= d) return;
     float total = 0.0f;
     for (int w = 0; w < kGatherWarps; ++w) total += sums[w][threadIdx.x];
-    soft[blockIdx.y * d + column] = scale * total;
+    soft[blockIdx.y * d + c] = scale * total;
 }
 
 // --- with another embedding, whose rows ggml's kernels gather ---
