@@ -27,6 +27,38 @@ bool is_draw(const float* x, int64_t n_vocab, float temperature, float u, int32_
 
 }  // namespace
 
+namespace {
+
+bool has_sums_of(const std::vector<row::Sums>& found, const std::vector<float>& rows, int64_t n_vocab,
+                 float scale) {
+    const int64_t n_chunks = row::n_chunks_of(n_vocab);
+    for (size_t i = 0; i < found.size(); ++i) {
+        const int64_t t = static_cast<int64_t>(i) / n_chunks;
+        const row::Sums expected = reference_chunks(&rows[t * n_vocab], n_vocab, scale)[i % n_chunks];
+        if (!same(found[i].maximum, expected.maximum) || !same(found[i].weight, expected.weight) ||
+            !same(found[i].weighted, expected.weighted))
+            return false;
+    }
+    return true;
+}
+
+}  // namespace
+
+TEST_CASE("logits are capped to within rounding, NaN and infinity are not hidden") {
+    for (const float cap : {30.0f, 1.0f, 50.0f}) {
+        const row::SoftCap capped = row::soft_cap(cap);
+        for (const float part : {1e-6f, 1e-3f, 0.1f, 1.0f, 1.001f, 4.0f, 1e6f}) {
+            for (const float x : random_values(1000, 6, part * cap)) {
+                const double exact = cap * std::tanh(static_cast<double>(x) / cap);
+                if (std::fabs(capped(x) - exact) > 2.5e-7 * std::fabs(exact)) FAIL_CHECK("of ", x);
+                if (capped(-x) != -capped(x)) FAIL_CHECK("of ", x);
+            }
+        }
+        CHECK((capped(0.0f) == 0.0f && capped(-kInfinity) == -cap));
+        CHECK((std::isnan(capped(NAN)) && std::isnan(capped(kInfinity))));
+    }
+}
+
 TEST_CASE("measure_rows: plain loops, bit by bit, in every order") {
     for (const int64_t n_vocab : vocabularies()) {
         const std::vector<float> logits = awkward_rows(n_vocab);
@@ -40,6 +72,7 @@ TEST_CASE("measure_rows: plain loops, bit by bit, in every order") {
                 for (float& x : capped) x = row::soft_cap(30.0f)(x);
                 const Measured found = run_measure(order, logits, n_vocab, temperature, u);
                 CHECK(same(found.logits, capped));
+                CHECK(has_sums_of(found.chunks, capped, n_vocab, row::scale_of(temperature)));
                 for (int64_t t = 0; t < n; ++t) {
                     CAPTURE(t);
                     const Measure expected =
@@ -140,6 +173,36 @@ TEST_CASE("find_mass: plain loops, bit by bit, in every order") {
     CHECK(n_dense >= 3);
 }
 
+TEST_CASE("find_mass: as many tokens as a list holds, with the largest entropy and mass left out") {
+    constexpr int64_t n_vocab = 17001;
+    for (const int n_likely : {kMaxGathered, kMaxGathered + 1}) {
+        for (const float dropped_mass : {1e-2f, 1e-4f, 1e-6f}) {
+            // The likely tokens are alike, and so are the others, which have not quite the mass.
+            std::vector<float> logits(n_vocab, std::log(0.9f * dropped_mass / (n_vocab - n_likely)));
+            for (int i = 0; i < n_likely; ++i) logits[i * 16 + 3] = std::log(1.0f / n_likely);
+            const Masses found =
+                run_find_mass(Order::random, logits, n_vocab, row::scale_of(1.0f), dropped_mass);
+            CAPTURE(dropped_mass);
+            CHECK(found.n_kept[0] == (n_likely == kMaxGathered ? kMaxGathered : INT32_MAX));
+        }
+    }
+}
+
+TEST_CASE("find_mass: a row that is too flat for a list is not read") {
+    constexpr int64_t n_vocab = 17001;
+    std::vector<float> logits = random_values(n_vocab, 1);
+    const std::vector<row::Sums> chunks =
+        run_sum_chunks<false>(Order::forward, logits, n_vocab, row::scale_of(1.0f));
+    row::Distribution distribution = {};
+    int32_t n_kept = 0;
+    emulate(1, kThreads, chunks.size() * sizeof(int32_t), Order::forward, [&] {
+        find_mass(nullptr, n_vocab, chunks.data(), row::scale_of(1.0f), 1e-4f, &distribution, &n_kept,
+                  nullptr, nullptr);
+    });
+    CHECK(n_kept == INT32_MAX);
+    CHECK(distribution.threshold == row::threshold(row::kThresholds - 1));
+}
+
 TEST_CASE("find_mass: a whole vocabulary") {
     constexpr int64_t n_vocab = 262144;
     std::vector<float> logits = random_values(n_vocab, 3, 4.0f);
@@ -150,86 +213,6 @@ TEST_CASE("find_mass: a whole vocabulary") {
         const Masses found = run_find_mass(order, logits, n_vocab, 1.0f, 1e-3f);
         CHECK(found.n_kept[0] == expected.n_kept);
         CHECK(has_lists(found, 0, expected));
-    }
-}
-
-namespace {
-
-template <typename T>
-T rounded(float x);
-template <>
-__half rounded(float x) {
-    return __float2half(x);
-}
-template <>
-cuda::Bfloat16 rounded(float x) {
-    return cuda::bfloat16_of(x);
-}
-
-float value_of(__half x) { return __half2float(x); }
-float value_of(cuda::Bfloat16 x) { return ggml_bf16_to_fp32({x.bits}); }
-
-template <typename T>
-std::vector<T> all_rounded(const std::vector<float>& values) {
-    std::vector<T> result;
-    for (const float x : values) result.push_back(rounded<T>(x));
-    return result;
-}
-
-// An embedding whose rows are `stride` apart, and lists of its tokens.
-template <typename T>
-struct SumsOfEmbeddings {
-    static constexpr int64_t n_vocab = 300;
-    int64_t d, stride;
-    std::vector<int32_t> n_kept = {0, 1, 8, INT32_MAX, 9, 255, 300, kMaxGathered};
-    std::vector<T> embedding = all_rounded<T>(random_values((n_vocab - 1) * stride + d, 1));
-    std::vector<float> weights = random_values(n_kept.size() * kMaxGathered, 2);
-    std::vector<int32_t> tokens = std::vector<int32_t>(weights.size());
-
-    // Where there is no list, what was there stays.
-    std::vector<float> run(Order order) {
-        for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(i * 7 % n_vocab);
-        std::vector<float> soft(n_kept.size() * d, 9.0f);
-        const dim3 grid(static_cast<unsigned>((d + kGatherElements - 1) / kGatherElements),
-                        static_cast<unsigned>(n_kept.size()));
-        emulate(grid, kGatherWarps * kLanes, 0, order, [&] {
-            sum_embeddings(soft.data(), embedding.data(), stride, d, n_kept.data(), tokens.data(),
-                           weights.data(), 3.0f);
-        });
-        return soft;
-    }
-
-    std::vector<float> expected() const {
-        std::vector<float> soft(n_kept.size() * d, 9.0f);
-        for (size_t t = 0; t < n_kept.size(); ++t) {
-            for (int64_t c = 0; c < d && n_kept[t] <= kMaxGathered; ++c) {
-                float total = 0.0f;
-                for (int warp = 0; warp < kGatherWarps; ++warp) {
-                    float sum = 0.0f;
-                    for (int32_t i = warp; i < n_kept[t]; i += kGatherWarps) {
-                        const size_t at = t * kMaxGathered + i;
-                        sum += weights[at] * value_of(embedding[tokens[at] * stride + c]);
-                    }
-                    total += sum;
-                }
-                soft[t * d + c] = 3.0f * total;
-            }
-        }
-        return soft;
-    }
-};
-
-}  // namespace
-
-TEST_CASE_TEMPLATE("sum_embeddings: plain loops, bit by bit, in every order", T, __half, cuda::Bfloat16) {
-    for (const int64_t d : {8, 256, 264, 600}) {
-        for (const Order order : orders()) {
-            CAPTURE(d);
-            if (kDetectsRaces && d > 8) break;
-            SumsOfEmbeddings<T> sums = {d, d + (d == 264 ? 8 : 0)};
-            const std::vector<float> found = sums.run(order);
-            CHECK(same(found, sums.expected()));
-        }
     }
 }
 
