@@ -44,8 +44,7 @@ PD_HOST_DEVICE float bounded(float z) { return fmaxf(z, kLeastExponent); }
 
 // --- soft cap ---
 
-// x = cap * tanh(x / cap) in place; NaN and +infinity, which capping would hide, give NaN. To 2e-7 of the
-// value or better.
+// cap * tanh(x / cap) to 2.5e-7 of it; NaN and +infinity, which capping would hide, give NaN.
 struct SoftCap {
     float cap, inverse;
 
