@@ -141,7 +141,7 @@ class CudaStepBackend : public StepBackend {
     cudaStream_t stream() { return ggml_.stream(); }
     void select_gpu() const { check(cudaSetDevice(physical_gpu()), "selecting the GPU"); }
     void sum(const ggml_tensor* logits, int64_t n, float temperature, const float* cap, row::Sums* sums);
-    row::Sums* sums_of(const ggml_tensor* logits, int64_t n, const StepState& state);
+    row::Sums* reserve_sums(const ggml_tensor* logits, int64_t n);
     void find_kept(const ggml_tensor* logits, int64_t n, const StepState& state);
     void sum_rows(const ggml_tensor* embedding, float* soft, int64_t n, float scale);
     void gather(const ggml_tensor* embedding, float* soft, int64_t n, float scale);
@@ -189,9 +189,7 @@ void CudaStepBackend::sum(const ggml_tensor* logits, int64_t n, float temperatur
     check_launch("summing logits");
 }
 
-// Memory for the sums of a step's logits: what the state has, else our own.
-row::Sums* CudaStepBackend::sums_of(const ggml_tensor* logits, int64_t n, const StepState& state) {
-    if (state.sums) return static_cast<row::Sums*>(state.sums->data);
+row::Sums* CudaStepBackend::reserve_sums(const ggml_tensor* logits, int64_t n) {
     return sums_.reserve(n * row::n_chunks_of(logits->ne[0]));
 }
 
@@ -199,7 +197,7 @@ void CudaStepBackend::measure(ggml_tensor* logits, int64_t n, StepState& state) 
     select_gpu();
     const std::vector<float> u(state.u.begin(), state.u.begin() + n);
     upload(u_.reserve(n), u);
-    row::Sums* sums = sums_of(logits, n, state);
+    auto* sums = state.sums ? static_cast<row::Sums*>(state.sums->data) : reserve_sums(logits, n);
     state.n_summed = 0;
     sum(logits, n, state.temperature, &state.soft_cap, sums);
     measure_rows<<<static_cast<unsigned>(n), kThreads, 0, stream()>>>(
@@ -216,10 +214,14 @@ void CudaStepBackend::measure(ggml_tensor* logits, int64_t n, StepState& state) 
 // `counted_`.
 void CudaStepBackend::find_kept(const ggml_tensor* logits, int64_t n, const StepState& state) {
     const int64_t n_vocab = logits->ne[0];
-    row::Sums* sums = sums_of(logits, n, state);
-    const bool has_sums =
-        state.sums && n <= state.n_summed && state.summed_temperature == state.previous_temperature;
-    if (!has_sums) sum(logits, n, state.previous_temperature, nullptr, sums);
+    const row::Sums* sums = nullptr;
+    if (state.sums && n <= state.n_summed && state.summed_temperature == state.previous_temperature) {
+        sums = static_cast<const row::Sums*>(state.sums->data);
+    } else {
+        row::Sums* own = reserve_sums(logits, n);
+        sum(logits, n, state.previous_temperature, nullptr, own);
+        sums = own;
+    }
     const size_t shared_bytes = row::n_chunks_of(n_vocab) * sizeof(int32_t);
     find_mass<<<static_cast<unsigned>(n), kThreads, shared_bytes, stream()>>>(
         static_cast<const float*>(logits->data), n_vocab, sums, row::scale_of(state.previous_temperature),
