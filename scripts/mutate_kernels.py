@@ -31,7 +31,6 @@ MUTATIONS = (
     (r"\bkAllLanes\b(?=,)", "(kAllLanes << 1)"),
     (r"\(1u << lane\) - 1\b", "(2u << lane) - 1"),
     (r"\(1u << lane\) - 1\b", "(1u << lane)"),
-    (r"\(threadIdx\.x & offset\) == 0", "(threadIdx.x & offset) != 0"),
     (r"__ffs\((\w+)\) - 1", r"31 - __clz(\1)"),
     (r"31 - __clz\((\w+)\)", r"__ffs(\1) - 1"),
     (r"(\b(?:i|c|r|base|lane|warp|threadIdx\.x)) < ", r"\1 <= "),

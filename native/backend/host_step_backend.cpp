@@ -11,9 +11,6 @@ namespace pydiffusion {
 
 namespace {
 
-using row::kLanes;
-using row::kWarps;
-
 const float* row_of(const ggml_tensor* t, int64_t i) {
     return reinterpret_cast<const float*>(static_cast<const char*>(t->data) + i * t->nb[1]);
 }
@@ -22,80 +19,72 @@ float* row_of(ggml_tensor* t, int64_t i) {
     return const_cast<float*>(row_of(static_cast<const ggml_tensor*>(t), i));
 }
 
-template <typename Action>
-void for_each_of_lane(int warp, int lane, int64_t n_vocab, const Action& action) {
-    const row::Range range = row::range_of(warp, n_vocab);
-    for (int64_t i = range.begin + lane; i < range.end; i += kLanes) action(i);
-}
-
 struct RowSums {
-    row::Sums warps[kWarps];
-    row::Sums all;
+    std::vector<row::Sums> chunks;
+    row::Sums all;  // the chunks' are relative to its maximum
 };
 
-RowSums sum_row(const float* x, int64_t n_vocab, float inverse) {
+RowSums sum_row(const float* x, int64_t n_vocab, float scale) {
     RowSums sums;
-    sums.all = row::empty_sums();
-    for (int warp = 0; warp < kWarps; ++warp) {
-        row::Sums warp_sums = row::empty_sums();
-        for (int lane = 0; lane < kLanes; ++lane) {
-            row::Sums lane_sums = row::empty_sums();
-            for_each_of_lane(warp, lane, n_vocab,
-                             [&](int64_t i) { row::add(lane_sums, x[i], static_cast<int32_t>(i), inverse); });
-            warp_sums = row::merged(warp_sums, lane_sums, inverse);
-        }
-        sums.warps[warp] = warp_sums;
-        sums.all = row::merged(sums.all, warp_sums, inverse);
+    for (int64_t begin = 0; begin < n_vocab; begin += row::kChunk) {
+        const int64_t end = std::min(n_vocab, begin + row::kChunk);
+        row::Sums chunk = {-std::numeric_limits<float>::infinity(), 0.0f, 0.0f};
+        for (int64_t i = begin; i < end; ++i) chunk.maximum = std::fmax(chunk.maximum, x[i]);
+        for (int64_t i = begin; i < end; ++i) row::add(chunk, x[i], scale);
+        sums.chunks.push_back(chunk);
+    }
+    float maximum = -std::numeric_limits<float>::infinity();
+    for (const row::Sums& chunk : sums.chunks) maximum = std::max(maximum, chunk.maximum);
+    sums.all = {maximum, 0.0f, 0.0f};
+    for (row::Sums& chunk : sums.chunks) {
+        chunk = row::rescaled(chunk, maximum, scale);
+        sums.all.weight += chunk.weight;
+        sums.all.weighted += chunk.weighted;
     }
     return sums;
 }
 
-int32_t draw(const float* x, int64_t n_vocab, const RowSums& sums, float inverse, float u) {
-    const float maximum = sums.all.maximum;
+int32_t draw(const float* x, int64_t n_vocab, const RowSums& sums, float scale, float u) {
     double target = std::max(static_cast<double>(u), 0x1p-25) * sums.all.weight;
-    int warp = 0;
-    for (; warp + 1 < kWarps; ++warp) {
-        row::Sums warp_sums = sums.warps[warp];
-        if (warp_sums.argmax < 0) continue;
-        row::rescale(warp_sums, maximum, inverse);
-        if (target < warp_sums.weight) break;
-        target -= warp_sums.weight;
+    int64_t chosen = -1;  // the last chunk with mass, if rounding leaves none
+    for (int64_t c = 0; c < static_cast<int64_t>(sums.chunks.size()); ++c) {
+        if (!(sums.chunks[c].weight > 0.0f)) continue;
+        if (chosen >= 0) target -= sums.chunks[chosen].weight;
+        chosen = c;
+        if (target < sums.chunks[c].weight) break;
     }
-    const row::Range range = row::range_of(warp, n_vocab);
-    int32_t last = sums.all.argmax;
-    for (int64_t i = range.begin; i < range.end; ++i) {
-        if (!(x[i] >= -FLT_MAX)) continue;
-        last = static_cast<int32_t>(i);
-        target -= expf(row::scaled(x[i], maximum, inverse));
+    const int64_t begin = chosen * row::kChunk, end = std::min(n_vocab, begin + row::kChunk);
+    int64_t last = begin;
+    for (int64_t i = begin; i < end; ++i) {
+        const float weight = row::power(row::exponent(x[i], sums.all.maximum, scale));
+        if (!(weight > 0.0f)) continue;
+        last = i;
+        target -= weight;
         if (target < 0.0) break;
     }
-    return last;
+    return static_cast<int32_t>(last);
 }
 
 Measure measure(const float* x, int64_t n_vocab, float temperature, float u) {
-    const float inverse = row::inverse_temperature(temperature);
-    const RowSums sums = sum_row(x, n_vocab, inverse);
-    if (sums.all.has_nonfinite || sums.all.argmax < 0) return {0, 0, std::numeric_limits<float>::quiet_NaN()};
-    const float entropy = std::log(sums.all.weight) - sums.all.weighted / sums.all.weight;
-    return {sums.all.argmax, draw(x, n_vocab, sums, inverse, u), std::max(0.0f, entropy)};
+    const float scale = row::scale_of(temperature);
+    const RowSums sums = sum_row(x, n_vocab, scale);
+    if (!row::is_valid(sums.all)) return {0, 0, std::numeric_limits<float>::quiet_NaN()};
+    const auto argmax = static_cast<int32_t>(std::find(x, x + n_vocab, sums.all.maximum) - x);
+    return {argmax, draw(x, n_vocab, sums, scale, u), row::entropy(sums.all)};
 }
 
-void distribution(const float* x, int64_t n_vocab, float temperature, float dropped_mass,
-                  row::Distribution& d) {
-    d.inverse = row::inverse_temperature(temperature);
-    const row::Sums sums = sum_row(x, n_vocab, d.inverse).all;
-    d.maximum = sums.maximum;
-    d.threshold = 0.0f;
-    d.scale =
-        sums.has_nonfinite || sums.argmax < 0 ? std::numeric_limits<float>::quiet_NaN() : 1.0f / sums.weight;
+row::Distribution distribution(const float* x, int64_t n_vocab, float temperature, float dropped_mass) {
+    const float scale = row::scale_of(temperature);
+    row::Distribution d = row::distribution_of(sum_row(x, n_vocab, scale).all, scale);
     double below[row::kThresholds] = {};
-    for (int thread = 0; thread < row::kThreads; ++thread) {
-        row::Tails tails = {};
-        for_each_of_lane(thread / kLanes, thread % kLanes, n_vocab,
-                         [&](int64_t i) { row::add(tails, row::probability(d, x[i])); });
-        for (int i = 0; i < row::kThresholds; ++i) below[i] += tails.below[i];
+    for (int64_t i = 0; i < n_vocab; ++i) {
+        const float p = row::probability(d, x[i]);
+        for (int j = 0; j < row::kThresholds; ++j) below[j] += p >= row::threshold(j) ? 0.0f : p;
     }
-    d.threshold = row::threshold(row::choose_threshold(below, dropped_mass));
+    int chosen = 0;
+    while (!row::may_choose(chosen, below[chosen], dropped_mass)) ++chosen;
+    d.threshold = row::threshold(chosen);
+    return d;
 }
 
 class HostStepBackend : public StepBackend {
@@ -109,8 +98,8 @@ class HostStepBackend : public StepBackend {
             std::fill_n(out, d, 0.0f);
             if (!state.self_conditioning) continue;
             const float* x = row_of(logits, t);
-            row::Distribution dist;
-            distribution(x, n_vocab, state.previous_temperature, state.dropped_mass, dist);
+            const row::Distribution dist =
+                distribution(x, n_vocab, state.previous_temperature, state.dropped_mass);
             for (int64_t v = 0; v < n_vocab; ++v) {
                 const float p = row::probability(dist, x[v]);
                 if (p == 0.0f) continue;
@@ -123,14 +112,15 @@ class HostStepBackend : public StepBackend {
 
     void measure(ggml_tensor* logits, int64_t n, StepState& state) override {
         const int64_t n_vocab = logits->ne[0];
+        const row::SoftCap cap = row::soft_cap(state.soft_cap);
         for (int64_t t = 0; t < n; ++t) {
             float* x = row_of(logits, t);
-            for (int64_t i = 0; i < n_vocab; ++i) x[i] = row::capped(x[i], state.soft_cap);
+            for (int64_t i = 0; i < n_vocab; ++i) x[i] = cap(x[i]);
             state.measures[t] = pydiffusion::measure(x, n_vocab, state.temperature, state.u[t]);
         }
     }
 
-    void pin(ggml_tensor* logits, int64_t position, int32_t token, float value) override {
+    void pin(ggml_tensor* logits, int64_t position, int32_t token, float value, const StepState&) override {
         float* x = row_of(logits, position);
         std::fill_n(x, logits->ne[0], -std::numeric_limits<float>::infinity());
         x[token] = value;
@@ -158,6 +148,10 @@ class HostStepBackend : public StepBackend {
 };
 
 }  // namespace
+
+int64_t n_sums(int64_t n_vocab) {
+    return row::n_chunks_of(n_vocab) * static_cast<int64_t>(sizeof(row::Sums) / sizeof(float));
+}
 
 std::unique_ptr<StepBackend> make_host_step_backend(ggml_backend_t) {
     return std::make_unique<HostStepBackend>();

@@ -17,9 +17,12 @@ namespace pydiffusion {
 // two such buffers.
 constexpr int64_t kDenseRows = 8192;
 
-// Not thread-safe: hold Backend::lock_devices(). The work of a call comes after what the device was given before
-// and before what it is given next, also if the call returns sooner: only results on the host are complete then.
-// Calls throw Error if the device fails, at this work or at earlier work.
+// Floats per position of StepState::sums.
+int64_t n_sums(int64_t n_vocab);
+
+// Not thread-safe: hold Backend::lock_devices(). The work of a call comes after what the device was given
+// before and before what it is given next, also if the call returns sooner: only results on the host are
+// complete then. Calls throw Error if the device fails, at this work or at earlier work.
 class StepBackend {
   public:
     virtual ~StepBackend() = default;
@@ -31,11 +34,14 @@ class StepBackend {
     virtual void condition(const ggml_tensor* logits, const ggml_tensor* embedding, ggml_tensor* soft,
                            int64_t n, const StepState& state) = 0;
 
-    // Soft-caps the first n rows of logits in place and writes state.measures.
+    // Soft-caps the first n rows of logits in place and writes state.measures; state.sums too where
+    // condition() uses them.
     virtual void measure(ggml_tensor* logits, int64_t n, StepState& state) = 0;
 
-    // Sets a position's logits to -infinity, except one token's, which becomes `value`.
-    virtual void pin(ggml_tensor* logits, int64_t position, int32_t token, float value) = 0;
+    // Sets a position's logits to -infinity, except one token's, which becomes `value`, and state.sums
+    // likewise.
+    virtual void pin(ggml_tensor* logits, int64_t position, int32_t token, float value,
+                     const StepState& state) = 0;
 
     // See Candidates, of the first n rows of logits. By default the rows are copied to the host one by one.
     // Unlike the others this is called without the lock, so that sessions need not wait for each other's

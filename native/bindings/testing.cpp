@@ -102,8 +102,11 @@ Numpy2<float> condition_on(const std::string& device, const Array2<float>& logit
     const Backend backend(1, device);
     Matrices matrices(backend);
     ggml_tensor* soft = matrices.add(nullptr, n, embedding.shape(1));
-    require_step_backend(backend).step_backend().condition(matrices.add(logits), matrices.add(embedding),
-                                                           soft, static_cast<int64_t>(n), state);
+    StepBackend& steps = require_step_backend(backend).step_backend();
+    const ggml_tensor *rows = matrices.add(logits), *embeddings = matrices.add(embedding);
+    steps.seconds_of([&] {  // waits for it
+        steps.condition(rows, embeddings, soft, static_cast<int64_t>(n), state);
+    });
     return Matrices::fetch(soft);
 }
 

@@ -34,8 +34,10 @@ CanvasState::CanvasState(const Model& model) : model_(model) {
     if (!context_)
         throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate the logits' tensors");
     logits_ = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, hp.n_vocab, hp.canvas_length);
-    if (model.backend.on_device())
+    if (model.backend.on_device()) {
         soft_ = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, hp.n_embd, hp.canvas_length);
+        step_.sums = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, n_sums(hp.n_vocab), hp.canvas_length);
+    }
     buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(context_.get(), model.backend.buffer_type()));
     if (!buffer_) {
         throw Error(ErrorKind::out_of_memory,
@@ -67,13 +69,14 @@ void CanvasState::copy_logits(float* target) const {
 void CanvasState::set_logits(const float* logits) {
     ggml_backend_tensor_set(logits_, logits, 0, ggml_nbytes(logits_));
     std::fill(step_.normalizers.begin(), step_.normalizers.end(), Normalizer{});
+    step_.n_summed = 0;
 }
 
 void CanvasState::pin(int64_t position, int32_t token) {
     const Hparams& hp = model_.hparams;
     if (soft_) {
         const auto lock = model_.backend.lock_devices();
-        model_.backend.step_backend().pin(logits_, position, token, hp.soft_cap);
+        model_.backend.step_backend().pin(logits_, position, token, hp.soft_cap, step_);
         return;
     }
     float* row = static_cast<float*>(logits_->data) + position * hp.n_vocab;
@@ -251,15 +254,17 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(GraphExecutor& execu
         cost.seconds += time([&] { executor.compute_nodes(&nodes, [&] { return cancel.load(); }); });
     }
     if (!model_.backend.on_device()) return costs;
-    // In this order: measure() caps the logits just computed, condition() reads them capped.
+    // In this order, as in the next step: measure() caps the logits just computed, condition() reads them
+    // capped.
     const double row_bytes = sizeof(float) * static_cast<double>(model_.hparams.n_vocab);
     for (const auto& [canvas, n] : canvases_) {
         PartCost &conditioning = costs["self-conditioning"], &sampler = costs["sampler"];
         sampler.seconds += time([canvas = canvas, n = n] { canvas->measure(n); });
         sampler.bytes += 2.0 * row_bytes * static_cast<double>(n);
+        canvas->step().previous_temperature = canvas->step().temperature;
         conditioning.seconds +=
             time([&, canvas = canvas, n = n] { canvas->condition(model_.weights.token_embd.tensor, n); });
-        conditioning.bytes += 3.0 * row_bytes * static_cast<double>(n);
+        conditioning.bytes += row_bytes * static_cast<double>(n);
     }
     return costs;
 }

@@ -94,7 +94,7 @@ Costs::Costs(const GgufFile& file, const Hparams& hp, bool dense_bf16, const Ses
     step = needs.n_sessions * static_cast<uint64_t>(activations + attention + masks) + widened;
 
     const int64_t logits =
-        int64_t{hp.canvas_length} * (hp.n_vocab + hp.n_embd) * static_cast<int64_t>(sizeof(float));
+        int64_t{hp.canvas_length} * (hp.n_vocab + n_sums(hp.n_vocab) + hp.n_embd) * int64_t{sizeof(float)};
     const int64_t conditioning =  // double-buffered
         2 * kDenseRows * hp.n_embd * static_cast<int64_t>(sizeof(ggml_fp16_t));
     main_device_step = needs.n_sessions * static_cast<uint64_t>(logits) + static_cast<uint64_t>(conditioning);

@@ -92,7 +92,7 @@ TEST_CASE("the soft embedding is the mean of embeddings") {
 TEST_CASE("a pinned position has one token") {
     const Matrix logits(kVocab, kTokens, random_values(kVocab * kTokens, 4));
     const std::vector<float> before(logits.data(), logits.data() + kVocab * kTokens);
-    make_host_step_backend()->pin(logits.tensor, 3, 42, 5.0f);
+    make_host_step_backend()->pin(logits.tensor, 3, 42, 5.0f, {});
     for (int64_t i = 0; i < kVocab * kTokens; ++i) {
         const bool pinned = i / kVocab == 3;
         const float expected = !pinned            ? before[i]

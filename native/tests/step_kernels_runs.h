@@ -73,22 +73,42 @@ inline std::vector<Order> orders() {
                          : std::vector<Order>(std::begin(kOrders), std::end(kOrders));
 }
 
-// Sizes of vocabularies: one token, a full warp, one more, a last range that isn't full, warps with no range.
-// Two under ThreadSanitizer, eight times slower.
+// Sizes of vocabularies: one token, a full round of a warp, one more, a chunk, several and a last one that
+// isn't full, warps with several chunks. Two under ThreadSanitizer, eight times slower.
 inline std::vector<int64_t> vocabularies() {
-    return kDetectsRaces ? std::vector<int64_t>{1100} : std::vector<int64_t>{1, 32, 33, 1023, 1025, 3000};
+    return kDetectsRaces ? std::vector<int64_t>{1100}
+                         : std::vector<int64_t>{1, 32, 33, 1023, 1024, 3000, 17001};
+}
+
+inline dim3 grid_of_chunks(int64_t n_vocab, int64_t n_rows) {
+    const int64_t n = row::n_chunks_of(n_vocab);
+    return {static_cast<unsigned>((n + kChunksPerBlock - 1) / kChunksPerBlock),
+            static_cast<unsigned>(n_rows)};
+}
+
+// The sums of chunks of logits, which may be capped.
+template <bool kCaps>
+std::vector<row::Sums> run_sum_chunks(Order order, std::vector<float>& logits, int64_t n_vocab, float scale) {
+    const int64_t n_rows = static_cast<int64_t>(logits.size()) / n_vocab;
+    std::vector<row::Sums> chunks(n_rows * row::n_chunks_of(n_vocab), {-7.0f, -7.0f, -7.0f});
+    emulate(grid_of_chunks(n_vocab, n_rows), kChunksPerBlock * kLanes, 0, order,
+            [&] { sum_chunks<kCaps>(logits.data(), n_vocab, row::soft_cap(30.0f), scale, chunks.data()); });
+    return chunks;
 }
 
 struct Measured {
     std::vector<float> logits;  // capped
+    std::vector<row::Sums> chunks;
     std::vector<Measure> measures;
 };
 
 inline Measured run_measure(Order order, const std::vector<float>& logits, int64_t n_vocab, float temperature,
                             const std::vector<float>& u) {
-    Measured result = {logits, std::vector<Measure>(logits.size() / n_vocab, {-7, -7, -7.0f})};
-    emulate(static_cast<unsigned>(result.measures.size()), row::kThreads, 0, order, [&] {
-        measure_rows(result.logits.data(), n_vocab, 30.0f, row::inverse_temperature(temperature), u.data(),
+    Measured result = {logits, {}, std::vector<Measure>(logits.size() / n_vocab, {-7, -7, -7.0f})};
+    const float scale = row::scale_of(temperature);
+    result.chunks = run_sum_chunks<true>(order, result.logits, n_vocab, scale);
+    emulate(static_cast<unsigned>(result.measures.size()), kThreads, 0, order, [&] {
+        measure_rows(result.logits.data(), n_vocab, result.chunks.data(), scale, u.data(),
                      result.measures.data());
     });
     return result;
@@ -100,14 +120,14 @@ struct Masses {
     std::vector<float> weights;
 };
 
-inline Masses run_find_mass(Order order, const std::vector<float>& logits, int64_t n_vocab, float inverse,
+inline Masses run_find_mass(Order order, std::vector<float> logits, int64_t n_vocab, float scale,
                             float dropped_mass) {
     const size_t n = logits.size() / n_vocab;
     Masses masses = {std::vector<row::Distribution>(n), std::vector<int32_t>(n, -7),
-                     std::vector<int32_t>(n * row::kMaxGathered, -7),
-                     std::vector<float>(n * row::kMaxGathered, -7.0f)};
-    emulate(static_cast<unsigned>(n), row::kThreads, 0, order, [&] {
-        find_mass(logits.data(), n_vocab, inverse, dropped_mass, masses.distributions.data(),
+                     std::vector<int32_t>(n * kMaxGathered, -7), std::vector<float>(n * kMaxGathered, -7.0f)};
+    const std::vector<row::Sums> chunks = run_sum_chunks<false>(order, logits, n_vocab, scale);
+    emulate(static_cast<unsigned>(n), kThreads, row::n_chunks_of(n_vocab) * sizeof(int32_t), order, [&] {
+        find_mass(logits.data(), n_vocab, chunks.data(), scale, dropped_mass, masses.distributions.data(),
                   masses.n_kept.data(), masses.tokens.data(), masses.weights.data());
     });
     return masses;

@@ -27,6 +27,38 @@ bool is_draw(const float* x, int64_t n_vocab, float temperature, float u, int32_
 
 }  // namespace
 
+namespace {
+
+bool has_sums_of(const std::vector<row::Sums>& found, const std::vector<float>& rows, int64_t n_vocab,
+                 float scale) {
+    const int64_t n_chunks = row::n_chunks_of(n_vocab);
+    for (size_t i = 0; i < found.size(); ++i) {
+        const int64_t t = static_cast<int64_t>(i) / n_chunks;
+        const row::Sums expected = reference_chunks(&rows[t * n_vocab], n_vocab, scale)[i % n_chunks];
+        if (!same(found[i].maximum, expected.maximum) || !same(found[i].weight, expected.weight) ||
+            !same(found[i].weighted, expected.weighted))
+            return false;
+    }
+    return true;
+}
+
+}  // namespace
+
+TEST_CASE("logits are capped to within rounding, NaN and infinity are not hidden") {
+    for (const float cap : {30.0f, 1.0f, 50.0f}) {
+        const row::SoftCap capped = row::soft_cap(cap);
+        for (const float part : {1e-6f, 1e-3f, 0.1f, 1.0f, 1.001f, 4.0f, 1e6f}) {
+            for (const float x : random_values(1000, 6, part * cap)) {
+                const double exact = cap * std::tanh(static_cast<double>(x) / cap);
+                if (std::fabs(capped(x) - exact) > 2.5e-7 * std::fabs(exact)) FAIL_CHECK("of ", x);
+                if (capped(-x) != -capped(x)) FAIL_CHECK("of ", x);
+            }
+        }
+        CHECK((capped(0.0f) == 0.0f && capped(-kInfinity) == -cap));
+        CHECK((std::isnan(capped(NAN)) && std::isnan(capped(kInfinity))));
+    }
+}
+
 TEST_CASE("measure_rows: plain loops, bit by bit, in every order") {
     for (const int64_t n_vocab : vocabularies()) {
         const std::vector<float> logits = awkward_rows(n_vocab);
@@ -37,9 +69,10 @@ TEST_CASE("measure_rows: plain loops, bit by bit, in every order") {
                 CAPTURE(n_vocab);
                 CAPTURE(static_cast<int>(order));
                 std::vector<float> capped = logits;
-                for (float& x : capped) x = row::capped(x, 30.0f);
+                for (float& x : capped) x = row::soft_cap(30.0f)(x);
                 const Measured found = run_measure(order, logits, n_vocab, temperature, u);
                 CHECK(same(found.logits, capped));
+                CHECK(has_sums_of(found.chunks, capped, n_vocab, row::scale_of(temperature)));
                 for (int64_t t = 0; t < n; ++t) {
                     CAPTURE(t);
                     const Measure expected =
@@ -79,9 +112,7 @@ TEST_CASE("measure_rows: a token with mass, if rounding leaves none") {
     for (const int64_t n_vocab : {33, 1023, 3000}) {
         CAPTURE(n_vocab);
         const std::vector<float> logits = random_values(n_vocab, 1);
-        const auto argmax = std::max_element(logits.begin(), logits.end()) - logits.begin();
-        // Of 33 tokens the last warp, which draws, has none.
-        const auto expected = static_cast<int32_t>(n_vocab == 33 ? argmax : n_vocab - 1);
+        const auto expected = static_cast<int32_t>(n_vocab - 1);
         for (const Order order : orders())
             CHECK(run_measure(order, logits, n_vocab, 0.7f, {1.5f}).measures[0].sampled == expected);
     }
@@ -91,7 +122,7 @@ TEST_CASE("measure_rows: a whole vocabulary") {
     constexpr int64_t n_vocab = 262144;
     const std::vector<float> logits = random_values(n_vocab, 3, 4.0f), u = {0.6f};
     std::vector<float> capped = logits;
-    for (float& x : capped) x = row::capped(x, 30.0f);
+    for (float& x : capped) x = row::soft_cap(30.0f)(x);
     const Measure expected = reference_measure(capped.data(), n_vocab, 0.8f, u[0]);
     for (const Order order : orders())
         CHECK(same(run_measure(order, logits, n_vocab, 0.8f, u).measures[0], expected));
@@ -101,9 +132,9 @@ namespace {
 
 // The entries of row t's lists, and none behind them.
 bool has_lists(const Masses& masses, int64_t t, const Mass& expected) {
-    for (int64_t i = 0; i < row::kMaxGathered; ++i) {
+    for (int64_t i = 0; i < kMaxGathered; ++i) {
         const bool is_listed = i < static_cast<int64_t>(expected.tokens.size());
-        const int64_t at = t * row::kMaxGathered + i;
+        const int64_t at = t * kMaxGathered + i;
         if (masses.tokens[at] != (is_listed ? expected.tokens[i] : -7)) return false;
         if (!same(masses.weights[at], is_listed ? expected.weights[i] : -7.0f)) return false;
     }
@@ -129,17 +160,47 @@ TEST_CASE("find_mass: plain loops, bit by bit, in every order") {
                     CAPTURE(t);
                     const Mass expected = reference_mass(&logits[t * n_vocab], n_vocab, 1.25f, dropped_mass);
                     const row::Distribution &a = found.distributions[t], &b = expected.distribution;
-                    CHECK((same(a.maximum, b.maximum) && same(a.scale, b.scale) &&
-                           same(a.inverse, b.inverse) && same(a.threshold, b.threshold)));
+                    CHECK((same(a.maximum, b.maximum) && same(a.scale, b.scale) && same(a.norm, b.norm) &&
+                           same(a.threshold, b.threshold)));
                     CHECK(found.n_kept[t] == expected.n_kept);
                     CHECK(has_lists(found, t, expected));
-                    ++(expected.n_kept > row::kMaxGathered ? n_dense : n_gathered);
+                    ++(expected.n_kept > kMaxGathered ? n_dense : n_gathered);
                 }
             }
         }
     }
     CHECK(n_gathered >= 3);
     CHECK(n_dense >= 3);
+}
+
+TEST_CASE("find_mass: as many tokens as a list holds, with the largest entropy and mass left out") {
+    constexpr int64_t n_vocab = 17001;
+    for (const int n_likely : {kMaxGathered, kMaxGathered + 1}) {
+        for (const float dropped_mass : {1e-2f, 1e-4f, 1e-6f}) {
+            // The likely tokens are alike, and so are the others, which have not quite the mass.
+            std::vector<float> logits(n_vocab, std::log(0.9f * dropped_mass / (n_vocab - n_likely)));
+            for (int i = 0; i < n_likely; ++i) logits[i * 16 + 3] = std::log(1.0f / n_likely);
+            const Masses found =
+                run_find_mass(Order::random, logits, n_vocab, row::scale_of(1.0f), dropped_mass);
+            CAPTURE(dropped_mass);
+            CHECK(found.n_kept[0] == (n_likely == kMaxGathered ? kMaxGathered : INT32_MAX));
+        }
+    }
+}
+
+TEST_CASE("find_mass: a row that is too flat for a list is not read") {
+    constexpr int64_t n_vocab = 17001;
+    std::vector<float> logits = random_values(n_vocab, 1);
+    const std::vector<row::Sums> chunks =
+        run_sum_chunks<false>(Order::forward, logits, n_vocab, row::scale_of(1.0f));
+    row::Distribution distribution = {};
+    int32_t n_kept = 0;
+    emulate(1, kThreads, chunks.size() * sizeof(int32_t), Order::forward, [&] {
+        find_mass(nullptr, n_vocab, chunks.data(), row::scale_of(1.0f), 1e-4f, &distribution, &n_kept,
+                  nullptr, nullptr);
+    });
+    CHECK(n_kept == INT32_MAX);
+    CHECK(distribution.threshold == row::threshold(row::kThresholds - 1));
 }
 
 TEST_CASE("find_mass: a whole vocabulary") {
@@ -157,8 +218,8 @@ TEST_CASE("find_mass: a whole vocabulary") {
 
 TEST_CASE("pack_lists: lists one after the other") {
     const std::vector<int32_t> first = {0, 5, 5, 5 + 1024, 5 + 1024 + 129};  // lengths 5, 0, 1024, 129
-    const std::vector<float> weights = random_values(4 * row::kMaxGathered, 1);
-    std::vector<int32_t> tokens(4 * row::kMaxGathered);
+    const std::vector<float> weights = random_values(4 * kMaxGathered, 1);
+    std::vector<int32_t> tokens(4 * kMaxGathered);
     for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(i * 7);
     for (const Order order : orders()) {
         std::vector<int32_t> packed_tokens(first.back());
@@ -169,7 +230,7 @@ TEST_CASE("pack_lists: lists one after the other") {
         });
         for (int t = 0; t < 4; ++t) {
             for (int32_t i = first[t]; i < first[t + 1]; ++i) {
-                const int32_t from = t * row::kMaxGathered + i - first[t];
+                const int32_t from = t * kMaxGathered + i - first[t];
                 if (packed_tokens[i] != tokens[from] || packed_weights[i] != weights[from])
                     FAIL_CHECK("at ", i);
             }
@@ -210,6 +271,30 @@ TEST_CASE("add_gathered: in the order of the list, in parts") {
     }
 }
 
+namespace {
+
+// Of tokens [from, from + n_rows), for the positions named.
+template <typename T>
+std::vector<T> run_probabilities(Order order, const std::vector<float>& logits, int64_t n_vocab,
+                                 const std::vector<row::Distribution>& distributions,
+                                 const std::vector<int32_t>& positions, int64_t from, int64_t n_rows) {
+    std::vector<T> found(positions.size() * n_rows);
+    const dim3 grid(static_cast<unsigned>((n_rows + kProbabilities - 1) / kProbabilities),
+                    static_cast<unsigned>(positions.size()));
+    emulate(grid, kProbabilityThreads, 0, order, [&] {
+        if (n_vocab % 4 == 0 && from % 4 == 0 && n_rows % 4 == 0) {
+            dense_probabilities<T, 4>(found.data(), logits.data(), distributions.data(), positions.data(),
+                                      n_vocab, from, n_rows);
+        } else {
+            dense_probabilities<T, 1>(found.data(), logits.data(), distributions.data(), positions.data(),
+                                      n_vocab, from, n_rows);
+        }
+    });
+    return found;
+}
+
+}  // namespace
+
 TEST_CASE("dense_probabilities and scatter_rows: the positions named, and no others") {
     const std::vector<int32_t> positions = {3, 0};
     constexpr int64_t n_vocab = 3000;
@@ -218,30 +303,20 @@ TEST_CASE("dense_probabilities and scatter_rows: the positions named, and no oth
     for (int t = 0; t < 4; ++t)
         distributions[t] = reference_mass(&logits[t * n_vocab], n_vocab, 1.0f, 0.01f).distribution;
     for (const Order order : orders()) {
-        for (const int64_t n_rows : {1, 255, 256, 257, 2047, 2048, 2049}) {
+        for (const int64_t n_rows : {1, 255, 256, 257, 1500, 3000}) {
             const int64_t from = n_vocab - n_rows;
-            std::vector<__half> found(2 * n_rows);
-            emulate(dim3(static_cast<unsigned>((n_rows + kProbabilities - 1) / kProbabilities), 2),
-                    kProbabilityThreads, 0, order, [&] {
-                        dense_probabilities(found.data(), logits.data(), distributions.data(),
-                                            positions.data(), n_vocab, from, n_rows);
-                    });
-            for (int64_t i = 0; i < 2 * n_rows; ++i) {
+            const auto probability = [&](int64_t i) {
                 const int64_t t = positions[i / n_rows], v = from + i % n_rows;
-                const float p = row::probability(distributions[t], logits[t * n_vocab + v]);
-                if (found[i].bits != ggml_fp32_to_fp16(p * 16384.0f)) FAIL_CHECK("at ", i);
-            }
-            std::vector<cuda::Bfloat16> wide(2 * n_rows);
-            emulate(dim3(static_cast<unsigned>((n_rows + kProbabilities - 1) / kProbabilities), 2),
-                    kProbabilityThreads, 0, order, [&] {
-                        dense_probabilities(wide.data(), logits.data(), distributions.data(),
-                                            positions.data(), n_vocab, from, n_rows);
-                    });
-            for (int64_t i = 0; i < 2 * n_rows; ++i) {
-                const int64_t t = positions[i / n_rows], v = from + i % n_rows;
-                const float p = row::probability(distributions[t], logits[t * n_vocab + v]);
-                if (wide[i].bits != ggml_fp32_to_bf16(p * 16384.0f).bits) FAIL_CHECK("at ", i);
-            }
+                return row::probability(distributions[t], logits[t * n_vocab + v]) * 16384.0f;
+            };
+            const std::vector<__half> found =
+                run_probabilities<__half>(order, logits, n_vocab, distributions, positions, from, n_rows);
+            for (int64_t i = 0; i < 2 * n_rows; ++i)
+                if (found[i].bits != ggml_fp32_to_fp16(probability(i))) FAIL_CHECK("at ", i);
+            const std::vector<cuda::Bfloat16> wide = run_probabilities<cuda::Bfloat16>(
+                order, logits, n_vocab, distributions, positions, from, n_rows);
+            for (int64_t i = 0; i < 2 * n_rows; ++i)
+                if (wide[i].bits != ggml_fp32_to_bf16(probability(i)).bits) FAIL_CHECK("at ", i);
             const std::vector<float> sums = random_values(2 * n_rows, 5);  // n_rows serves as d
             std::vector<float> soft(4 * n_rows, 9.0f), expected = soft;
             for (int64_t i = 0; i < 2 * n_rows; ++i)
@@ -258,10 +333,16 @@ TEST_CASE("fill_row: one token of the row, nothing behind it") {
         if (kDetectsRaces && n > 3000) break;
         for (const Order order : orders()) {
             const Matrix row(n, 1, random_values(n, 1));
-            make_host_step_backend()->pin(row.tensor, 0, static_cast<int32_t>(n - 1), 5.0f);
+            make_host_step_backend()->pin(row.tensor, 0, static_cast<int32_t>(n - 1), 5.0f, {});
             std::vector<float> x(n, 1.0f);
+            std::vector<row::Sums> chunks(row::n_chunks_of(n));
             emulate(static_cast<unsigned>((n + 255) / 256), 256, 0, order,
-                    [&] { fill_row(x.data(), n, static_cast<int32_t>(n - 1), 5.0f); });
+                    [&] { fill_row(x.data(), n, static_cast<int32_t>(n - 1), 5.0f, chunks.data()); });
+            const std::vector<row::Sums> expected = reference_chunks(x.data(), n, 1.25f);
+            for (size_t c = 0; c < chunks.size(); ++c) {
+                CHECK((same(chunks[c].maximum, expected[c].maximum) &&
+                       chunks[c].weight == expected[c].weight && chunks[c].weighted == expected[c].weighted));
+            }
             CHECK(same(x, std::vector<float>(row.data(), row.data() + n)));
         }
     }
@@ -300,13 +381,8 @@ void run_dense(Order order, const std::vector<float>& logits, const Masses& mass
     std::vector<double> sums(dense.size() * kEmbd);
     for (int64_t from = 0; from < kVocab; from += kPart) {
         const int64_t n_rows = std::min(kPart, kVocab - from);
-        std::vector<__half> p(dense.size() * n_rows);
-        emulate(dim3(static_cast<unsigned>((n_rows + kProbabilities - 1) / kProbabilities),
-                     static_cast<unsigned>(dense.size())),
-                kProbabilityThreads, 0, order, [&] {
-                    dense_probabilities(p.data(), logits.data(), masses.distributions.data(), dense.data(),
-                                        kVocab, from, n_rows);
-                });
+        const std::vector<__half> p =
+            run_probabilities<__half>(order, logits, kVocab, masses.distributions, dense, from, n_rows);
         for (size_t i = 0; i < sums.size(); ++i) {
             for (int64_t r = 0; r < n_rows; ++r) {
                 const float weight = __half2float(p[i / kEmbd * n_rows + r]);
@@ -338,11 +414,10 @@ TEST_CASE("the kernels of self-conditioning together: the host's backend") {
     make_host_step_backend()->condition(logits_matrix.tensor, embedding_matrix.tensor, soft_matrix.tensor, 3,
                                         state);
     for (const Order order : orders()) {
-        const Masses masses =
-            run_find_mass(order, logits, kVocab, row::inverse_temperature(0.8f), state.dropped_mass);
+        const Masses masses = run_find_mass(order, logits, kVocab, row::scale_of(0.8f), state.dropped_mass);
         std::vector<int32_t> first = {0}, dense;
         for (int32_t t = 0; t < 3; ++t) {
-            const bool is_dense = masses.n_kept[t] > row::kMaxGathered;
+            const bool is_dense = masses.n_kept[t] > kMaxGathered;
             if (is_dense) dense.push_back(t);
             first.push_back(first.back() + (is_dense ? 0 : masses.n_kept[t]));
         }

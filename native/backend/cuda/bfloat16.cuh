@@ -20,4 +20,9 @@ __device__ __forceinline__ Bfloat16 bfloat16_of(float x) {
     return {static_cast<uint16_t>((is_nan ? bits | 0x400000u : rounded) >> 16)};
 }
 
+// Two of them, the first in the low half.
+__device__ __forceinline__ uint32_t bfloat16x2_of(float low, float high) {
+    return bfloat16_of(low).bits | static_cast<uint32_t>(bfloat16_of(high).bits) << 16;
+}
+
 }  // namespace pydiffusion::cuda
