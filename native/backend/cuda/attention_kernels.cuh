@@ -117,6 +117,7 @@ struct AttentionBarriers {
     }
     // By a warp that has read a tile, to all blocks that copy a part of it.
     __device__ __forceinline__ void release(uint64_t* read) const {
+        __syncwarp();
         const int lane = lane_of_thread();
         if constexpr (T::kCluster == 1) {
             if (lane == 0) barrier_arrive(read);

@@ -83,6 +83,10 @@ using Combine = void (*)(const Words* given, Words* got, uint32_t mask);  // bot
 void warp_collective(const char* what, uint32_t mask, Words& words, Combine combine, bool orders_memory,
                      const Site& site);
 
+// Lets other threads run until one of them calls wake_waiting().
+void wait_for_memory_barrier(const void* address, const Site& site);
+void wake_waiting(const void* address);
+
 // The dynamic shared memory of the running block, aligned to 128 bytes.
 unsigned char* block_shared_memory();
 
