@@ -148,6 +148,7 @@ TEST_CASE("attention to all rows") {
     check_case<Tile256>({3, 2, 2, 7, 0, 0, 2});
     check_case<Tile512>({20, 8, 2, 200, 0, 0, 1, FloatType::bf16});
     check_case<Tile512>({5, 4, 1, 389, 0, 0, 3});
+    check_case<AttentionTile<256, 64, 1, 1, true>>({5, 4, 2, 389, 0, 0, 1});
 }
 
 TEST_CASE("causal attention") {

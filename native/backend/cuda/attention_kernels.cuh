@@ -18,9 +18,11 @@ constexpr int kAttentionThreads = 3 * kWarpgroupThreads;  // the last warpgroup 
 constexpr int kCopyingRegisters = 24, kComputingRegisters = 240;
 
 // Dims_ of a head; keys of a tile, stages of tiles in shared memory; kCluster blocks share the copies of the same keys.
-template <int kDims_, int kKeys_, int kStages_, int kCluster_>
+template <int kDims_, int kKeys_, int kStages_, int kCluster_, bool kJoins_ = false>
 struct AttentionTile {
     static constexpr int kDims = kDims_, kKeys = kKeys_, kStages = kStages_, kCluster = kCluster_;
+    static constexpr bool kJoins = kJoins_;
+    static_assert(!kJoins || kCluster == 1);
     static constexpr bool kSharesRows = kDims == 2 * kAttentionDims;  // both warpgroups have the same rows
     static constexpr int kRows = kSharesRows ? kAttentionRows : 2 * kAttentionRows;
     static constexpr int kParts = kKeys / 8, kSteps = kKeys / 16;
@@ -32,7 +34,8 @@ struct AttentionTile {
     static constexpr int kScoresAt = kValuesAt + kStages * kTileBytes;
     static constexpr int kBarriersAt = kScoresAt + 2 * kScoreBytes;
     static constexpr int kBarriers = 4 * kStages + 4;
-    static constexpr int kSharedBytes = kBarriersAt + kBarriers * 8;
+    static constexpr int kSumsAt = kBarriersAt + (kBarriers + 1) / 2 * 16;
+    static constexpr int kSharedBytes = kSumsAt + (kJoins ? 2 * kAttentionRows * 8 : 0);
     static_assert(kDims == kAttentionDims || kSharesRows);
     static_assert(kSharedBytes <= 227 * 1024);
 };
@@ -354,12 +357,10 @@ __device__ __forceinline__ int64_t partial_index(int n_tiles, int i_tile, int kv
     return ((int64_t{split} * n_kv_heads + kv_head) * n_tiles + i_tile) * 2 + warpgroup;
 }
 
-template <typename T>
-__device__ __forceinline__ void store_partial(const float (&o)[32][4], const AttentionArguments& a,
-                                              const Place& place, const RunningSoftmax& softmax,
-                                              const float (&scale)[2]) {
-    const int64_t index = partial_index<T>(gridDim.x, blockIdx.x, blockIdx.z, gridDim.z, blockIdx.y, place.warpgroup);
-    uint4* target = a.partial + index * 16 * kWarpgroupThreads + place.thread;
+__device__ __forceinline__ void store_partial(const float (&o)[32][4], const Place& place,
+                                              const RunningSoftmax& softmax, const float (&scale)[2],
+                                              uint4* target, float2* sums) {
+    target += place.thread;
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
         const auto& low = o[2 * j];
@@ -371,7 +372,7 @@ __device__ __forceinline__ void store_partial(const float (&o)[32][4], const Att
                        packed_half2(high[2] * scale[1], high[3] * scale[1]));
     }
     if (place.lane % 4 == 0) {
-        float2* sums = a.sums + index * kAttentionRows + place.thread / 32 * 16 + place.lane / 4;
+        sums += place.thread / 32 * 16 + place.lane / 4;
         sums[0] = make_float2(softmax.maximum[0], softmax.sum[0]);
         sums[8] = make_float2(softmax.maximum[1], softmax.sum[1]);
     }
@@ -469,10 +470,96 @@ __device__ __forceinline__ void compute_tiles(const AttentionArguments& a, unsig
         softmax.sum[h] += __shfl_xor_sync(0xffffffffu, softmax.sum[h], 2);
         scale[h] = softmax.sum[h] == 0.0f ? 0.0f : 1.0f / softmax.sum[h];
     }
-    if (a.n_splits == 1) {
+    if constexpr (T::kJoins) {
+        uint64_t* queries_read = barriers.queries_written(place.warpgroup);
+        barrier_arrive(queries_read);
+        barrier_wait(queries_read, 1);
+        store_partial(o, place, softmax, scale,
+                      reinterpret_cast<uint4*>(shared + place.warpgroup * T::kQueryBytes),
+                      reinterpret_cast<float2*>(shared + T::kSumsAt) + place.warpgroup * kAttentionRows);
+    } else if (a.n_splits == 1) {
         store_results(o, a, place, row, scale, T::kDims);
     } else {
-        store_partial<T>(o, a, place, softmax, scale);
+        const int64_t index =
+            partial_index<T>(gridDim.x, blockIdx.x, blockIdx.z, gridDim.z, blockIdx.y, place.warpgroup);
+        store_partial(o, place, softmax, scale, a.partial + index * 16 * kWarpgroupThreads,
+                      a.sums + index * kAttentionRows);
+    }
+}
+
+// A thread's share of a merge: two rows of a warpgroup, 8 apart, and n times eight values of results, in
+// registers as store_partial() has them.
+template <int n>
+struct MergedValues {
+    float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {}, value[n][8] = {};
+
+    __device__ __forceinline__ void see(float2 low, float2 high) {
+        maximum[0] = fmaxf(maximum[0], low.x);
+        maximum[1] = fmaxf(maximum[1], high.x);
+    }
+    // After see() of all splits.
+    __device__ __forceinline__ void add(float2 low, float2 high, const uint4 (&o)[n]) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float2 own = h == 0 ? low : high;
+            if (own.y == 0.0f) continue;  // it saw no column
+            const float weight = own.y * exp2_of((own.x - maximum[h]) * kLog2E);
+            sum[h] += weight;
+#pragma unroll
+            for (int i = 0; i < n; ++i) {
+                const uint32_t pairs[4] = {o[i].x, o[i].y, o[i].z, o[i].w};
+#pragma unroll
+                for (int k = h; k < 4; k += 2) {
+                    value[i][2 * k] += weight * half_to_float(static_cast<uint16_t>(pairs[k]));
+                    value[i][2 * k + 1] += weight * half_to_float(static_cast<uint16_t>(pairs[k] >> 16));
+                }
+            }
+        }
+    }
+    // row, dim: of the first value
+    __device__ __forceinline__ void store(const AttentionArguments& a, int32_t first_row, int32_t kv_head,
+                                          int n_dims, int dim) const {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int32_t row = first_row + 8 * h;
+            if (row >= a.n_tokens * a.group) continue;
+            const int32_t token = row / a.group, head = kv_head * a.group + row - token * a.group;
+            const int64_t begin = token * a.out_token + int64_t{head} * n_dims + dim;
+            const float scale = 1.0f / sum[h];
+#pragma unroll
+            for (int i = 0; i < n; ++i) {
+#pragma unroll
+                for (int k = h; k < 4; k += 2) {
+                    store_pair(a.out, begin + 16 * i + k / 2 * 8, value[i][2 * k] * scale,
+                               value[i][2 * k + 1] * scale, a.type);
+                }
+            }
+        }
+    }
+};
+
+// Adds the splits' results, which are in the shared memory of a cluster's blocks: each block its share. 1, 2 or 4 splits.
+template <typename T>
+__device__ __forceinline__ void join_splits(const AttentionArguments& a, const unsigned char* shared) {
+    const Place place = place_of_thread<T>();
+    const int own = block_of_cluster(), row = place.thread / 32 * 16 + place.lane / 4;
+    const unsigned char* results = shared + place.warpgroup * T::kQueryBytes + place.thread * 16;
+    const unsigned char* sums = shared + T::kSumsAt + (place.warpgroup * kAttentionRows + row) * 8;
+    const int n_each = 16 / a.n_splits;
+    for (int j = own * n_each; j < (own + 1) * n_each; j += 4) {
+        MergedValues<4> merged;
+#pragma unroll 4
+        for (int i = 0; i < a.n_splits; ++i)
+            merged.see(load_remote_8(sums, i), load_remote_8(sums + 8 * 8, i));
+#pragma unroll 2
+        for (int i = 0; i < a.n_splits; ++i) {
+            const float2 low = load_remote_8(sums, i), high = load_remote_8(sums + 8 * 8, i);
+            uint4 o[4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) o[k] = load_remote_16(results + (j + k) * kWarpgroupThreads * 16, i);
+            merged.add(low, high, o);
+        }
+        merged.store(a, place.row + row, blockIdx.z, T::kDims, place.dim + 16 * j + place.lane % 4 * 2);
     }
 }
 
@@ -497,6 +584,9 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
             give_registers<kCopyingRegisters>();
             if (copies) copy_tiles<T>(a, shared, barriers, tiles);
             __syncwarp();
+            if constexpr (T::kJoins) cluster_barrier();
+            // No block ends while another uses its shared memory.
+            if constexpr (T::kCluster > 1 || T::kJoins) cluster_barrier();
         } else {
             take_registers<kComputingRegisters>();
             const Place place = place_of_thread<T>();
@@ -505,14 +595,18 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
             barrier_arrive(barriers.queries_written(place.warpgroup));
             barrier_wait(barriers.queries_written(place.warpgroup), 0);
             compute_tiles<T>(a, shared, barriers, tiles);
+            if constexpr (T::kJoins) {
+                cluster_barrier();
+                join_splits<T>(a, shared);
+            }
+            if constexpr (T::kCluster > 1 || T::kJoins) cluster_barrier();
         }
-        if constexpr (T::kCluster > 1) cluster_barrier();  // none ends while another copies to it
     }
 }
 
 constexpr int kMergeThreads = 256;
 
-// Adds the splits' results. Blocks (row tiles * warpgroups * 16 / 2, KV heads) of kMergeThreads.
+// Adds the splits' results. Blocks (row tiles * 16, KV heads) of kMergeThreads.
 template <typename T>
 __global__ void __launch_bounds__(kMergeThreads) merge_attention(const __grid_constant__ AttentionArguments a) {
     await_previous_kernel();
@@ -520,47 +614,22 @@ __global__ void __launch_bounds__(kMergeThreads) merge_attention(const __grid_co
     const int j = index % 16, warpgroup = index / 16 % 2, i_tile = index / 32;
     const int n_tiles = (a.n_tokens * a.group + T::kRows - 1) / T::kRows;
     const int n_padded = (n_tiles + T::kCluster - 1) / T::kCluster * T::kCluster;
-    const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32;
-    const int row_of_warpgroup = thread / 32 * 16 + lane / 4;
-    float maximum[2] = {-INFINITY, -INFINITY};
+    const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
+    const auto at = [&](int split) {
+        return partial_index<T>(n_padded, i_tile, blockIdx.y, gridDim.y, split, warpgroup);
+    };
+    MergedValues<1> merged;
     for (int split = 0; split < a.n_splits; ++split) {
-        const int64_t at = partial_index<T>(n_padded, i_tile, blockIdx.y, gridDim.y, split, warpgroup);
-        const float2* sums = a.sums + at * kAttentionRows + row_of_warpgroup;
-        maximum[0] = fmaxf(maximum[0], sums[0].x);
-        maximum[1] = fmaxf(maximum[1], sums[8].x);
+        const float2* sums = a.sums + at(split) * kAttentionRows + row;
+        merged.see(sums[0], sums[8]);
     }
-    float sum[2] = {0.0f, 0.0f}, value[8] = {};
     for (int split = 0; split < a.n_splits; ++split) {
-        const int64_t at = partial_index<T>(n_padded, i_tile, blockIdx.y, gridDim.y, split, warpgroup);
-        const float2* sums = a.sums + at * kAttentionRows + row_of_warpgroup;
-        const uint4 o = a.partial[(at * 16 + j) * kWarpgroupThreads + thread];
-        const uint32_t pairs[4] = {o.x, o.y, o.z, o.w};
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const float2 own = sums[8 * h];
-            if (own.y == 0.0f) continue;  // it saw no column
-            const float weight = own.y * exp2_of((own.x - maximum[h]) * kLog2E);
-            sum[h] += weight;
-#pragma unroll
-            for (int k = h; k < 4; k += 2) {
-                value[2 * k] += weight * half_to_float(static_cast<uint16_t>(pairs[k]));
-                value[2 * k + 1] += weight * half_to_float(static_cast<uint16_t>(pairs[k] >> 16));
-            }
-        }
+        const float2* sums = a.sums + at(split) * kAttentionRows + row;
+        merged.add(sums[0], sums[8], {a.partial[(at(split) * 16 + j) * kWarpgroupThreads + thread]});
     }
     const int32_t first = T::kSharesRows ? i_tile * T::kRows : i_tile * T::kRows + warpgroup * kAttentionRows;
     const int dim = (T::kSharesRows ? warpgroup * kAttentionDims : 0) + 16 * j + lane % 4 * 2;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int32_t row = first + row_of_warpgroup + 8 * h;
-        if (row >= a.n_tokens * a.group) continue;
-        const int32_t token = row / a.group, head = blockIdx.y * a.group + row % a.group;
-        const int64_t begin = token * a.out_token + int64_t{head} * T::kDims + dim;
-        const float scale = 1.0f / sum[h];
-#pragma unroll
-        for (int k = h; k < 4; k += 2)
-            store_pair(a.out, begin + k / 2 * 8, value[2 * k] * scale, value[2 * k + 1] * scale, a.type);
-    }
+    merged.store(a, first + row, blockIdx.y, T::kDims, dim);
 }
 
 }  // namespace pydiffusion::cuda

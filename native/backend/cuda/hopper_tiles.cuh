@@ -57,6 +57,35 @@ __device__ __forceinline__ void cluster_barrier() {
             : "memory");
 }
 
+// Reads what is at this address in another block's shared memory.
+__device__ __forceinline__ uint4 load_remote_16(const unsigned char* shared, int block) {
+    uint4 v;
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %4, %5;\n"
+        "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [remote];\n"
+        "}"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "r"(shared_address(shared)), "r"(block)
+        : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float2 load_remote_8(const unsigned char* shared, int block) {
+    float2 v;
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %2, %3;\n"
+        "ld.shared::cluster.v2.f32 {%0, %1}, [remote];\n"
+        "}"
+        : "=f"(v.x), "=f"(v.y)
+        : "r"(shared_address(shared)), "r"(block)
+        : "memory");
+    return v;
+}
+
 // --- barriers in shared memory ---
 
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {

@@ -17,7 +17,14 @@ template <int n>
 void take_registers() {}
 
 inline int block_of_cluster() { return 0; }
-inline void cluster_barrier() {}
+// Threads may reach it at different lines.
+inline void cluster_barrier() { emulation::block_barrier({"cluster_barrier", "hopper_tiles.h", 0}); }
+inline uint4 load_remote_16(const unsigned char* shared, int) {
+    return *reinterpret_cast<const uint4*>(shared);
+}
+inline float2 load_remote_8(const unsigned char* shared, int) {
+    return *reinterpret_cast<const float2*>(shared);
+}
 
 inline void barrier_arrive(uint64_t* barrier, PYDIFFUSION_SITE) {
     emulation::arrive_at_memory_barrier(barrier, 0, {function, file, line});
