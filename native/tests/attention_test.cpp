@@ -95,7 +95,6 @@ std::vector<float> run(const AttentionCase& c, const AttentionInputs& in, Order 
     a.q_head = T::kDims;
     a.q_token = a.out_token = int64_t{c.n_heads} * T::kDims;
     a.n_tokens = c.n_tokens;
-    a.n_heads = c.n_heads;
     a.group = group;
     a.n_rows = c.n_rows;
     a.own_row = c.own_row;
@@ -108,7 +107,7 @@ std::vector<float> run(const AttentionCase& c, const AttentionInputs& in, Order 
     emulate(dim3(n_tiles, c.n_splits, c.n_kv_heads), kAttentionThreads, T::kSharedBytes, order,
             [&] { attend_rows<T>(a); });
     if (c.n_splits > 1) {
-        emulate(dim3(n_tiles * 16, c.n_kv_heads), kMergeThreads, 0, order, [&] { merge_attention<T>(a); });
+        emulate(dim3(n_tiles * kMergeBlocks, c.n_kv_heads), kMergeThreads, 0, order, [&] { merge_attention<T>(a); });
     }
     std::vector<float> out(in.q.size());
     for (size_t i = 0; i < out.size(); ++i) {

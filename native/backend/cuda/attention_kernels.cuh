@@ -45,7 +45,7 @@ struct AttentionArguments {
     const void* q;   // [kDims, n_heads, n_tokens], float32 or, if q_is_half, float16
     int64_t q_head, q_token;  // distances in elements
     int32_t q_is_half;
-    int32_t n_tokens, n_heads, group;  // group: query heads of a KV head
+    int32_t n_tokens, group;           // group: query heads of a KV head
     int32_t n_rows;                    // visible ones
     int32_t own_row, window;           // of token 0, causal attention; window 0: every token sees all rows
     int32_t n_splits;
@@ -70,6 +70,9 @@ __device__ __forceinline__ int32_t end_visible(const AttentionArguments& a, int3
     return a.window ? min(a.n_rows, a.own_row + token + 1) : a.n_rows;
 }
 
+// A block's tile of rows; of causal attention those with most keys are the first to begin.
+__device__ __forceinline__ int32_t row_tile() { return static_cast<int32_t>(gridDim.x - 1 - blockIdx.x); }
+
 // Tiles [begin, end) of keys that a block is to compute.
 struct KeyTiles {
     int32_t begin, end;
@@ -80,7 +83,7 @@ struct KeyTiles {
 template <typename T>
 __device__ __forceinline__ KeyTiles key_tiles(const AttentionArguments& a) {
     const int32_t n = a.n_tokens * a.group;
-    const int32_t row = static_cast<int32_t>(blockIdx.x) / T::kCluster * T::kCluster * T::kRows;
+    const int32_t row = row_tile() / T::kCluster * T::kCluster * T::kRows;
     const int32_t first_token = row / a.group;
     const int32_t last = (min(row + T::kCluster * T::kRows, n) - 1) / a.group;
     const int32_t begin = first_visible(a, first_token) / T::kKeys;
@@ -184,7 +187,7 @@ struct Place {
 template <typename T>
 __device__ __forceinline__ Place place_of_thread() {
     const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroupThreads;
-    const auto row = static_cast<int32_t>(blockIdx.x) * T::kRows;
+    const int32_t row = row_tile() * T::kRows;
     return {warpgroup, static_cast<int>(threadIdx.x) % kWarpgroupThreads, lane_of_thread(),
             T::kSharesRows ? row : row + warpgroup * kAttentionRows,
             T::kSharesRows ? warpgroup * kAttentionDims : 0};
@@ -481,7 +484,7 @@ __device__ __forceinline__ void compute_tiles(const AttentionArguments& a, unsig
         store_results(o, a, place, row, scale, T::kDims);
     } else {
         const int64_t index =
-            partial_index<T>(gridDim.x, blockIdx.x, blockIdx.z, gridDim.z, blockIdx.y, place.warpgroup);
+            partial_index<T>(gridDim.x, row_tile(), blockIdx.z, gridDim.z, blockIdx.y, place.warpgroup);
         store_partial(o, place, softmax, scale, a.partial + index * 16 * kWarpgroupThreads,
                       a.sums + index * kAttentionRows);
     }
@@ -604,9 +607,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     }
 }
 
-constexpr int kMergeThreads = 256;
+// Of a row tile.
+constexpr int kMergeThreads = 256, kMergeBlocks = 2 * 16 * kWarpgroupThreads / kMergeThreads;
 
-// Adds the splits' results. Blocks (row tiles * 16, KV heads) of kMergeThreads.
+// Adds the splits' results. Blocks (row tiles * kMergeBlocks, KV heads) of kMergeThreads.
 template <typename T>
 __global__ void __launch_bounds__(kMergeThreads) merge_attention(const __grid_constant__ AttentionArguments a) {
     await_previous_kernel();
