@@ -1,6 +1,6 @@
 # Our CUDA kernels, compiled for the CPU (cuda_emulation/): no CUDA toolkit, no GPU.
 set(emulated_subjects
-    cuda_emulation expert_matmul expert_rows layer_kernels repacked_matmul step_kernels step_kernels_mutations
+    attention cuda_emulation expert_matmul expert_rows layer_kernels repacked_matmul step_kernels step_kernels_mutations
 )
 set(emulation_sources collectives emulate fiber memory_barriers mutation race_detection)
 list(TRANSFORM emulation_sources REPLACE "(.+)" "cuda_emulation/\\1.cpp")

@@ -1,5 +1,6 @@
 #include <climits>
 
+#include "backend/attention_node.h"
 #include "backend/cpu/fused_rows.h"
 #include "backend/cpu/top_k.h"
 #include "backend/cuda/expert_rows.cuh"
@@ -207,6 +208,7 @@ bool compute_custom_node(ggml_backend_cuda_context* ctx, ggml_tensor* node) {
     const Launch* launch = ctx ? &on_stream : nullptr;
     if (is_top_k(node)) return top_k(launch, node);
     if (expert_node_of(node) != ExpertNode::none) return compute_expert_node(ctx, node);
+    if (is_attend_by_kernel(node)) return compute_attention(ctx, node);
     if (is_mlp_beside(node)) return mlp_beside(ctx, node);
     const ggml_tensor* const* src = node->src;
     switch (fused_op_of(node)) {

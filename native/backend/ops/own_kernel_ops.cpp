@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "backend/attention_node.h"
 #include "backend/cpu/fused_rows.h"
 #include "backend/cpu/top_k.h"
 #include "backend/mlp_beside.h"
@@ -94,6 +95,14 @@ ggml_tensor* OwnKernelOps::rotate_and_store(const Heads& heads, const HeadNorms&
                                                    angles(rope, heads.q, first_token), stored, c_.rms_eps);
     ggml_build_forward_expand(c_.graph, q);  // before whatever reads the cache
     return q;
+}
+
+ggml_tensor* OwnKernelOps::attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal,
+                                  int32_t device, ForMatmuls for_matmuls) {
+    ggml_tensor* k = rows_of_heads(visible.k, q->ne[0], visible.first, visible.n);
+    ggml_tensor* v = rows_of_heads(visible.v, q->ne[0], visible.first, visible.n);
+    if (!c_.backend.attends(q, k, v)) return GgmlOps::attend(q, visible, causal, device, for_matmuls);
+    return attend_by_kernel(c_.ctx, q, k, v, causal, result_type(for_matmuls));
 }
 
 ggml_tensor* OwnKernelOps::mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeights& w,

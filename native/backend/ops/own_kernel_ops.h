@@ -1,5 +1,5 @@
 // OwnKernelOps: GgmlOps with the nodes for which devices have kernels of ours (own_kernels.h): fused rows,
-// expert matmuls, an MLP beside them. Where a device lacks one, or the host stands in for it, the CPU
+// attention, expert matmuls, an MLP beside them. Where a device lacks one, or the host stands in for it, the CPU
 // computes the node.
 #pragma once
 
@@ -25,6 +25,8 @@ class OwnKernelOps : public GgmlOps {
                const CacheRows& rows) override;
     ggml_tensor* rotate_and_store(const Heads& heads, const HeadNorms& norms, const Rope& rope,
                                   int64_t first_token, const CacheRows& rows) override;
+    ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal, int32_t device,
+                        ForMatmuls for_matmuls) override;
     ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeights& w,
                      const ExpertWeights* beside) override;
     Mixture moe(ggml_tensor* x, ggml_tensor* scores, const ExpertWeights& w) override;
