@@ -11,8 +11,8 @@ namespace {
 using namespace cuda;
 
 // Tiles measured fastest on an H200 at 256 tokens (benchmarks/h200.md).
-using Tile256 = AttentionTile<256, 80, 2, 1>;
-using Tile512 = AttentionTile<512, 64, 1, 1>;
+using Tile256 = AttentionTile<256, 80, 2>;
+using Tile512 = AttentionTile<512, 64, 1>;
 
 using EncodeMap = decltype(&cuTensorMapEncodeTiled);
 
@@ -35,7 +35,7 @@ TensorMap map_of(const ggml_tensor* rows) {
     const cuuint64_t sizes[] = {64, static_cast<cuuint64_t>(rows->ne[1]),
                                 static_cast<cuuint64_t>(rows->ne[0] / 64 * rows->ne[2])};
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(rows->nb[1]), 64 * sizeof(ggml_fp16_t)};
-    const cuuint32_t box[] = {64, T::kKeys, T::kChunksEach}, steps[] = {1, 1, 1};
+    const cuuint32_t box[] = {64, T::kKeys, T::kChunks}, steps[] = {1, 1, 1};
     TensorMap map;
     const CUresult result = map_encoder()(
         &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, rows->data, sizes, strides, box, steps,

@@ -17,25 +17,21 @@ constexpr int kAttentionThreads = 3 * kWarpgroupThreads;  // the last warpgroup 
 // Registers of a thread that copies, computes; their sum must not exceed what the block is launched with.
 constexpr int kCopyingRegisters = 24, kComputingRegisters = 240;
 
-// Dims_ of a head; keys of a tile, stages of tiles in shared memory; kCluster blocks share the copies of the same keys.
-template <int kDims_, int kKeys_, int kStages_, int kCluster_, bool kJoins_ = false>
+// Dimensions of a head, keys of a tile, stages of tiles in shared memory.
+template <int kDims_, int kKeys_, int kStages_>
 struct AttentionTile {
-    static constexpr int kDims = kDims_, kKeys = kKeys_, kStages = kStages_, kCluster = kCluster_;
-    static constexpr bool kJoins = kJoins_;
-    static_assert(!kJoins || kCluster == 1);
+    static constexpr int kDims = kDims_, kKeys = kKeys_, kStages = kStages_;
     static constexpr bool kSharesRows = kDims == 2 * kAttentionDims;  // both warpgroups have the same rows
     static constexpr int kRows = kSharesRows ? kAttentionRows : 2 * kAttentionRows;
     static constexpr int kParts = kKeys / 8, kSteps = kKeys / 16;
-    static constexpr int kChunks = kDims / 64, kChunksEach = kChunks / kCluster;  // chunks each block copies
-    static constexpr int kAtomBytes = kKeys * 128, kTileBytes = kChunks * kAtomBytes;
+    static constexpr int kChunks = kDims / 64, kAtomBytes = kKeys * 128, kTileBytes = kChunks * kAtomBytes;
     static constexpr int kQueryBytes = kAttentionRows * kAttentionDims * 2;  // of a warpgroup
     static constexpr int kScoreBytes = kSharesRows ? kAttentionRows * kKeys * 4 : 0;
     static constexpr int kValuesAt = 2 * kQueryBytes + kStages * kTileBytes;
     static constexpr int kScoresAt = kValuesAt + kStages * kTileBytes;
     static constexpr int kBarriersAt = kScoresAt + 2 * kScoreBytes;
     static constexpr int kBarriers = 4 * kStages + 4;
-    static constexpr int kSumsAt = kBarriersAt + (kBarriers + 1) / 2 * 16;
-    static constexpr int kSharedBytes = kSumsAt + (kJoins ? 2 * kAttentionRows * 8 : 0);
+    static constexpr int kSharedBytes = kBarriersAt + kBarriers * 8;
     static_assert(kDims == kAttentionDims || kSharesRows);
     static_assert(kSharedBytes <= 227 * 1024);
 };
@@ -79,13 +75,12 @@ struct KeyTiles {
     int32_t all_first, all_end;  // rows that are visible to all of its rows
 };
 
-// The blocks of a cluster have the same.
 template <typename T>
 __device__ __forceinline__ KeyTiles key_tiles(const AttentionArguments& a) {
     const int32_t n = a.n_tokens * a.group;
-    const int32_t row = row_tile() / T::kCluster * T::kCluster * T::kRows;
+    const int32_t row = row_tile() * T::kRows;
     const int32_t first_token = row / a.group;
-    const int32_t last = (min(row + T::kCluster * T::kRows, n) - 1) / a.group;
+    const int32_t last = (min(row + T::kRows, n) - 1) / a.group;
     const int32_t begin = first_visible(a, first_token) / T::kKeys;
     const int32_t end = (end_visible(a, last) + T::kKeys - 1) / T::kKeys;
     const int32_t n_tiles = max(end - begin, 0), split = static_cast<int32_t>(blockIdx.y);
@@ -114,22 +109,17 @@ struct AttentionBarriers {
         for (int i = 0; i < T::kStages; ++i) {
             barrier_init(k_arrived(i), 1);
             barrier_init(v_arrived(i), 1);
-            barrier_init(k_read(i), kAttentionWarps * T::kCluster);
-            barrier_init(v_read(i), kAttentionWarps * T::kCluster);
+            barrier_init(k_read(i), kAttentionWarps);
+            barrier_init(v_read(i), kAttentionWarps);
         }
         barrier_init(scores_written(), 2 * kWarpgroupThreads);
         barrier_init(scores_read(), 2 * kWarpgroupThreads);
         for (int i = 0; i < 2; ++i) barrier_init(queries_written(i), kWarpgroupThreads);
     }
-    // By a warp that has read a tile, to all blocks that copy a part of it.
+    // By a warp that has read a tile.
     __device__ __forceinline__ void release(uint64_t* read) const {
         __syncwarp();
-        const int lane = lane_of_thread();
-        if constexpr (T::kCluster == 1) {
-            if (lane == 0) barrier_arrive(read);
-        } else {
-            if (lane < T::kCluster) barrier_arrive_at(read, lane);
-        }
+        if (lane_of_thread() == 0) barrier_arrive(read);
     }
 };
 
@@ -139,13 +129,7 @@ template <typename T>
 __device__ __forceinline__ void copy_tile(unsigned char* target, const TensorMap& map, int32_t i_tile,
                                           int32_t kv_head, uint64_t* arrived) {
     barrier_arrive_expecting(arrived, T::kTileBytes);
-    const int row = i_tile * T::kKeys, chunk = kv_head * T::kChunks;
-    if constexpr (T::kCluster == 1) {
-        copy_box(target, map, row, chunk, arrived);
-    } else {
-        const int part = block_of_cluster() * T::kChunksEach;
-        copy_box_to((1 << T::kCluster) - 1, target + part * T::kAtomBytes, map, row, chunk + part, arrived);
-    }
+    copy_box(target, map, i_tile * T::kKeys, kv_head * T::kChunks, arrived);
 }
 
 // By one thread. A tile of K is wanted before the tile of V before it.
@@ -197,34 +181,41 @@ __device__ __forceinline__ Place place_of_thread() {
 struct QueryRow {
     int32_t token, head;
 };
-__device__ __forceinline__ QueryRow query_row(const AttentionArguments& a, int32_t row) {
+__device__ __forceinline__ QueryRow query_row(const AttentionArguments& a, int32_t row, int32_t kv_head) {
     const int32_t token = row / a.group;
-    return {token, static_cast<int32_t>(blockIdx.z) * a.group + row - token * a.group};
+    return {token, kv_head * a.group + row - token * a.group};
 }
 
-// Writes a warpgroup's rows of q to shared memory as float16; rows beyond the last are 0.
+// Eight values of q as float16.
+template <bool is_half>
+__device__ __forceinline__ uint4 half_queries(const void* q, int64_t offset) {
+    if constexpr (is_half) {
+        return *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(q) + offset);
+    } else {
+        const auto* fours = reinterpret_cast<const float4*>(static_cast<const float*>(q) + offset);
+        const float4 low = fours[0], high = fours[1];
+        return make_uint4(packed_half2(low.x, low.y), packed_half2(low.z, low.w), packed_half2(high.x, high.y),
+                          packed_half2(high.z, high.w));
+    }
+}
+
+// Writes a warpgroup's rows of q to shared memory as float16. Rows beyond the last repeat it: their results are not
+// stored, and without conditions many loads are under way.
+template <bool is_half>
 __device__ __forceinline__ void load_queries(const AttentionArguments& a, const Place& place,
                                              unsigned char* queries) {
+    constexpr int kEach = kAttentionRows / 4;
     unsigned char* target = queries + place.lane / 8 * (kAttentionRows * 128);
-    const int32_t n = a.n_tokens * a.group, piece = place.dim + 8 * place.lane;
-#pragma unroll 8
-    for (int i = 0; i < kAttentionRows / 4; ++i) {
-        const int row = 4 * i + place.thread / 32;
-        uint4 pairs = make_uint4(0, 0, 0, 0);
-        if (place.row + row < n) {
-            const QueryRow at = query_row(a, place.row + row);
-            const int64_t offset = at.token * a.q_token + at.head * a.q_head + piece;
-            if (a.q_is_half) {
-                pairs = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(a.q) + offset);
-            } else {
-                const auto* q = reinterpret_cast<const float4*>(static_cast<const float*>(a.q) + offset);
-                const float4 low = q[0], high = q[1];
-                pairs = make_uint4(packed_half2(low.x, low.y), packed_half2(low.z, low.w),
-                                   packed_half2(high.x, high.y), packed_half2(high.z, high.w));
-            }
-        }
-        *reinterpret_cast<uint4*>(target + swizzled(row, place.lane % 8)) = pairs;
+    const int32_t last = a.n_tokens * a.group - 1, piece = place.dim + 8 * place.lane;
+    uint4 pairs[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+        const QueryRow at = query_row(a, min(place.row + 4 * i + place.thread / 32, last), blockIdx.z);
+        pairs[i] = half_queries<is_half>(a.q, at.token * a.q_token + at.head * a.q_head + piece);
     }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+        *reinterpret_cast<uint4*>(target + swizzled(4 * i + place.thread / 32, place.lane % 8)) = pairs[i];
 }
 
 // Adds the other warpgroup's half of the scores.
@@ -345,7 +336,7 @@ __device__ __forceinline__ void store_results(const float (&o)[32][4], const Att
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         if (row + 8 * h >= a.n_tokens * a.group) continue;
-        const QueryRow at = query_row(a, row + 8 * h);
+        const QueryRow at = query_row(a, row + 8 * h, blockIdx.z);
         const int64_t begin = at.token * a.out_token + int64_t{at.head} * n_dims + place.dim + place.lane % 4 * 2;
 #pragma unroll
         for (int j = 0; j < 32; ++j)
@@ -354,7 +345,6 @@ __device__ __forceinline__ void store_results(const float (&o)[32][4], const Att
 }
 
 // Index of a warpgroup's results among those of a split.
-template <typename T>
 __device__ __forceinline__ int64_t partial_index(int n_tiles, int i_tile, int kv_head, int n_kv_heads, int split,
                                                  int warpgroup) {
     return ((int64_t{split} * n_kv_heads + kv_head) * n_tiles + i_tile) * 2 + warpgroup;
@@ -473,96 +463,13 @@ __device__ __forceinline__ void compute_tiles(const AttentionArguments& a, unsig
         softmax.sum[h] += __shfl_xor_sync(0xffffffffu, softmax.sum[h], 2);
         scale[h] = softmax.sum[h] == 0.0f ? 0.0f : 1.0f / softmax.sum[h];
     }
-    if constexpr (T::kJoins) {
-        uint64_t* queries_read = barriers.queries_written(place.warpgroup);
-        barrier_arrive(queries_read);
-        barrier_wait(queries_read, 1);
-        store_partial(o, place, softmax, scale,
-                      reinterpret_cast<uint4*>(shared + place.warpgroup * T::kQueryBytes),
-                      reinterpret_cast<float2*>(shared + T::kSumsAt) + place.warpgroup * kAttentionRows);
-    } else if (a.n_splits == 1) {
+    if (a.n_splits == 1) {
         store_results(o, a, place, row, scale, T::kDims);
     } else {
         const int64_t index =
-            partial_index<T>(gridDim.x, row_tile(), blockIdx.z, gridDim.z, blockIdx.y, place.warpgroup);
+            partial_index(gridDim.x, row_tile(), blockIdx.z, gridDim.z, blockIdx.y, place.warpgroup);
         store_partial(o, place, softmax, scale, a.partial + index * 16 * kWarpgroupThreads,
                       a.sums + index * kAttentionRows);
-    }
-}
-
-// A thread's share of a merge: two rows of a warpgroup, 8 apart, and n times eight values of results, in
-// registers as store_partial() has them.
-template <int n>
-struct MergedValues {
-    float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {}, value[n][8] = {};
-
-    __device__ __forceinline__ void see(float2 low, float2 high) {
-        maximum[0] = fmaxf(maximum[0], low.x);
-        maximum[1] = fmaxf(maximum[1], high.x);
-    }
-    // After see() of all splits.
-    __device__ __forceinline__ void add(float2 low, float2 high, const uint4 (&o)[n]) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const float2 own = h == 0 ? low : high;
-            if (own.y == 0.0f) continue;  // it saw no column
-            const float weight = own.y * exp2_of((own.x - maximum[h]) * kLog2E);
-            sum[h] += weight;
-#pragma unroll
-            for (int i = 0; i < n; ++i) {
-                const uint32_t pairs[4] = {o[i].x, o[i].y, o[i].z, o[i].w};
-#pragma unroll
-                for (int k = h; k < 4; k += 2) {
-                    value[i][2 * k] += weight * half_to_float(static_cast<uint16_t>(pairs[k]));
-                    value[i][2 * k + 1] += weight * half_to_float(static_cast<uint16_t>(pairs[k] >> 16));
-                }
-            }
-        }
-    }
-    // row, dim: of the first value
-    __device__ __forceinline__ void store(const AttentionArguments& a, int32_t first_row, int32_t kv_head,
-                                          int n_dims, int dim) const {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int32_t row = first_row + 8 * h;
-            if (row >= a.n_tokens * a.group) continue;
-            const int32_t token = row / a.group, head = kv_head * a.group + row - token * a.group;
-            const int64_t begin = token * a.out_token + int64_t{head} * n_dims + dim;
-            const float scale = 1.0f / sum[h];
-#pragma unroll
-            for (int i = 0; i < n; ++i) {
-#pragma unroll
-                for (int k = h; k < 4; k += 2) {
-                    store_pair(a.out, begin + 16 * i + k / 2 * 8, value[i][2 * k] * scale,
-                               value[i][2 * k + 1] * scale, a.type);
-                }
-            }
-        }
-    }
-};
-
-// Adds the splits' results, which are in the shared memory of a cluster's blocks: each block its share. 1, 2 or 4 splits.
-template <typename T>
-__device__ __forceinline__ void join_splits(const AttentionArguments& a, const unsigned char* shared) {
-    const Place place = place_of_thread<T>();
-    const int own = block_of_cluster(), row = place.thread / 32 * 16 + place.lane / 4;
-    const unsigned char* results = shared + place.warpgroup * T::kQueryBytes + place.thread * 16;
-    const unsigned char* sums = shared + T::kSumsAt + (place.warpgroup * kAttentionRows + row) * 8;
-    const int n_each = 16 / a.n_splits;
-    for (int j = own * n_each; j < (own + 1) * n_each; j += 4) {
-        MergedValues<4> merged;
-#pragma unroll 4
-        for (int i = 0; i < a.n_splits; ++i)
-            merged.see(load_remote_8(sums, i), load_remote_8(sums + 8 * 8, i));
-#pragma unroll 2
-        for (int i = 0; i < a.n_splits; ++i) {
-            const float2 low = load_remote_8(sums, i), high = load_remote_8(sums + 8 * 8, i);
-            uint4 o[4];
-#pragma unroll
-            for (int k = 0; k < 4; ++k) o[k] = load_remote_16(results + (j + k) * kWarpgroupThreads * 16, i);
-            merged.add(low, high, o);
-        }
-        merged.store(a, place.row + row, blockIdx.z, T::kDims, place.dim + 16 * j + place.lane % 4 * 2);
     }
 }
 
@@ -580,35 +487,68 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
             prefetch_map(a.v);
         }
         publish_barriers();
-        if constexpr (T::kCluster > 1) cluster_barrier();
         await_previous_kernel();
         const KeyTiles tiles = key_tiles<T>(a);
         if (threadIdx.x >= 2 * kWarpgroupThreads) {
             give_registers<kCopyingRegisters>();
             if (copies) copy_tiles<T>(a, shared, barriers, tiles);
-            __syncwarp();
-            if constexpr (T::kJoins) cluster_barrier();
-            // No block ends while another uses its shared memory.
-            if constexpr (T::kCluster > 1 || T::kJoins) cluster_barrier();
         } else {
             take_registers<kComputingRegisters>();
             const Place place = place_of_thread<T>();
-            load_queries(a, place, shared + place.warpgroup * T::kQueryBytes);
+            unsigned char* queries = shared + place.warpgroup * T::kQueryBytes;
+            if (a.q_is_half) {
+                load_queries<true>(a, place, queries);
+            } else {
+                load_queries<false>(a, place, queries);
+            }
             fence_shared_writes();
             barrier_arrive(barriers.queries_written(place.warpgroup));
             barrier_wait(barriers.queries_written(place.warpgroup), 0);
             compute_tiles<T>(a, shared, barriers, tiles);
-            if constexpr (T::kJoins) {
-                cluster_barrier();
-                join_splits<T>(a, shared);
-            }
-            if constexpr (T::kCluster > 1 || T::kJoins) cluster_barrier();
         }
     }
 }
 
 // Of a row tile.
 constexpr int kMergeThreads = 256, kMergeBlocks = 2 * 16 * kWarpgroupThreads / kMergeThreads;
+// Splits whose results a thread reads at a time.
+constexpr int kMergeBatch = 4;
+
+// A thread's share of a merge: eight values of two rows, 8 apart, as store_partial() has them. The rows' maximum
+// so far, and sums relative to it.
+struct MergedRows {
+    float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {}, value[8] = {};
+
+    __device__ __forceinline__ void add(const float2 (&sums)[kMergeBatch][2], const uint4 (&o)[kMergeBatch]) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float top = maximum[h];
+#pragma unroll
+            for (int i = 0; i < kMergeBatch; ++i) top = fmaxf(top, sums[i][h].x);
+            const float factor = sum[h] == 0.0f ? 0.0f : exp2_of((maximum[h] - top) * kLog2E);
+            sum[h] *= factor;
+#pragma unroll
+            for (int k = h; k < 4; k += 2) {
+                value[2 * k] *= factor;
+                value[2 * k + 1] *= factor;
+            }
+            maximum[h] = top;
+#pragma unroll
+            for (int i = 0; i < kMergeBatch; ++i) {
+                // A split that saw no column has the maximum -infinity.
+                const float own = sums[i][h].y;
+                const float weight = own == 0.0f ? 0.0f : own * exp2_of((sums[i][h].x - top) * kLog2E);
+                const uint32_t pairs[4] = {o[i].x, o[i].y, o[i].z, o[i].w};
+                sum[h] += weight;
+#pragma unroll
+                for (int k = h; k < 4; k += 2) {
+                    value[2 * k] += weight * half_to_float(static_cast<uint16_t>(pairs[k]));
+                    value[2 * k + 1] += weight * half_to_float(static_cast<uint16_t>(pairs[k] >> 16));
+                }
+            }
+        }
+    }
+};
 
 // Adds the splits' results. Blocks (row tiles * kMergeBlocks, KV heads) of kMergeThreads.
 template <typename T>
@@ -616,24 +556,38 @@ __global__ void __launch_bounds__(kMergeThreads) merge_attention(const __grid_co
     await_previous_kernel();
     const int index = blockIdx.x * (kMergeThreads / kWarpgroupThreads) + threadIdx.x / kWarpgroupThreads;
     const int j = index % 16, warpgroup = index / 16 % 2, i_tile = index / 32;
-    const int n_tiles = (a.n_tokens * a.group + T::kRows - 1) / T::kRows;
-    const int n_padded = (n_tiles + T::kCluster - 1) / T::kCluster * T::kCluster;
+    const int n_tiles = gridDim.x / kMergeBlocks;
     const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
-    const auto at = [&](int split) {
-        return partial_index<T>(n_padded, i_tile, blockIdx.y, gridDim.y, split, warpgroup);
-    };
-    MergedValues<1> merged;
-    for (int split = 0; split < a.n_splits; ++split) {
-        const float2* sums = a.sums + at(split) * kAttentionRows + row;
-        merged.see(sums[0], sums[8]);
-    }
-    for (int split = 0; split < a.n_splits; ++split) {
-        const float2* sums = a.sums + at(split) * kAttentionRows + row;
-        merged.add(sums[0], sums[8], {a.partial[(at(split) * 16 + j) * kWarpgroupThreads + thread]});
+    MergedRows merged;
+    for (int begin = 0; begin < a.n_splits; begin += kMergeBatch) {
+        float2 sums[kMergeBatch][2];
+        uint4 o[kMergeBatch];
+#pragma unroll
+        for (int i = 0; i < kMergeBatch; ++i) {
+            sums[i][0] = sums[i][1] = make_float2(-INFINITY, 0.0f);
+            o[i] = make_uint4(0, 0, 0, 0);
+            if (begin + i >= a.n_splits) continue;
+            const int64_t at = partial_index(n_tiles, i_tile, blockIdx.y, gridDim.y, begin + i, warpgroup);
+            sums[i][0] = a.sums[at * kAttentionRows + row];
+            sums[i][1] = a.sums[at * kAttentionRows + row + 8];
+            o[i] = a.partial[(at * 16 + j) * kWarpgroupThreads + thread];
+        }
+        merged.add(sums, o);
     }
     const int32_t first = T::kSharesRows ? i_tile * T::kRows : i_tile * T::kRows + warpgroup * kAttentionRows;
     const int dim = (T::kSharesRows ? warpgroup * kAttentionDims : 0) + 16 * j + lane % 4 * 2;
-    merged.store(a, first + row, blockIdx.y, T::kDims, dim);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        if (first + row + 8 * h >= a.n_tokens * a.group) continue;
+        const QueryRow at = query_row(a, first + row + 8 * h, blockIdx.y);
+        const int64_t begin = at.token * a.out_token + int64_t{at.head} * T::kDims + dim;
+        const float scale = 1.0f / merged.sum[h];
+#pragma unroll
+        for (int k = h; k < 4; k += 2) {
+            store_pair(a.out, begin + k / 2 * 8, merged.value[2 * k] * scale, merged.value[2 * k + 1] * scale,
+                       a.type);
+        }
+    }
 }
 
 }  // namespace pydiffusion::cuda

@@ -41,67 +41,10 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n));
 }
 
-// --- clusters: blocks that run at the same time and reach each other's shared memory ---
-
-__device__ __forceinline__ int block_of_cluster() {
-    uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return static_cast<int>(rank);
-}
-
-// All threads of all blocks.
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile(
-        "barrier.cluster.arrive.release.aligned;\n"
-        "barrier.cluster.wait.acquire.aligned;" ::
-            : "memory");
-}
-
-// Reads what is at this address in another block's shared memory.
-__device__ __forceinline__ uint4 load_remote_16(const unsigned char* shared, int block) {
-    uint4 v;
-    asm volatile(
-        "{\n"
-        ".reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %4, %5;\n"
-        "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [remote];\n"
-        "}"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-        : "r"(shared_address(shared)), "r"(block)
-        : "memory");
-    return v;
-}
-
-__device__ __forceinline__ float2 load_remote_8(const unsigned char* shared, int block) {
-    float2 v;
-    asm volatile(
-        "{\n"
-        ".reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %2, %3;\n"
-        "ld.shared::cluster.v2.f32 {%0, %1}, [remote];\n"
-        "}"
-        : "=f"(v.x), "=f"(v.y)
-        : "r"(shared_address(shared)), "r"(block)
-        : "memory");
-    return v;
-}
-
 // --- barriers in shared memory ---
 
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-// At the same barrier of another block of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int block) {
-    asm volatile(
-        "{\n"
-        ".reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
-        "}" ::"r"(shared_address(barrier)),
-        "r"(block)
-        : "memory");
 }
 
 // --- copies of tiles ---
@@ -121,17 +64,6 @@ __device__ __forceinline__ void copy_box(unsigned char* shared, const TensorMap&
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
         "[%5];" ::"r"(shared_address(shared)),
         "l"(&map), "r"(0), "r"(row), "r"(chunk), "r"(shared_address(barrier))
-        : "memory");
-}
-
-// The same to the blocks of the cluster whose bits are set, at the same address in each; each block's barrier
-// at this address learns of its bytes.
-__device__ __forceinline__ void copy_box_to(uint16_t blocks, unsigned char* shared, const TensorMap& map, int row,
-                                            int chunk, uint64_t* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-        "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(shared)),
-        "l"(&map), "r"(0), "r"(row), "r"(chunk), "r"(shared_address(barrier)), "h"(blocks)
         : "memory");
 }
 
@@ -163,6 +95,15 @@ class TransposedOperand {
 #define PD_SUMS(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 
 // As wgmma() of hopper.cuh, with a in shared memory too, rows of k like b's.
+__device__ __forceinline__ void wgmma(float (&d)[4][4], uint64_t a, uint64_t b, int add) {
+    asm volatile(
+        PD_WGMMA_SHARED("32", "%18",
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15",
+        "%16", "%17")
+        : PD_SUMS(d[0]), PD_SUMS(d[1]), PD_SUMS(d[2]), PD_SUMS(d[3])
+        : "l"(a), "l"(b), "r"(add));
+}
+
 __device__ __forceinline__ void wgmma(float (&d)[8][4], uint64_t a, uint64_t b, int add) {
     asm volatile(
         PD_WGMMA_SHARED("64", "%34",
@@ -181,6 +122,29 @@ __device__ __forceinline__ void wgmma(float (&d)[10][4], uint64_t a, uint64_t b,
         "%36, %37, %38, %39",
         "%40", "%41")
         : PD_SUMS(d[0]), PD_SUMS(d[1]), PD_SUMS(d[2]), PD_SUMS(d[3]), PD_SUMS(d[4]), PD_SUMS(d[5]), PD_SUMS(d[6]), PD_SUMS(d[7]), PD_SUMS(d[8]), PD_SUMS(d[9])
+        : "l"(a), "l"(b), "r"(add));
+}
+
+__device__ __forceinline__ void wgmma(float (&d)[12][4], uint64_t a, uint64_t b, int add) {
+    asm volatile(
+        PD_WGMMA_SHARED("96", "%50",
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47",
+        "%48", "%49")
+        : PD_SUMS(d[0]), PD_SUMS(d[1]), PD_SUMS(d[2]), PD_SUMS(d[3]), PD_SUMS(d[4]), PD_SUMS(d[5]), PD_SUMS(d[6]), PD_SUMS(d[7]), PD_SUMS(d[8]), PD_SUMS(d[9]), PD_SUMS(d[10]), PD_SUMS(d[11])
+        : "l"(a), "l"(b), "r"(add));
+}
+
+__device__ __forceinline__ void wgmma(float (&d)[14][4], uint64_t a, uint64_t b, int add) {
+    asm volatile(
+        PD_WGMMA_SHARED("112", "%58",
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+        "%53, %54, %55",
+        "%56", "%57")
+        : PD_SUMS(d[0]), PD_SUMS(d[1]), PD_SUMS(d[2]), PD_SUMS(d[3]), PD_SUMS(d[4]), PD_SUMS(d[5]), PD_SUMS(d[6]), PD_SUMS(d[7]), PD_SUMS(d[8]), PD_SUMS(d[9]), PD_SUMS(d[10]), PD_SUMS(d[11]), PD_SUMS(d[12]), PD_SUMS(d[13])
         : "l"(a), "l"(b), "r"(add));
 }
 

@@ -1,4 +1,4 @@
-// The emulated twin of backend/cuda/hopper_tiles.cuh, which includes this in its place. There are no clusters.
+// The emulated twin of backend/cuda/hopper_tiles.cuh, which includes this in its place.
 #pragma once
 
 #include <cmath>
@@ -16,23 +16,9 @@ void give_registers() {}
 template <int n>
 void take_registers() {}
 
-inline int block_of_cluster() { return 0; }
-// Threads may reach it at different lines.
-inline void cluster_barrier() { emulation::block_barrier({"cluster_barrier", "hopper_tiles.h", 0}); }
-inline uint4 load_remote_16(const unsigned char* shared, int) {
-    return *reinterpret_cast<const uint4*>(shared);
-}
-inline float2 load_remote_8(const unsigned char* shared, int) {
-    return *reinterpret_cast<const float2*>(shared);
-}
-
 inline void barrier_arrive(uint64_t* barrier, PYDIFFUSION_SITE) {
     emulation::arrive_at_memory_barrier(barrier, 0, {function, file, line});
 }
-inline void barrier_arrive_at(uint64_t* barrier, int, PYDIFFUSION_SITE) {
-    barrier_arrive(barrier, function, file, line);
-}
-
 // Chunk c of row r begins at data + r * row_bytes + c * 128.
 struct TensorMap {
     const unsigned char* data;
@@ -60,11 +46,6 @@ inline void copy_box(unsigned char* shared, const TensorMap& map, int row, int c
         }
     }
 }
-inline void copy_box_to(uint16_t, unsigned char* shared, const TensorMap& map, int row, int chunk,
-                        uint64_t* barrier, PYDIFFUSION_SITE) {
-    copy_box(shared, map, row, chunk, barrier, function, file, line);
-}
-
 class TransposedOperand {
   public:
     TransposedOperand(const unsigned char* atoms, int atom_bytes) : atoms_(atoms), atom_bytes_(atom_bytes) {}
