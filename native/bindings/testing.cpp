@@ -149,7 +149,7 @@ Numpy2<float> attend_on(const std::string& device, const Array2<float>& q, const
     if (kernel == "own") {
         keys->ne[1] = values->ne[1] = n_visible;
         if (!backend.attends(queries, keys, values))
-            throw Error(ErrorKind::unsupported, device + " has no attention kernel of ours for this");
+            throw Error(ErrorKind::argument, device + " has no attention kernel of ours for this");
         result = attend_by_kernel(ctx, queries, keys, values, causal, GGML_TYPE_F32);
     } else {
         result = kernel == "matmul" ? ggml_ops::attend_by_matmul(ctx, queries, keys, values, mask)

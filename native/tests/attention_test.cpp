@@ -156,5 +156,50 @@ TEST_CASE("causal attention") {
     check_case<Tile512>({40, 4, 1, 240, 200, 100, 1});
 }
 
+TEST_CASE("attention: NaN and infinity spread to what they are part of") {
+    const AttentionCase c = {3, 2, 1, 100, 0, 0, 2};
+    const auto n_bad = [&](const AttentionInputs& in, int dim) {  // dim -1: of all
+        const std::vector<float> out = run<Tile256>(c, in, Order::forward);
+        int n = 0;
+        for (size_t i = 0; i < out.size(); ++i)
+            n += !std::isfinite(out[i]) && (dim < 0 || i % 256 == static_cast<size_t>(dim));
+        return n;
+    };
+    const AttentionInputs sound = inputs_of(c, 256);
+    AttentionInputs in = sound;
+    in.k[50 * 256 + 3] = 0x7fff;
+    CHECK(n_bad(in, -1) == 6 * 256);
+    in = sound;
+    in.q[256 + 7] = NAN;
+    CHECK(n_bad(in, -1) == 256);
+    in.q[256 + 7] = INFINITY;
+    CHECK(n_bad(in, -1) == 256);
+    for (const uint16_t value : {0x7fff, 0x7c00}) {
+        in = sound;
+        in.v[99 * 256 + 3] = value;
+        CHECK(n_bad(in, -1) == 6);
+        CHECK(n_bad(in, 3) == 6);
+    }
+}
+
+TEST_CASE("attention: every barrier is needed") {
+    const AttentionCase c = {5, 4, 2, 200, 0, 0, 2};
+    const auto check = [&](auto tile) {
+        using Tile = decltype(tile);
+        const AttentionInputs in = inputs_of(c, Tile::kDims);
+        const std::vector<float> expected = run<Tile>(c, in, Order::forward);
+        for (const emulation::Mutation& mutation :
+             emulation::mutations_of([&] { run<Tile>(c, in, Order::forward); })) {
+            CAPTURE(mutation.text());
+            CHECK_FALSE(emulation::survives(mutation, [&] {
+                return std::all_of(std::begin(kOrders), std::end(kOrders),
+                                   [&](Order order) { return run<Tile>(c, in, order) == expected; });
+            }));
+        }
+    };
+    check(AttentionTile<256, 32, 2>());
+    check(AttentionTile<512, 32, 1>());
+}
+
 }  // namespace testing
 }  // namespace pydiffusion

@@ -116,9 +116,8 @@ struct AttentionBarriers {
         barrier_init(scores_read(), 2 * kWarpgroupThreads);
         for (int i = 0; i < 2; ++i) barrier_init(queries_written(i), kWarpgroupThreads);
     }
-    // By a warp that has read a tile.
+    // By a warp that has read a tile, after wgmma_wait().
     __device__ __forceinline__ void release(uint64_t* read) const {
-        __syncwarp();
         if (lane_of_thread() == 0) barrier_arrive(read);
     }
 };

@@ -64,8 +64,13 @@ inline void barrier_wait(uint64_t* barrier, uint32_t phase, PYDIFFUSION_SITE) {
 inline void fence_shared_writes() {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
+// No lane goes on before all have read their operands.
 template <int N>
-void wgmma_wait() {}
+void wgmma_wait(PYDIFFUSION_SITE) {
+    emulation::Words words = {};
+    emulation::warp_collective("wgmma_wait", 0xffffffffu, words, emulation::ballot, true,
+                               {function, file, line});
+}
 template <int n>
 void pin_results(float (&)[n][4]) {}
 
