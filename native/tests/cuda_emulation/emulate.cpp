@@ -411,6 +411,8 @@ void block_barrier(const Site& site) {
     if (!is_mutated(Fault::no_barrier, site)) block().barrier(site);
 }
 
+void inner_block_barrier(const Site& site) { block().barrier(site); }
+
 void warp_collective(const char* what, uint32_t mask, Words& words, Combine combine, bool orders_memory,
                      const Site& site) {
     if (!combine && is_mutated(Fault::no_barrier, site)) return;

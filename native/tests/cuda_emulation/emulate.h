@@ -69,8 +69,9 @@ bool survives(const Mutation& mutation, const std::function<bool()>& is_right);
 
 // --- for the emulated intrinsics; called by a kernel's thread ---
 
-// All threads of the block.
+// All threads of the block. The second is part of another primitive: no mutation removes it.
 void block_barrier(const Site& site);
+void inner_block_barrier(const Site& site);
 
 // A lane's values in a collective of its warp, and its results.
 struct Words {

@@ -41,7 +41,7 @@ inline void copy_async_16(SharedAddress shared, const void* global, PYDIFFUSION_
 inline void barrier_init(uint64_t* barrier, int n, PYDIFFUSION_SITE) {
     emulation::init_memory_barrier(barrier, n, {function, file, line});
 }
-inline void publish_barriers(PYDIFFUSION_SITE) { emulation::block_barrier({function, file, line}); }
+inline void publish_barriers(PYDIFFUSION_SITE) { emulation::inner_block_barrier({function, file, line}); }
 inline void barrier_arrive_expecting(uint64_t* barrier, int n_bytes, PYDIFFUSION_SITE) {
     emulation::arrive_at_memory_barrier(barrier, n_bytes, {function, file, line});
 }
