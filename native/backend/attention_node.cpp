@@ -61,7 +61,8 @@ ggml_tensor* attend_by_kernel(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k,
     const AttentionParts parts = attention_parts(q, k, type);
     const int64_t n_rows = parts.n_splits > 1 ? (parts.end + row - 1) / row : q->ne[2];
     ggml_tensor* sources[] = {q, k, v};
-    ggml_tensor* node = ggml_custom_4d(ctx, type, width, n_rows, 1, 1, sources, 3, only_on_devices, 1, userdata);
+    ggml_tensor* node =
+        ggml_custom_4d(ctx, type, width, n_rows, 1, 1, sources, 3, only_on_devices, 1, userdata);
     ggml_set_name(node, "attend_by_kernel");
     return ggml_view_2d(ctx, node, width, q->ne[2], node->nb[1], 0);
 }

@@ -7,8 +7,8 @@
 
 namespace pydiffusion {
 
-// Whether the kernels can compute it: q [head_dim, n_head, n_tokens] as float32 or float16, k and v [head_dim,
-// n_rows, n_head_kv] as float16. On the GPU it needs Backend::attends() too.
+// Whether the kernels can compute it: q [head_dim, n_head, n_tokens] as float32 or float16, k and v
+// [head_dim, n_rows, n_head_kv] as float16. On the GPU it needs Backend::attends() too.
 bool can_attend_by_kernel(const ggml_tensor* q, const ggml_tensor* k, const ggml_tensor* v);
 
 // As attend() of attention.h, on a device; the result has this type, F32 or BF16. Rows after k's and v's are
@@ -26,8 +26,8 @@ AttentionRange attention_range_of(const ggml_tensor* node);
 // Rows of q (a token and a query head of a KV head) that a block computes.
 inline int64_t attention_tile_rows(int64_t head_dim) { return head_dim == 512 ? 64 : 128; }
 
-// Into how many parts the keys are split, each for a block of its own, so that the blocks fill a GPU. It depends on
-// sizes alone, as sums depend on it.
+// Into how many parts the keys are split, each for a block of its own, so that the blocks fill a GPU. It
+// depends on sizes alone, as sums depend on it.
 struct AttentionParts {
     int64_t n_tiles;   // of rows, per KV head
     int64_t n_splits;  // of keys

@@ -130,9 +130,8 @@ bool Backend::repacks(const ggml_tensor* weights) const {
 bool Backend::attends(const ggml_tensor* q, const ggml_tensor* k, const ggml_tensor* v) const {
 #if defined(PYDIFFUSION_CUDA)
     return has_cuda_kernels() && can_attend_by_kernel(q, k, v) &&
-           std::all_of(
-               kernels_of_devices_.begin(), kernels_of_devices_.end(),
-               [](const std::shared_ptr<void>& kernels) { return has_attention(kernels.get()); });
+           std::all_of(kernels_of_devices_.begin(), kernels_of_devices_.end(),
+                       [](const std::shared_ptr<void>& kernels) { return has_attention(kernels.get()); });
 #else
     (void)q;
     (void)k;

@@ -110,8 +110,8 @@ Numpy2<float> condition_on(const std::string& device, const Array2<float>& logit
 
 // Attention on a device: q (n_tokens, n_head * head_dim), k and v (n_rows, n_head_kv * head_dim), stored in a
 // cache of `type` first -> (n_tokens, n_head * head_dim). Rows from n_visible on are masked padding. kernel:
-// "flash" (ggml's), "matmul" or "own". window: 0, or of causal attention, where row 0 is position 0 and the first
-// token's is given.
+// "flash" (ggml's), "matmul" or "own". window: 0, or of causal attention, where row 0 is position 0 and the
+// first token's is given.
 Numpy2<float> attend_on(const std::string& device, const Array2<float>& q, const Array2<float>& k,
                         const Array2<float>& v, int64_t head_dim, const std::string& type_name,
                         int64_t n_visible, const std::string& kernel, int32_t position, int32_t window) {

@@ -194,7 +194,8 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
                 cost.bytes += 2.0 * static_cast<double>(ggml_nelements(b) / ggml_blck_size(b->type)) *
                               static_cast<double>(ggml_type_size(b->type));
             } else if (is_attend_by_kernel(node)) {
-                cost.operations += 4.0 * static_cast<double>(ggml_nelements(a)) * static_cast<double>(b->ne[1]);
+                cost.operations +=
+                    4.0 * static_cast<double>(ggml_nelements(a)) * static_cast<double>(b->ne[1]);
                 cost.bytes += 2.0 * static_cast<double>(ggml_nbytes(b));
             } else if (expert_node_of(node) == ExpertNode::multiply) {
                 cost.operations +=

@@ -26,8 +26,8 @@ struct AttentionCase {
 };
 
 struct AttentionInputs {
-    std::vector<float> q;          // [token][head][dim]
-    std::vector<uint16_t> k, v;    // [row][KV head][dim], and hidden rows of NaN
+    std::vector<float> q;        // [token][head][dim]
+    std::vector<uint16_t> k, v;  // [row][KV head][dim], and hidden rows of NaN
 };
 
 AttentionInputs inputs_of(const AttentionCase& c, int n_dims) {
@@ -85,8 +85,8 @@ std::vector<float> run(const AttentionCase& c, const AttentionInputs& in, Order 
     std::vector<float2> sums(static_cast<size_t>(n_parts) * kAttentionRows);
     std::vector<uint32_t> words(in.q.size(), 0xffffffffu);
     const auto map = [&](const std::vector<uint16_t>& rows) {
-        return TensorMap{reinterpret_cast<const unsigned char*>(rows.data()), int64_t{c.n_kv_heads} * T::kDims * 2,
-                         c.n_rows, T::kKeys, T::kChunks};
+        return TensorMap{reinterpret_cast<const unsigned char*>(rows.data()),
+                         int64_t{c.n_kv_heads} * T::kDims * 2, c.n_rows, T::kKeys, T::kChunks};
     };
     AttentionArguments a = {};
     a.k = map(in.k);
@@ -107,7 +107,8 @@ std::vector<float> run(const AttentionCase& c, const AttentionInputs& in, Order 
     emulate(dim3(n_tiles, c.n_splits, c.n_kv_heads), kAttentionThreads, T::kSharedBytes, order,
             [&] { attend_rows<T>(a); });
     if (c.n_splits > 1) {
-        emulate(dim3(n_tiles * kMergeBlocks, c.n_kv_heads), kMergeThreads, 0, order, [&] { merge_attention<T>(a); });
+        emulate(dim3(n_tiles * kMergeBlocks, c.n_kv_heads), kMergeThreads, 0, order,
+                [&] { merge_attention<T>(a); });
     }
     std::vector<float> out(in.q.size());
     for (size_t i = 0; i < out.size(); ++i) {

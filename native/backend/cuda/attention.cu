@@ -37,10 +37,10 @@ TensorMap map_of(const ggml_tensor* rows) {
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(rows->nb[1]), 64 * sizeof(ggml_fp16_t)};
     const cuuint32_t box[] = {64, T::kKeys, T::kChunks}, steps[] = {1, 1, 1};
     TensorMap map;
-    const CUresult result = map_encoder()(
-        &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, rows->data, sizes, strides, box, steps,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result =
+        map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, rows->data, sizes, strides, box, steps,
+                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     GGML_ASSERT(result == CUDA_SUCCESS);
     return map;
 }
@@ -78,9 +78,9 @@ void attend(cudaStream_t stream, const ggml_tensor* node) {
                              dim3(kAttentionThreads), static_cast<size_t>(T::kSharedBytes), stream},
                             a);
     if (parts.n_splits > 1) {
-        ggml_cuda_kernel_launch(
-            merge_attention<T>,
-            {dim3(n_tiles * kMergeBlocks, n_kv), dim3(kMergeThreads), size_t{0}, stream}, a);
+        ggml_cuda_kernel_launch(merge_attention<T>,
+                                {dim3(n_tiles * kMergeBlocks, n_kv), dim3(kMergeThreads), size_t{0}, stream},
+                                a);
     }
 }
 

@@ -103,16 +103,16 @@ std::shared_ptr<void> use_own_kernels(ggml_backend_t backend, bool wherever_poss
     ggml_cuda_set_device(ctx->device);
     if (!can_run_expert_matmuls(ctx->device, wherever_possible ? 1 : kMinBlocks)) return nullptr;
     ggml_cuda_custom_hook = compute_custom_node;  // only graphs that want them have such nodes
-    const std::shared_ptr<SideStream> side(new SideStream(can_run_repacked_matmuls(ctx->device),
-                                                          can_run_attention(ctx->device)),
-                                           [ctx](SideStream* gone) {
-                                               {
-                                                   const std::lock_guard<std::mutex> lock(users_mutex);
-                                                   users.erase(ctx);
-                                               }
-                                               ggml_cuda_set_device(ctx->device);
-                                               delete gone;
-                                           });
+    const std::shared_ptr<SideStream> side(
+        new SideStream(can_run_repacked_matmuls(ctx->device), can_run_attention(ctx->device)),
+        [ctx](SideStream* gone) {
+            {
+                const std::lock_guard<std::mutex> lock(users_mutex);
+                users.erase(ctx);
+            }
+            ggml_cuda_set_device(ctx->device);
+            delete gone;
+        });
     side->create();
     const std::lock_guard<std::mutex> lock(users_mutex);
     users[ctx] = side.get();

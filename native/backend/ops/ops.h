@@ -125,8 +125,8 @@ class Ops {
                                           int64_t first_token, const CacheRows& rows);
     // softmax(q . k) v over rows of the cache: q [head_dim, n_head, n_tokens] -> [head_dim * n_head,
     // n_tokens]. causal: null if every token sees every row. device: of the layer.
-    virtual ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal, int32_t device,
-                                ForMatmuls for_matmuls = {}) = 0;
+    virtual ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal,
+                                int32_t device, ForMatmuls for_matmuls = {}) = 0;
 
     // MLP with gated GELU of rms_norm(x, norm). beside: the experts that follow on the same x, if any, which
     // a device may compute at the same time.

@@ -1,6 +1,6 @@
 // OwnKernelOps: GgmlOps with the nodes for which devices have kernels of ours (own_kernels.h): fused rows,
-// attention, expert matmuls, an MLP beside them. Where a device lacks one, or the host stands in for it, the CPU
-// computes the node.
+// attention, expert matmuls, an MLP beside them. Where a device lacks one, or the host stands in for it, the
+// CPU computes the node.
 #pragma once
 
 #include "backend/expert_nodes.h"

@@ -55,7 +55,8 @@ class TransposedOperand {
   private:
     uint16_t at(int n, int k) const {
         uint16_t value;
-        std::memcpy(&value, atoms_ + n / 64 * atom_bytes_ + swizzled(k, n % 64 / 8) + 2 * (n % 8), sizeof value);
+        std::memcpy(&value, atoms_ + n / 64 * atom_bytes_ + swizzled(k, n % 64 / 8) + 2 * (n % 8),
+                    sizeof value);
         return value;
     }
 
