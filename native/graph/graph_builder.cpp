@@ -107,7 +107,10 @@ ggml_tensor* GraphBuilder::attention(int32_t i_layer, const Heads& heads, const 
         const Heads own = view_tokens(ctx(), heads, first, sequences[i].n_tokens);
         ggml_tensor* q =
             ops->rotate_and_store(own, norms, rope(i_layer), first, rows_to_write(sequences[i], i_layer));
-        if (scale != 1.0f) q = ggml_scale(ctx(), q, scale);
+        if (scale != 1.0f) {
+            if (q->type != GGML_TYPE_F32) q = ggml_cast(ctx(), q, GGML_TYPE_F32);
+            q = ggml_scale(ctx(), q, scale);
+        }
         outputs.push_back(attend(i, i_layer, q, sequences.size() == 1 ? one : none));
         first += sequences[i].n_tokens;
     }

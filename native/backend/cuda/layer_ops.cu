@@ -85,8 +85,8 @@ bool norm(const Launch* launch, const ggml_tensor* x, const ggml_tensor* weight,
 bool rotate_and_store(const Launch* launch, const ggml_tensor* node) {
     const ggml_tensor* const* src = node->src;
     const ggml_tensor *q = src[0], *angles = src[2], *k = src[3], *v = src[5];
-    if (!has_float_rows(q) || !has_float_rows(k) || !has_float_rows(v) || !has_rows(src[6]) ||
-        !has_rows(src[7]) || q->ne[0] % 2)
+    if (!has_float_rows(q) || !has_float_rows(k) || !has_float_rows(v) || !has_rows(node) ||
+        !has_rows(src[6]) || !has_rows(src[7]) || q->ne[0] % 2)
         return false;
     if (!launch) return true;
     launch_rotate_normed_rows({{{input(q), output(node), floats(src[1]), size(q, 1), true},

@@ -120,7 +120,7 @@ class Ops {
     // Writes K, rotated, and V to these rows of the cache, as many as they have tokens.
     virtual void store(const Heads& heads, const HeadNorms& norms, const Rope& rope, int64_t first_token,
                        const CacheRows& rows);
-    // store(), and Q rotated.
+    // store(), and Q rotated: F32, or what attend() wants.
     virtual ggml_tensor* rotate_and_store(const Heads& heads, const HeadNorms& norms, const Rope& rope,
                                           int64_t first_token, const CacheRows& rows);
     // softmax(q . k) v over rows of the cache: q [head_dim, n_head, n_tokens] -> [head_dim * n_head,

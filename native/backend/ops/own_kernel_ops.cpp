@@ -91,8 +91,11 @@ ggml_tensor* OwnKernelOps::rotate_and_store(const Heads& heads, const HeadNorms&
     const int64_t head_dim = heads.q->ne[0];
     const StoredHeads stored = {heads.k, norms.k, heads.v, target_heads(rows.k, head_dim, rows.first, rows.n),
                                 target_heads(rows.v, head_dim, rows.first, rows.n)};
-    ggml_tensor* q = pydiffusion::rotate_and_store(c_.ctx, heads.q, norms.q,
-                                                   angles(rope, heads.q, first_token), stored, c_.rms_eps);
+    const bool for_kernel = c_.backend.attends(heads.q, rows_of_heads(rows.k, head_dim, rows.first, rows.n),
+                                               rows_of_heads(rows.v, head_dim, rows.first, rows.n));
+    ggml_tensor* q = pydiffusion::rotate_and_store(
+        c_.ctx, heads.q, norms.q, angles(rope, heads.q, first_token), stored, c_.rms_eps,
+        for_kernel ? GGML_TYPE_F16 : GGML_TYPE_F32);  // our attention would round it first
     ggml_build_forward_expand(c_.graph, q);  // before whatever reads the cache
     return q;
 }
