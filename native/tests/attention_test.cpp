@@ -108,7 +108,7 @@ std::vector<float> run(const AttentionCase& c, const AttentionInputs& in, Order 
             [&] { attend_rows<T>(a); });
     if (c.n_splits > 1) {
         emulate(dim3(n_tiles * kMergeBlocks, c.n_kv_heads), kMergeThreads, 0, order,
-                [&] { merge_attention<T>(a); });
+                [&] { merge_attention<T, 2>(a); });
     }
     std::vector<float> out(in.q.size());
     for (size_t i = 0; i < out.size(); ++i) {
@@ -148,7 +148,7 @@ TEST_CASE("attention to all rows") {
     check_case<Tile256>({3, 2, 2, 7, 0, 0, 2});
     check_case<Tile512>({20, 8, 2, 200, 0, 0, 1, FloatType::bf16});
     check_case<Tile512>({5, 4, 1, 389, 0, 0, 3});
-    check_case<AttentionTile<512, 32, 2>>({5, 4, 1, 389, 0, 0, 5});
+    check_case<AttentionTile<512, 32, 2>>({5, 4, 1, 389, 0, 0, 5});  // and other tiles
 }
 
 TEST_CASE("causal attention") {

@@ -77,11 +77,10 @@ void attend(cudaStream_t stream, const ggml_tensor* node) {
                             {dim3(n_tiles, static_cast<unsigned>(parts.n_splits), n_kv),
                              dim3(kAttentionThreads), static_cast<size_t>(T::kSharedBytes), stream},
                             a);
-    if (parts.n_splits > 1) {
-        ggml_cuda_kernel_launch(merge_attention<T>,
-                                {dim3(n_tiles * kMergeBlocks, n_kv), dim3(kMergeThreads), size_t{0}, stream},
-                                a);
-    }
+    if (parts.n_splits == 1) return;
+    const auto merge = parts.n_splits == 2 ? merge_attention<T, 2> : merge_attention<T, 4>;
+    ggml_cuda_kernel_launch(merge,
+                            {dim3(n_tiles * kMergeBlocks, n_kv), dim3(kMergeThreads), size_t{0}, stream}, a);
 }
 
 }  // namespace

@@ -57,20 +57,18 @@ __device__ __forceinline__ void store_partial(const float (&o)[32][4], const Pla
 
 // Of a row tile.
 constexpr int kMergeThreads = 256, kMergeBlocks = 2 * 16 * kWarpgroupThreads / kMergeThreads;
-// Splits whose results a thread reads at a time.
-constexpr int kMergeBatch = 4;
-
 // A thread's share of a merge: eight values of two rows, 8 apart, as store_partial() has them. The rows'
 // maximum so far, and sums relative to it.
+template <int kBatch>
 struct MergedRows {
     float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {}, value[8] = {};
 
-    __device__ __forceinline__ void add(const float2 (&sums)[kMergeBatch][2], const uint4 (&o)[kMergeBatch]) {
+    __device__ __forceinline__ void add(const float2 (&sums)[kBatch][2], const uint4 (&o)[kBatch]) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             float top = maximum[h];
 #pragma unroll
-            for (int i = 0; i < kMergeBatch; ++i) top = fmaxf(top, sums[i][h].x);
+            for (int i = 0; i < kBatch; ++i) top = fmaxf(top, sums[i][h].x);
             const float factor = sum[h] == 0.0f ? 0.0f : exp2_of((maximum[h] - top) * kLog2E);
             sum[h] *= factor;
 #pragma unroll
@@ -80,7 +78,7 @@ struct MergedRows {
             }
             maximum[h] = top;
 #pragma unroll
-            for (int i = 0; i < kMergeBatch; ++i) {
+            for (int i = 0; i < kBatch; ++i) {
                 // A split that saw no column has the maximum -infinity.
                 const float own = sums[i][h].y;
                 const float weight = own == 0.0f ? 0.0f : own * exp2_of((sums[i][h].x - top) * kLog2E);
@@ -96,8 +94,9 @@ struct MergedRows {
     }
 };
 
-// Adds the splits' results. Blocks (row tiles * kMergeBlocks, KV heads) of kMergeThreads.
-template <typename T>
+// Adds the splits' results, of which a thread reads kBatch at a time. Blocks (row tiles * kMergeBlocks, KV
+// heads) of kMergeThreads.
+template <typename T, int kBatch>
 __global__ void __launch_bounds__(kMergeThreads)
     merge_attention(const __grid_constant__ AttentionArguments a) {
     await_previous_kernel();
@@ -105,12 +104,12 @@ __global__ void __launch_bounds__(kMergeThreads)
     const int j = index % 16, warpgroup = index / 16 % 2, i_tile = index / 32;
     const int n_tiles = gridDim.x / kMergeBlocks;
     const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
-    MergedRows merged;
-    for (int begin = 0; begin < a.n_splits; begin += kMergeBatch) {
-        float2 sums[kMergeBatch][2];
-        uint4 o[kMergeBatch];
+    MergedRows<kBatch> merged;
+    for (int begin = 0; begin < a.n_splits; begin += kBatch) {
+        float2 sums[kBatch][2];
+        uint4 o[kBatch];
 #pragma unroll
-        for (int i = 0; i < kMergeBatch; ++i) {
+        for (int i = 0; i < kBatch; ++i) {
             sums[i][0] = sums[i][1] = make_float2(-INFINITY, 0.0f);
             o[i] = make_uint4(0, 0, 0, 0);
             if (begin + i >= a.n_splits) continue;

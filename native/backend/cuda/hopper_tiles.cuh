@@ -97,14 +97,6 @@ class TransposedOperand {
 #define PD_SUMS(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 
 // As wgmma() of hopper.cuh, with a in shared memory too, rows of k like b's.
-__device__ __forceinline__ void wgmma(float (&d)[4][4], uint64_t a, uint64_t b, int add) {
-    asm volatile(
-        PD_WGMMA_SHARED("32", "%18", "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15",
-                        "%16", "%17")
-        : PD_SUMS(d[0]), PD_SUMS(d[1]), PD_SUMS(d[2]), PD_SUMS(d[3])
-        : "l"(a), "l"(b), "r"(add));
-}
-
 __device__ __forceinline__ void wgmma(float (&d)[8][4], uint64_t a, uint64_t b, int add) {
     asm volatile(PD_WGMMA_SHARED(
                      "64", "%34",
@@ -125,32 +117,6 @@ __device__ __forceinline__ void wgmma(float (&d)[10][4], uint64_t a, uint64_t b,
                      "%40", "%41")
                  : PD_SUMS(d[0]), PD_SUMS(d[1]), PD_SUMS(d[2]), PD_SUMS(d[3]), PD_SUMS(d[4]), PD_SUMS(d[5]),
                    PD_SUMS(d[6]), PD_SUMS(d[7]), PD_SUMS(d[8]), PD_SUMS(d[9])
-                 : "l"(a), "l"(b), "r"(add));
-}
-
-__device__ __forceinline__ void wgmma(float (&d)[12][4], uint64_t a, uint64_t b, int add) {
-    asm volatile(PD_WGMMA_SHARED(
-                     "96", "%50",
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-                     "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-                     "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47",
-                     "%48", "%49")
-                 : PD_SUMS(d[0]), PD_SUMS(d[1]), PD_SUMS(d[2]), PD_SUMS(d[3]), PD_SUMS(d[4]), PD_SUMS(d[5]),
-                   PD_SUMS(d[6]), PD_SUMS(d[7]), PD_SUMS(d[8]), PD_SUMS(d[9]), PD_SUMS(d[10]), PD_SUMS(d[11])
-                 : "l"(a), "l"(b), "r"(add));
-}
-
-__device__ __forceinline__ void wgmma(float (&d)[14][4], uint64_t a, uint64_t b, int add) {
-    asm volatile(PD_WGMMA_SHARED(
-                     "112", "%58",
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-                     "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-                     "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
-                     "%53, %54, %55",
-                     "%56", "%57")
-                 : PD_SUMS(d[0]), PD_SUMS(d[1]), PD_SUMS(d[2]), PD_SUMS(d[3]), PD_SUMS(d[4]), PD_SUMS(d[5]),
-                   PD_SUMS(d[6]), PD_SUMS(d[7]), PD_SUMS(d[8]), PD_SUMS(d[9]), PD_SUMS(d[10]), PD_SUMS(d[11]),
-                   PD_SUMS(d[12]), PD_SUMS(d[13])
                  : "l"(a), "l"(b), "r"(add));
 }
 

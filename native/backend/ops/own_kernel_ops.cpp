@@ -96,7 +96,7 @@ ggml_tensor* OwnKernelOps::rotate_and_store(const Heads& heads, const HeadNorms&
     ggml_tensor* q = pydiffusion::rotate_and_store(
         c_.ctx, heads.q, norms.q, angles(rope, heads.q, first_token), stored, c_.rms_eps,
         for_kernel ? GGML_TYPE_F16 : GGML_TYPE_F32);  // our attention would round it first
-    ggml_build_forward_expand(c_.graph, q);  // before whatever reads the cache
+    ggml_build_forward_expand(c_.graph, q);           // before whatever reads the cache
     return q;
 }
 
