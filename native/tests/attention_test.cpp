@@ -175,6 +175,16 @@ TEST_CASE("attention: NaN and infinity spread to what they are part of") {
     CHECK(n_bad(in, -1) == 256);
     in.q[256 + 7] = INFINITY;
     CHECK(n_bad(in, -1) == 256);
+    // Every score of this head is -infinity.
+    AttentionCase one = c;
+    for (one.n_splits = 1; one.n_splits <= 2; ++one.n_splits) {
+        in = sound;
+        in.q[0] = INFINITY;
+        for (int row = 0; row < one.n_rows; ++row) in.k[static_cast<size_t>(row) * 256] = 0xbc00;
+        const std::vector<float> out = run<Tile256>(one, in, Order::forward);
+        CHECK(std::all_of(out.begin(), out.begin() + 256, [](float x) { return std::isnan(x); }));
+        CHECK(std::all_of(out.begin() + 256, out.end(), [](float x) { return std::isfinite(x); }));
+    }
     for (const uint16_t value : {0x7fff, 0x7c00}) {
         in = sound;
         in.v[99 * 256 + 3] = value;

@@ -161,6 +161,8 @@ __device__ __forceinline__ void start_scores(float (&s)[T::kParts][4], const Sha
     wgmma_commit();
 }
 
+// A warpgroup's rows of q times all tiles of the block. While the values of a tile are multiplied, the scores
+// of the next get their softmax.
 template <typename T>
 __device__ __forceinline__ void compute_tiles(const AttentionArguments& a, unsigned char* shared,
                                               const AttentionBarriers<T>& barriers, const KeyTiles& tiles) {
@@ -224,22 +226,7 @@ __device__ __forceinline__ void compute_tiles(const AttentionArguments& a, unsig
         wgmma_wait<0>();
         pin_results(o);
     }
-
-    float scale[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        softmax.sum[h] += __shfl_xor_sync(0xffffffffu, softmax.sum[h], 1);
-        softmax.sum[h] += __shfl_xor_sync(0xffffffffu, softmax.sum[h], 2);
-        scale[h] = softmax.sum[h] == 0.0f ? 0.0f : 1.0f / softmax.sum[h];
-    }
-    if (a.n_splits == 1) {
-        store_results(o, a, place, row, scale, T::kDims);
-    } else {
-        const int64_t index =
-            partial_index(gridDim.x, row_tile(), blockIdx.z, gridDim.z, blockIdx.y, place.warpgroup);
-        store_partial(o, place, softmax, scale, a.partial + index * 16 * kWarpgroupThreads,
-                      a.sums + index * kAttentionRows);
-    }
+    store_rows(o, a, place, softmax, T::kDims);
 }
 
 // Blocks (row tiles, n_splits, KV heads) of kAttentionThreads and kSharedBytes.

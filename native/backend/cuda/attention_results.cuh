@@ -15,8 +15,8 @@ __device__ __forceinline__ void store_pair(void* out, int64_t at, float first, f
 
 // Of a block that computed all keys.
 __device__ __forceinline__ void store_results(const float (&o)[32][4], const AttentionArguments& a,
-                                              const Place& place, int32_t row, const float (&scale)[2],
-                                              int n_dims) {
+                                              const Place& place, const float (&scale)[2], int n_dims) {
+    const int32_t row = place.row + place.thread / 32 * 16 + place.lane / 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         if (row + 8 * h >= a.n_tokens * a.group) continue;
@@ -52,6 +52,28 @@ __device__ __forceinline__ void store_partial(const float (&o)[32][4], const Pla
         sums += place.thread / 32 * 16 + place.lane / 4;
         sums[0] = make_float2(softmax.maximum[0], softmax.sum[0]);
         sums[8] = make_float2(softmax.maximum[1], softmax.sum[1]);
+    }
+}
+
+// Divides a warpgroup's results by the sums of their weights and writes them.
+__device__ __forceinline__ void store_rows(const float (&o)[32][4], const AttentionArguments& a,
+                                           const Place& place, RunningSoftmax& softmax, int n_dims) {
+    float scale[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        softmax.sum[h] += __shfl_xor_sync(kWholeWarp, softmax.sum[h], 1);
+        softmax.sum[h] += __shfl_xor_sync(kWholeWarp, softmax.sum[h], 2);
+        scale[h] = 1.0f / softmax.sum[h];
+        // A split may have seen nothing; all of a row together see something, and what has no weight is NaN.
+        if (a.n_splits > 1 && softmax.sum[h] == 0.0f) scale[h] = 0.0f;
+    }
+    if (a.n_splits == 1) {
+        store_results(o, a, place, scale, n_dims);
+    } else {
+        const int64_t index =
+            partial_index(gridDim.x, row_tile(), blockIdx.z, gridDim.z, blockIdx.y, place.warpgroup);
+        store_partial(o, place, softmax, scale, a.partial + index * 16 * kWarpgroupThreads,
+                      a.sums + index * kAttentionRows);
     }
 }
 

@@ -41,8 +41,8 @@ __device__ __forceinline__ void exponentials(float (&s)[n][4], RunningSoftmax& s
         float maximum = softmax.maximum[h];
 #pragma unroll
         for (int j = 0; j < n; ++j) maximum = fmaxf(maximum, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
-        maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
-        maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
+        maximum = fmaxf(maximum, __shfl_xor_sync(kWholeWarp, maximum, 1));
+        maximum = fmaxf(maximum, __shfl_xor_sync(kWholeWarp, maximum, 2));
         // A row that has seen no column yet has no maximum.
         const float base = maximum == -INFINITY ? 0.0f : maximum * kLog2E;
         softmax.factor[h] = exp2_of(softmax.maximum[h] * kLog2E - base);
@@ -74,7 +74,7 @@ __device__ __forceinline__ void pack_weights(uint32_t (&p)[n / 2][4], const floa
 template <int n>
 __device__ __forceinline__ void scale_results(float (&o)[n][4], const RunningSoftmax& softmax) {
     // Mostly no row of the warp has a new maximum.
-    if (!__any_sync(0xffffffffu, !(softmax.factor[0] == 1.0f && softmax.factor[1] == 1.0f))) return;
+    if (!__any_sync(kWholeWarp, !(softmax.factor[0] == 1.0f && softmax.factor[1] == 1.0f))) return;
 #pragma unroll
     for (int j = 0; j < n; ++j) {
         o[j][0] *= softmax.factor[0];
