@@ -3,6 +3,7 @@ add_library(pydiffusion_native STATIC
     native/architectures/diffusion_gemma.cpp
     native/architectures/diffusion_gemma_file.cpp
     native/architectures/registry.cpp
+    native/backend/attention_node.cpp
     native/backend/backend.cpp
     native/backend/cpu/amx/pack.cpp
     native/backend/cpu/amx/tile_gemm.cpp
@@ -70,8 +71,8 @@ target_include_directories(pydiffusion_native SYSTEM PRIVATE vendor/ggml/src)  #
 target_link_libraries(pydiffusion_native PUBLIC ggml)
 if(PYDIFFUSION_CUDA)
     set(cuda_sources
-        native/backend/cuda/expert_matmul.cu native/backend/cuda/layer_ops.cu native/backend/cuda/own_kernels.cu
-        native/backend/cuda/repacked_matmul.cu native/backend/cuda/step_backend.cu
+        native/backend/cuda/attention.cu native/backend/cuda/expert_matmul.cu native/backend/cuda/layer_ops.cu
+        native/backend/cuda/own_kernels.cu native/backend/cuda/repacked_matmul.cu native/backend/cuda/step_backend.cu
     )
     target_sources(pydiffusion_native PRIVATE ${cuda_sources})
     target_compile_definitions(pydiffusion_native PRIVATE PYDIFFUSION_CUDA)

@@ -56,7 +56,7 @@ ggml_tensor* DiffusionGemma::layer(GraphBuilder& g, int32_t i_layer, ggml_tensor
     g.begin_part("attention");
     ggml_tensor* h = ops.rms_norm(x, w.attn_norm, {w.attn_q, w.attn_k, w.attn_v});
     const Heads heads = ops.project(h, head_weights(w), g.head_dim(i_layer));
-    ggml_tensor* a = g.attention(i_layer, heads, head_norms(w));
+    ggml_tensor* a = g.attention(i_layer, heads, head_norms(w), w.attn_output);
     const MlpWeights mlp = {w.ffn_gate, w.ffn_up, w.ffn_gate_up, w.ffn_down};
     ggml_tensor* r = ops.end_attention(x, ops.matmul(w.attn_output, a), w.post_attention_norm,
                                        {w.ffn_norm, mlp, w.ffn_gate_inp_scale, w.pre_ffw_norm_2, experts});

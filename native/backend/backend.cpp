@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <sstream>
 
+#include "backend/attention_node.h"
 #include "backend/devices.h"
 #include "backend/fake_device.h"
 #include "backend/own_kernels.h"
@@ -122,6 +123,19 @@ bool Backend::repacks(const ggml_tensor* weights) const {
                                              });
 #else
     (void)weights;
+    return false;
+#endif
+}
+
+bool Backend::attends(const ggml_tensor* q, const ggml_tensor* k, const ggml_tensor* v) const {
+#if defined(PYDIFFUSION_CUDA)
+    return has_cuda_kernels() && can_attend_by_kernel(q, k, v) &&
+           std::all_of(kernels_of_devices_.begin(), kernels_of_devices_.end(),
+                       [](const std::shared_ptr<void>& kernels) { return has_attention(kernels.get()); });
+#else
+    (void)q;
+    (void)k;
+    (void)v;
     return false;
 #endif
 }

@@ -47,6 +47,8 @@ class Backend {
     bool multiplies_experts(const ggml_tensor* weights, const ggml_tensor* experts) const;
     // Whether expert weights are to be repacked for the devices' kernels: see repacked_weights.h.
     bool repacks(const ggml_tensor* weights) const;
+    // Whether devices compute attention with these operands by a kernel of ours: see attention_node.h.
+    bool attends(const ggml_tensor* q, const ggml_tensor* k, const ggml_tensor* v) const;
     // Whether devices compute a dense MLP beside the mixture of experts: see mlp_beside.h.
     bool computes_mlp_beside() const { return has_cuda_kernels(); }
     // Whether they compute it in turn nevertheless, for graphs that end before join_branches.

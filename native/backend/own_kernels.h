@@ -1,4 +1,4 @@
-// Kernels of our own in ggml's CUDA backend: expert matmuls (expert_nodes.h) of Q4_K, Q6_K and Q8_0, an MLP
+// Kernels of our own in ggml's CUDA backend: attention (attention_node.h), expert matmuls (expert_nodes.h) of Q4_K, Q6_K and Q8_0, an MLP
 // beside them (mlp_beside.h), and the fused rows of fused_rows.h and top_k.h.
 #pragma once
 
@@ -15,6 +15,9 @@ std::shared_ptr<void> use_own_kernels(ggml_backend_t backend, bool wherever_poss
 
 // Whether these expert weights are to be repacked for them. kernels: from use_own_kernels().
 bool repacks_experts(const void* kernels, const ggml_tensor* weights);
+
+// Whether there are kernels for attention_node.h. kernels: from use_own_kernels().
+bool has_attention(const void* kernels);
 
 // From now on the MLP is computed before what follows it instead of beside it: for graphs that end in
 // between. kernels: from use_own_kernels().

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "backend/attention_node.h"
 #include "backend/cpu/amx/weighted_sums.h"
 #include "backend/graph_executor.h"
 #include "backend/ops/ggml_attention.h"
@@ -111,10 +112,12 @@ Numpy2<float> condition_on(const std::string& device, const Array2<float>& logit
 }
 
 // Attention on a device: q (n_tokens, n_head * head_dim), k and v (n_rows, n_head_kv * head_dim), stored in a
-// cache of `type` first -> (n_tokens, n_head * head_dim). Rows from n_visible on are masked padding.
+// cache of `type` first -> (n_tokens, n_head * head_dim). Rows from n_visible on are masked padding. kernel:
+// "flash" (ggml's), "matmul" or "own". window: 0, or of causal attention, where row 0 is position 0 and the
+// first token's is given.
 Numpy2<float> attend_on(const std::string& device, const Array2<float>& q, const Array2<float>& k,
                         const Array2<float>& v, int64_t head_dim, const std::string& type_name,
-                        int64_t n_visible, bool by_matmul) {
+                        int64_t n_visible, const std::string& kernel, int32_t position, int32_t window) {
     const size_t n_tokens = q.shape(0), n_rows = k.shape(0), width = k.shape(1);
     const ggml_type type = type_by_name(type_name);
     if (n_tokens == 0 || n_rows == 0 || v.shape(0) != n_rows || v.shape(1) != width || head_dim < 1 ||
@@ -142,10 +145,19 @@ Numpy2<float> attend_on(const std::string& device, const Array2<float>& q, const
     ggml_tensor *keys = store(k), *values = store(v);
     ggml_tensor* queries = ggml_reshape_3d(ctx, matrices.add(q), head_dim,
                                            static_cast<int64_t>(q.shape(1)) / head_dim, q.shape(0));
+    const Causal of_tokens = {0, position, window}, *causal = window > 0 ? &of_tokens : nullptr;
     const ggml_ops::Mask mask = {ggml_new_tensor_2d(inputs[1].get(), GGML_TYPE_F16, n_rows, n_tokens),
-                                 n_visible, nullptr};
-    ggml_tensor* result = by_matmul ? ggml_ops::attend_by_matmul(ctx, queries, keys, values, mask)
+                                 n_visible, causal};
+    ggml_tensor* result = nullptr;
+    if (kernel == "own") {
+        keys->ne[1] = values->ne[1] = n_visible;
+        if (!backend.attends(queries, keys, values))
+            throw Error(ErrorKind::argument, device + " has no attention kernel of ours for this");
+        result = attend_by_kernel(ctx, queries, keys, values, causal, GGML_TYPE_F32);
+    } else {
+        result = kernel == "matmul" ? ggml_ops::attend_by_matmul(ctx, queries, keys, values, mask)
                                     : ggml_ops::attend(ctx, backend, queries, keys, values, mask);
+    }
     ggml_set_output(result);
     ggml_build_forward_expand(graph, result);
     GraphExecutor executor(backend);
@@ -236,7 +248,8 @@ void bind_testing(nb::module_& parent) {
           "Soft embedding, computed by a device's kernels.");
     m.def("attend_on", attend_on, nb::arg("device"), nb::arg("q").noconvert(), nb::arg("k").noconvert(),
           nb::arg("v").noconvert(), nb::arg("head_dim"), nb::arg("type"), nb::arg("n_visible"),
-          nb::arg("by_matmul") = false, "Attention over a KV cache of a type, computed by a device's graph.");
+          nb::arg("kernel") = "flash", nb::arg("position") = 0, nb::arg("window") = 0,
+          "Attention over a KV cache of a type, computed by a device's graph.");
     m.def("matmul", matmul, nb::arg("kernels"), nb::arg("rows").noconvert(), nb::arg("type"),
           nb::arg("x").noconvert(), nb::arg("experts").noconvert() = nb::none(), nb::arg("n_experts") = 1,
           nb::arg("n_threads") = 1, nb::arg("device") = "cpu",

@@ -98,27 +98,33 @@ CacheRows rows_to_write(const Sequence& sequence, int32_t i_layer) {
 }  // namespace
 
 ggml_tensor* GraphBuilder::attention(int32_t i_layer, const Heads& heads, const HeadNorms& norms,
-                                     float scale) {
+                                     const WeightMatrix& output, float scale) {
+    // Results that are concatenated stay float32.
+    const ForMatmuls one = {output}, none = {};
     std::vector<ggml_tensor*> outputs;
     int64_t first = 0;
     for (size_t i = 0; i < sequences.size(); ++i) {
         const Heads own = view_tokens(ctx(), heads, first, sequences[i].n_tokens);
         ggml_tensor* q =
             ops->rotate_and_store(own, norms, rope(i_layer), first, rows_to_write(sequences[i], i_layer));
-        if (scale != 1.0f) q = ggml_scale(ctx(), q, scale);
-        outputs.push_back(attend(i, i_layer, q));
+        if (scale != 1.0f) {
+            if (q->type != GGML_TYPE_F32) q = ggml_cast(ctx(), q, GGML_TYPE_F32);
+            q = ggml_scale(ctx(), q, scale);
+        }
+        outputs.push_back(attend(i, i_layer, q, sequences.size() == 1 ? one : none));
         first += sequences[i].n_tokens;
     }
     return ops->concat_tokens(outputs);
 }
 
-ggml_tensor* GraphBuilder::attend(size_t i_sequence, int32_t i_layer, ggml_tensor* q) {
+ggml_tensor* GraphBuilder::attend(size_t i_sequence, int32_t i_layer, ggml_tensor* q,
+                                  ForMatmuls for_matmuls) {
     const Sequence& sequence = sequences[i_sequence];
     const KvRange range =
         mode == Mode::encoder ? sequence.cache->causal_range(i_layer) : sequence.cache->range(i_layer);
     const int64_t n_visible = range.n_visible(sequence.n_tokens + sequence.n_frozen);
     return ops->attend(q, {range.k, range.v, range.first, n_visible}, causal(i_sequence, i_layer),
-                       model.device_plan.layer_device(i_layer));
+                       model.device_plan.layer_device(i_layer), for_matmuls);
 }
 
 void GraphBuilder::store(int32_t i_layer, const Heads& heads, const HeadNorms& norms) {

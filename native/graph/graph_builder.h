@@ -73,8 +73,9 @@ struct GraphBuilder {
     ggml_tensor* logits(ggml_tensor* x, const ggml_tensor* target = nullptr) const;
 
     // Q, K and V before norm and RoPE -> [head_dim * n_head, n_tokens]: writes K and V to the rows after each
-    // sequence's cache, then attends over the visible rows. scale: of Q.
-    ggml_tensor* attention(int32_t i_layer, const Heads& heads, const HeadNorms& norms, float scale = 1.0f);
+    // sequence's cache, then attends over the visible rows. scale: of Q; output: reads the result.
+    ggml_tensor* attention(int32_t i_layer, const Heads& heads, const HeadNorms& norms,
+                           const WeightMatrix& output, float scale = 1.0f);
     // Only writes K and V.
     void store(int32_t i_layer, const Heads& heads, const HeadNorms& norms);
 
@@ -107,7 +108,7 @@ struct GraphBuilder {
     Rope rope(int32_t i_layer) const;
     // Null for canvases.
     const Causal* causal(size_t i_sequence, int32_t i_layer);
-    ggml_tensor* attend(size_t i_sequence, int32_t i_layer, ggml_tensor* q);
+    ggml_tensor* attend(size_t i_sequence, int32_t i_layer, ggml_tensor* q, ForMatmuls for_matmuls);
 
     std::deque<LayerMask> causal_;            // nodes point to them
     std::vector<int32_t> written_positions_;  // argument of the last set_positions()

@@ -5,6 +5,7 @@
 #include <functional>
 #include <limits>
 
+#include "backend/attention_node.h"
 #include "backend/cpu/attention.h"
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/measure_logits.h"
@@ -195,6 +196,10 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
                     4.0 * static_cast<double>(ggml_nelements(node)) * static_cast<double>(b->ne[1]);
                 cost.bytes += 2.0 * static_cast<double>(ggml_nelements(b) / ggml_blck_size(b->type)) *
                               static_cast<double>(ggml_type_size(b->type));
+            } else if (is_attend_by_kernel(node)) {
+                cost.operations +=
+                    4.0 * static_cast<double>(ggml_nelements(a)) * static_cast<double>(b->ne[1]);
+                cost.bytes += 2.0 * static_cast<double>(ggml_nbytes(b));
             } else if (expert_node_of(node) == ExpertNode::multiply ||
                        expert_node_of(node) == ExpertNode::multiply_gated) {
                 const ggml_tensor* experts = node->src[3];

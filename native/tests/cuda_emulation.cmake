@@ -1,7 +1,7 @@
 # Our CUDA kernels, compiled for the CPU (cuda_emulation/): no CUDA toolkit, no GPU.
 set(emulated_subjects
-    attention_end cuda_emulation expert_matmul expert_rows expert_slots layer_kernels repacked_gated repacked_matmul
-    router_kernels step_kernels step_kernels_mutations sum_embeddings
+    attention attention_end cuda_emulation expert_matmul expert_rows expert_slots layer_kernels repacked_gated
+    repacked_matmul router_kernels step_kernels step_kernels_mutations sum_embeddings
 )
 set(emulation_sources collectives emulate fiber memory_barriers mutation race_detection)
 list(TRANSFORM emulation_sources REPLACE "(.+)" "cuda_emulation/\\1.cpp")

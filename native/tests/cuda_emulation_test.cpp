@@ -303,7 +303,7 @@ TEST_CASE("emulation: bulk copies arrive in the wait for their barrier") {
     };
     CHECK(error(x.x, true, 16, true) == "no error");
     CHECK(contains(error(x.x, false, 0, true), "that no thread has initialized"));
-    CHECK(contains(error(x.x, true, 0, true), "before all have arrived"));
+    CHECK(contains(error(x.x, true, 0, true), "a wait for arrivals that never come"));
     CHECK(contains(error(x.x, true, 32, true), "expects 32 bytes, but gets 16"));
     CHECK(contains(error(x.x, true, 16, false), "that no barrier_wait waited for"));
     CHECK(contains(error(x.x + 1, true, 16, true), "from a misaligned address"));

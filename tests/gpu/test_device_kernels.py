@@ -60,8 +60,12 @@ def test_condition_drops_at_most_the_dropped_mass(device: str, dropped_mass: flo
     assert np.abs(soft - exact).max() <= slack
 
 
-def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, head_dim: int) -> np.ndarray:
-    """In float64; q (n_tokens, width), k and v (n_rows, less of it), each key head for a group of queries."""
+def exact_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, head_dim: int, visible: np.ndarray | None = None
+) -> np.ndarray:
+    """In float64; q (n_tokens, width), k and v (n_rows, less of it), each key head for a group of queries;
+    which rows each token sees (n_tokens, n_rows), if not all.
+    """
     n_head, n_head_kv = q.shape[1] // head_dim, k.shape[1] // head_dim
     out = np.empty(q.shape)
     for head in range(n_head):
@@ -69,6 +73,8 @@ def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, head_dim: int) 
         at = head * n_head_kv // n_head
         of_k = slice(at * head_dim, (at + 1) * head_dim)
         scores = q[:, of_q].astype(np.float64) @ k[:, of_k].T
+        if visible is not None:
+            scores[~visible] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         out[:, of_q] = weights / weights.sum(-1, keepdims=True) @ v[:, of_k]
     return out
@@ -93,12 +99,48 @@ def test_attention_kernel(
         _native.dequantize_rows(_native.quantize_rows(x, kv_type), kv_type, x.shape[1]) for x in (k, v)
     ]
     exact = exact_attention(q, rounded[0][:n_visible], rounded[1][:n_visible], head_dim)
-    for by_matmul in (False, True):
-        result = _native.testing.attend_on(device, q, k, v, head_dim, kv_type, n_visible, by_matmul)
+    for kernel in ("flash", "matmul"):
+        result = _native.testing.attend_on(device, q, k, v, head_dim, kv_type, n_visible, kernel)
         worst = np.abs(result - exact).max()
-        report(f"device {device}, attention over {kv_type}, heads of {head_dim}, {by_matmul=}: {worst:.1e}")
-        exact_sums = kv_type == "f32" or (by_matmul and kv_type == "q8_0")
+        report(f"device {device}, attention over {kv_type}, heads of {head_dim}, {kernel}: {worst:.1e}")
+        exact_sums = kv_type == "f32" or (kernel == "matmul" and kv_type == "q8_0")
         assert worst <= (SUMS_BOUND if exact_sums else ATTENTION_BOUND[kv_type])
+
+
+@pytest.mark.parametrize(("head_dim", "n_head_kv"), [(256, 8), (256, 1), (512, 2)])
+@pytest.mark.parametrize(("n_tokens", "n_visible"), [(3, 5), (70, 300), (256, 1279)])
+@pytest.mark.parametrize("window", [0, 100])
+def test_own_attention_kernel(
+    device: str, head_dim: int, n_head_kv: int, n_tokens: int, n_visible: int, window: int
+) -> None:
+    """Rows that fill no tile, keys split among blocks, windows; rows that nobody sees are NaN. A device that
+    can't run it says so.
+    """
+    rng = np.random.default_rng(head_dim)
+    n_rows, n_head = 1536, 2 * n_head_kv
+    q, k, v = (
+        rng.normal(size=(n, heads * head_dim)).astype(np.float32)
+        for n, heads in ((n_tokens, n_head), (n_rows, n_head_kv), (n_rows, n_head_kv))
+    )
+    q *= 2 * head_dim**-0.5
+    k[n_visible:] = v[n_visible:] = np.nan
+    position = n_visible - n_tokens
+    try:
+        result = _native.testing.attend_on(
+            device, q, k, v, head_dim, "f16", n_visible, "own", position, window
+        )
+    except ValueError as error:
+        assert "no attention kernel of ours" in str(error)
+        return
+    k, v = (x[:n_visible].astype(np.float16).astype(np.float64) for x in (k, v))
+    visible = np.ones((n_tokens, n_visible), bool)
+    if window:
+        age = np.arange(position, n_visible)[:, None] - np.arange(n_visible)
+        visible = (age >= 0) & (age < window)
+    exact = exact_attention(q, k, v, head_dim, visible)
+    assert np.abs(result - exact).max() <= ATTENTION_BOUND["f16"]
+    again = _native.testing.attend_on(device, q, k, v, head_dim, "f16", n_visible, "own", position, window)
+    assert np.array_equal(again, result)
 
 
 #: Types with expert matmuls of our own.

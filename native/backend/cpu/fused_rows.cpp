@@ -402,10 +402,10 @@ ggml_tensor* rotate_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weigh
 }
 
 ggml_tensor* rotate_and_store(ggml_context* ctx, ggml_tensor* q, ggml_tensor* q_weight, ggml_tensor* angles,
-                              const StoredHeads& stored, const float* eps) {
+                              const StoredHeads& stored, const float* eps, ggml_type type) {
     ggml_tensor* sources[] = {q,        q_weight,        angles,         stored.k, stored.k_weight,
                               stored.v, stored.k_target, stored.v_target};
-    return new_node(ctx, q, sources, 8, rotate_and_store_op, eps, "rotate_and_store");
+    return new_node(ctx, q, sources, 8, rotate_and_store_op, eps, "rotate_and_store", nullptr, type);
 }
 
 ggml_tensor* stack_tokens(ggml_context* ctx, std::vector<ggml_tensor*> parts) {

@@ -83,13 +83,13 @@ ggml_tensor* store_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight
                           const float* eps, ggml_tensor* target);
 
 // rotate_normed(q) and, as store_normed() does, K and V of the same tokens to a cache, in one node. The
-// result is Q, and what reads the cache must depend on it.
+// result is Q, F32 or rounded to F16, and what reads the cache must depend on it.
 struct StoredHeads {
     ggml_tensor *k, *k_weight, *v;     // [head_dim, n_heads, n_tokens], [head_dim]; V may be K
     ggml_tensor *k_target, *v_target;  // views of the cache
 };
 ggml_tensor* rotate_and_store(ggml_context* ctx, ggml_tensor* q, ggml_tensor* q_weight, ggml_tensor* angles,
-                              const StoredHeads& stored, const float* eps);
+                              const StoredHeads& stored, const float* eps, ggml_type type = GGML_TYPE_F32);
 
 // Which of these ops a node is.
 enum class FusedOp {

@@ -1,5 +1,6 @@
 #include <climits>
 
+#include "backend/attention_node.h"
 #include "backend/cpu/fused_rows.h"
 #include "backend/cpu/top_k.h"
 #include "backend/cuda/attention_end.cuh"
@@ -90,8 +91,8 @@ bool norm(const Launch* launch, const ggml_tensor* x, const ggml_tensor* weight,
 bool rotate_and_store(const Launch* launch, const ggml_tensor* node) {
     const ggml_tensor* const* src = node->src;
     const ggml_tensor *q = src[0], *angles = src[2], *k = src[3], *v = src[5];
-    if (!has_float_rows(q) || !has_float_rows(k) || !has_float_rows(v) || !has_rows(src[6]) ||
-        !has_rows(src[7]) || q->ne[0] % 2)
+    if (!has_float_rows(q) || !has_float_rows(k) || !has_float_rows(v) || !has_rows(node) ||
+        !has_rows(src[6]) || !has_rows(src[7]) || q->ne[0] % 2)
         return false;
     if (!launch) return true;
     launch_rotate_normed_rows({{{input(q), output(node), floats(src[1]), size(q, 1), true},
@@ -276,6 +277,7 @@ bool compute_custom_node(ggml_backend_cuda_context* ctx, ggml_tensor* node) {
     if (is_top_k(node)) return top_k(launch, node);
     if (is_route(node)) return route(launch, node);
     if (expert_node_of(node) != ExpertNode::none) return compute_expert_node(ctx, node);
+    if (is_attend_by_kernel(node)) return compute_attention(ctx, node);
     if (is_mlp_beside(node)) return mlp_beside(ctx, node);
     const ggml_tensor* const* src = node->src;
     switch (fused_op_of(node)) {

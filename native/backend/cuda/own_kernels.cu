@@ -44,7 +44,8 @@ constexpr size_t kWorkspaceBytes = size_t{32} << 20;  // as ggml's handles have 
 
 }  // namespace
 
-SideStream::SideStream(bool repacks_experts) : repacks_experts_(repacks_experts) {}
+SideStream::SideStream(bool repacks_experts, bool attends)
+    : repacks_experts_(repacks_experts), attends_(attends) {}
 
 void SideStream::create() {
     require(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking) == cudaSuccess, "creating a stream");
@@ -93,6 +94,8 @@ bool repacks_experts(const void* kernels, const ggml_tensor* weights) {
            can_repack(weights->type, weights->ne[1], weights->ne[0]) && fits_repacked(weights, kMaxSlots);
 }
 
+bool has_attention(const void* kernels) { return static_cast<const SideStream*>(kernels)->attends(); }
+
 void compute_in_turn(void* kernels, bool in_turn) { static_cast<SideStream*>(kernels)->set_in_turn(in_turn); }
 
 std::shared_ptr<void> use_own_kernels(ggml_backend_t backend, bool wherever_possible) {
@@ -100,15 +103,16 @@ std::shared_ptr<void> use_own_kernels(ggml_backend_t backend, bool wherever_poss
     ggml_cuda_set_device(ctx->device);
     if (!can_run_expert_matmuls(ctx->device, wherever_possible ? 1 : kMinBlocks)) return nullptr;
     ggml_cuda_custom_hook = compute_custom_node;  // only graphs that want them have such nodes
-    const std::shared_ptr<SideStream> side(new SideStream(can_run_repacked_matmuls(ctx->device)),
-                                           [ctx](SideStream* gone) {
-                                               {
-                                                   const std::lock_guard<std::mutex> lock(users_mutex);
-                                                   users.erase(ctx);
-                                               }
-                                               ggml_cuda_set_device(ctx->device);
-                                               delete gone;
-                                           });
+    const std::shared_ptr<SideStream> side(
+        new SideStream(can_run_repacked_matmuls(ctx->device), can_run_attention(ctx->device)),
+        [ctx](SideStream* gone) {
+            {
+                const std::lock_guard<std::mutex> lock(users_mutex);
+                users.erase(ctx);
+            }
+            ggml_cuda_set_device(ctx->device);
+            delete gone;
+        });
     side->create();
     const std::lock_guard<std::mutex> lock(users_mutex);
     users[ctx] = side.get();

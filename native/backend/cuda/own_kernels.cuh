@@ -21,6 +21,11 @@ bool can_run_repacked_matmuls(int device);
 bool fits_repacked(const ggml_tensor* weights, int64_t n_slots);
 void multiply_repacked(cudaStream_t stream, const ggml_tensor* node);
 
+// Whether the device has the code of attention_kernels.cuh; whether there is a kernel for a node of
+// attention_node.h, which it launches unless ctx is null.
+bool can_run_attention(int device);
+bool compute_attention(ggml_backend_cuda_context* ctx, const ggml_tensor* node);
+
 // Whether there is a kernel for a node of expert_nodes.h; launches it unless ctx is null.
 bool compute_expert_node(ggml_backend_cuda_context* ctx, const ggml_tensor* node);
 
@@ -28,7 +33,7 @@ bool compute_expert_node(ggml_backend_cuda_context* ctx, const ggml_tensor* node
 // with the device current.
 class SideStream {
   public:
-    explicit SideStream(bool repacks_experts);
+    SideStream(bool repacks_experts, bool attends);
     void create();  // throws Error if the GPU has no room; to be called once, before what follows
     ~SideStream();
     SideStream(const SideStream&) = delete;
@@ -45,9 +50,10 @@ class SideStream {
     cudaStream_t stream() const { return stream_; }
     cublasHandle_t cublas() const { return cublas_; }
     bool repacks_experts() const { return repacks_experts_; }  // for can_run_repacked_matmuls()
+    bool attends() const { return attends_; }                  // for can_run_attention()
 
   private:
-    bool repacks_experts_;
+    bool repacks_experts_, attends_;
     cudaStream_t stream_ = nullptr;
     cudaEvent_t begin_ = nullptr, end_ = nullptr;
     cublasHandle_t cublas_ = nullptr;

@@ -26,7 +26,8 @@ ggml_tensor* CpuOps::rotate(ggml_tensor* x, ggml_tensor* norm, const Rope& rope,
     return rotate_normed(c_.ctx, x, norm, angles, c_.rms_eps);
 }
 
-ggml_tensor* CpuOps::attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal, int32_t) {
+ggml_tensor* CpuOps::attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal, int32_t,
+                            ForMatmuls) {
     ggml_tensor* k = rows_of_heads(visible.k, q->ne[0], visible.first, visible.n);
     ggml_tensor* v = rows_of_heads(visible.v, q->ne[0], visible.first, visible.n);
     return pydiffusion::attend(c_.ctx, q, k, v, causal, c_.backend.kernel());

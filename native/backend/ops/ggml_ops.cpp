@@ -63,7 +63,8 @@ void GgmlOps::fill_masks() {
     for (const SharedMask& shared : masks_) ggml_ops::fill(shared.mask);
 }
 
-ggml_tensor* GgmlOps::attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal, int32_t device) {
+ggml_tensor* GgmlOps::attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal, int32_t device,
+                             ForMatmuls) {
     const ggml_ops::Mask shared = mask(q->ne[2], visible.n, causal, device);
     const int64_t n_rows = shared.tensor->ne[0];
     ggml_tensor* k = rows_of_heads(visible.k, q->ne[0], visible.first, n_rows);

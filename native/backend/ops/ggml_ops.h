@@ -15,8 +15,8 @@ class GgmlOps : public Ops {
     ggml_tensor* gated_gelu(ggml_tensor* gate, ggml_tensor* up, ForMatmuls) override;
     ggml_tensor* concat_tokens(const std::vector<ggml_tensor*>& parts) override;
     ggml_tensor* rotate(ggml_tensor* x, ggml_tensor* norm, const Rope& rope, int64_t first_token) override;
-    ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal,
-                        int32_t device) override;
+    ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal, int32_t device,
+                        ForMatmuls) override;
     Mixture moe(ggml_tensor* x, const RouterChoice& choice, const ExpertWeights& w) override;
     void fill_masks() override;
     void set_positions(const std::vector<int32_t>& positions) override;

@@ -147,13 +147,13 @@ class Ops {
     // Writes K, rotated, and V to these rows of the cache, as many as they have tokens.
     virtual void store(const Heads& heads, const HeadNorms& norms, const Rope& rope, int64_t first_token,
                        const CacheRows& rows);
-    // store(), and Q rotated.
+    // store(), and Q rotated: F32, or what attend() wants.
     virtual ggml_tensor* rotate_and_store(const Heads& heads, const HeadNorms& norms, const Rope& rope,
                                           int64_t first_token, const CacheRows& rows);
     // softmax(q . k) v over rows of the cache: q [head_dim, n_head, n_tokens] -> [head_dim * n_head,
     // n_tokens]. causal: null if every token sees every row. device: of the layer.
     virtual ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal,
-                                int32_t device) = 0;
+                                int32_t device, ForMatmuls for_matmuls = {}) = 0;
 
     // MLP with gated GELU of rms_norm(x, norm). beside: the experts that follow on the same x, if any, which
     // a device may compute at the same time.

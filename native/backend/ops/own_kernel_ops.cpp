@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "backend/attention_node.h"
 #include "backend/cpu/fused_rows.h"
 #include "backend/cpu/top_k.h"
 #include "backend/mlp_beside.h"
@@ -123,10 +124,21 @@ ggml_tensor* OwnKernelOps::rotate_and_store(const Heads& heads, const HeadNorms&
     const int64_t head_dim = heads.q->ne[0];
     const StoredHeads stored = {heads.k, norms.k, heads.v, target_heads(rows.k, head_dim, rows.first, rows.n),
                                 target_heads(rows.v, head_dim, rows.first, rows.n)};
-    ggml_tensor* q = pydiffusion::rotate_and_store(c_.ctx, heads.q, norms.q,
-                                                   angles(rope, heads.q, first_token), stored, c_.rms_eps);
-    ggml_build_forward_expand(c_.graph, q);  // before whatever reads the cache
+    const bool for_kernel = c_.backend.attends(heads.q, rows_of_heads(rows.k, head_dim, rows.first, rows.n),
+                                               rows_of_heads(rows.v, head_dim, rows.first, rows.n));
+    ggml_tensor* q = pydiffusion::rotate_and_store(
+        c_.ctx, heads.q, norms.q, angles(rope, heads.q, first_token), stored, c_.rms_eps,
+        for_kernel ? GGML_TYPE_F16 : GGML_TYPE_F32);  // our attention would round it first
+    ggml_build_forward_expand(c_.graph, q);           // before whatever reads the cache
     return q;
+}
+
+ggml_tensor* OwnKernelOps::attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal,
+                                  int32_t device, ForMatmuls for_matmuls) {
+    ggml_tensor* k = rows_of_heads(visible.k, q->ne[0], visible.first, visible.n);
+    ggml_tensor* v = rows_of_heads(visible.v, q->ne[0], visible.first, visible.n);
+    if (!c_.backend.attends(q, k, v)) return GgmlOps::attend(q, visible, causal, device, for_matmuls);
+    return attend_by_kernel(c_.ctx, q, k, v, causal, result_type(for_matmuls));
 }
 
 ggml_tensor* OwnKernelOps::mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeights& w,

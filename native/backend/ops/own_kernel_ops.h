@@ -1,6 +1,6 @@
 // OwnKernelOps: GgmlOps with the nodes for which devices have kernels of ours (own_kernels.h): fused rows,
-// expert matmuls, an MLP beside them. Where a device lacks one, or the host stands in for it, the CPU
-// computes the node.
+// attention, expert matmuls, an MLP beside them. Where a device lacks one, or the host stands in for it, the
+// CPU computes the node.
 #pragma once
 
 #include <map>
@@ -30,6 +30,8 @@ class OwnKernelOps : public GgmlOps {
                const CacheRows& rows) override;
     ggml_tensor* rotate_and_store(const Heads& heads, const HeadNorms& norms, const Rope& rope,
                                   int64_t first_token, const CacheRows& rows) override;
+    ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal, int32_t device,
+                        ForMatmuls for_matmuls) override;
     ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeights& w,
                      const ExpertWeights* beside) override;
     RouterChoice route(ggml_tensor* x, ggml_tensor* norm, ggml_tensor* weight,

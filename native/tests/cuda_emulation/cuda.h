@@ -14,6 +14,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __constant__
+#define __grid_constant__
 #define __launch_bounds__(...)
 // One block runs at a time. The section lets emulate() find the variables, to fill them before each block; a
 // kernel that has some must have internal linkage (a section can't have parts of discardable functions).

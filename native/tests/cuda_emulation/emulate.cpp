@@ -53,7 +53,7 @@ bool same_line(const Site& a, const Site& b) {
     return a.line == b.line && (a.file == b.file || !std::strcmp(a.file, b.file));
 }
 
-enum class State { ready, at_barrier, at_collective, done };
+enum class State { ready, at_barrier, at_collective, at_memory_barrier, done };
 
 // The collective that a thread waits for.
 struct Collective {
@@ -69,6 +69,7 @@ struct Thread : Collective {
     int number = 0;  // in its block
     State state = State::done;
     Words words = {};
+    const void* memory_barrier = nullptr;  // that it waits for
 
     std::deque<std::vector<Copy>> groups;  // oldest first; the last is not committed yet
     size_t n_due = 0;                      // groups that a wait takes
@@ -89,6 +90,8 @@ class Block {
              const std::function<void()>& kernel);
 
     void barrier(const Site& site);
+    void wait_for_memory_barrier(const void* address, const Site& site);
+    void wake(const void* address);
     void collective(const Collective& called, Words& words, bool orders_memory);
     Thread& running() const { return *running_; }
     unsigned char* shared() const { return shared_.get(); }
@@ -257,6 +260,10 @@ void Block::open_barrier() {
             std::find_if(begin, end, [&](const auto& thread) { return thread->state == state; });
         return found == end ? nullptr : found->get();
     };
+    if (const Thread* thread = in_state(State::at_memory_barrier)) {
+        threadIdx = thread->index;
+        fail("deadlock: a wait for arrivals that never come", thread->site);
+    }
     if (Thread* thread = in_state(State::at_collective)) fail_waiting(*thread);
     Thread& first = *in_state(State::at_barrier);
     threadIdx = first.index;
@@ -298,6 +305,20 @@ void Block::barrier(const Site& site) {
     running_->site = site;
     wait(State::at_barrier);
     acquire(&barrier_key_);
+}
+
+void Block::wait_for_memory_barrier(const void* address, const Site& site) {
+    running_->site = site;
+    running_->memory_barrier = address;
+    wait(State::at_memory_barrier);
+}
+
+void Block::wake(const void* address) {
+    for (int i = 0; i < n_threads_; ++i) {
+        Thread& thread = *threads_[i];
+        if (thread.state == State::at_memory_barrier && thread.memory_barrier == address)
+            thread.state = State::ready;
+    }
 }
 
 // Throws unless the other lane of own's mask waits at the same collective, with the same mask.
@@ -390,12 +411,20 @@ void block_barrier(const Site& site) {
     if (!is_mutated(Fault::no_barrier, site)) block().barrier(site);
 }
 
+void inner_block_barrier(const Site& site) { block().barrier(site); }
+
 void warp_collective(const char* what, uint32_t mask, Words& words, Combine combine, bool orders_memory,
                      const Site& site) {
     if (!combine && is_mutated(Fault::no_barrier, site)) return;
     if (is_mutated(Fault::mask_too_small, site)) mask &= ~(1u << (31 - __builtin_clz(mask | 1u)));
     block().collective({what, mask, combine, site}, words, orders_memory);
 }
+
+void wait_for_memory_barrier(const void* address, const Site& site) {
+    block().wait_for_memory_barrier(address, site);
+}
+
+void wake_waiting(const void* address) { block().wake(address); }
 
 void fail_in_collective(const std::string& what) { fail(what, block().running().site); }
 

@@ -69,8 +69,9 @@ bool survives(const Mutation& mutation, const std::function<bool()>& is_right);
 
 // --- for the emulated intrinsics; called by a kernel's thread ---
 
-// All threads of the block.
+// All threads of the block. The second is part of another primitive: no mutation removes it.
 void block_barrier(const Site& site);
+void inner_block_barrier(const Site& site);
 
 // A lane's values in a collective of its warp, and its results.
 struct Words {
@@ -82,6 +83,10 @@ using Combine = void (*)(const Words* given, Words* got, uint32_t mask);  // bot
 // combines their words. orders_memory: what they wrote before is visible to each of them after.
 void warp_collective(const char* what, uint32_t mask, Words& words, Combine combine, bool orders_memory,
                      const Site& site);
+
+// Lets other threads run until one of them calls wake_waiting().
+void wait_for_memory_barrier(const void* address, const Site& site);
+void wake_waiting(const void* address);
 
 // The dynamic shared memory of the running block, aligned to 128 bytes.
 unsigned char* block_shared_memory();

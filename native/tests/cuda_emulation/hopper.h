@@ -41,7 +41,7 @@ inline void copy_async_16(SharedAddress shared, const void* global, PYDIFFUSION_
 inline void barrier_init(uint64_t* barrier, int n, PYDIFFUSION_SITE) {
     emulation::init_memory_barrier(barrier, n, {function, file, line});
 }
-inline void publish_barriers() {}
+inline void publish_barriers(PYDIFFUSION_SITE) { emulation::inner_block_barrier({function, file, line}); }
 inline void barrier_arrive_expecting(uint64_t* barrier, int n_bytes, PYDIFFUSION_SITE) {
     emulation::arrive_at_memory_barrier(barrier, n_bytes, {function, file, line});
 }
@@ -64,8 +64,13 @@ inline void barrier_wait(uint64_t* barrier, uint32_t phase, PYDIFFUSION_SITE) {
 inline void fence_shared_writes() {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
+// No lane goes on before all have read their operands.
 template <int N>
-void wgmma_wait() {}
+void wgmma_wait(PYDIFFUSION_SITE) {
+    emulation::Words words = {};
+    emulation::warp_collective("wgmma_wait", 0xffffffffu, words, emulation::ballot, true,
+                               {function, file, line});
+}
 template <int n>
 void pin_results(float (&)[n][4]) {}
 

@@ -24,6 +24,12 @@ MemoryBarrier& barrier_at(const void* address, const Site& site) {
     return found->second;
 }
 
+void end_phase(MemoryBarrier& barrier) {
+    barrier.phase ^= 1;
+    barrier.n_arrived = 0;
+    barrier.n_expected = barrier.n_copied = 0;
+}
+
 }  // namespace
 
 void init_memory_barrier(const void* barrier, int n, const Site& site) {
@@ -40,6 +46,9 @@ void arrive_at_memory_barrier(const void* address, int n_bytes, const Site& site
     if (++barrier.n_arrived > barrier.n_threads) fail("an arrival too many", site);
     barrier.n_expected += n_bytes;
     release(const_cast<void*>(address));
+    if (barrier.n_arrived < barrier.n_threads) return;
+    if (barrier.n_expected == 0 && barrier.copies.empty()) end_phase(barrier);
+    wake_waiting(address);
 }
 
 void add_bulk_copy(const Copy& copy, const void* address, const Site& site) {
@@ -56,11 +65,10 @@ bool begin_memory_wait(const void* address, uint32_t phase, const Site& site) {
     const Unchecked unchecked;
     if (is_mutated(Fault::no_barrier, site)) return false;
     MemoryBarrier& barrier = barrier_at(address, site);
+    while (barrier.phase == phase && barrier.n_arrived < barrier.n_threads)
+        wait_for_memory_barrier(address, site);
     acquire(const_cast<void*>(address));
-    if (barrier.phase != phase) return false;
-    // The device would let others run; no kernel of ours waits so early.
-    if (barrier.n_arrived < barrier.n_threads) fail("a wait before all have arrived", site);
-    return true;
+    return barrier.phase == phase;
 }
 
 bool take_bulk_copy(const void* address, Copy& copy) {
@@ -81,9 +89,7 @@ void end_memory_wait(const void* address, const Site& site) {
                  std::to_string(barrier.n_copied),
              site);
     }
-    barrier.phase ^= 1;
-    barrier.n_arrived = 0;
-    barrier.n_expected = barrier.n_copied = 0;
+    end_phase(barrier);
     release(const_cast<void*>(address));
 }
 

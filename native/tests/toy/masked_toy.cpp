@@ -79,7 +79,7 @@ ggml_tensor* MaskedToy::layer(GraphBuilder& g, int32_t i_layer, ggml_tensor* x) 
     ggml_tensor* h = ops.rms_norm(x, w.attn_norm, {w.attn_q, w.attn_k, w.attn_v});
     const Heads heads = ops.project(h, {w.attn_q, w.attn_k, w.attn_v, nullptr}, g.head_dim(i_layer));
     const float scale = 1.0f / std::sqrt(static_cast<float>(g.head_dim(i_layer)));
-    ggml_tensor* a = g.attention(i_layer, heads, head_norms(w), scale);
+    ggml_tensor* a = g.attention(i_layer, heads, head_norms(w), w.attn_output, scale);
     ggml_tensor* r = ops.add_normed(x, ops.matmul(w.attn_output, a), w.post_attention_norm);
 
     g.begin_part("dense");
