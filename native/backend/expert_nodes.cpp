@@ -101,8 +101,8 @@ ggml_tensor* ExpertMatmuls::apply_gated(ggml_tensor* gate_up, ggml_tensor* down,
     const bool for_repacked = true;
     ggml_tensor* gated = new_node<ExpertNode::multiply_gated>(
         ctx_, GGML_TYPE_I8, {packed_bytes(ggml_nelements(experts), n_ff), 1, 1},
-        {gate_up, packed(x, for_repacked), grouped(experts, gate_up->ne[2]), experts}, "device_gated_expert_matmul",
-        for_repacked);
+        {gate_up, packed(x, for_repacked), grouped(experts, gate_up->ne[2]), experts},
+        "device_gated_expert_matmul", for_repacked);
     return multiply(down, gated, experts);
 }
 
