@@ -6,8 +6,8 @@ python benchmarks/gpu.py page results.jsonl      # only print the page
 
 One process loads the model once (synthetic: the 26B's shape with random weights; or --model FILE) and runs
 these measurements, the most valuable first: machine, rates, load, first-step, steps:128 to steps:32768,
-peaked:50 to peaked:900, answer, determinism, file-types, ggml-kernels, graphs-off, cpu-experts. Each finding
-is written to the results immediately, as a JSON line. Measurements that would exceed the time left are
+peaked:50 to peaked:900, answer, determinism, batch:4, batch:8, file-types, ggml-kernels, graphs-off,
+cpu-experts, memory:24 to memory:8 (only so many GiB of the GPU may be used). Each finding is written to the results immediately, as a JSON line. Measurements that would exceed the time left are
 skipped, failures don't end the run, and --resume continues an interrupted run without the measurement that
 ended its process. Exit status: 0, even if time ran out; 3 if failures ended the run. --shape tiny --device
 host runs without a GPU.
@@ -246,11 +246,15 @@ class Run:
             yield f"peaked:{n_kept}", lambda n_kept=n_kept: bench.peaked(n_kept)
         yield "answer", bench.answer
         yield "determinism", bench.determinism
+        for n in a.batches:
+            yield f"batch:{n}", lambda n=n: bench.batch(n, a.peaked_prompt)
         yield "file-types", lambda: bench.file_types(a.peaked_prompt)
         yield "ggml-kernels", lambda: bench.ggml_kernels(a.peaked_prompt)
         yield "graphs-off", lambda: self.graphs_off(type_name)
         if a.cpu_experts:
             yield "cpu-experts", lambda: bench.cpu_experts(a.cpu_experts, a.peaked_prompt)
+        for gib in a.memory_limits:
+            yield f"memory:{gib}", lambda gib=gib: bench.memory_limit(gib, a.memory_context)
 
     def graphs_off(self, type_name: str) -> Figures:
         """Time steps in another process without CUDA graphs: ggml reads the switch once per process."""
@@ -349,6 +353,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--answer", type=pair, default=(1024, 1024), metavar="PROMPT:TOKENS")
     parser.add_argument("--steps", type=int, default=16, help="steps per canvas in the measurement answer")
     parser.add_argument("--cpu-experts", type=int, default=2, help="layers with experts on the CPU")
+    parser.add_argument("--batches", nargs="*", type=int, default=[4, 8], help="sessions in one graph")
+    parser.add_argument(
+        "--memory-limits", nargs="*", type=int, default=[24, 16, 12, 8], help="GiB of the GPU to load into"
+    )
+    parser.add_argument("--memory-context", type=int, default=8192, help="context for --memory-limits")
     parser.add_argument("--page", type=Path, help="write the page to this file instead of printing it")
     parser.add_argument("--no-page", action="store_true")
     arguments = parser.parse_args(argv)

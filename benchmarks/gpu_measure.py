@@ -214,14 +214,22 @@ class Bench:
             figures["matmul"][name] = _native.measure_matrix_rate(threads, name, last)
         return figures
 
-    def load(self, n_cpu_moe: int | None = None, kernels: str = "auto", dense_type: str = "auto") -> Figures:
+    def load(
+        self,
+        n_cpu_moe: int | None = None,
+        kernels: str = "auto",
+        dense_type: str = "auto",
+        n_ctx: int | None = None,
+        **limits: int,
+    ) -> Figures:
+        """Load the model. limits: gpu_memory in bytes, n_sessions."""
         a = self.arguments
         self.model = self.session = None  # frees the memory of an earlier load
-        self.n_ctx = max([*a.prompts, a.answer[0] + a.answer[1], a.peaked_prompt]) + 2 * 256
-        self.request = device_request("auto", n_cpu_moe, a.device, None, dense_type=dense_type)
-        self.planned = plan(
-            self.file, n_ctx=self.n_ctx, device=a.device, n_cpu_moe=n_cpu_moe, dense_type=dense_type
-        )
+        self.n_ctx = n_ctx or max([*a.prompts, a.answer[0] + a.answer[1], a.peaked_prompt]) + 2 * 256
+        placed: Figures = {"n_cpu_moe": n_cpu_moe, "device": a.device, "dense_type": dense_type}
+        placed |= {"gpu_memory": None, **limits}
+        self.request = device_request("auto", **placed)
+        self.planned = plan(self.file, n_ctx=self.n_ctx, **placed)
         self.free_before = self.free_bytes()
         seconds, self.model = timed(
             lambda: _native.Model(
@@ -423,6 +431,47 @@ class Bench:
 def is_cancelled(error: BaseException) -> bool:
     return isinstance(error, TimeUp | GenerationCancelled)
 
+    def batch(self, n: int, prompt: int) -> Figures:
+        """Denoise the canvases of n sessions in one graph, each after a prompt of its own."""
+        if self.model is None or self.model.description["n_cpu_moe"]:
+            raise Skipped("not all of the model is on the GPU")
+        steps = self.arguments.steps
+        rng = np.random.default_rng(2)
+        sessions = [_native.Session(self.model, prompt + 2 * self.model.canvas_length) for _ in range(n)]
+        for seed, session in enumerate(sessions):
+            ids = rng.integers(0, self.model.n_vocab, prompt).astype(np.int32)
+            session.encode(ids, progress=self.require_time)
+            self.session = session
+            self.begin(self.model.canvas_length, steps, seed)
+        batch = _native.Batch(self.model)
+        walls, n_graphs, tokens = [], 1, 0
+        for _ in range(steps):
+            self.require_time()
+            wall, done = timed(lambda: batch.next_steps(sessions))
+            for one in done:
+                if isinstance(one, Exception):
+                    raise one
+                tokens += len(one.tokens) if one.canvas_done else 0
+            walls.append(wall)
+            n_graphs = max(n_graphs, batch.n_graphs)
+        return {
+            "n": n, "prompt": prompt, "step": statistics.median(walls[WARM_STEPS:]), "total": sum(walls),
+            "canvas_steps": steps, "tokens": tokens, "rate": tokens / sum(walls), "n_graphs": n_graphs,
+            "one": self.step_by_prompt.get(prompt),
+        }  # fmt: skip
+
+    def memory_limit(self, gib: int, n_ctx: int) -> Figures:
+        """Load the model into a part of the GPU's memory and take a few steps; memory in use beside the plan."""
+        loaded = self.load(gpu_memory=gib << 30, n_ctx=n_ctx)
+        self.encode(32)
+        figures = self.time_steps(1)
+        plan = self.planned
+        return {
+            "limit": gib << 30, "n_ctx": n_ctx, "load": loaded["load"], "planned": plan.total_bytes,
+            "n_gpu_layers": plan.n_gpu_layers, "n_cpu_moe": plan.n_cpu_moe, "dense_type": loaded["dense_type"],
+            "used": self.used_since_start(), **figures,
+        }  # fmt: skip
+
 
 def cost_of(name: str, bench: Bench, prompts: Sequence[int] = ()) -> float:
     """Estimate a measurement's seconds from earlier ones, or else for the 26B on an H100."""
@@ -443,5 +492,7 @@ def cost_of(name: str, bench: Bench, prompts: Sequence[int] = ()) -> float:
         "graphs-off": 8 + 30 * scale + timed_steps,
         "ggml-kernels": 3 + 25 * scale + 2 * timed_steps, "file-types": 3 + 25 * scale + 2 * timed_steps,
         "cpu-experts": 3 + 25 * scale + 8 * (step + 0.3 * scale * a.cpu_experts),
+        "batch": 2 + 1.2 * int(given or 1) * (a.peaked_prompt / bench.prefill_rate + (a.steps + 1) * step),
+        "memory": 3 + 25 * scale + 4 * (step + 0.3 * scale * 20),
     }  # fmt: skip
     return fixed[kind]

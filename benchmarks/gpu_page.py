@@ -21,7 +21,7 @@ Entry = dict[str, Any]
 
 MEASUREMENTS = (
     "machine", "rates", "load", "first-step", "steps", "peaked", "answer", "determinism",
-    "file-types", "ggml-kernels", "graphs-off", "cpu-experts", "step-kernels",
+    "batch", "file-types", "ggml-kernels", "graphs-off", "cpu-experts", "memory", "step-kernels",
 )  # fmt: skip
 _HEADER = ("when", "finding", "commit", "shape", "type", "variant", "ok", "took", "seconds", "begun")
 _CHECKED = ("call", "file", "what", "test")  # keys that identify a check, besides its finding's name
@@ -346,6 +346,33 @@ def answers(found: Findings) -> str:
     return section("Whole output", note if rows else "", table(head, rows), table(block_head, blocks))
 
 
+def batches(found: Findings) -> str:
+    rows = [
+        [label(e), str(e["n"]), str(e["prompt"]), ms(e["step"]), ms(e["one"]), f"{e['rate']:.0f}",
+         str(e["n_graphs"])]
+        for e in found.of("batch")
+    ]  # fmt: skip
+    head = "of | canvases | prompt each | step of all, ms | of one | tokens/s | graphs"
+    note = "Canvases of several sessions in one graph, as many steps as in whole output, without prefill and commits."
+    return section("Batches", note if rows else "", table(head, rows))
+
+
+def memory_limits(found: Findings) -> str:
+    rows = []
+    for e in found.of("memory"):
+        beyond = "" if e["used"] is None else f"{e['used'] / e['planned'] - 1:+.1%}"
+        rows.append([
+            label(e), f"{e['limit'] >> 30} GiB", str(e["n_gpu_layers"]), str(e["n_cpu_moe"]), e["dense_type"],
+            gb(e["planned"]), gb(e["used"]), beyond, ms(e["step"]),
+        ])  # fmt: skip
+    head = (
+        "of | limit | layers on GPUs | of them, experts on the CPU | other matrices | planned, GB | in use, GB "
+        "| in use, of the plan | step, ms"
+    )
+    note = "The model loaded again into a part of the GPU's memory, a prompt of 32 tokens."
+    return section("Less memory", note if rows else "", table(head, rows))
+
+
 def comparisons(found: Findings) -> str:
     lines = []
     for entry in found.of("determinism"):
@@ -422,7 +449,8 @@ def left_out(found: Findings) -> str:
 
 
 _SECTIONS: tuple[Callable[[Findings], str], ...] = (
-    checks, rates, memory, steps, peaked, answers, comparisons, parts, kernels, left_out,
+    checks, rates, memory, steps, peaked, answers, batches, comparisons, memory_limits, parts, kernels,
+    left_out,
 )  # fmt: skip
 
 

@@ -9,11 +9,8 @@ namespace pydiffusion::cuda {
 __device__ __forceinline__ float gelu(float x) {
     constexpr float a = static_cast<float>(-2.0 * 0.79788456080286535588 * 1.44269504088896340736);
     constexpr float b = a * 0.044715f;
-    // Beyond these limits, gelu is 0 or x to float precision.
-    float exponent = x * (a + b * x * x);
-    exponent = exponent > -126.0f ? exponent : -126.0f;
-    exponent = exponent < 100.0f ? exponent : 100.0f;
-    return x / (1.0f + exp2f(exponent));
+    // Where the power is infinite, gelu is 0 to float precision.
+    return fast_divide(x, 1.0f + fast_exp2(x * (a + b * x * x)));
 }
 
 }  // namespace pydiffusion::cuda

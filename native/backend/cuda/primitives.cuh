@@ -102,6 +102,15 @@ __device__ __forceinline__ uint32_t max_of_warp(uint32_t value) {
 #endif
 }
 
+// To 2 units in the last place; less than the smallest normal float becomes 0, a / b of larger b than 2^126
+// too.
+__device__ __forceinline__ float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float fast_divide(float a, float b) { return __fdividef(a, b); }
+
 // Four of the eight bytes of b:a, chosen by the selector's four lowest nibbles.
 __device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
     return __byte_perm(a, b, selector);

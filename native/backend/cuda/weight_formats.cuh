@@ -88,8 +88,7 @@ struct Q4K {  // float16 d and dmin, 12 bytes of 6-bit scales and minima, 128 by
         *reinterpret_cast<uint4*>(table.a + 4 * half) =  // each byte as the halves of a word
             make_uint4(byte_permute(minima, 0, 0x4040), byte_permute(minima, 0, 0x4141),
                        byte_permute(minima, 0, 0x4242), byte_permute(minima, 0, 0x4343));
-        if (half == 0)
-            table.factor = half_to_float(static_cast<uint16_t>(head.x >> 16)) * -kSubnormal;
+        if (half == 0) table.factor = half_to_float(static_cast<uint16_t>(head.x >> 16)) * -kSubnormal;
     }
 
     __device__ static __forceinline__ int group_begin(int unit, int group) { return 64 * unit + 32 * group; }

@@ -62,6 +62,9 @@ inline uint32_t max_of_warp(uint32_t value, PYDIFFUSION_SITE) {
     return value;
 }
 
+inline float fast_exp2(float x) { return exp2f(x); }
+inline float fast_divide(float a, float b) { return a / b; }
+
 // Byte i of the result: the byte of b:a (b the high word) that nibble i of the selector names.
 inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector, PYDIFFUSION_SITE) {
     // The device would repeat a byte's sign.
