@@ -1,7 +1,7 @@
 #include "backend/mlp_beside.h"
 
 #include "backend/cpu/custom_node.h"
-#include "backend/node_parts.h"
+#include "backend/cpu/node_parts.h"
 
 namespace pydiffusion {
 

@@ -19,8 +19,8 @@ from pydiffusion.testing.synthetic import synthetic_bytes, write_synthetic
 
 FOLDER = REPOSITORY / "benchmarks"
 MEASURED = [
-    "machine", "rates", "load", "first-step", "steps:16", "peaked:50", "answer", "determinism",
-    "file-types", "ggml-kernels", "graphs-off", "cpu-experts",
+    "machine", "rates", "load", "first-step", "steps:16", "peaked:50", "answer", "determinism", "batch:2",
+    "file-types", "ggml-kernels", "graphs-off", "cpu-experts", "memory:1",
 ]  # fmt: skip
 
 
@@ -47,7 +47,8 @@ def given(folder: Path, results: Path, *more: str) -> list[str]:
     return [
         "--shape", "tiny", "--device", "host", "--types", "q8_0", "--threads", "1", "--folder", str(folder),
         "--results", str(results), "--prompts", "16", "--peaked-prompt", "16", "--kept", "50", "--timed", "3",
-        "--steps", "2", "--answer", "20:512", "--commit", "abc123", *more,
+        "--steps", "5", "--answer", "20:512", "--commit", "abc123", "--batches", "2",
+        "--memory-limits", "1", "--memory-context", "512", *more,
     ]  # fmt: skip
 
 
@@ -77,17 +78,22 @@ def test_all_measurements(
     assert peaked["entropy"] == pytest.approx(peaked["entropy_expected"], abs=0.5)
     answer = by_name["answer"]
     assert answer["tokens"] == 512 and len(answer["blocks"]) == 2
-    assert answer["blocks"][0]["steps"] == 2 and answer["blocks"][1]["commit"] > 0
+    assert answer["blocks"][0]["steps"] == 5 and answer["blocks"][1]["commit"] > 0
     assert answer["first_canvas"] < answer["total"]
     assert by_name["determinism"]["same"] and by_name["determinism"]["seeds_differ"]
+    batch = by_name["batch:2"]
+    assert batch["tokens"] == 512 and batch["n_graphs"] == 1 and batch["one"] == steps["step"]
+    memory = by_name["memory:1"]
+    assert 0 < memory["planned"] <= memory["limit"] == 1 << 30 and memory["step"] > 0
     assert by_name["cpu-experts"]["n_cpu_moe"] == 2 and by_name["cpu-experts"]["all_on_gpu"] == steps["step"]
     for row in (
         "- commit: abc123",
         "| q8_0 | host | ",
         "| q8_0 | 16 | ",
         "| q8_0 | 50 | ",
-        "| q8_0 | 20 | 512 | 2 | ",
-        "| q8_0 | 2 | ",
+        "| q8_0 | 20 | 512 | 5 | ",
+        "| q8_0 | 2 | 16 | ",
+        "| q8_0 | 1 GiB | ",
         "| experts | ",
         "- q8_0: the same seed again gave the same tokens, another seed other tokens",
         "- q8_0 graphs-off: skipped, no GPU",

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "backend/cpu/custom_node.h"
-#include "backend/node_parts.h"
+#include "backend/cpu/node_parts.h"
 #include "util/simd_math.h"
 
 namespace pydiffusion {

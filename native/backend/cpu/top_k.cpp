@@ -5,8 +5,8 @@
 #include <limits>
 
 #include "backend/cpu/custom_node.h"
-#include "backend/node_parts.h"
-#include "backend/router_sizes.h"
+#include "backend/cpu/node_parts.h"
+#include "backend/cpu/router_sizes.h"
 
 namespace pydiffusion {
 
@@ -45,8 +45,7 @@ RoutedParts parts_of(const ggml_tensor* weights, const ggml_tensor* x, int64_t k
     parts.k = k;
     parts.chosen = after_part(0, n_experts * n_tokens * static_cast<int64_t>(sizeof(float)));
     parts.scratch = after_part(parts.chosen, k * n_tokens * static_cast<int64_t>(sizeof(int32_t)));
-    const int64_t n_scratch = router_scratch(static_cast<int32_t>(x->ne[0]), static_cast<int32_t>(n_experts),
-                                             static_cast<int32_t>(n_tokens));
+    const int64_t n_scratch = router_scratch(x->ne[0], n_experts, n_tokens);
     parts.end = parts.scratch + n_scratch * static_cast<int64_t>(sizeof(float));
     return parts;
 }

@@ -9,8 +9,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "backend/cpu/router_sizes.h"
 #include "backend/cuda/row_fours.cuh"
-#include "backend/router_sizes.h"
 
 namespace pydiffusion::cuda {
 
@@ -24,6 +24,9 @@ struct RouterArguments {
     int64_t score_stride, chosen_stride;
     int32_t d, n_experts, n_used, n_tokens;
 };
+
+__host__ __device__ inline int32_t router_slices(int32_t d) { return (d + kRouterSlice - 1) / kRouterSlice; }
+__host__ __device__ inline int32_t router_tiles(int32_t n) { return (n + kRouterTile - 1) / kRouterTile; }
 
 // Whether these kernels can compute it: every row begins at a multiple of four elements.
 inline bool can_route(const RouterArguments& a) {
@@ -156,7 +159,7 @@ __device__ __forceinline__ uint32_t order_of(float x) {
 }
 
 // Writes the indices of a warp's n_used best. A lane has kPerLane neighbours, so that the lowest of the lanes
-// with the largest has the first. order: 0 is none.
+// with the largest has the first. An order of 0 is never chosen.
 template <int kPerLane>
 __device__ __forceinline__ void write_top_k(uint32_t (&order)[kPerLane], int32_t n_used, int32_t* chosen) {
     const int lane = lane_of_thread();

@@ -62,7 +62,7 @@ struct ExpertWeights {
     bool with_layer;      // on the device of their layer
 };
 
-// What the branches after the attention begin with: norms [d], and what reads the normed rows.
+// Inputs of the branches after the attention: norms [d], and what reads the normed rows.
 struct BranchInputs {
     ggml_tensor* dense_norm;
     const MlpWeights& dense;
@@ -89,7 +89,7 @@ struct JoinWeights {
     ggml_tensor* expert_scales;  // [n_expert]
 };
 
-// What the layer after it begins with: a norm [d], and the matrices that read the normed rows. The norm is
+// Input of the next layer: a norm [d], and the matrices that read the normed rows. The norm is
 // null if there is none, or on another device.
 struct NextInput {
     ggml_tensor* norm;

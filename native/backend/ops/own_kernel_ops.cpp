@@ -4,10 +4,10 @@
 
 #include "backend/attention_node.h"
 #include "backend/cpu/fused_rows.h"
+#include "backend/cpu/router_sizes.h"
 #include "backend/cpu/top_k.h"
 #include "backend/mlp_beside.h"
 #include "backend/repacked_weights.h"
-#include "backend/router_sizes.h"
 
 namespace pydiffusion {
 

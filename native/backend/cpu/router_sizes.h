@@ -4,8 +4,6 @@
 
 #include <cstdint>
 
-#include "backend/row_math.h"
-
 namespace pydiffusion {
 
 constexpr int kRouterTile = 64;    // tokens of a block, and its experts
@@ -14,11 +12,10 @@ constexpr int32_t kMaxRouted = 256;
 // Longer prompts are left to cuBLAS: many tokens fill a GPU without slices, which take memory.
 constexpr int64_t kMaxRoutedTokens = 1024;
 
-PD_HOST_DEVICE int32_t router_slices(int32_t d) { return (d + kRouterSlice - 1) / kRouterSlice; }
-PD_HOST_DEVICE int32_t router_tiles(int32_t n) { return (n + kRouterTile - 1) / kRouterTile; }
-// Floats of scratch memory: the scores of each slice.
-inline int64_t router_scratch(int32_t d, int32_t n_experts, int32_t n_tokens) {
-    return int64_t{router_slices(d)} * n_tokens * router_tiles(n_experts) * kRouterTile;
+// Floats of scratch memory: for each slice the scores of whole tiles of experts.
+constexpr int64_t router_scratch(int64_t d, int64_t n_experts, int64_t n_tokens) {
+    return (d + kRouterSlice - 1) / kRouterSlice * n_tokens * ((n_experts + kRouterTile - 1) / kRouterTile) *
+           kRouterTile;
 }
 
 }  // namespace pydiffusion
