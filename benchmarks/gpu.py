@@ -7,10 +7,10 @@ python benchmarks/gpu.py page results.jsonl      # only print the page
 One process loads the model once (synthetic: the 26B's shape with random weights; or --model FILE) and runs
 these measurements, the most valuable first: machine, rates, load, first-step, steps:128 to steps:32768,
 peaked:50 to peaked:900, answer, determinism, batch:4, batch:8, file-types, ggml-kernels, graphs-off,
-cpu-experts, memory:24 to memory:8 (only so many GiB of the GPU may be used). Each finding is written to the results immediately, as a JSON line. Measurements that would exceed the time left are
-skipped, failures don't end the run, and --resume continues an interrupted run without the measurement that
-ended its process. Exit status: 0, even if time ran out; 3 if failures ended the run. --shape tiny --device
-host runs without a GPU.
+cpu-experts, memory:24 to memory:8 (loaded into so many GiB of the GPU). Each finding is written to the
+results immediately, as a JSON line. Measurements that would exceed the time left are skipped, failures don't
+end the run, and --resume continues an interrupted run without the measurement that ended its process. Exit
+status: 0, even if time ran out; 3 if failures ended the run. --shape tiny --device host runs without a GPU.
 """
 
 from __future__ import annotations

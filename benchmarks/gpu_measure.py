@@ -427,10 +427,6 @@ class Bench:
             "all_on_gpu": before, "per_layer": per_layer, "used": self.used_since_start(),
         }  # fmt: skip
 
-
-def is_cancelled(error: BaseException) -> bool:
-    return isinstance(error, TimeUp | GenerationCancelled)
-
     def batch(self, n: int, prompt: int) -> Figures:
         """Denoise the canvases of n sessions in one graph, each after a prompt of its own."""
         if self.model is None or self.model.description["n_cpu_moe"]:
@@ -461,16 +457,20 @@ def is_cancelled(error: BaseException) -> bool:
         }  # fmt: skip
 
     def memory_limit(self, gib: int, n_ctx: int) -> Figures:
-        """Load the model into a part of the GPU's memory and take a few steps; memory in use beside the plan."""
+        """Load the model into a part of the GPU's memory and take a few steps; report plan and memory in use."""
         loaded = self.load(gpu_memory=gib << 30, n_ctx=n_ctx)
         self.encode(32)
         figures = self.time_steps(1)
         plan = self.planned
         return {
-            "limit": gib << 30, "n_ctx": n_ctx, "load": loaded["load"], "planned": plan.total_bytes,
-            "n_gpu_layers": plan.n_gpu_layers, "n_cpu_moe": plan.n_cpu_moe, "dense_type": loaded["dense_type"],
+            "limit": gib << 30, "n_ctx": n_ctx, "load": loaded["load"], "dense_type": loaded["dense_type"],
+            "n_gpu_layers": plan.n_gpu_layers, "n_cpu_moe": plan.n_cpu_moe, "planned": plan.total_bytes,
             "used": self.used_since_start(), **figures,
         }  # fmt: skip
+
+
+def is_cancelled(error: BaseException) -> bool:
+    return isinstance(error, TimeUp | GenerationCancelled)
 
 
 def cost_of(name: str, bench: Bench, prompts: Sequence[int] = ()) -> float:

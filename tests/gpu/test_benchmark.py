@@ -205,7 +205,7 @@ def test_failures(
     page = capsys.readouterr().out
     assert len(read(results, "steps:16")) == 1 and len(read(results, "answer")) == 2
     assert len(read(results, "determinism")) == 1 and len(read(results, "peaked:50")) == 1
-    assert "| q8_0 | 20 | 512 | 2 | " in page and "- q8_0 determinism: ended the process" in page
+    assert "| q8_0 | 20 | 512 | 5 | " in page and "- q8_0 determinism: ended the process" in page
 
 
 def test_the_file(
