@@ -353,7 +353,7 @@ def batches(found: Findings) -> str:
         for e in found.of("batch")
     ]  # fmt: skip
     head = "of | canvases | prompt each | step of all, ms | of one | tokens/s | graphs"
-    note = "Canvases of several sessions in one graph, with the steps of whole output, without prefill and commits."
+    note = "Canvases of several sessions in one graph, steps as in whole output, without prefill and commits."
     return section("Batches", note if rows else "", table(head, rows))
 
 
@@ -366,8 +366,8 @@ def memory_limits(found: Findings) -> str:
             gb(e["planned"]), gb(e["used"]), beyond, ms(e["step"]),
         ])  # fmt: skip
     head = (
-        "of | limit | layers on GPUs | of them, experts on the CPU | other matrices | planned, GB | in use, GB | "
-        "beyond the plan | step, ms"
+        "of | limit | layers on GPUs | of them, experts on the CPU | other matrices | planned, GB "
+        "| in use, GB | beyond the plan | step, ms"
     )
     note = "The model loaded again into a part of the GPU's memory, a prompt of 32 tokens."
     return section("Less memory", note if rows else "", table(head, rows))
