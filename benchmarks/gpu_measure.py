@@ -457,7 +457,7 @@ class Bench:
         }  # fmt: skip
 
     def memory_limit(self, gib: int, n_ctx: int) -> Figures:
-        """Load into a part of the GPU's memory and take a few steps; report the plan and the memory in use."""
+        """Load into a part of the GPU's memory and take a few steps; report plan and memory in use."""
         loaded = self.load(gpu_memory=gib << 30, n_ctx=n_ctx)
         self.encode(32)
         figures = self.time_steps(1)
