@@ -27,8 +27,8 @@ class GraphExecutor {
 
     // Runs the graph allocated last.
     void compute(ggml_cgraph* graph, const std::function<bool()>& cancelled);
-    // The same, but on a device it may still run when this returns: what the devices are given next comes after
-    // it, and an error may become known no sooner than there.
+    // The same, but on a device it may still run when this returns: what the devices are given next comes
+    // after it, and an error may become known no sooner than there.
     void launch(ggml_cgraph* graph, const std::function<bool()>& cancelled);
     // Number of splits of the graph allocated last: a new one wherever the device changes.
     int n_splits() const { return scheduler_ ? ggml_backend_sched_get_n_splits(scheduler_.get()) : 1; }

@@ -1,5 +1,5 @@
-// Kernels of our own in ggml's CUDA backend: attention (attention_node.h), expert matmuls (expert_nodes.h) of Q4_K, Q6_K and Q8_0, an MLP
-// beside them (mlp_beside.h), and the fused rows of fused_rows.h and top_k.h.
+// Kernels of our own in ggml's CUDA backend: attention (attention_node.h), expert matmuls (expert_nodes.h) of
+// Q4_K, Q6_K and Q8_0, an MLP beside them (mlp_beside.h), and the fused rows of fused_rows.h and top_k.h.
 #pragma once
 
 #include <memory>

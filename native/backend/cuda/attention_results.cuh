@@ -101,7 +101,7 @@ struct MergedRows {
             maximum[h] = top;
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
-                // A split that saw no column has the maximum -infinity.
+                // A split that saw no key has the maximum -infinity.
                 const float own = sums[i][h].y;
                 const float weight = own == 0.0f ? 0.0f : own * exp2_of((sums[i][h].x - top) * kLog2E);
                 const uint32_t pairs[4] = {o[i].x, o[i].y, o[i].z, o[i].w};

@@ -7,27 +7,26 @@ namespace pydiffusion::cuda {
 
 constexpr float kLog2E = 1.44269504f;
 
-// The running softmax of a thread's two rows, 8 apart; sums are of its own columns.
+// The running softmax of a thread's two rows, 8 apart; sums are of its own keys.
 struct RunningSoftmax {
     float maximum[2], sum[2];
     float factor[2];  // by which earlier results are to be multiplied
 };
 
-// Scores of columns that a row does not see become -infinity. first_column: of this thread.
+// Scores of keys that a row does not see become -infinity. first_key: of this thread.
 template <int n>
 __device__ __forceinline__ void mask_scores(float (&s)[n][4], const AttentionArguments& a, int32_t row,
-                                            int32_t first_column) {
+                                            int32_t first_key) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int32_t token = (row + 8 * h) / a.group;
-        const int32_t first = first_visible(a, token) - first_column,
-                      end = end_visible(a, token) - first_column;
+        const int32_t first = first_visible(a, token) - first_key, end = end_visible(a, token) - first_key;
 #pragma unroll
         for (int j = 0; j < n; ++j) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                const int32_t column = 8 * j + e;
-                if (column < first || column >= end) s[j][2 * h + e] = -INFINITY;
+                const int32_t key = 8 * j + e;
+                if (key < first || key >= end) s[j][2 * h + e] = -INFINITY;
             }
         }
     }
@@ -43,7 +42,7 @@ __device__ __forceinline__ void exponentials(float (&s)[n][4], RunningSoftmax& s
         for (int j = 0; j < n; ++j) maximum = fmaxf(maximum, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
         maximum = fmaxf(maximum, __shfl_xor_sync(kWholeWarp, maximum, 1));
         maximum = fmaxf(maximum, __shfl_xor_sync(kWholeWarp, maximum, 2));
-        // A row that has seen no column yet has no maximum.
+        // A row that has seen no key yet has no maximum.
         const float base = maximum == -INFINITY ? 0.0f : maximum * kLog2E;
         softmax.factor[h] = exp2_of(softmax.maximum[h] * kLog2E - base);
         softmax.maximum[h] = maximum;

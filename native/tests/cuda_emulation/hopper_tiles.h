@@ -49,7 +49,7 @@ inline void copy_box(unsigned char* shared, const TensorMap& map, int row, int c
 class TransposedOperand {
   public:
     TransposedOperand(const unsigned char* atoms, int atom_bytes) : atoms_(atoms), atom_bytes_(atom_bytes) {}
-    // Values k and k + 1 of column n.
+    // Values k and k + 1 of n.
     uint32_t pair(int n, int k) const { return at(n, k) | static_cast<uint32_t>(at(n, k + 1)) << 16; }
 
   private:
@@ -79,8 +79,8 @@ template <int n>
 void wgmma(float (&d)[n][4], const uint32_t (&a)[4], const TransposedOperand& b, int step, PYDIFFUSION_SITE) {
     const int lane = static_cast<int>(threadIdx.x) % 32, k = 16 * step + lane % 4 * 2;
     for (int part = 0; part < n; ++part) {
-        const int column = 8 * part + lane / 4;
-        const uint32_t operand[2] = {b.pair(column, k), b.pair(column, k + 8)};
+        const int n_of_lane = 8 * part + lane / 4;
+        const uint32_t operand[2] = {b.pair(n_of_lane, k), b.pair(n_of_lane, k + 8)};
         mma_16x8x16(d[part], a, operand, function, file, line);
     }
 }
