@@ -4,6 +4,8 @@
 #include <cstring>
 
 #include "backend/cpu/custom_node.h"
+#include "backend/cpu/node_parts.h"
+#include "ggml-backend.h"
 
 namespace pydiffusion {
 
@@ -20,9 +22,14 @@ constexpr int64_t kBlocks = 132;
 constexpr int64_t kKeysOfSplit = 128;
 constexpr int64_t kMaxSplits = 16;
 
+bool is_on_host(const ggml_tensor* t) {
+    const ggml_backend_buffer_t buffer = t->view_src ? t->view_src->buffer : t->buffer;
+    return buffer && ggml_backend_buffer_is_host(buffer);
+}
+
 bool has_cache_rows(const ggml_tensor* t) {
-    return t->type == GGML_TYPE_F16 && t->nb[0] == sizeof(ggml_fp16_t) && t->nb[1] % 16 == 0 &&
-           t->nb[2] == t->ne[0] * sizeof(ggml_fp16_t) && t->ne[3] == 1;
+    return !is_on_host(t) && t->type == GGML_TYPE_F16 && t->nb[0] == sizeof(ggml_fp16_t) &&
+           t->nb[1] % 16 == 0 && t->nb[2] == t->ne[0] * sizeof(ggml_fp16_t) && t->ne[3] == 1;
 }
 
 }  // namespace
@@ -38,15 +45,14 @@ bool can_attend_by_kernel(const ggml_tensor* q, const ggml_tensor* k, const ggml
 
 AttentionParts attention_parts(const ggml_tensor* q, const ggml_tensor* k, ggml_type type) {
     const int64_t head_dim = q->ne[0], n_kv = k->ne[2], n_tile_rows = attention_tile_rows(head_dim);
-    const auto after = [](int64_t begin, int64_t n_bytes) { return GGML_PAD(begin + n_bytes, int64_t{256}); };
     AttentionParts p;
     p.n_tiles = (q->ne[1] / n_kv * q->ne[2] + n_tile_rows - 1) / n_tile_rows;
     const int64_t n_useful = (k->ne[1] + kKeysOfSplit - 1) / kKeysOfSplit;
     p.n_splits = std::clamp<int64_t>(std::min(kBlocks / (p.n_tiles * n_kv), n_useful), 1, kMaxSplits);
     const int64_t n_rows = p.n_splits > 1 ? p.n_splits * n_kv * p.n_tiles * n_tile_rows : 0;
-    p.partial = after(0, ggml_nelements(q) * static_cast<int64_t>(ggml_type_size(type)));
-    p.sums = after(p.partial, n_rows * head_dim * static_cast<int64_t>(sizeof(ggml_fp16_t)));
-    p.end = after(p.sums, n_rows * (head_dim / 256) * static_cast<int64_t>(2 * sizeof(float)));
+    p.partial = after_part(0, ggml_nelements(q) * static_cast<int64_t>(ggml_type_size(type)));
+    p.sums = after_part(p.partial, n_rows * head_dim * static_cast<int64_t>(sizeof(ggml_fp16_t)));
+    p.end = after_part(p.sums, n_rows * (head_dim / 256) * static_cast<int64_t>(2 * sizeof(float)));
     return p;
 }
 
@@ -59,7 +65,7 @@ ggml_tensor* attend_by_kernel(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k,
     std::memcpy(&userdata, &range, sizeof range);
     const int64_t width = q->ne[0] * q->ne[1], row = width * static_cast<int64_t>(ggml_type_size(type));
     const AttentionParts parts = attention_parts(q, k, type);
-    const int64_t n_rows = parts.n_splits > 1 ? (parts.end + row - 1) / row : q->ne[2];
+    const int64_t n_rows = parts.n_splits > 1 ? rows_for(parts.end, row) : q->ne[2];
     ggml_tensor* sources[] = {q, k, v};
     ggml_tensor* node =
         ggml_custom_4d(ctx, type, width, n_rows, 1, 1, sources, 3, only_on_devices, 1, userdata);

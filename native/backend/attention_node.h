@@ -8,7 +8,8 @@
 namespace pydiffusion {
 
 // Whether the kernels can compute it: q [head_dim, n_head, n_tokens] as float32 or float16, k and v
-// [head_dim, n_rows, n_head_kv] as float16. On the GPU it needs Backend::attends() too.
+// [head_dim, n_rows, n_head_kv] as float16, not in the host's memory (of layers on the CPU). On the GPU it
+// needs Backend::attends() too.
 bool can_attend_by_kernel(const ggml_tensor* q, const ggml_tensor* k, const ggml_tensor* v);
 
 // As attend() of attention.h, on a device; the result has this type, F32 or BF16. Rows after k's and v's are

@@ -54,8 +54,8 @@ class Backend {
     // Whether they compute it in turn nevertheless, for graphs that end before join_branches.
     void set_in_turn(bool in_turn) const;
 
-    // Whether graphs run on devices, with ggml's attention and matmuls, and a StepBackend runs sampling and
-    // self-conditioning. If not, both are nodes of the graph.
+    // Whether graphs run on devices, and a StepBackend runs sampling and self-conditioning. If not, both are
+    // nodes of the graph.
     bool on_device() const { return step_backend_ != nullptr; }
     bool has_gpu() const { return has_gpu_; }
     int32_t n_devices() const { return static_cast<int32_t>(devices_.size()); }

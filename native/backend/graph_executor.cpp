@@ -121,7 +121,11 @@ void GraphExecutor::launch(ggml_cgraph* graph, const std::function<bool()>& canc
 
 void GraphExecutor::compute(ggml_cgraph* graph, const std::function<bool()>& cancelled) {
     launch(graph, cancelled);
-    if (backend_.on_device()) ggml_backend_sched_synchronize(scheduler_.get());
+    finish();
+}
+
+void GraphExecutor::finish() {
+    if (scheduler_) ggml_backend_sched_synchronize(scheduler_.get());
 }
 
 void GraphExecutor::compute_nodes(ggml_cgraph* nodes, const std::function<bool()>& cancelled) {

@@ -30,6 +30,8 @@ class GraphExecutor {
     // The same, but on a device it may still run when this returns: what the devices are given next comes
     // after it, and an error may become known no sooner than there.
     void launch(ggml_cgraph* graph, const std::function<bool()>& cancelled);
+    // Returns when what was launched has ended.
+    void finish();
     // Number of splits of the graph allocated last: a new one wherever the device changes.
     int n_splits() const { return scheduler_ ? ggml_backend_sched_get_n_splits(scheduler_.get()) : 1; }
     // Runs nodes that are already allocated, all of them on the main device.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 #include <functional>
 #include <limits>
 
@@ -9,6 +10,7 @@
 #include "backend/cpu/attention.h"
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/measure_logits.h"
+#include "backend/cpu/top_k.h"
 #include "backend/expert_nodes.h"
 #include "backend/mlp_beside.h"
 #include "backend/step_backend.h"
@@ -196,6 +198,10 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
                     4.0 * static_cast<double>(ggml_nelements(node)) * static_cast<double>(b->ne[1]);
                 cost.bytes += 2.0 * static_cast<double>(ggml_nelements(b) / ggml_blck_size(b->type)) *
                               static_cast<double>(ggml_type_size(b->type));
+            } else if (is_route(node)) {
+                cost.operations +=
+                    2.0 * static_cast<double>(ggml_nelements(a)) * static_cast<double>(b->ne[1]);
+                cost.bytes += static_cast<double>(ggml_nbytes(a));
             } else if (is_attend_by_kernel(node)) {
                 cost.operations +=
                     4.0 * static_cast<double>(ggml_nelements(a)) * static_cast<double>(b->ne[1]);
@@ -269,10 +275,31 @@ std::map<std::string, Denoiser::PartCost> Denoiser::profile(GraphExecutor& execu
         canvas->step().previous_temperature = canvas->step().temperature;
         conditioning.seconds +=
             time([&, canvas = canvas, n = n] { canvas->condition(model_.weights.token_embd.tensor, n); });
-        conditioning.bytes += row_bytes * static_cast<double>(n);
+        conditioning.bytes += sizeof(float) * static_cast<double>(n * n_sums(model_.hparams.n_vocab));
     }
     return costs;
 }
+
+namespace {
+
+// Waits for a graph that was launched when an error ends what should have come after it: what it reads and
+// writes may be changed then.
+class FinishedAfterError {
+  public:
+    explicit FinishedAfterError(GraphExecutor& executor)
+        : executor_(executor), n_exceptions_(std::uncaught_exceptions()) {}
+    ~FinishedAfterError() {
+        if (std::uncaught_exceptions() > n_exceptions_) executor_.finish();
+    }
+    FinishedAfterError(const FinishedAfterError&) = delete;
+    FinishedAfterError& operator=(const FinishedAfterError&) = delete;
+
+  private:
+    GraphExecutor& executor_;
+    const int n_exceptions_;
+};
+
+}  // namespace
 
 void Denoiser::step(const std::vector<Slot>& slots, GraphExecutor& executor) {
     const auto lock = model_.backend.lock_devices();
@@ -298,6 +325,8 @@ void Denoiser::step(const std::vector<Slot>& slots, GraphExecutor& executor) {
     ggml_backend_tensor_set(canvas_, tokens.data(), 0, tokens.size() * sizeof(int32_t));
     built_->set_positions(positions);
     for (const Slot& slot : slots) slot.state->condition(model_.weights.token_embd.tensor, slot.n_tokens());
+    for (const Slot& slot : slots) slot.state->step_.n_summed = 0;  // the graph overwrites the logits
+    const FinishedAfterError running(executor);
     executor.launch(built_->graph, [&] {  // measure() comes after it
         return std::all_of(slots.begin(), slots.end(), [](const Slot& slot) { return slot.cancel->load(); });
     });

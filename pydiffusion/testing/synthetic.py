@@ -76,6 +76,11 @@ SHAPES = MappingProxyType(
             2, 2, d=256, dense=256, experts=4, used=2, expert=256, vocab=1024, window=32,
             heads=4, heads_kv=2, heads_kv_full=1, head_dim=64, head_dim_full=128,
         ),
+        # tiny, with the released model's heads
+        "tiny-heads": _shape(
+            2, 2, d=256, dense=256, experts=4, used=2, expert=256, vocab=1024, window=32,
+            heads=2, heads_kv=1, heads_kv_full=1, head_dim=256, head_dim_full=512,
+        ),
     }
 )  # fmt: skip
 _NORMAL, _CONTROL, _BYTE = 1, 3, 6  # types of tokens

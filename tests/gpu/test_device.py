@@ -17,6 +17,7 @@ from support.parity import CASES, MAX_BOUND, MEAN_BOUND, Q8_0_CACHE_MEAN, SOURCE
 from pydiffusion import DiffusionModel, DraftEvent, GenerationOptions, _native, devices
 from pydiffusion.convert import convert
 from pydiffusion.errors import PyDiffusionError, UnsupportedModelError
+from pydiffusion.testing.synthetic import write_synthetic
 
 GPUS = [device.name for device in devices()]
 #: The CPU in place of a GPU, as one device and as two, with the graph of ggml's operations and with that of
@@ -184,6 +185,24 @@ def test_partial_offload(
             assert_within(difference, 10 * MEAN_BOUND, 10 * MAX_BOUND)
         else:
             assert np.array_equal(results[1][key], logits)
+
+
+@pytest.mark.parametrize(("n_gpu_layers", "n_cpu_moe"), [(1, 0), (-1, 1)])
+def test_partial_offload_with_a_float16_cache(
+    device: str, n_gpu_layers: int, n_cpu_moe: int, tmp_path: Path
+) -> None:
+    """Heads and a cache for which Hopper has attention of ours, which layers on the CPU can't use."""
+    file = write_synthetic("tiny-heads", tmp_path / "model.gguf", "f32")
+    prompt = list(range(300, 360))
+    canvas = np.arange(400, 656, dtype=np.int32)
+    results = []
+    for arguments in ({}, {"n_gpu_layers": n_gpu_layers, "n_cpu_moe": n_cpu_moe}):
+        model = open_on(file, device, "f16", **arguments)
+        session = _native.Session(model, 512)
+        session.encode(prompt)
+        results.append(session.denoise(canvas[: model.canvas_length]))
+    bound = (1e-4 if "host" in device else 1e-2) * float(results[0].std())
+    assert compare(results[1], results[0]).mean <= bound
 
 
 OPTIONS = GenerationOptions(max_tokens=40, steps=6, seed=5, dropped_mass=1e-4)

@@ -91,7 +91,7 @@ struct MergedRows {
             float top = maximum[h];
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) top = fmaxf(top, sums[i][h].x);
-            const float factor = sum[h] == 0.0f ? 0.0f : exp2_of((maximum[h] - top) * kLog2E);
+            const float factor = sum[h] == 0.0f ? 0.0f : fast_exp2((maximum[h] - top) * kLog2E);
             sum[h] *= factor;
 #pragma unroll
             for (int k = h; k < 4; k += 2) {
@@ -103,7 +103,7 @@ struct MergedRows {
             for (int i = 0; i < kBatch; ++i) {
                 // A split that saw no key has the maximum -infinity.
                 const float own = sums[i][h].y;
-                const float weight = own == 0.0f ? 0.0f : own * exp2_of((sums[i][h].x - top) * kLog2E);
+                const float weight = own == 0.0f ? 0.0f : own * fast_exp2((sums[i][h].x - top) * kLog2E);
                 const uint32_t pairs[4] = {o[i].x, o[i].y, o[i].z, o[i].w};
                 sum[h] += weight;
 #pragma unroll

@@ -44,14 +44,17 @@ __device__ __forceinline__ void exponentials(float (&s)[n][4], RunningSoftmax& s
         maximum = fmaxf(maximum, __shfl_xor_sync(kWholeWarp, maximum, 2));
         // A row that has seen no key yet has no maximum.
         const float base = maximum == -INFINITY ? 0.0f : maximum * kLog2E;
-        softmax.factor[h] = exp2_of(softmax.maximum[h] * kLog2E - base);
+        // Exactly 1 while the maximum stands, or thousands of tiles would add up the rounding of its
+        // logarithm.
+        const float before = softmax.maximum[h];
+        softmax.factor[h] = before == maximum ? 1.0f : fast_exp2((before - maximum) * kLog2E);
         softmax.maximum[h] = maximum;
         float sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < n; ++j) {
 #pragma unroll
             for (int e = 2 * h; e < 2 * h + 2; ++e) {
-                s[j][e] = exp2_of(s[j][e] * kLog2E - base);
+                s[j][e] = fast_exp2(s[j][e] * kLog2E - base);
                 sum += s[j][e];
             }
         }

@@ -15,13 +15,6 @@ namespace pydiffusion::cuda {
 
 // --- arithmetic ---
 
-// 2^x, about 22 bits of it
-__device__ __forceinline__ float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // As half2_of(), in one instruction.
 __device__ __forceinline__ uint32_t packed_half2(float low, float high) {
     uint32_t pair;

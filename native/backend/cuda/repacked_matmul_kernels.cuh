@@ -157,7 +157,8 @@ struct RepackedCopies {
 // A gated tile writes gelu(gate) * up times this, a power of two, as float16. It is the same for all rows, as
 // no block knows a row's maximum. Values have 11 bits from 2^-11 to 65504 * 8, below they are multiples of
 // 2^-21: rows whose largest value is at least 0.004 lose less than a tenth in precision, at 0.001 it is half.
-// Larger values, and sums of 16 of them, become 65504 * 8; NaN and infinity stay what they are.
+// Larger values become 65504 * 8; NaN and infinity stay what they are. A sum of 16 beyond that is infinite:
+// the step then reports results that are not finite, rather than to go on with a wrong sum.
 constexpr float kGatedFactor = 1.0f / 8.0f;
 
 __device__ __forceinline__ float saturated(float x) {
@@ -294,7 +295,7 @@ struct Sixteen {
         uint32_t* to = reinterpret_cast<uint32_t*>(chunk + 32 * sixteen + 16 * (t % 2) + 4 * (t / 2));
         to[0] = byte_permute(rows[0], rows[1], 0x5410);
         to[2] = byte_permute(rows[0], rows[1], 0x7632);
-        if (t == 0) write_sum(chunk, sixteen, saturated(sum));
+        if (t == 0) write_sum(chunk, sixteen, sum);
     }
 };
 

@@ -194,11 +194,11 @@ row::Sums* CudaStepBackend::reserve_sums(const ggml_tensor* logits, int64_t n) {
 }
 
 void CudaStepBackend::measure(ggml_tensor* logits, int64_t n, StepState& state) {
+    state.n_summed = 0;
     select_gpu();
     const std::vector<float> u(state.u.begin(), state.u.begin() + n);
     upload(u_.reserve(n), u);
     auto* sums = state.sums ? static_cast<row::Sums*>(state.sums->data) : reserve_sums(logits, n);
-    state.n_summed = 0;
     sum(logits, n, state.temperature, &state.soft_cap, sums);
     measure_rows<<<static_cast<unsigned>(n), kThreads, 0, stream()>>>(
         static_cast<const float*>(logits->data), logits->ne[0], sums, row::scale_of(state.temperature),
@@ -243,6 +243,9 @@ void CudaStepBackend::condition(const ggml_tensor* logits, const ggml_tensor* em
         const size_t n_bytes = n * soft->ne[0] * sizeof(float);
         check(cudaMemsetAsync(out, 0, n_bytes, stream()), "clearing the soft embeddings");
     }
+    // What measure() needs: out of memory there, the logits of the step before would be lost.
+    u_.reserve(n);
+    measures_.reserve(n);
     if (!state.self_conditioning) return;
     find_kept(logits, n, state);
     // Meanwhile the host learns which positions have no list.

@@ -7,8 +7,6 @@
 
 namespace pydiffusion::cuda {
 
-inline float exp2_of(float x) { return std::exp2(x); }
-
 inline uint32_t packed_half2(float low, float high) { return half2_of(low, high); }
 
 template <int n>
