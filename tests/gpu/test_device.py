@@ -193,7 +193,7 @@ def test_partial_offload_with_a_float16_cache(
 ) -> None:
     """Heads and a cache for which Hopper has attention of ours, which layers on the CPU can't use."""
     file = write_synthetic("tiny-heads", tmp_path / "model.gguf", "f32")
-    prompt = list(range(300, 360))
+    prompt = np.arange(300, 360, dtype=np.int32)
     canvas = np.arange(400, 656, dtype=np.int32)
     results = []
     for arguments in ({}, {"n_gpu_layers": n_gpu_layers, "n_cpu_moe": n_cpu_moe}):

@@ -44,7 +44,7 @@ __device__ __forceinline__ void exponentials(float (&s)[n][4], RunningSoftmax& s
         maximum = fmaxf(maximum, __shfl_xor_sync(kWholeWarp, maximum, 2));
         // A row that has seen no key yet has no maximum.
         const float base = maximum == -INFINITY ? 0.0f : maximum * kLog2E;
-        // Exactly 1 while the maximum stands, or thousands of tiles would add up the rounding of its
+        // Exactly 1 while the maximum stays, or thousands of tiles would add up the rounding of its
         // logarithm.
         const float before = softmax.maximum[h];
         softmax.factor[h] = before == maximum ? 1.0f : fast_exp2((before - maximum) * kLog2E);
