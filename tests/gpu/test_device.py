@@ -200,7 +200,7 @@ def test_partial_offload_with_a_float16_cache(
         model = open_on(file, device, "f16", **arguments)
         session = _native.Session(model, 512)
         session.encode(prompt)
-        results.append(session.denoise(canvas[: model.canvas_length]))
+        results.append(session.denoise(canvas[: model.canvas_length], None))
     bound = (1e-4 if "host" in device else 1e-2) * float(results[0].std())
     assert compare(results[1], results[0]).mean <= bound
 
