@@ -220,14 +220,14 @@ class Bench:
         kernels: str = "auto",
         dense_type: str = "auto",
         n_ctx: int | None = None,
-        **limits: int,
+        gpu_memory: int | None = None,
     ) -> Figures:
-        """Load the model. limits: gpu_memory in bytes, n_sessions."""
         a = self.arguments
         self.model = self.session = None  # frees the memory of an earlier load
         self.n_ctx = n_ctx or max([*a.prompts, a.answer[0] + a.answer[1], a.peaked_prompt]) + 2 * 256
-        placed: Figures = {"n_cpu_moe": n_cpu_moe, "device": a.device, "dense_type": dense_type}
-        placed |= {"gpu_memory": None, **limits}
+        placed: Figures = {
+            "n_cpu_moe": n_cpu_moe, "device": a.device, "gpu_memory": gpu_memory, "dense_type": dense_type,
+        }  # fmt: skip
         self.request = device_request("auto", **placed)
         self.planned = plan(self.file, n_ctx=self.n_ctx, **placed)
         self.free_before = self.free_bytes()

@@ -131,6 +131,8 @@ def test_own_attention_kernel(
         )
     except ValueError as error:
         assert "no attention kernel of ours" in str(error)
+        if "host" not in device:
+            pytest.skip(f"NOT CHECKED: our attention on {device}, which has no kernel of ours for it")
         return
     visible = np.ones((n_tokens, n_visible), bool)
     if window:
