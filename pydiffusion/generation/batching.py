@@ -6,16 +6,19 @@ the same result as if it ran alone. Used by ``DiffusionModel.generate_batch`` an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydiffusion.errors import PyDiffusionError
 from pydiffusion.events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
-from pydiffusion.options import GenerationOptions, ResolvedOptions
+from pydiffusion.options import GenerationOptions, ResolvedOptions, make_options
 
-from .completion import completion_of
+from .chat import ChatSettings
+from .completion import chat_completion_of, completion_of
 from .loop import Generation
 from .streaming import answer_stream
+from .prompt import prompt_ids
 from .token_ids import check_bos, token_array
 
 if TYPE_CHECKING:
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 
     from .token_ids import TokenIds
 
-Outcome = Completion | PyDiffusionError | ValueError
+# TypeError: of a prompt that is no prompt.
+Outcome = Completion | PyDiffusionError | ValueError | TypeError
 
 # Chunked prefill: prompt tokens encoded between two steps, so that the other sequences keep advancing. As
 # many as the encoder takes at a time.
@@ -50,7 +54,7 @@ class ActiveSequence:
         self.n_cached = session.keep(ids)
         self._prompt_left = ids[self.n_cached :]
         self._options = options
-        self._chat = chat
+        self.chat = chat
         self._generation: Generation | None = None
 
     @property
@@ -69,7 +73,7 @@ class ActiveSequence:
             self.session.encode(part)
         self._prompt_left = self._prompt_left[len(part) :]
         if len(self._prompt_left) == 0:
-            answer = answer_stream(self.session, self._options, chat=self._chat)
+            answer = answer_stream(self.session, self._options, chat=self.chat)
             self._generation = Generation(self.session, self._options, answer)
 
     def events(self, step: Step) -> Iterator[Event]:
@@ -112,14 +116,45 @@ class Batch:
             yield sequence, step if isinstance(step, Exception) else sequence.events(step)
 
 
+def requests_of(
+    prompts: Iterable[Any],
+    options: GenerationOptions | Iterable[GenerationOptions] | None,
+    keywords: Mapping[str, Any],
+) -> Iterator[tuple[Any, GenerationOptions]]:
+    """Each prompt with its options: the same for all, or one for each."""
+    if options is None or isinstance(options, GenerationOptions):
+        each: Iterable[GenerationOptions] = itertools.repeat(make_options(options, keywords))
+    else:
+        each = (make_options(one, keywords) for one in options)
+    return zip(prompts, each, strict=False)
+
+
 def generate_batch(
     model: DiffusionModel,
-    requests: Iterable[tuple[str | TokenIds, GenerationOptions]],
+    requests: Iterable[tuple[Any, GenerationOptions]],
     n_parallel: int,
     n_ctx: int | None,
     on_event: Callable[[int, Event], None] | None,
+    settings: ChatSettings | None = None,
 ) -> Iterator[tuple[int, Outcome]]:
-    """See ``DiffusionModel.generate_batch``; requests: prompts and options, consumed as sequences finish."""
+    """See ``DiffusionModel.generate_batch``.
+
+    requests: prompts and options, consumed as sequences finish.  settings: of a chat, whose prompts are
+        messages.
+    """
+    if isinstance(n_parallel, bool) or not isinstance(n_parallel, int) or n_parallel < 1:
+        raise ValueError(f"n_parallel is {n_parallel!r}; permitted is an integer of at least 1")
+    return _outcomes(model, requests, n_parallel, n_ctx, on_event, settings)
+
+
+def _outcomes(
+    model: DiffusionModel,
+    requests: Iterable[tuple[Any, GenerationOptions]],
+    n_parallel: int,
+    n_ctx: int | None,
+    on_event: Callable[[int, Event], None] | None,
+    settings: ChatSettings | None,
+) -> Iterator[tuple[int, Outcome]]:
     batch = Batch(model)
     waiting = enumerate(requests)
     idle: list[Session] = []
@@ -129,11 +164,13 @@ def generate_batch(
             index, (prompt, options) = request
             session = idle.pop() if idle else model.new_session(n_ctx)
             try:
-                ids = model.tokenize(prompt) if isinstance(prompt, str) else prompt
-                sequence = ActiveSequence(session, ids, model.resolve(options))
-                check_bos(model.tokenizer, token_array(ids, model.n_vocab))
+                if settings is not None:
+                    prompt, options = settings.prompt(model, prompt), settings.options(model, options)
+                ids = prompt_ids(model, prompt)
+                sequence = ActiveSequence(session, ids, model.resolve(options), chat=settings is not None)
+                check_bos(model.tokenizer, ids)
                 sequences[sequence] = index, []
-            except (PyDiffusionError, ValueError) as error:
+            except (PyDiffusionError, ValueError, TypeError) as error:
                 idle.append(session)
                 yield index, error
         if not sequences:
@@ -164,5 +201,8 @@ def _outcome(
             on_event(index, event)
         if not isinstance(event, DraftEvent):
             kept.append(event)
-    finished = bool(kept) and isinstance(kept[-1], EndEvent)
-    return completion_of(sequence.session.model.tokenizer, sequence.n_prompt, kept) if finished else None
+    if not (kept and isinstance(kept[-1], EndEvent)):
+        return None
+    if sequence.chat:
+        return chat_completion_of(sequence.n_prompt, sequence.n_cached, kept)
+    return completion_of(sequence.session.model.tokenizer, sequence.n_prompt, kept)

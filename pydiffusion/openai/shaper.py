@@ -6,13 +6,13 @@ Shared by the library's functions (``responses``) and the server (``answers``), 
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pydiffusion.chat.messages import call_object
 from pydiffusion.chat.output_parser import Content, Part, Reasoning
 from pydiffusion.events import CanvasEvent, Completion, EndEvent
 
@@ -200,11 +200,7 @@ class ChatMessage:
         if isinstance(part, Reasoning):
             self.reasoning += part.text
             return {"reasoning_content": part.text}
-        call = {
-            "id": f"call_{uuid.uuid4().hex[:24]}",
-            "type": "function",
-            "function": {"name": part.name, "arguments": json.dumps(part.arguments, ensure_ascii=False)},
-        }
+        call = call_object(part)
         self.tool_calls.append(call)
         return {"tool_calls": [{"index": len(self.tool_calls) - 1, **call}]}
 

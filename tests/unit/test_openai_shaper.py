@@ -81,6 +81,7 @@ def library(events: list[Event], *, chat: bool, stream: bool) -> Any:
     model: Any = SimpleNamespace(
         name="m",
         n_ctx_train=64,
+        n_vocab=64,
         chat_prompt=lambda messages, **variables: [1] * N_PROMPT,
         new_session=lambda: session,
         stream=lambda prompt, options, session: iter(events),
