@@ -377,8 +377,8 @@ class DiffusionModel(AsyncMethods):
         """As ``generate_batch``, for conversations: yields (index, ChatCompletion or error)."""
         check_prompts(conversations, "conversations", "model.chat")
         settings = ChatSettings(tools, enable_thinking, chat_template_kwargs)
-        requests = batching.requests_of(conversations, options, keywords)
-        return batching.generate_batch(self, requests, n_parallel, n_ctx, on_event, settings)
+        requests = batching.requests_of(conversations, options, keywords, settings)
+        return batching.generate_batch(self, requests, n_parallel, n_ctx, on_event)
 
     def infill(
         self,
