@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from . import _native
 from ._util import hub
@@ -460,6 +460,12 @@ class DiffusionModel(AsyncMethods):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a DiffusionModel can't be pickled or copied: open {self.path} in each process; threads can share"
+            " one, and sessions share its weights"
+        )
 
     def __repr__(self) -> str:
         return f"DiffusionModel({os.fspath(self.path)!r}, n_ctx={self.n_ctx})"
