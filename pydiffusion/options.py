@@ -354,6 +354,22 @@ def _from_file(name: str, key: str | None, reference: Any, metadata: Mapping[str
         raise ModelFormatError(f"{key}: {error}") from None
 
 
+# Below any difference between logits that matters, so that the draws are the argmax.
+_GREEDY_TEMPERATURE = 1e-6
+
+
+def at_temperature(temperature: float) -> dict[str, Any]:
+    """The keywords of GenerationOptions that a caller's temperature means.
+
+    0: the most likely tokens and a fixed seed, so equal requests get equal texts. Other values mean nothing.
+    Options that are given beside it count; a seed of None does not. Raises OptionError for anything but a
+    finite number of at least 0.
+    """
+    if _number("temperature", temperature) > 0:
+        return {}
+    return {"t_min": _GREEDY_TEMPERATURE, "t_max": _GREEDY_TEMPERATURE, "seed": 0}
+
+
 def make_options(options: GenerationOptions | None, keywords: Mapping[str, Any]) -> GenerationOptions:
     """Return ``options``, or build them from keywords; TypeError for both at once or an unknown keyword."""
     if options is None:
