@@ -362,8 +362,8 @@ _MAX_TEMPERATURE = 100.0
 def at_temperature(temperature: float, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The keywords of GenerationOptions that a caller's temperature means.
 
-    0: the most likely tokens and a fixed seed, so equal requests get equal texts. Other values scale t_min and
-    t_max: 1 is the schedule of the file, whose metadata is given, else of the reference.
+    0: the most likely tokens and a fixed seed, so equal requests get equal texts. Other values scale t_min
+    and t_max: 1 is the schedule of the file, whose metadata is given, else of the reference.
     Raises OptionError for anything but a number from 0 to 100.
     """
     from ._util.sampler_options import file_options, sampler_of  # loads the extension
