@@ -70,8 +70,9 @@ class Request:
 class Terms:
     """What a server accepts.
 
-    names: of its model, the first for responses; any other name stands for it too.  strict: refuse such
-    names, and fields without effect.  special: control tokens spelled out in prompt texts are such by default.
+    names: of its model, the first for responses; any other name stands for it too.
+    strict: refuse such names, and fields without effect.
+    special: control tokens spelled out in prompt texts are such by default.
     """
 
     names: tuple[str, ...]
