@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from .events import ChatCompletion, Completion, Event
 
 _N_AUTOMATA = 16
+
+log = logging.getLogger("pydiffusion")
 
 
 class DiffusionModel(AsyncMethods):
@@ -137,6 +140,7 @@ class DiffusionModel(AsyncMethods):
         self._chat_template: ChatTemplate | None = None
         self._template_lock = threading.Lock()
         self._automata: dict[Any, Automaton] = {}
+        log.info("opened %s: %s, context %d", self.path, self.description, self.n_ctx)
 
     @classmethod
     def from_pretrained(

@@ -93,7 +93,9 @@ class AsyncMethods:
         **keywords: Any,
     ) -> Infill:
         """As ``DiffusionModel.infill``, with its keywords. At once as ``agenerate``."""
-        return await self._in_turn(session, lambda s: self._model.infill(text, options, session=s, **keywords))
+        return await self._in_turn(
+            session, lambda s: self._model.infill(text, options, session=s, **keywords)
+        )
 
     async def aedit(
         self,

@@ -46,7 +46,8 @@ class Answer(Response):
         if layout is None:
             return TextChoice(index, n_prompt, head)
         suffixed = not isinstance(self._request, InfillRequest)
-        return FilledChoice(index, n_prompt, layout, self._tokenizer, head, suffixed=suffixed)
+        stops = self._request.hole_stops
+        return FilledChoice(index, n_prompt, layout, self._tokenizer, head, suffixed=suffixed, stops=stops)
 
     def _usage(self) -> Json:
         usage = super()._usage()

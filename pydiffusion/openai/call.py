@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from pydiffusion.errors import OptionError
 from pydiffusion.options import GenerationOptions, ResolvedOptions, integer_option, make_options
 
-from .parameters import schema_of
-from .requests import IGNORED, MAX_CHOICES, UNSUPPORTED
+from .fields import IGNORED, UNSUPPORTED
+from .parameters import schema_of, with_temperature
+from .requests import MAX_CHOICES
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
@@ -48,6 +49,7 @@ class Call:
         self.include_usage, self.drafts = _what_to_stream(stream, stream_options)
         self.ignored = [name for name in options if name in _IGNORED and options[name] is not None]
         self.options = {name: value for name, value in options.items() if not _is_foreign(name, value)}
+        self._temperature = self.options.pop("temperature", None)
         if response_format is not None:
             self.options["json_schema"] = _schema(response_format, self.options.get("json_schema"))
         self._n = integer_option("n", n, 1, MAX_CHOICES)
@@ -59,7 +61,8 @@ class Call:
 
     def each_given(self, **own: Any) -> list[GenerationOptions]:
         """As ``each_choice``, without the defaults of the model."""
-        given = make_options(None, {"seed": self._seed, **own, **self.options})
+        named = {"seed": self._seed, **own, **self.options}
+        given = make_options(None, with_temperature(named, self._temperature, self.model))
         seeds = [None if given.seed is None else (given.seed + i) % 2**64 for i in range(self._n)]
         return [replace(given, seed=seed) for seed in seeds]
 

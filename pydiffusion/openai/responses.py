@@ -15,7 +15,7 @@ from pydiffusion.errors import OptionError
 from pydiffusion.events import DraftEvent
 from pydiffusion.generation.infill import Layout, lay_out_suffix, prepare
 from pydiffusion.generation.prompt import prompt_ids, session_for
-from pydiffusion.options import ResolvedOptions
+from pydiffusion.options import GenerationOptions, ResolvedOptions
 
 from .call import Call
 from .parameters import no_thinking, token_limit
@@ -48,7 +48,8 @@ def create_completion(
 ) -> Json | Iterator[Json]:
     """Complete a prompt.
 
-    suffix: text after the completion, held on the same canvas, which limits the completion.
+    suffix: text after the completion, held on the same canvas, which limits the completion; its tokens count
+        as the prompt's.
     max_tokens: None or -1 generates until eos or the end of the context.
     n: number of choices, made one after the other from one prefill; choice i has the seed ``seed + i``.
     echo: prepend the prompt to the text.
@@ -57,8 +58,9 @@ def create_completion(
     stream: return an iterator of chunks.  stream_options: ``include_usage`` for a last chunk with the usage,
         ``diffusion`` for a chunk per denoising step.
     model: model name in the response; session: see ``DiffusionModel.generate``.
-    options: the other fields of GenerationOptions. Parameters of OpenAI's API and of llama-cpp-python that
-        mean nothing here are ignored and listed in ``ignored_parameters``.
+    options: the other fields of GenerationOptions, and ``temperature`` as the server takes it. Parameters of
+        OpenAI's API and of llama-cpp-python that mean nothing here are ignored, and listed in
+        ``ignored_parameters``.
     Raises TypeError for an unknown parameter, ValueError for a value out of range.
     """
     call = Call(diffusion_model, options, n, seed, response_format, stream, stream_options)
@@ -69,9 +71,9 @@ def create_completion(
     if suffix is None or suffix == "":
         each = call.each_choice(max_tokens=limit, stop=stop)
     else:
-        layout, each = _around_suffix(call, suffix, limit, ids.tolist(), session.n_ctx, stop)
+        layout, each = _around_suffix(call, suffix, limit, ids.tolist(), session.n_ctx)
     head = "" if not echo else prompt if isinstance(prompt, str) else diffusion_model.detokenize(ids)
-    choices = [_text_choice(call, i, len(ids), head, layout) for i in range(n)]
+    choices = [_text_choice(call, i, len(ids), head, layout, stop) for i in range(n)]
     return _respond(call, model, choices, _reports(call, session, ids, each, chat=False), chat=False)
 
 
@@ -119,21 +121,26 @@ def create_chat_completion(
 
 
 def _around_suffix(
-    call: Call, suffix: Any, limit: int, prompt: Sequence[int], n_ctx: int, stop: Any
+    call: Call, suffix: Any, limit: int, prompt: Sequence[int], n_ctx: int
 ) -> tuple[Layout, list[ResolvedOptions]]:
     """The layout of a completion before a suffix, and the options of each choice."""
     if not isinstance(suffix, str):
         raise OptionError("suffix", f"suffix is {suffix!r}; permitted is a string"[:200])
-    given = call.each_given(stop=stop)
+    given = call.each_given()
     n_canvas = call.model.resolve(given[0]).canvas_length
     layout = lay_out_suffix(call.model, suffix, limit, n_canvas)
     return layout, [prepare(call.model, layout, prompt, options, n_ctx) for options in given]
 
 
-def _text_choice(call: Call, index: int, n_prompt: int, head: str, layout: Layout | None) -> Choice:
+def _text_choice(
+    call: Call, index: int, n_prompt: int, head: str, layout: Layout | None, stop: Any
+) -> Choice:
     if layout is None:
         return TextChoice(index, n_prompt, head)
-    return FilledChoice(index, n_prompt, layout, call.model.tokenizer, head, suffixed=True)
+    stops = GenerationOptions(stop=stop).stop or ()
+    return FilledChoice(
+        index, n_prompt, layout, call.model.tokenizer, head, suffixed=True, stops=tuple(stops)
+    )
 
 
 def _reports(
