@@ -467,8 +467,8 @@ class DiffusionModel(AsyncMethods):
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            f"a DiffusionModel can't be pickled or copied: open {self.path} in each process; threads can share"
-            " one, and sessions share its weights"
+            f"a DiffusionModel can't be pickled or copied: open {self.path} in each process; threads can"
+            " share one, and sessions share its weights"
         )
 
     def __repr__(self) -> str:

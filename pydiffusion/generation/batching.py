@@ -18,8 +18,8 @@ from pydiffusion.options import GenerationOptions, ResolvedOptions, make_options
 from .chat import ChatSettings
 from .completion import chat_completion_of, completion_of
 from .loop import Generation
-from .streaming import answer_stream
 from .prompt import prompt_ids
+from .streaming import answer_stream
 from .token_ids import check_bos, token_array
 
 if TYPE_CHECKING:

@@ -73,8 +73,8 @@ def check_prompts(prompts: Any, name: str, alone: str) -> None:
     """Raise TypeError for what is one prompt, or no collection. alone: the method for a single one."""
     if isinstance(prompts, (str, bytes, Mapping)) or not hasattr(prompts, "__iter__"):
         raise TypeError(
-            f"{name} must be a list or another iterable of them, not {type(prompts).__name__}: give a list, or"
-            f" call {alone} for a single one"
+            f"{name} must be a list or another iterable of them, not {type(prompts).__name__}: give a list,"
+            f" or call {alone} for a single one"
         )
 
 

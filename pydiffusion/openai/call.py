@@ -23,6 +23,7 @@ _IGNORED = frozenset(
 )
 # Refused with values that request something, beside those that the server refuses.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {**UNSUPPORTED, "logits_processor": (), "stopping_criteria": ()}
+_ANY_SEED = -1  # of llama.cpp: draw one
 _STREAM_OPTIONS = ("include_usage", "include_obfuscation", "diffusion")
 
 
@@ -53,7 +54,7 @@ class Call:
         if response_format is not None:
             self.options["json_schema"] = _schema(response_format, self.options.get("json_schema"))
         self._n = integer_option("n", n, 1, MAX_CHOICES)
-        self._seed = seed
+        self._seed = None if seed == _ANY_SEED else seed
 
     def each_choice(self, **own: Any) -> list[ResolvedOptions]:
         """The options of each choice; own: more of them. Raises OptionError, TypeError for an unknown one."""
