@@ -7,7 +7,7 @@ the same result as if it ran alone. Used by ``DiffusionModel.generate_batch`` an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -201,13 +201,27 @@ def requests_of(
     keywords: Mapping[str, Any],
     settings: ChatSettings | None = None,
 ) -> Iterator[BatchRequest]:
-    """Each prompt, or conversation, with its options: the same for all, or one for each."""
+    """Each prompt, or conversation, with its options: the same for all, or one for each.
+
+    Raises ValueError unless there are as many options as prompts; of iterators, when the options run out.
+    """
     if options is None or isinstance(options, GenerationOptions):
-        each: Iterable[GenerationOptions] = itertools.repeat(make_options(options, keywords))
+        each: Iterator[GenerationOptions] = itertools.repeat(make_options(options, keywords))
     else:
+        if isinstance(prompts, Sized) and isinstance(options, Sized) and len(prompts) != len(options):
+            raise ValueError(f"there are {len(prompts)} prompts, but options for {len(options)}")
         each = (make_options(one, keywords) for one in options)
-    pairs = zip(prompts, each, strict=False)
-    return (BatchRequest(prompt, chosen, settings=settings) for prompt, chosen in pairs)
+    return _paired(prompts, each, settings)
+
+
+def _paired(
+    prompts: Iterable[Any], options: Iterator[GenerationOptions], settings: ChatSettings | None
+) -> Iterator[BatchRequest]:
+    for i, prompt in enumerate(prompts):
+        chosen = next(options, None)
+        if chosen is None:
+            raise ValueError(f"there are options for {i} prompts, but more prompts")
+        yield BatchRequest(prompt, chosen, settings=settings)
 
 
 def generate_batch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from support.server_fakes import CALL, ScriptedModel, ask, script
 from tokenizers import Tokenizer, models
 
+from pydiffusion import GenerationOptions
 from pydiffusion.chat.messages import normalize_messages
 
 MODEL = ScriptedModel(script)
@@ -122,6 +124,17 @@ def test_a_prompt_that_is_none_fails_alone() -> None:
     assert outcomes[0].text == outcomes[3].text == "Hello, world!"
     assert isinstance(outcomes[1], TypeError) and "NoneType" in str(outcomes[1])
     assert isinstance(outcomes[2], TypeError) and "model.chat" in str(outcomes[2])
+
+
+def test_fewer_options_than_prompts_are_refused() -> None:
+    """No prompt is left out in silence."""
+    options = [GenerationOptions(seed=1)]
+    with pytest.raises(ValueError, match="there are 2 prompts, but options for 1"):
+        MODEL.generate_batch(["Hello", "you"], options)
+    with pytest.raises(ValueError, match="options for 1 prompts, but more prompts"):
+        list(MODEL.generate_batch(iter(["Hello", "you"]), iter(options)))
+    endless = itertools.repeat(options[0])
+    assert len(list(MODEL.generate_batch(["Hello", "you"], endless))) == 2
 
 
 @pytest.mark.parametrize("text", [None, ask("Hi"), b"a <|hole|>", IDS, ["a <|hole|>"]])
