@@ -62,6 +62,11 @@ _OPEN_ITEMS: int | None = None
 class SchemaError(OptionError):
     """A schema that is unsupported or unsatisfiable; the message says where."""
 
+    @property
+    def what(self) -> str:
+        """The message without the option's name."""
+        return str(self).removeprefix("json_schema").lstrip(",: ")
+
 
 def schema_to_regex(schema: Mapping[str, Any] | bool, syntax: Syntax = JSON) -> Piece:
     """Convert a schema. syntax: how values are written. Raises SchemaError.
@@ -182,18 +187,7 @@ class _Compiler:
         return pieces[0] if len(pieces) == 1 else choice(pieces)
 
     def _resolved(self, reference: Any, where: str) -> Any:
-        if not isinstance(reference, str) or not reference.startswith("#"):
-            raise _error(where, f"the reference {reference!r} is not supported: only those within the schema")
-        target = self._root
-        for part in reference[1:].split("/")[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(target, Mapping) and name in target:
-                target = target[name]
-            elif isinstance(target, list) and name.isdigit() and int(name) < len(target):
-                target = target[int(name)]
-            else:
-                raise _error(where, f"the reference {reference!r} does not resolve")
-        return target
+        return resolved(self._root, reference, where)
 
     def _one_of_values(self, values: Any, schema: Mapping[str, Any], others: set[str], where: str) -> Piece:
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
@@ -253,7 +247,11 @@ class _Compiler:
                     raise Unsatisfiable("it must have a property and may have none: nothing satisfies it")
                 return Piece(r"\{\}", 2)
             member = sequence(
-                [self._syntax.any_key, self._syntax.colon, self.value(more, where + "/additionalProperties", refs)]
+                [
+                    self._syntax.any_key,
+                    self._syntax.colon,
+                    self.value(more, where + "/additionalProperties", refs),
+                ]
             )
             return sequence([Piece(r"\{"), _separated(member, low, high, self._syntax), Piece(r"\}")])
         named = dict(properties)
@@ -324,6 +322,22 @@ class _Compiler:
         )  # fmt: skip
 
 
+def resolved(root: Any, reference: Any, where: str = "") -> Any:
+    """What a ``$ref`` within a schema refers to. Raises SchemaError."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        raise _error(where, f"the reference {reference!r} is not supported: only those within the schema")
+    target = root
+    for part in reference[1:].split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(target, Mapping) and name in target:
+            target = target[name]
+        elif isinstance(target, list) and name.isdigit() and int(name) < len(target):
+            target = target[int(name)]
+        else:
+            raise _error(where, f"the reference {reference!r} does not resolve")
+    return target
+
+
 def _error(where: str, what: str) -> SchemaError:
     return SchemaError("json_schema", f"json_schema{', at ' + where[1:] if where else ''}: {what}")
 
@@ -382,7 +396,11 @@ def _members(members: Sequence[tuple[Piece, bool]], syntax: Syntax) -> Piece:
 
 def _anything(depth: int, syntax: Syntax) -> Piece:
     scalar = choice(
-        [syntax.characters(0, None), Piece(number_between(None, None, None, None), 40), Piece("true|false|null", 5)]
+        [
+            syntax.characters(0, None),
+            Piece(number_between(None, None, None, None), 40),
+            Piece("true|false|null", 5),
+        ]
     )
     if depth == 0:
         return scalar

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from .byte_dfa import FIRST_MARKER, MAX_MARKERS
 from .character_classes import Ranges, as_class, complement
 from .regex import JSON_CHARACTER, Piece, in_json_string, in_text, literal, sequence
 
-# The code points of an expression that stand for marker tokens. They are surrogates, which no text has.
-FIRST_MARKER = 0xD800
-MAX_MARKERS = 8
 # Control characters other than tab, line feed and carriage return, surrogates, and the noncharacters that
 # `output_parser` needs when it reads a constrained answer.
 _NEVER_IN_TEXT = [(0, 8), (11, 12), (14, 31), (127, 159), (0xD800, 0xDFFF), (0xFDD0, 0xFDEF)]
@@ -24,7 +22,8 @@ TEXT_CHARACTER = as_class(TEXT_RANGES)
 
 def marker(index: int) -> Piece:
     """The marker token of this index in the list that ``Automaton`` gets."""
-    return Piece(chr(FIRST_MARKER + index), 1)
+    assert index < MAX_MARKERS
+    return Piece(chr(FIRST_MARKER + index))
 
 
 @dataclass(frozen=True)
@@ -76,14 +75,17 @@ JSON = Syntax(
 )
 
 
-def marked(quote: Piece, bare_key: str, sorts_keys: bool) -> Syntax:
-    """A notation with strings between markers, without escapes, and with keys that need no quotes.
+def call_arguments(quote: Piece | None, bare_key: str, sorts_keys: bool) -> Syntax:
+    """The notation of a chat format's calls: without spaces, keys without quotes, strings between markers.
 
-    bare_key: expression for the keys without quotes.
+    quote: the marker around strings, which have no escapes; None: strings are JSON's.
+    bare_key: regular expression of the keys that need no quotes.
     """
     colon, comma = Piece(":"), Piece(",")
 
     def text(value: str) -> Piece:
+        if quote is None:
+            return _json(value)
         if not re.fullmatch(f"{TEXT_CHARACTER}*", value):
             raise ValueError(f"{value!r} has a control character, which a tool call can't hold"[:200])
         return sequence([quote, literal(value), quote])
@@ -102,17 +104,17 @@ def marked(quote: Piece, bare_key: str, sorts_keys: bool) -> Syntax:
             return sequence([Piece(r"\{"), *separated(pairs), Piece(r"\}")])
         if isinstance(given, Sequence):
             return sequence([Piece(r"\["), *separated(map(value, given)), Piece(r"\]")])
-        return literal(json.dumps(given))
+        return _json(given)
 
     syntax = Syntax(
         colon=colon,
         comma=comma,
-        character=TEXT_CHARACTER,
-        quote=quote,
-        in_string=partial(in_text, permitted=TEXT_RANGES),
+        character=JSON.character if quote is None else TEXT_CHARACTER,
+        quote=JSON.quote if quote is None else quote,
+        in_string=JSON.in_string if quote is None else partial(in_text, permitted=TEXT_RANGES),
         value=value,
         key=key,
-        any_key=Piece(bare_key),
+        any_key=Piece("[A-Za-z_][A-Za-z0-9_]*"),
         sorts_keys=sorts_keys,
     )
     return syntax
