@@ -1,9 +1,9 @@
-"""Constrained decoding: text that is guaranteed to match a JSON schema or a regular expression, and tool calls
-whose arguments are guaranteed to match schemas.
+"""Constrained decoding: text that is guaranteed to match a JSON schema or a regular expression, and tool
+calls whose arguments are guaranteed to match schemas.
 
-``schema``, ``regex`` and ``calls`` reduce the constraint to one plain regular expression, ``byte_dfa`` compiles it to a
-DFA over UTF-8 bytes, ``token_automaton`` lifts that to the tokens of a vocabulary, and ``guide`` finds the
-most likely accepted canvas at every denoising step.
+``schema``, ``regex`` and ``calls`` reduce the constraint to one plain regular expression, ``byte_dfa``
+compiles it to a DFA over UTF-8 bytes, ``token_automaton`` lifts that to the tokens of a vocabulary, and
+``guide`` finds the most likely accepted canvas at every denoising step.
 """
 
 from __future__ import annotations

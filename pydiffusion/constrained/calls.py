@@ -1,4 +1,4 @@
-"""Tool calls as a regular expression: in a chat format's own notation, with arguments that satisfy schemas."""
+"""Tool calls as a regular expression: in a chat format's notation, with arguments that satisfy schemas."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class ToolChoice:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """What follows from a request's tools.
+    """The consequences of a request's tools.
 
     shown: the tools that the template gets, None for none.
     constraint: options of GenerationOptions that constrain the answer, empty for none.
@@ -121,7 +121,7 @@ def _parameters(function: Mapping[str, Any], any_arguments: bool) -> Any:
 
 
 def _instead_of_calls(constraint: Mapping[str, Any]) -> Any:
-    """What may stand in place of calls."""
+    """The answers other than calls that are permitted."""
     if not constraint:
         return "text"
     if "json_schema" in constraint:
