@@ -6,7 +6,6 @@ missing; text or a code fence around a call; double brackets; arguments as JSON 
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any, NamedTuple
 
@@ -149,7 +148,7 @@ class _LenientReader(CallReader):
         ahead = self._text[self.at : len(self._text) if end < 0 else end]
         word = re.match(rf"[^,;{re.escape(_CLOSERS)}]*", ahead)
         assert word is not None
-        if end < 0 or word.end() < len(ahead.rstrip()) and not self._goes_on(ahead):
+        if end < 0 or (word.end() < len(ahead.rstrip()) and not self._goes_on(ahead)):
             return self._words(word[0])
         if ahead.rstrip()[-1:] not in tuple(":=,[{("):  # a string without its first mark
             self.at = end + len(QUOTE)
