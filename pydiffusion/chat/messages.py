@@ -86,8 +86,8 @@ def _message(message: Any, where: str) -> Message:
 
 
 def _link_results(messages: list[Message]) -> None:
-    """Give tool results without a ``tool_call_id`` that of the call that they answer, in which templates look up
-    the function's name: Ollama's API has no ids.
+    """Give tool results without a ``tool_call_id`` that of the call that they answer, by which templates look
+    up the function's name: Ollama's API has no ids.
     """
     calls: list[dict[str, Any]] = []  # of the last turn, without a result so far
     for i, message in enumerate(messages):
@@ -109,10 +109,11 @@ def _answered_call(result: Message, calls: list[dict[str, Any]]) -> dict[str, An
         return next((call for call in calls if call.get("id") == result["tool_call_id"]), None)
     if "name" not in result:
         return next(iter(calls), None)
-    functions = ((call, call.get("function")) for call in calls)
-    return next(
-        (call for call, f in functions if isinstance(f, dict) and f.get("name") == result["name"]), None
-    )
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, dict) and function.get("name") == result["name"]:
+            return call
+    return None
 
 
 def _content(content: Any, where: str) -> str | list[dict[str, Any]]:

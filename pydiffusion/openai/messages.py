@@ -42,10 +42,8 @@ def _check(message: Any, where: str, follows_calls: bool) -> None:
         _check_calls(message["tool_calls"], f"{where}.tool_calls")
     call_id = message.get("tool_call_id")
     if role == "tool" and not isinstance(call_id, str) and not (call_id is None and follows_calls):
-        raise invalid(
-            f"{where}.tool_call_id is missing, and no tool call is before this message",
-            f"{where}.tool_call_id",
-        )
+        what = "is missing, and no tool call is before this message"
+        raise invalid(f"{where}.tool_call_id {what}", f"{where}.tool_call_id")
 
 
 def _check_part(part: Any, where: str) -> None:
