@@ -16,9 +16,9 @@ from .session_thread import SessionThread
 if TYPE_CHECKING:
     from pydiffusion.events import ChatCompletion, Completion, Event
     from pydiffusion.model import DiffusionModel
+    from pydiffusion.openai.chat import Messages
     from pydiffusion.session import Session
 
-    from .chat import Messages
     from .infill import Infill
     from .token_ids import TokenIds
 

@@ -15,7 +15,6 @@ from pydiffusion.errors import PyDiffusionError
 from pydiffusion.events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
 from pydiffusion.options import GenerationOptions, ResolvedOptions, make_options
 
-from .chat import ChatSettings
 from .completion import chat_completion_of, completion_of
 from .loop import Generation
 from .prompt import prompt_ids
@@ -25,6 +24,7 @@ from .token_ids import check_bos, token_array
 if TYPE_CHECKING:
     from pydiffusion._native import Step
     from pydiffusion.model import DiffusionModel
+    from pydiffusion.openai.chat import ChatSettings
     from pydiffusion.session import Session
 
     from .token_ids import TokenIds
@@ -177,7 +177,8 @@ def batched_events(
 def _begin(model: DiffusionModel, session: Session, request: BatchRequest) -> ActiveSequence:
     prompt, options, settings = request.prompt, request.options, request.settings
     if settings is not None:
-        prompt, options = settings.prompt(model, prompt), settings.options(model, options)
+        prepared = settings.prepare(model, prompt, options)
+        prompt, options = prepared.prompt, prepared.options
     ids = prompt_ids(model, prompt)
     chat = request.chat or settings is not None
     sequence = ActiveSequence(session, ids, model.resolve(options), chat=chat)

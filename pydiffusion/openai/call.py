@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from pydiffusion.errors import OptionError
-from pydiffusion.options import GenerationOptions, ResolvedOptions, integer_option, make_options
+from pydiffusion.options import CONSTRAINTS, GenerationOptions, ResolvedOptions, integer_option, make_options
 
 from .fields import IGNORED, UNSUPPORTED
 from .parameters import schema_of, with_temperature
@@ -52,20 +52,29 @@ class Call:
         self.options = {name: value for name, value in options.items() if not _is_foreign(name, value)}
         self._temperature = self.options.pop("temperature", None)
         if response_format is not None:
-            self.options["json_schema"] = _schema(response_format, self.options.get("json_schema"))
+            self._take_format(response_format)
         self._n = integer_option("n", n, 1, MAX_CHOICES)
         self._seed = None if seed == _ANY_SEED else seed
 
-    def each_choice(self, **own: Any) -> list[ResolvedOptions]:
-        """The options of each choice; own: more of them. Raises OptionError, TypeError for an unknown one."""
-        return [self.model.resolve(options) for options in self.each_given(**own)]
-
-    def each_given(self, **own: Any) -> list[GenerationOptions]:
-        """As ``each_choice``, without the defaults of the model."""
+    def given(self, **own: Any) -> GenerationOptions:
+        """The options given; own: more of them. Raises OptionError, TypeError for an unknown one."""
         named = {"seed": self._seed, **own, **self.options}
-        given = make_options(None, with_temperature(named, self._temperature, self.model))
-        seeds = [None if given.seed is None else (given.seed + i) % 2**64 for i in range(self._n)]
-        return [replace(given, seed=seed) for seed in seeds]
+        return make_options(None, with_temperature(named, self._temperature, self.model))
+
+    def each_choice(self, first: ResolvedOptions) -> list[ResolvedOptions]:
+        """The options of each choice, which differ in the seed."""
+        return [replace(first, seed=(first.seed + i) % 2**64) for i in range(self._n)]
+
+    def _take_format(self, response_format: Any) -> None:
+        schema = schema_of(response_format)
+        if schema is None:
+            return
+        for name in CONSTRAINTS:
+            if self.options.get(name) is not None:
+                raise OptionError(
+                    "response_format", f"response_format and {name} exclude each other: give one"
+                )
+        self.options["json_schema"] = schema
 
 
 def _is_foreign(name: str, value: Any) -> bool:
@@ -75,13 +84,6 @@ def _is_foreign(name: str, value: Any) -> bool:
     if name in _UNSUPPORTED and value is not None and value not in _UNSUPPORTED[name]:
         raise OptionError(name, f"{name} is not supported with the value {value!r}: leave it out"[:200])
     return True
-
-
-def _schema(response_format: Any, json_schema: Any) -> Any:
-    schema = schema_of(response_format)
-    if schema is not None and json_schema is not None:
-        raise OptionError("response_format", "response_format and json_schema exclude each other: give one")
-    return json_schema if schema is None else schema
 
 
 def _what_to_stream(stream: Any, given: Any) -> tuple[bool, bool]:

@@ -7,10 +7,10 @@ response and the last chunk of a stream also have ``"diffusion"``: ``steps``, ``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pydiffusion.chat.messages import template_variables
 from pydiffusion.errors import OptionError
 from pydiffusion.events import DraftEvent
 from pydiffusion.generation.infill import Layout, lay_out_suffix, prepare
@@ -18,11 +18,14 @@ from pydiffusion.generation.prompt import prompt_ids, session_for
 from pydiffusion.options import GenerationOptions, ResolvedOptions
 
 from .call import Call
-from .parameters import no_thinking, token_limit
+from .chat import ChatSettings
+from .parameters import token_limit
 from .reports import Prefilled, Report
 from .shaper import ChatChoice, Choice, FilledChoice, Json, Response, TextChoice
+from .tool_choice import ToolUse, cut_after_call
 
 if TYPE_CHECKING:
+    from pydiffusion.events import Event
     from pydiffusion.generation.token_ids import TokenIds
     from pydiffusion.model import DiffusionModel
     from pydiffusion.session import Session
@@ -69,12 +72,12 @@ def create_completion(
     session = session_for(diffusion_model, session)
     layout = None
     if suffix is None or suffix == "":
-        each = call.each_choice(max_tokens=limit, stop=stop)
+        chosen = diffusion_model.resolve(call.given(max_tokens=limit, stop=stop))
     else:
-        layout, each = _around_suffix(call, suffix, limit, ids.tolist(), session.n_ctx)
+        layout, chosen = _around_suffix(call, suffix, limit, ids.tolist(), session.n_ctx)
     head = "" if not echo else prompt if isinstance(prompt, str) else diffusion_model.detokenize(ids)
     choices = [_text_choice(call, i, len(ids), head, layout, stop) for i in range(n)]
-    return _respond(call, model, choices, _reports(call, session, ids, each, chat=False), chat=False)
+    return _respond(call, model, choices, _reports(call, session, ids, chosen, session.generate), chat=False)
 
 
 def create_chat_completion(
@@ -83,6 +86,8 @@ def create_chat_completion(
     /,
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    tool_choice: str | Mapping[str, Any] | None = None,
+    parallel_tool_calls: bool | None = None,
     enable_thinking: bool | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     max_tokens: int | None = None,
@@ -99,37 +104,36 @@ def create_chat_completion(
 ) -> Json | Iterator[Json]:
     """Answer messages, ``{"role": ..., "content": ...}``, with the model's chat template.
 
-    tools, enable_thinking, chat_template_kwargs: passed to the template. With enable_thinking=False,
-        reasoning that the model starts anyway is closed at once (``thinking_budget=0``).
+    tools: functions that the model may call, as in OpenAI's API, passed to the template.
+    tool_choice: "auto", "none", "required" or the object that names a function. A call that is required, and
+        those of functions with ``strict``, are guaranteed to satisfy their ``parameters``.
+    parallel_tool_calls: False: one call at most.
+    enable_thinking, chat_template_kwargs: passed to the template. With enable_thinking=False, reasoning that
+        the model starts anyway is closed at once (``thinking_budget=0``).
     max_tokens, max_completion_tokens: None or -1 generates until eos or the end of the context; of both, the
         smaller applies.
     Other parameters as for ``create_completion``; stop strings apply to the answer only.
     The response separates ``content``, ``reasoning_content`` and ``tool_calls``.
     """
     call = Call(diffusion_model, options, n, seed, response_format, stream, stream_options)
-    variables = template_variables({} if chat_template_kwargs is None else chat_template_kwargs)
-    if enable_thinking is not None:
-        variables["enable_thinking"] = enable_thinking
-    if variables.get("enable_thinking") is False:
-        call.options = no_thinking(diffusion_model, call.options)
     limit = token_limit(diffusion_model, max_tokens, max_completion_tokens)
-    each = call.each_choice(max_tokens=limit, stop=stop)
-    ids = prompt_ids(diffusion_model, diffusion_model.chat_prompt(messages, tools=tools, **variables))
+    settings = ChatSettings(tools, tool_choice, parallel_tool_calls, enable_thinking, chat_template_kwargs)
+    chat = settings.prepare(diffusion_model, messages, call.given(max_tokens=limit, stop=stop))
     session = session_for(diffusion_model, session)
-    choices = [ChatChoice(i, len(ids)) for i in range(n)]
-    return _respond(call, model, choices, _reports(call, session, ids, each, chat=True), chat=True)
+    choices = [ChatChoice(i, len(chat.prompt), is_named=chat.use.is_named) for i in range(n)]
+    reports = _reports(call, session, chat.prompt, chat.options, partial(_chat_events, session, chat.use))
+    return _respond(call, model, choices, reports, chat=True)
 
 
 def _around_suffix(
     call: Call, suffix: Any, limit: int, prompt: Sequence[int], n_ctx: int
-) -> tuple[Layout, list[ResolvedOptions]]:
-    """The layout of a completion before a suffix, and the options of each choice."""
+) -> tuple[Layout, ResolvedOptions]:
+    """The layout of a completion before a suffix, and its options."""
     if not isinstance(suffix, str):
         raise OptionError("suffix", f"suffix is {suffix!r}; permitted is a string"[:200])
-    given = call.each_given()
-    n_canvas = call.model.resolve(given[0]).canvas_length
-    layout = lay_out_suffix(call.model, suffix, limit, n_canvas)
-    return layout, [prepare(call.model, layout, prompt, options, n_ctx) for options in given]
+    given = call.given()
+    layout = lay_out_suffix(call.model, suffix, limit, call.model.resolve(given).canvas_length)
+    return layout, prepare(call.model, layout, prompt, given, n_ctx)
 
 
 def _text_choice(
@@ -143,20 +147,31 @@ def _text_choice(
     )
 
 
+def _chat_events(session: Session, use: ToolUse, options: ResolvedOptions) -> Iterator[Event]:
+    events = session.generate_chat(options)
+    return cut_after_call(events, options.seed) if use.cuts_after_call else events
+
+
 def _reports(
-    call: Call, session: Session, prompt: TokenIds, each: Sequence[ResolvedOptions], *, chat: bool
+    call: Call,
+    session: Session,
+    prompt: TokenIds,
+    options: ResolvedOptions,
+    generate: Callable[[ResolvedOptions], Iterator[Event]],
 ) -> Iterator[tuple[int, Report]]:
-    """The reports of each choice, with its index. The prompt is prefilled at the call."""
+    """The reports of each choice, with its index. The prompt is prefilled at the call.
+
+    options: of the first choice.  generate: gives the events of a choice after the session's tokens.
+    """
     n_cached = session.prefill(prompt)
     n_prompt = session.n_past
-    generate = session.generate_chat if chat else session.generate
 
     def generated() -> Iterator[tuple[int, Report]]:
-        for i, options in enumerate(each):
+        for i, chosen in enumerate(call.each_choice(options)):
             if i:
                 session.truncate(n_prompt)
             yield i, Prefilled(n_cached)
-            for event in generate(options):
+            for event in generate(chosen):
                 if call.drafts or not isinstance(event, DraftEvent):
                     yield i, event
 
