@@ -57,7 +57,7 @@ class ChatSettings:
 
     def _use(self, options: GenerationOptions, thinking: Any) -> ToolUse:
         """Tools and the constraint of the options, which may be another one with tools."""
-        constraint = {}
+        constraint: dict[str, Any] = {}
         if options.constraint is not None:
             value = getattr(options, options.constraint)
             constraint[options.constraint] = (

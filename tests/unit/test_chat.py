@@ -136,6 +136,25 @@ def test_structured_answers(model: DiffusionModel) -> None:
     assert batched.text == done.text  # type: ignore[union-attr]
 
 
+def test_a_call_that_is_required() -> None:
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "boolean"}}}}
+    given: dict[str, Any] = {
+        "tools": [{"type": "function", "function": function}],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "seed": 1,
+        "steps": 2,
+        "max_tokens": 64,
+    }
+    done = MODEL.chat(ask("Hi"), **given)
+    assert [call.name for call in done.tool_calls] == ["f"] and set(done.tool_calls[0].arguments) <= {"a"}
+    ((_, batched),) = MODEL.chat_batch([ask("Hi")], **given)
+    assert batched.tool_calls == done.tool_calls  # type: ignore[union-attr]
+    body = MODEL.create_chat_completion(ask("Hi"), **given, n=2)
+    assert [choice["message"]["tool_calls"][0]["function"]["name"] for choice in body["choices"]] == ["f"] * 2
+    with pytest.raises(ValueError, match="tool_choice"):
+        MODEL.chat(ask("Hi"), **given | {"tool_choice": "g"})
+
+
 def test_it_is_exported() -> None:
     assert pydiffusion.ChatCompletion is ChatCompletion
     names = {field.name for field in dataclasses.fields(ChatCompletion)}
