@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def test_a_response_is_the_server_s(model: DiffusionModel, url: str, parameters:
     ours = create(model, parameters)
     kind = openai.types.chat.ChatCompletion if "messages" in parameters else openai.types.Completion
     kind.model_validate(ours)
+    assert json.loads(json.dumps(ours)) == ours
     theirs = posted(url, parameters)
     assert theirs.status_code == 200, theirs.text
     if parameters.get("seed") == -1:  # drawn

@@ -187,6 +187,15 @@ def test_what_openai_s_client_returns_is_a_message() -> None:
     assert CALL[:16] in MODEL.detokenize(MODEL.chat_prompt([*ask("Hi"), by_hand]), keep_control=True)
 
 
+def test_numbers_of_numpy_in_a_call_s_arguments() -> None:
+    def prompt(number: Any) -> list[int]:
+        call = {"type": "function", "function": {"name": "f", "arguments": {"a": [number]}}}
+        return MODEL.chat_prompt([*ask("Hi"), {"role": "assistant", "tool_calls": [call]}])
+
+    assert prompt(np.int64(3)) == prompt(3) and prompt(np.float32(0.5)) == prompt(0.5)
+    assert prompt(np.bool_(True)) == prompt(True)
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
