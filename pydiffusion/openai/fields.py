@@ -48,7 +48,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 # Names of other servers' fields that resemble one of ours and are no slip of it.
-_NO_SLIPS = frozenset(("models", "stream_interval", "prompts_cache", "top_n"))
+_NO_SLIPS = ("models", "reasoning_format")
 # What stands for a slip although no field resembles it.
 _HINTS = {
     "extra_body": "put the fields in it into the body itself, as OpenAI's client for Python does",
@@ -155,6 +155,7 @@ _EQUIVALENTS: dict[str, Callable[[Any], Fields | None]] = {
     "reasoning": _reasoning,
     "think": _think,
     **dict.fromkeys(("parse_special", "control_tokens"), lambda value: {"special": value}),
+    "add_bos_token": lambda value: {"add_special_tokens": value},
 }
 EQUIVALENTS = tuple(_EQUIVALENTS)
 
