@@ -170,6 +170,16 @@ class SortedFields:
     ignored: list[str] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
 
+    def ignore(self, name: str, *, strict: bool) -> None:
+        """List a field as ignored. Raises ApiError if strict."""
+        if strict:
+            raise invalid(
+                f"{name!r} has no effect here, and this server runs with --strict: leave it out"[:200],
+                name,
+                "unknown_parameter",
+            )
+        self.ignored.append(name)
+
     @contextlib.contextmanager
     def blaming(self) -> Iterator[None]:
         """Name the client's own field in an error about one that it gave by another name."""
@@ -204,13 +214,7 @@ def sort_fields(
             _check_unsupported(name, value)
         elif not _take_equivalent(name, value, known, body, found):
             _check_unknown(name, value, known, endpoints)
-            if strict:
-                raise invalid(
-                    f"{name!r} has no effect here, and this server runs with --strict: leave it out"[:200],
-                    name,
-                    "unknown_parameter",
-                )
-            found.ignored.append(name)
+            found.ignore(name, strict=strict)
     return found
 
 

@@ -49,11 +49,14 @@ def test_a_schema_through_the_official_client(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
-@pytest.mark.parametrize("path", ["chat/completions", "completions"])
-def test_a_schema_in_the_form_of_llama_cpp(url: str, path: str) -> None:
-    """Its server documents ``{"type": "json_object", "schema": ...}``."""
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("chat/completions", "json_object"), ("completions", "json_object"), ("completions", "json_schema")],
+)
+def test_a_schema_in_the_form_of_llama_cpp(url: str, path: str, kind: str) -> None:
+    """Its server documents ``{"type": "json_object", "schema": ...}``; others send that as json_schema."""
     start = {"messages": ask("json: bob 7")} if path.startswith("chat") else {"prompt": "json: bob 7"}
-    body = {**start, "response_format": {"type": "json_object", "schema": SCHEMA}, "seed": 1, "steps": 4}
+    body = {**start, "response_format": {"type": kind, "schema": SCHEMA}, "seed": 1, "steps": 4}
     choice = httpx.post(f"{url}/v1/{path}", json=body).json()["choices"][0]
     jsonschema.validate(
         json.loads(choice["message"]["content"] if "message" in choice else choice["text"]), SCHEMA
@@ -103,7 +106,7 @@ def test_a_regex(url: str) -> None:
         ({"response_format": FORMAT, "stop": "x"}, "stop", "can't be combined"),
         ({"response_format": 3}, "response_format", "must be an object"),
         ({"response_format": {"type": "text", "schema": SCHEMA}}, "response_format", "schema is not"),
-        ({"response_format": {**FORMAT, "schema": SCHEMA}}, "response_format", "schema is not"),
+        ({"response_format": {**FORMAT, "schema": SCHEMA}}, "response_format", "exclude each other"),
         ({"response_format": {**FORMAT, "type": "json_object"}}, "response_format", "json_schema is not"),
         ({"response_format": {"type": "json_object", "schema": "x"}}, "response_format",
          "response_format.schema must be a JSON schema"),
@@ -124,6 +127,14 @@ def test_impossible_constraints_are_refused_in_one_line(
     assert "\n" not in error["message"]
     after = httpx.post(url + "/v1/completions", json={"prompt": "a", "max_tokens": 2, "steps": 1})
     assert after.status_code == 200, "the next request works"
+
+
+def test_without_an_end_the_context_ends_the_text(url: str) -> None:
+    """modular/modular#6673: with a limit beyond the context, the finish reason says what happened."""
+    body = {"prompt": "sort: b a", "max_tokens": 100_000_000, "ignore_eos": True, "steps": 1, "seed": 1}
+    answer = httpx.post(url + "/v1/completions", json=body, timeout=60).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert 400 < answer["usage"]["total_tokens"] <= 512
 
 
 # Texts with holes

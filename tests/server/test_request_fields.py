@@ -234,6 +234,8 @@ def test_temperature_sets_the_schedule(model: ScriptedModel, path: str) -> None:
     for factor in (0.7, 1, 1.5):
         (found,) = options(temperature=factor)
         assert (found.t_min, found.t_max) == pytest.approx((schedule.t_min * factor, schedule.t_max * factor))
+    (low,), (half,) = options(temperature=0.2, seed=1), options(temperature=0.5, seed=1)
+    assert low == half, "lower ones make answers worse: docs/denoising-options.md"
     (zero,), (again,) = options(temperature=0), options(temperature=0.0)
     assert zero == again and zero.t_max < schedule.t_max
     assert (zero.t_min, zero.t_max) == (at_temperature(0)["t_min"], at_temperature(0)["t_max"])
