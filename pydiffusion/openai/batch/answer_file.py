@@ -65,8 +65,8 @@ class AnswerFile:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._file.fileno(), end)
             raise PyDiffusionError(
-                f"{self.path}: writing failed: {error.strerror}; earlier answers are kept: mend that and run the"
-                " same command again"
+                f"{self.path}: writing failed: {error.strerror}; earlier answers are kept: mend that and run"
+                " the same command again"
             ) from error
 
     def close(self) -> None:

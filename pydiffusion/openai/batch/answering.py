@@ -1,7 +1,7 @@
 """Answers to the lines of a batch, each an object to be written as a line.
 
-Every line becomes a request, validated and answered by the code that the server uses; a line in the short form
-gets a short answer, made of the response.
+Every line becomes a request, validated and answered by the code that the server uses; a line in the short
+form gets a short answer, made of the response.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CONSTRAINTS = ("response_format", "regex", "grammar", "json_schema")
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the lines leave open. It can be pickled and sent to other processes.
+    """Options of lines that leave them open; can be pickled, for other processes.
 
     options: of GenerationOptions, by name; the seed is that of line 1, each further line adds 1.
     chat: pass a ``prompt`` as a user message through the chat template, or raw; None: if there is a template.
@@ -316,7 +316,7 @@ def _envelope(line: Line, code: int, body: Json) -> Json:
 
 
 def line_of(answer: Any) -> tuple[int, str]:
-    """Number and digest of the line that an answer, in either form, is to. Raises ValueError if it is none."""
+    """Number and digest of the line that an answer, in either form, belongs to. Raises ValueError."""
     if isinstance(answer, dict):
         number, digest = answer.get("line"), answer.get("digest")
         if "custom_id" in answer and str(answer.get("id")).startswith("batch_req_"):
