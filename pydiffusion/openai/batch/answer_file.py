@@ -160,7 +160,7 @@ def _check_is_not(file: IO[bytes], source: Path) -> None:
     """Raise ValueError if the file is the one that is read."""
     there = os.fstat(file.fileno())
     with contextlib.suppress(OSError):
-        read = os.fstat(0) if str(source) == "-" else source.stat()
+        read = os.fstat(sys.stdin.fileno()) if str(source) == "-" else source.stat()
         if stat.S_ISREG(there.st_mode) and os.path.samestat(there, read):
             raise ValueError(
                 f"{source}: is the file of prompts and of answers at once; give another one with -o"
