@@ -7,6 +7,7 @@ form gets a short answer, made of the response.
 from __future__ import annotations
 
 import json
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
 # Options of the library that no endpoint takes; lines in the short form may have them.
 _LIBRARY_ONLY = ("canvas_length", "dropped_mass", "eos", "canvas", "hold")
+# Of an answer in OpenAI's form: number and digest of its line, so that a resumed run knows what is answered.
+_OWN_ID = re.compile(r"batch_req_(\d+)_([0-9a-f]{8})")
 _CONSTRAINTS = ("response_format", "regex", "grammar", "json_schema")
 
 
@@ -309,7 +312,6 @@ def _head(line: Line) -> Json:
 
 
 def _envelope(line: Line, code: int, body: Json) -> Json:
-    # The id tells the line's number and digest, so that a resumed run knows what is answered.
     own_id = f"batch_req_{line.number}_{line.digest}"
     response = {"status_code": code, "request_id": own_id.replace("batch_", ""), "body": body}
     return {"id": own_id, "custom_id": line.id, "response": response}
@@ -319,9 +321,8 @@ def line_of(answer: Any) -> tuple[int, str]:
     """Number and digest of the line that an answer, in either form, belongs to. Raises ValueError."""
     if isinstance(answer, dict):
         number, digest = answer.get("line"), answer.get("digest")
-        if "custom_id" in answer and str(answer.get("id")).startswith("batch_req_"):
-            number, _, digest = answer["id"].removeprefix("batch_req_").partition("_")
-            number = int(number)
+        if found := _OWN_ID.fullmatch(str(answer.get("id"))):
+            number, digest = int(found[1]), found[2]
         if type(number) is int and isinstance(digest, str):
             return number, digest
     raise ValueError("not an answer to a line of a batch")

@@ -129,12 +129,12 @@ def _openai_line(number: int, digest: str, given: Json) -> Line:
     error = None
     if not isinstance(custom_id, str) or not custom_id:
         error = "custom_id must be a string of at least one character"
+    elif not isinstance(body, dict):
+        error = "body must be an object, the request"
     elif str(given.get("method")).upper() != "POST":
         error = f"method is {given.get('method')!r}; permitted is POST"[:200]
     elif not isinstance(url, str):
         error = f"url is {url!r}; give the endpoint, as /v1/chat/completions"[:200]
-    elif not isinstance(body, dict):
-        error = "body must be an object, the request"
     elif unknown:
         error = f"{unknown[0]!r} is no field of a batch line: the request's fields belong into body"[:200]
     fields = body if isinstance(body, dict) else {}
