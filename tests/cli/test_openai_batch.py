@@ -33,10 +33,13 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"messages": SORT, "seed": 1, "max_tokens": 30, "tools": TOOLS, "parallel_tool_calls": False},
     ),
     "stopped": (CHAT, {"messages": SORT, "seed": 1, "stop": ["c"], "max_completion_tokens": 9, "top_p": 0.5}),
-    "prompts": (COMPLETION, {"prompt": ["one", [5, 6, 7]], "seed": 1, "max_tokens": 9, "echo": True}),
-    "suffix": (COMPLETION, {"prompt": "one", "suffix": " two", "seed": 1, "max_tokens": 5}),
-    "regex": (COMPLETION + "/", {"prompt": "one", "seed": 1, "regex": "[ab]{3}"}),
-    "infill": (INFILL, {"text": "one <|hole:3|> two", "seed": 1}),
+    "prompts": (
+        COMPLETION,
+        {"prompt": ["one", [5, 6, 7]], "seed": 1, "steps": 3, "max_tokens": 9, "echo": True},
+    ),
+    "suffix": (COMPLETION, {"prompt": "one", "suffix": " two", "seed": 1, "steps": 3, "max_tokens": 5}),
+    "regex": (COMPLETION + "/", {"prompt": "one", "seed": 1, "steps": 3, "regex": "[ab]{3}"}),
+    "infill": (INFILL, {"text": "one <|hole:3|> two", "seed": 1, "steps": 3}),
 }
 # By custom_id: url, body, and the words of the error.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

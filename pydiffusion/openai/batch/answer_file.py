@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -28,7 +28,7 @@ class AnswerFile:
     """
 
     def __init__(
-        self, path: Path, lines: Sequence[Line], *, source: Path, retry_errors: bool = False
+        self, path: Path, lines: Iterable[Line], *, source: Path, retry_errors: bool = False
     ) -> None:
         """lines: those to answer.  source: the file that they are from, ``-`` for standard input.
         retry_errors: drop the answers of lines that failed.
@@ -84,7 +84,7 @@ class AnswerFile:
         if error is not None and empty and self._is_new:  # leave nothing behind where nothing was answered
             self.path.unlink(missing_ok=True)
 
-    def _resume(self, lines: Sequence[Line], retry_errors: bool) -> None:
+    def _resume(self, lines: Iterable[Line], retry_errors: bool) -> None:
         """Read the answers that are there, and remove a truncated last one."""
         number_to_digest = {line.number: line.digest for line in lines}
         data = self.path.read_bytes()
