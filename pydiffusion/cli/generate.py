@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import _open, _options
+from . import _open, _options, _prompt
 from ._run import prefill, run
 
 if TYPE_CHECKING:
@@ -33,16 +33,9 @@ def command(
     json_schema: _options.JsonSchema = None,
     regex: _options.Regex = None,
     runtime: dict[str, Any],
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--raw",
-            help="Pass the prompt as a user message through the chat template, or as raw text."
-            " [default: --chat if the file has a template]",
-        ),
-    ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System message; not with --raw.")] = None,
-    special: Annotated[bool, typer.Option("--special", help="Parse control tokens in a raw prompt.")] = False,
+    chat: _prompt.Chat = None,
+    system: _prompt.System = None,
+    special: _prompt.Special = False,
     show: Annotated[
         bool, typer.Option("--show", help="Draw the canvas while it is denoised, on a terminal.")
     ] = False,
@@ -53,8 +46,7 @@ def command(
         "json_schema": None if json_schema is None else _open.read_text_or_stdin(json_schema),
         "regex": regex,
     }
-    if chat is False and runtime["chat_template"] is not None:
-        raise typer.BadParameter("--chat-template needs --chat")
+    _prompt.check(chat, system, special, runtime["chat_template"])
     _open.make_options(**choices)  # report invalid options before loading the model
     text = _read_prompt(prompt)
     opened = _open.open_model(model, runtime)
@@ -77,14 +69,8 @@ def _read_prompt(prompt: str | None) -> str:
 def _prompt_ids(
     model: DiffusionModel, text: str, chat: bool | None, system: str | None, special: bool
 ) -> list[int]:
-    if chat is None:
-        chat = model.has_chat_template
-    if not chat:
-        if system is not None:
-            raise typer.BadParameter("--system needs --chat")
+    if not _prompt.uses_chat(model, chat, system, special):
         return model.tokenize(text, parse_special=special)
-    if special:
-        raise typer.BadParameter("--special needs --raw")
     messages = [{"role": "user", "content": text}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
