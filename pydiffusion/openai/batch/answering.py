@@ -19,7 +19,7 @@ from pydiffusion.generation.batching import ActiveSequence, BatchRequest, batche
 from pydiffusion.openai.errors import ApiError, from_exception, invalid
 from pydiffusion.openai.prepared import PREPARE, Prepared, PreparedRun
 from pydiffusion.openai.reports import Prefilled, up_to_first_call
-from pydiffusion.openai.requests import ChatRequest
+from pydiffusion.openai.requests import ChatRequest, Terms
 from pydiffusion.options import GenerationOptions
 
 from .lines import Json, Line
@@ -192,7 +192,7 @@ class _Jobs:
         name = self._model.path.stem
         if not isinstance(body.pop("model", name) or name, str):
             raise invalid("model must be a string", "model", "invalid_type")
-        prepared: Prepared = PREPARE[url](body, self._model, (name,))
+        prepared: Prepared = PREPARE[url](body, self._model, Terms((name,)))
         return prepared
 
     def _short_request(self, given: Json, number: int) -> tuple[str, Json]:
