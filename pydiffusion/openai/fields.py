@@ -48,7 +48,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 # Names of other servers' fields that resemble one of ours and are no slip of it.
-_NO_SLIPS = frozenset(("models", "stream_interval", "prompts_cache", "top_n"))
+_NO_SLIPS = ("models", "reasoning_format")
 # What stands for a slip although no field resembles it.
 _HINTS = {
     "extra_body": "put the fields in it into the body itself, as OpenAI's client for Python does",
@@ -155,6 +155,7 @@ _EQUIVALENTS: dict[str, Callable[[Any], Fields | None]] = {
     "reasoning": _reasoning,
     "think": _think,
     **dict.fromkeys(("parse_special", "control_tokens"), lambda value: {"special": value}),
+    "add_bos_token": lambda value: {"add_special_tokens": value},
 }
 EQUIVALENTS = tuple(_EQUIVALENTS)
 
@@ -168,6 +169,16 @@ class SortedFields:
     given: Fields = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
+
+    def ignore(self, name: str, *, strict: bool) -> None:
+        """List a field as ignored. Raises ApiError if strict."""
+        if strict:
+            raise invalid(
+                f"{name!r} has no effect, and such fields are refused here (strict): leave it out"[:200],
+                name,
+                "unknown_parameter",
+            )
+        self.ignored.append(name)
 
     @contextlib.contextmanager
     def blaming(self) -> Iterator[None]:
@@ -203,13 +214,7 @@ def sort_fields(
             _check_unsupported(name, value)
         elif not _take_equivalent(name, value, known, body, found):
             _check_unknown(name, value, known, endpoints)
-            if strict:
-                raise invalid(
-                    f"{name!r} has no effect here, and this server runs with --strict: leave it out"[:200],
-                    name,
-                    "unknown_parameter",
-                )
-            found.ignored.append(name)
+            found.ignore(name, strict=strict)
     return found
 
 

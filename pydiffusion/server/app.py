@@ -301,7 +301,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     if error.status_code == 405 and request.method == "OPTIONS":
         return Response(
-            status_code=204, headers={"Allow": f"{headers.get('allow', '')}, OPTIONS".lstrip(", ")}
+            status_code=204, headers={"Allow": f"{headers.get('Allow', '')}, OPTIONS".lstrip(", ")}
         )
     message = f"{error.detail}: {request.method} {request.url.path}"
     if error.status_code == 404:

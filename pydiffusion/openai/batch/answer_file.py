@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -28,7 +28,7 @@ class AnswerFile:
     """
 
     def __init__(
-        self, path: Path, lines: Sequence[Line], *, source: Path, retry_errors: bool = False
+        self, path: Path, lines: Iterable[Line], *, source: Path, retry_errors: bool = False
     ) -> None:
         """lines: those to answer.  source: the file that they are from, ``-`` for standard input.
         retry_errors: drop the answers of lines that failed.
@@ -65,8 +65,8 @@ class AnswerFile:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._file.fileno(), end)
             raise PyDiffusionError(
-                f"{self.path}: writing failed: {error.strerror}; earlier answers are kept: mend that and run the"
-                " same command again"
+                f"{self.path}: writing failed: {error.strerror}; earlier answers are kept: mend that and run"
+                " the same command again"
             ) from error
 
     def close(self) -> None:
@@ -84,7 +84,7 @@ class AnswerFile:
         if error is not None and empty and self._is_new:  # leave nothing behind where nothing was answered
             self.path.unlink(missing_ok=True)
 
-    def _resume(self, lines: Sequence[Line], retry_errors: bool) -> None:
+    def _resume(self, lines: Iterable[Line], retry_errors: bool) -> None:
         """Read the answers that are there, and remove a truncated last one."""
         number_to_digest = {line.number: line.digest for line in lines}
         data = self.path.read_bytes()
@@ -160,7 +160,7 @@ def _check_is_not(file: IO[bytes], source: Path) -> None:
     """Raise ValueError if the file is the one that is read."""
     there = os.fstat(file.fileno())
     with contextlib.suppress(OSError):
-        read = os.fstat(0) if str(source) == "-" else source.stat()
+        read = os.fstat(sys.stdin.fileno()) if str(source) == "-" else source.stat()
         if stat.S_ISREG(there.st_mode) and os.path.samestat(there, read):
             raise ValueError(
                 f"{source}: is the file of prompts and of answers at once; give another one with -o"

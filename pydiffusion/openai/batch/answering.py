@@ -1,12 +1,13 @@
 """Answers to the lines of a batch, each an object to be written as a line.
 
-Every line becomes a request, validated and answered by the code that the server uses; a line in the short form
-gets a short answer, made of the response.
+Every line becomes a request, validated and answered by the code that the server uses; a line in the short
+form gets a short answer, made of the response.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -18,7 +19,7 @@ from pydiffusion.generation.batching import ActiveSequence, BatchRequest, batche
 from pydiffusion.openai.errors import ApiError, from_exception, invalid
 from pydiffusion.openai.prepared import PREPARE, Prepared, PreparedRun
 from pydiffusion.openai.reports import Prefilled, up_to_first_call
-from pydiffusion.openai.requests import ChatRequest
+from pydiffusion.openai.requests import ChatRequest, Terms
 from pydiffusion.options import GenerationOptions
 
 from .lines import Json, Line
@@ -29,12 +30,14 @@ if TYPE_CHECKING:
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
 # Options of the library that no endpoint takes; lines in the short form may have them.
 _LIBRARY_ONLY = ("canvas_length", "dropped_mass", "eos", "canvas", "hold")
+# Of an answer in OpenAI's form: number and digest of its line, so that a resumed run knows what is answered.
+_OWN_ID = re.compile(r"batch_req_(\d+)_([0-9a-f]{8})")
 _CONSTRAINTS = ("response_format", "regex", "grammar", "json_schema")
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the lines leave open. It can be pickled and sent to other processes.
+    """Options of lines that leave them open; can be pickled, for other processes.
 
     options: of GenerationOptions, by name; the seed is that of line 1, each further line adds 1.
     chat: pass a ``prompt`` as a user message through the chat template, or raw; None: if there is a template.
@@ -189,7 +192,7 @@ class _Jobs:
         name = self._model.path.stem
         if not isinstance(body.pop("model", name) or name, str):
             raise invalid("model must be a string", "model", "invalid_type")
-        prepared: Prepared = PREPARE[url](body, self._model, (name,))
+        prepared: Prepared = PREPARE[url](body, self._model, Terms((name,)))
         return prepared
 
     def _short_request(self, given: Json, number: int) -> tuple[str, Json]:
@@ -309,19 +312,17 @@ def _head(line: Line) -> Json:
 
 
 def _envelope(line: Line, code: int, body: Json) -> Json:
-    # The id tells the line's number and digest, so that a resumed run knows what is answered.
     own_id = f"batch_req_{line.number}_{line.digest}"
     response = {"status_code": code, "request_id": own_id.replace("batch_", ""), "body": body}
     return {"id": own_id, "custom_id": line.id, "response": response}
 
 
 def line_of(answer: Any) -> tuple[int, str]:
-    """Number and digest of the line that an answer, in either form, is to. Raises ValueError if it is none."""
+    """Number and digest of the line that an answer, in either form, belongs to. Raises ValueError."""
     if isinstance(answer, dict):
         number, digest = answer.get("line"), answer.get("digest")
-        if "custom_id" in answer and str(answer.get("id")).startswith("batch_req_"):
-            number, _, digest = answer["id"].removeprefix("batch_req_").partition("_")
-            number = int(number)
+        if found := _OWN_ID.fullmatch(str(answer.get("id"))):
+            number, digest = int(found[1]), found[2]
         if type(number) is int and isinstance(digest, str):
             return number, digest
     raise ValueError("not an answer to a line of a batch")

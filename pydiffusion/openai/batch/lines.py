@@ -90,7 +90,7 @@ def read_lines(data: bytes, name: str, *, plain: bool = False, salt: str = "") -
         _check_is_jsonl(data, numbered, name)
         lines = [_json_line(number, raw, salt) for number, raw in numbered]
     # A line that is no object has the form of the others, so that one reader can read all answers.
-    known = next((line.form for line in lines if line.error is None), "short")
+    known: Form = next((line.form for line in lines if line.error is None), "short")
     return [
         line if line.error is None or line.form == "openai" else replace(line, form=known) for line in lines
     ]
@@ -129,12 +129,12 @@ def _openai_line(number: int, digest: str, given: Json) -> Line:
     error = None
     if not isinstance(custom_id, str) or not custom_id:
         error = "custom_id must be a string of at least one character"
+    elif not isinstance(body, dict):
+        error = "body must be an object, the request"
     elif str(given.get("method")).upper() != "POST":
         error = f"method is {given.get('method')!r}; permitted is POST"[:200]
     elif not isinstance(url, str):
         error = f"url is {url!r}; give the endpoint, as /v1/chat/completions"[:200]
-    elif not isinstance(body, dict):
-        error = "body must be an object, the request"
     elif unknown:
         error = f"{unknown[0]!r} is no field of a batch line: the request's fields belong into body"[:200]
     fields = body if isinstance(body, dict) else {}
@@ -175,8 +175,8 @@ def _check_is_jsonl(data: bytes, numbered: Sequence[tuple[int, bytes]], name: st
         number, raw = numbered[0]
         start = raw[:40].decode("utf-8", "replace")
         raise ValueError(
-            f"{name}: no line is JSON (line {number}: {start!r}): give one JSON object per line, or --lines if"
-            " each line is a prompt"
+            f"{name}: no line is JSON (line {number}: {start!r}): give one JSON object per line, or --lines"
+            " if each line is a prompt"
         )
 
 
