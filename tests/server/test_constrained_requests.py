@@ -139,6 +139,34 @@ def test_a_suffix_through_the_official_client(client: openai.OpenAI) -> None:
     assert answer.usage is not None
 
 
+def test_a_hole_before_a_suffix_ends_before_a_stop_string(url: str) -> None:
+    body = {"prompt": "red ", "suffix": " blue", "max_tokens": 12, "seed": 1, "steps": 6}
+    whole = httpx.post(url + "/v1/completions", json=body).json()
+    text = whole["choices"][0]["text"]
+
+    def n_prompt(**plain: Any) -> int:
+        asked = {"max_tokens": 1, "steps": 1, **plain}
+        return httpx.post(url + "/v1/completions", json=asked).json()["usage"]["prompt_tokens"]
+
+    held = n_prompt(prompt=" blue", add_special_tokens=False)
+    assert whole["usage"]["prompt_tokens"] == n_prompt(prompt="red ") + held
+    stop = text[2:4]
+    assert text.find(stop) > 0
+    for more in ({"stop": stop}, {"stop": [stop, "never in it"], "echo": True}):
+        cut = httpx.post(url + "/v1/completions", json={**body, **more}).json()
+        head = "red " if "echo" in more else ""
+        assert cut["choices"][0]["text"] == head + text.partition(stop)[0]
+        assert cut["choices"][0]["finish_reason"] == "stop"
+        assert cut["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"]
+        assert 0 < cut["usage"]["completion_tokens"] < whole["usage"]["completion_tokens"] <= 12
+    stream = {**body, "stop": stop, "stream": True, "stream_options": {"include_usage": True}}
+    chunks = events(httpx.post(url + "/v1/completions", json=stream))
+    assert "".join(c["choices"][0]["text"] for c in chunks if c["choices"]) == text.partition(stop)[0]
+    assert chunks[-1]["usage"] == httpx.post(url + "/v1/completions", json={**body, "stop": stop}).json()[
+        "usage"
+    ] | {"prompt_tokens_details": chunks[-1]["usage"]["prompt_tokens_details"]}
+
+
 def test_holes(url: str) -> None:
     text = "def f(x):\n    <|hole|>\n    return <|hole:2|> + y"
     body = {"text": text, "hole_tokens": 5, "seed": 1, "steps": 3}
@@ -175,7 +203,9 @@ def test_holes_in_an_answer_to_an_instruction(url: str) -> None:
         ("infill", {"text": "a<|hole|>", "steps": 0}, "steps"),
         ("completions", {"prompt": "a", "suffix": 3}, "suffix"),
         ("completions", {"prompt": "a", "suffix": "b", "max_tokens": 0}, "max_tokens"),
-        ("completions", {"prompt": "a", "suffix": "b", "stop": "x"}, "stop"),
+        ("completions", {"prompt": "a", "suffix": "b", "stop": 3}, "stop"),
+        ("completions", {"prompt": "a", "suffix": "b", "stop_token_ids": [1]}, "stop_token_ids"),
+        ("completions", {"prompt": "a", "suffix": "b", "max_completion_tokens": 0}, "max_completion_tokens"),
         ("completions", {"prompt": "a", "suffix": "b", "regex": "x"}, "regex"),
     ],
 )
