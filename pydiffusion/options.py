@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ._util.option_hints import unknown_option
 from .errors import ModelFormatError, OptionError
 from .tokenizer.end_tokens import find_end_tokens
 
@@ -384,7 +385,7 @@ def make_options(options: GenerationOptions | None, keywords: Mapping[str, Any])
     if options is None:
         unknown = sorted(set(keywords) - set(_NAME_TO_CHECK))
         if unknown:
-            raise TypeError(f"unknown option {unknown[0]!r}; the options are {', '.join(_NAME_TO_CHECK)}")
+            raise TypeError(unknown_option(unknown[0], _NAME_TO_CHECK))
         return GenerationOptions(**keywords)
     if not isinstance(options, GenerationOptions):
         raise TypeError(f"options must be GenerationOptions, not {type(options).__name__}")
