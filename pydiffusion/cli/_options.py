@@ -9,26 +9,53 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-ModelPath = Annotated[Path, typer.Option("-m", "--model", help="Path of the GGUF file.", show_default=False)]
+from ._text import say
+
+#: What names a model: a file, or a repo on the hub. _open.model_file gives the file.
+MODEL_HELP = "Path of the GGUF file, or OWNER/NAME[:FILE or TYPE] on the Hugging Face Hub."
+ModelPath = Annotated[Path, typer.Option("-m", "--model", help=MODEL_HELP, show_default=False)]
+#: Likewise, where the model may be the first argument instead.
+ModelOrFirst = Annotated[Path | None, typer.Option("-m", "--model", help=MODEL_HELP, show_default=False)]
 Context = Annotated[
     int | None,
-    typer.Option("--ctx", help="Context size in tokens. [default: 8192, or the model's if smaller]"),
+    typer.Option(
+        "-c",
+        "--ctx",
+        help="Context size in tokens. [default: 8192, or the model's if smaller]",
+    ),
 ]
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", help="Number of CPU threads. [default: one per core, within a container's quota]"
+        "-t",
+        "--threads",
+        callback=lambda value: None if value == -1 else value,
+        help="Number of CPU threads. [default: one per core, within a container's quota]",
     ),
 ]
 Steps = Annotated[
     int | None,
     typer.Option("--steps", help="Maximum number of denoising steps per canvas. [default: the file's]"),
 ]
-#: Generation options by field name of GenerationOptions: the sampler's, and all.
+#: Generation options by field name of GenerationOptions, and temperature: the sampler's, and all.
 SAMPLER: dict[str, Any] = {
     "steps": Steps,
     "seed": Annotated[
-        int | None, typer.Option("--seed", help="Random seed. [default: random, and reported]")
+        int | None,
+        typer.Option(
+            "-s",
+            "--seed",
+            callback=lambda value: None if value == -1 else value,
+            help="Random seed; -1 for a random one. [default: random, and reported]",
+        ),
+    ],
+    "temperature": Annotated[
+        float | None,
+        typer.Option(
+            "--temp",
+            "--temperature",
+            help="0 for the most likely tokens, repeatable; other values have no effect: --t-min, --t-max.",
+        ),
     ],
     "t_min": Annotated[
         float | None, typer.Option("--t-min", help="Temperature at the last step. [default: the file's]")
@@ -91,8 +118,12 @@ TEXT: dict[str, Any] = {
 }
 
 JsonSchema = Annotated[
-    Path | None,
-    typer.Option("--json-schema", help="Path of a JSON schema that the text must satisfy."),
+    str | None,
+    typer.Option(
+        "-j",
+        "--json-schema",
+        help="JSON schema that the text must satisfy: a path, - for standard input, or the schema itself.",
+    ),
 ]
 Regex = Annotated[
     str | None, typer.Option("--regex", help="Regular expression that the whole text must match.")
@@ -106,6 +137,7 @@ RUNTIME: dict[str, Any] = {
     "gpu_layers": Annotated[
         str | None,
         typer.Option(
+            "-ngl",
             "--gpu-layers",
             help="Number of layers on GPUs, counted from the last; 0 for none. "
             "[default: auto, as many as fit]",
@@ -156,6 +188,8 @@ RUNTIME: dict[str, Any] = {
     ],
 }
 
+System = Annotated[str | None, typer.Option("-sys", "--system", help="System message.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the result only: no progress, no speed.")]
 ChatTemplate = Annotated[
     str | None,
     typer.Option(
@@ -170,6 +204,24 @@ ChatTemplate = Annotated[
 CHAT_RUNTIME: dict[str, Any] = {**RUNTIME, "chat_template": ChatTemplate}
 
 
+def at_temperature(choices: dict[str, Any]) -> dict[str, Any]:
+    """The choices without ``temperature``, which becomes the options of ours that it means; those that are
+    given count.
+    """
+    temperature = choices.pop("temperature", None)
+    if temperature is None:
+        return choices
+    from pydiffusion.options import at_temperature as options_at
+
+    meant = options_at(temperature)
+    if not meant:
+        say(
+            f"pydiffusion: note: --temp {temperature:g} has no effect: a diffusion sampler has a temperature"
+            " per step, --t-max to --t-min; --temp 0 is greedy"
+        )
+    return {name: meant.get(name) if value is None else value for name, value in choices.items()}
+
+
 def takes(**groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator that adds groups of options to a command: each parameter named like a group gets a dict of
     the group's values.
@@ -179,7 +231,7 @@ def takes(**groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callab
         def wrapped(**given: Any) -> None:
             for group, options in groups.items():
                 chosen = {name: given.pop(name) for name in options}
-                given[group] = {name: None if v == [] else v for name, v in chosen.items()}
+                given[group] = at_temperature({name: None if v == [] else v for name, v in chosen.items()})
             command(**given)
 
         hints = get_type_hints(command, include_extras=True)

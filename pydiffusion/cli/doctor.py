@@ -43,6 +43,7 @@ def command(
 
     from ._progress import progress
 
+    model = _open.model_file(model)
     check_is_gguf(model)
     if reference is not None and not reference.is_dir():
         raise typer.BadParameter(f"--reference: {reference} is not a folder")

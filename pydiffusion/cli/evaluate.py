@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._open import read_text
+from . import _open
+from ._input import read_text
 from ._options import ChatTemplate, Threads
 from ._text import one_line, say
 
@@ -75,6 +76,7 @@ def command(
         if plot.suffix.lower().removeprefix(".") not in plotting.FORMATS:
             raise typer.BadParameter(f"--plot: {plot} should end with .{', .'.join(plotting.FORMATS)}")
         plotting.require_matplotlib()  # fail now, not after an hour
+    files, reference = [_open.model_file(file) for file in files], _open.model_file(reference)
     with progress(f"evaluating {files[0].name if len(files) == 1 else f'{len(files)} files'}") as update:
         reports = evaluation.evaluate_family(
             files,

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ._open import read_text
+from . import _open
+from ._input import read_text
 from ._options import Threads
 from ._text import say
 
@@ -42,6 +43,7 @@ def command(
     if chunk < 1 or (max_chunks is not None and max_chunks < 1):
         raise typer.BadParameter("--chunk and --max-chunks must be at least 1")
     content = read_text(text)
+    model = _open.model_file(model)
     with progress(f"observing {model.name}") as update:
         report = convert.collect_imatrix(
             model,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from . import _open
 from ._conversion import Keep, Report, Resume, run_conversion
 
 
@@ -25,4 +26,6 @@ def command(
     """Merge a split GGUF file of any architecture. Verifies every tensor written."""
     from pydiffusion import convert
 
-    run_conversion(convert.repack, source, target, as_json, resume=resume, overwrite=not no_overwrite)
+    run_conversion(
+        convert.repack, _open.model_file(source), target, as_json, resume=resume, overwrite=not no_overwrite
+    )

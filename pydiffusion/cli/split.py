@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from . import _open
 from ._conversion import Keep, Report, Resume, SourceFile, parse_split_size, run_conversion
 
 
@@ -33,7 +34,7 @@ def command(
 
     run_conversion(
         convert.repack,
-        source,
+        _open.model_file(source),
         target,
         as_json,
         split_max_size=parse_split_size(split_max_size),
