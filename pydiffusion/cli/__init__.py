@@ -38,7 +38,7 @@ from . import (
     split,
     verify,
 )
-from ._commands import Command, Group
+from ._commands import Command, Group, with_home
 from ._text import one_line, say
 
 app = typer.Typer(
@@ -54,7 +54,8 @@ for _module in (
     *(convert, quantize, split, merge, imatrix, verify, evaluate, inspect),
     *(generate, infill, batch, chat, run, serve, pull, list_models, demo, devices, bench, doctor),
 ):
-    app.command(_module.__name__.rpartition(".")[2].removesuffix("_models"), cls=Command)(_module.command)
+    _name = _module.__name__.rpartition(".")[2].removesuffix("_models")
+    app.command(_name, cls=Command)(with_home(_module.command))
 
 
 def _print_version(context: typer.Context, parameter: typer.CallbackParam, wanted: bool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,6 @@ class Command(TyperCommand):
         rest = super().parse_args(ctx, translated.args)
         for note in translated.notes:
             say(f"pydiffusion: note: {note}")
-        for parameter in self.params:
-            if type(parameter.type).__name__.endswith("Path") and parameter.name in ctx.params:
-                ctx.params[parameter.name] = _expanded(ctx.params[parameter.name])
         return rest
 
 
@@ -72,16 +71,22 @@ class Group(TyperGroup):
         return f"commands are {', '.join(self.commands)}"
 
 
+def with_home(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with ``~`` expanded in its paths, which shells leave alone in quotes and after ``=``."""
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        command(**{name: _expanded(value) for name, value in given.items()})
+
+    return wrapped
+
+
 def _expanded(value: Any) -> Any:
-    """Paths with ``~`` expanded, which shells leave alone in quotes and after ``=``, unless there is such a
-    file.
-    """
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_expanded, value))
-    text = str(value)
-    if value is None or not text.startswith("~") or Path(text).exists():
+    if isinstance(value, list):
+        return [_expanded(entry) for entry in value]
+    if not isinstance(value, Path) or not str(value).startswith("~") or value.exists():
         return value
     try:
-        return type(value)(Path(text).expanduser())
-    except (RuntimeError, TypeError):  # no such user
+        return value.expanduser()
+    except RuntimeError:  # no such user
         return value
