@@ -2,9 +2,9 @@
 
     python benchmarks/temperature.py [0.7 1.3 ...] [--flat 0.01 0.2 ...] [--number 100] [--seeds 2]
 
-Runs --number held-out examples of each task that the model has learned, each with --seeds seeds, the same ones in
-every row, so that rows can be compared pair by pair: "difference" is the share right less the first row's, with
-the standard error of the paired difference, and "z" their quotient. "equal" is the share of texts
+Runs --number held-out examples of each task that the model has learned, each with --seeds seeds, the same
+ones in every row, so that rows can be compared pair by pair: "difference" is the share right less the first
+row's, with the standard error of the paired difference, and "z" their quotient. "equal" is the share of texts
 identical to the first row's, "one text" the share of examples whose seeds all gave the same text.
 --flat holds t_min and t_max at one value. Prints Markdown.
 """

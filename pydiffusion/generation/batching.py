@@ -7,6 +7,7 @@ the same result as if it ran alone. Used by ``DiffusionModel.generate_batch`` an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from pydiffusion.errors import PyDiffusionError
@@ -52,6 +53,11 @@ class ActiveSequence:
         self._options = options
         self._chat = chat
         self._generation: Generation | None = None
+        self.has_left = False
+
+    def leave(self) -> None:
+        """Take no further part in ``batched_events``."""
+        self.has_left = True
 
     @property
     def is_ready(self) -> bool:
@@ -112,6 +118,68 @@ class Batch:
             yield sequence, step if isinstance(step, Exception) else sequence.events(step)
 
 
+@dataclass(frozen=True)
+class BatchRequest:
+    """A prompt with its options. chat: it is a chat prompt, whose answer has parts (``CanvasEvent.parts``)."""
+
+    prompt: str | TokenIds
+    options: GenerationOptions
+    chat: bool = False
+
+
+def batched_events(
+    model: DiffusionModel, requests: Iterable[BatchRequest], n_parallel: int, n_ctx: int | None = None
+) -> Iterator[tuple[int, ActiveSequence | None, Event | PyDiffusionError | ValueError]]:
+    """The events of many requests, which are consumed as sequences finish.
+
+    Yields (index of the request, its sequence, an event); a request's last one is an EndEvent, or the error
+    that stopped it, without a sequence if it could not begin. Once the caller has called ``leave`` of a
+    sequence, no more of its events follow.
+    """
+    batch = Batch(model)
+    waiting = enumerate(requests)
+    idle: list[Session] = []
+    sequences: dict[ActiveSequence, int] = {}
+    while True:
+        while len(sequences) < n_parallel and (numbered := next(waiting, None)) is not None:
+            index, request = numbered
+            session = idle.pop() if idle else model.new_session(n_ctx)
+            try:
+                sequences[_begin(model, session, request)] = index
+            except (PyDiffusionError, ValueError) as error:
+                idle.append(session)
+                yield index, None, error
+        if not sequences:
+            return
+        for sequence, result in batch.advance(list(sequences)):
+            for event in _checked(result):
+                yield sequences[sequence], sequence, event
+                if isinstance(event, (EndEvent, Exception)):
+                    sequence.leave()
+                if sequence.has_left:
+                    break
+            if sequence.has_left:
+                del sequences[sequence]
+                idle.append(sequence.session)
+
+
+def _begin(model: DiffusionModel, session: Session, request: BatchRequest) -> ActiveSequence:
+    ids = model.tokenize(request.prompt) if isinstance(request.prompt, str) else request.prompt
+    sequence = ActiveSequence(session, ids, model.resolve(request.options), chat=request.chat)
+    check_bos(model.tokenizer, token_array(ids, model.n_vocab))
+    return sequence
+
+
+def _checked(result: Iterator[Event] | Exception) -> Iterator[Event | PyDiffusionError | ValueError]:
+    """Errors that are a request's own are among its events, others are raised."""
+    if isinstance(result, PyDiffusionError | ValueError):
+        yield result
+    elif isinstance(result, Exception):
+        raise result
+    else:
+        yield from result
+
+
 def generate_batch(
     model: DiffusionModel,
     requests: Iterable[tuple[str | TokenIds, GenerationOptions]],
@@ -120,49 +188,17 @@ def generate_batch(
     on_event: Callable[[int, Event], None] | None,
 ) -> Iterator[tuple[int, Outcome]]:
     """See ``DiffusionModel.generate_batch``; requests: prompts and options, consumed as sequences finish."""
-    batch = Batch(model)
-    waiting = enumerate(requests)
-    idle: list[Session] = []
-    sequences: dict[ActiveSequence, tuple[int, list[CanvasEvent | EndEvent]]] = {}
-    while True:
-        while len(sequences) < n_parallel and (request := next(waiting, None)) is not None:
-            index, (prompt, options) = request
-            session = idle.pop() if idle else model.new_session(n_ctx)
-            try:
-                ids = model.tokenize(prompt) if isinstance(prompt, str) else prompt
-                sequence = ActiveSequence(session, ids, model.resolve(options))
-                check_bos(model.tokenizer, token_array(ids, model.n_vocab))
-                sequences[sequence] = index, []
-            except (PyDiffusionError, ValueError) as error:
-                idle.append(session)
-                yield index, error
-        if not sequences:
-            return
-        for sequence, result in batch.advance(list(sequences)):
-            index, kept = sequences[sequence]
-            outcome = _outcome(sequence, index, result, kept, on_event)
-            if outcome is not None:
-                del sequences[sequence]
-                idle.append(sequence.session)
-                yield index, outcome
-
-
-def _outcome(
-    sequence: ActiveSequence,
-    index: int,
-    result: Iterator[Event] | Exception,
-    kept: list[CanvasEvent | EndEvent],
-    on_event: Callable[[int, Event], None] | None,
-) -> Outcome | None:
-    """Collect a sequence's new events; return its outcome once it has finished."""
-    if isinstance(result, PyDiffusionError | ValueError):
-        return result
-    if isinstance(result, Exception):
-        raise result
-    for event in result:
+    kept: dict[int, list[CanvasEvent | EndEvent]] = {}
+    each = (BatchRequest(prompt, options) for prompt, options in requests)
+    for index, sequence, event in batched_events(model, each, n_parallel, n_ctx):
+        if isinstance(event, (PyDiffusionError, ValueError)):
+            kept.pop(index, None)
+            yield index, event
+            continue
         if on_event is not None:
             on_event(index, event)
         if not isinstance(event, DraftEvent):
-            kept.append(event)
-    finished = bool(kept) and isinstance(kept[-1], EndEvent)
-    return completion_of(sequence.session.model.tokenizer, sequence.n_prompt, kept) if finished else None
+            kept.setdefault(index, []).append(event)
+        if isinstance(event, EndEvent):
+            assert sequence is not None  # it had events
+            yield index, completion_of(model.tokenizer, sequence.n_prompt, kept.pop(index))

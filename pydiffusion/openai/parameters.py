@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydiffusion.errors import OptionError
 from pydiffusion.generation.thinking_budget import can_think
-from pydiffusion.options import integer_option
+from pydiffusion.options import at_temperature, integer_option
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
@@ -28,6 +28,19 @@ def token_limit(model: DiffusionModel, max_tokens: Any, max_completion_tokens: A
             continue
         limits.append(integer_option(name, value))
     return min(limits, default=model.n_ctx_train)
+
+
+def with_temperature(options: Mapping[str, Any], temperature: Any, model: DiffusionModel) -> dict[str, Any]:
+    """Add the options that a caller's temperature means; None: none. Options that are given count instead.
+
+    Raises OptionError for a temperature that is no number of at least 0.
+    """
+    if temperature is None:
+        return dict(options)
+    meant = at_temperature(temperature, model.metadata)
+    if options.get("t_min") is not None or options.get("t_max") is not None:
+        meant = {name: value for name, value in meant.items() if name not in ("t_min", "t_max")}
+    return {**options, **{name: value for name, value in meant.items() if options.get(name) is None}}
 
 
 def schema_of(response_format: Any) -> Any:
