@@ -22,11 +22,18 @@ _PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 def check_is_file(path: Path) -> None:
     """Raise IsADirectoryError or FileNotFoundError unless the path is a file."""
     if path.is_dir():
-        raise IsADirectoryError(
-            f"{path} is a folder; a model is a GGUF file: make one with 'pydiffusion convert'"
-        )
+        raise IsADirectoryError(f"{path} is a folder{_what_is_in(path)}")
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file{_what_was_meant(path)}")
+
+
+def _what_is_in(folder: Path) -> str:
+    """The rest of the sentence about a folder given as a model."""
+    names = sorted(path.name for path in folder.glob("*.gguf"))
+    if names:
+        return f"; it has {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}: give the file"
+    empty = ", which an empty name means too" if str(folder) == "." else ""
+    return f"{empty}; a model is a GGUF file: make one with 'pydiffusion convert'"
 
 
 def _what_was_meant(path: Path) -> str:

@@ -69,8 +69,7 @@ def fetch_model(
     name = reference.file
     try:
         if not name.endswith(".gguf") or _is_pattern(name):
-            api = hub.HfApi()
-            name = _choose(api.list_repo_files(reference.repo_id, revision=reference.revision), reference)
+            name = _choose(_files(hub, reference), reference)
         announce(f"{reference.repo_id}: {name}, from the Hugging Face Hub or its cache")
     except PyDiffusionError:
         raise
@@ -90,8 +89,8 @@ def fetch(repo_id: str, filename: str, revision: str | None = None) -> Path:
     name = filename
     try:
         if _is_pattern(filename):
-            files = hub.HfApi().list_repo_files(repo_id, revision=revision)
-            name = _choose(files, ModelReference(repo_id, filename, revision))
+            reference = ModelReference(repo_id, filename, revision)
+            name = _choose(_files(hub, reference), reference)
         paths = [hub.hf_hub_download(repo_id, part, revision=revision) for part in _parts(name)]
     except PyDiffusionError:
         raise
@@ -141,6 +140,12 @@ def _hub(what: str) -> Any:
     except ImportError:
         raise PyDiffusionError(f"{what}: fetching needs a package: pip install huggingface_hub") from None
     return huggingface_hub
+
+
+def _files(hub: Any, reference: ModelReference) -> list[str]:
+    """The names of a repo's files."""
+    info = hub.HfApi().model_info(reference.repo_id, revision=reference.revision)
+    return [sibling.rfilename for sibling in info.siblings or ()]
 
 
 def _in_cache(hub: Any, reference: ModelReference) -> Path | None:

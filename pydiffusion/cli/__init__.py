@@ -6,6 +6,7 @@ it needs when it runs, so that ``--help`` is fast and needs no native module.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -194,6 +195,10 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
         print(warnings.formatwarning(message, category, *where[:2]), end="", file=sys.stderr)
 
 
+# Of a print to a closed or full output; errors of other files name them.
+_OF_OUTPUT = (errno.EBADF, errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
 def _report(error: Exception) -> int:
     """Print an error on one line, and the traceback if PYDIFFUSION_DEBUG is set."""
     from pydiffusion import OptionError, PyDiffusionError
@@ -203,6 +208,8 @@ def _report(error: Exception) -> int:
     message = one_line(str(error)) or type(error).__name__
     if isinstance(error, MemoryError):
         message = "out of memory"
+    elif isinstance(error, OSError) and error.filename is None and error.errno in _OF_OUTPUT:
+        message = f"standard output: {error.strerror}"
     elif isinstance(error, OSError) and error.filename is not None and error.strerror:
         message = one_line(f"{error.filename}: {error.strerror}")
     elif not isinstance(error, (PyDiffusionError, OSError, ValueError)):

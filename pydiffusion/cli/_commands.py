@@ -39,6 +39,8 @@ class Group(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the options before the command; says so if they belong after one."""
+        if args and args[0] in ("help", "version"):
+            args = ["--version"] if args[0] == "version" else [*args[1:], "--help"]
         own = {name for parameter in self.get_params(ctx) for name in parameter.opts}
         if args and args[0].startswith("-") and args[0] not in own:
             near = difflib.get_close_matches(args[0], own, 1)
@@ -62,12 +64,12 @@ class Group(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def _guess(self, verb: str) -> str:
+        if verb.endswith(".gguf") or "/" in verb or Path(verb).exists():
+            return f"with a model, pydiffusion run {verb} chats, pydiffusion run {verb} TEXT answers"
         near = difflib.get_close_matches(verb.lower(), [*self.commands, *VERBS], 1)
         if near:
             meaning = VERBS.get(near[0], near[0])
             return f"did you mean {meaning}?" if meaning in self.commands else meaning
-        if verb.endswith(".gguf") or "/" in verb or Path(verb).exists():
-            return f"with a model, pydiffusion run {verb} chats, pydiffusion run {verb} TEXT answers"
         return f"commands are {', '.join(self.commands)}"
 
 

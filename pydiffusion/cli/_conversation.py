@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._options import at_temperature
 from ._run import figures, prefill
 from ._state import Message, SavedChat, new_chat_file, read_messages, saved_chats, write_messages
 from ._text import printable, say
@@ -151,6 +150,7 @@ class Conversation:
     def set_option(self, name: str, given: str) -> str:
         """Set a generation option from text, or reset it without; returns a message."""
         from pydiffusion import OptionError
+        from pydiffusion.options import at_temperature
 
         if name not in OPTIONS:
             raise CommandError(f"{name} can't be set here; options are {', '.join(OPTIONS)}")
@@ -158,8 +158,13 @@ class Conversation:
         choice: dict[str, Any] = {name: None}
         try:
             if given and not (name in MINUS_ONE_IS_NONE and given == "-1"):
-                choice[name] = convert(given)
-            self._options = replace(self._options, **at_temperature(choice))
+                value = convert(given)
+                choice = (
+                    at_temperature(value, self._model.metadata) if name == "temperature" else {name: value}
+                )
+            elif name == "temperature":
+                choice = {"t_min": None, "t_max": None}
+            self._options = replace(self._options, **choice)
         except OptionError as error:
             raise CommandError(str(error)) from None
         except ValueError:

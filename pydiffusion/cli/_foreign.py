@@ -218,8 +218,6 @@ VERBS: dict[str, str] = {
     "llama-bench": "bench",
     "convert_hf_to_gguf.py": "convert",
     "list-devices": "devices",
-    "help": "to read about a command: pydiffusion COMMAND --help",
-    "version": "pydiffusion --version prints it",
     "rm": "files are yours to delete: `hf cache` lists and deletes those of the hub's cache",
     "delete": "files are yours to delete: `hf cache` lists and deletes those of the hub's cache",
     "ps": "no model stays loaded in the background; a server lists its own at /v1/models",

@@ -54,5 +54,5 @@ def check_encodable(text: str, option: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise typer.BadParameter(f"{option}: is not valid UTF-8 at character {error.start}") from None
+        raise typer.BadParameter(f"{option} is not valid UTF-8 at character {error.start + 1}") from None
     return text

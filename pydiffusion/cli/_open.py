@@ -30,9 +30,13 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
     if threads is not None and (warning := too_many_threads(threads)):
         say(f"pydiffusion: warning: --threads: {warning}")
     if ctx is not None and ctx < 1:
-        raise typer.BadParameter(f"--ctx is {ctx}; permitted is an integer of at least 1")
+        raise typer.BadParameter(
+            f"--ctx is {ctx}; permitted is an integer of at least 1 (the default is 8192)"
+        )
     if layers is not None and layers != "auto" and not layers.isdecimal():
-        raise typer.BadParameter(f"--gpu-layers is {layers}; permitted is auto or an integer of at least 0")
+        raise typer.BadParameter(
+            f"--gpu-layers is {layers}; permitted is auto or an integer of at least 0 (999 for all)"
+        )
     cache_type = runtime.get("cache_type") or "auto"
     if cache_type not in KV_TYPES:
         raise typer.BadParameter(f"--cache-type is {cache_type}; permitted are f32, f16 and q8_0")
@@ -107,12 +111,19 @@ def check_options(choices: Mapping[str, Any]) -> None:
 
 
 def make_options(model: DiffusionModel | None = None, **choices: Any) -> GenerationOptions:
-    """GenerationOptions from the command line; a usage error (exit code 2) for a value out of range."""
+    """GenerationOptions from the command line; ``temperature`` gives those that it means, unless given. A
+    usage error (exit code 2) for a value out of range.
+    """
     from pydiffusion import GenerationOptions
+    from pydiffusion.options import at_temperature
 
+    temperature = choices.pop("temperature", None)
     if model is not None and choices.get("max_tokens") is None:
         choices["max_tokens"] = model.n_ctx
     try:
+        if temperature is not None:
+            meant = at_temperature(temperature, {} if model is None else model.metadata)
+            choices = meant | {name: value for name, value in choices.items() if value is not None}
         return GenerationOptions(**choices)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ._text import say
+
+def output_file(text: str) -> Path:
+    """The path of a file to write; a usage error for a folder, which a Path would not show: ``folder/``."""
+    if text.endswith(("/", os.sep)) or not text.strip():
+        raise typer.BadParameter(f"{text or 'an empty name'} is no file; give the name of the file to write")
+    return Path(text)
+
 
 #: What names a model: a file, or a repo on the hub. _open.model_file gives the file.
 MODEL_HELP = "Path of the GGUF file, or OWNER/NAME[:FILE or TYPE] on the Hugging Face Hub."
@@ -37,7 +44,17 @@ Steps = Annotated[
     int | None,
     typer.Option("--steps", help="Maximum number of denoising steps per canvas. [default: the file's]"),
 ]
-#: Generation options by field name of GenerationOptions, and temperature: the sampler's, and all.
+#: Not a generation option: _open.make_options has those of ours that it means.
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temp",
+        "--temperature",
+        help="Scales --t-min and --t-max: 1 is the file's; 0 for the most likely tokens, repeatable."
+        " [default: the file's]",
+    ),
+]
+#: Generation options by field name of GenerationOptions: the sampler's, and all.
 SAMPLER: dict[str, Any] = {
     "steps": Steps,
     "seed": Annotated[
@@ -47,14 +64,6 @@ SAMPLER: dict[str, Any] = {
             "--seed",
             callback=lambda value: None if value == -1 else value,
             help="Random seed; -1 for a random one. [default: random, and reported]",
-        ),
-    ],
-    "temperature": Annotated[
-        float | None,
-        typer.Option(
-            "--temp",
-            "--temperature",
-            help="0 for the most likely tokens, repeatable; other values have no effect: --t-min, --t-max.",
         ),
     ],
     "t_min": Annotated[
@@ -204,24 +213,6 @@ ChatTemplate = Annotated[
 CHAT_RUNTIME: dict[str, Any] = {**RUNTIME, "chat_template": ChatTemplate}
 
 
-def at_temperature(choices: dict[str, Any]) -> dict[str, Any]:
-    """The choices without ``temperature``, which becomes the options of ours that it means; those that are
-    given count.
-    """
-    temperature = choices.pop("temperature", None)
-    if temperature is None:
-        return choices
-    from pydiffusion.options import at_temperature as options_at
-
-    meant = options_at(temperature)
-    if not meant:
-        say(
-            f"pydiffusion: note: --temp {temperature:g} has no effect: a diffusion sampler has a temperature"
-            " per step, --t-max to --t-min; --temp 0 is greedy"
-        )
-    return {name: meant.get(name) if value is None else value for name, value in choices.items()}
-
-
 def takes(**groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator that adds groups of options to a command: each parameter named like a group gets a dict of
     the group's values.
@@ -231,7 +222,7 @@ def takes(**groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callab
         def wrapped(**given: Any) -> None:
             for group, options in groups.items():
                 chosen = {name: given.pop(name) for name in options}
-                given[group] = at_temperature({name: None if v == [] else v for name, v in chosen.items()})
+                given[group] = {name: None if v == [] else v for name, v in chosen.items()}
             command(**given)
 
         hints = get_type_hints(command, include_extras=True)

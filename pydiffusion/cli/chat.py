@@ -40,6 +40,7 @@ def command(
     ] = True,
     *,
     choices: dict[str, Any],
+    temperature: _options.Temperature = None,
     runtime: dict[str, Any],
 ) -> None:
     """Chat with a model. /help lists its commands, Ctrl-D ends, Ctrl-C stops an answer."""
@@ -48,6 +49,7 @@ def command(
         raise typer.BadParameter(
             f"{left[0]!r}: chat asks for messages; for one answer: pydiffusion run MODEL TEXT"
         )
+    choices["temperature"] = temperature
     chat(path, system, choices, runtime, continued=continued, save=save)
 
 
@@ -60,7 +62,9 @@ def chat(
     continued: bool = False,
     save: bool = True,
 ) -> None:
-    """Load the model and chat until the input ends. choices: fields of GenerationOptions."""
+    """Load the model and chat until the input ends. choices: fields of GenerationOptions, and
+    temperature.
+    """
     _open.check_options(choices)
     check_encodable(system or "", "--system")
     last = saved_chats(1) if continued else []

@@ -28,7 +28,14 @@ def command(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Also write the page to this file.", show_default=False),
+        typer.Option(
+            "-o",
+            "--output",
+            parser=_options.output_file,
+            metavar="FILE",
+            help="Also write the page to this file.",
+            show_default=False,
+        ),
     ] = None,
     *,
     runtime: dict[str, Any],

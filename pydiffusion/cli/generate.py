@@ -60,6 +60,7 @@ def command(
     file: PromptFile = None,
     *,
     choices: dict[str, Any],
+    temperature: _options.Temperature = None,
     json_schema: _options.JsonSchema = None,
     regex: _options.Regex = None,
     runtime: dict[str, Any],
@@ -85,7 +86,11 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Generate text from a prompt, printed canvas by canvas."""
-    choices |= {"json_schema": None if json_schema is None else read_schema(json_schema), "regex": regex}
+    choices |= {
+        "temperature": temperature,
+        "json_schema": None if json_schema is None else read_schema(json_schema),
+        "regex": regex,
+    }
     model, left = _open.model_and_rest(model, words or [])
     asked = Asked(chat, system, special, show, quiet, as_json)
     text = read_prompt(left, prompt, file, empty_is_wrong=chat is not False)
@@ -95,7 +100,7 @@ def command(
 def generate(
     path: Path, text: str, choices: Mapping[str, Any], runtime: Mapping[str, Any], asked: Asked
 ) -> None:
-    """Load the model and print its answer. choices: fields of GenerationOptions."""
+    """Load the model and print its answer. choices: fields of GenerationOptions, and temperature."""
     if asked.chat is False and runtime["chat_template"] is not None:
         raise typer.BadParameter("--chat-template needs --chat")
     _open.check_options(choices)  # report invalid options before loading the model

@@ -9,7 +9,7 @@ import typer
 
 from . import _open
 from ._input import read_text
-from ._options import Threads
+from ._options import Threads, output_file
 from ._text import say
 
 
@@ -24,7 +24,15 @@ def command(
         Path, typer.Argument(help="Path of a text similar to the model's output.", show_default=False)
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Path of the imatrix to write.", show_default=False)
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            parser=output_file,
+            metavar="FILE",
+            help="Path of the imatrix to write.",
+            show_default=False,
+        ),
     ],
     lines: Annotated[bool, typer.Option("--lines", help="Treat each line as a text of its own.")] = False,
     chunk: Annotated[

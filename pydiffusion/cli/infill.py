@@ -34,6 +34,7 @@ def command(
         int, typer.Option("--hole-tokens", help="Maximum number of tokens of a hole without N.")
     ] = 16,
     *,
+    temperature: _options.Temperature = None,
     runtime: dict[str, Any],
     show: Annotated[
         bool,
@@ -49,13 +50,18 @@ def command(
 
     if instruction is None and runtime["chat_template"] is not None:
         raise typer.BadParameter("--chat-template needs --instruction")
-    options = _open.make_options(**choices)
+    choices["temperature"] = temperature
+    _open.make_options(**choices)
     text = read_text_or_stdin(file)
     opened = _open.open_model(model, runtime, quiet=quiet)
     display = None if quiet else display_for(opened, (), show)
     with AnswerPrinter(display, quiet=True) as printer:
         filled = opened.infill(
-            text, options, instruction=instruction, hole_tokens=hole_tokens, on_event=printer
+            text,
+            _open.make_options(opened, **choices),
+            instruction=instruction,
+            hole_tokens=hole_tokens,
+            on_event=printer,
         )
     done = filled.completion
     if not quiet:

@@ -35,6 +35,7 @@ def command(
         Path | None,
         typer.Argument(
             metavar="OUT",
+            parser=_options.output_file,
             help="Path of the GGUF file to write. [default: IN-TYPE.gguf beside IN]",
             show_default=False,
         ),

@@ -29,9 +29,11 @@ def command(
     quiet: _options.Quiet = False,
     *,
     choices: dict[str, Any],
+    temperature: _options.Temperature = None,
     runtime: dict[str, Any],
 ) -> None:
     """Answer a prompt, as generate does; without one, chat."""
+    choices["temperature"] = temperature
     path, left = _open.model_and_rest(model, words or [], first=model is None)
     if left or prompt or file is not None or not sys.stdin.isatty():
         text = read_prompt(left, prompt, file, empty_is_wrong=True)
