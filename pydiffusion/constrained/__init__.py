@@ -1,8 +1,9 @@
-"""Constrained decoding: text that is guaranteed to match a JSON schema or a regular expression.
+"""Constrained decoding: text that is guaranteed to match a JSON schema or a regular expression, and tool
+calls whose arguments are guaranteed to match schemas.
 
-``schema`` and ``regex`` reduce the constraint to one plain regular expression, ``byte_dfa`` compiles it to a
-DFA over UTF-8 bytes, ``token_automaton`` lifts that to the tokens of a vocabulary, and ``guide`` finds the
-most likely accepted canvas at every denoising step.
+``schema``, ``regex`` and ``calls`` reduce the constraint to one plain regular expression, ``byte_dfa``
+compiles it to a DFA over UTF-8 bytes, ``token_automaton`` lifts that to the tokens of a vocabulary, and
+``guide`` finds the most likely accepted canvas at every denoising step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pydiffusion.errors import OptionError
 
+from .calls import CallGrammar
 from .guide import Guide
 from .regex import from_regex
 from .schema import schema_to_regex
@@ -41,9 +43,13 @@ def automaton_for(options: GenerationOptions, tokenizer: Tokenizer, ends: Collec
 
     Raises OptionError as ``expression_of``, or if the automaton is too large.
     """
-    expression = expression_of(options)
+    name, markers = options.constraint, ()
+    if options.function_calls is not None:
+        calls = CallGrammar(json.loads(options.function_calls), tokenizer)
+        expression, markers = calls.expression, calls.markers
+    else:
+        expression = expression_of(options)
     try:
-        return Automaton(expression, tokenizer, ends)
+        return Automaton(expression, tokenizer, ends, markers)
     except ValueError as error:
-        name = "json_schema" if options.regex is None else "regex"
         raise OptionError(name, f"{name}: {error}") from None

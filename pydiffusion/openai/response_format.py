@@ -18,6 +18,7 @@ from pydiffusion.options import ResolvedOptions
 
 from .errors import field_of, from_exception, invalid
 from .parameters import schema_of, token_limit
+from .tool_choice import ToolUse
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
@@ -38,12 +39,13 @@ def constraint_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def check_constraint(model: DiffusionModel, options: ResolvedOptions, n_prompt: int) -> None:
+def check_constraint(model: DiffusionModel, options: ResolvedOptions, n_prompt: int, use: ToolUse) -> None:
     """Compile the automaton, which the model caches. Raises ApiError if it is unsupported or too long."""
     if options.constraint is None:
         return
     try:
-        needed = int(model.automaton(options).tokens_left[0])
+        with use.naming_tools():
+            needed = int(model.automaton(options).tokens_left[0])
     except OptionError as error:
         raise from_exception(error) from None
     room = (model.n_ctx - n_prompt) // model.canvas_length * model.canvas_length

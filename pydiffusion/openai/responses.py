@@ -15,12 +15,13 @@ from pydiffusion.errors import OptionError
 from pydiffusion.events import DraftEvent
 from pydiffusion.generation.infill import Layout, lay_out_suffix, prepare
 from pydiffusion.generation.prompt import prompt_ids, session_for
-from pydiffusion.options import GenerationOptions, ResolvedOptions
+from pydiffusion.options import CONSTRAINTS, GenerationOptions, ResolvedOptions
 
 from .call import Call
 from .parameters import no_thinking, token_limit
 from .reports import Prefilled, Report
 from .shaper import ChatChoice, Choice, FilledChoice, Json, Response, TextChoice
+from .tool_choice import cut_after_call, tool_use
 
 if TYPE_CHECKING:
     from pydiffusion.generation.token_ids import TokenIds
@@ -83,6 +84,8 @@ def create_chat_completion(
     /,
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    tool_choice: str | Mapping[str, Any] | None = None,
+    parallel_tool_calls: bool | None = None,
     enable_thinking: bool | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     max_tokens: int | None = None,
@@ -99,8 +102,12 @@ def create_chat_completion(
 ) -> Json | Iterator[Json]:
     """Answer messages, ``{"role": ..., "content": ...}``, with the model's chat template.
 
-    tools, enable_thinking, chat_template_kwargs: passed to the template. With enable_thinking=False,
-        reasoning that the model starts anyway is closed at once (``thinking_budget=0``).
+    tools: functions that the model may call, as in OpenAI's API, passed to the template.
+    tool_choice: "auto", "none", "required" or the object that names a function. A call that is required, and
+        those of functions with ``strict``, are guaranteed to satisfy their ``parameters``.
+    parallel_tool_calls: False: one call at most.
+    enable_thinking, chat_template_kwargs: passed to the template. With enable_thinking=False, reasoning that
+        the model starts anyway is closed at once (``thinking_budget=0``).
     max_tokens, max_completion_tokens: None or -1 generates until eos or the end of the context; of both, the
         smaller applies.
     Other parameters as for ``create_completion``; stop strings apply to the answer only.
@@ -110,14 +117,26 @@ def create_chat_completion(
     variables = template_variables({} if chat_template_kwargs is None else chat_template_kwargs)
     if enable_thinking is not None:
         variables["enable_thinking"] = enable_thinking
+    use = tool_use(
+        tools,
+        tool_choice,
+        parallel=parallel_tool_calls,
+        constraint={n: call.options.pop(n) for n in CONSTRAINTS if call.options.get(n) is not None},
+        thinking=variables.get("enable_thinking"),
+    )
+    call.options |= use.constraint
     if variables.get("enable_thinking") is False:
         call.options = no_thinking(diffusion_model, call.options)
     limit = token_limit(diffusion_model, max_tokens, max_completion_tokens)
     each = call.each_choice(max_tokens=limit, stop=stop)
-    ids = prompt_ids(diffusion_model, diffusion_model.chat_prompt(messages, tools=tools, **variables))
+    if each[0].constraint is not None:
+        with use.naming_tools():
+            diffusion_model.automaton(each[0])
+    ids = prompt_ids(diffusion_model, diffusion_model.chat_prompt(messages, tools=use.shown, **variables))
     session = session_for(diffusion_model, session)
-    choices = [ChatChoice(i, len(ids)) for i in range(n)]
-    return _respond(call, model, choices, _reports(call, session, ids, each, chat=True), chat=True)
+    choices = [ChatChoice(i, len(ids), is_named=use.is_named) for i in range(n)]
+    reports = _reports(call, session, ids, each, chat=True, one_call=use.cuts_after_call)
+    return _respond(call, model, choices, reports, chat=True)
 
 
 def _around_suffix(
@@ -144,9 +163,17 @@ def _text_choice(
 
 
 def _reports(
-    call: Call, session: Session, prompt: TokenIds, each: Sequence[ResolvedOptions], *, chat: bool
+    call: Call,
+    session: Session,
+    prompt: TokenIds,
+    each: Sequence[ResolvedOptions],
+    *,
+    chat: bool,
+    one_call: bool = False,
 ) -> Iterator[tuple[int, Report]]:
-    """The reports of each choice, with its index. The prompt is prefilled at the call."""
+    """The reports of each choice, with its index. The prompt is prefilled at the call. one_call: end after
+    a tool call.
+    """
     n_cached = session.prefill(prompt)
     n_prompt = session.n_past
     generate = session.generate_chat if chat else session.generate
@@ -156,7 +183,8 @@ def _reports(
             if i:
                 session.truncate(n_prompt)
             yield i, Prefilled(n_cached)
-            for event in generate(options):
+            events = generate(options)
+            for event in cut_after_call(events, options.seed) if one_call else events:
                 if call.drafts or not isinstance(event, DraftEvent):
                     yield i, event
 
