@@ -8,7 +8,7 @@ import operator
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 from .errors import ModelFormatError, OptionError
 from .tokenizer.end_tokens import find_end_tokens
@@ -16,6 +16,10 @@ from .tokenizer.end_tokens import find_end_tokens
 # The native loop takes signed 32-bit counts.
 _MAX_COUNT = 2**31 - 1
 _MAX_SEED = 2**64 - 1
+
+#: Options that constrain the text, of which one can be given.
+Constraint: TypeAlias = Literal["json_schema", "regex", "grammar"]
+CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
 
 
 def _refused(name: str, value: Any, permitted: str) -> OptionError:
@@ -118,9 +122,9 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
-def _regex(value: Any) -> str:
+def _expression(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise _refused("regex", value, "a string of at least one character")
+        raise _refused(name, value, "a string of at least one character")
     return value
 
 
@@ -141,7 +145,8 @@ _NAME_TO_CHECK: dict[str, Callable[[Any], Any]] = {
     "canvas": _canvas,
     "hold": _hold,
     "json_schema": _json_schema,
-    "regex": _regex,
+    "regex": lambda value: _expression("regex", value),
+    "grammar": lambda value: _expression("grammar", value),
     "thinking_budget": lambda value: integer_option("thinking_budget", value, 0),
     "stop_on_repetition": lambda value: _flag("stop_on_repetition", value),
     "trim_after_eos": lambda value: _flag("trim_after_eos", value),
@@ -183,6 +188,7 @@ class GenerationOptions:
     hold: for each of these positions, whether it keeps its token: never renoised, never replaced.
     json_schema: a JSON schema, as an object or as JSON: the text is guaranteed to be valid against it.
     regex: a regular expression that the text is guaranteed to match in full.
+    grammar: a grammar in llama.cpp's GBNF, whose rule ``root`` the text is guaranteed to match in full.
     thinking_budget: maximum number of reasoning tokens; reasoning beyond it is closed and the answer follows.
         ``None``: no separate limit.
     stop_on_repetition: end the text when it loops: its last 128 tokens or more are the same block repeated
@@ -209,6 +215,7 @@ class GenerationOptions:
     hold: Sequence[bool] | None = None
     json_schema: Mapping[str, Any] | bool | str | None = None
     regex: str | None = None
+    grammar: str | None = None
     thinking_budget: int | None = None
     stop_on_repetition: bool | None = None
     trim_after_eos: bool | None = None
@@ -265,22 +272,20 @@ class GenerationOptions:
 
     @property
     def is_structured(self) -> bool:
-        """Whether the text is constrained by a JSON schema or a regular expression."""
+        """Whether the text is constrained by a JSON schema, a regular expression or a grammar."""
         return self.constraint is not None
 
     @property
-    def constraint(self) -> Literal["json_schema", "regex"] | None:
+    def constraint(self) -> Constraint | None:
         """The option that constrains the text, or None."""
-        if self.json_schema is not None:
-            return "json_schema"
-        return None if self.regex is None else "regex"
+        return next((name for name in CONSTRAINTS if getattr(self, name) is not None), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedOptions(GenerationOptions):
     """Options of one generation with one model, nothing left open; ``GenerationOptions.resolve`` makes them.
 
-    ``None`` is a value of json_schema, regex and thinking_budget only: there is none.
+    ``None`` is a value of json_schema, regex, grammar and thinking_budget only: there is none.
     """
 
     # field(): a field without a default, where the base class has one.
@@ -302,6 +307,7 @@ class ResolvedOptions(GenerationOptions):
     trim_after_eos: bool = field()
     json_schema: str | None = field()
     regex: str | None = field()
+    grammar: str | None = field()
     thinking_budget: int | None = field()
 
 
@@ -326,8 +332,9 @@ def _check_held(canvas: Sequence[Any], hold: Sequence[Any]) -> None:
 def _check_constraint(options: GenerationOptions) -> None:
     if not options.is_structured:
         return
-    if options.json_schema is not None and options.regex is not None:
-        raise OptionError("json_schema", "json_schema and regex exclude each other: give one")
+    given = [name for name in CONSTRAINTS if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise OptionError(given[0], f"{' and '.join(given)} exclude each other: give one")
     for name in ("stop", "canvas", "hold", "thinking_budget", "stop_on_repetition"):
         if getattr(options, name) not in (None, (), False):
             raise OptionError(

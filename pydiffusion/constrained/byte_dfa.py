@@ -30,13 +30,20 @@ def byte_dfa(expression: str) -> tuple[np.ndarray, np.ndarray]:
 
     Raises ValueError if it gets too large.
     """
-    nfa = _Nfa()
+    nfa = Nfa()
     start = nfa.new()
     end = nfa.sequence(parse(expression), start)
-    return _deterministic(nfa, start, end)
+    return deterministic(nfa, start, end)
 
 
-class _Nfa:
+class TooLarge(ValueError):
+    """An automaton has too many states."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"it is too large (more than {limit} states)")
+
+
+class Nfa:
     """NFA with transitions on byte ranges and epsilon transitions."""
 
     def __init__(self) -> None:
@@ -47,7 +54,7 @@ class _Nfa:
         self.on_bytes.append([])
         self.on_nothing.append([])
         if len(self.on_bytes) > 40 * MAX_STATES:
-            raise ValueError("it is too large")
+            raise TooLarge(40 * MAX_STATES)
         return len(self.on_bytes) - 1
 
     def sequence(self, items: Iterable[Any], state: int) -> int:
@@ -58,11 +65,11 @@ class _Nfa:
 
     def _item(self, operation: Any, value: Any, state: int) -> int:
         if operation is sre.LITERAL:
-            return self._characters([(value, value)], state)
+            return self.characters([(value, value)], state)
         if operation is sre.NOT_LITERAL:
-            return self._characters(complement([(value, value)]), state)
+            return self.characters(complement([(value, value)]), state)
         if operation is sre.IN:
-            return self._characters(ranges_of_class(value), state)
+            return self.characters(ranges_of_class(value), state)
         if operation is sre.SUBPATTERN:
             return self.sequence(value[3], state)
         if operation is sre.BRANCH:
@@ -91,9 +98,11 @@ class _Nfa:
             self.on_nothing[state].append(end)
         return end
 
-    def _characters(self, ranges: Ranges, state: int) -> int:
-        """Add a class of characters; equal suffixes of multi-byte sequences share their states."""
-        end = self.new()
+    def characters(self, ranges: Ranges, state: int, end: int | None = None) -> int:
+        """Add a class of characters, to a new state or ``end``; returns it. Equal suffixes of multi-byte
+        sequences share their states.
+        """
+        end = self.new() if end is None else end
         rest_to_state: dict[tuple[tuple[int, int], ...], int] = {(): end}
         for low, high in ranges:
             for parts in _utf8(low, high):
@@ -108,6 +117,25 @@ class _Nfa:
                         break  # what follows it exists already
                     at = rest_to_state[rest]
         return end
+
+    def is_dead(self, state: int) -> bool:
+        """Whether nothing follows a state."""
+        return not (self.on_bytes[state] or self.on_nothing[state])
+
+    def prune(self, start: int, end: int) -> None:
+        """Remove the transitions to states from which ``end`` is out of reach."""
+        sources: list[list[int]] = [[] for _ in self.on_bytes]
+        for state, (edges, following) in enumerate(zip(self.on_bytes, self.on_nothing, strict=True)):
+            for target in [*following, *(edge[2] for edge in edges)]:
+                sources[target].append(state)
+        alive, stack = {end}, [end]
+        while stack:
+            for source in sources[stack.pop()]:
+                if source not in alive:
+                    alive.add(source)
+                    stack.append(source)
+        self.on_bytes = [[edge for edge in edges if edge[2] in alive] for edges in self.on_bytes]
+        self.on_nothing = [[t for t in following if t in alive] for following in self.on_nothing]
 
 
 def _utf8(low: int, high: int) -> Iterator[list[tuple[int, int]]]:
@@ -141,7 +169,7 @@ def _utf8(low: int, high: int) -> Iterator[list[tuple[int, int]]]:
 class _Closures:
     """Epsilon closures, reduced to the states that read bytes and the final one."""
 
-    def __init__(self, nfa: _Nfa, end: int) -> None:
+    def __init__(self, nfa: Nfa, end: int) -> None:
         self._nfa = nfa
         self._end = end
         self._found: dict[int, frozenset[int]] = {}
@@ -160,8 +188,14 @@ class _Closures:
         return found
 
 
-def _deterministic(nfa: _Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Transition table (n_states + 1, 256) and accepting states, by the subset construction."""
+def deterministic(
+    nfa: Nfa, start: int, end: int, limit: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Transition table (n_states + 1, 256) and accepting states, by the subset construction.
+
+    limit: maximum number of states, MAX_STATES or fewer. Raises TooLarge.
+    """
+    limit = MAX_STATES if limit is None else limit
     closures = _Closures(nfa, end)
     queue = [closures.of(start)]
     numbers = {queue[0]: 0}
@@ -178,8 +212,8 @@ def _deterministic(nfa: _Nfa, start: int, end: int) -> tuple[np.ndarray, np.ndar
             if target not in numbers:
                 numbers[target] = len(queue)
                 queue.append(target)
-                if len(queue) > MAX_STATES:
-                    raise ValueError(f"it is too large (more than {MAX_STATES} states)")
+                if len(queue) > limit:
+                    raise TooLarge(limit)
             row.append((first, behind, numbers[target]))
         rows.append(row)
     rows, accepting = _merged(rows, [end in states for states in queue])

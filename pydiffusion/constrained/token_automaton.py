@@ -1,4 +1,4 @@
-"""Token automaton: the byte DFA of a regular expression lifted to the tokens of a vocabulary."""
+"""Token automaton: the byte DFA of an expression or grammar lifted to the tokens of a vocabulary."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .byte_dfa import byte_dfa
+from .grammar import Grammar
+from .grammar_dfa import grammar_dfa
 
 if TYPE_CHECKING:
     from pydiffusion.tokenizer import Tokenizer
@@ -24,15 +26,16 @@ class Automaton:
     tokens_left: length, in tokens of the alphabet, of the shortest path from a state to an end, or -1.
     """
 
-    def __init__(self, expression: str, tokenizer: Tokenizer, ends: Collection[int] = ()) -> None:
-        """expression: as from regex.py. ends: tokens that end a text, and so can't be part of it.
+    def __init__(self, expression: str | Grammar, tokenizer: Tokenizer, ends: Collection[int] = ()) -> None:
+        """expression: as from regex.py, or a grammar. ends: tokens that end a text, and so can't be part of it.
 
         Raises ValueError if the automaton is too large, or nothing satisfies the expression.
         """
         self._tokenizer = tokenizer
         self._ends = frozenset(ends)
         self._markers = frozenset(tokenizer.chat_format.markers)
-        table, self.accepting = byte_dfa(expression)
+        machine = grammar_dfa(expression) if isinstance(expression, Grammar) else byte_dfa(expression)
+        table, self.accepting = machine
         self._byte_to_next = np.ascontiguousarray(table.T)  # by byte, then by state: a row fits the CPU cache
         self.n_states = len(self.accepting)
         self._moves: dict[int, tuple[np.ndarray, np.ndarray]] = {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydiffusion.chat.messages import template_variables
 from pydiffusion.errors import OptionError
-from pydiffusion.options import GenerationOptions, ResolvedOptions
+from pydiffusion.options import CONSTRAINTS, GenerationOptions, ResolvedOptions
 
 from .errors import ApiError, from_exception, invalid
 from .messages import check_messages, check_tools
@@ -60,7 +60,7 @@ _DIFFUSION = (
 )  # fmt: skip
 _ALL = ("model", "stream", "stream_options", "seed", *_DIFFUSION)
 _LIMITS = ("thinking_budget", "stop_on_repetition", "trim_after_eos")
-_COMMON = (*_ALL, *_LIMITS, "n", "stop", "max_tokens", "response_format", "regex")
+_COMMON = (*_ALL, *_LIMITS, "n", "stop", "max_tokens", "response_format", *CONSTRAINTS)
 _CHAT = (
     *_COMMON, "messages", "max_completion_tokens", "tools", "tool_choice", "parallel_tool_calls",
     "reasoning_effort", "enable_thinking", "chat_template_kwargs",
@@ -254,8 +254,8 @@ def _options(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedO
 
 def _options_around(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedOptions]:
     """Options of each choice of a request with a layout, which sets the rest."""
-    for name in ("stop", "response_format", "regex", *_LIMITS):
-        if fields.get(name) not in (None, [], {"type": "text"}):
+    for name in ("stop", "response_format", *CONSTRAINTS, *_LIMITS):
+        if fields.get(name) not in (None, [], "", {"type": "text"}):
             raise invalid(f"{name} can't be combined with suffix by this server", name, "unsupported_value")
     try:
         return list(_each_choice(fields, {}, model))

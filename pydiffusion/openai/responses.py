@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from pydiffusion.chat.messages import template_variables
 from pydiffusion.errors import OptionError
 from pydiffusion.generation.prompt import prefilled_session
-from pydiffusion.options import GenerationOptions, make_options
+from pydiffusion.options import CONSTRAINTS, GenerationOptions, make_options
 
-from .parameters import no_thinking, schema_of, token_limit
+from .parameters import constraint_of, no_thinking, token_limit
 from .shaper import ChatChoice, Json, Response, TextChoice
 
 if TYPE_CHECKING:
@@ -96,18 +96,17 @@ def create_chat_completion(
         reasoning that the model starts anyway is closed at once (``thinking_budget=0``).
     max_tokens, max_completion_tokens: None or -1 generates until eos or the end of the context; of both, the
         smaller applies.
-    response_format: as in OpenAI's API, or with a schema as in llama-cpp-python; an alternative to
-        json_schema.
+    response_format: as in OpenAI's API, or with a schema as in llama-cpp-python, or with a grammar; an
+        alternative to json_schema and grammar.
     Other parameters as for ``create_completion``; stop strings apply to the answer only.
     The response separates ``content``, ``reasoning_content`` and ``tool_calls``.
     """
     if response_format is not None:
-        schema = schema_of(response_format)
-        if schema is not None and options.get("json_schema") is not None:
-            raise OptionError(
-                "response_format", "response_format and json_schema exclude each other: give one"
-            )
-        options["json_schema"] = options.get("json_schema") if schema is None else schema
+        constraint = constraint_of(response_format)
+        other = next((name for name in CONSTRAINTS if options.get(name) is not None), None)
+        if constraint and other is not None:
+            raise OptionError("response_format", f"response_format and {other} exclude each other: give one")
+        options |= constraint
     variables = template_variables({} if chat_template_kwargs is None else chat_template_kwargs)
     if enable_thinking is not None:
         variables["enable_thinking"] = enable_thinking
