@@ -15,7 +15,7 @@ from .grammar import Characters, Choice, Grammar, Node, Reference, Repetition, S
 _MAX_DEPTH = 6
 # A grammar is expanded to more than the first depth that has a text only within this: states cost time at
 # every step.
-_MAX_STATES_OF_RECURSION = 2000
+_MAX_STATES_OF_RECURSION = 3000
 
 
 def grammar_dfa(grammar: Grammar) -> tuple[np.ndarray, np.ndarray]:

@@ -100,7 +100,7 @@ GRAMMARS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "list": (LIST, ("- a\n", "- eins\n- zwei é\n"), ("", "- \n", "a\n", "- a", "- a\u2028b\n")),
     "arithmetic": (
         ARITHMETIC,
-        ("a=1\n", "x_1 + 2*(3 - y) = 7\n", "((1))=z\n(a)=b\n"),
+        ("a=1\n", "x_1 +2*(3 -y) = 7\n", "((1))=z\n(a)=b\n"),
         ("a=", "1=1", "(a=1\n", "=1\n", "a++b=1\n", "A=1\n"),
     ),
     "chess": (
