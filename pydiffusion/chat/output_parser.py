@@ -13,6 +13,10 @@ from typing import Any, TypeAlias
 from .formats.chat_format import ChatFormat
 
 
+# Of 32 code points that are not characters.
+_FIRST_HIDDEN = 0xFDD0
+
+
 @dataclass(frozen=True)
 class Content:
     """Text of the answer."""
@@ -201,6 +205,34 @@ class OutputParser:
         if body:
             self._has_reasoning = True
             self._parts.append(Reasoning(body))
+
+
+class Shield:
+    """Keeps text apart from markers where they are known by their tokens, as in constrained calls: such a text
+    may spell a marker out.
+    """
+
+    def __init__(self, chat_format: ChatFormat) -> None:
+        first = sorted({marker[0] for marker in chat_format.markers})
+        self._hidden = {ord(character): _FIRST_HIDDEN + i for i, character in enumerate(first)}
+        self._shown = {hidden: shown for shown, hidden in self._hidden.items()}
+
+    def hide(self, text: str) -> str:
+        """Replace what markers begin with, by noncharacters that no constrained text has."""
+        return text.translate(self._hidden)
+
+    def show(self, part: Part) -> Part:
+        """Undo ``hide`` in a parsed part."""
+        if isinstance(part, ToolCall):
+            return ToolCall(self._value(part.name), self._value(part.arguments))
+        return type(part)(part.text.translate(self._shown))
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return value.translate(self._shown)
+        if isinstance(value, dict):
+            return {self._value(key): self._value(each) for key, each in value.items()}
+        return [self._value(each) for each in value] if isinstance(value, list) else value
 
 
 def _n_possible_marker(text: str, markers: tuple[str, ...]) -> int:

@@ -1,9 +1,10 @@
-"""Constrained decoding: text that is guaranteed to match a JSON schema, a regular expression or a grammar.
+"""Constrained decoding: text that is guaranteed to match a JSON schema, a regular expression or a grammar, and
+tool calls whose arguments are guaranteed to match schemas.
 
-``schema`` and ``regex`` reduce the constraint to one plain regular expression, which ``byte_dfa`` compiles to
-a DFA over UTF-8 bytes; ``grammar`` parses llama.cpp's GBNF, which ``grammar_dfa`` compiles to such a DFA.
-``token_automaton`` lifts it to the tokens of a vocabulary, and ``guide`` finds the most likely accepted canvas
-at every denoising step.
+``schema``, ``regex`` and ``calls`` reduce the constraint to one plain regular expression, which ``byte_dfa``
+compiles to a DFA over UTF-8 bytes; ``grammar`` parses llama.cpp's GBNF, which ``grammar_dfa`` compiles to such
+a DFA. ``token_automaton`` lifts it to the tokens of a vocabulary, and ``guide`` finds the most likely accepted
+canvas at every denoising step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydiffusion.errors import OptionError
 
+from .calls import CallGrammar
 from .grammar import Grammar, parse_grammar
 from .guide import Guide
 from .regex import from_regex
@@ -50,9 +52,15 @@ def automaton_for(options: GenerationOptions, tokenizer: Tokenizer, ends: Collec
 
     Raises OptionError as ``expression_of``, or if the automaton is too large.
     """
-    expression = expression_of(options)
+    name: str = options.constraint or "json_schema"
+    markers: tuple[str, ...] = ()
+    expression: str | Grammar
+    if options.function_calls is not None:
+        calls = CallGrammar(json.loads(options.function_calls), tokenizer)
+        expression, markers = calls.expression, calls.markers
+    else:
+        expression = expression_of(options)
     try:
-        return Automaton(expression, tokenizer, ends)
+        return Automaton(expression, tokenizer, ends, markers)
     except ValueError as error:
-        name = options.constraint or "json_schema"
         raise OptionError(name, f"{name}: {error}") from None

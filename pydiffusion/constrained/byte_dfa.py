@@ -20,6 +20,10 @@ from .regex_parser import sre
 # With more states, the path search would take longer than a denoising step of most models.
 MAX_STATES = 12_000
 _SURROGATES = (0xD800, 0xDFFF)
+# In an expression, single surrogates from the first on stand for the markers of a chat format: tokens that no
+# text has. In the table they are the bytes that UTF-8 never has.
+FIRST_MARKER, MAX_MARKERS = 0xD800, 8
+FIRST_MARKER_BYTE = 0xF8
 _Edge: TypeAlias = tuple[int, int, int]  # first byte, last byte + 1, next state
 _UTF8_ENDS = (0x7F, 0x7FF, 0xFFFF, 0x10FFFF)  # the last code point of one, two, three, four bytes
 
@@ -105,6 +109,10 @@ class Nfa:
         end = self.new() if end is None else end
         rest_to_state: dict[tuple[tuple[int, int], ...], int] = {(): end}
         for low, high in ranges:
+            if FIRST_MARKER <= low and high < FIRST_MARKER + MAX_MARKERS:
+                first = FIRST_MARKER_BYTE - FIRST_MARKER
+                self.on_bytes[state].append((first + low, first + high, end))
+                continue
             for parts in _utf8(low, high):
                 at = state
                 for i, (first, last) in enumerate(parts):

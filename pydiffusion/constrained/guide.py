@@ -23,24 +23,33 @@ class Guide:
     """Constrains one generation: ``choose`` at every step, ``commit`` when a canvas is finished."""
 
     def __init__(
-        self, automaton: Automaton, n_canvas: int, budget: int, eos: Sequence[int], n_vocab: int
+        self,
+        automaton: Automaton,
+        n_canvas: int,
+        budget: int,
+        eos: Sequence[int],
+        n_vocab: int,
+        state: int = 0,
     ) -> None:
-        """budget: maximum number of tokens of the text. Raises OptionError if no accepted text fits."""
+        """budget: maximum number of tokens of the text. state: the automaton's, where the text begins.
+
+        Raises OptionError if no accepted text fits.
+        """
         self._automaton = automaton
         self._n_canvas = n_canvas
         self._left = budget
         self._eos = list(eos)
-        self._state = 0
+        self._state = state
         self._chosen: tuple[np.ndarray, int, bool] | None = None
         self.finished = False
         if not eos:
             raise OptionError(
                 "eos", "constrained output needs an eos, but neither the options nor the file have one"
             )
-        if automaton.tokens_left[0] > budget:
+        if automaton.tokens_left[state] > budget:
             raise OptionError(
                 "max_tokens",
-                f"the shortest text that satisfies the constraint takes {automaton.tokens_left[0]} tokens,"
+                f"the shortest text that satisfies the constraint takes {automaton.tokens_left[state]} tokens,"
                 f" but max_tokens and the context leave {budget}",
             )
         self.n_likeliest = min(N_LIKELIEST, n_vocab)

@@ -38,7 +38,7 @@ class Answer(Response):
 
     def _new_choice(self, index: int, n_prompt: int, head: str) -> Choice:
         if isinstance(self._request, ChatRequest):
-            return ChatChoice(index, n_prompt, {"refusal": None})
+            return ChatChoice(index, n_prompt, {"refusal": None}, is_named=self._request.use.is_named)
         layout = self._request.layout
         if layout is None:
             return TextChoice(index, n_prompt, head)

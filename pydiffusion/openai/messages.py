@@ -1,4 +1,4 @@
-"""Validate messages and tools of a request before they reach a chat template."""
+"""Validate messages of a request before they reach a chat template."""
 
 from __future__ import annotations
 
@@ -65,22 +65,3 @@ def _check_calls(calls: Any, where: str) -> None:
                 " an object or absent",
                 f"{where}[{i}]",
             )
-
-
-def check_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Validate tools; None if there are none. Raises ApiError naming the first invalid one."""
-    if tools is None:
-        return None
-    if not isinstance(tools, list):
-        raise invalid("tools must be an array", "tools", "invalid_type")
-    for i, tool in enumerate(tools):
-        where = f"tools[{i}]"
-        if not isinstance(tool, dict) or tool.get("type") != "function":
-            raise invalid(f"{where}.type must be 'function'", f"{where}.type")
-        function = tool.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise invalid(f"{where}.function must have a name, a string", f"{where}.function")
-        for name, kind in (("description", str), ("parameters", dict)):
-            if function.get(name) is not None and not isinstance(function[name], kind):
-                raise invalid(f"{where}.function.{name} has the wrong type", f"{where}.function.{name}")
-    return tools or None

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydiffusion.chat.messages import template_variables
 from pydiffusion.errors import OptionError
-from pydiffusion.options import CONSTRAINTS, GenerationOptions, ResolvedOptions
+from pydiffusion.options import GenerationOptions, ResolvedOptions
 
 from .errors import ApiError, from_exception, invalid
-from .messages import check_messages, check_tools
+from .messages import check_messages
 from .parameters import no_thinking, token_limit
-from .response_format import constraint_options, infill_layout, suffix_layout
+from .response_format import CONSTRAINT_FIELDS, constraint_options, infill_layout, suffix_layout
+from .tool_choice import ToolUse, tool_use
 
 if TYPE_CHECKING:
     from pydiffusion.generation.infill import Layout
@@ -60,7 +61,7 @@ _DIFFUSION = (
 )  # fmt: skip
 _ALL = ("model", "stream", "stream_options", "seed", *_DIFFUSION)
 _LIMITS = ("thinking_budget", "stop_on_repetition", "trim_after_eos")
-_COMMON = (*_ALL, *_LIMITS, "n", "stop", "max_tokens", "response_format", *CONSTRAINTS)
+_COMMON = (*_ALL, *_LIMITS, "n", "stop", "max_tokens", "response_format", *CONSTRAINT_FIELDS)
 _CHAT = (
     *_COMMON, "messages", "max_completion_tokens", "tools", "tool_choice", "parallel_tool_calls",
     "reasoning_effort", "enable_thinking", "chat_template_kwargs",
@@ -90,7 +91,12 @@ class Request:
 class ChatRequest(Request):
     messages: list[dict[str, Any]]
     variables: dict[str, Any] = field(default_factory=dict)  # template variables
-    one_call: bool = False
+    use: ToolUse = field(default_factory=ToolUse)
+
+    @property
+    def one_call(self) -> bool:
+        """Whether to cut the answer after its first call."""
+        return self.use.cuts_after_call
 
 
 @dataclass
@@ -109,21 +115,21 @@ def chat_request(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> Ch
     """Validate the body of /v1/chat/completions. Raises ApiError."""
     fields, ignored = _fields(body, _CHAT)
     _check_model(fields, names)
-    tools = check_tools(fields.get("tools"))
     variables = _template_variables(fields)
-    variables["tools"] = tools if _wants_tools(fields) else None
-    if constraint_options(fields):
-        _check_plain_chat(variables)
-        variables["enable_thinking"] = False
+    use = _tool_use(fields, variables)
+    variables["tools"] = use.shown
+    if use.constraint:
+        if "function_calls" not in use.constraint:  # which says itself whether the model may think
+            _without_thinking(variables)
     elif variables.get("enable_thinking") is False:
         fields = no_thinking(model, fields)
     return ChatRequest(
         **_stream_options(fields),
-        options=_options(fields, model),
+        options=_options(fields, model, use.constraint),
         ignored=ignored,
         messages=check_messages(fields.get("messages")),
         variables=variables,
-        one_call=not _flag(fields, "parallel_tool_calls", True),
+        use=use,
     )
 
 
@@ -134,7 +140,7 @@ def completion_request(body: Any, model: DiffusionModel, names: tuple[str, ...])
     prompts = _prompts(fields.get("prompt"), model)
     layout = suffix_layout(model, fields)
     if layout is None:
-        options = _options({"max_tokens": 256, **fields}, model)
+        options = _options({"max_tokens": 256, **fields}, model, constraint_options(fields))
     else:
         options = _options_around(fields, model)
     if len(prompts) * len(options) > MAX_CHOICES:
@@ -163,17 +169,28 @@ def infill_request(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> 
     )
 
 
-def _check_plain_chat(variables: Mapping[str, Any]) -> None:
-    if variables.get("tools"):
-        raise invalid(
-            "response_format can't be combined with tools by this server: give tool_choice 'none'",
-            "response_format",
+def _tool_use(fields: Mapping[str, Any], variables: Mapping[str, Any]) -> ToolUse:
+    thinking = variables.get("enable_thinking")
+    try:
+        return tool_use(
+            fields.get("tools"),
+            fields.get("tool_choice"),
+            parallel=_flag(fields, "parallel_tool_calls", True),
+            constraint=constraint_options(fields),
+            thinking=thinking if isinstance(thinking, bool) else None,
         )
+    except OptionError as error:
+        raise from_exception(error) from None
+
+
+def _without_thinking(variables: dict[str, Any]) -> None:
+    """Switch thinking off for an answer that follows a format."""
     if variables.get("enable_thinking"):
         raise invalid(
             "response_format can't be combined with thinking by this server: all of an answer follows it",
             "response_format",
         )
+    variables["enable_thinking"] = False
 
 
 def _fields(body: Any, known: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
@@ -237,13 +254,14 @@ def _stream_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _options(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedOptions]:
+def _options(
+    fields: Mapping[str, Any], model: DiffusionModel, constraint: Mapping[str, Any]
+) -> list[ResolvedOptions]:
     """The options of each choice."""
     stop = fields.get("stop", ())
     if isinstance(stop, list) and len(stop) > MAX_STOPS:
         raise invalid(f"stop has {len(stop)} strings; permitted are {MAX_STOPS}", "stop")
-    choices = constraint_options(fields)
-    choices["stop"] = stop
+    choices = {**constraint, "stop": stop}
     try:
         limits = fields.get("max_tokens"), fields.get("max_completion_tokens")
         choices["max_tokens"] = token_limit(model, *limits)
@@ -254,7 +272,7 @@ def _options(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedO
 
 def _options_around(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedOptions]:
     """Options of each choice of a request with a layout, which sets the rest."""
-    for name in ("stop", "response_format", *CONSTRAINTS, *_LIMITS):
+    for name in ("stop", "response_format", *CONSTRAINT_FIELDS, *_LIMITS):
         if fields.get(name) not in (None, [], "", {"type": "text"}):
             raise invalid(f"{name} can't be combined with suffix by this server", name, "unsupported_value")
     try:
@@ -294,17 +312,6 @@ def _template_variables(fields: Mapping[str, Any]) -> dict[str, Any]:
     if "enable_thinking" in fields:
         variables = {**variables, "enable_thinking": _flag(fields, "enable_thinking", False)}
     return dict(variables)
-
-
-def _wants_tools(fields: Mapping[str, Any]) -> bool:
-    choice = fields.get("tool_choice", "auto")
-    if choice in ("auto", "none"):
-        return choice == "auto"
-    raise invalid(
-        f"tool_choice {choice!r} can't be guaranteed by this server: give 'auto' or 'none'"[:200],
-        "tool_choice",
-        "unsupported_value",
-    )
 
 
 def _prompts(prompt: Any, model: DiffusionModel) -> list[str | list[int]]:

@@ -14,13 +14,17 @@ from pydiffusion.generation.infill import (
     lay_out_suffix,
     prompt_of,
 )
-from pydiffusion.options import CONSTRAINTS, ResolvedOptions
+from pydiffusion.options import ResolvedOptions
 
 from .errors import field_of, from_exception, invalid
 from .parameters import constraint_of
+from .tool_choice import ToolUse
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
+
+# Fields that are options of GenerationOptions, beside ``response_format``.
+CONSTRAINT_FIELDS = ("json_schema", "regex", "grammar")
 
 
 def constraint_options(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +35,7 @@ def constraint_options(fields: Mapping[str, Any]) -> dict[str, Any]:
             options |= constraint_of(fields["response_format"])
         except OptionError as error:
             raise from_exception(error) from None
-    for name in CONSTRAINTS:
+    for name in CONSTRAINT_FIELDS:
         if fields.get(name) not in (None, ""):  # clients of llama.cpp send an empty grammar for none
             if options:
                 other = "response_format" if "response_format" in fields else next(iter(options))
@@ -40,12 +44,13 @@ def constraint_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def check_constraint(model: DiffusionModel, options: ResolvedOptions, n_prompt: int) -> None:
+def check_constraint(model: DiffusionModel, options: ResolvedOptions, n_prompt: int, use: ToolUse) -> None:
     """Compile the automaton, which the model caches. Raises ApiError if it is unsupported or too long."""
     if options.constraint is None:
         return
     try:
-        needed = int(model.automaton(options).tokens_left[0])
+        with use.naming_tools():
+            needed = int(model.automaton(options).tokens_left[0])
     except OptionError as error:
         raise from_exception(error) from None
     room = (model.n_ctx - n_prompt) // model.canvas_length * model.canvas_length

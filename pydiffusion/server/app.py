@@ -25,6 +25,7 @@ from pydiffusion.openai.reports import Failed, Finished, Report
 from pydiffusion.openai.requests import ChatRequest, chat_request, completion_request, infill_request
 from pydiffusion.openai.requests import Request as ApiRequest
 from pydiffusion.openai.response_format import check_constraint, held_options
+from pydiffusion.openai.tool_choice import ToolUse
 
 from .http import (
     KEEP_ALIVE_SECONDS,
@@ -154,7 +155,8 @@ class _Endpoints:
         return await self._answer(request, wanted, answer, runs)
 
     def _check_constraint(self, wanted: ApiRequest, prompt: list[int]) -> None:
-        check_constraint(self._model, wanted.options[0], len(prompt))
+        use = wanted.use if isinstance(wanted, ChatRequest) else ToolUse()
+        check_constraint(self._model, wanted.options[0], len(prompt), use)
 
     def _chat_prompt(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
         try:

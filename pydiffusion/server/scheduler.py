@@ -12,16 +12,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from pydiffusion.errors import GenerationCancelled, InsufficientMemoryError
-from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event, ToolCall
+from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
 from pydiffusion.generation.batching import Batch
 from pydiffusion.generation.token_ids import common_prefix
 from pydiffusion.openai.errors import ApiError, from_exception
 from pydiffusion.openai.reports import Failed, Finished, Prefilled
+from pydiffusion.openai.tool_choice import up_to_first_call
 
 from .jobs import Job, RunSequence
 from .pool import SessionPool
@@ -241,7 +241,7 @@ class Scheduler:
             self._count(event)
             over = isinstance(event, EndEvent)
             if job.one_call and isinstance(event, CanvasEvent):
-                event, called = _up_to_first_call(event)
+                event, called = up_to_first_call(event)
                 over = over or called
             if job.drafts or not isinstance(event, DraftEvent):
                 job.emit(sequence.i_run, event)
@@ -320,14 +320,6 @@ class Scheduler:
 
 class _NoRoom(Exception):
     """No memory for another session beside those in use."""
-
-
-def _up_to_first_call(event: CanvasEvent) -> tuple[CanvasEvent, bool]:
-    """The event without what follows a tool call, and whether it has one."""
-    for i, part in enumerate(event.parts):
-        if isinstance(part, ToolCall):
-            return replace(event, parts=event.parts[: i + 1]), True
-    return event, False
 
 
 def _going_down() -> ApiError:
