@@ -19,11 +19,7 @@ _MAX_COUNT = 2**31 - 1
 _MAX_SEED = 2**64 - 1
 
 #: Options that constrain the text, of which one can be given.
-<<<<<<< HEAD
-Constraint: TypeAlias = Literal["json_schema", "regex", "grammar"]
-=======
-Constraint: TypeAlias = Literal["json_schema", "regex", "function_calls"]
->>>>>>> w-tools
+Constraint: TypeAlias = Literal["json_schema", "regex", "grammar", "function_calls"]
 CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
 
 
@@ -158,13 +154,9 @@ _NAME_TO_CHECK: dict[str, Callable[[Any], Any]] = {
     "canvas": _canvas,
     "hold": _hold,
     "json_schema": _json_schema,
-<<<<<<< HEAD
     "regex": lambda value: _expression("regex", value),
     "grammar": lambda value: _expression("grammar", value),
-=======
-    "regex": _regex,
     "function_calls": _function_calls,
->>>>>>> w-tools
     "thinking_budget": lambda value: integer_option("thinking_budget", value, 0),
     "stop_on_repetition": lambda value: _flag("stop_on_repetition", value),
     "trim_after_eos": lambda value: _flag("trim_after_eos", value),
@@ -206,15 +198,12 @@ class GenerationOptions:
     hold: for each of these positions, whether it keeps its token: never renoised, never replaced.
     json_schema: a JSON schema, as an object or as JSON: the text is guaranteed to be valid against it.
     regex: a regular expression that the text is guaranteed to match in full.
-<<<<<<< HEAD
     grammar: a grammar in llama.cpp's GBNF, whose rule ``root`` the text is guaranteed to match in full.
-=======
     function_calls: tool calls, in the model's own notation, whose arguments are guaranteed to satisfy schemas,
         as an object or as JSON: ``functions``, a list of ``{"name", "parameters"}`` with a JSON schema or null
         for any arguments; ``max_calls``, 1 or null for any number (null); ``otherwise``, what the answer may
         be instead: null for nothing, "text" for any text, which may also be beside calls, or a JSON schema
         (null); ``reasoning``, whether it may reason (false). For chats only.
->>>>>>> w-tools
     thinking_budget: maximum number of reasoning tokens; reasoning beyond it is closed and the answer follows.
         ``None``: no separate limit.
     stop_on_repetition: end the text when it loops: its last 128 tokens or more are the same block repeated
@@ -241,11 +230,8 @@ class GenerationOptions:
     hold: Sequence[bool] | None = None
     json_schema: Mapping[str, Any] | bool | str | None = None
     regex: str | None = None
-<<<<<<< HEAD
     grammar: str | None = None
-=======
     function_calls: Mapping[str, Any] | str | None = None
->>>>>>> w-tools
     thinking_budget: int | None = None
     stop_on_repetition: bool | None = None
     trim_after_eos: bool | None = None
@@ -302,19 +288,13 @@ class GenerationOptions:
 
     @property
     def is_structured(self) -> bool:
-<<<<<<< HEAD
-        """Whether the text is constrained by a JSON schema, a regular expression or a grammar."""
-=======
-        """Whether the text is constrained by a JSON schema, a regular expression or permitted calls."""
->>>>>>> w-tools
+        """Whether the text is constrained by a schema, an expression, a grammar or permitted calls."""
         return self.constraint is not None
 
     @property
     def constraint(self) -> Constraint | None:
         """The option that constrains the text, or None."""
         return next((name for name in CONSTRAINTS if getattr(self, name) is not None), None)
-<<<<<<< HEAD
-=======
 
     @property
     def may_reason(self) -> bool:
@@ -323,18 +303,13 @@ class GenerationOptions:
             assert isinstance(self.function_calls, str)  # __post_init__
             return bool(json.loads(self.function_calls)["reasoning"])
         return self.constraint is None
->>>>>>> w-tools
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedOptions(GenerationOptions):
     """Options of one generation with one model, nothing left open; ``GenerationOptions.resolve`` makes them.
 
-<<<<<<< HEAD
-    ``None`` is a value of json_schema, regex, grammar and thinking_budget only: there is none.
-=======
-    ``None`` is a value of json_schema, regex, function_calls and thinking_budget only: there is none.
->>>>>>> w-tools
+    ``None`` is a value of the constraints and thinking_budget only: there is none.
     """
 
     # field(): a field without a default, where the base class has one.
@@ -356,11 +331,8 @@ class ResolvedOptions(GenerationOptions):
     trim_after_eos: bool = field()
     json_schema: str | None = field()
     regex: str | None = field()
-<<<<<<< HEAD
     grammar: str | None = field()
-=======
     function_calls: str | None = field()
->>>>>>> w-tools
     thinking_budget: int | None = field()
 
 

@@ -104,7 +104,8 @@ Grammar = Annotated[
     ),
 ]
 GrammarFile = Annotated[
-    Path | None, typer.Option("--grammar-file", help="Path of a file with such a grammar; - reads standard input.")
+    Path | None,
+    typer.Option("--grammar-file", help="Path of a file with such a grammar; - reads standard input."),
 ]
 
 

@@ -196,9 +196,7 @@ class _Closures:
         return found
 
 
-def deterministic(
-    nfa: Nfa, start: int, end: int, limit: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def deterministic(nfa: Nfa, start: int, end: int, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Transition table (n_states + 1, 256) and accepting states, by the subset construction.
 
     limit: maximum number of states, MAX_STATES or fewer. Raises TooLarge.

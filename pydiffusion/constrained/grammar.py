@@ -308,7 +308,7 @@ def _refuse_left_recursion(rules: dict[str, Node]) -> None:
             elif following in path:
                 raise ValueError(
                     f"the rule {following!r} is left-recursive (it may begin with itself), which is not"
-                    ' supported: write a repetition, as in \'sum ::= term ("+" term)*\''
+                    " supported: write a repetition, as in 'sum ::= term (\"+\" term)*'"
                 )
             elif following not in finished:
                 path[following] = iter(first[following])

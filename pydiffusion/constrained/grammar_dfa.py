@@ -51,9 +51,7 @@ def grammar_dfa(grammar: Grammar) -> tuple[np.ndarray, np.ndarray]:
 
 def _back_references(grammar: Grammar) -> set[tuple[str, str]]:
     """Pairs of a rule and one it refers to that closes a cycle: every recursion uses such a pair."""
-    references = {
-        name: list(dict.fromkeys(_references(node))) for name, node in grammar.rules.items()
-    }
+    references = {name: list(dict.fromkeys(_references(node))) for name, node in grammar.rules.items()}
     back: set[tuple[str, str]] = set()
     finished: set[str] = set()
     path = {"root": iter(references["root"])}

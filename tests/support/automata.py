@@ -53,7 +53,7 @@ def _bytes_left(table: np.ndarray, accepting: np.ndarray) -> list[int]:
     return left
 
 
-def answer(
+def write(
     automaton: Automaton, tokenizer: Tokenizer, n_canvas: int, budget: int, rng: np.random.Generator
 ) -> str:
     """Text that the guide writes when the model's distributions are noise."""

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.automata import accepts, answer
+from support.automata import accepts, write
 from support.random_schemas import random_schema
 from support.server_fakes import metadata
 
@@ -168,7 +168,7 @@ def answer_random_schemas(n: int, first: int = 0) -> None:
             continue
         n_canvas = rng.choice([8, 32])
         budget = int(automaton.tokens_left[0]) + rng.choice([0, 5, 60])
-        text = answer(automaton, tokenizer, n_canvas, budget, np.random.default_rng(seed))
+        text = write(automaton, tokenizer, n_canvas, budget, np.random.default_rng(seed))
         # This draft's format checker: the default one checks times as draft 3 does, without an offset.
         checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
         jsonschema.Draft202012Validator(schema, format_checker=checker).validate(json.loads(text))
@@ -270,7 +270,7 @@ def test_random_distributions_give_valid_texts_of_recursive_schemas(schema: Any)
     tokenizer = small_tokenizer()
     automaton = Automaton(expression_of(GenerationOptions(json_schema=schema)), tokenizer)
     for seed in range(20):
-        text = answer(automaton, tokenizer, 32, 40 + 20 * seed, np.random.default_rng(seed))
+        text = write(automaton, tokenizer, 32, 40 + 20 * seed, np.random.default_rng(seed))
         jsonschema.validate(json.loads(text), schema)
 
 

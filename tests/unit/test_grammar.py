@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.automata import accepts, answer, random_text
+from support.automata import accepts, random_text, write
 from support.gbnf_matcher import matches
 from support.grammars import GRAMMARS, JSON
 from support.server_fakes import metadata
@@ -71,7 +71,7 @@ def test_random_distributions_give_members(name: str) -> None:
     automaton = Automaton(expression_of(GenerationOptions(grammar=grammar)), tokenizer)
     for seed in range(3):
         budget = int(automaton.tokens_left[0]) + 30 * seed
-        text = answer(automaton, tokenizer, 32, budget, np.random.default_rng(seed))
+        text = write(automaton, tokenizer, 32, budget, np.random.default_rng(seed))
         assert matches(grammar, text), text
 
 
