@@ -7,9 +7,7 @@ never generated.
 
 from __future__ import annotations
 
-import numpy as np
-
-from .byte_dfa import Nfa, TooLarge, deterministic
+from .byte_dfa import ByteDfa, Nfa, TooLarge, deterministic
 from .grammar import Characters, Choice, Grammar, Node, Reference, Repetition, Sequence
 
 _MAX_DEPTH = 6
@@ -18,11 +16,8 @@ _MAX_DEPTH = 6
 _MAX_STATES_OF_RECURSION = 3000
 
 
-def grammar_dfa(grammar: Grammar) -> tuple[np.ndarray, np.ndarray]:
-    """Compile a grammar; see ``byte_dfa`` for what is returned.
-
-    Raises ValueError if it gets too large or has no text.
-    """
+def grammar_dfa(grammar: Grammar) -> ByteDfa:
+    """Compile a grammar. Raises ValueError if it gets too large or has no text."""
     back = _back_references(grammar)
     found = None
     for depth in range(_MAX_DEPTH + 1):

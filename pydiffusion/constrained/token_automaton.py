@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .byte_dfa import FIRST_MARKER_BYTE, byte_dfa
+from .counting import Counter, Counts
 from .grammar import Grammar
 from .grammar_dfa import grammar_dfa
 
@@ -46,12 +47,15 @@ class Automaton:
         self._byte_to_marker = {byte: token for token, byte in self._marker_to_byte.items()}
         self._markers = frozenset(tokenizer.chat_format.markers)
         machine = grammar_dfa(expression) if isinstance(expression, Grammar) else byte_dfa(expression)
-        table, self.accepting = machine
-        self._byte_to_next = np.ascontiguousarray(table.T)  # by byte, then by state: a row fits the CPU cache
+        self.accepting = machine.accepting
+        # By byte, then by state: a row fits the CPU cache.
+        self._byte_to_next = np.ascontiguousarray(machine.table.T)
+        self._counter = Counter(machine) if machine.limits.any() else None
+        self._counts: dict[int, Counts] = {}
         self.n_states = len(self.accepting)
         self._moves: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._kinds: dict[int, int] = {}
-        self._moves_to_kind: dict[tuple[bytes, bytes], int] = {}
+        self._moves_to_kind: dict[tuple[bytes, ...], int] = {}
         self.alphabet = self._spelling_tokens()
         self.tokens_left = self._distances()
         if self.tokens_left[0] < 0:
@@ -68,6 +72,19 @@ class Automaton:
             found = self._moves[token] = self._find_moves(token)
         return found
 
+    @property
+    def is_counting(self) -> bool:
+        """Whether there are repetitions whose characters have to be counted beside the states."""
+        return self._counter is not None
+
+    def counts(self, token: int) -> Counts:
+        """What a token's transitions count; only if ``is_counting``."""
+        assert self._counter is not None
+        found = self._counts.get(token)
+        if found is None:
+            found = self._counts[token] = self._counter.of(self._bytes(token), self.moves(token)[0])
+        return found
+
     def after(self, marker: str) -> int:
         """The state after a marker at the beginning of a text, which the expression permits there."""
         token = self._tokenizer.token_id(marker)
@@ -80,7 +97,8 @@ class Automaton:
         found = self._kinds.get(token)
         if found is None:
             sources, targets = self.moves(token)
-            key = (sources.tobytes(), targets.tobytes())
+            counts = self.counts(token) if self.is_counting else ()
+            key = tuple(column.tobytes() for column in (sources, targets, *counts))
             found = self._kinds[token] = self._moves_to_kind.setdefault(key, len(self._moves_to_kind))
         return found
 
