@@ -7,10 +7,10 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from pydiffusion.errors import OptionError
-from pydiffusion.options import GenerationOptions, ResolvedOptions, integer_option, make_options
+from pydiffusion.options import CONSTRAINTS, GenerationOptions, ResolvedOptions, integer_option, make_options
 
 from .fields import IGNORED, UNSUPPORTED
-from .parameters import schema_of, with_temperature
+from .parameters import constraint_of, with_temperature
 from .requests import MAX_CHOICES
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Call:
         self.options = {name: value for name, value in options.items() if not _is_foreign(name, value)}
         self._temperature = self.options.pop("temperature", None)
         if response_format is not None:
-            self.options["json_schema"] = _schema(response_format, self.options.get("json_schema"))
+            self.options |= _constraint(response_format, self.options)
         self._n = integer_option("n", n, 1, MAX_CHOICES)
         self._seed = None if seed == _ANY_SEED else seed
 
@@ -77,11 +77,12 @@ def _is_foreign(name: str, value: Any) -> bool:
     return True
 
 
-def _schema(response_format: Any, json_schema: Any) -> Any:
-    schema = schema_of(response_format)
-    if schema is not None and json_schema is not None:
-        raise OptionError("response_format", "response_format and json_schema exclude each other: give one")
-    return json_schema if schema is None else schema
+def _constraint(response_format: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    meant = constraint_of(response_format)
+    other = next((name for name in CONSTRAINTS if options.get(name) is not None), None)
+    if meant and other is not None:
+        raise OptionError("response_format", f"response_format and {other} exclude each other: give one")
+    return meant
 
 
 def _what_to_stream(stream: Any, given: Any) -> tuple[bool, bool]:
