@@ -47,6 +47,16 @@ class Piece:
         weight = _checked(self.weight * max(low + 1 if high is None else high, 1))
         return Piece(f"(?:{self.text}){{{low},{'' if high is None else high}}}", weight)
 
+    def counted(self, low: int, high: int) -> Piece:
+        """Repeat a character ``low`` to ``high`` times, as ``repeated``; the upper limit takes no states. For
+        texts that can end after any character; see ``counting``.
+        """
+        return Piece(f"(?:{self.text}){{{low},{high}}}?", _checked(self.weight * (low + 1)))
+
+
+class Oversized(ValueError):
+    """An expression is too large to be compiled."""
+
 
 class Unsatisfiable(ValueError):
     """No text satisfies the constraint."""
@@ -69,6 +79,17 @@ def choice(pieces: Sequence[Piece]) -> Piece:
     return Piece("(?:" + "|".join(p.text for p in pieces) + ")", _checked(sum(p.weight for p in pieces)))
 
 
+def all_of(pieces: Sequence[Piece], behind: Piece) -> Piece:
+    """What all of the pieces match. behind: a character that follows it in every text, and which no piece has."""
+    if any(piece is NOTHING for piece in pieces):
+        return NOTHING
+    *conditions, last = pieces
+    if not conditions:
+        return last
+    looking = "".join(f"(?=(?:{piece.text}){behind.text})" for piece in conditions)
+    return Piece(f"({looking}(?:{last.text}))", _checked(sum(piece.weight for piece in pieces)))
+
+
 def literal(text: str) -> Piece:
     if any(0xD800 <= ord(character) <= 0xDFFF for character in text):  # in an expression they mean markers
         raise ValueError(f"{text!r} has a lone surrogate, which can't be written"[:200])
@@ -77,7 +98,7 @@ def literal(text: str) -> Piece:
 
 def _checked(weight: int) -> int:
     if weight > MAX_WEIGHT:
-        raise ValueError(f"it is too large: {weight} characters in all; the limit is {MAX_WEIGHT}")
+        raise Oversized(f"it is too large: {weight} characters in all; the limit is {MAX_WEIGHT}")
     return weight
 
 

@@ -10,7 +10,7 @@ from pydiffusion.errors import OptionError
 from pydiffusion.options import CONSTRAINTS, GenerationOptions, ResolvedOptions, integer_option, make_options
 
 from .fields import IGNORED, UNSUPPORTED
-from .parameters import schema_of, with_temperature
+from .parameters import constraint_of, with_temperature
 from .requests import MAX_CHOICES
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Call:
         self.options = {name: value for name, value in options.items() if not _is_foreign(name, value)}
         self._temperature = self.options.pop("temperature", None)
         if response_format is not None:
-            self._take_format(response_format)
+            self.options |= _constraint(response_format, self.options)
         self._n = integer_option("n", n, 1, MAX_CHOICES)
         self._seed = None if seed == _ANY_SEED else seed
 
@@ -65,17 +65,6 @@ class Call:
         """The options of each choice, which differ in the seed."""
         return [replace(first, seed=(first.seed + i) % 2**64) for i in range(self._n)]
 
-    def _take_format(self, response_format: Any) -> None:
-        schema = schema_of(response_format)
-        if schema is None:
-            return
-        for name in CONSTRAINTS:
-            if self.options.get(name) is not None:
-                raise OptionError(
-                    "response_format", f"response_format and {name} exclude each other: give one"
-                )
-        self.options["json_schema"] = schema
-
 
 def _is_foreign(name: str, value: Any) -> bool:
     """Whether it is a parameter without effect. Raises OptionError if one requests something."""
@@ -84,6 +73,14 @@ def _is_foreign(name: str, value: Any) -> bool:
     if name in _UNSUPPORTED and value is not None and value not in _UNSUPPORTED[name]:
         raise OptionError(name, f"{name} is not supported with the value {value!r}: leave it out"[:200])
     return True
+
+
+def _constraint(response_format: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    meant = constraint_of(response_format)
+    other = next((name for name in CONSTRAINTS if options.get(name) is not None), None)
+    if meant and other is not None:
+        raise OptionError("response_format", f"response_format and {other} exclude each other: give one")
+    return meant
 
 
 def _what_to_stream(stream: Any, given: Any) -> tuple[bool, bool]:

@@ -14,7 +14,7 @@ from .errors import ApiError, from_exception, invalid
 from .fields import SortedFields, sort_fields
 from .messages import check_messages
 from .parameters import no_thinking, token_limit, with_temperature
-from .response_format import constraint_options, infill_layout, suffix_layout
+from .response_format import CONSTRAINT_FIELDS, constraint_options, infill_layout, suffix_layout
 from .tool_choice import ToolUse, tool_use
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _ALL = ("model", "stream", "stream_options", "seed", "temperature", *_DIFFUSION)
 _LIMITS = ("thinking_budget", "stop_on_repetition", "trim_after_eos")
 _COMMON = (
     *_ALL, *_LIMITS, "n", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "max_completion_tokens",
-    "response_format", "regex",
+    "response_format", *CONSTRAINT_FIELDS,
 )  # fmt: skip
 _CHAT = (
     *_COMMON, "messages", "tools", "tool_choice", "parallel_tool_calls",
@@ -261,8 +261,8 @@ def _options(
 
 def _options_around(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedOptions]:
     """Options of each choice of a request with a layout, which sets the rest."""
-    for name in ("response_format", "regex", "stop_token_ids", "ignore_eos", *_LIMITS):
-        if fields.get(name) not in (None, [], False, {"type": "text"}):
+    for name in ("response_format", *CONSTRAINT_FIELDS, "stop_token_ids", "ignore_eos", *_LIMITS):
+        if fields.get(name) not in (None, [], False, "", {"type": "text"}):
             raise invalid(f"{name} can't be combined with suffix by this server", name, "unsupported_value")
     try:
         return list(_each_choice(fields, {}, model))
