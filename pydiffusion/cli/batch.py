@@ -29,24 +29,28 @@ _OPTIONS = {**_options.TEXT, "seed": _Seed}
 @_options.takes(choices=_OPTIONS, runtime=_options.CHAT_RUNTIME)
 def command(
     model: _options.ModelPath,
-    prompts: Annotated[
+    output: Annotated[
         Path,
+        typer.Option(
+            "-o",
+            "--output",
+            "--output-file",
+            help="Path of the JSONL file for the answers, - for standard output; existing ones are kept.",
+            show_default=False,
+        ),
+    ],
+    prompts: Annotated[
+        Path | None,
         typer.Argument(
             metavar="PROMPTS",
             help='Path of the JSONL file, - for standard input: per line {"prompt": TEXT} or '
             '{"messages": [...]}, and options, or a request in OpenAI\'s batch form.',
             show_default=False,
         ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output",
-            help="Path of the JSONL file for the answers, - for standard output; existing ones are kept.",
-            show_default=False,
-        ),
-    ],
+    ] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("-i", "--input-file", help="PROMPTS, as vLLM's run-batch spells it.")
+    ] = None,
     *,
     choices: dict[str, Any],
     json_schema: _options.JsonSchema = None,
@@ -68,6 +72,10 @@ def command(
     from pydiffusion.openai.batch.answering import Defaults
     from pydiffusion.openai.batch.lines import read_input, read_lines
 
+    if (prompts is None) == (input_file is None):
+        raise typer.BadParameter("give the file of prompts, as PROMPTS or with -i")
+    prompts = prompts or input_file
+    assert prompts is not None
     if json_schema is not None:
         if str(json_schema) == "-" == str(prompts):
             raise typer.BadParameter("--json-schema and PROMPTS can't both be standard input")

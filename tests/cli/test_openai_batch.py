@@ -217,3 +217,13 @@ def test_repeated_ids_are_noted(path: str, tmp_path: Path, capsys: pytest.Captur
     code, answers = run(path, prompts, tmp_path, "-n", "4")
     assert code == 0 and sorted(answer["custom_id"] for answer in answers) == ["one", "twin", "twin"]
     assert 'lines 1, 2 have the same id, "twin"; each gets an answer' in capsys.readouterr().err
+
+
+def test_the_options_of_run_batch(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.jsonl").write_text(line("a", CHAT, {"messages": SORT, "seed": 1}))
+    files = ["--input-file", str(tmp_path / "p.jsonl"), "--output-file", str(tmp_path / "o.jsonl")]
+    assert main(["batch", *files, "--model", path, "--threads", "1", "-n", "12"]) == 0
+    assert json.loads((tmp_path / "o.jsonl").read_text())["custom_id"] == "a"
+    for given in ([], ["-i", "p.jsonl", "p.jsonl"]):
+        assert main(["batch", "-m", path, "-o", "o.jsonl", *given]) == 2
+        assert "as PROMPTS or with -i" in capsys.readouterr().err
