@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._util.log import set_up as _set_up_logging
+
 if TYPE_CHECKING:
     from ._util.version import DISTRIBUTION as DISTRIBUTION
     from ._util.version import __version__
@@ -92,6 +94,9 @@ __all__ = [
     "devices",
     "plan",
 ]
+
+
+_set_up_logging()
 
 
 def __getattr__(name: str) -> Any:

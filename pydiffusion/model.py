@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from .events import Completion, Event
 
 _N_AUTOMATA = 16
+
+log = logging.getLogger("pydiffusion")
 
 
 class NativeModel:
@@ -167,6 +170,7 @@ class DiffusionModel:
         self._chat_template: ChatTemplate | None = None
         self._template_lock = threading.Lock()
         self._automata: dict[Any, Automaton] = {}
+        log.info("opened %s: %s, context %d", self.path, self.description, self.n_ctx)
 
     @classmethod
     def from_pretrained(

@@ -43,7 +43,8 @@ class Answer(Response):
         if layout is None:
             return TextChoice(index, n_prompt, head)
         suffixed = not isinstance(self._request, InfillRequest)
-        return FilledChoice(index, n_prompt, layout, self._tokenizer, head, suffixed=suffixed)
+        stops = self._request.hole_stops
+        return FilledChoice(index, n_prompt, layout, self._tokenizer, head, suffixed=suffixed, stops=stops)
 
     def chunks(self, i_choice: int, report: Report) -> Iterator[Json]:
         if isinstance(report, DraftEvent):

@@ -16,6 +16,7 @@ from .requests import (
     CompletionRequest,
     InfillRequest,
     Request,
+    Terms,
     chat_request,
     completion_request,
     infill_request,
@@ -43,9 +44,9 @@ class Prepared:
     answer: Answer
 
 
-def prepare_chat(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> Prepared:
-    """Of /v1/chat/completions. names: of the model, the first for the answer. Raises ApiError."""
-    request: ChatRequest = chat_request(body, model, names)
+def prepare_chat(body: Any, model: DiffusionModel, terms: Terms) -> Prepared:
+    """Of /v1/chat/completions. terms: of the server. Raises ApiError."""
+    request: ChatRequest = chat_request(body, model, terms)
     try:
         prompt = model.chat_prompt(request.messages, **request.variables)
     except (PyDiffusionError, ValueError) as error:  # refused by the template, as a rule
@@ -53,16 +54,16 @@ def prepare_chat(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> Pr
     check_room(model, prompt, "messages")
     check_constraint(model, request.options[0], len(prompt))
     runs = [PreparedRun(prompt, options) for options in request.options]
-    return _prepared(request, model, names, runs)
+    return _prepared(request, model, terms, runs)
 
 
-def prepare_completion(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> Prepared:
+def prepare_completion(body: Any, model: DiffusionModel, terms: Terms) -> Prepared:
     """Of /v1/completions. Raises ApiError."""
-    request: CompletionRequest = completion_request(body, model, names)
+    request: CompletionRequest = completion_request(body, model, terms)
     runs, heads = [], []
     for prompt in request.prompts:
         try:
-            tokens = model.tokenize(prompt) if isinstance(prompt, str) else prompt
+            tokens = _tokenize(model, prompt, request) if isinstance(prompt, str) else prompt
         except (PyDiffusionError, ValueError) as error:
             raise invalid(str(error), "prompt") from None
         check_room(model, tokens, "prompt")
@@ -74,15 +75,19 @@ def prepare_completion(body: Any, model: DiffusionModel, names: tuple[str, ...])
         else:
             options = held_options(model, request.layout, tokens, options)
         runs += [PreparedRun(tokens, each) for each in options]
-    return _prepared(request, model, names, runs, heads)
+    return _prepared(request, model, terms, runs, heads)
 
 
-def prepare_infill(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> Prepared:
+def _tokenize(model: DiffusionModel, text: str, request: CompletionRequest) -> list[int]:
+    return model.tokenize(text, add_bos=request.add_bos, parse_special=request.parse_special)
+
+
+def prepare_infill(body: Any, model: DiffusionModel, terms: Terms) -> Prepared:
     """Of /v1/infill. Raises ApiError."""
-    request: InfillRequest = infill_request(body, model, names)
+    request: InfillRequest = infill_request(body, model, terms)
     check_room(model, request.prompt, "text")
     options = held_options(model, request.layout, request.prompt, request.options)
-    return _prepared(request, model, names, [PreparedRun(request.prompt, each) for each in options])
+    return _prepared(request, model, terms, [PreparedRun(request.prompt, each) for each in options])
 
 
 #: By the path of an endpoint.
@@ -110,9 +115,9 @@ def check_room(model: DiffusionModel, tokens: list[int], param: str) -> None:
 def _prepared(
     request: Request,
     model: DiffusionModel,
-    names: tuple[str, ...],
+    terms: Terms,
     runs: list[PreparedRun],
     heads: list[str] | None = None,
 ) -> Prepared:
     prompts = [run.prompt for run in runs]
-    return Prepared(request, runs, Answer(request, names[0], model.tokenizer, prompts, heads))
+    return Prepared(request, runs, Answer(request, terms.names[0], model.tokenizer, prompts, heads))

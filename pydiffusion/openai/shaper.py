@@ -127,21 +127,27 @@ class FilledChoice(TextChoice):
         head: str = "",
         *,
         suffixed: bool,
+        stops: Sequence[str] = (),
     ) -> None:
-        """suffixed: a completion before a suffix, of which the hole is sent; else the text and its holes."""
-        super().__init__(index, n_prompt, head)
+        """suffixed: a completion before a suffix, of which the hole is sent; else the text and its holes.
+        stops: strings before which such a hole ends.
+
+        The text around the holes counts as prompt.
+        """
+        super().__init__(index, n_prompt + layout.n_fixed, head)
         self._layout = layout
         self._tokenizer = tokenizer
         self._suffixed = suffixed
+        self._stops = stops
         self._tokens: list[int] = []
 
     def opening(self) -> list[Json]:
         return []
 
     def whole(self) -> Json:
-        text, holes = self._layout.read(self._tokens, self._tokenizer)
         if self._suffixed:
-            return self._piece(self._head + holes[0], "stop")
+            return self._piece(self._head + self._hole(), "stop")
+        text, holes = self._layout.read(self._tokens, self._tokenizer)
         return self._piece(text, "stop") | {"holes": list(holes)}
 
     def _pieces(self, canvas: CanvasEvent) -> list[Json]:
@@ -149,7 +155,19 @@ class FilledChoice(TextChoice):
         return []
 
     def _last(self, reason: str) -> Json:
+        filled = self._layout.filled(self._tokens, self._tokenizer)
+        self.n_tokens = sum(map(len, filled))
+        if self._suffixed:
+            (ids,), text = filled, self._hole()
+            starts = (self._tokenizer.detokenize(ids[:n]).startswith(text) for n in range(len(ids)))
+            self.n_tokens = next((n for n, holds in enumerate(starts) if holds), len(ids))
         return self.whole()
+
+    def _hole(self) -> str:
+        """The text before the suffix, up to the first stop string."""
+        (ids,) = self._layout.filled(self._tokens, self._tokenizer)
+        text = self._tokenizer.detokenize(ids)
+        return text[: min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 class ChatChoice(Choice):

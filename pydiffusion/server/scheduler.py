@@ -71,6 +71,11 @@ class Scheduler:
     # Called from the server's threads
 
     @property
+    def is_closing(self) -> bool:
+        """Whether new jobs are refused, since the server is going down."""
+        return self._closing
+
+    @property
     def n_waiting(self) -> int:
         return len(self._queue)
 
