@@ -17,7 +17,7 @@ Chat = Annotated[
         " [default: --chat if the file has a template]",
     ),
 ]
-System = Annotated[str | None, typer.Option("--system", help="System message; not with --raw.")]
+System = Annotated[str | None, typer.Option("-sys", "--system", help="System message; not with --raw.")]
 Special = Annotated[bool, typer.Option("--special", help="Parse control tokens in a raw prompt.")]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import _open, _options, _prompt
+from ._input import read_schema
 from ._text import say
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 _Seed = Annotated[
     int | None,
     typer.Option(
+        "-s",
         "--seed",
+        callback=lambda value: None if value == -1 else value,
         help="Random seed of the first line; each further line adds 1. [default: random, and reported]",
     ),
 ]
@@ -53,6 +56,7 @@ def command(
     ] = None,
     *,
     choices: dict[str, Any],
+    temperature: _options.Temperature = None,
     json_schema: _options.JsonSchema = None,
     regex: _options.Regex = None,
     chat: _prompt.Chat = None,
@@ -60,6 +64,9 @@ def command(
     special: _prompt.Special = False,
     lines: Annotated[
         bool, typer.Option("--lines", help="Take each line of PROMPTS as a prompt, not as JSON.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse lines with fields that have no effect here.")
     ] = False,
     parallel: Annotated[
         int, typer.Option("--parallel", help="Maximum number of sequences denoised in one batch.")
@@ -77,15 +84,15 @@ def command(
     prompts = prompts or input_file
     assert prompts is not None
     if json_schema is not None:
-        if str(json_schema) == "-" == str(prompts):
+        if json_schema == "-" == str(prompts):
             raise typer.BadParameter("--json-schema and PROMPTS can't both be standard input")
-        choices["json_schema"] = _open.read_text_or_stdin(json_schema)
-    choices["regex"] = regex
+        choices["json_schema"] = read_schema(json_schema)
+    choices |= {"temperature": temperature, "regex": regex}
     _prompt.check(chat, system, special, runtime["chat_template"])
-    _open.make_options(**choices)
+    _open.check_options(choices)
     if parallel < 1:
         raise typer.BadParameter(f"--parallel is {parallel}; permitted is an integer of at least 1")
-    defaults = Defaults(choices, chat, system, special)
+    defaults = Defaults(choices, chat, system, special, strict)
     source = "standard input" if str(prompts) == "-" else str(prompts)
     found = read_lines(read_input(prompts), source, plain=lines, salt=defaults.salt)
     _tell_of_repeated_ids(found)
