@@ -15,6 +15,7 @@ from support.demo_model import write_demo_model
 
 from pydiffusion import DiffusionModel
 from pydiffusion.cli import main
+from pydiffusion.options import at_temperature
 from pydiffusion.server.app import create_app
 
 CHAT, COMPLETION, INFILL = "/v1/chat/completions", "/v1/completions", "/v1/infill"
@@ -227,3 +228,49 @@ def test_the_options_of_run_batch(path: str, tmp_path: Path, capsys: pytest.Capt
     for given in ([], ["-i", "p.jsonl", "p.jsonl"]):
         assert main(["batch", "-m", path, "-o", "o.jsonl", *given]) == 2
         assert "as PROMPTS or with -i" in capsys.readouterr().err
+
+
+def test_fields_of_other_servers(path: str, tmp_path: Path) -> None:
+    """By their names they keep the command's own option away; without effect they are listed, or refused."""
+    fields = {"prompt": "x", "seed": 1, "steps": 3, "n_predict": 2, "ignore_eos": True, "label": "x"}
+    limited = {"prompt": "x", "seed": 1, "steps": 3, "guided_regex": "[ab]{3}", "repeat_penalty": 1.1}
+    prompts = line("a", COMPLETION, fields) + json.dumps(fields) + "\n" + json.dumps(limited) + "\n"
+    code, answers = run(path, prompts, tmp_path, "-n", "7", "--raw")
+    assert code == 0
+    by_line = {answer.get("line", 1): answer for answer in answers}
+    body = by_line[1]["response"]["body"]
+    assert by_line[2]["text"] == body["choices"][0]["text"]
+    assert by_line[2]["tokens"] == body["usage"]["completion_tokens"] == 2
+    assert by_line[2]["ignored"] == body["diffusion"]["ignored_parameters"] == ["label"]
+    assert set(by_line[3]["text"]) <= {"a", "b"} and by_line[3]["ignored"] == ["repeat_penalty"]
+    code, answers = run(path, prompts, tmp_path, "--raw", "--retry-errors", "--regex", "c+")
+    assert code == 0, "there is nothing to do"
+    (tmp_path / "o.jsonl").unlink()
+    code, answers = run(path, json.dumps(limited) + "\n", tmp_path, "--raw", "--regex", "c+")
+    assert code == 0 and set(answers[0]["text"]) <= {"a", "b"}
+    (tmp_path / "o.jsonl").unlink()
+    code, answers = run(path, prompts, tmp_path, "--raw", "--strict")
+    errors = [json.dumps(answer["error"]) for answer in answers]
+    assert code == 1 and all("label" in error or "repeat_penalty" in error for error in errors)
+
+
+def test_a_temperature_for_all_lines(path: str, tmp_path: Path) -> None:
+    """A line's own temperature, or its own t_max, counts instead."""
+    rows: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1, "seed": 1},
+        {"t_max": 0.9, "t_min": 0.1, "seed": 1},
+        {},
+    ]
+    prompts = "".join(json.dumps({"messages": SORT, "max_tokens": 9} | row) + "\n" for row in rows)
+    code, answers = run(path, prompts, tmp_path, "--temp", "0")
+    assert code == 0
+    by_line = {answer["line"]: answer for answer in answers}
+    with DiffusionModel(path, n_threads=1, n_ctx=256) as model:
+        for number, row in enumerate(rows, 1):
+            meant = {} if "t_max" in row else at_temperature(row.get("temperature", 0), model.metadata)
+            own = {name: value for name, value in row.items() if name != "temperature"}
+            done = model.create_chat_completion(SORT, max_tokens=9, **{**meant, **own})
+            assert by_line[number]["text"] == done["choices"][0]["message"]["content"]
+            assert by_line[number]["steps"] == done["diffusion"]["steps"]
+    assert by_line[1]["seed"] == by_line[4]["seed"], "greedy and repeatable"
