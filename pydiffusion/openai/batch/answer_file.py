@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -33,8 +34,8 @@ class AnswerFile:
         """lines: those to answer.  source: the file that they are from, ``-`` for standard input.
         retry_errors: drop the answers of lines that failed.
 
-        Raises ValueError for a file that has other lines than answers to these, that is the source, or a pipe
-        that nobody reads; OSError if it can't be written.
+        Raises ValueError for a file that has other lines than answers to these, that is the source or that
+        another run writes into, and for a pipe that nobody reads; OSError if it can't be written.
         """
         self.path = path
         self.finished: dict[int, bool] = {}
@@ -44,6 +45,7 @@ class AnswerFile:
             self.is_regular = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
             _check_is_not(self._file, source)
             if self.is_regular and str(path) != "-":
+                self._lock()
                 self._resume(lines, retry_errors)
         except BaseException:
             self.close()
@@ -83,6 +85,15 @@ class AnswerFile:
         self.close()
         if error is not None and empty and self._is_new:  # leave nothing behind where nothing was answered
             self.path.unlink(missing_ok=True)
+
+    def _lock(self) -> None:
+        """Keep other runs away from the file until it is closed, where the file system can do that."""
+        try:
+            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.path}: another run writes into this file: wait for its end") from None
+        except OSError:
+            pass
 
     def _resume(self, lines: Iterable[Line], retry_errors: bool) -> None:
         """Read the answers that are there, and remove a truncated last one."""
@@ -124,12 +135,14 @@ class AnswerFile:
                 new.write(kept)
             self._file.close()
             self._file = _open(target)
+            self._lock()
 
 
 def _open(path: Path) -> IO[bytes]:
     """Open a file to append to, unbuffered, without waiting for a pipe's reader."""
     if str(path) == "-" or _is_stdout(path):
-        if sys.stdout is None:
+        # The command line puts a null device, open for reading, in the place of a closed one.
+        if sys.stdout is None or fcntl.fcntl(1, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             raise ValueError("standard output is closed: give a file with -o")
         sys.stdout.flush()
         return os.fdopen(os.dup(1), "wb", buffering=0)
