@@ -168,7 +168,7 @@ def test_fields_of_requests_in_short_lines(path: str, tmp_path: Path) -> None:
         {"prompt": [5, 6, 7], "seed": 1, "max_tokens": 3, "dropped_mass": 0, "canvas_length": 8, "eos": []},
         {"prompt": "x", "canvas_length": 99999},
         {"prompt": "x", "json_schema": {}, "response_format": {"type": "text"}},
-        {"prompt": "x", "json_schema": "{"},
+        {"prompt": "x", "json_schema": "{", "id": "half a pair: \ud83d"},
     ]
     code, answers = run(path, "".join(json.dumps(row) + "\n" for row in rows), tmp_path)
     by_line = {answer["line"]: answer for answer in answers}
@@ -179,15 +179,17 @@ def test_fields_of_requests_in_short_lines(path: str, tmp_path: Path) -> None:
     assert "canvas_length is 99999" in by_line[4]["error"]
     assert "exclude each other" in by_line[5]["error"]
     assert "json_schema is not valid JSON" in by_line[6]["error"]
+    assert by_line[6]["id"] == rows[5]["id"]
 
 
 def test_prompts_are_user_messages_unless_raw(
     path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def texts(*options: str) -> dict[str, Any]:
+    def texts(*options: str, row: dict[str, Any] | None = None, code: int = 0) -> dict[str, Any]:
         (tmp_path / "o.jsonl").unlink(missing_ok=True)
-        code, (answer,) = run(path, '{"prompt": "sort: d a c", "seed": 1}\n', tmp_path, "-n", "12", *options)
-        assert code == 0
+        prompts = json.dumps({"prompt": "sort: d a c", "seed": 1, **(row or {})}) + "\n"
+        got, (answer,) = run(path, prompts, tmp_path, "-n", "12", *options)
+        assert got == code
         return answer
 
     with DiffusionModel(path, n_threads=1, n_ctx=256) as model:
@@ -197,7 +199,10 @@ def test_prompts_are_user_messages_unless_raw(
     assert note in capsys.readouterr().err
     assert texts("--chat") == default and note not in capsys.readouterr().err
     assert texts("--raw")["prompt_tokens"] == len(raw) and note not in capsys.readouterr().err
-    assert texts("--system", "x")["prompt_tokens"] > len(chat)
+    system = texts("--system", "x")["prompt_tokens"]
+    assert system > len(chat)
+    assert texts(row={"system": "x"})["prompt_tokens"] == system
+    assert "system goes with a prompt" in texts("--raw", row={"system": "x"}, code=1)["error"]
     capsys.readouterr()
     for options, words in (
         (["--raw", "--system", "x"], "--system needs --chat"),

@@ -55,7 +55,7 @@ class AnswerFile:
         """Write one line, unbuffered: an interruption loses no answer. Raises PyDiffusionError, with the file
         cut back to whole lines, if that fails.
         """
-        data = memoryview(json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        data = memoryview(_encoded(answer) + b"\n")
         end = os.fstat(self._file.fileno()).st_size
         try:
             while data:
@@ -136,6 +136,13 @@ class AnswerFile:
             self._file.close()
             self._file = _open(target)
             self._lock()
+
+
+def _encoded(answer: Json) -> bytes:
+    try:
+        return json.dumps(answer, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, as of an id
+        return json.dumps(answer).encode()
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -214,10 +214,13 @@ class _Jobs:
             if body.get("response_format") is not None:
                 raise invalid("response_format and json_schema exclude each other: give one", "json_schema")
             body["response_format"] = _as_format(schema)
-        prompt, system = body.get("prompt"), self._defaults.system
+        own_system = body.pop("system", None)
+        prompt, system = body.get("prompt"), self._defaults.system if own_system is None else own_system
+        if own_system is not None and not (isinstance(prompt, str) and self._chat):
+            raise invalid("system goes with a prompt that is passed through the chat template", "system")
         if isinstance(prompt, str) and self._chat:
             del body["prompt"]
-            before = [] if system is None else [{"role": "system", "content": system}]
+            before = [] if system in (None, "") else [{"role": "system", "content": system}]
             body["messages"] = [*before, {"role": "user", "content": prompt}]
         return _CHAT if "messages" in body else _COMPLETION, body
 
