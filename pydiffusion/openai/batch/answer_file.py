@@ -9,7 +9,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -98,44 +98,53 @@ class AnswerFile:
     def _resume(self, lines: Iterable[Line], retry_errors: bool) -> None:
         """Read the answers that are there, and remove a truncated last one."""
         number_to_digest = {line.number: line.digest for line in lines}
-        data = self.path.read_bytes()
-        kept = []
-        for raw in data.splitlines(keepends=True):
-            try:
-                answer = json.loads(raw)
-                number, digest = line_of(answer)
-            except (ValueError, RecursionError):
-                if raw.endswith(b"\n"):
-                    raise ValueError(
-                        f"{self.path} contains a line that is not an answer: give another file with -o"
-                    ) from None
-                continue
-            if number_to_digest.get(number) != digest:
-                raise ValueError(
-                    f"{self.path} answers other prompts: line {number} has changed since, or --chat, --raw,"
-                    " --system or --special was given otherwise; give another file with -o"
-                )
-            failed = error_of(answer) is not None
-            if failed and retry_errors:
-                continue
-            kept.append(raw if raw.endswith(b"\n") else raw + b"\n")
-            self.finished[number] = failed
-        self._rewrite(data, b"".join(kept))
-
-    def _rewrite(self, data: bytes, kept: bytes) -> None:
-        if data == kept:
-            return
-        if data.startswith(kept):  # needs no space, of which there may be none
-            os.ftruncate(self._file.fileno(), len(kept))
-        elif kept == data + b"\n":
+        n_bytes, raw = 0, b"\n"
+        with self.path.open("rb") as file:
+            for raw in file:
+                read = self._read_answer(raw, number_to_digest)
+                if read is not None:
+                    number, failed = read
+                    self.finished[number] = failed
+                    n_bytes += len(raw)
+        if os.fstat(self._file.fileno()).st_size > n_bytes:
+            os.ftruncate(self._file.fileno(), n_bytes)  # needs no space, of which there may be none
+        elif not raw.endswith(b"\n"):
             self._file.write(b"\n")
-        else:
-            target = Path(os.path.realpath(self.path))  # a link stays one
-            with atomic.replacing(target) as new:
-                new.write(kept)
-            self._file.close()
-            self._file = _open(target)
-            self._lock()
+        if retry_errors and any(self.finished.values()):
+            self._drop_failed()
+
+    def _read_answer(self, raw: bytes, number_to_digest: Mapping[int, str]) -> tuple[int, bool] | None:
+        """Number of the line that an answer belongs to, and whether it failed; None for a truncated answer.
+
+        Raises ValueError for anything else.
+        """
+        try:
+            answer = json.loads(raw)
+            number, digest = line_of(answer)
+        except (ValueError, RecursionError):
+            if not raw.endswith(b"\n"):
+                return None
+            raise ValueError(
+                f"{self.path} contains a line that is not an answer: give another file with -o"
+            ) from None
+        if number_to_digest.get(number) != digest:
+            raise ValueError(
+                f"{self.path} answers other prompts: line {number} has changed since, or --chat, --raw,"
+                " --system or --special was given otherwise; give another file with -o"
+            )
+        return number, error_of(answer) is not None
+
+    def _drop_failed(self) -> None:
+        """Rewrite the file without answers of lines that failed."""
+        target = Path(os.path.realpath(self.path))  # a link stays one
+        with target.open("rb") as file, atomic.replacing(target) as new:
+            for raw in file:
+                if error_of(json.loads(raw)) is None:
+                    new.write(raw)
+        self._file.close()
+        self._file = _open(target)
+        self._lock()
+        self.finished = {number: failed for number, failed in self.finished.items() if not failed}
 
 
 def _encoded(answer: Json) -> bytes:
