@@ -174,7 +174,7 @@ class SortedFields:
         """List a field as ignored. Raises ApiError if strict."""
         if strict:
             raise invalid(
-                f"{name!r} has no effect here, and this server runs with --strict: leave it out"[:200],
+                f"{name!r} has no effect, and such fields are refused here (strict): leave it out"[:200],
                 name,
                 "unknown_parameter",
             )

@@ -69,7 +69,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a server accepts.
+    """Terms on which requests are accepted.
 
     names: of its model, the first for responses; any other name stands for it too.
     strict: refuse such names, and fields without effect.

@@ -1,4 +1,4 @@
-"""What `pydiffusion serve` refuses before it looks for a model."""
+"""Options that `pydiffusion serve` refuses before it looks for a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydiffusion.cli import main
         (["--log-level", "loud"], "permitted are debug, info, warning, error"),
         (["--cors", "localhost:3000"], "SCHEME://HOST"),
         (["--cors", "http://x/page"], "has no path"),
-        (["--allowed-host", "http://x"], "is no host name"),
+        (["--allowed-host", "http://x"], "is not a host name"),
         (["--api-key", ""], "API key is empty"),
         (["--api-key", "one two"], "white space"),
         (["--api-key", "x", "--api-key-file", "keys"], "not both"),
