@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         PyDiffusionWarning,
         UnsupportedModelError,
     )
-    from .events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
+    from .events import CanvasEvent, ChatCompletion, Completion, DraftEvent, EndEvent, Event
     from .generation.infill import Infill
     from .model import DiffusionModel
     from .options import GenerationOptions, ResolvedOptions
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _NAME_TO_MODULE = {
     "CanvasEvent": "events",
+    "ChatCompletion": "events",
     "Completion": "events",
     "ContextOverflowError": "errors",
     "ConversionError": "errors",
@@ -67,6 +68,7 @@ _NAME_TO_MODULE = {
 
 __all__ = [
     "CanvasEvent",
+    "ChatCompletion",
     "Completion",
     "ContextOverflowError",
     "ConversionError",

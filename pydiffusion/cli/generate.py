@@ -63,6 +63,8 @@ def command(
     temperature: _options.Temperature = None,
     json_schema: _options.JsonSchema = None,
     regex: _options.Regex = None,
+    grammar: _options.Grammar = None,
+    grammar_file: _options.GrammarFile = None,
     runtime: dict[str, Any],
     chat: _prompt.Chat = None,
     system: _prompt.System = None,
@@ -77,10 +79,13 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Generate text from a prompt, printed canvas by canvas."""
+    if grammar is not None and grammar_file is not None:
+        raise typer.BadParameter("give --grammar or --grammar-file, not both")
     choices |= {
         "temperature": temperature,
         "json_schema": None if json_schema is None else read_schema(json_schema),
         "regex": regex,
+        "grammar": grammar if grammar_file is None else _open.read_text_or_stdin(grammar_file),
     }
     model, left = _open.model_and_rest(model, words or [])
     asked = Asked(chat, system, special, show, quiet, as_json)

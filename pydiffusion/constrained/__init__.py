@@ -1,8 +1,10 @@
-"""Constrained decoding: text that is guaranteed to match a JSON schema or a regular expression.
+"""Constrained decoding: text that is guaranteed to match a JSON schema, a regular expression or a grammar, and
+tool calls whose arguments are guaranteed to match schemas.
 
-``schema`` and ``regex`` reduce the constraint to one plain regular expression, ``byte_dfa`` compiles it to a
-DFA over UTF-8 bytes, ``token_automaton`` lifts that to the tokens of a vocabulary, and ``guide`` finds the
-most likely accepted canvas at every denoising step.
+``schema``, ``regex`` and ``calls`` reduce the constraint to one plain regular expression, which ``byte_dfa``
+compiles to a DFA over UTF-8 bytes; ``grammar`` parses llama.cpp's GBNF, which ``grammar_dfa`` compiles to such
+a DFA. ``token_automaton`` lifts it to the tokens of a vocabulary, and ``guide`` finds the most likely accepted
+canvas at every denoising step.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from pydiffusion.errors import OptionError
 
+from .calls import CallGrammar
+from .grammar import Grammar, parse_grammar
 from .guide import Guide
 from .regex import from_regex
 from .schema import schema_to_regex
@@ -25,8 +29,15 @@ if TYPE_CHECKING:
 __all__ = ["Automaton", "Guide", "automaton_for", "expression_of"]
 
 
-def expression_of(options: GenerationOptions) -> str:
-    """The options' constraint as one regular expression. Raises OptionError for what is not supported."""
+def expression_of(options: GenerationOptions) -> str | Grammar:
+    """The options' constraint as one regular expression, or the grammar. Raises OptionError for what is not
+    supported.
+    """
+    if options.grammar is not None:
+        try:
+            return parse_grammar(options.grammar)
+        except ValueError as error:
+            raise OptionError("grammar", f"grammar: {error}") from None
     if options.regex is not None:
         try:
             return from_regex(options.regex).text
@@ -41,9 +52,15 @@ def automaton_for(options: GenerationOptions, tokenizer: Tokenizer, ends: Collec
 
     Raises OptionError as ``expression_of``, or if the automaton is too large.
     """
-    expression = expression_of(options)
+    name: str = options.constraint or "json_schema"
+    markers: tuple[str, ...] = ()
+    expression: str | Grammar
+    if options.function_calls is not None:
+        calls = CallGrammar(json.loads(options.function_calls), tokenizer)
+        expression, markers = calls.expression, calls.markers
+    else:
+        expression = expression_of(options)
     try:
-        return Automaton(expression, tokenizer, ends)
+        return Automaton(expression, tokenizer, ends, markers)
     except ValueError as error:
-        name = "json_schema" if options.regex is None else "regex"
         raise OptionError(name, f"{name}: {error}") from None

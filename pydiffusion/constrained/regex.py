@@ -7,11 +7,12 @@ with the same meaning under ``re.fullmatch``, which is how it is tested.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from .character_classes import as_class, complement, intersection, ranges_of_class
+from .character_classes import Ranges, as_class, complement, intersection, ranges_of_class
 from .regex_parser import sre, sre_parser
 
 # Limit on the characters of an expression with bounded repetitions expanded: the DFA has several states for
@@ -46,6 +47,16 @@ class Piece:
         weight = _checked(self.weight * max(low + 1 if high is None else high, 1))
         return Piece(f"(?:{self.text}){{{low},{'' if high is None else high}}}", weight)
 
+    def counted(self, low: int, high: int) -> Piece:
+        """Repeat a character ``low`` to ``high`` times, as ``repeated``; the upper limit takes no states. For
+        texts that can end after any character; see ``counting``.
+        """
+        return Piece(f"(?:{self.text}){{{low},{high}}}?", _checked(self.weight * (low + 1)))
+
+
+class Oversized(ValueError):
+    """An expression is too large to be compiled."""
+
 
 class Unsatisfiable(ValueError):
     """No text satisfies the constraint."""
@@ -68,30 +79,56 @@ def choice(pieces: Sequence[Piece]) -> Piece:
     return Piece("(?:" + "|".join(p.text for p in pieces) + ")", _checked(sum(p.weight for p in pieces)))
 
 
+def all_of(pieces: Sequence[Piece], behind: Piece) -> Piece:
+    """What all of the pieces match. behind: a character that follows it in every text, and which no piece has."""
+    if any(piece is NOTHING for piece in pieces):
+        return NOTHING
+    *conditions, last = pieces
+    if not conditions:
+        return last
+    looking = "".join(f"(?=(?:{piece.text}){behind.text})" for piece in conditions)
+    return Piece(f"({looking}(?:{last.text}))", _checked(sum(piece.weight for piece in pieces)))
+
+
 def literal(text: str) -> Piece:
+    if any(0xD800 <= ord(character) <= 0xDFFF for character in text):  # in an expression they mean markers
+        raise ValueError(f"{text!r} has a lone surrogate, which can't be written"[:200])
     return Piece("".join(map(re.escape, text)), _checked(len(text)))
 
 
 def _checked(weight: int) -> int:
     if weight > MAX_WEIGHT:
-        raise ValueError(f"it is too large: {weight} characters in all; the limit is {MAX_WEIGHT}")
+        raise Oversized(f"it is too large: {weight} characters in all; the limit is {MAX_WEIGHT}")
     return weight
 
 
 def from_regex(pattern: str) -> Piece:
     """Reduce an expression that has to match the whole text. Raises ValueError for unsupported syntax."""
-    return _Rewriter(in_json=False).anchored(list(parse(pattern)), open_start=False, open_end=False)
+    return _Rewriter(complement(_SURROGATES)).anchored(list(parse(pattern)), open_start=False, open_end=False)
 
 
 def in_json_string(pattern: str) -> Piece:
     """Reduce a schema's ``pattern``: the contents of JSON strings in whose value it matches somewhere."""
-    return _Rewriter(in_json=True).anchored(list(parse(pattern)), open_start=True, open_end=True)
+    rewriter = _Rewriter(_JSON_PLAIN, JSON_CHARACTER, _JSON_ESCAPES)
+    return rewriter.anchored(list(parse(pattern)), open_start=True, open_end=True)
+
+
+def in_text(pattern: str, permitted: Ranges) -> Piece:
+    """As ``in_json_string``, for strings of these characters that are written without escapes."""
+    rewriter = _Rewriter(permitted, as_class(permitted))
+    return rewriter.anchored(list(parse(pattern)), open_start=True, open_end=True)
 
 
 class _Rewriter:
-    def __init__(self, in_json: bool) -> None:
-        self._in_json = in_json
-        self._permitted = _JSON_PLAIN if in_json else complement(_SURROGATES)
+    def __init__(
+        self, permitted: Ranges, character: str = "", escapes: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """permitted: characters that stand for themselves.  character: expression for any one.
+        escapes: those that are written otherwise.
+        """
+        self._permitted = permitted
+        self._character = character
+        self._escapes = escapes
         self._operation_to_rule: dict[Any, Callable[[Any], Piece]] = {
             sre.LITERAL: self._literal,
             sre.NOT_LITERAL: lambda code: self._class(complement([(code, code)])),
@@ -111,7 +148,7 @@ class _Rewriter:
             items, open_end = items[:-1], False
         if len(items) == 1 and items[0][0] is sre.BRANCH:
             return choice([self.anchored(list(b), open_start, open_end) for b in items[0][1][1]])
-        anything = Piece(JSON_CHARACTER).repeated(0, None)
+        anything = Piece(self._character).repeated(0, None)
         before, after = [anything] * open_start, [anything] * open_end
         return sequence([*before, self._sequence(items), *after])
 
@@ -126,8 +163,8 @@ class _Rewriter:
 
     def _literal(self, code: int) -> Piece:
         character = chr(code)
-        if self._in_json and character in _JSON_ESCAPES:
-            return Piece(_JSON_ESCAPES[character])
+        if character in self._escapes:
+            return Piece(self._escapes[character])
         return self._class([(code, code)])
 
     def _class(self, ranges: list[tuple[int, int]]) -> Piece:

@@ -16,7 +16,8 @@ from typing import Any
 from pydiffusion.errors import OptionError
 
 from .number_ranges import integer_between, number_between
-from .regex import JSON_CHARACTER, NOTHING, Piece, Unsatisfiable, choice, in_json_string, literal, sequence
+from .regex import NOTHING, Piece, Unsatisfiable, choice, sequence
+from .syntax import JSON, Syntax
 
 # Annotations, which don't affect validity.
 _ANNOTATIONS = frozenset(
@@ -56,22 +57,26 @@ _MAX_DEPTH = 32
 _MAX_WITHIN_ITSELF = 6
 _MAX_WEIGHT_WITHIN_ITSELF = 600
 _OPEN_ITEMS: int | None = None
-_COLON, _COMMA, _SPACE = Piece(":[ ]?"), Piece(",[ ]?"), Piece("[ ]?", 0)
 
 
 class SchemaError(OptionError):
     """A schema that is unsupported or unsatisfiable; the message says where."""
 
+    @property
+    def what(self) -> str:
+        """The message without the option's name."""
+        return str(self).removeprefix("json_schema").lstrip(",: ")
 
-def schema_to_regex(schema: Mapping[str, Any] | bool) -> Piece:
-    """Convert a schema. Raises SchemaError.
+
+def schema_to_regex(schema: Mapping[str, Any] | bool, syntax: Syntax = JSON) -> Piece:
+    """Convert a schema. syntax: how values are written. Raises SchemaError.
 
     A recursive schema is expanded as deep as ``_MAX_WITHIN_ITSELF`` and the size limit allow; deeper texts
     are valid but never generated.
     """
     found = NOTHING
     for depth in range(_MAX_WITHIN_ITSELF + 1):
-        compiler = _Compiler(schema, depth)
+        compiler = _Compiler(schema, depth, syntax)
         try:
             piece = compiler.value(schema, "", ("#",))
         except SchemaError:
@@ -91,9 +96,10 @@ def schema_to_regex(schema: Mapping[str, Any] | bool) -> Piece:
 
 
 class _Compiler:
-    def __init__(self, root: Any, depth: int) -> None:
+    def __init__(self, root: Any, depth: int, syntax: Syntax) -> None:
         """depth: maximum depth of recursive references."""
         self._root = root
+        self._syntax = syntax
         self._depth = depth
         self.contains_itself = False
         self.unsatisfied: list[SchemaError] = []  # what was left out because nothing satisfies it
@@ -130,7 +136,7 @@ class _Compiler:
         if where.count("/") > 2 * _MAX_DEPTH or len(refs) > _MAX_DEPTH:
             raise _error(where, "it is nested too deeply")
         if schema is True or schema == {}:
-            return _anything(_OPEN_DEPTH)
+            return _anything(_OPEN_DEPTH, self._syntax)
         if schema is False:
             raise Unsatisfiable("nothing satisfies false")
         if not isinstance(schema, Mapping):
@@ -145,7 +151,7 @@ class _Compiler:
         if kinds is None:
             kinds = [kind for kind, names in _TYPE_TO_KEYWORDS.items() if keywords & set(names)][:1]
             if not kinds:
-                return _anything(_OPEN_DEPTH)
+                return _anything(_OPEN_DEPTH, self._syntax)
         kinds = [kinds] if isinstance(kinds, str) else kinds
         if not isinstance(kinds, Sequence) or not kinds:
             raise _error(where, f"the type {kinds!r} is invalid")
@@ -181,18 +187,7 @@ class _Compiler:
         return pieces[0] if len(pieces) == 1 else choice(pieces)
 
     def _resolved(self, reference: Any, where: str) -> Any:
-        if not isinstance(reference, str) or not reference.startswith("#"):
-            raise _error(where, f"the reference {reference!r} is not supported: only those within the schema")
-        target = self._root
-        for part in reference[1:].split("/")[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(target, Mapping) and name in target:
-                target = target[name]
-            elif isinstance(target, list) and name.isdigit() and int(name) < len(target):
-                target = target[int(name)]
-            else:
-                raise _error(where, f"the reference {reference!r} does not resolve")
-        return target
+        return resolved(self._root, reference, where)
 
     def _one_of_values(self, values: Any, schema: Mapping[str, Any], others: set[str], where: str) -> Piece:
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
@@ -205,8 +200,7 @@ class _Compiler:
             values = [value for value in values if any(_is_of_type(value, kind) for kind in kinds)]
             if not values:
                 raise Unsatisfiable("none of the values is of the type: nothing satisfies it")
-        texts = [json.dumps(value, ensure_ascii=False, separators=(", ", ": ")) for value in values]
-        return choice([literal(text) for text in texts])
+        return choice([self._syntax.value(value) for value in values])
 
     def _check_disjoint(self, branches: Sequence[Any], where: str) -> None:
         """``oneOf`` forbids texts that two branches allow: branches must differ by type or by a constant."""
@@ -253,9 +247,13 @@ class _Compiler:
                     raise Unsatisfiable("it must have a property and may have none: nothing satisfies it")
                 return Piece(r"\{\}", 2)
             member = sequence(
-                [_string(0, None), _COLON, self.value(more, where + "/additionalProperties", refs)]
+                [
+                    self._syntax.any_key,
+                    self._syntax.colon,
+                    self.value(more, where + "/additionalProperties", refs),
+                ]
             )
-            return sequence([Piece(r"\{"), _separated(member, low, high), Piece(r"\}")])
+            return sequence([Piece(r"\{"), _separated(member, low, high, self._syntax), Piece(r"\}")])
         named = dict(properties)
         for name in required:
             if name not in named:
@@ -265,11 +263,11 @@ class _Compiler:
         if low > len(required) or (high is not None and high < len(named)):
             raise _error(where, "'minProperties' and 'maxProperties' beside 'properties' are not supported")
         members = []
-        for name, each in named.items():
-            key = literal(json.dumps(name, ensure_ascii=False))
-            member = sequence([key, _COLON, self.value(each, f"{where}/properties/{name}", refs)])
+        for name in self._syntax.order(named):
+            value = self.value(named[name], f"{where}/properties/{name}", refs)
+            member = sequence([self._syntax.key(name), self._syntax.colon, value])
             members.append((member, name in required))
-        return sequence([Piece(r"\{"), _members(members), Piece(r"\}")])
+        return sequence([Piece(r"\{"), _members(members, self._syntax), Piece(r"\}")])
 
     def _array(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Piece:
         low, high = _bounds(schema, "minItems", "maxItems", where)
@@ -281,12 +279,12 @@ class _Compiler:
         if heads:
             if low > len(heads) or (high is not None and high < len(heads)):
                 raise _error(where, "'minItems' and 'maxItems' beside 'prefixItems' are not supported")
-            inner = [piece for head in heads for piece in (_COMMA, head)][1:]
+            inner = [piece for head in heads for piece in (self._syntax.comma, head)][1:]
             return sequence([Piece(r"\["), *inner, Piece(r"\]")])
         if high == 0:
             return Piece(r"\[\]", 2)
         item = self.value(items, f"{where}/items", refs)
-        return sequence([Piece(r"\["), _separated(item, low, high), Piece(r"\]")])
+        return sequence([Piece(r"\["), _separated(item, low, high, self._syntax), Piece(r"\]")])
 
     def _string(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Piece:
         low, high = _bounds(schema, "minLength", "maxLength", where)
@@ -296,12 +294,12 @@ class _Compiler:
         if "format" in schema:
             if schema["format"] not in _FORMATS:
                 raise _error(where, f"the format {schema['format']!r} is not supported")
-            return Piece(f'"{_FORMATS[schema["format"]]}"', _FORMAT_WEIGHT)
+            return self._syntax.string(Piece(_FORMATS[schema["format"]], _FORMAT_WEIGHT))
         if "pattern" in schema:
             if not isinstance(schema["pattern"], str):
                 raise _error(where, "'pattern' must be a string")
-            return sequence([Piece('"'), in_json_string(schema["pattern"]), Piece('"')])
-        return _string(low, high)
+            return self._syntax.string(self._syntax.in_string(schema["pattern"]))
+        return self._syntax.characters(low, high)
 
     def _number(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Piece:
         for name in _TYPE_TO_KEYWORDS["number"]:
@@ -322,6 +320,22 @@ class _Compiler:
             ),
             40,
         )  # fmt: skip
+
+
+def resolved(root: Any, reference: Any, where: str = "") -> Any:
+    """The schema that a ``$ref`` within another one refers to. Raises SchemaError."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        raise _error(where, f"the reference {reference!r} is not supported: only those within the schema")
+    target = root
+    for part in reference[1:].split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(target, Mapping) and name in target:
+            target = target[name]
+        elif isinstance(target, list) and name.isdigit() and int(name) < len(target):
+            target = target[int(name)]
+        else:
+            raise _error(where, f"the reference {reference!r} does not resolve")
+    return target
 
 
 def _error(where: str, what: str) -> SchemaError:
@@ -360,41 +374,42 @@ def _is_of_type(value: Any, kind: Any) -> bool:
     return kind in types and isinstance(value, types[kind])
 
 
-def _string(low: int, high: int | None) -> Piece:
-    return sequence([Piece('"'), Piece(JSON_CHARACTER).repeated(low, high), Piece('"')])
-
-
-def _separated(item: Piece, low: int, high: int | None) -> Piece:
+def _separated(item: Piece, low: int, high: int | None, syntax: Syntax) -> Piece:
     """``low`` to ``high`` comma-separated items."""
-    rest = sequence([_COMMA, item]).repeated(max(low - 1, 0), None if high is None else max(high - 1, 0))
+    rest = sequence([syntax.comma, item])
+    rest = rest.repeated(max(low - 1, 0), None if high is None else max(high - 1, 0))
     some = sequence([item, rest])
     return some if low else some.repeated(0, 1)
 
 
-def _members(members: Sequence[tuple[Piece, bool]]) -> Piece:
+def _members(members: Sequence[tuple[Piece, bool]], syntax: Syntax) -> Piece:
     """Comma-separated members in order; those that are not required may be left out."""
     behind = Piece("", 0)  # what may follow after a member
     at_first = Piece("", 0)  # and without one
     for member, is_required in reversed(members):
-        with_comma = sequence([_COMMA, member])
+        with_comma = sequence([syntax.comma, member])
         here = sequence([member, behind])
         at_first = here if is_required else choice([here, at_first])
         behind = sequence([with_comma if is_required else with_comma.repeated(0, 1), behind])
     return at_first
 
 
-def _anything(depth: int) -> Piece:
+def _anything(depth: int, syntax: Syntax) -> Piece:
     scalar = choice(
-        [_string(0, None), Piece(number_between(None, None, None, None), 40), Piece("true|false|null", 5)]
+        [
+            syntax.characters(0, None),
+            Piece(number_between(None, None, None, None), 40),
+            Piece("true|false|null", 5),
+        ]
     )
     if depth == 0:
         return scalar
-    inner = _anything(depth - 1)
-    member = sequence([_string(0, None), _COLON, inner])
+    inner = _anything(depth - 1, syntax)
+    member = sequence([syntax.any_key, syntax.colon, inner])
     return choice(
         [
             scalar,
-            sequence([Piece(r"\["), _separated(inner, 0, _OPEN_ITEMS), Piece(r"\]")]),
-            sequence([Piece(r"\{"), _separated(member, 0, _OPEN_ITEMS), Piece(r"\}")]),
+            sequence([Piece(r"\["), _separated(inner, 0, _OPEN_ITEMS, syntax), Piece(r"\]")]),
+            sequence([Piece(r"\{"), _separated(member, 0, _OPEN_ITEMS, syntax), Piece(r"\}")]),
         ]
     )

@@ -6,16 +6,17 @@ Shared by the library's functions (``responses``) and the server (``answers``), 
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pydiffusion.chat.messages import call_object
 from pydiffusion.chat.output_parser import Content, Part, Reasoning
-from pydiffusion.events import CanvasEvent, Completion, EndEvent
+from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent
 
+from .drafts import draft_fields
 from .reports import Prefilled, Report
 
 if TYPE_CHECKING:
@@ -91,13 +92,6 @@ class TextChoice(Choice):
         self._head = head
         self._text = ""
 
-    def take_completion(self, done: Completion) -> None:
-        """Take a finished generation instead of its events."""
-        self._text = done.text
-        self.n_tokens = len(done.tokens)
-        self.canvas_steps = list(done.canvas_steps)
-        self.end = EndEvent(reason=done.finish_reason, timings=done.timings, seed=done.seed)
-
     def opening(self) -> list[Json]:
         return [self._piece(self._head)] if self._head else []
 
@@ -171,10 +165,13 @@ class FilledChoice(TextChoice):
 
 
 class ChatChoice(Choice):
-    """Of a chat. more: further fields of the message."""
+    """Of a chat. more: further fields of the message.  is_named: it had to call a function chosen by name."""
 
-    def __init__(self, index: int, n_prompt: int, more: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, index: int, n_prompt: int, more: Mapping[str, Any] | None = None, *, is_named: bool = False
+    ) -> None:
         super().__init__(index, n_prompt)
+        self._is_named = is_named
         self._message = ChatMessage()
         self._more = more or {}
 
@@ -190,14 +187,19 @@ class ChatChoice(Choice):
             "index": self.index,
             "message": {**self._more, **self._message.as_dict()},
             "logprobs": None,
-            "finish_reason": self._message.finish_reason(self._reason()),
+            "finish_reason": self._finish_reason(self._reason()),
         }
 
     def _pieces(self, canvas: CanvasEvent) -> list[Json]:
         return [self._delta(self._message.add(part)) for part in canvas.parts]
 
     def _last(self, reason: str) -> Json:
-        return self._delta({}, self._message.finish_reason(reason))
+        return self._delta({}, self._finish_reason(reason))
+
+    def _finish_reason(self, reason: str) -> str:
+        """ "stop" after a call that was forced by name, as OpenAI's servers do; clients compare with it."""
+        found = self._message.finish_reason(reason)
+        return "stop" if self._is_named and found == "tool_calls" else found
 
     def _delta(self, delta: Json, finish_reason: str | None = None) -> Json:
         return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
@@ -218,11 +220,7 @@ class ChatMessage:
         if isinstance(part, Reasoning):
             self.reasoning += part.text
             return {"reasoning_content": part.text}
-        call = {
-            "id": f"call_{uuid.uuid4().hex[:24]}",
-            "type": "function",
-            "function": {"name": part.name, "arguments": json.dumps(part.arguments, ensure_ascii=False)},
-        }
+        call = call_object(part)
         self.tool_calls.append(call)
         return {"tool_calls": [{"index": len(self.tool_calls) - 1, **call}]}
 
@@ -245,15 +243,28 @@ class ChatMessage:
 class Response(ABC):
     """A response with all its choices: ``chunks`` when streaming, else ``take`` and ``whole``."""
 
-    def __init__(self, model: str, choices: Sequence[Choice], *, chat: bool, n_per_prompt: int = 1) -> None:
-        """model: name to report.  n_per_prompt: choices that share a prompt, one after the other."""
+    def __init__(
+        self,
+        model: str,
+        choices: Sequence[Choice],
+        tokenizer: Tokenizer,
+        *,
+        chat: bool,
+        n_per_prompt: int = 1,
+        include_usage: bool = False,
+    ) -> None:
+        """model: name to report.  n_per_prompt: choices that share a prompt, one after the other.
+        include_usage: a stream ends with the usage.
+        """
         prefix, self._object, self._chunk_object = (
             ("chatcmpl", "chat.completion", "chat.completion.chunk")
             if chat
             else ("cmpl", "text_completion", "text_completion")
         )
         self._choices = choices
+        self._tokenizer = tokenizer
         self._n_per_prompt = n_per_prompt
+        self._include_usage = include_usage
         self._fields: Json = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -273,20 +284,22 @@ class Response(ABC):
             "diffusion": self._figures(),
         }
 
-    def opening(self, i_choice: int) -> Iterator[Json]:
-        """The chunks that a choice's stream begins with, where no report tells that it does."""
-        for piece in self._choices[i_choice].opening():
-            yield self._chunk(piece)
-
     def chunks(self, i_choice: int, report: Report) -> Iterator[Json]:
         """Add a report; yields its chunks."""
+        if isinstance(report, DraftEvent):
+            yield self._chunk() | {"diffusion": draft_fields(i_choice, report, self._tokenizer)}
         for piece in self._choices[i_choice].take(report):
             over = isinstance(report, EndEvent) and all(choice.end is not None for choice in self._choices)
             yield self._chunk(piece) | ({"diffusion": self._figures()} if over else {})
 
+    def usage_chunk(self) -> Json | None:
+        """The final usage chunk, if requested."""
+        return self._chunk() | {"usage": self._usage()} if self._include_usage else None
+
     def _chunk(self, choice: Json | None = None) -> Json:
         choices = [] if choice is None else [choice]
-        return self._fields | {"object": self._chunk_object, "choices": choices}
+        usage: Json = {"usage": None} if self._include_usage else {}
+        return self._fields | {"object": self._chunk_object, "choices": choices} | usage
 
     def _usage(self) -> Json:
         n_prompt = sum(choice.n_prompt for choice in self._prompts())
@@ -300,6 +313,14 @@ class Response(ABC):
     def _prompts(self) -> Sequence[Choice]:
         """A choice of each prompt: the choices of one share its cache, so it counts once."""
         return self._choices[:: self._n_per_prompt]
+
+    def _timings(self) -> dict[str, float]:
+        """Seconds per phase, of all choices together."""
+        timings: dict[str, float] = {}
+        for choice in self._choices:
+            for name, seconds in ({} if choice.end is None else choice.end.timings).items():
+                timings[name] = timings.get(name, 0.0) + seconds
+        return timings
 
     @abstractmethod
     def _figures(self) -> Json:
