@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import _open, _options, _prompt
-from ._input import read_schema
+from ._input import read_schema, read_text_or_stdin
 from ._text import say
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def command(
     temperature: _options.Temperature = None,
     json_schema: _options.JsonSchema = None,
     regex: _options.Regex = None,
+    grammar: _options.Grammar = None,
+    grammar_file: _options.GrammarFile = None,
     chat: _prompt.Chat = None,
     system: _prompt.System = None,
     special: _prompt.Special = False,
@@ -87,7 +89,11 @@ def command(
         if json_schema == "-" == str(prompts):
             raise typer.BadParameter("--json-schema and PROMPTS can't both be standard input")
         choices["json_schema"] = read_schema(json_schema)
-    choices |= {"temperature": temperature, "regex": regex}
+    if grammar is not None and grammar_file is not None:
+        raise typer.BadParameter("give --grammar or --grammar-file, not both")
+    if grammar_file is not None:
+        grammar = read_text_or_stdin(grammar_file)
+    choices |= {"temperature": temperature, "regex": regex, "grammar": grammar}
     _prompt.check(chat, system, special, runtime["chat_template"])
     _open.check_options(choices)
     if parallel < 1:

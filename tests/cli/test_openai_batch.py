@@ -149,6 +149,26 @@ def test_options_of_the_command_are_those_that_a_body_lacks(path: str, tmp_path:
     assert set(short[5]["text"]) <= {"a", "b"}
 
 
+def test_a_grammar(path: str, tmp_path: Path) -> None:
+    """For all lines, or a line's own; calls that are constrained are answers' tool_calls."""
+    rows = [{"prompt": "x"}, {"prompt": "x", "grammar": 'root ::= "c" [d-f]'}]
+    call = {"messages": SORT, "tools": TOOLS, "tool_choice": "required", "max_tokens": 40}
+    prompts = "".join(json.dumps(row) + "\n" for row in [*rows, call])
+    (tmp_path / "ab.gbnf").write_text('root ::= "ab"+')
+    for option in ("--grammar", 'root ::= "ab"+'), ("--grammar-file", str(tmp_path / "ab.gbnf")):
+        code, answers = run(
+            path, "".join(prompts.splitlines(keepends=True)[:2]), tmp_path, "-n", "8", *option
+        )
+        by_line = {answer["line"]: answer["text"] for answer in answers}
+        assert code == 0 and set(by_line[1]) == {"a", "b"} and by_line[2][0] == "c" and len(by_line[2]) == 2
+        (tmp_path / "o.jsonl").unlink()
+    code, answers = run(path, prompts, tmp_path, "-n", "8", "--seed", "1")
+    calls = next(answer for answer in answers if answer["line"] == 3)["tool_calls"]
+    assert code == 0 and calls[0]["name"] == "f" and isinstance(calls[0]["arguments"], dict)
+    options = ["--grammar", "x", "--grammar-file", "y"]
+    assert main(["batch", "-m", path, str(tmp_path / "p.jsonl"), "-o", "-", *options]) == 2
+
+
 def test_a_schema_for_all_lines(path: str, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     prompts = '"x"\n' + line("a", CHAT, {"messages": SORT})

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
 # Options of the library that no endpoint takes; lines in the short form may have them.
-_LIBRARY_ONLY = ("canvas_length", "dropped_mass", "eos", "canvas", "hold")
+_LIBRARY_ONLY = ("canvas_length", "dropped_mass", "eos", "canvas", "hold", "function_calls")
 # Of an answer in OpenAI's form: number and digest of its line, so that a resumed run knows what is answered.
 _OWN_ID = re.compile(r"batch_req_(\d+)_([0-9a-f]{8})")
 _NO_LIMIT = -1  # as in a chat, where the endpoint's own would be 256 tokens
