@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import _open, _options
+from . import _open, _options, _prompt
 from ._input import check_encodable, read_schema, read_text_or_stdin
 from ._run import prefill, run
 
@@ -64,18 +64,9 @@ def command(
     json_schema: _options.JsonSchema = None,
     regex: _options.Regex = None,
     runtime: dict[str, Any],
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--raw",
-            help="Pass the prompt as a user message through the chat template, or as raw text."
-            " [default: --chat if the file has a template]",
-        ),
-    ] = None,
-    system: Annotated[
-        str | None, typer.Option("-sys", "--system", help="System message; not with --raw.")
-    ] = None,
-    special: Annotated[bool, typer.Option("--special", help="Parse control tokens in a raw prompt.")] = False,
+    chat: _prompt.Chat = None,
+    system: _prompt.System = None,
+    special: _prompt.Special = False,
     show: Annotated[
         bool,
         typer.Option(
@@ -101,8 +92,7 @@ def generate(
     path: Path, text: str, choices: Mapping[str, Any], runtime: Mapping[str, Any], asked: Asked
 ) -> None:
     """Load the model and print its answer. choices: fields of GenerationOptions, and temperature."""
-    if asked.chat is False and runtime["chat_template"] is not None:
-        raise typer.BadParameter("--chat-template needs --chat")
+    _prompt.check(asked.chat, asked.system, asked.special, runtime["chat_template"])
     _open.check_options(choices)  # report invalid options before loading the model
     check_encodable(asked.system or "", "--system")
     opened = _open.open_model(path, runtime, quiet=asked.quiet)
@@ -135,13 +125,8 @@ def read_prompt(
 
 
 def _prompt_ids(model: DiffusionModel, text: str, asked: Asked) -> list[int]:
-    chat = model.has_chat_template if asked.chat is None else asked.chat
-    if not chat:
-        if asked.system is not None:
-            raise typer.BadParameter("--system needs --chat")
+    if not _prompt.uses_chat(model, asked.chat, asked.system, asked.special):
         return model.tokenize(text, parse_special=asked.special)
-    if asked.special:
-        raise typer.BadParameter("--special needs --raw")
     messages = [{"role": "user", "content": text}]
     if asked.system is not None:
         messages.insert(0, {"role": "system", "content": asked.system})

@@ -120,7 +120,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """A prompt with its options. chat: it is a chat prompt, whose answer has parts (``CanvasEvent.parts``)."""
+    """A prompt with its options. chat: split the answer into parts, as ``Session.generate_chat`` does."""
 
     prompt: str | TokenIds
     options: GenerationOptions

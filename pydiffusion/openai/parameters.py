@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 # JSON mode, which predates schemas: any object.
 _JSON_OBJECT = {"type": "object"}
 # response_format type -> other allowed fields.
-_FORMAT_TO_FIELDS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema",)}
+_FORMAT_TO_FIELDS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema", "schema")}
+# Without effect on what is guaranteed, wherever a client puts them.
+_FORMAT_LABELS = ("type", "name", "description", "strict")
 
 
 def token_limit(model: DiffusionModel, max_tokens: Any, max_completion_tokens: Any = None) -> int:
@@ -47,7 +49,8 @@ def schema_of(response_format: Any) -> Any:
     """The JSON schema of a ``response_format``, None for any text. Raises OptionError.
 
     Accepts OpenAI's ``{"type": "text"}``, ``{"type": "json_object"}`` and ``{"type": "json_schema",
-    "json_schema": {"schema": ...}}``, and llama.cpp's ``{"type": "json_object", "schema": ...}``.
+    "json_schema": {"schema": ...}}``, llama.cpp's ``{"type": "json_object", "schema": ...}``, and the flat
+    ``{"type": "json_schema", "schema": ...}`` of OpenAI's Responses and of others.
     """
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if not isinstance(kind, str) or kind not in _FORMAT_TO_FIELDS:
@@ -56,7 +59,7 @@ def schema_of(response_format: Any) -> Any:
             "response_format must be an object whose type is text, json_object or json_schema",
         )
     for name, value in response_format.items():
-        if name != "type" and name not in _FORMAT_TO_FIELDS[kind] and value is not None:
+        if name not in _FORMAT_LABELS and name not in _FORMAT_TO_FIELDS[kind] and value is not None:
             known = " or ".join(f"{n} of type {k}" for k, names in _FORMAT_TO_FIELDS.items() for n in names)
             raise OptionError(
                 "response_format",
@@ -68,6 +71,12 @@ def schema_of(response_format: Any) -> Any:
         where, schema = "schema", response_format.get("schema")
         if schema is None or schema == {}:  # any object
             return _JSON_OBJECT
+    elif response_format.get("schema") is not None:
+        if response_format.get("json_schema") is not None:
+            raise OptionError(
+                "response_format", "response_format.schema and .json_schema exclude each other: give one"
+            )
+        where, schema = "schema", response_format["schema"]
     else:
         given = response_format.get("json_schema")
         where, schema = "json_schema.schema", given.get("schema") if isinstance(given, Mapping) else None

@@ -151,7 +151,7 @@ class _Endpoints:
 
     def _log_flaws(self, prepared: Prepared) -> None:
         """Log problems of requests that are answered anyway, each problem once."""
-        flaws = {self._model.tokenizer.bos_flaw(run.prompt) for run in prepared.runs} - {None}
+        flaws = {flaw for run in prepared.runs if (flaw := self._model.tokenizer.bos_flaw(run.prompt))}
         flaws |= {f"request field {name[:100]!r} has no effect here" for name in prepared.request.ignored}
         for flaw in sorted(flaws - self._told):
             if len(self._told) < _MAX_TOLD:
@@ -301,7 +301,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     if error.status_code == 405 and request.method == "OPTIONS":
         return Response(
-            status_code=204, headers={"Allow": f"{headers.get('allow', '')}, OPTIONS".lstrip(", ")}
+            status_code=204, headers={"Allow": f"{headers.get('Allow', '')}, OPTIONS".lstrip(", ")}
         )
     message = f"{error.detail}: {request.method} {request.url.path}"
     if error.status_code == 404:

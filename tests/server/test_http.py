@@ -224,7 +224,8 @@ def test_a_stream_event_for_every_step(url: str, client: openai.OpenAI) -> None:
         ("chat/completions", {**CHAT, "steps": -1}, 400, "steps", None),
         ("chat/completions", {**CHAT, "stream": "yes"}, 400, "stream", "invalid_type"),
         ("chat/completions", {**CHAT, "stream_options": {}, "n": 0}, 400, "n", None),
-        ("chat/completions", {**CHAT, "stream_options": {"diffusion": True}}, 400, "stream_options", None),
+        ("chat/completions", {**CHAT, "stream": True, "stream_options": 3}, 400, "stream_options",
+         "invalid_type"),
         ("chat/completions", {**CHAT, "reasoning_effort": "huge"}, 400, "reasoning_effort", None),
         (
             "chat/completions",
