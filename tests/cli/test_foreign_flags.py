@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import typer
 
+from pydiffusion import DiffusionModel
 from pydiffusion.cli import _foreign, app, main
+from pydiffusion.options import at_temperature
 
 OWN = {
     "-m": True, "--model": True, "-p": True, "-n": True, "--max-tokens": True, "-c": True, "--ctx": True,
@@ -52,6 +54,21 @@ def model(gguf_file: Callable[..., Path]) -> str:
 def test_what_arguments_become(given: str, becomes: str) -> None:
     done = _foreign.translate("generate", shlex.split(given), OWN)
     assert (done.args, done.refused) == (shlex.split(becomes), [])
+
+
+def test_the_model_may_be_the_first_argument() -> None:
+    own = {"-m": True, "--model": True, "--port": True}
+    for given, becomes in [
+        ("x.gguf --port 1", "--model x.gguf --port 1"),
+        ("--port 1 owner/name", "--port 1 --model owner/name"),
+        ("-m x.gguf y.gguf", "-m x.gguf y.gguf"),  # left for the parser, which refuses it
+        ("x.gguf y.gguf", "--model x.gguf y.gguf"),
+    ]:
+        assert _foreign.translate("serve", shlex.split(given), own).args == shlex.split(becomes)
+    assert _foreign.translate("inspect", ["--json", "-m", "x.gguf"], {"--json": False}).args == [
+        "x.gguf",
+        "--json",
+    ]
 
 
 @pytest.mark.parametrize("flag", ["-fa", "-b 5", "--color", "--no-mmap", "--mlock", "--keep 3"])
@@ -115,8 +132,12 @@ def test_minus_one_and_temperature(model: str, capsys: pytest.CaptureFixture[str
         return json.loads(capsys.readouterr().out)
 
     assert run("--seed", "-1")["seed"] != run("-s", "-1")["seed"]
-    greedy = [run("--temp", "0")["tokens"] for _ in range(2)]
-    assert greedy[0] == greedy[1] == run("--t-min", "1e-6", "--t-max", "1e-6", "-s", "0")["tokens"]
+    greedy = [run("--temp", "0") for _ in range(2)]
+    assert greedy[0]["tokens"] == greedy[1]["tokens"] and greedy[0]["seed"] == greedy[1]["seed"]
+    with DiffusionModel(model) as opened:
+        meant = at_temperature(0.5, opened.metadata)
+    schedule = ["--t-min", str(meant["t_min"]), "--t-max", str(meant["t_max"]), "-s", "5"]
+    assert run("--temp", "0.5", "-s", "5")["tokens"] == run(*schedule)["tokens"]
     assert run("--temp", "0", "-s", "7")["seed"] == 7, "what is given counts"
     assert run("--temp", "1", "-s", "7")["tokens"] == run("-s", "7")["tokens"], "1 is the file's schedule"
 
