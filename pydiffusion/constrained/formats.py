@@ -74,6 +74,7 @@ FORMATS = {
     "uri": _URI,
     "iri": _URI,
     "url": _URL,
+    "http-url": rf"https?://{_AUTHORITY}{_PATH}{_QUERY}",
     "uri-reference": _REFERENCE,
     "iri-reference": _REFERENCE,
     "json-pointer": r"(?:/(?:[A-Za-z0-9 ._:;,!$&'()*+=@%?#\-]|~[01])*)*",

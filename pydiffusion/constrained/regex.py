@@ -18,7 +18,7 @@ from .regex_parser import sre, sre_parser
 
 # Limit on the characters of an expression with bounded repetitions expanded: the DFA has several states for
 # each.
-MAX_WEIGHT = 2000
+MAX_WEIGHT = 6000
 _LINE_FEED = [(10, 10)]
 _LINE_ENDS = [*_LINE_FEED, (13, 13), (0x2028, 0x2029)]
 _SURROGATES = [(0xD800, 0xDFFF)]

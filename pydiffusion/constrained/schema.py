@@ -22,7 +22,7 @@ from .byte_dfa import byte_dfa, restricted
 from .formats import ANY_VALUE, FORMATS
 from .keywords import COMBINING, TYPE_TO_KEYWORDS, constraints_of
 from .merging import merge
-from .multiples import condition
+from .multiples import condition, multiple_table
 from .number_ranges import integer_between, number_between
 from .regex import NOTHING, Oversized, Piece, Unsatisfiable, all_of, choice, sequence
 from .syntax import JSON, Syntax
@@ -39,6 +39,8 @@ _OPEN_ITEMS: int | None = None
 LONGEST_IN_STATES = 1000
 _LONGEST_WITH_PATTERN = 64
 SHORTEST_COUNTED = 16
+# The limit of browsers, which those state who mean http and https (pydantic's HttpUrl), not any URI.
+_LONGEST_WEB_ADDRESS = 2083
 _LOWEST = -(10**15)
 
 
@@ -193,9 +195,9 @@ class _Compiler:
             return NOTHING if parts is None else self.value(merge(parts), where, refs)
         if name in ("enum", "const"):
             return self._one_of_values(name, schema, keywords, where, refs)
-        if name == "oneOf":
-            self._check_disjoint(given, where)
         rest = {each: schema[each] for each in keywords - {name}}
+        if name == "oneOf":
+            self._check_disjoint([{"allOf": [rest, each]} for each in given], where, refs)
         if rest:
             given = [{"allOf": [rest, each]} for each in given]
         pieces = [self.value(each, f"{where}/{name}/{i}", refs) for i, each in enumerate(given)]
@@ -261,13 +263,10 @@ class _Compiler:
                 raise Unsatisfiable(f"none of the values satisfies {sorted(others)[0]!r} too")
         return choice(pieces)
 
-    def _check_disjoint(self, branches: Sequence[Any], where: str) -> None:
+    def _check_disjoint(self, branches: Sequence[Any], where: str, refs: tuple[str, ...]) -> None:
         """``oneOf`` forbids texts that two branches allow: branches must differ by type or by a constant."""
-        resolved = [
-            self._resolved(b["$ref"], where) if isinstance(b, Mapping) and set(b) == {"$ref"} else b
-            for b in branches
-        ]
-        for a, b in combinations(resolved, 2):
+        parts = [self._parts(branch, where, refs)[0] for branch in branches]
+        for a, b in combinations([merge(each) for each in parts if each is not None], 2):
             if not self._are_disjoint(a, b):
                 raise _error(where, "'oneOf' of schemas that may overlap is not supported: use 'anyOf'")
 
@@ -391,6 +390,8 @@ class _Compiler:
         low, high = _bounds(schema, "minLength", "maxLength", where)
         conditions = [self._syntax.in_string(each) for each in _strings(schema, "pattern", where)]
         for name in _strings(schema, "format", where):
+            if name == "uri" and high == _LONGEST_WEB_ADDRESS:
+                name = "http-url"
             if name in FORMATS:
                 conditions.append(Piece(FORMATS[name], _FORMAT_WEIGHT))
             elif name not in ANY_VALUE:
@@ -425,10 +426,13 @@ class _Compiler:
             raise _error(where, "'multipleOf' must be above 0")
         if is_multiple and low is None:
             low = _LOWEST  # a number with a bound has no exponent
+        factor = Decimal(repr(multiple))
+        if is_multiple:
+            multiple_table(factor)  # raises
         text = between(
             low, schema.get("maximum"), schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
         )
-        return Piece(f"({condition(Decimal(repr(multiple)))}{text})" if is_multiple else text, 40)
+        return Piece(f"({condition(factor)}{text})" if is_multiple else text, 40)
 
 
 def _strings(schema: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:

