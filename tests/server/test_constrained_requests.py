@@ -11,7 +11,7 @@ import httpx
 import jsonschema
 import openai
 import pytest
-from support.server_fakes import TOOLS, ask, events, serving
+from support.server_fakes import ask, events, serving
 
 from pydiffusion import DiffusionModel
 
