@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PyDiffusionError(Exception):
     """Base class of all errors of this package; raised itself where no subclass fits."""

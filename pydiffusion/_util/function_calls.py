@@ -29,10 +29,6 @@ def normalized_calls(value: Any) -> dict[str, Any]:
         "otherwise": given.get("otherwise"),
         "reasoning": given.get("reasoning", False),
     }
-    names = [function["name"] for function in calls["functions"]]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise _refused("functions", f"{twice!r} is there twice")
     if calls["max_calls"] not in (None, 1) or isinstance(calls["max_calls"], bool):
         raise _refused("max_calls", "give 1, or null for any number")
     if calls["otherwise"] not in (None, "text") and not isinstance(calls["otherwise"], (Mapping, bool)):

@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 from .formats.chat_format import ChatFormat
 
-
 # Of 32 code points that are not characters.
 _FIRST_HIDDEN = 0xFDD0
 
@@ -119,11 +118,11 @@ class OutputParser:
             if not closed and call is None:
                 continue  # a marker inside an argument
             self._buffer = self._buffer[end.end() if closed else end.start() :]
-            self._finish_call(body, call)
+            self._finish_call(body, call, closed)
             return True
         if last:
             body, self._buffer = self._buffer, ""
-            self._finish_call(body, self._format.parse_call(body))
+            self._finish_call(body, self._format.parse_call(body), False)
         return False
 
     # Helpers of the states
@@ -173,10 +172,16 @@ class OutputParser:
             self._lead = ""
         self._state = state
 
-    def _finish_call(self, body: str, call: tuple[str, dict[str, Any]] | None) -> None:
+    def _finish_call(self, body: str, call: tuple[str, dict[str, Any]] | None, closed: bool) -> None:
+        """closed: by its marker, so that nothing of it is missing."""
         self._close_block(self._in_answer)
+        healed = self._format.heal_call(body) if call is None and closed else None
         if call is not None:
             self._parts.append(ToolCall(*call))
+        elif healed is not None:
+            *call_only, rest = healed
+            self._parts.append(ToolCall(*call_only))
+            self._content(rest)
         else:  # no output is lost
             if self._format.quote is not None:
                 body = body.replace(self._format.quote, '"')
@@ -208,8 +213,8 @@ class OutputParser:
 
 
 class Shield:
-    """Keeps text apart from markers where they are known by their tokens, as in constrained calls: such a text
-    may spell a marker out.
+    """Keeps text apart from markers where these are known by their tokens, as in constrained calls, whose
+    strings may spell a marker out.
     """
 
     def __init__(self, chat_format: ChatFormat) -> None:

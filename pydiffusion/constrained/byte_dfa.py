@@ -229,7 +229,7 @@ class Nfa:
         end = self.new() if end is None else end
         rest_to_state: dict[tuple[tuple[int, int], ...], int] = {(): end}
         for low, high in ranges:
-            if FIRST_MARKER <= low and high < FIRST_MARKER + MAX_MARKERS:
+            if low >= FIRST_MARKER and high < FIRST_MARKER + MAX_MARKERS:
                 first = FIRST_MARKER_BYTE - FIRST_MARKER
                 self.on_bytes[state].append((first + low, first + high, end))
                 continue

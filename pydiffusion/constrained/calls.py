@@ -1,4 +1,4 @@
-"""Tool calls as a regular expression: in a chat format's own notation, with arguments that satisfy schemas."""
+"""Tool calls as a regular expression: in a chat format's notation, with arguments that satisfy schemas."""
 
 from __future__ import annotations
 
@@ -86,7 +86,11 @@ class CallGrammar:
         if schema is None:  # any
             quote = "" if self._quote is None else f"|{self._quote.text}"
             return rf"\{{(?:{TEXT_CHARACTER}{quote})*\}}"
-        if not schema.get("properties") and not any(keyword in schema for keyword in _SAYING_WHICH):
+        if (
+            schema.get("type", "object") == "object"
+            and not schema.get("properties")
+            and not any(keyword in schema for keyword in _SAYING_WHICH)
+        ):
             return r"\{\}"
         try:
             if not _is_of_object(schema, schema):

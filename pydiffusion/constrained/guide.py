@@ -46,10 +46,11 @@ class Guide:
             raise OptionError(
                 "eos", "constrained output needs an eos, but neither the options nor the file have one"
             )
-        if automaton.tokens_left[state] > budget:
+        needed = automaton.tokens_left[state]
+        if needed > budget:
             raise OptionError(
                 "max_tokens",
-                f"the shortest text that satisfies the constraint takes {automaton.tokens_left[state]} tokens,"
+                f"the shortest text that satisfies the constraint takes {needed} tokens,"
                 f" but max_tokens and the context leave {budget}",
             )
         self.n_likeliest = min(N_LIKELIEST, n_vocab)

@@ -466,7 +466,7 @@ def _matching(schema: Mapping[str, Any], name: str, each: Any) -> Any:
 
 
 def resolved(root: Any, reference: Any, where: str = "") -> Any:
-    """What a ``$ref`` within a schema refers to. Raises SchemaError."""
+    """The schema that a ``$ref`` within another one refers to. Raises SchemaError."""
     if not isinstance(reference, str) or not reference.startswith("#"):
         raise _error(where, f"the reference {reference!r} is not supported: only those within the schema")
     target = root

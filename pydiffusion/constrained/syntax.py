@@ -87,7 +87,7 @@ def call_arguments(quote: Piece | None, bare_key: str, sorts_keys: bool) -> Synt
         if quote is None:
             return _json(value)
         if not re.fullmatch(f"{TEXT_CHARACTER}*", value):
-            raise ValueError(f"{value!r} has a control character, which a tool call can't hold"[:200])
+            raise ValueError(f"{value!r} has a character that a tool call can't hold"[:200])
         return sequence([quote, literal(value), quote])
 
     def key(name: str) -> Piece:

@@ -113,7 +113,7 @@ class Automaton:
         return possible, after[possible].astype(np.int64)
 
     def _bytes(self, token: int) -> bytes:
-        """What a token adds to a text; nothing if it can't be part of one."""
+        """The bytes that a token adds to a text; none if it can't be part of one."""
         if token in self._ends:
             return b""
         if token in self._marker_to_byte:

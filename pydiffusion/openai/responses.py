@@ -129,7 +129,9 @@ def create_chat_completion(
     if variables.get("enable_thinking") is False:
         options = no_thinking(diffusion_model, options)
     limit = token_limit(diffusion_model, max_tokens, max_completion_tokens)
-    chosen = diffusion_model.resolve(_options(options, max_tokens=limit, stop=stop, seed=seed))
+    chosen = _options(options, max_tokens=limit, stop=stop, seed=seed)
+    if use.cuts_after_call:
+        chosen = diffusion_model.resolve(chosen)  # for the seed, which the end reports
     if chosen.constraint is not None:
         with use.naming_tools():
             diffusion_model.automaton(chosen)

@@ -36,20 +36,20 @@ class ToolChoice:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """What follows from a request's tools.
+    """The consequences of a request's tools.
 
     shown: the tools that the template gets, None for none.
     constraint: options of GenerationOptions that constrain the answer, empty for none.
     is_named: the call is forced by the function's name.
     cuts_after_call: the answer ends after its first call, which the constraint does not see to.
-    names: of all tools, in the request's order.
+    indices: of the tools that may be called, where the constraint says which.
     """
 
     shown: list[Any] | None = None
     constraint: dict[str, Any] = field(default_factory=dict)
     is_named: bool = False
     cuts_after_call: bool = False
-    names: tuple[str, ...] = ()
+    indices: tuple[int, ...] = ()
 
     @contextmanager
     def naming_tools(self) -> Iterator[None]:
@@ -57,7 +57,7 @@ class ToolUse:
         try:
             yield
         except FunctionError as error:
-            where = f"tools[{self.names.index(error.name)}].function"
+            where = f"tools[{self.indices[error.index]}].function"
             where += ".name" if error.is_about_name else ".parameters"
             raise OptionError(where, f"{where}, of {error.name!r}: {error.what}") from None
         except OptionError as error:
@@ -90,26 +90,28 @@ def tool_use(
     choice = read_tool_choice(tool_choice, checked)
     if choice.mode == "none" or not checked:
         return ToolUse(constraint=constraint)
-    functions = {tool["function"]["name"]: tool["function"] for tool in checked}
-    use = ToolUse(shown=checked, is_named=choice.is_named, names=tuple(functions))
-    is_strict = any(functions[name].get("strict") for name in choice.names)
+    use = ToolUse(shown=checked, is_named=choice.is_named)
+    functions = [(i, tool["function"]) for i, tool in enumerate(checked)]
+    callable_ones = [(i, function) for i, function in functions if function["name"] in choice.names]
+    is_strict = any(function.get("strict") for _, function in callable_ones)
     otherwise: Any = None
     if choice.mode == "auto":
         otherwise = _instead_of_calls(constraint)
-        if otherwise == "text" and not is_strict and len(choice.names) == len(functions):
+        if otherwise == "text" and not is_strict and len(callable_ones) == len(functions):
             return replace(use, cuts_after_call=only_one)
     # Where a call is required, no other answer is left that a response_format could apply to.
-    _check_names(checked)
     any_arguments = otherwise == "text"
     permitted = {
         "functions": [
-            {"name": name, "parameters": _parameters(functions[name], any_arguments)} for name in choice.names
+            {"name": function["name"], "parameters": _parameters(function, any_arguments)}
+            for _, function in callable_ones
         ],
         "max_calls": 1 if choice.is_named or only_one else None,
         "otherwise": otherwise,
         "reasoning": thinking is True or (otherwise == "text" and thinking is None),
     }
-    return replace(use, constraint={"function_calls": permitted})
+    indices = tuple(i for i, _ in callable_ones)
+    return replace(use, constraint={"function_calls": permitted}, indices=indices)
 
 
 def _parameters(function: Mapping[str, Any], any_arguments: bool) -> Any:
@@ -121,7 +123,7 @@ def _parameters(function: Mapping[str, Any], any_arguments: bool) -> Any:
 
 
 def _instead_of_calls(constraint: Mapping[str, Any]) -> Any:
-    """What may stand in place of calls."""
+    """The answers other than calls that are permitted."""
     if not constraint:
         return "text"
     if "json_schema" in constraint:
@@ -205,15 +207,6 @@ def check_tools(tools: Any) -> list[Any] | None:
             if function.get(name) is not None and not isinstance(function[name], kind):
                 raise OptionError(f"{where}.function.{name}", f"{where}.function.{name} has the wrong type")
     return list(tools) or None
-
-
-def _check_names(tools: Sequence[Mapping[str, Any]]) -> None:
-    """Names must differ where calls are guaranteed; elsewhere it is the model that may mix them up."""
-    names = [tool["function"]["name"] for tool in tools]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            where = f"tools[{i}].function.name"
-            raise OptionError(where, f"{where} is {name!r}, as of another tool: names must differ"[:300])
 
 
 def up_to_first_call(event: CanvasEvent) -> tuple[CanvasEvent, bool]:

@@ -11,7 +11,7 @@ import httpx
 import jsonschema
 import openai
 import pytest
-from support.server_fakes import TOOLS, ask, events, serving
+from support.server_fakes import ask, events, serving
 
 from pydiffusion import DiffusionModel
 
@@ -98,7 +98,6 @@ def test_a_regex(url: str) -> None:
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
          "response_format", "recursive"),
         ({"response_format": FORMAT, "max_tokens": 3}, "max_tokens", "shortest answer"),
-        ({"response_format": FORMAT, "tools": TOOLS}, "response_format", "tools"),
         ({"response_format": FORMAT, "enable_thinking": True}, "response_format", "thinking"),
         ({"response_format": FORMAT, "stop": "x"}, "stop", "can't be combined"),
         ({"response_format": 3}, "response_format", "must be an object"),

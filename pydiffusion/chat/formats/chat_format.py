@@ -42,6 +42,7 @@ class ChatFormat:
         instead.
     call: the markers around a tool call; ``parse_call``: parses what is between them, None for an incomplete
         call; ``call_syntax``: for constrained calls, which a format without it doesn't support.
+    heal_call: parses what is between them where ``parse_call`` can't; returns the text around the call too.
     quote: the marker around strings in a call.
     ends: further markers that end reasoning, or a call that is not closed.
     visible_ends: markers that end an answer even in files that type them as visible tokens.
@@ -54,6 +55,7 @@ class ChatFormat:
     call: tuple[str, str] | None = None
     parse_call: Callable[[str], Call | None] = lambda _: None
     call_syntax: CallSyntax | None = None
+    heal_call: Callable[[str], tuple[str, dict[str, Any], str] | None] = lambda _: None
     quote: str | None = None
     ends: tuple[str, ...] = ()
     visible_ends: tuple[str, ...] = ()
