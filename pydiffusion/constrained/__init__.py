@@ -1,32 +1,35 @@
-"""Constrained decoding: text that is guaranteed to match a JSON schema, a regular expression or a grammar, and
-tool calls whose arguments are guaranteed to match schemas.
+"""Constrained decoding: text that is guaranteed to match a JSON schema, a regular expression or a grammar,
+and tool calls whose arguments are guaranteed to match schemas.
 
 ``schema``, ``regex`` and ``calls`` reduce the constraint to one plain regular expression, which ``byte_dfa``
-compiles to a DFA over UTF-8 bytes; ``grammar`` parses llama.cpp's GBNF, which ``grammar_dfa`` compiles to such
-a DFA. ``token_automaton`` lifts it to the tokens of a vocabulary, and ``guide`` finds the most likely accepted
-canvas at every denoising step.
+compiles to a DFA over UTF-8 bytes; ``grammar`` parses llama.cpp's GBNF, which ``grammar_dfa`` compiles to
+such a DFA. ``token_automaton`` lifts it to the tokens of a vocabulary, and ``guide`` finds the most likely
+accepted canvas at every denoising step.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
-from pydiffusion.errors import OptionError
+from pydiffusion._util.warn import warn_caller
+from pydiffusion.errors import OptionError, PyDiffusionWarning
 
+from .byte_dfa import TooLarge
 from .calls import CallGrammar
 from .grammar import Grammar, parse_grammar
 from .guide import Guide
 from .regex import from_regex
-from .schema import schema_to_regex
+from .schema import LONGEST_IN_STATES, SHORTEST_COUNTED, Compiled, compile_schema
 from .token_automaton import Automaton
 
 if TYPE_CHECKING:
     from pydiffusion.options import GenerationOptions
     from pydiffusion.tokenizer import Tokenizer
 
-__all__ = ["Automaton", "Guide", "automaton_for", "expression_of"]
+__all__ = ["Automaton", "Guide", "automaton_for", "expression_of", "unenforced_by"]
 
 
 def expression_of(options: GenerationOptions) -> str | Grammar:
@@ -43,8 +46,20 @@ def expression_of(options: GenerationOptions) -> str | Grammar:
             return from_regex(options.regex).text
         except ValueError as error:
             raise OptionError("regex", f"regex: {error}") from None
-    assert isinstance(options.json_schema, str)  # GenerationOptions converts it
-    return schema_to_regex(json.loads(options.json_schema)).text
+    return _compiled(options.json_schema, LONGEST_IN_STATES).piece.text
+
+
+def unenforced_by(options: GenerationOptions) -> tuple[str, ...]:
+    """The constraints of the options' schema that the text may violate, each with its place; see
+    ``compile_schema``. Raises OptionError as ``expression_of``.
+    """
+    return () if options.json_schema is None else _compiled(options.json_schema, LONGEST_IN_STATES).unenforced
+
+
+@lru_cache(maxsize=16)
+def _compiled(schema: Any, longest: int) -> Compiled:
+    assert isinstance(schema, str)  # GenerationOptions converts it
+    return compile_schema(json.loads(schema), longest=longest)
 
 
 def automaton_for(options: GenerationOptions, tokenizer: Tokenizer, ends: Collection[int]) -> Automaton:
@@ -60,7 +75,16 @@ def automaton_for(options: GenerationOptions, tokenizer: Tokenizer, ends: Collec
         expression, markers = calls.expression, calls.markers
     else:
         expression = expression_of(options)
+    unenforced = unenforced_by(options)
+    if unenforced:
+        warn_caller(f"json_schema: not enforced: {'; '.join(unenforced)}", PyDiffusionWarning)
     try:
-        return Automaton(expression, tokenizer, ends, markers)
+        try:
+            return Automaton(expression, tokenizer, ends, markers)
+        except TooLarge:
+            if options.json_schema is None:
+                raise
+            shorter = _compiled(options.json_schema, SHORTEST_COUNTED).piece.text
+            return Automaton(shorter, tokenizer, ends, markers)
     except ValueError as error:
         raise OptionError(name, f"{name}: {error}") from None
