@@ -19,7 +19,7 @@ _MAX_COUNT = 2**31 - 1
 _MAX_SEED = 2**64 - 1
 
 #: Options that constrain the text, of which one can be given.
-Constraint: TypeAlias = Literal["json_schema", "regex", "function_calls"]
+Constraint: TypeAlias = Literal["json_schema", "regex", "grammar", "function_calls"]
 CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
 
 
@@ -123,9 +123,9 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
-def _regex(value: Any) -> str:
+def _expression(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise _refused("regex", value, "a string of at least one character")
+        raise _refused(name, value, "a string of at least one character")
     return value
 
 
@@ -154,7 +154,8 @@ _NAME_TO_CHECK: dict[str, Callable[[Any], Any]] = {
     "canvas": _canvas,
     "hold": _hold,
     "json_schema": _json_schema,
-    "regex": _regex,
+    "regex": lambda value: _expression("regex", value),
+    "grammar": lambda value: _expression("grammar", value),
     "function_calls": _function_calls,
     "thinking_budget": lambda value: integer_option("thinking_budget", value, 0),
     "stop_on_repetition": lambda value: _flag("stop_on_repetition", value),
@@ -197,6 +198,7 @@ class GenerationOptions:
     hold: for each of these positions, whether it keeps its token: never renoised, never replaced.
     json_schema: a JSON schema, as an object or as JSON: the text is guaranteed to be valid against it.
     regex: a regular expression that the text is guaranteed to match in full.
+    grammar: a grammar in llama.cpp's GBNF, whose rule ``root`` the text is guaranteed to match in full.
     function_calls: the tool calls that a chat's answer is guaranteed to consist of, as an object or as JSON:
         ``functions``, a list of ``{"name", "parameters"}`` with the JSON schema that arguments satisfy, or
         null for any; ``max_calls``, 1 or null for any number; ``otherwise``, what the answer may be instead:
@@ -228,6 +230,7 @@ class GenerationOptions:
     hold: Sequence[bool] | None = None
     json_schema: Mapping[str, Any] | bool | str | None = None
     regex: str | None = None
+    grammar: str | None = None
     function_calls: Mapping[str, Any] | str | None = None
     thinking_budget: int | None = None
     stop_on_repetition: bool | None = None
@@ -285,7 +288,7 @@ class GenerationOptions:
 
     @property
     def is_structured(self) -> bool:
-        """Whether the text is constrained by a JSON schema, a regular expression or permitted calls."""
+        """Whether the text is constrained by a schema, an expression, a grammar or permitted calls."""
         return self.constraint is not None
 
     @property
@@ -306,7 +309,7 @@ class GenerationOptions:
 class ResolvedOptions(GenerationOptions):
     """Options of one generation with one model, nothing left open; ``GenerationOptions.resolve`` makes them.
 
-    ``None`` is a value of json_schema, regex, function_calls and thinking_budget only: there is none.
+    ``None`` is a value of the constraints and thinking_budget only: there is none.
     """
 
     # field(): a field without a default, where the base class has one.
@@ -328,6 +331,7 @@ class ResolvedOptions(GenerationOptions):
     trim_after_eos: bool = field()
     json_schema: str | None = field()
     regex: str | None = field()
+    grammar: str | None = field()
     function_calls: str | None = field()
     thinking_budget: int | None = field()
 

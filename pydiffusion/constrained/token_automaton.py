@@ -1,4 +1,4 @@
-"""Token automaton: the byte DFA of a regular expression lifted to the tokens of a vocabulary."""
+"""Token automaton: the byte DFA of an expression or grammar lifted to the tokens of a vocabulary."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .byte_dfa import FIRST_MARKER_BYTE, byte_dfa
+from .counting import Counter, Counts
+from .grammar import Grammar
+from .grammar_dfa import grammar_dfa
 
 if TYPE_CHECKING:
     from pydiffusion.tokenizer import Tokenizer
@@ -27,12 +30,12 @@ class Automaton:
 
     def __init__(
         self,
-        expression: str,
+        expression: str | Grammar,
         tokenizer: Tokenizer,
         ends: Collection[int] = (),
         markers: Sequence[str] = (),
     ) -> None:
-        """expression: as from regex.py. ends: tokens that end a text, and so can't be part of it.
+        """expression: as from regex.py, or a grammar. ends: tokens that end a text, and so can't be part of it.
         markers: tokens of the chat format that the expression has, by index (``syntax.marker``).
 
         Raises ValueError if the automaton is too large, the vocabulary lacks a marker, or nothing satisfies
@@ -43,12 +46,16 @@ class Automaton:
         self._marker_to_byte = _marker_bytes(tokenizer, markers)
         self._byte_to_marker = {byte: token for token, byte in self._marker_to_byte.items()}
         self._markers = frozenset(tokenizer.chat_format.markers)
-        table, self.accepting = byte_dfa(expression)
-        self._byte_to_next = np.ascontiguousarray(table.T)  # by byte, then by state: a row fits the CPU cache
+        machine = grammar_dfa(expression) if isinstance(expression, Grammar) else byte_dfa(expression)
+        self.accepting = machine.accepting
+        # By byte, then by state: a row fits the CPU cache.
+        self._byte_to_next = np.ascontiguousarray(machine.table.T)
+        self._counter = Counter(machine) if machine.limits.any() else None
+        self._counts: dict[int, Counts] = {}
         self.n_states = len(self.accepting)
         self._moves: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._kinds: dict[int, int] = {}
-        self._moves_to_kind: dict[tuple[bytes, bytes], int] = {}
+        self._moves_to_kind: dict[tuple[bytes, ...], int] = {}
         self.alphabet = self._spelling_tokens()
         self.tokens_left = self._distances()
         if self.tokens_left[0] < 0:
@@ -65,6 +72,19 @@ class Automaton:
             found = self._moves[token] = self._find_moves(token)
         return found
 
+    @property
+    def is_counting(self) -> bool:
+        """Whether there are repetitions whose characters have to be counted beside the states."""
+        return self._counter is not None
+
+    def counts(self, token: int) -> Counts:
+        """What a token's transitions count; only if ``is_counting``."""
+        assert self._counter is not None
+        found = self._counts.get(token)
+        if found is None:
+            found = self._counts[token] = self._counter.of(self._bytes(token), self.moves(token)[0])
+        return found
+
     def after(self, marker: str) -> int:
         """The state after a marker at the beginning of a text, which the expression permits there."""
         token = self._tokenizer.token_id(marker)
@@ -77,7 +97,8 @@ class Automaton:
         found = self._kinds.get(token)
         if found is None:
             sources, targets = self.moves(token)
-            key = (sources.tobytes(), targets.tobytes())
+            counts = self.counts(token) if self.is_counting else ()
+            key = tuple(column.tobytes() for column in (sources, targets, *counts))
             found = self._kinds[token] = self._moves_to_kind.setdefault(key, len(self._moves_to_kind))
         return found
 

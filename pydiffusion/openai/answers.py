@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from pydiffusion.constrained import unenforced_by
 from pydiffusion.events import DraftEvent
 
 from .drafts import draft_fields
@@ -69,6 +70,7 @@ class Answer(Response):
 
     def _figures(self) -> Json:
         ends = [choice.end for choice in self._choices if choice.end is not None]
+        unenforced = unenforced_by(self._request.options[0])
         timings: dict[str, float] = {}
         for end in ends:
             for name, seconds in end.timings.items():
@@ -81,4 +83,5 @@ class Answer(Response):
             "finish_reasons": [end.reason for end in ends],
             "timings": timings,
             "ignored_parameters": self._request.ignored,
+            **({"unenforced": unenforced} if unenforced else {}),
         }

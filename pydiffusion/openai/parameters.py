@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydiffusion.errors import OptionError
 from pydiffusion.generation.thinking_budget import can_think
-from pydiffusion.options import integer_option
+from pydiffusion.options import CONSTRAINTS, integer_option
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 # JSON mode, which predates schemas: any object.
 _JSON_OBJECT = {"type": "object"}
 # response_format type -> other allowed fields.
-_FORMAT_TO_FIELDS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema",)}
+_FORMAT_TO_FIELDS = {
+    "text": (),
+    "json_object": ("schema",),
+    "json_schema": ("json_schema",),
+    "grammar": ("grammar",),
+}
 
 
 def token_limit(model: DiffusionModel, max_tokens: Any, max_completion_tokens: Any = None) -> int:
@@ -30,17 +35,18 @@ def token_limit(model: DiffusionModel, max_tokens: Any, max_completion_tokens: A
     return min(limits, default=model.n_ctx_train)
 
 
-def schema_of(response_format: Any) -> Any:
-    """The JSON schema of a ``response_format``, None for any text. Raises OptionError.
+def constraint_of(response_format: Any) -> dict[str, Any]:
+    """The option of GenerationOptions that a ``response_format`` means, none for any text. Raises OptionError.
 
     Accepts OpenAI's ``{"type": "text"}``, ``{"type": "json_object"}`` and ``{"type": "json_schema",
-    "json_schema": {"schema": ...}}``, and llama.cpp's ``{"type": "json_object", "schema": ...}``.
+    "json_schema": {"schema": ...}}``, llama.cpp's ``{"type": "json_object", "schema": ...}``, and
+    ``{"type": "grammar", "grammar": ...}`` with GBNF, which other servers that know it take.
     """
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if not isinstance(kind, str) or kind not in _FORMAT_TO_FIELDS:
         raise OptionError(
             "response_format",
-            "response_format must be an object whose type is text, json_object or json_schema",
+            "response_format must be an object whose type is text, json_object, json_schema or grammar",
         )
     for name, value in response_format.items():
         if name != "type" and name not in _FORMAT_TO_FIELDS[kind] and value is not None:
@@ -50,22 +56,24 @@ def schema_of(response_format: Any) -> Any:
                 f"response_format.{name} is not permitted with type {kind}; known are {known}",
             )
     if kind == "text":
-        return None
+        return {}
+    if kind == "grammar":
+        return {"grammar": response_format.get("grammar", "")}
     if kind == "json_object":
         where, schema = "schema", response_format.get("schema")
         if schema is None or schema == {}:  # any object
-            return _JSON_OBJECT
+            return {"json_schema": _JSON_OBJECT}
     else:
         given = response_format.get("json_schema")
         where, schema = "json_schema.schema", given.get("schema") if isinstance(given, Mapping) else None
     if not isinstance(schema, (Mapping, bool)):
         raise OptionError("response_format", f"response_format.{where} must be a JSON schema, an object")
-    return schema
+    return {"json_schema": schema}
 
 
 def no_thinking(model: DiffusionModel, options: Mapping[str, Any]) -> dict[str, Any]:
     """Set the thinking budget to 0, unless the options set it or the model can't reason here."""
-    constrained = options.get("json_schema") is not None or options.get("regex") is not None
+    constrained = any(options.get(name) is not None for name in CONSTRAINTS)
     if constrained or not can_think(model.tokenizer):
         return dict(options)
     return {"thinking_budget": 0, **options}

@@ -13,7 +13,7 @@ from pydiffusion.options import GenerationOptions, ResolvedOptions
 from .errors import ApiError, from_exception, invalid
 from .messages import check_messages
 from .parameters import no_thinking, token_limit
-from .response_format import constraint_options, infill_layout, suffix_layout
+from .response_format import CONSTRAINT_FIELDS, constraint_options, infill_layout, suffix_layout
 from .tool_choice import ToolUse, tool_use
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ _DIFFUSION = (
 )  # fmt: skip
 _ALL = ("model", "stream", "stream_options", "seed", *_DIFFUSION)
 _LIMITS = ("thinking_budget", "stop_on_repetition", "trim_after_eos")
-_COMMON = (*_ALL, *_LIMITS, "n", "stop", "max_tokens", "response_format", "regex")
+_COMMON = (*_ALL, *_LIMITS, "n", "stop", "max_tokens", "response_format", *CONSTRAINT_FIELDS)
 _CHAT = (
     *_COMMON, "messages", "max_completion_tokens", "tools", "tool_choice", "parallel_tool_calls",
     "reasoning_effort", "enable_thinking", "chat_template_kwargs",
@@ -272,8 +272,8 @@ def _options(
 
 def _options_around(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedOptions]:
     """Options of each choice of a request with a layout, which sets the rest."""
-    for name in ("stop", "response_format", "regex", *_LIMITS):
-        if fields.get(name) not in (None, [], {"type": "text"}):
+    for name in ("stop", "response_format", *CONSTRAINT_FIELDS, *_LIMITS):
+        if fields.get(name) not in (None, [], "", {"type": "text"}):
             raise invalid(f"{name} can't be combined with suffix by this server", name, "unsupported_value")
     try:
         return list(_each_choice(fields, {}, model))

@@ -15,7 +15,7 @@ from pydiffusion.errors import OptionError
 from pydiffusion.generation.prompt import prefilled_session
 from pydiffusion.options import CONSTRAINTS, GenerationOptions, make_options
 
-from .parameters import no_thinking, schema_of, token_limit
+from .parameters import constraint_of, no_thinking, token_limit
 from .shaper import ChatChoice, Json, Response, TextChoice
 from .tool_choice import cut_after_call, tool_use
 
@@ -103,20 +103,18 @@ def create_chat_completion(
         the model starts anyway is closed at once (``thinking_budget=0``).
     max_tokens, max_completion_tokens: None or -1 generates until eos or the end of the context; of both, the
         smaller applies.
-    response_format: as in OpenAI's API, or with a schema as in llama-cpp-python; an alternative to
-        json_schema.
+    response_format: as in OpenAI's API, or with a schema as in llama-cpp-python, or with a grammar; an
+        alternative to json_schema and grammar.
     Other parameters as for ``create_completion``; stop strings apply to the answer only.
     The response separates ``content``, ``reasoning_content`` and ``tool_calls``.
     """
     constraint = {name: options.pop(name) for name in CONSTRAINTS if options.get(name) is not None}
     if response_format is not None:
-        schema = schema_of(response_format)
-        if schema is not None and constraint:
-            raise OptionError(
-                "response_format",
-                f"response_format and {next(iter(constraint))} exclude each other: give one",
-            )
-        constraint |= {} if schema is None else {"json_schema": schema}
+        given = constraint_of(response_format)
+        if given and constraint:
+            other = next(iter(constraint))
+            raise OptionError("response_format", f"response_format and {other} exclude each other: give one")
+        constraint |= given
     variables = template_variables({} if chat_template_kwargs is None else chat_template_kwargs)
     if enable_thinking is not None:
         variables["enable_thinking"] = enable_thinking
