@@ -61,11 +61,6 @@ class Compiled:
     unenforced: tuple[str, ...]
 
 
-def schema_to_regex(schema: Mapping[str, Any] | bool, syntax: Syntax = JSON) -> Piece:
-    """The expression of ``compile_schema``."""
-    return compile_schema(schema, syntax).piece
-
-
 def compile_schema(
     schema: Mapping[str, Any] | bool, syntax: Syntax = JSON, longest: int = LONGEST_IN_STATES
 ) -> Compiled:
@@ -527,13 +522,19 @@ def _separated(item: Piece, low: int, high: int | None, syntax: Syntax) -> Piece
 
 def _members(members: Sequence[tuple[Piece, bool]], syntax: Syntax) -> Piece:
     """Comma-separated members in order; those that are not required may be left out."""
+    first = next((i for i, (_, is_required) in enumerate(members) if is_required), None)
+    if first is not None:
+        before = [sequence([member, syntax.comma]).repeated(0, 1) for member, _ in members[:first]]
+        after = [
+            sequence([syntax.comma, member]).repeated(int(is_required), 1)
+            for member, is_required in members[first + 1 :]
+        ]
+        return sequence([*before, members[first][0], *after])
     behind = Piece("", 0)  # what may follow after a member
     at_first = Piece("", 0)  # and without one
-    for member, is_required in reversed(members):
-        with_comma = sequence([syntax.comma, member])
-        here = sequence([member, behind])
-        at_first = here if is_required else choice([here, at_first])
-        behind = sequence([with_comma if is_required else with_comma.repeated(0, 1), behind])
+    for member, _ in reversed(members):
+        at_first = choice([sequence([member, behind]), at_first])
+        behind = sequence([sequence([syntax.comma, member]).repeated(0, 1), behind])
     return at_first
 
 
