@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,9 +25,10 @@ def aider(*more: str) -> None:
     )
     print(done.stdout, done.stderr)
     assert done.returncode == 0
-    assert "Tokens:" in done.stdout, "no answer came"
-    for wrong in ("litellm.", "Error", "Exception"):
-        assert wrong not in done.stdout + done.stderr, done.stdout
+    assert re.search(r"Tokens: \S+ sent, [1-9]\S* received", done.stdout), "no answer came"
+    assert "litellm." not in done.stdout, (
+        done.stdout
+    )  # how aider shows its errors, which it repeats requests after
 
 
 def one_message() -> None:
@@ -34,7 +36,7 @@ def one_message() -> None:
 
 
 def without_a_stream() -> None:
-    aider("--no-stream", "--edit-format", "whole")
+    aider("--no-stream", "--edit-format", "diff")
 
 
 run("aider", [one_message, without_a_stream])

@@ -31,7 +31,14 @@ def chat() -> None:
 
 def stream() -> None:
     parts = list(model.bind(max_tokens=64).stream("Hello"))
-    assert sum((part.usage_metadata or {}).get("output_tokens", 0) for part in parts) > 0
+    assert parts[-1].chunk_position == "last"
+    assert "finish_reason" in set().union(*(part.response_metadata for part in parts))
+
+
+def stream_with_usage() -> None:
+    counting = ChatOpenAI(model=MODEL, base_url=URL, api_key="none", stream_usage=True, max_tokens=64)
+    usage = [part.usage_metadata for part in counting.stream("Hello") if part.usage_metadata]
+    assert 0 < sum(counts["output_tokens"] for counts in usage) <= 64
 
 
 def structured_output() -> None:
@@ -71,7 +78,7 @@ def tools_and_their_results() -> None:
 run(
     "langchain-openai",
     [
-        *(chat, stream, structured_output, function_calling, function_calling_strict, json_schema, json_mode),
-        tools_and_their_results,
+        *(chat, stream, stream_with_usage, structured_output, function_calling, function_calling_strict),
+        *(json_schema, json_mode, tools_and_their_results),
     ],
 )
