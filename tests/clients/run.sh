@@ -25,9 +25,9 @@ from pydiffusion.convert import convert, edit_metadata
 from pydiffusion.demo import checkpoint_path
 
 convert(checkpoint_path(), "demo.gguf", "q8_0")
-edit_metadata("demo.gguf", {"diffusion-gemma.context_length": 8192})
+edit_metadata("demo.gguf", {"diffusion-gemma.context_length": 16384})
 EOF
-"$python" -m pydiffusion serve -m demo.gguf --port 0 --ctx 8192 2>server.log &
+"$python" -m pydiffusion serve -m demo.gguf --port 0 --ctx 16384 2>server.log &
 server=$!
 for _ in $(seq 600); do
     OPENAI_BASE_URL=$(sed -n 's|.*serving on \(http://[^ /]*\).*|\1/v1|p' server.log)
