@@ -138,6 +138,8 @@ def _answered(path: Path) -> Iterator[dict[str, Any]]:
 
 def make(given: argparse.Namespace) -> int:
     """Make the records; returns how many are missing."""
+    if any(given.output.exists() and given.output.samefile(path) for path in (given.seeds, given.schema)):
+        raise ValueError(f"{given.output}: is one of the files that are read; give another one with -o")
     seeds, schema = _read_records(given.seeds), _read_json(given.schema)
     values = {} if given.values is None else _read_json(given.values)
     prompts = Prompts(seeds, schema, values, given)
@@ -207,6 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("n", "examples", "tries", "max_tokens", "parallel"):
         if getattr(given, name) < 1:
             parser.error(f"{name} is {getattr(given, name)}; permitted is an integer of at least 1")
+    if not 0 < given.similar <= 1:
+        parser.error(f"similar is {given.similar}; permitted is a number above 0, up to 1")
     try:
         n_missing = make(given)
     except KeyboardInterrupt:

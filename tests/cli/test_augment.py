@@ -138,7 +138,15 @@ def test_wrong_arguments_and_files(
     with pytest.raises(SystemExit) as end:
         run(script, "none.gguf", files, 0)
     assert end.value.code == 2 and "n is 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(script, "none.gguf", files, 1, "--similar", "90")
+    assert "similar is 90" in capsys.readouterr().err
     assert run(script, "none.gguf", files, 1) == 1 and "there is no such file" in capsys.readouterr().err
+    assert run(script, "none.gguf", files, 1, output="seeds.jsonl") == 1
+    assert (
+        "one of the files that are read" in capsys.readouterr().err
+        and records(files / "seeds.jsonl") == SEEDS
+    )
     (files / "seeds.jsonl").write_text('{"a": 1}\n\n{"a"\n')
     assert run(script, "none.gguf", files, 1) == 1 and "line 3 is not valid JSON" in capsys.readouterr().err
     (files / "seeds.jsonl").write_text("\n")
