@@ -200,11 +200,11 @@ class GenerationOptions:
     json_schema: a JSON schema, as an object or as JSON: the text is guaranteed to be valid against it.
     regex: a regular expression that the text is guaranteed to match in full.
     grammar: a grammar in llama.cpp's GBNF, whose rule ``root`` the text is guaranteed to match in full.
-    function_calls: tool calls, in the model's own notation, whose arguments are guaranteed to satisfy schemas,
-        as an object or as JSON: ``functions``, a list of ``{"name", "parameters"}`` with a JSON schema or null
-        for any arguments; ``max_calls``, 1 or null for any number (null); ``otherwise``, what the answer may
-        be instead: null for nothing, "text" for any text, which may also be beside calls, or a JSON schema
-        (null); ``reasoning``, whether it may reason (false). For chats only.
+    function_calls: the tool calls that a chat's answer is guaranteed to consist of, as an object or as JSON:
+        ``functions``, a list of ``{"name", "parameters"}`` with the JSON schema that arguments satisfy, or
+        null for any; ``max_calls``, 1 or null for any number; ``otherwise``, what the answer may be instead:
+        null for nothing, "text" for any text, also beside calls, or a JSON schema; ``reasoning``, whether it
+        may reason before (false).
     thinking_budget: maximum number of reasoning tokens; reasoning beyond it is closed and the answer follows.
         ``None``: no separate limit.
     stop_on_repetition: end the text when it loops: its last 128 tokens or more are the same block repeated

@@ -28,7 +28,7 @@ def print_from(level: str) -> None:
         _logger.addHandler(_stderr_handler())
 
 
-class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
+class _StderrHandler(logging.StreamHandler):
     """Writes to what ``sys.stderr`` is at that time."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -69,7 +69,7 @@ def chat(
     check_encodable(system or "", "--system")
     last = saved_chats(1) if continued else []
     if continued and not last:
-        raise CommandError(f"there is no saved conversation in {chats_folder()}")
+        raise ValueError(f"there is no saved conversation in {chats_folder()}")
     opened = _open.open_model(path, runtime)
     opened.check_chat_template()
     is_terminal = sys.stdin.isatty()

@@ -111,7 +111,7 @@ def call_arguments(quote: Piece | None, bare_key: str, sorts_keys: bool) -> Synt
         comma=comma,
         character=JSON.character if quote is None else TEXT_CHARACTER,
         quote=JSON.quote if quote is None else quote,
-        in_string=JSON.in_string if quote is None else partial(in_text, permitted=TEXT_RANGES),
+        in_string=JSON.in_string if quote is None else partial(in_text, permitted=TEXT_RANGES, behind=quote),
         value=value,
         key=key,
         any_key=Piece("[A-Za-z_][A-Za-z0-9_]*"),

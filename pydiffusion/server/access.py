@@ -75,7 +75,7 @@ def host_name(header: str) -> str:
 def own_names() -> frozenset[str]:
     """Names that this machine has for itself."""
     name = socket.gethostname().lower()
-    return frozenset(("localhost", name, name.partition(".")[0], f"{name.partition('.')[0]}.local"))
+    return frozenset((name, f"{name.partition('.')[0]}.local"))
 
 
 class Access:
@@ -101,7 +101,8 @@ class Access:
             return
         if name in self._own_names or name in self._allowed_hosts or name.endswith(".localhost"):
             return
-        if not _is_address(name):  # no page can let an address point elsewhere
+        # Nobody outside can let an address, or a name without a dot, point elsewhere.
+        if "." in name and not _is_address(name):
             raise ApiError(
                 403,
                 f"{name!r} is not a name of this server; --allowed-host would permit it."[:300],

@@ -1,5 +1,5 @@
-"""Guaranteed tool calls: random schemas and random distributions against the jsonschema package, markers as the
-file types them, what is refused.
+"""Guaranteed tool calls: random schemas and random distributions against the jsonschema package, markers as
+the file types them, what is refused.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def calls(*functions: tuple[str, Any], **more: Any) -> GenerationOptions:
 def noise(
     automaton: Automaton, known: Tokenizer, seed: int, *, more: int = 40, ends: float = 0.0, state: int = 0
 ) -> list[int]:
-    """Tokens that the guide chooses when the model's distributions are noise. ends: added to the eos."""
+    """Tokens that the guide chooses when all distributions are noise. ends: added at most to the eos."""
     rng = np.random.default_rng(seed)
     n_canvas, budget = 16, int(automaton.tokens_left[state]) + more
     guide = Guide(automaton, n_canvas, budget, [EOS], known.n_vocab, state)
     written: list[int] = []
     while not guide.finished:
         logits = rng.normal(scale=3, size=(n_canvas, known.n_vocab)).astype(np.float32)
-        logits[:, EOS] += ends
+        logits[:, EOS] += ends * rng.random()
         order = np.argsort(-logits, axis=1).astype(np.int32)[:, : guide.n_likeliest]
         path = guide.choose(order, np.take_along_axis(logits, order, 1), logits[:, guide.extra])
         guide.commit()
@@ -137,28 +137,24 @@ def test_strings_may_spell_markers_out() -> None:
 def test_the_number_of_calls(max_calls: int | None) -> None:
     known = tokenizer()
     automaton = automaton_for(calls(("f", {}), max_calls=max_calls), known, [EOS])
-    seen = {len(parts(known, noise(automaton, known, seed, ends=2.0))) for seed in range(30)}
+    seen = {len(parts(known, noise(automaton, known, seed, ends=-300))) for seed in range(20)}
     assert (seen == {1}) if max_calls else (min(seen) >= 1 and len(seen) > 1), seen
 
 
 def test_calls_or_an_answer_of_a_schema() -> None:
     known = tokenizer()
-    automaton = automaton_for(calls(("f", PERSON), otherwise={"enum": ["yes", "no"]}), known, [EOS])
-    kinds = set()
+    answers = ["as long", "a call."]
+    automaton = automaton_for(calls(("f", {}), otherwise={"enum": answers}), known, [EOS])
+    texts = set()
     for seed in range(40):
-        found = parts(known, noise(automaton, known, seed, ends=4.0))
-        kinds.add(type(found[0]))
-        if isinstance(found[0], Content):
-            text = "".join(part.text for part in found if isinstance(part, Content))
-            assert text in ('"yes"', '"no"')
-        for part in found:
-            if isinstance(part, ToolCall):
-                validated(PERSON, part.arguments)
-    assert kinds == {Content, ToolCall}
+        found = parts(known, noise(automaton, known, seed))
+        texts.add("".join(part.text for part in found if isinstance(part, Content)))
+        assert all(isinstance(part, Content) for part in found) or set(map(type, found)) == {ToolCall}
+    assert texts == {"", *map(json.dumps, answers)}
 
 
 def test_text_with_calls_in_it() -> None:
-    """Arguments of a strict function satisfy its schema, those of another one are as the model writes them."""
+    """Arguments of a function with a schema satisfy it, those of another one are as the model writes them."""
     known = tokenizer()
     automaton = automaton_for(calls(("f", PERSON), ("g", None), otherwise="text"), known, [EOS])
     for text in ("", "Hello.", 'Hello.<|tool_call>call:f{age:3,name:<|"|>a<|"|>}<tool_call|>!',
@@ -230,7 +226,7 @@ def test_refused_names_and_formats() -> None:
         automaton_for(calls(("no spaces, please", {})), tokenizer(), [EOS])
     assert caught.value.is_about_name
     plain = Tokenizer(metadata() | {"general.architecture": "another"})
-    with pytest.raises(OptionError, match="has no tool calls"):
+    with pytest.raises(OptionError, match=r"has no tool calls"):
         automaton_for(calls(("f", {})), plain, [EOS])
     with pytest.raises(OptionError, match=r"no token '<\|tool_call>'"):
         automaton_for(calls(("f", {})), tokenizer(**{"<|tool_call>": None}), [EOS])
@@ -271,5 +267,5 @@ def test_invalid_options_say_where(given: Any, message: str) -> None:
 
 def test_with_other_constraints_or_a_stop_string_it_is_refused() -> None:
     for more in ({"json_schema": {}}, {"regex": "a"}, {"stop": "x"}):
-        with pytest.raises(OptionError, match="exclude each other|can't be combined"):
+        with pytest.raises(OptionError, match=r"exclude each other|can't be combined"):
             GenerationOptions(function_calls={"functions": [{"name": "f"}]}, **more)  # type: ignore[arg-type]
