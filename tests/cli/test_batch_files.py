@@ -198,7 +198,8 @@ def test_a_run_interrupted_by_ctrl_c_resumes(model: str, tmp_path: Path) -> None
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, "-m", "pydiffusion", "batch", "-m", model, *QUICK, str(prompts), "-o", "-"]
     with output.open("wb") as file:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        # Unbuffered: `communicate` would not get what was read beyond the first line.
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
         assert process.stdout is not None and process.stderr is not None
         file.write(process.stdout.readline())  # once there is an answer
         process.send_signal(signal.SIGINT)
