@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PyDiffusionError(Exception):
     """Base class of all errors of this package; raised itself where no subclass fits."""
@@ -38,6 +40,24 @@ class OptionError(ValueError):
 
     def __reduce__(self) -> tuple[type[OptionError], tuple[str, str]]:
         return type(self), (self.param, str(self))  # both arguments, or it could not be pickled
+
+
+class FunctionError(OptionError):
+    """A function of ``function_calls`` whose calls can't be guaranteed.
+
+    index: in the list of functions.  name: the function's.  what: what is wrong, without where.
+    is_about_name: the name is refused, not the parameters.
+    """
+
+    def __init__(self, index: int, name: str, what: str, is_about_name: bool = False) -> None:
+        super().__init__("function_calls", f"function_calls, functions[{index}], {name!r}: {what}"[:500])
+        self.index = index
+        self.name = name
+        self.what = what
+        self.is_about_name = is_about_name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.index, self.name, self.what, self.is_about_name)
 
 
 class PyDiffusionWarning(UserWarning):

@@ -36,7 +36,7 @@ from .generation.infill import (
 )
 from .generation.prompt import prefilled_session
 from .generation.token_ids import TokenIds
-from .options import GenerationOptions, ResolvedOptions, make_options
+from .options import CONSTRAINTS, GenerationOptions, ResolvedOptions, make_options
 from .session import Session
 from .tokenizer import Tokenizer
 
@@ -240,14 +240,14 @@ class DiffusionModel:
         self._template()
 
     def automaton(self, options: GenerationOptions) -> Automaton:
-        """Compile the options' ``json_schema`` or ``regex`` to an automaton over tokens, with an LRU cache.
+        """Compile the options' constraint to an automaton over tokens, with an LRU cache.
 
         Raises OptionError, saying what and where, for a constraint that is unsupported or unsatisfiable.
         """
         from .constrained import automaton_for
 
         ends = frozenset(self.resolve(options).eos)
-        key = (options.json_schema, options.regex, ends)
+        key = (*(getattr(options, name) for name in CONSTRAINTS), ends)
         found = self._automata.pop(key, None) or automaton_for(options, self.tokenizer, ends)
         self._automata[key] = found  # most recently used last
         if len(self._automata) > _N_AUTOMATA:

@@ -8,14 +8,20 @@ import operator
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
+from ._util.function_calls import normalized_calls
 from .errors import ModelFormatError, OptionError
 from .tokenizer.end_tokens import find_end_tokens
 
 # The native loop takes signed 32-bit counts.
 _MAX_COUNT = 2**31 - 1
 _MAX_SEED = 2**64 - 1
+
+#: Options that constrain the text, of which one can be given.
+Constraint: TypeAlias = Literal["json_schema", "regex", "grammar", "function_calls"]
+CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
+_CONSTRAINT_TO_WORDS = {"function_calls": "function_calls (forced or strict tool calls)"}
 
 
 def _refused(name: str, value: Any, permitted: str) -> OptionError:
@@ -118,10 +124,18 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
-def _regex(value: Any) -> str:
+def _expression(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise _refused("regex", value, "a string of at least one character")
+        raise _refused(name, value, "a string of at least one character")
     return value
+
+
+def _function_calls(value: Any) -> str:
+    """The permitted calls as JSON with all fields, so that options stay comparable and immutable."""
+    try:
+        return json.dumps(normalized_calls(value), ensure_ascii=False)
+    except (TypeError, RecursionError) as error:
+        raise OptionError("function_calls", f"function_calls can't be written as JSON: {error}") from None
 
 
 # One check per option, for values from callers and from files.
@@ -141,7 +155,9 @@ _NAME_TO_CHECK: dict[str, Callable[[Any], Any]] = {
     "canvas": _canvas,
     "hold": _hold,
     "json_schema": _json_schema,
-    "regex": _regex,
+    "regex": lambda value: _expression("regex", value),
+    "grammar": lambda value: _expression("grammar", value),
+    "function_calls": _function_calls,
     "thinking_budget": lambda value: integer_option("thinking_budget", value, 0),
     "stop_on_repetition": lambda value: _flag("stop_on_repetition", value),
     "trim_after_eos": lambda value: _flag("trim_after_eos", value),
@@ -183,6 +199,12 @@ class GenerationOptions:
     hold: for each of these positions, whether it keeps its token: never renoised, never replaced.
     json_schema: a JSON schema, as an object or as JSON: the text is guaranteed to be valid against it.
     regex: a regular expression that the text is guaranteed to match in full.
+    grammar: a grammar in llama.cpp's GBNF, whose rule ``root`` the text is guaranteed to match in full.
+    function_calls: the tool calls that a chat's answer is guaranteed to consist of, as an object or as JSON:
+        ``functions``, a list of ``{"name", "parameters"}`` with the JSON schema that arguments satisfy, or
+        null for any; ``max_calls``, 1 or null for any number; ``otherwise``, what the answer may be instead:
+        null for nothing, "text" for any text, also beside calls, or a JSON schema; ``reasoning``, whether it
+        may reason before (false).
     thinking_budget: maximum number of reasoning tokens; reasoning beyond it is closed and the answer follows.
         ``None``: no separate limit.
     stop_on_repetition: end the text when it loops: its last 128 tokens or more are the same block repeated
@@ -209,6 +231,8 @@ class GenerationOptions:
     hold: Sequence[bool] | None = None
     json_schema: Mapping[str, Any] | bool | str | None = None
     regex: str | None = None
+    grammar: str | None = None
+    function_calls: Mapping[str, Any] | str | None = None
     thinking_budget: int | None = None
     stop_on_repetition: bool | None = None
     trim_after_eos: bool | None = None
@@ -265,22 +289,28 @@ class GenerationOptions:
 
     @property
     def is_structured(self) -> bool:
-        """Whether the text is constrained by a JSON schema or a regular expression."""
+        """Whether the text is constrained by a schema, an expression, a grammar or permitted calls."""
         return self.constraint is not None
 
     @property
-    def constraint(self) -> Literal["json_schema", "regex"] | None:
+    def constraint(self) -> Constraint | None:
         """The option that constrains the text, or None."""
-        if self.json_schema is not None:
-            return "json_schema"
-        return None if self.regex is None else "regex"
+        return next((name for name in CONSTRAINTS if getattr(self, name) is not None), None)
+
+    @property
+    def may_reason(self) -> bool:
+        """Whether an answer may contain reasoning, as its constraint permits."""
+        if self.function_calls is not None:
+            assert isinstance(self.function_calls, str)  # __post_init__
+            return bool(json.loads(self.function_calls)["reasoning"])
+        return self.constraint is None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedOptions(GenerationOptions):
     """Options of one generation with one model, nothing left open; ``GenerationOptions.resolve`` makes them.
 
-    ``None`` is a value of json_schema, regex and thinking_budget only: there is none.
+    ``None`` is a value of the constraints and thinking_budget only: there is none.
     """
 
     # field(): a field without a default, where the base class has one.
@@ -302,6 +332,8 @@ class ResolvedOptions(GenerationOptions):
     trim_after_eos: bool = field()
     json_schema: str | None = field()
     regex: str | None = field()
+    grammar: str | None = field()
+    function_calls: str | None = field()
     thinking_budget: int | None = field()
 
 
@@ -326,12 +358,14 @@ def _check_held(canvas: Sequence[Any], hold: Sequence[Any]) -> None:
 def _check_constraint(options: GenerationOptions) -> None:
     if not options.is_structured:
         return
-    if options.json_schema is not None and options.regex is not None:
-        raise OptionError("json_schema", "json_schema and regex exclude each other: give one")
+    given = [name for name in CONSTRAINTS if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise OptionError(given[0], f"{' and '.join(given)} exclude each other: give one")
     for name in ("stop", "canvas", "hold", "thinking_budget", "stop_on_repetition"):
         if getattr(options, name) not in (None, (), False):
+            constraint = _CONSTRAINT_TO_WORDS.get(options.constraint or "", options.constraint)
             raise OptionError(
-                name, f"{name} can't be combined with {options.constraint}: the text could not be kept whole"
+                name, f"{name} can't be combined with {constraint}: the text could not be kept whole"
             )
 
 

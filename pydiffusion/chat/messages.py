@@ -48,6 +48,7 @@ def normalize_messages(messages: Iterable[Any]) -> list[Message]:
     normalized = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     if not normalized:
         raise ValueError("messages is empty; give at least one message")
+    _link_results(normalized)
     return normalized
 
 
@@ -82,6 +83,37 @@ def _message(message: Any, where: str) -> Message:
     thoughts = [said[name] for name in _THOUGHTS if name in said]
     thought = next(filter(None, thoughts), thoughts[0] if thoughts else None)
     return said if thought is None else {"thinking": thought, **said, "reasoning_content": thought}
+
+
+def _link_results(messages: list[Message]) -> None:
+    """Give tool results without a ``tool_call_id`` that of the call that they answer, by which templates look
+    up the function's name: Ollama's API has no ids.
+    """
+    calls: list[dict[str, Any]] = []  # of the last turn, without a result so far
+    for i, message in enumerate(messages):
+        if message["role"] != "tool":
+            given = message.get("tool_calls")
+            calls = [call for call in given if isinstance(call, dict)] if isinstance(given, list) else []
+            continue
+        if isinstance(message.get("tool_name"), str):  # Ollama's name of the field
+            message.setdefault("name", message["tool_name"])
+        answered = _answered_call(message, calls)
+        if answered is not None:
+            message["tool_call_id"] = answered.setdefault("id", f"call_{i}")
+            calls = [call for call in calls if call is not answered]
+
+
+def _answered_call(result: Message, calls: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The call with the result's id, else the first one of its name, else, if it has neither, the first."""
+    if "tool_call_id" in result:
+        return next((call for call in calls if call.get("id") == result["tool_call_id"]), None)
+    if "name" not in result:
+        return next(iter(calls), None)
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, dict) and function.get("name") == result["name"]:
+            return call
+    return None
 
 
 def _content(content: Any, where: str) -> str | list[dict[str, Any]]:

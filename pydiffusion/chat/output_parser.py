@@ -12,6 +12,9 @@ from typing import Any, TypeAlias
 
 from .formats.chat_format import ChatFormat
 
+# Of 32 code points that are not characters.
+_FIRST_HIDDEN = 0xFDD0
+
 
 @dataclass(frozen=True)
 class Content:
@@ -115,11 +118,11 @@ class OutputParser:
             if not closed and call is None:
                 continue  # a marker inside an argument
             self._buffer = self._buffer[end.end() if closed else end.start() :]
-            self._finish_call(body, call)
+            self._finish_call(body, call, closed)
             return True
         if last:
             body, self._buffer = self._buffer, ""
-            self._finish_call(body, self._format.parse_call(body))
+            self._finish_call(body, self._format.parse_call(body), False)
         return False
 
     # Helpers of the states
@@ -169,10 +172,16 @@ class OutputParser:
             self._lead = ""
         self._state = state
 
-    def _finish_call(self, body: str, call: tuple[str, dict[str, Any]] | None) -> None:
+    def _finish_call(self, body: str, call: tuple[str, dict[str, Any]] | None, closed: bool) -> None:
+        """closed: by its marker, so that nothing of it is missing."""
         self._close_block(self._in_answer)
+        healed = self._format.heal_call(body) if call is None and closed else None
         if call is not None:
             self._parts.append(ToolCall(*call))
+        elif healed is not None:
+            *call_only, rest = healed
+            self._parts.append(ToolCall(*call_only))
+            self._content(rest)
         else:  # no output is lost
             if self._format.quote is not None:
                 body = body.replace(self._format.quote, '"')
@@ -201,6 +210,34 @@ class OutputParser:
         if body:
             self._has_reasoning = True
             self._parts.append(Reasoning(body))
+
+
+class Shield:
+    """Keeps text apart from markers where these are known by their tokens, as in constrained calls, whose
+    strings may spell a marker out.
+    """
+
+    def __init__(self, chat_format: ChatFormat) -> None:
+        first = sorted({marker[0] for marker in chat_format.markers})
+        self._hidden = {ord(character): _FIRST_HIDDEN + i for i, character in enumerate(first)}
+        self._shown = {hidden: shown for shown, hidden in self._hidden.items()}
+
+    def hide(self, text: str) -> str:
+        """Replace what markers begin with, by noncharacters that no constrained text has."""
+        return text.translate(self._hidden)
+
+    def show(self, part: Part) -> Part:
+        """Undo ``hide`` in a parsed part."""
+        if isinstance(part, ToolCall):
+            return ToolCall(self._value(part.name), self._value(part.arguments))
+        return type(part)(part.text.translate(self._shown))
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return value.translate(self._shown)
+        if isinstance(value, dict):
+            return {self._value(key): self._value(each) for key, each in value.items()}
+        return [self._value(each) for each in value] if isinstance(value, list) else value
 
 
 def _n_possible_marker(text: str, markers: tuple[str, ...]) -> int:

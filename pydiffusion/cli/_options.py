@@ -97,6 +97,16 @@ JsonSchema = Annotated[
 Regex = Annotated[
     str | None, typer.Option("--regex", help="Regular expression that the whole text must match.")
 ]
+Grammar = Annotated[
+    str | None,
+    typer.Option(
+        "--grammar", metavar="GBNF", help="Grammar that the whole text must match, in llama.cpp's GBNF."
+    ),
+]
+GrammarFile = Annotated[
+    Path | None,
+    typer.Option("--grammar-file", help="Path of a file with such a grammar; - reads standard input."),
+]
 
 
 #: Options of the runtime: context, threads, devices, kernels, cache type.

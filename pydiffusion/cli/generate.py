@@ -32,6 +32,8 @@ def command(
     choices: dict[str, Any],
     json_schema: _options.JsonSchema = None,
     regex: _options.Regex = None,
+    grammar: _options.Grammar = None,
+    grammar_file: _options.GrammarFile = None,
     runtime: dict[str, Any],
     chat: _prompt.Chat = None,
     system: _prompt.System = None,
@@ -42,9 +44,12 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Generate text from a prompt, printed canvas by canvas."""
+    if grammar is not None and grammar_file is not None:
+        raise typer.BadParameter("give --grammar or --grammar-file, not both")
     choices |= {
         "json_schema": None if json_schema is None else _open.read_text_or_stdin(json_schema),
         "regex": regex,
+        "grammar": grammar if grammar_file is None else _open.read_text_or_stdin(grammar_file),
     }
     _prompt.check(chat, system, special, runtime["chat_template"])
     _open.make_options(**choices)  # report invalid options before loading the model

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pydiffusion.errors import OptionError
+from pydiffusion.errors import OptionError, PyDiffusionError
 
 from .token_automaton import Automaton
 
@@ -23,24 +23,34 @@ class Guide:
     """Constrains one generation: ``choose`` at every step, ``commit`` when a canvas is finished."""
 
     def __init__(
-        self, automaton: Automaton, n_canvas: int, budget: int, eos: Sequence[int], n_vocab: int
+        self,
+        automaton: Automaton,
+        n_canvas: int,
+        budget: int,
+        eos: Sequence[int],
+        n_vocab: int,
+        state: int = 0,
     ) -> None:
-        """budget: maximum number of tokens of the text. Raises OptionError if no accepted text fits."""
+        """budget: maximum number of tokens of the text. state: the automaton's, where the text begins.
+
+        Raises OptionError if no accepted text fits.
+        """
         self._automaton = automaton
         self._n_canvas = n_canvas
         self._left = budget
         self._eos = list(eos)
-        self._state = 0
-        self._chosen: tuple[np.ndarray, int, bool] | None = None
+        self._state = state
+        self._chosen: tuple[np.ndarray, int, int, bool] | None = None
         self.finished = False
         if not eos:
             raise OptionError(
                 "eos", "constrained output needs an eos, but neither the options nor the file have one"
             )
-        if automaton.tokens_left[0] > budget:
+        needed = automaton.tokens_left[state]
+        if needed > budget:
             raise OptionError(
                 "max_tokens",
-                f"the shortest text that satisfies the constraint takes {automaton.tokens_left[0]} tokens,"
+                f"the shortest text that satisfies the constraint takes {needed} tokens,"
                 f" but max_tokens and the context leave {budget}",
             )
         self.n_likeliest = min(N_LIKELIEST, n_vocab)
@@ -52,6 +62,14 @@ class Guide:
         self._sources = np.concatenate([pair[0] for pair in pairs])
         self._targets = np.concatenate([pair[1] for pair in pairs])
         self._group = np.repeat(np.arange(len(pairs)), [len(pair[0]) for pair in pairs])
+        # Of counted repetitions, see ``counting``: the count at the beginning, and by position and state.
+        self._count = 0
+        self._counts = np.zeros((0, 0), dtype=np.int64)
+        self._own_counts = (
+            [automaton.counts(automaton.alphabet[group[0]]) for group in self._groups]
+            if automaton.is_counting
+            else []
+        )
 
     def choose(self, tokens: np.ndarray, logits: np.ndarray, extra: np.ndarray) -> np.ndarray:
         """Choose the canvas, int32 (n_canvas,).
@@ -64,6 +82,9 @@ class Guide:
         n_text = min(n, self._left)  # positions available to the text
         scores = np.full((n_text + 1, n_states), -np.inf)
         scores[0, self._state] = 0.0
+        if a.is_counting:
+            self._counts = np.zeros((n_text + 1, n_states), dtype=np.int64)
+            self._counts[0, self._state] = self._count
         before = np.zeros((n_text, n_states), dtype=np.int64)
         taken = np.zeros((n_text, n_states), dtype=np.int32)
         best = np.stack([group[extra[:, group].argmax(axis=1)] for group in self._groups], axis=1)
@@ -94,11 +115,15 @@ class Guide:
                 path[end] = self._eos[int(np.argmax(eos_logits[end]))]
         else:
             end, state = n_text, int(np.argmax(last))
-        final_state = state
+        if max(ends[end], going_on) == -np.inf:
+            raise PyDiffusionError(
+                "the limits of lengths and max_tokens leave no text that the constraint allows"
+            )
+        final_state, count = state, int(self._counts[end, state]) if a.is_counting else 0
         for i in range(end - 1, -1, -1):
             path[i] = taken[i, state]
             state = int(before[i, state])
-        self._chosen = path, final_state, ended
+        self._chosen = path, final_state, count, ended
         return path
 
     def _extend(
@@ -126,6 +151,11 @@ class Guide:
         gained = np.concatenate([spelled_logits[self._group], np.repeat(logits, counts)]).astype(np.float64)
         which = np.concatenate([spelled[self._group], np.repeat(tokens, counts)])
         reached = scores[i, sources] > -np.inf
+        if a.is_counting:
+            every = (*self._own_counts, *map(a.counts, tokens.tolist()))
+            room, added, restarts = (np.concatenate(column) for column in zip(*every, strict=True))
+            reached &= self._counts[i, sources] <= room
+            counted = (np.where(restarts, 0, self._counts[i, sources]) + added)[reached]
         sources, targets = sources[reached], targets[reached]
         gained, which = gained[reached], which[reached]
         totals = scores[i, sources] + gained
@@ -134,9 +164,11 @@ class Guide:
         best = np.flatnonzero(totals == following[targets])[::-1]  # on ties, the first wins
         before[i, targets[best]] = sources[best]
         taken[i, targets[best]] = which[best]
+        if a.is_counting:
+            self._counts[i + 1, targets[best]] = counted[best]
 
     def commit(self) -> None:
         """Advance past the canvas chosen last."""
         assert self._chosen is not None
-        _, self._state, self.finished = self._chosen
+        _, self._state, self._count, self.finished = self._chosen
         self._left -= self._n_canvas

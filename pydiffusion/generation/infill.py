@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydiffusion.errors import ContextOverflowError, OptionError
 from pydiffusion.events import Completion
-from pydiffusion.options import GenerationOptions, ResolvedOptions, integer_option
+from pydiffusion.options import CONSTRAINTS, GenerationOptions, ResolvedOptions, integer_option
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
@@ -21,7 +21,7 @@ _HOLE = re.compile(r"<\|hole(?::(\d{1,6}))?\|>")
 DEFAULT_HOLE_TOKENS = 16
 # Options that would cut the text, or that the layout sets itself.
 NOT_AROUND_HOLES = (
-    "max_tokens", "stop", "eos", "canvas", "hold", "json_schema", "regex", "thinking_budget",
+    "max_tokens", "stop", "eos", "canvas", "hold", *CONSTRAINTS, "thinking_budget",
     "stop_on_repetition",
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from pydiffusion.options import ResolvedOptions
 from pydiffusion.tokenizer import Tokenizer
 
 from .stop_conditions import StopConditions
-from .streaming import AnswerStream, ChatStream
+from .streaming import AnswerStream, ChatStream, leaves_reasoning_open
 from .token_ids import cut_at_eos
 
 if TYPE_CHECKING:
@@ -118,7 +118,11 @@ def _guide(session: Session, options: ResolvedOptions) -> Guide | None:
     model = session.model
     n_canvas = options.canvas_length
     budget = min(options.max_tokens, (session.n_ctx - session.n_past) // n_canvas * n_canvas)
-    return Guide(model.automaton(options), n_canvas, budget, options.eos, model.n_vocab)
+    automaton = model.automaton(options)
+    state = 0
+    if options.may_reason and leaves_reasoning_open(session):  # the prompt has the opening marker already
+        state = automaton.after(model.tokenizer.chat_format.reasoning[0])
+    return Guide(automaton, n_canvas, budget, options.eos, model.n_vocab, state)
 
 
 def _begin_arguments(session: Session, options: ResolvedOptions) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from pydiffusion.chat.output_parser import Content, OutputParser, Part
+from pydiffusion.chat.output_parser import Content, OutputParser, Part, Shield
 from pydiffusion.errors import OptionError
 from pydiffusion.options import ResolvedOptions
 from pydiffusion.tokenizer import TextStream, Tokenizer
@@ -89,12 +89,18 @@ class ChatStream:
     ``parts``: the parts completed by the last ``feed``.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], in_thought: bool = False) -> None:
-        """in_thought: the prompt left a reasoning block open (``ChatFormat.leaves_reasoning_open``)."""
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], in_thought: bool = False, *, shielded: bool = False
+    ) -> None:
+        """in_thought: the prompt left a reasoning block open (``ChatFormat.leaves_reasoning_open``).
+        shielded: only marker tokens are markers, not characters that spell one.
+        """
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._in_thought = in_thought
-        self._text = TextStream(tokenizer, keep_control=marker_ids(tokenizer))
+        self._shield = Shield(tokenizer.chat_format) if shielded else None
+        self._markers = marker_ids(tokenizer)
+        self._text = TextStream(tokenizer, keep_control=self._markers)
         self._parser = OutputParser(tokenizer.chat_format, in_thought)
         self._filter = StopFilter(stop)
         self._ids: list[int] = []
@@ -111,7 +117,7 @@ class ChatStream:
 
     def _feed(self, ids: Iterable[int], last: bool) -> tuple[list[Part], bool]:
         found: list[Part] = []
-        for part in self._parser.feed(self._text.feed(ids, last=last), last=last):
+        for part in self._parse(ids, last):
             content = part.text if isinstance(part, Content) else None
             # A stop string can't continue across a reasoning block or a tool call.
             text, stopped = self._filter.feed(content or "", last=content is None)
@@ -124,6 +130,16 @@ class ChatStream:
         if last and (rest := self._filter.feed("", last=True)[0]):
             found.append(Content(rest))
         return found, False
+
+    def _parse(self, ids: Iterable[int], last: bool) -> list[Part]:
+        if self._shield is None:
+            return self._parser.feed(self._text.feed(ids, last=last), last=last)
+        texts = []
+        for token_id in ids:
+            text = self._text.feed([token_id])
+            texts.append(text if token_id in self._markers else self._shield.hide(text))
+        texts.append(self._text.feed([], last=last))
+        return [self._shield.show(part) for part in self._parser.feed("".join(texts), last=last)]
 
     def _count_to_stop(self) -> int:
         """Number of tokens up to the stop string, found by feeding them again one by one."""
@@ -140,18 +156,28 @@ def answer_stream(session: Session, options: ResolvedOptions, *, chat: bool) -> 
     Raises OptionError for constrained output inside a reasoning block.
     """
     tokenizer = session.model.tokenizer
+    if not chat and options.function_calls is not None:
+        raise OptionError("function_calls", "function_calls is for chats: use create_chat_completion")
     if not chat:
         return AnswerStream(tokenizer, options.stop)
-    end = tokenizer.detokenize(prompt_end(session.tokens), keep_control=True)
-    in_thought = tokenizer.chat_format.leaves_reasoning_open(end)
+    in_thought = leaves_reasoning_open(session)
     if options.constraint is not None:
-        if in_thought:
+        if in_thought and not options.may_reason:
             raise OptionError(
                 options.constraint,
                 "the prompt ends inside a reasoning block: constrained output can't contain reasoning",
             )
+        if options.function_calls is not None:
+            return ChatStream(tokenizer, (), in_thought, shielded=True)
         return ContentStream(tokenizer, ())
     return ChatStream(tokenizer, options.stop, in_thought)
+
+
+def leaves_reasoning_open(session: Session) -> bool:
+    """Whether the session's tokens end inside a reasoning block."""
+    tokenizer = session.model.tokenizer
+    end = tokenizer.detokenize(prompt_end(session.tokens), keep_control=True)
+    return tokenizer.chat_format.leaves_reasoning_open(end)
 
 
 def marker_ids(tokenizer: Tokenizer) -> frozenset[int]:

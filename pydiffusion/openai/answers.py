@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from pydiffusion.constrained import unenforced_by
 from pydiffusion.events import DraftEvent
 
 from .drafts import draft_fields
@@ -38,7 +39,7 @@ class Answer(Response):
 
     def _new_choice(self, index: int, n_prompt: int, head: str) -> Choice:
         if isinstance(self._request, ChatRequest):
-            return ChatChoice(index, n_prompt, {"refusal": None})
+            return ChatChoice(index, n_prompt, {"refusal": None}, is_named=self._request.use.is_named)
         layout = self._request.layout
         if layout is None:
             return TextChoice(index, n_prompt, head)
@@ -70,6 +71,7 @@ class Answer(Response):
 
     def _figures(self) -> Json:
         ends = [choice.end for choice in self._choices if choice.end is not None]
+        unenforced = unenforced_by(self._request.options[0])
         timings: dict[str, float] = {}
         for end in ends:
             for name, seconds in end.timings.items():
@@ -82,4 +84,5 @@ class Answer(Response):
             "finish_reasons": [end.reason for end in ends],
             "timings": timings,
             "ignored_parameters": self._request.ignored,
+            **({"unenforced": unenforced} if unenforced else {}),
         }

@@ -76,7 +76,7 @@ def _stops(value: Any) -> Fields:
 def _schema(value: Any) -> Fields:
     if value in ("", {}, None):
         return {}
-    return {"response_format": {"type": "json_schema", "json_schema": {"schema": value}}}
+    return {"json_schema": value}
 
 
 def _json_object(value: Any) -> Fields | None:
@@ -146,7 +146,7 @@ def _think(value: Any) -> Fields | None:
 _EQUIVALENTS: dict[str, Callable[[Any], Fields | None]] = {
     **dict.fromkeys(("n_predict", "num_predict", "max_new_tokens", "max_output_tokens"), _limit),
     **dict.fromkeys(("stop_sequences", "stop_sequence", "stopping_strings"), _stops),
-    **dict.fromkeys(("json_schema", "guided_json"), _schema),
+    "guided_json": _schema,
     "guided_json_object": _json_object,
     "guided_regex": _regex,
     "guided_choice": _choice,

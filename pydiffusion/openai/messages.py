@@ -1,4 +1,4 @@
-"""Validate messages and tools of a request before they reach a chat template."""
+"""Validate messages of a request before they reach a chat template."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
     """Validate messages. Raises ApiError naming the first invalid one."""
     if not isinstance(messages, list) or not messages:
         raise invalid("messages must be an array of at least one message", "messages")
+    follows_calls = False
     for i, message in enumerate(messages):
-        _check(message, f"messages[{i}]")
+        _check(message, f"messages[{i}]", follows_calls)
+        if message["role"] != "tool":
+            follows_calls = bool(message.get("tool_calls"))
     return messages
 
 
-def _check(message: Any, where: str) -> None:
+def _check(message: Any, where: str, follows_calls: bool) -> None:
+    """follows_calls: a tool's message answers a call of the turn before, even without that call's id."""
     if not isinstance(message, dict):
         raise invalid(f"{where} must be an object", where, "invalid_type")
     role = message.get("role")
@@ -36,8 +40,10 @@ def _check(message: Any, where: str) -> None:
         raise invalid(f"{where}.content is missing", f"{where}.content")
     if message.get("tool_calls") is not None:
         _check_calls(message["tool_calls"], f"{where}.tool_calls")
-    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
-        raise invalid(f"{where}.tool_call_id is missing", f"{where}.tool_call_id")
+    call_id = message.get("tool_call_id")
+    if role == "tool" and not isinstance(call_id, str) and not (call_id is None and follows_calls):
+        what = "is missing, and no tool call is before this message"
+        raise invalid(f"{where}.tool_call_id {what}", f"{where}.tool_call_id")
 
 
 def _check_part(part: Any, where: str) -> None:
@@ -65,22 +71,3 @@ def _check_calls(calls: Any, where: str) -> None:
                 " an object or absent",
                 f"{where}[{i}]",
             )
-
-
-def check_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Validate tools; None if there are none. Raises ApiError naming the first invalid one."""
-    if tools is None:
-        return None
-    if not isinstance(tools, list):
-        raise invalid("tools must be an array", "tools", "invalid_type")
-    for i, tool in enumerate(tools):
-        where = f"tools[{i}]"
-        if not isinstance(tool, dict) or tool.get("type") != "function":
-            raise invalid(f"{where}.type must be 'function'", f"{where}.type")
-        function = tool.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise invalid(f"{where}.function must have a name, a string", f"{where}.function")
-        for name, kind in (("description", str), ("parameters", dict)):
-            if function.get(name) is not None and not isinstance(function[name], kind):
-                raise invalid(f"{where}.function.{name} has the wrong type", f"{where}.function.{name}")
-    return tools or None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydiffusion.errors import OptionError
 from pydiffusion.generation.thinking_budget import can_think
-from pydiffusion.options import at_temperature, integer_option
+from pydiffusion.options import CONSTRAINTS, at_temperature, integer_option
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 # JSON mode, which predates schemas: any object.
 _JSON_OBJECT = {"type": "object"}
 # response_format type -> other allowed fields.
-_FORMAT_TO_FIELDS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema", "schema")}
+_FORMAT_TO_FIELDS = {
+    "text": (),
+    "json_object": ("schema",),
+    "json_schema": ("json_schema", "schema"),
+    "grammar": ("grammar",),
+}
 # Without effect on what is guaranteed, wherever a client puts them.
 _FORMAT_LABELS = ("type", "name", "description", "strict")
 
@@ -45,18 +50,19 @@ def with_temperature(options: Mapping[str, Any], temperature: Any, model: Diffus
     return {**options, **{name: value for name, value in meant.items() if options.get(name) is None}}
 
 
-def schema_of(response_format: Any) -> Any:
-    """The JSON schema of a ``response_format``, None for any text. Raises OptionError.
+def constraint_of(response_format: Any) -> dict[str, Any]:
+    """The option of GenerationOptions for a ``response_format``, none for any text. Raises OptionError.
 
     Accepts OpenAI's ``{"type": "text"}``, ``{"type": "json_object"}`` and ``{"type": "json_schema",
-    "json_schema": {"schema": ...}}``, llama.cpp's ``{"type": "json_object", "schema": ...}``, and the flat
-    ``{"type": "json_schema", "schema": ...}`` of OpenAI's Responses and of others.
+    "json_schema": {"schema": ...}}``, llama.cpp's ``{"type": "json_object", "schema": ...}``, the flat
+    ``{"type": "json_schema", "schema": ...}`` of OpenAI's Responses and of others, and ``{"type": "grammar",
+    "grammar": ...}`` with GBNF, which other servers that know it take.
     """
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if not isinstance(kind, str) or kind not in _FORMAT_TO_FIELDS:
         raise OptionError(
             "response_format",
-            "response_format must be an object whose type is text, json_object or json_schema",
+            "response_format must be an object whose type is text, json_object, json_schema or grammar",
         )
     for name, value in response_format.items():
         if name not in _FORMAT_LABELS and name not in _FORMAT_TO_FIELDS[kind] and value is not None:
@@ -66,11 +72,13 @@ def schema_of(response_format: Any) -> Any:
                 f"response_format.{name} is not permitted with type {kind}; known are {known}",
             )
     if kind == "text":
-        return None
+        return {}
+    if kind == "grammar":
+        return {"grammar": response_format.get("grammar", "")}
     if kind == "json_object":
         where, schema = "schema", response_format.get("schema")
         if schema is None or schema == {}:  # any object
-            return _JSON_OBJECT
+            return {"json_schema": _JSON_OBJECT}
     elif response_format.get("schema") is not None:
         if response_format.get("json_schema") is not None:
             raise OptionError(
@@ -82,12 +90,12 @@ def schema_of(response_format: Any) -> Any:
         where, schema = "json_schema.schema", given.get("schema") if isinstance(given, Mapping) else None
     if not isinstance(schema, (Mapping, bool)):
         raise OptionError("response_format", f"response_format.{where} must be a JSON schema, an object")
-    return schema
+    return {"json_schema": schema}
 
 
 def no_thinking(model: DiffusionModel, options: Mapping[str, Any]) -> dict[str, Any]:
     """Set the thinking budget to 0, unless the options set it or the model can't reason here."""
-    constrained = options.get("json_schema") is not None or options.get("regex") is not None
+    constrained = any(options.get(name) is not None for name in CONSTRAINTS)
     if constrained or not can_think(model.tokenizer):
         return dict(options)
     return {"thinking_budget": 0, **options}

@@ -22,6 +22,7 @@ from .requests import (
     infill_request,
 )
 from .response_format import check_constraint, held_options
+from .tool_choice import ToolUse
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
@@ -52,7 +53,7 @@ def prepare_chat(body: Any, model: DiffusionModel, terms: Terms) -> Prepared:
     except (PyDiffusionError, ValueError) as error:  # refused by the template, as a rule
         raise invalid(str(error), "messages") from None
     check_room(model, prompt, "messages")
-    check_constraint(model, request.options[0], len(prompt))
+    check_constraint(model, request.options[0], len(prompt), request.use)
     runs = [PreparedRun(prompt, options) for options in request.options]
     return _prepared(request, model, terms, runs)
 
@@ -71,7 +72,7 @@ def prepare_completion(body: Any, model: DiffusionModel, terms: Terms) -> Prepar
         heads += [text if request.echo else ""] * len(request.options)
         options = request.options
         if request.layout is None:
-            check_constraint(model, options[0], len(tokens))
+            check_constraint(model, options[0], len(tokens), ToolUse())
         else:
             options = held_options(model, request.layout, tokens, options)
         runs += [PreparedRun(tokens, each) for each in options]

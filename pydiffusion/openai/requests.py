@@ -12,9 +12,10 @@ from pydiffusion.options import GenerationOptions, ResolvedOptions
 
 from .errors import ApiError, from_exception, invalid
 from .fields import SortedFields, sort_fields
-from .messages import check_messages, check_tools
+from .messages import check_messages
 from .parameters import no_thinking, token_limit, with_temperature
-from .response_format import constraint_options, infill_layout, suffix_layout
+from .response_format import CONSTRAINT_FIELDS, constraint_options, infill_layout, suffix_layout
+from .tool_choice import ToolUse, tool_use
 
 if TYPE_CHECKING:
     from pydiffusion.generation.infill import Layout
@@ -33,7 +34,7 @@ _ALL = ("model", "stream", "stream_options", "seed", "temperature", *_DIFFUSION)
 _LIMITS = ("thinking_budget", "stop_on_repetition", "trim_after_eos")
 _COMMON = (
     *_ALL, *_LIMITS, "n", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "max_completion_tokens",
-    "response_format", "regex",
+    "response_format", *CONSTRAINT_FIELDS,
 )  # fmt: skip
 _CHAT = (
     *_COMMON, "messages", "tools", "tool_choice", "parallel_tool_calls",
@@ -85,7 +86,12 @@ class Terms:
 class ChatRequest(Request):
     messages: list[dict[str, Any]]
     variables: dict[str, Any] = field(default_factory=dict)  # template variables
-    one_call: bool = False
+    use: ToolUse = field(default_factory=ToolUse)
+
+    @property
+    def one_call(self) -> bool:
+        """Whether to cut the answer after its first call."""
+        return self.use.cuts_after_call
 
 
 @dataclass
@@ -109,21 +115,21 @@ def chat_request(body: Any, model: DiffusionModel, terms: Terms) -> ChatRequest:
     found = _sorted(body, "/v1/chat/completions", terms)
     fields = found.given
     with found.blaming():
-        tools = check_tools(fields.get("tools"))
         variables = _template_variables(fields)
-        variables["tools"] = tools if _wants_tools(fields) else None
-        if constraint_options(fields):
-            _check_plain_chat(variables)
-            variables["enable_thinking"] = False
+        use = _tool_use(fields, variables)
+        variables["tools"] = use.shown
+        if use.constraint:
+            if "function_calls" not in use.constraint:  # which says itself whether the model may think
+                _without_thinking(variables)
         elif variables.get("enable_thinking") is False:
             fields = no_thinking(model, fields)
         return ChatRequest(
             **_stream_options(fields),
-            options=_options(fields, model),
+            options=_options(fields, model, use.constraint),
             ignored=found.ignored,
             messages=check_messages(fields.get("messages")),
             variables=variables,
-            one_call=not _flag(fields, "parallel_tool_calls", True),
+            use=use,
         )
 
 
@@ -134,12 +140,12 @@ def completion_request(body: Any, model: DiffusionModel, terms: Terms) -> Comple
     with found.blaming():
         prompts = _prompts(fields.get("prompt"), model)
         layout = suffix_layout(model, fields)
-        if layout is not None:
-            options = _options_around(fields, model)
-        elif "max_completion_tokens" in fields:
-            options = _options(fields, model)
+        if "max_completion_tokens" not in fields:
+            fields = {"max_tokens": _DEFAULT_LIMIT, **fields}
+        if layout is None:
+            options = _options(fields, model, constraint_options(fields))
         else:
-            options = _options({"max_tokens": _DEFAULT_LIMIT, **fields}, model)
+            options = _options_around(fields, model)
         if len(prompts) * len(options) > MAX_CHOICES:
             n = len(prompts) * len(options)
             raise invalid(f"prompts times n is {n}; permitted are {MAX_CHOICES}", "n")
@@ -189,17 +195,28 @@ def _sort_stream_options(found: SortedFields, *, strict: bool) -> None:
             found.ignore(f"stream_options.{name}", strict=strict)
 
 
-def _check_plain_chat(variables: Mapping[str, Any]) -> None:
-    if variables.get("tools"):
-        raise invalid(
-            "response_format can't be combined with tools by this server: give tool_choice 'none'",
-            "response_format",
+def _tool_use(fields: Mapping[str, Any], variables: Mapping[str, Any]) -> ToolUse:
+    thinking = variables.get("enable_thinking")
+    try:
+        return tool_use(
+            fields.get("tools"),
+            fields.get("tool_choice"),
+            parallel=_flag(fields, "parallel_tool_calls", True),
+            constraint=constraint_options(fields),
+            thinking=thinking if isinstance(thinking, bool) else None,
         )
+    except OptionError as error:
+        raise from_exception(error) from None
+
+
+def _without_thinking(variables: dict[str, Any]) -> None:
+    """Switch thinking off for an answer that follows a format."""
     if variables.get("enable_thinking"):
         raise invalid(
             "response_format can't be combined with thinking by this server: all of an answer follows it",
             "response_format",
         )
+    variables["enable_thinking"] = False
 
 
 def _check_model(fields: Mapping[str, Any], terms: Terms) -> None:
@@ -227,14 +244,15 @@ def _stream_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _options(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedOptions]:
+def _options(
+    fields: Mapping[str, Any], model: DiffusionModel, constraint: Mapping[str, Any]
+) -> list[ResolvedOptions]:
     """The options of each choice."""
-    choices = constraint_options(fields)
-    choices["stop"] = _stops(fields)
+    choices = {**constraint, "stop": _stops(fields)}
     try:
         limits = fields.get("max_tokens"), fields.get("max_completion_tokens")
         choices["max_tokens"] = token_limit(model, *limits)
-        choices["eos"] = _end_ids(fields, model, constrained=len(choices) > 2)
+        choices["eos"] = _end_ids(fields, model, constrained=bool(constraint))
         return list(_each_choice(fields, choices, model))
     except OptionError as error:
         raise from_exception(error) from None
@@ -242,8 +260,8 @@ def _options(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedO
 
 def _options_around(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedOptions]:
     """Options of each choice of a request with a layout, which sets the rest."""
-    for name in ("response_format", "regex", "stop_token_ids", "ignore_eos", *_LIMITS):
-        if fields.get(name) not in (None, [], False, {"type": "text"}):
+    for name in ("response_format", *CONSTRAINT_FIELDS, "stop_token_ids", "ignore_eos", *_LIMITS):
+        if fields.get(name) not in (None, [], "", False, {"type": "text"}):
             raise invalid(f"{name} can't be combined with suffix by this server", name, "unsupported_value")
     try:
         return list(_each_choice(fields, {}, model))
@@ -271,7 +289,7 @@ def _end_ids(
     ignored = _flag(fields, "ignore_eos", False)
     if constrained and (more or ignored):
         name = "stop_token_ids" if more else "ignore_eos"
-        raise invalid(f"{name} can't be combined with response_format or regex", name, "unsupported_value")
+        raise invalid(f"{name} can't be combined with a constrained answer", name, "unsupported_value")
     return (*(() if ignored else model.tokenizer.end_ids), *more) if more or ignored else None
 
 
@@ -309,17 +327,6 @@ def _template_variables(fields: Mapping[str, Any]) -> dict[str, Any]:
     if "enable_thinking" in fields:
         variables = {**variables, "enable_thinking": _flag(fields, "enable_thinking", False)}
     return dict(variables)
-
-
-def _wants_tools(fields: Mapping[str, Any]) -> bool:
-    choice = fields.get("tool_choice", "auto")
-    if choice in ("auto", "none"):
-        return choice == "auto"
-    raise invalid(
-        f"tool_choice {choice!r} can't be guaranteed by this server: give 'auto' or 'none'"[:200],
-        "tool_choice",
-        "unsupported_value",
-    )
 
 
 def _prompts(prompt: Any, model: DiffusionModel) -> list[str | list[int]]:

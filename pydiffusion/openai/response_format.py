@@ -1,4 +1,4 @@
-"""Constrained output (``response_format``, ``regex``) and infill layouts of a request."""
+"""Constrained output (``response_format``, ``regex``, ``grammar``) and infill layouts of a request."""
 
 from __future__ import annotations
 
@@ -17,33 +17,40 @@ from pydiffusion.generation.infill import (
 from pydiffusion.options import ResolvedOptions
 
 from .errors import field_of, from_exception, invalid
-from .parameters import schema_of, token_limit
+from .parameters import constraint_of, token_limit
+from .tool_choice import ToolUse
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
 
+# Fields that are options of GenerationOptions, beside ``response_format``.
+CONSTRAINT_FIELDS = ("json_schema", "regex", "grammar")
+
 
 def constraint_options(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """``json_schema`` or ``regex`` of GenerationOptions, from ``response_format`` or ``regex``."""
+    """The constraint of GenerationOptions, from ``response_format`` or a field of its name."""
     options: dict[str, Any] = {}
     if "response_format" in fields:
         try:
-            schema = schema_of(fields["response_format"])
+            options |= constraint_of(fields["response_format"])
         except OptionError as error:
             raise from_exception(error) from None
-        if schema is not None:
-            options["json_schema"] = schema
-    if "regex" in fields:
-        options["regex"] = fields["regex"]
+    for name in CONSTRAINT_FIELDS:
+        if fields.get(name) not in (None, ""):  # clients of llama.cpp send an empty grammar for none
+            if options:
+                other = "response_format" if "response_format" in fields else next(iter(options))
+                raise invalid(f"{other} and {name} exclude each other: give one", name)
+            options[name] = fields[name]
     return options
 
 
-def check_constraint(model: DiffusionModel, options: ResolvedOptions, n_prompt: int) -> None:
+def check_constraint(model: DiffusionModel, options: ResolvedOptions, n_prompt: int, use: ToolUse) -> None:
     """Compile the automaton, which the model caches. Raises ApiError if it is unsupported or too long."""
     if options.constraint is None:
         return
     try:
-        needed = int(model.automaton(options).tokens_left[0])
+        with use.naming_tools():
+            needed = int(model.automaton(options).tokens_left[0])
     except OptionError as error:
         raise from_exception(error) from None
     room = (model.n_ctx - n_prompt) // model.canvas_length * model.canvas_length

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from pydiffusion.chat.messages import template_variables
 from pydiffusion.errors import OptionError
 from pydiffusion.generation.prompt import prefilled_session
-from pydiffusion.options import GenerationOptions, make_options
+from pydiffusion.options import CONSTRAINTS, GenerationOptions, make_options
 
-from .parameters import no_thinking, schema_of, token_limit
+from .parameters import constraint_of, no_thinking, token_limit
 from .shaper import ChatChoice, Json, Response, TextChoice
+from .tool_choice import cut_after_call, tool_use
 
 if TYPE_CHECKING:
     from pydiffusion.events import Event
@@ -78,6 +79,8 @@ def create_chat_completion(
     /,
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    tool_choice: str | Mapping[str, Any] | None = None,
+    parallel_tool_calls: bool | None = None,
     enable_thinking: bool | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     max_tokens: int | None = None,
@@ -92,34 +95,53 @@ def create_chat_completion(
 ) -> Json | Iterator[Json]:
     """Answer messages, ``{"role": ..., "content": ...}``, with the model's chat template.
 
-    tools, enable_thinking, chat_template_kwargs: passed to the template. With enable_thinking=False,
-        reasoning that the model starts anyway is closed at once (``thinking_budget=0``).
+    tools: functions that the model may call, as in OpenAI's API, passed to the template.
+    tool_choice: "auto", "none", "required" or the object that names a function. A call that is required, and
+        those of functions with ``strict``, are guaranteed to satisfy their ``parameters``.
+    parallel_tool_calls: False: one call at most.
+    enable_thinking, chat_template_kwargs: passed to the template. With enable_thinking=False, reasoning that
+        the model starts anyway is closed at once (``thinking_budget=0``).
     max_tokens, max_completion_tokens: None or -1 generates until eos or the end of the context; of both, the
         smaller applies.
-    response_format: as in OpenAI's API, or with a schema as in llama-cpp-python; an alternative to
-        json_schema.
+    response_format: as in OpenAI's API, or with a schema as in llama-cpp-python, or with a grammar; an
+        alternative to json_schema and grammar.
     Other parameters as for ``create_completion``; stop strings apply to the answer only.
     The response separates ``content``, ``reasoning_content`` and ``tool_calls``.
     """
+    constraint = {name: options.pop(name) for name in CONSTRAINTS if options.get(name) is not None}
     if response_format is not None:
-        schema = schema_of(response_format)
-        if schema is not None and options.get("json_schema") is not None:
-            raise OptionError(
-                "response_format", "response_format and json_schema exclude each other: give one"
-            )
-        options["json_schema"] = options.get("json_schema") if schema is None else schema
+        given = constraint_of(response_format)
+        if given and constraint:
+            other = next(iter(constraint))
+            raise OptionError("response_format", f"response_format and {other} exclude each other: give one")
+        constraint |= given
     variables = template_variables({} if chat_template_kwargs is None else chat_template_kwargs)
     if enable_thinking is not None:
         variables["enable_thinking"] = enable_thinking
+    use = tool_use(
+        tools,
+        tool_choice,
+        parallel=parallel_tool_calls,
+        constraint=constraint,
+        thinking=variables.get("enable_thinking"),
+    )
+    options |= use.constraint
     if variables.get("enable_thinking") is False:
         options = no_thinking(diffusion_model, options)
     limit = token_limit(diffusion_model, max_tokens, max_completion_tokens)
     chosen = _options(options, max_tokens=limit, stop=stop, seed=seed)
-    prompt = diffusion_model.chat_prompt(messages, tools=tools, **variables)
+    if use.cuts_after_call:
+        chosen = diffusion_model.resolve(chosen)  # for the seed, which the end reports
+    if chosen.constraint is not None:
+        with use.naming_tools():
+            diffusion_model.automaton(chosen)
+    prompt = diffusion_model.chat_prompt(messages, tools=use.shown, **variables)
     session = prefilled_session(diffusion_model, prompt, session)
-    choice = ChatChoice(0, session.n_past)
+    choice = ChatChoice(0, session.n_past, is_named=use.is_named)
     response = _LibraryResponse(model or diffusion_model.name, [choice], chat=True)
     events = session.generate_chat(chosen)
+    if use.cuts_after_call:
+        events = cut_after_call(events, chosen.seed)
     if stream:
         return _stream(response, events)
     for event in events:

@@ -171,10 +171,13 @@ class FilledChoice(TextChoice):
 
 
 class ChatChoice(Choice):
-    """Of a chat. more: further fields of the message."""
+    """Of a chat. more: further fields of the message.  is_named: it had to call a function chosen by name."""
 
-    def __init__(self, index: int, n_prompt: int, more: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, index: int, n_prompt: int, more: Mapping[str, Any] | None = None, *, is_named: bool = False
+    ) -> None:
         super().__init__(index, n_prompt)
+        self._is_named = is_named
         self._message = ChatMessage()
         self._more = more or {}
 
@@ -190,14 +193,19 @@ class ChatChoice(Choice):
             "index": self.index,
             "message": {**self._more, **self._message.as_dict()},
             "logprobs": None,
-            "finish_reason": self._message.finish_reason(self._reason()),
+            "finish_reason": self._finish_reason(self._reason()),
         }
 
     def _pieces(self, canvas: CanvasEvent) -> list[Json]:
         return [self._delta(self._message.add(part)) for part in canvas.parts]
 
     def _last(self, reason: str) -> Json:
-        return self._delta({}, self._message.finish_reason(reason))
+        return self._delta({}, self._finish_reason(reason))
+
+    def _finish_reason(self, reason: str) -> str:
+        """ "stop" after a call that was forced by name, as OpenAI's servers do; clients compare with it."""
+        found = self._message.finish_reason(reason)
+        return "stop" if self._is_named and found == "tool_calls" else found
 
     def _delta(self, delta: Json, finish_reason: str | None = None) -> Json:
         return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}

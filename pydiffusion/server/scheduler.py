@@ -20,7 +20,8 @@ from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
 from pydiffusion.generation.batching import Batch
 from pydiffusion.generation.token_ids import common_prefix
 from pydiffusion.openai.errors import ApiError, from_exception
-from pydiffusion.openai.reports import Failed, Finished, Prefilled, up_to_first_call
+from pydiffusion.openai.reports import Failed, Finished, Prefilled
+from pydiffusion.openai.tool_choice import up_to_first_call
 
 from .jobs import Job, RunSequence
 from .pool import SessionPool

@@ -13,6 +13,22 @@ Call: TypeAlias = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class CallSyntax:
+    """How a call is written between its markers, so that one can be generated that satisfies a schema.
+
+    before, after: the text around the arguments, with ``{name}`` for the function's name.
+    bare_key: regular expression for the keys without quotes; None: all have quotes.
+    sorts_keys: keys are in alphabetical order, as templates write those of earlier calls.
+    Strings are between ``ChatFormat.quote`` and have no escapes; without a quote the arguments are JSON.
+    """
+
+    before: str
+    after: str = ""
+    bare_key: str | None = None
+    sorts_keys: bool = False
+
+
+@dataclass(frozen=True)
 class ChatFormat:
     """Markers in the output of an architecture's models, and the parser of their tool calls.
 
@@ -25,7 +41,8 @@ class ChatFormat:
     reasoning_tags: text, not markers, that reasoning at the beginning of an output may be enclosed in
         instead.
     call: the markers around a tool call; ``parse_call``: parses what is between them, None for an incomplete
-        call.
+        call; ``call_syntax``: for constrained calls, which a format without it doesn't support.
+    heal_call: parses what is between them where ``parse_call`` can't; returns the text around the call too.
     quote: the marker around strings in a call.
     ends: further markers that end reasoning, or a call that is not closed.
     visible_ends: markers that end an answer even in files that type them as visible tokens.
@@ -37,6 +54,8 @@ class ChatFormat:
     reasoning_tags: tuple[str, str] | None = None
     call: tuple[str, str] | None = None
     parse_call: Callable[[str], Call | None] = lambda _: None
+    call_syntax: CallSyntax | None = None
+    heal_call: Callable[[str], tuple[str, dict[str, Any], str] | None] = lambda _: None
     quote: str | None = None
     ends: tuple[str, ...] = ()
     visible_ends: tuple[str, ...] = ()

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from .chat_format import ChatFormat
+from .chat_format import CallSyntax, ChatFormat
 from .gemma_calls import QUOTE, parse_call
+from .gemma_healing import heal_call
 
 GEMMA = ChatFormat(
     reasoning=("<|channel>", "<channel|>"),
@@ -14,6 +15,8 @@ GEMMA = ChatFormat(
     reasoning_tags=("<think>", "</think>"),
     call=("<|tool_call>", "<tool_call|>"),
     parse_call=parse_call,
+    call_syntax=CallSyntax(before="call:{name}", bare_key=r"[\w.$@/\-]+", sorts_keys=True),
+    heal_call=heal_call,
     quote=QUOTE,
     ends=("<|tool_response>", "<|turn>", "<turn|>"),
     # Converters type it as user-defined, so that output parsers see it; the model waits for a tool there.

@@ -13,7 +13,9 @@ from typing import Any
 
 QUOTE = '<|"|>'
 _MAX_DEPTH = 64
-_HEAD = re.compile(r"\s*(?:call\s*:)?\s*([\w.\-/]+(?::[\w.\-/]+)*)\s*(?=[{(])")
+#: A function's name.
+NAME = r"[\w.\-/]+(?::[\w.\-/]+)*"
+_HEAD = re.compile(rf"\s*(?:call\s*:)?\s*({NAME})\s*(?=[{{(])")
 _SPACE = re.compile(r"\s*")
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?")
 _KEY = re.compile(r"[^\s:={}()\[\],\"']+")
@@ -28,7 +30,7 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]] | None:
     head = _HEAD.match(text)
     if head is None:
         return None
-    reader = _Reader(text, head.end())
+    reader = CallReader(text, head.end())
     try:
         arguments = reader.mapping(depth=0)
         reader.skip_space()
@@ -47,7 +49,7 @@ def _json_call(text: str) -> tuple[str, dict[str, Any]] | None:
     return (name, arguments) if isinstance(name, str) and name and isinstance(arguments, dict) else None
 
 
-class _Reader:
+class CallReader:
     """Recursive descent parser; raises ValueError at the first error."""
 
     def __init__(self, text: str, at: int) -> None:
@@ -145,15 +147,20 @@ class _Reader:
         if not word or end == len(self._text) or QUOTE in word:
             raise ValueError("no value")
         self.at = end
-        if word in _WORDS:
-            return _WORDS[word]
-        if _NUMBER.fullmatch(word):
-            try:
-                number = json.loads(word)
-            except ValueError:  # more digits than Python parses
-                return word
-            return number if math.isfinite(number) else word
-        return word
+        return word_value(word)
 
     def _peek(self) -> str:
         return self._text[self.at : self.at + 1]
+
+
+def word_value(word: str) -> Any:
+    """The value of a word without quotes: a constant, a number or text."""
+    if word in _WORDS:
+        return _WORDS[word]
+    if _NUMBER.fullmatch(word):
+        try:
+            number = json.loads(word)
+        except ValueError:  # more digits than Python parses
+            return word
+        return number if math.isfinite(number) else word
+    return word

@@ -18,8 +18,9 @@ from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
 from pydiffusion.generation.batching import ActiveSequence, BatchRequest, batched_events
 from pydiffusion.openai.errors import ApiError, from_exception, invalid
 from pydiffusion.openai.prepared import PREPARE, Prepared, PreparedRun
-from pydiffusion.openai.reports import Prefilled, up_to_first_call
+from pydiffusion.openai.reports import Prefilled
 from pydiffusion.openai.requests import ChatRequest, Terms
+from pydiffusion.openai.tool_choice import up_to_first_call
 from pydiffusion.options import GenerationOptions
 
 from .lines import Json, Line
