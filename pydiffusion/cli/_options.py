@@ -50,8 +50,8 @@ Temperature = Annotated[
     typer.Option(
         "--temp",
         "--temperature",
-        help="Temperature as in other programs: scales the file's --t-min and --t-max, by at least 0.5; with 0"
-        " the seed is 0 too. [default: 1]",
+        help="Temperature as in other programs: scales the file's --t-min and --t-max, by at least 0.5;"
+        " with 0 the seed is 0 too. [default: 1]",
     ),
 ]
 #: Generation options by field name of GenerationOptions: the sampler's, and all.
