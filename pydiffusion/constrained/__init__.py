@@ -10,7 +10,7 @@ accepted canvas at every denoising step.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +50,22 @@ def expression_of(options: GenerationOptions) -> str | Grammar:
 
 
 def unenforced_by(options: GenerationOptions) -> tuple[str, ...]:
-    """The constraints of the options' schema that the text may violate, each with its place; see
+    """The constraints of the options' schemas that the text may violate, each with its place; see
     ``compile_schema``. Raises OptionError as ``expression_of``.
     """
-    return () if options.json_schema is None else _compiled(options.json_schema, LONGEST_IN_STATES).unenforced
+    if options.json_schema is not None:
+        return _compiled(options.json_schema, LONGEST_IN_STATES).unenforced
+    if options.function_calls is None:
+        return ()
+    permitted = json.loads(options.function_calls)  # type: ignore[arg-type]  # GenerationOptions converts it
+    schemas = [(each["parameters"], f"in {each['name']}") for each in permitted["functions"]]
+    schemas.append((permitted["otherwise"], "in the answer"))
+    return tuple(
+        f"{what} {where}"
+        for schema, where in schemas
+        if isinstance(schema, Mapping)
+        for what in _compiled(json.dumps(schema), LONGEST_IN_STATES).unenforced
+    )
 
 
 @lru_cache(maxsize=16)
@@ -77,7 +89,7 @@ def automaton_for(options: GenerationOptions, tokenizer: Tokenizer, ends: Collec
         expression = expression_of(options)
     unenforced = unenforced_by(options)
     if unenforced:
-        warn_caller(f"json_schema: not enforced: {'; '.join(unenforced)}", PyDiffusionWarning)
+        warn_caller(f"{name}: not enforced: {'; '.join(unenforced)}", PyDiffusionWarning)
     try:
         try:
             return Automaton(expression, tokenizer, ends, markers)

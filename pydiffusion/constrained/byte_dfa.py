@@ -52,8 +52,8 @@ def byte_dfa(expression: str) -> ByteDfa:
     """Compile an expression. Raises ValueError if it gets too large.
 
     Beside what ``regex`` describes it knows, with the meaning that Python's re gives them:
-    - look-aheads ``(?=...)`` and ``(?!...)`` that begin a capturing group, whose content is all of the group's
-      text and one character (or ``\\Z``) that follows the group in every text: both hold for its text;
+    - look-aheads ``(?=...)`` and ``(?!...)`` that begin a capturing group, whose content is all of the
+      group's text and one character (or ``\\Z``) that follows it in every text: both hold for the text;
     - lazy repetitions ``x{m,n}?`` of a character: counted repetitions, see ``ByteDfa``;
     - conditions of ``multiples``.
     """

@@ -187,9 +187,9 @@ class _Compiler:
             if refs.count(given) > self._depth:
                 return NOTHING
             return self.value(self._resolved(given, where), where, (*refs, given))
-        if name in ("anyOf", "oneOf", "allOf"):
-            if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-                raise _error(where, f"{name!r} must be an array of schemas")
+        is_list = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
+        if name in ("anyOf", "oneOf", "allOf") and not is_list:
+            raise _error(where, f"{name!r} must be an array of schemas")
         if "$ref" in keywords or ("allOf" in keywords and (len(keywords) > 1 or len(given) > 1)):
             parts, refs = self._parts(schema, where, refs)
             return NOTHING if parts is None else self.value(merge(parts), where, refs)

@@ -36,7 +36,7 @@ def token_limit(model: DiffusionModel, max_tokens: Any, max_completion_tokens: A
 
 
 def constraint_of(response_format: Any) -> dict[str, Any]:
-    """The option of GenerationOptions that a ``response_format`` means, none for any text. Raises OptionError.
+    """The option of GenerationOptions for a ``response_format``, none for any text. Raises OptionError.
 
     Accepts OpenAI's ``{"type": "text"}``, ``{"type": "json_object"}`` and ``{"type": "json_schema",
     "json_schema": {"schema": ...}}``, llama.cpp's ``{"type": "json_object", "schema": ...}``, and

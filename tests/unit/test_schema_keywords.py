@@ -92,7 +92,8 @@ def check(text: str, schema: Any) -> None:
         ({"allOf": [{"properties": {"a": {"type": "integer"}}, "required": ["a"]},
                     {"properties": {"b": {"type": "string"}}, "required": ["b"]}]},
          [{"a": 1, "b": "x"}], [{"a": 1}, {"b": "x"}, {"a": "1", "b": "x"}]),
-        ({"allOf": [{"minimum": 3, "type": "number"}, {"maximum": 5, "type": "integer"}]}, [3, 5], [2, 6, 3.5]),
+        ({"allOf": [{"minimum": 3, "type": "number"}, {"maximum": 5, "type": "integer"}]},
+         [3, 5], [2, 6, 3.5]),
         ({"allOf": [{"$ref": "#/$defs/base"}], "properties": {"b": {"const": 1}}, "required": ["b"],
           "$defs": {"base": {"type": "object", "properties": {"a": {"const": 2}}, "required": ["a"]}}},
          [{"a": 2, "b": 1}, {"b": 1, "a": 2}], [{"a": 2}, {"b": 1}]),
@@ -110,7 +111,7 @@ def check(text: str, schema: Any) -> None:
          [{}, {"x": 1}, {"y": 1, "x": 1}], [{"z": 1}, {"x": 2}]),
         ({"type": "object", "propertyNames": {"pattern": "^[a-c]+$"}, "additionalProperties": {"const": 1}},
          [{"abc": 1}], [{"d": 1}]),
-        ({"type": "object", "patternProperties": {"^n[0-9]$": {"type": "null"}}, "additionalProperties": False},
+        ({"type": "object", "additionalProperties": False, "patternProperties": {"^n[0-9]$": {"type": "null"}}},
          [{}, {"n1": None}], [{"n": None}, {"n1": 1}]),
         ({"properties": {"a": {"const": 1}, "b": {"const": 2}}, "dependentRequired": {"a": ["b"]},
           "required": ["a"]}, [{"a": 1, "b": 2}], [{"a": 1}]),
@@ -323,7 +324,7 @@ class Everything(pydantic.BaseModel):
     site: pydantic.HttpUrl
     colours: set[Colour]
     tags: frozenset[Annotated[str, pydantic.StringConstraints(max_length=5)]] = pydantic.Field(max_length=2)
-    note: Optional[str] = None  # noqa: UP045: as people write it
+    note: Optional[str] = None  # noqa: UP045
     price: Decimal = pydantic.Field(ge=0, max_digits=6, decimal_places=2)
     plain_price: Decimal
     code: pydantic.constr(pattern=r"^[A-Z]{2}\d+$", min_length=4, max_length=6)  # type: ignore[valid-type]
