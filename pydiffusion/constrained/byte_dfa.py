@@ -207,11 +207,17 @@ class Nfa:
             state = self.sequence(items, state)
         first = len(self.on_bytes)
         end = self._repeat((0, sre.MAXREPEAT, items), state)
-        begins = self._after_nothing(self.on_nothing[end])  # of the repetition: nothing follows it yet
-        for inside in range(first, len(self.on_bytes)):
-            if inside != end:
-                self.counted[inside] = high - low, inside in begins
+        self.count(first, self.on_nothing[end], high - low)  # nothing follows the repetition yet
+        self.counted.pop(end)
         return end
+
+    def count(self, first: int, begins: list[int], limit: int) -> None:
+        """Limit how often one passes through the states from ``first`` on, all those of one item, that begin
+        at ``begins``.
+        """
+        beginning = self._after_nothing(begins)
+        for inside in range(first, len(self.on_bytes)):
+            self.counted[inside] = limit, inside in beginning
 
     def _after_nothing(self, states: list[int]) -> set[int]:
         found, stack = set(states), list(states)

@@ -411,6 +411,7 @@ class _Compiler:
         self.unenforced[f"{what}{' at ' + where[1:] if where else ''}"] = None
 
     def _number(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Piece:
+        schema = _with_exclusive_numbers(schema)
         for name in TYPE_TO_KEYWORDS["number"]:
             bound = schema.get(name)
             is_number = (
@@ -433,6 +434,17 @@ class _Compiler:
             low, schema.get("maximum"), schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
         )
         return Piece(f"({condition(factor)}{text})" if is_multiple else text, 40)
+
+
+def _with_exclusive_numbers(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without ``exclusiveMinimum: true`` beside ``minimum``, as draft 4 and OpenAPI 3.0 have it."""
+    numbers = dict(schema)
+    for exclusive, inclusive in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if isinstance(schema.get(exclusive), bool):
+            del numbers[exclusive]
+            if schema[exclusive] and inclusive in schema:
+                numbers[exclusive] = numbers.pop(inclusive)
+    return numbers
 
 
 def _strings(schema: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:

@@ -60,7 +60,9 @@ def main() -> None:
             if here and not there:
                 only_here += 1
                 print(f"  {name}: only here: {text!r}")
-        print(f"{name}: {both} texts of both, {neither} of neither, {only_there} only there, {only_here} only here")
+        print(
+            f"{name}: {both} texts of both, {neither} of neither, {only_there} only there, {only_here} only here"
+        )
         n_wrong += only_here + only_there
     sys.exit(1 if n_wrong else 0)
 

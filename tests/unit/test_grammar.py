@@ -20,7 +20,7 @@ from pydiffusion import DiffusionModel, GenerationOptions
 from pydiffusion.constrained import Automaton, expression_of
 from pydiffusion.constrained.byte_dfa import ByteDfa
 from pydiffusion.constrained.grammar import parse_grammar
-from pydiffusion.constrained.grammar_dfa import grammar_dfa
+from pydiffusion.constrained.grammar_dfa import _compile, grammar_dfa
 from pydiffusion.tokenizer import Tokenizer
 
 
@@ -79,6 +79,7 @@ def test_random_distributions_give_members(name: str) -> None:
 @pytest.mark.parametrize(
     ("grammar", "members", "others"),
     [
+        (' root ::= "[" [0-9]+ ", \\"" [a-z]+ "\\"]" ', ('[8, "eight"]',), ("[8]",)),
         ('root ::= "a"{2,3} | "bc"{2} | [x]{2,}', ("aa", "aaa", "bcbc", "xxxx"), ("a", "aaaa", "bc", "x")),
         (r'root ::= "\x41\u00e9\U0001F600\"\\\[\]\t"', ('Aé\U0001f600"\\[]\t',), ("A",)),
         ("root ::= [a-c-] [^a-c]", ("-d", "bé", "a\n"), ("dd", "aa")),
@@ -101,6 +102,33 @@ def test_what_the_format_has(grammar: str, members: tuple[str, ...], others: tup
     for text in (*members, *others):
         assert accepts(machine, text) == (text in members), text
         assert matches(grammar, text) == (text in members), text
+
+
+def test_long_repetitions_are_counted_beside_the_states() -> None:
+    """As clients convert a string with maxLength 2000, which llama.cpp itself refused for a while."""
+    grammar = r"""
+root ::= "{" space "\"text\"" space ":" space string "}" space
+char ::= [^"\\\x7F\x00-\x1F] | [\\] (["\\bfnrt] | "u" [0-9a-fA-F]{4})
+space ::= | " " | "\n"{1,2} [ \t]{0,20}
+string ::= "\"" char{0,2000} "\"" space
+"""
+    machine = machine_of(grammar)
+    assert machine.limits.max() == 2000 and len(machine.accepting) < 200
+    assert accepts(machine, '{"text": "a\\n\\u00e9é"}') and not accepts(machine, '{"text": "a}')
+
+
+def test_counted_repetitions_stay_within_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammar = 'root ::= "<" pair{2,40} ">" ("." [a-zé]{0,30} ";")+\npair ::= "ab" | "c" [0-9]{1,2}'
+    exact = machine_of(grammar)
+    assert not exact.limits.any()
+    counted = _compile(parse_grammar(grammar), counts=True)
+    assert set(counted.limits.tolist()) == {0, 38, 30} and len(counted.accepting) < len(exact.accepting) / 5
+    monkeypatch.setattr("pydiffusion.constrained.token_automaton.grammar_dfa", lambda _: counted)
+    automaton, tokenizer = Automaton(parse_grammar(grammar), Tokenizer(metadata())), Tokenizer(metadata())
+    for seed in range(12):
+        budget = int(automaton.tokens_left[0]) + 15 * seed
+        text = write(automaton, tokenizer, 16, budget, np.random.default_rng(seed))
+        assert matches(grammar, text) and accepts(exact, text), text
 
 
 def test_recursion_is_expanded_to_a_depth() -> None:
@@ -136,7 +164,7 @@ def test_recursion_is_expanded_to_a_depth() -> None:
         ('root ::= root "a" | "b"', "the rule 'root' is left-recursive.*repetition"),
         ('root ::= a\na ::= "x"? b\nb ::= a "y" | "z"', "the rule 'a' is left-recursive"),
         ('root ::= "a" root', "recursion has no end"),
-        ('root ::= ("a" [b-c]){9000}', "too large"),
+        ('root ::= ("a" [b-c]* "d"){9000}', "too large"),
         ('{"type": "object"}', "line 1, column 1: expected the name of a rule, not '{'"),
         ("%llguidance {}\nstart: /a/", "line 1, column 1: expected the name of a rule"),
     ],
