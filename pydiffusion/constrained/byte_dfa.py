@@ -31,7 +31,7 @@ _Kind: TypeAlias = tuple[bool, int, bool]  # accepting, limit, counts: see ByteD
 _UTF8_ENDS = (0x7F, 0x7FF, 0xFFFF, 0x10FFFF)  # the last code point of one, two, three, four bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ByteDfa:
     """DFA over bytes. State 0 is the initial one.
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pydiffusion.constrained.grammar_dfa import _compile, grammar_dfa
 from pydiffusion.tokenizer import Tokenizer
 
 
+@cache
 def machine_of(text: str) -> ByteDfa:
     return grammar_dfa(parse_grammar(text))
 
@@ -46,7 +48,7 @@ def test_both_agree_on_texts_with_a_mistake(name: str) -> None:
     grammar, members, _ = GRAMMARS[name]
     machine, rng = machine_of(grammar), random.Random(name)
     n_members = 0
-    for _ in range(150):
+    for _ in range(80):
         text = list(rng.choice(members) or "x")
         for _ in range(rng.randint(1, 2)):
             i, j = rng.randrange(len(text)), rng.randrange(len(text))
@@ -54,15 +56,15 @@ def test_both_agree_on_texts_with_a_mistake(name: str) -> None:
         mutant = "".join(text)
         assert accepts(machine, mutant) == matches(grammar, mutant), mutant
         n_members += accepts(machine, mutant)
-    assert 0 < n_members < 150
+    assert 0 < n_members < 80
 
 
 @pytest.mark.parametrize("name", GRAMMARS)
 def test_texts_of_the_automaton_are_members(name: str) -> None:
     grammar = GRAMMARS[name][0]
     machine, rng = machine_of(grammar), random.Random(1)
-    for _ in range(15):
-        text = random_text(machine, rng, 40)
+    for _ in range(6):
+        text = random_text(machine, rng, 30)
         assert matches(grammar, text), text
 
 
@@ -70,7 +72,7 @@ def test_texts_of_the_automaton_are_members(name: str) -> None:
 def test_random_distributions_give_members(name: str) -> None:
     grammar, tokenizer = GRAMMARS[name][0], Tokenizer(metadata())
     automaton = Automaton(expression_of(GenerationOptions(grammar=grammar)), tokenizer)
-    for seed in range(3):
+    for seed in range(2):
         budget = int(automaton.tokens_left[0]) + 30 * seed
         text = write(automaton, tokenizer, 32, budget, np.random.default_rng(seed))
         assert matches(grammar, text), text
@@ -125,7 +127,7 @@ def test_counted_repetitions_stay_within_their_limit(monkeypatch: pytest.MonkeyP
     assert set(counted.limits.tolist()) == {0, 38, 30} and len(counted.accepting) < len(exact.accepting) / 5
     monkeypatch.setattr("pydiffusion.constrained.token_automaton.grammar_dfa", lambda _: counted)
     automaton, tokenizer = Automaton(parse_grammar(grammar), Tokenizer(metadata())), Tokenizer(metadata())
-    for seed in range(12):
+    for seed in range(0, 12, 2):
         budget = int(automaton.tokens_left[0]) + 15 * seed
         text = write(automaton, tokenizer, 16, budget, np.random.default_rng(seed))
         assert matches(grammar, text) and accepts(exact, text), text
@@ -164,7 +166,7 @@ def test_recursion_is_expanded_to_a_depth() -> None:
         ('root ::= root "a" | "b"', "the rule 'root' is left-recursive.*repetition"),
         ('root ::= a\na ::= "x"? b\nb ::= a "y" | "z"', "the rule 'a' is left-recursive"),
         ('root ::= "a" root', "recursion has no end"),
-        ('root ::= ("a" [b-c]* "d"){9000}', "too large"),
+        ('root ::= (("a" | "b"){9000} "c"){9000}', "too large"),
         ('{"type": "object"}', "line 1, column 1: expected the name of a rule, not '{'"),
         ("%llguidance {}\nstart: /a/", "line 1, column 1: expected the name of a rule"),
     ],
