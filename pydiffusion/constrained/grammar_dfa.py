@@ -7,7 +7,7 @@ never generated.
 
 from __future__ import annotations
 
-from .byte_dfa import ByteDfa, Nfa, TooLarge, deterministic
+from .byte_dfa import MAX_STATES, ByteDfa, Nfa, TooLarge, deterministic
 from .grammar import Characters, Choice, Grammar, Node, Reference, Repetition, Sequence
 
 _MAX_DEPTH = 6
@@ -15,12 +15,17 @@ _MAX_DEPTH = 6
 # every step.
 _MAX_STATES_OF_RECURSION = 3000
 
+# Limits before states are merged: without counted repetitions, and with them.
+_MAX_NFA_STATES = (2 * MAX_STATES, 8 * MAX_STATES)
 # Repetitions of fewer are always counted by states.
 _SHORTEST_COUNTED = 16
 
 
 def grammar_dfa(grammar: Grammar) -> ByteDfa:
-    """Compile a grammar. Repetitions are counted by states, or if these are too many beside them. Raises ValueError if it gets too large or has no text."""
+    """Compile a grammar. Repetitions are counted by states, or if these are too many beside them.
+
+    Raises ValueError if it gets too large or has no text.
+    """
     try:
         return _compile(grammar, counts=False)
     except TooLarge:
@@ -113,6 +118,9 @@ class _Builder:
 
     def _build(self, node: Node, end: int, depth: int, rule: str) -> int:
         """rule: the one that the node is in."""
+        limit = _MAX_NFA_STATES[self._counts]
+        if len(self.nfa.on_bytes) > limit:
+            raise TooLarge(limit)
         if isinstance(node, Characters):
             start = self.nfa.new()
             self.nfa.characters(node.ranges, start, end)

@@ -126,7 +126,8 @@ def as_of_2020(schema: Any) -> Any:
          [{}, {"x": 1}, {"y": 1, "x": 1}], [{"z": 1}, {"x": 2}]),
         ({"type": "object", "propertyNames": {"pattern": "^[a-c]+$"}, "additionalProperties": {"const": 1}},
          [{"abc": 1}], [{"d": 1}]),
-        ({"type": "object", "additionalProperties": False, "patternProperties": {"^n[0-9]$": {"type": "null"}}},
+        ({"type": "object", "patternProperties": {"^n[0-9]$": {"const": None}},
+          "additionalProperties": False},
          [{}, {"n1": None}], [{"n": None}, {"n1": 1}]),
         ({"type": "object", "patternProperties": {"^.{1,4}$": {"const": 1}},  # pydantic/pydantic#11404
           "additionalProperties": {"const": 1}}, [{"abcd": 1}], [{"abcd": 2}]),
