@@ -182,9 +182,9 @@ class _Compiler:
             if refs.count(given) > self._depth:
                 return NOTHING
             return self.value(self._resolved(given, where), where, (*refs, given))
-        if name in ("anyOf", "oneOf", "allOf"):
-            if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-                raise _error(where, f"{name!r} must be an array of schemas")
+        is_list = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
+        if name in ("anyOf", "oneOf", "allOf") and not is_list:
+            raise _error(where, f"{name!r} must be an array of schemas")
         if "$ref" in keywords or ("allOf" in keywords and (len(keywords) > 1 or len(given) > 1)):
             parts, refs = self._parts(schema, where, refs)
             return NOTHING if parts is None else self.value(merge(parts), where, refs)
@@ -406,6 +406,7 @@ class _Compiler:
         self.unenforced[f"{what}{' at ' + where[1:] if where else ''}"] = None
 
     def _number(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Piece:
+        schema = _with_exclusive_numbers(schema)
         for name in TYPE_TO_KEYWORDS["number"]:
             bound = schema.get(name)
             is_number = (
@@ -428,6 +429,17 @@ class _Compiler:
             low, schema.get("maximum"), schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
         )
         return Piece(f"({condition(factor)}{text})" if is_multiple else text, 40)
+
+
+def _with_exclusive_numbers(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without ``exclusiveMinimum: true`` beside ``minimum``, as draft 4 and OpenAPI 3.0 have it."""
+    numbers = dict(schema)
+    for exclusive, inclusive in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if isinstance(schema.get(exclusive), bool):
+            del numbers[exclusive]
+            if schema[exclusive] and inclusive in schema:
+                numbers[exclusive] = numbers.pop(inclusive)
+    return numbers
 
 
 def _strings(schema: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
