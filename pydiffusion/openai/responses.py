@@ -108,7 +108,9 @@ def create_chat_completion(
     Other parameters as for ``create_completion``; stop strings apply to the answer only.
     The response separates ``content``, ``reasoning_content`` and ``tool_calls``.
     """
-    constraint = {name: options.pop(name) for name in CONSTRAINTS if options.get(name) is not None}
+    constraint: dict[str, Any] = {
+        name: options.pop(name) for name in CONSTRAINTS if options.get(name) is not None
+    }
     if response_format is not None:
         given = constraint_of(response_format)
         if given and constraint:
@@ -130,8 +132,6 @@ def create_chat_completion(
         options = no_thinking(diffusion_model, options)
     limit = token_limit(diffusion_model, max_tokens, max_completion_tokens)
     chosen = _options(options, max_tokens=limit, stop=stop, seed=seed)
-    if use.cuts_after_call:
-        chosen = diffusion_model.resolve(chosen)  # for the seed, which the end reports
     if chosen.constraint is not None:
         with use.naming_tools():
             diffusion_model.automaton(chosen)
@@ -139,9 +139,11 @@ def create_chat_completion(
     session = prefilled_session(diffusion_model, prompt, session)
     choice = ChatChoice(0, session.n_past, is_named=use.is_named)
     response = _LibraryResponse(model or diffusion_model.name, [choice], chat=True)
-    events = session.generate_chat(chosen)
-    if use.cuts_after_call:
-        events = cut_after_call(events, chosen.seed)
+    # Resolved first where the end of the answer is ours, for the seed that it reports.
+    resolved = diffusion_model.resolve(chosen) if use.cuts_after_call else None
+    events = session.generate_chat(resolved or chosen)
+    if resolved is not None:
+        events = cut_after_call(events, resolved)
     if stream:
         return _stream(response, events)
     for event in events:

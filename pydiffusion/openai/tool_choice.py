@@ -13,6 +13,7 @@ from typing import Any
 
 from pydiffusion.errors import FunctionError, OptionError
 from pydiffusion.events import CanvasEvent, EndEvent, Event, ToolCall
+from pydiffusion.options import ResolvedOptions
 
 # Spellings of a choice by one word: OpenAI's and llama.cpp's; Mistral's and Anthropic's.
 _WORD_TO_MODE = {"none": "none", "auto": "auto", "required": "required", "any": "required"}
@@ -219,13 +220,13 @@ def up_to_first_call(event: CanvasEvent) -> tuple[CanvasEvent, bool]:
     return event, False
 
 
-def cut_after_call(events: Iterator[Event], seed: int) -> Iterator[Event]:
-    """End a generation after its first tool call. seed: the generation's."""
+def cut_after_call(events: Iterator[Event], options: ResolvedOptions) -> Iterator[Event]:
+    """End a generation after its first tool call. options: the generation's."""
     for event in events:
         called = False
         if isinstance(event, CanvasEvent):
             event, called = up_to_first_call(event)
         yield event
         if called:
-            yield EndEvent(reason="stop", timings={}, seed=seed)
+            yield EndEvent(reason="stop", timings={}, seed=options.seed)
             return
