@@ -1,10 +1,10 @@
-"""Constrained decoding: text that is guaranteed to match a JSON schema, a regular expression or a grammar, and
-tool calls whose arguments are guaranteed to match schemas.
+"""Constrained decoding: text that is guaranteed to match a JSON schema, a regular expression or a grammar,
+and tool calls whose arguments are guaranteed to match schemas.
 
 ``schema``, ``regex`` and ``calls`` reduce the constraint to one plain regular expression, which ``byte_dfa``
-compiles to a DFA over UTF-8 bytes; ``grammar`` parses llama.cpp's GBNF, which ``grammar_dfa`` compiles to such
-a DFA. ``token_automaton`` lifts it to the tokens of a vocabulary, and ``guide`` finds the most likely accepted
-canvas at every denoising step.
+compiles to a DFA over UTF-8 bytes; ``grammar`` parses llama.cpp's GBNF, which ``grammar_dfa`` compiles to
+such a DFA. ``token_automaton`` lifts it to the tokens of a vocabulary, and ``guide`` finds the most likely
+accepted canvas at every denoising step.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydiffusion.errors import FunctionError, OptionError
-from pydiffusion.events import CanvasEvent, EndEvent, Event, ToolCall
-from pydiffusion.options import ResolvedOptions
+from pydiffusion.events import CanvasEvent, EndEvent, Event
+
+from .reports import up_to_first_call
 
 # Spellings of a choice by one word: OpenAI's and llama.cpp's; Mistral's and Anthropic's.
 _WORD_TO_MODE = {"none": "none", "auto": "auto", "required": "required", "any": "required"}
@@ -212,21 +213,13 @@ def check_tools(tools: Any) -> list[Any] | None:
     return list(tools) or None
 
 
-def up_to_first_call(event: CanvasEvent) -> tuple[CanvasEvent, bool]:
-    """The event without what follows a tool call, and whether it has one."""
-    for i, part in enumerate(event.parts):
-        if isinstance(part, ToolCall):
-            return replace(event, parts=event.parts[: i + 1]), True
-    return event, False
-
-
-def cut_after_call(events: Iterator[Event], options: ResolvedOptions) -> Iterator[Event]:
-    """End a generation after its first tool call. options: the generation's."""
+def cut_after_call(events: Iterator[Event], seed: int) -> Iterator[Event]:
+    """End a generation after its first tool call. seed: the generation's."""
     for event in events:
         called = False
         if isinstance(event, CanvasEvent):
             event, called = up_to_first_call(event)
         yield event
         if called:
-            yield EndEvent(reason="stop", timings={}, seed=options.seed)
+            yield EndEvent(reason="stop", timings={}, seed=seed)
             return
