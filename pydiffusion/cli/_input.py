@@ -15,7 +15,7 @@ def decode(data: bytes, name: str) -> str:
     """The text of these bytes, called ``name`` in errors. Raises PyDiffusionError for UTF-16, ValueError for
     other bytes that are not UTF-8.
     """
-    if data.startswith(_UTF16) or (len(data) > 1 and data[:64].count(0) * 3 >= len(data[:64])):
+    if data.startswith(_UTF16) or (len(data) > 1 and data[:64].count(0) * 5 >= len(data[:64]) * 2):
         from pydiffusion import PyDiffusionError
 
         raise PyDiffusionError(

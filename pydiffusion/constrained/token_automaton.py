@@ -36,7 +36,7 @@ class Automaton:
         ends: Collection[int] = (),
         markers: Sequence[str] = (),
     ) -> None:
-        """expression: as from regex.py, or a grammar. ends: tokens that end a text, and so can't be part of it.
+        """expression: as from regex.py, or a grammar. ends: tokens that end a text, and so never are in it.
         markers: tokens of the chat format that the expression has, by index (``syntax.marker``).
 
         Raises ValueError if the automaton is too large, the vocabulary lacks a marker, or nothing satisfies

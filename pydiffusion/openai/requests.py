@@ -253,7 +253,7 @@ def _options(
     try:
         limits = fields.get("max_tokens"), fields.get("max_completion_tokens")
         choices["max_tokens"] = token_limit(model, *limits)
-        choices["eos"] = _end_ids(fields, model, constrained=len(choices) > 2)
+        choices["eos"] = _end_ids(fields, model, constrained=bool(constraint))
         return list(_each_choice(fields, choices, model))
     except OptionError as error:
         raise from_exception(error) from None
@@ -290,7 +290,7 @@ def _end_ids(
     ignored = _flag(fields, "ignore_eos", False)
     if constrained and (more or ignored):
         name = "stop_token_ids" if more else "ignore_eos"
-        raise invalid(f"{name} can't be combined with response_format or regex", name, "unsupported_value")
+        raise invalid(f"{name} can't be combined with a constrained answer", name, "unsupported_value")
     return (*(() if ignored else model.tokenizer.end_ids), *more) if more or ignored else None
 
 
