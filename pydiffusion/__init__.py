@@ -6,6 +6,8 @@ and the pure-Python parts (errors, options) work where the native module is not 
 
 from __future__ import annotations
 
+import logging
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
         PyDiffusionWarning,
         UnsupportedModelError,
     )
-    from .events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
+    from .events import CanvasEvent, ChatCompletion, Completion, DraftEvent, EndEvent, Event
     from .generation.infill import Infill
     from .model import DiffusionModel
     from .options import GenerationOptions, ResolvedOptions
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 _NAME_TO_MODULE = {
     "CanvasEvent": "events",
+    "ChatCompletion": "events",
     "Completion": "events",
     "ContextOverflowError": "errors",
     "ConversionError": "errors",
@@ -65,6 +68,7 @@ _NAME_TO_MODULE = {
 
 __all__ = [
     "CanvasEvent",
+    "ChatCompletion",
     "Completion",
     "ContextOverflowError",
     "ConversionError",
@@ -92,6 +96,11 @@ __all__ = [
     "devices",
     "plan",
 ]
+
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # output is the application's business
+if os.environ.get("PYDIFFUSION_LOG_LEVEL"):
+    import_module("._util.log", __name__).print_as_asked()
 
 
 def __getattr__(name: str) -> Any:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from .chat.messages import Message, answer_message
 from .chat.output_parser import Content, Part, Reasoning, ToolCall
 
 __all__ = [
     "CanvasEvent",
+    "ChatCompletion",
     "Completion",
     "Content",
     "DraftEvent",
@@ -47,6 +49,25 @@ class DraftEvent:
     def text(self) -> str:
         """The draft up to its first eos, without control tokens; decoded on first use."""
         return self._to_text(self.tokens)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the text instead of the tokenizer that decodes it."""
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        return _unpickled_draft, (own | {"_to_text": _Decoded(self.text)},)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """The text of an unpickled draft, decoded before."""
+
+    text: str
+
+    def __call__(self, tokens: np.ndarray) -> str:
+        return self.text
+
+
+def _unpickled_draft(own: dict[str, Any]) -> DraftEvent:
+    return DraftEvent(**own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,3 +132,26 @@ class Completion:
     def tokens_per_step(self) -> float:
         """Tokens per denoising step."""
         return len(self.tokens) / self.steps if self.steps else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class ChatCompletion(Completion):
+    """Result of a chat: the answer, with reasoning and tool calls apart.
+
+    text: the answer's text only.  tokens: of all that was generated, reasoning, calls and their markers
+        included.
+    reasoning: the reasoning, empty if there is none.  tool_calls: in order, arguments as a dict.
+    n_cached: prompt tokens that were in the session's cache already.
+    Otherwise as Completion; a model that calls a tool ends its turn, so ``finish_reason`` is "eos" then too.
+    """
+
+    reasoning: str
+    tool_calls: tuple[ToolCall, ...]
+    n_cached: int
+
+    @cached_property
+    def message(self) -> Message:
+        """The answer as a message in OpenAI's format, to append to the conversation; do so before a tool's
+        result, which refers to an id in it.
+        """
+        return answer_message(self.text, self.reasoning, self.tool_calls)

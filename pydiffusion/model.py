@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import itertools
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from . import _native
 from ._util import hub
@@ -21,8 +21,9 @@ from .chat.sanitize import Sanitizer
 from .chat.template import ChatTemplate
 from .chat.template_source import OUTDATED, REPLACE_IT, TEMPLATE_KEY, find_template, is_outdated
 from .device_plan import DEFAULT_N_CTX, check_kv_type, device_request
-from .errors import PyDiffusionError, PyDiffusionWarning, UnsupportedModelError
+from .errors import PyDiffusionWarning, UnsupportedModelError
 from .generation import batching, session_file
+from .generation.async_methods import AsyncMethods
 from .generation.infill import (
     DEFAULT_HOLE_TOKENS,
     Infill,
@@ -33,52 +34,24 @@ from .generation.infill import (
     prepare,
     prompt_of,
 )
-from .generation.prompt import prefilled_session
+from .generation.native_model import NativeModel
+from .generation.prompt import check_prompts, check_text, prefilled_session
 from .generation.token_ids import TokenIds
+from .openai.chat import Chat, ChatSettings, Messages, Tools
 from .options import CONSTRAINTS, GenerationOptions, ResolvedOptions, make_options
 from .session import Session
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from .constrained import Automaton
-    from .events import Completion, Event
+    from .events import ChatCompletion, Completion, Event
 
 _N_AUTOMATA = 16
 
-
-class NativeModel:
-    """A model's weights until it is closed, and the native objects that use them. For this package only."""
-
-    def __init__(self, model: _native.Model, path: Path) -> None:
-        self._model: _native.Model | None = model
-        self._path = path
-
-    @property
-    def file(self) -> _native.GgufFile:
-        """The file that the weights are from."""
-        return self._open_model().file
-
-    def new_session(self, n_ctx: int) -> _native.Session:
-        """A session with a cache of ``n_ctx`` tokens. Raises InsufficientMemoryError."""
-        return _native.Session(self._open_model(), n_ctx)
-
-    def new_batch(self) -> _native.Batch:
-        """A batch, which denoises several sessions in one graph."""
-        return _native.Batch(self._open_model())
-
-    def close(self) -> None:
-        """Release the weights; sessions and batches keep them alive. Whatever follows raises
-        PyDiffusionError.
-        """
-        self._model = None
-
-    def _open_model(self) -> _native.Model:
-        if self._model is None:
-            raise PyDiffusionError(f"{self._path} is closed")
-        return self._model
+log = logging.getLogger("pydiffusion")
 
 
-class DiffusionModel:
+class DiffusionModel(AsyncMethods):
     """A DiffusionGemma model from a GGUF file. Thread-safe if each thread uses its own session.
 
     Use it as a context manager, or ``close`` it, to free its memory early.
@@ -167,6 +140,7 @@ class DiffusionModel:
         self._chat_template: ChatTemplate | None = None
         self._template_lock = threading.Lock()
         self._automata: dict[Any, Automaton] = {}
+        log.info("opened %s: %s, context %d", self.path, self.description, self.n_ctx)
 
     @classmethod
     def from_pretrained(
@@ -244,11 +218,25 @@ class DiffusionModel:
 
         ends = frozenset(self.resolve(options).eos)
         key = (*(getattr(options, name) for name in CONSTRAINTS), ends)
-        found = self._automata.pop(key, None) or automaton_for(options, self.tokenizer, ends)
+        found = self._automata.pop(key, None)
+        if found is None:
+            found = automaton_for(options, self.tokenizer, ends)
+            unenforced = self.unenforced(options)
+            if unenforced:
+                name = options.constraint
+                warn_caller(f"{name}: not enforced: {'; '.join(unenforced)}", PyDiffusionWarning)
         self._automata[key] = found  # most recently used last
         if len(self._automata) > _N_AUTOMATA:
             self._automata.pop(next(iter(self._automata)), None)
         return found
+
+    def unenforced(self, options: GenerationOptions) -> tuple[str, ...]:
+        """The constraints of the options' schemas that a text may violate, each with its place
+        (``"uniqueItems at properties/tags"``). Raises OptionError as ``automaton``.
+        """
+        from .constrained import unenforced_by
+
+        return unenforced_by(options)
 
     def _template(self) -> ChatTemplate:
         with self._template_lock:
@@ -348,13 +336,70 @@ class DiffusionModel:
         Yields (index of the prompt, its Completion) in order of completion; for a prompt that fails, the
         error (a PyDiffusionError or ValueError) instead of its Completion, while the others continue.
         """
-        if isinstance(n_parallel, bool) or not isinstance(n_parallel, int) or n_parallel < 1:
-            raise ValueError(f"n_parallel is {n_parallel!r}; permitted is an integer of at least 1")
-        if options is None or isinstance(options, GenerationOptions):
-            each: Iterable[GenerationOptions] = itertools.repeat(make_options(options, keywords))
-        else:
-            each = (make_options(one, keywords) for one in options)
-        requests = zip(prompts, each, strict=False)
+        check_prompts(prompts, "prompts", "model.generate")
+        requests = batching.requests_of(prompts, options, keywords)
+        return batching.generate_batch(self, requests, n_parallel, n_ctx, on_event)
+
+    def chat(
+        self,
+        messages: Messages,
+        options: GenerationOptions | None = None,
+        *,
+        tools: Tools | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        session: Session | None = None,
+        **keywords: Any,
+    ) -> ChatCompletion:
+        """Answer messages, ``{"role": ..., "content": ...}``, with the model's chat template.
+
+        tools, tool_choice: as in OpenAI's API; a call that is required is guaranteed.
+        enable_thinking, chat_template_kwargs: passed to the template. False also closes reasoning that the
+            model starts anyway (``thinking_budget=0``).
+        options or keywords: see GenerationOptions; without ``max_tokens`` the answer runs to its end or that
+            of the context. Stop strings cut the answer only.
+        on_event, session: as for ``generate``; with a session the next turn encodes only what is new.
+        Raises as ``chat_prompt`` and ``generate``.
+        """
+        settings = ChatSettings(tools, tool_choice, None, enable_thinking, chat_template_kwargs)
+        return Chat(self, messages, make_options(options, keywords), settings, session).complete(on_event)
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        options: GenerationOptions | None = None,
+        *,
+        tools: Tools | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        session: Session | None = None,
+        **keywords: Any,
+    ) -> Iterator[Event]:
+        """As ``chat``, but yields the events; ``CanvasEvent.parts`` separates reasoning, answer and calls."""
+        settings = ChatSettings(tools, tool_choice, None, enable_thinking, chat_template_kwargs)
+        return Chat(self, messages, make_options(options, keywords), settings, session).events()
+
+    def chat_batch(
+        self,
+        conversations: Iterable[Messages],
+        options: GenerationOptions | Iterable[GenerationOptions] | None = None,
+        *,
+        tools: Tools | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        n_parallel: int = 4,
+        n_ctx: int | None = None,
+        on_event: Callable[[int, Event], None] | None = None,
+        **keywords: Any,
+    ) -> Iterator[tuple[int, batching.Outcome]]:
+        """As ``generate_batch``, for conversations: yields (index, ChatCompletion or error)."""
+        check_prompts(conversations, "conversations", "model.chat")
+        settings = ChatSettings(tools, tool_choice, None, enable_thinking, chat_template_kwargs)
+        requests = batching.requests_of(conversations, options, keywords, settings)
         return batching.generate_batch(self, requests, n_parallel, n_ctx, on_event)
 
     def infill(
@@ -377,6 +422,7 @@ class DiffusionModel:
         A hole attends to its own canvas and everything before it. Options as for ``generate``, except
         ``max_tokens``, ``stop`` and ``eos``. Raises ValueError without a hole, ContextOverflowError.
         """
+        check_text("text", text)
         layout = lay_out(self, text, hole_tokens, whole=instruction is not None)
         return self._fill(layout, instruction, make_options(options, keywords), on_event, session)
 
@@ -396,6 +442,7 @@ class DiffusionModel:
 
         more_tokens: tokens that each span may grow by. Otherwise as ``infill``.
         """
+        check_text("text", text)
         layout = lay_out_spans(self, text, spans, more_tokens, whole=instruction is not None)
         return self._fill(layout, instruction, make_options(options, keywords), on_event, session)
 
@@ -435,6 +482,12 @@ class DiffusionModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a DiffusionModel can't be pickled or copied: open {self.path} in each process; threads can"
+            " share one, and sessions share its weights"
+        )
 
     def __repr__(self) -> str:
         return f"DiffusionModel({os.fspath(self.path)!r}, n_ctx={self.n_ctx})"

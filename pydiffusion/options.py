@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from ._util.function_calls import normalized_calls
+from ._util.option_hints import unknown_option
 from .errors import ModelFormatError, OptionError
 from .tokenizer.end_tokens import find_end_tokens
 
@@ -21,6 +22,7 @@ _MAX_SEED = 2**64 - 1
 #: Options that constrain the text, of which one can be given.
 Constraint: TypeAlias = Literal["json_schema", "regex", "grammar", "function_calls"]
 CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
+_CONSTRAINT_TO_WORDS = {"function_calls": "function_calls (forced or strict tool calls)"}
 
 
 def _refused(name: str, value: Any, permitted: str) -> OptionError:
@@ -362,8 +364,9 @@ def _check_constraint(options: GenerationOptions) -> None:
         raise OptionError(given[0], f"{' and '.join(given)} exclude each other: give one")
     for name in ("stop", "canvas", "hold", "thinking_budget", "stop_on_repetition"):
         if getattr(options, name) not in (None, (), False):
+            constraint = _CONSTRAINT_TO_WORDS.get(options.constraint or "", options.constraint)
             raise OptionError(
-                name, f"{name} can't be combined with {options.constraint}: the text could not be kept whole"
+                name, f"{name} can't be combined with {constraint}: the text could not be kept whole"
             )
 
 
@@ -386,12 +389,37 @@ def _from_file(name: str, key: str | None, reference: Any, metadata: Mapping[str
         raise ModelFormatError(f"{key}: {error}") from None
 
 
+# Measured (docs/denoising-options.md): with the schedule scaled by less, answers get worse. A low temperature
+# also lowers the entropies by which positions are accepted, so the first steps accept what they should not.
+_LOWEST_FACTOR = 0.5
+_MAX_TEMPERATURE = 100.0
+
+
+def at_temperature(temperature: float, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The keywords of GenerationOptions that a caller's temperature means.
+
+    It scales t_min and t_max: 1 is the schedule of the file, whose metadata is given, else of the reference.
+    Values below 0.5 scale as 0.5 does. 0 also sets a seed, so equal requests get equal texts.
+    Raises OptionError for anything but a number from 0 to 100.
+    """
+    from ._util.sampler_options import file_options, sampler_of  # loads the extension
+
+    given = _number("temperature", temperature)
+    if given > _MAX_TEMPERATURE:
+        raise _refused("temperature", temperature, f"a number from 0 to {_MAX_TEMPERATURE:g}")
+    metadata = metadata or {}
+    in_file = file_options(sampler_of(metadata))
+    schedule = {name: _from_file(name, *in_file[name], metadata) for name in ("t_min", "t_max")}
+    scaled = {name: value * max(given, _LOWEST_FACTOR) for name, value in schedule.items()}
+    return scaled if given else {**scaled, "seed": 0}
+
+
 def make_options(options: GenerationOptions | None, keywords: Mapping[str, Any]) -> GenerationOptions:
     """Return ``options``, or build them from keywords; TypeError for both at once or an unknown keyword."""
     if options is None:
         unknown = sorted(set(keywords) - set(_NAME_TO_CHECK))
         if unknown:
-            raise TypeError(f"unknown option {unknown[0]!r}; the options are {', '.join(_NAME_TO_CHECK)}")
+            raise TypeError(unknown_option(unknown[0], _NAME_TO_CHECK))
         return GenerationOptions(**keywords)
     if not isinstance(options, GenerationOptions):
         raise TypeError(f"options must be GenerationOptions, not {type(options).__name__}")

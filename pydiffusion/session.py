@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -129,6 +129,9 @@ class Session:
         Raises ContextOverflowError if they don't fit.
         """
         self.native.copy_from(other.native)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Session can't be pickled or copied: use fork(), or save(path) and load_session")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens and cache to a file for ``DiffusionModel.load_session``, atomically.

@@ -90,6 +90,8 @@ def _groups(
 
 def part_path(target: Path, index: int, count: int) -> Path:
     """Path of a part; ``target``'s suffix ``.gguf`` and part number, if any, are stripped."""
+    if target.is_dir() or not target.name:
+        raise ConversionError(f"{target}: is a folder; give the name of the file to write, NAME.gguf")
     match = _NAME.fullmatch(target.name)
     stem = match[1] if match else target.name.removesuffix(".gguf")
     return target.with_name(f"{stem}-{index + 1:05d}-of-{count:05d}.gguf")

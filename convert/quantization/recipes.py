@@ -168,15 +168,28 @@ NEEDS_IMATRIX = frozenset(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_
 
 def recipe_name(text: str, permitted: Sequence[str] = TYPES) -> str:
     """The recipe that ``text`` names, in any case, with dashes for underscores, or by another program's name
-    for it (``Q4_K_M``, ``q4-k-m``, ``Q4_K``). Raises ValueError, naming the nearest and all permitted.
+    or number for it (``Q4_K_M``, ``q4-k-m``, ``Q4_K``, ``15``). Raises ValueError, naming the nearest and all
+    permitted.
     """
     name = text.lower().replace("-", "_")
-    name = _ALIASES.get(name, name)
+    name = _ALIASES.get(name, _of_number(name) if name.isdecimal() else name)
     if name in permitted:
         return name
     near = _nearest(name, permitted)
     hint = f" (the nearest is {near})" if near else ""
     raise ValueError(f"type is {text!r}, which is not known{hint}; permitted are {', '.join(permitted)}")
+
+
+def _of_number(text: str) -> str:
+    """The recipe of llama-quantize's number, as in ``general.file_type``; the text if there is none."""
+    from gguf import LlamaFileType
+
+    try:
+        name = LlamaFileType(int(text)).name.lower()
+    except ValueError:
+        return text
+    name = name.removeprefix("all_").removeprefix("mostly_")
+    return _ALIASES.get(name, name)
 
 
 def _nearest(name: str, permitted: Sequence[str]) -> str | None:

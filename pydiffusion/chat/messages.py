@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from numbers import Number
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .output_parser import ToolCall
 
 Message = dict[str, Any]
 _MAX_DEPTH = 64
+_NOT_LISTS = (bytes, bytearray, memoryview, set, frozenset)  # a set has no order
 # Names that the renderer passes to the template itself.
 _RENDERED = frozenset(("self", "messages", "tools", "bos_token", "eos_token", "add_generation_prompt"))
 
@@ -23,18 +29,50 @@ _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 def plain(value: Any, where: str, depth: int = 0) -> Any:
     """Convert a value to plain dicts, lists, strings and numbers.
 
-    Everything given to a template passes through here, so that sanitizing misses no string. Raises ValueError
-    for anything else, and for values nested too deeply.
+    Everything given to a template passes through here, so that sanitizing misses no string. Pydantic's
+    models, such as the messages and calls of OpenAI's client, become dicts. Raises ValueError for anything
+    else, and for values nested too deeply.
     """
+    if isinstance(value, Enum):  # one that is a str too is printed by its name
+        value = value.value
+    if hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0:
+        value = value.item()  # a number of numpy, which a template can't write as JSON
     if value is None or isinstance(value, (str, Number)):
         return value
     if depth > _MAX_DEPTH:
         raise ValueError(f"{where} is nested too deeply")
+    value = _dumped(value)
     if isinstance(value, Mapping):
         return {plain(k, where, depth + 1): plain(v, where, depth + 1) for k, v in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, memoryview)):
+    if isinstance(value, Iterable) and not isinstance(value, _NOT_LISTS):
         return [plain(entry, where, depth + 1) for entry in value]
     raise ValueError(f"{where} holds a {type(value).__name__}; give text, numbers, dicts and lists")
+
+
+def _dumped(value: Any) -> Any:
+    """The fields of a model of pydantic, which would be iterated over as pairs; anything else as it is."""
+    dump = getattr(value, "model_dump", None)
+    return dump(mode="json") if callable(dump) and not isinstance(value, type) else value
+
+
+def answer_message(text: str, reasoning: str, calls: Iterable[ToolCall]) -> Message:
+    """An assistant's message in OpenAI's format; content is None if there are only tool calls."""
+    tool_calls = [call_object(call) for call in calls]
+    message: Message = {"role": "assistant", "content": text if text.strip() or not tool_calls else None}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if tool_calls:
+        message["tool_calls"] = tool_calls
+    return message
+
+
+def call_object(call: ToolCall) -> dict[str, Any]:
+    """A tool call in OpenAI's format, with an id of its own and the arguments as JSON."""
+    return {
+        "id": f"call_{secrets.token_hex(12)}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+    }
 
 
 def normalize_messages(messages: Iterable[Any]) -> list[Message]:
@@ -44,7 +82,9 @@ def normalize_messages(messages: Iterable[Any]) -> list[Message]:
     field is dropped. Raises ValueError naming the invalid message.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
-        raise ValueError(f"messages must be a list of dicts; it is of type {type(messages).__name__}")
+        kind = type(messages).__name__
+        example = ', such as [{"role": "user", "content": "Hello"}]'
+        raise ValueError(f"messages must be a list of dicts{example}; it is of type {kind}")
     normalized = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     if not normalized:
         raise ValueError("messages is empty; give at least one message")
@@ -71,9 +111,10 @@ def template_variables(given: Any) -> dict[str, Any]:
 
 
 def _message(message: Any, where: str) -> Message:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+    given = _dumped(message)
+    if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
         raise ValueError(f"{where} must be a dict with a role, a string; it is {message!r}"[:200])
-    said = _without_nulls(plain(message, where))
+    said = _without_nulls(plain(given, where))
     said["content"] = _content(said.get("content"), where)
     if said["role"] == "developer":  # OpenAI's newer name, unknown to most templates
         said["role"] = "system"

@@ -6,6 +6,8 @@ it needs when it runs, so that ``--help`` is fast and needs no native module.
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
 import re
 import sys
@@ -29,16 +31,21 @@ from . import (
     imatrix,
     infill,
     inspect,
+    list_models,
     merge,
+    pull,
     quantize,
+    run,
     serve,
     split,
     verify,
 )
+from ._commands import Command, Group, with_home
 from ._text import one_line, say
 
 app = typer.Typer(
     name="pydiffusion",
+    cls=Group,
     help="Run block text-diffusion language models (DiffusionGemma) from GGUF files.",
     add_completion=False,
     rich_markup_mode=None,
@@ -47,9 +54,10 @@ app = typer.Typer(
 )
 for _module in (
     *(convert, quantize, split, merge, imatrix, verify, evaluate, inspect),
-    *(generate, infill, batch, chat, serve, demo, devices, bench, doctor),
+    *(generate, infill, batch, chat, run, serve, pull, list_models, demo, devices, bench, doctor),
 ):
-    app.command(_module.__name__.rpartition(".")[2])(_module.command)
+    _name = _module.__name__.rpartition(".")[2].removesuffix("_models")
+    app.command(_name, cls=Command)(with_home(_module.command))
 
 
 def _print_version(context: typer.Context, parameter: typer.CallbackParam, wanted: bool) -> None:
@@ -120,9 +128,8 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (``sys.argv`` unless given) and return its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # characters missing from the terminal's encoding must not raise
-            stream.reconfigure(errors="replace")
+    _standard_streams()
+    code = 0
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -130,13 +137,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader of our output has exited, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return 1
+    except OSError as error:  # of a full disk, or a closed output
+        if code == 0:
+            print(f"pydiffusion: standard output: {error.strerror or error}", file=sys.stderr)
+        _forget_output()
+        return code or 1
+
+
+def _standard_streams() -> None:
+    """Open what the caller has closed (``>&-``), so that no other file gets its number: the input is empty
+    then, writing to the output fails. Characters missing from a terminal's encoding must not raise.
+    """
+    for number, (name, mode, flags) in enumerate(
+        [("stdin", "r", os.O_RDONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY)]
+    ):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, flags)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115, PTH123
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _forget_output() -> None:
+    """Python writes what is left in the buffer when it ends: to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@functools.cache
+def _program() -> Any:
+    return typer.main.get_command(app)
 
 
 def _run(arguments: list[str] | None) -> int:
     try:
-        code = app(args=arguments, prog_name="pydiffusion", standalone_mode=False) or 0
+        code = _program()(args=arguments, prog_name="pydiffusion", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = 130  # some versions of typer return it themselves
     except BrokenPipeError:
@@ -161,18 +201,24 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
         print(warnings.formatwarning(message, category, *where[:2]), end="", file=sys.stderr)
 
 
+# Of a print to a closed or full output; errors of other files name them.
+_OF_OUTPUT = (errno.EBADF, errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
 def _report(error: Exception) -> int:
     """Print an error on one line, and the traceback if PYDIFFUSION_DEBUG is set."""
-    from pydiffusion import PyDiffusionError
+    from pydiffusion import OptionError, PyDiffusionError
 
     if os.environ.get("PYDIFFUSION_DEBUG"):
         traceback.print_exception(error)
     message = one_line(str(error)) or type(error).__name__
     if isinstance(error, MemoryError):
         message = "out of memory"
+    elif isinstance(error, OSError) and error.filename is None and error.errno in _OF_OUTPUT:
+        message = f"standard output: {error.strerror}"
     elif isinstance(error, OSError) and error.filename is not None and error.strerror:
         message = one_line(f"{error.filename}: {error.strerror}")
     elif not isinstance(error, (PyDiffusionError, OSError, ValueError)):
         message = f"{type(error).__name__}: {message} (PYDIFFUSION_DEBUG=1 shows where)"
     print(f"pydiffusion: {message}", file=sys.stderr)
-    return 1
+    return 2 if isinstance(error, OptionError) else 1

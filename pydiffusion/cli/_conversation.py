@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._run import figures, prefill
+from ._state import Message, SavedChat, new_chat_file, read_messages, saved_chats, write_messages
 from ._text import printable, say
 
 if TYPE_CHECKING:
     from pydiffusion import DiffusionModel, GenerationOptions
 
-Message = dict[str, str]
+#: Options that a chat can set, by field name of GenerationOptions, and temperature.
+OPTIONS: dict[str, Callable[[str], Any]] = {
+    "steps": int,
+    "seed": int,
+    "max_tokens": int,
+    "temperature": float,
+    "t_min": float,
+    "t_max": float,
+    "entropy_bound": float,
+    "confidence_threshold": float,
+    "stability_threshold": int,
+    "thinking_budget": int,
+    "stop": str,
+}
+MINUS_ONE_IS_NONE = ("seed", "max_tokens")
 
 
 class CommandError(Exception):
@@ -22,13 +37,16 @@ class CommandError(Exception):
 
 
 class Conversation:
-    """Messages of a chat and the session that caches them."""
+    """Messages of a chat and the session that caches them; saved after each answer, if asked for."""
 
-    def __init__(self, model: DiffusionModel, options: GenerationOptions, system: str | None) -> None:
+    def __init__(
+        self, model: DiffusionModel, options: GenerationOptions, system: str | None, *, save: bool = False
+    ) -> None:
         self._model = model
         self._options = options
         self._system = system
         self._session = model.new_session()
+        self._saves = save
         self.reset()
 
     def reset(self) -> None:
@@ -36,12 +54,62 @@ class Conversation:
         self._messages: list[Message] = (
             [] if self._system is None else [{"role": "system", "content": self._system}]
         )
+        self._file: Path | None = None
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether ``chat --continue`` would find this conversation."""
+        return self._file is not None
+
+    def resume(self, chat: SavedChat) -> None:
+        """Go on with a saved conversation, in its file."""
+        self._take(chat.messages)
+        self._file = chat.path
+
+    def set_system(self, text: str) -> str:
+        """Replace the system message for what follows; returns a message. Empty text shows it."""
+        if text:
+            self._system = text
+            self._take([message for message in self._messages if message["role"] != "system"])
+        return f"system message: {self._system}" if self._system is not None else "there is no system message"
+
+    def _take(self, messages: list[Message]) -> None:
+        """Take over messages; those without a system message get the chat's."""
+        first = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+        if first is None and self._system is not None:
+            messages = [{"role": "system", "content": self._system}, *messages]
+        self._system = first or self._system
+        self._messages = messages
 
     def say(self, text: str) -> None:
-        """Add a user message and print the answer."""
+        """Add a user message and print the answer; without an answer the message is forgotten."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            what = f"the message is not valid UTF-8 at character {error.start + 1}: it is left out"
+            raise CommandError(what) from None
         self._messages.append({"role": "user", "content": text})
-        if not self._answer():
-            self._messages.pop()
+        answered = False
+        try:
+            answered = self._answer()
+        finally:
+            if not answered:
+                self._messages.pop()
+        if answered:
+            self._autosave()
+
+    def _autosave(self) -> None:
+        from pydiffusion import PyDiffusionError
+
+        if not self._saves:
+            return
+        file = self._file or new_chat_file()
+        try:
+            write_messages(file, self._messages, private=True)
+            self._file = file
+        except PyDiffusionError as error:
+            self._saves = False
+            say(f"pydiffusion: warning: the conversation is not saved: {error}")
 
     def retry(self) -> None:
         """Regenerate the last answer; the previous one is restored if the new one is empty."""
@@ -50,6 +118,7 @@ class Conversation:
             raise CommandError("there is no message to answer again")
         if not self._answer() and before is not None:
             self._messages.append(before)
+        self._autosave()
 
     def edit(self, text: str) -> None:
         """Replace the last answer by a text; holes in it are filled."""
@@ -76,55 +145,66 @@ class Conversation:
             text = collect(layout, self._session.complete(own), model.tokenizer).text
             print(printable(text) if sys.stdout.isatty() else text)
         self._messages[-1] = {"role": "assistant", "content": text}
+        self._autosave()
 
     def set_option(self, name: str, given: str) -> str:
-        """Set ``steps`` or ``seed`` to a number, or reset it without one; returns a message."""
+        """Set a generation option from text, or reset it without; returns a message."""
         from pydiffusion import OptionError
+        from pydiffusion.options import at_temperature
 
+        if name not in OPTIONS:
+            raise CommandError(f"{name} can't be set here; options are {', '.join(OPTIONS)}")
+        convert = OPTIONS[name]
+        choice: dict[str, Any] = {name: None}
         try:
-            choice: dict[str, Any] = {name: int(given) if given else None}
-        except ValueError:
-            raise CommandError(f"/{name} takes a number") from None
-        try:
+            if given and not (name in MINUS_ONE_IS_NONE and given == "-1"):
+                value = convert(given)
+                choice = (
+                    at_temperature(value, self._model.metadata) if name == "temperature" else {name: value}
+                )
+            elif name == "temperature":
+                choice = {"t_min": None, "t_max": None}
             self._options = replace(self._options, **choice)
         except OptionError as error:
             raise CommandError(str(error)) from None
-        return (
-            f"{name} {given}"
-            if given
-            else f"{name}: {'drawn anew' if name == 'seed' else 'as the file says'}"
-        )
+        except ValueError:
+            raise CommandError(f"/{name} takes a number") from None
+        if given:
+            return f"{name} {given}"
+        return f"{name}: {'drawn anew' if name == 'seed' else 'as the file says'}"
 
     def save(self, path: str) -> str:
         """Write the messages to a file atomically."""
+        from pydiffusion import PyDiffusionError
+
         if not path:
             raise CommandError("give a file: /save FILE")
-        target = Path(path).expanduser()
-        part = target.with_name(target.name + ".part")
         try:
-            part.write_text(
-                json.dumps({"messages": self._messages}, ensure_ascii=False, indent=1) + "\n", "utf-8"
-            )
-            part.replace(target)
-        except OSError as error:
-            raise CommandError(f"{path}: {error.strerror or error}") from None
+            write_messages(Path(path).expanduser(), self._messages)
+        except (PyDiffusionError, RuntimeError) as error:
+            raise CommandError(str(error)) from None
         return f"{len(self._messages)} messages saved in {path}"
 
-    def load(self, path: str) -> str:
-        """Load the messages of a file written by ``save``."""
-        if not path:
-            raise CommandError("give a file: /load FILE")
-        try:
-            read: Any = json.loads(Path(path).expanduser().read_text("utf-8"))
-        except OSError as error:
-            raise CommandError(f"{path}: {error.strerror or error}") from None
-        except ValueError:
-            raise CommandError(f"{path} is not a saved chat") from None
-        messages = read.get("messages") if isinstance(read, dict) else None
-        if not isinstance(messages, list) or not all(map(_is_message, messages)):
-            raise CommandError(f"{path} is not a saved chat")
-        self._messages = messages
-        return f"{len(messages)} messages loaded from {path}"
+    def load(self, given: str) -> str:
+        """Load the messages of a file written by ``save``, or of a saved conversation by its number; list
+        these without either.
+        """
+        chats = saved_chats() if not given or given.isdecimal() else []
+        if not given:
+            lines = [f"{i:3}  {chat.line()}" for i, chat in enumerate(chats, 1)]
+            print("\n".join(printable(line) for line in lines), file=sys.stderr, flush=True)
+            return "/load NUMBER goes on with one, /load FILE loads one that /save wrote"
+        if given.isdecimal() and 0 < int(given) <= len(chats):
+            self.resume(chats[int(given) - 1])
+        else:
+            try:
+                self._take(read_messages(Path(given).expanduser()))
+            except OSError as error:
+                raise CommandError(f"{given}: {error.strerror or error}") from None
+            except (ValueError, RuntimeError):
+                raise CommandError(f"{given} is not a saved chat") from None
+            self._file = None
+        return f"{len(self._messages)} messages loaded from {given}"
 
     def _role_of_last(self) -> str | None:
         return self._messages[-1]["role"] if self._messages else None
@@ -157,11 +237,3 @@ class Conversation:
         if printer.text:
             self._messages.append({"role": "assistant", "content": printer.text})
         return bool(printer.text)
-
-
-def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("role") in ("system", "user", "assistant")
-        and isinstance(value.get("content"), str)
-    )

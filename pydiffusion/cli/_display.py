@@ -14,7 +14,7 @@ from ._progress import stderr_console
 from ._text import one_line, printable
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
     from rich.text import Text
 
     from pydiffusion.events import CanvasEvent, DraftEvent, Event
@@ -93,10 +93,7 @@ class CanvasDisplay:
             self._live.stop()
         self._echo.close()
 
-    def _layout(self, event: DraftEvent, line: str) -> Table:
-        from rich.table import Table
-        from rich.text import Text
-
+    def _facts(self, event: DraftEvent) -> list[str]:
         facts = [
             f"canvas {event.canvas_index + 1}",
             f"step {event.steps - event.step + 1} of {event.steps}",
@@ -105,6 +102,13 @@ class CanvasDisplay:
         ]
         if self._canvas_steps:
             facts.append(f"{np.mean(self._canvas_steps):.1f} steps per canvas")
+        return facts
+
+    def _layout(self, event: DraftEvent, line: str) -> RenderableType:
+        from rich.table import Table
+        from rich.text import Text
+
+        facts = self._facts(event)
         width = self._console.width - _MARGIN
         narrow = width < _NARROW
         draft = Text(line) + self.styled(event.tokens, event.accepted)
@@ -143,6 +147,17 @@ class CanvasDisplay:
             text.append(shown, _style(settled))
         text.append(printable(run.decode("utf-8", "replace")), _style(run_settled))
         return text
+
+
+class StepLine(CanvasDisplay):
+    """One line about the canvas and its steps, in place of its text."""
+
+    def _layout(self, event: DraftEvent, line: str) -> RenderableType:
+        from rich.text import Text
+
+        width = max(1, self._console.width - _MARGIN)
+        rows = [*Text(line).wrap(self._console, width), Text(" · ".join(self._facts(event))[:width], "cyan")]
+        return Text("\n").join(rows[-max(1, self._console.height - 1) :])
 
 
 def _style(settled: bool) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +30,13 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
     if threads is not None and (warning := too_many_threads(threads)):
         say(f"pydiffusion: warning: --threads: {warning}")
     if ctx is not None and ctx < 1:
-        raise typer.BadParameter(f"--ctx is {ctx}; permitted is an integer of at least 1")
+        raise typer.BadParameter(
+            f"--ctx is {ctx}; permitted is an integer of at least 1 (the default is 8192)"
+        )
     if layers is not None and layers != "auto" and not layers.isdecimal():
-        raise typer.BadParameter(f"--gpu-layers is {layers}; permitted is auto or an integer of at least 0")
+        raise typer.BadParameter(
+            f"--gpu-layers is {layers}; permitted is auto or an integer of at least 0 (999 for all)"
+        )
     cache_type = runtime.get("cache_type") or "auto"
     if cache_type not in KV_TYPES:
         raise typer.BadParameter(f"--cache-type is {cache_type}; permitted are f32, f16 and q8_0")
@@ -65,48 +68,84 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_text(path: Path) -> str:
-    """Read a file as text. Raises ValueError with the position if it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 (byte {error.start}): convert it, as by 'iconv -f LATIN1 -t UTF-8'"
-        ) from None
+def model_file(given: Path, *, refresh: bool = False) -> Path:
+    """The GGUF file that ``-m`` or an argument names: a path, or a model on the Hugging Face Hub, from the
+    cache if it is there, else downloaded. refresh: ask the hub for a newer one.
+
+    Raises PyDiffusionError if there is none, with what to do about it.
+    """
+    from pydiffusion._util import hub
+
+    from ._progress import quiet_hub_in_a_pipe
+
+    reference = hub.model_reference(given)
+    if reference is None:
+        return given
+    quiet_hub_in_a_pipe()
+    return hub.fetch_model(reference, refresh=refresh, announce=say)
 
 
-def read_text_or_stdin(file: Path) -> str:
-    """Read a file, or standard input for ``-``, as text. Raises ValueError if it is not UTF-8."""
-    data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        name = "standard input" if str(file) == "-" else str(file)
-        raise ValueError(f"{name} is not valid UTF-8 at byte {error.start}") from None
+def model_and_rest(
+    model: Path | None, words: Sequence[str], *, first: bool = False
+) -> tuple[Path, list[str]]:
+    """The model of ``-m``, or the first word if it names one, and the other words; a usage error without.
+
+    first: the first word is the model, whatever it looks like.
+    """
+    from pydiffusion._util.hub import model_reference
+
+    if model is not None:
+        return model, list(words)
+    if words:
+        text = words[0].strip()
+        if first or text.endswith(".gguf") or Path(text).is_file() or model_reference(text) is not None:
+            return Path(words[0]), list(words[1:])
+    raise typer.BadParameter("give a model: -m FILE, or -m OWNER/NAME of the Hugging Face Hub")
+
+
+def check_options(choices: Mapping[str, Any]) -> None:
+    """A usage error for options that no model could take: out of range, or a constraint that is invalid."""
+    from pydiffusion.generation.constraints import check_constraint
+
+    check_constraint(make_options(**choices))
 
 
 def make_options(model: DiffusionModel | None = None, **choices: Any) -> GenerationOptions:
-    """GenerationOptions from the command line; a usage error (exit code 2) for a value out of range."""
+    """GenerationOptions from the command line; ``temperature`` gives those that it means, unless given. A
+    usage error (exit code 2) for a value out of range.
+    """
     from pydiffusion import GenerationOptions
+    from pydiffusion.options import at_temperature
 
-    if model is not None and choices.get("max_tokens") is None:
+    temperature = choices.pop("temperature", None)
+    if model is not None and choices.get("max_tokens", 0) is None:  # of a command that has the option
         choices["max_tokens"] = model.n_ctx
     try:
+        if temperature is not None:
+            meant = at_temperature(temperature, {} if model is None else model.metadata)
+            choices = meant | {name: value for name, value in choices.items() if value is not None}
         return GenerationOptions(**choices)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
 
-def open_model(path: Path, runtime: Mapping[str, Any], n_sessions: int = 1) -> DiffusionModel:
-    """Load a model with a progress bar. runtime: the given RUNTIME options."""
+def open_model(
+    path: Path, runtime: Mapping[str, Any], n_sessions: int = 1, *, quiet: bool = False
+) -> DiffusionModel:
+    """Load a model, as ``model_file`` finds it, with a progress bar unless quiet. runtime: the given RUNTIME
+    options.
+    """
     from pydiffusion import DiffusionModel
 
     from ._progress import progress
 
     arguments = runtime_arguments(runtime) | {"n_sessions": n_sessions}
+    path = model_file(path)
     started = time.perf_counter()
-    with progress(f"loading {path.name}") as update:
+    with progress(f"loading {path.name}", quiet) as update:
         model = DiffusionModel(path, progress=lambda share: update(share, 1.0), **arguments)
+    if quiet:
+        return model
     weights = count(model.description["n_weights"])
     size = format_size(model.description["n_bytes"])
     say(

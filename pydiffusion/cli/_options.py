@@ -3,32 +3,68 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-ModelPath = Annotated[Path, typer.Option("-m", "--model", help="Path of the GGUF file.", show_default=False)]
+
+def output_file(text: str) -> Path:
+    """The path of a file to write; a usage error for a folder, which a Path would not show: ``folder/``."""
+    if text.endswith(("/", os.sep)) or not text.strip():
+        raise typer.BadParameter(f"{text or 'an empty name'} is no file; give the name of the file to write")
+    return Path(text)
+
+
+#: What names a model: a file, or a repo on the hub. _open.model_file gives the file.
+MODEL_HELP = "Path of the GGUF file, or OWNER/NAME[:FILE or TYPE] on the Hugging Face Hub."
+ModelPath = Annotated[Path, typer.Option("-m", "--model", help=MODEL_HELP, show_default=False)]
+#: Likewise, where the model may be the first argument instead.
+ModelOrFirst = Annotated[Path | None, typer.Option("-m", "--model", help=MODEL_HELP, show_default=False)]
 Context = Annotated[
     int | None,
-    typer.Option("--ctx", help="Context size in tokens. [default: 8192, or the model's if smaller]"),
+    typer.Option(
+        "-c",
+        "--ctx",
+        help="Context size in tokens. [default: 8192, or the model's if smaller]",
+    ),
 ]
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", help="Number of CPU threads. [default: one per core, within a container's quota]"
+        "-t",
+        "--threads",
+        callback=lambda value: None if value == -1 else value,
+        help="Number of CPU threads. [default: one per core, within a container's quota]",
     ),
 ]
 Steps = Annotated[
     int | None,
     typer.Option("--steps", help="Maximum number of denoising steps per canvas. [default: the file's]"),
 ]
+#: Not a generation option: _open.make_options has those of ours that it means.
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temp",
+        "--temperature",
+        help="Temperature as of other programs, which scales --t-min and --t-max: 1 is the file's schedule; 0,"
+        " and what is below 0.5, scales as 0.5, and 0 is repeatable. [default: 1]",
+    ),
+]
 #: Generation options by field name of GenerationOptions: the sampler's, and all.
 SAMPLER: dict[str, Any] = {
     "steps": Steps,
     "seed": Annotated[
-        int | None, typer.Option("--seed", help="Random seed. [default: random, and reported]")
+        int | None,
+        typer.Option(
+            "-s",
+            "--seed",
+            callback=lambda value: None if value == -1 else value,
+            help="Random seed; -1 for a random one. [default: random, and reported]",
+        ),
     ],
     "t_min": Annotated[
         float | None, typer.Option("--t-min", help="Temperature at the last step. [default: the file's]")
@@ -91,8 +127,12 @@ TEXT: dict[str, Any] = {
 }
 
 JsonSchema = Annotated[
-    Path | None,
-    typer.Option("--json-schema", help="Path of a JSON schema that the text must satisfy."),
+    str | None,
+    typer.Option(
+        "-j",
+        "--json-schema",
+        help="JSON schema that the text must satisfy: a path, - for standard input, or the schema itself.",
+    ),
 ]
 Regex = Annotated[
     str | None, typer.Option("--regex", help="Regular expression that the whole text must match.")
@@ -116,6 +156,7 @@ RUNTIME: dict[str, Any] = {
     "gpu_layers": Annotated[
         str | None,
         typer.Option(
+            "-ngl",
             "--gpu-layers",
             help="Number of layers on GPUs, counted from the last; 0 for none. "
             "[default: auto, as many as fit]",
@@ -166,6 +207,8 @@ RUNTIME: dict[str, Any] = {
     ],
 }
 
+System = Annotated[str | None, typer.Option("-sys", "--system", help="System message.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the result only: no progress, no speed.")]
 ChatTemplate = Annotated[
     str | None,
     typer.Option(

@@ -31,10 +31,11 @@ def stderr_console() -> Console:
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Callable[..., None]]:
-    """Show progress; yields a function that takes the amount done, the total, and optionally the pace as
-    text.
-    """
+def progress(label: str, quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """Show progress, unless quiet; yields a function of the amount done, the total, and the pace as text."""
+    if quiet:
+        yield lambda done, total, pace="": None
+        return
     label = one_line(label)
     if sys.stderr.isatty():
         from rich.progress import BarColumn, Progress, TextColumn

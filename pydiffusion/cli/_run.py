@@ -10,14 +10,16 @@ from ._text import say
 if TYPE_CHECKING:
     from pydiffusion import Completion, DiffusionModel, GenerationOptions, Session
 
+    from ._display import CanvasDisplay
 
-def prefill(session: Session, ids: list[int]) -> None:
-    """Prefill the prompt with a progress bar."""
+
+def prefill(session: Session, ids: list[int], quiet: bool = False) -> None:
+    """Prefill the prompt with a progress bar, unless quiet."""
     from ._progress import progress
 
     if not ids:
         raise ValueError("the prompt has no tokens")
-    with progress(f"reading {len(ids)} tokens") as update:
+    with progress(f"reading {len(ids)} tokens", quiet) as update:
         session.prefill(ids, progress=update)
 
 
@@ -28,21 +30,35 @@ def run(
     *,
     show: bool,
     quiet: bool = False,
+    text: bool = True,
     seconds_per_step: float = 0.0,
 ) -> Completion:
-    """Generate after the session's tokens: text to stdout (unless quiet), timings to stderr.
+    """Generate after the session's tokens: the text to stdout, timings to stderr.
 
-    show: draw the drafts if stderr is a terminal.
+    show: draw the drafts if stderr is a terminal, else only the steps.  quiet: neither steps nor timings.
+    text: whether to print the text.
     """
-    from ._display import AnswerPrinter, CanvasDisplay
+    from ._display import AnswerPrinter
 
     resolved = model.resolve(options)
-    draw = show and sys.stderr.isatty()
-    display = CanvasDisplay(model.tokenizer, resolved.eos, seconds_per_step) if draw else None
-    with AnswerPrinter(display, quiet) as printer:
+    display = None if quiet else display_for(model, resolved.eos, show, seconds_per_step)
+    with AnswerPrinter(display, not text) as printer:
         done = session.complete(resolved, on_event=printer)
-    say(figures(done))
+    if not quiet:
+        say(figures(done))
     return done
+
+
+def display_for(
+    model: DiffusionModel, eos: tuple[int, ...], show: bool, seconds_per_step: float = 0.0
+) -> CanvasDisplay | None:
+    """What shows progress on stderr: the canvas, or a line about its steps; None unless it is a terminal."""
+    from ._display import CanvasDisplay, StepLine
+
+    if not sys.stderr.isatty():
+        return None
+    kind = CanvasDisplay if show else StepLine
+    return kind(model.tokenizer, eos, seconds_per_step)
 
 
 def figures(done: Completion) -> str:

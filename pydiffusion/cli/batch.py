@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import _open, _options
+from . import _open, _options, _prompt
+from ._input import read_schema, read_text_or_stdin
 from ._text import say
 
 if TYPE_CHECKING:
-    from pydiffusion import Completion, DiffusionModel, GenerationOptions
+    from pydiffusion import DiffusionModel
+    from pydiffusion.openai.batch.answer_file import AnswerFile
+    from pydiffusion.openai.batch.answering import Defaults
+    from pydiffusion.openai.batch.lines import Line
 
-_OWN = ("id", "prompt", "messages")
-_Json = dict[str, Any]
 _Seed = Annotated[
     int | None,
     typer.Option(
+        "-s",
         "--seed",
+        callback=lambda value: None if value == -1 else value,
         help="Random seed of the first line; each further line adds 1. [default: random, and reported]",
     ),
 ]
@@ -32,25 +32,44 @@ _OPTIONS = {**_options.TEXT, "seed": _Seed}
 @_options.takes(choices=_OPTIONS, runtime=_options.CHAT_RUNTIME)
 def command(
     model: _options.ModelPath,
-    prompts: Annotated[
-        Path,
-        typer.Argument(
-            metavar="PROMPTS",
-            help='Path of the JSONL file: per line {"prompt": TEXT} or {"messages": [...]}, and options.',
-            show_default=False,
-        ),
-    ],
     output: Annotated[
         Path,
         typer.Option(
             "-o",
             "--output",
-            help="Path of the JSONL file for the answers; existing ones are kept.",
+            "--output-file",
+            help="Path of the JSONL file for the answers, - for standard output; existing ones are kept.",
             show_default=False,
         ),
     ],
+    prompts: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="PROMPTS",
+            help='Path of the JSONL file, - for standard input: per line {"prompt": TEXT} or '
+            '{"messages": [...]}, and options, or a request in OpenAI\'s batch form.',
+            show_default=False,
+        ),
+    ] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("-i", "--input-file", help="PROMPTS, as vLLM's run-batch spells it.")
+    ] = None,
     *,
     choices: dict[str, Any],
+    temperature: _options.Temperature = None,
+    json_schema: _options.JsonSchema = None,
+    regex: _options.Regex = None,
+    grammar: _options.Grammar = None,
+    grammar_file: _options.GrammarFile = None,
+    chat: _prompt.Chat = None,
+    system: _prompt.System = None,
+    special: _prompt.Special = False,
+    lines: Annotated[
+        bool, typer.Option("--lines", help="Take each line of PROMPTS as a prompt, not as JSON.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse lines with fields that have no effect here.")
+    ] = False,
     parallel: Annotated[
         int, typer.Option("--parallel", help="Maximum number of sequences denoised in one batch.")
     ] = 4,
@@ -58,174 +77,83 @@ def command(
     runtime: dict[str, Any],
 ) -> None:
     """Answer the prompts of a JSONL file; run it again to resume."""
-    from ._progress import progress
+    from pydiffusion.openai.batch.answer_file import AnswerFile
+    from pydiffusion.openai.batch.answering import Defaults
+    from pydiffusion.openai.batch.lines import read_input, read_lines
 
-    _open.make_options(**choices)
+    if (prompts is None) == (input_file is None):
+        raise typer.BadParameter("give the file of prompts, as PROMPTS or with -i")
+    prompts = prompts or input_file
+    assert prompts is not None
+    if json_schema is not None:
+        if json_schema == "-" == str(prompts):
+            raise typer.BadParameter("--json-schema and PROMPTS can't both be standard input")
+        choices["json_schema"] = read_schema(json_schema)
+    if grammar is not None and grammar_file is not None:
+        raise typer.BadParameter("give --grammar or --grammar-file, not both")
+    if grammar_file is not None:
+        grammar = read_text_or_stdin(grammar_file)
+    choices |= {"temperature": temperature, "regex": regex, "grammar": grammar}
+    _prompt.check(chat, system, special, runtime["chat_template"])
+    _open.check_options(choices)
     if parallel < 1:
         raise typer.BadParameter(f"--parallel is {parallel}; permitted is an integer of at least 1")
-    lines = _read_lines(prompts)
-    finished = _read_finished(output, lines, retry_errors)
-    left = [line for line in lines if line.number not in finished]
-    if finished:
-        say(f"{output.name} has {len(finished)} of {len(lines)} answers already")
-    n_errors = 0
-    if left:
-        opened = _open.open_model(model, runtime, min(parallel, len(left)))
-        with output.open("ab") as file, progress(f"answering {len(left)} prompts") as update:
-            for i, answer in enumerate(_answers(opened, left, choices, parallel)):
-                n_errors += "error" in answer
-                _write(file, answer)
-                update(i + 1, len(left))
-    say(f"{len(left) - n_errors} answered, {n_errors} failed: {output}")
-    if n_errors:
+    defaults = Defaults(choices, chat, system, special, strict)
+    source = "standard input" if str(prompts) == "-" else str(prompts)
+    found = read_lines(read_input(prompts), source, plain=lines, salt=defaults.salt)
+    _tell_of_repeated_ids(found)
+    with AnswerFile(output, found, source=prompts, retry_errors=retry_errors) as answers:
+        left = [line for line in found if line.number not in answers.finished]
+        if answers.finished:
+            say(f"{output.name} has {len(answers.finished)} of {len(found)} answers already")
+        n_failed = 0
+        if left:
+            opened = _open.open_model(model, runtime, min(parallel, len(left)))
+            n_failed = _answer(opened, left, defaults, parallel, answers)
+        n_failed_before = sum(answers.finished.values())
+    target = "standard output" if str(output) == "-" else output
+    say(f"{len(left) - n_failed} answered, {n_failed} failed: {target}")
+    if n_failed_before:
+        say(f"{n_failed_before} failed in earlier runs: --retry-errors answers them again")
+    if n_failed or n_failed_before:
         raise typer.Exit(1)
 
 
-@dataclass(frozen=True)
-class _Line:
-    """number: counted from 1.  digest: detects whether the line has changed since it was answered."""
+def _answer(
+    model: DiffusionModel, lines: list[Line], defaults: Defaults, n_parallel: int, answers: AnswerFile
+) -> int:
+    """Write the answers; returns how many lines failed."""
+    from pydiffusion.openai.batch.answering import answer_lines, error_of
 
-    number: int
-    digest: str
-    fields: _Json
-    error: str | None = None
+    from ._progress import progress
 
-
-def _read_lines(path: Path) -> list[_Line]:
-    lines = []
-    for number, raw in enumerate(path.read_bytes().splitlines(), 1):
-        if not raw.strip():
-            continue
-        digest = f"{zlib.crc32(raw.strip()):08x}"
-        try:
-            given = json.loads(raw)
-            given = {"prompt": given} if isinstance(given, str) else given
-            lines.append(_Line(number, digest, given if isinstance(given, dict) else {}, _wrong(given)))
-        except (ValueError, RecursionError) as error:
-            lines.append(_Line(number, digest, {}, f"not valid JSON: {error}"))
-    return lines
-
-
-def _wrong(given: Any) -> str | None:
-    """Error message for an invalid line, or None."""
-    from pydiffusion import GenerationOptions
-
-    if not isinstance(given, dict):
-        return "a line must be an object or a string"
-    if ("prompt" in given) == ("messages" in given):
-        return "give a prompt or messages"
-    if "prompt" in given and not isinstance(given["prompt"], str):
-        return "prompt must be a string"
-    known = {field.name for field in fields(GenerationOptions)}
-    unknown = sorted(given.keys() - known - set(_OWN))
-    return f"unknown option {unknown[0]!r}" if unknown else None
+    plain = sum(line.form == "short" and isinstance(line.fields.get("prompt"), str) for line in lines)
+    chat = _prompt.uses_chat(model, defaults.chat, defaults.system, defaults.special)
+    if plain and chat and defaults.chat is None:
+        say("prompts are passed as user messages through the chat template (--raw passes them as they are)")
+    n_done = n_failed = 0
+    try:
+        with progress(f"answering {len(lines)} prompts") as update:
+            for answer in answer_lines(model, lines, defaults, n_parallel=n_parallel):
+                answers.write(answer)
+                n_done += 1
+                n_failed += error_of(answer) is not None
+                update(n_done, len(lines))
+    except KeyboardInterrupt:
+        say(
+            f"{n_done} of {len(lines)} answered"
+            + (": the same command goes on" if answers.is_regular else "")
+        )
+        raise
+    return n_failed
 
 
-def _read_finished(path: Path, lines: Sequence[_Line], retry_errors: bool) -> set[int]:
-    """Numbers of the answered lines. A truncated answer is removed from the file."""
-    from pydiffusion._util import atomic
+def _tell_of_repeated_ids(lines: list[Line]) -> None:
+    from pydiffusion.openai.batch.lines import repeated_ids
 
-    if not path.exists():
-        return set()
-    number_to_digest = {line.number: line.digest for line in lines}
-    kept, finished = [], set()
-    data = path.read_bytes()
-    for raw in data.splitlines(keepends=True):
-        try:
-            answer = json.loads(raw)
-            number, digest = answer["line"], answer["digest"]
-        except (ValueError, KeyError, TypeError):
-            if raw.endswith(b"\n"):
-                raise ValueError(
-                    f"{path} contains a line that is not an answer: give another file with -o"
-                ) from None
-            continue
-        if number_to_digest.get(number) != digest:
-            raise ValueError(
-                f"{path} answers other prompts: line {number} has changed since; give another file with -o"
-            )
-        if "error" in answer and retry_errors:
-            continue
-        kept.append(raw if raw.endswith(b"\n") else raw + b"\n")
-        finished.add(number)
-    if b"".join(kept) != data:
-        with atomic.replacing(path) as new:
-            new.write(b"".join(kept))
-    return finished
-
-
-def _answers(
-    model: DiffusionModel, lines: Sequence[_Line], choices: _Json, n_parallel: int
-) -> Iterator[_Json]:
-    """Yield an answer for each line, in order of completion."""
-    ready: list[tuple[_Line, str | list[int], GenerationOptions]] = []
-    for line in lines:
-        try:
-            if line.error is not None:
-                raise ValueError(line.error)
-            ready.append((line, *_request(model, line, choices)))
-        except Exception as error:  # an error fails this line only
-            yield _head(line) | {"error": str(error)}
-    outcomes = model.generate_batch(
-        [prompt for _, prompt, _ in ready], [options for _, _, options in ready], n_parallel=n_parallel
-    )
-    for index, outcome in outcomes:
-        line = ready[index][0]
-        if isinstance(outcome, Exception):
-            yield _head(line) | {"error": str(outcome)}
-        else:
-            yield _head(line) | _answer(model, line, outcome)
-
-
-def _request(model: DiffusionModel, line: _Line, choices: _Json) -> tuple[str | list[int], GenerationOptions]:
-    from pydiffusion import GenerationOptions
-
-    own = {name: value for name, value in line.fields.items() if name not in _OWN}
-    merged = {**choices, **own}
-    if "seed" not in own and choices["seed"] is not None:
-        merged["seed"] = (choices["seed"] + line.number - 1) % 2**64
-    if merged["max_tokens"] in (None, -1):
-        merged["max_tokens"] = model.n_ctx
-    options = GenerationOptions(**merged)
-    if "prompt" in line.fields:
-        return line.fields["prompt"], options
-    return model.chat_prompt(line.fields["messages"]), options
-
-
-def _head(line: _Line) -> _Json:
-    own_id = {"id": line.fields["id"]} if "id" in line.fields else {}
-    return {"line": line.number, **own_id, "digest": line.digest}
-
-
-def _answer(model: DiffusionModel, line: _Line, done: Completion) -> _Json:
-    from pydiffusion.events import Content, Reasoning, ToolCall
-    from pydiffusion.generation.streaming import ChatStream
-
-    text = done.text
-    more: _Json = {}
-    if "messages" in line.fields:
-        stream = ChatStream(model.tokenizer, ())
-        stream.feed(done.tokens, last=True)
-        text = "".join(part.text for part in stream.parts if isinstance(part, Content))
-        thought = "".join(part.text for part in stream.parts if isinstance(part, Reasoning))
-        calls = [
-            {"name": part.name, "arguments": part.arguments}
-            for part in stream.parts
-            if isinstance(part, ToolCall)
-        ]
-        more = ({"reasoning": thought} if thought else {}) | ({"tool_calls": calls} if calls else {})
-    return {
-        "text": text,
-        **more,
-        "finish_reason": done.finish_reason,
-        "seed": done.seed,
-        "steps": done.steps,
-        "prompt_tokens": done.n_prompt,
-        "tokens": len(done.tokens),
-    }
-
-
-def _write(file: BinaryIO, answer: _Json) -> None:
-    """Write and flush one line, so that an interruption truncates at most the last one."""
-    file.write(json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-    file.flush()
+    repeated = repeated_ids(lines)
+    if repeated:
+        own_id, numbers = next(iter(repeated.items()))
+        more = f", and {len(repeated) - 1} more ids are not unique" if len(repeated) > 1 else ""
+        where = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+        say(f"pydiffusion: warning: lines {where} have the same id, {own_id}{more}; each gets an answer")

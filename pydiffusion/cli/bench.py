@@ -24,7 +24,7 @@ _RUNTIME = {**_options.RUNTIME, "ctx": _Context}
 
 @_options.takes(runtime=_RUNTIME)
 def command(
-    model: Annotated[Path | None, typer.Option("-m", "--model", help="Path of the GGUF file.")] = None,
+    model: _options.ModelOrFirst = None,
     synthetic: Annotated[
         str | None,
         typer.Option(help="Benchmark random weights of this shape instead: 26b-a4b, mid or tiny."),
@@ -59,7 +59,7 @@ def command(
         raise typer.BadParameter("give either --model or --synthetic")
     earlier = _read_figures(Path(against)) if against is not None and _is_report(against) else None
     with tempfile.TemporaryDirectory(prefix="pydiffusion-bench-") as folder:
-        path = model if model is not None else _make(synthetic, type, Path(folder))
+        path = _open.model_file(model) if model is not None else _make(synthetic, type, Path(folder))
         check_is_gguf(path)
         setup = _setup(path.name, path, runtime)
         other = None if against is None or earlier is not None else _other(against, path, runtime)

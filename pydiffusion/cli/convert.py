@@ -44,12 +44,18 @@ def command(
             show_default=False,
         ),
     ],
+    target: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUT", parser=_options.output_file, help="As --output.", show_default=False),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
             "-o",
             "--output",
             "--outfile",
+            parser=_options.output_file,
+            metavar="FILE",
             help="Path of the GGUF file to write. [default: FOLDER-TYPE.gguf here]",
         ),
     ] = None,
@@ -93,6 +99,9 @@ def command(
     as_json: Report = False,
 ) -> None:
     """Convert a Hugging Face folder or repo to GGUF. Verifies every tensor written."""
+    if target is not None and output is not None:
+        raise typer.BadParameter(f"the file to write is given twice: {target} and --output {output}")
+    output = output or target
     type = parse_type(type)
     quiet_hub_in_a_pipe()
     if mmproj:

@@ -17,7 +17,8 @@ from . import _open, _options
 @_options.takes(runtime=_options.RUNTIME)
 def command(
     model: Annotated[
-        Path | None, typer.Option("-m", "--model", help="Path of the GGUF file to plan for.")
+        Path | None,
+        typer.Option("-m", "--model", help="Plan for this model: a path, or OWNER/NAME[:FILE or TYPE]."),
     ] = None,
     *,
     runtime: dict[str, Any],
@@ -32,7 +33,7 @@ def command(
     if model is not None:
         arguments = _open.runtime_arguments(runtime)
         del arguments["n_threads"], arguments["kernels"]  # irrelevant for a plan
-        planned = plan(model, **arguments)
+        planned = plan(_open.model_file(model), **arguments)
     if as_json:
         listed = [asdict(device) for device in found]
         cpu = {"n_threads": threads.n, "reason": threads.reason}

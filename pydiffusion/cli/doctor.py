@@ -28,7 +28,14 @@ def command(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Also write the page to this file.", show_default=False),
+        typer.Option(
+            "-o",
+            "--output",
+            parser=_options.output_file,
+            metavar="FILE",
+            help="Also write the page to this file.",
+            show_default=False,
+        ),
     ] = None,
     *,
     runtime: dict[str, Any],
@@ -43,6 +50,7 @@ def command(
 
     from ._progress import progress
 
+    model = _open.model_file(model)
     check_is_gguf(model)
     if reference is not None and not reference.is_dir():
         raise typer.BadParameter(f"--reference: {reference} is not a folder")

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._open import read_text
-from ._options import ChatTemplate, Threads
+from . import _open
+from ._input import read_text
+from ._options import ChatTemplate, Threads, output_file
 from ._text import one_line, say
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def command(
         Path | None,
         typer.Option(
             "--plot",
+            parser=output_file,
+            metavar="FILE",
             help="Path of a plot of quality against bits per weight (png, svg or pdf; needs matplotlib).",
             show_default=False,
         ),
@@ -59,6 +62,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compare quantized GGUF files with a reference. Measures KL divergence, agreement and steps."""
+    from pydiffusion._util.atomic import resolve_target
     from pydiffusion.quality import evaluation, plotting
 
     from ._progress import progress
@@ -75,6 +79,8 @@ def command(
         if plot.suffix.lower().removeprefix(".") not in plotting.FORMATS:
             raise typer.BadParameter(f"--plot: {plot} should end with .{', .'.join(plotting.FORMATS)}")
         plotting.require_matplotlib()  # fail now, not after an hour
+        resolve_target(plot, [], overwrite=True)
+    files, reference = [_open.model_file(file) for file in files], _open.model_file(reference)
     with progress(f"evaluating {files[0].name if len(files) == 1 else f'{len(files)} files'}") as update:
         reports = evaluation.evaluate_family(
             files,

@@ -4,95 +4,137 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import _open, _options
+from . import _open, _options, _prompt
+from ._input import check_encodable, read_schema, read_text_or_stdin
 from ._run import prefill, run
 
 if TYPE_CHECKING:
     from pydiffusion import Completion, DiffusionModel
 
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="PROMPT...", help="As -p; of several words, with blanks between them.", show_default=False
+    ),
+]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-p",
+        "--prompt",
+        metavar="TEXT",
+        help="Prompt; - reads standard input, the default in a pipe.",
+        show_default=False,
+    ),
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option("-f", "--file", help="Path of a file with the prompt.", show_default=False),
+]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a prompt is passed on and its answer printed, as the options of ``generate`` say."""
+
+    chat: bool | None = None
+    system: str | None = None
+    special: bool = False
+    show: bool = False
+    quiet: bool = False
+    as_json: bool = False
+
 
 @_options.takes(choices=_options.TEXT, runtime=_options.CHAT_RUNTIME)
 def command(
-    model: _options.ModelPath,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            "-p",
-            "--prompt",
-            help="Prompt; - reads standard input, the default in a pipe.",
-            show_default=False,
-        ),
-    ] = None,
+    model: _options.ModelOrFirst = None,
+    words: Words = None,
+    prompt: Prompt = None,
+    file: PromptFile = None,
     *,
     choices: dict[str, Any],
+    temperature: _options.Temperature = None,
     json_schema: _options.JsonSchema = None,
     regex: _options.Regex = None,
     grammar: _options.Grammar = None,
     grammar_file: _options.GrammarFile = None,
     runtime: dict[str, Any],
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--raw",
-            help="Pass the prompt as a user message through the chat template, or as raw text."
-            " [default: --chat if the file has a template]",
-        ),
-    ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System message; not with --raw.")] = None,
-    special: Annotated[bool, typer.Option("--special", help="Parse control tokens in a raw prompt.")] = False,
+    chat: _prompt.Chat = None,
+    system: _prompt.System = None,
+    special: _prompt.Special = False,
     show: Annotated[
-        bool, typer.Option("--show", help="Draw the canvas while it is denoised, on a terminal.")
+        bool,
+        typer.Option(
+            "--show", help="Draw the canvas while it is denoised, on a terminal, not only its steps."
+        ),
     ] = False,
+    quiet: _options.Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Generate text from a prompt, printed canvas by canvas."""
     if grammar is not None and grammar_file is not None:
         raise typer.BadParameter("give --grammar or --grammar-file, not both")
     choices |= {
-        "json_schema": None if json_schema is None else _open.read_text_or_stdin(json_schema),
+        "temperature": temperature,
+        "json_schema": None if json_schema is None else read_schema(json_schema),
         "regex": regex,
-        "grammar": grammar if grammar_file is None else _open.read_text_or_stdin(grammar_file),
+        "grammar": grammar if grammar_file is None else read_text_or_stdin(grammar_file),
     }
-    if chat is False and runtime["chat_template"] is not None:
-        raise typer.BadParameter("--chat-template needs --chat")
-    _open.make_options(**choices)  # report invalid options before loading the model
-    text = _read_prompt(prompt)
-    opened = _open.open_model(model, runtime)
-    ids = _prompt_ids(opened, text, chat, system, special)
+    model, left = _open.model_and_rest(model, words or [])
+    asked = Asked(chat, system, special, show, quiet, as_json)
+    text = read_prompt(left, prompt, file, empty_is_wrong=chat is not False)
+    generate(model, text, choices, runtime, asked)
+
+
+def generate(
+    path: Path, text: str, choices: Mapping[str, Any], runtime: Mapping[str, Any], asked: Asked
+) -> None:
+    """Load the model and print its answer. choices: fields of GenerationOptions, and temperature."""
+    _prompt.check(asked.chat, asked.system, asked.special, runtime["chat_template"])
+    _open.check_options(choices)  # report invalid options before loading the model
+    check_encodable(asked.system or "", "--system")
+    opened = _open.open_model(path, runtime, quiet=asked.quiet)
+    ids = _prompt_ids(opened, text, asked)
     session = opened.new_session()
-    prefill(session, ids)
-    done = run(opened, session, _open.make_options(opened, **choices), show=show, quiet=as_json)
-    if as_json:
+    prefill(session, ids, asked.quiet)
+    options = _open.make_options(opened, **choices)
+    done = run(opened, session, options, show=asked.show, quiet=asked.quiet, text=not asked.as_json)
+    if asked.as_json:
         print(json.dumps(_as_dict(done), ensure_ascii=False))
 
 
-def _read_prompt(prompt: str | None) -> str:
-    if prompt is None and sys.stdin.isatty():
+def read_prompt(
+    words: Sequence[str], options: Sequence[str] | None, file: Path | None, *, empty_is_wrong: bool
+) -> str:
+    """The prompt of the words, of ``-p``, of ``-f``, or of standard input; a usage error for two of them."""
+    given = [*(options or ()), *([" ".join(words)] if words else ())]
+    if len(given) + (file is not None) > 1:
+        raise typer.BadParameter("the prompt is given twice; of -p TEXT, -f FILE and PROMPT give one")
+    if not given and file is None and sys.stdin.isatty():
         raise typer.BadParameter("give a prompt: -p TEXT, or -p - and the text on standard input")
-    if prompt is None or prompt == "-":
-        return _open.read_text_or_stdin(Path("-"))
-    return prompt
+    if file is None and given and given[0] != "-":
+        if empty_is_wrong and not given[0].strip():
+            raise typer.BadParameter("the prompt is empty; give a text, or - to read standard input")
+        return check_encodable(given[0], "the prompt")
+    text = read_text_or_stdin(file or Path("-"))
+    if empty_is_wrong and not text.strip():
+        raise ValueError(f"{file or 'standard input'} is empty; it should be the prompt")
+    return text
 
 
-def _prompt_ids(
-    model: DiffusionModel, text: str, chat: bool | None, system: str | None, special: bool
-) -> list[int]:
-    if chat is None:
-        chat = model.has_chat_template
-    if not chat:
-        if system is not None:
-            raise typer.BadParameter("--system needs --chat")
-        return model.tokenize(text, parse_special=special)
-    if special:
-        raise typer.BadParameter("--special needs --raw")
+def _prompt_ids(model: DiffusionModel, text: str, asked: Asked) -> list[int]:
+    if not _prompt.uses_chat(model, asked.chat, asked.system, asked.special):
+        return model.tokenize(text, parse_special=asked.special)
     messages = [{"role": "user", "content": text}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
+    if asked.system is not None:
+        messages.insert(0, {"role": "system", "content": asked.system})
     return model.chat_prompt(messages)
 
 

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ._open import read_text
-from ._options import Threads
+from . import _open
+from ._input import read_text
+from ._options import Threads, output_file
 from ._text import say
 
 
@@ -23,7 +24,15 @@ def command(
         Path, typer.Argument(help="Path of a text similar to the model's output.", show_default=False)
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Path of the imatrix to write.", show_default=False)
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            parser=output_file,
+            metavar="FILE",
+            help="Path of the imatrix to write.",
+            show_default=False,
+        ),
     ],
     lines: Annotated[bool, typer.Option("--lines", help="Treat each line as a text of its own.")] = False,
     chunk: Annotated[
@@ -42,6 +51,7 @@ def command(
     if chunk < 1 or (max_chunks is not None and max_chunks < 1):
         raise typer.BadParameter("--chunk and --max-chunks must be at least 1")
     content = read_text(text)
+    model = _open.model_file(model)
     with progress(f"observing {model.name}") as update:
         report = convert.collect_imatrix(
             model,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import _open, _options
-from ._run import figures
+from ._input import read_text_or_stdin
+from ._run import display_for, figures
 from ._text import say
 
 
@@ -34,27 +34,38 @@ def command(
         int, typer.Option("--hole-tokens", help="Maximum number of tokens of a hole without N.")
     ] = 16,
     *,
+    temperature: _options.Temperature = None,
     runtime: dict[str, Any],
     show: Annotated[
-        bool, typer.Option("--show", help="Draw the canvas while it is denoised, on a terminal.")
+        bool,
+        typer.Option(
+            "--show", help="Draw the canvas while it is denoised, on a terminal, not only its steps."
+        ),
     ] = False,
+    quiet: _options.Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Fill the holes of a text, and keep everything around them."""
-    from ._display import AnswerPrinter, CanvasDisplay
+    from ._display import AnswerPrinter
 
     if instruction is None and runtime["chat_template"] is not None:
         raise typer.BadParameter("--chat-template needs --instruction")
-    options = _open.make_options(**choices)
-    text = _open.read_text_or_stdin(file)
-    opened = _open.open_model(model, runtime)
-    display = CanvasDisplay(opened.tokenizer, ()) if show and sys.stderr.isatty() else None
+    choices["temperature"] = temperature
+    _open.make_options(**choices)
+    text = read_text_or_stdin(file)
+    opened = _open.open_model(model, runtime, quiet=quiet)
+    display = None if quiet else display_for(opened, (), show)
     with AnswerPrinter(display, quiet=True) as printer:
         filled = opened.infill(
-            text, options, instruction=instruction, hole_tokens=hole_tokens, on_event=printer
+            text,
+            _open.make_options(opened, **choices),
+            instruction=instruction,
+            hole_tokens=hole_tokens,
+            on_event=printer,
         )
     done = filled.completion
-    say(figures(done))
+    if not quiet:
+        say(figures(done))
     if as_json:
         fields = {"text": filled.text, "holes": list(filled.holes), "seed": done.seed, "steps": done.steps}
         print(json.dumps(fields | {"timings": done.timings}, ensure_ascii=False))

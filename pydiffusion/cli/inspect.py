@@ -12,6 +12,7 @@ import typer
 
 from pydiffusion._util.sizes import count, format_size
 
+from . import _open
 from ._text import one_line
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def command(
     from pydiffusion._util.files import check_is_gguf
     from pydiffusion.convert import open_parts
 
+    file = _open.model_file(file)
     check_is_gguf(file)
     gguf = open_parts(file)
     if as_json:

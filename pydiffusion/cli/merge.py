@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from . import _open, _options
 from ._conversion import Keep, Report, Resume, run_conversion
 
 
@@ -16,7 +17,13 @@ def command(
         typer.Argument(metavar="IN", help="Path of any part, NAME-00001-of-0000N.gguf.", show_default=False),
     ],
     target: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Path of the GGUF file to write.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            parser=_options.output_file,
+            help="Path of the GGUF file to write.",
+            show_default=False,
+        ),
     ],
     resume: Resume = False,
     no_overwrite: Keep = False,
@@ -25,4 +32,6 @@ def command(
     """Merge a split GGUF file of any architecture. Verifies every tensor written."""
     from pydiffusion import convert
 
-    run_conversion(convert.repack, source, target, as_json, resume=resume, overwrite=not no_overwrite)
+    run_conversion(
+        convert.repack, _open.model_file(source), target, as_json, resume=resume, overwrite=not no_overwrite
+    )

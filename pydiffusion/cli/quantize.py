@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import _options
+from . import _open, _options
 from ._conversion import (
     AllowNonfinite,
     ImatrixFile,
@@ -35,6 +35,7 @@ def command(
         Path | None,
         typer.Argument(
             metavar="OUT",
+            parser=_options.output_file,
             help="Path of the GGUF file to write. [default: IN-TYPE.gguf beside IN]",
             show_default=False,
         ),
@@ -69,13 +70,15 @@ def command(
     if threads_argument is not None and threads is not None:
         raise typer.BadParameter(f"the threads are given twice: {threads_argument} and --threads {threads}")
     type = parse_type(type_argument or type)
-    target = target or source.with_name(f"{source.stem}-{type}.gguf")
+    local = _open.model_file(source)
+    if target is None:  # beside the source, but for a repo's here
+        target = (local if local == source else Path(local.name)).with_name(f"{local.stem}-{type}.gguf")
     overrides = parse_overrides(tensor_type)
     from pydiffusion import convert
 
     run_conversion(
         convert.quantize,
-        source,
+        local,
         target,
         as_json,
         type=type,

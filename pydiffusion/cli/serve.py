@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from pydiffusion._util import log
 
 from . import _open, _options
 from ._text import say
@@ -27,6 +30,10 @@ def command(
     api_key: Annotated[
         str | None,
         typer.Option("--api-key", help="API key that requests must have; better set as PYDIFFUSION_API_KEY."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option("--api-key-file", help="File with the API key; also set as PYDIFFUSION_API_KEY_FILE."),
     ] = None,
     parallel: Annotated[
         int,
@@ -55,6 +62,28 @@ def command(
         list[str] | None,
         typer.Option("--cors", help="Origin whose pages may call the server (CORS); may be repeated."),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host",
+            help="Host name that clients may use besides the machine's own; may be repeated; * for any.",
+        ),
+    ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse request fields without effect, and other models' names."),
+    ] = False,
+    special: Annotated[
+        bool, typer.Option("--special", help="Parse control tokens in the prompt texts of /v1/completions.")
+    ] = False,
+    log_level: Annotated[
+        str | None,
+        typer.Option(
+            "--log-level",
+            help="Lowest level of messages on stderr: debug, info (a line per request), warning, error."
+            " [default: PYDIFFUSION_LOG_LEVEL, else warning]",
+        ),
+    ] = None,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API."""
     try:
@@ -62,23 +91,30 @@ def command(
         from pydiffusion.server.run import Server
     except ImportError as error:
         raise ValueError(f"serve needs {error.name}: pip install fastapi uvicorn") from None
-    key = api_key if api_key is not None else os.environ.get("PYDIFFUSION_API_KEY")
-    if key is not None and not key.strip():
-        raise typer.BadParameter("the API key is empty")
-    listener = _bind(host, port)  # fail before loading the model
+    # What is wrong fails before the model is loaded.
+    if log_level is not None and log_level not in log.LEVELS:
+        raise typer.BadParameter(f"--log-level is {log_level!r}; permitted are {', '.join(log.LEVELS)}")
+    try:
+        settings = Settings(
+            api_key=_find_key(api_key, api_key_file),
+            max_queue=queue,
+            n_parallel=parallel,
+            n_sessions=sessions,
+            timeout=timeout or None,
+            max_body=max_body,
+            cors=tuple(cors or ()),
+            allowed_hosts=tuple(allowed_host or ()),
+            strict=strict,
+            special=special,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    listener = _bind(host, port)
     opened = _open.open_model(model, runtime, max(parallel, sessions))
     _check_template(opened)
-    settings = Settings(
-        api_key=key,
-        max_queue=queue,
-        n_parallel=parallel,
-        n_sessions=sessions,
-        timeout=timeout or None,
-        max_body=max_body,
-        cors=tuple(cors or ()),
-    )
+    _set_log_level(log_level)
     server = Server(opened, settings, grace=grace)
-    if key is None and host not in ("127.0.0.1", "localhost", "::1"):
+    if settings.api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
         say(f"anybody who can reach {host}:{port} can use this server: set PYDIFFUSION_API_KEY")
     server.on_started = lambda address: say(f"serving on http://{address} (Ctrl-C ends)")
     try:
@@ -88,6 +124,25 @@ def command(
         opened.close()
     if server.interrupted:
         raise KeyboardInterrupt
+
+
+def _find_key(given: str | None, file: Path | None) -> str | None:
+    """The API key of the options, else of the environment."""
+    if given is not None and file is not None:
+        raise ValueError("give --api-key or --api-key-file, not both")
+    if given is None and file is None:
+        given = os.environ.get("PYDIFFUSION_API_KEY")
+        named = os.environ.get("PYDIFFUSION_API_KEY_FILE")
+        if given is not None and named is not None:
+            raise ValueError("set PYDIFFUSION_API_KEY or PYDIFFUSION_API_KEY_FILE, not both")
+        file = Path(named) if named else None
+    return given if file is None else file.read_text(encoding="utf-8")
+
+
+def _set_log_level(level: str | None) -> None:
+    """Print messages from here on: warnings while loading have been printed already."""
+    if level is not None or not os.environ.get(log.LEVEL_VARIABLE):
+        log.print_from(level or "warning")
 
 
 def _check_template(model: DiffusionModel) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from . import _open, _options
 from ._conversion import Keep, Report, Resume, SourceFile, parse_split_size, run_conversion
 
 
@@ -15,7 +16,10 @@ def command(
     target: Annotated[
         Path,
         typer.Argument(
-            metavar="OUT", help="Path NAME.gguf, for parts NAME-00001-of-0000N.gguf.", show_default=False
+            metavar="OUT",
+            parser=_options.output_file,
+            help="Path NAME.gguf, for parts NAME-00001-of-0000N.gguf.",
+            show_default=False,
         ),
     ],
     split_max_size: Annotated[
@@ -33,7 +37,7 @@ def command(
 
     run_conversion(
         convert.repack,
-        source,
+        _open.model_file(source),
         target,
         as_json,
         split_max_size=parse_split_size(split_max_size),

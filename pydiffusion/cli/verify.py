@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from . import _open
 from ._progress import conversion_progress, quiet_hub_in_a_pipe
 from ._text import one_line, say
 
@@ -33,6 +34,7 @@ def command(
     from pydiffusion.convert import verify
 
     quiet_hub_in_a_pipe()
+    file = _open.model_file(file)
     with conversion_progress(file) as update:
         report = verify(file, against, progress=update)
     if as_json:

@@ -10,12 +10,11 @@ accepted canvas at every denoising step.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from functools import lru_cache
+from collections.abc import Collection
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from pydiffusion._util.warn import warn_caller
-from pydiffusion.errors import OptionError, PyDiffusionWarning
+from pydiffusion.errors import OptionError
 
 from .byte_dfa import TooLarge
 from .calls import CallGrammar
@@ -53,17 +52,17 @@ def unenforced_by(options: GenerationOptions) -> tuple[str, ...]:
     """The constraints of the options' schemas that the text may violate, each with its place; see
     ``compile_schema``. Raises OptionError as ``expression_of``.
     """
-    if options.json_schema is not None:
-        return _compiled(options.json_schema, LONGEST_IN_STATES).unenforced
-    if options.function_calls is None:
-        return ()
-    permitted = json.loads(options.function_calls)  # type: ignore[arg-type]  # GenerationOptions converts it
-    schemas = [(each["parameters"], f"in {each['name']}") for each in permitted["functions"]]
-    schemas.append((permitted["otherwise"], "in the answer"))
+    if options.function_calls is not None:
+        assert isinstance(options.function_calls, str)  # GenerationOptions converts it
+        given = json.loads(options.function_calls)
+        schemas = {f"{each['name']}: ": each["parameters"] for each in given["functions"]}
+        schemas[""] = None if given["otherwise"] == "text" else given["otherwise"]
+    else:
+        schemas = {"": None if options.json_schema is None else json.loads(str(options.json_schema))}
     return tuple(
-        f"{what} {where}"
-        for schema, where in schemas
-        if isinstance(schema, Mapping)
+        f"{name}{what}"
+        for name, schema in schemas.items()
+        if schema is not None
         for what in _compiled(json.dumps(schema), LONGEST_IN_STATES).unenforced
     )
 
@@ -80,23 +79,28 @@ def automaton_for(options: GenerationOptions, tokenizer: Tokenizer, ends: Collec
     Raises OptionError as ``expression_of``, or if the automaton is too large.
     """
     name: str = options.constraint or "json_schema"
-    markers: tuple[str, ...] = ()
-    expression: str | Grammar
-    if options.function_calls is not None:
-        calls = CallGrammar(json.loads(options.function_calls), tokenizer)
-        expression, markers = calls.expression, calls.markers
-    else:
-        expression = expression_of(options)
-    unenforced = unenforced_by(options)
-    if unenforced:
-        warn_caller(f"{name}: not enforced: {'; '.join(unenforced)}", PyDiffusionWarning)
+    make = partial(_automaton, options, tokenizer, ends)
     try:
         try:
-            return Automaton(expression, tokenizer, ends, markers)
+            automaton = make(LONGEST_IN_STATES)
         except TooLarge:
-            if options.json_schema is None:
+            if name not in ("json_schema", "function_calls"):
                 raise
-            shorter = _compiled(options.json_schema, SHORTEST_COUNTED).piece.text
-            return Automaton(shorter, tokenizer, ends, markers)
+            automaton = make(SHORTEST_COUNTED)
+    except OptionError:
+        raise
     except ValueError as error:
         raise OptionError(name, f"{name}: {error}") from None
+    return automaton
+
+
+def _automaton(
+    options: GenerationOptions, tokenizer: Tokenizer, ends: Collection[int], longest: int
+) -> Automaton:
+    """longest: see ``compile_schema``."""
+    if options.function_calls is not None:
+        calls = CallGrammar(json.loads(str(options.function_calls)), tokenizer, longest)
+        return Automaton(calls.expression, tokenizer, ends, calls.markers)
+    if options.json_schema is not None:
+        return Automaton(_compiled(options.json_schema, longest).piece.text, tokenizer, ends)
+    return Automaton(expression_of(options), tokenizer, ends)

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import combinations
 from typing import Any
@@ -59,11 +59,6 @@ class Compiled:
 
     piece: Piece
     unenforced: tuple[str, ...]
-
-
-def schema_to_regex(schema: Mapping[str, Any] | bool, syntax: Syntax = JSON) -> Piece:
-    """The expression of ``compile_schema``."""
-    return compile_schema(schema, syntax).piece
 
 
 def compile_schema(
@@ -440,9 +435,9 @@ def _with_exclusive_numbers(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """Without ``exclusiveMinimum: true`` beside ``minimum``, as draft 4 and OpenAPI 3.0 have it."""
     numbers = dict(schema)
     for exclusive, inclusive in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-        if isinstance(schema.get(exclusive), bool):
+        if isinstance(schema.get(exclusive), bool) and inclusive in schema:
             del numbers[exclusive]
-            if schema[exclusive] and inclusive in schema:
+            if schema[exclusive]:
                 numbers[exclusive] = numbers.pop(inclusive)
     return numbers
 
@@ -539,14 +534,29 @@ def _separated(item: Piece, low: int, high: int | None, syntax: Syntax) -> Piece
 
 def _members(members: Sequence[tuple[Piece, bool]], syntax: Syntax) -> Piece:
     """Comma-separated members in order; those that are not required may be left out."""
-    behind = Piece("", 0)  # what may follow after a member
-    at_first = Piece("", 0)  # and without one
-    for member, is_required in reversed(members):
-        with_comma = sequence([syntax.comma, member])
-        here = sequence([member, behind])
-        at_first = here if is_required else choice([here, at_first])
-        behind = sequence([with_comma if is_required else with_comma.repeated(0, 1), behind])
-    return at_first
+    first = next((i for i, (_, is_required) in enumerate(members) if is_required), None)
+    if first is None:
+        return _some([member for member, _ in members], syntax).repeated(0, 1)
+    before = [sequence([member, syntax.comma]).repeated(0, 1) for member, _ in members[:first]]
+    after = [
+        sequence([syntax.comma, member]).repeated(int(is_required), 1)
+        for member, is_required in members[first + 1 :]
+    ]
+    return sequence([*before, members[first][0], *after])
+
+
+def _some(members: Sequence[Piece], syntax: Syntax) -> Piece:
+    """At least one of the members, comma-separated and in order. In halves, which keeps it small: some of the
+    first and any of the second, or some of the second.
+    """
+    if len(members) < 2:
+        return members[0] if members else Piece("", 0)
+    half = len(members) // 2
+    rest = [sequence([syntax.comma, member]).repeated(0, 1) for member in members[half:]]
+    found = choice([sequence([_some(members[:half], syntax), *rest]), _some(members[half:], syntax)])
+    if found is NOTHING:
+        return NOTHING
+    return replace(found, weight=sum(member.weight for member in members))  # what recurs shares its states
 
 
 def _anything(depth: int, syntax: Syntax) -> Piece:

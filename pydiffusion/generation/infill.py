@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -77,23 +78,30 @@ class Layout:
         # An eos is an end of its hole only, see `read`.
         return replace(options, max_tokens=self.n_tokens, eos=(), canvas=tuple(canvas), hold=tuple(hold))
 
+    @property
+    def n_fixed(self) -> int:
+        """Tokens that are not in a hole."""
+        return sum(len(part) for part in self.parts if not isinstance(part, Hole))
+
     def read(self, tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
         """Extract the text and its holes; a hole ends before its first control token."""
-        kept: list[int] = []
-        holes: list[str] = []
+        holes = self.filled(tokens, tokenizer)
+        inside = iter(holes)
+        parts = (next(inside) if isinstance(part, Hole) else part for part in self.parts)
+        text = tokenizer.detokenize(token for part in parts for token in part)
+        return self.head + text, tuple(map(tokenizer.detokenize, holes))
+
+    def filled(self, tokens: Sequence[int], tokenizer: Tokenizer) -> list[list[int]]:
+        """The tokens of each hole, up to its first control token."""
+        found = []
         at = 0
         for part in self.parts:
-            if not isinstance(part, Hole):
-                kept += part
-                at += len(part)
-                continue
-            inside = [int(token) for token in tokens[at : at + part.n_tokens]]
-            at += part.n_tokens
-            ends = [i for i, token in enumerate(inside) if tokenizer.is_control(token)]
-            inside = inside[: ends[0]] if ends else inside
-            kept += inside
-            holes.append(tokenizer.detokenize(inside))
-        return self.head + tokenizer.detokenize(kept), tuple(holes)
+            n_tokens = part.n_tokens if isinstance(part, Hole) else len(part)
+            if isinstance(part, Hole):
+                inside = (int(token) for token in tokens[at : at + n_tokens])
+                found.append(list(itertools.takewhile(lambda id: not tokenizer.is_control(id), inside)))
+            at += n_tokens
+        return found
 
 
 def lay_out(model: DiffusionModel, text: str, hole_tokens: int, whole: bool) -> Layout:

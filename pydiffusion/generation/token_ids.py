@@ -48,11 +48,15 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 def token_array(ids: TokenIds, n_vocab: int) -> npt.NDArray[np.int32]:
     """Token ids as contiguous int32 (n,). TypeError unless they are integers, ValueError out of range."""
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # lists of different lengths
+        raise ValueError("token ids must be one-dimensional; these are nested lists") from None
     if array.ndim != 1:
         raise ValueError(f"token ids must be one-dimensional; these have the shape {array.shape}")
     if array.size == 0:
         return np.empty(0, dtype=np.int32)
     if not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"token ids must be integers, not {array.dtype}")
+        wrong = next((token for token in ids if not hasattr(token, "__index__")), ids[0])
+        raise TypeError(f"token ids must be integers, not {array.dtype}; one of them is {wrong!r}"[:200])
     return _native.token_array(np.ascontiguousarray(array, dtype=np.int64), n_vocab)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pydiffusion.constrained import unenforced_by
-from pydiffusion.events import DraftEvent
 
-from .drafts import draft_fields
-from .reports import Report
 from .requests import ChatRequest, InfillRequest, Request
 from .shaper import ChatChoice, Choice, FilledChoice, Json, Response, TextChoice
 
@@ -34,7 +30,14 @@ class Answer(Response):
         heads = heads or [""] * len(prompts)
         choices = [self._new_choice(i, len(prompts[i]), heads[i]) for i in range(len(prompts))]
         chat = isinstance(request, ChatRequest)
-        super().__init__(model, choices, chat=chat, n_per_prompt=len(request.options))
+        super().__init__(
+            model,
+            choices,
+            tokenizer,
+            chat=chat,
+            n_per_prompt=len(request.options),
+            include_usage=request.include_usage,
+        )
         self._fields["system_fingerprint"] = None
 
     def _new_choice(self, index: int, n_prompt: int, head: str) -> Choice:
@@ -44,19 +47,8 @@ class Answer(Response):
         if layout is None:
             return TextChoice(index, n_prompt, head)
         suffixed = not isinstance(self._request, InfillRequest)
-        return FilledChoice(index, n_prompt, layout, self._tokenizer, head, suffixed=suffixed)
-
-    def chunks(self, i_choice: int, report: Report) -> Iterator[Json]:
-        if isinstance(report, DraftEvent):
-            yield self._chunk() | {"diffusion": draft_fields(i_choice, report, self._tokenizer)}
-        yield from super().chunks(i_choice, report)
-
-    def usage_chunk(self) -> Json | None:
-        """The final usage chunk, if requested."""
-        return self._chunk() | {"usage": self._usage()} if self._request.include_usage else None
-
-    def _chunk(self, choice: Json | None = None) -> Json:
-        return super()._chunk(choice) | ({"usage": None} if self._request.include_usage else {})
+        stops = self._request.hole_stops
+        return FilledChoice(index, n_prompt, layout, self._tokenizer, head, suffixed=suffixed, stops=stops)
 
     def _usage(self) -> Json:
         usage = super()._usage()
@@ -70,18 +62,14 @@ class Answer(Response):
 
     def _figures(self) -> Json:
         ends = [choice.end for choice in self._choices if choice.end is not None]
-        unenforced = unenforced_by(self._request.options[0])
-        timings: dict[str, float] = {}
-        for end in ends:
-            for name, seconds in end.timings.items():
-                timings[name] = timings.get(name, 0.0) + seconds
+        unenforced = self._request.unenforced
         return {
             "type": "summary",
             "steps": sum(sum(choice.canvas_steps) for choice in self._choices),
             "canvas_steps": [choice.canvas_steps for choice in self._choices],
             "seeds": [end.seed for end in ends],
             "finish_reasons": [end.reason for end in ends],
-            "timings": timings,
+            "timings": self._timings(),
             "ignored_parameters": self._request.ignored,
             **({"unenforced": unenforced} if unenforced else {}),
         }

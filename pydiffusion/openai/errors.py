@@ -21,7 +21,11 @@ _TYPES = {
     429: "rate_limit_error",
 }
 # Option -> the field of a request that sets it, where the names differ.
-_OPTION_TO_FIELD = {"json_schema": "response_format", "function_calls": "tool_choice"}
+_OPTION_TO_FIELD = {
+    "json_schema": "response_format",
+    "eos": "stop_token_ids",
+    "function_calls": "tool_choice",
+}
 _MAX_MESSAGE = 500  # characters; a message quotes the refused value
 
 

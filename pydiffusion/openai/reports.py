@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from pydiffusion.events import Event
+from pydiffusion.events import CanvasEvent, Event, ToolCall
 
 from .errors import ApiError
 
@@ -31,3 +31,11 @@ class Finished:
 
 # Reported together with the index of the run.
 Report: TypeAlias = Prefilled | Event | Failed | Finished
+
+
+def up_to_first_call(event: CanvasEvent) -> tuple[CanvasEvent, bool]:
+    """The event without what follows a tool call, and whether it has one."""
+    for i, part in enumerate(event.parts):
+        if isinstance(part, ToolCall):
+            return replace(event, parts=event.parts[: i + 1]), True
+    return event, False

@@ -1,4 +1,4 @@
-"""Parse request bodies: every field is used, rejected by name, or listed as ignored."""
+"""Parse request bodies; ``fields`` tells which fields are used, refused by name, or listed as ignored."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pydiffusion.errors import OptionError
 from pydiffusion.options import GenerationOptions, ResolvedOptions
 
 from .errors import ApiError, from_exception, invalid
+from .fields import SortedFields, sort_fields
 from .messages import check_messages
-from .parameters import no_thinking, token_limit
+from .parameters import no_thinking, token_limit, with_temperature
 from .response_format import CONSTRAINT_FIELDS, constraint_options, infill_layout, suffix_layout
 from .tool_choice import ToolUse, tool_use
 
@@ -21,53 +22,31 @@ if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
 
 MAX_CHOICES = 16
-MAX_STOPS = 16
-
-# Sent by most clients by default; they have no meaning for a diffusion sampler.
-IGNORED: dict[str, tuple[type, ...]] = {
-    "temperature": (int, float),
-    "top_p": (int, float),
-    "top_k": (int, float),
-    "min_p": (int, float),
-    "presence_penalty": (int, float),
-    "frequency_penalty": (int, float),
-    "repetition_penalty": (int, float),
-    "user": (str,),
-    "metadata": (dict,),
-    "store": (bool,),
-    "service_tier": (str,),
-    "safety_identifier": (str,),
-    "prompt_cache_key": (str,),
-    "prompt_cache_retention": (str,),
-    "verbosity": (str,),
-}
-
-# Fields of OpenAI's API that are not supported: allowed only with values that request nothing.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "functions": (),
-    "function_call": (),
-    "best_of": (1,),
-}
+MAX_STOPS = 256
+_DEFAULT_LIMIT = 256  # tokens of a completion
+_ANY_SEED = -1  # for llama.cpp and its clients: draw one
 
 _DIFFUSION = (
     "steps", "t_min", "t_max", "entropy_bound", "stability_threshold", "confidence_threshold",
 )  # fmt: skip
-_ALL = ("model", "stream", "stream_options", "seed", *_DIFFUSION)
+_STREAM_OPTIONS = ("include_usage", "include_obfuscation", "diffusion")
+_ALL = ("model", "stream", "stream_options", "seed", "temperature", *_DIFFUSION)
 _LIMITS = ("thinking_budget", "stop_on_repetition", "trim_after_eos")
-_COMMON = (*_ALL, *_LIMITS, "n", "stop", "max_tokens", "response_format", *CONSTRAINT_FIELDS)
+_COMMON = (
+    *_ALL, *_LIMITS, "n", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "max_completion_tokens",
+    "response_format", *CONSTRAINT_FIELDS,
+)  # fmt: skip
 _CHAT = (
-    *_COMMON, "messages", "max_completion_tokens", "tools", "tool_choice", "parallel_tool_calls",
+    *_COMMON, "messages", "tools", "tool_choice", "parallel_tool_calls",
     "reasoning_effort", "enable_thinking", "chat_template_kwargs",
 )  # fmt: skip
-_COMPLETION = (*_COMMON, "prompt", "echo", "suffix")
+_COMPLETION = (*_COMMON, "prompt", "echo", "suffix", "special", "add_special_tokens")
 _INFILL = (*_ALL, "text", "instruction", "hole_tokens")
+ENDPOINTS = {
+    "/v1/chat/completions": _CHAT,
+    "/v1/completions": _COMPLETION,
+    "/v1/infill": _INFILL,
+}
 _NO_THINKING = ("none",)
 _EFFORTS = (*_NO_THINKING, "minimal", "low", "medium", "high", "xhigh")
 
@@ -77,6 +56,8 @@ class Request:
     """A validated request; ``options`` has one entry per choice of each prompt.
 
     layout: the text around the answer, which the prompt's run has to hold.
+    unenforced: constraints of a schema that the answer may violate.
+    hole_stops: strings that end the hole of such a layout.
     """
 
     stream: bool
@@ -85,6 +66,22 @@ class Request:
     options: list[ResolvedOptions]
     ignored: list[str]
     layout: Layout | None = field(default=None, kw_only=True)
+    unenforced: tuple[str, ...] = field(default=(), kw_only=True)
+    hole_stops: tuple[str, ...] = field(default=(), kw_only=True)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Terms on which requests are accepted.
+
+    names: of its model, the first for responses; any other name stands for it too.
+    strict: refuse such names, and fields without effect.
+    special: control tokens spelled out in prompt texts are such by default.
+    """
+
+    names: tuple[str, ...]
+    strict: bool = False
+    special: bool = False
 
 
 @dataclass
@@ -101,8 +98,12 @@ class ChatRequest(Request):
 
 @dataclass
 class CompletionRequest(Request):
+    """parse_special: control tokens spelled out in prompt texts are such.  add_bos: None as the file asks."""
+
     prompts: list[str | list[int]]
     echo: bool = False
+    parse_special: bool = False
+    add_bos: bool | None = None
 
 
 @dataclass
@@ -111,62 +112,101 @@ class InfillRequest(Request):
     layout: Layout = field(kw_only=True)
 
 
-def chat_request(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> ChatRequest:
+def chat_request(body: Any, model: DiffusionModel, terms: Terms) -> ChatRequest:
     """Validate the body of /v1/chat/completions. Raises ApiError."""
-    fields, ignored = _fields(body, _CHAT)
-    _check_model(fields, names)
-    variables = _template_variables(fields)
-    use = _tool_use(fields, variables)
-    variables["tools"] = use.shown
-    if use.constraint:
-        if "function_calls" not in use.constraint:  # which says itself whether the model may think
-            _without_thinking(variables)
-    elif variables.get("enable_thinking") is False:
-        fields = no_thinking(model, fields)
-    return ChatRequest(
-        **_stream_options(fields),
-        options=_options(fields, model, use.constraint),
-        ignored=ignored,
-        messages=check_messages(fields.get("messages")),
-        variables=variables,
-        use=use,
-    )
+    found = _sorted(body, "/v1/chat/completions", terms)
+    fields = found.given
+    with found.blaming():
+        variables = _template_variables(fields)
+        use = _tool_use(fields, variables)
+        variables["tools"] = use.shown
+        if use.constraint:
+            if "function_calls" not in use.constraint:  # which says itself whether the model may think
+                _without_thinking(variables)
+        elif variables.get("enable_thinking") is False:
+            fields = no_thinking(model, fields)
+        options = _options(fields, model, use.constraint)
+        return ChatRequest(
+            **_stream_options(fields),
+            options=options,
+            unenforced=_unenforced(options[0], model),
+            ignored=found.ignored,
+            messages=check_messages(fields.get("messages")),
+            variables=variables,
+            use=use,
+        )
 
 
-def completion_request(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> CompletionRequest:
+def completion_request(body: Any, model: DiffusionModel, terms: Terms) -> CompletionRequest:
     """Validate the body of /v1/completions. Raises ApiError."""
-    fields, ignored = _fields(body, _COMPLETION)
-    _check_model(fields, names)
-    prompts = _prompts(fields.get("prompt"), model)
-    layout = suffix_layout(model, fields)
-    if layout is None:
-        options = _options({"max_tokens": 256, **fields}, model, constraint_options(fields))
-    else:
-        options = _options_around(fields, model)
-    if len(prompts) * len(options) > MAX_CHOICES:
-        raise invalid(f"prompts times n is {len(prompts) * len(options)}; permitted are {MAX_CHOICES}", "n")
-    return CompletionRequest(
-        **_stream_options(fields),
-        options=options,
-        ignored=ignored,
-        prompts=prompts,
-        echo=_flag(fields, "echo", False),
-        layout=layout,
-    )
+    found = _sorted(body, "/v1/completions", terms)
+    fields = found.given
+    with found.blaming():
+        prompts = _prompts(fields.get("prompt"), model)
+        layout = suffix_layout(model, fields)
+        if layout is not None:
+            options = _options_around(fields, model)
+        elif "max_completion_tokens" in fields:
+            options = _options(fields, model, constraint_options(fields))
+        else:
+            limited = {"max_tokens": _DEFAULT_LIMIT, **fields}
+            options = _options(limited, model, constraint_options(fields))
+        if len(prompts) * len(options) > MAX_CHOICES:
+            n = len(prompts) * len(options)
+            raise invalid(f"prompts times n is {n}; permitted are {MAX_CHOICES}", "n")
+        return CompletionRequest(
+            **_stream_options(fields),
+            options=options,
+            unenforced=_unenforced(options[0], model),
+            ignored=found.ignored,
+            prompts=prompts,
+            echo=_flag(fields, "echo", False),
+            layout=layout,
+            hole_stops=() if layout is None else _stops(fields),
+            parse_special=_flag(fields, "special", terms.special),
+            add_bos=None if _flag(fields, "add_special_tokens", True) else False,
+        )
 
 
-def infill_request(body: Any, model: DiffusionModel, names: tuple[str, ...]) -> InfillRequest:
+def _unenforced(options: ResolvedOptions, model: DiffusionModel) -> tuple[str, ...]:
+    """Of a schema that is refused, nothing: compiling it says why."""
+    try:
+        return model.unenforced(options)
+    except OptionError:
+        return ()
+
+
+def infill_request(body: Any, model: DiffusionModel, terms: Terms) -> InfillRequest:
     """Validate the body of /v1/infill. Raises ApiError."""
-    fields, ignored = _fields(body, _INFILL)
-    _check_model(fields, names)
-    layout, prompt = infill_layout(model, fields)
-    return InfillRequest(
-        **_stream_options(fields),
-        options=_options_around(fields, model),
-        ignored=ignored,
-        prompt=prompt,
-        layout=layout,
-    )
+    found = _sorted(body, "/v1/infill", terms)
+    fields = found.given
+    with found.blaming():
+        layout, prompt = infill_layout(model, fields)
+        return InfillRequest(
+            **_stream_options(fields),
+            options=_options_around(fields, model),
+            ignored=found.ignored,
+            prompt=prompt,
+            layout=layout,
+        )
+
+
+def _sorted(body: Any, path: str, terms: Terms) -> SortedFields:
+    found = sort_fields(body, ENDPOINTS[path], ENDPOINTS, strict=terms.strict)
+    _check_model(found.given, terms)
+    _sort_stream_options(found, strict=terms.strict)
+    return found
+
+
+def _sort_stream_options(found: SortedFields, *, strict: bool) -> None:
+    """Some clients send stream_options with every request, and some an option of vLLM's in it."""
+    given = found.given.get("stream_options")
+    if given and found.given.get("stream", False) is False:
+        del found.given["stream_options"]
+        found.ignore("stream_options", strict=strict)
+    elif isinstance(given, dict):
+        for name in sorted(set(given) - set(_STREAM_OPTIONS)):
+            found.ignore(f"stream_options.{name}", strict=strict)
 
 
 def _tool_use(fields: Mapping[str, Any], variables: Mapping[str, Any]) -> ToolUse:
@@ -193,41 +233,14 @@ def _without_thinking(variables: dict[str, Any]) -> None:
     variables["enable_thinking"] = False
 
 
-def _fields(body: Any, known: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
-    """The fields with a value, and the names of those that are ignored."""
-    if not isinstance(body, dict):
-        raise invalid("The body must be a JSON object.")
-    fields: dict[str, Any] = {}
-    ignored: list[str] = []
-    for name, value in body.items():
-        if value is None:
-            continue
-        if name in known:
-            fields[name] = value
-        elif name in IGNORED:
-            if not isinstance(value, IGNORED[name]):
-                raise invalid(f"{name} has a value of the wrong type: {value!r}"[:200], name, "invalid_type")
-            ignored.append(name)
-        elif name in UNSUPPORTED:
-            if value not in UNSUPPORTED[name]:
-                raise invalid(
-                    f"{name} is not supported by this server with the value {value!r}"[:200],
-                    name,
-                    "unsupported_parameter",
-                )
-        else:
-            raise invalid(f"Unrecognized request argument supplied: {name}"[:200], name, "unknown_parameter")
-    return fields, ignored
-
-
-def _check_model(fields: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    name = fields.get("model", names[0])
+def _check_model(fields: Mapping[str, Any], terms: Terms) -> None:
+    name = fields.get("model", terms.names[0])
     if not isinstance(name, str):
         raise invalid("model must be a string", "model", "invalid_type")
-    if name not in names:
+    if terms.strict and name not in terms.names:
         raise ApiError(
             404,
-            f"The model {name!r} does not exist here; this server has {names[0]!r}."[:300],
+            f"The model {name!r} does not exist here; this server has {terms.names[0]!r}."[:300],
             param="model",
             code="model_not_found",
         )
@@ -238,15 +251,6 @@ def _stream_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     given = fields.get("stream_options", {})
     if not isinstance(given, dict):
         raise invalid("stream_options must be an object", "stream_options", "invalid_type")
-    if given and not stream:
-        raise invalid("stream_options is only permitted when stream is true", "stream_options")
-    for name in given:
-        if name not in ("include_usage", "include_obfuscation", "diffusion"):
-            raise invalid(
-                f"Unrecognized request argument supplied: stream_options.{name}"[:200],
-                "stream_options",
-                "unknown_parameter",
-            )
     return {
         "stream": stream,
         "include_usage": _flag(given, "include_usage", False),
@@ -258,13 +262,11 @@ def _options(
     fields: Mapping[str, Any], model: DiffusionModel, constraint: Mapping[str, Any]
 ) -> list[ResolvedOptions]:
     """The options of each choice."""
-    stop = fields.get("stop", ())
-    if isinstance(stop, list) and len(stop) > MAX_STOPS:
-        raise invalid(f"stop has {len(stop)} strings; permitted are {MAX_STOPS}", "stop")
-    choices = {**constraint, "stop": stop}
+    choices = {**constraint, "stop": _stops(fields)}
     try:
         limits = fields.get("max_tokens"), fields.get("max_completion_tokens")
         choices["max_tokens"] = token_limit(model, *limits)
+        choices["eos"] = _end_ids(fields, model, constrained=len(choices) > 2)
         return list(_each_choice(fields, choices, model))
     except OptionError as error:
         raise from_exception(error) from None
@@ -272,13 +274,37 @@ def _options(
 
 def _options_around(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedOptions]:
     """Options of each choice of a request with a layout, which sets the rest."""
-    for name in ("stop", "response_format", *CONSTRAINT_FIELDS, *_LIMITS):
-        if fields.get(name) not in (None, [], "", {"type": "text"}):
+    for name in ("response_format", *CONSTRAINT_FIELDS, "stop_token_ids", "ignore_eos", *_LIMITS):
+        if fields.get(name) not in (None, [], False, "", {"type": "text"}):
             raise invalid(f"{name} can't be combined with suffix by this server", name, "unsupported_value")
     try:
         return list(_each_choice(fields, {}, model))
     except OptionError as error:
         raise from_exception(error) from None
+
+
+def _stops(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    stop = fields.get("stop", ())
+    if isinstance(stop, list) and len(stop) > MAX_STOPS:
+        raise invalid(f"stop has {len(stop)} strings; permitted are {MAX_STOPS}", "stop")
+    try:
+        return GenerationOptions(stop=() if stop == "" else stop).stop  # type: ignore[return-value]
+    except OptionError as error:
+        raise from_exception(error) from None
+
+
+def _end_ids(
+    fields: Mapping[str, Any], model: DiffusionModel, *, constrained: bool
+) -> tuple[int, ...] | None:
+    """Ids that end the text: the file's, unless ignored, and the request's; None: the file's."""
+    more = fields.get("stop_token_ids", [])
+    if not isinstance(more, list):
+        raise invalid("stop_token_ids must be an array of token ids", "stop_token_ids", "invalid_type")
+    ignored = _flag(fields, "ignore_eos", False)
+    if constrained and (more or ignored):
+        name = "stop_token_ids" if more else "ignore_eos"
+        raise invalid(f"{name} can't be combined with response_format or regex", name, "unsupported_value")
+    return (*(() if ignored else model.tokenizer.end_ids), *more) if more or ignored else None
 
 
 def _each_choice(
@@ -291,6 +317,9 @@ def _each_choice(
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or abs(seed) >= 2**64):
         raise invalid(f"seed is {seed!r}; permitted is an integer of 64 bits"[:200], "seed")
     choices = {**choices, **{name: fields[name] for name in (*_DIFFUSION, *_LIMITS) if name in fields}}
+    choices["seed"] = None if seed == _ANY_SEED else seed
+    choices = with_temperature(choices, fields.get("temperature"), model)
+    seed = choices.pop("seed")
     for i in range(n):
         own_seed = None if seed is None else (seed + i) % 2**64
         yield model.resolve(GenerationOptions(**choices, seed=own_seed))

@@ -17,7 +17,7 @@ from pydiffusion.generation.infill import (
 from pydiffusion.options import ResolvedOptions
 
 from .errors import field_of, from_exception, invalid
-from .parameters import constraint_of
+from .parameters import constraint_of, token_limit
 from .tool_choice import ToolUse
 
 if TYPE_CHECKING:
@@ -69,9 +69,10 @@ def suffix_layout(model: DiffusionModel, fields: Mapping[str, Any]) -> Layout | 
         raise invalid("suffix must be a string", "suffix", "invalid_type")
     if not suffix:
         return None
-    limit = fields.get("max_tokens")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise invalid(f"max_tokens is {limit!r}; permitted is an integer of at least 1"[:200], "max_tokens")
+    try:
+        limit = token_limit(model, fields.get("max_tokens"), fields.get("max_completion_tokens"))
+    except OptionError as error:
+        raise from_exception(error) from None
     return lay_out_suffix(model, suffix, limit, model.canvas_length)
 
 

@@ -6,16 +6,17 @@ Shared by the library's functions (``responses``) and the server (``answers``), 
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pydiffusion.chat.messages import call_object
 from pydiffusion.chat.output_parser import Content, Part, Reasoning
-from pydiffusion.events import CanvasEvent, Completion, EndEvent
+from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent
 
+from .drafts import draft_fields
 from .reports import Prefilled, Report
 
 if TYPE_CHECKING:
@@ -91,13 +92,6 @@ class TextChoice(Choice):
         self._head = head
         self._text = ""
 
-    def take_completion(self, done: Completion) -> None:
-        """Take a finished generation instead of its events."""
-        self._text = done.text
-        self.n_tokens = len(done.tokens)
-        self.canvas_steps = list(done.canvas_steps)
-        self.end = EndEvent(reason=done.finish_reason, timings=done.timings, seed=done.seed)
-
     def opening(self) -> list[Json]:
         return [self._piece(self._head)] if self._head else []
 
@@ -127,21 +121,27 @@ class FilledChoice(TextChoice):
         head: str = "",
         *,
         suffixed: bool,
+        stops: Sequence[str] = (),
     ) -> None:
-        """suffixed: a completion before a suffix, of which the hole is sent; else the text and its holes."""
-        super().__init__(index, n_prompt, head)
+        """suffixed: a completion before a suffix, of which the hole is sent; else the text and its holes.
+        stops: strings before which such a hole ends.
+
+        The text around the holes counts as prompt.
+        """
+        super().__init__(index, n_prompt + layout.n_fixed, head)
         self._layout = layout
         self._tokenizer = tokenizer
         self._suffixed = suffixed
+        self._stops = stops
         self._tokens: list[int] = []
 
     def opening(self) -> list[Json]:
         return []
 
     def whole(self) -> Json:
-        text, holes = self._layout.read(self._tokens, self._tokenizer)
         if self._suffixed:
-            return self._piece(self._head + holes[0], "stop")
+            return self._piece(self._head + self._hole(), "stop")
+        text, holes = self._layout.read(self._tokens, self._tokenizer)
         return self._piece(text, "stop") | {"holes": list(holes)}
 
     def _pieces(self, canvas: CanvasEvent) -> list[Json]:
@@ -149,7 +149,19 @@ class FilledChoice(TextChoice):
         return []
 
     def _last(self, reason: str) -> Json:
+        filled = self._layout.filled(self._tokens, self._tokenizer)
+        self.n_tokens = sum(map(len, filled))
+        if self._suffixed:
+            (ids,), text = filled, self._hole()
+            starts = (self._tokenizer.detokenize(ids[:n]).startswith(text) for n in range(len(ids)))
+            self.n_tokens = next((n for n, holds in enumerate(starts) if holds), len(ids))
         return self.whole()
+
+    def _hole(self) -> str:
+        """The text before the suffix, up to the first stop string."""
+        (ids,) = self._layout.filled(self._tokens, self._tokenizer)
+        text = self._tokenizer.detokenize(ids)
+        return text[: min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 class ChatChoice(Choice):
@@ -208,11 +220,7 @@ class ChatMessage:
         if isinstance(part, Reasoning):
             self.reasoning += part.text
             return {"reasoning_content": part.text}
-        call = {
-            "id": f"call_{uuid.uuid4().hex[:24]}",
-            "type": "function",
-            "function": {"name": part.name, "arguments": json.dumps(part.arguments, ensure_ascii=False)},
-        }
+        call = call_object(part)
         self.tool_calls.append(call)
         return {"tool_calls": [{"index": len(self.tool_calls) - 1, **call}]}
 
@@ -235,15 +243,28 @@ class ChatMessage:
 class Response(ABC):
     """A response with all its choices: ``chunks`` when streaming, else ``take`` and ``whole``."""
 
-    def __init__(self, model: str, choices: Sequence[Choice], *, chat: bool, n_per_prompt: int = 1) -> None:
-        """model: name to report.  n_per_prompt: choices that share a prompt, one after the other."""
+    def __init__(
+        self,
+        model: str,
+        choices: Sequence[Choice],
+        tokenizer: Tokenizer,
+        *,
+        chat: bool,
+        n_per_prompt: int = 1,
+        include_usage: bool = False,
+    ) -> None:
+        """model: name to report.  n_per_prompt: choices that share a prompt, one after the other.
+        include_usage: a stream ends with the usage.
+        """
         prefix, self._object, self._chunk_object = (
             ("chatcmpl", "chat.completion", "chat.completion.chunk")
             if chat
             else ("cmpl", "text_completion", "text_completion")
         )
         self._choices = choices
+        self._tokenizer = tokenizer
         self._n_per_prompt = n_per_prompt
+        self._include_usage = include_usage
         self._fields: Json = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -263,20 +284,22 @@ class Response(ABC):
             "diffusion": self._figures(),
         }
 
-    def opening(self, i_choice: int) -> Iterator[Json]:
-        """The chunks that a choice's stream begins with, where no report tells that it does."""
-        for piece in self._choices[i_choice].opening():
-            yield self._chunk(piece)
-
     def chunks(self, i_choice: int, report: Report) -> Iterator[Json]:
         """Add a report; yields its chunks."""
+        if isinstance(report, DraftEvent):
+            yield self._chunk() | {"diffusion": draft_fields(i_choice, report, self._tokenizer)}
         for piece in self._choices[i_choice].take(report):
             over = isinstance(report, EndEvent) and all(choice.end is not None for choice in self._choices)
             yield self._chunk(piece) | ({"diffusion": self._figures()} if over else {})
 
+    def usage_chunk(self) -> Json | None:
+        """The final usage chunk, if requested."""
+        return self._chunk() | {"usage": self._usage()} if self._include_usage else None
+
     def _chunk(self, choice: Json | None = None) -> Json:
         choices = [] if choice is None else [choice]
-        return self._fields | {"object": self._chunk_object, "choices": choices}
+        usage: Json = {"usage": None} if self._include_usage else {}
+        return self._fields | {"object": self._chunk_object, "choices": choices} | usage
 
     def _usage(self) -> Json:
         n_prompt = sum(choice.n_prompt for choice in self._prompts())
@@ -290,6 +313,14 @@ class Response(ABC):
     def _prompts(self) -> Sequence[Choice]:
         """A choice of each prompt: the choices of one share its cache, so it counts once."""
         return self._choices[:: self._n_per_prompt]
+
+    def _timings(self) -> dict[str, float]:
+        """Seconds per phase, of all choices together."""
+        timings: dict[str, float] = {}
+        for choice in self._choices:
+            for name, seconds in ({} if choice.end is None else choice.end.timings).items():
+                timings[name] = timings.get(name, 0.0) + seconds
+        return timings
 
     @abstractmethod
     def _figures(self) -> Json:

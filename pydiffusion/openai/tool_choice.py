@@ -5,13 +5,16 @@ Shared by the server's requests and ``create_chat_completion``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydiffusion.errors import FunctionError, OptionError
-from pydiffusion.events import CanvasEvent, EndEvent, Event, ToolCall
+from pydiffusion.events import CanvasEvent, EndEvent, Event
+
+from .reports import up_to_first_call
 
 # Spellings of a choice by one word: OpenAI's and llama.cpp's; Mistral's and Anthropic's.
 _WORD_TO_MODE = {"none": "none", "auto": "auto", "required": "required", "any": "required"}
@@ -127,7 +130,8 @@ def _instead_of_calls(constraint: Mapping[str, Any]) -> Any:
     if not constraint:
         return "text"
     if "json_schema" in constraint:
-        return constraint["json_schema"]
+        schema = constraint["json_schema"]
+        return json.loads(schema) if isinstance(schema, str) else schema
     name = next(iter(constraint))
     raise OptionError(name, f"{name} can't be combined with tools: give tool_choice 'none', or a JSON schema")
 
@@ -207,14 +211,6 @@ def check_tools(tools: Any) -> list[Any] | None:
             if function.get(name) is not None and not isinstance(function[name], kind):
                 raise OptionError(f"{where}.function.{name}", f"{where}.function.{name} has the wrong type")
     return list(tools) or None
-
-
-def up_to_first_call(event: CanvasEvent) -> tuple[CanvasEvent, bool]:
-    """The event without what follows a tool call, and whether it has one."""
-    for i, part in enumerate(event.parts):
-        if isinstance(part, ToolCall):
-            return replace(event, parts=event.parts[: i + 1]), True
-    return event, False
 
 
 def cut_after_call(events: Iterator[Event], seed: int) -> Iterator[Event]:

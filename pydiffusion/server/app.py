@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
+import difflib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,26 +16,17 @@ from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pydiffusion.errors import PyDiffusionError
 from pydiffusion.openai.answers import Answer
-from pydiffusion.openai.errors import ApiError, from_exception, invalid
+from pydiffusion.openai.errors import ApiError, from_exception
+from pydiffusion.openai.prepared import PREPARE, Prepared
 from pydiffusion.openai.reports import Failed, Finished, Report
-from pydiffusion.openai.requests import ChatRequest, chat_request, completion_request, infill_request
-from pydiffusion.openai.requests import Request as ApiRequest
-from pydiffusion.openai.response_format import check_constraint, held_options
-from pydiffusion.openai.tool_choice import ToolUse
+from pydiffusion.openai.requests import ENDPOINTS, ChatRequest, Terms
 
-from .http import (
-    KEEP_ALIVE_SECONDS,
-    Disconnected,
-    EventStream,
-    read_json,
-    to_json,
-    unless_disconnected,
-)
-from .jobs import Job, Run
+from .access import Access, clean_host, clean_key, clean_origin
+from .guard import Guard, PrivateNetwork
+from .http import KEEP_ALIVE_SECONDS, EventStream, read_json, to_json, unless_disconnected
+from .jobs import Job
 from .metrics import Metrics
 from .page import PAGE_PATHS, add_page
 from .scheduler import Scheduler
@@ -45,16 +36,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pydiffusion.server")
 
-_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/infill", "/v1/models", "/health", "/metrics")
+# As llama.cpp, vLLM, Kubernetes and others probe; none needs a key.
+HEALTH_PATHS = (
+    "/health", "/v1/health", "/healthz", "/ping", "/livez", "/health/live", "/v1/health/live",
+)  # fmt: skip
+READY_PATHS = ("/v1/health/ready", "/health/ready", "/ready", "/readyz")
+_PATHS = (*ENDPOINTS, "/v1/models", "/metrics", *HEALTH_PATHS, *READY_PATHS)
 # Paths that need no API key: the page asks for it itself.
-OPEN_PATHS = frozenset(("/health", *PAGE_PATHS))
+OPEN_PATHS = frozenset((*HEALTH_PATHS, *READY_PATHS, *PAGE_PATHS))
+_READ = ["GET", "HEAD"]
+_MAX_TOLD = 1000  # names of ignored fields that are logged at most
 
 
 @dataclass(frozen=True)
 class Settings:
     """Server settings. n_parallel: most sequences in flight; n_sessions: KV caches kept.
     timeout: seconds from a request's arrival to its end, None for no limit.
-    cors: origins whose pages may use the server.
+    cors: origins whose pages may use the server.  allowed_hosts: names that it has besides the machine's own.
+    strict: refuse fields without effect, and names of other models.
+    special: control tokens in the prompt texts of completions are such, unless the request says otherwise.
     """
 
     api_key: str | None = None
@@ -64,6 +64,16 @@ class Settings:
     timeout: float | None = 600.0
     max_body: int = 8 * 1024 * 1024
     cors: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    strict: bool = False
+    special: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a key, an origin or a host name that no request could have."""
+        if self.api_key is not None:
+            object.__setattr__(self, "api_key", clean_key(self.api_key, "the API key"))
+        object.__setattr__(self, "cors", tuple(map(clean_origin, self.cors)))
+        object.__setattr__(self, "allowed_hosts", tuple(map(clean_host, self.allowed_hosts)))
 
 
 class JsonResponse(Response):
@@ -78,7 +88,9 @@ class JsonResponse(Response):
 def create_app(model: DiffusionModel, settings: Settings | None = None) -> FastAPI:
     """Build the application. Close its ``state.scheduler`` at the end."""
     settings = settings or Settings()
-    app = FastAPI(title="pydiffusion", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="pydiffusion", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     app.state.scheduler = Scheduler(
         model,
         max_queue=settings.max_queue,
@@ -86,21 +98,31 @@ def create_app(model: DiffusionModel, settings: Settings | None = None) -> FastA
         n_sessions=settings.n_sessions,
     )
     endpoints = _Endpoints(model, settings, app.state.scheduler)
-    app.add_api_route("/v1/chat/completions", endpoints.chat, methods=["POST"])
-    app.add_api_route("/v1/completions", endpoints.completion, methods=["POST"])
-    app.add_api_route("/v1/infill", endpoints.infill, methods=["POST"])
-    app.add_api_route("/v1/models", endpoints.models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", endpoints.model, methods=["GET"])
-    app.add_api_route("/health", endpoints.health, methods=["GET"])
-    app.add_api_route("/metrics", endpoints.metrics_page, methods=["GET"])
+    for path in ENDPOINTS:
+        app.add_api_route(path, endpoints.generation(path), methods=["POST"])
+    app.add_api_route("/v1/models", endpoints.models, methods=_READ)
+    app.add_api_route("/v1/models/{name:path}", endpoints.model, methods=_READ)
+    for path in HEALTH_PATHS:
+        app.add_api_route(path, endpoints.health, methods=_READ)
+    for path in READY_PATHS:
+        app.add_api_route(path, endpoints.ready, methods=_READ)
+    app.add_api_route("/metrics", endpoints.metrics_page, methods=_READ)
     add_page(app)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(_Guard, settings=settings, metrics=endpoints.metrics)
+    access = Access(settings.api_key, settings.cors, settings.allowed_hosts)
+    app.add_middleware(
+        Guard, access=access, metrics=endpoints.metrics, open_paths=OPEN_PATHS, respond=_error_response
+    )
     if settings.cors:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.cors), allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=list(settings.cors),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
         )
+        app.add_middleware(PrivateNetwork)
     return app
 
 
@@ -110,92 +132,36 @@ class _Endpoints:
         self._settings = settings
         self._scheduler = scheduler
         self._started = int(time.time())
-        self._flaws_told: set[str] = set()
-        self.metrics = Metrics()
+        self._told: set[str] = set()
+        self.metrics = Metrics(_PATHS)
         # A client may call the model by its name or by that of its file.
-        self._names = tuple(dict.fromkeys((model.path.stem, model.path.name, model.name)))
+        names = tuple(dict.fromkeys((model.path.stem, model.path.name, model.name)))
+        self._terms = Terms(names, strict=settings.strict, special=settings.special)
 
-    async def chat(self, request: Request) -> Response:
-        body = await read_json(request, self._settings.max_body)
-        wanted = chat_request(body, self._model, self._names)
-        prompt = await asyncio.to_thread(self._chat_prompt, wanted.messages, wanted.variables)
-        self._check_context(prompt, "messages")
-        await asyncio.to_thread(self._check_constraint, wanted, prompt)
-        prompts = [prompt] * len(wanted.options)
-        answer = Answer(wanted, self._names[0], self._model.tokenizer, prompts)
-        runs = [Run(prompt, options) for options in wanted.options]
-        return await self._answer(request, wanted, answer, runs)
+    def generation(self, path: str) -> Callable[[Request], Awaitable[Response]]:
+        """The endpoint of a path that generates."""
 
-    async def completion(self, request: Request) -> Response:
-        body = await read_json(request, self._settings.max_body)
-        wanted = completion_request(body, self._model, self._names)
-        ids = await asyncio.to_thread(self._prompt_ids, wanted.prompts)
-        runs, heads = [], []
-        for prompt, tokens in zip(wanted.prompts, ids, strict=True):
-            self._check_context(tokens, "prompt")
-            text = prompt if isinstance(prompt, str) else self._model.detokenize(tokens)
-            heads += [text if wanted.echo else ""] * len(wanted.options)
-            if wanted.layout is None:
-                await asyncio.to_thread(self._check_constraint, wanted, tokens)
-                options = wanted.options
-            else:
-                options = held_options(self._model, wanted.layout, tokens, wanted.options)
-            runs += [Run(tokens, each) for each in options]
-        prompts = [run.prompt for run in runs]
-        answer = Answer(wanted, self._names[0], self._model.tokenizer, prompts, heads)
-        return await self._answer(request, wanted, answer, runs)
+        async def endpoint(request: Request) -> Response:
+            body = await read_json(request, self._settings.max_body)
+            prepared = await asyncio.to_thread(PREPARE[path], body, self._model, self._terms)
+            self._log_flaws(prepared)
+            return await self._answer(request, prepared)
 
-    async def infill(self, request: Request) -> Response:
-        body = await read_json(request, self._settings.max_body)
-        wanted = await asyncio.to_thread(infill_request, body, self._model, self._names)
-        self._check_context(wanted.prompt, "text")
-        options = held_options(self._model, wanted.layout, wanted.prompt, wanted.options)
-        runs = [Run(wanted.prompt, each) for each in options]
-        answer = Answer(wanted, self._names[0], self._model.tokenizer, [wanted.prompt])
-        return await self._answer(request, wanted, answer, runs)
+        return endpoint
 
-    def _check_constraint(self, wanted: ApiRequest, prompt: list[int]) -> None:
-        use = wanted.use if isinstance(wanted, ChatRequest) else ToolUse()
-        check_constraint(self._model, wanted.options[0], len(prompt), use)
-
-    def _chat_prompt(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
-        try:
-            return self._model.chat_prompt(messages, **variables)
-        except (PyDiffusionError, ValueError) as error:  # refused by the template, as a rule
-            raise invalid(str(error), "messages") from None
-
-    def _prompt_ids(self, prompts: list[str | list[int]]) -> list[list[int]]:
-        try:
-            return [self._model.tokenize(p) if isinstance(p, str) else p for p in prompts]
-        except (PyDiffusionError, ValueError) as error:
-            raise invalid(str(error), "prompt") from None
-
-    def _check_context(self, tokens: list[int], param: str) -> None:
-        room = self._model.n_ctx - self._model.canvas_length
-        if not tokens:
-            raise invalid(f"{param} has no tokens", param)
-        if len(tokens) > room:
-            raise invalid(
-                f"This server's context is {self._model.n_ctx} tokens, of which a canvas takes"
-                f" {self._model.canvas_length}: {param} resulted in {len(tokens)} tokens, and {room} fit.",
-                param,
-                "context_length_exceeded",
-            )
-
-    def _log_flaws(self, runs: list[Run]) -> None:
-        """Log problems of prompts that are answered anyway, each problem once."""
-        for run in runs:
-            flaw = self._model.tokenizer.bos_flaw(run.prompt)
-            if flaw is not None and flaw not in self._flaws_told:
-                self._flaws_told.add(flaw)
+    def _log_flaws(self, prepared: Prepared) -> None:
+        """Log problems of requests that are answered anyway, each problem once."""
+        flaws = {flaw for run in prepared.runs if (flaw := self._model.tokenizer.bos_flaw(run.prompt))}
+        flaws |= {f"request field {name[:100]!r} has no effect here" for name in prepared.request.ignored}
+        for flaw in sorted(flaws - self._told):
+            if len(self._told) < _MAX_TOLD:
+                self._told.add(flaw)
                 log.warning("%s", flaw)
 
     # Scheduling
 
-    async def _answer(
-        self, request: Request, wanted: ApiRequest, answer: Answer, runs: list[Run]
-    ) -> Response:
-        self._log_flaws(runs)
+    async def _answer(self, request: Request, prepared: Prepared) -> Response:
+        wanted, answer = prepared.request, prepared.answer
         loop = asyncio.get_running_loop()
         arrivals: asyncio.Queue[tuple[int, Report]] = asyncio.Queue()
 
@@ -205,7 +171,7 @@ class _Endpoints:
 
         chat = isinstance(wanted, ChatRequest)
         one_call = isinstance(wanted, ChatRequest) and wanted.one_call
-        job = Job(runs, emit, chat=chat, drafts=wanted.drafts, one_call=one_call)
+        job = Job(prepared.runs, emit, chat=chat, drafts=wanted.drafts, one_call=one_call)
         self._scheduler.submit(job)
         reports = self._reports(job, arrivals)
         if wanted.stream:
@@ -251,7 +217,7 @@ class _Endpoints:
         return JsonResponse({"object": "list", "data": [self._model_object()]})
 
     async def model(self, name: str) -> Response:
-        if name not in self._names:
+        if name not in self._terms.names:
             raise ApiError(
                 404, f"The model {name!r} does not exist here."[:300], param="model", code="model_not_found"
             )
@@ -259,7 +225,7 @@ class _Endpoints:
 
     def _model_object(self) -> dict[str, Any]:
         return {
-            "id": self._names[0],
+            "id": self._terms.names[0],
             "object": "model",
             "created": self._started,
             "owned_by": "pydiffusion",
@@ -268,13 +234,23 @@ class _Endpoints:
         }
 
     async def health(self) -> Response:
+        return self._health("ok")
+
+    async def ready(self) -> Response:
+        """Whether new requests are taken: not while the server is shutting down."""
+        if self._scheduler.is_closing:
+            return self._health("shutting down", 503)
+        return self._health("ok")
+
+    def _health(self, status: str, code: int = 200) -> Response:
         return JsonResponse(
             {
-                "status": "ok",
-                "model": self._names[0],
+                "status": status,
+                "model": self._terms.names[0],
                 "active": self._scheduler.n_active,
                 "waiting": self._scheduler.n_waiting,
-            }
+            },
+            code,
         )
 
     async def metrics_page(self) -> Response:
@@ -311,84 +287,30 @@ async def _chunks(
         yield from_exception(error).body()
 
 
+def _error_response(error: ApiError) -> Response:
+    return JsonResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
 async def _api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JsonResponse(error.body(), status_code=error.status, headers=error.headers)
+    return _error_response(error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = {404: f"Unknown request URL: {request.method} {request.url.path}"}.get(
-        error.status_code, f"{error.detail}: {request.method} {request.url.path}"
-    )
-    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
-    return await _api_error(
-        request, ApiError(error.status_code, message[:300], code=code, headers=dict(error.headers or {}))
-    )
-
-
-class _CountedSend:
-    """Sends the messages of one response, and counts it by path and status."""
-
-    def __init__(self, send: Send, path: str, metrics: Metrics) -> None:
-        self._send = send
-        self._path = path if path in _PATHS else "other"
-        self._metrics = metrics
-        self.is_started = False
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.is_started = True
-            self._metrics.responses[self._path, message["status"]] += 1
-        await self._send(message)
-
-
-class _Guard:
-    """Middleware: API key, cross-origin pages, response counts, unexpected errors."""
-
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
-        self._app = app
-        self._settings = settings
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        answer = _CountedSend(send, scope["path"], self._metrics)
-        try:
-            self._check(Request(scope))
-            await self._app(scope, receive, answer)
-        except Disconnected:
-            pass
-        except Exception as error:
-            if answer.is_started:
-                log.error("unexpected error", exc_info=error)
-                raise
-            response = await _api_error(Request(scope), from_exception(error))
-            await response(scope, receive, answer)
-
-    def _check(self, request: Request) -> None:
-        """Raise ApiError for a request without the key, or from a page of another host."""
-        if request.url.path in OPEN_PATHS:
-            return
-        origin = request.headers.get("origin")
-        if origin is not None and not self._may_use(origin, request.headers.get("host", "")):
-            raise ApiError(403, f"Pages of {origin} may not use this server (--cors)."[:300], code="origin")
-        if self._settings.api_key is None:
-            return
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(
-            key.strip().encode("latin-1"), self._settings.api_key.encode()
-        ):
-            raise ApiError(
-                401,
-                "Incorrect API key provided." if key else "You didn't provide an API key.",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-
-    def _may_use(self, origin: str, host: str) -> bool:
-        return (
-            origin.partition("://")[2] == host or origin in self._settings.cors or "*" in self._settings.cors
+    headers = dict(error.headers or {})
+    if error.status_code == 405 and request.method == "OPTIONS":
+        return Response(
+            status_code=204, headers={"Allow": f"{headers.get('Allow', '')}, OPTIONS".lstrip(", ")}
         )
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    if error.status_code == 404:
+        message = f"Unknown request URL: {request.method} {request.url.path}{_path_hint(request.url.path)}"
+    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
+    return _error_response(ApiError(error.status_code, message[:300], code=code, headers=headers))
+
+
+def _path_hint(path: str) -> str:
+    """A base URL with ``/v1`` missing or twice is the usual mistake."""
+    close = difflib.get_close_matches(path, _PATHS, n=1, cutoff=0.75)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pydiffusion.errors import GenerationCancelled
@@ -14,16 +13,8 @@ from pydiffusion.openai.errors import ApiError
 from pydiffusion.openai.reports import Report
 
 if TYPE_CHECKING:
-    from pydiffusion.options import ResolvedOptions
+    from pydiffusion.openai.prepared import PreparedRun
     from pydiffusion.session import Session
-
-
-@dataclass(frozen=True)
-class Run:
-    """One choice of a request: prompt tokens and options."""
-
-    prompt: list[int]
-    options: ResolvedOptions
 
 
 class Job:
@@ -31,7 +22,7 @@ class Job:
 
     def __init__(
         self,
-        runs: list[Run],
+        runs: list[PreparedRun],
         emit: Callable[[int, Report], None],
         *,
         chat: bool,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,14 +13,20 @@ if TYPE_CHECKING:
 class Metrics:
     """Counts HTTP responses; ``text`` adds the scheduler's counters."""
 
-    def __init__(self) -> None:
-        self.responses: Counter[tuple[str, int]] = Counter()
+    def __init__(self, paths: Collection[str]) -> None:
+        """paths: counted by name, others together: who requests made-up ones must not fill the memory."""
+        self._paths = paths
+        self._responses: Counter[tuple[str, int]] = Counter()
+
+    def count(self, path: str, status: int) -> None:
+        """Count a response."""
+        self._responses[path if path in self._paths else "other", status] += 1
 
     def text(self, scheduler: Scheduler) -> str:
         work = scheduler.counters
         answers = {
             f'{{path="{path}",status="{status}"}}': count
-            for (path, status), count in sorted(self.responses.items())
+            for (path, status), count in sorted(self._responses.items())
         }
         counts = (
             ("http_responses_total", "counter", "Answers by path and status.", answers),

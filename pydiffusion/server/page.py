@@ -29,7 +29,7 @@ _HEADERS = {
 def add_page(app: FastAPI) -> None:
     """Serve the page."""
     for path, (name, media_type) in _FILES.items():
-        app.add_api_route(path, _endpoint((_FOLDER / name).read_bytes(), media_type), methods=["GET"])
+        app.add_api_route(path, _endpoint((_FOLDER / name).read_bytes(), media_type), methods=["GET", "HEAD"])
 
 
 def _endpoint(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:

@@ -20,8 +20,7 @@ from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
 from pydiffusion.generation.batching import Batch
 from pydiffusion.generation.token_ids import common_prefix
 from pydiffusion.openai.errors import ApiError, from_exception
-from pydiffusion.openai.reports import Failed, Finished, Prefilled
-from pydiffusion.openai.tool_choice import up_to_first_call
+from pydiffusion.openai.reports import Failed, Finished, Prefilled, up_to_first_call
 
 from .jobs import Job, RunSequence
 from .pool import SessionPool
@@ -70,6 +69,11 @@ class Scheduler:
         self._thread.start()
 
     # Called from the server's threads
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether new jobs are refused, since the server is going down."""
+        return self._closing
 
     @property
     def n_waiting(self) -> int:

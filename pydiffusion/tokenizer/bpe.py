@@ -39,7 +39,7 @@ _TOKEN_TYPES = frozenset(TokenType)
 
 
 class Tokenizer:
-    """Tokenizer of a model file; thread-safe.
+    """Tokenizer of a model file; thread-safe, can be pickled.
 
     Attributes: ``n_vocab``; ``bos_id``, ``eos_id``, ``pad_id``, ``mask_id``, ``unknown_id`` (int or None);
     ``add_bos``, whether the file asks for a bos before a text; ``end_tokens``, the tokens that end a text,
@@ -72,6 +72,19 @@ class Tokenizer:
         # `encode_special_tokens` is state of the encoder: hold the lock from setting it until encoding is
         # done.
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()
+
+    def __copy__(self) -> Tokenizer:
+        return self  # it does not change
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tokenizer:
+        return self
 
     # Loading
 

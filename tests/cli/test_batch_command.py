@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.demo_model import write_demo_model
 
 from pydiffusion import DiffusionModel
 from pydiffusion.cli import main
@@ -16,12 +17,7 @@ from pydiffusion.cli import main
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from pydiffusion.convert import convert
-    from pydiffusion.demo import checkpoint_path
-
-    target = tmp_path_factory.mktemp("demo") / "demo.gguf"
-    convert(checkpoint_path(), target, "q8_0")
-    return str(target)
+    return str(write_demo_model(tmp_path_factory.mktemp("demo")))
 
 
 LINES = [
@@ -32,7 +28,7 @@ LINES = [
     '{"messages": [{"role": "user", "content": "sort: b a"}], "steps": 3}',
     '{"prompt": "abc", "steps": 0}',
     "{not json",
-    '{"prompt": "abc", "frobnicate": 1}',
+    '{"prompt": "abc", "max_token": 1}',
     '{"prompt": ""}',
     "[1]",
     "null",
@@ -56,7 +52,7 @@ def read(path: Path) -> dict[int, dict[str, Any]]:
 def test_every_line_gets_its_answer_or_its_error(model: str, tmp_path: Path) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text("\n".join(LINES), encoding="utf-8")
-    assert run(model, prompts, output, "--seed", "10") == 1, "some failed"
+    assert run(model, prompts, output, "--seed", "10", "--raw") == 1, "some failed"
     answers = read(output)
     assert sorted(answers) == [1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
     assert answers[1]["id"] == "first" and answers[1]["seed"] == 10 and answers[2]["seed"] == 11
@@ -64,7 +60,7 @@ def test_every_line_gets_its_answer_or_its_error(model: str, tmp_path: Path) -> 
     assert answers[5]["seed"] == 14 and answers[5]["prompt_tokens"] > 5
     messages = {number: answer.get("error", "") for number, answer in answers.items()}
     assert "steps is 0" in messages[6] and "not valid JSON" in messages[7]
-    assert "'frobnicate'" in messages[8] and "no tokens" in messages[9]
+    assert "max_token" in messages[8] and "no tokens" in messages[9]
     assert all("object" in messages[number] for number in (10, 11, 12, 13))
     # the same as one by one
     with DiffusionModel(model, n_threads=1, n_ctx=128) as opened:
@@ -90,13 +86,17 @@ def test_an_interrupted_batch_resumes(model: str, tmp_path: Path, capsys: pytest
     assert "answers other prompts" in capsys.readouterr().err and output.read_bytes() == before
 
 
-def test_errors_are_tried_again_when_asked(model: str, tmp_path: Path) -> None:
+def test_errors_are_tried_again_when_asked(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text('"a"\n{"prompt": ""}\n', encoding="utf-8")
-    assert run(model, prompts, output) == 1
+    assert run(model, prompts, output, "--seed", "1", "--raw") == 1
     first = read(output)
-    assert run(model, prompts, output) == 0, "nothing left to do"
-    assert run(model, prompts, output, "--retry-errors") == 1
+    assert run(model, prompts, output, "--seed", "1", "--raw") == 1, "nothing left to do, but one has failed"
+    error = capsys.readouterr().err
+    assert "0 answered, 0 failed" in error and "1 failed in earlier runs: --retry-errors" in error
+    assert run(model, prompts, output, "--seed", "1", "--raw", "--retry-errors") == 1
     assert read(output) == first
 
 
@@ -136,6 +136,6 @@ def test_generate_by_schema(model: str, tmp_path: Path, capfd: pytest.CaptureFix
     assert all(isinstance(entry, bool) for entry in json.loads(capfd.readouterr().out))
     assert main([*arguments, "--regex", "(ab)+", "--raw"]) == 0
     assert set(capfd.readouterr().out.strip()) == {"a", "b"}
-    assert main([*arguments, "--regex", "(", "--raw"]) == 1
+    assert main([*arguments, "--regex", "(", "--raw"]) == 2
     file.write_text("{")
     assert main([*arguments, "--json-schema", str(file)]) == 2

@@ -15,9 +15,10 @@ from support.server_fakes import ScriptedModel, ask, eventually, script, serving
 from pydiffusion import DiffusionModel, InsufficientMemoryError, _native
 from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
 from pydiffusion.openai.errors import ApiError
+from pydiffusion.openai.prepared import PreparedRun
 from pydiffusion.openai.reports import Failed, Finished, Prefilled
 from pydiffusion.options import GenerationOptions
-from pydiffusion.server.jobs import Job, Run
+from pydiffusion.server.jobs import Job
 from pydiffusion.server.scheduler import Scheduler
 from pydiffusion.session import Session
 
@@ -35,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
 class Client:
     """One request submitted to a scheduler, and the reports that it gets."""
 
-    def __init__(self, scheduler: Scheduler, runs: list[Run], **job: Any) -> None:
+    def __init__(self, scheduler: Scheduler, runs: list[PreparedRun], **job: Any) -> None:
         self.reports: list[tuple[int, Any]] = []
         self.over = threading.Event()
         self.job = Job(runs, self._take, **{"chat": False, **job})
@@ -58,9 +59,9 @@ def scripted() -> Iterator[tuple[ScriptedModel, Scheduler]]:
     scheduler.close()
 
 
-def run(model: DiffusionModel, text: str = "Hi", **options: Any) -> Run:
+def run(model: DiffusionModel, text: str = "Hi", **options: Any) -> PreparedRun:
     chosen = GenerationOptions(**{"max_tokens": 64, **options}).resolve(model.metadata, model.n_vocab)
-    return Run(model.tokenize(text), chosen)
+    return PreparedRun(model.tokenize(text), chosen)
 
 
 # Request bodies
@@ -150,7 +151,7 @@ def test_a_failure_ends_all_choices_of_its_request_only(model: DiffusionModel) -
     scheduler = Scheduler(model, n_parallel=4)
     try:
         other = Client(scheduler, [run(model, "fine", seed=1, steps=8)])
-        wrong = Run([model.n_vocab], run(model).options)
+        wrong = PreparedRun([model.n_vocab], run(model).options)
         failing = Client(scheduler, [run(model, "a", steps=40, confidence_threshold=0.0), wrong])
         assert failing.over.wait(60) and other.over.wait(60)
         assert isinstance(failing.reports[-1][1], Failed) and failing.reports[-1][1].error.status == 400

@@ -49,11 +49,14 @@ def test_a_schema_through_the_official_client(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
-@pytest.mark.parametrize("path", ["chat/completions", "completions"])
-def test_a_schema_in_the_form_of_llama_cpp(url: str, path: str) -> None:
-    """Its server documents ``{"type": "json_object", "schema": ...}``."""
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("chat/completions", "json_object"), ("completions", "json_object"), ("completions", "json_schema")],
+)
+def test_a_schema_in_the_form_of_llama_cpp(url: str, path: str, kind: str) -> None:
+    """Its server documents ``{"type": "json_object", "schema": ...}``; others send that as json_schema."""
     start = {"messages": ask("json: bob 7")} if path.startswith("chat") else {"prompt": "json: bob 7"}
-    body = {**start, "response_format": {"type": "json_object", "schema": SCHEMA}, "seed": 1, "steps": 4}
+    body = {**start, "response_format": {"type": kind, "schema": SCHEMA}, "seed": 1, "steps": 4}
     choice = httpx.post(f"{url}/v1/{path}", json=body).json()["choices"][0]
     jsonschema.validate(
         json.loads(choice["message"]["content"] if "message" in choice else choice["text"]), SCHEMA
@@ -102,7 +105,7 @@ def test_a_regex(url: str) -> None:
         ({"response_format": FORMAT, "stop": "x"}, "stop", "can't be combined"),
         ({"response_format": 3}, "response_format", "must be an object"),
         ({"response_format": {"type": "text", "schema": SCHEMA}}, "response_format", "schema is not"),
-        ({"response_format": {**FORMAT, "schema": SCHEMA}}, "response_format", "schema is not"),
+        ({"response_format": {**FORMAT, "schema": SCHEMA}}, "response_format", "exclude each other"),
         ({"response_format": {**FORMAT, "type": "json_object"}}, "response_format", "json_schema is not"),
         ({"response_format": {"type": "json_object", "schema": "x"}}, "response_format",
          "response_format.schema must be a JSON schema"),
@@ -125,6 +128,14 @@ def test_impossible_constraints_are_refused_in_one_line(
     assert after.status_code == 200, "the next request works"
 
 
+def test_without_an_end_the_context_ends_the_text(url: str) -> None:
+    """modular/modular#6673: with a limit beyond the context, the finish reason says what happened."""
+    body = {"prompt": "sort: b a", "max_tokens": 100_000_000, "ignore_eos": True, "steps": 1, "seed": 1}
+    answer = httpx.post(url + "/v1/completions", json=body, timeout=60).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert 400 < answer["usage"]["total_tokens"] <= 512
+
+
 # Texts with holes
 
 
@@ -136,6 +147,34 @@ def test_a_suffix_through_the_official_client(client: openai.OpenAI) -> None:
     for choice in answer.choices:
         assert choice.text.startswith("red ") and choice.finish_reason == "stop"
     assert answer.usage is not None
+
+
+def test_a_hole_before_a_suffix_ends_before_a_stop_string(url: str) -> None:
+    body = {"prompt": "red ", "suffix": " blue", "max_tokens": 12, "seed": 1, "steps": 6}
+    whole = httpx.post(url + "/v1/completions", json=body).json()
+    text = whole["choices"][0]["text"]
+
+    def n_prompt(**plain: Any) -> int:
+        asked = {"max_tokens": 1, "steps": 1, **plain}
+        return httpx.post(url + "/v1/completions", json=asked).json()["usage"]["prompt_tokens"]
+
+    held = n_prompt(prompt=" blue", add_special_tokens=False)
+    assert whole["usage"]["prompt_tokens"] == n_prompt(prompt="red ") + held
+    stop = text[2:4]
+    assert text.find(stop) > 0
+    for more in ({"stop": stop}, {"stop": [stop, "never in it"], "echo": True}):
+        cut = httpx.post(url + "/v1/completions", json={**body, **more}).json()
+        head = "red " if "echo" in more else ""
+        assert cut["choices"][0]["text"] == head + text.partition(stop)[0]
+        assert cut["choices"][0]["finish_reason"] == "stop"
+        assert cut["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"]
+        assert 0 < cut["usage"]["completion_tokens"] < whole["usage"]["completion_tokens"] <= 12
+    stream = {**body, "stop": stop, "stream": True, "stream_options": {"include_usage": True}}
+    chunks = events(httpx.post(url + "/v1/completions", json=stream))
+    assert "".join(c["choices"][0]["text"] for c in chunks if c["choices"]) == text.partition(stop)[0]
+    assert chunks[-1]["usage"] == httpx.post(url + "/v1/completions", json={**body, "stop": stop}).json()[
+        "usage"
+    ] | {"prompt_tokens_details": chunks[-1]["usage"]["prompt_tokens_details"]}
 
 
 def test_holes(url: str) -> None:
@@ -174,7 +213,9 @@ def test_holes_in_an_answer_to_an_instruction(url: str) -> None:
         ("infill", {"text": "a<|hole|>", "steps": 0}, "steps"),
         ("completions", {"prompt": "a", "suffix": 3}, "suffix"),
         ("completions", {"prompt": "a", "suffix": "b", "max_tokens": 0}, "max_tokens"),
-        ("completions", {"prompt": "a", "suffix": "b", "stop": "x"}, "stop"),
+        ("completions", {"prompt": "a", "suffix": "b", "stop": 3}, "stop"),
+        ("completions", {"prompt": "a", "suffix": "b", "stop_token_ids": [1]}, "stop_token_ids"),
+        ("completions", {"prompt": "a", "suffix": "b", "max_completion_tokens": 0}, "max_completion_tokens"),
         ("completions", {"prompt": "a", "suffix": "b", "regex": "x"}, "regex"),
     ],
 )

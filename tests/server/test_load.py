@@ -14,9 +14,10 @@ from support.server_fakes import CHAT, ScriptedModel, ask, events, eventually, s
 
 from pydiffusion.events import EndEvent
 from pydiffusion.openai.errors import ApiError
+from pydiffusion.openai.prepared import PreparedRun
 from pydiffusion.openai.reports import Failed, Finished
 from pydiffusion.options import GenerationOptions
-from pydiffusion.server.jobs import Job, Run
+from pydiffusion.server.jobs import Job
 from pydiffusion.server.scheduler import Scheduler
 
 
@@ -127,7 +128,7 @@ def test_a_late_cancellation_does_not_affect_the_next_request(slow: ScriptedMode
                 ends.append(report)
                 over.set()
 
-        job = Job([Run(slow.tokenize("Hi"), options)], emit, chat=True)
+        job = Job([PreparedRun(slow.tokenize("Hi"), options)], emit, chat=True)
         scheduler.submit(job)
         assert over.wait(20)
         return ends[0]

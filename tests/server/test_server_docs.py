@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import chain
 from pathlib import Path
 
 import jsonschema
@@ -12,7 +13,8 @@ from support.paths import REPOSITORY
 from support.server_fakes import serving
 
 from pydiffusion import DiffusionModel
-from pydiffusion.openai.requests import _CHAT, _COMPLETION, _INFILL, IGNORED, UNSUPPORTED
+from pydiffusion.openai.fields import EQUIVALENTS, IGNORED, UNSUPPORTED
+from pydiffusion.openai.requests import ENDPOINTS
 
 PAGE = (REPOSITORY / "docs" / "server.md").read_text(encoding="utf-8")
 
@@ -37,5 +39,5 @@ def test_the_examples_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_every_field_is_described() -> None:
-    for field in (*_CHAT, *_COMPLETION, *_INFILL, *IGNORED, *UNSUPPORTED):
+    for field in (*chain(*ENDPOINTS.values()), *IGNORED, *UNSUPPORTED, *EQUIVALENTS):
         assert f"`{field}`" in PAGE, field

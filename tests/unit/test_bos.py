@@ -148,8 +148,8 @@ def test_the_command_line_says_it_once(
     assert said("generate", False, "-p", "ab") == []
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(3)))
-    assert len(said("batch", False, str(prompts), "-o", str(tmp_path / "a.jsonl"))) == 1
-    assert said("batch", True, str(prompts), "-o", str(tmp_path / "b.jsonl")) == []
+    assert len(said("batch", False, "--raw", str(prompts), "-o", str(tmp_path / "a.jsonl"))) == 1
+    assert said("batch", True, "--raw", str(prompts), "-o", str(tmp_path / "b.jsonl")) == []
 
 
 @pytest.mark.parametrize("value", ["false", [False], 1.0])

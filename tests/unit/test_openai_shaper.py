@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.server_fakes import metadata
 
-from pydiffusion import CanvasEvent, Completion, DraftEvent, EndEvent, GenerationOptions
+from pydiffusion import CanvasEvent, DraftEvent, EndEvent, GenerationOptions
 from pydiffusion.events import Content, Event, Reasoning, ToolCall
 from pydiffusion.openai import responses
 from pydiffusion.openai.answers import Answer
@@ -62,33 +62,27 @@ def runs(draw: st.DrawFn) -> list[Event]:
 
 def library(events: list[Event], *, chat: bool, stream: bool) -> Any:
     """Through the public functions, with a model that does nothing but give these events."""
-    canvases = [event for event in events if isinstance(event, CanvasEvent)]
-    end = events[-1]
-    assert isinstance(end, EndEvent)
-    completion = Completion(
-        text="".join(canvas.text for canvas in canvases),
-        tokens=np.concatenate([canvas.tokens for canvas in canvases]),
-        steps=sum(canvas.steps for canvas in canvases),
-        timings=end.timings,
-        finish_reason=end.reason,
-        seed=end.seed,
-        n_prompt=N_PROMPT,
-        canvas_steps=tuple(canvas.steps for canvas in canvases),
-    )
     session = SimpleNamespace(
-        n_past=N_PROMPT, prefill=lambda ids: 0, generate_chat=lambda options: iter(events)
+        n_past=N_PROMPT,
+        n_ctx=64,
+        prefill=lambda ids: 2,
+        generate_chat=lambda options: iter(events),
+        generate=lambda options: iter(events),
     )
     model: Any = SimpleNamespace(
         name="m",
         n_ctx_train=64,
+        n_vocab=64,
+        tokenizer=TOKENIZER,
+        tokenize=lambda text: [1] * N_PROMPT,
         chat_prompt=lambda messages, **variables: [1] * N_PROMPT,
         new_session=lambda: session,
-        stream=lambda prompt, options, session: iter(events),
-        generate=lambda prompt, options, session: completion,
+        resolve=lambda options: RESOLVED,
     )
+    given: dict[str, Any] = {"stream": stream, "top_p": 0.9}
     if chat:
-        return responses.create_chat_completion(model, [{"role": "user", "content": "x"}], stream=stream)
-    return responses.create_completion(model, "Head ", echo=True, stream=stream)
+        return responses.create_chat_completion(model, [{"role": "user", "content": "x"}], **given)
+    return responses.create_completion(model, "Head ", echo=True, **given)
 
 
 def answer(*, chat: bool, n: int = 1, include_usage: bool = False) -> Answer:
@@ -123,10 +117,9 @@ def as_the_library_s(body: dict[str, Any]) -> dict[str, Any]:
             assert choice["message"].pop("refusal") is None
     if "diffusion" in body:
         figures = body["diffusion"]
-        assert figures["type"] == "summary" and figures["ignored_parameters"] == ["top_p"]
+        assert figures.pop("type") == "summary" and figures.pop("finish_reasons")
         (canvas_steps,), (seed,) = figures["canvas_steps"], figures["seeds"]
-        kept = {"steps": figures["steps"], "canvas_steps": canvas_steps, "seed": seed}
-        body["diffusion"] = kept | {"timings": figures["timings"]}
+        body["diffusion"] = figures | {"canvas_steps": canvas_steps, "seed": seed}
     return body
 
 

@@ -1,0 +1,40 @@
+"""A model's weights and the native objects that use them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydiffusion import _native
+from pydiffusion.errors import PyDiffusionError
+
+
+class NativeModel:
+    """A model's weights until it is closed, and the native objects that use them. For this package only."""
+
+    def __init__(self, model: _native.Model, path: Path) -> None:
+        self._model: _native.Model | None = model
+        self._path = path
+
+    @property
+    def file(self) -> _native.GgufFile:
+        """The file that the weights are from."""
+        return self._open_model().file
+
+    def new_session(self, n_ctx: int) -> _native.Session:
+        """A session with a cache of ``n_ctx`` tokens. Raises InsufficientMemoryError."""
+        return _native.Session(self._open_model(), n_ctx)
+
+    def new_batch(self) -> _native.Batch:
+        """A batch, which denoises several sessions in one graph."""
+        return _native.Batch(self._open_model())
+
+    def close(self) -> None:
+        """Release the weights; sessions and batches keep them alive. Whatever follows raises
+        PyDiffusionError.
+        """
+        self._model = None
+
+    def _open_model(self) -> _native.Model:
+        if self._model is None:
+            raise PyDiffusionError(f"{self._path} is closed")
+        return self._model

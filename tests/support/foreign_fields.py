@@ -1,0 +1,31 @@
+"""Fields of requests that other servers know and ours doesn't."""
+
+# What these send: SillyTavern's text completion, Open WebUI, LM Studio, llama.cpp's page, vLLM's benchmark,
+# the clients of KoboldAI and of text-generation-webui.
+FOREIGN = (
+    "api_server", "api_type", "append", "backend", "ban_eos_token", "banned_strings",
+    "banned_tokens", "bypass_mm", "cache_prompt", "cache_salt", "can_abort", "chat_id",
+    "chat_template_caps", "client_id", "custom_token_bans", "detokenize_output", "do_sample",
+    "dry_allowed_length", "dry_base", "dry_multiplier", "dry_penalty_last_n", "dry_sequence_breakers",
+    "dynatemp", "dynatemp_exponent", "dynatemp_high", "dynatemp_low", "dynatemp_range", "early_stopping",
+    "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff", "features", "files", "filter_ids",
+    "frequency_penalty_range", "genamt", "genkey", "guidance_scale", "guided_decoding_backend",
+    "guided_whitespace_pattern", "id_slot", "include_reasoning", "include_stop_str_in_output", "keep_alive",
+    "kv_transfer_params", "length_penalty", "logprob_start_len", "low_vram", "max_context_length",
+    "max_length", "max_num_crops", "max_temp", "min_keep", "min_length", "min_temp", "min_tokens",
+    "mirostat", "mirostat_eta", "mirostat_mode", "mirostat_tau", "mm_processor_kwargs", "model_item",
+    "models", "n_cache_reuse", "n_ctx", "n_discard", "n_indent", "n_keep", "negative_prompt",
+    "no_repeat_ngram_size", "nocache", "nsigma", "num_batch", "num_beams", "num_ctx", "num_gpu", "num_keep",
+    "num_thread", "options", "params", "penalize_nl", "penalty_alpha", "post_sampling_probs", "prefix_id",
+    "presence_context", "priority", "prompt_truncate_len", "provider", "quantize_kv", "raw",
+    "reasoning_format", "regen_tags", "rep_pen", "rep_pen_range", "rep_pen_slope", "repeat_last_n",
+    "repeat_penalty", "repetition_decay", "repetition_penalty_range", "request_id", "response_fields",
+    "return_progress", "return_token_ids", "return_tokens", "route", "sampler_order", "sampler_priority",
+    "sampler_seed", "samplers", "session_id", "singleline", "skew", "skip_special_tokens", "slot_id",
+    "smoothing_curve", "smoothing_factor", "spaces_between_special_tokens", "speculative", "stop_str",
+    "stopping_mode", "stream_interval", "suppress_tokens", "system", "t_max_predict_ms", "t_max_prompt_ms",
+    "task_id", "temperature_last", "template", "tfs", "tfs_z", "timings_per_token", "tool_calls_limit",
+    "tool_ids", "tool_servers", "top_a", "top_n_sigma", "transforms", "trim_stop", "truncate_prompt_tokens",
+    "truncation", "truncation_length", "typical", "typical_p", "unbantokens", "use_default_badwordsids",
+    "use_mmap", "use_world_info", "variables", "vllm_xargs", "xtc_probability", "xtc_threshold",
+)  # fmt: skip
