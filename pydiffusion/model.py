@@ -218,12 +218,26 @@ class DiffusionModel(AsyncMethods):
 
         ends = frozenset(self.resolve(options).eos)
         key = (*(getattr(options, name) for name in CONSTRAINTS), ends)
-        found = self._automata.pop(key, None) or automaton_for(options, self.tokenizer, ends)
+        found = self._automata.pop(key, None)
+        if found is None:
+            found = automaton_for(options, self.tokenizer, ends)
+            unenforced = self.unenforced(options)
+            if unenforced:
+                name = options.constraint
+                warn_caller(f"{name}: not enforced: {'; '.join(unenforced)}", PyDiffusionWarning)
         with self._lock:
             self._automata[key] = found  # most recently used last
             if len(self._automata) > _N_AUTOMATA:
                 del self._automata[next(iter(self._automata))]
         return found
+
+    def unenforced(self, options: GenerationOptions) -> tuple[str, ...]:
+        """The constraints of the options' schemas that a text may violate, each with its place
+        (``"uniqueItems at properties/tags"``). Raises OptionError as ``automaton``.
+        """
+        from .constrained import unenforced_by
+
+        return unenforced_by(options)
 
     def _template(self) -> ChatTemplate:
         with self._lock:

@@ -435,9 +435,9 @@ def _with_exclusive_numbers(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """Without ``exclusiveMinimum: true`` beside ``minimum``, as draft 4 and OpenAPI 3.0 have it."""
     numbers = dict(schema)
     for exclusive, inclusive in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-        if isinstance(schema.get(exclusive), bool):
+        if isinstance(schema.get(exclusive), bool) and inclusive in schema:
             del numbers[exclusive]
-            if schema[exclusive] and inclusive in schema:
+            if schema[exclusive]:
                 numbers[exclusive] = numbers.pop(inclusive)
     return numbers
 

@@ -163,10 +163,14 @@ def test_keywords(schema: Any, permitted: list[Any], refused: list[Any]) -> None
     ],
 )  # fmt: skip
 def test_what_is_not_enforced_is_said(schema: Any, unenforced: tuple[str, ...]) -> None:
-    options = GenerationOptions(json_schema=schema)
+    options = GenerationOptions(json_schema=schema, eos=[1])
     assert unenforced_by(options) == unenforced
+    model = ScriptedModel(lambda prompt, i: [], 1, 0)
     with pytest.warns(PyDiffusionWarning, match=re.escape("; ".join(unenforced))):
-        automaton_for(options, TOKENIZER, [1])
+        model.automaton(options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.automaton(options)
 
 
 # Formats
