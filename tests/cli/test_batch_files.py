@@ -161,7 +161,7 @@ def test_standard_streams_that_are_refused(
     assert "is the file of prompts and of answers" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", None)
     assert run("none.gguf", "-", "o.jsonl") == 1
-    assert "standard input is closed" in capsys.readouterr().err
+    assert "standard input" in capsys.readouterr().err
     assert prompts.read_bytes() == before
 
 
