@@ -211,7 +211,8 @@ def _report(error: Exception) -> int:
     if isinstance(error, MemoryError):
         message = "out of memory"
     elif isinstance(error, OSError) and error.filename is None and error.errno in _OF_STREAMS:
-        message = f"standard input or output: {error.strerror}"
+        stream = "standard input or output" if error.errno == errno.EBADF else "standard output"
+        message = f"{stream}: {error.strerror}"
     elif isinstance(error, OSError) and error.filename is not None and error.strerror:
         message = one_line(f"{error.filename}: {error.strerror}")
     elif not isinstance(error, (PyDiffusionError, OSError, ValueError)):
