@@ -41,7 +41,11 @@ def read_text_or_stdin(file: Path) -> str:
         return decode(file.read_bytes(), str(file))
     if sys.stdin.isatty():
         print("reading the text from the terminal; Ctrl-D ends it", file=sys.stderr, flush=True)
-    return decode(sys.stdin.buffer.read(), "standard input")
+    try:
+        data = sys.stdin.buffer.read()
+    except OSError as error:
+        raise ValueError(f"standard input can't be read: {error.strerror or error}") from None
+    return decode(data, "standard input")
 
 
 def read_schema(given: str) -> str:

@@ -74,11 +74,11 @@ def test_closed_and_full_streams(model: str, tmp_path: Path) -> None:
     answer = f"{PYDIFFUSION} generate -m {model} -p hi -n 4 --steps 1 -t 1 -q"
     quiet = f"{PYDIFFUSION} quantize {model} {tmp_path}/o.gguf Q4_0"
     for command, code, said in [
-        (f"{answer} >&-", 1, b"pydiffusion: standard output: Bad file descriptor"),
-        (f"{answer} >/dev/full", 1, b"pydiffusion: standard output: No space left on device"),
+        (f"{answer} >&-", 1, b"output: Bad file descriptor"),
+        (f"{answer} >/dev/full", 1, b"output: No space left on device"),
         (f"{PYDIFFUSION} inspect {model} >/dev/full", 1, b"pydiffusion: standard output: No space"),
         (f"{quiet} >&-", 0, b"bits per weight"),  # prints nothing there
-        (f"{PYDIFFUSION} generate -m {model} <&-", 1, b"standard input is empty"),
+        (f"{PYDIFFUSION} generate -m {model} <&-", 1, b"standard input can't be read"),
     ]:
         done = shell(command)
         assert done.returncode == code and said in done.stderr, done.stderr
