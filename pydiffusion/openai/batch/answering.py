@@ -36,7 +36,7 @@ _OWN_ID = re.compile(r"batch_req_(\d+)_([0-9a-f]{8})")
 _NO_LIMIT = -1  # as in a chat, where the endpoint's own would be 256 tokens
 # Fields of which a line's own keeps the defaults of the others away.
 _ONE_OF = (
-    {"response_format", "regex", "grammar"},
+    {"response_format", "json_schema", "regex", "grammar"},
     {"max_tokens", "max_completion_tokens"},
     {"temperature", "t_min", "t_max"},
 )
