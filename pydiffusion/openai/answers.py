@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-
 from .requests import ChatRequest, InfillRequest, Request
 from .shaper import ChatChoice, Choice, FilledChoice, Json, Response, TextChoice
 
