@@ -16,6 +16,8 @@ from ._text import say
 if TYPE_CHECKING:
     from pydiffusion import DiffusionModel, GenerationOptions
 
+_ALL_LAYERS = 999  # more than any model has
+
 
 def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``DiffusionModel`` from the RUNTIME options; a usage error for a value out of range."""
@@ -24,7 +26,7 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
     from pydiffusion.convert import parse_size
     from pydiffusion.device_plan import DEFAULT_N_CTX, KV_TYPES, device_request
 
-    threads, ctx, layers = runtime.get("threads"), runtime.get("ctx"), runtime.get("gpu_layers")
+    threads, ctx = runtime.get("threads"), runtime.get("ctx")
     if threads is not None and threads < 1:
         raise typer.BadParameter(f"--threads is {threads}; permitted is an integer of at least 1")
     if threads is not None and (warning := too_many_threads(threads)):
@@ -32,10 +34,6 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
     if ctx is not None and ctx < 1:
         raise typer.BadParameter(
             f"--ctx is {ctx}; permitted is an integer of at least 1 (the default is 8192)"
-        )
-    if layers is not None and layers != "auto" and not layers.isdecimal():
-        raise typer.BadParameter(
-            f"--gpu-layers is {layers}; permitted is auto or an integer of at least 0 (999 for all)"
         )
     cache_type = runtime.get("cache_type") or "auto"
     if cache_type not in KV_TYPES:
@@ -45,7 +43,7 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
         there = ", ".join(_native.kernels())
         raise typer.BadParameter(f"--kernels is {kernels}; this CPU has {there}, a GPU ggml and cuda")
     request: dict[str, Any] = {
-        "n_gpu_layers": "auto" if layers in (None, "auto") else int(layers),
+        "n_gpu_layers": _gpu_layers(runtime.get("gpu_layers"), runtime.get("device")),
         "n_cpu_moe": runtime.get("n_cpu_moe"),
         "device": runtime.get("device") or "auto",
         "dense_type": runtime.get("dense_type") or "auto",
@@ -66,6 +64,26 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
         **request,
         **({} if template is None else {"chat_template": template}),
     }
+
+
+def _gpu_layers(given: str | None, device: str | None) -> int | str:
+    """Where no GPU is, a warning and none: commands with ``-ngl 99`` are passed on and run anywhere."""
+    from pydiffusion import _native
+
+    if given is None or given == "auto":
+        return "auto"
+    if given != "all" and not given.isdecimal():
+        raise typer.BadParameter(
+            f"--gpu-layers is {given}; permitted is auto, all or an integer of at least 0"
+        )
+    n_layers = _ALL_LAYERS if given == "all" else int(given)
+    if n_layers == 0 or device is not None or _native.devices():
+        return n_layers
+    say(
+        f"pydiffusion: warning: --gpu-layers {given}: no GPU that this build supports was found"
+        " (docs/gpu.md); all layers run on the CPU"
+    )
+    return 0
 
 
 def model_file(given: Path, *, refresh: bool = False) -> Path:

@@ -158,7 +158,7 @@ RUNTIME: dict[str, Any] = {
         typer.Option(
             "-ngl",
             "--gpu-layers",
-            help="Number of layers on GPUs, counted from the last; 0 for none. "
+            help="Number of layers on GPUs, counted from the last; 0 for none, all. "
             "[default: auto, as many as fit]",
         ),
     ],

@@ -22,8 +22,15 @@ def test_without_a_gpu(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["devices", "-m", model]) == 0
     out = capsys.readouterr().out
     assert "no GPU" in out and "docs/gpu.md" in out and "cpu: all" in out
-    assert main(["generate", "-m", model, "-p", "a", "--gpu-layers", "2"]) == 2
-    assert "no GPU that this build supports was found" in capsys.readouterr().err
+    assert main(["generate", "-m", model, "-p", "a", "--gpu-layers", "2", "--device", "CUDA0"]) == 2
+    assert "CUDA0" in capsys.readouterr().err
+    given = ["generate", "-m", model, "-p", "a", "--raw", "-n", "1", "--steps", "1", "--seed", "0"]
+    assert main([*given, "--gpu-layers", "0"]) == 0
+    expected = capsys.readouterr().out
+    for layers in ("99", "all"):  # as commands for a GPU are passed on
+        assert main([*given, "-ngl", layers]) == 0
+        out, err = capsys.readouterr()
+        assert out == expected and f"warning: --gpu-layers {layers}: no GPU" in err
 
 
 def test_the_plan(model: str, capsys: pytest.CaptureFixture[str]) -> None:
