@@ -3,9 +3,9 @@
     python doc_worker.py SOCKET
 
 A request is JSON with three file descriptors (stdin, stdout, stderr), and what is done for it happens in a
-child: ``command`` runs the command line and replies with its exit code, ``python`` keeps its names and executes
-one block per line. ``serve`` stays and is replied to once it listens; it ends with this process, when its
-standard input closes, or when a ``stop`` comes.
+child: ``command`` runs the command line and replies with its exit code, ``python`` keeps its names and
+executes one block per line. ``serve`` stays and is replied to once it listens; it ends with this
+process, when its standard input closes, or when a ``stop`` comes.
 """
 
 from __future__ import annotations
