@@ -6,10 +6,10 @@ and the pure-Python parts (errors, options) work where the native module is not 
 
 from __future__ import annotations
 
+import logging
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from ._util.log import set_up as _set_up_logging
 
 if TYPE_CHECKING:
     from ._util.version import DISTRIBUTION as DISTRIBUTION
@@ -98,7 +98,9 @@ __all__ = [
 ]
 
 
-_set_up_logging()
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # output is the application's business
+if os.environ.get("PYDIFFUSION_LOG_LEVEL"):
+    import_module("._util.log", __name__).print_as_asked()
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,6 @@ from .device_plan import DEFAULT_N_CTX, check_kv_type, device_request
 from .errors import PyDiffusionWarning, UnsupportedModelError
 from .generation import batching, session_file
 from .generation.async_methods import AsyncMethods
-from .generation.chat import Chat, ChatSettings, Messages, Tools
 from .generation.infill import (
     DEFAULT_HOLE_TOKENS,
     Infill,
@@ -38,6 +37,7 @@ from .generation.infill import (
 from .generation.native_model import NativeModel
 from .generation.prompt import check_prompts, check_text, prefilled_session
 from .generation.token_ids import TokenIds
+from .openai.chat import Chat, ChatSettings, Messages, Tools
 from .options import CONSTRAINTS, GenerationOptions, ResolvedOptions, make_options
 from .session import Session
 from .tokenizer import Tokenizer
@@ -332,6 +332,7 @@ class DiffusionModel(AsyncMethods):
         options: GenerationOptions | None = None,
         *,
         tools: Tools | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
         enable_thinking: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         on_event: Callable[[Event], None] | None = None,
@@ -340,14 +341,15 @@ class DiffusionModel(AsyncMethods):
     ) -> ChatCompletion:
         """Answer messages, ``{"role": ..., "content": ...}``, with the model's chat template.
 
-        tools, chat_template_kwargs: passed to the template.  enable_thinking: too; False also closes
-            reasoning that the model starts anyway (``thinking_budget=0``).
+        tools, tool_choice: as in OpenAI's API; a call that is required is guaranteed.
+        enable_thinking, chat_template_kwargs: passed to the template. False also closes reasoning that the
+            model starts anyway (``thinking_budget=0``).
         options or keywords: see GenerationOptions; without ``max_tokens`` the answer runs to its end or that
             of the context. Stop strings cut the answer only.
         on_event, session: as for ``generate``; with a session the next turn encodes only what is new.
         Raises as ``chat_prompt`` and ``generate``.
         """
-        settings = ChatSettings(tools, enable_thinking, chat_template_kwargs)
+        settings = ChatSettings(tools, tool_choice, None, enable_thinking, chat_template_kwargs)
         return Chat(self, messages, make_options(options, keywords), settings, session).complete(on_event)
 
     def stream_chat(
@@ -356,13 +358,14 @@ class DiffusionModel(AsyncMethods):
         options: GenerationOptions | None = None,
         *,
         tools: Tools | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
         enable_thinking: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         session: Session | None = None,
         **keywords: Any,
     ) -> Iterator[Event]:
         """As ``chat``, but yields the events; ``CanvasEvent.parts`` separates reasoning, answer and calls."""
-        settings = ChatSettings(tools, enable_thinking, chat_template_kwargs)
+        settings = ChatSettings(tools, tool_choice, None, enable_thinking, chat_template_kwargs)
         return Chat(self, messages, make_options(options, keywords), settings, session).events()
 
     def chat_batch(
@@ -371,6 +374,7 @@ class DiffusionModel(AsyncMethods):
         options: GenerationOptions | Iterable[GenerationOptions] | None = None,
         *,
         tools: Tools | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
         enable_thinking: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         n_parallel: int = 4,
@@ -380,7 +384,7 @@ class DiffusionModel(AsyncMethods):
     ) -> Iterator[tuple[int, batching.Outcome]]:
         """As ``generate_batch``, for conversations: yields (index, ChatCompletion or error)."""
         check_prompts(conversations, "conversations", "model.chat")
-        settings = ChatSettings(tools, enable_thinking, chat_template_kwargs)
+        settings = ChatSettings(tools, tool_choice, None, enable_thinking, chat_template_kwargs)
         requests = batching.requests_of(conversations, options, keywords, settings)
         return batching.generate_batch(self, requests, n_parallel, n_ctx, on_event)
 

@@ -200,11 +200,11 @@ class GenerationOptions:
     json_schema: a JSON schema, as an object or as JSON: the text is guaranteed to be valid against it.
     regex: a regular expression that the text is guaranteed to match in full.
     grammar: a grammar in llama.cpp's GBNF, whose rule ``root`` the text is guaranteed to match in full.
-    function_calls: tool calls, in the model's own notation, whose arguments are guaranteed to satisfy schemas,
-        as an object or as JSON: ``functions``, a list of ``{"name", "parameters"}`` with a JSON schema or null
-        for any arguments; ``max_calls``, 1 or null for any number (null); ``otherwise``, what the answer may
-        be instead: null for nothing, "text" for any text, which may also be beside calls, or a JSON schema
-        (null); ``reasoning``, whether it may reason (false). For chats only.
+    function_calls: the tool calls that a chat's answer is guaranteed to consist of, as an object or as JSON:
+        ``functions``, a list of ``{"name", "parameters"}`` with the JSON schema that arguments satisfy, or
+        null for any; ``max_calls``, 1 or null for any number; ``otherwise``, what the answer may be instead:
+        null for nothing, "text" for any text, also beside calls, or a JSON schema; ``reasoning``, whether it
+        may reason before (false).
     thinking_budget: maximum number of reasoning tokens; reasoning beyond it is closed and the answer follows.
         ``None``: no separate limit.
     stop_on_repetition: end the text when it loops: its last 128 tokens or more are the same block repeated
@@ -387,29 +387,29 @@ def _from_file(name: str, key: str | None, reference: Any, metadata: Mapping[str
         raise ModelFormatError(f"{key}: {error}") from None
 
 
-# Below any difference between logits that matters, so that the draws are the argmax.
-_GREEDY_TEMPERATURE = 1e-6
+# Measured (docs/denoising-options.md): with the schedule scaled by less, answers get worse. A low temperature
+# also lowers the entropies by which positions are accepted, so the first steps accept what they should not.
+_LOWEST_FACTOR = 0.5
 _MAX_TEMPERATURE = 100.0
 
 
 def at_temperature(temperature: float, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The keywords of GenerationOptions that a caller's temperature means.
 
-    0: the most likely tokens and a fixed seed, so equal requests get equal texts. Other values scale t_min
-    and t_max: 1 is the schedule of the file, whose metadata is given, else of the reference.
+    It scales t_min and t_max: 1 is the schedule of the file, whose metadata is given, else of the reference.
+    Values below 0.5 scale as 0.5 does. 0 also sets a seed, so equal requests get equal texts.
     Raises OptionError for anything but a number from 0 to 100.
     """
     from ._util.sampler_options import file_options, sampler_of  # loads the extension
 
-    factor = _number("temperature", temperature)
-    if factor > _MAX_TEMPERATURE:
+    given = _number("temperature", temperature)
+    if given > _MAX_TEMPERATURE:
         raise _refused("temperature", temperature, f"a number from 0 to {_MAX_TEMPERATURE:g}")
-    if factor < _GREEDY_TEMPERATURE:
-        return {"t_min": _GREEDY_TEMPERATURE, "t_max": _GREEDY_TEMPERATURE, "seed": 0}
     metadata = metadata or {}
     in_file = file_options(sampler_of(metadata))
     schedule = {name: _from_file(name, *in_file[name], metadata) for name in ("t_min", "t_max")}
-    return {name: value * factor for name, value in schedule.items()}
+    scaled = {name: value * max(given, _LOWEST_FACTOR) for name, value in schedule.items()}
+    return scaled if given else {**scaled, "seed": 0}
 
 
 def make_options(options: GenerationOptions | None, keywords: Mapping[str, Any]) -> GenerationOptions:

@@ -11,9 +11,8 @@ LEVELS = ("debug", "info", "warning", "error")
 _logger = logging.getLogger("pydiffusion")
 
 
-def set_up() -> None:
-    """Leave output to the application, or print to stderr if PYDIFFUSION_LOG_LEVEL names a level."""
-    _logger.addHandler(logging.NullHandler())
+def print_as_asked() -> None:
+    """Print from the level that PYDIFFUSION_LOG_LEVEL names, or say that it names none."""
     level = os.environ.get(LEVEL_VARIABLE, "").strip().lower()
     if level in LEVELS:
         print_from(level)
@@ -29,7 +28,7 @@ def print_from(level: str) -> None:
         _logger.addHandler(_stderr_handler())
 
 
-class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
+class _StderrHandler(logging.StreamHandler):
     """Writes to what ``sys.stderr`` is at that time."""
 
     def emit(self, record: logging.LogRecord) -> None:

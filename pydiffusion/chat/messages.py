@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import uuid
+import secrets
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from numbers import Number
@@ -35,6 +35,8 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
     """
     if isinstance(value, Enum):  # one that is a str too is printed by its name
         value = value.value
+    if hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0:
+        value = value.item()  # a number of numpy, which a template can't write as JSON
     if value is None or isinstance(value, (str, Number)):
         return value
     if depth > _MAX_DEPTH:
@@ -67,7 +69,7 @@ def answer_message(text: str, reasoning: str, calls: Iterable[ToolCall]) -> Mess
 def call_object(call: ToolCall) -> dict[str, Any]:
     """A tool call in OpenAI's format, with an id of its own and the arguments as JSON."""
     return {
-        "id": f"call_{uuid.uuid4().hex[:24]}",
+        "id": f"call_{secrets.token_hex(12)}",
         "type": "function",
         "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
     }

@@ -7,6 +7,7 @@ it needs when it runs, so that ``--help`` is fast and needs no native module.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import sys
@@ -168,9 +169,14 @@ def _forget_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+@functools.cache
+def _program() -> Any:
+    return typer.main.get_command(app)
+
+
 def _run(arguments: list[str] | None) -> int:
     try:
-        code = app(args=arguments, prog_name="pydiffusion", standalone_mode=False) or 0
+        code = _program()(args=arguments, prog_name="pydiffusion", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = 130  # some versions of typer return it themselves
     except BrokenPipeError:

@@ -72,7 +72,7 @@ def _read_line(mark: str) -> str | None:
         line = sys.stdin.readline()
         return line.rstrip("\n") if line else None
     data = sys.stdin.buffer.readline()
-    return decode(data, "the message").rstrip("\r\n") if data else None
+    return decode(data, "a message that is left out").rstrip("\r\n") if data else None
 
 
 def _is_waiting(seconds: float) -> bool:

@@ -193,7 +193,8 @@ _OF_COMMAND: dict[str, dict[str, Meaning]] = {
     "merge": {"--merge": NoEffect("it is what this does")},
     "devices": {"--list-devices": NoEffect("it is what this does")},
 }
-# Commands whose model is their first argument: there -m and -hf name it.
+# Commands without arguments: one is the model. Commands whose first argument is the model: -m and -hf name it.
+_MODEL_AS_OPTION = ("serve", "devices", "bench")
 _MODEL_FIRST = ("inspect", "doctor", "verify", "imatrix", "quantize")
 
 _NO_PERPLEXITY = "a diffusion model has no perplexity; pydiffusion evaluate measures quantization's loss"
@@ -265,7 +266,8 @@ def translate(command: str, args: Sequence[str], own: Mapping[str, bool]) -> Tra
             done.args += [arg, *rest]
             break
         if not arg.startswith("-") or len(arg) < 2 or _is_number(arg):
-            done.args.append(arg)
+            is_model = command in _MODEL_AS_OPTION and not {"-m", "--model"} & {*args, *done.args}
+            done.args += ["--model", arg] if is_model else [arg]
         elif name in own:
             short = equals and len(name) == 2  # -m=FILE is -m FILE
             done.args += [name, value] if short else [arg]

@@ -118,7 +118,7 @@ def make_options(model: DiffusionModel | None = None, **choices: Any) -> Generat
     from pydiffusion.options import at_temperature
 
     temperature = choices.pop("temperature", None)
-    if model is not None and choices.get("max_tokens") is None:
+    if model is not None and choices.get("max_tokens", 0) is None:  # of a command that has the option
         choices["max_tokens"] = model.n_ctx
     try:
         if temperature is not None:

@@ -61,7 +61,8 @@ class SavedChat:
         asked = [message["content"] for message in self.messages if message["role"] == "user"]
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.modified))
         first = " ".join(asked[0].split()) if asked else ""
-        return f"{date}  {len(asked):3} messages  {first[:50]}{'...' if len(first) > 50 else ''}"
+        shown = first if len(first) <= 50 else f"{first[:50]}..."
+        return f"{date}, {len(asked)} {'message' if len(asked) == 1 else 'messages'}: {shown}"
 
 
 def chats_folder() -> Path:

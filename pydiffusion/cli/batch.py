@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import _open, _options, _prompt
+from ._input import read_schema, read_text_or_stdin
 from ._text import say
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 _Seed = Annotated[
     int | None,
     typer.Option(
+        "-s",
         "--seed",
+        callback=lambda value: None if value == -1 else value,
         help="Random seed of the first line; each further line adds 1. [default: random, and reported]",
     ),
 ]
@@ -29,33 +32,43 @@ _OPTIONS = {**_options.TEXT, "seed": _Seed}
 @_options.takes(choices=_OPTIONS, runtime=_options.CHAT_RUNTIME)
 def command(
     model: _options.ModelPath,
-    prompts: Annotated[
+    output: Annotated[
         Path,
+        typer.Option(
+            "-o",
+            "--output",
+            "--output-file",
+            help="Path of the JSONL file for the answers, - for standard output; existing ones are kept.",
+            show_default=False,
+        ),
+    ],
+    prompts: Annotated[
+        Path | None,
         typer.Argument(
             metavar="PROMPTS",
             help='Path of the JSONL file, - for standard input: per line {"prompt": TEXT} or '
             '{"messages": [...]}, and options, or a request in OpenAI\'s batch form.',
             show_default=False,
         ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output",
-            help="Path of the JSONL file for the answers, - for standard output; existing ones are kept.",
-            show_default=False,
-        ),
-    ],
+    ] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("-i", "--input-file", help="PROMPTS, as vLLM's run-batch spells it.")
+    ] = None,
     *,
     choices: dict[str, Any],
+    temperature: _options.Temperature = None,
     json_schema: _options.JsonSchema = None,
     regex: _options.Regex = None,
+    grammar: _options.Grammar = None,
+    grammar_file: _options.GrammarFile = None,
     chat: _prompt.Chat = None,
     system: _prompt.System = None,
     special: _prompt.Special = False,
     lines: Annotated[
         bool, typer.Option("--lines", help="Take each line of PROMPTS as a prompt, not as JSON.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse lines with fields that have no effect here.")
     ] = False,
     parallel: Annotated[
         int, typer.Option("--parallel", help="Maximum number of sequences denoised in one batch.")
@@ -68,16 +81,24 @@ def command(
     from pydiffusion.openai.batch.answering import Defaults
     from pydiffusion.openai.batch.lines import read_input, read_lines
 
+    if (prompts is None) == (input_file is None):
+        raise typer.BadParameter("give the file of prompts, as PROMPTS or with -i")
+    prompts = prompts or input_file
+    assert prompts is not None
     if json_schema is not None:
-        if str(json_schema) == "-" == str(prompts):
+        if json_schema == "-" == str(prompts):
             raise typer.BadParameter("--json-schema and PROMPTS can't both be standard input")
-        choices["json_schema"] = _open.read_text_or_stdin(json_schema)
-    choices["regex"] = regex
+        choices["json_schema"] = read_schema(json_schema)
+    if grammar is not None and grammar_file is not None:
+        raise typer.BadParameter("give --grammar or --grammar-file, not both")
+    if grammar_file is not None:
+        grammar = read_text_or_stdin(grammar_file)
+    choices |= {"temperature": temperature, "regex": regex, "grammar": grammar}
     _prompt.check(chat, system, special, runtime["chat_template"])
-    _open.make_options(**choices)
+    _open.check_options(choices)
     if parallel < 1:
         raise typer.BadParameter(f"--parallel is {parallel}; permitted is an integer of at least 1")
-    defaults = Defaults(choices, chat, system, special)
+    defaults = Defaults(choices, chat, system, special, strict)
     source = "standard input" if str(prompts) == "-" else str(prompts)
     found = read_lines(read_input(prompts), source, plain=lines, salt=defaults.salt)
     _tell_of_repeated_ids(found)

@@ -69,7 +69,7 @@ def chat(
     check_encodable(system or "", "--system")
     last = saved_chats(1) if continued else []
     if continued and not last:
-        raise CommandError(f"there is no saved conversation in {chats_folder()}")
+        raise ValueError(f"there is no saved conversation in {chats_folder()}")
     opened = _open.open_model(path, runtime)
     opened.check_chat_template()
     is_terminal = sys.stdin.isatty()
@@ -95,22 +95,17 @@ def _talk(conversation: Conversation) -> None:
     while True:
         try:
             message = read_message()
+            interrupted = False
+            if message is None or (message.text in ENDS and not message.literal):
+                return
+            _answer(conversation, message)
+        except (CommandError, ValueError) as error:  # ValueError: not UTF-8, an option
+            say(str(error))
         except KeyboardInterrupt:
             if interrupted or not sys.stdin.isatty():
                 raise
             interrupted = True
             say("Ctrl-C again ends the chat, as does Ctrl-D")
-            continue
-        except ValueError as error:  # not UTF-8
-            say(f"{error}; it is left out")
-            continue
-        interrupted = False
-        if message is None or (message.text in ENDS and not message.literal):
-            return
-        try:
-            _answer(conversation, message)
-        except (CommandError, ValueError) as error:
-            say(str(error))
 
 
 def _answer(conversation: Conversation, message: Typed) -> None:

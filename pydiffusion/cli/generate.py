@@ -85,7 +85,7 @@ def command(
         "temperature": temperature,
         "json_schema": None if json_schema is None else read_schema(json_schema),
         "regex": regex,
-        "grammar": grammar if grammar_file is None else _open.read_text_or_stdin(grammar_file),
+        "grammar": grammar if grammar_file is None else read_text_or_stdin(grammar_file),
     }
     model, left = _open.model_and_rest(model, words or [])
     asked = Asked(chat, system, special, show, quiet, as_json)

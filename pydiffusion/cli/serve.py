@@ -140,7 +140,7 @@ def _find_key(given: str | None, file: Path | None) -> str | None:
 
 
 def _set_log_level(level: str | None) -> None:
-    """What was warned of while loading has been printed; from here on, messages go to the log."""
+    """Print messages from here on: warnings while loading have been printed already."""
     if level is not None or not os.environ.get(log.LEVEL_VARIABLE):
         log.print_from(level or "warning")
 

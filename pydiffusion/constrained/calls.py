@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydiffusion.errors import FunctionError, OptionError
 
 from .regex import Piece, literal
-from .schema import SchemaError, resolved, schema_to_regex
+from .schema import LONGEST_IN_STATES, SchemaError, compile_schema, resolved
 from .syntax import JSON, TEXT_CHARACTER, call_arguments, marker
 
 if TYPE_CHECKING:
@@ -27,13 +27,16 @@ class CallGrammar:
     ``expression`` and ``markers``: as ``Automaton`` takes them.
     """
 
-    def __init__(self, permitted: Mapping[str, Any], tokenizer: Tokenizer) -> None:
-        """permitted: as GenerationOptions normalizes it.
+    def __init__(
+        self, permitted: Mapping[str, Any], tokenizer: Tokenizer, longest: int = LONGEST_IN_STATES
+    ) -> None:
+        """permitted: as GenerationOptions normalizes it.  longest: see ``compile_schema``.
 
         Raises OptionError where the format has no calls, FunctionError for a name that can't be written or a
         schema that is not supported.
         """
         self._format = tokenizer.chat_format
+        self._longest = longest
         if self._format.call is None or self._format.call_syntax is None:
             raise OptionError(
                 _OPTION, f"{_OPTION}: this model's chat format has no tool calls that could be guaranteed"
@@ -69,7 +72,7 @@ class CallGrammar:
             return f"(?:{text})*{call}?" if only_one else f"(?:{text}|{call})*"
         calls = call if only_one else f"{call}+"
         if instead is not None:
-            calls = f"(?:{calls}|{schema_to_regex(instead).text})"
+            calls = f"(?:{calls}|{compile_schema(instead, JSON, self._longest).piece.text})"
         return f"(?:{f'{TEXT_CHARACTER}*'.join(reasoning)})?{calls}" if reasoning else calls
 
     def _body(self, index: int, function: Mapping[str, Any]) -> str:
@@ -86,12 +89,16 @@ class CallGrammar:
         if schema is None:  # any
             quote = "" if self._quote is None else f"|{self._quote.text}"
             return rf"\{{(?:{TEXT_CHARACTER}{quote})*\}}"
-        if not schema.get("properties") and not any(keyword in schema for keyword in _SAYING_WHICH):
+        if (
+            schema.get("type", "object") == "object"
+            and not schema.get("properties")
+            and not any(keyword in schema for keyword in _SAYING_WHICH)
+        ):
             return r"\{\}"
         try:
             if not _is_of_object(schema, schema):
                 raise FunctionError(index, name, "the schema must be of an object: give it type 'object'")
-            return schema_to_regex(schema, self._values).text
+            return compile_schema(schema, self._values, self._longest).piece.text
         except SchemaError as error:
             raise FunctionError(index, name, error.what) from None
 

@@ -21,6 +21,10 @@ _CATEGORY_TO_CLASS = {
     sre.CATEGORY_NOT_WORD: r"\W",
 }
 
+_POSITIVE = (sre.CATEGORY_DIGIT, sre.CATEGORY_SPACE, sre.CATEGORY_WORD)
+_NEGATIVE = (sre.CATEGORY_NOT_DIGIT, sre.CATEGORY_NOT_SPACE, sre.CATEGORY_NOT_WORD)
+_CATEGORY_TO_OPPOSITE = dict(zip(_POSITIVE + _NEGATIVE, _NEGATIVE + _POSITIVE, strict=True))
+
 
 def union(ranges: Iterable[tuple[int, int]]) -> Ranges:
     """Merge overlapping and adjacent ranges."""
@@ -47,8 +51,10 @@ def intersection(a: Iterable[tuple[int, int]], b: Iterable[tuple[int, int]]) -> 
     return complement([*complement(a), *complement(b)])
 
 
-def ranges_of_class(entries: Any) -> Ranges:
-    """Ranges of a class from Python's parser. Raises ValueError for unsupported classes."""
+def ranges_of_class(entries: Any, wide: bool = False) -> Ranges:
+    """Ranges of a class from Python's parser: what it means by every definition, or with ``wide`` by any.
+    Raises ValueError for unsupported classes.
+    """
     negated = entries[0][0] is sre.NEGATE
     ranges: Ranges = []
     for operation, value in entries[negated:]:
@@ -57,12 +63,17 @@ def ranges_of_class(entries: Any) -> Ranges:
         elif operation is sre.RANGE:
             ranges.append(tuple(value))
         elif operation is sre.CATEGORY:
-            ranges += _category(value)
+            # What a negated class leaves out is wide where the class is to be narrow.
+            ranges += _widest(value) if wide != negated else _category(value)
         else:
             raise ValueError("a regular expression with this class is not supported")
-    if negated and any(operation is sre.CATEGORY for operation, _ in entries):
+    if negated and not wide and any(operation is sre.CATEGORY for operation, _ in entries):
         return intersection(complement(ranges), [(0, 127)])  # beyond ASCII, definitions of classes differ
     return complement(ranges) if negated else union(ranges)
+
+
+def _widest(category: Any) -> Ranges:
+    return complement(_category(_CATEGORY_TO_OPPOSITE[category]))
 
 
 @cache
@@ -71,12 +82,13 @@ def _category(category: Any) -> Ranges:
     and letters only, Python more: those beyond ASCII are in neither \\d nor \\D here, so that both
     definitions hold.
     """
-    matches = re.compile(_CATEGORY_TO_CLASS[category], re.ASCII).match
-    below = [(code, code) for code in range(128) if matches(chr(code))]
+    ascii_matches = re.compile(_CATEGORY_TO_CLASS[category], re.ASCII).match
+    matches = re.compile(_CATEGORY_TO_CLASS[category]).match
+    # Python has a few spaces below 128 that JSON schema doesn't have.
+    below = [(c, c) for c in range(128) if ascii_matches(chr(c)) and matches(chr(c))]
     if category not in (sre.CATEGORY_NOT_DIGIT, sre.CATEGORY_NOT_SPACE):
         return union(below)
-    unicode_matches = re.compile(_CATEGORY_TO_CLASS[category]).match
-    return union(below + [(c, c) for c in range(128, _LAST + 1) if unicode_matches(chr(c))])
+    return union(below + [(c, c) for c in range(128, _LAST + 1) if matches(chr(c))])
 
 
 def as_class(ranges: Ranges) -> str:

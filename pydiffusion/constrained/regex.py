@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
@@ -17,11 +18,15 @@ from .regex_parser import sre, sre_parser
 
 # Limit on the characters of an expression with bounded repetitions expanded: the DFA has several states for
 # each.
-MAX_WEIGHT = 2000
+MAX_WEIGHT = 6000
+_LINE_FEED = [(10, 10)]
+_LINE_ENDS = [*_LINE_FEED, (13, 13), (0x2028, 0x2029)]
 _SURROGATES = [(0xD800, 0xDFFF)]
 # Characters that need no escape in a JSON string, and all that a JSON string may contain.
 _JSON_PLAIN = complement([(0, 31), (34, 34), (92, 92), (127, 159), *_SURROGATES])
 JSON_CHARACTER = rf'(?:{as_class(_JSON_PLAIN)}|\\["\\/bfnrt])'
+# Escapes of characters that are written without one, but that a string may hold.
+_JSON_OTHER_ESCAPES = {"/": r"\\/", "\b": r"\\b", "\f": r"\\f"}
 _JSON_ESCAPES = {'"': r"\\\"", "\\": r"\\\\", "\n": r"\\n", "\t": r"\\t", "\r": r"\\r"}
 
 
@@ -104,36 +109,60 @@ def _checked(weight: int) -> int:
 
 def from_regex(pattern: str) -> Piece:
     """Reduce an expression that has to match the whole text. Raises ValueError for unsupported syntax."""
-    return _Rewriter(complement(_SURROGATES)).anchored(list(parse(pattern)), open_start=False, open_end=False)
+    permitted = complement(_SURROGATES)
+    rewriter = _Rewriter(permitted, as_class(permitted), behind=r"\Z")
+    return rewriter.anchored(list(parse(pattern)), open_start=False, open_end=False)
 
 
 def in_json_string(pattern: str) -> Piece:
     """Reduce a schema's ``pattern``: the contents of JSON strings in whose value it matches somewhere."""
-    rewriter = _Rewriter(_JSON_PLAIN, JSON_CHARACTER, _JSON_ESCAPES)
+    rewriter = _Rewriter(_JSON_PLAIN, JSON_CHARACTER, '"', _JSON_ESCAPES, _JSON_OTHER_ESCAPES)
     return rewriter.anchored(list(parse(pattern)), open_start=True, open_end=True)
 
 
-def in_text(pattern: str, permitted: Ranges) -> Piece:
-    """As ``in_json_string``, for strings of these characters that are written without escapes."""
-    rewriter = _Rewriter(permitted, as_class(permitted))
+def in_text(pattern: str, permitted: Ranges, behind: Piece) -> Piece:
+    """As ``in_json_string``, for strings of these characters that are written without escapes. behind: what
+    follows a string.
+    """
+    rewriter = _Rewriter(permitted, as_class(permitted), behind.text)
     return rewriter.anchored(list(parse(pattern)), open_start=True, open_end=True)
+
+
+def _looks_ahead(item: Any) -> bool:
+    operation, value = item
+    return operation in (sre.ASSERT, sre.ASSERT_NOT) and bool(value[0] == 1)
+
+
+def _is_in(code: int, ranges: Ranges) -> bool:
+    return any(low <= code <= high for low, high in ranges)
 
 
 class _Rewriter:
     def __init__(
-        self, permitted: Ranges, character: str = "", escapes: Mapping[str, str] = MappingProxyType({})
+        self,
+        permitted: Ranges,
+        character: str,
+        behind: str,
+        escapes: Mapping[str, str] = MappingProxyType({}),
+        other_escapes: Mapping[str, str] = MappingProxyType({}),
+        wide: bool = False,
     ) -> None:
         """permitted: characters that stand for themselves.  character: expression for any one.
-        escapes: those that are written otherwise.
+        behind: what follows the text.
+        escapes: those that are written otherwise.  other_escapes: those that may be.
+        wide: reduce to more than the original matches, not to less; for what must not match.
         """
         self._permitted = permitted
         self._character = character
+        self._behind = behind
         self._escapes = escapes
+        self._other_escapes = other_escapes
+        self._wide = wide
         self._operation_to_rule: dict[Any, Callable[[Any], Piece]] = {
             sre.LITERAL: self._literal,
             sre.NOT_LITERAL: lambda code: self._class(complement([(code, code)])),
-            sre.ANY: lambda _: self._class(complement([(10, 10), (13, 13), (0x2028, 0x2029)])),
-            sre.IN: lambda entries: self._class(ranges_of_class(entries)),
+            sre.ANY: lambda _: self._class(complement(_LINE_FEED if wide else _LINE_ENDS)),
+            sre.IN: lambda entries: self._class(ranges_of_class(entries, wide)),
             sre.BRANCH: lambda value: choice([self._sequence(branch) for branch in value[1]]),
             sre.SUBPATTERN: self._group,
             sre.MAX_REPEAT: self._repeat,
@@ -145,12 +174,37 @@ class _Rewriter:
         if items and items[0] in ((sre.AT, sre.AT_BEGINNING), (sre.AT, sre.AT_BEGINNING_STRING)):
             items, open_start = items[1:], False
         if items and items[-1] in ((sre.AT, sre.AT_END), (sre.AT, sre.AT_END_STRING)):
-            items, open_end = items[:-1], False
+            # To Python, $ is also before a line feed at the end.
+            line_feed = [(sre.MAX_REPEAT, (0, 1, [(sre.LITERAL, 10)]))] * self._wide
+            items, open_end = items[:-1] + line_feed, False
         if len(items) == 1 and items[0][0] is sre.BRANCH:
             return choice([self.anchored(list(b), open_start, open_end) for b in items[0][1][1]])
+        if items and _looks_ahead(items[0]) and not open_start:
+            return self._after_look(items, open_end)
         anything = Piece(self._character).repeated(0, None)
         before, after = [anything] * open_start, [anything] * open_end
         return sequence([*before, self._sequence(items), *after])
+
+    def _after_look(self, items: list[Any], open_end: bool) -> Piece:
+        """Items of which the first ones are look-aheads, at the beginning of the text."""
+        looks = list(takewhile(_looks_ahead, items))
+        rest = self.anchored(items[len(looks) :], open_start=False, open_end=open_end)
+        text, weight = "", rest.weight
+        for operation, (_, content) in looks:
+            is_not = operation is sre.ASSERT_NOT
+            found = self._looking(is_not).anchored(list(content), open_start=False, open_end=True)
+            if found is not NOTHING:
+                text += f"(?{'!' if is_not else '='}(?:{found.text}){self._behind})"
+                weight += found.weight
+            elif not is_not:
+                return NOTHING
+        return rest if rest is NOTHING else Piece(f"({text}(?:{rest.text}))", _checked(weight))
+
+    def _looking(self, is_not: bool) -> _Rewriter:
+        if is_not == self._wide:
+            return self
+        others = (self._behind, self._escapes, self._other_escapes)
+        return _Rewriter(self._permitted, self._character, *others, wide=is_not)
 
     def _sequence(self, items: Any) -> Piece:
         return sequence([self._item(operation, value) for operation, value in items])
@@ -163,12 +217,16 @@ class _Rewriter:
 
     def _literal(self, code: int) -> Piece:
         character = chr(code)
-        if character in self._escapes:
+        if character in self._escapes and not self._wide:
             return Piece(self._escapes[character])
         return self._class([(code, code)])
 
     def _class(self, ranges: list[tuple[int, int]]) -> Piece:
         permitted = intersection(ranges, self._permitted)
+        if self._wide:
+            escapes = {**self._escapes, **self._other_escapes}
+            within = [text for character, text in escapes.items() if _is_in(ord(character), ranges)]
+            return choice([*([Piece(as_class(permitted))] if permitted else []), *map(Piece, within)])
         if not permitted:
             raise ValueError("a regular expression has a class of which no character can be written")
         return Piece(as_class(permitted))

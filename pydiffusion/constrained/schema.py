@@ -1,7 +1,7 @@
 """Convert a JSON schema to one regular expression; schemas that can't be guaranteed are rejected.
 
 The expression may allow less than the schema (only single spaces, properties in schema order, no unnamed
-property), never more. Keywords that can't be enforced are rejected.
+property), never more. Keywords that can't be enforced are rejected, or listed as unenforced.
 """
 
 from __future__ import annotations
@@ -9,47 +9,25 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
 from itertools import combinations
 from typing import Any
 
 from pydiffusion.errors import OptionError
 
+from .byte_dfa import byte_dfa, restricted
+from .formats import ANY_VALUE, FORMATS
+from .keywords import COMBINING, TYPE_TO_KEYWORDS, constraints_of
+from .merging import merge
+from .multiples import condition, multiple_table
 from .number_ranges import integer_between, number_between
-from .regex import NOTHING, Piece, Unsatisfiable, choice, sequence
+from .regex import NOTHING, Oversized, Piece, Unsatisfiable, all_of, choice, sequence
 from .syntax import JSON, Syntax
+from .unique_items import finite_values, unique_items
 
-# Annotations, which don't affect validity.
-_ANNOTATIONS = frozenset(
-    ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$schema", "$id",
-     "$comment", "$defs", "definitions", "$anchor", "contentMediaType", "contentEncoding")
-)  # fmt: skip
-_TYPE_TO_KEYWORDS = {
-    "object": ("properties", "required", "additionalProperties", "minProperties", "maxProperties"),
-    "array": ("items", "prefixItems", "minItems", "maxItems", "uniqueItems"),
-    "string": ("minLength", "maxLength", "pattern", "format"),
-    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
-    "integer": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
-    "boolean": (),
-    "null": (),
-}
-_KNOWN = frozenset(k for keywords in _TYPE_TO_KEYWORDS.values() for k in keywords)
-_COMBINING = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")
-_DAY = (
-    "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
-    "|02-(?:0[1-9]|1[0-9]|2[0-8]))"
-)
-_DATE = "[12][0-9]{3}-" + _DAY
-_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+\-](?:0[0-9]|1[0-2]):[03]0)"
-_BYTE = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
-_FORMATS = {
-    "date": _DATE,
-    "time": _TIME,
-    "date-time": f"{_DATE}T{_TIME}",
-    "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
-    "ipv4": rf"{_BYTE}(?:\.{_BYTE}){{3}}",
-    "email": r"[a-z0-9]+(?:[._\-][a-z0-9]+)*@[a-z0-9]+(?:-[a-z0-9]+)*(?:\.[a-z0-9]+(?:-[a-z0-9]+)*)+",
-}
 _FORMAT_WEIGHT = 80
 # Nesting depth of values that the schema leaves open.
 _OPEN_DEPTH = 1
@@ -57,6 +35,13 @@ _MAX_DEPTH = 32
 _MAX_WITHIN_ITSELF = 6
 _MAX_WEIGHT_WITHIN_ITSELF = 600
 _OPEN_ITEMS: int | None = None
+# Longer strings are counted beside the states; with a pattern or format, whose states multiply, shorter ones.
+LONGEST_IN_STATES = 1000
+_LONGEST_WITH_PATTERN = 64
+SHORTEST_COUNTED = 16
+# The limit of browsers, which those state who mean http and https (pydantic's HttpUrl), not any URI.
+_LONGEST_WEB_ADDRESS = 2083
+_LOWEST = -(10**15)
 
 
 class SchemaError(OptionError):
@@ -68,15 +53,37 @@ class SchemaError(OptionError):
         return str(self).removeprefix("json_schema").lstrip(",: ")
 
 
-def schema_to_regex(schema: Mapping[str, Any] | bool, syntax: Syntax = JSON) -> Piece:
+@dataclass(frozen=True)
+class Compiled:
+    """piece: the expression. unenforced: constraints that it doesn't guarantee, each with its place."""
+
+    piece: Piece
+    unenforced: tuple[str, ...]
+
+
+def compile_schema(
+    schema: Mapping[str, Any] | bool, syntax: Syntax = JSON, longest: int = LONGEST_IN_STATES
+) -> Compiled:
     """Convert a schema. syntax: how values are written. Raises SchemaError.
 
-    A recursive schema is expanded as deep as ``_MAX_WITHIN_ITSELF`` and the size limit allow; deeper texts
+    longest: maximum length of strings whose length takes states; fewer, where the result would be too large.
+    """
+    try:
+        return _compile(schema, syntax, longest)
+    except SchemaError as error:
+        if not isinstance(error.__cause__, Oversized) or longest <= SHORTEST_COUNTED:
+            raise
+        return _compile(schema, syntax, SHORTEST_COUNTED)
+
+
+def _compile(schema: Mapping[str, Any] | bool, syntax: Syntax, longest: int) -> Compiled:
+    """A recursive schema is expanded as deep as ``_MAX_WITHIN_ITSELF`` and the size limit allow; deeper texts
     are valid but never generated.
     """
     found = NOTHING
+    unenforced: tuple[str, ...] = ()
     for depth in range(_MAX_WITHIN_ITSELF + 1):
-        compiler = _Compiler(schema, depth, syntax)
+        compiler = _Compiler(schema, depth, syntax, longest)
         try:
             piece = compiler.value(schema, "", ("#",))
         except SchemaError:
@@ -86,21 +93,23 @@ def schema_to_regex(schema: Mapping[str, Any] | bool, syntax: Syntax = JSON) -> 
         if piece is NOTHING and compiler.unsatisfied:
             raise compiler.unsatisfied[0]
         if not compiler.contains_itself:
-            return piece
+            return Compiled(piece, tuple(compiler.unenforced))
         if found is not NOTHING and piece.weight > _MAX_WEIGHT_WITHIN_ITSELF:
             break
-        found = piece
+        found, unenforced = piece, tuple(compiler.unenforced)
     if found is NOTHING:
         raise _error("", "it is recursive, and no text of finite depth satisfies it")
-    return found
+    return Compiled(found, unenforced)
 
 
 class _Compiler:
-    def __init__(self, root: Any, depth: int, syntax: Syntax) -> None:
-        """depth: maximum depth of recursive references."""
+    def __init__(self, root: Any, depth: int, syntax: Syntax, longest: int) -> None:
+        """depth: maximum depth of recursive references. longest: see ``compile_schema``."""
         self._root = root
         self._syntax = syntax
         self._depth = depth
+        self._longest = longest
+        self.unenforced: dict[str, None] = {}  # a set that keeps its order
         self.contains_itself = False
         self.unsatisfied: list[SchemaError] = []  # what was left out because nothing satisfies it
         self._type_to_rule: dict[str, Callable[[Mapping[str, Any], str, tuple[str, ...]], Piece]] = {
@@ -127,7 +136,7 @@ class _Compiler:
             self.unsatisfied.append(_error(where, str(error)))
             return NOTHING
         except ValueError as error:
-            raise _error(where, str(error)) from None
+            raise _error(where, str(error)) from error
         # a keyword whose value has the wrong type
         except (TypeError, AttributeError, OverflowError) as error:
             raise _error(where, f"it is not a valid JSON schema ({error})") from None
@@ -141,15 +150,16 @@ class _Compiler:
             raise Unsatisfiable("nothing satisfies false")
         if not isinstance(schema, Mapping):
             raise _error(where, f"{schema!r} is not a schema")
-        keywords = {name for name in schema if name not in _ANNOTATIONS}
-        combining = [name for name in _COMBINING if name in keywords]
-        for name in sorted(keywords - {"type", *combining} - _KNOWN):
-            raise _error(where, f"the keyword {name!r} is not supported")
+        keywords = constraints_of(schema)
+        if schema.get("nullable") is True:  # OpenAPI's
+            plain = {name: value for name, value in schema.items() if name != "nullable"}
+            return choice([self.value(plain, where, refs), Piece("null", 4)])
+        combining = [name for name in COMBINING if name in keywords]
         if combining:
-            return self._combined(combining[0], schema, keywords, where, refs)
+            return self._combined(combining[0], schema, keywords - {"nullable"}, where, refs)
         kinds = schema.get("type", None)
         if kinds is None:
-            kinds = [kind for kind, names in _TYPE_TO_KEYWORDS.items() if keywords & set(names)][:1]
+            kinds = [kind for kind, names in TYPE_TO_KEYWORDS.items() if keywords & set(names)][:1]
             if not kinds:
                 return _anything(_OPEN_DEPTH, self._syntax)
         kinds = [kinds] if isinstance(kinds, str) else kinds
@@ -167,48 +177,91 @@ class _Compiler:
         self, name: str, schema: Mapping[str, Any], keywords: set[str], where: str, refs: tuple[str, ...]
     ) -> Piece:
         given = schema[name]
-        if name in ("enum", "const"):
-            return self._one_of_values(given if name == "enum" else [given], schema, keywords - {name}, where)
-        if keywords != {name}:
-            other = sorted(keywords - {name})[0]
-            raise _error(where, f"{name!r} beside {other!r} is not supported")
-        if name == "$ref":
+        if name == "$ref" and keywords == {name}:
             self.contains_itself = self.contains_itself or given in refs
             if refs.count(given) > self._depth:
                 return NOTHING
             return self.value(self._resolved(given, where), where, (*refs, given))
-        if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-            raise _error(where, f"{name!r} must be an array of schemas")
-        if name == "allOf" and len(given) > 1:
-            raise _error(where, "'allOf' of several schemas is not supported")
+        if name in ("anyOf", "oneOf", "allOf"):
+            if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+                raise _error(where, f"{name!r} must be an array of schemas")
+        if "$ref" in keywords or ("allOf" in keywords and (len(keywords) > 1 or len(given) > 1)):
+            parts, refs = self._parts(schema, where, refs)
+            return NOTHING if parts is None else self.value(merge(parts), where, refs)
+        if name in ("enum", "const"):
+            return self._one_of_values(name, schema, keywords, where, refs)
+        rest = {each: schema[each] for each in keywords - {name}}
         if name == "oneOf":
-            self._check_disjoint(given, where)
+            self._check_disjoint([{"allOf": [rest, each]} for each in given], where, refs)
+        if rest:
+            given = [{"allOf": [rest, each]} for each in given]
         pieces = [self.value(each, f"{where}/{name}/{i}", refs) for i, each in enumerate(given)]
         return pieces[0] if len(pieces) == 1 else choice(pieces)
+
+    def _parts(
+        self, schema: Any, where: str, refs: tuple[str, ...]
+    ) -> tuple[list[Mapping[str, Any]] | None, tuple[str, ...]]:
+        """The schemas that all have to hold, without ``$ref`` and ``allOf``; None if none of the permitted
+        depth does. And the references that led to them.
+        """
+        if schema is True:
+            return [{}], refs
+        if schema is False:
+            raise Unsatisfiable("nothing satisfies false")
+        if not isinstance(schema, Mapping) or len(refs) > _MAX_DEPTH:
+            raise _error(where, f"{schema!r} is not a schema"[:200])
+        keywords = constraints_of(schema)
+        found: list[Mapping[str, Any]] = [
+            {each: schema[each] for each in keywords - {"$ref", "allOf", "nullable"}}
+        ]
+        inner = list(schema.get("allOf", ()))
+        if "$ref" in keywords:
+            given = schema["$ref"]
+            self.contains_itself = self.contains_itself or given in refs
+            if refs.count(given) > self._depth:
+                return None, refs
+            refs = (*refs, given)
+            inner.append(self._resolved(given, where))
+        for each in inner:
+            parts, refs = self._parts(each, where, refs)
+            if parts is None:
+                return None, refs
+            found += parts
+        return found, refs
 
     def _resolved(self, reference: Any, where: str) -> Any:
         return resolved(self._root, reference, where)
 
-    def _one_of_values(self, values: Any, schema: Mapping[str, Any], others: set[str], where: str) -> Piece:
+    def _one_of_values(
+        self, name: str, schema: Mapping[str, Any], keywords: set[str], where: str, refs: tuple[str, ...]
+    ) -> Piece:
+        values = schema["enum"] if name == "enum" else [schema["const"]]
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
             raise _error(where, "'enum' must be an array of at least one value")
-        if others - {"type"}:
-            raise _error(where, f"values beside {sorted(others - {'type'})[0]!r} are not supported")
         kinds = schema.get("type")
         if kinds is not None:
             kinds = [kinds] if isinstance(kinds, str) else kinds
             values = [value for value in values if any(_is_of_type(value, kind) for kind in kinds)]
             if not values:
                 raise Unsatisfiable("none of the values is of the type: nothing satisfies it")
-        return choice([self._syntax.value(value) for value in values])
+        pieces = [self._syntax.value(value) for value in values]
+        others = keywords - {name, "type", "format"}
+        if others:
+            rest = self.value({each: schema[each] for each in others}, where, refs)
+            if rest is not NOTHING:
+                machine = byte_dfa(rest.text)
+                within = (
+                    restricted(byte_dfa(piece.text), machine.table, machine.accepting) for piece in pieces
+                )
+                pieces = [piece for piece, found in zip(pieces, within, strict=True) if found.accepting.any()]
+            if rest is NOTHING or not pieces:
+                raise Unsatisfiable(f"none of the values satisfies {sorted(others)[0]!r} too")
+        return choice(pieces)
 
-    def _check_disjoint(self, branches: Sequence[Any], where: str) -> None:
+    def _check_disjoint(self, branches: Sequence[Any], where: str, refs: tuple[str, ...]) -> None:
         """``oneOf`` forbids texts that two branches allow: branches must differ by type or by a constant."""
-        resolved = [
-            self._resolved(b["$ref"], where) if isinstance(b, Mapping) and set(b) == {"$ref"} else b
-            for b in branches
-        ]
-        for a, b in combinations(resolved, 2):
+        parts = [self._parts(branch, where, refs)[0] for branch in branches]
+        for a, b in combinations([merge(each) for each in parts if each is not None], 2):
             if not self._are_disjoint(a, b):
                 raise _error(where, "'oneOf' of schemas that may overlap is not supported: use 'anyOf'")
 
@@ -237,22 +290,17 @@ class _Compiler:
         required = schema.get("required", [])
         if not isinstance(properties, Mapping) or not isinstance(required, Sequence):
             raise _error(where, "'properties' must be an object and 'required' an array")
-        more = schema.get("additionalProperties", True)
+        more = schema.get("additionalProperties", schema.get("unevaluatedProperties", True))
         low, high = _bounds(schema, "minProperties", "maxProperties", where)
+        properties, required = _with_dependent(schema, properties, required)
         if not properties and not required:
             if low > 1:  # keys might be equal
                 raise _error(where, "'minProperties' of more than 1 is not supported")
-            if more is False or high == 0:
+            if (more is False and not schema.get("patternProperties")) or high == 0:
                 if low:
                     raise Unsatisfiable("it must have a property and may have none: nothing satisfies it")
                 return Piece(r"\{\}", 2)
-            member = sequence(
-                [
-                    self._syntax.any_key,
-                    self._syntax.colon,
-                    self.value(more, where + "/additionalProperties", refs),
-                ]
-            )
+            member = self._any_member(schema, more, where, refs)
             return sequence([Piece(r"\{"), _separated(member, low, high, self._syntax), Piece(r"\}")])
         named = dict(properties)
         for name in required:
@@ -264,18 +312,65 @@ class _Compiler:
             raise _error(where, "'minProperties' and 'maxProperties' beside 'properties' are not supported")
         members = []
         for name in self._syntax.order(named):
-            value = self.value(named[name], f"{where}/properties/{name}", refs)
+            value = self.value(_matching(schema, name, named[name]), f"{where}/properties/{name}", refs)
             member = sequence([self._syntax.key(name), self._syntax.colon, value])
             members.append((member, name in required))
         return sequence([Piece(r"\{"), _members(members, self._syntax), Piece(r"\}")])
 
+    def _any_member(self, schema: Mapping[str, Any], more: Any, where: str, refs: tuple[str, ...]) -> Piece:
+        """A property that the schema doesn't name: one of a pattern, if there are patterns."""
+        patterns = schema.get("patternProperties") or {}
+        names = schema.get("propertyNames", True)
+        if len(patterns) > 1 or (patterns and names is not True):
+            raise _error(
+                where, "'patternProperties' of several patterns, or with 'propertyNames', is not supported"
+            )
+        place = "additionalProperties"
+        for pattern, each in patterns.items():
+            names, more, place = {"pattern": pattern}, each, f"patternProperties/{pattern}"
+        key = self._syntax.any_key
+        if names not in (True, {}):
+            key = self._key(names, where + "/propertyNames", refs)
+        return sequence([key, self._syntax.colon, self.value(more, f"{where}/{place}", refs)])
+
+    def _key(self, names: Any, where: str, refs: tuple[str, ...]) -> Piece:
+        """A key that satisfies a schema."""
+        values = self._finite_values(names, where)
+        if values is not None:
+            return choice([self._syntax.key(value) for value in values if isinstance(value, str)])
+        if self._syntax is not JSON:
+            raise _error(where, "names of properties that are not listed are not supported in tool calls")
+        return self.value({"allOf": [{"type": "string"}, names]}, where, refs)
+
+    def _finite_values(self, schema: Any, where: str) -> list[Any] | None:
+        """All values of a schema, if they are few and listed."""
+        for _ in range(_MAX_DEPTH):
+            if not isinstance(schema, Mapping):
+                return None
+            keywords = constraints_of(schema) - {"type"}
+            if keywords == {"$ref"}:
+                schema = self._resolved(schema["$ref"], where)
+            elif keywords == {"allOf"} and len(schema["allOf"]) == 1:
+                schema = schema["allOf"][0]
+            else:
+                is_listed = keywords in ({"enum"}, {"const"}, {"minimum", "maximum"}, set())
+                return finite_values(schema) if is_listed else None
+        return None
+
     def _array(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Piece:
         low, high = _bounds(schema, "minItems", "maxItems", where)
+        items, of_heads = schema.get("items", True), "prefixItems"
         first = schema.get("prefixItems", [])
+        if isinstance(items, Sequence) and not isinstance(items, str):  # as drafts before 2020 have it
+            first, items, of_heads = items, True, "items"
         if schema.get("uniqueItems") and (high is None or high > 1):
-            raise _error(where, "'uniqueItems' is not supported")
-        items = schema.get("items", True)
-        heads = [self.value(each, f"{where}/prefixItems/{i}", refs) for i, each in enumerate(first)]
+            values = None if first else self._finite_values(items, f"{where}/items")
+            if values is not None:
+                pieces = [self._syntax.value(value) for value in values]
+                inside = unique_items(pieces, self._syntax.comma, low, high)
+                return sequence([Piece(r"\["), inside, Piece(r"\]")])
+            self._leave("uniqueItems", where)
+        heads = [self.value(each, f"{where}/{of_heads}/{i}", refs) for i, each in enumerate(first)]
         if heads:
             if low > len(heads) or (high is not None and high < len(heads)):
                 raise _error(where, "'minItems' and 'maxItems' beside 'prefixItems' are not supported")
@@ -288,21 +383,30 @@ class _Compiler:
 
     def _string(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Piece:
         low, high = _bounds(schema, "minLength", "maxLength", where)
-        kinds = [name for name in ("pattern", "format") if name in schema]
-        if kinds and (len(kinds) == 2 or "minLength" in schema or "maxLength" in schema):
-            raise _error(where, f"{kinds[0]!r} beside other limits of a string is not supported")
-        if "format" in schema:
-            if schema["format"] not in _FORMATS:
-                raise _error(where, f"the format {schema['format']!r} is not supported")
-            return self._syntax.string(Piece(_FORMATS[schema["format"]], _FORMAT_WEIGHT))
-        if "pattern" in schema:
-            if not isinstance(schema["pattern"], str):
-                raise _error(where, "'pattern' must be a string")
-            return self._syntax.string(self._syntax.in_string(schema["pattern"]))
-        return self._syntax.characters(low, high)
+        conditions = [self._syntax.in_string(each) for each in _strings(schema, "pattern", where)]
+        for name in _strings(schema, "format", where):
+            if name == "uri" and high == _LONGEST_WEB_ADDRESS:
+                name = "http-url"
+            if name in FORMATS:
+                conditions.append(Piece(FORMATS[name], _FORMAT_WEIGHT))
+            elif name not in ANY_VALUE:
+                self._leave(f"format {name!r}", where)
+        if conditions and low == 0 and high is None:
+            return self._syntax.string(all_of(conditions, self._syntax.quote))
+        longest = min(self._longest, _LONGEST_WITH_PATTERN) if conditions else self._longest
+        character = Piece(self._syntax.character)
+        if high is not None and high > longest:
+            conditions.append(character.counted(low, high))
+        else:
+            conditions.append(character.repeated(low, high))
+        return self._syntax.string(all_of(conditions, self._syntax.quote))
+
+    def _leave(self, what: str, where: str) -> None:
+        """Note a constraint that is not enforced."""
+        self.unenforced[f"{what}{' at ' + where[1:] if where else ''}"] = None
 
     def _number(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Piece:
-        for name in _TYPE_TO_KEYWORDS["number"]:
+        for name in TYPE_TO_KEYWORDS["number"]:
             bound = schema.get(name)
             is_number = (
                 isinstance(bound, (int, float)) and not isinstance(bound, bool) and abs(bound) < math.inf
@@ -310,16 +414,50 @@ class _Compiler:
             if name in schema and not is_number:
                 raise _error(where, f"{name!r} must be a finite number")
         is_integer = schema["type"] == "integer"
-        if schema.get("multipleOf", 1) != 1 or ("multipleOf" in schema and not is_integer):
-            raise _error(where, "'multipleOf' is not supported")
         between = integer_between if is_integer else number_between
-        return Piece(
-            between(
-                schema.get("minimum"), schema.get("maximum"),
-                schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum"),
-            ),
-            40,
-        )  # fmt: skip
+        low, multiple = schema.get("minimum"), schema.get("multipleOf", 1)
+        is_multiple = multiple != 1 or ("multipleOf" in schema and not is_integer)
+        if is_multiple and multiple <= 0:
+            raise _error(where, "'multipleOf' must be above 0")
+        if is_multiple and low is None:
+            low = _LOWEST  # a number with a bound has no exponent
+        factor = Decimal(repr(multiple))
+        if is_multiple:
+            multiple_table(factor)  # raises
+        text = between(
+            low, schema.get("maximum"), schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
+        )
+        return Piece(f"({condition(factor)}{text})" if is_multiple else text, 40)
+
+
+def _strings(schema: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
+    """The keyword's value, or after merging values."""
+    given = schema.get(name, ())
+    values = (given,) if isinstance(given, str) else given
+    if not isinstance(values, tuple) or not all(isinstance(value, str) for value in values):
+        raise _error(where, f"{name!r} must be a string")
+    return values
+
+
+def _with_dependent(
+    schema: Mapping[str, Any], properties: Mapping[str, Any], required: Sequence[str]
+) -> tuple[Mapping[str, Any], Sequence[str]]:
+    """``dependentRequired``: the output is narrower, with both properties or without the one that needs the
+    other.
+    """
+    dependent = schema.get("dependentRequired", {})
+    needed = list(required)
+    for name in needed:  # which grows
+        needed += [other for other in dependent.get(name, ()) if other not in needed]
+    left_out = {name for name, others in dependent.items() if set(others) - set(needed)} - set(needed)
+    return {name: each for name, each in properties.items() if name not in left_out}, needed
+
+
+def _matching(schema: Mapping[str, Any], name: str, each: Any) -> Any:
+    """The schema of a named property, which has to satisfy that of a pattern too."""
+    patterns = schema.get("patternProperties") or {}
+    found = [other for pattern, other in patterns.items() if re.search(pattern, name)]
+    return {"allOf": [each, *found]} if found else each
 
 
 def resolved(root: Any, reference: Any, where: str = "") -> Any:
@@ -384,13 +522,19 @@ def _separated(item: Piece, low: int, high: int | None, syntax: Syntax) -> Piece
 
 def _members(members: Sequence[tuple[Piece, bool]], syntax: Syntax) -> Piece:
     """Comma-separated members in order; those that are not required may be left out."""
+    first = next((i for i, (_, is_required) in enumerate(members) if is_required), None)
+    if first is not None:
+        before = [sequence([member, syntax.comma]).repeated(0, 1) for member, _ in members[:first]]
+        after = [
+            sequence([syntax.comma, member]).repeated(int(is_required), 1)
+            for member, is_required in members[first + 1 :]
+        ]
+        return sequence([*before, members[first][0], *after])
     behind = Piece("", 0)  # what may follow after a member
     at_first = Piece("", 0)  # and without one
-    for member, is_required in reversed(members):
-        with_comma = sequence([syntax.comma, member])
-        here = sequence([member, behind])
-        at_first = here if is_required else choice([here, at_first])
-        behind = sequence([with_comma if is_required else with_comma.repeated(0, 1), behind])
+    for member, _ in reversed(members):
+        at_first = choice([sequence([member, behind]), at_first])
+        behind = sequence([sequence([syntax.comma, member]).repeated(0, 1), behind])
     return at_first
 
 

@@ -87,7 +87,7 @@ def call_arguments(quote: Piece | None, bare_key: str, sorts_keys: bool) -> Synt
         if quote is None:
             return _json(value)
         if not re.fullmatch(f"{TEXT_CHARACTER}*", value):
-            raise ValueError(f"{value!r} has a control character, which a tool call can't hold"[:200])
+            raise ValueError(f"{value!r} has a character that a tool call can't hold"[:200])
         return sequence([quote, literal(value), quote])
 
     def key(name: str) -> Piece:
@@ -111,7 +111,7 @@ def call_arguments(quote: Piece | None, bare_key: str, sorts_keys: bool) -> Synt
         comma=comma,
         character=JSON.character if quote is None else TEXT_CHARACTER,
         quote=JSON.quote if quote is None else quote,
-        in_string=JSON.in_string if quote is None else partial(in_text, permitted=TEXT_RANGES),
+        in_string=JSON.in_string if quote is None else partial(in_text, permitted=TEXT_RANGES, behind=quote),
         value=value,
         key=key,
         any_key=Piece("[A-Za-z_][A-Za-z0-9_]*"),

@@ -1,8 +1,7 @@
-"""The async methods of ``DiffusionModel``."""
+"""The async methods of ``DiffusionModel``. asyncio is imported on first use: most programs need none."""
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -11,15 +10,16 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pydiffusion.options import GenerationOptions, make_options
 
-from .session_thread import SessionThread
-
 if TYPE_CHECKING:
+    import asyncio
+
     from pydiffusion.events import ChatCompletion, Completion, Event
     from pydiffusion.model import DiffusionModel
+    from pydiffusion.openai.chat import Messages
     from pydiffusion.session import Session
 
-    from .chat import Messages
     from .infill import Infill
+    from .session_thread import SessionThread
     from .token_ids import TokenIds
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class AsyncMethods:
     ) -> AsyncIterator[Event]:
         """As ``DiffusionModel.stream``: a step is computed when its event is asked for."""
         chosen = make_options(options, keywords)
-        thread = SessionThread(self._model, session)
+        thread = self._thread(session)
         return thread.iterate(lambda s: self._model.stream(prompt, chosen, session=s))
 
     async def achat(
@@ -81,7 +81,7 @@ class AsyncMethods:
         **keywords: Any,
     ) -> AsyncIterator[Event]:
         """As ``DiffusionModel.stream_chat``, with its keywords; as ``astream``."""
-        thread = SessionThread(self._model, session)
+        thread = self._thread(session)
         return thread.iterate(lambda s: self._model.stream_chat(messages, options, session=s, **keywords))
 
     async def ainfill(
@@ -140,12 +140,17 @@ class AsyncMethods:
     ) -> Any:
         if not stream:
             return await self._in_turn(session, lambda s: create(given, session=s, **parameters))
-        thread = SessionThread(self._model, session)
+        thread = self._thread(session)
         return thread.rest(await thread.call(lambda s: create(given, stream=True, session=s, **parameters)))
 
     async def _in_turn(self, session: Session | None, work: Callable[[Session], T]) -> T:
         async with self._turns.of_running_loop():
-            return await SessionThread(self._model, session).call(work)
+            return await self._thread(session).call(work)
+
+    def _thread(self, session: Session | None) -> SessionThread:
+        from .session_thread import SessionThread
+
+        return SessionThread(self._model, session)
 
     @cached_property
     def _turns(self) -> _Turns:
@@ -166,6 +171,8 @@ class _Turns:
         )
 
     def of_running_loop(self) -> asyncio.Semaphore:
+        import asyncio
+
         with self._lock:
             loop = asyncio.get_running_loop()
             return self._semaphores.setdefault(loop, asyncio.Semaphore(_N_AT_A_TIME))

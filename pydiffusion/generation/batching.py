@@ -7,7 +7,7 @@ the same result as if it ran alone. Used by ``DiffusionModel.generate_batch`` an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +15,6 @@ from pydiffusion.errors import PyDiffusionError
 from pydiffusion.events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
 from pydiffusion.options import GenerationOptions, ResolvedOptions, make_options
 
-from .chat import ChatSettings
 from .completion import chat_completion_of, completion_of
 from .loop import Generation
 from .prompt import prompt_ids
@@ -25,6 +24,7 @@ from .token_ids import check_bos, token_array
 if TYPE_CHECKING:
     from pydiffusion._native import Step
     from pydiffusion.model import DiffusionModel
+    from pydiffusion.openai.chat import ChatSettings
     from pydiffusion.session import Session
 
     from .token_ids import TokenIds
@@ -177,7 +177,8 @@ def batched_events(
 def _begin(model: DiffusionModel, session: Session, request: BatchRequest) -> ActiveSequence:
     prompt, options, settings = request.prompt, request.options, request.settings
     if settings is not None:
-        prompt, options = settings.prompt(model, prompt), settings.options(model, options)
+        prepared = settings.prepare(model, prompt, options)
+        prompt, options = prepared.prompt, prepared.options
     ids = prompt_ids(model, prompt)
     chat = request.chat or settings is not None
     sequence = ActiveSequence(session, ids, model.resolve(options), chat=chat)
@@ -201,13 +202,27 @@ def requests_of(
     keywords: Mapping[str, Any],
     settings: ChatSettings | None = None,
 ) -> Iterator[BatchRequest]:
-    """Each prompt, or conversation, with its options: the same for all, or one for each."""
+    """Each prompt, or conversation, with its options: the same for all, or one for each.
+
+    Raises ValueError unless there are as many options as prompts; of iterators, when the options run out.
+    """
     if options is None or isinstance(options, GenerationOptions):
-        each: Iterable[GenerationOptions] = itertools.repeat(make_options(options, keywords))
+        each: Iterator[GenerationOptions] = itertools.repeat(make_options(options, keywords))
     else:
+        if isinstance(prompts, Sized) and isinstance(options, Sized) and len(prompts) != len(options):
+            raise ValueError(f"there are {len(prompts)} prompts, but options for {len(options)}")
         each = (make_options(one, keywords) for one in options)
-    pairs = zip(prompts, each, strict=False)
-    return (BatchRequest(prompt, chosen, settings=settings) for prompt, chosen in pairs)
+    return _paired(prompts, each, settings)
+
+
+def _paired(
+    prompts: Iterable[Any], options: Iterator[GenerationOptions], settings: ChatSettings | None
+) -> Iterator[BatchRequest]:
+    for i, prompt in enumerate(prompts):
+        chosen = next(options, None)
+        if chosen is None:
+            raise ValueError(f"there are options for {i} prompts, but more prompts")
+        yield BatchRequest(prompt, chosen, settings=settings)
 
 
 def generate_batch(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pydiffusion.constrained import unenforced_by
+
 from .requests import ChatRequest, InfillRequest, Request
 from .shaper import ChatChoice, Choice, FilledChoice, Json, Response, TextChoice
 
@@ -61,6 +63,7 @@ class Answer(Response):
 
     def _figures(self) -> Json:
         ends = [choice.end for choice in self._choices if choice.end is not None]
+        unenforced = unenforced_by(self._request.options[0])
         return {
             "type": "summary",
             "steps": sum(sum(choice.canvas_steps) for choice in self._choices),
@@ -69,4 +72,5 @@ class Answer(Response):
             "finish_reasons": [end.reason for end in ends],
             "timings": self._timings(),
             "ignored_parameters": self._request.ignored,
+            **({"unenforced": unenforced} if unenforced else {}),
         }

@@ -56,16 +56,14 @@ class Call:
         self._n = integer_option("n", n, 1, MAX_CHOICES)
         self._seed = None if seed == _ANY_SEED else seed
 
-    def each_choice(self, **own: Any) -> list[ResolvedOptions]:
-        """The options of each choice; own: more of them. Raises OptionError, TypeError for an unknown one."""
-        return [self.model.resolve(options) for options in self.each_given(**own)]
-
-    def each_given(self, **own: Any) -> list[GenerationOptions]:
-        """As ``each_choice``, without the defaults of the model."""
+    def given(self, **own: Any) -> GenerationOptions:
+        """The options given; own: more of them. Raises OptionError, TypeError for an unknown one."""
         named = {"seed": self._seed, **own, **self.options}
-        given = make_options(None, with_temperature(named, self._temperature, self.model))
-        seeds = [None if given.seed is None else (given.seed + i) % 2**64 for i in range(self._n)]
-        return [replace(given, seed=seed) for seed in seeds]
+        return make_options(None, with_temperature(named, self._temperature, self.model))
+
+    def each_choice(self, first: ResolvedOptions) -> list[ResolvedOptions]:
+        """The options of each choice, which differ in the seed."""
+        return [replace(first, seed=(first.seed + i) % 2**64) for i in range(self._n)]
 
 
 def _is_foreign(name: str, value: Any) -> bool:

@@ -55,7 +55,8 @@ _HINTS = {
 }
 # From this likeness on, a name is taken for a slip. One letter of five missing: 0.89; one replaced: 0.8.
 _LIKENESS = 0.86
-_SHORTEST_SLIP = 4  # characters
+_SHORTEST_SLIP, _LONGEST_SLIP = 4, 40  # characters
+_MAX_FIELDS = 500  # far more than any client sends; each unknown one is compared with all of ours
 
 Fields = dict[str, Any]
 
@@ -145,7 +146,7 @@ def _think(value: Any) -> Fields | None:
 _EQUIVALENTS: dict[str, Callable[[Any], Fields | None]] = {
     **dict.fromkeys(("n_predict", "num_predict", "max_new_tokens", "max_output_tokens"), _limit),
     **dict.fromkeys(("stop_sequences", "stop_sequence", "stopping_strings"), _stops),
-    **dict.fromkeys(("json_schema", "guided_json"), _schema),
+    "guided_json": _schema,
     "guided_json_object": _json_object,
     "guided_regex": _regex,
     "guided_choice": _choice,
@@ -169,6 +170,16 @@ class SortedFields:
     given: Fields = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
+
+    def ignore(self, name: str, *, strict: bool) -> None:
+        """List a field as ignored. Raises ApiError if strict."""
+        if strict:
+            raise invalid(
+                f"{name!r} has no effect, and such fields are refused here (strict): leave it out"[:200],
+                name,
+                "unknown_parameter",
+            )
+        self.ignored.append(name)
 
     @contextlib.contextmanager
     def blaming(self) -> Iterator[None]:
@@ -194,23 +205,20 @@ def sort_fields(
     """
     if not isinstance(body, dict):
         raise invalid("The body must be a JSON object.")
+    if len(body) > _MAX_FIELDS:
+        raise invalid(f"The body has {len(body)} fields; permitted are {_MAX_FIELDS}.")
     found = SortedFields(
         given={name: body[name] for name in body if name in known and body[name] is not None}
     )
     for name, value in body.items():
         if value is None or name in known:
             continue
+        name = name.encode("utf-8", "replace").decode()  # a lone surrogate can't be sent back
         if name in UNSUPPORTED:
             _check_unsupported(name, value)
         elif not _take_equivalent(name, value, known, body, found):
             _check_unknown(name, value, known, endpoints)
-            if strict:
-                raise invalid(
-                    f"{name!r} has no effect here, and this server runs with --strict: leave it out"[:200],
-                    name,
-                    "unknown_parameter",
-                )
-            found.ignored.append(name)
+            found.ignore(name, strict=strict)
     return found
 
 
@@ -267,7 +275,7 @@ def _check_unknown(
 
 def slip_of(name: str, known: Collection[str]) -> str | None:
     """The field that a name is probably a misspelling of, or None."""
-    if len(name) < _SHORTEST_SLIP:
+    if not _SHORTEST_SLIP <= len(name) <= _LONGEST_SLIP:
         return None
     folded = {_fold(own): own for own in known}
     close = difflib.get_close_matches(_fold(name), folded, n=1, cutoff=_LIKENESS)

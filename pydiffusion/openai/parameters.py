@@ -18,9 +18,11 @@ _JSON_OBJECT = {"type": "object"}
 _FORMAT_TO_FIELDS = {
     "text": (),
     "json_object": ("schema",),
-    "json_schema": ("json_schema",),
+    "json_schema": ("json_schema", "schema"),
     "grammar": ("grammar",),
 }
+# Without effect on what is guaranteed, wherever a client puts them.
+_FORMAT_LABELS = ("type", "name", "description", "strict")
 
 
 def token_limit(model: DiffusionModel, max_tokens: Any, max_completion_tokens: Any = None) -> int:
@@ -49,11 +51,12 @@ def with_temperature(options: Mapping[str, Any], temperature: Any, model: Diffus
 
 
 def constraint_of(response_format: Any) -> dict[str, Any]:
-    """The option of GenerationOptions that a ``response_format`` means, none for any text. Raises OptionError.
+    """The option of GenerationOptions that a ``response_format`` means, if any. Raises OptionError.
 
     Accepts OpenAI's ``{"type": "text"}``, ``{"type": "json_object"}`` and ``{"type": "json_schema",
-    "json_schema": {"schema": ...}}``, llama.cpp's ``{"type": "json_object", "schema": ...}``, and
-    ``{"type": "grammar", "grammar": ...}`` with GBNF, which other servers that know it take.
+    "json_schema": {"schema": ...}}``, the flat ``{"type": "json_schema", "schema": ...}`` of OpenAI's
+    Responses and of others, llama.cpp's ``{"type": "json_object", "schema": ...}``, and ``{"type": "grammar",
+    "grammar": ...}`` with GBNF, which other servers that know it take.
     """
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if not isinstance(kind, str) or kind not in _FORMAT_TO_FIELDS:
@@ -62,7 +65,7 @@ def constraint_of(response_format: Any) -> dict[str, Any]:
             "response_format must be an object whose type is text, json_object, json_schema or grammar",
         )
     for name, value in response_format.items():
-        if name != "type" and name not in _FORMAT_TO_FIELDS[kind] and value is not None:
+        if name not in _FORMAT_LABELS and name not in _FORMAT_TO_FIELDS[kind] and value is not None:
             known = " or ".join(f"{n} of type {k}" for k, names in _FORMAT_TO_FIELDS.items() for n in names)
             raise OptionError(
                 "response_format",
@@ -76,6 +79,12 @@ def constraint_of(response_format: Any) -> dict[str, Any]:
         where, schema = "schema", response_format.get("schema")
         if schema is None or schema == {}:  # any object
             return {"json_schema": _JSON_OBJECT}
+    elif response_format.get("schema") is not None:
+        if response_format.get("json_schema") is not None:
+            raise OptionError(
+                "response_format", "response_format.schema and .json_schema exclude each other: give one"
+            )
+        where, schema = "schema", response_format["schema"]
     else:
         given = response_format.get("json_schema")
         where, schema = "json_schema.schema", given.get("schema") if isinstance(given, Mapping) else None

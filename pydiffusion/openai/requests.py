@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
 
 MAX_CHOICES = 16
-MAX_STOPS = 16
+MAX_STOPS = 256
 _DEFAULT_LIMIT = 256  # tokens of a completion
 _ANY_SEED = -1  # for llama.cpp and its clients: draw one
 
 _DIFFUSION = (
     "steps", "t_min", "t_max", "entropy_bound", "stability_threshold", "confidence_threshold",
 )  # fmt: skip
+_STREAM_OPTIONS = ("include_usage", "include_obfuscation", "diffusion")
 _ALL = ("model", "stream", "stream_options", "seed", "temperature", *_DIFFUSION)
 _LIMITS = ("thinking_budget", "stop_on_repetition", "trim_after_eos")
 _COMMON = (
@@ -69,7 +70,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a server accepts.
+    """Terms on which requests are accepted.
 
     names: of its model, the first for responses; any other name stands for it too.
     strict: refuse such names, and fields without effect.
@@ -180,7 +181,19 @@ def infill_request(body: Any, model: DiffusionModel, terms: Terms) -> InfillRequ
 def _sorted(body: Any, path: str, terms: Terms) -> SortedFields:
     found = sort_fields(body, ENDPOINTS[path], ENDPOINTS, strict=terms.strict)
     _check_model(found.given, terms)
+    _sort_stream_options(found, strict=terms.strict)
     return found
+
+
+def _sort_stream_options(found: SortedFields, *, strict: bool) -> None:
+    """Some clients send stream_options with every request, and some an option of vLLM's in it."""
+    given = found.given.get("stream_options")
+    if given and found.given.get("stream", False) is False:
+        del found.given["stream_options"]
+        found.ignore("stream_options", strict=strict)
+    elif isinstance(given, dict):
+        for name in sorted(set(given) - set(_STREAM_OPTIONS)):
+            found.ignore(f"stream_options.{name}", strict=strict)
 
 
 def _tool_use(fields: Mapping[str, Any], variables: Mapping[str, Any]) -> ToolUse:
@@ -225,15 +238,6 @@ def _stream_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     given = fields.get("stream_options", {})
     if not isinstance(given, dict):
         raise invalid("stream_options must be an object", "stream_options", "invalid_type")
-    if given and not stream:
-        raise invalid("stream_options is only permitted when stream is true", "stream_options")
-    for name in given:
-        if name not in ("include_usage", "include_obfuscation", "diffusion"):
-            raise invalid(
-                f"Unrecognized request argument supplied: stream_options.{name}"[:200],
-                "stream_options",
-                "unknown_parameter",
-            )
     return {
         "stream": stream,
         "include_usage": _flag(given, "include_usage", False),

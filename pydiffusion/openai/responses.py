@@ -7,23 +7,25 @@ response and the last chunk of a stream also have ``"diffusion"``: ``steps``, ``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pydiffusion.chat.messages import template_variables
 from pydiffusion.errors import OptionError
 from pydiffusion.events import DraftEvent
 from pydiffusion.generation.infill import Layout, lay_out_suffix, prepare
 from pydiffusion.generation.prompt import prompt_ids, session_for
-from pydiffusion.options import CONSTRAINTS, GenerationOptions, ResolvedOptions
+from pydiffusion.options import GenerationOptions, ResolvedOptions
 
 from .call import Call
-from .parameters import no_thinking, token_limit
+from .chat import ChatSettings
+from .parameters import token_limit
 from .reports import Prefilled, Report
 from .shaper import ChatChoice, Choice, FilledChoice, Json, Response, TextChoice
-from .tool_choice import cut_after_call, tool_use
+from .tool_choice import ToolUse, cut_after_call
 
 if TYPE_CHECKING:
+    from pydiffusion.events import Event
     from pydiffusion.generation.token_ids import TokenIds
     from pydiffusion.model import DiffusionModel
     from pydiffusion.session import Session
@@ -70,12 +72,12 @@ def create_completion(
     session = session_for(diffusion_model, session)
     layout = None
     if suffix is None or suffix == "":
-        each = call.each_choice(max_tokens=limit, stop=stop)
+        chosen = diffusion_model.resolve(call.given(max_tokens=limit, stop=stop))
     else:
-        layout, each = _around_suffix(call, suffix, limit, ids.tolist(), session.n_ctx)
+        layout, chosen = _around_suffix(call, suffix, limit, ids.tolist(), session.n_ctx)
     head = "" if not echo else prompt if isinstance(prompt, str) else diffusion_model.detokenize(ids)
     choices = [_text_choice(call, i, len(ids), head, layout, stop) for i in range(n)]
-    return _respond(call, model, choices, _reports(call, session, ids, each, chat=False), chat=False)
+    return _respond(call, model, choices, _reports(call, session, ids, chosen, session.generate), chat=False)
 
 
 def create_chat_completion(
@@ -114,41 +116,24 @@ def create_chat_completion(
     The response separates ``content``, ``reasoning_content`` and ``tool_calls``.
     """
     call = Call(diffusion_model, options, n, seed, response_format, stream, stream_options)
-    variables = template_variables({} if chat_template_kwargs is None else chat_template_kwargs)
-    if enable_thinking is not None:
-        variables["enable_thinking"] = enable_thinking
-    use = tool_use(
-        tools,
-        tool_choice,
-        parallel=parallel_tool_calls,
-        constraint={n: call.options.pop(n) for n in CONSTRAINTS if call.options.get(n) is not None},
-        thinking=variables.get("enable_thinking"),
-    )
-    call.options |= use.constraint
-    if variables.get("enable_thinking") is False:
-        call.options = no_thinking(diffusion_model, call.options)
     limit = token_limit(diffusion_model, max_tokens, max_completion_tokens)
-    each = call.each_choice(max_tokens=limit, stop=stop)
-    if each[0].constraint is not None:
-        with use.naming_tools():
-            diffusion_model.automaton(each[0])
-    ids = prompt_ids(diffusion_model, diffusion_model.chat_prompt(messages, tools=use.shown, **variables))
+    settings = ChatSettings(tools, tool_choice, parallel_tool_calls, enable_thinking, chat_template_kwargs)
+    chat = settings.prepare(diffusion_model, messages, call.given(max_tokens=limit, stop=stop))
     session = session_for(diffusion_model, session)
-    choices = [ChatChoice(i, len(ids), is_named=use.is_named) for i in range(n)]
-    reports = _reports(call, session, ids, each, chat=True, one_call=use.cuts_after_call)
+    choices = [ChatChoice(i, len(chat.prompt), is_named=chat.use.is_named) for i in range(n)]
+    reports = _reports(call, session, chat.prompt, chat.options, partial(_chat_events, session, chat.use))
     return _respond(call, model, choices, reports, chat=True)
 
 
 def _around_suffix(
     call: Call, suffix: Any, limit: int, prompt: Sequence[int], n_ctx: int
-) -> tuple[Layout, list[ResolvedOptions]]:
-    """The layout of a completion before a suffix, and the options of each choice."""
+) -> tuple[Layout, ResolvedOptions]:
+    """The layout of a completion before a suffix, and its options."""
     if not isinstance(suffix, str):
         raise OptionError("suffix", f"suffix is {suffix!r}; permitted is a string"[:200])
-    given = call.each_given()
-    n_canvas = call.model.resolve(given[0]).canvas_length
-    layout = lay_out_suffix(call.model, suffix, limit, n_canvas)
-    return layout, [prepare(call.model, layout, prompt, options, n_ctx) for options in given]
+    given = call.given()
+    layout = lay_out_suffix(call.model, suffix, limit, call.model.resolve(given).canvas_length)
+    return layout, prepare(call.model, layout, prompt, given, n_ctx)
 
 
 def _text_choice(
@@ -162,29 +147,31 @@ def _text_choice(
     )
 
 
+def _chat_events(session: Session, use: ToolUse, options: ResolvedOptions) -> Iterator[Event]:
+    events = session.generate_chat(options)
+    return cut_after_call(events, options.seed) if use.cuts_after_call else events
+
+
 def _reports(
     call: Call,
     session: Session,
     prompt: TokenIds,
-    each: Sequence[ResolvedOptions],
-    *,
-    chat: bool,
-    one_call: bool = False,
+    options: ResolvedOptions,
+    generate: Callable[[ResolvedOptions], Iterator[Event]],
 ) -> Iterator[tuple[int, Report]]:
-    """The reports of each choice, with its index. The prompt is prefilled at the call. one_call: end after
-    a tool call.
+    """The reports of each choice, with its index. The prompt is prefilled at the call.
+
+    options: of the first choice.  generate: gives the events of a choice after the session's tokens.
     """
     n_cached = session.prefill(prompt)
     n_prompt = session.n_past
-    generate = session.generate_chat if chat else session.generate
 
     def generated() -> Iterator[tuple[int, Report]]:
-        for i, options in enumerate(each):
+        for i, chosen in enumerate(call.each_choice(options)):
             if i:
                 session.truncate(n_prompt)
             yield i, Prefilled(n_cached)
-            events = generate(options)
-            for event in cut_after_call(events, options.seed) if one_call else events:
+            for event in generate(chosen):
                 if call.drafts or not isinstance(event, DraftEvent):
                     yield i, event
 

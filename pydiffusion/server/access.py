@@ -34,7 +34,7 @@ def clean_key(text: str, source: str) -> str:
 def clean_origin(text: str) -> str:
     """An origin as browsers send it: ``https://example.org``, or with a port that is not the scheme's own.
 
-    ``*`` and ``null`` (pages from files) stay. Raises ValueError for what no origin equals.
+    ``*`` and ``null`` (pages from files) stay. Raises ValueError for anything else.
     """
     given = text.strip()
     if given in ("*", "null"):
@@ -46,7 +46,7 @@ def clean_origin(text: str) -> str:
         raise ValueError(f"--cors {given!r}: {error}") from None
     if parts.path == given or not parts.scheme or not parts.hostname:
         raise ValueError(
-            f"--cors {given!r} is no origin: give SCHEME://HOST[:PORT], as http://localhost:3000"
+            f"--cors {given!r} is not an origin: give SCHEME://HOST[:PORT], as http://localhost:3000"
         )
     if parts.path.strip("/") or parts.query or parts.fragment or parts.username:
         raise ValueError(
@@ -59,10 +59,10 @@ def clean_origin(text: str) -> str:
 
 
 def clean_host(text: str) -> str:
-    """A host name without port, in lower case; ``*`` stays. Raises ValueError for what is none."""
+    """A host name without port, in lower case; ``*`` stays. Raises ValueError for anything else."""
     name = host_name(text.strip())
     if not name or re.search(r"[\s/@?#]|://", name):
-        raise ValueError(f"--allowed-host {text!r} is no host name: give NAME, as chat.example.org")
+        raise ValueError(f"--allowed-host {text!r} is not a host name: give NAME, as chat.example.org")
     return name
 
 
@@ -75,7 +75,7 @@ def host_name(header: str) -> str:
 def own_names() -> frozenset[str]:
     """Names that this machine has for itself."""
     name = socket.gethostname().lower()
-    return frozenset(("localhost", name, name.partition(".")[0], f"{name.partition('.')[0]}.local"))
+    return frozenset((name, f"{name.partition('.')[0]}.local"))
 
 
 class Access:
@@ -101,7 +101,8 @@ class Access:
             return
         if name in self._own_names or name in self._allowed_hosts or name.endswith(".localhost"):
             return
-        if not _is_address(name):  # no page can let an address point elsewhere
+        # Nobody outside can let an address, or a name without a dot, point elsewhere.
+        if "." in name and not _is_address(name):
             raise ApiError(
                 403,
                 f"{name!r} is not a name of this server; --allowed-host would permit it."[:300],

@@ -151,7 +151,7 @@ class _Endpoints:
 
     def _log_flaws(self, prepared: Prepared) -> None:
         """Log problems of requests that are answered anyway, each problem once."""
-        flaws = {self._model.tokenizer.bos_flaw(run.prompt) for run in prepared.runs} - {None}
+        flaws = {flaw for run in prepared.runs if (flaw := self._model.tokenizer.bos_flaw(run.prompt))}
         flaws |= {f"request field {name[:100]!r} has no effect here" for name in prepared.request.ignored}
         for flaw in sorted(flaws - self._told):
             if len(self._told) < _MAX_TOLD:

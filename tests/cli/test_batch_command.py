@@ -136,6 +136,6 @@ def test_generate_by_schema(model: str, tmp_path: Path, capfd: pytest.CaptureFix
     assert all(isinstance(entry, bool) for entry in json.loads(capfd.readouterr().out))
     assert main([*arguments, "--regex", "(ab)+", "--raw"]) == 0
     assert set(capfd.readouterr().out.strip()) == {"a", "b"}
-    assert main([*arguments, "--regex", "(", "--raw"]) == 1
+    assert main([*arguments, "--regex", "(", "--raw"]) == 2
     file.write_text("{")
     assert main([*arguments, "--json-schema", str(file)]) == 2

@@ -159,16 +159,27 @@ def test_standard_streams_that_are_refused(
         monkeypatch.setattr(sys, "stdin", file)
         assert run("none.gguf", "-", prompts) == 1
     assert "is the file of prompts and of answers" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "stdin", None)
-    assert run("none.gguf", "-", "o.jsonl") == 1
-    assert "standard input is closed" in capsys.readouterr().err
     assert prompts.read_bytes() == before
 
 
-def test_standard_output_that_is_closed(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_streams_that_are_closed(
+    prompts: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    saved, null = os.dup(1), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 1)  # as the command line does with a closed one
+    try:
+        assert run("none.gguf", prompts, "-") == 1
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(null)
+    assert "standard output is closed: give a file with -o" in capfd.readouterr().err
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(ValueError, match="standard output is closed"):
         AnswerFile(Path("-"), [], source=prompts)
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="standard input is closed"):
+        read_input(Path("-"))
 
 
 def test_plain_lines(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,6 +239,30 @@ def test_answers_to_raw_prompts_are_not_mixed_with_others(
     error = capsys.readouterr().err
     assert "answers other prompts" in error and "--raw" in error and output.read_bytes() == before
     assert run(model, prompts, output, "--raw") == 0 and output.read_bytes() == before
+
+
+def test_another_run_into_the_same_file(
+    model: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "o.jsonl"
+    with AnswerFile(output, [], source=prompts):
+        assert run(model, prompts, output) == 1
+        assert "another run writes into this file" in capsys.readouterr().err
+    assert run(model, prompts, output) == 0
+
+
+def test_a_reader_that_leaves(model: str, tmp_path: Path) -> None:
+    """As in ``| head -n 1``: no traceback."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('"sort: b a"\n' * 50)
+    read, write = os.pipe()
+    command = [sys.executable, "-m", "pydiffusion", "batch", "-m", model, *QUICK, str(prompts), "-o", "-"]
+    process = subprocess.Popen(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    with os.fdopen(read) as file:
+        assert json.loads(file.readline())["line"]
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in error
 
 
 def test_no_lines(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def test_steps_and_seed(chat: Chat) -> None:
     ("typed", "message"),
     [
         ("/frob\n", "/frob is not a command"),
-        ("/load\n", "give a file"),
+        ("/load\n", "/load FILE"),
         ("/load nowhere.json\n", "No such file"),
         ("/save /nowhere/x.json\n", "No such file"),
         ("/help\n", "/retry"),

@@ -6,27 +6,22 @@ import importlib.metadata
 import json
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.paths import REPOSITORY
+from support.terminal import needs_terminal, on_terminal, program
 
 from pydiffusion import DiffusionModel
 from pydiffusion._util.sizes import count
 from pydiffusion.cli import main
 from pydiffusion.cli._text import one_line, printable
-
-try:
-    import pty
-except ImportError:  # Windows
-    pty = None  # type: ignore[assignment]
 
 COMMANDS = [
     "convert",
@@ -45,18 +40,11 @@ COMMANDS = [
     "bench",
 ]
 PROMPT = "the river"
-needs_terminal = pytest.mark.skipif(
-    pty is None, reason="NOT CHECKED: drawing on a terminal; no pseudo-terminals"
-)
 
 
 @pytest.fixture(scope="module")
 def model(gguf_file: Callable[..., Path]) -> str:
     return str(gguf_file("small"))
-
-
-def program(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pydiffusion", *arguments]
 
 
 def short(model: str, *more: str) -> list[str]:
@@ -342,53 +330,6 @@ def test_the_page_says_what_the_commands_do() -> None:
 # On a terminal
 
 
-def on_terminal(
-    arguments: Sequence[str], typed: Sequence[tuple[str, str]] = (), env: dict[str, str] | None = None
-) -> tuple[str, int]:
-    """Run on a pseudo-terminal; ``typed`` are pairs of what to wait for and what to type then.
-
-    A Ctrl-C that should end the program is typed again every second, as a person would: Python's prompt
-    notices one that comes in the moment before it waits for keys only at the next key. Not once the program
-    says that it ends: Python then dies of the next one.
-    """
-    main_end, terminal = pty.openpty()
-    import fcntl
-    import struct
-    import termios
-
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-    environment = {**os.environ, "TERM": "xterm-256color", **(env or {})}
-    environment.pop("NO_COLOR", None)
-    process = subprocess.Popen(
-        program(*arguments), stdin=terminal, stdout=terminal, stderr=terminal, env=environment,
-        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )  # fmt: skip
-    os.close(terminal)
-    seen, todo, deadline = b"", list(typed), time.monotonic() + 400
-    n_read, last = 0, time.monotonic()
-    while time.monotonic() < deadline:
-        if select.select([main_end], [], [], 0.1)[0]:
-            try:
-                data = os.read(main_end, 65536)
-            except OSError:
-                break
-            if not data:
-                break
-            seen += data
-        if todo and todo[0][0].encode() in seen[n_read:]:
-            n_read, last = len(seen), time.monotonic()
-            os.write(main_end, todo.pop(0)[1].encode())
-        elif typed and not todo and typed[-1][1] == "\x03" and time.monotonic() > last + 1:
-            last = time.monotonic()
-            if b"interrupted" not in seen[n_read:]:
-                os.write(main_end, b"\x03")
-    else:
-        process.kill()
-        raise AssertionError(f"not done in 400 s: {seen.decode('utf-8', 'replace')[-2000:]}")
-    os.close(main_end)
-    return seen.decode("utf-8", "replace"), process.wait(30)
-
-
 @needs_terminal
 def test_show_draws_the_canvas_as_it_settles(model: str) -> None:
     seen, code = on_terminal(short(model, "-p", PROMPT, "--show", "--raw"))
@@ -399,19 +340,23 @@ def test_show_draws_the_canvas_as_it_settles(model: str) -> None:
 
 
 @needs_terminal
-def test_without_show_nothing_is_drawn(model: str) -> None:
+def test_without_show_the_steps_are_shown_and_no_text(model: str) -> None:
     seen, code = on_terminal(short(model, "-p", PROMPT, "--raw"))
-    assert code == 0 and "step 1 of 3" not in seen
+    assert code == 0 and "\x1b[2m" not in seen, "no draft"
+    assert "step 1 of 3" in seen, "but the steps"
+    seen, code = on_terminal(short(model, "-p", PROMPT, "--raw", "--quiet"))
+    assert code == 0 and "step" not in seen and "loaded" not in seen and "loading" not in seen
 
 
 @needs_terminal
 def test_chat_on_a_terminal(model: str) -> None:
-    """Ctrl-C stops an answer, not the chat; at the prompt it ends the chat."""
+    """Ctrl-C stops an answer, not the chat; twice at the prompt it ends the chat."""
     endless = ["chat", "-m", model, "--steps", "1000", "--confidence-threshold", "0"]
     typed = [("> ", "hi\n"), ("step 3 of", "\x03"), ("stopped", "/reset\n"), ("forgotten", "\x03")]
     seen, code = on_terminal(endless, typed)
     assert code == 130, seen
     assert "stopped" in seen and "forgotten" in seen and "Traceback" not in seen
+    assert "Ctrl-C again ends the chat" in seen[seen.index("forgotten") :]
 
 
 @needs_terminal

@@ -20,6 +20,7 @@ BLOCKS = {page: doc_blocks.page_blocks(page) for page in PAGES}
 USAGE = {script: doc_blocks.usage(script) for script in doc_blocks.scripts()}
 #: Examples that are not called here, and why.
 NOT_CALLED = {
+    "examples/augment.py": "takes minutes; test_augment.py makes fewer records",
     "examples/batch_on_ray.py": "needs Ray",
     "examples/evaluate_demo.py": "needs torch and takes minutes",
     "examples/train_demo.py": "trains for two hours",

@@ -15,6 +15,7 @@ from support.demo_model import write_demo_model
 
 from pydiffusion import DiffusionModel
 from pydiffusion.cli import main
+from pydiffusion.options import at_temperature
 from pydiffusion.server.app import create_app
 
 CHAT, COMPLETION, INFILL = "/v1/chat/completions", "/v1/completions", "/v1/infill"
@@ -148,6 +149,26 @@ def test_options_of_the_command_are_those_that_a_body_lacks(path: str, tmp_path:
     assert set(short[5]["text"]) <= {"a", "b"}
 
 
+def test_a_grammar(path: str, tmp_path: Path) -> None:
+    """For all lines, or a line's own; calls that are constrained are answers' tool_calls."""
+    rows = [{"prompt": "x"}, {"prompt": "x", "grammar": 'root ::= "c" [d-f]'}]
+    call = {"messages": SORT, "tools": TOOLS, "tool_choice": "required", "max_tokens": 40}
+    prompts = "".join(json.dumps(row) + "\n" for row in [*rows, call])
+    (tmp_path / "ab.gbnf").write_text('root ::= "ab"+')
+    for option in ("--grammar", 'root ::= "ab"+'), ("--grammar-file", str(tmp_path / "ab.gbnf")):
+        code, answers = run(
+            path, "".join(prompts.splitlines(keepends=True)[:2]), tmp_path, "-n", "8", *option
+        )
+        by_line = {answer["line"]: answer["text"] for answer in answers}
+        assert code == 0 and set(by_line[1]) == {"a", "b"} and by_line[2][0] == "c" and len(by_line[2]) == 2
+        (tmp_path / "o.jsonl").unlink()
+    code, answers = run(path, prompts, tmp_path, "-n", "8", "--seed", "1")
+    calls = next(answer for answer in answers if answer["line"] == 3)["tool_calls"]
+    assert code == 0 and calls[0]["name"] == "f" and isinstance(calls[0]["arguments"], dict)
+    options = ["--grammar", "x", "--grammar-file", "y"]
+    assert main(["batch", "-m", path, str(tmp_path / "p.jsonl"), "-o", "-", *options]) == 2
+
+
 def test_a_schema_for_all_lines(path: str, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     prompts = '"x"\n' + line("a", CHAT, {"messages": SORT})
@@ -167,7 +188,7 @@ def test_fields_of_requests_in_short_lines(path: str, tmp_path: Path) -> None:
         {"prompt": [5, 6, 7], "seed": 1, "max_tokens": 3, "dropped_mass": 0, "canvas_length": 8, "eos": []},
         {"prompt": "x", "canvas_length": 99999},
         {"prompt": "x", "json_schema": {}, "response_format": {"type": "text"}},
-        {"prompt": "x", "json_schema": "{"},
+        {"prompt": "x", "json_schema": "{", "id": "half a pair: \ud83d"},
     ]
     code, answers = run(path, "".join(json.dumps(row) + "\n" for row in rows), tmp_path)
     by_line = {answer["line"]: answer for answer in answers}
@@ -178,15 +199,17 @@ def test_fields_of_requests_in_short_lines(path: str, tmp_path: Path) -> None:
     assert "canvas_length is 99999" in by_line[4]["error"]
     assert "exclude each other" in by_line[5]["error"]
     assert "json_schema is not valid JSON" in by_line[6]["error"]
+    assert by_line[6]["id"] == rows[5]["id"]
 
 
 def test_prompts_are_user_messages_unless_raw(
     path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def texts(*options: str) -> dict[str, Any]:
+    def texts(*options: str, row: dict[str, Any] | None = None, code: int = 0) -> dict[str, Any]:
         (tmp_path / "o.jsonl").unlink(missing_ok=True)
-        code, (answer,) = run(path, '{"prompt": "sort: d a c", "seed": 1}\n', tmp_path, "-n", "12", *options)
-        assert code == 0
+        prompts = json.dumps({"prompt": "sort: d a c", "seed": 1, **(row or {})}) + "\n"
+        got, (answer,) = run(path, prompts, tmp_path, "-n", "12", *options)
+        assert got == code
         return answer
 
     with DiffusionModel(path, n_threads=1, n_ctx=256) as model:
@@ -196,7 +219,10 @@ def test_prompts_are_user_messages_unless_raw(
     assert note in capsys.readouterr().err
     assert texts("--chat") == default and note not in capsys.readouterr().err
     assert texts("--raw")["prompt_tokens"] == len(raw) and note not in capsys.readouterr().err
-    assert texts("--system", "x")["prompt_tokens"] > len(chat)
+    system = texts("--system", "x")["prompt_tokens"]
+    assert system > len(chat)
+    assert texts(row={"system": "x"})["prompt_tokens"] == system
+    assert "system goes with a prompt" in texts("--raw", row={"system": "x"}, code=1)["error"]
     capsys.readouterr()
     for options, words in (
         (["--raw", "--system", "x"], "--system needs --chat"),
@@ -217,3 +243,59 @@ def test_repeated_ids_are_noted(path: str, tmp_path: Path, capsys: pytest.Captur
     code, answers = run(path, prompts, tmp_path, "-n", "4")
     assert code == 0 and sorted(answer["custom_id"] for answer in answers) == ["one", "twin", "twin"]
     assert 'lines 1, 2 have the same id, "twin"; each gets an answer' in capsys.readouterr().err
+
+
+def test_the_options_of_run_batch(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.jsonl").write_text(line("a", CHAT, {"messages": SORT, "seed": 1}))
+    files = ["--input-file", str(tmp_path / "p.jsonl"), "--output-file", str(tmp_path / "o.jsonl")]
+    assert main(["batch", *files, "--model", path, "--threads", "1", "-n", "12"]) == 0
+    assert json.loads((tmp_path / "o.jsonl").read_text())["custom_id"] == "a"
+    for given in ([], ["-i", "p.jsonl", "p.jsonl"]):
+        assert main(["batch", "-m", path, "-o", "o.jsonl", *given]) == 2
+        assert "as PROMPTS or with -i" in capsys.readouterr().err
+
+
+def test_fields_of_other_servers(path: str, tmp_path: Path) -> None:
+    """By their names they keep the command's own option away; without effect they are listed, or refused."""
+    fields = {"prompt": "x", "seed": 1, "steps": 3, "n_predict": 2, "ignore_eos": True, "label": "x"}
+    limited = {"prompt": "x", "seed": 1, "steps": 3, "guided_regex": "[ab]{3}", "repeat_penalty": 1.1}
+    prompts = line("a", COMPLETION, fields) + json.dumps(fields) + "\n" + json.dumps(limited) + "\n"
+    code, answers = run(path, prompts, tmp_path, "-n", "7", "--raw")
+    assert code == 0
+    by_line = {answer.get("line", 1): answer for answer in answers}
+    body = by_line[1]["response"]["body"]
+    assert by_line[2]["text"] == body["choices"][0]["text"]
+    assert by_line[2]["tokens"] == body["usage"]["completion_tokens"] == 2
+    assert by_line[2]["ignored"] == body["diffusion"]["ignored_parameters"] == ["label"]
+    assert set(by_line[3]["text"]) <= {"a", "b"} and by_line[3]["ignored"] == ["repeat_penalty"]
+    code, answers = run(path, prompts, tmp_path, "--raw", "--retry-errors", "--regex", "c+")
+    assert code == 0, "there is nothing to do"
+    (tmp_path / "o.jsonl").unlink()
+    code, answers = run(path, json.dumps(limited) + "\n", tmp_path, "--raw", "--regex", "c+")
+    assert code == 0 and set(answers[0]["text"]) <= {"a", "b"}
+    (tmp_path / "o.jsonl").unlink()
+    code, answers = run(path, prompts, tmp_path, "--raw", "--strict")
+    errors = [json.dumps(answer["error"]) for answer in answers]
+    assert code == 1 and all("label" in error or "repeat_penalty" in error for error in errors)
+
+
+def test_a_temperature_for_all_lines(path: str, tmp_path: Path) -> None:
+    """A line's own temperature, or its own t_max, counts instead."""
+    rows: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1, "seed": 1},
+        {"t_max": 0.9, "t_min": 0.1, "seed": 1},
+        {},
+    ]
+    prompts = "".join(json.dumps({"messages": SORT, "max_tokens": 9} | row) + "\n" for row in rows)
+    code, answers = run(path, prompts, tmp_path, "--temp", "0")
+    assert code == 0
+    by_line = {answer["line"]: answer for answer in answers}
+    with DiffusionModel(path, n_threads=1, n_ctx=256) as model:
+        for number, row in enumerate(rows, 1):
+            meant = {} if "t_max" in row else at_temperature(row.get("temperature", 0), model.metadata)
+            own = {name: value for name, value in row.items() if name != "temperature"}
+            done = model.create_chat_completion(SORT, max_tokens=9, **{**meant, **own})
+            assert by_line[number]["text"] == done["choices"][0]["message"]["content"]
+            assert by_line[number]["steps"] == done["diffusion"]["steps"]
+    assert by_line[1]["seed"] == by_line[4]["seed"], "greedy and repeatable"

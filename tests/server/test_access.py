@@ -136,6 +136,7 @@ def test_a_page_that_lets_its_name_point_here_is_refused(url: str) -> None:
         (f"[::1]:{port}", 200),
         ("chat.localhost", 200),
         (socket.gethostname(), 200),
+        ("ollama:11434", 200),  # zylon-ai/private-gpt#2066: a name in a container's network
         ("192.168.1.5:8080", 200),
     ):
         for path in ("/v1/models", "/health", "/"):
@@ -149,6 +150,7 @@ def test_which_servers_check_the_host() -> None:
     private, keyed = Access(None, (), ()), Access("key", (), ())
     assert host(private, "evil.example") == 403
     assert host(private, "evil.example", "::1") == 403
+    assert host(private, "fe80::1") == host(private, "[fe80::1]:80") == 200
     assert host(private, "chat.lan", "192.168.1.5") == 200, "an address that others reach"
     assert host(keyed, "chat.example") == 200, "a page can't know the key"
     named = Access("key", (), ("chat.example",))

@@ -11,7 +11,7 @@ import httpx
 import jsonschema
 import openai
 import pytest
-from support.server_fakes import TOOLS, ask, events, serving
+from support.server_fakes import ask, events, serving
 
 from pydiffusion import DiffusionModel
 
@@ -49,11 +49,14 @@ def test_a_schema_through_the_official_client(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
-@pytest.mark.parametrize("path", ["chat/completions", "completions"])
-def test_a_schema_in_the_form_of_llama_cpp(url: str, path: str) -> None:
-    """Its server documents ``{"type": "json_object", "schema": ...}``."""
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("chat/completions", "json_object"), ("completions", "json_object"), ("completions", "json_schema")],
+)
+def test_a_schema_in_the_form_of_llama_cpp(url: str, path: str, kind: str) -> None:
+    """Its server documents ``{"type": "json_object", "schema": ...}``; others send that as json_schema."""
     start = {"messages": ask("json: bob 7")} if path.startswith("chat") else {"prompt": "json: bob 7"}
-    body = {**start, "response_format": {"type": "json_object", "schema": SCHEMA}, "seed": 1, "steps": 4}
+    body = {**start, "response_format": {"type": kind, "schema": SCHEMA}, "seed": 1, "steps": 4}
     choice = httpx.post(f"{url}/v1/{path}", json=body).json()["choices"][0]
     jsonschema.validate(
         json.loads(choice["message"]["content"] if "message" in choice else choice["text"]), SCHEMA
@@ -98,12 +101,11 @@ def test_a_regex(url: str) -> None:
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
          "response_format", "recursive"),
         ({"response_format": FORMAT, "max_tokens": 3}, "max_tokens", "shortest answer"),
-        ({"response_format": FORMAT, "tools": TOOLS}, "response_format", "tools"),
         ({"response_format": FORMAT, "enable_thinking": True}, "response_format", "thinking"),
         ({"response_format": FORMAT, "stop": "x"}, "stop", "can't be combined"),
         ({"response_format": 3}, "response_format", "must be an object"),
         ({"response_format": {"type": "text", "schema": SCHEMA}}, "response_format", "schema is not"),
-        ({"response_format": {**FORMAT, "schema": SCHEMA}}, "response_format", "schema is not"),
+        ({"response_format": {**FORMAT, "schema": SCHEMA}}, "response_format", "exclude each other"),
         ({"response_format": {**FORMAT, "type": "json_object"}}, "response_format", "json_schema is not"),
         ({"response_format": {"type": "json_object", "schema": "x"}}, "response_format",
          "response_format.schema must be a JSON schema"),
@@ -124,6 +126,14 @@ def test_impossible_constraints_are_refused_in_one_line(
     assert "\n" not in error["message"]
     after = httpx.post(url + "/v1/completions", json={"prompt": "a", "max_tokens": 2, "steps": 1})
     assert after.status_code == 200, "the next request works"
+
+
+def test_without_an_end_the_context_ends_the_text(url: str) -> None:
+    """modular/modular#6673: with a limit beyond the context, the finish reason says what happened."""
+    body = {"prompt": "sort: b a", "max_tokens": 100_000_000, "ignore_eos": True, "steps": 1, "seed": 1}
+    answer = httpx.post(url + "/v1/completions", json=body, timeout=60).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert 400 < answer["usage"]["total_tokens"] <= 512
 
 
 # Texts with holes
@@ -213,3 +223,78 @@ def test_holes_that_are_refused(url: str, path: str, body: dict[str, Any], param
     answer = httpx.post(f"{url}/v1/{path}", json=body)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param, answer.text
+
+
+# Grammars, and schemas that are not enforced in full
+
+GRAMMAR = 'root ::= ("yes" | "no") (", " word){1,2}\nword ::= [a-z]{2,5}'
+GRAMMAR_TEXT = r"(yes|no)(, [a-z]{2,5}){1,2}"
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"grammar": GRAMMAR},
+        {"grammar": GRAMMAR, "response_format": {"type": "text"}, "json_schema": None},
+        {"response_format": {"type": "grammar", "grammar": GRAMMAR}},
+    ],
+)
+def test_a_grammar(url: str, path: str, constraint: dict[str, Any]) -> None:
+    start = {"messages": ask("is it?")} if path.startswith("chat") else {"prompt": "is it?"}
+    answer = httpx.post(
+        f"{url}/v1/{path}", json={**start, **constraint, "seed": 1, "steps": 3, "max_tokens": 40}
+    )
+    choice = answer.json()["choices"][0]
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+    assert re.fullmatch(GRAMMAR_TEXT, text), text
+
+
+def test_a_grammar_through_the_official_client(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="demo", messages=ask("x"), seed=1, max_tokens=40, extra_body={"grammar": GRAMMAR, "steps": 3}
+    )  # type: ignore[call-overload]
+    assert re.fullmatch(GRAMMAR_TEXT, answer.choices[0].message.content)
+
+
+def test_an_empty_grammar_is_none(url: str) -> None:
+    """Clients of llama.cpp send one by default."""
+    body = {"messages": ask("x"), "grammar": "", "max_tokens": 3, "steps": 1}
+    assert httpx.post(url + "/v1/chat/completions", json=body).status_code == 200
+
+
+def test_a_schema_as_llama_cpps_own_field(url: str) -> None:
+    body = {"prompt": "json: bob 7", "json_schema": SCHEMA, "seed": 1, "steps": 3, "max_tokens": 60}
+    answer = httpx.post(url + "/v1/completions", json=body).json()
+    jsonschema.validate(json.loads(answer["choices"][0]["text"]), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "message"),
+    [
+        ({"grammar": "root ::= ("}, "grammar", "line 1, column 10: this parenthesis is not closed"),
+        ({"grammar": 3}, "grammar", "permitted is a string"),
+        ({"grammar": 'root ::= a "x"\na ::= a "y"'}, "grammar", "left-recursive"),
+        ({"grammar": GRAMMAR, "regex": "a"}, "grammar", "exclude each other"),
+        ({"grammar": GRAMMAR, "response_format": {"type": "json_object"}}, "grammar", "exclude each other"),
+        ({"grammar": GRAMMAR, "max_tokens": 3}, "max_tokens", "satisfies grammar takes"),
+        ({"response_format": {"type": "grammar"}}, "grammar", "at least one character"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, "response_format",
+         "'not' is not supported"),
+    ],
+)  # fmt: skip
+def test_grammars_that_are_refused(url: str, more: dict[str, Any], param: str, message: str) -> None:
+    answer = httpx.post(url + "/v1/chat/completions", json={"messages": ask("x"), **more})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == param and message in error["message"], error
+
+
+def test_what_a_schema_does_not_enforce_is_in_the_response(url: str) -> None:
+    schema = {"type": "object", "properties": {"tags": {"type": "array", "items": {"type": "string", "maxLength": 3},
+              "maxItems": 3, "uniqueItems": True}}, "required": ["tags"]}  # fmt: skip
+    body = {"messages": ask("x"), "max_tokens": 60, "steps": 2, "seed": 1,
+            "response_format": {"type": "json_object", "schema": schema}}  # fmt: skip
+    answer = httpx.post(url + "/v1/chat/completions", json=body).json()
+    assert answer["diffusion"]["unenforced"] == ["uniqueItems at properties/tags"]
+    del schema["properties"]["tags"]["uniqueItems"]  # type: ignore[attr-defined]
+    assert "unenforced" not in httpx.post(url + "/v1/chat/completions", json=body).json()["diffusion"]

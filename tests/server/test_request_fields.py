@@ -60,6 +60,16 @@ def test_fields_of_other_servers_are_listed(url: str, caplog: pytest.LogCaptureF
     Completion.model_validate(answer, strict=True)
 
 
+def test_names_that_no_response_can_hold_and_fields_without_number(url: str) -> None:
+    body = '{"messages": [{"role": "user", "content": "Hi"}], "odd \\ud800": 1, "' + "x" * 5000 + '": 2}'
+    answer = httpx.post(url + "/v1/chat/completions", content=body, timeout=60)
+    assert answer.json()["diffusion"]["ignored_parameters"] == ["odd ?", "x" * 5000]
+    slip = httpx.post(url + "/v1/chat/completions", content='{"messages\\ud800": 1}', timeout=60)
+    assert slip.status_code == 400 and "did you mean messages?" in slip.json()["error"]["message"]
+    many = httpx.post(url + "/v1/chat/completions", json={**CHAT, **{f"f{i}": 1 for i in range(600)}})
+    assert many.status_code == 400 and "permitted are 500" in many.json()["error"]["message"]
+
+
 def test_a_stream_lists_them_too(url: str) -> None:
     body = {**CHAT, "stream": True, "repeat_penalty": 1.1, "user": 3}
     chunks = events(httpx.post(url + "/v1/chat/completions", json=body, timeout=60))
@@ -234,6 +244,8 @@ def test_temperature_sets_the_schedule(model: ScriptedModel, path: str) -> None:
     for factor in (0.7, 1, 1.5):
         (found,) = options(temperature=factor)
         assert (found.t_min, found.t_max) == pytest.approx((schedule.t_min * factor, schedule.t_max * factor))
+    (low,), (half,) = options(temperature=0.2, seed=1), options(temperature=0.5, seed=1)
+    assert low == half, "lower ones make answers worse: docs/denoising-options.md"
     (zero,), (again,) = options(temperature=0), options(temperature=0.0)
     assert zero == again and zero.t_max < schedule.t_max
     assert (zero.t_min, zero.t_max) == (at_temperature(0)["t_min"], at_temperature(0)["t_max"])

@@ -7,20 +7,22 @@ import random
 import numpy as np
 
 from pydiffusion.constrained import Automaton, Guide
+from pydiffusion.constrained.byte_dfa import ByteDfa
 from pydiffusion.tokenizer import Tokenizer
 
 
-def accepts(machine: tuple[np.ndarray, np.ndarray], text: str) -> bool:
-    table, accepting = machine
+def accepts(machine: ByteDfa, text: str) -> bool:
+    """Counted repetitions are taken to have no limit."""
+    table, accepting = machine.table, machine.accepting
     state = 0
     for byte in text.encode():
         state = table[state, byte]
     return state < len(accepting) and bool(accepting[state])
 
 
-def random_text(machine: tuple[np.ndarray, np.ndarray], rng: random.Random, n_bytes: int = 60) -> str:
+def random_text(machine: ByteDfa, rng: random.Random, n_bytes: int = 60) -> str:
     """A text that the table accepts: random bytes, and after ``n_bytes`` the shortest way to an end."""
-    table, accepting = machine
+    table, accepting = machine.table, machine.accepting
     left = _bytes_left(table, accepting)
     state, text = 0, b""
     while True:

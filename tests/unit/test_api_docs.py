@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 from collections.abc import Callable
@@ -12,9 +13,12 @@ import pytest
 from support.paths import REPOSITORY
 
 import pydiffusion
-from pydiffusion import GenerationOptions, Session
+from pydiffusion import ChatCompletion, DiffusionModel, GenerationOptions, Session
+from pydiffusion.generation.async_methods import AsyncMethods
 
 DOCS = REPOSITORY / "docs"
+# Methods that the commands and the server use, documented in the code.
+_UNLISTED = ("automaton", "check_chat_template")
 PAGE = (DOCS / "api.md").read_text(encoding="utf-8")
 
 
@@ -56,6 +60,11 @@ def test_every_option_error_and_method_is_described() -> None:
     for name in pydiffusion.__all__:
         if name not in ("Event", "__version__"):
             assert name in PAGE, name
+    for name in [*vars(DiffusionModel), *vars(AsyncMethods)]:
+        if inspect.isfunction(getattr(DiffusionModel, name)) and not name.startswith("_"):
+            assert name in _UNLISTED or f"{name}(" in PAGE, name
+    for field in fields(ChatCompletion):
+        assert f"`{field.name}`" in PAGE, field.name
     for name in vars(Session):
         if not name.startswith("_") and callable(getattr(Session, name)):
             assert f"`{name}(" in PAGE, name

@@ -100,6 +100,18 @@ def test_the_digest_of_a_prompt_depends_on_how_it_is_passed() -> None:
     assert all(len({by_way[i] for by_way in digests}) == 1 for i in (2, 3, 4))
 
 
+def test_null_fields_are_absent() -> None:
+    """As of a table with empty cells, of which all rows have all columns."""
+    first, second, third = lines_of(
+        {"id": None, "prompt": "a", "messages": None, "n": None},
+        {"id": 0, "prompt": None, "messages": [{"role": "user", "content": None}]},
+        {"prompt": None, "question": "a"},
+    )
+    assert (first.fields, first.id, first.error) == ({"prompt": "a"}, None, None)
+    assert (second.fields, second.id) == ({"messages": [{"role": "user", "content": None}]}, 0)
+    assert third.error == "give a prompt or messages; the line has question"
+
+
 def test_repeated_ids() -> None:
     rows = [{"prompt": "a", "id": own_id} for own_id in ("x", 1, "1", "x", [2], [2], "x")]
     assert repeated_ids(lines_of(*rows, "null")) == {'"x"': [1, 4, 7], "[2]": [5, 6]}

@@ -16,13 +16,12 @@ from support.automata import accepts
 
 from pydiffusion import GenerationOptions
 from pydiffusion.constrained import expression_of
-from pydiffusion.constrained.byte_dfa import byte_dfa
+from pydiffusion.constrained.byte_dfa import ByteDfa, byte_dfa
 
-Machine = tuple[np.ndarray, np.ndarray]
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")
 
 
-def machine_of(**schema: Any) -> Machine:
+def machine_of(**schema: Any) -> ByteDfa:
     return byte_dfa(expression_of(GenerationOptions(json_schema={"type": "number", **schema})))
 
 
@@ -42,9 +41,9 @@ def n_digits(text: str) -> int:
     return len(re.sub(r"^-?0?|\.", "", text))
 
 
-def some_texts(machine: Machine, seed: int, n: int) -> list[str]:
+def some_texts(machine: ByteDfa, seed: int, n: int) -> list[str]:
     """Random texts that the automaton accepts."""
-    table, accepting = machine
+    table, accepting = machine.table, machine.accepting
     rng = np.random.default_rng(seed)
     texts = []
     for _ in range(n):
@@ -199,4 +198,4 @@ def test_bounds_that_are_refused(schema: dict[str, Any], message: str) -> None:
 )  # fmt: skip
 def test_the_automaton_stays_small(schema: dict[str, Any], at_most: int) -> None:
     """A step's search takes time by the number of states; a number without bounds has 37."""
-    assert len(machine_of(**schema)[1]) <= at_most
+    assert len(machine_of(**schema).accepting) <= at_most

@@ -18,12 +18,13 @@ from support.server_fakes import metadata
 
 from pydiffusion import DiffusionModel, GenerationOptions
 from pydiffusion.constrained import Automaton, expression_of
+from pydiffusion.constrained.byte_dfa import ByteDfa
 from pydiffusion.constrained.grammar import parse_grammar
 from pydiffusion.constrained.grammar_dfa import grammar_dfa
 from pydiffusion.tokenizer import Tokenizer
 
 
-def machine_of(text: str) -> tuple[np.ndarray, np.ndarray]:
+def machine_of(text: str) -> ByteDfa:
     return grammar_dfa(parse_grammar(text))
 
 

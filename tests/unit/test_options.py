@@ -24,7 +24,7 @@ FILE: dict[str, Any] = {
     "diffusion.eb_max_steps": 16,
     "tokenizer.ggml.eos_token_id": 1,
 }
-MAY_BE_NONE = {"json_schema", "regex", "grammar", "thinking_budget"}
+MAY_BE_NONE = {"json_schema", "regex", "grammar", "function_calls", "thinking_budget"}
 
 share = st.floats(0, 1, exclude_max=True)
 number = st.floats(0, 1e6)
@@ -48,7 +48,7 @@ PERMITTED: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-def test_without_a_file_every_option_but_four_has_a_value() -> None:
+def test_without_a_file_every_option_but_the_limits_has_a_value() -> None:
     resolved = GenerationOptions().resolve({}, N_VOCAB)
     assert {field.name for field in fields(ResolvedOptions)} == {f.name for f in fields(GenerationOptions)}
     for field in fields(resolved):
@@ -126,6 +126,7 @@ REFUSED: dict[str, st.SearchStrategy[Any]] = {
     "json_schema": st.one_of(st.integers(2), st.just("{"), st.just([]), st.just({"a": object()})),
     "regex": st.one_of(st.just(""), st.integers(), st.binary()),
     "grammar": st.one_of(st.just(""), st.integers(), st.binary()),
+    "function_calls": st.one_of(st.integers(), st.just("{"), st.just({}), st.just({"functions": [{}]})),
     "thinking_budget": st.one_of(st.integers(max_value=-1), not_an_integer),
     "stop_on_repetition": not_a_flag,
     "trim_after_eos": not_a_flag,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,19 +16,14 @@ from support.server_fakes import ask, events, serving
 from pydiffusion import DiffusionModel, OptionError
 from pydiffusion.openai.fields import IGNORED, UNSUPPORTED
 
-CHAT = {"messages": ask("sort: d a c")}
-TEXT = {"prompt": "sort: d a c", "max_tokens": 12}
+CHAT = {"messages": ask("sort: d a c"), "max_tokens": 12, "steps": 3}
+TEXT = {"prompt": "sort: d a c", "max_tokens": 12, "steps": 3}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 99}}, "required": ["a"]}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionModel]:
-    from pydiffusion.convert import convert
-    from pydiffusion.demo import checkpoint_path
-
-    target = tmp_path_factory.mktemp("parameters") / "demo.gguf"
-    convert(checkpoint_path(), target, "q8_0")
-    with DiffusionModel(target, n_threads=1, n_ctx=512) as opened:
+def model(gguf_file: Callable[..., Path]) -> Iterator[DiffusionModel]:
+    with DiffusionModel(gguf_file("small"), n_threads=1, n_ctx=512) as opened:
         yield opened
 
 
@@ -67,21 +64,21 @@ def comparable(body: dict[str, Any]) -> dict[str, Any]:
         CHAT | {"temperature": 0, "n": 2},
         CHAT | {"seed": 3, "temperature": 0.7},
         CHAT | {"seed": 3, "stop": "c", "user": "me", "top_p": 0.9, "presence_penalty": 0, "metadata": {}},
-        CHAT | {"seed": 3, "response_format": {"type": "json_object"}, "max_tokens": 30, "steps": 4},
+        CHAT | {"seed": 3, "response_format": {"type": "json_object"}, "max_tokens": 30},
         TEXT | {"seed": 3, "n": 2, "echo": True},
         TEXT | {"seed": 3, "suffix": " c d", "max_tokens": 5},
         TEXT | {"seed": 3, "suffix": " c d", "n": 2, "stop": ["c", "x"], "echo": True},
         TEXT | {"seed": 3, "suffix": ""},
-        TEXT
-        | {"seed": 3, "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}, "steps": 4},
+        TEXT | {"seed": 3, "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
         TEXT | {"seed": 3, "logprobs": None, "logit_bias": {}, "best_of": 1, "stop": None},
-        TEXT | {"seed": -1, "n": 2, "steps": 2},
+        TEXT | {"seed": -1, "n": 2},
     ],
 )  # fmt: skip
 def test_a_response_is_the_server_s(model: DiffusionModel, url: str, parameters: dict[str, Any]) -> None:
     ours = create(model, parameters)
     kind = openai.types.chat.ChatCompletion if "messages" in parameters else openai.types.Completion
     kind.model_validate(ours)
+    assert json.loads(json.dumps(ours)) == ours
     theirs = posted(url, parameters)
     assert theirs.status_code == 200, theirs.text
     if parameters.get("seed") == -1:  # drawn
@@ -96,7 +93,7 @@ def test_a_response_is_the_server_s(model: DiffusionModel, url: str, parameters:
 def test_a_stream_has_the_server_s_chunks(
     model: DiffusionModel, url: str, kind: dict[str, Any], stream_options: Any
 ) -> None:
-    body = kind | {"seed": 3, "n": 2, "stream": True, "stream_options": stream_options, "steps": 6}
+    body = kind | {"seed": 3, "n": 2, "stream": True, "stream_options": stream_options}
     ours, theirs = list(create(model, body)), events(posted(url, body))
 
     def by_choice(chunks: list[dict[str, Any]]) -> dict[int, list[Any]]:
@@ -119,7 +116,7 @@ def test_a_stream_has_the_server_s_chunks(
 
 
 def test_choices_are_what_calls_with_their_seeds_give(model: DiffusionModel) -> None:
-    body = TEXT | {"steps": 8, "t_min": 1.0, "t_max": 2.0, "max_tokens": 40}
+    body = TEXT | {"t_min": 1.0, "t_max": 2.0, "max_tokens": 20}
     several = create(model, body | {"seed": 5, "n": 3})
     alone = [create(model, body | {"seed": 5 + i}) for i in range(3)]
     assert [c["text"] for c in several["choices"]] == [one["choices"][0]["text"] for one in alone]
@@ -132,18 +129,19 @@ def test_choices_are_what_calls_with_their_seeds_give(model: DiffusionModel) -> 
 def test_a_session_reads_the_prompt_of_several_choices_once(model: DiffusionModel) -> None:
     session = model.new_session()
     n_prompt = len(model.chat_prompt(CHAT["messages"]))
-    create(model, CHAT | {"session": session, "n": 3, "seed": 1})
+    body = CHAT | {"session": session, "seed": 1, "max_tokens": model.canvas_length}  # no canvas is encoded
+    create(model, body | {"n": 3})
     assert session.tokens[:n_prompt].tolist() == model.chat_prompt(CHAT["messages"])
     before = session.n_encoded
-    create(model, CHAT | {"session": session, "seed": 1})
+    create(model, body)
     assert session.n_encoded == before == n_prompt
 
 
-@pytest.mark.parametrize("name", [*IGNORED, "repeat_penalty", "mirostat_mode", "tfs_z", "typical_p"])
-def test_what_means_nothing_is_listed(model: DiffusionModel, name: str) -> None:
-    body = create(model, TEXT | {"seed": 1, "steps": 1, name: 1})
-    assert body["diffusion"]["ignored_parameters"] == [name]
-    assert create(model, TEXT | {"seed": 1, "steps": 1, name: None})["diffusion"]["ignored_parameters"] == []
+def test_what_means_nothing_is_listed(model: DiffusionModel) -> None:
+    names = [*IGNORED, "repeat_penalty", "mirostat_mode", "tfs_z", "typical_p"]
+    for value, listed in ((1, names), (None, [])):
+        body = create(model, TEXT | {"seed": 1} | dict.fromkeys(names, value))
+        assert body["diffusion"]["ignored_parameters"] == listed
 
 
 @pytest.mark.parametrize("name", [*UNSUPPORTED, "logits_processor", "stopping_criteria"])

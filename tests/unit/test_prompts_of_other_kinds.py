@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from support.server_fakes import CALL, ScriptedModel, ask, script
 from tokenizers import Tokenizer, models
 
+from pydiffusion import GenerationOptions
 from pydiffusion.chat.messages import normalize_messages
 
 MODEL = ScriptedModel(script)
@@ -124,6 +126,17 @@ def test_a_prompt_that_is_none_fails_alone() -> None:
     assert isinstance(outcomes[2], TypeError) and "model.chat" in str(outcomes[2])
 
 
+def test_fewer_options_than_prompts_are_refused() -> None:
+    """No prompt is left out in silence."""
+    options = [GenerationOptions(seed=1)]
+    with pytest.raises(ValueError, match="there are 2 prompts, but options for 1"):
+        MODEL.generate_batch(["Hello", "you"], options)
+    with pytest.raises(ValueError, match="options for 1 prompts, but more prompts"):
+        list(MODEL.generate_batch(iter(["Hello", "you"]), iter(options)))
+    endless = itertools.repeat(options[0])
+    assert len(list(MODEL.generate_batch(["Hello", "you"], endless))) == 2
+
+
 @pytest.mark.parametrize("text", [None, ask("Hi"), b"a <|hole|>", IDS, ["a <|hole|>"]])
 def test_only_text_is_filled(text: Any) -> None:
     with pytest.raises(TypeError, match=r"^text (is of type|must be str)"):
@@ -172,6 +185,15 @@ def test_what_openai_s_client_returns_is_a_message() -> None:
     by_hand = {"role": "assistant", "content": None, "tool_calls": message.tool_calls}
     assert normalize_messages([by_hand]) == normalize_messages([fields])
     assert CALL[:16] in MODEL.detokenize(MODEL.chat_prompt([*ask("Hi"), by_hand]), keep_control=True)
+
+
+def test_numbers_of_numpy_in_a_call_s_arguments() -> None:
+    def prompt(number: Any) -> list[int]:
+        call = {"type": "function", "function": {"name": "f", "arguments": {"a": [number]}}}
+        return MODEL.chat_prompt([*ask("Hi"), {"role": "assistant", "tool_calls": [call]}])
+
+    assert prompt(np.int64(3)) == prompt(3) and prompt(np.float32(0.5)) == prompt(0.5)
+    assert prompt(np.bool_(True)) == prompt(True)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -33,8 +34,8 @@ class AnswerFile:
         """lines: those to answer.  source: the file that they are from, ``-`` for standard input.
         retry_errors: drop the answers of lines that failed.
 
-        Raises ValueError for a file that has other lines than answers to these, that is the source, or a pipe
-        that nobody reads; OSError if it can't be written.
+        Raises ValueError for a file that has other lines than answers to these, that is the source or that
+        another run writes into, and for a pipe that nobody reads; OSError if it can't be written.
         """
         self.path = path
         self.finished: dict[int, bool] = {}
@@ -44,6 +45,7 @@ class AnswerFile:
             self.is_regular = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
             _check_is_not(self._file, source)
             if self.is_regular and str(path) != "-":
+                self._lock()
                 self._resume(lines, retry_errors)
         except BaseException:
             self.close()
@@ -53,7 +55,7 @@ class AnswerFile:
         """Write one line, unbuffered: an interruption loses no answer. Raises PyDiffusionError, with the file
         cut back to whole lines, if that fails.
         """
-        data = memoryview(json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        data = memoryview(_encoded(answer) + b"\n")
         end = os.fstat(self._file.fileno()).st_size
         try:
             while data:
@@ -84,52 +86,79 @@ class AnswerFile:
         if error is not None and empty and self._is_new:  # leave nothing behind where nothing was answered
             self.path.unlink(missing_ok=True)
 
+    def _lock(self) -> None:
+        """Keep other runs away from the file until it is closed, where the file system can do that."""
+        try:
+            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.path}: another run writes into this file: wait for its end") from None
+        except OSError:
+            pass
+
     def _resume(self, lines: Iterable[Line], retry_errors: bool) -> None:
         """Read the answers that are there, and remove a truncated last one."""
         number_to_digest = {line.number: line.digest for line in lines}
-        data = self.path.read_bytes()
-        kept = []
-        for raw in data.splitlines(keepends=True):
-            try:
-                answer = json.loads(raw)
-                number, digest = line_of(answer)
-            except (ValueError, RecursionError):
-                if raw.endswith(b"\n"):
-                    raise ValueError(
-                        f"{self.path} contains a line that is not an answer: give another file with -o"
-                    ) from None
-                continue
-            if number_to_digest.get(number) != digest:
-                raise ValueError(
-                    f"{self.path} answers other prompts: line {number} has changed since, or --chat, --raw,"
-                    " --system or --special was given otherwise; give another file with -o"
-                )
-            failed = error_of(answer) is not None
-            if failed and retry_errors:
-                continue
-            kept.append(raw if raw.endswith(b"\n") else raw + b"\n")
-            self.finished[number] = failed
-        self._rewrite(data, b"".join(kept))
-
-    def _rewrite(self, data: bytes, kept: bytes) -> None:
-        if data == kept:
-            return
-        if data.startswith(kept):  # needs no space, of which there may be none
-            os.ftruncate(self._file.fileno(), len(kept))
-        elif kept == data + b"\n":
+        n_bytes, raw = 0, b"\n"
+        with self.path.open("rb") as file:
+            for raw in file:
+                read = self._read_answer(raw, number_to_digest)
+                if read is not None:
+                    number, failed = read
+                    self.finished[number] = failed
+                    n_bytes += len(raw)
+        if os.fstat(self._file.fileno()).st_size > n_bytes:
+            os.ftruncate(self._file.fileno(), n_bytes)  # needs no space, of which there may be none
+        elif not raw.endswith(b"\n"):
             self._file.write(b"\n")
-        else:
-            target = Path(os.path.realpath(self.path))  # a link stays one
-            with atomic.replacing(target) as new:
-                new.write(kept)
-            self._file.close()
-            self._file = _open(target)
+        if retry_errors and any(self.finished.values()):
+            self._drop_failed()
+
+    def _read_answer(self, raw: bytes, number_to_digest: Mapping[int, str]) -> tuple[int, bool] | None:
+        """Number of the line that an answer belongs to, and whether it failed; None for a truncated answer.
+
+        Raises ValueError for anything else.
+        """
+        try:
+            answer = json.loads(raw)
+            number, digest = line_of(answer)
+        except (ValueError, RecursionError):
+            if not raw.endswith(b"\n"):
+                return None
+            raise ValueError(
+                f"{self.path} contains a line that is not an answer: give another file with -o"
+            ) from None
+        if number_to_digest.get(number) != digest:
+            raise ValueError(
+                f"{self.path} answers other prompts: line {number} has changed since, or --chat, --raw,"
+                " --system or --special was given otherwise; give another file with -o"
+            )
+        return number, error_of(answer) is not None
+
+    def _drop_failed(self) -> None:
+        """Rewrite the file without answers of lines that failed."""
+        target = Path(os.path.realpath(self.path))  # a link stays one
+        with target.open("rb") as file, atomic.replacing(target) as new:
+            for raw in file:
+                if error_of(json.loads(raw)) is None:
+                    new.write(raw)
+        self._file.close()
+        self._file = _open(target)
+        self._lock()
+        self.finished = {number: failed for number, failed in self.finished.items() if not failed}
+
+
+def _encoded(answer: Json) -> bytes:
+    try:
+        return json.dumps(answer, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, as of an id
+        return json.dumps(answer).encode()
 
 
 def _open(path: Path) -> IO[bytes]:
     """Open a file to append to, unbuffered, without waiting for a pipe's reader."""
     if str(path) == "-" or _is_stdout(path):
-        if sys.stdout is None:
+        # The command line puts a null device, open for reading, in the place of a closed one.
+        if sys.stdout is None or fcntl.fcntl(1, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             raise ValueError("standard output is closed: give a file with -o")
         sys.stdout.flush()
         return os.fdopen(os.dup(1), "wb", buffering=0)

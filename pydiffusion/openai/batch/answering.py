@@ -17,9 +17,10 @@ from pydiffusion.errors import OptionError, PyDiffusionError
 from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
 from pydiffusion.generation.batching import ActiveSequence, BatchRequest, batched_events
 from pydiffusion.openai.errors import ApiError, from_exception, invalid
+from pydiffusion.openai.fields import sort_fields
 from pydiffusion.openai.prepared import PREPARE, Prepared, PreparedRun
 from pydiffusion.openai.reports import Prefilled, up_to_first_call
-from pydiffusion.openai.requests import ChatRequest
+from pydiffusion.openai.requests import ENDPOINTS, ChatRequest, Terms
 from pydiffusion.options import GenerationOptions
 
 from .lines import Json, Line
@@ -29,25 +30,33 @@ if TYPE_CHECKING:
 
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
 # Options of the library that no endpoint takes; lines in the short form may have them.
-_LIBRARY_ONLY = ("canvas_length", "dropped_mass", "eos", "canvas", "hold")
+_LIBRARY_ONLY = ("canvas_length", "dropped_mass", "eos", "canvas", "hold", "function_calls")
 # Of an answer in OpenAI's form: number and digest of its line, so that a resumed run knows what is answered.
 _OWN_ID = re.compile(r"batch_req_(\d+)_([0-9a-f]{8})")
-_CONSTRAINTS = ("response_format", "regex", "grammar", "json_schema")
+_NO_LIMIT = -1  # as in a chat, where the endpoint's own would be 256 tokens
+# Fields of which a line's own keeps the defaults of the others away.
+_ONE_OF = (
+    {"response_format", "regex", "grammar"},
+    {"max_tokens", "max_completion_tokens"},
+    {"temperature", "t_min", "t_max"},
+)
 
 
 @dataclass(frozen=True)
 class Defaults:
     """Options of lines that leave them open; can be pickled, for other processes.
 
-    options: of GenerationOptions, by name; the seed is that of line 1, each further line adds 1.
+    options: of GenerationOptions, by name, and temperature; the seed is line 1's, each further line adds 1.
     chat: pass a ``prompt`` as a user message through the chat template, or raw; None: if there is a template.
     system: system message for a ``prompt``.  special: parse control tokens in a raw ``prompt``.
+    strict: refuse lines with fields without effect.
     """
 
     options: Json = field(default_factory=dict)
     chat: bool | None = None
     system: str | None = None
     special: bool = False
+    strict: bool = False
 
     @property
     def salt(self) -> str:
@@ -79,8 +88,9 @@ def answer_lines(
     An error fails its line only. Raises OptionError for contradicting defaults.
     """
     defaults = defaults or Defaults()
-    if any(name not in _OPTIONS for name in defaults.options):
-        raise TypeError(f"unknown option {next(n for n in defaults.options if n not in _OPTIONS)!r}")
+    for name in defaults.options:
+        if name not in _DEFAULTS:
+            raise TypeError(f"unknown option {name!r}")
     jobs = _Jobs(model, defaults)
     for index, sequence, event in batched_events(model, jobs.requests(lines), n_parallel):
         jobs.take(index, sequence, event)
@@ -89,6 +99,7 @@ def answer_lines(
 
 
 _OPTIONS = frozenset(option.name for option in fields(GenerationOptions))
+_DEFAULTS = _OPTIONS | {"temperature"}
 
 
 @dataclass
@@ -109,6 +120,8 @@ class _Jobs:
         self._model = model
         self._defaults = defaults
         self._chat = defaults.uses_chat(model)
+        names = dict.fromkeys((model.path.stem, model.path.name, model.name))
+        self._terms = Terms(tuple(names), defaults.strict, defaults.special)
         self._index_to_run: dict[int, tuple[_Job, int]] = {}
         self._finished: deque[Json] = deque()
 
@@ -175,62 +188,56 @@ class _Jobs:
     def _prepare(self, line: Line) -> Prepared:
         if line.error is not None:
             raise invalid(line.error)
+        present = {name: value for name, value in line.fields.items() if value is not None}
         if line.form == "openai":
-            url, body = line.url.rstrip("/"), self._with_defaults(line.fields, line.number)
+            url = line.url.rstrip("/")
             if url not in PREPARE:
                 raise invalid(f"url is {line.url!r}; known are {', '.join(PREPARE)}"[:300], "url")
-            if body.get("stream"):
+            if present.get("stream"):
                 raise invalid("stream is true; an answer in a batch is whole", "stream")
-            return self._prepared(url, body)
-        own = {name: line.fields[name] for name in _LIBRARY_ONLY if line.fields.get(name) is not None}
-        given = {name: value for name, value in line.fields.items() if name not in _LIBRARY_ONLY}
-        prepared = self._prepared(*self._short_request(given, line.number))
+            return self._prepared(url, present, line.number)
+        own = {name: value for name, value in present.items() if name in _LIBRARY_ONLY}
+        given = {name: value for name, value in present.items() if name not in _LIBRARY_ONLY}
+        url, body = self._short_request(given)
+        prepared = self._prepared(url, body, line.number, {"max_tokens": _NO_LIMIT})
         return replace(prepared, runs=[self._with_options(run, own) for run in prepared.runs])
 
-    def _prepared(self, url: str, body: Json) -> Prepared:
-        # One model is loaded: whichever name a line gives, it is this one.
-        name = self._model.path.stem
-        if not isinstance(body.pop("model", name) or name, str):
-            raise invalid("model must be a string", "model", "invalid_type")
-        prepared: Prepared = PREPARE[url](body, self._model, (name,))
+    def _prepared(self, url: str, body: Json, number: int, base: Json | None = None) -> Prepared:
+        body = self._defaults_for(url, body, number, base or {}) | body
+        prepared: Prepared = PREPARE[url](body, self._model, self._terms)
         return prepared
 
-    def _short_request(self, given: Json, number: int) -> tuple[str, Json]:
+    def _short_request(self, body: Json) -> tuple[str, Json]:
         """Endpoint and body of a line in the short form."""
-        if given.get("json_schema") is not None:
-            if given.get("response_format") is not None:
+        schema = body.pop("json_schema", None)
+        if schema is not None:
+            if body.get("response_format") is not None:
                 raise invalid("response_format and json_schema exclude each other: give one", "json_schema")
-            given["response_format"] = _as_format(given.pop("json_schema"))
-        given.pop("json_schema", None)
-        body = self._with_defaults(given, number)
-        prompt = body.get("prompt")
+            body["response_format"] = _as_format(schema)
+        own_system = body.pop("system", None)
+        prompt, system = body.get("prompt"), self._defaults.system if own_system is None else own_system
+        if own_system is not None and not (isinstance(prompt, str) and self._chat):
+            raise invalid("system goes with a prompt that is passed through the chat template", "system")
         if isinstance(prompt, str) and self._chat:
             del body["prompt"]
-            system = (
-                []
-                if self._defaults.system is None
-                else [{"role": "system", "content": self._defaults.system}]
-            )
-            body["messages"] = [*system, {"role": "user", "content": prompt}]
-        elif isinstance(prompt, str) and self._defaults.special:
-            body["prompt"] = self._model.tokenize(prompt, parse_special=True)
-        if "messages" in body:
-            return _CHAT, body
-        # Without a limit, as in a chat; the endpoint's own would be 256.
-        return _COMPLETION, body if body.get("max_tokens") is not None else body | {"max_tokens": -1}
+            before = [] if system in (None, "") else [{"role": "system", "content": system}]
+            body["messages"] = [*before, {"role": "user", "content": prompt}]
+        return _CHAT if "messages" in body else _COMPLETION, body
 
-    def _with_defaults(self, given: Json, number: int) -> Json:
-        """A body with the default options in the place of fields that it lacks."""
-        options = {name: value for name, value in self._defaults.options.items() if value is not None}
+    def _defaults_for(self, url: str, body: Json, number: int, base: Json) -> Json:
+        """The default options that a body leaves open, as fields of its endpoint. base: those of these."""
+        options = base | {name: value for name, value in self._defaults.options.items() if value is not None}
         if "seed" in options:
             options["seed"] = (options["seed"] + number - 1) % 2**64
-        if given.get("max_completion_tokens") is not None:
-            options.pop("max_tokens", None)
-        if any(given.get(name) is not None for name in _CONSTRAINTS):
-            options = {name: value for name, value in options.items() if name not in _CONSTRAINTS}
         if "json_schema" in options:
             options["response_format"] = _as_format(options.pop("json_schema"))
-        return options | {name: value for name, value in given.items() if value is not None}
+        # Which of ours the body has, perhaps by another server's names.
+        given = sort_fields(body, ENDPOINTS[url], ENDPOINTS).given
+        left_open = set(ENDPOINTS[url]) - set(given)
+        for group in _ONE_OF:
+            if group & set(given):
+                left_open -= group
+        return {name: value for name, value in options.items() if name in left_open}
 
     def _with_options(self, run: PreparedRun, own: Json) -> PreparedRun:
         if not own:

@@ -118,6 +118,7 @@ def _json_line(number: int, raw: bytes, salt: str) -> Line:
         return Line(number, digest, "short", {}, error="a line must be an object or a string")
     if "body" in given or ("custom_id" in given and not given.keys() & {"prompt", "messages", *_FOREIGN}):
         return _openai_line(number, digest, given)
+    given = {name: value for name, value in given.items() if value is not None}  # as of a table's empty cells
     own_id = given.pop("id", None)
     salted = _digest(raw, salt) if isinstance(given.get("prompt"), str) else digest
     return Line(number, salted, "short", given, own_id, error=_wrong(given))
@@ -149,7 +150,8 @@ def _wrong(given: Json) -> str | None:
                 f"this is {what} batch form; known are a prompt or messages, and OpenAI's, with url and body"
             )
     if ("prompt" in given) == ("messages" in given):
-        return "give a prompt or messages"
+        there = f"; the line has {', '.join(sorted(given)) or 'neither'}"
+        return ("give a prompt or messages" + there)[:200]
     prompt = given.get("prompt", "")
     ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
     if not isinstance(prompt, str) and not ids:
@@ -157,7 +159,7 @@ def _wrong(given: Json) -> str | None:
     if "custom_id" in given:
         return "custom_id is a field of OpenAI's batch form, with url and body; here it is called id"
     for name, plain in (("n", 1), ("stream", False)):
-        if given.get(name) not in (None, plain):
+        if given.get(name, plain) != plain:
             return f"{name} is {given[name]!r}; a line gets one whole answer: give {plain!r}"[:200]
     return None
 
