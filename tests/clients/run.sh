@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Clients that others wrote, by their own defaults, against a server with the demo model: each in an environment of its
 # own, with the versions of requirements/ and package.json. Prints a table; exit code 1 if a check failed.
-#     tests/clients/run.sh [CLIENT...]      all: openai instructor pydantic_ai langchain litellm llm aider openai.mjs ai_sdk.mjs
+#     tests/clients/run.sh [CLIENT...]      all: openai reports instructor pydantic_ai langchain litellm llm aider openai.mjs ai_sdk.mjs
 # PYTHON is an interpreter that has pydiffusion with the extra `server`; CLIENTS_FOLDER keeps environments between runs.
 set -euo pipefail
 cd "$(dirname "$0")"
 here=$PWD
 python=${PYTHON:-python3}
 clients=("$@")
-[ $# -gt 0 ] || clients=(openai instructor pydantic_ai langchain litellm llm aider openai.mjs ai_sdk.mjs)
+[ $# -gt 0 ] || clients=(openai reports instructor pydantic_ai langchain litellm llm aider openai.mjs ai_sdk.mjs)
 work=$(mktemp -d)
 folder=${CLIENTS_FOLDER:-$work}
 server=
