@@ -111,11 +111,11 @@ def mentions(page: str, text: str | None = None) -> list[Mention]:
 
 
 def usage(script: str) -> Block:
-    """The command lines in a script's docstring."""
+    """The command lines in a script's docstring, without optional parts."""
     docstring = (
         ast.get_docstring(ast.parse((REPOSITORY / script).read_text(encoding="utf-8")), clean=False) or ""
     )
-    lines = [" ".join(match.group().split()) for match in _USAGE.finditer(docstring)]
+    lines = [" ".join(re.sub(r"\[.*?\]", "", found.group()).split()) for found in _USAGE.finditer(docstring)]
     return Block(script, 1, "sh", "".join(f"{line}\n" for line in lines))
 
 
