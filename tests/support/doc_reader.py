@@ -45,7 +45,7 @@ _URL = re.compile(r"\b(127\.0\.0\.1|localhost|0\.0\.0\.0):(\d{4,5})\b")
 _GGUF = re.compile(r"(?<![\w/.-])[\w-]+(?:\.imatrix)?\.gguf\b")
 _OUTPUT = re.compile(r"(?:-o|--output|--outfile|>)\s+(\S+)")
 _TYPE = re.compile(r"(?<![a-z0-9])(f32|f16|bf16|q8_0|q6_k|q5_k_m|q4_k_m|iq4_xs)(?![a-z0-9])")
-_SECONDS = 300
+_SECONDS = 900
 _TEXTS: dict[str, str] = {
     "text.txt": "The river runs to the sea. It rains in the hills, and the river rises.\n\n" * 20,
     "prompts.txt": "sort: b a c\nreverse: abc\nadd: 12 + 30\n",
@@ -75,10 +75,7 @@ class Files:
         return self._parts(model, int(split[1])) if split else [model]
 
     def _imatrix(self, path: Path) -> None:
-        text = _TEXTS["text.txt"].encode()
-        source = path.with_suffix(".txt")
-        source.write_bytes(text)
-        collect_imatrix(self.gguf("model-bf16.gguf")[0], source, path)
+        collect_imatrix(self.gguf("model-bf16.gguf")[0], _TEXTS["text.txt"], path)
 
     def _once(self, name: str, make: Callable[[Path], object]) -> Path:
         path = self.folder / name
