@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterator
@@ -93,6 +94,9 @@ def check(page: str, printed: str) -> None:
         assert printed.strip()
     if page == "docs/api.md":
         assert "canvas 0 took" in printed
+        call = re.search(r"^\{.*'name': 'weather'.*\}$", printed, re.MULTILINE)
+        assert call is not None
+        assert json.loads(ast.literal_eval(call.group())["arguments"]).keys() == {"city", "days"}
     if page == "docs/server.md":
         answer = re.search(r"^\{.*\}$", printed, re.MULTILINE)
         assert answer is not None
