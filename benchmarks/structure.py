@@ -52,7 +52,7 @@ CASES: dict[str, Any] = {
     "string of up to 10000": {"json_schema": {"type": "string", "maxLength": 10_000}},
     "URI": {"json_schema": {"type": "string", "format": "uri", "maxLength": 2083}},
     "multiple of 0.25": {"json_schema": {"type": "number", "multipleOf": 0.25, "minimum": 0}},
-    "set of 4 values": {"json_schema": {"items": {"enum": ["red", "green", "blue", "grey"]}, "uniqueItems": True}},
+    "set of 4 values": {"json_schema": {"items": {"enum": [1, 2, 3, 4]}, "uniqueItems": True}},
     "grammar of a list": {"grammar": LIST_GRAMMAR},
     "grammar of JSON": {"grammar": JSON_GRAMMAR},
     "date": {"regex": r"\d{4}-\d{2}-\d{2}"},

@@ -138,7 +138,7 @@ class DiffusionModel(AsyncMethods):
         self.n_ctx = self._fitting_n_ctx(n_ctx)
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
         self._chat_template: ChatTemplate | None = None
-        self._template_lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is made on first use
         self._automata: dict[Any, Automaton] = {}
         log.info("opened %s: %s, context %d", self.path, self.description, self.n_ctx)
 
@@ -218,14 +218,29 @@ class DiffusionModel(AsyncMethods):
 
         ends = frozenset(self.resolve(options).eos)
         key = (*(getattr(options, name) for name in CONSTRAINTS), ends)
-        found = self._automata.pop(key, None) or automaton_for(options, self.tokenizer, ends)
-        self._automata[key] = found  # most recently used last
-        if len(self._automata) > _N_AUTOMATA:
-            self._automata.pop(next(iter(self._automata)), None)
+        found = self._automata.pop(key, None)
+        if found is None:
+            found = automaton_for(options, self.tokenizer, ends)
+            unenforced = self.unenforced(options)
+            if unenforced:
+                name = options.constraint
+                warn_caller(f"{name}: not enforced: {'; '.join(unenforced)}", PyDiffusionWarning)
+        with self._lock:
+            self._automata[key] = found  # most recently used last
+            if len(self._automata) > _N_AUTOMATA:
+                del self._automata[next(iter(self._automata))]
         return found
 
+    def unenforced(self, options: GenerationOptions) -> tuple[str, ...]:
+        """The constraints of the options' schemas that a text may violate, each with its place
+        (``"uniqueItems at properties/tags"``). Raises OptionError as ``automaton``.
+        """
+        from .constrained import unenforced_by
+
+        return unenforced_by(options)
+
     def _template(self) -> ChatTemplate:
-        with self._template_lock:
+        with self._lock:
             if self._chat_template is None:
                 if not self.has_chat_template:
                     raise UnsupportedModelError(

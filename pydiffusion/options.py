@@ -22,6 +22,7 @@ _MAX_SEED = 2**64 - 1
 #: Options that constrain the text, of which one can be given.
 Constraint: TypeAlias = Literal["json_schema", "regex", "grammar", "function_calls"]
 CONSTRAINTS: tuple[Constraint, ...] = get_args(Constraint)
+_CONSTRAINT_TO_WORDS = {"function_calls": "function_calls (forced or strict tool calls)"}
 
 
 def _refused(name: str, value: Any, permitted: str) -> OptionError:
@@ -363,8 +364,9 @@ def _check_constraint(options: GenerationOptions) -> None:
         raise OptionError(given[0], f"{' and '.join(given)} exclude each other: give one")
     for name in ("stop", "canvas", "hold", "thinking_budget", "stop_on_repetition"):
         if getattr(options, name) not in (None, (), False):
+            constraint = _CONSTRAINT_TO_WORDS.get(options.constraint or "", options.constraint)
             raise OptionError(
-                name, f"{name} can't be combined with {options.constraint}: the text could not be kept whole"
+                name, f"{name} can't be combined with {constraint}: the text could not be kept whole"
             )
 
 

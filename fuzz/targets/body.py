@@ -60,6 +60,8 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
                           "response_format": {"type": "json_schema", "json_schema": {"name": "x",
                           "schema": _SCHEMA}}}),
     ("chat/completions", {"messages": ask("Hi"), "regex": "[a-z]{2,5}( [0-9]+)?", "max_tokens": 60}),
+    ("chat/completions", {"messages": ask("Hi"), "guided_choice": ["a b", "c"], "n_predict": 40, "tfs_z": 2,
+                          "thinking": {"type": "disabled"}, "temperature": 0, "stop_token_ids": [1]}),
     ("completions", {**_COMMON, "prompt": "the road", "max_tokens": 16, "echo": True}),
     ("completions", {"prompt": ["a", [40, 41, 42]], "n": 2, "stream": True, "stop": "w"}),
     ("completions", {"prompt": [40, 41, 42], "suffix": " end", "max_tokens": 8}),

@@ -39,7 +39,7 @@ class ModelReference:
 
 
 def model_reference(given: str | os.PathLike[str]) -> ModelReference | None:
-    """What a name means on the hub, or None for a path: one that exists, has a folder that exists, begins
+    """Parse a name as a model on the hub; None for a path: one that exists, has a folder that exists, begins
     with ``.``, ``/`` or ``~``, or ends in ``.gguf`` without a repo before it.
     """
     text = os.fspath(given).replace(os.sep, "/").strip()

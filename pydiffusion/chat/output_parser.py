@@ -179,8 +179,8 @@ class OutputParser:
         if call is not None:
             self._parts.append(ToolCall(*call))
         elif healed is not None:
-            *call_only, rest = healed
-            self._parts.append(ToolCall(*call_only))
+            name, arguments, rest = healed
+            self._parts.append(ToolCall(name, arguments))
             self._content(rest)
         else:  # no output is lost
             if self._format.quote is not None:

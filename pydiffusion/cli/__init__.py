@@ -147,18 +147,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _standard_streams() -> None:
-    """Open what the caller has closed (``>&-``), so that no other file gets its number: the input is empty
-    then, writing to the output fails. Characters missing from a terminal's encoding must not raise.
+    """Open what the caller has closed (``>&-``), as what can't be read or written, so that no other file gets
+    its number. Characters missing from a terminal's encoding must not raise.
     """
-    for number, (name, mode, flags) in enumerate(
-        [("stdin", "r", os.O_RDONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY)]
-    ):
+    streams = [("stdin", "r", os.O_WRONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY)]
+    for name, mode, flags in streams:  # in the order of their numbers
         if getattr(sys, name) is None:
-            opened = os.open(os.devnull, flags)
-            if opened != number:
-                os.dup2(opened, number)
-                os.close(opened)
-            setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115, PTH123
+            opened = os.open(os.devnull, flags)  # the lowest free number
+            setattr(sys, name, open(opened, mode, encoding="utf-8"))  # noqa: SIM115, PTH123
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -201,8 +197,8 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
         print(warnings.formatwarning(message, category, *where[:2]), end="", file=sys.stderr)
 
 
-# Of a print to a closed or full output; errors of other files name them.
-_OF_OUTPUT = (errno.EBADF, errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+# Of a read or print where the stream is closed or full; errors of other files name them.
+_OF_STREAMS = (errno.EBADF, errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def _report(error: Exception) -> int:
@@ -214,8 +210,9 @@ def _report(error: Exception) -> int:
     message = one_line(str(error)) or type(error).__name__
     if isinstance(error, MemoryError):
         message = "out of memory"
-    elif isinstance(error, OSError) and error.filename is None and error.errno in _OF_OUTPUT:
-        message = f"standard output: {error.strerror}"
+    elif isinstance(error, OSError) and error.filename is None and error.errno in _OF_STREAMS:
+        stream = "standard input or output" if error.errno == errno.EBADF else "standard output"
+        message = f"{stream}: {error.strerror}"
     elif isinstance(error, OSError) and error.filename is not None and error.strerror:
         message = one_line(f"{error.filename}: {error.strerror}")
     elif not isinstance(error, (PyDiffusionError, OSError, ValueError)):

@@ -20,7 +20,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments after translating them; see ``_foreign.translate``."""
         own = {
-            name: not (parameter.is_flag or getattr(parameter, "count", False))
+            name: not (getattr(parameter, "is_flag", False) or getattr(parameter, "count", False))
             for parameter in self.get_params(ctx)
             if parameter.param_type_name == "option"
             for name in [*parameter.opts, *parameter.secondary_opts]

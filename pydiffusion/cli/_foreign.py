@@ -193,7 +193,7 @@ _OF_COMMAND: dict[str, dict[str, Meaning]] = {
     "merge": {"--merge": NoEffect("it is what this does")},
     "devices": {"--list-devices": NoEffect("it is what this does")},
 }
-# Commands without arguments: one is the model. Commands whose first argument is the model: -m and -hf name it.
+# Commands without arguments: one is the model. Commands whose first argument is the model, which -m names.
 _MODEL_AS_OPTION = ("serve", "devices", "bench")
 _MODEL_FIRST = ("inspect", "doctor", "verify", "imatrix", "quantize")
 

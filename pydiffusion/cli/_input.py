@@ -15,7 +15,7 @@ def decode(data: bytes, name: str) -> str:
     """The text of these bytes, called ``name`` in errors. Raises PyDiffusionError for UTF-16, ValueError for
     other bytes that are not UTF-8.
     """
-    if data.startswith(_UTF16) or (len(data) > 1 and data[:64].count(0) * 3 >= len(data[:64])):
+    if data.startswith(_UTF16) or (len(data) > 1 and data[:64].count(0) * 5 >= len(data[:64]) * 2):
         from pydiffusion import PyDiffusionError
 
         raise PyDiffusionError(
@@ -41,7 +41,11 @@ def read_text_or_stdin(file: Path) -> str:
         return decode(file.read_bytes(), str(file))
     if sys.stdin.isatty():
         print("reading the text from the terminal; Ctrl-D ends it", file=sys.stderr, flush=True)
-    return decode(sys.stdin.buffer.read(), "standard input")
+    try:
+        data = sys.stdin.buffer.read()
+    except OSError as error:
+        raise ValueError(f"standard input can't be read: {error.strerror or error}") from None
+    return decode(data, "standard input")
 
 
 def read_schema(given: str) -> str:

@@ -110,9 +110,13 @@ def check_options(choices: Mapping[str, Any]) -> None:
     check_constraint(make_options(**choices))
 
 
-def make_options(model: DiffusionModel | None = None, **choices: Any) -> GenerationOptions:
+def make_options(
+    model: DiffusionModel | None = None, *, metadata: Mapping[str, Any] | None = None, **choices: Any
+) -> GenerationOptions:
     """GenerationOptions from the command line; ``temperature`` gives those that it means, unless given. A
     usage error (exit code 2) for a value out of range.
+
+    model: gives max_tokens, unless given, and the metadata, which else are given by themselves.
     """
     from pydiffusion import GenerationOptions
     from pydiffusion.options import at_temperature
@@ -122,7 +126,7 @@ def make_options(model: DiffusionModel | None = None, **choices: Any) -> Generat
         choices["max_tokens"] = model.n_ctx
     try:
         if temperature is not None:
-            meant = at_temperature(temperature, {} if model is None else model.metadata)
+            meant = at_temperature(temperature, metadata if model is None else model.metadata)
             choices = meant | {name: value for name, value in choices.items() if value is not None}
         return GenerationOptions(**choices)
     except ValueError as error:

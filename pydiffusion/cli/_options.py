@@ -50,8 +50,8 @@ Temperature = Annotated[
     typer.Option(
         "--temp",
         "--temperature",
-        help="Temperature as of other programs, which scales --t-min and --t-max: 1 is the file's schedule; 0,"
-        " and what is below 0.5, scales as 0.5, and 0 is repeatable. [default: 1]",
+        help="Temperature as in other programs: scales the file's --t-min and --t-max, by at least 0.5;"
+        " with 0 the seed is 0 too. [default: 1]",
     ),
 ]
 #: Generation options by field name of GenerationOptions: the sampler's, and all.

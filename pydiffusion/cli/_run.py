@@ -52,7 +52,7 @@ def run(
 def display_for(
     model: DiffusionModel, eos: tuple[int, ...], show: bool, seconds_per_step: float = 0.0
 ) -> CanvasDisplay | None:
-    """What shows progress on stderr: the canvas, or a line about its steps; None unless it is a terminal."""
+    """Display of progress on stderr: the canvas, or a line about its steps; None unless it is a terminal."""
     from ._display import CanvasDisplay, StepLine
 
     if not sys.stderr.isatty():

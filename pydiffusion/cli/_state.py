@@ -76,7 +76,7 @@ def new_chat_file() -> Path:
 
 
 def saved_chats(limit: int = 20) -> list[SavedChat]:
-    """The last conversations, newest first; files that are none are passed over."""
+    """The last conversations, newest first; other files are passed over."""
     found: list[SavedChat] = []
     dated = []
     for path in chats_folder().glob("*.json"):
@@ -91,7 +91,7 @@ def saved_chats(limit: int = 20) -> list[SavedChat]:
 
 
 def read_messages(path: Path) -> list[Message]:
-    """The messages of a saved conversation. Raises ValueError if it is none."""
+    """The messages of a saved conversation. Raises ValueError for another file."""
     read: Any = json.loads(path.read_text("utf-8"))
     messages = read.get("messages") if isinstance(read, dict) else None
     if not isinstance(messages, list) or not all(map(_is_message, messages)):

@@ -85,22 +85,23 @@ def command(
         raise typer.BadParameter("give the file of prompts, as PROMPTS or with -i")
     prompts = prompts or input_file
     assert prompts is not None
-    if json_schema is not None:
-        if json_schema == "-" == str(prompts):
-            raise typer.BadParameter("--json-schema and PROMPTS can't both be standard input")
-        choices["json_schema"] = read_schema(json_schema)
+    if [str(prompts), json_schema, str(grammar_file)].count("-") > 1:
+        raise typer.BadParameter("only one of PROMPTS, --json-schema and --grammar-file can be -")
     if grammar is not None and grammar_file is not None:
         raise typer.BadParameter("give --grammar or --grammar-file, not both")
-    if grammar_file is not None:
-        grammar = read_text_or_stdin(grammar_file)
-    choices |= {"temperature": temperature, "regex": regex, "grammar": grammar}
+    choices |= {
+        "temperature": temperature,
+        "json_schema": None if json_schema is None else read_schema(json_schema),
+        "regex": regex,
+        "grammar": grammar if grammar_file is None else read_text_or_stdin(grammar_file),
+    }
     _prompt.check(chat, system, special, runtime["chat_template"])
     _open.check_options(choices)
     if parallel < 1:
         raise typer.BadParameter(f"--parallel is {parallel}; permitted is an integer of at least 1")
     defaults = Defaults(choices, chat, system, special, strict)
-    source = "standard input" if str(prompts) == "-" else str(prompts)
-    found = read_lines(read_input(prompts), source, plain=lines, salt=defaults.salt)
+    name = "standard input" if str(prompts) == "-" else str(prompts)
+    found = read_lines(read_input(prompts), name, plain=lines, salt=defaults.salt)
     _tell_of_repeated_ids(found)
     with AnswerFile(output, found, source=prompts, retry_errors=retry_errors) as answers:
         left = [line for line in found if line.number not in answers.finished]

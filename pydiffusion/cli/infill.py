@@ -58,7 +58,7 @@ def command(
     with AnswerPrinter(display, quiet=True) as printer:
         filled = opened.infill(
             text,
-            _open.make_options(opened, **choices),
+            _open.make_options(metadata=opened.metadata, **choices),
             instruction=instruction,
             hole_tokens=hole_tokens,
             on_event=printer,

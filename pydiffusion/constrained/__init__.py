@@ -14,8 +14,7 @@ from collections.abc import Collection
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from pydiffusion._util.warn import warn_caller
-from pydiffusion.errors import OptionError, PyDiffusionWarning
+from pydiffusion.errors import OptionError
 
 from .byte_dfa import TooLarge
 from .calls import CallGrammar
@@ -92,9 +91,6 @@ def automaton_for(options: GenerationOptions, tokenizer: Tokenizer, ends: Collec
         raise
     except ValueError as error:
         raise OptionError(name, f"{name}: {error}") from None
-    unenforced = unenforced_by(options)
-    if unenforced:
-        warn_caller(f"{name}: not enforced: {'; '.join(unenforced)}", PyDiffusionWarning)
     return automaton
 
 

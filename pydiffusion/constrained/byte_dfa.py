@@ -31,7 +31,7 @@ _Kind: TypeAlias = tuple[bool, int, bool]  # accepting, limit, counts: see ByteD
 _UTF8_ENDS = (0x7F, 0x7FF, 0xFFFF, 0x10FFFF)  # the last code point of one, two, three, four bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ByteDfa:
     """DFA over bytes. State 0 is the initial one.
 
@@ -52,8 +52,8 @@ def byte_dfa(expression: str) -> ByteDfa:
     """Compile an expression. Raises ValueError if it gets too large.
 
     Beside what ``regex`` describes it knows, with the meaning that Python's re gives them:
-    - look-aheads ``(?=...)`` and ``(?!...)`` that begin a capturing group, whose content is all of the group's
-      text and one character (or ``\\Z``) that follows the group in every text: both hold for its text;
+    - look-aheads ``(?=...)`` and ``(?!...)`` that begin a capturing group, whose content is all of the
+      group's text and one character (or ``\\Z``) that follows it in every text: both hold for the text;
     - lazy repetitions ``x{m,n}?`` of a character: counted repetitions, see ``ByteDfa``;
     - conditions of ``multiples``.
     """
@@ -207,11 +207,17 @@ class Nfa:
             state = self.sequence(items, state)
         first = len(self.on_bytes)
         end = self._repeat((0, sre.MAXREPEAT, items), state)
-        begins = self._after_nothing(self.on_nothing[end])  # of the repetition: nothing follows it yet
-        for inside in range(first, len(self.on_bytes)):
-            if inside != end:
-                self.counted[inside] = high - low, inside in begins
+        self.count(first, self.on_nothing[end], high - low)  # nothing follows the repetition yet
+        self.counted.pop(end)
         return end
+
+    def count(self, first: int, begins: list[int], limit: int) -> None:
+        """Limit how often one passes through the states from ``first`` on, all those of one item, that begin
+        at ``begins``.
+        """
+        beginning = self._after_nothing(begins)
+        for inside in range(first, len(self.on_bytes)):
+            self.counted[inside] = limit, inside in beginning
 
     def _after_nothing(self, states: list[int]) -> set[int]:
         found, stack = set(states), list(states)

@@ -78,7 +78,7 @@ def _widest(category: Any) -> Ranges:
 
 @cache
 def _category(category: Any) -> Ranges:
-    """Ranges of a category, tested with Python's re for each code point. JSON schema has ASCII digits, spaces
+    """Ranges of a category, as Python's re finds them. JSON schema has ASCII digits, spaces
     and letters only, Python more: those beyond ASCII are in neither \\d nor \\D here, so that both
     definitions hold.
     """
@@ -88,7 +88,9 @@ def _category(category: Any) -> Ranges:
     below = [(c, c) for c in range(128) if ascii_matches(chr(c)) and matches(chr(c))]
     if category not in (sre.CATEGORY_NOT_DIGIT, sre.CATEGORY_NOT_SPACE):
         return union(below)
-    return union(below + [(c, c) for c in range(128, _LAST + 1) if matches(chr(c))])
+    beyond = "".join(map(chr, range(128, _LAST + 1)))
+    runs = re.finditer(f"{_CATEGORY_TO_CLASS[category]}+", beyond)
+    return union(below + [(128 + run.start(), 127 + run.end()) for run in runs])
 
 
 def as_class(ranges: Ranges) -> str:

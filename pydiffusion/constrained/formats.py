@@ -1,6 +1,6 @@
 """Formats of strings as regular expressions: each matches valid values only, by far not all of them.
 
-JSON schema has formats as annotations. Those here are guaranteed nevertheless; of other ones the compiler says
+To JSON schema, formats are annotations. Those here are guaranteed nevertheless; of others the compiler says
 that they are not enforced.
 """
 

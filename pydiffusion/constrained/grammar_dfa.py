@@ -7,7 +7,7 @@ never generated.
 
 from __future__ import annotations
 
-from .byte_dfa import ByteDfa, Nfa, TooLarge, deterministic
+from .byte_dfa import MAX_STATES, ByteDfa, Nfa, TooLarge, deterministic
 from .grammar import Characters, Choice, Grammar, Node, Reference, Repetition, Sequence
 
 _MAX_DEPTH = 6
@@ -15,13 +15,28 @@ _MAX_DEPTH = 6
 # every step.
 _MAX_STATES_OF_RECURSION = 3000
 
+# Limits before states are merged: without counted repetitions, and with them.
+_MAX_NFA_STATES = (2 * MAX_STATES, 8 * MAX_STATES)
+# Repetitions of fewer are always counted by states.
+_SHORTEST_COUNTED = 16
+
 
 def grammar_dfa(grammar: Grammar) -> ByteDfa:
-    """Compile a grammar. Raises ValueError if it gets too large or has no text."""
+    """Compile a grammar. Repetitions are counted by states, or if these are too many beside them.
+
+    Raises ValueError if it gets too large or has no text.
+    """
+    try:
+        return _compile(grammar, counts=False)
+    except TooLarge:
+        return _compile(grammar, counts=True)
+
+
+def _compile(grammar: Grammar, counts: bool) -> ByteDfa:
     back = _back_references(grammar)
     found = None
     for depth in range(_MAX_DEPTH + 1):
-        builder = _Builder(grammar, back, depth)
+        builder = _Builder(grammar, back, depth, counts)
         try:
             start = builder.rule("root", builder.end, depth, is_back=False)
             builder.nfa.prune(start, builder.end)
@@ -76,7 +91,9 @@ def _references(node: Node) -> list[str]:
 class _Builder:
     """NFA of a grammar with its recursion expanded to some depth."""
 
-    def __init__(self, grammar: Grammar, back: set[tuple[str, str]], depth: int) -> None:
+    def __init__(self, grammar: Grammar, back: set[tuple[str, str]], depth: int, counts: bool) -> None:
+        """counts: whether long repetitions are counted beside the states."""
+        self._counts = counts
         self._rules = grammar.rules
         self._back = back
         self.nfa = Nfa()
@@ -101,6 +118,9 @@ class _Builder:
 
     def _build(self, node: Node, end: int, depth: int, rule: str) -> int:
         """rule: the one that the node is in."""
+        limit = _MAX_NFA_STATES[self._counts]
+        if len(self.nfa.on_bytes) > limit:
+            raise TooLarge(limit)
         if isinstance(node, Characters):
             start = self.nfa.new()
             self.nfa.characters(node.ranges, start, end)
@@ -123,6 +143,12 @@ class _Builder:
         if node.high is None:
             state = self.nfa.new()
             self.nfa.on_nothing[state] += [end, self._build(node.item, state, depth, rule)]
+        elif self._counts and node.high - node.low >= _SHORTEST_COUNTED and self._is_countable(node.item):
+            state = self.nfa.new()
+            first = self.nfa.new() + 1
+            start = self._build(node.item, state, depth, rule)
+            self.nfa.count(first, [start], node.high - node.low)
+            self.nfa.on_nothing[state] += [end, start]
         else:
             for _ in range(node.high - node.low):
                 before = self.nfa.new()
@@ -131,3 +157,16 @@ class _Builder:
         for _ in range(node.low):
             state = self._build(node.item, state, depth, rule)
         return state
+
+    def _is_countable(self, node: Node, names: tuple[str, ...] = ()) -> bool:
+        """Whether the node matches at least a character and has no repetition without a low limit within."""
+        if isinstance(node, Reference):
+            return node.rule not in names and self._is_countable(self._rules[node.rule], (*names, node.rule))
+        if isinstance(node, Sequence):
+            return len(node.items) > 0 and all(self._is_countable(item, names) for item in node.items)
+        if isinstance(node, Choice):
+            return all(self._is_countable(item, names) for item in node.items)
+        if isinstance(node, Repetition):
+            is_short = node.low > 0 and node.high is not None and node.high < _SHORTEST_COUNTED
+            return is_short and self._is_countable(node.item, names)
+        return True

@@ -19,8 +19,8 @@ TYPE_TO_KEYWORDS = {
 COMBINING = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")
 # Constraints that can't be guaranteed.
 _REFUSED = frozenset(
-    ("not", "if", "then", "else", "contains", "minContains", "maxContains", "dependentSchemas", "dependencies",
-     "unevaluatedItems", "$dynamicRef", "$recursiveRef")
+    ("not", "if", "then", "else", "contains", "minContains", "maxContains", "dependentSchemas",
+     "dependencies", "unevaluatedItems", "$dynamicRef", "$recursiveRef")
 )  # fmt: skip
 _SUPPORTED = frozenset(
     ("type", "nullable", *COMBINING, *(name for names in TYPE_TO_KEYWORDS.values() for name in names))

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import combinations
 from typing import Any
@@ -182,9 +182,9 @@ class _Compiler:
             if refs.count(given) > self._depth:
                 return NOTHING
             return self.value(self._resolved(given, where), where, (*refs, given))
-        if name in ("anyOf", "oneOf", "allOf"):
-            if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-                raise _error(where, f"{name!r} must be an array of schemas")
+        is_list = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
+        if name in ("anyOf", "oneOf", "allOf") and not is_list:
+            raise _error(where, f"{name!r} must be an array of schemas")
         if "$ref" in keywords or ("allOf" in keywords and (len(keywords) > 1 or len(given) > 1)):
             parts, refs = self._parts(schema, where, refs)
             return NOTHING if parts is None else self.value(merge(parts), where, refs)
@@ -406,6 +406,7 @@ class _Compiler:
         self.unenforced[f"{what}{' at ' + where[1:] if where else ''}"] = None
 
     def _number(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Piece:
+        schema = _with_exclusive_numbers(schema)
         for name in TYPE_TO_KEYWORDS["number"]:
             bound = schema.get(name)
             is_number = (
@@ -428,6 +429,17 @@ class _Compiler:
             low, schema.get("maximum"), schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
         )
         return Piece(f"({condition(factor)}{text})" if is_multiple else text, 40)
+
+
+def _with_exclusive_numbers(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without ``exclusiveMinimum: true`` beside ``minimum``, as draft 4 and OpenAPI 3.0 have it."""
+    numbers = dict(schema)
+    for exclusive, inclusive in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if isinstance(schema.get(exclusive), bool) and inclusive in schema:
+            del numbers[exclusive]
+            if schema[exclusive]:
+                numbers[exclusive] = numbers.pop(inclusive)
+    return numbers
 
 
 def _strings(schema: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
@@ -523,19 +535,28 @@ def _separated(item: Piece, low: int, high: int | None, syntax: Syntax) -> Piece
 def _members(members: Sequence[tuple[Piece, bool]], syntax: Syntax) -> Piece:
     """Comma-separated members in order; those that are not required may be left out."""
     first = next((i for i, (_, is_required) in enumerate(members) if is_required), None)
-    if first is not None:
-        before = [sequence([member, syntax.comma]).repeated(0, 1) for member, _ in members[:first]]
-        after = [
-            sequence([syntax.comma, member]).repeated(int(is_required), 1)
-            for member, is_required in members[first + 1 :]
-        ]
-        return sequence([*before, members[first][0], *after])
-    behind = Piece("", 0)  # what may follow after a member
-    at_first = Piece("", 0)  # and without one
-    for member, _ in reversed(members):
-        at_first = choice([sequence([member, behind]), at_first])
-        behind = sequence([sequence([syntax.comma, member]).repeated(0, 1), behind])
-    return at_first
+    if first is None:
+        return _some([member for member, _ in members], syntax).repeated(0, 1)
+    before = [sequence([member, syntax.comma]).repeated(0, 1) for member, _ in members[:first]]
+    after = [
+        sequence([syntax.comma, member]).repeated(int(is_required), 1)
+        for member, is_required in members[first + 1 :]
+    ]
+    return sequence([*before, members[first][0], *after])
+
+
+def _some(members: Sequence[Piece], syntax: Syntax) -> Piece:
+    """At least one of the members, comma-separated and in order. In halves, which keeps it small: some of the
+    first and any of the second, or some of the second.
+    """
+    if len(members) < 2:
+        return members[0] if members else Piece("", 0)
+    half = len(members) // 2
+    rest = [sequence([syntax.comma, member]).repeated(0, 1) for member in members[half:]]
+    found = choice([sequence([_some(members[:half], syntax), *rest]), _some(members[half:], syntax)])
+    if found is NOTHING:
+        return NOTHING
+    return replace(found, weight=sum(member.weight for member in members))  # what recurs shares its states
 
 
 def _anything(depth: int, syntax: Syntax) -> Piece:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections import deque
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ class Automaton:
         ends: Collection[int] = (),
         markers: Sequence[str] = (),
     ) -> None:
-        """expression: as from regex.py, or a grammar. ends: tokens that end a text, and so can't be part of it.
+        """expression: as from regex.py, or a grammar. ends: tokens that end a text, and so never are in it.
         markers: tokens of the chat format that the expression has, by index (``syntax.marker``).
 
         Raises ValueError if the automaton is too large, the vocabulary lacks a marker, or nothing satisfies
@@ -56,6 +57,7 @@ class Automaton:
         self._moves: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._kinds: dict[int, int] = {}
         self._moves_to_kind: dict[tuple[bytes, ...], int] = {}
+        self._lock = threading.Lock()
         self.alphabet = self._spelling_tokens()
         self.tokens_left = self._distances()
         if self.tokens_left[0] < 0:
@@ -99,7 +101,9 @@ class Automaton:
             sources, targets = self.moves(token)
             counts = self.counts(token) if self.is_counting else ()
             key = tuple(column.tobytes() for column in (sources, targets, *counts))
-            found = self._kinds[token] = self._moves_to_kind.setdefault(key, len(self._moves_to_kind))
+            with self._lock:  # sessions in several threads share an automaton: no number for two classes
+                found = self._moves_to_kind.setdefault(key, len(self._moves_to_kind))
+            self._kinds[token] = found
         return found
 
     def _find_moves(self, token: int) -> tuple[np.ndarray, np.ndarray]:

@@ -120,8 +120,9 @@ def _guide(session: Session, options: ResolvedOptions) -> Guide | None:
     budget = min(options.max_tokens, (session.n_ctx - session.n_past) // n_canvas * n_canvas)
     automaton = model.automaton(options)
     state = 0
-    if options.may_reason and leaves_reasoning_open(session):  # the prompt has the opening marker already
-        state = automaton.after(model.tokenizer.chat_format.reasoning[0])
+    reasoning = model.tokenizer.chat_format.reasoning
+    if reasoning is not None and options.may_reason and leaves_reasoning_open(session):
+        state = automaton.after(reasoning[0])  # the prompt has the opening marker already
     return Guide(automaton, n_canvas, budget, options.eos, model.n_vocab, state)
 
 

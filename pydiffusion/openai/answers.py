@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pydiffusion.constrained import unenforced_by
-
 from .requests import ChatRequest, InfillRequest, Request
 from .shaper import ChatChoice, Choice, FilledChoice, Json, Response, TextChoice
 
@@ -63,7 +61,7 @@ class Answer(Response):
 
     def _figures(self) -> Json:
         ends = [choice.end for choice in self._choices if choice.end is not None]
-        unenforced = unenforced_by(self._request.options[0])
+        unenforced = self._request.unenforced
         return {
             "type": "summary",
             "steps": sum(sum(choice.canvas_steps) for choice in self._choices),

@@ -76,7 +76,7 @@ def _stops(value: Any) -> Fields:
 def _schema(value: Any) -> Fields:
     if value in ("", {}, None):
         return {}
-    return {"response_format": {"type": "json_schema", "json_schema": {"schema": value}}}
+    return {"json_schema": value}
 
 
 def _json_object(value: Any) -> Fields | None:

@@ -56,6 +56,7 @@ class Request:
     """A validated request; ``options`` has one entry per choice of each prompt.
 
     layout: the text around the answer, which the prompt's run has to hold.
+    unenforced: constraints of a schema that the answer may violate.
     hole_stops: strings that end the hole of such a layout.
     """
 
@@ -65,6 +66,7 @@ class Request:
     options: list[ResolvedOptions]
     ignored: list[str]
     layout: Layout | None = field(default=None, kw_only=True)
+    unenforced: tuple[str, ...] = field(default=(), kw_only=True)
     hole_stops: tuple[str, ...] = field(default=(), kw_only=True)
 
 
@@ -123,9 +125,11 @@ def chat_request(body: Any, model: DiffusionModel, terms: Terms) -> ChatRequest:
                 _without_thinking(variables)
         elif variables.get("enable_thinking") is False:
             fields = no_thinking(model, fields)
+        options = _options(fields, model, use.constraint)
         return ChatRequest(
             **_stream_options(fields),
-            options=_options(fields, model, use.constraint),
+            options=options,
+            unenforced=_unenforced(options[0], model),
             ignored=found.ignored,
             messages=check_messages(fields.get("messages")),
             variables=variables,
@@ -153,6 +157,7 @@ def completion_request(body: Any, model: DiffusionModel, terms: Terms) -> Comple
         return CompletionRequest(
             **_stream_options(fields),
             options=options,
+            unenforced=_unenforced(options[0], model),
             ignored=found.ignored,
             prompts=prompts,
             echo=_flag(fields, "echo", False),
@@ -161,6 +166,14 @@ def completion_request(body: Any, model: DiffusionModel, terms: Terms) -> Comple
             parse_special=_flag(fields, "special", terms.special),
             add_bos=None if _flag(fields, "add_special_tokens", True) else False,
         )
+
+
+def _unenforced(options: ResolvedOptions, model: DiffusionModel) -> tuple[str, ...]:
+    """Of a schema that is refused, nothing: compiling it says why."""
+    try:
+        return model.unenforced(options)
+    except OptionError:
+        return ()
 
 
 def infill_request(body: Any, model: DiffusionModel, terms: Terms) -> InfillRequest:
@@ -253,7 +266,7 @@ def _options(
     try:
         limits = fields.get("max_tokens"), fields.get("max_completion_tokens")
         choices["max_tokens"] = token_limit(model, *limits)
-        choices["eos"] = _end_ids(fields, model, constrained=len(choices) > 2)
+        choices["eos"] = _end_ids(fields, model, constrained=bool(constraint))
         return list(_each_choice(fields, choices, model))
     except OptionError as error:
         raise from_exception(error) from None
@@ -290,7 +303,7 @@ def _end_ids(
     ignored = _flag(fields, "ignore_eos", False)
     if constrained and (more or ignored):
         name = "stop_token_ids" if more else "ignore_eos"
-        raise invalid(f"{name} can't be combined with response_format or regex", name, "unsupported_value")
+        raise invalid(f"{name} can't be combined with a constrained answer", name, "unsupported_value")
     return (*(() if ignored else model.tokenizer.end_ids), *more) if more or ignored else None
 
 

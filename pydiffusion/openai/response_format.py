@@ -71,9 +71,11 @@ def suffix_layout(model: DiffusionModel, fields: Mapping[str, Any]) -> Layout | 
         return None
     try:
         limit = token_limit(model, fields.get("max_tokens"), fields.get("max_completion_tokens"))
+        return lay_out_suffix(model, suffix, limit, model.canvas_length)
     except OptionError as error:
         raise from_exception(error) from None
-    return lay_out_suffix(model, suffix, limit, model.canvas_length)
+    except ValueError as error:
+        raise invalid(str(error), "suffix") from None
 
 
 def infill_layout(model: DiffusionModel, fields: Mapping[str, Any]) -> tuple[Layout, list[int]]:

@@ -5,6 +5,7 @@ Shared by the server's requests and ``create_chat_completion``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -129,7 +130,8 @@ def _instead_of_calls(constraint: Mapping[str, Any]) -> Any:
     if not constraint:
         return "text"
     if "json_schema" in constraint:
-        return constraint["json_schema"]
+        schema = constraint["json_schema"]
+        return json.loads(schema) if isinstance(schema, str) else schema
     name = next(iter(constraint))
     raise OptionError(name, f"{name} can't be combined with tools: give tool_choice 'none', or a JSON schema")
 

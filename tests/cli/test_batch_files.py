@@ -194,10 +194,12 @@ def test_plain_lines(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_run_interrupted_by_ctrl_c_resumes(model: str, tmp_path: Path) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "o.jsonl"
-    prompts.write_text("".join(f'"sort: {i} a"\n' for i in range(300)))
+    rows = ({"prompt": f"sort: {i} a", "id": "x" * 1000} for i in range(300))  # more than a pipe holds unread
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, "-m", "pydiffusion", "batch", "-m", model, *QUICK, str(prompts), "-o", "-"]
     with output.open("wb") as file:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        # Unbuffered: `communicate` would not get what was read beyond the first line.
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
         assert process.stdout is not None and process.stderr is not None
         file.write(process.stdout.readline())  # once there is an answer
         process.send_signal(signal.SIGINT)
@@ -254,7 +256,7 @@ def test_another_run_into_the_same_file(
 def test_a_reader_that_leaves(model: str, tmp_path: Path) -> None:
     """As in ``| head -n 1``: no traceback."""
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('"sort: b a"\n' * 50)
+    prompts.write_text((json.dumps({"prompt": "sort: b a", "id": "x" * 1000}) + "\n") * 300)
     read, write = os.pipe()
     command = [sys.executable, "-m", "pydiffusion", "batch", "-m", model, *QUICK, str(prompts), "-o", "-"]
     process = subprocess.Popen(command, stdout=write, stderr=subprocess.PIPE, text=True)

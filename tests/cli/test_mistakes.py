@@ -253,7 +253,7 @@ FAILS = {  # exit code 1
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, gguf_file: Callable[..., Path]) -> Path:
-    """A folder with a model and files that are none."""
+    """A folder with a model and other files."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "model.gguf").symlink_to(gguf_file("tiny", "q8_0"))
     (folder / "folder").mkdir()

@@ -167,6 +167,7 @@ def test_a_grammar(path: str, tmp_path: Path) -> None:
     assert code == 0 and calls[0]["name"] == "f" and isinstance(calls[0]["arguments"], dict)
     options = ["--grammar", "x", "--grammar-file", "y"]
     assert main(["batch", "-m", path, str(tmp_path / "p.jsonl"), "-o", "-", *options]) == 2
+    assert main(["batch", "-m", path, "-", "-o", "-", "--grammar-file", "-"]) == 2
 
 
 def test_a_schema_for_all_lines(path: str, tmp_path: Path) -> None:
@@ -187,19 +188,21 @@ def test_fields_of_requests_in_short_lines(path: str, tmp_path: Path) -> None:
         {"messages": SORT, "seed": 1, "response_format": OF_SCHEMA},
         {"prompt": [5, 6, 7], "seed": 1, "max_tokens": 3, "dropped_mass": 0, "canvas_length": 8, "eos": []},
         {"prompt": "x", "canvas_length": 99999},
+        {"prompt": [5, 6], "suffix": " end", "seed": 1, "steps": 3},
         {"prompt": "x", "json_schema": {}, "response_format": {"type": "text"}},
         {"prompt": "x", "json_schema": "{", "id": "half a pair: \ud83d"},
     ]
     code, answers = run(path, "".join(json.dumps(row) + "\n" for row in rows), tmp_path)
     by_line = {answer["line"]: answer for answer in answers}
-    assert code == 1 and by_line.keys() == set(range(1, 7))
+    assert code == 1 and by_line.keys() == set(range(1, 8))
+    assert by_line[5]["finish_reason"] and "error" not in by_line[5]
     assert by_line[1]["text"] == "a " and by_line[1]["ignored"] == ["top_p"]
     assert "a" in json.loads(by_line[2]["text"]) and "ignored" not in by_line[2]
     assert (by_line[3]["prompt_tokens"], by_line[3]["tokens"]) == (3, 3)
     assert "canvas_length is 99999" in by_line[4]["error"]
-    assert "exclude each other" in by_line[5]["error"]
-    assert "json_schema is not valid JSON" in by_line[6]["error"]
-    assert by_line[6]["id"] == rows[5]["id"]
+    assert "exclude each other" in by_line[6]["error"]
+    assert "json_schema is not valid JSON" in by_line[7]["error"]
+    assert by_line[7]["id"] == rows[6]["id"]
 
 
 def test_prompts_are_user_messages_unless_raw(

@@ -61,6 +61,14 @@ def test_what_is_read(written: str, arguments: dict[str, Any]) -> None:
     assert parse(f"<|tool_call>{text}<tool_call|>") == [ToolCall("walk", arguments)]
 
 
+def test_an_equals_sign_in_place_of_a_colon() -> None:
+    """ollama/ollama#17882; it always was read."""
+    assert parse_call("call:f{code:1,save_as='report, 2.docx'}") == (
+        "f",
+        {"code": 1, "save_as": "report, 2.docx"},
+    )
+
+
 @pytest.mark.parametrize(
     "text",
     [

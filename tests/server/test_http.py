@@ -331,7 +331,6 @@ LIMITS = {
         ("chat/completions", "t_min", 7.5),  # above the t_max that a file without one has
         ("completions", "t_max", 0.001),
         ("completions", "t_max", "warm"),
-        ("completions", "regex", ""),
         ("completions", "regex", "("),
         ("completions", "response_format", {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}),
         ("infill", "hole_tokens", 0),

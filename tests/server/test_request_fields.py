@@ -18,8 +18,8 @@ from support.foreign_fields import FOREIGN
 from support.server_fakes import CHAT, ScriptedModel, ask, events, script, serving
 
 from pydiffusion.openai.errors import ApiError
-from pydiffusion.openai.fields import slip_of, sort_fields
-from pydiffusion.openai.requests import ENDPOINTS, Terms, chat_request, completion_request
+from pydiffusion.openai.fields import EQUIVALENTS, IGNORED, UNSUPPORTED, slip_of, sort_fields
+from pydiffusion.openai.requests import ENDPOINTS, Terms, chat_request, completion_request, infill_request
 from pydiffusion.options import at_temperature
 
 TERMS = Terms(("scripted",))
@@ -135,7 +135,7 @@ def test_what_requests_nothing_is_no_effect_to_list(model: ScriptedModel) -> Non
         "add_generation_prompt": True, "use_beam_search": False, "stop": "", "stop_token_ids": [],
         "ignore_eos": False, "grammar_string": "", "structured_outputs": {}, "guided_choice": [],
     }  # fmt: skip
-    assert chat_request({**CHAT, **nothing}, model, TERMS).ignored in ([], ["grammar_string"])
+    assert chat_request({**CHAT, **nothing}, model, TERMS).ignored == []
 
 
 def test_strict(model: ScriptedModel) -> None:
@@ -206,6 +206,32 @@ def test_ours_counts_where_both_are_given(model: ScriptedModel) -> None:
 def test_an_equivalent_that_means_nothing_here_is_ignored(model: ScriptedModel) -> None:
     request = chat_request({**CHAT, "thinking": {"type": "adaptive"}, "think": 3}, model, TERMS)
     assert request.ignored == ["thinking", "think"]
+
+
+ODD: tuple[Any, ...] = (
+    0, -1, 1.5, True, False, "", "x", [], [0], ["a", 1], {}, {"type": []}, {"json": 3}, [[]], 10**400,
+    {"type": "enabled", "budget_tokens": "x"}, {"effort": [], "enabled": 3, "max_tokens": {}},
+    {"choice": ["(", ""]}, "\ud800",
+)  # fmt: skip
+
+
+def test_no_value_is_an_internal_error(model: ScriptedModel) -> None:
+    parse = {
+        "/v1/chat/completions": (chat_request, CHAT),
+        "/v1/completions": (completion_request, {"prompt": "a"}),
+        "/v1/infill": (infill_request, {"text": "a<|hole|>"}),
+    }
+    n_accepted = n_refused = 0
+    for path, (read, body) in parse.items():
+        for name in (*ENDPOINTS[path], *IGNORED, *UNSUPPORTED, *EQUIVALENTS):
+            for value in ODD:
+                try:
+                    read({**body, name: value}, model, TERMS)
+                    n_accepted += 1
+                except ApiError as error:
+                    assert error.status == 400, (path, name, value)
+                    n_refused += 1
+    assert n_accepted > 500 and n_refused > 500
 
 
 def test_control_tokens_of_a_prompt_text(model: ScriptedModel) -> None:

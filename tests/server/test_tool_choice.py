@@ -254,6 +254,33 @@ def test_the_official_client_parses_a_forced_call(url: str) -> None:
     jsonschema.validate(call.function.parsed_arguments, PERSON)
 
 
+NO_ARGUMENTS = (
+    {"type": "object", "properties": {}, "required": [], "additionalProperties": False},
+    {"type": "object", "properties": {}},
+    {"type": "object"},
+    {},
+    None,
+)
+
+
+@pytest.mark.parametrize("parameters", NO_ARGUMENTS)
+def test_a_function_without_parameters_gets_none(model: DiffusionModel, parameters: Any) -> None:
+    """ai-dynamo/dynamo#13789: elsewhere whitespace up to max_tokens; ggml-org/llama.cpp#17667: refused."""
+    clock = tool("get_server_time", parameters)
+    if parameters is None:
+        del clock["function"]["parameters"]
+    answer = model.create_chat_completion(
+        ask("x"), tools=[clock], tool_choice=named("get_server_time"), seed=1, steps=1, max_tokens=60
+    )
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["arguments"] == "{}"
+
+
+def test_none_without_tools(url: str) -> None:
+    """vllm-project/vllm#9426."""
+    assert post(url, tool_choice="none", max_tokens=4).status_code == 200
+
+
 # The next turn
 
 

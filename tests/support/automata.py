@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 
 import numpy as np
 
@@ -23,7 +24,7 @@ def accepts(machine: ByteDfa, text: str) -> bool:
 def random_text(machine: ByteDfa, rng: random.Random, n_bytes: int = 60) -> str:
     """A text that the table accepts: random bytes, and after ``n_bytes`` the shortest way to an end."""
     table, accepting = machine.table, machine.accepting
-    left = _bytes_left(table, accepting)
+    left = _bytes_left(machine)
     state, text = 0, b""
     while True:
         if accepting[state] and (len(text) >= n_bytes or rng.random() < 0.05):
@@ -39,8 +40,10 @@ def random_text(machine: ByteDfa, rng: random.Random, n_bytes: int = 60) -> str:
         state = table[state, byte]
 
 
-def _bytes_left(table: np.ndarray, accepting: np.ndarray) -> list[int]:
+@lru_cache(maxsize=4)  # a machine is compared by identity
+def _bytes_left(machine: ByteDfa) -> list[int]:
     """Length of the shortest text from each state to an end, -1 for none; the dead state is the last."""
+    table, accepting = machine.table, machine.accepting
     left = [0 if end else -1 for end in accepting] + [-1]
     sources: list[set[int]] = [set() for _ in left]
     for state, row in enumerate(table[:-1].tolist()):

@@ -66,8 +66,8 @@ parameter ::= type name
 statement ::=
     ( type name ws "=" ws sum ";" ) |
     ( "return" ws sum ";" ) |
-    ( "while" "(" condition ")" "{" statement* "}" )
-    | ( "//" [^\n]* "\n" )
+    ( "while" "(" condition ")" "{" statement* "}" ) |
+    ( "//" [^\n]* "\n" )
 condition ::= sum ("<=" | "<" | "==" | "!=") sum
 sum ::= product (("+" | "-") product)*
 product ::= factor (("*" | "/") factor)*

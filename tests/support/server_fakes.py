@@ -78,7 +78,7 @@ class ScriptedModel(DiffusionModel):
         self.native = ScriptedWeights(self)  # type: ignore[assignment]
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
         self._chat_template = None
-        self._template_lock = threading.Lock()
+        self._lock = threading.Lock()
         self._automata = {}
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from pydiffusion import (
     DraftEvent,
     EndEvent,
     GenerationCancelled,
+    GenerationOptions,
     OptionError,
 )
+from pydiffusion.constrained import automaton_for
 from pydiffusion.generation.session_thread import SessionThread
 
 OPTIONS = {"seed": 5, "max_tokens": 16, "steps": 4, "eos": ()}
@@ -159,6 +162,40 @@ def test_several_at_once_are_right(model: DiffusionModel) -> None:
     here = [model.generate(prompt, **OPTIONS) for prompt in prompts]
     here += [list(model.stream(prompt, **OPTIONS)) for prompt in prompts[:2]]
     assert plain(run(main())) == plain(here)
+
+
+def test_structured_answers_at_once_are_right(model: DiffusionModel) -> None:
+    """They share the automaton of their schema, which is filled in as it is used."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    given = {"json_schema": schema, "max_tokens": 16, "steps": 3}
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(*(model.achat(ask("Hi"), seed=i, **given) for i in range(6)))
+
+    assert plain(run(main())) == plain([model.chat(ask("Hi"), seed=i, **given) for i in range(6)])
+
+
+def test_an_automaton_numbers_its_classes_once_whatever_threads_ask(scripted: ScriptedModel) -> None:
+    class Slow(dict[Any, int]):
+        def __len__(self) -> int:
+            n = super().__len__()
+            time.sleep(0.001)  # another thread's turn
+            return n
+
+    options = GenerationOptions(regex="[a-z]{3}[0-9 ]x?")
+    alone, shared = (automaton_for(options, scripted.tokenizer, frozenset([1])) for _ in range(2))
+    shared._kinds, shared._moves_to_kind = {}, Slow()
+    ids = range(scripted.n_vocab)
+    threads = [
+        threading.Thread(target=lambda order=order: [shared.kind(i) for i in order])
+        for order in (ids, reversed(ids), sorted(ids, key=lambda i: i * 7 % 11))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+    classes = {(alone.kind(i), shared.kind(i)) for i in ids}
+    assert len(classes) == len({kind for kind, _ in classes}) == len({kind for _, kind in classes}) > 3
 
 
 def test_of_many_calls_four_run_and_one_that_waits_can_be_cancelled() -> None:

@@ -197,6 +197,20 @@ def test_keys_are_in_the_order_of_the_template() -> None:
     assert isinstance(found, ToolCall) and list(found.arguments) == ["a", "a b", "b", "C"]
 
 
+@pytest.mark.parametrize("required", [[], ["n9"], ["n0", "n29"]])
+def test_many_optional_properties(required: list[str]) -> None:
+    known = tokenizer()
+    schema = {"type": "object", "properties": {f"n{i}": {"enum": ["a", "b"]} for i in range(30)},
+              "required": required}  # fmt: skip
+    automaton = automaton_for(calls(("f", schema), max_calls=1), known, [EOS])
+    written = sorted(f"n{i}" for i in range(30))
+    for kept in (written, written[::7], ["n9"], []):
+        arguments = ",".join(f"{name}:{QUOTE}b{QUOTE}" for name in kept)
+        is_valid = set(required) <= set(kept)
+        assert accepts(automaton, known, f"<|tool_call>call:f{{{arguments}}}<tool_call|>") == is_valid, kept
+    assert not accepts(automaton, known, f"<|tool_call>call:f{{,n9:{QUOTE}b{QUOTE}}}<tool_call|>")
+
+
 NOTHING = {"type": "object", "properties": {"a": False}, "required": ["a"]}
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from pydiffusion import DiffusionModel, GenerationOptions
 from pydiffusion.constrained import Automaton, expression_of
 from pydiffusion.constrained.byte_dfa import ByteDfa
 from pydiffusion.constrained.grammar import parse_grammar
-from pydiffusion.constrained.grammar_dfa import grammar_dfa
+from pydiffusion.constrained.grammar_dfa import _compile, grammar_dfa
 from pydiffusion.tokenizer import Tokenizer
 
 
+@cache
 def machine_of(text: str) -> ByteDfa:
     return grammar_dfa(parse_grammar(text))
 
@@ -46,7 +48,7 @@ def test_both_agree_on_texts_with_a_mistake(name: str) -> None:
     grammar, members, _ = GRAMMARS[name]
     machine, rng = machine_of(grammar), random.Random(name)
     n_members = 0
-    for _ in range(150):
+    for _ in range(80):
         text = list(rng.choice(members) or "x")
         for _ in range(rng.randint(1, 2)):
             i, j = rng.randrange(len(text)), rng.randrange(len(text))
@@ -54,15 +56,15 @@ def test_both_agree_on_texts_with_a_mistake(name: str) -> None:
         mutant = "".join(text)
         assert accepts(machine, mutant) == matches(grammar, mutant), mutant
         n_members += accepts(machine, mutant)
-    assert 0 < n_members < 150
+    assert 0 < n_members < 80
 
 
 @pytest.mark.parametrize("name", GRAMMARS)
 def test_texts_of_the_automaton_are_members(name: str) -> None:
     grammar = GRAMMARS[name][0]
     machine, rng = machine_of(grammar), random.Random(1)
-    for _ in range(15):
-        text = random_text(machine, rng, 40)
+    for _ in range(6):
+        text = random_text(machine, rng, 30)
         assert matches(grammar, text), text
 
 
@@ -70,7 +72,7 @@ def test_texts_of_the_automaton_are_members(name: str) -> None:
 def test_random_distributions_give_members(name: str) -> None:
     grammar, tokenizer = GRAMMARS[name][0], Tokenizer(metadata())
     automaton = Automaton(expression_of(GenerationOptions(grammar=grammar)), tokenizer)
-    for seed in range(3):
+    for seed in range(2):
         budget = int(automaton.tokens_left[0]) + 30 * seed
         text = write(automaton, tokenizer, 32, budget, np.random.default_rng(seed))
         assert matches(grammar, text), text
@@ -79,6 +81,7 @@ def test_random_distributions_give_members(name: str) -> None:
 @pytest.mark.parametrize(
     ("grammar", "members", "others"),
     [
+        (' root ::= "[" [0-9]+ ", \\"" [a-z]+ "\\"]" ', ('[8, "eight"]',), ("[8]",)),
         ('root ::= "a"{2,3} | "bc"{2} | [x]{2,}', ("aa", "aaa", "bcbc", "xxxx"), ("a", "aaaa", "bc", "x")),
         (r'root ::= "\x41\u00e9\U0001F600\"\\\[\]\t"', ('Aé\U0001f600"\\[]\t',), ("A",)),
         ("root ::= [a-c-] [^a-c]", ("-d", "bé", "a\n"), ("dd", "aa")),
@@ -101,6 +104,33 @@ def test_what_the_format_has(grammar: str, members: tuple[str, ...], others: tup
     for text in (*members, *others):
         assert accepts(machine, text) == (text in members), text
         assert matches(grammar, text) == (text in members), text
+
+
+def test_long_repetitions_are_counted_beside_the_states() -> None:
+    """As clients convert a string with maxLength 2000, which llama.cpp itself refused for a while."""
+    grammar = r"""
+root ::= "{" space "\"text\"" space ":" space string "}" space
+char ::= [^"\\\x7F\x00-\x1F] | [\\] (["\\bfnrt] | "u" [0-9a-fA-F]{4})
+space ::= | " " | "\n"{1,2} [ \t]{0,20}
+string ::= "\"" char{0,2000} "\"" space
+"""
+    machine = machine_of(grammar)
+    assert machine.limits.max() == 2000 and len(machine.accepting) < 200
+    assert accepts(machine, '{"text": "a\\n\\u00e9é"}') and not accepts(machine, '{"text": "a}')
+
+
+def test_counted_repetitions_stay_within_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammar = 'root ::= "<" pair{2,40} ">" ("." [a-zé]{0,30} ";")+\npair ::= "ab" | "c" [0-9]{1,2}'
+    exact = machine_of(grammar)
+    assert not exact.limits.any()
+    counted = _compile(parse_grammar(grammar), counts=True)
+    assert set(counted.limits.tolist()) == {0, 38, 30} and len(counted.accepting) < len(exact.accepting) / 5
+    monkeypatch.setattr("pydiffusion.constrained.token_automaton.grammar_dfa", lambda _: counted)
+    automaton, tokenizer = Automaton(parse_grammar(grammar), Tokenizer(metadata())), Tokenizer(metadata())
+    for seed in range(0, 12, 2):
+        budget = int(automaton.tokens_left[0]) + 15 * seed
+        text = write(automaton, tokenizer, 16, budget, np.random.default_rng(seed))
+        assert matches(grammar, text) and accepts(exact, text), text
 
 
 def test_recursion_is_expanded_to_a_depth() -> None:
@@ -136,7 +166,7 @@ def test_recursion_is_expanded_to_a_depth() -> None:
         ('root ::= root "a" | "b"', "the rule 'root' is left-recursive.*repetition"),
         ('root ::= a\na ::= "x"? b\nb ::= a "y" | "z"', "the rule 'a' is left-recursive"),
         ('root ::= "a" root', "recursion has no end"),
-        ('root ::= ("a" [b-c]){9000}', "too large"),
+        ('root ::= (("a" | "b"){9000} "c"){9000}', "too large"),
         ('{"type": "object"}', "line 1, column 1: expected the name of a rule, not '{'"),
         ("%llguidance {}\nstart: /a/", "line 1, column 1: expected the name of a rule"),
     ],

@@ -93,6 +93,7 @@ def test_token_ids_of_any_kind_are_right(name: str, prompt: Any) -> None:
     assert n_prompt == len(IDS)
 
 
+@pytest.mark.slow  # importing torch takes seconds
 def test_tensors() -> None:
     torch = pytest.importorskip("torch", reason="NOT CHECKED: prompts that are tensors")
     assert MODEL.generate(torch.tensor(IDS), seed=1).n_prompt == len(IDS)

@@ -71,7 +71,7 @@ def _of_object(call: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     if isinstance(inner, dict):
         call = inner
     name = call.get("name", inner)
-    given = next((call[key] for key in _ARGUMENTS if key in call), {})
+    given: Any = next((call[key] for key in _ARGUMENTS if key in call), {})
     if isinstance(given, str):  # JSON within JSON
         given = _LenientReader(given, given.index("{")).mapping(depth=0) if given.strip() else {}
     if not isinstance(name, str) or not re.fullmatch(NAME, name) or not isinstance(given, dict):

@@ -36,7 +36,7 @@ _OWN_ID = re.compile(r"batch_req_(\d+)_([0-9a-f]{8})")
 _NO_LIMIT = -1  # as in a chat, where the endpoint's own would be 256 tokens
 # Fields of which a line's own keeps the defaults of the others away.
 _ONE_OF = (
-    {"response_format", "regex", "grammar"},
+    {"response_format", "json_schema", "regex", "grammar"},
     {"max_tokens", "max_completion_tokens"},
     {"temperature", "t_min", "t_max"},
 )
@@ -199,7 +199,8 @@ class _Jobs:
         own = {name: value for name, value in present.items() if name in _LIBRARY_ONLY}
         given = {name: value for name, value in present.items() if name not in _LIBRARY_ONLY}
         url, body = self._short_request(given)
-        prepared = self._prepared(url, body, line.number, {"max_tokens": _NO_LIMIT})
+        base = {} if "suffix" in body else {"max_tokens": _NO_LIMIT}
+        prepared = self._prepared(url, body, line.number, base)
         return replace(prepared, runs=[self._with_options(run, own) for run in prepared.runs])
 
     def _prepared(self, url: str, body: Json, number: int, base: Json | None = None) -> Prepared:
