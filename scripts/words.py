@@ -79,6 +79,7 @@ RULES = (
             ("native/backend/cpu/*", r"column 4 q|column c is", "of a matrix"),
             ("native/bindings/sampler.cpp", r"logits has 0 columns", "of an array"),
             ("native/quantization/*", r"", "of a weight's matrix, by importance"),
+            ("pydiffusion/constrained/grammar.py", r"line and column|column\b", "of a text"),
             ("pydiffusion/testing/synthetic.py", r"n_columns", "of a weight's matrix"),
             ("pydiffusion/cli/*", r"", "of text and of tables"),
             ("pydiffusion/server/static/page.css", r"flex-direction", "of a page"),

@@ -353,7 +353,7 @@ def deterministic(nfa: Nfa, start: int, end: int, limit: int | None = None) -> B
     for state, row in enumerate(rows):
         for first, behind, next_state in row:
             table[state, first:behind] = next_state
-    accepting, limits, counts = (np.array(column) for column in zip(*kinds, strict=True))
+    accepting, limits, counts = map(np.array, zip(*kinds, strict=True))
     return ByteDfa(table, accepting, limits, counts)
 
 

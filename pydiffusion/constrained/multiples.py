@@ -20,7 +20,7 @@ _SYMBOLS = "0123456789.-"
 
 
 def condition(multiple: Decimal) -> str:
-    """Expression that stands before a number's, in one group: the number is a multiple of this one.
+    """Expression to put before a number's, in one group: the number is a multiple of this one.
 
     To Python's re it holds for any text; ``byte_dfa`` knows it by its end, which no other expression has.
     """
@@ -87,7 +87,7 @@ def _minimal(after: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, np.n
     labels = accepting.astype(np.int64)
     n_labels = 0
     while True:
-        _, labels = np.unique(np.column_stack([labels, labels[after]]), axis=0, return_inverse=True)
+        _, labels = np.unique(np.hstack([labels[:, None], labels[after]]), axis=0, return_inverse=True)
         labels = labels.reshape(-1)
         if labels.max() + 1 == n_labels:
             break

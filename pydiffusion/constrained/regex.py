@@ -85,7 +85,7 @@ def choice(pieces: Sequence[Piece]) -> Piece:
 
 
 def all_of(pieces: Sequence[Piece], behind: Piece) -> Piece:
-    """What all of the pieces match. behind: a character that follows in every text."""
+    """Expression for texts that all of the pieces match. behind: a character that follows in every one."""
     if any(piece is NOTHING for piece in pieces):
         return NOTHING
     *conditions, last = pieces

@@ -80,7 +80,7 @@ class Automaton:
         return self._counter is not None
 
     def counts(self, token: int) -> Counts:
-        """What a token's transitions count; only if ``is_counting``."""
+        """Counts of a token's transitions; only if ``is_counting``."""
         assert self._counter is not None
         found = self._counts.get(token)
         if found is None:
@@ -100,7 +100,7 @@ class Automaton:
         if found is None:
             sources, targets = self.moves(token)
             counts = self.counts(token) if self.is_counting else ()
-            key = tuple(column.tobytes() for column in (sources, targets, *counts))
+            key = tuple(values.tobytes() for values in (sources, targets, *counts))
             with self._lock:  # sessions in several threads share an automaton: no number for two classes
                 found = self._moves_to_kind.setdefault(key, len(self._moves_to_kind))
             self._kinds[token] = found

@@ -10,5 +10,5 @@ def check_constraint(options: GenerationOptions) -> None:
     """Raise OptionError if the options' constraint is invalid or not supported. What depends on a vocabulary
     or a budget shows only with a model.
     """
-    if options.regex is not None or options.json_schema is not None:
+    if options.is_structured and options.function_calls is None:
         expression_of(options)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +77,7 @@ def test_conversations_are_saved_and_gone_on_with(model: str, tmp_path: Path) ->
     assert conversations(tmp_path) == [["yo", "more"], ["hi", "x"]], seen
 
 
+@pytest.mark.slow
 def test_what_is_not_saved(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     typed = [("> ", "hi\n"), (ANSWERED, ""), ("> ", "/bye\n")]
     seen, _ = chat(model, tmp_path, typed, "--no-save")
@@ -94,14 +93,3 @@ def test_nothing_to_go_on_with(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert main(["chat", "-m", model, "--continue"]) == 1
     assert "no saved conversation" in capsys.readouterr().err
-
-
-def test_a_terminal_for_questions_but_not_for_answers(model: str, tmp_path: Path) -> None:
-    """Pipes are not saved."""
-    import subprocess
-
-    done = subprocess.run(
-        [sys.executable, "-m", "pydiffusion", "chat", "-m", model, "-n", "4", "--steps", "1"], input=b"hi\n",
-        env={**os.environ, "XDG_STATE_HOME": str(tmp_path)}, capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and list(tmp_path.iterdir()) == []

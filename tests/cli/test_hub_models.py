@@ -145,6 +145,7 @@ def test_private_repos_revisions_and_pages(run: Run) -> None:
         assert code == 0 and out.strip().endswith("tiny-Q8_0.gguf"), err
 
 
+@pytest.mark.slow
 def test_a_repo_without_a_model_and_where_a_quantized_one_is_written(
     run: Run, hub: Hub, tmp_path: Path
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pydiffusion import PyDiffusionError
+from pydiffusion.cli import main
 from pydiffusion.cli._input import decode, read_schema
 
 PYDIFFUSION = f"{sys.executable} -m pydiffusion"
@@ -51,22 +52,24 @@ def test_a_schema_is_a_text_or_a_file(tmp_path: Path) -> None:
     assert read_schema(' \n{"a": 1}') == ' \n{"a": 1}'
 
 
-def test_a_marked_prompt_and_a_marked_chat(model: str) -> None:
-    options = f"-m {model} -n 4 --steps 1 -s 1 -t 1"
+def test_a_marked_prompt_and_a_marked_chat(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
 
-    def run(text: bytes) -> dict[str, object]:
-        done = shell(f"{PYDIFFUSION} generate {options} -p - --json", text)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout) | {"timings": None}
+    def run(command: str, text: bytes) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+        code = main([command, "-m", model, "-n", "4", "--steps", "1", "-s", "1", "-t", "1"])
+        return code, *capsys.readouterr()
 
-    assert run(b"\xef\xbb\xbfhi") == run(b"hi")
-    chat = f"{PYDIFFUSION} chat {options}"
-    alone = shell(chat, b"hi\n")
-    bad = shell(chat, b"\xef\xbb\xbfhi\n\xff\n/clear\nhi\n")
-    assert bad.returncode == 0 and bad.stdout == alone.stdout * 2
-    assert bad.stderr.count(b"left out") >= 1
-    utf16 = shell(chat, "hi\nyo\n".encode("utf-16"))
-    assert utf16.returncode == 1 and b"UTF-16" in utf16.stderr and utf16.stdout == b""
+    marked, plain = run("generate", b"\xef\xbb\xbfhi"), run("generate", b"hi")
+    assert marked[:2] == plain[:2] and plain[0] == 0
+    alone = run("chat", b"hi\n")
+    code, out, err = run("chat", b"\xef\xbb\xbfhi\n\xff\n/clear\nhi\n")
+    assert (code, out) == (0, alone[1] * 2) and err.count("left out") == 1
+    code, out, err = run("chat", "hi\nyo\n".encode("utf-16"))
+    assert (code, out) == (1, "") and "UTF-16" in err
+    assert list(tmp_path.iterdir()) == [], "chats in a pipe are not saved"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="NOT CHECKED: a full output; no /dev/full")
@@ -88,11 +91,8 @@ def test_closed_and_full_streams(model: str, tmp_path: Path) -> None:
 
 def test_closed_stderr_and_readers_that_leave(model: str) -> None:
     """openvax/mhctools#387, diazoxide/charter#60: also when both streams go to the reader that leaves."""
-    command = f"{PYDIFFUSION} generate -m {model} -p hi -n 4 --steps 1 -s 1 -t 1"
-    normal, closed = shell(command), shell(f"{command} 2>&-")
-    assert closed.returncode == 0 and normal.stderr
-    assert closed.stdout == normal.stdout, "what belongs to stderr is not on stdout"
-    for pipe in ("| head -n 1", "2>&1 | head -n 1"):
-        done = shell(f"set -o pipefail; {PYDIFFUSION} inspect {model} --arrays --tensors {pipe}")
-        assert done.returncode in (0, 1), "0 if all fitted into the pipe"
-        assert done.stdout.count(b"\n") == 1 and done.stderr == b""
+    closed = shell(f"{PYDIFFUSION} generate -m {model} -p hi -n 4 --steps 1 -s 1 -t 1 2>&-")
+    assert closed.returncode == 0 and b"loaded" not in closed.stdout, "stderr does not end up on stdout"
+    done = shell(f"set -o pipefail; {PYDIFFUSION} inspect {model} --arrays --tensors 2>&1 | head -n 1")
+    assert done.returncode in (0, 1), "0 if all fitted into the pipe"
+    assert done.stdout.count(b"\n") == 1 and done.stderr == b""

@@ -21,8 +21,8 @@ from support.grammars import GRAMMARS
 from pydiffusion.constrained.grammar import parse_grammar
 from pydiffusion.constrained.grammar_dfa import grammar_dfa
 
-# llguidance splits a text into the longest lexemes first: where a rule's spaces take the line feed that the next
-# one needs, it refuses texts of the grammar (a documented difference from llama.cpp).
+# llguidance splits a text into the longest lexemes first: where a rule's spaces take the line feed that the
+# next one needs, it refuses texts of the grammar (a documented difference from llama.cpp).
 LEXED = ("arithmetic",)
 TOKENIZER = LLTokenizer("byte")
 

@@ -69,8 +69,8 @@ statement ::=
     ( "while" "(" condition ")" "{" statement* "}" ) |
     ( "//" [^\n]* "\n" )
 condition ::= sum ("<=" | "<" | "==" | "!=") sum
-sum ::= product (("+" | "-") product)*
-product ::= factor (("*" | "/") factor)*
+sum ::= term (("+" | "-") term)*
+term ::= factor (("*" | "/") factor)*
 factor ::= name | [0-9]+ | "(" sum ")"
 ws ::= ([ \t\n]+)
 """

@@ -29,8 +29,8 @@ def program(*arguments: str) -> list[str]:
 def on_terminal(
     arguments: Sequence[str], typed: Sequence[tuple[str, str]] = (), env: dict[str, str] | None = None
 ) -> tuple[str, int]:
-    """Run on a pseudo-terminal; ``typed`` are pairs of what to wait for, after what the last pair waited for, and what
-    to type then.
+    """Run on a pseudo-terminal; ``typed`` are pairs of what to wait for, after what the last pair waited for,
+    and what to type then.
 
     A Ctrl-C that should end the program is typed again every second, as a person would: Python's prompt
     notices one that comes in the moment before it waits for keys only at the next key. Not once the program

@@ -19,7 +19,7 @@ import numpy as np
 import pydantic
 import pytest
 from support.automata import accepts, random_text, write
-from support.server_fakes import metadata
+from support.server_fakes import ScriptedModel, metadata
 
 from pydiffusion import GenerationOptions, PyDiffusionWarning
 from pydiffusion.constrained import Automaton, automaton_for, expression_of, unenforced_by
@@ -165,7 +165,7 @@ def test_keywords(schema: Any, permitted: list[Any], refused: list[Any]) -> None
 def test_what_is_not_enforced_is_said(schema: Any, unenforced: tuple[str, ...]) -> None:
     options = GenerationOptions(json_schema=schema, eos=[1])
     assert unenforced_by(options) == unenforced
-    model = ScriptedModel(lambda prompt, i: [], 1, 0)
+    model = ScriptedModel(lambda prompt, i: [])
     with pytest.warns(PyDiffusionWarning, match=re.escape("; ".join(unenforced))):
         model.automaton(options)
     with warnings.catch_warnings():
