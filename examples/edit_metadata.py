@@ -4,7 +4,7 @@
     python examples/edit_metadata.py model.gguf --chat-template template.jinja
     python examples/edit_metadata.py model.gguf --chat-template diffusion-gemma
     python examples/edit_metadata.py model.gguf --set diffusion.eb_max_steps=32 --set diffusion.eb_t_max=0.7
-    python examples/edit_metadata.py model.gguf --remove general.url -o other.gguf
+    python examples/edit_metadata.py model.gguf --remove general.name -o other.gguf
 
 A value keeps its key's type. The file is replaced atomically by a verified new one, or left unchanged on
 errors.

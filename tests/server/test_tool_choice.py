@@ -4,9 +4,7 @@ model; requests as the documentation of known clients shows them.
 
 from __future__ import annotations
 
-import ast
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +13,6 @@ import jsonschema
 import openai
 import pytest
 from openai.types.chat import ChatCompletion
-from support.paths import REPOSITORY
 from support.server_fakes import ask, events, serving
 
 from pydiffusion import DiffusionModel, OptionError
@@ -255,14 +252,6 @@ def test_the_official_client_parses_a_forced_call(url: str) -> None:
     )  # type: ignore[arg-type]  # fmt: skip
     (call,) = answer.choices[0].message.tool_calls or []
     jsonschema.validate(call.function.parsed_arguments, PERSON)
-
-
-def test_the_example_of_the_page(model: DiffusionModel, capsys: pytest.CaptureFixture[str]) -> None:
-    page = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
-    exec(compile(example, "docs/api.md", "exec"), {"model": model})
-    function = ast.literal_eval(capsys.readouterr().out)
-    assert function["name"] == "weather" and set(json.loads(function["arguments"])) == {"city", "days"}
 
 
 NO_ARGUMENTS = (

@@ -150,7 +150,7 @@ def unknown_options(command: str, application: Any) -> str:
     words = shlex.split(command)[1:]
     if not words or words[0].startswith("-"):
         return _parsed(group, words)
-    if words[0] == "COMMAND":
+    if words[0] == "COMMAND" or words[0].startswith("llama-"):  # whose flags are translated when it runs
         return ""
     found = group.commands.get(words[0])
     return _parsed(found, words[1:]) if found else f"there is no command {words[0]!r}"

@@ -27,7 +27,7 @@ _SHIM = """#!{python} -IS
 import json, os, socket, sys
 arguments = sys.argv[1:]
 request = {{"kind": "command", "folder": os.getcwd(), "environment": dict(os.environ)}}
-if arguments[:1] == ["serve"] and not {{"-h", "--help"}} & set(arguments):
+if arguments[:1] in (["serve"], ["llama-server"]) and not {{"-h", "--help"}} & set(arguments):
     ports = json.loads(os.environ["DOC_PORTS"])
     asked = "8080"
     if "--port" in arguments:
@@ -45,7 +45,7 @@ _URL = re.compile(r"\b(127\.0\.0\.1|localhost|0\.0\.0\.0):(\d{4,5})\b")
 _GGUF = re.compile(r"(?<![\w/.-])[\w-]+(?:\.imatrix)?\.gguf\b")
 _OUTPUT = re.compile(r"(?:-o|--output|--outfile|>)\s+(\S+)")
 _TYPE = re.compile(r"(?<![a-z0-9])(f32|f16|bf16|q8_0|q6_k|q5_k_m|q4_k_m|iq4_xs)(?![a-z0-9])")
-_SECONDS = 300
+_SECONDS = 900
 _TEXTS: dict[str, str] = {
     "text.txt": "The river runs to the sea. It rains in the hills, and the river rises.\n\n" * 20,
     "prompts.txt": "sort: b a c\nreverse: abc\nadd: 12 + 30\n",
@@ -75,10 +75,7 @@ class Files:
         return self._parts(model, int(split[1])) if split else [model]
 
     def _imatrix(self, path: Path) -> None:
-        text = _TEXTS["text.txt"].encode()
-        source = path.with_suffix(".txt")
-        source.write_bytes(text)
-        collect_imatrix(self.gguf("model-bf16.gguf")[0], source, path)
+        collect_imatrix(self.gguf("model-bf16.gguf")[0], _TEXTS["text.txt"], path)
 
     def _once(self, name: str, make: Callable[[Path], object]) -> Path:
         path = self.folder / name
@@ -109,7 +106,7 @@ class Worker:
 @contextmanager
 def worker(folder: Path) -> Iterator[Worker]:
     """Start the worker, and a stand-in of the Hugging Face hub with the demo checkpoint under every name."""
-    hub = _Hub(checkpoint_path())
+    hub = _Hub(_hub_folder(folder / "on-the-hub"))
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     short = Path(tempfile.mkdtemp(prefix="docs-"))  # a socket's path has at most 107 characters
     environment = {
@@ -138,6 +135,15 @@ def worker(folder: Path) -> Iterator[Worker]:
         hub.shutdown()
         hub.server_close()
         shutil.rmtree(short)
+
+
+def _hub_folder(folder: Path) -> Path:
+    """The demo checkpoint, and a GGUF of it beside."""
+    folder.mkdir()
+    for file in checkpoint_path().iterdir():
+        (folder / file.name).symlink_to(file)
+    convert(checkpoint_path(), folder / "demo-q8_0.gguf", "q8_0")
+    return folder
 
 
 class _AnyName(hub_server._Handler):
@@ -208,7 +214,10 @@ class Reader:
     def _serve_if_needed(self, port: str, text: str) -> None:
         """A page may speak to a server without saying how to start one."""
         with socket.socket() as probe:
-            if "pydiffusion serve" in text or probe.connect_ex(("127.0.0.1", int(port))) == 0:
+            if (
+                re.search(r"pydiffusion (serve|llama-server)", text)
+                or probe.connect_ex(("127.0.0.1", int(port))) == 0
+            ):
                 return
         shown = next(key for key, value in self._ports.items() if value == int(port))
         if not (self.folder / "model.gguf").exists():
