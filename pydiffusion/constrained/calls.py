@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from pydiffusion.errors import FunctionError, OptionError
 
 from .regex import Piece, literal
-from .schema import LONGEST_IN_STATES, SchemaError, compile_schema, resolved
+from .schema import LONGEST_IN_STATES, compile_schema
+from .schema_parts import SchemaError, resolved
 from .syntax import JSON, TEXT_CHARACTER, call_arguments, marker
 
 if TYPE_CHECKING:

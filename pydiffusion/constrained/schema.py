@@ -7,24 +7,33 @@ property), never more. Keywords that can't be enforced are rejected, or listed a
 from __future__ import annotations
 
 import functools
-import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from itertools import combinations
 from typing import Any
 
-from pydiffusion.errors import OptionError
-
 from .byte_dfa import byte_dfa, restricted
 from .formats import ANY_VALUE, FORMATS
 from .keywords import COMBINING, TYPE_TO_KEYWORDS, constraints_of
+from .lists import anything, members_of, separated
 from .merging import merge
 from .multiples import condition, multiple_table
 from .number_ranges import integer_between, number_between
 from .regex import NOTHING, Oversized, Piece, Unsatisfiable, all_of, choice, sequence
+from .schema_parts import (
+    SchemaError,
+    bounds,
+    is_of_type,
+    matching,
+    resolved,
+    schema_error,
+    strings,
+    values_of,
+    with_dependent,
+    with_exclusive_numbers,
+)
 from .syntax import JSON, Syntax
 from .unique_items import finite_values, unique_items
 
@@ -34,7 +43,6 @@ _OPEN_DEPTH = 1
 _MAX_DEPTH = 32
 _MAX_WITHIN_ITSELF = 6
 _MAX_WEIGHT_WITHIN_ITSELF = 600
-_OPEN_ITEMS: int | None = None
 # Longer strings are counted beside the states; with a pattern or format, whose states multiply, shorter ones.
 LONGEST_IN_STATES = 1000
 _LONGEST_WITH_PATTERN = 64
@@ -42,15 +50,6 @@ SHORTEST_COUNTED = 16
 # The limit of browsers, which those state who mean http and https (pydantic's HttpUrl), not any URI.
 _LONGEST_WEB_ADDRESS = 2083
 _LOWEST = -(10**15)
-
-
-class SchemaError(OptionError):
-    """A schema that is unsupported or unsatisfiable; the message says where."""
-
-    @property
-    def what(self) -> str:
-        """The message without the option's name."""
-        return str(self).removeprefix("json_schema").lstrip(",: ")
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def _compile(schema: Mapping[str, Any] | bool, syntax: Syntax, longest: int) -> 
             break
         found, unenforced = piece, tuple(compiler.unenforced)
     if found is NOTHING:
-        raise _error("", "it is recursive, and no text of finite depth satisfies it")
+        raise schema_error("", "it is recursive, and no text of finite depth satisfies it")
     return Compiled(found, unenforced)
 
 
@@ -133,23 +132,23 @@ class _Compiler:
         except SchemaError:
             raise
         except Unsatisfiable as error:
-            self.unsatisfied.append(_error(where, str(error)))
+            self.unsatisfied.append(schema_error(where, str(error)))
             return NOTHING
         except ValueError as error:
-            raise _error(where, str(error)) from error
+            raise schema_error(where, str(error)) from error
         # a keyword whose value has the wrong type
         except (TypeError, AttributeError, OverflowError) as error:
-            raise _error(where, f"it is not a valid JSON schema ({error})") from None
+            raise schema_error(where, f"it is not a valid JSON schema ({error})") from None
 
     def _value(self, schema: Any, where: str, refs: tuple[str, ...]) -> Piece:
         if where.count("/") > 2 * _MAX_DEPTH or len(refs) > _MAX_DEPTH:
-            raise _error(where, "it is nested too deeply")
+            raise schema_error(where, "it is nested too deeply")
         if schema is True or schema == {}:
-            return _anything(_OPEN_DEPTH, self._syntax)
+            return anything(_OPEN_DEPTH, self._syntax)
         if schema is False:
             raise Unsatisfiable("nothing satisfies false")
         if not isinstance(schema, Mapping):
-            raise _error(where, f"{schema!r} is not a schema")
+            raise schema_error(where, f"{schema!r} is not a schema")
         keywords = constraints_of(schema)
         if schema.get("nullable") is True:  # OpenAPI's
             plain = {name: value for name, value in schema.items() if name != "nullable"}
@@ -161,14 +160,14 @@ class _Compiler:
         if kinds is None:
             kinds = [kind for kind, names in TYPE_TO_KEYWORDS.items() if keywords & set(names)][:1]
             if not kinds:
-                return _anything(_OPEN_DEPTH, self._syntax)
+                return anything(_OPEN_DEPTH, self._syntax)
         kinds = [kinds] if isinstance(kinds, str) else kinds
         if not isinstance(kinds, Sequence) or not kinds:
-            raise _error(where, f"the type {kinds!r} is invalid")
+            raise schema_error(where, f"the type {kinds!r} is invalid")
         pieces = []
         for kind in kinds:
             if kind not in self._type_to_rule:
-                raise _error(where, f"the type {kind!r} is invalid")
+                raise schema_error(where, f"the type {kind!r} is invalid")
             rule, typed = self._type_to_rule[kind], {**schema, "type": kind}
             pieces.append(self._or_nothing(where, functools.partial(rule, typed, where, refs)))
         return pieces[0] if len(pieces) == 1 else choice(pieces)
@@ -184,7 +183,7 @@ class _Compiler:
             return self.value(self._resolved(given, where), where, (*refs, given))
         is_list = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
         if name in ("anyOf", "oneOf", "allOf") and not is_list:
-            raise _error(where, f"{name!r} must be an array of schemas")
+            raise schema_error(where, f"{name!r} must be an array of schemas")
         if "$ref" in keywords or ("allOf" in keywords and (len(keywords) > 1 or len(given) > 1)):
             parts, refs = self._parts(schema, where, refs)
             return NOTHING if parts is None else self.value(merge(parts), where, refs)
@@ -209,7 +208,7 @@ class _Compiler:
         if schema is False:
             raise Unsatisfiable("nothing satisfies false")
         if not isinstance(schema, Mapping) or len(refs) > _MAX_DEPTH:
-            raise _error(where, f"{schema!r} is not a schema"[:200])
+            raise schema_error(where, f"{schema!r} is not a schema"[:200])
         keywords = constraints_of(schema)
         found: list[Mapping[str, Any]] = [
             {each: schema[each] for each in keywords - {"$ref", "allOf", "nullable"}}
@@ -237,11 +236,11 @@ class _Compiler:
     ) -> Piece:
         values = schema["enum"] if name == "enum" else [schema["const"]]
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-            raise _error(where, "'enum' must be an array of at least one value")
+            raise schema_error(where, "'enum' must be an array of at least one value")
         kinds = schema.get("type")
         if kinds is not None:
             kinds = [kinds] if isinstance(kinds, str) else kinds
-            values = [value for value in values if any(_is_of_type(value, kind) for kind in kinds)]
+            values = [value for value in values if any(is_of_type(value, kind) for kind in kinds)]
             if not values:
                 raise Unsatisfiable("none of the values is of the type: nothing satisfies it")
         pieces = [self._syntax.value(value) for value in values]
@@ -263,18 +262,18 @@ class _Compiler:
         parts = [self._parts(branch, where, refs)[0] for branch in branches]
         for a, b in combinations([merge(each) for each in parts if each is not None], 2):
             if not self._are_disjoint(a, b):
-                raise _error(where, "'oneOf' of schemas that may overlap is not supported: use 'anyOf'")
+                raise schema_error(where, "'oneOf' of schemas that may overlap is not supported: use 'anyOf'")
 
     def _are_disjoint(self, a: Any, b: Any) -> bool:
         if not isinstance(a, Mapping) or not isinstance(b, Mapping):
             return False
-        values = [_values_of(schema) for schema in (a, b)]
+        values = [values_of(schema) for schema in (a, b)]
         if None not in values:
             return not set(values[0] or ()) & set(values[1] or ())
         if a.get("type") == b.get("type") == "object":
             shared = set(a.get("required", ())) & set(b.get("required", ()))
             pairs = [
-                (_values_of(a.get("properties", {}).get(name)), _values_of(b.get("properties", {}).get(name)))
+                (values_of(a.get("properties", {}).get(name)), values_of(b.get("properties", {}).get(name)))
                 for name in shared
             ]
             return any(x and y and not set(x) & set(y) for x, y in pairs)
@@ -289,19 +288,19 @@ class _Compiler:
         properties = schema.get("properties", {})
         required = schema.get("required", [])
         if not isinstance(properties, Mapping) or not isinstance(required, Sequence):
-            raise _error(where, "'properties' must be an object and 'required' an array")
+            raise schema_error(where, "'properties' must be an object and 'required' an array")
         more = schema.get("additionalProperties", schema.get("unevaluatedProperties", True))
-        low, high = _bounds(schema, "minProperties", "maxProperties", where)
-        properties, required = _with_dependent(schema, properties, required)
+        low, high = bounds(schema, "minProperties", "maxProperties", where)
+        properties, required = with_dependent(schema, properties, required)
         if not properties and not required:
             if low > 1:  # keys might be equal
-                raise _error(where, "'minProperties' of more than 1 is not supported")
+                raise schema_error(where, "'minProperties' of more than 1 is not supported")
             if (more is False and not schema.get("patternProperties")) or high == 0:
                 if low:
                     raise Unsatisfiable("it must have a property and may have none: nothing satisfies it")
                 return Piece(r"\{\}", 2)
             member = self._any_member(schema, more, where, refs)
-            return sequence([Piece(r"\{"), _separated(member, low, high, self._syntax), Piece(r"\}")])
+            return sequence([Piece(r"\{"), separated(member, low, high, self._syntax), Piece(r"\}")])
         named = dict(properties)
         for name in required:
             if name not in named:
@@ -309,20 +308,22 @@ class _Compiler:
                     raise Unsatisfiable(f"the property {name!r} is required but not allowed")
                 named[name] = more
         if low > len(required) or (high is not None and high < len(named)):
-            raise _error(where, "'minProperties' and 'maxProperties' beside 'properties' are not supported")
+            raise schema_error(
+                where, "'minProperties' and 'maxProperties' beside 'properties' are not supported"
+            )
         members = []
         for name in self._syntax.order(named):
-            value = self.value(_matching(schema, name, named[name]), f"{where}/properties/{name}", refs)
+            value = self.value(matching(schema, name, named[name]), f"{where}/properties/{name}", refs)
             member = sequence([self._syntax.key(name), self._syntax.colon, value])
             members.append((member, name in required))
-        return sequence([Piece(r"\{"), _members(members, self._syntax), Piece(r"\}")])
+        return sequence([Piece(r"\{"), members_of(members, self._syntax), Piece(r"\}")])
 
     def _any_member(self, schema: Mapping[str, Any], more: Any, where: str, refs: tuple[str, ...]) -> Piece:
         """A property that the schema doesn't name: one of a pattern, if there are patterns."""
         patterns = schema.get("patternProperties") or {}
         names = schema.get("propertyNames", True)
         if len(patterns) > 1 or (patterns and names is not True):
-            raise _error(
+            raise schema_error(
                 where, "'patternProperties' of several patterns, or with 'propertyNames', is not supported"
             )
         place = "additionalProperties"
@@ -339,7 +340,9 @@ class _Compiler:
         if values is not None:
             return choice([self._syntax.key(value) for value in values if isinstance(value, str)])
         if self._syntax is not JSON:
-            raise _error(where, "names of properties that are not listed are not supported in tool calls")
+            raise schema_error(
+                where, "names of properties that are not listed are not supported in tool calls"
+            )
         return self.value({"allOf": [{"type": "string"}, names]}, where, refs)
 
     def _finite_values(self, schema: Any, where: str) -> list[Any] | None:
@@ -358,7 +361,7 @@ class _Compiler:
         return None
 
     def _array(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Piece:
-        low, high = _bounds(schema, "minItems", "maxItems", where)
+        low, high = bounds(schema, "minItems", "maxItems", where)
         items, of_heads = schema.get("items", True), "prefixItems"
         first = schema.get("prefixItems", [])
         if isinstance(items, Sequence) and not isinstance(items, str):  # as drafts before 2020 have it
@@ -373,18 +376,18 @@ class _Compiler:
         heads = [self.value(each, f"{where}/{of_heads}/{i}", refs) for i, each in enumerate(first)]
         if heads:
             if low > len(heads) or (high is not None and high < len(heads)):
-                raise _error(where, "'minItems' and 'maxItems' beside 'prefixItems' are not supported")
+                raise schema_error(where, "'minItems' and 'maxItems' beside 'prefixItems' are not supported")
             inner = [piece for head in heads for piece in (self._syntax.comma, head)][1:]
             return sequence([Piece(r"\["), *inner, Piece(r"\]")])
         if high == 0:
             return Piece(r"\[\]", 2)
         item = self.value(items, f"{where}/items", refs)
-        return sequence([Piece(r"\["), _separated(item, low, high, self._syntax), Piece(r"\]")])
+        return sequence([Piece(r"\["), separated(item, low, high, self._syntax), Piece(r"\]")])
 
     def _string(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Piece:
-        low, high = _bounds(schema, "minLength", "maxLength", where)
-        conditions = [self._syntax.in_string(each) for each in _strings(schema, "pattern", where)]
-        for name in _strings(schema, "format", where):
+        low, high = bounds(schema, "minLength", "maxLength", where)
+        conditions = [self._syntax.in_string(each) for each in strings(schema, "pattern", where)]
+        for name in strings(schema, "format", where):
             if name == "uri" and high == _LONGEST_WEB_ADDRESS:
                 name = "http-url"
             if name in FORMATS:
@@ -406,20 +409,20 @@ class _Compiler:
         self.unenforced[f"{what}{' at ' + where[1:] if where else ''}"] = None
 
     def _number(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Piece:
-        schema = _with_exclusive_numbers(schema)
+        schema = with_exclusive_numbers(schema)
         for name in TYPE_TO_KEYWORDS["number"]:
             bound = schema.get(name)
             is_number = (
                 isinstance(bound, (int, float)) and not isinstance(bound, bool) and abs(bound) < math.inf
             )
             if name in schema and not is_number:
-                raise _error(where, f"{name!r} must be a finite number")
+                raise schema_error(where, f"{name!r} must be a finite number")
         is_integer = schema["type"] == "integer"
         between = integer_between if is_integer else number_between
         low, multiple = schema.get("minimum"), schema.get("multipleOf", 1)
         is_multiple = multiple != 1 or ("multipleOf" in schema and not is_integer)
         if is_multiple and multiple <= 0:
-            raise _error(where, "'multipleOf' must be above 0")
+            raise schema_error(where, "'multipleOf' must be above 0")
         if is_multiple and low is None:
             low = _LOWEST  # a number with a bound has no exponent
         factor = Decimal(repr(multiple))
@@ -429,152 +432,3 @@ class _Compiler:
             low, schema.get("maximum"), schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
         )
         return Piece(f"({condition(factor)}{text})" if is_multiple else text, 40)
-
-
-def _with_exclusive_numbers(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Without ``exclusiveMinimum: true`` beside ``minimum``, as draft 4 and OpenAPI 3.0 have it."""
-    numbers = dict(schema)
-    for exclusive, inclusive in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-        if isinstance(schema.get(exclusive), bool) and inclusive in schema:
-            del numbers[exclusive]
-            if schema[exclusive]:
-                numbers[exclusive] = numbers.pop(inclusive)
-    return numbers
-
-
-def _strings(schema: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
-    """The keyword's value, or after merging values."""
-    given = schema.get(name, ())
-    values = (given,) if isinstance(given, str) else given
-    if not isinstance(values, tuple) or not all(isinstance(value, str) for value in values):
-        raise _error(where, f"{name!r} must be a string")
-    return values
-
-
-def _with_dependent(
-    schema: Mapping[str, Any], properties: Mapping[str, Any], required: Sequence[str]
-) -> tuple[Mapping[str, Any], Sequence[str]]:
-    """``dependentRequired``: the output is narrower, with both properties or without the one that needs the
-    other.
-    """
-    dependent = schema.get("dependentRequired", {})
-    needed = list(required)
-    for name in needed:  # which grows
-        needed += [other for other in dependent.get(name, ()) if other not in needed]
-    left_out = {name for name, others in dependent.items() if set(others) - set(needed)} - set(needed)
-    return {name: each for name, each in properties.items() if name not in left_out}, needed
-
-
-def _matching(schema: Mapping[str, Any], name: str, each: Any) -> Any:
-    """The schema of a named property, which has to satisfy that of a pattern too."""
-    patterns = schema.get("patternProperties") or {}
-    found = [other for pattern, other in patterns.items() if re.search(pattern, name)]
-    return {"allOf": [each, *found]} if found else each
-
-
-def resolved(root: Any, reference: Any, where: str = "") -> Any:
-    """The schema that a ``$ref`` within another one refers to. Raises SchemaError."""
-    if not isinstance(reference, str) or not reference.startswith("#"):
-        raise _error(where, f"the reference {reference!r} is not supported: only those within the schema")
-    target = root
-    for part in reference[1:].split("/")[1:]:
-        name = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(target, Mapping) and name in target:
-            target = target[name]
-        elif isinstance(target, list) and name.isdigit() and int(name) < len(target):
-            target = target[int(name)]
-        else:
-            raise _error(where, f"the reference {reference!r} does not resolve")
-    return target
-
-
-def _error(where: str, what: str) -> SchemaError:
-    return SchemaError("json_schema", f"json_schema{', at ' + where[1:] if where else ''}: {what}")
-
-
-def _bounds(schema: Mapping[str, Any], low_name: str, high_name: str, where: str) -> tuple[int, int | None]:
-    low, high = schema.get(low_name, 0), schema.get(high_name)
-    for name, value in ((low_name, low), (high_name, high)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise _error(where, f"{name!r} must be an integer of at least 0")
-    if high is not None and low > high:
-        raise Unsatisfiable(f"{low_name!r} is above {high_name!r}: nothing satisfies it")
-    return low, high
-
-
-def _values_of(schema: Any) -> list[str] | None:
-    if not isinstance(schema, Mapping):
-        return None
-    if "const" in schema:
-        return [json.dumps(schema["const"], sort_keys=True)]
-    if "enum" in schema:
-        return [json.dumps(value, sort_keys=True) for value in schema["enum"]]
-    return None
-
-
-def _is_of_type(value: Any, kind: Any) -> bool:
-    if isinstance(value, bool):
-        return kind == "boolean"
-    if isinstance(value, float) and kind == "integer":
-        return value.is_integer()
-    types: dict[Any, Any] = {
-        "string": str, "integer": int, "number": (int, float), "object": dict, "array": list,
-        "null": type(None),
-    }  # fmt: skip
-    return kind in types and isinstance(value, types[kind])
-
-
-def _separated(item: Piece, low: int, high: int | None, syntax: Syntax) -> Piece:
-    """``low`` to ``high`` comma-separated items."""
-    rest = sequence([syntax.comma, item])
-    rest = rest.repeated(max(low - 1, 0), None if high is None else max(high - 1, 0))
-    some = sequence([item, rest])
-    return some if low else some.repeated(0, 1)
-
-
-def _members(members: Sequence[tuple[Piece, bool]], syntax: Syntax) -> Piece:
-    """Comma-separated members in order; those that are not required may be left out."""
-    first = next((i for i, (_, is_required) in enumerate(members) if is_required), None)
-    if first is None:
-        return _some([member for member, _ in members], syntax).repeated(0, 1)
-    before = [sequence([member, syntax.comma]).repeated(0, 1) for member, _ in members[:first]]
-    after = [
-        sequence([syntax.comma, member]).repeated(int(is_required), 1)
-        for member, is_required in members[first + 1 :]
-    ]
-    return sequence([*before, members[first][0], *after])
-
-
-def _some(members: Sequence[Piece], syntax: Syntax) -> Piece:
-    """At least one of the members, comma-separated and in order. In halves, which keeps it small: some of the
-    first and any of the second, or some of the second.
-    """
-    if len(members) < 2:
-        return members[0] if members else Piece("", 0)
-    half = len(members) // 2
-    rest = [sequence([syntax.comma, member]).repeated(0, 1) for member in members[half:]]
-    found = choice([sequence([_some(members[:half], syntax), *rest]), _some(members[half:], syntax)])
-    if found is NOTHING:
-        return NOTHING
-    return replace(found, weight=sum(member.weight for member in members))  # what recurs shares its states
-
-
-def _anything(depth: int, syntax: Syntax) -> Piece:
-    scalar = choice(
-        [
-            syntax.characters(0, None),
-            Piece(number_between(None, None, None, None), 40),
-            Piece("true|false|null", 5),
-        ]
-    )
-    if depth == 0:
-        return scalar
-    inner = _anything(depth - 1, syntax)
-    member = sequence([syntax.any_key, syntax.colon, inner])
-    return choice(
-        [
-            scalar,
-            sequence([Piece(r"\["), _separated(inner, 0, _OPEN_ITEMS, syntax), Piece(r"\]")]),
-            sequence([Piece(r"\{"), _separated(member, 0, _OPEN_ITEMS, syntax), Piece(r"\}")]),
-        ]
-    )

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydiffusion import GenerationOptions, OptionError, ResolvedOptions
-from pydiffusion.constrained.schema import SchemaError
+from pydiffusion.constrained.schema_parts import SchemaError
 
 N_VOCAB = 100
 CANVAS = 32

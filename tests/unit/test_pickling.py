@@ -92,7 +92,7 @@ def test_options_stay_equal(way: str) -> None:
 
 
 def raised(call: Callable[[], Any]) -> BaseException:
-    with pytest.raises(Exception) as caught:  # noqa: PT011: any, they are compared
+    with pytest.raises(Exception) as caught:  # any: they are compared
         call()
     return caught.value
 

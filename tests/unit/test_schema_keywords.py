@@ -129,6 +129,9 @@ def as_of_2020(schema: Any) -> Any:
         ({"type": "object", "patternProperties": {"^n[0-9]$": {"const": None}},
           "additionalProperties": False},
          [{}, {"n1": None}], [{"n": None}, {"n1": 1}]),
+        ({"properties": {"ab": {}, "cb": {"type": "integer"}}, "required": ["ab", "cb"],
+          "patternProperties": {"^a": {"const": 1}, "b$": {"minimum": 1, "maximum": 3}}},
+         [{"ab": 1, "cb": 3}], [{"ab": 2, "cb": 3}, {"ab": 1, "cb": 4}]),
         ({"type": "object", "patternProperties": {"^.{1,4}$": {"const": 1}},  # pydantic/pydantic#11404
           "additionalProperties": {"const": 1}}, [{"abcd": 1}], [{"abcd": 2}]),
         ({"properties": {"a": {"const": 1}, "b": {"const": 2}}, "dependentRequired": {"a": ["b"]},
@@ -171,6 +174,17 @@ def test_what_is_not_enforced_is_said(schema: Any, unenforced: tuple[str, ...]) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.automaton(options)
+
+
+def test_a_pattern_of_names_that_takes_backtracking_for_ever() -> None:
+    """For Python's re, and so for jsonschema, it does."""
+    name = "a" * 60 + "!"
+    schema = {"properties": {name: {"const": 1}}, "required": [name]}
+    machine = byte_dfa(str(expression_of(GenerationOptions(json_schema=schema))))
+    hostile = schema | {"patternProperties": {"^(a+)+$": {"const": 2}}}
+    same = byte_dfa(str(expression_of(GenerationOptions(json_schema=hostile))))
+    assert np.array_equal(machine.table, same.table)
+
 
 
 # Formats
