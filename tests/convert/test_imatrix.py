@@ -303,7 +303,7 @@ def test_a_text_that_is_not_utf8_is_named(
 ) -> None:
     (tmp_path / "text").write_bytes(b"caf\xe9")
     assert main(["imatrix", str(model_path), str(tmp_path / "text"), "-o", str(tmp_path / "out")]) == 1
-    assert f"{tmp_path / 'text'} is not UTF-8 (byte 3): convert it" in capsys.readouterr().err
+    assert f"{tmp_path / 'text'} is not valid UTF-8 at byte 3: convert it" in capsys.readouterr().err
 
 
 def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:

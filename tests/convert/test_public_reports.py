@@ -266,7 +266,7 @@ def test_a_name_with_another_prefix_is_named(tmp_path: Path) -> None:
         convert(folder, tmp_path / "m.gguf", "q8_0")
 
 
-@pytest.mark.parametrize("type", ["UD-Q4_K_XL", "int8", "15", "auto", ""])
+@pytest.mark.parametrize("type", ["UD-Q4_K_XL", "int8", "150", "auto", ""])
 def test_an_unknown_type_lists_the_known_ones(
     type: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
