@@ -66,7 +66,7 @@ class Group(TyperGroup):
     def _guess(self, verb: str) -> str:
         if verb.endswith(".gguf") or "/" in verb or Path(verb).exists():
             return f"with a model, pydiffusion run {verb} chats, pydiffusion run {verb} TEXT answers"
-        near = difflib.get_close_matches(verb.lower(), [*self.commands, *VERBS], 1)
+        near = difflib.get_close_matches(verb.lower(), [*self.commands, *VERBS], 1, 0.75)
         if near:
             meaning = VERBS.get(near[0], near[0])
             return f"did you mean {meaning}?" if meaning in self.commands else meaning

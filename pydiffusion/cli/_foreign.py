@@ -7,6 +7,7 @@ with the reason; nothing is dropped in silence. Names that users of those progra
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Refused:
 
 Meaning = Ours | NoEffect | Refused
 
+_WORD = re.compile("-[A-Za-z][A-Za-z-]+")
 _ON_OFF = ("on", "off", "auto", "0", "1", "true", "false")
 _SAMPLING = Refused(
     "a diffusion sampler draws whole canvases: leave it out; it has --steps, --t-max, --entropy-bound"
@@ -70,12 +72,14 @@ _FLAGS: dict[str, Meaning] = {
     "--api-key-env": Refused("set the key as PYDIFFUSION_API_KEY"),
     "--chat-template-file": Ours("--chat-template"),
     "-no-cnv --no-conversation": Ours("--raw"),
+    "-sysf --system-prompt-file": Refused('the text itself: --system "$(cat FILE)"'),
     "--yes": NoEffect("nothing is asked"),
     # Without effect on a result
     "-fa --flash-attn": NoEffect("attention never materializes its scores", _ON_OFF),
     "-b --batch-size --num-batch -ub --ubatch-size": _FIXED,
     "-tb --threads-batch": NoEffect("prefill and denoising use the same threads: -t", None),
     "--no-mmap --mmap": _MAPPED,
+    "-fit --fit": NoEffect("what does not fit on a GPU stays on the CPU by itself", _ON_OFF),
     "--mlock": NoEffect("pages are not locked; a memory limit of the system does that"),
     "--color -co": NoEffect("a terminal gets colours by itself, unless NO_COLOR is set", _ON_OFF),
     "--no-warmup --warmup": NoEffect("the first request is as fast as later ones"),
@@ -137,6 +141,14 @@ _FLAGS: dict[str, Meaning] = {
 }  # fmt: skip
 # What a flag means for one command only.
 _OF_COMMAND: dict[str, dict[str, Meaning]] = {
+    "run": {
+        "-i --interactive --interactive-first -cnv --conversation -ins --instruct": NoEffect(
+            "without a prompt it is a conversation"
+        ),
+        "--raw -no-cnv --no-conversation": Refused(
+            "a raw prompt: pydiffusion generate --raw -p TEXT", has_value=False
+        ),
+    },
     "generate": {
         "-i --interactive --interactive-first -cnv --conversation -ins --instruct": _CONVERSATION,
     },
@@ -240,6 +252,8 @@ VERBS: dict[str, str] = {
     "llama-mtmd-cli": "images are not read yet",
     "llama-tts": "a text model; there is no speech",
     "finetune": "training is not supported",
+    "ollama": "its verbs are commands here: pydiffusion run, pull, list, show",
+    "vllm": "its server is pydiffusion serve -m MODEL",
     "update": "pip install --upgrade updates it",
 }  # fmt: skip
 
@@ -274,6 +288,8 @@ def translate(command: str, args: Sequence[str], own: Mapping[str, bool]) -> Tra
             done.args += _next(rest) if own[name] and not equals else []
         elif (same := name if name in table else _respelled(name, own, table)) is not None:
             _apply(table.get(same, Ours(same)), name, values, rest, own, done)
+        elif _WORD.fullmatch(arg):  # which would be read as -c with the value nv
+            done.refused.append(f"No such option: {arg}")
         else:
             done.args.append(arg)
     return done

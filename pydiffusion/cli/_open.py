@@ -11,6 +11,7 @@ import typer
 
 from pydiffusion._util.sizes import count, format_size
 
+from ._input import read_schema, read_text_or_stdin
 from ._text import say
 
 if TYPE_CHECKING:
@@ -119,6 +120,19 @@ def model_and_rest(
         if first or text.endswith(".gguf") or Path(text).is_file() or model_reference(text) is not None:
             return Path(words[0]), list(words[1:])
     raise typer.BadParameter("give a model: -m FILE, or -m OWNER/NAME of the Hugging Face Hub")
+
+
+def constraint_of(constraint: Mapping[str, Any]) -> dict[str, Any]:
+    """The generation options of the CONSTRAINT options, files read."""
+    grammar, grammar_file = constraint["grammar"], constraint["grammar_file"]
+    if grammar is not None and grammar_file is not None:
+        raise typer.BadParameter("give --grammar or --grammar-file, not both")
+    schema = constraint["json_schema"]
+    return {
+        "json_schema": None if schema is None else read_schema(schema),
+        "regex": constraint["regex"],
+        "grammar": grammar if grammar_file is None else read_text_or_stdin(grammar_file),
+    }
 
 
 def check_options(choices: Mapping[str, Any]) -> None:

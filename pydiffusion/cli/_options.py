@@ -126,27 +126,31 @@ TEXT: dict[str, Any] = {
     ],
 }
 
-JsonSchema = Annotated[
-    str | None,
-    typer.Option(
-        "-j",
-        "--json-schema",
-        help="JSON schema that the text must satisfy: a path, - for standard input, or the schema itself.",
-    ),
-]
-Regex = Annotated[
-    str | None, typer.Option("--regex", help="Regular expression that the whole text must match.")
-]
-Grammar = Annotated[
-    str | None,
-    typer.Option(
-        "--grammar", metavar="GBNF", help="Grammar that the whole text must match, in llama.cpp's GBNF."
-    ),
-]
-GrammarFile = Annotated[
-    Path | None,
-    typer.Option("--grammar-file", help="Path of a file with such a grammar; - reads standard input."),
-]
+#: Constraints of the text; ``_open.constraint_of`` makes options of them.
+CONSTRAINT: dict[str, Any] = {
+    "json_schema": Annotated[
+        str | None,
+        typer.Option(
+            "-j",
+            "--json-schema",
+            help="JSON schema that the text must satisfy: a path, - for standard input, or the schema "
+            "itself.",
+        ),
+    ],
+    "regex": Annotated[
+        str | None, typer.Option("--regex", help="Regular expression that the whole text must match.")
+    ],
+    "grammar": Annotated[
+        str | None,
+        typer.Option(
+            "--grammar", metavar="GBNF", help="Grammar that the whole text must match, in llama.cpp's GBNF."
+        ),
+    ],
+    "grammar_file": Annotated[
+        Path | None,
+        typer.Option("--grammar-file", help="Path of a file with such a grammar; - reads standard input."),
+    ],
+}
 
 
 #: Options of the runtime: context, threads, devices, kernels, cache type.

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import _open, _options, _prompt
-from ._input import read_schema, read_text_or_stdin
 from ._text import say
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ _Seed = Annotated[
 _OPTIONS = {**_options.TEXT, "seed": _Seed}
 
 
-@_options.takes(choices=_OPTIONS, runtime=_options.CHAT_RUNTIME)
+@_options.takes(choices=_OPTIONS, constraint=_options.CONSTRAINT, runtime=_options.CHAT_RUNTIME)
 def command(
     model: _options.ModelPath,
     output: Annotated[
@@ -57,10 +56,7 @@ def command(
     *,
     choices: dict[str, Any],
     temperature: _options.Temperature = None,
-    json_schema: _options.JsonSchema = None,
-    regex: _options.Regex = None,
-    grammar: _options.Grammar = None,
-    grammar_file: _options.GrammarFile = None,
+    constraint: dict[str, Any],
     chat: _prompt.Chat = None,
     system: _prompt.System = None,
     special: _prompt.Special = False,
@@ -85,16 +81,9 @@ def command(
         raise typer.BadParameter("give the file of prompts, as PROMPTS or with -i")
     prompts = prompts or input_file
     assert prompts is not None
-    if [str(prompts), json_schema, str(grammar_file)].count("-") > 1:
+    if [str(prompts), constraint["json_schema"], str(constraint["grammar_file"])].count("-") > 1:
         raise typer.BadParameter("only one of PROMPTS, --json-schema and --grammar-file can be -")
-    if grammar is not None and grammar_file is not None:
-        raise typer.BadParameter("give --grammar or --grammar-file, not both")
-    choices |= {
-        "temperature": temperature,
-        "json_schema": None if json_schema is None else read_schema(json_schema),
-        "regex": regex,
-        "grammar": grammar if grammar_file is None else read_text_or_stdin(grammar_file),
-    }
+    choices |= {"temperature": temperature, **_open.constraint_of(constraint)}
     _prompt.check(chat, system, special, runtime["chat_template"])
     _open.check_options(choices)
     if parallel < 1:

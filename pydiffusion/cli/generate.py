@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import _open, _options, _prompt
-from ._input import check_encodable, read_schema, read_text_or_stdin
+from ._input import check_encodable, read_text_or_stdin
 from ._run import prefill, run
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Asked:
     as_json: bool = False
 
 
-@_options.takes(choices=_options.TEXT, runtime=_options.CHAT_RUNTIME)
+@_options.takes(choices=_options.TEXT, constraint=_options.CONSTRAINT, runtime=_options.CHAT_RUNTIME)
 def command(
     model: _options.ModelOrFirst = None,
     words: Words = None,
@@ -61,10 +61,7 @@ def command(
     *,
     choices: dict[str, Any],
     temperature: _options.Temperature = None,
-    json_schema: _options.JsonSchema = None,
-    regex: _options.Regex = None,
-    grammar: _options.Grammar = None,
-    grammar_file: _options.GrammarFile = None,
+    constraint: dict[str, Any],
     runtime: dict[str, Any],
     chat: _prompt.Chat = None,
     system: _prompt.System = None,
@@ -79,14 +76,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Generate text from a prompt, printed canvas by canvas."""
-    if grammar is not None and grammar_file is not None:
-        raise typer.BadParameter("give --grammar or --grammar-file, not both")
-    choices |= {
-        "temperature": temperature,
-        "json_schema": None if json_schema is None else read_schema(json_schema),
-        "regex": regex,
-        "grammar": grammar if grammar_file is None else read_text_or_stdin(grammar_file),
-    }
+    choices |= {"temperature": temperature, **_open.constraint_of(constraint)}
     model, left = _open.model_and_rest(model, words or [])
     asked = Asked(chat, system, special, show, quiet, as_json)
     text = read_prompt(left, prompt, file, empty_is_wrong=chat is not False)
