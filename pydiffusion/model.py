@@ -498,7 +498,7 @@ class DiffusionModel(AsyncMethods):
         if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or n_ctx < shortest:
             raise ValueError(f"n_ctx is {n_ctx!r}; permitted is an integer from {shortest} to {longest}")
         if n_ctx > longest and n_ctx != DEFAULT_N_CTX:
-            raise ValueError(f"n_ctx is {n_ctx}, but this model's context is {longest}")
+            raise ValueError(f"n_ctx is {n_ctx}, but this model's context is {longest}: give at most that")
         return min(n_ctx, longest)
 
 

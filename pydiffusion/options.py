@@ -108,6 +108,10 @@ def _json_schema(value: Any) -> str:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise OptionError("json_schema", f"json_schema is not valid JSON: {error}") from None
+    if hasattr(value, "model_json_schema"):
+        name = value.__name__ if isinstance(value, type) else type(value).__name__
+        given = f"{name}.model_json_schema()"
+        raise OptionError("json_schema", f"json_schema is a model of pydantic: give {given}")
     if not isinstance(value, (Mapping, bool)):
         raise OptionError(
             "json_schema", f"json_schema is {value!r}; permitted is an object, or its JSON"[:200]

@@ -72,6 +72,7 @@ _FLAGS: dict[str, Meaning] = {
     "--api-key-env": Refused("set the key as PYDIFFUSION_API_KEY"),
     "--chat-template-file": Ours("--chat-template"),
     "-no-cnv --no-conversation": Ours("--raw"),
+    "--diffusion-steps": Ours("--steps"),
     "-sysf --system-prompt-file": Refused('the text itself: --system "$(cat FILE)"'),
     "--yes": NoEffect("nothing is asked"),
     # Without effect on a result
@@ -97,6 +98,8 @@ _FLAGS: dict[str, Meaning] = {
     "--jinja": NoEffect("chat templates always run as Jinja"),
     "--keep --keepalive --keep-alive": NoEffect("a model stays loaded as long as its process", None),
     "--cont-batching -cb": NoEffect("requests are always batched continuously"),
+    "--verbose-prompt": NoEffect("the number of the prompt's tokens is always printed"),
+    "--threads-http": NoEffect("requests need no threads of their own", None),
     "--nowordwrap": NoEffect("the terminal wraps lines"),
     "--numa --prio --poll --cpu-mask -C --prio-batch": NoEffect("the system's taskset, nice, numactl", None),
     # Without counterpart
@@ -134,6 +137,9 @@ _FLAGS: dict[str, Meaning] = {
     "-e --escape": Refused("escapes are the shell's: $'line one\\nline two'", has_value=False),
     "--in-prefix --in-suffix --in-prefix-bos": Refused("a chat template does that: --chat-template FILE"),
     "--prompt-file": Ours("--file"),
+    "--context-shift": Refused("a text ends where the context ends: give a larger --ctx", has_value=False),
+    "--list-devices": Refused("pydiffusion devices lists them", has_value=False),
+    "--ssl-key-file --ssl-cert-file": Refused("put a proxy with TLS in front"),
     "--logprobs": Refused("log probabilities are not available; from Python Session.denoise gives logits"),
     "--embedding --embeddings --pooling --rerank --reranking": Refused(
         "embeddings are not available", has_value=False
@@ -167,11 +173,16 @@ _OF_COMMAND: dict[str, dict[str, Meaning]] = {
         "-n --max-tokens": Refused("requests set max_tokens"),
         "--temp -s --seed": Refused("requests set it"),
         "--no-webui --no-ui": Refused("the chat page is always there; --host 127.0.0.1 keeps it here", False),
+        "--reasoning-format": NoEffect("thinking is apart, as reasoning_content", None),
+        "--think --reasoning --reasoning-budget --thinking-budget": Refused(
+            "requests set enable_thinking and thinking_budget"
+        ),
         "--metrics --slots --props": NoEffect("/metrics is always there"),
     },
     "quantize": {
         "--output --outfile -o": Refused("the file to write is the second argument: quantize IN OUT TYPE"),
-        "--allow-requantize --pure --leave-output-tensor": Refused(
+        "--allow-requantize": NoEffect("it is permitted, with a note"),
+        "--pure --leave-output-tensor": Refused(
             "types by tensor: --tensor-type PATTERN=TYPE", has_value=False
         ),
         "--output-tensor-type": Refused("--tensor-type '^output.weight$=TYPE'"),
@@ -252,7 +263,7 @@ VERBS: dict[str, str] = {
     "llama-mtmd-cli": "images are not read yet",
     "llama-tts": "a text model; there is no speech",
     "finetune": "training is not supported",
-    "ollama": "its verbs are commands here: pydiffusion run, pull, list, show",
+    "ollama": "its verbs are commands here: pydiffusion run MODEL, pull, list, show",
     "vllm": "its server is pydiffusion serve -m MODEL",
     "update": "pip install --upgrade updates it",
 }  # fmt: skip

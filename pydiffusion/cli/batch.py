@@ -95,7 +95,10 @@ def command(
     with AnswerFile(output, found, source=prompts, retry_errors=retry_errors) as answers:
         left = [line for line in found if line.number not in answers.finished]
         if answers.finished:
-            say(f"{output.name} has {len(answers.finished)} of {len(found)} answers already")
+            say(
+                f"{output.name} has {len(answers.finished)} of {len(found)} answers already, which are kept,"
+                " whatever model and options made them"
+            )
         n_failed = 0
         if left:
             opened = _open.open_model(model, runtime, min(parallel, len(left)))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import _open, _options
+from ._input import read_text_or_stdin
 from .chat import chat
 from .generate import Asked, Prompt, PromptFile, generate, read_prompt
 
@@ -33,14 +37,28 @@ def command(
     constraint: dict[str, Any],
     runtime: dict[str, Any],
 ) -> None:
-    """Answer a prompt, as generate does; without one, chat."""
+    """Answer a prompt, as generate does; without one, chat. Text piped in beside a prompt goes before it."""
     choices["temperature"] = temperature
     path, left = _open.model_and_rest(model, words or [], first=model is None)
     if left or prompt or file is not None or not sys.stdin.isatty():
         choices |= _open.constraint_of(constraint)
         text = read_prompt(left, prompt, file, empty_is_wrong=True)
+        if left or prompt or file is not None:
+            text = f"{_piped()}{text}"
         generate(path, text, choices, runtime, Asked(system=system, quiet=quiet))
     elif given := [name for name, value in constraint.items() if value is not None]:
         raise typer.BadParameter(f"--{given[0].replace('_', '-')} needs a prompt: run MODEL PROMPT")
     else:
         chat(path, system, choices, runtime)
+
+
+def _piped() -> str:
+    """Text that is piped in beside a prompt, with a line break behind it: what the prompt is about."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # closed
+        return ""
+    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
+        return ""
+    text = read_text_or_stdin(Path("-")).rstrip("\n")
+    return f"{text}\n" if text else ""

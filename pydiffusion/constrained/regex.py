@@ -21,6 +21,13 @@ from .regex_parser import sre, sre_parser
 MAX_WEIGHT = 6000
 _LINE_FEED = [(10, 10)]
 _LINE_ENDS = [*_LINE_FEED, (13, 13), (0x2028, 0x2029)]
+# Of what is refused.
+_NAMES = {
+    sre.AT: "an anchor inside (^, $, \\b)",
+    sre.ASSERT: "a look-around inside",
+    sre.ASSERT_NOT: "a look-around inside",
+    sre.GROUPREF: "a back-reference",
+}
 _SURROGATES = [(0xD800, 0xDFFF)]
 # Characters that need no escape in a JSON string, and all that a JSON string may contain.
 _JSON_PLAIN = complement([(0, 31), (34, 34), (92, 92), (127, 159), *_SURROGATES])
@@ -212,7 +219,8 @@ class _Rewriter:
     def _item(self, operation: Any, value: Any) -> Piece:
         rule = self._operation_to_rule.get(operation)
         if rule is None:
-            raise ValueError(f"a regular expression with {str(operation).lower()} is not supported")
+            name = _NAMES.get(operation, str(operation).lower())
+            raise ValueError(f"a regular expression with {name} is not supported")
         return rule(value)
 
     def _literal(self, code: int) -> Piece:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -159,6 +160,8 @@ _EQUIVALENTS: dict[str, Callable[[Any], Fields | None]] = {
     "add_bos_token": lambda value: {"add_special_tokens": value},
 }
 EQUIVALENTS = tuple(_EQUIVALENTS)
+# Without them the answer would be another one.
+_CONSTRAINING = ("guided_choice", "guided_json_object", "structured_outputs")
 
 
 @dataclass
@@ -225,7 +228,7 @@ def sort_fields(
 def _check_unsupported(name: str, value: Any) -> None:
     if value not in UNSUPPORTED[name]:
         raise invalid(
-            f"{name} is not supported by this server with the value {value!r}"[:200],
+            f"{name} is not supported by this server with the value {json.dumps(value)}"[:200],
             name,
             "unsupported_parameter",
         )
@@ -236,6 +239,8 @@ def _take_equivalent(
 ) -> bool:
     """Give ours the value of another server's field, unless the body has ours; whether it takes effect."""
     meant = _EQUIVALENTS[name](value) if name in _EQUIVALENTS else None
+    if meant is None and name in _CONSTRAINING:
+        raise invalid(f"{name} has a value that can't be obeyed: {json.dumps(value)}"[:200], name)
     if meant is None or not set(meant) <= set(known):
         return False
     if any(body.get(own) is not None and body[own] != given for own, given in meant.items()):

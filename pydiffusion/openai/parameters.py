@@ -58,6 +58,11 @@ def constraint_of(response_format: Any) -> dict[str, Any]:
     Responses and of others, llama.cpp's ``{"type": "json_object", "schema": ...}``, and ``{"type": "grammar",
     "grammar": ...}`` with GBNF, which other servers that know it take.
     """
+    if hasattr(response_format, "model_json_schema"):
+        raise OptionError(
+            "response_format",
+            "it is a model of pydantic: give json_schema=X.model_json_schema()",
+        )
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if not isinstance(kind, str) or kind not in _FORMAT_TO_FIELDS:
         raise OptionError(

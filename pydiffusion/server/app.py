@@ -44,6 +44,11 @@ READY_PATHS = ("/v1/health/ready", "/health/ready", "/ready", "/readyz")
 _PATHS = (*ENDPOINTS, "/v1/models", "/metrics", *HEALTH_PATHS, *READY_PATHS)
 # Paths that need no API key: the page asks for it itself.
 OPEN_PATHS = frozenset((*HEALTH_PATHS, *READY_PATHS, *PAGE_PATHS))
+# Of Ollama, llama.cpp's own, OpenAI's newer ones, Anthropic's.
+_NOT_SERVED = (
+    "/api/", "/v1/responses", "/v1/messages", "/v1/embeddings", "/embedding", "/props", "/slots", "/tokenize",
+    "/detokenize", "/apply-template", "/rerank",
+)  # fmt: skip
 _READ = ["GET", "HEAD"]
 _MAX_TOLD = 1000  # names of ignored fields that are logged at most
 
@@ -312,5 +317,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 def _path_hint(path: str) -> str:
     """A base URL with ``/v1`` missing or twice is the usual mistake."""
+    if path.startswith(_NOT_SERVED):
+        return f"; not served here, but OpenAI's {', '.join(ENDPOINTS)}"
     close = difflib.get_close_matches(path, _PATHS, n=1, cutoff=0.75)
     return f"; did you mean {close[0]}?" if close else ""

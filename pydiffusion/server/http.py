@@ -40,7 +40,7 @@ async def read_json(request: Request, max_bytes: int) -> Any:
     except ClientDisconnect:
         raise Disconnected from None
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        return json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise invalid(f"The body is not valid UTF-8 at byte {error.start}.") from None
     except RecursionError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,3 +194,32 @@ def test_slips_of_our_own_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "-m", "x", "-p", "y", "--setps", "3"]) == 2
     assert "--steps" in capsys.readouterr().err
     assert difflib.get_close_matches("--setps", ["--steps"]), "or the test above could not fail"
+
+
+def test_text_piped_in_beside_a_prompt_of_run(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["-n", "9", "--steps", "2", "-s", "3", "-t", "1", "-q"]
+    assert main(["run", model, "the wide\nriver", *options]) == 0
+    expected = capsys.readouterr().out
+    piped = tmp_path / "text"
+    piped.write_text("the wide\n")
+    with piped.open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert main(["run", model, "river", *options]) == 0
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ("llama-cli -m m.gguf -cnx -p x", "No such option: -cnx"),
+        ("llama-cli -m m.gguf -no-cnv -p x", "pydiffusion generate --raw"),
+        ("llama-cli -m m.gguf -sysf f -p x", "$(cat FILE)"),
+        ("llama-server -m m.gguf --ssl-key-file k", "proxy"),
+        ("ollama run m", "pydiffusion run"),
+    ],
+)
+def test_hints(arguments: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments.split()) == 2
+    assert hint in capsys.readouterr().err

@@ -68,6 +68,8 @@ def test_a_path_that_is_nearly_right_gets_a_hint(url: str) -> None:
         assert answer.status_code == 404
         assert answer.json()["error"]["message"].endswith("did you mean /v1/chat/completions?")
     assert "did you mean" not in httpx.get(url + "/favicon.ico").text
+    for path in ("/api/chat", "/v1/messages"):  # of Ollama, Anthropic
+        assert "not served here" in httpx.post(url + path, json={}).json()["error"]["message"]
 
 
 def test_options_without_cors(url: str) -> None:

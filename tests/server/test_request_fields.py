@@ -305,3 +305,11 @@ def test_temperature_0_is_repeatable(tmp_path: Path) -> None:
 def test_the_lists_here_name_what_the_server_does_not_have() -> None:
     assert not set(FOREIGN) & set(chain(*ENDPOINTS.values()))
     assert len(json.dumps(FOREIGN)) > 2000, "the list is there"
+
+
+@pytest.mark.parametrize(
+    "field", [{"guided_choice": ["a", 1]}, {"structured_outputs": [1]}, {"guided_json_object": "yes"}]
+)
+def test_a_constraint_that_can_not_be_read_is_refused(url: str, field: dict[str, Any]) -> None:
+    answer = httpx.post(url + "/v1/chat/completions", json={"messages": ask("x"), **field})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == next(iter(field))

@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -70,13 +71,13 @@ def test_characters_of_every_utf8_length() -> None:
     ("pattern", "message"),
     [
         ("(a", "missing \\)"),
-        ("b(?=a)", "with assert"),
-        ("(?<=a)b", "with assert"),
-        (r"(a)\1", "with groupref"),
-        (r"\bx", "with at"),
+        ("b(?=a)", "with a look-around inside"),
+        ("(?<=a)b", "with a look-around inside"),
+        (r"(a)\1", "with a back-reference"),
+        (r"\bx", "with an anchor inside"),
         ("(?i:a)", "with flags"),
         ("(a{300}){300}", "too large"),
-        ("a^b", "with at"),
+        ("a^b", "with an anchor inside"),
         (r"[^\s\S]", "no character"),
     ],
 )
@@ -434,6 +435,8 @@ def test_the_smaller_of_a_chats_two_token_limits_applies(model: DiffusionModel) 
         ({"json_schema": SCHEMA, "stop": "x"}, "stop can't be combined"),
         ({"regex": "a", "canvas": [1]}, "canvas can't be combined"),
         ({"json_schema": "{"}, "not valid JSON"),
+        ({"json_schema": SimpleNamespace(model_json_schema=dict)}, r"\.model_json_schema\(\)"),
+        ({"regex": r"a\bc"}, "an anchor inside"),
         ({"json_schema": 3}, "json_schema is 3"),
         ({"regex": ""}, "regex is ''"),
         ({"regex": "a", "eos": ()}, "needs an eos"),

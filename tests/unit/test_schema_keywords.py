@@ -186,7 +186,6 @@ def test_a_pattern_of_names_that_takes_backtracking_for_ever() -> None:
     assert np.array_equal(machine.table, same.table)
 
 
-
 # Formats
 
 
