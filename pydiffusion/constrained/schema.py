@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -18,13 +17,13 @@ from typing import Any
 
 from pydiffusion.errors import OptionError
 
-from .byte_dfa import byte_dfa, restricted
+from .byte_dfa import ByteDfa, byte_dfa, restricted
 from .formats import ANY_VALUE, FORMATS
 from .keywords import COMBINING, TYPE_TO_KEYWORDS, constraints_of
 from .merging import merge
 from .multiples import condition, multiple_table
 from .number_ranges import integer_between, number_between
-from .regex import NOTHING, Oversized, Piece, Unsatisfiable, all_of, choice, sequence
+from .regex import NOTHING, Oversized, Piece, Unsatisfiable, all_of, anywhere, choice, sequence
 from .syntax import JSON, Syntax
 from .unique_items import finite_values, unique_items
 
@@ -34,6 +33,10 @@ _OPEN_DEPTH = 1
 _MAX_DEPTH = 32
 _MAX_WITHIN_ITSELF = 6
 _MAX_WEIGHT_WITHIN_ITSELF = 600
+# Schemas that are visited, with those that references lead to, again and again. Others of the limits count
+# what is written, and so not what nothing satisfies.
+_MAX_VISITED = 20_000
+_MAX_PAIRS = 60_000  # of the branches of a ``oneOf``, which are compared with each other
 _OPEN_ITEMS: int | None = None
 # Longer strings are counted beside the states; with a pattern or format, whose states multiply, shorter ones.
 LONGEST_IN_STATES = 1000
@@ -42,6 +45,7 @@ SHORTEST_COUNTED = 16
 # The limit of browsers, which those state who mean http and https (pydantic's HttpUrl), not any URI.
 _LONGEST_WEB_ADDRESS = 2083
 _LOWEST = -(10**15)
+_HIGHEST_BOUND = 2**31  # of repetitions, which Python's parser limits too
 
 
 class SchemaError(OptionError):
@@ -110,6 +114,7 @@ class _Compiler:
         self._depth = depth
         self._longest = longest
         self.unenforced: dict[str, None] = {}  # a set that keeps its order
+        self._n_visited = 0
         self.contains_itself = False
         self.unsatisfied: list[SchemaError] = []  # what was left out because nothing satisfies it
         self._type_to_rule: dict[str, Callable[[Mapping[str, Any], str, tuple[str, ...]], Piece]] = {
@@ -137,13 +142,18 @@ class _Compiler:
             return NOTHING
         except ValueError as error:
             raise _error(where, str(error)) from error
+        except RecursionError:
+            raise _error(where, "it is nested too deeply") from None
         # a keyword whose value has the wrong type
-        except (TypeError, AttributeError, OverflowError) as error:
+        except (TypeError, AttributeError, ArithmeticError) as error:
             raise _error(where, f"it is not a valid JSON schema ({error})") from None
 
     def _value(self, schema: Any, where: str, refs: tuple[str, ...]) -> Piece:
         if where.count("/") > 2 * _MAX_DEPTH or len(refs) > _MAX_DEPTH:
             raise _error(where, "it is nested too deeply")
+        self._n_visited += 1
+        if self._n_visited > _MAX_VISITED:
+            raise _error("", f"it is too large: more than {_MAX_VISITED} schemas with those in references")
         if schema is True or schema == {}:
             return _anything(_OPEN_DEPTH, self._syntax)
         if schema is False:
@@ -260,6 +270,8 @@ class _Compiler:
 
     def _check_disjoint(self, branches: Sequence[Any], where: str, refs: tuple[str, ...]) -> None:
         """``oneOf`` forbids texts that two branches allow: branches must differ by type or by a constant."""
+        if math.comb(len(branches), 2) > _MAX_PAIRS:
+            raise _error(where, f"'oneOf' of {len(branches)} schemas is too large: use 'anyOf', or 'enum'")
         parts = [self._parts(branch, where, refs)[0] for branch in branches]
         for a, b in combinations([merge(each) for each in parts if each is not None], 2):
             if not self._are_disjoint(a, b):
@@ -468,8 +480,20 @@ def _with_dependent(
 def _matching(schema: Mapping[str, Any], name: str, each: Any) -> Any:
     """The schema of a named property, which has to satisfy that of a pattern too."""
     patterns = schema.get("patternProperties") or {}
-    found = [other for pattern, other in patterns.items() if re.search(pattern, name)]
+    found = [other for pattern, other in patterns.items() if _may_match(pattern, name)]
     return {"allOf": [each, *found]} if found else each
+
+
+def _may_match(pattern: str, name: str) -> bool:
+    """Whether an expression matches somewhere in a name; if in doubt, it does. Python's own search takes
+    exponential time on some, and nothing else runs meanwhile.
+    """
+    return _name_machine(pattern).accepts(name.encode("utf-8", "replace"))
+
+
+@functools.lru_cache(maxsize=64)
+def _name_machine(pattern: str) -> ByteDfa:
+    return byte_dfa(anywhere(pattern).text)
 
 
 def resolved(root: Any, reference: Any, where: str = "") -> Any:
@@ -499,7 +523,7 @@ def _bounds(schema: Mapping[str, Any], low_name: str, high_name: str, where: str
             raise _error(where, f"{name!r} must be an integer of at least 0")
     if high is not None and low > high:
         raise Unsatisfiable(f"{low_name!r} is above {high_name!r}: nothing satisfies it")
-    return low, high
+    return low, None if high is None else min(high, _HIGHEST_BOUND)
 
 
 def _values_of(schema: Any) -> list[str] | None:
