@@ -21,6 +21,10 @@ from .regex_parser import sre
 
 # With more states, the path search would take longer than a denoising step of most models.
 MAX_STATES = 12_000
+# Limits on what the construction looks at, some seconds and some hundred MB: a short expression with many
+# parts that may be empty has few states, each of which stands for thousands of others.
+_MAX_REACHED = 2_000_000
+_MAX_COMPARED = 60_000_000
 _SURROGATES = (0xD800, 0xDFFF)
 # In an expression, single surrogates from the first on stand for the markers of a chat format: tokens that no
 # text has. In the table they are the bytes that UTF-8 never has.
@@ -46,6 +50,13 @@ class ByteDfa:
     accepting: np.ndarray
     limits: np.ndarray
     counts: np.ndarray
+
+    def accepts(self, text: bytes) -> bool:
+        """Whether the text is one of the machine's; counted repetitions are taken as unlimited."""
+        state = 0
+        for byte in text:
+            state = int(self.table[state, byte])
+        return state < len(self.accepting) and bool(self.accepting[state])
 
 
 def byte_dfa(expression: str) -> ByteDfa:
@@ -107,8 +118,8 @@ def restricted(machine: ByteDfa, table: np.ndarray, accepting: np.ndarray, is_no
 class TooLarge(ValueError):
     """An automaton has too many states."""
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"it is too large (more than {limit} states)")
+    def __init__(self, limit: int, what: str = "states") -> None:
+        super().__init__(f"it is too large (more than {limit} {what})")
 
 
 class Nfa:
@@ -307,6 +318,7 @@ class _Closures:
         self._nfa = nfa
         self._end = end
         self._found: dict[int, frozenset[int]] = {}
+        self._n_reached = 0
 
     def of(self, state: int) -> frozenset[int]:
         found = self._found.get(state)
@@ -317,6 +329,9 @@ class _Closures:
                     if following not in seen:
                         seen.add(following)
                         stack.append(following)
+            self._n_reached += len(seen)
+            if self._n_reached > _MAX_REACHED:
+                raise TooLarge(_MAX_REACHED, "ways through parts that may be empty")
             kept = (s for s in seen if self._nfa.on_bytes[s] or s == self._end)
             found = self._found[state] = frozenset(kept)
         return found
@@ -332,14 +347,19 @@ def deterministic(nfa: Nfa, start: int, end: int, limit: int | None = None) -> B
     queue = [closures.of(start)]
     numbers = {queue[0]: 0}
     rows: list[list[_Edge]] = []
+    n_compared = 0
     while len(rows) < len(queue):
         edges = [edge for state in queue[len(rows)] for edge in nfa.on_bytes[state]]
         borders = sorted({edge[0] for edge in edges} | {edge[1] + 1 for edge in edges})
+        n_compared += len(edges) * len(borders)
         row = []
         for first, behind in pairwise(borders):
             targets = [closures.of(t) for low, high, t in edges if low <= first <= high]
             if not targets:
                 continue
+            n_compared += sum(map(len, targets))
+            if n_compared > _MAX_COMPARED:
+                raise TooLarge(_MAX_COMPARED, "transitions to compare")
             target = targets[0] if len(targets) == 1 else frozenset().union(*targets)
             if target not in numbers:
                 numbers[target] = len(queue)

@@ -99,6 +99,7 @@ class _Builder:
         self.nfa = Nfa()
         self.end = self.nfa.new()
         self._dead = self.nfa.new()
+        self._n_built = 0
         self._starts: dict[tuple[str, int, int], int] = {}
         self.was_cut = False  # whether any recursion was left out
 
@@ -119,7 +120,8 @@ class _Builder:
     def _build(self, node: Node, end: int, depth: int, rule: str) -> int:
         """rule: the one that the node is in."""
         limit = _MAX_NFA_STATES[self._counts]
-        if len(self.nfa.on_bytes) > limit:
+        self._n_built += 1
+        if max(len(self.nfa.on_bytes), self._n_built // 4) > limit:  # an empty part takes no state, but time
             raise TooLarge(limit)
         if isinstance(node, Characters):
             start = self.nfa.new()

@@ -127,6 +127,16 @@ def in_json_string(pattern: str) -> Piece:
     return rewriter.anchored(list(parse(pattern)), open_start=True, open_end=True)
 
 
+def anywhere(pattern: str) -> Piece:
+    """Reduce an expression to texts in which it matches somewhere; of what is not exact, to more of them.
+
+    Raises ValueError for unsupported syntax.
+    """
+    permitted = complement(_SURROGATES)
+    rewriter = _Rewriter(permitted, as_class(permitted), behind=r"\Z", wide=True)
+    return rewriter.anchored(list(parse(pattern)), open_start=True, open_end=True)
+
+
 def in_text(pattern: str, permitted: Ranges, behind: Piece) -> Piece:
     """As ``in_json_string``, for strings of these characters that are written without escapes. behind: what
     follows a string.

@@ -43,6 +43,10 @@ _OPEN_DEPTH = 1
 _MAX_DEPTH = 32
 _MAX_WITHIN_ITSELF = 6
 _MAX_WEIGHT_WITHIN_ITSELF = 600
+# Schemas that are visited, with those that references lead to, again and again. Others of the limits count
+# what is written, and so not what nothing satisfies.
+_MAX_VISITED = 20_000
+_MAX_PAIRS = 60_000  # of the branches of a ``oneOf``, which are compared with each other
 # Longer strings are counted beside the states; with a pattern or format, whose states multiply, shorter ones.
 LONGEST_IN_STATES = 1000
 _LONGEST_WITH_PATTERN = 64
@@ -109,6 +113,7 @@ class _Compiler:
         self._depth = depth
         self._longest = longest
         self.unenforced: dict[str, None] = {}  # a set that keeps its order
+        self._n_visited = 0
         self.contains_itself = False
         self.unsatisfied: list[SchemaError] = []  # what was left out because nothing satisfies it
         self._type_to_rule: dict[str, Callable[[Mapping[str, Any], str, tuple[str, ...]], Piece]] = {
@@ -136,13 +141,20 @@ class _Compiler:
             return NOTHING
         except ValueError as error:
             raise schema_error(where, str(error)) from error
+        except RecursionError:
+            raise schema_error(where, "it is nested too deeply") from None
         # a keyword whose value has the wrong type
-        except (TypeError, AttributeError, OverflowError) as error:
+        except (TypeError, AttributeError, ArithmeticError) as error:
             raise schema_error(where, f"it is not a valid JSON schema ({error})") from None
 
     def _value(self, schema: Any, where: str, refs: tuple[str, ...]) -> Piece:
         if where.count("/") > 2 * _MAX_DEPTH or len(refs) > _MAX_DEPTH:
             raise schema_error(where, "it is nested too deeply")
+        self._n_visited += 1
+        if self._n_visited > _MAX_VISITED:
+            raise schema_error(
+                "", f"it is too large: more than {_MAX_VISITED} schemas with those in references"
+            )
         if schema is True or schema == {}:
             return anything(_OPEN_DEPTH, self._syntax)
         if schema is False:
@@ -259,6 +271,10 @@ class _Compiler:
 
     def _check_disjoint(self, branches: Sequence[Any], where: str, refs: tuple[str, ...]) -> None:
         """``oneOf`` forbids texts that two branches allow: branches must differ by type or by a constant."""
+        if math.comb(len(branches), 2) > _MAX_PAIRS:
+            raise schema_error(
+                where, f"'oneOf' of {len(branches)} schemas is too large: use 'anyOf', or 'enum'"
+            )
         parts = [self._parts(branch, where, refs)[0] for branch in branches]
         for a, b in combinations([merge(each) for each in parts if each is not None], 2):
             if not self._are_disjoint(a, b):

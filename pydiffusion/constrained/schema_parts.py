@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 from pydiffusion.errors import OptionError
 
 from .byte_dfa import ByteDfa, byte_dfa
-from .regex import Unsatisfiable, all_of
-from .syntax import JSON
+from .regex import Unsatisfiable, anywhere
+
+_HIGHEST_BOUND = 2**31  # of repetitions, which Python's parser limits too
 
 
 class SchemaError(OptionError):
@@ -52,7 +53,7 @@ def bounds(schema: Mapping[str, Any], low_name: str, high_name: str, where: str)
             raise schema_error(where, f"{name!r} must be an integer of at least 0")
     if high is not None and low > high:
         raise Unsatisfiable(f"{low_name!r} is above {high_name!r}: nothing satisfies it")
-    return low, high
+    return low, None if high is None else min(high, _HIGHEST_BOUND)
 
 
 def strings(schema: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
@@ -89,35 +90,23 @@ def with_dependent(
     return {name: each for name, each in properties.items() if name not in left_out}, needed
 
 
+def _may_match(pattern: str, name: str) -> bool:
+    """Whether an expression matches somewhere in a name; if in doubt, it does. Python's own search takes
+    exponential time on some, and nothing else runs meanwhile.
+    """
+    return _name_machine(pattern).accepts(name.encode("utf-8", "replace"))
+
+
+@functools.lru_cache(maxsize=64)
+def _name_machine(pattern: str) -> ByteDfa:
+    return byte_dfa(anywhere(pattern).text)
+
+
 def matching(schema: Mapping[str, Any], name: str, each: Any) -> Any:
     """The schema of a named property, which has to satisfy that of a pattern too."""
     patterns = schema.get("patternProperties") or {}
-    found = [other for pattern, other in patterns.items() if _matches(pattern, name)]
+    found = [other for pattern, other in patterns.items() if _may_match(pattern, name)]
     return {"allOf": [each, *found]} if found else each
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of ``patternProperties`` matches a name. Raises ValueError if that is not known."""
-    text = json.dumps(name, ensure_ascii=False).encode()
-    if not _accepts(_matched_names(""), text):
-        raise ValueError(f"the name {name!r} beside 'patternProperties' is not supported"[:200])
-    return _accepts(_matched_names(pattern), text)
-
-
-@lru_cache(maxsize=64)
-def _matched_names(pattern: str) -> ByteDfa:
-    """JSON strings that the pattern matches. Python's re may take forever for a hostile one."""
-    machine = byte_dfa(JSON.string(all_of([JSON.in_string(pattern)], JSON.quote)).text)
-    if machine.limits.any():
-        raise ValueError(f"the pattern {pattern!r} in 'patternProperties' is too large"[:200])
-    return machine
-
-
-def _accepts(machine: ByteDfa, text: bytes) -> bool:
-    state = 0
-    for byte in text:
-        state = int(machine.table[state, byte])
-    return state < len(machine.accepting) and bool(machine.accepting[state])
 
 
 def values_of(schema: Any) -> list[str] | None:

@@ -60,7 +60,7 @@ class Syntax:
 
 
 def _json(value: Any) -> Piece:
-    return literal(json.dumps(value, ensure_ascii=False, separators=(", ", ": ")))
+    return literal(json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(", ", ": ")))
 
 
 JSON = Syntax(

@@ -142,7 +142,7 @@ def _is_loopback(address: str | None) -> bool:
 
 def _is_address(name: str) -> bool:
     try:
-        ipaddress.ip_address(name.partition("%")[0])
+        ipaddress.ip_address(name)
     except ValueError:
         return False
     return True

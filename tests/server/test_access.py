@@ -132,6 +132,7 @@ def test_a_page_that_lets_its_name_point_here_is_refused(url: str) -> None:
         ("evil.example", 403),
         (f"evil.example:{port}", 403),
         ("localhost.evil.example", 403),
+        ("127.0.0.1%.evil.example", 403),
         (f"localhost:{port}", 200),
         (f"LOCALHOST.:{port}", 200),
         (f"127.0.0.1:{port}", 200),
