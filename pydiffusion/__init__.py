@@ -6,7 +6,6 @@ and the pure-Python parts (errors, options) work where the native module is not 
 
 from __future__ import annotations
 
-import logging
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -98,7 +97,6 @@ __all__ = [
 ]
 
 
-logging.getLogger(__name__).addHandler(logging.NullHandler())  # output is the application's business
 if os.environ.get("PYDIFFUSION_LOG_LEVEL"):
     import_module("._util.log", __name__).print_as_asked()
 

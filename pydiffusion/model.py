@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from . import _native
 from ._util import hub
 from ._util.cpus import step_threads
 from ._util.files import check_is_gguf
+from ._util.log import logger
 from ._util.warn import warn_caller
 from .chat.formats.registry import BUILT_IN_TEMPLATES
 from .chat.messages import plain
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from .events import ChatCompletion, Completion, Event
 
 _N_AUTOMATA = 16
-
-log = logging.getLogger("pydiffusion")
 
 
 class DiffusionModel(AsyncMethods):
@@ -140,7 +138,7 @@ class DiffusionModel(AsyncMethods):
         self._chat_template: ChatTemplate | None = None
         self._lock = threading.Lock()  # of what is made on first use
         self._automata: dict[Any, Automaton] = {}
-        log.info("opened %s: %s, context %d", self.path, self.description, self.n_ctx)
+        logger.info("opened %s: %s, context %d", self.path, self.description, self.n_ctx)
 
     @classmethod
     def from_pretrained(

@@ -8,7 +8,8 @@ import sys
 
 LEVEL_VARIABLE = "PYDIFFUSION_LOG_LEVEL"
 LEVELS = ("debug", "info", "warning", "error")
-_logger = logging.getLogger("pydiffusion")
+logger = logging.getLogger("pydiffusion")
+logger.addHandler(logging.NullHandler())  # output is the application's business
 
 
 def print_as_asked() -> None:
@@ -17,15 +18,15 @@ def print_as_asked() -> None:
     if level in LEVELS:
         print_from(level)
     elif level:
-        _logger.addHandler(_stderr_handler())
-        _logger.warning("%s is %r; permitted are %s", LEVEL_VARIABLE, level[:50], ", ".join(LEVELS))
+        logger.addHandler(_stderr_handler())
+        logger.warning("%s is %r; permitted are %s", LEVEL_VARIABLE, level[:50], ", ".join(LEVELS))
 
 
 def print_from(level: str) -> None:
     """Print messages of at least this level, one of ``LEVELS``, to stderr; a later call changes the level."""
-    _logger.setLevel(level.upper())
-    if not any(type(handler) is _StderrHandler for handler in _logger.handlers):
-        _logger.addHandler(_stderr_handler())
+    logger.setLevel(level.upper())
+    if not any(type(handler) is _StderrHandler for handler in logger.handlers):
+        logger.addHandler(_stderr_handler())
 
 
 class _StderrHandler(logging.StreamHandler):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
 
+from .log import logger
+
 _PACKAGE = __name__.partition(".")[0] + "."
-log = logging.getLogger("pydiffusion")
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:
     """Warn at the innermost line outside this package."""
-    log.warning("%s", message)
+    logger.warning("%s", message)
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back

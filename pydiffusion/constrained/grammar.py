@@ -19,6 +19,7 @@ _LAST_CODE_POINT = 0x10FFFF
 _SURROGATES = (0xD800, 0xDFFF)
 # Limit on the bounds of a repetition; llama.cpp's own is 2000.
 _MAX_REPETITION = 10_000
+_MAX_RULES = 5000
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +100,8 @@ class _Parser:
             if not self._take("::="):
                 self._fail(f"expected '::=' after the rule's name {name!r}")
             self._skip(lines=True)
+            if len(rules) == _MAX_RULES:
+                self._fail(f"it has more than {_MAX_RULES} rules", begin)
             rules[name] = self._choice(nested=False)
             if self._at < len(self._text) and self._peek() not in "\r\n":
                 self._fail(f"expected the end of the rule {name!r}, not {self._peek()!r}")
@@ -317,11 +320,15 @@ def _refuse_left_recursion(rules: dict[str, Node]) -> None:
 def _optional_rules(rules: dict[str, Node]) -> set[str]:
     """Rules that match the empty text."""
     optional: set[str] = set()
+    names = list(rules)
     while True:
-        found = {name for name, node in rules.items() if _may_be_empty(node, optional)}
-        if found == optional:
+        before = len(optional)
+        for name in names:
+            if name not in optional and _may_be_empty(rules[name], optional):
+                optional.add(name)
+        if len(optional) == before:
             return optional
-        optional = found
+        names.reverse()  # a chain of rules, in whichever order, takes two rounds
 
 
 def _may_be_empty(node: Node, optional: set[str]) -> bool:

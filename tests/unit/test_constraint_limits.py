@@ -101,3 +101,10 @@ def test_refused_with_a_reason(schema: Any, what: str) -> None:
 
 def test_a_limit_that_no_text_reaches() -> None:
     assert accepts(machine_of_schema({"type": "string", "maxLength": 10**30}), '"abc"')
+
+
+def test_many_rules() -> None:
+    chain = "\n".join(f"r{i} ::= r{i + 1}?" for i in range(3000))
+    assert len(parse_grammar(f"root ::= r0\n{chain}\nr3000 ::= [a-z]").rules) == 3002
+    with pytest.raises(ValueError, match="more than 5000 rules"):
+        parse_grammar("root ::= [a]\n" + "\n".join(f"r{i} ::= [b]" for i in range(100_000)))
