@@ -166,7 +166,7 @@ def test_other_warnings_are_shown_as_python_does(
     def warns(*_: object, **__: object) -> None:
         warnings.warn("of another kind", RuntimeWarning, stacklevel=1)
 
-    monkeypatch.setattr(cli, "app", warns)
+    monkeypatch.setattr(cli, "_program", lambda: warns)
     assert main(["devices"]) == 0
     assert "RuntimeWarning: of another kind" in capsys.readouterr().err
 
