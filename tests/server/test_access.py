@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -246,6 +247,10 @@ def test_request_ids(url: str) -> None:
     assert stream.headers["x-request-id"].startswith("req_")
 
 
+def access_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "pydiffusion.server.access"]
+
+
 def test_the_access_log_has_a_line_per_request_and_no_secret(
     model: ScriptedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -254,7 +259,11 @@ def test_the_access_log_has_a_line_per_request_and_no_secret(
         body: dict[str, Any] = {"messages": ask("A private matter"), "stream": True}
         httpx.post(url + "/v1/chat/completions?key=sesame", json=body, headers=headers, timeout=60)
         httpx.get(url + "/v1/models%0AINFO forged")
-    lines = [r.getMessage() for r in caplog.records if r.name == "pydiffusion.server.access"]
+        # A line is written after its response has been sent.
+        deadline = time.monotonic() + 60
+        while len(lines := access_lines(caplog)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    lines.sort(key=lambda line: "POST" not in line)
     assert len(lines) == 2
     assert re.fullmatch(r'127\.0\.0\.1 "POST /v1/chat/completions" 200 \d+\.\d{3} s id-7', lines[0])
     assert '"GET /v1/models%0AINFO%20forged" 401' in lines[1]
