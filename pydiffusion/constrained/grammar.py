@@ -6,7 +6,7 @@ recursive; ``grammar_dfa`` compiles them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NoReturn, TypeAlias
 
@@ -299,9 +299,20 @@ def _refuse_left_recursion(rules: dict[str, Node]) -> None:
     """A rule that may begin with itself has no expansion of limited depth that reads like it."""
     optional = _optional_rules(rules)
     first = {name: list(dict.fromkeys(_first_references(node, optional))) for name, node in rules.items()}
+    for _, name in cycle_edges(first, rules):
+        raise ValueError(
+            f"the rule {name!r} is left-recursive (it may begin with itself), which is not"
+            " supported: write a repetition, as in 'sum ::= term (\"+\" term)*'"
+        )
+
+
+def cycle_edges(references: Mapping[str, Iterable[str]], roots: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of a rule and one that it refers to which close a cycle, found in depth from the roots: every
+    recursion uses such a pair.
+    """
     finished: set[str] = set()
-    for root in rules:
-        path: dict[str, Iterator[str]] = {root: iter(first[root])}
+    for root in roots:
+        path: dict[str, Iterator[str]] = {} if root in finished else {root: iter(references[root])}
         while path:
             name = next(reversed(path))
             following = next(path[name], None)
@@ -309,12 +320,9 @@ def _refuse_left_recursion(rules: dict[str, Node]) -> None:
                 finished.add(name)
                 del path[name]
             elif following in path:
-                raise ValueError(
-                    f"the rule {following!r} is left-recursive (it may begin with itself), which is not"
-                    " supported: write a repetition, as in 'sum ::= term (\"+\" term)*'"
-                )
+                yield name, following
             elif following not in finished:
-                path[following] = iter(first[following])
+                path[following] = iter(references[following])
 
 
 def _optional_rules(rules: dict[str, Node]) -> set[str]:

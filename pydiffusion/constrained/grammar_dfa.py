@@ -8,7 +8,7 @@ never generated.
 from __future__ import annotations
 
 from .byte_dfa import MAX_STATES, ByteDfa, Nfa, TooLarge, deterministic
-from .grammar import Characters, Choice, Grammar, Node, Reference, Repetition, Sequence
+from .grammar import Characters, Choice, Grammar, Node, Reference, Repetition, Sequence, cycle_edges
 
 _MAX_DEPTH = 6
 # A grammar is expanded to more than the first depth that has a text only within this: states cost time at
@@ -62,20 +62,7 @@ def _compile(grammar: Grammar, counts: bool) -> ByteDfa:
 def _back_references(grammar: Grammar) -> set[tuple[str, str]]:
     """Pairs of a rule and one it refers to that closes a cycle: every recursion uses such a pair."""
     references = {name: list(dict.fromkeys(_references(node))) for name, node in grammar.rules.items()}
-    back: set[tuple[str, str]] = set()
-    finished: set[str] = set()
-    path = {"root": iter(references["root"])}
-    while path:
-        name = next(reversed(path))
-        following = next(path[name], None)
-        if following is None:
-            finished.add(name)
-            del path[name]
-        elif following in path:
-            back.add((name, following))
-        elif following not in finished:
-            path[following] = iter(references[following])
-    return back
+    return set(cycle_edges(references, ["root"]))
 
 
 def _references(node: Node) -> list[str]:
