@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydiffusion.chat.image_parts import DETAILS, ImagePart, ImagePartError
+from pydiffusion.chat.image_parts import DETAILS, ImagePart, ImagePartError, take_images
 from pydiffusion.errors import InsufficientMemoryError, PyDiffusionError, UnsupportedModelError
 from pydiffusion.vision.loading import open_image
 from pydiffusion.vision.preprocessing import MAX_SOFT_TOKENS
@@ -30,6 +30,17 @@ def vision_of(model: DiffusionModel) -> VisionTower:
             " DiffusionModel(path, mmproj=FILE)"
         )
     return model.vision
+
+
+def images_of(model: DiffusionModel, messages: Any) -> tuple[Any, list[ImagePart]]:
+    """Messages with places for their images, and these; see ``take_images``.
+
+    Raises UnsupportedModelError if there are any and the model reads none.
+    """
+    messages, images = take_images(messages)
+    if images:
+        vision_of(model)
+    return messages, images
 
 
 def with_images(model: DiffusionModel, ids: list[int], parts: Sequence[ImagePart]) -> list[int] | Prompt:
