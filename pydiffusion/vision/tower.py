@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pydiffusion import _native
-from pydiffusion.errors import PyDiffusionError
+from pydiffusion.errors import ImageError, PyDiffusionError
 
 from .loading import open_image
 from .preprocessing import MAX_SOFT_TOKENS, PreparedImage, cut, image_key, permitted
@@ -53,7 +53,7 @@ class VisionTower:
     def prepare(self, image: Any, max_soft_tokens: int | None = None) -> PreparedImage:
         """Preprocess an image for this tower; a PreparedImage is returned as it is.
 
-        max_soft_tokens: None takes the file's. Raises as ``preprocess``, and ValueError for an image with
+        max_soft_tokens: None takes the file's. Raises as ``preprocess``, and ImageError for an image with
         more rows or columns of patches than the tower has positions.
         """
         if isinstance(image, PreparedImage):
@@ -64,7 +64,7 @@ class VisionTower:
         patches, positions = cut(rgb, n, patch_size, pooling)
         longest = int(positions.max()) + 1
         if longest > self.info["n_positions"]:
-            raise ValueError(
+            raise ImageError(
                 f"an image of {rgb.size[0]} x {rgb.size[1]} pixels has {longest} patches in a row, but the"
                 f" vision tower has {self.info['n_positions']} positions: crop it, or lower max_soft_tokens"
             )
