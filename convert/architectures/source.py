@@ -21,6 +21,7 @@ from pydiffusion.convert.checkpoint.chat_templates import (
     settle_chat_template,
 )
 from pydiffusion.convert.checkpoint.hub import find_checkpoint
+from pydiffusion.convert.checkpoint.image_processor import IMAGE_PROCESSOR, PROCESSOR
 from pydiffusion.convert.checkpoint.quantized import settings
 from pydiffusion.convert.checkpoint.quantized.reader import open_weights
 from pydiffusion.convert.checkpoint.quantized.settings import Quantization, read_quantization
@@ -207,7 +208,8 @@ def open_mmproj(
             name = found.name or folder.resolve().name or "model"
             weights = open_weights(checkpoint, quantization, notes)
             plan = architecture.mmproj(folder, weights, config, name, type, notes)
-        yield MmprojSource(folder, [*checkpoint.files, folder / _CONFIG], plan.tensors, plan.metadata, notes)
+        files = [*checkpoint.files, *(folder / small for small in (_CONFIG, PROCESSOR, IMAGE_PROCESSOR))]
+        yield MmprojSource(folder, files, plan.tensors, plan.metadata, notes)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from pydiffusion._util.sampler_options import CANVAS_LENGTH_KEY, ENTROPY_BOUND
@@ -11,7 +12,7 @@ from pydiffusion.convert.architectures.diffusion_gemma.config import (
     read_sampler_config,
 )
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import ARCHITECTURE
-from pydiffusion.convert.checkpoint.tokenizer_files import read_tokenizer
+from pydiffusion.convert.checkpoint.tokenizer_files import TOKENS_KEY, read_image_tokens, read_tokenizer
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.convert.gguf.model_keys import f32, model_keys, u32
 
@@ -27,6 +28,12 @@ VISIBLE = frozenset(
         '<|"|>',
     )
 )
+# config.json's names of the tokens that stand for an image -> ours, after the architecture.
+IMAGE_KEYS = {
+    "image_token_id": "image_token_id",
+    "boi_token_id": "image_begin_token_id",
+    "eoi_token_id": "image_end_token_id",
+}
 
 
 def read_metadata(folder: Path, name: str, config: TextConfig, notes: list[str]) -> dict[str, Value]:
@@ -41,6 +48,8 @@ def read_metadata(folder: Path, name: str, config: TextConfig, notes: list[str])
         eos_token_ids=sampler.eos_token_ids,
         visible=VISIBLE,
     )
+    token_ids = read_image_tokens(folder, tokenizer[TOKENS_KEY].value, config.image_token_ids, notes)
+    config = replace(config, image_token_ids=token_ids)
     return model_metadata(name, config, sampler, 0) | tokenizer
 
 
@@ -65,6 +74,7 @@ def model_metadata(name: str, config: TextConfig, sampler: SamplerConfig, file_t
         f"{own}attention.sliding_window_pattern": Value("array[bool]", list(config.sliding)),
         f"{own}attention.layer_norm_rms_epsilon": f32(config.rms_norm_eps),
         f"{own}attention.causal": Value("bool", False),
+        f"{own}attention.bidirectional": Value("str", "vision" if config.bidirectional_images else "none"),
         f"{own}attention.shared_kv_layers": u32(0),
         f"{own}embedding_length_per_layer_input": u32(0),
         f"{own}rope.freq_base": f32(config.rope_theta_full),
@@ -72,6 +82,7 @@ def model_metadata(name: str, config: TextConfig, sampler: SamplerConfig, file_t
         f"{own}rope.dimension_count": u32(config.global_head_dim),
         f"{own}rope.dimension_count_swa": u32(config.head_dim),
         f"{own}final_logit_softcapping": f32(config.final_logit_softcapping),
+        **{own + IMAGE_KEYS[key]: u32(token_id) for key, token_id in config.image_token_ids.items()},
         CANVAS_LENGTH_KEY: u32(config.canvas_length),
         **{option.key: Value(option.gguf_type, getattr(sampler, option.name)) for option in ENTROPY_BOUND},
     }
