@@ -45,13 +45,13 @@ def read_image_processor(folder: Path, patch_size: int, pooling: int, notes: lis
             "tokens and not normalized, the reference's defaults"
         )
         return _MAX_SOFT_TOKENS
-    fields = Fields(found[1], found[0], notes, null_is_missing=True)
-    if fields.has("image_processor_type"):
-        fields.one_of("image_processor_type", _TYPES)
+    # A null is not an absent key: in the reference it takes the place of the default, as false does.
+    fields = Fields(found[1], found[0], notes)
+    fields.accept_if_there("image_processor_type", (None, *_TYPES))
     for key, only in _STEPS.items():
         fields.one_of(key, (only,), only)
     fields.one_of("resample", (_BICUBIC,), _BICUBIC)
-    if fields.has("input_data_format"):
+    if fields.has("input_data_format") and fields.values["input_data_format"] is not None:
         raise fields.error("input_data_format", "absent: the axes of an image are found from its shape")
     factor = fields.number("rescale_factor", 1 / 255, minimum=0)
     if abs(factor * 255 - 1) > 1e-6:
@@ -97,15 +97,11 @@ def _find_settings(folder: Path, notes: list[str]) -> tuple[str, dict[str, Any]]
 
 def _check_normalization(fields: Fields) -> None:
     """Refuse any that changes pixels; mean and deviation have no effect without ``do_normalize``."""
-    is_on = fields.boolean("do_normalize", False)
+    is_on = fields.one_of("do_normalize", (False, True, None), False)
     for key, identity in (("image_mean", 0.0), ("image_std", 1.0)):
-        if not fields.has(key):
-            continue
-        given = fields.values[key]
+        given = fields.values[key] if fields.has(key) else identity
         numbers = given if isinstance(given, list) else [given] * 3
-        if len(numbers) != 3 or not all(type(number) in (int, float) for number in numbers):
-            raise fields.error(key, "three numbers")
-        if all(number == identity for number in numbers):
+        if all(number == identity for number in numbers) and len(numbers) == 3:
             continue
         if is_on:
             raise ConversionError(

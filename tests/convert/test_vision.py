@@ -19,6 +19,7 @@ from support.vision_folders import (
     PROJECTION,
     TOWER,
     D,
+    make_folder,
     vision_config,
     vision_weights,
 )
@@ -26,12 +27,6 @@ from support.vision_folders import (
 from pydiffusion.cli import main
 from pydiffusion.convert import convert, convert_mmproj
 from pydiffusion.errors import ConversionError
-
-
-def make_folder(path: Path, tensors: dict[str, np.ndarray] | None = None, **changes: object) -> Path:
-    config = folders.model_config() | {"vision_config": vision_config(**changes)}
-    weights = folders.weights() | (vision_weights() if tensors is None else tensors)
-    return folders.make_folder(path, tensors=weights, config=config)
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +135,14 @@ def test_optional_parts_and_types(tmp_path: Path) -> None:
         (lambda w: w[PROJECTION].__setitem__((1, 1), np.nan), {}, "mm.input_projection.weight.*NaN"),
         (None, {"hidden_activation": "silu"}, "hidden_activation"),
         (None, {"num_key_value_heads": 2}, "num_key_value_heads"),
+        (None, {"num_key_value_heads": None}, "num_key_value_heads' = None, the reference's default"),
         (None, {"head_dim": 3}, "head_dim"),
+        (None, {"head_dim": None}, "head_dim' = None, the reference's default, is not supported (only 16"),
         (None, {"rope_parameters": {"rope_theta": 10000.0}}, "rope_theta"),
+        (None, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
+        (None, {"rope_parameters": {"factor": 4.0}}, "'factor' is not supported"),
+        (None, {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling"),
+        (None, {"rope_theta": 50.0}, "rope_theta"),
         (None, {"model_type": "siglip_vision_model"}, "model_type"),
     ],
 )
@@ -150,9 +151,26 @@ def test_refusals(tmp_path: Path, spoil: object, changes: dict, message: str) ->
     if spoil is not None:
         spoil(tensors)
     made = make_folder(tmp_path / "made", tensors, **changes)
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(ConversionError, match=message.replace("(", r"\(")):
         convert_mmproj(made, tmp_path / "v.gguf")
     assert not (tmp_path / "v.gguf").exists()
+
+
+def test_defaults_and_keys_that_were_not_read(tmp_path: Path) -> None:
+    """Of vision_config: older files call the rotation default, and Google's has keys that nobody reads."""
+    changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 100}, "default_output_length": 280}
+    made = make_folder(tmp_path / "made", **changes, window_size=7, torch_dtype="bfloat16")
+    notes = convert_mmproj(made, tmp_path / "v.gguf").notes
+    assert [note for note in notes if "not read" in note] == [
+        "config.json: vision_config: keys that were not read: 'window_size'"
+    ]
+    # A head of 64, the class's, is right for one head of the toy's 64 elements.
+    tensors = vision_weights()
+    for name in [name for name in tensors if name.endswith(("q_norm.weight", "k_norm.weight"))]:
+        tensors[name] = np.ones(D, np.float32)
+    one = make_folder(tmp_path / "one", tensors, num_attention_heads=1, num_key_value_heads=1, head_dim=None)
+    notes = convert_mmproj(one, tmp_path / "one.gguf").notes
+    assert any("head_dim = 64" in note for note in notes)
 
 
 def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
