@@ -15,7 +15,8 @@ from pydiffusion.errors import ConversionError
 PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
 _MAX_JSON = 64 << 20
 _SOFT_TOKENS = (70, 140, 280, 560, 1120)
-_MAX_SOFT_TOKENS, _PATCH, _POOLING = 280, 16, 3  # defaults of the reference's class
+MAX_SOFT_TOKENS = 280  # without settings, and of files that do not say it
+_PATCH, _POOLING = 16, 3  # defaults of the reference's class
 _TYPES = ("Gemma4ImageProcessor", "Gemma4ImageProcessorFast", "Gemma4ImageProcessorPil")
 _BICUBIC = 3
 # Steps that the runtime always takes; others are refused.
@@ -41,10 +42,10 @@ def read_image_processor(folder: Path, patch_size: int, pooling: int, notes: lis
     found = _find_settings(folder, notes)
     if found is None:
         notes.append(
-            f"no {PROCESSOR} and no {IMAGE_PROCESSOR}: images are resized to at most {_MAX_SOFT_TOKENS} soft "
+            f"no {PROCESSOR} and no {IMAGE_PROCESSOR}: images are resized to at most {MAX_SOFT_TOKENS} soft "
             "tokens and not normalized, the reference's defaults"
         )
-        return _MAX_SOFT_TOKENS
+        return MAX_SOFT_TOKENS
     # A null is not an absent key: in the reference it takes the place of the default, as false does.
     fields = Fields(found[1], found[0], notes)
     fields.accept_if_there("image_processor_type", (None, *_TYPES))
@@ -67,7 +68,7 @@ def read_image_processor(folder: Path, patch_size: int, pooling: int, notes: lis
                 f"{fields.where}: {key!r} = {fields.values.get(key, default)}{absent} contradicts "
                 f"config.json: vision_config, which has {tower}"
             )
-    max_soft_tokens = fields.integer("max_soft_tokens", _MAX_SOFT_TOKENS)
+    max_soft_tokens = fields.integer("max_soft_tokens", MAX_SOFT_TOKENS)
     if max_soft_tokens not in _SOFT_TOKENS:
         raise fields.error("max_soft_tokens", f"one of {', '.join(map(str, _SOFT_TOKENS))}")
     fields.note_defaults()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pydiffusion._util.sampler_options import CANVAS_LENGTH_KEY, ENTROPY_BOUND
 from pydiffusion.convert.architectures.diffusion_gemma.config import (
@@ -34,6 +36,8 @@ IMAGE_KEYS = {
     "boi_token_id": "image_begin_token_id",
     "eoi_token_id": "image_end_token_id",
 }
+IMAGE_TOKEN_NAMES = {"image_token_id": "<|image|>", "boi_token_id": "<|image>", "eoi_token_id": "<image|>"}
+_BIDIRECTIONAL = "attention.bidirectional"
 
 
 def read_metadata(folder: Path, name: str, config: TextConfig, notes: list[str]) -> dict[str, Value]:
@@ -51,6 +55,16 @@ def read_metadata(folder: Path, name: str, config: TextConfig, notes: list[str])
     token_ids = read_image_tokens(folder, tokenizer[TOKENS_KEY].value, config.image_token_ids, notes)
     config = replace(config, image_token_ids=token_ids)
     return model_metadata(name, config, sampler, 0) | tokenizer
+
+
+def implied_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that the runtime takes for keys about images that a file lacks: the released model's, and the
+    tokens that have its names.
+    """
+    tokens = keys.get(TOKENS_KEY, [])
+    ids = {IMAGE_KEYS[key]: tokens.index(name) for key, name in IMAGE_TOKEN_NAMES.items() if name in tokens}
+    implied = {_BIDIRECTIONAL: "vision", **ids}
+    return {f"{ARCHITECTURE}.{key}": value for key, value in implied.items()}
 
 
 def model_metadata(name: str, config: TextConfig, sampler: SamplerConfig, file_type: int) -> dict[str, Value]:
@@ -74,7 +88,7 @@ def model_metadata(name: str, config: TextConfig, sampler: SamplerConfig, file_t
         f"{own}attention.sliding_window_pattern": Value("array[bool]", list(config.sliding)),
         f"{own}attention.layer_norm_rms_epsilon": f32(config.rms_norm_eps),
         f"{own}attention.causal": Value("bool", False),
-        f"{own}attention.bidirectional": Value("str", "vision" if config.bidirectional_images else "none"),
+        own + _BIDIRECTIONAL: Value("str", "vision" if config.bidirectional_images else "none"),
         f"{own}attention.shared_kv_layers": u32(0),
         f"{own}embedding_length_per_layer_input": u32(0),
         f"{own}rope.freq_base": f32(config.rope_theta_full),

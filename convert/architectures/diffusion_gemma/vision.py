@@ -13,7 +13,7 @@ from pydiffusion.convert.architectures.architecture import Mmproj
 from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import PREFIX, VISION
 from pydiffusion.convert.architectures.diffusion_gemma.vision_config import VisionConfig, read_vision_config
-from pydiffusion.convert.checkpoint.image_processor import read_image_processor
+from pydiffusion.convert.checkpoint.image_processor import MAX_SOFT_TOKENS, read_image_processor
 from pydiffusion.convert.checkpoint.inventory import Inventory
 from pydiffusion.convert.checkpoint.tensor_map import Row, Table, Wanted, wanted
 from pydiffusion.convert.checkpoint.weights import Weights
@@ -25,7 +25,7 @@ from pydiffusion.convert.gguf.writer import PlannedTensor
 from pydiffusion.errors import ConversionError
 
 _TOWER, _PROJECTOR = VISION
-#: Soft tokens of an image at most; a key of our own, 280 without it.
+#: Soft tokens of an image at most; a key of our own.
 MAX_SOFT_TOKENS_KEY = "clip.vision.max_soft_tokens"
 _IMAGE_SIZE = 224  # the library asks for one and does not use it: images keep their aspect ratio
 
@@ -68,7 +68,8 @@ def plan_mmproj(
     """
     config = read_vision_config(folder, text.hidden_size, notes)
     max_soft_tokens = read_image_processor(folder, config.patch_size, config.pooling, notes)
-    return Mmproj(_metadata(name, config, max_soft_tokens), _plan(weights, config, type.upper()))
+    metadata = _metadata(name, config, max_soft_tokens)
+    return Mmproj(metadata, _plan(weights, config, type.upper()), {MAX_SOFT_TOKENS_KEY: MAX_SOFT_TOKENS})
 
 
 def _metadata(name: str, config: VisionConfig, max_soft_tokens: int) -> dict[str, Value]:
