@@ -176,8 +176,8 @@ def _read_config(folder: Path, notes: list[str]) -> tuple[Architecture[Any], Any
 
 @dataclass(frozen=True)
 class MmprojSource:
-    """An open vision part. ``metadata`` is complete except for ``general.file_type``; ``implied``: values that
-    readers take for keys that a file lacks.
+    """An open vision part. ``metadata`` is complete except for ``general.file_type``; ``implied``: values
+    that readers take for keys that a file lacks.
     """
 
     path: Path

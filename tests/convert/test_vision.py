@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from gguf import GGUFReader
 from support import checkpoint_folders as folders
 from support.gguf_files import read_tensors
+from support.gguf_mutator import STRING, read_gguf
 from support.vision_folders import (
     FF,
     HEADS,
@@ -180,6 +182,39 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "mmproj-small-bf16.gguf").read_bytes() == (tmp_path / "v.gguf").read_bytes()
     assert main(["convert", str(folder), "--mmproj", "--type", "q4_k_m"]) == 2
     assert main(["convert", str(folder), "--mmproj", "--pad"]) == 2
+
+
+def test_inspect(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert_mmproj(folder, tmp_path / "v.gguf")
+    assert main(["inspect", str(tmp_path / "v.gguf"), "--json"]) == 0
+    images = json.loads(capsys.readouterr().out)["images"]
+    assert images.pop("is_supported") and images.pop("projector") == "gemma4v"
+    assert images == {
+        "n_layers": LAYERS,
+        "n_embd": D,
+        "n_heads": HEADS,
+        "projection_dim": folders.D,
+        "patch_size": PATCH,
+        "pooling": 3,
+        "max_soft_tokens": 280,
+    }
+    file = read_gguf(tmp_path / "v.gguf")
+    file.drop("clip.vision.max_soft_tokens")
+    file.drop("clip.vision.patch_size")
+    assert main(["inspect", str(file.write(tmp_path / "w.gguf"))]) == 0
+    assert "patches of ? x ? pixels, 3 x 3 of them a soft token, at most 280" in capsys.readouterr().out
+    file.set("clip.vision.projector_type", STRING, "qwen3vl_merger")
+    assert main(["inspect", str(file.write(tmp_path / "w.gguf"))]) == 0
+    assert "projector 'qwen3vl_merger'; only 'gemma4v' is supported" in capsys.readouterr().out
+
+
+def test_inspect_shows_the_tokens_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = folders.model_config() | {"image_token_id": 9, "boi_token_id": 7, "eoi_token_id": None}
+    convert(folders.make_folder(tmp_path / "text", config=config), tmp_path / "t.gguf", "f16")
+    assert main(["inspect", str(tmp_path / "t.gguf")]) == 0
+    shown = capsys.readouterr().out.partition("Images\n")[2]
+    assert f"image_token_id 9: {folders.SPECIALS[9]!r}" in shown and "both ways" in shown
+    assert f"image_begin_token_id 7: {folders.SPECIALS[7]!r}" in shown and "image_end" not in shown
 
 
 @pytest.mark.reference

@@ -61,7 +61,8 @@ def implied_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Values that the runtime takes for keys about images that a file lacks: the released model's, and the
     tokens that have its names.
     """
-    tokens = keys.get(TOKENS_KEY, [])
+    tokens = keys.get(TOKENS_KEY)
+    tokens = tokens if isinstance(tokens, list) else []
     ids = {IMAGE_KEYS[key]: tokens.index(name) for key, name in IMAGE_TOKEN_NAMES.items() if name in tokens}
     implied = {_BIDIRECTIONAL: "vision", **ids}
     return {f"{ARCHITECTURE}.{key}": value for key, value in implied.items()}
