@@ -57,8 +57,8 @@ def image_lines(keys: Mapping[str, Any]) -> list[str]:
         shown = {name: "?" if value is None else f"{value!s:.40}" for name, value in facts.items()}
         patch, pooling = shown["patch_size"], shown["pooling"]
         return [
-            f"a vision tower of {shown['n_layers']} layers ({_PROJECTOR}) for models with an embedding length "
-            f"of {shown['projection_dim']}",
+            f"a vision tower of {shown['n_layers']} layers ({_PROJECTOR}) for models with an embedding "
+            f"length of {shown['projection_dim']}",
             f"patches of {patch} x {patch} pixels, {pooling} x {pooling} of them a soft token, at most "
             f"{shown['max_soft_tokens']} soft tokens per image",
         ]
