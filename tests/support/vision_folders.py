@@ -66,7 +66,11 @@ def vision_weights() -> dict[str, np.ndarray]:
             }
         for name in NORMS:
             shapes[f"{layer}{name}.weight"] = (D // HEADS if "self_attn" in name else D,)
-    return {
+    weights = {
         name: folders.from_bits(np.asarray(random.standard_normal(shape), np.float32))
         for name, shape in shapes.items()
     }
+    for name, values in weights.items():
+        if name.endswith(("_min", "_max")):
+            weights[name] = abs(values) if name.endswith("_max") else -abs(values)
+    return weights
