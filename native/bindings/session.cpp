@@ -38,10 +38,12 @@ Prompt prompt_of(const Array1<int32_t>& ids, const Images& images, const Hparams
     for (const auto& [begin, features, key] : images) {
         const int64_t n = static_cast<int64_t>(features.shape(0)), d = hp.n_embd;
         if (static_cast<int64_t>(features.shape(1)) != d) {
-            throw Error(ErrorKind::argument,
-                        format("the features of an image have the shape (%zu, %zu); this model's have %d "
-                               "columns: they are from the image encoder of another model",
-                               features.shape(0), features.shape(1), hp.n_embd));
+            throw Error(
+                ErrorKind::argument,
+                format(
+                    "the features of an image have the shape (%zu, %zu), but this model needs (n, %d): they "
+                    "are from the image encoder of another model",
+                    features.shape(0), features.shape(1), hp.n_embd));
         }
         const int64_t n_left = static_cast<int64_t>(prompt.ids.size()) - begin;
         if (begin < 0 || n < 1 || n > n_left)
