@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from reference.random_checkpoint import SHAPES, random_ids
 from support.image_prompts import ImagePrompt, encode, image_prompt, reading_images, reference_encode
-from support.kernels import ALL_KERNELS
 from support.models import compare
 from support.parity import MAX_BOUND, MEAN_BOUND
 
@@ -30,8 +29,10 @@ PROMPTS: dict[str, Parts] = {
 
 
 @pytest.fixture(scope="module")
-def model_file(gguf_file: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``model_file("small", "vision", "f32")``: a model whose file says how an image's tokens see each other."""
+def model_file(
+    gguf_file: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """``model_file("small", "vision", "f32")``: a file that says how an image's tokens see each other."""
 
     def get(shape: str, how: str = "vision", type: str = "f32") -> Path:
         folder = tmp_path_factory.mktemp("images")

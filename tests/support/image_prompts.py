@@ -46,7 +46,7 @@ class ImagePrompt:
 
 def image_prompt(d: int, n_vocab: int, parts: Sequence[int | tuple[int]], seed: int = 0) -> ImagePrompt:
     """Text and images in turns: a number is that many random tokens, ``(n,)`` an image of n soft tokens
-    between its begin and end token. Features are as loud as scaled embeddings, and different in each dimension.
+    between its begin and end token. Features are as loud as scaled embeddings, each dimension otherwise.
     """
     rng = np.random.default_rng(seed)
     ids: list[int] = []
