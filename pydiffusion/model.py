@@ -24,6 +24,7 @@ from .device_plan import DEFAULT_N_CTX, check_kv_type, device_request
 from .errors import PyDiffusionWarning, UnsupportedModelError
 from .generation import batching, session_file
 from .generation.async_methods import AsyncMethods
+from .generation.image_prompt import AnyPrompt
 from .generation.infill import (
     DEFAULT_HOLE_TOKENS,
     Infill,
@@ -36,7 +37,6 @@ from .generation.infill import (
 )
 from .generation.native_model import NativeModel
 from .generation.prompt import check_prompts, check_text, prefilled_session
-from .generation.token_ids import TokenIds
 from .openai.chat import Chat, ChatSettings, Messages, Tools
 from .options import CONSTRAINTS, GenerationOptions, ResolvedOptions, make_options
 from .session import Session
@@ -288,7 +288,7 @@ class DiffusionModel(VisionMethods, AsyncMethods):
 
     def generate(
         self,
-        prompt: str | TokenIds,
+        prompt: str | AnyPrompt,
         options: GenerationOptions | None = None,
         *,
         on_event: Callable[[Event], None] | None = None,
@@ -307,7 +307,7 @@ class DiffusionModel(VisionMethods, AsyncMethods):
 
     def stream(
         self,
-        prompt: str | TokenIds,
+        prompt: str | AnyPrompt,
         options: GenerationOptions | None = None,
         *,
         session: Session | None = None,
@@ -319,7 +319,7 @@ class DiffusionModel(VisionMethods, AsyncMethods):
 
     def generate_batch(
         self,
-        prompts: Iterable[str | TokenIds],
+        prompts: Iterable[str | AnyPrompt],
         options: GenerationOptions | Iterable[GenerationOptions] | None = None,
         *,
         n_parallel: int = 4,
@@ -463,7 +463,7 @@ class DiffusionModel(VisionMethods, AsyncMethods):
         completion = prefilled_session(self, prompt, session).complete(options, on_event)
         return collect(layout, completion, self.tokenizer)
 
-    def create_completion(self, prompt: str | TokenIds, **parameters: Any) -> Any:
+    def create_completion(self, prompt: str | AnyPrompt, **parameters: Any) -> Any:
         """Completion in OpenAI's format; see ``pydiffusion.openai.responses.create_completion``."""
         from .openai import responses  # on first use: importing pydiffusion is to be quick
 
