@@ -216,7 +216,7 @@ async function run(path, body, answer) {
     for await (const event of eventsOf(await post(path, body, running.signal))) {
       const follow = atEnd();
       answer.take(event);
-      if (follow) log.scrollTop = log.scrollHeight;
+      if (follow) scrollDown();
     }
   } catch (error) {
     answer.fail(error.name === "AbortError" ? "Stopped." : error.message);
@@ -237,14 +237,20 @@ function textOf(content) {
   return content.filter((part) => part.type === "text").map((part) => part.text).join("");
 }
 
+function scrollDown() {
+  log.scrollTop = log.scrollHeight;
+}
+
 function showQuestion(question, images) {
   const shown = element("article", "user", question);
   if (images.length) {
     const pictures = element("div", "pictures");
     pictures.append(...images.map((image) => imageOf(image, "picture")));
+    for (const picture of pictures.children) picture.addEventListener("load", scrollDown); // it has a height then
     shown.prepend(pictures);
   }
   log.append(shown);
+  scrollDown();
 }
 
 async function ask(question, images) {
