@@ -43,6 +43,7 @@ from .openai.chat import Chat, ChatSettings, Messages, Tools
 from .options import CONSTRAINTS, GenerationOptions, ResolvedOptions, make_options
 from .session import Session
 from .tokenizer import Tokenizer
+from .vision.methods import AUTO, ModelVision, VisionMethods
 
 if TYPE_CHECKING:
     from .constrained import Automaton
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 _N_AUTOMATA = 16
 
 
-class DiffusionModel(AsyncMethods):
+class DiffusionModel(VisionMethods, AsyncMethods):
     """A DiffusionGemma model from a GGUF file. Thread-safe if each thread uses its own session.
 
     Use it as a context manager, or ``close`` it, to free its memory early.
@@ -79,6 +80,7 @@ class DiffusionModel(AsyncMethods):
         n_sessions: int = 1,
         dense_type: str = "auto",
         chat_template: str | os.PathLike[str] | None = None,
+        mmproj: str | os.PathLike[str] | None = AUTO,
     ) -> None:
         """Open and validate a model file.
 
@@ -106,6 +108,8 @@ class DiffusionModel(AsyncMethods):
             these GPUs where the whole model still fits.
         chat_template: a file, or the name of a built-in template ("diffusion-gemma"), instead of the file's
             own; it takes its place in ``metadata``.
+        mmproj: the file of the vision tower, with which the model reads images. "auto" looks for one beside
+            the model, and on the hub if it is from there, when the first image comes; None for none.
         Raises ModelFormatError, UnsupportedModelError, InsufficientMemoryError; PyDiffusionError for an
         invalid template; ValueError for a wrong argument; OSError when the file can't be read.
         """
@@ -138,6 +142,7 @@ class DiffusionModel(AsyncMethods):
         self.n_threads: int = native.n_threads
         self.n_ctx = self._fitting_n_ctx(n_ctx)
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
+        self._vision = ModelVision(self, self.native, mmproj)
         self._chat_template: ChatTemplate | None = None
         self._lock = threading.Lock()  # of what is made on first use
         self._automata: dict[Any, Automaton] = {}
@@ -479,6 +484,7 @@ class DiffusionModel(AsyncMethods):
 
     def close(self) -> None:
         """Release the weights; existing sessions keep them alive until they are gone."""
+        self._vision.close()
         self.native.close()
 
     def __enter__(self) -> DiffusionModel:
