@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .messages import IMAGE_TYPES, dumped
+from .messages import IMAGE_TYPES, NOT_LISTS, dumped
 
 #: OpenAI's ``detail`` -> the number of soft tokens as a multiple of the model's own: 70, 280, 560 and 1120 of
 #: the released model.
 DETAILS = {"auto": 1.0, "low": 0.25, "high": 2.0, "original": 4.0}
 # Fields of a part of type "image" that hold it, as transformers' templates have them.
 _FIELDS = ("image", "url", "path", "base64")
-_NOT_PARTS = (str, bytes, bytearray, Mapping)
+_NOT_PARTS = (str, Mapping, *NOT_LISTS)
 
 
 class ImagePartError(ValueError):

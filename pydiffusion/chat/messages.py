@@ -20,7 +20,7 @@ Message = dict[str, Any]
 #: Types of content parts that are images: of transformers, of OpenAI's chats, of OpenAI's Responses.
 IMAGE_TYPES = ("image", "image_url", "input_image")
 _MAX_DEPTH = 64
-_NOT_LISTS = (bytes, bytearray, memoryview, set, frozenset)  # a set has no order
+NOT_LISTS = (bytes, bytearray, memoryview, set, frozenset)  # a set has no order
 # Names that the renderer passes to the template itself.
 _RENDERED = frozenset(("self", "messages", "tools", "bos_token", "eos_token", "add_generation_prompt"))
 
@@ -46,7 +46,7 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
     value = dumped(value)
     if isinstance(value, Mapping):
         return {plain(k, where, depth + 1): plain(v, where, depth + 1) for k, v in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, _NOT_LISTS):
+    if isinstance(value, Iterable) and not isinstance(value, NOT_LISTS):
         return [plain(entry, where, depth + 1) for entry in value]
     raise ValueError(f"{where} holds a {type(value).__name__}; give text, numbers, dicts and lists")
 

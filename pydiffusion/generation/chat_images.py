@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydiffusion.chat.image_parts import DETAILS, ImagePart, ImagePartError
 from pydiffusion.errors import InsufficientMemoryError, PyDiffusionError, UnsupportedModelError
+from pydiffusion.vision.loading import open_image
 from pydiffusion.vision.preprocessing import MAX_SOFT_TOKENS
 from pydiffusion.vision.prompt import Prompt, place
 
@@ -68,6 +70,14 @@ def _soft_tokens(part: ImagePart, own: int) -> int | None:
         return part.max_soft_tokens
     wanted = own * DETAILS[part.detail]
     return int(wanted) if wanted in MAX_SOFT_TOKENS else None
+
+
+def check_image(path: Path) -> None:
+    """Decode an image file. Raises PyDiffusionError, naming it, for one that can't be read as an image;
+    OSError.
+    """
+    with _DECODING:
+        open_image(path)
 
 
 def n_image_tokens(prompt: Sequence[int] | Prompt) -> int:
