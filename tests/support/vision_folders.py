@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from support import checkpoint_folders as folders
@@ -35,6 +37,13 @@ def vision_config(**changes: object) -> dict[str, object]:
         "use_clipped_linears": True,
     }
     return config | changes
+
+
+def make_folder(path: Path, tensors: dict[str, np.ndarray] | None = None, **changes: object) -> Path:
+    """A checkpoint folder with text and vision; ``tensors``: the vision's; ``changes`` to vision_config."""
+    config = folders.model_config() | {"vision_config": vision_config(**changes)}
+    weights = folders.weights() | (vision_weights() if tensors is None else tensors)
+    return folders.make_folder(path, tensors=weights, config=config)
 
 
 def vision_weights() -> dict[str, np.ndarray]:
