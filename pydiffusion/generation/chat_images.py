@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydiffusion.chat.image_parts import DETAILS, ImagePart, ImagePartError, take_images
-from pydiffusion.errors import InsufficientMemoryError, PyDiffusionError, UnsupportedModelError
+from pydiffusion.errors import InsufficientMemoryError, PyDiffusionError
 from pydiffusion.vision.loading import open_image
 from pydiffusion.vision.preprocessing import MAX_SOFT_TOKENS
 from pydiffusion.vision.prompt import Prompt, place
@@ -22,36 +22,26 @@ if TYPE_CHECKING:
 _DECODING = threading.BoundedSemaphore(2)
 
 
-def vision_of(model: DiffusionModel) -> VisionTower:
-    """The model's vision tower. Raises UnsupportedModelError, saying what to do, if it reads no images."""
-    if model.vision is None:
-        raise UnsupportedModelError(
-            f"{model.path.name} reads no images without a vision file: load one with --mmproj FILE, or"
-            " DiffusionModel(path, mmproj=FILE)"
-        )
-    return model.vision
-
-
 def images_of(model: DiffusionModel, messages: Any) -> tuple[Any, list[ImagePart]]:
     """Messages with places for their images, and these; see ``take_images``.
 
-    Raises UnsupportedModelError if there are any and the model reads none.
+    Raises as ``DiffusionModel.require_vision`` if there are any, ImagePartError.
     """
     messages, images = take_images(messages)
     if images:
-        vision_of(model)
+        model.require_vision()
     return messages, images
 
 
 def with_images(model: DiffusionModel, ids: list[int], parts: Sequence[ImagePart]) -> list[int] | Prompt:
     """A chat's prompt with its images in place of the template's placeholders; without any, the ids.
 
-    Raises UnsupportedModelError if the model reads no images, ImagePartError for one that can't be read,
-    ValueError unless the template has written a placeholder for each.
+    Raises as ``DiffusionModel.require_vision``, ImagePartError for an image that can't be read, ValueError
+    unless the template has written a placeholder for each.
     """
     if not parts:
         return ids
-    vision, tokens = vision_of(model), model.native.image_tokens
+    vision, tokens = model.require_vision(), model.native.image_tokens
     n_places = ids.count(tokens["image"]) if tokens else 0
     if n_places != len(parts):
         raise ValueError(

@@ -128,7 +128,7 @@ def create_app(model: DiffusionModel, settings: Settings | None = None) -> FastA
     for path in READY_PATHS:
         app.add_api_route(path, endpoints.ready, methods=_READ)
     app.add_api_route("/metrics", endpoints.metrics_page, methods=_READ)
-    add_page(app)
+    add_page(app, settings.body_limit(model))
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     access = Access(settings.api_key, settings.cors, settings.allowed_hosts)

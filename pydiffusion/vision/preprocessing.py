@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pydiffusion.errors import ImageError
+
 from .loading import open_image
 
 if TYPE_CHECKING:
@@ -48,8 +50,8 @@ def preprocess(
     covers.
     Returns (patches, positions): float32 (n_patches, 3 * patch_size**2), 0 to 1, a patch's pixels by rows
     with interleaved channels; int32 (n_patches, 2), column and row of each patch.
-    Raises ValueError for an invalid argument or an image too narrow or too flat, PyDiffusionError for what
-    can't be read as an image or where Pillow isn't installed, OSError when the file can't be read.
+    Raises ValueError for an invalid argument, else as ``loading.open_image``; ImageError also for an image
+    that has no room for a soft token.
     """
     if max_soft_tokens not in MAX_SOFT_TOKENS:
         raise ValueError(
@@ -92,7 +94,7 @@ def target_size(
     """Height and width in pixels that an image is scaled to: about its aspect ratio, multiples of the side of
     a soft token, as many soft tokens as permitted.
 
-    Raises ValueError for an image that is too narrow or too flat.
+    Raises ImageError for an image that has no room for a soft token.
     """
     side = pooling * patch_size
     budget = max_soft_tokens * pooling**2 * patch_size**2  # pixels
@@ -101,14 +103,14 @@ def target_size(
     rows = math.floor(factor * height / side)
     columns = math.floor(factor * width / side)
     if rows == 0 and columns == 0:
-        raise ValueError(f"an image of {width} x {height} pixels has no soft token of {side} x {side}")
+        raise ImageError(f"an image of {width} x {height} pixels has no soft token of {side} x {side}")
     # A strip: one soft token high or wide, its length the aspect ratio.
     if rows == 0:
         rows, columns = 1, min(math.floor(width / height), max_soft_tokens)
     elif columns == 0:
         rows, columns = min(math.floor(height / width), max_soft_tokens), 1
     if rows * columns > max_soft_tokens:
-        raise ValueError(
+        raise ImageError(
             f"an image of {width} x {height} pixels would take {rows * columns} soft tokens, more than"
             f" {max_soft_tokens}"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,14 +66,12 @@ def is_image(item: Any) -> bool:
     """Whether an item of a list is an image, rather than a token id or a mistake: a PreparedImage, a PIL
     image, an array of two or more dimensions, a path (no str), or bytes.
     """
-    if isinstance(item, int):
-        return False
-    if isinstance(item, (PreparedImage, bytes, bytearray, memoryview)) or hasattr(item, "__fspath__"):
+    if isinstance(item, (PreparedImage, bytes, bytearray, memoryview, os.PathLike)):
         return True
-    ndim = getattr(item, "ndim", None)
-    if isinstance(ndim, int):
-        return ndim >= 2
-    return hasattr(item, "__array_interface__") and hasattr(item, "getbands")
+    if hasattr(type(item), "getbands"):  # a PIL image; asked of the class, since properties may copy pixels
+        return True
+    ndim = getattr(item, "ndim", 0)
+    return isinstance(ndim, int) and ndim >= 2
 
 
 def as_prompt(
@@ -84,25 +84,20 @@ def as_prompt(
 
     image_tokens: ids by name, "image", "begin" and "end". prepare: of an image, ``VisionTower.prepare``.
     Raises TypeError for an item that is neither, UnsupportedModelError for an image where image_tokens is
-    empty, else as ``prepare``.
+    empty, else as ``prepare``. That ids are in the vocabulary is checked where they are used.
     """
-    parts: list[npt.NDArray[np.int64]] = []
+    ids: list[int] = []
     images: list[PlacedImage] = []
-    waiting: list[int] = []
-    n = 0
     for item in items:
-        if not is_image(item):
-            waiting.append(_token(item))
-            continue
-        image = item if isinstance(item, PreparedImage) else prepare(item)
-        block = _block(image, image_tokens)
-        before = np.asarray(waiting, dtype=np.int64)
-        waiting = []
-        parts += [before, block]
-        images.append(PlacedImage(n + len(before) + 1, image))
-        n += len(before) + len(block)
-    parts.append(np.asarray(waiting, dtype=np.int64))
-    return Prompt(np.concatenate(parts).astype(np.int32), tuple(images))
+        if type(item) is int:
+            ids.append(item)
+        elif is_image(item):
+            image = item if isinstance(item, PreparedImage) else prepare(item)
+            images.append(PlacedImage(len(ids) + 1, image))
+            ids += _block(image, image_tokens)
+        else:
+            ids.append(_token(item))
+    return Prompt(_int32(ids), tuple(images))
 
 
 def place(
@@ -116,7 +111,7 @@ def place(
     Raises ValueError unless there are as many image tokens as images, UnsupportedModelError for images where
     image_tokens is empty.
     """
-    array = np.asarray(ids, dtype=np.int32)
+    array = _int32(ids)
     images = tuple(images)
     if not images and not image_tokens:
         return Prompt(array)
@@ -130,8 +125,8 @@ def place(
     placed: list[PlacedImage] = []
     n = done = 0
     for at, image in zip(places.tolist(), images, strict=True):
-        block = _block(image, image_tokens)
-        parts += [array[done:at], block.astype(np.int32)]
+        block = _int32(_block(image, image_tokens))
+        parts += [array[done:at], block]
         placed.append(PlacedImage(n + at - done + 1, image))
         n += at - done + len(block)
         done = at + 1
@@ -139,12 +134,10 @@ def place(
     return Prompt(np.concatenate(parts), tuple(placed))
 
 
-def _block(image: PreparedImage, image_tokens: Mapping[str, int]) -> npt.NDArray[np.int64]:
+def _block(image: PreparedImage, image_tokens: Mapping[str, int]) -> list[int]:
     """The ids of an image: begin, soft tokens, end."""
     token = _image_token(image_tokens)
-    block = np.full(image.n_soft_tokens + 2, token, dtype=np.int64)
-    block[0], block[-1] = image_tokens["begin"], image_tokens["end"]
-    return block
+    return [image_tokens["begin"], *[token] * image.n_soft_tokens, image_tokens["end"]]
 
 
 def _image_token(image_tokens: Mapping[str, int]) -> int:
@@ -160,13 +153,17 @@ def _token(item: Any) -> int:
             " pathlib.Path(...) for an image file"
         )
     try:
-        token = item.__index__()
-    except (AttributeError, TypeError):
+        return operator.index(item)
+    except TypeError:
         kind = type(item).__name__
-        raise TypeError(f"a prompt's list has token ids and images; one item is a {kind}") from None
-    if not _INT32.min <= token <= _INT32.max:
-        raise ValueError(f"{token} is not a token id")
-    return token
+        raise TypeError(f"a prompt's list has token ids and images; one item is of type {kind}") from None
+
+
+def _int32(ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int32]:
+    array = np.asarray(ids, dtype=np.int64)
+    if len(array) and not (_INT32.min <= array.min() and array.max() <= _INT32.max):
+        raise ValueError("token ids must be within the vocabulary; one of them doesn't even fit in 32 bits")
+    return array.astype(np.int32)
 
 
 def _count(n: int, what: str) -> str:
