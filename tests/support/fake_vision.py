@@ -30,6 +30,7 @@ class FakeTower:
     def __init__(self) -> None:
         self.n_encoded = 0
         self.images: list[np.ndarray] = []
+        self._known: set[bytes] = set()
 
     def prepare(self, image: Any, max_soft_tokens: int | None = None) -> PreparedImage:
         if isinstance(image, PreparedImage):
@@ -41,7 +42,9 @@ class FakeTower:
         return PreparedImage(patches, positions, len(patches) // _POOLING**2, key)
 
     def features(self, prepared: PreparedImage) -> np.ndarray:
-        self.n_encoded += 1
+        if prepared.key not in self._known:
+            self.n_encoded += 1
+            self._known.add(prepared.key)
         return np.zeros((prepared.n_soft_tokens, 8), np.float32)
 
 
@@ -56,6 +59,9 @@ class SeeingModel(ScriptedModel):
         tokens = self.metadata["tokenizer.ggml.tokens"]
         self.native.image_tokens = {name: tokens.index(text) for name, text in _TOKENS.items()}
         self.vision = FakeTower()
+
+    def require_vision(self) -> FakeTower:
+        return self.vision
 
 
 def seeing_metadata() -> dict[str, Any]:
