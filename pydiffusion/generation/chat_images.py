@@ -64,8 +64,8 @@ def prepare_part(vision: VisionTower, part: ImagePart) -> PreparedImage:
 
 
 def _soft_tokens(part: ImagePart, own: int) -> int | None:
-    """The maximum number of soft tokens; None for the model's own, which ``detail`` falls back on where the
-    multiple of it is none that models are trained with.
+    """The maximum number of soft tokens; None for the model's own, also where models are not trained with the
+    multiple of it that ``detail`` asks for.
     """
     if part.max_soft_tokens is not None:
         return part.max_soft_tokens
@@ -84,3 +84,8 @@ def check_image(path: Path) -> None:
 def n_image_tokens(prompt: Sequence[int] | Prompt) -> int:
     """Number of a prompt's tokens that are images: soft tokens, begin and end tokens."""
     return sum(placed.image.n_soft_tokens + 2 for placed in getattr(prompt, "images", ()))
+
+
+def n_image_bytes(prompt: Sequence[int] | Prompt) -> int:
+    """Bytes of a prompt's images, until they are encoded."""
+    return sum(placed.image.patches.nbytes for placed in getattr(prompt, "images", ()))

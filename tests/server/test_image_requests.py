@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from support.fake_vision import SeeingModel, data_url, picture, png
-from support.server_fakes import ScriptedModel, ask, events, script, serving
+from support.server_fakes import ScriptedModel, ask, events, eventually, script, serving
 
 from pydiffusion.openai.messages import MAX_IMAGES
 from pydiffusion.server.fetching import Fetcher
@@ -141,9 +142,34 @@ def test_other_kinds_of_parts_are_refused(client: httpx.Client) -> None:
 def test_too_many_images(client: httpx.Client) -> None:
     answer = client.post(PATH, json=asked(*[picture(i) for i in range(MAX_IMAGES + 1)]))
     assert answer.status_code == 400
-    assert f"have {MAX_IMAGES + 1} images; permitted are {MAX_IMAGES}" in answer.json()["error"]["message"]
+    assert f"have {MAX_IMAGES + 1} images, permitted are {MAX_IMAGES}" in answer.json()["error"]["message"]
+    answer = client.post(
+        PATH, json=asked(*[picture(i, detail="original") for i in range(MAX_IMAGES // 4 + 1)])
+    )
+    assert "of those with more detail fewer" in answer.json()["error"]["message"]
     answer = client.post(PATH, json=asked(*[picture(i) for i in range(10)]))
     assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_the_memory_of_waiting_images_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SeeingModel(script, n_ctx=2048)
+    model.step_seconds = 0.05
+    monkeypatch.setattr("pydiffusion.server.scheduler._MAX_IMAGE_BYTES", 1)
+    with (
+        serving(model, n_parallel=1, n_sessions=1) as (address, server),
+        httpx.Client(base_url=address, timeout=60) as client,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        long = {"messages": ask("long"), "max_tokens": 1000}
+        threads.submit(client.post, PATH, json=long)
+        eventually(lambda: server.scheduler.n_active == 1)
+        waiting = threads.submit(client.post, PATH, json=asked(picture()))
+        eventually(lambda: server.scheduler.n_waiting == 1)
+        answer = client.post(PATH, json=asked(picture()))
+        assert answer.status_code == 429
+        assert answer.headers["retry-after"]
+        model.step_seconds = 0
+        assert waiting.result().status_code == 200
 
 
 def test_an_image_token_without_an_image(client: httpx.Client, model: SeeingModel) -> None:
