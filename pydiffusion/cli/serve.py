@@ -126,7 +126,7 @@ def command(
     opened = _open.open_model(model, runtime, max(parallel, sessions))
     _check_template(opened)
     if runtime["mmproj"] is None:
-        _find_vision(opened)
+        find_vision(opened)
     _set_log_level(log_level)
     server = Server(opened, settings, grace=grace)
     if settings.api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
@@ -172,7 +172,7 @@ def _check_template(model: DiffusionModel) -> None:
         say(f"pydiffusion: warning: chats will fail: {error}")
 
 
-def _find_vision(model: DiffusionModel) -> None:
+def find_vision(model: DiffusionModel) -> None:
     """Load the vision file that is beside the model or in its repo, if there is one."""
     from pydiffusion import PyDiffusionError, UnsupportedModelError
 

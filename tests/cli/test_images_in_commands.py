@@ -13,7 +13,8 @@ import pytest
 from support.fake_vision import SeeingModel, data_url, picture, png
 from support.server_fakes import ScriptedModel, ask
 
-from pydiffusion.cli import _open, main
+from pydiffusion import ModelFormatError, UnsupportedModelError
+from pydiffusion.cli import _open, main, serve
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -157,3 +158,29 @@ def test_lines_of_a_batch(command: Command, file: Path, tmp_path: Path) -> None:
     assert "not fetched from URLs" in answers[3]["error"]
     assert "none.png" in answers[4]["error"]
     assert "not an image in a known format" in answers[5]["error"]
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (None, ""),
+        (UnsupportedModelError("there is none"), ""),
+        (ModelFormatError("mmproj.gguf is damaged"), "warning: images will fail: mmproj.gguf is damaged"),
+    ],
+)
+def test_a_server_s_vision_file_is_loaded_at_its_start(
+    error: Exception | None, what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that can't be read keeps nobody from texts."""
+    model = ScriptedModel(answer) if isinstance(error, UnsupportedModelError) else SeeingModel(answer)
+    asked = []
+
+    def require() -> None:
+        asked.append(model)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(model, "require_vision", require)
+    serve.find_vision(model)
+    assert asked == [model]
+    assert capsys.readouterr().err == (f"pydiffusion: {what}\n" if what else "")

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pydiffusion.chat.formats.registry import BUILT_IN_TEMPLATES
+from pydiffusion.errors import ImageError
 from pydiffusion.tokenizer import Tokenizer, TokenType
 from pydiffusion.vision.loading import open_image
 from pydiffusion.vision.preprocessing import PreparedImage, cut, image_key
@@ -26,6 +27,7 @@ class FakeTower:
     """
 
     max_soft_tokens = 280
+    n_positions = 1 << 20
 
     def __init__(self) -> None:
         self.n_encoded = 0
@@ -38,6 +40,8 @@ class FakeTower:
         opened = open_image(image)
         self.images.append(np.asarray(opened))
         patches, positions = cut(opened, max_soft_tokens or self.max_soft_tokens, _PATCH, _POOLING)
+        if positions.max() >= self.n_positions:
+            raise ImageError("too few positions")
         key = image_key(patches, positions, b"fake")
         return PreparedImage(patches, positions, len(patches) // _POOLING**2, key)
 

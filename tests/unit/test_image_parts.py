@@ -130,6 +130,10 @@ def test_detail_is_a_multiple_of_the_model_s_own_number() -> None:
     small = SeeingModel(script)
     small.vision.max_soft_tokens = 36  # of which no multiple is one that models are trained with
     assert _n_tokens(small, {"detail": "high"}) == _n_tokens(small, {}) <= 36
+    few = SeeingModel(script)
+    few.vision.n_positions = 40
+    assert _n_tokens(few, {"detail": "low"}) == n["low"]
+    assert _n_tokens(few, {"detail": "high"}) == own, "as many as there are positions for"
     part = {**picture(), "max_soft_tokens": 140}
     assert 70 < MODEL.chat_prompt(ask([part])).images[0].image.n_soft_tokens <= 140
 
