@@ -16,6 +16,7 @@ from ._util.files import check_is_gguf
 from ._util.log import logger
 from ._util.warn import warn_caller
 from .chat.formats.registry import BUILT_IN_TEMPLATES
+from .chat.image_parts import take_images
 from .chat.messages import plain
 from .chat.sanitize import Sanitizer
 from .chat.template import ChatTemplate
@@ -24,6 +25,8 @@ from .device_plan import DEFAULT_N_CTX, check_kv_type, device_request
 from .errors import PyDiffusionWarning, UnsupportedModelError
 from .generation import batching, session_file
 from .generation.async_methods import AsyncMethods
+from .generation.chat_images import with_images
+from .generation.image_prompt import AnyPrompt
 from .generation.infill import (
     DEFAULT_HOLE_TOKENS,
     Infill,
@@ -36,7 +39,6 @@ from .generation.infill import (
 )
 from .generation.native_model import NativeModel
 from .generation.prompt import check_prompts, check_text, prefilled_session
-from .generation.token_ids import TokenIds
 from .openai.chat import Chat, ChatSettings, Messages, Tools
 from .options import CONSTRAINTS, GenerationOptions, ResolvedOptions, make_options
 from .session import Session
@@ -46,6 +48,7 @@ from .vision.methods import AUTO, ModelVision, VisionMethods
 if TYPE_CHECKING:
     from .constrained import Automaton
     from .events import ChatCompletion, Completion, Event
+    from .vision.prompt import Prompt
 
 _N_AUTOMATA = 16
 
@@ -175,15 +178,17 @@ class DiffusionModel(VisionMethods, AsyncMethods):
         """Decode token ids; see ``Tokenizer.detokenize``."""
         return self.tokenizer.detokenize(ids, keep_control=keep_control)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int] | Prompt:
         """Render messages through the file's chat template and tokenize the result.
 
         variables: template variables: ``add_generation_prompt`` (default True), ``tools``,
             ``enable_thinking``, ...
+        Returns token ids; of messages with images (docs/vision.md) a Prompt, which has them too.
         Markers spelled out in messages or variables are tokenized as plain text: only the template's own
-        become control tokens. Raises UnsupportedModelError if the file has no template, else as
-        ``ChatTemplate.render``.
+        become control tokens. Raises UnsupportedModelError if the file has no template, or reads no images;
+        ValueError for an image that can't be read; else as ``ChatTemplate.render``.
         """
+        messages, images = take_images(messages)
         template = self._template()
         sanitizer = Sanitizer(self.tokenizer)
         given = sanitizer.hide({name: plain(value, name) for name, value in variables.items()})
@@ -195,7 +200,7 @@ class DiffusionModel(VisionMethods, AsyncMethods):
             and ids[:1] != [self.tokenizer.bos_id]
         ):
             ids.insert(0, self.tokenizer.bos_id)
-        return ids
+        return with_images(self, ids, images)
 
     def resolve(self, options: GenerationOptions) -> ResolvedOptions:
         """Fill in unset options; see ``GenerationOptions.resolve``."""
@@ -288,7 +293,7 @@ class DiffusionModel(VisionMethods, AsyncMethods):
 
     def generate(
         self,
-        prompt: str | TokenIds,
+        prompt: str | AnyPrompt,
         options: GenerationOptions | None = None,
         *,
         on_event: Callable[[Event], None] | None = None,
@@ -307,7 +312,7 @@ class DiffusionModel(VisionMethods, AsyncMethods):
 
     def stream(
         self,
-        prompt: str | TokenIds,
+        prompt: str | AnyPrompt,
         options: GenerationOptions | None = None,
         *,
         session: Session | None = None,
@@ -319,7 +324,7 @@ class DiffusionModel(VisionMethods, AsyncMethods):
 
     def generate_batch(
         self,
-        prompts: Iterable[str | TokenIds],
+        prompts: Iterable[str | AnyPrompt],
         options: GenerationOptions | Iterable[GenerationOptions] | None = None,
         *,
         n_parallel: int = 4,
@@ -463,7 +468,7 @@ class DiffusionModel(VisionMethods, AsyncMethods):
         completion = prefilled_session(self, prompt, session).complete(options, on_event)
         return collect(layout, completion, self.tokenizer)
 
-    def create_completion(self, prompt: str | TokenIds, **parameters: Any) -> Any:
+    def create_completion(self, prompt: str | AnyPrompt, **parameters: Any) -> Any:
         """Completion in OpenAI's format; see ``pydiffusion.openai.responses.create_completion``."""
         from .openai import responses  # on first use: importing pydiffusion is to be quick
 

@@ -21,9 +21,11 @@ class NativeModel:
         """The file that the weights are from."""
         return self._open_model().file
 
-    def new_session(self, n_ctx: int) -> _native.Session:
-        """A session with a cache of ``n_ctx`` tokens. Raises InsufficientMemoryError."""
-        return _native.Session(self._open_model(), n_ctx)
+    def new_session(self, n_ctx: int, image_tokens: int = 0) -> _native.Session:
+        """A session with a cache of ``n_ctx`` tokens; image_tokens: most of an image, that it is to have room
+        for. Raises InsufficientMemoryError.
+        """
+        return _native.Session(self._open_model(), n_ctx, image_tokens)
 
     @property
     def image_tokens(self) -> dict[str, int]:
