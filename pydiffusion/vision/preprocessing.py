@@ -123,5 +123,5 @@ def image_key(patches: np.ndarray, positions: np.ndarray, options: bytes) -> byt
     columns, rows = (positions.max(axis=0) + 1).tolist()
     digest.update(f"{rows} {columns} {len(options)} ".encode())
     digest.update(options)
-    digest.update(memoryview(np.ascontiguousarray(patches)).cast("B"))
+    digest.update(np.ascontiguousarray(patches).data)
     return digest.digest()
