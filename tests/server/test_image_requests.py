@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from support.fake_vision import SeeingModel, data_url, picture, png
+from support.seeing_model import SeeingModel, data_url, picture, png
 from support.server_fakes import ScriptedModel, ask, events, eventually, script, serving
 
 from pydiffusion.openai.messages import MAX_IMAGES

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pydiffusion import CanvasEvent, DiffusionModel, EndEvent
+from pydiffusion.generation.image_prompt import AnyPrompt
 
 from . import released
 from .report import Result, Section
@@ -40,7 +41,11 @@ def _check_generation(subject: Subject, section: Section) -> None:
     _check_answer(model, canvases, end, section)
 
 
+<<<<<<< HEAD
 def _prompt(model: DiffusionModel) -> list[int] | Prompt:
+=======
+def _prompt(model: DiffusionModel) -> AnyPrompt:
+>>>>>>> w-v
     return model.chat_prompt(_QUESTION) if model.has_chat_template else model.tokenize(_PROMPT)
 
 
