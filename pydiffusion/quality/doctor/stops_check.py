@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydiffusion import CanvasEvent, DiffusionModel, EndEvent
 from pydiffusion.generation.image_prompt import AnyPrompt
 
 from . import released
 from .report import Result, Section
 from .subject import Subject
-
-if TYPE_CHECKING:
-    from pydiffusion.vision.prompt import Prompt
 
 _QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
 _PROMPT = "The capital of France is"  # where there is no chat template
@@ -41,11 +36,7 @@ def _check_generation(subject: Subject, section: Section) -> None:
     _check_answer(model, canvases, end, section)
 
 
-<<<<<<< HEAD
-def _prompt(model: DiffusionModel) -> list[int] | Prompt:
-=======
 def _prompt(model: DiffusionModel) -> AnyPrompt:
->>>>>>> w-v
     return model.chat_prompt(_QUESTION) if model.has_chat_template else model.tokenize(_PROMPT)
 
 
