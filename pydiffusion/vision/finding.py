@@ -57,7 +57,7 @@ def on_hub(model: Path) -> Path | None:
 
 
 def how_to_give_one() -> str:
-    """What to do without a vision file, or with several."""
+    """Advice for a model without a vision file, or with several."""
     return f"give one as mmproj=FILE or --mmproj FILE ({_WRITE_ONE})"
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from reference.random_checkpoint import SHAPES, random_ids
 from support.image_prompts import ImagePrompt, encode, image_prompt, reading_images, reference_encode
+from support.kernels import ALL_KERNELS
 from support.models import compare
 from support.parity import MAX_BOUND, MEAN_BOUND
 
@@ -49,9 +50,14 @@ def new_session(model: _native.Model) -> _native.Session:
     return _native.Session(model, 1024, image_tokens=1000)
 
 
+CASES = [("small", name) for name in PROMPTS]
+CASES += [
+    ("wide", name) for name in ("longer than the window", "several, one after another", "across chunks")
+]
+
+
 @pytest.mark.reference
-@pytest.mark.parametrize("name", PROMPTS)
-@pytest.mark.parametrize("shape", ["small", "wide"])
+@pytest.mark.parametrize(("shape", "name"), CASES)
 def test_against_transformers(
     shape: str,
     name: str,
@@ -72,3 +78,79 @@ def test_against_transformers(
     assert hidden < 1e-4
     assert difference.mean <= MEAN_BOUND and difference.max <= MAX_BOUND and difference.agreement == 1.0
     assert session.images == [(at, len(x), key) for at, x, key in prompt.images]
+
+
+@pytest.mark.reference
+def test_causal_images_against_transformers(
+    model_file: Callable[..., Path], checkpoint_folder: Callable[..., Path]
+) -> None:
+    """Of a model whose images are read causally; the other mask gives something else."""
+    from reference.hf_model import Context, load_reference
+
+    prompt = prompt_for("small", [5, (9,), 30, (20,), 6])
+    context = Context.new(load_reference(checkpoint_folder("small", seed=3, dtype="f32")))
+    wanted = reference_encode(context, prompt, how=None)
+    difference = {}
+    for how in ("none", "vision"):
+        model = _native.Model(str(model_file("small", how)), n_threads=1, kv_type="f32")
+        assert model.bidirectional_images == (how == "vision")
+        difference[how] = np.abs(encode(new_session(model), prompt) - wanted).max() / np.abs(wanted).max()
+    assert difference["none"] < 1e-4 and difference["vision"] > 1e-2
+
+
+def content(session: _native.Session) -> tuple[list[bytes], bytes]:
+    rows = [array.tobytes() for layer in session.cache_rows() for array in layer]
+    canvas = random_ids(0, "canvas", SHAPES["small"].canvas, SHAPES["small"].vocab)
+    return rows, session.denoise(canvas, None).tobytes()
+
+
+@pytest.mark.parametrize("kernels", ALL_KERNELS)
+@pytest.mark.parametrize(("type", "kv_type"), [("f32", "f32"), ("bf16", "f16"), ("q8_0", "q8_0")])
+def test_the_same_bits_however_a_prompt_is_cut(
+    type: str, kv_type: str, kernels: str, model_file: Callable[..., Path]
+) -> None:
+    """And with another number of threads; the window, 16, has slid past most images."""
+    path = str(model_file("small", "vision", type))
+    prompt = prompt_for("small", [470, (60,), 40, (30,), 5, (330,), 3, (4,), 20])
+    whole = encoded_content(path, kernels, kv_type, prompt, [], 2)
+    begins = [at for at, _, _ in prompt.images]
+    cuts = [[1, 64, 531, 560], begins, [at + len(x) for at, x, _ in prompt.images]]
+    for n_threads, at in zip((1, 3, 2), cuts, strict=True):
+        assert encoded_content(path, kernels, kv_type, prompt, at, n_threads) == whole, at
+
+
+def encoded_content(
+    path: str, kernels: str, kv_type: str, prompt: ImagePrompt, cuts: Sequence[int], n_threads: int
+) -> tuple[list[bytes], bytes]:
+    session = new_session(_native.Model(path, n_threads=n_threads, kv_type=kv_type, kernels=kernels))
+    for piece in prompt.pieces(cuts):
+        session.encode(piece.ids, images=piece.images)
+    return content(session)
+
+
+@pytest.mark.parametrize("kernels", ["ggml", "cuda"])
+@pytest.mark.parametrize(("kv_type", "place"), [("f32", {}), ("f16", {}), ("f32", {"n_gpu_layers": 2})])
+def test_a_device_sees_images_as_the_cpu_does(
+    kernels: str, kv_type: str, place: dict[str, int], model_file: Callable[..., Path]
+) -> None:
+    """The device is the host in place of one, with masks in place of ranges; ggml's GELU is a table."""
+    path = str(model_file("small"))
+    prompt = prompt_for("small", [3, (40,), 7, (5,), 450, (60,), 9])
+    on_cpu = new_session(_native.Model(path, n_threads=1, kv_type=kv_type))
+    on_host = new_session(
+        _native.Model(path, n_threads=1, kv_type=kv_type, device="host", kernels=kernels, **place)
+    )
+    wanted, found = encode(on_cpu, prompt), encode(on_host, prompt)
+    assert np.abs(found - wanted).max() / np.abs(wanted).max() < (1e-3 if kv_type == "f32" else 2e-2)
+
+
+def test_an_image_fits_wherever_it_begins(model_file: Callable[..., Path]) -> None:
+    """Longer than the sliding layers' rows have room for after a chunk."""
+    model = _native.Model(str(model_file("small")), n_threads=2, kv_type="f32")
+    for n_before in (0, 63, 130):
+        prompt = prompt_for("small", [n_before, (600,), 3])
+        session, fresh = (_native.Session(model, 1024, image_tokens=600) for _ in range(2))
+        encode(session, prompt)
+        encode(fresh, prompt, [1 + n_before])
+        assert content(session) == content(fresh)
+        assert session.cache_bytes < _native.Session(model, 1024, image_tokens=1024).cache_bytes
