@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydiffusion.chat.image_parts import DETAILS, ImagePart, ImagePartError, take_images
-from pydiffusion.errors import InsufficientMemoryError, PyDiffusionError
+from pydiffusion.errors import ImageError, InsufficientMemoryError, PyDiffusionError
 from pydiffusion.vision.loading import open_image
 from pydiffusion.vision.preprocessing import MAX_SOFT_TOKENS
 from pydiffusion.vision.prompt import Prompt, place
@@ -56,21 +56,27 @@ def prepare_part(vision: VisionTower, part: ImagePart) -> PreparedImage:
     try:
         source: Any = part.source() if callable(part.source) else part.source
         with _DECODING:
-            return vision.prepare(source, _soft_tokens(part, vision.max_soft_tokens))
-    except (InsufficientMemoryError, ImagePartError):
+            if part.max_soft_tokens is not None:
+                return vision.prepare(source, part.max_soft_tokens)
+            return _in_detail(vision, source, DETAILS[part.detail])
+    except InsufficientMemoryError:
         raise
     except (PyDiffusionError, ValueError, TypeError) as error:
         raise ImagePartError(part.where, str(error)) from None
 
 
-def _soft_tokens(part: ImagePart, own: int) -> int | None:
-    """The maximum number of soft tokens; None for the model's own, which ``detail`` falls back on where the
-    multiple of it is none that models are trained with.
+def _in_detail(vision: VisionTower, source: Any, factor: float) -> PreparedImage:
+    """factor: of the model's own number of soft tokens. Only a wish, as OpenAI's ``detail`` is: the model's own
+    number is taken where models are not trained with that many, or the tower has too few positions for it.
     """
-    if part.max_soft_tokens is not None:
-        return part.max_soft_tokens
-    wanted = own * DETAILS[part.detail]
-    return int(wanted) if wanted in MAX_SOFT_TOKENS else None
+    wanted = vision.max_soft_tokens * factor
+    if wanted in MAX_SOFT_TOKENS and factor != 1:
+        opened = open_image(source)
+        try:
+            return vision.prepare(opened, int(wanted))
+        except ImageError:
+            source = opened
+    return vision.prepare(source)
 
 
 def check_image(path: Path) -> None:
@@ -84,3 +90,8 @@ def check_image(path: Path) -> None:
 def n_image_tokens(prompt: Sequence[int] | Prompt) -> int:
     """Number of a prompt's tokens that are images: soft tokens, begin and end tokens."""
     return sum(placed.image.n_soft_tokens + 2 for placed in getattr(prompt, "images", ()))
+
+
+def n_image_bytes(prompt: Sequence[int] | Prompt) -> int:
+    """Bytes of a prompt's images, until they are encoded."""
+    return sum(placed.image.patches.nbytes for placed in getattr(prompt, "images", ()))

@@ -37,7 +37,7 @@ class Fetcher:
         self._end: float | None = None
 
     def fetch(self, url: str) -> bytes:
-        """The bytes at an http(s) URL. Raises ValueError, saying why they can't be had."""
+        """The bytes at an http(s) URL. Raises ValueError, saying why it can't."""
         if self._end is None:
             self._end = time.monotonic() + self._seconds
         if not _SLOTS.acquire(timeout=max(0.0, self._end - time.monotonic())):

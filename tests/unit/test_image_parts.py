@@ -130,6 +130,10 @@ def test_detail_is_a_multiple_of_the_model_s_own_number() -> None:
     small = SeeingModel(script)
     small.vision.max_soft_tokens = 36  # of which no multiple is one that models are trained with
     assert _n_tokens(small, {"detail": "high"}) == _n_tokens(small, {}) <= 36
+    few = SeeingModel(script)
+    few.vision.n_positions = 40
+    assert _n_tokens(few, {"detail": "low"}) == n["low"]
+    assert _n_tokens(few, {"detail": "high"}) == own, "as many as there are positions for"
     part = {**picture(), "max_soft_tokens": 140}
     assert 70 < MODEL.chat_prompt(ask([part])).images[0].image.n_soft_tokens <= 140
 
@@ -180,7 +184,7 @@ def test_errors_of_images_can_be_pickled() -> None:
 
 def test_a_model_without_a_vision_file_says_so() -> None:
     model = ScriptedModel(script)
-    with pytest.raises(UnsupportedModelError, match=r"scripted\.gguf reads no images.*--mmproj FILE"):
+    with pytest.raises(UnsupportedModelError, match=r"without a vision file.*--mmproj FILE"):
         model.chat_prompt(ask([picture()]))
 
 
@@ -244,3 +248,26 @@ def test_the_fake_tower_is_asked_once_per_image() -> None:
     model.vision = tower
     model.chat_prompt(ask([picture(1), picture(2)]))
     assert [int(image.mean()) for image in tower.images] == [1, 2]
+
+
+def test_chats_of_the_library() -> None:
+    """A prompt with images goes the way of every other one; a second question runs no tower."""
+    model = SeeingModel(script, n_ctx=2048)
+    messages = ask([picture(5), {"type": "text", "text": "What?"}])
+    n_prompt = len(model.chat_prompt(messages))
+    session = model.new_session()
+    answer = model.chat(messages, seed=1, session=session)
+    assert (answer.text, answer.n_prompt, answer.n_cached) == ("Hello, world!", n_prompt, 0)
+    assert model.vision.n_encoded == 1
+    more = [*messages, {"role": "assistant", "content": answer.text}, *ask("Sure?")]
+    assert model.chat(more, seed=1, session=session).n_cached >= n_prompt
+    assert model.vision.n_encoded == 1
+    assert model.chat([*ask([picture(6)])], seed=1, session=session).n_cached < 10
+    assert [event.text for event in model.stream_chat(messages, seed=1) if hasattr(event, "parts")]
+    batch = dict(model.chat_batch([messages, ask("Hi"), ask([{"type": "image"}])], seed=1))
+    assert batch[0].n_prompt == n_prompt
+    assert batch[1].text == "Hello, world!"
+    assert isinstance(batch[2], ImagePartError)
+    completion = model.create_chat_completion(messages, seed=1, n=2)
+    assert completion["usage"]["prompt_tokens"] == n_prompt
+    assert len(completion["choices"]) == 2
