@@ -24,6 +24,7 @@ from .device_plan import DEFAULT_N_CTX, check_kv_type, device_request
 from .errors import PyDiffusionWarning, UnsupportedModelError
 from .generation import batching, session_file
 from .generation.async_methods import AsyncMethods
+from .generation.image_prompt import AnyPrompt
 from .generation.infill import (
     DEFAULT_HOLE_TOKENS,
     Infill,
@@ -36,11 +37,11 @@ from .generation.infill import (
 )
 from .generation.native_model import NativeModel
 from .generation.prompt import check_prompts, check_text, prefilled_session
-from .generation.token_ids import TokenIds
 from .openai.chat import Chat, ChatSettings, Messages, Tools
 from .options import CONSTRAINTS, GenerationOptions, ResolvedOptions, make_options
 from .session import Session
 from .tokenizer import Tokenizer
+from .vision.methods import AUTO, ModelVision, VisionMethods
 
 if TYPE_CHECKING:
     from .constrained import Automaton
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 _N_AUTOMATA = 16
 
 
-class DiffusionModel(AsyncMethods):
+class DiffusionModel(VisionMethods, AsyncMethods):
     """A DiffusionGemma model from a GGUF file. Thread-safe if each thread uses its own session.
 
     Use it as a context manager, or ``close`` it, to free its memory early.
@@ -76,6 +77,7 @@ class DiffusionModel(AsyncMethods):
         n_sessions: int = 1,
         dense_type: str = "auto",
         chat_template: str | os.PathLike[str] | None = None,
+        mmproj: str | os.PathLike[str] | None = AUTO,
     ) -> None:
         """Open and validate a model file.
 
@@ -103,6 +105,8 @@ class DiffusionModel(AsyncMethods):
             these GPUs where the whole model still fits.
         chat_template: a file, or the name of a built-in template ("diffusion-gemma"), instead of the file's
             own; it takes its place in ``metadata``.
+        mmproj: the file of the vision tower, with which the model reads images. "auto" looks for one beside
+            the model, and on the hub if it is from there, when the first image comes; None for none.
         Raises ModelFormatError, UnsupportedModelError, InsufficientMemoryError; PyDiffusionError for an
         invalid template; ValueError for a wrong argument; OSError when the file can't be read.
         """
@@ -135,6 +139,7 @@ class DiffusionModel(AsyncMethods):
         self.n_threads: int = native.n_threads
         self.n_ctx = self._fitting_n_ctx(n_ctx)
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
+        self._vision = ModelVision(self, self.native, mmproj)
         self._chat_template: ChatTemplate | None = None
         self._lock = threading.Lock()  # of what is made on first use
         self._automata: dict[Any, Automaton] = {}
@@ -283,7 +288,7 @@ class DiffusionModel(AsyncMethods):
 
     def generate(
         self,
-        prompt: str | TokenIds,
+        prompt: str | AnyPrompt,
         options: GenerationOptions | None = None,
         *,
         on_event: Callable[[Event], None] | None = None,
@@ -302,7 +307,7 @@ class DiffusionModel(AsyncMethods):
 
     def stream(
         self,
-        prompt: str | TokenIds,
+        prompt: str | AnyPrompt,
         options: GenerationOptions | None = None,
         *,
         session: Session | None = None,
@@ -314,7 +319,7 @@ class DiffusionModel(AsyncMethods):
 
     def generate_batch(
         self,
-        prompts: Iterable[str | TokenIds],
+        prompts: Iterable[str | AnyPrompt],
         options: GenerationOptions | Iterable[GenerationOptions] | None = None,
         *,
         n_parallel: int = 4,
@@ -458,7 +463,7 @@ class DiffusionModel(AsyncMethods):
         completion = prefilled_session(self, prompt, session).complete(options, on_event)
         return collect(layout, completion, self.tokenizer)
 
-    def create_completion(self, prompt: str | TokenIds, **parameters: Any) -> Any:
+    def create_completion(self, prompt: str | AnyPrompt, **parameters: Any) -> Any:
         """Completion in OpenAI's format; see ``pydiffusion.openai.responses.create_completion``."""
         from .openai import responses  # on first use: importing pydiffusion is to be quick
 
@@ -474,6 +479,7 @@ class DiffusionModel(AsyncMethods):
 
     def close(self) -> None:
         """Release the weights; existing sessions keep them alive until they are gone."""
+        self._vision.close()
         self.native.close()
 
     def __enter__(self) -> DiffusionModel:
