@@ -29,8 +29,8 @@ _TOWER, _PROJECTOR = VISION
 MAX_SOFT_TOKENS_KEY = "clip.vision.max_soft_tokens"
 _IMAGE_SIZE = 224  # the library asks for one and does not use it: images keep their aspect ratio
 
-# Dimensions by name: d hidden size, ff feed-forward, h head, p positions, t the text model's hidden size,
-# k the weights of a patch.
+# Dimensions by name: d hidden size, ff feed-forward, h head, n all heads, p positions, k the weights of a patch,
+# t the text model's hidden size.
 _GLOBAL: Table = (
     (f"{_TOWER}patch_embedder.input_proj.weight", "v.patch_embd.weight", ("d", "k")),
     (f"{_TOWER}patch_embedder.position_embedding_table", "v.position_embd.weight", ("2", "p", "d")),
@@ -42,10 +42,10 @@ _STANDARDIZE: Table = (
 _PROJECTION: Row = (f"{_PROJECTOR}embedding_projection.weight", "mm.input_projection.weight", ("t", "d"))
 _LAYER: Table = (
     ("input_layernorm.weight", "ln1.weight", ("d",)),
-    ("self_attn.q_proj", "attn_q", ("d", "d")),
-    ("self_attn.k_proj", "attn_k", ("d", "d")),
-    ("self_attn.v_proj", "attn_v", ("d", "d")),
-    ("self_attn.o_proj", "attn_out", ("d", "d")),
+    ("self_attn.q_proj", "attn_q", ("n", "d")),
+    ("self_attn.k_proj", "attn_k", ("n", "d")),
+    ("self_attn.v_proj", "attn_v", ("n", "d")),
+    ("self_attn.o_proj", "attn_out", ("d", "n")),
     ("self_attn.q_norm.weight", "attn_q_norm.weight", ("h",)),
     ("self_attn.k_norm.weight", "attn_k_norm.weight", ("h",)),
     ("post_attention_layernorm.weight", "attn_post_norm.weight", ("d",)),
@@ -114,7 +114,7 @@ def _plan(weights: Weights, config: VisionConfig, type_name: str) -> list[Planne
 def _wanted(config: VisionConfig) -> list[Wanted]:
     """All tensors, with their shapes in the checkpoint."""
     sizes = {"2": 2, "d": config.hidden_size, "ff": config.intermediate_size, "p": config.positions}
-    sizes |= {"h": config.hidden_size // config.num_heads, "k": 3 * config.patch_size**2}
+    sizes |= {"h": config.head_dim, "n": config.num_heads * config.head_dim, "k": 3 * config.patch_size**2}
     sizes |= {"t": config.text_size}
     tensors = wanted(_GLOBAL, sizes)
     table = _layer_table(config.clipped)
