@@ -29,8 +29,8 @@ _TOWER, _PROJECTOR = VISION
 MAX_SOFT_TOKENS_KEY = "clip.vision.max_soft_tokens"
 _IMAGE_SIZE = 224  # the library asks for one and does not use it: images keep their aspect ratio
 
-# Dimensions by name: d hidden size, ff feed-forward, h head, n all heads, p positions, k the weights of a patch,
-# t the text model's hidden size.
+# Dimensions by name: d hidden size, ff feed-forward, h head, n all heads, p positions, k the weights of a
+# patch, t the text model's hidden size.
 _GLOBAL: Table = (
     (f"{_TOWER}patch_embedder.input_proj.weight", "v.patch_embd.weight", ("d", "k")),
     (f"{_TOWER}patch_embedder.position_embedding_table", "v.position_embd.weight", ("2", "p", "d")),

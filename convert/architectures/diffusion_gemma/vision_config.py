@@ -87,8 +87,8 @@ def _read_heads(vision: Fields, hidden: int) -> tuple[int, int]:
     if num_kv != heads:
         absent = "" if vision.has("num_key_value_heads") else ", the reference's default,"
         raise ConversionError(
-            f"{vision.where}: 'num_key_value_heads' = {num_kv}{absent} is not supported (only {heads}, the number "
-            "of attention heads)"
+            f"{vision.where}: 'num_key_value_heads' = {num_kv}{absent} is not supported (only {heads}, the "
+            "number of attention heads)"
         )
     head_dim = vision.integer("head_dim", _HEAD_DIM, maximum=_MAX_HEAD_DIM)
     if head_dim % 4:
