@@ -393,3 +393,18 @@ def measure_matrix_rate(n_threads: int, type: str, device: str = 'cpu', kernels:
 
 def kernels() -> list[str]:
     """Names of the matmul kernels that this CPU supports."""
+
+class Vision:
+    """
+    Vision tower and projector of a mmproj file, for a model; immutable, shared by threads.
+    """
+
+    def __init__(self, path: str, model: Model, progress: object | None = None) -> None: ...
+
+    def encode(self, patches: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], positions: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
+        """
+        Features of an image's soft tokens: float32 (n // pooling**2, projection_dim). patches: float32 (n, 3 * patch_size**2), pixels from 0 to 1 with their channels side by side; positions: int32 (n, 2), column and row of each patch, together a full grid.
+        """
+
+    @property
+    def info(self) -> dict: ...

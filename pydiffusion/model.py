@@ -16,6 +16,7 @@ from ._util.files import check_is_gguf
 from ._util.log import logger
 from ._util.warn import warn_caller
 from .chat.formats.registry import BUILT_IN_TEMPLATES
+from .chat.image_parts import take_images
 from .chat.messages import plain
 from .chat.sanitize import Sanitizer
 from .chat.template import ChatTemplate
@@ -24,6 +25,7 @@ from .device_plan import DEFAULT_N_CTX, check_kv_type, device_request
 from .errors import PyDiffusionWarning, UnsupportedModelError
 from .generation import batching, session_file
 from .generation.async_methods import AsyncMethods
+from .generation.chat_images import with_images
 from .generation.image_prompt import AnyPrompt
 from .generation.infill import (
     DEFAULT_HOLE_TOKENS,
@@ -46,6 +48,7 @@ from .vision.methods import AUTO, ModelVision, VisionMethods
 if TYPE_CHECKING:
     from .constrained import Automaton
     from .events import ChatCompletion, Completion, Event
+    from .vision.prompt import Prompt
 
 _N_AUTOMATA = 16
 
@@ -175,15 +178,17 @@ class DiffusionModel(VisionMethods, AsyncMethods):
         """Decode token ids; see ``Tokenizer.detokenize``."""
         return self.tokenizer.detokenize(ids, keep_control=keep_control)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int] | Prompt:
         """Render messages through the file's chat template and tokenize the result.
 
         variables: template variables: ``add_generation_prompt`` (default True), ``tools``,
             ``enable_thinking``, ...
+        Returns token ids; of messages with images (docs/vision.md) a Prompt, which has them too.
         Markers spelled out in messages or variables are tokenized as plain text: only the template's own
-        become control tokens. Raises UnsupportedModelError if the file has no template, else as
-        ``ChatTemplate.render``.
+        become control tokens. Raises UnsupportedModelError if the file has no template, or reads no images;
+        ValueError for an image that can't be read; else as ``ChatTemplate.render``.
         """
+        messages, images = take_images(messages)
         template = self._template()
         sanitizer = Sanitizer(self.tokenizer)
         given = sanitizer.hide({name: plain(value, name) for name, value in variables.items()})
@@ -195,7 +200,7 @@ class DiffusionModel(VisionMethods, AsyncMethods):
             and ids[:1] != [self.tokenizer.bos_id]
         ):
             ids.insert(0, self.tokenizer.bos_id)
-        return ids
+        return with_images(self, ids, images)
 
     def resolve(self, options: GenerationOptions) -> ResolvedOptions:
         """Fill in unset options; see ``GenerationOptions.resolve``."""
