@@ -25,6 +25,7 @@ from support.vision_folders import (
     vision_config,
     vision_weights,
 )
+from support.vision_towers import names_by_the_table
 
 from pydiffusion.cli import main
 from pydiffusion.convert import convert, convert_mmproj
@@ -36,24 +37,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("vision") / "small")
 
 
-def names_by_the_table(names: list[str]) -> dict[str, str]:
-    """Checkpoint's name -> GGUF's, by the table of the ``gguf`` package, asked as llama.cpp asks it."""
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, LAYERS)
-    suffixes = (".weight", ".bias", ".input_max", ".input_min", ".output_max", ".output_min")
-    result = {}
-    for name in names:
-        asked = name.replace("model.encoder.", "model.").replace(".linear.weight", ".weight")
-        asked = asked.replace("model.vision_tower.encoder.", "vision_model.model.")
-        asked += ".weight" if asked.endswith("position_embedding_table") else ""
-        result[name] = table.get_name(asked, try_suffixes=suffixes)
-    assert None not in result.values()
-    return result
-
-
 def test_names_and_weights(folder: Path, tmp_path: Path) -> None:
     report = convert_mmproj(folder, tmp_path / "v.gguf")
     weights = vision_weights()
-    names = names_by_the_table(list(weights))
+    names = names_by_the_table(list(weights), LAYERS)
     reader = GGUFReader(tmp_path / "v.gguf")
     found = read_tensors(reader)
     assert sorted(found) == sorted(names.values())
@@ -239,7 +226,7 @@ def test_weights_of_the_reference_model(tmp_path: Path) -> None:
     weights[PROJECTION] = vision_weights()[PROJECTION]
     convert_mmproj(make_folder(tmp_path / "made", weights), tmp_path / "v.gguf", "f32")
     found = read_tensors(GGUFReader(tmp_path / "v.gguf"))
-    assert sorted(found) == sorted(names_by_the_table(list(weights)).values())
+    assert sorted(found) == sorted(names_by_the_table(list(weights), LAYERS).values())
     image = torch.rand(3, 3 * PATCH, 2 * PATCH)
     # As its image processor cuts them: rows of patches, within one rows of pixels, channels last.
     patches = image.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).permute(1, 2, 3, 4, 0)

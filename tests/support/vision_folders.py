@@ -68,11 +68,8 @@ def vision_weights() -> dict[str, np.ndarray]:
             }
         for name in NORMS:
             shapes[f"{layer}{name}.weight"] = (D // HEADS if "self_attn" in name else D,)
-    weights = {
-        name: folders.from_bits(np.asarray(random.standard_normal(shape), np.float32))
-        for name, shape in shapes.items()
-    }
-    for name, values in weights.items():
-        if name.endswith(("_min", "_max")):
-            weights[name] = abs(values) if name.endswith("_max") else -abs(values)
-    return weights
+    drawn = {name: np.asarray(random.standard_normal(shape), np.float32) for name, shape in shapes.items()}
+    for name, values in drawn.items():
+        if name.endswith(("_min", "_max")):  # bounds that some of the activations exceed
+            drawn[name] = (np.abs(values) + np.float32(0.5)) * (1 if name.endswith("_max") else -1)
+    return {name: folders.from_bits(np.asarray(values, np.float32)) for name, values in drawn.items()}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
 from pydiffusion.convert import convert_mmproj
 from support import checkpoint_folders as folders
+from support.gguf_files import finish, read_tensors
 from support.vision_folders import PROJECTION, TOWER, vision_config
 
 
@@ -67,15 +70,88 @@ def random_tower(tower: Tower, seed: int = 0, text_size: int = folders.D) -> Any
 
 def write_tower(path: Path, reference: Any, tower: Tower, type: str = "f32") -> Path:
     """The mmproj file of :func:`random_tower`, by our converter, and its folder beside it."""
-    model, projector = reference
-    weights = {TOWER + name: value.numpy() for name, value in model.state_dict().items()}
-    weights[PROJECTION] = projector.state_dict()["embedding_projection.weight"].numpy()
+    weights = checkpoint_weights(reference)
     config = folders.model_config() | {"vision_config": tower.config}
     folder = folders.make_folder(
         path.with_suffix(""), tensors=folders.weights() | weights, config=config, dtype="F32"
     )
     convert_mmproj(folder, path, type)
     return path
+
+
+def checkpoint_weights(reference: Any) -> dict[str, np.ndarray]:
+    """The weights of :func:`random_tower` by their names in a checkpoint."""
+    model, projector = reference
+    weights = {TOWER + name: value.numpy() for name, value in model.state_dict().items()}
+    weights[PROJECTION] = projector.state_dict()["embedding_projection.weight"].numpy()
+    return weights
+
+
+def names_by_the_table(names: list[str], n_layers: int) -> dict[str, str]:
+    """Checkpoint's name -> GGUF's, by the table of the ``gguf`` package, asked as llama.cpp asks it."""
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, n_layers)
+    suffixes = (".weight", ".bias", ".input_max", ".input_min", ".output_max", ".output_min")
+    result = {}
+    for name in names:
+        asked = name.replace("model.encoder.", "model.").replace(".linear.weight", ".weight")
+        asked = asked.replace("model.vision_tower.encoder.", "vision_model.model.")
+        asked += ".weight" if asked.endswith("position_embedding_table") else ""
+        result[name] = table.get_name(asked, try_suffixes=suffixes)
+    assert None not in result.values()
+    return result
+
+
+def write_as_llama_cpp(path: Path, reference: Any, tower: Tower, half: tuple[str, ...] = ()) -> Path:
+    """The file that llama.cpp's converter makes of a tower with its constants (pooling 3, eps 1e-6), F32:
+    its keys, and its names by the package's table. ``half``: names of tensors that are F16 instead.
+    """
+    config, weights = tower.config, checkpoint_weights(reference)
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_type("mmproj")
+    writer.add_name("Tower")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_vision_projection_dim(len(weights[PROJECTION]))
+    writer.add_vision_image_size(224)
+    writer.add_vision_patch_size(config["patch_size"])
+    writer.add_vision_embedding_length(tower.width)
+    writer.add_vision_feed_forward_length(config["intermediate_size"])
+    writer.add_vision_block_count(config["num_hidden_layers"])
+    writer.add_vision_head_count(tower.heads)
+    writer.add_vision_image_mean([0.0, 0.0, 0.0])
+    writer.add_vision_image_std([1.0, 1.0, 1.0])
+    writer.add_clip_vision_projector_type(gguf.VisionProjectorType.GEMMA4V)
+    writer.add_vision_attention_layernorm_eps(1e-6)
+    tensors = {}
+    for name, gguf_name in names_by_the_table(list(weights), config["num_hidden_layers"]).items():
+        values = weights[name] if weights[name].ndim else weights[name].reshape(1)
+        if name.endswith("input_proj.weight"):  # to the kernel of a convolution
+            side = config["patch_size"]
+            values = values.reshape(tower.width, side, side, 3).transpose(0, 3, 1, 2)
+        tensors[gguf_name] = np.ascontiguousarray(values, np.float16 if gguf_name in half else np.float32)
+    finish(writer, tensors)
+    return path
+
+
+def with_weights_of(path: Path, reference: Any, tower: Tower) -> Any:
+    """:func:`random_tower` with the weights that a mmproj file has, dequantized."""
+    import torch
+
+    model, projector = copy.deepcopy(reference)
+    found = read_tensors(gguf.GGUFReader(path))
+    names = names_by_the_table(list(checkpoint_weights(reference)), tower.config["num_hidden_layers"])
+    for name, gguf_name in names.items():
+        if name.endswith("input_proj.weight"):
+            continue  # always F32
+        part, own = (
+            (projector, "embedding_projection.weight")
+            if name == PROJECTION
+            else (model, name.removeprefix(TOWER))
+        )
+        target = part.get_buffer(own) if own in dict(part.named_buffers()) else part.get_parameter(own)
+        with torch.no_grad():
+            target.copy_(torch.tensor(found[gguf_name]).reshape(target.shape))
+    return model, projector
 
 
 def picture(tower: Tower, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
