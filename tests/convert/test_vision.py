@@ -138,6 +138,7 @@ def test_optional_parts_and_types(tmp_path: Path) -> None:
         (None, {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling"),
         (None, {"rope_theta": 50.0}, "rope_theta"),
         (None, {"model_type": "siglip_vision_model"}, "model_type"),
+        (None, {"pooling_kernel_size": 32}, "too large for images of 280 soft tokens"),
     ],
 )
 def test_refusals(tmp_path: Path, spoil: object, changes: dict, message: str) -> None:

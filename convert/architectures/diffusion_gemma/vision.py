@@ -27,6 +27,7 @@ from pydiffusion.errors import ConversionError
 _TOWER, _PROJECTOR = VISION
 #: Soft tokens of an image at most; a key of our own.
 MAX_SOFT_TOKENS_KEY = "clip.vision.max_soft_tokens"
+_MAX_PATCHES, _MAX_PIXELS = 1 << 17, 1 << 26  # of an image: native/vision/vision_hparams.h
 _IMAGE_SIZE = 224  # the library asks for one and does not use it: images keep their aspect ratio
 
 # Dimensions by name: d hidden size, ff feed-forward, h head, n all heads, p positions, k the weights of a
@@ -68,8 +69,19 @@ def plan_mmproj(
     """
     config = read_vision_config(folder, text.hidden_size, notes)
     max_soft_tokens = read_image_processor(folder, config.patch_size, config.pooling, notes)
+    _check_sizes(config, max_soft_tokens)
     metadata = _metadata(name, config, max_soft_tokens)
     return Mmproj(metadata, _plan(weights, config, type.upper()), {MAX_SOFT_TOKENS_KEY: MAX_SOFT_TOKENS})
+
+
+def _check_sizes(config: VisionConfig, max_soft_tokens: int) -> None:
+    """Refuse sizes of images that the runtime refuses of a file."""
+    n_patches = max_soft_tokens * config.pooling**2
+    if n_patches > _MAX_PATCHES or n_patches * config.patch_size**2 > _MAX_PIXELS:
+        raise ConversionError(
+            f"config.json: vision_config: 'pooling_kernel_size' = {config.pooling} and 'patch_size' = "
+            f"{config.patch_size} are too large for images of {max_soft_tokens} soft tokens"
+        )
 
 
 def _metadata(name: str, config: VisionConfig, max_soft_tokens: int) -> dict[str, Value]:
