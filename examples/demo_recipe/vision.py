@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaMultimodalEmbedder
@@ -37,6 +39,21 @@ VISION_CONFIG = {
     "pooling_kernel_size": POOLING,
     "position_embedding_size": 64,
 }
+PROCESSOR_CONFIG = {
+    "do_convert_rgb": True,
+    "do_normalize": False,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.0, 0.0, 0.0],
+    "image_processor_type": "Gemma4ImageProcessor",
+    "image_std": [1.0, 1.0, 1.0],
+    "max_soft_tokens": 70,
+    "patch_size": PATCH,
+    "pooling_kernel_size": POOLING,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+}
+VISION_PREFIXES = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 HELD_OUT_FONTS = ("Manrope", "Caladea", "cmtt", "FjallaOne", "DejaVuSansMono", "SourceSansPro-It")
 """Beginnings of the names of fonts that training never sees."""
 
@@ -306,3 +323,23 @@ def character_embeddings(model: nn.Module, tokenizer) -> torch.Tensor:
     ids = [tokenizer.encode(character, add_special_tokens=False).ids for character in CLASSES]
     with torch.no_grad():
         return model.model.encoder.language_model.embed_tokens(torch.tensor(ids))[:, 0].float().clone()
+
+
+def export(tower: Tower, folder: Path) -> None:
+    """Put the tower beside the text weights of a released checkpoint folder, which keep their bytes.
+
+    Writes the vision tensors (bfloat16) into model.safetensors, the tower's shape into config.json, and
+    preprocessor_config.json.
+    """
+    path = folder / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(VISION_PREFIXES)}
+    for name, tensor in tower.state_dict().items():
+        full = "model.encoder." + name
+        if full.startswith(VISION_PREFIXES):
+            tensors[full] = tensor.detach().to(torch.bfloat16).contiguous()
+    save_file(tensors, path.with_suffix(".part"), metadata={"format": "pt"})
+    path.with_suffix(".part").replace(path)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] |= VISION_CONFIG
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR_CONFIG, indent=2) + "\n")
