@@ -65,6 +65,10 @@ add_library(pydiffusion_native STATIC
     native/util/block_sizes.cpp
     native/util/cpu_kernels.cpp
     native/util/error.cpp
+    native/vision/vision_graph.cpp
+    native/vision/vision_hparams.cpp
+    native/vision/vision_tower.cpp
+    native/vision/vision_weights.cpp
 )
 target_include_directories(pydiffusion_native PUBLIC native)
 target_include_directories(pydiffusion_native SYSTEM PRIVATE vendor/ggml/src)  # ggml's own headers

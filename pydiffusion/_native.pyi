@@ -115,6 +115,12 @@ class Model:
     def canvas_length(self) -> int: ...
 
     @property
+    def image_tokens(self) -> dict[str, int]: ...
+
+    @property
+    def bidirectional_images(self) -> bool: ...
+
+    @property
     def n_ctx_train(self) -> int: ...
 
     @property
@@ -188,7 +194,10 @@ class Session:
     State of one conversation on a model. Use it from one thread at a time.
     """
 
-    def __init__(self, model: Model, n_ctx: int) -> None: ...
+    def __init__(self, model: Model, n_ctx: int, image_tokens: int = 0) -> None:
+        """
+        image_tokens: most soft tokens of an image that the cache is to have room for.
+        """
 
     @property
     def n_past(self) -> int: ...
@@ -237,7 +246,19 @@ class Session:
         Run the last step's graph again, part by part: name -> (seconds, operations, bytes read).
         """
 
-    def encode(self, ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], return_hidden: bool = False, progress: object | None = None) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))] | None: ...
+    def encode(self, ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], images: Sequence[tuple[int, Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], bytes]] = [], return_hidden: bool = False, progress: object | None = None) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))] | None:
+        """
+        images: (index in ids of the first soft token, features (n, d), key) of each, in order; at its places ids has the image token.
+        """
+
+    @property
+    def images(self) -> list[tuple[int, int, bytes]]:
+        """
+        Images in the cache: (position of the first soft token, number of soft tokens, key).
+        """
+
+    def image_features(self, i: int) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
+        """Of images[i], a copy, (n, d)."""
 
     def next_logits(self, ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.float32], dict(shape=(None,))]:
         """
@@ -251,9 +272,9 @@ class Session:
     def cache_rows(self) -> list:
         """Per layer (k, v), uint8 (n_rows, row_bytes), for restore()."""
 
-    def restore(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], layers: Sequence[tuple[Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)]]]) -> None:
+    def restore(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], layers: Sequence[tuple[Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)]]], images: Sequence[tuple[int, Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], bytes]] = []) -> None:
         """
-        Replace the content by tokens and cache_rows() of a session of the same model and KV cache type.
+        Replace the content by tokens, cache_rows() and images of a session of the same model and KV cache type.
         """
 
     def copy_from(self, source: Session) -> None:
@@ -372,3 +393,18 @@ def measure_matrix_rate(n_threads: int, type: str, device: str = 'cpu', kernels:
 
 def kernels() -> list[str]:
     """Names of the matmul kernels that this CPU supports."""
+
+class Vision:
+    """
+    Vision tower and projector of a mmproj file, for a model; immutable, shared by threads.
+    """
+
+    def __init__(self, path: str, model: Model, progress: object | None = None) -> None: ...
+
+    def encode(self, patches: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], positions: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
+        """
+        Features of an image's soft tokens: float32 (n // pooling**2, projection_dim). patches: float32 (n, 3 * patch_size**2), pixels from 0 to 1 with their channels side by side; positions: int32 (n, 2), column and row of each patch, together a full grid.
+        """
+
+    @property
+    def info(self) -> dict: ...

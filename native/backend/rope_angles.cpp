@@ -30,26 +30,45 @@ std::vector<float> frequencies(const Rope& rope, int64_t head_dim) {
     return result;
 }
 
-void write_table(ggml_tensor* tensor, const std::vector<int32_t>& positions, const Rope& rope) {
-    const int64_t head_dim = tensor->ne[0], half = head_dim / 2;
-    const std::vector<float> frequency = frequencies(rope, head_dim);
+// Cosines, then sines of a position's angles: returns the end of them.
+float* write_angles(float* out, int32_t position, const std::vector<float>& frequency) {
+    const auto n = static_cast<int64_t>(frequency.size());
+    for (int64_t i = 0; i < n; ++i) {
+        const float angle = static_cast<float>(position) * frequency[i];
+        out[i] = std::cos(angle);
+        out[n + i] = std::sin(angle);
+    }
+    return out + 2 * n;
+}
+
+float* write_row(float* out, int32_t position, const std::vector<float>& frequency) {
+    return write_angles(out, position, frequency);
+}
+float* write_row(float* out, const AxialPosition& position, const std::vector<float>& frequency) {
+    return write_angles(write_angles(out, position.x, frequency), position.y, frequency);
+}
+
+int64_t rotated_dim(int64_t head_dim, const std::vector<int32_t>&) { return head_dim; }
+int64_t rotated_dim(int64_t head_dim, const std::vector<AxialPosition>&) { return head_dim / 2; }
+
+template <typename Position>
+void write_table(ggml_tensor* tensor, const std::vector<Position>& positions, const Rope& rope) {
+    const int64_t head_dim = tensor->ne[0];
+    const std::vector<float> frequency = frequencies(rope, rotated_dim(head_dim, positions));
     const bool on_host = ggml_backend_buffer_is_host(tensor->buffer);
     std::vector<float> values(on_host ? 0 : head_dim * positions.size());
     float* row = on_host ? static_cast<float*>(tensor->data) : values.data();
-    for (const int32_t position : positions) {
-        for (int64_t i = 0; i < half; ++i) {
-            const float angle = static_cast<float>(position) * frequency[i];
-            row[i] = std::cos(angle);
-            row[half + i] = std::sin(angle);
-        }
-        row += head_dim;
-    }
+    for (const Position& position : positions) row = write_row(row, position, frequency);
     if (!on_host) ggml_backend_tensor_set(tensor, values.data(), 0, values.size() * sizeof(float));
 }
 
 }  // namespace
 
 void RopeAngles::write(const std::vector<int32_t>& positions) const {
+    for (const Table& table : tables_) write_table(table.tensor, positions, table.rope);
+}
+
+void RopeAngles::write(const std::vector<AxialPosition>& positions) const {
     for (const Table& table : tables_) write_table(table.tensor, positions, table.rope);
 }
 

@@ -17,6 +17,11 @@ struct Rope {
     const std::vector<float>* host_factors = nullptr;  // the same on the host
 };
 
+// Where a token is in a picture: column and row, of which each rotates half of a head.
+struct AxialPosition {
+    int32_t x, y;
+};
+
 class RopeAngles {
   public:
     RopeAngles(ggml_context* ctx, GraphInputs& inputs, int64_t n_tokens)
@@ -26,6 +31,9 @@ class RopeAngles {
     ggml_tensor* view(const Rope& rope, int64_t head_dim, int64_t first, int64_t n);
     // Computes them; after the graph is allocated.
     void write(const std::vector<int32_t>& positions) const;
+    // The same of all tokens for rotate_axes in fused_rows.h.
+    ggml_tensor* axial(const Rope& rope, int64_t head_dim) { return view(rope, head_dim, 0, n_tokens_); }
+    void write(const std::vector<AxialPosition>& positions) const;
 
   private:
     struct Table {

@@ -127,6 +127,7 @@ void bind_batch(nb::module_& m);
 void bind_quantize(nb::module_& m);
 void bind_sampler(nb::module_& m);
 void bind_bench(nb::module_& m);
+void bind_vision(nb::module_& m);
 void bind_testing(nb::module_& m);
 
 }  // namespace pydiffusion

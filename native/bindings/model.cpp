@@ -169,6 +169,17 @@ nb::dict hparams_dict(const Hparams& hp) {
     return d;
 }
 
+// Empty if the model reads no images.
+nb::typed<nb::dict, nb::str, int> image_tokens(const Hparams& hp) {
+    nb::dict d;
+    if (hp.image_tokens.any()) {
+        d["image"] = hp.image_tokens.image;
+        d["begin"] = hp.image_tokens.begin;
+        d["end"] = hp.image_tokens.end;
+    }
+    return nb::typed<nb::dict, nb::str, int>(d);
+}
+
 const char* name_of_dense_type(const DevicePlan& plan) { return plan.dense_bf16 ? "bf16" : "file"; }
 
 nb::dict description(const PyModel& m) {
@@ -289,6 +300,9 @@ void bind_model(nb::module_& m) {
         .def_prop_ro("description", description)
         .def_prop_ro("n_vocab", [](const PyModel& m) { return m.model->hparams.n_vocab; })
         .def_prop_ro("canvas_length", [](const PyModel& m) { return m.model->hparams.canvas_length; })
+        .def_prop_ro("image_tokens", [](const PyModel& m) { return image_tokens(m.model->hparams); })
+        .def_prop_ro("bidirectional_images",
+                     [](const PyModel& m) { return m.model->hparams.bidirectional_images; })
         .def_prop_ro("n_ctx_train", [](const PyModel& m) { return m.model->hparams.n_ctx_train; })
         .def_prop_ro("n_threads", [](const PyModel& m) { return m.model->backend.n_threads(); });
     m.def("devices", devices, "The GPUs that this build can use.");

@@ -14,5 +14,6 @@ NB_MODULE(_native, m) {
     pydiffusion::bind_quantize(m);
     pydiffusion::bind_sampler(m);
     pydiffusion::bind_bench(m);
+    pydiffusion::bind_vision(m);
     pydiffusion::bind_testing(m);
 }

@@ -30,4 +30,8 @@ struct Model {
     float embedding_scale() const { return hparams.embedding_scale * weights.token_embd.scale; }
 };
 
+// Touches every page once, in order: a cold file is then read sequentially, with progress, instead of by
+// page faults during the first step.
+void read_into_memory(const GgufFile& file, const std::function<void(double)>& progress);
+
 }  // namespace pydiffusion

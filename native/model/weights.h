@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "backend/backend.h"
@@ -55,15 +56,36 @@ struct LayerWeights {
     ggml_tensor* encoder_scale = nullptr;        // [1], enc_layer_output_scale
 };
 
-struct Weights {
+// Tensors of a file, in its mapping or on devices; WeightsLoader fills it.
+struct LoadedTensors {
+    explicit LoadedTensors(std::shared_ptr<const GgufFile> file) : file_(std::move(file)) {}
+    LoadedTensors(const LoadedTensors&) = delete;
+    LoadedTensors& operator=(const LoadedTensors&) = delete;
+
+    std::map<ggml_type, uint64_t> bytes_by_type;
+    uint64_t n_weights = 0;
+    bool repacked_experts = false;  // on devices, for our kernels
+
+    // By name in the file (the first, if there is one on each device); null if none was loaded.
+    ggml_tensor* find(const std::string& name) const;
+
+  protected:
+    std::shared_ptr<const GgufFile> file_;  // keeps the mapping alive
+
+  private:
+    friend class WeightsLoader;
+    std::vector<ggml_context_ptr> contexts_;  // of the mapped tensors, then of each device's
+    std::vector<ggml_backend_buffer_ptr> buffers_;
+    std::map<std::string, ggml_tensor*> by_name_;
+};
+
+struct Weights : LoadedTensors {
     // Those that the hyperparameters' architecture asks for. Throws if a tensor is missing or has another
     // shape or a type that this build can't compute with. Copies to each device the tensors that the plan
     // assigns to it, in the type that the plan gives them, reporting the fraction done to `progress`; tensors
     // of types that the device can't compute with stay in the mapping.
     Weights(std::shared_ptr<const GgufFile> file, const Hparams& hparams, const DevicePlan& device_plan,
             const Backend& backend, const std::function<void(double)>& progress);
-    Weights(const Weights&) = delete;
-    Weights& operator=(const Weights&) = delete;
 
     WeightMatrix token_embd;  // [d, n_vocab]
     WeightMatrix output;      // [d, n_vocab]; token_embd if tied
@@ -77,20 +99,6 @@ struct Weights {
     WeightMatrix self_cond_up;
     WeightMatrix self_cond_down;
     std::vector<LayerWeights> layers;
-
-    std::map<ggml_type, uint64_t> bytes_by_type;
-    uint64_t n_weights = 0;
-    bool repacked_experts = false;  // on devices, for our kernels
-
-    // By name in the file (the first, if there is one on each device); null if the model has none.
-    ggml_tensor* find(const std::string& name) const;
-
-  private:
-    friend class WeightsLoader;
-    std::shared_ptr<const GgufFile> file_;    // keeps the mapping alive
-    std::vector<ggml_context_ptr> contexts_;  // of the mapped tensors, then of each device's
-    std::vector<ggml_backend_buffer_ptr> buffers_;
-    std::map<std::string, ggml_tensor*> by_name_;
 };
 
 }  // namespace pydiffusion

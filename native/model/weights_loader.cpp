@@ -100,7 +100,7 @@ void repack(const ggml_tensor* tensor, const uint8_t* data, int64_t n_rows, int 
 
 }  // namespace
 
-WeightsLoader::WeightsLoader(Weights& weights, const GgufFile& file, const DevicePlan& device_plan,
+WeightsLoader::WeightsLoader(LoadedTensors& weights, const GgufFile& file, const DevicePlan& device_plan,
                              const Backend& backend)
     : weights_(weights), file_(file), device_plan_(device_plan), backend_(backend) {
     // The matrices of every layer may be views of concatenated ones.
@@ -124,7 +124,7 @@ WeightMatrix WeightsLoader::matrix(const std::string& name, const Shape& shape) 
     return matrix;
 }
 
-ggml_tensor* WeightsLoader::expert_matrices(const std::string& name, const Shape& shape) {
+ggml_tensor* WeightsLoader::tensor(const std::string& name, const Shape& shape) {
     return create(require_matrix(name, shape), device_plan_.tensor_device(name));
 }
 
@@ -173,10 +173,11 @@ std::vector<float> WeightsLoader::values(const std::string& name) const {
     return values;
 }
 
-void WeightsLoader::upload(const std::function<void(double)>& progress) {
+void WeightsLoader::upload(const std::function<void(double)>& progress,
+                           const std::vector<WeightMatrix>& on_device) {
     if (uploads_.empty()) return;
-    for (const ggml_tensor* tensor : {weights_.token_embd.tensor, weights_.output.tensor}) {
-        // Self-conditioning and head need them on the device.
+    for (const WeightMatrix& matrix : on_device) {
+        const ggml_tensor* tensor = matrix.tensor;
         if (std::any_of(uploads_.begin(), uploads_.end(),
                         [tensor](const auto& upload) { return upload.first == tensor; }))
             continue;

@@ -20,7 +20,7 @@ using Shape = std::vector<int64_t>;
 
 class WeightsLoader {
   public:
-    WeightsLoader(Weights& weights, const GgufFile& file, const DevicePlan& device_plan,
+    WeightsLoader(LoadedTensors& weights, const GgufFile& file, const DevicePlan& device_plan,
                   const Backend& backend);
 
     bool has(const std::string& name) const { return file_.find_tensor(name) != nullptr; }
@@ -30,7 +30,9 @@ class WeightsLoader {
     // experts, [n_expert], which must be finite: "attn_q.scale" beside "attn_q.weight"; names end in
     // ".weight".
     WeightMatrix matrix(const std::string& name, const Shape& shape);
-    ggml_tensor* expert_matrices(const std::string& name, const Shape& shape);
+    // Of any number of dimensions, without a scale.
+    ggml_tensor* tensor(const std::string& name, const Shape& shape);
+    ggml_tensor* expert_matrices(const std::string& name, const Shape& shape) { return tensor(name, shape); }
     // Null if the matrices of this name have none.
     ggml_tensor* expert_scales(const std::string& name, int64_t n_expert);
     // The matrices of these names and numbers of rows, [d, n], concatenated; null, and they stay apart,
@@ -45,11 +47,14 @@ class WeightsLoader {
     // Of an F32 tensor that has been created.
     std::vector<float> values(const std::string& name) const;
 
-    // Copies the devices' tensors; to be called after all tensors have been requested.
-    void upload(const std::function<void(double)>& progress);
+    // Copies the devices' tensors; to be called after all tensors have been requested. Throws if there are
+    // devices and one of `on_device` is not there, because its type is not supported.
+    void upload(const std::function<void(double)>& progress, const std::vector<WeightMatrix>& on_device = {});
     // An unknown tensor in a layer, or an unknown scale, means that the model computes something else. Scales
     // of a matrix's activations ("attn_q.input_scale") are for matmuls with 4-bit activations: not used.
     void refuse_unknown_tensors() const;
+    // Whether a tensor is such a scale, of a matrix that has been loaded.
+    bool is_input_scale(const std::string& name) const;
 
   private:
     // Uploads up to kWidenedAtOnce weights, from the first-th of the tensor on, as BF16.
@@ -61,11 +66,10 @@ class WeightsLoader {
     const TensorInfo& require(const std::string& name, const Shape& shape);
     const TensorInfo& require_matrix(const std::string& name, const Shape& shape);
     void require_finite(const std::string& name) const;
-    bool is_input_scale(const std::string& name) const;
     ggml_tensor* create(const TensorInfo& info, int32_t wanted);
     void copy(ggml_tensor* tensor, const TensorInfo& info);
 
-    Weights& weights_;
+    LoadedTensors& weights_;
     const GgufFile& file_;
     const DevicePlan& device_plan_;
     const Backend& backend_;

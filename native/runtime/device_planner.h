@@ -32,6 +32,7 @@ struct SessionNeeds {
     int64_t n_ctx;
     ggml_type kv_type;
     uint64_t n_sessions;
+    int64_t image_tokens = 0;  // most soft tokens of an image
 };
 
 // Memory use on a device, in bytes.

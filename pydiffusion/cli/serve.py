@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pydiffusion import DiffusionModel
 
 
-@_options.takes(runtime=_options.CHAT_RUNTIME)
+@_options.takes(runtime=_options.IMAGE_RUNTIME)
 def command(
     model: _options.ModelPath,
     *,
@@ -56,8 +56,20 @@ def command(
         typer.Option("--grace", min=0, help="Maximum seconds for running requests to finish at shutdown."),
     ] = 30,
     max_body: Annotated[
-        int, typer.Option("--max-body", min=1024, help="Maximum size of a request body in bytes.")
-    ] = 8388608,
+        int | None,
+        typer.Option(
+            "--max-body",
+            min=1024,
+            help="Maximum size of a request body in bytes. [default: 8388608, with a vision file 33554432]",
+        ),
+    ] = None,
+    allow_image_urls: Annotated[
+        bool,
+        typer.Option(
+            "--allow-image-urls",
+            help="Fetch images that requests name by http(s) URLs, from public addresses only.",
+        ),
+    ] = False,
     cors: Annotated[
         list[str] | None,
         typer.Option("--cors", help="Origin whose pages may call the server (CORS); may be repeated."),
@@ -106,6 +118,7 @@ def command(
             allowed_hosts=tuple(allowed_host or ()),
             strict=strict,
             special=special,
+            fetch_images=allow_image_urls,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from pydiffusion.errors import GenerationCancelled, InsufficientMemoryError
 from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
 from pydiffusion.generation.batching import Batch
+from pydiffusion.generation.image_prompt import session_keys
 from pydiffusion.generation.token_ids import common_prefix
 from pydiffusion.openai.errors import ApiError, from_exception
 from pydiffusion.openai.reports import Failed, Finished, Prefilled, up_to_first_call
@@ -217,7 +218,10 @@ class Scheduler:
         prompt = job.runs[job.n_begun].prompt
         for sequence in job.in_flight:
             at_prompt = sequence.run.prompt == prompt and sequence.session.n_past == sequence.n_prompt
-            if at_prompt and common_prefix(session.tokens, sequence.session.tokens) < sequence.n_prompt:
+            if not at_prompt:
+                continue
+            held, wanted = session_keys(session), session_keys(sequence.session)
+            if common_prefix(held, wanted) < sequence.n_prompt:
                 session.copy(sequence.session)
                 return
 

@@ -64,6 +64,8 @@ def metadata() -> dict[str, Any]:
 class ScriptedModel(DiffusionModel):
     """``script`` gives the answers; a canvas takes ``steps``, each of ``step_seconds``."""
 
+    vision = None
+
     def __init__(self, script: Script, *, n_ctx: int = 1024, steps: int = 3) -> None:
         self.script = script
         self.steps = steps
@@ -88,7 +90,9 @@ class ScriptedWeights:
     def __init__(self, model: ScriptedModel) -> None:
         self._model = model
 
-    def new_session(self, n_ctx: int) -> ScriptedNative:
+    image_tokens: dict[str, int] = {}  # noqa: RUF012
+
+    def new_session(self, n_ctx: int, image_tokens: int = 0) -> ScriptedNative:
         return ScriptedNative(self._model, n_ctx)
 
     def new_batch(self) -> ScriptedBatch:
@@ -129,7 +133,11 @@ class ScriptedNative:
     def cancel(self) -> None:
         self._cancelled.set()
 
-    def encode(self, ids: np.ndarray, return_hidden: bool = False, progress: Any = None) -> None:
+    @property
+    def images(self) -> list[Any]:
+        return []
+
+    def encode(self, ids: np.ndarray, images: Any, return_hidden: bool = False, progress: Any = None) -> None:
         self._enter()
         if self.n_past + len(ids) > self.n_ctx:
             raise ContextOverflowError("too long")

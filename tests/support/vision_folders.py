@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from support import checkpoint_folders as folders
@@ -37,6 +39,13 @@ def vision_config(**changes: object) -> dict[str, object]:
     return config | changes
 
 
+def make_folder(path: Path, tensors: dict[str, np.ndarray] | None = None, **changes: object) -> Path:
+    """A checkpoint folder with text and vision; ``tensors``: the vision's; ``changes`` to vision_config."""
+    config = folders.model_config() | {"vision_config": vision_config(**changes)}
+    weights = folders.weights() | (vision_weights() if tensors is None else tensors)
+    return folders.make_folder(path, tensors=weights, config=config)
+
+
 def vision_weights() -> dict[str, np.ndarray]:
     """All vision tensors: float32, already rounded to bfloat16."""
     random = np.random.default_rng(5)
@@ -57,7 +66,11 @@ def vision_weights() -> dict[str, np.ndarray]:
             }
         for name in NORMS:
             shapes[f"{layer}{name}.weight"] = (D // HEADS if "self_attn" in name else D,)
-    return {
+    weights = {
         name: folders.from_bits(np.asarray(random.standard_normal(shape), np.float32))
         for name, shape in shapes.items()
     }
+    for name, values in weights.items():
+        if name.endswith(("_min", "_max")):
+            weights[name] = abs(values) if name.endswith("_max") else -abs(values)
+    return weights

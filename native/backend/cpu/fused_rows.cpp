@@ -91,6 +91,27 @@ void rotate_normed_row(float* out, const float* x, const float* weight, const fl
     }
 }
 
+// Two rotations: of the first half of the head by the first half of the angles, then of the second ones.
+void rotate_axes_row(float* out, const float* x, const float* weight, const float* angles, int64_t n,
+                     float eps) {
+    const int64_t quarter = n / 4;
+    const float scale = norm_scale(x, n, eps);
+    for (int64_t first = 0; first < n; first += n / 2) {
+        const float *cosine = angles + first, *sine = cosine + quarter;
+        const float *from = x + first, *w = weight + first;
+        for (int64_t i = 0; i < quarter; ++i) {
+            const float a = from[i] * scale * w[i], b = from[quarter + i] * scale * w[quarter + i];
+            out[first + i] = a * cosine[i] - b * sine[i];
+            out[first + quarter + i] = a * sine[i] + b * cosine[i];
+        }
+    }
+}
+
+void compute_axes_row(const ggml_tensor* node, int64_t head, int64_t t, float* out) {
+    rotate_axes_row(out, row(node->src[0], head, t), vector_of(node->src[1]), row(node->src[2], t),
+                    node->ne[0], eps_of(node));
+}
+
 void compute_rotated_row(const ggml_tensor* node, int64_t head, int64_t t, float* out) {
     rotate_normed_row(out, row(node->src[0], head, t), vector_of(node->src[1]), row(node->src[2], t),
                       node->ne[0], eps_of(node));
@@ -104,6 +125,20 @@ void compute_stored_row(const ggml_tensor* node, int64_t head, int64_t t, float*
         rotate_normed_row(out, x, vector_of(weight), row(angles, t), node->ne[0], eps_of(node));
     } else {
         norm_row(out, x, nullptr, node->ne[0], eps_of(node));
+    }
+}
+
+// --- limits ---
+
+constexpr uint32_t kLowWord = 10, kHighWord = 11;  // of the parameters
+
+// Keeps NaN.
+void compute_limited_row(const ggml_tensor* node, int64_t i1, int64_t i2, float* out) {
+    const float low = ggml_get_op_params_f32(node, kLowWord), high = ggml_get_op_params_f32(node, kHighWord);
+    const float* x = row(node->src[0], i1, i2);
+    for (int64_t i = 0; i < node->ne[0]; ++i) {
+        const float value = x[i] < low ? low : x[i];
+        out[i] = value > high ? high : value;
     }
 }
 
@@ -401,6 +436,19 @@ ggml_tensor* rotate_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weigh
     return new_node(ctx, x, sources, 3, rows_op<compute_rotated_row>, eps, "rotate_normed");
 }
 
+ggml_tensor* rotate_axes(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,
+                         const float* eps) {
+    ggml_tensor* sources[] = {x, weight, angles};
+    return new_node(ctx, x, sources, 3, rows_op<compute_axes_row>, eps, "rotate_axes");
+}
+
+ggml_tensor* limit(ggml_context* ctx, ggml_tensor* x, float low, float high) {
+    ggml_tensor* node = new_node(ctx, x, &x, 1, rows_op<compute_limited_row>, nullptr, "limit");
+    ggml_set_op_params_f32(node, kLowWord, low);
+    ggml_set_op_params_f32(node, kHighWord, high);
+    return node;
+}
+
 ggml_tensor* rotate_and_store(ggml_context* ctx, ggml_tensor* q, ggml_tensor* q_weight, ggml_tensor* angles,
                               const StoredHeads& stored, const float* eps, ggml_type type) {
     ggml_tensor* sources[] = {q,        q_weight,        angles,         stored.k, stored.k_weight,
@@ -429,6 +477,8 @@ ComputeRow row_function_of(const ggml_tensor* node) {
     if (op == rows_op<compute_gelu_row>) return compute_gelu_row;
     if (op == rows_op<compute_norm_row>) return compute_norm_row;
     if (op == rows_op<compute_stacked_row>) return compute_stacked_row;
+    if (op == rows_op<compute_limited_row>) return compute_limited_row;
+    if (op == rows_op<compute_axes_row>) return compute_axes_row;
     return op == rows_op<compute_rotated_row> ? compute_rotated_row : nullptr;
 }
 

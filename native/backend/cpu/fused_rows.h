@@ -77,6 +77,15 @@ Joined join_branches(ggml_context* ctx, ggml_tensor* x, const Branches& branches
 ggml_tensor* rotate_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,
                            const float* eps);
 
+// rms_norm(x, weight), then RoPE by two positions of a token: the first half of a head is rotated as a head
+// of that size would be, by the first half of angles[:, t], and the second half by the second half. head_dim
+// is a multiple of 4. CPU only, as is limit().
+ggml_tensor* rotate_axes(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,
+                         const float* eps);
+
+// min(max(x, low), high); NaN stays NaN.
+ggml_tensor* limit(ggml_context* ctx, ggml_tensor* x, float low, float high);
+
 // Writes rms_norm(x) of heads, or rotate_normed(x, weight, angles) if these are not null, to `target`, a view
 // [head_dim, n_heads, n_tokens] of rows of a cache, which is not quantized. The result is that view.
 ggml_tensor* store_normed(ggml_context* ctx, ggml_tensor* x, ggml_tensor* weight, ggml_tensor* angles,

@@ -33,6 +33,19 @@ ggml_tensor* CpuOps::attend(ggml_tensor* q, const CacheRows& visible, const Caus
     return pydiffusion::attend(c_.ctx, q, k, v, causal, c_.backend.kernel());
 }
 
+ggml_tensor* CpuOps::rotate_axes(ggml_tensor* x, ggml_tensor* norm, const Rope& rope) {
+    return pydiffusion::rotate_axes(c_.ctx, x, norm, angles_.axial(rope, x->ne[0]), c_.rms_eps);
+}
+
+ggml_tensor* CpuOps::attend_all(const Heads& heads, bool) {
+    return pydiffusion::attend(c_.ctx, heads.q, tokens_of_heads(heads.k), tokens_of_heads(heads.v), nullptr,
+                               c_.backend.kernel());
+}
+
+ggml_tensor* CpuOps::limit(ggml_tensor* x, float low, float high) {
+    return pydiffusion::limit(c_.ctx, x, low, high);
+}
+
 Mixture CpuOps::moe(ggml_tensor* x, const RouterChoice& choice, const ExpertWeights& w) {
     ggml_tensor* chosen = top_k(c_.ctx, choice.scores, w.n_used);
     return {nullptr, experts(x, chosen, w), choice.scores, chosen};

@@ -24,11 +24,17 @@ class CpuOps : public Ops {
     ggml_tensor* rotate(ggml_tensor* x, ggml_tensor* norm, const Rope& rope, int64_t first_token) override;
     ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal, int32_t device,
                         ForMatmuls) override;
+    ggml_tensor* rotate_axes(ggml_tensor* x, ggml_tensor* norm, const Rope& rope) override;
+    ggml_tensor* attend_all(const Heads& heads, bool exact) override;
+    ggml_tensor* limit(ggml_tensor* x, float low, float high) override;
     Mixture moe(ggml_tensor* x, const RouterChoice& choice, const ExpertWeights& w) override;
     ggml_tensor* join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w,
                       const NextInput& next) override;
     void keep_activations() override { matmul_.keep_activations(); }
     void set_positions(const std::vector<int32_t>& positions) override { angles_.write(positions); }
+    void set_axial_positions(const std::vector<AxialPosition>& positions) override {
+        angles_.write(positions);
+    }
 
   protected:
     ggml_tensor* unscaled_matmul(ggml_tensor* weight, ggml_tensor* x) override {

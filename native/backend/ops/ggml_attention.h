@@ -10,7 +10,8 @@ namespace pydiffusion::ggml_ops {
 
 // Attention mask, added to the scores: an input of the graph.
 struct Mask {
-    ggml_tensor* tensor;  // F16 [n_rows, n_tokens]; rows from n_visible on are padding
+    // F16 [n_rows, n_tokens]; rows from n_visible on are padding. Null: every token sees every row.
+    ggml_tensor* tensor;
     int64_t n_visible;
     const Causal* causal;  // null: every token sees every visible row
 };

@@ -47,6 +47,46 @@ void GgmlOps::set_positions(const std::vector<int32_t>& positions) {
     }
 }
 
+ggml_tensor* GgmlOps::rotate_axes(ggml_tensor* x, ggml_tensor* norm, const Rope& rope) {
+    if (!columns_) {
+        columns_ = c_.inputs.add(rope.device, GGML_TYPE_I32, c_.n_tokens);
+        rows_ = c_.inputs.add(rope.device, GGML_TYPE_I32, c_.n_tokens);
+    }
+    ggml_tensor* normed = rms_norm(x, norm, {});
+    const int64_t half = x->ne[0] / 2;
+    const auto rotated = [&](int64_t first, ggml_tensor* positions) {
+        ggml_tensor* part = ggml_view_3d(c_.ctx, normed, half, x->ne[1], x->ne[2], normed->nb[1],
+                                         normed->nb[2], first * normed->nb[0]);
+        return ggml_rope_ext(c_.ctx, part, positions, nullptr, static_cast<int>(half), GGML_ROPE_TYPE_NEOX,
+                             rope.n_ctx_train, rope.base, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
+    };
+    ggml_tensor* left = rotated(0, columns_);
+    return ggml_concat(c_.ctx, left, rotated(half, rows_), 0);
+}
+
+void GgmlOps::set_axial_positions(const std::vector<AxialPosition>& positions) {
+    if (!columns_) return;
+    std::vector<int32_t> values(positions.size());
+    for (ggml_tensor* target : {columns_, rows_}) {
+        for (size_t i = 0; i < positions.size(); ++i)
+            values[i] = target == columns_ ? positions[i].x : positions[i].y;
+        ggml_backend_tensor_set(target, values.data(), 0, values.size() * sizeof(int32_t));
+    }
+}
+
+ggml_tensor* GgmlOps::attend_all(const Heads& heads, bool exact) {
+    const auto operand = [&](ggml_tensor* x) {
+        x = tokens_of_heads(x);
+        return exact ? x : ggml_cast(c_.ctx, x, GGML_TYPE_F16);
+    };
+    ggml_tensor* k = operand(heads.k);
+    return ggml_ops::attend(c_.ctx, c_.backend, heads.q, k, operand(heads.v), {nullptr, k->ne[1], nullptr});
+}
+
+ggml_tensor* GgmlOps::limit(ggml_tensor* x, float low, float high) {
+    return ggml_clamp(c_.ctx, ggml_cont(c_.ctx, x), low, high);  // in place, and others may read x
+}
+
 ggml_ops::Mask GgmlOps::mask(int64_t n_tokens, int64_t n_visible, const Causal* causal, int32_t device) {
     for (const SharedMask& shared : masks_) {
         const ggml_ops::Mask& mask = shared.mask;

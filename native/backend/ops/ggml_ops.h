@@ -17,9 +17,13 @@ class GgmlOps : public Ops {
     ggml_tensor* rotate(ggml_tensor* x, ggml_tensor* norm, const Rope& rope, int64_t first_token) override;
     ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal, int32_t device,
                         ForMatmuls) override;
+    ggml_tensor* rotate_axes(ggml_tensor* x, ggml_tensor* norm, const Rope& rope) override;
+    ggml_tensor* attend_all(const Heads& heads, bool exact) override;
+    ggml_tensor* limit(ggml_tensor* x, float low, float high) override;
     Mixture moe(ggml_tensor* x, const RouterChoice& choice, const ExpertWeights& w) override;
     void fill_masks() override;
     void set_positions(const std::vector<int32_t>& positions) override;
+    void set_axial_positions(const std::vector<AxialPosition>& positions) override;
 
   protected:
     ggml_tensor* unscaled_matmul(ggml_tensor* weight, ggml_tensor* x) override;
@@ -38,6 +42,7 @@ class GgmlOps : public Ops {
 
     std::vector<ggml_tensor*> positions_;  // I32 [n_tokens] for the CPU, then each device; null until needed
     std::vector<SharedMask> masks_;
+    ggml_tensor *columns_ = nullptr, *rows_ = nullptr;  // I32 [n_tokens], of rotate_axes(), on its device
 };
 
 }  // namespace pydiffusion

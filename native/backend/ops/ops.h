@@ -155,6 +155,15 @@ class Ops {
     virtual ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal,
                                 int32_t device, ForMatmuls for_matmuls = {}) = 0;
 
+    // RMS norm, then RoPE of the two halves of each head by the two positions of set_axial_positions(): x
+    // [head_dim, n_heads, n_tokens], head_dim a multiple of 4. factors of the Rope: none.
+    virtual ggml_tensor* rotate_axes(ggml_tensor* x, ggml_tensor* norm, const Rope& rope) = 0;
+    // softmax(q . k) v over all tokens of the graph, each [head_dim, n_head, n_tokens] -> [head_dim * n_head,
+    // n_tokens]. exact: K and V stay F32.
+    virtual ggml_tensor* attend_all(const Heads& heads, bool exact) = 0;
+    // min(max(x, low), high)
+    virtual ggml_tensor* limit(ggml_tensor* x, float low, float high) = 0;
+
     // MLP with gated GELU of rms_norm(x, norm). beside: the experts that follow on the same x, if any, which
     // a device may compute at the same time.
     virtual ggml_tensor* mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeights& w,
@@ -178,6 +187,8 @@ class Ops {
     virtual void fill_masks() {}
     // Writes the inputs that depend on the tokens' positions.
     virtual void set_positions(const std::vector<int32_t>& positions) = 0;
+    // The same of rotate_axes(): (first, second) of each token.
+    virtual void set_axial_positions(const std::vector<AxialPosition>& positions) = 0;
 
     // Nodes that are computed on the device of a weight, whatever the scheduler would choose.
     const GraphExecutor::Pinned& pinned() const { return pinned_; }
@@ -193,6 +204,8 @@ class Ops {
         return ggml_view_3d(c_.ctx, cache, head_dim, n, cache->ne[0] / head_dim, cache->nb[1],
                             ggml_row_size(cache->type, head_dim), first * cache->nb[1]);
     }
+    // View [head_dim, n_heads, n_tokens] -> [head_dim, n_tokens, n_heads]
+    ggml_tensor* tokens_of_heads(ggml_tensor* x) const { return ggml_permute(c_.ctx, x, 0, 2, 1, 3); }
     // A [d, n_tokens] as [d, 1, n_tokens]: one row for all experts of a token.
     ggml_tensor* one_row_per_token(ggml_tensor* x) const {
         return ggml_reshape_3d(c_.ctx, x, x->ne[0], 1, x->ne[1]);
