@@ -6,18 +6,21 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pydiffusion.convert.architectures.source import Source, open_gguf, open_source
+from pydiffusion.convert.architectures.source import Source, open_gguf, open_mmproj, open_source
 from pydiffusion.convert.conversion import KEPT, planned_tensor
 from pydiffusion.convert.gguf import rows, writer
+from pydiffusion.convert.gguf.header import Value
+from pydiffusion.convert.gguf.reader import Parts, open_parts
 from pydiffusion.convert.gguf.report import ConversionProgress
 from pydiffusion.convert.gguf.tensor_reads import SourceTensor
+from pydiffusion.convert.gguf.writer import PlannedTensor
 from pydiffusion.convert.quantization import type_plan
 from pydiffusion.convert.quantization.stored_scales import as_stored
 from pydiffusion.errors import ConversionError
@@ -58,7 +61,8 @@ def verify(
     *,
     progress: Callable[[ConversionProgress], None] | None = None,
 ) -> VerifyReport:
-    """Read every tensor of a GGUF and compare it with its source: a folder, repo or GGUF.
+    """Read every tensor of a GGUF and compare it with its source: a folder, repo or GGUF; of an ``mmproj``
+    file, a folder or repo.
 
     Of a split file, give any part. Without ``against``, check only that the file is complete and all weights
     are finite. Where only the file has scales beside its matrices, matrices are compared with the source's
@@ -70,22 +74,18 @@ def verify(
         ConversionError: file or source can't be read, or is of another architecture.
     """
     with contextlib.ExitStack() as stack:
-        target = stack.enter_context(open_gguf(Path(file)))
-        source = target if against is None else _open_against(stack, target, against)
-        problems = [] if against is None else _compare_metadata(target, source)
-        sources = as_stored(
-            {tensor.name: tensor for tensor in source.tensors},
-            {tensor.name: tensor for tensor in target.tensors},
-        )
-        missing = sorted(set(sources) - {tensor.name for tensor in target.tensors})
+        parts = open_parts(Path(file))
+        pair = (_open_mmproj if parts.is_mmproj else _open_model)(stack, parts, Path(file), against)
+        problems, wanted = pair.problems, pair.wanted
+        missing = sorted(set(wanted) - {tensor.name for tensor in pair.tensors})
         problems += [f"{name}: is missing from the file" for name in missing]
-        total = sum(_n_bytes(tensor) for tensor in target.tensors)
+        total = sum(_n_bytes(tensor) for tensor in pair.tensors)
         checks, done, started = [], 0, time.perf_counter()
-        for tensor in target.tensors:
-            if tensor.name not in sources:
+        for tensor in pair.tensors:
+            if tensor.name not in wanted:
                 problems.append(f"{tensor.name}: the source has no such tensor")
                 continue
-            check = _compare(tensor, sources[tensor.name])
+            check = _compare(tensor, wanted[tensor.name])
             checks.append(check)
             if check.problem:
                 problems.append(f"{tensor.name}: {check.problem}")
@@ -94,6 +94,77 @@ def verify(
                 seconds = time.perf_counter() - started
                 progress(ConversionProgress("verify", tensor.name, done, total, seconds))
     return VerifyReport(Path(file), None if against is None else Path(against), checks, problems)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """An open file and its source: the file's tensors, the source's by name, and differences of metadata."""
+
+    tensors: list[SourceTensor]
+    wanted: dict[str, _Wanted]
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A tensor of the source. ``plan``: how to write it with the type and shape of a tensor of the file; it
+    raises ConversionError for a shape that the source's can't become.
+    """
+
+    type: str
+    shape: tuple[int, ...]
+    plan: Callable[[SourceTensor], PlannedTensor]
+
+
+def _open_model(
+    stack: contextlib.ExitStack, parts: Parts, file: Path, against: str | os.PathLike[str] | None
+) -> _Pair:
+    target = stack.enter_context(open_gguf(file))
+    source = target if against is None else _open_against(stack, target, against)
+    problems = [] if against is None else _compare_model_metadata(target, source)
+    sources = as_stored(
+        {tensor.name: tensor for tensor in source.tensors},
+        {tensor.name: tensor for tensor in target.tensors},
+    )
+
+    def wanted(source: SourceTensor) -> _Wanted:
+        def plan(tensor: SourceTensor) -> PlannedTensor:
+            planned = type_plan.PlannedType(tensor.type, tensor.shape)
+            return planned_tensor(source, type_plan.TypePlan(tensors={tensor.name: planned}))
+
+        return _Wanted(source.type, source.shape, plan)
+
+    return _Pair(target.tensors, {name: wanted(tensor) for name, tensor in sources.items()}, problems)
+
+
+def _open_mmproj(
+    stack: contextlib.ExitStack, parts: Parts, file: Path, against: str | os.PathLike[str] | None
+) -> _Pair:
+    tensors = [
+        SourceTensor(str(info.name), info.type, tuple(info.shape), read)
+        for info, read in stack.enter_context(parts.opened())
+    ]
+    problems: list[str] = []
+    if against is None:
+        # Bounds of clipping, the tensors of one weight, may be infinite.
+        planned = [
+            PlannedTensor(t.name, t.shape, t.type, t.type, t.read, t.shape, keeps_nonfinite=t.shape == (1,))
+            for t in tensors
+        ]
+    else:
+        source = stack.enter_context(open_mmproj(against, "f32"))
+        planned = source.tensors
+        problems = _compare_metadata(parts.metadata, source.metadata, source.implied, ("clip.",))
+
+    def wanted(source: PlannedTensor) -> _Wanted:
+        def plan(tensor: SourceTensor) -> PlannedTensor:
+            if tensor.shape != source.shape:
+                raise ConversionError(f"{tensor.name}: another shape")
+            return dataclasses.replace(source, target_type=tensor.type)
+
+        return _Wanted(source.source_type, source.shape, plan)
+
+    return _Pair(tensors, {tensor.name: wanted(tensor) for tensor in planned}, problems)
 
 
 def _open_against(stack: contextlib.ExitStack, target: Source, against: str | os.PathLike[str]) -> Source:
@@ -112,19 +183,31 @@ def _n_bytes(tensor: SourceTensor) -> int:
     return type_plan.tensor_bytes(tensor.type, tensor.shape)
 
 
-def _compare_metadata(target: Source, source: Source) -> list[str]:
+def _compare_model_metadata(target: Source, source: Source) -> list[str]:
     """Compare the metadata that affects computation; feed-forward lengths may be padded."""
     own = f"{source.architecture.name}."
-    lengths = {own + part.key for part in type_plan.FEED_FORWARDS}
+    keys = {key: value.value for key, value in target.metadata.items()}
+    wanted = dict(source.metadata)
+    for part in type_plan.FEED_FORWARDS:
+        key = own + part.key
+        if key in wanted and key in keys and _first(keys[key]) >= _first(wanted[key].value):
+            del wanted[key]
+    implied = source.architecture.implied(keys)
+    return _compare_metadata(keys, wanted, implied, (own, "diffusion.", "tokenizer.ggml."))
+
+
+def _compare_metadata(
+    keys: Mapping[str, Any],
+    wanted: Mapping[str, Value],
+    implied: Mapping[str, Any],
+    prefixes: tuple[str, ...],
+) -> list[str]:
+    """A problem for each of the ``wanted`` keys that differs; ``implied``: values of absent ones."""
     problems = []
-    for key, value in source.metadata.items():
-        if not key.startswith((own, "diffusion.", "tokenizer.ggml.")):
-            continue
-        found = target.metadata.get(key)
-        if key in lengths and found is not None and _first(found.value) >= _first(value.value):
-            continue
-        if found is None or not writer.same_value(found.value, value):
-            shown = "absent" if found is None else f"{found.value!r:.60}"
+    for key, value in wanted.items():
+        found = keys.get(key, implied.get(key))
+        if key.startswith(prefixes) and (found is None or not writer.same_value(found, value)):
+            shown = f"{keys[key]!r:.60}" if key in keys else "absent"
             problems.append(f"metadata key {key!r} is {shown}, the source has {value.value!r:.60}")
     return problems
 
@@ -133,7 +216,7 @@ def _first(value: Any) -> int:
     return value[0] if isinstance(value, list) else value
 
 
-def _compare(tensor: SourceTensor, source: SourceTensor) -> TensorCheck:
+def _compare(tensor: SourceTensor, source: _Wanted) -> TensorCheck:
     """Compare one tensor chunk by chunk, with float64 sums."""
 
     def result(sums: np.ndarray, problem: str) -> TensorCheck:
@@ -152,9 +235,8 @@ def _compare(tensor: SourceTensor, source: SourceTensor) -> TensorCheck:
         )
 
     sums = np.zeros(4)
-    types = type_plan.TypePlan(tensors={tensor.name: type_plan.PlannedType(tensor.type, tensor.shape)})
     try:
-        wanted = planned_tensor(source, types)
+        wanted = source.plan(tensor)
     except ConversionError:
         return result(sums, f"has the shape {list(tensor.shape)}, the source {list(source.shape)}")
     size = rows.row_bytes(tensor.type, wanted.n_per_row)
@@ -164,11 +246,11 @@ def _compare(tensor: SourceTensor, source: SourceTensor) -> TensorCheck:
         written = tensor.read(start * size, count * size).reshape(count, size)
         found = rows.to_float32(written, tensor.type, wanted.n_per_row).astype(np.float64)
         expected = rows.to_float32(data, source.type, wanted.n_per_row).astype(np.float64)
-        if not np.isfinite(found).all():
-            return result(sums, "holds NaN or infinite weights")
-        sums += [
-            ((found - expected) ** 2).sum(), (expected**2).sum(), (found**2).sum(), (found * expected).sum()
-        ]  # fmt: skip
+        if not wanted.keeps_nonfinite:
+            if not np.isfinite(found).all():
+                return result(sums, "holds NaN or infinite weights")
+            errors = ((found - expected) ** 2).sum()
+            sums += [errors, (expected**2).sum(), (found**2).sum(), (found * expected).sum()]
         with contextlib.suppress(KeyError):  # a type that this package only reads
             try:
                 rows.check_rows(

@@ -115,6 +115,12 @@ class Model:
     def canvas_length(self) -> int: ...
 
     @property
+    def image_tokens(self) -> dict[str, int]: ...
+
+    @property
+    def bidirectional_images(self) -> bool: ...
+
+    @property
     def n_ctx_train(self) -> int: ...
 
     @property
@@ -188,7 +194,10 @@ class Session:
     State of one conversation on a model. Use it from one thread at a time.
     """
 
-    def __init__(self, model: Model, n_ctx: int) -> None: ...
+    def __init__(self, model: Model, n_ctx: int, image_tokens: int = 0) -> None:
+        """
+        image_tokens: most soft tokens of an image that the cache is to have room for.
+        """
 
     @property
     def n_past(self) -> int: ...
@@ -237,7 +246,19 @@ class Session:
         Run the last step's graph again, part by part: name -> (seconds, operations, bytes read).
         """
 
-    def encode(self, ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], return_hidden: bool = False, progress: object | None = None) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))] | None: ...
+    def encode(self, ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], images: Sequence[tuple[int, Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], bytes]] = [], return_hidden: bool = False, progress: object | None = None) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))] | None:
+        """
+        images: (index in ids of the first soft token, features (n, d), key) of each, in order; at its places ids has the image token.
+        """
+
+    @property
+    def images(self) -> list[tuple[int, int, bytes]]:
+        """
+        Images in the cache: (position of the first soft token, number of soft tokens, key).
+        """
+
+    def image_features(self, i: int) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
+        """Of images[i], a copy, (n, d)."""
 
     def next_logits(self, ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.float32], dict(shape=(None,))]:
         """
@@ -251,9 +272,9 @@ class Session:
     def cache_rows(self) -> list:
         """Per layer (k, v), uint8 (n_rows, row_bytes), for restore()."""
 
-    def restore(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], layers: Sequence[tuple[Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)]]]) -> None:
+    def restore(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], layers: Sequence[tuple[Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)]]], images: Sequence[tuple[int, Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], bytes]] = []) -> None:
         """
-        Replace the content by tokens and cache_rows() of a session of the same model and KV cache type.
+        Replace the content by tokens, cache_rows() and images of a session of the same model and KV cache type.
         """
 
     def copy_from(self, source: Session) -> None:

@@ -27,6 +27,10 @@ class InsufficientMemoryError(PyDiffusionError):
     """Failed to allocate memory for weights, cache or buffers."""
 
 
+class ImageError(PyDiffusionError):
+    """An image that is damaged, truncated, too large, in an unknown format, or of an unusable shape."""
+
+
 class GenerationCancelled(PyDiffusionError):
     """Cancelled by ``Session.cancel()``."""
 

@@ -24,6 +24,8 @@ from .device_plan import DEFAULT_N_CTX, check_kv_type, device_request
 from .errors import PyDiffusionWarning, UnsupportedModelError
 from .generation import batching, session_file
 from .generation.async_methods import AsyncMethods
+from .generation.chat_images import images_of, with_images
+from .generation.image_prompt import AnyPrompt
 from .generation.infill import (
     DEFAULT_HOLE_TOKENS,
     Infill,
@@ -36,20 +38,22 @@ from .generation.infill import (
 )
 from .generation.native_model import NativeModel
 from .generation.prompt import check_prompts, check_text, prefilled_session
-from .generation.token_ids import TokenIds
 from .openai.chat import Chat, ChatSettings, Messages, Tools
 from .options import CONSTRAINTS, GenerationOptions, ResolvedOptions, make_options
 from .session import Session
 from .tokenizer import Tokenizer
+from .vision.finding import AUTO
+from .vision.methods import ModelVision, VisionMethods
 
 if TYPE_CHECKING:
     from .constrained import Automaton
     from .events import ChatCompletion, Completion, Event
+    from .vision.prompt import Prompt
 
 _N_AUTOMATA = 16
 
 
-class DiffusionModel(AsyncMethods):
+class DiffusionModel(VisionMethods, AsyncMethods):
     """A DiffusionGemma model from a GGUF file. Thread-safe if each thread uses its own session.
 
     Use it as a context manager, or ``close`` it, to free its memory early.
@@ -76,6 +80,7 @@ class DiffusionModel(AsyncMethods):
         n_sessions: int = 1,
         dense_type: str = "auto",
         chat_template: str | os.PathLike[str] | None = None,
+        mmproj: str | os.PathLike[str] | None = AUTO,
     ) -> None:
         """Open and validate a model file.
 
@@ -103,6 +108,8 @@ class DiffusionModel(AsyncMethods):
             these GPUs where the whole model still fits.
         chat_template: a file, or the name of a built-in template ("diffusion-gemma"), instead of the file's
             own; it takes its place in ``metadata``.
+        mmproj: the file of the vision tower, with which the model reads images. "auto" looks for one beside
+            the model, and on the hub if it is from there, when the first image comes; None for none.
         Raises ModelFormatError, UnsupportedModelError, InsufficientMemoryError; PyDiffusionError for an
         invalid template; ValueError for a wrong argument; OSError when the file can't be read.
         """
@@ -135,6 +142,7 @@ class DiffusionModel(AsyncMethods):
         self.n_threads: int = native.n_threads
         self.n_ctx = self._fitting_n_ctx(n_ctx)
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
+        self._vision = ModelVision(self, self.native, mmproj)
         self._chat_template: ChatTemplate | None = None
         self._lock = threading.Lock()  # of what is made on first use
         self._automata: dict[Any, Automaton] = {}
@@ -170,15 +178,17 @@ class DiffusionModel(AsyncMethods):
         """Decode token ids; see ``Tokenizer.detokenize``."""
         return self.tokenizer.detokenize(ids, keep_control=keep_control)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int] | Prompt:
         """Render messages through the file's chat template and tokenize the result.
 
         variables: template variables: ``add_generation_prompt`` (default True), ``tools``,
             ``enable_thinking``, ...
+        Returns token ids; of messages with images (docs/vision.md) a Prompt, which has them too.
         Markers spelled out in messages or variables are tokenized as plain text: only the template's own
-        become control tokens. Raises UnsupportedModelError if the file has no template, else as
-        ``ChatTemplate.render``.
+        become control tokens. Raises UnsupportedModelError if the file has no template, or reads no images;
+        ValueError for an image that can't be read; else as ``ChatTemplate.render``.
         """
+        messages, images = images_of(self, messages)
         template = self._template()
         sanitizer = Sanitizer(self.tokenizer)
         given = sanitizer.hide({name: plain(value, name) for name, value in variables.items()})
@@ -190,7 +200,7 @@ class DiffusionModel(AsyncMethods):
             and ids[:1] != [self.tokenizer.bos_id]
         ):
             ids.insert(0, self.tokenizer.bos_id)
-        return ids
+        return with_images(self, ids, images)
 
     def resolve(self, options: GenerationOptions) -> ResolvedOptions:
         """Fill in unset options; see ``GenerationOptions.resolve``."""
@@ -283,7 +293,7 @@ class DiffusionModel(AsyncMethods):
 
     def generate(
         self,
-        prompt: str | TokenIds,
+        prompt: str | AnyPrompt,
         options: GenerationOptions | None = None,
         *,
         on_event: Callable[[Event], None] | None = None,
@@ -302,7 +312,7 @@ class DiffusionModel(AsyncMethods):
 
     def stream(
         self,
-        prompt: str | TokenIds,
+        prompt: str | AnyPrompt,
         options: GenerationOptions | None = None,
         *,
         session: Session | None = None,
@@ -314,7 +324,7 @@ class DiffusionModel(AsyncMethods):
 
     def generate_batch(
         self,
-        prompts: Iterable[str | TokenIds],
+        prompts: Iterable[str | AnyPrompt],
         options: GenerationOptions | Iterable[GenerationOptions] | None = None,
         *,
         n_parallel: int = 4,
@@ -458,7 +468,7 @@ class DiffusionModel(AsyncMethods):
         completion = prefilled_session(self, prompt, session).complete(options, on_event)
         return collect(layout, completion, self.tokenizer)
 
-    def create_completion(self, prompt: str | TokenIds, **parameters: Any) -> Any:
+    def create_completion(self, prompt: str | AnyPrompt, **parameters: Any) -> Any:
         """Completion in OpenAI's format; see ``pydiffusion.openai.responses.create_completion``."""
         from .openai import responses  # on first use: importing pydiffusion is to be quick
 
@@ -474,6 +484,7 @@ class DiffusionModel(AsyncMethods):
 
     def close(self) -> None:
         """Release the weights; existing sessions keep them alive until they are gone."""
+        self._vision.close()
         self.native.close()
 
     def __enter__(self) -> DiffusionModel:

@@ -14,13 +14,16 @@ import numpy.typing as npt
 from .events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
 from .generation import session_file
 from .generation.completion import completion_of
+from .generation.image_prompt import AnyPrompt, cached_length, check_no_bare_image, part_of, read_prompt
 from .generation.loop import Generation
 from .generation.streaming import AnswerStream, ChatStream, answer_stream
-from .generation.token_ids import TokenIds, check_bos, common_prefix, token_array
+from .generation.token_ids import TokenIds, check_bos, token_array
 from .options import GenerationOptions, ResolvedOptions, make_options
+from .vision.preprocessing import MAX_SOFT_TOKENS
 
 if TYPE_CHECKING:
     from .model import DiffusionModel
+    from .vision.prompt import Prompt
 
 
 class Session:
@@ -36,7 +39,8 @@ class Session:
     def __init__(self, model: DiffusionModel, n_ctx: int) -> None:
         """Allocate a cache of ``n_ctx`` tokens. Raises InsufficientMemoryError if that fails."""
         self.model = model
-        self.native = model.native.new_session(n_ctx)
+        longest = MAX_SOFT_TOKENS[-1] if model.vision is not None else 0
+        self.native = model.native.new_session(n_ctx, longest)
         self.prompt_seconds = 0.0
 
     @property
@@ -51,7 +55,7 @@ class Session:
 
     @property
     def tokens(self) -> np.ndarray:
-        """The tokens in the cache, int32 (n_past,)."""
+        """The tokens in the cache, int32 (n_past,); at an image's soft tokens the image token."""
         return self.native.tokens
 
     @property
@@ -66,51 +70,67 @@ class Session:
 
     def encode(
         self,
-        ids: TokenIds,
+        ids: AnyPrompt,
         return_hidden: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray | None:
         """Encode tokens causally and append them to the cache.
 
-        return_hidden: return the hidden states after the final norm, float32 (len(ids), d).
+        ids: token ids, and images among them (a PIL image, an array, a path or the bytes of a file), each of
+            which stands for its begin token, soft tokens and end token; or a Prompt.
+        return_hidden: return the hidden states after the final norm, float32 (n_tokens, d).
         progress: called with the number of tokens done and the total.
         Raises ContextOverflowError, with nothing changed, if they don't fit; ValueError for an id out of
-        range.
+        range, or an image token without its image; of images, as ``DiffusionModel.encode_image``.
         """
         started = time.perf_counter()
+        prompt = read_prompt(self.model, ids)
+        check_no_bare_image(self.model, prompt)
         hidden = self.native.encode(
-            token_array(ids, self.model.n_vocab), return_hidden=return_hidden, progress=progress
+            prompt.ids, images=self._features(prompt), return_hidden=return_hidden, progress=progress
         )
         self.prompt_seconds += time.perf_counter() - started
         return hidden
 
-    def prefill(self, ids: TokenIds, progress: Callable[[int, int], None] | None = None) -> int:
+    def _features(self, prompt: Prompt) -> list[tuple[int, np.ndarray, bytes]]:
+        """The images of a prompt as the native session takes them."""
+        if not prompt.images or self.n_past + len(prompt) > self.n_ctx:  # which `encode` reports
+            return []
+        features = self.model.require_vision().features
+        return [(placed.begin, features(placed.image), placed.image.key) for placed in prompt.images]
+
+    def prefill(self, ids: AnyPrompt, progress: Callable[[int, int], None] | None = None) -> int:
         """Make these the session's tokens, encoding only what follows the prefix that is already in the
         cache.
 
+        ids: as of ``encode``; image tokens without an image are the session's own image there.
         Returns the number of tokens reused. Raises as ``encode``; warns (PromptWarning) if the bos at the
         start is missing or doubled.
         """
-        wanted = token_array(ids, self.model.n_vocab)
-        check_bos(self.model.tokenizer, wanted)
+        wanted = read_prompt(self.model, ids)
+        check_bos(self.model.tokenizer, wanted.ids)
+        check_no_bare_image(self.model, wanted, cached_length(self, wanted))
         n_kept = self.keep(wanted)
         if n_kept < len(wanted):
-            self.encode(wanted[n_kept:], progress=progress)
+            self.encode(part_of(wanted, n_kept), progress=progress)
         return n_kept
 
-    def keep(self, ids: TokenIds) -> int:
-        """Truncate the cache to its longest common prefix with these tokens; return the prefix length."""
-        wanted = token_array(ids, self.model.n_vocab)
-        n_kept = common_prefix(wanted, self.tokens)
+    def keep(self, ids: AnyPrompt) -> int:
+        """Truncate the cache to its longest common prefix with these tokens and images, which ends before an
+        image that differs; return the prefix length.
+        """
+        n_kept = cached_length(self, read_prompt(self.model, ids))
         if n_kept < self.n_past:
             self.truncate(n_kept)
         return n_kept
 
     def truncate(self, n: int) -> None:
-        """Roll back to the first ``n`` tokens. Raises ValueError unless ``0 <= n <= n_past``.
+        """Roll back to the first ``n`` tokens. Raises ValueError, with nothing changed, unless
+        ``0 <= n <= n_past``, or if that would cut an image, which the error names.
 
         Free within a sliding window of the newest token and back to the start of the last generation (and a
-        little before); further back, the remaining tokens are encoded again.
+        little before); further back, the remaining tokens are encoded again, from the features of images
+        that the session keeps.
         """
         self.native.truncate(n)
 
@@ -134,7 +154,7 @@ class Session:
         raise TypeError("a Session can't be pickled or copied: use fork(), or save(path) and load_session")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write tokens and cache to a file for ``DiffusionModel.load_session``, atomically.
+        """Write tokens, images' features and cache to a file for ``DiffusionModel.load_session``, atomically.
 
         Raises PyDiffusionError if it can't be written.
         """

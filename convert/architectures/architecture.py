@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pydiffusion.convert.checkpoint.strict_json import Fields
 from pydiffusion.convert.checkpoint.tensor_map import TensorKinds
@@ -32,10 +32,14 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Mmproj:
-    """The vision part of a checkpoint as an ``mmproj`` file: all metadata, and the tensors."""
+    """The vision part of a checkpoint as an ``mmproj`` file: all metadata, and the tensors.
+
+    ``implied``: values that readers take for keys that a file of another writer lacks.
+    """
 
     metadata: dict[str, Value]
     tensors: list[PlannedTensor]
+    implied: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Architecture(Generic[Config]):
             taken, known to be superfluous, or refused.
         mmproj: (folder, weights, config, model's name, type, notes) -> the vision part; None if there is
             no such part.
+        implied: (keys of a GGUF) -> values that the runtime takes for keys that the file lacks.
     """
 
     name: str
@@ -67,3 +72,4 @@ class Architecture(Generic[Config]):
     metadata: Callable[[Path, str, Config, list[str]], dict[str, Value]]
     tensors: Callable[[Weights, Config, list[str]], list[SourceTensor]]
     mmproj: Callable[[Path, Weights, Config, str, str, list[str]], Mmproj] | None = None
+    implied: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda keys: {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from pydiffusion.convert.checkpoint.chat_templates import (
     settle_chat_template,
 )
 from pydiffusion.convert.checkpoint.hub import find_checkpoint
+from pydiffusion.convert.checkpoint.image_processor import IMAGE_PROCESSOR, PROCESSOR
 from pydiffusion.convert.checkpoint.quantized import settings
 from pydiffusion.convert.checkpoint.quantized.reader import open_weights
 from pydiffusion.convert.checkpoint.quantized.settings import Quantization, read_quantization
@@ -175,13 +176,16 @@ def _read_config(folder: Path, notes: list[str]) -> tuple[Architecture[Any], Any
 
 @dataclass(frozen=True)
 class MmprojSource:
-    """An open vision part. ``metadata`` is complete except for ``general.file_type``."""
+    """An open vision part. ``metadata`` is complete except for ``general.file_type``; ``implied``: values
+    that readers take for keys that a file lacks.
+    """
 
     path: Path
     files: list[Path]
     tensors: list[PlannedTensor]
     metadata: dict[str, Value]
     notes: list[str]
+    implied: Mapping[str, Any]
 
 
 @contextlib.contextmanager
@@ -207,7 +211,8 @@ def open_mmproj(
             name = found.name or folder.resolve().name or "model"
             weights = open_weights(checkpoint, quantization, notes)
             plan = architecture.mmproj(folder, weights, config, name, type, notes)
-        yield MmprojSource(folder, [*checkpoint.files, folder / _CONFIG], plan.tensors, plan.metadata, notes)
+        files = [*checkpoint.files, *(folder / small for small in (_CONFIG, PROCESSOR, IMAGE_PROCESSOR))]
+        yield MmprojSource(folder, files, plan.tensors, plan.metadata, notes, plan.implied)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,9 @@ from pydiffusion.errors import ConversionError
 
 TOKENIZER, SPECIALS = "tokenizer.json", "special_tokens_map.json"
 FILES = (TOKENIZER, CONFIG, SPECIALS, TEMPLATE, LEGACY)
+TOKENS_KEY = "tokenizer.ggml.tokens"
+#: ``config.json``'s names of the tokens that stand for an image: its soft tokens, before it, after it.
+IMAGE_TOKENS = ("image_token_id", "boi_token_id", "eoi_token_id")
 SPACE = "\u2581"
 _SCORE = -1000.0  # BPE has no scores; existing files have this value
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -94,7 +97,7 @@ def read_tokenizer(
     prefix = "tokenizer.ggml."
     keys = {
         prefix + "model": Value("str", "gemma4"),
-        prefix + "tokens": Value("array[str]", tokens),
+        TOKENS_KEY: Value("array[str]", tokens),
         prefix + "scores": Value("array[f32]", [_SCORE] * len(tokens)),
         prefix + "token_type": Value("array[i32]", types),
         prefix + "merges": Value("array[str]", merges),
@@ -115,6 +118,38 @@ def read_tokenizer(
         keys[TEMPLATE_KEY] = Value("str", template)
     keys[prefix + "add_space_prefix"] = Value("bool", False)
     return keys
+
+
+def read_image_tokens(
+    folder: Path, tokens: list[str], token_ids: Mapping[str, int], notes: list[str]
+) -> dict[str, int]:
+    """The tokens that stand for an image: those that ``tokenizer_config.json`` names, else ``token_ids``.
+
+    The reference puts the former into its prompts. ``tokens``: the vocabulary by id; ``token_ids``: by the
+    keys :data:`IMAGE_TOKENS`, as is the result.
+    """
+    settings = _read_optional(folder / CONFIG)
+    named_tokens: dict[str, Any] = {}
+    for group in ("model_specific_special_tokens", "extra_special_tokens"):
+        named_tokens |= settings[group] if isinstance(settings.get(group), dict) else {}
+    named_tokens |= settings
+    result = {}
+    for key in IMAGE_TOKENS:
+        role = key.removesuffix("_id")
+        value = named_tokens.get(role)
+        text = value.get("content") if isinstance(value, dict) else value
+        named = tokens.index(text) if isinstance(text, str) and text in tokens else None
+        token_id = token_ids.get(key) if named is None else named
+        if text is not None and named is None:
+            notes.append(f"{CONFIG}: {role!r} is {text!r:.60}, which is not a token of {TOKENIZER}")
+        if named is not None and token_ids.get(key, named) != named:
+            notes.append(
+                f"{CONFIG} and config.json disagree on {role!r}: {named} ({text!r:.60}) and "
+                f"{token_ids[key]}; the former is used"
+            )
+        if token_id is not None:
+            result[key] = token_id
+    return result
 
 
 def _require_tokenizer(folder: Path) -> None:

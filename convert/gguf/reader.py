@@ -34,6 +34,12 @@ class Parts:
         """Paths of all parts, in order."""
         return [Path(path) for path in self.reader.paths]
 
+    @property
+    def is_mmproj(self) -> bool:
+        """Whether it is the vision part of a model."""
+        keys = self.metadata
+        return keys.get("general.type") == "mmproj" or keys.get("general.architecture") == "clip"
+
     @contextlib.contextmanager
     def opened(self) -> Iterator[list[tuple[_native.TensorInfo, ReadBytes]]]:
         """All tensors, each with a function that reads it without mmap."""

@@ -19,6 +19,7 @@ TARGETS = {
     "folder": ("folder", "Target"),
     "quantized": ("quantized", "Target"),
     "body": ("body", "Target"),
+    "vision": ("vision", "Target"),
 }
 
 _TESTS = Path(__file__).resolve().parent.parent.parent / "tests"

@@ -12,8 +12,8 @@ namespace pydiffusion {
 // needs Backend::attends() too.
 bool can_attend_by_kernel(const ggml_tensor* q, const ggml_tensor* k, const ggml_tensor* v);
 
-// As attend() of attention.h, on a device; the result has this type, F32 or BF16. Rows after k's and v's are
-// not read.
+// As attend() of attention.h, on a device, but without images; the result has this type, F32 or BF16. Rows
+// after k's and v's are not read.
 ggml_tensor* attend_by_kernel(ggml_context* ctx, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
                               const Causal* causal, ggml_type type);
 bool is_attend_by_kernel(const ggml_tensor* node);

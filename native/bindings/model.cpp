@@ -69,18 +69,26 @@ DeviceMemory device_memory(const std::string& device, uint64_t limit) {
     return memory;
 }
 
-VisionMemory vision_memory_of(const std::string& mmproj, ggml_backend_buffer_type_t type) {
-    if (mmproj.empty()) return {};
+// What a request's vision tower, if any, adds to a plan. type: of the main device's buffers.
+void add_vision_tower(SessionNeeds& needs, const std::string& mmproj, const Hparams& hp,
+                      ggml_backend_buffer_type_t type) {
+    if (mmproj.empty()) return;
     const auto file = GgufFile::open_all_parts(mmproj);
-    return vision_memory(*file, VisionHparams(*file), type);
+    const VisionHparams vision(*file);
+    vision.require_size(*file, hp.n_embd);
+    const VisionMemory memory = vision_memory(*file, vision, type);
+    needs.image_tokens = vision.max_soft_tokens;
+    needs.vision_weights = memory.weights;
+    needs.vision_work = memory.work;
 }
 
-// main_device: type of its buffers.
 SessionNeeds needs_of(const DeviceRequest& request, const Hparams& hp, ggml_type kv_type,
-                      ggml_backend_buffer_type_t main_device) {
-    const VisionMemory vision = vision_memory_of(request.mmproj, main_device);
-    return {std::min<int64_t>(request.n_ctx, hp.n_ctx_train), kv_type,
-            static_cast<uint64_t>(request.n_sessions), vision.weights, vision.work};
+                      const std::vector<DeviceMemory>& memory) {
+    SessionNeeds needs = {std::min<int64_t>(request.n_ctx, hp.n_ctx_train), kv_type,
+                          static_cast<uint64_t>(request.n_sessions)};
+    add_vision_tower(needs, request.mmproj, hp,
+                     memory.empty() ? ggml_backend_cpu_buffer_type() : memory.back().type);
+    return needs;
 }
 
 DenseType dense_type_of(const std::string& name) {
@@ -109,8 +117,8 @@ ResolvedDevices resolve_devices(const GgufFile& file, const DeviceRequest& reque
                            request.memory_limits.size()));
     const Hparams hp(file);
     const DevicePlan device_plan =
-        plan_devices(file, hp, needs_of(request, hp, kv_type, memory.back().type), memory,
-                     request.n_gpu_layers, request.n_cpu_moe, dense_type_of(request.dense_type));
+        plan_devices(file, hp, needs_of(request, hp, kv_type, memory), memory, request.n_gpu_layers,
+                     request.n_cpu_moe, dense_type_of(request.dense_type));
     // Drop devices without layers, except for the main device.
     ResolvedDevices used;
     used.device_plan = device_plan;
@@ -180,6 +188,17 @@ nb::dict hparams_dict(const Hparams& hp) {
     return d;
 }
 
+// Empty if the model reads no images.
+nb::typed<nb::dict, nb::str, int> image_tokens(const Hparams& hp) {
+    nb::dict d;
+    if (hp.image_tokens.any()) {
+        d["image"] = hp.image_tokens.image;
+        d["begin"] = hp.image_tokens.begin;
+        d["end"] = hp.image_tokens.end;
+    }
+    return nb::typed<nb::dict, nb::str, int>(d);
+}
+
 const char* name_of_dense_type(const DevicePlan& plan) { return plan.dense_bf16 ? "bf16" : "file"; }
 
 nb::dict description(const PyModel& m) {
@@ -239,10 +258,10 @@ nb::dict plan(const std::string& path, const std::string& device, const std::vec
                                    n_sessions, "auto",       dense_type, mmproj};
     const ResolvedDevices resolved = resolve_devices(file, request, type);
     const DevicePlan& device_plan = resolved.device_plan;
+    const SessionNeeds needs = needs_of(request, hp, type, resolved.memory);
     nb::list shares;
     if (device_plan.any()) {
-        const std::vector<DeviceUse> uses = device_use(
-            file, hp, device_plan, needs_of(request, hp, type, resolved.memory.back().type), resolved.memory);
+        const std::vector<DeviceUse> uses = device_use(file, hp, device_plan, needs, resolved.memory);
         for (size_t i = 0; i < uses.size(); ++i) {
             nb::dict share = to_dict(uses[i]);
             share["device"] = resolved.devices[i];
@@ -257,12 +276,6 @@ nb::dict plan(const std::string& path, const std::string& device, const std::vec
     d["n_cpu_moe"] = device_plan.n_cpu_moe;
     d["dense_type"] = name_of_dense_type(device_plan);
     d["shares"] = shares;
-    if (!mmproj.empty()) {
-        const VisionMemory vision = vision_memory_of(
-            mmproj, resolved.memory.empty() ? ggml_backend_cpu_buffer_type() : resolved.memory.back().type);
-        d["vision_weight_bytes"] = vision.weights;
-        d["vision_work_bytes"] = vision.work;
-    }
     return d;
 }
 
@@ -307,6 +320,9 @@ void bind_model(nb::module_& m) {
         .def_prop_ro("description", description)
         .def_prop_ro("n_vocab", [](const PyModel& m) { return m.model->hparams.n_vocab; })
         .def_prop_ro("canvas_length", [](const PyModel& m) { return m.model->hparams.canvas_length; })
+        .def_prop_ro("image_tokens", [](const PyModel& m) { return image_tokens(m.model->hparams); })
+        .def_prop_ro("bidirectional_images",
+                     [](const PyModel& m) { return m.model->hparams.bidirectional_images; })
         .def_prop_ro("n_ctx_train", [](const PyModel& m) { return m.model->hparams.n_ctx_train; })
         .def_prop_ro("n_threads", [](const PyModel& m) { return m.model->backend.n_threads(); });
     m.def("devices", devices, "The GPUs that this build can use.");

@@ -30,17 +30,62 @@ std::function<void(int32_t)> between_chunks(const nb::object& progress, size_t t
 
 void ignore_chunks(int32_t) { check_signals(); }
 
-std::optional<Numpy2<float>> encode_ids(Session& session, const Array1<int32_t>& ids, bool return_hidden,
-                                        const nb::object& progress) {
+// (first soft token, features (n, d), key) of each image
+using Images = std::vector<std::tuple<int64_t, Array2<float>, nb::bytes>>;
+
+Prompt prompt_of(const Array1<int32_t>& ids, const Images& images, const Hparams& hp) {
+    Prompt prompt = {checked_tokens(ids, hp.n_vocab)};
+    for (const auto& [begin, features, key] : images) {
+        const int64_t n = static_cast<int64_t>(features.shape(0)), d = hp.n_embd;
+        if (static_cast<int64_t>(features.shape(1)) != d) {
+            throw Error(
+                ErrorKind::argument,
+                format(
+                    "the features of an image have the shape (%zu, %zu), but this model needs (n, %d): they "
+                    "are from the image encoder of another model",
+                    features.shape(0), features.shape(1), hp.n_embd));
+        }
+        const int64_t n_left = static_cast<int64_t>(prompt.ids.size()) - begin;
+        if (begin < 0 || n < 1 || n > n_left)
+            throw Error(ErrorKind::argument,
+                        format("an image of %lld soft tokens at index %lld is not within the %zu tokens",
+                               static_cast<long long>(n), static_cast<long long>(begin), prompt.ids.size()));
+        auto values = std::make_shared<const std::vector<float>>(features.data(), features.data() + n * d);
+        prompt.images.push_back({static_cast<int32_t>(begin), static_cast<int32_t>(begin + n),
+                                 std::move(values), std::string(key.c_str(), key.size())});
+    }
+    return prompt;
+}
+
+std::optional<Numpy2<float>> encode_ids(Session& session, const Array1<int32_t>& ids, const Images& images,
+                                        bool return_hidden, const nb::object& progress) {
     const Hparams& hp = session.model().hparams;
-    const std::vector<int32_t> tokens = checked_tokens(ids, hp.n_vocab);
+    const Prompt prompt = prompt_of(ids, images, hp);
     std::optional<Numpy2<float>> hidden;
-    if (return_hidden) hidden = new_numpy<float>(tokens.size(), hp.n_embd);
+    if (return_hidden) hidden = new_numpy<float>(prompt.ids.size(), hp.n_embd);
     const WithoutGil release;
     const Session::Use use(session);
-    session.encode(tokens, between_chunks(progress, tokens.size()),
+    session.encode(prompt, between_chunks(progress, prompt.ids.size()),
                    {hidden ? hidden->data() : nullptr, nullptr});
     return hidden;
+}
+
+nb::typed<nb::list, nb::typed<nb::tuple, int, int, nb::bytes>> images_of(const Session& session) {
+    nb::list images;
+    for (const PromptImage& image : session.images())
+        images.append(
+            nb::make_tuple(image.begin, image.n_tokens(), nb::bytes(image.key.data(), image.key.size())));
+    return nb::typed<nb::list, nb::typed<nb::tuple, int, int, nb::bytes>>(images);
+}
+
+Numpy2<float> image_features(const Session& session, size_t i) {
+    const std::vector<PromptImage> images = session.images();
+    if (i >= images.size())
+        throw Error(ErrorKind::argument,
+                    format("the session has %zu images; there is no %zu", images.size(), i));
+    const auto features = new_numpy<float>(images[i].n_tokens(), session.model().hparams.n_embd);
+    std::copy(images[i].features->begin(), images[i].features->end(), features.data());
+    return features;
 }
 
 Numpy1<float> next_logits(Session& session, const Array1<int32_t>& ids) {
@@ -51,7 +96,7 @@ Numpy1<float> next_logits(Session& session, const Array1<int32_t>& ids) {
     {
         const WithoutGil release;
         const Session::Use use(session);
-        session.encode(tokens, ignore_chunks, {nullptr, logits.data()});
+        session.encode({tokens}, ignore_chunks, {nullptr, logits.data()});
     }
     return to_numpy(std::move(logits));
 }
@@ -74,7 +119,7 @@ nb::list cache_rows(Session& session) {
 }
 
 void restore(Session& session, const Array1<int32_t>& tokens,
-             const std::vector<std::pair<Array2<uint8_t>, Array2<uint8_t>>>& layers) {
+             const std::vector<std::pair<Array2<uint8_t>, Array2<uint8_t>>>& layers, const Images& images) {
     const Session::Use use(session);
     const Hparams& hp = session.model().hparams;
     if (layers.size() != hp.layers.size()) {
@@ -96,7 +141,7 @@ void restore(Session& session, const Array1<int32_t>& tokens,
         }
         rows.emplace_back(layers[i].first.data(), layers[i].second.data());
     }
-    session.restore(checked_tokens(tokens, hp.n_vocab), rows);
+    session.restore(prompt_of(tokens, images, hp), rows);
 }
 
 void copy_from(Session& session, const Session& source) {
@@ -286,10 +331,11 @@ void bind_session(nb::module_& m) {
                         "State of one conversation on a model. Use it from one thread at a time.")
         .def(
             "__init__",
-            [](Session* self, const PyModel& model, int32_t n_ctx) {
-                new (self) Session(model.model, n_ctx, model.kv_type);
+            [](Session* self, const PyModel& model, int32_t n_ctx, int32_t image_tokens) {
+                new (self) Session(model.model, n_ctx, model.kv_type, image_tokens);
             },
-            nb::arg("model"), nb::arg("n_ctx"))
+            nb::arg("model"), nb::arg("n_ctx"), nb::arg("image_tokens") = 0,
+            "image_tokens: most soft tokens of an image that the cache is to have room for.")
         .def_prop_ro("n_past", &Session::n_past)
         .def_prop_ro("n_ctx", &Session::n_ctx)
         .def_prop_ro("cache_bytes", &Session::cache_bytes)
@@ -323,8 +369,13 @@ void bind_session(nb::module_& m) {
                      "Number of splits of the last graph; a new one begins wherever the device changes.")
         .def("profile_step", profile_step, nb::arg("by_operation") = false,
              "Run the last step's graph again, part by part: name -> (seconds, operations, bytes read).")
-        .def("encode", encode_ids, nb::arg("ids").noconvert(), nb::arg("return_hidden") = false,
-             nb::arg("progress") = nb::none())
+        .def("encode", encode_ids, nb::arg("ids").noconvert(), nb::arg("images").noconvert() = nb::list(),
+             nb::arg("return_hidden") = false, nb::arg("progress") = nb::none(),
+             "images: (index in ids of the first soft token, features (n, d), key) of each, in order; at its "
+             "places ids has the image token.")
+        .def_prop_ro("images", images_of,
+                     "Images in the cache: (position of the first soft token, number of soft tokens, key).")
+        .def("image_features", image_features, nb::arg("i"), "Of images[i], a copy, (n, d).")
         .def(
             "next_logits", next_logits, nb::arg("ids").noconvert(),
             "Encode ids and return the soft-capped logits of the token that would follow them when the model "
@@ -332,8 +383,9 @@ void bind_session(nb::module_& m) {
         .def_prop_ro("n_encoded", &Session::n_encoded, "Number of tokens encoded so far.")
         .def("cache_rows", cache_rows, "Per layer (k, v), uint8 (n_rows, row_bytes), for restore().")
         .def("restore", restore, nb::arg("tokens").noconvert(), nb::arg("layers"),
-             "Replace the content by tokens and cache_rows() of a session of the same model and KV cache "
-             "type.")
+             nb::arg("images").noconvert() = nb::list(),
+             "Replace the content by tokens, cache_rows() and images of a session of the same model and KV "
+             "cache type.")
         .def("copy_from", copy_from, nb::arg("source"),
              "Replace the content by a copy of another session's, which may have another n_ctx; the session "
              "itself: nothing happens.")

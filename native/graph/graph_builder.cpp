@@ -19,7 +19,7 @@ GraphBuilder::GraphBuilder(const Model& m, Mode mode_of_tokens, std::vector<Sequ
     : model(m), mode(mode_of_tokens), sequences(std::move(s)) {
     const size_t n_nodes =
         (128 + 2 * m.hparams.n_expert_used + 24 * sequences.size()) * m.hparams.layers.size() + 64 +
-        16 * sequences.size();
+        16 * sequences.size() + 8 * n_images();
     ggml_init_params params = {n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false),
                                nullptr, true};
     require_memory((size_t{16} << 20) + 4 * params.mem_size);  // the allocator's tables need memory too
@@ -27,8 +27,8 @@ GraphBuilder::GraphBuilder(const Model& m, Mode mode_of_tokens, std::vector<Sequ
     if (!memory || params.mem_buffer) context.reset(ggml_init(params));
     if (!context) throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate a graph");
     graph = ggml_new_graph_custom(ctx(), n_nodes, false);
-    // On a device: tokens and positions; of both layer kinds masks and angles.
-    inputs = std::make_unique<GraphInputs>(ctx(), m.backend, 4 + 2 * sequences.size());
+    // On a device: tokens, features and positions; of both layer kinds masks and angles.
+    inputs = std::make_unique<GraphInputs>(ctx(), m.backend, 5 + 2 * sequences.size());
     ops = make_ops(
         {ctx(), graph, m.backend, *inputs, n_tokens(), &m.hparams.rms_eps, m.device_plan.single_device()});
 }
@@ -36,6 +36,12 @@ GraphBuilder::GraphBuilder(const Model& m, Mode mode_of_tokens, std::vector<Sequ
 int64_t GraphBuilder::n_tokens() const {
     int64_t n = 0;
     for (const Sequence& sequence : sequences) n += sequence.n_tokens;
+    return n;
+}
+
+size_t GraphBuilder::n_images() const {
+    size_t n = 0;
+    for (const Sequence& sequence : sequences) n += sequence.images.size();
     return n;
 }
 
@@ -73,6 +79,7 @@ const Causal* GraphBuilder::causal(size_t i_sequence, int32_t i_layer) {
                        sliding,
                        {cache.causal_range(i_layer).first_position, cache.n_past(),
                         sliding ? model.hparams.window : std::numeric_limits<int32_t>::max()}});
+    if (model.hparams.bidirectional_images) causal_.back().causal.images = sequences[i_sequence].images;
     return &causal_.back().causal;
 }
 

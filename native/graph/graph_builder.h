@@ -22,6 +22,7 @@ struct Sequence {
     const KvCache* cache;
     int64_t n_tokens;
     int64_t n_frozen = 0;  // rows after the tokens that are visible but keep what an earlier graph wrote
+    std::vector<ImageRange> images{};  // among the tokens of a prompt
 };
 
 // Memory for the tensors of one graph after another, which stays at its address for graphs of the same size.
@@ -56,15 +57,20 @@ struct GraphBuilder {
 
     ggml_context* ctx() const { return context.get(); }
     int64_t n_tokens() const;  // of all sequences
+    size_t n_images() const;
     int32_t head_dim(int32_t i_layer) const { return model.hparams.layers[i_layer].head_dim; }
     // Whether the layer's experts are on its own device.
     bool has_experts_with_layer(int32_t i_layer) const {
         return model.device_plan.experts_device(i_layer) == model.device_plan.layer_device(i_layer);
     }
 
-    // Input of the first layer: the tokens' ids, I32 [n_tokens], on the device that embeds.
-    ggml_tensor* new_tokens() {
-        return inputs->add(model.backend.n_devices() - 1, GGML_TYPE_I32, n_tokens());
+    // Inputs of the first layer, on the device that embeds: ids of tokens, I32 [n]; features of images' soft
+    // tokens, F32 [d, n].
+    ggml_tensor* new_tokens(int64_t n) {
+        return inputs->add(model.backend.n_devices() - 1, GGML_TYPE_I32, n);
+    }
+    ggml_tensor* new_features(int64_t n) {
+        return inputs->add(model.backend.n_devices() - 1, GGML_TYPE_F32, model.hparams.n_embd, n);
     }
     ggml_tensor* embed(ggml_tensor* tokens) const;  // their embedding rows, scaled -> [d, n_tokens]
 

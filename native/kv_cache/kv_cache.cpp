@@ -48,9 +48,13 @@ void copy_rows(const ggml_tensor* source, int64_t first, int64_t n, const ggml_t
 }  // namespace
 
 KvCache::KvCache(const Hparams& hp, const Backend& backend, const DevicePlan& device_plan, ggml_type type,
-                 int32_t n_ctx, int32_t max_batch)
+                 int32_t n_ctx, int32_t max_batch, int32_t image_tokens)
     : window_(hp.window),
-      sliding_rows_(static_cast<int32_t>(kv_rows(hp, true, n_ctx, max_batch))),
+      sliding_rows_(static_cast<int32_t>(kv_rows(hp, true, n_ctx, max_batch, image_tokens))),
+      // After first_kept(), of which a sliding layer still holds all rows.
+      longest_batch_(sliding_rows_ == n_ctx
+                         ? n_ctx
+                         : sliding_rows_ - (window_ + static_cast<int32_t>(kAttentionTile) - 2)),
       n_padding_rows_(backend.on_device() ? ggml_ops::kMaskPadding : 0) {
     require_fitting_heads(hp, type);
     if (backend.on_device() && !backend.can_store(type)) {
@@ -70,7 +74,7 @@ KvCache::KvCache(const Hparams& hp, const Backend& backend, const DevicePlan& de
         const LayerShape& shape = hp.layers[i];
         ggml_context* context = contexts_[device_plan.layer_device(i) - kCpuDevice].get();
         const int64_t width = int64_t{shape.head_dim} * shape.n_head_kv;
-        const int64_t rows = kv_rows(hp, shape.sliding, n_ctx, max_batch) + n_padding_rows_;
+        const int64_t rows = kv_rows(hp, shape.sliding, n_ctx, max_batch, image_tokens) + n_padding_rows_;
         layers_.push_back({ggml_new_tensor_2d(context, type, width, rows),
                            ggml_new_tensor_2d(context, type, width, rows), shape.sliding});
     }

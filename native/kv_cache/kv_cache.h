@@ -30,9 +30,10 @@ struct KvRange {
 
 class KvCache {
   public:
-    // `max_batch`: most rows written after the cache at a time (a chunk of the prompt, or the canvas).
+    // `max_batch`: most rows written after the cache at a time (a chunk of the prompt, or the canvas), but
+    // for an image of up to `image_tokens`.
     KvCache(const Hparams& hparams, const Backend& backend, const DevicePlan& device_plan, ggml_type type,
-            int32_t n_ctx, int32_t max_batch);
+            int32_t n_ctx, int32_t max_batch, int32_t image_tokens = 0);
 
     int32_t n_past() const { return n_past_; }
     // Changes whenever rows are added, removed or moved; unique across caches. A graph stays valid as long as
@@ -43,6 +44,8 @@ class KvCache {
     // Makes room for n tokens, to be called before range() and advance(). Zeroes the rows after them, which
     // masks on a device are padded with.
     void prepare(int32_t n_tokens);
+    // Most tokens that it has room for at a time, whatever it holds; fewer where the context ends.
+    int32_t longest_batch() const { return longest_batch_; }
     KvRange range(int32_t i_layer) const;
     // For causal attention, where each token has its own window: aligned down to an attention tile, so it may
     // begin with rows that no token can see.
@@ -104,6 +107,7 @@ class KvCache {
 
     int32_t window_;
     int32_t sliding_rows_;
+    int32_t longest_batch_;
     int64_t n_padding_rows_;          // zero rows after the last one, for padded masks
     std::atomic<int32_t> n_past_{0};  // may be read while another thread computes
     uint64_t version_ = next_version();

@@ -1,5 +1,7 @@
 #include "model/hparams.h"
 
+#include <algorithm>
+
 #include "model/architecture.h"
 #include "model/key_reader.h"
 #include "sampler/registry.h"
@@ -67,6 +69,38 @@ int32_t read_n_vocab(const GgufFile& file, const KeyReader& keys) {
     return static_cast<int32_t>(n_vocab);
 }
 
+// The file's ids; those that it has no keys for, by the tokens' names. None unless all are known.
+ImageTokens read_image_tokens(const GgufFile& file, const KeyReader& keys, int32_t n_vocab) {
+    const Value* vocabulary = file.find("tokenizer.ggml.tokens");
+    bool any_key = false;
+    const auto id_of = [&](const char* name, const char* token) {
+        const std::string key = keys.own(name);
+        if (keys.has(key)) {
+            any_key = true;
+            return keys.integer(key, 0, n_vocab - 1);
+        }
+        if (!vocabulary) return -1;
+        const std::vector<std::string>& tokens = vocabulary->strings;
+        const auto found = std::find(tokens.begin(), tokens.end(), token);
+        return found == tokens.end() ? -1 : static_cast<int32_t>(found - tokens.begin());
+    };
+    const ImageTokens ids = {id_of("image_token_id", "<|image|>"), id_of("image_begin_token_id", "<|image>"),
+                             id_of("image_end_token_id", "<image|>")};
+    if (ids.image >= 0 && ids.begin >= 0 && ids.end >= 0) return ids;
+    if (any_key)
+        keys.refuse(keys.own("image_token_id"),
+                    "or a key beside it is missing: image, begin and end token come together");
+    return {};
+}
+
+bool read_bidirectional_images(const KeyReader& keys) {
+    const std::string key = keys.own("attention.bidirectional");
+    const std::string kind = keys.has(key) ? keys.text(key) : "vision";
+    if (kind != "vision" && kind != "none")
+        keys.unsupported(key, "is " + quoted(kind) + "; supported are 'vision' and 'none'");
+    return kind == "vision";
+}
+
 }  // namespace
 
 Hparams::Hparams(const GgufFile& file) : architecture(&architecture_of(file)) {
@@ -80,6 +114,8 @@ Hparams::Hparams(const GgufFile& file) : architecture(&architecture_of(file)) {
     }
     sampler = read_sampler(keys, sampler_table(architecture->sampler()));
     n_vocab = read_n_vocab(file, keys);
+    image_tokens = read_image_tokens(file, keys, n_vocab);
+    bidirectional_images = read_bidirectional_images(keys);
     if (mask_token >= n_vocab)
         keys.refuse(kMaskTokenKey, format("is %d, outside the vocabulary, 0 to %d", mask_token, n_vocab - 1));
 }

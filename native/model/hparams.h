@@ -18,6 +18,13 @@ struct LayerShape {
     int32_t n_head_kv;
 };
 
+// Ids of the tokens in whose places images are: one per soft token, between begin and end.
+struct ImageTokens {
+    int32_t image = -1, begin = -1, end = -1;
+
+    bool any() const { return image >= 0; }
+};
+
 // Of any architecture; what a model does not have is 0.
 struct Hparams {
     const Architecture* architecture;
@@ -39,8 +46,10 @@ struct Hparams {
     float rope_base = 0.0f;
     float rope_base_swa = 0.0f;  // sliding layers
     std::vector<LayerShape> layers;
-    int32_t mask_token = -1;  // with which a canvas begins, for samplers that unmask
-    SamplerValues sampler;    // defaults: the file's, otherwise the reference implementation's
+    ImageTokens image_tokens;          // none: the model reads no images
+    bool bidirectional_images = true;  // tokens of one image see each other both ways
+    int32_t mask_token = -1;           // with which a canvas begins, for samplers that unmask
+    SamplerValues sampler;             // defaults: the file's, otherwise the reference implementation's
 
     // Throws Error(unsupported) for an unknown architecture or feature, Error(format) for invalid values.
     explicit Hparams(const GgufFile& file);

@@ -154,7 +154,7 @@ void Denoiser::build(const std::vector<Slot>& slots, GraphExecutor& executor) {
     GraphBuilder& g = *built_;
     g.trace = trace_;
     if (trace_) trace_->begin_graph();
-    canvas_ = g.new_tokens();
+    canvas_ = g.new_tokens(g.n_tokens());
     if (imatrix_) g.ops->keep_activations();
     ggml_tensor* x = embed_slots(g, slots);
     g.keep("input", 0, x);

@@ -34,7 +34,8 @@ class TensorSizes {
 
 uint64_t cache_bytes(const TensorSizes& sizes, const Hparams& hp, const LayerShape& shape,
                      const SessionNeeds& needs) {
-    const int64_t n_rows = kv_rows(hp, shape.sliding, needs.n_ctx, max_batch(hp)) + ggml_ops::kMaskPadding;
+    const int64_t n_rows =
+        kv_rows(hp, shape.sliding, needs.n_ctx, max_batch(hp), needs.image_tokens) + ggml_ops::kMaskPadding;
     return 2 * sizes.of(needs.kv_type, {int64_t{shape.head_dim} * shape.n_head_kv, n_rows});
 }
 
@@ -80,7 +81,7 @@ Costs::Costs(const GgufFile& file, const Hparams& hp, bool dense_bf16, const Ses
         if (tensor.type == GGML_TYPE_F16 && tensor.ne.size() > 1)
             widened = std::max(widened, static_cast<uint64_t>(tensor.ne[0] * tensor.ne[1]) * sizeof(float));
     }
-    const int64_t n_ctx = needs.n_ctx, n_tokens = max_batch(hp);
+    const int64_t n_ctx = needs.n_ctx, n_tokens = std::max<int64_t>(max_batch(hp), needs.image_tokens);
     int64_t attention = 0;
     for (int32_t i = 0; i < hp.n_layer; ++i) {
         layers[i].cache = needs.n_sessions * cache_bytes(sizes, hp, hp.layers[i], needs);

@@ -11,20 +11,122 @@ namespace pydiffusion {
 
 namespace {
 
-void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, const int32_t* ids,
-                  int32_t n_tokens, const std::atomic<bool>& cancel, const EncoderOutputs& outputs,
-                  ImatrixCollector* imatrix, LayerTrace* trace) {
+// Tokens [begin, end) of a prompt.
+struct Chunk {
+    const Prompt& prompt;
+    int32_t begin, end;
+
+    int32_t n_tokens() const { return end - begin; }
+};
+
+// At most kEncodeChunk tokens, but for a longer image, which is a chunk by itself.
+Chunk chunk_from(const Prompt& prompt, int32_t begin) {
+    const int32_t end = std::min(begin + kEncodeChunk, static_cast<int32_t>(prompt.ids.size()));
+    for (const PromptImage& image : prompt.images) {
+        if (image.begin < end && end < image.end)
+            return {prompt, begin, image.begin > begin ? image.begin : image.end};
+    }
+    return {prompt, begin, end};
+}
+
+std::vector<PromptImage> images_of(const Chunk& chunk) {
+    std::vector<PromptImage> images;
+    for (const PromptImage& image : chunk.prompt.images) {
+        if (image.begin >= chunk.begin && image.end <= chunk.end) images.push_back(image);
+    }
+    return images;
+}
+
+// The first layer's input: rows of embedded tokens and, in the places of images, of features.
+class ChunkInput {
+  public:
+    explicit ChunkInput(const Chunk& chunk) : images_(images_of(chunk)) {
+        int32_t at = chunk.begin;
+        const auto add_ids = [&](int32_t end) {
+            ids_.insert(ids_.end(), chunk.prompt.ids.begin() + at, chunk.prompt.ids.begin() + end);
+        };
+        for (const PromptImage& image : images_) {
+            add_ids(image.begin);
+            runs_.push_back({image.begin - at, image.n_tokens()});
+            at = image.end;
+        }
+        add_ids(chunk.end);
+        runs_.push_back({chunk.end - at, 0});
+    }
+
+    // The images' positions where the chunk's first token is at `first`.
+    std::vector<ImageRange> ranges(const Chunk& chunk, int32_t first) const {
+        std::vector<ImageRange> ranges;
+        for (const PromptImage& image : images_)
+            ranges.push_back({first + image.begin - chunk.begin, first + image.end - chunk.begin});
+        return ranges;
+    }
+
+    ggml_tensor* build(GraphBuilder& g) {
+        ggml_tensor* text = nullptr;
+        if (!ids_.empty()) {
+            tokens_ = g.new_tokens(static_cast<int64_t>(ids_.size()));
+            text = g.model.hparams.architecture->embed_prompt(g, tokens_);
+        }
+        if (images_.empty()) return text;
+        features_ = g.new_features(n_features());
+        std::vector<ggml_tensor*> parts;
+        int64_t first_text = 0, first_features = 0;
+        const auto add = [&](ggml_tensor* rows, int64_t& first, int64_t n) {
+            if (n > 0)
+                parts.push_back(
+                    ggml_view_2d(g.ctx(), rows, rows->ne[0], n, rows->nb[1], first * rows->nb[1]));
+            first += n;
+        };
+        for (const Run& run : runs_) {
+            add(text, first_text, run.n_text);
+            add(features_, first_features, run.n_features);
+        }
+        return g.ops->concat_tokens(parts);
+    }
+
+    // After the graph is allocated.
+    void write() const {
+        if (tokens_) ggml_backend_tensor_set(tokens_, ids_.data(), 0, ids_.size() * sizeof(int32_t));
+        size_t at = 0;
+        for (const PromptImage& image : images_) {
+            const size_t n_bytes = image.features->size() * sizeof(float);
+            ggml_backend_tensor_set(features_, image.features->data(), at, n_bytes);
+            at += n_bytes;
+        }
+    }
+
+  private:
+    struct Run {
+        int64_t n_text, n_features;
+    };
+    int64_t n_features() const {
+        int64_t n = 0;
+        for (const Run& run : runs_) n += run.n_features;
+        return n;
+    }
+
+    std::vector<PromptImage> images_;
+    std::vector<int32_t> ids_;  // of the text
+    std::vector<Run> runs_;
+    ggml_tensor *tokens_ = nullptr, *features_ = nullptr;  // null if there are none
+};
+
+void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, const Chunk& chunk,
+                  const std::atomic<bool>& cancel, const EncoderOutputs& outputs, ImatrixCollector* imatrix,
+                  LayerTrace* trace) {
     const Hparams& hp = model.hparams;
+    const int32_t n_tokens = chunk.n_tokens();
     const auto lock = model.backend.lock_devices();
     cache.prepare(n_tokens);
-    GraphBuilder g(model, Mode::encoder, {{&cache, n_tokens}});
+    ChunkInput input(chunk);
+    GraphBuilder g(model, Mode::encoder, {{&cache, n_tokens, 0, input.ranges(chunk, cache.n_past())}});
     g.trace = trace;
     if (trace) trace->begin_graph();
-    ggml_tensor* tokens = g.new_tokens();
     if (imatrix) g.ops->keep_activations();
 
     const Architecture& architecture = *hp.architecture;
-    ggml_tensor* x = architecture.embed_prompt(g, tokens);
+    ggml_tensor* x = input.build(g);
     g.keep("input", 0, x);
     for (int32_t i = 0; i + 1 < hp.n_layer; ++i) x = architecture.layer(g, i, x);
     if (!outputs.hidden && !outputs.logits) {
@@ -41,7 +143,7 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
     g.allocate(executor, "encoding a chunk of the prompt");
 
     model.file->require_not_truncated();
-    ggml_backend_tensor_set(tokens, ids, 0, n_tokens * sizeof(int32_t));
+    input.write();
     std::vector<int32_t> positions(n_tokens);
     for (int32_t i = 0; i < n_tokens; ++i) positions[i] = cache.n_past() + i;
     g.set_positions(positions);
@@ -59,17 +161,17 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
 
 }  // namespace
 
-void encode(const Model& model, KvCache& cache, GraphExecutor& executor, const std::vector<int32_t>& ids,
+void encode(const Model& model, KvCache& cache, GraphExecutor& executor, const Prompt& prompt,
             const std::atomic<bool>& cancel, const std::function<void(int32_t)>& on_chunk,
             const EncoderOutputs& outputs, ImatrixCollector* imatrix, LayerTrace* trace) {
-    const int32_t n = static_cast<int32_t>(ids.size());
+    const int32_t n = static_cast<int32_t>(prompt.ids.size());
     for (int32_t done = 0; done < n;) {
-        const int32_t n_tokens = std::min(kEncodeChunk, n - done);
+        const Chunk chunk = chunk_from(prompt, done);
         EncoderOutputs its;
         if (outputs.hidden) its.hidden = outputs.hidden + int64_t{done} * model.hparams.n_embd;
-        if (done + n_tokens == n) its.logits = outputs.logits;
-        encode_chunk(model, cache, executor, ids.data() + done, n_tokens, cancel, its, imatrix, trace);
-        done += n_tokens;
+        if (chunk.end == n) its.logits = outputs.logits;
+        encode_chunk(model, cache, executor, chunk, cancel, its, imatrix, trace);
+        done = chunk.end;
         on_chunk(done);
     }
 }

@@ -39,7 +39,7 @@ void Session::begin_canvas(const std::function<void(int32_t)>& on_chunk) {
     Generation& g = *generation_;
     if (!g.finished.empty()) {
         const AddSeconds timer(g.encode_seconds);
-        append(g.finished, on_chunk);
+        append({g.finished}, on_chunk);
         g.finished.clear();
     }
     const size_t n = canvas_length(g.params);

@@ -1,6 +1,7 @@
 #include "runtime/session.h"
 
 #include <algorithm>
+#include <cmath>
 #include <exception>
 
 #include "model/limits.h"
@@ -28,8 +29,13 @@ int32_t checked_context(const Model& model, int32_t n_ctx) {
 }  // namespace
 
 std::vector<int32_t> Session::tokens() const {
-    const std::lock_guard<std::mutex> lock(tokens_mutex_);
-    return tokens_;
+    const std::lock_guard<std::mutex> lock(content_mutex_);
+    return content_.ids;
+}
+
+std::vector<PromptImage> Session::images() const {
+    const std::lock_guard<std::mutex> lock(content_mutex_);
+    return content_.images;
 }
 
 std::map<std::string, int> Session::step_ops() const {
@@ -61,24 +67,26 @@ void Session::abandon() {
     cancel_ = false;
 }
 
-Session::Session(std::shared_ptr<const Model> model, int32_t n_ctx, ggml_type kv_type)
+Session::Session(std::shared_ptr<const Model> model, int32_t n_ctx, ggml_type kv_type, int32_t image_tokens)
     : model_(std::move(model)),
       n_ctx_(checked_context(*model_, n_ctx)),
       kv_type_(kv_type),
       cache_(model_->hparams, model_->backend, model_->device_plan, kv_type, n_ctx,
-             max_batch(model_->hparams)),
+             max_batch(model_->hparams), std::clamp(image_tokens, 0, n_ctx)),
       canvas_state_(*model_),
       denoiser_(*model_),
       executor_(model_->backend) {}
 
-void Session::encode(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
+void Session::encode(const Prompt& prompt, const std::function<void(int32_t)>& on_chunk,
                      const EncoderOutputs& outputs) {
+    check_images(prompt);
     generation_.reset();
-    append(ids, on_chunk, outputs);
+    append(prompt, on_chunk, outputs);
 }
 
-void Session::append(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
+void Session::append(const Prompt& prompt, const std::function<void(int32_t)>& on_chunk,
                      const EncoderOutputs& outputs) {
+    const std::vector<int32_t>& ids = prompt.ids;
     const int64_t needed = int64_t{n_past()} + static_cast<int64_t>(ids.size());
     if (needed > n_ctx_) {
         throw Error(
@@ -89,20 +97,61 @@ void Session::append(const std::vector<int32_t>& ids, const std::function<void(i
     }
     denoiser_.invalidate();
     const int32_t before = n_past();
-    // Keep the token list in step with the cache, also if `on_chunk` throws or the work is cancelled.
-    const auto sync_tokens = [&] {
-        const std::lock_guard<std::mutex> lock(tokens_mutex_);
-        tokens_.insert(tokens_.end(), ids.begin(), ids.begin() + (n_past() - before));
+    // Keep the content in step with the cache, also if `on_chunk` throws or the work is cancelled.
+    const auto sync_content = [&] {
+        const std::lock_guard<std::mutex> lock(content_mutex_);
+        content_.ids.insert(content_.ids.end(), ids.begin(), ids.begin() + (n_past() - before));
+        for (PromptImage image : prompt.images) {
+            image.begin += before;
+            image.end += before;
+            if (image.end <= n_past()) content_.images.push_back(std::move(image));
+        }
         n_encoded_ += n_past() - before;
     };
     try {
-        pydiffusion::encode(*model_, cache_, executor_, ids, cancel_, on_chunk, outputs, imatrix_.get(),
+        pydiffusion::encode(*model_, cache_, executor_, prompt, cancel_, on_chunk, outputs, imatrix_.get(),
                             layer_trace_.get());
     } catch (...) {
-        sync_tokens();
+        sync_content();
         throw;
     }
-    sync_tokens();
+    sync_content();
+}
+
+// Throws Error(argument) for an image that is not among the prompt's tokens, or not usable.
+void Session::check_image(const Prompt& prompt, const PromptImage& image) const {
+    const auto refuse = [](const std::string& what) { throw Error(ErrorKind::argument, what); };
+    if (image.n_tokens() > cache_.longest_batch())
+        refuse(
+            format("the image at token %d has %d soft tokens, but this session has room for images of up to "
+                   "%d",
+                   image.begin, image.n_tokens(), cache_.longest_batch()));
+    const int32_t token = model_->hparams.image_tokens.image;
+    for (int32_t i = image.begin; i < image.end; ++i) {
+        if (prompt.ids[i] != token)
+            refuse(format("token %d of the prompt is %d, but an image is there: its tokens must be %d", i,
+                          prompt.ids[i], token));
+    }
+    const auto is_finite = [](float x) { return std::isfinite(x); };
+    if (!std::all_of(image.features->begin(), image.features->end(), is_finite))
+        refuse(format("the features of the image at token %d are not finite", image.begin));
+}
+
+void Session::check_images(const Prompt& prompt) const {
+    if (!prompt.images.empty() && !model_->hparams.image_tokens.any())
+        throw Error(ErrorKind::argument, "the model reads no images: its file has no token for them");
+    int32_t end = 0;
+    for (const PromptImage& image : prompt.images) {
+        if (image.begin < end || image.end <= image.begin ||
+            image.end > static_cast<int64_t>(prompt.ids.size())) {
+            throw Error(ErrorKind::argument,
+                        format("an image is at tokens %d to %d; images must be in order, not overlap, and "
+                               "be within the %zu tokens of the prompt",
+                               image.begin, image.end - 1, prompt.ids.size()));
+        }
+        check_image(prompt, image);
+        end = image.end;
+    }
 }
 
 void Session::truncate(int32_t n, const std::function<void(int32_t)>& on_chunk) {
@@ -110,32 +159,43 @@ void Session::truncate(int32_t n, const std::function<void(int32_t)>& on_chunk) 
         throw Error(ErrorKind::argument,
                     format("can't truncate to %d tokens: the session has %d", n, n_past()));
     }
+    Prompt kept = {std::vector<int32_t>(content_.ids.begin(), content_.ids.begin() + n)};
+    for (const PromptImage& image : content_.images) {
+        if (image.begin < n && n < image.end) {
+            throw Error(ErrorKind::argument,
+                        format("can't truncate to %d tokens, within an image, which is at %d to %d: truncate "
+                               "to %d, before it, or to %d, after it",
+                               n, image.begin, image.end - 1, image.begin, image.end));
+        }
+        if (image.end <= n) kept.images.push_back(image);
+    }
     denoiser_.invalidate();
     generation_.reset();
-    const std::vector<int32_t> kept(tokens_.begin(), tokens_.begin() + n);
     const bool kept_cache = cache_.truncate(n);
     if (!kept_cache) cache_.clear();
     {
-        const std::lock_guard<std::mutex> lock(tokens_mutex_);
-        tokens_.resize(kept_cache ? n : 0);
+        const std::lock_guard<std::mutex> lock(content_mutex_);
+        content_ = kept_cache ? std::move(kept) : Prompt();
     }
-    if (!kept_cache) encode(kept, on_chunk);
+    if (!kept_cache) append(kept, on_chunk);
 }
 
-void Session::restore(const std::vector<int32_t>& tokens,
+void Session::restore(const Prompt& content,
                       const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows) {
+    const std::vector<int32_t>& tokens = content.ids;
     if (tokens.size() > static_cast<size_t>(n_ctx_)) {
         throw Error(ErrorKind::context_overflow,
                     format("the saved session has %zu tokens, but this session's context is %d: open it with "
                            "a larger n_ctx",
                            tokens.size(), n_ctx_));
     }
-    std::vector<int32_t> restored = tokens;  // if that fails, nothing has changed
+    check_images(content);
+    Prompt restored = content;  // if that fails, nothing has changed
     generation_.reset();
     denoiser_.invalidate();
     cache_.restore(static_cast<int32_t>(tokens.size()), rows);
-    const std::lock_guard<std::mutex> lock(tokens_mutex_);
-    tokens_ = std::move(restored);
+    const std::lock_guard<std::mutex> lock(content_mutex_);
+    content_ = std::move(restored);
 }
 
 void Session::copy_from(const Session& source) {
@@ -148,13 +208,13 @@ void Session::copy_from(const Session& source) {
     }
     if (source.model_->hparams.n_vocab != model_->hparams.n_vocab)
         throw Error(ErrorKind::argument, "the session to copy is of another model");
-    std::vector<int32_t> tokens = source.tokens();  // before the cache changes: memory may run out
+    Prompt content = {source.tokens(), source.images()};  // before the cache changes: memory may run out
     const auto lock = model_->backend.lock_devices();
     cache_.copy_from(source.cache_);
     generation_.reset();
     denoiser_.invalidate();
-    const std::lock_guard<std::mutex> tokens_lock(tokens_mutex_);
-    tokens_ = std::move(tokens);
+    const std::lock_guard<std::mutex> content_lock(content_mutex_);
+    content_ = std::move(content);
 }
 
 void Session::denoise(const std::vector<int32_t>& canvas, const float* conditioning, float* logits) {

@@ -49,7 +49,8 @@ struct StepResult {
 // Tokens are expected to be in the vocabulary; the bindings check them.
 class Session {
   public:
-    Session(std::shared_ptr<const Model> model, int32_t n_ctx, ggml_type kv_type);
+    // image_tokens: most soft tokens of an image that the cache is to have room for, if more than a chunk.
+    Session(std::shared_ptr<const Model> model, int32_t n_ctx, ggml_type kv_type, int32_t image_tokens = 0);
 
     const Model& model() const { return *model_; }
     int32_t n_ctx() const { return n_ctx_; }
@@ -65,7 +66,9 @@ class Session {
     void trace_layers(bool on);
     const LayerTrace* layer_trace() const { return layer_trace_.get(); }
 
-    std::vector<int32_t> tokens() const;  // from any thread
+    // From any thread; images by position.
+    std::vector<int32_t> tokens() const;
+    std::vector<PromptImage> images() const;
 
     // See Denoiser::ops. Throws if another thread is using the session.
     std::map<std::string, int> step_ops() const;
@@ -76,20 +79,21 @@ class Session {
     // Costs of the last denoising step's parts; ends the current generation. See Denoiser::profile.
     std::map<std::string, Denoiser::PartCost> profile_step(bool by_operation);
 
-    // See pydiffusion::encode. Throws, with nothing changed, for a context overflow.
-    void encode(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
+    // See pydiffusion::encode. Throws, with nothing changed, for a context overflow and for images that the
+    // model can't take.
+    void encode(const Prompt& prompt, const std::function<void(int32_t)>& on_chunk,
                 const EncoderOutputs& outputs = {});
-    // Drops all but the first n tokens; encodes those again if the cache can't go back that far.
+    // Drops all but the first n tokens; encodes those again if the cache can't go back that far. Throws
+    // Error(argument), with nothing changed, if that would cut an image.
     void truncate(int32_t n, const std::function<void(int32_t)>& on_chunk);
     // Tokens encoded by this session in total; shows what reuse of the cache saves.
     int64_t n_encoded() const { return n_encoded_; }
     // For saving the session; see KvCache::read_rows.
     const KvCache& cache() const { return cache_; }
-    // Replaces tokens and cache rows by those of another session of the same model and cache type.
-    void restore(const std::vector<int32_t>& tokens,
-                 const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows);
-    // Replaces tokens and cache by those of another session of the same model and cache type, which may have
-    // another n_ctx. Throws Error(context_overflow), with nothing changed, if they don't fit.
+    // Replaces tokens, images and cache rows by those of another session of the same model and cache type.
+    void restore(const Prompt& content, const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows);
+    // Replaces tokens, images and cache by those of another session of the same model and cache type, which
+    // may have another n_ctx. Throws Error(context_overflow), with nothing changed, if they don't fit.
     void copy_from(const Session& source);
     // Runs one step on a canvas and writes soft-capped logits [canvas_length][n_vocab]. `conditioning`:
     // logits for self-conditioning, may be null.
@@ -169,8 +173,10 @@ class Session {
     int32_t canvas_length(const GenerationParams& params) const {
         return params.canvas_length ? params.canvas_length : model_->hparams.canvas_length;
     }
-    void append(const std::vector<int32_t>& ids, const std::function<void(int32_t)>& on_chunk,
+    void append(const Prompt& prompt, const std::function<void(int32_t)>& on_chunk,
                 const EncoderOutputs& outputs = {});
+    void check_images(const Prompt& prompt) const;
+    void check_image(const Prompt& prompt, const PromptImage& image) const;
     void check_params(const GenerationParams& params) const;
     void check_hold(const GenerationParams& params) const;
     void begin_canvas(const std::function<void(int32_t)>& on_chunk);
@@ -194,8 +200,8 @@ class Session {
     CanvasState canvas_state_;
     Denoiser denoiser_;
     GraphExecutor executor_;
-    std::vector<int32_t> tokens_;
-    mutable std::mutex tokens_mutex_;  // tokens() may be called while another thread computes
+    Prompt content_;                    // what is in the cache
+    mutable std::mutex content_mutex_;  // tokens() may be called while another thread computes
     std::atomic<int64_t> n_encoded_{0};
     std::unique_ptr<Generation> generation_;
     std::atomic<bool> cancel_{false};

@@ -22,7 +22,7 @@ uint64_t weight_bytes(const GgufFile& file, ggml_backend_buffer_type_t type) {
 }  // namespace
 
 VisionMemory vision_memory(const GgufFile& file, const VisionHparams& hp, ggml_backend_buffer_type_t type) {
-    const auto n = static_cast<uint64_t>(std::min(kMaxPatches, hp.max_soft_tokens * hp.pooled_patches()));
+    const auto n = static_cast<uint64_t>(hp.max_soft_tokens * hp.pooled_patches());
     const auto d = static_cast<uint64_t>(hp.n_embd), ff = static_cast<uint64_t>(hp.n_ff),
                heads = static_cast<uint64_t>(hp.n_head) * hp.head_dim;
     // The most that is alive at the same time in a layer: Q, K and V before and after norms and rotation, or

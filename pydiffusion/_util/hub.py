@@ -15,6 +15,8 @@ from typing import Any
 
 from pydiffusion.errors import PyDiffusionError
 
+from .log import logger
+
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf\Z")
 _ADDRESS = r"(?P<address>(?:hf:/{1,2}|(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co)/)?)"
 _NAME = r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})"
@@ -26,6 +28,7 @@ _REFERENCE = re.compile(
 )
 # Of a repo's GGUF files those that are no model: vision towers, importance matrices.
 _NO_MODEL = re.compile(r"(?:^|/)mmproj|imatrix|\.dat\.gguf\Z", re.IGNORECASE)
+_CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _DEFAULT_TYPE = "Q4_K_M"  # as llama.cpp and Ollama choose
 
 
@@ -97,6 +100,62 @@ def fetch(repo_id: str, filename: str, revision: str | None = None) -> Path:
     except Exception as error:  # which of many types depends on the version of huggingface_hub
         raise PyDiffusionError(_explain(error, repo_id, name, revision)) from error
     return Path(paths[0])
+
+
+@dataclass(frozen=True)
+class CachedRepo:
+    """A revision of a repo in the cache. folder: where its files are. revision: the commit."""
+
+    repo_id: str
+    revision: str
+    folder: Path
+
+
+def cached_repo(path: Path) -> CachedRepo | None:
+    """The repo that a file in the cache is from; None for any other file."""
+    for folder in path.absolute().parents:
+        match = _CACHE_FOLDER.fullmatch(folder.parent.parent.name)
+        if folder.parent.name == "snapshots" and match is not None:
+            return CachedRepo(f"{match[1]}/{match[2]}", folder.name, folder)
+    return None
+
+
+def is_mmproj(name: str) -> bool:
+    """Whether a file's name is that of a vision tower."""
+    return name.lower().endswith(".gguf") and "mmproj" in name.lower().rpartition("/")[2]
+
+
+def fetch_mmproj(repo: CachedRepo) -> Path | None:
+    """The vision tower of a repo, from the cache, else downloaded; None if the repo has none.
+
+    Of several that differ in type, one of the types that towers are trained in. Raises PyDiffusionError with
+    what to do about it.
+    """
+    hub = _hub(repo.repo_id)
+    try:
+        files = _files(hub, ModelReference(repo.repo_id, revision=repo.revision))
+        name = _choose_mmproj([file for file in sorted(files) if is_mmproj(file)], repo.repo_id)
+    except PyDiffusionError:
+        raise
+    except Exception as error:  # which of many types depends on the version of huggingface_hub
+        raise PyDiffusionError(_explain(error, repo.repo_id, "mmproj", repo.revision)) from error
+    if name is None:
+        return None
+    logger.info("fetching %s: %s", repo.repo_id, name)
+    return fetch(repo.repo_id, name, repo.revision)
+
+
+def _choose_mmproj(names: Sequence[str], repo_id: str) -> str | None:
+    if len(names) <= 1:
+        return names[0] if names else None
+    for type_name in ("bf16", "f16"):
+        of_type = [name for name in names if re.search(rf"[-._]{type_name}\.gguf\Z", name.lower())]
+        if len(of_type) == 1:
+            return of_type[0]
+    raise PyDiffusionError(
+        f"{repo_id} has several vision towers, download one and give it as mmproj=FILE or --mmproj FILE:"
+        f" {', '.join(names)[:300]}"
+    )
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from .output_parser import ToolCall
 
 Message = dict[str, Any]
+#: Types of content parts that are images: of transformers, of OpenAI's chats, of OpenAI's Responses.
+IMAGE_TYPES = ("image", "image_url", "input_image")
 _MAX_DEPTH = 64
-_NOT_LISTS = (bytes, bytearray, memoryview, set, frozenset)  # a set has no order
+NOT_LISTS = (bytes, bytearray, memoryview, set, frozenset)  # a set has no order
 # Names that the renderer passes to the template itself.
 _RENDERED = frozenset(("self", "messages", "tools", "bos_token", "eos_token", "add_generation_prompt"))
 
@@ -41,15 +43,15 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
         return value
     if depth > _MAX_DEPTH:
         raise ValueError(f"{where} is nested too deeply")
-    value = _dumped(value)
+    value = dumped(value)
     if isinstance(value, Mapping):
         return {plain(k, where, depth + 1): plain(v, where, depth + 1) for k, v in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, _NOT_LISTS):
+    if isinstance(value, Iterable) and not isinstance(value, NOT_LISTS):
         return [plain(entry, where, depth + 1) for entry in value]
     raise ValueError(f"{where} holds a {type(value).__name__}; give text, numbers, dicts and lists")
 
 
-def _dumped(value: Any) -> Any:
+def dumped(value: Any) -> Any:
     """The fields of a model of pydantic, which would be iterated over as pairs; anything else as it is."""
     dump = getattr(value, "model_dump", None)
     return dump(mode="json") if callable(dump) and not isinstance(value, type) else value
@@ -111,10 +113,12 @@ def template_variables(given: Any) -> dict[str, Any]:
 
 
 def _message(message: Any, where: str) -> Message:
-    given = _dumped(message)
+    given = dumped(message)
     if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
         raise ValueError(f"{where} must be a dict with a role, a string; it is {message!r}"[:200])
     said = _without_nulls(plain(given, where))
+    if said.get("images"):  # of Ollama's API, which templates know nothing of
+        raise ValueError(f"{where}.images is not read: give images as parts of content, of type image_url")
     said["content"] = _content(said.get("content"), where)
     if said["role"] == "developer":  # OpenAI's newer name, unknown to most templates
         said["role"] = "system"
@@ -169,8 +173,11 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
 
 def _part(part: Any, where: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if kind in IMAGE_TYPES:
+        return {"type": "image"}  # its place in the prompt; image_parts takes the image itself
     if kind not in ("text", "refusal"):
-        raise ValueError(f"{where} is of type {kind!r}; only 'text' is supported"[:200])
+        known = f"only 'text', {', '.join(map(repr, IMAGE_TYPES))} are supported"
+        raise ValueError(f"{where} is of type {kind!r}; {known}"[:200])
     if not isinstance(part.get(kind), str):
         raise ValueError(f"{where} must have a {kind}, a string; it is {part!r}"[:200])
     # A refusal part of OpenAI's API; templates know text parts only.

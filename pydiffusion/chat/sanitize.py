@@ -85,8 +85,10 @@ class Sanitizer:
             return message
         if isinstance(content, str):
             return {**message, "content": _strip_blocks(content, *self._reasoning)}
-        parts = [{**part, "text": _strip_blocks(part["text"], *self._reasoning)} for part in content]
-        return {**message, "content": parts}
+        return {**message, "content": [self._part_without_thoughts(part) for part in content]}
+
+    def _part_without_thoughts(self, part: dict[str, Any]) -> dict[str, Any]:
+        return {**part, "text": _strip_blocks(part["text"], *self._reasoning)} if "text" in part else part
 
     def _reveal_if_harmless(self, found: re.Match[str], all_hidden: list[str]) -> str:
         """Reveal the prefix of a marker if its surroundings don't complete it; else keep it hidden."""

@@ -71,9 +71,12 @@ class ChatTemplate:
         text if this template does not support parts. Raises ValueError for malformed messages.
         """
         prepared = normalize_messages(messages)
-        for message in prepared:
+        for i, message in enumerate(prepared):
             parts = message["content"]
             if isinstance(parts, list) and not self._knows_parts(message["role"]):
+                if any(part["type"] == "image" for part in parts):
+                    where = f"messages[{i}], of role {message['role']!r}"
+                    raise ValueError(f"{where}: the chat template has no place for an image in it")
                 message["content"] = "".join(part["text"] for part in parts)
         return prepared
 

@@ -12,6 +12,7 @@ from ._text import say
 HELP = """/system TEXT  the system message from now on; without TEXT it is shown
 /set NAME N   an option of the answers (steps, seed, max_tokens, t_max, ...); without N the file's
 /steps N      as /set steps N; /seed N likewise
+/image FILE   an image that the next message is about; may be repeated; without FILE they are forgotten
 /retry        answer the last message again
 /edit TEXT    replace the last answer; the model fills a <|hole|> in it
 /save FILE    save the conversation; /load FILE loads it, /load lists those saved by themselves
@@ -81,6 +82,7 @@ _COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
     "/set": _set,
     "/steps": _option("steps"),
     "/seed": _option("seed"),
+    "/image": lambda conversation, file: say(conversation.attach_file(file)),
     "/retry": lambda conversation, _: conversation.retry(),
     "/regen": lambda conversation, _: conversation.retry(),
     "/edit": lambda conversation, text: conversation.edit(text),
@@ -104,7 +106,6 @@ _SET_HINTS = {
 _HINTS = {
     "/show": "pydiffusion inspect MODEL shows a file; /system shows the system message",
     "/read": "paste the text, or pydiffusion generate -f FILE",
-    "/image": "images are not read yet",
     "/audio": "audio is not read",
     "/glob": "paste the text, or pydiffusion generate -f FILE",
     "/model": "a chat has one model; end it and name another with -m",

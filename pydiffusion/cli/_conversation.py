@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._images import Part, image_part, text_of, with_images
 from ._run import figures, prefill
 from ._state import Message, SavedChat, new_chat_file, read_messages, saved_chats, write_messages
 from ._text import printable, say
@@ -30,6 +31,15 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "stop": str,
 }
 MINUS_ONE_IS_NONE = ("seed", "max_tokens")
+
+
+def _path_typed(text: str) -> str:
+    """A path as typed, or as a terminal writes a file that is dropped on it: in quotes, or with blanks
+    escaped.
+    """
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    return text if Path(text).exists() else text.replace("\\ ", " ")
 
 
 class CommandError(Exception):
@@ -55,11 +65,40 @@ class Conversation:
             [] if self._system is None else [{"role": "system", "content": self._system}]
         )
         self._file: Path | None = None
+        self._attached: list[Part] = []  # images of the next message
 
     @property
     def is_saved(self) -> bool:
         """Whether ``chat --continue`` would find this conversation."""
         return self._file is not None
+
+    def attach(self, image: Part) -> str:
+        """Let the next message be about an image too; returns a message. Raises CommandError if the model
+        reads no images.
+        """
+        from pydiffusion import PyDiffusionError
+
+        try:
+            self._model.require_vision()
+        except PyDiffusionError as error:
+            raise CommandError(str(error)) from None
+        self._attached.append(image)
+        n = len(self._attached)
+        return "the next message is about " + ("this image" if n == 1 else f"{n} images")
+
+    def attach_file(self, given: str) -> str:
+        """As ``attach``, of a file; without one, forget the images attached."""
+        from pydiffusion import PyDiffusionError
+
+        if not given:
+            n, self._attached = len(self._attached), []
+            return f"{n} attached images forgotten" if n else "give a file: /image FILE"
+        try:
+            return self.attach(image_part(Path(_path_typed(given)).expanduser()))
+        except OSError as error:
+            raise CommandError(f"{given}: {error.strerror or error}") from None
+        except (PyDiffusionError, ValueError, RuntimeError) as error:
+            raise CommandError(str(error)) from None
 
     def resume(self, chat: SavedChat) -> None:
         """Go on with a saved conversation, in its file."""
@@ -75,7 +114,7 @@ class Conversation:
 
     def _take(self, messages: list[Message]) -> None:
         """Take over messages; those without a system message get the chat's."""
-        first = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+        first = text_of(messages[0]["content"]) if messages and messages[0]["role"] == "system" else None
         if first is None and self._system is not None:
             messages = [{"role": "system", "content": self._system}, *messages]
         self._system = first or self._system
@@ -88,7 +127,7 @@ class Conversation:
         except UnicodeEncodeError as error:
             what = f"the message is not valid UTF-8 at character {error.start + 1}: it is left out"
             raise CommandError(what) from None
-        self._messages.append({"role": "user", "content": text})
+        self._messages.append({"role": "user", "content": with_images(text, self._attached)})
         answered = False
         try:
             answered = self._answer()
@@ -96,6 +135,7 @@ class Conversation:
             if not answered:
                 self._messages.pop()
         if answered:
+            self._attached = []
             self._autosave()
 
     def _autosave(self) -> None:

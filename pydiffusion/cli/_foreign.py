@@ -47,7 +47,6 @@ _SAMPLING = Refused(
 _ONE_CACHE = Refused("K and V have one type here: --cache-type f16, f32 or q8_0")
 _ROPE = Refused("positions are as the file says; --ctx goes up to the model's own context length")
 _NO_LORA = Refused("adapters are not supported: merge it into the checkpoint, then convert that")
-_NO_IMAGES = Refused("images are not read yet")
 _NO_DRAFT = Refused("speculative decoding is for autoregressive models; leave it out")
 _FIXED = NoEffect("sizes of batches are chosen by the runtime", None)
 _MAPPED = NoEffect("the file is always mapped")
@@ -102,6 +101,9 @@ _FLAGS: dict[str, Meaning] = {
     "--threads-http": NoEffect("requests need no threads of their own", None),
     "--nowordwrap": NoEffect("the terminal wraps lines"),
     "--numa --prio --poll --cpu-mask -C --prio-batch": NoEffect("the system's taskset, nice, numactl", None),
+    "--mmproj-auto": NoEffect("a vision file beside the model is found by itself"),
+    "--mmproj-offload --no-mmproj-offload": NoEffect("the vision file is on the model's device"),
+    "--limit-mm-per-prompt": NoEffect("a request may have 32 images", None),
     # Without counterpart
     "-temp": Ours("--temp"),
     "--top-k --top-p --min-p --typical --typical-p --top-nsigma --xtc-probability --xtc-threshold": _SAMPLING,
@@ -114,7 +116,16 @@ _FLAGS: dict[str, Meaning] = {
     "-ctk --cache-type-k -ctv --cache-type-v --kv-cache-dtype": _ONE_CACHE,
     "--rope-scaling --rope-freq-base --rope-freq-scale --yarn-ext-factor --rope-scale": _ROPE,
     "--lora --lora-scaled --control-vector": _NO_LORA,
-    "-mm --mmproj --image --audio": _NO_IMAGES,
+    "--mmproj": Ours("--mmproj"),
+    "--image": Ours("--image"),
+    "--audio": Refused("audio is not read"),
+    "--no-mmproj": Refused("without a vision file: --mmproj none", has_value=False),
+    "-mmu --mmproj-url": Refused("download it first, and --mmproj FILE"),
+    "--image-min-tokens --image-max-tokens": Refused(
+        'messages say how many tokens an image takes: "detail", or "max_soft_tokens" (docs/vision.md)'
+    ),
+    "--allowed-local-media-path --media-path": Refused("clients send their images; no files here are read"),
+    "--allowed-media-domains": Refused("--allow-image-urls fetches from any public address"),
     "-md --model-draft --draft --draft-max --speculative-config": _NO_DRAFT,
     "-hff --hf-file": Refused("the file follows the repo: -m OWNER/NAME:FILE.gguf"),
     "-hft --hf-token": Refused("set the token as HF_TOKEN, or log in with `hf auth login`"),
@@ -260,7 +271,7 @@ VERBS: dict[str, str] = {
     "tokenize": "from Python: DiffusionModel(path).tokenize(text)",
     "llama-tokenize": "from Python: DiffusionModel(path).tokenize(text)",
     "export-lora": "adapters are not supported: merge it into the checkpoint, then convert that",
-    "llama-mtmd-cli": "images are not read yet",
+    "llama-mtmd-cli": "run",
     "llama-tts": "a text model; there is no speech",
     "finetune": "training is not supported",
     "ollama": "its verbs are commands here: pydiffusion run MODEL, pull, list, show",

@@ -64,7 +64,15 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
         "kernels": kernels,
         **request,
         **({} if template is None else {"chat_template": template}),
+        **_mmproj(runtime.get("mmproj")),
     }
+
+
+def _mmproj(given: Path | None) -> dict[str, Any]:
+    """The argument of ``DiffusionModel`` for the vision file; by default it looks for one."""
+    if given is None:
+        return {}
+    return {"mmproj": None if str(given) == "none" else given}
 
 
 def _gpu_layers(given: str | None, device: str | None) -> int | str:

@@ -223,8 +223,25 @@ ChatTemplate = Annotated[
         show_default=False,
     ),
 ]
-#: Options of the runtime for commands that render messages.
+Mmproj = Annotated[
+    Path | None,
+    typer.Option(
+        "-mm",
+        "--mmproj",
+        metavar="FILE",
+        help="Path of the vision file, for images; none for none. [default: the one beside the model]",
+        show_default=False,
+    ),
+]
+#: Options of the runtime for commands that render messages, and for those whose messages may have images.
 CHAT_RUNTIME: dict[str, Any] = {**RUNTIME, "chat_template": ChatTemplate}
+IMAGE_RUNTIME: dict[str, Any] = {**CHAT_RUNTIME, "mmproj": Mmproj}
+Images = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image", metavar="FILE", help="Path of an image that the prompt is about; may be repeated."
+    ),
+]
 
 
 def takes(**groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

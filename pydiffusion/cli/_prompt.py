@@ -21,18 +21,32 @@ System = Annotated[str | None, typer.Option("-sys", "--system", help="System mes
 Special = Annotated[bool, typer.Option("--special", help="Parse control tokens in a raw prompt.")]
 
 
-def check(chat: bool | None, system: str | None, special: bool, chat_template: str | None) -> None:
+def check(
+    chat: bool | None,
+    system: str | None,
+    special: bool,
+    chat_template: str | None,
+    has_images: bool = False,
+) -> None:
     """Report options that exclude each other, before the model is loaded."""
     if chat is False and chat_template is not None:
         raise typer.BadParameter("--chat-template needs --chat")
     if chat is False and system is not None:
         raise typer.BadParameter("--system needs --chat")
+    if chat is False and has_images:
+        raise typer.BadParameter("--image needs --chat")
     if chat and special:
         raise typer.BadParameter("--special needs --raw")
 
 
-def uses_chat(model: DiffusionModel, chat: bool | None, system: str | None, special: bool) -> bool:
+def uses_chat(
+    model: DiffusionModel,
+    chat: bool | None,
+    system: str | None,
+    special: bool,
+    has_images: bool = False,
+) -> bool:
     """Whether prompts are user messages: as chosen, else if the model has a template."""
     chosen = model.has_chat_template if chat is None else chat
-    check(chosen, system, special, None)
+    check(chosen, system, special, None, has_images)
     return chosen

@@ -9,15 +9,16 @@ from ._text import say
 
 if TYPE_CHECKING:
     from pydiffusion import Completion, DiffusionModel, GenerationOptions, Session
+    from pydiffusion.vision.prompt import Prompt
 
     from ._display import CanvasDisplay
 
 
-def prefill(session: Session, ids: list[int], quiet: bool = False) -> None:
+def prefill(session: Session, ids: list[int] | Prompt, quiet: bool = False) -> None:
     """Prefill the prompt with a progress bar, unless quiet."""
     from ._progress import progress
 
-    if not ids:
+    if len(ids) == 0:
         raise ValueError("the prompt has no tokens")
     with progress(f"reading {len(ids)} tokens", quiet) as update:
         session.prefill(ids, progress=update)

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from pydiffusion._util import atomic
+from pydiffusion.chat.image_parts import is_image
 
-Message = dict[str, str]
+from ._images import text_of
+
+Message = dict[str, Any]  # content: a text, or parts
 _MAX_HISTORY = 1000
 
 
@@ -58,7 +61,7 @@ class SavedChat:
 
     def line(self) -> str:
         """Date, length and first message."""
-        asked = [message["content"] for message in self.messages if message["role"] == "user"]
+        asked = [text_of(message["content"]) for message in self.messages if message["role"] == "user"]
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.modified))
         first = " ".join(asked[0].split()) if asked else ""
         shown = first if len(first) <= 50 else f"{first[:50]}..."
@@ -115,8 +118,13 @@ def write_messages(path: Path, messages: Sequence[Message], *, private: bool = F
 
 
 def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("role") in ("system", "user", "assistant")
-        and isinstance(value.get("content"), str)
-    )
+    if not isinstance(value, dict) or value.get("role") not in ("system", "user", "assistant"):
+        return False
+    content = value.get("content")
+    return isinstance(content, str) or (isinstance(content, list) and all(map(_is_part, content)))
+
+
+def _is_part(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return isinstance(value.get("text"), str) if value.get("type") == "text" else is_image(value)

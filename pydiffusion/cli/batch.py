@@ -28,7 +28,7 @@ _Seed = Annotated[
 _OPTIONS = {**_options.TEXT, "seed": _Seed}
 
 
-@_options.takes(choices=_OPTIONS, constraint=_options.CONSTRAINT, runtime=_options.CHAT_RUNTIME)
+@_options.takes(choices=_OPTIONS, constraint=_options.CONSTRAINT, runtime=_options.IMAGE_RUNTIME)
 def command(
     model: _options.ModelPath,
     output: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ from . import _open, _options
 from ._chat_commands import ENDS, obey
 from ._chat_input import Typed, read_message
 from ._conversation import CommandError, Conversation
+from ._images import image_parts
 from ._input import check_encodable
 from ._state import chats_folder, input_history, saved_chats
 from ._text import say
@@ -21,7 +22,7 @@ from ._text import say
 _SHORT_HELP = "/help lists the commands, Ctrl-D ends, Ctrl-C stops an answer"
 
 
-@_options.takes(choices=_options.TEXT, runtime=_options.CHAT_RUNTIME)
+@_options.takes(choices=_options.TEXT, runtime=_options.IMAGE_RUNTIME)
 def command(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="MODEL", help="As -m.", show_default=False)
@@ -38,6 +39,7 @@ def command(
             help="Keep conversations of a terminal in the user's state folder, after each answer.",
         ),
     ] = True,
+    image: _options.Images = None,
     *,
     choices: dict[str, Any],
     temperature: _options.Temperature = None,
@@ -50,7 +52,7 @@ def command(
             f"{left[0]!r}: chat asks for messages; for one answer: pydiffusion run MODEL TEXT"
         )
     choices["temperature"] = temperature
-    chat(path, system, choices, runtime, continued=continued, save=save)
+    chat(path, system, choices, runtime, continued=continued, save=save, images=image)
 
 
 def chat(
@@ -61,21 +63,27 @@ def chat(
     *,
     continued: bool = False,
     save: bool = True,
+    images: Sequence[Path] | None = None,
 ) -> None:
     """Load the model and chat until the input ends. choices: fields of GenerationOptions, and
-    temperature.
+    temperature.  images: files that the first message is about.
     """
     _open.check_options(choices)
     check_encodable(system or "", "--system")
     last = saved_chats(1) if continued else []
     if continued and not last:
         raise ValueError(f"there is no saved conversation in {chats_folder()}")
+    parts = image_parts(images)
     opened = _open.open_model(path, runtime)
     opened.check_chat_template()
+    if parts:
+        opened.require_vision()
     is_terminal = sys.stdin.isatty()
     conversation = Conversation(
         opened, _open.make_options(opened, **choices), system, save=save and is_terminal
     )
+    for part in parts:
+        conversation.attach(part)
     for saved in last:
         conversation.resume(saved)
         say(f"going on with {saved.line()}")

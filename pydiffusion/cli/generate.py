@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import _open, _options, _prompt
+from ._images import Part, image_parts, with_images
 from ._input import check_encodable, read_text_or_stdin
 from ._run import prefill, run
 
 if TYPE_CHECKING:
     from pydiffusion import Completion, DiffusionModel
+    from pydiffusion.vision.prompt import Prompt as ImagePrompt
 
 Words = Annotated[
     list[str] | None,
@@ -42,7 +44,10 @@ PromptFile = Annotated[
 
 @dataclass(frozen=True)
 class Asked:
-    """How a prompt is passed on and its answer printed, as the options of ``generate`` say."""
+    """How a prompt is passed on and its answer printed, as the options of ``generate`` say.
+
+    images: files, which go before the prompt.
+    """
 
     chat: bool | None = None
     system: str | None = None
@@ -50,9 +55,10 @@ class Asked:
     show: bool = False
     quiet: bool = False
     as_json: bool = False
+    images: tuple[Path, ...] = ()
 
 
-@_options.takes(choices=_options.TEXT, constraint=_options.CONSTRAINT, runtime=_options.CHAT_RUNTIME)
+@_options.takes(choices=_options.TEXT, constraint=_options.CONSTRAINT, runtime=_options.IMAGE_RUNTIME)
 def command(
     model: _options.ModelOrFirst = None,
     words: Words = None,
@@ -74,11 +80,12 @@ def command(
     ] = False,
     quiet: _options.Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    image: _options.Images = None,
 ) -> None:
     """Generate text from a prompt, printed canvas by canvas."""
     choices |= {"temperature": temperature, **_open.constraint_of(constraint)}
     model, left = _open.model_and_rest(model, words or [])
-    asked = Asked(chat, system, special, show, quiet, as_json)
+    asked = Asked(chat, system, special, show, quiet, as_json, tuple(image or ()))
     text = read_prompt(left, prompt, file, empty_is_wrong=chat is not False)
     generate(model, text, choices, runtime, asked)
 
@@ -87,11 +94,12 @@ def generate(
     path: Path, text: str, choices: Mapping[str, Any], runtime: Mapping[str, Any], asked: Asked
 ) -> None:
     """Load the model and print its answer. choices: fields of GenerationOptions, and temperature."""
-    _prompt.check(asked.chat, asked.system, asked.special, runtime["chat_template"])
+    _prompt.check(asked.chat, asked.system, asked.special, runtime["chat_template"], bool(asked.images))
     _open.check_options(choices)  # report invalid options before loading the model
     check_encodable(asked.system or "", "--system")
+    images = image_parts(asked.images)
     opened = _open.open_model(path, runtime, quiet=asked.quiet)
-    ids = _prompt_ids(opened, text, asked)
+    ids = _prompt_ids(opened, text, images, asked)
     session = opened.new_session()
     prefill(session, ids, asked.quiet)
     options = _open.make_options(opened, **choices)
@@ -119,10 +127,12 @@ def read_prompt(
     return text
 
 
-def _prompt_ids(model: DiffusionModel, text: str, asked: Asked) -> list[int]:
-    if not _prompt.uses_chat(model, asked.chat, asked.system, asked.special):
+def _prompt_ids(
+    model: DiffusionModel, text: str, images: Sequence[Part], asked: Asked
+) -> list[int] | ImagePrompt:
+    if not _prompt.uses_chat(model, asked.chat, asked.system, asked.special, bool(images)):
         return model.tokenize(text, parse_special=asked.special)
-    messages = [{"role": "user", "content": text}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": with_images(text, images)}]
     if asked.system is not None:
         messages.insert(0, {"role": "system", "content": asked.system})
     return model.chat_prompt(messages)

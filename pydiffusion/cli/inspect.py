@@ -13,6 +13,7 @@ import typer
 from pydiffusion._util.sizes import count, format_size
 
 from . import _open
+from ._image_facts import image_facts, image_lines
 from ._text import one_line
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ def _as_dict(gguf: Parts, with_tensors: bool, whole: bool) -> dict[str, Any]:
         ]
         if error is not None:
             summary["end_tokens_error"] = error
+    images = image_facts(gguf.metadata)
+    if images:
+        summary["images"] = {key: _json_value(value, "", whole) for key, value in images.items()}
     if with_tensors:
         summary["tensors"] = [
             {"name": t.name, "type": t.type, "shape": list(t.shape), "offset": t.offset, "n_bytes": t.n_bytes}
@@ -125,6 +129,11 @@ def _print(gguf: Parts, with_tensors: bool, whole: bool) -> None:
         print(f"  {one_line(key)} ({types[key]}): {_shown(value, whole)}")
     if isinstance(gguf.metadata.get(_TOKENS), list):
         _print_end_tokens(gguf)
+    images = image_lines(gguf.metadata)
+    if images:
+        print("\nImages")
+        for line in images:
+            print(f"  {one_line(line)}")
     if with_tensors:
         print("\nTensors (shape slowest first)")
         for tensor in gguf.tensors:

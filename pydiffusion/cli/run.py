@@ -16,7 +16,7 @@ from .chat import chat
 from .generate import Asked, Prompt, PromptFile, generate, read_prompt
 
 
-@_options.takes(choices=_options.TEXT, constraint=_options.CONSTRAINT, runtime=_options.CHAT_RUNTIME)
+@_options.takes(choices=_options.TEXT, constraint=_options.CONSTRAINT, runtime=_options.IMAGE_RUNTIME)
 def command(
     words: Annotated[
         list[str] | None,
@@ -31,6 +31,7 @@ def command(
     file: PromptFile = None,
     system: _options.System = None,
     quiet: _options.Quiet = False,
+    image: _options.Images = None,
     *,
     choices: dict[str, Any],
     temperature: _options.Temperature = None,
@@ -45,11 +46,12 @@ def command(
         text = read_prompt(left, prompt, file, empty_is_wrong=True)
         if left or prompt or file is not None:
             text = f"{_piped()}{text}"
-        generate(path, text, choices, runtime, Asked(system=system, quiet=quiet))
+        asked = Asked(system=system, quiet=quiet, images=tuple(image or ()))
+        generate(path, text, choices, runtime, asked)
     elif given := [name for name, value in constraint.items() if value is not None]:
         raise typer.BadParameter(f"--{given[0].replace('_', '-')} needs a prompt: run MODEL PROMPT")
     else:
-        chat(path, system, choices, runtime)
+        chat(path, system, choices, runtime, images=image)
 
 
 def _piped() -> str:

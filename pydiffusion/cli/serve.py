@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pydiffusion import DiffusionModel
 
 
-@_options.takes(runtime=_options.CHAT_RUNTIME)
+@_options.takes(runtime=_options.IMAGE_RUNTIME)
 def command(
     model: _options.ModelPath,
     *,
@@ -56,8 +56,20 @@ def command(
         typer.Option("--grace", min=0, help="Maximum seconds for running requests to finish at shutdown."),
     ] = 30,
     max_body: Annotated[
-        int, typer.Option("--max-body", min=1024, help="Maximum size of a request body in bytes.")
-    ] = 8388608,
+        int | None,
+        typer.Option(
+            "--max-body",
+            min=1024,
+            help="Maximum size of a request body in bytes. [default: 8388608, with a vision file 33554432]",
+        ),
+    ] = None,
+    allow_image_urls: Annotated[
+        bool,
+        typer.Option(
+            "--allow-image-urls",
+            help="Fetch images that requests name by http(s) URLs, from public addresses only.",
+        ),
+    ] = False,
     cors: Annotated[
         list[str] | None,
         typer.Option("--cors", help="Origin whose pages may call the server (CORS); may be repeated."),
@@ -106,12 +118,15 @@ def command(
             allowed_hosts=tuple(allowed_host or ()),
             strict=strict,
             special=special,
+            fetch_images=allow_image_urls,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     listener = _bind(host, port)
     opened = _open.open_model(model, runtime, max(parallel, sessions))
     _check_template(opened)
+    if runtime["mmproj"] is None:
+        find_vision(opened)
     _set_log_level(log_level)
     server = Server(opened, settings, grace=grace)
     if settings.api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
@@ -155,6 +170,17 @@ def _check_template(model: DiffusionModel) -> None:
         model.check_chat_template()
     except PyDiffusionError as error:
         say(f"pydiffusion: warning: chats will fail: {error}")
+
+
+def find_vision(model: DiffusionModel) -> None:
+    """Load the vision file that is beside the model or in its repo, if there is one."""
+    from pydiffusion import PyDiffusionError, UnsupportedModelError
+
+    try:
+        model.require_vision()
+    except PyDiffusionError as error:
+        if model.vision is not None or not isinstance(error, UnsupportedModelError):
+            say(f"pydiffusion: warning: images will fail: {error}")
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from pydiffusion.openai.chat import Messages
     from pydiffusion.session import Session
 
+    from .image_prompt import AnyPrompt
     from .infill import Infill
     from .session_thread import SessionThread
-    from .token_ids import TokenIds
 
 T = TypeVar("T")
 # Calls at a time per event loop; others wait in order. Each has a KV cache, and their steps take turns.
@@ -36,7 +36,7 @@ class AsyncMethods:
 
     async def agenerate(
         self,
-        prompt: str | TokenIds,
+        prompt: str | AnyPrompt,
         options: GenerationOptions | None = None,
         *,
         session: Session | None = None,
@@ -48,7 +48,7 @@ class AsyncMethods:
 
     def astream(
         self,
-        prompt: str | TokenIds,
+        prompt: str | AnyPrompt,
         options: GenerationOptions | None = None,
         *,
         session: Session | None = None,
@@ -113,7 +113,7 @@ class AsyncMethods:
 
     async def acreate_completion(
         self,
-        prompt: str | TokenIds,
+        prompt: str | AnyPrompt,
         *,
         stream: bool = False,
         session: Session | None = None,

@@ -16,10 +16,18 @@ from pydiffusion.events import CanvasEvent, Completion, DraftEvent, EndEvent, Ev
 from pydiffusion.options import GenerationOptions, ResolvedOptions, make_options
 
 from .completion import chat_completion_of, completion_of
+from .image_prompt import (
+    AnyPrompt,
+    cached_length,
+    check_no_bare_image,
+    end_of_part,
+    part_of,
+    read_prompt,
+)
 from .loop import Generation
-from .prompt import prompt_ids
+from .prompt import given_prompt
 from .streaming import answer_stream
-from .token_ids import check_bos, token_array
+from .token_ids import check_bos
 
 if TYPE_CHECKING:
     from pydiffusion._native import Step
@@ -27,7 +35,6 @@ if TYPE_CHECKING:
     from pydiffusion.openai.chat import ChatSettings
     from pydiffusion.session import Session
 
-    from .token_ids import TokenIds
 
 # Errors of one request, which doesn't concern the others; TypeError: its prompt is no prompt.
 _OWN_ERRORS = (PyDiffusionError, ValueError, TypeError)
@@ -43,19 +50,20 @@ class ActiveSequence:
     """An in-flight sequence: its prompt is prefilled in chunks, then every step yields events."""
 
     def __init__(
-        self, session: Session, prompt: TokenIds, options: ResolvedOptions, *, chat: bool = False
+        self, session: Session, prompt: AnyPrompt, options: ResolvedOptions, *, chat: bool = False
     ) -> None:
         """chat: split the answer into parts, as ``Session.generate_chat`` does.
 
-        Raises ValueError for an empty prompt or an id outside the vocabulary.
+        Raises ValueError for an empty prompt; else as ``Session.prefill``.
         """
-        ids = token_array(prompt, session.model.n_vocab)
-        if len(ids) == 0:
+        read = read_prompt(session.model, prompt)
+        if len(read) == 0:
             raise ValueError("the prompt has no tokens")
+        check_no_bare_image(session.model, read, cached_length(session, read))
         self.session = session
-        self.n_prompt = len(ids)
-        self.n_cached = session.keep(ids)
-        self._prompt_left = ids[self.n_cached :]
+        self.n_prompt = len(read)
+        self.n_cached = session.keep(read)
+        self._prompt_left = part_of(read, self.n_cached)
         self._options = options
         self.chat = chat
         self._generation: Generation | None = None
@@ -74,12 +82,13 @@ class ActiveSequence:
         """Prefill the next chunk of the prompt; after the last one, begin. Raises as ``encode``,
         ``generate``.
         """
-        part = self._prompt_left
+        left = self._prompt_left
+        n = len(left)
         if self.n_prompt <= self.session.n_ctx:  # else `encode` reports that it does not fit
-            part = part[:_PROMPT_PART]
-        if len(part):
-            self.session.encode(part)
-        self._prompt_left = self._prompt_left[len(part) :]
+            n = end_of_part(left, _PROMPT_PART)
+        if n:
+            self.session.encode(part_of(left, 0, n))
+        self._prompt_left = part_of(left, n)
         if len(self._prompt_left) == 0:
             answer = answer_stream(self.session, self._options, chat=self.chat)
             self._generation = Generation(self.session, self._options, answer)
@@ -179,10 +188,10 @@ def _begin(model: DiffusionModel, session: Session, request: BatchRequest) -> Ac
     if settings is not None:
         prepared = settings.prepare(model, prompt, options)
         prompt, options = prepared.prompt, prepared.options
-    ids = prompt_ids(model, prompt)
+    read = given_prompt(model, prompt)
     chat = request.chat or settings is not None
-    sequence = ActiveSequence(session, ids, model.resolve(options), chat=chat)
-    check_bos(model.tokenizer, ids)
+    sequence = ActiveSequence(session, read, model.resolve(options), chat=chat)
+    check_bos(model.tokenizer, read.ids)
     return sequence
 
 

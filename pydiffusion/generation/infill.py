@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -169,7 +169,9 @@ def lay_out_spans(
 def prompt_of(model: DiffusionModel, layout: Layout, instruction: str | None) -> list[int]:
     """Prompt tokens: the instruction as a user message; without one, the text before the first hole."""
     if instruction is not None:
-        return model.chat_prompt([{"role": "user", "content": instruction}])
+        prompt = model.chat_prompt([{"role": "user", "content": instruction}])
+        assert isinstance(prompt, list)  # there are no images
+        return prompt
     ids = model.tokenize(layout.head)
     if not ids and model.tokenizer.bos_id is not None:
         return [
@@ -181,7 +183,7 @@ def prompt_of(model: DiffusionModel, layout: Layout, instruction: str | None) ->
 
 
 def prepare(
-    model: DiffusionModel, layout: Layout, prompt: Sequence[int], options: GenerationOptions, n_ctx: int
+    model: DiffusionModel, layout: Layout, prompt: Sized, options: GenerationOptions, n_ctx: int
 ) -> ResolvedOptions:
     """Options that generate this layout. Raises ContextOverflowError, OptionError."""
     for name in NOT_AROUND_HOLES:
@@ -190,9 +192,7 @@ def prepare(
     return hold_around(layout, prompt, model.resolve(options), n_ctx)
 
 
-def hold_around(
-    layout: Layout, prompt: Sequence[int], options: ResolvedOptions, n_ctx: int
-) -> ResolvedOptions:
+def hold_around(layout: Layout, prompt: Sized, options: ResolvedOptions, n_ctx: int) -> ResolvedOptions:
     """As ``prepare``, of options that leave to the layout what it sets. Raises ContextOverflowError."""
     n_canvas = options.canvas_length
     needed = len(prompt) + -(-layout.n_tokens // n_canvas) * n_canvas

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pydiffusion import _native
@@ -20,9 +21,20 @@ class NativeModel:
         """The file that the weights are from."""
         return self._open_model().file
 
-    def new_session(self, n_ctx: int) -> _native.Session:
-        """A session with a cache of ``n_ctx`` tokens. Raises InsufficientMemoryError."""
-        return _native.Session(self._open_model(), n_ctx)
+    def new_session(self, n_ctx: int, image_tokens: int = 0) -> _native.Session:
+        """A session with a cache of ``n_ctx`` tokens; image_tokens: most of an image, that it is to have room
+        for. Raises InsufficientMemoryError.
+        """
+        return _native.Session(self._open_model(), n_ctx, image_tokens)
+
+    @property
+    def image_tokens(self) -> dict[str, int]:
+        """Ids of the tokens around and in the place of an image: "image", "begin", "end"; or empty."""
+        return self._open_model().image_tokens
+
+    def new_vision(self, path: Path) -> _native.Vision:
+        """Load a vision tower onto the model's device. Raises as opening a model does."""
+        return _native.Vision(os.fspath(path), self._open_model())
 
     def new_batch(self) -> _native.Batch:
         """A batch, which denoises several sessions in one graph."""

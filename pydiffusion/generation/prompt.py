@@ -1,4 +1,4 @@
-"""The prompt of a generation: text or token ids, encoded into a session."""
+"""The prompt of a generation: text, or token ids and images, encoded into a session."""
 
 from __future__ import annotations
 
@@ -6,29 +6,28 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
+from pydiffusion.vision.prompt import Prompt
 
-from .token_ids import token_array
+from .image_prompt import has_images, read_prompt
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
     from pydiffusion.session import Session
 
-    from .token_ids import TokenIds
+    from .image_prompt import AnyPrompt
 
 
 def prefilled_session(
-    model: DiffusionModel, prompt: str | TokenIds, session: Session | None = None
+    model: DiffusionModel, prompt: str | AnyPrompt, session: Session | None = None
 ) -> Session:
     """A session with the prompt as its tokens: the one given, its cached prefix reused, or a new one.
 
-    Raises TypeError for anything but text or token ids, ValueError for an empty prompt or a session of
-    another model, else as ``Session.prefill``.
+    Raises TypeError for anything but text, token ids and images, ValueError for an empty prompt or a session
+    of another model, else as ``Session.prefill``.
     """
-    ids = prompt_ids(model, prompt)
+    given = given_prompt(model, prompt)
     session = session_for(model, session)
-    session.prefill(ids)
+    session.prefill(given)
     return session
 
 
@@ -44,21 +43,24 @@ def session_for(model: DiffusionModel, session: Session | None) -> Session:
     return session
 
 
-def prompt_ids(model: DiffusionModel, prompt: str | TokenIds) -> npt.NDArray[np.int32]:
-    """The tokens of a prompt, int32 (n,): a text's, or the ids given, also from an iterator.
+def given_prompt(model: DiffusionModel, prompt: str | AnyPrompt) -> Prompt:
+    """A text's tokens, or the token ids and images given, also from an iterator.
 
     Raises TypeError, saying what to call instead, for anything else; ValueError for an empty prompt or an id
-    outside the vocabulary.
+    outside the vocabulary; for images as ``DiffusionModel.encode_image``.
     """
     if isinstance(prompt, str):
         ids: Any = model.tokenize(prompt)
+    elif isinstance(prompt, Prompt):
+        ids = prompt
     else:
         _refuse_others("prompt", prompt)
         ids = prompt if hasattr(prompt, "__len__") else list(prompt)
-        _refuse_several(ids)
+        if not has_images(ids):
+            _refuse_several(ids)
     if len(ids) == 0:
         raise ValueError("the prompt has no tokens")
-    return token_array(ids, model.n_vocab)
+    return read_prompt(model, ids)
 
 
 def check_text(name: str, text: Any) -> None:
@@ -87,6 +89,8 @@ def _refuse_others(name: str, given: Any) -> None:
         instead = "decode it, as in bytes.decode('utf-8')"
     elif isinstance(given, os.PathLike):
         instead = "give the file's text, as from Path.read_text()"
+    elif hasattr(type(given), "getbands"):  # a PIL image
+        instead = "give a list of token ids and images, or call model.chat with it in a message"
     elif _is_message(given):
         instead = "call model.chat([message]) for an answer to messages"
     elif isinstance(given, Mapping) or hasattr(given, "input_ids"):

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pydiffusion.generation.chat_images import n_image_tokens
+
 from .requests import ChatRequest, InfillRequest, Request
 from .shaper import ChatChoice, Choice, FilledChoice, Json, Response, TextChoice
 
 if TYPE_CHECKING:
     from pydiffusion.tokenizer import Tokenizer
+    from pydiffusion.vision.prompt import Prompt
 
 
 class Answer(Response):
@@ -20,7 +23,7 @@ class Answer(Response):
         request: Request,
         model: str,
         tokenizer: Tokenizer,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[list[int] | Prompt],
         heads: Sequence[str] | None = None,
     ) -> None:
         """prompts: one per choice.  heads: text to prepend to each choice (echo)."""
@@ -38,6 +41,7 @@ class Answer(Response):
             include_usage=request.include_usage,
         )
         self._fields["system_fingerprint"] = None
+        self._n_image_tokens = sum(map(n_image_tokens, prompts[:: len(request.options)]))
 
     def _new_choice(self, index: int, n_prompt: int, head: str) -> Choice:
         if isinstance(self._request, ChatRequest):
@@ -53,9 +57,11 @@ class Answer(Response):
         usage = super()._usage()
         thoughts = [choice.reasoning for choice in self._choices]
         n_thought = sum(len(self._tokenizer.tokenize(text, add_bos=False)) for text in thoughts if text)
-        n_cached = sum(choice.n_cached for choice in self._prompts())
+        details = {"cached_tokens": sum(choice.n_cached for choice in self._prompts())}
+        if self._n_image_tokens:
+            details["image_tokens"] = self._n_image_tokens
         return usage | {
-            "prompt_tokens_details": {"cached_tokens": n_cached},
+            "prompt_tokens_details": details,
             "completion_tokens_details": {"reasoning_tokens": min(n_thought, usage["completion_tokens"])},
         }
 

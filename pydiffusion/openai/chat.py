@@ -22,6 +22,7 @@ from .tool_choice import ToolUse, tool_use
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
     from pydiffusion.session import Session
+    from pydiffusion.vision.prompt import Prompt
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
@@ -88,9 +89,9 @@ def _changes(
 
 @dataclass(frozen=True)
 class PreparedChat:
-    """A chat's prompt, token ids, with the options of the answer, and what its tools mean."""
+    """A chat's prompt, with the options of the answer, and what its tools mean."""
 
-    prompt: list[int]
+    prompt: list[int] | Prompt
     options: ResolvedOptions
     use: ToolUse
 

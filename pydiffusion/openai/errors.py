@@ -7,6 +7,7 @@ from typing import Any
 
 from pydiffusion.errors import (
     ContextOverflowError,
+    ImageError,
     InsufficientMemoryError,
     OptionError,
     PyDiffusionError,
@@ -74,7 +75,7 @@ def from_exception(error: BaseException) -> ApiError:
         return ApiError(503, str(error), code="insufficient_memory", headers={"Retry-After": "5"})
     if isinstance(error, OptionError):
         return invalid(str(error)[:_MAX_MESSAGE], field_of(error.param))
-    if isinstance(error, (UnsupportedModelError, ValueError)):
+    if isinstance(error, (ImageError, UnsupportedModelError, ValueError)):
         return invalid(str(error))
     if isinstance(error, PyDiffusionError):
         return ApiError(500, str(error))

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydiffusion.chat.image_parts import ImagePartError, ImageRules, is_image, read_image_part
+
 from .errors import invalid
 
+MAX_IMAGES = 32  # of a request; each takes 8 MB until it is encoded, in more detail several times as much
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """Validate messages. Raises ApiError naming the first invalid one."""
+def check_messages(messages: Any, rules: ImageRules) -> list[dict[str, Any]]:
+    """Validate messages. rules: which images they may name without sending them.
+
+    Returns them with each part that is an image read, as an ImagePart. Raises ApiError naming the first
+    invalid one.
+    """
     if not isinstance(messages, list) or not messages:
         raise invalid("messages must be an array of at least one message", "messages")
     follows_calls = False
@@ -18,7 +25,30 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
         _check(message, f"messages[{i}]", follows_calls)
         if message["role"] != "tool":
             follows_calls = bool(message.get("tool_calls"))
-    return messages
+    read = [_read_images(message, f"messages[{i}].content", rules) for i, message in enumerate(messages)]
+    contents = (message.get("content") for message in read)
+    images = [part for content in contents if isinstance(content, list) for part in content if is_image(part)]
+    if sum(part.size for part in images) > MAX_IMAGES:
+        raise invalid(
+            f"messages have {len(images)} images, permitted are {MAX_IMAGES}, and of those with more detail"
+            " fewer",
+            "messages",
+        )
+    return read
+
+
+def _read_images(message: dict[str, Any], where: str, rules: ImageRules) -> dict[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, list) or not any(map(is_image, content)):
+        return message
+    try:
+        parts = [
+            read_image_part(part, f"{where}[{i}]", rules) if is_image(part) else part
+            for i, part in enumerate(content)
+        ]
+    except ImagePartError as error:
+        raise invalid(str(error), error.where) from None
+    return {**message, "content": parts}
 
 
 def _check(message: Any, where: str, follows_calls: bool) -> None:
@@ -38,6 +68,11 @@ def _check(message: Any, where: str, follows_calls: bool) -> None:
     # missing field is more likely a misspelt name.
     if role != "assistant" and "content" not in message:
         raise invalid(f"{where}.content is missing", f"{where}.content")
+    if message.get("images"):  # of Ollama's API
+        raise invalid(
+            f"{where}.images is not read: give images as parts of content, of type image_url",
+            f"{where}.images",
+        )
     if message.get("tool_calls") is not None:
         _check_calls(message["tool_calls"], f"{where}.tool_calls")
     call_id = message.get("tool_call_id")
@@ -50,8 +85,10 @@ def _check_part(part: Any, where: str) -> None:
     if not isinstance(part, dict):
         raise invalid(f"{where} must be an object", where, "invalid_type")
     kind = part.get("type")
+    if is_image(part):
+        return
     if kind not in ("text", "refusal"):
-        raise invalid(f"{where} is of type {kind!r}; this server reads text only"[:200], where)
+        raise invalid(f"{where} is of type {kind!r}; this server reads text and images"[:200], where)
     if not isinstance(part.get(kind), str):
         raise invalid(f"{where} must have a {kind}, a string", where)
 

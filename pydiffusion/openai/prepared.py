@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydiffusion.errors import PyDiffusionError
+from pydiffusion.chat.image_parts import ImagePartError
+from pydiffusion.errors import InsufficientMemoryError, ModelFormatError, PyDiffusionError
 from pydiffusion.options import ResolvedOptions
 
 from .answers import Answer
@@ -26,14 +27,20 @@ from .tool_choice import ToolUse
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
+    from pydiffusion.vision.prompt import Prompt
 
 
 @dataclass(frozen=True)
 class PreparedRun:
     """One choice of a request: prompt tokens and options."""
 
-    prompt: list[int]
+    prompt: list[int] | Prompt
     options: ResolvedOptions
+
+    @property
+    def first_ids(self) -> list[int]:
+        """The prompt's first two token ids."""
+        return self.prompt[:2] if isinstance(self.prompt, list) else self.prompt.ids[:2].tolist()
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,10 @@ def prepare_chat(body: Any, model: DiffusionModel, terms: Terms) -> Prepared:
     request: ChatRequest = chat_request(body, model, terms)
     try:
         prompt = model.chat_prompt(request.messages, **request.variables)
+    except (InsufficientMemoryError, ModelFormatError):  # the vision file's
+        raise
+    except ImagePartError as error:
+        raise invalid(str(error), error.where) from None
     except (PyDiffusionError, ValueError) as error:  # refused by the template, as a rule
         raise invalid(str(error), "messages") from None
     check_room(model, prompt, "messages")
@@ -99,10 +110,12 @@ PREPARE: Mapping[str, Any] = {
 }
 
 
-def check_room(model: DiffusionModel, tokens: list[int], param: str) -> None:
-    """Raise ApiError for a prompt that is empty or leaves no room for a canvas. param: its field."""
+def check_room(model: DiffusionModel, tokens: list[int] | Prompt, param: str) -> None:
+    """Raise ApiError for a prompt that is empty, leaves no room for a canvas, or has a place for an image and
+    no image. param: its field.
+    """
     room = model.n_ctx - model.canvas_length
-    if not tokens:
+    if len(tokens) == 0:
         raise invalid(f"{param} has no tokens", param)
     if len(tokens) > room:
         raise invalid(
@@ -111,6 +124,14 @@ def check_room(model: DiffusionModel, tokens: list[int], param: str) -> None:
             param,
             "context_length_exceeded",
         )
+    if isinstance(tokens, list) and model.vision is not None:
+        token = model.native.image_tokens["image"]
+        if token in tokens:
+            raise invalid(
+                f"{param} has the image token, {token}, at {tokens.index(token)} and no image for it: send"
+                " images as parts of messages to /v1/chat/completions",
+                param,
+            )
 
 
 def _prepared(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pydiffusion.chat.image_parts import ImageRules
 from pydiffusion.chat.messages import template_variables
 from pydiffusion.errors import OptionError
 from pydiffusion.options import GenerationOptions, ResolvedOptions
@@ -47,6 +48,8 @@ ENDPOINTS = {
     "/v1/completions": _COMPLETION,
     "/v1/infill": _INFILL,
 }
+#: Of a server: a client sends the bytes of its images.
+NO_FILES = ImageRules(files=False, how_to_permit="send a data URL (data:image/png;base64,...)")
 _NO_THINKING = ("none",)
 _EFFORTS = (*_NO_THINKING, "minimal", "low", "medium", "high", "xhigh")
 
@@ -77,11 +80,13 @@ class Terms:
     names: of its model, the first for responses; any other name stands for it too.
     strict: refuse such names, and fields without effect.
     special: control tokens spelled out in prompt texts are such by default.
+    images: which images messages may name without sending them.
     """
 
     names: tuple[str, ...]
     strict: bool = False
     special: bool = False
+    images: ImageRules = NO_FILES
 
 
 @dataclass
@@ -131,7 +136,7 @@ def chat_request(body: Any, model: DiffusionModel, terms: Terms) -> ChatRequest:
             options=options,
             unenforced=_unenforced(options[0], model),
             ignored=found.ignored,
-            messages=check_messages(fields.get("messages")),
+            messages=check_messages(fields.get("messages"), terms.images),
             variables=variables,
             use=use,
         )

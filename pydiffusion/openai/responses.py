@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydiffusion.errors import OptionError
 from pydiffusion.events import DraftEvent
 from pydiffusion.generation.infill import Layout, lay_out_suffix, prepare
-from pydiffusion.generation.prompt import prompt_ids, session_for
+from pydiffusion.generation.prompt import given_prompt, session_for
 from pydiffusion.options import GenerationOptions, ResolvedOptions
 
 from .call import Call
@@ -26,14 +26,14 @@ from .tool_choice import ToolUse, cut_after_call
 
 if TYPE_CHECKING:
     from pydiffusion.events import Event
-    from pydiffusion.generation.token_ids import TokenIds
+    from pydiffusion.generation.image_prompt import AnyPrompt
     from pydiffusion.model import DiffusionModel
     from pydiffusion.session import Session
 
 
 def create_completion(
     diffusion_model: DiffusionModel,
-    prompt: str | TokenIds,
+    prompt: str | AnyPrompt,
     /,
     *,
     suffix: str | None = None,
@@ -68,7 +68,8 @@ def create_completion(
     """
     call = Call(diffusion_model, options, n, seed, response_format, stream, stream_options)
     limit = token_limit(diffusion_model, max_tokens)
-    ids = prompt_ids(diffusion_model, prompt)
+    read = given_prompt(diffusion_model, prompt)
+    ids = read.ids
     session = session_for(diffusion_model, session)
     layout = None
     if suffix is None or suffix == "":
@@ -77,7 +78,7 @@ def create_completion(
         layout, chosen = _around_suffix(call, suffix, limit, ids.tolist(), session.n_ctx)
     head = "" if not echo else prompt if isinstance(prompt, str) else diffusion_model.detokenize(ids)
     choices = [_text_choice(call, i, len(ids), head, layout, stop) for i in range(n)]
-    return _respond(call, model, choices, _reports(call, session, ids, chosen, session.generate), chat=False)
+    return _respond(call, model, choices, _reports(call, session, read, chosen, session.generate), chat=False)
 
 
 def create_chat_completion(
@@ -155,7 +156,7 @@ def _chat_events(session: Session, use: ToolUse, options: ResolvedOptions) -> It
 def _reports(
     call: Call,
     session: Session,
-    prompt: TokenIds,
+    prompt: AnyPrompt,
     options: ResolvedOptions,
     generate: Callable[[ResolvedOptions], Iterator[Event]],
 ) -> Iterator[tuple[int, Report]]:

@@ -8,7 +8,7 @@ import difflib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from pydiffusion.chat.image_parts import ImageRules
 from pydiffusion.openai.answers import Answer
 from pydiffusion.openai.errors import ApiError, from_exception
 from pydiffusion.openai.prepared import PREPARE, Prepared
@@ -24,6 +25,7 @@ from pydiffusion.openai.reports import Failed, Finished, Report
 from pydiffusion.openai.requests import ENDPOINTS, ChatRequest, Terms
 
 from .access import Access, clean_host, clean_key, clean_origin
+from .fetching import Fetcher
 from .guard import Guard, PrivateNetwork
 from .http import KEEP_ALIVE_SECONDS, EventStream, read_json, to_json, unless_disconnected
 from .jobs import Job
@@ -41,6 +43,10 @@ HEALTH_PATHS = (
     "/health", "/v1/health", "/healthz", "/ping", "/livez", "/health/live", "/v1/health/live",
 )  # fmt: skip
 READY_PATHS = ("/v1/health/ready", "/health/ready", "/ready", "/readyz")
+_NO_FETCHING = ImageRules(
+    files=False,
+    how_to_permit="send a data URL (data:image/png;base64,...), or start it with --allow-image-urls",
+)
 _PATHS = (*ENDPOINTS, "/v1/models", "/metrics", *HEALTH_PATHS, *READY_PATHS)
 # Paths that need no API key: the page asks for it itself.
 OPEN_PATHS = frozenset((*HEALTH_PATHS, *READY_PATHS, *PAGE_PATHS))
@@ -50,6 +56,8 @@ _NOT_SERVED = (
     "/detokenize", "/apply-template", "/rerank",
 )  # fmt: skip
 _READ = ["GET", "HEAD"]
+_MAX_BODY = 8 << 20
+_MAX_BODY_WITH_IMAGES = 32 << 20  # several photographs of a phone, in base64
 _MAX_TOLD = 1000  # names of ignored fields that are logged at most
 
 
@@ -60,6 +68,8 @@ class Settings:
     cors: origins whose pages may use the server.  allowed_hosts: names that it has besides the machine's own.
     strict: refuse fields without effect, and names of other models.
     special: control tokens in the prompt texts of completions are such, unless the request says otherwise.
+    max_body: bytes of a request; None: 8 MiB, 32 MiB if the model reads images.
+    fetch_images: get images that requests name by http(s) URLs.
     """
 
     api_key: str | None = None
@@ -67,11 +77,12 @@ class Settings:
     n_parallel: int = 4
     n_sessions: int = 4
     timeout: float | None = 600.0
-    max_body: int = 8 * 1024 * 1024
+    max_body: int | None = None
     cors: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     strict: bool = False
     special: bool = False
+    fetch_images: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for a key, an origin or a host name that no request could have."""
@@ -79,6 +90,11 @@ class Settings:
             object.__setattr__(self, "api_key", clean_key(self.api_key, "the API key"))
         object.__setattr__(self, "cors", tuple(map(clean_origin, self.cors)))
         object.__setattr__(self, "allowed_hosts", tuple(map(clean_host, self.allowed_hosts)))
+
+    def body_limit(self, model: DiffusionModel) -> int:
+        """Bytes of the largest request."""
+        default = _MAX_BODY if model.vision is None else _MAX_BODY_WITH_IMAGES
+        return default if self.max_body is None else self.max_body
 
 
 class JsonResponse(Response):
@@ -112,7 +128,7 @@ def create_app(model: DiffusionModel, settings: Settings | None = None) -> FastA
     for path in READY_PATHS:
         app.add_api_route(path, endpoints.ready, methods=_READ)
     app.add_api_route("/metrics", endpoints.metrics_page, methods=_READ)
-    add_page(app)
+    add_page(app, settings.body_limit(model))
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     access = Access(settings.api_key, settings.cors, settings.allowed_hosts)
@@ -136,27 +152,34 @@ class _Endpoints:
         self._model = model
         self._settings = settings
         self._scheduler = scheduler
+        self._max_body = settings.body_limit(model)
         self._started = int(time.time())
         self._told: set[str] = set()
         self.metrics = Metrics(_PATHS)
         # A client may call the model by its name or by that of its file.
         names = tuple(dict.fromkeys((model.path.stem, model.path.name, model.name)))
-        self._terms = Terms(names, strict=settings.strict, special=settings.special)
+        self._terms = Terms(names, settings.strict, settings.special, _NO_FETCHING)
 
     def generation(self, path: str) -> Callable[[Request], Awaitable[Response]]:
         """The endpoint of a path that generates."""
 
         async def endpoint(request: Request) -> Response:
-            body = await read_json(request, self._settings.max_body)
-            prepared = await asyncio.to_thread(PREPARE[path], body, self._model, self._terms)
+            body = await read_json(request, self._max_body)
+            prepared = await asyncio.to_thread(PREPARE[path], body, self._model, self._terms_of_request())
             self._log_flaws(prepared)
             return await self._answer(request, prepared)
 
         return endpoint
 
+    def _terms_of_request(self) -> Terms:
+        """The server's terms, with a time limit of this request's for what it has fetched."""
+        if not self._settings.fetch_images:
+            return self._terms
+        return replace(self._terms, images=ImageRules(files=False, fetch=Fetcher().fetch))
+
     def _log_flaws(self, prepared: Prepared) -> None:
         """Log problems of requests that are answered anyway, each problem once."""
-        flaws = {flaw for run in prepared.runs if (flaw := self._model.tokenizer.bos_flaw(run.prompt))}
+        flaws = {flaw for run in prepared.runs if (flaw := self._model.tokenizer.bos_flaw(run.first_ids))}
         flaws |= {f"request field {name[:100]!r} has no effect here" for name in prepared.request.ignored}
         for flaw in sorted(flaws - self._told):
             if len(self._told) < _MAX_TOLD:
@@ -236,6 +259,7 @@ class _Endpoints:
             "owned_by": "pydiffusion",
             "context_length": self._model.n_ctx,
             "canvas_length": self._model.canvas_length,
+            "vision": self._model.vision is not None,
         }
 
     async def health(self) -> Response:

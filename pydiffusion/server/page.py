@@ -14,10 +14,11 @@ _FILES = {
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/heatmap.js": ("heatmap.js", "text/javascript; charset=utf-8"),
+    "/images.js": ("images.js", "text/javascript; charset=utf-8"),
 }
 PAGE_PATHS = tuple(_FILES)
 _HEADERS = {
-    # Nothing from other hosts, nothing inline; the page's icon is an empty data URL.
+    # Nothing from other hosts, nothing inline; the page's icon and the images are data URLs.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
     " img-src data:; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -26,10 +27,15 @@ _HEADERS = {
 }
 
 
-def add_page(app: FastAPI) -> None:
-    """Serve the page."""
+def add_page(app: FastAPI, max_body: int) -> None:
+    """Serve the page.
+
+    max_body: bytes of the largest request body, which the page is told: a server that answers before it has
+    read all of a body closes the connection, and browsers then show no answer.
+    """
     for path, (name, media_type) in _FILES.items():
-        app.add_api_route(path, _endpoint((_FOLDER / name).read_bytes(), media_type), methods=["GET", "HEAD"])
+        content = (_FOLDER / name).read_bytes().replace(b"MAX_BODY", b"%d" % max_body)
+        app.add_api_route(path, _endpoint(content, media_type), methods=["GET", "HEAD"])
 
 
 def _endpoint(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:

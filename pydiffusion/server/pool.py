@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pydiffusion.errors import InsufficientMemoryError
-from pydiffusion.generation.token_ids import common_prefix
+from pydiffusion.generation.image_prompt import cached_length, read_prompt
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
     from pydiffusion.session import Session
+    from pydiffusion.vision.prompt import Prompt
 
 
 class SessionPool:
@@ -23,16 +22,16 @@ class SessionPool:
         self.size = 0
         self._idle: list[Session] = []  # least recently used first
 
-    def take(self, prompt: list[int]) -> Session:
-        """Take a session for these tokens; return it with ``give_back``. At most ``size_limit`` may be in
+    def take(self, prompt: list[int] | Prompt) -> Session:
+        """Take a session for this prompt; return it with ``give_back``. At most ``size_limit`` may be in
         use.
 
         Prefers the idle session with the longest common prefix; creates a new one, while allowed, rather than
         discard most of another conversation's cache. Raises InsufficientMemoryError if none is idle and
         memory for another one can't be allocated.
         """
-        wanted = np.asarray(prompt, dtype=np.int32)
-        shared = [common_prefix(session.tokens, wanted) for session in self._idle]
+        wanted = read_prompt(self._model, prompt)
+        shared = [cached_length(session, wanted) for session in self._idle]
         best = max(range(len(shared)), key=shared.__getitem__, default=None)
         if best is not None and 2 * shared[best] >= self._idle[best].n_past:
             return self._idle.pop(best)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from pydiffusion.errors import GenerationCancelled, InsufficientMemoryError
 from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
 from pydiffusion.generation.batching import Batch
+from pydiffusion.generation.image_prompt import session_keys
 from pydiffusion.generation.token_ids import common_prefix
 from pydiffusion.openai.errors import ApiError, from_exception
 from pydiffusion.openai.reports import Failed, Finished, Prefilled, up_to_first_call
@@ -28,6 +29,9 @@ from .pool import SessionPool
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
     from pydiffusion.session import Session
+
+
+_MAX_IMAGE_BYTES = 2 << 30  # of the images of waiting requests
 
 
 class Counters:
@@ -103,7 +107,9 @@ class Scheduler:
             if self._closing:
                 raise _going_down()
             n_free = max(0, self.n_parallel - len(self._active))  # slots that the thread is about to fill
-            if len(self._queue) >= self.max_queue + n_free:
+            n_bytes = sum(waiting.n_image_bytes for waiting in self._queue) + job.n_image_bytes
+            is_full = bool(self._queue and job.n_image_bytes) and n_bytes > _MAX_IMAGE_BYTES
+            if len(self._queue) >= self.max_queue + n_free or is_full:
                 seconds = math.ceil(self._seconds_per_job * (len(self._queue) + 1) / self.n_parallel)
                 raise ApiError(
                     429,
@@ -217,7 +223,10 @@ class Scheduler:
         prompt = job.runs[job.n_begun].prompt
         for sequence in job.in_flight:
             at_prompt = sequence.run.prompt == prompt and sequence.session.n_past == sequence.n_prompt
-            if at_prompt and common_prefix(session.tokens, sequence.session.tokens) < sequence.n_prompt:
+            if not at_prompt:
+                continue
+            held, wanted = session_keys(session), session_keys(sequence.session)
+            if common_prefix(held, wanted) < sequence.n_prompt:
                 session.copy(sequence.session)
                 return
 

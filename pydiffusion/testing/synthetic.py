@@ -17,10 +17,11 @@ import numpy as np
 from pydiffusion import _native
 from pydiffusion._util import atomic
 from pydiffusion._util.cpus import available_cpus
-from pydiffusion.convert.architectures.diffusion_gemma.config import DEFAULT_SAMPLER, TextConfig
+from pydiffusion.convert.architectures.diffusion_gemma.config import DEFAULT_SAMPLER, DEFAULTS, TextConfig
 from pydiffusion.convert.architectures.diffusion_gemma.metadata import model_metadata
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import KINDS, shapes
 from pydiffusion.convert.checkpoint.tensor_map import split_name
+from pydiffusion.convert.checkpoint.tokenizer_files import IMAGE_TOKENS
 from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT, Placed, Value, align, pack_header
 from pydiffusion.convert.gguf.model_keys import u32
 from pydiffusion.convert.gguf.tensor_types import LARGEST_BLOCK
@@ -58,6 +59,8 @@ def _shape(n_layer: int, full_every: int, **sizes: int) -> TextConfig:
         canvas_length=256,
         tied=True,
         token_ids={},
+        bidirectional_images=True,
+        image_token_ids={key: DEFAULTS[key] for key in IMAGE_TOKENS if DEFAULTS[key] < sizes["vocab"]},
     )
 
 

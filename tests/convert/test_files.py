@@ -114,6 +114,7 @@ def test_model_metadata(f32_file: GGUFReader) -> None:
         own + "attention.sliding_window_pattern": ("ARRAY/BOOL", [True, True, True, False]),
         own + "attention.layer_norm_rms_epsilon": ("FLOAT32", np.float32(1e-6)),
         own + "attention.causal": ("BOOL", False),
+        own + "attention.bidirectional": ("STRING", "vision"),
         own + "rope.freq_base": ("FLOAT32", 1e6),
         own + "rope.freq_base_swa": ("FLOAT32", 1e4),
         own + "rope.dimension_count": ("UINT32", 128),

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, quants
 from support import checkpoint_folders as folders
+from support.gguf_mutator import STRING, U32, read_gguf
+from support.vision_folders import TOWER, make_folder, vision_weights
 
 from pydiffusion.cli import main
-from pydiffusion.convert import convert, verify
+from pydiffusion.convert import convert, convert_mmproj, verify
 from pydiffusion.errors import ConversionError
 
 
@@ -94,3 +96,40 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         verify(tmp_path / "nothing.gguf")
     with pytest.raises(ConversionError, match="no such file; give a GGUF"):
         verify(path, against=tmp_path / "nothing.gguf")
+
+
+@pytest.mark.parametrize("type", ["bf16", "f32", "q8_0"])
+def test_vision_files_verify(type: str, tmp_path: Path) -> None:
+    weights = vision_weights()
+    weights[f"{TOWER}encoder.layers.0.mlp.up_proj.input_max"] = np.array(np.inf, np.float32)
+    made, path = make_folder(tmp_path / "made", weights), tmp_path / "v.gguf"
+    convert_mmproj(made, path, type)
+    assert verify(path, made).problems == verify(path).problems == []
+    damage(path, "v.blk.0.ffn_up.input_max", struct.pack("<f", 3.0))
+    damage(path, "v.blk.1.ffn_up.weight", b"\x00\x55" * 2000)
+    named = [problem.split(":")[0] for problem in verify(path, made).problems]
+    assert named == ["v.blk.0.ffn_up.input_max", "v.blk.1.ffn_up.weight"]
+
+
+def test_the_keys_of_vision_files_are_compared(tmp_path: Path) -> None:
+    made = make_folder(tmp_path / "made")
+    convert_mmproj(made, tmp_path / "v.gguf")
+    file = read_gguf(tmp_path / "v.gguf")
+    file.drop("clip.vision.max_soft_tokens")  # other writers' files, which stand for 280, the checkpoint's
+    assert verify(file.write(tmp_path / "w.gguf"), made).problems == []
+    file.set("clip.vision.max_soft_tokens", U32, 140)
+    file.set("clip.vision.projector.scale_factor", U32, 2)
+    problems = verify(file.write(tmp_path / "w.gguf"), made).problems
+    assert [problem.split("'")[1] for problem in problems] == [
+        "clip.vision.projector.scale_factor",
+        "clip.vision.max_soft_tokens",
+    ]
+
+
+def test_files_from_before_the_keys_of_images_verify(folder: Path, tmp_path: Path) -> None:
+    convert(folder, tmp_path / "m.gguf", "f32")
+    file = read_gguf(tmp_path / "m.gguf")
+    file.drop("diffusion-gemma.attention.bidirectional")
+    assert verify(file.write(tmp_path / "old.gguf"), folder).problems == []
+    file.set("diffusion-gemma.attention.bidirectional", STRING, "none")
+    assert len(verify(file.write(tmp_path / "other.gguf"), folder).problems) == 1

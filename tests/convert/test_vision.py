@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from gguf import GGUFReader
 from support import checkpoint_folders as folders
 from support.gguf_files import read_tensors
+from support.gguf_mutator import STRING, read_gguf
 from support.vision_folders import (
     FF,
     HEADS,
@@ -19,6 +21,7 @@ from support.vision_folders import (
     PROJECTION,
     TOWER,
     D,
+    make_folder,
     vision_config,
     vision_weights,
 )
@@ -27,12 +30,6 @@ from support.vision_towers import names_by_the_table
 from pydiffusion.cli import main
 from pydiffusion.convert import convert, convert_mmproj
 from pydiffusion.errors import ConversionError
-
-
-def make_folder(path: Path, tensors: dict[str, np.ndarray] | None = None, **changes: object) -> Path:
-    config = folders.model_config() | {"vision_config": vision_config(**changes)}
-    weights = folders.weights() | (vision_weights() if tensors is None else tensors)
-    return folders.make_folder(path, tensors=weights, config=config)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +83,7 @@ def test_metadata(folder: Path, tmp_path: Path) -> None:
         keys.ClipVision.Attention.HEAD_COUNT: HEADS,
         keys.ClipVision.Projector.SCALE_FACTOR: 3,
         keys.ClipVision.USE_GELU: True,
+        "clip.vision.max_soft_tokens": 280,
         keys.ClipVision.IMAGE_MEAN: [0.0] * 3,
         keys.ClipVision.IMAGE_STD: [1.0] * 3,
     }
@@ -106,13 +104,9 @@ def test_optional_parts_and_types(tmp_path: Path) -> None:
         n: v for n, v in vision_weights().items() if "std_" not in n and not n.endswith(("_min", "_max"))
     }
     made = make_folder(tmp_path / "plain", plain, standardize=False, use_clipped_linears=False)
-    folders.write_json(
-        made / "preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 2]}
-    )
     convert_mmproj(made, tmp_path / "v.gguf", "q8_0")
     reader = GGUFReader(tmp_path / "v.gguf")
     assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F32", "Q8_0"}
-    assert reader.get_field("clip.vision.image_mean").contents() == [0.5, 0.5, 0.5]
     infinite = vision_weights()
     infinite[f"{TOWER}encoder.layers.0.mlp.up_proj.input_max"] = np.array(np.inf, np.float32)
     convert_mmproj(make_folder(tmp_path / "infinite", infinite), tmp_path / "i.gguf")
@@ -130,9 +124,21 @@ def test_optional_parts_and_types(tmp_path: Path) -> None:
         (lambda w: w[PROJECTION].__setitem__((1, 1), np.nan), {}, "mm.input_projection.weight.*NaN"),
         (None, {"hidden_activation": "silu"}, "hidden_activation"),
         (None, {"num_key_value_heads": 2}, "num_key_value_heads"),
+        (None, {"num_key_value_heads": None}, "num_key_value_heads' = 12, the reference's default"),
         (None, {"head_dim": 3}, "head_dim"),
+        (None, {"head_dim": 6}, "'head_dim' of 6 is no multiple of 4"),
+        (
+            None,
+            {"head_dim": None},
+            "self_attn.q_proj.linear.weight' has the shape",
+        ),  # of 16, not the class's 64
         (None, {"rope_parameters": {"rope_theta": 10000.0}}, "rope_theta"),
+        (None, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
+        (None, {"rope_parameters": {"factor": 4.0}}, "'factor' is not supported"),
+        (None, {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling"),
+        (None, {"rope_theta": 50.0}, "rope_theta"),
         (None, {"model_type": "siglip_vision_model"}, "model_type"),
+        (None, {"pooling_kernel_size": 32}, "too large for images of 280 soft tokens"),
     ],
 )
 def test_refusals(tmp_path: Path, spoil: object, changes: dict, message: str) -> None:
@@ -140,9 +146,26 @@ def test_refusals(tmp_path: Path, spoil: object, changes: dict, message: str) ->
     if spoil is not None:
         spoil(tensors)
     made = make_folder(tmp_path / "made", tensors, **changes)
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(ConversionError, match=message.replace("(", r"\(")):
         convert_mmproj(made, tmp_path / "v.gguf")
     assert not (tmp_path / "v.gguf").exists()
+
+
+def test_defaults_and_keys_that_were_not_read(tmp_path: Path) -> None:
+    """Of vision_config: older files call the rotation default, and Google's has keys that nobody reads."""
+    changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 100}, "default_output_length": 280}
+    made = make_folder(tmp_path / "made", **changes, window_size=7, torch_dtype="bfloat16")
+    notes = convert_mmproj(made, tmp_path / "v.gguf").notes
+    assert [note for note in notes if "not read" in note] == [
+        "config.json: vision_config: keys that were not read: 'window_size'"
+    ]
+    # A head of 64, the class's, is right for one head of the toy's 64 elements.
+    tensors = vision_weights()
+    for name in [name for name in tensors if name.endswith(("q_norm.weight", "k_norm.weight"))]:
+        tensors[name] = np.ones(D, np.float32)
+    one = make_folder(tmp_path / "one", tensors, num_attention_heads=1, num_key_value_heads=1, head_dim=None)
+    notes = convert_mmproj(one, tmp_path / "one.gguf").notes
+    assert any("head_dim = 64" in note for note in notes)
 
 
 def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +175,39 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "mmproj-small-bf16.gguf").read_bytes() == (tmp_path / "v.gguf").read_bytes()
     assert main(["convert", str(folder), "--mmproj", "--type", "q4_k_m"]) == 2
     assert main(["convert", str(folder), "--mmproj", "--pad"]) == 2
+
+
+def test_inspect(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert_mmproj(folder, tmp_path / "v.gguf")
+    assert main(["inspect", str(tmp_path / "v.gguf"), "--json"]) == 0
+    images = json.loads(capsys.readouterr().out)["images"]
+    assert images.pop("is_supported") and images.pop("projector") == "gemma4v"
+    assert images == {
+        "n_layers": LAYERS,
+        "n_embd": D,
+        "n_heads": HEADS,
+        "projection_dim": folders.D,
+        "patch_size": PATCH,
+        "pooling": 3,
+        "max_soft_tokens": 280,
+    }
+    file = read_gguf(tmp_path / "v.gguf")
+    file.drop("clip.vision.max_soft_tokens")
+    file.drop("clip.vision.patch_size")
+    assert main(["inspect", str(file.write(tmp_path / "w.gguf"))]) == 0
+    assert "patches of ? x ? pixels, 3 x 3 of them a soft token, at most 280" in capsys.readouterr().out
+    file.set("clip.vision.projector_type", STRING, "qwen3vl_merger")
+    assert main(["inspect", str(file.write(tmp_path / "w.gguf"))]) == 0
+    assert "projector 'qwen3vl_merger'; only 'gemma4v' is supported" in capsys.readouterr().out
+
+
+def test_inspect_shows_the_tokens_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = folders.model_config() | {"image_token_id": 9, "boi_token_id": 7, "eoi_token_id": None}
+    convert(folders.make_folder(tmp_path / "text", config=config), tmp_path / "t.gguf", "f16")
+    assert main(["inspect", str(tmp_path / "t.gguf")]) == 0
+    shown = capsys.readouterr().out.partition("Images\n")[2]
+    assert f"image_token_id 9: {folders.SPECIALS[9]!r}" in shown and "both ways" in shown
+    assert f"image_begin_token_id 7: {folders.SPECIALS[7]!r}" in shown and "image_end" not in shown
 
 
 @pytest.mark.reference

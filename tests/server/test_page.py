@@ -11,7 +11,7 @@ import pytest
 from support import chromium
 from support.server_fakes import ScriptedModel, script, serving
 
-PATHS = ("/", "/page.css", "/page.js", "/heatmap.js")
+PATHS = ("/", "/page.css", "/page.js", "/heatmap.js", "/images.js")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_the_page_loads_nothing_from_other_hosts(url: str) -> None:
 
 def test_the_page_needs_no_key_but_the_api_does(model: ScriptedModel) -> None:
     with serving(model, api_key="k") as (url, _):
-        assert [httpx.get(url + path).status_code for path in PATHS] == [200] * 4
+        assert [httpx.get(url + path).status_code for path in PATHS] == [200] * len(PATHS)
         assert httpx.post(url + "/v1/chat/completions", json={}).status_code == 401
 
 
@@ -125,7 +125,7 @@ def test_a_chat_in_the_browser(browser: chromium.Browser, model: ScriptedModel, 
     assert browser.run("messages.length") == 4
     assert browser.complaints == []
     assert {address.partition("/v1")[0].rstrip("/") for address in browser.requests} <= {
-        url, url + "/page.css", url + "/page.js", url + "/heatmap.js", url + "/health", "data:,",
+        *(url + path.rstrip("/") for path in PATHS), url + "/health", "data:,",
     }  # fmt: skip
 
 

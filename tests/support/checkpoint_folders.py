@@ -54,12 +54,12 @@ def text_config(shape: str = "saved") -> dict[str, Any]:
         "sliding_window": 16,
         "tie_word_embeddings": True,
         "top_k_experts": 2,
-        "use_bidirectional_attention": None,
+        "use_bidirectional_attention": "vision",
         "vocab_size": VOCAB,
     }
     if shape == "google":
         config |= {"global_head_dim": GLOBAL_HEAD_DIM, "num_global_key_value_heads": GLOBAL_KV}
-        config |= {"attention_k_eq_v": True, "use_bidirectional_attention": "vision"}
+        config |= {"attention_k_eq_v": True}
     else:
         config["per_layer_config"] = {"3": {"head_dim": GLOBAL_HEAD_DIM, "num_key_value_heads": GLOBAL_KV}}
     return config

@@ -23,6 +23,7 @@ from pydiffusion.model import DiffusionModel
 from pydiffusion.server.app import Settings
 from pydiffusion.server.run import Server
 from pydiffusion.tokenizer import Tokenizer, TokenType
+from pydiffusion.vision.methods import ModelVision
 
 CANVAS = 64
 TEMPLATE = (
@@ -64,6 +65,8 @@ def metadata() -> dict[str, Any]:
 class ScriptedModel(DiffusionModel):
     """``script`` gives the answers; a canvas takes ``steps``, each of ``step_seconds``."""
 
+    vision = None
+
     def __init__(self, script: Script, *, n_ctx: int = 1024, steps: int = 3) -> None:
         self.script = script
         self.steps = steps
@@ -77,6 +80,7 @@ class ScriptedModel(DiffusionModel):
         self.n_ctx = self.n_ctx_train = n_ctx
         self.native = ScriptedWeights(self)  # type: ignore[assignment]
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
+        self._vision = ModelVision(self, self.native, None)
         self._chat_template = None
         self._lock = threading.Lock()
         self._automata = {}
@@ -88,7 +92,9 @@ class ScriptedWeights:
     def __init__(self, model: ScriptedModel) -> None:
         self._model = model
 
-    def new_session(self, n_ctx: int) -> ScriptedNative:
+    image_tokens: dict[str, int] = {}  # noqa: RUF012
+
+    def new_session(self, n_ctx: int, image_tokens: int = 0) -> ScriptedNative:
         return ScriptedNative(self._model, n_ctx)
 
     def new_batch(self) -> ScriptedBatch:
@@ -115,6 +121,7 @@ class ScriptedNative:
         self._model = model
         self.n_ctx = n_ctx
         self._ids: list[int] = []
+        self.images: list[tuple[int, int, bytes]] = []
         self._cancelled = threading.Event()
         self._steps: list[SimpleNamespace] = []
 
@@ -129,19 +136,21 @@ class ScriptedNative:
     def cancel(self) -> None:
         self._cancelled.set()
 
-    def encode(self, ids: np.ndarray, return_hidden: bool = False, progress: Any = None) -> None:
+    def encode(self, ids: np.ndarray, images: Any, return_hidden: bool = False, progress: Any = None) -> None:
         self._enter()
         if self.n_past + len(ids) > self.n_ctx:
             raise ContextOverflowError("too long")
+        self.images += [(self.n_past + begin, len(features), key) for begin, features, key in images]
         self._ids += ids.tolist()
 
     def truncate(self, n: int) -> None:
         self._enter()
         del self._ids[n:]
+        self.images = [image for image in self.images if image[0] < n]
 
     def copy_from(self, source: ScriptedNative) -> None:
         self._enter()
-        self._ids = source._ids.copy()
+        self._ids, self.images = source._ids.copy(), source.images.copy()
 
     def begin(self, *, max_tokens: int, steps: int, eos: list[int], **_: Any) -> None:
         self._enter()

@@ -212,7 +212,7 @@ def test_numbers_of_numpy_in_a_call_s_arguments() -> None:
         ([{"role": "user", "content": {"Hi"}}], r"messages\[0\] holds a set"),
         ([{"role": "user", "content": 5}], r"messages\[0\] has a content of int"),
         ([{"role": "user", "content": ["Hi"]}], r"content\[0\] is of type 'str'"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], r"content\[0\] is of type 'image_url'"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], r"content\[0\]: must have image_url"),
         ([SimpleNamespace(role="user", content="Hi")], r"messages\[0\] must be a dict"),
     ],
 )

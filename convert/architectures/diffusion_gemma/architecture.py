@@ -10,7 +10,11 @@ from pydiffusion.convert.architectures.diffusion_gemma.config import (
     read_text_config,
 )
 from pydiffusion.convert.architectures.diffusion_gemma.inventory import plan_tensors
-from pydiffusion.convert.architectures.diffusion_gemma.metadata import model_metadata, read_metadata
+from pydiffusion.convert.architectures.diffusion_gemma.metadata import (
+    implied_keys,
+    model_metadata,
+    read_metadata,
+)
 from pydiffusion.convert.architectures.diffusion_gemma.vision import plan_mmproj
 
 
@@ -30,4 +34,5 @@ DIFFUSION_GEMMA = Architecture(
     metadata=read_metadata,
     tensors=plan_tensors,
     mmproj=plan_mmproj,
+    implied=implied_keys,
 )

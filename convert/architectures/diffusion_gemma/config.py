@@ -6,7 +6,7 @@ has one (:data:`DEFAULTS`), with a note in the report.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +18,7 @@ from pydiffusion._util.sampler_options import (
     SamplerOption,
 )
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
+from pydiffusion.convert.checkpoint.tokenizer_files import IMAGE_TOKENS
 from pydiffusion.errors import ConversionError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -45,6 +46,9 @@ DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
         "full_layer_every": 6,
         "tie_word_embeddings": True,
         "use_bidirectional_attention": None,
+        "image_token_id": 258_880,
+        "boi_token_id": 255_999,
+        "eoi_token_id": 258_882,
     }
 )
 # Our options that have another name in generation_config.json.
@@ -65,11 +69,10 @@ _ONLY = MappingProxyType(
 # Keys that don't affect inference.
 _IRRELEVANT = frozenset(
     {
-        "_name_or_path", "attention_dropout", "boi_token_id", "bos_token_id",
-        "chunk_size_feed_forward", "dtype", "eoi_token_id", "eos_token_id", "id2label", "image_token_id",
-        "initializer_range", "is_encoder_decoder", "label2id", "output_attentions", "quantization_config",
-        "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "torch_dtype",
-        "transformers_version", "use_cache", "video_token_id", "vision_config",
+        "_name_or_path", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",
+        "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder", "label2id",
+        "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "quantization_config",
+        "return_dict", "torch_dtype", "transformers_version", "use_cache", "video_token_id", "vision_config",
         "vision_soft_tokens_per_image", "vocab_size_per_layer_input",
     }
 )  # fmt: skip
@@ -80,7 +83,7 @@ class TextConfig:
     """Hyperparameters of the text model.
 
     ``sliding`` and ``num_key_value_heads`` have one entry per layer; ``head_dim`` is that of the sliding
-    layers.
+    layers. ``image_token_ids`` has those of ``IMAGE_TOKENS`` that are tokens of the vocabulary.
     """
 
     vocab_size: int
@@ -104,6 +107,8 @@ class TextConfig:
     canvas_length: int
     tied: bool
     token_ids: dict[str, Any]  # bos_token_id, eos_token_id, pad_token_id where the config names them
+    bidirectional_images: bool = False  # an image's soft tokens attend to each other both ways
+    image_token_ids: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,8 +136,9 @@ def read_text_config(top: Fields) -> TextConfig:
     text.one_of("model_type", ("diffusion_gemma_text",))
     text.one_of("hidden_activation", (DEFAULTS["hidden_activation"],), DEFAULTS["hidden_activation"])
     text.one_of("attention_bias", (False,), DEFAULTS["attention_bias"])
-    # "vision" lets image tokens attend to each other; without images it has no effect.
-    text.one_of("use_bidirectional_attention", (None, "vision"), DEFAULTS["use_bidirectional_attention"])
+    bidirectional = text.one_of(
+        "use_bidirectional_attention", (None, "vision"), DEFAULTS["use_bidirectional_attention"]
+    )
     for key, accepted in _ONLY.items():
         text.accept_if_there(key, accepted)
     tied = top.boolean("tie_word_embeddings", DEFAULTS["tie_word_embeddings"])
@@ -150,8 +156,9 @@ def read_text_config(top: Fields) -> TextConfig:
             )
     rope = _read_rope(text, heads.global_head_dim)
     num_experts = text.integer("num_experts", maximum=_MAX_EXPERTS)
+    vocab_size = text.integer("vocab_size", minimum=2, maximum=_MAX_VOCAB)
     config = TextConfig(
-        vocab_size=text.integer("vocab_size", minimum=2, maximum=_MAX_VOCAB),
+        vocab_size=vocab_size,
         hidden_size=text.integer("hidden_size", maximum=_MAX_HIDDEN),
         intermediate_size=text.integer("intermediate_size", maximum=_MAX_INTERMEDIATE),
         num_attention_heads=num_heads,
@@ -174,6 +181,8 @@ def read_text_config(top: Fields) -> TextConfig:
         canvas_length=top.integer("canvas_length", DEFAULTS["canvas_length"], maximum=_MAX_CANVAS),
         tied=tied,
         token_ids={key: text.values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        bidirectional_images=bidirectional == "vision",
+        image_token_ids=_read_image_tokens(top, vocab_size),
     )
     if config.canvas_length > config.max_position_embeddings:
         raise top.error(
@@ -185,6 +194,27 @@ def read_text_config(top: Fields) -> TextConfig:
         if unread:
             notes.append(f"{fields.where}: keys that were not read: {', '.join(map(repr, unread))}")
     return config
+
+
+def _read_image_tokens(top: Fields, vocab_size: int) -> dict[str, int]:
+    """The ids of ``IMAGE_TOKENS``. Those beyond the vocabulary are left out: the reference's defaults are
+    the released model's, and configs of smaller vocabularies keep them.
+    """
+    ids, beyond = {}, []
+    for key in IMAGE_TOKENS:
+        top.asked.add(key)
+        if top.values.get(key, DEFAULTS[key]) is None or (
+            key not in top.values and DEFAULTS[key] >= vocab_size
+        ):
+            continue
+        ids[key] = top.integer(key, DEFAULTS[key], minimum=0)
+        if ids[key] >= vocab_size:
+            beyond.append(f"{key!r} = {ids.pop(key)}")
+    if beyond:
+        top.notes.append(
+            f"{top.where}: beyond the vocabulary of {vocab_size} tokens, so not written: {', '.join(beyond)}"
+        )
+    return ids
 
 
 def _read_layer_types(text: Fields) -> tuple[bool, ...]:

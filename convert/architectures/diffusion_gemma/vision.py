@@ -5,8 +5,6 @@ Names and keys are those that llama.cpp's multimodal library has for Gemma 4 (pr
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +12,9 @@ import numpy as np
 from pydiffusion.convert.architectures.architecture import Mmproj
 from pydiffusion.convert.architectures.diffusion_gemma.config import TextConfig
 from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import PREFIX, VISION
+from pydiffusion.convert.architectures.diffusion_gemma.vision_config import VisionConfig, read_vision_config
+from pydiffusion.convert.checkpoint.image_processor import MAX_SOFT_TOKENS, read_image_processor
 from pydiffusion.convert.checkpoint.inventory import Inventory
-from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
 from pydiffusion.convert.checkpoint.tensor_map import Row, Table, Wanted, wanted
 from pydiffusion.convert.checkpoint.weights import Weights
 from pydiffusion.convert.gguf.header import Value
@@ -26,11 +25,13 @@ from pydiffusion.convert.gguf.writer import PlannedTensor
 from pydiffusion.errors import ConversionError
 
 _TOWER, _PROJECTOR = VISION
-_MAX_LAYERS = 1024
+#: Soft tokens of an image at most; a key of our own.
+MAX_SOFT_TOKENS_KEY = "clip.vision.max_soft_tokens"
+_MAX_PATCHES, _MAX_PIXELS = 1 << 17, 1 << 26  # of an image: native/vision/vision_hparams.h
 _IMAGE_SIZE = 224  # the library asks for one and does not use it: images keep their aspect ratio
 
-# Dimensions by name: d hidden size, ff feed-forward, h head, p positions, t the text model's hidden size,
-# k the weights of a patch.
+# Dimensions by name: d hidden size, ff feed-forward, h head, n all heads, p positions, k the weights of a
+# patch, t the text model's hidden size.
 _GLOBAL: Table = (
     (f"{_TOWER}patch_embedder.input_proj.weight", "v.patch_embd.weight", ("d", "k")),
     (f"{_TOWER}patch_embedder.position_embedding_table", "v.position_embd.weight", ("2", "p", "d")),
@@ -42,10 +43,10 @@ _STANDARDIZE: Table = (
 _PROJECTION: Row = (f"{_PROJECTOR}embedding_projection.weight", "mm.input_projection.weight", ("t", "d"))
 _LAYER: Table = (
     ("input_layernorm.weight", "ln1.weight", ("d",)),
-    ("self_attn.q_proj", "attn_q", ("d", "d")),
-    ("self_attn.k_proj", "attn_k", ("d", "d")),
-    ("self_attn.v_proj", "attn_v", ("d", "d")),
-    ("self_attn.o_proj", "attn_out", ("d", "d")),
+    ("self_attn.q_proj", "attn_q", ("n", "d")),
+    ("self_attn.k_proj", "attn_k", ("n", "d")),
+    ("self_attn.v_proj", "attn_v", ("n", "d")),
+    ("self_attn.o_proj", "attn_out", ("d", "n")),
     ("self_attn.q_norm.weight", "attn_q_norm.weight", ("h",)),
     ("self_attn.k_norm.weight", "attn_k_norm.weight", ("h",)),
     ("post_attention_layernorm.weight", "attn_post_norm.weight", ("d",)),
@@ -58,23 +59,6 @@ _LAYER: Table = (
 _CLIPS = ("input_min", "input_max", "output_min", "output_max")
 
 
-@dataclass(frozen=True)
-class _VisionConfig:
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    patch_size: int
-    pooling: int
-    positions: int
-    rms_norm_eps: float
-    standardize: bool
-    clipped: bool
-    text_size: int
-    image_mean: list[float]
-    image_std: list[float]
-
-
 def plan_mmproj(
     folder: Path, weights: Weights, text: TextConfig, name: str, type: str, notes: list[str]
 ) -> Mmproj:
@@ -83,68 +67,24 @@ def plan_mmproj(
 
     Raises ConversionError if the checkpoint has no vision part, or not Gemma 4's.
     """
-    config = _read_config(folder, text, notes)
-    return Mmproj(_metadata(name, config), _plan(weights, config, type.upper()))
+    config = read_vision_config(folder, text.hidden_size, notes)
+    max_soft_tokens = read_image_processor(folder, config.patch_size, config.pooling, notes)
+    _check_sizes(config, max_soft_tokens)
+    metadata = _metadata(name, config, max_soft_tokens)
+    return Mmproj(metadata, _plan(weights, config, type.upper()), {MAX_SOFT_TOKENS_KEY: MAX_SOFT_TOKENS})
 
 
-def _read_config(folder: Path, text: TextConfig, notes: list[str]) -> _VisionConfig:
-    values = read_json_object(folder / "config.json", 64 << 20)
-    if not isinstance(values.get("vision_config"), dict):
-        raise ConversionError(f"{folder / 'config.json'}: has no 'vision_config', so no vision part")
-    vision = Fields(values["vision_config"], "config.json: vision_config", notes, null_is_missing=True)
-    vision.one_of("model_type", ("gemma4_vision",))
-    vision.one_of("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
-    vision.one_of("attention_bias", (False,), False)
-    hidden, heads = vision.integer("hidden_size"), vision.integer("num_attention_heads")
-    # The library divides the hidden size by the heads, has as many keys as queries, and a theta of its own.
-    vision.accept_if_there("head_dim", (hidden // heads,))
-    vision.accept_if_there("num_key_value_heads", (heads,))
-    if vision.has("rope_parameters"):
-        rope = vision.object("rope_parameters")
-        rope.accept_if_there("rope_theta", (100.0, 100))
-    if hidden % heads:
-        raise ConversionError(f"{vision.where}: {heads} attention heads can't share {hidden} elements")
-    mean, std = _read_normalization(folder, notes)
-    config = _VisionConfig(
-        hidden_size=hidden,
-        intermediate_size=vision.integer("intermediate_size"),
-        num_layers=vision.integer("num_hidden_layers", maximum=_MAX_LAYERS),
-        num_heads=heads,
-        patch_size=vision.integer("patch_size"),
-        pooling=vision.integer("pooling_kernel_size", 3),
-        positions=vision.integer("position_embedding_size"),
-        rms_norm_eps=vision.number("rms_norm_eps", 1e-6, minimum=1e-12, maximum=1),
-        standardize=vision.boolean("standardize", False),
-        clipped=vision.boolean("use_clipped_linears", False),
-        text_size=text.hidden_size,
-        image_mean=mean,
-        image_std=std,
-    )
-    vision.note_defaults()
-    return config
+def _check_sizes(config: VisionConfig, max_soft_tokens: int) -> None:
+    """Refuse sizes of images that the runtime refuses of a file."""
+    n_patches = max_soft_tokens * config.pooling**2
+    if n_patches > _MAX_PATCHES or n_patches * config.patch_size**2 > _MAX_PIXELS:
+        raise ConversionError(
+            f"config.json: vision_config: 'pooling_kernel_size' = {config.pooling} and 'patch_size' = "
+            f"{config.patch_size} are too large for images of {max_soft_tokens} soft tokens"
+        )
 
 
-def _read_normalization(folder: Path, notes: list[str]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel; Gemma 4's image processor does not normalize."""
-    values: dict = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            found = read_json_object(folder / name, 64 << 20)
-            values |= found
-            values |= found["image_processor"] if isinstance(found.get("image_processor"), dict) else {}
-    result = []
-    for key, default in (("image_mean", [0.0] * 3), ("image_std", [1.0] * 3)):
-        given = values.get(key, default)
-        is_right = isinstance(given, list) and len(given) == 3 and all(type(x) in (int, float) for x in given)
-        if not is_right or not all(math.isfinite(x) for x in given):
-            raise ConversionError(f"{folder}: {key!r} should be three numbers, is {given!r:.60}")
-        if key not in values:
-            notes.append(f"no preprocessor_config.json says {key!r}: {default}, as the reference has it")
-        result.append([float(x) for x in given])
-    return result[0], result[1]
-
-
-def _metadata(name: str, config: _VisionConfig) -> dict[str, Value]:
+def _metadata(name: str, config: VisionConfig, max_soft_tokens: int) -> dict[str, Value]:
     return {
         "general.architecture": Value("str", "clip"),
         "general.type": Value("str", "mmproj"),
@@ -161,15 +101,17 @@ def _metadata(name: str, config: _VisionConfig) -> dict[str, Value]:
         "clip.vision.attention.head_count": u32(config.num_heads),
         "clip.vision.attention.layer_norm_epsilon": f32(config.rms_norm_eps),
         "clip.vision.projector.scale_factor": u32(config.pooling),
-        "clip.vision.image_mean": Value("array[f32]", config.image_mean),
-        "clip.vision.image_std": Value("array[f32]", config.image_std),
+        MAX_SOFT_TOKENS_KEY: u32(max_soft_tokens),
+        # Pixels from 0 to 1; the tower maps them to -1 to 1.
+        "clip.vision.image_mean": Value("array[f32]", [0.0] * 3),
+        "clip.vision.image_std": Value("array[f32]", [1.0] * 3),
         # The tanh form, as the reference computes; without the key readers take a cruder one.
         "clip.use_gelu": Value("bool", True),
         "general.quantization_version": u32(QUANTIZATION_VERSION),
     }
 
 
-def _plan(weights: Weights, config: _VisionConfig, type_name: str) -> list[PlannedTensor]:
+def _plan(weights: Weights, config: VisionConfig, type_name: str) -> list[PlannedTensor]:
     """Plan all vision tensors. Raises ConversionError for missing or unexpected tensors and shapes."""
     inventory = Inventory(weights, PREFIX)
     others = {name for name in inventory.stored if not name.startswith(VISION)}
@@ -181,10 +123,10 @@ def _plan(weights: Weights, config: _VisionConfig, type_name: str) -> list[Plann
     return planned
 
 
-def _wanted(config: _VisionConfig) -> list[Wanted]:
+def _wanted(config: VisionConfig) -> list[Wanted]:
     """All tensors, with their shapes in the checkpoint."""
     sizes = {"2": 2, "d": config.hidden_size, "ff": config.intermediate_size, "p": config.positions}
-    sizes |= {"h": config.hidden_size // config.num_heads, "k": 3 * config.patch_size**2}
+    sizes |= {"h": config.head_dim, "n": config.num_heads * config.head_dim, "k": 3 * config.patch_size**2}
     sizes |= {"t": config.text_size}
     tensors = wanted(_GLOBAL, sizes)
     table = _layer_table(config.clipped)
@@ -208,7 +150,7 @@ def _layer_table(clipped: bool) -> Table:
     return table
 
 
-def _planned(tensor: SourceTensor, config: _VisionConfig, type_name: str) -> PlannedTensor:
+def _planned(tensor: SourceTensor, config: VisionConfig, type_name: str) -> PlannedTensor:
     read, shape = tensor.read, tensor.shape
     target_type, is_bound = "F32", tensor.name.endswith(_CLIPS)
     if tensor.name == "v.patch_embd.weight":

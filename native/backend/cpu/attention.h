@@ -3,18 +3,41 @@
 // float16.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "backend/cpu/amx/tile_gemm.h"
 #include "ggml.h"
 
 namespace pydiffusion {
 
-// Causal sliding window: a token sees its own position and the window - 1 positions before it.
+// Positions [begin, end) whose tokens see each other both ways: an image's.
+struct ImageRange {
+    int32_t begin, end;
+};
+
+// Causal sliding window: a token sees its own position and the window - 1 positions before it, and a token of
+// an image all of that image. What it sees is one range, as its own position is part of both.
 struct Causal {
     int32_t row_position;    // of row 0 of K
     int32_t token_position;  // of token 0 of Q
     int32_t window;
+    std::vector<ImageRange> images{};  // in order; each of them wholly among the tokens of Q
+
+    struct Rows {
+        int32_t first, last;
+    };
+    // Rows of K that token t of Q sees.
+    Rows visible(int32_t t) const {
+        const int32_t position = token_position + t;
+        Rows rows = {position - window + 1, position};
+        const auto after = [](int32_t p, const ImageRange& image) { return p < image.end; };
+        const auto image = std::upper_bound(images.begin(), images.end(), position, after);
+        if (image != images.end() && image->begin <= position)
+            rows = {std::min(rows.first, image->begin), image->end - 1};
+        return {std::max(0, rows.first - row_position), rows.last - row_position};
+    }
 };
 
 // K and V are read in tiles of this many rows, and softmax sums are added tile by tile. The rows passed to

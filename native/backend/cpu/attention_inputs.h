@@ -41,10 +41,11 @@ struct AttentionInputs {
     }
 
     // First and last visible row of query i.
-    int32_t first(int64_t i) const { return causal ? std::max(0, last(i) - causal->window + 1) : 0; }
-    int32_t last(int64_t i) const {
-        if (!causal) return static_cast<int32_t>(n_rows() - 1);
-        return causal->token_position + static_cast<int32_t>(i / group()) - causal->row_position;
+    int32_t first(int64_t i) const { return visible(i).first; }
+    int32_t last(int64_t i) const { return visible(i).last; }
+    Causal::Rows visible(int64_t i) const {
+        if (!causal) return {0, static_cast<int32_t>(n_rows() - 1)};
+        return causal->visible(static_cast<int32_t>(i / group()));
     }
 
     // Converts rows of K or V to floats [n][head_dim].

@@ -14,10 +14,9 @@ void fill(const Mask& mask) {
     for (int64_t t = 0; t < n_tokens; ++t) {
         int64_t first = 0, end = mask.n_visible;
         if (mask.causal) {
-            const int64_t own_row =
-                mask.causal->token_position + t - mask.causal->row_position;  // row of token t
-            first = std::max<int64_t>(0, own_row - mask.causal->window + 1);
-            end = std::min(end, own_row + 1);
+            const Causal::Rows rows = mask.causal->visible(static_cast<int32_t>(t));
+            first = rows.first;
+            end = std::min<int64_t>(end, rows.last + 1);
         }
         if (first < end) std::fill_n(values.begin() + t * n_rows + first, end - first, visible);
     }

@@ -137,6 +137,10 @@ ggml_tensor* OwnKernelOps::attend(ggml_tensor* q, const CacheRows& visible, cons
                                   int32_t device, ForMatmuls for_matmuls) {
     ggml_tensor* k = rows_of_heads(visible.k, q->ne[0], visible.first, visible.n);
     ggml_tensor* v = rows_of_heads(visible.v, q->ne[0], visible.first, visible.n);
+    if (causal && !causal->images.empty()) {  // the kernel has no place for them
+        if (q->type != GGML_TYPE_F32) q = ggml_cast(c_.ctx, q, GGML_TYPE_F32);
+        return GgmlOps::attend(q, visible, causal, device, for_matmuls);
+    }
     if (!c_.backend.attends(q, k, v)) return GgmlOps::attend(q, visible, causal, device, for_matmuls);
     return attend_by_kernel(c_.ctx, q, k, v, causal, result_type(for_matmuls));
 }

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from pydiffusion.chat.image_parts import ImageRules
 from pydiffusion.errors import OptionError, PyDiffusionError
 from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
 from pydiffusion.generation.batching import ActiveSequence, BatchRequest, batched_events
@@ -121,7 +122,8 @@ class _Jobs:
         self._defaults = defaults
         self._chat = defaults.uses_chat(model)
         names = dict.fromkeys((model.path.stem, model.path.name, model.name))
-        self._terms = Terms(tuple(names), defaults.strict, defaults.special)
+        # Whoever has this run on lines may read the files that they name.
+        self._terms = Terms(tuple(names), defaults.strict, defaults.special, ImageRules())
         self._index_to_run: dict[int, tuple[_Job, int]] = {}
         self._finished: deque[Json] = deque()
 

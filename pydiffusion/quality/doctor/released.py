@@ -21,11 +21,15 @@ _SIZES = ("block_count", "embedding_length", "expert_count")
 _OPTIONAL = frozenset(
     f"{ARCHITECTURE}.{key}"
     for key in (
+        "attention.bidirectional",
         "attention.causal",
         "attention.shared_kv_layers",
         "attention.value_length",
         "attention.value_length_swa",
         "embedding_length_per_layer_input",
+        "image_begin_token_id",
+        "image_end_token_id",
+        "image_token_id",
         "rope.dimension_count",
         "rope.dimension_count_swa",
     )

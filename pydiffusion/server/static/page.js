@@ -7,6 +7,9 @@ const [log, form, text, send, stop, steps] = ["log", "form", "text", "send", "st
 let messages = [];
 let running = null; // the AbortController of the answer that is being made
 let key = sessionStorage.getItem("key") || "";
+let reads = null; // whether the model reads images; null until the server says so
+const tell = (message) => { byId("notice").textContent = message; };
+const attached = new Attachments(byId("attached"), tell);
 
 function element(name, className, content) {
   const made = document.createElement(name);
@@ -128,6 +131,10 @@ class Answer {
     this.root.append(details);
   }
 
+  note(message) {
+    this.root.prepend(element("div", "figures", message));
+  }
+
   fail(message) {
     this.canvas.hidden = true;
     const shown = element("div", "error", message);
@@ -152,18 +159,45 @@ async function* eventsOf(response) {
   }
 }
 
+const maxBody = Number(document.querySelector("meta[name=max-body]").content);
+
 async function post(path, body, signal) {
-  const request = { method: "POST", headers: headers(), body: JSON.stringify(body), signal };
-  const response = await fetch(path, request);
+  const json = new Blob([JSON.stringify(body)]);
+  if (json.size > maxBody) {
+    const [size, most] = [json.size, maxBody].map((bytes) => (bytes / 1e6).toFixed(1));
+    throw new Error(
+      `This chat is ${size} MB with all its images, and the server takes ${most} MB (serve --max-body):`
+        + " send fewer or smaller images, or begin a new chat.",
+    );
+  }
+  const response = await fetch(path, { method: "POST", headers: headers(), body: json, signal });
   if (response.ok) return response;
   const { error } = await response.json();
-  if (response.status === 401) askForKey();
+  if (response.status === 401) askForKey().catch(() => {});
   throw new Error(error.message);
 }
 
 function askForKey() {
   key = prompt("This server asks for a key:") || "";
   sessionStorage.setItem("key", key);
+  return learn();
+}
+
+// Asks the server whether its model reads images; without its key it does not say.
+async function learn() {
+  const response = await fetch("v1/models", { headers: headers() });
+  if (!response.ok) return;
+  const { data } = await response.json();
+  reads = Boolean(data[0].vision);
+  byId("attach").hidden = !reads;
+}
+
+async function attach(files) {
+  if (reads === null) await askForKey().catch(() => {});
+  if (reads) await attached.add(files);
+  else if (reads === false) tell("This model can't read images: it was loaded without a vision file (--mmproj FILE).");
+  else tell("The server didn't say whether its model reads images: it asks for a key.");
+  text.focus();
 }
 
 function setRunning(controller) {
@@ -182,7 +216,7 @@ async function run(path, body, answer) {
     for await (const event of eventsOf(await post(path, body, running.signal))) {
       const follow = atEnd();
       answer.take(event);
-      if (follow) log.scrollTop = log.scrollHeight;
+      if (follow) scrollDown();
     }
   } catch (error) {
     answer.fail(error.name === "AbortError" ? "Stopped." : error.message);
@@ -191,16 +225,51 @@ async function run(path, body, answer) {
   text.focus();
 }
 
-async function ask(question) {
+// A message's content as OpenAI has it: a text, or the images before it as parts.
+function contentOf(question, images) {
+  if (!images.length) return question;
+  const parts = images.map((image) => ({ type: "image_url", image_url: { url: image.url } }));
+  return question ? [...parts, { type: "text", text: question }] : parts;
+}
+
+function textOf(content) {
+  if (typeof content === "string") return content;
+  return content.filter((part) => part.type === "text").map((part) => part.text).join("");
+}
+
+function scrollDown() {
+  log.scrollTop = log.scrollHeight;
+}
+
+function showQuestion(question, images) {
+  const shown = element("article", "user", question);
+  if (images.length) {
+    const pictures = element("div", "pictures");
+    pictures.append(...images.map((image) => imageOf(image, "picture")));
+    for (const picture of pictures.children) picture.addEventListener("load", scrollDown); // it has a height then
+    shown.prepend(pictures);
+  }
+  log.append(shown);
+  scrollDown();
+}
+
+async function ask(question, images) {
   const chat = messages; // "New chat" begins another one meanwhile
-  chat.push({ role: "user", content: question });
-  log.append(element("article", "user", question));
+  chat.push({ role: "user", content: contentOf(question, images) });
+  showQuestion(question, images);
   const answer = new Answer();
   const body = { messages: chat };
   if (byId("thinking").checked) body.enable_thinking = true;
   await run("v1/chat/completions", body, answer);
-  if (answer.content) chat.push({ role: "assistant", content: answer.content });
-  else chat.pop(); // nothing was said: the question is not part of the chat
+  if (answer.content) {
+    chat.push({ role: "assistant", content: answer.content });
+    return;
+  }
+  chat.pop(); // nothing was said: the question is not part of the chat, and can be sent again
+  if (chat === messages && !text.value && !attached.items.length) {
+    text.value = question;
+    attached.put(images);
+  }
 }
 
 const HOLE = /<\|hole(?::\d+)?\|>/;
@@ -212,21 +281,50 @@ async function fillHoles(draft) {
   answer.around = draft.split(HOLE);
   const asked = messages.filter((message) => message.role === "user").at(-1);
   const body = { text: draft, hole_tokens: Number(byId("hole-tokens").value) || 8 };
-  if (asked) body.instruction = asked.content;
+  if (asked) body.instruction = textOf(asked.content);
+  if (asked && body.instruction !== asked.content) answer.note("The question's images don't count here: infill reads text.");
   await run("v1/infill", body, answer);
 }
 
-form.addEventListener("submit", (event) => {
+form.addEventListener("submit", async (event) => {
   event.preventDefault();
+  await attached.ready;
   const question = text.value.trim();
-  if (!question || running) return;
+  if ((!question && !attached.items.length) || running) return;
   if (byId("infill").checked) {
-    fillHoles(question);
+    if (attached.items.length) tell("Infill reads text only: remove the images, or send them with a question.");
+    else fillHoles(question);
   } else {
+    tell("");
     text.value = "";
-    ask(question);
+    ask(question, attached.take());
   }
 });
+
+byId("attach").addEventListener("click", () => byId("files").click());
+
+byId("files").addEventListener("change", () => {
+  attach([...byId("files").files]);
+  byId("files").value = ""; // or the same file could not be chosen again
+});
+
+// A copied table or text has its picture beside it: the text counts.
+document.addEventListener("paste", (event) => {
+  const files = [...(event.clipboardData?.files ?? [])];
+  if (!files.length || event.clipboardData.types.includes("text/plain")) return;
+  event.preventDefault();
+  attach(files);
+});
+
+// Without this the browser would leave the page for the file.
+for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
+  document.addEventListener(kind, (event) => {
+    if (!event.dataTransfer || !event.dataTransfer.types.includes("Files")) return;
+    event.preventDefault();
+    document.body.classList.toggle("dropping", kind === "dragover" || kind === "dragenter");
+    if (kind === "drop") attach([...event.dataTransfer.files]);
+  });
+}
 
 text.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -259,9 +357,13 @@ byId("clear").addEventListener("click", () => {
   if (running) running.abort();
   messages = [];
   log.replaceChildren();
+  attached.take();
+  tell("");
   text.focus();
 });
 
 fetch("health").then((response) => response.json()).then((health) => {
   byId("model").textContent = health.model;
 }).catch(() => {});
+
+learn().catch(() => {});

@@ -1,0 +1,97 @@
+"""Images of messages, put into the prompt that a chat template rendered from the messages."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydiffusion.chat.image_parts import DETAILS, ImagePart, ImagePartError, take_images
+from pydiffusion.errors import ImageError, InsufficientMemoryError, PyDiffusionError
+from pydiffusion.vision.loading import open_image
+from pydiffusion.vision.preprocessing import MAX_SOFT_TOKENS
+from pydiffusion.vision.prompt import Prompt, place
+
+if TYPE_CHECKING:
+    from pydiffusion.model import DiffusionModel
+    from pydiffusion.vision.preprocessing import PreparedImage
+    from pydiffusion.vision.tower import VisionTower
+
+# Images being decoded at a time, whatever the number of threads that prepare prompts: one may take 1 GB.
+_DECODING = threading.BoundedSemaphore(2)
+
+
+def images_of(model: DiffusionModel, messages: Any) -> tuple[Any, list[ImagePart]]:
+    """Messages with places for their images, and these; see ``take_images``.
+
+    Raises as ``DiffusionModel.require_vision`` if there are any, ImagePartError.
+    """
+    messages, images = take_images(messages)
+    if images:
+        model.require_vision()
+    return messages, images
+
+
+def with_images(model: DiffusionModel, ids: list[int], parts: Sequence[ImagePart]) -> list[int] | Prompt:
+    """A chat's prompt with its images in place of the template's placeholders; without any, the ids.
+
+    Raises as ``DiffusionModel.require_vision``, ImagePartError for an image that can't be read, ValueError
+    unless the template has written a placeholder for each.
+    """
+    if not parts:
+        return ids
+    vision, tokens = model.require_vision(), model.native.image_tokens
+    n_places = ids.count(tokens["image"]) if tokens else 0
+    if n_places != len(parts):
+        raise ValueError(
+            f"the chat template has written {n_places} places for {len(parts)} images: it has none for the"
+            f" messages with images, or not in every role ({parts[0].where})"
+        )
+    return place(ids, [prepare_part(vision, part) for part in parts], tokens)
+
+
+def prepare_part(vision: VisionTower, part: ImagePart) -> PreparedImage:
+    """Decode and preprocess an image of a message. Raises ImagePartError; OSError of a path."""
+    try:
+        source: Any = part.source() if callable(part.source) else part.source
+        with _DECODING:
+            if part.max_soft_tokens is not None:
+                return vision.prepare(source, part.max_soft_tokens)
+            return _in_detail(vision, source, DETAILS[part.detail])
+    except InsufficientMemoryError:
+        raise
+    except (PyDiffusionError, ValueError, TypeError) as error:
+        raise ImagePartError(part.where, str(error)) from None
+
+
+def _in_detail(vision: VisionTower, source: Any, factor: float) -> PreparedImage:
+    """factor: of the model's own number of soft tokens. Only a wish, as OpenAI's ``detail`` is: the model's
+    own number is taken where models are not trained with that many, or the tower has too few positions.
+    """
+    wanted = vision.max_soft_tokens * factor
+    if wanted in MAX_SOFT_TOKENS and factor != 1:
+        opened = open_image(source)
+        try:
+            return vision.prepare(opened, int(wanted))
+        except ImageError:
+            source = opened
+    return vision.prepare(source)
+
+
+def check_image(path: Path) -> None:
+    """Decode an image file. Raises PyDiffusionError, naming it, for one that can't be read as an image;
+    OSError.
+    """
+    with _DECODING:
+        open_image(path)
+
+
+def n_image_tokens(prompt: Sequence[int] | Prompt) -> int:
+    """Number of a prompt's tokens that are images: soft tokens, begin and end tokens."""
+    return sum(placed.image.n_soft_tokens + 2 for placed in getattr(prompt, "images", ()))
+
+
+def n_image_bytes(prompt: Sequence[int] | Prompt) -> int:
+    """Bytes of a prompt's images, until they are encoded."""
+    return sum(placed.image.patches.nbytes for placed in getattr(prompt, "images", ()))
