@@ -322,9 +322,13 @@ MatmulOperands matmul_operands(const ggml_tensor* node) {
     return {node->src[0], packing.x, packing.experts};
 }
 
+bool Matmul::rounds(const ggml_tensor* weight) const {
+    return kernel_ != Kernel::ggml && can_unpack(weight->type, weight->ne[0]);
+}
+
 bool Matmul::supports(const ggml_tensor* weight, const ggml_tensor* x) const {
-    return x->ne[3] == 1 && weight->ne[3] == 1 && kernel_ != Kernel::ggml && x->type == GGML_TYPE_F32 &&
-           x->nb[0] == sizeof(float) && can_unpack(weight->type, weight->ne[0]);
+    return x->ne[3] == 1 && weight->ne[3] == 1 && x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) &&
+           rounds(weight);
 }
 
 bool Matmul::use_tiles(const ggml_tensor* weight, const ggml_tensor* x) const {
