@@ -69,7 +69,7 @@ DeviceMemory device_memory(const std::string& device, uint64_t limit) {
     return memory;
 }
 
-// What a request's vision tower, if any, adds to a plan. type: of the main device's buffers.
+// Adds a request's vision tower, if any, to what is planned for. type: of the main device's buffers.
 void add_vision_tower(SessionNeeds& needs, const std::string& mmproj, const Hparams& hp,
                       ggml_backend_buffer_type_t type) {
     if (mmproj.empty()) return;

@@ -14,8 +14,6 @@ constexpr int32_t kChannels = 3;
 // Of an image.
 constexpr int64_t kMaxPatches = int64_t{1} << 17, kMaxPixels = int64_t{1} << 26;
 
-constexpr int64_t kMaxPatches = int64_t{1} << 17;  // of an image
-
 struct VisionHparams {
     // Throws if a key is missing or invalid, or asks for something that is not implemented.
     explicit VisionHparams(const GgufFile& file);

@@ -26,7 +26,7 @@ VisionMemory vision_memory(const GgufFile& file, const VisionHparams& hp, ggml_b
     const auto d = static_cast<uint64_t>(hp.n_embd), ff = static_cast<uint64_t>(hp.n_ff),
                heads = static_cast<uint64_t>(hp.n_head) * hp.head_dim;
     // The most that is alive at the same time in a layer: Q, K and V before and after norms and rotation, or
-    // gate, up and their product.
+    // gate, up and the activation.
     const uint64_t in_layer = std::max(2 * d + 7 * heads, 3 * d + 3 * ff);
     VisionMemory memory = {weight_bytes(file, type), n * in_layer * sizeof(float)};
     memory.work = std::max(memory.work, n * (hp.patch_elements() + 3 * d) * sizeof(float));

@@ -91,9 +91,9 @@ Workspace& workspace() {
     return *own;
 }
 
-// sums [kRows][kLanes] = factor * sums + rows * columns: rows of pairs `stride` elements apart, columns
+// sums [kRows][kLanes] = factor * sums + rows * lanes: rows of pairs `stride` elements apart, lanes
 // [n_pairs][kLanes][2]. factor: null: 0.
-TARGET_AVX512 inline void multiply_rows(const uint16_t* rows, int64_t stride, const uint16_t* columns,
+TARGET_AVX512 inline void multiply_rows(const uint16_t* rows, int64_t stride, const uint16_t* lanes,
                                         int64_t n_pairs, const float* factor, float* sums) {
     __m512 s[kRows][kVectors];
     for (int v = 0; v < kVectors; ++v) {
@@ -101,9 +101,9 @@ TARGET_AVX512 inline void multiply_rows(const uint16_t* rows, int64_t stride, co
         for (int r = 0; r < kRows; ++r)
             s[r][v] = factor ? _mm512_mul_ps(f, _mm512_load_ps(sums + r * kLanes + 16 * v)) : f;
     }
-    for (int64_t pair = 0; pair < n_pairs; ++pair, columns += 2 * kLanes) {
+    for (int64_t pair = 0; pair < n_pairs; ++pair, lanes += 2 * kLanes) {
         __m512bh c[kVectors];
-        for (int v = 0; v < kVectors; ++v) c[v] = (__m512bh)_mm512_load_si512(columns + 32 * v);
+        for (int v = 0; v < kVectors; ++v) c[v] = (__m512bh)_mm512_load_si512(lanes + 32 * v);
         for (int r = 0; r < kRows; ++r) {
             int32_t bits;
             __builtin_memcpy(&bits, rows + r * stride + 2 * pair, sizeof bits);
