@@ -65,7 +65,7 @@ def model(
 
 
 @pytest.fixture(scope="module")
-def processor(checkpoint_folder: Callable[..., Path]) -> Any:
+def theirs(checkpoint_folder: Callable[..., Path]) -> Any:
     from transformers import PreTrainedTokenizerFast
     from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
     from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
@@ -90,15 +90,15 @@ def processor(checkpoint_folder: Callable[..., Path]) -> Any:
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_prompts_of_transformers_processor(name: str, model: DiffusionModel, processor: Any) -> None:
+def test_prompts_of_transformers(name: str, model: DiffusionModel, theirs: Any) -> None:
     messages = CONVERSATIONS[name]
-    theirs = processor.apply_chat_template(
+    expected = theirs.apply_chat_template(
         messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="np"
     )
     ours = model.chat_prompt(messages)
-    assert ours.ids.tolist() == theirs["input_ids"][0].tolist()
-    assert len(ours.images) == len(theirs["pixel_values"])
-    for placed, pixels in zip(ours.images, theirs["pixel_values"], strict=True):
+    assert ours.ids.tolist() == expected["input_ids"][0].tolist()
+    assert len(ours.images) == len(expected["pixel_values"])
+    for placed, pixels in zip(ours.images, expected["pixel_values"], strict=True):
         n = len(placed.image.patches)
         assert np.abs(pixels[:n] - placed.image.patches).max() < 1e-6
         assert not pixels[n:].any(), "the rest is padding"
