@@ -42,7 +42,8 @@ from .openai.chat import Chat, ChatSettings, Messages, Tools
 from .options import CONSTRAINTS, GenerationOptions, ResolvedOptions, make_options
 from .session import Session
 from .tokenizer import Tokenizer
-from .vision.methods import AUTO, ModelVision, VisionMethods
+from .vision.finding import AUTO
+from .vision.methods import ModelVision, VisionMethods
 
 if TYPE_CHECKING:
     from .constrained import Automaton

@@ -11,6 +11,8 @@ namespace pydiffusion {
 
 // Channels of a pixel.
 constexpr int32_t kChannels = 3;
+// Of an image.
+constexpr int64_t kMaxPatches = int64_t{1} << 17, kMaxPixels = int64_t{1} << 26;
 
 struct VisionHparams {
     // Throws if a key is missing or invalid, or asks for something that is not implemented.

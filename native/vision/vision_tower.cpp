@@ -10,8 +10,6 @@ namespace pydiffusion {
 
 namespace {
 
-constexpr int64_t kMaxPatches = int64_t{1} << 17;
-
 // Columns and rows of patches.
 struct Grid {
     int64_t width = 0, height = 0;
