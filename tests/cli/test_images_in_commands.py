@@ -69,6 +69,8 @@ def test_a_file_that_is_no_image(command: Command, file: Path, arguments: list[s
     broken.write_bytes(png()[:60])
     code, _, err = command(*arguments, "-m", "a.gguf", "--image", str(broken))
     assert code == 1 and "broken.png: damaged or truncated image" in err and len(err.splitlines()) == 1
+    code, _, err = command(*arguments, "-m", "a.gguf", "--image", "https://example.com/a/b.png")
+    assert code == 1 and "https://example.com/a/b.png is not fetched: download" in err
     code, _, err = command(*arguments, "-m", "a.gguf", "--image", str(none))
     assert code == 1 and "none.png: No such file" in err and len(err.splitlines()) == 1
 
