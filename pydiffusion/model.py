@@ -16,7 +16,6 @@ from ._util.files import check_is_gguf
 from ._util.log import logger
 from ._util.warn import warn_caller
 from .chat.formats.registry import BUILT_IN_TEMPLATES
-from .chat.image_parts import take_images
 from .chat.messages import plain
 from .chat.sanitize import Sanitizer
 from .chat.template import ChatTemplate
@@ -25,7 +24,7 @@ from .device_plan import DEFAULT_N_CTX, check_kv_type, device_request
 from .errors import PyDiffusionWarning, UnsupportedModelError
 from .generation import batching, session_file
 from .generation.async_methods import AsyncMethods
-from .generation.chat_images import with_images
+from .generation.chat_images import images_of, with_images
 from .generation.image_prompt import AnyPrompt
 from .generation.infill import (
     DEFAULT_HOLE_TOKENS,
@@ -43,7 +42,8 @@ from .openai.chat import Chat, ChatSettings, Messages, Tools
 from .options import CONSTRAINTS, GenerationOptions, ResolvedOptions, make_options
 from .session import Session
 from .tokenizer import Tokenizer
-from .vision.methods import AUTO, ModelVision, VisionMethods
+from .vision.finding import AUTO
+from .vision.methods import ModelVision, VisionMethods
 
 if TYPE_CHECKING:
     from .constrained import Automaton
@@ -188,7 +188,7 @@ class DiffusionModel(VisionMethods, AsyncMethods):
         become control tokens. Raises UnsupportedModelError if the file has no template, or reads no images;
         ValueError for an image that can't be read; else as ``ChatTemplate.render``.
         """
-        messages, images = take_images(messages)
+        messages, images = images_of(self, messages)
         template = self._template()
         sanitizer = Sanitizer(self.tokenizer)
         given = sanitizer.hide({name: plain(value, name) for name, value in variables.items()})

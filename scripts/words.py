@@ -84,6 +84,7 @@ RULES = (
             ("pydiffusion/cli/*", r"", "of text and of tables"),
             ("pydiffusion/server/static/page.css", r"flex-direction", "of a page"),
             ("pydiffusion/demo/sudoku.py", r"", "of a sudoku"),
+            ("pydiffusion/vision/*", r"", "of an image"),
             ("pydiffusion/constrained/guide.py", r"", "of an array of candidates"),
         ),
     ),
@@ -92,10 +93,9 @@ RULES = (
     Rule("processor", r"\b[Pp]rocessors?\b|\bkProcessor\b", "the CPU",
          allowed=(
              ("convert/checkpoint/*", r"processor = source|in processor|processor\.get", "of tokenizers"),
-             ("convert/architectures/*", r"image processor", "of vision models"),
+             ("*", r"image processor", "of vision models: Hugging Face's class"),
              ("*", r"[Pp]ost-processor|^    post-", "of tokenizers"),
              ("tests/convert/*", r"if processor|\bprocessor: bool|\"processor\"", "of tokenizers"),
-             ("tests/convert/test_vision.py", r"image processor", "Hugging Face's class"),
              ("benchmarks/*", r"platform\.processor|Xeon\(R\) Processor", "a function; a CPU's name"),
          )),
     Rule(

@@ -34,7 +34,8 @@ constexpr size_t kMaxBackends = 16;  // GGML_SCHED_MAX_BACKENDS, the CPU's inclu
 Backend::Backend(int n_threads, const std::string& device, const std::string& kernels)
     : n_threads_(n_threads),
       name_("CPU"),
-      kernel_(device == "cpu" ? gemm::kernel_by_name(kernels) : gemm::Kernel::ggml) {
+      kernel_(device == "cpu" ? gemm::kernel_by_name(kernels) : gemm::Kernel::ggml),
+      kernel_for_many_(device == "cpu" && kernels == "auto" ? gemm::fastest_kernel() : kernel_) {
     force_one_matmul_kernel();
     ggml_cpu_init();
     auto pool = std::make_unique<ThreadPool>(n_threads);

@@ -37,6 +37,9 @@ class Backend {
     const char* name() const { return name_.c_str(); }
     // The matmul kernel of CPU graphs; graphs of ggml's own ops use ggml's matmuls.
     gemm::Kernel kernel() const { return kernel_; }
+    // The kernel of CPU graphs with thousands of activations per matrix, where unpacking weights costs
+    // little: ours rather than ggml's if the CPU has any, unless kernels were asked for by name.
+    gemm::Kernel kernel_for_many() const { return kernel_for_many_; }
     // Name of the matmul kernels: that of kernel(), or "cuda" if devices run ours.
     const char* kernel_name() const { return fuses_rows() && on_device() ? "cuda" : gemm::name_of(kernel_); }
     // Whether graphs may have the nodes of fused_rows.h and top_k.h: on the CPU, and on devices with kernels
@@ -93,7 +96,7 @@ class Backend {
 
     int n_threads_;
     std::string name_;
-    gemm::Kernel kernel_;
+    gemm::Kernel kernel_, kernel_for_many_;
     std::atomic<ThreadPool*> pool_;
     std::vector<ggml_backend_ptr> devices_;  // empty on the CPU
     ggml_backend_ptr cpu_;                   // fallback of devices_

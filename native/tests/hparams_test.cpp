@@ -67,6 +67,50 @@ TEST_CASE("the sampler's defaults are the file's") {
     CHECK_ERROR(read(with("diffusion.eb_t_max", 0.1f)), format, "diffusion.eb_t_max");  // below t_min
 }
 
+namespace {
+
+GgufImage with_image_keys(std::vector<std::pair<const char*, uint32_t>> keys) {
+    GgufImage image = SmallModel().image();
+    for (const auto& [key, value] : keys) image.key(own(key), value);
+    return image;
+}
+
+GgufImage with_tokens(const std::vector<std::string>& first) {
+    Bytes tokens;
+    tokens.u32(ARRAY).u32(STRING).u64(64);
+    for (size_t i = 0; i < 64; ++i) tokens.text(i < first.size() ? first[i] : format("t%zu", i));
+    return with("tokenizer.ggml.tokens", tokens);
+}
+
+}  // namespace
+
+TEST_CASE("tokens of images: by their keys, else by their names") {
+    CHECK_FALSE(read(SmallModel().image()).image_tokens.any());
+    const ImageTokens by_key =
+        read(with_image_keys({{"image_token_id", 5}, {"image_begin_token_id", 6}, {"image_end_token_id", 7}}))
+            .image_tokens;
+    CHECK(by_key.image == 5);
+    CHECK(by_key.begin == 6);
+    CHECK(by_key.end == 7);
+    const ImageTokens by_name = read(with_tokens({"<|image>", "<image|>", "<|image|>"})).image_tokens;
+    CHECK(by_name.begin == 0);
+    CHECK(by_name.end == 1);
+    CHECK(by_name.image == 2);
+    CHECK_FALSE(read(with_tokens({"<|image|>", "<|image>"})).image_tokens.any());
+    CHECK_ERROR(read(with_image_keys({{"image_token_id", 5}})), format, own("image_token_id"));
+    CHECK_ERROR(read(with_image_keys({{"image_token_id", 64}})), format, own("image_token_id"));
+}
+
+TEST_CASE("how tokens of an image see each other") {
+    const std::string key = own("attention.bidirectional");
+    const auto text = [](const char* value) { return Bytes().u32(STRING).text(value); };
+    CHECK(read(SmallModel().image()).bidirectional_images);
+    CHECK(read(with(key, text("vision"))).bidirectional_images);
+    CHECK_FALSE(read(with(key, text("none"))).bidirectional_images);
+    CHECK_ERROR(read(with(key, text("all"))), unsupported, key);
+    CHECK_ERROR(read(with(key, 1u)), format, key);
+}
+
 TEST_CASE("a key that is missing is named") {
     for (const char* key : {"block_count", "embedding_length", "attention.sliding_window",
                             "attention.sliding_window_pattern", "final_logit_softcapping"}) {

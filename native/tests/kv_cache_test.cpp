@@ -129,9 +129,31 @@ TEST_CASE("rows of a layer") {
     CHECK(kv_rows(hp, true, 4000, 64) == 264);  // the window, as much again, the batch
     CHECK(kv_rows(hp, true, 200, 64) == 200);   // never more than the context
     CHECK(kv_rows(hparams_of(with_window(10)), true, 4000, 64) == 138);  // the slack is at least a tile
+    CHECK(kv_rows(hp, true, 4000, 64, 100) == 264);                      // an image that fits into the slack
+    CHECK(kv_rows(hp, true, 4000, 64, 200) == 364);                      // the window, a tile, the image
+    CHECK(kv_rows(hp, true, 300, 64, 200) == 300);
     CHECK(kv_visible_rows(hp, false, 4000, 64) == 4000);
     CHECK(kv_visible_rows(hp, true, 4000, 16) == 178);  // 100 + 62 + 16
     CHECK(kv_visible_rows(hp, true, 150, 16) == 150);
+}
+
+TEST_CASE("an image longer than a batch fits wherever it begins") {
+    for (const int32_t window : {10, 100}) {
+        const Hparams hp = hparams_of(with_window(window));
+        const Backend backend(1, "cpu");
+        KvCache cache(hp, backend, {hp.n_layer, {}, 0}, GGML_TYPE_F32, 4000, kMaxBatch, 300);
+        REQUIRE(cache.longest_batch() >= 300);
+        CHECK(KvCache(hp, backend, {hp.n_layer, {}, 0}, GGML_TYPE_F32, 4000, kMaxBatch).longest_batch() <
+              300);
+        for (const int32_t n :
+             {cache.longest_batch(), 1, 63, cache.longest_batch(), 64, cache.longest_batch()}) {
+            cache.prepare(n);
+            const KvRange range = cache.causal_range(0);
+            CHECK(range.write + n <= range.k->ne[1]);
+            CHECK(range.first_position <= std::max(0, cache.n_past() - window + 1));
+            cache.advance(n);
+        }
+    }
 }
 
 TEST_CASE("heads have to be whole blocks of the cache's type") {

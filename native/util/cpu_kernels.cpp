@@ -61,6 +61,14 @@ std::vector<std::string> kernel_names() {
     return names;
 }
 
+Kernel fastest_kernel() {
+    Kernel fastest = Kernel::ggml;
+    for (const Kernel kernel : kKernels) {
+        if (is_supported(kernel)) fastest = kernel;
+    }
+    return fastest;
+}
+
 Kernel kernel_by_name(const std::string& name) {
     if (name == "auto") return is_supported(Kernel::amx) ? Kernel::amx : Kernel::ggml;
     for (const Kernel kernel : kKernels) {

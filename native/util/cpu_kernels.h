@@ -30,6 +30,8 @@ enum class Kernel {
 // BF16 was faster than ggml's matmuls for some types and far slower for others; CPUs without AMX have not
 // been measured.) Throws Error(argument) for other names and for kernels that this CPU does not support.
 Kernel kernel_by_name(const std::string& name);
+// The last of kernel_names().
+Kernel fastest_kernel();
 const char* name_of(Kernel kernel);
 // Names of the kernels that this CPU supports, the slowest first.
 std::vector<std::string> kernel_names();

@@ -13,7 +13,7 @@ constexpr size_t kInputs = 8;  // of a graph at most: values, positions of the e
 
 std::unique_ptr<Ops> make_vision_ops(const OpsContext& context) {
     if (context.backend.on_device()) return std::make_unique<GgmlOps>(context);
-    return std::make_unique<CpuOps>(context);
+    return std::make_unique<CpuOps>(context, context.backend.kernel_for_many());
 }
 
 }  // namespace

@@ -46,6 +46,13 @@ class ImagePart:
     detail: str = "auto"
     max_soft_tokens: int | None = None
 
+    @property
+    def size(self) -> float:
+        """How many images of the released model's usual size it counts as, at least 1."""
+        if self.max_soft_tokens is None:
+            return max(1.0, DETAILS[self.detail])
+        return max(1.0, self.max_soft_tokens / 280)
+
 
 @dataclass(frozen=True)
 class ImageRules:

@@ -77,10 +77,9 @@ class Conversation:
         reads no images.
         """
         from pydiffusion import PyDiffusionError
-        from pydiffusion.generation.chat_images import vision_of
 
         try:
-            vision_of(self._model)
+            self._model.require_vision()
         except PyDiffusionError as error:
             raise CommandError(str(error)) from None
         self._attached.append(image)

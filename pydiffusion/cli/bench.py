@@ -34,6 +34,16 @@ def command(
     steps: Annotated[int, typer.Option(help="Number of denoising steps to time.", min=2)] = 8,
     *,
     runtime: dict[str, Any],
+    mmproj: Annotated[
+        Path | None,
+        typer.Option(
+            "-mm",
+            "--mmproj",
+            metavar="FILE",
+            help="Time an image with this vision file too.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     against: Annotated[
         str | None,
@@ -54,6 +64,7 @@ def command(
     from pydiffusion.testing.autoregressive import measure_autoregressive
     from pydiffusion.testing.bench import run_bench
     from pydiffusion.testing.comparison import compare_in_turns
+    from pydiffusion.testing.image_bench import bench_images
 
     if (model is None) == (synthetic is None):
         raise typer.BadParameter("give either --model or --synthetic")
@@ -71,6 +82,10 @@ def command(
             reading = measure_autoregressive(setup, prompt, steps)
             report["autoregressive"] = reading.to_dict()
             texts.append(bench_report.format_autoregressive(reading, result.read_limit))
+        if mmproj is not None:
+            images = bench_images(setup, mmproj)
+            report["images"] = images.to_dict()
+            texts.append(bench_report.format_images(images))
         if other is not None:
             comparison = compare_in_turns(setup, other, prompt, steps)
             report["comparison"] = comparison.to_dict()

@@ -76,6 +76,8 @@ def chat(
     parts = image_parts(images)
     opened = _open.open_model(path, runtime)
     opened.check_chat_template()
+    if parts:
+        opened.require_vision()
     is_terminal = sys.stdin.isatty()
     conversation = Conversation(
         opened, _open.make_options(opened, **choices), system, save=save and is_terminal

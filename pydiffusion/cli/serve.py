@@ -125,6 +125,8 @@ def command(
     listener = _bind(host, port)
     opened = _open.open_model(model, runtime, max(parallel, sessions))
     _check_template(opened)
+    if runtime["mmproj"] is None:
+        find_vision(opened)
     _set_log_level(log_level)
     server = Server(opened, settings, grace=grace)
     if settings.api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
@@ -168,6 +170,17 @@ def _check_template(model: DiffusionModel) -> None:
         model.check_chat_template()
     except PyDiffusionError as error:
         say(f"pydiffusion: warning: chats will fail: {error}")
+
+
+def find_vision(model: DiffusionModel) -> None:
+    """Load the vision file that is beside the model or in its repo, if there is one."""
+    from pydiffusion import PyDiffusionError, UnsupportedModelError
+
+    try:
+        model.require_vision()
+    except PyDiffusionError as error:
+        if model.vision is not None or not isinstance(error, UnsupportedModelError):
+            say(f"pydiffusion: warning: images will fail: {error}")
 
 
 def _bind(host: str, port: int) -> socket.socket:

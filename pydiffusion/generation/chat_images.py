@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydiffusion.chat.image_parts import DETAILS, ImagePart, ImagePartError
-from pydiffusion.errors import InsufficientMemoryError, PyDiffusionError, UnsupportedModelError
+from pydiffusion.chat.image_parts import DETAILS, ImagePart, ImagePartError, take_images
+from pydiffusion.errors import ImageError, InsufficientMemoryError, PyDiffusionError
 from pydiffusion.vision.loading import open_image
 from pydiffusion.vision.preprocessing import MAX_SOFT_TOKENS
 from pydiffusion.vision.prompt import Prompt, place
@@ -22,25 +22,26 @@ if TYPE_CHECKING:
 _DECODING = threading.BoundedSemaphore(2)
 
 
-def vision_of(model: DiffusionModel) -> VisionTower:
-    """The model's vision tower. Raises UnsupportedModelError, saying what to do, if it reads no images."""
-    if model.vision is None:
-        raise UnsupportedModelError(
-            f"{model.path.name} reads no images without a vision file: load one with --mmproj FILE, or"
-            " DiffusionModel(path, mmproj=FILE)"
-        )
-    return model.vision
+def images_of(model: DiffusionModel, messages: Any) -> tuple[Any, list[ImagePart]]:
+    """Messages with places for their images, and these; see ``take_images``.
+
+    Raises as ``DiffusionModel.require_vision`` if there are any, ImagePartError.
+    """
+    messages, images = take_images(messages)
+    if images:
+        model.require_vision()
+    return messages, images
 
 
 def with_images(model: DiffusionModel, ids: list[int], parts: Sequence[ImagePart]) -> list[int] | Prompt:
     """A chat's prompt with its images in place of the template's placeholders; without any, the ids.
 
-    Raises UnsupportedModelError if the model reads no images, ImagePartError for one that can't be read,
-    ValueError unless the template has written a placeholder for each.
+    Raises as ``DiffusionModel.require_vision``, ImagePartError for an image that can't be read, ValueError
+    unless the template has written a placeholder for each.
     """
     if not parts:
         return ids
-    vision, tokens = vision_of(model), model.native.image_tokens
+    vision, tokens = model.require_vision(), model.native.image_tokens
     n_places = ids.count(tokens["image"]) if tokens else 0
     if n_places != len(parts):
         raise ValueError(
@@ -55,21 +56,27 @@ def prepare_part(vision: VisionTower, part: ImagePart) -> PreparedImage:
     try:
         source: Any = part.source() if callable(part.source) else part.source
         with _DECODING:
-            return vision.prepare(source, _soft_tokens(part, vision.max_soft_tokens))
-    except (InsufficientMemoryError, ImagePartError):
+            if part.max_soft_tokens is not None:
+                return vision.prepare(source, part.max_soft_tokens)
+            return _in_detail(vision, source, DETAILS[part.detail])
+    except InsufficientMemoryError:
         raise
     except (PyDiffusionError, ValueError, TypeError) as error:
         raise ImagePartError(part.where, str(error)) from None
 
 
-def _soft_tokens(part: ImagePart, own: int) -> int | None:
-    """The maximum number of soft tokens; None for the model's own, which ``detail`` falls back on where the
-    multiple of it is none that models are trained with.
+def _in_detail(vision: VisionTower, source: Any, factor: float) -> PreparedImage:
+    """factor: of the model's own number of soft tokens. Only a wish, as OpenAI's ``detail`` is: the model's
+    own number is taken where models are not trained with that many, or the tower has too few positions.
     """
-    if part.max_soft_tokens is not None:
-        return part.max_soft_tokens
-    wanted = own * DETAILS[part.detail]
-    return int(wanted) if wanted in MAX_SOFT_TOKENS else None
+    wanted = vision.max_soft_tokens * factor
+    if wanted in MAX_SOFT_TOKENS and factor != 1:
+        opened = open_image(source)
+        try:
+            return vision.prepare(opened, int(wanted))
+        except ImageError:
+            source = opened
+    return vision.prepare(source)
 
 
 def check_image(path: Path) -> None:
@@ -83,3 +90,8 @@ def check_image(path: Path) -> None:
 def n_image_tokens(prompt: Sequence[int] | Prompt) -> int:
     """Number of a prompt's tokens that are images: soft tokens, begin and end tokens."""
     return sum(placed.image.n_soft_tokens + 2 for placed in getattr(prompt, "images", ()))
+
+
+def n_image_bytes(prompt: Sequence[int] | Prompt) -> int:
+    """Bytes of a prompt's images, until they are encoded."""
+    return sum(placed.image.patches.nbytes for placed in getattr(prompt, "images", ()))

@@ -1,12 +1,15 @@
-"""Session files: tokens and KV cache as safetensors, tied to a model by a fingerprint.
+"""Session files: tokens, images and KV cache as safetensors, tied to a model by a fingerprint.
 
 A file contains ``tokens`` (n,) int32 and, per layer, ``k.N`` and ``v.N`` (n_rows, row_bytes) uint8 in the
-cache's type. Its metadata holds the format name, the cache type and the model's fingerprint.
+cache's type; per image ``image.N`` (n_soft_tokens, d) float32, its features. Its metadata holds the format
+name, the cache type, the model's fingerprint and, if there are images, ``images``: JSON, of each the position
+of its first soft token and its key in hexadecimal digits.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from pydiffusion.session import Session
 
 FORMAT = "pydiffusion-session-2"
+#: With images, so that versions which know of none refuse the file.
+FORMAT_WITH_IMAGES = "pydiffusion-session-3"
 _SAMPLE = 64
 
 
@@ -34,7 +39,7 @@ def fingerprint(file: _native.GgufFile) -> str:
 
 
 def save(session: Session, path: Path) -> None:
-    """Write a session's tokens and cache atomically.
+    """Write a session's tokens, images and cache atomically.
 
     Raises PyDiffusionError if it can't be written.
     """
@@ -44,10 +49,17 @@ def save(session: Session, path: Path) -> None:
     arrays = {"tokens": session.tokens}
     for i_layer, (k, v) in enumerate(session.native.cache_rows()):
         arrays |= {f"k.{i_layer}": k, f"v.{i_layer}": v}
+    images = session.native.images
+    for i in range(len(images)):
+        arrays[f"image.{i}"] = session.native.image_features(i)
+    metadata = _metadata(session.model)
+    if images:
+        metadata["format"] = FORMAT_WITH_IMAGES
+        metadata["images"] = json.dumps([[begin, key.hex()] for begin, _, key in images])
     target = atomic.resolve_target(path, map(Path, session.model.native.file.paths), overwrite=True)
     with atomic.replacing(target) as new:
         try:
-            save_file(arrays, new.temporary, metadata=_metadata(session.model))
+            save_file(arrays, new.temporary, metadata=metadata)
         except SafetensorError as error:
             raise PyDiffusionError(f"{path}: the session can't be saved: {error}") from error
 
@@ -65,13 +77,32 @@ def load(session: Session, path: Path) -> None:
     n_layer = session.model.hparams["n_layer"]
     try:
         with safe_open(path, framework="numpy") as file:
-            _check(path, session.model, file.metadata() or {})
+            metadata = file.metadata() or {}
+            _check(path, session.model, metadata)
             tokens = _array(file, "tokens", "I32")
             rows = [(_array(file, f"k.{i}", "U8"), _array(file, f"v.{i}", "U8")) for i in range(n_layer)]
-        session.native.restore(tokens, rows)
+            images = [
+                (begin, _array(file, f"image.{i}", "F32"), key)
+                for i, (begin, key) in enumerate(_images(metadata))
+            ]
+        session.native.restore(tokens, rows, images)
     except (SafetensorError, ValueError, TypeError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelFormatError(f"{path}: not a usable session file: {reason}") from error
+
+
+def _images(metadata: dict[str, str]) -> list[tuple[int, bytes]]:
+    """Position and key of each image. Raises ValueError for anything else in their place."""
+    if metadata["format"] != FORMAT_WITH_IMAGES:
+        return []
+    try:
+        found = json.loads(metadata.get("images", ""))
+        images = [(begin, bytes.fromhex(key)) for begin, key in found]
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError("its list of images is damaged") from None
+    if not all(type(begin) is int for begin, _ in images):
+        raise ValueError("its list of images is damaged")
+    return images
 
 
 def _array(file: Any, name: str, dtype: str) -> np.ndarray:
@@ -94,5 +125,7 @@ def _check(path: Path, model: DiffusionModel, found: dict[str, str]) -> None:
     what = {"format": "is not a session file of this version", "kv_type": "was saved with another cache type",
             "model": "was saved with another model"}  # fmt: skip
     for key, value in _metadata(model).items():
+        if key == "format" and found.get(key) == FORMAT_WITH_IMAGES:
+            continue
         if found.get(key) != value:
             raise ModelFormatError(f"{path}: {what[key]} ({key} is {found.get(key)!r:.80}, here {value!r})")

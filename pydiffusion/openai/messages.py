@@ -8,7 +8,7 @@ from pydiffusion.chat.image_parts import ImagePartError, ImageRules, is_image, r
 
 from .errors import invalid
 
-MAX_IMAGES = 32  # of a request; each takes 8 MB until it is encoded
+MAX_IMAGES = 32  # of a request; each takes 8 MB until it is encoded, in more detail several times as much
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -27,9 +27,13 @@ def check_messages(messages: Any, rules: ImageRules) -> list[dict[str, Any]]:
             follows_calls = bool(message.get("tool_calls"))
     read = [_read_images(message, f"messages[{i}].content", rules) for i, message in enumerate(messages)]
     contents = (message.get("content") for message in read)
-    n_images = sum(sum(map(is_image, content)) for content in contents if isinstance(content, list))
-    if n_images > MAX_IMAGES:
-        raise invalid(f"messages have {n_images} images; permitted are {MAX_IMAGES}", "messages")
+    images = [part for content in contents if isinstance(content, list) for part in content if is_image(part)]
+    if sum(part.size for part in images) > MAX_IMAGES:
+        raise invalid(
+            f"messages have {len(images)} images, permitted are {MAX_IMAGES}, and of those with more detail"
+            " fewer",
+            "messages",
+        )
     return read
 
 

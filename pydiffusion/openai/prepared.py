@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydiffusion.chat.image_parts import ImagePartError
-from pydiffusion.errors import InsufficientMemoryError, PyDiffusionError
+from pydiffusion.errors import InsufficientMemoryError, ModelFormatError, PyDiffusionError
 from pydiffusion.options import ResolvedOptions
 
 from .answers import Answer
@@ -57,7 +57,7 @@ def prepare_chat(body: Any, model: DiffusionModel, terms: Terms) -> Prepared:
     request: ChatRequest = chat_request(body, model, terms)
     try:
         prompt = model.chat_prompt(request.messages, **request.variables)
-    except InsufficientMemoryError:
+    except (InsufficientMemoryError, ModelFormatError):  # the vision file's
         raise
     except ImagePartError as error:
         raise invalid(str(error), error.where) from None

@@ -10,7 +10,6 @@ import socket
 import ssl
 import threading
 import time
-from contextlib import closing
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from pydiffusion._util.version import __version__
@@ -38,7 +37,7 @@ class Fetcher:
         self._end: float | None = None
 
     def fetch(self, url: str) -> bytes:
-        """The bytes at an http(s) URL. Raises ValueError, saying why they can't be had."""
+        """The bytes at an http(s) URL. Raises ValueError, saying why it can't."""
         if self._end is None:
             self._end = time.monotonic() + self._seconds
         if not _SLOTS.acquire(timeout=max(0.0, self._end - time.monotonic())):
@@ -70,23 +69,25 @@ class Fetcher:
         """The bytes, or where the answer says they are."""
         host, port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
         connection = http.client.HTTPConnection(host, port)
-        with closing(connection):
-            connection.sock = self._connect(host, port)
-            # What a host sends by drops is cut off too, also while TLS is being negotiated.
-            alarm = threading.Timer(max(0.0, self._left()), lambda: _cut_off(connection))
-            alarm.daemon = True
-            alarm.start()
-            try:
-                if parts.scheme == "https":
-                    context = ssl.create_default_context()
-                    tls = context.wrap_socket(
-                        connection.sock, server_hostname=host, do_handshake_on_connect=False
-                    )
-                    connection.sock = tls
-                    tls.do_handshake()
-                return self._request(connection, parts)
-            finally:
-                alarm.cancel()
+        opened = self._connect(host, port)
+        # What a host sends by drops is cut off too, also while TLS is being negotiated. The connection itself
+        # forgets its socket once the answer begins.
+        used = [opened]
+        alarm = threading.Timer(max(0.0, self._left()), lambda: _cut_off(used[-1]))
+        alarm.daemon = True
+        alarm.start()
+        try:
+            if parts.scheme == "https":
+                context = ssl.create_default_context()
+                tls = context.wrap_socket(opened, server_hostname=host, do_handshake_on_connect=False)
+                used.append(tls)
+                tls.do_handshake()
+            connection.sock = used[-1]
+            return self._request(connection, parts)
+        finally:
+            alarm.cancel()
+            connection.close()
+            used[-1].close()
 
     def _connect(self, host: str, port: int) -> socket.socket:
         failed: OSError = OSError(f"{host} has no address")
@@ -181,7 +182,6 @@ def _checked(url: str) -> SplitResult:
     return parts
 
 
-def _cut_off(connection: http.client.HTTPConnection) -> None:
+def _cut_off(opened: socket.socket) -> None:
     with contextlib.suppress(OSError):  # it is closed
-        if connection.sock is not None:
-            connection.sock.shutdown(socket.SHUT_RDWR)
+        opened.shutdown(socket.SHUT_RDWR)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydiffusion.errors import GenerationCancelled
 from pydiffusion.generation.batching import ActiveSequence
+from pydiffusion.generation.chat_images import n_image_bytes
 from pydiffusion.openai.errors import ApiError
 from pydiffusion.openai.reports import Report
 
@@ -35,6 +36,9 @@ class Job:
         self.chat = chat
         self.drafts = drafts
         self.one_call = one_call
+        # The choices of one prompt share its images.
+        prompts = {id(run.prompt): run.prompt for run in runs}
+        self.n_image_bytes = sum(map(n_image_bytes, prompts.values()))
         self.n_begun = 0  # runs that have or had a sequence
         self.in_flight: list[RunSequence] = []
         self.started = 0.0

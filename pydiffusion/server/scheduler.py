@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from pydiffusion.session import Session
 
 
+_MAX_IMAGE_BYTES = 2 << 30  # of the images of waiting requests
+
+
 class Counters:
     """Totals for /metrics. Only the scheduler's thread writes them."""
 
@@ -104,7 +107,9 @@ class Scheduler:
             if self._closing:
                 raise _going_down()
             n_free = max(0, self.n_parallel - len(self._active))  # slots that the thread is about to fill
-            if len(self._queue) >= self.max_queue + n_free:
+            n_bytes = sum(waiting.n_image_bytes for waiting in self._queue) + job.n_image_bytes
+            is_full = bool(self._queue and job.n_image_bytes) and n_bytes > _MAX_IMAGE_BYTES
+            if len(self._queue) >= self.max_queue + n_free or is_full:
                 seconds = math.ceil(self._seconds_per_job * (len(self._queue) + 1) / self.n_parallel)
                 raise ApiError(
                     429,

@@ -8,6 +8,7 @@ from typing import Any
 from .autoregressive import QUOTED_STEPS, Autoregressive
 from .bench import BenchResult
 from .comparison import Comparison
+from .image_bench import ImageBench
 from .machine_load import MachineLoad
 
 #: Operations of a step that are matmuls; attention is mostly matmul.
@@ -53,6 +54,18 @@ def format_result(result: BenchResult) -> str:
         each = (f"{name} {1e3 * seconds:.1f}" for name, seconds in r.operation_seconds.items())
         lines.append(f"ms: {', '.join(each)}")
     return "\n".join(lines)
+
+
+def format_images(bench: ImageBench) -> str:
+    """Format the figures of a vision tower as text."""
+    b = bench
+    return (
+        f"{b.vision_file}: {b.n_weights / 1e6:.0f}e6 weights, {b.n_bytes / 1e9:.2f} GB,"
+        f" load {b.load_seconds:.2f} s\n"
+        f"image of {b.n_patches} patches, {b.n_soft_tokens} tokens: {b.seconds:.3f} s"
+        f" (best {b.seconds_min:.3f}, first {b.first_seconds:.3f}),"
+        f" preprocessing {1e3 * b.preparation_seconds:.0f} ms"
+    )
 
 
 def _load_lines(r: BenchResult) -> list[str]:

@@ -178,10 +178,9 @@ def _of_pil(image: Image) -> Image:
 def _rgb(image: Image) -> Image:
     """RGB, with transparency composited on white, as the reference does."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    background = pillow().new("RGBA", image.size, (255, 255, 255, 255))
-    return pillow().alpha_composite(background, image).convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
+    white = pillow().new("RGBA", image.size, (255, 255, 255, 255))
+    return pillow().alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def _pixels(array: np.ndarray) -> np.ndarray:

@@ -79,7 +79,7 @@ def cut(
     pixels = np.asarray(image, dtype=np.uint8)  # (height, width, 3)
     rows, columns = height // patch_size, width // patch_size
     grid = pixels.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 1, 3, 4)
-    # In float64 first, as the reference: a float32 product is off in the last bit for some values.
+    # In float64 first, as the reference: float32 alone is off in the last bit for some values.
     patches = _SCALED[grid.reshape(rows * columns, -1)]
     y, x = np.divmod(np.arange(rows * columns, dtype=np.int32), np.int32(columns))
     return patches, np.stack([x, y], axis=1)
@@ -123,5 +123,5 @@ def image_key(patches: np.ndarray, positions: np.ndarray, options: bytes) -> byt
     columns, rows = (positions.max(axis=0) + 1).tolist()
     digest.update(f"{rows} {columns} {len(options)} ".encode())
     digest.update(options)
-    digest.update(np.ascontiguousarray(patches))
+    digest.update(np.ascontiguousarray(patches).data)
     return digest.digest()

@@ -26,7 +26,7 @@ _KEPT_BYTES = 64 << 20  # of features; one image at the released size has 3 MB
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What there is once the file is loaded. fingerprint: tells the tower from others in images' keys."""
+    """A loaded file. fingerprint: tells the tower from others in images' keys."""
 
     native: _native.Vision
     info: dict[str, Any]

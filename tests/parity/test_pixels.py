@@ -44,7 +44,7 @@ def test_sizes() -> None:
 def test_pixels(report: Callable[[str], None]) -> None:
     from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
-    processor = Gemma4ImageProcessorPil()
+    reference = Gemma4ImageProcessorPil()
     generator = random.Random(2)
     worst, n_images = 0.0, 0
     for kind in (*MODES, *ARRAYS):
@@ -52,7 +52,7 @@ def test_pixels(report: Callable[[str], None]) -> None:
             height, width = generator.randint(5, 900), generator.randint(5, 900)
             image = picture(kind, height, width, seed)
             n = generator.choice(MAX_SOFT_TOKENS[:3])
-            theirs = processor(image, max_soft_tokens=n, return_tensors="np")
+            theirs = reference(image, max_soft_tokens=n, return_tensors="np")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 patches, positions = preprocess(image, n)

@@ -44,10 +44,10 @@ def main() -> None:
         get_aspect_ratio_preserving_size,
     )
 
-    processor = Gemma4ImageProcessorPil()
+    reference = Gemma4ImageProcessorPil()
     images = []
     for kind, height, width, n in cases():
-        answer = processor(picture(kind, height, width), max_soft_tokens=n, return_tensors="np")
+        answer = reference(picture(kind, height, width), max_soft_tokens=n, return_tensors="np")
         real = answer["image_position_ids"][0][:, 0] >= 0
         patches = answer["pixel_values"][0][real]
         columns, rows = (answer["image_position_ids"][0].max(axis=0) + 1).tolist()

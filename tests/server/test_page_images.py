@@ -8,25 +8,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from support import chromium
+from support.seeing_model import SeeingModel
 from support.server_fakes import ScriptedModel, script, serving
 
-Image = pytest.importorskip("PIL.Image")
+from pydiffusion.vision import preprocess
 
-# Between page and server: the model reads images, and a question reaches it as text.
-READS_IMAGES = """
-window.sent = [];
-const real = window.fetch;
-window.fetch = async (path, request) => {
-  if (path === "v1/models") return new Response(JSON.stringify({data: [{vision: true}]}));
-  const body = JSON.parse(await request.body.text());
-  sent.push(body);
-  const bare = body.messages?.map((m) => ({...m, content: textOf(m.content) || "images only"}));
-  return real(path, {...request, body: JSON.stringify({...body, messages: bare})});
-};
-learn();
-"""
 # Files from base64 by name, as a drop or a paste has them.
 TRANSFER = """
 function transferOf(files) {
@@ -53,8 +43,13 @@ function drop(files) {
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with serving(ScriptedModel(script), max_body=4_000_000) as (address, _):
+def model() -> SeeingModel:
+    return SeeingModel(script, n_ctx=4096)
+
+
+@pytest.fixture(scope="module")
+def url(model: SeeingModel) -> Iterator[str]:
+    with serving(model, max_body=4_000_000) as (address, _):
         yield address
 
 
@@ -71,13 +66,18 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Browse
 
 
 @pytest.fixture
-def browser(opened: chromium.Browser, url: str) -> chromium.Browser:
+def browser(opened: chromium.Browser, model: SeeingModel, url: str) -> chromium.Browser:
     """The page, loaded anew."""
-    opened.open(url + "/")
-    opened.complaints.clear()
-    opened.run(TRANSFER)
-    opened.wait_for("reads === false")
-    return opened
+    model.vision.images.clear()
+    return load(opened, url)
+
+
+def load(browser: chromium.Browser, url: str) -> chromium.Browser:
+    browser.open(url + "/")
+    browser.complaints.clear()
+    browser.run(TRANSFER)
+    browser.wait_for("reads !== null")
+    return browser
 
 
 def png(colour: str, size: tuple[int, int] = (8, 6)) -> str:
@@ -105,16 +105,8 @@ def send(browser: chromium.Browser, question: str) -> None:
     browser.wait_for(f"log.querySelectorAll('article.assistant').length === {n + 1} && running === null")
 
 
-def decoded(url: str) -> Image.Image:
-    head, _, data = url.partition(";base64,")
-    image = Image.open(io.BytesIO(base64.b64decode(data)))
-    assert head == f"data:{image.get_format_mimetype()}"
-    return image
-
-
-def test_attached_pasted_and_dropped(browser: chromium.Browser, tmp_path: Path) -> None:
-    browser.run(READS_IMAGES)
-    browser.wait_for("!document.getElementById('attach').hidden")
+def test_attached_pasted_and_dropped(browser: chromium.Browser, model: SeeingModel, tmp_path: Path) -> None:
+    assert browser.run("!document.getElementById('attach').hidden")
     chosen = tmp_path / "red.png"
     chosen.write_bytes(base64.b64decode(png("red")))
     document = browser.call("DOM.getDocument")["root"]["nodeId"]
@@ -130,89 +122,117 @@ def test_attached_pasted_and_dropped(browser: chromium.Browser, tmp_path: Path) 
 
     send(browser, "What is it?")
     assert thumbnails(browser) == [] and browser.run("text.value") == ""
-    content = browser.run("sent[0].messages.at(-1).content")
-    assert [part["type"] for part in content] == ["image_url"] * 3 + ["text"]
-    assert content[-1]["text"] == "What is it?"
-    pixels = [decoded(part["image_url"]["url"]).getpixel((7, 5)) for part in content[:3]]
-    assert pixels == [(255, 0, 0), (0, 128, 0), (0, 0, 0)]
+    colors = [(255, 0, 0), (0, 128, 0), (0, 0, 0)]
+    assert [image.shape for image in model.vision.images] == [(6, 8, 3)] * 3
+    assert [tuple(image[5, 7]) for image in model.vision.images] == colors
+    assert browser.run("textOf(messages[0].content)") == "What is it?"
     shown = "[...log.querySelectorAll('.user img')].map((image) => [image.alt, image.naturalWidth])"
     browser.wait_for(f"({shown}).every(([, width]) => width === 8)")
     assert [alt for alt, _ in browser.run(shown)] == ["red.png", "green.png", "black.png"]
     assert browser.run("document.querySelector('.user').textContent") == "What is it?"
+    assert browser.run("document.querySelector('.answer').textContent") == "Hello, world!"
     assert browser.run("log.querySelectorAll('.heat').length") == 1, "the answer can be replayed"
 
     # the next turn sends the same images once more, so that the server finds them in its cache
     send(browser, "And?")
-    assert browser.run("sent[1].messages[0].content") == content
-    assert browser.run("sent[1].messages.at(-1).content") == "And?"
+    assert [tuple(image[5, 7]) for image in model.vision.images] == colors * 2
     # nothing of it outlives the page
     stored = "[localStorage.length, Object.keys(sessionStorage).join(), document.cookie]"
     assert browser.run(stored) == [0, "", ""]
     assert browser.complaints == []
 
+    # Infill answers the question as far as it is text.
+    browser.run("document.getElementById('infill').click()")
+    send(browser, "It is <|hole:2|>.")
+    assert "infill reads text" not in browser.run("log.lastChild.textContent"), "the last question has none"
+    browser.run("messages = messages.slice(0, 2)")
+    send(browser, "It is <|hole:2|>.")
+    assert "infill reads text" in browser.run("log.lastChild.textContent")
 
-def test_an_image_alone_and_one_that_is_still_being_read(browser: chromium.Browser) -> None:
-    browser.run(READS_IMAGES)
-    browser.wait_for("reads")
+
+def test_an_image_alone_that_is_still_being_read(browser: chromium.Browser, model: SeeingModel) -> None:
     browser.run(f"drop({files('red')}); form.requestSubmit()")
-    browser.wait_for("sent.length === 1 && running === null")
-    assert [part["type"] for part in browser.run("sent[0].messages[0].content")] == ["image_url"]
+    browser.wait_for("log.querySelectorAll('.answer').length === 1 && running === null")
+    assert len(model.vision.images) == 1 and browser.run("textOf(messages[0].content)") == ""
 
 
-def test_what_is_refused_is_said(browser: chromium.Browser) -> None:
-    notice = "document.getElementById('notice').textContent"
-    # by a model without vision: nothing to attach by, and no drop leaves the page
-    assert browser.run("document.getElementById('attach').hidden")
-    assert browser.run(f"drop({files('red')})")
-    browser.wait_for(f"{notice} !== ''")
-    assert "can't read images" in browser.run(notice) and "--mmproj" in browser.run(notice)
-    assert thumbnails(browser) == []
+NOTICE = "document.getElementById('notice').textContent"
+
+
+def test_a_model_without_vision(opened: chromium.Browser) -> None:
+    """Nothing to attach by, and no drop leaves the page."""
+    with serving(ScriptedModel(script)) as (url, _):
+        browser = load(opened, url)
+        assert browser.run("document.getElementById('attach').hidden")
+        assert browser.run(f"drop({files('red')})")
+        browser.wait_for(f"{NOTICE} !== ''")
+        assert "can't read images" in browser.run(NOTICE) and "--mmproj" in browser.run(NOTICE)
+        assert thumbnails(browser) == []
+
+
+def test_a_server_with_a_key(opened: chromium.Browser, model: SeeingModel) -> None:
+    """It says what its model can do once the page has the key, for which an image asks as a message does."""
+    with serving(model, api_key="k") as (url, _):
+        opened.open(url + "/")
+        opened.run(TRANSFER + "; window.prompt = () => 'k'")
+        assert opened.run("reads === null && document.getElementById('attach').hidden")
+        opened.run(f"drop({files('red')})")
+        opened.wait_for("attached.items.length === 1")
+        assert opened.run("reads && !document.getElementById('attach').hidden")
+        opened.run("sessionStorage.clear()")
+
+
+def test_what_is_refused_is_said(browser: chromium.Browser, model: SeeingModel) -> None:
     # text with a picture of it beside is text
     assert not browser.run(f"paste({files('red')}, 'a table')")
 
-    browser.run(READS_IMAGES)
-    browser.wait_for("reads")
     text = base64.b64encode(b"no image").decode()
     browser.run(f"drop([['a.png', 'image/png', '{text}'], ...{files('red')}])")
     browser.wait_for("document.querySelectorAll('#attached img').length === 1")
-    assert browser.run(notice) == "a.png is not attached: this browser can't read it as an image."
+    assert browser.run(NOTICE) == "a.png is not attached: this browser can't read it as an image."
     # infill
     browser.run("document.getElementById('infill').click(); text.value = 'a <|hole|>'; form.requestSubmit()")
-    browser.wait_for(f"{notice}.startsWith('Infill reads text only')")
-    assert browser.run("sent.length") == 0 and thumbnails(browser) == ["red.png"]
-    # more than the server takes: said before it is sent, and all of it is there for another try
+    browser.wait_for(f"{NOTICE}.startsWith('Infill reads text only')")
+    assert thumbnails(browser) == ["red.png"]
     browser.run("document.getElementById('infill').click()")
+    # more than the server takes: said before it is sent
     browser.run("attached.put([{name: 'big.png', url: 'data:image/png;base64,' + 'A'.repeat(4e6)}])")
-    send(browser, "Too much")
-    error = browser.run("document.querySelector('article .error').textContent")
+    error = refused(browser, "Too much", ["red.png", "big.png"])
     assert error.startswith("This chat is 4.0 MB with all its images, and the server takes 4.0 MB")
-    assert browser.run("sent.length") == 0 and browser.run("messages.length") == 0
-    assert browser.run("text.value") == "Too much" and thumbnails(browser) == ["red.png", "big.png"]
+    # what the server refuses
+    browser.run("attached.items[1].url = 'data:image/png;base64,AAAA'")
+    error = refused(browser, "What is it?", ["red.png", "big.png"])
+    assert error.startswith("messages[0].content[1]") and "image" in error
+    assert len(model.vision.images) == 1
 
 
-def test_a_large_photograph_is_made_smaller(browser: chromium.Browser) -> None:
+def refused(browser: chromium.Browser, question: str, images: list[str]) -> str:
+    """What the page says; the question and its images are there for another try."""
+    send(browser, question)
+    assert browser.run("messages.length") == 0
+    assert browser.run("text.value") == question and thumbnails(browser) == images
+    return browser.run("log.lastChild.querySelector('.error').textContent")
+
+
+def test_a_large_photograph_is_made_smaller(browser: chromium.Browser, model: SeeingModel) -> None:
     """But not below what the server scales it to, in the same grid of patches, rotated as the file says."""
-    np = pytest.importorskip("numpy")
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (30, 45, 3), dtype=np.uint8))
-    smooth = np.asarray(coarse.resize((3011, 2003), Image.Resampling.BICUBIC), dtype=np.int16)
+    smooth = np.asarray(coarse.resize((2411, 1603), Image.Resampling.BICUBIC), dtype=np.int16)
     noise = rng.integers(-8, 9, smooth.shape, dtype=np.int16)
     photograph = Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     file = encoded(photograph, "JPEG", quality=95, exif=exif.tobytes())
     assert len(file) > 1 << 20
-    browser.run(READS_IMAGES)
-    browser.wait_for("reads")
     browser.run(f"drop([['photo.jpg', 'image/jpeg', '{base64.b64encode(file).decode()}']])")
     browser.wait_for("attached.items.length === 1")
-    sent = decoded(browser.run("attached.items[0].url"))
+    send(browser, "Where is it?")
+    (sent,) = model.vision.images
     upright = photograph.transpose(Image.Transpose.ROTATE_270)
     largest = 1120 * 48 * 48  # pixels that the server makes of any image
-    assert sent.size[0] < upright.size[0] and largest <= sent.size[0] * sent.size[1] < 1.1 * largest
-    vision = pytest.importorskip("pydiffusion.vision")
-    patches, positions = vision.preprocess(upright)
-    theirs, their_positions = vision.preprocess(sent)
+    assert sent.shape[0] < upright.size[1] and largest <= sent.shape[0] * sent.shape[1] < 1.1 * largest
+    patches, positions = preprocess(upright)
+    theirs, their_positions = preprocess(sent)
     assert np.array_equal(positions, their_positions)
     assert np.abs(patches - theirs).mean() < 1.5 / 255, "JPEG at this quality alone: 0.75"
-    assert np.abs(patches - theirs).mean() < 2 / 255

@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydiffusion.convert import collect_imatrix, convert, repack
+from PIL import Image
+
+from pydiffusion.convert import collect_imatrix, convert, convert_mmproj, repack
 from pydiffusion.demo import checkpoint_path
-from support import hub_server
+from support import hub_server, vision_folders
 from support.doc_blocks import Block
 from support.paths import REPOSITORY
 
@@ -43,6 +45,7 @@ sys.exit(int(worker.makefile().readline() or 139))
 """
 _URL = re.compile(r"\b(127\.0\.0\.1|localhost|0\.0\.0\.0):(\d{4,5})\b")
 _GGUF = re.compile(r"(?<![\w/.-])[\w-]+(?:\.imatrix)?\.gguf\b")
+_IMAGE = re.compile(r"(?<![\w/.-])[\w-]+\.(?:png|jpe?g)\b")
 _OUTPUT = re.compile(r"(?:-o|--output|--outfile|>)\s+(\S+)")
 _TYPE = re.compile(r"(?<![a-z0-9])(f32|f16|bf16|q8_0|q6_k|q5_k_m|q4_k_m|iq4_xs)(?![a-z0-9])")
 _SECONDS = 900
@@ -68,6 +71,8 @@ class Files:
         """A model for a file's name, of the type in the name (else q8_0): its file, or parts in order."""
         if name.endswith(".imatrix.gguf"):
             return [self._once(name, self._imatrix)]
+        if "mmproj" in name:
+            return [self._once("mmproj.gguf", self._mmproj)]
         found = _TYPE.search(name.lower())
         type = found[1] if found else "q8_0"
         model = self._once(f"demo-{type}.gguf", lambda path: convert(checkpoint_path(), path, type))
@@ -76,6 +81,9 @@ class Files:
 
     def _imatrix(self, path: Path) -> None:
         collect_imatrix(self.gguf("model-bf16.gguf")[0], _TEXTS["text.txt"], path)
+
+    def _mmproj(self, path: Path) -> None:
+        convert_mmproj(vision_folders.demo_tower(path.with_suffix("")), path)
 
     def _once(self, name: str, make: Callable[[Path], object]) -> Path:
         path = self.folder / name
@@ -202,6 +210,9 @@ class Reader:
             if Path(name) not in made and not (self.folder / name).exists():
                 for i, path in enumerate(self.files.gguf(name)):
                     shutil.copy(path, self.folder / name.replace("-00001-of-", f"-{i + 1:05d}-of-"))
+        for name in _IMAGE.findall(text):
+            if Path(name) not in made and not (self.folder / name).exists():
+                Image.linear_gradient("L").save(self.folder / name)
         for name, content in _TEXTS.items():
             if name in text and Path(name) not in made and not (self.folder / name).exists():
                 (self.folder / name).write_text(content, encoding="utf-8")

@@ -74,7 +74,7 @@ def reading_images(file: Path, target: Path, how: str = "vision") -> Path:
     return target
 
 
-def reference_encode(context: Any, prompt: ImagePrompt, how: str = "vision") -> np.ndarray:
+def reference_encode(context: Any, prompt: ImagePrompt, how: str | None = "vision") -> np.ndarray:
     """As ``Context.encode`` of an empty context, with images; the mask is the one that ``generate`` makes."""
     import torch
     from transformers.modeling_outputs import BaseModelOutputWithPooling

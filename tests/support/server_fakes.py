@@ -23,6 +23,7 @@ from pydiffusion.model import DiffusionModel
 from pydiffusion.server.app import Settings
 from pydiffusion.server.run import Server
 from pydiffusion.tokenizer import Tokenizer, TokenType
+from pydiffusion.vision.methods import ModelVision
 
 CANVAS = 64
 TEMPLATE = (
@@ -79,6 +80,7 @@ class ScriptedModel(DiffusionModel):
         self.n_ctx = self.n_ctx_train = n_ctx
         self.native = ScriptedWeights(self)  # type: ignore[assignment]
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
+        self._vision = ModelVision(self, self.native, None)
         self._chat_template = None
         self._lock = threading.Lock()
         self._automata = {}
@@ -119,6 +121,7 @@ class ScriptedNative:
         self._model = model
         self.n_ctx = n_ctx
         self._ids: list[int] = []
+        self.images: list[tuple[int, int, bytes]] = []
         self._cancelled = threading.Event()
         self._steps: list[SimpleNamespace] = []
 
@@ -133,23 +136,21 @@ class ScriptedNative:
     def cancel(self) -> None:
         self._cancelled.set()
 
-    @property
-    def images(self) -> list[Any]:
-        return []
-
     def encode(self, ids: np.ndarray, images: Any, return_hidden: bool = False, progress: Any = None) -> None:
         self._enter()
         if self.n_past + len(ids) > self.n_ctx:
             raise ContextOverflowError("too long")
+        self.images += [(self.n_past + begin, len(features), key) for begin, features, key in images]
         self._ids += ids.tolist()
 
     def truncate(self, n: int) -> None:
         self._enter()
         del self._ids[n:]
+        self.images = [image for image in self.images if image[0] < n]
 
     def copy_from(self, source: ScriptedNative) -> None:
         self._enter()
-        self._ids = source._ids.copy()
+        self._ids, self.images = source._ids.copy(), source.images.copy()
 
     def begin(self, *, max_tokens: int, steps: int, eos: list[int], **_: Any) -> None:
         self._enter()

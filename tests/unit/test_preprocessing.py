@@ -163,7 +163,11 @@ def test_sixteen_bits_of_a_file_are_scaled(format: str) -> None:
     """Pillow's conversion clips them at 255, which a PIL image handed over gets as well, with a warning."""
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
     image = Image.fromarray(levels * 257)
-    found = np.asarray(open_image(file_bytes(image, format)))
+    if format == "PPM":  # which not every version of Pillow writes
+        data = b"P5\n16 16\n65535\n" + (levels * 257).astype(">u2").tobytes()
+    else:
+        data = file_bytes(image, format)
+    found = np.asarray(open_image(data))
     assert np.array_equal(found, np.repeat(levels[:, :, None], 3, axis=2))
     with pytest.warns(PyDiffusionWarning, match="clipped"):
         assert np.asarray(open_image(image)).reshape(-1, 3)[2:].min() == 255

@@ -98,9 +98,11 @@ int64_t max_expert_tiles(int64_t n_activations, int64_t n_expert) {
 // then the next kDepth. So what a panel uses is contiguous, without power-of-two strides.
 struct PackedBlock {
     uint16_t* data;
-    int64_t depth, n_tiles;
+    int64_t n_inner, n_tiles;
+    int64_t depth = depth_of(n_inner);
 
     int64_t depth_at(int64_t d) const { return std::min(kDepth, depth - d); }
+    int64_t elements_at(int64_t d) const { return std::min(kDepth * kTileDepth, n_inner - d * kTileDepth); }
     // Tile i_tile from depth d on, a multiple of kDepth; activation_stride(d) is between tiles.
     uint16_t* at(int64_t i_tile, int64_t d) const {
         return data + (d * n_tiles + i_tile * depth_at(d)) * kTileElements;
@@ -112,8 +114,8 @@ const Packing& packing_of(const ggml_tensor* packed) { return *static_cast<const
 
 PackedBlock block_of(const ggml_tensor* packed, int64_t first_tile, int64_t n_tiles) {
     const int64_t n_inner = packing_of(packed).x->ne[0];
-    return {align(static_cast<uint16_t*>(packed->data)) + first_tile * kTileRows * n_inner,
-            n_inner / kTileDepth, n_tiles};
+    return {align(static_cast<uint16_t*>(packed->data)) + first_tile * depth_of(n_inner) * kTileElements,
+            n_inner, n_tiles};
 }
 
 // Indices of a tile's activations: column c is x[:, i1[c], i2[c]], and zeros from n on.
@@ -143,7 +145,7 @@ void pack_tile(const PackedBlock& block, int64_t i_tile, const Packing& packing,
         const float* from[kTileRows];
         for (int64_t c = 0; c < kTileRows; ++c)
             from[c] = activations[c] ? activations[c] + d * kTileDepth : nullptr;
-        pack_activations(from, block.depth_at(d) * kTileDepth, block.at(i_tile, d));
+        pack_activations(from, block.elements_at(d), block.at(i_tile, d));
     }
 }
 
@@ -195,7 +197,7 @@ struct Task {
         const int64_t row = first_row + i * kPanelRows;
         return {weight->type,   data_of(row),
                 weight->nb[1],  std::min(kPanelRows, first_row + n_rows - row),
-                d * kTileDepth, block.depth_at(d) * kTileDepth};
+                d * kTileDepth, block.elements_at(d)};
     }
     // What to prefetch while panel i is multiplied at depth d. With few activations, the next panel's rows
     // are prefetched whole, a slice per depth, in memory order: that is faster than following the depth.
@@ -223,10 +225,11 @@ void accumulate(Kernel kernel, const Task& task, Workspace& ws) {
         for (int64_t i = 0; i < task.n_panels(); ++i) {
             const Rows rows = task.panel(i, d);
             unpack(rows, ws.weights, task.prefetch_after(i, d));
-            const TileOperands operands = {ws.weights, rows.n / kTileDepth * kTileElements,
+            const int64_t depth = depth_of(rows.n);
+            const TileOperands operands = {ws.weights, depth * kTileElements,
                                            task.block.at(task.first_tile, d), task.block.activation_stride(d),
                                            ws.accumulators + i * task.panel_elements()};
-            tile_gemm(kernel, operands, n_tiles_of(rows.n_rows), task.n_tiles(), rows.n / kTileDepth, d > 0);
+            tile_gemm(kernel, operands, n_tiles_of(rows.n_rows), task.n_tiles(), depth, d > 0);
         }
     }
 }
@@ -353,9 +356,10 @@ ggml_tensor* Matmul::packed(ggml_tensor* x, ggml_tensor* experts, int64_t n_expe
     const int64_t n_tiles =
         experts ? max_expert_tiles(ggml_nelements(experts), n_expert) : n_tiles_of(x->ne[1]);
     constexpr int64_t alignment_padding = kCacheLine / sizeof(uint16_t);
-    packed = ggml_custom_4d(ctx_, GGML_TYPE_BF16, x->ne[0] * n_tiles * kTileRows + alignment_padding, 1, 1, 1,
-                            sources.data(), static_cast<int>(sources.size()),
-                            experts ? pack_experts_op : pack_op, GGML_N_TASKS_MAX, nullptr);
+    packed =
+        ggml_custom_4d(ctx_, GGML_TYPE_BF16, depth_of(x->ne[0]) * n_tiles * kTileElements + alignment_padding,
+                       1, 1, 1, sources.data(), static_cast<int>(sources.size()),
+                       experts ? pack_experts_op : pack_op, GGML_N_TASKS_MAX, nullptr);
     packings_.push_back({x, compute_row, experts, groups, n_expert});
     packed->extra = &packings_.back();
     return ggml_set_name(packed, "pack");

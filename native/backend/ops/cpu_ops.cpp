@@ -30,7 +30,7 @@ ggml_tensor* CpuOps::attend(ggml_tensor* q, const CacheRows& visible, const Caus
                             ForMatmuls) {
     ggml_tensor* k = rows_of_heads(visible.k, q->ne[0], visible.first, visible.n);
     ggml_tensor* v = rows_of_heads(visible.v, q->ne[0], visible.first, visible.n);
-    return pydiffusion::attend(c_.ctx, q, k, v, causal, c_.backend.kernel());
+    return pydiffusion::attend(c_.ctx, q, k, v, causal, kernel_);
 }
 
 ggml_tensor* CpuOps::rotate_axes(ggml_tensor* x, ggml_tensor* norm, const Rope& rope) {
@@ -39,7 +39,7 @@ ggml_tensor* CpuOps::rotate_axes(ggml_tensor* x, ggml_tensor* norm, const Rope& 
 
 ggml_tensor* CpuOps::attend_all(const Heads& heads, bool) {
     return pydiffusion::attend(c_.ctx, heads.q, tokens_of_heads(heads.k), tokens_of_heads(heads.v), nullptr,
-                               c_.backend.kernel());
+                               kernel_);
 }
 
 ggml_tensor* CpuOps::limit(ggml_tensor* x, float low, float high) {

@@ -9,9 +9,11 @@ namespace pydiffusion {
 
 class CpuOps : public Ops {
   public:
-    explicit CpuOps(const OpsContext& context)
+    explicit CpuOps(const OpsContext& context) : CpuOps(context, context.backend.kernel()) {}
+    CpuOps(const OpsContext& context, gemm::Kernel kernel)
         : Ops(context),
-          matmul_(context.ctx, context.backend.kernel()),
+          kernel_(kernel),
+          matmul_(context.ctx, kernel),
           angles_(context.ctx, context.inputs, context.n_tokens) {}
 
     ggml_tensor* rms_norm(ggml_tensor* x, ggml_tensor* weight, ForMatmuls) override;
@@ -45,6 +47,7 @@ class CpuOps : public Ops {
     }
 
   private:
+    const gemm::Kernel kernel_;
     gemm::Matmul matmul_;
     RopeAngles angles_;
 };

@@ -23,7 +23,7 @@ class MemoryUse:
 def memory_of_a_run(path: Path, n_prompt: int, n_ctx: int, arguments: dict[str, Any]) -> MemoryUse:
     """Load a model, encode a prompt and run two steps. Call it in a new process. Raises as DiffusionModel."""
     used = _used_on_gpus()
-    with DiffusionModel(path, n_ctx=n_ctx, **arguments) as model:
+    with DiffusionModel(path, n_ctx=n_ctx, mmproj=None, **arguments) as model:
         session = model.new_session()
         session.encode([token % model.n_vocab for token in range(n_prompt)])
         session.complete(max_tokens=model.canvas_length, steps=2, seed=0)

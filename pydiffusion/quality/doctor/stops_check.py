@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pydiffusion import CanvasEvent, DiffusionModel, EndEvent
+from pydiffusion.generation.image_prompt import AnyPrompt
 
 from . import released
 from .report import Result, Section
@@ -35,7 +36,7 @@ def _check_generation(subject: Subject, section: Section) -> None:
     _check_answer(model, canvases, end, section)
 
 
-def _prompt(model: DiffusionModel) -> list[int]:
+def _prompt(model: DiffusionModel) -> AnyPrompt:
     return model.chat_prompt(_QUESTION) if model.has_chat_template else model.tokenize(_PROMPT)
 
 

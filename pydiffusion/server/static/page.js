@@ -193,7 +193,7 @@ async function learn() {
 }
 
 async function attach(files) {
-  if (reads === null) await askForKey();
+  if (reads === null) await askForKey().catch(() => {});
   if (reads) await attached.add(files);
   else if (reads === false) tell("This model can't read images: it was loaded without a vision file (--mmproj FILE).");
   else tell("The server didn't say whether its model reads images: it asks for a key.");

@@ -54,17 +54,28 @@ TARGET_AVX512 void split(const float* values, uint32_t valid, uint16_t* high, ui
     _mm512_storeu_si512(low, (__m512i)_mm512_cvtne2ps_pbh(residual_b, residual_a));
 }
 
-TARGET_AVX512 void pack_activations(const float* const* activations, int64_t n, uint16_t* tiles) {
-    for (int64_t k = 0; k < n; k += kTileDepth, tiles += kTileElements) {
-        __m512i pairs[16];
-        for (int c = 0; c < 16; ++c) {
-            pairs[c] = activations[c] ? (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(activations[c] + k + 16),
-                                                                     _mm512_loadu_ps(activations[c] + k))
-                                      : _mm512_setzero_si512();
-        }
-        transpose(pairs);
-        for (int p = 0; p < 16; ++p) _mm512_storeu_si512(tiles + p * kTileDepth, pairs[p]);
+namespace {
+
+// Packs elements [k, k + 32), of which those of a 0 in `valid` are not read and become 0.
+TARGET_AVX512 inline void pack_pairs(const float* const* activations, int64_t k, uint32_t valid,
+                                     uint16_t* tile) {
+    const __mmask16 first = static_cast<__mmask16>(valid), second = static_cast<__mmask16>(valid >> 16);
+    __m512i pairs[16];
+    for (int c = 0; c < 16; ++c) {
+        pairs[c] = activations[c]
+                       ? (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(second, activations[c] + k + 16),
+                                                      _mm512_maskz_loadu_ps(first, activations[c] + k))
+                       : _mm512_setzero_si512();
     }
+    transpose(pairs);
+    for (int p = 0; p < 16; ++p) _mm512_storeu_si512(tile + p * kTileDepth, pairs[p]);
+}
+
+}  // namespace
+
+TARGET_AVX512 void pack_activations(const float* const* activations, int64_t n, uint16_t* tiles) {
+    for (int64_t k = 0; k < n; k += kTileDepth, tiles += kTileElements)
+        pack_pairs(activations, k, n - k >= kTileDepth ? ~uint32_t{0} : (uint32_t{1} << (n - k)) - 1, tiles);
 }
 
 TARGET_AVX512 void store_tile(const float* tile, int64_t n_rows, float* const* targets,

@@ -8,7 +8,7 @@
 namespace pydiffusion {
 namespace gemm {
 
-// Packs kTileRows activations of `n` elements, a multiple of kTileDepth, into n / kTileDepth tiles; a null
+// Packs kTileRows activations of `n` elements into depth_of(n) tiles, the last one padded with zeros; a null
 // activation becomes zeros.
 void pack_activations(const float* const* activations, int64_t n, uint16_t* tiles);
 

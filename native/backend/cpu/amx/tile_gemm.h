@@ -13,10 +13,11 @@
 namespace pydiffusion {
 namespace gemm {
 
-constexpr int64_t kTileRows = 16;              // rows of weights, or activations, in a tile
-constexpr int64_t kTileDepth = 32;             // elements of each row or activation
-constexpr int64_t kTileElements = 512;         // bfloat16 elements
-constexpr int64_t kAccumulatorElements = 256;  // float32 elements
+constexpr int64_t kTileRows = 16;   // rows of weights, or activations, in a tile
+constexpr int64_t kTileDepth = 32;  // elements of each row or activation
+inline int64_t depth_of(int64_t n) { return (n + kTileDepth - 1) / kTileDepth; }  // tiles of n elements
+constexpr int64_t kTileElements = 512;                                            // bfloat16 elements
+constexpr int64_t kAccumulatorElements = 256;                                     // float32 elements
 
 // Configures the thread for tile_gemm() while it lives: loads and releases the AMX tile configuration.
 class KernelScope {

@@ -327,8 +327,11 @@ TARGET_AVX512 void unpack_q3_k(const uint8_t* row, int64_t n, uint16_t* out) {
 // --- bfloat16 ---
 
 void copy_bf16(const uint8_t* row, int64_t n, uint16_t* out) {
-    for (int64_t i = 0; i < n; i += kTileDepth, row += 2 * kTileDepth, out += kTileElements)
+    for (; n >= kTileDepth; n -= kTileDepth, row += 2 * kTileDepth, out += kTileElements)
         std::memcpy(out, row, 2 * kTileDepth);
+    if (n == 0) return;
+    std::memcpy(out, row, 2 * n);
+    std::memset(out + n, 0, 2 * (kTileDepth - n));
 }
 
 UnpackRow unpacker_of(ggml_type type) {
@@ -369,12 +372,12 @@ UnpackRow unpacker_of(ggml_type type) {
 }  // namespace
 
 bool can_unpack(ggml_type type, int64_t n_per_row) {
-    return unpacker_of(type) && n_per_row % kTileDepth == 0;
+    return unpacker_of(type) && (type == GGML_TYPE_BF16 || n_per_row % kTileDepth == 0);
 }
 
 void unpack(const Rows& rows, uint16_t* tiles, const Prefetch& ahead) {
     const UnpackRow unpack_row = unpacker_of(rows.type);
-    const int64_t depth = rows.n / kTileDepth;
+    const int64_t depth = depth_of(rows.n);
     const int64_t n_padded = (rows.n_rows + kTileRows - 1) / kTileRows * kTileRows;
     const char* data = rows.data + ggml_row_size(rows.type, rows.first);
     for (int64_t r = 0; r < n_padded; ++r) {

@@ -30,7 +30,7 @@ struct Prefetch {
     size_t stride = 0, n_bytes = 0;
 };
 
-// Writes 1 or 2 (n_rows > kTileRows) times n / kTileDepth tiles; missing rows of the last tiles are zero.
+// Writes 1 or 2 (n_rows > kTileRows) times depth_of(n) tiles; what is missing of the last tiles is zero.
 // Prefetches `ahead` into L2, spread over the rows: in bursts it would delay the reads of the rows
 // themselves.
 void unpack(const Rows& rows, uint16_t* tiles, const Prefetch& ahead);
