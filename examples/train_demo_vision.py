@@ -42,7 +42,7 @@ class Trainer:
         self.tower = vision.Tower(vision_config, config.text_config)
         self.tower.initialize()
         targets = vision.character_embeddings(text_model, tokenizer)
-        fillers = targets[vision.CLASSES.index("\n")].repeat(vision.N_FILLERS, 1)
+        fillers = torch.load(arguments.fillers, weights_only=True)
         self.loss = vision.ReadingLoss(self.tower, targets, fillers)
         self.averaged = copy.deepcopy(self.tower).requires_grad_(False)
         self.compiled = torch.compile(self.loss, dynamic=False) if arguments.compile else self.loss
@@ -126,14 +126,16 @@ def train(trainer: Trainer) -> None:
     fonts, _ = vision.training_fonts(arguments.fonts)
     log(f"{sum(p.numel() for p in trainer.parameters)} weights, {len(fonts)} fonts")
     context = multiprocessing.get_context("spawn")
+    first, easy = 100 + trainer.step, trainer.step == 0
     for seed in range(arguments.painters):
         painter = context.Process(
-            target=paint, args=(arguments.work / "pictures", 100 + seed, fonts, arguments.shards), daemon=True
+            target=paint, args=(arguments.work / "pictures", first + seed, fonts, arguments.shards, easy), daemon=True
         )
         painter.start()
     drawn = vision.render(200, random.Random(7), fonts)
     validation = torch.from_numpy(drawn.images).float() / 255, torch.from_numpy(drawn.labels)
     pool = vision.Pool(arguments.work / "pictures", arguments.seed + 1000 * trainer.step, arguments.capacity)
+    pool.refresh()
     losses: list[float] = []
     next_save = trainer.seconds + 120
     while trainer.seconds < 60 * arguments.minutes:
@@ -157,10 +159,10 @@ def train(trainer: Trainer) -> None:
     trainer.report(*validation)
 
 
-def paint(folder: Path, seed: int, fonts: list[str], n_shards: int) -> None:
+def paint(folder: Path, seed: int, fonts: list[str], n_shards: int, easy: bool) -> None:
     """Draw pictures in a process of its own."""
-    os.nice(5)
-    vision.write_shards(folder, seed, fonts, n_shards)
+    os.nice(8)
+    vision.write_shards(folder, seed, fonts, n_shards, easy)
 
 
 def log(line: str) -> None:
@@ -174,6 +176,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and pictures")
     parser.add_argument("--fonts", nargs="+", default=[], help="folders with font files")
+    parser.add_argument("--fillers", type=Path, required=True, help="the fillers' aims, of tune_demo_fillers.py")
     parser.add_argument("--minutes", type=float, default=40, help="time in steps; the learning rate falls to 0.01")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--muon-rate", type=float, default=5e-3)

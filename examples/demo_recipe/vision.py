@@ -188,12 +188,12 @@ def render(n: int, rng: random.Random, fonts: list[str], difficulty: float = 1.0
     return drawn
 
 
-def write_shards(folder: Path, seed: int, fonts: list[str], n_shards: int, size: int = 500) -> None:
-    """Render shards of pictures into a folder until `n_shards` are there; the first ones are easier."""
+def write_shards(folder: Path, seed: int, fonts: list[str], n_shards: int, easy: bool, size: int = 500) -> None:
+    """Render `n_shards` shards of pictures into a folder; if `easy`, the first ones are easier."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     for number in range(n_shards):
-        drawn = render(size, rng, fonts, min(1.0, 0.3 + 0.05 * number))
+        drawn = render(size, rng, fonts, min(1.0, 0.3 + 0.05 * number) if easy else 1.0)
         name = folder / f"{seed:02d}-{number:03d}.part"
         with name.open("wb") as file:
             np.savez(file, **vars(drawn))
@@ -338,6 +338,7 @@ def export(tower: Tower, folder: Path) -> None:
         if full.startswith(VISION_PREFIXES):
             tensors[full] = tensor.detach().to(torch.bfloat16).contiguous()
     save_file(tensors, path.with_suffix(".part"), metadata={"format": "pt"})
+    path.with_suffix(".part").chmod(0o644)
     path.with_suffix(".part").replace(path)
     config = json.loads((folder / "config.json").read_text())
     config["vision_config"] |= VISION_CONFIG
