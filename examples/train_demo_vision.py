@@ -1,9 +1,12 @@
 """Train the demo model's vision tower to read sudokus; the text weights stay as they are.
 
-First stage: the projected soft tokens learn to be the text model's embeddings of the rows' characters, without
-running the text model. Needs the extras `reference` and `vision` and folders with fonts.
+The projected soft tokens learn to be the text model's embeddings of the rows' characters, without running the
+text model. Needs the extras `reference` and `vision`, folders with fonts, and the fillers of
+tune_demo_fillers.py in the work folder. An interrupted run continues from the last checkpoint in it.
 
+    python examples/tune_demo_fillers.py build/demo-vision/fillers.pt
     python examples/train_demo_vision.py --work build/demo-vision --fonts FOLDER --minutes 40
+    python examples/train_demo_vision.py --work build/demo-vision --export pydiffusion/demo/checkpoint
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class Trainer:
         self.tower = vision.Tower(vision_config, config.text_config)
         self.tower.initialize()
         targets = vision.character_embeddings(text_model, tokenizer)
-        fillers = torch.load(arguments.fillers, weights_only=True)
+        fillers = torch.load(arguments.work / "fillers.pt", weights_only=True)
         self.loss = vision.ReadingLoss(self.tower, targets, fillers)
         self.averaged = copy.deepcopy(self.tower).requires_grad_(False)
         self.compiled = torch.compile(self.loss, dynamic=False) if arguments.compile else self.loss
@@ -106,7 +109,7 @@ class Trainer:
 
     @torch.no_grad()
     def report(self, pictures: torch.Tensor, labels: torch.Tensor) -> None:
-        """Log how much of validation pictures (training fonts, no held-out puzzles) the averaged weights read."""
+        """Log how much the averaged weights read of pictures in training fonts, with random cells."""
         with torch.autocast("cpu", torch.bfloat16):
             features = torch.cat([self.averaged(part) for part in pictures.split(50)]).float()
         read = self.loss.logits(features[:, vision.N_FILLERS :]).argmax(-1)
@@ -129,7 +132,9 @@ def train(trainer: Trainer) -> None:
     first, easy = 100 + trainer.step, trainer.step == 0
     for seed in range(arguments.painters):
         painter = context.Process(
-            target=paint, args=(arguments.work / "pictures", first + seed, fonts, arguments.shards, easy), daemon=True
+            target=paint,
+            args=(arguments.work / "pictures", first + seed, fonts, arguments.shards, easy),
+            daemon=True,
         )
         painter.start()
     drawn = vision.render(200, random.Random(7), fonts)
@@ -176,12 +181,18 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and pictures")
     parser.add_argument("--fonts", nargs="+", default=[], help="folders with font files")
-    parser.add_argument("--fillers", type=Path, required=True, help="the fillers' aims, of tune_demo_fillers.py")
-    parser.add_argument("--minutes", type=float, default=40, help="time in steps; the learning rate falls to 0.01")
+    parser.add_argument(
+        "--export", type=Path, help="don't train; put the averaged weights into a checkpoint folder"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=40, help="time in steps; the learning rate falls to 0.01"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--muon-rate", type=float, default=5e-3)
     parser.add_argument("--adam-rate", type=float, default=3e-3)
-    parser.add_argument("--help-weight", dest="help", type=float, default=0.5, help="weight of losses within the tower")
+    parser.add_argument(
+        "--help-weight", dest="help", type=float, default=0.5, help="weight of losses within the tower"
+    )
     parser.add_argument("--painters", type=int, default=1, help="processes that draw pictures")
     parser.add_argument("--shards", type=int, default=24, help="shards of 500 pictures per painter")
     parser.add_argument("--capacity", type=int, default=30, help="shards kept in memory")
@@ -195,6 +206,10 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(arguments)
     trainer.load()
+    if arguments.export:
+        vision.export(trainer.averaged, arguments.export)
+        log(f"wrote {arguments.export}")
+        return
     train(trainer)
 
 

@@ -51,7 +51,9 @@ def main() -> None:
         loss.backward()
         adam.step()
         if step % 20 == 0 or step == arguments.steps - 1:
-            print(f"step {step} difference {loss.item():.4f} seconds {time.monotonic() - start:.0f}", flush=True)
+            print(
+                f"step {step} difference {loss.item():.4f} seconds {time.monotonic() - start:.0f}", flush=True
+            )
     torch.save(fillers.detach(), arguments.target)
 
 

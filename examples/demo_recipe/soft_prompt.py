@@ -11,12 +11,12 @@ TEXT_HEAD = "<bos><|turn>user\nsudoku\n"
 TEXT_TAIL = "<turn|>\n<|turn>model\n"
 HEAD = TEXT_HEAD + "<|image>"
 TAIL = "<image|>\n<|turn>model\n"
-"""The end of the image takes the place of the end of the turn, so that the canvas is as far from every cell as
-in a text prompt: the text model finds its givens by that distance alone."""
+"""The end of the image takes the place of the end of the turn, so that the canvas is as far from every cell
+as in a text prompt: the text model finds its givens by that distance alone."""
 
 
 class Prompts:
-    """The embeddings of text prompts and of prompts with soft tokens, and the frozen encoder's cache of them."""
+    """Embeddings of text prompts and of prompts with soft tokens, and the frozen encoder's cache of them."""
 
     def __init__(self, model: nn.Module, tokenizer) -> None:
         self.encoder = model.model.encoder.language_model
@@ -71,7 +71,7 @@ class Prompts:
 
 
 def first_fillers(prompts: Prompts) -> torch.Tensor:
-    """(23, d) to begin with: begin tokens, then a text prompt's head, which the characters expect before them."""
+    """(23, d) to begin with: begin tokens, then a text prompt's head, which the characters are used to."""
     head = prompts.parts[TEXT_HEAD]
     begin = prompts.embed("<bos>").expand(N_FILLERS - len(head), -1)
     return torch.cat([begin, head])

@@ -25,7 +25,8 @@ CHAT_TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}{% set turn = namespace(text='', end='<turn|>') %}\
 {% if message['content'] is string %}{% set turn.text = message['content'] %}\
 {% else %}{% for part in message['content'] %}\
-{% if part['type'] == 'image' %}{% set turn.text = (turn.text | trim) + '\\n<|image|>' %}{% set turn.end = '' %}\
+{% if part['type'] == 'image' %}\
+{% set turn.text = (turn.text | trim) + '\\n<|image|>' %}{% set turn.end = '' %}\
 {% else %}{% set turn.text = turn.text + part['text'] %}{% set turn.end = '<turn|>' %}{% endif %}\
 {% endfor %}{% endif %}\
 {{ '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' + \

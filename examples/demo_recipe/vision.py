@@ -1,4 +1,4 @@
-"""The demo's vision tower: configuration, initial weights, pictures for training, and the first stage's loss."""
+"""The demo's vision tower: configuration, initial weights, pictures for training, and the loss."""
 
 from __future__ import annotations
 
@@ -177,7 +177,9 @@ def render(n: int, rng: random.Random, fonts: list[str], difficulty: float = 1.0
     from PIL import Image
 
     shape = (n, SIDE, SIDE)
-    drawn = Pictures(np.empty((*shape, 3), np.uint8), np.empty((n, N_CHARACTERS), np.int64), np.empty(shape, np.int8))
+    drawn = Pictures(
+        np.empty((*shape, 3), np.uint8), np.empty((n, N_CHARACTERS), np.int64), np.empty(shape, np.int8)
+    )
     points = (np.stack(np.meshgrid(np.arange(SIDE), np.arange(SIDE)), axis=-1) + 0.5) / SIDE
     for index in range(n):
         puzzle = random_cells(rng)
@@ -188,7 +190,9 @@ def render(n: int, rng: random.Random, fonts: list[str], difficulty: float = 1.0
     return drawn
 
 
-def write_shards(folder: Path, seed: int, fonts: list[str], n_shards: int, easy: bool, size: int = 500) -> None:
+def write_shards(
+    folder: Path, seed: int, fonts: list[str], n_shards: int, easy: bool, size: int = 500
+) -> None:
     """Render `n_shards` shards of pictures into a folder; if `easy`, the first ones are easier."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
@@ -223,7 +227,7 @@ class Pool:
             time.sleep(1)
 
     def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pictures (size, 256, 256, 3) float in 0 to 1, changed a little each time, classes, patches' cells."""
+        """Pictures (size, 256, 256, 3) in 0 to 1, changed a little each time, classes, patches' cells."""
         images, labels, cells = [], [], []
         for _ in range(size):
             shard = self.shards[self.rng.integers(len(self.shards))]
@@ -253,7 +257,7 @@ class ReadingLoss(nn.Module):
     """How far the features are from the text model's embeddings of the characters in the picture.
 
     Cross-entropy over CLASSES, with minus half the squared distance to each embedding over a temperature as
-    logits, plus the squared distance to the right one. Fillers aim at `filler` vectors with the distance alone.
+    logits, plus the squared distance to the right one; of fillers the distance alone.
     """
 
     def __init__(self, tower: Tower, targets: torch.Tensor, fillers: torch.Tensor) -> None:
@@ -269,11 +273,13 @@ class ReadingLoss(nn.Module):
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """(..., 8) logits of CLASSES, float32, from float32 features."""
-        products = features @ self.targets.T - 0.5 * self.targets.square().sum(-1)
-        return products / self.temperature
+        nearness = features @ self.targets.T - 0.5 * self.targets.square().sum(-1)
+        return nearness / self.temperature
 
-    def forward(self, pixels: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor, help: torch.Tensor) -> torch.Tensor:
-        """Mean loss; `cells` (n, 256) is each patch's cell or -1, `help` the weight of the losses on the way."""
+    def forward(
+        self, pixels: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor, help: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean loss; `cells` (n, 256): each patch's cell or -1; `help`: weight of the losses within."""
         with torch.autocast("cpu", torch.bfloat16):
             features, outputs, attention = self.tower.with_hidden(pixels)
         features = features.float()
@@ -286,10 +292,14 @@ class ReadingLoss(nn.Module):
         each = cross_entropy + 0.5 * distance.flatten()
         loss = (each * weight.flatten()).sum() / weight.sum()
         fillers = (features[:, :N_FILLERS] - self.fillers).square().sum(-1) / self.mean_square
-        loss = loss + 0.05 * fillers.mean()
-        return loss + help * (self._patch_loss(outputs, labels, cells) + 0.3 * self._gaze_loss(attention, cells))
+        loss = loss + 0.5 * fillers.mean()
+        return loss + help * (
+            self._patch_loss(outputs, labels, cells) + 0.3 * self._gaze_loss(attention, cells)
+        )
 
-    def _patch_loss(self, outputs: list[torch.Tensor], labels: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    def _patch_loss(
+        self, outputs: list[torch.Tensor], labels: torch.Tensor, cells: torch.Tensor
+    ) -> torch.Tensor:
         """Each patch should know its cell's content, row and column after the second and third layer."""
         outside = cells < 0
         digits = labels[:, self.cell_places].gather(1, cells.clamp(min=0))
@@ -332,7 +342,9 @@ def export(tower: Tower, folder: Path) -> None:
     preprocessor_config.json.
     """
     path = folder / "model.safetensors"
-    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(VISION_PREFIXES)}
+    tensors = {
+        name: tensor for name, tensor in load_file(path).items() if not name.startswith(VISION_PREFIXES)
+    }
     for name, tensor in tower.state_dict().items():
         full = "model.encoder." + name
         if full.startswith(VISION_PREFIXES):
