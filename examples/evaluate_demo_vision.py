@@ -51,7 +51,11 @@ class Tally:
 
     def row(self, name: str) -> str:
         """A row of the table."""
-        return f"| {name} | " + " | ".join(map(interval, (self.givens, self.cells, self.whole, self.solved))) + " |"
+        return (
+            f"| {name} | "
+            + " | ".join(map(interval, (self.givens, self.cells, self.whole, self.solved)))
+            + " |"
+        )
 
 
 def interval(hits: Sequence[bool]) -> str:
@@ -159,10 +163,14 @@ def font_sets(folders: Sequence[str]) -> dict[str, list[str]]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", type=Path, help="folder to evaluate; default: the one in the package")
     parser.add_argument("--transformers", action="store_true", help="read with transformers, float32")
-    parser.add_argument("--types", nargs="*", default=[], help="read with files of these types (f16, q8_0, ...)")
+    parser.add_argument(
+        "--types", nargs="*", default=[], help="read with files of these types (f16, q8_0, ...)"
+    )
     parser.add_argument("--fonts", nargs="*", default=[], help="folders of the fonts that the training used")
     parser.add_argument("--number", type=int, default=None, help="number of puzzles; default: all")
     parser.add_argument("--seed", type=int, default=0)
@@ -174,7 +182,8 @@ def main() -> int:
     checkpoint = arguments.checkpoint or checkpoint_path()
     pairs = puzzles()[: arguments.number]
     sets = {
-        name: draw_pictures(pairs, fonts, arguments.seed) for name, fonts in font_sets(arguments.fonts).items()
+        name: draw_pictures(pairs, fonts, arguments.seed)
+        for name, fonts in font_sets(arguments.fonts).items()
     }
     rows = []
     if arguments.transformers:
@@ -187,7 +196,9 @@ def main() -> int:
             convert(checkpoint, model, type=kind)
             convert_mmproj(checkpoint, mmproj, type=kind)
             rows += evaluate(f"pydiffusion {kind}", gguf_reader(model, mmproj), sets, pairs, arguments.seed)
-    print("| held-out puzzles, 95% intervals | givens read | cells read | pictures without a mistake | solved |")
+    print(
+        "| held-out puzzles, 95% intervals | givens read | cells read | pictures without a mistake | solved |"
+    )
     print("|---|---|---|---|---|")
     print("\n".join(rows))
     return 0

@@ -174,11 +174,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and pictures")
     parser.add_argument("--fonts", nargs="+", default=[], help="folders with font files")
-    parser.add_argument("--minutes", type=float, default=40, help="time in steps; the learning rate falls to 0.01")
+    parser.add_argument(
+        "--minutes", type=float, default=40, help="time in steps; the learning rate falls to 0.01"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--muon-rate", type=float, default=5e-3)
     parser.add_argument("--adam-rate", type=float, default=3e-3)
-    parser.add_argument("--help-weight", dest="help", type=float, default=0.5, help="weight of losses within the tower")
+    parser.add_argument(
+        "--help-weight", dest="help", type=float, default=0.5, help="weight of losses within the tower"
+    )
     parser.add_argument("--painters", type=int, default=1, help="processes that draw pictures")
     parser.add_argument("--shards", type=int, default=24, help="shards of 500 pictures per painter")
     parser.add_argument("--capacity", type=int, default=30, help="shards kept in memory")

@@ -1,6 +1,6 @@
 """Find the soft tokens from which the demo's frozen text model solves sudokus best: the vision tower's aims.
 
-    python examples/tune_demo_prompt.py --work build/demo-vision --steps 200
+python examples/tune_demo_prompt.py --work build/demo-vision --steps 200
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from pydiffusion.demo import checkpoint_path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder for aims.pt")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=0.03)

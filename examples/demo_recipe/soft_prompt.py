@@ -30,7 +30,9 @@ class SoftPrompt(nn.Module):
         self.fillers = nn.Parameter(begin)
         self.kinds = nn.Parameter(character_embeddings(model, tokenizer))
         self.places = nn.Parameter(torch.zeros(N_CHARACTERS, begin.shape[1]))
-        ids = [tokenizer.token_to_id(character) or tokenizer.encode(character).ids[0] for character in CLASSES]
+        ids = [
+            tokenizer.token_to_id(character) or tokenizer.encode(character).ids[0] for character in CLASSES
+        ]
         lookup = torch.zeros(tokenizer.get_vocab_size(), dtype=torch.int64)
         lookup[torch.tensor(ids)] = torch.arange(len(CLASSES))
         self.register_buffer("lookup", lookup)

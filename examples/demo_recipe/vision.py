@@ -177,7 +177,9 @@ def render(n: int, rng: random.Random, fonts: list[str], difficulty: float = 1.0
     from PIL import Image
 
     shape = (n, SIDE, SIDE)
-    drawn = Pictures(np.empty((*shape, 3), np.uint8), np.empty((n, N_CHARACTERS), np.int64), np.empty(shape, np.int8))
+    drawn = Pictures(
+        np.empty((*shape, 3), np.uint8), np.empty((n, N_CHARACTERS), np.int64), np.empty(shape, np.int8)
+    )
     points = (np.stack(np.meshgrid(np.arange(SIDE), np.arange(SIDE)), axis=-1) + 0.5) / SIDE
     for index in range(n):
         puzzle = random_cells(rng)
@@ -272,7 +274,9 @@ class ReadingLoss(nn.Module):
         products = features @ self.targets.T - 0.5 * self.targets.square().sum(-1)
         return products / self.temperature
 
-    def forward(self, pixels: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor, help: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, pixels: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor, help: torch.Tensor
+    ) -> torch.Tensor:
         """Mean loss; `cells` (n, 256) is each patch's cell or -1, `help` the weight of the losses on the way."""
         with torch.autocast("cpu", torch.bfloat16):
             features, outputs, attention = self.tower.with_hidden(pixels)
@@ -287,9 +291,13 @@ class ReadingLoss(nn.Module):
         loss = (each * weight.flatten()).sum() / weight.sum()
         fillers = (features[:, :N_FILLERS] - self.fillers).square().sum(-1) / self.mean_square
         loss = loss + 0.05 * fillers.mean()
-        return loss + help * (self._patch_loss(outputs, labels, cells) + 0.3 * self._gaze_loss(attention, cells))
+        return loss + help * (
+            self._patch_loss(outputs, labels, cells) + 0.3 * self._gaze_loss(attention, cells)
+        )
 
-    def _patch_loss(self, outputs: list[torch.Tensor], labels: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    def _patch_loss(
+        self, outputs: list[torch.Tensor], labels: torch.Tensor, cells: torch.Tensor
+    ) -> torch.Tensor:
         """Each patch should know its cell's content, row and column after the second and third layer."""
         outside = cells < 0
         digits = labels[:, self.cell_places].gather(1, cells.clamp(min=0))
@@ -332,7 +340,9 @@ def export(tower: Tower, folder: Path) -> None:
     preprocessor_config.json.
     """
     path = folder / "model.safetensors"
-    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(VISION_PREFIXES)}
+    tensors = {
+        name: tensor for name, tensor in load_file(path).items() if not name.startswith(VISION_PREFIXES)
+    }
     for name, tensor in tower.state_dict().items():
         full = "model.encoder." + name
         if full.startswith(VISION_PREFIXES):

@@ -89,7 +89,13 @@ class Target:
 
 def _change_sizes(draw: random.Random, file: RawGguf) -> None:
     """Change a size and, as a file of that size would have it, the shapes of the tensors that have it."""
-    name, old = draw.choice((("embedding_length", D), ("feed_forward_length", FF), ("patch_size", PATCH)))
+    sizes = {
+        "embedding_length": D,
+        "feed_forward_length": FF,
+        "patch_size": PATCH,
+        "projection_dim": folders.D,
+    }
+    name, old = draw.choice(list(sizes.items()))
     new = draw.choice((1, 2, 3, 32, 48, old // 2, old + 1, old * 2))
     file.set(f"clip.vision.{name}", U32, new)
     for tensor in file.tensors:

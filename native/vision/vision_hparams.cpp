@@ -99,6 +99,14 @@ VisionHparams::VisionHparams(const GgufFile& file) {
     });
 }
 
+void VisionHparams::require_size(const GgufFile& file, int32_t n_embd_of_text) const {
+    if (projection_dim != n_embd_of_text)
+        refuse_file(file,
+                    format("is the vision part of another model: its features have %d elements, but the "
+                           "model's embeddings have %d",
+                           projection_dim, n_embd_of_text));
+}
+
 bool VisionHparams::normalizes() const {
     return std::any_of(mean.begin(), mean.end(), [](float x) { return x != 0.0f; }) ||
            std::any_of(std.begin(), std.end(), [](float x) { return x != 1.0f; });

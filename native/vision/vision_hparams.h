@@ -35,6 +35,9 @@ struct VisionHparams {
     bool standardize;
     bool clipped;  // whether any matrix has bounds
 
+    // Throws unless the text model's embeddings have this many elements.
+    void require_size(const GgufFile& file, int32_t n_embd_of_text) const;
+
     int64_t patch_elements() const { return int64_t{kChannels} * patch_size * patch_size; }
     int64_t pooled_patches() const { return int64_t{pooling} * pooling; }
     bool normalizes() const;  // whether mean and std change a pixel

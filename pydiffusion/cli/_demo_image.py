@@ -34,7 +34,9 @@ def draw_puzzle(puzzle: str, picture: Path | None, seed: int) -> Path:
     try:
         image.save(picture, "PNG")
     except OSError as error:
-        raise typer.BadParameter(f"--picture {picture}: can't be written: {error.strerror or error}") from None
+        raise typer.BadParameter(
+            f"--picture {picture}: can't be written: {error.strerror or error}"
+        ) from None
     say(f"drew the puzzle to {picture}")
     return picture
 

@@ -71,7 +71,9 @@ class Look:
     jpeg: int | None = None
 
     @classmethod
-    def random(cls, rng: random.Random, fonts: Sequence[str] = (DEFAULT_FONT,), difficulty: float = 1.0) -> Look:
+    def random(
+        cls, rng: random.Random, fonts: Sequence[str] = (DEFAULT_FONT,), difficulty: float = 1.0
+    ) -> Look:
         """A random look; `difficulty` 0 to 1 scales tilt, perspective, margins, blur and noise."""
         paper, ink, line, shade = _colours(rng)
         margin = 0.02 + 0.08 * difficulty * rng.random()
