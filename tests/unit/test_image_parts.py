@@ -169,6 +169,7 @@ def _n_tokens(model: SeeingModel, more: dict[str, Any]) -> int:
         (picture(detail=3), "detail is 3"),
         ({**picture(), "max_soft_tokens": 0}, "max_soft_tokens is 0"),
         ({**picture(), "max_soft_tokens": "280"}, "max_soft_tokens is '280'"),
+        ({**picture(), "max_soft_tokens": 10**400}, "max_soft_tokens is 100000"),
     ],
 )
 def test_an_image_that_can_t_be_read_is_refused_by_place(part: dict[str, Any], what: str) -> None:
