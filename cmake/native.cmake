@@ -11,6 +11,7 @@ add_library(pydiffusion_native STATIC
     native/backend/cpu/amx/weighted_sums.cpp
     native/backend/cpu/active_threads.cpp
     native/backend/cpu/attention.cpp
+    native/backend/cpu/bf16_attention.cpp
     native/backend/cpu/fused_rows.cpp
     native/backend/cpu/graph_phases.cpp
     native/backend/cpu/matmul.cpp
@@ -67,6 +68,7 @@ add_library(pydiffusion_native STATIC
     native/util/error.cpp
     native/vision/vision_graph.cpp
     native/vision/vision_hparams.cpp
+    native/vision/vision_memory.cpp
     native/vision/vision_tower.cpp
     native/vision/vision_weights.cpp
 )
@@ -94,7 +96,8 @@ if(NOT MSVC)
     endif()
     target_compile_options(pydiffusion_native PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${cxx_flags}>")
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")  # false positives in GCC's intrinsics headers
-        set_property(SOURCE native/backend/cpu/tile_attention.cpp native/backend/cpu/amx/pack.cpp
+        set_property(SOURCE native/backend/cpu/bf16_attention.cpp native/backend/cpu/tile_attention.cpp
+            native/backend/cpu/amx/pack.cpp
             native/backend/cpu/amx/tile_gemm.cpp native/backend/cpu/amx/unpack.cpp
             native/backend/cpu/amx/weighted_sums.cpp
             APPEND PROPERTY COMPILE_OPTIONS "-Wno-uninitialized;-Wno-maybe-uninitialized")
@@ -107,7 +110,7 @@ if(NOT MSVC)
     if(NOT PYDIFFUSION_PORTABLE AND CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
         list(APPEND loop_flags -mprefer-vector-width=512)
     endif()
-    set_property(SOURCE native/backend/cpu/attention.cpp native/backend/cpu/fused_rows.cpp
+    set_property(SOURCE native/backend/cpu/attention.cpp native/backend/cpu/bf16_attention.cpp native/backend/cpu/fused_rows.cpp
         native/backend/cpu/measure_logits.cpp native/backend/cpu/self_conditioning.cpp
         native/backend/cpu/tile_attention.cpp native/backend/cpu/top_k.cpp
         native/sampler/entropy_bound.cpp native/sampler/logits.cpp native/sampler/philox.cpp

@@ -97,7 +97,7 @@ class Model:
     Weights and hyperparameters; immutable, shared by sessions and threads.
     """
 
-    def __init__(self, path: str, n_threads: int, kv_type: str = 'auto', progress: object | None = None, device: str = 'cpu', n_gpu_layers: int = -1, n_cpu_moe: int = -1, memory_limits: Sequence[int] = [], n_ctx: int = 8192, kernels: str = 'auto', n_sessions: int = 1, dense_type: str = 'auto') -> None: ...
+    def __init__(self, path: str, n_threads: int, kv_type: str = 'auto', progress: object | None = None, device: str = 'cpu', n_gpu_layers: int = -1, n_cpu_moe: int = -1, memory_limits: Sequence[int] = [], n_ctx: int = 8192, kernels: str = 'auto', n_sessions: int = 1, dense_type: str = 'auto', mmproj: str = '') -> None: ...
 
     @property
     def file(self) -> GgufFile: ...
@@ -132,9 +132,9 @@ def devices() -> list:
 def why_no_device(name: str) -> str:
     """Why a name that is not in devices() can't be used."""
 
-def plan(path: str, device: str, memory_limits: Sequence[int] = [], n_gpu_layers: int = -1, n_cpu_moe: int = -1, n_ctx: int = 8192, kv_type: str = 'auto', n_sessions: int = 1, dense_type: str = 'auto') -> dict:
+def plan(path: str, device: str, memory_limits: Sequence[int] = [], n_gpu_layers: int = -1, n_cpu_moe: int = -1, n_ctx: int = 8192, kv_type: str = 'auto', n_sessions: int = 1, dense_type: str = 'auto', mmproj: str = '') -> dict:
     """
-    Plan which layers and experts go to which device, with the memory that each needs.
+    Plan which layers and experts go to which device, with the memory that each needs; with the file of a vision tower also that of the tower, which the main device has.
     """
 
 def memory_use(header: bytes, n_ctx: int) -> dict:

@@ -13,6 +13,7 @@ from pydiffusion.errors import PyDiffusionWarning
 from . import _native
 from ._util.files import check_is_gguf
 from ._util.warn import warn_caller
+from .vision.finding import AUTO, planned_for
 
 __all__ = ["Device", "DeviceShare", "Plan", "devices", "plan"]
 
@@ -118,14 +119,17 @@ def plan(
     kv_type: str = "auto",
     n_sessions: int = 1,
     dense_type: str = "auto",
+    mmproj: str | os.PathLike[str] | None = AUTO,
 ) -> Plan:
     """Plan which layers ``DiffusionModel`` would put on which device, without loading anything.
 
-    Raises as ``DiffusionModel``.
+    With a vision file (mmproj) the last device has its weights and work memory besides. Raises as
+    ``DiffusionModel``.
     """
     request = device_request(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions, dense_type)
     check_kv_type(kv_type)
     check_is_gguf(Path(path))
+    request["mmproj"] = planned_for(Path(path), mmproj, request["device"])
     found = _native.plan(os.fspath(path), n_ctx=n_ctx, kv_type=kv_type, **request)
     return Plan(**{**found, "shares": tuple(DeviceShare(**share) for share in found["shares"])})
 

@@ -42,7 +42,8 @@ from .openai.chat import Chat, ChatSettings, Messages, Tools
 from .options import CONSTRAINTS, GenerationOptions, ResolvedOptions, make_options
 from .session import Session
 from .tokenizer import Tokenizer
-from .vision.methods import AUTO, ModelVision, VisionMethods
+from .vision.finding import AUTO, planned_for
+from .vision.methods import ModelVision, VisionMethods
 
 if TYPE_CHECKING:
     from .constrained import Automaton
@@ -127,6 +128,7 @@ class DiffusionModel(VisionMethods, AsyncMethods):
             progress=progress,
             n_ctx=_n_ctx_to_plan(n_ctx),
             kernels=kernels,
+            mmproj=planned_for(self.path, mmproj, request["device"]),
             **request,
         )
         self.native = NativeModel(native, self.path)

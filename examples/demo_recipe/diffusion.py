@@ -47,6 +47,7 @@ class DenoisingLoss(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the mean loss of a batch, and the rollouts' logits; arguments as in `data.Batch`.
 
+        prefix: or (n, length, d), what the encoder reads in place of the embeddings of tokens.
         running: `rollout.Rollouts.state`, for the last rows of the batch: canvases, self-conditioning logits,
         and which rows have such logits. Their logits are returned without gradient.
         """
@@ -55,8 +56,9 @@ class DenoisingLoss(nn.Module):
         canvas = self._noised(target)
         temperature = 0.4 + 0.4 * torch.rand(n, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
+            given = "input_ids" if prefix.ndim == 2 else "inputs_embeds"
             cache = self.model.model.encoder.language_model(
-                input_ids=prefix, attention_mask=self._encoder_masks(prefix.shape[1])
+                **{given: prefix}, attention_mask=self._encoder_masks(prefix.shape[1])
             ).past_key_values
             masks = self._decoder_masks(prefix.shape[1], prefix_length, length)
             positions = prefix_length[:, None] + torch.arange(length)

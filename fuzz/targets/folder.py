@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import random
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from support import checkpoint_folders
+from support.vision_folders import PATCH, make_folder
 
 from pydiffusion import DiffusionModel
-from pydiffusion.convert import convert
+from pydiffusion.convert import convert, convert_mmproj
 from pydiffusion.errors import PyDiffusionError
 
 from .files import refusal
@@ -21,8 +23,16 @@ _SHARD = "model-00001-of-00002.safetensors"
 _TEMPLATE = "chat_template.jinja"
 _FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "model.safetensors.index.json", _SHARD, _TEMPLATE,
+    "model.safetensors.index.json", "processor_config.json", _SHARD, _TEMPLATE,
 )  # fmt: skip
+
+_PROCESSOR = {
+    "image_processor": {
+        "do_normalize": False, "do_resize": True, "image_mean": [0.0, 0.0, 0.0], "max_soft_tokens": 280,
+        "patch_size": PATCH, "pooling_kernel_size": 3, "resample": 3, "rescale_factor": 1 / 255, "size": None,
+    },
+    "image_seq_length": 280,
+}  # fmt: skip
 
 # What is found in place of a file: a Git LFS pointer, a web page, archives, other formats, nothing.
 _OTHERS = (
@@ -32,10 +42,13 @@ _OTHERS = (
 
 
 class Target:
-    """A conversion succeeds, or fails with a typed error of one line and leaves no files."""
+    """A conversion, of text or of the vision part, succeeds and gives a file that loads, or fails with a
+    typed error of one line and leaves no files.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = checkpoint_folders.make_folder(folder / "small", n_shards=2)
+        self._folder = make_folder(folder / "small", n_shards=2)
+        checkpoint_folders.write_json(self._folder / "processor_config.json", _PROCESSOR)
         self._output = folder / "output"
         self._output.mkdir()
         self._good = {name: (self._folder / name).read_bytes() for name in _FILES}
@@ -77,19 +90,27 @@ class Target:
             (self._folder / self._changed).write_bytes(self._good[self._changed])
         (self._folder / name).write_bytes(data)
         self._changed = name
-        target = self._output / "m.gguf"
-        try:
-            convert(self._folder, target, "q8_0")
-            outcome = "done"
-        except PyDiffusionError as error:
-            outcome = refusal(error)
-            assert len(str(error)) < 2000
+        text, vision = self._output / "m.gguf", self._output / "v.gguf"
+        outcome = _converted(convert, self._folder, text)
+        outcome_of_vision = _converted(convert_mmproj, self._folder, vision)
         if outcome == "done":  # whatever is converted, loads
-            with DiffusionModel(target, n_threads=1) as model:
+            with DiffusionModel(text, n_threads=1) as model:
                 model.tokenize("the bath")
-            target.unlink()
+                if outcome_of_vision == "done":
+                    model.native.new_vision(vision)
+        for path in (text, vision):
+            path.unlink(missing_ok=True)
         assert list(self._output.iterdir()) == []
-        return outcome
+        return outcome if outcome == outcome_of_vision else f"{outcome}, vision {outcome_of_vision}"
+
+
+def _converted(convert: Callable[..., object], folder: Path, target: Path) -> str:
+    try:
+        convert(folder, target, "q8_0")
+    except PyDiffusionError as error:
+        assert len(str(error)) < 2000 and not target.exists()
+        return refusal(error)
+    return "done"
 
 
 def json_bytes(value: Any) -> bytes:

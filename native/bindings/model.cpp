@@ -14,6 +14,7 @@
 #include "runtime/device_planner.h"
 #include "sampler/registry.h"
 #include "util/error.h"
+#include "vision/vision_memory.h"
 
 namespace pydiffusion {
 
@@ -39,6 +40,7 @@ struct DeviceRequest {
     int64_t n_sessions = 1;               // sessions to reserve caches for
     std::string kernels = "auto";
     std::string dense_type = "auto";
+    std::string mmproj;  // file of a vision tower to leave room for; "": none
 };
 
 struct ResolvedDevices {
@@ -67,9 +69,26 @@ DeviceMemory device_memory(const std::string& device, uint64_t limit) {
     return memory;
 }
 
-SessionNeeds needs_of(const DeviceRequest& request, const Hparams& hp, ggml_type kv_type) {
-    return {std::min<int64_t>(request.n_ctx, hp.n_ctx_train), kv_type,
-            static_cast<uint64_t>(request.n_sessions)};
+// Adds a request's vision tower, if any, to what is planned for. type: of the main device's buffers.
+void add_vision_tower(SessionNeeds& needs, const std::string& mmproj, const Hparams& hp,
+                      ggml_backend_buffer_type_t type) {
+    if (mmproj.empty()) return;
+    const auto file = GgufFile::open_all_parts(mmproj);
+    const VisionHparams vision(*file);
+    vision.require_size(*file, hp.n_embd);
+    const VisionMemory memory = vision_memory(*file, vision, type);
+    needs.image_tokens = vision.max_soft_tokens;
+    needs.vision_weights = memory.weights;
+    needs.vision_work = memory.work;
+}
+
+SessionNeeds needs_of(const DeviceRequest& request, const Hparams& hp, ggml_type kv_type,
+                      const std::vector<DeviceMemory>& memory) {
+    SessionNeeds needs = {std::min<int64_t>(request.n_ctx, hp.n_ctx_train), kv_type,
+                          static_cast<uint64_t>(request.n_sessions)};
+    add_vision_tower(needs, request.mmproj, hp,
+                     memory.empty() ? ggml_backend_cpu_buffer_type() : memory.back().type);
+    return needs;
 }
 
 DenseType dense_type_of(const std::string& name) {
@@ -98,7 +117,7 @@ ResolvedDevices resolve_devices(const GgufFile& file, const DeviceRequest& reque
                            request.memory_limits.size()));
     const Hparams hp(file);
     const DevicePlan device_plan =
-        plan_devices(file, hp, needs_of(request, hp, kv_type), memory, request.n_gpu_layers,
+        plan_devices(file, hp, needs_of(request, hp, kv_type, memory), memory, request.n_gpu_layers,
                      request.n_cpu_moe, dense_type_of(request.dense_type));
     // Drop devices without layers, except for the main device.
     ResolvedDevices used;
@@ -230,19 +249,19 @@ nb::dict to_dict(const DeviceUse& use) {
 
 nb::dict plan(const std::string& path, const std::string& device, const std::vector<uint64_t>& memory_limits,
               int32_t n_gpu_layers, int32_t n_cpu_moe, int64_t n_ctx, const std::string& kv_type,
-              int64_t n_sessions, const std::string& dense_type) {
+              int64_t n_sessions, const std::string& dense_type, const std::string& mmproj) {
     const auto opened = GgufFile::open_all_parts(path);
     const GgufFile& file = *opened;
     const Hparams hp(file);
     const ggml_type type = cache_type(file, kv_type);
-    const DeviceRequest request = {device, n_gpu_layers, n_cpu_moe, memory_limits,
-                                   n_ctx,  n_sessions,   "auto",    dense_type};
+    const DeviceRequest request = {device,     n_gpu_layers, n_cpu_moe,  memory_limits, n_ctx,
+                                   n_sessions, "auto",       dense_type, mmproj};
     const ResolvedDevices resolved = resolve_devices(file, request, type);
     const DevicePlan& device_plan = resolved.device_plan;
+    const SessionNeeds needs = needs_of(request, hp, type, resolved.memory);
     nb::list shares;
     if (device_plan.any()) {
-        const std::vector<DeviceUse> uses =
-            device_use(file, hp, device_plan, needs_of(request, hp, type), resolved.memory);
+        const std::vector<DeviceUse> uses = device_use(file, hp, device_plan, needs, resolved.memory);
         for (size_t i = 0; i < uses.size(); ++i) {
             nb::dict share = to_dict(uses[i]);
             share["device"] = resolved.devices[i];
@@ -285,15 +304,16 @@ void bind_model(nb::module_& m) {
             [](PyModel* self, const nb::str& path, int n_threads, const std::string& kv_type,
                const nb::object& progress, const std::string& device, int32_t n_gpu_layers, int32_t n_cpu_moe,
                const std::vector<uint64_t>& memory_limits, int64_t n_ctx, const std::string& kernels,
-               int64_t n_sessions, const std::string& dense_type) {
-                const DeviceRequest request = {device, n_gpu_layers, n_cpu_moe, memory_limits,
-                                               n_ctx,  n_sessions,   kernels,   dense_type};
+               int64_t n_sessions, const std::string& dense_type, const nb::str& mmproj) {
+                const DeviceRequest request = {device,     n_gpu_layers, n_cpu_moe,  memory_limits,   n_ctx,
+                                               n_sessions, kernels,      dense_type, from_str(mmproj)};
                 new (self) PyModel(load_model(from_str(path), n_threads, kv_type, request, progress));
             },
             nb::arg("path"), nb::arg("n_threads"), nb::arg("kv_type") = "auto",
             nb::arg("progress") = nb::none(), nb::arg("device") = "cpu", nb::arg("n_gpu_layers") = -1,
             nb::arg("n_cpu_moe") = -1, nb::arg("memory_limits") = nb::list(), nb::arg("n_ctx") = 8192,
-            nb::arg("kernels") = "auto", nb::arg("n_sessions") = 1, nb::arg("dense_type") = "auto")
+            nb::arg("kernels") = "auto", nb::arg("n_sessions") = 1, nb::arg("dense_type") = "auto",
+            nb::arg("mmproj") = "")
         .def_prop_ro("file",
                      [](const PyModel& m) { return std::const_pointer_cast<GgufFile>(m.model->file); })
         .def_prop_ro("hparams", [](const PyModel& m) { return hparams_dict(m.model->hparams); })
@@ -311,7 +331,10 @@ void bind_model(nb::module_& m) {
     m.def("plan", plan, nb::arg("path"), nb::arg("device"), nb::arg("memory_limits") = nb::list(),
           nb::arg("n_gpu_layers") = -1, nb::arg("n_cpu_moe") = -1, nb::arg("n_ctx") = 8192,
           nb::arg("kv_type") = "auto", nb::arg("n_sessions") = 1, nb::arg("dense_type") = "auto",
-          "Plan which layers and experts go to which device, with the memory that each needs.");
+          nb::arg("mmproj") = "",
+          "Plan which layers and experts go to which device, with the memory that each needs; with the file "
+          "of a "
+          "vision tower also that of the tower, which the main device has.");
     m.def(
         "memory_use", memory_use, nb::arg("header"), nb::arg("n_ctx"),
         "Memory that a model takes on a device with one session, from the header of its file alone: dict of "

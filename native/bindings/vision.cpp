@@ -6,6 +6,7 @@
 #include "bindings/bindings.h"
 #include "bindings/session_types.h"
 #include "util/error.h"
+#include "vision/vision_memory.h"
 #include "vision/vision_tower.h"
 
 namespace pydiffusion {
@@ -80,6 +81,8 @@ nb::dict info(const PyVision& vision) {
     d["n_weights"] = weights.n_weights;
     d["n_bytes"] = vision.tower->file->n_bytes_of_all_parts();
     d["weight_types"] = types;
+    d["work_bytes"] = vision_memory(*vision.tower->file, hp, ggml_backend_cpu_buffer_type()).work;
+    d["kernels"] = vision.tower->kernel_name();
     return d;
 }
 

@@ -66,7 +66,7 @@ struct Costs {
 
 Costs::Costs(const GgufFile& file, const Hparams& hp, bool dense_bf16, const SessionNeeds& needs,
              const TensorSizes& sizes)
-    : layers(hp.layers.size()) {
+    : layers(hp.layers.size()), outside(needs.vision_weights) {
     DevicePlan types;
     types.dense_bf16 = dense_bf16;
     uint64_t widened = 0;
@@ -98,7 +98,8 @@ Costs::Costs(const GgufFile& file, const Hparams& hp, bool dense_bf16, const Ses
         int64_t{hp.canvas_length} * (hp.n_vocab + n_sums(hp.n_vocab) + hp.n_embd) * int64_t{sizeof(float)};
     const int64_t conditioning =  // double-buffered
         2 * kDenseRows * hp.n_embd * static_cast<int64_t>(sizeof(ggml_fp16_t));
-    main_device_step = needs.n_sessions * static_cast<uint64_t>(logits) + static_cast<uint64_t>(conditioning);
+    main_device_step = needs.n_sessions * static_cast<uint64_t>(logits) +
+                       static_cast<uint64_t>(conditioning) + needs.vision_work;
 }
 
 // Per device: buffer types may pad tensors differently.

@@ -27,12 +27,13 @@ uint64_t reserved_bytes(uint64_t free_bytes, uint64_t total_bytes);
 // Memory of the smallest device, all of it free, that has room for n_bytes beside what is kept free.
 uint64_t smallest_device(uint64_t n_bytes);
 
-// What to reserve memory for: caches and steps of n_sessions.
+// What to reserve memory for: caches and steps of n_sessions, and on the main device a vision tower.
 struct SessionNeeds {
     int64_t n_ctx;
     ggml_type kv_type;
     uint64_t n_sessions;
     int64_t image_tokens = 0;  // most soft tokens of an image
+    uint64_t vision_weights = 0, vision_work = 0;  // bytes
 };
 
 // Memory use on a device, in bytes.

@@ -73,7 +73,7 @@ ggml_tensor* VisionGraph::layer(const VisionLayer& w, ggml_tensor* x) {
     const Heads own = {ops_->rotate_axes(heads(w.attn_q, h), w.attn_q_norm, rope),
                        ops_->rotate_axes(heads(w.attn_k, h), w.attn_k_norm, rope),
                        ops_->rms_norm(heads(w.attn_v, h))};
-    ggml_tensor* a = multiply(w.attn_out, ops_->attend_all(own, weights_.exact));
+    ggml_tensor* a = multiply(w.attn_out, ops_->attend_all(own, weights_.exact, w.attn_out.matrix));
     ggml_tensor* r = ops_->add_normed(x, a, w.attn_post_norm);
 
     h = ops_->rms_norm(r, w.ln2);

@@ -75,6 +75,12 @@ VisionHparams::VisionHparams(const GgufFile& file) {
     patch_size = keys.integer(keys.own("patch_size"), 1, 256);
     pooling = keys.integer_or(keys.own("projector.scale_factor"), 3, 1, 64);
     max_soft_tokens = keys.integer_or(keys.own("max_soft_tokens"), 280, 1, 1 << 16);
+    // Images are enlarged to about as many.
+    const int64_t n_patches = max_soft_tokens * pooled_patches();
+    if (n_patches > kMaxPatches || n_patches * patch_size * patch_size > kMaxPixels)
+        keys.refuse(keys.own("max_soft_tokens"),
+                    format("is %d, but that many of %d x %d patches with %d x %d pixels are too many",
+                           max_soft_tokens, pooling, pooling, patch_size, patch_size));
     projection_dim = keys.integer(keys.own("projection_dim"), 1, 1 << 20);
     rms_eps = keys.number(keys.own("attention.layer_norm_epsilon"), 1e-12, 1);
     rope_theta = keys.number_or(keys.own("rope.freq_base"), 100.0f, 1, 1e9);
@@ -91,6 +97,14 @@ VisionHparams::VisionHparams(const GgufFile& file) {
     clipped = std::any_of(file.tensors().begin(), file.tensors().end(), [](const TensorInfo& tensor) {
         return tensor.name.rfind("v.blk.", 0) == 0 && tensor.name.find("put_m") != std::string::npos;
     });
+}
+
+void VisionHparams::require_size(const GgufFile& file, int32_t n_embd_of_text) const {
+    if (projection_dim != n_embd_of_text)
+        refuse_file(file,
+                    format("is the vision part of another model: its features have %d elements, but the "
+                           "model's embeddings have %d",
+                           projection_dim, n_embd_of_text));
 }
 
 bool VisionHparams::normalizes() const {

@@ -11,6 +11,8 @@ namespace pydiffusion {
 
 // Channels of a pixel.
 constexpr int32_t kChannels = 3;
+// Of an image.
+constexpr int64_t kMaxPatches = int64_t{1} << 17, kMaxPixels = int64_t{1} << 26;
 
 struct VisionHparams {
     // Throws if a key is missing or invalid, or asks for something that is not implemented.
@@ -32,6 +34,9 @@ struct VisionHparams {
     std::array<float, kChannels> mean, std;  // of the channels, by which pixels of 0 to 1 are normalized
     bool standardize;
     bool clipped;  // whether any matrix has bounds
+
+    // Throws unless the text model's embeddings have this many elements.
+    void require_size(const GgufFile& file, int32_t n_embd_of_text) const;
 
     int64_t patch_elements() const { return int64_t{kChannels} * patch_size * patch_size; }
     int64_t pooled_patches() const { return int64_t{pooling} * pooling; }

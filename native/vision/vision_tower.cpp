@@ -10,8 +10,6 @@ namespace pydiffusion {
 
 namespace {
 
-constexpr int64_t kMaxPatches = int64_t{1} << 17;
-
 // Columns and rows of patches.
 struct Grid {
     int64_t width = 0, height = 0;
@@ -100,20 +98,20 @@ void normalize(std::vector<float>& features, const VisionHparams& hp, const Visi
     }
 }
 
+VisionHparams read_hparams(const GgufFile& file, const Model& model) {
+    VisionHparams hp(file);
+    hp.require_size(file, model.hparams.n_embd);
+    return hp;
+}
+
 }  // namespace
 
 VisionTower::VisionTower(const std::string& path, std::shared_ptr<const Model> model,
                          const std::function<void(double)>& progress)
     : file(GgufFile::open_all_parts(path)),
-      hparams(*file),
+      hparams(read_hparams(*file, *model)),
       weights(file, hparams, model->device_plan, model->backend, progress),
       model_(std::move(model)) {
-    if (hparams.projection_dim != model_->hparams.n_embd)
-        throw Error(ErrorKind::unsupported,
-                    format("%s: is the vision part of another model: its features have %d elements, but "
-                           "embeddings of %s have %d",
-                           path.c_str(), hparams.projection_dim, model_->file->path().c_str(),
-                           model_->hparams.n_embd));
     if (!model_->backend.on_device()) read_into_memory(*file, progress);
 }
 

@@ -28,6 +28,9 @@ class VisionTower {
     std::vector<float> encode(const float* patches, const std::vector<AxialPosition>& positions,
                               const std::function<void()>& between_layers) const;
 
+    // Of the matmuls of types that our kernels support; "ggml" on devices.
+    const char* kernel_name() const { return gemm::name_of(model_->backend.kernel_for_many()); }
+
     const std::shared_ptr<const GgufFile> file;
     const VisionHparams hparams;
     const VisionWeights weights;

@@ -39,7 +39,7 @@ def _token_facts(keys: Mapping[str, Any]) -> dict[str, Any]:
     architecture = next((known for known in ARCHITECTURES if known.name == name), None)
     if architecture is None or not isinstance(keys.get(_TOKENS, []), list):
         return {}
-    whole = architecture.implied(keys) | keys
+    whole = {**architecture.implied(keys), **keys}
     ids = {key: whole[f"{name}.{key}"] for key in _IDS if f"{name}.{key}" in whole}
     if not ids:
         return {}

@@ -23,6 +23,10 @@ def image_part(path: Path) -> Part:
     """See ``image_parts``."""
     from pydiffusion.generation.chat_images import check_image
 
+    if path.parts[:1] in (("http:",), ("https:",)) and not path.exists():
+        raise ValueError(
+            f"{path.parts[0]}//{'/'.join(path.parts[1:])} is not fetched: download the image first"
+        )
     check_image(path)
     kind = mimetypes.guess_type(path.name)[0] or ""
     kind = kind if kind.startswith("image/") else "application/octet-stream"

@@ -194,7 +194,8 @@ def open_model(
     size = format_size(model.description["n_bytes"])
     say(
         f"{path.name}: {weights} weights, {size}, context {model.n_ctx}, {_where(model)},"
-        f" loaded in {time.perf_counter() - started:.1f} s"
+        + ("" if model.vision is None else f" images by {model.vision.path.name},")
+        + f" loaded in {time.perf_counter() - started:.1f} s"
     )
     return model
 

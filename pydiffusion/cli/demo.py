@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import _open, _options
+from ._demo_image import draw_puzzle, solve_picture
 from ._run import prefill, run
 from ._text import say
 
@@ -34,14 +35,33 @@ def command(
         int | None,
         typer.Option("--seed", help="Random seed of the puzzle and the generation. [default: random]"),
     ] = None,
+    image: Annotated[
+        bool, typer.Option("--image", help="Draw the sudoku to a PNG file, and read and solve the picture.")
+    ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--picture", help="PNG file for --image, overwritten. [default: a temporary file]"),
+    ] = None,
     steps: _options.Steps = None,
     threads: _options.Threads = None,
 ) -> None:
-    """Show the demo model solve a held-out puzzle, step by step. Converts it to q4_k_m first."""
+    """Show the demo model solve a held-out puzzle, step by step. Converts it first, to q4_k_m."""
     chosen_seed = random.SystemRandom().getrandbits(32) if seed is None else seed
     options = _open.make_options(steps=steps, seed=chosen_seed)
+    if picture is not None and not image:
+        raise typer.BadParameter("--picture goes with --image")
+    if image and task != "sudoku":
+        raise typer.BadParameter("--image goes with --task sudoku")
     example = _example(task, puzzle, chosen_seed)
     with ExitStack() as stack:
+        if image:
+            cells = example.prompt.removeprefix("sudoku\n").replace("\n", "")
+            drawn = draw_puzzle(cells, picture, chosen_seed)
+            runtime = {"threads": threads, "mmproj": _converted(stack, "mmproj")}
+            model = _open.open_model(_converted(stack), runtime)
+            solution = example.answer.replace("\n", "")
+            solve_picture(model, drawn, cells, solution, options, _SECONDS_PER_STEP)
+            return
         model = _open.open_model(_converted(stack), {"threads": threads})
         print(example.prompt, end="\n\n", flush=True)
         session = model.new_session()
@@ -72,14 +92,17 @@ def _example(task: str, puzzle: int | None, seed: int) -> Example:
     return tasks.sudoku_example(*puzzles[puzzle])
 
 
-def _converted(stack: ExitStack) -> Path:
-    """Path of the demo model's GGUF: from the cache, else converted now, to a temporary folder if need be."""
+def _converted(stack: ExitStack, part: str = "q4_k_m") -> Path:
+    """Path of the demo model's GGUF: from the cache, else converted now, to a temporary folder if need be.
+
+    part: the type of the text model's file, or "mmproj" for the vision tower's.
+    """
     from pydiffusion import convert, demo
 
     from ._progress import conversion_progress
 
     checkpoint = demo.checkpoint_path()
-    name = f"demo-q4_k_m-{_fingerprint(checkpoint)}.gguf"
+    name = f"demo-{part}-{_fingerprint(checkpoint)}.gguf"
     folder = _cache_folder()
     if (folder / name).is_file():
         return folder / name
@@ -91,8 +114,11 @@ def _converted(stack: ExitStack) -> Path:
     if not writable:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pydiffusion-")))
     with conversion_progress(folder / name) as update:
-        report = convert.convert(checkpoint, folder / name, type="q4_k_m", progress=update)
-    say(f"converted the demo checkpoint to q4_k_m in {report.seconds:.1f} s: {report.target}")
+        if part == "mmproj":
+            report = convert.convert_mmproj(checkpoint, folder / name, type="f16", progress=update)
+        else:
+            report = convert.convert(checkpoint, folder / name, type=part, progress=update)
+    say(f"converted the demo checkpoint to {part} in {report.seconds:.1f} s: {report.target}")
     return folder / name
 
 

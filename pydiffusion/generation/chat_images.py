@@ -66,8 +66,8 @@ def prepare_part(vision: VisionTower, part: ImagePart) -> PreparedImage:
 
 
 def _in_detail(vision: VisionTower, source: Any, factor: float) -> PreparedImage:
-    """factor: of the model's own number of soft tokens. Only a wish, as OpenAI's ``detail`` is: the model's own
-    number is taken where models are not trained with that many, or the tower has too few positions for it.
+    """factor: of the model's own number of soft tokens. Only a wish, as OpenAI's ``detail`` is: the model's
+    own number is taken where models are not trained with that many, or the tower has too few positions.
     """
     wanted = vision.max_soft_tokens * factor
     if wanted in MAX_SOFT_TOKENS and factor != 1:

@@ -21,7 +21,7 @@ _SIDES = (768, 1024)  # pixels of an image: about the proportions of a photograp
 
 @dataclass(frozen=True)
 class ImageBench:
-    """What a vision tower takes for an image. Seconds of the tower; of the preprocessing before it.
+    """Figures of a vision tower. Seconds of the tower; of the preprocessing before it.
 
     first_seconds: of the first image.  n_patches, n_soft_tokens: of one image.
     """

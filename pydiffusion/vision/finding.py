@@ -9,8 +9,11 @@ from pathlib import Path
 
 from pydiffusion import _native
 from pydiffusion._util import hub
+from pydiffusion._util.files import check_is_gguf
 from pydiffusion.errors import PyDiffusionError
 
+AUTO = "auto"  # look for a vision file
+CPU = "cpu"  # the device's name
 _WRITE_ONE = "pydiffusion convert --mmproj writes one from a checkpoint"
 
 
@@ -22,11 +25,11 @@ class Found:
     why_not: str = ""
 
 
-def beside(model: Path, n_embd: int) -> Found:
+def beside(model: Path, n_embd: int | None = None) -> Found:
     """The vision file in a model's folder; of one in the hub's cache, in any folder of its repo.
 
-    A candidate has ``mmproj`` in its name and embeds into n_embd elements; one that can't be read is one too,
-    so that what is wrong with it is said when it is used.
+    A candidate has ``mmproj`` in its name and embeds into n_embd elements, if these are given; one that can't
+    be read is one too, so that what is wrong with it is said when it is used.
     """
     place = hub.cached_repo(model)
     folder = model.parent if place is None else place.folder
@@ -61,7 +64,28 @@ def how_to_give_one() -> str:
     return f"give one as mmproj=FILE or --mmproj FILE ({_WRITE_ONE})"
 
 
-def _misfit(path: Path, n_embd: int) -> str:
+def planned_for(model: Path, mmproj: str | os.PathLike[str] | None, device: str) -> str:
+    """The vision file that a device plan leaves room for, or an empty text. mmproj: as of DiffusionModel.
+
+    A given file in any case, and it must be a GGUF. One beside the model on a GPU only, and unless something
+    is wrong with it: text can be read without it.
+    """
+    if mmproj is None:
+        return ""
+    if mmproj != AUTO:
+        check_is_gguf(Path(mmproj))
+        return os.fspath(mmproj)
+    found = beside(model).path if device != CPU else None
+    if found is None:
+        return ""
+    try:
+        _native.plan(os.fspath(model), device=CPU, mmproj=os.fspath(found))
+    except (PyDiffusionError, OSError):
+        return ""
+    return os.fspath(found)
+
+
+def _misfit(path: Path, n_embd: int | None) -> str:
     """Why a file can't be the vision file of a model, or an empty text."""
     try:
         metadata = _native.GgufFile(os.fspath(path)).metadata
@@ -69,8 +93,10 @@ def _misfit(path: Path, n_embd: int) -> str:
         return ""
     if metadata.get("general.architecture") != "clip":
         return "is no vision file"
-    size = metadata.get("clip.vision.projection_dim", n_embd)
-    return "" if size == n_embd else f"is another model's ({size} elements, not {n_embd})"
+    size = metadata.get("clip.vision.projection_dim")
+    if n_embd is None or size is None or size == n_embd:
+        return ""
+    return f"is another model's ({size} elements, not {n_embd})"
 
 
 def _listed(names: Sequence[str]) -> str:

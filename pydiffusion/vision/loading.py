@@ -171,8 +171,8 @@ def _of_pil(image: Image) -> Image:
         return _rgb(image)
     except (PyDiffusionWarning, MemoryError):
         raise
-    except Exception as error:
-        raise ImageError(f"damaged or truncated image: {_one_line(error)}") from None
+    except Exception as error:  # truncated, or of a mode that Pillow doesn't convert
+        raise ImageError(f"an image of mode {image.mode} can't be read: {_one_line(error)}") from None
 
 
 def _rgb(image: Image) -> Image:

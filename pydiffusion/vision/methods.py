@@ -17,8 +17,6 @@ from .tower import TowerSource, VisionTower
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
 
-AUTO = "auto"
-
 
 class VisionMethods:
     """Images as input, of a model with a vision tower."""
@@ -62,7 +60,7 @@ class ModelVision:
         """
         self._native = native
         self._model_path = model.path
-        self._searches = mmproj == AUTO
+        self._searches = mmproj == finding.AUTO
         self._why_not = f"{model.path.name} was opened without a vision file (mmproj=None)"
         self._lock = threading.Lock()
         self.tower: VisionTower | None = None

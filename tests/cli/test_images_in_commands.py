@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fake_vision import SeeingModel, data_url, picture, png
+from support.seeing_model import SeeingModel, data_url, picture, png
 from support.server_fakes import ScriptedModel, ask
 
 from pydiffusion import ModelFormatError, UnsupportedModelError
@@ -28,11 +28,14 @@ def answer(prompt: str, i_answer: int) -> list[str]:
     return [" / ".join(text.removesuffix("<turn|>\n") for text in shown)[-60:]]
 
 
+MODEL = SeeingModel(answer, n_ctx=2048)
+TEXT_MODEL = ScriptedModel(answer)
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    def run(*arguments: str, typed: str = "", model: ScriptedModel | None = None) -> tuple[int, str, str]:
-        opened = model or SeeingModel(answer, n_ctx=2048)
-        monkeypatch.setattr(_open, "open_model", lambda *_, **__: opened)
+    def run(*arguments: str, typed: str = "", model: ScriptedModel = MODEL) -> tuple[int, str, str]:
+        monkeypatch.setattr(_open, "open_model", lambda *_, **__: model)
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
         capsys.readouterr()
         return main(list(arguments)), *capsys.readouterr()
@@ -56,9 +59,7 @@ def test_a_prompt_with_images(command: Command, file: Path, verb: str) -> None:
 def test_an_image_needs_a_chat_and_a_model_that_reads_it(command: Command, file: Path) -> None:
     code, _, err = command("generate", "-m", "a.gguf", "--raw", "-p", "x", "--image", str(file))
     assert code == 2 and "--image needs --chat" in err
-    code, _, err = command(
-        "generate", "-m", "a.gguf", "-p", "x", "--image", str(file), model=ScriptedModel(answer)
-    )
+    code, _, err = command("generate", "-m", "a.gguf", "-p", "x", "--image", str(file), model=TEXT_MODEL)
     assert code == 1 and "without a vision file" in err and len(err.splitlines()) == 1
 
 
@@ -68,6 +69,8 @@ def test_a_file_that_is_no_image(command: Command, file: Path, arguments: list[s
     broken.write_bytes(png()[:60])
     code, _, err = command(*arguments, "-m", "a.gguf", "--image", str(broken))
     assert code == 1 and "broken.png: damaged or truncated image" in err and len(err.splitlines()) == 1
+    code, _, err = command(*arguments, "-m", "a.gguf", "--image", "https://example.com/a/b.png")
+    assert code == 1 and "https://example.com/a/b.png is not fetched: download" in err
     code, _, err = command(*arguments, "-m", "a.gguf", "--image", str(none))
     assert code == 1 and "none.png: No such file" in err and len(err.splitlines()) == 1
 
@@ -172,7 +175,7 @@ def test_a_server_s_vision_file_is_loaded_at_its_start(
     error: Exception | None, what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that can't be read keeps nobody from texts."""
-    model = ScriptedModel(answer) if isinstance(error, UnsupportedModelError) else SeeingModel(answer)
+    model = TEXT_MODEL if isinstance(error, UnsupportedModelError) else MODEL
     asked = []
 
     def require() -> None:

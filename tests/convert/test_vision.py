@@ -124,15 +124,21 @@ def test_optional_parts_and_types(tmp_path: Path) -> None:
         (lambda w: w[PROJECTION].__setitem__((1, 1), np.nan), {}, "mm.input_projection.weight.*NaN"),
         (None, {"hidden_activation": "silu"}, "hidden_activation"),
         (None, {"num_key_value_heads": 2}, "num_key_value_heads"),
-        (None, {"num_key_value_heads": None}, "num_key_value_heads' = None, the reference's default"),
+        (None, {"num_key_value_heads": None}, "num_key_value_heads' = 12, the reference's default"),
         (None, {"head_dim": 3}, "head_dim"),
-        (None, {"head_dim": None}, "head_dim' = None, the reference's default, is not supported (only 16"),
+        (None, {"head_dim": 6}, "'head_dim' of 6 is no multiple of 4"),
+        (
+            None,
+            {"head_dim": None},
+            "self_attn.q_proj.linear.weight' has the shape",
+        ),  # of 16, not the class's 64
         (None, {"rope_parameters": {"rope_theta": 10000.0}}, "rope_theta"),
         (None, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
         (None, {"rope_parameters": {"factor": 4.0}}, "'factor' is not supported"),
         (None, {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling"),
         (None, {"rope_theta": 50.0}, "rope_theta"),
         (None, {"model_type": "siglip_vision_model"}, "model_type"),
+        (None, {"pooling_kernel_size": 32}, "too large for images of 280 soft tokens"),
     ],
 )
 def test_refusals(tmp_path: Path, spoil: object, changes: dict, message: str) -> None:

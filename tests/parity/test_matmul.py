@@ -80,6 +80,15 @@ def test_matmul_of_any_size(kernels: str, n_rows: int, n_tokens: int, n_inner: i
 
 
 @pytest.mark.parametrize("kernels", OWN_KERNELS)
+@pytest.mark.parametrize("n_inner", [1, 31, 33, 269, 4304])
+def test_rows_of_bfloat16_of_any_length(kernels: str, n_inner: int) -> None:
+    rows, x = weights("BF16", 40, n_inner), activations(19, n_inner)
+    expected, sizes = exact(rows, "BF16", x)
+    found = _native.testing.matmul(kernels, rows, "BF16", x, n_threads=2)
+    assert np.all(np.abs(found - expected) <= 2.0**-20 * sizes)
+
+
+@pytest.mark.parametrize("kernels", OWN_KERNELS)
 def test_a_tokens_result_does_not_depend_on_other_tokens(kernels: str) -> None:
     """Nor on the number of threads: batching and chunked prompts rely on it."""
     rows, x = weights("Q4_K", 300, 768), activations(70, 768)

@@ -33,6 +33,7 @@ TOWERS = {
     "plain": Tower(64, 4, changes=PLAIN),
     "head of 72": Tower(144, 2, grid=(9, 9), changes={"intermediate_size": 269}),
     "head of 12": Tower(36, 3, pooling=2, grid=(4, 10), changes={"standardize": False}),
+    "heads wider than the rest": Tower(48, 3, changes={"head_dim": 32}),
     "one patch": Tower(64, 4, pooling=1, grid=(1, 1)),
     "not pooled": Tower(64, 4, pooling=1, grid=(5, 3), changes={"use_clipped_linears": False}),
     "one soft token": Tower(32, 2, pooling=3, grid=(3, 3), changes={"num_hidden_layers": 1}),

@@ -81,6 +81,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "large patches": (put(V + "patch_size", U32, 1 << 30), "patch_size' is 1073741824"),
     "no pooling": (put(V + "projector.scale_factor", U32, 0), "scale_factor' is 0"),
     "soft tokens": (put(V + "max_soft_tokens", U32, 0), "max_soft_tokens' is 0"),
+    "large images": (put(V + "projector.scale_factor", U32, 32), "280, but that many of 32 x 32 patches"),
     "epsilon": (put(V + "attention.layer_norm_epsilon", F32, float("nan")), "layer_norm_epsilon' is nan"),
     "mean": (put(V + "image_mean", ARRAY, Array(F32, [0.0, 0.0])), "must be an array of 3 floats"),
     "mean as numbers": (put(V + "image_mean", ARRAY, Array(I32, [0, 0, 0])), "array of 3 floats"),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.fake_vision import png
+from support.seeing_model import png
 
 from pydiffusion.server import fetching
 from pydiffusion.server.fetching import Fetcher, is_public

@@ -9,10 +9,15 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from support.fake_vision import SeeingModel, data_url, picture, png
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.seeing_model import SeeingModel, data_url, picture, png
 from support.server_fakes import ScriptedModel, ask, events, eventually, script, serving
 
+from pydiffusion.openai.errors import ApiError
 from pydiffusion.openai.messages import MAX_IMAGES
+from pydiffusion.openai.prepared import prepare_chat
+from pydiffusion.openai.requests import Terms
 from pydiffusion.server.fetching import Fetcher
 
 PATH = "/v1/chat/completions"
@@ -129,6 +134,41 @@ def test_an_image_that_can_t_be_read(client: httpx.Client, part: dict[str, Any],
     assert what in error["message"]
     assert error["param"] == "messages[0].content[1]"
     assert error["type"] == "invalid_request_error"
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-300, 300) | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+_URLS = st.sampled_from(
+    ("data:", "data:,", "data:image/png;base64,", "http://", "/a", "data:image/png;base64,aGk=")
+)
+_VALUES = (
+    _JSON
+    | _URLS
+    | _URLS.map(lambda url: {"url": url})
+    | st.fixed_dictionaries({"url": _JSON, "detail": _JSON})
+)
+_OPTIONS = {"detail": _JSON, "max_soft_tokens": _JSON}
+_PARTS = st.one_of(
+    st.fixed_dictionaries({"type": st.just("image")}, optional={"url": _VALUES, "path": _VALUES} | _OPTIONS),
+    st.fixed_dictionaries({"type": st.just("image")}, optional={"base64": _VALUES, "image": _VALUES}),
+    st.fixed_dictionaries({"type": st.sampled_from(("image_url", "input_image")), "image_url": _VALUES}),
+    st.fixed_dictionaries({"type": st.just("image_url"), "image_url": _URLS, **_OPTIONS}),
+    st.fixed_dictionaries({"type": _JSON}, optional={"text": _JSON}),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(parts=st.lists(_PARTS, min_size=1, max_size=2))
+def test_whatever_is_sent_as_a_part_is_answered_or_refused(parts: list[Any], model: SeeingModel) -> None:
+    try:
+        prepare_chat(asked(*parts), model, Terms(("scripted",)))
+    except ApiError as error:
+        assert error.status == 400
+        assert error.param is not None and error.param.startswith("messages")
+        assert len(error.message) < 600
 
 
 def test_other_kinds_of_parts_are_refused(client: httpx.Client) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import chromium
-from support.fake_vision import SeeingModel
+from support.seeing_model import SeeingModel
 from support.server_fakes import ScriptedModel, script, serving
 
 from pydiffusion.vision import preprocess

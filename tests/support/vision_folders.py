@@ -39,11 +39,13 @@ def vision_config(**changes: object) -> dict[str, object]:
     return config | changes
 
 
-def make_folder(path: Path, tensors: dict[str, np.ndarray] | None = None, **changes: object) -> Path:
+def make_folder(
+    path: Path, tensors: dict[str, np.ndarray] | None = None, *, n_shards: int = 1, **changes: object
+) -> Path:
     """A checkpoint folder with text and vision; ``tensors``: the vision's; ``changes`` to vision_config."""
     config = folders.model_config() | {"vision_config": vision_config(**changes)}
     weights = folders.weights() | (vision_weights() if tensors is None else tensors)
-    return folders.make_folder(path, tensors=weights, config=config)
+    return folders.make_folder(path, tensors=weights, config=config, n_shards=n_shards)
 
 
 def vision_weights() -> dict[str, np.ndarray]:

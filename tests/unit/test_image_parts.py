@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support.fake_vision import FakeTower, SeeingModel, data_url, picture, png
+from support.seeing_model import FakeTower, SeeingModel, data_url, picture, png
 from support.server_fakes import ScriptedModel, ask, script
 
 from pydiffusion import UnsupportedModelError

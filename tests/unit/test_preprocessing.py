@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -195,6 +196,14 @@ def test_truncated_files_are_refused_in_one_line(format: str) -> None:
         with pytest.raises(ImageError) as caught:
             open_image(data[:length])
         assert "\n" not in str(caught.value)
+
+
+def test_pil_images_that_cannot_be_read() -> None:
+    data = file_bytes(Image.fromarray(pattern(64, 64, 3)), "PNG")
+    with pytest.raises(ImageError, match="an image of mode RGB can't be read"):
+        open_image(Image.open(io.BytesIO(data[: len(data) // 2])))  # opened, and decoded later
+    with pytest.raises(ValueError, match="no pixels: 0 x 9"):
+        open_image(Image.new("RGB", (0, 9)))
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:

@@ -27,10 +27,11 @@ from pydiffusion.errors import ConversionError
 _TOWER, _PROJECTOR = VISION
 #: Soft tokens of an image at most; a key of our own.
 MAX_SOFT_TOKENS_KEY = "clip.vision.max_soft_tokens"
+_MAX_PATCHES, _MAX_PIXELS = 1 << 17, 1 << 26  # of an image: native/vision/vision_hparams.h
 _IMAGE_SIZE = 224  # the library asks for one and does not use it: images keep their aspect ratio
 
-# Dimensions by name: d hidden size, ff feed-forward, h head, p positions, t the text model's hidden size,
-# k the weights of a patch.
+# Dimensions by name: d hidden size, ff feed-forward, h head, n all heads, p positions, k the weights of a
+# patch, t the text model's hidden size.
 _GLOBAL: Table = (
     (f"{_TOWER}patch_embedder.input_proj.weight", "v.patch_embd.weight", ("d", "k")),
     (f"{_TOWER}patch_embedder.position_embedding_table", "v.position_embd.weight", ("2", "p", "d")),
@@ -42,10 +43,10 @@ _STANDARDIZE: Table = (
 _PROJECTION: Row = (f"{_PROJECTOR}embedding_projection.weight", "mm.input_projection.weight", ("t", "d"))
 _LAYER: Table = (
     ("input_layernorm.weight", "ln1.weight", ("d",)),
-    ("self_attn.q_proj", "attn_q", ("d", "d")),
-    ("self_attn.k_proj", "attn_k", ("d", "d")),
-    ("self_attn.v_proj", "attn_v", ("d", "d")),
-    ("self_attn.o_proj", "attn_out", ("d", "d")),
+    ("self_attn.q_proj", "attn_q", ("n", "d")),
+    ("self_attn.k_proj", "attn_k", ("n", "d")),
+    ("self_attn.v_proj", "attn_v", ("n", "d")),
+    ("self_attn.o_proj", "attn_out", ("d", "n")),
     ("self_attn.q_norm.weight", "attn_q_norm.weight", ("h",)),
     ("self_attn.k_norm.weight", "attn_k_norm.weight", ("h",)),
     ("post_attention_layernorm.weight", "attn_post_norm.weight", ("d",)),
@@ -68,8 +69,19 @@ def plan_mmproj(
     """
     config = read_vision_config(folder, text.hidden_size, notes)
     max_soft_tokens = read_image_processor(folder, config.patch_size, config.pooling, notes)
+    _check_sizes(config, max_soft_tokens)
     metadata = _metadata(name, config, max_soft_tokens)
     return Mmproj(metadata, _plan(weights, config, type.upper()), {MAX_SOFT_TOKENS_KEY: MAX_SOFT_TOKENS})
+
+
+def _check_sizes(config: VisionConfig, max_soft_tokens: int) -> None:
+    """Refuse sizes of images that the runtime refuses of a file."""
+    n_patches = max_soft_tokens * config.pooling**2
+    if n_patches > _MAX_PATCHES or n_patches * config.patch_size**2 > _MAX_PIXELS:
+        raise ConversionError(
+            f"config.json: vision_config: 'pooling_kernel_size' = {config.pooling} and 'patch_size' = "
+            f"{config.patch_size} are too large for images of {max_soft_tokens} soft tokens"
+        )
 
 
 def _metadata(name: str, config: VisionConfig, max_soft_tokens: int) -> dict[str, Value]:
@@ -114,7 +126,7 @@ def _plan(weights: Weights, config: VisionConfig, type_name: str) -> list[Planne
 def _wanted(config: VisionConfig) -> list[Wanted]:
     """All tensors, with their shapes in the checkpoint."""
     sizes = {"2": 2, "d": config.hidden_size, "ff": config.intermediate_size, "p": config.positions}
-    sizes |= {"h": config.hidden_size // config.num_heads, "k": 3 * config.patch_size**2}
+    sizes |= {"h": config.head_dim, "n": config.num_heads * config.head_dim, "k": 3 * config.patch_size**2}
     sizes |= {"t": config.text_size}
     tensors = wanted(_GLOBAL, sizes)
     table = _layer_table(config.clipped)

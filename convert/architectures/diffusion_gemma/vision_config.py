@@ -8,7 +8,9 @@ from pathlib import Path
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
 from pydiffusion.errors import ConversionError
 
-_MAX_LAYERS = 1024
+# What the runtime accepts of a file: native/vision/vision_hparams.cpp.
+_MAX_LAYERS, _MAX_HEADS, _MAX_HEAD_DIM = 1024, 4096, 1024
+_MAX_SIZE, _MAX_PATCH, _MAX_POOLING, _MAX_POSITIONS = 1 << 20, 256, 64, 1 << 24
 _MAX_JSON = 64 << 20
 # Defaults of transformers' configuration class that decide whether a config without them is supported.
 _HEAD_DIM, _NUM_KV_HEADS = 64, 12
@@ -32,6 +34,7 @@ class VisionConfig:
     intermediate_size: int
     num_layers: int
     num_heads: int
+    head_dim: int
     patch_size: int
     pooling: int
     positions: int
@@ -54,15 +57,17 @@ def read_vision_config(folder: Path, text_size: int, notes: list[str]) -> Vision
     vision.one_of("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
     vision.one_of("attention_bias", (False,), False)
     _check_rope(vision)
-    hidden, heads = _read_heads(vision)
+    hidden = vision.integer("hidden_size", maximum=_MAX_SIZE)
+    heads, head_dim = _read_heads(vision, hidden)
     config = VisionConfig(
         hidden_size=hidden,
-        intermediate_size=vision.integer("intermediate_size"),
+        intermediate_size=vision.integer("intermediate_size", maximum=_MAX_SIZE),
         num_layers=vision.integer("num_hidden_layers", maximum=_MAX_LAYERS),
         num_heads=heads,
-        patch_size=vision.integer("patch_size"),
-        pooling=vision.integer("pooling_kernel_size", 3),
-        positions=vision.integer("position_embedding_size"),
+        head_dim=head_dim,
+        patch_size=vision.integer("patch_size", maximum=_MAX_PATCH),
+        pooling=vision.integer("pooling_kernel_size", 3, maximum=_MAX_POOLING),
+        positions=vision.integer("position_embedding_size", maximum=_MAX_POSITIONS),
         rms_norm_eps=vision.number("rms_norm_eps", 1e-6, minimum=1e-12, maximum=1),
         standardize=vision.boolean("standardize", False),
         clipped=vision.boolean("use_clipped_linears", False),
@@ -75,29 +80,28 @@ def read_vision_config(folder: Path, text_size: int, notes: list[str]) -> Vision
     return config
 
 
-def _read_heads(vision: Fields) -> tuple[int, int]:
-    """(hidden size, heads). Files have no key for the size of a head, nor for key-value heads: the former is
-    the hidden size by the heads, of the latter there are as many.
-    """
-    hidden, heads = vision.integer("hidden_size"), vision.integer("num_attention_heads")
-    if hidden % heads:
-        raise ConversionError(f"{vision.where}: {heads} attention heads can't share {hidden} elements")
-    for key, default, only in (
-        ("head_dim", _HEAD_DIM, hidden // heads),
-        ("num_key_value_heads", _NUM_KV_HEADS, heads),
-    ):
-        if vision.integer(key, default) != only:
-            absent = "" if vision.has(key) else ", the reference's default,"
-            raise ConversionError(
-                f"{vision.where}: {key!r} = {vision.values.get(key, default)}{absent} is not supported (only "
-                f"{only}, with {heads} attention heads and a hidden size of {hidden})"
-            )
-    if hidden // heads % 4:
+def _read_heads(vision: Fields, hidden: int) -> tuple[int, int]:
+    """(heads, size of a head). Of key-value heads there have to be as many: files have no key for them."""
+    heads = vision.integer("num_attention_heads", maximum=_MAX_HEADS)
+    num_kv = vision.integer("num_key_value_heads", _NUM_KV_HEADS)
+    if num_kv != heads:
+        absent = "" if vision.has("num_key_value_heads") else ", the reference's default,"
         raise ConversionError(
-            f"{vision.where}: a 'head_dim' of {hidden // heads} is no multiple of 4: rotary pairs of two "
-            "axes need one"
+            f"{vision.where}: 'num_key_value_heads' = {num_kv}{absent} is not supported (only {heads}, the "
+            "number of attention heads)"
         )
-    return hidden, heads
+    head_dim = vision.integer("head_dim", _HEAD_DIM, maximum=_MAX_HEAD_DIM)
+    if head_dim % 4:
+        raise ConversionError(
+            f"{vision.where}: a 'head_dim' of {head_dim} is no multiple of 4: rotary pairs of two axes "
+            "need one"
+        )
+    if head_dim * heads != hidden:
+        vision.notes.append(
+            f"{vision.where}: {heads} heads of {head_dim} elements are not the hidden size of {hidden}: "
+            "programs that compute a head's size from it, such as llama.cpp, can't read the file"
+        )
+    return heads, head_dim
 
 
 def _check_rope(vision: Fields) -> None:

@@ -15,18 +15,21 @@ namespace gemm {
 namespace {
 
 // Cache blocking: a panel of 32 rows of weights, 256 elements deep, is unpacked (16 KiB, for L1) and
-// multiplied with the same elements of up to 1024 activations (512 KiB, for L2). These stay in L2 for up to 8
-// panels, as many as fit the accumulators (256 KiB).
+// multiplied with the same elements of up to 1024 activations (512 KiB, for L2), or 512 with AVX-512, for
+// which unpacking costs less beside the multiplication. These stay in L2 for up to 8 panels, as many as fit
+// the accumulators (256 KiB).
 constexpr int64_t kPanelRows = 2 * kTileRows;
 constexpr int64_t kDepth = 8;
 constexpr int64_t kMaxPanels = 8;
-constexpr int64_t kMaxTiles = 64;  // of activations
 constexpr int64_t kFewTiles = 4;
 constexpr int64_t kMaxPairs = 128;  // of accumulator tiles
 
-int64_t n_panels_for(int64_t n_tiles) {
+int64_t max_tiles(Kernel kernel) { return kernel == Kernel::amx ? 64 : 32; }  // of activations
+
+int64_t n_panels_for(Kernel kernel, int64_t n_tiles) {
     // Few activations fit L2 at full depth; then weights are read sequentially.
-    return n_tiles <= kFewTiles ? 1 : std::clamp(kMaxPairs / n_tiles, kMaxPairs / kMaxTiles, kMaxPanels);
+    return n_tiles <= kFewTiles ? 1
+                                : std::clamp(kMaxPairs / n_tiles, kMaxPairs / max_tiles(kernel), kMaxPanels);
 }
 
 // Per-thread buffers.
@@ -257,16 +260,16 @@ template <typename Target>
 void multiply_panels(Kernel kernel, const ggml_tensor* weight, int64_t expert, const PackedBlock& block,
                      int64_t n_activations, int64_t first_panel, int64_t end_panel, const Target& target) {
     const int64_t end = std::min(end_panel * kPanelRows, weight->ne[1]);
-    const int64_t n_at_once = n_panels_for(block.n_tiles) * kPanelRows;
+    const int64_t n_at_once = n_panels_for(kernel, block.n_tiles) * kPanelRows;
     for (int64_t row = first_panel * kPanelRows; row < end; row += n_at_once) {
-        for (int64_t tile = 0; tile < block.n_tiles; tile += kMaxTiles) {
+        for (int64_t tile = 0; tile < block.n_tiles; tile += max_tiles(kernel)) {
             const Task task = {weight,
                                expert,
                                block,
                                row,
                                std::min(n_at_once, end - row),
                                tile,
-                               std::min(kMaxTiles * kTileRows, n_activations - tile * kTileRows)};
+                               std::min(max_tiles(kernel) * kTileRows, n_activations - tile * kTileRows)};
             accumulate(kernel, task, workspace());
             store_tiles(task, workspace(), target);
         }
@@ -280,7 +283,7 @@ void matmul_op(ggml_tensor* dst, int ith, int nth, void* userdata) {
     // Fewer pieces than asked for, rather than panels by themselves.
     const int64_t n_panels = n_panels_of(dst->src[0]);
     const int64_t n_pieces =
-        std::clamp<int64_t>(n_panels / n_panels_for(block.n_tiles), n_threads_for(nth), nth);
+        std::clamp<int64_t>(n_panels / n_panels_for(kernel, block.n_tiles), n_threads_for(nth), nth);
     if (ith >= n_pieces) return;
     multiply_panels(kernel, dst->src[0], 0, block, dst->ne[1], n_panels * ith / n_pieces,
                     n_panels * (ith + 1) / n_pieces, [&](int64_t c) { return activation(dst, c); });
@@ -322,9 +325,13 @@ MatmulOperands matmul_operands(const ggml_tensor* node) {
     return {node->src[0], packing.x, packing.experts};
 }
 
+bool Matmul::rounds(const ggml_tensor* weight) const {
+    return kernel_ != Kernel::ggml && can_unpack(weight->type, weight->ne[0]);
+}
+
 bool Matmul::supports(const ggml_tensor* weight, const ggml_tensor* x) const {
-    return x->ne[3] == 1 && weight->ne[3] == 1 && kernel_ != Kernel::ggml && x->type == GGML_TYPE_F32 &&
-           x->nb[0] == sizeof(float) && can_unpack(weight->type, weight->ne[0]);
+    return x->ne[3] == 1 && weight->ne[3] == 1 && x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) &&
+           rounds(weight);
 }
 
 bool Matmul::use_tiles(const ggml_tensor* weight, const ggml_tensor* x) const {

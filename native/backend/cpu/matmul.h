@@ -52,6 +52,9 @@ class Matmul {
     // -> F32 [n_rows, n_used, n_tokens]
     ggml_tensor* apply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts);
 
+    // Whether activations of this weight are rounded to bfloat16: those of our kernels.
+    bool rounds(const ggml_tensor* weight) const;
+
     // From now on activations stay nodes of the graph, so that they can be read (imatrix collection).
     void keep_activations() { keep_activations_ = true; }
 

@@ -156,14 +156,6 @@ float* scores_of(Workspace& ws, int64_t query_tile, int64_t r, int64_t n_query_t
            (2 * query_tile + r / kTileRows % 2) * kAccumulatorElements + r % kTileRows * kTileRows;
 }
 
-// Interleaves two rows of 16 values as bfloat16 pairs.
-TARGET_AVX512 inline __m512i pairs_of(__m512 even, __m512 odd) {
-    alignas(64) static const uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                   21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                   11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
-}
-
 TARGET_AVX512 inline __m512 nearest_bfloat16(__m512 x) {
     const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));

@@ -1,5 +1,6 @@
 #include "backend/ops/cpu_ops.h"
 
+#include "backend/cpu/bf16_attention.h"
 #include "backend/cpu/fused_rows.h"
 #include "backend/cpu/top_k.h"
 
@@ -37,7 +38,10 @@ ggml_tensor* CpuOps::rotate_axes(ggml_tensor* x, ggml_tensor* norm, const Rope& 
     return pydiffusion::rotate_axes(c_.ctx, x, norm, angles_.axial(rope, x->ne[0]), c_.rms_eps);
 }
 
-ggml_tensor* CpuOps::attend_all(const Heads& heads, bool) {
+ggml_tensor* CpuOps::attend_all(const Heads& heads, bool exact, const WeightMatrix& for_matmul) {
+    if (!exact && kernel_ != gemm::Kernel::ggml && gemm::can_attend_all(heads.q) &&
+        matmul_.rounds(for_matmul.tensor))
+        return gemm::attend_all(c_.ctx, heads.q, heads.k, heads.v);
     return pydiffusion::attend(c_.ctx, heads.q, tokens_of_heads(heads.k), tokens_of_heads(heads.v), nullptr,
                                kernel_);
 }

@@ -74,7 +74,7 @@ void GgmlOps::set_axial_positions(const std::vector<AxialPosition>& positions) {
     }
 }
 
-ggml_tensor* GgmlOps::attend_all(const Heads& heads, bool exact) {
+ggml_tensor* GgmlOps::attend_all(const Heads& heads, bool exact, const WeightMatrix&) {
     const auto operand = [&](ggml_tensor* x) {
         x = tokens_of_heads(x);
         return exact ? x : ggml_cast(c_.ctx, x, GGML_TYPE_F16);

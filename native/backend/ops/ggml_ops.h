@@ -18,7 +18,7 @@ class GgmlOps : public Ops {
     ggml_tensor* attend(ggml_tensor* q, const CacheRows& visible, const Causal* causal, int32_t device,
                         ForMatmuls) override;
     ggml_tensor* rotate_axes(ggml_tensor* x, ggml_tensor* norm, const Rope& rope) override;
-    ggml_tensor* attend_all(const Heads& heads, bool exact) override;
+    ggml_tensor* attend_all(const Heads& heads, bool exact, const WeightMatrix& for_matmul) override;
     ggml_tensor* limit(ggml_tensor* x, float low, float high) override;
     Mixture moe(ggml_tensor* x, const RouterChoice& choice, const ExpertWeights& w) override;
     void fill_masks() override;

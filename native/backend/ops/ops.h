@@ -159,8 +159,8 @@ class Ops {
     // [head_dim, n_heads, n_tokens], head_dim a multiple of 4. factors of the Rope: none.
     virtual ggml_tensor* rotate_axes(ggml_tensor* x, ggml_tensor* norm, const Rope& rope) = 0;
     // softmax(q . k) v over all tokens of the graph, each [head_dim, n_head, n_tokens] -> [head_dim * n_head,
-    // n_tokens]. exact: K and V stay F32.
-    virtual ggml_tensor* attend_all(const Heads& heads, bool exact) = 0;
+    // n_tokens]. exact: K and V stay F32; else they may be rounded, as the result is for the matmul.
+    virtual ggml_tensor* attend_all(const Heads& heads, bool exact, const WeightMatrix& for_matmul) = 0;
     // min(max(x, low), high)
     virtual ggml_tensor* limit(ggml_tensor* x, float low, float high) = 0;
 

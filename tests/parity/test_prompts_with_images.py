@@ -13,7 +13,9 @@ from support.kernels import ALL_KERNELS
 from support.models import compare
 from support.parity import MAX_BOUND, MEAN_BOUND
 
-from pydiffusion import _native
+from pydiffusion import DiffusionModel, _native
+from pydiffusion.convert import convert, convert_mmproj
+from pydiffusion.vision.preprocessing import PreparedImage
 
 Parts = Sequence[int | tuple[int]]
 
@@ -154,3 +156,54 @@ def test_an_image_fits_wherever_it_begins(model_file: Callable[..., Path]) -> No
         encode(fresh, prompt, [1 + n_before])
         assert content(session) == content(fresh)
         assert session.cache_bytes < _native.Session(model, 1024, image_tokens=1024).cache_bytes
+
+
+@pytest.mark.reference
+def test_pixels_to_logits_against_transformers(
+    checkpoint_folder: Callable[..., Path], tmp_path: Path, report: Callable[[str], None]
+) -> None:
+    """The whole way, with the tower and the projector: two images in a prompt, and a canvas behind them."""
+    import torch
+    from reference.hf_model import Context, load_reference
+
+    folder, s = checkpoint_folder("small", seed=3, dtype="f32"), SHAPES["small"]
+    text, mmproj = tmp_path / "text.gguf", tmp_path / "mmproj.gguf"
+    convert(folder, tmp_path / "converted.gguf", "f32")
+    reading_images(tmp_path / "converted.gguf", text)
+    convert_mmproj(folder, mmproj, "f32")
+    images = [prepared(seed, columns, rows) for seed, (columns, rows) in enumerate([(6, 9), (12, 3)])]
+    words = random_ids(0, "words", 40, s.vocab - 13) + 13
+    with DiffusionModel(text, n_threads=2, mmproj=mmproj) as model:
+        session = model.new_session()
+        found = session.encode(
+            [*words[:9], images[0], *words[9:12], images[1], *words[12:]], return_hidden=True
+        )
+        canvas = random_ids(0, "canvas", s.canvas, s.vocab)
+        logits = session.denoise(canvas)
+    reference = load_reference(folder)
+    placed = []
+    for (begin, n, key), image in zip(session.native.images, images, strict=True):
+        with torch.no_grad():
+            theirs = reference.model.encoder.get_image_features(
+                torch.from_numpy(image.patches)[None], torch.from_numpy(image.positions).long()[None]
+            )
+        features = theirs.pooler_output.reshape(n, s.d).numpy()
+        own = session.native.image_features(len(placed))
+        assert np.abs(own - features).max() <= 1e-4 * np.ptp(features)
+        placed.append((begin, features, key))
+    context = Context.new(reference)
+    wanted = reference_encode(context, ImagePrompt(session.tokens, placed))
+    difference = compare(logits, context.denoise(canvas))
+    hidden = np.abs(found - wanted).max() / np.abs(wanted).max()
+    report(f"images: with the tower: hidden states {hidden:.1e} of their range; canvas: {difference}")
+    assert hidden < 1e-4
+    assert difference.mean <= MEAN_BOUND and difference.max <= MAX_BOUND and difference.agreement == 1.0
+
+
+def prepared(seed: int, columns: int, rows: int) -> PreparedImage:
+    """An image of that many patches, 16 pixels wide, of which a soft token covers 3 x 3."""
+    rng = np.random.default_rng(seed)
+    patches = rng.random((columns * rows, 3 * 16**2), np.float32)
+    at = np.arange(columns * rows)
+    positions = np.stack([at % columns, at // columns], axis=1).astype(np.int32)
+    return PreparedImage(patches, positions, columns * rows // 9, bytes([seed] * 16))

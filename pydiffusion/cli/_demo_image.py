@@ -1,0 +1,76 @@
+"""``pydiffusion demo --image``: draw a held-out sudoku, read it from the picture, solve it."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from ._run import prefill, run
+from ._text import say
+
+if TYPE_CHECKING:
+    from pydiffusion import DiffusionModel, GenerationOptions
+
+_QUESTION = "sudoku"
+
+
+def draw_puzzle(puzzle: str, picture: Path | None, seed: int) -> Path:
+    """Draw the puzzle to a PNG, at `picture` or in a new temporary file; returns its path."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise typer.BadParameter("--image needs Pillow: pip install 'pydiffusion[vision]'") from None
+    from pydiffusion.demo import pictures
+
+    rng = random.Random(seed)
+    image = pictures.draw(puzzle, pictures.Look.random(rng), rng)
+    if picture is None:
+        with tempfile.NamedTemporaryFile(prefix="sudoku-", suffix=".png", delete=False) as file:
+            picture = Path(file.name)
+    try:
+        image.save(picture, "PNG")
+    except OSError as error:
+        raise typer.BadParameter(
+            f"--picture {picture}: can't be written: {error.strerror or error}"
+        ) from None
+    say(f"drew the puzzle to {picture}")
+    return picture
+
+
+def solve_picture(
+    model: DiffusionModel,
+    picture: Path,
+    puzzle: str,
+    solution: str,
+    options: GenerationOptions,
+    seconds_per_step: float,
+) -> None:
+    """Read and solve a drawn puzzle; prints the cells as read, the answer, and whether they are right."""
+    from pydiffusion.demo import checkpoint_path, reading, sudoku, tasks
+
+    features = model.encode_image(picture)
+    read = reading.read_cells(features, reading.character_embeddings(checkpoint_path()))
+    print(f"{sudoku.as_rows(read)}\n\n{_mistakes(puzzle, read)}\n", flush=True)
+    content = [{"type": "text", "text": _QUESTION}, {"type": "image", "path": str(picture)}]
+    session = model.new_session()
+    prefill(session, model.chat_prompt([{"role": "user", "content": content}]))
+    done = run(model, session, options, show=True, seconds_per_step=seconds_per_step)
+    right = tasks.check("sudoku", tasks.sudoku_prompt(puzzle), done.text)
+    print("\nRight." if right else f"\nWrong. It should be:\n{sudoku.as_rows(solution)}")
+
+
+def _mistakes(puzzle: str, read: str) -> str:
+    wrong = [
+        f"row {cell // 6 + 1}, column {cell % 6 + 1}: {_name(found)} for {_name(drawn)}"
+        for cell, (drawn, found) in enumerate(zip(puzzle, read, strict=True))
+        if drawn != found
+    ]
+    return "Misread " + "; ".join(wrong) + "." if wrong else "Every cell read right."
+
+
+def _name(cell: str) -> str:
+    return "an empty cell" if cell == "." else cell
