@@ -1,9 +1,12 @@
 """Train the demo model's vision tower to read sudokus; the text weights stay as they are.
 
-First stage: the projected soft tokens learn to be the text model's embeddings of the rows' characters, without
-running the text model. Needs the extras `reference` and `vision` and folders with fonts.
+The projected soft tokens learn to be the text model's embeddings of the rows' characters, without running the
+text model. Needs the extras `reference` and `vision`, folders with fonts, and the fillers of
+tune_demo_fillers.py in the work folder. An interrupted run continues from the last checkpoint in it.
 
+    python examples/tune_demo_fillers.py build/demo-vision/fillers.pt
     python examples/train_demo_vision.py --work build/demo-vision --fonts FOLDER --minutes 40
+    python examples/train_demo_vision.py --work build/demo-vision --export pydiffusion/demo/checkpoint
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class Trainer:
         self.tower = vision.Tower(vision_config, config.text_config)
         self.tower.initialize()
         targets = vision.character_embeddings(text_model, tokenizer)
-        fillers = targets[vision.CLASSES.index("\n")].repeat(vision.N_FILLERS, 1)
+        fillers = torch.load(arguments.work / "fillers.pt", weights_only=True)
         self.loss = vision.ReadingLoss(self.tower, targets, fillers)
         self.averaged = copy.deepcopy(self.tower).requires_grad_(False)
         self.compiled = torch.compile(self.loss, dynamic=False) if arguments.compile else self.loss
@@ -106,7 +109,7 @@ class Trainer:
 
     @torch.no_grad()
     def report(self, pictures: torch.Tensor, labels: torch.Tensor) -> None:
-        """Log how much of validation pictures (training fonts, no held-out puzzles) the averaged weights read."""
+        """Log how much the averaged weights read of pictures in training fonts, with random cells."""
         with torch.autocast("cpu", torch.bfloat16):
             features = torch.cat([self.averaged(part) for part in pictures.split(50)]).float()
         read = self.loss.logits(features[:, vision.N_FILLERS :]).argmax(-1)
@@ -126,14 +129,18 @@ def train(trainer: Trainer) -> None:
     fonts, _ = vision.training_fonts(arguments.fonts)
     log(f"{sum(p.numel() for p in trainer.parameters)} weights, {len(fonts)} fonts")
     context = multiprocessing.get_context("spawn")
+    first, easy = 100 + trainer.step, trainer.step == 0
     for seed in range(arguments.painters):
         painter = context.Process(
-            target=paint, args=(arguments.work / "pictures", 100 + seed, fonts, arguments.shards), daemon=True
+            target=paint,
+            args=(arguments.work / "pictures", first + seed, fonts, arguments.shards, easy),
+            daemon=True,
         )
         painter.start()
     drawn = vision.render(200, random.Random(7), fonts)
     validation = torch.from_numpy(drawn.images).float() / 255, torch.from_numpy(drawn.labels)
     pool = vision.Pool(arguments.work / "pictures", arguments.seed + 1000 * trainer.step, arguments.capacity)
+    pool.refresh()
     losses: list[float] = []
     next_save = trainer.seconds + 120
     while trainer.seconds < 60 * arguments.minutes:
@@ -157,10 +164,10 @@ def train(trainer: Trainer) -> None:
     trainer.report(*validation)
 
 
-def paint(folder: Path, seed: int, fonts: list[str], n_shards: int) -> None:
+def paint(folder: Path, seed: int, fonts: list[str], n_shards: int, easy: bool) -> None:
     """Draw pictures in a process of its own."""
-    os.nice(5)
-    vision.write_shards(folder, seed, fonts, n_shards)
+    os.nice(8)
+    vision.write_shards(folder, seed, fonts, n_shards, easy)
 
 
 def log(line: str) -> None:
@@ -174,6 +181,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and pictures")
     parser.add_argument("--fonts", nargs="+", default=[], help="folders with font files")
+    parser.add_argument(
+        "--export", type=Path, help="don't train; put the averaged weights into a checkpoint folder"
+    )
     parser.add_argument(
         "--minutes", type=float, default=40, help="time in steps; the learning rate falls to 0.01"
     )
@@ -196,6 +206,10 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(arguments)
     trainer.load()
+    if arguments.export:
+        vision.export(trainer.averaged, arguments.export)
+        log(f"wrote {arguments.export}")
+        return
     train(trainer)
 
 

@@ -1,4 +1,4 @@
-"""The demo's vision tower: configuration, initial weights, pictures for training, and the first stage's loss."""
+"""The demo's vision tower: configuration, initial weights, pictures for training, and the loss."""
 
 from __future__ import annotations
 
@@ -190,12 +190,14 @@ def render(n: int, rng: random.Random, fonts: list[str], difficulty: float = 1.0
     return drawn
 
 
-def write_shards(folder: Path, seed: int, fonts: list[str], n_shards: int, size: int = 500) -> None:
-    """Render shards of pictures into a folder until `n_shards` are there; the first ones are easier."""
+def write_shards(
+    folder: Path, seed: int, fonts: list[str], n_shards: int, easy: bool, size: int = 500
+) -> None:
+    """Render `n_shards` shards of pictures into a folder; if `easy`, the first ones are easier."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     for number in range(n_shards):
-        drawn = render(size, rng, fonts, min(1.0, 0.3 + 0.05 * number))
+        drawn = render(size, rng, fonts, min(1.0, 0.3 + 0.05 * number) if easy else 1.0)
         name = folder / f"{seed:02d}-{number:03d}.part"
         with name.open("wb") as file:
             np.savez(file, **vars(drawn))
@@ -225,7 +227,7 @@ class Pool:
             time.sleep(1)
 
     def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pictures (size, 256, 256, 3) float in 0 to 1, changed a little each time, classes, patches' cells."""
+        """Pictures (size, 256, 256, 3) in 0 to 1, changed a little each time, classes, patches' cells."""
         images, labels, cells = [], [], []
         for _ in range(size):
             shard = self.shards[self.rng.integers(len(self.shards))]
@@ -255,7 +257,7 @@ class ReadingLoss(nn.Module):
     """How far the features are from the text model's embeddings of the characters in the picture.
 
     Cross-entropy over CLASSES, with minus half the squared distance to each embedding over a temperature as
-    logits, plus the squared distance to the right one. Fillers aim at `filler` vectors with the distance alone.
+    logits, plus the squared distance to the right one; of fillers the distance alone.
     """
 
     def __init__(self, tower: Tower, targets: torch.Tensor, fillers: torch.Tensor) -> None:
@@ -271,13 +273,13 @@ class ReadingLoss(nn.Module):
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """(..., 8) logits of CLASSES, float32, from float32 features."""
-        products = features @ self.targets.T - 0.5 * self.targets.square().sum(-1)
-        return products / self.temperature
+        nearness = features @ self.targets.T - 0.5 * self.targets.square().sum(-1)
+        return nearness / self.temperature
 
     def forward(
         self, pixels: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor, help: torch.Tensor
     ) -> torch.Tensor:
-        """Mean loss; `cells` (n, 256) is each patch's cell or -1, `help` the weight of the losses on the way."""
+        """Mean loss; `cells` (n, 256): each patch's cell or -1; `help`: weight of the losses within."""
         with torch.autocast("cpu", torch.bfloat16):
             features, outputs, attention = self.tower.with_hidden(pixels)
         features = features.float()
@@ -290,7 +292,7 @@ class ReadingLoss(nn.Module):
         each = cross_entropy + 0.5 * distance.flatten()
         loss = (each * weight.flatten()).sum() / weight.sum()
         fillers = (features[:, :N_FILLERS] - self.fillers).square().sum(-1) / self.mean_square
-        loss = loss + 0.05 * fillers.mean()
+        loss = loss + 0.5 * fillers.mean()
         return loss + help * (
             self._patch_loss(outputs, labels, cells) + 0.3 * self._gaze_loss(attention, cells)
         )
@@ -348,6 +350,7 @@ def export(tower: Tower, folder: Path) -> None:
         if full.startswith(VISION_PREFIXES):
             tensors[full] = tensor.detach().to(torch.bfloat16).contiguous()
     save_file(tensors, path.with_suffix(".part"), metadata={"format": "pt"})
+    path.with_suffix(".part").chmod(0o644)
     path.with_suffix(".part").replace(path)
     config = json.loads((folder / "config.json").read_text())
     config["vision_config"] |= VISION_CONFIG

@@ -1,7 +1,7 @@
 """Pictures of 6x6 sudokus, drawn with Pillow: what the demo model's vision tower was trained to read.
 
-Every picture is drawn from a `random.Random`, so a seed repeats it: size, font, colours, lines, margins, tilt,
-perspective, shading, blur, noise and JPEG artefacts vary. Needs the extra `vision` (Pillow).
+Every picture is drawn from a `random.Random`, so a seed repeats it: size, font, colours, lines, margins,
+tilt, perspective, shading, blur, noise and JPEG artefacts vary. Needs the extra `vision` (Pillow).
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def draw(puzzle: str, look: Look, rng: random.Random) -> Image.Image:
 
 
 def cells_at(points: np.ndarray, look: Look) -> np.ndarray:
-    """The cell below each of `points` (..., 2) as x and y in shares of the side: 0 to 35, or -1 outside; int64."""
+    """The cell at each of `points` (..., 2), x and y in shares of the side: 0 to 35, or -1 outside; int64."""
     border, cell = _measures(look)
     a, b, c, d, e, f, g, h = _coefficients(_quad(look), 2 * border + sudoku.SIZE * cell)
     x, y = points[..., 0] * look.size, points[..., 1] * look.size
@@ -204,7 +204,7 @@ def _digit(pen, digit: str, x: float, y: float, font: FreeTypeFont, ink: Colour)
 
 
 def _quad(look: Look) -> list[tuple[float, float]]:
-    """Where the corners of the flat puzzle (top left, clockwise) come to lie, in pixels of the picture."""
+    """The corners of the flat puzzle (top left, clockwise) in pixels of the picture."""
     left, top, right, bottom = look.margins
     angle = math.radians(look.tilt)
     width, height = 1 - left - right, 1 - top - bottom

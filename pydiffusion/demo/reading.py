@@ -1,4 +1,4 @@
-"""What the demo model's vision tower reads in a picture: the characters nearest to its features."""
+"""The cells that the demo model's vision tower reads in a picture: the characters nearest to its features."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def read_cells(features: npt.NDArray[np.float32], embeddings: npt.NDArray[np.flo
     """
     if len(features) != N_SOFT_TOKENS:
         raise ValueError(
-            f"the picture gave {len(features)} soft tokens, not {N_SOFT_TOKENS}: the demo model reads square ones"
+            f"the picture gave {len(features)} soft tokens, not {N_SOFT_TOKENS}:"
+            " the demo model reads square pictures"
         )
     n_characters = sudoku.N_CELLS + sudoku.SIZE - 1
     places = [place for place in range(n_characters) if place % (sudoku.SIZE + 1) < sudoku.SIZE]
@@ -36,7 +37,7 @@ def read_cells(features: npt.NDArray[np.float32], embeddings: npt.NDArray[np.flo
 
 
 def character_embeddings(checkpoint: Path) -> npt.NDArray[np.float32]:
-    """(7, d) float32: what the text model reads for `.` and `1` to `6`, from the checkpoint's folder."""
+    """(7, d) float32: embeddings that the text model reads for `.` and `1` to `6`, from the checkpoint's folder."""
     vocabulary = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     with (checkpoint / "model.safetensors").open("rb") as file:
         size = int.from_bytes(file.read(8), "little")

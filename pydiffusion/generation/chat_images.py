@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from pydiffusion.chat.image_parts import DETAILS, ImagePart, ImagePartError, take_images
 from pydiffusion.errors import ImageError, InsufficientMemoryError, PyDiffusionError
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from pydiffusion.vision.preprocessing import PreparedImage
     from pydiffusion.vision.tower import VisionTower
 
+_KEPT_BYTES = 64 << 20  # of prepared images; one at the released size has 8 MB
 # Images being decoded at a time, whatever the number of threads that prepare prompts: one may take 1 GB.
 _DECODING = threading.BoundedSemaphore(2)
 
@@ -51,18 +55,64 @@ def with_images(model: DiffusionModel, ids: list[int], parts: Sequence[ImagePart
     return place(ids, [prepare_part(vision, part) for part in parts], tokens)
 
 
+class _Kept:
+    """The images prepared last, by what they were made of; thread-safe. Each turn of a conversation brings
+    the earlier ones again, and decoding a photograph takes a good part of a second.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._images: OrderedDict[bytes, PreparedImage] = OrderedDict()
+
+    def find(self, key: bytes | None) -> PreparedImage | None:
+        with self._lock:
+            found = None if key is None else self._images.get(key)
+            if found is not None and key is not None:
+                self._images.move_to_end(key)
+            return found
+
+    def keep(self, key: bytes | None, image: PreparedImage) -> None:
+        if key is None:
+            return
+        with self._lock:
+            self._images[key] = image
+            while sum(kept.patches.nbytes for kept in self._images.values()) > _KEPT_BYTES:
+                self._images.popitem(last=False)
+
+
+# Of each tower.
+_KEPT: WeakKeyDictionary[VisionTower, _Kept] = WeakKeyDictionary()
+
+
 def prepare_part(vision: VisionTower, part: ImagePart) -> PreparedImage:
     """Decode and preprocess an image of a message. Raises ImagePartError; OSError of a path."""
     try:
         source: Any = part.source() if callable(part.source) else part.source
-        with _DECODING:
-            if part.max_soft_tokens is not None:
-                return vision.prepare(source, part.max_soft_tokens)
-            return _in_detail(vision, source, DETAILS[part.detail])
+        key, kept = _key(source, part), _KEPT.setdefault(vision, _Kept())
+        image = kept.find(key)
+        if image is None:
+            with _DECODING:
+                if part.max_soft_tokens is not None:
+                    image = vision.prepare(source, part.max_soft_tokens)
+                else:
+                    image = _in_detail(vision, source, DETAILS[part.detail])
+            kept.keep(key, image)
+        return image
     except InsufficientMemoryError:
         raise
     except (PyDiffusionError, ValueError, TypeError) as error:
         raise ImagePartError(part.where, str(error)) from None
+
+
+def _key(source: Any, part: ImagePart) -> bytes | None:
+    """What a prepared image is kept by; None if that is an object or a file, which may change."""
+    if isinstance(source, str):
+        source = source.encode("utf-8", "surrogatepass")
+    if not isinstance(source, bytes):
+        return None
+    digest = hashlib.blake2b(f"{part.detail} {part.max_soft_tokens} ".encode(), digest_size=32)
+    digest.update(source)
+    return digest.digest()
 
 
 def _in_detail(vision: VisionTower, source: Any, factor: float) -> PreparedImage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -14,6 +15,8 @@ from pydiffusion import DiffusionModel, GenerationOptions
 from pydiffusion.convert import convert
 from pydiffusion.demo import checkpoint_path, puzzles, tasks
 
+VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+TEXT_DIGEST = "0d7fdb479934df70572d8b5d26769bffdf17025890ac203fb498a9ca97f6e0bc"
 N_PUZZLES = 60
 N_TEXTS = 20
 # The text tasks that the shipped weights have learned; not count (docs/demo-model.md).
@@ -43,6 +46,7 @@ def test_the_checkpoint_is_small_and_whole() -> None:
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
+        "preprocessor_config.json",
     }
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 12 * 2**20
     generation = json.loads((folder / "generation_config.json").read_text())
@@ -50,11 +54,10 @@ def test_the_checkpoint_is_small_and_whole() -> None:
     assert generation["max_denoising_steps"] == 48
 
 
-def test_the_checkpoint_has_text_weights_in_bfloat16_and_scalars_that_differ() -> None:
-    scalars: dict[str, list[float]] = {"encoder": [], "decoder": []}
+def test_the_checkpoint_has_weights_in_bfloat16_and_scalars_that_differ() -> None:
+    scalars: dict[str, list[str]] = {"encoder": [], "decoder": []}
     with safe_open(checkpoint_path() / "model.safetensors", framework="np") as file:
         for name in file.keys():  # noqa: SIM118 -- this object can't be iterated
-            assert "vision" not in name
             assert file.get_slice(name).get_dtype() == "BF16", name
             if name.endswith("layer_scalar"):
                 scalars[name.split(".")[1]].append(name)
@@ -63,15 +66,21 @@ def test_the_checkpoint_has_text_weights_in_bfloat16_and_scalars_that_differ() -
     assert all(encoder != decoder for encoder, decoder in model_scalars)
 
 
-def _scalars(folder: Path) -> list[tuple[int, int]]:
-    """(encoder, decoder) of each layer, as the raw 16 bits: numpy has no bfloat16."""
+def _tensors(folder: Path) -> dict[str, bytes]:
+    """The raw bytes of every tensor: numpy has no bfloat16."""
     blob = (folder / "model.safetensors").read_bytes()
     size = int.from_bytes(blob[:8], "little")
     header = json.loads(blob[8 : 8 + size])
+    places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: blob[8 + size + start : 8 + size + end] for name, (start, end) in places.items()}
+
+
+def _scalars(folder: Path) -> list[tuple[int, int]]:
+    """(encoder, decoder) of each layer, as the raw 16 bits."""
+    tensors = _tensors(folder)
 
     def bits(name: str) -> int:
-        start, end = header[name]["data_offsets"]
-        return int.from_bytes(blob[8 + size + start : 8 + size + end], "little")
+        return int.from_bytes(tensors[name], "little")
 
     return [
         (
@@ -80,6 +89,21 @@ def _scalars(folder: Path) -> list[tuple[int, int]]:
         )
         for layer in range(6)
     ]
+
+
+def test_the_text_weights_never_change() -> None:
+    """Goldens and adapters rest on them; the vision tower was trained around them."""
+    digest = hashlib.sha256()
+    tensors = _tensors(checkpoint_path())
+    names = sorted(name for name in tensors if not name.startswith(VISION))
+    for name in names:
+        digest.update(name.encode() + b"\0" + tensors[name])
+    assert (len(names), digest.hexdigest()) == (142, TEXT_DIGEST)
+
+
+def test_the_vision_weights_take_at_most_two_megabytes() -> None:
+    sizes = [len(data) for name, data in _tensors(checkpoint_path()).items() if name.startswith(VISION)]
+    assert 0 < sum(sizes) <= 2_000_000
 
 
 def test_a_sudoku_is_one_token_per_cell() -> None:
