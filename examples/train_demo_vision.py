@@ -207,6 +207,9 @@ def main() -> None:
     trainer = Trainer(arguments)
     trainer.load()
     if arguments.export:
+        fonts, _ = vision.training_fonts(arguments.fonts)
+        drawn = vision.render(400, random.Random(8), fonts)
+        vision.fit_projection(trainer.averaged, trainer.loss.targets, trainer.loss.fillers, drawn)
         vision.export(trainer.averaged, arguments.export)
         log(f"wrote {arguments.export}")
         return

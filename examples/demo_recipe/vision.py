@@ -335,6 +335,28 @@ def character_embeddings(model: nn.Module, tokenizer) -> torch.Tensor:
         return model.model.encoder.language_model.embed_tokens(torch.tensor(ids))[:, 0].float().clone()
 
 
+@torch.no_grad()
+def fit_projection(tower: Tower, aims: torch.Tensor, fillers: torch.Tensor, drawn: Pictures) -> None:
+    """Solve for the projection by least squares, the last step of the training.
+
+    aims: (8, d) of CLASSES. fillers: (23, d). drawn: pictures in fonts of the training.
+    """
+    normalized = []
+    hook = tower.embed_vision.embedding_projection.register_forward_pre_hook(
+        lambda _, given: normalized.append(given[0].view(-1, N_SOFT, given[0].shape[-1]))
+    )
+    for start in range(0, len(drawn.images), 50):
+        tower(torch.from_numpy(drawn.images[start : start + 50]).float() / 255)
+    hook.remove()
+    inputs = torch.cat(normalized).double()
+    n = len(inputs)
+    wanted = torch.cat([fillers.expand(n, -1, -1), aims[torch.from_numpy(drawn.labels)]], dim=1).double()
+    inputs, wanted = inputs.flatten(0, 1), wanted.flatten(0, 1)
+    gram = inputs.T @ inputs + 1e-4 * len(inputs) * torch.eye(inputs.shape[1], dtype=torch.float64)
+    solved = torch.linalg.solve(gram, inputs.T @ wanted)
+    tower.embed_vision.embedding_projection.weight.copy_(solved.T)
+
+
 def export(tower: Tower, folder: Path) -> None:
     """Put the tower beside the text weights of a released checkpoint folder, which keep their bytes.
 
