@@ -56,7 +56,7 @@ def with_images(model: DiffusionModel, ids: list[int], parts: Sequence[ImagePart
 
 
 class _Kept:
-    """The images prepared last, by what they were made of; thread-safe. Each turn of a conversation brings
+    """The images prepared last, by what they were made of; thread-safe. Each turn of a conversation has
     the earlier ones again, and decoding a photograph takes a good part of a second.
     """
 
@@ -105,7 +105,7 @@ def prepare_part(vision: VisionTower, part: ImagePart) -> PreparedImage:
 
 
 def _key(source: Any, part: ImagePart) -> bytes | None:
-    """What a prepared image is kept by; None if that is an object or a file, which may change."""
+    """Key of a prepared image; None for an object or a file, which may change."""
     if isinstance(source, str):
         source = source.encode("utf-8", "surrogatepass")
     if not isinstance(source, bytes):
