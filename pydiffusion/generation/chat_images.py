@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydiffusion.chat.image_parts import DETAILS, ImagePart, ImagePartError, take_images
 from pydiffusion.errors import ImageError, InsufficientMemoryError, PyDiffusionError
-from pydiffusion.vision.loading import open_image
+from pydiffusion.vision.loading import decode_data_url, open_image, pixels_to_decode
 from pydiffusion.vision.preprocessing import MAX_SOFT_TOKENS
 from pydiffusion.vision.prompt import Prompt, place
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Images being decoded at a time, whatever the number of threads that prepare prompts: one may take 1 GB.
 _DECODING = threading.BoundedSemaphore(2)
+# Of a prompt's files together. Decoding 100 million may take 2 s of a CPU, whether the file has 1 KB or 20 MB.
+MAX_PIXELS_TOGETHER = 400_000_000
 
 
 def images_of(model: DiffusionModel, messages: Any) -> tuple[Any, list[ImagePart]]:
@@ -48,13 +50,35 @@ def with_images(model: DiffusionModel, ids: list[int], parts: Sequence[ImagePart
             f"the chat template has written {n_places} places for {len(parts)} images: it has none for the"
             f" messages with images, or not in every role ({parts[0].where})"
         )
-    return place(ids, [prepare_part(vision, part) for part in parts], tokens)
+    prepared, n_pixels = [], 0
+    for part in parts:
+        source = _source(part)
+        n_pixels += pixels_to_decode(source)
+        if n_pixels > MAX_PIXELS_TOGETHER:
+            limit = MAX_PIXELS_TOGETHER // 10**6
+            raise ImagePartError(
+                part.where,
+                f"the images up to this one have {n_pixels} pixels; at most {limit} million are"
+                " decoded for a prompt: scale them down",
+            )
+        prepared.append(_prepare(vision, part, source))
+    return place(ids, prepared, tokens)
 
 
-def prepare_part(vision: VisionTower, part: ImagePart) -> PreparedImage:
+def _source(part: ImagePart) -> Any:
+    """A part's image, fetched and out of its data URL. Raises ImagePartError."""
+    source = part.source
+    try:
+        if callable(source):
+            return source()
+        return decode_data_url(source) if isinstance(source, str) else source
+    except (PyDiffusionError, ValueError) as error:
+        raise ImagePartError(part.where, str(error)) from None
+
+
+def _prepare(vision: VisionTower, part: ImagePart, source: Any) -> PreparedImage:
     """Decode and preprocess an image of a message. Raises ImagePartError; OSError of a path."""
     try:
-        source: Any = part.source() if callable(part.source) else part.source
         with _DECODING:
             if part.max_soft_tokens is not None:
                 return vision.prepare(source, part.max_soft_tokens)
