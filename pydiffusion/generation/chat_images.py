@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Images being decoded at a time, whatever the number of threads that prepare prompts: one may take 1 GB.
 _DECODING = threading.BoundedSemaphore(2)
-# Of a prompt's files together. Decoding 100 million may take 2 s of a CPU, whether the file has 1 KB or 20 MB.
+# Of a prompt's files together. Decoding 100 million may take 2 s of a CPU, also of a file of a few KB.
 MAX_PIXELS_TOGETHER = 400_000_000
 
 
