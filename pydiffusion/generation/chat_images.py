@@ -50,19 +50,35 @@ def with_images(model: DiffusionModel, ids: list[int], parts: Sequence[ImagePart
             f"the chat template has written {n_places} places for {len(parts)} images: it has none for the"
             f" messages with images, or not in every role ({parts[0].where})"
         )
-    prepared, n_pixels = [], 0
+    budget = _PixelBudget()
+    for part in parts:  # of what is here all before the first one is decoded
+        if not callable(part.source):
+            budget.take(part, _source(part))
+    prepared = []
     for part in parts:
         source = _source(part)
-        n_pixels += pixels_to_decode(source)
-        if n_pixels > MAX_PIXELS_TOGETHER:
+        if callable(part.source):
+            budget.take(part, source)
+        prepared.append(_prepare(vision, part, source))
+    return place(ids, prepared, tokens)
+
+
+class _PixelBudget:
+    """How many pixels the images of a prompt may still have."""
+
+    def __init__(self) -> None:
+        self._n = 0
+
+    def take(self, part: ImagePart, source: Any) -> None:
+        """Raises ImagePartError once there are too many."""
+        self._n += pixels_to_decode(source)
+        if self._n > MAX_PIXELS_TOGETHER:
             limit = MAX_PIXELS_TOGETHER // 10**6
             raise ImagePartError(
                 part.where,
-                f"the images up to this one have {n_pixels} pixels; at most {limit} million are"
-                " decoded for a prompt: scale them down",
+                f"the images up to this one have {self._n} pixels; at most {limit} million are decoded for a"
+                " prompt: scale them down",
             )
-        prepared.append(_prepare(vision, part, source))
-    return place(ids, prepared, tokens)
 
 
 def _source(part: ImagePart) -> Any:
