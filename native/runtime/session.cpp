@@ -118,14 +118,20 @@ void Session::append(const Prompt& prompt, const std::function<void(int32_t)>& o
     sync_content();
 }
 
+// Throws Error(argument) for an image that the cache can't take in one batch.
+void Session::require_room(const PromptImage& image) const {
+    if (image.n_tokens() <= cache_.longest_batch()) return;
+    throw Error(
+        ErrorKind::argument,
+        format("the image at token %d has %d soft tokens, but this session has room for images of up to %d: "
+               "lower max_soft_tokens, or open a new session once the vision file is loaded",
+               image.begin, image.n_tokens(), cache_.longest_batch()));
+}
+
 // Throws Error(argument) for an image that is not among the prompt's tokens, or not usable.
 void Session::check_image(const Prompt& prompt, const PromptImage& image) const {
     const auto refuse = [](const std::string& what) { throw Error(ErrorKind::argument, what); };
-    if (image.n_tokens() > cache_.longest_batch())
-        refuse(
-            format("the image at token %d has %d soft tokens, but this session has room for images of up to "
-                   "%d",
-                   image.begin, image.n_tokens(), cache_.longest_batch()));
+    require_room(image);
     const int32_t token = model_->hparams.image_tokens.image;
     for (int32_t i = image.begin; i < image.end; ++i) {
         if (prompt.ids[i] != token)
@@ -209,6 +215,7 @@ void Session::copy_from(const Session& source) {
     if (source.model_->hparams.n_vocab != model_->hparams.n_vocab)
         throw Error(ErrorKind::argument, "the session to copy is of another model");
     Prompt content = {source.tokens(), source.images()};  // before the cache changes: memory may run out
+    for (const PromptImage& image : content.images) require_room(image);  // it may have to be encoded again
     const auto lock = model_->backend.lock_devices();
     cache_.copy_from(source.cache_);
     generation_.reset();

@@ -93,7 +93,8 @@ class Session {
     // Replaces tokens, images and cache rows by those of another session of the same model and cache type.
     void restore(const Prompt& content, const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows);
     // Replaces tokens, images and cache by those of another session of the same model and cache type, which
-    // may have another n_ctx. Throws Error(context_overflow), with nothing changed, if they don't fit.
+    // may have another n_ctx. With nothing changed, throws Error(context_overflow) if they don't fit,
+    // Error(argument) for an image that is longer than a batch may be here.
     void copy_from(const Session& source);
     // Runs one step on a canvas and writes soft-capped logits [canvas_length][n_vocab]. `conditioning`:
     // logits for self-conditioning, may be null.
@@ -177,6 +178,7 @@ class Session {
                 const EncoderOutputs& outputs = {});
     void check_images(const Prompt& prompt) const;
     void check_image(const Prompt& prompt, const PromptImage& image) const;
+    void require_room(const PromptImage& image) const;
     void check_params(const GenerationParams& params) const;
     void check_hold(const GenerationParams& params) const;
     void begin_canvas(const std::function<void(int32_t)>& on_chunk);

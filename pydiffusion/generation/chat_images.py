@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from pydiffusion.chat.image_parts import DETAILS, ImagePart, ImagePartError, take_images
 from pydiffusion.errors import ImageError, InsufficientMemoryError, PyDiffusionError
-from pydiffusion.vision.loading import open_image
+from pydiffusion.vision.loading import decode_data_url, open_image, pixels_to_decode
 from pydiffusion.vision.preprocessing import MAX_SOFT_TOKENS
 from pydiffusion.vision.prompt import Prompt, place
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _KEPT_BYTES = 64 << 20  # of prepared images; one at the released size has 8 MB
 # Images being decoded at a time, whatever the number of threads that prepare prompts: one may take 1 GB.
 _DECODING = threading.BoundedSemaphore(2)
+# Of a prompt's files together. Decoding 100 million may take 2 s of a CPU, also of a file of a few KB.
+MAX_PIXELS_TOGETHER = 400_000_000
 
 
 def images_of(model: DiffusionModel, messages: Any) -> tuple[Any, list[ImagePart]]:
@@ -52,7 +54,17 @@ def with_images(model: DiffusionModel, ids: list[int], parts: Sequence[ImagePart
             f"the chat template has written {n_places} places for {len(parts)} images: it has none for the"
             f" messages with images, or not in every role ({parts[0].where})"
         )
-    return place(ids, [prepare_part(vision, part) for part in parts], tokens)
+    kept, budget = _KEPT.setdefault(vision, _Kept()), _PixelBudget()
+    for part in parts:  # of what is here all before the first one is decoded
+        if not callable(part.source):
+            budget.take(part, _source(part), kept)
+    prepared = []
+    for part in parts:
+        source = _source(part)
+        if callable(part.source):
+            budget.take(part, source, kept)
+        prepared.append(_prepare(vision, part, source, kept))
+    return place(ids, prepared, tokens)
 
 
 class _Kept:
@@ -84,19 +96,49 @@ class _Kept:
 _KEPT: WeakKeyDictionary[VisionTower, _Kept] = WeakKeyDictionary()
 
 
-def prepare_part(vision: VisionTower, part: ImagePart) -> PreparedImage:
-    """Decode and preprocess an image of a message. Raises ImagePartError; OSError of a path."""
+class _PixelBudget:
+    """How many pixels the images of a prompt may still have."""
+
+    def __init__(self) -> None:
+        self._n = 0
+
+    def take(self, part: ImagePart, source: Any, kept: _Kept) -> None:
+        """Raises ImagePartError once there are too many. Images that are kept are not decoded."""
+        if kept.find(_key(source, part)) is None:
+            self._n += pixels_to_decode(source)
+        if self._n > MAX_PIXELS_TOGETHER:
+            limit = MAX_PIXELS_TOGETHER // 10**6
+            raise ImagePartError(
+                part.where,
+                f"the images up to this one have {self._n} pixels; at most {limit} million are decoded for a"
+                " prompt: scale them down",
+            )
+
+
+def _source(part: ImagePart) -> Any:
+    """A part's image, fetched and out of its data URL. Raises ImagePartError."""
+    source = part.source
     try:
-        source: Any = part.source() if callable(part.source) else part.source
-        key, kept = _key(source, part), _KEPT.setdefault(vision, _Kept())
-        image = kept.find(key)
-        if image is None:
-            with _DECODING:
-                if part.max_soft_tokens is not None:
-                    image = vision.prepare(source, part.max_soft_tokens)
-                else:
-                    image = _in_detail(vision, source, DETAILS[part.detail])
-            kept.keep(key, image)
+        if callable(source):
+            return source()
+        return decode_data_url(source) if isinstance(source, str) else source
+    except (PyDiffusionError, ValueError) as error:
+        raise ImagePartError(part.where, str(error)) from None
+
+
+def _prepare(vision: VisionTower, part: ImagePart, source: Any, kept: _Kept) -> PreparedImage:
+    """Decode and preprocess an image of a message, or find it. Raises ImagePartError; OSError of a path."""
+    key = _key(source, part)
+    image = kept.find(key)
+    if image is not None:
+        return image
+    try:
+        with _DECODING:
+            if part.max_soft_tokens is not None:
+                image = vision.prepare(source, part.max_soft_tokens)
+            else:
+                image = _in_detail(vision, source, DETAILS[part.detail])
+        kept.keep(key, image)
         return image
     except InsufficientMemoryError:
         raise
@@ -106,8 +148,6 @@ def prepare_part(vision: VisionTower, part: ImagePart) -> PreparedImage:
 
 def _key(source: Any, part: ImagePart) -> bytes | None:
     """Key of a prepared image; None for an object or a file, which may change."""
-    if isinstance(source, str):
-        source = source.encode("utf-8", "surrogatepass")
     if not isinstance(source, bytes):
         return None
     digest = hashlib.blake2b(f"{part.detail} {part.max_soft_tokens} ".encode(), digest_size=32)

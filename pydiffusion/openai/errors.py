@@ -73,6 +73,8 @@ def from_exception(error: BaseException) -> ApiError:
         return invalid(str(error), code="context_length_exceeded")
     if isinstance(error, InsufficientMemoryError):
         return ApiError(503, str(error), code="insufficient_memory", headers={"Retry-After": "5"})
+    if isinstance(error, MemoryError):  # of Python and Pillow, which say no more
+        return ApiError(503, "out of memory", code="insufficient_memory", headers={"Retry-After": "5"})
     if isinstance(error, OptionError):
         return invalid(str(error)[:_MAX_MESSAGE], field_of(error.param))
     if isinstance(error, (ImageError, UnsupportedModelError, ValueError)):

@@ -24,6 +24,8 @@ _PIECE = 1 << 16
 _SLOTS = threading.BoundedSemaphore(4)  # fetches at a time, so that slow hosts don't take all threads
 _CONTROL = re.compile(r"[\x00-\x20\x7f]")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# That some versions of Python take for addresses of the internet: protocols, site-local ones, documentation.
+_NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "fec0::/10", "64:ff9b:1::/48", "3fff::/20")))
 
 
 class Fetcher:
@@ -138,6 +140,8 @@ def is_public(address: str) -> bool:
             ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         elif ip.sixtofour is not None or ip.teredo is not None:
             return False  # tunnels to an IPv4 address of anybody's choice
+    if any(ip in network for network in _NOT_PUBLIC):
+        return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_SOFT_TOKENS = (70, 140, 280, 560, 1120)  # those that Gemma 4 was trained with
+_MAX_PIXELS = 1 << 26  # of a scaled image, as a vision file may ask for
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
@@ -60,6 +61,11 @@ def preprocess(
     for name, value in (("patch_size", patch_size), ("pooling_kernel_size", pooling_kernel_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}; permitted is an integer of at least 1")
+    if max_soft_tokens * (patch_size * pooling_kernel_size) ** 2 > _MAX_PIXELS:
+        raise ValueError(
+            f"{max_soft_tokens} soft tokens of {pooling_kernel_size} x {pooling_kernel_size} patches of"
+            f" {patch_size} x {patch_size} pixels have more than {_MAX_PIXELS} pixels: lower one of these"
+        )
     return cut(open_image(image), max_soft_tokens, patch_size, pooling_kernel_size)
 
 
