@@ -209,7 +209,8 @@ def main() -> None:
     if arguments.export:
         fonts, _ = vision.training_fonts(arguments.fonts)
         drawn = vision.render(400, random.Random(8), fonts)
-        vision.fit_projection(trainer.averaged, trainer.loss.targets, trainer.loss.fillers, drawn)
+        aims = torch.load(arguments.work / "aims.pt", weights_only=True)
+        vision.fit_projection(trainer.averaged, aims["kinds"], aims["fillers"], drawn)
         vision.export(trainer.averaged, arguments.export)
         log(f"wrote {arguments.export}")
         return
