@@ -21,6 +21,7 @@ from . import sudoku
 
 if TYPE_CHECKING:
     from PIL import Image
+    from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont
 
 __all__ = ["MAX_TILT", "Look", "draw"]
@@ -198,7 +199,7 @@ def _flat(puzzle: str, look: Look, rng: random.Random) -> Image.Image:
     return image
 
 
-def _digit(pen, digit: str, x: float, y: float, font: FreeTypeFont, ink: Colour) -> None:
+def _digit(pen: ImageDraw, digit: str, x: float, y: float, font: FreeTypeFont, ink: Colour) -> None:
     left, top, right, bottom = font.getbbox(digit)
     pen.text((x - (left + right) / 2, y - (top + bottom) / 2), digit, font=font, fill=ink)
 
@@ -243,7 +244,7 @@ def _lit(image: Image.Image, look: Look, rng: random.Random) -> Image.Image:
     if strength:
         ramp = np.linspace(-0.5, 0.5, look.size, dtype=np.float32)
         slope = math.cos(direction) * ramp[None, :] + math.sin(direction) * ramp[:, None]
-        pixels = pixels * (1 - strength / 2 + strength * slope)[..., None]
+        pixels = pixels * np.asarray(1 - strength / 2 + strength * slope, np.float32)[..., None]
     if look.noise:
         generator = np.random.default_rng(rng.getrandbits(32))
         pixels = pixels + look.noise * generator.standard_normal(pixels.shape, dtype=np.float32)
