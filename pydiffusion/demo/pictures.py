@@ -47,7 +47,7 @@ class Look:
         margins: (left, top, right, bottom) in shares of the side.
         tilt: degrees, counterclockwise.
         corners: shifts (x, y) of the four corners, in shares of the side, for perspective.
-        light: (strength, direction in radians) of a brightness gradient; strength 0 is none.
+        light: (strength, direction in radians) of a brightness gradient; strength 0 for none.
         blur: radius of a Gaussian blur in thousandths of the side.
         noise: standard deviation of the noise, of 255.
         jpeg: JPEG quality that the picture went through, or None.
