@@ -93,7 +93,9 @@ def _source(part: ImagePart) -> Any:
 
 
 def _prepare(vision: VisionTower, part: ImagePart, source: Any) -> PreparedImage:
-    """Decode and preprocess an image of a message. Raises ImagePartError; OSError of a path."""
+    """Decode and preprocess an image of a message. Raises ImagePartError, also for a file that can't be
+    read: one among the messages of many requests is that request's error.
+    """
     try:
         with _DECODING:
             if part.max_soft_tokens is not None:
@@ -103,6 +105,9 @@ def _prepare(vision: VisionTower, part: ImagePart, source: Any) -> PreparedImage
         raise
     except (PyDiffusionError, ValueError, TypeError) as error:
         raise ImagePartError(part.where, str(error)) from None
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        raise ImagePartError(part.where, what) from None
 
 
 def _in_detail(vision: VisionTower, source: Any, factor: float) -> PreparedImage:
