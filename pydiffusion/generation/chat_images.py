@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydiffusion.chat.image_parts import DETAILS, ImagePart, ImagePartError, take_images
 from pydiffusion.errors import ImageError, InsufficientMemoryError, PyDiffusionError
-from pydiffusion.vision.loading import decode_data_url, open_image, pixels_to_decode
+from pydiffusion.vision.loading import decode_data_url, open_file, open_image, pixels_to_decode
 from pydiffusion.vision.preprocessing import MAX_SOFT_TOKENS
 from pydiffusion.vision.prompt import Prompt, place
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _DECODING = threading.BoundedSemaphore(2)
 # Of a prompt's files together. Decoding 100 million may take 2 s of a CPU, also of a file of a few KB.
 MAX_PIXELS_TOGETHER = 400_000_000
+
+_MAX_FILE = 256 << 20  # bytes of a file that the command line names
 
 
 def images_of(model: DiffusionModel, messages: Any) -> tuple[Any, list[ImagePart]]:
@@ -124,12 +127,17 @@ def _in_detail(vision: VisionTower, source: Any, factor: float) -> PreparedImage
     return vision.prepare(source)
 
 
-def check_image(path: Path) -> None:
-    """Decode an image file. Raises PyDiffusionError, naming it, for one that can't be read as an image;
-    OSError.
+def read_image(path: Path) -> bytes:
+    """The bytes of an image file, or a pipe, after decoding them. Raises PyDiffusionError, naming it, for one
+    that can't be read as an image; OSError.
     """
+    with path.open("rb") as file:
+        data = file.read(_MAX_FILE + 1)
+    if len(data) > _MAX_FILE:
+        raise ImageError(f"{path}: more than {_MAX_FILE >> 20} MiB: not an image, or too large a one")
     with _DECODING:
-        open_image(path)
+        open_file(io.BytesIO(data), str(path))
+    return data
 
 
 def n_image_tokens(prompt: Sequence[int] | Prompt) -> int:

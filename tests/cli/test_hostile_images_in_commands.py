@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.seeing_model import SeeingModel
+from support.seeing_model import SeeingModel, png
 
 from pydiffusion.cli import _open, main
 
@@ -60,3 +63,22 @@ def test_a_chat_goes_on_after_a_loaded_one_with_a_broken_image(
     typed = f"/load {saved}\nWhat?\n/reset\nAnd now?\n"
     code, out, err = command("chat", "-m", "a.gguf", typed=typed)
     assert code == 0 and "answer" in out, err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
+def test_an_image_from_a_pipe(command: Command, tmp_path: Path) -> None:
+    """It can be read once only: `--image <(convert ...)`."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(png(),), daemon=True)
+    writer.start()
+    code, out, err = command("generate", "-m", "a.gguf", "-p", "x", "--image", str(pipe))
+    assert code == 0 and "answer" in out, err
+    writer.join()
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such device")
+def test_an_endless_file(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pydiffusion.generation.chat_images._MAX_FILE", 1 << 20)
+    code, _, err = command("generate", "-m", "a.gguf", "-p", "x", "--image", "/dev/zero")
+    assert code == 1 and "/dev/zero: more than 1 MiB" in err and len(err.splitlines()) == 1

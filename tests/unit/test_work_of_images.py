@@ -61,3 +61,10 @@ def test_a_missing_file_is_an_error_of_its_part(tmp_path: Path) -> None:
     assert caught.value.where == "messages[0].content[0]"
     with pytest.raises(ImagePartError, match="Is a directory"):
         model.chat_prompt(ask([{"type": "image", "image": tmp_path}]))
+
+
+def test_data_urls_in_percent_are_short() -> None:
+    data = png()
+    assert open_image("data:image/png," + "".join(f"%{byte:02x}" for byte in data)).size == (40, 30)
+    with pytest.raises(ValueError, match="very many percent signs: encode the image in base64"):
+        open_image("data:image/png," + "%41" * 1_000_001)
