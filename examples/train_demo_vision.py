@@ -207,6 +207,10 @@ def main() -> None:
     trainer = Trainer(arguments)
     trainer.load()
     if arguments.export:
+        fonts, _ = vision.training_fonts(arguments.fonts)
+        drawn = vision.render(400, random.Random(8), fonts)
+        aims = torch.load(arguments.work / "aims.pt", weights_only=True)
+        vision.fit_projection(trainer.averaged, aims["kinds"], aims["fillers"], drawn)
         vision.export(trainer.averaged, arguments.export)
         log(f"wrote {arguments.export}")
         return

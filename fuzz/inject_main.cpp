@@ -41,7 +41,7 @@ std::vector<int32_t> run_conversation(pydiffusion::Session& session) {
     {
         const pydiffusion::Session::Use use(session);  // as in the bindings: an error ends the generation
         session.truncate(0, ignore);
-        session.encode(kPrompt, ignore, {});
+        session.encode({kPrompt}, ignore, {});
         pydiffusion::GenerationParams params = default_params(session.model().hparams);
         params.max_tokens = 3 * session.model().hparams.canvas_length;
         params.sampler.values["steps"] = 4;

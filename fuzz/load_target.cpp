@@ -50,7 +50,7 @@ bool generate(const std::shared_ptr<const pydiffusion::Model>& model) {
     if (hp.canvas_length > kMaxCanvas || hp.sampler.at("steps") > kMaxSteps) return false;
     const int32_t n_ctx = std::min(hp.n_ctx_train, 3 * hp.canvas_length + 8);
     pydiffusion::Session session(model, n_ctx, GGML_TYPE_F16);
-    session.encode({hp.n_vocab - 1, 0, hp.n_vocab / 2}, [](int32_t) {}, {});
+    session.encode({{hp.n_vocab - 1, 0, hp.n_vocab / 2}}, [](int32_t) {}, {});
     pydiffusion::GenerationParams params = default_params(hp);
     params.max_tokens = 2 * hp.canvas_length;
     params.sampler.values["steps"] = 2;

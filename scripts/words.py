@@ -87,6 +87,7 @@ RULES = (
             ("pydiffusion/cli/*", r"", "of text and of tables"),
             ("pydiffusion/server/static/page.css", r"flex-direction", "of a page"),
             ("pydiffusion/demo/sudoku.py", r"", "of a sudoku"),
+            ("pydiffusion/demo/pictures.py", r"", "of a sudoku"),
             ("pydiffusion/vision/*", r"", "of an image"),
             ("pydiffusion/constrained/guide.py", r"", "of an array of candidates"),
         ),
@@ -97,6 +98,7 @@ RULES = (
          allowed=(
              ("convert/checkpoint/*", r"processor = source|in processor|processor\.get", "of tokenizers"),
              ("*", r"image processor", "of vision models: Hugging Face's class"),
+             ("examples/evaluate_demo_vision.py", r"\bprocessor\b", "the same"),
              ("*", r"[Pp]ost-processor|^    post-", "of tokenizers"),
              ("tests/convert/*", r"if processor|\bprocessor: bool|\"processor\"", "of tokenizers"),
              ("benchmarks/*", r"platform\.processor|Xeon\(R\) Processor", "a function; a CPU's name"),

@@ -24,16 +24,15 @@ WORDS = [
 CHAT_TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}{% set turn = namespace(text='', end='<turn|>') %}\
 {% if message['content'] is string %}{% set turn.text = message['content'] %}\
-{% else %}{% for part in message['content'] %}\
-{% if part['type'] == 'image' %}\
-{% set turn.text = (turn.text | trim) + '\\n<|image|>' %}{% set turn.end = '' %}\
-{% else %}{% set turn.text = turn.text + part['text'] %}{% set turn.end = '<turn|>' %}{% endif %}\
-{% endfor %}{% endif %}\
+{% else %}{% for part in message['content'] if part['type'] != 'image' %}\
+{% set turn.text = turn.text + part['text'] %}{% endfor %}\
+{% for part in message['content'] if part['type'] == 'image' %}\
+{% set turn.text = (turn.text | trim) + '\\n<|image|>' %}{% set turn.end = '' %}{% endfor %}{% endif %}\
 {{ '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' + \
 (turn.text | trim) + turn.end + '\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif %}"""
-"""An image at the end of a message takes the place of the end of the turn with its own end token, so that the
-canvas is as far from the sudoku's cells as in a text prompt (see vision.py)."""
+"""A message's image is after its text, wherever it was given, and its own end token takes the place of the
+end of the turn, so that the canvas is as far from the sudoku's cells as in a text prompt (see vision.py)."""
 
 
 def build_tokenizer() -> Tokenizer:

@@ -53,6 +53,8 @@ PROCESSOR_CONFIG = {
     "resample": 3,
     "rescale_factor": 1 / 255,
 }
+WEIGHT_FIXED = 10.0
+"""Weight in the last fit of soft tokens that are the same in every picture."""
 VISION_PREFIXES = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 HELD_OUT_FONTS = ("Manrope", "Caladea", "cmtt", "FjallaOne", "DejaVuSansMono", "SourceSansPro-It")
 """Beginnings of the names of fonts that training never sees."""
@@ -284,7 +286,7 @@ class ReadingLoss(nn.Module):
             features, outputs, attention = self.tower.with_hidden(pixels)
         features = features.float()
         characters = features[:, N_FILLERS:]
-        weight = torch.where(labels == CLASSES.index("\n"), 0.1, 1.0)
+        weight = torch.ones_like(labels, dtype=torch.float32)
         cross_entropy = nn.functional.cross_entropy(
             self.logits(characters).flatten(0, 1), labels.flatten(), reduction="none"
         )
@@ -333,6 +335,33 @@ def character_embeddings(model: nn.Module, tokenizer) -> torch.Tensor:
     ids = [tokenizer.encode(character, add_special_tokens=False).ids for character in CLASSES]
     with torch.no_grad():
         return model.model.encoder.language_model.embed_tokens(torch.tensor(ids))[:, 0].float().clone()
+
+
+@torch.no_grad()
+def fit_projection(tower: Tower, aims: torch.Tensor, fillers: torch.Tensor, drawn: Pictures) -> None:
+    """Solve for the projection by least squares, the last step of the training.
+
+    aims: (8, d) of CLASSES. fillers: (23, d). drawn: pictures in fonts of the training.
+    """
+    normalized = []
+    hook = tower.embed_vision.embedding_projection.register_forward_pre_hook(
+        lambda _, given: normalized.append(given[0].view(-1, N_SOFT, given[0].shape[-1]))
+    )
+    for start in range(0, len(drawn.images), 50):
+        tower(torch.from_numpy(drawn.images[start : start + 50]).float() / 255)
+    hook.remove()
+    inputs = torch.cat(normalized).double()
+    n = len(inputs)
+    wanted = torch.cat([fillers.expand(n, -1, -1), aims[torch.from_numpy(drawn.labels)]], dim=1).double()
+    # The answer's line breaks suffer when those of the picture, or the fillers, are only nearly right.
+    labels = torch.from_numpy(drawn.labels)
+    weight = torch.ones(n, N_SOFT, 1, dtype=torch.float64)
+    weight[:, :N_FILLERS] = WEIGHT_FIXED
+    weight[:, N_FILLERS:][labels == CLASSES.index("\n")] = WEIGHT_FIXED
+    inputs, wanted, weight = inputs.flatten(0, 1), wanted.flatten(0, 1), weight.flatten(0, 1)
+    gram = inputs.T @ (weight * inputs) + 1e-4 * len(inputs) * torch.eye(inputs.shape[1], dtype=torch.float64)
+    solved = torch.linalg.solve(gram, inputs.T @ (weight * wanted))
+    tower.embed_vision.embedding_projection.weight.copy_(solved.T)
 
 
 def export(tower: Tower, folder: Path) -> None:

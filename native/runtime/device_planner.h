@@ -32,7 +32,7 @@ struct SessionNeeds {
     int64_t n_ctx;
     ggml_type kv_type;
     uint64_t n_sessions;
-    int64_t image_tokens = 0;  // most soft tokens of an image
+    int64_t image_tokens = 0;                      // most soft tokens of an image
     uint64_t vision_weights = 0, vision_work = 0;  // bytes
 };
 

@@ -14,6 +14,7 @@ from .messages import IMAGE_TYPES, NOT_LISTS, dumped
 #: OpenAI's ``detail`` -> the number of soft tokens as a multiple of the model's own: 70, 280, 560 and 1120 of
 #: the released model.
 DETAILS = {"auto": 1.0, "low": 0.25, "high": 2.0, "original": 4.0}
+_MAX_TOKENS = 1 << 20
 # Fields of a part of type "image" that hold it, as transformers' templates have them.
 _FIELDS = ("image", "url", "path", "base64")
 _NOT_PARTS = (str, Mapping, *NOT_LISTS)
@@ -122,8 +123,10 @@ def read_image_part(part: Mapping[str, Any], where: str, rules: ImageRules = _LI
     if not isinstance(detail, str) or detail not in DETAILS:
         raise ImagePartError(where, f"detail is {detail!r}; permitted are {', '.join(DETAILS)}"[:200])
     n = options.get("max_soft_tokens")
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-        raise ImagePartError(where, f"max_soft_tokens is {n!r}; permitted is an integer of at least 1"[:200])
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= _MAX_TOKENS):
+        raise ImagePartError(
+            where, f"max_soft_tokens is {n!r:.40}; permitted is an integer from 1 to {_MAX_TOKENS}"
+        )
     return ImagePart(where, _source(name, given, where, rules), detail, n)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from . import sudoku
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageDraw
     from PIL.ImageFont import FreeTypeFont
 
 __all__ = ["MAX_TILT", "Look", "draw"]
@@ -46,7 +46,7 @@ class Look:
         margins: (left, top, right, bottom) in shares of the side.
         tilt: degrees, counterclockwise.
         corners: shifts (x, y) of the four corners, in shares of the side, for perspective.
-        light: (strength, direction in radians) of a brightness gradient; strength 0 is none.
+        light: (strength, direction in radians) of a brightness gradient; strength 0 for none.
         blur: radius of a Gaussian blur in thousandths of the side.
         noise: standard deviation of the noise, of 255.
         jpeg: JPEG quality that the picture went through, or None.
@@ -198,7 +198,7 @@ def _flat(puzzle: str, look: Look, rng: random.Random) -> Image.Image:
     return image
 
 
-def _digit(pen, digit: str, x: float, y: float, font: FreeTypeFont, ink: Colour) -> None:
+def _digit(pen: ImageDraw.ImageDraw, digit: str, x: float, y: float, font: FreeTypeFont, ink: Colour) -> None:
     left, top, right, bottom = font.getbbox(digit)
     pen.text((x - (left + right) / 2, y - (top + bottom) / 2), digit, font=font, fill=ink)
 
@@ -238,7 +238,7 @@ def _lit(image: Image.Image, look: Look, rng: random.Random) -> Image.Image:
     """With a brightness gradient and noise."""
     from PIL import Image
 
-    pixels = np.asarray(image, np.float32)
+    pixels: np.ndarray = np.asarray(image, np.float32)
     strength, direction = look.light
     if strength:
         ramp = np.linspace(-0.5, 0.5, look.size, dtype=np.float32)

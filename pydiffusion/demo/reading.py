@@ -37,7 +37,7 @@ def read_cells(features: npt.NDArray[np.float32], embeddings: npt.NDArray[np.flo
 
 
 def character_embeddings(checkpoint: Path) -> npt.NDArray[np.float32]:
-    """(7, d) float32: embeddings that the text model reads for `.` and `1` to `6`, from the checkpoint's folder."""
+    """(7, d) float32: embeddings of `.` and `1` to `6`, as the text model reads them, from a checkpoint."""
     vocabulary = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     with (checkpoint / "model.safetensors").open("rb") as file:
         size = int.from_bytes(file.read(8), "little")

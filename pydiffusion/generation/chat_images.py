@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from pydiffusion.chat.image_parts import DETAILS, ImagePart, ImagePartError, take_images
 from pydiffusion.errors import ImageError, InsufficientMemoryError, PyDiffusionError
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from pydiffusion.vision.preprocessing import PreparedImage
     from pydiffusion.vision.tower import VisionTower
 
+_KEPT_BYTES = 64 << 20  # of prepared images; one at the released size has 8 MB
 # Images being decoded at a time, whatever the number of threads that prepare prompts: one may take 1 GB.
 _DECODING = threading.BoundedSemaphore(2)
 # Of a prompt's files together. Decoding 100 million may take 2 s of a CPU, also of a file of a few KB.
@@ -53,17 +57,46 @@ def with_images(model: DiffusionModel, ids: list[int], parts: Sequence[ImagePart
             f"the chat template has written {n_places} places for {len(parts)} images: it has none for the"
             f" messages with images, or not in every role ({parts[0].where})"
         )
-    budget = _PixelBudget()
+    kept, budget = _KEPT.setdefault(vision, _Kept()), _PixelBudget()
     for part in parts:  # of what is here all before the first one is decoded
         if not callable(part.source):
-            budget.take(part, _source(part))
+            budget.take(part, _source(part), kept)
     prepared = []
     for part in parts:
         source = _source(part)
         if callable(part.source):
-            budget.take(part, source)
-        prepared.append(_prepare(vision, part, source))
+            budget.take(part, source, kept)
+        prepared.append(_prepare(vision, part, source, kept))
     return place(ids, prepared, tokens)
+
+
+class _Kept:
+    """The images prepared last, by what they were made of; thread-safe. Each turn of a conversation has
+    the earlier ones again, and decoding a photograph takes a good part of a second.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._images: OrderedDict[bytes, PreparedImage] = OrderedDict()
+
+    def find(self, key: bytes | None) -> PreparedImage | None:
+        with self._lock:
+            found = None if key is None else self._images.get(key)
+            if found is not None and key is not None:
+                self._images.move_to_end(key)
+            return found
+
+    def keep(self, key: bytes | None, image: PreparedImage) -> None:
+        if key is None:
+            return
+        with self._lock:
+            self._images[key] = image
+            while sum(kept.patches.nbytes for kept in self._images.values()) > _KEPT_BYTES:
+                self._images.popitem(last=False)
+
+
+# Of each tower.
+_KEPT: WeakKeyDictionary[VisionTower, _Kept] = WeakKeyDictionary()
 
 
 class _PixelBudget:
@@ -72,9 +105,10 @@ class _PixelBudget:
     def __init__(self) -> None:
         self._n = 0
 
-    def take(self, part: ImagePart, source: Any) -> None:
-        """Raises ImagePartError once there are too many."""
-        self._n += pixels_to_decode(source)
+    def take(self, part: ImagePart, source: Any, kept: _Kept) -> None:
+        """Raises ImagePartError once there are too many. Images that are kept are not decoded."""
+        if kept.find(_key(source, part)) is None:
+            self._n += pixels_to_decode(source)
         if self._n > MAX_PIXELS_TOGETHER:
             limit = MAX_PIXELS_TOGETHER // 10**6
             raise ImagePartError(
@@ -95,15 +129,22 @@ def _source(part: ImagePart) -> Any:
         raise ImagePartError(part.where, str(error)) from None
 
 
-def _prepare(vision: VisionTower, part: ImagePart, source: Any) -> PreparedImage:
-    """Decode and preprocess an image of a message. Raises ImagePartError, also for a file that can't be
-    read: one among the messages of many requests is that request's error.
+def _prepare(vision: VisionTower, part: ImagePart, source: Any, kept: _Kept) -> PreparedImage:
+    """Decode and preprocess an image of a message, or find it. Raises ImagePartError, also for a file that
+    can't be read: one among the messages of many requests is that request's error.
     """
+    key = _key(source, part)
+    image = kept.find(key)
+    if image is not None:
+        return image
     try:
         with _DECODING:
             if part.max_soft_tokens is not None:
-                return vision.prepare(source, part.max_soft_tokens)
-            return _in_detail(vision, source, DETAILS[part.detail])
+                image = vision.prepare(source, part.max_soft_tokens)
+            else:
+                image = _in_detail(vision, source, DETAILS[part.detail])
+        kept.keep(key, image)
+        return image
     except InsufficientMemoryError:
         raise
     except (PyDiffusionError, ValueError, TypeError) as error:
@@ -111,6 +152,15 @@ def _prepare(vision: VisionTower, part: ImagePart, source: Any) -> PreparedImage
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         raise ImagePartError(part.where, what) from None
+
+
+def _key(source: Any, part: ImagePart) -> bytes | None:
+    """Key of a prepared image; None for an object or a file, which may change."""
+    if not isinstance(source, bytes):
+        return None
+    digest = hashlib.blake2b(f"{part.detail} {part.max_soft_tokens} ".encode(), digest_size=32)
+    digest.update(source)
+    return digest.digest()
 
 
 def _in_detail(vision: VisionTower, source: Any, factor: float) -> PreparedImage:

@@ -102,6 +102,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "one table": (shaped("v.position_embd.weight", [D, 2 * POSITIONS]), "'v.position_embd.weight' has shape"),
     "no norm": (without("v.blk.1.attn_q_norm.weight"), "'v.blk.1.attn_q_norm.weight' is missing"),
     "head size": (shaped("v.blk.0.attn_q_norm.weight", [2, 8]), "invalid shape [2, 8]"),
+    "rotation": (shaped("v.blk.0.attn_q_norm.weight", [6]), "heads have 6 elements; rotating them"),
     "scale without bias": (without("v.std_bias"), "'v.std_bias' is missing"),
     "bounds": (filled("v.blk.0.attn_q.input_min", 1e30), "attn_q.input_min and _max are 1e+30"),
     "bound": (filled("v.blk.1.ffn_down.output_max", np.nan), "'v.blk.1.ffn_down.output_max' is NaN"),

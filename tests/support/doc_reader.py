@@ -20,7 +20,7 @@ from PIL import Image
 
 from pydiffusion.convert import collect_imatrix, convert, convert_mmproj, repack
 from pydiffusion.demo import checkpoint_path
-from support import hub_server, vision_folders
+from support import hub_server
 from support.doc_blocks import Block
 from support.paths import REPOSITORY
 
@@ -72,7 +72,7 @@ class Files:
         if name.endswith(".imatrix.gguf"):
             return [self._once(name, self._imatrix)]
         if "mmproj" in name:
-            return [self._once("mmproj.gguf", self._mmproj)]
+            return [self._once("mmproj.gguf", lambda path: convert_mmproj(checkpoint_path(), path))]
         found = _TYPE.search(name.lower())
         type = found[1] if found else "q8_0"
         model = self._once(f"demo-{type}.gguf", lambda path: convert(checkpoint_path(), path, type))
@@ -81,9 +81,6 @@ class Files:
 
     def _imatrix(self, path: Path) -> None:
         collect_imatrix(self.gguf("model-bf16.gguf")[0], _TEXTS["text.txt"], path)
-
-    def _mmproj(self, path: Path) -> None:
-        convert_mmproj(vision_folders.demo_tower(path.with_suffix("")), path)
 
     def _once(self, name: str, make: Callable[[Path], object]) -> Path:
         path = self.folder / name

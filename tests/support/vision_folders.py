@@ -73,15 +73,3 @@ def vision_weights() -> dict[str, np.ndarray]:
         if name.endswith(("_min", "_max")):  # bounds that some of the activations exceed
             drawn[name] = (np.abs(values) + np.float32(0.5)) * (1 if name.endswith("_max") else -1)
     return {name: folders.from_bits(np.asarray(values, np.float32)) for name, values in drawn.items()}
-
-
-def demo_tower(path: Path) -> Path:
-    """A checkpoint folder whose vision file fits the demo model: random weights, patches as the released
-    model's.
-    """
-    sizes = {"patch_size": 16, "position_embedding_size": 512, "use_clipped_linears": False}
-    random = np.random.default_rng(6)
-    tensors = {name: values / 8 for name, values in vision_weights().items() if values.ndim}
-    tensors[TOWER + "patch_embedder.input_proj.weight"] = random.standard_normal((D, 3 * 16**2)) / 16
-    tensors[TOWER + "patch_embedder.position_embedding_table"] = random.standard_normal((2, 512, D))
-    return make_folder(path, tensors, **sizes)

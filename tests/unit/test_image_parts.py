@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support.seeing_model import FakeTower, SeeingModel, data_url, picture, png
+from support.seeing_model import SeeingModel, data_url, picture, png
 from support.server_fakes import ScriptedModel, ask, script
 
 from pydiffusion import UnsupportedModelError
 from pydiffusion.chat.image_parts import DETAILS, ImagePartError, ImageRules, read_image_part, take_images
 from pydiffusion.chat.template import ChatTemplate
+from pydiffusion.generation import chat_images
 from pydiffusion.vision.prompt import Prompt
 
 MODEL = SeeingModel(script, n_ctx=8192)
@@ -168,6 +169,7 @@ def _n_tokens(model: SeeingModel, more: dict[str, Any]) -> int:
         (picture(detail=3), "detail is 3"),
         ({**picture(), "max_soft_tokens": 0}, "max_soft_tokens is 0"),
         ({**picture(), "max_soft_tokens": "280"}, "max_soft_tokens is '280'"),
+        ({**picture(), "max_soft_tokens": 10**400}, "max_soft_tokens is 100000"),
     ],
 )
 def test_an_image_that_can_t_be_read_is_refused_by_place(part: dict[str, Any], what: str) -> None:
@@ -242,12 +244,35 @@ def test_the_same_image_has_the_same_key() -> None:
     assert not np.array_equal(first.keys, other.keys)
 
 
-def test_the_fake_tower_is_asked_once_per_image() -> None:
-    tower = FakeTower()
+def test_each_image_of_a_conversation_is_decoded_once(tmp_path: Path) -> None:
+    """But what may change meanwhile; and in another detail it is another image."""
     model = SeeingModel(script)
-    model.vision = tower
-    model.chat_prompt(ask([picture(1), picture(2)]))
-    assert [int(image.mean()) for image in tower.images] == [1, 2]
+    decoded = model.vision.images
+    bytes_of = {"type": "image", "image": png(3)}
+    for _ in range(2):
+        model.chat_prompt(ask([picture(1), picture(2), bytes_of]))
+    assert [int(image.mean()) for image in decoded] == [1, 2, 3]
+    kept = model.chat_prompt(ask([picture(1)])).images[0].image
+    assert np.array_equal(kept.patches, MODEL.chat_prompt(ask([picture(1)])).images[0].image.patches)
+    model.chat_prompt(ask([picture(1, detail="low")]))
+    assert len(decoded) == 4
+    file = tmp_path / "a.png"
+    for grey in (5, 6):
+        file.write_bytes(png(grey))
+        model.chat_prompt(ask([{"type": "image", "path": file}]))
+    assert [int(image.mean()) for image in decoded[4:]] == [5, 6]
+
+
+def test_the_memory_of_decoded_images_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SeeingModel(script)
+    size = model.chat_prompt(ask([picture(1)])).images[0].image.patches.nbytes
+    monkeypatch.setattr(chat_images, "_KEPT_BYTES", 2 * size)
+    for grey in (2, 3, 2, 4, 2, 3):
+        model.chat_prompt(ask([picture(grey)]))
+    assert [int(image.mean()) for image in model.vision.images] == [1, 2, 3, 4, 3], "the last ones used stay"
+    monkeypatch.setattr(chat_images, "_KEPT_BYTES", 1)
+    model.chat_prompt(ask([picture(7)]))
+    assert int(model.vision.images[-1].mean()) == 7
 
 
 def test_chats_of_the_library() -> None:

@@ -51,11 +51,26 @@ uint16_t rounded(float x) {
     return static_cast<uint16_t>(bits >> 16);
 }
 
+// Per-thread buffers.
+struct Workspace {
+    uint16_t values[kTile * kMaxHead];                // of V, before they are transposed
+    alignas(64) uint16_t queries[kMaxHead * kLanes];  // [dim / 2][kLanes][2]
+    alignas(64) uint16_t weights[kTile * kLanes];     // [kTile / 2][kLanes][2]
+    alignas(64) float scores[kTile * kLanes];         // [kTile][kLanes]
+    alignas(64) float output[kMaxHead * kLanes];      // [dim][kLanes]
+    alignas(64) float maximum[kLanes], sum[kLanes], factor[kLanes];
+};
+
+Workspace& workspace() {
+    static thread_local std::unique_ptr<Workspace> own(new Workspace);
+    return *own;
+}
+
 // A tile of rows of one head.
 void pack_tile(const Packed& packed, const ggml_tensor* k, const ggml_tensor* v, int64_t head,
                int64_t first) {
     const int64_t dim = packed.dim, n = std::min(kTile, packed.n - first);
-    static thread_local uint16_t rows[kTile * kMaxHead];  // of V, before they are transposed
+    uint16_t* rows = workspace().values;
     uint16_t *keys = packed.keys(head) + first * dim, *values = packed.values(head) + first;
     std::fill(keys + n * dim, keys + kTile * dim, uint16_t{0});
     std::fill(rows + n * dim, rows + kTile * dim, uint16_t{0});
@@ -75,20 +90,6 @@ void pack_op(ggml_tensor* dst, int ith, int nth, void*) {
     const int64_t n_tiles = packed.n_padded / kTile, n_tasks = n_tiles * k->ne[1];
     for (int64_t task = n_tasks * ith / nth; task < n_tasks * (ith + 1) / nth; ++task)
         pack_tile(packed, k, v, task / n_tiles, task % n_tiles * kTile);
-}
-
-// Per-thread buffers of a block.
-struct Workspace {
-    alignas(64) uint16_t queries[kMaxHead * kLanes];  // [dim / 2][kLanes][2]
-    alignas(64) uint16_t weights[kTile * kLanes];     // [kTile / 2][kLanes][2]
-    alignas(64) float scores[kTile * kLanes];         // [kTile][kLanes]
-    alignas(64) float output[kMaxHead * kLanes];      // [dim][kLanes]
-    alignas(64) float maximum[kLanes], sum[kLanes], factor[kLanes];
-};
-
-Workspace& workspace() {
-    static thread_local std::unique_ptr<Workspace> own(new Workspace);
-    return *own;
 }
 
 // sums [kRows][kLanes] = factor * sums + rows * lanes: rows of pairs `stride` elements apart, lanes
