@@ -44,12 +44,12 @@ def test_pixels_by_the_header(tmp_path: Path) -> None:
 def test_all_images_of_a_prompt_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_images, "MAX_PIXELS_TOGETHER", 3_000_000)
     model = SeeingModel(script, n_ctx=4096)
-    big = [part(png(color, (1000, 1000))) for color in range(10)]
+    big = [part(png(color, size=(1000, 1000))) for color in range(8)]
     assert len(model.chat_prompt(ask(big[:3])).images) == 3
-    assert len(model.chat_prompt(ask(big[:5])).images) == 5  # three are kept
+    assert len(model.chat_prompt(ask(big[:3] + big[:3])).images) == 6  # kept, so not decoded again
     model.vision.images.clear()
     with pytest.raises(ImagePartError, match="4000000 pixels; at most 3 million are") as caught:
-        model.chat_prompt(ask(big[5:]))
+        model.chat_prompt(ask(big[3:]))
     assert caught.value.where == "messages[0].content[3]"
     assert not model.vision.images  # the first ones are not decoded either
 
