@@ -45,8 +45,8 @@ Prompt prompt_of(const Array1<int32_t>& ids, const Images& images, const Hparams
                     "are from the image encoder of another model",
                     features.shape(0), features.shape(1), hp.n_embd));
         }
-        const int64_t n_left = static_cast<int64_t>(prompt.ids.size()) - begin;
-        if (begin < 0 || n < 1 || n > n_left)
+        const int64_t n_left = begin < 0 ? 0 : static_cast<int64_t>(prompt.ids.size()) - begin;
+        if (n < 1 || n > n_left)
             throw Error(ErrorKind::argument,
                         format("an image of %lld soft tokens at index %lld is not within the %zu tokens",
                                static_cast<long long>(n), static_cast<long long>(begin), prompt.ids.size()));

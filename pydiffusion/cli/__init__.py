@@ -133,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # what we refuse of an image, we explain
             code = _run(None if arguments is None else list(arguments))
         sys.stdout.flush()
         return code

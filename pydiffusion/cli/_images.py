@@ -21,16 +21,15 @@ def image_parts(paths: Sequence[Path] | None) -> list[Part]:
 
 def image_part(path: Path) -> Part:
     """See ``image_parts``."""
-    from pydiffusion.generation.chat_images import check_image
+    from pydiffusion.generation.chat_images import read_image
 
     if path.parts[:1] in (("http:",), ("https:",)) and not path.exists():
         raise ValueError(
             f"{path.parts[0]}//{'/'.join(path.parts[1:])} is not fetched: download the image first"
         )
-    check_image(path)
     kind = mimetypes.guess_type(path.name)[0] or ""
     kind = kind if kind.startswith("image/") else "application/octet-stream"
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    data = base64.b64encode(read_image(path)).decode("ascii")
     return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
 
 

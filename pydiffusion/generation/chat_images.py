@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from pydiffusion.chat.image_parts import DETAILS, ImagePart, ImagePartError, take_images
 from pydiffusion.errors import ImageError, InsufficientMemoryError, PyDiffusionError
-from pydiffusion.vision.loading import decode_data_url, open_image, pixels_to_decode
+from pydiffusion.vision.loading import decode_data_url, open_file, open_image, pixels_to_decode
 from pydiffusion.vision.preprocessing import MAX_SOFT_TOKENS
 from pydiffusion.vision.prompt import Prompt, place
 
@@ -26,6 +27,8 @@ _KEPT_BYTES = 64 << 20  # of prepared images; one at the released size has 8 MB
 _DECODING = threading.BoundedSemaphore(2)
 # Of a prompt's files together. Decoding 100 million may take 2 s of a CPU, also of a file of a few KB.
 MAX_PIXELS_TOGETHER = 400_000_000
+
+_MAX_FILE = 256 << 20  # bytes of a file that the command line names
 
 
 def images_of(model: DiffusionModel, messages: Any) -> tuple[Any, list[ImagePart]]:
@@ -127,7 +130,9 @@ def _source(part: ImagePart) -> Any:
 
 
 def _prepare(vision: VisionTower, part: ImagePart, source: Any, kept: _Kept) -> PreparedImage:
-    """Decode and preprocess an image of a message, or find it. Raises ImagePartError; OSError of a path."""
+    """Decode and preprocess an image of a message, or find it. Raises ImagePartError, also for a file that
+    can't be read: one among the messages of many requests is that request's error.
+    """
     key = _key(source, part)
     image = kept.find(key)
     if image is not None:
@@ -144,6 +149,9 @@ def _prepare(vision: VisionTower, part: ImagePart, source: Any, kept: _Kept) -> 
         raise
     except (PyDiffusionError, ValueError, TypeError) as error:
         raise ImagePartError(part.where, str(error)) from None
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        raise ImagePartError(part.where, what) from None
 
 
 def _key(source: Any, part: ImagePart) -> bytes | None:
@@ -169,12 +177,17 @@ def _in_detail(vision: VisionTower, source: Any, factor: float) -> PreparedImage
     return vision.prepare(source)
 
 
-def check_image(path: Path) -> None:
-    """Decode an image file. Raises PyDiffusionError, naming it, for one that can't be read as an image;
-    OSError.
+def read_image(path: Path) -> bytes:
+    """The bytes of an image file, or a pipe, after decoding them. Raises PyDiffusionError, naming it, for one
+    that can't be read as an image; OSError.
     """
+    with path.open("rb") as file:
+        data = file.read(_MAX_FILE + 1)
+    if len(data) > _MAX_FILE:
+        raise ImageError(f"{path}: more than {_MAX_FILE >> 20} MiB: not an image, or too large a one")
     with _DECODING:
-        open_image(path)
+        open_file(io.BytesIO(data), str(path))
+    return data
 
 
 def n_image_tokens(prompt: Sequence[int] | Prompt) -> int:

@@ -79,10 +79,12 @@ def load(session: Session, path: Path) -> None:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             _check(path, session.model, metadata)
-            tokens = _array(file, "tokens", "I32")
-            rows = [(_array(file, f"k.{i}", "U8"), _array(file, f"v.{i}", "U8")) for i in range(n_layer)]
+            tokens = _array(file, "tokens", "I32", 1)
+            rows = [
+                (_array(file, f"k.{i}", "U8", 2), _array(file, f"v.{i}", "U8", 2)) for i in range(n_layer)
+            ]
             images = [
-                (begin, _array(file, f"image.{i}", "F32"), key)
+                (begin, _array(file, f"image.{i}", "F32", 2), key)
                 for i, (begin, key) in enumerate(_images(metadata))
             ]
         session.native.restore(tokens, rows, images)
@@ -100,16 +102,18 @@ def _images(metadata: dict[str, str]) -> list[tuple[int, bytes]]:
         images = [(begin, bytes.fromhex(key)) for begin, key in found]
     except (ValueError, TypeError, RecursionError):
         raise ValueError("its list of images is damaged") from None
-    if not all(type(begin) is int for begin, _ in images):
+    if not images or not all(type(begin) is int and 0 <= begin < 1 << 31 for begin, _ in images):
         raise ValueError("its list of images is damaged")
     return images
 
 
-def _array(file: Any, name: str, dtype: str) -> np.ndarray:
-    """Read an array after checking its dtype: numpy lacks some that safetensors has."""
-    found = file.get_slice(name).get_dtype()
-    if found != dtype:
-        raise ValueError(f"{name} is of type {found}, not {dtype}")
+def _array(file: Any, name: str, dtype: str, n_dims: int) -> np.ndarray:
+    """Read an array after checking its dtype (numpy lacks some that safetensors has) and its dimensions."""
+    found = file.get_slice(name)
+    if found.get_dtype() != dtype:
+        raise ValueError(f"{name} is of type {found.get_dtype()}, not {dtype}")
+    if len(found.get_shape()) != n_dims:
+        raise ValueError(f"{name} has the shape {found.get_shape()}; it must have {n_dims} dimensions")
     return file.get_tensor(name)
 
 

@@ -29,6 +29,7 @@ _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "ICO
 # Of pixels with 16 bits; of files PNG and PPM have these in mode I too, with some versions of Pillow.
 _MODES_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 _DATA_URL = re.compile(r"data:(?P<type>[^;,]*)(?P<parameters>(?:;[^;,]*)*),", re.IGNORECASE)
+_MAX_PERCENT = 1_000_000  # decoding takes a hundred times the memory that base64 does
 _URL_SAFE_BASE64 = bytes.maketrans(b"-_", b"+/")
 _ORIENTATION = 0x0112  # EXIF's tag
 
@@ -57,15 +58,15 @@ def open_image(source: Any) -> Image:
     if isinstance(source, image_module.Image):
         return _of_pil(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _of_file(io.BytesIO(source), "image")
+        return open_file(io.BytesIO(source), "image")
     if isinstance(source, str) and source[:5].lower() == "data:":
-        return _of_file(io.BytesIO(decode_data_url(source)), "image")
+        return open_file(io.BytesIO(decode_data_url(source)), "image")
     if isinstance(source, str) and re.match(r"https?://", source, re.IGNORECASE):
         raise ValueError("an image's address is not fetched: give its bytes, or the path of a file")
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         with path.open("rb") as file:
-            return _of_file(file, str(path))
+            return open_file(file, str(path))
     if hasattr(source, "__array__"):
         return image_module.fromarray(_pixels(np.asarray(source)))
     raise TypeError(f"an image must be a PIL image, an array, a path or bytes, not {type(source).__name__}")
@@ -78,6 +79,8 @@ def decode_data_url(url: str) -> bytes:
         raise ValueError(f"{url[:40]!r} is no data URL: it should begin with data:image/TYPE;base64,")
     if match["type"] and not match["type"].strip().lower().startswith(("image/", "application/octet-stream")):
         raise ValueError(f"the data URL has {match['type'][:80]!r}, not an image")
+    if url.count("%", match.end()) > _MAX_PERCENT:
+        raise ValueError("the data URL has very many percent signs: encode the image in base64")
     body = unquote_to_bytes(url[match.end() :])
     if not match["parameters"].replace(" ", "").lower().endswith(";base64"):
         return body
@@ -110,7 +113,8 @@ def _formats() -> list[str]:
     return [format for format in _FORMATS if format in pillow().OPEN]
 
 
-def _of_file(file: BinaryIO, name: str) -> Image:
+def open_file(file: BinaryIO, name: str) -> Image:
+    """As ``open_image``, of a file's content. name: for errors."""
     image_module = pillow()
     from PIL import UnidentifiedImageError
 

@@ -119,7 +119,7 @@ def test_a_file_is_read_where_the_sender_may_name_one(field: str, kind: Any, tmp
     if kind is str:
         with pytest.raises(ImagePartError, match="data URL"):
             read_image_part(part, "x", ImageRules(files=False))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ImagePartError, match="No such file"):
         MODEL.chat_prompt(ask([{"type": "image", field: kind(tmp_path / "none.png")}]))
 
 

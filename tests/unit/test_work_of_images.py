@@ -52,3 +52,20 @@ def test_all_images_of_a_prompt_count(monkeypatch: pytest.MonkeyPatch) -> None:
         model.chat_prompt(ask(big[3:]))
     assert caught.value.where == "messages[0].content[3]"
     assert not model.vision.images  # the first ones are not decoded either
+
+
+def test_a_missing_file_is_an_error_of_its_part(tmp_path: Path) -> None:
+    """Of one request then, not of all those of a batch."""
+    model = SeeingModel(script, n_ctx=2048)
+    with pytest.raises(ImagePartError, match=r"gone\.png: No such file") as caught:
+        model.chat_prompt(ask([{"type": "image", "path": str(tmp_path / "gone.png")}]))
+    assert caught.value.where == "messages[0].content[0]"
+    with pytest.raises(ImagePartError, match="Is a directory"):
+        model.chat_prompt(ask([{"type": "image", "image": tmp_path}]))
+
+
+def test_data_urls_in_percent_are_short() -> None:
+    data = png()
+    assert open_image("data:image/png," + "".join(f"%{byte:02x}" for byte in data)).size == (40, 30)
+    with pytest.raises(ValueError, match="very many percent signs: encode the image in base64"):
+        open_image("data:image/png," + "%41" * 1_000_001)
