@@ -23,7 +23,7 @@ def draw_puzzle(puzzle: str, picture: Path | None, seed: int) -> Path:
     try:
         import PIL  # noqa: F401
     except ImportError:
-        raise typer.BadParameter("--image needs Pillow: pip install 'pydiffusion[vision]'") from None
+        raise typer.BadParameter("--image needs Pillow: pip install pillow") from None
     from pydiffusion.demo import pictures
 
     rng = random.Random(seed)

@@ -59,4 +59,4 @@ def test_without_pillow_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     assert main(["demo", "--image"]) == 2
-    assert "pydiffusion[vision]" in " ".join(capsys.readouterr().err.split())
+    assert "pillow" in " ".join(capsys.readouterr().err.split())
