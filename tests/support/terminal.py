@@ -34,7 +34,8 @@ def on_terminal(
 
     A Ctrl-C that should end the program is typed again every second, as a person would: Python's prompt
     notices one that comes in the moment before it waits for keys only at the next key. Not once the program
-    says that it ends: Python then dies of the next one.
+    says that it ends: Python then dies of the next one. An earlier one is typed again if not even what was
+    typed before it has come back, which the terminal then drops.
     """
     main_end, terminal = pty.openpty()
     import fcntl
@@ -52,7 +53,7 @@ def on_terminal(
     )  # fmt: skip
     os.close(terminal)
     seen, todo, deadline = b"", list(typed), time.monotonic() + 100
-    n_read, last = 0, time.monotonic()
+    n_read, last, n_before, text = 0, time.monotonic(), 0, ""
     while time.monotonic() < deadline:
         if select.select([main_end], [], [], 0.1)[0]:
             try:
@@ -64,8 +65,11 @@ def on_terminal(
             seen += data
         if todo and todo[0][0].encode() in seen[n_read:]:
             n_read = seen.index(todo[0][0].encode(), n_read) + len(todo[0][0].encode())
+            last, n_before, text = time.monotonic(), len(seen), todo.pop(0)[1]
+            os.write(main_end, text.encode("utf-8", "surrogateescape"))
+        elif todo and text.endswith("\x03") and len(seen) == n_before and time.monotonic() > last + 5:
             last = time.monotonic()
-            os.write(main_end, todo.pop(0)[1].encode("utf-8", "surrogateescape"))
+            os.write(main_end, b"\x03")
         elif typed and not todo and typed[-1][1] == "\x03" and time.monotonic() > last + 1:
             last = time.monotonic()
             if b"interrupted" not in seen[n_read:]:
