@@ -26,6 +26,10 @@ NOT_CALLED = {
     "examples/batch_on_ray.py": "needs Ray",
     "examples/evaluate_demo.py": "needs torch and takes minutes",
     "examples/train_demo.py": "trains for two hours",
+    "examples/evaluate_demo_vision.py": "takes minutes; test_demo_image.py reads one picture",
+    "examples/train_demo_vision.py": "trains for an hour",
+    "examples/tune_demo_aims.py": "needs what train_demo_vision.py leaves",
+    "examples/tune_demo_fillers.py": "trains for minutes",
 }
 
 
