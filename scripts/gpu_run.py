@@ -25,6 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +112,22 @@ class Run:
     def say(self, text: str) -> None:
         print(f"{time.time() - self.started:5.0f} s  {text}", flush=True)
 
-    def start(self, log: Path, command: list[str], **env: str) -> subprocess.Popen[bytes]:
-        """Start a program in its own process group, with its output appended to the log."""
-        with log.open("ab") as file:
-            file.write(f"\n$ {' '.join(command)}\n".encode())
-            file.flush()
-            return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                env={**self.env, **env}, cwd=self.folder, start_new_session=True,
-            )  # fmt: skip
+    @contextmanager
+    def program(self, log: Path, command: list[str], **env: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Run a program in its own process group during the block, with its output appended to the log."""
+        process = None
+        try:
+            with log.open("ab") as file, held_signals():
+                file.write(f"\n$ {' '.join(command)}\n".encode())
+                file.flush()
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                    env={**self.env, **env}, cwd=self.folder, start_new_session=True,
+                )  # fmt: skip
+            yield process
+        finally:  # also on Ctrl-C
+            if process is not None:
+                end_group(process)
 
     def step(self, name: str, command: list[str], needs: float, **env: str) -> bool:
         """Run a program until it ends or time is up, and record the outcome as a finding."""
@@ -129,13 +138,9 @@ class Run:
         self.say(name)
         began = time.time()
         log_begin = self.log.stat().st_size if self.log.exists() else 0
-        process = self.start(self.log, command, **env)
-        try:
-            code: int | None = process.wait(max(1.0, self.left()))
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:  # also on Ctrl-C
-            end_group(process)
+        code: int | None = None
+        with self.program(self.log, command, **env) as process, suppress(subprocess.TimeoutExpired):
+            code = process.wait(max(1.0, self.left()))
         seconds = round(time.time() - began, 1)
         if code is None:
             text = f"the time was up after {seconds} s; findings until then are kept"
@@ -244,23 +249,21 @@ class Run:
 
     def check(self) -> None:
         write = self.python(ROOT / "benchmarks/gpu.py", "--write-only", *self.model(), *self.types())
-        writing = self.start(self.out / "write.txt", write)  # in parallel with the tests
         try:
-            self.step("kernels' tests", self.pytest("test_device_kernels.py"), 10)
-            self.step(
-                "device tests", self.pytest("test_device.py", "test_device_plan.py", "test_dense_type.py"), 15
-            )
-            parity = ["--device", self.device, "--folder", self.folder]
-            if self.options.dry_run:
-                parity += ["--models", "tiny", "--types", "f32", "q4_k_m"]
-            self.step("parity", self.python(SCRIPTS / "gpu_parity.py", *parity), 20)
-            self.benchmark("the 26B", 30, "--only", "steps", "--prompts", "128", "--timed", "4")
-            self.sanitize()
-            if self.device == "CUDA0":  # ggml splits one GPU into two devices
-                tests = self.pytest("test_device.py", "test_device_plan.py", device="CUDA1")
-                self.step("tests of two devices", tests, 15, GGML_CUDA_DEVICES="2")
+            with self.program(self.out / "write.txt", write):  # in parallel with the tests
+                self.step("kernels' tests", self.pytest("test_device_kernels.py"), 10)
+                tests = self.pytest("test_device.py", "test_device_plan.py", "test_dense_type.py")
+                self.step("device tests", tests, 15)
+                parity = ["--device", self.device, "--folder", self.folder]
+                if self.options.dry_run:
+                    parity += ["--models", "tiny", "--types", "f32", "q4_k_m"]
+                self.step("parity", self.python(SCRIPTS / "gpu_parity.py", *parity), 20)
+                self.benchmark("the 26B", 30, "--only", "steps", "--prompts", "128", "--timed", "4")
+                self.sanitize()
+                if self.device == "CUDA0":  # ggml splits one GPU into two devices
+                    tests = self.pytest("test_device.py", "test_device_plan.py", device="CUDA1")
+                    self.step("tests of two devices", tests, 15, GGML_CUDA_DEVICES="2")
         finally:
-            end_group(writing)
             for part in self.options.folder.glob(".26b-a4b-*.part"):  # left by an aborted writer
                 part.unlink(missing_ok=True)
 
@@ -360,6 +363,21 @@ def runs_on(architectures: str, capability: str) -> bool:
         if digits == number or (not specific and digits < number and (same_major or digits == 0)):
             return True
     return False
+
+
+@contextmanager
+def held_signals() -> Iterator[None]:
+    """Delay SIGINT and SIGTERM to the end of the block: ``Popen`` loses its program if one interrupts it."""
+    arrived: list[int] = []
+    held = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda got, _: arrived.append(got)) for number in held]
+    try:
+        yield
+    finally:
+        for number, handler in zip(held, before, strict=True):
+            signal.signal(number, handler)
+        for number in arrived:
+            signal.raise_signal(number)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:

@@ -192,8 +192,14 @@ def test_findings_are_kept_when_time_runs_out(run, scripts: SimpleNamespace) -> 
     assert run.log.read_text().endswith("\nsaid\n")
 
 
-def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, scripts: SimpleNamespace) -> None:
-    """Its child processes end, its temporary folder is removed, and its findings and page stay."""
+@pytest.mark.parametrize("after", [0, 2], ids=["running", "starting"])
+def test_an_interrupted_run_leaves_nothing_behind(
+    tmp_path: Path, scripts: SimpleNamespace, after: float
+) -> None:
+    """Its child processes end, its temporary folder is removed, and its findings and page stay.
+
+    Also if the signal arrives while ``Popen``, which here takes ``after`` seconds more, starts the child.
+    """
     pid, out = tmp_path / "pid", tmp_path / "out"
     child = (
         f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
@@ -201,6 +207,9 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, scripts: Simpl
     code = (
         f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import gpu_run; Run = gpu_run.Run\n"
         "Run.check_machine = lambda self: None\nRun.install = lambda self: None\n"
+        f"import subprocess, time; start = subprocess.Popen.__init__\n"
+        f"slow = lambda *a, **k: (start(*a, **k), time.sleep({after}))[0]\n"
+        "subprocess.Popen.__init__ = slow\n"
         f"Run.check = lambda self: self.step('child', [sys.executable, '-c', {child!r}], 0)\n"
         f"sys.argv = ['gpu_run.py', 'check', '--out', {str(out)!r}, '--folder', {str(tmp_path)!r}]\n"
         "sys.exit(gpu_run.main())"
