@@ -107,6 +107,15 @@ void with_gil(const std::function<void()>& call);
 // Runs the handlers of pending signals; throws what they raise (KeyboardInterrupt). Acquires the GIL.
 void check_signals();
 
+// Calls `progress(values...)` unless it is None, after what check_signals does. Acquires the GIL.
+template <typename... T>
+void report(const nb::object& progress, T... values) {
+    with_gil([&] {
+        if (PyErr_CheckSignals() != 0) throw nb::python_error();
+        if (!progress.is_none()) progress(values...);
+    });
+}
+
 // Registers an atexit handler that stops computing threads and puts them to sleep.
 void register_exit_handler();
 

@@ -140,13 +140,7 @@ PyModel load_model(const std::string& path, int n_threads, const std::string& kv
         throw Error(ErrorKind::argument,
                     "kv_type must be 'auto', 'f32', 'f16' or 'q8_0', not " + quoted(kv_type));
     }
-    const bool report = !progress.is_none();
-    const auto on_progress = [&](double fraction) {
-        with_gil([&] {
-            if (PyErr_CheckSignals() != 0) throw nb::python_error();
-            if (report) progress(fraction);
-        });
-    };
+    const auto on_progress = [&](double fraction) { report(progress, fraction); };
     const WithoutGil release;
     PyModel result;
     auto file = GgufFile::open_all_parts(path);

@@ -20,12 +20,7 @@ namespace {
 
 // Calls `progress(done, total)` after each chunk of a prompt and raises KeyboardInterrupt on Ctrl-C.
 std::function<void(int32_t)> between_chunks(const nb::object& progress, size_t total) {
-    return [&progress, total](int32_t done) {
-        with_gil([&] {
-            if (PyErr_CheckSignals() != 0) throw nb::python_error();
-            if (!progress.is_none()) progress(done, total);
-        });
-    };
+    return [&progress, total](int32_t done) { report(progress, done, total); };
 }
 
 void ignore_chunks(int32_t) { check_signals(); }

@@ -19,13 +19,7 @@ struct PyVision {
 };
 
 PyVision load_vision(const std::string& path, const PyModel& model, const nb::object& progress) {
-    const bool report = !progress.is_none();
-    const auto on_progress = [&](double fraction) {
-        with_gil([&] {
-            if (PyErr_CheckSignals() != 0) throw nb::python_error();
-            if (report) progress(fraction);
-        });
-    };
+    const auto on_progress = [&](double fraction) { report(progress, fraction); };
     const WithoutGil release;
     return {std::make_shared<VisionTower>(path, model.model, on_progress)};
 }

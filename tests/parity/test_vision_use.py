@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import checkpoint_folders as folders
 from support.kernels import needs
-from support.vision_folders import FF, D, vision_config, vision_weights
+from support.vision_folders import FF, D, make_folder
 from support.vision_towers import Tower, picture
 
 from pydiffusion import _native
@@ -21,9 +20,7 @@ from pydiffusion.errors import ModelFormatError, UnsupportedModelError
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = folders.model_config() | {"vision_config": vision_config()}
-    path = tmp_path_factory.mktemp("checkpoint") / "small"
-    return folders.make_folder(path, tensors=folders.weights() | vision_weights(), config=config)
+    return make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import checkpoint_folders as folders
 from support.gguf_mutator import ARRAY, F32, I32, STRING, U32, Array, RawGguf, String, float_tensor, read_gguf
-from support.vision_folders import LAYERS, PATCH, POSITIONS, D, vision_config, vision_weights
+from support.vision_folders import LAYERS, PATCH, POSITIONS, D, make_folder
 
 from pydiffusion import _native
 from pydiffusion.convert import convert, convert_mmproj
@@ -21,9 +20,7 @@ V = "clip.vision."
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = folders.model_config() | {"vision_config": vision_config()}
-    path = tmp_path_factory.mktemp("checkpoint") / "small"
-    return folders.make_folder(path, tensors=folders.weights() | vision_weights(), config=config)
+    return make_folder(tmp_path_factory.mktemp("checkpoint") / "small")
 
 
 @pytest.fixture(scope="module")
