@@ -118,6 +118,4 @@ def _note_unread(fields: Fields) -> None:
         fields.notes.append(
             f"{fields.where}: without effect, as in the reference: {', '.join(map(repr, without))}"
         )
-    unread = sorted(set(fields.values) - fields.asked - _WITHOUT_EFFECT)
-    if unread:
-        fields.notes.append(f"{fields.where}: keys that were not read: {', '.join(map(repr, unread))}")
+    fields.note_unread(_WITHOUT_EFFECT)

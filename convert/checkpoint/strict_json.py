@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,8 @@ class Fields:
     """A JSON object with typed getters.
 
     Every getter takes an optional ``default``; without one, a missing key raises. :meth:`note_defaults`
-    reports the defaults used. ``null`` counts as missing only if ``null_is_missing`` is set. Keys that were
-    read are recorded, so that the others can be listed.
+    reports the defaults used, :meth:`note_unread` the keys that were not read. ``null`` counts as missing
+    only if ``null_is_missing`` is set.
     """
 
     def __init__(
@@ -112,6 +113,12 @@ class Fields:
                 f"{self.where}: absent, the reference's defaults are used: {', '.join(self.defaulted)}"
             )
             self.defaulted.clear()
+
+    def note_unread(self, irrelevant: Collection[str]) -> None:
+        """Add a note with the keys that nothing asked for, except for the irrelevant ones."""
+        unread = sorted(set(self.values) - self.asked - set(irrelevant))
+        if unread:
+            self.notes.append(f"{self.where}: keys that were not read: {', '.join(map(repr, unread))}")
 
     def error(self, key: str, wanted: str) -> ConversionError:
         """An error that names the key and its value."""

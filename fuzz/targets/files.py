@@ -51,7 +51,7 @@ class ModelTarget:
     def make(self, draw: random.Random) -> bytes:
         """Create an input: a file's content."""
         file = self._good.copy()
-        for _ in range(1 if draw.random() < 0.7 else draw.randrange(2, 4)):
+        for _ in range(mutation.n_changes(draw)):
             kind = draw.randrange(10)
             if kind < 5:
                 gguf.change_pair(draw, file, lambda key: not key.startswith(b"tokenizer.ggml.m"))
@@ -138,7 +138,7 @@ class ImatrixTarget:
         if draw.random() < 0.25:
             return mutation.damaged(draw, self._legacy)
         file: RawGguf = self._good.copy()
-        for _ in range(1 if draw.random() < 0.7 else draw.randrange(2, 4)):
+        for _ in range(mutation.n_changes(draw)):
             if draw.random() < 0.5:
                 gguf.change_tensor(draw, file)
             else:

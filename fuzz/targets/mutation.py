@@ -72,6 +72,11 @@ def places(value: Any, depth: int = 6) -> list[tuple[Any, Any]]:
     return found
 
 
+def n_changes(draw: random.Random) -> int:
+    """How many changes an input gets: mostly one."""
+    return 1 if draw.random() < 0.7 else draw.randrange(2, 4)
+
+
 def mutated(draw: random.Random, value: Any, other: Any = None) -> Any:
     """Return a copy with one value (rarely more) replaced, removed, renamed, duplicated or slightly changed.
 
@@ -80,7 +85,7 @@ def mutated(draw: random.Random, value: Any, other: Any = None) -> Any:
     if draw.random() < 0.01:
         return json_value(draw)
     value = copy.deepcopy(value)
-    for _ in range(1 if draw.random() < 0.7 else draw.randrange(2, 4)):
+    for _ in range(n_changes(draw)):
         where = places(value)
         if not where:
             return json_value(draw)

@@ -17,7 +17,7 @@ from pydiffusion.errors import PyDiffusionError
 from pydiffusion.generation.native_model import NativeModel
 from pydiffusion.vision.tower import VisionTower
 
-from . import gguf
+from . import gguf, mutation
 from .files import refusal
 
 # Values that no tensor's shape bounds; larger ones are valid but slow.
@@ -53,7 +53,7 @@ class Target:
     def make(self, draw: random.Random) -> bytes:
         """Create an input: a file's content."""
         file = draw.choice(self._good).copy()
-        for _ in range(1 if draw.random() < 0.7 else draw.randrange(2, 4)):
+        for _ in range(mutation.n_changes(draw)):
             kind = draw.randrange(20)
             if kind < 9:
                 gguf.change_pair(draw, file, lambda key: True)

@@ -131,7 +131,6 @@ def read_text_config(top: Fields) -> TextConfig:
     """Read and validate ``config.json``, after its ``model_type``. Raises ConversionError naming a missing or
     unsupported key.
     """
-    notes = top.notes
     text = top.object("text_config")
     text.one_of("model_type", ("diffusion_gemma_text",))
     text.one_of("hidden_activation", (DEFAULTS["hidden_activation"],), DEFAULTS["hidden_activation"])
@@ -190,9 +189,7 @@ def read_text_config(top: Fields) -> TextConfig:
         )
     for fields in (top, text):
         fields.note_defaults()
-        unread = sorted(set(fields.values) - fields.asked - _IRRELEVANT)
-        if unread:
-            notes.append(f"{fields.where}: keys that were not read: {', '.join(map(repr, unread))}")
+        fields.note_unread(_IRRELEVANT)
     return config
 
 

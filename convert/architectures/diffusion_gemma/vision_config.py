@@ -74,9 +74,7 @@ def read_vision_config(folder: Path, text_size: int, notes: list[str]) -> Vision
         text_size=text_size,
     )
     vision.note_defaults()
-    unread = sorted(set(vision.values) - vision.asked - _IRRELEVANT)
-    if unread:
-        notes.append(f"{vision.where}: keys that were not read: {', '.join(map(repr, unread))}")
+    vision.note_unread(_IRRELEVANT)
     return config
 
 
