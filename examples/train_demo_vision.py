@@ -1,12 +1,15 @@
 """Train the demo model's vision tower to read sudokus; the text weights stay as they are.
 
 The projected soft tokens learn to be the text model's embeddings of the rows' characters, without running the
-text model. Needs the extras `reference` and `vision`, folders with fonts, and the fillers of
-tune_demo_fillers.py in the work folder. An interrupted run continues from the last checkpoint in it.
+text model. Needs the extras `reference` and `vision`, folders with fonts, and in the work folder the fillers
+of tune_demo_fillers.py and, to export, the aims of tune_demo_aims.py. An interrupted run continues from the
+last checkpoint in it.
 
-    python examples/tune_demo_fillers.py build/demo-vision/fillers.pt
-    python examples/train_demo_vision.py --work build/demo-vision --fonts FOLDER --minutes 40
-    python examples/train_demo_vision.py --work build/demo-vision --export pydiffusion/demo/checkpoint
+    WORK=build/demo-vision
+    python examples/tune_demo_fillers.py $WORK/fillers.pt
+    python examples/tune_demo_aims.py --work $WORK --fillers $WORK/fillers.pt
+    python examples/train_demo_vision.py --work $WORK --fonts FOLDER --minutes 40
+    python examples/train_demo_vision.py --work $WORK --fonts FOLDER --export pydiffusion/demo/checkpoint
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--fillers", type=Path, help="tensor of fillers to begin with")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     model, tokenizer = load_checkpoint(checkpoint_path())
     model.requires_grad_(False)

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    arguments.target.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     model, tokenizer = load_checkpoint(checkpoint_path())
     model.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,22 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_features(
-    name: str, model: _native.Model, references: dict[str, Any], files: dict[str, Path]
+    name: str,
+    model: _native.Model,
+    references: dict[str, Any],
+    files: dict[str, Path],
+    report: Callable[[str], None],
 ) -> None:
     tower = TOWERS[name]
     vision = _native.Vision(str(files[name]), model)
-    bound = BOUND if model.description["backend"] == "CPU" else HOST_BOUND
+    backend = model.description["backend"]
+    differences = []
     for seed in range(2):
         patches, positions = picture(tower, seed)
         theirs = reference_features(references[name], patches, positions)
-        assert difference(vision.encode(patches, positions), theirs) < bound
+        differences.append(difference(vision.encode(patches, positions), theirs))
+    report(f"features of a tower, {name}, {backend}: {max(differences):.1e} of their range")
+    assert max(differences) < (BOUND if backend == "CPU" else HOST_BOUND)
 
 
 def test_what_a_file_says(text: Path, files: dict[str, Path]) -> None:

@@ -94,8 +94,8 @@ def test_signals_are_handled_between_layers(text: Path, files: dict[str, Path]) 
         signal.setitimer(signal.ITIMER_REAL, 0)
         assert n_handled >= 2
         signal.signal(signal.SIGALRM, signal.default_int_handler)
-        signal.setitimer(signal.ITIMER_REAL, 1e-4)
         with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 1e-4)
             for _ in range(1000):
                 vision.encode(patches, positions)
     finally:

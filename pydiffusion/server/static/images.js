@@ -46,7 +46,10 @@ async function readImage(file) {
   }
   const known = SENT_AS_THEY_ARE.includes(file.type);
   const large = file.size > LARGE_BYTES && picture.width * picture.height > KEPT_PIXELS;
-  if (known && !large) return dataUrl(file);
+  if (known && !large) {
+    picture.close();
+    return dataUrl(file);
+  }
   const [width, height] = large ? scaledSides(picture.width, picture.height) : [picture.width, picture.height];
   const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d");

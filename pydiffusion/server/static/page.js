@@ -177,26 +177,31 @@ async function post(path, body, signal) {
   throw new Error(error.message);
 }
 
-function askForKey() {
-  key = prompt("This server asks for a key:") || "";
+async function askForKey() {
+  const given = prompt("This server asks for a key:");
+  if (given === null) return;
+  key = given;
   sessionStorage.setItem("key", key);
-  return learn();
+  await learn();
 }
 
-// Asks the server whether its model reads images; without its key it does not say.
+// Asks the server whether its model reads images; without its key it does not say. Returns the status.
 async function learn() {
   const response = await fetch("v1/models", { headers: headers() });
-  if (!response.ok) return;
-  const { data } = await response.json();
-  reads = Boolean(data[0].vision);
-  byId("attach").hidden = !reads;
+  if (response.ok) {
+    const { data } = await response.json();
+    reads = Boolean(data[0].vision);
+    byId("attach").hidden = !reads;
+  }
+  return response.status;
 }
 
 async function attach(files) {
-  if (reads === null) await askForKey().catch(() => {});
+  const status = reads === null ? await learn().catch(() => 0) : 200;
+  if (status === 401) await askForKey().catch(() => {});
   if (reads) await attached.add(files);
   else if (reads === false) tell("This model can't read images: it was loaded without a vision file (--mmproj FILE).");
-  else tell("The server didn't say whether its model reads images: it asks for a key.");
+  else tell(`The server didn't say whether its model reads images: it ${status === 401 ? "asks for a key" : "does not answer"}.`);
   text.focus();
 }
 
@@ -357,7 +362,7 @@ byId("clear").addEventListener("click", () => {
   if (running) running.abort();
   messages = [];
   log.replaceChildren();
-  attached.take();
+  attached.ready.then(() => attached.take()); // those still being read too
   tell("");
   text.focus();
 });
