@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 
 
 class _Sized(Protocol):
-    """What is kept says its size."""
+    """A value that says its size."""
 
     @property
     def nbytes(self) -> int: ...
