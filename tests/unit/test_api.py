@@ -542,12 +542,6 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_listing_devices_imports_no_numpy() -> None:
-    script = "import sys, pydiffusion; pydiffusion.devices(); print('numpy' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
 def test_names_of_0_1_0_stay_importable() -> None:
     """Documented modules; the names of the package itself are in ``pydiffusion.__all__``."""
     for module, names in {
