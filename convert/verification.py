@@ -75,7 +75,10 @@ def verify(
     """
     with contextlib.ExitStack() as stack:
         parts = open_parts(Path(file))
-        pair = (_open_mmproj if parts.is_mmproj else _open_model)(stack, parts, Path(file), against)
+        if parts.is_mmproj:
+            pair = _open_mmproj(stack, parts, against)
+        else:
+            pair = _open_model(stack, parts, Path(file), against)
         problems, wanted = pair.problems, pair.wanted
         missing = sorted(set(wanted) - {tensor.name for tensor in pair.tensors})
         problems += [f"{name}: is missing from the file" for name in missing]
@@ -119,7 +122,7 @@ class _Wanted:
 def _open_model(
     stack: contextlib.ExitStack, parts: Parts, file: Path, against: str | os.PathLike[str] | None
 ) -> _Pair:
-    target = stack.enter_context(open_gguf(file))
+    target = stack.enter_context(open_gguf(file, parts=parts))
     source = target if against is None else _open_against(stack, target, against)
     problems = [] if against is None else _compare_model_metadata(target, source)
     sources = as_stored(
@@ -137,9 +140,7 @@ def _open_model(
     return _Pair(target.tensors, {name: wanted(tensor) for name, tensor in sources.items()}, problems)
 
 
-def _open_mmproj(
-    stack: contextlib.ExitStack, parts: Parts, file: Path, against: str | os.PathLike[str] | None
-) -> _Pair:
+def _open_mmproj(stack: contextlib.ExitStack, parts: Parts, against: str | os.PathLike[str] | None) -> _Pair:
     tensors = [
         SourceTensor(str(info.name), info.type, tuple(info.shape), read)
         for info, read in stack.enter_context(parts.opened())

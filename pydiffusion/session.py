@@ -14,7 +14,7 @@ import numpy.typing as npt
 from .events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
 from .generation import session_file
 from .generation.completion import completion_of
-from .generation.image_prompt import AnyPrompt, cached_length, check_no_bare_image, part_of, read_prompt
+from .generation.image_prompt import AnyPrompt, check_no_bare_image, keep_shared, part_of, read_prompt
 from .generation.loop import Generation
 from .generation.streaming import AnswerStream, ChatStream, answer_stream
 from .generation.token_ids import TokenIds, check_bos, token_array
@@ -109,8 +109,7 @@ class Session:
         """
         wanted = read_prompt(self.model, ids)
         check_bos(self.model.tokenizer, wanted.ids)
-        check_no_bare_image(self.model, wanted, cached_length(self, wanted))
-        n_kept = self.keep(wanted)
+        n_kept = keep_shared(self, wanted, check=True)
         if n_kept < len(wanted):
             self.encode(part_of(wanted, n_kept), progress=progress)
         return n_kept
@@ -119,10 +118,7 @@ class Session:
         """Truncate the cache to its longest common prefix with these tokens and images, which ends before an
         image that differs; return the prefix length.
         """
-        n_kept = cached_length(self, read_prompt(self.model, ids))
-        if n_kept < self.n_past:
-            self.truncate(n_kept)
-        return n_kept
+        return keep_shared(self, read_prompt(self.model, ids), check=False)
 
     def truncate(self, n: int) -> None:
         """Roll back to the first ``n`` tokens. Raises ValueError, with nothing changed, unless

@@ -31,7 +31,7 @@ from pydiffusion.convert.checkpoint.weight_files import explain_without_config
 from pydiffusion.convert.checkpoint.weights import Weights
 from pydiffusion.convert.gguf.header import DEFAULT_ALIGNMENT, Value
 from pydiffusion.convert.gguf.model_keys import QUANTIZATION_VERSION
-from pydiffusion.convert.gguf.reader import open_parts
+from pydiffusion.convert.gguf.reader import Parts, open_parts
 from pydiffusion.convert.gguf.tensor_reads import SourceTensor
 from pydiffusion.convert.gguf.writer import PlannedTensor
 from pydiffusion.errors import ConversionError
@@ -216,13 +216,17 @@ def open_mmproj(
 
 
 @contextlib.contextmanager
-def open_gguf(path: Path, chat_template: str | os.PathLike[str] | None = None) -> Iterator[Source]:
-    """Open a GGUF, or any part of a split one; ``chat_template``: as of :func:`open_folder`.
+def open_gguf(
+    path: Path, chat_template: str | os.PathLike[str] | None = None, *, parts: Parts | None = None
+) -> Iterator[Source]:
+    """Open a GGUF, or any part of a split one; ``chat_template``: as of :func:`open_folder`. ``parts``: of
+    this file, if they are open already.
 
     Raises ModelFormatError if it is damaged or a part is missing, ConversionError if it has another
     architecture.
     """
-    parts = open_parts(path)
+    if parts is None:
+        parts = open_parts(path)
     if parts.reader.other_kind:
         raise ConversionError(f"{path}: is {parts.reader.other_kind}")
     architecture = registry.of_gguf(path, parts.metadata.get("general.architecture"))

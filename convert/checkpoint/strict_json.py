@@ -174,7 +174,6 @@ class Fields:
         return value
 
     def accept_if_there(self, key: str, accepted: tuple[Any, ...]) -> None:
-        """As :meth:`one_of` for a key that may be absent."""
-        self.asked.add(key)
-        if key in self.values:
+        """As :meth:`one_of` for a key that may be missing."""
+        if self.has(key):
             self.one_of(key, accepted)

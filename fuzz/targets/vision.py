@@ -69,7 +69,7 @@ class Target:
         """Load the tower, prepare an image for it, encode."""
         self._path.write_bytes(data)
         try:
-            image_lines(open_parts(self._path).metadata)
+            image_lines(open_parts(self._path))
             return self._encode(VisionTower(self._path, self._model))
         except (PyDiffusionError, ValueError, MemoryError) as error:
             return refusal(error)

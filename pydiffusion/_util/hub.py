@@ -26,8 +26,8 @@ _REFERENCE = re.compile(
     r"(?:/(?:blob|resolve|tree)/(?P<at>[^/?:]+)(?:/(?P<path>[^?:]+\.gguf))?(?:\?.*)?"
     r"|(?:@(?P<revision>[\w./-]+))?(?::(?P<file>.+))?)/?"
 )
-# Of a repo's GGUF files those that are no model: vision towers, importance matrices.
-_NO_MODEL = re.compile(r"(?:^|/)mmproj|imatrix|\.dat\.gguf\Z", re.IGNORECASE)
+_MMPROJ = re.compile(r"(?:(?:^|/)mmproj.*|mmproj[^/]*)\.gguf\Z", re.IGNORECASE)
+_IMATRIX = re.compile(r"imatrix|\.dat\.gguf\Z", re.IGNORECASE)
 _CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _DEFAULT_TYPE = "Q4_K_M"  # as llama.cpp and Ollama choose
 
@@ -121,8 +121,8 @@ def cached_repo(path: Path) -> CachedRepo | None:
 
 
 def is_mmproj(name: str) -> bool:
-    """Whether a file's name is that of a vision tower."""
-    return name.lower().endswith(".gguf") and "mmproj" in name.lower().rpartition("/")[2]
+    """Whether a file's name, with its folders in a repo, is that of a vision tower."""
+    return _MMPROJ.search(name) is not None
 
 
 def fetch_mmproj(repo: CachedRepo) -> Path | None:
@@ -226,8 +226,11 @@ def _is_pattern(name: str) -> bool:
 
 
 def _models(files: Sequence[str]) -> list[str]:
-    """The models among a repo's files; of split ones the first parts."""
-    names = [file for file in sorted(files) if file.endswith(".gguf") and not _NO_MODEL.search(file)]
+    """The models among a repo's files, without vision towers and importance matrices; of split ones the first
+    parts.
+    """
+    names = [file for file in sorted(files) if file.endswith(".gguf") and not _IMATRIX.search(file)]
+    names = [name for name in names if not is_mmproj(name)]
     return [name for name in names if (part := _PART.search(name)) is None or int(part[1]) == 1]
 
 

@@ -92,7 +92,8 @@ class Conversation:
 
         if not given:
             n, self._attached = len(self._attached), []
-            return f"{n} attached images forgotten" if n else "give a file: /image FILE"
+            forgotten = f"{n} attached image{'s' if n > 1 else ''} forgotten"
+            return forgotten if n else "give a file: /image FILE"
         try:
             return self.attach(image_part(Path(_path_typed(given)).expanduser()))
         except OSError as error:

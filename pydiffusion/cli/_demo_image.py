@@ -1,4 +1,4 @@
-"""``pydiffusion demo --image``: draw a held-out sudoku, read it from the picture, solve it."""
+"""``pydiffusion demo --image``: draw a held-out sudoku, and read it from the picture."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ._run import prefill, run
 from ._text import say
 
 if TYPE_CHECKING:
-    from pydiffusion import DiffusionModel, GenerationOptions
+    from pydiffusion import DiffusionModel
 
 _QUESTION = "sudoku"
 
@@ -41,26 +40,14 @@ def draw_puzzle(puzzle: str, picture: Path | None, seed: int) -> Path:
     return picture
 
 
-def solve_picture(
-    model: DiffusionModel,
-    picture: Path,
-    puzzle: str,
-    solution: str,
-    options: GenerationOptions,
-    seconds_per_step: float,
-) -> None:
-    """Read and solve a drawn puzzle; prints the cells as read, the answer, and whether they are right."""
-    from pydiffusion.demo import checkpoint_path, reading, sudoku, tasks
+def read_picture(model: DiffusionModel, picture: Path, puzzle: str) -> list[dict[str, str]]:
+    """Read a drawn puzzle; prints the cells as read, and returns a message's content with the picture."""
+    from pydiffusion.demo import checkpoint_path, reading, sudoku
 
     features = model.encode_image(picture)
     read = reading.read_cells(features, reading.character_embeddings(checkpoint_path()))
     print(f"{sudoku.as_rows(read)}\n\n{_mistakes(puzzle, read)}\n", flush=True)
-    content = [{"type": "text", "text": _QUESTION}, {"type": "image", "path": str(picture)}]
-    session = model.new_session()
-    prefill(session, model.chat_prompt([{"role": "user", "content": content}]))
-    done = run(model, session, options, show=True, seconds_per_step=seconds_per_step)
-    right = tasks.check("sudoku", tasks.sudoku_prompt(puzzle), done.text)
-    print("\nRight." if right else f"\nWrong. It should be:\n{sudoku.as_rows(solution)}")
+    return [{"type": "text", "text": _QUESTION}, {"type": "image", "path": str(picture)}]
 
 
 def _mistakes(puzzle: str, read: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_TOKENS = "tokenizer.ggml.tokens"
+if TYPE_CHECKING:
+    from pydiffusion.convert.gguf.reader import Parts
+
 _VISION = "clip.vision."
 _PROJECTOR = "gemma4v"
-# Ours by the keys of a vision file; the last may be absent, and stands for 280 then.
+# Ours by the keys of a vision file; the last may be absent.
 _SIZES = {
     "n_layers": "block_count",
     "n_embd": "embedding_length",
@@ -18,26 +19,31 @@ _SIZES = {
     "pooling": "projector.scale_factor",
     "max_soft_tokens": "max_soft_tokens",
 }
-_ABSENT = {"max_soft_tokens": 280}
 _IDS = ("image_token_id", "image_begin_token_id", "image_end_token_id")
 
 
-def image_facts(keys: Mapping[str, Any]) -> dict[str, Any]:
+def image_facts(gguf: Parts) -> dict[str, Any]:
     """Facts by name; empty for a file that says nothing about images. Values may be of any type, or None."""
-    if keys.get("general.type") == "mmproj" or keys.get("general.architecture") == "clip":
+    from pydiffusion.convert.checkpoint.image_processor import MAX_SOFT_TOKENS
+
+    keys = gguf.metadata
+    if gguf.is_mmproj:
+        absent = {"max_soft_tokens": MAX_SOFT_TOKENS}
         projector = keys.get(f"{_VISION}projector_type", keys.get("clip.projector_type"))
-        sizes = {name: keys.get(_VISION + key, _ABSENT.get(name)) for name, key in _SIZES.items()}
+        sizes = {name: keys.get(_VISION + key, absent.get(name)) for name, key in _SIZES.items()}
         return {"projector": projector, "is_supported": projector == _PROJECTOR} | sizes
-    return _token_facts(keys)
+    return _token_facts(gguf)
 
 
-def _token_facts(keys: Mapping[str, Any]) -> dict[str, Any]:
+def _token_facts(gguf: Parts) -> dict[str, Any]:
     """The tokens that stand for an image, as the runtime finds them, and their attention."""
     from pydiffusion.convert.architectures.registry import ARCHITECTURES
+    from pydiffusion.convert.checkpoint.tokenizer_files import TOKENS_KEY
 
+    keys = gguf.metadata
     name = keys.get("general.architecture")
     architecture = next((known for known in ARCHITECTURES if known.name == name), None)
-    if architecture is None or not isinstance(keys.get(_TOKENS, []), list):
+    if architecture is None or not isinstance(keys.get(TOKENS_KEY, []), list):
         return {}
     whole = {**architecture.implied(keys), **keys}
     ids = {key: whole[f"{name}.{key}"] for key in _IDS if f"{name}.{key}" in whole}
@@ -46,9 +52,11 @@ def _token_facts(keys: Mapping[str, Any]) -> dict[str, Any]:
     return ids | {"bidirectional": whole.get(f"{name}.attention.bidirectional") == "vision"}
 
 
-def image_lines(keys: Mapping[str, Any]) -> list[str]:
+def image_lines(gguf: Parts) -> list[str]:
     """:func:`image_facts` to read."""
-    facts = image_facts(keys)
+    from pydiffusion.convert.checkpoint.tokenizer_files import TOKENS_KEY
+
+    facts = image_facts(gguf)
     if "projector" in facts:
         if not facts["is_supported"]:
             return [
@@ -62,7 +70,7 @@ def image_lines(keys: Mapping[str, Any]) -> list[str]:
             f"patches of {patch} x {patch} pixels, {pooling} x {pooling} of them a soft token, at most "
             f"{shown['max_soft_tokens']} soft tokens per image",
         ]
-    tokens = keys.get(_TOKENS, [])
+    tokens = gguf.metadata.get(TOKENS_KEY, [])
     lines = []
     for key in _IDS:
         if key in facts:

@@ -9,12 +9,12 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import _open, _options
-from ._demo_image import draw_puzzle, solve_picture
+from ._demo_image import draw_puzzle, read_picture
 from ._run import prefill, run
 from ._text import say
 
@@ -54,18 +54,19 @@ def command(
         raise typer.BadParameter("--image goes with --task sudoku")
     example = _example(task, puzzle, chosen_seed)
     with ExitStack() as stack:
+        runtime: dict[str, Any] = {"threads": threads}
+        content: Any = example.prompt
         if image:
             cells = example.prompt.removeprefix("sudoku\n").replace("\n", "")
             drawn = draw_puzzle(cells, picture, chosen_seed)
-            runtime = {"threads": threads, "mmproj": _converted(stack, "mmproj")}
-            model = _open.open_model(_converted(stack), runtime)
-            solution = example.answer.replace("\n", "")
-            solve_picture(model, drawn, cells, solution, options, _SECONDS_PER_STEP)
-            return
-        model = _open.open_model(_converted(stack), {"threads": threads})
-        print(example.prompt, end="\n\n", flush=True)
+            runtime["mmproj"] = _converted(stack, "mmproj")
+        model = _open.open_model(_converted(stack), runtime)
+        if image:
+            content = read_picture(model, drawn, cells)
+        else:
+            print(example.prompt, end="\n\n", flush=True)
         session = model.new_session()
-        prefill(session, model.chat_prompt([{"role": "user", "content": example.prompt}]))
+        prefill(session, model.chat_prompt([{"role": "user", "content": content}]))
         done = run(model, session, options, show=True, seconds_per_step=_SECONDS_PER_STEP)
     from pydiffusion.demo import tasks
 

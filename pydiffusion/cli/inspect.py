@@ -70,7 +70,7 @@ def _as_dict(gguf: Parts, with_tensors: bool, whole: bool) -> dict[str, Any]:
         ]
         if error is not None:
             summary["end_tokens_error"] = error
-    images = image_facts(gguf.metadata)
+    images = image_facts(gguf)
     if images:
         summary["images"] = {key: _json_value(value, "", whole) for key, value in images.items()}
     if with_tensors:
@@ -129,7 +129,7 @@ def _print(gguf: Parts, with_tensors: bool, whole: bool) -> None:
         print(f"  {one_line(key)} ({types[key]}): {_shown(value, whole)}")
     if isinstance(gguf.metadata.get(_TOKENS), list):
         _print_end_tokens(gguf)
-    images = image_lines(gguf.metadata)
+    images = image_lines(gguf)
     if images:
         print("\nImages")
         for line in images:

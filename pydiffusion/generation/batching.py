@@ -18,9 +18,8 @@ from pydiffusion.options import GenerationOptions, ResolvedOptions, make_options
 from .completion import chat_completion_of, completion_of
 from .image_prompt import (
     AnyPrompt,
-    cached_length,
-    check_no_bare_image,
     end_of_part,
+    keep_shared,
     part_of,
     read_prompt,
 )
@@ -59,10 +58,9 @@ class ActiveSequence:
         read = read_prompt(session.model, prompt)
         if len(read) == 0:
             raise ValueError("the prompt has no tokens")
-        check_no_bare_image(session.model, read, cached_length(session, read))
         self.session = session
         self.n_prompt = len(read)
-        self.n_cached = session.keep(read)
+        self.n_cached = keep_shared(session, read, check=True)
         self._prompt_left = part_of(read, self.n_cached)
         self._options = options
         self.chat = chat

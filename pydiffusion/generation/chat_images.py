@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from pydiffusion.chat.image_parts import DETAILS, ImagePart, ImagePartError, take_images
 from pydiffusion.errors import ImageError, InsufficientMemoryError, PyDiffusionError
@@ -20,9 +19,9 @@ from pydiffusion.vision.prompt import Prompt, place
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
     from pydiffusion.vision.preprocessing import PreparedImage
+    from pydiffusion.vision.recent import Recent
     from pydiffusion.vision.tower import VisionTower
 
-_KEPT_BYTES = 64 << 20  # of prepared images; one at the released size has 8 MB
 # Images being decoded at a time, whatever the number of threads that prepare prompts: one may take 1 GB.
 _DECODING = threading.BoundedSemaphore(2)
 # Of a prompt's files together. Decoding 100 million may take 2 s of a CPU, also of a file of a few KB.
@@ -57,58 +56,42 @@ def with_images(model: DiffusionModel, ids: list[int], parts: Sequence[ImagePart
             f"the chat template has written {n_places} places for {len(parts)} images: it has none for the"
             f" messages with images, or not in every role ({parts[0].where})"
         )
-    kept, budget = _KEPT.setdefault(vision, _Kept()), _PixelBudget()
-    for part in parts:  # of what is here all before the first one is decoded
-        if not callable(part.source):
-            budget.take(part, _source(part), kept)
-    prepared = []
-    for part in parts:
-        source = _source(part)
-        if callable(part.source):
-            budget.take(part, source, kept)
-        prepared.append(_prepare(vision, part, source, kept))
+    budget = _PixelBudget(vision.prepared)
+    # What is here is counted before the first one is decoded; what has to be fetched, when its turn comes.
+    here = [None if callable(part.source) else budget.take(part) for part in parts]
+    prepared = [
+        _prepare(vision, part, source or budget.take(part)) for part, source in zip(parts, here, strict=True)
+    ]
     return place(ids, prepared, tokens)
 
 
-class _Kept:
-    """The images prepared last, by what they were made of; thread-safe. Each turn of a conversation has
-    the earlier ones again, and decoding a photograph takes a good part of a second.
+@dataclass(frozen=True)
+class _Source:
+    """An image, fetched and out of its data URL. key: of what is prepared of it, in ``VisionTower.prepared``,
+    or None for an object or a file, which may change.
+
+    Each turn of a conversation has the earlier images again, and decoding a photograph takes a good part of a
+    second.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._images: OrderedDict[bytes, PreparedImage] = OrderedDict()
-
-    def find(self, key: bytes | None) -> PreparedImage | None:
-        with self._lock:
-            found = None if key is None else self._images.get(key)
-            if found is not None and key is not None:
-                self._images.move_to_end(key)
-            return found
-
-    def keep(self, key: bytes | None, image: PreparedImage) -> None:
-        if key is None:
-            return
-        with self._lock:
-            self._images[key] = image
-            while sum(kept.patches.nbytes for kept in self._images.values()) > _KEPT_BYTES:
-                self._images.popitem(last=False)
-
-
-# Of each tower.
-_KEPT: WeakKeyDictionary[VisionTower, _Kept] = WeakKeyDictionary()
+    image: Any
+    key: bytes | None
 
 
 class _PixelBudget:
     """How many pixels the images of a prompt may still have."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Recent[PreparedImage]) -> None:
+        """kept: images that are not decoded again, and so don't count."""
+        self._kept = kept
         self._n = 0
 
-    def take(self, part: ImagePart, source: Any, kept: _Kept) -> None:
-        """Raises ImagePartError once there are too many. Images that are kept are not decoded."""
-        if kept.find(_key(source, part)) is None:
-            self._n += pixels_to_decode(source)
+    def take(self, part: ImagePart) -> _Source:
+        """Get a part's image and count it. Raises ImagePartError, also once there are too many pixels."""
+        image = _image(part)
+        key = _key(image, part)
+        if key is None or self._kept.find(key) is None:
+            self._n += pixels_to_decode(image)
         if self._n > MAX_PIXELS_TOGETHER:
             limit = MAX_PIXELS_TOGETHER // 10**6
             raise ImagePartError(
@@ -116,9 +99,10 @@ class _PixelBudget:
                 f"the images up to this one have {self._n} pixels; at most {limit} million are decoded for a"
                 " prompt: scale them down",
             )
+        return _Source(image, key)
 
 
-def _source(part: ImagePart) -> Any:
+def _image(part: ImagePart) -> Any:
     """A part's image, fetched and out of its data URL. Raises ImagePartError."""
     source = part.source
     try:
@@ -129,22 +113,27 @@ def _source(part: ImagePart) -> Any:
         raise ImagePartError(part.where, str(error)) from None
 
 
-def _prepare(vision: VisionTower, part: ImagePart, source: Any, kept: _Kept) -> PreparedImage:
+def _key(image: Any, part: ImagePart) -> bytes | None:
+    if not isinstance(image, bytes):
+        return None
+    digest = hashlib.blake2b(f"{part.detail} {part.max_soft_tokens} ".encode(), digest_size=32)
+    digest.update(image)
+    return digest.digest()
+
+
+def _prepare(vision: VisionTower, part: ImagePart, source: _Source) -> PreparedImage:
     """Decode and preprocess an image of a message, or find it. Raises ImagePartError, also for a file that
     can't be read: one among the messages of many requests is that request's error.
     """
-    key = _key(source, part)
-    image = kept.find(key)
+    image = None if source.key is None else vision.prepared.find(source.key)
     if image is not None:
         return image
     try:
         with _DECODING:
             if part.max_soft_tokens is not None:
-                image = vision.prepare(source, part.max_soft_tokens)
+                image = vision.prepare(source.image, part.max_soft_tokens)
             else:
-                image = _in_detail(vision, source, DETAILS[part.detail])
-        kept.keep(key, image)
-        return image
+                image = _in_detail(vision, source.image, DETAILS[part.detail])
     except InsufficientMemoryError:
         raise
     except (PyDiffusionError, ValueError, TypeError) as error:
@@ -152,15 +141,9 @@ def _prepare(vision: VisionTower, part: ImagePart, source: Any, kept: _Kept) -> 
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         raise ImagePartError(part.where, what) from None
-
-
-def _key(source: Any, part: ImagePart) -> bytes | None:
-    """Key of a prepared image; None for an object or a file, which may change."""
-    if not isinstance(source, bytes):
-        return None
-    digest = hashlib.blake2b(f"{part.detail} {part.max_soft_tokens} ".encode(), digest_size=32)
-    digest.update(source)
-    return digest.digest()
+    if source.key is not None:
+        vision.prepared.keep(source.key, image)
+    return image
 
 
 def _in_detail(vision: VisionTower, source: Any, factor: float) -> PreparedImage:
@@ -197,4 +180,4 @@ def n_image_tokens(prompt: Sequence[int] | Prompt) -> int:
 
 def n_image_bytes(prompt: Sequence[int] | Prompt) -> int:
     """Bytes of a prompt's images, until they are encoded."""
-    return sum(placed.image.patches.nbytes for placed in getattr(prompt, "images", ()))
+    return sum(placed.image.nbytes for placed in getattr(prompt, "images", ()))

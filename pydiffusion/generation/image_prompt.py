@@ -27,7 +27,7 @@ def has_images(given: Any) -> bool:
     if not isinstance(given, (list, tuple)):
         return False
     others = {kind for kind in set(map(type, given)) if not issubclass(kind, (int, np.integer))}
-    return any(type(item) in others and is_image(item) for item in given)
+    return bool(others) and any(type(item) in others and is_image(item) for item in given)
 
 
 def read_prompt(model: DiffusionModel, given: AnyPrompt) -> Prompt:
@@ -90,6 +90,19 @@ def cached_length(session: Session, prompt: Prompt) -> int:
     ends = [(placed.begin, placed.end) for placed in prompt.images]
     ends += [(begin, begin + n_tokens) for begin, n_tokens, _ in held]
     return min([n, *(begin for begin, end in ends if begin < n < end)])
+
+
+def keep_shared(session: Session, prompt: Prompt, *, check: bool) -> int:
+    """Truncate a session's cache to the beginning of a prompt that it holds, and return its length.
+
+    check: raise as ``check_no_bare_image``, with nothing changed, for the rest of the prompt.
+    """
+    n = cached_length(session, prompt)
+    if check:
+        check_no_bare_image(session.model, prompt, n)
+    if n < session.n_past:
+        session.truncate(n)
+    return n
 
 
 def session_keys(session: Session) -> npt.NDArray[np.int64]:

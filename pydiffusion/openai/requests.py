@@ -48,8 +48,11 @@ ENDPOINTS = {
     "/v1/completions": _COMPLETION,
     "/v1/infill": _INFILL,
 }
-#: Of a server: a client sends the bytes of its images.
-NO_FILES = ImageRules(files=False, how_to_permit="send a data URL (data:image/png;base64,...)")
+# Of a server: a client sends the bytes of its images.
+_NO_FILES = ImageRules(
+    files=False,
+    how_to_permit="send a data URL (data:image/png;base64,...), or start it with --allow-image-urls",
+)
 _NO_THINKING = ("none",)
 _EFFORTS = (*_NO_THINKING, "minimal", "low", "medium", "high", "xhigh")
 
@@ -86,7 +89,7 @@ class Terms:
     names: tuple[str, ...]
     strict: bool = False
     special: bool = False
-    images: ImageRules = NO_FILES
+    images: ImageRules = _NO_FILES
 
 
 @dataclass

@@ -43,10 +43,6 @@ HEALTH_PATHS = (
     "/health", "/v1/health", "/healthz", "/ping", "/livez", "/health/live", "/v1/health/live",
 )  # fmt: skip
 READY_PATHS = ("/v1/health/ready", "/health/ready", "/ready", "/readyz")
-_NO_FETCHING = ImageRules(
-    files=False,
-    how_to_permit="send a data URL (data:image/png;base64,...), or start it with --allow-image-urls",
-)
 _PATHS = (*ENDPOINTS, "/v1/models", "/metrics", *HEALTH_PATHS, *READY_PATHS)
 # Paths that need no API key: the page asks for it itself.
 OPEN_PATHS = frozenset((*HEALTH_PATHS, *READY_PATHS, *PAGE_PATHS))
@@ -158,7 +154,7 @@ class _Endpoints:
         self.metrics = Metrics(_PATHS)
         # A client may call the model by its name or by that of its file.
         names = tuple(dict.fromkeys((model.path.stem, model.path.name, model.name)))
-        self._terms = Terms(names, settings.strict, settings.special, _NO_FETCHING)
+        self._terms = Terms(names, settings.strict, settings.special)
 
     def generation(self, path: str) -> Callable[[Request], Awaitable[Response]]:
         """The endpoint of a path that generates."""

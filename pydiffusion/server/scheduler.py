@@ -220,13 +220,12 @@ class Scheduler:
 
     def _copy_prompt(self, job: Job, session: Session) -> None:
         """Take the prompt from another choice of the job that has read it, where the session lacks it."""
-        prompt = job.runs[job.n_begun].prompt
+        prompt, held = job.runs[job.n_begun].prompt, session_keys(session)
         for sequence in job.in_flight:
             at_prompt = sequence.run.prompt == prompt and sequence.session.n_past == sequence.n_prompt
             if not at_prompt:
                 continue
-            held, wanted = session_keys(session), session_keys(sequence.session)
-            if common_prefix(held, wanted) < sequence.n_prompt:
+            if common_prefix(held, session_keys(sequence.session)) < sequence.n_prompt:
                 session.copy(sequence.session)
                 return
 

@@ -14,7 +14,10 @@ from pydiffusion.errors import PyDiffusionError
 
 AUTO = "auto"  # look for a vision file
 CPU = "cpu"  # the device's name
-_WRITE_ONE = "pydiffusion convert --mmproj writes one from a checkpoint"
+# For who has a model without a vision file, or with several.
+HOW_TO_GIVE_ONE = (
+    "give one as mmproj=FILE or --mmproj FILE (pydiffusion convert --mmproj writes one from a checkpoint)"
+)
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,17 @@ class Found:
 def beside(model: Path, n_embd: int | None = None) -> Found:
     """The vision file in a model's folder; of one in the hub's cache, in any folder of its repo.
 
-    A candidate has ``mmproj`` in its name and embeds into n_embd elements, if these are given; one that can't
-    be read is one too, so that what is wrong with it is said when it is used.
+    A candidate has ``mmproj`` in its name and embeds into n_embd elements, by default as many as the model's
+    file says; one that can't be read is one too, so that what is wrong with it is said when it is used.
     """
     place = hub.cached_repo(model)
     folder = model.parent if place is None else place.folder
     files = folder.glob("*.gguf") if place is None else folder.rglob("*.gguf")
+    named = sorted(path for path in files if hub.is_mmproj(path.relative_to(folder).as_posix()))
+    if named and n_embd is None:
+        n_embd = _n_embd(model)
     candidates, others = [], []
-    for path in sorted(path for path in files if hub.is_mmproj(path.name)):
+    for path in named:
         flaw = _misfit(path, n_embd)
         if flaw:
             others.append(f"{path.name} {flaw}")
@@ -59,11 +65,6 @@ def on_hub(model: Path) -> Path | None:
     return None if place is None else hub.fetch_mmproj(place)
 
 
-def how_to_give_one() -> str:
-    """Advice for a model without a vision file, or with several."""
-    return f"give one as mmproj=FILE or --mmproj FILE ({_WRITE_ONE})"
-
-
 def planned_for(model: Path, mmproj: str | os.PathLike[str] | None, device: str) -> str:
     """The vision file that a device plan leaves room for, or an empty text. mmproj: as of DiffusionModel.
 
@@ -83,6 +84,16 @@ def planned_for(model: Path, mmproj: str | os.PathLike[str] | None, device: str)
     except (PyDiffusionError, OSError):
         return ""
     return os.fspath(found)
+
+
+def _n_embd(model: Path) -> int | None:
+    """The length of a model's embeddings; None if the file can't be read or doesn't say it."""
+    try:
+        metadata = _native.GgufFile.open_all_parts(os.fspath(model)).metadata
+    except (PyDiffusionError, OSError):
+        return None
+    n = metadata.get(f"{metadata.get('general.architecture')}.embedding_length")
+    return n if isinstance(n, int) else None
 
 
 def _misfit(path: Path, n_embd: int | None) -> str:

@@ -80,9 +80,10 @@ class ModelVision:
             if self.tower is None and self._searches:
                 self._check_image_tokens()
                 path = finding.on_hub(self._model_path)
+                self._searches = False  # each image would ask the hub again; after an error it is asked again
                 self.tower = None if path is None else VisionTower(path, self._native)
         if self.tower is None:
-            raise UnsupportedModelError(f"{self._why_not}: {finding.how_to_give_one()}")
+            raise UnsupportedModelError(f"{self._why_not}: {finding.HOW_TO_GIVE_ONE}")
         self.tower.load()
         return self.tower
 

@@ -39,6 +39,11 @@ class PreparedImage:
     n_soft_tokens: int
     key: bytes
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the patches."""
+        return self.patches.nbytes
+
 
 def preprocess(
     image: Any, max_soft_tokens: int = 280, patch_size: int = 16, pooling_kernel_size: int = 3

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +19,10 @@ from pydiffusion.errors import ImageError, PyDiffusionError
 
 from .loading import open_image
 from .preprocessing import MAX_SOFT_TOKENS, PreparedImage, cut, image_key, permitted
+from .recent import Recent
 
-_KEPT_BYTES = 64 << 20  # of features; one image at the released size has 3 MB
+# Of an image at the released size, the patches have 8 MB and the features 3 MB.
+_KEPT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class TowerSource(Protocol):
 class VisionTower:
     """The vision tower and projector of a model, loaded on first use; thread-safe.
 
-    Attributes: ``path``; ``n_encoded``, how often the tower has run.
+    Attributes: ``path``; ``n_encoded``, how often the tower has run; ``prepared``, images prepared last, by
+    keys of whoever prepares them.
     """
 
     def __init__(self, path: str | os.PathLike[str], native_model: TowerSource) -> None:
@@ -57,8 +59,8 @@ class VisionTower:
         self._model: TowerSource | None = native_model
         self._loaded: _Loaded | None = None
         self._running = threading.Lock()  # while the tower loads or encodes
-        self._lock = threading.Lock()  # of the kept features
-        self._features: OrderedDict[bytes, npt.NDArray[np.float32]] = OrderedDict()
+        self.prepared: Recent[PreparedImage] = Recent(_KEPT_BYTES)
+        self._features: Recent[npt.NDArray[np.float32]] = Recent(_KEPT_BYTES)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -119,36 +121,23 @@ class VisionTower:
 
         Raises InsufficientMemoryError; PyDiffusionError once the model is closed.
         """
-        kept = self._kept(prepared.key)
+        kept = self._features.find(prepared.key)
         if kept is not None:
             return kept
         with self._running:
-            kept = self._kept(prepared.key)  # by a thread that was here first
+            kept = self._features.find(prepared.key)  # by a thread that was here first
             if kept is not None:
                 return kept
             native = self._load().native
             features: npt.NDArray[np.float32] = native.encode(prepared.patches, prepared.positions)
             features.setflags(write=False)
             self.n_encoded += 1
-            self._keep(prepared.key, features)
+            self._features.keep(prepared.key, features)
         return features
 
     def close(self) -> None:
         """Release the tower's weights; whatever needs them then raises PyDiffusionError."""
         self._model = self._loaded = None
-
-    def _kept(self, key: bytes) -> npt.NDArray[np.float32] | None:
-        with self._lock:
-            found = self._features.get(key)
-            if found is not None:
-                self._features.move_to_end(key)
-            return found
-
-    def _keep(self, key: bytes, features: npt.NDArray[np.float32]) -> None:
-        with self._lock:
-            self._features[key] = features
-            while len(self._features) > 1 and sum(f.nbytes for f in self._features.values()) > _KEPT_BYTES:
-                self._features.popitem(last=False)
 
 
 def _checked_max(max_soft_tokens: int | None, own: int) -> int:

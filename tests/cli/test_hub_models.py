@@ -30,7 +30,9 @@ def repo(tmp_path_factory: pytest.TempPathFactory, gguf_file: Callable[..., Path
     shutil.copy(gguf_file("tiny", "q8_0"), folder / "tiny-Q8_0.gguf")
     whole, parts = str(gguf_file("tiny", "q4_0")), str(folder / "BF16/tiny-BF16.gguf")
     assert main(["split", whole, parts, "--split-max-size", "10K"]) == 0
-    shutil.copy(gguf_file("tiny", "q8_0"), folder / "mmproj-tiny-Q8_0.gguf")
+    (folder / "mmproj").mkdir()
+    for name in ("mmproj-tiny-Q8_0.gguf", "tiny.mmproj-Q8_0.gguf", "mmproj/tiny-Q8_0.gguf"):
+        shutil.copy(gguf_file("tiny", "q8_0"), folder / name)
     (folder / "README.md").write_text("about it")
     return folder
 

@@ -92,7 +92,7 @@ def test_a_chat_begun_with_an_image(command: Command, file: Path) -> None:
 
 def test_images_attached_are_kept_until_there_is_an_answer(command: Command, file: Path) -> None:
     _, out, err = command("chat", "-m", "a.gguf", typed=f"/image {file}\n/image\n/image\nhi\n")
-    assert out == "hi\n" and "1 attached images forgotten" in err and "give a file: /image FILE" in err
+    assert out == "hi\n" and "1 attached image forgotten" in err and "give a file: /image FILE" in err
     silent = SeeingModel(lambda prompt, i: [""] if i == 0 else answer(prompt, i), n_ctx=2048)
     _, out, _ = command("chat", "-m", "a.gguf", typed=f"/image {file}\nhi\nho\n", model=silent)
     assert out.strip() == "{}ho"

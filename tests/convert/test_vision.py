@@ -154,6 +154,8 @@ def test_refusals(tmp_path: Path, spoil: object, changes: dict, message: str) ->
 def test_defaults_and_keys_that_were_not_read(tmp_path: Path) -> None:
     """Of vision_config: older files call the rotation default, and Google's has keys that nobody reads."""
     changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 100}, "default_output_length": 280}
+    changes |= {"rope_scaling": None, "rope_theta": None, "partial_rotary_factor": None}  # as if absent
+    changes["rope_parameters"]["type"] = None
     made = make_folder(tmp_path / "made", **changes, window_size=7, torch_dtype="bfloat16")
     notes = convert_mmproj(made, tmp_path / "v.gguf").notes
     assert [note for note in notes if "not read" in note] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,8 @@ from support.vision_folders import FF, D, make_folder
 from support.vision_towers import Tower, picture
 
 from pydiffusion import _native
-from pydiffusion.convert import convert, convert_mmproj
+from pydiffusion.convert import convert, convert_mmproj, edit_metadata
+from pydiffusion.convert.gguf.header import Value
 from pydiffusion.device_plan import plan
 from pydiffusion.errors import ModelFormatError, UnsupportedModelError
 
@@ -123,6 +125,20 @@ def test_a_plan_leaves_room_for_the_tower(text: Path, files: dict[str, Path], tm
     )
     assert loaded.description["n_gpu_layers"] == smaller.n_gpu_layers
     assert loaded.description["n_cpu_moe"] == smaller.n_cpu_moe
+
+
+def test_a_plan_finds_the_tower_that_the_model_does(
+    text: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of several beside the model the one that fits."""
+    model = Path(shutil.copy(text, tmp_path / "m.gguf"))
+    shutil.copy(files["bf16"], tmp_path / "mmproj-m.gguf")
+    other = tmp_path / "mmproj-other.gguf"
+    edit_metadata(files["bf16"], {"clip.vision.projection_dim": Value("u32", 999)}, other)
+    expected = plan(text, n_ctx=64, device="host", mmproj=files["bf16"])
+    assert plan(model, n_ctx=64, device="host") == expected
+    shutil.copy(files["f32"], other)
+    assert plan(model, n_ctx=64, device="host") == plan(text, n_ctx=64, device="host", mmproj=None)
 
 
 def test_attention_by_matmuls_is_in_the_plan(text: Path, files: dict[str, Path]) -> None:

@@ -14,6 +14,7 @@ from pydiffusion.errors import ImageError
 from pydiffusion.tokenizer import Tokenizer, TokenType
 from pydiffusion.vision.loading import open_image
 from pydiffusion.vision.preprocessing import PreparedImage, cut, image_key
+from pydiffusion.vision.recent import Recent
 from support.server_fakes import Script, ScriptedModel, metadata
 
 _PATCH, _POOLING = 4, 2
@@ -31,6 +32,7 @@ class FakeTower:
 
     def __init__(self) -> None:
         self.n_encoded = 0
+        self.prepared: Recent[PreparedImage] = Recent(64 << 20)
         self.images: list[np.ndarray] = []
         self._known: set[bytes] = set()
 

@@ -263,16 +263,32 @@ def test_each_image_of_a_conversation_is_decoded_once(tmp_path: Path) -> None:
     assert [int(image.mean()) for image in decoded[4:]] == [5, 6]
 
 
-def test_the_memory_of_decoded_images_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_decoded_images_is_bounded() -> None:
     model = SeeingModel(script)
     size = model.chat_prompt(ask([picture(1)])).images[0].image.patches.nbytes
-    monkeypatch.setattr(chat_images, "_KEPT_BYTES", 2 * size)
+    model.vision.prepared.max_bytes = 2 * size
     for grey in (2, 3, 2, 4, 2, 3):
         model.chat_prompt(ask([picture(grey)]))
     assert [int(image.mean()) for image in model.vision.images] == [1, 2, 3, 4, 3], "the last ones used stay"
-    monkeypatch.setattr(chat_images, "_KEPT_BYTES", 1)
-    model.chat_prompt(ask([picture(7)]))
-    assert int(model.vision.images[-1].mean()) == 7
+    model.vision.prepared.max_bytes = 1
+    for _ in range(2):
+        model.chat_prompt(ask([picture(7)]))
+    assert [int(image.mean()) for image in model.vision.images[5:]] == [7], "one over the limit stays"
+
+
+def test_the_data_of_an_image_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding base64 and hashing take a part of a second for the largest body of a request."""
+    calls: list[str] = []
+    for name in ("decode_data_url", "_key"):
+        called = getattr(chat_images, name)
+        monkeypatch.setattr(
+            chat_images, name, lambda *given, n=name, f=called: (calls.append(n), f(*given))[1]
+        )
+    fetched = ImageRules(fetch=lambda url: png(int(url[-1])))
+    part = {"type": "image_url", "image_url": {"url": "https://host/9"}}
+    messages = ask([picture(1), read_image_part(part, "messages[0].content[1]", fetched), picture(2)])
+    assert shown(SeeingModel(script).chat_prompt(messages)) == shown(MODEL.chat_prompt(messages))
+    assert sorted(calls) == 6 * ["_key"] + 4 * ["decode_data_url"], "of two prompts"
 
 
 def test_chats_of_the_library() -> None:

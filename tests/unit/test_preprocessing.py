@@ -275,6 +275,11 @@ def test_pillow_is_imported_on_first_use_only() -> None:
     assert run_python(code).returncode == 0
 
 
+def test_listing_devices_imports_no_numpy() -> None:
+    code = "import sys, pydiffusion; pydiffusion.devices(); sys.exit('numpy' in sys.modules)"
+    assert run_python(code).returncode == 0
+
+
 def test_without_pillow_the_error_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['PIL'] = None\n"

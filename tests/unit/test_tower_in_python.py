@@ -12,7 +12,7 @@ from support.images import file_bytes, pattern
 from support.vision_fakes import INFO, FakeNativeModel, write_mmproj
 
 from pydiffusion import ImageError, PyDiffusionError
-from pydiffusion.vision import preprocess, tower
+from pydiffusion.vision import preprocess
 from pydiffusion.vision.tower import VisionTower
 
 ARRAY = pattern(40, 60, 3)
@@ -102,11 +102,11 @@ def test_threads_share_one_run(path: Path) -> None:
     assert vision.n_encoded == model.tower.n_runs == 2
 
 
-def test_the_least_recently_used_features_go_first(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_features_go_first(path: Path) -> None:
     vision = VisionTower(path, FakeNativeModel())
     images = [vision.prepare(ARRAY ^ np.uint8(1 << i)) for i in range(4)]
     one = vision.features(images[0]).nbytes
-    monkeypatch.setattr(tower, "_KEPT_BYTES", 3 * one)
+    vision._features.max_bytes = 3 * one
     for i in (1, 2, 0, 3):  # 1 is the least recently used when 3 comes
         vision.features(images[i])
     assert vision.n_encoded == 4
@@ -115,7 +115,7 @@ def test_the_least_recently_used_features_go_first(path: Path, monkeypatch: pyte
     assert vision.n_encoded == 4
     vision.features(images[1])
     assert vision.n_encoded == 5
-    monkeypatch.setattr(tower, "_KEPT_BYTES", 1)  # less than one image: the last is kept all the same
+    vision._features.max_bytes = 1  # less than one image: the last is kept all the same
     for i in (0, 0, 1, 1):
         vision.features(images[i])
     assert vision.n_encoded == 7

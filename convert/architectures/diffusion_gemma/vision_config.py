@@ -105,14 +105,14 @@ def _read_heads(vision: Fields, hidden: int) -> tuple[int, int]:
 def _check_rope(vision: Fields) -> None:
     """Refuse all but what the tower computes: a theta of 100 over the two halves of a head."""
     vision.accept_if_there("rope_scaling", (None,))
-    vision.accept_if_there("partial_rotary_factor", (None, 1, 1.0))
-    vision.accept_if_there("rope_theta", (None, 100, 100.0))
+    vision.accept_if_there("partial_rotary_factor", (1, 1.0))
+    vision.accept_if_there("rope_theta", (100, 100.0))
     if not vision.has("rope_parameters"):
         return
     rope = vision.object("rope_parameters")
-    rope.accept_if_there("rope_theta", (None, 100, 100.0))
+    rope.accept_if_there("rope_theta", (100, 100.0))
     for key in ("rope_type", "type"):  # the reference takes "default" of older files for "axial"
-        rope.accept_if_there(key, (None, "axial", "default"))
+        rope.accept_if_there(key, ("axial", "default"))
     unknown = sorted(set(rope.values) - rope.asked)
     if unknown:
         raise ConversionError(f"{rope.where}: {unknown[0]!r:.60} is not supported")
