@@ -330,11 +330,16 @@ class ReadingLoss(nn.Module):
         return ((total - on_cell) * seen).mean()
 
 
+def character_ids(tokenizer) -> torch.Tensor:
+    """(8,) int64: the token of each of CLASSES."""
+    ids = [tokenizer.encode(character, add_special_tokens=False).ids for character in CLASSES]
+    return torch.tensor(ids)[:, 0]
+
+
 def character_embeddings(model: nn.Module, tokenizer) -> torch.Tensor:
     """(8, d) float32: what the text model's encoder reads for each of CLASSES."""
-    ids = [tokenizer.encode(character, add_special_tokens=False).ids for character in CLASSES]
     with torch.no_grad():
-        return model.model.encoder.language_model.embed_tokens(torch.tensor(ids))[:, 0].float().clone()
+        return model.model.encoder.language_model.embed_tokens(character_ids(tokenizer)).float().clone()
 
 
 @torch.no_grad()
