@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from support.fake_vision import give_vision, picture
+from support.fake_vision import give_vision, noise
 
 from pydiffusion import DiffusionModel, ModelFormatError
 
@@ -27,7 +27,7 @@ def model(gguf_file: Callable[..., Path]) -> DiffusionModel:
 @pytest.fixture
 def saved(model: DiffusionModel, tmp_path: Path) -> Path:
     session = model.new_session()
-    session.encode([20, picture(0), 30])
+    session.encode([20, noise(0), 30])
     session.save(tmp_path / "session")
     return tmp_path / "session"
 

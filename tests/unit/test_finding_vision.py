@@ -10,14 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.fake_vision import FakeSource, write_mmproj
 from support.hub_server import Hub
-from support.vision_fakes import FakeNativeModel, write_mmproj
 
 from pydiffusion.errors import UnsupportedModelError
 from pydiffusion.vision.methods import ModelVision
 
 
-def vision_of(folder: Path, native: FakeNativeModel, mmproj: object = "auto") -> ModelVision:
+def vision_of(folder: Path, native: FakeSource, mmproj: object = "auto") -> ModelVision:
     model = SimpleNamespace(path=folder / "m.gguf", hparams={"n_embd": 8})
     return ModelVision(model, native, mmproj)
 
@@ -27,7 +27,7 @@ def test_one_file_beside_the_model(tmp_path: Path) -> None:
     write_mmproj(tmp_path / "mmproj-other.gguf", n_embd=16)
     write_mmproj(tmp_path / "mmproj-no-tower.gguf", architecture="llama")
     (tmp_path / "mmproj.txt").write_text("no model")
-    native = FakeNativeModel()
+    native = FakeSource()
     vision = vision_of(tmp_path, native)
     assert vision.tower is not None and vision.tower.path == path
     assert native.opened == [], "loaded on first use"
@@ -38,13 +38,13 @@ def test_one_file_beside_the_model(tmp_path: Path) -> None:
 def test_a_given_file_is_loaded_at_once(tmp_path: Path) -> None:
     path = write_mmproj(tmp_path / "tower.gguf")
     for given in (path, str(path)):
-        native = FakeNativeModel()
+        native = FakeSource()
         assert vision_of(tmp_path, native, given).tower.path == path
         assert native.opened == [path]
     with pytest.raises(FileNotFoundError):
-        vision_of(tmp_path, FakeNativeModel(), tmp_path / "missing.gguf")
+        vision_of(tmp_path, FakeSource(), tmp_path / "missing.gguf")
     with pytest.raises(UnsupportedModelError, match="no image tokens"):
-        vision_of(tmp_path, FakeNativeModel(image_tokens={}), path)
+        vision_of(tmp_path, FakeSource(image_tokens={}), path)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_given_file_is_loaded_at_once(tmp_path: Path) -> None:
 def test_none_or_several(tmp_path: Path, files: dict[str, int], message: str) -> None:
     for name, n_embd in files.items():
         write_mmproj(tmp_path / name, n_embd)
-    vision = vision_of(tmp_path, FakeNativeModel())
+    vision = vision_of(tmp_path, FakeSource())
     assert vision.tower is None
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         vision.require()
@@ -70,12 +70,12 @@ def test_none_or_several(tmp_path: Path, files: dict[str, int], message: str) ->
 
 def test_models_without_image_tokens(tmp_path: Path) -> None:
     write_mmproj(tmp_path / "mmproj.gguf")
-    vision = vision_of(tmp_path, FakeNativeModel(image_tokens={}))
+    vision = vision_of(tmp_path, FakeSource(image_tokens={}))
     assert vision.tower is None
     with pytest.raises(UnsupportedModelError, match="no image tokens"):
         vision.require()
     with pytest.raises(UnsupportedModelError, match="mmproj=None"):
-        vision_of(tmp_path, FakeNativeModel(), None).require()
+        vision_of(tmp_path, FakeSource(), None).require()
 
 
 CODE = """
@@ -85,10 +85,10 @@ from types import SimpleNamespace
 from pydiffusion import PyDiffusionError
 from pydiffusion._util import hub
 from pydiffusion.vision.methods import ModelVision
-from support.vision_fakes import FakeNativeModel, write_mmproj
+from support.fake_vision import FakeSource, write_mmproj
 
 def open_model():
-    return ModelVision(SimpleNamespace(path=path, hparams={"n_embd": 8}), FakeNativeModel(), "auto")
+    return ModelVision(SimpleNamespace(path=path, hparams={"n_embd": 8}), FakeSource(), "auto")
 
 def need(vision):
     try:
