@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.seeing_model import SeeingModel, picture
+from support.seeing_model import SeeingModel, grey_part
 from support.server_fakes import ask, script, serving
 
 from pydiffusion.server import http
@@ -32,7 +32,7 @@ def test_a_body_of_very_many_values(client: httpx.Client, monkeypatch: pytest.Mo
     monkeypatch.setattr(http, "_MAX_VALUES", 1000)
     answer = client.post(PATH, content=b'{"messages": [' + b"[]," * 1000 + b"[]]}")
     assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
-    assert client.post(PATH, json={"messages": ask([picture(1)])}).status_code == 200
+    assert client.post(PATH, json={"messages": ask([grey_part(1)])}).status_code == 200
 
 
 def test_no_memory_for_an_image(
@@ -44,7 +44,7 @@ def test_no_memory_for_an_image(
         raise MemoryError
 
     monkeypatch.setattr(model.vision, "prepare", prepare)
-    answer = client.post(PATH, json={"messages": ask([picture(2)])})
+    answer = client.post(PATH, json={"messages": ask([grey_part(2)])})
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "insufficient_memory"
 
 
