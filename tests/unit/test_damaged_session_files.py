@@ -52,3 +52,22 @@ def test_arrays_of_other_dimensions(name: str, model: DiffusionModel, saved: Pat
     rewrite(saved, lambda arrays, _: arrays.update({name: arrays[name][None]}))
     with pytest.raises(ModelFormatError, match=rf"session file: {name} has the shape \[1, .* dimensions"):
         model.load_session(saved)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        (b'"images":"[[2', b'"images":"[[3', "must be"),
+        (b'"images":"[[2', b'"images":"[[-', "damaged"),
+        (b'"images":"[[2', b'"images":"{{2', "damaged"),
+        (b'"images":"', b'"imagex":"', "damaged"),
+        (b'"image.0"', b'"image.1"', "image.0"),
+        (b"[24,256]", b"[48,128]", "256"),
+    ],
+)
+def test_changed_bytes(old: bytes, new: bytes, why: str, model: DiffusionModel, saved: Path) -> None:
+    whole = saved.read_bytes()
+    assert whole.count(old) == 1
+    saved.write_bytes(whole.replace(old, new))
+    with pytest.raises(ModelFormatError, match=why):
+        model.load_session(saved)
