@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import Command, commands_on
 from support.seeing_model import SeeingModel, grey_part, image_part, png
 from support.server_fakes import ScriptedModel, ask
 
 from pydiffusion import ModelFormatError, UnsupportedModelError
-from pydiffusion.cli import _open, main, serve
-
-Command = Callable[..., tuple[int, str, str]]
+from pydiffusion.cli import serve
 
 
 def answer(prompt: str, i_answer: int) -> list[str]:
@@ -34,13 +31,7 @@ TEXT_MODEL = ScriptedModel(answer)
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    def run(*arguments: str, typed: str = "", model: ScriptedModel = MODEL) -> tuple[int, str, str]:
-        monkeypatch.setattr(_open, "open_model", lambda *_, **__: model)
-        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-        capsys.readouterr()
-        return main(list(arguments)), *capsys.readouterr()
-
-    return run
+    return commands_on(MODEL, monkeypatch, capsys)
 
 
 @pytest.fixture
