@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from support.fake_vision import FakeSource, write_mmproj
-from support.hub_server import Hub
+from support.hub_server import environment, serving
+from support.paths import REPOSITORY
 
 from pydiffusion.errors import UnsupportedModelError
 from pydiffusion.vision.methods import ModelVision
@@ -109,20 +109,14 @@ print("after", open_model().tower and need(open_model()))
 
 def in_cache(folder: Path, home: Path, *added: Path) -> tuple[list[str], list[str]]:
     """What the code prints, and what it fetched. added: files that come to the repo in between."""
-    server = Hub(folder)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    outside = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    tests = str(Path(__file__).parent.parent)
+    tests = str(REPOSITORY / "tests")
     paths = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
-    own = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "NO_PROXY": "*", "PYTHONPATH": paths}
-    try:
-        command = [sys.executable, "-c", CODE, *map(str, added)]
-        done = subprocess.run(command, env=outside | own, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-    finally:
-        server.shutdown()
-        server.server_close()
-    return done.stdout.splitlines(), server.fetched
+    command = [sys.executable, "-c", CODE, *map(str, added)]
+    with serving(folder) as hub:
+        variables = environment(hub, home, PYTHONPATH=paths)
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), hub.fetched
 
 
 @pytest.fixture
