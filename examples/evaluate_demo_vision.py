@@ -89,6 +89,7 @@ def transformers_reader(checkpoint: Path) -> Reader:
 
     model, tokenizer = load_checkpoint(checkpoint)
     processor = Gemma4ImageProcessorPil.from_pretrained(checkpoint)
+    ends = set(model.generation_config.eos_token_id)
 
     @torch.no_grad()
     def read(files: Sequence[bytes], seed: int) -> list[tuple[np.ndarray, str]]:
@@ -112,7 +113,7 @@ def transformers_reader(checkpoint: Path) -> Reader:
                 max_new_tokens=model.config.canvas_length,
             )
             for row, own in zip(output.sequences[:, len(ids) :].tolist(), features.numpy(), strict=True):
-                end = next((i for i, token in enumerate(row) if token in (1, 6)), len(row))
+                end = next((i for i, token in enumerate(row) if token in ends), len(row))
                 result.append((own, tokenizer.decode(row[:end])))
         return result
 

@@ -23,7 +23,7 @@ from demo_recipe.data import Examples, make_pool
 from demo_recipe.diffusion import DenoisingLoss
 from demo_recipe.evaluate import load_checkpoint
 from demo_recipe.rollout import Rollouts, joined
-from demo_recipe.soft_prompt import SoftPrompt
+from demo_recipe.soft_prompt import Prompts, SoftPrompt
 
 from pydiffusion.demo import checkpoint_path
 
@@ -45,7 +45,7 @@ def main() -> None:
     model.requires_grad_(False)
     model.set_experts_implementation("dense_demo")
     model.set_attn_implementation("short_demo")
-    prompt = SoftPrompt(model, tokenizer)
+    prompt = SoftPrompt(Prompts(model, tokenizer))
     if arguments.fillers:
         prompt.fillers.data.copy_(torch.load(arguments.fillers))
     loss_of = DenoisingLoss(model)

@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo_recipe.data import Examples, make_pool
 from demo_recipe.evaluate import load_checkpoint
-from demo_recipe.soft_prompt import Prompts, first_fillers
+from demo_recipe.soft_prompt import N_HEAD, Prompts, first_fillers
 from demo_recipe.vision import N_CHARACTERS
 
 from pydiffusion.demo import checkpoint_path
@@ -46,7 +46,7 @@ def main() -> None:
     for step in range(arguments.steps):
         warmup, falling = min(1.0, (step + 1) / 10), 1 - step / arguments.steps
         adam.param_groups[0]["lr"] = arguments.rate * warmup * falling
-        ids = examples.batch(arguments.batch, 0).prefix[:, 6 : 6 + N_CHARACTERS]
+        ids = examples.batch(arguments.batch, 0).prefix[:, N_HEAD : N_HEAD + N_CHARACTERS]
         loss = prompts.difference(fillers, prompts.encoder.embed_tokens(ids))
         adam.zero_grad()
         loss.backward()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .vision import CLASSES, N_CHARACTERS, N_FILLERS, character_embeddings
+from .vision import CLASSES, N_CHARACTERS, N_FILLERS, character_embeddings, character_ids
 
 TEXT_HEAD = "<bos><|turn>user\nsudoku\n"
+N_HEAD = 6
+"""Its tokens: a text prompt's characters come after them."""
 TEXT_TAIL = "<turn|>\n<|turn>model\n"
 HEAD = TEXT_HEAD + "<|image>"
 TAIL = "<image|>\n<|turn>model\n"
@@ -19,6 +21,7 @@ class Prompts:
     """Embeddings of text prompts and of prompts with soft tokens, and the frozen encoder's cache of them."""
 
     def __init__(self, model: nn.Module, tokenizer) -> None:
+        self.model = model
         self.encoder = model.model.encoder.language_model
         self.tokenizer = tokenizer
         self.parts = {text: self.embed(text) for text in (TEXT_HEAD, TEXT_TAIL, HEAD, TAIL)}
@@ -80,25 +83,15 @@ def first_fillers(prompts: Prompts) -> torch.Tensor:
 class SoftPrompt(nn.Module):
     """Trainable features of the 23 fillers and of each kind of character, and a bias of each place."""
 
-    def __init__(self, model: nn.Module, tokenizer) -> None:
+    def __init__(self, prompts: Prompts) -> None:
         super().__init__()
-        embed = model.model.encoder.language_model.embed_tokens
-
-        def rows(text: str) -> torch.Tensor:
-            with torch.no_grad():
-                return embed(torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)).clone()
-
-        self.register_buffer("head", rows(HEAD))
-        self.register_buffer("tail", rows(TAIL))
-        begin = rows("<bos>" * (N_FILLERS - 6) + "<bos><|turn>user\nsudoku\n")
-        self.fillers = nn.Parameter(begin)
-        self.kinds = nn.Parameter(character_embeddings(model, tokenizer))
-        self.places = nn.Parameter(torch.zeros(N_CHARACTERS, begin.shape[1]))
-        ids = [
-            tokenizer.token_to_id(character) or tokenizer.encode(character).ids[0] for character in CLASSES
-        ]
-        lookup = torch.zeros(tokenizer.get_vocab_size(), dtype=torch.int64)
-        lookup[torch.tensor(ids)] = torch.arange(len(CLASSES))
+        self.register_buffer("head", prompts.parts[HEAD])
+        self.register_buffer("tail", prompts.parts[TAIL])
+        self.fillers = nn.Parameter(first_fillers(prompts))
+        self.kinds = nn.Parameter(character_embeddings(prompts.model, prompts.tokenizer))
+        self.places = nn.Parameter(torch.zeros(N_CHARACTERS, self.fillers.shape[1]))
+        lookup = torch.zeros(prompts.tokenizer.get_vocab_size(), dtype=torch.int64)
+        lookup[character_ids(prompts.tokenizer)] = torch.arange(len(CLASSES))
         self.register_buffer("lookup", lookup)
 
     def aims(self, labels: torch.Tensor) -> torch.Tensor:
@@ -113,4 +106,4 @@ class SoftPrompt(nn.Module):
 
     def labels(self, prefix: torch.Tensor) -> torch.Tensor:
         """Classes (n, 41) of the characters of text prompts' ids (n, 52)."""
-        return self.lookup[prefix[:, 6 : 6 + N_CHARACTERS]]
+        return self.lookup[prefix[:, N_HEAD : N_HEAD + N_CHARACTERS]]

@@ -53,6 +53,8 @@ PROCESSOR_CONFIG = {
     "resample": 3,
     "rescale_factor": 1 / 255,
 }
+SHARD = 500
+"""Pictures in a shard."""
 WEIGHT_FIXED = 10.0
 """Weight in the last fit of soft tokens that are the same in every picture."""
 VISION_PREFIXES = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
@@ -192,14 +194,12 @@ def render(n: int, rng: random.Random, fonts: list[str], difficulty: float = 1.0
     return drawn
 
 
-def write_shards(
-    folder: Path, seed: int, fonts: list[str], n_shards: int, easy: bool, size: int = 500
-) -> None:
+def write_shards(folder: Path, seed: int, fonts: list[str], n_shards: int, easy: bool) -> None:
     """Render `n_shards` shards of pictures into a folder; if `easy`, the first ones are easier."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     for number in range(n_shards):
-        drawn = render(size, rng, fonts, min(1.0, 0.3 + 0.05 * number) if easy else 1.0)
+        drawn = render(SHARD, rng, fonts, min(1.0, 0.3 + 0.05 * number) if easy else 1.0)
         name = folder / f"{seed:02d}-{number:03d}.part"
         with name.open("wb") as file:
             np.savez(file, **vars(drawn))
@@ -286,15 +286,13 @@ class ReadingLoss(nn.Module):
             features, outputs, attention = self.tower.with_hidden(pixels)
         features = features.float()
         characters = features[:, N_FILLERS:]
-        weight = torch.ones_like(labels, dtype=torch.float32)
         cross_entropy = nn.functional.cross_entropy(
             self.logits(characters).flatten(0, 1), labels.flatten(), reduction="none"
         )
         distance = (characters - self.targets[labels]).square().sum(-1) / self.mean_square
         each = cross_entropy + 0.5 * distance.flatten()
-        loss = (each * weight.flatten()).sum() / weight.sum()
         fillers = (features[:, :N_FILLERS] - self.fillers).square().sum(-1) / self.mean_square
-        loss = loss + 0.5 * fillers.mean()
+        loss = each.mean() + 0.5 * fillers.mean()
         return loss + help * (
             self._patch_loss(outputs, labels, cells) + 0.3 * self._gaze_loss(attention, cells)
         )
@@ -330,11 +328,16 @@ class ReadingLoss(nn.Module):
         return ((total - on_cell) * seen).mean()
 
 
+def character_ids(tokenizer) -> torch.Tensor:
+    """(8,) int64: the token of each of CLASSES."""
+    ids = [tokenizer.encode(character, add_special_tokens=False).ids for character in CLASSES]
+    return torch.tensor(ids)[:, 0]
+
+
 def character_embeddings(model: nn.Module, tokenizer) -> torch.Tensor:
     """(8, d) float32: what the text model's encoder reads for each of CLASSES."""
-    ids = [tokenizer.encode(character, add_special_tokens=False).ids for character in CLASSES]
     with torch.no_grad():
-        return model.model.encoder.language_model.embed_tokens(torch.tensor(ids))[:, 0].float().clone()
+        return model.model.encoder.language_model.embed_tokens(character_ids(tokenizer)).float().clone()
 
 
 @torch.no_grad()

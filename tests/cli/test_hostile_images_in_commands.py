@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
 import threading
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.commands import Command, commands_on
 from support.seeing_model import SeeingModel, png
 
-from pydiffusion.cli import _open, main
-
-Command = Callable[..., tuple[int, str, str]]
+pytestmark = pytest.mark.filterwarnings("default")  # as of the program, with any options of pytest
 
 MODEL = SeeingModel(lambda prompt, i_answer: [f"answer {i_answer}"], n_ctx=2048)
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    def run(*arguments: str, typed: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(_open, "open_model", lambda *_, **__: MODEL)
-        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-        capsys.readouterr()
-        with warnings.catch_warnings():
-            warnings.simplefilter("default")  # as of the program; pytest makes them errors
-            return main(list(arguments)), *capsys.readouterr()
-
-    return run
+    return commands_on(MODEL, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("side", [10_500, 30_000])

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.hub_server import TOKEN, Hub
+from support.hub_server import TOKEN, Hub, environment, serving
 
 from pydiffusion._util.hub import ModelReference, model_reference
 from pydiffusion.cli import main
@@ -39,11 +37,8 @@ def repo(tmp_path_factory: pytest.TempPathFactory, gguf_file: Callable[..., Path
 
 @pytest.fixture
 def hub(repo: Path) -> Iterator[Hub]:
-    server = Hub(repo)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(repo) as server:
+        yield server
 
 
 # Runs commands in one process, whose hub is set by its environment: a list of lists in, results out.
@@ -65,13 +60,12 @@ def run(hub: Hub, tmp_path: Path) -> Run:
     """Run commands with the local hub and an empty cache, in an empty folder: (code, out, err) of each."""
     work = tmp_path / "work"
     work.mkdir()
-    outside = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*", "no_proxy": "*"}
 
-    def call(*commands: str, **environment: str) -> list[tuple[int, str, str]]:
+    def call(*commands: str, **variables: str) -> list[tuple[int, str, str]]:
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, json.dumps([shlex.split(command) for command in commands])],
-            env=outside | own | environment, cwd=work, capture_output=True, text=True, timeout=60,
+            env=environment(hub, tmp_path / "home", **variables), cwd=work,
+            capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.seeing_model import SeeingModel, data_url, picture, png
+from support.commands import Command, commands_on
+from support.seeing_model import SeeingModel, grey_part, image_part, png
 from support.server_fakes import ScriptedModel, ask
 
 from pydiffusion import ModelFormatError, UnsupportedModelError
-from pydiffusion.cli import _open, main, serve
-
-Command = Callable[..., tuple[int, str, str]]
+from pydiffusion.cli import serve
 
 
 def answer(prompt: str, i_answer: int) -> list[str]:
@@ -34,13 +31,7 @@ TEXT_MODEL = ScriptedModel(answer)
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    def run(*arguments: str, typed: str = "", model: ScriptedModel = MODEL) -> tuple[int, str, str]:
-        monkeypatch.setattr(_open, "open_model", lambda *_, **__: model)
-        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-        capsys.readouterr()
-        return main(list(arguments)), *capsys.readouterr()
-
-    return run
+    return commands_on(MODEL, monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -138,7 +129,7 @@ def test_a_saved_chat_has_its_images(command: Command, file: Path, tmp_path: Pat
 def test_lines_of_a_batch(command: Command, file: Path, tmp_path: Path) -> None:
     """In both forms; whoever runs a batch may name files in it."""
     here = [{"type": "image", "path": str(file)}, {"type": "text", "text": "here"}]
-    sent = [{"type": "text", "text": "sent"}, picture(3)]
+    sent = [{"type": "text", "text": "sent"}, grey_part(3)]
     remote = [{"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}]
     body = {"model": "x", "messages": ask(sent)}
     lines: list[dict[str, Any]] = [
@@ -146,7 +137,7 @@ def test_lines_of_a_batch(command: Command, file: Path, tmp_path: Path) -> None:
         {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions", "body": body},
         {"messages": ask(remote)},
         {"messages": ask([{"type": "image", "path": str(tmp_path / "none.png")}])},
-        {"messages": ask([{"type": "image_url", "image_url": {"url": data_url(b"x")}}])},
+        {"messages": ask([image_part(b"x")])},
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))

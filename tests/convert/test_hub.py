@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from gguf import GGUFReader
 from support import checkpoint_folders as folders
-from support.hub_server import TOKEN, Hub
+from support.hub_server import TOKEN, Hub, environment, serving
 
 from pydiffusion.convert import convert
 from pydiffusion.convert.checkpoint.hub import find_checkpoint, repo_id
@@ -37,24 +35,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(folder: Path) -> Iterator[Hub]:
-    server = Hub(folder)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(folder) as server:
+        yield server
 
 
-def command(
-    hub: Hub, folder: Path, *arguments: object, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def command(hub: Hub, folder: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run ``pydiffusion`` with the local hub, in an empty folder."""
-    outside = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "NO_PROXY": "*", "no_proxy": "*"}
     work = folder / "work"
     work.mkdir(exist_ok=True)
     return subprocess.run(
         [sys.executable, "-m", "pydiffusion", *map(str, arguments)],
-        env=outside | home | environment,
+        env=environment(hub, folder / "home", **variables),
         cwd=work,
         capture_output=True,
         text=True,
@@ -96,7 +87,7 @@ def test_a_private_repo_needs_the_token(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "environment", "message"),
+    ("source", "variables", "message"),
     [
         ("org/none", {"HF_TOKEN": TOKEN}, "org/none: neither a folder here nor a repo that can be seen"),
         ("org/gated", {}, "org/gated: access to this repo is restricted: accept its terms"),
@@ -106,9 +97,9 @@ def test_a_private_repo_needs_the_token(hub: Hub, tmp_path: Path) -> None:
     ],
 )
 def test_unavailable_repos_are_refused_in_one_line(
-    hub: Hub, tmp_path: Path, source: str, environment: dict[str, str], message: str
+    hub: Hub, tmp_path: Path, source: str, variables: dict[str, str], message: str
 ) -> None:
-    done = command(hub, tmp_path, "convert", source, "-o", "m.gguf", **environment)
+    done = command(hub, tmp_path, "convert", source, "-o", "m.gguf", **variables)
     assert done.returncode == 1
     assert done.stderr.startswith("pydiffusion: ") and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -142,13 +133,8 @@ def test_a_repo_of_other_files_is_explained(tmp_path: Path, files: list[str], wo
     (tmp_path / "repo").mkdir()
     for name in files:
         (tmp_path / "repo" / name).write_text("{}")
-    server = Hub(tmp_path / "repo")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(tmp_path / "repo") as server:
         done = command(server, tmp_path, "convert", "org/open", "--type", "q8_0")
-    finally:
-        server.shutdown()
-        server.server_close()
     assert done.returncode == 1
     assert words in done.stderr.splitlines()[-1]
     assert not [name for name in server.fetched if name.endswith((".gguf", ".bin"))]

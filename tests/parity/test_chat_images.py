@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
 from reference.random_checkpoint import SHAPES
-from support.seeing_model import data_url, png
+from support.fake_vision import noise
+from support.seeing_model import grey_part
 from support.server_fakes import serving
 from support.vision_towers import Tower, random_tower, write_tower
 
@@ -27,8 +27,7 @@ TEMPLATE = BUILT_IN_TEMPLATES["diffusion-gemma"].read_text("utf-8")
 
 
 def image(seed: int, width: int, height: int) -> dict[str, Any]:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return {"type": "image", "image": Image.fromarray(pixels)}
+    return {"type": "image", "image": noise(seed, width, height)}
 
 
 def text(said: str) -> dict[str, Any]:
@@ -107,7 +106,7 @@ def test_prompts_of_transformers(name: str, model: DiffusionModel, theirs: Any) 
 def test_a_chat_through_the_server(model: DiffusionModel) -> None:
     """The answer is that of the library; a second question about an image encodes no image again."""
     assert model.vision is not None
-    parts = [{"type": "image_url", "image_url": {"url": data_url(png(9))}}, text("the river")]
+    parts = [grey_part(9), text("the river")]
     messages = [{"role": "user", "content": parts}]
     alone = model.chat(messages, seed=4, max_tokens=8)
     with serving(model) as (address, _), httpx.Client(base_url=address, timeout=60) as client:
@@ -120,7 +119,7 @@ def test_a_chat_through_the_server(model: DiffusionModel) -> None:
             assert (usage["prompt_tokens"], usage["completion_tokens"]) == (alone.n_prompt, 8)
             assert usage["prompt_tokens_details"]["cached_tokens"] == n_cached
         assert model.vision.n_encoded == before, "its features are kept"
-        parts[0] = {"type": "image_url", "image_url": {"url": data_url(png(200))}}
+        parts[0] = grey_part(200)
         other = client.post("/v1/chat/completions", json=body).json()
         assert model.vision.n_encoded == before + 1
         assert other["usage"]["prompt_tokens_details"]["cached_tokens"] < 10

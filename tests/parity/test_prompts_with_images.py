@@ -44,8 +44,8 @@ def model_file(
     return get
 
 
-def prompt_for(shape: str, parts: Parts, seed: int = 0) -> ImagePrompt:
-    return image_prompt(SHAPES[shape].d, SHAPES[shape].vocab, parts, seed)
+def prompt_for(shape: str, parts: Parts) -> ImagePrompt:
+    return image_prompt(SHAPES[shape].d, SHAPES[shape].vocab, parts)
 
 
 def new_session(model: _native.Model) -> _native.Session:

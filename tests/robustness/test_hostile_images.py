@@ -5,11 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from support.paths import REPOSITORY
 
-TESTS = Path(__file__).parent.parent
+TESTS = REPOSITORY / "tests"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.seeing_model import SeeingModel, data_url, picture, png
+from support.seeing_model import SeeingModel, grey_part, image_part, png
 from support.server_fakes import ScriptedModel, ask, events, eventually, script, serving
 
 from pydiffusion.openai.errors import ApiError
@@ -48,7 +48,7 @@ TEXT = {"type": "text", "text": "What is this?"}
 
 
 def test_an_answer_to_images(client: httpx.Client, model: SeeingModel) -> None:
-    body = asked(picture(11), TEXT, picture(12))
+    body = asked(grey_part(11), TEXT, grey_part(12))
     answer = client.post(PATH, json=body).json()
     assert answer["choices"][0]["message"]["content"] == "Hello, world!"
     prompt = model.chat_prompt(body["messages"])
@@ -65,7 +65,7 @@ def test_without_images_usage_is_as_ever(client: httpx.Client) -> None:
 
 
 def test_a_second_question_about_an_image_encodes_no_image(client: httpx.Client, model: SeeingModel) -> None:
-    body = asked(picture(21), TEXT)
+    body = asked(grey_part(21), TEXT)
     before = model.vision.n_encoded
     first = client.post(PATH, json=body).json()
     assert model.vision.n_encoded == before + 1
@@ -78,16 +78,16 @@ def test_a_second_question_about_an_image_encodes_no_image(client: httpx.Client,
 
 
 def test_another_image_is_not_taken_for_the_cached_one(client: httpx.Client) -> None:
-    first = client.post(PATH, json=asked(picture(31), TEXT)).json()["usage"]
-    again = client.post(PATH, json=asked(picture(31), TEXT)).json()["usage"]
-    other = client.post(PATH, json=asked(picture(32), TEXT)).json()["usage"]
+    first = client.post(PATH, json=asked(grey_part(31), TEXT)).json()["usage"]
+    again = client.post(PATH, json=asked(grey_part(31), TEXT)).json()["usage"]
+    other = client.post(PATH, json=asked(grey_part(32), TEXT)).json()["usage"]
     assert again["prompt_tokens_details"]["cached_tokens"] > first["prompt_tokens_details"]["image_tokens"]
     assert other["prompt_tokens_details"]["cached_tokens"] < 10
 
 
 def test_several_choices_and_a_stream(client: httpx.Client, model: SeeingModel) -> None:
     before = model.vision.n_encoded
-    body = asked(picture(41), TEXT) | {"n": 3, "stream": True, "stream_options": {"include_usage": True}}
+    body = asked(grey_part(41), TEXT) | {"n": 3, "stream": True, "stream_options": {"include_usage": True}}
     chunks = events(client.post(PATH, json=body))
     prompt = model.chat_prompt(body["messages"])
     assert chunks[-1]["usage"]["prompt_tokens"] == len(prompt)
@@ -98,7 +98,7 @@ def test_several_choices_and_a_stream(client: httpx.Client, model: SeeingModel) 
 def test_openai_s_client(url: str) -> None:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     answer = client.chat.completions.create(
-        model="scripted", messages=asked(picture(detail="low"), TEXT)["messages"]
+        model="scripted", messages=asked(grey_part(detail="low"), TEXT)["messages"]
     )
     assert answer.choices[0].message.content == "Hello, world!"
     assert answer.usage is not None
@@ -117,14 +117,11 @@ def test_openai_s_client(url: str) -> None:
         ({"type": "image", "image": [[1, 2], [3, 4]]}, "image is a list"),
         ({"type": "image", "url": {"a": 1}}, "url is a dict"),
         ({"type": "image_url", "image_url": None}, "must have image_url"),
-        ({"type": "image_url", "image_url": {"url": data_url(png()[:50])}}, "damaged or truncated"),
-        (
-            {"type": "image_url", "image_url": {"url": data_url(b"<svg/>", "image/svg+xml")}},
-            "not an image in a known",
-        ),
-        ({"type": "image_url", "image_url": {"url": data_url(b"%PDF", "application/pdf")}}, "not an image"),
-        (picture(detail="ultra"), "permitted are auto, low, high, original"),
-        ({**picture(), "max_soft_tokens": -70}, "max_soft_tokens is -70"),
+        (image_part(png()[:50]), "damaged or truncated"),
+        (image_part(b"<svg/>", "image/svg+xml"), "not an image in a known"),
+        (image_part(b"%PDF", "application/pdf"), "not an image"),
+        (grey_part(detail="ultra"), "permitted are auto, low, high, original"),
+        ({**grey_part(), "max_soft_tokens": -70}, "max_soft_tokens is -70"),
     ],
 )
 def test_an_image_that_can_t_be_read(client: httpx.Client, part: dict[str, Any], what: str) -> None:
@@ -180,14 +177,14 @@ def test_other_kinds_of_parts_are_refused(client: httpx.Client) -> None:
 
 
 def test_too_many_images(client: httpx.Client) -> None:
-    answer = client.post(PATH, json=asked(*[picture(i) for i in range(MAX_IMAGES + 1)]))
+    answer = client.post(PATH, json=asked(*[grey_part(i) for i in range(MAX_IMAGES + 1)]))
     assert answer.status_code == 400
     assert f"have {MAX_IMAGES + 1} images, permitted are {MAX_IMAGES}" in answer.json()["error"]["message"]
     answer = client.post(
-        PATH, json=asked(*[picture(i, detail="original") for i in range(MAX_IMAGES // 4 + 1)])
+        PATH, json=asked(*[grey_part(i, detail="original") for i in range(MAX_IMAGES // 4 + 1)])
     )
     assert "of those with more detail fewer" in answer.json()["error"]["message"]
-    answer = client.post(PATH, json=asked(*[picture(i) for i in range(10)]))
+    answer = client.post(PATH, json=asked(*[grey_part(i) for i in range(10)]))
     assert answer.json()["error"]["code"] == "context_length_exceeded"
 
 
@@ -203,9 +200,9 @@ def test_the_memory_of_waiting_images_is_bounded(monkeypatch: pytest.MonkeyPatch
         long = {"messages": ask("long"), "max_tokens": 1000}
         threads.submit(client.post, PATH, json=long)
         eventually(lambda: server.scheduler.n_active == 1)
-        waiting = threads.submit(client.post, PATH, json=asked(picture()))
+        waiting = threads.submit(client.post, PATH, json=asked(grey_part()))
         eventually(lambda: server.scheduler.n_waiting == 1)
-        answer = client.post(PATH, json=asked(picture()))
+        answer = client.post(PATH, json=asked(grey_part()))
         assert answer.status_code == 429
         assert answer.headers["retry-after"]
         model.step_seconds = 0
@@ -223,7 +220,7 @@ def test_an_image_token_without_an_image(client: httpx.Client, model: SeeingMode
 
 def test_a_body_with_photographs(client: httpx.Client) -> None:
     """Larger than what a model of texts takes, within what one of images does."""
-    body = asked(picture()) | {"metadata": {"note": " " * (9 << 20)}}
+    body = asked(grey_part()) | {"metadata": {"note": " " * (9 << 20)}}
     assert client.post(PATH, json=body).status_code == 200
     answer = client.post(PATH, content=b" " * ((32 << 20) + 1))
     assert answer.status_code == 413
@@ -233,7 +230,7 @@ def test_a_body_with_photographs(client: httpx.Client) -> None:
 def test_a_model_without_vision() -> None:
     with serving(ScriptedModel(script)) as (address, _), httpx.Client(base_url=address) as client:
         assert client.get("/v1/models").json()["data"][0]["vision"] is False
-        answer = client.post(PATH, json=asked(picture(), TEXT))
+        answer = client.post(PATH, json=asked(grey_part(), TEXT))
         assert answer.status_code == 400
         assert "without a vision file" in answer.json()["error"]["message"]
         answer = client.post(PATH, content=b" " * ((8 << 20) + 1))

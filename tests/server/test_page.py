@@ -44,14 +44,8 @@ def test_the_page_needs_no_key_but_the_api_does(model: ScriptedModel) -> None:
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[chromium.Browser]:
-    program = chromium.find()
-    if program is None:
-        pytest.skip("NOT CHECKED: the page in a browser; there is no chromium (set PYDIFFUSION_CHROMIUM)")
-    opened = chromium.Browser(program, tmp_path)
-    try:
+    with chromium.opened(tmp_path) as opened:
         yield opened
-    finally:
-        opened.close()
 
 
 def say(browser: chromium.Browser, message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import chromium
+from support.images import file_bytes
 from support.seeing_model import FakeTower, SeeingModel
 from support.server_fakes import ScriptedModel, script, serving
 
@@ -55,14 +55,8 @@ def url(model: SeeingModel) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Browser]:
-    program = chromium.find()
-    if program is None:
-        pytest.skip("NOT CHECKED: the page in a browser; there is no chromium (set PYDIFFUSION_CHROMIUM)")
-    opened = chromium.Browser(program, tmp_path_factory.mktemp("chromium"))
-    try:
-        yield opened
-    finally:
-        opened.close()
+    with chromium.opened(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
 
 
 @pytest.fixture
@@ -81,13 +75,7 @@ def load(browser: chromium.Browser, url: str) -> chromium.Browser:
 
 
 def png(colour: str, size: tuple[int, int] = (8, 6)) -> str:
-    return base64.b64encode(encoded(Image.new("RGB", size, colour), "PNG")).decode()
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+    return base64.b64encode(file_bytes(Image.new("RGB", size, colour), "PNG")).decode()
 
 
 def files(*colours: str) -> str:
@@ -224,7 +212,7 @@ def test_a_large_photograph_is_made_smaller(browser: chromium.Browser, model: Se
     photograph = Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
-    file = encoded(photograph, "JPEG", quality=95, exif=exif.tobytes())
+    file = file_bytes(photograph, "JPEG", quality=95, exif=exif.tobytes())
     assert len(file) > 1 << 20
     browser.run(f"drop([['photo.jpg', 'image/jpeg', '{base64.b64encode(file).decode()}']])")
     browser.wait_for("attached.items.length === 1")

@@ -8,14 +8,31 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 
 def find() -> str | None:
     """The browser's program, or None."""
     names = ("chromium", "chromium-browser", "google-chrome")
     return os.environ.get("PYDIFFUSION_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Browser]:
+    """A browser that keeps its files in a folder; where none is installed, the test is skipped."""
+    program = find()
+    if program is None:
+        pytest.skip("NOT CHECKED: the page in a browser; there is no chromium (set PYDIFFUSION_CHROMIUM)")
+    browser = Browser(program, folder)
+    try:
+        yield browser
+    finally:
+        browser.close()
 
 
 class Browser:

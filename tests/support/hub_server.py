@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -24,6 +28,24 @@ class Hub(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Hub]:
+    """A hub of that folder."""
+    with Hub(folder) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        try:
+            yield hub
+        finally:
+            hub.shutdown()
+
+
+def environment(hub: Hub, home: Path, **more: str) -> dict[str, str]:
+    """Variables of a program that knows this hub alone and has its cache in ``home``."""
+    outside = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "NO_PROXY": "*", "no_proxy": "*"}
+    return outside | own | more
 
 
 class _Handler(BaseHTTPRequestHandler):

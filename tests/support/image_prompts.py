@@ -44,11 +44,11 @@ class ImagePrompt:
         return self.ids == IMAGE
 
 
-def image_prompt(d: int, n_vocab: int, parts: Sequence[int | tuple[int]], seed: int = 0) -> ImagePrompt:
+def image_prompt(d: int, n_vocab: int, parts: Sequence[int | tuple[int]]) -> ImagePrompt:
     """Text and images in turns: a number is that many random tokens, ``(n,)`` an image of n soft tokens
     between its begin and end token. Features are as loud as scaled embeddings, each dimension otherwise.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     ids: list[int] = []
     images: list[Placed] = []
     for part in parts:
@@ -57,7 +57,7 @@ def image_prompt(d: int, n_vocab: int, parts: Sequence[int | tuple[int]], seed: 
             continue
         (n,) = part
         features = rng.standard_normal((n, d)) * rng.uniform(2.0, 10.0, d) + rng.standard_normal(d)
-        images.append((len(ids) + 1, features.astype(np.float32), bytes([seed % 256, len(images)])))
+        images.append((len(ids) + 1, features.astype(np.float32), bytes([len(images)])))
         ids += [BEGIN, *[IMAGE] * n, END]
     return ImagePrompt(np.asarray(ids, np.int32), images)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from pydiffusion.tokenizer import Tokenizer, TokenType
 from pydiffusion.vision.loading import open_image
 from pydiffusion.vision.preprocessing import PreparedImage, cut, image_key
 from pydiffusion.vision.recent import Recent
+from support.images import file_bytes
 from support.server_fakes import Script, ScriptedModel, metadata
 
 _PATCH, _POOLING = 4, 2
@@ -80,15 +80,18 @@ def seeing_metadata() -> dict[str, Any]:
 
 def png(color: int = 128, size: tuple[int, int] = (40, 30)) -> bytes:
     """A PNG of one grey."""
-    file = io.BytesIO()
-    Image.new("L", size, color).save(file, "PNG")
-    return file.getvalue()
+    return file_bytes(Image.new("L", size, color), "PNG")
 
 
 def data_url(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def picture(color: int = 128, **more: Any) -> dict[str, Any]:
-    """A part of a message, as OpenAI's API has it."""
-    return {"type": "image_url", "image_url": {"url": data_url(png(color)), **more}}
+def image_part(data: bytes, kind: str = "image/png", **more: Any) -> dict[str, Any]:
+    """A file as a part of a message, as OpenAI's API has it."""
+    return {"type": "image_url", "image_url": {"url": data_url(data, kind), **more}}
+
+
+def grey_part(color: int = 128, **more: Any) -> dict[str, Any]:
+    """A picture of one grey as a part of a message."""
+    return image_part(png(color), **more)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from support.fake_vision import give_vision, picture
+from support.fake_vision import give_vision, noise
 
 from pydiffusion import DiffusionModel, ModelFormatError
 
@@ -27,7 +27,7 @@ def model(gguf_file: Callable[..., Path]) -> DiffusionModel:
 @pytest.fixture
 def saved(model: DiffusionModel, tmp_path: Path) -> Path:
     session = model.new_session()
-    session.encode([20, picture(0), 30])
+    session.encode([20, noise(0), 30])
     session.save(tmp_path / "session")
     return tmp_path / "session"
 
@@ -51,4 +51,23 @@ def test_images_at_impossible_places(images: Any, model: DiffusionModel, saved: 
 def test_arrays_of_other_dimensions(name: str, model: DiffusionModel, saved: Path) -> None:
     rewrite(saved, lambda arrays, _: arrays.update({name: arrays[name][None]}))
     with pytest.raises(ModelFormatError, match=rf"session file: {name} has the shape \[1, .* dimensions"):
+        model.load_session(saved)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        (b'"images":"[[2', b'"images":"[[3', "must be"),
+        (b'"images":"[[2', b'"images":"[[-', "damaged"),
+        (b'"images":"[[2', b'"images":"{{2', "damaged"),
+        (b'"images":"', b'"imagex":"', "damaged"),
+        (b'"image.0"', b'"image.1"', "image.0"),
+        (b"[24,256]", b"[48,128]", "256"),
+    ],
+)
+def test_changed_bytes(old: bytes, new: bytes, why: str, model: DiffusionModel, saved: Path) -> None:
+    whole = saved.read_bytes()
+    assert whole.count(old) == 1
+    saved.write_bytes(whole.replace(old, new))
+    with pytest.raises(ModelFormatError, match=why):
         model.load_session(saved)

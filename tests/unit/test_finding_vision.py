@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.hub_server import Hub
-from support.vision_fakes import FakeNativeModel, write_mmproj
+from support.fake_vision import FakeSource, write_mmproj
+from support.hub_server import environment, serving
+from support.paths import REPOSITORY
 
 from pydiffusion.errors import UnsupportedModelError
 from pydiffusion.vision.methods import ModelVision
 
 
-def vision_of(folder: Path, native: FakeNativeModel, mmproj: object = "auto") -> ModelVision:
+def vision_of(folder: Path, native: FakeSource, mmproj: object = "auto") -> ModelVision:
     model = SimpleNamespace(path=folder / "m.gguf", hparams={"n_embd": 8})
     return ModelVision(model, native, mmproj)
 
@@ -27,7 +27,7 @@ def test_one_file_beside_the_model(tmp_path: Path) -> None:
     write_mmproj(tmp_path / "mmproj-other.gguf", n_embd=16)
     write_mmproj(tmp_path / "mmproj-no-tower.gguf", architecture="llama")
     (tmp_path / "mmproj.txt").write_text("no model")
-    native = FakeNativeModel()
+    native = FakeSource()
     vision = vision_of(tmp_path, native)
     assert vision.tower is not None and vision.tower.path == path
     assert native.opened == [], "loaded on first use"
@@ -38,13 +38,13 @@ def test_one_file_beside_the_model(tmp_path: Path) -> None:
 def test_a_given_file_is_loaded_at_once(tmp_path: Path) -> None:
     path = write_mmproj(tmp_path / "tower.gguf")
     for given in (path, str(path)):
-        native = FakeNativeModel()
+        native = FakeSource()
         assert vision_of(tmp_path, native, given).tower.path == path
         assert native.opened == [path]
     with pytest.raises(FileNotFoundError):
-        vision_of(tmp_path, FakeNativeModel(), tmp_path / "missing.gguf")
+        vision_of(tmp_path, FakeSource(), tmp_path / "missing.gguf")
     with pytest.raises(UnsupportedModelError, match="no image tokens"):
-        vision_of(tmp_path, FakeNativeModel(image_tokens={}), path)
+        vision_of(tmp_path, FakeSource(image_tokens={}), path)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_given_file_is_loaded_at_once(tmp_path: Path) -> None:
 def test_none_or_several(tmp_path: Path, files: dict[str, int], message: str) -> None:
     for name, n_embd in files.items():
         write_mmproj(tmp_path / name, n_embd)
-    vision = vision_of(tmp_path, FakeNativeModel())
+    vision = vision_of(tmp_path, FakeSource())
     assert vision.tower is None
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         vision.require()
@@ -70,12 +70,12 @@ def test_none_or_several(tmp_path: Path, files: dict[str, int], message: str) ->
 
 def test_models_without_image_tokens(tmp_path: Path) -> None:
     write_mmproj(tmp_path / "mmproj.gguf")
-    vision = vision_of(tmp_path, FakeNativeModel(image_tokens={}))
+    vision = vision_of(tmp_path, FakeSource(image_tokens={}))
     assert vision.tower is None
     with pytest.raises(UnsupportedModelError, match="no image tokens"):
         vision.require()
     with pytest.raises(UnsupportedModelError, match="mmproj=None"):
-        vision_of(tmp_path, FakeNativeModel(), None).require()
+        vision_of(tmp_path, FakeSource(), None).require()
 
 
 CODE = """
@@ -85,10 +85,10 @@ from types import SimpleNamespace
 from pydiffusion import PyDiffusionError
 from pydiffusion._util import hub
 from pydiffusion.vision.methods import ModelVision
-from support.vision_fakes import FakeNativeModel, write_mmproj
+from support.fake_vision import FakeSource, write_mmproj
 
 def open_model():
-    return ModelVision(SimpleNamespace(path=path, hparams={"n_embd": 8}), FakeNativeModel(), "auto")
+    return ModelVision(SimpleNamespace(path=path, hparams={"n_embd": 8}), FakeSource(), "auto")
 
 def need(vision):
     try:
@@ -109,20 +109,14 @@ print("after", open_model().tower and "found", need(open_model()))
 
 def in_cache(folder: Path, home: Path, *added: Path) -> tuple[list[str], list[str]]:
     """What the code prints, and what it fetched. added: files that come to the repo in between."""
-    server = Hub(folder)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    outside = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    tests = str(Path(__file__).parent.parent)
+    tests = str(REPOSITORY / "tests")
     paths = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
-    own = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "NO_PROXY": "*", "PYTHONPATH": paths}
-    try:
-        command = [sys.executable, "-c", CODE, *map(str, added)]
-        done = subprocess.run(command, env=outside | own, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-    finally:
-        server.shutdown()
-        server.server_close()
-    return done.stdout.splitlines(), server.fetched
+    command = [sys.executable, "-c", CODE, *map(str, added)]
+    with serving(folder) as hub:
+        variables = environment(hub, home, PYTHONPATH=paths)
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), hub.fetched
 
 
 @pytest.fixture

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.hub_server import TOKEN, Hub
+from support.hub_server import TOKEN, Hub, environment, serving
 
 pytest.importorskip("huggingface_hub", reason="NOT CHECKED: from_pretrained (huggingface_hub is missing)")
 
@@ -33,18 +31,13 @@ def hub(tmp_path: Path, gguf_file: Callable[..., Path]) -> Iterator[Hub]:
     shutil.copy(gguf_file("small", "q8_0"), folder / "small-q8_0.gguf")
     whole, parts = str(gguf_file("small", "q8_0")), str(folder / "parts/two.gguf")
     assert main(["split", whole, parts, "--split-max-size", "1M"]) == 0
-    server = Hub(folder)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(folder) as server:
+        yield server
 
 
 def load(hub: Hub, home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    outside = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "NO_PROXY": "*", "no_proxy": "*", **more}
     return subprocess.run(
-        [sys.executable, "-c", CODE, *arguments], env=outside | own, cwd=home.parent,
+        [sys.executable, "-c", CODE, *arguments], env=environment(hub, home, **more), cwd=home.parent,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
@@ -66,7 +59,7 @@ def test_a_pattern_and_all_parts_of_a_split_model(hub: Hub, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("repo", "name", "environment", "message"),
+    ("repo", "name", "variables", "message"),
     [
         ("org/open", "none.gguf", {}, "org/open/none.gguf: the repo has no such file"),
         ("org/open", "small*", {}, "several files match 'small*'; it has small-f32.gguf, small-q8_0.gguf"),
@@ -78,8 +71,8 @@ def test_a_pattern_and_all_parts_of_a_split_model(hub: Hub, tmp_path: Path) -> N
     ],
 )
 def test_unavailable_files_are_explained(
-    hub: Hub, tmp_path: Path, repo: str, name: str, environment: dict[str, str], message: str
+    hub: Hub, tmp_path: Path, repo: str, name: str, variables: dict[str, str], message: str
 ) -> None:
-    done = load(hub, tmp_path / "home", repo, name, **environment)
+    done = load(hub, tmp_path / "home", repo, name, **variables)
     assert done.returncode == 1 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr

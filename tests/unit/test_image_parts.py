@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support.seeing_model import SeeingModel, data_url, picture, png
+from support.seeing_model import SeeingModel, data_url, grey_part, image_part, png
 from support.server_fakes import ScriptedModel, ask, script
 
 from pydiffusion import UnsupportedModelError
@@ -38,11 +38,11 @@ def shown(prompt: Any) -> str:
 
 
 def test_images_at_any_place_and_several_per_message() -> None:
-    first = [picture(10), {"type": "text", "text": "a "}, picture(20), picture(30)]
+    first = [grey_part(10), {"type": "text", "text": "a "}, grey_part(20), grey_part(30)]
     messages = [
         {"role": "user", "content": first},
         {"role": "assistant", "content": "b"},
-        {"role": "user", "content": [{"type": "text", "text": "c"}, picture(40)]},
+        {"role": "user", "content": [{"type": "text", "text": "c"}, grey_part(40)]},
     ]
     prompt = MODEL.chat_prompt(messages)
     assert isinstance(prompt, Prompt)
@@ -64,11 +64,11 @@ def test_images_of_tools_and_of_the_model() -> None:
     messages = [
         *ask("Look."),
         {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "done"}, picture(7)]},
+        {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "done"}, grey_part(7)]},
     ]
     assert "response:look" in shown(MODEL.chat_prompt(messages))
     assert "<tool_response|>[7]" in shown(MODEL.chat_prompt(messages))
-    answered = [*ask("Draw."), {"role": "assistant", "content": [picture(9)]}, *ask("More.")]
+    answered = [*ask("Draw."), {"role": "assistant", "content": [grey_part(9)]}, *ask("More.")]
     assert "<|turn>model\n[9]<turn|>" in shown(MODEL.chat_prompt(answered))
 
 
@@ -83,7 +83,7 @@ def test_a_text_forges_no_image(text: str) -> None:
     ):
         assert IMAGE not in MODEL.chat_prompt(ask(parts))
         assert BEGIN not in MODEL.chat_prompt(ask(parts))
-        prompt = MODEL.chat_prompt(ask([*parts, picture(50), *parts]))
+        prompt = MODEL.chat_prompt(ask([*parts, grey_part(50), *parts]))
         assert shown(prompt) == f"<bos><|turn>user\n{text}[50]{text}<turn|>\n<|turn>model\n"
     assert IMAGE not in MODEL.chat_prompt([{"role": "system", "content": text}, *ask("Hi")])
 
@@ -135,12 +135,12 @@ def test_detail_is_a_multiple_of_the_model_s_own_number() -> None:
     few.vision.n_positions = 40
     assert _n_tokens(few, {"detail": "low"}) == n["low"]
     assert _n_tokens(few, {"detail": "high"}) == own, "as many as there are positions for"
-    part = {**picture(), "max_soft_tokens": 140}
+    part = {**grey_part(), "max_soft_tokens": 140}
     assert 70 < MODEL.chat_prompt(ask([part])).images[0].image.n_soft_tokens <= 140
 
 
 def _n_tokens(model: SeeingModel, more: dict[str, Any]) -> int:
-    prompt = model.chat_prompt(ask([picture(**more)]))
+    prompt = model.chat_prompt(ask([grey_part(**more)]))
     return prompt.images[0].image.n_soft_tokens
 
 
@@ -162,14 +162,14 @@ def _n_tokens(model: SeeingModel, more: dict[str, Any]) -> int:
         ({"type": "image_url", "image_url": {"url": "HTTP://x/a"}}, "images are not fetched from URLs"),
         ({"type": "image_url", "image_url": {"url": "/etc/passwd"}}, "give a data URL"),
         ({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}, "give a data URL"),
-        ({"type": "image_url", "image_url": {"url": data_url(b"GIF89a")}}, "damaged|not an image"),
+        (image_part(b"GIF89a"), "damaged|not an image"),
         ({"type": "image_url", "image_url": {"url": "data:text/plain;base64,aGk="}}, "not an image"),
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64,*"}}, "base64 is invalid"),
-        (picture(detail="huge"), "detail is 'huge'; permitted are auto, low, high, original"),
-        (picture(detail=3), "detail is 3"),
-        ({**picture(), "max_soft_tokens": 0}, "max_soft_tokens is 0"),
-        ({**picture(), "max_soft_tokens": "280"}, "max_soft_tokens is '280'"),
-        ({**picture(), "max_soft_tokens": 10**400}, "max_soft_tokens is 100000"),
+        (grey_part(detail="huge"), "detail is 'huge'; permitted are auto, low, high, original"),
+        (grey_part(detail=3), "detail is 3"),
+        ({**grey_part(), "max_soft_tokens": 0}, "max_soft_tokens is 0"),
+        ({**grey_part(), "max_soft_tokens": "280"}, "max_soft_tokens is '280'"),
+        ({**grey_part(), "max_soft_tokens": 10**400}, "max_soft_tokens is 100000"),
     ],
 )
 def test_an_image_that_can_t_be_read_is_refused_by_place(part: dict[str, Any], what: str) -> None:
@@ -187,7 +187,7 @@ def test_errors_of_images_can_be_pickled() -> None:
 def test_a_model_without_a_vision_file_says_so() -> None:
     model = ScriptedModel(script)
     with pytest.raises(UnsupportedModelError, match=r"without a vision file.*--mmproj FILE"):
-        model.chat_prompt(ask([picture()]))
+        model.chat_prompt(ask([grey_part()]))
 
 
 @pytest.mark.parametrize(
@@ -205,13 +205,13 @@ def test_a_template_without_a_place_for_an_image(template: str, what: str) -> No
     model = SeeingModel(script)
     model.metadata["tokenizer.chat_template"] = template
     with pytest.raises(ValueError, match=what):
-        model.chat_prompt(ask([{"type": "text", "text": "a"}, picture()]))
+        model.chat_prompt(ask([{"type": "text", "text": "a"}, grey_part()]))
 
 
 def test_an_image_beside_calls_is_refused() -> None:
     """A template writes results of tools between an assistant's calls and its content."""
     call = {"id": "a", "type": "function", "function": {"name": "look", "arguments": "{}"}}
-    messages = [*ask("Look."), {"role": "assistant", "content": [picture()], "tool_calls": [call]}]
+    messages = [*ask("Look."), {"role": "assistant", "content": [grey_part()], "tool_calls": [call]}]
     with pytest.raises(ImagePartError, match="an image or tool calls"):
         MODEL.chat_prompt(messages)
 
@@ -232,13 +232,13 @@ def test_reasoning_beside_an_image_is_stripped() -> None:
     template = ChatTemplate(MODEL.metadata["tokenizer.chat_template"])
     assert template.prepare(ask([{"type": "image"}])) == ask([{"type": "image"}])
     thought = "<|channel>thought\nhm<channel|>so"
-    answer = {"role": "assistant", "content": [{"type": "text", "text": thought}, picture(3)]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": thought}, grey_part(3)]}
     assert "<|turn>model\nso[3]<turn|>" in shown(MODEL.chat_prompt([*ask("Hi"), answer, *ask("Yes?")]))
 
 
 def test_the_same_image_has_the_same_key() -> None:
-    first, again = (MODEL.chat_prompt(ask([picture(77)])) for _ in range(2))
-    other = MODEL.chat_prompt(ask([picture(78)]))
+    first, again = (MODEL.chat_prompt(ask([grey_part(77)])) for _ in range(2))
+    other = MODEL.chat_prompt(ask([grey_part(78)]))
     assert np.array_equal(first.keys, again.keys)
     assert np.array_equal(first.ids, other.ids)
     assert not np.array_equal(first.keys, other.keys)
@@ -250,11 +250,11 @@ def test_each_image_of_a_conversation_is_decoded_once(tmp_path: Path) -> None:
     decoded = model.vision.images
     bytes_of = {"type": "image", "image": png(3)}
     for _ in range(2):
-        model.chat_prompt(ask([picture(1), picture(2), bytes_of]))
+        model.chat_prompt(ask([grey_part(1), grey_part(2), bytes_of]))
     assert [int(image.mean()) for image in decoded] == [1, 2, 3]
-    kept = model.chat_prompt(ask([picture(1)])).images[0].image
-    assert np.array_equal(kept.patches, MODEL.chat_prompt(ask([picture(1)])).images[0].image.patches)
-    model.chat_prompt(ask([picture(1, detail="low")]))
+    kept = model.chat_prompt(ask([grey_part(1)])).images[0].image
+    assert np.array_equal(kept.patches, MODEL.chat_prompt(ask([grey_part(1)])).images[0].image.patches)
+    model.chat_prompt(ask([grey_part(1, detail="low")]))
     assert len(decoded) == 4
     file = tmp_path / "a.png"
     for grey in (5, 6):
@@ -265,14 +265,14 @@ def test_each_image_of_a_conversation_is_decoded_once(tmp_path: Path) -> None:
 
 def test_the_memory_of_decoded_images_is_bounded() -> None:
     model = SeeingModel(script)
-    size = model.chat_prompt(ask([picture(1)])).images[0].image.patches.nbytes
+    size = model.chat_prompt(ask([grey_part(1)])).images[0].image.patches.nbytes
     model.vision.prepared.max_bytes = 2 * size
     for grey in (2, 3, 2, 4, 2, 3):
-        model.chat_prompt(ask([picture(grey)]))
+        model.chat_prompt(ask([grey_part(grey)]))
     assert [int(image.mean()) for image in model.vision.images] == [1, 2, 3, 4, 3], "the last ones used stay"
     model.vision.prepared.max_bytes = 1
     for _ in range(2):
-        model.chat_prompt(ask([picture(7)]))
+        model.chat_prompt(ask([grey_part(7)]))
     assert [int(image.mean()) for image in model.vision.images[5:]] == [7], "one over the limit stays"
 
 
@@ -286,7 +286,7 @@ def test_the_data_of_an_image_is_read_once(monkeypatch: pytest.MonkeyPatch) -> N
         )
     fetched = ImageRules(fetch=lambda url: png(int(url[-1])))
     part = {"type": "image_url", "image_url": {"url": "https://host/9"}}
-    messages = ask([picture(1), read_image_part(part, "messages[0].content[1]", fetched), picture(2)])
+    messages = ask([grey_part(1), read_image_part(part, "messages[0].content[1]", fetched), grey_part(2)])
     assert shown(SeeingModel(script).chat_prompt(messages)) == shown(MODEL.chat_prompt(messages))
     assert sorted(calls) == 6 * ["_key"] + 4 * ["decode_data_url"], "of two prompts"
 
@@ -294,7 +294,7 @@ def test_the_data_of_an_image_is_read_once(monkeypatch: pytest.MonkeyPatch) -> N
 def test_chats_of_the_library() -> None:
     """A prompt with images goes the way of every other one; a second question runs no tower."""
     model = SeeingModel(script, n_ctx=2048)
-    messages = ask([picture(5), {"type": "text", "text": "What?"}])
+    messages = ask([grey_part(5), {"type": "text", "text": "What?"}])
     n_prompt = len(model.chat_prompt(messages))
     session = model.new_session()
     answer = model.chat(messages, seed=1, session=session)
@@ -303,7 +303,7 @@ def test_chats_of_the_library() -> None:
     more = [*messages, {"role": "assistant", "content": answer.text}, *ask("Sure?")]
     assert model.chat(more, seed=1, session=session).n_cached >= n_prompt
     assert model.vision.n_encoded == 1
-    assert model.chat([*ask([picture(6)])], seed=1, session=session).n_cached < 10
+    assert model.chat([*ask([grey_part(6)])], seed=1, session=session).n_cached < 10
     assert [event.text for event in model.stream_chat(messages, seed=1) if hasattr(event, "parts")]
     batch = dict(model.chat_batch([messages, ask("Hi"), ask([{"type": "image"}])], seed=1))
     assert batch[0].n_prompt == n_prompt

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.fake_vision import INFO, FakeSource, write_mmproj
 from support.images import file_bytes, pattern
-from support.vision_fakes import INFO, FakeNativeModel, write_mmproj
 
 from pydiffusion import ImageError, PyDiffusionError
 from pydiffusion.vision import preprocess
@@ -24,7 +24,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_it_is_loaded_on_first_use(path: Path) -> None:
-    model = FakeNativeModel()
+    model = FakeSource()
     vision = VisionTower(path, model)
     assert model.opened == []
     assert vision.max_soft_tokens == 70 and vision.info == INFO
@@ -33,7 +33,7 @@ def test_it_is_loaded_on_first_use(path: Path) -> None:
 
 
 def test_an_image_is_prepared_as_preprocess_does(path: Path) -> None:
-    vision = VisionTower(path, FakeNativeModel())
+    vision = VisionTower(path, FakeSource())
     for n in (None, 70, 140):
         image = vision.prepare(ARRAY, n)
         patches, positions = preprocess(ARRAY, n or 70, 4, 3)
@@ -43,7 +43,7 @@ def test_an_image_is_prepared_as_preprocess_does(path: Path) -> None:
 
 
 def test_the_files_own_number_of_soft_tokens(path: Path) -> None:
-    vision = VisionTower(path, FakeNativeModel(max_soft_tokens=12))
+    vision = VisionTower(path, FakeSource(max_soft_tokens=12))
     assert vision.prepare(ARRAY).n_soft_tokens <= 12
     assert vision.prepare(ARRAY, 12).n_soft_tokens <= 12
     with pytest.raises(
@@ -53,7 +53,7 @@ def test_the_files_own_number_of_soft_tokens(path: Path) -> None:
 
 
 def test_keys_depend_on_pixels_options_and_tower_only(path: Path, tmp_path: Path) -> None:
-    vision = VisionTower(path, FakeNativeModel())
+    vision = VisionTower(path, FakeSource())
     image = Image.fromarray(ARRAY)
     (tmp_path / "a.png").write_bytes(file_bytes(image, "PNG"))
     same = [ARRAY, image, tmp_path / "a.png", file_bytes(image, "PNG"), ARRAY / 255]
@@ -61,8 +61,8 @@ def test_keys_depend_on_pixels_options_and_tower_only(path: Path, tmp_path: Path
     changed = ARRAY.copy()
     changed[20, 30] ^= 128
     (tmp_path / "other").mkdir()
-    other = VisionTower(write_mmproj(tmp_path / "other/mmproj.gguf", content=1.0), FakeNativeModel())
-    moved = VisionTower(write_mmproj(tmp_path / "other/moved.gguf"), FakeNativeModel())
+    other = VisionTower(write_mmproj(tmp_path / "other/mmproj.gguf", content=1.0), FakeSource())
+    moved = VisionTower(write_mmproj(tmp_path / "other/moved.gguf"), FakeSource())
     keys = [vision.prepare(changed).key, vision.prepare(ARRAY, 140).key, other.prepare(ARRAY).key]
     # The same patches, side by side or one below the other.
     keys += [
@@ -74,7 +74,7 @@ def test_keys_depend_on_pixels_options_and_tower_only(path: Path, tmp_path: Path
 
 
 def test_an_image_is_encoded_once(path: Path) -> None:
-    model = FakeNativeModel()
+    model = FakeSource()
     vision = VisionTower(path, model)
     first, again = vision.prepare(ARRAY), vision.prepare(Image.fromarray(ARRAY))
     features = vision.features(first)
@@ -86,7 +86,7 @@ def test_an_image_is_encoded_once(path: Path) -> None:
 
 
 def test_threads_share_one_run(path: Path) -> None:
-    model = FakeNativeModel()
+    model = FakeSource()
     vision = VisionTower(path, model)
     image, other = vision.prepare(ARRAY), vision.prepare(255 - ARRAY)
     found: list[np.ndarray] = []
@@ -103,7 +103,7 @@ def test_threads_share_one_run(path: Path) -> None:
 
 
 def test_the_least_recently_used_features_go_first(path: Path) -> None:
-    vision = VisionTower(path, FakeNativeModel())
+    vision = VisionTower(path, FakeSource())
     images = [vision.prepare(ARRAY ^ np.uint8(1 << i)) for i in range(4)]
     one = vision.features(images[0]).nbytes
     vision._features.max_bytes = 3 * one
@@ -122,7 +122,7 @@ def test_the_least_recently_used_features_go_first(path: Path) -> None:
 
 
 def test_a_run_that_fails_leaves_nothing_behind(path: Path) -> None:
-    model = FakeNativeModel()
+    model = FakeSource()
     vision = VisionTower(path, model)
     image = vision.prepare(ARRAY)
     for error in (KeyboardInterrupt(), MemoryError()):
@@ -135,8 +135,8 @@ def test_a_run_that_fails_leaves_nothing_behind(path: Path) -> None:
 
 def test_an_image_beyond_the_position_table(path: Path) -> None:
     strip = np.zeros((12, 12 * 22), np.uint8)  # 39 soft tokens in a row: the whole part of (70 * 22) ** 0.5
-    assert VisionTower(path, FakeNativeModel(n_positions=117)).prepare(strip).positions.max() == 116
-    vision = VisionTower(path, FakeNativeModel(n_positions=116))
+    assert VisionTower(path, FakeSource(n_positions=117)).prepare(strip).positions.max() == 116
+    vision = VisionTower(path, FakeSource(n_positions=116))
     with pytest.raises(ImageError, match=r"264 x 12 pixels has 117 patches .* 116 positions") as caught:
         vision.prepare(strip)
     assert "\n" not in str(caught.value)
@@ -145,7 +145,7 @@ def test_an_image_beyond_the_position_table(path: Path) -> None:
 
 
 def test_after_close(path: Path) -> None:
-    vision = VisionTower(path, FakeNativeModel())
+    vision = VisionTower(path, FakeSource())
     image = vision.prepare(ARRAY)
     vision.close()
     for call in (lambda: vision.features(image), lambda: vision.prepare(ARRAY), vision.load):
@@ -154,7 +154,7 @@ def test_after_close(path: Path) -> None:
 
 
 def test_a_file_that_is_missing(tmp_path: Path) -> None:
-    model = FakeNativeModel()
+    model = FakeSource()
     with pytest.raises(FileNotFoundError):
         VisionTower(tmp_path / "missing.gguf", model).load()
     assert model.opened == []

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
 from PIL import Image, features
-from support.seeing_model import SeeingModel, data_url, png
+from support.images import file_bytes
+from support.seeing_model import SeeingModel, image_part, png
 from support.server_fakes import ask, script
 
 from pydiffusion.chat.image_parts import ImagePartError
@@ -16,16 +16,10 @@ from pydiffusion.generation import chat_images
 from pydiffusion.vision.loading import open_image, pixels_to_decode
 
 
-def part(data: bytes) -> dict[str, object]:
-    return {"type": "image_url", "image_url": {"url": data_url(data)}}
-
-
 @pytest.mark.skipif(not features.check("jpg_2000"), reason="this Pillow has no JPEG 2000")
 def test_jpeg_2000_is_smaller() -> None:
     """Its decoder stops all other threads; the header of a small file says that it has many pixels."""
-    file = io.BytesIO()
-    Image.new("L", (64, 64)).save(file, "JPEG2000")
-    data = file.getvalue()
+    data = file_bytes(Image.new("L", (64, 64)), "JPEG2000")
     assert open_image(data).size == (64, 64)
     grown = data.replace((64).to_bytes(4, "big"), (4001).to_bytes(4, "big"))
     with pytest.raises(ImageError, match="4001 x 4001 pixels; at most 16 million of JPEG 2000 are decoded"):
@@ -44,7 +38,7 @@ def test_pixels_by_the_header(tmp_path: Path) -> None:
 def test_all_images_of_a_prompt_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_images, "MAX_PIXELS_TOGETHER", 3_000_000)
     model = SeeingModel(script, n_ctx=4096)
-    big = [part(png(color, size=(1000, 1000))) for color in range(8)]
+    big = [image_part(png(color, size=(1000, 1000))) for color in range(8)]
     assert len(model.chat_prompt(ask(big[:3])).images) == 3
     assert len(model.chat_prompt(ask(big[:3] + big[:3])).images) == 6  # kept, so not decoded again
     model.vision.images.clear()
