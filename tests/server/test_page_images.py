@@ -171,6 +171,24 @@ def test_a_server_with_a_key(opened: chromium.Browser, model: SeeingModel) -> No
         opened.run("sessionStorage.clear()")
 
 
+def test_a_key_is_asked_for_only_where_there_is_one(browser: chromium.Browser) -> None:
+    """An image may come before the server's first answer, or after the server was away."""
+    browser.run("reads = null; key = 'mine'; window.prompt = () => { key = 'asked' }")
+    browser.run(f"drop({files('red')})")
+    browser.wait_for("attached.items.length === 1")
+    assert browser.run("[reads, key]") == [True, "mine"]
+    browser.run("reads = null; window.fetch = () => Promise.reject(new Error())")
+    browser.run(f"drop({files('red')})")
+    browser.wait_for(f"{NOTICE}.endsWith('does not answer.')")
+    assert browser.run("[reads, key]") == [None, "mine"]
+
+
+def test_a_new_chat_drops_images_still_being_read(browser: chromium.Browser) -> None:
+    browser.run(f"drop({files('red')}); document.getElementById('clear').click()")
+    browser.run(f"drop({files('blue')}); attached.ready")
+    assert thumbnails(browser) == ["blue.png"]
+
+
 def test_what_is_refused_is_said(browser: chromium.Browser, model: SeeingModel) -> None:
     # text with a picture of it beside is text
     assert not browser.run(f"paste({files('red')}, 'a table')")
