@@ -77,7 +77,8 @@ void add_vision_tower(SessionNeeds& needs, const std::string& mmproj, const Hpar
     const VisionHparams vision(*file);
     vision.require_size(*file, hp.n_embd);
     const VisionMemory memory = vision_memory(*file, vision, type);
-    needs.image_tokens = vision.max_soft_tokens;
+    needs.image_tokens = kMaxSoftTokens;
+    needs.usual_image_tokens = vision.max_soft_tokens;
     needs.vision_weights = memory.weights;
     needs.vision_work = memory.work;
 }
