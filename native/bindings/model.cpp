@@ -252,7 +252,8 @@ nb::dict plan(const std::string& path, const std::string& device, const std::vec
     if (device == "cpu") needs_of(request, hp, type, {});  // nothing is planned, but a broken tower is told
     nb::list shares;
     if (device_plan.any()) {
-        const std::vector<DeviceUse> uses = device_use(file, hp, device_plan, resolved.needs, resolved.memory);
+        const std::vector<DeviceUse> uses =
+            device_use(file, hp, device_plan, resolved.needs, resolved.memory);
         for (size_t i = 0; i < uses.size(); ++i) {
             nb::dict share = to_dict(uses[i]);
             share["device"] = resolved.devices[i];

@@ -39,8 +39,7 @@ nb::dict tensor_types() {
     for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
         const auto type = static_cast<ggml_type>(i);
         if (ggml_blck_size(type) == 0) continue;
-        types[upper_type_name(type).c_str()] =
-            nb::make_tuple(i, ggml_blck_size(type), ggml_type_size(type));
+        types[upper_type_name(type).c_str()] = nb::make_tuple(i, ggml_blck_size(type), ggml_type_size(type));
     }
     return types;
 }

@@ -72,8 +72,8 @@ class Loader {
     WeightsLoader load_;
 };
 
-// The plan may have the text model's quantized matrices as BF16. It counts the tower as it is in the file (see
-// vision_memory.h): BF16 would take memory that is not in the plan.
+// The plan may have the text model's quantized matrices as BF16. It counts the tower as it is in the file
+// (see vision_memory.h): BF16 would take memory that is not in the plan.
 DevicePlan with_types_of_file(DevicePlan plan) {
     plan.dense_bf16 = false;
     return plan;
