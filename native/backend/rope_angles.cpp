@@ -6,19 +6,19 @@
 namespace pydiffusion {
 
 void AxialInputs::add(GraphInputs& inputs, int32_t device, int64_t n_tokens) {
-    columns = inputs.add(device, GGML_TYPE_I32, n_tokens);
-    rows = inputs.add(device, GGML_TYPE_I32, n_tokens);
+    x = inputs.add(device, GGML_TYPE_I32, n_tokens);
+    y = inputs.add(device, GGML_TYPE_I32, n_tokens);
 }
 
 void AxialInputs::write(const std::vector<AxialPosition>& positions) const {
-    if (!columns) return;
+    if (!x) return;
     std::vector<int32_t> values(positions.size());
     const auto set = [&](ggml_tensor* input, int32_t AxialPosition::* axis) {
         for (size_t i = 0; i < positions.size(); ++i) values[i] = positions[i].*axis;
         ggml_backend_tensor_set(input, values.data(), 0, values.size() * sizeof(int32_t));
     };
-    set(columns, &AxialPosition::x);
-    set(rows, &AxialPosition::y);
+    set(x, &AxialPosition::x);
+    set(y, &AxialPosition::y);
 }
 
 ggml_tensor* RopeAngles::view(const Rope& rope, int64_t head_dim, int64_t first, int64_t n) {

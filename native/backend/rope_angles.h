@@ -22,9 +22,9 @@ struct AxialPosition {
     int32_t x, y;
 };
 
-// Columns and rows of a graph's tokens as inputs of it, I32 [n_tokens]; null until they are added.
+// Positions of a graph's tokens as inputs of it, I32 [n_tokens] of each axis; null until they are added.
 struct AxialInputs {
-    ggml_tensor *columns = nullptr, *rows = nullptr;
+    ggml_tensor *x = nullptr, *y = nullptr;
 
     void add(GraphInputs& inputs, int32_t device, int64_t n_tokens);
     // After the graph is allocated; of every token, unless there are no inputs.

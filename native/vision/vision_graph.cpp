@@ -39,8 +39,8 @@ ggml_tensor* VisionGraph::embed(ggml_tensor* patches) {
         return ggml_view_2d(ctx(), all, all->ne[0], all->ne[1], all->nb[1], axis * all->nb[2]);
     };
     ggml_tensor* x = ops_->matmul({kernel}, patches);
-    x = ggml_add(ctx(), x, ggml_get_rows(ctx(), table(0), axes_.columns));
-    return ggml_add(ctx(), x, ggml_get_rows(ctx(), table(1), axes_.rows));
+    x = ggml_add(ctx(), x, ggml_get_rows(ctx(), table(0), axes_.x));
+    return ggml_add(ctx(), x, ggml_get_rows(ctx(), table(1), axes_.y));
 }
 
 ggml_tensor* VisionGraph::limited(ggml_tensor* x, const Bounds& bounds) {

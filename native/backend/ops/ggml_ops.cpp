@@ -48,7 +48,7 @@ void GgmlOps::set_positions(const std::vector<int32_t>& positions) {
 }
 
 ggml_tensor* GgmlOps::rotate_axes(ggml_tensor* x, ggml_tensor* norm, const Rope& rope) {
-    if (!axes_.columns) axes_.add(c_.inputs, rope.device, c_.n_tokens);
+    if (!axes_.x) axes_.add(c_.inputs, rope.device, c_.n_tokens);
     ggml_tensor* normed = rms_norm(x, norm, {});
     const int64_t half = x->ne[0] / 2;
     const auto rotated = [&](int64_t first, ggml_tensor* positions) {
@@ -57,8 +57,8 @@ ggml_tensor* GgmlOps::rotate_axes(ggml_tensor* x, ggml_tensor* norm, const Rope&
         return ggml_rope_ext(c_.ctx, part, positions, nullptr, static_cast<int>(half), GGML_ROPE_TYPE_NEOX,
                              rope.n_ctx_train, rope.base, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
     };
-    ggml_tensor* left = rotated(0, axes_.columns);
-    return ggml_concat(c_.ctx, left, rotated(half, axes_.rows), 0);
+    ggml_tensor* left = rotated(0, axes_.x);
+    return ggml_concat(c_.ctx, left, rotated(half, axes_.y), 0);
 }
 
 void GgmlOps::set_axial_positions(const std::vector<AxialPosition>& positions) { axes_.write(positions); }
