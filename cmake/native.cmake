@@ -25,6 +25,7 @@ add_library(pydiffusion_native STATIC
     native/backend/expert_nodes.cpp
     native/backend/graph_executor.cpp
     native/backend/graph_inputs.cpp
+    native/backend/graph_memory.cpp
     native/backend/host_step_backend.cpp
     native/backend/mlp_beside.cpp
     native/backend/ops/cpu_ops.cpp

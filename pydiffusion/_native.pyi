@@ -399,7 +399,7 @@ class Vision:
     Vision tower and projector of a mmproj file, for a model; immutable, shared by threads.
     """
 
-    def __init__(self, path: str, model: Model, progress: object | None = None) -> None: ...
+    def __init__(self, path: str, model: Model) -> None: ...
 
     def encode(self, patches: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], positions: Annotated[NDArray[numpy.int32], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
         """

@@ -105,15 +105,15 @@ LayerWeights load_layer(WeightsLoader& load, const Hparams& hp, int32_t i) {
     w.ffn_gate_inp = load.f32(name("ffn_gate_inp.weight"), {d, nx});
     w.ffn_gate_inp_scale = load.f32(name("ffn_gate_inp.scale"), {d});
     if (load.has(name("ffn_gate_up_exps.weight"))) {
-        w.ffn_gate_up_exps = load.expert_matrices(name("ffn_gate_up_exps.weight"), {d, 2 * ffx, nx});
+        w.ffn_gate_up_exps = load.tensor(name("ffn_gate_up_exps.weight"), {d, 2 * ffx, nx});
         w.ffn_gate_up_exps_scale = load.expert_scales(name("ffn_gate_up_exps.weight"), nx);
     } else {
-        w.ffn_gate_exps = load.expert_matrices(name("ffn_gate_exps.weight"), {d, ffx, nx});
+        w.ffn_gate_exps = load.tensor(name("ffn_gate_exps.weight"), {d, ffx, nx});
         w.ffn_gate_exps_scale = load.expert_scales(name("ffn_gate_exps.weight"), nx);
-        w.ffn_up_exps = load.expert_matrices(name("ffn_up_exps.weight"), {d, ffx, nx});
+        w.ffn_up_exps = load.tensor(name("ffn_up_exps.weight"), {d, ffx, nx});
         w.ffn_up_exps_scale = load.expert_scales(name("ffn_up_exps.weight"), nx);
     }
-    w.ffn_down_exps = load.expert_matrices(name("ffn_down_exps.weight"), {ffx, d, nx});
+    w.ffn_down_exps = load.tensor(name("ffn_down_exps.weight"), {ffx, d, nx});
     w.ffn_down_exps_scale = load.f32(name("ffn_down_exps.scale"), {nx});
     w.post_ffw_norm_2 = load.f32(name("post_ffw_norm_2.weight"), {d});
     w.post_ffw_norm = load.f32(name("post_ffw_norm.weight"), {d});

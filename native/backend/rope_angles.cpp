@@ -5,6 +5,22 @@
 
 namespace pydiffusion {
 
+void AxialInputs::add(GraphInputs& inputs, int32_t device, int64_t n_tokens) {
+    x = inputs.add(device, GGML_TYPE_I32, n_tokens);
+    y = inputs.add(device, GGML_TYPE_I32, n_tokens);
+}
+
+void AxialInputs::write(const std::vector<AxialPosition>& positions) const {
+    if (!x) return;
+    std::vector<int32_t> values(positions.size());
+    const auto set = [&](ggml_tensor* input, int32_t AxialPosition::* axis) {
+        for (size_t i = 0; i < positions.size(); ++i) values[i] = positions[i].*axis;
+        ggml_backend_tensor_set(input, values.data(), 0, values.size() * sizeof(int32_t));
+    };
+    set(x, &AxialPosition::x);
+    set(y, &AxialPosition::y);
+}
+
 ggml_tensor* RopeAngles::view(const Rope& rope, int64_t head_dim, int64_t first, int64_t n) {
     auto found = std::find_if(tables_.begin(), tables_.end(), [&](const Table& table) {
         return table.rope.device == rope.device && table.rope.base == rope.base &&

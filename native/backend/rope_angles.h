@@ -1,5 +1,5 @@
 // RopeAngles: cosines and sines of a graph's RoPE angles, an input shared by all layers of a kind on a
-// device.
+// device. AxialInputs: the positions themselves as inputs.
 #pragma once
 
 #include <vector>
@@ -20,6 +20,15 @@ struct Rope {
 // Where a token is in a picture: column and row, of which each rotates half of a head.
 struct AxialPosition {
     int32_t x, y;
+};
+
+// Positions of a graph's tokens as inputs of it, I32 [n_tokens] of each axis; null until they are added.
+struct AxialInputs {
+    ggml_tensor *x = nullptr, *y = nullptr;
+
+    void add(GraphInputs& inputs, int32_t device, int64_t n_tokens);
+    // After the graph is allocated; of every token, unless there are no inputs.
+    void write(const std::vector<AxialPosition>& positions) const;
 };
 
 class RopeAngles {

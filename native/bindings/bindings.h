@@ -19,6 +19,8 @@ namespace nb = nanobind;
 
 namespace pydiffusion {
 
+struct LoadedTensors;
+
 template <typename T>
 using Array1 = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <typename T>
@@ -119,8 +121,13 @@ void report(const nb::object& progress, T... values) {
 // Registers an atexit handler that stops computing threads and puts them to sleep.
 void register_exit_handler();
 
+// Names of types as in the `gguf` package: "Q4_K", "F32", "IQ4_NL".
+std::string upper_type_name(ggml_type type);
 // Tensor type by name, case-insensitive; throws Error(argument) if there is none.
 ggml_type type_by_name(const std::string& name);
+
+// Bytes in the file by name of a type.
+nb::dict weight_types(const LoadedTensors& weights);
 
 // The option's value as an int or a float.
 nb::object option_value(const SamplerOption& option, double value);

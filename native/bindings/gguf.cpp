@@ -1,9 +1,6 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
-#include <algorithm>
-#include <cctype>
-
 #include "bindings/bindings.h"
 #include "gguf/gguf_file.h"
 #include "util/error.h"
@@ -11,13 +8,6 @@
 namespace pydiffusion {
 
 namespace {
-
-// Type names as in the `gguf` package: "Q4_K", "F32", "IQ4_NL".
-std::string upper_type_name(ggml_type type) {
-    std::string name = ggml_type_name(type);
-    std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::toupper(c); });
-    return name;
-}
 
 nb::object to_python(const Value& value) {
     if (!value.is_array) {

@@ -44,6 +44,7 @@ struct DeviceRequest {
 };
 
 struct ResolvedDevices {
+    SessionNeeds needs{};              // that the plan has room for
     std::vector<std::string> devices;  // used by the plan; empty: CPU only
     std::vector<DeviceMemory> memory;  // one per device
     DevicePlan device_plan;
@@ -77,7 +78,8 @@ void add_vision_tower(SessionNeeds& needs, const std::string& mmproj, const Hpar
     const VisionHparams vision(*file);
     vision.require_size(*file, hp.n_embd);
     const VisionMemory memory = vision_memory(*file, vision, type);
-    needs.image_tokens = vision.max_soft_tokens;
+    needs.image_tokens = kMaxSoftTokens;
+    needs.usual_image_tokens = vision.max_soft_tokens;
     needs.vision_weights = memory.weights;
     needs.vision_work = memory.work;
 }
@@ -116,11 +118,12 @@ ResolvedDevices resolve_devices(const GgufFile& file, const DeviceRequest& reque
                     format("got %zu devices and %zu memory limits: give one limit per device", devices.size(),
                            request.memory_limits.size()));
     const Hparams hp(file);
-    const DevicePlan device_plan =
-        plan_devices(file, hp, needs_of(request, hp, kv_type, memory), memory, request.n_gpu_layers,
-                     request.n_cpu_moe, dense_type_of(request.dense_type));
+    const SessionNeeds needs = needs_of(request, hp, kv_type, memory);
+    const DevicePlan device_plan = plan_devices(file, hp, needs, memory, request.n_gpu_layers,
+                                                request.n_cpu_moe, dense_type_of(request.dense_type));
     // Drop devices without layers, except for the main device.
     ResolvedDevices used;
+    used.needs = needs;
     used.device_plan = device_plan;
     used.device_plan.device_layers.clear();
     const int32_t main = device_plan.main_device();
@@ -196,12 +199,6 @@ nb::typed<nb::dict, nb::str, int> image_tokens(const Hparams& hp) {
 const char* name_of_dense_type(const DevicePlan& plan) { return plan.dense_bf16 ? "bf16" : "file"; }
 
 nb::dict description(const PyModel& m) {
-    nb::dict types;
-    for (const auto& [type, n_bytes] : m.model->weights.bytes_by_type) {
-        std::string name = ggml_type_name(type);
-        for (char& c : name) c = static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
-        types[name.c_str()] = n_bytes;
-    }
     nb::dict d;
     d["backend"] = m.model->backend.name();
     d["kernels"] = m.model->backend.kernel_name();
@@ -214,7 +211,7 @@ nb::dict description(const PyModel& m) {
     d["repacked_experts"] = m.model->weights.repacked_experts;
     d["n_threads"] = m.model->backend.n_threads();
     d["kv_type"] = ggml_type_name(m.kv_type);
-    d["weight_types"] = types;
+    d["weight_types"] = weight_types(m.model->weights);
     d["n_weights"] = m.model->weights.n_weights;
     d["n_bytes"] = m.model->file->n_bytes_of_all_parts();
     return d;
@@ -252,10 +249,11 @@ nb::dict plan(const std::string& path, const std::string& device, const std::vec
                                    n_sessions, "auto",       dense_type, mmproj};
     const ResolvedDevices resolved = resolve_devices(file, request, type);
     const DevicePlan& device_plan = resolved.device_plan;
-    const SessionNeeds needs = needs_of(request, hp, type, resolved.memory);
+    if (device == "cpu") needs_of(request, hp, type, {});  // nothing is planned, but a broken tower is told
     nb::list shares;
     if (device_plan.any()) {
-        const std::vector<DeviceUse> uses = device_use(file, hp, device_plan, needs, resolved.memory);
+        const std::vector<DeviceUse> uses =
+            device_use(file, hp, device_plan, resolved.needs, resolved.memory);
         for (size_t i = 0; i < uses.size(); ++i) {
             nb::dict share = to_dict(uses[i]);
             share["device"] = resolved.devices[i];
@@ -290,6 +288,12 @@ nb::dict memory_use(const nb::bytes& header, int64_t n_ctx) {
 }
 
 }  // namespace
+
+nb::dict weight_types(const LoadedTensors& weights) {
+    nb::dict types;
+    for (const auto& [type, n_bytes] : weights.bytes_by_type) types[upper_type_name(type).c_str()] = n_bytes;
+    return types;
+}
 
 void bind_model(nb::module_& m) {
     nb::class_<PyModel>(m, "Model", "Weights and hyperparameters; immutable, shared by sessions and threads.")
@@ -327,8 +331,7 @@ void bind_model(nb::module_& m) {
           nb::arg("kv_type") = "auto", nb::arg("n_sessions") = 1, nb::arg("dense_type") = "auto",
           nb::arg("mmproj") = "",
           "Plan which layers and experts go to which device, with the memory that each needs; with the file "
-          "of a "
-          "vision tower also that of the tower, which the main device has.");
+          "of a vision tower also that of the tower, which the main device has.");
     m.def(
         "memory_use", memory_use, nb::arg("header"), nb::arg("n_ctx"),
         "Memory that a model takes on a device with one session, from the header of its file alone: dict of "

@@ -22,10 +22,12 @@ std::string upper(std::string name) {
 
 }  // namespace
 
+std::string upper_type_name(ggml_type type) { return upper(ggml_type_name(type)); }
+
 ggml_type type_by_name(const std::string& name) {
     for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
         const auto type = static_cast<ggml_type>(i);
-        if (ggml_blck_size(type) > 0 && upper(ggml_type_name(type)) == upper(name)) return type;
+        if (ggml_blck_size(type) > 0 && upper_type_name(type) == upper(name)) return type;
     }
     throw Error(ErrorKind::argument, quoted(name) + " is not a tensor type");
 }
@@ -37,8 +39,7 @@ nb::dict tensor_types() {
     for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
         const auto type = static_cast<ggml_type>(i);
         if (ggml_blck_size(type) == 0) continue;
-        types[upper(ggml_type_name(type)).c_str()] =
-            nb::make_tuple(i, ggml_blck_size(type), ggml_type_size(type));
+        types[upper_type_name(type).c_str()] = nb::make_tuple(i, ggml_blck_size(type), ggml_type_size(type));
     }
     return types;
 }

@@ -1,8 +1,6 @@
 // Bindings of vision towers.
 #include <nanobind/stl/string.h>
 
-#include <cctype>
-
 #include "bindings/bindings.h"
 #include "bindings/session_types.h"
 #include "util/error.h"
@@ -18,10 +16,9 @@ struct PyVision {
     std::shared_ptr<const VisionTower> tower;
 };
 
-PyVision load_vision(const std::string& path, const PyModel& model, const nb::object& progress) {
-    const auto on_progress = [&](double fraction) { report(progress, fraction); };
+PyVision load_vision(const std::string& path, const PyModel& model) {
     const WithoutGil release;
-    return {std::make_shared<VisionTower>(path, model.model, on_progress)};
+    return {std::make_shared<VisionTower>(path, model.model, [](double) { check_signals(); })};
 }
 
 Numpy2<float> encode_patches(const PyVision& vision, const Array2<float>& patches,
@@ -50,12 +47,6 @@ Numpy2<float> encode_patches(const PyVision& vision, const Array2<float>& patche
 nb::dict info(const PyVision& vision) {
     const VisionHparams& hp = vision.tower->hparams;
     const VisionWeights& weights = vision.tower->weights;
-    nb::dict types;
-    for (const auto& [type, n_bytes] : weights.bytes_by_type) {
-        std::string name = ggml_type_name(type);
-        for (char& c : name) c = static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
-        types[name.c_str()] = n_bytes;
-    }
     nb::dict d;
     d["name"] = to_str(hp.name);
     d["patch_size"] = hp.patch_size;
@@ -74,7 +65,7 @@ nb::dict info(const PyVision& vision) {
     d["clipped"] = hp.clipped;
     d["n_weights"] = weights.n_weights;
     d["n_bytes"] = vision.tower->file->n_bytes_of_all_parts();
-    d["weight_types"] = types;
+    d["weight_types"] = weight_types(weights);
     d["work_bytes"] = vision_memory(*vision.tower->file, hp, ggml_backend_cpu_buffer_type()).work;
     d["kernels"] = vision.tower->kernel_name();
     return d;
@@ -88,10 +79,10 @@ void bind_vision(nb::module_& m) {
         "Vision tower and projector of a mmproj file, for a model; immutable, shared by threads.")
         .def(
             "__init__",
-            [](PyVision* self, const nb::str& path, const PyModel& model, const nb::object& progress) {
-                new (self) PyVision(load_vision(from_str(path), model, progress));
+            [](PyVision* self, const nb::str& path, const PyModel& model) {
+                new (self) PyVision(load_vision(from_str(path), model));
             },
-            nb::arg("path"), nb::arg("model"), nb::arg("progress") = nb::none())
+            nb::arg("path"), nb::arg("model"))
         .def(
             "encode", encode_patches, nb::arg("patches"), nb::arg("positions"),
             "Features of an image's soft tokens: float32 (n // pooling**2, projection_dim). patches: float32 "

@@ -6,26 +6,12 @@
 
 namespace pydiffusion {
 
-void* GraphMemory::reserve(size_t n_bytes) {
-    if (n_bytes_ < n_bytes || n_bytes_ > 2 * n_bytes) {  // not much more than needed: memory may be short
-        memory_.reset();
-        memory_.reset(std::malloc(n_bytes));
-        n_bytes_ = memory_ ? n_bytes : 0;
-    }
-    return memory_.get();
-}
-
 GraphBuilder::GraphBuilder(const Model& m, Mode mode_of_tokens, std::vector<Sequence> s, GraphMemory* memory)
     : model(m), mode(mode_of_tokens), sequences(std::move(s)) {
     const size_t n_nodes =
         (128 + 2 * m.hparams.n_expert_used + 24 * sequences.size()) * m.hparams.layers.size() + 64 +
         16 * sequences.size() + 8 * n_images();
-    ggml_init_params params = {n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false),
-                               nullptr, true};
-    require_memory((size_t{16} << 20) + 4 * params.mem_size);  // the allocator's tables need memory too
-    if (memory) params.mem_buffer = memory->reserve(params.mem_size);
-    if (!memory || params.mem_buffer) context.reset(ggml_init(params));
-    if (!context) throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate a graph");
+    context = new_graph_context(n_nodes, memory);
     graph = ggml_new_graph_custom(ctx(), n_nodes, false);
     // On a device: tokens, features and positions; of both layer kinds masks and angles.
     inputs = std::make_unique<GraphInputs>(ctx(), m.backend, 5 + 2 * sequences.size());

@@ -1,12 +1,12 @@
 // Graph builder: sequences and inputs of a graph, attention over their caches.
 #pragma once
 
-#include <cstdlib>
 #include <deque>
 #include <memory>
 
 #include "backend/graph_executor.h"
 #include "backend/graph_inputs.h"
+#include "backend/graph_memory.h"
 #include "backend/ops/ops.h"
 #include "graph/layer_trace.h"
 #include "kv_cache/kv_cache.h"
@@ -23,19 +23,6 @@ struct Sequence {
     int64_t n_tokens;
     int64_t n_frozen = 0;  // rows after the tokens that are visible but keep what an earlier graph wrote
     std::vector<ImageRange> images{};  // among the tokens of a prompt
-};
-
-// Memory for the tensors of one graph after another, which stays at its address for graphs of the same size.
-class GraphMemory {
-  public:
-    void* reserve(size_t n_bytes);  // null if there is not enough
-
-  private:
-    struct Free {
-        void operator()(void* memory) const { std::free(memory); }
-    };
-    std::unique_ptr<void, Free> memory_;
-    size_t n_bytes_ = 0;
 };
 
 struct GraphBuilder {

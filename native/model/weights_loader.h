@@ -30,9 +30,8 @@ class WeightsLoader {
     // experts, [n_expert], which must be finite: "attn_q.scale" beside "attn_q.weight"; names end in
     // ".weight".
     WeightMatrix matrix(const std::string& name, const Shape& shape);
-    // Of any number of dimensions, without a scale.
+    // Of any number of dimensions, without its scale.
     ggml_tensor* tensor(const std::string& name, const Shape& shape);
-    ggml_tensor* expert_matrices(const std::string& name, const Shape& shape) { return tensor(name, shape); }
     // Null if the matrices of this name have none.
     ggml_tensor* expert_scales(const std::string& name, int64_t n_expert);
     // The matrices of these names and numbers of rows, [d, n], concatenated; null, and they stay apart,

@@ -81,7 +81,9 @@ Costs::Costs(const GgufFile& file, const Hparams& hp, bool dense_bf16, const Ses
         if (tensor.type == GGML_TYPE_F16 && tensor.ne.size() > 1)
             widened = std::max(widened, static_cast<uint64_t>(tensor.ne[0] * tensor.ne[1]) * sizeof(float));
     }
-    const int64_t n_ctx = needs.n_ctx, n_tokens = std::max<int64_t>(max_batch(hp), needs.image_tokens);
+    const int64_t n_ctx = needs.n_ctx;
+    // An image that is longer than the context is refused.
+    const int64_t n_tokens = std::max<int64_t>(max_batch(hp), std::min(needs.usual_image_tokens, n_ctx));
     int64_t attention = 0;
     for (int32_t i = 0; i < hp.n_layer; ++i) {
         layers[i].cache = needs.n_sessions * cache_bytes(sizes, hp, hp.layers[i], needs);

@@ -32,7 +32,10 @@ struct SessionNeeds {
     int64_t n_ctx;
     ggml_type kv_type;
     uint64_t n_sessions;
-    int64_t image_tokens = 0;                      // most soft tokens of an image
+    // Soft tokens of an image: the most that caches have room for, and those that a usual image has. Work
+    // buffers are counted for the usual one: a larger image, which must be asked for, allocates more when it
+    // comes, or fails with InsufficientMemoryError.
+    int64_t image_tokens = 0, usual_image_tokens = 0;
     uint64_t vision_weights = 0, vision_work = 0;  // bytes
 };
 

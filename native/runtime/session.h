@@ -202,8 +202,9 @@ class Session {
     CanvasState canvas_state_;
     Denoiser denoiser_;
     GraphExecutor executor_;
-    Prompt content_;                    // what is in the cache
-    mutable std::mutex content_mutex_;  // tokens() may be called while another thread computes
+    Prompt content_;  // what is in the cache
+    // tokens() and images() may be called while another thread computes.
+    mutable std::mutex content_mutex_;
     std::atomic<int64_t> n_encoded_{0};
     std::unique_ptr<Generation> generation_;
     std::atomic<bool> cancel_{false};

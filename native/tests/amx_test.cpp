@@ -70,9 +70,12 @@ TEST_CASE("AMX: tiles of split values") {
 TEST_CASE("AMX: weighted sums of embedding rows") {
     if (!is_there()) return;
     constexpr int64_t n_rows = 300, n_tokens = 19;
-    for (const int64_t n_embd : {256, 512}) {
+    const std::pair<ggml_type, int64_t> cases[] = {
+        {GGML_TYPE_Q8_0, 256}, {GGML_TYPE_Q8_0, 512}, {GGML_TYPE_BF16, 48}, {GGML_TYPE_BF16, 272}};
+    for (const auto& [type, n_embd] : cases) {
+        CAPTURE(ggml_type_name(type));
         CAPTURE(n_embd);
-        const QuantizedRows embedding(GGML_TYPE_Q8_0, n_rows, n_embd, 3);
+        const QuantizedRows embedding(type, n_rows, n_embd, 3);
         std::vector<float> p = random_values(n_tokens * n_rows, 4);
         std::transform(p.begin(), p.end(), p.begin(), [](float x) { return std::fabs(x) / n_rows; });
         std::vector<float> found(n_tokens * n_embd, 1.0f);

@@ -102,6 +102,19 @@ TEST_CASE("what a plan takes") {
     CHECK(more.use({4}, 0)[0].weights == all[0].weights);
 }
 
+TEST_CASE("an image takes a plan's memory up to the context") {
+    Planner planner;  // with a context of 1024
+    const auto use = [&](int64_t most, int64_t usual) {
+        planner.needs.image_tokens = most;
+        planner.needs.usual_image_tokens = usual;
+        return planner.use({4}, 0)[0];
+    };
+    CHECK(use(1120, 600).step > use(1120, 280).step);  // more than a chunk of a prompt
+    CHECK(use(1120, 1000).cache == use(1120, 280).cache);
+    CHECK(use(1000, 280).cache > use(280, 280).cache);
+    CHECK(use(1120, 1120).step == use(1120, 1024).step);
+}
+
 TEST_CASE("the smallest device that has room beside what is kept free") {
     constexpr uint64_t mib = uint64_t{1} << 20;
     CHECK(reserved_bytes(UINT64_MAX, 0) == 512 * mib);  // the least

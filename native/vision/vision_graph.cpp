@@ -2,7 +2,6 @@
 
 #include "backend/ops/cpu_ops.h"
 #include "backend/ops/ggml_ops.h"
-#include "util/error.h"
 
 namespace pydiffusion {
 
@@ -22,11 +21,7 @@ VisionGraph::VisionGraph(const Model& model, const VisionHparams& hparams, const
                          int64_t n_tokens)
     : hp_(hparams), weights_(weights), n_tokens_(n_tokens), device_(model.device_plan.main_device()) {
     const size_t n_nodes = kNodesPerLayer * hparams.n_layer + kOtherNodes;
-    const ggml_init_params params = {
-        n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true};
-    require_memory((size_t{16} << 20) + 4 * params.mem_size);  // the allocator's tables need memory too
-    context_.reset(ggml_init(params));
-    if (!context_) throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate a graph");
+    context_ = new_graph_context(n_nodes);
     graph_ = ggml_new_graph_custom(ctx(), n_nodes, false);
     inputs_ = std::make_unique<GraphInputs>(ctx(), model.backend, kInputs);
     ops_ = make_vision_ops({ctx(), graph_, model.backend, *inputs_, n_tokens, &hp_.rms_eps, true});
@@ -37,16 +32,15 @@ ggml_tensor* VisionGraph::new_input(int64_t n0) {
 }
 
 ggml_tensor* VisionGraph::embed(ggml_tensor* patches) {
-    columns_ = inputs_->add(device_, GGML_TYPE_I32, n_tokens_);
-    rows_ = inputs_->add(device_, GGML_TYPE_I32, n_tokens_);
+    axes_.add(*inputs_, device_, n_tokens_);
     ggml_tensor* kernel = ggml_reshape_2d(ctx(), weights_.patch_embd, hp_.patch_elements(), hp_.n_embd);
     const auto table = [&](int64_t axis) {
         ggml_tensor* all = weights_.position_embd;
         return ggml_view_2d(ctx(), all, all->ne[0], all->ne[1], all->nb[1], axis * all->nb[2]);
     };
     ggml_tensor* x = ops_->matmul({kernel}, patches);
-    x = ggml_add(ctx(), x, ggml_get_rows(ctx(), table(0), columns_));
-    return ggml_add(ctx(), x, ggml_get_rows(ctx(), table(1), rows_));
+    x = ggml_add(ctx(), x, ggml_get_rows(ctx(), table(0), axes_.x));
+    return ggml_add(ctx(), x, ggml_get_rows(ctx(), table(1), axes_.y));
 }
 
 ggml_tensor* VisionGraph::limited(ggml_tensor* x, const Bounds& bounds) {
@@ -90,14 +84,7 @@ std::vector<float> VisionGraph::compute(GraphExecutor& executor, ggml_tensor* re
     ggml_build_forward_expand(graph_, result);
     executor.allocate(graph_, inputs_->contexts(), ops_->pinned(), "encoding an image");
     ggml_backend_tensor_set(input, values.data(), 0, values.size() * sizeof(float));
-    if (columns_) {
-        std::vector<int32_t> of_axis(positions.size());
-        for (ggml_tensor* target : {columns_, rows_}) {
-            for (size_t i = 0; i < positions.size(); ++i)
-                of_axis[i] = target == columns_ ? positions[i].x : positions[i].y;
-            ggml_backend_tensor_set(target, of_axis.data(), 0, of_axis.size() * sizeof(int32_t));
-        }
-    }
+    axes_.write(positions);
     ops_->set_axial_positions(positions);
     executor.compute(graph_, [] { return false; });
     std::vector<float> computed(ggml_nelements(result));

@@ -6,6 +6,7 @@
 
 #include "backend/graph_executor.h"
 #include "backend/graph_inputs.h"
+#include "backend/graph_memory.h"
 #include "backend/ops/ops.h"
 #include "model/model.h"
 #include "vision/vision_hparams.h"
@@ -28,7 +29,7 @@ class VisionGraph {
     // Pooled and normed features -> [projection_dim, n_tokens]
     ggml_tensor* project(ggml_tensor* x) { return ops_->matmul(weights_.projection, x); }
 
-    // Computes `result` from `values` of `input`; positions of the tokens, or empty for project().
+    // Computes `result` from `values` of `input`; positions of the tokens, not used by project().
     std::vector<float> compute(GraphExecutor& executor, ggml_tensor* result, ggml_tensor* input,
                                const std::vector<float>& values, const std::vector<AxialPosition>& positions);
 
@@ -46,7 +47,7 @@ class VisionGraph {
     ggml_cgraph* graph_;
     std::unique_ptr<GraphInputs> inputs_;
     std::unique_ptr<Ops> ops_;
-    ggml_tensor *columns_ = nullptr, *rows_ = nullptr;  // I32 [n_tokens], of embed()
+    AxialInputs axes_;  // of embed()
     struct Limited {
         const ggml_tensor* x;
         Bounds bounds;

@@ -74,7 +74,7 @@ VisionHparams::VisionHparams(const GgufFile& file) {
     n_head = keys.integer(keys.own("attention.head_count"), 1, 4096);
     patch_size = keys.integer(keys.own("patch_size"), 1, 256);
     pooling = keys.integer_or(keys.own("projector.scale_factor"), 3, 1, 64);
-    max_soft_tokens = keys.integer_or(keys.own("max_soft_tokens"), 280, 1, 1 << 16);
+    max_soft_tokens = keys.integer_or(keys.own("max_soft_tokens"), 280, 1, kMaxSoftTokens);
     // Images are enlarged to about as many.
     const int64_t n_patches = max_soft_tokens * pooled_patches();
     if (n_patches > kMaxPatches || n_patches * patch_size * patch_size > kMaxPixels)

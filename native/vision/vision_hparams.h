@@ -13,6 +13,8 @@ namespace pydiffusion {
 constexpr int32_t kChannels = 3;
 // Of an image.
 constexpr int64_t kMaxPatches = int64_t{1} << 17, kMaxPixels = int64_t{1} << 26;
+// Of an image, whatever is asked for: the most that towers are trained with, which device plans count on.
+constexpr int32_t kMaxSoftTokens = 1120;
 
 struct VisionHparams {
     // Throws if a key is missing or invalid, or asks for something that is not implemented.

@@ -4,6 +4,7 @@
 
 #include "ggml-cpp.h"
 #include "util/error.h"
+#include "vision/vision_weights.h"
 
 namespace pydiffusion {
 
@@ -14,8 +15,10 @@ uint64_t weight_bytes(const GgufFile& file, ggml_backend_buffer_type_t type) {
     const ggml_context_ptr context(ggml_init({(n + 1) * ggml_tensor_overhead(), nullptr, true}));
     if (!context)
         throw Error(ErrorKind::out_of_memory, "out of memory: failed to allocate the tensor descriptors");
-    for (const TensorInfo& tensor : file.tensors())
+    for (const TensorInfo& tensor : file.tensors()) {
+        if (is_audio(tensor.name)) continue;
         ggml_new_tensor(context.get(), tensor.type, static_cast<int>(tensor.ne.size()), tensor.ne.data());
+    }
     return ggml_backend_alloc_ctx_tensors_from_buft_size(context.get(), type);
 }
 
@@ -33,6 +36,7 @@ VisionMemory vision_memory(const GgufFile& file, const VisionHparams& hp, ggml_b
     bool exact = true;
     uint64_t widened = 0;  // CUDA converts a float16 matrix to float32
     for (const TensorInfo& tensor : file.tensors()) {
+        if (is_audio(tensor.name)) continue;
         exact = exact && tensor.type == GGML_TYPE_F32;
         if (tensor.type == GGML_TYPE_F16 && tensor.ne.size() == 2)
             widened = std::max<uint64_t>(widened, tensor.n_elements() * sizeof(float));

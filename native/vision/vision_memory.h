@@ -9,7 +9,8 @@
 
 namespace pydiffusion {
 
-// In bytes. work: while it encodes an image of max_soft_tokens, an estimate; nothing is kept between images.
+// In bytes. weights: in the file's types. work: while it encodes an image of max_soft_tokens, an estimate;
+// nothing is kept between images.
 struct VisionMemory {
     uint64_t weights = 0, work = 0;
 };

@@ -119,6 +119,11 @@ std::vector<float> VisionTower::encode(const float* patches, const std::vector<A
                                        const std::function<void()>& between_layers) const {
     const Grid grid = grid_of(positions, hparams);
     const auto n = static_cast<int64_t>(positions.size());
+    // On the CPU a layer takes long enough to be a graph by itself. On devices, which other threads wait for,
+    // what the caller does in between must not hold them up.
+    const bool on_device = model_->backend.on_device();
+    const size_t n_at_once = on_device ? weights.layers.size() : 1;
+    if (on_device) between_layers();
     const std::lock_guard<std::mutex> turn(turn_);
     const auto lock = model_->backend.lock_devices();
     file->require_not_truncated();
@@ -132,10 +137,8 @@ std::vector<float> VisionTower::encode(const float* patches, const std::vector<A
 
     std::vector<float> x = compute(n, hparams.patch_elements(), prepare_patches(patches, n, hparams),
                                    [](VisionGraph& graph, ggml_tensor* input) { return graph.embed(input); });
-    // On the CPU a layer takes long enough to be a graph by itself.
-    const size_t n_at_once = model_->backend.on_device() ? weights.layers.size() : 1;
     for (size_t i = 0; i < weights.layers.size(); i += n_at_once) {
-        between_layers();
+        if (!on_device) between_layers();
         x = compute(n, hparams.n_embd, x, [&](VisionGraph& graph, ggml_tensor* input) {
             for (size_t j = i; j < i + n_at_once; ++j) input = graph.layer(weights.layers[j], input);
             return input;

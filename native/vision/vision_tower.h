@@ -24,7 +24,8 @@ class VisionTower {
 
     // Features of an image's soft tokens, [projection_dim, n / pooling^2]: patches [patch_elements(), n] of
     // pixels from 0 to 1, channels side by side; positions, in patches, are a full grid in any order. Calls
-    // `between_layers` from time to time; what it throws ends the call. Threads take turns.
+    // `between_layers` from time to time, on devices only at first; what it throws ends the call. Threads
+    // take turns.
     std::vector<float> encode(const float* patches, const std::vector<AxialPosition>& positions,
                               const std::function<void()>& between_layers) const;
 

@@ -72,16 +72,23 @@ class Loader {
     WeightsLoader load_;
 };
 
-// Of the tower of another medium, which a file may have besides.
-bool is_audio(const std::string& name) { return name.rfind("a.", 0) == 0 || name.rfind("mm.a.", 0) == 0; }
+// The plan may have the text model's quantized matrices as BF16. It counts the tower as it is in the file
+// (see vision_memory.h): BF16 would take memory that is not in the plan.
+DevicePlan with_types_of_file(DevicePlan plan) {
+    plan.dense_bf16 = false;
+    return plan;
+}
 
 }  // namespace
+
+bool is_audio(const std::string& name) { return name.rfind("a.", 0) == 0 || name.rfind("mm.a.", 0) == 0; }
 
 VisionWeights::VisionWeights(const std::shared_ptr<const GgufFile>& file, const VisionHparams& hp,
                              const DevicePlan& device_plan, const Backend& backend,
                              const std::function<void(double)>& progress)
     : LoadedTensors(file) {
-    Loader loader(*this, *file, hp, device_plan, backend);
+    const DevicePlan own_plan = with_types_of_file(device_plan);
+    Loader loader(*this, *file, hp, own_plan, backend);
     WeightsLoader& load = loader.all();
     const int64_t d = hp.n_embd;
     patch_embd = load.tensor("v.patch_embd.weight", {hp.patch_size, hp.patch_size, kChannels, d});

@@ -43,9 +43,12 @@ struct VisionLayer {
     ggml_tensor* ffn_post_norm = nullptr;   // [d]
 };
 
+// Whether a tensor is of the tower of another medium, which a file may have besides and which is not loaded.
+bool is_audio(const std::string& name);
+
 struct VisionWeights : LoadedTensors {
     // Throws if a tensor is missing, unknown, or of another shape or an unsupported type. Weights go to the
-    // plan's main device; progress: of the copy to it.
+    // plan's main device, in the file's types; progress: of the copy to it.
     VisionWeights(const std::shared_ptr<const GgufFile>& file, const VisionHparams& hparams,
                   const DevicePlan& device_plan, const Backend& backend,
                   const std::function<void(double)>& progress);

@@ -139,8 +139,15 @@ def test_nan_stays_in_its_token(kernels: str) -> None:
 
 
 @needs("amx")
-@pytest.mark.parametrize("type", ["BF16", "Q8_0", "Q4_K", "Q6_K"])
-@pytest.mark.parametrize(("n_tokens", "n_rows", "n_inner"), [(1, 1, 256), (40, 300, 512), (256, 1100, 256)])
+@pytest.mark.parametrize(
+    ("type", "n_tokens", "n_rows", "n_inner"),
+    [
+        (type, *shape)
+        for type in ("BF16", "Q8_0", "Q4_K", "Q6_K")
+        for shape in ((1, 1, 256), (40, 300, 512), (256, 1100, 256))
+    ]
+    + [("BF16", 40, 300, n_inner) for n_inner in (48, 272)],  # rows that end within a tile
+)
 def test_soft_embedding_sums_keep_16_bits_of_a_probability(
     type: str, n_tokens: int, n_rows: int, n_inner: int
 ) -> None:

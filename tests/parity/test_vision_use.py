@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.gguf_mutator import float_tensor, read_gguf
 from support.kernels import needs
 from support.vision_folders import FF, D, make_folder
 from support.vision_towers import Tower, picture
@@ -18,6 +19,7 @@ from pydiffusion.convert import convert, convert_mmproj, edit_metadata
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.device_plan import plan
 from pydiffusion.errors import ModelFormatError, UnsupportedModelError
+from pydiffusion.vision.preprocessing import MAX_SOFT_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,48 @@ def test_attention_by_matmuls_is_in_the_plan(text: Path, files: dict[str, Path])
     exact, rounded = (open_vision(text, files[type]).info for type in ("f32", "bf16"))
     n_patches = exact["max_soft_tokens"] * exact["pooling"] ** 2
     assert exact["work_bytes"] - rounded["work_bytes"] == 2 * 4 * exact["n_head"] * n_patches**2
+
+
+def test_a_plan_has_room_for_the_largest_images(text: Path, files: dict[str, Path]) -> None:
+    """Sessions of a model with a tower take images of up to 1120 soft tokens, whatever the file says."""
+    n_ctx = 1024
+    model = _native.Model(str(text), 1, device="host", n_ctx=n_ctx, mmproj=str(files["bf16"]))
+    sizes = [_native.Session(model, n_ctx, n_tokens).cache_bytes for n_tokens in (280, MAX_SOFT_TOKENS[-1])]
+    assert sizes[0] < sizes[1] == plan(text, n_ctx=n_ctx, device="host", mmproj=files["bf16"]).cache_bytes
+
+
+@pytest.mark.parametrize("type", ["f32", "bf16"])
+def test_tensors_of_an_audio_tower_are_not_in_the_plan(
+    type: str, text: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    raw = read_gguf(files[type])
+    for name in ("a.blk.0.ffn_up.weight", "mm.a.input_projection.weight"):
+        raw.tensors.append(float_tensor(name, [256, 256], bytes(2 * 256 * 256)))
+        raw.tensors[-1].type = 1  # F16, which CUDA would convert to float32
+    (tmp_path / "both.gguf").write_bytes(raw.to_bytes())
+    alone = plan(text, n_ctx=64, device="host", mmproj=files[type])
+    assert plan(text, n_ctx=64, device="host", mmproj=tmp_path / "both.gguf") == alone
+    info = open_vision(text, tmp_path / "both.gguf").info
+    assert info["work_bytes"] == open_vision(text, files[type]).info["work_bytes"]
+
+
+def test_a_quantized_tower_keeps_its_type(text: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    """On a device too: BF16 in place of quantized types is for text models, and the plan counts no other."""
+    raw = read_gguf(files["f32"])
+    for tensor in raw.tensors:
+        if len(tensor.dims) == 2 and tensor.name.startswith(b"v.blk."):
+            rows = np.frombuffer(tensor.data, np.float32).reshape(tensor.dims[::-1])
+            tensor.data = _native.quantize_rows(rows, "Q8_0", 1, np.ones(rows.shape[1], np.float32)).tobytes()
+            tensor.type = 8
+    path = tmp_path / "q8_0.gguf"
+    path.write_bytes(raw.to_bytes())
+    patches, positions = small_picture()
+    features = {}
+    for dense_type in ("file", "bf16"):
+        model = _native.Model(str(text), 2, device="host", dense_type=dense_type, mmproj=str(path))
+        assert model.description["dense_type"] == dense_type
+        features[dense_type] = _native.Vision(str(path), model).encode(patches, positions)
+    assert np.array_equal(features["bf16"], features["file"])
 
 
 @pytest.mark.parametrize("device", ["cpu", "host"])

@@ -13,6 +13,7 @@ from support.vision_folders import LAYERS, PATCH, POSITIONS, D, make_folder
 from pydiffusion import _native
 from pydiffusion.convert import convert, convert_mmproj
 from pydiffusion.errors import ModelFormatError, PyDiffusionError, UnsupportedModelError
+from pydiffusion.vision.preprocessing import MAX_SOFT_TOKENS
 
 Change = Callable[[RawGguf], object]
 V = "clip.vision."
@@ -78,6 +79,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "large patches": (put(V + "patch_size", U32, 1 << 30), "patch_size' is 1073741824"),
     "no pooling": (put(V + "projector.scale_factor", U32, 0), "scale_factor' is 0"),
     "soft tokens": (put(V + "max_soft_tokens", U32, 0), "max_soft_tokens' is 0"),
+    "large images by default": (
+        put(V + "max_soft_tokens", U32, MAX_SOFT_TOKENS[-1] + 1),
+        f"max_soft_tokens' is 1121; it must be 1 to {MAX_SOFT_TOKENS[-1]}",
+    ),
     "large images": (put(V + "projector.scale_factor", U32, 32), "280, but that many of 32 x 32 patches"),
     "epsilon": (put(V + "attention.layer_norm_epsilon", F32, float("nan")), "layer_norm_epsilon' is nan"),
     "mean": (put(V + "image_mean", ARRAY, Array(F32, [0.0, 0.0])), "must be an array of 3 floats"),

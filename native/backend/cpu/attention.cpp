@@ -54,8 +54,9 @@ void load_queries(Workspace& ws, const AttentionInputs& in, int64_t head, int64_
         for (int64_t d = 0; d < dim; ++d) ws.queries[d * block + i] = source[d];
         ws.maximum[i] = kInitialMaximum;
         ws.sum[i] = 0.0f;
-        ws.first[i] = in.first(query);
-        ws.last[i] = in.last(query);
+        const Causal::Rows rows = in.visible(query);
+        ws.first[i] = rows.first;
+        ws.last[i] = rows.last;
     }
     std::fill_n(ws.output.data(), dim * block, 0.0f);
 }

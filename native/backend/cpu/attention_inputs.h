@@ -40,9 +40,7 @@ struct AttentionInputs {
         return at<float>(dst, head_dim() * sizeof(float), dst->nb[1], head, i);
     }
 
-    // First and last visible row of query i.
-    int32_t first(int64_t i) const { return visible(i).first; }
-    int32_t last(int64_t i) const { return visible(i).last; }
+    // Rows that query i sees.
     Causal::Rows visible(int64_t i) const {
         if (!causal) return {0, static_cast<int32_t>(n_rows() - 1)};
         return causal->visible(static_cast<int32_t>(i / group()));

@@ -99,8 +99,9 @@ TARGET_AVX512 void load_queries(Workspace& ws, const AttentionInputs& in, int64_
             residuals[i] = residual;
             ws.maximum[lane] = kInitialMaximum;
             ws.sum[lane] = 0.0f;
-            ws.first[lane] = in.first(query);
-            ws.last[lane] = in.last(query);
+            const Causal::Rows visible = in.visible(query);
+            ws.first[lane] = visible.first;
+            ws.last[lane] = visible.last;
         }
         pack_activations(rows, dim, ws.queries.high(tile * kTileRows * dim));
         pack_activations(residuals, dim, ws.queries.low(tile * kTileRows * dim));

@@ -48,10 +48,7 @@ void GgmlOps::set_positions(const std::vector<int32_t>& positions) {
 }
 
 ggml_tensor* GgmlOps::rotate_axes(ggml_tensor* x, ggml_tensor* norm, const Rope& rope) {
-    if (!columns_) {
-        columns_ = c_.inputs.add(rope.device, GGML_TYPE_I32, c_.n_tokens);
-        rows_ = c_.inputs.add(rope.device, GGML_TYPE_I32, c_.n_tokens);
-    }
+    if (!axes_.x) axes_.add(c_.inputs, rope.device, c_.n_tokens);
     ggml_tensor* normed = rms_norm(x, norm, {});
     const int64_t half = x->ne[0] / 2;
     const auto rotated = [&](int64_t first, ggml_tensor* positions) {
@@ -60,19 +57,11 @@ ggml_tensor* GgmlOps::rotate_axes(ggml_tensor* x, ggml_tensor* norm, const Rope&
         return ggml_rope_ext(c_.ctx, part, positions, nullptr, static_cast<int>(half), GGML_ROPE_TYPE_NEOX,
                              rope.n_ctx_train, rope.base, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
     };
-    ggml_tensor* left = rotated(0, columns_);
-    return ggml_concat(c_.ctx, left, rotated(half, rows_), 0);
+    ggml_tensor* left = rotated(0, axes_.x);
+    return ggml_concat(c_.ctx, left, rotated(half, axes_.y), 0);
 }
 
-void GgmlOps::set_axial_positions(const std::vector<AxialPosition>& positions) {
-    if (!columns_) return;
-    std::vector<int32_t> values(positions.size());
-    for (ggml_tensor* target : {columns_, rows_}) {
-        for (size_t i = 0; i < positions.size(); ++i)
-            values[i] = target == columns_ ? positions[i].x : positions[i].y;
-        ggml_backend_tensor_set(target, values.data(), 0, values.size() * sizeof(int32_t));
-    }
-}
+void GgmlOps::set_axial_positions(const std::vector<AxialPosition>& positions) { axes_.write(positions); }
 
 ggml_tensor* GgmlOps::attend_all(const Heads& heads, bool exact, const WeightMatrix&) {
     const auto operand = [&](ggml_tensor* x) {

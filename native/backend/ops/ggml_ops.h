@@ -42,7 +42,7 @@ class GgmlOps : public Ops {
 
     std::vector<ggml_tensor*> positions_;  // I32 [n_tokens] for the CPU, then each device; null until needed
     std::vector<SharedMask> masks_;
-    ggml_tensor *columns_ = nullptr, *rows_ = nullptr;  // I32 [n_tokens], of rotate_axes(), on its device
+    AxialInputs axes_;  // of rotate_axes(), on its device
 };
 
 }  // namespace pydiffusion

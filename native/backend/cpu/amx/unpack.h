@@ -11,7 +11,8 @@ namespace pydiffusion {
 namespace gemm {
 
 // Whether rows of `n_per_row` weights of this type can be unpacked: types for which rounding to bfloat16
-// loses far less than their quantization did, and unpacking is faster than ggml's matmul.
+// loses far less than their quantization did, and unpacking is faster than ggml's matmul. Only rows of BF16
+// may end within a tile.
 bool can_unpack(ggml_type type, int64_t n_per_row);
 
 // A range of elements of each of `n_rows` rows: `n` from `first` on, both multiples of 256 unless the row

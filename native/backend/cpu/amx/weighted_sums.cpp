@@ -54,7 +54,7 @@ void WeightedSums::add(const float* const* p, int64_t n_tokens, const Rows& rows
             split(p[std::min(t, n_tokens - 1)] + d * kTileDepth, valid, high, high + n_half);
         }
     }
-    const int64_t n_blocks = rows.n / kTileDepth;
+    const int64_t n_blocks = depth_of(rows.n);
     for (int64_t d = 0; d < depth; ++d) {
         const int64_t n_rows = std::min(kTileDepth, rows.n_rows - d * kTileDepth);
         if (n_rows < kTileDepth) std::fill_n(rows_.get(), kTileDepth * kSoftDims, uint16_t{0});
