@@ -1,0 +1,1 @@
+"""Adapters (LoRA): PEFT folders and GGUF files, read, checked, written."""
