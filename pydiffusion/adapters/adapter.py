@@ -35,8 +35,8 @@ class Factors:
 
     shape_a: (r, n_in), of experts (n_expert, r, n_in); shape_b: (n_out, r), of experts (n_expert, n_out, r).
     scale: alpha / r, or alpha / sqrt(r) of rsLoRA.
-    read: () -> (a, b), float32 in these shapes. Read when called, so that an adapter of several GB is in memory
-        a matrix at a time.
+    read: () -> (a, b), float32 in these shapes. Read when called, so that an adapter of several GB is in
+        memory a matrix at a time.
     """
 
     shape_a: tuple[int, ...]
@@ -59,8 +59,8 @@ class Adapter:
     """Low-rank changes of a model's matrices.
 
     name: for people: the folder's or file's. path: where it is from. factors: what it changes.
-    fingerprint: 32 bytes (SHA-256 of what decides its results: targets, factors, scales), by which caches and
-        session files tell adapters apart. metadata: what its file says besides (r, lora_alpha, base model, ...).
+    fingerprint: 32 bytes (SHA-256 of what decides its results: targets, factors, scales), by which caches
+        and session files tell adapters apart. metadata: what its file says besides (r, lora_alpha, ...).
     """
 
     name: str
