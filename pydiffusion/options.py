@@ -26,7 +26,7 @@ LoraSource: TypeAlias = "str | os.PathLike[str] | Adapter"
 # The native loop takes signed 32-bit counts.
 _MAX_COUNT = 2**31 - 1
 _MAX_SEED = 2**64 - 1
-_MAX_SCALE = 3.4e38  # float32's
+_MAX_SCALE = 1e30  # of an adapter; its product with a weight is a float32
 
 #: Options that constrain the text, of which one can be given.
 Constraint: TypeAlias = Literal["json_schema", "regex", "grammar", "function_calls"]
@@ -173,7 +173,9 @@ def _with_scale(item: Any) -> tuple[LoraSource, float]:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= _MAX_SCALE:
-        raise OptionError("lora", f"lora has the scale {scale!r:.80}; permitted is a finite number (float32)")
+        raise OptionError(
+            "lora", f"lora has the scale {scale!r:.80}; permitted is a finite number up to 1e30"
+        )
     return source, number
 
 

@@ -44,7 +44,7 @@ class NativeModel:
         """Load an adapter beside the weights. Raises AdapterError for one that does not fit them,
         InsufficientMemoryError.
         """
-        return _native.Adapter(self._open_model(), adapter.name, adapter.scaled())
+        return new_adapter(self._open_model(), adapter)
 
     def new_batch(self) -> _native.Batch:
         """A batch, which denoises several sessions in one graph."""
@@ -60,3 +60,8 @@ class NativeModel:
         if self._model is None:
             raise PyDiffusionError(f"{self._path} is closed")
         return self._model
+
+
+def new_adapter(model: _native.Model, adapter: Adapter) -> _native.Adapter:
+    """See ``NativeModel.new_adapter``."""
+    return _native.Adapter(model, adapter.name, adapter.scaled())
