@@ -97,7 +97,8 @@ class LoadedAdapters:
     def chosen(self, fields: Mapping[str, Any]) -> Chosen | None:
         """The adapters of a request, None if none are loaded. Raises ApiError.
 
-        An adapter that ``model`` names is on with the scale that it was given with, the others are off.
+        An adapter that ``model`` names is on with the scale that it was given with, or 1 if that is 0; the
+        others are off.
         """
         name = fields.get("model")
         named = self.find(name) if isinstance(name, str) else None
@@ -110,7 +111,7 @@ class LoadedAdapters:
                 )
             scales = self._read(fields[FIELD], FIELD)
         elif named is not None:
-            scales = tuple(named.scale if each is named else 0.0 for each in self.adapters)
+            scales = tuple((named.scale or 1.0) if each is named else 0.0 for each in self.adapters)
         else:
             scales = self._scales
         if not self.adapters:

@@ -69,6 +69,8 @@ def test_loaded_and_not_applied() -> None:
     loaded = LoadedAdapters([(adapter("sums"), 0.5)], ["base"], apply=False)
     assert chosen(loaded) == [] and chosen(loaded, model="sums") == [("sums", 0.5)]
     assert loaded.shown()[0]["scale"] == 0
+    off = LoadedAdapters([(adapter("sums"), 0.0)], ["base"])
+    assert chosen(off) == [] and chosen(off, model="sums") == [("sums", 1.0)]
 
 
 def test_equal_names_get_numbers() -> None:
