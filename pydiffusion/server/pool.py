@@ -33,13 +33,8 @@ class SessionPool:
         """
         key = self._model.lora_key(lora)
         session = self._choose(prompt, key)
-        try:
-            if session.lora_key != key:
-                session.truncate(0)  # or its tokens would be encoded anew, under adapters that they never had
-            session.set_lora(lora)
-        except BaseException:
-            self.give_back(session)
-            raise
+        if session.lora_key != key:
+            session.truncate(0)  # else its tokens would be encoded anew, with these adapters
         return session
 
     def _choose(self, prompt: list[int] | Prompt, key: bytes) -> Session:
