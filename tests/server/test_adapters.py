@@ -94,7 +94,10 @@ def test_a_server_without_adapters() -> None:
         ({"id": 0, "scale": 1}, "lora must be an array of objects with id and scale"),
         ("sums", "lora must be an array"),
         ([0], r"lora\[0\] must be an object"),
-        ([{"id": 0, "scale": 1}, {"id": 2, "scale": 1}], r"lora\[1\].id is 2; loaded are 0 \(sums\), 1 \(poe"),
+        (
+            [{"id": 0, "scale": 1}, {"id": 2, "scale": 1}],
+            r"lora\[1\].id is 2; loaded are 0 \(sums\), 1 \(poe",
+        ),
         ([{"id": -1, "scale": 1}], "id is -1"),
         ([{"id": True, "scale": 1}], "id is true"),
         ([{"id": "0", "scale": 1}], 'id is "0"'),
