@@ -92,7 +92,7 @@ class LoadedAdapters:
 
         Raises ApiError, with nothing changed.
         """
-        self._scales = self._read(body, "the body")
+        self._scales = self._read(body, "body")
 
     def chosen(self, fields: Mapping[str, Any]) -> Chosen | None:
         """The adapters of a request, None if none are loaded. Raises ApiError.
@@ -128,9 +128,9 @@ class LoadedAdapters:
             )
         scales: dict[int, float] = {}
         for i, entry in enumerate(entries):
-            number, scale = self._read_entry(entry, f"{FIELD}[{i}]")
+            number, scale = self._read_entry(entry, f"{where}[{i}]")
             if number in scales:
-                raise invalid(f"{FIELD}[{i}]: the adapter {number} has a scale already", FIELD)
+                raise invalid(f"{where}[{i}]: the adapter {number} has a scale already", FIELD)
             scales[number] = scale
         return tuple(scales.get(named.id, 0.0) for named in self.adapters)
 
@@ -139,7 +139,9 @@ class LoadedAdapters:
             raise invalid(f"{where} must be an object with id and scale", FIELD, "invalid_type")
         unknown = sorted(entry.keys() - set(_ENTRY))
         if unknown:
-            raise invalid(f"{where} has the unknown field {unknown[0]!r}; known are id and scale"[:300], FIELD)
+            raise invalid(
+                f"{where} has the unknown field {unknown[0]!r}; known are id and scale"[:300], FIELD
+            )
         for name in ("id", "scale"):
             if entry.get(name) is None:
                 raise invalid(f"{where} has no {name}: give id and scale", FIELD)

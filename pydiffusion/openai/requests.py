@@ -11,7 +11,7 @@ from pydiffusion.chat.messages import template_variables
 from pydiffusion.errors import OptionError
 from pydiffusion.options import GenerationOptions, ResolvedOptions
 
-from .errors import ApiError, from_exception, invalid
+from .errors import from_exception, invalid
 from .fields import SortedFields, sort_fields
 from .lora import Chosen, LoadedAdapters, check_name
 from .messages import check_messages

@@ -39,9 +39,7 @@ class SessionPool:
 
     def _choose(self, prompt: list[int] | Prompt, key: bytes) -> Session:
         wanted = read_prompt(self._model, prompt)
-        shared = [
-            cached_length(session, wanted) if session.lora_key == key else 0 for session in self._idle
-        ]
+        shared = [cached_length(session, wanted) if session.lora_key == key else 0 for session in self._idle]
         best = max(range(len(shared)), key=shared.__getitem__, default=None)
         if best is not None and 2 * shared[best] >= self._idle[best].n_past:
             return self._idle.pop(best)

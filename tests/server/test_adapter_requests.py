@@ -181,7 +181,7 @@ def test_setting_the_scales(model: DiffusionModel, alone: dict[str, str]) -> Non
         assert text_of(post(url)) == alone["second"]
         assert [entry["scale"] for entry in httpx.get(address).json()] == [0, 1, 0, 0]
         refused = httpx.post(address, json=[*only(0), *only(7)])
-        assert refused.status_code == 400 and "lora[1].id is 7; loaded are 0 (first)" in refused.text
+        assert refused.status_code == 400 and "body[1].id is 7; loaded are 0 (first)" in refused.text
         assert text_of(post(url)) == alone["second"]
         assert httpx.post(address, json=[]).status_code == 200 and text_of(post(url)) == alone[""]
         assert httpx.delete(address).status_code == 405

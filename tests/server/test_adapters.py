@@ -96,7 +96,7 @@ def test_a_server_without_adapters() -> None:
         ([0], r"lora\[0\] must be an object"),
         (
             [{"id": 0, "scale": 1}, {"id": 2, "scale": 1}],
-            r"lora\[1\].id is 2; loaded are 0 \(sums\), 1 \(poe",
+            r"lora\[1\].id is 2; loaded are 0 \(sums\), 1",
         ),
         ([{"id": -1, "scale": 1}], "id is -1"),
         ([{"id": True, "scale": 1}], "id is true"),
@@ -111,14 +111,14 @@ def test_a_server_without_adapters() -> None:
         ([{"id": 0, "scale": 10**400}], "permitted is a finite number"),
         ([{"id": 0, "scale": float("nan")}], "permitted is a finite number"),
         ([{"id": 0, "scale": 1}, {"id": 0, "scale": 0}], r"lora\[1\]: the adapter 0 has a scale already"),
-        ([{"id": 0, "scale": 1, "strength": 2}], "unknown field 'strength'"),
+        ([{"id": 0, "scale": 1, "strength": 2}], "an unknown field, 'strength'"),
     ],
 )
 def test_a_list_that_is_refused(loaded: LoadedAdapters, lora: Any, text: str) -> None:
     with pytest.raises(ApiError, match=text) as caught:
         loaded.chosen({"lora": lora})
     assert (caught.value.status, caught.value.param) == (400, "lora")
-    with pytest.raises(ApiError, match=text.replace("lora must", "the body must")):
+    with pytest.raises(ApiError, match=text.replace("lora", "body", 1)):
         loaded.set_scales(lora)
     assert chosen(loaded) == [("sums", 1.0), ("poems", 0.5)]  # as before
 
