@@ -139,9 +139,7 @@ class LoadedAdapters:
             raise invalid(f"{where} must be an object with id and scale", FIELD, "invalid_type")
         unknown = sorted(entry.keys() - set(_ENTRY))
         if unknown:
-            raise invalid(
-                f"{where} has the unknown field {unknown[0]!r}; known are id and scale"[:300], FIELD
-            )
+            raise invalid(f"{where} has an unknown field, {unknown[0]!r:.100}; known are id and scale", FIELD)
         for name in ("id", "scale"):
             if entry.get(name) is None:
                 raise invalid(f"{where} has no {name}: give id and scale", FIELD)
