@@ -48,7 +48,8 @@ _ONE_OF = (
 class Defaults:
     """Options of lines that leave them open; can be pickled, for other processes.
 
-    options: of GenerationOptions, by name, and temperature; the seed is line 1's, each further line adds 1.
+    options: of GenerationOptions, by name, and temperature; the seed is line 1's, each further line adds 1;
+        lora as requests have it, by ids of the model's adapters.
     chat: pass a ``prompt`` as a user message through the chat template, or raw; None: if there is a template.
     system: system message for a ``prompt``.  special: parse control tokens in a raw ``prompt``.
     strict: refuse lines with fields without effect.
