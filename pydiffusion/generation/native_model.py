@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydiffusion import _native
 from pydiffusion.errors import PyDiffusionError
+
+if TYPE_CHECKING:
+    from pydiffusion.adapters.adapter import Adapter
 
 
 class NativeModel:
@@ -35,6 +39,12 @@ class NativeModel:
     def new_vision(self, path: Path) -> _native.Vision:
         """Load a vision tower onto the model's device. Raises as opening a model does."""
         return _native.Vision(os.fspath(path), self._open_model())
+
+    def new_adapter(self, adapter: Adapter) -> _native.Adapter:
+        """Load an adapter beside the weights. Raises AdapterError for one that does not fit them,
+        InsufficientMemoryError.
+        """
+        return _native.Adapter(self._open_model(), adapter.name, adapter.scaled())
 
     def new_batch(self) -> _native.Batch:
         """A batch, which denoises several sessions in one graph."""
