@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
+from support.random_adapters import blank_adapter
+from support.server_fakes import ScriptedModel, script
 
-from pydiffusion.adapters.adapter import Adapter
 from pydiffusion.openai.errors import ApiError
 from pydiffusion.openai.lora import LoadedAdapters
-
-
-def adapter(name: str) -> Adapter:
-    """One that changes nothing."""
-    return Adapter(name, Path("adapters") / name, {}, name.encode().ljust(32, b"."))
+from pydiffusion.options import Lora
+from pydiffusion.server.pool import SessionPool
+from pydiffusion.session import Session
 
 
 @pytest.fixture
 def loaded() -> LoadedAdapters:
-    return LoadedAdapters([(adapter("sums"), 1.0), (adapter("poems"), 0.5)], ["base", "base.gguf"])
+    given = [(blank_adapter("sums"), 1.0), (blank_adapter("poems"), 0.5)]
+    return LoadedAdapters(given, ["base", "base.gguf"])
+        [(blank_adapter("sums"), 1.0), (blank_adapter("poems"), 0.5)], ["base", "base.gguf"]
+    )
 
 
 def chosen(loaded: LoadedAdapters, **fields: Any) -> list[tuple[str, float]]:
@@ -66,15 +67,15 @@ def test_scales_that_are_set_count_from_then_on(loaded: LoadedAdapters) -> None:
 
 
 def test_loaded_and_not_applied() -> None:
-    loaded = LoadedAdapters([(adapter("sums"), 0.5)], ["base"], apply=False)
+    loaded = LoadedAdapters([(blank_adapter("sums"), 0.5)], ["base"], apply=False)
     assert chosen(loaded) == [] and chosen(loaded, model="sums") == [("sums", 0.5)]
     assert loaded.shown()[0]["scale"] == 0
-    off = LoadedAdapters([(adapter("sums"), 0.0)], ["base"])
+    off = LoadedAdapters([(blank_adapter("sums"), 0.0)], ["base"])
     assert chosen(off) == [] and chosen(off, model="sums") == [("sums", 1.0)]
 
 
 def test_equal_names_get_numbers() -> None:
-    given = [(adapter(name), 1.0) for name in ("checkpoint", "base", "checkpoint", "checkpoint-2")]
+    given = [(blank_adapter(name), 1.0) for name in ("checkpoint", "base", "checkpoint", "checkpoint-2")]
     assert LoadedAdapters(given, ["base"]).names == ("checkpoint", "base-2", "checkpoint-2", "checkpoint-2-2")
 
 
@@ -127,3 +128,28 @@ def test_a_name_and_a_list_contradict_each_other(loaded: LoadedAdapters) -> None
     with pytest.raises(ApiError, match="model names the adapter 'poems', and lora gives scales") as caught:
         loaded.chosen({"model": "poems", "lora": [{"id": 0, "scale": 1}]})
     assert caught.value.param == "lora"
+
+
+# Sessions of the pool
+
+
+def test_a_session_of_other_adapters_shares_no_prefix() -> None:
+    model = ScriptedModel(script)
+    pool = SessionPool(model, 2)
+    prompt = model.tokenize("a long prompt of many tokens")
+    with_sums, with_poems = ([(blank_adapter(name), 1.0)] for name in ("sums", "poems"))
+
+    def used(lora: Lora) -> tuple[Session, int]:
+        session = pool.take(prompt, lora)
+        n_held = session.n_past
+        session.prefill(prompt, lora=lora)
+        pool.give_back(session)
+        return session, n_held
+
+    first, second = used(with_sums), used([])
+    assert first[1] == second[1] == 0 and first[0] is not second[0]
+    assert used(with_sums) == (first[0], len(prompt)) and used([]) == (second[0], len(prompt))
+    assert used([(with_sums[0][0], 0.0)]) == (second[0], len(prompt))  # off, as without
+    assert used([(with_sums[0][0], 0.5)]) == (first[0], 0)  # the least recently used one, emptied
+    assert used(with_poems) == (second[0], 0)
+    assert pool.size == 2

@@ -1,4 +1,6 @@
-"""Random adapters for a model file, written as llama.cpp's converter writes them, with its `gguf` package."""
+"""Adapters for tests of what uses them: random ones in files as llama.cpp's converter writes them, with its
+`gguf` package, and one that changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,13 @@ import gguf
 import numpy as np
 
 from pydiffusion import _native
+from pydiffusion.adapters.adapter import Adapter
 
 _TARGETS = ("attn_q", "attn_k", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+def blank_adapter(name: str) -> Adapter:
+    return Adapter(name, Path("adapters") / name, {}, name.encode().ljust(32, b"."))
 
 
 def write_adapter(path: Path, model: Path, seed: int, *, rank: int = 4, strength: float = 1.0) -> Path:
