@@ -20,8 +20,6 @@ from pydiffusion.session import Session
 def loaded() -> LoadedAdapters:
     given = [(blank_adapter("sums"), 1.0), (blank_adapter("poems"), 0.5)]
     return LoadedAdapters(given, ["base", "base.gguf"])
-        [(blank_adapter("sums"), 1.0), (blank_adapter("poems"), 0.5)], ["base", "base.gguf"]
-    )
 
 
 def chosen(loaded: LoadedAdapters, **fields: Any) -> list[tuple[str, float]]:
@@ -80,10 +78,10 @@ def test_equal_names_get_numbers() -> None:
 
 
 def test_a_server_without_adapters() -> None:
-    none = LoadedAdapters()
-    assert none.chosen({}) is none.chosen({"lora": []}) is none.chosen({"model": "sums"}) is None
+    empty = LoadedAdapters()
+    assert [empty.chosen(fields) for fields in ({}, {"lora": []}, {"model": "sums"})] == [None] * 3
     with pytest.raises(ApiError, match="no adapter is loaded: start with --lora"):
-        none.chosen({"lora": [{"id": 0, "scale": 1}]})
+        empty.chosen({"lora": [{"id": 0, "scale": 1}]})
 
 
 # Refusals
