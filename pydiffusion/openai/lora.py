@@ -83,7 +83,7 @@ class LoadedAdapters:
     def shown(self) -> list[Json]:
         """For GET /lora-adapters."""
         return [
-            {"id": named.id, "name": named.name, "path": str(named.adapter.path), "scale": scale}
+            {"id": named.id, "name": named.name, "path": _sendable(str(named.adapter.path)), "scale": scale}
             for named, scale in zip(self.adapters, self._scales, strict=True)
         ]
 
@@ -173,12 +173,17 @@ def _named(given: Sequence[tuple[Adapter, float]], taken: Sequence[str]) -> list
     """With names of their own: of equal ones, as of the folders of checkpoints, later ones get a number."""
     names, found = set(taken), []
     for i, (adapter, scale) in enumerate(given):
-        name, n = adapter.name, 2
+        name, n = (own := _sendable(adapter.name)), 2
         while name in names:
-            name, n = f"{adapter.name}-{n}", n + 1
+            name, n = f"{own}-{n}", n + 1
         names.add(name)
         found.append(NamedAdapter(i, name, adapter, scale))
     return found
+
+
+def _sendable(name: str) -> str:
+    """Without the stand-ins for bytes of a file name that are not UTF-8, which JSON can't hold."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _quoted(value: Any) -> str:

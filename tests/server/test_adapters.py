@@ -12,6 +12,7 @@ from support.server_fakes import ScriptedModel, script
 from pydiffusion.openai.errors import ApiError
 from pydiffusion.openai.lora import LoadedAdapters
 from pydiffusion.options import Lora
+from pydiffusion.server.http import to_json
 from pydiffusion.server.pool import SessionPool
 from pydiffusion.session import Session
 
@@ -75,6 +76,13 @@ def test_loaded_and_not_applied() -> None:
 def test_equal_names_get_numbers() -> None:
     given = [(blank_adapter(name), 1.0) for name in ("checkpoint", "base", "checkpoint", "checkpoint-2")]
     assert LoadedAdapters(given, ["base"]).names == ("checkpoint", "base-2", "checkpoint-2", "checkpoint-2-2")
+
+
+def test_a_file_name_that_is_not_utf_8_can_be_sent() -> None:
+    loaded = LoadedAdapters([(blank_adapter("caf\udce9"), 1.0)], ["base"])
+    shown = json.loads(to_json(loaded.shown()))
+    assert (shown[0]["name"], shown[0]["path"]) == ("caf?", "adapters/caf?")
+    assert chosen(loaded, model="caf?") == [("caf?", 1.0)]
 
 
 def test_a_server_without_adapters() -> None:
