@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import gguf
@@ -16,7 +17,7 @@ _TARGETS = ("attn_q", "attn_k", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
 def blank_adapter(name: str) -> Adapter:
-    return Adapter(name, Path("adapters") / name, {}, name.encode().ljust(32, b"."))
+    return Adapter(name, Path("adapters") / name, {}, os.fsencode(name).ljust(32, b"."))
 
 
 def write_adapter(path: Path, model: Path, seed: int, *, rank: int = 4, strength: float = 1.0) -> Path:
