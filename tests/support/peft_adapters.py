@@ -1,7 +1,7 @@
 """Random adapters on the reference: made, saved and applied by PEFT. Needs torch, transformers and peft.
 
-``native_targets`` is the tests' own map from PEFT's modules to tensors of a GGUF, written apart from the package's,
-so that a mistake there shows.
+``native_targets`` is the tests' own map from PEFT's modules to tensors of a GGUF, written apart from the
+package's, so that a mistake there shows.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,34 +65,41 @@ def make_adapter(
 
     alike: the same values for both modes, as of one that was trained as a single set. options: of LoraConfig.
     """
-    adapted = get_peft_model(model, _config(modules, parameters, sides, r, lora_alpha, options))
-    for name, layer in lora_layers(adapted):
-        part = re.sub(r"encoder\.language_model|decoder", "", name) if alike else name
-        _fill(layer, seed, part + getattr(layer, "parameter_name", ""), strength)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nothing is known of the base model's vocabulary
+    options |= {"r": r, "lora_alpha": lora_alpha}
+    config = _config(model, modules, parameters, sides, options)
+    with _quiet():
+        adapted = get_peft_model(model, config)
+        for name, layer in lora_layers(adapted):
+            part = re.sub(r"encoder\.language_model|decoder", "", name) if alike else name
+            _fill(layer, seed, part + getattr(layer, "parameter_name", ""), strength)
         adapted.save_pretrained(folder)
     return folder
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PEFT warns that it ignores an expert's ``rank_pattern``, which it does not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _config(
+    model: Any,
     modules: Sequence[str],
     parameters: Sequence[str],
     sides: Sequence[str],
-    r: int,
-    lora_alpha: int,
     options: Mapping[str, Any],
 ) -> LoraConfig:
     """One that PEFT applies to those sides alone, and never to the vision tower."""
-    where = "|".join(_LAYERS[side] for side in sides)
     what = "|".join(re.escape(module) for module in modules)
-    layers = {"encoder": "encoder.language_model.layers", "decoder": "decoder.layers"}
+    where = "|".join(_LAYERS[side] for side in sides)
     whole = [
-        f"model.{layers[side]}.{i}.{parameter}" for side in sides for i in range(64) for parameter in parameters
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if name.endswith(tuple(parameters)) and re.search(where, name)
     ]
     return LoraConfig(
-        r=r,
-        lora_alpha=lora_alpha,
         target_modules=rf".*\.({where})\..*?({what})" if modules else [],
         target_parameters=(list(parameters) if len(sides) == 2 else whole) or None,
         **options,
@@ -145,9 +153,10 @@ def apply_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     The reference given computes with them from now on.
     """
     names = [f"adapter{i}" for i in range(len(adapters))]
-    adapted = PeftModel.from_pretrained(model, adapters[0][0], adapter_name=names[0])
-    for name, (folder, _) in zip(names[1:], adapters[1:], strict=True):
-        adapted.load_adapter(folder, name)
+    with _quiet():
+        adapted = PeftModel.from_pretrained(model, adapters[0][0], adapter_name=names[0])
+        for name, (folder, _) in zip(names[1:], adapters[1:], strict=True):
+            adapted.load_adapter(folder, name)
     adapted.base_model.set_adapter(names)
     for _, layer in lora_layers(adapted):
         for name, (_, scale) in zip(names, adapters, strict=True):
@@ -182,24 +191,20 @@ def tensor_and_side(module: str) -> tuple[str, str]:
     return f"blk.{match[2]}.{_TENSORS[match[3]]}", "decoder" if match[1] == "decoder" else "encoder"
 
 
-def merged_apart(model: Any, targets: Sequence[tuple[Sequence[NativeTarget], float]]) -> Any:
-    """Add adapters to the weights of ``model``, a fresh reference, each side to a copy of its own.
+def merged_apart(model: Any, adapters: Sequence[tuple[Sequence[NativeTarget], float]]) -> Any:
+    """Add adapters to the weights of ``model``, a fresh reference, each mode's to weights of its own.
 
-    PEFT's own merge adds both sides to the weights that encoder and decoder share. Returns ``model``.
+    PEFT's own merge adds both modes' to the weights that the two share. Returns ``model``.
     """
-    modules = {}
+    weights = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        parts = name.rsplit(".", 1)
-        if "vision" not in name and re.search(r"layers\.\d+\..*(proj|proj\.weight)$|self_conditioning", name):
-            own = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
-            setattr(model.get_submodule(parts[0]), parts[1], own)
-            modules[name.removesuffix(".weight")] = own
-    by_target = {}
-    for name, own in modules.items():
-        if name.endswith("norm"):
+        if "vision" in name or not re.search(r"(_proj|router\.proj\.weight|_proj\.weight)$", name):
             continue
-        by_target[tensor_and_side(name)] = own
-    for factors, scale in targets:
-        for tensor, side, a, b in factors:
-            by_target[tensor, side].data += torch.from_numpy(np.matmul(b, a) * np.float32(scale))
+        module, _, attribute = name.rpartition(".")
+        own = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        setattr(model.get_submodule(module), attribute, own)
+        weights[tensor_and_side(name.removesuffix(".weight"))] = own
+    for targets, scale in adapters:
+        for tensor, side, a, b in targets:
+            weights[tensor, side] += torch.from_numpy(np.matmul(b, a) * np.float32(scale))
     return model
