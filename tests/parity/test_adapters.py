@@ -149,7 +149,9 @@ def every_target(fresh: Callable[..., Any], saved: Callable[..., Path]) -> Any:
     """The adapter of every target, applied by PEFT to "small"."""
     from support.peft_adapters import apply_adapters
 
-    return apply_adapters(fresh(), [(saved("every target"), 1.0)])
+    model = fresh()
+    apply_adapters(model, [(saved("every target"), 1.0)])
+    return model
 
 
 @pytest.mark.parametrize("name", ["every target", "patterns"])
@@ -287,13 +289,14 @@ def test_tokens_in_the_cache_are_encoded_anew(type: str, saved: Callable, gguf_f
 def test_other_types(
     type: str, fresh: Callable, saved: Callable, gguf_file: Callable, report: Callable
 ) -> None:
-    """Quantized bases: nothing is quantized again, so all that is left is the rounding of activations.
+    """Quantized bases: nothing is quantized again. What is left is the rounding of activations, and of A and B
+    to BF16.
 
     Feed-forward rows of "small" are no multiple of 256, so Q4_K_M pads them.
     """
     from reference.dequantized import read_dequantized
     from reference.hf_model import rounded_activations, set_weights
-    from support.peft_adapters import apply_adapters
+    from support.peft_adapters import apply_adapters, rounded_factors
 
     path = gguf_file("small", type)
     reference, model = fresh(), open_file(path)
@@ -302,7 +305,8 @@ def test_other_types(
     adapter = native(model, saved("every target"))
     for n_prompt in (7, 38):
         wanted, conditioning, _ = theirs(reference, "small", n_prompt)
-        with rounded_activations(reference, type):
+        # Beside F16 weights, those of adapters are BF16, and so is what they multiply.
+        with rounded_factors(reference), rounded_activations(reference, "bf16" if type == "f16" else type):
             rounded, _, _ = theirs(reference, "small", n_prompt, conditioning)
         found = ours(session_with(model, [(adapter, 1.0)]), "small", n_prompt, conditioning)
         for name, logits in found.items():

@@ -165,6 +165,25 @@ def apply_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     return adapted.eval()
 
 
+@contextmanager
+def rounded_factors(adapted: Any) -> Iterator[None]:
+    """While open, all A and B of an adapted model have the values of BF16."""
+    parameters = [p for _, layer in lora_layers(adapted) for p in _factors(layer)]
+    kept = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.to(torch.bfloat16).float()
+    try:
+        yield
+    finally:
+        for parameter, values in zip(parameters, kept, strict=True):
+            parameter.data = values
+
+
+def _factors(layer: LoraLayer) -> Iterator[torch.nn.Parameter]:
+    for linears in (layer.lora_A, layer.lora_B):
+        yield from (linear.weight for linear in linears.values())
+
+
 def native_targets(adapted: Any, adapter: str = "adapter0") -> Iterator[NativeTarget]:
     """What an adapter that PEFT has loaded changes, at scale 1 (``apply_adapters`` with 1.0)."""
     for name, layer in lora_layers(adapted):
