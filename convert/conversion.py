@@ -174,8 +174,8 @@ def quantize(
     feed-forward lengths. Tensors that have the target type already are copied; quantized tensors that change
     type lose precision twice, which the report notes.
 
-    Args: as :func:`pydiffusion.convert.convert`, with a GGUF as ``source``; of a split one, any part. Adapters
-    (``lora``) are merged into float weights only (F32, F16, BF16).
+    Args: as :func:`pydiffusion.convert.convert`, with a GGUF as ``source``; of a split one, any part.
+    Adapters (``lora``) are merged into float weights only (F32, F16, BF16).
 
     Raises:
         ModelFormatError: the source or the imatrix is damaged.

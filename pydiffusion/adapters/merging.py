@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -21,19 +20,20 @@ from pydiffusion.convert.gguf.header import Value
 from pydiffusion.convert.gguf.tensor_reads import SourceTensor
 from pydiffusion.errors import ConversionError
 
-# An adapter to merge: (PEFT folder, GGUF, repo id of the Hugging Face Hub or Adapter, scale), or without a scale
-# for 1.
+# Adapters to merge: (PEFT folder, GGUF, repo id of the Hugging Face Hub or Adapter, scale) of each, or
+# without a scale for 1.
 AdapterSource = str | os.PathLike[str] | Adapter
 Lora = Sequence[AdapterSource | tuple[AdapterSource, float]]
 
 # Keys of a file that adapters are merged into: one entry for each, in order.
-MERGED_NAMES, MERGED_SCALES, MERGED_FINGERPRINTS = (
+_NAMES, _SCALES, _FINGERPRINTS = (
     f"pydiffusion.merged_lora.{what}" for what in ("names", "scales", "fingerprints")
 )
 
+_MAX_SCALE = float(np.finfo(np.float32).max)
 _FLOATS = ("F32", "F16", "BF16")
 _GATE_UP, _GATE, _UP, _DOWN = "ffn_gate_up_exps", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"
-# Of these a file may have more rows, or columns, than the model: zeros, up to whole blocks of a quantized type.
+# Of these a file may have more rows, or columns, than the model: zeros, up to whole blocks of quantized types.
 _PADDED_ROWS = ("ffn_gate", "ffn_up", "self_cond_gate", "self_cond_up", _GATE_UP, _GATE, _UP)
 _PADDED_COLUMNS = ("ffn_down", "self_cond_down", _DOWN)
 # Only the decoder has these: its set is all there is.
@@ -62,20 +62,35 @@ def merge_into(source: Source, lora: Lora) -> None:
     for adapter, _ in adapters:
         path = adapter.path
         source.files = [*source.files, *(sorted(path.iterdir()) if path.is_dir() else [path])]
-    used = [(adapter, scale) for adapter, scale in adapters if scale]
+    used = merged_adapters(source)
+    used += [MergedAdapter(a.name, scale, a.fingerprint.hex()) for a, scale in adapters if scale]
     source.metadata |= {
-        MERGED_NAMES: _extended(source, MERGED_NAMES, "str", [adapter.name for adapter, _ in used]),
-        MERGED_SCALES: _extended(source, MERGED_SCALES, "f32", [scale for _, scale in used]),
-        MERGED_FINGERPRINTS: _extended(
-            source, MERGED_FINGERPRINTS, "str", [adapter.fingerprint.hex() for adapter, _ in used]
-        ),
+        _NAMES: Value("array[str]", [one.name for one in used]),
+        _SCALES: Value("array[f32]", [one.scale for one in used]),
+        _FINGERPRINTS: Value("array[str]", [one.fingerprint for one in used]),
     }
 
 
-def _extended(source: Source, key: str, type: str, more: list[Any]) -> Value:
-    """The value of a key with entries for each adapter; a file may have some of an earlier merge."""
-    before = source.metadata.get(key)
-    return Value(f"array[{type}]", [*(before.value if before and before.type == f"array[{type}]" else []), *more])
+@dataclass(frozen=True)
+class MergedAdapter:
+    """An adapter that was merged into a file, as its metadata tells. fingerprint: in hexadecimal digits."""
+
+    name: str
+    scale: float
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.scale:g}"
+
+
+def merged_adapters(source: Source) -> list[MergedAdapter]:
+    """The adapters that were merged into a source, in order, as far as its keys tell."""
+    found = [source.metadata.get(key) for key in (_NAMES, _SCALES, _FINGERPRINTS)]
+    types = [value.type if value else "" for value in found]
+    if types != ["array[str]", "array[f32]", "array[str]"]:
+        return []
+    names, scales, fingerprints = (value.value for value in found if value)
+    return [MergedAdapter(*one) for one in zip(names, scales, fingerprints, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -96,14 +111,14 @@ def merge(tensors: Sequence[SourceTensor], adapters: Sequence[tuple[Adapter, flo
     Raises:
         ConversionError: a change that differs between the modes, a matrix that the model hasn't, another
             shape, weights that are quantized; the message names the adapter and the tensor.
-        ValueError: a scale that isn't finite.
+        ValueError: a scale that isn't finite in float32.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
     changes: dict[str, list[_Change]] = {}
     notes = []
     for adapter, scale in adapters:
-        if not math.isfinite(scale):
-            raise ValueError(f"the scale of adapter {adapter.name} is {scale}; it should be finite")
+        if not abs(scale) <= _MAX_SCALE:
+            raise ValueError(f"the scale of adapter {adapter.name} is {scale}; it should be a finite float32")
         n_merged = 0
         for tensor, factors in _one_set(adapter).items() if scale else ():
             for name, change in _places(adapter, scale, tensor, factors, by_name):
@@ -200,8 +215,8 @@ def _check(
     """Refuse a base that is quantized or has a scale of its own, and factors of another shape."""
     if base.type not in _FLOATS:
         raise ConversionError(
-            f"{adapter.path}: can't be merged into {base.name}, which is {base.type} here: merge it into float "
-            "weights (F32, F16, BF16), or give the adapter to the commands that run the model"
+            f"{adapter.path}: can't be merged into {base.name}, which is {base.type} here: merge it into "
+            "float weights (F32, F16, BF16), or give the adapter to the commands that run the model"
         )
     kind, base_kind = split_name(tensor)[0], split_name(base.name)[0]
     layer = base.name.removesuffix(f"{base_kind}.weight")
@@ -210,8 +225,8 @@ def _check(
     with_scale = next((f"{layer}{of}.scale" for of in scaled if f"{layer}{of}.scale" in model), None)
     if with_scale is not None:
         raise ConversionError(
-            f"{adapter.path}: can't be merged into {base.name}: the file has {with_scale}, as files made from "
-            "NVFP4 have: merge it into the checkpoint that this file was made from"
+            f"{adapter.path}: can't be merged into {base.name}: the file has {with_scale}, as files made "
+            "from NVFP4 have: merge it into the checkpoint that this file was made from"
         )
     n_rows, n_columns = base.shape[-2:]
     of_b, of_a = factors.shape_b[-2], factors.shape_a[-1]
@@ -261,11 +276,6 @@ def _joined(base: SourceTensor, changes: Sequence[_Change]) -> tuple[np.ndarray,
         a[:, done:end, : one_a.shape[-1]] = one_a.reshape(n_matrices, *change.factors.shape_a[-2:])
         with np.errstate(all="ignore"):
             one_b = one_b * np.float32(change.factors.scale * change.scale)
-        if not (np.isfinite(one_a).all() and np.isfinite(one_b).all()):
-            raise ConversionError(
-                f"{change.adapter.path}: its change of {base.name}, with scale {change.scale:g}, holds NaN or "
-                "infinite numbers"
-            )
         one_b = one_b.reshape(n_matrices, *change.factors.shape_b[-2:])
         for first, at, count in change.places:
             b[:, at : at + count, done:end] = one_b[:, first : first + count]
@@ -285,7 +295,13 @@ def _merged(base: SourceTensor, changes: Sequence[_Change], held: _Held) -> Sour
         while done < count:  # the rows of one expert at a time
             matrix, row = divmod(first + done, n_rows)
             n = min(count - done, n_rows - row)
-            result[done : done + n] += _product(a[matrix], b[matrix], row, n)
+            change = _product(a[matrix], b[matrix], row, n)
+            if not np.isfinite(change).all():
+                raise ConversionError(
+                    f"{', '.join(str(one.adapter.path) for one in changes)}: the change of {base.name} holds "
+                    "NaN or infinite numbers: is the scale too large?"
+                )
+            result[done : done + n] += change
             done += n
         return result
 
@@ -300,5 +316,6 @@ def _product(a: np.ndarray, b: np.ndarray, first: int, count: int) -> np.ndarray
     """
     begin, end = first // _BLOCK, -(-(first + count) // _BLOCK)
     blocks = b[begin * _BLOCK : end * _BLOCK].reshape(end - begin, _BLOCK, -1)
-    result = np.matmul(blocks, a).reshape(-1, a.shape[-1])
+    with np.errstate(all="ignore"):
+        result = np.matmul(blocks, a).reshape(-1, a.shape[-1])
     return result[first - begin * _BLOCK :][:count]
