@@ -33,7 +33,7 @@ _NAMES, _SCALES, _FINGERPRINTS = (
 _MAX_SCALE = float(np.finfo(np.float32).max)
 _FLOATS = ("F32", "F16", "BF16")
 _GATE_UP, _GATE, _UP, _DOWN = "ffn_gate_up_exps", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"
-# Of these a file may have more rows, or columns, than the model: zeros, up to whole blocks of quantized types.
+# Of these a file may have more rows, or columns, than the model: zeros, up to whole blocks of a type.
 _PADDED_ROWS = ("ffn_gate", "ffn_up", "self_cond_gate", "self_cond_up", _GATE_UP, _GATE, _UP)
 _PADDED_COLUMNS = ("ffn_down", "self_cond_down", _DOWN)
 # Only the decoder has these: its set is all there is.
@@ -119,52 +119,64 @@ def merge(tensors: Sequence[SourceTensor], adapters: Sequence[tuple[Adapter, flo
     for adapter, scale in adapters:
         if not abs(scale) <= _MAX_SCALE:
             raise ValueError(f"the scale of adapter {adapter.name} is {scale}; it should be a finite float32")
-        n_merged = 0
-        for tensor, factors in _one_set(adapter).items() if scale else ():
+        try:
+            sets = _one_set(adapter) if scale else {}
+        except _TwoSets as error:
+            raise ConversionError(
+                f"{adapter.path}: can't be merged: it {error}, and a file has one matrix for both: convert "
+                "without --lora, and give the adapter to the commands that run the model"
+            ) from None
+        for tensor, factors in sets.items():
             for name, change in _places(adapter, scale, tensor, factors, by_name):
                 changes.setdefault(name, []).append(change)
-            n_merged += 1
-        notes.append(f"merged adapter {adapter.name}, scale {scale:g}: {n_merged} matrices changed")
+        notes.append(f"merged adapter {adapter.name}, scale {scale:g}: {len(sets)} matrices changed")
     held = _Held()
     merged = [_merged(t, changes[t.name], held) if t.name in changes else t for t in tensors]
     return Merged(merged, notes)
 
 
+def why_not_mergeable(adapter: Adapter) -> str:
+    """What keeps an adapter from being merged into any model: "changes blk.0.attn_q for the decoder only";
+    empty if nothing does.
+    """
+    try:
+        _one_set(adapter)
+    except _TwoSets as error:
+        return str(error)
+    return ""
+
+
+class _TwoSets(Exception):
+    """A change that isn't the same for both modes, as a phrase about the adapter."""
+
+
 def _one_set(adapter: Adapter) -> dict[str, Factors]:
-    """Tensor -> the set that serves both modes; tensors that aren't changed are left out."""
+    """Tensor -> the set that serves both modes; tensors that aren't changed are left out. Raises _TwoSets."""
     by_tensor: dict[str, dict[str, Factors]] = {}
     for target, factors in adapter.factors.items():
-        by_tensor.setdefault(target.tensor, {})[target.side] = factors
+        if _changes(factors):
+            by_tensor.setdefault(target.tensor, {})[target.side] = factors
     found = {}
     for tensor, of_side in by_tensor.items():
-        changing = {side: factors for side, factors in of_side.items() if _changes(factors)}
-        if not changing:
-            continue
-        sides = sorted(changing)
-        served = "both" in changing or (tensor in _DECODER_ONLY and "decoder" in changing)
-        if not served and len(sides) == 1:
-            raise _not_for_both(adapter, tensor, f"changes {tensor} for the {sides[0]} only")
-        if not served and not _equal(changing["encoder"], changing["decoder"]):
-            raise _not_for_both(adapter, tensor, f"changes {tensor} differently for encoder and decoder")
-        found[tensor] = changing["both" if "both" in changing else "decoder"]
+        served = "both" in of_side or (tensor in _DECODER_ONLY and "decoder" in of_side)
+        if not served and len(of_side) == 1:
+            raise _TwoSets(f"changes {tensor} for the {next(iter(of_side))} only")
+        if not served and not _equal(of_side["encoder"], of_side["decoder"]):
+            raise _TwoSets(f"changes {tensor} differently for encoder and decoder")
+        found[tensor] = of_side["both" if "both" in of_side else "decoder"]
     return found
 
 
 def _changes(factors: Factors) -> bool:
-    return factors.scale != 0 and bool(factors.read()[1].any())
+    """Whether the change is not zero."""
+    a, b = factors.read()
+    return factors.scale != 0 and bool(a.any() and b.any())
 
 
 def _equal(one: Factors, other: Factors) -> bool:
     if (one.shape_a, one.shape_b, one.scale) != (other.shape_a, other.shape_b, other.scale):
         return False
     return all(map(np.array_equal, one.read(), other.read()))
-
-
-def _not_for_both(adapter: Adapter, tensor: str, what: str) -> ConversionError:
-    return ConversionError(
-        f"{adapter.path}: can't be merged: it {what}, and a file has one {tensor}.weight for both: convert "
-        "without --lora, and give the adapter to the commands that run the model"
-    )
 
 
 @dataclass(frozen=True)
