@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from pydiffusion._util.sizes import count
-
 from . import _open
+from ._adapter_facts import adapter_counts, adapter_facts, adapter_lines, target_lines
 from ._commands import Command, with_home
+from ._conversion import Keep
 from ._options import output_file
-from ._text import one_line, say
+from ._text import one_line, printable, say
 
 if TYPE_CHECKING:
-    from pydiffusion.adapters.adapter import Adapter, Factors, Target
+    from pydiffusion.adapters.adapter import Adapter
 
 app = typer.Typer(
     cls=TyperGroup,
@@ -56,31 +54,40 @@ def convert(
             show_default=False,
         ),
     ],
+    type: Annotated[
+        str,
+        typer.Option(
+            "--type",
+            "--outtype",
+            help="Type of the tensors: f32, f16, bf16, or auto, for each the smallest that holds it exactly.",
+        ),
+    ] = "auto",
     model: Model = None,
-    no_overwrite: Annotated[
-        bool, typer.Option("--no-overwrite", help="Refuse to replace what exists.")
-    ] = False,
+    no_overwrite: Keep = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a report as JSON.")] = False,
 ) -> None:
     """Convert an adapter: a PEFT folder to GGUF, as llama.cpp names it, or a GGUF to a PEFT folder."""
     from pydiffusion.adapters.gguf_file import write_adapter_gguf
+    from pydiffusion.adapters.loading import load_adapter, matrices_of
     from pydiffusion.adapters.peft_folder import write_peft_folder
     from pydiffusion.errors import AdapterError
 
     to_gguf = target.suffix.lower() == ".gguf"
-    if no_overwrite and target.exists():
-        raise AdapterError(f"{target}: already exists; remove it, or leave out --no-overwrite")
-    adapter = _loaded(source, model)
-    if to_gguf == adapter.path.is_file():
-        what, other = ("a GGUF", "a folder") if to_gguf else ("a PEFT folder", "NAME.gguf")
-        raise AdapterError(f"{adapter.path}: is {what} already; give {other} as OUT to convert it")
     if to_gguf:
-        write_adapter_gguf(adapter, output_file(str(target)))
-    else:
-        write_peft_folder(adapter, target)
+        target = output_file(str(target))
+    keys = _metadata(model)
+    adapter = load_adapter(source, keys)
+    if to_gguf == adapter.path.is_file():
+        what, other = ("a GGUF", "a folder") if to_gguf else ("a folder", "NAME.gguf")
+        raise AdapterError(f"{adapter.path}: is {what} already; give {other} as OUT to convert it")
+    write = write_adapter_gguf if to_gguf else write_peft_folder
+    try:
+        write(adapter, target, matrices_of(keys), type=type.lower(), overwrite=not no_overwrite)
+    except ValueError as error:
+        raise typer.BadParameter(f"--type: {error}") from None
     if as_json:
-        print(json.dumps({"source": str(adapter.path), "target": str(target)} | _summary(adapter)))
-    say(f"{target}: {_counted(adapter)}")
+        print(json.dumps({"target": str(target)} | adapter_facts(adapter, False), default=str))
+    say(f"{target}: {adapter_counts(adapter)}")
 
 
 def inspect(
@@ -90,10 +97,11 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what an adapter changes, and whether it can be merged into a model's weights."""
-    adapter = _loaded(source, model)
+    from pydiffusion.adapters.loading import load_adapter
+
+    adapter = load_adapter(source, _metadata(model))
     if as_json:
-        listed = {"targets": [_target(*item) for item in adapter.factors.items()]} if tensors else {}
-        print(json.dumps(_summary(adapter) | listed, default=str, allow_nan=False))
+        print(json.dumps(adapter_facts(adapter, tensors), default=str))
     else:
         _print(adapter, tensors)
 
@@ -102,78 +110,23 @@ app.command("convert", cls=Command)(with_home(convert))
 app.command("inspect", cls=Command)(with_home(inspect))
 
 
-def _loaded(source: str, model: Path | None) -> Adapter:
-    from pydiffusion.adapters.loading import load_adapter
-
-    return load_adapter(source, None if model is None else _metadata(model))
-
-
-def _metadata(model: Path) -> dict[str, Any]:
+def _metadata(model: Path | None) -> dict[str, Any] | None:
+    """Metadata of the model that an adapter is for; None without."""
     from pydiffusion.convert import open_parts
 
-    return open_parts(_open.model_file(model)).metadata
-
-
-def _summary(adapter: Adapter) -> dict[str, Any]:
-    from pydiffusion.adapters.merging import why_not_mergeable
-
-    sides = Counter(target.side for target in adapter.factors)
-    return {
-        "name": adapter.name,
-        "path": str(adapter.path),
-        "fingerprint": adapter.fingerprint.hex(),
-        "n_targets": len(adapter.factors),
-        "n_weights": _n_weights(adapter),
-        "ranks": sorted({factors.rank for factors in adapter.factors.values()}),
-        "sides": {side: sides[side] for side in ("encoder", "decoder", "both") if sides[side]},
-        "merge_problem": why_not_mergeable(adapter),
-        "metadata": dict(adapter.metadata),
-    }
-
-
-def _target(target: Target, factors: Factors) -> dict[str, Any]:
-    return {
-        "tensor": target.tensor,
-        "side": target.side,
-        "shape_a": list(factors.shape_a),
-        "shape_b": list(factors.shape_b),
-        "scale": factors.scale,
-    }
-
-
-def _n_weights(adapter: Adapter) -> int:
-    return sum(math.prod(f.shape_a) + math.prod(f.shape_b) for f in adapter.factors.values())
-
-
-def _counted(adapter: Adapter) -> str:
-    ranks = sorted({factors.rank for factors in adapter.factors.values()})
-    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    return f"{len(adapter.factors)} matrices, {rank}, {count(_n_weights(adapter))} weights"
+    return None if model is None else open_parts(_open.model_file(model)).metadata
 
 
 def _print(adapter: Adapter, with_tensors: bool) -> None:
-    from pydiffusion.adapters.merging import why_not_mergeable
-    from pydiffusion.convert.checkpoint.tensor_map import split_name
-
-    print(one_line(f"{adapter.name}: {_counted(adapter)}"))
-    print(one_line(f"  from {adapter.path}"))
+    print(one_line(f"{adapter.name}: {adapter_counts(adapter)}"))
+    print(one_line(f"from {adapter.path}"))
     for key, value in adapter.metadata.items():
         if key != "notes":
-            print(one_line(f"  {key}: {value}"))
+            print(one_line(f"{key}: {value}"))
     print("\nChanges (encoder: reads prompt and finished text; decoder: denoises the canvas; both: one set)")
-    kinds: Counter[tuple[str, str, int, float]] = Counter(
-        (split_name(target.tensor)[0], target.side, factors.rank, factors.scale)
-        for target, factors in adapter.factors.items()
-    )
-    print(f"  {'matrix':18} {'mode':8} {'number':>6} {'rank':>5} {'scale':>8}")
-    for (kind, side, rank, scale), number in kinds.items():
-        print(f"  {kind:18} {side:8} {number:6} {rank:5} {scale:8.4g}")
+    for line in adapter_lines(adapter):
+        print(f"  {printable(line)}")
     if with_tensors:
-        print("\nMatrices (shapes of A and B, slowest first)")
-        for target, factors in adapter.factors.items():
-            a, b = (" x ".join(map(str, shape)) for shape in (factors.shape_a, factors.shape_b))
-            print(f"  {target!s:34} A {a:16} B {b:16} scale {factors.scale:.4g}")
-    why_not = why_not_mergeable(adapter)
-    print(f"\ncan be merged by convert --lora: {f'no, it {why_not}' if why_not else 'yes'}")
-    for note in adapter.metadata.get("notes", ()):
-        print(one_line(f"note: {note}"))
+        print("\nMatrices (shapes slowest first)")
+        for line in target_lines(adapter):
+            print(f"  {printable(line)}")
