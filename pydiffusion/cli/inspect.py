@@ -107,7 +107,7 @@ def _adapter(gguf: Parts) -> tuple[Adapter | None, str]:
     if gguf.metadata.get("general.type") != "adapter":
         return None, ""
     try:
-        return load_adapter(gguf.reader.path, None), ""
+        return load_adapter(str(gguf.reader.path), None), ""
     except AdapterError as error:
         return None, str(error)
 

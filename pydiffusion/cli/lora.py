@@ -113,8 +113,14 @@ app.command("inspect", cls=Command)(with_home(inspect))
 def _metadata(model: Path | None) -> dict[str, Any] | None:
     """Metadata of the model that an adapter is for; None without."""
     from pydiffusion.convert import open_parts
+    from pydiffusion.errors import UnsupportedModelError
 
-    return None if model is None else open_parts(_open.model_file(model)).metadata
+    if model is None:
+        return None
+    parts = open_parts(_open.model_file(model))
+    if parts.reader.other_kind:
+        raise UnsupportedModelError(f"{model}: is {parts.reader.other_kind}")
+    return parts.metadata
 
 
 def _print(adapter: Adapter, with_tensors: bool) -> None:
