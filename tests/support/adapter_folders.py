@@ -112,17 +112,18 @@ def write_folder(
     return folder
 
 
-def write_gguf(path: Path, tensors: Tensors, **keys: Any) -> Path:
-    """A GGUF as llama.cpp's converter writes it; ``keys`` with _ for the dots, None leaves one out."""
-    values = {
-        "general_type": "adapter",
-        "adapter_type": "lora",
-        "adapter_lora_alpha": 8.0,
-    } | keys
-    writer = GGUFWriter(path, values.pop("architecture", "diffusion-gemma"))
+def write_gguf(path: Path, tensors: Tensors, keys: Mapping[str, Any] | None = None) -> Path:
+    """A GGUF as llama.cpp's converter writes it; ``keys`` change its metadata, None leaves one out."""
+    values: dict[str, Any] = {
+        "general.architecture": "diffusion-gemma",
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 8.0,
+    } | dict(keys or {})
+    writer = GGUFWriter(path, values.pop("general.architecture"))
     for key, value in values.items():
         add = writer.add_string if isinstance(value, str) else writer.add_float32
         if value is not None:
-            add(key.replace("_", "."), value)
+            add(key, value)
     finish(writer, tensors)
     return path
