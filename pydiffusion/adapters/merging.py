@@ -33,9 +33,9 @@ _NAMES, _SCALES, _FINGERPRINTS = (
 _MAX_SCALE = float(np.finfo(np.float32).max)
 _FLOATS = ("F32", "F16", "BF16")
 _GATE_UP, _GATE, _UP, _DOWN = "ffn_gate_up_exps", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"
-# Of these a file may have more rows, or columns, than the model: zeros, up to whole blocks of a type.
+# Of these a file may have more rows, or longer ones, than the model: zeros, up to whole blocks of a type.
 _PADDED_ROWS = ("ffn_gate", "ffn_up", "self_cond_gate", "self_cond_up", _GATE_UP, _GATE, _UP)
-_PADDED_COLUMNS = ("ffn_down", "self_cond_down", _DOWN)
+_PADDED_INPUTS = ("ffn_down", "self_cond_down", _DOWN)
 # Only the decoder has these: its set is all there is.
 _DECODER_ONLY = ("self_cond_gate", "self_cond_up", "self_cond_down")
 # Their scale is the router's, not that of quantized weights.
@@ -136,7 +136,7 @@ def merge(tensors: Sequence[SourceTensor], adapters: Sequence[tuple[Adapter, flo
 
 
 def why_not_mergeable(adapter: Adapter) -> str:
-    """What keeps an adapter from being merged into any model: "changes blk.0.attn_q for the decoder only";
+    """The reason why an adapter can't be merged into any model: "changes blk.0.attn_q for the decoder only";
     empty if nothing does.
     """
     try:
@@ -240,13 +240,13 @@ def _check(
             f"{adapter.path}: can't be merged into {base.name}: the file has {with_scale}, as files made "
             "from NVFP4 have: merge it into the checkpoint that this file was made from"
         )
-    n_rows, n_columns = base.shape[-2:]
+    n_rows, n_in = base.shape[-2:]
     of_b, of_a = factors.shape_b[-2], factors.shape_a[-1]
     n_rows *= (1 + (kind == _GATE_UP)) if base_kind in (_GATE, _UP) else 1
     n_rows //= 2 if base_kind == _GATE_UP and kind in (_GATE, _UP) else 1
     fits = base.shape[:-2] == factors.shape_a[:-2] == factors.shape_b[:-2]
     fits = fits and (of_b == n_rows or (of_b < n_rows and kind in _PADDED_ROWS))
-    fits = fits and (of_a == n_columns or (of_a < n_columns and kind in _PADDED_COLUMNS))
+    fits = fits and (of_a == n_in or (of_a < n_in and kind in _PADDED_INPUTS))
     if not fits or (kind == _GATE_UP and of_b % 2):
         raise ConversionError(
             f"{adapter.path}: changes {tensor} with A {list(factors.shape_a)} and B {list(factors.shape_b)}, "
@@ -276,10 +276,10 @@ def _joined(base: SourceTensor, changes: Sequence[_Change]) -> tuple[np.ndarray,
     """A and B of all changes side by side, float32: (n_matrices, r, n_in) and (n_matrices, n_rows, r), scales
     in B, whose rows are filled up to whole blocks.
     """
-    n_rows, n_columns = base.shape[-2:]
+    n_rows, n_in = base.shape[-2:]
     n_matrices = math.prod(base.shape[:-2])
     rank = sum(change.factors.rank for change in changes)
-    a = np.zeros((n_matrices, rank, n_columns), np.float32)
+    a = np.zeros((n_matrices, rank, n_in), np.float32)
     b = np.zeros((n_matrices, -(-n_rows // _BLOCK) * _BLOCK, rank), np.float32)
     done = 0
     for change in changes:
@@ -296,12 +296,12 @@ def _joined(base: SourceTensor, changes: Sequence[_Change]) -> tuple[np.ndarray,
 
 
 def _merged(base: SourceTensor, changes: Sequence[_Change], held: _Held) -> SourceTensor:
-    n_rows, n_columns = base.shape[-2:]
-    size = rows.row_bytes(base.type, n_columns)
+    n_rows, n_in = base.shape[-2:]
+    size = rows.row_bytes(base.type, n_in)
 
     def read(first: int, count: int) -> np.ndarray:
         data = base.read(first * size, count * size).reshape(count, size)
-        result = np.array(rows.to_float32(data, base.type, n_columns))
+        result = np.array(rows.to_float32(data, base.type, n_in))
         a, b = held.get(base, changes)
         done = 0
         while done < count:  # the rows of one expert at a time
@@ -317,7 +317,7 @@ def _merged(base: SourceTensor, changes: Sequence[_Change], held: _Held) -> Sour
             done += n
         return result
 
-    return replace(base, type="F32", read=RowsAsBytes(read, 4 * n_columns))
+    return replace(base, type="F32", read=RowsAsBytes(read, 4 * n_in))
 
 
 def _product(a: np.ndarray, b: np.ndarray, first: int, count: int) -> np.ndarray:

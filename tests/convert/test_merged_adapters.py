@@ -206,7 +206,7 @@ def test_a_row_does_not_depend_on_the_rows_read_with_it() -> None:
 
 
 def test_equal_sets_of_both_modes_are_one(tensors: Mapping[str, np.ndarray]) -> None:
-    """And a set that was never trained, whose B is zero, is none."""
+    """A set that was never trained, whose B is zero, counts as absent."""
     base = source_of("blk.0.attn_q.weight", np.array(tensors["blk.0.attn_q.weight"]))
     change = factors_of(base.shape, 3, seed=1)
     copy = given(*(array.copy() for array in change.read()), change.scale)
