@@ -110,7 +110,7 @@ def test_the_change_is_padded_as_the_matrix_is(
         assert not found[name][..., n_rows:, :].any() and not found[name][..., n_columns:].any()
 
 
-@pytest.mark.parametrize("type", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("type", ["bf16", "f16"])
 def test_a_gguf_of_floats_is_a_source_too(
     folder: Path, tensors: Mapping[str, np.ndarray], adapter: Adapter, tmp_path: Path, type: str
 ) -> None:
