@@ -112,7 +112,7 @@ def test_merged_by_the_command(
     used = ["--lora", f"{shared}:0.5", "--lora", f"{shared}:-2"]
     assert main(["convert", str(folder), str(tmp_path / "a.gguf"), "--type", "bf16", *used]) == 0
     assert main(["quantize", str(base), str(tmp_path / "b.gguf"), "bf16", *used]) == 0
-    assert "merged adapter shared, scale -2: 22 matrices changed" in capsys.readouterr().err
+    assert "adapter shared, scale -2: merged, 22 matrices changed" in capsys.readouterr().err
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     verify = ["verify", str(tmp_path / "a.gguf"), "--against", str(folder)]
     assert main([*verify, *used]) == 0
