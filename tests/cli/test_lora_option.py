@@ -70,6 +70,12 @@ def test_generate(model: Path, adapter: Path, expected: dict[str, list[int]],
         assert ("adapter rivers:" in err) == bool(options), err
 
 
+def test_an_adapter_in_a_model_s_place(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "-m", str(adapter), "-p", "x"]) == 1
+    said = f"{adapter} is a folder, an adapter (LoRA) for a model: give the model, and the adapter as --lora"
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_scales_of_other_programs() -> None:
     own = {"--lora": True, "-p": True}
     for given, becomes in [
@@ -148,7 +154,7 @@ def test_imatrix_and_evaluate(
 def test_bench(model: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = ["bench", str(model), "--prompt", "8", "--steps", "2", "-t", "1", "--json"]
     out, _ = run([*bench, "--lora", str(adapter)], capsys)
-    assert json.loads(out)["step_seconds"] > 0
+    assert json.loads(out)["step_seconds"] > 0 and json.loads(out)["adapters"] == ["rivers:1"]
     assert main([*bench, "--lora", f"{adapter}:nan"]) == 2
     runtime = {"threads": 1, "ctx": None, "lora": [str(adapter)]}
     for setting, expected in (("lora=none", []), ("lora=other:2", [("other", 2.0)]),
