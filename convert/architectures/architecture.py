@@ -57,7 +57,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Place:
-    """What a module of a checkpoint is: a tensor, named without ``.weight``, in one of the model's modes."""
+    """The place of a checkpoint's module in a GGUF: a tensor, without ``.weight``, in one of its modes."""
 
     tensor: str
     side: Mode
@@ -81,7 +81,7 @@ class Matrices(Protocol):
         """The place of a module by its path; None if it can't be adapted. ``shared``: serves both modes."""
 
     def other(self, module: str) -> str:
-        """What a module without a place is; empty if unknown."""
+        """Describe a module without a place; empty if unknown."""
 
     def module(self, tensor: str, side: str) -> str:
         """The path of a module: the inverse of ``place``."""

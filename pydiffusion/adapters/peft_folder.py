@@ -132,7 +132,7 @@ def _changes(
                 continue
             raise tensor_error(a.path, a.key, _why_not(what))
         target = Target(place.tensor, place.side)
-        yield _change(target, path, a, b, settings, matrices)
+        yield _change(target, path, a, b, settings, matrices, notes)
     notes += [f"{n} pairs of {what} were not trained, and are left out" for what, n in dropped.items()]
 
 
@@ -187,7 +187,13 @@ def _parameter(
 
 
 def _change(
-    target: Target, path: str, a: Stored, b: Stored, settings: PeftSettings, matrices: Matrices
+    target: Target,
+    path: str,
+    a: Stored,
+    b: Stored,
+    settings: PeftSettings,
+    matrices: Matrices,
+    notes: list[str],
 ) -> Change:
     _require_floats(a, b)
     keys = (a.key, b.key)
@@ -200,7 +206,7 @@ def _change(
         raise tensor_error(a.path, a.key, f"is {list(a.shape)}, B {list(b.shape)}; PEFT saves matrices")
     if a.shape[0] != b.shape[1]:
         raise tensor_error(
-            a.path, a.key, f"has {a.shape[0]} rows, but {b.key!r:.300} {b.shape[1]} columns: ranks differ"
+            a.path, a.key, f"is {list(a.shape)}, {b.key!r:.300} {list(b.shape)}: their ranks differ"
         )
     n_experts = (matrices.n_experts or a.shape[0] // rank) if of_experts else 1
     if a.shape[0] != rank * n_experts:
@@ -210,12 +216,12 @@ def _change(
             a.key,
             f"has {a.shape[0]} rows, but r of {settings.file} is {rank}{each}: the two don't belong together",
         )
-    n_in, n_out = a.shape[1], b.shape[0]
+    n_in, n_out, scale = a.shape[1], b.shape[0], settings.scale(path, notes)
     if of_experts:
         read = PairRead(a, b, partial(_experts_a, n_experts), partial(_experts_b, n_experts))
-        factors = Factors((n_experts, rank, n_in), (n_experts, n_out, rank), settings.scale(path), read)
+        factors = Factors((n_experts, rank, n_in), (n_experts, n_out, rank), scale, read)
     else:
-        factors = Factors((rank, n_in), (n_out, rank), settings.scale(path), PairRead(a, b))
+        factors = Factors((rank, n_in), (n_out, rank), scale, PairRead(a, b))
     return Change(target, factors, keys, a.path)
 
 
@@ -225,5 +231,5 @@ def _experts_a(n_experts: int, a: np.ndarray) -> np.ndarray:
 
 
 def _experts_b(n_experts: int, b: np.ndarray) -> np.ndarray:
-    """(n_out, r * n_expert), a rank's columns together -> (n_expert, n_out, r)."""
+    """(n_out, r * n_expert), a rank's values of all experts together -> (n_expert, n_out, r)."""
     return b.reshape(b.shape[0], -1, n_experts).transpose(2, 0, 1)

@@ -65,9 +65,17 @@ class PeftSettings:
         """The rank of a module, or parameter, by its path in the model."""
         return next((rank for pattern, rank in self.rank_patterns if pattern.match(module)), self.r)
 
-    def scale(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r)."""
-        alpha = next((alpha for pattern, alpha in self.alpha_patterns if pattern.match(module)), self.alpha)
+    def scale(self, module: str, notes: list[str]) -> float:
+        """alpha / r, or alpha / sqrt(r). Of several alphas the first, as in PEFT; noted, since PEFT sorts them
+        when it saves.
+        """
+        alphas = [alpha for pattern, alpha in self.alpha_patterns if pattern.match(module)]
+        if len(set(alphas)) > 1:
+            notes.append(
+                f"{self.file}: several patterns of 'alpha_pattern' match {module}, with {alphas[:5]}: the "
+                "first counts, as in PEFT, which sorts them when it saves"
+            )
+        alpha = alphas[0] if alphas else self.alpha
         rank = self.rank(module)
         return alpha / (math.sqrt(rank) if self.is_rank_stabilized else rank)
 
@@ -192,15 +200,15 @@ def _cost(pattern: str) -> float:
 
 
 def _alternatives(plain: str) -> float:
-    """Product over the groups of how many alternatives each has."""
-    product, open_groups = 1.0, [1]
+    """The alternatives of each group, multiplied."""
+    ways, open_groups = 1.0, [1]
     for character in plain:
         if character == "(":
             open_groups.append(1)
         elif character == "|":
             open_groups[-1] += 1
         elif character == ")" and len(open_groups) > 1:
-            product = min(product * open_groups.pop(), 1e12)
+            ways = min(ways * open_groups.pop(), 1e12)
     for count in open_groups:
-        product = min(product * count, 1e12)
-    return product
+        ways = min(ways * count, 1e12)
+    return ways

@@ -71,7 +71,7 @@ def stamp(path: Path) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter changes of one matrix. keys: of A and B in the file ``path``, for messages."""
+    """One matrix that an adapter changes. keys: of A and B in the file ``path``, for messages."""
 
     target: Target
     factors: Factors

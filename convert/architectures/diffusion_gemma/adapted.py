@@ -1,4 +1,4 @@
-"""What adapters can change of this architecture: names of modules, names of tensors, and sizes."""
+"""The matrices of this architecture that adapters can change: modules, tensors and sizes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class DiffusionGemmaMatrices:
         return Place(f"blk.{match[1]}.{kind}", side)
 
     def other(self, module: str) -> str:
-        """What a module is that has no :meth:`place`; empty if unknown."""
+        """Describe a module that has no :meth:`place`; empty if unknown."""
         return next((what for pattern, what in _OTHERS if re.fullmatch(pattern, module)), "")
 
     def module(self, tensor: str, side: str) -> str:
@@ -90,7 +90,7 @@ class DiffusionGemmaMatrices:
         layer, kind = self._split(tensor)
         below = _KINDS[kind][0] if kind in _KINDS else kind.removesuffix("_exps").replace("ffn_", "experts.")
         prefix = {"encoder": ENCODER, "decoder": DECODER, "both": ""}[side]
-        return below if layer is None else f"{prefix}layers.{layer}.{below}"
+        return f"{DECODER}{below}" if layer is None else f"{prefix}layers.{layer}.{below}"
 
     def matrix(self, tensor: str) -> Matrix | None:
         """Sizes of a tensor; None if it is no matrix of this model that can be adapted."""
