@@ -102,6 +102,19 @@ def fetch(repo_id: str, filename: str, revision: str | None = None) -> Path:
     return Path(paths[0])
 
 
+def fetch_files(reference: ModelReference, patterns: Sequence[str]) -> Path:
+    """The folder in the cache with those files at the top of a repo that match a pattern, downloaded if need
+    be. Raises PyDiffusionError with what to do about it.
+    """
+    hub = _hub(reference.repo_id)
+    asked = {"revision": reference.revision, "allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}
+    try:
+        return Path(hub.snapshot_download(reference.repo_id, **asked))
+    except Exception as error:  # which of many types depends on the version of huggingface_hub
+        what = _explain(error, reference.repo_id, "", reference.revision)
+        raise PyDiffusionError(f"{what} (nor is there such a file here)") from error
+
+
 @dataclass(frozen=True)
 class CachedRepo:
     """A revision of a repo in the cache. folder: where its files are. revision: the commit."""

@@ -25,13 +25,22 @@ class Command(TyperCommand):
             if parameter.param_type_name == "option"
             for name in [*parameter.opts, *parameter.secondary_opts]
         }
-        translated = translate(self.name or "", args, own)
+        translated = translate(_full_name(ctx), args, own)
         if translated.refused:
             ctx.fail("\n       ".join(translated.refused))
         rest = super().parse_args(ctx, translated.args)
         for note in translated.notes:
             say(f"pydiffusion: note: {note}")
         return rest
+
+
+def _full_name(ctx: Any) -> str:
+    """A command's name after the program's: ``inspect``, ``lora inspect``."""
+    names = []
+    while ctx.parent is not None:
+        names.append(ctx.info_name or "")
+        ctx = ctx.parent
+    return " ".join(reversed(names))
 
 
 class Group(TyperGroup):

@@ -89,6 +89,15 @@ AllowNonfinite = Annotated[
         "--allow-nonfinite", help="Keep tensors with NaN or infinity in the source's type instead of failing."
     ),
 ]
+MergedLora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="PATH[:SCALE]",
+        help="Merge an adapter (LoRA: PEFT folder, GGUF or OWNER/NAME on the Hugging Face Hub) into the "
+        "weights, times SCALE (default 1); may be repeated. It must change encoder and decoder alike.",
+    ),
+]
 Report = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Keep = Annotated[bool, typer.Option("--no-overwrite", help="Refuse to replace an existing file.")]
 
@@ -138,6 +147,14 @@ def parse_overrides(given: list[str] | None) -> list[tuple[str, str]]:
     except ValueError as error:
         raise typer.BadParameter(f"--tensor-type: {error}") from None
     return pairs
+
+
+def parse_loras(given: list[str] | None) -> list[tuple[str, float]]:
+    """Parse ``PATH[:SCALE]`` to pairs, ``~`` expanded. Raises OptionError, a usage error."""
+    from pydiffusion.adapters.loading import parse_lora
+
+    pairs = (parse_lora(text) for text in given or ())
+    return [(str(Path(path).expanduser()) if path.startswith("~") else path, scale) for path, scale in pairs]
 
 
 def given(context: typer.Context, parameter: str) -> bool:

@@ -65,7 +65,19 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
         **request,
         **({} if template is None else {"chat_template": template}),
         **_mmproj(runtime.get("mmproj")),
+        **({"lora": adapters_of(runtime["lora"])} if "lora" in runtime else {}),
     }
+
+
+def adapters_of(given: Sequence[str] | None) -> list[tuple[str, float]]:
+    """(source, scale) of each ``--lora``; a usage error for a scale that is none, or no path."""
+    from pydiffusion import OptionError
+    from pydiffusion.adapters.loading import parse_lora
+
+    try:
+        return [parse_lora(text) for text in given or ()]
+    except OptionError as error:
+        raise typer.BadParameter(f"--{error}") from None
 
 
 def _mmproj(given: Path | None) -> dict[str, Any]:
@@ -195,6 +207,7 @@ def open_model(
     say(
         f"{path.name}: {weights} weights, {size}, context {model.n_ctx}, {_where(model)},"
         + ("" if model.vision is None else f" images by {model.vision.path.name},")
+        + "".join(f" adapter {adapter.name}:{scale:g}," for adapter, scale in model.lora)
         + f" loaded in {time.perf_counter() - started:.1f} s"
     )
     return model

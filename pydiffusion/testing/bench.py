@@ -12,13 +12,17 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pydiffusion import _native
+from pydiffusion.adapters.applied import AdapterStore
 from pydiffusion.device_plan import check_kv_type, device_request, devices
+from pydiffusion.generation.native_model import new_adapter
+from pydiffusion.options import Lora
 
 from .machine_load import LoadMeter, MachineLoad
 from .turns import begin_steps, seconds_of
@@ -101,13 +105,14 @@ def run_bench(
     seed: int = 0,
     n_ctx: int | None = None,
     kernels: str = "auto",
+    lora: Lora = (),
     **device_options: Any,
 ) -> BenchResult:
     """Benchmark a model file on random tokens.
 
     Raises as ``DiffusionModel``, and ValueError for sizes below 1.
 
-    n_ctx: context of the session; None uses as much as the run needs. kernels and device_options
+    n_ctx: context of the session; None uses as much as the run needs. lora, kernels and device_options
     (``n_gpu_layers``, ``n_cpu_moe``, ``device``, ``gpu_memory``): as for ``DiffusionModel``, but on the CPU
     unless given. A step that is split over several devices is only timed as a whole.
 
@@ -126,6 +131,9 @@ def run_bench(
     description = model.description
     device = description["backend"] if description["n_gpu_layers"] else "cpu"
     session = _native.Session(model, n_ctx or min(model.n_ctx_train, n_prompt + model.canvas_length + 1))
+    if lora:
+        adapters = AdapterStore(partial(new_adapter, model), model.file.metadata)
+        session.set_adapters(adapters.set_of(lora).native)
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, model.n_vocab, n_prompt).astype(np.int32)
     prefill_seconds = seconds_of(lambda: session.encode(ids))
