@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,51 +74,59 @@ def repo(tmp_path: Path) -> Iterator[Hub]:
         yield hub
 
 
-@pytest.fixture
-def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Hub], None]:
-    """Point huggingface_hub at a hub; it reads its variables when it is imported."""
+# Loads each source; prints a line of JSON: names and fingerprints, or errors. huggingface_hub reads its
+# variables when it is imported, so this is a process of its own.
+_LOAD = """
+import json, sys
+from support.adapter_folders import MODEL
+from pydiffusion import PyDiffusionError
+from pydiffusion.adapters.loading import load_adapter
+found = []
+for source in sys.argv[1:]:
+    try:
+        adapter = load_adapter(source, MODEL)
+        found.append([adapter.name, adapter.fingerprint.hex()])
+    except PyDiffusionError as error:
+        found.append([type(error).__name__, str(error)])
+print(json.dumps(found))
+"""
 
-    def use(hub: Hub) -> None:
-        from huggingface_hub import constants
 
-        for key, value in environment(hub, tmp_path / "home").items():
-            monkeypatch.setitem(os.environ, key, value)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home/hub"))
+def load_all(home: Path, hub: Hub, *sources: str, **variables: str) -> list[list[str]]:
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD, *sources],
+        env=environment(hub, home, PYTHONPATH=os.pathsep.join(sys.path), **variables),
+        cwd=home.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
-    return use
 
-
-def test_a_folder_of_the_hub(tmp_path: Path, repo: Hub, online: Callable[[Hub], None]) -> None:
-    """What the adapter needs is fetched once; a checkpoint beside it is not."""
+def test_a_folder_of_the_hub(tmp_path: Path, repo: Hub) -> None:
+    """What the adapter needs is fetched once; a checkpoint beside it is not. The cache serves offline."""
     folder = folders.write_folder(tmp_path / "repo")
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"nobody asked")
     (folder / "optimizer.pt").write_bytes(b"nobody asked")
-    online(repo)
-    adapter = load_adapter("org/open", MODEL)
-    assert adapter.fingerprint == load_adapter(folder, MODEL).fingerprint
-    assert adapter.name == "open"
-    fetched = [path for path in repo.fetched if "/resolve/" in path]
-    assert sorted({Path(path).name for path in fetched}) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    expected = [["open", load_adapter(folder, MODEL).fingerprint.hex()]]
+    assert load_all(tmp_path / "home", repo, "org/open") == expected
+    assert sorted(repo.fetched) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert load_all(tmp_path / "home", repo, "org/open", HF_HUB_OFFLINE="1") == expected
+    assert len(repo.fetched) == 2
 
 
-def test_a_gguf_of_the_hub(tmp_path: Path, repo: Hub, online: Callable[[Hub], None]) -> None:
+def test_a_gguf_of_the_hub_and_repos_without_an_adapter(tmp_path: Path, repo: Hub) -> None:
     adapter = load_adapter(folders.write_folder(tmp_path / "a"), MODEL)
     (tmp_path / "repo").mkdir()
     write_adapter_gguf(adapter, tmp_path / "repo/tuned.gguf", matrices_of(MODEL))
-    online(repo)
-    for source in ("org/open", "org/open:tuned.gguf"):
-        assert load_adapter(source, MODEL).fingerprint == adapter.fingerprint
-
-
-def test_repos_without_an_adapter(tmp_path: Path, repo: Hub, online: Callable[[Hub], None]) -> None:
-    (tmp_path / "repo").mkdir()
-    (tmp_path / "repo/config.json").write_text("{}")
-    online(repo)
-    for source in ("org/open", "org/none", "org/private", "org/open:none.gguf"):
-        with pytest.raises(AdapterError) as error:
-            load_adapter(source, MODEL)
-        assert source.partition(":")[0] in str(error.value) and "\n" not in str(error.value)
+    wrong = ("org/none", "org/private", "org/open:none.gguf", "org/open")
+    one, *refused = load_all(tmp_path / "home", repo, "org/open:tuned.gguf", *wrong)
+    assert one == ["a", adapter.fingerprint.hex()]
+    for source, (kind, text) in zip(wrong, refused, strict=True):
+        assert kind == "AdapterError" and source.partition(":")[0] in text and "\n" not in text
+    assert "org/open:tuned.gguf" in refused[-1][1]  # not taken unasked: it might be a model of many GB
+    (tmp_path / "repo/tuned.gguf").rename(tmp_path / "repo/config.json")
+    ((kind, text),) = load_all(tmp_path / "other", repo, "org/open")
+    assert kind == "AdapterError" and "org/open" in text and "adapter" in text
