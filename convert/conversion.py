@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydiffusion.adapters.merging import Lora, merge_into
+from pydiffusion.adapters.merging import merge_into
 from pydiffusion.convert.architectures.source import (
     Source,
     open_checkpoint,
@@ -26,6 +26,7 @@ from pydiffusion.convert.gguf.writer import Job, PlannedTensor
 from pydiffusion.convert.quantization import imatrix_file, recipes, type_plan
 from pydiffusion.convert.quantization.padding import padded_read
 from pydiffusion.convert.quantization.type_plan import with_lengths
+from pydiffusion.options import Lora
 
 _EXACT = ("F32", "F16", "BF16")
 # Types of quantized checkpoints: tensors that a source has in this type are copied, whatever the recipe says.

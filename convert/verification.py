@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pydiffusion.adapters.merging import Lora, merge_into, merged_adapters
+from pydiffusion.adapters.merging import merge_into, merged_adapters
 from pydiffusion.convert.architectures.source import Source, open_gguf, open_mmproj, open_source
 from pydiffusion.convert.conversion import KEPT, planned_tensor
 from pydiffusion.convert.gguf import rows, writer
@@ -25,6 +25,7 @@ from pydiffusion.convert.gguf.writer import PlannedTensor
 from pydiffusion.convert.quantization import type_plan
 from pydiffusion.convert.quantization.stored_scales import as_stored
 from pydiffusion.errors import ConversionError
+from pydiffusion.options import Lora
 
 
 @dataclass(frozen=True)

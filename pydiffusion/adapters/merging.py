@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,23 +18,18 @@ from pydiffusion.convert.gguf import rows
 from pydiffusion.convert.gguf.header import Value
 from pydiffusion.convert.gguf.tensor_reads import SourceTensor
 from pydiffusion.errors import ConversionError
-
-# Adapters to merge: (PEFT folder, GGUF, repo id of the Hugging Face Hub or Adapter, scale) of each, or
-# without a scale for 1.
-AdapterSource = str | os.PathLike[str] | Adapter
-Lora = Sequence[AdapterSource | tuple[AdapterSource, float]]
+from pydiffusion.options import Lora, lora_option
 
 # Keys of a file that adapters are merged into: one entry for each, in order.
 _NAMES, _SCALES, _FINGERPRINTS = (
     f"pydiffusion.merged_lora.{what}" for what in ("names", "scales", "fingerprints")
 )
 
-_MAX_SCALE = float(np.finfo(np.float32).max)
 _FLOATS = ("F32", "F16", "BF16")
 _GATE_UP, _GATE, _UP, _DOWN = "ffn_gate_up_exps", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"
-# Of these a file may have more rows, or columns, than the model: zeros, up to whole blocks of a type.
+# Of these a file may have more rows, or longer ones, than the model: zeros, up to whole blocks of a type.
 _PADDED_ROWS = ("ffn_gate", "ffn_up", "self_cond_gate", "self_cond_up", _GATE_UP, _GATE, _UP)
-_PADDED_COLUMNS = ("ffn_down", "self_cond_down", _DOWN)
+_PADDED_INPUTS = ("ffn_down", "self_cond_down", _DOWN)
 # Only the decoder has these: its set is all there is.
 _DECODER_ONLY = ("self_cond_gate", "self_cond_up", "self_cond_down")
 # Their scale is the router's, not that of quantized weights.
@@ -48,13 +42,14 @@ def merge_into(source: Source, lora: Lora) -> None:
     """Load adapters and merge them into an open source: its tensors, notes and metadata change, and its files
     get the adapters' too.
 
-    Raises: as :func:`merge`; AdapterError for an adapter that can't be loaded.
+    Raises: as :func:`merge`; AdapterError for an adapter that can't be loaded, OptionError for a scale that
+    isn't finite.
     """
     keys = {key: value.value for key, value in source.metadata.items()}
-    adapters: list[tuple[Adapter, float]] = []
-    for given in [lora] if isinstance(lora, (str, os.PathLike, Adapter)) else lora:
-        what, scale = given if isinstance(given, tuple) else (given, 1.0)
-        adapters.append((what if isinstance(what, Adapter) else load_adapter(what, keys), float(scale)))
+    adapters = [
+        (given if isinstance(given, Adapter) else load_adapter(given, keys), scale)
+        for given, scale in lora_option(lora)
+    ]
     if not adapters:
         return
     merged = merge(source.tensors, adapters)
@@ -62,8 +57,10 @@ def merge_into(source: Source, lora: Lora) -> None:
     for adapter, _ in adapters:
         path = adapter.path
         source.files = [*source.files, *(sorted(path.iterdir()) if path.is_dir() else [path])]
-    used = merged_adapters(source)
-    used += [MergedAdapter(a.name, scale, a.fingerprint.hex()) for a, scale in adapters if scale]
+    used = [MergedAdapter(a.name, scale, a.fingerprint.hex()) for a, scale in adapters if scale]
+    if not used:
+        return
+    used = [*merged_adapters(source), *used]
     source.metadata |= {
         _NAMES: Value("array[str]", [one.name for one in used]),
         _SCALES: Value("array[f32]", [one.scale for one in used]),
@@ -108,17 +105,13 @@ def merge(tensors: Sequence[SourceTensor], adapters: Sequence[tuple[Adapter, flo
     encoder's and the decoder's equal; of self-conditioning, which only the decoder has, any. Sets whose B is
     all zeros change nothing and count as absent. Factors are read when the tensors are, a matrix at a time.
 
-    Raises:
-        ConversionError: a change that differs between the modes, a matrix that the model hasn't, another
-            shape, weights that are quantized; the message names the adapter and the tensor.
-        ValueError: a scale that isn't finite in float32.
+    Raises ConversionError, naming the adapter and the tensor: a change that differs between the modes, a
+    matrix that the model hasn't, another shape, weights that are quantized.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
     changes: dict[str, list[_Change]] = {}
     notes = []
     for adapter, scale in adapters:
-        if not abs(scale) <= _MAX_SCALE:
-            raise ValueError(f"the scale of adapter {adapter.name} is {scale}; it should be a finite float32")
         try:
             sets = _one_set(adapter) if scale else {}
         except _TwoSets as error:
@@ -129,14 +122,15 @@ def merge(tensors: Sequence[SourceTensor], adapters: Sequence[tuple[Adapter, flo
         for tensor, factors in sets.items():
             for name, change in _places(adapter, scale, tensor, factors, by_name):
                 changes.setdefault(name, []).append(change)
-        notes.append(f"merged adapter {adapter.name}, scale {scale:g}: {len(sets)} matrices changed")
+        what = f"merged, {len(sets)} matrices changed" if sets else "left out, since it changes nothing"
+        notes.append(f"adapter {adapter.name}, scale {scale:g}: {what}")
     held = _Held()
     merged = [_merged(t, changes[t.name], held) if t.name in changes else t for t in tensors]
     return Merged(merged, notes)
 
 
 def why_not_mergeable(adapter: Adapter) -> str:
-    """What keeps an adapter from being merged into any model: "changes blk.0.attn_q for the decoder only";
+    """The reason why an adapter can't be merged into any model: "changes blk.0.attn_q for the decoder only";
     empty if nothing does.
     """
     try:
@@ -240,13 +234,13 @@ def _check(
             f"{adapter.path}: can't be merged into {base.name}: the file has {with_scale}, as files made "
             "from NVFP4 have: merge it into the checkpoint that this file was made from"
         )
-    n_rows, n_columns = base.shape[-2:]
+    n_rows, n_in = base.shape[-2:]
     of_b, of_a = factors.shape_b[-2], factors.shape_a[-1]
     n_rows *= (1 + (kind == _GATE_UP)) if base_kind in (_GATE, _UP) else 1
     n_rows //= 2 if base_kind == _GATE_UP and kind in (_GATE, _UP) else 1
     fits = base.shape[:-2] == factors.shape_a[:-2] == factors.shape_b[:-2]
     fits = fits and (of_b == n_rows or (of_b < n_rows and kind in _PADDED_ROWS))
-    fits = fits and (of_a == n_columns or (of_a < n_columns and kind in _PADDED_COLUMNS))
+    fits = fits and (of_a == n_in or (of_a < n_in and kind in _PADDED_INPUTS))
     if not fits or (kind == _GATE_UP and of_b % 2):
         raise ConversionError(
             f"{adapter.path}: changes {tensor} with A {list(factors.shape_a)} and B {list(factors.shape_b)}, "
@@ -276,10 +270,10 @@ def _joined(base: SourceTensor, changes: Sequence[_Change]) -> tuple[np.ndarray,
     """A and B of all changes side by side, float32: (n_matrices, r, n_in) and (n_matrices, n_rows, r), scales
     in B, whose rows are filled up to whole blocks.
     """
-    n_rows, n_columns = base.shape[-2:]
+    n_rows, n_in = base.shape[-2:]
     n_matrices = math.prod(base.shape[:-2])
     rank = sum(change.factors.rank for change in changes)
-    a = np.zeros((n_matrices, rank, n_columns), np.float32)
+    a = np.zeros((n_matrices, rank, n_in), np.float32)
     b = np.zeros((n_matrices, -(-n_rows // _BLOCK) * _BLOCK, rank), np.float32)
     done = 0
     for change in changes:
@@ -296,12 +290,12 @@ def _joined(base: SourceTensor, changes: Sequence[_Change]) -> tuple[np.ndarray,
 
 
 def _merged(base: SourceTensor, changes: Sequence[_Change], held: _Held) -> SourceTensor:
-    n_rows, n_columns = base.shape[-2:]
-    size = rows.row_bytes(base.type, n_columns)
+    n_rows, n_in = base.shape[-2:]
+    size = rows.row_bytes(base.type, n_in)
 
     def read(first: int, count: int) -> np.ndarray:
         data = base.read(first * size, count * size).reshape(count, size)
-        result = np.array(rows.to_float32(data, base.type, n_columns))
+        result = np.array(rows.to_float32(data, base.type, n_in))
         a, b = held.get(base, changes)
         done = 0
         while done < count:  # the rows of one expert at a time
@@ -317,7 +311,7 @@ def _merged(base: SourceTensor, changes: Sequence[_Change], held: _Held) -> Sour
             done += n
         return result
 
-    return replace(base, type="F32", read=RowsAsBytes(read, 4 * n_columns))
+    return replace(base, type="F32", read=RowsAsBytes(read, 4 * n_in))
 
 
 def _product(a: np.ndarray, b: np.ndarray, first: int, count: int) -> np.ndarray:

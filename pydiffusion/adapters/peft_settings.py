@@ -66,8 +66,8 @@ class PeftSettings:
         return next((rank for pattern, rank in self.rank_patterns if pattern.match(module)), self.r)
 
     def scale(self, module: str, notes: list[str]) -> float:
-        """alpha / r, or alpha / sqrt(r). Of several alphas the first, as in PEFT; noted, since PEFT sorts them
-        when it saves.
+        """alpha / r, or alpha / sqrt(r). Of several alphas the first, as in PEFT; noted, since saving sorts
+        them.
         """
         alphas = [alpha for pattern, alpha in self.alpha_patterns if pattern.match(module)]
         if len(set(alphas)) > 1:

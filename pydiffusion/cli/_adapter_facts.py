@@ -1,4 +1,4 @@
-"""What an adapter changes, as lines and as JSON."""
+"""Facts about an adapter, as lines and for JSON."""
 
 from __future__ import annotations
 

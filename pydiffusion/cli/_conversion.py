@@ -149,14 +149,6 @@ def parse_overrides(given: list[str] | None) -> list[tuple[str, str]]:
     return pairs
 
 
-def parse_loras(given: list[str] | None) -> list[tuple[str, float]]:
-    """Parse ``PATH[:SCALE]`` to pairs, ``~`` expanded. Raises OptionError, a usage error."""
-    from pydiffusion.adapters.loading import parse_lora
-
-    pairs = (parse_lora(text) for text in given or ())
-    return [(str(Path(path).expanduser()) if path.startswith("~") else path, scale) for path, scale in pairs]
-
-
 def given(context: typer.Context, parameter: str) -> bool:
     """Whether the parameter is on the command line, not its default."""
     source = context.get_parameter_source(parameter)

@@ -12,7 +12,7 @@ import typer
 
 from pydiffusion._util.sizes import count, format_size, parse_size
 
-from . import _options
+from . import _open, _options
 from ._conversion import (
     AllowNonfinite,
     ImatrixFile,
@@ -26,7 +26,6 @@ from ._conversion import (
     ThreadsForRows,
     Type,
     given,
-    parse_loras,
     parse_overrides,
     parse_split_size,
     parse_type,
@@ -116,7 +115,7 @@ def command(
         choices = {"type": type, "resume": resume, "n_threads": threads, "overwrite": not no_overwrite}
         convert_vision(source, output, as_json, choices)
         return
-    overrides, adapters = parse_overrides(tensor_type), parse_loras(lora)
+    overrides, adapters = parse_overrides(tensor_type), _open.adapters_of(lora)
     if fit is not None:
         if given(context, "type"):
             raise typer.BadParameter("--fit chooses the type: leave out --type, or --fit")

@@ -59,7 +59,7 @@ def convert(
         typer.Option(
             "--type",
             "--outtype",
-            help="Type of the tensors: f32, f16, bf16, or auto, for each the smallest that holds it exactly.",
+            help="Type of a GGUF's tensors: f32, f16, bf16, or auto, the smallest that holds each exactly.",
         ),
     ] = "auto",
     model: Model = None,
@@ -67,24 +67,26 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print a report as JSON.")] = False,
 ) -> None:
     """Convert an adapter: a PEFT folder to GGUF, as llama.cpp names it, or a GGUF to a PEFT folder."""
-    from pydiffusion.adapters.gguf_file import write_adapter_gguf
+    from pydiffusion.adapters.gguf_file import TYPES, write_adapter_gguf
     from pydiffusion.adapters.loading import load_adapter, matrices_of
-    from pydiffusion.adapters.peft_folder import write_peft_folder
+    from pydiffusion.adapters.peft_writing import write_peft_folder
     from pydiffusion.errors import AdapterError
 
-    to_gguf = target.suffix.lower() == ".gguf"
-    if to_gguf:
-        target = output_file(str(target))
+    type, to_gguf = type.lower(), target.suffix.lower() == ".gguf"
+    if type not in TYPES or (type != "auto" and not to_gguf):
+        raise typer.BadParameter(f"--type is {type}; permitted are {', '.join(TYPES)}, for GGUF files only")
     keys = _metadata(model)
     adapter = load_adapter(source, keys)
     if to_gguf == adapter.path.is_file():
         what, other = ("a GGUF", "a folder") if to_gguf else ("a folder", "NAME.gguf")
         raise AdapterError(f"{adapter.path}: is {what} already; give {other} as OUT to convert it")
-    write = write_adapter_gguf if to_gguf else write_peft_folder
-    try:
-        write(adapter, target, matrices_of(keys), type=type.lower(), overwrite=not no_overwrite)
-    except ValueError as error:
-        raise typer.BadParameter(f"--type: {error}") from None
+    if to_gguf:
+        target = output_file(str(target))
+        write_adapter_gguf(adapter, target, matrices_of(keys), type=type, overwrite=not no_overwrite)
+    elif (target / "config.json").exists():
+        raise AdapterError(f"{target}: is a model's folder; give the adapter one of its own")
+    else:
+        write_peft_folder(adapter, target, matrices_of(keys), overwrite=not no_overwrite)
     if as_json:
         print(json.dumps({"target": str(target)} | adapter_facts(adapter, False), default=str))
     say(f"{target}: {adapter_counts(adapter)}")

@@ -22,7 +22,6 @@ from ._conversion import (
     ThreadsForRows,
     Type,
     given,
-    parse_loras,
     parse_overrides,
     parse_split_size,
     parse_type,
@@ -76,7 +75,7 @@ def command(
     local = _open.model_file(source)
     if target is None:  # beside the source, but for a repo's here
         target = (local if local == source else Path(local.name)).with_name(f"{local.stem}-{type}.gguf")
-    overrides, adapters = parse_overrides(tensor_type), parse_loras(lora)
+    overrides, adapters = parse_overrides(tensor_type), _open.adapters_of(lora)
     from pydiffusion import convert
 
     run_conversion(

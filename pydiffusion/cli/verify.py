@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from . import _open
-from ._conversion import parse_loras
 from ._progress import conversion_progress, quiet_hub_in_a_pipe
 from ._text import one_line, say
 
@@ -42,7 +41,7 @@ def command(
     """Compare every tensor of a GGUF file with its source. Exit code 1 on a mismatch."""
     from pydiffusion.convert import verify
 
-    adapters = parse_loras(lora)
+    adapters = _open.adapters_of(lora)
     if adapters and against is None:
         raise typer.BadParameter("--lora goes with --against, the file without the adapter")
     quiet_hub_in_a_pipe()

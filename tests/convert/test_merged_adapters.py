@@ -78,7 +78,7 @@ def test_every_matrix_gets_its_change(
     assert_close(found, wanted)
     changed = {name for name in tensors if not np.array_equal(found[name], tensors[name])}
     assert changed == {f"{target.tensor}.weight" for target in adapter.factors}
-    assert "merged adapter by hand, scale 0.75: 22 matrices changed" in report.notes
+    assert "adapter by hand, scale 0.75: merged, 22 matrices changed" in report.notes
     fields = fields_of(GGUFReader(tmp_path / "m.gguf"))
     assert fields["pydiffusion.merged_lora.names"] == ("ARRAY/STRING", ["by hand"])
     assert fields["pydiffusion.merged_lora.scales"] == ("ARRAY/FLOAT32", [0.75])
@@ -110,7 +110,7 @@ def test_the_change_is_padded_as_the_matrix_is(
         assert not found[name][..., n_rows:, :].any() and not found[name][..., n_columns:].any()
 
 
-@pytest.mark.parametrize("type", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("type", ["bf16", "f16"])
 def test_a_gguf_of_floats_is_a_source_too(
     folder: Path, tensors: Mapping[str, np.ndarray], adapter: Adapter, tmp_path: Path, type: str
 ) -> None:
@@ -137,7 +137,7 @@ def test_several_adapters_add_up(folder: Path, tensors: Mapping[str, np.ndarray]
     assert_close(read_tensors(GGUFReader(tmp_path / "m.gguf")), with_change(tensors, *used))
     fields = fields_of(GGUFReader(tmp_path / "m.gguf"))
     assert fields["pydiffusion.merged_lora.names"] == ("ARRAY/STRING", ["one", "two"])
-    assert "merged adapter one, scale 0: 0 matrices changed" in report.notes
+    assert "adapter one, scale 0: left out, since it changes nothing" in report.notes
     quantize(tmp_path / "m.gguf", tmp_path / "again.gguf", "f32", lora=[(two, 0.25)])  # and off again
     assert_close(read_tensors(GGUFReader(tmp_path / "again.gguf")), with_change(tensors, (one, 1.0)))
     fields = fields_of(GGUFReader(tmp_path / "again.gguf"))
@@ -206,7 +206,7 @@ def test_a_row_does_not_depend_on_the_rows_read_with_it() -> None:
 
 
 def test_equal_sets_of_both_modes_are_one(tensors: Mapping[str, np.ndarray]) -> None:
-    """And a set that was never trained, whose B is zero, is none."""
+    """A set that was never trained, whose B is zero, counts as absent."""
     base = source_of("blk.0.attn_q.weight", np.array(tensors["blk.0.attn_q.weight"]))
     change = factors_of(base.shape, 3, seed=1)
     copy = given(*(array.copy() for array in change.read()), change.scale)
@@ -274,10 +274,10 @@ def test_what_cannot_be_merged_is_named(base: Path, tmp_path: Path, case: str) -
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e39, -3e38])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e39, -1e30])
 def test_scales_that_no_weights_can_have(base: Path, tmp_path: Path, scale: float) -> None:
-    large = {Target("blk.1.attn_q", "both"): factors_of((512, 256), 2, 0, share=1e3)}
-    with pytest.raises((ValueError, ConversionError), match=r"scale of adapter by hand is|scale too large"):
+    large = {Target("blk.1.attn_q", "both"): factors_of((512, 256), 2, 0, share=1e12)}
+    with pytest.raises((ValueError, ConversionError), match=r"lora has the scale|scale too large"):
         quantize(base, tmp_path / "m.gguf", "f32", lora=[(adapter_of(large), scale)])
 
 
