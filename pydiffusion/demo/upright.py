@@ -28,15 +28,16 @@ def transposed(grid: str) -> str:
 def held_out_puzzles(n: int) -> list[tuple[str, str]]:
     """The first `n` puzzles of the evaluation, with their solutions, both 36 characters row by row.
 
-    12 to 18 givens in turn, one solution each. No solution, even with its digits renamed, belongs to a puzzle
-    of the adapter's training or, transposed, of the demo model's.
+    12 to 18 givens in turn, one solution each, which breaks the rule of boxes of 2 rows by 3 columns. No
+    solution, even with its digits renamed, belongs to a puzzle of the adapter's training or, transposed, of
+    the demo model's.
     """
     rng = random.Random(_SEED)
     pairs: list[tuple[str, str]] = []
     while len(pairs) < n:
         n_givens = sudoku.MIN_GIVENS + len(pairs) % (MAX_GIVENS - sudoku.MIN_GIVENS + 1)
         solution = sudoku.draw_grid(rng)
-        if not sudoku.is_held_out(solution):
+        if not sudoku.is_held_out(solution) or sudoku.solves("." * sudoku.N_CELLS, transposed(solution)):
             continue
         puzzle = sudoku.thin_out(solution, n_givens, rng)
         if puzzle.count(".") == sudoku.N_CELLS - n_givens:
