@@ -72,7 +72,7 @@ def test_generate(model: Path, adapter: Path, expected: dict[str, list[int]],
 
 def test_an_adapter_in_a_model_s_place(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "-m", str(adapter), "-p", "x"]) == 1
-    said = f"{adapter} is a folder, an adapter (LoRA) for a model: give the model, and the adapter as --lora"
+    said = f"{adapter} is a folder, an adapter (LoRA) for a model: give the model, and --lora {adapter}"
     assert said in " ".join(capsys.readouterr().err.split())
 
 
@@ -170,3 +170,11 @@ def test_doctor_shows_them(model: Path, adapter: Path) -> None:
     runtime["lora"] = [(str(adapter.parent / "none"), 0.5)]
     report = examine(model, checks=["shapes"], runtime=runtime)
     assert report.failed and "there is no such adapter" in page_of(report, model)
+
+
+def test_several_with_commas_are_repeated_options(
+    model: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["generate", "-m", str(model), *GENERATE]
+    assert main([*given, "--lora", f"{adapter}:0.5,{adapter}"]) == 2
+    assert f"--lora {adapter}:0.5 --lora {adapter}" in " ".join(capsys.readouterr().err.split())
