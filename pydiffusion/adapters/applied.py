@@ -6,7 +6,7 @@ import hashlib
 import os
 import struct
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,13 +39,15 @@ _NONE = AdapterSet()
 class AdapterStore:
     """The adapters that a model has loaded, and those that it applies. Thread-safe.
 
-    current: what sessions apply that have none of their own.
+    current: what sessions apply that have none of their own. metadata: of the model's file.
     """
 
-    def __init__(self, make: Callable[[Adapter], _native.Adapter], metadata: Mapping[str, Any]) -> None:
-        """make: loads an adapter beside the model's weights. metadata: the model file's."""
+    def __init__(
+        self, make: Callable[[Adapter], _native.Adapter], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """make: loads an adapter beside the model's weights. metadata: may be set later."""
+        self.metadata: Mapping[str, Any] = metadata or {}
         self._make = make
-        self._metadata = metadata
         self._lock = threading.Lock()
         self._source_to_adapter: dict[str, tuple[Any, Adapter]] = {}
         self._fingerprint_to_native: dict[bytes, _native.Adapter] = {}
@@ -57,6 +59,11 @@ class AdapterStore:
         Raises as ``load_adapter``, and AdapterError for one that does not fit the model's matrices.
         """
         return self._loaded(source)[0]
+
+    def read(self, lora: Lora) -> Lora:
+        """The same adapters, read but not loaded yet. Raises as ``load_adapter``, OptionError."""
+        with self._lock:
+            return [(self._adapter(source), scale) for source, scale in lora_option(lora)]
 
     def set_of(self, lora: Lora) -> AdapterSet:
         """Adapters with their scales, loaded. Raises as ``load``, OptionError for anything else."""
@@ -81,20 +88,22 @@ class AdapterStore:
 
     def _loaded(self, source: LoraSource) -> tuple[Adapter, _native.Adapter]:
         with self._lock:
-            adapter = source if isinstance(source, Adapter) else self._current(source)
+            adapter = self._adapter(source)
             native = self._fingerprint_to_native.get(adapter.fingerprint)
             if native is None:
                 native = self._fingerprint_to_native[adapter.fingerprint] = self._make(adapter)
             return adapter, native
 
-    def _current(self, source: str | os.PathLike[str]) -> Adapter:
+    def _adapter(self, source: LoraSource) -> Adapter:
+        if isinstance(source, Adapter):
+            return source
         name, state = os.fspath(source), _state(Path(source))
         if state is not None:
             name = str(Path(source).resolve())
         known = self._source_to_adapter.get(name)
         if known is not None and known[0] == state:
             return known[1]
-        adapter = _read(source, self._metadata)
+        adapter = _read(source, self.metadata)
         self._source_to_adapter[name] = state, adapter
         return adapter
 
@@ -161,16 +170,3 @@ class SessionAdapters:
         if other.applied.key != self.applied.key:
             self._native.set_adapters(other.applied.native)
             self.applied = other.applied
-
-
-def read_first(lora: Sequence[Any], metadata: Callable[[], Mapping[str, Any]]) -> Lora:
-    """The adapters that a model is to be opened with, read before its weights are: what is wrong with them
-    is found at once. metadata: the model file's.
-    """
-    given = lora_option(lora)
-    if not given:
-        return ()
-    known = metadata()
-    return [
-        (source if isinstance(source, Adapter) else _read(source, known), scale) for source, scale in given
-    ]

@@ -104,6 +104,33 @@ def test_chat_and_run(model: Path, adapter: Path, capsys: pytest.CaptureFixture[
     assert out.strip() == expected.strip()
 
 
+def test_a_chat_switches(model: Path, adapter: Path, capsys: pytest.CaptureFixture[str],
+                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    with DiffusionModel(model, n_threads=1) as opened:
+        lists: list[Any] = [[adapter], [], [(adapter, 0.5), (adapter, 0.25)]]
+        message = [{"role": "user", "content": "hello"}]
+        texts = [opened.chat(message, max_tokens=9, steps=2, seed=3, lora=lora).text for lora in lists]
+    assert len(set(texts)) == 3
+    two = f"{adapter}:0.5 '{adapter}:0.25'"
+    typed = [
+        "hello",
+        "/lora",
+        "/lora none",
+        "/retry",
+        "/lora nowhere",
+        f"/lora {two}",
+        "/retry",
+        "/lora x:nan",
+    ]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(typed).encode())))
+    options = ["-n", "9", "--steps", "2", "-s", "3", "-t", "1", "--lora", str(adapter)]
+    out, err = run(["chat", "-m", str(model), *options], capsys)
+    assert [line.strip() for line in out.splitlines()] == [text.strip() for text in texts]
+    for said in ("adapters: rivers:1", "adapters: none", "nowhere: there is no such adapter",
+                 "adapters: rivers:0.5, rivers:0.25", "the scale of 'x' is nan"):  # fmt: skip
+        assert said in err
+
+
 def test_batch_and_infill(model: Path, adapter: Path, expected: dict[str, list[int]], tmp_path: Path,
                           capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     lines, answers = tmp_path / "lines.txt", tmp_path / "answers.jsonl"

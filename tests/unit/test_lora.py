@@ -364,11 +364,14 @@ def test_a_file_is_read_once(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
             model.set_lora([("attention", 0.5), str(folder)])
             model.generate(IDS, lora=[folder], **SHORT)
         assert model.load_lora(folder) is adapter and len(reads) == 1
+        with opened(path, lora=[folder]) as other:
+            other.set_lora([(folder, 2)])
+            assert len(reads) == 2  # of another model
         assert model.lora == ((adapter, 0.5), (adapter, 1.0))
         before = fresh_logits(model)
         write_peft_folder(folder, path, 4)
         again = model.load_lora(folder)
-        assert len(reads) == 2 and again != adapter and model.lora[0][0] is adapter
+        assert len(reads) == 3 and again != adapter and model.lora[0][0] is adapter
         np.testing.assert_array_equal(fresh_logits(model), before)  # until it is set again
         assert not np.array_equal(fresh_logits(model, [again]), fresh_logits(model, [adapter]))
 
