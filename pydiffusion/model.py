@@ -117,10 +117,8 @@ class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"n_threads is {n_threads!r}; permitted is None or an integer of at least 1")
         check_is_gguf(self.path)
-        self.adapters = AdapterStore(lambda adapter: self.native.new_adapter(adapter))
-        if lora:  # read before the weights: what is wrong with them is found at once
-            self.adapters.metadata = _native.GgufFile(os.fspath(path)).metadata
-            lora = self.adapters.read(lora)
+        self.adapters = AdapterStore(_native.GgufFile(os.fspath(path)).metadata if lora else {})
+        lora = self.adapters.read(lora)  # before the weights: what is wrong with them is found at once
         native = _native.Model(
             os.fspath(self.path),
             threads,
@@ -133,7 +131,7 @@ class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
         )
         self.native = NativeModel(native, self.path)
         self.metadata: dict[str, Any] = native.file.metadata
-        self.adapters.metadata = self.metadata
+        self.adapters.begin(self.metadata, self.native.new_adapter)
         if template is not None:
             self.metadata[TEMPLATE_KEY] = template
         self.hparams: dict[str, Any] = native.hparams

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydiffusion.errors import AdapterError, PyDiffusionError
 from pydiffusion.options import Lora, LoraSource, ResolvedOptions, lora_option
@@ -34,24 +34,29 @@ class AdapterSet:
 
 
 _NONE = AdapterSet()
+Make: TypeAlias = "Callable[[Adapter], _native.Adapter]"
 
 
 class AdapterStore:
     """The adapters that a model has loaded, and those that it applies. Thread-safe.
 
-    current: what sessions apply that have none of their own. metadata: of the model's file.
+    current: what sessions apply that have none of their own.
     """
 
-    def __init__(
-        self, make: Callable[[Adapter], _native.Adapter], metadata: Mapping[str, Any] | None = None
-    ) -> None:
-        """make: loads an adapter beside the model's weights. metadata: may be set later."""
-        self.metadata: Mapping[str, Any] = metadata or {}
+    def __init__(self, metadata: Mapping[str, Any], make: Make | None = None) -> None:
+        """metadata: of the model's file. make: loads an adapter beside the model's weights; to ``read``, none
+        is needed.
+        """
+        self._metadata = metadata
         self._make = make
         self._lock = threading.Lock()
         self._source_to_adapter: dict[str, tuple[Any, Adapter]] = {}
         self._fingerprint_to_native: dict[bytes, _native.Adapter] = {}
         self.current = _NONE
+
+    def begin(self, metadata: Mapping[str, Any], make: Make) -> None:
+        """The model is loaded: from now on adapters can be, too."""
+        self._metadata, self._make = metadata, make
 
     def load(self, source: LoraSource) -> Adapter:
         """An adapter, ready to be applied: read unless it is loaded and its files have not changed since.
@@ -91,6 +96,7 @@ class AdapterStore:
             adapter = self._adapter(source)
             native = self._fingerprint_to_native.get(adapter.fingerprint)
             if native is None:
+                assert self._make is not None  # begin
                 native = self._fingerprint_to_native[adapter.fingerprint] = self._make(adapter)
             return adapter, native
 
@@ -103,7 +109,7 @@ class AdapterStore:
         known = self._source_to_adapter.get(name)
         if known is not None and known[0] == state:
             return known[1]
-        adapter = _read(source, self.metadata)
+        adapter = _read(source, self._metadata)
         self._source_to_adapter[name] = state, adapter
         return adapter
 
@@ -126,7 +132,7 @@ def _state(path: Path) -> list[tuple[str, int, int]] | None:
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         return [(file.name, (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a path with a null character
         return None
 
 

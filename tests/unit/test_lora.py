@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +145,7 @@ def test_a_refused_one_leaves_the_earlier_ones(
         ([(one, float("nan"))], OptionError, "lora has the scale nan"),
         ([f"{tmp_path}:0.5"], AdapterError, r"give the scale beside it, \('.*', 0.5\)"),
         ([(one, "2")], OptionError, "lora has the scale '2'"),
+        (["a\0b"], AdapterError, "is no path"),
         ([""], OptionError, "lora holds ''"),
         ([None], OptionError, "lora holds None"),
         ("folder", OptionError, r"lora is 'folder'; permitted is a list"),
@@ -244,6 +247,18 @@ def test_a_closed_model_s_sessions_keep_their_adapters(path: Path, one: Adapter)
     own.set_lora(None)
     with pytest.raises(PyDiffusionError, match="the model is closed: its adapters can't be applied"):
         logits(own)
+
+
+def test_a_model_that_nobody_has_is_freed_at_once(path: Path, one: Adapter) -> None:
+    model = opened(path, lora=[one])
+    session = model.new_session(lora=[(one, 2)])
+    seen = weakref.ref(model)
+    gc.disable()
+    try:
+        del model, session
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 # One call
