@@ -28,7 +28,7 @@ from pydiffusion.adapters.stored import (
     make_adapter,
     tensor_error,
 )
-from pydiffusion.convert.architectures.architecture import Matrices
+from pydiffusion.convert.architectures.architecture import Matrices, Matrix
 from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
 
 _MAX_CONFIG = 64 << 20  # bytes
@@ -216,20 +216,41 @@ def _change(
             a.key,
             f"has {a.shape[0]} rows, but r of {settings.file} is {rank}{each}: the two don't belong together",
         )
-    n_in, n_out, scale = a.shape[1], b.shape[0], settings.scale(path, notes)
+    scale = settings.scale(path, notes)
     if of_experts:
-        read = PairRead(a, b, partial(_experts_a, n_experts), partial(_experts_b, n_experts))
-        factors = Factors((n_experts, rank, n_in), (n_experts, n_out, rank), scale, read)
+        factors = _of_experts(a, b, n_experts, scale, _are_swapped(a, b, n_experts, settings, matrix))
     else:
-        factors = Factors((rank, n_in), (n_out, rank), scale, PairRead(a, b))
+        factors = Factors(a.shape, b.shape, scale, PairRead(a, b))
     return Change(target, factors, keys, a.path)
 
 
-def _experts_a(n_experts: int, a: np.ndarray) -> np.ndarray:
-    """(n_expert * r, n_in), an expert's rows together -> (n_expert, r, n_in)."""
-    return a.reshape(n_experts, -1, a.shape[1])
+def _are_swapped(a: Stored, b: Stored, n_experts: int, settings: PeftSettings, matrix: Matrix | None) -> bool:
+    """Whether A has the outputs and B the inputs: PEFT before 0.19.1 took experts' matrices as transposed."""
+    straight, swapped = (n_experts, b.shape[0], a.shape[1]), (n_experts, a.shape[1], b.shape[0])
+    if settings.swaps_experts is not None or matrix is None or matrix.shape is None:
+        return bool(settings.swaps_experts)
+    if matrix.shape in (straight, swapped):
+        return matrix.shape != straight
+    return matrix.fits(swapped) and not matrix.fits(straight)
 
 
-def _experts_b(n_experts: int, b: np.ndarray) -> np.ndarray:
-    """(n_out, r * n_expert), a rank's values of all experts together -> (n_expert, n_out, r)."""
-    return b.reshape(b.shape[0], -1, n_experts).transpose(2, 0, 1)
+def _of_experts(a: Stored, b: Stored, n_experts: int, scale: float, swapped: bool) -> Factors:
+    """Factors of a pair on experts: in A an expert's rows are together, in B a rank's values of all."""
+    rank = a.shape[0] // n_experts
+    if swapped:
+        read = PairRead(b, a, partial(_from_b, n_experts, False), partial(_from_a, n_experts, True))
+        return Factors((n_experts, rank, b.shape[0]), (n_experts, a.shape[1], rank), scale, read)
+    read = PairRead(a, b, partial(_from_a, n_experts, False), partial(_from_b, n_experts, True))
+    return Factors((n_experts, rank, a.shape[1]), (n_experts, b.shape[0], rank), scale, read)
+
+
+def _from_a(n_experts: int, rank_last: bool, a: np.ndarray) -> np.ndarray:
+    """(n_expert * r, n) -> (n_expert, r, n), or (n_expert, n, r)."""
+    values = a.reshape(n_experts, -1, a.shape[1])
+    return values.transpose(0, 2, 1) if rank_last else values
+
+
+def _from_b(n_experts: int, rank_last: bool, b: np.ndarray) -> np.ndarray:
+    """(n, r * n_expert) -> (n_expert, n, r), or (n_expert, r, n)."""
+    values = b.reshape(b.shape[0], -1, n_experts)
+    return values.transpose(2, 0, 1) if rank_last else values.transpose(2, 1, 0)

@@ -50,7 +50,9 @@ SHOWN = ("r", "lora_alpha", "use_rslora", "base_model_name_or_path", "task_type"
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """Ranks and scales. file: the config's path, for messages. patterns: (regex, value) in order."""
+    """Ranks and scales. file: the config's path, for messages. patterns: (regex, value) in order.
+    swaps_experts: whether A has the outputs of experts, B their inputs; None if the shapes have to tell.
+    """
 
     file: str
     r: int
@@ -59,6 +61,7 @@ class PeftSettings:
     rank_patterns: tuple[tuple[re.Pattern[str], int], ...]
     alpha_patterns: tuple[tuple[re.Pattern[str], float], ...]
     target_parameters: tuple[str, ...]
+    swaps_experts: bool | None
     shown: Mapping[str, Any]
 
     def rank(self, module: str) -> int:
@@ -107,10 +110,17 @@ def read_settings(fields: Fields, notes: list[str]) -> PeftSettings:
         _patterns(fields, "rank_pattern", _as_rank),
         _patterns(fields, "alpha_pattern", _as_alpha),
         _names(fields, "target_parameters"),
+        _swaps_experts(fields.values.get("peft_version")),
         {key: fields.values[key] for key in SHOWN if key in fields.values},
     )
     _check_unknown(fields, notes)
     return settings
+
+
+def _swaps_experts(version: object) -> bool | None:
+    """Whether a version of PEFT takes experts' matrices as (n_in, n_out); None for an unknown one."""
+    match = re.match(r"(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?", version) if isinstance(version, str) else None
+    return None if match is None else tuple(int(part or 0) for part in match.groups()) < (0, 19, 1)
 
 
 def _error(fields: Fields, key: str, what: str) -> AdapterError:

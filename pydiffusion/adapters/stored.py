@@ -23,7 +23,6 @@ from pydiffusion.errors import AdapterError, ConversionError, ModelFormatError, 
 
 #: Types that factors may be stored in, of safetensors.
 FLOATS = ("F32", "F16", "BF16")
-_BLOCK = 256  # feed-forward lengths are padded to a multiple of this
 _MAX_SCALE = 1e30
 
 
@@ -126,16 +125,12 @@ def check_fits(change: Change, matrices: Matrices) -> None:
         raise change.error(f"is empty ({_text(a)}, its partner {_text(b)}); save the adapter again")
     if a[-2] != b[-1] or a[:-2] != b[:-2]:
         raise change.error(f"is {_text(a)} and its partner {_text(b)}: their ranks differ")
-    if matrix.shape is None:
-        return
     found = (*a[:-2], b[-2], a[-1])
-    lengths = (*[0] * (len(found) - 2), *matrix.padded)
-    for size, wanted, n_lengths in zip(found, matrix.shape, lengths, strict=True):
-        if size != wanted and abs(size - wanted) >= n_lengths * _BLOCK:
-            raise change.error(
-                f"changes a matrix of {_text(found)}, where {target.tensor} of the model is "
-                f"{_text(matrix.shape)}: the adapter is for a model of another size"
-            )
+    if not matrix.fits(found):
+        raise change.error(
+            f"changes a matrix of {_text(found)}, where {target.tensor} of the model is "
+            f"{_text(matrix.shape or ())}: the adapter is for a model of another size"
+        )
 
 
 def _text(shape: Sequence[int]) -> str:

@@ -72,6 +72,29 @@ def test_experts(tmp_path: Path) -> None:
             np.testing.assert_allclose(delta[expert], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("version", ["0.18.1", "0.19.0", None])
+def test_experts_of_before(version: str | None, tmp_path: Path) -> None:
+    """PEFT before 0.19.1 took experts' matrices as (n_in, n_out): A has the outputs, B the inputs. Without a
+    version (NeMo) the shapes tell.
+    """
+    module = f"{PEFT}decoder.layers.1.experts"
+    tensors = {
+        f"{module}.base_layer.lora_A.weight": folders.random(1, 4 * EXPERTS, 2 * XF + 2),
+        f"{module}.base_layer.lora_B.weight": folders.random(2, D, 4 * EXPERTS),
+        f"{module}.lora_A.weight": folders.random(3, 4 * EXPERTS, D),
+        f"{module}.lora_B.weight": folders.random(4, XF + 1, 4 * EXPERTS),
+    }
+    folders.write_folder(tmp_path, tensors, peft_config(peft_version=version))
+    model = MODEL | {"diffusion-gemma.expert_feed_forward_length": XF + 1}  # or gate_up would be square
+    adapter = load_adapter(tmp_path, model)
+    for tensor, inner in (("blk.1.ffn_gate_up_exps", ".base_layer"), ("blk.1.ffn_down_exps", "")):
+        a = tensors[f"{module}{inner}.lora_A.weight"].reshape(EXPERTS, 4, -1)
+        b = tensors[f"{module}{inner}.lora_B.weight"]
+        b = b.reshape(len(b), 4, EXPERTS)
+        expected = 2 * np.einsum("ore,eri->eio", b, a)  # as their get_delta_weight has it
+        np.testing.assert_allclose(factors(adapter, tensor, "decoder").delta(), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("prefix", "side"),
     [
