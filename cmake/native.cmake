@@ -1,5 +1,6 @@
 # The C++ runtime, without the Python bindings.
 add_library(pydiffusion_native STATIC
+    native/adapters/adapter.cpp
     native/architectures/diffusion_gemma.cpp
     native/architectures/diffusion_gemma_file.cpp
     native/architectures/registry.cpp

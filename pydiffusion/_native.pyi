@@ -2,7 +2,7 @@
 The native runtime: GGUF files, models, sessions, sampler, quantization. Private; use pydiffusion.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import numpy
@@ -142,6 +142,30 @@ def memory_use(header: bytes, n_ctx: int) -> dict:
     Memory that a model takes on a device with one session, from the header of its file alone: dict of weight_bytes, cache_bytes, step_bytes, and reserved_bytes to keep free besides.
     """
 
+class Adapter:
+    """
+    Low-rank changes of a model's matrices (LoRA); immutable, shared by sessions.
+    """
+
+    def __init__(self, model: Model, name: str, targets: Iterable) -> None:
+        """
+        targets: (tensor, side, a, b) of each change b @ a, pulled one at a time: the matrix's name without '.weight'; 'encoder', 'decoder' or 'both'; a (rank, n_in) and b (n_out, rank) float32, of experts with their number first.
+        """
+
+    @property
+    def name(self) -> object: ...
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its factors, on whatever device they are."""
+
+    @property
+    def n_targets(self) -> int: ...
+
+    @property
+    def rank(self) -> int:
+        """The largest of its factors."""
+
 class Step:
     """
     Result of one denoising step; arrays have one entry per canvas position.
@@ -207,6 +231,14 @@ class Session:
 
     @property
     def cache_bytes(self) -> int: ...
+
+    def set_adapters(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """
+        Use these adapters, each with the factor of its changes, from now on. Others than before end the generation, and the content is encoded anew before anything next reads it.
+        """
+
+    @property
+    def adapters(self) -> list[tuple[Adapter, float]]: ...
 
     def collect_imatrix(self, on: bool) -> None:
         """

@@ -138,6 +138,7 @@ nb::object to_exception(const std::exception_ptr& error);
 void bind_errors(nb::module_& m);
 void bind_file(nb::module_& m);
 void bind_model(nb::module_& m);
+void bind_adapters(nb::module_& m);
 void bind_session(nb::module_& m);
 void bind_batch(nb::module_& m);
 void bind_quantize(nb::module_& m);

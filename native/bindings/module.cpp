@@ -9,6 +9,7 @@ NB_MODULE(_native, m) {
     pydiffusion::bind_errors(m);
     pydiffusion::bind_file(m);
     pydiffusion::bind_model(m);
+    pydiffusion::bind_adapters(m);
     pydiffusion::bind_session(m);
     pydiffusion::bind_batch(m);
     pydiffusion::bind_quantize(m);

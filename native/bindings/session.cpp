@@ -1,5 +1,6 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -99,6 +100,10 @@ Numpy1<float> next_logits(Session& session, const Array1<int32_t>& ids) {
 // Per layer (k, v), copies as uint8 (n_rows, row_bytes).
 nb::list cache_rows(Session& session) {
     const Session::Use use(session);
+    {
+        const WithoutGil release;
+        session.refresh(ignore_chunks);
+    }
     const KvCache& cache = session.cache();
     nb::list layers;
     for (int32_t i = 0; i < session.model().hparams.n_layer; ++i) {
@@ -165,8 +170,23 @@ Numpy2<float> denoise(Session& session, const Array1<int32_t>& canvas,
     const auto logits = new_numpy<float>(n, n_vocab);
     const WithoutGil release;
     const Session::Use use(session);
+    session.refresh(ignore_chunks);
     session.denoise(tokens, conditioning ? conditioning->data() : nullptr, logits.data());
     return logits;
+}
+
+void set_adapters(Session& session, const std::vector<std::pair<std::shared_ptr<Adapter>, float>>& list) {
+    AdapterList adapters;
+    for (const auto& [adapter, scale] : list) adapters.push_back({adapter, scale});
+    const Session::Use use(session);
+    session.set_adapters(adapters);
+}
+
+nb::list adapters_of(const Session& session) {
+    nb::list result;
+    for (const ActiveAdapter& active : session.adapters())
+        result.append(nb::make_tuple(std::const_pointer_cast<Adapter>(active.adapter), active.scale));
+    return result;
 }
 
 nb::dict imatrix(Session& session) {
@@ -334,6 +354,12 @@ void bind_session(nb::module_& m) {
         .def_prop_ro("n_past", &Session::n_past)
         .def_prop_ro("n_ctx", &Session::n_ctx)
         .def_prop_ro("cache_bytes", &Session::cache_bytes)
+        .def("set_adapters", set_adapters, nb::arg("adapters"),
+             nb::sig("def set_adapters(self, adapters: Sequence[tuple[Adapter, float]]) -> None"),
+             "Use these adapters, each with the factor of its changes, from now on. Others than before end "
+             "the "
+             "generation, and the content is encoded anew before anything next reads it.")
+        .def_prop_ro("adapters", adapters_of, nb::sig("def adapters(self) -> list[tuple[Adapter, float]]"))
         .def(
             "collect_imatrix",
             [](Session& session, bool on) {

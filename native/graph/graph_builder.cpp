@@ -6,17 +6,46 @@
 
 namespace pydiffusion {
 
+namespace {
+
+constexpr size_t kNodesOfChange = 16;  // at most, with what joins the tokens' ranges
+
+}  // namespace
+
 GraphBuilder::GraphBuilder(const Model& m, Mode mode_of_tokens, std::vector<Sequence> s, GraphMemory* memory)
     : model(m), mode(mode_of_tokens), sequences(std::move(s)) {
+    changes_ = collect_changes();
+    size_t n_changes = 0;
+    for (const auto& [weight, changes] : changes_) n_changes += changes.size();
     const size_t n_nodes =
         (128 + 2 * m.hparams.n_expert_used + 24 * sequences.size()) * m.hparams.layers.size() + 64 +
-        16 * sequences.size() + 8 * n_images();
+        16 * sequences.size() + 8 * n_images() + kNodesOfChange * n_changes;
     context = new_graph_context(n_nodes, memory);
     graph = ggml_new_graph_custom(ctx(), n_nodes, false);
     // On a device: tokens, features and positions; of both layer kinds masks and angles.
     inputs = std::make_unique<GraphInputs>(ctx(), m.backend, 5 + 2 * sequences.size());
-    ops = make_ops(
-        {ctx(), graph, m.backend, *inputs, n_tokens(), &m.hparams.rms_eps, m.device_plan.single_device()});
+    ops = make_ops({ctx(), graph, m.backend, *inputs, n_tokens(), &m.hparams.rms_eps,
+                    m.device_plan.single_device(), changes_.empty() ? nullptr : &changes_});
+}
+
+// Sequences beside each other with the same adapters are one range of tokens.
+LowRankTable GraphBuilder::collect_changes() const {
+    LowRankTable table;
+    const Side side = mode == Mode::encoder ? Side::encoder : Side::decoder;
+    int64_t first = 0;
+    for (size_t i = 0; i < sequences.size();) {
+        const AdapterList& adapters = sequences[i].adapters;
+        int64_t n = 0;
+        for (; i < sequences.size() && sequences[i].adapters == adapters; ++i) n += sequences[i].n_tokens;
+        for (const ActiveAdapter& active : adapters) {
+            for (const auto& [weight, factors] : active.adapter->changes(side)) {
+                for (const Adapter::Factors& f : factors)
+                    table[weight].push_back({f.a, f.b, active.scale, first, n});
+            }
+        }
+        first += n;
+    }
+    return table;
 }
 
 int64_t GraphBuilder::n_tokens() const {

@@ -4,6 +4,7 @@
 #include <deque>
 #include <memory>
 
+#include "adapters/adapter.h"
 #include "backend/graph_executor.h"
 #include "backend/graph_inputs.h"
 #include "backend/graph_memory.h"
@@ -23,6 +24,7 @@ struct Sequence {
     int64_t n_tokens;
     int64_t n_frozen = 0;  // rows after the tokens that are visible but keep what an earlier graph wrote
     std::vector<ImageRange> images{};  // among the tokens of a prompt
+    AdapterList adapters{};
 };
 
 struct GraphBuilder {
@@ -93,6 +95,7 @@ struct GraphBuilder {
     std::vector<Part> parts;
 
   private:
+    LowRankTable collect_changes() const;
     struct LayerMask {
         size_t i_sequence;
         bool sliding;
@@ -103,6 +106,7 @@ struct GraphBuilder {
     const Causal* causal(size_t i_sequence, int32_t i_layer);
     ggml_tensor* attend(size_t i_sequence, int32_t i_layer, ggml_tensor* q, ForMatmuls for_matmuls);
 
+    LowRankTable changes_;                    // by the sequences' adapters
     std::deque<LayerMask> causal_;            // nodes point to them
     std::vector<int32_t> written_positions_;  // argument of the last set_positions()
 };

@@ -146,7 +146,7 @@ void Denoiser::build(const std::vector<Slot>& slots, GraphExecutor& executor) {
     std::vector<Sequence> sequences;
     canvases_.clear();
     for (const Slot& slot : slots) {
-        sequences.push_back({slot.cache, slot.n_tokens(), slot.n_frozen});
+        sequences.push_back({slot.cache, slot.n_tokens(), slot.n_frozen, {}, slot.adapters});
         canvases_.emplace_back(slot.state, slot.n_tokens());
     }
     built_.reset();
@@ -306,7 +306,7 @@ void Denoiser::step(const std::vector<Slot>& slots, GraphExecutor& executor) {
     const auto versions = [&] {
         decltype(built_for_) result;
         for (const Slot& slot : slots)
-            result.emplace_back(slot.cache->version(), slot.n_tokens(), slot.n_frozen);
+            result.emplace_back(slot.cache->version(), slot.n_tokens(), slot.n_frozen, slot.adapters);
         return result;
     };
     if (built_for_ != versions()) {

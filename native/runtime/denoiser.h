@@ -61,6 +61,7 @@ class Denoiser {
         const std::atomic<bool>* cancel;     // set when the result is no longer needed
         // Positions after the canvas that are visible as the last step left them but no longer denoised.
         int64_t n_frozen = 0;
+        AdapterList adapters{};  // those that change anything
 
         int64_t n_tokens() const { return static_cast<int64_t>(canvas->size()); }
     };
@@ -110,8 +111,8 @@ class Denoiser {
     LayerTrace* trace_ = nullptr;
     GraphMemory graph_memory_;  // of built_
     std::unique_ptr<GraphBuilder> built_;
-    // Per slot: cache version, canvas length, frozen positions.
-    std::vector<std::tuple<uint64_t, int64_t, int64_t>> built_for_;
+    // Per slot: cache version, canvas length, frozen positions, adapters, which live as long as the graph.
+    std::vector<std::tuple<uint64_t, int64_t, int64_t, AdapterList>> built_for_;
     std::vector<std::pair<CanvasState*, int64_t>> canvases_;  // of the graph, with canvas lengths
     ggml_tensor* canvas_ = nullptr;
 };

@@ -113,14 +113,15 @@ class ChunkInput {
 };
 
 void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, const Chunk& chunk,
-                  const std::atomic<bool>& cancel, const EncoderOutputs& outputs, ImatrixCollector* imatrix,
-                  LayerTrace* trace) {
+                  const std::atomic<bool>& cancel, const EncoderOutputs& outputs, const AdapterList& adapters,
+                  ImatrixCollector* imatrix, LayerTrace* trace) {
     const Hparams& hp = model.hparams;
     const int32_t n_tokens = chunk.n_tokens();
     const auto lock = model.backend.lock_devices();
     cache.prepare(n_tokens);
     ChunkInput input(chunk);
-    GraphBuilder g(model, Mode::encoder, {{&cache, n_tokens, 0, input.ranges(chunk, cache.n_past())}});
+    GraphBuilder g(model, Mode::encoder,
+                   {{&cache, n_tokens, 0, input.ranges(chunk, cache.n_past()), adapters}});
     g.trace = trace;
     if (trace) trace->begin_graph();
     if (imatrix) g.ops->keep_activations();
@@ -163,14 +164,15 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
 
 void encode(const Model& model, KvCache& cache, GraphExecutor& executor, const Prompt& prompt,
             const std::atomic<bool>& cancel, const std::function<void(int32_t)>& on_chunk,
-            const EncoderOutputs& outputs, ImatrixCollector* imatrix, LayerTrace* trace) {
+            const EncoderOutputs& outputs, const AdapterList& adapters, ImatrixCollector* imatrix,
+            LayerTrace* trace) {
     const int32_t n = static_cast<int32_t>(prompt.ids.size());
     for (int32_t done = 0; done < n;) {
         const Chunk chunk = chunk_from(prompt, done);
         EncoderOutputs its;
         if (outputs.hidden) its.hidden = outputs.hidden + int64_t{done} * model.hparams.n_embd;
         if (chunk.end == n) its.logits = outputs.logits;
-        encode_chunk(model, cache, executor, chunk, cancel, its, imatrix, trace);
+        encode_chunk(model, cache, executor, chunk, cancel, its, adapters, imatrix, trace);
         done = chunk.end;
         on_chunk(done);
     }

@@ -26,10 +26,11 @@ struct Prompt {
 
 // Appends a prompt to the cache in chunks, none of which ends within an image. Calls `on_chunk` with the
 // number of tokens done after each chunk; an exception from it ends the call and leaves the finished chunks
-// in the cache. imatrix and trace observe the graphs, if given; without outputs, the last layer is not
-// computed.
+// in the cache. adapters: those that change anything. imatrix and trace observe the graphs, if given; without
+// outputs, the last layer is not computed.
 void encode(const Model& model, KvCache& cache, GraphExecutor& executor, const Prompt& prompt,
             const std::atomic<bool>& cancel, const std::function<void(int32_t)>& on_chunk,
-            const EncoderOutputs& outputs, ImatrixCollector* imatrix = nullptr, LayerTrace* trace = nullptr);
+            const EncoderOutputs& outputs, const AdapterList& adapters = {},
+            ImatrixCollector* imatrix = nullptr, LayerTrace* trace = nullptr);
 
 }  // namespace pydiffusion

@@ -37,6 +37,11 @@ bool Session::begin_step(const std::function<void(int32_t)>& on_chunk) {
 
 void Session::begin_canvas(const std::function<void(int32_t)>& on_chunk) {
     Generation& g = *generation_;
+    if (!is_fresh()) {
+        const AddSeconds timer(g.encode_seconds);
+        refresh(on_chunk);
+        cache_.mark();  // as begin() did
+    }
     if (!g.finished.empty()) {
         const AddSeconds timer(g.encode_seconds);
         append({g.finished}, on_chunk);

@@ -95,27 +95,71 @@ void Session::append(const Prompt& prompt, const std::function<void(int32_t)>& o
                    "with a larger n_ctx",
                    ids.size(), n_past(), n_ctx_));
     }
+    refresh(on_chunk);
     denoiser_.invalidate();
+    if (n_past() == 0) encoded_with_ = effective(adapters_);
     const int32_t before = n_past();
     // Keep the content in step with the cache, also if `on_chunk` throws or the work is cancelled.
     const auto sync_content = [&] {
         const std::lock_guard<std::mutex> lock(content_mutex_);
-        content_.ids.insert(content_.ids.end(), ids.begin(), ids.begin() + (n_past() - before));
+        const int32_t now = cache_.n_past();
+        content_.ids.insert(content_.ids.end(), ids.begin(), ids.begin() + (now - before));
         for (PromptImage image : prompt.images) {
             image.begin += before;
             image.end += before;
-            if (image.end <= n_past()) content_.images.push_back(std::move(image));
+            if (image.end <= now) content_.images.push_back(std::move(image));
         }
-        n_encoded_ += n_past() - before;
+        n_past_ = now;
+        n_encoded_ += now - before;
     };
     try {
-        pydiffusion::encode(*model_, cache_, executor_, prompt, cancel_, on_chunk, outputs, imatrix_.get(),
-                            layer_trace_.get());
+        pydiffusion::encode(*model_, cache_, executor_, prompt, cancel_, on_chunk, outputs, encoded_with_,
+                            imatrix_.get(), layer_trace_.get());
     } catch (...) {
         sync_content();
         throw;
     }
     sync_content();
+}
+
+void Session::set_content(Prompt content) {
+    const std::lock_guard<std::mutex> lock(content_mutex_);
+    content_ = std::move(content);
+    n_past_ = static_cast<int32_t>(content_.ids.size());
+}
+
+void Session::set_adapters(const AdapterList& adapters) {
+    for (const ActiveAdapter& active : adapters) {
+        if (&active.adapter->model() != model_.get())
+            throw Error(ErrorKind::argument,
+                        "adapter " + quoted(active.adapter->name()) + " was loaded for another model");
+        if (!std::isfinite(active.scale))
+            throw Error(ErrorKind::argument,
+                        "the scale of adapter " + quoted(active.adapter->name()) + " is NaN or infinite");
+    }
+    if (adapters == adapters_) return;
+    AdapterList copy = adapters;  // if that fails, nothing has changed
+    generation_.reset();
+    denoiser_.invalidate();
+    adapters_ = std::move(copy);
+}
+
+void Session::refresh(const std::function<void(int32_t)>& on_chunk) {
+    if (is_fresh()) return;
+    encoded_with_ = effective(adapters_);
+    denoiser_.invalidate();
+    encode_anew_ = true;
+    cache_.clear();
+    const auto count = [&] { n_encoded_ += cache_.n_past(); };
+    try {
+        pydiffusion::encode(
+            *model_, cache_, executor_, content_, cancel_, [&](int32_t) { on_chunk(0); }, {}, encoded_with_);
+    } catch (...) {
+        count();
+        throw;
+    }
+    count();
+    encode_anew_ = false;
 }
 
 // Throws Error(argument) for an image that the cache can't take in one batch.
@@ -177,13 +221,12 @@ void Session::truncate(int32_t n, const std::function<void(int32_t)>& on_chunk) 
     }
     denoiser_.invalidate();
     generation_.reset();
-    const bool kept_cache = cache_.truncate(n);
+    const bool kept_cache = !encode_anew_ && cache_.truncate(n);
     if (!kept_cache) cache_.clear();
-    {
-        const std::lock_guard<std::mutex> lock(content_mutex_);
-        content_ = kept_cache ? std::move(kept) : Prompt();
-    }
-    if (!kept_cache) append(kept, on_chunk);
+    const bool later = encode_anew_;
+    encode_anew_ = encode_anew_ && n > 0;
+    set_content(kept_cache || later ? kept : Prompt());
+    if (!kept_cache && !later) append(kept, on_chunk);
 }
 
 void Session::restore(const Prompt& content,
@@ -199,9 +242,11 @@ void Session::restore(const Prompt& content,
     Prompt restored = content;  // if that fails, nothing has changed
     generation_.reset();
     denoiser_.invalidate();
+    AdapterList adapters = effective(adapters_);
     cache_.restore(static_cast<int32_t>(tokens.size()), rows);
-    const std::lock_guard<std::mutex> lock(content_mutex_);
-    content_ = std::move(restored);
+    set_content(std::move(restored));
+    encoded_with_ = std::move(adapters);
+    encode_anew_ = false;
 }
 
 void Session::copy_from(const Session& source) {
@@ -216,12 +261,14 @@ void Session::copy_from(const Session& source) {
         throw Error(ErrorKind::argument, "the session to copy is of another model");
     Prompt content = {source.tokens(), source.images()};  // before the cache changes: memory may run out
     for (const PromptImage& image : content.images) require_room(image);  // it may have to be encoded again
+    AdapterList adapters = source.encoded_with_;
     const auto lock = model_->backend.lock_devices();
     cache_.copy_from(source.cache_);
     generation_.reset();
     denoiser_.invalidate();
-    const std::lock_guard<std::mutex> content_lock(content_mutex_);
-    content_ = std::move(content);
+    set_content(std::move(content));
+    encoded_with_ = std::move(adapters);
+    encode_anew_ = source.encode_anew_;
 }
 
 void Session::denoise(const std::vector<int32_t>& canvas, const float* conditioning, float* logits) {
@@ -238,12 +285,13 @@ void Session::denoise(const std::vector<int32_t>& canvas, const float* condition
                    hp.canvas_length, n_past(), n_ctx_));
     }
     generation_.reset();  // its self-conditioning logits are about to be overwritten
+    refresh([](int32_t) {});
     StepState& state = canvas_state_.step();
     state.self_conditioning = conditioning != nullptr;
     if (conditioning) canvas_state_.set_logits(conditioning);
     state.previous_temperature = state.temperature = 1.0f;
     state.dropped_mass = 0.0f;
-    denoiser_.step({{&canvas_state_, &cache_, &canvas, &cancel_}}, executor_);
+    denoiser_.step({{&canvas_state_, &cache_, &canvas, &cancel_, 0, effective(adapters_)}}, executor_);
     canvas_state_.require_finite(canvas.size());
     canvas_state_.copy_logits(logits);
 }

@@ -54,9 +54,18 @@ class Session {
 
     const Model& model() const { return *model_; }
     int32_t n_ctx() const { return n_ctx_; }
-    int32_t n_past() const { return cache_.n_past(); }
+    // Tokens of the content, which the cache has, or is to encode anew.
+    int32_t n_past() const { return n_past_; }
     ggml_type kv_type() const { return kv_type_; }
     uint64_t cache_bytes() const { return cache_.n_bytes(); }
+
+    // The adapters of everything encoded and denoised from now on. The same ones: nothing happens; others:
+    // ends the generation, and the content is encoded anew before anything next reads the cache. Throws
+    // Error(argument), with nothing changed, for adapters of another model and scales that are not finite.
+    void set_adapters(const AdapterList& adapters);
+    const AdapterList& adapters() const { return adapters_; }
+    // Encodes the content anew if the cache is of other adapters. If it throws, the content stays as it is.
+    void refresh(const std::function<void(int32_t)>& on_chunk);
 
     // Starts a new imatrix over everything encoded and denoised from now on, or discards it; null when off.
     void collect_imatrix(bool on);
@@ -88,7 +97,7 @@ class Session {
     void truncate(int32_t n, const std::function<void(int32_t)>& on_chunk);
     // Tokens encoded by this session in total; shows what reuse of the cache saves.
     int64_t n_encoded() const { return n_encoded_; }
-    // For saving the session; see KvCache::read_rows.
+    // For saving the session, after refresh(); see KvCache::read_rows.
     const KvCache& cache() const { return cache_; }
     // Replaces tokens, images and cache rows by those of another session of the same model and cache type.
     void restore(const Prompt& content, const std::vector<std::pair<const uint8_t*, const uint8_t*>>& rows);
@@ -107,8 +116,12 @@ class Session {
     // generation, this is the first half of a step: the canvas does not change until impose().
     bool begin_step(const std::function<void(int32_t)>& on_chunk);
     Denoiser::Slot slot() {
-        return {&canvas_state_, &cache_, &generation_->canvas, &cancel_,
-                canvas_length(generation_->params) - static_cast<int64_t>(generation_->canvas.size())};
+        return {&canvas_state_,
+                &cache_,
+                &generation_->canvas,
+                &cancel_,
+                canvas_length(generation_->params) - static_cast<int64_t>(generation_->canvas.size()),
+                effective(adapters_)};
     }
     void end_step(double seconds, StepResult& result);
     // Of a batch of this session alone.
@@ -174,6 +187,9 @@ class Session {
     int32_t canvas_length(const GenerationParams& params) const {
         return params.canvas_length ? params.canvas_length : model_->hparams.canvas_length;
     }
+    // Whether the cache has the content as the adapters encode it.
+    bool is_fresh() const { return n_past_ == 0 || (!encode_anew_ && encoded_with_ == effective(adapters_)); }
+    void set_content(Prompt content);
     void append(const Prompt& prompt, const std::function<void(int32_t)>& on_chunk,
                 const EncoderOutputs& outputs = {});
     void check_images(const Prompt& prompt) const;
@@ -203,6 +219,10 @@ class Session {
     Denoiser denoiser_;
     GraphExecutor executor_;
     Prompt content_;  // what is in the cache
+    std::atomic<int32_t> n_past_{0};
+    AdapterList adapters_;
+    AdapterList encoded_with_;  // adapters of the cache's rows
+    bool encode_anew_ = false;  // the cache has less than the content
     // tokens() and images() may be called while another thread computes.
     mutable std::mutex content_mutex_;
     std::atomic<int64_t> n_encoded_{0};

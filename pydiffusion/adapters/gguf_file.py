@@ -40,7 +40,7 @@ _NAME = re.compile(r"(?P<side>enc\.|dec\.)?(?P<tensor>.+)\.weight\.lora_(?P<part
 _SIDES: dict[str | None, Side] = {None: "both", "enc.": "encoder", "dec.": "decoder"}
 _PREFIXES = {side: prefix or "" for prefix, side in _SIDES.items()}
 _MAX_ALPHA = 1e30
-_TYPES = ("auto", "f32", "f16", "bf16")
+TYPES = ("auto", "f32", "f16", "bf16")
 _READ = ("F32", "F16", "BF16", "Q8_0")  # as llama.cpp's converter writes them
 
 
@@ -139,8 +139,8 @@ def write_adapter_gguf(
     type: f32, f16, bf16, or auto: for each tensor the smallest of these that holds its values exactly.
     Raises AdapterError if it can't be written, ValueError for another type.
     """
-    if type not in _TYPES:
-        raise ValueError(f"type is {type!r:.40}; permitted are {', '.join(_TYPES)}")
+    if type not in TYPES:
+        raise ValueError(f"type is {type!r:.40}; permitted are {', '.join(TYPES)}")
     alpha = _common_alpha(adapter)
     metadata = {
         "general.architecture": Value("str", matrices.architecture),

@@ -64,13 +64,16 @@ def _shape(n_layer: int, full_every: int, **sizes: int) -> TextConfig:
     )
 
 
+_RELEASED = MappingProxyType(
+    {
+        "d": 2816, "dense": 2112, "experts": 128, "used": 8, "expert": 704, "vocab": 262_144, "window": 1024,
+        "heads": 16, "heads_kv": 8, "heads_kv_full": 2, "head_dim": 256, "head_dim_full": 512,
+    }
+)  # fmt: skip
 #: Shapes by name: the released model; one of 438e6 weights that a laptop denoises in a second; a tiny one.
 SHAPES = MappingProxyType(
     {
-        "26b-a4b": _shape(
-            30, 6, d=2816, dense=2112, experts=128, used=8, expert=704, vocab=262_144, window=1024,
-            heads=16, heads_kv=8, heads_kv_full=2, head_dim=256, head_dim_full=512,
-        ),
+        "26b-a4b": _shape(30, 6, **_RELEASED),
         "mid": _shape(
             12, 6, d=1024, dense=1536, experts=32, used=4, expert=256, vocab=32_768, window=512,
             heads=8, heads_kv=4, heads_kv_full=1, head_dim=128, head_dim_full=256,
@@ -84,6 +87,8 @@ SHAPES = MappingProxyType(
             2, 2, d=256, dense=256, experts=4, used=2, expert=256, vocab=1024, window=32,
             heads=2, heads_kv=1, heads_kv_full=1, head_dim=256, head_dim_full=512,
         ),
+        # six of the released model's layers, for what is measured per layer
+        "26b-a4b-6": _shape(6, 6, **_RELEASED),
     }
 )  # fmt: skip
 _NORMAL, _CONTROL, _BYTE = 1, 3, 6  # types of tokens

@@ -1,5 +1,7 @@
 #include "backend/ops/ops.h"
 
+#include <algorithm>
+
 #include "backend/ops/cpu_ops.h"
 #include "backend/ops/ggml_ops.h"
 #include "backend/ops/own_kernel_ops.h"
@@ -8,7 +10,76 @@ namespace pydiffusion {
 
 ggml_tensor* Ops::matmul(const WeightMatrix& weight, ggml_tensor* x) {
     ggml_tensor* result = unscaled_matmul(weight.tensor, x);
-    return weight.scale == 1.0f ? result : ggml_scale(c_.ctx, result, weight.scale);
+    if (weight.scale != 1.0f) result = ggml_scale(c_.ctx, result, weight.scale);
+    return with_changes(weight.tensor, x, result);
+}
+
+bool Ops::is_changed(std::initializer_list<const ggml_tensor*> weights) const {
+    return c_.changes && std::any_of(weights.begin(), weights.end(), [this](const ggml_tensor* weight) {
+               return c_.changes->count(weight) > 0;
+           });
+}
+
+ggml_tensor* Ops::with_changes(const ggml_tensor* weight, ggml_tensor* x, ggml_tensor* result) {
+    return is_changed({weight}) ? add_changes(c_.changes->at(weight), x, result) : result;
+}
+
+namespace {
+
+// View of n tokens of x [a, n_tokens] or [a, b, n_tokens] from `first` on.
+ggml_tensor* view_tokens(ggml_context* ctx, ggml_tensor* x, int i_dim, int64_t first, int64_t n) {
+    if (n == x->ne[i_dim]) return x;
+    if (i_dim == 1) return ggml_view_2d(ctx, x, x->ne[0], n, x->nb[1], first * x->nb[1]);
+    return ggml_view_3d(ctx, x, x->ne[0], x->ne[1], n, x->nb[1], x->nb[2], first * x->nb[2]);
+}
+
+// The result's tokens (of dimension i_dim) in ranges that have the same changes: change(range, first, n,
+// the range's changes), and ranges without any as they are.
+template <typename Change>
+std::vector<ggml_tensor*> changed_ranges(ggml_context* ctx, const std::vector<LowRank>& changes,
+                                         ggml_tensor* result, int i_dim, const Change& change) {
+    std::vector<ggml_tensor*> parts;
+    int64_t at = 0;
+    const auto view = [&](int64_t n) { return view_tokens(ctx, result, i_dim, at, n); };
+    for (size_t i = 0; i < changes.size();) {
+        const int64_t first = changes[i].first, n = changes[i].n;
+        if (first > at) parts.push_back(view(first - at));
+        at = first;
+        ggml_tensor* part = view(n);
+        for (; i < changes.size() && changes[i].first == first; ++i) part = change(part, changes[i]);
+        parts.push_back(part);
+        at += n;
+    }
+    if (at < result->ne[i_dim]) parts.push_back(view(result->ne[i_dim] - at));
+    return parts;
+}
+
+}  // namespace
+
+ggml_tensor* Ops::add_changes(const std::vector<LowRank>& changes, ggml_tensor* x, ggml_tensor* result) {
+    const auto change = [&](ggml_tensor* part, const LowRank& c) {
+        ggml_tensor* inner = unscaled_matmul(c.a, view_tokens(c_.ctx, x, 1, c.first, c.n));
+        if (c.scale != 1.0f) inner = ggml_scale(c_.ctx, inner, c.scale);
+        return ggml_add(c_.ctx, part, unscaled_matmul(c.b, inner));
+    };
+    const std::vector<ggml_tensor*> parts = changed_ranges(c_.ctx, changes, result, 1, change);
+    return parts.size() == 1 ? parts[0] : concat_tokens(parts);
+}
+
+ggml_tensor* Ops::with_changes(const ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen,
+                               ggml_tensor* result) {
+    if (!is_changed({weights})) return result;
+    const auto change = [&](ggml_tensor* part, const LowRank& c) {
+        ggml_tensor* own = view_tokens(c_.ctx, chosen, 1, c.first, c.n);
+        ggml_tensor* inner = expert_matmul(c.a, view_tokens(c_.ctx, x, 2, c.first, c.n), own);
+        if (c.scale != 1.0f) inner = ggml_scale(c_.ctx, inner, c.scale);
+        return ggml_add(c_.ctx, part, expert_matmul(c.b, inner, own));
+    };
+    const std::vector<ggml_tensor*> parts =
+        changed_ranges(c_.ctx, c_.changes->at(weights), result, 2, change);
+    ggml_tensor* all = parts[0];
+    for (size_t i = 1; i < parts.size(); ++i) all = ggml_concat(c_.ctx, all, parts[i], 2);
+    return all;
 }
 
 ggml_tensor* Ops::add_normed(ggml_tensor* x, ggml_tensor* branch, ggml_tensor* weight) {
@@ -53,27 +124,28 @@ ggml_tensor* Ops::scales_of(ggml_tensor* scales, ggml_tensor* chosen) const {
     return ggml_get_rows(c_.ctx, scales, chosen);
 }
 
-ggml_tensor* Ops::scaled_expert_matmul(ggml_tensor* weights, ggml_tensor* scales, ggml_tensor* x,
-                                       ggml_tensor* chosen) {
+ggml_tensor* Ops::changed_expert_matmul(ggml_tensor* weights, ggml_tensor* scales, ggml_tensor* x,
+                                        ggml_tensor* chosen) {
     ggml_tensor* result = expert_matmul(weights, x, chosen);
-    return scales ? ggml_mul(c_.ctx, result, scales_of(scales, chosen)) : result;
+    if (scales) result = ggml_mul(c_.ctx, result, scales_of(scales, chosen));
+    return with_changes(weights, x, chosen, result);
 }
 
 ggml_tensor* Ops::experts(ggml_tensor* x, ggml_tensor* chosen, const ExpertWeights& w) {
     x = one_row_per_token(x);
     if (!w.gate_up) {
-        ggml_tensor* gate = scaled_expert_matmul(w.gate, w.gate_scales, x, chosen);
-        ggml_tensor* up = scaled_expert_matmul(w.up, w.up_scales, x, chosen);
-        return expert_matmul(w.down, gated_gelu(gate, up), chosen);
+        ggml_tensor* gate = changed_expert_matmul(w.gate, w.gate_scales, x, chosen);
+        ggml_tensor* up = changed_expert_matmul(w.up, w.up_scales, x, chosen);
+        return changed_expert_matmul(w.down, nullptr, gated_gelu(gate, up), chosen);
     }
-    ggml_tensor* both = scaled_expert_matmul(w.gate_up, w.gate_up_scales, x, chosen);
+    ggml_tensor* both = changed_expert_matmul(w.gate_up, w.gate_up_scales, x, chosen);
     const int64_t n_ff = both->ne[0] / 2;
     const auto half = [&](int64_t i) {
         return ggml_view_3d(c_.ctx, both, n_ff, both->ne[1], both->ne[2], both->nb[1], both->nb[2],
                             i * n_ff * both->nb[0]);
     };
     ggml_tensor* gate = half(0);
-    return expert_matmul(w.down, gated_gelu(gate, half(1)), chosen);
+    return changed_expert_matmul(w.down, nullptr, gated_gelu(gate, half(1)), chosen);
 }
 
 ggml_tensor* Ops::join(ggml_tensor* x, ggml_tensor* dense, const Mixture& mixture, const JoinWeights& w,

@@ -11,6 +11,7 @@
 #include "backend/cpu/fused_rows.h"
 #include "backend/graph_executor.h"
 #include "backend/graph_inputs.h"
+#include "backend/ops/low_rank.h"
 #include "backend/rope_angles.h"
 #include "backend/weight_matrix.h"
 #include "ggml.h"
@@ -102,9 +103,10 @@ struct OpsContext {
     ggml_cgraph* graph;
     const Backend& backend;
     GraphInputs& inputs;
-    int64_t n_tokens;      // of the graph
-    const float* rms_eps;  // of all norms
-    bool single_device;    // all weights are on one device
+    int64_t n_tokens;                       // of the graph
+    const float* rms_eps;                   // of all norms
+    bool single_device;                     // all weights are on one device
+    const LowRankTable* changes = nullptr;  // of the matrices, by adapters; null: none
 };
 
 class Ops {
@@ -125,7 +127,7 @@ class Ops {
                                        const BranchInputs&) {
         return add_normed(x, branch, weight);
     }
-    // weight [n_inner, n_rows] times x [n_inner, n_tokens] -> F32 [n_rows, n_tokens]
+    // weight [n_inner, n_rows], with its changes, times x [n_inner, n_tokens] -> F32 [n_rows, n_tokens]
     ggml_tensor* matmul(const WeightMatrix& weight, ggml_tensor* x);
     // The same without the weight's scale, as a node instead of a view, so that a buffer can be assigned to
     // it.
@@ -213,11 +215,20 @@ class Ops {
     // weights [n_inner, n_rows, n_expert], x [n_inner, 1 or n_used, n_tokens], chosen I32 [n_used, n_tokens]
     // -> F32 [n_rows, n_used, n_tokens]
     virtual ggml_tensor* expert_matmul(ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen) = 0;
+    // Whether any of these matrices has changes; null stands for no matrix.
+    bool is_changed(std::initializer_list<const ggml_tensor*> weights) const;
+    // result = weight x, [n_rows, n_tokens] -> the same with the weight's changes.
+    ggml_tensor* with_changes(const ggml_tensor* weight, ggml_tensor* x, ggml_tensor* result);
+    virtual ggml_tensor* add_changes(const std::vector<LowRank>& changes, ggml_tensor* x,
+                                     ggml_tensor* result);
+    // The same of chosen experts: operands as of expert_matmul().
+    ggml_tensor* with_changes(const ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen,
+                              ggml_tensor* result);
     // scales [n_expert] of the chosen experts -> [1, n_used, n_tokens]
     ggml_tensor* scales_of(ggml_tensor* scales, ggml_tensor* chosen) const;
-    // expert_matmul(), times the experts' scales unless they are null.
-    ggml_tensor* scaled_expert_matmul(ggml_tensor* weights, ggml_tensor* scales, ggml_tensor* x,
-                                      ggml_tensor* chosen);
+    // expert_matmul(), times the experts' scales unless they are null, with the weights' changes.
+    ggml_tensor* changed_expert_matmul(ggml_tensor* weights, ggml_tensor* scales, ggml_tensor* x,
+                                       ggml_tensor* chosen);
     // Outputs of the chosen experts: x [d, n_tokens] -> [d, n_used, n_tokens]
     ggml_tensor* experts(ggml_tensor* x, ggml_tensor* chosen, const ExpertWeights& w);
 

@@ -87,6 +87,10 @@ Heads OwnKernelOps::project(ggml_tensor* h, const HeadWeights& w, int64_t head_d
     const auto next = [&](const WeightMatrix& weight) {
         const int64_t at = offset, n_rows = weight.tensor->ne[1];
         offset += n_rows * all->nb[0];
+        if (is_changed({weight.tensor})) {
+            ggml_tensor* rows = ggml_view_2d(c_.ctx, all, n_rows, all->ne[1], all->nb[1], at);
+            return split_heads(with_changes(weight.tensor, h, rows), head_dim);
+        }
         return ggml_view_3d(c_.ctx, all, head_dim, n_rows / head_dim, all->ne[1], head_dim * all->nb[0],
                             all->nb[1], at);
     };
@@ -149,7 +153,8 @@ ggml_tensor* OwnKernelOps::mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeigh
                                const ExpertWeights* beside) {
     if (!w.gate_up) return GgmlOps::mlp(x, norm, w, beside);
     const bool bf16 = result_type({w.gate, w.up, w.down}) == GGML_TYPE_BF16;
-    if (beside && is_whole_on_device(*beside) && bf16 && w.down.scale == 1.0f &&
+    const bool changed = is_changed({w.gate.tensor, w.up.tensor, w.down.tensor});
+    if (beside && is_whole_on_device(*beside) && bf16 && w.down.scale == 1.0f && !changed &&
         c_.backend.computes_mlp_beside()) {
         const auto known = normed_.find({x, norm});
         if (known != normed_.end()) {
@@ -158,12 +163,15 @@ ggml_tensor* OwnKernelOps::mlp(ggml_tensor* x, ggml_tensor* norm, const MlpWeigh
         }
         return mlp_beside(c_.ctx, x, norm, w.gate_up, w.down.tensor, c_.rms_eps);
     }
-    ggml_tensor* both = matmul({w.gate_up}, rms_norm(x, norm, {w.gate, w.up}));
+    ggml_tensor* h = rms_norm(x, norm, {w.gate, w.up});
+    ggml_tensor* both = matmul({w.gate_up}, h);
     const auto view = [&](const WeightMatrix& weight, size_t offset) {
-        return ggml_view_2d(c_.ctx, both, weight.tensor->ne[1], both->ne[1], both->nb[1], offset);
+        return with_changes(
+            weight.tensor, h,
+            ggml_view_2d(c_.ctx, both, weight.tensor->ne[1], both->ne[1], both->nb[1], offset));
     };
     ggml_tensor* gate = view(w.gate, 0);
-    ggml_tensor* up = view(w.up, gate->nb[0] * w.gate.tensor->ne[1]);
+    ggml_tensor* up = view(w.up, both->nb[0] * w.gate.tensor->ne[1]);
     return matmul(w.down, gated_gelu(gate, up, {w.down}));
 }
 
@@ -171,7 +179,7 @@ RouterChoice OwnKernelOps::route(ggml_tensor* x, ggml_tensor* norm, ggml_tensor*
                                  const ExpertWeights& w) {
     const bool fits = weight->type == GGML_TYPE_F32 && ggml_is_contiguous(weight) && weight->ne[0] % 4 == 0 &&
                       weight->ne[1] <= kMaxRouted && x->ne[1] <= kMaxRoutedTokens;
-    if (!fits || !joins(w)) return GgmlOps::route(x, norm, weight, w);
+    if (!fits || !joins(w) || is_changed({weight})) return GgmlOps::route(x, norm, weight, w);
     const Routed routed = pydiffusion::route(c_.ctx, weight, rms_norm(x, norm, {}), w.n_used);
     return {routed.scores, routed.chosen};
 }
@@ -180,7 +188,7 @@ Mixture OwnKernelOps::moe(ggml_tensor* x, const RouterChoice& choice, const Expe
     if (!joins(w)) return GgmlOps::moe(x, choice, w);
     ggml_tensor* chosen = choice.chosen ? choice.chosen : top_k(c_.ctx, choice.scores, w.n_used);
     ggml_tensor* result = nullptr;
-    if (w.gate_up && !w.gate_up_scales)
+    if (w.gate_up && !w.gate_up_scales && !is_changed({w.gate_up, w.down}))
         result = expert_matmuls_.apply_gated(w.gate_up, w.down, one_row_per_token(x), chosen);
     return {nullptr, result ? result : experts(x, chosen, w), choice.scores, chosen};
 }

@@ -1,0 +1,24 @@
+// Low-rank changes of matrices: what adapters (LoRA) add to the results of matmuls.
+#pragma once
+
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+#include "ggml.h"
+
+namespace pydiffusion {
+
+// Adds b (scale * (a x)) to a matrix's results for the tokens [first, first + n) of a graph.
+struct LowRank {
+    ggml_tensor* a;  // [n_inner, rank], of experts [n_inner, rank, n_expert]
+    ggml_tensor* b;  // [rank, n_rows], of experts [rank, n_rows, n_expert]
+    float scale;
+    int64_t first, n;
+};
+
+// By matrix, the changes of its results: in order of their tokens, those of the same tokens in the order in
+// which they are added. Two ranges of tokens are the same or have no token in common.
+using LowRankTable = std::unordered_map<const ggml_tensor*, std::vector<LowRank>>;
+
+}  // namespace pydiffusion

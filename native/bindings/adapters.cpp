@@ -1,0 +1,56 @@
+// Bindings of adapters.
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+
+#include "adapters/adapter.h"
+#include "bindings/bindings.h"
+#include "bindings/session_types.h"
+
+namespace pydiffusion {
+
+namespace {
+
+using FloatArray = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+
+Array array_of(const FloatArray& values) {
+    Array array = {values.data(), {}};
+    for (size_t i = 0; i < values.ndim(); ++i) array.shape.push_back(static_cast<int64_t>(values.shape(i)));
+    return array;
+}
+
+// targets: (tensor, side, a, b), pulled one at a time.
+std::shared_ptr<Adapter> load_adapter(const PyModel& model, const nb::str& name,
+                                      const nb::iterable& targets) {
+    auto adapter = std::make_shared<Adapter>(model.model, from_str(name));
+    for (const nb::handle target : targets) {
+        const auto fields = nb::cast<nb::sequence>(target);
+        const auto tensor = from_str(nb::cast<nb::str>(fields[0])),
+                   side = from_str(nb::cast<nb::str>(fields[1]));
+        const auto a = nb::cast<FloatArray>(fields[2]), b = nb::cast<FloatArray>(fields[3]);
+        check_signals();
+        const WithoutGil release;
+        adapter->add(tensor, side, array_of(a), array_of(b));
+    }
+    return adapter;
+}
+
+}  // namespace
+
+void bind_adapters(nb::module_& m) {
+    nb::class_<Adapter>(m, "Adapter",
+                        "Low-rank changes of a model's matrices (LoRA); immutable, shared by sessions.")
+        .def(nb::new_([](const PyModel& model, const nb::str& name, const nb::iterable& targets) {
+                 return load_adapter(model, name, targets);
+             }),
+             nb::arg("model"), nb::arg("name"), nb::arg("targets"),
+             "targets: (tensor, side, a, b) of each change b @ a, pulled one at a time: the matrix's name "
+             "without '.weight'; 'encoder', 'decoder' or 'both'; a (rank, n_in) and b (n_out, rank) float32, "
+             "of "
+             "experts with their number first.")
+        .def_prop_ro("name", [](const Adapter& a) { return to_str(a.name()); })
+        .def_prop_ro("n_bytes", &Adapter::n_bytes, "Bytes of its factors, on whatever device they are.")
+        .def_prop_ro("n_targets", &Adapter::n_targets)
+        .def_prop_ro("rank", &Adapter::rank, "The largest of its factors.");
+}
+
+}  // namespace pydiffusion
