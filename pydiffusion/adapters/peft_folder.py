@@ -33,22 +33,23 @@ from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
 
 _MAX_CONFIG = 64 << 20  # bytes
 _BASE = "base_model.model."
+_NEMO = "automodel_peft_config.json"  # which NeMo writes beside PEFT's files
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.(?P<name>[^.]+))?\.weight", re.DOTALL)
 # Parts of a path that come from wrapping a model for training.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
 # Tensors that are no pairs of LoRA: a pattern, what they are, and what to do.
 _OTHER_TENSORS = (
-    (r".*\.lora_magnitude_vector(?:\..*)?", "DoRA's magnitudes", "train without use_dora, or merge it"),
+    (r".*\.lora_magnitude_vector(?:\..*)?", "DoRA's magnitudes", "train without use_dora"),
     (r".*\.lora_[AB](?:\..*)?\.bias", "a trained bias", "train with lora_bias=False and bias='none'"),
     (r".*\.lora_embedding_[AB](?:\..*)?", "LoRA of an embedding", "train without embed_tokens"),
     (r".*\.lora_(?:E|diag|ranknum)(?:\..*)?", "of another method than LoRA", "train a plain LoRA"),
-    (r".*trainable_tokens_.*", "trained token embeddings", "merge the adapter into the checkpoint"),
+    (r".*trainable_tokens_.*", "trained token embeddings", "train without them"),
     (r".*\.lora_(?:gate_and_up|down)_[AB]", "experts in NeMo's own layout", "train attention and dense MLP"),
     (r".*\.bias", "a trained bias", "train with bias='none'"),
     (
         r"(?!.*\.lora_).*\.(?:modules_to_save\..*|weight|scale|per_expert_scale|layer_scalar)",
         "a weight trained as a whole",
-        "merge the adapter into the checkpoint, or train without modules_to_save and embedding layers",
+        "train without modules_to_save and embedding layers",
     ),
 )
 
@@ -78,8 +79,21 @@ def read_peft_folder(folder: Path, matrices: Matrices, name: str = "") -> Adapte
         settings = read_settings(fields, notes)
         tensors = open_tensors(folder)
         pairs = _pairs(tensors)
-        changes = list(_changes(pairs, settings, matrices, notes))
+        shared = _is_shared(folder, pairs, notes)
+        changes = list(_changes(pairs, settings, matrices, shared, notes))
         return make_adapter(name, folder, changes, matrices, settings.shown, notes)
+
+
+def _is_shared(folder: Path, pairs: Mapping[str, _Pair], notes: list[str]) -> bool:
+    """Whether ``decoder.layers`` serve both modes: NeMo has one stack of layers, and names it so in some
+    versions.
+    """
+    of_encoder = any(".encoder." in f".{module}" for module in pairs)
+    of_decoder = any(".decoder.layers." in f".{module}" for module in pairs)
+    if of_encoder or not of_decoder or not (folder / _NEMO).is_file():
+        return False
+    notes.append(f"{_NEMO} is there: NeMo trains one set, so that of the decoder is taken for both modes")
+    return True
 
 
 def _pairs(tensors: Mapping[str, Stored]) -> dict[str, _Pair]:
@@ -116,14 +130,18 @@ def _what_is(key: str) -> str:
 
 
 def _changes(
-    pairs: Mapping[str, _Pair], settings: PeftSettings, matrices: Matrices, notes: list[str]
+    pairs: Mapping[str, _Pair],
+    settings: PeftSettings,
+    matrices: Matrices,
+    shared: bool,
+    notes: list[str],
 ) -> Iterator[Change]:
     dropped: dict[str, int] = {}
     for module, pair in pairs.items():
         a, b = pair.parts["A"], pair.parts["B"]
         parameter = _parameter(module, pairs, settings, matrices)
         path = parameter or module
-        place = matrices.place(path.removeprefix("model."))
+        place = matrices.place(path.removeprefix("model."), shared)
         if place is None:
             what = matrices.other(module.removeprefix("model."))
             _require_floats(a, b)

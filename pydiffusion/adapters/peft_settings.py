@@ -14,19 +14,16 @@ from pydiffusion.errors import AdapterError
 _MAX_RANK = 1 << 16
 _MAX_ALPHA = 1e20
 # Initializations that change the base model's weights: what is saved is relative to the changed ones.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # Keys whose values must be nothing (null, false, empty), what they ask for otherwise, and what to do.
 _REFUSED = {
-    "use_dora": ("DoRA", "merge the adapter into the checkpoint, or train without it"),
+    "use_dora": ("DoRA", "train without it"),
     "use_qalora": ("QALoRA", "train without it"),
     "use_bdlora": ("BD-LoRA", "train without it"),
     "lora_bias": ("trained biases", "train with lora_bias=False"),
-    "modules_to_save": (
-        "modules trained as a whole",
-        "merge the adapter into the checkpoint, or train without modules_to_save",
-    ),
-    "trainable_token_indices": ("trained token embeddings", "merge the adapter into the checkpoint"),
+    "modules_to_save": ("modules trained as a whole", "train without it"),
+    "trainable_token_indices": ("trained token embeddings", "train without it"),
     "layer_replication": ("repeated layers", "train without layer_replication"),
     "alora_invocation_tokens": ("Activated LoRA, on from a token on", "train without it"),
     "fan_in_fan_out": ("weights stored transposed", "save it for transformers' own class"),
@@ -137,6 +134,8 @@ def _check_start(fields: Fields) -> None:
             f"is {start!r:.40}, which also changes the base model's weights: save it as a plain LoRA "
             "(save_pretrained with path_initial_model_for_weight_conversion)",
         )
+    if start == "loftq":
+        raise _error(fields, key, "is 'loftq', which also changes the base model's weights: train without it")
     if not any(type(start) is type(known) and start == known for known in _KEEPS_BASE):
         raise _error(fields, key, f"is {start!r:.40}, which is not known")
 

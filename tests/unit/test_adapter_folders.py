@@ -99,7 +99,6 @@ def test_experts_of_before(version: str | None, tmp_path: Path) -> None:
     ("prefix", "side"),
     [
         ("base_model.model.model.", "both"),  # NeMo
-        ("base_model.model.model.language_model.", "both"),
         ("base_model.model.decoder.", "decoder"),  # a model without its head
         ("base_model.model.encoder.language_model.", "encoder"),
         ("model.decoder.", "decoder"),
@@ -116,6 +115,18 @@ def test_an_adapter_name_in_the_keys(tmp_path: Path) -> None:
     plain = pair(f"{PEFT}decoder.layers.0.self_attn.q_proj", 32, D)
     named = {key.replace(".weight", ".default.weight"): values for key, values in plain.items()}
     assert load(tmp_path / "named", named).fingerprint == load(tmp_path / "plain", plain).fingerprint
+
+
+def test_nemo_of_one_stack(tmp_path: Path) -> None:
+    """NeMo has one stack of layers: where it names that the decoder's, its set is for both modes."""
+    tensors = pair(f"{PEFT}decoder.layers.0.self_attn.q_proj", 32, D)
+    folders.write_folder(tmp_path, tensors)
+    (tmp_path / "automodel_peft_config.json").write_text("{}")
+    adapter = load_adapter(tmp_path, MODEL)
+    assert list(adapter.factors) == [Target(Q, "both")]
+    assert "both modes" in adapter.metadata["notes"][0]
+    folders.write_folder(tmp_path)  # with the encoder's
+    assert Target(Q, "encoder") in load_adapter(tmp_path, MODEL).factors
 
 
 def test_nemo_self_conditioning_and_router(tmp_path: Path) -> None:
@@ -244,7 +255,8 @@ def test_mlx_refused(config: dict[str, Any], parts: tuple[str, ...], tmp_path: P
         ({"fan_in_fan_out": True}, ("'fan_in_fan_out'",)),
         ({"use_bdlora": {"nblocks": 2}}, ("'use_bdlora'",)),
         ({"init_lora_weights": "pissa_niter_4"}, ("'init_lora_weights'", "path_initial_model")),
-        ({"init_lora_weights": "olora"}, ("'init_lora_weights'",)),
+        ({"init_lora_weights": "olora"}, ("'init_lora_weights'", "path_initial_model")),
+        ({"init_lora_weights": "loftq"}, ("'init_lora_weights'", "train without it")),
         ({"init_lora_weights": "new"}, ("'init_lora_weights'", "not known")),
         ({"use_something_new": True}, ("'use_something_new'", "not known")),
         ({"new_config": {"a": 1}}, ("'new_config'", "not known")),
@@ -317,6 +329,7 @@ NAN = np.full((4, D), np.nan, np.float32)
         (both(f"{PEFT}encoder.embed_vision.embedding_projection", D, 8), ("projector of images",)),
         (both("base_model.model.lm_head", 512, D), ("lm_head", "the output head")),
         (both(f"{LAYER}input_layernorm", D, D), ("input_layernorm", "a norm")),
+        (both(f"{PEFT}language_model.layers.0.self_attn.k_proj", 16, D), ("language_model", "Gemma 4")),
         (both(f"{LAYER}mlp.fc1", FF, D), ("mlp.fc1", "no matrix of this model")),
         (both(f"{LAYER}experts.0.gate_proj", XF, D), ("experts.0.gate_proj", "an expert by itself")),
         (both("model.decoder.layers.0.self_attn.q_proj", 32, D), ("q_proj", "same module as")),
@@ -464,6 +477,37 @@ def test_scaled(tmp_path: Path) -> None:
         delta = factors(adapter, tensor, side).delta()
         np.testing.assert_allclose(np.matmul(b, a), delta, rtol=1e-5, atol=1e-5)
         assert a.dtype == b.dtype == np.float32 and a.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("block_count", None),
+        ("block_count", "2"),
+        ("expert_count", -1),
+        ("attention.head_count_kv", [1]),
+        ("attention.head_count_kv", [1, 1.5]),
+        ("attention.sliding_window_pattern", None),
+        ("attention.key_length_swa", None),
+    ],
+)
+def test_models_without_what_they_need(key: str, value: Any, tmp_path: Path) -> None:
+    folders.write_folder(tmp_path)
+    model = MODEL | {f"diffusion-gemma.{key}": value}
+    if value is None:
+        del model[f"diffusion-gemma.{key}"]
+    with pytest.raises(AdapterError, match=f"'diffusion-gemma.{key}'"):
+        load_adapter(tmp_path, model)
+
+
+def test_a_period_of_layers(tmp_path: Path) -> None:
+    """``sliding_window_pattern`` may be a number: each so many'th layer is a full one."""
+    model = MODEL | {"diffusion-gemma.attention.sliding_window_pattern": 2}
+    folders.write_folder(tmp_path)
+    assert load_adapter(tmp_path, model).fingerprint == load_adapter(tmp_path, MODEL).fingerprint
+    folders.write_folder(tmp_path, pair(f"{PEFT}decoder.layers.1.self_attn.v_proj", 16, D))
+    with pytest.raises(AdapterError, match="no v_proj"):
+        load_adapter(tmp_path, model)
 
 
 def test_another_architecture(tmp_path: Path) -> None:
