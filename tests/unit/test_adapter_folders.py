@@ -13,7 +13,7 @@ import pytest
 from support import adapter_folders as folders
 from support.adapter_folders import EXPERTS, FF, MODEL, PEFT, XF, D, Tensors, pair, peft_config
 
-from pydiffusion import AdapterError
+from pydiffusion import AdapterError, InsufficientMemoryError
 from pydiffusion.adapters.adapter import Adapter, Factors, Target
 from pydiffusion.adapters.loading import load_adapter, matrices_of
 from pydiffusion.adapters.peft_writing import write_peft_folder
@@ -532,3 +532,15 @@ def test_writing_back(tmp_path: Path) -> None:
         write_peft_folder(adapter, tmp_path / "b", matrices_of(MODEL), overwrite=False)
     with pytest.raises(AdapterError, match="is a file"):
         write_peft_folder(adapter, tmp_path / "b/adapter_config.json", matrices_of(MODEL))
+
+
+def test_more_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file may claim any size."""
+    adapter = load(tmp_path)
+
+    def fail(*arguments: object) -> np.ndarray:
+        raise MemoryError
+
+    monkeypatch.setattr("pydiffusion.adapters.stored.read_exactly", fail)
+    with pytest.raises(InsufficientMemoryError, match=r"adapter_model\.safetensors.*lora_A\.weight"):
+        list(adapter.scaled())
