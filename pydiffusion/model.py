@@ -28,18 +28,9 @@ from .generation import batching, session_file
 from .generation.async_methods import AsyncMethods
 from .generation.chat_images import images_of, with_images
 from .generation.image_prompt import AnyPrompt
-from .generation.infill import (
-    DEFAULT_HOLE_TOKENS,
-    Infill,
-    Layout,
-    collect,
-    lay_out,
-    lay_out_spans,
-    prepare,
-    prompt_of,
-)
+from .generation.infill_methods import InfillMethods
 from .generation.native_model import NativeModel
-from .generation.prompt import check_prompts, check_text, prefilled_session
+from .generation.prompt import check_prompts, prefilled_session
 from .openai.chat import Chat, ChatSettings, Messages, Tools
 from .options import CONSTRAINTS, GenerationOptions, Lora, ResolvedOptions, make_options
 from .session import Session
@@ -55,7 +46,7 @@ if TYPE_CHECKING:
 _N_AUTOMATA = 16
 
 
-class DiffusionModel(VisionMethods, LoraMethods, AsyncMethods):
+class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
     """A DiffusionGemma model from a GGUF file. Thread-safe if each thread uses its own session.
 
     Use it as a context manager, or ``close`` it, to free its memory early.
@@ -424,63 +415,6 @@ class DiffusionModel(VisionMethods, LoraMethods, AsyncMethods):
         settings = ChatSettings(tools, tool_choice, None, enable_thinking, chat_template_kwargs)
         requests = batching.requests_of(conversations, options, keywords, settings)
         return batching.generate_batch(self, requests, n_parallel, n_ctx, on_event)
-
-    def infill(
-        self,
-        text: str,
-        options: GenerationOptions | None = None,
-        *,
-        instruction: str | None = None,
-        hole_tokens: int = DEFAULT_HOLE_TOKENS,
-        on_event: Callable[[Event], None] | None = None,
-        session: Session | None = None,
-        **keywords: Any,
-    ) -> Infill:
-        """Infill: fill the holes of a text, ``<|hole|>`` or ``<|hole:N|>``, keeping the text around them
-        fixed.
-
-        instruction: user message that the text answers; without one, the text before the first hole is the
-            prompt.
-        hole_tokens: maximum length of a hole without an N; it may come out shorter.
-        A hole attends to its own canvas and everything before it. Options as for ``generate``, except
-        ``max_tokens``, ``stop`` and ``eos``. Raises ValueError without a hole, ContextOverflowError.
-        """
-        check_text("text", text)
-        layout = lay_out(self, text, hole_tokens, whole=instruction is not None)
-        return self._fill(layout, instruction, make_options(options, keywords), on_event, session)
-
-    def edit(
-        self,
-        text: str,
-        spans: Sequence[tuple[int, int]],
-        options: GenerationOptions | None = None,
-        *,
-        instruction: str | None = None,
-        more_tokens: int = 4,
-        on_event: Callable[[Event], None] | None = None,
-        session: Session | None = None,
-        **keywords: Any,
-    ) -> Infill:
-        """Rewrite spans of a text, given as (start, end) in characters, starting from their current tokens.
-
-        more_tokens: tokens that each span may grow by. Otherwise as ``infill``.
-        """
-        check_text("text", text)
-        layout = lay_out_spans(self, text, spans, more_tokens, whole=instruction is not None)
-        return self._fill(layout, instruction, make_options(options, keywords), on_event, session)
-
-    def _fill(
-        self,
-        layout: Layout,
-        instruction: str | None,
-        options: GenerationOptions,
-        on_event: Callable[[Event], None] | None,
-        session: Session | None,
-    ) -> Infill:
-        prompt = prompt_of(self, layout, instruction)
-        options = prepare(self, layout, prompt, options, self.n_ctx if session is None else session.n_ctx)
-        completion = prefilled_session(self, prompt, session, options.lora).complete(options, on_event)
-        return collect(layout, completion, self.tokenizer)
 
     def create_completion(self, prompt: str | AnyPrompt, **parameters: Any) -> Any:
         """Completion in OpenAI's format; see ``pydiffusion.openai.responses.create_completion``."""

@@ -47,11 +47,12 @@ class Mmproj:
 @dataclass(frozen=True)
 class Matrix:
     """A matrix that adapters can change. shape: (n_out, n_in), of experts (n_expert, n_out, n_in); None if
-    the model is not known. padded: whether n_out and n_in may be those of a file with padded rows.
+    the model is not known. padded: for n_out and n_in, how many feed-forward lengths it is, each of which
+    a file may have padded.
     """
 
     shape: tuple[int, ...] | None
-    padded: tuple[bool, bool]
+    padded: tuple[int, int]
     of_experts: bool
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydiffusion.errors import PyDiffusionError
+from pydiffusion.errors import AdapterError, PyDiffusionError
 from pydiffusion.options import Lora, LoraSource, ResolvedOptions, lora_option
 
 from .adapter import Adapter
@@ -100,8 +100,13 @@ class AdapterStore:
 
 
 def _read(source: str | os.PathLike[str], metadata: Mapping[str, Any]) -> Adapter:
-    from .loading import load_adapter  # on first use: most models have no adapters
+    from .loading import load_adapter, parse_lora  # on first use: most models have no adapters
 
+    path, scale = parse_lora(os.fspath(source))
+    if path != os.fspath(source) and Path(path).exists():
+        raise AdapterError(
+            f"{source}: there is no such adapter: give the scale beside it, ({path!r}, {scale:g})"
+        )
     return load_adapter(source, metadata)
 
 

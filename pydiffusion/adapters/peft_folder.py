@@ -46,7 +46,7 @@ _OTHER_TENSORS = (
     (r".*\.lora_(?:gate_and_up|down)_[AB]", "experts in NeMo's own layout", "train attention and dense MLP"),
     (r".*\.bias", "a trained bias", "train with bias='none'"),
     (
-        r".*\.(?:modules_to_save\..*|weight|scale|per_expert_scale|layer_scalar)",
+        r"(?!.*\.lora_).*\.(?:modules_to_save\..*|weight|scale|per_expert_scale|layer_scalar)",
         "a weight trained as a whole",
         "merge the adapter into the checkpoint, or train without modules_to_save and embedding layers",
     ),

@@ -12,7 +12,7 @@ from pydiffusion.convert.checkpoint.strict_json import Fields
 from pydiffusion.errors import AdapterError
 
 _MAX_RANK = 1 << 16
-_MAX_ALPHA = 1e30
+_MAX_ALPHA = 1e20
 # Initializations that change the base model's weights: what is saved is relative to the changed ones.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -66,8 +66,8 @@ class PeftSettings:
         return next((rank for pattern, rank in self.rank_patterns if pattern.match(module)), self.r)
 
     def scale(self, module: str, notes: list[str]) -> float:
-        """alpha / r, or alpha / sqrt(r). Of several alphas the first, as in PEFT; noted, since PEFT sorts them
-        when it saves.
+        """alpha / r, or alpha / sqrt(r). Of several alphas the first, as in PEFT; noted, since saving sorts
+        them.
         """
         alphas = [alpha for pattern, alpha in self.alpha_patterns if pattern.match(module)]
         if len(set(alphas)) > 1:

@@ -23,7 +23,7 @@ from pydiffusion.errors import AdapterError, ConversionError, ModelFormatError, 
 
 #: Types that factors may be stored in, of safetensors.
 FLOATS = ("F32", "F16", "BF16")
-_BLOCK = 256  # rows of a padded file are of up to the next multiple of this
+_BLOCK = 256  # feed-forward lengths are padded to a multiple of this
 _MAX_SCALE = 1e30
 
 
@@ -129,9 +129,9 @@ def check_fits(change: Change, matrices: Matrices) -> None:
     if matrix.shape is None:
         return
     found = (*a[:-2], b[-2], a[-1])
-    exact = [True] * (len(found) - 2) + [not padded for padded in matrix.padded]
-    for size, wanted, is_exact in zip(found, matrix.shape, exact, strict=True):
-        if size != wanted and (is_exact or abs(size - wanted) >= 2 * _BLOCK):
+    lengths = (*[0] * (len(found) - 2), *matrix.padded)
+    for size, wanted, n_lengths in zip(found, matrix.shape, lengths, strict=True):
+        if size != wanted and abs(size - wanted) >= n_lengths * _BLOCK:
             raise change.error(
                 f"changes a matrix of {_text(found)}, where {target.tensor} of the model is "
                 f"{_text(matrix.shape)}: the adapter is for a model of another size"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydiffusion import _native
-from pydiffusion.errors import PyDiffusionError
+from pydiffusion.errors import AdapterError, PyDiffusionError
 
 if TYPE_CHECKING:
     from pydiffusion.adapters.adapter import Adapter
@@ -64,4 +64,7 @@ class NativeModel:
 
 def new_adapter(model: _native.Model, adapter: Adapter) -> _native.Adapter:
     """See ``NativeModel.new_adapter``."""
-    return _native.Adapter(model, adapter.name, adapter.scaled())
+    try:
+        return _native.Adapter(model, adapter.name, adapter.scaled())
+    except ValueError as error:
+        raise AdapterError(f"{adapter.path}: {error}") from error

@@ -17,7 +17,7 @@ from support.server_process import process
 
 from pydiffusion import DiffusionModel
 from pydiffusion.generation.batching import Batch
-from pydiffusion.openai.batch.answering import answer_lines
+from pydiffusion.openai.batch.answering import Defaults, answer_lines
 from pydiffusion.openai.batch.lines import read_lines
 
 NAMES = ("first", "second", "third", "fourth")
@@ -53,7 +53,7 @@ def alone(model: DiffusionModel, adapters: list[Path]) -> dict[str, str]:
 
 
 def post(url: str, **fields: Any) -> dict[str, Any]:
-    response = httpx.post(f"{url}/v1/completions", json={**TEXT, **fields}, timeout=120)
+    response = httpx.post(f"{url}/v1/completions", json=TEXT | fields, timeout=120)
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
@@ -119,16 +119,19 @@ def test_four_adapters_in_one_batch(
     assert max(widths) == 4
 
 
-def test_a_prefix_is_that_of_its_adapters(model: DiffusionModel, alone: dict[str, str]) -> None:
+def test_a_prefix_is_that_of_its_adapters(model: DiffusionModel, adapters: list[Path]) -> None:
+    long = {**TEXT, "prompt": "the river runs " * 10}
+    lora = {"second": [adapters[1]], "third": [adapters[2]]}
     with serving(model, n_parallel=1, n_sessions=2) as (url, _):  # type: ignore[arg-type]
 
         def cached(**fields: Any) -> int:
-            answer = post(url, **fields)
-            assert text_of(answer) == alone[fields.get("model", "") or ""]
+            answer = post(url, **long, **fields)
+            expected = model.generate(**long, lora=lora.get(fields.get("model", ""), []))
+            assert text_of(answer) == expected.text
             n: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
             return n
 
-        n_prompt = len(model.tokenize(TEXT["prompt"]))
+        n_prompt = len(model.tokenize(long["prompt"]))
         assert cached(model="second") == 0 and cached(model="second") == n_prompt
         assert cached(lora=[]) == 0 and cached(lora=only(1, 0)) == n_prompt
         assert cached(model="third") == 0  # takes the place of the first one, whose tokens are the same
@@ -218,6 +221,16 @@ def test_lines_of_a_batch(model: DiffusionModel, alone: dict[str, str]) -> None:
     texts = [text_of(answers[str(i)]["response"]["body"]) for i in range(len(bodies))]
     assert texts == [alone["second"], alone["third"], alone["first"], alone[""]]
     assert "lora[0].id is 9" in answers["4"]["error"]["message"]
+
+
+def test_short_lines_of_a_batch(model: DiffusionModel, adapters: list[Path]) -> None:
+    """`eos` is an option that only such lines have."""
+    lines = [{**TEXT, "eos": [], "lora": only(1, 0.5)}, {**TEXT, "eos": []}]
+    data = "\n".join(map(json.dumps, lines)).encode()
+    answers = answer_lines(model, read_lines(data, "lines"), Defaults(chat=False))
+    expected = [model.generate(**TEXT, eos=[], lora=[given]).text
+                for given in ((adapters[1], 0.5), adapters[0])]  # fmt: skip
+    assert {answer["line"]: answer["text"] for answer in answers} == dict(enumerate(expected, 1))
 
 
 def test_the_program(gguf_file: Callable[..., Path], adapters: list[Path], alone: dict[str, str]) -> None:

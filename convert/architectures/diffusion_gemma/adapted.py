@@ -34,8 +34,8 @@ _SPLIT: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
 _KIND_OF_MODULE = {module: kind for kind, (module, _) in _KINDS.items()} | {
     "moe.gate.proj": "ffn_gate_inp"  # as NeMo names the router
 }
-# In a padded file these sizes are up to the next multiple of a block of weights.
-_PADDED = ("ff", "xf", "2xf")
+# Dimensions that are feed-forward lengths, which files may have padded, and of how many.
+_PADDED = MappingProxyType({"ff": 1, "xf": 1, "2xf": 2})
 # Modules that exist, but that no adapter can change here: a pattern of the path, and what they are.
 _OTHERS = (
     (r"(?:.*\.)?(?:vision_tower|vision_model)(?:\..*)?", "the vision tower"),
@@ -106,7 +106,7 @@ class DiffusionGemmaMatrices:
                 return None
             sizes = self._sizes.of_layer(layer)
             shape = tuple(sizes[dimension] for dimension in dimensions)
-        padded = tuple(dimension in _PADDED for dimension in dimensions[-2:])
+        padded = tuple(_PADDED.get(dimension, 0) for dimension in dimensions[-2:])
         return Matrix(shape, (padded[0], padded[1]), dimensions[0] == "e" and len(dimensions) == 3)
 
     def missing(self, tensor: str) -> str:
