@@ -11,6 +11,7 @@ import numpy as np
 
 from pydiffusion.adapters.adapter import Adapter, Factors
 from pydiffusion.adapters.loading import load_adapter
+from pydiffusion.convert.architectures.architecture import ModelShape
 from pydiffusion.convert.architectures.source import Source
 from pydiffusion.convert.checkpoint.tensor_map import split_name
 from pydiffusion.convert.checkpoint.weights import RowsAsBytes
@@ -46,11 +47,7 @@ def merge_into(source: Source, lora: Lora) -> None:
     Raises: as :func:`merge`; AdapterError for an adapter that can't be loaded, OptionError for a scale that
     isn't finite.
     """
-    keys = {key: value.value for key, value in source.metadata.items()}
-    adapters = [
-        (given if isinstance(given, Adapter) else load_adapter(given, keys), scale)
-        for given, scale in lora_option(lora)
-    ]
+    adapters = _loaded(source.metadata, lora)
     if not adapters:
         return
     merged = merge(source.tensors, adapters)
@@ -67,6 +64,26 @@ def merge_into(source: Source, lora: Lora) -> None:
         _SCALES: Value("array[f32]", [one.scale for one in used]),
         _FINGERPRINTS: Value("array[str]", [one.fingerprint for one in used]),
     }
+
+
+def check_merge(shape: ModelShape, lora: Lora) -> list[str]:
+    """Check that adapters can be merged into a model of this shape; returns notes. Raises as
+    :func:`merge_into`.
+    """
+    tensors = [SourceTensor(name, "F32", sizes, _unread) for name, sizes in shape.tensors.items()]
+    return merge(tensors, _loaded(shape.metadata, lora)).notes
+
+
+def _unread(start: int, n_bytes: int) -> np.ndarray:
+    raise NotImplementedError("a tensor of which only the shape is known")
+
+
+def _loaded(metadata: Mapping[str, Value], lora: Lora) -> list[tuple[Adapter, float]]:
+    keys = {key: value.value for key, value in metadata.items()}
+    return [
+        (given if isinstance(given, Adapter) else load_adapter(given, keys), scale)
+        for given, scale in lora_option(lora)
+    ]
 
 
 @dataclass(frozen=True)
