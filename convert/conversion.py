@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydiffusion.adapters.merging import merge_into
 from pydiffusion.convert.architectures.source import (
     Source,
     open_checkpoint,
@@ -25,6 +26,7 @@ from pydiffusion.convert.gguf.writer import Job, PlannedTensor
 from pydiffusion.convert.quantization import imatrix_file, recipes, type_plan
 from pydiffusion.convert.quantization.padding import padded_read
 from pydiffusion.convert.quantization.type_plan import with_lengths
+from pydiffusion.options import Lora
 
 _EXACT = ("F32", "F16", "BF16")
 # Types of quantized checkpoints: tensors that a source has in this type are copied, whatever the recipe says.
@@ -47,6 +49,7 @@ def convert(
     n_threads: int | None = None,
     overwrite: bool = True,
     chat_template: str | os.PathLike[str] | None = None,
+    lora: Lora = (),
     progress: ProgressCallback | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint folder (``config.json``, safetensors, ``tokenizer.json``) to GGUF.
@@ -73,11 +76,15 @@ def convert(
         n_threads: threads for quantizing, at most 16; None uses one per CPU that this process may use.
         chat_template: a file, or the name of a built-in template ("diffusion-gemma"), to write instead of the
             folder's.
+        lora: adapters to merge into the weights before they get their types: (source, scale) of each, or a
+            source alone for a scale of 1; a source is a PEFT folder, a GGUF, a repo id of the hub or an
+            ``Adapter``. Only what changes a matrix alike for encoder and decoder can be merged.
         progress: called after every chunk; an exception from it stops the conversion.
 
     Raises:
         ConversionError: the folder can't be converted as requested, or the target can't be written; the
             message names the file, key or tensor.
+        AdapterError: an adapter can't be read, or is not for this model.
         ModelFormatError: the imatrix is damaged.
         ValueError: ``type`` is not one of :data:`TYPES`, a pattern or type in ``tensor_types`` is invalid, or
             ``n_threads`` is negative.
@@ -87,6 +94,7 @@ def convert(
     choices = _Choices(variant, resume, allow_nonfinite, n_threads, overwrite, progress)
     keep = choices.type.upper() if choices.type in KEPT else ""
     with open_checkpoint(source, revision, keep=keep, chat_template=chat_template) as opened:
+        merge_into(opened, lora)
         return writer.run(choices.job(opened), started)
 
 
@@ -111,6 +119,7 @@ def convert_family(
     n_threads: int | None = None,
     overwrite: bool = True,
     chat_template: str | os.PathLike[str] | None = None,
+    lora: Lora = (),
     progress: ProgressCallback | None = None,
 ) -> list[ConversionReport]:
     """Convert a checkpoint folder, or a GGUF, to several files at once; the source is read once for writing
@@ -120,7 +129,7 @@ def convert_family(
     checkpoint (NVFP4, MXFP4): they are kept only if all files are of their type. All appear once all are
     verified, or none does.
 
-    Args: as :func:`convert`; ``chat_template`` is that of all files.
+    Args: as :func:`convert`; ``chat_template`` and ``lora`` are those of all files.
 
     Raises: as ``convert``; ValueError also for no variants, or two with the same target.
     """
@@ -132,6 +141,7 @@ def convert_family(
     types = {choices.type for choices in members}
     keep = members[0].type.upper() if len(types) == 1 and members[0].type in KEPT else ""
     with open_source(source, revision, keep=keep, chat_template=chat_template) as opened:
+        merge_into(opened, lora)
         reads = [SharedRead(tensor.read) for tensor in opened.tensors]
         opened.tensors = [replace(t, read=read) for t, read in zip(opened.tensors, reads, strict=True)]
         jobs = []
@@ -156,6 +166,7 @@ def quantize(
     n_threads: int | None = None,
     overwrite: bool = True,
     chat_template: str | os.PathLike[str] | None = None,
+    lora: Lora = (),
     progress: ProgressCallback | None = None,
 ) -> ConversionReport:
     """Requantize a GGUF to the types of a recipe.
@@ -165,16 +176,19 @@ def quantize(
     type lose precision twice, which the report notes.
 
     Args: as :func:`pydiffusion.convert.convert`, with a GGUF as ``source``; of a split one, any part.
+    Adapters (``lora``) are merged into float weights only (F32, F16, BF16).
 
     Raises:
         ModelFormatError: the source or the imatrix is damaged.
         ConversionError: it can't be converted as requested, or the target can't be written.
+        AdapterError: as for ``convert``.
         ValueError: as for ``convert``.
     """
     started = time.perf_counter()
     variant = Variant(target, type, pad, tensor_types, imatrix, split_max_size)
     choices = _Choices(variant, resume, allow_nonfinite, n_threads, overwrite, progress)
     with open_gguf(Path(source), chat_template) as opened:
+        merge_into(opened, lora)
         return writer.run(choices.job(opened), started)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pydiffusion.adapters.merging import merge_into, merged_adapters
 from pydiffusion.convert.architectures.source import Source, open_gguf, open_mmproj, open_source
 from pydiffusion.convert.conversion import KEPT, planned_tensor
 from pydiffusion.convert.gguf import rows, writer
@@ -24,6 +25,7 @@ from pydiffusion.convert.gguf.writer import PlannedTensor
 from pydiffusion.convert.quantization import type_plan
 from pydiffusion.convert.quantization.stored_scales import as_stored
 from pydiffusion.errors import ConversionError
+from pydiffusion.options import Lora
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def verify(
     file: str | os.PathLike[str],
     against: str | os.PathLike[str] | None = None,
     *,
+    lora: Lora = (),
     progress: Callable[[ConversionProgress], None] | None = None,
 ) -> VerifyReport:
     """Read every tensor of a GGUF and compare it with its source: a folder, repo or GGUF; of an ``mmproj``
@@ -69,16 +72,21 @@ def verify(
     divided by them. Padding is allowed: padding must be zeros if the type can represent zeros. Mismatches are
     listed in the report's ``problems``, not raised.
 
+    Args:
+        lora: adapters that were merged into the file, as of :func:`pydiffusion.convert.convert`.
+
     Raises:
         ModelFormatError: a GGUF is damaged.
-        ConversionError: file or source can't be read, or is of another architecture.
+        ConversionError: file or source can't be read, or is of another architecture; an adapter can't be
+            merged.
+        AdapterError: an adapter can't be read, or is not for this model.
     """
     with contextlib.ExitStack() as stack:
         parts = open_parts(Path(file))
         if parts.is_mmproj:
             pair = _open_mmproj(stack, parts, against)
         else:
-            pair = _open_model(stack, parts, Path(file), against)
+            pair = _open_model(stack, parts, Path(file), against, lora)
         problems, wanted = pair.problems, pair.wanted
         missing = sorted(set(wanted) - {tensor.name for tensor in pair.tensors})
         problems += [f"{name}: is missing from the file" for name in missing]
@@ -120,11 +128,18 @@ class _Wanted:
 
 
 def _open_model(
-    stack: contextlib.ExitStack, parts: Parts, file: Path, against: str | os.PathLike[str] | None
+    stack: contextlib.ExitStack,
+    parts: Parts,
+    file: Path,
+    against: str | os.PathLike[str] | None,
+    lora: Lora,
 ) -> _Pair:
     target = stack.enter_context(open_gguf(file, parts=parts))
     source = target if against is None else _open_against(stack, target, against)
     problems = [] if against is None else _compare_model_metadata(target, source)
+    if against is not None:
+        merge_into(source, lora)
+        problems += _compare_merged(target, source)
     sources = as_stored(
         {tensor.name: tensor for tensor in source.tensors},
         {tensor.name: tensor for tensor in target.tensors},
@@ -138,6 +153,18 @@ def _open_model(
         return _Wanted(source.type, source.shape, plan)
 
     return _Pair(target.tensors, {name: wanted(tensor) for name, tensor in sources.items()}, problems)
+
+
+def _compare_merged(target: Source, source: Source) -> list[str]:
+    """A problem if other adapters were merged into the file than into the source."""
+    found, wanted = ([str(one) for one in merged_adapters(opened)] for opened in (target, source))
+    if found == wanted:
+        return []
+    if not wanted:
+        return [f"adapters were merged into the file: give them with --lora ({', '.join(found)})"]
+    return [
+        f"merged adapters are {', '.join(found) or 'none'}, the source with --lora has {', '.join(wanted)}"
+    ]
 
 
 def _open_mmproj(stack: contextlib.ExitStack, parts: Parts, against: str | os.PathLike[str] | None) -> _Pair:

@@ -6,7 +6,7 @@ python docs/cli_reference.py [--check]
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ SHARED: Mapping[str, Mapping[str, Any]] = {"sampler": SAMPLER, "runtime": RUNTIM
 
 def tables() -> dict[str, str]:
     """Markdown tables of the options of each command and of each shared group, by name."""
-    commands: Mapping[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = dict(_commands(typer.main.get_command(app)))
     rows = {name: _rows(command) for name, command in commands.items()}
     shared = {
         group: next(
@@ -37,6 +37,15 @@ def tables() -> dict[str, str]:
         **{group: _table(list(lines.values())) for group, lines in shared.items()},
         **{name: _command_table(found, shared) for name, found in rows.items()},
     }
+
+
+def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """The commands of a group, by name: ``convert``, ``lora convert``."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{before}{name} ")
+        else:
+            yield before + name, command
 
 
 def _command_table(rows: Mapping[str, str], shared: Mapping[str, Mapping[str, str]]) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ._util.version import __version__
     from .device_plan import Device, DeviceShare, Plan, devices, plan
     from .errors import (
+        AdapterError,
         ContextOverflowError,
         ConversionError,
         GenerationCancelled,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 _NAME_TO_MODULE = {
+    "AdapterError": "errors",
     "CanvasEvent": "events",
     "ChatCompletion": "events",
     "Completion": "events",
@@ -68,6 +70,7 @@ _NAME_TO_MODULE = {
 }
 
 __all__ = [
+    "AdapterError",
     "CanvasEvent",
     "ChatCompletion",
     "Completion",

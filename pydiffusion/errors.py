@@ -74,3 +74,7 @@ class PromptWarning(PyDiffusionWarning):
 
 class ConversionError(PyDiffusionError):
     """A checkpoint or GGUF can't be converted as requested."""
+
+
+class AdapterError(PyDiffusionError):
+    """An adapter (LoRA) is damaged, for another model, or asks for what is not supported."""

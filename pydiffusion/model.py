@@ -15,6 +15,8 @@ from ._util.cpus import step_threads
 from ._util.files import check_is_gguf
 from ._util.log import logger
 from ._util.warn import warn_caller
+from .adapters.applied import AdapterStore, read_first
+from .adapters.methods import LoraMethods
 from .chat.formats.registry import BUILT_IN_TEMPLATES
 from .chat.messages import plain
 from .chat.sanitize import Sanitizer
@@ -26,20 +28,11 @@ from .generation import batching, session_file
 from .generation.async_methods import AsyncMethods
 from .generation.chat_images import images_of, with_images
 from .generation.image_prompt import AnyPrompt
-from .generation.infill import (
-    DEFAULT_HOLE_TOKENS,
-    Infill,
-    Layout,
-    collect,
-    lay_out,
-    lay_out_spans,
-    prepare,
-    prompt_of,
-)
+from .generation.infill_methods import InfillMethods
 from .generation.native_model import NativeModel
-from .generation.prompt import check_prompts, check_text, prefilled_session
+from .generation.prompt import check_prompts, prefilled_session
 from .openai.chat import Chat, ChatSettings, Messages, Tools
-from .options import CONSTRAINTS, GenerationOptions, ResolvedOptions, make_options
+from .options import CONSTRAINTS, GenerationOptions, Lora, ResolvedOptions, make_options
 from .session import Session
 from .tokenizer import Tokenizer
 from .vision.finding import AUTO, planned_for
@@ -53,7 +46,7 @@ if TYPE_CHECKING:
 _N_AUTOMATA = 16
 
 
-class DiffusionModel(VisionMethods, AsyncMethods):
+class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
     """A DiffusionGemma model from a GGUF file. Thread-safe if each thread uses its own session.
 
     Use it as a context manager, or ``close`` it, to free its memory early.
@@ -62,7 +55,7 @@ class DiffusionModel(VisionMethods, AsyncMethods):
     hyperparameters; ``description``, the actual configuration (backend, cache type, bytes by weight type);
     ``n_vocab``; ``canvas_length``, tokens denoised at a time; ``n_ctx``, context length of a new session;
     ``n_ctx_train``, the context length the model was trained for; ``n_threads``; ``tokenizer``. For this
-    package only: ``native``, the weights.
+    package only: ``native``, the weights; ``adapters``, the loaded ones.
     """
 
     def __init__(
@@ -81,6 +74,7 @@ class DiffusionModel(VisionMethods, AsyncMethods):
         dense_type: str = "auto",
         chat_template: str | os.PathLike[str] | None = None,
         mmproj: str | os.PathLike[str] | None = AUTO,
+        lora: Lora = (),
     ) -> None:
         """Open and validate a model file.
 
@@ -110,8 +104,10 @@ class DiffusionModel(VisionMethods, AsyncMethods):
             own; it takes its place in ``metadata``.
         mmproj: the file of the vision tower, with which the model reads images. "auto" looks for one beside
             the model, and on the hub if it is from there, when the first image comes; None for none.
-        Raises ModelFormatError, UnsupportedModelError, InsufficientMemoryError; PyDiffusionError for an
-        invalid template; ValueError for a wrong argument; OSError when the file can't be read.
+        lora: adapters, as of ``set_lora``.
+        Raises ModelFormatError, UnsupportedModelError, InsufficientMemoryError, AdapterError;
+        PyDiffusionError for an invalid template; ValueError for a wrong argument; OSError when the file can't
+        be read.
         """
         self.path = Path(path)
         template = None if chat_template is None else find_template(chat_template)
@@ -121,6 +117,7 @@ class DiffusionModel(VisionMethods, AsyncMethods):
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"n_threads is {n_threads!r}; permitted is None or an integer of at least 1")
         check_is_gguf(self.path)
+        adapters = read_first(lora, lambda: _native.GgufFile(os.fspath(path)).metadata)
         native = _native.Model(
             os.fspath(self.path),
             threads,
@@ -144,6 +141,8 @@ class DiffusionModel(VisionMethods, AsyncMethods):
         self.n_ctx = self._fitting_n_ctx(n_ctx)
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
         self._vision = ModelVision(self, self.native, mmproj)
+        self.adapters = AdapterStore(self.native.new_adapter, self.metadata)
+        self.set_lora(adapters)
         self._chat_template: ChatTemplate | None = None
         self._lock = threading.Lock()  # of what is made on first use
         self._automata: dict[Any, Automaton] = {}
@@ -204,8 +203,8 @@ class DiffusionModel(VisionMethods, AsyncMethods):
         return with_images(self, ids, images)
 
     def resolve(self, options: GenerationOptions) -> ResolvedOptions:
-        """Fill in unset options; see ``GenerationOptions.resolve``."""
-        return options.resolve(self.metadata, self.n_vocab, self.tokenizer.end_ids)
+        """Fill in unset options, and load adapters; see ``GenerationOptions.resolve`` and ``load_lora``."""
+        return self.adapters.loaded_in(options.resolve(self.metadata, self.n_vocab, self.tokenizer.end_ids))
 
     @property
     def has_chat_template(self) -> bool:
@@ -275,20 +274,25 @@ class DiffusionModel(VisionMethods, AsyncMethods):
 
     # Generation
 
-    def new_session(self, n_ctx: int | None = None) -> Session:
-        """Create a session. n_ctx: context length; None uses the model's default.
+    def new_session(self, n_ctx: int | None = None, lora: Lora | None = None) -> Session:
+        """Create a session. n_ctx: context length; None uses the model's default. lora: adapters of its own,
+        as of ``set_lora``; None: the model's, also when these change.
 
-        Raises ValueError for a context length that the model does not support, InsufficientMemoryError.
+        Raises ValueError for a context length that the model does not support, InsufficientMemoryError; for
+        adapters as ``set_lora``.
         """
-        return Session(self, self.n_ctx if n_ctx is None else self._fitting_n_ctx(n_ctx))
+        own = None if lora is None else self.adapters.set_of(lora)
+        return Session(self, self.n_ctx if n_ctx is None else self._fitting_n_ctx(n_ctx), own)
 
-    def load_session(self, path: str | os.PathLike[str], n_ctx: int | None = None) -> Session:
-        """Load a session written by ``Session.save`` with the same model and cache type.
+    def load_session(
+        self, path: str | os.PathLike[str], n_ctx: int | None = None, lora: Lora | None = None
+    ) -> Session:
+        """Load a session written by ``Session.save`` with the same model, cache type and adapters.
 
-        n_ctx: as for a new session. Raises FileNotFoundError; ModelFormatError for any other file;
+        n_ctx, lora: as for a new session. Raises FileNotFoundError; ModelFormatError for any other file;
         ContextOverflowError if it has more tokens than ``n_ctx``.
         """
-        session = self.new_session(n_ctx)
+        session = self.new_session(n_ctx, lora)
         session_file.load(session, Path(path))
         return session
 
@@ -308,8 +312,8 @@ class DiffusionModel(VisionMethods, AsyncMethods):
         session: session to use, reusing its cached prefix; by default a new one.
         Raises ContextOverflowError if the prompt does not fit, ValueError if it is empty.
         """
-        options = make_options(options, keywords)
-        return prefilled_session(self, prompt, session).complete(options, on_event=on_event)
+        resolved = self.resolve(make_options(options, keywords))
+        return prefilled_session(self, prompt, session, resolved.lora).complete(resolved, on_event=on_event)
 
     def stream(
         self,
@@ -320,8 +324,8 @@ class DiffusionModel(VisionMethods, AsyncMethods):
         **keywords: Any,
     ) -> Iterator[Event]:
         """As ``generate``, but yields the events."""
-        options = make_options(options, keywords)
-        return prefilled_session(self, prompt, session).generate(options)
+        resolved = self.resolve(make_options(options, keywords))
+        return prefilled_session(self, prompt, session, resolved.lora).generate(resolved)
 
     def generate_batch(
         self,
@@ -412,63 +416,6 @@ class DiffusionModel(VisionMethods, AsyncMethods):
         requests = batching.requests_of(conversations, options, keywords, settings)
         return batching.generate_batch(self, requests, n_parallel, n_ctx, on_event)
 
-    def infill(
-        self,
-        text: str,
-        options: GenerationOptions | None = None,
-        *,
-        instruction: str | None = None,
-        hole_tokens: int = DEFAULT_HOLE_TOKENS,
-        on_event: Callable[[Event], None] | None = None,
-        session: Session | None = None,
-        **keywords: Any,
-    ) -> Infill:
-        """Infill: fill the holes of a text, ``<|hole|>`` or ``<|hole:N|>``, keeping the text around them
-        fixed.
-
-        instruction: user message that the text answers; without one, the text before the first hole is the
-            prompt.
-        hole_tokens: maximum length of a hole without an N; it may come out shorter.
-        A hole attends to its own canvas and everything before it. Options as for ``generate``, except
-        ``max_tokens``, ``stop`` and ``eos``. Raises ValueError without a hole, ContextOverflowError.
-        """
-        check_text("text", text)
-        layout = lay_out(self, text, hole_tokens, whole=instruction is not None)
-        return self._fill(layout, instruction, make_options(options, keywords), on_event, session)
-
-    def edit(
-        self,
-        text: str,
-        spans: Sequence[tuple[int, int]],
-        options: GenerationOptions | None = None,
-        *,
-        instruction: str | None = None,
-        more_tokens: int = 4,
-        on_event: Callable[[Event], None] | None = None,
-        session: Session | None = None,
-        **keywords: Any,
-    ) -> Infill:
-        """Rewrite spans of a text, given as (start, end) in characters, starting from their current tokens.
-
-        more_tokens: tokens that each span may grow by. Otherwise as ``infill``.
-        """
-        check_text("text", text)
-        layout = lay_out_spans(self, text, spans, more_tokens, whole=instruction is not None)
-        return self._fill(layout, instruction, make_options(options, keywords), on_event, session)
-
-    def _fill(
-        self,
-        layout: Layout,
-        instruction: str | None,
-        options: GenerationOptions,
-        on_event: Callable[[Event], None] | None,
-        session: Session | None,
-    ) -> Infill:
-        prompt = prompt_of(self, layout, instruction)
-        options = prepare(self, layout, prompt, options, self.n_ctx if session is None else session.n_ctx)
-        completion = prefilled_session(self, prompt, session).complete(options, on_event)
-        return collect(layout, completion, self.tokenizer)
-
     def create_completion(self, prompt: str | AnyPrompt, **parameters: Any) -> Any:
         """Completion in OpenAI's format; see ``pydiffusion.openai.responses.create_completion``."""
         from .openai import responses  # on first use: importing pydiffusion is to be quick
@@ -486,6 +433,7 @@ class DiffusionModel(VisionMethods, AsyncMethods):
     def close(self) -> None:
         """Release the weights; existing sessions keep them alive until they are gone."""
         self._vision.close()
+        self.adapters.close()
         self.native.close()
 
     def __enter__(self) -> DiffusionModel:

@@ -5,19 +5,28 @@ from __future__ import annotations
 import json
 import math
 import operator
+import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from ._util.function_calls import normalized_calls
 from ._util.option_hints import unknown_option
 from .errors import ModelFormatError, OptionError
 from .tokenizer.end_tokens import find_end_tokens
 
+if TYPE_CHECKING:
+    from .adapters.adapter import Adapter
+
+#: Adapters to apply: sources (a path, the hub's "user/repo", or an Adapter), each alone or with its scale.
+Lora: TypeAlias = "Sequence[LoraSource | tuple[LoraSource, float]]"
+LoraSource: TypeAlias = "str | os.PathLike[str] | Adapter"
+
 # The native loop takes signed 32-bit counts.
 _MAX_COUNT = 2**31 - 1
 _MAX_SEED = 2**64 - 1
+_MAX_SCALE = 1e30  # of an adapter; scaled changes are float32
 
 #: Options that constrain the text, of which one can be given.
 Constraint: TypeAlias = Literal["json_schema", "regex", "grammar", "function_calls"]
@@ -143,6 +152,33 @@ def _function_calls(value: Any) -> str:
         raise OptionError("function_calls", f"function_calls can't be written as JSON: {error}") from None
 
 
+def lora_option(value: Any) -> tuple[tuple[LoraSource, float], ...]:
+    """(source, scale) of each adapter; the scale is 1 where none is given. Raises OptionError."""
+    if isinstance(value, (str, bytes, os.PathLike)) or not isinstance(value, Sequence):
+        raise _refused("lora", value, "a list of adapters, each a source or (source, scale)")
+    return tuple(_with_scale(item) for item in value)
+
+
+def _with_scale(item: Any) -> tuple[LoraSource, float]:
+    source, scale = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, 1.0)
+    is_source = isinstance(source, (str, os.PathLike)) or hasattr(source, "fingerprint")
+    if not is_source or source == "":
+        raise OptionError(
+            "lora",
+            f"lora holds {item!r:.200}; permitted are sources (a path, a repo of the hub, or an"
+            " Adapter) and (source, scale)",
+        )
+    try:
+        number = math.nan if isinstance(scale, (bool, str, bytes)) else float(scale)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= _MAX_SCALE:
+        raise OptionError(
+            "lora", f"lora has the scale {scale!r:.80}; permitted is a finite number up to 1e30"
+        )
+    return source, number
+
+
 # One check per option, for values from callers and from files.
 _NAME_TO_CHECK: dict[str, Callable[[Any], Any]] = {
     "max_tokens": lambda value: integer_option("max_tokens", value),
@@ -166,6 +202,7 @@ _NAME_TO_CHECK: dict[str, Callable[[Any], Any]] = {
     "thinking_budget": lambda value: integer_option("thinking_budget", value, 0),
     "stop_on_repetition": lambda value: _flag("stop_on_repetition", value),
     "trim_after_eos": lambda value: _flag("trim_after_eos", value),
+    "lora": lora_option,
 }
 
 # Of options that a file can't set; an option that is not here stays None.
@@ -216,6 +253,8 @@ class GenerationOptions:
         four times or more, of which the last canvas keeps only the first. ``None``: don't.
     trim_after_eos: freeze all but a few positions after an accepted eos: short answers take less time and may
         come out differently. ``None``: don't.
+    lora: adapters for this generation and its prompt, each a source or ``(source, scale)``; an empty
+        sequence: none. ``None``: the session's. See ``DiffusionModel.set_lora``.
 
     Raises OptionError for a value out of range, TypeError for an unknown option.
     """
@@ -241,6 +280,7 @@ class GenerationOptions:
     thinking_budget: int | None = None
     stop_on_repetition: bool | None = None
     trim_after_eos: bool | None = None
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         for name, check in _NAME_TO_CHECK.items():
@@ -315,7 +355,7 @@ class GenerationOptions:
 class ResolvedOptions(GenerationOptions):
     """Options of one generation with one model, nothing left open; ``GenerationOptions.resolve`` makes them.
 
-    ``None`` is a value of the constraints and thinking_budget only: there is none.
+    ``None`` is a value of the constraints and thinking_budget (there is none) and of lora (the session's).
     """
 
     # field(): a field without a default, where the base class has one.
@@ -340,6 +380,7 @@ class ResolvedOptions(GenerationOptions):
     grammar: str | None = field()
     function_calls: str | None = field()
     thinking_budget: int | None = field()
+    lora: tuple[tuple[LoraSource, float], ...] | None = field()
 
 
 def _check_temperatures(t_min: float | None, t_max: float | None, param: str = "t_min") -> None:

@@ -11,14 +11,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from .adapters.adapter import Adapter
+from .adapters.applied import AdapterSet, SessionAdapters
 from .events import CanvasEvent, Completion, DraftEvent, EndEvent, Event
 from .generation import session_file
 from .generation.completion import completion_of
-from .generation.image_prompt import AnyPrompt, check_no_bare_image, keep_shared, part_of, read_prompt
+from .generation.image_prompt import (
+    AnyPrompt,
+    begin_prompt,
+    check_no_bare_image,
+    keep_shared,
+    part_of,
+    read_prompt,
+)
 from .generation.loop import Generation
 from .generation.streaming import AnswerStream, ChatStream, answer_stream
 from .generation.token_ids import TokenIds, check_bos, token_array
-from .options import GenerationOptions, ResolvedOptions, make_options
+from .options import GenerationOptions, Lora, ResolvedOptions, make_options
 from .vision.preprocessing import MAX_SOFT_TOKENS
 
 if TYPE_CHECKING:
@@ -32,15 +41,19 @@ class Session:
     For one thread at a time: concurrent use raises PyDiffusionError. Sessions can be forked, saved and rolled
     back.
 
-    For this package only: ``native``, the native session; ``prompt_seconds``, spent on encoding since the
-    last generation.
+    For this package only: ``native``, the native session; ``adapters``, which it applies; ``prompt_seconds``,
+    spent on encoding since the last generation.
     """
 
-    def __init__(self, model: DiffusionModel, n_ctx: int) -> None:
-        """Allocate a cache of ``n_ctx`` tokens. Raises InsufficientMemoryError if that fails."""
+    def __init__(self, model: DiffusionModel, n_ctx: int, lora: AdapterSet | None = None) -> None:
+        """Allocate a cache of ``n_ctx`` tokens. lora: adapters of its own; None: the model's.
+
+        Raises InsufficientMemoryError if that fails.
+        """
         self.model = model
         longest = MAX_SOFT_TOKENS[-1] if model.vision is not None else 0
         self.native = model.native.new_session(n_ctx, longest)
+        self.adapters = SessionAdapters(model.adapters, self.native, lora)
         self.prompt_seconds = 0.0
 
     @property
@@ -68,11 +81,32 @@ class Session:
         """Operations of the last denoising step: ggml's name -> count; empty before the first step."""
         return self.native.step_ops
 
+    @property
+    def lora(self) -> tuple[tuple[Adapter, float], ...]:
+        """The session's adapters, each with its scale: its own, else the model's."""
+        return self.adapters.chosen.given
+
+    @property
+    def lora_key(self) -> bytes:
+        """A hash of the adapters and scales that the tokens in the cache are encoded with, those of scale 0
+        left out; empty without adapters. Equal keys: caches that can take each other's place.
+        """
+        return self.adapters.applied.key
+
+    def set_lora(self, lora: Lora | None) -> None:
+        """Give the session adapters of its own, as ``DiffusionModel.set_lora``; None: the model's again.
+
+        The cache's tokens are encoded anew before they are next used. Raises as ``DiffusionModel.set_lora``,
+        with nothing changed.
+        """
+        self.adapters.set(lora)
+
     def encode(
         self,
         ids: AnyPrompt,
         return_hidden: bool = False,
         progress: Callable[[int, int], None] | None = None,
+        lora: Lora | None = None,
     ) -> np.ndarray | None:
         """Encode tokens causally and append them to the cache.
 
@@ -80,12 +114,15 @@ class Session:
             which stands for its begin token, soft tokens and end token; or a Prompt.
         return_hidden: return the hidden states after the final norm, float32 (n_tokens, d).
         progress: called with the number of tokens done and the total.
+        lora: adapters for this call, as ``GenerationOptions.lora``; None: the session's. Tokens that the
+            cache has with others are encoded anew.
         Raises ContextOverflowError, with nothing changed, if they don't fit; ValueError for an id out of
         range, or an image token without its image; of images, as ``DiffusionModel.encode_image``.
         """
         started = time.perf_counter()
         prompt = read_prompt(self.model, ids)
         check_no_bare_image(self.model, prompt)
+        self.adapters.apply(lora)
         hidden = self.native.encode(
             prompt.ids, images=self._features(prompt), return_hidden=return_hidden, progress=progress
         )
@@ -99,19 +136,24 @@ class Session:
         features = self.model.require_vision().features
         return [(placed.begin, features(placed.image), placed.image.key) for placed in prompt.images]
 
-    def prefill(self, ids: AnyPrompt, progress: Callable[[int, int], None] | None = None) -> int:
+    def prefill(
+        self,
+        ids: AnyPrompt,
+        progress: Callable[[int, int], None] | None = None,
+        lora: Lora | None = None,
+    ) -> int:
         """Make these the session's tokens, encoding only what follows the prefix that is already in the
         cache.
 
-        ids: as of ``encode``; image tokens without an image are the session's own image there.
+        ids, lora: as of ``encode``; image tokens without an image are the session's own image there.
         Returns the number of tokens reused. Raises as ``encode``; warns (PromptWarning) if the bos at the
         start is missing or doubled.
         """
         wanted = read_prompt(self.model, ids)
         check_bos(self.model.tokenizer, wanted.ids)
-        n_kept = keep_shared(self, wanted, check=True)
+        n_kept = begin_prompt(self, wanted, lora)
         if n_kept < len(wanted):
-            self.encode(part_of(wanted, n_kept), progress=progress)
+            self.encode(part_of(wanted, n_kept), progress=progress, lora=lora)
         return n_kept
 
     def keep(self, ids: AnyPrompt) -> int:
@@ -135,15 +177,16 @@ class Session:
 
         Raises InsufficientMemoryError if another cache can't be allocated.
         """
-        other = Session(self.model, self.n_ctx)
+        other = Session(self.model, self.n_ctx, self.adapters.own)
         other.copy(self)
         return other
 
     def copy(self, other: Session) -> None:
         """Replace tokens and cache by a copy of another session's, which must be of the same model.
 
-        Raises ContextOverflowError if they don't fit.
+        Adapters of its own stay the session's. Raises ContextOverflowError if they don't fit.
         """
+        self.adapters.apply_those_of(other.adapters)
         self.native.copy_from(other.native)
 
     def __reduce__(self) -> NoReturn:
@@ -152,7 +195,7 @@ class Session:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens, images' features and cache to a file for ``DiffusionModel.load_session``, atomically.
 
-        Raises PyDiffusionError if it can't be written.
+        It says which adapters (``lora``) the session has. Raises PyDiffusionError if it can't be written.
         """
         session_file.save(self, Path(path))
 
@@ -177,6 +220,7 @@ class Session:
                 raise ValueError(
                     f"self_conditioning has the shape {self_conditioning.shape}; it must be {expected}"
                 )
+        self.adapters.apply()
         return self.native.denoise(ids, self_conditioning)
 
     def cancel(self) -> None:

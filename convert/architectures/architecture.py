@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from pydiffusion.convert.checkpoint.strict_json import Fields
 from pydiffusion.convert.checkpoint.tensor_map import TensorKinds
@@ -15,6 +15,8 @@ from pydiffusion.convert.gguf.tensor_reads import SourceTensor
 from pydiffusion.convert.gguf.writer import PlannedTensor
 
 Config = TypeVar("Config")
+# In which of a model's modes a matrix is used: a prompt is read, a canvas is denoised.
+Mode = Literal["encoder", "decoder", "both"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,59 @@ class Mmproj:
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """A matrix that adapters can change. shape: (n_out, n_in), of experts (n_expert, n_out, n_in); None if
+    the model is not known. padded: for n_out and n_in, how many feed-forward lengths it is, each of which
+    a file may have padded.
+    """
+
+    shape: tuple[int, ...] | None
+    padded: tuple[int, int]
+    of_experts: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a checkpoint's module in a GGUF: a tensor, without ``.weight``, in one of its modes."""
+
+    tensor: str
+    side: Mode
+
+
+class Matrices(Protocol):
+    """The matrices of a model that adapters can change."""
+
+    @property
+    def architecture(self) -> str:
+        """``general.architecture`` of the model."""
+
+    @property
+    def n_layers(self) -> int | None:
+        """Number of layers, None if the model is not known; ``n_experts`` likewise."""
+
+    @property
+    def n_experts(self) -> int | None: ...
+
+    def place(self, module: str, shared: bool = False) -> Place | None:
+        """The place of a module by its path; None if it can't be adapted. ``shared``: serves both modes."""
+
+    def other(self, module: str) -> str:
+        """Describe a module without a place; empty if unknown."""
+
+    def module(self, tensor: str, side: str) -> str:
+        """The path of a module: the inverse of ``place``."""
+
+    def matrix(self, tensor: str) -> Matrix | None:
+        """Sizes of a tensor; None if it can't be adapted, or the model doesn't have it."""
+
+    def missing(self, tensor: str) -> str:
+        """Why the model doesn't have a tensor that others of its architecture have; empty if unknown."""
+
+    def is_used(self, tensor: str, side: str) -> bool:
+        """Whether a tensor is used in a mode."""
+
+
+@dataclass(frozen=True)
 class Architecture(Generic[Config]):
     """An architecture, as functions of its config, which is a class of its own.
 
@@ -61,6 +116,8 @@ class Architecture(Generic[Config]):
         mmproj: (folder, weights, config, model's name, type, notes) -> the vision part; None if there is
             no such part.
         implied: (keys of a GGUF) -> values that the runtime takes for keys that the file lacks.
+        matrices: (keys of a GGUF, or None for a model of any size) -> the matrices that adapters can change;
+            None: adapters are not supported.
     """
 
     name: str
@@ -73,3 +130,4 @@ class Architecture(Generic[Config]):
     tensors: Callable[[Weights, Config, list[str]], list[SourceTensor]]
     mmproj: Callable[[Path, Weights, Config, str, str, list[str]], Mmproj] | None = None
     implied: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda keys: {}
+    matrices: Callable[[Mapping[str, Any] | None], Matrices] | None = None

@@ -34,7 +34,7 @@ from pydiffusion.convert.gguf.model_keys import QUANTIZATION_VERSION
 from pydiffusion.convert.gguf.reader import Parts, open_parts
 from pydiffusion.convert.gguf.tensor_reads import SourceTensor
 from pydiffusion.convert.gguf.writer import PlannedTensor
-from pydiffusion.errors import ConversionError
+from pydiffusion.errors import ConversionError, PyDiffusionError
 
 if TYPE_CHECKING:
     from pydiffusion import _native
@@ -155,6 +155,9 @@ def _require_folder(folder: Path) -> None:
 def _explain_file(path: Path) -> str:
     if path.suffix in (".safetensors", ".json") and (path.parent / _CONFIG).is_file():
         return f"{path}: is one file of a checkpoint: give its folder, {path.parent}"
+    with contextlib.suppress(PyDiffusionError):  # no GGUF, or a damaged one
+        if other_kind := open_parts(path).reader.other_kind:
+            return f"{path}: is {other_kind}"
     found = recognise_file(path, "text")
     more = f"; it is {found}" if found else ": give a checkpoint folder with config.json in it"
     return f"{path}: is a file, not a folder{more}"

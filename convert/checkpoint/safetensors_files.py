@@ -44,15 +44,16 @@ class Checkpoint:
     """All tensors of a folder by name; a context manager that closes the files.
 
     ``files``: the weights, then their index if there is one. ``notes``: what was left out, for the report.
+    ``found``: its files, where they are not those of a model.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, found: WeightFiles | None = None):
         self.files: list[Path] = []
         self.tensors: dict[str, StoredTensor] = {}
         self.notes: list[str] = []
         self._open: dict[Path, io.FileIO] = {}
         try:
-            found = find_weights(folder)
+            found = find_weights(folder) if found is None else found
             for path in found.paths:
                 self._add(path, found)
             _require_listed(found, self.tensors)

@@ -48,7 +48,7 @@ def find_weights(folder: Path) -> WeightFiles:
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     if _ADAPTER_WEIGHTS in names:
-        raise ConversionError(_explain_adapter(folder / _ADAPTER_WEIGHTS))
+        raise ConversionError(_explain_adapter_here(folder, names))
     indexes = [name for name in names if name.endswith(_INDEX)]
     if len(indexes) > 1:
         raise ConversionError(_two_sets(folder, indexes[0], indexes[1]))
@@ -150,10 +150,21 @@ def explain_without_weights(folder: Path) -> str:
     return f"{folder}: has no safetensors file{more}"
 
 
-def _explain_adapter(path: Path) -> str:
+def _explain_adapter(folder: Path) -> str:
     return (
-        f"{path}: holds an adapter (LoRA), which is not supported yet: merge it into its base model (with "
-        "peft's merge_and_unload(), then save_pretrained) and convert that"
+        f"{folder}: holds an adapter (LoRA), not a model: give it to the model that it is for, with --lora "
+        f"{folder}, or merge it into that one's checkpoint: pydiffusion convert CHECKPOINT --lora {folder}"
+    )
+
+
+def _explain_adapter_here(folder: Path, names: list[str]) -> str:
+    """Of a folder with an adapter's weights; beside those of a model, transformers would apply them."""
+    others = [name for name in names if name.endswith(".safetensors") and name != _ADAPTER_WEIGHTS]
+    if not others:
+        return _explain_adapter(folder)
+    return (
+        f"{folder / _ADAPTER_WEIGHTS}: is an adapter (LoRA) beside the model's {others[0]}: move it and "
+        f"{_ADAPTER_CONFIG} to a folder of their own; --lora FOLDER then merges it into the model"
     )
 
 

@@ -32,6 +32,10 @@ def _what_is_in(folder: Path) -> str:
     names = sorted(path.name for path in folder.glob("*.gguf"))
     if names:
         return f"; it has {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}: give the file"
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f", an adapter (LoRA) for a model: give the model, and --lora {folder} beside it (Python: lora=)"
+        )
     empty = ", which an empty name means too" if str(folder) == "." else ""
     return f"{empty}; a model is a GGUF file: make one with 'pydiffusion convert'"
 

@@ -54,9 +54,9 @@ class Factors:
         return np.float32(self.scale) * np.matmul(b, a)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
-    """Low-rank changes of a model's matrices.
+    """Low-rank changes of a model's matrices. Equal to those with the same results, whatever their names.
 
     name: for people: the folder's or file's. path: where it is from. factors: what it changes.
     fingerprint: 32 bytes (SHA-256 of what decides its results: targets, factors, scales), by which caches
@@ -68,6 +68,20 @@ class Adapter:
     factors: Mapping[Target, Factors]
     fingerprint: bytes
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """The largest of its factors'."""
+        return max((factors.rank for factors in self.factors.values()), default=0)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Adapter) and other.fingerprint == self.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.name!r}, {len(self.factors)} matrices, {self.fingerprint.hex()[:12]})"
 
     def scaled(self) -> Iterator[tuple[str, Side, np.ndarray, np.ndarray]]:
         """(tensor, side, a, scale * b), float32, one matrix at a time, as the native adapter takes them."""

@@ -32,6 +32,7 @@ from . import (
     infill,
     inspect,
     list_models,
+    lora,
     merge,
     pull,
     quantize,
@@ -58,6 +59,9 @@ for _module in (
 ):
     _name = _module.__name__.rpartition(".")[2].removesuffix("_models")
     app.command(_name, cls=Command)(with_home(_module.command))
+
+
+app.add_typer(lora.app, name="lora")
 
 
 def _print_version(context: typer.Context, parameter: typer.CallbackParam, wanted: bool) -> None:

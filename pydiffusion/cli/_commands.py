@@ -25,13 +25,22 @@ class Command(TyperCommand):
             if parameter.param_type_name == "option"
             for name in [*parameter.opts, *parameter.secondary_opts]
         }
-        translated = translate(self.name or "", args, own)
+        translated = translate(_full_name(ctx), args, own)
         if translated.refused:
             ctx.fail("\n       ".join(translated.refused))
         rest = super().parse_args(ctx, translated.args)
         for note in translated.notes:
             say(f"pydiffusion: note: {note}")
         return rest
+
+
+def _full_name(ctx: Any) -> str:
+    """A command's name after the program's: ``inspect``, ``lora inspect``."""
+    names = []
+    while ctx.parent is not None:
+        names.append(ctx.info_name or "")
+        ctx = ctx.parent
+    return " ".join(reversed(names))
 
 
 class Group(TyperGroup):
@@ -78,14 +87,15 @@ def with_home(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> None:
-        command(**{name: _expanded(value) for name, value in given.items()})
+        command(**{name: expanded(value) for name, value in given.items()})
 
     return wrapped
 
 
-def _expanded(value: Any) -> Any:
+def expanded(value: Any) -> Any:
+    """A path, or those of a list, with ``~`` expanded; anything else as it is."""
     if isinstance(value, list):
-        return [_expanded(entry) for entry in value]
+        return [expanded(entry) for entry in value]
     if not isinstance(value, Path) or not str(value).startswith("~") or value.exists():
         return value
     try:

@@ -89,6 +89,15 @@ AllowNonfinite = Annotated[
         "--allow-nonfinite", help="Keep tensors with NaN or infinity in the source's type instead of failing."
     ),
 ]
+MergedLora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="PATH[:SCALE]",
+        help="Merge an adapter (LoRA: PEFT folder, GGUF or OWNER/NAME on the Hugging Face Hub) into the "
+        "weights, times SCALE (default 1); may be repeated. It must change encoder and decoder alike.",
+    ),
+]
 Report = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Keep = Annotated[bool, typer.Option("--no-overwrite", help="Refuse to replace an existing file.")]
 

@@ -37,16 +37,26 @@ class Refused:
     has_value: bool = True
 
 
-Meaning = Ours | NoEffect | Refused
+@dataclass(frozen=True)
+class Scaled:
+    """Rewritten to this option of ours, whose values are PATH:SCALE: after a path, a number of its own or
+    behind a colon; several with commas between them.
+    """
+
+    name: str
+
+
+Meaning = Ours | NoEffect | Refused | Scaled
 
 _WORD = re.compile("-[A-Za-z][A-Za-z-]+")
+_NUMBER = re.compile(r"[+-]?\d*\.?\d+")
 _ON_OFF = ("on", "off", "auto", "0", "1", "true", "false")
 _SAMPLING = Refused(
     "a diffusion sampler draws whole canvases: leave it out; it has --steps, --t-max, --entropy-bound"
 )
 _ONE_CACHE = Refused("K and V have one type here: --cache-type f16, f32 or q8_0")
 _ROPE = Refused("positions are as the file says; --ctx goes up to the model's own context length")
-_NO_LORA = Refused("adapters are not supported: merge it into the checkpoint, then convert that")
+_MERGE = "pydiffusion convert IN OUT --lora PATH[:SCALE] merges an adapter (docs/adapters.md)"
 _NO_DRAFT = Refused("speculative decoding is for autoregressive models; leave it out")
 _FIXED = NoEffect("sizes of batches are chosen by the runtime", None)
 _MAPPED = NoEffect("the file is always mapped")
@@ -115,7 +125,13 @@ _FLAGS: dict[str, Meaning] = {
     "--ignore-eos": Refused("a text ends at its eos; in Python GenerationOptions(eos=...)", has_value=False),
     "-ctk --cache-type-k -ctv --cache-type-v --kv-cache-dtype": _ONE_CACHE,
     "--rope-scaling --rope-freq-base --rope-freq-scale --yarn-ext-factor --rope-scale": _ROPE,
-    "--lora --lora-scaled --control-vector": _NO_LORA,
+    "--lora-scaled": Scaled("--lora"),
+    "--lora-base": Refused("an adapter applies to the model of -m, whatever its type: leave it out"),
+    "--adapter-path --lora-path --adapter": Ours("--lora"),
+    "--enable-lora": NoEffect("--lora loads adapters"),
+    "--max-loras --max-lora-rank --max-cpu-loras --lora-dtype": NoEffect("any rank and number", None),
+    "--lora-modules": Refused("--lora PATH; requests name an adapter by its own name, or by its number"),
+    "--control-vector --control-vector-scaled": Refused("control vectors are not supported"),
     "--mmproj": Ours("--mmproj"),
     "--image": Ours("--image"),
     "--audio": Refused("audio is not read"),
@@ -270,10 +286,12 @@ VERBS: dict[str, str] = {
     "llama-embedding": "embeddings are not available",
     "tokenize": "from Python: DiffusionModel(path).tokenize(text)",
     "llama-tokenize": "from Python: DiffusionModel(path).tokenize(text)",
-    "export-lora": "adapters are not supported: merge it into the checkpoint, then convert that",
+    "export-lora": _MERGE,
+    "llama-export-lora": _MERGE,
+    "convert_lora_to_gguf.py": "pydiffusion lora convert IN OUT; --lora takes the folder as it is, too",
     "llama-mtmd-cli": "run",
     "llama-tts": "a text model; there is no speech",
-    "finetune": "training is not supported",
+    "finetune": "tune with PEFT, Unsloth, NeMo or MLX; --lora loads the adapter (docs/adapters.md)",
     "ollama": "its verbs are commands here: pydiffusion run MODEL, pull, list, show",
     "vllm": "its server is pydiffusion serve -m MODEL",
     "update": "pip install --upgrade updates it",
@@ -343,16 +361,26 @@ def _apply(
         done.notes.append(f"{name} has no effect: {meaning.why}")
         if value is None and rest and (meaning.values is None or rest[0] in meaning.values):
             rest.popleft()
-    elif not meaning.name:
+    elif isinstance(meaning, Scaled) and meaning.name in own:
+        for path in _paths_with_scales(value, rest):
+            done.args += [meaning.name, path]
+    elif isinstance(meaning, Ours) and not meaning.name:
         done.args[:0] = [meaning.prefix + text for text in (value or _next(rest))]
     elif meaning.name not in own:
         done.refused.append(f"{name}: this command has no {meaning.name}")
         if value is None:
             _next(rest)
-    elif own[meaning.name]:
+    elif own[meaning.name] and isinstance(meaning, Ours):
         done.args += [meaning.name, *(meaning.prefix + text for text in (value or _next(rest)))]
     else:
         done.args.append(meaning.name)
+
+
+def _paths_with_scales(value: list[str] | None, rest: deque[str]) -> list[str]:
+    paths = ",".join(value or _next(rest)).split(",")
+    if len(paths) == 1 and rest and _NUMBER.fullmatch(rest[0]):
+        return [f"{paths[0]}:{rest.popleft()}"]
+    return paths
 
 
 def _next(rest: deque[str]) -> list[str]:

@@ -11,6 +11,7 @@ import typer
 
 from pydiffusion._util.sizes import count, format_size
 
+from ._commands import expanded
 from ._input import read_schema, read_text_or_stdin
 from ._text import say
 
@@ -65,7 +66,20 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
         **request,
         **({} if template is None else {"chat_template": template}),
         **_mmproj(runtime.get("mmproj")),
+        **({"lora": adapters_of(runtime["lora"])} if "lora" in runtime else {}),
     }
+
+
+def adapters_of(given: Sequence[str] | None) -> list[tuple[str, float]]:
+    """(source, scale) of each ``--lora``; a usage error for an unusable scale or an empty path."""
+    from pydiffusion import OptionError
+    from pydiffusion.adapters.loading import parse_lora
+
+    try:
+        pairs = [parse_lora(text) for text in given or ()]
+    except OptionError as error:
+        raise typer.BadParameter(f"--{error}") from None
+    return [(str(expanded(Path(path))) if path.startswith("~") else path, scale) for path, scale in pairs]
 
 
 def _mmproj(given: Path | None) -> dict[str, Any]:
@@ -195,6 +209,7 @@ def open_model(
     say(
         f"{path.name}: {weights} weights, {size}, context {model.n_ctx}, {_where(model)},"
         + ("" if model.vision is None else f" images by {model.vision.path.name},")
+        + "".join(f" adapter {adapter.name}:{scale:g}," for adapter, scale in model.lora)
         + f" loaded in {time.perf_counter() - started:.1f} s"
     )
     return model

@@ -153,8 +153,8 @@ CONSTRAINT: dict[str, Any] = {
 }
 
 
-#: Options of the runtime: context, threads, devices, kernels, cache type.
-RUNTIME: dict[str, Any] = {
+#: Options of the runtime that decide where a model goes: context, threads, devices, kernels, cache type.
+PLACEMENT: dict[str, Any] = {
     "ctx": Context,
     "threads": Threads,
     "gpu_layers": Annotated[
@@ -210,6 +210,20 @@ RUNTIME: dict[str, Any] = {
         ),
     ],
 }
+
+#: _open.adapters_of reads it.
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="PATH[:SCALE]",
+        help="Adapter (LoRA) to apply: a PEFT folder, a GGUF, or OWNER/NAME on the Hugging Face Hub; may be"
+        " repeated. The scale is 1 unless given.",
+        show_default=False,
+    ),
+]
+#: Options of the runtime: those, and adapters.
+RUNTIME: dict[str, Any] = {**PLACEMENT, "lora": Lora}
 
 System = Annotated[str | None, typer.Option("-sys", "--system", help="System message.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print the result only: no progress, no speed.")]

@@ -123,6 +123,8 @@ def _other(against: str, path: Path, runtime: Mapping[str, Any]) -> Setup:
         if name == "model" and value:
             path = Path(value)
             check_is_gguf(path)
+        elif key == "lora" and value:
+            chosen[key] = None if value == "none" else [value]
         elif key in _RUNTIME and value:
             chosen[key] = _number(name, value) if key in ("ctx", "threads", "n_cpu_moe") else value
         else:

@@ -12,11 +12,12 @@ import typer
 
 from pydiffusion._util.sizes import count, format_size, parse_size
 
-from . import _options
+from . import _open, _options
 from ._conversion import (
     AllowNonfinite,
     ImatrixFile,
     Keep,
+    MergedLora,
     Pad,
     Report,
     Resume,
@@ -76,6 +77,7 @@ def command(
     pad: Pad = None,
     tensor_type: TensorTypes = None,
     imatrix: ImatrixFile = None,
+    lora: MergedLora = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -106,14 +108,14 @@ def command(
     quiet_hub_in_a_pipe()
     if mmproj:
         others = [pad is not None, tensor_type, imatrix, split_max_size, allow_nonfinite, fit, dry_run]
-        if any([*others, chat_template]):
+        if any([*others, chat_template, lora]):
             raise typer.BadParameter("--mmproj goes with --type, --resume and --threads only")
         if not given(context, "type"):
             type = "bf16"
         choices = {"type": type, "resume": resume, "n_threads": threads, "overwrite": not no_overwrite}
         convert_vision(source, output, as_json, choices)
         return
-    overrides = parse_overrides(tensor_type)
+    overrides, adapters = parse_overrides(tensor_type), _open.adapters_of(lora)
     if fit is not None:
         if given(context, "type"):
             raise typer.BadParameter("--fit chooses the type: leave out --type, or --fit")
@@ -138,6 +140,7 @@ def command(
         n_threads=threads,
         overwrite=not no_overwrite,
         chat_template=chat_template,
+        lora=adapters,
     )
 
 

@@ -14,7 +14,7 @@ from pydiffusion._util.sizes import format_size
 from . import _open, _options
 
 
-@_options.takes(runtime=_options.RUNTIME)
+@_options.takes(runtime=_options.PLACEMENT)
 def command(
     model: Annotated[
         Path | None,

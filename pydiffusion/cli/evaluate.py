@@ -10,7 +10,7 @@ import typer
 
 from . import _open
 from ._input import read_text
-from ._options import ChatTemplate, Threads, output_file
+from ._options import ChatTemplate, Lora, Threads, output_file
 from ._text import one_line, say
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def command(
     ] = None,
     chat_template: ChatTemplate = None,
     threads: Threads = None,
+    lora: Lora = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compare quantized GGUF files with a reference. Measures KL divergence, agreement and steps."""
@@ -80,6 +81,7 @@ def command(
             raise typer.BadParameter(f"--plot: {plot} should end with .{', .'.join(plotting.FORMATS)}")
         plotting.require_matplotlib()  # fail now, not after an hour
         resolve_target(plot, [], overwrite=True)
+    adapters = _open.adapters_of(lora)
     files, reference = [_open.model_file(file) for file in files], _open.model_file(reference)
     with progress(f"evaluating {files[0].name if len(files) == 1 else f'{len(files)} files'}") as update:
         reports = evaluation.evaluate_family(
@@ -92,6 +94,7 @@ def command(
             seed=seed,
             n_threads=threads,
             chat_template=chat_template,
+            lora=adapters,
             progress=lambda state: update(state.done_bytes, state.total_bytes),
         )
     if as_json:

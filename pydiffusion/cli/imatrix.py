@@ -9,7 +9,7 @@ import typer
 
 from . import _open
 from ._input import read_text
-from ._options import Threads, output_file
+from ._options import Lora, Threads, output_file
 from ._text import say
 
 
@@ -42,6 +42,7 @@ def command(
         int | None, typer.Option("--max-chunks", help="Maximum number of chunks. [default: the whole text]")
     ] = None,
     threads: Threads = None,
+    lora: Lora = None,
 ) -> None:
     """Collect an importance matrix (imatrix) from a text. Covers both encoding and denoising."""
     from pydiffusion import convert
@@ -50,6 +51,7 @@ def command(
 
     if chunk < 1 or (max_chunks is not None and max_chunks < 1):
         raise typer.BadParameter("--chunk and --max-chunks must be at least 1")
+    adapters = _open.adapters_of(lora)
     content = read_text(text)
     model = _open.model_file(model)
     with progress(f"observing {model.name}") as update:
@@ -61,6 +63,7 @@ def command(
             max_chunks=max_chunks,
             datasets=[text.name],
             n_threads=threads,
+            lora=adapters,
             progress=lambda state: update(state.done_bytes, state.total_bytes),
         )
     say(

@@ -13,10 +13,12 @@ import typer
 from pydiffusion._util.sizes import count, format_size
 
 from . import _open
+from ._adapter_facts import adapter_counts, adapter_facts, adapter_lines
 from ._image_facts import image_facts, image_lines
-from ._text import one_line
+from ._text import one_line, printable
 
 if TYPE_CHECKING:
+    from pydiffusion.adapters.adapter import Adapter
     from pydiffusion.convert.gguf.reader import Parts
     from pydiffusion.tokenizer.end_tokens import EndToken
 
@@ -64,15 +66,20 @@ def _as_dict(gguf: Parts, with_tensors: bool, whole: bool) -> dict[str, Any]:
         },
     }
     if isinstance(gguf.metadata.get(_TOKENS), list):
-        found, error = _end_tokens(gguf)
+        found, problem = _end_tokens(gguf)
         summary["end_tokens"] = [
             {"id": end.token_id, "text": end.text, "reasons": list(end.reasons)} for end in found
         ]
-        if error is not None:
-            summary["end_tokens_error"] = error
+        if problem is not None:
+            summary["end_tokens_error"] = problem
     images = image_facts(gguf)
     if images:
         summary["images"] = {key: _json_value(value, "", whole) for key, value in images.items()}
+    adapter, error = _adapter(gguf)
+    if adapter is not None:
+        summary["adapter"] = adapter_facts(adapter, with_tensors)
+    elif error:
+        summary["adapter_error"] = error
     if with_tensors:
         summary["tensors"] = [
             {"name": t.name, "type": t.type, "shape": list(t.shape), "offset": t.offset, "n_bytes": t.n_bytes}
@@ -90,6 +97,19 @@ def _end_tokens(gguf: Parts) -> tuple[Sequence[EndToken], str | None]:
         return find_end_tokens(gguf.metadata, len(gguf.metadata[_TOKENS])), None
     except ModelFormatError as error:
         return (), str(error)
+
+
+def _adapter(gguf: Parts) -> tuple[Adapter | None, str]:
+    """The adapter that a file is, or the error that prevents reading it; neither for another kind of file."""
+    from pydiffusion import AdapterError
+    from pydiffusion.adapters.loading import load_adapter
+
+    if gguf.metadata.get("general.type") != "adapter":
+        return None, ""
+    try:
+        return load_adapter(str(gguf.reader.path), None), ""
+    except AdapterError as error:
+        return None, str(error)
 
 
 def _types(gguf: Parts) -> dict[str, dict[str, int]]:
@@ -134,6 +154,13 @@ def _print(gguf: Parts, with_tensors: bool, whole: bool) -> None:
         print("\nImages")
         for line in images:
             print(f"  {one_line(line)}")
+    adapter, error = _adapter(gguf)
+    if adapter is not None:
+        print(f"\nAdapter: {adapter_counts(adapter)}")
+        for line in adapter_lines(adapter):
+            print(f"  {printable(line)}")
+    elif error:
+        print(f"\nAdapter: {one_line(error)}")
     if with_tensors:
         print("\nTensors (shape slowest first)")
         for tensor in gguf.tensors:

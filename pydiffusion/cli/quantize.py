@@ -12,6 +12,7 @@ from ._conversion import (
     AllowNonfinite,
     ImatrixFile,
     Keep,
+    MergedLora,
     Pad,
     Report,
     Resume,
@@ -50,6 +51,7 @@ def command(
     pad: Pad = None,
     tensor_type: TensorTypes = None,
     imatrix: ImatrixFile = None,
+    lora: MergedLora = None,
     split_max_size: SplitMaxSize = None,
     resume: Resume = False,
     allow_nonfinite: AllowNonfinite = False,
@@ -73,7 +75,7 @@ def command(
     local = _open.model_file(source)
     if target is None:  # beside the source, but for a repo's here
         target = (local if local == source else Path(local.name)).with_name(f"{local.stem}-{type}.gguf")
-    overrides = parse_overrides(tensor_type)
+    overrides, adapters = parse_overrides(tensor_type), _open.adapters_of(lora)
     from pydiffusion import convert
 
     run_conversion(
@@ -91,6 +93,7 @@ def command(
         n_threads=threads_argument if threads is None else threads,
         overwrite=not no_overwrite,
         chat_template=chat_template,
+        lora=adapters,
     )
 
 

@@ -88,6 +88,13 @@ def command(
     special: Annotated[
         bool, typer.Option("--special", help="Parse control tokens in the prompt texts of /v1/completions.")
     ] = False,
+    lora_init_without_apply: Annotated[
+        bool,
+        typer.Option(
+            "--lora-init-without-apply",
+            help="Adapters are off until POST /lora-adapters, or in requests that choose them.",
+        ),
+    ] = False,
     log_level: Annotated[
         str | None,
         typer.Option(
@@ -119,6 +126,7 @@ def command(
             strict=strict,
             special=special,
             fetch_images=allow_image_urls,
+            apply_lora=not lora_init_without_apply,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None

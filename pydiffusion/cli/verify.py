@@ -25,6 +25,14 @@ def command(
             show_default=False,
         ),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora",
+            metavar="PATH[:SCALE]",
+            help="An adapter that was merged into the file (by convert --lora); may be repeated.",
+        ),
+    ] = None,
     tensors: Annotated[
         bool, typer.Option("--tensors", help="List every tensor, not only the ten worst.")
     ] = False,
@@ -33,10 +41,13 @@ def command(
     """Compare every tensor of a GGUF file with its source. Exit code 1 on a mismatch."""
     from pydiffusion.convert import verify
 
+    adapters = _open.adapters_of(lora)
+    if adapters and against is None:
+        raise typer.BadParameter("--lora goes with --against, the file without the adapter")
     quiet_hub_in_a_pipe()
     file = _open.model_file(file)
     with conversion_progress(file) as update:
-        report = verify(file, against, progress=update)
+        report = verify(file, against, lora=adapters, progress=update)
     if as_json:
         print(json.dumps(report.to_dict()))
     else:

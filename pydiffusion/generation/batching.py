@@ -18,8 +18,8 @@ from pydiffusion.options import GenerationOptions, ResolvedOptions, make_options
 from .completion import chat_completion_of, completion_of
 from .image_prompt import (
     AnyPrompt,
+    begin_prompt,
     end_of_part,
-    keep_shared,
     part_of,
     read_prompt,
 )
@@ -60,7 +60,7 @@ class ActiveSequence:
             raise ValueError("the prompt has no tokens")
         self.session = session
         self.n_prompt = len(read)
-        self.n_cached = keep_shared(session, read, check=True)
+        self.n_cached = begin_prompt(session, read, options.lora)
         self._prompt_left = part_of(read, self.n_cached)
         self._options = options
         self.chat = chat
@@ -85,7 +85,7 @@ class ActiveSequence:
         if self.n_prompt <= self.session.n_ctx:  # else `encode` reports that it does not fit
             n = end_of_part(left, _PROMPT_PART)
         if n:
-            self.session.encode(part_of(left, 0, n))
+            self.session.encode(part_of(left, 0, n), lora=self._options.lora)
         self._prompt_left = part_of(left, n)
         if len(self._prompt_left) == 0:
             answer = answer_stream(self.session, self._options, chat=self.chat)

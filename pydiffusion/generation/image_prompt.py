@@ -14,6 +14,7 @@ from .token_ids import TokenIds, common_prefix, token_array
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
+    from pydiffusion.options import Lora
     from pydiffusion.session import Session
 
 # Token ids, a list of token ids and images, or what that stands for.
@@ -90,6 +91,15 @@ def cached_length(session: Session, prompt: Prompt) -> int:
     ends = [(placed.begin, placed.end) for placed in prompt.images]
     ends += [(begin, begin + n_tokens) for begin, n_tokens, _ in held]
     return min([n, *(begin for begin, end in ends if begin < n < end)])
+
+
+def begin_prompt(session: Session, prompt: Prompt, lora: Lora | None) -> int:
+    """Apply adapters (None: the session's), truncate the cache to the beginning of a prompt that it holds
+    with them, and return its length. Raises as ``check_no_bare_image``, for the rest of the prompt.
+    """
+    if session.adapters.apply(lora) and not session.native.images:  # which the prompt may refer to
+        session.truncate(0)
+    return keep_shared(session, prompt, check=True)
 
 
 def keep_shared(session: Session, prompt: Prompt, *, check: bool) -> int:

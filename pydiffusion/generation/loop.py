@@ -41,6 +41,7 @@ class Generation:
         GenerationCancelled.
         """
         self._started = time.perf_counter()
+        session.adapters.apply(options.lora)
         self._native = session.native
         self._steps, self._seed = options.steps, options.seed
         self._answer = answer

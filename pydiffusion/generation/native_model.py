@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydiffusion import _native
-from pydiffusion.errors import PyDiffusionError
+from pydiffusion.errors import AdapterError, PyDiffusionError
+
+if TYPE_CHECKING:
+    from pydiffusion.adapters.adapter import Adapter
 
 
 class NativeModel:
@@ -36,6 +40,12 @@ class NativeModel:
         """Load a vision tower onto the model's device. Raises as opening a model does."""
         return _native.Vision(os.fspath(path), self._open_model())
 
+    def new_adapter(self, adapter: Adapter) -> _native.Adapter:
+        """Load an adapter beside the weights. Raises AdapterError for one that does not fit them,
+        InsufficientMemoryError.
+        """
+        return new_adapter(self._open_model(), adapter)
+
     def new_batch(self) -> _native.Batch:
         """A batch, which denoises several sessions in one graph."""
         return _native.Batch(self._open_model())
@@ -50,3 +60,11 @@ class NativeModel:
         if self._model is None:
             raise PyDiffusionError(f"{self._path} is closed")
         return self._model
+
+
+def new_adapter(model: _native.Model, adapter: Adapter) -> _native.Adapter:
+    """See ``NativeModel.new_adapter``."""
+    try:
+        return _native.Adapter(model, adapter.name, adapter.scaled())
+    except ValueError as error:
+        raise AdapterError(f"{adapter.path}: {error}") from error

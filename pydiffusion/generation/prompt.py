@@ -12,22 +12,25 @@ from .image_prompt import has_images, read_prompt
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
+    from pydiffusion.options import Lora
     from pydiffusion.session import Session
 
     from .image_prompt import AnyPrompt
 
 
 def prefilled_session(
-    model: DiffusionModel, prompt: str | AnyPrompt, session: Session | None = None
+    model: DiffusionModel, prompt: str | AnyPrompt, session: Session | None = None, lora: Lora | None = None
 ) -> Session:
     """A session with the prompt as its tokens: the one given, its cached prefix reused, or a new one.
+
+    lora: adapters that it is encoded with; None: the session's.
 
     Raises TypeError for anything but text, token ids and images, ValueError for an empty prompt or a session
     of another model, else as ``Session.prefill``.
     """
     given = given_prompt(model, prompt)
     session = session_for(model, session)
-    session.prefill(given)
+    session.prefill(given, lora=lora)
     return session
 
 

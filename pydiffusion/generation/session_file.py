@@ -3,7 +3,8 @@
 A file contains ``tokens`` (n,) int32 and, per layer, ``k.N`` and ``v.N`` (n_rows, row_bytes) uint8 in the
 cache's type; per image ``image.N`` (n_soft_tokens, d) float32, its features. Its metadata holds the format
 name, the cache type, the model's fingerprint and, if there are images, ``images``: JSON, of each the position
-of its first soft token and its key in hexadecimal digits.
+of its first soft token and its key in hexadecimal digits. With adapters, ``lora`` is ``Session.lora_key`` in
+hexadecimal digits and ``lora_names`` JSON, name and scale of each.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 FORMAT = "pydiffusion-session-2"
 #: With images, so that versions which know of none refuse the file.
 FORMAT_WITH_IMAGES = "pydiffusion-session-3"
+#: With adapters, and perhaps images, for the same reason.
+FORMAT_WITH_LORA = "pydiffusion-session-4"
+_FORMATS = (FORMAT, FORMAT_WITH_IMAGES, FORMAT_WITH_LORA)
 _SAMPLE = 64
 
 
@@ -39,13 +43,14 @@ def fingerprint(file: _native.GgufFile) -> str:
 
 
 def save(session: Session, path: Path) -> None:
-    """Write a session's tokens, images and cache atomically.
+    """Write a session's tokens, images and cache atomically, the cache as its own adapters make it.
 
     Raises PyDiffusionError if it can't be written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    session.adapters.apply()
     arrays = {"tokens": session.tokens}
     for i_layer, (k, v) in enumerate(session.native.cache_rows()):
         arrays |= {f"k.{i_layer}": k, f"v.{i_layer}": v}
@@ -56,6 +61,8 @@ def save(session: Session, path: Path) -> None:
     if images:
         metadata["format"] = FORMAT_WITH_IMAGES
         metadata["images"] = json.dumps([[begin, key.hex()] for begin, _, key in images])
+    if session.lora_key:
+        metadata |= {"format": FORMAT_WITH_LORA, **_lora_metadata(session)}
     target = atomic.resolve_target(path, map(Path, session.model.native.file.paths), overwrite=True)
     with atomic.replacing(target) as new:
         try:
@@ -67,8 +74,9 @@ def save(session: Session, path: Path) -> None:
 def load(session: Session, path: Path) -> None:
     """Fill a new session from a file.
 
-    Raises FileNotFoundError; ModelFormatError for a file that is not a session of this model and cache type;
-    ContextOverflowError if the session's context is too short.
+    Raises FileNotFoundError; ModelFormatError for a file that is not a session of this model and cache type,
+    or of other adapters than the session's, naming both; ContextOverflowError if the session's context is too
+    short.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -79,6 +87,7 @@ def load(session: Session, path: Path) -> None:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             _check(path, session.model, metadata)
+            _check_lora(path, session, metadata)
             tokens = _array(file, "tokens", "I32", 1)
             rows = [
                 (_array(file, f"k.{i}", "U8", 2), _array(file, f"v.{i}", "U8", 2)) for i in range(n_layer)
@@ -95,7 +104,7 @@ def load(session: Session, path: Path) -> None:
 
 def _images(metadata: dict[str, str]) -> list[tuple[int, bytes]]:
     """Position and key of each image. Raises ValueError for anything else in their place."""
-    if metadata["format"] != FORMAT_WITH_IMAGES:
+    if metadata["format"] == FORMAT or (metadata["format"] == FORMAT_WITH_LORA and "images" not in metadata):
         return []
     try:
         found = json.loads(metadata.get("images", ""))
@@ -129,7 +138,33 @@ def _check(path: Path, model: DiffusionModel, found: dict[str, str]) -> None:
     what = {"format": "is not a session file of this version", "kv_type": "was saved with another cache type",
             "model": "was saved with another model"}  # fmt: skip
     for key, value in _metadata(model).items():
-        if key == "format" and found.get(key) == FORMAT_WITH_IMAGES:
+        if key == "format" and found.get(key) in _FORMATS:
             continue
         if found.get(key) != value:
             raise ModelFormatError(f"{path}: {what[key]} ({key} is {found.get(key)!r:.80}, here {value!r})")
+
+
+def _lora_metadata(session: Session) -> dict[str, str]:
+    names = [[adapter.name, scale] for adapter, scale in session.lora if scale]
+    return {"lora": session.lora_key.hex(), "lora_names": json.dumps(names)}
+
+
+def _check_lora(path: Path, session: Session, found: dict[str, str]) -> None:
+    """Raise ModelFormatError unless the file's cache is encoded with the session's adapters."""
+    if found.get("lora", "") == session.lora_key.hex():
+        return
+    own = json.loads(_lora_metadata(session)["lora_names"])
+    try:
+        saved = json.loads(found.get("lora_names", "[]"))
+        there = _named(saved)
+    except (ValueError, TypeError, RecursionError):
+        there = "others, whose names are damaged"
+    raise ModelFormatError(
+        f"{path}: was saved with other adapters ({there}; here {_named(own)}): load it with"
+        " load_session(path, lora=[...]) of the same adapters and scales, or encode its tokens anew"
+    )
+
+
+def _named(adapters: list[Any]) -> str:
+    """Names and scales: ``sudoku:0.5``."""
+    return ", ".join(f"{name!s:.80}:{float(scale):g}" for name, scale in adapters) or "none"

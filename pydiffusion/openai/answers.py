@@ -67,7 +67,7 @@ class Answer(Response):
 
     def _figures(self) -> Json:
         ends = [choice.end for choice in self._choices if choice.end is not None]
-        unenforced = self._request.unenforced
+        unenforced, lora = self._request.unenforced, self._request.lora
         return {
             "type": "summary",
             "steps": sum(sum(choice.canvas_steps) for choice in self._choices),
@@ -77,4 +77,5 @@ class Answer(Response):
             "timings": self._timings(),
             "ignored_parameters": self._request.ignored,
             **({"unenforced": unenforced} if unenforced else {}),
+            **({} if lora is None else {"lora": lora.shown}),
         }

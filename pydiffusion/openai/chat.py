@@ -112,7 +112,7 @@ class Chat:
         self._options = prepared.options
         self._session = session_for(model, session)
         self._n_prompt = len(prepared.prompt)
-        self._n_cached = self._session.prefill(prepared.prompt)
+        self._n_cached = self._session.prefill(prepared.prompt, lora=prepared.options.lora)
 
     def events(self) -> Iterator[Event]:
         """Generate; see ``Session.generate_chat``."""

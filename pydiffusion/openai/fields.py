@@ -45,7 +45,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "add_generation_prompt": (True,),
     "format": ("",),
-    "lora": ([],),
+    "lora_path": ("", []),
+    "adapter_id": ("",),
 }
 
 # Names of other servers' fields that resemble one of ours and are no slip of it.

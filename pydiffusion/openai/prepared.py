@@ -142,4 +142,5 @@ def _prepared(
     heads: list[str] | None = None,
 ) -> Prepared:
     prompts = [run.prompt for run in runs]
-    return Prepared(request, runs, Answer(request, terms.names[0], model.tokenizer, prompts, heads))
+    named = None if request.lora is None else request.lora.name
+    return Prepared(request, runs, Answer(request, named or terms.names[0], model.tokenizer, prompts, heads))

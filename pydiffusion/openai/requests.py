@@ -11,8 +11,9 @@ from pydiffusion.chat.messages import template_variables
 from pydiffusion.errors import OptionError
 from pydiffusion.options import GenerationOptions, ResolvedOptions
 
-from .errors import ApiError, from_exception, invalid
+from .errors import from_exception, invalid
 from .fields import SortedFields, sort_fields
+from .lora import Chosen, LoadedAdapters, check_name
 from .messages import check_messages
 from .parameters import no_thinking, token_limit, with_temperature
 from .response_format import CONSTRAINT_FIELDS, constraint_options, infill_layout, suffix_layout
@@ -31,7 +32,7 @@ _DIFFUSION = (
     "steps", "t_min", "t_max", "entropy_bound", "stability_threshold", "confidence_threshold",
 )  # fmt: skip
 _STREAM_OPTIONS = ("include_usage", "include_obfuscation", "diffusion")
-_ALL = ("model", "stream", "stream_options", "seed", "temperature", *_DIFFUSION)
+_ALL = ("model", "lora", "stream", "stream_options", "seed", "temperature", *_DIFFUSION)
 _LIMITS = ("thinking_budget", "stop_on_repetition", "trim_after_eos")
 _COMMON = (
     *_ALL, *_LIMITS, "n", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "max_completion_tokens",
@@ -64,6 +65,7 @@ class Request:
     layout: the text around the answer, which the prompt's run has to hold.
     unenforced: constraints of a schema that the answer may violate.
     hole_stops: strings that end the hole of such a layout.
+    lora: its adapters, None where none are loaded.
     """
 
     stream: bool
@@ -74,6 +76,7 @@ class Request:
     layout: Layout | None = field(default=None, kw_only=True)
     unenforced: tuple[str, ...] = field(default=(), kw_only=True)
     hole_stops: tuple[str, ...] = field(default=(), kw_only=True)
+    lora: Chosen | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,14 @@ class Terms:
     strict: refuse such names, and fields without effect.
     special: control tokens spelled out in prompt texts are such by default.
     images: which images messages may name without sending them.
+    adapters: which requests may choose.
     """
 
     names: tuple[str, ...]
     strict: bool = False
     special: bool = False
     images: ImageRules = _NO_FILES
+    adapters: LoadedAdapters = field(default_factory=LoadedAdapters)
 
 
 @dataclass
@@ -133,7 +138,8 @@ def chat_request(body: Any, model: DiffusionModel, terms: Terms) -> ChatRequest:
                 _without_thinking(variables)
         elif variables.get("enable_thinking") is False:
             fields = no_thinking(model, fields)
-        options = _options(fields, model, use.constraint)
+        lora = terms.adapters.chosen(fields)
+        options = _options(fields, model, use.constraint, lora)
         return ChatRequest(
             **_stream_options(fields),
             options=options,
@@ -142,6 +148,7 @@ def chat_request(body: Any, model: DiffusionModel, terms: Terms) -> ChatRequest:
             messages=check_messages(fields.get("messages"), terms.images),
             variables=variables,
             use=use,
+            lora=lora,
         )
 
 
@@ -151,14 +158,15 @@ def completion_request(body: Any, model: DiffusionModel, terms: Terms) -> Comple
     fields = found.given
     with found.blaming():
         prompts = _prompts(fields.get("prompt"), model)
+        lora = terms.adapters.chosen(fields)
         layout = suffix_layout(model, fields)
         if layout is not None:
-            options = _options_around(fields, model)
+            options = _options_around(fields, model, lora)
         elif "max_completion_tokens" in fields:
-            options = _options(fields, model, constraint_options(fields))
+            options = _options(fields, model, constraint_options(fields), lora)
         else:
             limited = {"max_tokens": _DEFAULT_LIMIT, **fields}
-            options = _options(limited, model, constraint_options(fields))
+            options = _options(limited, model, constraint_options(fields), lora)
         if len(prompts) * len(options) > MAX_CHOICES:
             n = len(prompts) * len(options)
             raise invalid(f"prompts times n is {n}; permitted are {MAX_CHOICES}", "n")
@@ -171,6 +179,7 @@ def completion_request(body: Any, model: DiffusionModel, terms: Terms) -> Comple
             echo=_flag(fields, "echo", False),
             layout=layout,
             hole_stops=() if layout is None else _stops(fields),
+            lora=lora,
             parse_special=_flag(fields, "special", terms.special),
             add_bos=None if _flag(fields, "add_special_tokens", True) else False,
         )
@@ -190,12 +199,14 @@ def infill_request(body: Any, model: DiffusionModel, terms: Terms) -> InfillRequ
     fields = found.given
     with found.blaming():
         layout, prompt = infill_layout(model, fields)
+        lora = terms.adapters.chosen(fields)
         return InfillRequest(
             **_stream_options(fields),
-            options=_options_around(fields, model),
+            options=_options_around(fields, model, lora),
             ignored=found.ignored,
             prompt=prompt,
             layout=layout,
+            lora=lora,
         )
 
 
@@ -245,13 +256,8 @@ def _check_model(fields: Mapping[str, Any], terms: Terms) -> None:
     name = fields.get("model", terms.names[0])
     if not isinstance(name, str):
         raise invalid("model must be a string", "model", "invalid_type")
-    if terms.strict and name not in terms.names:
-        raise ApiError(
-            404,
-            f"The model {name!r} does not exist here; this server has {terms.names[0]!r}."[:300],
-            param="model",
-            code="model_not_found",
-        )
+    if terms.strict:
+        check_name(name, terms.names, terms.adapters)
 
 
 def _stream_options(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,10 +273,10 @@ def _stream_options(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _options(
-    fields: Mapping[str, Any], model: DiffusionModel, constraint: Mapping[str, Any]
+    fields: Mapping[str, Any], model: DiffusionModel, constraint: Mapping[str, Any], lora: Chosen | None
 ) -> list[ResolvedOptions]:
     """The options of each choice."""
-    choices = {**constraint, "stop": _stops(fields)}
+    choices = {**constraint, **_lora_option(lora), "stop": _stops(fields)}
     try:
         limits = fields.get("max_tokens"), fields.get("max_completion_tokens")
         choices["max_tokens"] = token_limit(model, *limits)
@@ -280,15 +286,21 @@ def _options(
         raise from_exception(error) from None
 
 
-def _options_around(fields: Mapping[str, Any], model: DiffusionModel) -> list[ResolvedOptions]:
+def _options_around(
+    fields: Mapping[str, Any], model: DiffusionModel, lora: Chosen | None
+) -> list[ResolvedOptions]:
     """Options of each choice of a request with a layout, which sets the rest."""
     for name in ("response_format", *CONSTRAINT_FIELDS, "stop_token_ids", "ignore_eos", *_LIMITS):
         if fields.get(name) not in (None, [], False, "", {"type": "text"}):
             raise invalid(f"{name} can't be combined with suffix by this server", name, "unsupported_value")
     try:
-        return list(_each_choice(fields, {}, model))
+        return list(_each_choice(fields, _lora_option(lora), model))
     except OptionError as error:
         raise from_exception(error) from None
+
+
+def _lora_option(lora: Chosen | None) -> dict[str, Any]:
+    return {} if lora is None else {"lora": lora.applied}
 
 
 def _stops(fields: Mapping[str, Any]) -> tuple[str, ...]:

@@ -164,7 +164,7 @@ def _reports(
 
     options: of the first choice.  generate: gives the events of a choice after the session's tokens.
     """
-    n_cached = session.prefill(prompt)
+    n_cached = session.prefill(prompt, lora=options.lora)
     n_prompt = session.n_past
 
     def generated() -> Iterator[tuple[int, Report]]:

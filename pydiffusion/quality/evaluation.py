@@ -18,12 +18,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pydiffusion import ConversionError, _native
 from pydiffusion.convert.gguf.report import ConversionProgress
+
+if TYPE_CHECKING:
+    from pydiffusion.options import Lora
 
 NOISE = (0.1, 0.4, 0.7, 1.0)
 MAX_TOKENS = 144  # enough for every task of the demo model
@@ -90,6 +93,7 @@ def evaluate(
     seed: int = 0,
     n_threads: int | None = None,
     chat_template: str | os.PathLike[str] | None = None,
+    lora: Lora = (),
     progress: Callable[[ConversionProgress], None] | None = None,
 ) -> EvaluationReport:
     """Compare a file with a reference file of the same model, preferably f32 or bf16.
@@ -101,6 +105,7 @@ def evaluate(
         max_tokens: maximum tokens per answer.
         steps: maximum steps per canvas of an answer; None uses the files' default.
         chat_template: a file, or the name of a built-in template, to use instead of the files'.
+        lora: adapters to apply to both, as of ``DiffusionModel``.
 
     Raises:
         ConversionError: the files differ in vocabulary or canvas length.
@@ -109,7 +114,7 @@ def evaluate(
     """
     reports = evaluate_family(
         [file], reference, prompts, noise=noise, max_tokens=max_tokens, steps=steps, seed=seed,
-        n_threads=n_threads, chat_template=chat_template, progress=progress,
+        n_threads=n_threads, chat_template=chat_template, lora=lora, progress=progress,
     )  # fmt: skip
     return reports[0]
 
@@ -125,6 +130,7 @@ def evaluate_family(
     seed: int = 0,
     n_threads: int | None = None,
     chat_template: str | os.PathLike[str] | None = None,
+    lora: Lora = (),
     progress: Callable[[ConversionProgress], None] | None = None,
 ) -> list[EvaluationReport]:
     """As :func:`evaluate` for several files; the reference answers each prompt once for all of them.
@@ -143,7 +149,7 @@ def evaluate_family(
         raise ValueError(f"noise is {tuple(noise)}; levels are probabilities above 0, up to 1")
     reports: list[EvaluationReport] = []
     total = len(files) * len(texts)
-    arguments: dict[str, Any] = {"n_threads": n_threads, "chat_template": chat_template}
+    arguments: dict[str, Any] = {"n_threads": n_threads, "chat_template": chat_template, "lora": lora}
     with DiffusionModel(reference, **arguments) as ours:
         known = _Reference(ours, len(texts) if len(files) > 1 else 0)
         for path in files:

@@ -11,13 +11,16 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pydiffusion import ConversionError, _native
 from pydiffusion.convert.gguf.report import ConversionProgress
 from pydiffusion.convert.quantization.imatrix_file import Entry, write_imatrix
+
+if TYPE_CHECKING:
+    from pydiffusion.options import Lora
 
 NOISE = (0.1, 0.4, 0.7, 1.0)
 CHUNK = 512
@@ -49,6 +52,7 @@ def collect_imatrix(
     max_chunks: int | None = None,
     datasets: Sequence[str] = (),
     n_threads: int | None = None,
+    lora: Lora = (),
     progress: Callable[[ConversionProgress], None] | None = None,
 ) -> ImatrixReport:
     """Run a model over text and write its importance matrix (imatrix).
@@ -62,6 +66,7 @@ def collect_imatrix(
         chunk: maximum number of tokens encoded before a canvas.
         max_chunks: maximum number of chunks.
         datasets: names of the texts, stored in the file.
+        lora: adapters to apply, as of ``DiffusionModel``.
 
     Raises:
         ConversionError: the texts are too short for one chunk, or the target can't be written.
@@ -74,13 +79,14 @@ def collect_imatrix(
         raise ValueError(f"noise is {tuple(noise)}; levels are probabilities above 0, up to 1")
     if chunk < 1 or (max_chunks is not None and max_chunks < 1):
         raise ValueError("chunk and max_chunks must be at least 1")
-    with DiffusionModel(model, n_gpu_layers=0, n_threads=n_threads) as opened:  # collected on the CPU only
+    # Collected on the CPU only.
+    with DiffusionModel(model, n_gpu_layers=0, n_threads=n_threads, lora=lora) as opened:
         chunk = min(chunk, opened.n_ctx - opened.canvas_length)
         by_text = [_chunks(opened, text, chunk) for text in ([texts] if isinstance(texts, str) else texts)]
         chunks = [each for of_text in by_text for each in of_text][:max_chunks]
         if not chunks:
             raise ConversionError("the text is too short: a chunk needs a token to encode and one to denoise")
-        session = opened.native.new_session(chunk + opened.canvas_length)
+        session = opened.new_session(chunk + opened.canvas_length).native
         session.collect_imatrix(True)
         for index, (prompt, clean) in enumerate(chunks):
             session.truncate(0)

@@ -20,6 +20,7 @@ from starlette.responses import Response
 from pydiffusion.chat.image_parts import ImageRules
 from pydiffusion.openai.answers import Answer
 from pydiffusion.openai.errors import ApiError, from_exception
+from pydiffusion.openai.lora import LoadedAdapters, NamedAdapter, check_name
 from pydiffusion.openai.prepared import PREPARE, Prepared
 from pydiffusion.openai.reports import Failed, Finished, Report
 from pydiffusion.openai.requests import ENDPOINTS, ChatRequest, Terms
@@ -43,7 +44,8 @@ HEALTH_PATHS = (
     "/health", "/v1/health", "/healthz", "/ping", "/livez", "/health/live", "/v1/health/live",
 )  # fmt: skip
 READY_PATHS = ("/v1/health/ready", "/health/ready", "/ready", "/readyz")
-_PATHS = (*ENDPOINTS, "/v1/models", "/metrics", *HEALTH_PATHS, *READY_PATHS)
+_LORA_PATH = "/lora-adapters"  # as llama.cpp
+_PATHS = (*ENDPOINTS, "/v1/models", _LORA_PATH, "/metrics", *HEALTH_PATHS, *READY_PATHS)
 # Paths that need no API key: the page asks for it itself.
 OPEN_PATHS = frozenset((*HEALTH_PATHS, *READY_PATHS, *PAGE_PATHS))
 # Of Ollama, llama.cpp's own, OpenAI's newer ones, Anthropic's.
@@ -66,6 +68,7 @@ class Settings:
     special: control tokens in the prompt texts of completions are such, unless the request says otherwise.
     max_body: bytes of a request; None: 8 MiB, 32 MiB if the model reads images.
     fetch_images: get images that requests name by http(s) URLs.
+    apply_lora: the model's adapters are on in requests that choose none, until POST /lora-adapters.
     """
 
     api_key: str | None = None
@@ -79,6 +82,7 @@ class Settings:
     strict: bool = False
     special: bool = False
     fetch_images: bool = False
+    apply_lora: bool = True
 
     def __post_init__(self) -> None:
         """Raises ValueError for a key, an origin or a host name that no request could have."""
@@ -123,6 +127,7 @@ def create_app(model: DiffusionModel, settings: Settings | None = None) -> FastA
         app.add_api_route(path, endpoints.health, methods=_READ)
     for path in READY_PATHS:
         app.add_api_route(path, endpoints.ready, methods=_READ)
+    app.add_api_route(_LORA_PATH, endpoints.adapters, methods=[*_READ, "POST"])
     app.add_api_route("/metrics", endpoints.metrics_page, methods=_READ)
     add_page(app, settings.body_limit(model))
     app.add_exception_handler(ApiError, _api_error)
@@ -154,7 +159,8 @@ class _Endpoints:
         self.metrics = Metrics(_PATHS)
         # A client may call the model by its name or by that of its file.
         names = tuple(dict.fromkeys((model.path.stem, model.path.name, model.name)))
-        self._terms = Terms(names, settings.strict, settings.special)
+        self._adapters = LoadedAdapters(model.lora, names, apply=settings.apply_lora)
+        self._terms = Terms(names, settings.strict, settings.special, adapters=self._adapters)
 
     def generation(self, path: str) -> Callable[[Request], Awaitable[Response]]:
         """The endpoint of a path that generates."""
@@ -235,17 +241,30 @@ class _Endpoints:
             if not finished:
                 self._scheduler.cancel(job, ApiError(499, "The request was cancelled.", code="cancelled"))
 
-    # Models, health, metrics
+    # Models, adapters, health, metrics
 
     async def models(self) -> Response:
-        return JsonResponse({"object": "list", "data": [self._model_object()]})
+        objects = [self._model_object(), *map(self._adapter_object, self._adapters.adapters)]
+        return JsonResponse({"object": "list", "data": objects})
 
     async def model(self, name: str) -> Response:
-        if name not in self._terms.names:
-            raise ApiError(
-                404, f"The model {name!r} does not exist here."[:300], param="model", code="model_not_found"
-            )
+        adapter = self._adapters.find(name)
+        if adapter is not None:
+            return JsonResponse(self._adapter_object(adapter))
+        check_name(name, self._terms.names, self._adapters)
         return JsonResponse(self._model_object())
+
+    async def adapters(self, request: Request) -> Response:
+        """List them; by POST, set the scales of requests that come from now on: others keep theirs."""
+        if request.method != "POST":
+            return JsonResponse(self._adapters.shown())
+        self._adapters.set_scales(await read_json(request, self._max_body))
+        return JsonResponse({"success": True})
+
+    def _adapter_object(self, named: NamedAdapter) -> dict[str, Any]:
+        """As a model of its own, which requests choose by its name."""
+        base = self._model_object()
+        return base | {"id": named.name, "parent": base["id"], "lora": {"id": named.id, "scale": named.scale}}
 
     def _model_object(self) -> dict[str, Any]:
         return {

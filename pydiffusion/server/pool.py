@@ -9,6 +9,7 @@ from pydiffusion.generation.image_prompt import cached_length, read_prompt
 
 if TYPE_CHECKING:
     from pydiffusion.model import DiffusionModel
+    from pydiffusion.options import Lora
     from pydiffusion.session import Session
     from pydiffusion.vision.prompt import Prompt
 
@@ -22,16 +23,23 @@ class SessionPool:
         self.size = 0
         self._idle: list[Session] = []  # least recently used first
 
-    def take(self, prompt: list[int] | Prompt) -> Session:
-        """Take a session for this prompt; return it with ``give_back``. At most ``size_limit`` may be in
-        use.
+    def take(self, prompt: list[int] | Prompt, lora: Lora | None = None) -> Session:
+        """Take a session for this prompt and these adapters (None: the model's); return it with
+        ``give_back``. At most ``size_limit`` may be in use.
 
-        Prefers the idle session with the longest common prefix; creates a new one, while allowed, rather than
-        discard most of another conversation's cache. Raises InsufficientMemoryError if none is idle and
-        memory for another one can't be allocated.
+        Prefers the idle session with the longest common prefix, encoded under the same adapters; creates a
+        new one, while allowed, rather than discard most of another conversation's cache. Raises
+        InsufficientMemoryError if none is idle and memory for another one can't be allocated.
         """
+        key = self._model.lora_key(lora)
+        session = self._choose(prompt, key)
+        if session.lora_key != key:
+            session.truncate(0)  # else its tokens would be encoded anew, with these adapters
+        return session
+
+    def _choose(self, prompt: list[int] | Prompt, key: bytes) -> Session:
         wanted = read_prompt(self._model, prompt)
-        shared = [cached_length(session, wanted) for session in self._idle]
+        shared = [cached_length(session, wanted) if session.lora_key == key else 0 for session in self._idle]
         best = max(range(len(shared)), key=shared.__getitem__, default=None)
         if best is not None and 2 * shared[best] >= self._idle[best].n_past:
             return self._idle.pop(best)

@@ -196,7 +196,8 @@ class Scheduler:
     def _session_for(self, job: Job) -> Session:
         """A session for a job's next run."""
         try:
-            return self._pool.take(job.runs[job.n_begun].prompt)
+            run = job.runs[job.n_begun]
+            return self._pool.take(run.prompt, run.options.lora)
         except InsufficientMemoryError:
             if not self._in_flight:
                 raise

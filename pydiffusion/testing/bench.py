@@ -12,16 +12,22 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pydiffusion import _native
+from pydiffusion.adapters.applied import AdapterStore
 from pydiffusion.device_plan import check_kv_type, device_request, devices
+from pydiffusion.generation.native_model import new_adapter
 
 from .machine_load import LoadMeter, MachineLoad
 from .turns import begin_steps, seconds_of
+
+if TYPE_CHECKING:
+    from pydiffusion.options import Lora
 
 #: Parts of a step in the order in which they run.
 PARTS = ("self-conditioning", "embedding", "attention", "dense", "experts", "head", "sampler")
@@ -73,6 +79,7 @@ class BenchResult:
     matrix_limit_type: str
     parts: dict[str, PartFigures] = field(default_factory=dict)
     operation_seconds: dict[str, float] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()  # NAME:SCALE of each
 
     @property
     def canvas_tokens_per_second_at_16_steps(self) -> float:
@@ -101,13 +108,14 @@ def run_bench(
     seed: int = 0,
     n_ctx: int | None = None,
     kernels: str = "auto",
+    lora: Lora = (),
     **device_options: Any,
 ) -> BenchResult:
     """Benchmark a model file on random tokens.
 
     Raises as ``DiffusionModel``, and ValueError for sizes below 1.
 
-    n_ctx: context of the session; None uses as much as the run needs. kernels and device_options
+    n_ctx: context of the session; None uses as much as the run needs. lora, kernels and device_options
     (``n_gpu_layers``, ``n_cpu_moe``, ``device``, ``gpu_memory``): as for ``DiffusionModel``, but on the CPU
     unless given. A step that is split over several devices is only timed as a whole.
 
@@ -126,6 +134,8 @@ def run_bench(
     description = model.description
     device = description["backend"] if description["n_gpu_layers"] else "cpu"
     session = _native.Session(model, n_ctx or min(model.n_ctx_train, n_prompt + model.canvas_length + 1))
+    adapters = AdapterStore(partial(new_adapter, model), model.file.metadata).set_of(lora)
+    session.set_adapters(adapters.native)
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, model.n_vocab, n_prompt).astype(np.int32)
     prefill_seconds = seconds_of(lambda: session.encode(ids))
@@ -168,6 +178,7 @@ def run_bench(
         matrix_limit_type=main_type,
         parts=parts,
         operation_seconds=_profile_operations(session) if in_one_place else {},
+        adapters=tuple(f"{adapter.name}:{scale:g}" for adapter, scale in adapters.given),
     )
 
 

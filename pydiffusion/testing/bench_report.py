@@ -30,6 +30,8 @@ def format_result(result: BenchResult) -> str:
         f"first {1e3 * r.first_step_seconds:.0f}), {r.step_operations / 1e9:.0f} GFLOP; "
         f"at 16 steps per canvas of {r.canvas_length}: {r.canvas_tokens_per_second_at_16_steps:.1f} tokens/s",
     ]
+    if r.adapters:
+        lines.insert(1, f"adapters {', '.join(r.adapters)}")
     lines += _load_lines(r)
     if r.device != "cpu":
         used = "" if r.gpu_bytes is None else f", {r.gpu_bytes / 1e9:.2f} GB of it in use"

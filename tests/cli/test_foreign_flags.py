@@ -79,11 +79,11 @@ def test_what_has_no_effect_is_said(flag: str) -> None:
 
 
 def test_all_that_is_refused_is_said_at_once(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--top-k", "40", "--repeat-penalty=1.1", "-ctk", "q8_0", "--lora", "x.gguf", "--ignore-eos"]
+    flags = ["--top-k", "40", "--repeat-penalty=1.1", "-ctk", "q8_0", "-md", "x.gguf", "--ignore-eos"]
     assert main(["generate", "-m", model, "-p", "hi", *flags]) == 2
     out, err = capsys.readouterr()
     assert out == "" and "loaded" not in err
-    for flag in ("--top-k:", "--repeat-penalty:", "-ctk:", "--lora:", "--ignore-eos:"):
+    for flag in ("--top-k:", "--repeat-penalty:", "-ctk:", "-md:", "--ignore-eos:"):
         assert flag in err
     assert "--cache-type" in err and "x.gguf" not in err
 

@@ -126,7 +126,13 @@ USAGE = {  # exit code 2
     f"{GEN} --mirostat 2": "--mirostat",
     f"{GEN} -ctk q8_0": "--cache-type",
     f"{GEN} --kv-cache-dtype fp8": "--cache-type",
-    f"{GEN} --lora x.gguf": "adapters are not supported",
+    f"{GEN} --lora x:nan": "--lora: the scale of 'x' is nan",
+    f"{GEN} --lora :0.5": "--lora: ':0.5' has a scale but no path",
+    f"{GEN} --lora ''": "--lora: the path of an adapter is empty",
+    f"{GEN} --lora-base x.gguf": "--lora-base: an adapter applies to the model of -m",
+    f"{GEN} --control-vector x.gguf": "control vectors are not supported",
+    "serve -m model.gguf --lora-modules a=b": "--lora PATH",
+    "export-lora": "pydiffusion convert IN OUT --lora",
     f"{GEN} -md draft.gguf": "speculative decoding",
     f"{GEN} --raw --image x.png": "--image needs --chat",
     f"{GEN} --no-mmproj": "--mmproj none",
@@ -252,6 +258,13 @@ FAILS = {  # exit code 1
     "evaluate model.gguf --reference model.gguf --plot nofolder/x.svg": "no such folder",
     "batch {none} -m model.gguf -o out.jsonl": "No such file",
     "chat -m model.gguf --continue": "no saved conversation",
+    f"{GEN} --lora nowhere": "nowhere: there is no such adapter",
+    f"{GEN} --lora folder:0.5": "folder: has no adapter_config.json",
+    f"{GEN} --lora model.gguf": "model.gguf",
+    "serve -m model.gguf --port 0 --lora nowhere": "nowhere: there is no such adapter",
+    "bench -m model.gguf --lora nowhere": "nowhere: there is no such adapter",
+    "evaluate model.gguf --reference model.gguf --lora nowhere": "nowhere: there is no such adapter",
+    "imatrix model.gguf text.txt -o x --lora nowhere": "nowhere: there is no such adapter",
 }
 
 

@@ -135,7 +135,11 @@ def test_a_gguf_of_the_other_pull_request_is_refused_by_its_tensor(sound: RawGgu
 
 OTHERS = {
     # ggml-org/llama.cpp#3953, #9114
-    "adapter": ("diffusion-gemma", "adapter", "is a LoRA adapter, not a model: merge it"),
+    "adapter": (
+        "diffusion-gemma",
+        "adapter",
+        "is a LoRA adapter, not a model: give it to its model with --lora",
+    ),
     # ggml-org/llama.cpp#7799, #7779
     "mmproj": ("clip", "mmproj", "is the vision part of a model"),
     "mmproj of old": ("clip", None, "is the vision part of a model"),

@@ -206,14 +206,14 @@ def test_an_adapter_is_named(tmp_path: Path, has_config: bool, files: tuple[str,
         (made / "config.json").unlink()
     for name in files:
         (made / name).write_text("{}")
-    refused(made, "adapter (LoRA)", "merge it")
+    refused(made, "adapter (LoRA)", f"pydiffusion convert CHECKPOINT --lora {made}")
 
 
 def test_an_adapter_beside_its_base_is_refused(tmp_path: Path) -> None:
     """transformers would apply it."""
     made = folders.make_folder(tmp_path / "both")
     (made / "adapter_model.safetensors").write_bytes((made / "model.safetensors").read_bytes())
-    refused(made, "adapter_model.safetensors", "merge it")
+    refused(made, "adapter_model.safetensors", "beside the model's model.safetensors: move it")
 
 
 def test_a_file_in_place_of_the_folder(folder: Path, tmp_path: Path) -> None:

@@ -152,8 +152,11 @@ def unknown_options(command: str, application: Any) -> str:
         return _parsed(group, words)
     if words[0] == "COMMAND" or words[0].startswith("llama-"):  # whose flags are translated when it runs
         return ""
-    found = group.commands.get(words[0])
-    return _parsed(found, words[1:]) if found else f"there is no command {words[0]!r}"
+    while words and hasattr(group, "commands"):  # a command, or a group of commands and then one of these
+        if words[0] not in group.commands:
+            return f"there is no command {words[0]!r}"
+        group, words = group.commands[words[0]], words[1:]
+    return _parsed(group, words)
 
 
 @functools.cache

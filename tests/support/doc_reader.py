@@ -20,7 +20,7 @@ from PIL import Image
 
 from pydiffusion.convert import collect_imatrix, convert, convert_mmproj, repack
 from pydiffusion.demo import checkpoint_path
-from support import hub_server
+from support import doc_adapters, hub_server
 from support.doc_blocks import Block
 from support.paths import REPOSITORY
 
@@ -203,7 +203,13 @@ class Reader:
     def _prepare(self, text: str) -> None:
         """Put what the block's text names and nothing before it made."""
         made = {Path(name.strip("'\"")) for name in _OUTPUT.findall(text)}
+        for name, sets in doc_adapters.ADAPTERS.items():
+            path = self.folder / name
+            if re.search(rf"(?<![\w/-]){name}(?![\w.-])", text) and not path.exists():
+                doc_adapters.write(path, sets)
         for name in _GGUF.findall(text):
+            if "lora" in name:  # an adapter, which the page makes
+                continue
             if Path(name) not in made and not (self.folder / name).exists():
                 for i, path in enumerate(self.files.gguf(name)):
                     shutil.copy(path, self.folder / name.replace("-00001-of-", f"-{i + 1:05d}-of-"))

@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import numpy as np
 
+from pydiffusion.adapters.adapter import Adapter
+from pydiffusion.adapters.applied import AdapterStore
 from pydiffusion.chat.formats.gemma import GEMMA
 from pydiffusion.errors import ContextOverflowError, GenerationCancelled
 from pydiffusion.model import DiffusionModel
@@ -81,6 +83,7 @@ class ScriptedModel(DiffusionModel):
         self.native = ScriptedWeights(self)  # type: ignore[assignment]
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
         self._vision = ModelVision(self, self.native, None)
+        self.adapters = AdapterStore(self.native.new_adapter, self.metadata)
         self._chat_template = None
         self._lock = threading.Lock()
         self._automata = {}
@@ -96,6 +99,9 @@ class ScriptedWeights:
 
     def new_session(self, n_ctx: int, image_tokens: int = 0) -> ScriptedNative:
         return ScriptedNative(self._model, n_ctx)
+
+    def new_adapter(self, adapter: Adapter) -> str:
+        return adapter.name
 
     def new_batch(self) -> ScriptedBatch:
         return ScriptedBatch()
@@ -122,6 +128,7 @@ class ScriptedNative:
         self.n_ctx = n_ctx
         self._ids: list[int] = []
         self.images: list[tuple[int, int, bytes]] = []
+        self.adapters: list[tuple[Any, float]] = []
         self._cancelled = threading.Event()
         self._steps: list[SimpleNamespace] = []
 
@@ -142,6 +149,10 @@ class ScriptedNative:
             raise ContextOverflowError("too long")
         self.images += [(self.n_past + begin, len(features), key) for begin, features, key in images]
         self._ids += ids.tolist()
+
+    def set_adapters(self, adapters: Sequence[tuple[Any, float]]) -> None:
+        self._enter()
+        self.adapters = list(adapters)
 
     def truncate(self, n: int) -> None:
         self._enter()

@@ -9,7 +9,6 @@ from support.paths import REPOSITORY
 
 import pydiffusion
 from pydiffusion import ChatCompletion, DiffusionModel, GenerationOptions, Session
-from pydiffusion.generation.async_methods import AsyncMethods
 
 DOCS = REPOSITORY / "docs"
 # Methods that the commands and the server use, documented in the code.
@@ -23,8 +22,8 @@ def test_every_option_error_and_method_is_described() -> None:
     for name in pydiffusion.__all__:
         if name not in ("Event", "__version__"):
             assert name in PAGE, name
-    for name in [*vars(DiffusionModel), *vars(AsyncMethods)]:
-        if inspect.isfunction(getattr(DiffusionModel, name)) and not name.startswith("_"):
+    for name, _ in inspect.getmembers(DiffusionModel, inspect.isfunction):
+        if not name.startswith("_"):
             assert name in _UNLISTED or f"{name}(" in PAGE, name
     for field in fields(ChatCompletion):
         assert f"`{field.name}`" in PAGE, field.name

@@ -24,7 +24,7 @@ FILE: dict[str, Any] = {
     "diffusion.eb_max_steps": 16,
     "tokenizer.ggml.eos_token_id": 1,
 }
-MAY_BE_NONE = {"json_schema", "regex", "grammar", "function_calls", "thinking_budget"}
+MAY_BE_NONE = {"json_schema", "regex", "grammar", "function_calls", "thinking_budget", "lora"}
 
 share = st.floats(0, 1, exclude_max=True)
 number = st.floats(0, 1e6)
@@ -130,6 +130,15 @@ REFUSED: dict[str, st.SearchStrategy[Any]] = {
     "thinking_budget": st.one_of(st.integers(max_value=-1), not_an_integer),
     "stop_on_repetition": not_a_flag,
     "trim_after_eos": not_a_flag,
+    "lora": st.one_of(
+        st.text(),
+        st.integers(),
+        st.binary(),
+        st.just([""]),
+        st.just([1]),
+        st.just([("a", 1.0, 2)]),
+        st.lists(st.tuples(st.just("a"), st.one_of(not_finite, not_a_number, st.just(1e39))), min_size=1),
+    ),
 }
 
 

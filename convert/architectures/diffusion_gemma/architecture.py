@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydiffusion.convert.architectures.architecture import Architecture, ModelShape
 from pydiffusion.convert.architectures.diffusion_gemma import tensor_names
+from pydiffusion.convert.architectures.diffusion_gemma.adapted import DiffusionGemmaMatrices
 from pydiffusion.convert.architectures.diffusion_gemma.config import (
     DEFAULT_SAMPLER,
     TextConfig,
@@ -35,4 +36,5 @@ DIFFUSION_GEMMA = Architecture(
     tensors=plan_tensors,
     mmproj=plan_mmproj,
     implied=implied_keys,
+    matrices=DiffusionGemmaMatrices,
 )

@@ -16,14 +16,14 @@ EMBEDDING = "decoder.embed_tokens.weight"
 
 # Dimensions by name: d hidden size, v vocabulary, ff dense width, q and kv the widths of a layer's queries
 # and keys, h its head size, e experts, xf an expert's width, 2xf gate and up of an expert in one.
-_GLOBAL: Table = (
+GLOBAL: Table = (
     ("decoder.embed_tokens.weight", "token_embd.weight", ("v", "d")),
     ("decoder.self_conditioning.pre_norm.weight", "self_cond_pre_norm.weight", ("d",)),
     ("decoder.self_conditioning.gate_proj.weight", "self_cond_gate.weight", ("ff", "d")),
     ("decoder.self_conditioning.up_proj.weight", "self_cond_up.weight", ("ff", "d")),
     ("decoder.self_conditioning.down_proj.weight", "self_cond_down.weight", ("d", "ff")),
 )
-_LAYER: Table = (
+LAYER: Table = (
     ("input_layernorm.weight", "attn_norm.weight", ("d",)),
     ("self_attn.q_proj.weight", "attn_q.weight", ("q", "d")),
     ("self_attn.k_proj.weight", "attn_k.weight", ("kv", "d")),
@@ -61,8 +61,8 @@ _SCALES_OF_LAYER = tuple(f"{kind}.{of}" for kind in _WITH_SCALES_OF_LAYER for of
 # matrices, which other converters write.
 KINDS = TensorKinds.from_tables(
     ARCHITECTURE,
-    _GLOBAL,
-    _LAYER,
+    GLOBAL,
+    LAYER,
     more_of_model=("output_norm", "output", "rope_freqs", *_SCALES_OF_MODEL),
     more_of_layer=("enc_layer_output_scale", "ffn_gate_exps", "ffn_up_exps", *_SCALES_OF_LAYER),
     more_float32=(
@@ -84,13 +84,13 @@ def wanted_tensors(config: TextConfig) -> list[Wanted]:
         "xf": config.moe_intermediate_size,
         "2xf": 2 * config.moe_intermediate_size,
     }
-    tensors = wanted(_GLOBAL, sizes)
+    tensors = wanted(GLOBAL, sizes)
     for i_layer, sliding in enumerate(config.sliding):
         head_dim = config.head_dim if sliding else config.global_head_dim
         sizes |= {"h": head_dim, "q": config.num_attention_heads * head_dim}
         sizes |= {"kv": config.num_key_value_heads[i_layer] * head_dim}
         # Full layers use K as V.
-        table = [row for row in _LAYER if sliding or row[1] != "attn_v.weight"]
+        table = [row for row in LAYER if sliding or row[1] != "attn_v.weight"]
         tensors += wanted(table, sizes, f"{DECODER}layers.{i_layer}.", f"blk.{i_layer}.")
         encoder_scalar = f"{ENCODER}layers.{i_layer}.layer_scalar"
         tensors.append(Wanted(encoder_scalar, f"blk.{i_layer}.enc_layer_output_scale.weight", (1,)))

@@ -19,6 +19,7 @@ from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
 from pydiffusion.generation.batching import ActiveSequence, BatchRequest, batched_events
 from pydiffusion.openai.errors import ApiError, from_exception, invalid
 from pydiffusion.openai.fields import sort_fields
+from pydiffusion.openai.lora import LoadedAdapters
 from pydiffusion.openai.prepared import PREPARE, Prepared, PreparedRun
 from pydiffusion.openai.reports import Prefilled, up_to_first_call
 from pydiffusion.openai.requests import ENDPOINTS, ChatRequest, Terms
@@ -47,7 +48,8 @@ _ONE_OF = (
 class Defaults:
     """Options of lines that leave them open; can be pickled, for other processes.
 
-    options: of GenerationOptions, by name, and temperature; the seed is line 1's, each further line adds 1.
+    options: of GenerationOptions, by name, and temperature; the seed is line 1's, each further line adds 1;
+        lora as requests have it, by ids of the model's adapters.
     chat: pass a ``prompt`` as a user message through the chat template, or raw; None: if there is a template.
     system: system message for a ``prompt``.  special: parse control tokens in a raw ``prompt``.
     strict: refuse lines with fields without effect.
@@ -121,9 +123,10 @@ class _Jobs:
         self._model = model
         self._defaults = defaults
         self._chat = defaults.uses_chat(model)
-        names = dict.fromkeys((model.path.stem, model.path.name, model.name))
+        names = tuple(dict.fromkeys((model.path.stem, model.path.name, model.name)))
+        adapters = LoadedAdapters(model.lora, names)
         # Whoever has this run on lines may read the files that they name.
-        self._terms = Terms(tuple(names), defaults.strict, defaults.special, ImageRules())
+        self._terms = Terms(names, defaults.strict, defaults.special, ImageRules(), adapters)
         self._index_to_run: dict[int, tuple[_Job, int]] = {}
         self._finished: deque[Json] = deque()
 

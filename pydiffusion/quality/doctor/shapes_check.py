@@ -85,4 +85,18 @@ def _describe(subject: Subject, section: Section) -> None:
     section.passed("runs on", f"{where}, kernels {d['kernels']}, KV cache {d['kv_type']}")
 
 
-CHECKS = (_compare_released, _compare_reference, _describe)
+def _describe_adapters(subject: Subject, section: Section) -> None:
+    """Show what the adapters change that were given; loading the model has checked that they fit."""
+    if not subject.runtime.get("lora"):
+        return
+    for adapter, scale in subject.model.lora:
+        ranks = sorted({factors.rank for factors in adapter.factors.values()})
+        sides = sorted({target.side for target in adapter.factors})
+        section.passed(
+            f"adapter {adapter.name}",
+            f"scale {scale:g}, {len(adapter.factors)} matrices ({', '.join(sides)}), rank"
+            f" {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}",
+        )
+
+
+CHECKS = (_compare_released, _compare_reference, _describe, _describe_adapters)

@@ -62,7 +62,7 @@ def _check_memory(subject: Subject, section: Section) -> None:
     used = _in_a_new_process(
         memory_of_a_run, path, n_prompt, n_ctx, {**arguments, "n_threads": subject.n_threads}
     )
-    asked = {key: value for key, value in arguments.items() if key != "kernels"}
+    asked = {key: value for key, value in arguments.items() if key not in ("kernels", "lora")}
     planned = plan(path, n_ctx=n_ctx, **asked)
     on_gpu = planned.n_gpu_layers > 0 and planned.device != HOST
     if not on_gpu:

@@ -185,15 +185,26 @@ async function askForKey() {
   await learn();
 }
 
-// Asks the server whether its model reads images; without its key it does not say. Returns the status.
+// Asks the server whether its model reads images, and for its adapters; without its key it does not say.
+// Returns the status.
 async function learn() {
   const response = await fetch("v1/models", { headers: headers() });
   if (response.ok) {
     const { data } = await response.json();
     reads = Boolean(data[0].vision);
     byId("attach").hidden = !reads;
+    offerAdapters(data.filter((model) => model.lora));
   }
   return response.status;
+}
+
+// The values are a request's `lora`; of the first one, none, so that the server's scales count.
+function offerAdapters(adapters) {
+  const choice = byId("adapter");
+  const options = adapters.map(({ id, lora }) => [id, JSON.stringify([{ id: lora.id, scale: lora.scale || 1 }])]);
+  const all = [["The server's adapters", ""], ["No adapter", "[]"], ...options];
+  choice.replaceChildren(...all.map(([name, value]) => new Option(name, value)));
+  choice.hidden = !adapters.length;
 }
 
 async function attach(files) {
@@ -217,6 +228,7 @@ async function run(path, body, answer) {
   try {
     body = { ...body, stream: true, stream_options: { diffusion: true } };
     if (Number(steps.value)) body.steps = Number(steps.value);
+    if (byId("adapter").value) body.lora = JSON.parse(byId("adapter").value);
     const atEnd = () => log.scrollHeight - log.scrollTop - log.clientHeight < 80;
     for await (const event of eventsOf(await post(path, body, running.signal))) {
       const follow = atEnd();

@@ -1,0 +1,227 @@
+"""Tune the demo model with LoRA: PEFT, on the class of transformers, for a sudoku that the model can't solve.
+
+The boxes of these sudokus are 3 rows by 2 columns; the demo model learned 2 by 3. Its weights stay as they
+are. Needs the `reference` extra (torch, transformers) and peft. Saves the adapter every 50 steps and at Ctrl-C.
+
+    python examples/tune_lora.py --out build/upright_lora
+    pydiffusion demo --lora build/upright_lora
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # share the cores with other programs
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.functional import cross_entropy
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from demo_recipe.data import Examples, make_pool
+from demo_recipe.evaluate import load_checkpoint
+
+from pydiffusion.demo import checkpoint_path
+
+# The decoder, not the encoder: a prompt is then encoded once, however long it stays in training.
+TARGETS = (
+    r"model\.decoder\.(layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    r"|self_conditioning\.(gate|up|down)_proj)"
+)
+STEPS, T_MIN, T_MAX, ENTROPY_BOUND = 48, 0.4, 0.8, 0.1  # of the sampler, as in generation_config.json
+WEIGHT_KEPT, WEIGHT_PADDING = 0.1, 0.2  # in the loss: tokens that are right already, and those behind the end
+ORDER = np.arange(36).reshape(6, 6).T.ravel()
+
+
+class UprightSudokus(Examples):
+    """Training puzzles: those of the demo model, rows and columns exchanged."""
+
+    def _sudoku_row(self) -> tuple[np.ndarray, np.ndarray]:
+        prompt, canvas = super()._sudoku_row()
+        prompt[self.prompt_cells] = prompt[self.prompt_cells][ORDER]
+        canvas[self.canvas_cells] = canvas[self.canvas_cells][ORDER]
+        return prompt, canvas
+
+
+class Rollouts:
+    """Examples that are denoised by one step of the sampler per step of training, from noise until solved.
+
+    So the model trains on what it meets in generation: its own drafts, its own logits as self-conditioning.
+    Half of the examples start from pure noise, the others from their answer, a part replaced by noise.
+    """
+
+    def __init__(self, model: torch.nn.Module, examples: Examples, n: int, patience: int) -> None:
+        self.model, self.examples, self.patience = model, examples, patience
+        self.n_vocab = model.config.text_config.vocab_size
+        self.batch = examples.batch(n, 0)  # prompts of equal length: others would need attention masks
+        self.cache = self._encode(self.batch.prefix)
+        self.canvas = self._noised(self.batch.target)
+        self.logits = torch.zeros(*self.canvas.shape, self.n_vocab)
+        self.age = torch.zeros(n, dtype=torch.int64)
+        self.n_solved = self.n_finished = 0
+
+    @torch.no_grad()
+    def _encode(self, prompts: torch.Tensor):
+        return self.model.model.encoder(input_ids=prompts).past_key_values
+
+    def _noised(self, target: torch.Tensor) -> torch.Tensor:
+        n = len(target)
+        share = torch.where(torch.rand(n, 1) < 0.5, 1.0, torch.rand(n, 1))
+        noise = torch.randint(0, self.n_vocab, target.shape)
+        return torch.where(torch.rand(target.shape) < share, noise, target)
+
+    def loss(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cross-entropy of the whole canvas, and the logits for `advance`."""
+        target = self.batch.target
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.model(
+                past_key_values=self.cache,
+                decoder_input_ids=self.canvas,
+                self_conditioning_logits=self.logits,
+                self_conditioning_mask=self.age > 0,
+            ).logits
+        weight = torch.where(self.canvas == target, WEIGHT_KEPT, 1.0)
+        weight = weight * torch.where(self.batch.is_padding, WEIGHT_PADDING, 1.0)
+        loss = cross_entropy(logits.transpose(1, 2), target, reduction="none")
+        return (loss * weight).sum() / weight.sum(), logits.detach()
+
+    def advance(self, logits: torch.Tensor) -> None:
+        """Take a step of the entropy-bound sampler, and replace the examples that are solved or too old."""
+        remaining = 1 - self.age[:, None, None] / STEPS
+        self.logits = logits / (T_MIN + (T_MAX - T_MIN) * remaining)
+        distribution = torch.distributions.Categorical(logits=self.logits)
+        ascending, order = torch.sort(distribution.entropy(), dim=-1)
+        sure = torch.cumsum(ascending, dim=-1) - ascending <= ENTROPY_BOUND
+        accepted = torch.zeros_like(sure).scatter(1, order, sure)
+        noise = torch.randint(0, self.n_vocab, self.canvas.shape)
+        self.canvas = torch.where(accepted, distribution.sample(), noise)
+        self.age += 1
+        solved = (logits.argmax(-1) == self.batch.target).all(-1)
+        self._replace((solved | (self.age >= self.patience)).nonzero().flatten())
+        self.n_solved += int(solved.sum())
+
+    def _replace(self, rows: torch.Tensor) -> None:
+        if len(rows) == 0:
+            return
+        fresh = self.examples.batch(len(rows), 0)
+        for name in ("prefix", "target", "is_padding"):
+            getattr(self.batch, name)[rows] = getattr(fresh, name)
+        for layer, new in zip(self.cache.layers, self._encode(fresh.prefix).layers, strict=True):
+            layer.keys[rows], layer.values[rows] = new.keys, new.values
+        self.canvas[rows] = self._noised(fresh.target)
+        self.age[rows] = 0
+        self.n_finished += len(rows)
+
+
+class Average:
+    """Moving average of the adapter's weights, which is what is saved."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay, self.n = parameters, decay, 0
+        self.means = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.n += 1
+        torch._foreach_lerp_(self.means, self.parameters, 1 - min(self.decay, self.n / (self.n + 5)))
+
+    @torch.no_grad()
+    def save(self, model, folder: Path) -> None:
+        """Write the averages as PEFT does, in bfloat16."""
+        kept = [parameter.detach().clone() for parameter in self.parameters]
+        for parameter, mean in zip(self.parameters, self.means, strict=True):
+            parameter.data = mean.to(torch.bfloat16)
+        model.save_pretrained(folder)
+        for parameter, value in zip(self.parameters, kept, strict=True):
+            parameter.data = value
+
+
+def digest(model: torch.nn.Module) -> str:
+    """SHA-256 of the weights that are not tuned."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in frozen)).hexdigest()
+
+
+def rate(step: int, n_steps: int) -> float:
+    """Factor of the learning rate: warm-up, plateau, cosine from a third of the steps on."""
+    falling = min(1.0, max(0.0, (3 * step / n_steps - 1) / 2))
+    return min(1.0, (step + 1) / 20) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * falling)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the adapter")
+    parser.add_argument("--start", type=Path, help="adapter folder to continue from")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument(
+        "--patience", type=int, default=16, help="steps until an unsolved example is replaced"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the layers first, which takes minutes"
+    )
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
+    base, tokenizer = load_checkpoint(checkpoint_path())
+    base.set_experts_implementation("dense_demo")  # faster for four small experts
+    config = LoraConfig(r=arguments.rank, lora_alpha=arguments.rank, target_modules=TARGETS)
+    if arguments.start:
+        model = PeftModel.from_pretrained(base, arguments.start, is_trainable=True)
+    else:
+        model = get_peft_model(base, config)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if arguments.compile:
+        for layer in base.model.decoder.layers:
+            layer.compile(dynamic=False)
+    before = digest(model)
+    print(f"{sum(p.numel() for p in parameters)} weights in {len(parameters)} matrices", flush=True)
+    examples = UprightSudokus(tokenizer, make_pool(4000, arguments.seed + 1), arguments.seed + 2)
+    rollouts = Rollouts(base, examples, arguments.batch, arguments.patience)
+    adam = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0)
+    average = Average(parameters, decay=0.98)
+    losses: list[float] = []
+    start = time.monotonic()
+    try:
+        for step in range(arguments.steps):
+            loss, logits = rollouts.loss()
+            loss.backward()
+            rollouts.advance(logits)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            adam.param_groups[0]["lr"] = arguments.rate * rate(step, arguments.steps)
+            adam.step()
+            adam.zero_grad()
+            average.update()
+            losses.append(loss.item())
+            if (step + 1) % 50 == 0:
+                print(
+                    time.strftime("%H:%M:%S"),
+                    f"step {step + 1} minutes {(time.monotonic() - start) / 60:.1f} of the cores"
+                    f" {time.process_time() / 60:.1f} loss {sum(losses) / len(losses):.4f} solved"
+                    f" {rollouts.n_solved} of {rollouts.n_finished}",
+                    flush=True,
+                )
+                losses.clear()
+                rollouts.n_solved = rollouts.n_finished = 0
+                average.save(model, arguments.out)
+    except KeyboardInterrupt:
+        print(f"stopped after {step} steps")
+    average.save(model, arguments.out)
+    if digest(model) != before:
+        raise RuntimeError("the base model's weights changed")
+    print(f"wrote {arguments.out}; the base model's weights are as before, sha256 {before[:16]}")
+
+
+if __name__ == "__main__":
+    main()

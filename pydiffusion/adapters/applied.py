@@ -1,0 +1,176 @@
+"""The adapters of a model and of its sessions: loaded once, kept, and applied with their scales."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydiffusion.errors import AdapterError, PyDiffusionError
+from pydiffusion.options import Lora, LoraSource, ResolvedOptions, lora_option
+
+from .adapter import Adapter
+
+if TYPE_CHECKING:
+    from pydiffusion import _native
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterSet:
+    """Adapters with their scales, in order.
+
+    given: all of them. native: as a native session takes them, those of scale 0 left out, so that an adapter
+    that is off costs nothing. key: a hash of the adapters and scales in ``native``; empty if there are none.
+    """
+
+    given: tuple[tuple[Adapter, float], ...] = ()
+    native: tuple[tuple[_native.Adapter, float], ...] = ()
+    key: bytes = b""
+
+
+_NONE = AdapterSet()
+
+
+class AdapterStore:
+    """The adapters that a model has loaded, and those that it applies. Thread-safe.
+
+    current: what sessions apply that have none of their own.
+    """
+
+    def __init__(self, make: Callable[[Adapter], _native.Adapter], metadata: Mapping[str, Any]) -> None:
+        """make: loads an adapter beside the model's weights. metadata: the model file's."""
+        self._make = make
+        self._metadata = metadata
+        self._lock = threading.Lock()
+        self._source_to_adapter: dict[str, tuple[Any, Adapter]] = {}
+        self._fingerprint_to_native: dict[bytes, _native.Adapter] = {}
+        self.current = _NONE
+
+    def load(self, source: LoraSource) -> Adapter:
+        """An adapter, ready to be applied: read unless it is loaded and its files have not changed since.
+
+        Raises as ``load_adapter``, and AdapterError for one that does not fit the model's matrices.
+        """
+        return self._loaded(source)[0]
+
+    def set_of(self, lora: Lora) -> AdapterSet:
+        """Adapters with their scales, loaded. Raises as ``load``, OptionError for anything else."""
+        loaded = [(*self._loaded(source), scale) for source, scale in lora_option(lora)]
+        given = tuple((adapter, scale) for adapter, _, scale in loaded)
+        native = tuple((native, scale) for _, native, scale in loaded if scale)
+        applied = [adapter.fingerprint + struct.pack("<d", scale) for adapter, scale in given if scale]
+        return AdapterSet(given, native, hashlib.sha256(b"".join(applied)).digest() if applied else b"")
+
+    def loaded_in(self, options: ResolvedOptions) -> ResolvedOptions:
+        """Options with the adapters that they name loaded. Raises as ``load``."""
+        if not options.lora:
+            return options
+        return replace(options, lora=self.set_of(options.lora).given)
+
+    def close(self) -> None:
+        """Let go of the adapters, which hold the model's weights; sessions keep those that they apply."""
+        with self._lock:
+            self._source_to_adapter.clear()
+            self._fingerprint_to_native.clear()
+        self.current = replace(self.current, native=())
+
+    def _loaded(self, source: LoraSource) -> tuple[Adapter, _native.Adapter]:
+        with self._lock:
+            adapter = source if isinstance(source, Adapter) else self._current(source)
+            native = self._fingerprint_to_native.get(adapter.fingerprint)
+            if native is None:
+                native = self._fingerprint_to_native[adapter.fingerprint] = self._make(adapter)
+            return adapter, native
+
+    def _current(self, source: str | os.PathLike[str]) -> Adapter:
+        name, state = os.fspath(source), _state(Path(source))
+        if state is not None:
+            name = str(Path(source).resolve())
+        known = self._source_to_adapter.get(name)
+        if known is not None and known[0] == state:
+            return known[1]
+        adapter = _read(source, self._metadata)
+        self._source_to_adapter[name] = state, adapter
+        return adapter
+
+
+def _read(source: str | os.PathLike[str], metadata: Mapping[str, Any]) -> Adapter:
+    from .loading import load_adapter, parse_lora  # on first use: most models have no adapters
+
+    path, scale = parse_lora(os.fspath(source))
+    if path != os.fspath(source) and Path(path).exists():
+        raise AdapterError(
+            f"{source}: there is no such adapter: give the scale beside it, ({path!r}, {scale:g})"
+        )
+    return load_adapter(source, metadata)
+
+
+def _state(path: Path) -> list[tuple[str, int, int]] | None:
+    """Names, sizes and times of a file, or of the files in a folder, by which a change is seen; None for what
+    is not there, as the name of a repo on the hub.
+    """
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        return [(file.name, (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
+    except OSError:
+        return None
+
+
+class SessionAdapters:
+    """The adapters of a session: its own or the model's, and those that its cache was encoded with."""
+
+    def __init__(self, store: AdapterStore, native: _native.Session, own: AdapterSet | None) -> None:
+        """own: None follows the model's."""
+        self._store = store
+        self._native = native
+        self.own = own
+        self.applied = _NONE
+        self.apply()
+
+    @property
+    def chosen(self) -> AdapterSet:
+        """The session's own, else the model's."""
+        return self._store.current if self.own is None else self.own
+
+    def set(self, lora: Lora | None) -> None:
+        """Choose adapters for all that follows, with nothing changed if one is refused; None follows the
+        model's again.
+        """
+        self.own = None if lora is None else self._store.set_of(lora)
+
+    def apply(self, lora: Lora | None = None) -> bool:
+        """Apply these adapters, or None for the chosen ones, from now on. Returns whether others were applied
+        before: then the cache's tokens are encoded anew before it is next read, and a generation has ended.
+        """
+        wanted = self.chosen if lora is None else self._store.set_of(lora)
+        if wanted.key == self.applied.key:
+            return False
+        if wanted.key and not wanted.native:
+            raise PyDiffusionError("the model is closed: its adapters can't be applied to a session any more")
+        self._native.set_adapters(wanted.native)
+        self.applied = wanted
+        return True
+
+    def apply_those_of(self, other: SessionAdapters) -> None:
+        """Apply what another session applies, whose cache is to be copied."""
+        if other.applied.key != self.applied.key:
+            self._native.set_adapters(other.applied.native)
+            self.applied = other.applied
+
+
+def read_first(lora: Sequence[Any], metadata: Callable[[], Mapping[str, Any]]) -> Lora:
+    """The adapters that a model is to be opened with, read before its weights are: what is wrong with them
+    is found at once. metadata: the model file's.
+    """
+    given = lora_option(lora)
+    if not given:
+        return ()
+    known = metadata()
+    return [
+        (source if isinstance(source, Adapter) else _read(source, known), scale) for source, scale in given
+    ]

@@ -1,0 +1,235 @@
+"""Read an adapter folder of PEFT, which Unsloth, NeMo and others write too.
+
+Names of modules decide what a pair changes: ``decoder.layers`` and ``encoder.language_model.layers`` of
+transformers are one mode each, ``layers`` without either (NeMo) serves both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from pydiffusion.adapters.adapter import Adapter, Factors, Target
+from pydiffusion.adapters.folder_files import CONFIG, open_tensors
+from pydiffusion.adapters.mlx_folder import is_mlx, read_mlx_folder
+from pydiffusion.adapters.peft_settings import PeftSettings, read_settings
+from pydiffusion.adapters.stored import (
+    FLOATS,
+    Change,
+    PairRead,
+    Stored,
+    adapter_errors,
+    has_no_effect,
+    make_adapter,
+    tensor_error,
+)
+from pydiffusion.convert.architectures.architecture import Matrices
+from pydiffusion.convert.checkpoint.strict_json import Fields, read_json_object
+
+_MAX_CONFIG = 64 << 20  # bytes
+_BASE = "base_model.model."
+_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.(?P<name>[^.]+))?\.weight", re.DOTALL)
+# Parts of a path that come from wrapping a model for training.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
+# Tensors that are no pairs of LoRA: a pattern, what they are, and what to do.
+_OTHER_TENSORS = (
+    (r".*\.lora_magnitude_vector(?:\..*)?", "DoRA's magnitudes", "train without use_dora, or merge it"),
+    (r".*\.lora_[AB](?:\..*)?\.bias", "a trained bias", "train with lora_bias=False and bias='none'"),
+    (r".*\.lora_embedding_[AB](?:\..*)?", "LoRA of an embedding", "train without embed_tokens"),
+    (r".*\.lora_(?:E|diag|ranknum)(?:\..*)?", "of another method than LoRA", "train a plain LoRA"),
+    (r".*trainable_tokens_.*", "trained token embeddings", "merge the adapter into the checkpoint"),
+    (r".*\.lora_(?:gate_and_up|down)_[AB]", "experts in NeMo's own layout", "train attention and dense MLP"),
+    (r".*\.bias", "a trained bias", "train with bias='none'"),
+    (
+        r"(?!.*\.lora_).*\.(?:modules_to_save\..*|weight|scale|per_expert_scale|layer_scalar)",
+        "a weight trained as a whole",
+        "merge the adapter into the checkpoint, or train without modules_to_save and embedding layers",
+    ),
+)
+
+
+@dataclass
+class _Pair:
+    """A and B of one module, as they were found."""
+
+    module: str
+    parts: dict[str, Stored] = field(default_factory=dict)
+
+
+def read_peft_folder(folder: Path, matrices: Matrices, name: str = "") -> Adapter:
+    """Read a folder with ``adapter_config.json``, of PEFT or MLX.
+
+    matrices: of the model that it is for. name: for people; empty: the folder's.
+    Raises AdapterError, naming the file and the tensor or key.
+    """
+    name = name or folder.absolute().name
+    with adapter_errors(folder):
+        notes: list[str] = []
+        fields = Fields(
+            read_json_object(folder / CONFIG, _MAX_CONFIG), str(folder / CONFIG), notes, null_is_missing=True
+        )
+        if is_mlx(fields):
+            return read_mlx_folder(folder, fields, matrices, name)
+        settings = read_settings(fields, notes)
+        tensors = open_tensors(folder)
+        pairs = _pairs(tensors)
+        changes = list(_changes(pairs, settings, matrices, notes))
+        return make_adapter(name, folder, changes, matrices, settings.shown, notes)
+
+
+def _pairs(tensors: Mapping[str, Stored]) -> dict[str, _Pair]:
+    """Module's path in the model -> its pair. Raises AdapterError for anything else."""
+    pairs: dict[str, _Pair] = {}
+    names: dict[str | None, str] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise tensor_error(tensor.path, key, _what_is(key))
+        first = names.setdefault(match["name"], key)
+        if len(names) > 1:
+            other = next(found for found in names.values() if found != first)
+            raise tensor_error(tensor.path, key, f"is of another adapter than {other!r:.300}: save one")
+        module = _WRAPPERS.sub("", match["module"].removeprefix(_BASE))
+        pair = pairs.setdefault(module, _Pair(module))
+        if match["part"] in pair.parts:
+            twin = pair.parts[match["part"]].key
+            raise tensor_error(tensor.path, key, f"is of the same module as {twin!r:.300}")
+        pair.parts[match["part"]] = tensor
+    for pair in pairs.values():
+        for part, missing in (("A", "B"), ("B", "A")):
+            if missing not in pair.parts:
+                found = pair.parts[part]
+                raise tensor_error(found.path, found.key, f"has no lora_{missing} beside it: save it again")
+    return pairs
+
+
+def _what_is(key: str) -> str:
+    for pattern, what, advice in _OTHER_TENSORS:
+        if re.fullmatch(pattern, key, re.DOTALL):
+            return f"is {what}, which is not supported: {advice}"
+    return "is no lora_A.weight or lora_B.weight of a module"
+
+
+def _changes(
+    pairs: Mapping[str, _Pair], settings: PeftSettings, matrices: Matrices, notes: list[str]
+) -> Iterator[Change]:
+    dropped: dict[str, int] = {}
+    for module, pair in pairs.items():
+        a, b = pair.parts["A"], pair.parts["B"]
+        parameter = _parameter(module, pairs, settings, matrices)
+        path = parameter or module
+        place = matrices.place(path.removeprefix("model."))
+        if place is None:
+            what = matrices.other(module.removeprefix("model."))
+            _require_floats(a, b)
+            if what and has_no_effect(a, b):
+                dropped[what] = dropped.get(what, 0) + 1
+                continue
+            raise tensor_error(a.path, a.key, _why_not(what))
+        target = Target(place.tensor, place.side)
+        yield _change(target, path, a, b, settings, matrices, notes)
+    notes += [f"{n} pairs of {what} were not trained, and are left out" for what, n in dropped.items()]
+
+
+def _why_not(what: str) -> str:
+    if not what:
+        return "is of no matrix of this model: is the adapter for another model?"
+    return (
+        f"changes {what}, which is not supported: train with target_modules of the text model's attention, "
+        "MLP, experts, router and self-conditioning"
+    )
+
+
+def _require_floats(*tensors: Stored) -> None:
+    for tensor in tensors:
+        if tensor.dtype not in FLOATS:
+            raise tensor_error(
+                tensor.path, tensor.key, f"is stored as {tensor.dtype}; save it as {', '.join(FLOATS)}"
+            )
+        if len(tensor.shape) < 2 or 0 in tensor.shape:
+            raise tensor_error(
+                tensor.path,
+                tensor.key,
+                f"has the shape {list(tensor.shape)}, part of a matrix only: gather the shards before saving",
+            )
+
+
+def _parameter(
+    module: str, pairs: Mapping[str, _Pair], settings: PeftSettings, matrices: Matrices
+) -> str | None:
+    """The path of the parameter that a pair on experts is for; None for any other module.
+
+    PEFT wraps a module once per parameter, in their order: of two, gate_up_proj is the inner one.
+    """
+    inner = module.removesuffix(".base_layer")
+    if not inner.endswith(".experts"):
+        # A matrix named as a parameter has the keys of its module, but patterns see the parameter's path.
+        return None
+    first, second = f"{inner}.gate_up_proj", f"{inner}.down_proj"
+    if inner != module:
+        return first
+    if f"{inner}.base_layer" in pairs:
+        return second
+    named = [path for path in (first, second) if settings.is_parameter(path)]
+    if len(named) == 1:
+        return named[0]
+    a = pairs[module].parts["A"]
+    raise tensor_error(
+        a.path,
+        a.key,
+        f"is of the experts' gate_up_proj or down_proj, and target_parameters of {CONFIG} doesn't say which",
+    )
+
+
+def _change(
+    target: Target,
+    path: str,
+    a: Stored,
+    b: Stored,
+    settings: PeftSettings,
+    matrices: Matrices,
+    notes: list[str],
+) -> Change:
+    _require_floats(a, b)
+    keys = (a.key, b.key)
+    matrix = matrices.matrix(target.tensor)
+    if settings.is_parameter(f"{path}.weight"):
+        path += ".weight"
+    rank = settings.rank(path)
+    of_experts = matrix is not None and matrix.of_experts
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        raise tensor_error(a.path, a.key, f"is {list(a.shape)}, B {list(b.shape)}; PEFT saves matrices")
+    if a.shape[0] != b.shape[1]:
+        raise tensor_error(
+            a.path, a.key, f"is {list(a.shape)}, {b.key!r:.300} {list(b.shape)}: their ranks differ"
+        )
+    n_experts = (matrices.n_experts or a.shape[0] // rank) if of_experts else 1
+    if a.shape[0] != rank * n_experts:
+        each = f" for each of {n_experts} experts" if of_experts else ""
+        raise tensor_error(
+            a.path,
+            a.key,
+            f"has {a.shape[0]} rows, but r of {settings.file} is {rank}{each}: the two don't belong together",
+        )
+    n_in, n_out, scale = a.shape[1], b.shape[0], settings.scale(path, notes)
+    if of_experts:
+        read = PairRead(a, b, partial(_experts_a, n_experts), partial(_experts_b, n_experts))
+        factors = Factors((n_experts, rank, n_in), (n_experts, n_out, rank), scale, read)
+    else:
+        factors = Factors((rank, n_in), (n_out, rank), scale, PairRead(a, b))
+    return Change(target, factors, keys, a.path)
+
+
+def _experts_a(n_experts: int, a: np.ndarray) -> np.ndarray:
+    """(n_expert * r, n_in), an expert's rows together -> (n_expert, r, n_in)."""
+    return a.reshape(n_experts, -1, a.shape[1])
+
+
+def _experts_b(n_experts: int, b: np.ndarray) -> np.ndarray:
+    """(n_out, r * n_expert), a rank's values of all experts together -> (n_expert, n_out, r)."""
+    return b.reshape(b.shape[0], -1, n_experts).transpose(2, 0, 1)
