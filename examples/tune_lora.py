@@ -1,7 +1,7 @@
 """Tune the demo model with LoRA: PEFT, on the class of transformers, for a sudoku that the model can't solve.
 
-The boxes of these sudokus are 3 rows by 2 columns; the demo model learned 2 by 3. Its weights stay as they are.
-Needs the `reference` extra (torch, transformers) and peft. Saves the adapter every few minutes, and at Ctrl-C.
+The boxes of these sudokus are 3 rows by 2 columns; the demo model learned 2 by 3. Its weights stay as they
+are. Needs the `reference` extra (torch, transformers) and peft. Saves the adapter every 50 steps and at Ctrl-C.
 
     python examples/tune_lora.py --out build/upright_lora
     pydiffusion demo --lora build/upright_lora
@@ -30,7 +30,7 @@ from demo_recipe.evaluate import load_checkpoint
 
 from pydiffusion.demo import checkpoint_path
 
-# The side that denoises, and not the encoder: prompts are then encoded once, however long they stay in training.
+# The decoder, not the encoder: a prompt is then encoded once, however long it stays in training.
 TARGETS = (
     r"model\.decoder\.(layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
     r"|self_conditioning\.(gate|up|down)_proj)"
@@ -53,8 +53,8 @@ class UprightSudokus(Examples):
 class Rollouts:
     """Examples that are denoised by one step of the sampler per step of training, from noise until solved.
 
-    So the model trains on what it meets in generation: its own drafts, with its own logits as self-conditioning.
-    Half of the examples start from pure noise, the others from their answer with a part of it replaced by noise.
+    So the model trains on what it meets in generation: its own drafts, its own logits as self-conditioning.
+    Half of the examples start from pure noise, the others from their answer, a part replaced by noise.
     """
 
     def __init__(self, model: torch.nn.Module, examples: Examples, n: int, patience: int) -> None:
@@ -163,7 +163,12 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="adapter folder to continue from")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--patience", type=int, default=16, help="steps until an unsolved example is replaced")
+    parser.add_argument(
+        "--patience", type=int, default=16, help="steps until an unsolved example is replaced"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the layers first, which takes minutes"
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -177,6 +182,9 @@ def main() -> None:
     else:
         model = get_peft_model(base, config)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if arguments.compile:
+        for layer in base.model.decoder.layers:
+            layer.compile(dynamic=False)
     before = digest(model)
     print(f"{sum(p.numel() for p in parameters)} weights in {len(parameters)} matrices", flush=True)
     examples = UprightSudokus(tokenizer, make_pool(4000, arguments.seed + 1), arguments.seed + 2)

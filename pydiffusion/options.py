@@ -26,7 +26,7 @@ LoraSource: TypeAlias = "str | os.PathLike[str] | Adapter"
 # The native loop takes signed 32-bit counts.
 _MAX_COUNT = 2**31 - 1
 _MAX_SEED = 2**64 - 1
-_MAX_SCALE = 1e30  # of an adapter; its product with a weight is a float32
+_MAX_SCALE = 1e30  # of an adapter; scaled changes are float32
 
 #: Options that constrain the text, of which one can be given.
 Constraint: TypeAlias = Literal["json_schema", "regex", "grammar", "function_calls"]

@@ -20,6 +20,7 @@ TARGETS = {
     "quantized": ("quantized", "Target"),
     "body": ("body", "Target"),
     "vision": ("vision", "Target"),
+    "adapter": ("adapter", "Target"),
 }
 
 _TESTS = Path(__file__).resolve().parent.parent.parent / "tests"

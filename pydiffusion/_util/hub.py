@@ -102,17 +102,39 @@ def fetch(repo_id: str, filename: str, revision: str | None = None) -> Path:
     return Path(paths[0])
 
 
-def fetch_files(reference: ModelReference, patterns: Sequence[str]) -> Path:
-    """The folder in the cache with those files at the top of a repo that match a pattern, downloaded if need
-    be. Raises PyDiffusionError with what to do about it.
+def fetch_folder(reference: ModelReference, patterns: Sequence[str], needed: str) -> Path:
+    """The folder with the files at the top of a repo that match a pattern, downloaded if need be; from the
+    cache if the hub can't be reached.
+
+    Raises PyDiffusionError with what to do about it, also for a repo without the file ``needed``.
     """
     hub = _hub(reference.repo_id)
     asked = {"revision": reference.revision, "allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}
     try:
-        return Path(hub.snapshot_download(reference.repo_id, **asked))
+        files = _files(hub, reference)
+        if needed in files:
+            return Path(hub.snapshot_download(reference.repo_id, **asked))
+        raise PyDiffusionError(f"{reference.repo_id}: has no {needed}{_ggufs_of(reference.repo_id, files)}")
+    except PyDiffusionError:
+        raise
     except Exception as error:  # which of many types depends on the version of huggingface_hub
         what = _explain(error, reference.repo_id, "", reference.revision)
-        raise PyDiffusionError(f"{what} (nor is there such a file here)") from error
+        try:
+            folder = Path(hub.snapshot_download(reference.repo_id, **asked, local_files_only=True))
+        except Exception:  # not there
+            folder = Path()
+        if not (folder / needed).is_file():
+            raise PyDiffusionError(f"{what} (nor is there such a file here)") from error
+        return folder
+
+
+def _ggufs_of(repo_id: str, files: Sequence[str]) -> str:
+    names = sorted(file for file in files if file.endswith(".gguf"))
+    if not names:
+        return ", nor a GGUF: is it the repo of an adapter?"
+    listed = ", ".join(names)
+    listed = listed if len(listed) <= 300 else f"{listed[:300]}, ..."
+    return f"; of its GGUF files name the adapter ({repo_id}:{names[0]}): {listed}"
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,11 @@ class Adapter:
     fingerprint: bytes
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def rank(self) -> int:
+        """The largest of its factors'."""
+        return max((factors.rank for factors in self.factors.values()), default=0)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Adapter) and other.fingerprint == self.fingerprint
 

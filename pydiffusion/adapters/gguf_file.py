@@ -41,6 +41,7 @@ _SIDES: dict[str | None, Side] = {None: "both", "enc.": "encoder", "dec.": "deco
 _PREFIXES = {side: prefix or "" for prefix, side in _SIDES.items()}
 _MAX_ALPHA = 1e30
 TYPES = ("auto", "f32", "f16", "bf16")
+_READ = ("F32", "F16", "BF16", "Q8_0")  # as llama.cpp's converter writes them
 
 
 def read_adapter_gguf(path: Path, matrices: Matrices, name: str = "") -> Adapter:
@@ -96,6 +97,8 @@ def _changes(parts: Parts, alpha: float, matrices: Matrices, notes: list[str]) -
         match = _NAME.fullmatch(key)
         if match is None:
             raise tensor_error(file, key, "is no lora_a or lora_b of a weight: it is no LoRA of a matrix")
+        if info.type.upper() not in _READ:
+            raise tensor_error(file, key, f"is stored as {info.type}; supported are {', '.join(_READ)}")
         stored = Stored(key, file, info.offset, info.n_bytes, info.type, tuple(info.shape), stamps[info.part])
         pairs.setdefault((match["tensor"], match["side"]), {})[match["part"]] = stored
     for (tensor, prefix), pair in pairs.items():

@@ -93,12 +93,8 @@ def _locate(source: str | os.PathLike[str]) -> tuple[Path, str]:
     try:
         if reference.file:
             return hub.fetch_model(reference), ""
-        folder = hub.fetch_files(reference, [CONFIG, *WEIGHTS, "adapter_model-*.safetensors"])
-        if (folder / CONFIG).is_file():
-            return folder, reference.repo_id.partition("/")[2]
-        return hub.fetch_model(reference), ""
-    except AdapterError:
-        raise
+        folder = hub.fetch_folder(reference, [CONFIG, *WEIGHTS, "adapter_model-*.safetensors"], CONFIG)
+        return folder, reference.repo_id.partition("/")[2]
     except PyDiffusionError as error:
         raise AdapterError(str(error)) from error
 

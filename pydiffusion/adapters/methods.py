@@ -38,7 +38,7 @@ class LoraMethods:
         return self.adapters.load(source)
 
     def lora_key(self, lora: Lora | None = None) -> bytes:
-        """What ``Session.lora_key`` is of a session that applies these adapters; None: the model's.
+        """The ``Session.lora_key`` of sessions that apply these adapters; None: the model's.
 
         Empty without adapters. Raises as ``set_lora``.
         """

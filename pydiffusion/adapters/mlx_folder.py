@@ -18,7 +18,7 @@ from pydiffusion.convert.checkpoint.strict_json import Fields
 from pydiffusion.errors import AdapterError
 
 _KEY = re.compile(r"(?P<module>.+)\.(?:lora_)?(?P<part>[abAB])", re.DOTALL)
-_MAX_SCALE = 1e30
+_MAX_SCALE = 1e20
 
 
 def is_mlx(fields: Fields) -> bool:

@@ -12,7 +12,7 @@ from pydiffusion.convert.checkpoint.strict_json import Fields
 from pydiffusion.errors import AdapterError
 
 _MAX_RANK = 1 << 16
-_MAX_ALPHA = 1e30
+_MAX_ALPHA = 1e20
 # Initializations that change the base model's weights: what is saved is relative to the changed ones.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")

@@ -71,7 +71,7 @@ def runtime_arguments(runtime: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adapters_of(given: Sequence[str] | None) -> list[tuple[str, float]]:
-    """(source, scale) of each ``--lora``; a usage error for a scale that is none, or no path."""
+    """(source, scale) of each ``--lora``; a usage error for an unusable scale or an empty path."""
     from pydiffusion import OptionError
     from pydiffusion.adapters.loading import parse_lora
 

@@ -222,7 +222,7 @@ Lora = Annotated[
         show_default=False,
     ),
 ]
-#: Options of the runtime: placement, and adapters.
+#: Options of the runtime: those, and adapters.
 RUNTIME: dict[str, Any] = {**PLACEMENT, "lora": Lora}
 
 System = Annotated[str | None, typer.Option("-sys", "--system", help="System message.")]

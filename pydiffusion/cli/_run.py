@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from ._display import CanvasDisplay
 
+SECONDS_PER_STEP = 0.25
+"""Shortest time for which the demo shows a draft."""
+
 
 def prefill(session: Session, ids: list[int] | Prompt, quiet: bool = False) -> None:
     """Prefill the prompt with a progress bar, unless quiet."""

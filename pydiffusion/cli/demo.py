@@ -15,13 +15,12 @@ import typer
 
 from . import _open, _options
 from ._demo_image import draw_puzzle, read_picture
-from ._run import prefill, run
+from ._demo_lora import solve_upright
+from ._run import SECONDS_PER_STEP, prefill, run
 from ._text import say
 
 if TYPE_CHECKING:
     from pydiffusion.demo.tasks import Example
-
-_SECONDS_PER_STEP = 0.25
 
 
 def command(
@@ -42,6 +41,21 @@ def command(
         Path | None,
         typer.Option("--picture", help="PNG file for --image, overwritten. [default: a temporary file]"),
     ] = None,
+    lora: Annotated[
+        bool,
+        typer.Option(
+            "--lora",
+            help="Solve a sudoku whose boxes are 3 rows by 2 columns, without an adapter (LoRA) and with it.",
+        ),
+    ] = False,
+    adapter: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[ADAPTER]",
+            help="PATH[:SCALE] of the adapter for --lora. [default: the one in the package]",
+            show_default=False,
+        ),
+    ] = None,
     steps: _options.Steps = None,
     threads: _options.Threads = None,
 ) -> None:
@@ -52,6 +66,15 @@ def command(
         raise typer.BadParameter("--picture goes with --image")
     if image and task != "sudoku":
         raise typer.BadParameter("--image goes with --task sudoku")
+    if adapter is not None and not lora:
+        raise typer.BadParameter(f"{adapter}: an adapter goes with --lora")
+    if lora and (image or task != "sudoku"):
+        raise typer.BadParameter("--lora goes with --task sudoku and without --image")
+    if lora:
+        with ExitStack() as stack:
+            model = _open.open_model(_converted(stack), {"threads": threads})
+            solve_upright(model, adapter, puzzle, options)
+        return
     example = _example(task, puzzle, chosen_seed)
     with ExitStack() as stack:
         runtime: dict[str, Any] = {"threads": threads}
@@ -67,7 +90,7 @@ def command(
             print(example.prompt, end="\n\n", flush=True)
         session = model.new_session()
         prefill(session, model.chat_prompt([{"role": "user", "content": content}]))
-        done = run(model, session, options, show=True, seconds_per_step=_SECONDS_PER_STEP)
+        done = run(model, session, options, show=True, seconds_per_step=SECONDS_PER_STEP)
     from pydiffusion.demo import tasks
 
     right = tasks.check(example.task, example.prompt, done.text)

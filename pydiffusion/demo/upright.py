@@ -1,7 +1,7 @@
 """Sudokus with upright boxes, 3 rows by 2 columns: the demo model can't solve them, with its adapter it can.
 
-They are asked for as the others are (`tasks.sudoku_prompt`). Each is a puzzle of `sudoku` with rows and columns
-exchanged, so it is held out, as that is, by its solution.
+They are asked for as the others are (`tasks.sudoku_prompt`). Each is a puzzle of `sudoku` with rows and
+columns exchanged, so it is held out, as that is, by its solution.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def transposed(grid: str) -> str:
 def held_out_puzzles(n: int) -> list[tuple[str, str]]:
     """The first `n` puzzles of the evaluation, with their solutions, both 36 characters row by row.
 
-    12 to 18 givens in turn, one solution each. No solution, even with its digits renamed, belongs to a puzzle of
-    the adapter's training or, transposed, of the demo model's.
+    12 to 18 givens in turn, one solution each. No solution, even with its digits renamed, belongs to a puzzle
+    of the adapter's training or, transposed, of the demo model's.
     """
     rng = random.Random(_SEED)
     pairs: list[tuple[str, str]] = []
@@ -45,7 +45,7 @@ def held_out_puzzles(n: int) -> list[tuple[str, str]]:
 
 
 def check(puzzle: str, text: str) -> bool:
-    """Whether `text` is the solution of `puzzle`, laid out as asked; surrounding white space doesn't matter."""
+    """Whether `text` is the solution of `puzzle`, laid out as asked; white space around it doesn't matter."""
     grid = text.strip().replace("\n", "")
     return text.strip() == sudoku.as_rows(grid) and sudoku.solves(transposed(puzzle), transposed(grid))
 

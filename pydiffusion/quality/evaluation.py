@@ -18,13 +18,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pydiffusion import ConversionError, _native
 from pydiffusion.convert.gguf.report import ConversionProgress
-from pydiffusion.options import Lora
+
+if TYPE_CHECKING:
+    from pydiffusion.options import Lora
 
 NOISE = (0.1, 0.4, 0.7, 1.0)
 MAX_TOKENS = 144  # enough for every task of the demo model

@@ -11,14 +11,16 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pydiffusion import ConversionError, _native
 from pydiffusion.convert.gguf.report import ConversionProgress
 from pydiffusion.convert.quantization.imatrix_file import Entry, write_imatrix
-from pydiffusion.options import Lora
+
+if TYPE_CHECKING:
+    from pydiffusion.options import Lora
 
 NOISE = (0.1, 0.4, 0.7, 1.0)
 CHUNK = 512

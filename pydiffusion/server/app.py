@@ -127,8 +127,7 @@ def create_app(model: DiffusionModel, settings: Settings | None = None) -> FastA
         app.add_api_route(path, endpoints.health, methods=_READ)
     for path in READY_PATHS:
         app.add_api_route(path, endpoints.ready, methods=_READ)
-    app.add_api_route(_LORA_PATH, endpoints.adapters, methods=_READ)
-    app.add_api_route(_LORA_PATH, endpoints.set_adapters, methods=["POST"])
+    app.add_api_route(_LORA_PATH, endpoints.adapters, methods=[*_READ, "POST"])
     app.add_api_route("/metrics", endpoints.metrics_page, methods=_READ)
     add_page(app, settings.body_limit(model))
     app.add_exception_handler(ApiError, _api_error)
@@ -255,11 +254,10 @@ class _Endpoints:
         check_name(name, self._terms.names, self._adapters)
         return JsonResponse(self._model_object())
 
-    async def adapters(self) -> Response:
-        return JsonResponse(self._adapters.shown())
-
-    async def set_adapters(self, request: Request) -> Response:
-        """For requests that come from now on; those that are here keep theirs."""
+    async def adapters(self, request: Request) -> Response:
+        """List them; by POST, set the scales of requests that come from now on: others keep theirs."""
+        if request.method != "POST":
+            return JsonResponse(self._adapters.shown())
         self._adapters.set_scales(await read_json(request, self._max_body))
         return JsonResponse({"success": True})
 

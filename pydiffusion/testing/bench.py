@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,10 +22,12 @@ from pydiffusion import _native
 from pydiffusion.adapters.applied import AdapterStore
 from pydiffusion.device_plan import check_kv_type, device_request, devices
 from pydiffusion.generation.native_model import new_adapter
-from pydiffusion.options import Lora
 
 from .machine_load import LoadMeter, MachineLoad
 from .turns import begin_steps, seconds_of
+
+if TYPE_CHECKING:
+    from pydiffusion.options import Lora
 
 #: Parts of a step in the order in which they run.
 PARTS = ("self-conditioning", "embedding", "attention", "dense", "experts", "head", "sampler")

@@ -17,7 +17,7 @@ from targets import TARGETS, make_target  # noqa: E402
 #: Inputs per target: a second or two of each.
 N_INPUTS = {
     "body": 300, "folder": 25, "imatrix": 150, "model": 150, "session": 150, "template": 80, "tokenizer": 80,
-    "quantized": 100, "vision": 200,
+    "quantized": 100, "vision": 200, "adapter": 150,
 }  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def raw(url: str, head: str) -> tuple[int, bytes]:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/health", "/v1/models", "/v1/models/scripted", "/metrics", *READY_PATHS]
+    "path", ["/", "/health", "/v1/models", "/v1/models/scripted", "/lora-adapters", "/metrics", *READY_PATHS]
 )
 def test_head_is_get_without_a_body(url: str, path: str) -> None:
     got, had = httpx.get(url + path), httpx.head(url + path)
@@ -74,9 +74,12 @@ def test_a_path_that_is_nearly_right_gets_a_hint(url: str) -> None:
 
 
 def test_options_without_cors(url: str) -> None:
-    for path, methods in (("/v1/chat/completions", "POST"), ("/v1/models", "GET")):
+    for path, *methods in (
+        ("/v1/chat/completions", "POST"), ("/v1/models", "GET"), ("/lora-adapters", "GET", "POST"),
+    ):  # fmt: skip
         answer = httpx.options(url + path)
-        assert answer.status_code == 204 and {methods, "OPTIONS"} <= set(answer.headers["allow"].split(", "))
+        assert answer.status_code == 204
+        assert {*methods, "OPTIONS"} <= set(answer.headers["allow"].split(", "))
     assert httpx.options(url + "/nothing").status_code == 404
     assert httpx.delete(url + "/v1/models").status_code == 405
 

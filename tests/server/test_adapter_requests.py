@@ -17,7 +17,7 @@ from support.server_process import process
 
 from pydiffusion import DiffusionModel
 from pydiffusion.generation.batching import Batch
-from pydiffusion.openai.batch.answering import answer_lines
+from pydiffusion.openai.batch.answering import Defaults, answer_lines
 from pydiffusion.openai.batch.lines import read_lines
 
 NAMES = ("first", "second", "third", "fourth")
@@ -221,6 +221,16 @@ def test_lines_of_a_batch(model: DiffusionModel, alone: dict[str, str]) -> None:
     texts = [text_of(answers[str(i)]["response"]["body"]) for i in range(len(bodies))]
     assert texts == [alone["second"], alone["third"], alone["first"], alone[""]]
     assert "lora[0].id is 9" in answers["4"]["error"]["message"]
+
+
+def test_short_lines_of_a_batch(model: DiffusionModel, adapters: list[Path]) -> None:
+    """`eos` is an option that only such lines have."""
+    lines = [{**TEXT, "eos": [], "lora": only(1, 0.5)}, {**TEXT, "eos": []}]
+    data = "\n".join(map(json.dumps, lines)).encode()
+    answers = answer_lines(model, read_lines(data, "lines"), Defaults(chat=False))
+    expected = [model.generate(**TEXT, eos=[], lora=[given]).text
+                for given in ((adapters[1], 0.5), adapters[0])]  # fmt: skip
+    assert {answer["line"]: answer["text"] for answer in answers} == dict(enumerate(expected, 1))
 
 
 def test_the_program(gguf_file: Callable[..., Path], adapters: list[Path], alone: dict[str, str]) -> None:

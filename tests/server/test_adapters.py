@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx
 import pytest
 from support.random_adapters import blank_adapter
-from support.server_fakes import ScriptedModel, script
+from support.server_fakes import ScriptedModel, script, serving
 
 from pydiffusion.openai.errors import ApiError
 from pydiffusion.openai.lora import LoadedAdapters
@@ -134,6 +135,20 @@ def test_a_name_and_a_list_contradict_each_other(loaded: LoadedAdapters) -> None
     with pytest.raises(ApiError, match="model names the adapter 'poems', and lora gives scales") as caught:
         loaded.chosen({"model": "poems", "lora": [{"id": 0, "scale": 1}]})
     assert caught.value.param == "lora"
+
+
+def test_who_may_set_scales() -> None:
+    model = ScriptedModel(script)
+    model.set_lora([(blank_adapter("sums"), 1.0)])
+    with serving(model, api_key="k") as (url, _):
+        address, key = url + "/lora-adapters", {"X-Api-Key": "k"}
+        assert httpx.post(address, json=[]).status_code == httpx.get(address).status_code == 401
+        elsewhere = {**key, "Origin": "https://evil.example", "Content-Type": "text/plain"}
+        assert httpx.post(address, content="[]", headers=elsewhere).status_code == 403
+        assert httpx.post(address, content="[{", headers=key).status_code == 400
+        assert httpx.get(address, headers=key).json()[0]["scale"] == 1
+        assert httpx.post(address, json=[], headers=key).status_code == 200
+        assert httpx.get(address, headers=key).json()[0]["scale"] == 0
 
 
 # Sessions of the pool

@@ -79,6 +79,18 @@ def peft_tensors(rank: int = 4) -> Tensors:
     return tensors
 
 
+def mlx_tensors(prefix: str = "model.decoder.") -> Tensors:
+    """As MLX saves it: A (n_in, r) and B (r, n_out); of experts (n_expert, r, n_in), (n_expert, n_out, r)."""
+    a, b = random(5, D, 4), random(6, 4, 32)
+    down_a, down_b = random(7, EXPERTS, 4, XF), random(8, EXPERTS, D, 4)
+    return {
+        f"{prefix}layers.0.self_attn.q_proj.lora_a": a,
+        f"{prefix}layers.0.self_attn.q_proj.lora_b": b,
+        f"{prefix}layers.0.experts.down_proj.lora_a": down_a,
+        f"{prefix}layers.0.experts.down_proj.lora_b": down_b,
+    }
+
+
 def peft_config(**changes: Any) -> dict[str, Any]:
     """The keys that PEFT 0.21 writes. None stays, as PEFT writes it."""
     config: dict[str, Any] = {

@@ -157,17 +157,6 @@ def test_fingerprints_tell_what_is_computed(tmp_path: Path) -> None:
     assert load(tmp_path / "moved", moved).fingerprint in seen
 
 
-def mlx_tensors(prefix: str = "model.decoder.") -> Tensors:
-    a, b = folders.random(5, D, 4), folders.random(6, 4, 32)
-    down_a, down_b = folders.random(7, EXPERTS, 4, XF), folders.random(8, EXPERTS, D, 4)
-    return {
-        f"{prefix}layers.0.self_attn.q_proj.lora_a": a,
-        f"{prefix}layers.0.self_attn.q_proj.lora_b": b,
-        f"{prefix}layers.0.experts.down_proj.lora_a": down_a,
-        f"{prefix}layers.0.experts.down_proj.lora_b": down_b,
-    }
-
-
 MLX = {
     "fine_tune_type": "lora",
     "num_layers": -1,
@@ -178,7 +167,7 @@ MLX = {
 @pytest.mark.parametrize("prefix", ["model.decoder.", "model.", "language_model.model.decoder."])
 def test_mlx(prefix: str, tmp_path: Path) -> None:
     """One set for both modes, A (n_in, r) and B (r, n_out), a scale that is not divided by the rank."""
-    tensors = mlx_tensors(prefix)
+    tensors = folders.mlx_tensors(prefix)
     adapter = load(tmp_path, tensors, MLX, name="adapters.safetensors")
     a, b, down_a, down_b = tensors.values()
     assert np.array_equal(factors(adapter, Q, "both").delta(), np.float32(2.5) * (a @ b).T)
@@ -205,7 +194,7 @@ def test_mlx_of_before(tmp_path: Path) -> None:
     ],
 )
 def test_mlx_refused(config: dict[str, Any], parts: tuple[str, ...], tmp_path: Path) -> None:
-    folders.write_folder(tmp_path, mlx_tensors(), MLX | config, name="adapters.safetensors")
+    folders.write_folder(tmp_path, folders.mlx_tensors(), MLX | config, name="adapters.safetensors")
     refused(tmp_path, *parts)
 
 

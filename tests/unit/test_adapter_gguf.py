@@ -12,7 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 from support import adapter_folders as folders
 from support.adapter_folders import EXPERTS, FF, MODEL, PEFT, XF, D, Tensors, pair, peft_config
-from support.gguf_files import read_tensors
+from support.gguf_files import finish, read_tensors
 
 from pydiffusion import AdapterError
 from pydiffusion.adapters.adapter import Adapter, Target
@@ -99,6 +99,18 @@ def test_quantized_factors(tmp_path: Path) -> None:
     writer.close()
     delta = load_adapter(tmp_path / "a.gguf", MODEL).factors[Target(Q, "both")].delta()
     np.testing.assert_allclose(delta, expected[1] @ expected[0], rtol=1e-5, atol=1e-4)
+
+
+def test_factors_of_other_types(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "a.gguf", "diffusion-gemma")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    tensors = q_tensors()
+    for name, values in tensors.items():
+        writer.add_tensor(name, values.astype(np.int32))
+    finish(writer, {})
+    with pytest.raises(AdapterError, match=r"attn_q\.weight\.lora_a': is stored as (i|I)32"):
+        load_adapter(tmp_path / "a.gguf", MODEL)
 
 
 def written(tmp_path: Path, type: str = "auto", **config: Any) -> tuple[Adapter, GGUFReader, Adapter]:

@@ -86,7 +86,7 @@ def _describe(subject: Subject, section: Section) -> None:
 
 
 def _describe_adapters(subject: Subject, section: Section) -> None:
-    """What the adapters change that were given; loading the model has checked that they fit."""
+    """Show what the adapters change that were given; loading the model has checked that they fit."""
     if not subject.runtime.get("lora"):
         return
     for adapter, scale in subject.model.lora:

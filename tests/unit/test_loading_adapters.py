@@ -1,0 +1,132 @@
+"""Sources of adapters: ``PATH[:SCALE]``, repos of the hub, what no adapter is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import adapter_folders as folders
+from support.adapter_folders import MODEL
+from support.hub_server import Hub, environment, serving
+
+from pydiffusion import AdapterError, OptionError
+from pydiffusion.adapters.gguf_file import write_adapter_gguf
+from pydiffusion.adapters.loading import load_adapter, matrices_of, parse_lora
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "scale"),
+    [
+        ("adapter", "adapter", 1.0),
+        ("adapter:0.5", "adapter", 0.5),
+        ("adapter:-1e-3", "adapter", -0.001),
+        ("adapter:.25", "adapter", 0.25),
+        ("adapter:2.", "adapter", 2.0),
+        ("adapter:+0", "adapter", 0.0),
+        ("a:b:0.5", "a:b", 0.5),
+        (r"C:\adapters\one", r"C:\adapters\one", 1.0),
+        (r"C:\adapters\one:0.5", r"C:\adapters\one", 0.5),
+        ("C:/adapters/one", "C:/adapters/one", 1.0),
+        ("owner/name", "owner/name", 1.0),
+        ("owner/name:0.5", "owner/name", 0.5),
+        ("owner/name:file.gguf", "owner/name:file.gguf", 1.0),
+        ("owner/name@main:file.gguf:0.5", "owner/name@main:file.gguf", 0.5),
+        ("https://huggingface.co/owner/name", "https://huggingface.co/owner/name", 1.0),
+        ("adapter:", "adapter:", 1.0),
+        ("adapter:1_0", "adapter:1_0", 1.0),
+        ("adapter: 1", "adapter: 1", 1.0),
+        ("adapter:0x1", "adapter:0x1", 1.0),
+        ("adapter:\u0661", "adapter:\u0661", 1.0),  # a digit of another script
+    ],
+)
+def test_a_path_and_its_scale(text: str, source: str, scale: float) -> None:
+    assert parse_lora(text) == (source, scale)
+
+
+def test_a_path_that_exists_keeps_its_colon(tmp_path: Path) -> None:
+    (tmp_path / "a:0.5").mkdir()
+    assert parse_lora(f"{tmp_path}/a:0.5") == (f"{tmp_path}/a:0.5", 1.0)
+    assert parse_lora(f"{tmp_path}/a:0.5:2") == (f"{tmp_path}/a:0.5", 2.0)
+
+
+@pytest.mark.parametrize("text", ["", "  ", ":0.5", "a:nan", "a:inf", "a:-Infinity", "a:1e999", "a:1e31"])
+def test_scales_refused(text: str) -> None:
+    with pytest.raises(OptionError) as error:
+        parse_lora(text)
+    assert error.value.param == "lora" and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "x" * 5000, "~nobody/none", "none/at/all", "", "no such/thing"])
+def test_paths_of_nothing(text: str) -> None:
+    with pytest.raises(AdapterError) as error:
+        load_adapter(text, MODEL)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 6000
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Iterator[Hub]:
+    with serving(tmp_path / "repo") as hub:
+        yield hub
+
+
+# Loads each source; prints a line of JSON: names and fingerprints, or errors. huggingface_hub reads its
+# variables when it is imported, so this is a process of its own.
+_LOAD = """
+import json, sys
+from support.adapter_folders import MODEL
+from pydiffusion import PyDiffusionError
+from pydiffusion.adapters.loading import load_adapter
+found = []
+for source in sys.argv[1:]:
+    try:
+        adapter = load_adapter(source, MODEL)
+        found.append([adapter.name, adapter.fingerprint.hex()])
+    except PyDiffusionError as error:
+        found.append([type(error).__name__, str(error)])
+print(json.dumps(found))
+"""
+
+
+def load_all(home: Path, hub: Hub, *sources: str, **variables: str) -> list[list[str]]:
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD, *sources],
+        env=environment(hub, home, PYTHONPATH=os.pathsep.join(sys.path), **variables),
+        cwd=home.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_folder_of_the_hub(tmp_path: Path, repo: Hub) -> None:
+    """What the adapter needs is fetched once; a checkpoint beside it is not. The cache serves offline."""
+    folder = folders.write_folder(tmp_path / "repo")
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"nobody asked")
+    (folder / "optimizer.pt").write_bytes(b"nobody asked")
+    expected = [["open", load_adapter(folder, MODEL).fingerprint.hex()]]
+    assert load_all(tmp_path / "home", repo, "org/open") == expected
+    assert sorted(repo.fetched) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert load_all(tmp_path / "home", repo, "org/open", HF_HUB_OFFLINE="1") == expected
+    assert len(repo.fetched) == 2
+
+
+def test_a_gguf_of_the_hub_and_repos_without_an_adapter(tmp_path: Path, repo: Hub) -> None:
+    adapter = load_adapter(folders.write_folder(tmp_path / "a"), MODEL)
+    (tmp_path / "repo").mkdir()
+    write_adapter_gguf(adapter, tmp_path / "repo/tuned.gguf", matrices_of(MODEL))
+    wrong = ("org/none", "org/private", "org/open:none.gguf", "org/open")
+    one, *refused = load_all(tmp_path / "home", repo, "org/open:tuned.gguf", *wrong)
+    assert one == ["a", adapter.fingerprint.hex()]
+    for source, (kind, text) in zip(wrong, refused, strict=True):
+        assert kind == "AdapterError" and source.partition(":")[0] in text and "\n" not in text
+    assert "org/open:tuned.gguf" in refused[-1][1]  # not taken unasked: it might be a model of many GB
+    (tmp_path / "repo/tuned.gguf").rename(tmp_path / "repo/config.json")
+    ((kind, text),) = load_all(tmp_path / "other", repo, "org/open")
+    assert kind == "AdapterError" and "org/open" in text and "adapter" in text
