@@ -143,7 +143,7 @@ def test_a_refused_one_leaves_the_earlier_ones(
         ([one, tmp_path / "nowhere"], AdapterError, "nowhere: there is no such adapter"),
         ([misfit], AdapterError, r"misfit: .*blk\.0\.attn_q"),
         ([(one, float("nan"))], OptionError, "lora has the scale nan"),
-        ([f"{tmp_path}:0.5"], AdapterError, r"give the scale beside it, \('.*', 0.5\)"),
+        ([f"{tmp_path}:0.5"], AdapterError, r"its scale goes beside it, \('.*', 0.5\)"),
         ([(one, "2")], OptionError, "lora has the scale '2'"),
         (["a\0b"], AdapterError, "is no path"),
         ([""], OptionError, "lora holds ''"),
