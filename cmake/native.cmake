@@ -16,6 +16,7 @@ add_library(pydiffusion_native STATIC
     native/backend/cpu/fused_rows.cpp
     native/backend/cpu/graph_phases.cpp
     native/backend/cpu/low_rank.cpp
+    native/backend/cpu/low_rank_tiles.cpp
     native/backend/cpu/matmul.cpp
     native/backend/cpu/measure_logits.cpp
     native/backend/cpu/self_conditioning.cpp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from reference.random_checkpoint import SHAPES, random_ids
 from support.gguf_mutator import read_gguf
+from support.kernels import OWN_KERNELS, needs
 from support.native_adapters import EVERYTHING, Target, merge, random_targets, shapes_of
 from support.scaled_weights import split_experts
 
@@ -20,7 +22,12 @@ from pydiffusion.convert import convert
 SHAPE = SHAPES["small"]
 PROMPT = random_ids(0, "adapted", 40, SHAPE.vocab)  # longer than the window
 CANVAS = random_ids(0, "adaptedc", SHAPE.canvas, SHAPE.vocab)
-TYPES = ("f32", "q8_0")
+#: Types of files, and kernels of the CPU's matmuls.
+KINDS = [
+    pytest.param("f32", "ggml", id="f32"),
+    pytest.param("q8_0", "ggml", id="q8_0"),
+    *(pytest.param("q8_0", name, id=name, marks=needs(name)) for name in ("avx512-bf16", "amx")),
+]
 
 Adapters = list[tuple[_native.Adapter, float]]
 Results = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -54,17 +61,23 @@ def mean_gap(ours: Results, theirs: Results) -> float:
 
 @pytest.fixture(scope="module")
 def files(gguf_file: Callable[..., Path]) -> dict[str, Path]:
-    return {type: gguf_file("small", type) for type in TYPES}
+    return {type: gguf_file("small", type) for type in ("f32", "q8_0")}
 
 
 @pytest.fixture(scope="module")
-def models(files: dict[str, Path]) -> dict[str, _native.Model]:
-    return {type: _native.Model(str(path), n_threads=2) for type, path in files.items()}
+def opened(files: dict[str, Path]) -> Callable[..., _native.Model]:
+    """(type, kernels) -> model, on two threads."""
+
+    @functools.cache
+    def get(type: str, kernels: str = "ggml") -> _native.Model:
+        return _native.Model(str(files[type]), n_threads=2, kernels=kernels)
+
+    return get
 
 
 @pytest.fixture
-def model(models: dict[str, _native.Model]) -> _native.Model:
-    return models["f32"]
+def model(opened: Callable[..., _native.Model]) -> _native.Model:
+    return opened("f32")
 
 
 def load(model: _native.Model, seed: int, **options: object) -> _native.Adapter:
@@ -156,12 +169,37 @@ def test_split_experts(files: dict[str, Path], tmp_path: Path) -> None:
     assert gap(results[0], run(new_session(model))) > 0.05
 
 
+@pytest.mark.parametrize("kernels", OWN_KERNELS)
+@pytest.mark.parametrize("rank", [1, 16, 40])
+def test_our_kernels(kernels: str, rank: int, opened: Callable[..., _native.Model]) -> None:
+    """As far from ggml's as without adapters: activations are bfloat16."""
+    results = []
+    for name in ("ggml", kernels):
+        model = opened("q8_0", name)
+        session = new_session(model)
+        plain = session.encode(PROMPT, return_hidden=True)
+        adapted = new_session(model, [(load(model, 1, rank=rank), 0.5)])
+        results.append((plain, adapted.encode(PROMPT, return_hidden=True)))
+    assert "add_low_rank_tiles" in new_steps(opened("q8_0", kernels), rank)
+    (plain, changed), (our_plain, our_changed) = results
+    ours, usual, effect = (
+        float(np.abs(a - b).mean()) for a, b in ((changed, our_changed), (plain, our_plain), (plain, changed))
+    )
+    assert 0 < ours < 3 * usual < effect
+
+
+def new_steps(model: _native.Model, rank: int) -> dict[str, int]:
+    session = new_session(model, [(load(model, 1, rank=rank), 0.5)])
+    session.denoise(CANVAS, None)
+    return session.step_ops
+
+
 # --- bits ---
 
 
-@pytest.mark.parametrize("type", TYPES)
-def test_off_equals_never_loaded(type: str, models: dict[str, _native.Model]) -> None:
-    model = models[type]
+@pytest.mark.parametrize(("type", "kernels"), KINDS)
+def test_off_equals_never_loaded(type: str, kernels: str, opened: Callable[..., _native.Model]) -> None:
+    model = opened(type, kernels)
     plain = new_session(model)
     expected = run(plain)
     adapter = load(model, 1)
@@ -174,11 +212,11 @@ def test_off_equals_never_loaded(type: str, models: dict[str, _native.Model]) ->
     assert same([session.denoise(CANVAS, None)], [expected[1]])
 
 
-@pytest.mark.parametrize("type", TYPES)
-def test_threads_and_chunks_change_no_bit(type: str, files: dict[str, Path]) -> None:
+@pytest.mark.parametrize(("type", "kernels"), KINDS)
+def test_threads_and_chunks_change_no_bit(type: str, kernels: str, files: dict[str, Path]) -> None:
     results = []
     for n_threads in (1, 3):
-        model = _native.Model(str(files[type]), n_threads=n_threads)
+        model = _native.Model(str(files[type]), n_threads=n_threads, kernels=kernels)
         session = new_session(model, [(load(model, 1, rank=5), 0.5), (load(model, 2), 2.0)])
         if n_threads == 3:
             for ids in np.split(PROMPT, [1, 18]):
@@ -204,9 +242,11 @@ def generate(session: _native.Session, seed: int) -> None:
     session.begin(max_tokens=2 * SHAPE.canvas, seed=seed, eos=[], **options)
 
 
-@pytest.mark.parametrize("type", TYPES)
-def test_different_adapters_in_one_batch(type: str, models: dict[str, _native.Model]) -> None:
-    model = models[type]
+@pytest.mark.parametrize(("type", "kernels"), KINDS)
+def test_different_adapters_in_one_batch(
+    type: str, kernels: str, opened: Callable[..., _native.Model]
+) -> None:
+    model = opened(type, kernels)
     one, two = load(model, 1, rank=3), load(model, 2)
     lists: list[Adapters] = [[(one, 1.0)], [], [(two, 0.5)], [(two, 0.5)], [(one, 0.3), (two, 1.0)]]
     alone = []
@@ -255,7 +295,7 @@ def test_the_content_is_encoded_anew_when_it_is_read(model: _native.Model) -> No
 
 
 def test_what_reads_the_cache(model: _native.Model) -> None:
-    """Encoding, generations, copies, truncation and saved rows are as if the adapters had always been there."""
+    """Encoding, generations, copies, truncation, saved rows: as if the adapters had always been there."""
     adapters = [(load(model, 1), 1.0)]
 
     def late(n: int = len(PROMPT)) -> _native.Session:
@@ -321,13 +361,13 @@ def test_a_generation_ends_with_its_adapters(model: _native.Model) -> None:
 # --- refusals ---
 
 
-def test_a_refused_list_leaves_the_earlier_one(models: dict[str, _native.Model]) -> None:
-    model, other = models["f32"], models["q8_0"]
+def test_a_refused_list_leaves_the_earlier_one(opened: Callable[..., _native.Model]) -> None:
+    model, other = opened("f32"), opened("q8_0")
     adapter = load(model, 1, kinds=["attn_q"])
     session = new_session(model, [(adapter, 0.5)])
-    with pytest.raises(ValueError, match="adapter 2.*another model"):
+    with pytest.raises(ValueError, match=r"adapter 2.*another model"):
         session.set_adapters([(adapter, 1.0), (load(other, 2, kinds=["attn_q"]), 1.0)])
-    with pytest.raises(ValueError, match="scale of adapter.*NaN or infinite"):
+    with pytest.raises(ValueError, match=r"scale of adapter.*NaN or infinite"):
         session.set_adapters([(adapter, float("nan"))])
     assert session.adapters == [(adapter, 0.5)]
 
@@ -369,11 +409,19 @@ def test_refused_values(model: _native.Model) -> None:
         broken[1, 1] = 1
     with pytest.raises(ValueError, match=r"blk\.0\.attn_q.*two changes for the encoder"):
         _native.Adapter(model, "x", [("blk.0.attn_q", side, a, b) for side in ("encoder", "both")])
+    a, b = np.ones((6, 2, D), np.float32), np.ones((6, 2 * SHAPE.expert, 2), np.float32)
+    both = ("blk.0.ffn_gate_up_exps", "both", a, b)
+    with pytest.raises(ValueError, match=r"blk\.0\.ffn_gate_exps.*two changes for the encoder"):
+        _native.Adapter(
+            model, "x", [both, ("blk.0.ffn_gate_exps", "encoder", a, b[:, SHAPE.expert :].copy())]
+        )
     down = np.ones((2, SHAPE.dense + 1), np.float32)
     with pytest.raises(ValueError, match=r"blk\.0\.ffn_down"):
         _native.Adapter(model, "x", [("blk.0.ffn_down", "both", down, np.ones((D, 2), np.float32))])
-    with pytest.raises((TypeError, RuntimeError)):
-        _native.Adapter(model, "x", [("blk.0.attn_q", "both", "a", b)])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="must be"):
+        _native.Adapter(model, "x", [("blk.0.attn_q", "both", "a", b)])
+    with pytest.raises(TypeError, match="None"):
+        new_session(model, [(None, 1.0)])  # type: ignore[list-item]
     with pytest.raises(ZeroDivisionError):
         _native.Adapter(model, "x", (1 / 0 for _ in range(1)))  # type: ignore[misc]
 

@@ -51,7 +51,11 @@ ggml_tensor* CpuOps::limit(ggml_tensor* x, float low, float high) {
 }
 
 ggml_tensor* CpuOps::add_changes(const std::vector<LowRank>& changes, ggml_tensor* x, ggml_tensor* result) {
-    for (const LowRank& change : changes) result = add_low_rank(c_.ctx, change, x, result);
+    for (const LowRank& change : changes) {
+        result = matmul_.rounds(change.a) && matmul_.rounds(change.b)
+                     ? matmul_.add_low_rank(change, x, result)
+                     : add_low_rank(c_.ctx, change, x, result);
+    }
     return result;
 }
 
