@@ -1,7 +1,7 @@
 """Tune the demo model with LoRA: PEFT, on the class of transformers, for a sudoku that the model can't solve.
 
 The boxes of these sudokus are 3 rows by 2 columns; the demo model learned 2 by 3. Its weights stay as they
-are. Needs the `reference` extra (torch, transformers) and peft. Saves the adapter every 50 steps and at Ctrl-C.
+are. Needs the `reference` extra (torch, transformers) and peft. Saves every 50 steps and at Ctrl-C.
 
     python examples/tune_lora.py --out build/upright_lora
     pydiffusion demo --lora build/upright_lora

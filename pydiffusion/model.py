@@ -15,7 +15,7 @@ from ._util.cpus import step_threads
 from ._util.files import check_is_gguf
 from ._util.log import logger
 from ._util.warn import warn_caller
-from .adapters.applied import AdapterStore, read_first
+from .adapters.applied import AdapterStore
 from .adapters.methods import LoraMethods
 from .chat.formats.registry import BUILT_IN_TEMPLATES
 from .chat.messages import plain
@@ -117,7 +117,8 @@ class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"n_threads is {n_threads!r}; permitted is None or an integer of at least 1")
         check_is_gguf(self.path)
-        adapters = read_first(lora, lambda: _native.GgufFile(os.fspath(path)).metadata)
+        self.adapters = AdapterStore(_native.GgufFile(os.fspath(path)).metadata if lora else {})
+        lora = self.adapters.read(lora)  # before the weights: what is wrong with them is found at once
         native = _native.Model(
             os.fspath(self.path),
             threads,
@@ -130,6 +131,7 @@ class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
         )
         self.native = NativeModel(native, self.path)
         self.metadata: dict[str, Any] = native.file.metadata
+        self.adapters.begin(self.metadata, self.native.new_adapter)
         if template is not None:
             self.metadata[TEMPLATE_KEY] = template
         self.hparams: dict[str, Any] = native.hparams
@@ -141,8 +143,7 @@ class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
         self.n_ctx = self._fitting_n_ctx(n_ctx)
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
         self._vision = ModelVision(self, self.native, mmproj)
-        self.adapters = AdapterStore(self.native.new_adapter, self.metadata)
-        self.set_lora(adapters)
+        self.set_lora(lora)
         self._chat_template: ChatTemplate | None = None
         self._lock = threading.Lock()  # of what is made on first use
         self._automata: dict[Any, Automaton] = {}

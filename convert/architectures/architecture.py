@@ -15,6 +15,7 @@ from pydiffusion.convert.gguf.tensor_reads import SourceTensor
 from pydiffusion.convert.gguf.writer import PlannedTensor
 
 Config = TypeVar("Config")
+_BLOCK = 256  # feed-forward lengths are padded to a multiple of this
 # In which of a model's modes a matrix is used: a prompt is read, a canvas is denoised.
 Mode = Literal["encoder", "decoder", "both"]
 
@@ -54,6 +55,16 @@ class Matrix:
     shape: tuple[int, ...] | None
     padded: tuple[int, int]
     of_experts: bool
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether factors of a matrix of this shape can change it."""
+        if self.shape is None or len(shape) != len(self.shape):
+            return self.shape is None
+        lengths = (*[0] * (len(shape) - 2), *self.padded)
+        return all(
+            size == wanted or abs(size - wanted) < n_lengths * _BLOCK
+            for size, wanted, n_lengths in zip(shape, self.shape, lengths, strict=True)
+        )
 
 
 @dataclass(frozen=True)

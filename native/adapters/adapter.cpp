@@ -215,6 +215,11 @@ ggml_tensor* Adapter::store(const ggml_tensor* matrix, const std::string& name,
 }
 
 void Adapter::require_first(const std::string& tensor, const std::string& side) {
+    const size_t both = tensor.find("gate_up_exps");
+    if (both != std::string::npos) {  // gate and up together: none of them may have another change
+        require_first(tensor.substr(0, both) + "gate_exps", side);
+        return require_first(tensor.substr(0, both) + "up_exps", side);
+    }
     for (const char* one : {"encoder", "decoder"}) {
         if (side != one && side != "both") continue;
         if (!known_.insert(tensor + " " + one).second)

@@ -23,10 +23,13 @@ std::shared_ptr<Adapter> load_adapter(const PyModel& model, const nb::str& name,
                                       const nb::iterable& targets) {
     auto adapter = std::make_shared<Adapter>(model.model, from_str(name));
     for (const nb::handle target : targets) {
-        const auto fields = nb::cast<nb::sequence>(target);
-        const auto tensor = from_str(nb::cast<nb::str>(fields[0])),
-                   side = from_str(nb::cast<nb::str>(fields[1]));
-        const auto a = nb::cast<FloatArray>(fields[2]), b = nb::cast<FloatArray>(fields[3]);
+        nb::tuple fields;
+        nb::str tensor_name, side_name;
+        FloatArray a, b;
+        if (!nb::try_cast(target, fields) || fields.size() != 4 || !nb::try_cast(fields[0], tensor_name) ||
+            !nb::try_cast(fields[1], side_name) || !nb::try_cast(fields[2], a) || !nb::try_cast(fields[3], b))
+            throw nb::type_error("a target must be (str, str, float32 array, float32 array)");
+        const std::string tensor = from_str(tensor_name), side = from_str(side_name);
         check_signals();
         const WithoutGil release;
         adapter->add(tensor, side, array_of(a), array_of(b));

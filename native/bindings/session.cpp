@@ -177,7 +177,10 @@ Numpy2<float> denoise(Session& session, const Array1<int32_t>& canvas,
 
 void set_adapters(Session& session, const std::vector<std::pair<std::shared_ptr<Adapter>, float>>& list) {
     AdapterList adapters;
-    for (const auto& [adapter, scale] : list) adapters.push_back({adapter, scale});
+    for (const auto& [adapter, scale] : list) {
+        if (!adapter) throw nb::type_error("an adapter is None");
+        adapters.push_back({adapter, scale});
+    }
     const Session::Use use(session);
     session.set_adapters(adapters);
 }

@@ -96,14 +96,15 @@ void CanvasState::measure(int64_t n_tokens) {
     if (soft_) model_.backend.step_backend().measure(logits_, n_tokens, step_);
 }
 
-void CanvasState::require_finite(size_t n) const {
+void CanvasState::require_finite(size_t n, bool adapted) const {
+    const char* adapters = adapted ? "the adapters' changes at their scales, " : "";
     for (size_t i = 0; i < n; ++i) {
         if (std::isnan(step_.measures[i].entropy)) {
             throw Error(
                 ErrorKind::general,
-                format("the logits of canvas position %zu are NaN or infinite: the model's weights or the "
+                format("the logits of canvas position %zu are NaN or infinite: %sthe model's weights or the "
                        "self-conditioning logits are not finite",
-                       i));
+                       i, adapters));
         }
     }
 }

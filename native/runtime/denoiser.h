@@ -32,8 +32,9 @@ class CanvasState {
     void pin(int64_t position, int32_t token);
     StepState& step() { return step_; }
 
-    // Throws Error(general) if the last step's logits of the first n positions are not all finite.
-    void require_finite(size_t n) const;
+    // Throws Error(general) if the last step's logits of the first n positions are not all finite. adapted:
+    // whether adapters may be why.
+    void require_finite(size_t n, bool adapted) const;
 
   private:
     friend class Denoiser;

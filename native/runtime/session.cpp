@@ -292,7 +292,7 @@ void Session::denoise(const std::vector<int32_t>& canvas, const float* condition
     state.previous_temperature = state.temperature = 1.0f;
     state.dropped_mass = 0.0f;
     denoiser_.step({{&canvas_state_, &cache_, &canvas, &cancel_, 0, effective(adapters_)}}, executor_);
-    canvas_state_.require_finite(canvas.size());
+    canvas_state_.require_finite(canvas.size(), !adapters_.empty());
     canvas_state_.copy_logits(logits);
 }
 

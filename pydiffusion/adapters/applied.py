@@ -6,10 +6,10 @@ import hashlib
 import os
 import struct
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydiffusion.errors import AdapterError, PyDiffusionError
 from pydiffusion.options import Lora, LoraSource, ResolvedOptions, lora_option
@@ -34,6 +34,7 @@ class AdapterSet:
 
 
 _NONE = AdapterSet()
+Make: TypeAlias = "Callable[[Adapter], _native.Adapter]"
 
 
 class AdapterStore:
@@ -42,14 +43,20 @@ class AdapterStore:
     current: what sessions apply that have none of their own.
     """
 
-    def __init__(self, make: Callable[[Adapter], _native.Adapter], metadata: Mapping[str, Any]) -> None:
-        """make: loads an adapter beside the model's weights. metadata: the model file's."""
-        self._make = make
+    def __init__(self, metadata: Mapping[str, Any], make: Make | None = None) -> None:
+        """metadata: of the model's file. make: loads an adapter beside the model's weights; to ``read``, none
+        is needed.
+        """
         self._metadata = metadata
+        self._make = make
         self._lock = threading.Lock()
         self._source_to_adapter: dict[str, tuple[Any, Adapter]] = {}
         self._fingerprint_to_native: dict[bytes, _native.Adapter] = {}
         self.current = _NONE
+
+    def begin(self, metadata: Mapping[str, Any], make: Make) -> None:
+        """The model is loaded: from now on adapters can be, too."""
+        self._metadata, self._make = metadata, make
 
     def load(self, source: LoraSource) -> Adapter:
         """An adapter, ready to be applied: read unless it is loaded and its files have not changed since.
@@ -57,6 +64,11 @@ class AdapterStore:
         Raises as ``load_adapter``, and AdapterError for one that does not fit the model's matrices.
         """
         return self._loaded(source)[0]
+
+    def read(self, lora: Lora) -> Lora:
+        """The same adapters, read but not loaded yet. Raises as ``load_adapter``, OptionError."""
+        with self._lock:
+            return [(self._adapter(source), scale) for source, scale in lora_option(lora)]
 
     def set_of(self, lora: Lora) -> AdapterSet:
         """Adapters with their scales, loaded. Raises as ``load``, OptionError for anything else."""
@@ -81,13 +93,16 @@ class AdapterStore:
 
     def _loaded(self, source: LoraSource) -> tuple[Adapter, _native.Adapter]:
         with self._lock:
-            adapter = source if isinstance(source, Adapter) else self._current(source)
+            adapter = self._adapter(source)
             native = self._fingerprint_to_native.get(adapter.fingerprint)
             if native is None:
+                assert self._make is not None  # begin
                 native = self._fingerprint_to_native[adapter.fingerprint] = self._make(adapter)
             return adapter, native
 
-    def _current(self, source: str | os.PathLike[str]) -> Adapter:
+    def _adapter(self, source: LoraSource) -> Adapter:
+        if isinstance(source, Adapter):
+            return source
         name, state = os.fspath(source), _state(Path(source))
         if state is not None:
             name = str(Path(source).resolve())
@@ -117,7 +132,7 @@ def _state(path: Path) -> list[tuple[str, int, int]] | None:
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         return [(file.name, (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a path with a null character
         return None
 
 
@@ -161,16 +176,3 @@ class SessionAdapters:
         if other.applied.key != self.applied.key:
             self._native.set_adapters(other.applied.native)
             self.applied = other.applied
-
-
-def read_first(lora: Sequence[Any], metadata: Callable[[], Mapping[str, Any]]) -> Lora:
-    """The adapters that a model is to be opened with, read before its weights are: what is wrong with them
-    is found at once. metadata: the model file's.
-    """
-    given = lora_option(lora)
-    if not given:
-        return ()
-    known = metadata()
-    return [
-        (source if isinstance(source, Adapter) else _read(source, known), scale) for source, scale in given
-    ]

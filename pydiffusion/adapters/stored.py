@@ -19,12 +19,19 @@ from pydiffusion.adapters.adapter import Adapter, Factors, Target
 from pydiffusion.convert.architectures.architecture import Matrices
 from pydiffusion.convert.gguf import rows
 from pydiffusion.convert.gguf.tensor_reads import read_exactly
-from pydiffusion.errors import AdapterError, ConversionError, ModelFormatError, UnsupportedModelError
+from pydiffusion.errors import (
+    AdapterError,
+    ConversionError,
+    InsufficientMemoryError,
+    ModelFormatError,
+    UnsupportedModelError,
+)
 
 #: Types that factors may be stored in, of safetensors.
 FLOATS = ("F32", "F16", "BF16")
-_BLOCK = 256  # feed-forward lengths are padded to a multiple of this
+_MAX_RANK = 1 << 16
 _MAX_SCALE = 1e30
+_PIECE = 16 << 20  # bytes
 
 
 @contextlib.contextmanager
@@ -52,15 +59,28 @@ class Stored:
 
     def read(self) -> np.ndarray:
         """Its values, float32. Raises AdapterError if the file has changed since it was opened."""
+        try:
+            data = self._bytes(0, self.n_bytes)
+            n_rows = math.prod(self.shape[:-1])
+            return rows.to_float32(data.reshape(n_rows, -1), self.dtype, self.shape[-1]).reshape(self.shape)
+        except MemoryError as error:
+            raise InsufficientMemoryError(
+                f"{self.path}: out of memory: failed to allocate {self.n_bytes / 1e6:.1f} MB for tensor "
+                f"{self.key!r:.300}"
+            ) from error
+
+    def is_zero(self) -> bool:
+        """Whether all of its bytes are zero; read in pieces."""
+        pieces = range(0, self.n_bytes, _PIECE)
+        return not any(self._bytes(start, min(_PIECE, self.n_bytes - start)).any() for start in pieces)
+
+    def _bytes(self, start: int, n_bytes: int) -> np.ndarray:
         with adapter_errors(self.path), io.FileIO(self.path) as file:
             if stamp(self.path) != self.stamp:
                 raise AdapterError(
                     f"{self.path}: has changed since the adapter was loaded: load the adapter again"
                 )
-            data = read_exactly(file, self.path, self.offset, self.n_bytes)
-            n_rows = math.prod(self.shape[:-1])
-            values = rows.to_float32(data.reshape(n_rows, -1), self.dtype, self.shape[-1])
-        return values.reshape(self.shape)
+            return read_exactly(file, self.path, self.offset + start, n_bytes)
 
 
 def stamp(path: Path) -> tuple[int, ...]:
@@ -107,7 +127,7 @@ class PairRead:
 
 def has_no_effect(a: Stored, b: Stored) -> bool:
     """Whether one of a pair is all zero, as one that was never trained."""
-    return not b.read().any() or not a.read().any()
+    return b.is_zero() or a.is_zero()
 
 
 def check_fits(change: Change, matrices: Matrices) -> None:
@@ -126,16 +146,14 @@ def check_fits(change: Change, matrices: Matrices) -> None:
         raise change.error(f"is empty ({_text(a)}, its partner {_text(b)}); save the adapter again")
     if a[-2] != b[-1] or a[:-2] != b[:-2]:
         raise change.error(f"is {_text(a)} and its partner {_text(b)}: their ranks differ")
-    if matrix.shape is None:
-        return
+    if a[-2] > _MAX_RANK:
+        raise change.error(f"is of rank {a[-2]}; at most {_MAX_RANK} is supported: train with a lower one")
     found = (*a[:-2], b[-2], a[-1])
-    lengths = (*[0] * (len(found) - 2), *matrix.padded)
-    for size, wanted, n_lengths in zip(found, matrix.shape, lengths, strict=True):
-        if size != wanted and abs(size - wanted) >= n_lengths * _BLOCK:
-            raise change.error(
-                f"changes a matrix of {_text(found)}, where {target.tensor} of the model is "
-                f"{_text(matrix.shape)}: the adapter is for a model of another size"
-            )
+    if not matrix.fits(found):
+        raise change.error(
+            f"changes a matrix of {_text(found)}, where {target.tensor} of the model is "
+            f"{_text(matrix.shape or ())}: the adapter is for a model of another size"
+        )
 
 
 def _text(shape: Sequence[int]) -> str:

@@ -25,11 +25,13 @@ NOT_CALLED = {
     "examples/augment.py": "takes minutes; test_augment.py makes fewer records",
     "examples/batch_on_ray.py": "needs Ray",
     "examples/evaluate_demo.py": "needs torch and takes minutes",
+    "examples/evaluate_lora.py": "needs torch and takes minutes; test_demo_adapter.py solves some puzzles",
     "examples/train_demo.py": "trains for two hours",
     "examples/evaluate_demo_vision.py": "takes minutes; test_demo_image.py reads one picture",
     "examples/train_demo_vision.py": "trains for an hour",
     "examples/tune_demo_aims.py": "needs what train_demo_vision.py leaves",
     "examples/tune_demo_fillers.py": "trains for minutes",
+    "examples/tune_lora.py": "trains for half an hour",
 }
 
 

@@ -72,7 +72,7 @@ def test_generate(model: Path, adapter: Path, expected: dict[str, list[int]],
 
 def test_an_adapter_in_a_model_s_place(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "-m", str(adapter), "-p", "x"]) == 1
-    said = f"{adapter} is a folder, an adapter (LoRA) for a model: give the model, and the adapter as --lora"
+    said = f"{adapter} is a folder, an adapter (LoRA) for a model: give the model, and --lora {adapter}"
     assert said in " ".join(capsys.readouterr().err.split())
 
 
@@ -102,6 +102,33 @@ def test_chat_and_run(model: Path, adapter: Path, capsys: pytest.CaptureFixture[
     assert out.strip() == expected.strip()
     out, _ = run(["run", str(model), "hello", *options], capsys)
     assert out.strip() == expected.strip()
+
+
+def test_a_chat_switches(model: Path, adapter: Path, capsys: pytest.CaptureFixture[str],
+                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    with DiffusionModel(model, n_threads=1) as opened:
+        lists: list[Any] = [[adapter], [], [(adapter, 0.5), (adapter, 0.25)]]
+        message = [{"role": "user", "content": "hello"}]
+        texts = [opened.chat(message, max_tokens=9, steps=2, seed=3, lora=lora).text for lora in lists]
+    assert len(set(texts)) == 3
+    two = f"{adapter}:0.5 '{adapter}:0.25'"
+    typed = [
+        "hello",
+        "/lora",
+        "/lora none",
+        "/retry",
+        "/lora nowhere",
+        f"/lora {two}",
+        "/retry",
+        "/lora x:nan",
+    ]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(typed).encode())))
+    options = ["-n", "9", "--steps", "2", "-s", "3", "-t", "1", "--lora", str(adapter)]
+    out, err = run(["chat", "-m", str(model), *options], capsys)
+    assert [line.strip() for line in out.splitlines()] == [text.strip() for text in texts]
+    for said in ("adapters: rivers:1", "adapters: none", "nowhere: there is no such adapter",
+                 "adapters: rivers:0.5, rivers:0.25", "the scale of 'x' is nan"):  # fmt: skip
+        assert said in err
 
 
 def test_batch_and_infill(model: Path, adapter: Path, expected: dict[str, list[int]], tmp_path: Path,
@@ -170,3 +197,11 @@ def test_doctor_shows_them(model: Path, adapter: Path) -> None:
     runtime["lora"] = [(str(adapter.parent / "none"), 0.5)]
     report = examine(model, checks=["shapes"], runtime=runtime)
     assert report.failed and "there is no such adapter" in page_of(report, model)
+
+
+def test_several_with_commas_are_repeated_options(
+    model: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["generate", "-m", str(model), *GENERATE]
+    assert main([*given, "--lora", f"{adapter}:0.5,{adapter}"]) == 2
+    assert f"--lora {adapter}:0.5 --lora {adapter}" in " ".join(capsys.readouterr().err.split())

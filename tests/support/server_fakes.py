@@ -83,7 +83,7 @@ class ScriptedModel(DiffusionModel):
         self.native = ScriptedWeights(self)  # type: ignore[assignment]
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
         self._vision = ModelVision(self, self.native, None)
-        self.adapters = AdapterStore(self.native.new_adapter, self.metadata)
+        self.adapters = AdapterStore(self.metadata, self.native.new_adapter)
         self._chat_template = None
         self._lock = threading.Lock()
         self._automata = {}

@@ -13,7 +13,7 @@ import pytest
 from support import adapter_folders as folders
 from support.adapter_folders import EXPERTS, FF, MODEL, PEFT, XF, D, Tensors, pair, peft_config
 
-from pydiffusion import AdapterError
+from pydiffusion import AdapterError, InsufficientMemoryError
 from pydiffusion.adapters.adapter import Adapter, Factors, Target
 from pydiffusion.adapters.loading import load_adapter, matrices_of
 from pydiffusion.adapters.peft_writing import write_peft_folder
@@ -72,11 +72,33 @@ def test_experts(tmp_path: Path) -> None:
             np.testing.assert_allclose(delta[expert], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("version", ["0.18.1", "0.19.0", None])
+def test_experts_of_before(version: str | None, tmp_path: Path) -> None:
+    """PEFT before 0.19.1 took experts' matrices as (n_in, n_out): A has the outputs, B the inputs. Without a
+    version (NeMo) the shapes tell.
+    """
+    module = f"{PEFT}decoder.layers.1.experts"
+    tensors = {
+        f"{module}.base_layer.lora_A.weight": folders.random(1, 4 * EXPERTS, 2 * XF + 2),
+        f"{module}.base_layer.lora_B.weight": folders.random(2, D, 4 * EXPERTS),
+        f"{module}.lora_A.weight": folders.random(3, 4 * EXPERTS, D),
+        f"{module}.lora_B.weight": folders.random(4, XF + 1, 4 * EXPERTS),
+    }
+    folders.write_folder(tmp_path, tensors, peft_config(peft_version=version))
+    model = MODEL | {"diffusion-gemma.expert_feed_forward_length": XF + 1}  # or gate_up would be square
+    adapter = load_adapter(tmp_path, model)
+    for tensor, inner in (("blk.1.ffn_gate_up_exps", ".base_layer"), ("blk.1.ffn_down_exps", "")):
+        a = tensors[f"{module}{inner}.lora_A.weight"].reshape(EXPERTS, 4, -1)
+        b = tensors[f"{module}{inner}.lora_B.weight"]
+        b = b.reshape(len(b), 4, EXPERTS)
+        expected = 2 * np.einsum("ore,eri->eio", b, a)  # as their get_delta_weight has it
+        np.testing.assert_allclose(factors(adapter, tensor, "decoder").delta(), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("prefix", "side"),
     [
         ("base_model.model.model.", "both"),  # NeMo
-        ("base_model.model.model.language_model.", "both"),
         ("base_model.model.decoder.", "decoder"),  # a model without its head
         ("base_model.model.encoder.language_model.", "encoder"),
         ("model.decoder.", "decoder"),
@@ -93,6 +115,18 @@ def test_an_adapter_name_in_the_keys(tmp_path: Path) -> None:
     plain = pair(f"{PEFT}decoder.layers.0.self_attn.q_proj", 32, D)
     named = {key.replace(".weight", ".default.weight"): values for key, values in plain.items()}
     assert load(tmp_path / "named", named).fingerprint == load(tmp_path / "plain", plain).fingerprint
+
+
+def test_nemo_of_one_stack(tmp_path: Path) -> None:
+    """NeMo has one stack of layers: where it names that the decoder's, its set is for both modes."""
+    tensors = pair(f"{PEFT}decoder.layers.0.self_attn.q_proj", 32, D)
+    folders.write_folder(tmp_path, tensors)
+    (tmp_path / "automodel_peft_config.json").write_text("{}")
+    adapter = load_adapter(tmp_path, MODEL)
+    assert list(adapter.factors) == [Target(Q, "both")]
+    assert "both modes" in adapter.metadata["notes"][0]
+    folders.write_folder(tmp_path)  # with the encoder's
+    assert Target(Q, "encoder") in load_adapter(tmp_path, MODEL).factors
 
 
 def test_nemo_self_conditioning_and_router(tmp_path: Path) -> None:
@@ -221,7 +255,8 @@ def test_mlx_refused(config: dict[str, Any], parts: tuple[str, ...], tmp_path: P
         ({"fan_in_fan_out": True}, ("'fan_in_fan_out'",)),
         ({"use_bdlora": {"nblocks": 2}}, ("'use_bdlora'",)),
         ({"init_lora_weights": "pissa_niter_4"}, ("'init_lora_weights'", "path_initial_model")),
-        ({"init_lora_weights": "olora"}, ("'init_lora_weights'",)),
+        ({"init_lora_weights": "olora"}, ("'init_lora_weights'", "path_initial_model")),
+        ({"init_lora_weights": "loftq"}, ("'init_lora_weights'", "train without it")),
         ({"init_lora_weights": "new"}, ("'init_lora_weights'", "not known")),
         ({"use_something_new": True}, ("'use_something_new'", "not known")),
         ({"new_config": {"a": 1}}, ("'new_config'", "not known")),
@@ -294,6 +329,7 @@ NAN = np.full((4, D), np.nan, np.float32)
         (both(f"{PEFT}encoder.embed_vision.embedding_projection", D, 8), ("projector of images",)),
         (both("base_model.model.lm_head", 512, D), ("lm_head", "the output head")),
         (both(f"{LAYER}input_layernorm", D, D), ("input_layernorm", "a norm")),
+        (both(f"{PEFT}language_model.layers.0.self_attn.k_proj", 16, D), ("language_model", "Gemma 4")),
         (both(f"{LAYER}mlp.fc1", FF, D), ("mlp.fc1", "no matrix of this model")),
         (both(f"{LAYER}experts.0.gate_proj", XF, D), ("experts.0.gate_proj", "an expert by itself")),
         (both("model.decoder.layers.0.self_attn.q_proj", 32, D), ("q_proj", "same module as")),
@@ -443,6 +479,37 @@ def test_scaled(tmp_path: Path) -> None:
         assert a.dtype == b.dtype == np.float32 and a.flags.c_contiguous
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("block_count", None),
+        ("block_count", "2"),
+        ("expert_count", -1),
+        ("attention.head_count_kv", [1]),
+        ("attention.head_count_kv", [1, 1.5]),
+        ("attention.sliding_window_pattern", None),
+        ("attention.key_length_swa", None),
+    ],
+)
+def test_models_without_what_they_need(key: str, value: Any, tmp_path: Path) -> None:
+    folders.write_folder(tmp_path)
+    model = MODEL | {f"diffusion-gemma.{key}": value}
+    if value is None:
+        del model[f"diffusion-gemma.{key}"]
+    with pytest.raises(AdapterError, match=f"'diffusion-gemma.{key}'"):
+        load_adapter(tmp_path, model)
+
+
+def test_a_period_of_layers(tmp_path: Path) -> None:
+    """``sliding_window_pattern`` may be a number: each so many'th layer is a full one."""
+    model = MODEL | {"diffusion-gemma.attention.sliding_window_pattern": 2}
+    folders.write_folder(tmp_path)
+    assert load_adapter(tmp_path, model).fingerprint == load_adapter(tmp_path, MODEL).fingerprint
+    folders.write_folder(tmp_path, pair(f"{PEFT}decoder.layers.1.self_attn.v_proj", 16, D))
+    with pytest.raises(AdapterError, match="no v_proj"):
+        load_adapter(tmp_path, model)
+
+
 def test_another_architecture(tmp_path: Path) -> None:
     folders.write_folder(tmp_path)
     with pytest.raises(AdapterError, match="'llama' are not supported"):
@@ -465,3 +532,15 @@ def test_writing_back(tmp_path: Path) -> None:
         write_peft_folder(adapter, tmp_path / "b", matrices_of(MODEL), overwrite=False)
     with pytest.raises(AdapterError, match="is a file"):
         write_peft_folder(adapter, tmp_path / "b/adapter_config.json", matrices_of(MODEL))
+
+
+def test_more_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file may claim any size."""
+    adapter = load(tmp_path)
+
+    def fail(*arguments: object) -> np.ndarray:
+        raise MemoryError
+
+    monkeypatch.setattr("pydiffusion.adapters.stored.read_exactly", fail)
+    with pytest.raises(InsufficientMemoryError, match=r"adapter_model\.safetensors.*lora_A\.weight"):
+        list(adapter.scaled())

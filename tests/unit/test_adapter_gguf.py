@@ -211,6 +211,11 @@ def test_exact_types(tmp_path: Path) -> None:
             ("token_embd.weight.lora_a", "no such matrix"),
         ),
         (
+            {"blk.0.attn_k.weight.lora_a": (65537, D), "blk.0.attn_k.weight.lora_b": (16, 65537)},
+            {},
+            ("attn_k.weight.lora_a", "rank 65537"),
+        ),
+        (
             {f"enc.{Q}.weight.lora_a": (4, D), f"enc.{Q}.weight.lora_b": (32, 4)}
             | {f"dec.{Q}.weight.lora_a": (4, D), f"dec.{Q}.weight.lora_b": (32, 4)},
             {},

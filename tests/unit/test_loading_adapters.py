@@ -65,7 +65,30 @@ def test_scales_refused(text: str) -> None:
 def test_paths_of_nothing(text: str) -> None:
     with pytest.raises(AdapterError) as error:
         load_adapter(text, MODEL)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 6000
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "empty"),
+        ("{a}:0.5", "goes beside it"),
+        ("{a},{a}", "by itself"),
+        ("/dev/null", "neither a folder nor a file"),
+        ("{a}/adapter_config.json", "give its folder"),
+    ],
+)
+def test_what_was_meant(text: str, part: str, tmp_path: Path) -> None:
+    folder = folders.write_folder(tmp_path / "a")
+    with pytest.raises(AdapterError, match=part):
+        load_adapter(text.format(a=folder), MODEL)
+
+
+def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders.write_folder(tmp_path / "a")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert load_adapter("~/a", MODEL).name == "a"
 
 
 @pytest.fixture

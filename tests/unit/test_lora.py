@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from support.fake_vision import give_vision, noise
 from support.lora_adapters import random_adapter, write_peft_folder
 from support.native_adapters import merge
 
@@ -139,6 +145,7 @@ def test_a_refused_one_leaves_the_earlier_ones(
         ([(one, float("nan"))], OptionError, "lora has the scale nan"),
         ([f"{tmp_path}:0.5"], AdapterError, r"give the scale beside it, \('.*', 0.5\)"),
         ([(one, "2")], OptionError, "lora has the scale '2'"),
+        (["a\0b"], AdapterError, "is no path"),
         ([""], OptionError, "lora holds ''"),
         ([None], OptionError, "lora holds None"),
         ("folder", OptionError, r"lora is 'folder'; permitted is a list"),
@@ -240,6 +247,18 @@ def test_a_closed_model_s_sessions_keep_their_adapters(path: Path, one: Adapter)
     own.set_lora(None)
     with pytest.raises(PyDiffusionError, match="the model is closed: its adapters can't be applied"):
         logits(own)
+
+
+def test_a_model_that_nobody_has_is_freed_at_once(path: Path, one: Adapter) -> None:
+    model = opened(path, lora=[one])
+    session = model.new_session(lora=[(one, 2)])
+    seen = weakref.ref(model)
+    gc.disable()
+    try:
+        del model, session
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 # One call
@@ -364,11 +383,14 @@ def test_a_file_is_read_once(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
             model.set_lora([("attention", 0.5), str(folder)])
             model.generate(IDS, lora=[folder], **SHORT)
         assert model.load_lora(folder) is adapter and len(reads) == 1
+        with opened(path, lora=[folder]) as other:
+            other.set_lora([(folder, 2)])
+            assert len(reads) == 2  # of another model
         assert model.lora == ((adapter, 0.5), (adapter, 1.0))
         before = fresh_logits(model)
         write_peft_folder(folder, path, 4)
         again = model.load_lora(folder)
-        assert len(reads) == 2 and again != adapter and model.lora[0][0] is adapter
+        assert len(reads) == 3 and again != adapter and model.lora[0][0] is adapter
         np.testing.assert_array_equal(fresh_logits(model), before)  # until it is set again
         assert not np.array_equal(fresh_logits(model, [again]), fresh_logits(model, [adapter]))
 
@@ -395,3 +417,78 @@ def test_adapters_as_values(path: Path, one: Adapter, two: Adapter) -> None:
     assert options.lora == ((one, 1.0), ("folder", 2.0))
     assert hash(options) == hash(GenerationOptions(lora=[(same, 1), ("folder", 2.0)]))
     assert pickle.loads(pickle.dumps(GenerationOptions(lora=["folder"]))).lora == (("folder", 1.0),)
+
+
+def test_the_async_methods_and_choices_take_them(
+    model: DiffusionModel, tuned: DiffusionModel, one: Adapter
+) -> None:
+    done = asyncio.run(model.agenerate(IDS, lora=[one], **SHORT))
+    assert done.tokens.tolist() == tuned.generate(IDS, **SHORT).tokens.tolist()
+    messages, body = (
+        [{"role": "user", "content": "the sea"}],
+        {"max_tokens": 9, "steps": 2, "seed": 3, "n": 2},
+    )
+    ours = model.create_chat_completion(messages, **body, lora=[one], session=model.new_session())
+    assert ours["choices"] == tuned.create_chat_completion(messages, **body)["choices"]
+    assert ours["choices"] != model.create_chat_completion(messages, **body)["choices"]
+    each = [GenerationOptions(max_tokens=9, steps=2, seed=3, lora=lora) for lora in ([one], None)]
+    found = dict(model.chat_batch([messages] * 2, each))
+    for i, which in enumerate((tuned, model)):
+        assert found[i].text == which.chat(messages, max_tokens=9, steps=2, seed=3).text  # type: ignore[union-attr]
+
+
+def test_on_a_device(path: Path, model: DiffusionModel, one: Adapter, plain: np.ndarray) -> None:
+    with opened(path, device="host", n_gpu_layers=99) as never:
+        expected = fresh_logits(never)
+    with opened(path, device="host", n_gpu_layers=99, lora=[one]) as host:
+        off_by = np.abs(fresh_logits(host) - fresh_logits(model, [one])).mean()
+        assert off_by < 2 * np.abs(expected - plain).mean() < 0.005  # as the devices differ without
+        session = host.new_session()
+        session.encode(IDS)
+        host.set_lora([])
+        np.testing.assert_array_equal(logits(session), expected)
+
+
+# Images, and damaged files
+
+
+@pytest.fixture
+def seeing(path: Path) -> Iterator[DiffusionModel]:
+    with opened(path) as model:
+        give_vision(model)
+        yield model
+
+
+def test_a_session_with_images_encodes_them_anew(
+    seeing: DiffusionModel, one: Adapter, tmp_path: Path
+) -> None:
+    prompt = [20, noise(0), 30]
+    session, fresh = seeing.new_session(), seeing.new_session(lora=[one])
+    session.encode(prompt)
+    fresh.prefill([*prompt, 40])
+    seeing.set_lora([one])
+    session.prefill([*session.tokens.tolist(), 40])  # the image is the session's own
+    assert session.tokens.tolist() == fresh.tokens.tolist() and session.native.images == fresh.native.images
+    np.testing.assert_array_equal(logits(session), logits(fresh))
+    session.save(tmp_path / "session")
+    loaded = seeing.load_session(tmp_path / "session")
+    assert loaded.native.images == fresh.native.images
+    np.testing.assert_array_equal(logits(loaded), logits(fresh))
+
+
+@pytest.mark.parametrize("names", ["", "{", "[1]", "[[1, 2, 3]]", '[["a", "b"]]', "[" * 10000])
+def test_a_session_file_whose_names_are_damaged(
+    names: str, model: DiffusionModel, one: Adapter, tmp_path: Path
+) -> None:
+    session = model.new_session(lora=[one])
+    session.encode(IDS[:3])
+    session.save(tmp_path / "session")
+    with safe_open(tmp_path / "session", framework="numpy") as file:
+        metadata = file.metadata() | {"lora_names": names}
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(arrays, tmp_path / "session", metadata=metadata)
+    with pytest.raises(
+        ModelFormatError, match=r"other adapters \(others, whose names are damaged; here none\)"
+    ):
+        model.load_session(tmp_path / "session")
+    assert model.load_session(tmp_path / "session", lora=[one]).n_past == 3

@@ -9,9 +9,9 @@
 
 #include "backend/cpu/attention.h"
 #include "backend/cpu/fused_rows.h"
+#include "backend/cpu/low_rank.h"
 #include "backend/graph_executor.h"
 #include "backend/graph_inputs.h"
-#include "backend/ops/low_rank.h"
 #include "backend/rope_angles.h"
 #include "backend/weight_matrix.h"
 #include "ggml.h"

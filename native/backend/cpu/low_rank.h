@@ -9,7 +9,8 @@
 
 namespace pydiffusion {
 
-// Adds b (scale * (a x)) to a matrix's results for the tokens [first, first + n) of a graph.
+// Adds b (scale * (a x)) to a matrix's results for the tokens [first, first + n) of a graph. a and b are F32
+// or BF16.
 struct LowRank {
     ggml_tensor* a;  // [n_inner, rank], of experts [n_inner, rank, n_expert]
     ggml_tensor* b;  // [rank, n_rows], of experts [rank, n_rows, n_expert]
@@ -20,5 +21,10 @@ struct LowRank {
 // By matrix, the changes of its results: in order of their tokens, those of the same tokens in the order in
 // which they are added. Two ranges of tokens are the same or have no token in common.
 using LowRankTable = std::unordered_map<const ggml_tensor*, std::vector<LowRank>>;
+
+// Adds the change to result [n_rows, n_tokens], F32, in place, for x F32 [n_inner, n_tokens]: nodes for the
+// CPU, not for experts. Unlike ggml's matmuls they split few rows among threads, and add while they multiply.
+// Sums are float32; each element depends on its own row and activation only.
+ggml_tensor* add_low_rank(ggml_context* ctx, const LowRank& change, ggml_tensor* x, ggml_tensor* result);
 
 }  // namespace pydiffusion
