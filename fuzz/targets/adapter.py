@@ -96,8 +96,9 @@ class Target:
             elif draw.random() < 0.6:
                 config |= draw.choice(_SETTINGS)
             else:
-                changed = mutation.mutated(draw, config, folders.peft_config())
-                config = changed if isinstance(changed, dict) else {"": changed}
+                with contextlib.suppress(RecursionError):  # already nested too deeply to be copied
+                    changed = mutation.mutated(draw, config, folders.peft_config())
+                    config = changed if isinstance(changed, dict) else {"": changed}
         files = {name: _safetensors(stored), "adapter_config.json": json_bytes(config)}
         if draw.random() < 0.15:
             damaged = draw.choice(list(files))

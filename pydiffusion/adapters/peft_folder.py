@@ -77,11 +77,20 @@ def read_peft_folder(folder: Path, matrices: Matrices, name: str = "") -> Adapte
         if is_mlx(fields):
             return read_mlx_folder(folder, fields, matrices, name)
         settings = read_settings(fields, notes)
+        notes += _of_another_model(settings)
         tensors = open_tensors(folder)
         pairs = _pairs(tensors)
         shared = _is_shared(folder, pairs, notes)
         changes = list(_changes(pairs, settings, matrices, shared, notes))
         return make_adapter(name, folder, changes, matrices, settings.shown, notes)
+
+
+def _of_another_model(settings: PeftSettings) -> list[str]:
+    """A note if the adapter was trained on an autoregressive Gemma, whose names and sizes may be the same."""
+    base = settings.shown.get("base_model_name_or_path")
+    name = base.lower().replace("_", "-") if isinstance(base, str) else ""
+    is_other = re.search(r"gemma-?[1-4]", name) is not None and "diffusion" not in name
+    return [f"it was trained on {base:.200}, which is no diffusion model"] if is_other else []
 
 
 def _is_shared(folder: Path, pairs: Mapping[str, _Pair], notes: list[str]) -> bool:
@@ -108,7 +117,10 @@ def _pairs(tensors: Mapping[str, Stored]) -> dict[str, _Pair]:
         if len(names) > 1:
             other = next(found for found in names.values() if found != first)
             raise tensor_error(tensor.path, key, f"is of another adapter than {other!r:.300}: save one")
-        module = _WRAPPERS.sub("", match["module"].removeprefix(_BASE))
+        module = match["module"]
+        while module.startswith(_BASE):  # twice, of a model that was wrapped twice
+            module = module.removeprefix(_BASE)
+        module = _WRAPPERS.sub("", module)
         pair = pairs.setdefault(module, _Pair(module))
         if match["part"] in pair.parts:
             twin = pair.parts[match["part"]].key

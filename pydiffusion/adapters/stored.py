@@ -168,7 +168,8 @@ def make_adapter(
     metadata: Mapping[str, Any],
     notes: Sequence[str],
 ) -> Adapter:
-    """Check all changes, read each once, and make an adapter of them.
+    """Check all changes, read each once, and make an adapter of them. Sets of both modes that are the same
+    become one for both.
 
     Raises AdapterError, naming the tensor: factors that don't fit, that are not finite, or that change a
     matrix twice.
@@ -182,16 +183,17 @@ def make_adapter(
     if not by_target:
         raise AdapterError(f"{path}: changes nothing of the model{_because(notes)}")
     _require_sides(by_target)
-    ordered = sorted(by_target, key=_order)
-    digest = hashlib.sha256()
-    is_trained = False
-    for target in ordered:
-        is_trained |= _add(digest, by_target[target])
-    notes = [*notes, *([] if is_trained else ["all of its changes are zero: it was not trained"])]
+    read = {target: _read(by_target[target]) for target in sorted(by_target, key=_order)}
+    one = {target: _one_for_both(target, read) for target in read}
+    factors = {one[target]: by_target[target].factors for target in read}
+    digests = {one[target]: digest for target, digest in read.items()}
+    fingerprint = hashlib.sha256()
+    for target, digest in digests.items():
+        fingerprint.update(f"{target.tensor} {target.side} ".encode() + digest)
+    notes = [*notes, *([] if any(read.values()) else ["all of its changes are zero: it was not trained"])]
     for note in notes:
         logger.warning("adapter %s: %s", name, note)
-    factors = {target: by_target[target].factors for target in ordered}
-    return Adapter(name, path, factors, digest.digest(), {**metadata, "notes": tuple(notes)})
+    return Adapter(name, path, factors, fingerprint.digest(), {**metadata, "notes": tuple(notes)})
 
 
 def _because(notes: Sequence[str]) -> str:
@@ -214,8 +216,16 @@ def _order(target: Target) -> tuple[int, str, str]:
     return (int(layer[1]) if layer else -1), target.tensor, target.side
 
 
-def _add(digest: Any, change: Change) -> bool:
-    """Add a change to the digest, as the runtime takes it: (A, scale * B). Returns whether it is not zero."""
+def _one_for_both(target: Target, read: Mapping[Target, bytes]) -> Target:
+    """The target itself, or that of one set for both modes where the modes' own sets are the same."""
+    sides = [read.get(Target(target.tensor, side)) for side in ("encoder", "decoder")]
+    return Target(target.tensor, "both") if sides[0] == sides[1] is not None else target
+
+
+def _read(change: Change) -> bytes:
+    """Read and check a change; returns the digest of what the runtime takes, (A, scale * B), or nothing if it
+    is zero.
+    """
     factors = change.factors
     if not math.isfinite(factors.scale) or abs(factors.scale) > _MAX_SCALE:
         raise change.error(f"is scaled by {factors.scale:g}, of which nothing can be computed")
@@ -227,7 +237,9 @@ def _add(digest: Any, change: Change) -> bool:
         b = b * np.float32(factors.scale)
     if not np.isfinite(b).all():
         raise change.error(f"scaled by {factors.scale:g} is more than a float32 holds", 1)
-    digest.update(f"{change.target.tensor} {change.target.side} {a.shape} {b.shape}\n".encode())
-    digest.update(a.astype("<f4", copy=False).data)
-    digest.update(b.astype("<f4", copy=False).data)
-    return bool(b.any() and a.any())
+    if not (a.any() and b.any()):
+        return b""
+    digest = hashlib.sha256(f"{a.shape} {b.shape} ".encode())
+    for values in (a, b):
+        digest.update(values.astype("<f4", copy=False).data)
+    return digest.digest()

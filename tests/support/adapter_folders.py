@@ -57,13 +57,13 @@ def pair(module: str, n_out: int, n_in: int, rank: int = 4, seed: int = 0) -> Te
     }
 
 
-def experts(module: str, rank: int = 4) -> Tensors:
+def experts(module: str, rank: int = 4, seed: int = 0) -> Tensors:
     """Both of PEFT's pairs on a layer's experts."""
     return {
-        f"{module}.base_layer.lora_A.weight": random(1, rank * EXPERTS, D),
-        f"{module}.base_layer.lora_B.weight": random(2, 2 * XF, rank * EXPERTS),
-        f"{module}.lora_A.weight": random(3, rank * EXPERTS, XF),
-        f"{module}.lora_B.weight": random(4, D, rank * EXPERTS),
+        f"{module}.base_layer.lora_A.weight": random(seed + 1, rank * EXPERTS, D),
+        f"{module}.base_layer.lora_B.weight": random(seed + 2, 2 * XF, rank * EXPERTS),
+        f"{module}.lora_A.weight": random(seed + 3, rank * EXPERTS, XF),
+        f"{module}.lora_B.weight": random(seed + 4, D, rank * EXPERTS),
     }
 
 
@@ -73,7 +73,7 @@ def peft_tensors(rank: int = 4) -> Tensors:
     for seed, side in enumerate(("decoder.", "encoder.language_model.")):
         for module, size in SIZES.items():
             tensors |= pair(f"{PEFT}{side}layers.0.{module}", *size, rank, seed)
-        tensors |= experts(f"{PEFT}{side}layers.0.experts", rank)
+        tensors |= experts(f"{PEFT}{side}layers.0.experts", rank, seed)
     for module, size in SELF_CONDITIONING.items():
         tensors |= pair(f"{PEFT}decoder.self_conditioning.{module}", *size, rank)
     return tensors

@@ -69,8 +69,15 @@ def test_one_of_llama_cpp(tmp_path: Path) -> None:
 def test_modes(prefixes: tuple[str, ...], sides: list[str], tmp_path: Path) -> None:
     tensors: Tensors = {}
     for prefix in prefixes:
-        tensors |= q_tensors(prefix, len(prefix))
+        tensors |= q_tensors(prefix, ("enc.", "dec.", "").index(prefix))
     assert [target.side for target in load(tmp_path, tensors).factors] == sides
+
+
+def test_modes_that_are_the_same_are_one_set(tmp_path: Path) -> None:
+    both = load(tmp_path, q_tensors())
+    assert load(tmp_path, q_tensors("enc.") | q_tensors("dec.")).fingerprint == both.fingerprint
+    other = load(tmp_path, q_tensors("enc.") | q_tensors("dec.", 1))
+    assert len(other.factors) == 2 and other.fingerprint != both.fingerprint
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0])

@@ -153,3 +153,6 @@ def test_a_gguf_of_the_hub_and_repos_without_an_adapter(tmp_path: Path, repo: Hu
     (tmp_path / "repo/tuned.gguf").rename(tmp_path / "repo/config.json")
     ((kind, text),) = load_all(tmp_path / "other", repo, "org/open")
     assert kind == "AdapterError" and "org/open" in text and "adapter" in text
+    folders.write_folder(tmp_path / "repo/checkpoint-500")
+    ((kind, text),) = load_all(tmp_path / "other", repo, "org/open")
+    assert kind == "AdapterError" and "checkpoint-500/adapter_config.json" in text
