@@ -84,6 +84,13 @@ class AdapterStore:
             return options
         return replace(options, lora=self.set_of(options.lora).given)
 
+    def unload(self, adapter: Adapter) -> None:
+        """Forget an adapter, whatever names it was loaded by."""
+        with self._lock:
+            self._fingerprint_to_native.pop(adapter.fingerprint, None)
+            kept = {name: known for name, known in self._source_to_adapter.items() if known[1] != adapter}
+            self._source_to_adapter = kept
+
     def close(self) -> None:
         """Let go of the adapters, which hold the model's weights; sessions keep those that they apply."""
         with self._lock:
