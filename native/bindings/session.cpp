@@ -197,6 +197,7 @@ nb::dict imatrix(Session& session) {
     nb::dict result;
     if (!session.imatrix()) return result;
     for (const auto& [name, s] : session.imatrix()->by_weight()) {
+        if (!session.model().weights.find(name)) continue;  // an adapter's
         const size_t n_per_row = s.n_per_row;
         result[name.c_str()] =
             nb::make_tuple(to_numpy(s.sums, s.counts.size(), n_per_row), to_numpy(s.counts));

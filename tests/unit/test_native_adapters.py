@@ -271,6 +271,26 @@ def test_different_adapters_in_one_batch(
     assert not same(together[0][:1], together[2][:1])
 
 
+@pytest.mark.parametrize("kernels", ["ggml", "cuda"])
+def test_different_adapters_in_one_batch_on_a_device(kernels: str, files: dict[str, Path]) -> None:
+    """Where a batch need not have each one's bits: the entropies of the first step are close."""
+    model = _native.Model(str(files["f32"]), n_threads=2, device="host", kernels=kernels)
+    one, two = load(model, 1, rank=3), load(model, 2)
+    lists: list[Adapters] = [[], [(one, 1.0)], [(one, 0.5), (two, 0.5)], []]
+    alone, together = [], [new_session(model, adapters) for adapters in lists]
+    for adapters, session in zip(lists, together, strict=True):
+        session_alone = new_session(model, adapters)
+        for its in (session_alone, session):
+            begin(its, 1)
+        step = session_alone.next_step()
+        assert step is not None
+        alone.append(step.entropy)
+    for ours, theirs in zip(_native.Batch(model).next_steps(together), alone, strict=True):
+        assert isinstance(ours, _native.Step), ours
+        assert float(np.abs(ours.entropy - theirs).mean()) < 0.02
+    assert float(np.abs(alone[1] - alone[2]).mean()) > 0.1
+
+
 # --- sessions ---
 
 
@@ -345,6 +365,16 @@ def test_a_cancelled_encoding_loses_nothing(model: _native.Model) -> None:
         session.denoise(CANVAS, None)
     assert np.array_equal(session.tokens, PROMPT)
     assert same(session_logits(session), run(new_session(model, [(adapter, 1.0)]))[1:])
+
+
+def test_an_imatrix_has_the_models_matrices_only(model: _native.Model) -> None:
+    names = []
+    for adapters in ([], [(load(model, 1), 1.0)]):
+        session = new_session(model, adapters)
+        session.collect_imatrix(True)
+        run(session)
+        names.append(set(session.imatrix()))
+    assert names[0] == names[1] > {"blk.0.attn_q.weight", "blk.0.ffn_down_exps.weight"}
 
 
 def test_a_generation_ends_with_its_adapters(model: _native.Model) -> None:
