@@ -1,12 +1,12 @@
 """Measure what adapters cost: denoising steps with and without them, in turns.
 
-python benchmarks/adapters.py [MODEL] [--shape 26b-a4b-fifth] [--type q4_k_m] [--rank 16] [--rounds 6] [--parts]
+python benchmarks/adapters.py [MODEL] [--shape 26b-a4b-fifth] [--type q4_k_m] [--rank 16] [--parts]
 
 Without MODEL, a synthetic one is created: a fifth of the released model's layers and of its vocabulary, so
-that the parts of a step have their shares. Random adapters of the given rank: of attention and the dense MLPs
-in both modes with self-conditioning (what Unsloth tunes), two of these at once, and of the experts too. Prints
-a step's seconds and its CPU seconds (of all threads), and their ratios to those of the step without adapters in
-the same round. On a busy machine only the CPU seconds say something.
+that the parts of a step keep their shares. Random adapters of the given rank: of attention, the dense MLPs
+and self-conditioning (what Unsloth tunes), two of these at once, and of the experts too. Prints the seconds
+of a step and its CPU seconds (of all threads), and their ratios to those of the step without adapters in the
+same round. On a busy machine only CPU seconds say something.
 --parts: prints where in the step the time goes, without adapters and with them.
 """
 
@@ -123,7 +123,8 @@ def measure(model: _native.Model, rank: int, n_rounds: int, n_prompt: int, parts
         for name, times in zip(measured, alternate(steps, n_rounds), strict=True)
     }
     for name, (seconds, cpu) in found.items():
-        line = f"{name}: step {1e3 * statistics.median(seconds):.0f} ms, CPU {1e3 * statistics.median(cpu):.0f} ms"
+        step, of_cpu = (1e3 * statistics.median(values) for values in (seconds, cpu))
+        line = f"{name}: step {step:.0f} ms, CPU {of_cpu:.0f} ms"
         if name != "none":
             line += f"; ratio {exact(seconds, found['none'][0])}, CPU {exact(cpu, found['none'][1])}"
         print(line, flush=True)

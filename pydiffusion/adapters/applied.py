@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pydiffusion.errors import AdapterError, PyDiffusionError
+from pydiffusion.errors import PyDiffusionError
 from pydiffusion.options import Lora, LoraSource, ResolvedOptions, lora_option
 
 from .adapter import Adapter
@@ -84,6 +84,13 @@ class AdapterStore:
             return options
         return replace(options, lora=self.set_of(options.lora).given)
 
+    def unload(self, adapter: Adapter) -> None:
+        """Forget an adapter, whatever names it was loaded by."""
+        with self._lock:
+            self._fingerprint_to_native.pop(adapter.fingerprint, None)
+            kept = {name: known for name, known in self._source_to_adapter.items() if known[1] != adapter}
+            self._source_to_adapter = kept
+
     def close(self) -> None:
         """Let go of the adapters, which hold the model's weights; sessions keep those that they apply."""
         with self._lock:
@@ -103,31 +110,26 @@ class AdapterStore:
     def _adapter(self, source: LoraSource) -> Adapter:
         if isinstance(source, Adapter):
             return source
-        name, state = os.fspath(source), _state(Path(source))
-        if state is not None:
+        name = os.fspath(source)
+        if _state(Path(source)) is not None:
             name = str(Path(source).resolve())
         known = self._source_to_adapter.get(name)
-        if known is not None and known[0] == state:
+        if known is not None and known[0] == _state(known[1].path):
             return known[1]
         adapter = _read(source, self._metadata)
-        self._source_to_adapter[name] = state, adapter
+        self._source_to_adapter[name] = _state(adapter.path), adapter
         return adapter
 
 
 def _read(source: str | os.PathLike[str], metadata: Mapping[str, Any]) -> Adapter:
-    from .loading import load_adapter, parse_lora  # on first use: most models have no adapters
+    from .loading import load_adapter  # on first use: most models have no adapters
 
-    path, scale = parse_lora(os.fspath(source))
-    if path != os.fspath(source) and Path(path).exists():
-        raise AdapterError(
-            f"{source}: there is no such adapter: give the scale beside it, ({path!r}, {scale:g})"
-        )
     return load_adapter(source, metadata)
 
 
 def _state(path: Path) -> list[tuple[str, int, int]] | None:
     """Names, sizes and times of a file, or of the files in a folder, by which a change is seen; None for what
-    is not there, as the name of a repo on the hub.
+    is not there, as the name of a repo on the hub or ``~``.
     """
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path]

@@ -147,7 +147,7 @@ def command(
 
 
 def check_adapters(source: Path, adapters: list[tuple[str, float]]) -> list[str]:
-    """What merging adapters would change, for a dry run."""
+    """Notes on what merging adapters would change, for a dry run."""
     if not adapters:
         return []
     from pydiffusion import convert

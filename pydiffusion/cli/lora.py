@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from . import _open
 from ._adapter_facts import adapter_counts, adapter_facts, adapter_lines, target_lines
-from ._commands import Command, expanded, with_home
+from ._commands import Command, with_home
 from ._conversion import Keep
 from ._options import output_file
 from ._text import one_line, printable, say
@@ -76,7 +76,7 @@ def convert(
     if type not in TYPES or (type != "auto" and not to_gguf):
         raise typer.BadParameter(f"--type is {type}; permitted are {', '.join(TYPES)}, for GGUF files only")
     keys = _metadata(model)
-    adapter = load_adapter(_at_home(source), keys)
+    adapter = load_adapter(source, keys)
     if to_gguf == adapter.path.is_file():
         what, other = ("a GGUF", "a folder") if to_gguf else ("a folder", "NAME.gguf")
         raise AdapterError(f"{adapter.path}: is {what} already; give {other} as OUT to convert it")
@@ -101,7 +101,7 @@ def inspect(
     """Show what an adapter changes, and whether it can be merged into a model's weights."""
     from pydiffusion.adapters.loading import load_adapter
 
-    adapter = load_adapter(_at_home(source), _metadata(model))
+    adapter = load_adapter(source, _metadata(model))
     if as_json:
         print(json.dumps(adapter_facts(adapter, tensors), default=str))
     else:
@@ -110,10 +110,6 @@ def inspect(
 
 app.command("convert", cls=Command)(with_home(convert))
 app.command("inspect", cls=Command)(with_home(inspect))
-
-
-def _at_home(source: str) -> str:
-    return str(expanded(Path(source))) if source.startswith("~") else source
 
 
 def _metadata(model: Path | None) -> dict[str, Any] | None:

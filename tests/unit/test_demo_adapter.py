@@ -24,7 +24,9 @@ def test_the_adapter_is_small_and_as_peft_saves_it() -> None:
         names = list(file.keys())
         assert len(names) == 86
         assert {file.get_slice(name).get_dtype() for name in names} == {"BF16"}
-    assert all(name.startswith("base_model.model.model.decoder.") for name in names), "the encoder is as it was"
+    assert all(name.startswith("base_model.model.model.decoder.") for name in names), (
+        "the encoder is as it was"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import pickle
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -143,7 +144,7 @@ def test_a_refused_one_leaves_the_earlier_ones(
         ([one, tmp_path / "nowhere"], AdapterError, "nowhere: there is no such adapter"),
         ([misfit], AdapterError, r"misfit: .*blk\.0\.attn_q"),
         ([(one, float("nan"))], OptionError, "lora has the scale nan"),
-        ([f"{tmp_path}:0.5"], AdapterError, r"give the scale beside it, \('.*', 0.5\)"),
+        ([f"{tmp_path}:0.5"], AdapterError, r"its scale goes beside it, \('.*', 0.5\)"),
         ([(one, "2")], OptionError, "lora has the scale '2'"),
         (["a\0b"], AdapterError, "is no path"),
         ([""], OptionError, "lora holds ''"),
@@ -393,6 +394,25 @@ def test_a_file_is_read_once(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
         assert len(reads) == 3 and again != adapter and model.lora[0][0] is adapter
         np.testing.assert_array_equal(fresh_logits(model), before)  # until it is set again
         assert not np.array_equal(fresh_logits(model, [again]), fresh_logits(model, [adapter]))
+
+
+def test_an_unloaded_one_is_gone_once_nothing_applies_it(path: Path, tmp_path: Path) -> None:
+    with opened(path) as model:
+        adapter = model.load_lora(write_peft_folder(tmp_path / "a", path, 3))
+        native = model.adapters.set_of([adapter]).native[0][0]
+        session = model.new_session(lora=[adapter])
+        for _ in range(2):
+            model.unload_lora(adapter)
+        session.encode(IDS)
+        expected = logits(session)
+        n_users = sys.getrefcount(native)
+        session.set_lora([])
+        logits(session)
+        assert sys.getrefcount(native) < n_users
+        again = model.load_lora(tmp_path / "a")
+        assert again is not adapter and again == adapter
+        assert model.adapters.set_of([again]).native[0][0] is not native
+        np.testing.assert_array_equal(fresh_logits(model, [adapter]), expected)
 
 
 def test_what_is_wrong_is_found_before_the_weights_are_read(
