@@ -49,7 +49,7 @@ _OF_FILES = re.compile(
     r"changes nothing|not a safetensors file|not a GGUF|\(at byte \d+ of \d+\)|version|alignment|big-endian"
 )
 _NAMED = re.compile(
-    r"""tensors? ['"`]|keys? ['"`]|adapter_config\.json[^:]*: (?:\w+: )*.*'[^']*'|contains '"""
+    r"""tensors? ['"`]|keys? ['"`]|adapter_config\.json[^:]*: (?:\w+: )*.*'[^']|contains '"""
 )
 
 _Stored = dict[str, tuple[str, list[int], bytes]]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -54,12 +53,8 @@ _OTHER_TENSORS = (
 )
 
 
-@dataclass
-class _Pair:
-    """A and B of one module, as they were found."""
-
-    module: str
-    parts: dict[str, Stored] = field(default_factory=dict)
+# Module's path in the model -> its "A" and "B".
+_Pairs = Mapping[str, Mapping[str, Stored]]
 
 
 def read_peft_folder(folder: Path, matrices: Matrices, name: str = "") -> Adapter:
@@ -93,7 +88,7 @@ def _of_another_model(settings: PeftSettings) -> list[str]:
     return [f"it was trained on {base:.200}, which is no diffusion model"] if is_other else []
 
 
-def _is_shared(folder: Path, pairs: Mapping[str, _Pair], notes: list[str]) -> bool:
+def _is_shared(folder: Path, pairs: _Pairs, notes: list[str]) -> bool:
     """Whether ``decoder.layers`` serve both modes: NeMo has one stack of layers, and names it so in some
     versions.
     """
@@ -105,9 +100,9 @@ def _is_shared(folder: Path, pairs: Mapping[str, _Pair], notes: list[str]) -> bo
     return True
 
 
-def _pairs(tensors: Mapping[str, Stored]) -> dict[str, _Pair]:
-    """Module's path in the model -> its pair. Raises AdapterError for anything else."""
-    pairs: dict[str, _Pair] = {}
+def _pairs(tensors: Mapping[str, Stored]) -> _Pairs:
+    """Raises AdapterError for anything but whole pairs."""
+    pairs: dict[str, dict[str, Stored]] = {}
     names: dict[str | None, str] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
@@ -115,21 +110,19 @@ def _pairs(tensors: Mapping[str, Stored]) -> dict[str, _Pair]:
             raise tensor_error(tensor.path, key, _what_is(key))
         first = names.setdefault(match["name"], key)
         if len(names) > 1:
-            other = next(found for found in names.values() if found != first)
-            raise tensor_error(tensor.path, key, f"is of another adapter than {other!r:.300}: save one")
+            second = next(found for found in names.values() if found != first)
+            raise tensor_error(tensor.path, key, f"is of another adapter than {second!r:.300}: save one")
         module = match["module"]
         while module.startswith(_BASE):  # twice, of a model that was wrapped twice
             module = module.removeprefix(_BASE)
         module = _WRAPPERS.sub("", module)
-        pair = pairs.setdefault(module, _Pair(module))
-        if match["part"] in pair.parts:
-            twin = pair.parts[match["part"]].key
-            raise tensor_error(tensor.path, key, f"is of the same module as {twin!r:.300}")
-        pair.parts[match["part"]] = tensor
+        other = pairs.setdefault(module, {}).setdefault(match["part"], tensor)
+        if other is not tensor:
+            raise tensor_error(tensor.path, key, f"is of the same module as {other.key!r:.300}")
     for pair in pairs.values():
         for part, missing in (("A", "B"), ("B", "A")):
-            if missing not in pair.parts:
-                found = pair.parts[part]
+            if missing not in pair:
+                found = pair[part]
                 raise tensor_error(found.path, found.key, f"has no lora_{missing} beside it: save it again")
     return pairs
 
@@ -142,7 +135,7 @@ def _what_is(key: str) -> str:
 
 
 def _changes(
-    pairs: Mapping[str, _Pair],
+    pairs: _Pairs,
     settings: PeftSettings,
     matrices: Matrices,
     shared: bool,
@@ -150,7 +143,7 @@ def _changes(
 ) -> Iterator[Change]:
     dropped: dict[str, int] = {}
     for module, pair in pairs.items():
-        a, b = pair.parts["A"], pair.parts["B"]
+        a, b = pair["A"], pair["B"]
         parameter = _parameter(module, pairs, settings, matrices)
         path = parameter or module
         place = matrices.place(path.removeprefix("model."), shared)
@@ -189,16 +182,13 @@ def _require_floats(*tensors: Stored) -> None:
             )
 
 
-def _parameter(
-    module: str, pairs: Mapping[str, _Pair], settings: PeftSettings, matrices: Matrices
-) -> str | None:
+def _parameter(module: str, pairs: _Pairs, settings: PeftSettings, matrices: Matrices) -> str | None:
     """The path of the parameter that a pair on experts is for; None for any other module.
 
     PEFT wraps a module once per parameter, in their order: of two, gate_up_proj is the inner one.
     """
     inner = module.removesuffix(".base_layer")
     if not inner.endswith(".experts"):
-        # A matrix named as a parameter has the keys of its module, but patterns see the parameter's path.
         return None
     first, second = f"{inner}.gate_up_proj", f"{inner}.down_proj"
     if inner != module:
@@ -206,13 +196,27 @@ def _parameter(
     if f"{inner}.base_layer" in pairs:
         return second
     named = [path for path in (first, second) if settings.is_parameter(path)]
+    a, b = pairs[module]["A"], pairs[module]["B"]
+    if len(named) != 1:
+        named = [path for path in (first, second) if _fits(path, a, b, settings, matrices)]
     if len(named) == 1:
         return named[0]
-    a = pairs[module].parts["A"]
     raise tensor_error(
         a.path,
         a.key,
         f"is of the experts' gate_up_proj or down_proj, and target_parameters of {CONFIG} doesn't say which",
+    )
+
+
+def _fits(path: str, a: Stored, b: Stored, settings: PeftSettings, matrices: Matrices) -> bool:
+    """Whether a pair on experts has the sizes of a parameter of the model."""
+    place = matrices.place(path.removeprefix("model."))
+    matrix = None if place is None else matrices.matrix(place.tensor)
+    if matrix is None or matrix.shape is None or len(a.shape) != 2 or len(b.shape) != 2:
+        return False
+    n_experts = matrix.shape[0]
+    return (settings.swaps_experts is not True and matrix.fits((n_experts, b.shape[0], a.shape[1]))) or (
+        settings.swaps_experts is not False and matrix.fits((n_experts, a.shape[1], b.shape[0]))
     )
 
 
@@ -228,7 +232,7 @@ def _change(
     _require_floats(a, b)
     keys = (a.key, b.key)
     matrix = matrices.matrix(target.tensor)
-    if settings.is_parameter(f"{path}.weight"):
+    if settings.is_parameter(f"{path}.weight"):  # has the module's keys, but patterns see the parameter
         path += ".weight"
     rank = settings.rank(path)
     of_experts = matrix is not None and matrix.of_experts

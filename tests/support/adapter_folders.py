@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from gguf import GGUFWriter
 
+from pydiffusion import AdapterError
+from pydiffusion.adapters.loading import load_adapter
 from support.checkpoint_folders import write_json, write_safetensors
 from support.gguf_files import finish
 
@@ -139,3 +142,14 @@ def write_gguf(path: Path, tensors: Tensors, keys: Mapping[str, Any] | None = No
             add(key, value)
     finish(writer, tensors)
     return path
+
+
+def refused(folder: Path, *parts: str) -> str:
+    """The words of the refusal, one line that has these parts."""
+    with pytest.raises(AdapterError) as error:
+        load_adapter(folder, MODEL)
+    text = str(error.value)
+    assert "\n" not in text
+    for part in (str(folder), *parts):
+        assert part in text, text
+    return text
