@@ -62,11 +62,11 @@ struct Segment {
     int64_t at, n_rows;
 };
 
-// Every matrix of the source as n_rows rows of n_columns; what no segment fills is 0.
+// Every matrix of the source as n_rows rows of row_length; what no segment fills is 0.
 std::vector<float> fitted(const Change& change, const char* what, const Array& source,
-                          const std::vector<Segment>& segments, int64_t n_rows, int64_t n_columns) {
-    std::vector<float> result(source.n_matrices() * n_rows * n_columns, 0.0f);
-    const int64_t n_source = source.n_columns(), n_kept = std::min(n_source, n_columns);
+                          const std::vector<Segment>& segments, int64_t n_rows, int64_t row_length) {
+    std::vector<float> result(source.n_matrices() * n_rows * row_length, 0.0f);
+    const int64_t n_source = source.row_length(), n_kept = std::min(n_source, row_length);
     const auto is_zero = [](float x) { return x == 0.0f; };
     const auto copy_row = [&](const float* row, bool kept, float* target) {
         if (kept) std::copy_n(row, n_kept, target);
@@ -80,7 +80,7 @@ std::vector<float> fitted(const Change& change, const char* what, const Array& s
                 const float* row = source.values + (matrix * source.n_rows() + segment.first + i) * n_source;
                 const bool kept = i < segment.n_rows;
                 copy_row(row, kept,
-                         kept ? result.data() + (matrix * n_rows + segment.at + i) * n_columns : nullptr);
+                         kept ? result.data() + (matrix * n_rows + segment.at + i) * row_length : nullptr);
             }
         }
     }
@@ -107,7 +107,7 @@ void check_arrays(const Change& change, const Array& a, const Array& b, bool exp
         return std::any_of(array.shape.begin(), array.shape.end(), [](int64_t n) { return n < 1; });
     };
     if (is_empty(a) || is_empty(b)) refuse("is empty");
-    if (a.n_rows() != b.n_columns()) refuse("has two ranks");
+    if (a.n_rows() != b.row_length()) refuse("has two ranks");
     require_finite(change, "a", a);
     require_finite(change, "b", b);
 }
@@ -166,7 +166,7 @@ void check_fit(const Change& change, const std::string& suffix, const Array& a, 
         return has == wanted || (may_pad && is_padding(has, wanted));
     };
     const ggml_tensor* matrix = parts[0].matrix;
-    bool fit = fits(a.n_columns(), matrix->ne[0], is_down) && a.n_matrices() == matrix->ne[2] &&
+    bool fit = fits(a.row_length(), matrix->ne[0], is_down) && a.n_matrices() == matrix->ne[2] &&
                b.n_matrices() == matrix->ne[2];
     for (const Part& part : parts) {
         for (const Segment& segment : part.segments) fit = fit && fits(segment.n, segment.n_rows, pads_rows);

@@ -15,14 +15,14 @@ namespace pydiffusion {
 // Which mode a change is for: a prompt or a finished canvas is read, or a canvas is denoised.
 enum class Side { encoder, decoder };
 
-// Row-major values of an array: (n_rows, n_columns), of experts (n_expert, n_rows, n_columns).
+// Row-major values of an array: (n_rows, row_length), of experts (n_expert, n_rows, row_length).
 struct Array {
     const float* values;
     std::vector<int64_t> shape;
 
     int64_t n_matrices() const { return shape.size() == 3 ? shape[0] : 1; }
     int64_t n_rows() const { return shape[shape.size() - 2]; }
-    int64_t n_columns() const { return shape.back(); }
+    int64_t row_length() const { return shape.back(); }
 };
 
 class Adapter {

@@ -131,6 +131,52 @@ TEST_CASE("low-rank changes are those of double precision") {
     }
 }
 
+TEST_CASE("low-rank changes of experts are those of their matrices one by one") {
+    constexpr int64_t n_inner = 40, n_rows = 70, rank = 3, n_expert = 5, n_used = 2, n_tokens = 9;
+    const LowRankCase each = {n_inner, n_rows, rank, n_used * n_tokens, 0, n_used * n_tokens, GGML_TYPE_F32};
+    const std::vector<float> a = random_values(n_expert * rank * n_inner, 1),
+                             b = random_values(n_expert * n_rows * rank, 2);
+    for (const bool shared : {false, true}) {  // x: a row for each token, or for each of its experts
+        Operands o(each);
+        Backend backend(2, "cpu");
+        const ggml_context_ptr inputs(ggml_init({size_t{4} << 20, nullptr, false}));
+        const auto input = [&](const std::vector<float>& values, int64_t n0, int64_t n1, int64_t n2) {
+            ggml_tensor* tensor = ggml_new_tensor_3d(inputs.get(), GGML_TYPE_F32, n0, n1, n2);
+            std::copy_n(values.data(), ggml_nelements(tensor), static_cast<float*>(tensor->data));
+            return tensor;
+        };
+        ggml_tensor* chosen = ggml_new_tensor_2d(inputs.get(), GGML_TYPE_I32, n_used, n_tokens);
+        auto* experts = static_cast<int32_t*>(chosen->data);
+        for (int64_t i = 0; i < n_used * n_tokens; ++i)
+            experts[i] = static_cast<int32_t>((i / n_used + i % n_used * 2) % (n_expert - 1));
+        constexpr int64_t first = 2, n = 6;
+        const LowRank change = {input(a, n_inner, rank, n_expert), input(b, rank, n_rows, n_expert), kScale,
+                                first, n};
+        ggml_tensor* x = input(o.x, n_inner, shared ? 1 : n_used, n_tokens);
+        ggml_tensor* y = input(o.y, n_rows, n_used, n_tokens);
+        const ggml_context_ptr context(ggml_init({size_t{1} << 20, nullptr, true}));
+        ggml_cgraph* graph = ggml_new_graph(context.get());
+        ggml_build_forward_expand(graph, add_low_rank(context.get(), change, x, y, chosen));
+        GraphExecutor executor(backend);
+        executor.allocate(graph, {}, {}, "the test");
+        executor.compute(graph, [] { return false; });
+        for (int64_t i = 0; i < n_used * n_tokens; ++i) {
+            const int64_t token = i / n_used, x_row = shared ? token : i;
+            LowRankCase one = each;
+            one.n_tokens = one.n = 1;
+            Operands its(one);
+            std::copy_n(a.begin() + experts[i] * rank * n_inner, rank * n_inner, its.a.begin());
+            std::copy_n(b.begin() + experts[i] * n_rows * rank, n_rows * rank, its.b.begin());
+            std::copy_n(o.x.begin() + x_row * n_inner, n_inner, its.x.begin());
+            std::copy_n(o.y.begin() + i * n_rows, n_rows, its.y.begin());
+            const bool changed = token >= first && token < first + n;
+            const std::vector<float> expected = changed ? run(one, its, gemm::Kernel::ggml, 1) : its.y;
+            const float* result = static_cast<const float*>(y->data) + i * n_rows;
+            CHECK(expected == std::vector<float>(result, result + n_rows));
+        }
+    }
+}
+
 TEST_CASE("no bit of a low-rank change depends on threads or on other tokens") {
     for (const LowRankCase& c : cases()) {
         const Operands o(c);

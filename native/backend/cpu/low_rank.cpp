@@ -23,9 +23,9 @@ int32_t word_of(Parameter parameter) {
     return static_cast<int32_t>(sizeof(ggml_custom_op_params) / sizeof(int32_t)) + parameter;
 }
 
-// Values of a row of a factor as float32.
-void widen(const ggml_tensor* factor, int64_t row, float* values) {
-    const char* data = static_cast<const char*>(factor->data) + row * factor->nb[1];
+// Values of a row of a factor, of an expert's if it has experts, as float32.
+void widen(const ggml_tensor* factor, int64_t expert, int64_t row, float* values) {
+    const char* data = static_cast<const char*>(factor->data) + expert * factor->nb[2] + row * factor->nb[1];
     if (factor->type == GGML_TYPE_F32) {
         std::copy_n(reinterpret_cast<const float*>(data), factor->ne[0], values);
     } else {
@@ -33,9 +33,29 @@ void widen(const ggml_tensor* factor, int64_t row, float* values) {
     }
 }
 
-std::vector<float>& scratch() {
-    static thread_local std::vector<float> values;
-    return values;
+// A row that a factor is multiplied with, and where its results go.
+struct Operand {
+    const float* x;
+    float* result;
+};
+
+// Per-thread buffers.
+struct Workspace {
+    std::vector<float> values;
+    std::vector<Operand> operands;
+};
+
+Workspace& workspace() {
+    static thread_local Workspace own;
+    return own;
+}
+
+const float* row_of(const ggml_tensor* t, int64_t i1, int64_t i2 = 0) {
+    return reinterpret_cast<const float*>(static_cast<const char*>(t->data) + i1 * t->nb[1] + i2 * t->nb[2]);
+}
+
+float* row_of(ggml_tensor* t, int64_t i1, int64_t i2 = 0) {
+    return const_cast<float*>(row_of(static_cast<const ggml_tensor*>(t), i1, i2));
 }
 
 float sum_of(const Vector& v) {
@@ -45,8 +65,8 @@ float sum_of(const Vector& v) {
     return sum;
 }
 
-// Sums of n products of T rows of x with R rows of a, which are n apart: the same for each pair whatever T
-// and R are.
+// Dot products of T rows of x with R rows of a, which are n long: the same for each pair whatever T and R
+// are.
 template <int T, int R>
 void multiply(const float* const* x, const float* a, int64_t n, float scale, float* const* targets) {
     Vector sums[T][R] = {};
@@ -86,111 +106,164 @@ void multiply_factors(const float* const* x, const float* a, int64_t n, int64_t 
     }
 }
 
-// dst [rank, n] = scale * (a x), of n tokens of x.
-void inner_op(ggml_tensor* dst, int ith, int nth, void*) {
-    const ggml_tensor *a = dst->src[0], *x = dst->src[1];
-    const int64_t n = dst->ne[1], first = ggml_get_op_params_i32(dst, word_of(kFirst));
-    const float scale = ggml_get_op_params_f32(dst, word_of(kScale));
-    const int64_t n_pieces = std::clamp<int64_t>(n / kTokensPerPiece, 1, nth);
-    if (ith >= n_pieces) return;
-    const int64_t end = n * (ith + 1) / n_pieces;
-    std::vector<float>& wide = scratch();
-    wide.resize(a->ne[0] * a->ne[1]);
-    for (int64_t r = 0; r < a->ne[1]; ++r) widen(a, r, wide.data() + r * a->ne[0]);
-    for (int64_t t = n * ith / n_pieces; t < end;) {
+// Multiplies the workspace's operands by a, of an expert if it has experts.
+void multiply_all(const ggml_tensor* a, int64_t expert, float scale) {
+    Workspace& ws = workspace();
+    const int64_t n_inner = a->ne[0], rank = a->ne[1];
+    ws.values.resize(n_inner * rank);
+    for (int64_t r = 0; r < rank; ++r) widen(a, expert, r, ws.values.data() + r * n_inner);
+    for (size_t i = 0; i < ws.operands.size();) {
         const float* rows[kTokens];
         float* targets[kTokens];
-        const int64_t n_here = end - t >= kTokens ? kTokens : 1;
-        for (int64_t i = 0; i < n_here; ++i) {
-            rows[i] = reinterpret_cast<const float*>(static_cast<const char*>(x->data) +
-                                                     (first + t + i) * x->nb[1]);
-            targets[i] = reinterpret_cast<float*>(static_cast<char*>(dst->data) + (t + i) * dst->nb[1]);
+        const size_t n = ws.operands.size() - i >= kTokens ? kTokens : 1;
+        for (size_t j = 0; j < n; ++j) {
+            rows[j] = ws.operands[i + j].x;
+            targets[j] = ws.operands[i + j].result;
         }
-        const auto multiply_them = n_here == kTokens ? multiply_factors<kTokens> : multiply_factors<1>;
-        multiply_them(rows, wide.data(), a->ne[0], a->ne[1], scale, targets);
-        t += n_here;
+        const auto multiply_them = n == kTokens ? multiply_factors<kTokens> : multiply_factors<1>;
+        multiply_them(rows, ws.values.data(), n_inner, rank, scale, targets);
+        i += n;
     }
 }
 
-// y[0..T) += sum over k of u[.][k] b[k], for kLanes outputs; b [rank][kLanes].
+// Adds the operands, multiplied by a block of rows of b, transposed [rank][kLanes], to the elements from
+// `row` on of their results.
 template <int T>
-void add_products(const float* u, int64_t rank, const float* b, float* const* y) {
+void add_operands(const Operand* operands, int64_t rank, const float* b, int64_t row) {
     Vector sums[T][kVectors];
     for (int t = 0; t < T; ++t) {
-        for (int v = 0; v < kVectors; ++v) sums[t][v] = simd::load(y[t] + v * kWidth);
+        for (int v = 0; v < kVectors; ++v) sums[t][v] = simd::load(operands[t].result + row + v * kWidth);
     }
     for (int64_t k = 0; k < rank; ++k) {
         for (int v = 0; v < kVectors; ++v) {
             const Vector right = simd::load(b + k * kLanes + v * kWidth);
-            for (int t = 0; t < T; ++t) sums[t][v] += u[t * rank + k] * right;
+            for (int t = 0; t < T; ++t) sums[t][v] += operands[t].x[k] * right;
         }
     }
     for (int t = 0; t < T; ++t) {
-        for (int v = 0; v < kVectors; ++v) simd::store(y[t] + v * kWidth, sums[t][v]);
+        for (int v = 0; v < kVectors; ++v) simd::store(operands[t].result + row + v * kWidth, sums[t][v]);
     }
 }
 
-// Adds b u to the rows [first, first + n) of dst, of whose elements [row, row + n_rows) are computed.
-void add_block(const ggml_tensor* dst, const float* b, int64_t row, int64_t n_rows) {
-    const ggml_tensor* u = dst->src[1];
-    const int64_t rank = u->ne[0], n = u->ne[1], first = ggml_get_op_params_i32(dst, word_of(kFirst));
-    const auto target = [&](int64_t t) {
-        return reinterpret_cast<float*>(static_cast<char*>(dst->data) + (first + t) * dst->nb[1]) + row;
-    };
-    const float* inner = static_cast<const float*>(u->data);
+void add_block(const std::vector<Operand>& operands, int64_t rank, const float* b, int64_t row,
+               int64_t n_rows) {
+    size_t i = 0;
     if (n_rows < kLanes) {  // the last ones
-        for (int64_t t = 0; t < n; ++t) {
+        for (; i < operands.size(); ++i) {
             float sums[kLanes] = {};
-            float* y = sums;
-            std::copy_n(target(t), n_rows, sums);
-            add_products<1>(inner + t * rank, rank, b, &y);
-            std::copy_n(sums, n_rows, target(t));
+            const Operand padded = {operands[i].x, sums};
+            std::copy_n(operands[i].result + row, n_rows, sums);
+            add_operands<1>(&padded, rank, b, 0);
+            std::copy_n(sums, n_rows, operands[i].result + row);
         }
         return;
     }
-    int64_t t = 0;
-    for (; t + kTokens <= n; t += kTokens) {
-        float* y[kTokens];
-        for (int i = 0; i < kTokens; ++i) y[i] = target(t + i);
-        add_products<kTokens>(inner + t * rank, rank, b, y);
+    for (; i + kTokens <= operands.size(); i += kTokens)
+        add_operands<kTokens>(operands.data() + i, rank, b, row);
+    for (; i < operands.size(); ++i) add_operands<1>(operands.data() + i, rank, b, row);
+}
+
+int64_t n_blocks_of(const ggml_tensor* b) { return (b->ne[1] + kLanes - 1) / kLanes; }
+
+// Adds the workspace's operands, multiplied by some blocks of b's rows, to their results.
+void add_all(const ggml_tensor* b, int64_t expert, int64_t first_block, int64_t end_block) {
+    Workspace& ws = workspace();
+    const int64_t rank = b->ne[0];
+    ws.values.resize((kLanes + 1) * rank);
+    float *transposed = ws.values.data(), *values = transposed + kLanes * rank;
+    for (int64_t block = first_block; block < end_block; ++block) {
+        const int64_t first = block * kLanes, n = std::min<int64_t>(kLanes, b->ne[1] - first);
+        std::fill_n(transposed, kLanes * rank, 0.0f);
+        for (int64_t i = 0; i < n; ++i) {
+            widen(b, expert, first + i, values);
+            for (int64_t k = 0; k < rank; ++k) transposed[k * kLanes + i] = values[k];
+        }
+        add_block(ws.operands, rank, transposed, first, n);
     }
-    for (; t < n; ++t) {
-        float* y = target(t);
-        add_products<1>(inner + t * rank, rank, b, &y);
-    }
+}
+
+// dst [rank, n] = scale * (a x), of n tokens of x.
+void inner_op(ggml_tensor* dst, int ith, int nth, void*) {
+    const ggml_tensor* x = dst->src[1];
+    const int64_t n = dst->ne[1], first = ggml_get_op_params_i32(dst, word_of(kFirst));
+    const int64_t n_pieces = std::clamp<int64_t>(n / kTokensPerPiece, 1, nth);
+    if (ith >= n_pieces) return;
+    workspace().operands.clear();
+    for (int64_t t = n * ith / n_pieces; t < n * (ith + 1) / n_pieces; ++t)
+        workspace().operands.push_back({row_of(x, first + t), row_of(dst, t)});
+    multiply_all(dst->src[0], 0, ggml_get_op_params_f32(dst, word_of(kScale)));
 }
 
 // dst [n_rows, n_tokens], in place of src[0], += b u for the tokens of u.
 void outer_op(ggml_tensor* dst, int ith, int nth, void*) {
-    const ggml_tensor* b = dst->src[2];
-    const int64_t rank = b->ne[0], n_rows = b->ne[1], n_blocks = (n_rows + kLanes - 1) / kLanes;
-    std::vector<float>& values = scratch();
-    values.resize((kLanes + 1) * rank);
-    float *transposed = values.data(), *row = transposed + kLanes * rank;
-    for (int64_t block = n_blocks * ith / nth; block < n_blocks * (ith + 1) / nth; ++block) {
-        const int64_t first = block * kLanes, n = std::min<int64_t>(kLanes, n_rows - first);
-        std::fill_n(transposed, kLanes * rank, 0.0f);
-        for (int64_t i = 0; i < n; ++i) {
-            widen(b, first + i, row);
-            for (int64_t k = 0; k < rank; ++k) transposed[k * kLanes + i] = row[k];
+    const ggml_tensor *u = dst->src[1], *b = dst->src[2];
+    const int64_t first = ggml_get_op_params_i32(dst, word_of(kFirst)), n_blocks = n_blocks_of(b);
+    workspace().operands.clear();
+    for (int64_t t = 0; t < u->ne[1]; ++t)
+        workspace().operands.push_back({row_of(u, t), row_of(dst, first + t)});
+    add_all(b, 0, n_blocks * ith / nth, n_blocks * (ith + 1) / nth);
+}
+
+// Calls work(expert) for a piece's share of the experts, with `add(used, token)` called before for each place
+// of the table chosen [n_used, n_tokens] where the expert is, among n tokens from `first` on.
+template <typename Add, typename Work>
+void for_experts(const ggml_tensor* chosen, int64_t n_expert, int64_t first, int64_t n, int ith, int nth,
+                 const Add& add, const Work& work) {
+    for (int64_t e = n_expert * ith / nth; e < n_expert * (ith + 1) / nth; ++e) {
+        workspace().operands.clear();
+        for (int64_t t = 0; t < n; ++t) {
+            const char* row = static_cast<const char*>(chosen->data) + (first + t) * chosen->nb[1];
+            for (int64_t used = 0; used < chosen->ne[0]; ++used) {
+                if (*reinterpret_cast<const int32_t*>(row + used * chosen->nb[0]) == e) add(used, t);
+            }
         }
-        add_block(dst, transposed, first, n);
+        if (!workspace().operands.empty()) work(e);
     }
+}
+
+// dst [rank, n_used, n] = scale * (a x) of the chosen experts' a.
+void inner_experts_op(ggml_tensor* dst, int ith, int nth, void*) {
+    const ggml_tensor *a = dst->src[0], *x = dst->src[1];
+    const int64_t first = ggml_get_op_params_i32(dst, word_of(kFirst));
+    const float scale = ggml_get_op_params_f32(dst, word_of(kScale));
+    for_experts(
+        dst->src[2], a->ne[2], first, dst->ne[2], ith, nth,
+        [&](int64_t used, int64_t t) {
+            workspace().operands.push_back({row_of(x, used % x->ne[1], first + t), row_of(dst, used, t)});
+        },
+        [&](int64_t e) { multiply_all(a, e, scale); });
+}
+
+// dst [n_rows, n_used, n_tokens], in place of src[0], += b u of the chosen experts' b, for the tokens of u.
+void outer_experts_op(ggml_tensor* dst, int ith, int nth, void*) {
+    const ggml_tensor *u = dst->src[1], *b = dst->src[2];
+    const int64_t first = ggml_get_op_params_i32(dst, word_of(kFirst));
+    for_experts(
+        dst->src[3], b->ne[2], first, u->ne[2], ith, nth,
+        [&](int64_t used, int64_t t) {
+            workspace().operands.push_back({row_of(u, used, t), row_of(dst, used, first + t)});
+        },
+        [&](int64_t e) { add_all(b, e, 0, n_blocks_of(b)); });
 }
 
 }  // namespace
 
-ggml_tensor* add_low_rank(ggml_context* ctx, const LowRank& change, ggml_tensor* x, ggml_tensor* result) {
-    ggml_tensor* operands[] = {change.a, x};
-    ggml_tensor* inner = ggml_custom_4d(ctx, GGML_TYPE_F32, change.a->ne[1], change.n, 1, 1, operands, 2,
-                                        inner_op, GGML_N_TASKS_MAX, nullptr);
+ggml_tensor* add_low_rank(ggml_context* ctx, const LowRank& change, ggml_tensor* x, ggml_tensor* result,
+                          ggml_tensor* chosen) {
+    ggml_tensor* operands[] = {change.a, x, chosen};
+    const int n_operands = chosen ? 3 : 2;
+    const int64_t n_used = chosen ? chosen->ne[0] : change.n, n = chosen ? change.n : 1;
+    ggml_tensor* inner =
+        ggml_custom_4d(ctx, GGML_TYPE_F32, change.a->ne[1], n_used, n, 1, operands, n_operands,
+                       chosen ? inner_experts_op : inner_op, GGML_N_TASKS_MAX, nullptr);
     ggml_set_op_params_i32(inner, word_of(kFirst), static_cast<int32_t>(change.first));
     ggml_set_op_params_f32(inner, word_of(kScale), change.scale);
-    ggml_set_name(inner, "low_rank_inner");
-    ggml_tensor* factors[] = {inner, change.b};
-    ggml_tensor* sum = ggml_custom_inplace(ctx, result, factors, 2, outer_op, GGML_N_TASKS_MAX, nullptr);
+    ggml_set_name(inner, chosen ? "low_rank_inner_experts" : "low_rank_inner");
+    ggml_tensor* factors[] = {inner, change.b, chosen};
+    ggml_tensor* sum = ggml_custom_inplace(ctx, result, factors, n_operands,
+                                           chosen ? outer_experts_op : outer_op, GGML_N_TASKS_MAX, nullptr);
     ggml_set_op_params_i32(sum, word_of(kFirst), static_cast<int32_t>(change.first));
-    return ggml_set_name(sum, "add_low_rank");
+    return ggml_set_name(sum, chosen ? "add_low_rank_experts" : "add_low_rank");
 }
 
 }  // namespace pydiffusion

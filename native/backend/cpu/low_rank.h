@@ -23,8 +23,10 @@ struct LowRank {
 using LowRankTable = std::unordered_map<const ggml_tensor*, std::vector<LowRank>>;
 
 // Adds the change to result [n_rows, n_tokens], F32, in place, for x F32 [n_inner, n_tokens]: nodes for the
-// CPU, not for experts. Unlike ggml's matmuls they split few rows among threads, and add while they multiply.
-// Sums are float32; each element depends on its own row and activation only.
-ggml_tensor* add_low_rank(ggml_context* ctx, const LowRank& change, ggml_tensor* x, ggml_tensor* result);
+// CPU. chosen: null, or the experts of each token, I32 [n_used, n_tokens]; then result is [n_rows, n_used,
+// n_tokens], x [n_inner, 1 or n_used, n_tokens]. Unlike ggml's matmuls they split few rows among threads, and
+// add while they multiply. Sums are float32; each element depends on its own row and activation only.
+ggml_tensor* add_low_rank(ggml_context* ctx, const LowRank& change, ggml_tensor* x, ggml_tensor* result,
+                          ggml_tensor* chosen = nullptr);
 
 }  // namespace pydiffusion
