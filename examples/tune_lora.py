@@ -35,7 +35,8 @@ TARGETS = (
     r"model\.decoder\.(layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
     r"|self_conditioning\.(gate|up|down)_proj)"
 )
-STEPS, T_MIN, T_MAX, ENTROPY_BOUND = 48, 0.4, 0.8, 0.1  # of the sampler, as in generation_config.json
+# Of the sampler, as in generation_config.json.
+STEPS, T_MIN, T_MAX, ENTROPY_BOUND, CONFIDENCE = 48, 0.4, 0.8, 0.1, 0.005
 WEIGHT_KEPT, WEIGHT_PADDING = 0.1, 0.2  # in the loss: tokens that are right already, and those behind the end
 ORDER = np.arange(36).reshape(6, 6).T.ravel()
 
@@ -47,6 +48,8 @@ class UprightSudokus(Examples):
         prompt, canvas = super()._sudoku_row()
         prompt[self.prompt_cells] = prompt[self.prompt_cells][ORDER]
         canvas[self.canvas_cells] = canvas[self.canvas_cells][ORDER]
+        shown = self.rng.sample(range(36), self.rng.randint(0, 9))  # some of the puzzles are easier
+        prompt[self.prompt_cells[shown]] = canvas[self.canvas_cells[shown]]
         return prompt, canvas
 
 
@@ -54,6 +57,7 @@ class Rollouts:
     """Examples that are denoised by one step of the sampler per step of training, from noise until solved.
 
     So the model trains on what it meets in generation: its own drafts, its own logits as self-conditioning.
+    Solved is as the sampler sees it, right and sure: else the model never learns to stay with its answer.
     Half of the examples start from pure noise, the others from their answer, a part replaced by noise.
     """
 
@@ -65,6 +69,7 @@ class Rollouts:
         self.canvas = self._noised(self.batch.target)
         self.logits = torch.zeros(*self.canvas.shape, self.n_vocab)
         self.age = torch.zeros(n, dtype=torch.int64)
+        self.last = torch.randint(1, patience + 1, (n,))
         self.n_solved = self.n_finished = 0
 
     @torch.no_grad()
@@ -97,14 +102,15 @@ class Rollouts:
         remaining = 1 - self.age[:, None, None] / STEPS
         self.logits = logits / (T_MIN + (T_MAX - T_MIN) * remaining)
         distribution = torch.distributions.Categorical(logits=self.logits)
-        ascending, order = torch.sort(distribution.entropy(), dim=-1)
+        entropy = distribution.entropy()
+        ascending, order = torch.sort(entropy, dim=-1)
         sure = torch.cumsum(ascending, dim=-1) - ascending <= ENTROPY_BOUND
         accepted = torch.zeros_like(sure).scatter(1, order, sure)
         noise = torch.randint(0, self.n_vocab, self.canvas.shape)
         self.canvas = torch.where(accepted, distribution.sample(), noise)
         self.age += 1
-        solved = (logits.argmax(-1) == self.batch.target).all(-1)
-        self._replace((solved | (self.age >= self.patience)).nonzero().flatten())
+        solved = (logits.argmax(-1) == self.batch.target).all(-1) & (entropy.mean(-1) < CONFIDENCE)
+        self._replace((solved | (self.age >= self.last)).nonzero().flatten())
         self.n_solved += int(solved.sum())
 
     def _replace(self, rows: torch.Tensor) -> None:
@@ -117,6 +123,7 @@ class Rollouts:
             layer.keys[rows], layer.values[rows] = new.keys, new.values
         self.canvas[rows] = self._noised(fresh.target)
         self.age[rows] = 0
+        self.last[rows] = torch.randint(1, self.patience + 1, rows.shape)
         self.n_finished += len(rows)
 
 
@@ -149,9 +156,9 @@ def digest(model: torch.nn.Module) -> str:
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in frozen)).hexdigest()
 
 
-def rate(step: int, n_steps: int) -> float:
-    """Factor of the learning rate: warm-up, plateau, cosine from a third of the steps on."""
-    falling = min(1.0, max(0.0, (3 * step / n_steps - 1) / 2))
+def rate(step: int, progress: float) -> float:
+    """Factor of the learning rate: warm-up, plateau, cosine from a third of the time on."""
+    falling = min(1.0, max(0.0, (3 * progress - 1) / 2))
     return min(1.0, (step + 1) / 20) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * falling)))
 
 
@@ -161,10 +168,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter")
     parser.add_argument("--start", type=Path, help="adapter folder to continue from")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument(
-        "--patience", type=int, default=16, help="steps until an unsolved example is replaced"
+        "--patience", type=int, default=16, help="most steps with an example"
     )
     parser.add_argument(
         "--compile", action="store_true", help="compile the layers first, which takes minutes"
@@ -194,20 +201,22 @@ def main() -> None:
     losses: list[float] = []
     start = time.monotonic()
     try:
-        for step in range(arguments.steps):
+        step = 0
+        while (progress := (time.monotonic() - start) / 60 / arguments.minutes) < 1:
             loss, logits = rollouts.loss()
             loss.backward()
             rollouts.advance(logits)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            adam.param_groups[0]["lr"] = arguments.rate * rate(step, arguments.steps)
+            adam.param_groups[0]["lr"] = arguments.rate * rate(step, progress)
             adam.step()
             adam.zero_grad()
             average.update()
             losses.append(loss.item())
-            if (step + 1) % 50 == 0:
+            step += 1
+            if step % 50 == 0:
                 print(
                     time.strftime("%H:%M:%S"),
-                    f"step {step + 1} minutes {(time.monotonic() - start) / 60:.1f} of the cores"
+                    f"step {step} minutes {(time.monotonic() - start) / 60:.1f} of the cores"
                     f" {time.process_time() / 60:.1f} loss {sum(losses) / len(losses):.4f} solved"
                     f" {rollouts.n_solved} of {rollouts.n_finished}",
                     flush=True,
