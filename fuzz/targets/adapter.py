@@ -48,9 +48,7 @@ _OF_FILES = re.compile(
     r"adapter_config\.json: (?:not |should contain)|header|truncated|bytes belong to no tensor|"
     r"changes nothing|not a safetensors file|not a GGUF|\(at byte \d+ of \d+\)|version|alignment|big-endian"
 )
-_NAMED = re.compile(
-    r"""tensors? ['"`]|keys? ['"`]|adapter_config\.json[^:]*: (?:\w+: )*.*'[^']|contains '"""
-)
+_NAMED = re.compile(r"""tensors? ['"`]|keys? ['"`]|adapter_config\.json[^:]*: (?:\w+: )*.*'[^']|contains '""")
 
 _Stored = dict[str, tuple[str, list[int], bytes]]
 
