@@ -50,8 +50,8 @@ _SETTINGS = (
 _OF_FILES = re.compile(
     r"not valid JSON: |header: not valid JSON: |header: .* bytes|\d+ bytes belong to no tensor|"
     r"(?:not|should contain) a(?:n object| JSON object| safetensors file| GGUF)|"
-    r"changes nothing of the model|has GGUF version \d|is a big-endian GGUF|has a (?:key|tensor) count |"
-    r"the (?:name|key|type) of .* runs past"
+    r"changes nothing of the model|has GGUF version \d|is a big-endian GGUF|"
+    r"has a (?:key|tensor) (?:count|with an empty name)|the (?:name|key|type) of .* runs past"
 )
 _TENSOR = re.compile(r"""(?:has duplicate )?tensors? (?P<quote>['"`])(?P<name>.*?)(?P=quote)""")
 _ESCAPE = re.compile(r"\\(?:x..|u....|U........|.)")

@@ -1,4 +1,4 @@
-"""Adapters in Python: of a model, of a session, of one call; switching, refusals; files: test_lora_files.py."""
+"""Adapters in Python: of a model, of a session, of one call; switching, refusals. See test_lora_files.py."""
 
 from __future__ import annotations
 
