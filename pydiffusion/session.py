@@ -195,7 +195,8 @@ class Session:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens, images' features and cache to a file for ``DiffusionModel.load_session``, atomically.
 
-        It says which adapters (``lora``) the session has. Raises PyDiffusionError if it can't be written.
+        The cache is saved as it is, also within a generation, which goes on; the file says which adapters it
+        is encoded with (``lora_key``). Raises PyDiffusionError if it can't be written.
         """
         session_file.save(self, Path(path))
 
