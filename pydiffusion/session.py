@@ -184,10 +184,13 @@ class Session:
     def copy(self, other: Session) -> None:
         """Replace tokens and cache by a copy of another session's, which must be of the same model.
 
-        Adapters of its own stay the session's. Raises ContextOverflowError if they don't fit.
+        Adapters of its own stay the session's. Raises with nothing changed: ContextOverflowError if they
+        don't fit, ValueError for a session of another model.
         """
-        self.adapters.apply_those_of(other.adapters)
+        if other.lora_key and other.model is not self.model:
+            raise ValueError("the session to copy is of another model, with its adapters")
         self.native.copy_from(other.native)
+        self.adapters.apply_those_of(other.adapters)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Session can't be pickled or copied: use fork(), or save(path) and load_session")
