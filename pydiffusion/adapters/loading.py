@@ -108,9 +108,17 @@ def _no_such(text: str) -> str:
     head, _, tail = text.rpartition(":")
     if _NUMBER.fullmatch(tail) and exists(head):
         return f"there is no such adapter, but {head}: its scale goes beside it, ({head!r}, {tail})"
-    if "," in text and all(map(exists, text.split(","))):
-        return "there is no such adapter, but those between the commas: give each by itself"
+    if "," in text and all(map(_is_there, text.split(","))):  # as llama.cpp takes several
+        return (
+            "there is no such adapter, but those between the commas: give each by itself (--lora A --lora B)"
+        )
     return "there is no such adapter: give a folder, a GGUF, or OWNER/NAME of the Hugging Face Hub"
+
+
+def _is_there(text: str) -> bool:
+    """Whether there is the path of ``PATH[:SCALE]``."""
+    head, _, tail = text.rpartition(":")
+    return bool(text.strip()) and (exists(text) or bool(_NUMBER.fullmatch(tail) and head and exists(head)))
 
 
 def expanded(text: str) -> Path:
