@@ -118,6 +118,7 @@ def test_a_chat_switches(model: Path, adapter: Path, capsys: pytest.CaptureFixtu
         "/lora none",
         "/retry",
         "/lora nowhere",
+        f"/lora {'x' * 300}",
         f"/lora {two}",
         "/retry",
         "/lora x:nan",
@@ -206,5 +207,25 @@ def test_several_with_commas_are_repeated_options(
     model: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["generate", "-m", str(model), *GENERATE]
-    assert main([*given, "--lora", f"{adapter}:0.5,{adapter}"]) == 2
-    assert f"--lora {adapter}:0.5 --lora {adapter}" in " ".join(capsys.readouterr().err.split())
+    for several in (f"{adapter}:0.5,{adapter}", f"{adapter},{adapter}:2"):
+        assert main([*given, "--lora", several]) == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert "those between the commas: give each by itself (--lora A --lora B)" in said
+    for wrong in (",", f"{adapter}:0.5:0.3", f"{adapter},", "x:nan,y"):
+        assert main([*given, "--lora", wrong]) == 1
+        assert "between the commas" not in capsys.readouterr().err
+
+
+def test_a_missing_adapter_of_the_demo_is_told_before_its_model_is_made(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> Path:
+        raise FileNotFoundError("the demo's adapter is missing")
+
+    def made(*_: Any) -> Path:
+        raise AssertionError("the model is made")
+
+    monkeypatch.setattr("pydiffusion.demo.upright.adapter_path", missing)
+    monkeypatch.setattr("pydiffusion.cli.demo._converted", made)
+    assert main(["demo", "--lora"]) == 1
+    assert "the demo's adapter is missing" in capsys.readouterr().err

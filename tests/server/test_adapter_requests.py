@@ -189,6 +189,24 @@ def test_setting_the_scales(model: DiffusionModel, alone: dict[str, str]) -> Non
         assert httpx.delete(address).status_code == 405
 
 
+def test_a_scale_that_is_too_large_is_the_request_s_fault(
+    model: DiffusionModel, alone: dict[str, str]
+) -> None:
+    lines = [{"custom_id": "a", "method": "POST", "url": "/v1/completions",
+              "body": {**TEXT, "lora": only(0, 1e30)}}]  # fmt: skip
+    (of_a_batch,) = answer_lines(model, read_lines(json.dumps(lines[0]).encode(), "lines"))
+    with serving(model) as (url, _):  # type: ignore[arg-type]
+        asked = httpx.post(f"{url}/v1/completions", json=TEXT | {"lora": only(0, 1e30)}, timeout=120)
+        httpx.post(url + "/lora-adapters", json=only(1, 1e30))
+        posted = httpx.post(f"{url}/v1/completions", json=TEXT, timeout=120)
+        for refused in (asked, posted):
+            error = refused.json()["error"]
+            assert refused.status_code == 400 and error["param"] == "lora", error
+            assert "give adapters smaller scales" in error["message"]
+        assert text_of(post(url, lora=only(1))) == alone["second"]
+    assert "give adapters smaller scales" in json.dumps(of_a_batch)
+
+
 def test_models_are_the_model_and_its_adapters(url: str) -> None:
     client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
     assert [listed.id for listed in client.models.list()] == ["small-f32", *NAMES]

@@ -19,7 +19,9 @@ from support.native_adapters import merge
 
 from pydiffusion import (
     AdapterError,
+    CanvasEvent,
     DiffusionModel,
+    EndEvent,
     GenerationOptions,
     ModelFormatError,
     OptionError,
@@ -203,11 +205,41 @@ def test_a_session_file_is_for_its_adapters(
         with pytest.raises(ModelFormatError, match=there.format(here)):
             model.load_session(tmp_path / "tuned", lora=lora)
     session.set_lora([])
-    session.save(tmp_path / "plain")  # as it would be encoded now
+    session.save(tmp_path / "still")  # as its tokens are encoded, not as they will be
+    assert model.load_session(tmp_path / "still", lora=[(one, 0.5)]).n_past == len(IDS)
+    logits(session)
+    session.save(tmp_path / "plain")
     np.testing.assert_array_equal(logits(model.load_session(tmp_path / "plain")), fresh_logits(model))
     model.set_lora([one])
     with pytest.raises(ModelFormatError, match=r"saved with other adapters \(none; here random-1:1\)"):
         model.load_session(tmp_path / "plain")
+
+
+def test_saving_within_a_generation(
+    model: DiffusionModel, one: Adapter, two: Adapter, tmp_path: Path
+) -> None:
+    """It goes on as if nothing were saved, and the file has the cache as the generation made it."""
+    expected = model.generate(IDS, lora=[one], **SHORT).tokens.tolist()
+    session = model.new_session()
+    session.prefill(IDS, lora=[one])
+    events = []
+    for event in session.generate(lora=[one], **SHORT):
+        model.set_lora([two])
+        session.save(tmp_path / f"{len(events)}")
+        events.append(event)
+    assert isinstance(events[-1], EndEvent) and session.n_encoded == len(IDS) + model.canvas_length
+    canvas = [event for event in events if isinstance(event, CanvasEvent)]
+    assert [token for event in canvas for token in event.tokens.tolist()] == expected
+    loaded = model.load_session(tmp_path / "0", lora=[one])
+    assert loaded.complete(lora=[one], **SHORT).tokens.tolist() == expected
+
+
+def test_a_generation_that_something_else_ended(model: DiffusionModel, one: Adapter) -> None:
+    session = model.new_session()
+    session.prefill(IDS)
+    with pytest.raises(PyDiffusionError, match="used for something else during the generation"):
+        for _ in session.generate(**SHORT):
+            session.prefill(IDS, lora=[one])
 
 
 def test_a_closed_model_s_sessions_keep_their_adapters(path: Path, one: Adapter) -> None:
