@@ -170,9 +170,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="adapter folder to continue from")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument(
-        "--patience", type=int, default=16, help="most steps with an example"
-    )
+    parser.add_argument("--patience", type=int, default=16, help="most steps with an example")
     parser.add_argument(
         "--compile", action="store_true", help="compile the layers first, which takes minutes"
     )
@@ -188,6 +186,7 @@ def main() -> None:
         model = PeftModel.from_pretrained(base, arguments.start, is_trainable=True)
     else:
         model = get_peft_model(base, config)
+    model.peft_config["default"].base_model_name_or_path = "pydiffusion/demo/checkpoint"
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if arguments.compile:
         for layer in base.model.decoder.layers:

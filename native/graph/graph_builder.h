@@ -76,7 +76,9 @@ struct GraphBuilder {
 
     // Shows a value of a layer, F32 [width, n_tokens], to the trace.
     void keep(const char* name, int32_t i_layer, ggml_tensor* x) const {
-        if (trace) trace->keep(name, i_layer, x);
+        if (!trace) return;
+        trace->keep(name, i_layer, x);
+        ggml_build_forward_expand(graph, x);  // a view that no node reads would get no memory
     }
 
     // Allocates the graph and fills the masks. `what` names the graph in an out-of-memory error.

@@ -41,12 +41,13 @@ def solve_upright(
         puzzle = random.Random(options.seed).randrange(_N_PUZZLES)
     if not 0 <= puzzle < _N_PUZZLES:
         raise typer.BadParameter(f"--puzzle is {puzzle}; with --lora permitted is 0 to {_N_PUZZLES - 1}")
+    loaded = [(model.load_lora(source), scale) for source, scale in adapters]
     cells, solution = upright.held_out_puzzles(puzzle + 1)[puzzle]
     say(f"held-out puzzle {puzzle} of {_N_PUZZLES}; its boxes are 3 rows by 2 columns")
     prompt = tasks.sudoku_prompt(cells)
     print(prompt, flush=True)
     ids = model.chat_prompt([{"role": "user", "content": prompt}])
-    for title, lora in (("Without the adapter:", []), ("With it:", adapters)):
+    for title, lora in (("Without the adapter:", ()), ("With it:", loaded)):
         print(f"\n{title}\n", flush=True)
         session = model.new_session(lora=lora)
         prefill(session, ids)

@@ -344,6 +344,16 @@ def test_memory_beyond_the_plan_is_a_warning(whole: Path, monkeypatch: pytest.Mo
     assert results == [[Result.PASS], [Result.WARNING]]
 
 
+def test_memory_of_adapters_is_planned(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = write_adapter(tmp_path / "adapter.gguf", whole, 1)
+    monkeypatch.setattr(speed_check, "_MORE_BYTES", -1_000_000_000)  # so that it shows what it expects
+    section = Section("speed")
+    runtime = {"n_threads": 1, "n_gpu_layers": 0, "lora": [(adapter, 1.0)]}
+    speed_check._check_memory(Subject(whole, runtime=runtime), section)
+    (finding,) = section.findings
+    assert re.search(r"\(weights, cache, step, adapters: (\S+ \S+ \+ ){3}0\.\d*[1-9]\d* ", finding.expected)
+
+
 def test_a_fault_of_our_own_does_not_end_the_examination(
     whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
