@@ -74,7 +74,7 @@ class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
         dense_type: str = "auto",
         chat_template: str | os.PathLike[str] | None = None,
         mmproj: str | os.PathLike[str] | None = AUTO,
-        lora: Lora = (),
+        lora: Lora | None = None,
     ) -> None:
         """Open and validate a model file.
 
@@ -104,7 +104,7 @@ class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
             own; it takes its place in ``metadata``.
         mmproj: the file of the vision tower, with which the model reads images. "auto" looks for one beside
             the model, and on the hub if it is from there, when the first image comes; None for none.
-        lora: adapters, as of ``set_lora``.
+        lora: adapters, as of ``set_lora``; None: none.
         Raises ModelFormatError, UnsupportedModelError, InsufficientMemoryError, AdapterError;
         PyDiffusionError for an invalid template; ValueError for a wrong argument; OSError when the file can't
         be read.
@@ -119,7 +119,7 @@ class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
         check_is_gguf(self.path)
         file = _native.GgufFile(os.fspath(path)) if lora else None
         self.adapters = AdapterStore(file.metadata if file else {})
-        lora = self.adapters.read(lora)  # before the weights: what is wrong with them is found at once
+        lora = self.adapters.read(lora or ())  # before the weights: what is wrong with them is found at once
         if file:
             request["memory_limits"] = limits_beside(n_loaded_bytes(lora, file), request)
         del file
