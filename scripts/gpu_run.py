@@ -52,7 +52,7 @@ NEEDED = (
     "pip", "numpy", "safetensors", "tokenizers", "huggingface_hub", "jinja2", "typer", "rich", "pytest",
     "hypothesis",
 )  # fmt: skip
-DEVICE_TESTS = ("test_device.py", "test_device_plan.py", "test_dense_type.py", "test_adapters.py")
+DEVICE_TESTS = ("test_device.py", "test_device_plan.py", "test_dense_type.py", "test_device_adapters.py")
 # Tests to run under the sanitizer: sampler, sparse and dense self-conditioning, attention, expert matmuls of
 # weights as they are and repacked.
 SANITIZED = (

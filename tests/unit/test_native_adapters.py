@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference.random_checkpoint import SHAPES, random_ids
+from support.adapters_by_hand import EVERYTHING, NativeTarget, merge, random_targets, shapes_of
 from support.gguf_mutator import read_gguf
 from support.kernels import OWN_KERNELS, needs
-from support.native_adapters import EVERYTHING, Target, merge, random_targets, shapes_of
 from support.scaled_weights import split_experts
 
 from pydiffusion import _native
@@ -90,7 +90,7 @@ def load(model: _native.Model, seed: int, **options: object) -> _native.Adapter:
 def test_each_matrix_changes_as_if_merged(
     kind: str, files: dict[str, Path], model: _native.Model, tmp_path: Path
 ) -> None:
-    """On devices: tests/gpu/test_adapters.py."""
+    """On devices: tests/gpu/test_device_adapters.py."""
     path = files["f32"]
     changes = [
         (list(random_targets(path, seed, kinds=[kind])), scale) for seed, scale in ((1, 0.7), (2, 1.5))
@@ -141,7 +141,7 @@ def test_feed_forward_lengths_before_padding(
 def test_split_experts(files: dict[str, Path], tmp_path: Path) -> None:
     """One change of gate and up together equals two of them apart, on files of both kinds."""
     together = list(random_targets(files["f32"], 5, kinds=["ffn_gate_up_exps", "ffn_down_exps"]))
-    apart: list[Target] = []
+    apart: list[NativeTarget] = []
     for name, side, a, b in together:
         if "gate_up" not in name:
             apart.append((name, side, a, b))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference.random_checkpoint import SHAPES, random_ids
-from support.native_adapters import (
+from support.adapters_by_hand import (
     ATTENTION,
     DENSE,
     EVERYTHING,
