@@ -16,8 +16,9 @@ COMMIT, TOKEN = "c0ffee" * 6 + "c0ff", "hf_secret"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves one folder as ``org/open`` (also ``org/open-1`` ...) and, with the token, as ``org/private``; the
-    files of ``org/gated`` are listed but access is refused.
+    """Serves one folder as ``org/open`` (also ``org/open-1`` ...) and, with the token, as ``org/private``.
+
+    The files of ``org/gated`` are listed but access is refused.
     """
 
     def __init__(self, folder: Path):
