@@ -41,7 +41,7 @@ def solve_upright(
         puzzle = random.Random(options.seed).randrange(_N_PUZZLES)
     if not 0 <= puzzle < _N_PUZZLES:
         raise typer.BadParameter(f"--puzzle is {puzzle}; with --lora permitted is 0 to {_N_PUZZLES - 1}")
-    loaded = [(model.load_lora(source), scale) for source, scale in adapters]
+    loaded = [(model.load_lora(source), scale) for source, scale in adapters]  # before the long half
     cells, solution = upright.held_out_puzzles(puzzle + 1)[puzzle]
     say(f"held-out puzzle {puzzle} of {_N_PUZZLES}; its boxes are 3 rows by 2 columns")
     prompt = tasks.sudoku_prompt(cells)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,12 @@ from pydiffusion.errors import ConversionError
 
 DENSE, EXPERT = 704, 480  # padded to 768 and 512
 
+ODD = dataclasses.replace(SHAPES["small"], layers="sf", n_expert=3, dense=DENSE, expert=EXPERT)
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    SHAPES["odd"] = dataclasses.replace(SHAPES["small"], layers="sf", n_expert=3, dense=DENSE, expert=EXPERT)
-    yield write_checkpoint(tmp_path_factory.mktemp("odd") / "odd", "odd")
-    del SHAPES["odd"]
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("odd") / "odd", ODD)
 
 
 @pytest.fixture(scope="module")

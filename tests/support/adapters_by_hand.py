@@ -1,13 +1,15 @@
-"""Adapters made in memory, of random numbers, for any matrices of a model."""
+"""Adapters made in memory, of random numbers, for any matrices of a model; models that apply adapters."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from pydiffusion import DiffusionModel, Session
 from pydiffusion.adapters.adapter import Adapter, Factors, Side, Target
 
 #: Kinds of matrices of a layer that an adapter may change, and of the model.
@@ -65,3 +67,25 @@ def random_adapter(
                 shape, rank, 1000 * seed + i
             )
     return adapter_of(factors, name)
+
+
+#: A prompt longer than the window of the shape "small", and options of a short generation.
+IDS = np.random.default_rng(7).integers(3, 200, 40).astype(np.int32)
+SHORT: dict[str, Any] = {"max_tokens": 16, "steps": 3, "seed": 5, "eos": ()}
+
+
+def opened(path: Path, **arguments: Any) -> DiffusionModel:
+    """Cache float32 and one thread, so that equal means equal to the bit."""
+    return DiffusionModel(path, n_ctx=256, n_threads=1, kv_type="f32", mmproj=None, **arguments)
+
+
+def logits(session: Session) -> np.ndarray:
+    """Of a canvas of 0, 1, 2 ... after what the session has: (canvas length, n_vocab)."""
+    return session.denoise(np.arange(session.model.canvas_length, dtype=np.int32))
+
+
+def fresh_logits(model: DiffusionModel, lora: Any = None) -> np.ndarray:
+    """Of a new session that has read ``IDS``."""
+    session = model.new_session(lora=lora)
+    session.encode(IDS)
+    return logits(session)

@@ -1,25 +1,20 @@
-"""Adapters in Python: of a model, of a session, of one call; files, switching, refusals."""
+"""Adapters in Python: of a model, of a session, of one call; switching, refusals. See test_lora_files.py."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import pickle
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import save_file
-from support.fake_vision import give_vision, noise
-from support.lora_adapters import random_adapter, write_peft_folder
+from support.adapters_by_hand import IDS, SHORT, fresh_logits, logits, opened
+from support.lora_adapters import random_adapter
 from support.native_adapters import merge
 
 from pydiffusion import (
@@ -31,20 +26,10 @@ from pydiffusion import (
     ModelFormatError,
     OptionError,
     PyDiffusionError,
-    Session,
 )
-from pydiffusion.adapters import applied
 from pydiffusion.adapters.adapter import Adapter, Factors, Target
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydiffusion.PromptWarning")
-
-IDS = np.random.default_rng(7).integers(3, 200, 40).astype(np.int32)  # longer than the window
-SHORT: dict[str, Any] = {"max_tokens": 16, "steps": 3, "seed": 5, "eos": ()}
-
-
-def opened(path: Path, **arguments: Any) -> DiffusionModel:
-    """Cache float32 and one thread, so that equal means equal to the bit."""
-    return DiffusionModel(path, n_ctx=256, n_threads=1, kv_type="f32", mmproj=None, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +57,6 @@ def model(shared: DiffusionModel) -> Iterator[DiffusionModel]:
     shared.set_lora([])
     yield shared
     shared.set_lora([])
-
-
-def logits(session: Session) -> np.ndarray:
-    return session.denoise(np.arange(session.model.canvas_length, dtype=np.int32))
-
-
-def fresh_logits(model: DiffusionModel, lora: Any = None) -> np.ndarray:
-    session = model.new_session(lora=lora)
-    session.encode(IDS)
-    return logits(session)
 
 
 @pytest.fixture(scope="module")
@@ -381,12 +356,15 @@ def test_a_generation_keeps_the_adapters_that_it_began_with(
 
 
 def test_adapters_are_set_while_others_generate(model: DiffusionModel, one: Adapter, two: Adapter) -> None:
-    expected = model.generate(IDS, lora=[one], **SHORT).tokens.tolist()
+    """A call has one list of those that were set, from its first step to its last."""
+    lists: list[list[Adapter]] = [[one], [two], []]
+    texts = [model.generate(IDS, lora=lora, **SHORT).tokens.tolist() for lora in lists]
+    assert len(set(map(tuple, texts))) == 3
     stop = threading.Event()
 
     def switch() -> None:
         while not stop.is_set():
-            for lora in ([one], [two], []):
+            for lora in lists:
                 model.set_lora(lora)
 
     thread = threading.Thread(target=switch)
@@ -394,73 +372,12 @@ def test_adapters_are_set_while_others_generate(model: DiffusionModel, one: Adap
     try:
         session = model.new_session()
         for _ in range(4):
-            assert len(model.generate(IDS, session=session, **SHORT).tokens) == 16
+            assert model.generate(IDS, session=session, **SHORT).tokens.tolist() in texts
             own = model.generate(IDS, session=session, lora=[one], **SHORT)
-            assert own.tokens.tolist() == expected
+            assert own.tokens.tolist() == texts[0]
     finally:
         stop.set()
         thread.join()
-
-
-# Files
-
-
-def test_a_file_is_read_once(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_peft_folder(tmp_path / "attention", path, 3)
-    reads: list[Any] = []
-    load = applied._read
-    monkeypatch.setattr(applied, "_read", lambda *given: (reads.append(given[0]), load(*given))[1])
-    with opened(path) as model:
-        adapter = model.load_lora(folder)
-        assert adapter.name == "attention" and len(adapter.factors) > 2
-        monkeypatch.chdir(tmp_path)
-        for _ in range(2):
-            model.set_lora([("attention", 0.5), str(folder)])
-            model.generate(IDS, lora=[folder], **SHORT)
-        assert model.load_lora(folder) is adapter and len(reads) == 1
-        with opened(path, lora=[folder]) as other:
-            other.set_lora([(folder, 2)])
-            assert len(reads) == 2  # of another model
-        assert model.lora == ((adapter, 0.5), (adapter, 1.0))
-        before = fresh_logits(model)
-        write_peft_folder(folder, path, 4)
-        again = model.load_lora(folder)
-        assert len(reads) == 3 and again != adapter and model.lora[0][0] is adapter
-        np.testing.assert_array_equal(fresh_logits(model), before)  # until it is set again
-        assert not np.array_equal(fresh_logits(model, [again]), fresh_logits(model, [adapter]))
-
-
-def test_an_unloaded_one_is_gone_once_nothing_applies_it(path: Path, tmp_path: Path) -> None:
-    with opened(path) as model:
-        adapter = model.load_lora(write_peft_folder(tmp_path / "a", path, 3))
-        native = model.adapters.set_of([adapter]).native[0][0]
-        session = model.new_session(lora=[adapter])
-        for _ in range(2):
-            model.unload_lora(adapter)
-        session.encode(IDS)
-        expected = logits(session)
-        n_users = sys.getrefcount(native)
-        session.set_lora([])
-        logits(session)
-        assert sys.getrefcount(native) < n_users
-        again = model.load_lora(tmp_path / "a")
-        assert again is not adapter and again == adapter
-        assert model.adapters.set_of([again]).native[0][0] is not native
-        np.testing.assert_array_equal(fresh_logits(model, [adapter]), expected)
-
-
-def test_what_is_wrong_is_found_before_the_weights_are_read(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pydiffusion import _native
-
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("the weights are read")
-
-    monkeypatch.setattr(_native, "Model", never)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}), encoding="utf-8")
-    with pytest.raises(AdapterError, match="IA3"):
-        DiffusionModel(path, lora=[tmp_path])
 
 
 def test_adapters_as_values(path: Path, one: Adapter, two: Adapter) -> None:
@@ -501,48 +418,3 @@ def test_on_a_device(path: Path, model: DiffusionModel, one: Adapter, plain: np.
         session.encode(IDS)
         host.set_lora([])
         np.testing.assert_array_equal(logits(session), expected)
-
-
-# Images, and damaged files
-
-
-@pytest.fixture
-def seeing(path: Path) -> Iterator[DiffusionModel]:
-    with opened(path) as model:
-        give_vision(model)
-        yield model
-
-
-def test_a_session_with_images_encodes_them_anew(
-    seeing: DiffusionModel, one: Adapter, tmp_path: Path
-) -> None:
-    prompt = [20, noise(0), 30]
-    session, fresh = seeing.new_session(), seeing.new_session(lora=[one])
-    session.encode(prompt)
-    fresh.prefill([*prompt, 40])
-    seeing.set_lora([one])
-    session.prefill([*session.tokens.tolist(), 40])  # the image is the session's own
-    assert session.tokens.tolist() == fresh.tokens.tolist() and session.native.images == fresh.native.images
-    np.testing.assert_array_equal(logits(session), logits(fresh))
-    session.save(tmp_path / "session")
-    loaded = seeing.load_session(tmp_path / "session")
-    assert loaded.native.images == fresh.native.images
-    np.testing.assert_array_equal(logits(loaded), logits(fresh))
-
-
-@pytest.mark.parametrize("names", ["", "{", "[1]", "[[1, 2, 3]]", '[["a", "b"]]', "[" * 10000])
-def test_a_session_file_whose_names_are_damaged(
-    names: str, model: DiffusionModel, one: Adapter, tmp_path: Path
-) -> None:
-    session = model.new_session(lora=[one])
-    session.encode(IDS[:3])
-    session.save(tmp_path / "session")
-    with safe_open(tmp_path / "session", framework="numpy") as file:
-        metadata = file.metadata() | {"lora_names": names}
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(arrays, tmp_path / "session", metadata=metadata)
-    with pytest.raises(
-        ModelFormatError, match=r"other adapters \(others, whose names are damaged; here none\)"
-    ):
-        model.load_session(tmp_path / "session")
-    assert model.load_session(tmp_path / "session", lora=[one]).n_past == 3
