@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import struct
 import threading
@@ -158,6 +159,18 @@ class AdapterStore:
         """A lock for one that reads or loads this; of others nobody waits."""
         with self._lock:
             return self._turns.setdefault(key, threading.Lock())
+
+
+def n_loaded_bytes(lora: Sequence[tuple[Adapter, float]], file: _native.GgufFile) -> int:
+    """Bytes that adapters take beside the weights of a file: F32 beside F32 matrices, else BF16."""
+    f32 = {
+        str(tensor.name).removesuffix(".weight") for tensor in file.tensors if tensor.type.lower() == "f32"
+    }
+    return sum(
+        (math.prod(factors.shape_a) + math.prod(factors.shape_b)) * (4 if target.tensor in f32 else 2)
+        for adapter in {adapter for adapter, _ in lora}
+        for target, factors in adapter.factors.items()
+    )
 
 
 def key_of(lora: Sequence[tuple[Adapter, float]]) -> bytes:

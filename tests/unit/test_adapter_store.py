@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support.random_adapters import write_adapter
 
-from pydiffusion import AdapterError, ContextOverflowError, DiffusionModel, _native
+from pydiffusion import AdapterError, ContextOverflowError, DiffusionModel, _native, device_plan, plan
 from pydiffusion.adapters import applied
 from pydiffusion.adapters.adapter import Adapter
 from pydiffusion.adapters.applied import AdapterStore
@@ -159,3 +159,40 @@ def test_a_copy_that_fails_leaves_the_session_as_it_was(path: Path, files: list[
         canvas = np.arange(model.canvas_length, dtype=np.int32)
         longer.set_lora([])
         np.testing.assert_array_equal(whole.denoise(canvas), longer.denoise(canvas))
+
+
+@pytest.mark.parametrize("type_name", ["f32", "q8_0"])
+def test_a_plan_leaves_room_for_them(gguf_file: Callable[..., Path], tmp_path: Path, type_name: str) -> None:
+    """With room for the weights alone, adapters move a part of them to the CPU."""
+    file = gguf_file("wide", type_name, seed=0, dtype="f32")
+    adapter = write_adapter(tmp_path / "a.gguf", file, 1, rank=64)
+    whole = plan(file, n_ctx=512, device="host")
+    room = whole.total_bytes
+    arguments: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "device": "host", "mmproj": None}
+    with DiffusionModel(file, gpu_memory=room, lora=[adapter], **arguments) as model:
+        taken = sum(native.n_bytes for native, _ in model.adapters.current.native)
+        on_gpu = model.description["n_gpu_layers"], model.description["n_cpu_moe"]
+        assert applied.n_loaded_bytes(model.lora, model.native.file) == taken > 0
+    found = plan(file, n_ctx=512, device="host", gpu_memory=room, lora_bytes=taken)
+    assert on_gpu == (found.n_gpu_layers, found.n_cpu_moe) != (whole.n_gpu_layers, whole.n_cpu_moe)
+    assert found.total_bytes + taken <= room
+    assert plan(file, n_ctx=512, device="host", gpu_memory=room + taken, lora_bytes=taken) == whole
+    with DiffusionModel(file, gpu_memory=room + taken, lora=[adapter], **arguments) as model:
+        assert model.description["n_gpu_layers"] == whole.n_gpu_layers
+
+
+def test_room_beside_them_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [
+        device_plan.Device("CUDA0", "", 20 << 30, 24 << 30),
+        device_plan.Device("CUDA1", "", 6 << 30, 8 << 30),
+    ]
+    monkeypatch.setattr(device_plan, "devices", lambda: found)
+
+    def limits(n_bytes: int, **given: Any) -> list[int]:
+        return device_plan.limits_beside(n_bytes, device_plan.device_request("auto", None, **given))
+
+    free = [(20 << 30) - (24 << 30) // 20, (6 << 30) - (512 << 20)]  # docs: 512 MiB or a twentieth stay free
+    assert limits(0, device="CUDA0,CUDA1", gpu_memory=None) == []
+    assert limits(1 << 30, device="CUDA0,CUDA1", gpu_memory=None) == [n - (1 << 30) for n in free]
+    assert limits(100, device="CUDA0,CUDA1", gpu_memory=[4000, 50]) == [3900, 1]
+    assert limits(100, device="cpu", gpu_memory=None) == limits(100, device="cpu", gpu_memory=9000) == []

@@ -84,6 +84,8 @@ def test_given_at_opening_or_set_later_is_the_same(
 ) -> None:
     lora = [(one, 0.5), two]
     model.set_lora(lora)
+    with opened(path, lora=None) as none:
+        assert none.lora == ()
     with opened(path, lora=lora) as other:
         assert other.lora == model.lora == ((one, 0.5), (two, 1.0))
         np.testing.assert_array_equal(fresh_logits(other), fresh_logits(model))
@@ -126,7 +128,7 @@ def test_a_refused_one_leaves_the_earlier_ones(
         (["a\0b"], AdapterError, "is no path"),
         ([""], OptionError, "lora holds ''"),
         ([None], OptionError, "lora holds None"),
-        ("folder", OptionError, r"lora is 'folder'; permitted is a list"),
+        ("folder", OptionError, r"lora is 'folder'; permitted is a list.*; an empty list takes all off"),
         (one, OptionError, "permitted is a list"),
     ]:
         for refusing in (model.set_lora, session.set_lora, lambda lora: session.encode(IDS, lora=lora),
