@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.lora_adapters import write_peft_folder
+from support.adapter_folders import write_random_folder
 
 from pydiffusion import DiffusionModel, convert
 from pydiffusion.cli import _foreign, main
@@ -29,7 +29,7 @@ def model(gguf_file: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_peft_folder(tmp_path_factory.mktemp("adapters") / "rivers", model, 1)
+    return write_random_folder(tmp_path_factory.mktemp("adapters") / "rivers", model, 1)
 
 
 @pytest.fixture(scope="module")

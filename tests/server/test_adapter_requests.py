@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from support.random_adapters import write_adapter
+from support.adapter_folders import write_random_gguf
 from support.server_fakes import ask, eventually, serving
 from support.server_process import process
 
@@ -28,7 +28,7 @@ TEXT = {"prompt": "the river runs", "seed": 5, "steps": 4, "max_tokens": 24}
 def adapters(gguf_file: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("adapters")
     file = gguf_file("small")
-    return [write_adapter(folder / f"{name}.gguf", file, i) for i, name in enumerate(NAMES)]
+    return [write_random_gguf(folder / f"{name}.gguf", file, i) for i, name in enumerate(NAMES)]
 
 
 @pytest.fixture(scope="module")

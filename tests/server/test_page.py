@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support import chromium
-from support.random_adapters import blank_adapter
+from support.adapters_by_hand import blank_adapter
 from support.server_fakes import ScriptedModel, script, serving
 
 PATHS = ("/", "/page.css", "/page.js", "/heatmap.js", "/images.js")

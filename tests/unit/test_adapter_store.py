@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.random_adapters import write_adapter
+from support.adapter_folders import write_random_gguf
 
 from pydiffusion import AdapterError, ContextOverflowError, DiffusionModel, _native, device_plan, plan
 from pydiffusion.adapters import applied
@@ -38,7 +38,7 @@ def path(gguf_file: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def files(path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("adapters")
-    return [write_adapter(folder / f"{i}.gguf", path, i) for i in range(3)]
+    return [write_random_gguf(folder / f"{i}.gguf", path, i) for i in range(3)]
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_a_copy_that_fails_leaves_the_session_as_it_was(path: Path, files: list[
 def test_a_plan_leaves_room_for_them(gguf_file: Callable[..., Path], tmp_path: Path, type_name: str) -> None:
     """With room for the weights alone, adapters move a part of them to the CPU."""
     file = gguf_file("wide", type_name, seed=0, dtype="f32")
-    adapter = write_adapter(tmp_path / "a.gguf", file, 1, rank=64)
+    adapter = write_random_gguf(tmp_path / "a.gguf", file, 1, rank=64)
     whole = plan(file, n_ctx=512, device="host")
     room = whole.total_bytes
     arguments: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "device": "host", "mmproj": None}

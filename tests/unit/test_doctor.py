@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.adapter_folders import write_random_gguf
 from support.gguf_mutator import ARRAY, F32, I32, STRING, U32, Array, RawGguf, String, read_gguf
 from support.public_templates import OLD_TEMPLATE
-from support.random_adapters import write_adapter
 
 from pydiffusion import DiffusionModel
 from pydiffusion.cli import main
@@ -347,7 +347,7 @@ def test_memory_beyond_the_plan_is_a_warning(whole: Path, monkeypatch: pytest.Mo
 
 
 def test_memory_of_adapters_is_planned(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = write_adapter(tmp_path / "adapter.gguf", whole, 1)
+    adapter = write_random_gguf(tmp_path / "adapter.gguf", whole, 1)
     monkeypatch.setattr(speed_check, "_MORE_BYTES", -1_000_000_000)  # so that it shows what it expects
     section = Section("speed")
     runtime = {"n_threads": 1, "n_gpu_layers": 0, "lora": [(adapter, 1.0)]}

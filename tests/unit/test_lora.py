@@ -13,9 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.adapters_by_hand import IDS, SHORT, fresh_logits, logits, opened
-from support.lora_adapters import random_adapter
-from support.native_adapters import merge
+from support.adapters_by_hand import (
+    IDS,
+    SHORT,
+    fresh_logits,
+    logits,
+    merge,
+    opened,
+    random_adapter,
+    shapes_of,
+)
 
 from pydiffusion import (
     AdapterError,
@@ -31,6 +38,8 @@ from pydiffusion.adapters.adapter import Adapter, Factors, Target
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydiffusion.PromptWarning")
 
+FEW = ("attn_q", "ffn_down", "self_cond_up")
+
 
 @pytest.fixture(scope="module")
 def path(gguf_file: Callable[..., Path]) -> Path:
@@ -39,12 +48,13 @@ def path(gguf_file: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def one(path: Path) -> Adapter:
-    return random_adapter(path, 1)
+    return random_adapter(shapes_of(path), seed=1, kinds=FEW, name="random-1")
 
 
 @pytest.fixture(scope="module")
 def two(path: Path) -> Adapter:
-    return random_adapter(path, 2, ("attn_v", "attn_output", "ffn_gate_up_exps", "ffn_gate_inp"), "encoder")
+    kinds = ("attn_v", "attn_output", "ffn_gate_up_exps", "ffn_gate_inp")
+    return random_adapter(shapes_of(path), seed=2, kinds=kinds, side="encoder", name="random-2")
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from support.adapters_by_hand import IDS, SHORT, fresh_logits, logits, opened
+from support.adapter_folders import write_random_folder
+from support.adapters_by_hand import IDS, SHORT, fresh_logits, logits, opened, random_adapter, shapes_of
 from support.fake_vision import give_vision, noise
-from support.lora_adapters import random_adapter, write_peft_folder
 
 from pydiffusion import AdapterError, DiffusionModel, ModelFormatError
 from pydiffusion.adapters import applied
@@ -30,7 +30,7 @@ def path(gguf_file: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def one(path: Path) -> Adapter:
-    return random_adapter(path, 1)
+    return random_adapter(shapes_of(path), seed=1, kinds=("attn_q", "self_cond_up"), name="random-1")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def model(path: Path) -> DiffusionModel:
 
 
 def test_a_file_is_read_once(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_peft_folder(tmp_path / "attention", path, 3)
+    folder = write_random_folder(tmp_path / "attention", path, 3)
     reads: list[Any] = []
     load = applied._read
     monkeypatch.setattr(applied, "_read", lambda *given: (reads.append(given[0]), load(*given))[1])
@@ -56,7 +56,7 @@ def test_a_file_is_read_once(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
             assert len(reads) == 2  # of another model
         assert model.lora == ((adapter, 0.5), (adapter, 1.0))
         before = fresh_logits(model)
-        write_peft_folder(folder, path, 4)
+        write_random_folder(folder, path, 4)
         again = model.load_lora(folder)
         assert len(reads) == 3 and again != adapter and model.lora[0][0] is adapter
         np.testing.assert_array_equal(fresh_logits(model), before)  # until it is set again
@@ -65,7 +65,7 @@ def test_a_file_is_read_once(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_unloaded_one_is_gone_once_nothing_applies_it(path: Path, tmp_path: Path) -> None:
     with opened(path) as model:
-        adapter = model.load_lora(write_peft_folder(tmp_path / "a", path, 3))
+        adapter = model.load_lora(write_random_folder(tmp_path / "a", path, 3))
         native = model.adapters.set_of([adapter]).native[0][0]
         session = model.new_session(lora=[adapter])
         for _ in range(2):
