@@ -295,7 +295,7 @@ class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
         """Load a session written by ``Session.save`` with the same model, cache type and adapters.
 
         n_ctx, lora: as for a new session. Raises FileNotFoundError; ModelFormatError for any other file;
-        ContextOverflowError if it has more tokens than ``n_ctx``.
+        ContextOverflowError if it has more tokens than ``n_ctx``; for adapters as ``set_lora``.
         """
         session = self.new_session(n_ctx, lora)
         session_file.load(session, Path(path))

@@ -147,7 +147,7 @@ void Denoiser::build(const std::vector<Slot>& slots, GraphExecutor& executor) {
     std::vector<Sequence> sequences;
     canvases_.clear();
     for (const Slot& slot : slots) {
-        sequences.push_back({slot.cache, slot.n_tokens(), slot.n_frozen, {}, slot.adapters});
+        sequences.push_back({slot.cache, slot.n_tokens(), slot.n_frozen, {}, &slot.adapters});
         canvases_.emplace_back(slot.state, slot.n_tokens());
     }
     built_.reset();
@@ -166,7 +166,7 @@ void Denoiser::build(const std::vector<Slot>& slots, GraphExecutor& executor) {
         finish_slot(g, *slot.state, ggml_view_2d(g.ctx(), x, x->ne[0], n, x->nb[1], first * x->nb[1]));
         first += n;
     }
-    if (imatrix_) ImatrixCollector::keep_inputs(g.graph);
+    if (imatrix_) imatrix_->keep_inputs(g.graph);
     g.allocate(executor, "the buffers of a denoising step");
 }
 

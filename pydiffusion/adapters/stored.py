@@ -33,7 +33,7 @@ _MAX_RANK = 1 << 16
 _MAX_SCALE = 1e30
 _PIECE = 16 << 20  # bytes
 # Words of a float type, and their bits but for the sign.
-_BITS = {
+_BITS: dict[str, tuple[np.dtype[Any], int]] = {
     "F32": (np.dtype("<u4"), 0x7FFFFFFF),
     "F16": (np.dtype("<u2"), 0x7FFF),
     "BF16": (np.dtype("<u2"), 0x7FFF),

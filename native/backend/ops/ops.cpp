@@ -66,8 +66,8 @@ ggml_tensor* Ops::add_changes(const std::vector<LowRank>& changes, ggml_tensor* 
     return parts.size() == 1 ? parts[0] : concat_tokens(parts);
 }
 
-ggml_tensor* Ops::with_changes(const ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen,
-                               ggml_tensor* result) {
+ggml_tensor* Ops::with_expert_changes(const ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen,
+                                      ggml_tensor* result) {
     return is_changed({weights}) ? add_expert_changes(c_.changes->at(weights), x, chosen, result) : result;
 }
 
@@ -131,7 +131,7 @@ ggml_tensor* Ops::changed_expert_matmul(ggml_tensor* weights, ggml_tensor* scale
                                         ggml_tensor* chosen) {
     ggml_tensor* result = expert_matmul(weights, x, chosen);
     if (scales) result = ggml_mul(c_.ctx, result, scales_of(scales, chosen));
-    return with_changes(weights, x, chosen, result);
+    return with_expert_changes(weights, x, chosen, result);
 }
 
 ggml_tensor* Ops::experts(ggml_tensor* x, ggml_tensor* chosen, const ExpertWeights& w) {

@@ -222,8 +222,8 @@ class Ops {
     virtual ggml_tensor* add_changes(const std::vector<LowRank>& changes, ggml_tensor* x,
                                      ggml_tensor* result);
     // The same of chosen experts: operands as of expert_matmul().
-    ggml_tensor* with_changes(const ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen,
-                              ggml_tensor* result);
+    ggml_tensor* with_expert_changes(const ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen,
+                                     ggml_tensor* result);
     virtual ggml_tensor* add_expert_changes(const std::vector<LowRank>& changes, ggml_tensor* x,
                                             ggml_tensor* chosen, ggml_tensor* result);
     // scales [n_expert] of the chosen experts -> [1, n_used, n_tokens]
