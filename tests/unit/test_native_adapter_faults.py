@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference.random_checkpoint import SHAPES, random_ids
+from support.adapters_by_hand import EVERYTHING, NativeTarget, merge, random_targets
 from support.kernels import OWN_KERNELS
-from support.native_adapters import EVERYTHING, Target, merge, random_targets
 
 from pydiffusion import _native
 from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
@@ -251,7 +251,7 @@ def test_traces_are_those_of_the_merged_file(
 ) -> None:
     model = opened("f32", device=device, kernels=kernels)
     path = Path(str(model.file.path))
-    targets: list[Target] = list(random_targets(path, 1, kinds=KINDS))
+    targets: list[NativeTarget] = list(random_targets(path, 1, kinds=KINDS))
     file = merge(path, [(targets, 1.0)], tmp_path / "merged.gguf")
     merged = _native.Model(str(file), n_threads=2, device=device, kernels=kernels)
     adapter = _native.Adapter(model, "a", targets)
