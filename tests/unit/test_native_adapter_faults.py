@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference.random_checkpoint import SHAPES, random_ids
+from support.adapters_by_hand import EVERYTHING, NativeTarget, merge, random_targets
 from support.kernels import OWN_KERNELS
-from support.native_adapters import EVERYTHING, Target, merge, random_targets
 
 from pydiffusion import _native
 from pydiffusion._util.sampler_options import ENTROPY_BOUND_DEFAULTS
@@ -156,8 +156,8 @@ def test_a_device_without_bfloat16(kernels: str, opened: Callable[..., _native.M
 
 @pytest.mark.parametrize("kinds", [["attn_q"], ["attn_k", "attn_v"], ["ffn_gate"], ["ffn_up"], KINDS])
 def test_parts_of_concatenated_matrices(kinds: list[str], opened: Callable[..., _native.Model]) -> None:
-    """On a device, q, k and v are one matrix of a BF16 file, gate and up another: adapters change their rows of
-    the result, about as exactly as without.
+    """On a device, q, k and v are one matrix of a BF16 file, gate and up another: adapters change their rows
+    of the result, about as exactly as without.
     """
     models = opened("bf16", kernels="ggml"), opened("bf16", device="host", kernels="cuda")
     plain = [logits(new_session(model, [])) for model in models]
@@ -251,7 +251,7 @@ def test_traces_are_those_of_the_merged_file(
 ) -> None:
     model = opened("f32", device=device, kernels=kernels)
     path = Path(str(model.file.path))
-    targets: list[Target] = list(random_targets(path, 1, kinds=KINDS))
+    targets: list[NativeTarget] = list(random_targets(path, 1, kinds=KINDS))
     file = merge(path, [(targets, 1.0)], tmp_path / "merged.gguf")
     merged = _native.Model(str(file), n_threads=2, device=device, kernels=kernels)
     adapter = _native.Adapter(model, "a", targets)
@@ -267,7 +267,7 @@ def test_traces_are_those_of_the_merged_file(
 def test_an_imatrix_of_adapters_of_different_ranks(
     kernels: str, opened: Callable[..., _native.Model]
 ) -> None:
-    """Factors of two adapters have the same names and other shapes: none is collected, or read as the other."""
+    """Factors of two adapters have the same names and other shapes: none is collected, nor read as another."""
     model = opened("q8_0", kernels=kernels)
     kinds = ["ffn_down_exps", "ffn_gate_up_exps", "attn_q"]
     adapters = [(load(model, seed, rank=rank, kinds=kinds), 1e-6) for seed, rank in ((1, 1500), (2, 1))]
