@@ -161,7 +161,10 @@ def test_parts_of_concatenated_matrices(kinds: list[str], opened: Callable[..., 
     """
     models = opened("bf16", kernels="ggml"), opened("bf16", device="host", kernels="cuda")
     plain = [logits(new_session(model, [])) for model in models]
-    adapted = [logits(new_session(model, [(load(model, 1, kinds=kinds), 1.0)])) for model in models]
+    # Small changes: of larger ones, rounding changes which experts are chosen.
+    adapted = [
+        logits(new_session(model, [(load(model, 1, kinds=kinds, share=0.05), 1.0)])) for model in models
+    ]
     assert gap(*adapted) < 2 * gap(*plain) < gap(plain[0], adapted[0])
 
 
@@ -267,7 +270,7 @@ def test_traces_are_those_of_the_merged_file(
 def test_an_imatrix_of_adapters_of_different_ranks(
     kernels: str, opened: Callable[..., _native.Model]
 ) -> None:
-    """Factors of two adapters have the same names and other shapes: none is collected, nor read as another."""
+    """Factors of two adapters have the same names and other shapes: none is collected, or read as another."""
     model = opened("q8_0", kernels=kernels)
     kinds = ["ffn_down_exps", "ffn_gate_up_exps", "attn_q"]
     adapters = [(load(model, seed, rank=rank, kinds=kinds), 1e-6) for seed, rank in ((1, 1500), (2, 1))]
