@@ -19,6 +19,7 @@ from support.fake_vision import give_vision, noise
 from pydiffusion import AdapterError, DiffusionModel, ModelFormatError
 from pydiffusion.adapters import applied
 from pydiffusion.adapters.adapter import Adapter
+from pydiffusion.convert import convert
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydiffusion.PromptWarning")
 
@@ -80,6 +81,17 @@ def test_an_unloaded_one_is_gone_once_nothing_applies_it(path: Path, tmp_path: P
         assert again is not adapter and again == adapter
         assert model.adapters.set_of([again]).native[0][0] is not native
         np.testing.assert_array_equal(fresh_logits(model, [adapter]), expected)
+
+
+def test_a_split_model(
+    checkpoint_folder: Callable[..., Path], path: Path, one: Adapter, model: DiffusionModel, tmp_path: Path
+) -> None:
+    checkpoint = checkpoint_folder("small", seed=0, dtype="f32")
+    parts = convert(checkpoint, tmp_path / "m.gguf", "f32", split_max_size=3_000_000).files
+    assert len(parts) > 2
+    folder = write_random_folder(tmp_path / "a", path, 3)
+    with opened(parts[0], lora=[one, (folder, 0.5)]) as split:
+        np.testing.assert_array_equal(fresh_logits(split), fresh_logits(model, [one, (folder, 0.5)]))
 
 
 def test_what_is_wrong_is_found_before_the_weights_are_read(
