@@ -21,8 +21,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # share the cores with other pr
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch.nn.functional import cross_entropy
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.nn.functional import kl_div, log_softmax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo_recipe.data import Examples, make_pool
@@ -30,19 +31,30 @@ from demo_recipe.evaluate import load_checkpoint
 
 from pydiffusion.demo import checkpoint_path
 
-# The decoder, not the encoder: a prompt is then encoded once, however long it stays in training.
 TARGETS = (
-    r"model\.decoder\.(layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    r"model\.(decoder|encoder\.language_model)\.(layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
     r"|self_conditioning\.(gate|up|down)_proj)"
 )
+UNUSED = r".*encoder\.language_model\.layers\.5\.(self_attn\.[qo]_proj|mlp\..*)"  # after the last keys
 # Of the sampler, as in generation_config.json.
 STEPS, T_MIN, T_MAX, ENTROPY_BOUND, CONFIDENCE = 48, 0.4, 0.8, 0.1, 0.005
-WEIGHT_KEPT, WEIGHT_PADDING = 0.1, 0.2  # in the loss: tokens that are right already, and those behind the end
 ORDER = np.arange(36).reshape(6, 6).T.ravel()
+
+
+def exchanged(length: int, cells: np.ndarray) -> torch.Tensor:
+    """Positions of a text with a sudoku's rows and columns exchanged; `cells`: where its cells are."""
+    order = np.arange(length)
+    order[cells] = cells[ORDER]
+    return torch.from_numpy(order)
 
 
 class UprightSudokus(Examples):
     """Training puzzles: those of the demo model, rows and columns exchanged."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.prompt_order = exchanged(len(self.sudoku_prompt), self.prompt_cells)
+        self.canvas_order = exchanged(len(self.sudoku_canvas), self.canvas_cells)
 
     def _sudoku_row(self) -> tuple[np.ndarray, np.ndarray]:
         prompt, canvas = super()._sudoku_row()
@@ -61,20 +73,16 @@ class Rollouts:
     Half of the examples start from pure noise, the others from their answer, a part replaced by noise.
     """
 
-    def __init__(self, model: torch.nn.Module, examples: Examples, n: int, patience: int) -> None:
+    def __init__(self, model: PeftModel, examples: UprightSudokus, n: int, patience: int) -> None:
         self.model, self.examples, self.patience = model, examples, patience
         self.n_vocab = model.config.text_config.vocab_size
         self.batch = examples.batch(n, 0)  # prompts of equal length: others would need attention masks
-        self.cache = self._encode(self.batch.prefix)
         self.canvas = self._noised(self.batch.target)
         self.logits = torch.zeros(*self.canvas.shape, self.n_vocab)
         self.age = torch.zeros(n, dtype=torch.int64)
         self.last = torch.randint(1, patience + 1, (n,))
+        self.teacher_cache = self._encode_for_teacher(self.batch.prefix)
         self.n_solved = self.n_finished = 0
-
-    @torch.no_grad()
-    def _encode(self, prompts: torch.Tensor):
-        return self.model.model.encoder(input_ids=prompts).past_key_values
 
     def _noised(self, target: torch.Tensor) -> torch.Tensor:
         n = len(target)
@@ -82,20 +90,44 @@ class Rollouts:
         noise = torch.randint(0, self.n_vocab, target.shape)
         return torch.where(torch.rand(target.shape) < share, noise, target)
 
+    @torch.no_grad()
+    def _encode_for_teacher(self, prompts: torch.Tensor):
+        with self.model.disable_adapter(), torch.autocast("cpu", torch.bfloat16):
+            return self.model.model.model.encoder(
+                input_ids=prompts[:, self.examples.prompt_order]
+            ).past_key_values
+
+    @torch.no_grad()
+    def _teacher(self) -> torch.Tensor:
+        """Logits of the model as it was, which sees rows and columns exchanged: that puzzle it can solve."""
+        order = self.examples.canvas_order
+        with self.model.disable_adapter(), torch.autocast("cpu", torch.bfloat16):
+            logits = self.model(
+                past_key_values=self.teacher_cache,
+                decoder_input_ids=self.canvas[:, order],
+                self_conditioning_logits=self.logits[:, order],
+                self_conditioning_mask=self.age > 0,
+            ).logits
+        return logits[:, order]  # exchanged twice: back in place
+
     def loss(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the cross-entropy of the whole canvas, and the logits for `advance`."""
-        target = self.batch.target
+        """Return the distance from the teacher's distributions (KL), and the logits for `advance`.
+
+        Where there is no teacher, it is the cross-entropy with the answer, `self.batch.target`.
+        """
+        teacher = self._teacher()
         with torch.autocast("cpu", torch.bfloat16):
             logits = self.model(
-                past_key_values=self.cache,
+                input_ids=self.batch.prefix,
                 decoder_input_ids=self.canvas,
                 self_conditioning_logits=self.logits,
                 self_conditioning_mask=self.age > 0,
             ).logits
-        weight = torch.where(self.canvas == target, WEIGHT_KEPT, 1.0)
-        weight = weight * torch.where(self.batch.is_padding, WEIGHT_PADDING, 1.0)
-        loss = cross_entropy(logits.transpose(1, 2), target, reduction="none")
-        return (loss * weight).sum() / weight.sum(), logits.detach()
+        wanted = log_softmax(teacher, dim=-1)
+        distance = kl_div(log_softmax(logits, dim=-1), wanted, reduction="none", log_target=True)
+        target = self.batch.target
+        self.n_right = torch.stack([(one.argmax(-1) == target).float().mean() for one in (teacher, logits)])
+        return distance.sum(-1).mean(), logits.detach()
 
     def advance(self, logits: torch.Tensor) -> None:
         """Take a step of the entropy-bound sampler, and replace the examples that are solved or too old."""
@@ -117,9 +149,11 @@ class Rollouts:
         if len(rows) == 0:
             return
         fresh = self.examples.batch(len(rows), 0)
-        for name in ("prefix", "target", "is_padding"):
+        for name in ("prefix", "target"):
             getattr(self.batch, name)[rows] = getattr(fresh, name)
-        for layer, new in zip(self.cache.layers, self._encode(fresh.prefix).layers, strict=True):
+        for layer, new in zip(
+            self.teacher_cache.layers, self._encode_for_teacher(fresh.prefix).layers, strict=True
+        ):
             layer.keys[rows], layer.values[rows] = new.keys, new.values
         self.canvas[rows] = self._noised(fresh.target)
         self.age[rows] = 0
@@ -174,18 +208,23 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="compile the layers first, which takes minutes"
     )
-    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     base, tokenizer = load_checkpoint(checkpoint_path())
     base.set_experts_implementation("dense_demo")  # faster for four small experts
-    config = LoraConfig(r=arguments.rank, lora_alpha=arguments.rank, target_modules=TARGETS)
+    config = LoraConfig(
+        r=16,
+        lora_alpha=16,
+        rank_pattern={"encoder.*": 6},
+        alpha_pattern={"encoder.*": 6},
+        target_modules=TARGETS,
+        exclude_modules=UNUSED,
+    )
+    model = get_peft_model(base, config)
     if arguments.start:
-        model = PeftModel.from_pretrained(base, arguments.start, is_trainable=True)
-    else:
-        model = get_peft_model(base, config)
+        set_peft_model_state_dict(model, load_file(arguments.start / "adapter_model.safetensors"))
     model.peft_config["default"].base_model_name_or_path = "pydiffusion/demo/checkpoint"
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if arguments.compile:
@@ -194,10 +233,11 @@ def main() -> None:
     before = digest(model)
     print(f"{sum(p.numel() for p in parameters)} weights in {len(parameters)} matrices", flush=True)
     examples = UprightSudokus(tokenizer, make_pool(4000, arguments.seed + 1), arguments.seed + 2)
-    rollouts = Rollouts(base, examples, arguments.batch, arguments.patience)
+    rollouts = Rollouts(model, examples, arguments.batch, arguments.patience)
     adam = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0)
     average = Average(parameters, decay=0.98)
     losses: list[float] = []
+    shares: list[torch.Tensor] = []
     start = time.monotonic()
     try:
         step = 0
@@ -211,16 +251,20 @@ def main() -> None:
             adam.zero_grad()
             average.update()
             losses.append(loss.item())
+            shares.append(rollouts.n_right)
             step += 1
             if step % 50 == 0:
                 print(
                     time.strftime("%H:%M:%S"),
                     f"step {step} minutes {(time.monotonic() - start) / 60:.1f} of the cores"
-                    f" {time.process_time() / 60:.1f} loss {sum(losses) / len(losses):.4f} solved"
+                    f" {time.process_time() / 60:.1f} loss {sum(losses) / len(losses):.4f} right"
+                    " (teacher, model) {:.4f} {:.4f}".format(*sum(shares) / len(shares))
+                    + f" solved"
                     f" {rollouts.n_solved} of {rollouts.n_finished}",
                     flush=True,
                 )
                 losses.clear()
+                shares.clear()
                 rollouts.n_solved = rollouts.n_finished = 0
                 average.save(model, arguments.out)
     except KeyboardInterrupt:

@@ -157,7 +157,8 @@ def lora_option(value: Any) -> tuple[tuple[LoraSource, float], ...]:
     if isinstance(value, (str, bytes, os.PathLike)) or not isinstance(value, Sequence):
         raise OptionError(
             "lora",
-            f"lora is {_short(value)}; permitted is a list of adapters, each a source or (source, scale)",
+            f"lora is {_short(value)}; permitted is a list of adapters, each a source or (source, scale);"
+            " an empty list takes all off",
         )
     return tuple(_with_scale(item) for item in value)
 

@@ -87,6 +87,7 @@ RULES = (
             ("pydiffusion/cli/*", r"", "of text and of tables"),
             ("pydiffusion/server/static/page.css", r"flex-direction", "of a page"),
             ("pydiffusion/demo/sudoku.py", r"", "of a sudoku"),
+            ("pydiffusion/demo/upright.py", r"", "of a sudoku"),
             ("pydiffusion/demo/pictures.py", r"", "of a sudoku"),
             ("pydiffusion/vision/*", r"", "of an image"),
             ("pydiffusion/constrained/guide.py", r"", "of an array of candidates"),

@@ -83,11 +83,8 @@ class Matrices(Protocol):
         """``general.architecture`` of the model."""
 
     @property
-    def n_layers(self) -> int | None:
-        """Number of layers, None if the model is not known; ``n_experts`` likewise."""
-
-    @property
-    def n_experts(self) -> int | None: ...
+    def n_experts(self) -> int | None:
+        """Number of experts of a layer, None if the model is not known."""
 
     def place(self, module: str, shared: bool = False) -> Place | None:
         """The place of a module by its path; None if it can't be adapted. ``shared``: serves both modes."""

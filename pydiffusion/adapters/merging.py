@@ -97,6 +97,11 @@ class MergedAdapter:
     def __str__(self) -> str:
         return f"{self.name}:{self.scale:g}"
 
+    @property
+    def what_it_does(self) -> tuple[str, float]:
+        """Equal for adapters that change the same, whatever their names; the scale as a file holds it."""
+        return self.fingerprint, float(np.float32(self.scale))
+
 
 def merged_adapters(source: Source) -> list[MergedAdapter]:
     """The adapters that were merged into a source, in order, as far as its keys tell."""

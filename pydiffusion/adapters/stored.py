@@ -32,6 +32,12 @@ FLOATS = ("F32", "F16", "BF16")
 _MAX_RANK = 1 << 16
 _MAX_SCALE = 1e30
 _PIECE = 16 << 20  # bytes
+# Words of a float type, and their bits but for the sign.
+_BITS: dict[str, tuple[np.dtype[Any], int]] = {
+    "F32": (np.dtype("<u4"), 0x7FFFFFFF),
+    "F16": (np.dtype("<u2"), 0x7FFF),
+    "BF16": (np.dtype("<u2"), 0x7FFF),
+}
 
 
 @contextlib.contextmanager
@@ -70,9 +76,13 @@ class Stored:
             ) from error
 
     def is_zero(self) -> bool:
-        """Whether all of its bytes are zero; read in pieces."""
+        """Whether all of its values are zero, of either sign; read in pieces."""
         pieces = range(0, self.n_bytes, _PIECE)
-        return not any(self._bytes(start, min(_PIECE, self.n_bytes - start)).any() for start in pieces)
+        dtype, without_sign = _BITS.get(self.dtype.upper(), (np.dtype("u1"), 0xFF))
+        return not any(
+            (self._bytes(start, min(_PIECE, self.n_bytes - start)).view(dtype) & without_sign).any()
+            for start in pieces
+        )
 
     def _bytes(self, start: int, n_bytes: int) -> np.ndarray:
         with adapter_errors(self.path), io.FileIO(self.path) as file:

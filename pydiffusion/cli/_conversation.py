@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -125,8 +126,9 @@ class Conversation:
 
         try:
             if given:
-                self._model.set_lora(_open.adapters_of([] if given == "none" else shlex.split(given)))
-        except (PyDiffusionError, ValueError, typer.BadParameter) as error:
+                several = shlex.split(given, posix=os.name != "nt")  # Windows' paths have backslashes
+                self._model.set_lora(_open.adapters_of([] if given == "none" else several))
+        except (PyDiffusionError, ValueError, OSError, typer.BadParameter) as error:
             raise CommandError(str(error)) from None
         shown = ", ".join(f"{adapter.name}:{scale:g}" for adapter, scale in self._model.lora)
         return f"adapters: {shown or 'none'}"

@@ -75,16 +75,9 @@ def adapters_of(given: Sequence[str] | None) -> list[tuple[str, float]]:
     from pydiffusion.adapters.loading import parse_lora
 
     try:
-        adapters = [parse_lora(text) for text in given or ()]
+        return [parse_lora(text) for text in given or ()]
     except OptionError as error:
         raise typer.BadParameter(f"--{error}") from None
-    for source, _ in adapters:  # as llama.cpp takes several
-        several = source.split(",")
-        if not Path(source).exists() and all(Path(parse_lora(text)[0]).exists() for text in several if text):
-            raise typer.BadParameter(
-                f"--lora takes one adapter: {' '.join(f'--lora {text}' for text in several)}"
-            )
-    return adapters
 
 
 def _mmproj(given: Path | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,12 @@ from pydiffusion.errors import ConversionError
 
 DENSE, EXPERT = 704, 480  # padded to 768 and 512
 
+ODD = dataclasses.replace(SHAPES["small"], layers="sf", n_expert=3, dense=DENSE, expert=EXPERT)
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    SHAPES["odd"] = dataclasses.replace(SHAPES["small"], layers="sf", n_expert=3, dense=DENSE, expert=EXPERT)
-    yield write_checkpoint(tmp_path_factory.mktemp("odd") / "odd", "odd")
-    del SHAPES["odd"]
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("odd") / "odd", ODD)
 
 
 @pytest.fixture(scope="module")
@@ -365,6 +365,14 @@ def test_a_merged_file_is_verified_against_base_and_adapter(
 ) -> None:
     quantize(base, tmp_path / "m.gguf", "q6_k", lora=[(adapter, 0.5)])
     assert not verify(tmp_path / "m.gguf", base, lora=[(adapter, 0.5)]).problems
+    renamed = dataclasses.replace(adapter, name="another name", path=Path("elsewhere"))
+    assert not verify(tmp_path / "m.gguf", base, lora=[(renamed, 0.5)]).problems
+    namesake = dataclasses.replace(adapter, fingerprint=bytes(32))
+    wrong = verify(tmp_path / "m.gguf", base, lora=[(namesake, 0.5)]).problems
+    assert wrong == [
+        f"merged adapters are by hand:0.5 ({adapter.fingerprint.hex()[:12]}), the source with --lora has by "
+        "hand:0.5 (000000000000)"
+    ]
     missing = verify(tmp_path / "m.gguf", base).problems
     assert "adapters were merged into the file: give them with --lora (by hand:0.5)" in missing[0]
     wrong = verify(tmp_path / "m.gguf", base, lora=[(adapter, -0.5)]).problems

@@ -81,6 +81,8 @@ def saved(
 
 def deltas(model: Any) -> dict[tuple[str, str], np.ndarray]:
     """What a PEFT model adds to each matrix: (GGUF's name, mode) -> float32."""
+    from support.peft_adapters import tensor_and_side
+
     found = {}
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight") and "default" in getattr(module, "lora_A", {}):
@@ -89,25 +91,8 @@ def deltas(model: Any) -> dict[tuple[str, str], np.ndarray]:
                 own = f"{own}.{module.parameter_name}"
             delta = module.get_delta_weight("default").detach().float().numpy()
             if delta.any():
-                found[gguf_name(own)] = delta
+                found[tensor_and_side(own)] = delta
     return found
-
-
-NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "router.proj": "ffn_gate_inp", "experts.gate_up_proj": "ffn_gate_up_exps",
-    "experts.down_proj": "ffn_down_exps",
-}  # fmt: skip
-
-
-def gguf_name(path: str) -> tuple[str, str]:
-    """Written apart from the package's own table, to check it."""
-    if match := re.fullmatch(r"model\.decoder\.self_conditioning\.(\w+)_proj", path):
-        return f"self_cond_{match[1]}", "decoder"
-    match = re.fullmatch(r"model\.(decoder|encoder)(?:\.language_model)?\.layers\.(\d+)\.(.+)", path)
-    assert match, path
-    return f"blk.{match[2]}.{NAMES[match[3]]}", match[1]
 
 
 def assert_same(adapter: Adapter, expected: Mapping[tuple[str, str], np.ndarray]) -> None:

@@ -11,7 +11,7 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.random_adapters import blank_adapter
+from support.adapters_by_hand import blank_adapter
 from support.seeing_model import SeeingModel, grey_part, image_part, png
 from support.server_fakes import ScriptedModel, ask, events, eventually, script, serving
 

@@ -204,6 +204,8 @@ def test_mlx_of_before(tmp_path: Path) -> None:
     config = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
     adapter = load(tmp_path, {f"{name}.A": a, f"{name}.B": b}, config, name="adapters.safetensors")
     assert np.array_equal(factors(adapter, Q, "both").delta(), 2 * (a @ b).T)
+    (note,) = adapter.metadata["notes"]
+    assert "scaled by alpha / rank" in note and note.endswith("apply it with the scale 4")
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ def test_experts_that_do_not_say_of_which(tmp_path: Path) -> None:
 def test_what_was_not_trained_is_left_out(tmp_path: Path) -> None:
     tensors = pair(f"{LAYER}self_attn.q_proj", 32, D)
     tower = pair(f"{PEFT}encoder.vision_tower.encoder.layers.0.self_attn.q_proj", 8, 8)
-    tower[next(key for key in tower if "lora_B" in key)][:] = 0
+    tower[next(key for key in tower if "lora_B" in key)][:] = -0.0  # weight decay leaves zeros of both signs
     adapter = load(tmp_path / "a", tensors | tower)
     assert list(adapter.factors) == [Target(Q, "decoder")]
     assert adapter.metadata["notes"] == ("1 pairs of the vision tower were not trained, and are left out",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,22 @@ def test_what_is_written(type: str, tmp_path: Path) -> None:
         a, b = (values[f"{prefix}{target.tensor}.weight.lora_{part}"] for part in "ab")
         np.testing.assert_allclose(2 * np.matmul(b, a), factors.delta(), rtol=1e-6)
     assert again.fingerprint == adapter.fingerprint and again.name == adapter.name
+
+
+def test_a_matrix_is_read_once_for_all_its_pieces(tmp_path: Path) -> None:
+    """Once to choose the types, once to write, once to compare with what was written."""
+    adapter = load(tmp_path, q_tensors())
+    (factors,) = adapter.factors.values()
+    reads: list[int] = []
+
+    def read() -> tuple[np.ndarray, np.ndarray]:
+        reads.append(1)
+        return factors.read()
+
+    counted = replace(adapter, factors={target: replace(factors, read=read) for target in adapter.factors})
+    write_adapter_gguf(counted, tmp_path / "b.gguf", matrices_of(None))
+    assert load_adapter(tmp_path / "b.gguf", MODEL) == adapter
+    assert len(reads) <= 3
 
 
 def test_scales_that_differ_go_into_b(tmp_path: Path) -> None:

@@ -1,48 +1,44 @@
-"""Adapters in Python: of a model, of a session, of one call; files, switching, refusals."""
+"""Adapters in Python: of a model, of a session, of one call; switching, refusals. See test_lora_files.py."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import pickle
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import save_file
-from support.fake_vision import give_vision, noise
-from support.lora_adapters import random_adapter, write_peft_folder
-from support.native_adapters import merge
+from support.adapters_by_hand import (
+    IDS,
+    SHORT,
+    fresh_logits,
+    logits,
+    merge,
+    opened,
+    random_adapter,
+    shapes_of,
+)
 
 from pydiffusion import (
     AdapterError,
+    CanvasEvent,
     DiffusionModel,
+    EndEvent,
     GenerationOptions,
     ModelFormatError,
     OptionError,
     PyDiffusionError,
-    Session,
 )
-from pydiffusion.adapters import applied
 from pydiffusion.adapters.adapter import Adapter, Factors, Target
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydiffusion.PromptWarning")
 
-IDS = np.random.default_rng(7).integers(3, 200, 40).astype(np.int32)  # longer than the window
-SHORT: dict[str, Any] = {"max_tokens": 16, "steps": 3, "seed": 5, "eos": ()}
-
-
-def opened(path: Path, **arguments: Any) -> DiffusionModel:
-    """Cache float32 and one thread, so that equal means equal to the bit."""
-    return DiffusionModel(path, n_ctx=256, n_threads=1, kv_type="f32", mmproj=None, **arguments)
+FEW = ("attn_q", "ffn_down", "self_cond_up")
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +48,13 @@ def path(gguf_file: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def one(path: Path) -> Adapter:
-    return random_adapter(path, 1)
+    return random_adapter(shapes_of(path), seed=1, kinds=FEW, name="random-1")
 
 
 @pytest.fixture(scope="module")
 def two(path: Path) -> Adapter:
-    return random_adapter(path, 2, ("attn_v", "attn_output", "ffn_gate_up_exps", "ffn_gate_inp"), "encoder")
+    kinds = ("attn_v", "attn_output", "ffn_gate_up_exps", "ffn_gate_inp")
+    return random_adapter(shapes_of(path), seed=2, kinds=kinds, side="encoder", name="random-2")
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +67,6 @@ def model(shared: DiffusionModel) -> Iterator[DiffusionModel]:
     shared.set_lora([])
     yield shared
     shared.set_lora([])
-
-
-def logits(session: Session) -> np.ndarray:
-    return session.denoise(np.arange(session.model.canvas_length, dtype=np.int32))
-
-
-def fresh_logits(model: DiffusionModel, lora: Any = None) -> np.ndarray:
-    session = model.new_session(lora=lora)
-    session.encode(IDS)
-    return logits(session)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +94,8 @@ def test_given_at_opening_or_set_later_is_the_same(
 ) -> None:
     lora = [(one, 0.5), two]
     model.set_lora(lora)
+    with opened(path, lora=None) as none:
+        assert none.lora == ()
     with opened(path, lora=lora) as other:
         assert other.lora == model.lora == ((one, 0.5), (two, 1.0))
         np.testing.assert_array_equal(fresh_logits(other), fresh_logits(model))
@@ -149,7 +138,7 @@ def test_a_refused_one_leaves_the_earlier_ones(
         (["a\0b"], AdapterError, "is no path"),
         ([""], OptionError, "lora holds ''"),
         ([None], OptionError, "lora holds None"),
-        ("folder", OptionError, r"lora is 'folder'; permitted is a list"),
+        ("folder", OptionError, r"lora is 'folder'; permitted is a list.*; an empty list takes all off"),
         (one, OptionError, "permitted is a list"),
     ]:
         for refusing in (model.set_lora, session.set_lora, lambda lora: session.encode(IDS, lora=lora),
@@ -228,11 +217,41 @@ def test_a_session_file_is_for_its_adapters(
         with pytest.raises(ModelFormatError, match=there.format(here)):
             model.load_session(tmp_path / "tuned", lora=lora)
     session.set_lora([])
-    session.save(tmp_path / "plain")  # as it would be encoded now
+    session.save(tmp_path / "still")  # as its tokens are encoded, not as they will be
+    assert model.load_session(tmp_path / "still", lora=[(one, 0.5)]).n_past == len(IDS)
+    logits(session)
+    session.save(tmp_path / "plain")
     np.testing.assert_array_equal(logits(model.load_session(tmp_path / "plain")), fresh_logits(model))
     model.set_lora([one])
     with pytest.raises(ModelFormatError, match=r"saved with other adapters \(none; here random-1:1\)"):
         model.load_session(tmp_path / "plain")
+
+
+def test_saving_within_a_generation(
+    model: DiffusionModel, one: Adapter, two: Adapter, tmp_path: Path
+) -> None:
+    """It goes on as if nothing were saved, and the file has the cache as the generation made it."""
+    expected = model.generate(IDS, lora=[one], **SHORT).tokens.tolist()
+    session = model.new_session()
+    session.prefill(IDS, lora=[one])
+    events = []
+    for event in session.generate(lora=[one], **SHORT):
+        model.set_lora([two])
+        session.save(tmp_path / f"{len(events)}")
+        events.append(event)
+    assert isinstance(events[-1], EndEvent) and session.n_encoded == len(IDS) + model.canvas_length
+    canvas = [event for event in events if isinstance(event, CanvasEvent)]
+    assert [token for event in canvas for token in event.tokens.tolist()] == expected
+    loaded = model.load_session(tmp_path / "0", lora=[one])
+    assert loaded.complete(lora=[one], **SHORT).tokens.tolist() == expected
+
+
+def test_a_generation_that_something_else_ended(model: DiffusionModel, one: Adapter) -> None:
+    session = model.new_session()
+    session.prefill(IDS)
+    with pytest.raises(PyDiffusionError, match="used for something else during the generation"):
+        for _ in session.generate(**SHORT):
+            session.prefill(IDS, lora=[one])
 
 
 def test_a_closed_model_s_sessions_keep_their_adapters(path: Path, one: Adapter) -> None:
@@ -347,12 +366,15 @@ def test_a_generation_keeps_the_adapters_that_it_began_with(
 
 
 def test_adapters_are_set_while_others_generate(model: DiffusionModel, one: Adapter, two: Adapter) -> None:
-    expected = model.generate(IDS, lora=[one], **SHORT).tokens.tolist()
+    """A call has one list of those that were set, from its first step to its last."""
+    lists: list[list[Adapter]] = [[one], [two], []]
+    texts = [model.generate(IDS, lora=lora, **SHORT).tokens.tolist() for lora in lists]
+    assert len(set(map(tuple, texts))) == 3
     stop = threading.Event()
 
     def switch() -> None:
         while not stop.is_set():
-            for lora in ([one], [two], []):
+            for lora in lists:
                 model.set_lora(lora)
 
     thread = threading.Thread(target=switch)
@@ -360,73 +382,12 @@ def test_adapters_are_set_while_others_generate(model: DiffusionModel, one: Adap
     try:
         session = model.new_session()
         for _ in range(4):
-            assert len(model.generate(IDS, session=session, **SHORT).tokens) == 16
+            assert model.generate(IDS, session=session, **SHORT).tokens.tolist() in texts
             own = model.generate(IDS, session=session, lora=[one], **SHORT)
-            assert own.tokens.tolist() == expected
+            assert own.tokens.tolist() == texts[0]
     finally:
         stop.set()
         thread.join()
-
-
-# Files
-
-
-def test_a_file_is_read_once(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_peft_folder(tmp_path / "attention", path, 3)
-    reads: list[Any] = []
-    load = applied._read
-    monkeypatch.setattr(applied, "_read", lambda *given: (reads.append(given[0]), load(*given))[1])
-    with opened(path) as model:
-        adapter = model.load_lora(folder)
-        assert adapter.name == "attention" and len(adapter.factors) > 2
-        monkeypatch.chdir(tmp_path)
-        for _ in range(2):
-            model.set_lora([("attention", 0.5), str(folder)])
-            model.generate(IDS, lora=[folder], **SHORT)
-        assert model.load_lora(folder) is adapter and len(reads) == 1
-        with opened(path, lora=[folder]) as other:
-            other.set_lora([(folder, 2)])
-            assert len(reads) == 2  # of another model
-        assert model.lora == ((adapter, 0.5), (adapter, 1.0))
-        before = fresh_logits(model)
-        write_peft_folder(folder, path, 4)
-        again = model.load_lora(folder)
-        assert len(reads) == 3 and again != adapter and model.lora[0][0] is adapter
-        np.testing.assert_array_equal(fresh_logits(model), before)  # until it is set again
-        assert not np.array_equal(fresh_logits(model, [again]), fresh_logits(model, [adapter]))
-
-
-def test_an_unloaded_one_is_gone_once_nothing_applies_it(path: Path, tmp_path: Path) -> None:
-    with opened(path) as model:
-        adapter = model.load_lora(write_peft_folder(tmp_path / "a", path, 3))
-        native = model.adapters.set_of([adapter]).native[0][0]
-        session = model.new_session(lora=[adapter])
-        for _ in range(2):
-            model.unload_lora(adapter)
-        session.encode(IDS)
-        expected = logits(session)
-        n_users = sys.getrefcount(native)
-        session.set_lora([])
-        logits(session)
-        assert sys.getrefcount(native) < n_users
-        again = model.load_lora(tmp_path / "a")
-        assert again is not adapter and again == adapter
-        assert model.adapters.set_of([again]).native[0][0] is not native
-        np.testing.assert_array_equal(fresh_logits(model, [adapter]), expected)
-
-
-def test_what_is_wrong_is_found_before_the_weights_are_read(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pydiffusion import _native
-
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("the weights are read")
-
-    monkeypatch.setattr(_native, "Model", never)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}), encoding="utf-8")
-    with pytest.raises(AdapterError, match="IA3"):
-        DiffusionModel(path, lora=[tmp_path])
 
 
 def test_adapters_as_values(path: Path, one: Adapter, two: Adapter) -> None:
@@ -467,48 +428,3 @@ def test_on_a_device(path: Path, model: DiffusionModel, one: Adapter, plain: np.
         session.encode(IDS)
         host.set_lora([])
         np.testing.assert_array_equal(logits(session), expected)
-
-
-# Images, and damaged files
-
-
-@pytest.fixture
-def seeing(path: Path) -> Iterator[DiffusionModel]:
-    with opened(path) as model:
-        give_vision(model)
-        yield model
-
-
-def test_a_session_with_images_encodes_them_anew(
-    seeing: DiffusionModel, one: Adapter, tmp_path: Path
-) -> None:
-    prompt = [20, noise(0), 30]
-    session, fresh = seeing.new_session(), seeing.new_session(lora=[one])
-    session.encode(prompt)
-    fresh.prefill([*prompt, 40])
-    seeing.set_lora([one])
-    session.prefill([*session.tokens.tolist(), 40])  # the image is the session's own
-    assert session.tokens.tolist() == fresh.tokens.tolist() and session.native.images == fresh.native.images
-    np.testing.assert_array_equal(logits(session), logits(fresh))
-    session.save(tmp_path / "session")
-    loaded = seeing.load_session(tmp_path / "session")
-    assert loaded.native.images == fresh.native.images
-    np.testing.assert_array_equal(logits(loaded), logits(fresh))
-
-
-@pytest.mark.parametrize("names", ["", "{", "[1]", "[[1, 2, 3]]", '[["a", "b"]]', "[" * 10000])
-def test_a_session_file_whose_names_are_damaged(
-    names: str, model: DiffusionModel, one: Adapter, tmp_path: Path
-) -> None:
-    session = model.new_session(lora=[one])
-    session.encode(IDS[:3])
-    session.save(tmp_path / "session")
-    with safe_open(tmp_path / "session", framework="numpy") as file:
-        metadata = file.metadata() | {"lora_names": names}
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(arrays, tmp_path / "session", metadata=metadata)
-    with pytest.raises(
-        ModelFormatError, match=r"other adapters \(others, whose names are damaged; here none\)"
-    ):
-        model.load_session(tmp_path / "session")
-    assert model.load_session(tmp_path / "session", lora=[one]).n_past == 3

@@ -61,7 +61,6 @@ class DiffusionGemmaMatrices:
 
     def __init__(self, keys: Mapping[str, Any] | None):
         self._sizes = None if keys is None else _Sizes(keys)
-        self.n_layers = None if self._sizes is None else self._sizes.n_layers
         self.n_experts = None if self._sizes is None else self._sizes.all["e"]
 
     def place(self, module: str, shared: bool = False) -> Place | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.random_adapters import blank_adapter
+from support.adapters_by_hand import blank_adapter
 from support.server_fakes import ScriptedModel, script, serving
 
 from pydiffusion.openai.errors import ApiError
