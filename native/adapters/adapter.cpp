@@ -103,8 +103,8 @@ std::vector<ggml_bf16_t> to_bf16(const Change& change, const char* what, const s
     ggml_fp32_to_bf16_row(values.data(), rounded.data(), static_cast<int64_t>(values.size()));
     const auto is_finite = [](ggml_bf16_t x) { return (x.bits & exponent) != exponent; };
     if (!std::all_of(rounded.begin(), rounded.end(), is_finite))
-        change.refuse(
-            format("has values in its %s that are too large for BF16: their size must be below 3.39e38", what));
+        change.refuse(format(
+            "has values in its %s that are too large for BF16: their size must be below 3.39e38", what));
     return rounded;
 }
 

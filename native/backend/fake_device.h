@@ -18,8 +18,8 @@ inline bool is_fake_device(const std::string& name) {
     return name == kFakeDevice || name == kFakeDeviceWithoutBf16;
 }
 
-// `threads` must outlive the backend, and the backend its buffers. bf16: whether it multiplies weights of that
-// type. Null if out of memory.
+// `threads` must outlive the backend, and the backend its buffers. bf16: whether it multiplies weights of
+// that type. Null if out of memory.
 ggml_backend_ptr make_fake_device(int n_threads, ggml_threadpool_t threads, bool bf16 = true);
 
 }  // namespace pydiffusion

@@ -21,7 +21,7 @@ Array array_of(const FloatArray& values) {
 
 // targets: (tensor, side, a, b), pulled one at a time.
 std::shared_ptr<const Adapter> load_adapter(const PyModel& model, const nb::str& name,
-                                      const nb::iterable& targets) {
+                                            const nb::iterable& targets) {
     auto adapter = std::make_shared<Adapter>(model.model, from_str(name));
     for (const nb::handle target : targets) {
         nb::tuple fields;

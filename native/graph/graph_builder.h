@@ -23,7 +23,7 @@ struct Sequence {
     const KvCache* cache;
     int64_t n_tokens;
     int64_t n_frozen = 0;  // rows after the tokens that are visible but keep what an earlier graph wrote
-    std::vector<ImageRange> images{};  // among the tokens of a prompt
+    std::vector<ImageRange> images{};       // among the tokens of a prompt
     const AdapterList* adapters = nullptr;  // or null; read when the graph begins only
 };
 

@@ -306,7 +306,7 @@ void Session::collect_imatrix(bool on) {
     if (on && model_->backend.on_device())
         throw Error(ErrorKind::unsupported,
                     "an imatrix can only be collected on the CPU: use n_gpu_layers=0");
-    // Of the file's weights: an adapter's factors are none.
+    // Of the file's weights, not of adapters' factors.
     const auto is_weight = [&weights = model_->weights](const ggml_tensor* tensor) {
         return weights.find(tensor->name) == tensor;
     };

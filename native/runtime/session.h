@@ -188,7 +188,9 @@ class Session {
         return params.canvas_length ? params.canvas_length : model_->hparams.canvas_length;
     }
     // Whether the cache has the content as the adapters encode it.
-    bool is_fresh() const { return n_past_ == 0 || (!encode_anew_ && encoded_with_ == AdapterMarks(effective(adapters_))); }
+    bool is_fresh() const {
+        return n_past_ == 0 || (!encode_anew_ && encoded_with_ == AdapterMarks(effective(adapters_)));
+    }
     void set_content(Prompt content);
     void append(const Prompt& prompt, const std::function<void(int32_t)>& on_chunk,
                 const EncoderOutputs& outputs = {});
@@ -222,7 +224,7 @@ class Session {
     std::atomic<int32_t> n_past_{0};
     AdapterList adapters_;
     AdapterMarks encoded_with_;  // adapters of the cache's rows
-    bool encode_anew_ = false;  // the cache has less than the content
+    bool encode_anew_ = false;   // the cache has less than the content
     // tokens() and images() may be called while another thread computes.
     mutable std::mutex content_mutex_;
     std::atomic<int64_t> n_encoded_{0};

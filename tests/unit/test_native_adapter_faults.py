@@ -149,19 +149,22 @@ def test_a_device_without_bfloat16(kernels: str, opened: Callable[..., _native.M
     without = opened("q8_0", device="host-without-bf16", kernels=kernels)
     ours, theirs = load(without, 1, kinds=KINDS), load(with_bf16, 1, kinds=KINDS)
     assert theirs.n_bytes < ours.n_bytes
-    effect = logits(new_session(without, [(ours, 1.0)]))
-    assert gap(effect, logits(new_session(with_bf16, [(theirs, 1.0)]))) < 0.05
-    assert gap(effect, logits(new_session(without, []))) > 0.1
+    plain = logits(new_session(without, []))
+    adapted = [logits(new_session(m, [(a, 1.0)])) for m, a in ((with_bf16, theirs), (without, ours))]
+    assert 4 * gap(*adapted) < gap(plain, adapted[1])
 
 
 @pytest.mark.parametrize("kinds", [["attn_q"], ["attn_k", "attn_v"], ["ffn_gate"], ["ffn_up"], KINDS])
 def test_parts_of_concatenated_matrices(kinds: list[str], opened: Callable[..., _native.Model]) -> None:
-    """On a device, q, k and v are one matrix of a BF16 file, gate and up another: adapters change their rows
+    """On a device, q, k and v of a BF16 file are one matrix, gate and up another: adapters change their rows
     of the result, about as exactly as without.
     """
     models = opened("bf16", kernels="ggml"), opened("bf16", device="host", kernels="cuda")
     plain = [logits(new_session(model, [])) for model in models]
-    adapted = [logits(new_session(model, [(load(model, 1, kinds=kinds), 1.0)])) for model in models]
+    # Small changes: of larger ones, rounding changes which experts are chosen.
+    adapted = [
+        logits(new_session(model, [(load(model, 1, kinds=kinds, share=0.05), 1.0)])) for model in models
+    ]
     assert gap(*adapted) < 2 * gap(*plain) < gap(plain[0], adapted[0])
 
 
@@ -267,7 +270,7 @@ def test_traces_are_those_of_the_merged_file(
 def test_an_imatrix_of_adapters_of_different_ranks(
     kernels: str, opened: Callable[..., _native.Model]
 ) -> None:
-    """Factors of two adapters have the same names and other shapes: none is collected or read as another."""
+    """Factors of two adapters have the same names and other shapes: none is read as another, or collected."""
     model = opened("q8_0", kernels=kernels)
     kinds = ["ffn_down_exps", "ffn_gate_up_exps", "attn_q"]
     adapters = [(load(model, seed, rank=rank, kinds=kinds), 1e-6) for seed, rank in ((1, 1500), (2, 1))]

@@ -326,18 +326,6 @@ def session_logits(session: _native.Session) -> tuple[np.ndarray, np.ndarray]:
     return first, session.denoise(CANVAS, first)
 
 
-def test_a_cancelled_encoding_loses_nothing(model: _native.Model) -> None:
-    adapter = load(model, 1)
-    session = new_session(model)
-    session.encode(PROMPT)
-    session.set_adapters([(adapter, 1.0)])
-    session.cancel()
-    with pytest.raises(Exception, match="cancelled"):
-        session.denoise(CANVAS, None)
-    assert np.array_equal(session.tokens, PROMPT)
-    assert same(session_logits(session), run(new_session(model, [(adapter, 1.0)]))[1:])
-
-
 def test_an_imatrix_has_the_models_matrices_only(model: _native.Model) -> None:
     names = []
     for adapters in ([], [(load(model, 1), 1.0)]):
