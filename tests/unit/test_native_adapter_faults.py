@@ -161,7 +161,10 @@ def test_parts_of_concatenated_matrices(kinds: list[str], opened: Callable[..., 
     """
     models = opened("bf16", kernels="ggml"), opened("bf16", device="host", kernels="cuda")
     plain = [logits(new_session(model, [])) for model in models]
-    adapted = [logits(new_session(model, [(load(model, 1, kinds=kinds), 1.0)])) for model in models]
+    # Small changes: of larger ones, rounding changes which experts are chosen.
+    adapted = [
+        logits(new_session(model, [(load(model, 1, kinds=kinds, share=0.05), 1.0)])) for model in models
+    ]
     assert gap(*adapted) < 2 * gap(*plain) < gap(plain[0], adapted[0])
 
 
