@@ -188,6 +188,11 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
         cost.bytes += static_cast<double>(ggml_nbytes(weight));
         return;
     }
+    if (const LowRankWork work = low_rank_work(node); work.factor) {
+        cost.operations += 2.0 * static_cast<double>(work.factor->ne[0] * work.factor->ne[1] * work.n);
+        cost.bytes += static_cast<double>(ggml_nbytes(work.factor));
+        return;
+    }
     switch (node->op) {
         case GGML_OP_FLASH_ATTN_EXT:
             cost.operations += 4.0 * static_cast<double>(ggml_nelements(a)) * static_cast<double>(b->ne[1]);

@@ -284,3 +284,17 @@ def test_an_imatrix_of_adapters_of_different_ranks(
     for name, (sums, counts) in found[0].items():
         assert counts.sum() == found[1][name][1].sum()
         assert np.allclose(sums.sum(), found[1][name][0].sum(), rtol=0.05)
+
+
+def test_profiles_count_the_work_of_adapters(opened: Callable[..., _native.Model]) -> None:
+    """On the CPU by nodes of ours, on a device by ggml's: as many operations."""
+    rank, added = 5, []
+    for options in ({}, {"device": "host", "kernels": "ggml"}):
+        model = opened("f32", **options)
+        totals = []
+        for adapters in ([], [(load(model, 1, rank=rank), 0.5)]):
+            session = new_session(model, adapters)
+            logits(session)
+            totals.append(sum(operations for _, operations, _ in session.profile_step().values()))
+        added.append(totals[1] - totals[0])
+    assert added[0] == added[1] > 0

@@ -1,9 +1,10 @@
 #include "backend/cpu/low_rank.h"
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
-#include "backend/cpu/custom_node.h"
+#include "backend/cpu/low_rank_node.h"
 #include "backend/cpu/simd_gemm.h"
 
 namespace pydiffusion {
@@ -14,14 +15,10 @@ using simd::kLanes;
 using simd::kVectors;
 using simd::kWidth;
 using simd::Vector;
+using namespace low_rank;
 
 constexpr int kTokens = 4, kFactors = 4;  // multiplied at once: their sums are in registers
 constexpr int64_t kTokensPerPiece = 8;    // at least, as each piece widens a
-enum Parameter { kFirst, kScale };        // words of op_params after ggml's own
-
-int32_t word_of(Parameter parameter) {
-    return static_cast<int32_t>(sizeof(ggml_custom_op_params) / sizeof(int32_t)) + parameter;
-}
 
 // Values of a row of a factor, of an expert's if it has experts, as float32.
 void widen(const ggml_tensor* factor, int64_t expert, int64_t row, float* values) {
@@ -185,19 +182,19 @@ void add_all(const ggml_tensor* b, int64_t expert, int64_t first_block, int64_t 
 // dst [rank, n] = scale * (a x), of n tokens of x.
 void inner_op(ggml_tensor* dst, int ith, int nth, void*) {
     const ggml_tensor* x = dst->src[1];
-    const int64_t n = dst->ne[1], first = ggml_get_op_params_i32(dst, word_of(kFirst));
+    const int64_t n = dst->ne[1], first = first_of(dst);
     const int64_t n_pieces = std::clamp<int64_t>(n / kTokensPerPiece, 1, nth);
     if (ith >= n_pieces) return;
     workspace().operands.clear();
     for (int64_t t = n * ith / n_pieces; t < n * (ith + 1) / n_pieces; ++t)
         workspace().operands.push_back({row_of(x, first + t), row_of(dst, t)});
-    multiply_all(dst->src[0], 0, ggml_get_op_params_f32(dst, word_of(kScale)));
+    multiply_all(dst->src[0], 0, scale_of(dst));
 }
 
 // dst [n_rows, n_tokens], in place of src[0], += b u for the tokens of u.
 void outer_op(ggml_tensor* dst, int ith, int nth, void*) {
     const ggml_tensor *u = dst->src[1], *b = dst->src[2];
-    const int64_t first = ggml_get_op_params_i32(dst, word_of(kFirst)), n_blocks = n_blocks_of(b);
+    const int64_t first = first_of(dst), n_blocks = n_blocks_of(b);
     workspace().operands.clear();
     for (int64_t t = 0; t < u->ne[1]; ++t)
         workspace().operands.push_back({row_of(u, t), row_of(dst, first + t)});
@@ -224,8 +221,8 @@ void for_experts(const ggml_tensor* chosen, int64_t n_expert, int64_t first, int
 // dst [rank, n_used, n] = scale * (a x) of the chosen experts' a.
 void inner_experts_op(ggml_tensor* dst, int ith, int nth, void*) {
     const ggml_tensor *a = dst->src[0], *x = dst->src[1];
-    const int64_t first = ggml_get_op_params_i32(dst, word_of(kFirst));
-    const float scale = ggml_get_op_params_f32(dst, word_of(kScale));
+    const int64_t first = first_of(dst);
+    const float scale = scale_of(dst);
     for_experts(
         dst->src[2], a->ne[2], first, dst->ne[2], ith, nth,
         [&](int64_t used, int64_t t) {
@@ -237,7 +234,7 @@ void inner_experts_op(ggml_tensor* dst, int ith, int nth, void*) {
 // dst [n_rows, n_used, n_tokens], in place of src[0], += b u of the chosen experts' b, for the tokens of u.
 void outer_experts_op(ggml_tensor* dst, int ith, int nth, void*) {
     const ggml_tensor *u = dst->src[1], *b = dst->src[2];
-    const int64_t first = ggml_get_op_params_i32(dst, word_of(kFirst));
+    const int64_t first = first_of(dst);
     for_experts(
         dst->src[3], b->ne[2], first, u->ne[2], ith, nth,
         [&](int64_t used, int64_t t) {
@@ -256,14 +253,29 @@ ggml_tensor* add_low_rank(ggml_context* ctx, const LowRank& change, ggml_tensor*
     ggml_tensor* inner =
         ggml_custom_4d(ctx, GGML_TYPE_F32, change.a->ne[1], n_used, n, 1, operands, n_operands,
                        chosen ? inner_experts_op : inner_op, GGML_N_TASKS_MAX, nullptr);
-    ggml_set_op_params_i32(inner, word_of(kFirst), static_cast<int32_t>(change.first));
-    ggml_set_op_params_f32(inner, word_of(kScale), change.scale);
+    set_tokens(inner, change.first, change.n);
+    set_scale(inner, change.scale);
     ggml_set_name(inner, chosen ? "low_rank_inner_experts" : "low_rank_inner");
     ggml_tensor* factors[] = {inner, change.b, chosen};
     ggml_tensor* sum = ggml_custom_inplace(ctx, result, factors, n_operands,
                                            chosen ? outer_experts_op : outer_op, GGML_N_TASKS_MAX, nullptr);
-    ggml_set_op_params_i32(sum, word_of(kFirst), static_cast<int32_t>(change.first));
+    set_tokens(sum, change.first, change.n);
     return ggml_set_name(sum, chosen ? "add_low_rank_experts" : "add_low_rank");
+}
+
+namespace {
+
+bool begins_with(const std::string& name, const char* beginning) { return name.rfind(beginning, 0) == 0; }
+
+}  // namespace
+
+LowRankWork low_rank_work(const ggml_tensor* node) {
+    const std::string name = node->op == GGML_OP_CUSTOM ? node->name : "";
+    const bool inner = begins_with(name, kInner);
+    if (!inner && !begins_with(name, kOuter)) return {};
+    const ggml_tensor* chosen =
+        name.find(kOfExperts) == std::string::npos ? nullptr : node->src[inner ? 2 : 3];
+    return {node->src[inner ? 0 : 2], count_of(node) * (chosen ? chosen->ne[0] : 1)};
 }
 
 }  // namespace pydiffusion

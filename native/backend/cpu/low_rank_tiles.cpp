@@ -4,7 +4,7 @@
 
 #include "backend/cpu/amx/pack.h"
 #include "backend/cpu/amx/unpack.h"
-#include "backend/cpu/custom_node.h"
+#include "backend/cpu/low_rank_node.h"
 #include "backend/cpu/matmul.h"
 
 namespace pydiffusion {
@@ -27,12 +27,6 @@ Workspace& workspace() {
     return *own;
 }
 
-enum Parameter { kFirst, kCount, kScale };  // words of op_params after ggml's own
-
-int32_t word_of(Parameter parameter) {
-    return static_cast<int32_t>(sizeof(ggml_custom_op_params) / sizeof(int32_t)) + parameter;
-}
-
 Kernel kernel_of(const ggml_tensor* node) {
     return static_cast<Kernel>(reinterpret_cast<intptr_t>(custom_parameters(node).userdata));
 }
@@ -45,9 +39,7 @@ struct Tokens {
     int64_t n_tiles() const { return n_tiles_of(first + n) - first_tile(); }
 };
 
-Tokens tokens_of(const ggml_tensor* node) {
-    return {ggml_get_op_params_i32(node, word_of(kFirst)), ggml_get_op_params_i32(node, word_of(kCount))};
-}
+Tokens tokens_of(const ggml_tensor* node) { return {low_rank::first_of(node), low_rank::count_of(node)}; }
 
 // Multiplies a panel of rows of a factor with n_tiles tiles of activations, into the workspace.
 void multiply_panel(Kernel kernel, const ggml_tensor* factor, int64_t row, const PackedBlock& block,
@@ -87,7 +79,7 @@ PackedBlock inner_block(const ggml_tensor* inner) {
 void inner_op(ggml_tensor* dst, int ith, int nth, void*) {
     const ggml_tensor *a = dst->src[0], *packed = dst->src[1];
     const KernelScope scope(kernel_of(dst));
-    const float scale = ggml_get_op_params_f32(dst, word_of(kScale));
+    const float scale = low_rank::scale_of(dst);
     const Tokens tokens = tokens_of(dst);
     const PackedBlock block = block_of(packed, 0, n_tiles_of(packing_of(packed).x->ne[1])),
                       result = inner_block(dst);
@@ -154,12 +146,12 @@ ggml_tensor* Matmul::add_low_rank(const LowRank& change, ggml_tensor* x, ggml_te
         ggml_custom_4d(ctx_, GGML_TYPE_BF16,
                        depth_of(change.a->ne[1]) * tokens.n_tiles() * kTileElements + alignment_padding, 1, 1,
                        1, operands, 2, inner_op, GGML_N_TASKS_MAX, kernel);
-    ggml_set_op_params_i32(inner, word_of(kFirst), static_cast<int32_t>(tokens.first));
-    ggml_set_op_params_i32(inner, word_of(kCount), static_cast<int32_t>(tokens.n));
-    ggml_set_op_params_f32(inner, word_of(kScale), change.scale);
+    low_rank::set_tokens(inner, tokens.first, tokens.n);
+    low_rank::set_scale(inner, change.scale);
     ggml_set_name(inner, "low_rank_inner_tiles");
     ggml_tensor* factors[] = {inner, change.b};
     ggml_tensor* sum = ggml_custom_inplace(ctx_, result, factors, 2, outer_op, GGML_N_TASKS_MAX, kernel);
+    low_rank::set_tokens(sum, tokens.first, tokens.n);
     return ggml_set_name(sum, "add_low_rank_tiles");
 }
 
