@@ -16,7 +16,7 @@ constexpr const char* kInLayers[] = {"attn_q",        "attn_k",      "attn_v",  
                                      "ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps", "ffn_down_exps"};
 constexpr const char* kElsewhere[] = {"self_cond_gate", "self_cond_up", "self_cond_down"};
 
-constexpr size_t kMostSpare = size_t{64} << 20;  // bytes of a buffer that the next factors may fill
+constexpr size_t kMostSpare = size_t{16} << 20;  // bytes of a buffer that the next factors may fill
 
 std::string suffix_of(const std::string& tensor) {
     const size_t dot = tensor.find('.', 4);

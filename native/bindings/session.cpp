@@ -180,6 +180,7 @@ void set_adapters(Session& session, const std::vector<std::pair<const PyAdapter*
         if (!adapter) throw nb::type_error("an adapter is None");
         adapters.push_back({adapter->adapter, scale});
     }
+    const WithoutGil release;  // memory of a device may be freed
     const Session::Use use(session);
     session.set_adapters(adapters);
 }

@@ -62,8 +62,7 @@ float sum_of(const Vector& v) {
     return sum;
 }
 
-// Dot products of T rows of x with R rows of a, which are n long: the same for each pair whatever T and R
-// are.
+// Results of T rows of x with R rows of a, which are n long: the same for each pair whatever T and R are.
 template <int T, int R>
 void multiply(const float* const* x, const float* a, int64_t n, float scale, float* const* targets) {
     Vector sums[T][R] = {};

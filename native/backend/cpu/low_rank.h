@@ -29,8 +29,8 @@ using LowRankTable = std::unordered_map<const ggml_tensor*, std::vector<LowRank>
 ggml_tensor* add_low_rank(ggml_context* ctx, const LowRank& change, ggml_tensor* x, ggml_tensor* result,
                           ggml_tensor* chosen = nullptr);
 
-// What a node of a change on the CPU, of these or of our tile kernels, multiplies: a or b, with n rows; for
-// profiling. factor is null if the node is none of them.
+// Work of a node of a change on the CPU, of these or of our tile kernels: a or b times n rows. factor is null
+// for other nodes.
 struct LowRankWork {
     const ggml_tensor* factor = nullptr;
     int64_t n = 0;
