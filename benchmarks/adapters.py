@@ -1,12 +1,12 @@
 """Measure what adapters cost: denoising steps with and without them, in turns.
 
-python benchmarks/adapters.py [MODEL] [--shape 26b-a4b-6] [--type q4_k_m] [--rank 16] [--rounds 8] [--parts]
+python benchmarks/adapters.py [MODEL] [--shape 26b-a4b-fifth] [--type q4_k_m] [--rank 16] [--parts]
 
-Without MODEL, a synthetic one is created; "26b-a4b-6" is six of the released model's 30 layers. Random
-adapters of the given rank: of attention and the dense MLPs in both modes with self-conditioning (what Unsloth
-tunes), of the experts too, and two of the first at once. Prints the seconds of a step, and the ratio of each
-to the step without adapters in the same round. With fewer layers than the released model has, the ratio at 30
-layers follows: a layer's share of the step grows, and the head's shrinks.
+Without MODEL, a synthetic one is created: a fifth of the released model's layers and of its vocabulary, so
+that the parts of a step keep their shares. Random adapters of the given rank: of attention, the dense MLPs
+and self-conditioning (what Unsloth tunes), two of these at once, and of the experts too. Prints the seconds
+of a step and its CPU seconds (of all threads), and their ratios to those of the step without adapters in the
+same round. On a busy machine only CPU seconds say something.
 --parts: prints where in the step the time goes, without adapters and with them.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,7 +29,6 @@ from pydiffusion.testing.turns import alternate, begin_steps, ratio
 UNSLOTH = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 SELF_CONDITIONING = ("self_cond_gate", "self_cond_up", "self_cond_down")
 EXPERTS = ("ffn_gate_up_exps", "ffn_down_exps")
-N_LAYERS = 30  # of the released model
 
 Target = tuple[str, str, np.ndarray, np.ndarray]
 
@@ -69,17 +69,15 @@ def sessions(model: _native.Model, rank: int, n_prompt: int) -> dict[str, _nativ
     return made
 
 
-def outside_layers(session: _native.Session) -> float:
-    """Seconds of a step's parts that don't grow with the number of layers."""
-    parts = session.profile_step()
-    return sum(parts[name][0] for name in parts if name not in ("attention", "dense", "experts"))
+def begin(session: _native.Session, n_steps: int) -> Callable[[], tuple[float, float]]:
+    """Returns a function that runs a step and returns its seconds and its CPU seconds."""
+    step = begin_steps(session, n_steps, 1)
 
+    def timed() -> tuple[float, float]:
+        before = time.process_time()
+        return step(), time.process_time() - before
 
-def at_30_layers(plain: list[float], adapted: list[float], outside: float, n_layer: int) -> float:
-    """The ratio of medians if the step had the released model's number of layers."""
-    grow = N_LAYERS / n_layer
-    before, after = statistics.median(plain), statistics.median(adapted)
-    return (outside + grow * (after - outside)) / (outside + grow * (before - outside))
+    return timed
 
 
 def print_parts(measured: dict[str, _native.Session]) -> None:
@@ -94,43 +92,51 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="?", type=Path)
-    parser.add_argument("--shape", choices=SHAPES, default="26b-a4b-6")
+    parser.add_argument("--shape", choices=SHAPES, default="26b-a4b-fifth")
     parser.add_argument("--type", default="q4_k_m")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--threads", type=int, default=step_threads().n)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--kernels", default="auto")
     parser.add_argument("--parts", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="pydiffusion-adapters-") as folder:
         path = arguments.model or write_synthetic(
             arguments.shape, Path(folder) / f"{arguments.shape}.gguf", arguments.type
         )
-        model = _native.Model(str(path), arguments.threads, device=arguments.device)
+        model = _native.Model(
+            str(path), arguments.threads, device=arguments.device, kernels=arguments.kernels
+        )
         measure(model, arguments.rank, arguments.rounds, arguments.prompt, arguments.parts)
 
 
 def measure(model: _native.Model, rank: int, n_rounds: int, n_prompt: int, parts: bool) -> None:
     measured = sessions(model, rank, n_prompt)
-    steps: list[Callable[[], float]] = [
-        begin_steps(session, n_rounds + 2, 1) for session in measured.values()
-    ]
+    steps = [begin(session, n_rounds + 2) for session in measured.values()]
     for step in steps:
         step()  # the first, which has no self-conditioning
         step()
-    seconds = dict(zip(measured, alternate(steps, n_rounds), strict=True))
-    n_layer, outside = len(model.hparams["sliding"]), outside_layers(measured["none"])
-    for name, elapsed in seconds.items():
-        line = f"{name}: step {1e3 * statistics.median(elapsed):.0f} ms"
+    found = {
+        name: [list(values) for values in zip(*times, strict=True)]
+        for name, times in zip(measured, alternate(steps, n_rounds), strict=True)
+    }
+    for name, (seconds, cpu) in found.items():
+        step, of_cpu = (1e3 * statistics.median(values) for values in (seconds, cpu))
+        line = f"{name}: step {step:.0f} ms, CPU {of_cpu:.0f} ms"
         if name != "none":
-            line += f", ratio {ratio(elapsed, seconds['none'])}"
-            if n_layer != N_LAYERS:
-                scaled = at_30_layers(seconds["none"], elapsed, outside, n_layer)
-                line += f"; {scaled:.3f} at {N_LAYERS} layers"
-        print(line)
+            line += f"; ratio {exact(seconds, found['none'][0])}, CPU {exact(cpu, found['none'][1])}"
+        print(line, flush=True)
     if parts:
         print_parts(measured)
+
+
+def exact(numerators: list[float], denominators: list[float]) -> str:
+    """The ratio with its smallest and largest of a round."""
+    found = ratio(numerators, denominators)
+    each = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    return f"{found.median:.3f} ({min(each):.3f} to {max(each):.3f})"
 
 
 if __name__ == "__main__":

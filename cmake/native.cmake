@@ -15,6 +15,8 @@ add_library(pydiffusion_native STATIC
     native/backend/cpu/bf16_attention.cpp
     native/backend/cpu/fused_rows.cpp
     native/backend/cpu/graph_phases.cpp
+    native/backend/cpu/low_rank.cpp
+    native/backend/cpu/low_rank_tiles.cpp
     native/backend/cpu/matmul.cpp
     native/backend/cpu/measure_logits.cpp
     native/backend/cpu/self_conditioning.cpp
@@ -113,7 +115,7 @@ if(NOT MSVC)
         list(APPEND loop_flags -mprefer-vector-width=512)
     endif()
     set_property(SOURCE native/backend/cpu/attention.cpp native/backend/cpu/bf16_attention.cpp native/backend/cpu/fused_rows.cpp
-        native/backend/cpu/measure_logits.cpp native/backend/cpu/self_conditioning.cpp
+        native/backend/cpu/low_rank.cpp native/backend/cpu/measure_logits.cpp native/backend/cpu/self_conditioning.cpp
         native/backend/cpu/tile_attention.cpp native/backend/cpu/top_k.cpp
         native/sampler/entropy_bound.cpp native/sampler/logits.cpp native/sampler/philox.cpp
         APPEND PROPERTY COMPILE_OPTIONS "${loop_flags}")

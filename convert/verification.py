@@ -157,14 +157,16 @@ def _open_model(
 
 def _compare_merged(target: Source, source: Source) -> list[str]:
     """A problem if other adapters were merged into the file than into the source."""
-    found, wanted = ([str(one) for one in merged_adapters(opened)] for opened in (target, source))
-    if found == wanted:
+    found, wanted = merged_adapters(target), merged_adapters(source)
+    # By what they do: an adapter may have been renamed, or converted to another format, since.
+    if [one.what_it_does for one in found] == [one.what_it_does for one in wanted]:
         return []
     if not wanted:
-        return [f"adapters were merged into the file: give them with --lora ({', '.join(found)})"]
-    return [
-        f"merged adapters are {', '.join(found) or 'none'}, the source with --lora has {', '.join(wanted)}"
-    ]
+        return [f"adapters were merged into the file: give them with --lora ({', '.join(map(str, found))})"]
+    in_file, given = (
+        ", ".join(f"{one} ({one.fingerprint:.12})" for one in side) or "none" for side in (found, wanted)
+    )
+    return [f"merged adapters are {in_file}, the source with --lora has {given}"]
 
 
 def _open_mmproj(stack: contextlib.ExitStack, parts: Parts, against: str | os.PathLike[str] | None) -> _Pair:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._util.version import DISTRIBUTION as DISTRIBUTION
     from ._util.version import __version__
+    from .adapters.adapter import Adapter
     from .device_plan import Device, DeviceShare, Plan, devices, plan
     from .errors import (
         AdapterError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 _NAME_TO_MODULE = {
+    "Adapter": "adapters.adapter",
     "AdapterError": "errors",
     "CanvasEvent": "events",
     "ChatCompletion": "events",
@@ -70,6 +72,7 @@ _NAME_TO_MODULE = {
 }
 
 __all__ = [
+    "Adapter",
     "AdapterError",
     "CanvasEvent",
     "ChatCompletion",

@@ -152,6 +152,10 @@ class Adapter:
         targets: (tensor, side, a, b) of each change b @ a, pulled one at a time: the matrix's name without '.weight'; 'encoder', 'decoder' or 'both'; a (rank, n_in) and b (n_out, rank) float32, of experts with their number first.
         """
 
+    def __eq__(self, other: object, /) -> bool: ...
+
+    def __hash__(self) -> int: ...
+
     @property
     def name(self) -> object: ...
 
@@ -165,6 +169,10 @@ class Adapter:
     @property
     def rank(self) -> int:
         """The largest of its factors."""
+
+    @property
+    def n_owners(self) -> int:
+        """Objects like this one, and sessions, that keep its factors in memory."""
 
 class Step:
     """

@@ -26,6 +26,8 @@ DEFAULT_N_CTX = 8192
 KV_TYPES = ("auto", "f32", "f16", "q8_0")
 #: Types of matrices other than experts on a GPU; "file" for the file's own.
 DENSE_TYPES = ("auto", "file", "bf16")
+#: What stays free of a GPU's memory in any case: so many bytes, or this part of it, whichever is more.
+_LEAST_FREE, _FREE_PART = 512 << 20, 20
 #: Most sessions that memory can be planned for.
 MAX_SESSIONS = 65536
 
@@ -120,16 +122,18 @@ def plan(
     n_sessions: int = 1,
     dense_type: str = "auto",
     mmproj: str | os.PathLike[str] | None = AUTO,
+    lora_bytes: int = 0,
 ) -> Plan:
     """Plan which layers ``DiffusionModel`` would put on which device, without loading anything.
 
-    With a vision file (mmproj) the last device has its weights and work memory besides. Raises as
-    ``DiffusionModel``.
+    With a vision file (mmproj) the last device has its weights and work memory besides. lora_bytes: to leave
+    free on each GPU for adapters, which are not in the plan's sums. Raises as ``DiffusionModel``.
     """
     request = device_request(n_gpu_layers, n_cpu_moe, device, gpu_memory, n_sessions, dense_type)
     check_kv_type(kv_type)
     check_is_gguf(Path(path))
     request["mmproj"] = planned_for(Path(path), mmproj, request["device"])
+    request["memory_limits"] = limits_beside(lora_bytes, request)
     found = _native.plan(os.fspath(path), n_ctx=n_ctx, kv_type=kv_type, **request)
     return Plan(**{**found, "shares": tuple(DeviceShare(**share) for share in found["shares"])})
 
@@ -178,6 +182,28 @@ def device_request(
         "n_sessions": n_sessions,
         "dense_type": dense_type,
     }
+
+
+def limits_beside(n_bytes: int, request: dict[str, Any]) -> list[int]:
+    """The memory limits of a request (``device_request``), less what adapters of so many bytes need.
+
+    As if all of them came to each GPU: which layers it gets is not planned yet.
+    """
+    limits: list[int] = request["memory_limits"]
+    if not n_bytes or request["device"] == CPU:
+        return limits
+    found = {one.name: one for one in devices()}
+    names = request["device"].split(",")
+    rooms = []
+    for name, limit in zip(names, limits or [0] * len(names), strict=True):  # 0: no limit
+        if name in found:
+            device = found[name]
+            free = device.free_bytes - max(_LEAST_FREE, device.total_bytes // _FREE_PART)
+            limit = min(limit or free, free)
+            rooms.append(max(1, limit - n_bytes))
+        else:
+            rooms.append(max(1, limit - n_bytes) if limit else 0)
+    return rooms
 
 
 def _names(device: str) -> list[str]:

@@ -15,14 +15,14 @@ from ._util.cpus import step_threads
 from ._util.files import check_is_gguf
 from ._util.log import logger
 from ._util.warn import warn_caller
-from .adapters.applied import AdapterStore, read_first
+from .adapters.applied import AdapterStore, n_loaded_bytes
 from .adapters.methods import LoraMethods
 from .chat.formats.registry import BUILT_IN_TEMPLATES
 from .chat.messages import plain
 from .chat.sanitize import Sanitizer
 from .chat.template import ChatTemplate
 from .chat.template_source import OUTDATED, REPLACE_IT, TEMPLATE_KEY, find_template, is_outdated
-from .device_plan import DEFAULT_N_CTX, check_kv_type, device_request
+from .device_plan import DEFAULT_N_CTX, check_kv_type, device_request, limits_beside
 from .errors import PyDiffusionWarning, UnsupportedModelError
 from .generation import batching, session_file
 from .generation.async_methods import AsyncMethods
@@ -74,7 +74,7 @@ class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
         dense_type: str = "auto",
         chat_template: str | os.PathLike[str] | None = None,
         mmproj: str | os.PathLike[str] | None = AUTO,
-        lora: Lora = (),
+        lora: Lora | None = None,
     ) -> None:
         """Open and validate a model file.
 
@@ -104,7 +104,7 @@ class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
             own; it takes its place in ``metadata``.
         mmproj: the file of the vision tower, with which the model reads images. "auto" looks for one beside
             the model, and on the hub if it is from there, when the first image comes; None for none.
-        lora: adapters, as of ``set_lora``.
+        lora: adapters, as of ``set_lora``; None: none.
         Raises ModelFormatError, UnsupportedModelError, InsufficientMemoryError, AdapterError;
         PyDiffusionError for an invalid template; ValueError for a wrong argument; OSError when the file can't
         be read.
@@ -117,7 +117,12 @@ class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"n_threads is {n_threads!r}; permitted is None or an integer of at least 1")
         check_is_gguf(self.path)
-        adapters = read_first(lora, lambda: _native.GgufFile(os.fspath(path)).metadata)
+        file = _native.GgufFile(os.fspath(path)) if lora else None
+        self.adapters = AdapterStore(file.metadata if file else {})
+        lora = self.adapters.read(lora or ())  # before the weights: what is wrong with them is found at once
+        if file:
+            request["memory_limits"] = limits_beside(n_loaded_bytes(lora, file), request)
+        del file
         native = _native.Model(
             os.fspath(self.path),
             threads,
@@ -130,6 +135,7 @@ class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
         )
         self.native = NativeModel(native, self.path)
         self.metadata: dict[str, Any] = native.file.metadata
+        self.adapters.begin(self.metadata, self.native.new_adapter)
         if template is not None:
             self.metadata[TEMPLATE_KEY] = template
         self.hparams: dict[str, Any] = native.hparams
@@ -141,8 +147,7 @@ class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
         self.n_ctx = self._fitting_n_ctx(n_ctx)
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
         self._vision = ModelVision(self, self.native, mmproj)
-        self.adapters = AdapterStore(self.native.new_adapter, self.metadata)
-        self.set_lora(adapters)
+        self.set_lora(lora)
         self._chat_template: ChatTemplate | None = None
         self._lock = threading.Lock()  # of what is made on first use
         self._automata: dict[Any, Automaton] = {}
@@ -290,7 +295,7 @@ class DiffusionModel(VisionMethods, LoraMethods, InfillMethods, AsyncMethods):
         """Load a session written by ``Session.save`` with the same model, cache type and adapters.
 
         n_ctx, lora: as for a new session. Raises FileNotFoundError; ModelFormatError for any other file;
-        ContextOverflowError if it has more tokens than ``n_ctx``.
+        ContextOverflowError if it has more tokens than ``n_ctx``; for adapters as ``set_lora``.
         """
         session = self.new_session(n_ctx, lora)
         session_file.load(session, Path(path))

@@ -155,8 +155,17 @@ def _function_calls(value: Any) -> str:
 def lora_option(value: Any) -> tuple[tuple[LoraSource, float], ...]:
     """(source, scale) of each adapter; the scale is 1 where none is given. Raises OptionError."""
     if isinstance(value, (str, bytes, os.PathLike)) or not isinstance(value, Sequence):
-        raise _refused("lora", value, "a list of adapters, each a source or (source, scale)")
+        raise OptionError(
+            "lora",
+            f"lora is {_short(value)}; permitted is a list of adapters, each a source or (source, scale);"
+            " an empty list takes all off",
+        )
     return tuple(_with_scale(item) for item in value)
+
+
+def _short(value: Any) -> str:
+    """The value in one line of at most 100 characters."""
+    return " ".join(repr(value).split())[:100]
 
 
 def _with_scale(item: Any) -> tuple[LoraSource, float]:
@@ -165,7 +174,7 @@ def _with_scale(item: Any) -> tuple[LoraSource, float]:
     if not is_source or source == "":
         raise OptionError(
             "lora",
-            f"lora holds {item!r:.200}; permitted are sources (a path, a repo of the hub, or an"
+            f"lora holds {_short(item)}; permitted are sources (a path, a repo of the hub, or an"
             " Adapter) and (source, scale)",
         )
     try:
@@ -174,7 +183,7 @@ def _with_scale(item: Any) -> tuple[LoraSource, float]:
         number = math.nan
     if not abs(number) <= _MAX_SCALE:
         raise OptionError(
-            "lora", f"lora has the scale {scale!r:.80}; permitted is a finite number up to 1e30"
+            "lora", f"lora has the scale {_short(scale)}; permitted is a finite number up to 1e30"
         )
     return source, number
 

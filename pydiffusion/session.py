@@ -184,10 +184,13 @@ class Session:
     def copy(self, other: Session) -> None:
         """Replace tokens and cache by a copy of another session's, which must be of the same model.
 
-        Adapters of its own stay the session's. Raises ContextOverflowError if they don't fit.
+        Adapters of its own stay the session's. Raises with nothing changed: ContextOverflowError if they
+        don't fit, ValueError for a session of another model.
         """
-        self.adapters.apply_those_of(other.adapters)
+        if other.lora_key and other.model is not self.model:
+            raise ValueError("the session to copy is of another model, with its adapters")
         self.native.copy_from(other.native)
+        self.adapters.apply_those_of(other.adapters)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Session can't be pickled or copied: use fork(), or save(path) and load_session")
@@ -195,7 +198,8 @@ class Session:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens, images' features and cache to a file for ``DiffusionModel.load_session``, atomically.
 
-        It says which adapters (``lora``) the session has. Raises PyDiffusionError if it can't be written.
+        The cache is saved as it is, also within a generation, which goes on; the file says which adapters it
+        is encoded with (``lora_key``). Raises PyDiffusionError if it can't be written.
         """
         session_file.save(self, Path(path))
 

@@ -52,6 +52,7 @@ NEEDED = (
     "pip", "numpy", "safetensors", "tokenizers", "huggingface_hub", "jinja2", "typer", "rich", "pytest",
     "hypothesis",
 )  # fmt: skip
+DEVICE_TESTS = ("test_device.py", "test_device_plan.py", "test_dense_type.py", "test_device_adapters.py")
 # Tests to run under the sanitizer: sampler, sparse and dense self-conditioning, attention, expert matmuls of
 # weights as they are and repacked.
 SANITIZED = (
@@ -252,7 +253,7 @@ class Run:
         try:
             with self.program(self.out / "write.txt", write):  # in parallel with the tests
                 self.step("kernels' tests", self.pytest("test_device_kernels.py"), 10)
-                tests = self.pytest("test_device.py", "test_device_plan.py", "test_dense_type.py")
+                tests = self.pytest(*DEVICE_TESTS)
                 self.step("device tests", tests, 15)
                 parity = ["--device", self.device, "--folder", self.folder]
                 if self.options.dry_run:

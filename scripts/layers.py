@@ -21,7 +21,8 @@ from pathlib import Path
 NATIVE_ORDER = (
     "util", "gguf", "sampler",
     "backend/cpu/amx", "backend/cpu", "backend", "backend/ops", "backend/cuda",
-    "model", "adapters", "kv_cache", "graph", "architectures", "vision", "quantization", "runtime", "bench", "bindings",
+    "model", "adapters", "kv_cache", "graph", "architectures", "vision", "quantization", "runtime", "bench",
+    "bindings",
     "tests/cuda_emulation", "tests/toy", "tests",
 )  # fmt: skip
 PYTHON_ORDER = (

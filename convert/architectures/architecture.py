@@ -15,6 +15,7 @@ from pydiffusion.convert.gguf.tensor_reads import SourceTensor
 from pydiffusion.convert.gguf.writer import PlannedTensor
 
 Config = TypeVar("Config")
+_BLOCK = 256  # feed-forward lengths are padded to a multiple of this
 # In which of a model's modes a matrix is used: a prompt is read, a canvas is denoised.
 Mode = Literal["encoder", "decoder", "both"]
 
@@ -55,6 +56,16 @@ class Matrix:
     padded: tuple[int, int]
     of_experts: bool
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether factors of a matrix of this shape can change it."""
+        if self.shape is None or len(shape) != len(self.shape):
+            return self.shape is None
+        lengths = (*[0] * (len(shape) - 2), *self.padded)
+        return all(
+            size == wanted or abs(size - wanted) < n_lengths * _BLOCK
+            for size, wanted, n_lengths in zip(shape, self.shape, lengths, strict=True)
+        )
+
 
 @dataclass(frozen=True)
 class Place:
@@ -72,11 +83,8 @@ class Matrices(Protocol):
         """``general.architecture`` of the model."""
 
     @property
-    def n_layers(self) -> int | None:
-        """Number of layers, None if the model is not known; ``n_experts`` likewise."""
-
-    @property
-    def n_experts(self) -> int | None: ...
+    def n_experts(self) -> int | None:
+        """Number of experts of a layer, None if the model is not known."""
 
     def place(self, module: str, shared: bool = False) -> Place | None:
         """The place of a module by its path; None if it can't be adapted. ``shared``: serves both modes."""

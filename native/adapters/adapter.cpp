@@ -16,6 +16,8 @@ constexpr const char* kInLayers[] = {"attn_q",        "attn_k",      "attn_v",  
                                      "ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps", "ffn_down_exps"};
 constexpr const char* kElsewhere[] = {"self_cond_gate", "self_cond_up", "self_cond_down"};
 
+constexpr size_t kMostSpare = size_t{16} << 20;  // bytes of a buffer that the next factors may fill
+
 std::string suffix_of(const std::string& tensor) {
     const size_t dot = tensor.find('.', 4);
     return tensor.rfind("blk.", 0) == 0 && dot != std::string::npos ? tensor.substr(dot + 1) : tensor;
@@ -62,11 +64,11 @@ struct Segment {
     int64_t at, n_rows;
 };
 
-// Every matrix of the source as n_rows rows of n_columns; what no segment fills is 0.
+// Every matrix of the source as n_rows rows of row_length; what no segment fills is 0.
 std::vector<float> fitted(const Change& change, const char* what, const Array& source,
-                          const std::vector<Segment>& segments, int64_t n_rows, int64_t n_columns) {
-    std::vector<float> result(source.n_matrices() * n_rows * n_columns, 0.0f);
-    const int64_t n_source = source.n_columns(), n_kept = std::min(n_source, n_columns);
+                          const std::vector<Segment>& segments, int64_t n_rows, int64_t row_length) {
+    std::vector<float> result(source.n_matrices() * n_rows * row_length, 0.0f);
+    const int64_t n_source = source.row_length(), n_kept = std::min(n_source, row_length);
     const auto is_zero = [](float x) { return x == 0.0f; };
     const auto copy_row = [&](const float* row, bool kept, float* target) {
         if (kept) std::copy_n(row, n_kept, target);
@@ -80,7 +82,7 @@ std::vector<float> fitted(const Change& change, const char* what, const Array& s
                 const float* row = source.values + (matrix * source.n_rows() + segment.first + i) * n_source;
                 const bool kept = i < segment.n_rows;
                 copy_row(row, kept,
-                         kept ? result.data() + (matrix * n_rows + segment.at + i) * n_columns : nullptr);
+                         kept ? result.data() + (matrix * n_rows + segment.at + i) * row_length : nullptr);
             }
         }
     }
@@ -92,6 +94,18 @@ void require_finite(const Change& change, const char* what, const Array& array) 
     for (const int64_t length : array.shape) n *= length;
     const bool finite = std::all_of(array.values, array.values + n, [](float x) { return std::isfinite(x); });
     if (!finite) change.refuse(format("has values in its %s that are NaN or infinite", what));
+}
+
+// Finite values may be too large for BF16, which has fewer digits: they would be rounded to infinity.
+std::vector<ggml_bf16_t> to_bf16(const Change& change, const char* what, const std::vector<float>& values) {
+    constexpr uint16_t exponent = 0x7f80;
+    std::vector<ggml_bf16_t> rounded(values.size());
+    ggml_fp32_to_bf16_row(values.data(), rounded.data(), static_cast<int64_t>(values.size()));
+    const auto is_finite = [](ggml_bf16_t x) { return (x.bits & exponent) != exponent; };
+    if (!std::all_of(rounded.begin(), rounded.end(), is_finite))
+        change.refuse(format(
+            "has values in its %s that are too large for BF16: their size must be below 3.39e38", what));
+    return rounded;
 }
 
 // Checks what does not depend on the model's matrix.
@@ -107,7 +121,7 @@ void check_arrays(const Change& change, const Array& a, const Array& b, bool exp
         return std::any_of(array.shape.begin(), array.shape.end(), [](int64_t n) { return n < 1; });
     };
     if (is_empty(a) || is_empty(b)) refuse("is empty");
-    if (a.n_rows() != b.n_columns()) refuse("has two ranks");
+    if (a.n_rows() != b.row_length()) refuse("has two ranks");
     require_finite(change, "a", a);
     require_finite(change, "b", b);
 }
@@ -166,7 +180,7 @@ void check_fit(const Change& change, const std::string& suffix, const Array& a, 
         return has == wanted || (may_pad && is_padding(has, wanted));
     };
     const ggml_tensor* matrix = parts[0].matrix;
-    bool fit = fits(a.n_columns(), matrix->ne[0], is_down) && a.n_matrices() == matrix->ne[2] &&
+    bool fit = fits(a.row_length(), matrix->ne[0], is_down) && a.n_matrices() == matrix->ne[2] &&
                b.n_matrices() == matrix->ne[2];
     for (const Part& part : parts) {
         for (const Segment& segment : part.segments) fit = fit && fits(segment.n, segment.n_rows, pads_rows);
@@ -182,39 +196,62 @@ void check_fit(const Change& change, const std::string& suffix, const Array& a, 
 
 }  // namespace
 
-ggml_tensor* Adapter::store(const ggml_tensor* matrix, const std::string& name,
+void Adapter::place(ggml_tensor* factor, ggml_backend_buffer_type_t type) {
+    const size_t alignment = ggml_backend_buft_get_alignment(type);
+    const size_t needed = GGML_PAD(ggml_backend_buft_get_alloc_size(type, factor), alignment);
+    ggml_tallocr& free = free_[type];
+    if (!free.buffer || ggml_backend_buffer_get_size(free.buffer) - free.offset < needed) {
+        // Factors come one at a time: a new buffer has room for as much as there is already.
+        const size_t least = needed + alignment, spare = std::min<size_t>(n_bytes_, kMostSpare);
+        ggml_backend_buffer_ptr buffer(ggml_backend_buft_alloc_buffer(type, least + spare));
+        if (!buffer) buffer.reset(ggml_backend_buft_alloc_buffer(type, least));
+        if (!buffer) {
+            throw Error(ErrorKind::out_of_memory,
+                        format("out of memory: failed to allocate %.1f MB of adapter ",
+                               static_cast<double>(least) / 1e6) +
+                            quoted(name_) + " on " + ggml_backend_buft_name(type));
+        }
+        ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+        buffers_.push_back(std::move(buffer));
+        free = ggml_tallocr_new(buffers_.back().get());
+    }
+    if (ggml_tallocr_alloc(&free, factor) != GGML_STATUS_SUCCESS)
+        throw Error(ErrorKind::general, "failed to place " + quoted(factor->name) + " in memory");
+}
+
+ggml_tensor* Adapter::store(const ggml_tensor* matrix, const std::string& tensor, const char* factor,
                             const std::vector<float>& values, const std::vector<int64_t>& ne) {
     const ggml_init_params params = {ggml_tensor_overhead(), nullptr, true};
     require_memory((size_t{1} << 20) + params.mem_size);
     ggml_context_ptr context(ggml_init(params));
     if (!context) throw Error(ErrorKind::out_of_memory, "out of memory: failed to load an adapter");
-    const ggml_type type = matrix->type == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_BF16;
-    ggml_tensor* tensor = ggml_new_tensor(context.get(), type, static_cast<int>(ne.size()), ne.data());
-    ggml_set_name(tensor, name.c_str());
     ggml_backend_buffer_type_t buffer_type = ggml_backend_buffer_get_type(matrix->buffer);
-    if (ggml_backend_buft_is_host(buffer_type)) buffer_type = ggml_backend_cpu_buffer_type();
-    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(context.get(), buffer_type));
-    if (!buffer) {
-        throw Error(ErrorKind::out_of_memory, format("out of memory: failed to allocate %.1f MB of adapter ",
-                                                     static_cast<double>(ggml_nbytes(tensor)) / 1e6) +
-                                                  quoted(name_) + " on " +
-                                                  ggml_backend_buft_name(buffer_type));
+    const bool on_host = ggml_backend_buft_is_host(buffer_type);
+    if (on_host) buffer_type = ggml_backend_cpu_buffer_type();
+    const bool is_f32 = matrix->type == GGML_TYPE_F32 || !(on_host || devices_hold_bf16_);
+    ggml_tensor* stored = ggml_new_tensor(context.get(), is_f32 ? GGML_TYPE_F32 : GGML_TYPE_BF16,
+                                          static_cast<int>(ne.size()), ne.data());
+    ggml_set_name(stored, (tensor + ".lora_" + factor).c_str());
+    std::vector<ggml_bf16_t> rounded;
+    const void* data = values.data();
+    if (!is_f32) {
+        rounded = to_bf16(Change{name_, tensor}, factor, values);
+        data = rounded.data();
     }
-    ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-    if (type == GGML_TYPE_F32) {
-        ggml_backend_tensor_set(tensor, values.data(), 0, ggml_nbytes(tensor));
-    } else {
-        std::vector<ggml_bf16_t> rounded(values.size());
-        ggml_fp32_to_bf16_row(values.data(), rounded.data(), static_cast<int64_t>(values.size()));
-        ggml_backend_tensor_set(tensor, rounded.data(), 0, ggml_nbytes(tensor));
-    }
-    n_bytes_ += ggml_nbytes(tensor);
+    const auto lock = model_->backend.lock_devices();
+    place(stored, buffer_type);
+    ggml_backend_tensor_set(stored, data, 0, ggml_nbytes(stored));
+    n_bytes_ += ggml_nbytes(stored);
     contexts_.push_back(std::move(context));
-    buffers_.push_back(std::move(buffer));
-    return tensor;
+    return stored;
 }
 
 void Adapter::require_first(const std::string& tensor, const std::string& side) {
+    const size_t both = tensor.find("gate_up_exps");
+    if (both != std::string::npos) {  // gate and up together: none of them may have another change
+        require_first(tensor.substr(0, both) + "gate_exps", side);
+        return require_first(tensor.substr(0, both) + "up_exps", side);
+    }
     for (const char* one : {"encoder", "decoder"}) {
         if (side != one && side != "both") continue;
         if (!known_.insert(tensor + " " + one).second)
@@ -235,12 +272,12 @@ void Adapter::add(const std::string& tensor, const std::string& side, const Arra
     const int64_t n_inner = parts[0].matrix->ne[0], rank = a.n_rows(), n_expert = a.n_matrices();
     const ggml_tensor* matrix = parts[0].matrix;
     ggml_tensor* stored_a =
-        store(matrix, tensor + ".lora_a", fitted(change, "a", a, {{0, rank, 0, rank}}, rank, n_inner),
+        store(matrix, tensor, "a", fitted(change, "a", a, {{0, rank, 0, rank}}, rank, n_inner),
               {n_inner, rank, n_expert});
     for (const Part& part : parts) {
         const int64_t n_rows = part.matrix->ne[1];
         ggml_tensor* stored_b =
-            store(part.matrix, tensor + ".lora_b", fitted(change, "b", b, part.segments, n_rows, rank),
+            store(part.matrix, tensor, "b", fitted(change, "b", b, part.segments, n_rows, rank),
                   {rank, n_rows, n_expert});
         if (side != "decoder") changes_[0][part.matrix].push_back({stored_a, stored_b});
         if (side != "encoder") changes_[1][part.matrix].push_back({stored_a, stored_b});

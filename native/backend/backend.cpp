@@ -61,8 +61,9 @@ Backend::Backend(int n_threads, const std::string& device, const std::string& ke
 }
 
 void Backend::open_device(const std::string& name, ggml_threadpool_t threads, const std::string& kernels) {
-    if (name == "host") {
-        devices_.push_back(make_fake_device(n_threads_, threads));
+    const bool on_host = is_fake_device(name);
+    if (on_host) {
+        devices_.push_back(make_fake_device(n_threads_, threads, name == kFakeDevice));
     } else if (ggml_backend_dev_t gpu = find_gpu(name)) {
         devices_.emplace_back(ggml_backend_dev_init(gpu, nullptr));
         has_gpu_ = true;
@@ -75,10 +76,10 @@ void Backend::open_device(const std::string& name, ggml_threadpool_t threads, co
     // The host computes the same nodes by the CPU's functions, if asked.
     std::shared_ptr<void> own;
 #if defined(PYDIFFUSION_CUDA)
-    if (name != "host" && kernels != "ggml") own = use_own_kernels(devices_.back().get(), kernels == "cuda");
+    if (!on_host && kernels != "ggml") own = use_own_kernels(devices_.back().get(), kernels == "cuda");
 #endif
     if (own) kernels_of_devices_.push_back(own);
-    const bool has_own = own || (name == "host" && kernels == "cuda");
+    const bool has_own = own || (on_host && kernels == "cuda");
     if (kernels == "cuda" && !has_own)
         throw Error(ErrorKind::argument, name + " can't run the kernels \"cuda\": choose auto or ggml");
     own_kernels_ = own_kernels_ && has_own;

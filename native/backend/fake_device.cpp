@@ -10,9 +10,10 @@ namespace pydiffusion {
 namespace {
 
 struct FakeDevice {
-    FakeDevice(ggml_backend_t cpu_backend);
+    FakeDevice(ggml_backend_t cpu_backend, bool has_bf16);
 
     ggml_backend_ptr cpu;
+    bool bf16;
     ggml_backend_reg registry = {};
     ggml_backend_device device = {};
     ggml_backend_buffer_type buffer_type = {};
@@ -38,13 +39,14 @@ const char* name_of_buffer_type(ggml_backend_buffer_type_t) { return "host"; }
 
 // Some of the ops that ggml's CUDA backend has no kernel for: matmuls with ternary weights, and flash
 // attention with other head sizes (512 needs grouped queries and a multiple of 256 rows).
-bool lacks_kernel(const ggml_tensor* op) {
+bool lacks_kernel(const ggml_tensor* op, bool bf16) {
     const ggml_tensor *a = op->src[0], *b = op->src[1];
     switch (op->op) {
         case GGML_OP_MUL_MAT:
         case GGML_OP_MUL_MAT_ID:
         case GGML_OP_GET_ROWS:
-            return a->type == GGML_TYPE_TQ1_0 || a->type == GGML_TYPE_TQ2_0;
+            return a->type == GGML_TYPE_TQ1_0 || a->type == GGML_TYPE_TQ2_0 ||
+                   (a->type == GGML_TYPE_BF16 && !bf16);
         case GGML_OP_FLASH_ATTN_EXT: {
             constexpr int64_t sizes[] = {40, 64, 72, 80, 96, 112, 128, 256, 512};
             if (std::find(std::begin(sizes), std::end(sizes), a->ne[0]) == std::end(sizes)) return true;
@@ -66,7 +68,7 @@ bool supports_op(ggml_backend_dev_t device, const ggml_tensor* op) {
     for (const ggml_tensor* operand : op->src) {
         if (is_on_another_device(device, operand)) return false;
     }
-    return !lacks_kernel(op) && ggml_backend_supports_op(of(device).cpu.get(), op);
+    return !lacks_kernel(op, of(device).bf16) && ggml_backend_supports_op(of(device).cpu.get(), op);
 }
 
 ggml_backend_buffer_type_t buffer_type_of_device(ggml_backend_dev_t device) {
@@ -95,7 +97,7 @@ ggml_status compute_graph(ggml_backend_t backend, ggml_cgraph* graph) {
     return ggml_backend_graph_compute(static_cast<FakeDevice*>(backend->context)->cpu.get(), graph);
 }
 
-FakeDevice::FakeDevice(ggml_backend_t cpu_backend) : cpu(cpu_backend) {
+FakeDevice::FakeDevice(ggml_backend_t cpu_backend, bool has_bf16) : cpu(cpu_backend), bf16(has_bf16) {
     device.context = this;
     registry.iface.get_name = name_of_registry;
     device.reg = &registry;
@@ -120,12 +122,12 @@ FakeDevice::FakeDevice(ggml_backend_t cpu_backend) : cpu(cpu_backend) {
 
 }  // namespace
 
-ggml_backend_ptr make_fake_device(int n_threads, ggml_threadpool_t threads) {
+ggml_backend_ptr make_fake_device(int n_threads, ggml_threadpool_t threads, bool bf16) {
     ggml_backend_t cpu = ggml_backend_cpu_init();
     if (!cpu) return nullptr;
     ggml_backend_cpu_set_n_threads(cpu, n_threads);
     ggml_backend_cpu_set_threadpool(cpu, threads);
-    return ggml_backend_ptr(&(new FakeDevice(cpu))->backend);
+    return ggml_backend_ptr(&(new FakeDevice(cpu, bf16))->backend);
 }
 
 }  // namespace pydiffusion

@@ -170,14 +170,17 @@ Numpy2<float> denoise(Session& session, const Array1<int32_t>& canvas,
     const auto logits = new_numpy<float>(n, n_vocab);
     const WithoutGil release;
     const Session::Use use(session);
-    session.refresh(ignore_chunks);
     session.denoise(tokens, conditioning ? conditioning->data() : nullptr, logits.data());
     return logits;
 }
 
-void set_adapters(Session& session, const std::vector<std::pair<std::shared_ptr<Adapter>, float>>& list) {
+void set_adapters(Session& session, const std::vector<std::pair<const PyAdapter*, float>>& list) {
     AdapterList adapters;
-    for (const auto& [adapter, scale] : list) adapters.push_back({adapter, scale});
+    for (const auto& [adapter, scale] : list) {
+        if (!adapter) throw nb::type_error("an adapter is None");
+        adapters.push_back({adapter->adapter, scale});
+    }
+    const WithoutGil release;  // memory of a device may be freed
     const Session::Use use(session);
     session.set_adapters(adapters);
 }
@@ -185,7 +188,7 @@ void set_adapters(Session& session, const std::vector<std::pair<std::shared_ptr<
 nb::list adapters_of(const Session& session) {
     nb::list result;
     for (const ActiveAdapter& active : session.adapters())
-        result.append(nb::make_tuple(std::const_pointer_cast<Adapter>(active.adapter), active.scale));
+        result.append(nb::make_tuple(PyAdapter{active.adapter}, active.scale));
     return result;
 }
 
@@ -357,8 +360,7 @@ void bind_session(nb::module_& m) {
         .def("set_adapters", set_adapters, nb::arg("adapters"),
              nb::sig("def set_adapters(self, adapters: Sequence[tuple[Adapter, float]]) -> None"),
              "Use these adapters, each with the factor of its changes, from now on. Others than before end "
-             "the "
-             "generation, and the content is encoded anew before anything next reads it.")
+             "the generation, and the content is encoded anew before anything next reads it.")
         .def_prop_ro("adapters", adapters_of, nb::sig("def adapters(self) -> list[tuple[Adapter, float]]"))
         .def(
             "collect_imatrix",
@@ -446,8 +448,7 @@ void bind_session(nb::module_& m) {
              "Returns the finish reason if they end the generation, else an empty string.")
         .def("candidates", candidates, nb::arg("k"), nb::arg("extra").noconvert(),
              "Between the halves of a guided step: the top k tokens of each position (canvas_length, k), "
-             "their "
-             "logits, and the logits of the extra tokens (canvas_length, n_extra).")
+             "their logits, and the logits of the extra tokens (canvas_length, n_extra).")
         .def("cancel", &Session::cancel,
              "Make the current or next call raise GenerationCancelled; may be called from any thread.");
 }

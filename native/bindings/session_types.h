@@ -13,4 +13,9 @@ struct PyModel {
     ggml_type kv_type;
 };
 
+// _native.Adapter. Sessions own what it points to, not the Python object: they let go of it without the GIL.
+struct PyAdapter {
+    std::shared_ptr<const Adapter> adapter;
+};
+
 }  // namespace pydiffusion

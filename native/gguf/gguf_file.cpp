@@ -429,8 +429,7 @@ std::string GgufFile::other_kind() const {
     const std::string type = text("general.type"), architecture = text("general.architecture");
     if (type == "adapter")
         return "a LoRA adapter, not a model: give it to its model with --lora, or merge it into the model's "
-               "float "
-               "weights with --lora of `pydiffusion convert` or `quantize`";
+               "float weights with --lora of `pydiffusion convert` or `quantize`";
     if (type == "mmproj" || architecture == "clip")
         return "the vision part of a model (mmproj), not the model: open the model's own GGUF";
     if (type == "imatrix" || architecture == "imatrix")

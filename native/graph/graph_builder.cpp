@@ -28,15 +28,24 @@ GraphBuilder::GraphBuilder(const Model& m, Mode mode_of_tokens, std::vector<Sequ
                     m.device_plan.single_device(), changes_.empty() ? nullptr : &changes_});
 }
 
+namespace {
+
+const AdapterList& adapters_of(const Sequence& sequence) {
+    static const AdapterList none;
+    return sequence.adapters ? *sequence.adapters : none;
+}
+
+}  // namespace
+
 // Sequences beside each other with the same adapters are one range of tokens.
 LowRankTable GraphBuilder::collect_changes() const {
     LowRankTable table;
     const Side side = mode == Mode::encoder ? Side::encoder : Side::decoder;
     int64_t first = 0;
     for (size_t i = 0; i < sequences.size();) {
-        const AdapterList& adapters = sequences[i].adapters;
+        const AdapterList& adapters = adapters_of(sequences[i]);
         int64_t n = 0;
-        for (; i < sequences.size() && sequences[i].adapters == adapters; ++i) n += sequences[i].n_tokens;
+        for (; i < sequences.size() && adapters_of(sequences[i]) == adapters; ++i) n += sequences[i].n_tokens;
         for (const ActiveAdapter& active : adapters) {
             for (const auto& [weight, factors] : active.adapter->changes(side)) {
                 for (const Adapter::Factors& f : factors)

@@ -23,8 +23,8 @@ struct Sequence {
     const KvCache* cache;
     int64_t n_tokens;
     int64_t n_frozen = 0;  // rows after the tokens that are visible but keep what an earlier graph wrote
-    std::vector<ImageRange> images{};  // among the tokens of a prompt
-    AdapterList adapters{};
+    std::vector<ImageRange> images{};       // among the tokens of a prompt
+    const AdapterList* adapters = nullptr;  // or null; read when the graph begins only
 };
 
 struct GraphBuilder {
@@ -76,7 +76,9 @@ struct GraphBuilder {
 
     // Shows a value of a layer, F32 [width, n_tokens], to the trace.
     void keep(const char* name, int32_t i_layer, ggml_tensor* x) const {
-        if (trace) trace->keep(name, i_layer, x);
+        if (!trace) return;
+        trace->keep(name, i_layer, x);
+        ggml_build_forward_expand(graph, x);  // a view that no node reads would get no memory
     }
 
     // Allocates the graph and fills the masks. `what` names the graph in an out-of-memory error.

@@ -17,9 +17,14 @@ const char* at(const ggml_tensor* t, int64_t i0, int64_t i1, int64_t i2) {
 
 }  // namespace
 
-void ImatrixCollector::keep_inputs(ggml_cgraph* graph) {
+gemm::MatmulOperands ImatrixCollector::wanted_operands(const ggml_tensor* node) const {
+    const gemm::MatmulOperands operands = gemm::matmul_operands(node);
+    return operands.weight && is_wanted_(operands.weight) ? operands : gemm::MatmulOperands();
+}
+
+void ImatrixCollector::keep_inputs(ggml_cgraph* graph) const {
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-        const gemm::MatmulOperands operands = gemm::matmul_operands(ggml_graph_node(graph, i));
+        const gemm::MatmulOperands operands = wanted_operands(ggml_graph_node(graph, i));
         keep(operands.x);
         keep(operands.experts);
     }
@@ -27,8 +32,8 @@ void ImatrixCollector::keep_inputs(ggml_cgraph* graph) {
 
 void ImatrixCollector::add(ggml_cgraph* graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-        const gemm::MatmulOperands operands = gemm::matmul_operands(ggml_graph_node(graph, i));
-        if (operands.weight && operands.weight->op == GGML_OP_NONE) add_matmul(operands);
+        const gemm::MatmulOperands operands = wanted_operands(ggml_graph_node(graph, i));
+        if (operands.weight) add_matmul(operands);
     }
 }
 

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "backend/cpu/matmul.h"
@@ -20,8 +22,12 @@ struct ImatrixEntry {
 // Accumulates over graphs. Off in normal runs, since it keeps all matmul inputs of a graph in memory.
 class ImatrixCollector {
   public:
+    // is_wanted: whether to collect the activations that a weight multiplies.
+    explicit ImatrixCollector(std::function<bool(const ggml_tensor*)> is_wanted)
+        : is_wanted_(std::move(is_wanted)) {}
+
     // Before the graph is allocated: keeps its matmuls' inputs from being overwritten.
-    static void keep_inputs(ggml_cgraph* graph);
+    void keep_inputs(ggml_cgraph* graph) const;
     // After the graph was computed, in memory that the host can read.
     void add(ggml_cgraph* graph);
 
@@ -29,8 +35,11 @@ class ImatrixCollector {
     const std::map<std::string, ImatrixEntry>& by_weight() const { return by_weight_; }
 
   private:
+    // Operands of a node that is a matmul with a wanted weight; else none.
+    gemm::MatmulOperands wanted_operands(const ggml_tensor* node) const;
     void add_matmul(const gemm::MatmulOperands& operands);
 
+    std::function<bool(const ggml_tensor*)> is_wanted_;
     std::map<std::string, ImatrixEntry> by_weight_;
 };
 

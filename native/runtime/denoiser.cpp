@@ -96,14 +96,15 @@ void CanvasState::measure(int64_t n_tokens) {
     if (soft_) model_.backend.step_backend().measure(logits_, n_tokens, step_);
 }
 
-void CanvasState::require_finite(size_t n) const {
+void CanvasState::require_finite(size_t n, bool adapted) const {
+    const char* adapters = adapted ? "the adapters' changes at their scales, " : "";
     for (size_t i = 0; i < n; ++i) {
         if (std::isnan(step_.measures[i].entropy)) {
             throw Error(
                 ErrorKind::general,
-                format("the logits of canvas position %zu are NaN or infinite: the model's weights or the "
+                format("the logits of canvas position %zu are NaN or infinite: %sthe model's weights or the "
                        "self-conditioning logits are not finite",
-                       i));
+                       i, adapters));
         }
     }
 }
@@ -146,7 +147,7 @@ void Denoiser::build(const std::vector<Slot>& slots, GraphExecutor& executor) {
     std::vector<Sequence> sequences;
     canvases_.clear();
     for (const Slot& slot : slots) {
-        sequences.push_back({slot.cache, slot.n_tokens(), slot.n_frozen, {}, slot.adapters});
+        sequences.push_back({slot.cache, slot.n_tokens(), slot.n_frozen, {}, &slot.adapters});
         canvases_.emplace_back(slot.state, slot.n_tokens());
     }
     built_.reset();
@@ -165,7 +166,7 @@ void Denoiser::build(const std::vector<Slot>& slots, GraphExecutor& executor) {
         finish_slot(g, *slot.state, ggml_view_2d(g.ctx(), x, x->ne[0], n, x->nb[1], first * x->nb[1]));
         first += n;
     }
-    if (imatrix_) ImatrixCollector::keep_inputs(g.graph);
+    if (imatrix_) imatrix_->keep_inputs(g.graph);
     g.allocate(executor, "the buffers of a denoising step");
 }
 
@@ -185,6 +186,11 @@ void count_work(const ggml_tensor* node, Denoiser::PartCost& cost) {
         cost.operations +=
             2.0 * static_cast<double>(weight->ne[0]) * static_cast<double>(ggml_nelements(node));
         cost.bytes += static_cast<double>(ggml_nbytes(weight));
+        return;
+    }
+    if (const LowRankWork work = low_rank_work(node); work.factor) {
+        cost.operations += 2.0 * static_cast<double>(work.factor->ne[0] * work.factor->ne[1] * work.n);
+        cost.bytes += static_cast<double>(ggml_nbytes(work.factor));
         return;
     }
     switch (node->op) {

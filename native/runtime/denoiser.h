@@ -32,8 +32,9 @@ class CanvasState {
     void pin(int64_t position, int32_t token);
     StepState& step() { return step_; }
 
-    // Throws Error(general) if the last step's logits of the first n positions are not all finite.
-    void require_finite(size_t n) const;
+    // Throws Error(general) if the last step's logits of the first n positions are not all finite. adapted:
+    // whether adapters may be why.
+    void require_finite(size_t n, bool adapted) const;
 
   private:
     friend class Denoiser;
@@ -111,8 +112,9 @@ class Denoiser {
     LayerTrace* trace_ = nullptr;
     GraphMemory graph_memory_;  // of built_
     std::unique_ptr<GraphBuilder> built_;
-    // Per slot: cache version, canvas length, frozen positions, adapters, which live as long as the graph.
-    std::vector<std::tuple<uint64_t, int64_t, int64_t, AdapterList>> built_for_;
+    // Per slot: cache version, canvas length, frozen positions, adapters. The slots of a step own these: an
+    // idle graph keeps none in memory, and is not computed again once one is gone.
+    std::vector<std::tuple<uint64_t, int64_t, int64_t, AdapterMarks>> built_for_;
     std::vector<std::pair<CanvasState*, int64_t>> canvases_;  // of the graph, with canvas lengths
     ggml_tensor* canvas_ = nullptr;
 };

@@ -121,7 +121,7 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
     cache.prepare(n_tokens);
     ChunkInput input(chunk);
     GraphBuilder g(model, Mode::encoder,
-                   {{&cache, n_tokens, 0, input.ranges(chunk, cache.n_past()), adapters}});
+                   {{&cache, n_tokens, 0, input.ranges(chunk, cache.n_past()), &adapters}});
     g.trace = trace;
     if (trace) trace->begin_graph();
     if (imatrix) g.ops->keep_activations();
@@ -140,7 +140,7 @@ void encode_chunk(const Model& model, KvCache& cache, GraphExecutor& executor, c
         ggml_set_output(x);
         ggml_build_forward_expand(g.graph, x);
     }
-    if (imatrix) ImatrixCollector::keep_inputs(g.graph);
+    if (imatrix) imatrix->keep_inputs(g.graph);
     g.allocate(executor, "encoding a chunk of the prompt");
 
     model.file->require_not_truncated();

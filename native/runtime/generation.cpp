@@ -65,7 +65,7 @@ void Session::begin_canvas(const std::function<void(int32_t)>& on_chunk) {
 void Session::end_step(double seconds, StepResult& result) {
     Generation& g = *generation_;
     g.denoise_seconds += seconds;
-    canvas_state_.require_finite(g.canvas.size());
+    canvas_state_.require_finite(g.canvas.size(), !effective(adapters_).empty());
     const std::vector<int32_t> chosen = measure(result);
     if (g.params.guided) {
         g.pending = std::make_unique<StepResult>(result);

@@ -97,7 +97,8 @@ void Session::append(const Prompt& prompt, const std::function<void(int32_t)>& o
     }
     refresh(on_chunk);
     denoiser_.invalidate();
-    if (n_past() == 0) encoded_with_ = effective(adapters_);
+    const AdapterList adapters = effective(adapters_);
+    encoded_with_ = adapters;
     const int32_t before = n_past();
     // Keep the content in step with the cache, also if `on_chunk` throws or the work is cancelled.
     const auto sync_content = [&] {
@@ -112,8 +113,12 @@ void Session::append(const Prompt& prompt, const std::function<void(int32_t)>& o
         n_past_ = now;
         n_encoded_ += now - before;
     };
+    const auto show_chunk = [&](int32_t done) {
+        n_past_ = cache_.n_past();
+        on_chunk(done);
+    };
     try {
-        pydiffusion::encode(*model_, cache_, executor_, prompt, cancel_, on_chunk, outputs, encoded_with_,
+        pydiffusion::encode(*model_, cache_, executor_, prompt, cancel_, show_chunk, outputs, adapters,
                             imatrix_.get(), layer_trace_.get());
     } catch (...) {
         sync_content();
@@ -146,14 +151,15 @@ void Session::set_adapters(const AdapterList& adapters) {
 
 void Session::refresh(const std::function<void(int32_t)>& on_chunk) {
     if (is_fresh()) return;
-    encoded_with_ = effective(adapters_);
+    const AdapterList adapters = effective(adapters_);
+    encoded_with_ = adapters;
     denoiser_.invalidate();
     encode_anew_ = true;
     cache_.clear();
     const auto count = [&] { n_encoded_ += cache_.n_past(); };
     try {
         pydiffusion::encode(
-            *model_, cache_, executor_, content_, cancel_, [&](int32_t) { on_chunk(0); }, {}, encoded_with_);
+            *model_, cache_, executor_, content_, cancel_, [&](int32_t) { on_chunk(0); }, {}, adapters);
     } catch (...) {
         count();
         throw;
@@ -242,7 +248,7 @@ void Session::restore(const Prompt& content,
     Prompt restored = content;  // if that fails, nothing has changed
     generation_.reset();
     denoiser_.invalidate();
-    AdapterList adapters = effective(adapters_);
+    AdapterMarks adapters = effective(adapters_);
     cache_.restore(static_cast<int32_t>(tokens.size()), rows);
     set_content(std::move(restored));
     encoded_with_ = std::move(adapters);
@@ -261,7 +267,7 @@ void Session::copy_from(const Session& source) {
         throw Error(ErrorKind::argument, "the session to copy is of another model");
     Prompt content = {source.tokens(), source.images()};  // before the cache changes: memory may run out
     for (const PromptImage& image : content.images) require_room(image);  // it may have to be encoded again
-    AdapterList adapters = source.encoded_with_;
+    AdapterMarks adapters = source.encoded_with_;
     const auto lock = model_->backend.lock_devices();
     cache_.copy_from(source.cache_);
     generation_.reset();
@@ -292,7 +298,7 @@ void Session::denoise(const std::vector<int32_t>& canvas, const float* condition
     state.previous_temperature = state.temperature = 1.0f;
     state.dropped_mass = 0.0f;
     denoiser_.step({{&canvas_state_, &cache_, &canvas, &cancel_, 0, effective(adapters_)}}, executor_);
-    canvas_state_.require_finite(canvas.size());
+    canvas_state_.require_finite(canvas.size(), !effective(adapters_).empty());
     canvas_state_.copy_logits(logits);
 }
 
@@ -300,7 +306,11 @@ void Session::collect_imatrix(bool on) {
     if (on && model_->backend.on_device())
         throw Error(ErrorKind::unsupported,
                     "an imatrix can only be collected on the CPU: use n_gpu_layers=0");
-    imatrix_ = on ? std::make_unique<ImatrixCollector>() : nullptr;
+    // Of the file's weights, not of adapters' factors.
+    const auto is_weight = [&weights = model_->weights](const ggml_tensor* tensor) {
+        return weights.find(tensor->name) == tensor;
+    };
+    imatrix_ = on ? std::make_unique<ImatrixCollector>(is_weight) : nullptr;
     denoiser_.observe(imatrix_.get());
 }
 

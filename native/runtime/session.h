@@ -54,7 +54,7 @@ class Session {
 
     const Model& model() const { return *model_; }
     int32_t n_ctx() const { return n_ctx_; }
-    // Tokens of the content, which the cache has, or is to encode anew.
+    // Tokens of the content, which the cache has, or is to encode anew. Grows with each chunk.
     int32_t n_past() const { return n_past_; }
     ggml_type kv_type() const { return kv_type_; }
     uint64_t cache_bytes() const { return cache_.n_bytes(); }
@@ -188,7 +188,9 @@ class Session {
         return params.canvas_length ? params.canvas_length : model_->hparams.canvas_length;
     }
     // Whether the cache has the content as the adapters encode it.
-    bool is_fresh() const { return n_past_ == 0 || (!encode_anew_ && encoded_with_ == effective(adapters_)); }
+    bool is_fresh() const {
+        return n_past_ == 0 || (!encode_anew_ && encoded_with_ == AdapterMarks(effective(adapters_)));
+    }
     void set_content(Prompt content);
     void append(const Prompt& prompt, const std::function<void(int32_t)>& on_chunk,
                 const EncoderOutputs& outputs = {});
@@ -221,8 +223,8 @@ class Session {
     Prompt content_;  // what is in the cache
     std::atomic<int32_t> n_past_{0};
     AdapterList adapters_;
-    AdapterList encoded_with_;  // adapters of the cache's rows
-    bool encode_anew_ = false;  // the cache has less than the content
+    AdapterMarks encoded_with_;  // adapters of the cache's rows
+    bool encode_anew_ = false;   // the cache has less than the content
     // tokens() and images() may be called while another thread computes.
     mutable std::mutex content_mutex_;
     std::atomic<int64_t> n_encoded_{0};

@@ -114,7 +114,7 @@ def fetch_folder(reference: ModelReference, patterns: Sequence[str], needed: str
         files = _files(hub, reference)
         if needed in files:
             return Path(hub.snapshot_download(reference.repo_id, **asked))
-        raise PyDiffusionError(f"{reference.repo_id}: has no {needed}{_ggufs_of(reference.repo_id, files)}")
+        raise PyDiffusionError(f"{reference.repo_id}: has no {needed}{_what_else(reference.repo_id, files)}")
     except PyDiffusionError:
         raise
     except Exception as error:  # which of many types depends on the version of huggingface_hub
@@ -128,7 +128,11 @@ def fetch_folder(reference: ModelReference, patterns: Sequence[str], needed: str
         return folder
 
 
-def _ggufs_of(repo_id: str, files: Sequence[str]) -> str:
+def _what_else(repo_id: str, files: Sequence[str]) -> str:
+    """The rest of a sentence about a repo without an adapter at its top."""
+    below = sorted(file for file in files if file.endswith("/adapter_config.json"))
+    if below:
+        return f" at its top, only {', '.join(below)[:300]}: download that folder, and give its path"
     names = sorted(file for file in files if file.endswith(".gguf"))
     if not names:
         return ", nor a GGUF: is it the repo of an adapter?"

@@ -18,8 +18,8 @@ class Target:
 
     tensor: its name in a GGUF without ``.weight`` (``blk.3.attn_q``, ``self_cond_gate``).
     side: "encoder" (a prompt or a finished canvas is read), "decoder" (a canvas is denoised), or "both",
-        for an adapter trained as one set for both. An adapter has a tensor with "both", or with one or two of
-        the others, never mixed.
+        of one set for both (or two that are the same). An adapter has a tensor with "both", or with one or
+        two of the others, never mixed.
     """
 
     tensor: str

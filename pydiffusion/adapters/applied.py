@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import numpy as np
 
 from pydiffusion.errors import AdapterError, PyDiffusionError
 from pydiffusion.options import Lora, LoraSource, ResolvedOptions, lora_option
@@ -34,22 +38,34 @@ class AdapterSet:
 
 
 _NONE = AdapterSet()
+Make: TypeAlias = "Callable[[Adapter], _native.Adapter]"
 
 
 class AdapterStore:
-    """The adapters that a model has loaded, and those that it applies. Thread-safe.
+    """The adapters that a model has loaded, and those that it applies. Thread-safe; while one is read or
+    downloaded, others can be looked up and loaded.
+
+    An adapter is kept for the name that it was loaded by, until its files change; without a name as long as
+    anybody has the Adapter.
 
     current: what sessions apply that have none of their own.
     """
 
-    def __init__(self, make: Callable[[Adapter], _native.Adapter], metadata: Mapping[str, Any]) -> None:
-        """make: loads an adapter beside the model's weights. metadata: the model file's."""
-        self._make = make
+    def __init__(self, metadata: Mapping[str, Any], make: Make | None = None) -> None:
+        """metadata: of the model's file. make: loads an adapter beside the model's weights; to ``read``, none
+        is needed.
+        """
         self._metadata = metadata
-        self._lock = threading.Lock()
+        self._make = make
+        self._lock = threading.Lock()  # of the tables, never held while something is read
+        self._turns: WeakValueDictionary[Any, threading.Lock] = WeakValueDictionary()
         self._source_to_adapter: dict[str, tuple[Any, Adapter]] = {}
-        self._fingerprint_to_native: dict[bytes, _native.Adapter] = {}
+        self._adapter_to_native: WeakKeyDictionary[Adapter, _native.Adapter] = WeakKeyDictionary()
         self.current = _NONE
+
+    def begin(self, metadata: Mapping[str, Any], make: Make) -> None:
+        """The model is loaded: from now on adapters can be, too."""
+        self._metadata, self._make = metadata, make
 
     def load(self, source: LoraSource) -> Adapter:
         """An adapter, ready to be applied: read unless it is loaded and its files have not changed since.
@@ -58,13 +74,15 @@ class AdapterStore:
         """
         return self._loaded(source)[0]
 
+    def read(self, lora: Lora) -> list[tuple[Adapter, float]]:
+        """The same adapters, read but not loaded yet. Raises as ``load_adapter``, OptionError."""
+        return [(self._adapter(source), scale) for source, scale in lora_option(lora)]
+
     def set_of(self, lora: Lora) -> AdapterSet:
         """Adapters with their scales, loaded. Raises as ``load``, OptionError for anything else."""
-        loaded = [(*self._loaded(source), scale) for source, scale in lora_option(lora)]
-        given = tuple((adapter, scale) for adapter, _, scale in loaded)
-        native = tuple((native, scale) for _, native, scale in loaded if scale)
-        applied = [adapter.fingerprint + struct.pack("<d", scale) for adapter, scale in given if scale]
-        return AdapterSet(given, native, hashlib.sha256(b"".join(applied)).digest() if applied else b"")
+        read = self.read(lora)
+        native = tuple((self._loaded(adapter)[1], scale) for adapter, scale in read if _is_on(scale))
+        return AdapterSet(tuple(read), native, key_of(read))
 
     def loaded_in(self, options: ResolvedOptions) -> ResolvedOptions:
         """Options with the adapters that they name loaded. Raises as ``load``."""
@@ -72,52 +90,113 @@ class AdapterStore:
             return options
         return replace(options, lora=self.set_of(options.lora).given)
 
+    def unload(self, adapter: Adapter) -> None:
+        """Forget an adapter, whatever names it was loaded by."""
+        with self._lock:
+            self._adapter_to_native.pop(adapter, None)
+            kept = {name: known for name, known in self._source_to_adapter.items() if known[1] != adapter}
+            self._source_to_adapter = kept
+
     def close(self) -> None:
         """Let go of the adapters, which hold the model's weights; sessions keep those that they apply."""
         with self._lock:
             self._source_to_adapter.clear()
-            self._fingerprint_to_native.clear()
+            self._adapter_to_native.clear()
         self.current = replace(self.current, native=())
 
     def _loaded(self, source: LoraSource) -> tuple[Adapter, _native.Adapter]:
-        with self._lock:
-            adapter = source if isinstance(source, Adapter) else self._current(source)
-            native = self._fingerprint_to_native.get(adapter.fingerprint)
-            if native is None:
-                native = self._fingerprint_to_native[adapter.fingerprint] = self._make(adapter)
-            return adapter, native
+        adapter = self._adapter(source)
+        native = self._native_of(adapter)
+        if native is None:
+            with self._turn(adapter.fingerprint):
+                native = self._native_of(adapter)
+                if native is None:
+                    native = self._made(adapter)
+        return adapter, native
 
-    def _current(self, source: str | os.PathLike[str]) -> Adapter:
-        name, state = os.fspath(source), _state(Path(source))
-        if state is not None:
-            name = str(Path(source).resolve())
-        known = self._source_to_adapter.get(name)
-        if known is not None and known[0] == state:
-            return known[1]
-        adapter = _read(source, self._metadata)
-        self._source_to_adapter[name] = state, adapter
-        return adapter
+    def _native_of(self, adapter: Adapter) -> _native.Adapter | None:
+        with self._lock:
+            return self._adapter_to_native.get(adapter)
+
+    def _made(self, adapter: Adapter) -> _native.Adapter:
+        assert self._make is not None  # begin
+        try:
+            native = self._make(adapter)
+        except AdapterError:
+            self.unload(adapter)  # its files may be others by now: read them anew the next time
+            raise
+        with self._lock:
+            self._adapter_to_native[adapter] = native
+        return native
+
+    def _adapter(self, source: LoraSource) -> Adapter:
+        if isinstance(source, Adapter):
+            return source
+        from .loading import expanded  # on first use: most models have no adapters
+
+        name, path = os.fspath(source), expanded(os.fspath(source))
+        if _state(path) is not None:
+            name = str(path.resolve())
+            source = path.absolute()  # its factors are read later, perhaps from another folder
+        known = self._known(name)
+        if known is None:
+            with self._turn(name):
+                known = self._known(name)
+                if known is None:
+                    state = _state(path)  # before it is read: what changes meanwhile is read anew
+                    known = _read(source, self._metadata)
+                    with self._lock:
+                        self._source_to_adapter[name] = state or _state(known.path), known
+        return known
+
+    def _known(self, name: str) -> Adapter | None:
+        """The adapter of this name, if its files have not changed."""
+        with self._lock:
+            state, adapter = self._source_to_adapter.get(name, (None, None))
+        return adapter if adapter is not None and state == _state(adapter.path) else None
+
+    def _turn(self, key: Any) -> threading.Lock:
+        """A lock for one that reads or loads this; of others nobody waits."""
+        with self._lock:
+            return self._turns.setdefault(key, threading.Lock())
+
+
+def n_loaded_bytes(lora: Sequence[tuple[Adapter, float]], file: _native.GgufFile) -> int:
+    """Bytes that adapters take beside the weights of a file: F32 beside F32 matrices, else BF16."""
+    f32 = {
+        str(tensor.name).removesuffix(".weight") for tensor in file.tensors if tensor.type.lower() == "f32"
+    }
+    return sum(
+        (math.prod(factors.shape_a) + math.prod(factors.shape_b)) * (4 if target.tensor in f32 else 2)
+        for adapter in {adapter for adapter, _ in lora}
+        for target, factors in adapter.factors.items()
+    )
+
+
+def key_of(lora: Sequence[tuple[Adapter, float]]) -> bytes:
+    """A hash of adapters and scales, as the native scales (float32) are; empty if none is on."""
+    on = [adapter.fingerprint + struct.pack("<f", scale) for adapter, scale in lora if _is_on(scale)]
+    return hashlib.sha256(b"".join(on)).digest() if on else b""
+
+
+def _is_on(scale: float) -> bool:
+    return bool(np.float32(scale))
 
 
 def _read(source: str | os.PathLike[str], metadata: Mapping[str, Any]) -> Adapter:
-    from .loading import load_adapter, parse_lora  # on first use: most models have no adapters
+    from .loading import load_adapter
 
-    path, scale = parse_lora(os.fspath(source))
-    if path != os.fspath(source) and Path(path).exists():
-        raise AdapterError(
-            f"{source}: there is no such adapter: give the scale beside it, ({path!r}, {scale:g})"
-        )
     return load_adapter(source, metadata)
 
 
 def _state(path: Path) -> list[tuple[str, int, int]] | None:
     """Names, sizes and times of a file, or of the files in a folder, by which a change is seen; None for what
-    is not there, as the name of a repo on the hub.
+    is not there, as the name of a repo on the hub or ``~``.
     """
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         return [(file.name, (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a path with a null character
         return None
 
 
@@ -147,9 +226,10 @@ class SessionAdapters:
         """Apply these adapters, or None for the chosen ones, from now on. Returns whether others were applied
         before: then the cache's tokens are encoded anew before it is next read, and a generation has ended.
         """
-        wanted = self.chosen if lora is None else self._store.set_of(lora)
-        if wanted.key == self.applied.key:
+        read = None if lora is None else self._store.read(lora)
+        if (self.chosen.key if read is None else key_of(read)) == self.applied.key:
             return False
+        wanted = self.chosen if read is None else self._store.set_of(read)
         if wanted.key and not wanted.native:
             raise PyDiffusionError("the model is closed: its adapters can't be applied to a session any more")
         self._native.set_adapters(wanted.native)
@@ -161,16 +241,3 @@ class SessionAdapters:
         if other.applied.key != self.applied.key:
             self._native.set_adapters(other.applied.native)
             self.applied = other.applied
-
-
-def read_first(lora: Sequence[Any], metadata: Callable[[], Mapping[str, Any]]) -> Lora:
-    """The adapters that a model is to be opened with, read before its weights are: what is wrong with them
-    is found at once. metadata: the model file's.
-    """
-    given = lora_option(lora)
-    if not given:
-        return ()
-    known = metadata()
-    return [
-        (source if isinstance(source, Adapter) else _read(source, known), scale) for source, scale in given
-    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from pydiffusion._util.file_kinds import unfinished_download
@@ -81,7 +82,8 @@ def _without_weights(folder: Path, names: Sequence[str]) -> Sequence[str]:
 def explain_without_config(folder: Path) -> str:
     """Why a folder without ``adapter_config.json`` is no adapter, and what to do."""
     names = sorted(path.name for path in folder.iterdir())
-    below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    found = (path for pattern in (f"*/{CONFIG}", f"*/*/{CONFIG}") for path in folder.glob(pattern))
+    below = sorted(path.parent.relative_to(folder).as_posix() for path in islice(found, 100))
     if below:
         return f"{folder}: has no {CONFIG}, but {', '.join(below)[:200]} in it has: give {folder / below[0]}"
     if any(name in WEIGHTS for name in names):

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -149,7 +149,8 @@ def write_adapter_gguf(
         _TYPE: Value("str", "lora"),
         ALPHA: Value("f32", alpha),
     }
-    tensors = [tensor for item in adapter.factors.items() for tensor in _planned(*item, alpha, type)]
+    read = lru_cache(maxsize=1)(_scaled)  # tensors are written, and read back, in pieces
+    tensors = [tensor for item in adapter.factors.items() for tensor in _planned(*item, alpha, type, read)]
     job = Job(
         source=adapter.path,
         source_files=[adapter.path],
@@ -174,15 +175,20 @@ def _common_alpha(adapter: Adapter) -> float:
     return counts.most_common(1)[0][0] if counts else 1.0
 
 
-def _planned(target: Target, factors: Factors, alpha: float, type_name: str) -> Iterator[PlannedTensor]:
+_Read: TypeAlias = "Callable[[Factors, float], tuple[np.ndarray, np.ndarray]]"
+
+
+def _planned(
+    target: Target, factors: Factors, alpha: float, type_name: str, read: _Read
+) -> Iterator[PlannedTensor]:
     is_common = float(np.float32(factors.scale * factors.rank)) == alpha
     more = 1.0 if is_common else factors.scale * factors.rank / alpha
     shapes = (factors.shape_a, factors.shape_b)
-    pair = _scaled(factors, more)
+    pair = read(factors, more)
     for i, (part, shape) in enumerate(zip("ab", shapes, strict=True)):
         name = f"{_PREFIXES[target.side]}{target.tensor}.weight.lora_{part}"
         type_of = smallest_type(pair[i]) if type_name == "auto" else type_name.upper()
-        yield PlannedTensor(name, shape, "F32", type_of, partial(_read_bytes, factors, more, i), shape)
+        yield PlannedTensor(name, shape, "F32", type_of, partial(_read_bytes, read, factors, more, i), shape)
 
 
 def _scaled(factors: Factors, more: float) -> tuple[np.ndarray, np.ndarray]:
@@ -190,8 +196,8 @@ def _scaled(factors: Factors, more: float) -> tuple[np.ndarray, np.ndarray]:
     return a, b if more == 1.0 else b * np.float32(more)
 
 
-def _read_bytes(factors: Factors, more: float, i: int, start: int, n_bytes: int) -> np.ndarray:
-    data = np.ascontiguousarray(_scaled(factors, more)[i], np.float32).reshape(-1).view(np.uint8)
+def _read_bytes(read: _Read, factors: Factors, more: float, i: int, start: int, n_bytes: int) -> np.ndarray:
+    data = np.ascontiguousarray(read(factors, more)[i], np.float32).reshape(-1).view(np.uint8)
     return data[start : start + n_bytes]
 
 

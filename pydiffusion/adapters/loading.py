@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 _MAX_SCALE = 1e30
 _ARCHITECTURE = "general.architecture"
+_MAX_PATH = 4096
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -33,7 +35,7 @@ def parse_lora(text: str) -> tuple[str, float]:
     if not text.strip():
         raise OptionError("lora", "lora: the path of an adapter is empty; give PATH or PATH:SCALE")
     head, colon, tail = text.rpartition(":")
-    if not colon or _exists(text):
+    if not colon or exists(text):
         return text, 1.0
     if _NOT_FINITE.fullmatch(tail) or (_NUMBER.fullmatch(tail) and abs(float(tail)) > _MAX_SCALE):
         raise OptionError("lora", f"lora: the scale of {head!r:.200} is {tail:.40}; give a finite number")
@@ -44,7 +46,8 @@ def parse_lora(text: str) -> tuple[str, float]:
     return head, float(tail)
 
 
-def _exists(text: str) -> bool:
+def exists(text: str) -> bool:
+    """Whether there is such a path; none is too long or of wrong characters to ask."""
     try:
         return Path(text).exists()
     except (OSError, ValueError):
@@ -61,12 +64,12 @@ def load_adapter(source: str | os.PathLike[str], model: Mapping[str, Any] | None
     """
     matrices = matrices_of(model)
     path, name = _locate(source)
+    _require_there(path)
     with adapter_errors(path):
         if path.is_dir():
             if not (path / CONFIG).is_file():
                 raise AdapterError(explain_without_config(path))
             return read_peft_folder(path, matrices, name)
-        _require_gguf(path)
         return read_adapter_gguf(path, matrices, name)
 
 
@@ -85,11 +88,12 @@ def matrices_of(model: Mapping[str, Any] | None) -> Matrices:
 def _locate(source: str | os.PathLike[str]) -> tuple[Path, str]:
     """Where an adapter is on disk, downloaded if need be, and its name."""
     text = os.fspath(source)
-    if "\0" in text:
-        raise AdapterError(f"{text!r:.200}: is no path")
-    reference = hub.model_reference(text)
+    if not text.strip() or "\0" in text:
+        what = f"{text!r:.200} is no path" if text.strip() else "the path of an adapter is empty"
+        raise AdapterError(f"{what}: give a folder, a GGUF, or OWNER/NAME of the Hugging Face Hub")
+    reference = hub.model_reference(text) if len(text) < _MAX_PATH else None
     if reference is None:
-        return Path(text), ""
+        return expanded(text), ""
     try:
         if reference.file:
             return hub.fetch_model(reference), ""
@@ -99,10 +103,38 @@ def _locate(source: str | os.PathLike[str]) -> tuple[Path, str]:
         raise AdapterError(str(error)) from error
 
 
-def _require_gguf(path: Path) -> None:
-    if not path.exists():
-        raise AdapterError(
-            f"{path}: there is no such adapter: give a folder, a GGUF, or OWNER/NAME of the hub"
+def _no_such(text: str) -> str:
+    """The rest of a sentence about a path that doesn't exist: what may have been meant."""
+    head, _, tail = text.rpartition(":")
+    if _NUMBER.fullmatch(tail) and exists(head):
+        return f"there is no such adapter, but {head}: its scale goes beside it, ({head!r}, {tail})"
+    if "," in text and all(map(_is_there, text.split(","))):  # as llama.cpp takes several
+        return (
+            "there is no such adapter, but those between the commas: give each by itself (--lora A --lora B)"
         )
+    return "there is no such adapter: give a folder, a GGUF, or OWNER/NAME of the Hugging Face Hub"
+
+
+def _is_there(text: str) -> bool:
+    """Whether there is the path of ``PATH[:SCALE]``."""
+    head, _, tail = text.rpartition(":")
+    return bool(text.strip()) and (exists(text) or bool(_NUMBER.fullmatch(tail) and head and exists(head)))
+
+
+def expanded(text: str) -> Path:
+    """The path that a text means: ``~`` is the user's folder unless there is a file of that name."""
+    path = Path(text)
+    if text.startswith("~") and not exists(text):
+        with contextlib.suppress(RuntimeError):  # no such user
+            return path.expanduser()
+    return path
+
+
+def _require_there(path: Path) -> None:
+    text = str(path)
+    if not exists(text):
+        raise AdapterError(f"{text if len(text) < 500 else text[:500] + '...'}: {_no_such(text)}")
+    if not path.is_file() and not path.is_dir():
+        raise AdapterError(f"{path}: is neither a folder nor a file: give a folder, or a GGUF")
     if path.name in (CONFIG, *WEIGHTS):
         raise AdapterError(f"{path}: is part of an adapter: give its folder, {path.parent}")

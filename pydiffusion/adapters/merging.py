@@ -11,6 +11,7 @@ import numpy as np
 
 from pydiffusion.adapters.adapter import Adapter, Factors
 from pydiffusion.adapters.loading import load_adapter
+from pydiffusion.convert.architectures.architecture import ModelShape
 from pydiffusion.convert.architectures.source import Source
 from pydiffusion.convert.checkpoint.tensor_map import split_name
 from pydiffusion.convert.checkpoint.weights import RowsAsBytes
@@ -34,7 +35,8 @@ _PADDED_INPUTS = ("ffn_down", "self_cond_down", _DOWN)
 _DECODER_ONLY = ("self_cond_gate", "self_cond_up", "self_cond_down")
 # Their scale is the router's, not that of quantized weights.
 _ROUTERS_SCALES = (_DOWN, "ffn_gate_inp")
-_BLOCK = 64  # rows of one matmul
+# Rows, inputs and ranks of one matmul: so few that BLAS computes it on one thread; the writer has its own.
+_BLOCK = 64
 _MAX_HELD = 4  # matrices whose factors are in memory
 
 
@@ -45,11 +47,7 @@ def merge_into(source: Source, lora: Lora) -> None:
     Raises: as :func:`merge`; AdapterError for an adapter that can't be loaded, OptionError for a scale that
     isn't finite.
     """
-    keys = {key: value.value for key, value in source.metadata.items()}
-    adapters = [
-        (given if isinstance(given, Adapter) else load_adapter(given, keys), scale)
-        for given, scale in lora_option(lora)
-    ]
+    adapters = _loaded(source.metadata, lora)
     if not adapters:
         return
     merged = merge(source.tensors, adapters)
@@ -68,6 +66,26 @@ def merge_into(source: Source, lora: Lora) -> None:
     }
 
 
+def check_merge(shape: ModelShape, lora: Lora) -> list[str]:
+    """Check that adapters can be merged into a model of this shape; returns notes. Raises as
+    :func:`merge_into`.
+    """
+    tensors = [SourceTensor(name, "F32", sizes, _unread) for name, sizes in shape.tensors.items()]
+    return merge(tensors, _loaded(shape.metadata, lora)).notes
+
+
+def _unread(start: int, n_bytes: int) -> np.ndarray:
+    raise NotImplementedError("a tensor of which only the shape is known")
+
+
+def _loaded(metadata: Mapping[str, Value], lora: Lora) -> list[tuple[Adapter, float]]:
+    keys = {key: value.value for key, value in metadata.items()}
+    return [
+        (given if isinstance(given, Adapter) else load_adapter(given, keys), scale)
+        for given, scale in lora_option(lora)
+    ]
+
+
 @dataclass(frozen=True)
 class MergedAdapter:
     """An adapter that was merged into a file, as its metadata tells. fingerprint: in hexadecimal digits."""
@@ -78,6 +96,11 @@ class MergedAdapter:
 
     def __str__(self) -> str:
         return f"{self.name}:{self.scale:g}"
+
+    @property
+    def what_it_does(self) -> tuple[str, float]:
+        """Equal for adapters that change the same, whatever their names; the scale as a file holds it."""
+        return self.fingerprint, float(np.float32(self.scale))
 
 
 def merged_adapters(source: Source) -> list[MergedAdapter]:
@@ -268,12 +291,12 @@ class _Held:
 
 def _joined(base: SourceTensor, changes: Sequence[_Change]) -> tuple[np.ndarray, np.ndarray]:
     """A and B of all changes side by side, float32: (n_matrices, r, n_in) and (n_matrices, n_rows, r), scales
-    in B, whose rows are filled up to whole blocks.
+    in B; n_rows and n_in filled up to whole blocks.
     """
     n_rows, n_in = base.shape[-2:]
     n_matrices = math.prod(base.shape[:-2])
     rank = sum(change.factors.rank for change in changes)
-    a = np.zeros((n_matrices, rank, n_in), np.float32)
+    a = np.zeros((n_matrices, rank, -(-n_in // _BLOCK) * _BLOCK), np.float32)
     b = np.zeros((n_matrices, -(-n_rows // _BLOCK) * _BLOCK, rank), np.float32)
     done = 0
     for change in changes:
@@ -301,7 +324,7 @@ def _merged(base: SourceTensor, changes: Sequence[_Change], held: _Held) -> Sour
         while done < count:  # the rows of one expert at a time
             matrix, row = divmod(first + done, n_rows)
             n = min(count - done, n_rows - row)
-            change = _product(a[matrix], b[matrix], row, n)
+            change = _product(a[matrix], b[matrix], row, n)[:, :n_in]
             if not np.isfinite(change).all():
                 raise ConversionError(
                     f"{', '.join(str(one.adapter.path) for one in changes)}: the change of {base.name} holds "
@@ -315,13 +338,22 @@ def _merged(base: SourceTensor, changes: Sequence[_Change], held: _Held) -> Sour
 
 
 def _product(a: np.ndarray, b: np.ndarray, first: int, count: int) -> np.ndarray:
-    """Rows of ``b @ a``, float32 (count, n_in).
+    """Rows of ``b @ a``, float32 (count, n_in), in blocks of :data:`_BLOCK`.
 
-    Always in the same blocks of rows: what a row is must not depend on the rows that are read with it, since
-    a file is compared with its source in other pieces than it was written in, and resumed in others again.
+    The blocks begin at the same rows whatever is asked for: what a row is must not depend on the rows that
+    are read with it, since a file is compared with its source in other pieces than it was written in, and
+    resumed in others again.
     """
     begin, end = first // _BLOCK, -(-(first + count) // _BLOCK)
-    blocks = b[begin * _BLOCK : end * _BLOCK].reshape(end - begin, _BLOCK, -1)
+    n_rows, n_in = end - begin, a.shape[1] // _BLOCK  # in blocks
+    result = np.empty((n_rows * _BLOCK, a.shape[1]), np.float32)
+    tiles = result.reshape(n_rows, _BLOCK, n_in, _BLOCK).transpose(0, 2, 1, 3)
     with np.errstate(all="ignore"):
-        result = np.matmul(blocks, a).reshape(-1, a.shape[-1])
+        for k in range(0, len(a), _BLOCK):
+            left = b[begin * _BLOCK : end * _BLOCK, k : k + _BLOCK].reshape(n_rows, 1, _BLOCK, -1)
+            right = a[k : k + _BLOCK].reshape(-1, n_in, _BLOCK).transpose(1, 0, 2)
+            if k == 0:
+                np.matmul(left, right, out=tiles)
+            else:
+                tiles += np.matmul(left, right)
     return result[first - begin * _BLOCK :][:count]

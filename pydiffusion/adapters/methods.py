@@ -32,10 +32,16 @@ class LoraMethods:
     def load_lora(self, source: LoraSource) -> Adapter:
         """Load an adapter, to be applied later: ``set_lora`` and others then don't read its files again.
 
-        Loaded ones are kept until the model is closed; a path whose files have changed is read again.
+        Loaded ones are kept (``unload_lora``); a path whose files have changed is read again.
         Raises AdapterError, saying what to do, for one that can't be read or does not fit the model.
         """
         return self.adapters.load(source)
+
+    def unload_lora(self, adapter: Adapter) -> None:
+        """Forget a loaded adapter: its memory is free once no model or session applies it. Applied again, it
+        is loaded anew. One that is not loaded: nothing happens.
+        """
+        self.adapters.unload(adapter)
 
     def lora_key(self, lora: Lora | None = None) -> bytes:
         """The ``Session.lora_key`` of sessions that apply these adapters; None: the model's.

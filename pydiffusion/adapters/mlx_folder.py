@@ -33,7 +33,7 @@ def read_mlx_folder(folder: Path, fields: Fields, matrices: Matrices, name: str)
     kind = fields.string("fine_tune_type", "lora")
     if kind != "lora":
         raise AdapterError(f"{fields.where}: 'fine_tune_type' is {kind!r:.40}; only lora is supported")
-    rank, scale = _rank_and_scale(fields)
+    rank, scale, notes = _rank_and_scale(fields)
     pairs: dict[str, dict[str, Stored]] = {}
     for key, tensor in open_tensors(folder).items():
         match = _KEY.fullmatch(key)
@@ -45,19 +45,25 @@ def read_mlx_folder(folder: Path, fields: Fields, matrices: Matrices, name: str)
             raise tensor_error(tensor.path, key, "is there twice: save the adapter again")
     changes = [_change(module, pair, rank, scale, matrices) for module, pair in pairs.items()]
     shown = {"format": "MLX", "r": rank, "scale": scale}
-    return make_adapter(name, folder, changes, matrices, shown, [])
+    return make_adapter(name, folder, changes, matrices, shown, notes)
 
 
-def _rank_and_scale(fields: Fields) -> tuple[int, float]:
-    """Newer ones say rank and scale, mlx-vlm's older ones rank and alpha."""
+def _rank_and_scale(fields: Fields) -> tuple[int, float, list[str]]:
+    """Rank, scale and notes. Newer ones say rank and scale, mlx-vlm's older ones rank and alpha."""
     if fields.has("lora_parameters"):
         parameters = fields.object("lora_parameters")
         return (
             parameters.integer("rank", maximum=1 << 16),
             parameters.number("scale", minimum=-_MAX_SCALE, maximum=_MAX_SCALE),
+            [],
         )
     rank = fields.integer("rank", maximum=1 << 16)
-    return rank, fields.number("alpha", minimum=-_MAX_SCALE, maximum=_MAX_SCALE) / rank
+    note = (
+        "its changes are scaled by alpha / rank, as mlx-vlm does now; where an older one trained it, which"
+        f" scaled them by alpha, apply it with the scale {rank}"
+    )
+    alpha = fields.number("alpha", minimum=-_MAX_SCALE, maximum=_MAX_SCALE)
+    return rank, alpha / rank, [note] if rank > 1 else []
 
 
 def _change(module: str, pair: dict[str, Stored], rank: int, scale: float, matrices: Matrices) -> Change:

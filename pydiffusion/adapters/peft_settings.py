@@ -14,19 +14,16 @@ from pydiffusion.errors import AdapterError
 _MAX_RANK = 1 << 16
 _MAX_ALPHA = 1e20
 # Initializations that change the base model's weights: what is saved is relative to the changed ones.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # Keys whose values must be nothing (null, false, empty), what they ask for otherwise, and what to do.
 _REFUSED = {
-    "use_dora": ("DoRA", "merge the adapter into the checkpoint, or train without it"),
+    "use_dora": ("DoRA", "train without it"),
     "use_qalora": ("QALoRA", "train without it"),
     "use_bdlora": ("BD-LoRA", "train without it"),
     "lora_bias": ("trained biases", "train with lora_bias=False"),
-    "modules_to_save": (
-        "modules trained as a whole",
-        "merge the adapter into the checkpoint, or train without modules_to_save",
-    ),
-    "trainable_token_indices": ("trained token embeddings", "merge the adapter into the checkpoint"),
+    "modules_to_save": ("modules trained as a whole", "train without it"),
+    "trainable_token_indices": ("trained token embeddings", "train without it"),
     "layer_replication": ("repeated layers", "train without layer_replication"),
     "alora_invocation_tokens": ("Activated LoRA, on from a token on", "train without it"),
     "fan_in_fan_out": ("weights stored transposed", "save it for transformers' own class"),
@@ -50,7 +47,9 @@ SHOWN = ("r", "lora_alpha", "use_rslora", "base_model_name_or_path", "task_type"
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """Ranks and scales. file: the config's path, for messages. patterns: (regex, value) in order."""
+    """Ranks and scales. file: the config's path, for messages. patterns: (regex, value) in order.
+    swaps_experts: whether A has the outputs of experts, B their inputs; None if the shapes have to tell.
+    """
 
     file: str
     r: int
@@ -59,6 +58,7 @@ class PeftSettings:
     rank_patterns: tuple[tuple[re.Pattern[str], int], ...]
     alpha_patterns: tuple[tuple[re.Pattern[str], float], ...]
     target_parameters: tuple[str, ...]
+    swaps_experts: bool | None
     shown: Mapping[str, Any]
 
     def rank(self, module: str) -> int:
@@ -107,10 +107,17 @@ def read_settings(fields: Fields, notes: list[str]) -> PeftSettings:
         _patterns(fields, "rank_pattern", _as_rank),
         _patterns(fields, "alpha_pattern", _as_alpha),
         _names(fields, "target_parameters"),
+        _swaps_experts(fields.values.get("peft_version")),
         {key: fields.values[key] for key in SHOWN if key in fields.values},
     )
     _check_unknown(fields, notes)
     return settings
+
+
+def _swaps_experts(version: object) -> bool | None:
+    """Whether a version of PEFT takes experts' matrices as (n_in, n_out); None for an unknown one."""
+    match = re.match(r"(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?", version) if isinstance(version, str) else None
+    return None if match is None else tuple(int(part or 0) for part in match.groups()) < (0, 19, 1)
 
 
 def _error(fields: Fields, key: str, what: str) -> AdapterError:
@@ -127,6 +134,8 @@ def _check_start(fields: Fields) -> None:
             f"is {start!r:.40}, which also changes the base model's weights: save it as a plain LoRA "
             "(save_pretrained with path_initial_model_for_weight_conversion)",
         )
+    if start == "loftq":
+        raise _error(fields, key, "is 'loftq', which also changes the base model's weights: train without it")
     if not any(type(start) is type(known) and start == known for known in _KEEPS_BASE):
         raise _error(fields, key, f"is {start!r:.40}, which is not known")
 

@@ -19,12 +19,25 @@ from pydiffusion.adapters.adapter import Adapter, Factors, Target
 from pydiffusion.convert.architectures.architecture import Matrices
 from pydiffusion.convert.gguf import rows
 from pydiffusion.convert.gguf.tensor_reads import read_exactly
-from pydiffusion.errors import AdapterError, ConversionError, ModelFormatError, UnsupportedModelError
+from pydiffusion.errors import (
+    AdapterError,
+    ConversionError,
+    InsufficientMemoryError,
+    ModelFormatError,
+    UnsupportedModelError,
+)
 
 #: Types that factors may be stored in, of safetensors.
 FLOATS = ("F32", "F16", "BF16")
-_BLOCK = 256  # feed-forward lengths are padded to a multiple of this
+_MAX_RANK = 1 << 16
 _MAX_SCALE = 1e30
+_PIECE = 16 << 20  # bytes
+# Words of a float type, and their bits but for the sign.
+_BITS: dict[str, tuple[np.dtype[Any], int]] = {
+    "F32": (np.dtype("<u4"), 0x7FFFFFFF),
+    "F16": (np.dtype("<u2"), 0x7FFF),
+    "BF16": (np.dtype("<u2"), 0x7FFF),
+}
 
 
 @contextlib.contextmanager
@@ -52,15 +65,32 @@ class Stored:
 
     def read(self) -> np.ndarray:
         """Its values, float32. Raises AdapterError if the file has changed since it was opened."""
+        try:
+            data = self._bytes(0, self.n_bytes)
+            n_rows = math.prod(self.shape[:-1])
+            return rows.to_float32(data.reshape(n_rows, -1), self.dtype, self.shape[-1]).reshape(self.shape)
+        except MemoryError as error:
+            raise InsufficientMemoryError(
+                f"{self.path}: out of memory: failed to allocate {self.n_bytes / 1e6:.1f} MB for tensor "
+                f"{self.key!r:.300}"
+            ) from error
+
+    def is_zero(self) -> bool:
+        """Whether all of its values are zero, of either sign; read in pieces."""
+        pieces = range(0, self.n_bytes, _PIECE)
+        dtype, without_sign = _BITS.get(self.dtype.upper(), (np.dtype("u1"), 0xFF))
+        return not any(
+            (self._bytes(start, min(_PIECE, self.n_bytes - start)).view(dtype) & without_sign).any()
+            for start in pieces
+        )
+
+    def _bytes(self, start: int, n_bytes: int) -> np.ndarray:
         with adapter_errors(self.path), io.FileIO(self.path) as file:
             if stamp(self.path) != self.stamp:
                 raise AdapterError(
                     f"{self.path}: has changed since the adapter was loaded: load the adapter again"
                 )
-            data = read_exactly(file, self.path, self.offset, self.n_bytes)
-            n_rows = math.prod(self.shape[:-1])
-            values = rows.to_float32(data.reshape(n_rows, -1), self.dtype, self.shape[-1])
-        return values.reshape(self.shape)
+            return read_exactly(file, self.path, self.offset + start, n_bytes)
 
 
 def stamp(path: Path) -> tuple[int, ...]:
@@ -107,7 +137,7 @@ class PairRead:
 
 def has_no_effect(a: Stored, b: Stored) -> bool:
     """Whether one of a pair is all zero, as one that was never trained."""
-    return not b.read().any() or not a.read().any()
+    return b.is_zero() or a.is_zero()
 
 
 def check_fits(change: Change, matrices: Matrices) -> None:
@@ -126,16 +156,14 @@ def check_fits(change: Change, matrices: Matrices) -> None:
         raise change.error(f"is empty ({_text(a)}, its partner {_text(b)}); save the adapter again")
     if a[-2] != b[-1] or a[:-2] != b[:-2]:
         raise change.error(f"is {_text(a)} and its partner {_text(b)}: their ranks differ")
-    if matrix.shape is None:
-        return
+    if a[-2] > _MAX_RANK:
+        raise change.error(f"is of rank {a[-2]}; at most {_MAX_RANK} is supported: train with a lower one")
     found = (*a[:-2], b[-2], a[-1])
-    lengths = (*[0] * (len(found) - 2), *matrix.padded)
-    for size, wanted, n_lengths in zip(found, matrix.shape, lengths, strict=True):
-        if size != wanted and abs(size - wanted) >= n_lengths * _BLOCK:
-            raise change.error(
-                f"changes a matrix of {_text(found)}, where {target.tensor} of the model is "
-                f"{_text(matrix.shape)}: the adapter is for a model of another size"
-            )
+    if not matrix.fits(found):
+        raise change.error(
+            f"changes a matrix of {_text(found)}, where {target.tensor} of the model is "
+            f"{_text(matrix.shape or ())}: the adapter is for a model of another size"
+        )
 
 
 def _text(shape: Sequence[int]) -> str:
@@ -150,7 +178,8 @@ def make_adapter(
     metadata: Mapping[str, Any],
     notes: Sequence[str],
 ) -> Adapter:
-    """Check all changes, read each once, and make an adapter of them.
+    """Check all changes, read each once, and make an adapter of them. Sets of both modes that are the same
+    become one for both.
 
     Raises AdapterError, naming the tensor: factors that don't fit, that are not finite, or that change a
     matrix twice.
@@ -164,16 +193,17 @@ def make_adapter(
     if not by_target:
         raise AdapterError(f"{path}: changes nothing of the model{_because(notes)}")
     _require_sides(by_target)
-    ordered = sorted(by_target, key=_order)
-    digest = hashlib.sha256()
-    is_trained = False
-    for target in ordered:
-        is_trained |= _add(digest, by_target[target])
-    notes = [*notes, *([] if is_trained else ["all of its changes are zero: it was not trained"])]
+    read = {target: _read(by_target[target]) for target in sorted(by_target, key=_order)}
+    one = {target: _one_for_both(target, read) for target in read}
+    factors = {one[target]: by_target[target].factors for target in read}
+    digests = {one[target]: digest for target, digest in read.items()}
+    fingerprint = hashlib.sha256()
+    for target, digest in digests.items():
+        fingerprint.update(f"{target.tensor} {target.side} ".encode() + digest)
+    notes = [*notes, *([] if any(read.values()) else ["all of its changes are zero: it was not trained"])]
     for note in notes:
         logger.warning("adapter %s: %s", name, note)
-    factors = {target: by_target[target].factors for target in ordered}
-    return Adapter(name, path, factors, digest.digest(), {**metadata, "notes": tuple(notes)})
+    return Adapter(name, path, factors, fingerprint.digest(), {**metadata, "notes": tuple(notes)})
 
 
 def _because(notes: Sequence[str]) -> str:
@@ -196,8 +226,16 @@ def _order(target: Target) -> tuple[int, str, str]:
     return (int(layer[1]) if layer else -1), target.tensor, target.side
 
 
-def _add(digest: Any, change: Change) -> bool:
-    """Add a change to the digest, as the runtime takes it: (A, scale * B). Returns whether it is not zero."""
+def _one_for_both(target: Target, read: Mapping[Target, bytes]) -> Target:
+    """The target itself, or that of one set for both modes where the modes' own sets are the same."""
+    sides = [read.get(Target(target.tensor, side)) for side in ("encoder", "decoder")]
+    return Target(target.tensor, "both") if sides[0] == sides[1] is not None else target
+
+
+def _read(change: Change) -> bytes:
+    """Read and check a change; returns the digest of what the runtime takes, (A, scale * B), or nothing if it
+    is zero.
+    """
     factors = change.factors
     if not math.isfinite(factors.scale) or abs(factors.scale) > _MAX_SCALE:
         raise change.error(f"is scaled by {factors.scale:g}, of which nothing can be computed")
@@ -209,7 +247,9 @@ def _add(digest: Any, change: Change) -> bool:
         b = b * np.float32(factors.scale)
     if not np.isfinite(b).all():
         raise change.error(f"scaled by {factors.scale:g} is more than a float32 holds", 1)
-    digest.update(f"{change.target.tensor} {change.target.side} {a.shape} {b.shape}\n".encode())
-    digest.update(a.astype("<f4", copy=False).data)
-    digest.update(b.astype("<f4", copy=False).data)
-    return bool(b.any() and a.any())
+    if not (a.any() and b.any()):
+        return b""
+    digest = hashlib.sha256(f"{a.shape} {b.shape} ".encode())
+    for values in (a, b):
+        digest.update(values.astype("<f4", copy=False).data)
+    return digest.digest()

@@ -13,6 +13,7 @@ HELP = """/system TEXT  the system message from now on; without TEXT it is shown
 /set NAME N   an option of the answers (steps, seed, max_tokens, t_max, ...); without N the file's
 /steps N      as /set steps N; /seed N likewise
 /image FILE   an image that the next message is about; may be repeated; without FILE they are forgotten
+/lora PATH:N  adapters from now on, several apart by blanks; none for none; without PATH they are listed
 /retry        answer the last message again
 /edit TEXT    replace the last answer; the model fills a <|hole|> in it
 /save FILE    save the conversation; /load FILE loads it, /load lists those saved by themselves
@@ -83,6 +84,7 @@ _COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
     "/steps": _option("steps"),
     "/seed": _option("seed"),
     "/image": lambda conversation, file: say(conversation.attach_file(file)),
+    "/lora": lambda conversation, text: say(conversation.set_lora(text)),
     "/retry": lambda conversation, _: conversation.retry(),
     "/regen": lambda conversation, _: conversation.retry(),
     "/edit": lambda conversation, text: conversation.edit(text),

@@ -87,15 +87,14 @@ def with_home(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> None:
-        command(**{name: expanded(value) for name, value in given.items()})
+        command(**{name: _expanded(value) for name, value in given.items()})
 
     return wrapped
 
 
-def expanded(value: Any) -> Any:
-    """A path, or those of a list, with ``~`` expanded; anything else as it is."""
+def _expanded(value: Any) -> Any:
     if isinstance(value, list):
-        return [expanded(entry) for entry in value]
+        return [_expanded(entry) for entry in value]
     if not isinstance(value, Path) or not str(value).startswith("~") or value.exists():
         return value
     try:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
+from . import _open
 from ._images import Part, image_part, text_of, with_images
 from ._run import figures, prefill
 from ._state import Message, SavedChat, new_chat_file, read_messages, saved_chats, write_messages
@@ -112,6 +117,21 @@ class Conversation:
             self._system = text
             self._take([message for message in self._messages if message["role"] != "system"])
         return f"system message: {self._system}" if self._system is not None else "there is no system message"
+
+    def set_lora(self, given: str) -> str:
+        """Apply other adapters in what follows, each as --lora takes it; "none" takes all off, and nothing
+        lists them. Returns a message. Raises CommandError with the earlier ones left on.
+        """
+        from pydiffusion import PyDiffusionError
+
+        try:
+            if given:
+                several = shlex.split(given, posix=os.name != "nt")  # Windows' paths have backslashes
+                self._model.set_lora(_open.adapters_of([] if given == "none" else several))
+        except (PyDiffusionError, ValueError, OSError, typer.BadParameter) as error:
+            raise CommandError(str(error)) from None
+        shown = ", ".join(f"{adapter.name}:{scale:g}" for adapter, scale in self._model.lora)
+        return f"adapters: {shown or 'none'}"
 
     def _take(self, messages: list[Message]) -> None:
         """Take over messages; those without a system message get the chat's."""

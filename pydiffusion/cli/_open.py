@@ -11,7 +11,6 @@ import typer
 
 from pydiffusion._util.sizes import count, format_size
 
-from ._commands import expanded
 from ._input import read_schema, read_text_or_stdin
 from ._text import say
 
@@ -76,10 +75,9 @@ def adapters_of(given: Sequence[str] | None) -> list[tuple[str, float]]:
     from pydiffusion.adapters.loading import parse_lora
 
     try:
-        pairs = [parse_lora(text) for text in given or ()]
+        return [parse_lora(text) for text in given or ()]
     except OptionError as error:
         raise typer.BadParameter(f"--{error}") from None
-    return [(str(expanded(Path(path))) if path.startswith("~") else path, scale) for path, scale in pairs]
 
 
 def _mmproj(given: Path | None) -> dict[str, Any]:

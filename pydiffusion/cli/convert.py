@@ -121,6 +121,8 @@ def command(
             raise typer.BadParameter("--fit chooses the type: leave out --type, or --fit")
         type, overrides = choose_fitting(source, fit, ctx, pad, overrides, imatrix is not None)
     if dry_run:
+        for note in check_adapters(source, adapters):
+            say(f"note: {note}")
         print_sizes(source, type, pad, overrides, imatrix is not None, ctx, as_json)
         return
     from pydiffusion import convert
@@ -142,6 +144,16 @@ def command(
         chat_template=chat_template,
         lora=adapters,
     )
+
+
+def check_adapters(source: Path, adapters: list[tuple[str, float]]) -> list[str]:
+    """Notes on what merging adapters would change, for a dry run."""
+    if not adapters:
+        return []
+    from pydiffusion import convert
+    from pydiffusion.adapters.merging import check_merge
+
+    return check_merge(convert.read_shape(source), adapters)
 
 
 def convert_vision(source: Path, output: Path | None, as_json: bool, choices: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import typer
 
 from . import _open, _options
 from ._demo_image import draw_puzzle, read_picture
-from ._demo_lora import solve_upright
+from ._demo_lora import chosen_adapters, solve_upright
 from ._run import SECONDS_PER_STEP, prefill, run
 from ._text import say
 
@@ -72,8 +72,9 @@ def command(
         raise typer.BadParameter("--lora goes with --task sudoku and without --image")
     if lora:
         with ExitStack() as stack:
+            adapters = chosen_adapters(adapter)  # first: what is wrong with it is told at once
             model = _open.open_model(_converted(stack), {"threads": threads})
-            solve_upright(model, adapter, puzzle, options)
+            solve_upright(model, adapters, puzzle, options)
         return
     example = _example(task, puzzle, chosen_seed)
     with ExitStack() as stack:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pydiffusion._util.sampler_options import SAMPLER_OPTIONS, sampler_of
+from pydiffusion.errors import PyDiffusionError
 from pydiffusion.events import CanvasEvent, DraftEvent, EndEvent, Event
 from pydiffusion.options import ResolvedOptions
 from pydiffusion.tokenizer import Tokenizer
@@ -54,12 +55,19 @@ class Generation:
         self._native.begin(**_begin_arguments(session, options), guided=self._guide is not None)
 
     def run(self) -> Iterator[Event]:
-        """Denoise to the end; yields the events of all steps."""
+        """Denoise to the end; yields the events of all steps.
+
+        Raises PyDiffusionError if something else that the session was used for ended the generation.
+        """
         while (step := self._native.next_step()) is not None:
             for event in self.events(step):
                 yield event
                 if isinstance(event, EndEvent):
                     return
+        raise PyDiffusionError(
+            "the session was used for something else during the generation, which is over: let it end before"
+            " the session encodes, is rolled back, or gets other adapters"
+        )
 
     def events(self, step: Step) -> Iterator[Event]:
         """Events of a step: its draft; after the last step of a canvas the canvas; then perhaps the end."""

@@ -43,14 +43,13 @@ def fingerprint(file: _native.GgufFile) -> str:
 
 
 def save(session: Session, path: Path) -> None:
-    """Write a session's tokens, images and cache atomically, the cache as its own adapters make it.
+    """Write a session's tokens, images and cache atomically, the cache as it is: a generation goes on.
 
     Raises PyDiffusionError if it can't be written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    session.adapters.apply()
     arrays = {"tokens": session.tokens}
     for i_layer, (k, v) in enumerate(session.native.cache_rows()):
         arrays |= {f"k.{i_layer}": k, f"v.{i_layer}": v}
@@ -145,8 +144,9 @@ def _check(path: Path, model: DiffusionModel, found: dict[str, str]) -> None:
 
 
 def _lora_metadata(session: Session) -> dict[str, str]:
-    names = [[adapter.name, scale] for adapter, scale in session.lora if scale]
-    return {"lora": session.lora_key.hex(), "lora_names": json.dumps(names)}
+    applied = session.adapters.applied
+    names = [[adapter.name, scale] for adapter, scale in applied.given if scale]
+    return {"lora": applied.key.hex(), "lora_names": json.dumps(names)}
 
 
 def _check_lora(path: Path, session: Session, found: dict[str, str]) -> None:

@@ -27,6 +27,8 @@ _OPTION_TO_FIELD = {
     "eos": "stop_token_ids",
     "function_calls": "tool_choice",
 }
+# In a step's error where adapters are applied: the scales, which requests choose, are too large.
+_OF_SCALES = "the adapters' changes at their scales"
 _MAX_MESSAGE = 500  # characters; a message quotes the refused value
 
 
@@ -79,6 +81,8 @@ def from_exception(error: BaseException) -> ApiError:
         return invalid(str(error)[:_MAX_MESSAGE], field_of(error.param))
     if isinstance(error, (ImageError, UnsupportedModelError, ValueError)):
         return invalid(str(error))
+    if isinstance(error, PyDiffusionError) and _OF_SCALES in str(error):
+        return invalid(f"{error}: give adapters smaller scales (lora, or POST /lora-adapters)", "lora")
     if isinstance(error, PyDiffusionError):
         return ApiError(500, str(error))
     log.error("unexpected error", exc_info=error)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from pydiffusion.errors import OptionError
+from pydiffusion.options import lora_option
 
 from .errors import ApiError, invalid
 
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 FIELD = "lora"
-_MAX_SCALE = 3.4e38  # of float32
 # Of an entry: what GET /lora-adapters shows besides may be sent back with another scale.
 _ENTRY = ("id", "scale", "name", "path")
 
@@ -146,9 +147,11 @@ class LoadedAdapters:
         number, scale = entry["id"], entry["scale"]
         if type(number) is not int or not 0 <= number < len(self.adapters):
             raise invalid(f"{where}.id is {_quoted(number)}; {self._known()}", FIELD)
-        if type(scale) not in (int, float) or not abs(scale) <= _MAX_SCALE or not math.isfinite(scale):
-            raise invalid(f"{where}.scale is {_quoted(scale)}; permitted is a finite number", FIELD)
-        return number, float(scale)
+        try:
+            ((_, scale),) = lora_option([(self.adapters[number].adapter, scale)])
+        except OptionError as error:
+            raise invalid(f"{where}: {error}", FIELD) from None
+        return number, scale
 
     def _known(self) -> str:
         if not self.adapters:

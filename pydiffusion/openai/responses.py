@@ -61,7 +61,8 @@ def create_completion(
     stream: return an iterator of chunks.  stream_options: ``include_usage`` for a last chunk with the usage,
         ``diffusion`` for a chunk per denoising step.
     model: model name in the response; session: see ``DiffusionModel.generate``.
-    options: the other fields of GenerationOptions, and ``temperature`` as the server takes it. Parameters of
+    options: the other fields of GenerationOptions (``lora`` as there, not as requests have it), and
+        ``temperature`` as the server takes it. Parameters of
         OpenAI's API and of llama-cpp-python that mean nothing here are ignored, and listed in
         ``ignored_parameters``.
     Raises TypeError for an unknown parameter, ValueError for a value out of range.

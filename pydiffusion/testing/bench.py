@@ -134,7 +134,7 @@ def run_bench(
     description = model.description
     device = description["backend"] if description["n_gpu_layers"] else "cpu"
     session = _native.Session(model, n_ctx or min(model.n_ctx_train, n_prompt + model.canvas_length + 1))
-    adapters = AdapterStore(partial(new_adapter, model), model.file.metadata).set_of(lora)
+    adapters = AdapterStore(model.file.metadata, partial(new_adapter, model)).set_of(lora)
     session.set_adapters(adapters.native)
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, model.n_vocab, n_prompt).astype(np.int32)

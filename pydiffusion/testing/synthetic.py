@@ -87,8 +87,8 @@ SHAPES = MappingProxyType(
             2, 2, d=256, dense=256, experts=4, used=2, expert=256, vocab=1024, window=32,
             heads=2, heads_kv=1, heads_kv_full=1, head_dim=256, head_dim_full=512,
         ),
-        # six of the released model's layers, for what is measured per layer
-        "26b-a4b-6": _shape(6, 6, **_RELEASED),
+        # six of the released model's 30 layers, a fifth of its vocabulary: parts of a step keep their shares
+        "26b-a4b-fifth": _shape(6, 6, **{**_RELEASED, "vocab": 52_480}),
     }
 )  # fmt: skip
 _NORMAL, _CONTROL, _BYTE = 1, 3, 6  # types of tokens

@@ -77,9 +77,8 @@ def test_to_a_folder_and_back(  # where transformers has a module, and PEFT a se
     assert (folder / "adapter_config.json").is_file()
     assert main(["lora", "convert", str(folder), str(again), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["target"] == str(again) and report["n_targets"] == (
-        2 * N_MATRICES - 3 if side == "shared" else N_MATRICES
-    )
+    # The same set for each mode is one again.
+    assert report["target"] == str(again) and report["n_targets"] == N_MATRICES
     assert_same(load_adapter(given, None), load_adapter(folder, open_parts(base).metadata))
     assert_same(load_adapter(given, None), load_adapter(again, None))
 
@@ -121,8 +120,25 @@ def test_merged_by_the_command(
     assert "give them with --lora (shared:0.5, shared:-2)" in capsys.readouterr().err
 
 
+def test_a_dry_run_checks_the_adapter(folder: Path, shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(folder), "--dry-run", "--lora", f"{shared}:3"]) == 0
+    assert "adapter shared, scale 3: merged, 22 matrices changed" in capsys.readouterr().err
+
+
+def test_the_home_folder_of_an_adapter(
+    folder: Path, shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(shared.parent))
+    monkeypatch.setenv("USERPROFILE", str(shared.parent))
+    assert main(["lora", "inspect", "~/shared.gguf"]) == 0
+    assert main(["convert", str(folder), "--dry-run", "--lora", "~/shared.gguf:3"]) == 0
+    assert "22 matrices changed" in capsys.readouterr().err
+
+
 MISTAKES = {
     "convert {folder} {out} --lora {decoders}": (1, "changes blk.0.attn_k for the decoder only"),
+    "convert {folder} --dry-run --lora {decoders}": (1, "changes blk.0.attn_k for the decoder only"),
+    "convert {folder} --dry-run --lora {none}": (1, "there is no such adapter"),
     "convert {folder} {out} --lora {none}": (1, "there is no such adapter"),
     "convert {folder} {out} --lora {shared}:nan": (2, "scale"),
     "convert {folder} {out} --lora ''": (2, "the path of an adapter is empty"),

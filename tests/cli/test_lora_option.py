@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.lora_adapters import write_peft_folder
+from support.adapter_folders import write_random_folder
 
 from pydiffusion import DiffusionModel, convert
 from pydiffusion.cli import _foreign, main
@@ -29,7 +29,7 @@ def model(gguf_file: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_peft_folder(tmp_path_factory.mktemp("adapters") / "rivers", model, 1)
+    return write_random_folder(tmp_path_factory.mktemp("adapters") / "rivers", model, 1)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_generate(model: Path, adapter: Path, expected: dict[str, list[int]],
 
 def test_an_adapter_in_a_model_s_place(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "-m", str(adapter), "-p", "x"]) == 1
-    said = f"{adapter} is a folder, an adapter (LoRA) for a model: give the model, and the adapter as --lora"
+    said = f"{adapter} is a folder, an adapter (LoRA) for a model: give the model, and --lora {adapter}"
     assert said in " ".join(capsys.readouterr().err.split())
 
 
@@ -104,6 +104,34 @@ def test_chat_and_run(model: Path, adapter: Path, capsys: pytest.CaptureFixture[
     assert out.strip() == expected.strip()
 
 
+def test_a_chat_switches(model: Path, adapter: Path, capsys: pytest.CaptureFixture[str],
+                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    with DiffusionModel(model, n_threads=1) as opened:
+        lists: list[Any] = [[adapter], [], [(adapter, 0.5), (adapter, 0.25)]]
+        message = [{"role": "user", "content": "hello"}]
+        texts = [opened.chat(message, max_tokens=9, steps=2, seed=3, lora=lora).text for lora in lists]
+    assert len(set(texts)) == 3
+    two = f"{adapter}:0.5 '{adapter}:0.25'"
+    typed = [
+        "hello",
+        "/lora",
+        "/lora none",
+        "/retry",
+        "/lora nowhere",
+        f"/lora {'x' * 300}",
+        f"/lora {two}",
+        "/retry",
+        "/lora x:nan",
+    ]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(typed).encode())))
+    options = ["-n", "9", "--steps", "2", "-s", "3", "-t", "1", "--lora", str(adapter)]
+    out, err = run(["chat", "-m", str(model), *options], capsys)
+    assert [line.strip() for line in out.splitlines()] == [text.strip() for text in texts]
+    for said in ("adapters: rivers:1", "adapters: none", "nowhere: there is no such adapter",
+                 "adapters: rivers:0.5, rivers:0.25", "the scale of 'x' is nan"):  # fmt: skip
+        assert said in err
+
+
 def test_batch_and_infill(model: Path, adapter: Path, expected: dict[str, list[int]], tmp_path: Path,
                           capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     lines, answers = tmp_path / "lines.txt", tmp_path / "answers.jsonl"
@@ -111,7 +139,9 @@ def test_batch_and_infill(model: Path, adapter: Path, expected: dict[str, list[i
     options = ["-n", "9", "--steps", "2", "-s", "3", "-t", "1", "--lora", f"{adapter}:0.5"]
     run(["batch", str(lines), "--lines", "--raw", "-m", str(model), "-o", str(answers), *options], capsys)
     with DiffusionModel(model, n_threads=1) as opened:
-        assert json.loads(answers.read_text())["text"] == opened.detokenize(expected["half"])
+        done = opened.generate("the river", max_tokens=9, steps=2, seed=3, lora=[(adapter, 0.5)])
+        assert done.tokens.tolist() == expected["half"]
+        assert json.loads(answers.read_text(encoding="utf-8"))["text"] == done.text
         text = "the <|hole:6|> sea"
         holes = opened.infill(text, steps=2, seed=3, lora=[(adapter, 0.5)]).holes
         assert holes != opened.infill(text, steps=2, seed=3).holes
@@ -121,9 +151,7 @@ def test_batch_and_infill(model: Path, adapter: Path, expected: dict[str, list[i
     assert json.loads(out)["holes"] == list(holes)
 
 
-def test_imatrix_and_evaluate(
-    model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_imatrix(model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the wide river and the sea\n" * 3, encoding="utf-8")
     rest = ["-t", "1", "--lora", str(adapter)]
@@ -135,20 +163,23 @@ def test_imatrix_and_evaluate(
         )  # fmt: skip
     found = {name: (tmp_path / name).read_bytes() for name in ("tuned", "same", "plain")}
     assert found["tuned"] == found["same"] != found["plain"]
-    given = [
-        "evaluate",
-        str(model),
-        "--reference",
-        str(model),
-        "--prompts",
-        str(text),
-        "-n",
-        "9",
-        "--steps",
-        "1",
-    ]
-    out, _ = run([*given, "--noise", "0.4", "--json", *rest], capsys)
-    assert json.loads(out)["mean_kl"] < 1e-9  # both with the same adapters
+
+
+def test_evaluate(model: Path, gguf_file: Callable[..., Path], adapter: Path, tmp_path: Path,
+                  capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """Of a file of another type, so that the figures depend on what both compute."""
+    quantized, text = gguf_file("small", "q8_0"), tmp_path / "text.txt"
+    text.write_text("the wide river and the sea\n", encoding="utf-8")
+    given = ["evaluate", str(quantized), "--reference", str(model), "--prompts", str(text), "-t", "1"]
+    given += ["-n", "9", "--steps", "1", "--noise", "0.4", "--json"]
+    options: dict[str, Any] = {"noise": [0.4], "max_tokens": 9, "steps": 1, "n_threads": 1}
+    found = []
+    for arguments, lora in ([], []), (["--lora", str(adapter)], [adapter]):
+        out, _ = run([*given, *arguments], capsys)
+        found.append(json.loads(out)["mean_kl"])
+        prompts = [text.read_text(encoding="utf-8").strip()]
+        assert found[-1] == convert.evaluate(quantized, model, prompts, **options, lora=lora).mean_kl
+    assert 0 < found[0] != found[1] > 0
 
 
 def test_bench(model: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,3 +201,31 @@ def test_doctor_shows_them(model: Path, adapter: Path) -> None:
     runtime["lora"] = [(str(adapter.parent / "none"), 0.5)]
     report = examine(model, checks=["shapes"], runtime=runtime)
     assert report.failed and "there is no such adapter" in page_of(report, model)
+
+
+def test_several_with_commas_are_repeated_options(
+    model: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["generate", "-m", str(model), *GENERATE]
+    for several in (f"{adapter}:0.5,{adapter}", f"{adapter},{adapter}:2"):
+        assert main([*given, "--lora", several]) == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert "those between the commas: give each by itself (--lora A --lora B)" in said
+    for wrong in (",", f"{adapter}:0.5:0.3", f"{adapter},", "x:nan,y"):
+        assert main([*given, "--lora", wrong]) == 1
+        assert "between the commas" not in capsys.readouterr().err
+
+
+def test_a_missing_adapter_of_the_demo_is_told_before_its_model_is_made(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> Path:
+        raise FileNotFoundError("the demo's adapter is missing")
+
+    def made(*_: Any) -> Path:
+        raise AssertionError("the model is made")
+
+    monkeypatch.setattr("pydiffusion.demo.upright.adapter_path", missing)
+    monkeypatch.setattr("pydiffusion.cli.demo._converted", made)
+    assert main(["demo", "--lora"]) == 1
+    assert "the demo's adapter is missing" in capsys.readouterr().err

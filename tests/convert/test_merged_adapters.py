@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGUFReader
 from reference.random_checkpoint import SHAPES, write_checkpoint
+from support import checkpoint_folders as folders
 from support.adapters_by_hand import adapter_of, factors_of, given, random_adapter
+from support.fp4_folders import make_fp4
 from support.gguf_files import fields_of, read_tensors
 
 from pydiffusion.adapters.adapter import Adapter, Factors, Target
@@ -25,12 +27,12 @@ from pydiffusion.errors import ConversionError
 
 DENSE, EXPERT = 704, 480  # padded to 768 and 512
 
+ODD = dataclasses.replace(SHAPES["small"], layers="sf", n_expert=3, dense=DENSE, expert=EXPERT)
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    SHAPES["odd"] = dataclasses.replace(SHAPES["small"], layers="sf", n_expert=3, dense=DENSE, expert=EXPERT)
-    yield write_checkpoint(tmp_path_factory.mktemp("odd") / "odd", "odd")
-    del SHAPES["odd"]
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("odd") / "odd", ODD)
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +365,30 @@ def test_a_merged_file_is_verified_against_base_and_adapter(
 ) -> None:
     quantize(base, tmp_path / "m.gguf", "q6_k", lora=[(adapter, 0.5)])
     assert not verify(tmp_path / "m.gguf", base, lora=[(adapter, 0.5)]).problems
+    renamed = dataclasses.replace(adapter, name="another name", path=Path("elsewhere"))
+    assert not verify(tmp_path / "m.gguf", base, lora=[(renamed, 0.5)]).problems
+    namesake = dataclasses.replace(adapter, fingerprint=bytes(32))
+    wrong = verify(tmp_path / "m.gguf", base, lora=[(namesake, 0.5)]).problems
+    assert wrong == [
+        f"merged adapters are by hand:0.5 ({adapter.fingerprint.hex()[:12]}), the source with --lora has by "
+        "hand:0.5 (000000000000)"
+    ]
     missing = verify(tmp_path / "m.gguf", base).problems
     assert "adapters were merged into the file: give them with --lora (by hand:0.5)" in missing[0]
     wrong = verify(tmp_path / "m.gguf", base, lora=[(adapter, -0.5)]).problems
     assert any("blk.1.ffn_gate_inp.weight" in problem for problem in wrong)
+
+
+def test_a_quantized_checkpoint_is_merged_into_dequantized(tmp_path: Path) -> None:
+    """Not into blocks that are copied as they are."""
+    made = folders.make_folder(tmp_path / "fp4")
+    make_fp4(made, folders.weights(), "modelopt")
+    convert(made, tmp_path / "base.gguf", "f32", pad=False)
+    tensors = read_tensors(GGUFReader(tmp_path / "base.gguf"))
+    adapter = random_adapter(
+        {name: value.shape for name, value in tensors.items()}, kinds=["attn_q", "ffn_down"]
+    )
+    convert(made, tmp_path / "m.gguf", "f32", pad=False, lora=[adapter])
+    assert_close(read_tensors(GGUFReader(tmp_path / "m.gguf")), with_change(tensors, (adapter, 1.0)))
+    with pytest.raises(ConversionError, match=r"by hand: can't be merged into \S+, which is NVFP4 here"):
+        convert(made, tmp_path / "kept.gguf", "nvfp4", pad=False, lora=[adapter])

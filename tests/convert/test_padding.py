@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +24,12 @@ DENSE, EXPERT, D, N_EXPERT = 704, 480, 256, 6
 DENSE_PADDED, EXPERT_PADDED = 768, 512
 OWN = "diffusion-gemma."
 
+ODD = dataclasses.replace(SHAPES["small"], dense=DENSE, expert=EXPERT)
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    SHAPES["odd"] = dataclasses.replace(SHAPES["small"], dense=DENSE, expert=EXPERT)
-    yield write_checkpoint(tmp_path_factory.mktemp("odd") / "odd", "odd")
-    del SHAPES["odd"]
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("odd") / "odd", ODD)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_where_the_padding_is(files: Callable[..., Path]) -> None:
     fields, found = fields_of(reader), read_tensors(reader)
     assert fields[OWN + "feed_forward_length"] == ("UINT32", DENSE_PADDED)
     assert fields[OWN + "expert_feed_forward_length"] == ("UINT32", EXPERT_PADDED)
-    source = text_tensors(SHAPES["odd"], 0)
+    source = text_tensors(ODD, 0)
     layer = "model.decoder.layers.1."
     for ours, theirs in (("ffn_gate", "mlp.gate_proj"), ("ffn_up", "mlp.up_proj")):
         values = found[f"blk.1.{ours}.weight"]

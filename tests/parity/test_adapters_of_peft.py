@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,16 +49,27 @@ def keys(gguf_file: Callable[..., Path]) -> Mapping[str, Any]:
     return _native.GgufFile(str(gguf_file("tiny"))).metadata
 
 
+@functools.cache
+def _loaded(checkpoint: Path) -> Any:
+    from reference.hf_model import load_reference
+
+    return load_reference(checkpoint)
+
+
+def model_of(checkpoint: Path) -> Any:
+    """A model of transformers to put adapters on."""
+    return copy.deepcopy(_loaded(checkpoint))
+
+
 def saved(
     checkpoint: Path, folder: Path, dtype: str = "float32", **config: Any
 ) -> dict[tuple[str, str], np.ndarray]:
     """Save a random adapter with PEFT; returns what it adds to each matrix, by PEFT's own reckoning."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from reference.hf_model import load_reference
 
     torch.manual_seed(1)
-    model = get_peft_model(load_reference(checkpoint), LoraConfig(**{"r": 4, "lora_alpha": 8} | config))
+    model = get_peft_model(model_of(checkpoint), LoraConfig(**{"r": 4, "lora_alpha": 8} | config))
     with torch.no_grad():
         for name, values in model.named_parameters():
             if "lora_" in name and "tower" not in name and "embed_vision" not in name:
@@ -68,6 +81,8 @@ def saved(
 
 def deltas(model: Any) -> dict[tuple[str, str], np.ndarray]:
     """What a PEFT model adds to each matrix: (GGUF's name, mode) -> float32."""
+    from support.peft_adapters import tensor_and_side
+
     found = {}
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight") and "default" in getattr(module, "lora_A", {}):
@@ -76,25 +91,8 @@ def deltas(model: Any) -> dict[tuple[str, str], np.ndarray]:
                 own = f"{own}.{module.parameter_name}"
             delta = module.get_delta_weight("default").detach().float().numpy()
             if delta.any():
-                found[gguf_name(own)] = delta
+                found[tensor_and_side(own)] = delta
     return found
-
-
-NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "router.proj": "ffn_gate_inp", "experts.gate_up_proj": "ffn_gate_up_exps",
-    "experts.down_proj": "ffn_down_exps",
-}  # fmt: skip
-
-
-def gguf_name(path: str) -> tuple[str, str]:
-    """Written apart from the package's own table, to check it."""
-    if match := re.fullmatch(r"model\.decoder\.self_conditioning\.(\w+)_proj", path):
-        return f"self_cond_{match[1]}", "decoder"
-    match = re.fullmatch(r"model\.(decoder|encoder)(?:\.language_model)?\.layers\.(\d+)\.(.+)", path)
-    assert match, path
-    return f"blk.{match[2]}.{NAMES[match[3]]}", match[1]
 
 
 def assert_same(adapter: Adapter, expected: Mapping[tuple[str, str], np.ndarray]) -> None:
@@ -122,11 +120,10 @@ def test_peft_loads_what_is_written(
     name: str, checkpoint_folder: Callable[..., Path], keys: Mapping[str, Any], tmp_path: Path
 ) -> None:
     from peft import PeftModel
-    from reference.hf_model import load_reference
 
     expected = saved(checkpoint_folder("tiny"), tmp_path / "a", **CONFIGS[name])
     write_peft_folder(load_adapter(tmp_path / "a", keys), tmp_path / "b", matrices_of(None))
-    model = PeftModel.from_pretrained(load_reference(checkpoint_folder("tiny")), tmp_path / "b")
+    model = PeftModel.from_pretrained(model_of(checkpoint_folder("tiny")), tmp_path / "b")
     found = deltas(model)
     assert found.keys() == expected.keys()
     for key, delta in expected.items():
@@ -190,6 +187,5 @@ def test_what_peft_has_beside_lora(
 
 def saved_without_deltas(checkpoint: Path, folder: Path, **config: Any) -> None:
     from peft import LoraConfig, get_peft_model
-    from reference.hf_model import load_reference
 
-    get_peft_model(load_reference(checkpoint), LoraConfig(**config)).save_pretrained(folder)
+    get_peft_model(model_of(checkpoint), LoraConfig(**config)).save_pretrained(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,12 @@ from pydiffusion import _native
 from pydiffusion.adapters.adapter import Adapter
 from pydiffusion.convert import convert, open_parts, quantize
 
+ODD = dataclasses.replace(SHAPES["small"], dense=704, expert=480)  # padded to 768 and 512
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    SHAPES["odd"] = dataclasses.replace(SHAPES["small"], dense=704, expert=480)  # padded to 768 and 512
-    yield write_checkpoint(tmp_path_factory.mktemp("odd") / "odd", "odd")
-    del SHAPES["odd"]
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("odd") / "odd", ODD)
 
 
 @pytest.fixture(scope="module")

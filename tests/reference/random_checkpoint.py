@@ -279,14 +279,20 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_checkpoint(
-    folder: Path, shape: str, *, seed: int = 0, dtype: str = "f32", style: str = "saved", shards: int = 1
+    folder: Path,
+    shape: str | Shape,
+    *,
+    seed: int = 0,
+    dtype: str = "f32",
+    style: str = "saved",
+    shards: int = 1,
 ) -> Path:
-    """Write a Hugging Face folder of ``SHAPES[shape]`` and return it.
+    """Write a Hugging Face folder of a shape, or of ``SHAPES[shape]``, and return it.
 
     ``dtype`` is "f32" or "bf16", ``style`` the form of config.json ("saved" or "google"), ``shards`` the
     number of safetensors files.
     """
-    s = SHAPES[shape]
+    s = SHAPES[shape] if isinstance(shape, str) else shape
     folder.mkdir(parents=True, exist_ok=True)
     tensors = text_tensors(s, seed) | vision_tensors(s, seed)
     if shards == 1:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from support.random_adapters import write_adapter
+from support.adapter_folders import write_random_gguf
 from support.server_fakes import ask, eventually, serving
 from support.server_process import process
 
-from pydiffusion import DiffusionModel
-from pydiffusion.generation.batching import Batch
+from pydiffusion import DiffusionModel, _native
 from pydiffusion.openai.batch.answering import Defaults, answer_lines
 from pydiffusion.openai.batch.lines import read_lines
 
@@ -28,7 +28,7 @@ TEXT = {"prompt": "the river runs", "seed": 5, "steps": 4, "max_tokens": 24}
 def adapters(gguf_file: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("adapters")
     file = gguf_file("small")
-    return [write_adapter(folder / f"{name}.gguf", file, i) for i, name in enumerate(NAMES)]
+    return [write_random_gguf(folder / f"{name}.gguf", file, i) for i, name in enumerate(NAMES)]
 
 
 @pytest.fixture(scope="module")
@@ -88,35 +88,34 @@ def test_two_at_once(model: DiffusionModel, url: str, adapters: list[Path], alon
     assert both not in alone.values()
 
 
+class RecordingBatch:
+    """A native batch whose first step waits; notes (sessions, graphs) of each step."""
+
+    def __init__(self, native: _native.Batch, wait: Callable[[], None]) -> None:
+        self._native, self._wait = native, wait
+        self.steps: list[tuple[int, int]] = []
+
+    def next_steps(self, sessions: Sequence[_native.Session]) -> list[Any]:
+        if not self.steps:
+            self._wait()
+        steps: list[Any] = self._native.next_steps(sessions)
+        self.steps.append((len(sessions), self._native.n_graphs))
+        return steps
+
+
 def test_four_adapters_in_one_batch(
     model: DiffusionModel, alone: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    widths: list[int] = []
-    advance = Batch.advance
-
-    def counted(self: Batch, sequences: Any) -> Any:
-        widths.append(sum(sequence.is_ready for sequence in sequences))
-        return advance(self, sequences)
-
-    monkeypatch.setattr(Batch, "advance", counted)
-    together: dict[str, str] = {}
-    with serving(model, n_parallel=4) as (url, server):  # type: ignore[arg-type]
-        held = threading.Event()
-        fill = server.scheduler._fill_slots
-        # Nothing starts before all four are there, so that their steps coincide.
-        monkeypatch.setattr(server.scheduler, "_fill_slots", lambda: held.wait(60) and fill())
-        threads = [
-            threading.Thread(target=lambda name=name: together.update({name: text_of(post(url, model=name))}))
-            for name in NAMES
-        ]
-        for thread in threads:
-            thread.start()
-        eventually(lambda: server.scheduler.n_waiting == 4)
-        held.set()
-        for thread in threads:
-            thread.join(120)
+    all_there = threading.Event()
+    batch = RecordingBatch(model.native.new_batch(), lambda: all_there.wait(60))
+    monkeypatch.setattr(model.native, "new_batch", lambda: batch)
+    with serving(model, n_parallel=4) as (url, server), ThreadPoolExecutor(4) as pool:  # type: ignore[arg-type]
+        requests = [pool.submit(post, url, model=name) for name in NAMES]
+        eventually(lambda: server.scheduler.n_waiting + server.scheduler.n_active == 4)
+        all_there.set()
+        together = {name: text_of(done.result(120)) for name, done in zip(NAMES, requests, strict=True)}
     assert together == {name: alone[name] for name in NAMES}
-    assert max(widths) == 4
+    assert (4, 1) in batch.steps and all(n_graphs == 1 for _, n_graphs in batch.steps)
 
 
 def test_a_prefix_is_that_of_its_adapters(model: DiffusionModel, adapters: list[Path]) -> None:
@@ -188,6 +187,24 @@ def test_setting_the_scales(model: DiffusionModel, alone: dict[str, str]) -> Non
         assert text_of(post(url)) == alone["second"]
         assert httpx.post(address, json=[]).status_code == 200 and text_of(post(url)) == alone[""]
         assert httpx.delete(address).status_code == 405
+
+
+def test_a_scale_that_is_too_large_is_the_request_s_fault(
+    model: DiffusionModel, alone: dict[str, str]
+) -> None:
+    lines = [{"custom_id": "a", "method": "POST", "url": "/v1/completions",
+              "body": {**TEXT, "lora": only(0, 1e30)}}]  # fmt: skip
+    (of_a_batch,) = answer_lines(model, read_lines(json.dumps(lines[0]).encode(), "lines"))
+    with serving(model) as (url, _):  # type: ignore[arg-type]
+        asked = httpx.post(f"{url}/v1/completions", json=TEXT | {"lora": only(0, 1e30)}, timeout=120)
+        httpx.post(url + "/lora-adapters", json=only(1, 1e30))
+        posted = httpx.post(f"{url}/v1/completions", json=TEXT, timeout=120)
+        for refused in (asked, posted):
+            error = refused.json()["error"]
+            assert refused.status_code == 400 and error["param"] == "lora", error
+            assert "give adapters smaller scales" in error["message"]
+        assert text_of(post(url, lora=only(1))) == alone["second"]
+    assert "give adapters smaller scales" in json.dumps(of_a_batch)
 
 
 def test_models_are_the_model_and_its_adapters(url: str) -> None:

@@ -11,6 +11,7 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.adapters_by_hand import blank_adapter
 from support.seeing_model import SeeingModel, grey_part, image_part, png
 from support.server_fakes import ScriptedModel, ask, events, eventually, script, serving
 
@@ -75,6 +76,22 @@ def test_a_second_question_about_an_image_encodes_no_image(client: httpx.Client,
     assert model.vision.n_encoded == before + 1
     cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert cached >= second["usage"]["prompt_tokens_details"]["image_tokens"]
+
+
+def test_an_image_under_other_adapters_is_read_anew_from_its_features() -> None:
+    model = SeeingModel(script, n_ctx=2048)
+    model.set_lora([(blank_adapter("sums"), 1.0)])
+    body = asked(grey_part(31), TEXT)
+    with serving(model, n_parallel=1, n_sessions=1) as (url, _):
+
+        def cached(**fields: Any) -> int:
+            answer = httpx.post(url + PATH, json=body | fields, timeout=60).json()
+            n: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+            return n
+
+        n_prompt = len(model.chat_prompt(body["messages"]))
+        assert [cached(), cached(), cached(lora=[]), cached(lora=[])] == [0, n_prompt, 0, n_prompt]
+        assert model.vision.n_encoded == 1
 
 
 def test_another_image_is_not_taken_for_the_cached_one(client: httpx.Client) -> None:

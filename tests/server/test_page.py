@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support import chromium
-from support.random_adapters import blank_adapter
+from support.adapters_by_hand import blank_adapter
 from support.server_fakes import ScriptedModel, script, serving
 
 PATHS = ("/", "/page.css", "/page.js", "/heatmap.js", "/images.js")
@@ -127,7 +127,7 @@ def test_a_chat_in_the_browser(browser: chromium.Browser, model: ScriptedModel, 
 def test_an_adapter_is_chosen_in_the_browser(browser: chromium.Browser) -> None:
     model = ScriptedModel(script)
     model.set_lora([(blank_adapter("sums"), 1.0), (blank_adapter("poems"), 0.5)])
-    with serving(model, n_parallel=1, n_sessions=1) as (url, server):
+    with serving(model, n_parallel=1, n_sessions=1) as (url, _):
         browser.open(url + "/")
         browser.wait_for("!document.getElementById('adapter').hidden")
         names = browser.run("[...document.getElementById('adapter').options].map((each) => each.text)")
@@ -137,9 +137,7 @@ def test_an_adapter_is_chosen_in_the_browser(browser: chromium.Browser) -> None:
             say(browser, "Hi")
             answers = "document.querySelectorAll('article.assistant .answer')"
             browser.wait_for(f"running === null && {answers}[{i}]?.textContent === 'Hello, world!'")
-            session = server.scheduler._pool.take([1], model.lora)
-            assert [(given.name, scale) for given, scale in session.adapters.applied.given] == lora
-            server.scheduler._pool.give_back(session)
+            assert model.lora_of_answers[i] == lora
         assert browser.complaints == []
 
 

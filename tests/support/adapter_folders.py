@@ -1,4 +1,4 @@
-"""Small adapter folders, as PEFT, NeMo and MLX write them, and GGUFs, made with numpy alone."""
+"""Adapters as PEFT, NeMo and MLX write them, and GGUFs, made with numpy alone; random ones for a model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from gguf import GGUFWriter
 
+from pydiffusion import AdapterError
+from pydiffusion.adapters.loading import load_adapter
+from support.adapters_by_hand import random_targets
 from support.checkpoint_folders import write_json, write_safetensors
 from support.gguf_files import finish
 
@@ -57,13 +61,13 @@ def pair(module: str, n_out: int, n_in: int, rank: int = 4, seed: int = 0) -> Te
     }
 
 
-def experts(module: str, rank: int = 4) -> Tensors:
+def experts(module: str, rank: int = 4, seed: int = 0) -> Tensors:
     """Both of PEFT's pairs on a layer's experts."""
     return {
-        f"{module}.base_layer.lora_A.weight": random(1, rank * EXPERTS, D),
-        f"{module}.base_layer.lora_B.weight": random(2, 2 * XF, rank * EXPERTS),
-        f"{module}.lora_A.weight": random(3, rank * EXPERTS, XF),
-        f"{module}.lora_B.weight": random(4, D, rank * EXPERTS),
+        f"{module}.base_layer.lora_A.weight": random(seed + 1, rank * EXPERTS, D),
+        f"{module}.base_layer.lora_B.weight": random(seed + 2, 2 * XF, rank * EXPERTS),
+        f"{module}.lora_A.weight": random(seed + 3, rank * EXPERTS, XF),
+        f"{module}.lora_B.weight": random(seed + 4, D, rank * EXPERTS),
     }
 
 
@@ -73,7 +77,7 @@ def peft_tensors(rank: int = 4) -> Tensors:
     for seed, side in enumerate(("decoder.", "encoder.language_model.")):
         for module, size in SIZES.items():
             tensors |= pair(f"{PEFT}{side}layers.0.{module}", *size, rank, seed)
-        tensors |= experts(f"{PEFT}{side}layers.0.experts", rank)
+        tensors |= experts(f"{PEFT}{side}layers.0.experts", rank, seed)
     for module, size in SELF_CONDITIONING.items():
         tensors |= pair(f"{PEFT}decoder.self_conditioning.{module}", *size, rank)
     return tensors
@@ -139,3 +143,38 @@ def write_gguf(path: Path, tensors: Tensors, keys: Mapping[str, Any] | None = No
             add(key, value)
     finish(writer, tensors)
     return path
+
+
+def write_random_folder(folder: Path, model: Path, seed: int, rank: int = 4) -> Path:
+    """An adapter of queries and attention outputs, one set for both modes, as NeMo writes it."""
+    modules = {"attn_q": "self_attn.q_proj", "attn_output": "self_attn.o_proj"}
+    tensors = {}
+    for tensor, _, a, b in random_targets(model, seed, rank, modules):
+        _, layer, kind = tensor.split(".")
+        key = f"{PEFT}layers.{layer}.{modules[kind]}"
+        tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    config = peft_config(r=rank, lora_alpha=rank, target_modules=["q_proj", "o_proj"])
+    return write_folder(folder, tensors, config)
+
+
+def write_random_gguf(path: Path, model: Path, seed: int, *, rank: int = 4, share: float = 1.0) -> Path:
+    """A set for both modes, of attention and the dense part of every layer.
+
+    share: of the changes, as of ``adapters_by_hand.factors_of``.
+    """
+    kinds = ("attn_q", "attn_k", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    tensors = {}
+    for tensor, _, a, b in random_targets(model, seed, rank, kinds, share=share):
+        tensors |= {f"{tensor}.weight.lora_a": a, f"{tensor}.weight.lora_b": b}
+    return write_gguf(path, tensors, {"adapter.lora.alpha": float(rank)})
+
+
+def refused(folder: Path, *parts: str) -> str:
+    """The words of the refusal, one line that has these parts."""
+    with pytest.raises(AdapterError) as error:
+        load_adapter(folder, MODEL)
+    text = str(error.value)
+    assert "\n" not in text
+    for part in (str(folder), *parts):
+        assert part in text, text
+    return text

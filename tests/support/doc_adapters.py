@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from pydiffusion.demo import checkpoint_path
+from support.adapter_folders import peft_config, write_folder
 
 _RANK, _ALPHA = 2, 4
 _TARGET = re.compile(
@@ -34,16 +33,8 @@ def write(folder: Path, sets: Sequence[str], seed: int = 0) -> None:
             a, b = rng.normal(size=(_RANK, n_in)), rng.normal(size=(n_out, _RANK))
             tensors[f"{name}.lora_A.weight"] = (a / np.sqrt(n_in)).astype(np.float32)
             tensors[f"{name}.lora_B.weight"] = (b * 0.02).astype(np.float32)
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    config = {
-        "peft_type": "LORA",
-        "r": _RANK,
-        "lora_alpha": _ALPHA,
-        "bias": "none",
-        "target_modules": sorted({module.rsplit(".", 1)[1] for module in _shapes()}),
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    targets = sorted({module.rsplit(".", 1)[1] for module in _shapes()})
+    write_folder(folder, tensors, peft_config(r=_RANK, lora_alpha=_ALPHA, target_modules=targets))
 
 
 def _shapes() -> dict[str, tuple[int, int]]:

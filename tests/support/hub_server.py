@@ -16,8 +16,9 @@ COMMIT, TOKEN = "c0ffee" * 6 + "c0ff", "hf_secret"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves one folder as ``org/open`` and, with the token, as ``org/private``; the files of ``org/gated``
-    are listed but access is refused.
+    """Serves one folder as ``org/open`` (also ``org/open-1`` ...) and, with the token, as ``org/private``.
+
+    The files of ``org/gated`` are listed but access is refused.
     """
 
     def __init__(self, folder: Path):
@@ -66,7 +67,11 @@ class _Handler(BaseHTTPRequestHandler):
         is_api = path[:2] == ["api", "models"]
         owner, name, *rest = path[2:] if is_api else path
         allowed = self.headers.get("Authorization") == f"Bearer {TOKEN}"
-        if owner != "org" or name not in ("open", "gated", "private") or (name == "private" and not allowed):
+        if (
+            owner != "org"
+            or name.partition("-")[0] not in ("open", "gated", "private")
+            or (name == "private" and not allowed)
+        ):
             self.refuse(404 if allowed else 401, "RepoNotFound", send)
         elif rest[:1] in (["revision"], ["tree"]) or not rest:
             revision = rest[1] if rest else "main"

@@ -114,7 +114,7 @@ def lora_layers(adapted: Any) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def _fill(layer: LoraLayer, seed: int, name: str, strength: float) -> None:
-    """Random A and B whose product, scaled, is ``strength`` times as large as the base weight."""
+    """Random A and B that, multiplied and scaled, are ``strength`` times as large as the base weight."""
     (adapter,) = layer.lora_A
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     base = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight

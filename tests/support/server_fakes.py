@@ -75,6 +75,7 @@ class ScriptedModel(DiffusionModel):
         self.step_seconds = 0.0
         self.n_steps = 0
         self.n_answers = 0
+        self.lora_of_answers: list[list[tuple[str, float]]] = []
         self.path = Path("scripted.gguf")
         self.metadata = metadata()
         self.n_vocab = len(self.metadata["tokenizer.ggml.tokens"])
@@ -83,7 +84,7 @@ class ScriptedModel(DiffusionModel):
         self.native = ScriptedWeights(self)  # type: ignore[assignment]
         self.tokenizer = Tokenizer(self.metadata, self.n_vocab)
         self._vision = ModelVision(self, self.native, None)
-        self.adapters = AdapterStore(self.native.new_adapter, self.metadata)
+        self.adapters = AdapterStore(self.metadata, self.native.new_adapter)
         self._chat_template = None
         self._lock = threading.Lock()
         self._automata = {}
@@ -169,6 +170,7 @@ class ScriptedNative:
         prompt = self._model.detokenize(self._ids, keep_control=True)
         texts = self._model.script(prompt, self._model.n_answers)
         self._model.n_answers += 1
+        self._model.lora_of_answers.append(list(self.adapters))
         canvases = [self._model.tokenize(text, add_bos=False, parse_special=True) for text in texts]
         self._steps = []
         left = max_tokens

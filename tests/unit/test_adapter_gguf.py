@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,15 @@ def test_one_of_llama_cpp(tmp_path: Path) -> None:
 def test_modes(prefixes: tuple[str, ...], sides: list[str], tmp_path: Path) -> None:
     tensors: Tensors = {}
     for prefix in prefixes:
-        tensors |= q_tensors(prefix, len(prefix))
+        tensors |= q_tensors(prefix, ("enc.", "dec.", "").index(prefix))
     assert [target.side for target in load(tmp_path, tensors).factors] == sides
+
+
+def test_modes_that_are_the_same_are_one_set(tmp_path: Path) -> None:
+    both = load(tmp_path, q_tensors())
+    assert load(tmp_path, q_tensors("enc.") | q_tensors("dec.")).fingerprint == both.fingerprint
+    other = load(tmp_path, q_tensors("enc.") | q_tensors("dec.", 1))
+    assert len(other.factors) == 2 and other.fingerprint != both.fingerprint
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0])
@@ -135,6 +143,22 @@ def test_what_is_written(type: str, tmp_path: Path) -> None:
         a, b = (values[f"{prefix}{target.tensor}.weight.lora_{part}"] for part in "ab")
         np.testing.assert_allclose(2 * np.matmul(b, a), factors.delta(), rtol=1e-6)
     assert again.fingerprint == adapter.fingerprint and again.name == adapter.name
+
+
+def test_a_matrix_is_read_once_for_all_its_pieces(tmp_path: Path) -> None:
+    """Once to choose the types, once to write, once to compare with what was written."""
+    adapter = load(tmp_path, q_tensors())
+    (factors,) = adapter.factors.values()
+    reads: list[int] = []
+
+    def read() -> tuple[np.ndarray, np.ndarray]:
+        reads.append(1)
+        return factors.read()
+
+    counted = replace(adapter, factors={target: replace(factors, read=read) for target in adapter.factors})
+    write_adapter_gguf(counted, tmp_path / "b.gguf", matrices_of(None))
+    assert load_adapter(tmp_path / "b.gguf", MODEL) == adapter
+    assert len(reads) <= 3
 
 
 def test_scales_that_differ_go_into_b(tmp_path: Path) -> None:
@@ -209,6 +233,11 @@ def test_exact_types(tmp_path: Path) -> None:
             {"token_embd.weight.lora_a": (4, D), "token_embd.weight.lora_b": (384, 4)},
             {},
             ("token_embd.weight.lora_a", "no such matrix"),
+        ),
+        (
+            {"blk.0.attn_k.weight.lora_a": (65537, D), "blk.0.attn_k.weight.lora_b": (16, 65537)},
+            {},
+            ("attn_k.weight.lora_a", "rank 65537"),
         ),
         (
             {f"enc.{Q}.weight.lora_a": (4, D), f"enc.{Q}.weight.lora_b": (32, 4)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.adapter_folders import write_random_gguf
 from support.gguf_mutator import ARRAY, F32, I32, STRING, U32, Array, RawGguf, String, read_gguf
 from support.public_templates import OLD_TEMPLATE
 
@@ -342,6 +344,16 @@ def test_memory_beyond_the_plan_is_a_warning(whole: Path, monkeypatch: pytest.Mo
         speed_check._check_memory(subject, sections[-1])
     results = [[f.result for f in section.findings if f.what.startswith("memory")] for section in sections]
     assert results == [[Result.PASS], [Result.WARNING]]
+
+
+def test_memory_of_adapters_is_planned(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = write_random_gguf(tmp_path / "adapter.gguf", whole, 1)
+    monkeypatch.setattr(speed_check, "_MORE_BYTES", -1_000_000_000)  # so that it shows what it expects
+    section = Section("speed")
+    runtime = {"n_threads": 1, "n_gpu_layers": 0, "lora": [(adapter, 1.0)]}
+    speed_check._check_memory(Subject(whole, runtime=runtime), section)
+    (finding,) = section.findings
+    assert re.search(r"\(weights, cache, step, adapters: (\S+ \S+ \+ ){3}[1-9]", finding.expected)
 
 
 def test_a_fault_of_our_own_does_not_end_the_examination(

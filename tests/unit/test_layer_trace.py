@@ -20,9 +20,10 @@ def read_tensor(file: _native.GgufFile, name: str) -> np.ndarray:
     return file.tensor_bytes(name).view(np.float32)
 
 
-@pytest.fixture(scope="module", params=["cpu", "host"])
+@pytest.fixture(scope="module", params=[("cpu", "auto"), ("host", "ggml"), ("host", "cuda")])
 def model(request: pytest.FixtureRequest, gguf_file: Callable[..., Path]) -> _native.Model:
-    return _native.Model(str(gguf_file("small", "f32")), n_threads=2, device=request.param)
+    device, kernels = request.param
+    return _native.Model(str(gguf_file("small", "f32")), 2, device=device, kernels=kernels)
 
 
 def test_what_is_traced(model: _native.Model) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -65,68 +67,123 @@ def test_scales_refused(text: str) -> None:
 def test_paths_of_nothing(text: str) -> None:
     with pytest.raises(AdapterError) as error:
         load_adapter(text, MODEL)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 6000
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
 
 
-@pytest.fixture
-def repo(tmp_path: Path) -> Iterator[Hub]:
-    with serving(tmp_path / "repo") as hub:
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "empty"),
+        ("{a}:0.5", "goes beside it"),
+        ("{a},{a}", "by itself"),
+        ("/dev/null", "neither a folder nor a file"),
+        ("{a}/adapter_config.json", "give its folder"),
+    ],
+)
+def test_what_was_meant(text: str, part: str, tmp_path: Path) -> None:
+    folder = folders.write_folder(tmp_path / "a")
+    with pytest.raises(AdapterError, match=part):
+        load_adapter(text.format(a=folder), MODEL)
+
+
+def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders.write_folder(tmp_path / "a")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert load_adapter("~/a", MODEL).name == "a"
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with serving(tmp_path_factory.mktemp("hub") / "repo") as hub:
         yield hub
 
 
-# Loads each source; prints a line of JSON: names and fingerprints, or errors. huggingface_hub reads its
-# variables when it is imported, so this is a process of its own.
+@pytest.fixture
+def folder(repo: Hub) -> Iterator[Path]:
+    """What the hub has in each of its repos; empty."""
+    repo.folder.mkdir()
+    yield repo.folder
+    shutil.rmtree(repo.folder)
+
+
+# Loads each source of each step of a script; prints a line of JSON: names and fingerprints, or errors.
+# huggingface_hub reads its variables when it is imported, so this is a process of its own.
 _LOAD = """
 import json, sys
 from support.adapter_folders import MODEL
 from pydiffusion import PyDiffusionError
 from pydiffusion.adapters.loading import load_adapter
-found = []
-for source in sys.argv[1:]:
-    try:
-        adapter = load_adapter(source, MODEL)
-        found.append([adapter.name, adapter.fingerprint.hex()])
-    except PyDiffusionError as error:
-        found.append([type(error).__name__, str(error)])
-print(json.dumps(found))
+for line in sys.stdin:
+    found = []
+    for source in json.loads(line):
+        try:
+            adapter = load_adapter(source, MODEL)
+            found.append([adapter.name, adapter.fingerprint.hex()])
+        except PyDiffusionError as error:
+            found.append([type(error).__name__, str(error)])
+    print(json.dumps(found), flush=True)
 """
+Load = Callable[..., list[list[str]]]
 
 
-def load_all(home: Path, hub: Hub, *sources: str, **variables: str) -> list[list[str]]:
-    done = subprocess.run(
-        [sys.executable, "-c", _LOAD, *sources],
+@contextlib.contextmanager
+def loading(home: Path, hub: Hub, **variables: str) -> Iterator[Load]:
+    """A process that loads sources, all of one call together."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _LOAD],
         env=environment(hub, home, PYTHONPATH=os.pathsep.join(sys.path), **variables),
         cwd=home.parent,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def load(*sources: str) -> list[list[str]]:
+            print(json.dumps(sources), file=process.stdin, flush=True)
+            found: list[list[str]] = json.loads(process.stdout.readline())
+            return found
+
+        try:
+            yield load
+        finally:
+            process.stdin.close()
+            assert process.wait(120) == 0
 
 
-def test_a_folder_of_the_hub(tmp_path: Path, repo: Hub) -> None:
+@pytest.fixture(scope="module")
+def load(repo: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
+    with loading(tmp_path_factory.getbasetemp() / "home", repo) as load:
+        yield load
+
+
+def test_a_folder_of_the_hub(
+    load: Load, repo: Hub, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """What the adapter needs is fetched once; a checkpoint beside it is not. The cache serves offline."""
-    folder = folders.write_folder(tmp_path / "repo")
+    folders.write_folder(folder)
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"nobody asked")
     (folder / "optimizer.pt").write_bytes(b"nobody asked")
     expected = [["open", load_adapter(folder, MODEL).fingerprint.hex()]]
-    assert load_all(tmp_path / "home", repo, "org/open") == expected
+    assert load("org/open") == load("org/open") == expected
     assert sorted(repo.fetched) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert load_all(tmp_path / "home", repo, "org/open", HF_HUB_OFFLINE="1") == expected
-    assert len(repo.fetched) == 2
+    with loading(tmp_path_factory.getbasetemp() / "home", repo, HF_HUB_OFFLINE="1") as load_offline:
+        assert load_offline("org/open") == expected and len(repo.fetched) == 2
 
 
-def test_a_gguf_of_the_hub_and_repos_without_an_adapter(tmp_path: Path, repo: Hub) -> None:
+def test_a_gguf_of_the_hub_and_repos_without_an_adapter(load: Load, folder: Path, tmp_path: Path) -> None:
     adapter = load_adapter(folders.write_folder(tmp_path / "a"), MODEL)
-    (tmp_path / "repo").mkdir()
-    write_adapter_gguf(adapter, tmp_path / "repo/tuned.gguf", matrices_of(MODEL))
-    wrong = ("org/none", "org/private", "org/open:none.gguf", "org/open")
-    one, *refused = load_all(tmp_path / "home", repo, "org/open:tuned.gguf", *wrong)
+    write_adapter_gguf(adapter, folder / "tuned.gguf", matrices_of(MODEL))
+    wrong = ("org/none", "org/private", "org/open-one:none.gguf", "org/open-one")
+    one, *refused = load("org/open-one:tuned.gguf", *wrong)
     assert one == ["a", adapter.fingerprint.hex()]
     for source, (kind, text) in zip(wrong, refused, strict=True):
         assert kind == "AdapterError" and source.partition(":")[0] in text and "\n" not in text
-    assert "org/open:tuned.gguf" in refused[-1][1]  # not taken unasked: it might be a model of many GB
-    (tmp_path / "repo/tuned.gguf").rename(tmp_path / "repo/config.json")
-    ((kind, text),) = load_all(tmp_path / "other", repo, "org/open")
-    assert kind == "AdapterError" and "org/open" in text and "adapter" in text
+    assert "org/open-one:tuned.gguf" in refused[-1][1]  # not taken unasked: it might be a model of many GB
+    (folder / "tuned.gguf").rename(folder / "config.json")
+    ((kind, text),) = load("org/open-two")
+    assert kind == "AdapterError" and "org/open-two" in text and "adapter" in text
+    folders.write_folder(folder / "checkpoint-500")
+    ((kind, text),) = load("org/open-three")
+    assert kind == "AdapterError" and "checkpoint-500/adapter_config.json" in text

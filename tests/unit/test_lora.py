@@ -1,41 +1,44 @@
-"""Adapters in Python: of a model, of a session, of one call; files, switching, refusals."""
+"""Adapters in Python: of a model, of a session, of one call; switching, refusals. See test_lora_files.py."""
 
 from __future__ import annotations
 
-import json
+import asyncio
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from support.lora_adapters import random_adapter, write_peft_folder
-from support.native_adapters import merge
+from support.adapters_by_hand import (
+    IDS,
+    SHORT,
+    fresh_logits,
+    logits,
+    merge,
+    opened,
+    random_adapter,
+    shapes_of,
+)
 
 from pydiffusion import (
     AdapterError,
+    CanvasEvent,
     DiffusionModel,
+    EndEvent,
     GenerationOptions,
     ModelFormatError,
     OptionError,
     PyDiffusionError,
-    Session,
 )
-from pydiffusion.adapters import applied
 from pydiffusion.adapters.adapter import Adapter, Factors, Target
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydiffusion.PromptWarning")
 
-IDS = np.random.default_rng(7).integers(3, 200, 40).astype(np.int32)  # longer than the window
-SHORT: dict[str, Any] = {"max_tokens": 16, "steps": 3, "seed": 5, "eos": ()}
-
-
-def opened(path: Path, **arguments: Any) -> DiffusionModel:
-    """Cache float32 and one thread, so that equal means equal to the bit."""
-    return DiffusionModel(path, n_ctx=256, n_threads=1, kv_type="f32", mmproj=None, **arguments)
+FEW = ("attn_q", "ffn_down", "self_cond_up")
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +48,13 @@ def path(gguf_file: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def one(path: Path) -> Adapter:
-    return random_adapter(path, 1)
+    return random_adapter(shapes_of(path), seed=1, kinds=FEW, name="random-1")
 
 
 @pytest.fixture(scope="module")
 def two(path: Path) -> Adapter:
-    return random_adapter(path, 2, ("attn_v", "attn_output", "ffn_gate_up_exps", "ffn_gate_inp"), "encoder")
+    kinds = ("attn_v", "attn_output", "ffn_gate_up_exps", "ffn_gate_inp")
+    return random_adapter(shapes_of(path), seed=2, kinds=kinds, side="encoder", name="random-2")
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +67,6 @@ def model(shared: DiffusionModel) -> Iterator[DiffusionModel]:
     shared.set_lora([])
     yield shared
     shared.set_lora([])
-
-
-def logits(session: Session) -> np.ndarray:
-    return session.denoise(np.arange(session.model.canvas_length, dtype=np.int32))
-
-
-def fresh_logits(model: DiffusionModel, lora: Any = None) -> np.ndarray:
-    session = model.new_session(lora=lora)
-    session.encode(IDS)
-    return logits(session)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +94,8 @@ def test_given_at_opening_or_set_later_is_the_same(
 ) -> None:
     lora = [(one, 0.5), two]
     model.set_lora(lora)
+    with opened(path, lora=None) as none:
+        assert none.lora == ()
     with opened(path, lora=lora) as other:
         assert other.lora == model.lora == ((one, 0.5), (two, 1.0))
         np.testing.assert_array_equal(fresh_logits(other), fresh_logits(model))
@@ -137,11 +133,12 @@ def test_a_refused_one_leaves_the_earlier_ones(
         ([one, tmp_path / "nowhere"], AdapterError, "nowhere: there is no such adapter"),
         ([misfit], AdapterError, r"misfit: .*blk\.0\.attn_q"),
         ([(one, float("nan"))], OptionError, "lora has the scale nan"),
-        ([f"{tmp_path}:0.5"], AdapterError, r"give the scale beside it, \('.*', 0.5\)"),
+        ([f"{tmp_path}:0.5"], AdapterError, r"its scale goes beside it, \('.*', 0.5\)"),
         ([(one, "2")], OptionError, "lora has the scale '2'"),
+        (["a\0b"], AdapterError, "is no path"),
         ([""], OptionError, "lora holds ''"),
         ([None], OptionError, "lora holds None"),
-        ("folder", OptionError, r"lora is 'folder'; permitted is a list"),
+        ("folder", OptionError, r"lora is 'folder'; permitted is a list.*; an empty list takes all off"),
         (one, OptionError, "permitted is a list"),
     ]:
         for refusing in (model.set_lora, session.set_lora, lambda lora: session.encode(IDS, lora=lora),
@@ -220,11 +217,41 @@ def test_a_session_file_is_for_its_adapters(
         with pytest.raises(ModelFormatError, match=there.format(here)):
             model.load_session(tmp_path / "tuned", lora=lora)
     session.set_lora([])
-    session.save(tmp_path / "plain")  # as it would be encoded now
+    session.save(tmp_path / "still")  # as its tokens are encoded, not as they will be
+    assert model.load_session(tmp_path / "still", lora=[(one, 0.5)]).n_past == len(IDS)
+    logits(session)
+    session.save(tmp_path / "plain")
     np.testing.assert_array_equal(logits(model.load_session(tmp_path / "plain")), fresh_logits(model))
     model.set_lora([one])
     with pytest.raises(ModelFormatError, match=r"saved with other adapters \(none; here random-1:1\)"):
         model.load_session(tmp_path / "plain")
+
+
+def test_saving_within_a_generation(
+    model: DiffusionModel, one: Adapter, two: Adapter, tmp_path: Path
+) -> None:
+    """It goes on as if nothing were saved, and the file has the cache as the generation made it."""
+    expected = model.generate(IDS, lora=[one], **SHORT).tokens.tolist()
+    session = model.new_session()
+    session.prefill(IDS, lora=[one])
+    events = []
+    for event in session.generate(lora=[one], **SHORT):
+        model.set_lora([two])
+        session.save(tmp_path / f"{len(events)}")
+        events.append(event)
+    assert isinstance(events[-1], EndEvent) and session.n_encoded == len(IDS) + model.canvas_length
+    canvas = [event for event in events if isinstance(event, CanvasEvent)]
+    assert [token for event in canvas for token in event.tokens.tolist()] == expected
+    loaded = model.load_session(tmp_path / "0", lora=[one])
+    assert loaded.complete(lora=[one], **SHORT).tokens.tolist() == expected
+
+
+def test_a_generation_that_something_else_ended(model: DiffusionModel, one: Adapter) -> None:
+    session = model.new_session()
+    session.prefill(IDS)
+    with pytest.raises(PyDiffusionError, match="used for something else during the generation"):
+        for _ in session.generate(**SHORT):
+            session.prefill(IDS, lora=[one])
 
 
 def test_a_closed_model_s_sessions_keep_their_adapters(path: Path, one: Adapter) -> None:
@@ -240,6 +267,18 @@ def test_a_closed_model_s_sessions_keep_their_adapters(path: Path, one: Adapter)
     own.set_lora(None)
     with pytest.raises(PyDiffusionError, match="the model is closed: its adapters can't be applied"):
         logits(own)
+
+
+def test_a_model_that_nobody_has_is_freed_at_once(path: Path, one: Adapter) -> None:
+    model = opened(path, lora=[one])
+    session = model.new_session(lora=[(one, 2)])
+    seen = weakref.ref(model)
+    gc.disable()
+    try:
+        del model, session
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 # One call
@@ -327,12 +366,15 @@ def test_a_generation_keeps_the_adapters_that_it_began_with(
 
 
 def test_adapters_are_set_while_others_generate(model: DiffusionModel, one: Adapter, two: Adapter) -> None:
-    expected = model.generate(IDS, lora=[one], **SHORT).tokens.tolist()
+    """A call has one list of those that were set, from its first step to its last."""
+    lists: list[list[Adapter]] = [[one], [two], []]
+    texts = [model.generate(IDS, lora=lora, **SHORT).tokens.tolist() for lora in lists]
+    assert len(set(map(tuple, texts))) == 3
     stop = threading.Event()
 
     def switch() -> None:
         while not stop.is_set():
-            for lora in ([one], [two], []):
+            for lora in lists:
                 model.set_lora(lora)
 
     thread = threading.Thread(target=switch)
@@ -340,51 +382,12 @@ def test_adapters_are_set_while_others_generate(model: DiffusionModel, one: Adap
     try:
         session = model.new_session()
         for _ in range(4):
-            assert len(model.generate(IDS, session=session, **SHORT).tokens) == 16
+            assert model.generate(IDS, session=session, **SHORT).tokens.tolist() in texts
             own = model.generate(IDS, session=session, lora=[one], **SHORT)
-            assert own.tokens.tolist() == expected
+            assert own.tokens.tolist() == texts[0]
     finally:
         stop.set()
         thread.join()
-
-
-# Files
-
-
-def test_a_file_is_read_once(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_peft_folder(tmp_path / "attention", path, 3)
-    reads: list[Any] = []
-    load = applied._read
-    monkeypatch.setattr(applied, "_read", lambda *given: (reads.append(given[0]), load(*given))[1])
-    with opened(path) as model:
-        adapter = model.load_lora(folder)
-        assert adapter.name == "attention" and len(adapter.factors) > 2
-        monkeypatch.chdir(tmp_path)
-        for _ in range(2):
-            model.set_lora([("attention", 0.5), str(folder)])
-            model.generate(IDS, lora=[folder], **SHORT)
-        assert model.load_lora(folder) is adapter and len(reads) == 1
-        assert model.lora == ((adapter, 0.5), (adapter, 1.0))
-        before = fresh_logits(model)
-        write_peft_folder(folder, path, 4)
-        again = model.load_lora(folder)
-        assert len(reads) == 2 and again != adapter and model.lora[0][0] is adapter
-        np.testing.assert_array_equal(fresh_logits(model), before)  # until it is set again
-        assert not np.array_equal(fresh_logits(model, [again]), fresh_logits(model, [adapter]))
-
-
-def test_what_is_wrong_is_found_before_the_weights_are_read(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pydiffusion import _native
-
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("the weights are read")
-
-    monkeypatch.setattr(_native, "Model", never)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}), encoding="utf-8")
-    with pytest.raises(AdapterError, match="IA3"):
-        DiffusionModel(path, lora=[tmp_path])
 
 
 def test_adapters_as_values(path: Path, one: Adapter, two: Adapter) -> None:
@@ -395,3 +398,33 @@ def test_adapters_as_values(path: Path, one: Adapter, two: Adapter) -> None:
     assert options.lora == ((one, 1.0), ("folder", 2.0))
     assert hash(options) == hash(GenerationOptions(lora=[(same, 1), ("folder", 2.0)]))
     assert pickle.loads(pickle.dumps(GenerationOptions(lora=["folder"]))).lora == (("folder", 1.0),)
+
+
+def test_the_async_methods_and_choices_take_them(
+    model: DiffusionModel, tuned: DiffusionModel, one: Adapter
+) -> None:
+    done = asyncio.run(model.agenerate(IDS, lora=[one], **SHORT))
+    assert done.tokens.tolist() == tuned.generate(IDS, **SHORT).tokens.tolist()
+    messages, body = (
+        [{"role": "user", "content": "the sea"}],
+        {"max_tokens": 9, "steps": 2, "seed": 3, "n": 2},
+    )
+    ours = model.create_chat_completion(messages, **body, lora=[one], session=model.new_session())
+    assert ours["choices"] == tuned.create_chat_completion(messages, **body)["choices"]
+    assert ours["choices"] != model.create_chat_completion(messages, **body)["choices"]
+    each = [GenerationOptions(max_tokens=9, steps=2, seed=3, lora=lora) for lora in ([one], None)]
+    found = dict(model.chat_batch([messages] * 2, each))
+    for i, which in enumerate((tuned, model)):
+        assert found[i].text == which.chat(messages, max_tokens=9, steps=2, seed=3).text  # type: ignore[union-attr]
+
+
+def test_on_a_device(path: Path, model: DiffusionModel, one: Adapter, plain: np.ndarray) -> None:
+    with opened(path, device="host", n_gpu_layers=99) as never:
+        expected = fresh_logits(never)
+    with opened(path, device="host", n_gpu_layers=99, lora=[one]) as host:
+        off_by = np.abs(fresh_logits(host) - fresh_logits(model, [one])).mean()
+        assert off_by < 2 * np.abs(expected - plain).mean() < 0.005  # as the devices differ without
+        session = host.new_session()
+        session.encode(IDS)
+        host.set_lora([])
+        np.testing.assert_array_equal(logits(session), expected)

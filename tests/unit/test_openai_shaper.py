@@ -65,7 +65,7 @@ def library(events: list[Event], *, chat: bool, stream: bool) -> Any:
     session = SimpleNamespace(
         n_past=N_PROMPT,
         n_ctx=64,
-        prefill=lambda ids: 2,
+        prefill=lambda ids, lora: 2,
         generate_chat=lambda options: iter(events),
         generate=lambda options: iter(events),
     )

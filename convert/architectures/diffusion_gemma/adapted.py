@@ -15,6 +15,7 @@ from pydiffusion.convert.architectures.diffusion_gemma.tensor_names import (
     GLOBAL,
     LAYER,
 )
+from pydiffusion.errors import AdapterError
 
 _OF_LAYER = (
     "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "ffn_gate_inp",
@@ -43,6 +44,7 @@ _OTHERS = (
     (r"(?:.*\.)?embed_tokens(?:\..*)?", "the token embedding"),
     (r"(?:.*\.)?lm_head(?:\..*)?", "the output head"),
     (r"(?:.*\.)?(?:\w*norm\w*)", "a norm"),
+    (r"language_model\.layers\..*", "a layer named as in Gemma 4, another model"),
     (r"(?:.*\.)?layers\.\d+\.moe\.experts(?:\..*)?", "experts in NeMo's own layout"),
     (r"(?:.*\.)?layers\.\d+\.experts\.\d+\..*", "an expert by itself (only all of a layer's, in one tensor)"),
 )
@@ -59,7 +61,6 @@ class DiffusionGemmaMatrices:
 
     def __init__(self, keys: Mapping[str, Any] | None):
         self._sizes = None if keys is None else _Sizes(keys)
-        self.n_layers = None if self._sizes is None else self._sizes.n_layers
         self.n_experts = None if self._sizes is None else self._sizes.all["e"]
 
     def place(self, module: str, shared: bool = False) -> Place | None:
@@ -71,8 +72,6 @@ class DiffusionGemmaMatrices:
             module, side = module.removeprefix(ENCODER), "encoder"
         elif module.startswith(DECODER):
             module, side = module.removeprefix(DECODER), "both" if shared else "decoder"
-        elif module.startswith("language_model."):
-            module = module.removeprefix("language_model.")
         match = _LAYER_PATH.fullmatch(module)
         kind = _KIND_OF_MODULE.get(match[2] if match else module)
         if kind is None or (kind in _OF_MODEL) != (match is None):
@@ -135,25 +134,42 @@ class _Sizes:
 
     def __init__(self, keys: Mapping[str, Any]):
         self._keys = keys
-        self.n_layers = int(self._key("block_count"))
+        self.n_layers = self._number("block_count")
         self._heads = self._per_layer("attention.head_count")
         self._kv_heads = self._per_layer("attention.head_count_kv")
         self._sliding = self._read_pattern()
-        xf = int(self._key("expert_feed_forward_length"))
+        xf = self._number("expert_feed_forward_length")
         self.all = {
-            "d": int(self._key("embedding_length")),
-            "ff": int(self._key("feed_forward_length")),
-            "e": int(self._key("expert_count")),
+            "d": self._number("embedding_length"),
+            "ff": self._number("feed_forward_length"),
+            "e": self._number("expert_count"),
             "xf": xf,
             "2xf": 2 * xf,
         }
 
     def _key(self, name: str) -> Any:
-        return self._keys[f"{ARCHITECTURE}.{name}"]
+        key = f"{ARCHITECTURE}.{name}"
+        if key not in self._keys:
+            raise AdapterError(f"the model's metadata has no key {key!r}: is it a whole model?")
+        return self._keys[key]
+
+    def _number(self, name: str) -> int:
+        return self._checked(name, self._key(name))
+
+    def _checked(self, name: str, value: Any) -> int:
+        if type(value) not in (int, bool) or not 0 <= value < 2**31:
+            raise AdapterError(f"the model's metadata has {value!r:.60} in '{ARCHITECTURE}.{name}'")
+        return int(value)
 
     def _per_layer(self, name: str) -> list[int]:
         value = self._key(name)
-        return [int(item) for item in value] if isinstance(value, list) else [int(value)] * self.n_layers
+        values = value if isinstance(value, list) else [value] * self.n_layers
+        if len(values) != self.n_layers:
+            raise AdapterError(
+                f"the model's metadata has {len(values)} values in '{ARCHITECTURE}.{name}', for "
+                f"{self.n_layers} layers"
+            )
+        return [self._checked(name, item) for item in values]
 
     def _read_pattern(self) -> list[bool]:
         """Whether each layer is a sliding one: a bool per layer, or a period whose last layer is full."""
@@ -161,7 +177,7 @@ class _Sizes:
         flags = self._per_layer(name)
         if isinstance(self._key(name), list):
             return [bool(flag) for flag in flags]
-        return [(i + 1) % period != 0 for i, period in enumerate(flags)]
+        return [period < 1 or (i + 1) % period != 0 for i, period in enumerate(flags)]
 
     def has(self, kind: str, layer: int) -> bool:
         return layer < self.n_layers and (kind != "attn_v" or self._sliding[layer])
@@ -169,5 +185,5 @@ class _Sizes:
     def of_layer(self, layer: int | None) -> dict[str, int]:
         if layer is None:
             return self.all
-        head = int(self._key("attention.key_length_swa" if self._sliding[layer] else "attention.key_length"))
+        head = self._number("attention.key_length_swa" if self._sliding[layer] else "attention.key_length")
         return self.all | {"q": self._heads[layer] * head, "kv": self._kv_heads[layer] * head}

@@ -7,7 +7,7 @@
 #include "backend/cpu/amx/pack.h"
 #include "backend/cpu/amx/unpack.h"
 #include "backend/cpu/custom_node.h"
-#include "util/aligned_buffer.h"
+#include "backend/cpu/packed_activations.h"
 
 namespace pydiffusion {
 namespace gemm {
@@ -19,7 +19,6 @@ namespace {
 // which unpacking costs less beside the multiplication. These stay in L2 for up to 8 panels, as many as fit
 // the accumulators (256 KiB).
 constexpr int64_t kPanelRows = 2 * kTileRows;
-constexpr int64_t kDepth = 8;
 constexpr int64_t kMaxPanels = 8;
 constexpr int64_t kFewTiles = 4;
 constexpr int64_t kMaxPairs = 128;  // of accumulator tiles
@@ -53,8 +52,6 @@ const float* activation(const ggml_tensor* t, int64_t i1, int64_t i2 = 0) {
 float* activation(ggml_tensor* t, int64_t i1, int64_t i2 = 0) {
     return const_cast<float*>(activation(static_cast<const ggml_tensor*>(t), i1, i2));
 }
-
-int64_t n_tiles_of(int64_t n_activations) { return (n_activations + kTileRows - 1) / kTileRows; }
 
 // --- activations of experts ---
 
@@ -96,30 +93,6 @@ int64_t max_expert_tiles(int64_t n_activations, int64_t n_expert) {
 }
 
 // --- packing ---
-
-// Packed activations that are multiplied with the same matrix: kDepth tiles of each of the `n_tiles` tiles,
-// then the next kDepth. So what a panel uses is contiguous, without power-of-two strides.
-struct PackedBlock {
-    uint16_t* data;
-    int64_t n_inner, n_tiles;
-    int64_t depth = depth_of(n_inner);
-
-    int64_t depth_at(int64_t d) const { return std::min(kDepth, depth - d); }
-    int64_t elements_at(int64_t d) const { return std::min(kDepth * kTileDepth, n_inner - d * kTileDepth); }
-    // Tile i_tile from depth d on, a multiple of kDepth; activation_stride(d) is between tiles.
-    uint16_t* at(int64_t i_tile, int64_t d) const {
-        return data + (d * n_tiles + i_tile * depth_at(d)) * kTileElements;
-    }
-    int64_t activation_stride(int64_t d) const { return depth_at(d) * kTileElements; }
-};
-
-const Packing& packing_of(const ggml_tensor* packed) { return *static_cast<const Packing*>(packed->extra); }
-
-PackedBlock block_of(const ggml_tensor* packed, int64_t first_tile, int64_t n_tiles) {
-    const int64_t n_inner = packing_of(packed).x->ne[0];
-    return {align(static_cast<uint16_t*>(packed->data)) + first_tile * depth_of(n_inner) * kTileElements,
-            n_inner, n_tiles};
-}
 
 // Indices of a tile's activations: column c is x[:, i1[c], i2[c]], and zeros from n on.
 struct TileIndices {

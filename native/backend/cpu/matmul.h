@@ -5,7 +5,8 @@
 #include <map>
 
 #include "backend/cpu/amx/tile_gemm.h"
-#include "backend/cpu/fused_rows.h"
+#include "backend/cpu/low_rank.h"
+#include "backend/cpu/packed_activations.h"
 #include "ggml.h"
 
 namespace pydiffusion {
@@ -23,15 +24,6 @@ MatmulOperands matmul_operands(const ggml_tensor* node);
 ggml_tensor* ggml_matmul(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* x);
 // weight [n_inner, n_rows, n_expert], x [n_inner, 1 or n_used, n_tokens], experts I32 [n_used, n_tokens]
 ggml_tensor* ggml_matmul(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts);
-
-// Inputs of a node that packs activations into tiles.
-struct Packing {
-    const ggml_tensor* x;
-    ComputeRow compute_row;  // set: x is not allocated, its rows are computed on demand; null: x is a node
-    const ggml_tensor* experts;
-    const ggml_tensor* groups;  // the same by expert
-    int64_t n_expert;
-};
 
 // Builds a graph's matmuls with the given kernel if it supports the weight's type, else with ggml's.
 // Activations that several weights multiply are packed once, and computed while they are packed if their node
@@ -51,6 +43,9 @@ class Matmul {
     // weight [n_inner, n_rows, n_expert], x [n_inner, 1 or n_used, n_tokens], experts I32 [n_used, n_tokens]
     // -> F32 [n_rows, n_used, n_tokens]
     ggml_tensor* apply(ggml_tensor* weight, ggml_tensor* x, ggml_tensor* experts);
+
+    // As pydiffusion::add_low_rank does, by our kernels, for factors that they support.
+    ggml_tensor* add_low_rank(const LowRank& change, ggml_tensor* x, ggml_tensor* result);
 
     // Whether activations of this weight are rounded to bfloat16: those of our kernels.
     bool rounds(const ggml_tensor* weight) const;

@@ -50,6 +50,22 @@ ggml_tensor* CpuOps::limit(ggml_tensor* x, float low, float high) {
     return pydiffusion::limit(c_.ctx, x, low, high);
 }
 
+ggml_tensor* CpuOps::add_changes(const std::vector<LowRank>& changes, ggml_tensor* x, ggml_tensor* result) {
+    for (const LowRank& change : changes) {
+        result = matmul_.rounds(change.a) && matmul_.rounds(change.b)
+                     ? matmul_.add_low_rank(change, x, result)
+                     : add_low_rank(c_.ctx, change, x, result);
+    }
+    return result;
+}
+
+ggml_tensor* CpuOps::add_expert_changes(const std::vector<LowRank>& changes, ggml_tensor* x,
+                                        ggml_tensor* chosen, ggml_tensor* result) {
+    if (matmul_.rounds(changes[0].a)) return Ops::add_expert_changes(changes, x, chosen, result);
+    for (const LowRank& change : changes) result = add_low_rank(c_.ctx, change, x, result, chosen);
+    return result;
+}
+
 Mixture CpuOps::moe(ggml_tensor* x, const RouterChoice& choice, const ExpertWeights& w) {
     ggml_tensor* chosen = top_k(c_.ctx, choice.scores, w.n_used);
     return {nullptr, experts(x, chosen, w), choice.scores, chosen};

@@ -39,6 +39,10 @@ class CpuOps : public Ops {
     }
 
   protected:
+    ggml_tensor* add_changes(const std::vector<LowRank>& changes, ggml_tensor* x,
+                             ggml_tensor* result) override;
+    ggml_tensor* add_expert_changes(const std::vector<LowRank>& changes, ggml_tensor* x, ggml_tensor* chosen,
+                                    ggml_tensor* result) override;
     ggml_tensor* unscaled_matmul(ggml_tensor* weight, ggml_tensor* x) override {
         return matmul_.apply(weight, x);
     }

@@ -66,17 +66,20 @@ ggml_tensor* Ops::add_changes(const std::vector<LowRank>& changes, ggml_tensor* 
     return parts.size() == 1 ? parts[0] : concat_tokens(parts);
 }
 
-ggml_tensor* Ops::with_changes(const ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen,
-                               ggml_tensor* result) {
-    if (!is_changed({weights})) return result;
+ggml_tensor* Ops::with_expert_changes(const ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen,
+                                      ggml_tensor* result) {
+    return is_changed({weights}) ? add_expert_changes(c_.changes->at(weights), x, chosen, result) : result;
+}
+
+ggml_tensor* Ops::add_expert_changes(const std::vector<LowRank>& changes, ggml_tensor* x, ggml_tensor* chosen,
+                                     ggml_tensor* result) {
     const auto change = [&](ggml_tensor* part, const LowRank& c) {
         ggml_tensor* own = view_tokens(c_.ctx, chosen, 1, c.first, c.n);
         ggml_tensor* inner = expert_matmul(c.a, view_tokens(c_.ctx, x, 2, c.first, c.n), own);
         if (c.scale != 1.0f) inner = ggml_scale(c_.ctx, inner, c.scale);
         return ggml_add(c_.ctx, part, expert_matmul(c.b, inner, own));
     };
-    const std::vector<ggml_tensor*> parts =
-        changed_ranges(c_.ctx, c_.changes->at(weights), result, 2, change);
+    const std::vector<ggml_tensor*> parts = changed_ranges(c_.ctx, changes, result, 2, change);
     ggml_tensor* all = parts[0];
     for (size_t i = 1; i < parts.size(); ++i) all = ggml_concat(c_.ctx, all, parts[i], 2);
     return all;
@@ -128,7 +131,7 @@ ggml_tensor* Ops::changed_expert_matmul(ggml_tensor* weights, ggml_tensor* scale
                                         ggml_tensor* chosen) {
     ggml_tensor* result = expert_matmul(weights, x, chosen);
     if (scales) result = ggml_mul(c_.ctx, result, scales_of(scales, chosen));
-    return with_changes(weights, x, chosen, result);
+    return with_expert_changes(weights, x, chosen, result);
 }
 
 ggml_tensor* Ops::experts(ggml_tensor* x, ggml_tensor* chosen, const ExpertWeights& w) {

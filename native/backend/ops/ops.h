@@ -9,9 +9,9 @@
 
 #include "backend/cpu/attention.h"
 #include "backend/cpu/fused_rows.h"
+#include "backend/cpu/low_rank.h"
 #include "backend/graph_executor.h"
 #include "backend/graph_inputs.h"
-#include "backend/ops/low_rank.h"
 #include "backend/rope_angles.h"
 #include "backend/weight_matrix.h"
 #include "ggml.h"
@@ -222,8 +222,10 @@ class Ops {
     virtual ggml_tensor* add_changes(const std::vector<LowRank>& changes, ggml_tensor* x,
                                      ggml_tensor* result);
     // The same of chosen experts: operands as of expert_matmul().
-    ggml_tensor* with_changes(const ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen,
-                              ggml_tensor* result);
+    ggml_tensor* with_expert_changes(const ggml_tensor* weights, ggml_tensor* x, ggml_tensor* chosen,
+                                     ggml_tensor* result);
+    virtual ggml_tensor* add_expert_changes(const std::vector<LowRank>& changes, ggml_tensor* x,
+                                            ggml_tensor* chosen, ggml_tensor* result);
     // scales [n_expert] of the chosen experts -> [1, n_used, n_tokens]
     ggml_tensor* scales_of(ggml_tensor* scales, ggml_tensor* chosen) const;
     // expert_matmul(), times the experts' scales unless they are null, with the weights' changes.

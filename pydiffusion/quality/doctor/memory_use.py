@@ -13,11 +13,12 @@ from pydiffusion.device_plan import devices
 @dataclass(frozen=True)
 class MemoryUse:
     """Bytes. process: most that was resident at a time, None where the system does not tell; gpu: taken on
-    all GPUs.
+    all GPUs; adapters: what is loaded for them, of the above.
     """
 
     process: int | None
     gpu: int
+    adapters: int = 0
 
 
 def memory_of_a_run(path: Path, n_prompt: int, n_ctx: int, arguments: dict[str, Any]) -> MemoryUse:
@@ -27,7 +28,8 @@ def memory_of_a_run(path: Path, n_prompt: int, n_ctx: int, arguments: dict[str, 
         session = model.new_session()
         session.encode([token % model.n_vocab for token in range(n_prompt)])
         session.complete(max_tokens=model.canvas_length, steps=2, seed=0)
-        return MemoryUse(_most_resident(), _used_on_gpus() - used)
+        adapters = sum(adapter.n_bytes for adapter, _ in model.adapters.current.native)
+        return MemoryUse(_most_resident(), _used_on_gpus() - used, adapters)
 
 
 def _used_on_gpus() -> int:

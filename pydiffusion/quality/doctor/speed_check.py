@@ -63,21 +63,24 @@ def _check_memory(subject: Subject, section: Section) -> None:
         memory_of_a_run, path, n_prompt, n_ctx, {**arguments, "n_threads": subject.n_threads}
     )
     asked = {key: value for key, value in arguments.items() if key not in ("kernels", "lora")}
-    planned = plan(path, n_ctx=n_ctx, **asked)
+    planned = plan(path, n_ctx=n_ctx, lora_bytes=used.adapters, **asked)
     on_gpu = planned.n_gpu_layers > 0 and planned.device != HOST
     if not on_gpu:
         planned = plan(path, n_ctx=n_ctx, kv_type=arguments.get("kv_type", "auto"), device=HOST)
     what, real = (f"memory on {planned.device}", used.gpu) if on_gpu else ("memory", used.process)
-    parts = (planned.weight_bytes, planned.cache_bytes, planned.step_bytes)
-    shown = f"weights, cache, step: {' + '.join(format_size(part) for part in parts)}"
+    parts = {"weights": planned.weight_bytes, "cache": planned.cache_bytes, "step": planned.step_bytes}
+    if used.adapters:
+        parts["adapters"] = used.adapters
+    total = sum(parts.values())
+    shown = f"{', '.join(parts)}: {' + '.join(map(format_size, parts.values()))}"
     if real is None:
-        section.skip(what, f"this system does not tell; planned {format_size(planned.total_bytes)} ({shown})")
+        section.skip(what, f"this system does not tell; planned {format_size(total)} ({shown})")
         return
     section.judge(
-        real <= planned.total_bytes * (1 + _MORE_SHARE) + _MORE_BYTES,
+        real <= total * (1 + _MORE_SHARE) + _MORE_BYTES,
         what,
         f"{format_size(real)} with a context of {n_ctx}",
-        f"planned {format_size(planned.total_bytes)} ({shown}), and at most {_MORE_SHARE:.0%} and"
+        f"planned {format_size(total)} ({shown}), and at most {_MORE_SHARE:.0%} and"
         f" {format_size(_MORE_BYTES)} for {'the driver' if on_gpu else 'interpreter and libraries'}",
         "the plan is wrong for this machine: report it with this page; --gpu-memory or a shorter --ctx help",
         Result.WARNING,

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.random_adapters import blank_adapter
+from support.adapters_by_hand import blank_adapter
 from support.server_fakes import ScriptedModel, script, serving
 
 from pydiffusion.openai.errors import ApiError
@@ -113,9 +113,10 @@ def test_a_server_without_adapters() -> None:
         ([{"scale": 1}], "has no id"),
         ([{"id": 0}], "has no scale"),
         ([{"id": 0, "scale": None}], "has no scale"),
-        ([{"id": 0, "scale": "1"}], 'scale is "1"; permitted is a finite number'),
-        ([{"id": 0, "scale": True}], "scale is true"),
-        ([{"id": 0, "scale": 1e39}], "permitted is a finite number"),
+        ([{"id": 0, "scale": "1"}], "the scale '1'; permitted is a finite number"),
+        ([{"id": 0, "scale": True}], "the scale True"),
+        ([{"id": 0, "scale": 2e30}], "permitted is a finite number"),
+        ([{"id": 0, "scale": [1]}], r"the scale \[1\]"),
         ([{"id": 0, "scale": 10**400}], "permitted is a finite number"),
         ([{"id": 0, "scale": float("nan")}], "permitted is a finite number"),
         ([{"id": 0, "scale": 1}, {"id": 0, "scale": 0}], r"lora\[1\]: the adapter 0 has a scale already"),
