@@ -1,7 +1,8 @@
 """Evaluate the demo model on sudokus with upright boxes, without and with its adapter.
 
 Prints a Markdown table to stdout and progress to stderr: for transformers with PEFT and for GGUF files of
-several types, the fraction of held-out puzzles solved and the mean number of denoising steps.
+several types, the fraction of held-out puzzles solved, with its standard error, and the mean number of
+denoising steps. After transformers, also the difference from it on the same puzzles.
 
     python examples/evaluate_lora.py --transformers --types f32 q8_0 q4_k_m
     python examples/evaluate_lora.py --types q8_0 --lora build/upright_lora --number 100 --only-after
@@ -14,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -58,11 +60,25 @@ def gguf_answers(path: Path, messages: list[str], adapter: Path | None, seed: in
     return [(done[index].text, done[index].steps) for index in range(len(prompts))]
 
 
-def cell(name: str, puzzles: list[str], answers: list[Answer], seconds: float) -> str:
-    """Return the fraction of puzzles solved and the mean number of steps, as a cell of the table."""
-    n_right = sum(upright.check(puzzle, text) for puzzle, (text, _) in zip(puzzles, answers, strict=True))
-    steps = sum(n for _, n in answers) / len(answers)
-    text = f"{100 * n_right / len(puzzles):.1f}% ({steps:.1f})"
+def percent(values: Sequence[int]) -> str:
+    """Return the mean and its standard error, in percent."""
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    return f"{100 * mean:.1f}% ± {100 * (variance / len(values)) ** 0.5:.1f}"
+
+
+def cell(
+    name: str, right: list[bool], answers: list[Answer], other: list[bool] | None, seconds: float
+) -> str:
+    """Return the fraction of puzzles solved and the mean number of steps, as a cell of the table.
+
+    right: 1 for each puzzle that was solved, else 0. other: the same of transformers.
+    """
+    text = f"{percent(right)} ({sum(n for _, n in answers) / len(answers):.1f})"
+    if other is not None:
+        text += f", {percent([one - two for one, two in zip(right, other, strict=True)])}".replace(
+            "%", " points"
+        )
     print(f"{name}: {text}, {seconds:.0f} s", file=sys.stderr, flush=True)
     return text
 
@@ -84,6 +100,7 @@ def main() -> int:
     adapters = [adapter] if arguments.only_after else [None, adapter]
     print("| solved (mean steps) |" + " without adapter |" * (len(adapters) - 1) + " with adapter |")
     print("|---|" + "---|" * len(adapters))
+    reference: dict[Path | None, list[bool]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for kind in ["transformers"] * arguments.transformers + arguments.types:
             name = "transformers, float32" if kind == "transformers" else f"pydiffusion, {kind}"
@@ -99,8 +116,14 @@ def main() -> int:
                     answers = transformers_answers(messages, one, arguments.seed)
                 else:
                     answers = gguf_answers(path, messages, one, arguments.seed)
+                right = [
+                    upright.check(puzzle, text) for puzzle, (text, _) in zip(puzzles, answers, strict=True)
+                ]
+                seconds = time.monotonic() - start
                 label = f"{name}, {'without' if one is None else 'with'} adapter"
-                cells.append(cell(label, puzzles, answers, time.monotonic() - start))
+                cells.append(cell(label, right, answers, reference.get(one), seconds))
+                if kind == "transformers":
+                    reference[one] = right
             print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     return 0
 
