@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,16 +72,16 @@ def saved(fresh: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
     return get
 
 
-def passes(shape: str, n_prompt: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def passes(shape: str, n_prompt: int, seed: int = 1) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(name, tokens to encode, canvas to denoise): after a prompt, then after a canvas that is committed."""
     s = SHAPES[shape]
     for name, n in (("prompt", n_prompt), ("committed", s.canvas)):
-        canvas = random_ids(1, "adapted canvas" + name, s.canvas, s.vocab)
-        yield name, random_ids(1, "adapted" + name, n, s.vocab), canvas
+        canvas = random_ids(seed, "adapted canvas" + name, s.canvas, s.vocab)
+        yield name, random_ids(seed, "adapted" + name, n, s.vocab), canvas
 
 
 def theirs(
-    model: Any, shape: str, n_prompt: int, conditioning: Logits | None = None
+    model: Any, shape: str, n_prompt: int, conditioning: Logits | None = None, seed: int = 1
 ) -> tuple[Logits, Logits, float]:
     """Logits of the reference, what it was conditioned on (its own logits unless given), and how far its
     routers' choices were from another one.
@@ -88,7 +89,7 @@ def theirs(
     from reference.hf_model import Context, RouterGap
 
     context, logits, used, gap = Context.new(model), {}, {}, RouterGap(model)
-    for name, ids, canvas in passes(shape, n_prompt):
+    for name, ids, canvas in passes(shape, n_prompt, seed):
         context.encode(ids)
         logits[name] = context.denoise(canvas)
         used[name] = 2 * logits[name] if conditioning is None else conditioning[name]
@@ -97,9 +98,9 @@ def theirs(
     return logits, used, gap.smallest
 
 
-def ours(session: _native.Session, shape: str, n_prompt: int, conditioning: Logits) -> Logits:
+def ours(session: _native.Session, shape: str, n_prompt: int, conditioning: Logits, seed: int = 1) -> Logits:
     logits = {}
-    for name, ids, canvas in passes(shape, n_prompt):
+    for name, ids, canvas in passes(shape, n_prompt, seed):
         session.encode(ids)
         logits[name] = session.denoise(canvas, None)
         logits[name + ", conditioned"] = session.denoise(canvas, conditioning[name])
@@ -322,6 +323,9 @@ def test_tokens_in_the_cache_are_encoded_anew(type: str, saved: Callable, gguf_f
 
 
 _TYPES = ("bf16", "q8_0", "q4_k_m")
+#: Of prompts and canvases. Rounding turns an expert of some, in ours or in the reference, which then differ
+#: ten times as much: of several, the median doesn't show it.
+SEEDS = (1, 2, 3)
 #: Type, device and kernels of a base.
 BASES = [
     pytest.param("q4_k_m", "cpu", "ggml", id="q4_k_m"),
@@ -369,22 +373,28 @@ def test_other_types(
     reference, model = fresh(), open_file(path, device=device, kernels=kernels)
     set_weights(reference, read_dequantized(path))
     apply_adapters(reference, [(saved("every target"), 1.0)])
-    adapter, places = native(model, saved("every target")), []
+    adapter = native(model, saved("every target"))
     # Beside F16 weights, those of adapters are BF16, and so is what they multiply. Kernels of our own round
     # to BF16 too, the weights as well, which together costs no more than blocks of 8 bits.
     rounding = "bf16" if type == "f16" else type
-    for n_prompt in (7, 38):
-        wanted, conditioning, _ = theirs(reference, "small", n_prompt)
+    differences: dict[str, list[tuple[float, float]]] = {}
+    for n_prompt, seed in itertools.product((7, 38), SEEDS):
+        wanted, conditioning, _ = theirs(reference, "small", n_prompt, None, seed)
         with rounded_factors(reference), rounded_activations(reference, rounding):
-            rounded, _, _ = theirs(reference, "small", n_prompt, conditioning)
-        found = ours(session_with(model, [(adapter, 1.0)]), "small", n_prompt, conditioning)
+            rounded, _, _ = theirs(reference, "small", n_prompt, conditioning, seed)
+        found = ours(session_with(model, [(adapter, 1.0)]), "small", n_prompt, conditioning, seed)
         for name, logits in found.items():
-            typical, allowed = (middle(x, wanted[name]) for x in (logits, rounded[name]))
-            places.append(typical / allowed)
-            assert typical <= ROUNDING_FACTOR * allowed, (name, typical, allowed)
+            pair = middle(logits, wanted[name]), middle(rounded[name], wanted[name])
+            differences.setdefault(name, []).append(pair)
+    ratios = {}
+    for name, pairs in differences.items():
+        typical, allowed = np.median(pairs, axis=0)
+        ratios[name] = typical / allowed
+        assert typical <= ROUNDING_FACTOR * allowed, (name, pairs)
+    middle_ratio = np.median([*ratios.values()])
     report(
-        f"adapters: {type}, {device}, {kernels}: middle position {np.median(places):.2f} (at most "
-        f"{max(places):.2f}) times what rounding alone does to transformers with PEFT"
+        f"adapters: {type}, {device}, {kernels}: middle position {middle_ratio:.2f} (at most "
+        f"{max(ratios.values()):.2f}) times what rounding alone does to transformers with PEFT"
     )
 
 
